@@ -1,0 +1,58 @@
+"""The trainable parameters of a model as one flat float32 vector with a layout, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from fedpress.errors import WireError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of the trainable parameters, in the order of the flat vector."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def size(self) -> int:
+        """Number of values in the flat vector."""
+        return sum(prod(shape) for shape in self.shapes)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Layout:
+        """Reads the layout of every parameter of `model` with `requires_grad`."""
+        named = [(n, tuple(p.shape)) for n, p in model.named_parameters() if p.requires_grad]
+        return cls(tuple(n for n, _ in named), tuple(s for _, s in named))
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the parameters that train, in layout order."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def flatten(model: nn.Module) -> Tensor:
+    """Copies the trainable parameters of `model` into one float32 vector [d] on the CPU."""
+    parts = [p.detach().reshape(-1).to("cpu", torch.float32) for p in trainable(model)]
+    return torch.cat(parts) if parts else torch.zeros(0)
+
+
+def assign_(model: nn.Module, vector: Tensor) -> None:
+    """Writes the flat `vector` [d] into the trainable parameters of `model`.
+
+    Raises:
+        WireError: if the vector does not have exactly one value per trainable parameter.
+    """
+    params = trainable(model)
+    size = sum(p.numel() for p in params)
+    if vector.shape != (size,):
+        raise WireError(f"the vector has shape {tuple(vector.shape)} but the model trains {size} values; send [{size}]")
+    at = 0
+    with torch.no_grad():
+        for p in params:
+            p.copy_(vector[at : at + p.numel()].view(p.shape))
+            at += p.numel()
