@@ -1,0 +1,14 @@
+"""Architectures, and models as numbers (spec + safetensors)."""
+
+from fedpress.models.norms import freeze_batch_norm_
+from fedpress.models.spec import ARCHITECTURES, ModelSpec, load_model, resize_, save_model, shapes_that_differ
+
+__all__ = [
+    "ARCHITECTURES",
+    "ModelSpec",
+    "freeze_batch_norm_",
+    "load_model",
+    "resize_",
+    "save_model",
+    "shapes_that_differ",
+]

@@ -1,0 +1,42 @@
+"""Networks without shortcuts: the CNN of the pfl-research benchmark and a multi-layer perceptron."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CNN(nn.Module):
+    """Four convolutions and two linear layers, 1,626,442 parameters at 3x32x32 and 10 classes (pfl-research, CIFAR-10)."""
+
+    def __init__(self, *, num_classes: int = 10, in_channels: int = 3, image_size: int = 32) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 32, 3, padding=1)
+        self.conv2 = nn.Conv2d(32, 32, 3)
+        self.conv3 = nn.Conv2d(32, 64, 3, padding=1)
+        self.conv4 = nn.Conv2d(64, 64, 3)
+        side = ((image_size - 2) // 2 - 2) // 2
+        self.hidden = nn.Linear(64 * side * side, 512)
+        self.head = nn.Linear(512, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images [n, C, H, W] to logits [n, num_classes]."""
+        x = F.max_pool2d(F.relu(self.conv2(F.relu(self.conv1(x)))), 2)
+        x = F.max_pool2d(F.relu(self.conv4(F.relu(self.conv3(x)))), 2)
+        return self.head(F.relu(self.hidden(x.flatten(1))))
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between, on the flattened example."""
+
+    def __init__(self, *, in_features: int, hidden: tuple[int, ...] = (128, 64), num_classes: int = 10) -> None:
+        super().__init__()
+        sizes = (in_features, *hidden, num_classes)
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes, sizes[1:], strict=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps examples [n, ...] to logits [n, num_classes]."""
+        x = x.flatten(1)
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)

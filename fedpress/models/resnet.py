@@ -1,0 +1,63 @@
+"""Residual networks for small images (He et al. 2016): a 3x3 stem, four or three stages of basic blocks."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedpress.models.norms import Norm, conv, norm_layer
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with a shortcut, projected by a 1x1 convolution where the shape changes."""
+
+    def __init__(self, i: int, o: int, *, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.conv1 = conv(i, o, 3, stride=stride, norm=norm)
+        self.norm1 = norm_layer(o, norm)
+        self.conv2 = conv(o, o, 3, norm=norm)
+        self.norm2 = norm_layer(o, norm)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or i != o:
+            self.shortcut = nn.Sequential(conv(i, o, 1, stride=stride, norm=norm), norm_layer(o, norm))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [n, i, H, W] to [n, o, H / stride, W / stride]."""
+        out = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """Stem, stages of basic blocks (each after the first halves the image), mean pooling, linear head."""
+
+    def __init__(
+        self, *, widths: tuple[int, ...], blocks: int, num_classes: int, in_channels: int = 3, norm: Norm = "batch"
+    ) -> None:
+        super().__init__()
+        self.stem = conv(in_channels, widths[0], 3, norm=norm)
+        self.norm = norm_layer(widths[0], norm)
+        stages, i = [], widths[0]
+        for at, o in enumerate(widths):
+            steps = []
+            for block in range(blocks):
+                steps.append(BasicBlock(i, o, stride=2 if block == 0 and at > 0 else 1, norm=norm))
+                i = o
+            stages.append(nn.Sequential(*steps))
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Linear(i, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images [n, C, H, W] to logits [n, num_classes]."""
+        x = self.stages(F.relu(self.norm(self.stem(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def resnet18(*, num_classes: int = 10, in_channels: int = 3, norm: Norm = "batch") -> ResNet:
+    """ResNet-18 for 32x32 images: 11,173,962 parameters at 10 classes and batch norm."""
+    return ResNet(widths=(64, 128, 256, 512), blocks=2, num_classes=num_classes, in_channels=in_channels, norm=norm)
+
+
+def resnet_small(*, num_classes: int = 10, in_channels: int = 3, width: int = 16, norm: Norm = "batch") -> ResNet:
+    """A small ResNet of three stages with one block each, `width` to 4 x `width` channels."""
+    widths = (width, 2 * width, 4 * width)
+    return ResNet(widths=widths, blocks=1, num_classes=num_classes, in_channels=in_channels, norm=norm)
