@@ -7,23 +7,26 @@ from torch import Tensor, nn
 
 
 class CNN(nn.Module):
-    """Four convolutions and two linear layers, 1,626,442 parameters at 3x32x32 and 10 classes (pfl-research, CIFAR-10)."""
+    """Two convolutions and two linear layers; 1,626,442 parameters at 3x32x32 and 10 classes (pfl-research, CIFAR-10)."""
 
-    def __init__(self, *, num_classes: int = 10, in_channels: int = 3, image_size: int = 32) -> None:
+    def __init__(
+        self, *, num_classes: int = 10, in_channels: int = 3, image_size: int = 32, dropout: tuple[float, float] = (0, 0)
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 32, 3, padding=1)
-        self.conv2 = nn.Conv2d(32, 32, 3)
-        self.conv3 = nn.Conv2d(32, 64, 3, padding=1)
-        self.conv4 = nn.Conv2d(64, 64, 3)
-        side = ((image_size - 2) // 2 - 2) // 2
-        self.hidden = nn.Linear(64 * side * side, 512)
-        self.head = nn.Linear(512, num_classes)
+        self.conv1 = nn.Conv2d(in_channels, 32, 3)
+        self.conv2 = nn.Conv2d(32, 64, 3)
+        self.hidden = nn.Linear(64 * ((image_size - 4) // 2) ** 2, 128)
+        self.head = nn.Linear(128, num_classes)
+        self.dropout = dropout
+        for layer in (self.conv1, self.conv2, self.hidden, self.head):
+            nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps images [n, C, H, W] to logits [n, num_classes]."""
         x = F.max_pool2d(F.relu(self.conv2(F.relu(self.conv1(x)))), 2)
-        x = F.max_pool2d(F.relu(self.conv4(F.relu(self.conv3(x)))), 2)
-        return self.head(F.relu(self.hidden(x.flatten(1))))
+        x = F.dropout(x, self.dropout[0], self.training)
+        x = F.dropout(F.relu(self.hidden(x.flatten(1))), self.dropout[1], self.training)
+        return self.head(x)
 
 
 class MLP(nn.Module):

@@ -1,0 +1,83 @@
+"""Augmentation as tensor operations on whole batches: crop, flip, cutout, and a change of image size."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+
+class Augment(BaseModel):
+    """Which random changes a training image goes through; sizes are shares of the image's side.
+
+    `flip`: "random" flips half of the images by chance, "alternate" flips each image every other epoch, so that two
+    epochs show both sides exactly once (the derandomised flip of airbench, Jordan 2024, arXiv:2404.00498).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    crop: float = Field(0.0, ge=0, le=0.5, description="largest shift, with reflected borders, as a share of the side")
+    flip: str = Field("none", pattern="^(none|random|alternate)$")
+    cutout: float = Field(0.0, ge=0, lt=1, description="side of the square set to grey, as a share of the side")
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is changed at all."""
+        return self.crop > 0 or self.flip != "none" or self.cutout > 0
+
+
+def augment(x: Tensor, how: Augment, generator: torch.Generator, *, flipped: Tensor | None = None) -> Tensor:
+    """Returns a changed copy of the images `x` [n, C, H, W] of any type; other shapes are returned as they are.
+
+    Args:
+        x: images; zero is taken as the fill of cutout for floats, mid-grey for bytes.
+        how: the settings.
+        generator: the source of chance, on the CPU.
+        flipped: for flip "alternate", which images are mirrored now, bool [n].
+    """
+    if x.dim() != 4 or not len(x):
+        return x
+    if how.crop:
+        x = random_shift(x, max(1, round(how.crop * x.shape[-1])), generator)
+    if how.flip != "none":
+        if how.flip == "random" or flipped is None:
+            flipped = torch.rand(len(x), generator=generator) < 0.5
+        x = torch.where(flipped.to(x.device).view(-1, 1, 1, 1), x.flip(-1), x)
+    if how.cutout:
+        x = cutout(x, max(1, round(how.cutout * x.shape[-1])), generator)
+    return x
+
+
+def random_shift(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Shifts every image of `x` [n, C, H, W] by up to `most` pixels on both axes, with reflected borders."""
+    n, _, height, width = x.shape
+    most = min(most, height - 1, width - 1)
+    padded = F.pad(x.float(), (most,) * 4, mode="reflect").to(x.dtype)
+    dy, dx = torch.randint(0, 2 * most + 1, (2, n), generator=generator).to(x.device)
+    rows = (dy.view(n, 1) + torch.arange(height, device=x.device)).view(n, 1, height, 1)
+    columns = (dx.view(n, 1) + torch.arange(width, device=x.device)).view(n, 1, 1, width)
+    at = torch.arange(n, device=x.device).view(n, 1, 1, 1)
+    channel = torch.arange(x.shape[1], device=x.device).view(1, -1, 1, 1)
+    return padded[at, channel, rows, columns]
+
+
+def cutout(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """Greys one square of `side` pixels in every image of `x` [n, C, H, W] (DeVries & Taylor 2017)."""
+    n, _, height, width = x.shape
+    top = torch.randint(0, height, (n, 1, 1, 1), generator=generator).to(x.device) - side // 2
+    left = torch.randint(0, width, (n, 1, 1, 1), generator=generator).to(x.device) - side // 2
+    rows = torch.arange(height, device=x.device).view(1, 1, -1, 1)
+    columns = torch.arange(width, device=x.device).view(1, 1, 1, -1)
+    inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
+    grey = 0 if x.is_floating_point() else 128
+    return x.masked_fill(inside, grey)
+
+
+def resized(x: Tensor, side: int) -> Tensor:
+    """Returns byte images `x` [n, C, H, W] averaged down to `side` pixels, in parts to keep memory small."""
+    if x.shape[-1] == side:
+        return x
+    size = (side, side)
+    parts = [F.interpolate(p.float(), size, mode="bilinear", antialias=True, align_corners=False) for p in x.split(4096)]
+    return torch.cat([p.round().clamp(0, 255).to(x.dtype) for p in parts])

@@ -1,0 +1,332 @@
+"""The one training loop and the one evaluation of the house."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fedpress.arrays import Arrays, Preprocess
+from fedpress.augment import Augment, augment, resized
+from fedpress.errors import TrainingError
+from fedpress.seeds import derive, generator
+
+Precision = Literal["auto", "float32", "bf16"]
+Progress = Callable[[int, int], None]
+
+
+class TrainSettings(BaseModel):
+    """How to train on the public part.
+
+    Optimizers: "sgd" with Nesterov momentum, or "muon" (orthogonalised momentum, Jordan 2024) for the hidden weights with
+    SGD at `head_lr` for the rest. The learning rate rises linearly over `warmup` of the steps, then falls linearly to 0.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(ge=0)
+    batch_size: int = Field(256, ge=1)
+    optimizer: Literal["sgd", "muon"] = "sgd"
+    lr: float = Field(0.1, gt=0)
+    head_lr: float = Field(0.05, gt=0, description="muon only: learning rate of biases, norms, first and last layer")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    warmup: float = Field(0.2, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    ema: float = Field(0.0, ge=0, lt=1, description="decay per step of the averaged weights; 0 = the last weights")
+    augment: Augment = Augment()
+    image_sizes: tuple[tuple[int, int], ...] = Field((), description="[[side, epochs], ...]; later epochs at full size")
+    patience: int = Field(0, ge=0, description="stop after so many epochs without a better validation accuracy; 0 = never")
+    precision: Precision = "auto"
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> TrainSettings:
+        if any(side < 4 or epochs < 1 for side, epochs in self.image_sizes):
+            raise ValueError("image_sizes holds [side, epochs] with side >= 4 and epochs >= 1")
+        if sum(epochs for _, epochs in self.image_sizes) > self.epochs:
+            raise ValueError(f"image_sizes take more than the {self.epochs} epochs")
+        return self
+
+    def side(self, epoch: int) -> int | None:
+        """Returns the image side of `epoch` (from 0), or None for full size."""
+        for side, epochs in self.image_sizes:
+            if epoch < epochs:
+                return side
+            epoch -= epochs
+        return None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Share of right answers (0..1) and mean cross-entropy in nats over `examples`."""
+
+    accuracy: float
+    loss: float
+    examples: int
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """What one epoch did: training loss, and accuracy on the validation set (None without one)."""
+
+    epoch: int
+    epochs: int
+    loss: float
+    accuracy: float | None
+    image_size: int | None
+
+
+def device() -> torch.device:
+    """Returns the GPU when there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def uses_bf16(model: nn.Module, precision: Precision) -> bool:
+    """Whether autocast to bfloat16 is used: "auto" says yes where it is faster (a GPU, or a CPU with the instructions).
+
+    Small networks gain nothing from it, so "auto" leaves those of under half a million parameters in float32.
+    """
+    if precision != "auto":
+        return precision == "bf16"
+    large = sum(p.numel() for p in model.parameters()) >= 500_000
+    convolves = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
+    fast = device().type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return large and convolves and fast
+
+
+def autocast(model: nn.Module, precision: Precision) -> AbstractContextManager[object]:
+    """Returns the context in which forward passes of `model` run."""
+    if uses_bf16(model, precision):
+        return torch.autocast(device().type, torch.bfloat16)
+    return nullcontext()
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Returns channels-last for images, the plain format else."""
+    return torch.channels_last if x.dim() == 4 and x.shape[1] > 1 else torch.contiguous_format
+
+
+def place_(model: nn.Module) -> nn.Module:
+    """Moves `model` to the device and gives its convolution weights the faster memory format."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+    return model.to(device())
+
+
+def evaluate(
+    model: nn.Module, arrays: Arrays, preprocess: Preprocess, *, precision: Precision = "float32", batch_size: int = 500
+) -> Evaluation:
+    """Measures accuracy and loss of `model` on `arrays`; the model's mode is left as it was.
+
+    Raises:
+        TrainingError: if there are no examples.
+    """
+    if not len(arrays):
+        raise TrainingError("evaluate: there are no examples to measure on; give the data set a test part")
+    was_training = model.training
+    model.eval()
+    right, loss = 0, 0.0
+    at = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with torch.inference_mode(), autocast(model, precision):
+        for x, y in zip(arrays.x.split(batch_size), arrays.y.split(batch_size), strict=True):
+            inputs = preprocess(x.to(at)).contiguous(memory_format=memory_format(x))
+            logits = model(inputs).float()
+            right += int((logits.argmax(1) == y.to(at)).sum())
+            loss += float(F.cross_entropy(logits, y.to(at), reduction="sum"))
+    model.train(was_training)
+    return Evaluation(right / len(arrays), loss / len(arrays), len(arrays))
+
+
+class Fit:
+    """A model in training: iterate over `epochs()`; `state()` and `load_()` carry it over a stop, to the same bits."""
+
+    def __init__(self, model: nn.Module, settings: TrainSettings, *, seed: int) -> None:
+        self.model, self.settings, self.seed = place_(model), settings, seed
+        self.average = None
+        if settings.ema:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+        self.views: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self.optimizers = self._optimizers()
+        self.base = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
+        self.epoch = 0
+        self.best = (-1.0, -1)
+        self.best_weights: dict[str, Tensor] = {}
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        s = self.settings
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        hidden = _hidden(self.model) if s.optimizer == "muon" else []
+        ids = {id(p) for p in hidden}
+        rest = [p for p in params if id(p) not in ids]
+        # Decay acts on weights only: norms and biases have one dimension.
+        groups = [
+            {"params": [p for p in rest if p.dim() > 1], "weight_decay": 5e-4 if hidden else s.weight_decay},
+            {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        lr = s.head_lr if hidden else s.lr
+        momentum = 0.9 if hidden else s.momentum
+        sgd = torch.optim.SGD([g for g in groups if g["params"]], lr, momentum, nesterov=momentum > 0)
+        if not hidden:
+            return [sgd]
+        # torch's Muon takes matrices: each sees its filter through a view that shares the memory.
+        self.views = [(p, nn.Parameter(_matrix(p.data))) for p in hidden]
+        assert all(p.data_ptr() == view.data_ptr() for p, view in self.views), "a view must share its weight's memory"
+        muon = torch.optim.Muon(
+            [view for _, view in self.views], s.lr, weight_decay=s.weight_decay, momentum=s.momentum, nesterov=True
+        )
+        return [sgd, muon]
+
+    def result_(self) -> nn.Module:
+        """Returns the model with its final weights: the best on the validation set under `patience`, else the averaged."""
+        if self.settings.patience and self.best_weights:
+            self.model.load_state_dict(self.best_weights)
+        else:
+            self.model.load_state_dict(self._current().state_dict())
+        return self.model
+
+    def _current(self) -> nn.Module:
+        return self.average.module if self.average is not None and self.average.n_averaged > 0 else self.model
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done or patience has run out."""
+        waited = self.epoch - 1 - self.best[1]
+        return self.epoch >= self.settings.epochs or bool(self.settings.patience and waited >= self.settings.patience)
+
+    def epochs(
+        self, train: Arrays, validation: Arrays, preprocess: Preprocess, *, progress: Progress | None = None
+    ) -> Iterator[EpochRecord]:
+        """Trains epoch by epoch; after each the state may be saved. `progress(done, total)` is told of every step.
+
+        Raises:
+            TrainingError: if there are no examples, or the loss is not finite.
+        """
+        if not len(train):
+            raise TrainingError("train: the public part has no examples; lower data.private or data.validation")
+        side, images = None, train.x
+        while not self.finished:
+            now = self.settings.side(self.epoch)
+            if now != side and train.x.dim() == 4:
+                side, images = now, train.x if now is None else resized(train.x, now)
+            loss = self._epoch(Arrays(images, train.y), preprocess, progress)
+            accuracy = None
+            if len(validation):
+                small = Arrays(resized(validation.x, side), validation.y) if side else validation
+                accuracy = evaluate(self._current(), small, preprocess, precision=self.settings.precision).accuracy
+                if accuracy > self.best[0]:
+                    self.best = (accuracy, self.epoch)
+                    if self.settings.patience:
+                        self.best_weights = {k: v.clone() for k, v in self._current().state_dict().items()}
+            self.epoch += 1
+            size = images.shape[-1] if images.dim() == 4 else None
+            yield EpochRecord(self.epoch, self.settings.epochs, loss, accuracy, size)
+
+    def _epoch(self, train: Arrays, preprocess: Preprocess, progress: Progress | None) -> float:
+        s, n = self.settings, len(train)
+        chance = generator(self.seed, "epoch", self.epoch)
+        torch.manual_seed(derive(self.seed, "dropout", self.epoch))
+        order = torch.randperm(n, generator=chance)
+        # Which images start mirrored is drawn once for the run, so that two epochs in a row show both sides.
+        mirrored = torch.rand(n, generator=generator(self.seed, "flip")) < 0.5
+        mirrored ^= self.epoch % 2 == 1
+        steps = max(1, n // s.batch_size)
+        self.model.train()
+        total = 0.0
+        for step in range(steps):
+            index = order[step * s.batch_size : (step + 1) * s.batch_size]
+            self._rate_((self.epoch + step / steps) / s.epochs)
+            batch = train.take(index)
+            x = augment(batch.x, s.augment, chance, flipped=mirrored[index])
+            loss = self._step(preprocess(x.to(device())), batch.y.to(device()))
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"train: the loss is {loss} at epoch {self.epoch + 1}, step {step + 1}; lower stage.lr (now {s.lr}) or "
+                    "check the data for wrong values; the last good checkpoint is kept"
+                )
+            total += loss
+            if progress is not None:
+                progress(self.epoch * steps + step + 1, s.epochs * steps)
+        return total / steps
+
+    def _step(self, x: Tensor, y: Tensor) -> float:
+        x = x.contiguous(memory_format=memory_format(x))
+        with autocast(self.model, self.settings.precision):
+            logits = self.model(x)
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=self.settings.label_smoothing)
+        loss.backward()
+        for parameter, view in self.views:
+            view.grad = None if parameter.grad is None else _matrix(parameter.grad)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        return float(loss)
+
+    def _rate_(self, done: float) -> None:
+        factor = one_cycle(done, self.settings.warmup)
+        for optimizer, rates in zip(self.optimizers, self.base, strict=True):
+            for group, lr in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = lr * factor
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns all that a later `load_` needs, as named tensors."""
+        out = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+        if self.average is not None:
+            out |= {f"average/{k}": v for k, v in self.average.state_dict().items()}
+        out |= {f"best/{k}": v for k, v in self.best_weights.items()}
+        for at, optimizer in enumerate(self.optimizers):
+            for key, slot in optimizer.state_dict()["state"].items():
+                out |= {f"optimizer/{at}/{key}/{k}": v for k, v in slot.items() if isinstance(v, Tensor)}
+        out["progress"] = torch.tensor([self.epoch, self.best[1], self.best[0]], dtype=torch.float64)
+        return out
+
+    def load_(self, state: dict[str, Tensor]) -> None:
+        """Takes up the `state()` of an earlier `Fit` with the same model and settings."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+        self.model.load_state_dict(part("model/"))
+        if self.average is not None:
+            self.average.load_state_dict(part("average/"))
+        self.best_weights = part("best/")
+        for at, optimizer in enumerate(self.optimizers):
+            slots: dict[int, dict[str, Tensor]] = {}
+            for name, value in part(f"optimizer/{at}/").items():
+                key, _, leaf = name.partition("/")
+                slots.setdefault(int(key), {})[leaf] = value
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+        epoch, best_epoch, best = state["progress"].tolist()
+        self.epoch, self.best = int(epoch), (best, int(best_epoch))
+
+
+def one_cycle(done: float, warmup: float) -> float:
+    """Returns the learning-rate factor at share `done` (0..1) of the run: linear up over `warmup`, linear down to 0.
+
+    >>> one_cycle(0.5, 0.0), one_cycle(0.1, 0.2), one_cycle(1.0, 0.2)
+    (0.5, 0.5, 0.0)
+    """
+    if done < warmup:
+        return max(done / warmup, 0.02)
+    return (1 - done) / (1 - warmup)
+
+
+def _hidden(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that Muon takes: convolutions and linear layers but the first and the last."""
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    return [m.weight for m in layers[1:-1] if m.weight.requires_grad]
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """A filter [o, i, h, w] as a matrix [o, h*w*i] that shares its memory (channels-last) or is a fresh copy (gradients)."""
+    return x.permute(0, 2, 3, 1).reshape(len(x), -1) if x.dim() == 4 else x
