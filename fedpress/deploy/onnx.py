@@ -1,0 +1,219 @@
+"""A model becomes one ONNX file that says how to feed it, or an error that says which module is in the way."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fedpress
+from fedpress.arrays import Preprocess
+from fedpress.errors import ExportError
+
+OPSET = 18  # what torch's exporter is written against; every runtime of the last years reads it
+MAX_IR_VERSION = 13  # the newest file format that onnxruntime loads
+INPUT, OUTPUT, BATCH = "input", "logits", "batch"
+
+_CURES = (  # what torch.export says, what it means, what helps
+    (r"data-dependent", "its control flow depends on the values of its input; use torch.where in place of `if`"),
+    (r"specialized it to be a constant", "it fixes the batch size; use x.shape[0] or -1 in place of the number"),
+)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One exported file: where it is, its size in bytes, the ONNX opset it needs, and the metadata inside it."""
+
+    path: Path
+    file_bytes: int
+    opset: int
+    metadata: dict[str, str]
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    input_shape: tuple[int, ...],
+    preprocess: Preprocess,
+    metadata: Mapping[str, str],
+) -> Artifact:
+    """Writes `model` in evaluation mode as ONNX with a free batch size; the model itself is left as it was.
+
+    The file takes standardised float32 examples [N, *input_shape], so `preprocess` is not part of the graph;
+    its numbers are written into the file's metadata beside `metadata` (for instance class names), so that
+    whoever holds the file knows how to feed it. A file that was there before is replaced only by a whole one.
+
+    Args:
+        model: maps float32 [N, *input_shape] to one tensor [N, classes]; on any device.
+        path: the file to write; missing folders are made.
+        input_shape: shape of one example, such as (3, 32, 32).
+        preprocess: what the training applied to raw examples.
+        metadata: further words for the file; they may not replace the words that are written here.
+
+    Raises:
+        ExportError: if the model cannot be captured or converted (naming the module or the operation), or if
+            the file cannot be written.
+    """
+    onnx = require("onnx", "onnxscript")["onnx"]
+    with _silence():
+        proto = _convert(_capture(model, input_shape))
+    described = {**metadata, **_how_to_feed(input_shape, preprocess)}
+    _tidy_(proto)
+    onnx.helper.set_model_props(proto, described)
+    data = proto.SerializeToString()
+    path = Path(path)
+    _write(path, data)
+    return Artifact(path, len(data), OPSET, described)
+
+
+def require(*packages: str) -> dict[str, Any]:
+    """Imports `packages` by name, so that fedpress itself starts without them.
+
+    Raises:
+        ExportError: if one is missing, with the command that installs it.
+
+    >>> require("json")["json"].loads("1")
+    1
+    """
+    import importlib
+
+    try:
+        return {name: importlib.import_module(name) for name in packages}
+    except ImportError as error:
+        name = error.name or packages[0]
+        raise ExportError(f"export: the package {name!r} is missing; run `pip install {' '.join(packages)}`") from error
+
+
+def _capture(model: nn.Module, input_shape: tuple[int, ...]) -> torch.export.ExportedProgram:
+    """Traces a float32 CPU copy of `model` with a symbolic batch size."""
+    takes = f"[N, {', '.join(map(str, input_shape))}]"
+    model = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    example = torch.zeros(2, *input_shape)  # two, because torch.export takes a size of one for a constant
+    shapes = ({0: torch.export.Dim(BATCH)},)
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch.export raises what the model raises, and more than a dozen types of its own
+        said = str(error)
+        known = [cure for pattern, cure in _CURES if re.search(pattern, said)]
+        first = said.strip().splitlines()[0] if said.strip() else type(error).__name__
+        reason = known[0] if known else f"{first}; check that it takes a float32 batch {takes}"
+        raise ExportError(f"export: {_blame(model, error)} cannot be captured: {reason}") from error
+
+
+def _convert(program: torch.export.ExportedProgram) -> Any:
+    """Translates a captured graph to an ONNX model message."""
+    try:
+        converted = torch.onnx.export(
+            program, (), dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT], verbose=False
+        )
+    except Exception as error:
+        found = re.search(r"OpOverload\(op='([^']+)'", _whole_message(error))
+        name = f"the operation {found[1]!r}" if found else "an operation of the model"
+        cure = "write that part of the model with operations that ONNX has"
+        raise ExportError(f"export: {name} has no ONNX counterpart; {cure}") from error
+    assert converted is not None  # only torchscript exports return nothing
+    outputs = len(converted.model.graph.outputs)
+    if outputs != 1:
+        raise ExportError(f"export: the model returns {outputs} tensors; its forward must return the logits alone")
+    return converted.model_proto
+
+
+def _how_to_feed(input_shape: tuple[int, ...], preprocess: Preprocess) -> dict[str, str]:
+    """Says in the file's own words what a device must do with a raw example."""
+    how = "float32 [N, *input_shape]: bytes / 255, then (x - mean) / std per channel; empty mean: no second step"
+    return {
+        "fedpress_version": fedpress.__version__,
+        "input": how,
+        "input_shape": json.dumps(list(input_shape)),
+        "mean": json.dumps(list(preprocess.mean)),
+        "std": json.dumps(list(preprocess.std)),
+    }
+
+
+def _tidy_(proto: Any) -> None:
+    """Drops the exporter's traces (they hold source paths of this machine) and names the batch dimension."""
+    graph = proto.graph
+    symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        del value.metadata_props[:]
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:  # sizes computed from the batch size, such as 4*s77, are named alike
+                dim.dim_param = dim.dim_param.replace(symbol, BATCH)
+    for thing in (graph, *graph.node, *graph.initializer, *proto.functions):
+        del thing.metadata_props[:]
+    for node in (n for function in proto.functions for n in function.node):
+        del node.metadata_props[:]
+    del proto.metadata_props[:]
+    proto.ir_version = min(proto.ir_version, MAX_IR_VERSION)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Writes `data` beside `path`, then renames, so that no half file is ever seen."""
+    part = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        if part:
+            Path(part).unlink(missing_ok=True)
+        reason = error.strerror or error
+        raise ExportError(
+            f"export: cannot write {len(data)} bytes to {path}: {reason}; free space or choose another --out"
+        ) from error
+
+
+def _blame(model: nn.Module, error: BaseException) -> str:
+    """Names the innermost module of `model` that was running when `error` was raised."""
+    names = {id(module): name for name, module in model.named_modules()}
+    inner: nn.Module = model
+    trace = error.__traceback__
+    while trace:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            inner = owner
+        trace = trace.tb_next
+    name = names[id(inner)]
+    return f"module {name!r} ({type(inner).__name__})" if name else f"the model ({type(inner).__name__})"
+
+
+def _whole_message(error: BaseException | None) -> str:
+    """Joins the messages of an error and of all its causes."""
+    parts = []
+    while error:
+        parts.append(str(error))
+        error = error.__cause__
+    return "\n".join(parts)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps the exporter's progress, graph dumps and warnings off the terminal; the errors say what matters."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            with contextlib.redirect_stderr(io.StringIO()):
+                yield
+    finally:
+        logging.disable(before)
