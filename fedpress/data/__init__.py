@@ -1,0 +1,7 @@
+"""Data: sources, partitioners, and the federated data set that they make."""
+
+from fedpress.data.dataset import FederatedData
+from fedpress.data.load import load
+from fedpress.data.settings import DataSettings
+
+__all__ = ["DataSettings", "FederatedData", "load"]

@@ -1,0 +1,47 @@
+"""The user's cache folder: downloads, and decoded copies of files that are slow to read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+
+def folder() -> Path:
+    """Returns `$FEDPRESS_CACHE`, or `~/.cache/fedpress`; it need not exist yet."""
+    given = os.environ.get("FEDPRESS_CACHE")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "fedpress"
+
+
+def decoded(name: str, files: Sequence[Path], decode: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Returns `decode()`, remembered on disk under the path, size and change time of `files`.
+
+    A cache that cannot be read or written is passed over: it saves time, nothing depends on it.
+    """
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = blake2b(repr(sorted(stats)).encode(), digest_size=12).hexdigest()
+    target = folder() / "decoded" / f"{name}-{key}.npz"
+    with contextlib.suppress(Exception), np.load(target, allow_pickle=False) as stored:
+        return dict(stored)
+    arrays = decode()
+    with contextlib.suppress(OSError):
+        _write(target, arrays)
+    return arrays
+
+
+def _write(target: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes beside the target and renames, so that a reader never sees half a file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,273 @@
+"""Partitioners: who holds which rows. Each is one settings object with one function, `deal`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, BeforeValidator, Field
+from torch import Tensor
+
+from fedpress.errors import DataError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Rows to be dealt: int64 `labels` [n] and, where the data knows, the natural client of each row.
+
+    Attributes:
+        labels: int64 [n].
+        owners: int64 [n] positions in `owner_names`, or None.
+        owner_names: names of the natural clients.
+        closed: natural clients that hold nothing here (declared public or test).
+    """
+
+    labels: Tensor
+    owners: Tensor | None = None
+    owner_names: tuple[str, ...] = ()
+    closed: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Ask:
+    """How much is asked for; None means every natural client (or 10), and all rows."""
+
+    num_clients: int | None = None
+    examples_per_client: int | None = None
+
+
+class _Settings(BaseModel, frozen=True, extra="forbid"):
+    rest_is_public: ClassVar[bool] = True  # rows that no client holds may be declared public
+
+
+class Iid(_Settings):
+    """Every client holds a random sample of equal size (they differ by one row at most)."""
+
+    kind: Literal["iid"] = "iid"
+
+    def deal(self, pool: Pool, ask: Ask, generator: torch.Generator) -> dict[str, Tensor]:
+        """Returns row positions by client."""
+        clients, total = _totals(len(pool.labels), ask)
+        return _named(torch.randperm(len(pool.labels), generator=generator)[:total].tensor_split(clients))
+
+
+class Quantity(_Settings):
+    """Random samples of unequal size: the i-th largest client holds a share proportional to `i ** -skew`.
+
+    `examples_per_client` is then the mean. A skew of 0 is iid; 1 is Zipf's law.
+    """
+
+    kind: Literal["quantity"] = "quantity"
+    skew: float = Field(default=1.0, ge=0, le=10)
+
+    def deal(self, pool: Pool, ask: Ask, generator: torch.Generator) -> dict[str, Tensor]:
+        """Returns row positions by client."""
+        clients, total = _totals(len(pool.labels), ask)
+        weights = np.arange(1, clients + 1, dtype=np.float64) ** -self.skew
+        sizes = 1 + apportion(weights[torch.randperm(clients, generator=generator).numpy()], total - clients)
+        return _named(torch.randperm(len(pool.labels), generator=generator)[:total].split(sizes.tolist()))
+
+
+class Dirichlet(_Settings):
+    """Uneven labels: class shares are drawn from Dirichlet(alpha); small alpha means few classes per client.
+
+    With `examples_per_client`, each client draws its own mix of classes and holds exactly that many rows
+    (Hsu et al. 2019, "Measuring the effects of non-identical data distribution", section 3). Without it, the rows
+    of each class are dealt out in drawn shares, so that sizes differ too (Yurochkin et al. 2019, section 4).
+    """
+
+    kind: Literal["dirichlet"] = "dirichlet"
+    alpha: float = Field(default=0.5, gt=0, le=1e6)
+
+    def deal(self, pool: Pool, ask: Ask, generator: torch.Generator) -> dict[str, Tensor]:
+        """Returns row positions by client."""
+        clients, _ = _totals(len(pool.labels), ask)
+        rng = _numpy(generator)
+        rows = _rows_by_class(pool.labels, generator)
+        if ask.examples_per_client is None:
+            shares = [apportion(rng.dirichlet(np.full(clients, self.alpha)), len(group)) for group in rows]
+            counts = np.stack(shares, axis=1)
+        else:
+            mixes = rng.dirichlet(np.full(len(rows), self.alpha), size=clients)
+            counts = _within_supply(mixes, ask.examples_per_client, np.array([len(group) for group in rows]))
+        return _named(_fill_empty(_take(rows, counts)))
+
+
+class Shards(_Settings):
+    """Every client holds exactly `classes_per_client` classes, each class dealt evenly to its holders.
+
+    The idea of McMahan et al. 2017, section 3 ("pathological non-iid"), without shards that straddle two classes.
+    """
+
+    kind: Literal["shards"] = "shards"
+    classes_per_client: int = Field(default=2, ge=1)
+
+    def deal(self, pool: Pool, ask: Ask, generator: torch.Generator) -> dict[str, Tensor]:
+        """Returns row positions by client."""
+        clients, _ = _totals(len(pool.labels), ask)
+        rows = _rows_by_class(pool.labels, generator)
+        holds = self._choose_classes(clients, len(rows), generator)
+        supply = np.array([len(group) for group in rows])
+        counts = np.zeros((clients, len(rows)), dtype=np.int64)
+        if ask.examples_per_client is None:
+            if not holds.any(axis=0).all():
+                raise DataError(
+                    f"partition 'shards': {clients} clients of {self.classes_per_client} classes cannot hold all "
+                    f"{len(rows)} classes; raise classes_per_client or num_clients, or give examples_per_client"
+                )
+            for label in range(len(rows)):
+                counts[holds[:, label], label] = apportion(np.ones(holds[:, label].sum()), supply[label])
+        else:
+            for client in range(clients):
+                counts[client, holds[client]] = apportion(np.ones(holds[client].sum()), ask.examples_per_client)
+        self._check(counts, holds, supply)
+        return _named(_take(rows, counts))
+
+    def _choose_classes(self, clients: int, classes: int, generator: torch.Generator) -> np.ndarray:
+        """Returns bool [clients, classes]: each client takes the least used classes, ties broken at random."""
+        if self.classes_per_client > classes:
+            raise DataError(
+                f"partition 'shards': asked for {self.classes_per_client} classes per client but there are only "
+                f"{classes}; lower classes_per_client"
+            )
+        holds = np.zeros((clients, classes), dtype=bool)
+        for client in range(clients):
+            tie = torch.randperm(classes, generator=generator).numpy()
+            holds[client, np.lexsort((tie, holds.sum(axis=0)))[: self.classes_per_client]] = True
+        return holds
+
+    def _check(self, counts: np.ndarray, holds: np.ndarray, supply: np.ndarray) -> None:
+        demand = np.maximum(counts, holds).sum(axis=0)  # at least one row of every class a client is to hold
+        for label in np.flatnonzero(demand > supply)[:1]:
+            raise DataError(
+                f"partition 'shards': {holds[:, label].sum()} clients need {demand[label]} examples of the class at "
+                f"place {label} but there are only {supply[label]}; lower examples_per_client or num_clients"
+            )
+        if (counts.sum(axis=1) < self.classes_per_client).any():
+            raise DataError(
+                f"partition 'shards': {counts.sum(axis=1).min()} examples cannot show {self.classes_per_client} "
+                "classes; raise examples_per_client"
+            )
+
+
+class Natural(_Settings):
+    """Every client is one natural client of the data: a person, a hospital, a folder.
+
+    `num_clients` then chooses that many of them at random, and `examples_per_client` keeps at most that many rows
+    of each. What is left over is not used: it stays private.
+    """
+
+    kind: Literal["natural"] = "natural"
+    rest_is_public: ClassVar[bool] = False
+
+    def deal(self, pool: Pool, ask: Ask, generator: torch.Generator) -> dict[str, Tensor]:
+        """Returns row positions by client, in the order of `pool.owner_names`."""
+        if pool.owners is None:
+            raise DataError(
+                "partition 'natural': the data does not name its clients; give client_column, or choose 'iid', "
+                "'dirichlet', 'shards' or 'quantity'"
+            )
+        names = [name for name in pool.owner_names if name not in pool.closed]
+        if ask.num_clients is not None and ask.num_clients > len(names):
+            raise DataError(
+                f"partition 'natural': asked for {ask.num_clients} clients but the data has only {len(names)}; "
+                "lower num_clients"
+            )
+        chosen = torch.randperm(len(names), generator=generator)[: ask.num_clients].sort().values.tolist()
+        dealt = {}
+        for name in (names[i] for i in chosen):
+            rows = torch.nonzero(pool.owners == pool.owner_names.index(name)).flatten()
+            if len(rows) == 0:
+                raise DataError(f"client '{name}' has no rows left for training; lower test_share or public_share")
+            dealt[name] = rows[torch.randperm(len(rows), generator=generator)][: ask.examples_per_client]
+        return dealt
+
+
+def _from_word(value: object) -> object:
+    """`partition = "iid"` is short for `partition = {kind = "iid"}`."""
+    if isinstance(value, str):
+        value = {"kind": value}
+    kinds = ["iid", "quantity", "dirichlet", "shards", "natural"]
+    if isinstance(value, dict) and (kind := value.get("kind")) not in kinds:
+        raise ValueError(f"no partition of kind '{kind}' (known: {', '.join(kinds)}){did_you_mean(str(kind), kinds)}")
+    return value
+
+
+Partition = Annotated[
+    Annotated[Iid | Quantity | Dirichlet | Shards | Natural, Field(discriminator="kind")], BeforeValidator(_from_word)
+]
+
+
+def apportion(weights: np.ndarray, total: int) -> np.ndarray:
+    """Returns whole numbers [k] that sum to `total`, in proportion to `weights` [k], by largest remainder.
+
+    >>> apportion(np.array([1.0, 1.0, 1.0]), 4).tolist()
+    [2, 1, 1]
+    """
+    exact = weights / weights.sum() * total
+    counts = np.floor(exact).astype(np.int64)
+    order = np.argsort(counts - exact, kind="stable")
+    counts[order[: total - counts.sum()]] += 1
+    return counts
+
+
+def _totals(available: int, ask: Ask) -> tuple[int, int]:
+    """Returns the number of clients and of rows for all of them, or says why there are too few rows."""
+    clients = 10 if ask.num_clients is None else ask.num_clients
+    each = ask.examples_per_client
+    total = available if each is None else clients * each
+    if total > available:
+        raise DataError(
+            f"asked for {clients} clients of {each} examples = {total} examples, but only {available} are left for "
+            "clients; lower num_clients, examples_per_client, public_share or test_share"
+        )
+    if clients > total:
+        raise DataError(f"asked for {clients} clients, but only {total} examples are left for them; lower num_clients")
+    return clients, total
+
+
+def _named(rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"c{i}": group for i, group in enumerate(rows)}
+
+
+def _numpy(generator: torch.Generator) -> np.random.Generator:
+    return np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+
+
+def _rows_by_class(labels: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """Returns the shuffled row positions of each class that occurs."""
+    order = torch.randperm(len(labels), generator=generator)
+    return [order[labels[order] == label] for label in labels.unique()]
+
+
+def _take(rows: list[Tensor], counts: np.ndarray) -> list[Tensor]:
+    """Takes `counts` [clients, classes] rows from the front of each class, client after client."""
+    ends = counts.cumsum(axis=0)
+    starts = ends - counts
+    return [torch.cat([group[starts[i, c] : ends[i, c]] for c, group in enumerate(rows)]) for i in range(len(counts))]
+
+
+def _within_supply(mixes: np.ndarray, each: int, supply: np.ndarray) -> np.ndarray:
+    """Turns class mixes [clients, classes] into counts of `each` rows; a class that runs out is replaced by others."""
+    left = supply.copy()
+    counts = np.zeros(mixes.shape, dtype=np.int64)
+    for client, mix in enumerate(mixes):
+        while (missing := each - counts[client].sum()) > 0:
+            weights = np.where(left > 0, mix + 1e-9 * supply / supply.sum(), 0.0)  # also if the mix has run dry
+            got = np.minimum(apportion(weights, missing), left)
+            counts[client] += got
+            left -= got
+    return counts
+
+
+def _fill_empty(rows: list[Tensor]) -> list[Tensor]:
+    """Gives each empty client one row of the largest one."""
+    rows = list(rows)
+    for i, group in enumerate(rows):
+        if len(group) == 0:
+            largest = max(range(len(rows)), key=lambda j: len(rows[j]))
+            rows[i], rows[largest] = rows[largest][-1:], rows[largest][:-1]
+    return rows

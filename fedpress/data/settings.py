@@ -1,0 +1,86 @@
+"""The `[data]` table of a recipe: which source, and who holds what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+
+from fedpress.data.partition import Partition
+from fedpress.errors import did_you_mean
+
+BUILT_IN = ("digits", "cifar10", "csv", "parquet", "folders")
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _known_source(source: object) -> object:
+    if isinstance(source, str) and source not in BUILT_IN and ":" not in source:
+        raise ValueError(
+            f"no source '{source}' (known: {', '.join(BUILT_IN)}, or your own 'package.module:function')"
+            f"{did_you_mean(source, list(BUILT_IN))}"
+        )
+    return source
+
+
+class DataSettings(BaseModel, frozen=True, extra="forbid"):
+    """Which rows are private to which client, which are declared public, and which test the model.
+
+    Rows go out in this order: the test set (the source's own, or `test_clients`, or `test_share`); the public part
+    (`public_clients`, or `public_share`); then the partition deals the rest to clients. If neither public setting is
+    given, the rows that no client holds are the public part. The validation set is taken from the public part.
+
+    Attributes:
+        source: "digits", "cifar10", "csv", "parquet", "folders" (client/label/image), or "package.module:function".
+        path: the file or folder; a name with `*` stands for several files. None downloads (cifar10 only).
+        download: whether a missing built-in data set may be downloaded into the cache folder.
+        partition: iid, quantity, dirichlet, shards or natural; None: natural if the data names clients, else iid.
+        num_clients: None: 10, or every natural client.
+        examples_per_client: None: all rows are dealt.
+        test_share: set aside for testing, of each natural client's rows, if the source has no test set of its own.
+        test_clients: natural clients whose rows are the test set, instead of `test_share`.
+        public_share: declared public, of each natural client's rows.
+        public_clients: natural clients whose rows are all declared public.
+        validation: rows of the public part, as a whole number, or as a share below 1.
+        client_column: the column that names the natural client of a row (csv, parquet). With several files and
+            the name "file", each file is a client.
+        label_column: the column of whole numbers or words to be predicted (csv, parquet).
+        feature_columns: the columns to predict from; None: all others. One column of images is decoded.
+        drop_columns: columns to leave out of the features.
+        missing: what a missing feature is: an error, a row to drop, or to fill with the mean of the public rows.
+        image_size: images are resized to this height and width; None: they must have one size.
+        mean: of each channel or feature, instead of fitting it on the public part.
+        std: likewise.
+    """
+
+    source: Annotated[str, BeforeValidator(_known_source)]
+    path: Path | None = None
+    download: bool = True
+    partition: Partition | None = None
+    num_clients: int | None = Field(default=None, ge=1)
+    examples_per_client: int | None = Field(default=None, ge=1)
+    test_share: Share = 0.2
+    test_clients: tuple[str, ...] = ()
+    public_share: Share | None = None
+    public_clients: tuple[str, ...] = ()
+    validation: Annotated[int, Field(ge=0)] | Share = 0.1
+    client_column: str | None = None
+    label_column: str = "label"
+    feature_columns: tuple[str, ...] | None = None
+    drop_columns: tuple[str, ...] = ()
+    missing: Literal["error", "drop", "mean"] = "error"
+    image_size: int | None = Field(default=None, ge=1, le=4096)
+    mean: tuple[float, ...] = ()
+    std: tuple[Annotated[float, Field(gt=0)], ...] = ()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"{len(self.mean)} values of mean but {len(self.std)} of std; give as many of each")
+        if self.public_clients and self.public_share is not None:
+            raise ValueError("public_clients and public_share are both given; give one of them")
+        if both := set(self.public_clients) & set(self.test_clients):
+            raise ValueError(f"client '{min(both)}' is in public_clients and test_clients; leave it in one of them")
+        if self.path is None and self.source in ("csv", "parquet", "folders"):
+            raise ValueError(f"source '{self.source}' needs a path; set path, or --data on the command line")
+        return self
