@@ -110,7 +110,7 @@ def _capture(model: nn.Module, input_shape: tuple[int, ...]) -> torch.export.Exp
     except Exception as error:  # torch.export raises what the model raises, and more than a dozen types of its own
         said = str(error)
         known = [cure for pattern, cure in _CURES if re.search(pattern, said)]
-        first = said.strip().splitlines()[0] if said.strip() else type(error).__name__
+        first = said.strip().splitlines()[0].rstrip(".") if said.strip() else type(error).__name__
         reason = known[0] if known else f"{first}; check that it takes a float32 batch {takes}"
         raise ExportError(f"export: {_blame(model, error)} cannot be captured: {reason}") from error
 
