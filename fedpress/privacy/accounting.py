@@ -1,0 +1,231 @@
+"""How much privacy a sequence of noised sums has spent, and how much noise a budget needs.
+
+Every step is a Poisson-subsampled Gaussian mechanism under add-or-remove-one neighbours. Composition is exact up to a
+grid: privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022, "Connect the dots") from dp-accounting,
+whose discretisation only ever rounds epsilon up; steps without subsampling use the closed form of Balle & Wang 2018.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from fedpress.errors import PrivacyError, RecipeError
+
+if TYPE_CHECKING:
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+
+# dp_accounting and scipy are imported where they are used: they cost a second, and most callers never get there.
+
+NOISE_RANGE = (1e-2, 1e5)
+"""Noise multipliers outside this range are not searched."""
+
+
+@dataclass(frozen=True, order=True)
+class Phase:
+    """`steps` noised sums, each over a Poisson sample of the units with probability `sampling_prob`.
+
+    `noise_multiplier` is the noise's standard deviation divided by the clip norm.
+    """
+
+    sampling_prob: float
+    noise_multiplier: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check_sampling_prob(self.sampling_prob)
+        if not self.noise_multiplier >= 0:
+            raise RecipeError(f"noise_multiplier: got {self.noise_multiplier}, expected a number >= 0")
+        if self.steps < 0 or self.steps != int(self.steps):
+            raise RecipeError(f"steps: got {self.steps}, expected a whole number >= 0")
+
+
+def epsilon(phases: Iterable[Phase], *, delta: float) -> float:
+    """Returns the smallest known epsilon that all `phases` together spend at `delta` (inf without noise).
+
+    Raises:
+        RecipeError: if `delta` is not inside (0, 1).
+
+    >>> round(epsilon([Phase(1.0, 5.0, 50)], delta=1e-3), 2)
+    4.85
+    >>> epsilon([Phase(1.0, 5.0, 0)], delta=1e-3)
+    0.0
+    """
+    check_delta(delta)
+    return _epsilon(merge(phases), delta)
+
+
+def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, steps: int) -> float:
+    """Returns the smallest noise multiplier with which `steps` sums spend at most `epsilon` at `delta`.
+
+    The answer is confirmed by `epsilon` itself and at most 0.01% above the optimum.
+
+    Raises:
+        RecipeError: if an argument is out of range.
+        PrivacyError: if no noise multiplier up to 1e5 meets the budget.
+
+    >>> round(noise_multiplier(epsilon=8, delta=1e-3, sampling_prob=1.0, steps=50), 3)
+    3.394
+    """
+    if not 0 < epsilon < math.inf:
+        raise RecipeError(f"epsilon: got {epsilon}, expected a finite number above 0, for instance 8")
+    check_delta(delta)
+    _check_sampling_prob(sampling_prob)
+    if not steps >= 1 or steps != int(steps):
+        raise RecipeError(f"steps: got {steps}, expected a whole number >= 1")
+
+    def spent(noise: float) -> float:
+        return _epsilon((Phase(sampling_prob, noise, int(steps)),), delta)
+
+    # The central limit of the composition (Bu et al. 2020, "Gaussian DP") is a good first guess, and exact for q = 1.
+    mu = _gaussian_mu(epsilon, delta)
+    if sampling_prob == 1:
+        guess = math.sqrt(steps) / mu
+    else:
+        guess = 1 / math.sqrt(math.log1p((mu / sampling_prob) ** 2 / steps))
+    return _smallest(spent, epsilon, guess)
+
+
+def merge(phases: Iterable[Phase]) -> tuple[Phase, ...]:
+    """Joins phases of the same mechanism and drops those without a step: the order of steps costs nothing.
+
+    >>> merge([Phase(0.5, 1.0, 2), Phase(1.0, 3.0, 0), Phase(0.5, 1.0, 3)])
+    (Phase(sampling_prob=0.5, noise_multiplier=1.0, steps=5),)
+    """
+    steps: dict[tuple[float, float], int] = {}
+    for phase in phases:
+        key = (float(phase.sampling_prob), float(phase.noise_multiplier))
+        steps[key] = steps.get(key, 0) + int(phase.steps)
+    return tuple(sorted(Phase(q, z, t) for (q, z), t in steps.items() if t))
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(phases: tuple[Phase, ...], delta: float) -> float:
+    if any(p.noise_multiplier == 0 for p in phases):
+        return math.inf
+    phases = tuple(p for p in phases if p.noise_multiplier < math.inf)
+    full = [p for p in phases if p.sampling_prob == 1]
+    sampled = [p for p in phases if p.sampling_prob < 1]
+    # Gaussian mechanisms on everybody compose exactly into one: mu^2 = sum of steps / noise^2.
+    mu = math.sqrt(sum(p.steps / p.noise_multiplier**2 for p in full))
+    if not sampled:
+        return _gaussian_epsilon(mu, delta)
+    parts = [*sampled, Phase(1.0, 1 / mu, 1)] if mu > 0 else sampled
+    grid = _grid(parts)
+    total = None
+    for p in parts:
+        part = _step_losses(p.sampling_prob, p.noise_multiplier, grid).self_compose(p.steps)
+        total = part if total is None else total.compose(part, tail_mass_truncation=1e-15)
+    assert total is not None
+    return float(total.get_epsilon_for_delta(delta))
+
+
+def _grid(phases: list[Phase]) -> float:
+    """Returns a grid of losses that raises epsilon by about 0.01% at most.
+
+    Connect-the-dots moves each loss to the two nearest grid points, which adds at most grid^2/6 to the variance of a
+    step on average: with grid = 0.03 standard deviations of a step that is 1.5e-4 of the variance.
+    """
+    steps = sum(p.steps for p in phases)
+    variance = sum(p.steps * _loss_variance(p) for p in phases) / steps
+    # Very low noise has losses of the order of 1/noise^2: keep the number of grid points near a million.
+    widest = max((1 + 20 * p.noise_multiplier) / p.noise_multiplier**2 for p in phases)
+    return min(max(0.03 * math.sqrt(variance), 1e-8), max(1e-3, 1e-6 * widest))
+
+
+def _loss_variance(phase: Phase) -> float:
+    inverse = phase.noise_multiplier**-2
+    return min(phase.sampling_prob**2 * math.expm1(min(inverse, 100.0)), inverse)
+
+
+@lru_cache(maxsize=32)
+def _step_losses(sampling_prob: float, noise: float, grid: float) -> PrivacyLossDistribution:
+    from dp_accounting.pld import privacy_loss_distribution
+
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        noise, sampling_prob=sampling_prob, value_discretization_interval=grid, use_connect_dots=True
+    )
+
+
+def _gaussian_log_delta(mu: float, epsilon: float) -> float:
+    """Returns log delta of the Gaussian mechanism with sensitivity / noise = `mu` (Balle & Wang 2018, Theorem 8)."""
+    from scipy.special import log_ndtr
+
+    first = float(log_ndtr(mu / 2 - epsilon / mu))
+    second = epsilon + float(log_ndtr(-mu / 2 - epsilon / mu))
+    return first + math.log(-math.expm1(second - first)) if second < first else -math.inf
+
+
+def _gaussian_epsilon(mu: float, delta: float) -> float:
+    if mu == 0 or _gaussian_log_delta(mu, 0.0) <= math.log(delta):
+        return 0.0
+    return _bisect(lambda e: _gaussian_log_delta(mu, e) <= math.log(delta), 1.0)
+
+
+def _gaussian_mu(epsilon: float, delta: float) -> float:
+    """Returns the largest `mu` whose Gaussian mechanism is (epsilon, delta)-private."""
+    return 1 / _bisect(lambda noise: _gaussian_log_delta(1 / noise, epsilon) <= math.log(delta), 1.0)
+
+
+def _bisect(holds: Callable[[float], bool], high: float) -> float:
+    """Returns the smallest positive number, up to rounding, for which a monotone condition holds."""
+    while not holds(high):
+        high *= 2
+    low = high / 2
+    while holds(low) and low > 1e-12:
+        low, high = low / 2, low
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _smallest(spent: Callable[[float], float], target: float, guess: float) -> float:
+    """Returns the smallest noise with `spent(noise) <= target`, within 0.01%, by false position in log-log."""
+    least, most = NOISE_RANGE
+    low = high = min(max(guess, least), most)
+    at_low = at_high = spent(low)
+    while at_high > target:
+        if high >= most:
+            raise PrivacyError(
+                f"epsilon: even noise_multiplier {most:g} spends {at_high:.3g}, above {target:g}; "
+                "take fewer steps, a larger delta or a larger epsilon"
+            )
+        low, at_low, high = high, at_high, min(high * 1.1, most)
+        at_high = spent(high)
+    while at_low <= target:
+        if low <= least:
+            return low
+        high, at_high, low = low, at_low, max(low / 1.1, least)
+        at_low = spent(low)
+    while high / low > 1 + 1e-4:
+        middle = _between(low, high, at_low, at_high, target)
+        at = spent(middle)
+        if at > target:
+            low, at_low = middle, at
+        else:
+            high, at_high = middle, at
+    return high
+
+
+def _between(low: float, high: float, at_low: float, at_high: float, target: float) -> float:
+    """Returns the noise where the line through both ends meets `target`, kept a little inside the bracket."""
+    width = math.log(high / low)
+    share = 0.5 if at_high <= 0 or at_low == math.inf else math.log(at_low / target) / math.log(at_low / at_high)
+    edge = min(0.25, 4e-5 / width)  # a step past the root closes the bracket from the other side
+    share += edge if share < 0.5 else -edge
+    return low * math.exp(width * min(max(share, edge), 1 - edge))
+
+
+def check_delta(delta: float) -> None:
+    """Raises RecipeError unless `delta` is inside (0, 1)."""
+    if not 0 < delta < 1:
+        raise RecipeError(f"delta: got {delta}, expected a number inside (0, 1), below one over the number of units")
+
+
+def _check_sampling_prob(sampling_prob: float) -> None:
+    if not 0 < sampling_prob <= 1:
+        raise RecipeError(f"sampling_prob: got {sampling_prob}, expected a number inside (0, 1]; 1 means everybody")
