@@ -1,0 +1,185 @@
+"""A run folder becomes one HTML page that works offline, on a phone, on paper, by day and by night."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from fedpress.errors import RunError
+from fedpress.report import units
+from fedpress.report.figures import figures
+from fedpress.report.protection import protection
+from fedpress.report.reading import Json, Run, read_run
+from fedpress.report.table import progress_table, stage_table
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One big number of the headline."""
+
+    value: str
+    name: str
+    note: str = ""
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Draws the run folder `run` as one HTML file at `out` (default: `report.html` in the folder) and returns its path.
+
+    The file appears whole or not at all.
+
+    Raises:
+        RunError: if `run` is no run folder or damaged, or `out` cannot be written.
+    """
+    page = render(read_run(run))
+    target = Path(out) if out is not None else Path(run) / "report.html"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole(target, page)
+    except OSError as error:
+        raise RunError(
+            f"{target}: the report cannot be written ({error.strerror}); free space or choose another place"
+        ) from error
+    return target
+
+
+def _write_whole(target: Path, text: str) -> None:
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # a temporary file is private; a report is to be shown
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def render(run: Run) -> str:
+    """Returns the page for a run that was read."""
+    shown = figures(run)
+    scripts = [_plotly(), (HERE / "draw.js").read_text(encoding="utf-8")] if shown else []
+    stages = run.stages
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("template.html.j2").render(
+        run=run,
+        path_of_stages=[str(s.get("name") or s.get("kind") or "?") for s in stages],
+        facts=_facts(run),
+        tiles=tiles(stages),
+        protections=[protection(s) for s in stages if s.get("kind") == "federate"],
+        table=stage_table(run.result) if stages else None,
+        progress=None if run.finished else progress_table(run.records),
+        figures=[asdict(figure) for figure in shown],
+        scripts=[Markup(script) for script in scripts],  # ours and plotly's; what comes from the folder is escaped
+        hashes=[_hash(script) for script in scripts],
+        details=details(run),
+    )
+
+
+def tiles(stages: list[Json]) -> list[Tile]:
+    """Returns the numbers a reader looks for first; each is the last known one, beside that of the first stage."""
+    known = {key: [x for x in (units.number(s.get(key)) for s in stages) if x is not None] for key in _KEYS}
+    found = []
+    if accuracy := known["accuracy"]:
+        change = units.points(accuracy[-1], accuracy[0])
+        found.append(
+            Tile(
+                units.percent(accuracy[-1]),
+                "test accuracy",
+                f"{change} points against the first stage" if len(accuracy) > 1 else "",
+            )
+        )
+    for key, name, form in (
+        ("parameters", "parameters", _count),
+        ("file_bytes", "file size", _bytes),
+        ("latency_ms", "latency", units.milliseconds),
+    ):
+        if numbers := known[key]:
+            share = f"{units.percent(numbers[-1] / numbers[0], 1)} of " if numbers[0] else "from "
+            found.append(
+                Tile(form(numbers[-1]), name, f"{share}{form(numbers[0])}" if numbers[-1] != numbers[0] else "")
+            )
+    federated = [s for s in stages if s.get("kind") == "federate"]
+    for stage in federated[-1:]:
+        private = units.number(stage.get("epsilon")) is not None
+        note = (
+            f"at δ = {units.small(stage.get('delta'))}, per {stage.get('unit')}"
+            if private
+            else "no differential privacy"
+        )
+        found.append(Tile(units.epsilon(stage.get("epsilon")) if private else "none", "privacy spent, ε", note))
+    if sent := known["bytes_up"] + known["bytes_down"]:
+        up, down = _bytes(sum(known["bytes_up"])), _bytes(sum(known["bytes_down"]))
+        found.append(Tile(_bytes(sum(sent)), "sent", f"{up} up, {down} down"))
+    return found
+
+
+_KEYS = ("accuracy", "parameters", "file_bytes", "latency_ms", "bytes_up", "bytes_down")
+
+
+def _count(value: Any) -> str:
+    return units.count(value)
+
+
+def _bytes(value: Any) -> str:
+    return units.count(value, "B")
+
+
+def _facts(run: Run) -> list[str]:
+    """The line under the title: how long, which seed, which version and commit."""
+    facts = [units.seconds(run.result["seconds"])] if units.number(run.result.get("seconds")) is not None else []
+    seed = run.result.get("seed", run.settings.get("seed"))
+    version = run.result.get("version", run.environment.get("fedpress"))
+    commit = run.environment.get("commit")
+    facts += [f"seed {seed}"] if seed is not None else []
+    facts += [f"fedpress {version}"] if version else []
+    return facts + ([f"commit {str(commit)[:10]}"] if commit else [])
+
+
+def details(run: Run) -> list[tuple[str, list[tuple[str, str]], str]]:
+    """Returns what can be unfolded: a title, rows of name and value, and a text as it is."""
+    found = [
+        ("Recipe as given", [], run.recipe),
+        ("Settings as resolved", _rows(run.settings), ""),
+        ("Environment and command", _rows(run.environment), ""),
+        ("Privacy ledger", _rows(run.ledger), ""),
+    ]
+    return [entry for entry in found if entry[1] or entry[2]]
+
+
+def _rows(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Flattens nested tables to rows like `stage.2.num_rounds`, the way overrides are written."""
+    if isinstance(value, dict | list) and value and not _short(value):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return [row for key, item in items for row in _rows(item, f"{name}.{key}" if name else str(key))]
+    return [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))] if name else []
+
+
+def _short(value: Any) -> bool:
+    """Whether a list can stand in one line."""
+    return isinstance(value, list) and not any(isinstance(item, dict | list) for item in value)
+
+
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs  # costs a second to import: only when a report is drawn
+
+    return str(get_plotlyjs())
+
+
+def _hash(script: str) -> str:
+    """The script's name in the page's content security policy: no other script may run, and nothing may be loaded."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

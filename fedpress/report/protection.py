@@ -1,0 +1,123 @@
+"""Says in words what a run protects, from whom, whom one must trust, and what is not protected."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fedpress.report import units
+from fedpress.report.reading import Json
+
+
+@dataclass(frozen=True)
+class Protection:
+    """The answers to a reader's questions about one federated stage."""
+
+    title: str
+    summary: str
+    protected: list[str]
+    trusted: list[str]
+    unprotected: list[str]
+
+
+NOT_HIDDEN = [
+    "The public part of the data, on which the network was trained before: nothing about it is protected.",
+    "Validation and test sets: they are public, choose settings and measure accuracy, without any noise.",
+    "Who the clients are, how many examples each of them has and how many bytes it sends is not hidden.",
+    "Accuracies and losses per client in this folder: they are exact numbers, which ε does not cover.",
+]
+SEED = (
+    "Whoever knows the seed. So that a run can be repeated, its noise follows from the seed, and with the seed it can"
+    " be taken away again: with truly private data keep the seed, and this page, to yourself."
+)
+
+
+def protection(stage: Json) -> Protection:
+    """Returns what a federated `stage` of `result.json` promises, by its `unit`, `epsilon` and `delta`."""
+    title = str(stage.get("name") or stage.get("kind"))
+    if units.number(stage.get("epsilon")) is None:
+        return _without_privacy(title)
+    if stage.get("unit") == "sample":
+        return _sample(title, stage)
+    if stage.get("unit") == "client":
+        return _client(title, stage)
+    return Protection(
+        title=title,
+        summary=f"{_budget(stage)} was spent for the unit “{stage.get('unit')}”, which this version has no words for.",
+        protected=[],
+        trusted=[SEED],
+        unprotected=NOT_HIDDEN,
+    )
+
+
+def _budget(stage: Json) -> str:
+    return f"ε = {units.epsilon(stage.get('epsilon'))} at δ = {units.small(stage.get('delta'))}"
+
+
+def _odds(stage: Json, what: str) -> str:
+    """The definition of differential privacy, with this run's numbers."""
+    epsilon = units.number(stage.get("epsilon")) or 0.0
+    factor = (
+        f"{math.exp(epsilon):,.2f}"
+        if epsilon < 3
+        else f"{math.exp(epsilon):,.0f}"
+        if epsilon < 14
+        else f"e^{epsilon:.0f}"
+    )
+    return (
+        f"{what} makes any conclusion from it at most {factor} times (e^ε) likelier or less likely, up to a failure"
+        f" probability of δ = {units.small(stage.get('delta'))}. That is the worst case; smaller ε is stronger."
+    )
+
+
+def _sample(title: str, stage: Json) -> Protection:
+    return Protection(
+        title=title,
+        summary=f"Every private example is protected with {_budget(stage)}, against the server and everybody else.",
+        protected=[
+            "Each example of each client: gradients are clipped per example and noise is added inside the client, so"
+            " the updates that the server sees are covered, and with them every network that is made of them.",
+            _odds(stage, "Adding or removing one example"),
+        ],
+        trusted=["Each client's own software, which clips and adds the noise before anything leaves the client.", SEED],
+        unprotected=[
+            "Persons and clients as a whole: k examples of one person together have about k times the ε.",
+            "Updates were summed without a secure sum: the server sees each client's noisy update by itself.",
+            *NOT_HIDDEN,
+        ],
+    )
+
+
+def _client(title: str, stage: Json) -> Protection:
+    return Protection(
+        title=title,
+        summary=f"Each client as a whole is protected with {_budget(stage)}, against everybody except the server.",
+        protected=[
+            "All data of a client together: its update is clipped and noise is added to the sum, so that other clients"
+            " and users of the network learn little about any one client.",
+            _odds(stage, "Adding or removing one client"),
+        ],
+        trusted=[
+            "The server. It sees every client's update without noise (no secure sum was used), adds the noise, and must"
+            " not keep or show what came in.",
+            "Secret cohorts: ε counts on it that only the server knows which clients took part in which round.",
+            SEED,
+        ],
+        unprotected=["Nothing is hidden from the server: a client's update can reveal its examples.", *NOT_HIDDEN],
+    )
+
+
+def _without_privacy(title: str) -> Protection:
+    return Protection(
+        title=title,
+        summary="No differential privacy: raw data stays with the clients, but what updates give away has no bound.",
+        protected=[],
+        trusted=[
+            "The server, which sees every client's update as it is.",
+            "Everybody who gets the network: it may remember examples.",
+        ],
+        unprotected=[
+            "Private examples: they can in part be rebuilt from updates, and traced in the final network.",
+            *NOT_HIDDEN,
+        ],
+    )

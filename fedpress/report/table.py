@@ -1,0 +1,111 @@
+"""The table of the end: a line per stage, the same for the terminal and for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from fedpress.report import units
+from fedpress.report.reading import Json, records_by_stage, stages_of
+
+
+@dataclass(frozen=True)
+class Table:
+    """A header and rows of text, all of one length; the first column holds names, the others numbers."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+
+def stage_table(result: Json) -> Table:
+    """Returns a row per stage of a `result.json`; a column that no stage fills is left out.
+
+    Accuracy stands with its change in percentage points, and parameters with their share, against the first stage.
+    """
+    stages = stages_of(result)
+    columns = [[title, *(cell(stage, stages) for stage in stages)] for title, cell in COLUMNS]
+    kept = [column for column in columns if column[0] == "Stage" or set(column[1:]) - {units.DASH}]
+    return Table(
+        header=[column[0] for column in kept], rows=[list(row) for row in zip(*(c[1:] for c in kept), strict=True)]
+    )
+
+
+def progress_table(records: list[Json]) -> Table:
+    """Returns a row per stage that has left records: how far it came; for a run that has no result yet."""
+    rows = []
+    for steps in records_by_stage(records):
+        last = steps[-1]
+        done = last.get("round", last.get("epoch"))
+        planned = last.get("num_rounds", last.get("epochs"))
+        word = "round" if "round" in last else "epoch"
+        far = units.DASH if done is None else f"{word} {done}" + ("" if planned is None else f" of {planned}")
+        accuracy = last.get("accuracy", last.get("accuracy_restored"))
+        seconds = [units.number(step.get("seconds")) for step in steps]
+        spent = sum(s for s in seconds if s is not None) if any(s is not None for s in seconds) else None
+        rows.append(
+            [_name(last), far, units.percent(accuracy), units.epsilon(last.get("epsilon")), units.seconds(spent)]
+        )
+    return Table(header=["Stage", "Came to", "Validation accuracy", "ε", "Time"], rows=rows)
+
+
+def rich_table(result: Json) -> RichTable:
+    """Returns `stage_table` for a terminal."""
+    table = stage_table(result)
+    shown = RichTable(box=None, header_style="bold", pad_edge=False, collapse_padding=True)  # fits 80 columns
+    for title in table.header:
+        wraps = title in ("Stage", "Accuracy", "Params")  # a number and its bracket may stand in two lines
+        shown.add_column(title, justify="left" if title == "Stage" else "right", no_wrap=not wraps)
+    for row in table.rows:
+        shown.add_row(*(Text(cell) for cell in row))  # Text: a name with [brackets] is no markup
+    return shown
+
+
+def _name(stage: Json) -> str:
+    return str(stage.get("name") or stage.get("kind") or "?")
+
+
+def _first(stages: list[Json], key: str) -> float | None:
+    """The value of the first stage that has one."""
+    return next((x for x in (units.number(stage.get(key)) for stage in stages) if x is not None), None)
+
+
+def _accuracy(stage: Json, stages: list[Json]) -> str:
+    change = units.points(stage.get("accuracy"), _first(stages, "accuracy"))
+    return units.percent(stage.get("accuracy")) + (f" ({change})" if change and stage is not stages[0] else "")
+
+
+def _parameters(stage: Json, stages: list[Json]) -> str:
+    own, first = units.number(stage.get("parameters")), _first(stages, "parameters")
+    share = f" ({units.percent(own / first, 1)})" if own and first and own != first else ""
+    return units.count(own) + share
+
+
+def _epsilon(stage: Json, stages: list[Json]) -> str:
+    private = units.epsilon(stage.get("epsilon"))
+    return "none" if private == units.DASH and stage.get("kind") == "federate" else private
+
+
+def _plain(key: str, form: Callable[[Any], str]) -> Callable[[Json, list[Json]], str]:
+    return lambda stage, stages: form(stage.get(key))
+
+
+def _bytes(value: Any) -> str:
+    return units.count(value, "B")
+
+
+COLUMNS: tuple[tuple[str, Callable[[Json, list[Json]], str]], ...] = (
+    ("Stage", lambda stage, stages: _name(stage)),
+    ("Accuracy", _accuracy),
+    ("Params", _parameters),
+    ("MACs", _plain("macs", units.count)),
+    ("Size", _plain("file_bytes", _bytes)),
+    ("Latency", _plain("latency_ms", units.milliseconds)),
+    ("Up", _plain("bytes_up", _bytes)),
+    ("Down", _plain("bytes_down", _bytes)),
+    ("ε", _epsilon),
+    ("Time", _plain("seconds", units.seconds)),
+)

@@ -1,0 +1,104 @@
+"""Numbers as people read them: 3.35 M, 168 MMAC, 13.4 MB, 3.7 ms, 1 h 32 min; what is missing is a dash."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+DASH = "–"
+PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def number(value: Any) -> float | None:
+    """Returns `value` as a finite float, or None if it is something else (missing, text, NaN, infinite)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def count(value: Any, unit: str = "") -> str:
+    """Returns a count with three digits and a decimal prefix before `unit`.
+
+    >>> count(11_173_962), count(168_000_000, "MAC"), count(13_400_000, "B"), count(640, "B"), count(None)
+    ('11.2 M', '168 MMAC', '13.4 MB', '640 B', '–')
+    """
+    x = number(value)
+    if x is None:
+        return DASH
+    for size, prefix in PREFIXES:
+        if abs(x) >= size * 0.9995:  # 999.7 k reads as 1.00 M
+            return f"{_three_digits(x / size)} {prefix}{unit}"
+    return f"{x:.0f} {unit}".rstrip()
+
+
+def _three_digits(x: float) -> str:
+    return f"{x:.2f}" if abs(x) < 9.995 else f"{x:.1f}" if abs(x) < 99.95 else f"{x:.0f}"
+
+
+def percent(value: Any, digits: int = 2) -> str:
+    """Returns a fraction as percent.
+
+    >>> percent(0.9241), percent(0.3, 1)
+    ('92.41%', '30.0%')
+    """
+    x = number(value)
+    return DASH if x is None else f"{100 * x:.{digits}f}%"
+
+
+def points(value: Any, reference: Any) -> str:
+    """Returns the change of a fraction against a `reference`, in percentage points with its sign.
+
+    >>> points(0.9241, 0.9253), points(0.9, 0.8), points(0.9, None)
+    ('-0.12', '+10.00', '')
+    """
+    x, r = number(value), number(reference)
+    return "" if x is None or r is None else f"{100 * (x - r):+.2f}"
+
+
+def milliseconds(value: Any) -> str:
+    """Returns a latency.
+
+    >>> milliseconds(3.71), milliseconds(0.4234), milliseconds(12.94), milliseconds(128.3)
+    ('3.7 ms', '0.42 ms', '12.9 ms', '128 ms')
+    """
+    x = number(value)
+    if x is None:
+        return DASH
+    return f"{x:.2f} ms" if x < 0.995 else f"{x:.1f} ms" if x < 99.95 else f"{x:.0f} ms"
+
+
+def seconds(value: Any) -> str:
+    """Returns a time span to about three digits.
+
+    >>> seconds(0.42), seconds(54.2), seconds(150), seconds(750), seconds(5_540)
+    ('0.4 s', '54 s', '2 min 30 s', '13 min', '1 h 32 min')
+    """
+    x = number(value)
+    if x is None:
+        return DASH
+    if x < 59.5:
+        return f"{x:.1f} s" if x < 9.95 else f"{x:.0f} s"
+    if round(x) < 600:
+        return f"{round(x) // 60} min {round(x) % 60} s"
+    minutes = int(x / 60 + 0.5)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def epsilon(value: Any) -> str:
+    """Returns an epsilon rounded up, for a promise must not look stronger than it is.
+
+    >>> epsilon(7.981), epsilon(8.0), epsilon(None)
+    ('7.99', '8.00', '–')
+    """
+    x = number(value)
+    return DASH if x is None else f"{math.ceil(x * 100 - 1e-6) / 100:.2f}"
+
+
+def small(value: Any) -> str:
+    """Returns a small probability or a setting.
+
+    >>> small(1e-5), small(0.5)
+    ('1e-5', '0.5')
+    """
+    x = number(value)
+    return DASH if x is None else f"{x:g}".replace("e-0", "e-")
