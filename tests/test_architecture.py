@@ -1,0 +1,175 @@
+"""The house stays as it is drawn: floors, no import cycles, a true tree in the README, nothing tied to one machine."""
+
+import ast
+import re
+import subprocess
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fedpress"
+FLOORS = {
+    5: ["cli", "__main__", "report"],
+    4: ["stages", "recipe", "recipes", "run", "state", "folder"],
+    3: ["transport"],
+    2: ["federate"],
+    1: ["models", "data", "training", "compress", "privacy", "secure", "wire", "deploy"],
+    0: ["__init__", "errors", "tree", "seeds", "arrays"],
+}
+FLOOR_OF = {place: floor for floor, places in FLOORS.items() for place in places}
+MACHINE_PATH = re.compile(rb"(?<![\w.~-])/(work|root|home/\w+)/")
+
+
+def modules() -> dict[str, Path]:
+    """Returns every module of the package by its dotted name; a package is named `x.__init__`."""
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if "__pycache__" not in path.parts
+    }
+
+
+MODULES = modules()
+
+
+def resolve(name: str) -> str | None:
+    """Maps `fedpress.wire.packing` to the module `wire.packing`, a package to its `__init__`, the rest to None."""
+    if name == "fedpress":
+        return "__init__"
+    inner = name.removeprefix("fedpress.")
+    return next((known for known in (inner, f"{inner}.__init__") if name != inner and known in MODULES), None)
+
+
+def imported(source: str, module: str) -> set[str]:
+    """Returns the modules of the package that `source` (the text of `module`) imports, anywhere in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {resolve(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            here = ["fedpress", *module.split(".")]
+            start = ".".join([*here[: len(here) - node.level], *([node.module] if node.module else [])])
+            base = start if node.level else node.module or ""
+            found |= {resolve(f"{base}.{alias.name}") or resolve(base) for alias in node.names}
+    return {name for name in found if name}
+
+
+def may_import(here: str, there: str) -> bool:
+    """Says whether a file in the place `here` may import from the place `there`."""
+    if here == there:
+        return True
+    if FLOOR_OF[here] == FLOOR_OF[there]:
+        return FLOOR_OF[here] != 1
+    return FLOOR_OF[there] < FLOOR_OF[here]
+
+
+def place(module: str) -> str:
+    """Returns the folder or file on a floor that holds `module`; training and its augmentation are one."""
+    first = module.split(".")[0]
+    return "training" if first == "augment" else first
+
+
+GRAPH = {module: imported(path.read_text("utf-8"), module) for module, path in MODULES.items()}
+
+
+def test_every_file_has_a_floor():
+    homeless = sorted({place(module) for module in MODULES} - FLOOR_OF.keys())
+    assert not homeless, f"give {homeless} a floor in FLOORS, in docs/architecture.md and in the README"
+
+
+def test_files_import_only_from_floors_below():
+    pairs = [(m, n) for m, names in GRAPH.items() for n in names if {place(m), place(n)} <= FLOOR_OF.keys()]
+    wrong = [f"{m} imports {n}" for m, n in pairs if not may_import(place(m), place(n))]
+    assert not wrong, "not a floor below: " + "; ".join(sorted(wrong))
+
+
+def test_there_are_no_import_cycles():
+    try:
+        TopologicalSorter(GRAPH).prepare()
+    except CycleError as error:
+        pytest.fail("import cycle: " + " <- ".join(error.args[1]))
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "allowed"),
+    [
+        ("cli", "report", True),
+        ("stages", "models", True),
+        ("tree", "errors", True),
+        ("wire", "wire", True),
+        ("wire", "models", False),
+        ("training", "data", False),
+        ("errors", "wire", False),
+        ("federate", "stages", False),
+    ],
+)
+def test_the_rule_of_floors_itself(here, there, allowed):
+    assert may_import(here, there) is allowed
+
+
+def test_imports_are_found_in_every_form():
+    source = """
+import fedpress.errors, numpy
+from fedpress import tree, __version__
+def late():
+    from . import runtime
+    from .onnx import require
+    from ..seeds import derive
+"""
+    found = imported(source, "deploy.somewhere")
+    assert found == {"errors", "tree", "__init__", "deploy.runtime", "deploy.onnx", "seeds"}
+
+
+def drawn() -> dict[Path, set[str]]:
+    """Reads the README's tree: every folder that is drawn open, with the names drawn in it."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    block = re.search(r"^## The house\n.*?^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert block, "the README needs a fenced tree of fedpress/ under the heading '## The house'"
+    folders: dict[Path, set[str]] = {}
+    above: list[tuple[int, Path]] = [(-1, ROOT)]
+    for line in block[1].splitlines():
+        found = re.match(r"([\s│├└─|`+-]*)([\w.-][\w./-]*)", line)
+        if not found:
+            continue
+        depth = len(found[1])
+        while above[-1][0] >= depth:
+            above.pop()
+        folder = above[-1][1]
+        folders.setdefault(folder, set()).add(found[2].rstrip("/"))
+        above.append((depth, folder / found[2]))
+    return folders
+
+
+def holds_files(path: Path) -> bool:
+    """Says whether `path` is a folder with more in it than Python's own cache; git knows no empty folders."""
+    return path.is_dir() and path.name != "__pycache__" and any(p.name != "__pycache__" for p in path.iterdir())
+
+
+def test_the_tree_in_the_readme_is_the_real_one():
+    folders = drawn()
+    assert PACKAGE in folders, "the tree in the README must show what is in fedpress/"
+    for folder, names in folders.items():
+        missing = sorted(name for name in names if not (folder / name).exists())
+        assert not missing, f"the README draws {missing} in {folder.relative_to(ROOT)}/, but they are not there"
+        if PACKAGE in (folder, *folder.parents):
+            real = {path.name for path in folder.iterdir() if path.suffix == ".py" or holds_files(path)}
+            undrawn = sorted(real - names - {"__init__.py"})
+            assert not undrawn, f"the README does not draw {undrawn} in {folder.relative_to(ROOT)}/"
+
+
+def test_no_tracked_file_names_a_path_of_the_machine_it_was_written_on():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / name.decode() for name in listed.stdout.split(b"\0") if name]
+    found = {
+        str(p.relative_to(ROOT)): m[0] for p in paths if p.is_file() and (m := MACHINE_PATH.search(p.read_bytes()))
+    }
+    assert not found, f"write these paths relative to the repository: {found}"
+
+
+@pytest.mark.parametrize(("text", "found"), [(b"see /root/x", True), (b"'/work/x'", True), (b"frame/root/x", False)])
+def test_paths_of_the_machine_are_recognised(text, found):
+    assert bool(MACHINE_PATH.search(text)) is found
