@@ -1,0 +1,150 @@
+"""What a client does with the model on its own examples: plain SGD (with FedProx's pull), or private SGD."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from fedpress.arrays import Arrays
+from fedpress.errors import RecipeError, TrainingError
+from fedpress.federate.transforms import Key
+from fedpress.privacy.plan import PrivacyPlan
+from fedpress.privacy.sgd import private_steps
+from fedpress.training import Precision, autocast, memory_format
+from fedpress.tree import trainable
+from fedpress.wire.message import JSON
+
+Prepare: TypeAlias = "Callable[[Tensor, torch.Generator], Tensor]"
+
+
+class LocalSettings(BaseModel):
+    """How a client trains in one round; under sample privacy the plan's steps take the place of `epochs`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    lr: float = Field(default=0.05, gt=0)
+    lr_decay: float = Field(default=1.0, gt=0, le=1, description="factor on lr after every round")
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    proximal_mu: float = Field(
+        default=0.0, ge=0, description="FedProx: strength of the pull back to the server's model"
+    )
+    precision: Precision = "float32"
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One client's work in one round: its examples, the settings, and the key from which all its randomness comes.
+
+    `prepare(x, generator)` turns raw examples [k, ...] into the network's input, each by itself; `plan` is this
+    client's own under unit "sample".
+    """
+
+    arrays: Arrays
+    settings: LocalSettings
+    key: Key
+    prepare: Prepare
+    plan: PrivacyPlan | None = None
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of this round."""
+        return self.settings.lr * self.settings.lr_decay ** (self.key.round - 1)
+
+
+class LocalUpdate(Protocol):
+    """Trains in place; measures what it can without looking at who may see it."""
+
+    def __call__(self, model: nn.Module, task: Task) -> dict[str, JSON]:
+        """Changes the parameters of `model` and returns measures: `steps`, and `loss` where it may be known."""
+        ...
+
+
+def sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
+    """Runs epochs of SGD over shuffled batches; with `proximal_mu` it is FedProx (Li et al. 2020, arXiv:1812.06127).
+
+    Raises:
+        TrainingError: if the loss is not finite.
+    """
+    s, params, shuffle, chance = task.settings, trainable(model), task.key.own("shuffle"), task.key.own("prepare")
+    optimizer = torch.optim.SGD(params, task.lr, s.momentum, weight_decay=s.weight_decay)
+    anchor = [p.detach().clone() for p in params] if s.proximal_mu else []
+    total, steps = torch.zeros((), dtype=torch.float64), 0
+    for _ in range(s.epochs):
+        for index in torch.randperm(len(task.arrays), generator=shuffle).split(s.batch_size):
+            loss = _loss(model, task, task.arrays.take(index), chance)
+            optimizer.zero_grad()
+            loss.backward()
+            for p, start in zip(params, anchor, strict=False):  # no anchor, no pull
+                if p.grad is not None:
+                    p.grad.add_(p.detach() - start, alpha=s.proximal_mu)
+            optimizer.step()
+            total, steps = total + loss.detach().double().cpu(), steps + 1
+    if not torch.isfinite(total):
+        raise TrainingError(
+            f"local update: the loss is not finite in round {task.key.round}; lower federate.lr (now {task.lr:g})"
+        )
+    return {"loss": float(total) / steps, "steps": steps}
+
+
+def _loss(model: nn.Module, task: Task, batch: Arrays, chance: torch.Generator) -> Tensor:
+    at = next(model.parameters()).device
+    x = task.prepare(batch.x.to(at), chance)
+    with autocast(model, task.settings.precision):
+        logits = model(x.contiguous(memory_format=memory_format(x)))
+    return F.cross_entropy(logits.float(), batch.y.to(at))
+
+
+def private_sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
+    """Takes the noised steps of the task's plan (DP-SGD) and measures nothing but their planned number.
+
+    Raises:
+        RecipeError: if there is no plan of unit "sample", or a setting that private steps do not know.
+    """
+    plan = check_private(task.settings, task.plan)
+    at, chance = next(model.parameters()).device, task.key.own("prepare")
+
+    def loss_fn(outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.float(), labels)
+
+    def prepare(x: Tensor) -> Tensor:
+        x = task.prepare(x, chance)
+        return x.contiguous(memory_format=memory_format(x))
+
+    steps = private_steps(
+        model,
+        loss_fn,
+        task.arrays.x.to(at),
+        task.arrays.y.to(at),
+        plan=plan,
+        steps=plan.steps_per_round,
+        lr=task.lr,
+        momentum=task.settings.momentum,
+        generator=task.key.own("private"),
+        prepare=prepare,
+    )
+    with autocast(model, task.settings.precision):
+        for _ in steps:  # what a step records is not noised: it ends here
+            pass
+    return {"steps": plan.steps_per_round}
+
+
+def check_private(settings: LocalSettings, plan: PrivacyPlan | None) -> PrivacyPlan:
+    """Returns `plan`; RecipeError unless `settings` can run as private steps under it."""
+    if plan is None or plan.unit != "sample":
+        raise RecipeError("federate.privacy: private_sgd needs a plan of unit 'sample'; give one or use sgd")
+    for name in ("proximal_mu", "weight_decay"):
+        if getattr(settings, name):
+            raise RecipeError(f"federate.{name}: not offered with sample privacy; set it to 0")
+    return plan
+
+
+LOCAL_UPDATES: dict[str, LocalUpdate] = {"sgd": sgd, "private_sgd": private_sgd}
