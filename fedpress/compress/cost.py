@@ -1,0 +1,83 @@
+"""What a model costs: parameters, multiply-adds, bytes and milliseconds, counted or measured on the model itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedpress.compress.graph import Example, inputs
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds per call: the median, and the distance between the quartiles."""
+
+    median_ms: float
+    spread_ms: float
+
+
+def parameters(model: nn.Module) -> int:
+    """Counts parameters, shared ones once.
+
+    >>> parameters(nn.Linear(3, 2))
+    8
+    """
+    return sum(p.numel() for p in model.parameters())
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Counts the bytes of all parameters and saved buffers, shared ones once.
+
+    >>> state_bytes(nn.Linear(3, 2))
+    32
+    """
+    unique = {t.data_ptr(): t for t in model.state_dict().values()}
+    return sum(t.numel() * t.element_size() for t in unique.values())
+
+
+@torch.no_grad()
+def macs(model: nn.Module, example: Example) -> int:
+    """Counts the multiply-adds of convolutions and matrix products for `example` as given (batch 1: per example).
+
+    Counted by torch's FlopCounterMode on the operations that really run, at two FLOPs per multiply-add.
+
+    >>> macs(nn.Linear(3, 2), torch.zeros(1, 3))
+    6
+    """
+    modes = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        with FlopCounterMode(display=False) as counter:
+            model(*inputs(example))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+def latency(model: nn.Module, example: Example, *, repeats: int = 30, warmup: int = 5) -> Latency:
+    """Times `model` on one example (the first of `example`), in eager torch on one thread.
+
+    The number of threads and the model's modes are put back.
+    """
+    one = tuple(x[:1] for x in inputs(example))
+    modes, threads = {m: m.training for m in model.modules()}, torch.get_num_threads()
+    times = []
+    try:
+        model.eval()
+        torch.set_num_threads(1)
+        for _ in range(warmup + repeats):
+            start = perf_counter()
+            model(*one)
+            times.append(1e3 * (perf_counter() - start))
+    finally:
+        torch.set_num_threads(threads)
+        for module, mode in modes.items():
+            module.training = mode
+    low, median, high = torch.tensor(times[warmup:]).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    return Latency(median, high - low)

@@ -1,0 +1,186 @@
+"""Which channels stay: scores become a plan that meets a share of the parameters, with rounded widths."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from math import ceil, gcd
+from typing import Literal
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from fedpress.compress.graph import ChannelGraph, Layer
+from fedpress.compress.scores import tensors_of
+from fedpress.errors import ModelError, RecipeError
+
+
+class LayerChange(BaseModel, frozen=True):
+    """The width of one layer before and after."""
+
+    name: str
+    before: int
+    after: int
+
+
+class PruningPlan(BaseModel, frozen=True):
+    """The indices to keep, tensor name -> axis -> indices; plain numbers, so a plan travels as JSON."""
+
+    keep: dict[str, dict[int, tuple[int, ...]]]
+    layers: tuple[LayerChange, ...]
+    whole: dict[str, str]  # modules whose channels all stay, and why
+    parameters_before: int
+    parameters_after: int
+
+
+def plan(
+    model: nn.Module,
+    graph: ChannelGraph,
+    scores: Sequence[Tensor],
+    *,
+    keep_params: float = 0.30,
+    round_to: int = 8,
+    scope: Literal["global", "layer"] = "global",
+    min_keep: float = 0.1,
+    tolerance: float = 0.005,
+) -> PruningPlan:
+    """Chooses the channels to keep so that `keep_params` of all parameters stay, counted exactly.
+
+    One threshold is searched for all layers; every width goes to the nearest multiple of `round_to`, and then single
+    steps in the layers that bring the count nearest correct what rounding did.
+
+    Args:
+        model: the traced model.
+        graph: its channels.
+        scores: one vector [channels] per layer of `graph`; low ones go first.
+        keep_params: share of the parameters to keep, in (0, 1].
+        round_to: widths become multiples of this; a layer that is not wider stays whole.
+        scope: "global" orders all channels together; "layer" takes the same share of each layer.
+        min_keep: smallest share of a layer that stays.
+        tolerance: largest difference between the wanted and the reached share.
+
+    Raises:
+        RecipeError: if a setting is out of range or the share cannot be met.
+        ModelError: if no channel of the model can be removed.
+    """
+    _check(graph, keep_params, round_to, min_keep, scope)
+    total, target = graph.parameters([layer.channels for layer in graph.layers]), 0.0
+    target = keep_params * total
+    allowed = [allowed_widths(layer, round_to, min_keep) for layer in graph.layers]
+    order = [_ranks(s) for s in scores] if scope == "layer" else list(scores)
+    kept = _threshold(graph, order, allowed, target)
+    kept = _correct(graph, kept, allowed, target, enough=tolerance * total / 5)
+    reached = graph.parameters(kept)
+    if abs(reached - target) > tolerance * total:
+        raise _unreachable(graph, allowed, keep_params, reached / total, total)
+    return make_plan(model, graph, scores, kept)
+
+
+def allowed_widths(layer: Layer, round_to: int, min_keep: float) -> list[int]:
+    """Returns the numbers of channels, rising, that a layer may keep: whole, or a rounded width.
+
+    The whole width is always among them, so a width of 12 may stay 12 or become 8.
+    """
+    step = round_to // gcd(round_to, layer.unit)
+    least = max(1, ceil(min_keep * layer.channels))
+    return sorted({n for n in range(step, layer.channels, step) if n >= least} | {layer.channels})
+
+
+def make_plan(model: nn.Module, graph: ChannelGraph, scores: Sequence[Tensor], kept: Sequence[int]) -> PruningPlan:
+    """Keeps the `kept[i]` highest scores of layer i; of equal scores the first channel stays."""
+    sizes = {name: tensor.shape for name, tensor in tensors_of(model).items()}
+    stays: dict[str, dict[int, Tensor]] = {}
+    for layer, values, n in zip(graph.layers, scores, kept, strict=True):
+        gone = values.argsort(descending=True, stable=True)[n:]
+        for s in layer.slices if len(gone) else ():
+            axes = stays.setdefault(s.tensor, {})
+            axes.setdefault(s.axis, torch.ones(sizes[s.tensor][s.axis], dtype=torch.bool))[s.index[gone].flatten()] = (
+                False
+            )
+    return PruningPlan(
+        keep={t: {a: tuple(m.nonzero().flatten().tolist()) for a, m in axes.items()} for t, axes in stays.items()},
+        layers=tuple(
+            LayerChange(name=layer.name, before=layer.channels * layer.unit, after=n * layer.unit)
+            for layer, n in zip(graph.layers, kept, strict=True)
+        ),
+        whole=dict(graph.whole),
+        parameters_before=graph.parameters([layer.channels for layer in graph.layers]),
+        parameters_after=graph.parameters(kept),
+    )
+
+
+def _check(graph: ChannelGraph, keep_params: float, round_to: int, min_keep: float, scope: str) -> None:
+    if not 0 < keep_params <= 1:
+        raise RecipeError(f"prune.keep_params: got {keep_params}, expected a share above 0 and at most 1; try 0.3")
+    if round_to < 1:
+        raise RecipeError(f"prune.round_to: got {round_to}, expected a whole number of at least 1; try 8")
+    if not 0 <= min_keep <= 1:
+        raise RecipeError(f"prune.min_keep: got {min_keep}, expected a share between 0 and 1; try 0.1")
+    if scope not in ("global", "layer"):
+        raise RecipeError(f"prune.scope: got '{scope}', expected 'global' or 'layer'")
+    if not graph.layers:
+        reasons = "; ".join(f"'{name}': {why}" for name, why in list(graph.whole.items())[:3]) or "it has no layers"
+        raise ModelError(f"no channel of this model can be removed ({reasons}); change these modules or do not prune")
+
+
+def _threshold(graph: ChannelGraph, order: Sequence[Tensor], allowed: Sequence[list[int]], target: float) -> list[int]:
+    """Searches the threshold over all layers whose rounded widths hold the number of parameters nearest to `target`."""
+    rising = [values.sort().values for values in order]
+    cuts = [-float("inf"), *torch.cat(rising).unique().tolist()]
+
+    def widths(cut: float) -> list[int]:
+        more = [len(v) - int(torch.searchsorted(v, v.new_tensor(cut), right=True)) for v in rising]
+        return [_nearest(n, choice) for n, choice in zip(more, allowed, strict=True)]
+
+    # the count falls as the cut rises: find the first cut that is at or below the target
+    at = bisect_left(cuts, -target, key=lambda cut: -graph.parameters(widths(cut)))
+    near = [widths(cuts[i]) for i in (at - 1, at) if 0 <= i < len(cuts)]
+    return min(near, key=lambda kept: abs(graph.parameters(kept) - target))
+
+
+def _nearest(n: int, choice: Sequence[int]) -> int:
+    return min(reversed(choice), key=lambda width: abs(width - n))
+
+
+def _correct(
+    graph: ChannelGraph, kept: list[int], allowed: Sequence[list[int]], target: float, *, enough: float
+) -> list[int]:
+    """Moves one layer at a time by one step, always to the count nearest to `target`, while that brings it nearer."""
+
+    def error(widths: list[int]) -> float:
+        return abs(graph.parameters(widths) - target)
+
+    while error(kept) > enough:
+        moves = []
+        for i, choice in enumerate(allowed):
+            at = choice.index(kept[i])
+            moves += [
+                [*kept[:i], width, *kept[i + 1 :]] for width in choice[max(0, at - 1) : at + 2] if width != kept[i]
+            ]
+        best = min(moves, key=error, default=kept)
+        if error(best) >= error(kept):
+            break
+        kept = best
+    return kept
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Returns the rank of each score as a share of its layer, so that one threshold cuts all layers alike."""
+    return (values.argsort(stable=True).argsort().float() + 0.5) / len(values)
+
+
+def _unreachable(
+    graph: ChannelGraph, allowed: Sequence[list[int]], wanted: float, reached: float, total: int
+) -> RecipeError:
+    least = graph.parameters([choice[0] for choice in allowed]) / total
+    whole = f" ({len(graph.whole)} modules must stay whole)" if graph.whole else ""
+    if least > wanted:
+        return RecipeError(
+            f"prune.keep_params: {wanted} cannot be reached, the smallest share of this model is "
+            f"{ceil(least * 1e4) / 1e4}{whole}; raise keep_params, or lower prune.min_keep or prune.round_to"
+        )
+    return RecipeError(
+        f"prune.keep_params: {wanted} cannot be met within the tolerance, the nearest share found is "
+        f"{reached:.4f}{whole}; lower prune.round_to, or take that share"
+    )
