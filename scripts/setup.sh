@@ -25,7 +25,7 @@ find_python() {
             return
         fi
     done
-    die "fedpress needs Python 3.11 or newer, found $(python3 --version 2>&1 || true); run: sudo apt-get install python3 python3-venv"
+    die "fedpress needs Python 3.11 or newer, found $(python3 --version 2>/dev/null || printf none); run: sudo apt-get install python3 python3-venv"
 }
 
 make_venv() {
