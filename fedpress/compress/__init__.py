@@ -6,6 +6,7 @@ from fedpress.compress.planning import PruningPlan, plan
 from fedpress.compress.remove import check_parity, mask_, remove_
 from fedpress.compress.restore import restore_batch_norm_
 from fedpress.compress.scores import SCORES, score
+from fedpress.compress.single import prune_single_channel
 
 __all__ = [
     "SCORES",
@@ -18,6 +19,7 @@ __all__ = [
     "mask_",
     "parameters",
     "plan",
+    "prune_single_channel",
     "remove_",
     "restore_batch_norm_",
     "score",

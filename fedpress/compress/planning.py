@@ -64,7 +64,7 @@ def plan(
         RecipeError: if a setting is out of range or the share cannot be met.
         ModelError: if no channel of the model can be removed.
     """
-    _check(graph, keep_params, round_to, min_keep, scope)
+    check_settings(graph, keep_params, round_to, min_keep, scope)
     total, target = graph.parameters([layer.channels for layer in graph.layers]), 0.0
     target = keep_params * total
     allowed = [allowed_widths(layer, round_to, min_keep) for layer in graph.layers]
@@ -110,7 +110,8 @@ def make_plan(model: nn.Module, graph: ChannelGraph, scores: Sequence[Tensor], k
     )
 
 
-def _check(graph: ChannelGraph, keep_params: float, round_to: int, min_keep: float, scope: str) -> None:
+def check_settings(graph: ChannelGraph, keep_params: float, round_to: int, min_keep: float, scope: str) -> None:
+    """Refuses settings out of range, and a graph in which nothing can go."""
     if not 0 < keep_params <= 1:
         raise RecipeError(f"prune.keep_params: got {keep_params}, expected a share above 0 and at most 1; try 0.3")
     if round_to < 1:

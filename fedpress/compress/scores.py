@@ -141,22 +141,37 @@ def score(
         RecipeError: if there is no such score.
         ModelError: if the model or the arguments lack what the score needs, or a score is not finite.
     """
+    return [relative(v) for v in raw_scores(model, graph, name, losses=losses, generator=generator)]
+
+
+def raw_scores(
+    model: nn.Module,
+    graph: ChannelGraph,
+    name: str,
+    *,
+    losses: Losses | None = None,
+    generator: torch.Generator | None = None,
+) -> list[Tensor]:
+    """Scores like `score`, before the division by the mean of each layer."""
     if name not in SCORES:
-        raise RecipeError(
-            f"prune.score: no such score '{name}'{did_you_mean(name, list(SCORES))}; use one of {', '.join(SCORES)}"
-        )
+        hint = did_you_mean(name, list(SCORES))
+        raise RecipeError(f"prune.score: no such score '{name}'{hint}; use one of {', '.join(SCORES)}")
     raw = SCORES[name](graph, Evidence(model, tensors_of(model), losses, generator))
     for layer, values in zip(graph.layers, raw, strict=True):
         if not values.isfinite().all():
             raise ModelError(
-                f"the score '{name}' of '{layer.name}' is not finite; train the model without divergence first"
+                f"the score '{name}' of '{layer.name}' is not finite; prune a model whose training went well"
             )
-    return [relative(values) for values in raw]
+    return raw
 
 
-def relative(values: Tensor, among: Tensor | None = None) -> Tensor:
-    """Divides scores [channels] by their mean (over the channels `among`); scores that are all zero stay zero."""
-    mean = (values if among is None else values[among]).mean()
+def relative(values: Tensor) -> Tensor:
+    """Divides the scores of a layer [channels] by their mean; scores that are all zero stay zero.
+
+    >>> relative(torch.tensor([1.0, 3.0]))
+    tensor([0.5000, 1.5000])
+    """
+    mean = values.mean()
     return values / mean if mean > 0 else values
 
 
