@@ -8,7 +8,7 @@ import numpy as np
 
 from fedpress.data import images
 from fedpress.data.examples import Progress
-from fedpress.data.parquet import read_table
+from fedpress.data.tables import read_parquet
 from fedpress.errors import DataError
 
 
@@ -54,7 +54,7 @@ def read(files: list[Path], progress: Progress | None) -> dict[str, tuple[np.nda
 
 
 def _read_file(file: Path, progress: Progress | None) -> tuple[np.ndarray, np.ndarray]:
-    table = read_table(file)
+    table = read_parquet(file)
     for column in ("img", "label"):
         if column not in table.column_names:
             raise DataError(

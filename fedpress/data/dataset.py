@@ -41,7 +41,8 @@ class FederatedData:
             raise DataError(f"data '{self.name}': there is no client; give at least one")
         if self.num_classes != len(self.class_names):
             raise DataError(
-                f"data '{self.name}': {self.num_classes} classes but {len(self.class_names)} class names; give one name per class"
+                f"data '{self.name}': {self.num_classes} classes but {len(self.class_names)} class names; "
+                "give one name per class"
             )
         first = next(iter(self.clients.values()))
         for part, arrays in self._parts():
@@ -88,6 +89,6 @@ def _check_like(where: str, arrays: Arrays, first: Arrays, num_classes: int) -> 
         raise DataError(f"{where}: some features are NaN or infinite; fill or leave out those rows")
     if arrays.y.dtype != torch.int64 or arrays.y.dim() != 1:
         raise DataError(f"{where}: labels of type {arrays.y.dtype} and {arrays.y.dim()} dimensions; give int64 [n]")
-    if len(arrays) and not (0 <= int(arrays.y.min()) and int(arrays.y.max()) < num_classes):
-        low, high = int(arrays.y.min()), int(arrays.y.max())
+    low, high = (int(arrays.y.min()), int(arrays.y.max())) if len(arrays) else (0, 0)
+    if low < 0 or high >= num_classes:
         raise DataError(f"{where}: labels from {low} to {high}; expected 0 to {num_classes - 1}")

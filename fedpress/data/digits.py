@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 
 from fedpress.arrays import Arrays
-from fedpress.data.examples import Examples, Progress
-from fedpress.data.settings import DataSettings
+from fedpress.data.examples import Examples
 
 
-def read(settings: DataSettings, seed: int, progress: Progress | None) -> Examples:
+def read() -> Examples:
     """Returns uint8 images [1797, 1, 8, 8]; the 0..16 of the original is stretched to 0..255.
 
     Source: UCI "Optical recognition of handwritten digits", Alpaydin and Kaynak 1998.

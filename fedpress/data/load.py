@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedpress.data import cifar10, digits
+from fedpress.data import cifar10, digits, folders, functions, tables
 from fedpress.data.dataset import FederatedData
 from fedpress.data.examples import Examples, Progress
 from fedpress.data.settings import DataSettings
 from fedpress.data.split import split
 
-SOURCES: dict[str, Callable[[DataSettings, int, Progress | None], Examples | FederatedData]] = {
-    "digits": digits.read,
+SOURCES: dict[str, Callable[[DataSettings, Progress | None], Examples]] = {
+    "digits": lambda settings, progress: digits.read(),
     "cifar10": cifar10.read,
+    "csv": tables.read,
+    "parquet": tables.read,
+    "folders": folders.read,
 }
 
 
@@ -26,6 +29,11 @@ def load(settings: DataSettings, seed: int, *, progress: Progress | None = None)
 
     Raises:
         DataError: if data is missing, corrupt, or too small for what is asked.
+
+    >>> load(DataSettings(source="digits", examples_per_client=60), seed=0).describe()["private"]
+    600
     """
-    found = SOURCES[settings.source](settings, seed, progress)
+    if settings.source in SOURCES:
+        return split(SOURCES[settings.source](settings, progress), settings, seed)
+    found = functions.read(settings, seed)
     return found if isinstance(found, FederatedData) else split(found, settings, seed)

@@ -43,7 +43,7 @@ class _Settings(BaseModel, frozen=True, extra="forbid"):
     rest_is_public: ClassVar[bool] = True  # rows that no client holds may be declared public
 
 
-class Iid(_Settings):
+class Iid(_Settings, frozen=True):
     """Every client holds a random sample of equal size (they differ by one row at most)."""
 
     kind: Literal["iid"] = "iid"
@@ -54,7 +54,7 @@ class Iid(_Settings):
         return _named(torch.randperm(len(pool.labels), generator=generator)[:total].tensor_split(clients))
 
 
-class Quantity(_Settings):
+class Quantity(_Settings, frozen=True):
     """Random samples of unequal size: the i-th largest client holds a share proportional to `i ** -skew`.
 
     `examples_per_client` is then the mean. A skew of 0 is iid; 1 is Zipf's law.
@@ -71,7 +71,7 @@ class Quantity(_Settings):
         return _named(torch.randperm(len(pool.labels), generator=generator)[:total].split(sizes.tolist()))
 
 
-class Dirichlet(_Settings):
+class Dirichlet(_Settings, frozen=True):
     """Uneven labels: class shares are drawn from Dirichlet(alpha); small alpha means few classes per client.
 
     With `examples_per_client`, each client draws its own mix of classes and holds exactly that many rows
@@ -96,7 +96,7 @@ class Dirichlet(_Settings):
         return _named(_fill_empty(_take(rows, counts)))
 
 
-class Shards(_Settings):
+class Shards(_Settings, frozen=True):
     """Every client holds exactly `classes_per_client` classes, each class dealt evenly to its holders.
 
     The idea of McMahan et al. 2017, section 3 ("pathological non-iid"), without shards that straddle two classes.
@@ -153,7 +153,7 @@ class Shards(_Settings):
             )
 
 
-class Natural(_Settings):
+class Natural(_Settings, frozen=True):
     """Every client is one natural client of the data: a person, a hospital, a folder.
 
     `num_clients` then chooses that many of them at random, and `examples_per_client` keeps at most that many rows

@@ -26,9 +26,10 @@ def _known_source(source: object) -> object:
 class DataSettings(BaseModel, frozen=True, extra="forbid"):
     """Which rows are private to which client, which are declared public, and which test the model.
 
-    Rows go out in this order: the test set (the source's own, or `test_clients`, or `test_share`); the public part
-    (`public_clients`, or `public_share`); then the partition deals the rest to clients. If neither public setting is
-    given, the rows that no client holds are the public part. The validation set is taken from the public part.
+    Rows go out in this order: to the public part those of `public_clients`; to the test set those of `test_clients`,
+    or the source's own, or `test_share`; to the public part `public_share`; then the partition deals the rest to
+    clients. If neither public setting is given, the rows that no client holds are the public part (but with
+    "natural" they are not used). The validation set is taken from the public part.
 
     Attributes:
         source: "digits", "cifar10", "csv", "parquet", "folders" (client/label/image), or "package.module:function".
@@ -47,6 +48,7 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         label_column: the column of whole numbers or words to be predicted (csv, parquet).
         feature_columns: the columns to predict from; None: all others. One column of images is decoded.
         drop_columns: columns to leave out of the features.
+        delimiter: of a CSV file.
         missing: what a missing feature is: an error, a row to drop, or to fill with the mean of the public rows.
         image_size: images are resized to this height and width; None: they must have one size.
         mean: of each channel or feature, instead of fitting it on the public part.
@@ -68,6 +70,7 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     label_column: str = "label"
     feature_columns: tuple[str, ...] | None = None
     drop_columns: tuple[str, ...] = ()
+    delimiter: str = Field(default=",", min_length=1, max_length=1)
     missing: Literal["error", "drop", "mean"] = "error"
     image_size: int | None = Field(default=None, ge=1, le=4096)
     mean: tuple[float, ...] = ()

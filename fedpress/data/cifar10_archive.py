@@ -1,0 +1,155 @@
+"""CIFAR-10 as its author published it: an archive of six pickles, read without running what a pickle may hold."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedpress.data import download
+from fedpress.data.examples import Progress
+from fedpress.errors import DataError
+
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+MD5 = "c58f30108f718f92721af3bbe74f3473"
+ARCHIVE = "cifar-10-python.tar.gz"
+FOLDER = "cifar-10-batches-py"
+BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
+
+
+def find(path: Path) -> list[Path]:
+    """Returns the archive, or the six files of its folder, in or just below `path`; an empty list if not there.
+
+    Raises:
+        DataError: if one of the six files is missing.
+    """
+    if path.is_file():
+        return [path]
+    for folder in (path, path / FOLDER, path / "cifar10", path / "cifar10" / FOLDER):
+        if any(folder.glob("data_batch_*")):
+            files = [folder / name for names in BATCHES.values() for name in names]
+            for file in files:
+                if not file.is_file():
+                    raise DataError(f"source 'cifar10': '{file}' is missing; unpack {ARCHIVE} again")
+            return files
+        if (folder / ARCHIVE).is_file():
+            return [folder / ARCHIVE]
+    return []
+
+
+def fetch(folder: Path, *, allowed: bool, progress: Progress | None) -> list[Path]:
+    """Returns the archive in `folder`, downloading it first if it is not there.
+
+    Raises:
+        DataError: if it is neither there nor may or can be downloaded.
+    """
+    target = folder / ARCHIVE
+    if not target.exists():
+        if not allowed:
+            raise DataError(
+                f"source 'cifar10': no path is given and download is off; set path, or put {URL} in '{folder}'"
+            )
+        download.fetch(URL, target, md5=MD5, progress=progress)
+    return [target]
+
+
+def read(files: list[Path], progress: Progress | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns `train` and `test`: uint8 images [n, 3, 32, 32] and int64 labels [n].
+
+    Raises:
+        DataError: if a file is corrupt, or the archive is not the published one.
+    """
+    batches: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for where, name, content in _members(files):
+        batches[name] = _batch(content, where)
+        if progress:
+            progress("reading CIFAR-10", len(batches), 6)
+    missing = [name for names in BATCHES.values() for name in names if name not in batches]
+    if missing:
+        raise DataError(f"'{files[0]}': holds no {missing[0]}; download {URL} again")
+    return {
+        part: (np.concatenate([batches[n][0] for n in names]), np.concatenate([batches[n][1] for n in names]))
+        for part, names in BATCHES.items()
+    }
+
+
+def _members(files: list[Path]) -> Iterator[tuple[str, str, bytes]]:
+    """Yields where it is, its name, and the content of each batch."""
+    wanted = {name for names in BATCHES.values() for name in names}
+    if len(files) > 1:
+        for file in files:
+            yield f"'{file}'", file.name, file.read_bytes()
+        return
+    if (got := download.md5_of(files[0])) != MD5:
+        raise DataError(f"'{files[0]}': md5 {got}, expected {MD5}; delete it and download {URL} again")
+    try:
+        with tarfile.open(files[0], "r:gz") as archive:
+            for member in archive:
+                name = Path(member.name).name
+                content = archive.extractfile(member) if name in wanted else None
+                if content:
+                    yield f"'{files[0]}' member {member.name}", name, content.read()
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise DataError(f"'{files[0]}': not a readable archive ({error}); download {URL} again") from error
+
+
+def _batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        batch = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
+        pixels = batch[b"data"].pixels().reshape(-1, 3, 32, 32)
+        labels = np.array(batch[b"labels"], dtype=np.int64)
+        if len(labels) != len(pixels) or not ((labels >= 0) & (labels < 10)).all():
+            raise ValueError(f"{len(pixels)} images with {len(labels)} labels")
+    except Exception as error:  # a damaged pickle may raise anything
+        raise DataError(f"{where}: not a batch of CIFAR-10 ({error}); download {URL} again") from error
+    return pixels, labels
+
+
+class _Array:
+    """Stands for a pickled numpy array: keeps its state, and admits bytes only."""
+
+    def __init__(self, *_: object) -> None:
+        self.state: tuple[Any, ...] = ()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.state = state
+
+    def pixels(self) -> np.ndarray:
+        """Returns the uint8 array."""
+        _, shape, dtype, fortran, data = self.state
+        if dtype.name not in (b"u1", "u1") or fortran:
+            raise ValueError(f"an array of {dtype.name!r} instead of bytes")
+        return np.frombuffer(data, dtype=np.uint8).reshape(shape).copy()
+
+
+class _Dtype:
+    """Stands for a pickled numpy dtype: keeps its name."""
+
+    def __init__(self, name: object = "", *_: object) -> None:
+        self.name = name
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """Stands for `codecs.encode`, with which newer Pythons write bytes into old pickles."""
+    return text.encode("latin1")
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Admits lists, dicts, numbers, bytes and arrays of bytes; any other class in the file is refused by name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return _Array
+        admitted = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Dtype, ("_codecs", "encode"): _latin1}
+        if (module, name) not in admitted:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a data file has no need of")
+        return admitted[module, name]

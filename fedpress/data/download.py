@@ -1,0 +1,122 @@
+"""One file from the network: resumed where it broke off, checked against a checksum, moved into place in one step."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import time
+from pathlib import Path
+from typing import BinaryIO
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from fedpress.data.examples import Progress
+from fedpress.errors import DataError
+
+BLOCK = 1 << 18
+ATTEMPTS = 3
+TIMEOUT_SECONDS = 30.0
+
+
+class _BrokenOff(Exception):
+    """The connection failed or ended early; what arrived is kept."""
+
+
+def fetch(url: str, target: Path, *, md5: str, progress: Progress | None = None, wait: float = 1.0) -> Path:
+    """Downloads `url` to `target` and returns it; a half file of an earlier try (`target.part`) is continued.
+
+    Args:
+        url: http or https address.
+        target: where the whole file will be; folders are made.
+        md5: hexadecimal checksum of the whole file.
+        progress: told how many bytes have arrived.
+        wait: seconds before the second attempt, doubled for the third.
+
+    Raises:
+        DataError: if there is no network, the server refuses, the disk is full, or the checksum differs.
+    """
+    part = target.with_name(target.name + ".part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _fetch_all(url, part, progress, wait)
+        if (got := md5_of(part)) != md5:
+            part.unlink()
+            raise DataError(f"'{url}': the download has md5 {got}, expected {md5}; try again, or set path to a copy")
+        part.replace(target)
+    except OSError as error:
+        raise DataError(f"'{part}': cannot be written ({error}); free some space or set FEDPRESS_CACHE") from error
+    return target
+
+
+def md5_of(path: Path) -> str:
+    """Returns the md5 checksum of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _fetch_all(url: str, part: Path, progress: Progress | None, wait: float) -> None:
+    """Tries until the file is whole, or until `ATTEMPTS` in a row brought nothing new."""
+    fruitless = 0
+    while True:
+        before = _size(part)
+        try:
+            return _fetch_rest(url, part, progress)
+        except _BrokenOff as error:
+            fruitless = 0 if _size(part) > before else fruitless + 1
+            if fruitless == ATTEMPTS:
+                raise DataError(
+                    f"cannot download '{url}' ({error}); check the network, or set path to a copy of the file"
+                ) from error
+            time.sleep(wait * 2 ** max(fruitless - 1, 0))
+
+
+def _fetch_rest(url: str, part: Path, progress: Progress | None) -> None:
+    start = _size(part)
+    headers = {"User-Agent": "fedpress", **({"Range": f"bytes={start}-"} if start else {})}
+    try:
+        response = urlopen(Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
+    except HTTPError as error:
+        if error.code == 416:  # nothing is left: the part is whole, or wrong, and the checksum will tell
+            return
+        if error.code >= 500:
+            raise _BrokenOff(f"the server says {error.code} {error.reason}") from error
+        raise DataError(
+            f"cannot download '{url}' (the server says {error.code} {error.reason}); set path to a copy of the file"
+        ) from error
+    except (URLError, http.client.HTTPException, OSError) as error:
+        raise _BrokenOff(str(getattr(error, "reason", error))) from error
+    with response:
+        resumed = response.status == 206
+        done = start if resumed else 0
+        length = response.headers.get("Content-Length")
+        total = done + int(length) if length and length.isdigit() else None
+        with part.open("ab" if resumed else "wb") as file:
+            _copy(response, file, done, total, f"downloading {part.stem}", progress)
+
+
+def _copy(
+    response: http.client.HTTPResponse,
+    file: BinaryIO,
+    done: int,
+    total: int | None,
+    what: str,
+    progress: Progress | None,
+) -> None:
+    while block := _read(response):
+        file.write(block)
+        done += len(block)
+        if progress:
+            progress(what, done, total)
+    if total is not None and done < total:
+        raise _BrokenOff(f"the connection ended after {done} of {total} bytes")
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    try:
+        return response.read1(BLOCK)
+    except (http.client.HTTPException, OSError) as error:
+        raise _BrokenOff(str(error) or type(error).__name__) from error
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0

@@ -1,0 +1,57 @@
+"""Own images in folders: `client/label/image.png`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fedpress.arrays import Arrays
+from fedpress.data import images
+from fedpress.data.examples import Examples, Progress
+from fedpress.data.settings import DataSettings
+from fedpress.errors import DataError
+
+ENDINGS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
+
+
+def read(settings: DataSettings, progress: Progress | None) -> Examples:
+    """Returns uint8 images [n, C, H, W] in the order of their paths.
+
+    They are not remembered in the cache folder: private images stay where their owner put them.
+
+    Raises:
+        DataError: if there are no images, a client has none, or one cannot be read.
+    """
+    assert settings.path is not None  # checked by DataSettings
+    if not settings.path.is_dir():
+        raise DataError(f"source 'folders': no folder '{settings.path}'; check the path")
+    clients = _folders(settings.path)
+    files = {client.name: _images(client) for client in clients}
+    if not files:
+        raise DataError(f"source 'folders': '{settings.path}' holds no folders; expected client/label/image.png")
+    for name, own in files.items():
+        if not own:
+            raise DataError(
+                f"source 'folders': client '{name}' has no images in '{settings.path / name}'; expected "
+                f"{name}/label/image.png, or remove the folder"
+            )
+    every = [file for own in files.values() for file in own]
+    labels = sorted({file.parent.name for file in every})
+    x = images.decode(every, where=lambda i: f"'{every[i]}'", size=settings.image_size, progress=progress)
+    y = torch.tensor([labels.index(file.parent.name) for file in every])
+    owners = torch.tensor([i for i, own in enumerate(files.values()) for _ in own])
+    return Examples(settings.path.name, Arrays(x, y), tuple(labels), owners=owners, owner_names=tuple(files))
+
+
+def _images(client: Path) -> list[Path]:
+    return [
+        file
+        for label in _folders(client)
+        for file in sorted(label.iterdir())
+        if file.suffix.lower() in ENDINGS and not file.name.startswith(".")
+    ]
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))

@@ -1,0 +1,96 @@
+"""Own data from a Python function: `package.module:function`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpress.arrays import Arrays
+from fedpress.data.dataset import FederatedData
+from fedpress.data.examples import Examples
+from fedpress.data.settings import DataSettings
+from fedpress.errors import DataError, FedpressError, did_you_mean
+
+
+def read(settings: DataSettings, seed: int) -> FederatedData | Examples:
+    """Calls the function, with `path` and `seed` if it takes them, and checks what it returns.
+
+    It returns a `FederatedData`, which is used as it is, or a dict of client name -> (x, y), which is shared out as
+    the settings say. x is uint8 images [n, C, H, W] or numbers [n, ...]; y is class numbers from 0 up, or words [n].
+
+    Raises:
+        DataError: if there is no such function, it fails, or it returns something else.
+    """
+    where = f"source '{settings.source}'"
+    function = _find(settings.source, where)
+    known = {"path": settings.path, "seed": seed}
+    try:
+        taken = inspect.signature(function).parameters
+        found = function(**{name: value for name, value in known.items() if name in taken})
+    except FedpressError:
+        raise
+    except Exception as error:
+        raise DataError(f"{where}: the function failed with {type(error).__name__}: {error}; correct it") from error
+    if isinstance(found, FederatedData):
+        return found
+    if not isinstance(found, Mapping) or not found:
+        raise DataError(f"{where}: returned {type(found).__name__}; expected FederatedData or a dict client -> (x, y)")
+    return _examples(settings.source, {str(name): pair for name, pair in found.items()}, where)
+
+
+def _find(source: str, where: str) -> Callable[..., Any]:
+    module_name, _, name = source.partition(":")
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise DataError(f"{where}: no module '{error.name}'; put its folder on PYTHONPATH") from error
+    except Exception as error:
+        raise DataError(f"{where}: importing it failed with {type(error).__name__}: {error}; correct it") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise DataError(f"{where}: the module has no function '{name}'{did_you_mean(name, dir(module))}")
+    return function
+
+
+def _examples(source: str, pairs: dict[str, Any], where: str) -> Examples:
+    clients = {name: _client(pair, f"{where}: client '{name}'") for name, pair in pairs.items()}
+    shapes = {(*x.shape[1:], str(x.dtype)) for x, _ in clients.values()}
+    if len(shapes) > 1:
+        raise DataError(f"{where}: clients' examples differ: {' and '.join(map(str, sorted(shapes)))}; make them alike")
+    y, class_names = _classes(np.concatenate([y for _, y in clients.values()]), where)
+    owners = torch.cat([torch.full((len(x),), i) for i, (x, _) in enumerate(clients.values())])
+    train = Arrays(torch.cat([x for x, _ in clients.values()]), y)
+    return Examples(source, train, class_names, owners=owners, owner_names=tuple(clients))
+
+
+def _client(pair: Any, where: str) -> tuple[Tensor, np.ndarray]:
+    try:
+        x, y = (pair.x, pair.y) if isinstance(pair, Arrays) else pair
+        x, y = torch.as_tensor(np.asarray(x)), np.asarray(y)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: expected a pair of arrays (x, y), got {type(pair).__name__}") from error
+    if x.dtype != torch.uint8:
+        x = x.to(torch.float32)
+    if y.ndim != 1 or len(x) != len(y) or x.ndim < 2 or (x.dtype == torch.uint8 and x.ndim != 4):
+        raise DataError(
+            f"{where}: x of shape {list(x.shape)} and y of shape {list(y.shape)}; expected uint8 images [n, C, H, W] "
+            "or numbers [n, d], and y [n]"
+        )
+    if len(y) == 0:
+        raise DataError(f"{where}: no examples; leave it out or give it some")
+    return x, y
+
+
+def _classes(y: np.ndarray, where: str) -> tuple[Tensor, tuple[str, ...]]:
+    if y.dtype.kind in "US":
+        words, positions = np.unique(y, return_inverse=True)
+        return torch.from_numpy(positions.astype(np.int64)), tuple(str(word) for word in words)
+    if y.dtype.kind not in "iub" or y.min() < 0:
+        raise DataError(f"{where}: labels of type {y.dtype} from {y.min()}; expected whole numbers from 0 up, or words")
+    return torch.from_numpy(y.astype(np.int64)), tuple(str(i) for i in range(int(y.max()) + 1))

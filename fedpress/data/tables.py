@@ -1,0 +1,157 @@
+"""Own data in CSV or parquet: one row per example, a label column, and perhaps a column that names the client."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+from pyarrow import types
+from torch import Tensor
+
+from fedpress.arrays import Arrays
+from fedpress.data import columns, images
+from fedpress.data.examples import Examples, Progress
+from fedpress.data.settings import DataSettings
+from fedpress.errors import DataError, did_you_mean
+
+FILE = "file"
+NO_VALUE = ["", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
+
+
+def read(settings: DataSettings, progress: Progress | None) -> Examples:
+    """Returns the rows of all files with float32 features [n, d], or uint8 images if that is what a row holds.
+
+    Raises:
+        DataError: if a file is missing or corrupt, or a column is missing or of the wrong kind.
+    """
+    assert settings.path is not None  # checked by DataSettings
+    files = find(settings.path, settings.source)
+    table = pa.concat_tables([_read_file(file, settings) for file in files], promote_options="permissive")
+    names = _feature_names(table, settings)
+    if settings.missing == "drop":
+        used = [*names, settings.label_column, *([settings.client_column] if settings.client_column else [])]
+        table = table.filter(_complete(table, used))
+    if table.num_rows == 0:
+        raise DataError(f"'{settings.path}': there are no rows; check the path and data.missing")
+    y, class_names = columns.codes(table[settings.label_column], settings.label_column, "label")
+    if not 1 < len(class_names) <= max(2, table.num_rows // 2):
+        raise DataError(
+            f"label column '{settings.label_column}': {len(class_names)} different values in {table.num_rows} rows; "
+            "expected at least two classes of some rows each"
+        )
+    owners: Tensor | None = None
+    owner_names: tuple[str, ...] = ()
+    if settings.client_column:
+        owners, owner_names = columns.codes(table[settings.client_column], settings.client_column, "client")
+    name = settings.path.stem
+    if len(names) == 1 and types.is_struct(table[names[0]].type):
+        x = _images(table[names[0]], names[0], settings, progress)
+        return Examples(name, Arrays(x, y), class_names, owners=owners, owner_names=owner_names)
+    if settings.missing == "error":
+        _refuse_gaps(table, names)
+    found = columns.features(table, names)
+    return Examples(name, Arrays(found.x, y), class_names, owners=owners, owner_names=owner_names, fit=found.fit)
+
+
+def find(path: Path, kind: str) -> list[Path]:
+    """Returns the file `path`, the files of that kind in the folder, or those that a name with `*` stands for.
+
+    Raises:
+        DataError: if there are none.
+    """
+    if path.is_file():
+        return [path]
+    pattern = path.name if "*" in path.name else f"*.{kind}"
+    folder = path.parent if "*" in path.name else path
+    files = sorted(file for file in folder.glob(pattern) if file.is_file())
+    if not files:
+        raise DataError(
+            f"source '{kind}': no file '{folder / pattern}'; check the path"
+            if folder.is_dir()
+            else f"source '{kind}': no such path '{path}'; check it"
+        )
+    return files
+
+
+def read_parquet(path: Path) -> Any:
+    """Returns the `pyarrow.Table` of a parquet file.
+
+    Raises:
+        DataError: if the file is missing or corrupt.
+    """
+    try:
+        return pyarrow.parquet.ParquetFile(path).read()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"'{path}': not a readable parquet file ({_brief(error)}); copy it again") from error
+
+
+def _read_csv(path: Path, delimiter: str) -> Any:
+    try:
+        return pyarrow.csv.read_csv(
+            path,
+            parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter),
+            convert_options=pyarrow.csv.ConvertOptions(null_values=NO_VALUE, strings_can_be_null=True),
+        )
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"'{path}': not a readable CSV file ({_brief(error)}); correct or remove it") from error
+
+
+def _read_file(path: Path, settings: DataSettings) -> Any:
+    table = read_parquet(path) if settings.source == "parquet" else _read_csv(path, settings.delimiter)
+    if settings.client_column == FILE and FILE not in table.column_names:
+        table = table.append_column(FILE, pa.array([path.stem] * table.num_rows, pa.string()))
+    return table
+
+
+def _feature_names(table: Any, settings: DataSettings) -> list[str]:
+    for key in ("label_column", "client_column", "feature_columns", "drop_columns"):
+        given = getattr(settings, key) or ()
+        for name in [given] if isinstance(given, str) else given:
+            if name not in table.column_names:
+                known = ", ".join(table.column_names[:12]) + (", ..." if len(table.column_names) > 12 else "")
+                near = did_you_mean(name, table.column_names)
+                raise DataError(f"data.{key}: no column '{name}' in '{settings.path}' (it has {known}){near}")
+    left_out = {settings.label_column, settings.client_column, *settings.drop_columns}
+    names = [name for name in settings.feature_columns or table.column_names if name not in left_out]
+    if not names:
+        raise DataError(f"'{settings.path}': no feature column is left; check feature_columns and drop_columns")
+    return names
+
+
+def _complete(table: Any, names: list[str]) -> Any:
+    """Returns which rows have a value in every column of `names`."""
+    kept = pa.array([True] * table.num_rows)
+    for name in names:
+        kept = pc.and_(kept, pc.invert(pc.is_null(table[name], nan_is_null=_may_be_nan(table[name]))))
+    return kept
+
+
+def _refuse_gaps(table: Any, names: list[str]) -> None:
+    for name in names:
+        gaps = pc.is_null(table[name], nan_is_null=_may_be_nan(table[name]))
+        if count := pc.sum(gaps).as_py():
+            raise DataError(
+                f"feature column '{name}': {count} of {table.num_rows} rows have no value (first: row "
+                f"{pc.index(gaps, True).as_py()}); set missing = 'drop' or 'mean', or name it in drop_columns"
+            )
+
+
+def _may_be_nan(column: Any) -> bool:
+    return bool(types.is_floating(column.type))
+
+
+def _images(column: Any, name: str, settings: DataSettings, progress: Progress | None) -> Any:
+    """Decodes a column of images in the layout of the hub: a struct with `bytes`."""
+    if column.type.get_field_index("bytes") < 0:
+        raise DataError(f"feature column '{name}': holds {column.type}; expected numbers, words, or images as bytes")
+    blobs = pc.struct_field(column, "bytes").to_pylist()
+    where = f"'{settings.path}' column '{name}' row"
+    return images.decode(blobs, where=lambda i: f"{where} {i}", size=settings.image_size, progress=progress)
+
+
+def _brief(error: BaseException) -> str:
+    return str(error).splitlines()[0].rstrip(". ") if str(error) else type(error).__name__
