@@ -19,13 +19,13 @@
     const color = (name) => css.getPropertyValue(name).trim();
     const axis = {
       gridcolor: color("--line"), zerolinecolor: color("--line"), linecolor: color("--line"), automargin: true,
-      fixedrange: true, title: { font: { size: 12, color: color("--muted") }, standoff: 8 }, nticks: 6,
+      fixedrange: true, nticks: 6, title: { font: { size: 12, color: color("--muted") }, standoff: 8 },
     };
     const base = {
       autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "x unified", dragmode: false,
-      font: { family: css.fontFamily, size: 12, color: color("--text") }, margin: { l: 8, r: 12, t: 28, b: 8 },
+      font: { family: css.fontFamily, size: 12, color: color("--text") }, margin: { l: 8, r: 12, t: 10, b: 8 },
       hoverlabel: { bgcolor: color("--card"), bordercolor: color("--line"), font: { color: color("--text") } },
-      legend: { orientation: "h", x: 0, xanchor: "left", y: 1, yanchor: "bottom", font: { color: color("--muted") } },
+      legend: { orientation: "h", x: 0, xanchor: "left", y: 1, yanchor: "bottom", traceorder: "normal", font: { color: color("--muted") } },
     };
     figures.forEach((figure, index) => {
       const spec = themed(figure.spec, css);
@@ -34,7 +34,7 @@
         const own = spec.layout[key];
         layout[key] = { ...axis, ...own, title: merged(axis.title, own.title) };
       }
-      Plotly.react(`plot-${index}`, spec.data, { ...layout, height: figure.height }, config);
+      Plotly.react(`plot-${index}`, spec.data, { ...layout, height: figure.height, margin: { ...base.margin, t: layout.annotations ? 28 : 10 } }, config);
     });
   };
 

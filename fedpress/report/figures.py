@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from fedpress.report import units
+from fedpress.report.federated import accuracy_over_rounds, bytes_over_rounds, client_accuracy
 from fedpress.report.plot import (
     BLUE,
     FAINT,
     ORANGE,
-    TEXT,
     Figure,
     Spec,
     axis,
-    bars,
+    from_to,
     label,
     line,
     lying_bars,
+    names_axis,
+    note,
     spec,
+    total_of,
     two_panels,
     values,
 )
 from fedpress.report.reading import Json, Run, records_by_stage
-
-MANY_CLIENTS = 40  # above this, bars with names cannot be read: show the distribution
 
 
 def figures(run: Run) -> list[Figure]:
@@ -41,7 +42,7 @@ def accuracy_and_parameters(stages: list[Json]) -> Figure | None:
     shown = [s for s in stages if units.number(s.get("accuracy")) is not None and units.number(s.get("parameters"))]
     if len(shown) < 2:
         return None
-    parameters, accuracy = values(shown, "parameters", 1e-6), values(shown, "accuracy", 100)
+    parameters, accuracy = [s["parameters"] / 1e6 for s in shown], [s["accuracy"] * 100 for s in shown]
     names = [f"{i}. {label(s.get('name') or s.get('kind'))}" for i, s in enumerate(shown, start=1)]
     path = line("stage", parameters, accuracy)
     path |= {"text": names, "hovertemplate": "%{text}<br>%{x:.4~g} M parameters<br>%{y:.2f}%<extra></extra>"}
@@ -66,24 +67,18 @@ def accuracy_and_parameters(stages: list[Json]) -> Figure | None:
     )
 
 
-def _point_labels(x: list[float | None], y: list[float | None], names: list[str]) -> list[Spec]:
-    """Labels at the points; stages that did not move the point share one label."""
-    merged: dict[tuple[float | None, float | None], list[str]] = {}
+def _point_labels(x: list[float], y: list[float], names: list[str]) -> list[Spec]:
+    """Names beside the points; stages that hardly moved the point share one label."""
+    near_x, near_y = 0.05 * max(x), 0.08 * (max(y) - min(y)) + 1e-9
+    groups: list[tuple[float, float, list[str]]] = []
     for a, b, name in zip(x, y, names, strict=True):
-        merged.setdefault((a, b), []).append(name)
-    widest = max(a or 0.0 for a in x)
-    return [
-        {
-            "x": a,
-            "y": b,
-            "text": ", ".join(texts),
-            "showarrow": False,
-            "xanchor": "right" if (a or 0.0) > widest / 2 else "left",
-            "xshift": -10 if (a or 0.0) > widest / 2 else 10,
-            "font": {"color": TEXT, "size": 12},
-        }
-        for (a, b), texts in merged.items()
-    ]
+        near = next((group for group in groups if abs(group[0] - a) < near_x and abs(group[1] - b) < near_y), None)
+        if near:
+            near[2].append(name)
+        else:
+            groups.append((a, b, [name]))
+    right, left = {"xanchor": "left", "xshift": 10, "align": "left"}, {"xanchor": "right", "xshift": -10}
+    return [note(a, b, "<br>".join(texts), **(left if a > max(x) / 2 else right)) for a, b, texts in groups]
 
 
 def training_curve(name: str, epochs: list[Json]) -> Figure | None:
@@ -99,17 +94,12 @@ def training_curve(name: str, epochs: list[Json]) -> Figure | None:
     growth = f", at image sizes {' → '.join(sizes)} pixels" if len(sizes) > 1 else ""
     return Figure(
         f"Training: {name}",
-        f"Validation accuracy {_from_to(accuracy)} over {len(epochs)} epochs{growth}; the loss is below.",
+        f"Validation accuracy {from_to(accuracy)} over {len(epochs)} epochs{growth}; the loss is below.",
         two_panels(
             data, x=axis("epoch"), top=axis("validation<br>accuracy (%)"), bottom=axis("loss"), **_image_sizes(epochs)
         ),
         height=380,
     )
-
-
-def _from_to(numbers: list[float | None]) -> str:
-    known = [n for n in numbers if n is not None]
-    return f"from {known[0]:.2f}% to {known[-1]:.2f}%" if known else "was not measured"
 
 
 def _image_sizes(epochs: list[Json]) -> Spec:
@@ -119,154 +109,33 @@ def _image_sizes(epochs: list[Json]) -> Spec:
     starts = [(units.number(epochs[i].get("epoch")) or 0.0, sizes[i]) for i in changes]
     if len(starts) < 2:
         return {}
-    rules = [
-        {
-            "type": "line",
-            "x0": at - 0.5,
-            "x1": at - 0.5,
-            "yref": "paper",
-            "y0": 0,
-            "y1": 1,
-            "line": {"color": FAINT, "width": 1, "dash": "dot"},
-        }
-        for at, _ in starts[1:]
-    ]
-    notes = [
-        {
-            "x": at,
-            "y": 1,
-            "yref": "paper",
-            "yanchor": "bottom",
-            "text": f"{size:.0f} px",
-            "showarrow": False,
-            "font": {"color": TEXT, "size": 11},
-        }
-        for at, size in starts
-    ]
+    style = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": FAINT, "width": 1, "dash": "dot"}}
+    rules = [{"x0": at - 0.5, "x1": at - 0.5, **style} for at, _ in starts[1:]]
+    notes = [note(at, 1, f"{size:.0f} px", yref="paper", yanchor="bottom") for at, size in starts]
     return {"shapes": rules, "annotations": notes}
 
 
 def channels_kept(name: str, record: Json) -> Figure | None:
     """Shows how many channels every layer kept."""
-    layers = record.get("layers")
-    layers = (
-        [x for x in layers if isinstance(x, dict) and units.number(x.get("before"))] if isinstance(layers, list) else []
-    )
+    found = record.get("layers")
+    layers = [layer for layer in found if isinstance(layer, dict)] if isinstance(found, list) else []
+    layers = [layer for layer in layers if units.number(layer.get("before"))]
     if not layers:
         return None
-    names, before, after = (
-        [str(layer.get("name")) for layer in layers],
-        values(layers, "before"),
-        values(layers, "after"),
-    )
-    texts = [f"{layer.get('after')} of {layer.get('before')}" for layer in layers]
+    names = [str(layer.get("name")) for layer in layers]
+    before, after = values(layers, "before"), values(layers, "after")
+    texts = [f"{a or 0:.0f}/{b or 0:.0f}" for a, b in zip(after, before, strict=True)]
     quiet = {"hoverinfo": "skip", "showlegend": True}
     data = [
         lying_bars("before", names, before, color=FAINT, text=texts, textposition="outside", cliponaxis=False, **quiet),
-        lying_bars("kept", names, after, showlegend=True, hovertemplate="%{y}: %{x} kept<extra></extra>"),
+        lying_bars("kept", names, after, showlegend=True, hovertemplate="%{hovertext}: %{x} kept<extra></extra>"),
     ]
-    x = axis("channels", range=[0, 1.3 * max(b or 0.0 for b in before)])
-    y = axis("", autorange="reversed", type="category", ticks="", automargin=True)
-    share = _sum(after) / _sum(before)
+    x = axis("channels", range=[0, 1.35 * max(b or 0.0 for b in before)])
+    share = total_of(after) / total_of(before)
     return Figure(
         f"Channels kept: {name}",
-        f"Of all channels {units.percent(share, 1)} were kept; the bars show the {len(layers)} layers before and after.",
-        spec(data, x=x, y=y, barmode="overlay", bargap=0.35, hovermode="closest"),
-        height=110 + 24 * len(layers),
+        f"{units.percent(share, 1)} of all channels were kept; the bars show {len(layers)} layers before and after.",
+        spec(data, x=x, y=names_axis(names), barmode="overlay", bargap=0.35, hovermode="closest"),
+        height=110 + (24 if len(layers) < 40 else 16) * len(layers),
         wide=True,
     )
-
-
-def accuracy_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
-    """Shows accuracy over the rounds with the epsilon that was spent for it."""
-    if not rounds:
-        return None
-    x, accuracy, spent = values(rounds, "round"), values(rounds, "accuracy", 100), values(rounds, "epsilon")
-    caption = f"Validation accuracy {_from_to(accuracy)} over {len(rounds)} rounds"
-    top = line("accuracy", x, accuracy, unit="%")
-    if all(e is None for e in spent):
-        plot = spec([top], x=axis("round"), y=axis("validation accuracy (%)"))
-        return Figure(f"Rounds: {name}", f"{caption}, without differential privacy.", plot)
-    data = [top, line("ε spent", x, spent, color=ORANGE, panel=2)]
-    last = next(e for e in reversed(spent) if e is not None)
-    return Figure(
-        f"Rounds: {name}",
-        f"{caption}; below it the privacy spent so far, ε = {units.epsilon(last)} at the end.",
-        two_panels(
-            data, x=axis("round"), top=axis("validation<br>accuracy (%)"), bottom=axis("ε spent", rangemode="tozero")
-        ),
-        height=380,
-    )
-
-
-def bytes_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
-    """Shows bytes up and down per round, and their sum so far."""
-    up, down = values(rounds, "bytes_up"), values(rounds, "bytes_down")
-    if not any(up) and not any(down):
-        return None
-    unit, size = _byte_unit(max(b or 0.0 for b in up + down))
-    total_unit, total_size = _byte_unit(_sum(up + down))
-    x, data = values(rounds, "round"), []
-    for word, sent, color in (("up", up, BLUE), ("down", down, ORANGE)):
-        data.append(bars(word, x, [b and b / size for b in sent], color=color, unit=f" {unit}"))
-        total = [_sum(sent[: i + 1]) / total_size for i in range(len(sent))]
-        area = line(f"{word}, so far", x, total, color=color, unit=f" {total_unit}", panel=2)
-        data.append({**area, "mode": "lines", "stackgroup": "total", "showlegend": False})
-    return Figure(
-        f"Bytes sent: {name}",
-        f"{units.count(_sum(up), 'B')} up to the server and {units.count(_sum(down), 'B')} down to the clients in"
-        f" {len(rounds)} rounds; each round above, the sum so far below.",
-        two_panels(
-            data,
-            x=axis("round"),
-            top=axis(f"per round<br>({unit})"),
-            bottom=axis(f"so far<br>({total_unit})"),
-            barmode="stack",
-            bargap=0.25,
-            showlegend=True,
-        ),
-        height=380,
-    )
-
-
-def _sum(numbers: list[float | None]) -> float:
-    return sum(n for n in numbers if n is not None)
-
-
-def _byte_unit(largest: float) -> tuple[str, float]:
-    return next(((f"{prefix}B", size) for size, prefix in units.PREFIXES if largest >= size), ("B", 1.0))
-
-
-def client_accuracy(stage: Json) -> Figure | None:
-    """Shows how well the final model of a stage does for each client: bars, or a histogram of many."""
-    measured = stage.get("client_accuracy")
-    measured = measured.items() if isinstance(measured, dict) else ()
-    pairs = [(name, 100 * x) for name, x in ((n, units.number(a)) for n, a in measured) if x is not None]
-    if not pairs:
-        return None
-    numbers = sorted(x for _, x in pairs)
-    title = f"Accuracy per client: {stage.get('name') or stage.get('kind')}"
-    caption = (
-        f"{len(pairs)} clients, from {numbers[0]:.2f}% to {numbers[-1]:.2f}%, median {numbers[len(numbers) // 2]:.2f}%."
-    )
-    if len(pairs) > MANY_CLIENTS:
-        data = {
-            "type": "histogram",
-            "x": numbers,
-            "marker": {"color": BLUE},
-            "hovertemplate": "%{y} clients at %{x}%<extra></extra>",
-        }
-        plot = spec([data], x=axis("accuracy (%)"), y=axis("clients"), hovermode="closest", bargap=0.05)
-        return Figure(title, caption, plot)
-    bar = lying_bars(
-        "accuracy", [n for n, _ in pairs], [x for _, x in pairs], hovertemplate="%{y}: %{x:.2f}%<extra></extra>"
-    )
-    bar |= {"text": [f"{x:.1f}%" for _, x in pairs], "textposition": "outside", "cliponaxis": False}
-    plot = spec(
-        [bar],
-        x=axis("accuracy (%)", range=[0, 115], tickvals=[0, 25, 50, 75, 100]),
-        y=axis("", autorange="reversed", type="category", ticks="", automargin=True),
-        hovermode="closest",
-        bargap=0.35,
-    )
-    return Figure(title, caption, plot, height=110 + 24 * len(pairs))

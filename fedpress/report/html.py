@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from fedpress.report import units
 from fedpress.report.figures import figures
 from fedpress.report.protection import protection
 from fedpress.report.reading import Json, Run, read_run
-from fedpress.report.table import progress_table, stage_table
+from fedpress.report.table import Table, ledger_table, progress_table, stage_table
 
 HERE = Path(__file__).parent
 
@@ -31,6 +31,16 @@ class Tile:
     value: str
     name: str
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Detail:
+    """A part to unfold: a table, or rows of name and value, or a text as it is."""
+
+    title: str
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    text: str = ""
+    table: Table | None = None
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -124,7 +134,7 @@ def tiles(stages: list[Json]) -> list[Tile]:
         found.append(Tile(units.epsilon(stage.get("epsilon")) if private else "none", "privacy spent, ε", note))
     if sent := known["bytes_up"] + known["bytes_down"]:
         up, down = _bytes(sum(known["bytes_up"])), _bytes(sum(known["bytes_down"]))
-        found.append(Tile(_bytes(sum(sent)), "sent", f"{up} up, {down} down"))
+        found.append(Tile(_bytes(sum(sent)), "bytes sent", f"{up} up, {down} down"))
     return found
 
 
@@ -150,15 +160,16 @@ def _facts(run: Run) -> list[str]:
     return facts + ([f"commit {str(commit)[:10]}"] if commit else [])
 
 
-def details(run: Run) -> list[tuple[str, list[tuple[str, str]], str]]:
-    """Returns what can be unfolded: a title, rows of name and value, and a text as it is."""
+def details(run: Run) -> list[Detail]:
+    """Returns what can be unfolded at the end of the page."""
+    ledger = ledger_table(run.ledger)
     found = [
-        ("Recipe as given", [], run.recipe),
-        ("Settings as resolved", _rows(run.settings), ""),
-        ("Environment and command", _rows(run.environment), ""),
-        ("Privacy ledger", _rows(run.ledger), ""),
+        Detail("Privacy ledger", table=ledger, rows=[] if ledger else _rows(run.ledger)),
+        Detail("Recipe as given", text=run.recipe),
+        Detail("Settings as resolved", rows=_rows(run.settings)),
+        Detail("Environment and command", rows=_rows(run.environment)),
     ]
-    return [entry for entry in found if entry[1] or entry[2]]
+    return [entry for entry in found if entry.rows or entry.text or entry.table]
 
 
 def _rows(value: Any, name: str = "") -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from fedpress.report.units import number
 
 Spec = dict[str, Any]
 BLUE, ORANGE, FAINT, TEXT = "--blue", "--orange", "--faint", "--muted"
+LONGEST_NAME = 22
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,17 @@ def values(rows: list[Spec], key: str, scale: float = 1.0) -> list[float | None]
     """Returns one number per row; what is missing or not finite becomes a gap."""
     found = [number(row.get(key)) for row in rows]
     return [None if x is None else x * scale for x in found]
+
+
+def from_to(numbers: list[float | None]) -> str:
+    """Returns the first and the last known of some percentages in words."""
+    known = [n for n in numbers if n is not None]
+    return f"from {known[0]:.2f}% to {known[-1]:.2f}%" if known else "was not measured"
+
+
+def total_of(numbers: Sequence[float | None]) -> float:
+    """Returns the sum of the known numbers."""
+    return sum(n for n in numbers if n is not None)
 
 
 def line(
@@ -71,9 +83,17 @@ def bars(name: str, x: list[Any], y: list[Any], *, color: str = BLUE, unit: str 
 
 
 def lying_bars(name: str, names: list[str], lengths: list[Any], *, color: str = BLUE, **more: Any) -> Spec:
-    """Returns bars that lie, so that long names can be read on a phone."""
-    bar = {"type": "bar", "orientation": "h", "name": name, "y": [label(n) for n in names], "x": lengths}
-    return {**bar, "marker": {"color": color}, **more}
+    """Returns bars that lie, so that long names can be read on a phone; `names_axis` has the names."""
+    hover = [label(n) for n in names]
+    bar = {"type": "bar", "orientation": "h", "name": name, "y": list(range(len(names))), "x": lengths}
+    return {**bar, "hovertext": hover, "marker": {"color": color}, **more}
+
+
+def names_axis(names: list[str]) -> Spec:
+    """Returns the upright axis of `lying_bars`: every name is shown, the first on top, of a long one its end."""
+    ends = [label(n if len(n) <= LONGEST_NAME else "…" + n[1 - LONGEST_NAME :]) for n in names]
+    ticks = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": ends, "ticks": ""}
+    return {"title": {"text": ""}, "autorange": "reversed", "showgrid": False, "zeroline": False, **ticks}
 
 
 def _axes(panel: int) -> Spec:
@@ -83,6 +103,11 @@ def _axes(panel: int) -> Spec:
 def axis(title: str, **more: Any) -> Spec:
     """Returns an axis with a title."""
     return {"title": {"text": title}, **more}
+
+
+def note(x: float | None, y: float | None, text: str, **more: Any) -> Spec:
+    """Returns a quiet text at a point of a plot."""
+    return {"x": x, "y": y, "text": text, "showarrow": False, "font": {"color": TEXT, "size": 12}, **more}
 
 
 def spec(data: list[Spec], *, x: Spec, y: Spec, **layout: Any) -> Spec:

@@ -81,7 +81,8 @@ def _sample(title: str, stage: Json) -> Protection:
         ],
         trusted=["Each client's own software, which clips and adds the noise before anything leaves the client.", SEED],
         unprotected=[
-            "Persons and clients as a whole: k examples of one person together have about k times the ε.",
+            "Persons and clients as a whole: k examples of one person, or k clients with the same example, have"
+            " together about k times the ε.",
             "Updates were summed without a secure sum: the server sees each client's noisy update by itself.",
             *NOT_HIDDEN,
         ],

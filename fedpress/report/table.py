@@ -52,6 +52,24 @@ def progress_table(records: list[Json]) -> Table:
     return Table(header=["Stage", "Came to", "Validation accuracy", "ε", "Time"], rows=rows)
 
 
+def ledger_table(ledger: Json) -> Table | None:
+    """Returns what was charged to private data; clients with the same charge share a row."""
+    found = ledger.get("charges")
+    charges = [c for c in found if isinstance(c, dict)] if isinstance(found, list) else []
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for charge in charges:
+        rounds = (
+            f"{charge.get('first_round')} to {charge.get('last_round')}" if charge.get("last_round") else units.DASH
+        )
+        numbers = [units.small(charge.get(key)) for key in ("sampling_prob", "noise_multiplier", "steps")]
+        groups.setdefault((str(charge.get("what")), *numbers, rounds), []).append(str(charge.get("who")))
+    rows = [
+        [what, who[0] if len(who) == 1 else f"{len(who)} clients", *numbers] for (what, *numbers), who in groups.items()
+    ]
+    header = ["For", "Whose data", "Sampling probability", "Noise multiplier", "Steps", "Rounds"]
+    return Table(header=header, rows=rows) if rows else None
+
+
 def rich_table(result: Json) -> RichTable:
     """Returns `stage_table` for a terminal."""
     table = stage_table(result)

@@ -26,10 +26,9 @@ def write_run(
     )
     write_json(path / "environment.json", environment(name))
     write_json(path / "result.json", result(name, ids, private))
-    write_json(
-        path / "ledger.json",
-        {"delta": 1e-5, "entries": [{"sampling_prob": 0.1, "noise_multiplier": 1.02, "steps": 200}]},
-    )
+    charge = {"what": "federate", "sampling_prob": 0.1, "noise_multiplier": 1.02, "steps": 200, "first_round": 1}
+    charges = [{"who": c, **charge, "last_round": 20} for c in ids]
+    write_json(path / "ledger.json", {"version": 1, "unit": "sample", "charges": charges})
     (path / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     return path
 

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+
+from fedpress.report.protection import protection
+
+SAMPLE = {"kind": "federate", "name": "f", "unit": "sample", "epsilon": 2.0, "delta": 1e-5}
+
+
+def everything(it) -> str:
+    return " ".join([it.summary, *it.protected, *it.trusted, *it.unprotected])
+
+
+def test_sample_privacy_protects_examples_against_the_server():
+    it = protection(SAMPLE)
+    assert (
+        it.summary
+        == "Every private example is protected with ε = 2.00 at δ = 1e-5, against the server and everybody else."
+    )
+    assert "7.39 times" in " ".join(it.protected)  # e^2
+    assert not any("The server." in line for line in it.trusted)
+    assert any("secure sum" in line for line in it.unprotected)
+
+
+def test_client_privacy_with_central_noise_trusts_the_server():
+    it = protection({**SAMPLE, "unit": "client"})
+    assert "everybody except the server" in it.summary
+    assert it.trusted[0].startswith("The server.")
+    assert any("Nothing is hidden from the server" in line for line in it.unprotected)
+
+
+@pytest.mark.parametrize("epsilon", [None, float("inf"), float("nan")])
+@pytest.mark.parametrize("unit", ["sample", "client", "none", None])
+def test_without_a_finite_epsilon_nothing_is_promised(unit, epsilon):
+    it = protection({"kind": "federate", "unit": unit, "epsilon": epsilon, "delta": 1e-5})
+    assert it.summary.startswith("No differential privacy")
+    assert it.protected == []
+
+
+def test_an_unknown_unit_is_not_dressed_up_as_a_promise():
+    it = protection({**SAMPLE, "unit": "household"})
+    assert "household" in it.summary
+    assert it.protected == []
+
+
+@pytest.mark.parametrize("stage", [SAMPLE, {**SAMPLE, "unit": "client"}, {"kind": "federate"}])
+def test_every_page_says_what_is_public_and_what_is_not_covered(stage):
+    text = everything(protection(stage))
+    for words in ("public part", "test sets", "how many examples", "ε does not cover"):
+        assert words in text
+
+
+def test_a_large_epsilon_has_a_readable_factor():
+    assert "e^800 times" in " ".join(protection({**SAMPLE, "epsilon": 800.0}).protected)
