@@ -135,7 +135,7 @@ def _convert(program: torch.export.ExportedProgram) -> Any:
 
 def _how_to_feed(input_shape: tuple[int, ...], preprocess: Preprocess) -> dict[str, str]:
     """Says in the file's own words what a device must do with a raw example."""
-    how = "float32 [N, *input_shape]: bytes / 255 (floats as they are), then (x - mean) / std per channel if mean is given"
+    how = "float32 [N, *input_shape]: bytes / 255 (floats as they are), then (x - mean) / std per channel if given"
     return {
         "fedpress_version": fedpress.__version__,
         "input": how,
