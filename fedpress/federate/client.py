@@ -63,9 +63,7 @@ class Client:
     def __post_init__(self) -> None:
         if not len(self.arrays):
             raise RecipeError(f"federate.client {self.name}: it has no examples; leave it out or partition differently")
-        if self.norm == "frozen":
-            freeze_batch_norm_(self.model)
-        elif self.plan is not None and any(
+        if self.norm != "frozen" and self.plan is not None and any(
             isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()
         ):
             raise RecipeError(
@@ -126,6 +124,8 @@ class Client:
         buffers = [b.clone() for b in self.model.buffers()] if self.norm == "batch" else []
         key = Key(self.seed, round, self.name)
         self.model.train()
+        if self.norm == "frozen":
+            freeze_batch_norm_(self.model)
         with torch.random.fork_rng():  # dropout draws from torch's global generator
             torch.manual_seed(seeds.derive(self.seed, "client", self.name, "round", round, "dropout"))
             measured = self.local_update(self.model, Task(self.arrays, self.settings, key, self.prepare, self.plan))

@@ -132,7 +132,8 @@ def _safetensors(payload: bytes) -> tuple[str, dict[str, Tensor]]:
         views = deserialize(payload)
     except (SafetensorError, ValueError, RecursionError) as error:
         raise WireError(f"message.payload: not a safetensors block ({type(error).__name__}); send it again") from error
-    text = (index.get("__metadata__") or {}).get("fedpress")
+    metadata = index.get("__metadata__")
+    text = metadata.get("fedpress") if isinstance(metadata, dict) else None
     if not isinstance(text, str):
         _fail("header", "the payload carries no fedpress header; this is some other safetensors block")
     return text, {name: _tensor(name, view["dtype"], view["shape"], view["data"]) for name, view in views}

@@ -1,0 +1,167 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from fedpress import tree
+from fedpress.arrays import Arrays
+from fedpress.errors import RecipeError, TrainingError, WireError
+from fedpress.federate import Cohort, LocalSettings
+from fedpress.wire import Message, pack, unpack
+from tests.federate.federation import SAMPLE_PLAN, Federation, client_plan, mlp
+
+
+def answer(federation, message=None, name="c0"):
+    return unpack(federation.clients[name].handle(pack(message or federation.fit())))
+
+
+def with_batch_norm():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+    model[1].running_mean += 0.5
+    return model
+
+
+def test_the_update_is_the_trained_client_minus_the_server():
+    federation = Federation()
+    reply = answer(federation)
+    assert reply.kind == "update"
+    assert torch.equal(reply.tensors["values"], tree.flatten(federation.model) - federation.params)
+    assert reply.tensors["values"].norm() > 0
+
+
+def test_without_privacy_an_update_says_examples_loss_and_steps():
+    reply = answer(Federation())
+    assert reply.header.keys() == {"round", "examples", "loss", "steps"}
+    assert (reply.header["round"], reply.header["examples"], reply.header["steps"]) == (1, 10, 3)
+
+
+def test_under_sample_privacy_nothing_leaves_beside_the_noised_update_and_public_numbers():
+    reply = answer(Federation(privacy=SAMPLE_PLAN))
+    assert reply.header == {"round": 1, "examples": 10, "steps": 4}
+    assert list(reply.tensors) == ["values"]
+
+
+def test_under_client_privacy_only_the_clipped_update_leaves():
+    privacy = client_plan(Cohort(4, 4), clip_norm=1e-3)
+    reply = answer(Federation(privacy=privacy, weights="equal"))
+    assert reply.header == {"round": 1}
+    assert 0.9e-3 < float(reply.tensors["values"].double().norm()) <= 1e-3
+
+
+def test_the_same_request_gives_the_same_bytes_whatever_happened_before():
+    federation = Federation(model=with_batch_norm())
+    first = federation.clients["c0"].handle(pack(federation.fit(3)))
+    for name in federation.clients:
+        federation.clients[name].handle(pack(federation.fit(4)))
+    torch.rand(17)
+    assert federation.clients["c0"].handle(pack(federation.fit(3))) == first
+    assert federation.clients["c0"].handle(pack(federation.fit(4))) != first
+
+
+def test_fitting_leaves_the_global_randomness_alone():
+    federation = Federation(model=with_batch_norm())
+    before = torch.get_rng_state()
+    answer(federation)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dropout_differs_between_rounds_and_clients():
+    federation = Federation(model=with_batch_norm(), settings=LocalSettings(batch_size=10))
+    replies = [answer(federation), answer(federation, federation.fit(2))]
+    assert not torch.equal(replies[0].tensors["values"], replies[1].tensors["values"])
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+def test_buffers_are_the_same_before_and_after_and_never_travel(norm):
+    model = with_batch_norm()
+    buffers = copy.deepcopy(dict(model.named_buffers()))
+    federation = Federation(model=model, norm=norm)
+    reply = answer(federation)
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+    assert reply.tensors["values"].numel() == sum(p.numel() for p in model.parameters())
+
+
+def test_frozen_batch_norm_uses_fixed_statistics_and_trains_scale_and_bias():
+    frozen, batch = with_batch_norm(), with_batch_norm()
+    updates = [answer(Federation(model=m, norm=n)).tensors["values"] for m, n in ((frozen, "frozen"), (batch, "batch"))]
+    assert not torch.equal(*updates)
+    assert not torch.equal(frozen[1].weight, torch.ones(8))
+
+
+def test_only_trainable_parameters_travel():
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    before = model[0].weight.clone()
+    federation = Federation(model=model)
+    assert answer(federation).tensors["values"].shape == (8 + 24 + 3,)
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda m: Message("update", m.header, m.tensors), r"fit\.kind: got 'update'"),
+        (lambda m: Message("fit", {**m.header, "agreement": "other"}, m.tensors), r"fit\.agreement"),
+        (lambda m: Message("fit", {**m.header, "round": 0}, m.tensors), r"fit\.round: got 0"),
+        (lambda m: Message("fit", {**m.header, "round": "1"}, m.tensors), r"fit\.round: got '1'"),
+        (lambda m: Message("fit", m.header), r"fit\.params"),
+        (lambda m: Message("fit", m.header, {"params": m.tensors["params"].double()}), r"fit\.params"),
+        (lambda m: Message("fit", m.header, {"params": m.tensors["params"] * float("nan")}), r"fit\.params"),
+        (lambda m: Message("fit", m.header, {"params": m.tensors["params"][1:]}), r"\[82\]|82 values|shape"),
+    ],
+)
+def test_a_request_that_does_not_fit_is_refused_by_field(change, field):
+    federation = Federation()
+    with pytest.raises(WireError, match=field):
+        answer(federation, change(federation.fit()))
+
+
+def test_settings_the_model_and_the_uplink_are_part_of_the_agreement():
+    plain = Federation()
+    others = [
+        Federation(settings=LocalSettings(batch_size=4, momentum=0.5, lr=0.06)),
+        Federation(weights="equal"),
+        Federation(privacy=SAMPLE_PLAN),
+        Federation(model=nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))),
+    ]
+    assert len({f.agreement for f in [plain, *others]}) == 5
+    assert plain.agreement == Federation().agreement
+
+
+def test_diverged_training_is_an_error():
+    federation = Federation(settings=LocalSettings(lr=1e30, epochs=5))
+    with pytest.raises(TrainingError, match="not finite"):
+        answer(federation)
+
+
+def test_under_privacy_a_failure_does_not_tell_on_what_it_failed():
+    def broken(x, generator):
+        raise ValueError(f"bad pixel {x[0, 0]}")
+
+    with pytest.raises(ValueError, match="bad pixel"):
+        answer(Federation(prepare=broken))
+    with pytest.raises(TrainingError, match="failed with ValueError; what on stays private"):
+        answer(Federation(prepare=broken, privacy=client_plan(Cohort(4, 4)), weights="equal"))
+
+
+def test_training_mode_batch_norm_under_sample_privacy_is_refused():
+    with pytest.raises(RecipeError, match=r"federate\.norm"):
+        Federation(model=with_batch_norm(), norm="batch", privacy=SAMPLE_PLAN)
+    assert answer(Federation(model=with_batch_norm(), privacy=SAMPLE_PLAN)).kind == "update"
+
+
+def test_parts_that_do_not_belong_together_are_refused():
+    with pytest.raises(RecipeError, match="private_sgd"):
+        Federation(plan=SAMPLE_PLAN)
+    with pytest.raises(RecipeError, match="private_sgd"):
+        Federation(privacy=SAMPLE_PLAN, plan=None)
+    with pytest.raises(RecipeError, match="weight_decay"):
+        Federation(privacy=SAMPLE_PLAN, settings=LocalSettings(weight_decay=0.1))
+    federation, nothing = Federation(), Arrays(torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(RecipeError, match=r"federate\.client c0: it has no examples"):
+        replace(federation.clients["c0"], arrays=nothing)
+    with pytest.raises(RecipeError, match=r"trains 3 values but the uplink is for 83"):
+        replace(federation.clients["c0"], model=nn.Linear(2, 1))

@@ -1,0 +1,149 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import nn
+
+from fedpress import tree
+from fedpress.arrays import Arrays
+from fedpress.errors import RecipeError, TrainingError
+from fedpress.federate.local import LOCAL_UPDATES, LocalSettings, Task, private_sgd, sgd
+from tests.federate.federation import SAMPLE_PLAN, examples, key, mlp, untouched
+
+
+def task(arrays=None, *, plan=None, round=1, prepare=untouched, **settings):
+    return Task(arrays or examples(10), LocalSettings(**settings), key(round=round), prepare, plan)
+
+
+def test_sgd_equals_torch_sgd_over_the_same_batches():
+    model, work = mlp(), task(epochs=2, batch_size=4, lr=0.1, momentum=0.9, weight_decay=0.01)
+    twin = copy.deepcopy(model)
+    measured = sgd(model, work)
+    optimizer = torch.optim.SGD(twin.parameters(), 0.1, 0.9, weight_decay=0.01)
+    shuffle, losses = key().own("shuffle"), []
+    for _ in range(2):
+        order = torch.randperm(10, generator=shuffle)
+        for index in (order[:4], order[4:8], order[8:]):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(twin(work.arrays.x[index]), work.arrays.y[index])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert torch.equal(tree.flatten(model), tree.flatten(twin))
+    assert measured == {"loss": pytest.approx(sum(losses) / 6), "steps": 6}
+
+
+def test_the_proximal_pull_equals_its_penalty_in_the_loss():
+    mu, model = 0.7, mlp()
+    twin, start = copy.deepcopy(model), tree.flatten(model)
+    sgd(model, task(epochs=3, batch_size=10, lr=0.2, proximal_mu=mu))
+    for _ in range(3):
+        flat = torch.cat([p.reshape(-1) for p in twin.parameters()])
+        loss = F.cross_entropy(twin(examples(10).x), examples(10).y) + mu / 2 * (flat - start).square().sum()
+        grads = torch.autograd.grad(loss, list(twin.parameters()))
+        with torch.no_grad():
+            for p, g in zip(twin.parameters(), grads, strict=True):
+                p -= 0.2 * g
+    assert torch.allclose(tree.flatten(model), tree.flatten(twin), atol=1e-6)
+
+
+def test_the_learning_rate_decays_by_round():
+    assert task(lr=0.1, lr_decay=0.5, round=1).lr == 0.1
+    assert task(lr=0.1, lr_decay=0.5, round=3).lr == pytest.approx(0.025)
+
+
+def test_frozen_parameters_stay():
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    before = model[0].weight.clone()
+    sgd(model, task(proximal_mu=0.1))
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_parameter_that_gets_no_gradient_stays():
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.spare = nn.Linear(6, 3), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Spare()
+    before = model.spare.weight.clone()
+    sgd(model, task(proximal_mu=0.1))
+    assert torch.equal(model.spare.weight, before)
+
+
+def test_a_loss_that_is_not_finite_is_an_error_with_the_cure():
+    bad = Arrays(torch.full((4, 6), float("nan")), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(TrainingError, match=r"not finite in round 1; lower federate\.lr"):
+        sgd(mlp(), task(bad))
+
+
+def test_prepare_sees_every_batch_and_its_own_stream():
+    seen = []
+
+    def noisy(x, generator):
+        seen.append(len(x))
+        return x + torch.rand(1, generator=generator)
+
+    one, two, plain = mlp(), mlp(), mlp()
+    sgd(one, task(batch_size=4, prepare=noisy))
+    assert seen == [4, 4, 2]
+    sgd(two, task(batch_size=4, prepare=noisy))
+    sgd(plain, task(batch_size=4))
+    assert torch.equal(tree.flatten(one), tree.flatten(two))
+    assert not torch.equal(tree.flatten(one), tree.flatten(plain))
+
+
+def test_private_steps_measure_only_their_planned_number():
+    model, work = mlp(), task(plan=SAMPLE_PLAN)
+    before = tree.flatten(model)
+    assert private_sgd(model, work) == {"steps": 4}
+    assert not torch.equal(tree.flatten(model), before)
+
+
+def test_private_steps_go_on_over_examples_that_break_plain_training():
+    bad = Arrays(torch.full((4, 6), float("nan")), torch.zeros(4, dtype=torch.int64))
+    model = mlp()
+    assert private_sgd(model, task(bad, plan=SAMPLE_PLAN)) == {"steps": 4}
+    assert torch.isfinite(tree.flatten(model)).all()
+
+
+def test_private_steps_carry_noise_of_the_planned_size():
+    class Silent(nn.Module):  # no gradient, so that only noise moves it
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(200_000))
+
+        def forward(self, x):
+            return x[:, :3] + 0 * self.w.sum()
+
+    model = Silent()
+    private_sgd(model, task(examples(10), plan=SAMPLE_PLAN, lr=0.1))
+    expected = 0.1 * 1.0 * 1.0 / (0.2 * 10) * 4**0.5  # lr x noise x clip / expected batch x sqrt(steps)
+    assert model.w.std().item() == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("setting", [{"proximal_mu": 0.1}, {"weight_decay": 0.1}])
+def test_settings_that_private_steps_do_not_know_are_refused(setting):
+    with pytest.raises(RecipeError, match=next(iter(setting))):
+        private_sgd(mlp(), task(plan=SAMPLE_PLAN, **setting))
+
+
+def test_private_steps_without_a_sample_plan_are_refused():
+    with pytest.raises(RecipeError, match="unit 'sample'"):
+        private_sgd(mlp(), task())
+
+
+@pytest.mark.parametrize("bad", [{"lr": 0}, {"epochs": 0}, {"batch_size": 0}, {"lr_decay": 1.1}, {"leraning": 1}])
+def test_settings_out_of_range_are_refused(bad):
+    with pytest.raises(ValidationError):
+        LocalSettings(**bad)
+
+
+def test_the_table_names_both_local_updates():
+    assert {"sgd": sgd, "private_sgd": private_sgd} == LOCAL_UPDATES
