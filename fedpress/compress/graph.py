@@ -17,6 +17,8 @@ from fedpress.compress.rules import find_rule
 from fedpress.errors import ModelError
 
 Example = Tensor | tuple[Tensor, ...]
+Owner = tuple[str, int, NDArray[np.int64]]
+"""A tensor's name, one of its axes, and the ids of that axis."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,18 @@ def trace(model: nn.Module, example: Example, *, whole: Sequence[str] = ()) -> C
     """
     exported = _export(model, inputs(example))
     ids = Ids()
-    owners = _walk(exported, ids)
+    owners, unused = _walk(exported, ids, _first_names(model))
     _freeze_named(ids, whole)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     layers, kept_whole = _layers(ids, owners)
-    return ChannelGraph(tuple(layers), shapes, kept_whole)
+    return ChannelGraph(tuple(layers), shapes, kept_whole | dict.fromkeys(unused, "forward does not use it"))
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Maps every name of a parameter or buffer to its first one, because shared tensors have several."""
+    first: dict[int, str] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: first.setdefault(id(tensor), name) for name, tensor in named}
 
 
 def _export(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
@@ -109,17 +118,22 @@ def _export(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.Exp
             module.training = mode
 
 
-def _walk(exported: torch.export.ExportedProgram, ids: Ids) -> list[tuple[str, int, NDArray[np.int64]]]:
-    """Passes ids through every node; returns the ids of each axis of each parameter and buffer."""
+def _walk(
+    exported: torch.export.ExportedProgram, ids: Ids, first_names: Mapping[str, str]
+) -> tuple[list[Owner], list[str]]:
+    """Passes ids through every node; returns the ids of each axis of each tensor, and the parameters without use."""
     signature = exported.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    owners: list[tuple[str, int, NDArray[np.int64]]] = []
+    owners: list[Owner] = []
+    unused: list[str] = []
     values: dict[torch.fx.Node, Any] = {}
     for node in exported.graph.nodes:
         shape = _shape(node)
         if node.op == "placeholder" and node.name in names:
             axes = tuple(ids.fresh(size) for size in shape)
-            owners += [(names[node.name], i, axis) for i, axis in enumerate(axes)]
+            name = first_names[names[node.name]]
+            owners += [(name, i, axis) for i, axis in enumerate(axes)]
+            unused += [] if node.users or node.name in signature.inputs_to_buffers else [name]
             values[node] = Value(shape, axes)
         elif node.op in ("placeholder", "get_attr"):
             values[node] = Value(shape, (None,) * len(shape))
@@ -132,7 +146,7 @@ def _walk(exported: torch.export.ExportedProgram, ids: Ids) -> list[tuple[str, i
             values[node] = values[node.args[0]][node.args[1]]
         else:
             values[node] = _call(node, shape, values, ids)
-    return owners
+    return owners, unused
 
 
 def _call(node: torch.fx.Node, shape: tuple[int, ...], values: Mapping[torch.fx.Node, Any], ids: Ids) -> Any:
@@ -178,7 +192,7 @@ def _freeze_named(ids: Ids, whole: Sequence[str]) -> None:
             ids.freeze(axis, "asked for by `whole`")
 
 
-def _layers(ids: Ids, owners: Sequence[tuple[str, int, NDArray[np.int64]]]) -> tuple[list[Layer], dict[str, str]]:
+def _layers(ids: Ids, owners: Sequence[Owner]) -> tuple[list[Layer], dict[str, str]]:
     """Groups classes of ids by the tensors and axes that they touch."""
     labels = ids.labels()
     frozen: dict[int, str] = {}
@@ -220,7 +234,7 @@ def _layers(ids: Ids, owners: Sequence[tuple[str, int, NDArray[np.int64]]]) -> t
 def _slices(
     touched: tuple[int, ...],
     table: NDArray[np.int64],
-    owners: Sequence[tuple[str, int, NDArray[np.int64]]],
+    owners: Sequence[Owner],
     roles: Mapping[int, str],
 ) -> Iterator[Slice]:
     columns = np.array(touched)

@@ -128,6 +128,8 @@ def _resize_(module: nn.Module, before: tuple[int, ...] | None) -> None:
     """Sets the sizes that a module remembers from the shapes that its tensors have now."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
     elif isinstance(module, nn.modules.conv._ConvNd) and before is not None:
         if before[1] == 1 and module.groups > 1:  # depthwise: one group per input channel
             module.groups = module.weight.shape[0] * module.groups // before[0]

@@ -312,6 +312,24 @@ def reshape(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axe
     return tuple(axes)
 
 
+@rule(
+    "arange",
+    "zeros",
+    "ones",
+    "full",
+    "eye",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+)
+def constant(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
+    """Makes a tensor whose size the code says."""
+    return (None,) * len(shape)
+
+
 @rule("matmul", "mm")
 def matmul(ids: Ids, shape: Shape, x: Value, weight: Value) -> Axes:
     """`x @ w` with a matrix `w` [in, out] reads axis 0 and writes axis 1; a product of activations stays whole."""

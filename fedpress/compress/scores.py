@@ -90,7 +90,7 @@ def taylor(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
         for weight in weights.values():
             weight.requires_grad_(True)
         for loss in see.losses():
-            grads = torch.autograd.grad(loss, list(weights.values()))
+            grads = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
             change = {n: w.detach() * g for (n, w), g in zip(weights.items(), grads, strict=True)}
             totals = [t + _total(slices, change).abs() for t, slices in zip(totals, where, strict=True)]
             count += 1

@@ -1,0 +1,197 @@
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+from torch import nn
+from zoo import ZOO, Plain, Residual, make
+
+from fedpress.compress import check_parity, parameters, remove_, trace
+from fedpress.compress.planning import make_plan
+from fedpress.errors import ModelError
+
+
+class Head(nn.Module):
+    """A convolution, then whatever a test wants to see refused or kept whole, then a linear layer."""
+
+    def __init__(self, between, width=16):
+        super().__init__()
+        self.a, self.head, self.between = nn.Conv2d(3, 16, 3), nn.Linear(width, 5), between
+
+    def forward(self, x):
+        return self.head(self.between(self.a(x)).mean((2, 3)))
+
+
+def graph_of(between, width=16):
+    return trace(Head(between, width), torch.randn(2, 3, 8, 8))
+
+
+def by_name(graph, name):
+    return next(layer for layer in graph.layers if layer.name == name)
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.parametrize("seed", range(3))
+def test_any_choice_of_channels_can_be_removed_and_is_counted_exactly(traced, name, seed):
+    model, x, graph = traced(name)
+    draw = torch.Generator().manual_seed(seed)
+    kept = [int(torch.randint(1, layer.channels + 1, (), generator=draw)) for layer in graph.layers]
+    scores = [torch.rand(layer.channels, generator=draw) for layer in graph.layers]
+    plan = make_plan(model, graph, scores, kept)
+    small = deepcopy(model)
+    remove_(small, plan)
+    assert parameters(small) == plan.parameters_after == graph.parameters(kept)
+    assert check_parity(model, small, plan, x) <= 1e-5
+    loss = small.train()(torch.cat([x, x])).square().sum()
+    loss.backward()
+    assert all(p.grad.shape == p.shape for p in small.parameters() if p.grad is not None)
+    assert not any(p.grad is None for p in small.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "root"),
+    [
+        ("residual", "stem"),
+        ("residual", "blocks.1.b"),
+        ("dense", "a"),
+        ("dense", "b"),
+        ("plain", "a"),
+        ("separable", "p"),
+    ],
+)
+def test_coupled_channels_are_those_of_torch_pruning(traced, name, root):
+    model, x, graph = traced(name)
+    layer, gone = by_name(graph, root), [1, 4, 5]
+    theirs = deepcopy(model).eval()
+    dependencies = tp.DependencyGraph().build_dependency(theirs, x)
+    dependencies.get_pruning_group(theirs.get_submodule(root), tp.prune_conv_out_channels, idxs=gone).prune()
+    scores = [torch.zeros(each.channels).index_fill_(0, torch.tensor(gone), -1) for each in graph.layers]
+    kept = [each.channels - (len(gone) if each is layer else 0) for each in graph.layers]
+    ours = deepcopy(model).eval()
+    remove_(ours, make_plan(model, graph, scores, kept))
+    assert {n: t.shape for n, t in ours.state_dict().items()} == {n: t.shape for n, t in theirs.state_dict().items()}
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_the_residual_stream_is_one_layer():
+    model, x = make("residual")
+    stream = by_name(trace(model, x), "stem")
+    assert {s.tensor for s in stream.role("write")} == {"stem.weight", "blocks.0.b.weight"}
+    assert {s.tensor for s in stream.role("read")} == {
+        "blocks.0.a.weight",
+        "blocks.1.a.weight",
+        "blocks.1.project.0.weight",
+    }
+
+
+def test_zero_padded_channels_stay_and_the_others_go():
+    model, x = make("padded")
+    graph = trace(model, x)
+    index = next(s for s in by_name(graph, "stem").slices if s.tensor == "blocks.1.b.weight").index
+    assert index.flatten().tolist() == list(range(8, 24))
+    assert "fixed number" in graph.whole["blocks.1.b"]
+
+
+def test_flattening_repeats_the_channel_over_the_image(traced):
+    _, _, graph = traced("flat")
+    index = next(s for s in by_name(graph, "a").slices if s.tensor == "b.weight").index
+    assert index.tolist() == [list(range(36 * c, 36 * c + 36)) for c in range(16)]
+
+
+def test_a_group_norm_loses_whole_groups(traced):
+    model, _, graph = traced("gated")
+    layer = by_name(graph, "c")
+    assert (layer.channels, layer.unit) == (8, 4)
+    small = deepcopy(model)
+    remove_(small, make_plan(model, graph, [torch.arange(each.channels) for each in graph.layers], [3] * 4))
+    assert (small.norm.num_groups, small.norm.num_channels) == (3, 12)
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [
+        (nn.GroupNorm(1, 16), None),
+        (nn.LayerNorm([16, 6, 6]), "a mean over channels"),
+        (lambda x: x[:, :16:1] + x.mean(1, keepdim=True), "a statistic over channels"),
+        (lambda x: torch.cat(x.split([4, 12], 1)[::-1], 1), "split by number"),
+        (lambda x: torch.cat([x[:, 3:], x[:, :3]], 1), "sliced by number"),
+        (lambda x: torch.softmax(x, 1), "mixed across channels"),
+        (lambda x: F.pad(x, (0, 0, 0, 0, 2, -2)), "cut or repeated"),
+        (lambda x: x[:, torch.arange(15, -1, -1)], "taken by number"),
+        (lambda x: torch.matmul(x.flatten(2), x.flatten(2).mT)[..., None], "product of activations"),
+        (lambda x: x.flatten(1).view(-1, 1, 16, 36).transpose(1, 2), None),
+    ],
+)
+def test_what_cannot_be_removed_exactly_stays_whole_with_a_reason(between, reason):
+    graph = graph_of(between)
+    if reason is None:
+        assert all(layer.channels == 1 or layer.name == "a" for layer in graph.layers)
+    else:
+        assert not graph.layers
+        assert reason in graph.whole["a"]
+
+
+def test_unequal_chunks_stay_whole():
+    graph = graph_of(lambda x: torch.cat(x.chunk(3, 1), 1))
+    assert "unequal parts" in graph.whole["a"]
+
+
+def test_weight_standardised_convolutions_keep_their_inputs():
+    class Standardised(nn.Conv2d):
+        def forward(self, x):
+            var, mean = torch.var_mean(self.weight, (1, 2, 3), keepdim=True)
+            return F.conv2d(x, (self.weight - mean) / (var + 1e-5).sqrt(), self.bias)
+
+    model = nn.Sequential(Standardised(3, 16, 3), nn.ReLU(), Standardised(16, 16, 3), nn.Flatten(2))
+    model.append(nn.AdaptiveAvgPool1d(1)).append(nn.Flatten()).append(nn.Linear(16, 5))
+    x = torch.randn(2, 3, 8, 8)
+    graph = trace(model, x)
+    assert "statistic over channels in aten.var_mean" in graph.whole["0"]
+    (last,) = graph.layers
+    plan = make_plan(model, graph, [torch.rand(16)], [5])
+    small = deepcopy(model)
+    remove_(small, plan)
+    assert last.name == "2"
+    assert check_parity(model, small, plan, x) <= 1e-5
+
+
+def test_an_unknown_operation_is_refused_by_name_and_module():
+    class Turn(nn.Module):
+        def forward(self, x):
+            return torch.fft.fft(x).real
+
+    with pytest.raises(ModelError, match=r"no rule for aten\.fft_fft.*'between'.*RULES"):
+        graph_of(Turn())
+
+
+def test_a_model_that_branches_on_data_is_refused():
+    with pytest.raises(ModelError, match="cannot be captured"):
+        graph_of(lambda x: x if x.sum() > 0 else -x)
+
+
+def test_a_module_can_be_kept_whole_by_name_and_its_stream_with_it():
+    model, x = make("residual")
+    graph = trace(model, x, whole=("blocks.0.b",))
+    assert "stem" not in {layer.name for layer in graph.layers}
+    assert "asked for" in graph.whole["stem"]
+    with pytest.raises(ModelError, match="no module 'blok'"):
+        trace(model, x, whole=("blok",))
+
+
+def test_a_parameter_without_use_is_reported():
+    model = Plain()
+    model.spare = nn.Parameter(torch.zeros(7))
+    graph = trace(model, torch.randn(2, 3, 8, 8))
+    assert graph.whole["spare"] == "forward does not use it"
+    assert graph.parameters([layer.channels for layer in graph.layers]) == parameters(model)
+
+
+def test_tracing_leaves_modes_and_numbers_alone():
+    model = Residual("project").train()
+    model.norm.eval()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    trace(model, torch.randn(2, 3, 8, 8))
+    assert model.training
+    assert not model.norm.training
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())

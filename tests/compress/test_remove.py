@@ -1,0 +1,109 @@
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from fedpress.compress import PruningPlan, check_parity, mask_, plan, remove_, score, trace
+from fedpress.errors import ModelError
+
+
+def halved(model, graph):
+    return plan(model, graph, score(model, graph, "l1"), keep_params=0.5, round_to=1, tolerance=0.05)
+
+
+def test_a_plan_survives_json_and_gives_the_same_network(traced):
+    model, x, graph = traced("residual")
+    first = halved(model, graph)
+    again = PruningPlan.model_validate_json(first.model_dump_json())
+    assert again == first
+    one, two = deepcopy(model), deepcopy(model)
+    remove_(one, first)
+    remove_(two, again)
+    assert torch.equal(one.eval()(x), two.eval()(x))
+
+
+def test_shared_weights_stay_shared(traced):
+    model, _, graph = traced("waves")
+    small = deepcopy(model)
+    remove_(small, halved(model, graph))
+    assert small.one.weight is small.two.weight
+    assert small.gain.shape == (small.a.out_channels, 1)
+    assert small.slope.num_parameters == small.a.out_channels == small.one.in_features == small.one.out_features
+
+
+def test_module_sizes_follow_their_tensors(traced):
+    model, _, graph = traced("separable")
+    small = deepcopy(model)
+    remove_(small, halved(model, graph))
+    assert small.d.in_channels == small.d.groups == small.a.out_channels
+    assert small.d.out_channels == small.nd.num_features == small.p.in_channels == 2 * small.a.out_channels
+    assert small.head.in_features == small.p.out_channels
+
+
+def test_memory_format_and_frozen_parameters_are_kept(traced):
+    model, _, graph = traced("plain")
+    small = deepcopy(model).to(memory_format=torch.channels_last)
+    small.b.weight.requires_grad_(False)
+    remove_(small, halved(model, graph))
+    assert small.b.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not small.b.weight.requires_grad
+    assert small.a.weight.requires_grad
+
+
+def test_the_mask_zeroes_exactly_what_is_removed(traced):
+    model, _, graph = traced("plain")
+    choice = halved(model, graph)
+    masked, small = deepcopy(model), deepcopy(model)
+    mask_(masked, choice)
+    remove_(small, choice)
+    for name, tensor in small.named_parameters():
+        assert masked.get_parameter(name).count_nonzero() == tensor.count_nonzero()
+        torch.testing.assert_close(masked.get_parameter(name).sum(), tensor.sum(), atol=1e-4, rtol=0)
+
+
+def test_parity_finds_a_wrong_network(traced):
+    model, x, graph = traced("residual")
+    choice = halved(model, graph)
+    small = deepcopy(model)
+    remove_(small, choice)
+    with torch.no_grad():
+        small.blocks[1].a.weight.copy_(small.blocks[1].a.weight.flip(0))
+    with pytest.raises(ModelError, match="differs from the masked one"):
+        check_parity(model, small, choice, x)
+    with torch.no_grad():
+        small.head.bias.fill_(float("nan"))
+    with pytest.raises(ModelError, match="differs from the masked one by nan"):
+        check_parity(model, small, choice, x)
+
+
+def test_parity_finds_a_size_written_into_forward():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.head = nn.Conv2d(3, 16, 3), nn.Linear(16 * 36, 5)
+
+        def forward(self, x):
+            return self.head(self.a(x).view(-1, 576))
+
+    model, x = Fixed(), torch.randn(2, 3, 8, 8)
+    graph = trace(model, x)
+    choice, small = halved(model, graph), deepcopy(model)
+    remove_(small, choice)
+    with pytest.raises(ModelError, match=r"does not run.*whole"):
+        check_parity(model, small, choice, x)
+
+
+@pytest.mark.parametrize("change", [remove_, mask_])
+def test_a_plan_of_another_model_is_refused_before_anything_changes(traced, change):
+    model, _, graph = traced("plain")
+    choice = halved(model, graph)
+    other = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with pytest.raises(ModelError, match="which this model lacks"):
+        change(other, choice)
+    small = deepcopy(model)
+    remove_(small, choice)
+    before = {n: t.clone() for n, t in small.state_dict().items()}
+    with pytest.raises(ModelError, match="does not fit"):
+        change(small, choice)
+    assert all(torch.equal(before[n], t) for n, t in small.state_dict().items())
