@@ -106,7 +106,7 @@ def client_accuracy(stage: Json) -> Figure | None:
     bar |= {"text": [f"{x:.1f}%" for _, x in pairs], "textposition": "outside", "cliponaxis": False}
     plot = spec(
         [bar],
-        x=axis("accuracy (%)", range=[0, 115], tickvals=[0, 25, 50, 75, 100]),
+        x=axis("accuracy (%)", range=[0, 122], tickvals=[0, 25, 50, 75, 100]),
         y=names_axis([name for name, _ in pairs]),
         hovermode="closest",
         bargap=0.35,
