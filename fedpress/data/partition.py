@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -11,32 +9,19 @@ import torch
 from pydantic import BaseModel, BeforeValidator, Field
 from torch import Tensor
 
+from fedpress.data.dealing import (
+    Ask,
+    Pool,
+    apportion,
+    fill_empty,
+    named,
+    numpy_generator,
+    rows_by_class,
+    take,
+    totals,
+    within_supply,
+)
 from fedpress.errors import DataError, did_you_mean
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Rows to be dealt: int64 `labels` [n] and, where the data knows, the natural client of each row.
-
-    Attributes:
-        labels: int64 [n].
-        owners: int64 [n] positions in `owner_names`, or None.
-        owner_names: names of the natural clients.
-        closed: natural clients that hold nothing here (declared public or test).
-    """
-
-    labels: Tensor
-    owners: Tensor | None = None
-    owner_names: tuple[str, ...] = ()
-    closed: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Ask:
-    """How much is asked for; None means every natural client (or 10), and all rows."""
-
-    num_clients: int | None = None
-    examples_per_client: int | None = None
 
 
 class _Settings(BaseModel, frozen=True, extra="forbid"):
@@ -50,8 +35,8 @@ class Iid(_Settings, frozen=True):
 
     def deal(self, pool: Pool, ask: Ask, generator: torch.Generator) -> dict[str, Tensor]:
         """Returns row positions by client."""
-        clients, total = _totals(len(pool.labels), ask)
-        return _named(torch.randperm(len(pool.labels), generator=generator)[:total].tensor_split(clients))
+        clients, total = totals(len(pool.labels), ask)
+        return named(torch.randperm(len(pool.labels), generator=generator)[:total].tensor_split(clients))
 
 
 class Quantity(_Settings, frozen=True):
@@ -65,10 +50,10 @@ class Quantity(_Settings, frozen=True):
 
     def deal(self, pool: Pool, ask: Ask, generator: torch.Generator) -> dict[str, Tensor]:
         """Returns row positions by client."""
-        clients, total = _totals(len(pool.labels), ask)
+        clients, total = totals(len(pool.labels), ask)
         weights = np.arange(1, clients + 1, dtype=np.float64) ** -self.skew
         sizes = 1 + apportion(weights[torch.randperm(clients, generator=generator).numpy()], total - clients)
-        return _named(torch.randperm(len(pool.labels), generator=generator)[:total].split(sizes.tolist()))
+        return named(torch.randperm(len(pool.labels), generator=generator)[:total].split(sizes.tolist()))
 
 
 class Dirichlet(_Settings, frozen=True):
@@ -84,16 +69,16 @@ class Dirichlet(_Settings, frozen=True):
 
     def deal(self, pool: Pool, ask: Ask, generator: torch.Generator) -> dict[str, Tensor]:
         """Returns row positions by client."""
-        clients, _ = _totals(len(pool.labels), ask)
-        rng = _numpy(generator)
-        rows = _rows_by_class(pool.labels, generator)
+        clients, _ = totals(len(pool.labels), ask)
+        rng = numpy_generator(generator)
+        rows = rows_by_class(pool.labels, generator)
         if ask.examples_per_client is None:
             shares = [apportion(rng.dirichlet(np.full(clients, self.alpha)), len(group)) for group in rows]
             counts = np.stack(shares, axis=1)
         else:
             mixes = rng.dirichlet(np.full(len(rows), self.alpha), size=clients)
-            counts = _within_supply(mixes, ask.examples_per_client, np.array([len(group) for group in rows]))
-        return _named(_fill_empty(_take(rows, counts)))
+            counts = within_supply(mixes, ask.examples_per_client, np.array([len(group) for group in rows]))
+        return named(fill_empty(take(rows, counts)))
 
 
 class Shards(_Settings, frozen=True):
@@ -107,8 +92,8 @@ class Shards(_Settings, frozen=True):
 
     def deal(self, pool: Pool, ask: Ask, generator: torch.Generator) -> dict[str, Tensor]:
         """Returns row positions by client."""
-        clients, _ = _totals(len(pool.labels), ask)
-        rows = _rows_by_class(pool.labels, generator)
+        clients, _ = totals(len(pool.labels), ask)
+        rows = rows_by_class(pool.labels, generator)
         holds = self._choose_classes(clients, len(rows), generator)
         supply = np.array([len(group) for group in rows])
         counts = np.zeros((clients, len(rows)), dtype=np.int64)
@@ -124,7 +109,7 @@ class Shards(_Settings, frozen=True):
             for client in range(clients):
                 counts[client, holds[client]] = apportion(np.ones(holds[client].sum()), ask.examples_per_client)
         self._check(counts, holds, supply)
-        return _named(_take(rows, counts))
+        return named(take(rows, counts))
 
     def _choose_classes(self, clients: int, classes: int, generator: torch.Generator) -> np.ndarray:
         """Returns bool [clients, classes]: each client takes the least used classes, ties broken at random."""
@@ -199,75 +184,3 @@ def _from_word(value: object) -> object:
 Partition = Annotated[
     Annotated[Iid | Quantity | Dirichlet | Shards | Natural, Field(discriminator="kind")], BeforeValidator(_from_word)
 ]
-
-
-def apportion(weights: np.ndarray, total: int) -> np.ndarray:
-    """Returns whole numbers [k] that sum to `total`, in proportion to `weights` [k], by largest remainder.
-
-    >>> apportion(np.array([1.0, 1.0, 1.0]), 4).tolist()
-    [2, 1, 1]
-    """
-    exact = weights / weights.sum() * total
-    counts = np.floor(exact).astype(np.int64)
-    order = np.argsort(counts - exact, kind="stable")
-    counts[order[: total - counts.sum()]] += 1
-    return counts
-
-
-def _totals(available: int, ask: Ask) -> tuple[int, int]:
-    """Returns the number of clients and of rows for all of them, or says why there are too few rows."""
-    clients = 10 if ask.num_clients is None else ask.num_clients
-    each = ask.examples_per_client
-    total = available if each is None else clients * each
-    if total > available:
-        raise DataError(
-            f"asked for {clients} clients of {each} examples = {total} examples, but only {available} are left for "
-            "clients; lower num_clients, examples_per_client, public_share or test_share"
-        )
-    if clients > total:
-        raise DataError(f"asked for {clients} clients, but only {total} examples are left for them; lower num_clients")
-    return clients, total
-
-
-def _named(rows: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {f"c{i}": group for i, group in enumerate(rows)}
-
-
-def _numpy(generator: torch.Generator) -> np.random.Generator:
-    return np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-
-
-def _rows_by_class(labels: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """Returns the shuffled row positions of each class that occurs."""
-    order = torch.randperm(len(labels), generator=generator)
-    return [order[labels[order] == label] for label in labels.unique()]
-
-
-def _take(rows: list[Tensor], counts: np.ndarray) -> list[Tensor]:
-    """Takes `counts` [clients, classes] rows from the front of each class, client after client."""
-    ends = counts.cumsum(axis=0)
-    starts = ends - counts
-    return [torch.cat([group[starts[i, c] : ends[i, c]] for c, group in enumerate(rows)]) for i in range(len(counts))]
-
-
-def _within_supply(mixes: np.ndarray, each: int, supply: np.ndarray) -> np.ndarray:
-    """Turns class mixes [clients, classes] into counts of `each` rows; a class that runs out is replaced by others."""
-    left = supply.copy()
-    counts = np.zeros(mixes.shape, dtype=np.int64)
-    for client, mix in enumerate(mixes):
-        while (missing := each - counts[client].sum()) > 0:
-            weights = np.where(left > 0, mix + 1e-9 * supply / supply.sum(), 0.0)  # also if the mix has run dry
-            got = np.minimum(apportion(weights, missing), left)
-            counts[client] += got
-            left -= got
-    return counts
-
-
-def _fill_empty(rows: list[Tensor]) -> list[Tensor]:
-    """Gives each empty client one row of the largest one."""
-    rows = list(rows)
-    for i, group in enumerate(rows):
-        if len(group) == 0:
-            largest = max(range(len(rows)), key=lambda j: len(rows[j]))
-            rows[i], rows[largest] = rows[largest][-1:], rows[largest][:-1]
-    return rows

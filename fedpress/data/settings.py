@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 from fedpress.data.partition import Partition
 from fedpress.errors import did_you_mean
@@ -56,7 +56,7 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     """
 
     source: Annotated[str, BeforeValidator(_known_source)]
-    path: Path | None = None
+    path: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
     download: bool = True
     partition: Partition | None = None
     num_clients: int | None = Field(default=None, ge=1)

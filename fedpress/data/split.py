@@ -10,8 +10,9 @@ from torch import Tensor
 from fedpress import seeds
 from fedpress.arrays import Arrays, Preprocess
 from fedpress.data.dataset import FederatedData
+from fedpress.data.dealing import Ask, Pool
 from fedpress.data.examples import Examples
-from fedpress.data.partition import Ask, Iid, Natural, Pool
+from fedpress.data.partition import Iid, Natural
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError, did_you_mean
 

@@ -30,7 +30,7 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
     """
     assert settings.path is not None  # checked by DataSettings
     files = find(settings.path, settings.source)
-    table = pa.concat_tables([_read_file(file, settings) for file in files], promote_options="permissive")
+    table = _together([_read_file(file, settings) for file in files], files)
     names = _feature_names(table, settings)
     if settings.missing == "drop":
         used = [*names, settings.label_column, *([settings.client_column] if settings.client_column else [])]
@@ -47,7 +47,7 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
     owner_names: tuple[str, ...] = ()
     if settings.client_column:
         owners, owner_names = columns.codes(table[settings.client_column], settings.client_column, "client")
-    name = settings.path.stem
+    name = files[0].stem if len(files) == 1 else files[0].parent.name
     if len(names) == 1 and types.is_struct(table[names[0]].type):
         x = _images(table[names[0]], names[0], settings, progress)
         return Examples(name, Arrays(x, y), class_names, owners=owners, owner_names=owner_names)
@@ -105,6 +105,16 @@ def _read_file(path: Path, settings: DataSettings) -> Any:
     if settings.client_column == FILE and FILE not in table.column_names:
         table = table.append_column(FILE, pa.array([path.stem] * table.num_rows, pa.string()))
     return table
+
+
+def _together(tables: list[Any], files: list[Path]) -> Any:
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise DataError(
+            f"the {len(files)} files beside '{files[0]}' have columns of different kinds ({_brief(error)}); "
+            "make them alike"
+        ) from error
 
 
 def _feature_names(table: Any, settings: DataSettings) -> list[str]:

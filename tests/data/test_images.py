@@ -31,14 +31,14 @@ def test_grey_images_have_one_channel_and_a_later_colour_image_becomes_grey():
 
 def test_images_of_other_sizes_are_refused_or_resized():
     blobs = [encode(np.full((4, 4), 100, np.uint8)), encode(np.full((6, 8), 100, np.uint8))]
-    with pytest.raises(DataError, match="^1: an image of 6x8 pixels where the first has 4x4; set image_size"):
+    with pytest.raises(DataError, match=r"^1: an image of 6x8 pixels where the first has 4x4; set image_size"):
         images.decode(blobs, where=str)
     assert images.decode(blobs, where=str, size=3).tolist() == [[[[100] * 3] * 3]] * 2
 
 
 @pytest.mark.parametrize("broken", [b"", None, b"no image", encode(RNG.integers(0, 256, (9, 9), dtype=np.uint8))[:70]])
 def test_a_corrupt_image_is_named(broken):
-    with pytest.raises(DataError, match="^row 1: not a readable image"):
+    with pytest.raises(DataError, match=r"^row 1: not a readable image"):
         images.decode([encode(np.zeros((9, 9), np.uint8)), broken], where=lambda i: f"row {i}")
 
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
@@ -41,3 +43,12 @@ def test_validation_is_a_number_of_rows_or_a_share():
 def test_wrong_settings_are_refused(keys, message):
     with pytest.raises(ValidationError, match=message):
         DataSettings(**keys)
+
+
+def test_a_path_may_start_at_the_home_folder():
+    assert DataSettings(source="digits", path="~/x").path == Path.home() / "x"
+
+
+def test_settings_have_a_json_schema_that_names_the_partitions():
+    schema = DataSettings.model_json_schema()
+    assert {"Iid", "Quantity", "Dirichlet", "Shards", "Natural"} <= set(schema["$defs"])
