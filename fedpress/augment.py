@@ -79,5 +79,7 @@ def resized(x: Tensor, side: int) -> Tensor:
     if x.shape[-1] == side:
         return x
     size = (side, side)
-    parts = [F.interpolate(p.float(), size, mode="bilinear", antialias=True, align_corners=False) for p in x.split(4096)]
+    parts = [
+        F.interpolate(p.float(), size, mode="bilinear", antialias=True, align_corners=False) for p in x.split(4096)
+    ]
     return torch.cat([p.round().clamp(0, 255).to(x.dtype) for p in parts])

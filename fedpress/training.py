@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +20,6 @@ from fedpress.errors import TrainingError
 from fedpress.seeds import derive, generator
 
 Precision = Literal["auto", "float32", "bf16"]
-Progress = Callable[[int, int], None]
 
 
 class TrainSettings(BaseModel):
@@ -44,7 +43,9 @@ class TrainSettings(BaseModel):
     ema: float = Field(0.0, ge=0, lt=1, description="decay per step of the averaged weights; 0 = the last weights")
     augment: Augment = Augment()
     image_sizes: tuple[tuple[int, int], ...] = Field((), description="[[side, epochs], ...]; later epochs at full size")
-    patience: int = Field(0, ge=0, description="stop after so many epochs without a better validation accuracy; 0 = never")
+    patience: int = Field(
+        0, ge=0, description="stop after so many epochs without a better validation accuracy; 0 = never"
+    )
     precision: Precision = "auto"
 
     @model_validator(mode="after")
@@ -146,6 +147,14 @@ def evaluate(
     return Evaluation(right / len(arrays), loss / len(arrays), len(arrays))
 
 
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step is done, of `total` in the whole training."""
+
+    done: int
+    total: int
+
+
 class Fit:
     """A model in training: iterate over `epochs()`; `state()` and `load_()` carry it over a stop, to the same bits."""
 
@@ -202,10 +211,8 @@ class Fit:
         waited = self.epoch - 1 - self.best[1]
         return self.epoch >= self.settings.epochs or bool(self.settings.patience and waited >= self.settings.patience)
 
-    def epochs(
-        self, train: Arrays, validation: Arrays, preprocess: Preprocess, *, progress: Progress | None = None
-    ) -> Iterator[EpochRecord]:
-        """Trains epoch by epoch; after each the state may be saved. `progress(done, total)` is told of every step.
+    def epochs(self, train: Arrays, validation: Arrays, preprocess: Preprocess) -> Iterator[Step | EpochRecord]:
+        """Trains epoch by epoch: yields every step, and a record after each epoch, when the state may be saved.
 
         Raises:
             TrainingError: if there are no examples, or the loss is not finite.
@@ -217,7 +224,7 @@ class Fit:
             now = self.settings.side(self.epoch)
             if now != side and train.x.dim() == 4:
                 side, images = now, train.x if now is None else resized(train.x, now)
-            loss = self._epoch(Arrays(images, train.y), preprocess, progress)
+            loss = yield from self._epoch(Arrays(images, train.y), preprocess)
             accuracy = None
             if len(validation):
                 small = Arrays(resized(validation.x, side), validation.y) if side else validation
@@ -230,7 +237,7 @@ class Fit:
             size = images.shape[-1] if images.dim() == 4 else None
             yield EpochRecord(self.epoch, self.settings.epochs, loss, accuracy, size)
 
-    def _epoch(self, train: Arrays, preprocess: Preprocess, progress: Progress | None) -> float:
+    def _epoch(self, train: Arrays, preprocess: Preprocess) -> Generator[Step, None, float]:
         s, n = self.settings, len(train)
         chance = generator(self.seed, "epoch", self.epoch)
         torch.manual_seed(derive(self.seed, "dropout", self.epoch))
@@ -253,8 +260,7 @@ class Fit:
                     "check the data for wrong values; the last good checkpoint is kept"
                 )
             total += loss
-            if progress is not None:
-                progress(self.epoch * steps + step + 1, s.epochs * steps)
+            yield Step(self.epoch * steps + step + 1, s.epochs * steps)
         return total / steps
 
     def _step(self, x: Tensor, y: Tensor) -> float:
@@ -270,7 +276,7 @@ class Fit:
         self.model.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update_parameters(self.model)
-        return float(loss)
+        return float(loss.detach())
 
     def _rate_(self, done: float) -> None:
         factor = one_cycle(done, self.settings.warmup)

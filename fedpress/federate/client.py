@@ -63,8 +63,10 @@ class Client:
     def __post_init__(self) -> None:
         if not len(self.arrays):
             raise RecipeError(f"federate.client {self.name}: it has no examples; leave it out or partition differently")
-        if self.norm != "frozen" and self.plan is not None and any(
-            isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules()
+        if (
+            self.norm != "frozen"
+            and self.plan is not None
+            and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
         ):
             raise RecipeError(
                 "federate.norm: batch norm in training mode mixes examples, which breaks sample privacy; use 'frozen'"

@@ -37,12 +37,11 @@ def norm_layer(channels: int, norm: Norm) -> nn.Module:
 
 
 def freeze_batch_norm_(model: nn.Module) -> nn.Module:
-    """Fixes the statistics of every batch norm for good, whatever `train()` is called later; its scale and bias train.
+    """Puts every batch norm into evaluation mode: its statistics stay, its scale and bias train. `train()` undoes it.
 
     Valid under both privacy units, since no example influences another's output, and free of client drift.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-            module.train = lambda mode=True, m=module: m  # type: ignore[method-assign, assignment, misc]
     return model

@@ -10,7 +10,12 @@ class CNN(nn.Module):
     """Two convolutions and two linear layers; 1,626,442 parameters at 3x32x32 and 10 classes (pfl-research, CIFAR-10)."""
 
     def __init__(
-        self, *, num_classes: int = 10, in_channels: int = 3, image_size: int = 32, dropout: tuple[float, float] = (0, 0)
+        self,
+        *,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        image_size: int = 32,
+        dropout: tuple[float, float] = (0, 0),
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 32, 3)

@@ -151,5 +151,7 @@ def load_model(folder: Path) -> tuple[ModelSpec, nn.Module]:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
-        raise ModelError(f"{folder}: model.safetensors does not fit spec.json ({first}); run the stage again") from error
+        raise ModelError(
+            f"{folder}: model.safetensors does not fit spec.json ({first}); run the stage again"
+        ) from error
     return spec, model

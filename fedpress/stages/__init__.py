@@ -1,0 +1,33 @@
+"""The stages of a recipe, a table: one settings class with `kind`, `check` and `run` each."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, Protocol
+
+from fedpress.folder import StageFolder
+from fedpress.stages.export import ExportStage
+from fedpress.stages.federate import FederateStage
+from fedpress.stages.prune import PruneStage
+from fedpress.stages.train import TrainStage
+from fedpress.state import State, Tick
+
+
+class Stage(Protocol):
+    """Frozen settings; the fields are the recipe's keys."""
+
+    kind: str
+    name: str
+
+    def check(self, state: State) -> tuple[State, dict[str, Any]]:
+        """Binds to `state` without doing the work: returns the state as it will be shaped, and facts to show."""
+        ...
+
+    def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
+        """Does the work from the last checkpoint in `folder`; yields progress, returns the new state."""
+        ...
+
+
+AnyStage = TrainStage | PruneStage | FederateStage | ExportStage
+
+__all__ = ["AnyStage", "ExportStage", "FederateStage", "PruneStage", "Stage", "TrainStage"]

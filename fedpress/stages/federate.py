@@ -1,0 +1,234 @@
+"""The federate stage: rounds of local training on private data, with the promised privacy, evaluated as they go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+from torch import Tensor, nn
+
+from fedpress import tree
+from fedpress.augment import Augment
+from fedpress.errors import PrivacyError
+from fedpress.federate import Average, LocalSettings, RoundRecord
+from fedpress.federate.algorithms import Server
+from fedpress.folder import StageFolder
+from fedpress.privacy.ledger import Charge, Ledger
+from fedpress.stages.binding import PROMISE, Federation, PrivacySettings, bind, steps_per_round
+from fedpress.state import State, Tick
+from fedpress.training import Evaluation, evaluate
+from fedpress.wire.message import pack
+
+
+class FederateStage(LocalSettings):
+    """`[[stage]] kind = "federate"`: FedAvg over the clients of the data set; the keys of local training stand beside.
+
+    `trainable` holds patterns of parameter names; only these train and travel (all by default).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["federate"]
+    name: str = "federate"
+    num_rounds: int = Field(10, ge=0)
+    cohort: int | None = Field(None, ge=1, description="clients in a round; all by default")
+    sampling: Literal["fixed", "poisson"] = "fixed"
+    weights: Literal["examples", "equal"] | None = Field(
+        None, description="of the mean; examples by default, equal under client privacy"
+    )
+    server: Server = Average()
+    trainable: tuple[str, ...] = ("*",)
+    norm: Literal["frozen", "batch"] = "frozen"
+    augment: Augment = Augment()
+    privacy: PrivacySettings | None = None
+    target_accuracy: float | None = Field(None, gt=0, le=1, description="stop when validation accuracy reaches this")
+    patience: int = Field(0, ge=0, description="stop after so many rounds without a better one; 0 = never")
+
+    def check(self, state: State) -> tuple[State, dict[str, Any]]:
+        """Binds model, clients, uplink and privacy: says bytes, noise and epsilon before anything is trained.
+
+        Raises:
+            RecipeError: if the parts do not fit together.
+            PrivacyError: if the budget cannot be kept, also together with what earlier stages spend.
+        """
+        federation = bind(self, state)
+        clients = state.data.clients
+        examples = [len(a) for a in clients.values()]
+        size = len(pack(federation.request(1, tree.flatten(federation.model))))
+        facts: dict[str, Any] = {
+            "clients": len(examples),
+            "examples_per_client": [min(examples), max(examples)],
+            "cohort": federation.uplink.cohort.size,
+            "num_rounds": self.num_rounds,
+            "trained_values": federation.uplink.promise.size,
+            "batch_size": self.batch_size,
+            "steps_per_round": steps_per_round(self, max(examples)),
+            "bytes_down_per_round": size * federation.uplink.cohort.size,
+            "bytes_up_per_round": size * federation.uplink.cohort.size,
+        }
+        ledger = state.ledger
+        if self.privacy is not None:
+            ledger = federation.ledger
+            charges = federation.charges(list(clients), 1, self.num_rounds)
+            ledger = self._spend(ledger, charges) if self.num_rounds else ledger
+            facts |= federation.promise() | {"epsilon": ledger.epsilon(delta=self.privacy.delta)}
+        return replace(state, ledger=ledger), facts
+
+    def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
+        """Runs the rounds; yields a tick for each, and saves a checkpoint after each."""
+        federation, data = bind(self, state), state.data
+        saved = folder.load_progress()
+        now = Progress.load(*saved) if saved is not None else Progress.begin(federation)
+        if state.accuracy is None:
+            state = replace(state, accuracy=evaluate(state.model, data.test, data.preprocess).accuracy)
+        began = time.perf_counter() - now.seconds
+        yield Tick(now.round, self.num_rounds, now.note)
+        running = federation.rounds(now.params, start=now.round, server_state=now.server_state)
+        while not self._enough(now):
+            # The round is charged before it touches data. One that is killed and done again draws the same noise
+            # from the same seeds, so it gives the same reply and costs nothing more.
+            ledger = self._charge(now, federation)
+            if ledger is None and self.privacy is not None:
+                now = replace(now, stopped="the next round would pass the privacy budget")
+                break
+            record = next(running)
+            tree.assign_(federation.model, record.params)
+            seen = self._look(federation.model, state)
+            now = now.after(record, ledger, seen, time.perf_counter() - began)
+            folder.record(**self._line(record, now, seen))
+            folder.save_progress(now.tensors(), now.facts())
+            yield Tick(now.round, self.num_rounds, now.note)
+        tree.assign_(federation.model, now.params)
+        facts = self._facts(state, federation, now)
+        for p in federation.model.parameters():
+            p.requires_grad_(True)
+        return replace(state, model=federation.model, ledger=now.ledger, facts=facts)
+
+    def _look(self, model: nn.Module, state: State) -> Evaluation | None:
+        """Measures on the public validation set; private data is never looked at without a charge."""
+        if not len(state.data.validation):
+            return None
+        return evaluate(model, state.data.validation, state.data.preprocess, precision=self.precision)
+
+    def _enough(self, now: Progress) -> bool:
+        if now.round >= self.num_rounds or now.stopped:
+            return True
+        if self.target_accuracy is not None and now.best >= self.target_accuracy:
+            return True
+        return bool(self.patience and now.round - now.best_round >= self.patience and now.best >= 0)
+
+    def _charge(self, now: Progress, federation: Federation) -> Ledger | None:
+        """Returns the ledger with the next round in it, or None without privacy or if that would pass the budget."""
+        if self.privacy is None or now.ledger is None:
+            return None
+        number = now.round + 1
+        charges = federation.charges(federation.drawn(number), number, number)
+        try:
+            return self._spend(now.ledger, charges)
+        except PrivacyError:
+            return None
+
+    def _spend(self, ledger: Ledger, charges: list[Charge]) -> Ledger:
+        assert self.privacy is not None
+        if self.privacy.epsilon is None or not charges:
+            return ledger.add(*charges)
+        return ledger.spend(*charges, epsilon=self.privacy.epsilon * (1 + 1e-9), delta=self.privacy.delta)
+
+    def _epsilon(self, now: Progress) -> float | None:
+        return None if self.privacy is None or now.ledger is None else now.ledger.epsilon(delta=self.privacy.delta)
+
+    def _line(self, record: RoundRecord, now: Progress, seen: Evaluation | None) -> dict[str, Any]:
+        return {
+            "round": record.round,
+            "num_rounds": self.num_rounds,
+            "accuracy": seen.accuracy if seen else None,
+            "loss": seen.loss if seen else None,
+            "bytes_up": record.bytes_up,
+            "bytes_down": record.bytes_down,
+            "epsilon": self._epsilon(now),
+            "clients": record.clients,
+            "refused": record.refused,
+            "seconds": round(record.seconds, 2),
+        }
+
+    def _facts(self, state: State, federation: Federation, now: Progress) -> dict[str, Any]:
+        """Every key is given also without privacy, so that no promise of an earlier stage outlives an open one."""
+        own: dict[str, Any] = {}
+        if self.privacy is None:  # accuracy on private examples is a private number: under privacy nobody sees it
+            parts = state.data.clients.items()
+            own = {name: evaluate(federation.model, part, state.data.preprocess).accuracy for name, part in parts}
+        promise = federation.promise() if self.privacy is not None else dict.fromkeys(PROMISE)
+        return {
+            "rounds": now.round,
+            "clients": len(state.data.clients),
+            "cohort": federation.uplink.cohort.size,
+            "trained_values": federation.uplink.promise.size,
+            "accuracy_before": state.accuracy,
+            "bytes_up": now.bytes_up,
+            "bytes_down": now.bytes_down,
+            **promise,
+            "epsilon": self._epsilon(now),
+            "client_accuracy": own,
+            "stopped": now.stopped or None,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """Where the rounds stand: all that is needed to go on, and to stop early."""
+
+    params: Tensor
+    ledger: Ledger | None
+    server_state: dict[str, Tensor] | None = None
+    round: int = 0
+    best: float = -1.0
+    best_round: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    note: str = ""
+    stopped: str = ""
+
+    @classmethod
+    def begin(cls, federation: Federation) -> Progress:
+        """Stands before the first round."""
+        return cls(tree.flatten(federation.model), federation.ledger)
+
+    def after(self, record: RoundRecord, ledger: Ledger | None, seen: Evaluation | None, seconds: float) -> Progress:
+        """Stands after the round of `record`, whose validation was `seen`."""
+        accuracy = seen.accuracy if seen else -1.0
+        better = accuracy > self.best
+        return Progress(
+            params=record.params,
+            ledger=ledger,
+            server_state=record.server_state,
+            round=record.round,
+            best=accuracy if better else self.best,
+            best_round=record.round if better else self.best_round,
+            bytes_up=self.bytes_up + record.bytes_up,
+            bytes_down=self.bytes_down + record.bytes_down,
+            seconds=seconds,
+            note=f"validation {accuracy:.2%}" if seen else "",
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors of a checkpoint."""
+        return {"params": self.params, **{f"server/{k}": v for k, v in (self.server_state or {}).items()}}
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the JSON part of a checkpoint."""
+        plain = {f: getattr(self, f) for f in PLAIN}
+        return {**plain, "ledger": self.ledger.to_json() if self.ledger is not None else None}
+
+    @classmethod
+    def load(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Progress:
+        """Reads what `tensors` and `facts` gave."""
+        server = {k.removeprefix("server/"): v for k, v in tensors.items() if k.startswith("server/")}
+        ledger = Ledger.from_json(facts["ledger"]) if facts["ledger"] else None
+        return cls(tensors["params"], ledger, server, **{f: facts[f] for f in PLAIN})
+
+
+PLAIN = ("round", "best", "best_round", "bytes_up", "bytes_down", "seconds", "note", "stopped")

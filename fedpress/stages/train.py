@@ -1,0 +1,66 @@
+"""The train stage: fits the model to the public part; fine-tuning after a cut is this stage again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from dataclasses import replace
+from typing import Any, Literal
+
+from fedpress.errors import TrainingError
+from fedpress.folder import StageFolder
+from fedpress.seeds import derive
+from fedpress.state import State, Tick
+from fedpress.training import Fit, Step, TrainSettings
+
+
+class TrainStage(TrainSettings):
+    """`[[stage]] kind = "train"`: trains all weights on the public part, epoch by epoch, with a checkpoint after each."""
+
+    kind: Literal["train"]
+    name: str = "train"
+
+    def check(self, state: State) -> tuple[State, dict[str, Any]]:
+        """Says how much there is to do, without doing it.
+
+        Raises:
+            TrainingError: if the public part is empty.
+        """
+        examples = len(state.data.public)
+        if not examples and self.epochs:
+            raise TrainingError(
+                f"stage '{self.name}': the public part has no examples; set data.public_share, or leave this stage out"
+            )
+        return state, {
+            "examples": examples,
+            "epochs": self.epochs,
+            "steps": self.epochs * max(1, examples // self.batch_size),
+        }
+
+    def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
+        """Trains; yields a tick for every step."""
+        fit = Fit(state.model, self, seed=derive(state.seed, "stage", folder.index))
+        saved = folder.load_progress()
+        seconds, note = 0.0, ""
+        if saved is not None:
+            fit.load_(saved[0])
+            seconds = saved[1]["seconds"]
+        start = time.perf_counter() - seconds
+        for event in fit.epochs(state.data.public, state.data.validation, state.data.preprocess):
+            if isinstance(event, Step):
+                yield Tick(event.done, event.total, note)
+                continue
+            seconds = time.perf_counter() - start
+            folder.record(
+                epoch=event.epoch,
+                epochs=event.epochs,
+                loss=event.loss,
+                accuracy=event.accuracy,
+                image_size=event.image_size,
+                seconds=round(seconds, 2),
+            )
+            folder.save_progress(fit.state(), {"seconds": seconds})
+            note = f"epoch {event.epoch}/{event.epochs}, loss {event.loss:.3f}"
+            if event.accuracy is not None:
+                note += f", validation {event.accuracy:.2%}"
+        return replace(state, model=fit.result_(), facts={"epochs": fit.epoch})

@@ -1,0 +1,61 @@
+"""What travels from stage to stage, and what a stage tells while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pydantic import JsonValue
+from torch import nn
+
+from fedpress.data import FederatedData
+from fedpress.models import ModelSpec
+from fedpress.privacy.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class State:
+    """The model with its spec, the data, and the privacy spent so far.
+
+    `accuracy` is that on the test set after the last stage, None before the first; `facts` are what the last stage adds to its line of the result (for instance `bytes_up`); `dense` is the
+    parameter count before any pruning.
+    """
+
+    spec: ModelSpec
+    model: nn.Module
+    data: FederatedData
+    seed: int
+    dense: int
+    ledger: Ledger | None = None
+    accuracy: float | None = None
+    facts: Mapping[str, JsonValue] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tick:
+    """`done` of `total` steps of a stage are done; `note` is what a person wants to see beside the bar."""
+
+    done: int
+    total: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class StageStarted:
+    """A stage begins; `reused` says that its finished result was taken from the run folder."""
+
+    index: int
+    kind: str
+    name: str
+    reused: bool = False
+
+
+@dataclass(frozen=True)
+class StageFinished:
+    """A stage has ended with `result`, its line of result.json."""
+
+    index: int
+    result: Mapping[str, JsonValue]
+
+
+Event = Tick | StageStarted | StageFinished
