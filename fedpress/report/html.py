@@ -17,7 +17,7 @@ from markupsafe import Markup
 from fedpress.errors import RunError
 from fedpress.report import units
 from fedpress.report.figures import figures
-from fedpress.report.protection import protection
+from fedpress.report.protection import protections, protects
 from fedpress.report.reading import Json, Run, read_run
 from fedpress.report.table import Table, ledger_table, progress_table, stage_table
 
@@ -90,7 +90,8 @@ def render(run: Run) -> str:
         path_of_stages=[str(s.get("name") or s.get("kind") or "?") for s in stages],
         facts=_facts(run),
         tiles=tiles(stages),
-        protections=[protection(s) for s in stages if s.get("kind") == "federate"],
+        protections=protections(stages),
+        stopped=[f"{s.get('name')} stopped early: {s['stopped']}." for s in stages if s.get("stopped")],
         table=stage_table(run.result) if stages else None,
         progress=None if run.finished else progress_table(run.records),
         figures=[asdict(figure) for figure in shown],
@@ -125,7 +126,7 @@ def tiles(stages: list[Json]) -> list[Tile]:
             )
     federated = [s for s in stages if s.get("kind") == "federate"]
     for stage in federated[-1:]:
-        private = units.number(stage.get("epsilon")) is not None
+        private = protects(stages)
         note = (
             f"at δ = {units.small(stage.get('delta'))}, per {stage.get('unit')}"
             if private

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedpress.report import units
 from fedpress.report.reading import Json
@@ -20,21 +20,45 @@ class Protection:
     unprotected: list[str]
 
 
-NOT_HIDDEN = [
+PUBLIC = [
     "The public part of the data, on which the network was trained before: nothing about it is protected.",
     "Validation and test sets: they are public, choose settings and measure accuracy, without any noise.",
-    "Who the clients are, how many examples each of them has and how many bytes it sends is not hidden.",
-    "Accuracies and losses per client in this folder: they are exact numbers, which ε does not cover.",
+    "Who the clients are, and how much each of them sends, is not hidden.",
 ]
+OWN_ACCURACY = "Accuracy per client is measured on the client's own examples; it is an exact number that no ε covers."
+SECRET_COHORTS = ["Secret cohorts: ε counts on it that only the server knows who took part in which round."]
 SEED = (
     "Whoever knows the seed. So that a run can be repeated, its noise follows from the seed, and with the seed it can"
     " be taken away again: with truly private data keep the seed, and this page, to yourself."
 )
 
 
+def protections(stages: list[Json]) -> list[Protection]:
+    """Returns what each federated stage promises; one without privacy breaks the promises of the others."""
+    federated = [stage for stage in stages if stage.get("kind") == "federate"]
+    found = [protection(stage) for stage in federated]
+    broken = [it.title for it in found if not it.protected]
+    return [_broken(it, broken) if it.protected and broken else it for it in found]
+
+
+def protects(stages: list[Json]) -> bool:
+    """Says whether every federated stage has a finite epsilon; only then the last one's holds for the network."""
+    return all(units.number(stage.get("epsilon")) is not None for stage in stages if stage.get("kind") == "federate")
+
+
+def _broken(it: Protection, broken: list[str]) -> Protection:
+    names = ", ".join(f"“{name}”" for name in broken)
+    summary = f"{it.summary} But not in the run as a whole: {names} used private data without a promise."
+    return replace(it, summary=summary)
+
+
 def protection(stage: Json) -> Protection:
     """Returns what a federated `stage` of `result.json` promises, by its `unit`, `epsilon` and `delta`."""
-    title = str(stage.get("name") or stage.get("kind"))
+    it = _by_unit(str(stage.get("name") or stage.get("kind")), stage)
+    return replace(it, unprotected=[*it.unprotected, OWN_ACCURACY]) if stage.get("client_accuracy") else it
+
+
+def _by_unit(title: str, stage: Json) -> Protection:
     if units.number(stage.get("epsilon")) is None:
         return _without_privacy(title)
     if stage.get("unit") == "sample":
@@ -46,7 +70,7 @@ def protection(stage: Json) -> Protection:
         summary=f"{_budget(stage)} was spent for the unit “{stage.get('unit')}”, which this version has no words for.",
         protected=[],
         trusted=[SEED],
-        unprotected=NOT_HIDDEN,
+        unprotected=PUBLIC,
     )
 
 
@@ -84,7 +108,8 @@ def _sample(title: str, stage: Json) -> Protection:
             "Persons and clients as a whole: k examples of one person, or k clients with the same example, have"
             " together about k times the ε.",
             "Updates were summed without a secure sum: the server sees each client's noisy update by itself.",
-            *NOT_HIDDEN,
+            "How many examples each client has.",
+            *PUBLIC,
         ],
     )
 
@@ -101,10 +126,10 @@ def _client(title: str, stage: Json) -> Protection:
         trusted=[
             "The server. It sees every client's update without noise (no secure sum was used), adds the noise, and must"
             " not keep or show what came in.",
-            "Secret cohorts: ε counts on it that only the server knows which clients took part in which round.",
+            *(SECRET_COHORTS if (units.number(stage.get("sampling_prob")) or 0.0) < 1 else []),
             SEED,
         ],
-        unprotected=["Nothing is hidden from the server: a client's update can reveal its examples.", *NOT_HIDDEN],
+        unprotected=["Nothing is hidden from the server: a client's update can reveal its examples.", *PUBLIC],
     )
 
 
@@ -119,6 +144,6 @@ def _without_privacy(title: str) -> Protection:
         ],
         unprotected=[
             "Private examples: they can in part be rebuilt from updates, and traced in the final network.",
-            *NOT_HIDDEN,
+            *PUBLIC,
         ],
     )

@@ -29,7 +29,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the last stage has ended."""
-        return bool(self.result.get("final"))
+        return bool(self.result.get("finished", self.result.get("final")))
 
     @property
     def name(self) -> str:

@@ -71,7 +71,7 @@ def test_the_page_holds_headline_table_words_and_figures(tmp_path):
     ]
     for expected in headline + words + made:
         assert expected in text
-    assert [tag for tag, _ in page.tags].count("figcaption") == 7
+    assert [tag for tag, _ in page.tags].count("figcaption") == 6
     assert "This run has not ended" not in text
 
 
@@ -131,10 +131,12 @@ def test_an_unfinished_run_is_drawn_as_far_as_it_came(tmp_path, records, far):
 def test_a_run_with_some_stages_measured_shows_them_and_says_that_it_has_not_ended(tmp_path):
     folder = write_run(tmp_path / "x")
     whole = result("x", CLIENTS, True)
-    write_json(folder / "result.json", {"stages": whole["stages"][:2]})
+    stages = [*whole["stages"][:1], {**whole["stages"][1], "stopped": "no better for 3 rounds"}]
+    write_json(folder / "result.json", {"stages": stages, "finished": False, "final": stages[-1]})
     text = " ".join(draw(folder).texts)
     assert "This run has not ended" in text
     assert "74.31% (-19.54)" in text
+    assert "prune stopped early: no better for 3 rounds." in text
 
 
 def test_a_stage_of_unknown_kind_is_no_reason_to_fail(tmp_path):
@@ -178,7 +180,9 @@ def test_tiles_of_a_run_without_privacy_say_so():
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 def test_a_browser_draws_every_plot_without_overflow_errors_or_requests(tmp_path):
     drawn = write_report(write_run(tmp_path / "x"))
-    hostile = write_report(write_run(tmp_path / "y", name=HOSTILE + "x" * 300, client=HOSTILE + "y" * 90))
+    hostile = write_report(
+        write_run(tmp_path / "y", name=HOSTILE + "x" * 300, client=HOSTILE + "y" * 90, private=False)
+    )
     with chromium(tmp_path / "profile") as page:
         for file in (drawn, hostile):
             for width in (320, 390, 1280):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedpress.report.protection import protection
+from fedpress.report.protection import protection, protections, protects
 
 SAMPLE = {"kind": "federate", "name": "f", "unit": "sample", "epsilon": 2.0, "delta": 1e-5}
 
@@ -37,6 +37,28 @@ def test_without_a_finite_epsilon_nothing_is_promised(unit, epsilon):
     assert it.protected == []
 
 
+def test_a_stage_without_privacy_breaks_the_promise_of_the_run():
+    stages = [{"kind": "federate", "name": "open"}, {"kind": "train"}, SAMPLE]
+    first, second = protections(stages)
+    assert first.summary.startswith("No differential privacy")
+    assert "But not in the run as a whole: “open” used private data" in second.summary
+    assert not protects(stages)
+    assert protects([SAMPLE, {"kind": "train"}])
+
+
+def test_accuracy_on_private_examples_is_named_as_uncovered():
+    assert not any("Accuracy per client" in line for line in protection(SAMPLE).unprotected)
+    assert any(
+        "Accuracy per client" in line for line in protection({**SAMPLE, "client_accuracy": {"a": 1}}).unprotected
+    )
+
+
+@pytest.mark.parametrize(("sampling_prob", "secret"), [(0.1, True), (1.0, False)])
+def test_cohorts_must_be_secret_only_where_they_are_sampled(sampling_prob, secret):
+    it = protection({**SAMPLE, "unit": "client", "sampling_prob": sampling_prob})
+    assert any("Secret cohorts" in line for line in it.trusted) == secret
+
+
 def test_an_unknown_unit_is_not_dressed_up_as_a_promise():
     it = protection({**SAMPLE, "unit": "household"})
     assert "household" in it.summary
@@ -46,7 +68,7 @@ def test_an_unknown_unit_is_not_dressed_up_as_a_promise():
 @pytest.mark.parametrize("stage", [SAMPLE, {**SAMPLE, "unit": "client"}, {"kind": "federate"}])
 def test_every_page_says_what_is_public_and_what_is_not_covered(stage):
     text = everything(protection(stage))
-    for words in ("public part", "test sets", "how many examples", "ε does not cover"):
+    for words in ("public part", "test sets", "Who the clients are"):
         assert words in text
 
 
