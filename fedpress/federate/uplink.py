@@ -2,80 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fedpress import seeds
 from fedpress.errors import RecipeError, WireError
+from fedpress.federate.adders import Adder, PlainSum, Sent
 from fedpress.federate.exchange import ClientId
 from fedpress.federate.sampling import Cohort
 from fedpress.federate.transforms import Bound, Chain, Clip, Key, Transform, bind_chain, decode_chain, encode_chain
-from fedpress.privacy.mechanism import clip, noise_sum
+from fedpress.privacy.mechanism import noise_sum
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.wire.message import JSON, Message
 
 METRICS = ("loss", "steps")
 MAX_EXAMPLES = 1 << 40
-
-
-@dataclass(frozen=True, eq=False)
-class Sent:
-    """One client's message after its header was checked: the encoded update, its weight, and what else it says."""
-
-    key: Key
-    tensors: Mapping[str, Tensor]
-    weight: float
-    row: Mapping[str, JSON]
-
-
-@dataclass(eq=False)
-class Total:
-    """A weighted sum [d] in float64 with the weight in it, a row per client in it, and who was refused and why."""
-
-    sum: Tensor
-    weight: float = 0.0
-    rows: list[dict[str, JSON]] = field(default_factory=list)
-    refused: dict[ClientId, str] = field(default_factory=dict)
-
-
-class Adder(Protocol):
-    """One of the two ways to sum what the clients sent."""
-
-    def check(self, chain: Chain, bound: Bound) -> None:
-        """Raises RecipeError if it cannot sum what `chain` makes of vectors; `bound` is that of the chain's end."""
-        ...
-
-    def add(self, sent: Iterable[Sent], decode: Callable[[Sent], Tensor], promise: Bound) -> Total:
-        """Sums the updates, each within `promise` whatever was sent; faulty ones are refused, not raised."""
-        ...
-
-
-@dataclass(frozen=True)
-class PlainSum:
-    """Decodes each update, holds it to the promised bound, and adds; so a guarantee rests on server code alone."""
-
-    def check(self, chain: Chain, bound: Bound) -> None:
-        """Sums after decoding, so every chain will do."""
-
-    def add(self, sent: Iterable[Sent], decode: Callable[[Sent], Tensor], promise: Bound) -> Total:
-        """Adds in the order of `sent`, in float64: the same order gives the same bits."""
-        total = Total(torch.zeros(promise.size, dtype=torch.float64))
-        for item in sent:
-            try:
-                update = decode(item)
-            except WireError as problem:
-                total.refused[item.key.client] = str(problem)
-                continue
-            if promise.l2 < float("inf"):
-                update = clip(update, promise.l2)
-            total.sum.add_(update.double(), alpha=item.weight)
-            total.weight += item.weight
-            total.rows.append({**item.row, "update_norm": float(update.double().norm())})
-        return total
 
 
 @dataclass(frozen=True, eq=False)
