@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice, zip_longest
 from math import ceil, gcd
 from typing import Literal
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from fedpress.compress.graph import ChannelGraph, Layer
 from fedpress.compress.scores import tensors_of
 from fedpress.errors import ModelError, RecipeError
+
+TRIES = 20  # thresholds to correct from, before a share counts as out of reach; the first nearly always does
 
 
 class LayerChange(BaseModel, frozen=True):
@@ -65,16 +68,20 @@ def plan(
         ModelError: if no channel of the model can be removed.
     """
     check_settings(graph, keep_params, round_to, min_keep, scope)
-    total, target = graph.parameters([layer.channels for layer in graph.layers]), 0.0
+    total = graph.parameters([layer.channels for layer in graph.layers])
     target = keep_params * total
     allowed = [allowed_widths(layer, round_to, min_keep) for layer in graph.layers]
     order = [_ranks(s) for s in scores] if scope == "layer" else list(scores)
-    kept = _threshold(graph, order, allowed, target)
-    kept = _correct(graph, kept, allowed, target, enough=tolerance * total / 5)
-    reached = graph.parameters(kept)
-    if abs(reached - target) > tolerance * total:
+    best, reached = [layer.channels for layer in graph.layers], total
+    for start in islice(_thresholds(graph, order, allowed, target), TRIES):
+        kept = _correct(graph, start, allowed, target, tolerance * total)
+        if abs((count := graph.parameters(kept)) - target) < abs(reached - target):
+            best, reached = kept, count
+        if abs(reached - target) <= tolerance * total:
+            break
+    else:
         raise _unreachable(graph, allowed, keep_params, reached / total, total)
-    return make_plan(model, graph, scores, kept)
+    return make_plan(model, graph, scores, best)
 
 
 def allowed_widths(layer: Layer, round_to: int, min_keep: float) -> list[int]:
@@ -125,8 +132,10 @@ def check_settings(graph: ChannelGraph, keep_params: float, round_to: int, min_k
         raise ModelError(f"no channel of this model can be removed ({reasons}); change these modules or do not prune")
 
 
-def _threshold(graph: ChannelGraph, order: Sequence[Tensor], allowed: Sequence[list[int]], target: float) -> list[int]:
-    """Searches the threshold over all layers whose rounded widths hold the number of parameters nearest to `target`."""
+def _thresholds(
+    graph: ChannelGraph, order: Sequence[Tensor], allowed: Sequence[list[int]], target: float
+) -> Iterator[list[int]]:
+    """Yields the rounded widths at the threshold that leaves nearly `target` parameters, then at ever farther ones."""
     rising = [values.sort().values for values in order]
     cuts = [-float("inf"), *torch.cat(rising).unique().tolist()]
 
@@ -136,8 +145,13 @@ def _threshold(graph: ChannelGraph, order: Sequence[Tensor], allowed: Sequence[l
 
     # the count falls as the cut rises: find the first cut that is at or below the target
     at = bisect_left(cuts, -target, key=lambda cut: -graph.parameters(widths(cut)))
-    near = [widths(cuts[i]) for i in (at - 1, at) if 0 <= i < len(cuts)]
-    return min(near, key=lambda kept: abs(graph.parameters(kept) - target))
+    below = (widths(cut) for cut in cuts[at:])
+    above = (widths(cut) for cut in reversed(cuts[:at]))
+    seen: list[list[int]] = []
+    for kept in chain.from_iterable(zip_longest(above, below)):
+        if kept is not None and kept not in seen:
+            seen.append(kept)
+            yield kept
 
 
 def _nearest(n: int, choice: Sequence[int]) -> int:
@@ -145,21 +159,29 @@ def _nearest(n: int, choice: Sequence[int]) -> int:
 
 
 def _correct(
-    graph: ChannelGraph, kept: list[int], allowed: Sequence[list[int]], target: float, *, enough: float
+    graph: ChannelGraph, kept: list[int], allowed: Sequence[list[int]], target: float, tolerance: float
 ) -> list[int]:
-    """Moves one layer at a time by one step, always to the count nearest to `target`, while that brings it nearer."""
+    """Moves layers by one step, always to the count nearest to `target`, while that brings it nearer.
+
+    One layer at a time until the error is a fifth of `tolerance`; two at once where the steps of one are too coarse.
+    """
 
     def error(widths: list[int]) -> float:
         return abs(graph.parameters(widths) - target)
 
-    while error(kept) > enough:
+    def steps(widths: list[int]) -> list[list[int]]:
         moves = []
-        for i, choice in enumerate(allowed):
-            at = choice.index(kept[i])
-            moves += [
-                [*kept[:i], width, *kept[i + 1 :]] for width in choice[max(0, at - 1) : at + 2] if width != kept[i]
-            ]
+        for i in range(len(widths)):
+            at = allowed[i].index(widths[i])
+            near = (allowed[i][j] for j in (at - 1, at + 1) if 0 <= j < len(allowed[i]))
+            moves += [[*widths[:i], width, *widths[i + 1 :]] for width in near]
+        return moves
+
+    while error(kept) > tolerance / 5:
+        moves = steps(kept)
         best = min(moves, key=error, default=kept)
+        if error(best) >= error(kept) > tolerance:
+            best = min((pair for one in moves for pair in steps(one)), key=error, default=kept)
         if error(best) >= error(kept):
             break
         kept = best

@@ -31,6 +31,16 @@ def test_resnet18_meets_the_share_within_half_a_point_in_multiples_of_eight(big,
         assert not choice.keep
 
 
+@pytest.mark.parametrize("share", [0.6, 0.5, 0.4, 0.3])
+def test_coarse_widths_of_a_small_network_still_meet_the_share(traced, share):
+    model, _, graph = traced("residual")
+    for seed in range(10):
+        draw = torch.Generator().manual_seed(seed)
+        scores = [torch.rand(layer.channels, generator=draw) for layer in graph.layers]
+        choice = plan(model, graph, scores, keep_params=share, round_to=4)
+        assert abs(choice.parameters_after / choice.parameters_before - share) <= 0.005
+
+
 def test_the_channels_with_the_highest_scores_stay(traced):
     model, _, graph = traced("plain")
     scores = score(model, graph, "l1")
