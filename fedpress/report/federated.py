@@ -50,13 +50,13 @@ def bytes_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
     up, down = values(rounds, "bytes_up"), values(rounds, "bytes_down")
     if not any(up) and not any(down):
         return None
-    unit, size = _byte_unit(max(b or 0.0 for b in up + down))
-    total_unit, total_size = _byte_unit(total_of(up + down))
+    prefix, size = units.scale(max(b or 0.0 for b in up + down))
+    total_prefix, total_size = units.scale(total_of(up + down))
     x, data = values(rounds, "round"), []
     for word, sent, color in (("up", up, BLUE), ("down", down, ORANGE)):
-        data.append(bars(word, x, [b and b / size for b in sent], color=color, unit=f" {unit}"))
+        data.append(bars(word, x, [b and b / size for b in sent], color=color, unit=f" {prefix}B"))
         total = [total_of(sent[: i + 1]) / total_size for i in range(len(sent))]
-        area = line(f"{word}, so far", x, total, color=color, unit=f" {total_unit}", panel=2)
+        area = line(f"{word}, so far", x, total, color=color, unit=f" {total_prefix}B", panel=2)
         data.append({**area, "mode": "lines", "stackgroup": "total", "showlegend": False})
     return Figure(
         f"Bytes sent: {name}",
@@ -65,18 +65,14 @@ def bytes_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
         two_panels(
             data,
             x=axis("round"),
-            top=axis(f"per round<br>({unit})"),
-            bottom=axis(f"so far<br>({total_unit})"),
+            top=axis(f"per round<br>({prefix}B)"),
+            bottom=axis(f"so far<br>({total_prefix}B)"),
             barmode="stack",
             bargap=0.25,
             showlegend=True,
         ),
         height=380,
     )
-
-
-def _byte_unit(largest: float) -> tuple[str, float]:
-    return next(((f"{prefix}B", size) for size, prefix in units.PREFIXES if largest >= size), ("B", 1.0))
 
 
 def client_accuracy(stage: Json) -> Figure | None:

@@ -24,6 +24,8 @@ from fedpress.report.plot import (
 )
 from fedpress.report.reading import Json, Run, records_by_stage
 
+WORDS = {"": "", "k": " (thousands)", "M": " (millions)", "G": " (billions)", "T": " (trillions)"}
+
 
 def figures(run: Run) -> list[Figure]:
     """Returns all figures that the folder has data for, in the order of the stages."""
@@ -42,17 +44,21 @@ def accuracy_and_parameters(stages: list[Json]) -> Figure | None:
     shown = [s for s in stages if units.number(s.get("accuracy")) is not None and units.number(s.get("parameters"))]
     if len(shown) < 2:
         return None
-    parameters, accuracy = [s["parameters"] / 1e6 for s in shown], [s["accuracy"] * 100 for s in shown]
+    prefix, size = units.scale(max(s["parameters"] for s in shown))
+    parameters, accuracy = [s["parameters"] / size for s in shown], [s["accuracy"] * 100 for s in shown]
     names = [f"{i}. {label(s.get('name') or s.get('kind'))}" for i, s in enumerate(shown, start=1)]
     path = line("stage", parameters, accuracy)
-    path |= {"text": names, "hovertemplate": "%{text}<br>%{x:.4~g} M parameters<br>%{y:.2f}%<extra></extra>"}
+    path |= {
+        "text": names,
+        "hovertemplate": f"%{{text}}<br>%{{x:.4~g}} {prefix} parameters<br>%{{y:.2f}}%<extra></extra>",
+    }
     path["line"] = {"color": FAINT, "width": 1.5, "dash": "dot"}
     path["marker"] = {"color": BLUE, "size": 9}
     steps = ", ".join(
         f"{s.get('name') or s.get('kind')} {units.percent(s['accuracy'])} with {units.count(s['parameters'])}"
         for s in shown
     )
-    x = axis("parameters (millions)", rangemode="tozero")
+    x = axis(f"parameters{WORDS[prefix]}", rangemode="tozero")
     return Figure(
         "Accuracy against size",
         f"Test accuracy and parameters after each stage: {steps}.",

@@ -17,20 +17,12 @@ from markupsafe import Markup
 from fedpress.errors import RunError
 from fedpress.report import units
 from fedpress.report.figures import figures
-from fedpress.report.protection import protections, protects
-from fedpress.report.reading import Json, Run, read_run
+from fedpress.report.headline import tiles
+from fedpress.report.protection import protections
+from fedpress.report.reading import Run, read_run
 from fedpress.report.table import Table, ledger_table, progress_table, stage_table
 
 HERE = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One big number of the headline."""
-
-    value: str
-    name: str
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,55 +91,6 @@ def render(run: Run) -> str:
         hashes=[_hash(script) for script in scripts],
         details=details(run),
     )
-
-
-def tiles(stages: list[Json]) -> list[Tile]:
-    """Returns the numbers a reader looks for first; each is the last known one, beside that of the first stage."""
-    known = {key: [x for x in (units.number(s.get(key)) for s in stages) if x is not None] for key in _KEYS}
-    found = []
-    if accuracy := known["accuracy"]:
-        change = units.points(accuracy[-1], accuracy[0])
-        found.append(
-            Tile(
-                units.percent(accuracy[-1]),
-                "test accuracy",
-                f"{change} points against the first stage" if len(accuracy) > 1 else "",
-            )
-        )
-    for key, name, form in (
-        ("parameters", "parameters", _count),
-        ("file_bytes", "file size", _bytes),
-        ("latency_ms", "latency", units.milliseconds),
-    ):
-        if numbers := known[key]:
-            share = f"{units.percent(numbers[-1] / numbers[0], 1)} of " if numbers[0] else "from "
-            found.append(
-                Tile(form(numbers[-1]), name, f"{share}{form(numbers[0])}" if numbers[-1] != numbers[0] else "")
-            )
-    federated = [s for s in stages if s.get("kind") == "federate"]
-    for stage in federated[-1:]:
-        private = protects(stages)
-        note = (
-            f"at δ = {units.small(stage.get('delta'))}, per {stage.get('unit')}"
-            if private
-            else "no differential privacy"
-        )
-        found.append(Tile(units.epsilon(stage.get("epsilon")) if private else "none", "privacy spent, ε", note))
-    if sent := known["bytes_up"] + known["bytes_down"]:
-        up, down = _bytes(sum(known["bytes_up"])), _bytes(sum(known["bytes_down"]))
-        found.append(Tile(_bytes(sum(sent)), "bytes sent", f"{up} up, {down} down"))
-    return found
-
-
-_KEYS = ("accuracy", "parameters", "file_bytes", "latency_ms", "bytes_up", "bytes_down")
-
-
-def _count(value: Any) -> str:
-    return units.count(value)
-
-
-def _bytes(value: Any) -> str:
-    return units.count(value, "B")
 
 
 def _facts(run: Run) -> list[str]:

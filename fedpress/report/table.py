@@ -44,10 +44,10 @@ def progress_table(records: list[Json]) -> Table:
         word = "round" if "round" in last else "epoch"
         far = units.DASH if done is None else f"{word} {done}" + ("" if planned is None else f" of {planned}")
         accuracy = last.get("accuracy", last.get("accuracy_restored"))
-        seconds = [units.number(step.get("seconds")) for step in steps]
-        spent = sum(s for s in seconds if s is not None) if any(s is not None for s in seconds) else None
+        seconds = [x for x in (units.number(step.get("seconds")) for step in steps) if x is not None]
+        so_far = last.get("seconds") if "epoch" in last else sum(seconds) if seconds else None  # epochs count on
         rows.append(
-            [_name(last), far, units.percent(accuracy), units.epsilon(last.get("epsilon")), units.seconds(spent)]
+            [_name(last), far, units.percent(accuracy), units.epsilon(last.get("epsilon")), units.seconds(so_far)]
         )
     return Table(header=["Stage", "Came to", "Validation accuracy", "ε", "Time"], rows=rows)
 

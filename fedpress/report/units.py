@@ -31,6 +31,15 @@ def count(value: Any, unit: str = "") -> str:
     return f"{x:.0f} {unit}".rstrip()
 
 
+def scale(largest: float) -> tuple[str, float]:
+    """Returns the prefix, and its size, for an axis that reaches to `largest`.
+
+    >>> scale(13_400_000), scale(12)
+    (('M', 1000000.0), ('', 1.0))
+    """
+    return next(((prefix, size) for size, prefix in PREFIXES if largest >= size), ("", 1.0))
+
+
 def _three_digits(x: float) -> str:
     return f"{x:.2f}" if abs(x) < 9.995 else f"{x:.1f}" if abs(x) < 99.95 else f"{x:.0f}"
 
@@ -58,12 +67,14 @@ def points(value: Any, reference: Any) -> str:
 def milliseconds(value: Any) -> str:
     """Returns a latency.
 
-    >>> milliseconds(3.71), milliseconds(0.4234), milliseconds(12.94), milliseconds(128.3)
-    ('3.7 ms', '0.42 ms', '12.9 ms', '128 ms')
+    >>> milliseconds(3.71), milliseconds(0.0287), milliseconds(0.4234), milliseconds(12.94)
+    ('3.7 ms', '0.029 ms', '0.42 ms', '12.9 ms')
     """
     x = number(value)
     if x is None:
         return DASH
+    if x < 0.0995:
+        return f"{x:.3f} ms"
     return f"{x:.2f} ms" if x < 0.995 else f"{x:.1f} ms" if x < 99.95 else f"{x:.0f} ms"
 
 

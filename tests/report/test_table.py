@@ -59,6 +59,7 @@ def test_brackets_in_a_name_are_no_markup_in_a_terminal():
 def test_the_progress_of_an_unfinished_run_is_told_per_stage():
     table = progress_table([*train(0, "train", 7, 0.94), *federate(3, CLIENTS, True)[:5]])
     assert [row[:2] for row in table.rows] == [["train", "epoch 7 of 7"], ["federate", "round 5 of 20"]]
+    assert table.rows[0][3:] == ["–", "35 min"]  # epochs say the time so far, rounds their own
     assert table.rows[1][3:] == ["4.65", "5 min 8 s"]
 
 

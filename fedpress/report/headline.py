@@ -1,0 +1,80 @@
+"""The headline: the few numbers a reader looks for first, each the last known one beside that of the first stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fedpress.report import units
+from fedpress.report.protection import protects
+from fedpress.report.reading import Json
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One big number."""
+
+    value: str
+    name: str
+    note: str = ""
+
+
+def tiles(stages: list[Json]) -> list[Tile]:
+    """Returns the tiles of a run; what no stage has measured is left out."""
+    latency = _cost("latency", stages, "latency_ms", units.milliseconds)
+    found = [
+        _accuracy(_known(stages, "accuracy")),
+        _cost("parameters", stages, "parameters", units.count),
+        _cost("file size", stages, "file_bytes", _bytes),
+        latency and Tile(latency.value, latency.name, latency.note and latency.note + _runtime(stages)),
+        _privacy([stage for stage in stages if stage.get("kind") == "federate"]),
+        _traffic(_known(stages, "bytes_up"), _known(stages, "bytes_down")),
+    ]
+    return [tile for tile in found if tile]
+
+
+def _known(stages: list[Json], key: str) -> list[float]:
+    return [x for x in (units.number(stage.get(key)) for stage in stages) if x is not None]
+
+
+def _bytes(value: Any) -> str:
+    return units.count(value, "B")
+
+
+def _accuracy(accuracy: list[float]) -> Tile | None:
+    if not accuracy:
+        return None
+    note = f"{units.points(accuracy[-1], accuracy[0])} points against the first stage" if len(accuracy) > 1 else ""
+    return Tile(units.percent(accuracy[-1]), "test accuracy", note)
+
+
+def _cost(name: str, stages: list[Json], key: str, form: Callable[[Any], str]) -> Tile | None:
+    numbers = _known(stages, key)
+    if not numbers:
+        return None
+    first, last = numbers[0], numbers[-1]
+    note = f"{units.percent(last / first, 1)} of {form(first)}" if first and last != first else ""
+    return Tile(form(last), name, note)
+
+
+def _runtime(stages: list[Json]) -> str:
+    """Names the runtime of the first latency if the last one was measured in another: they are not quite comparable."""
+    runtimes = [str(stage["runtime"]) for stage in stages if stage.get("runtime")]
+    return f" in {runtimes[0]}" if runtimes and runtimes[0] != runtimes[-1] else ""
+
+
+def _privacy(federated: list[Json]) -> Tile | None:
+    if not federated:
+        return None
+    if not protects(federated):
+        return Tile("none", "privacy spent, ε", "no differential privacy")
+    last = federated[-1]
+    note = f"at δ = {units.small(last.get('delta'))}, per {last.get('unit')}"
+    return Tile(units.epsilon(last.get("epsilon")), "privacy spent, ε", note)
+
+
+def _traffic(up: list[float], down: list[float]) -> Tile | None:
+    if not up + down:
+        return None
+    return Tile(_bytes(sum(up + down)), "bytes sent", f"{_bytes(sum(up))} up, {_bytes(sum(down))} down")

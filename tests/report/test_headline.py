@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from folders import CLIENTS, result
+
+from fedpress.report.headline import tiles
+
+
+def test_the_last_numbers_stand_beside_those_of_the_first_stage():
+    shown = {tile.name: (tile.value, tile.note) for tile in tiles(result("x", CLIENTS, True)["stages"])}
+    assert shown == {
+        "test accuracy": ("93.12%", "-0.73 points against the first stage"),
+        "parameters": ("3.35 M", "30.0% of 11.2 M"),
+        "file size": ("13.5 MB", "30.2% of 44.8 MB"),
+        "latency": ("2.1 ms", "15.9% of 13.2 ms in torch"),
+        "privacy spent, ε": ("7.90", "at δ = 1e-5, per sample"),
+        "bytes sent": ("5.36 GB", "2.68 GB up, 2.68 GB down"),
+    }
+
+
+def test_one_open_stage_makes_the_privacy_of_the_run_none():
+    private = result("x", CLIENTS, True)["stages"]
+    for stages in (
+        result("x", CLIENTS, False)["stages"],
+        [{"kind": "federate"}, *private],
+        [*private, {"kind": "federate"}],
+    ):
+        assert "none" in [tile.value for tile in tiles(stages)]
+
+
+def test_what_was_not_measured_has_no_tile():
+    assert tiles([]) == []
+    assert [tile.name for tile in tiles([{"kind": "train", "accuracy": 0.5, "parameters": None}])] == ["test accuracy"]
+    assert tiles([{"parameters": 0}, {"parameters": 5}])[0].note == ""
