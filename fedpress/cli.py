@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +16,7 @@ from fedpress.errors import FedpressError, RecipeError, RunError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fedpress.data import FederatedData
     from fedpress.recipe import Recipe
 
 # Heavy imports (torch, pydantic models) stay inside the commands: `fedpress privacy` must answer at once.
@@ -57,53 +57,59 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Runs a recipe into a run folder, with a report at the end."""
-    from fedpress import run as runs
-    from fedpress.folder import RunFolder, write_json
-    from fedpress.report.html import write_report
+    from fedpress import terminal
 
-    text, wanted = _load(recipe, overrides, data)
-    place = out or _default_folder(wanted.name, resume)
-    folder = RunFolder.resume(place, runs.settings(wanted)) if resume else None
-    if folder is None and (place / "settings.json").exists():
-        raise RunError(f"{place}: this folder already holds a run; add --resume to go on, or give another --out")
-    console = _console(as_json)
-    loaded = _data(wanted, console)
-    runs.check(wanted, loaded)
-    if folder is None:
-        folder = RunFolder.create(place, text, runs.settings(wanted))
-    write_json(place / "environment.json", runs.environment(shlex.join(["fedpress", *sys.argv[1:]])))
-    console.print(f"[bold]{wanted.name}[/] into {place}")
+    out_stream = terminal.console(quiet=as_json)
     try:
-        _follow(runs.execute(wanted, folder, loaded, reuse=reuse), console)
+        with terminal.waiting(out_stream, "starting"):
+            from fedpress import run as runs
+            from fedpress.folder import RunFolder
+            from fedpress.report.html import write_report
+            from fedpress.report.table import rich_table
+
+            text, wanted = _load(recipe, overrides, data)
+            place = out or _default_folder(wanted.name, resume)
+            earlier = RunFolder.open(reuse) if reuse is not None else None
+            folder = RunFolder.resume(place, runs.settings(wanted)) if resume else None
+            if folder is None:
+                RunFolder.check_free(place, text)
+        loaded = _data(wanted, out_stream)
+        with terminal.waiting(out_stream, "checking that everything fits together"):
+            runs.check(wanted, loaded)
     except KeyboardInterrupt:
-        typer.echo(f"\nstopped; everything up to the last epoch or round is saved; go on with {_again()}", err=True)
+        typer.echo("stopped before the run began; nothing was changed", err=True)
         raise typer.Exit(130) from None
-    result = json.loads((place / "result.json").read_text())
-    report_file = write_report(place)
+    folder = folder or RunFolder.create(place, text, runs.settings(wanted))
+    try:
+        runs.note_environment(folder, shlex.join(["fedpress", *sys.argv[1:]]))
+        out_stream.print(f"{wanted.name} into {place}", markup=False, soft_wrap=True)
+        terminal.follow(runs.execute(wanted, folder, loaded, reuse=earlier), out_stream)
+        with terminal.waiting(out_stream, "drawing the report"):
+            report_file = write_report(place)
+    except KeyboardInterrupt:
+        typer.echo(f"\nstopped; all up to the last epoch or round is saved; go on with: {_again(place)}", err=True)
+        raise typer.Exit(130) from None
+    result = json.loads((place / "result.json").read_text("utf-8"))
+    out_stream.print(rich_table(result))
+    out_stream.print(f"report: {report_file}", markup=False, soft_wrap=True)
     if as_json:
         typer.echo(json.dumps(result))
-    else:
-        from fedpress.report.table import rich_table
-
-        console.print(rich_table(result))
-        console.print(f"report: {report_file}")
 
 
 def _default_folder(name: str, resume: bool) -> Path:
-    """`runs/NAME`, or with a number behind if that is taken; the last one to resume."""
-    taken = [p for i in range(1, 1000) if (p := _numbered(name, i)).exists()]
+    """`runs/NAME`, or the first number behind it that is free; the last one that is there to resume."""
+    numbered = [Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 1000)]
+    taken = [path for path in numbered if path.exists()]
     if resume:
-        return taken[-1] if taken else _numbered(name, 1)
-    return _numbered(name, len(taken) + 1)
+        return taken[-1] if taken else numbered[0]
+    return numbered[numbered.index(taken[-1]) + 1] if taken else numbered[0]
 
 
-def _numbered(name: str, number: int) -> Path:
-    return Path("runs") / (name if number == 1 else f"{name}-{number}")
-
-
-def _again() -> str:
-    words = sys.argv[1:]
-    return shlex.join(["fedpress", *words] if "--resume" in words else ["fedpress", *words, "--resume"])
+def _again(place: Path) -> str:
+    """The command that goes on with the run in `place`."""
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    named = any(word == "--out" or word.startswith("--out=") for word in words)
+    return shlex.join(["fedpress", *words, *([] if named else ["--out", str(place)]), "--resume"])
 
 
 @app.command()
@@ -114,23 +120,27 @@ def check(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Binds everything without training: sizes, bytes per round, noise and epsilon; exit code 2 if something is wrong."""
+    """Binds everything without training: sizes, bytes per round, noise, epsilon; exit code 2 if something is wrong."""
     from fedpress import recipe as recipes
-    from fedpress import run as runs
 
     if schema:
         typer.echo(recipes.schema())
         return
     if recipe is None:
         raise RecipeError("check: give the name of a recipe or a TOML file; fedpress recipes lists the names")
+    from fedpress import run as runs
+    from fedpress import terminal
+
     _, wanted = _load(recipe, overrides, data)
-    console = _console(as_json)
-    loaded = _data(wanted, console)
-    lines = runs.check(wanted, loaded)
+    out_stream = terminal.console(quiet=as_json)
+    loaded = _data(wanted, out_stream)
+    with terminal.waiting(out_stream, "checking that everything fits together"):
+        lines = runs.check(wanted, loaded)
     if as_json:
         typer.echo(json.dumps({"recipe": wanted.name, "data": loaded.describe(), "stages": lines}))
         return
-    _print_check(console, wanted, loaded.describe(), lines)
+    terminal.show_check(out_stream, f"{wanted.name}: {wanted.description}", loaded.describe(), lines)
+    out_stream.print(f"everything fits together; start it with: fedpress run {recipe}", markup=False)
 
 
 @app.command()
@@ -152,14 +162,15 @@ def list_recipes(
     from fedpress import recipe as recipes
 
     if copy is None:
-        console = _console(False)
         for name in recipes.names():
-            console.print(f"[bold]{name:14}[/] {recipes.load(recipes.text(name)).description}")
+            typer.echo(f"{name}\n  {recipes.load(recipes.text(name)).description}")
         return
     text, path = recipes.text(copy), Path(f"{copy}.toml")
-    if path.exists():
-        raise RunError(f"{path}: this file exists; move it away first")
-    path.write_text(text)
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise RunError(f"{path}: this file exists; move it away first") from error
     typer.echo(f"{path}: edit it, then: fedpress run {path}")
 
 
@@ -197,73 +208,18 @@ def _load(recipe: str, overrides: list[str] | None, data: Path | None) -> tuple[
     from fedpress import recipe as recipes
 
     text = recipes.text(recipe)
-    extra = [f"data.path={json.dumps(str(data))}"] if data is not None else []
-    sys.path.insert(0, str(Path.cwd()))  # own models and data: package.module:function beside the recipe
+    extra = [f"data.path={json.dumps(str(data), ensure_ascii=False)}"] if data is not None else []
+    # Own models and data, package.module:function, are found here and beside the recipe.
+    sys.path[:0] = [str(Path.cwd()), *([str(Path(recipe).resolve().parent)] if Path(recipe).is_file() else [])]
     return text, recipes.load(text, [*(overrides or []), *extra])
 
 
-def _console(quiet: bool) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=quiet, highlight=False)
-
-
-def _data(recipe: Recipe, console: Console) -> Any:
+def _data(recipe: Recipe, out_stream: Console) -> FederatedData:
     from fedpress import run as runs
+    from fedpress import terminal
 
-    with _bars(console) as bars:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total or None, note="")
-            bars.update(tasks[what], completed=done, total=total or None)
-
-        return runs.load_data(recipe, progress=progress)
-
-
-def _bars(console: Console) -> Any:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description:12}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    )
-
-
-def _follow(events: Any, console: Console) -> None:
-    """Shows the events of a run as progress bars, one per stage."""
-    from fedpress.state import StageFinished, StageStarted, Tick
-
-    with _bars(console) as bars:
-        task: Any = None
-        for event in events:
-            if isinstance(event, StageStarted):
-                task = bars.add_task(event.name, total=1, note="taken over" if event.reused else "")
-            elif isinstance(event, Tick):
-                bars.update(task, completed=event.done, total=max(1, event.total), note=event.note)
-            elif isinstance(event, StageFinished):
-                bars.update(task, total=1, completed=1, note=f"test accuracy {event.result['accuracy']:.2%}")
-
-
-def _print_check(console: Console, recipe: Recipe, data: dict[str, Any], lines: list[dict[str, Any]]) -> None:
-    console.print(f"[bold]{recipe.name}[/]: {recipe.description}")
-    for at, line in enumerate(lines):
-        facts = ", ".join(f"{k} {_short(v)}" for k, v in line.items() if k not in ("kind", "name"))
-        console.print(f"  [bold]{at} {line['name']}[/] ({line['kind']}): {facts}")
-    console.print("everything fits together; start it with fedpress run")
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    with terminal.bars(out_stream) as bars:
+        return runs.load_data(recipe, progress=terminal.Loading(bars))
 
 
 def main() -> None:
@@ -276,14 +232,14 @@ def main() -> None:
     except FedpressError as error:
         if debug:
             raise
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        _stop(str(error))
     except OSError as error:
         if debug:
             raise
-        cures = {errno.ENOSPC: "the disk is full; free space and run again with --resume",
-                 errno.EACCES: "no permission; choose another folder with --out",
-                 errno.EROFS: "this place is read-only; choose another folder with --out"}  # fmt: skip
-        cure = cures.get(error.errno or 0, "check the path and run again; finished work can be taken up with --resume")
-        typer.echo(f"error: {error.filename or 'file'}: {error.strerror or error}: {cure}", err=True)
-        sys.exit(2)
+        place, reason = error.filename or "a file", error.strerror or str(error)
+        _stop(f"{place}: {reason}; correct that place or choose another, then run again (finished work is kept)")
+
+
+def _stop(message: str) -> None:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(2)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,39 +23,77 @@ from fedpress.errors import RunError
 from fedpress.models import ModelSpec, load_model, save_model
 
 Json = Mapping[str, JsonValue]
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what can go wrong while `path` is written into an error that names the place and the cure.
+
+    Raises:
+        RunError: if the disk is full, or the place cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        found = re.search(r"os error (\d+)|code: (\d+)", str(error))  # safetensors tells the number in words only
+        number = error.errno if isinstance(error, OSError) else int(found[1] or found[2]) if found else None
+        reason = os.strerror(number) if number else str(error)
+        cure = "free some space, then go on with --resume" if number in FULL else "choose another place with --out"
+        raise RunError(f"{path}: cannot be written ({reason}); what was finished is kept: {cure}") from error
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path`; on success it takes `path`'s place in one step, on failure it is removed."""
+    """Gives a temporary path beside `path`; on success it takes `path`'s place in one step, on failure it is removed.
+
+    Raises:
+        RunError: if it cannot be written; what was at `path` is still there.
+    """
     temporary = path.with_name(f".{path.name}.part")
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with writing(path):
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON, atomically."""
+    """Writes `value` as JSON, atomically; NaN and infinity, which JSON does not know, become null."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n", "utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """Reads JSON.
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def read_json(path: Path, *, cure: str = "delete the folder and run again") -> dict[str, Any]:
+    """Reads a JSON object.
 
     Raises:
-        RunError: if the file is missing or is not JSON.
+        RunError: if the file is missing or holds something else.
     """
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise RunError(f"{path}: no such file; is this the folder of a run?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RunError(f"{path}: not valid JSON ({error}); delete the folder and run again") from error
+    except ValueError as error:
+        raise RunError(f"{path}: not valid JSON ({error}); {cure}") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path}: expected a JSON object, got {type(value).__name__}; {cure}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -68,11 +109,39 @@ class RunFolder:
         Raises:
             RunError: if the folder already holds a run.
         """
+        cls.check_free(path, recipe_text)
+        recipe = path / "recipe.toml"
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        with replacing(recipe) as temporary:
+            temporary.write_text(recipe_text, "utf-8")
+        write_json(path / "settings.json", settings)
+        return cls(path)
+
+    @classmethod
+    def check_free(cls, path: Path, recipe_text: str) -> None:
+        """Refuses a folder in which a run would replace something.
+
+        Raises:
+            RunError: if it holds a run or other files, or is no folder.
+        """
         if (path / "settings.json").exists():
             raise RunError(f"{path}: this folder already holds a run; add --resume to go on, or give another --out")
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "recipe.toml").write_text(recipe_text)
-        write_json(path / "settings.json", settings)
+        recipe = path / "recipe.toml"
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path}: this is a file; give a folder with --out")
+        if path.is_dir() and any(p != recipe or p.read_text("utf-8") != recipe_text for p in path.iterdir()):
+            raise RunError(f"{path}: this folder holds other files, which a run might replace; give a new --out")
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Opens the folder of any run.
+
+        Raises:
+            RunError: if there is no run.
+        """
+        if not (path / "settings.json").exists():
+            raise RunError(f"{path}: there is no run in this folder; give the --out of an earlier run")
         return cls(path)
 
     @classmethod
@@ -104,13 +173,13 @@ class RunFolder:
 
     def record(self, facts: Json) -> None:
         """Appends one record and sees it to the disk."""
-        with open(self.records, "a") as file:
-            file.write(json.dumps(facts) + "\n")
+        with writing(self.records), open(self.records, "a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(facts), allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def cut_records(self, count: int) -> None:
-        """Drops all but the first `count` records: what was written after the last checkpoint will be done again."""
+        """Drops all but the first `count` records, and half a record that a killed run left at the end."""
         if not self.records.exists():
             return
         lines = self.records.read_bytes().splitlines(keepends=True)
@@ -123,6 +192,14 @@ class RunFolder:
         path = self.path / "stages" / f"{index}-{name}"
         path.mkdir(parents=True, exist_ok=True)
         return StageFolder(self, path, index, kind, name)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a finished stage left: its line of the result, and how many records there were at its end."""
+
+    result: dict[str, Any]
+    records: int
 
 
 @dataclass(frozen=True)
@@ -139,59 +216,93 @@ class StageFolder:
         """Appends a record of this stage to the run's records."""
         self.run.record({"stage": self.index, "kind": self.kind, "name": self.name, **facts})
 
+    def begin(self, records: int) -> float:
+        """Drops the records after the last checkpoint, or after the first `records` of them if there is none.
+
+        What they tell of will be done again. Returns the seconds that were spent until the checkpoint.
+        """
+        facts = self.load_progress()[1] if self._progress.exists() else {}
+        self.run.cut_records(facts.get("records", records))
+        return float(facts.get("seconds", 0.0))
+
     def save_progress(self, tensors: Mapping[str, Tensor], facts: Json) -> None:
         """Saves a checkpoint inside the stage: named tensors and JSON facts in one file, replaced in one step."""
         plain = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
         about = json.dumps({**facts, "records": self.run.count_records()})
-        with replacing(self.path / "progress.safetensors") as temporary:
+        with replacing(self._progress) as temporary:
             save_file(plain, temporary, metadata={"fedpress": about})
 
-    def load_progress(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Returns the last checkpoint inside the stage, and drops the records that came after it; None without one.
+    def load_progress(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Returns the last checkpoint inside the stage; two empty dicts if there is none.
 
         Raises:
             RunError: if the file is corrupt.
         """
-        path = self.path / "progress.safetensors"
-        if not path.exists():
-            return None
+        if not self._progress.exists():
+            return {}, {}
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(self._progress, framework="pt") as file:
                 facts = json.loads(file.metadata()["fedpress"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise RunError(f"{path}: corrupt checkpoint ({error}); delete this file to do the stage again") from error
-        self.run.cut_records(facts["records"])
-        return tensors, facts
+                return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a mapping
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{self._progress}: corrupt checkpoint ({error}); delete this file to do the stage again"
+            ) from error
 
-    def finish(self, spec: ModelSpec, model: nn.Module, result: Json, *, key: str) -> None:
+    @property
+    def _progress(self) -> Path:
+        return self.path / "progress.safetensors"
+
+    def finish(self, spec: ModelSpec, model: nn.Module, result: Json, *, key: str) -> Done:
         """Saves the stage's model and result; the result file, written last, marks the stage as done."""
-        save_model(self.path, spec, model)
-        write_json(self.path / "result.json", {"key": key, "records": self.run.count_records(), "result": result})
-        (self.path / "progress.safetensors").unlink(missing_ok=True)
+        with writing(self.path / "model.safetensors"):
+            save_model(self.path, spec, model)
+            _sync(self.path / "model.safetensors")
+            _sync(self.path / "spec.json")
+        done = Done(dict(result), self.run.count_records())
+        write_json(self._result, {"key": key, "records": done.records, "result": done.result})
+        self._progress.unlink(missing_ok=True)
+        return done
 
-    def finished(self, key: str) -> dict[str, Any] | None:
-        """Returns the result of this stage if it is done under the same `key`, else None."""
-        path = self.path / "result.json"
-        if not path.exists():
+    def finished(self, key: str) -> Done | None:
+        """Returns what the stage left if it is done under the same `key`, else None."""
+        if not self._result.exists():
             return None
-        done = read_json(path)
-        return done["result"] if done.get("key") == key else None
+        page = read_json(self._result, cure="delete this file to do the stage again")
+        return Done(page["result"], page["records"]) if page.get("key") == key else None
+
+    @property
+    def _result(self) -> Path:
+        return self.path / "result.json"
 
     def load(self) -> tuple[ModelSpec, nn.Module]:
         """Loads the model that the finished stage left."""
         return load_model(self.path)
 
-    def adopt(self, other: Path, key: str) -> bool:
-        """Copies the same stage, done under the same `key`, from the run folder `other`; False if there is none."""
-        theirs = StageFolder(RunFolder(other), other / "stages" / self.path.name, self.index, self.kind, self.name)
-        if theirs.finished(key) is None:
-            return False
-        for line in theirs.run.records.read_text().splitlines():
-            if json.loads(line)["stage"] == self.index:
+    def adopt(self, other: RunFolder, key: str, *, records: int) -> Done | None:
+        """Copies the same stage, done under the same `key`, from another run; None if that has none.
+
+        Args:
+            other: the run to copy from; nothing is changed there.
+            key: see `finished`.
+            records: how many records of earlier stages there are.
+        """
+        theirs = StageFolder(other, other.path / "stages" / self.path.name, self.index, self.kind, self.name)
+        done = theirs.finished(key)
+        if done is None:
+            return None
+        self.run.cut_records(records)
+        with writing(self.path):
+            shutil.copytree(theirs.path, self.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("result.json"))
+            if artifact := done.result.get("artifact"):
+                (self.run.path / artifact).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(other.path / artifact, self.run.path / artifact)
+        for line in other.records.read_bytes().splitlines(keepends=True) if other.records.exists() else ():
+            if line.endswith(b"\n") and json.loads(line)["stage"] == self.index:
                 self.run.record(json.loads(line))
-        shutil.copytree(theirs.path, self.path, dirs_exist_ok=True)
-        return True
+        with replacing(self._result) as temporary:  # last, for it says that all is there
+            shutil.copyfile(theirs._result, temporary)
+        return done
 
 
 def first_difference(old: Any, new: Any, at: str = "recipe") -> str:
@@ -208,4 +319,6 @@ def first_difference(old: Any, new: Any, at: str = "recipe") -> str:
         for position, (a, b) in enumerate(zip(old, new, strict=True)):
             if a != b:
                 return first_difference(a, b, f"{at}[{position}]")
+    if isinstance(old, list) and isinstance(new, list) and len(old) != len(new):
+        return f"{at} had {len(old)} entries, now {len(new)}"
     return f"{at} was {json.dumps(old)[:80]}, now {json.dumps(new)[:80]}"

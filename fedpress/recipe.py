@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import math
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from fedpress.data import DataSettings
 from fedpress.errors import RecipeError, did_you_mean
 from fedpress.stages import AnyStage
+from fedpress.state import Name
 
 
 class ModelSettings(BaseModel):
@@ -30,12 +34,21 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field("recipe", min_length=1)
+    name: Name = "recipe"
     description: str = ""
     seed: int = Field(0, ge=0)
     data: DataSettings
     model: ModelSettings
     stage: tuple[Annotated[AnyStage, Field(discriminator="kind")], ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Recipe:
+        # Folders, streams of chance and charges go by the name: two stages that share it would share their noise.
+        seen = [stage.name for stage in self.stage]
+        twice = next((name for name in seen if seen.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two stages are named '{twice}'; give every stage a name of its own")
+        return self
 
 
 def names() -> list[str]:
@@ -44,27 +57,28 @@ def names() -> list[str]:
 
 
 def text(name_or_path: str) -> str:
-    """Returns the TOML text of a shipped recipe or of a file.
+    """Returns the TOML text of a shipped recipe or of a file; a shipped name goes first.
 
     Raises:
         RecipeError: if there is neither.
     """
     path = Path(name_or_path)
-    if path.suffix == ".toml" or path.exists():
+    if name_or_path in names():
+        return (_shipped() / f"{name_or_path}.toml").read_text("utf-8")
+    if path.suffix == ".toml" or path.is_file():
         try:
-            return path.read_text()
+            return path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"recipe: cannot read '{path}' ({error}); give the path of a TOML file") from error
-    if name_or_path not in names():
-        hint = did_you_mean(name_or_path, names())
-        raise RecipeError(
-            f"recipe: no recipe '{name_or_path}'{hint}; known are {', '.join(names())}, or give a .toml file"
-        )
-    return (_shipped() / f"{name_or_path}.toml").read_text()
+            why = getattr(error, "strerror", None) or error
+            raise RecipeError(f"recipe: cannot read '{path}' ({why}); give the path of a TOML file") from error
+    hint = did_you_mean(name_or_path, names())
+    raise RecipeError(f"recipe: no recipe '{name_or_path}'{hint}; known are {', '.join(names())}, or give a .toml file")
 
 
 def load(toml: str, overrides: Sequence[str] = ()) -> Recipe:
     """Reads TOML text, applies `overrides` such as `stage.2.num_rounds=5`, and checks everything.
+
+    A stage without a name gets that of its kind, with a number behind if it is taken.
 
     Raises:
         RecipeError: if the text is no TOML, an override has no place, or a setting is wrong.
@@ -72,13 +86,15 @@ def load(toml: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         tree = tomllib.loads(toml)
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"recipe: not valid TOML: {error}") from error
+        raise RecipeError(f"recipe: not valid TOML: {error}; correct that place") from error
+    _name_stages_(tree)
     for override in overrides:
         _override_(tree, override)
+    _check_values(tree, "recipe")
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(_sentence(error)) from error
+        raise RecipeError(_sentence(error, tree)) from error
 
 
 def schema() -> str:
@@ -90,76 +106,140 @@ def _shipped() -> Any:
     return files("fedpress") / "recipes"
 
 
+def _name_stages_(tree: dict[str, Any]) -> None:
+    stages = tree.get("stage")
+    tables = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    taken = {stage.get("name") for stage in tables if isinstance(stage.get("name"), str)}
+    for stage in tables:
+        if "name" not in stage and isinstance(kind := stage.get("kind"), str):
+            numbered = (kind if i == 1 else f"{kind}-{i}" for i in count(1))
+            stage["name"] = next(name for name in numbered if name not in taken)
+            taken.add(stage["name"])
+
+
 def _override_(tree: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     if not equals or not path:
         raise RecipeError(f"override '{override}': expected key=value, for instance stage.2.num_rounds=5 or seed=1")
     keys = path.split(".")
     node: Any = tree
-    for position, key in enumerate(keys[:-1]):
-        node = _child(node, key, ".".join(keys[: position + 1]), override)
-    last = keys[-1]
-    if isinstance(node, list):
-        _child(node, last, path, override)
-        node[int(last)] = _value(value)
-    else:
-        node[last] = _value(value)
+    for position, key in enumerate(keys):
+        at = ".".join(keys[:position])
+        if isinstance(node, list):
+            key = _index(node, key, at, override)
+        elif not isinstance(node, dict):
+            raise RecipeError(f"override '{override}': {at} is a single value, it has no key '{key}'")
+        if position + 1 == len(keys):
+            node[key] = _value(value)
+        else:
+            node = node.setdefault(key, {}) if isinstance(node, dict) else node[key]
 
 
-def _child(node: Any, key: str, place: str, override: str) -> Any:
-    if isinstance(node, list):
-        by_name = next((s for s in node if isinstance(s, dict) and key in (s.get("name"), s.get("kind"))), None)
-        if by_name is not None:
-            return by_name
-        if not key.isdigit() or int(key) >= len(node):
-            raise RecipeError(
-                f"override '{override}': there is no {place}; stages are numbered from 0 to {len(node) - 1}"
-            )
-        return node[int(key)]
-    if not isinstance(node, dict):
-        raise RecipeError(f"override '{override}': {place} has no keys; it is a single value")
-    return node.setdefault(key, {})
+def _index(items: list[Any], key: str, at: str, override: str) -> int:
+    """The position in a list that `key` names: its number, the stage's name, or a kind that only one stage has."""
+    tables = [(i, item) for i, item in enumerate(items) if isinstance(item, dict)]
+    for word in ("name", "kind"):
+        named = [i for i, item in tables if item.get(word) == key]
+        if len(named) > 1:
+            known = " or ".join(str(items[i].get("name", i)) for i in named)
+            raise RecipeError(f"override '{override}': {at}.{key} is more than one; write {known} in its place")
+        if named:
+            return named[0]
+    if key.isascii() and key.isdigit() and int(key) < len(items):
+        return int(key)
+    words = [str(item["name"]) for _, item in tables if "name" in item]
+    known = f"numbered from 0 to {len(items) - 1}" + (f", or named {', '.join(words)}" if words else "")
+    raise RecipeError(f"override '{override}': there is no {at}.{key}; they are {known}")
 
 
 def _value(text: str) -> Any:
+    """`5`, `0.1`, `true`, `[1, 2]` and `{a = 1}` as in TOML; `none` unsets a key; anything else is a word."""
+    if text == "none":
+        return None
     try:
-        return tomllib.loads(f"x = {text}")["x"]
+        found = tomllib.loads(f"x = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return found["x"] if len(found) == 1 else text
 
 
-def _sentence(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    place = _place(first["loc"])
-    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        hint = did_you_mean(str(first["loc"][-1]), sorted(set(_known_keys())))
-        return f"{place}: no such key{hint or '; see fedpress check --schema'}{more}"
-    if first["type"] == "missing":
-        return f"{place}: this key is missing; add it (fedpress check --schema lists all keys){more}"
-    message = first["msg"].removeprefix("Value error, ")
+def _check_values(node: Any, place: str) -> None:
+    """Refuses what TOML can say and a setting cannot be: inf, nan, and dates."""
+    if isinstance(node, float) and not math.isfinite(node):
+        raise RecipeError(f"{place}: expected a finite number, got {node}")
+    if isinstance(node, datetime.date | datetime.time):
+        raise RecipeError(f"{place}: no setting is a date or time, got {node}; put words in quotes")
+    for key, child in node.items() if isinstance(node, dict) else ():
+        _check_values(child, f"{place}.{key}")
+    for position, child in enumerate(node) if isinstance(node, list) else ():
+        _check_values(child, f"{place}[{position}]")
+
+
+def _sentence(error: ValidationError, tree: dict[str, Any]) -> str:
+    """The first mistake in one sentence; an unknown key goes before the rest, since a misspelt key is also missing."""
+    found = error.errors(include_url=False)
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
+    more = len({_place(e, tree) for e in found}) - 1
+    return f"{_place(first, tree)}: {_complaint(first)}" + (f" ({more} more)" if more else "")
+
+
+def _complaint(error: Any) -> str:
+    kind, loc, value = error["type"], error["loc"], error["input"]
+    if kind == "extra_forbidden":
+        known = [key for key in _schema_at(loc[:-1]).get("properties", {}) if key != loc[-1]]
+        return f"no such key{did_you_mean(str(loc[-1]), known) or '; see fedpress check --schema'}"
+    if kind == "missing":
+        return "this key is missing; add it (fedpress check --schema lists all keys)"
+    if kind.startswith("union_tag"):
+        known = list(_schema_at(loc)["discriminator"]["mapping"])
+        if kind == "union_tag_not_found":
+            return f"this key is missing; add it (one of {', '.join(known)})"
+        tag = str(error["ctx"]["tag"])
+        return f"there is no '{tag}'" + (did_you_mean(tag, known) or f"; choose one of {', '.join(known)}")
+    message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
-    return f"{place}: {message}{got}{more}"
+    if kind == "value_error":
+        return message
+    near = did_you_mean(str(value), error["ctx"]["expected"].split("'")[1::2]) if kind == "literal_error" else ""
+    return f"{message}, got {_short(value)}{near}"
 
 
-def _place(loc: tuple[int | str, ...]) -> str:
-    """`("stage", 2, "federate", "privacy")` -> `recipe.stage[2].privacy`: the union's tag is no key of the recipe."""
-    place, previous = "recipe", None
-    for part in loc:
-        tag = isinstance(previous, int) or previous == "partition"
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def _place(error: Any, tree: Any) -> str:
+    """`("stage", 2, "federate", "lr")` -> `recipe.stage[2].lr`: the name of a union's row is no key of the recipe."""
+    place, node, kind = "recipe", tree, error["type"]
+    *above, last = error["loc"] or ("",)
+    for part in (*above, last):
         if isinstance(part, int):
             place += f"[{part}]"
-        elif not (tag and part in _TAGS):
+            node = node[part] if isinstance(node, list) and part < len(node) else None
+        elif isinstance(node, dict) and (part in node or (kind == "missing" and part is last)):
             place += f".{part}"
-        previous = part
-    return place
+            node = node.get(part)
+    return place + (f".{error['ctx']['discriminator'].strip(chr(39))}" if kind.startswith("union_tag") else "")
 
 
-_TAGS = frozenset({"train", "prune", "federate", "export", "iid", "dirichlet", "shards", "quantity", "natural"})
+def _schema_at(loc: tuple[int | str, ...]) -> dict[str, Any]:
+    """The part of the JSON schema that describes the place of an error; empty if there is none."""
+    full: dict[str, Any] = Recipe.model_json_schema()
 
+    def open_(node: dict[str, Any]) -> dict[str, Any]:
+        for part in node.get("anyOf", ()):  # a table or null
+            if "$ref" in part or "discriminator" in part:
+                node = part
+        return full["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
 
-def _known_keys() -> Iterator[str]:
-    full = Recipe.model_json_schema()
-    for part in (full, *full.get("$defs", {}).values()):
-        yield from part.get("properties", {})
+    node = open_(full)
+    for part in loc:
+        mapping = node.get("discriminator", {}).get("mapping", {})
+        if part in mapping:
+            node = open_({"$ref": mapping[part]})
+        elif isinstance(part, int):
+            node = open_(node.get("items", {}))
+        else:
+            node = open_(node.get("properties", {}).get(part, {}))
+    return node

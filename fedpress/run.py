@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import fedpress
 from fedpress import data as data_sets
 from fedpress.compress import cost
-from fedpress.errors import RecipeError
-from fedpress.folder import RunFolder, StageFolder, write_json
+from fedpress.errors import FedpressError, RecipeError, RunError
+from fedpress.folder import Done, RunFolder, StageFolder, read_json, write_json
 from fedpress.models import ModelSpec
 from fedpress.privacy.ledger import Ledger
 from fedpress.recipe import Recipe
 from fedpress.seeds import derive
-from fedpress.state import Event, StageFinished, StageStarted, State
-from fedpress.training import evaluate
+from fedpress.stages import Stage
+from fedpress.state import Event, StageFinished, StageStarted, State, Tick
+from fedpress.training import evaluate, place_
 
 LIBRARIES = ("torch", "numpy", "safetensors", "dp-accounting", "onnx", "onnxruntime", "pydantic")
 
@@ -55,15 +58,18 @@ def start(recipe: Recipe, data: data_sets.FederatedData) -> State:
     try:
         with torch.inference_mode():
             logits = model.eval()(data.preprocess(examples.x[:2]))
-    except (RuntimeError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever somebody's own network raises
         raise RecipeError(
             f"recipe.model: '{spec.architecture}' does not take examples of shape {list(spec.input_shape)} "
-            f"({str(error).splitlines()[0]}); fit recipe.model.arguments to the data"
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); fit recipe.model.arguments to the data"
         ) from error
-    if logits.shape != (min(2, len(examples)), data.num_classes):
+    wanted = (min(2, len(examples)), data.num_classes)
+    if not isinstance(logits, Tensor) or logits.shape != wanted:
+        got = list(logits.shape[1:]) if isinstance(logits, Tensor) else type(logits).__name__
         raise RecipeError(
-            f"recipe.model: '{spec.architecture}' gives {list(logits.shape[1:])} outputs but the data has "
-            f"{data.num_classes} classes; set recipe.model.arguments.num_classes = {data.num_classes}"
+            f"recipe.model: '{spec.architecture}' gives outputs {got} for one example but the data has "
+            f"{data.num_classes} classes; make it return {data.num_classes} numbers, for instance with "
+            f"recipe.model.arguments.num_classes = {data.num_classes}"
         )
     return State(spec, model.train(), data, recipe.seed, cost.parameters(model))
 
@@ -78,11 +84,20 @@ def check(recipe: Recipe, data: data_sets.FederatedData) -> list[dict[str, Any]]
     for index, stage in enumerate(recipe.stage):
         try:
             state, facts = stage.check(state)
-        except RecipeError as error:
-            raise RecipeError(f"recipe.stage[{index}] ({stage.kind}): {error}") from error
+        except FedpressError as error:
+            raise type(error)(_placed(str(error), index, stage)) from error
         size = {"parameters": cost.parameters(state.model), "macs": _macs(state)}
         lines.append({"kind": stage.kind, "name": stage.name, **size, **facts})
     return lines
+
+
+def _placed(message: str, index: int, stage: Stage) -> str:
+    """`federate.norm: ...` of a stage that knows no numbers -> `recipe.stage[3].norm: ...`."""
+    at = f"recipe.stage[{index}]"
+    for word in (stage.kind, "stage"):
+        if message.startswith((f"{word}.", f"{word}:")):
+            return at + message.removeprefix(word)
+    return f"{at} ({stage.name}): {message}"
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
@@ -93,7 +108,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def execute(
-    recipe: Recipe, folder: RunFolder, data: data_sets.FederatedData, *, reuse: Path | None = None
+    recipe: Recipe, folder: RunFolder, data: data_sets.FederatedData, *, reuse: RunFolder | None = None
 ) -> Iterator[Event]:
     """Runs the stages that are not done yet; yields what happens, and leaves `result.json` in the folder.
 
@@ -101,55 +116,47 @@ def execute(
         recipe: the checked recipe.
         folder: where everything goes.
         data: the loaded data set.
-        reuse: another run folder, whose finished stages are taken over while their settings are equal.
+        reuse: another run, whose finished stages are taken over while their settings are equal.
 
     Raises:
         FedpressError: if a stage cannot go on; what was computed is saved.
     """
-    state = start(recipe, data)
+    state, records = start(recipe, data), 0
     results: list[dict[str, Any]] = []
     for index, stage in enumerate(recipe.stage):
         place, key = folder.stage(index, stage.kind, stage.name), stage_key(recipe, index)
         done = place.finished(key)
-        if done is None and reuse is not None and place.adopt(reuse, key):
-            done = place.finished(key)
+        if done is None and reuse is not None:
+            done = place.adopt(reuse, key, records=records)
         yield StageStarted(index, stage.kind, stage.name, reused=done is not None)
-        if done is not None:
-            spec, model = place.load()
-            ledger = done.get("ledger")
-            state = replace(
-                state, spec=spec, model=model, ledger=Ledger.from_json(json.dumps(ledger)) if ledger else None
-            )
-        else:
-            if index == 0 or results:
-                begin = time.perf_counter()
-            state, before = replace(state, facts={}), _seconds(place)
-            state = yield from stage.run(state, place)
-            seconds = before + time.perf_counter() - begin
-            done = _measure(state, stage.kind, stage.name, seconds)
-            place.finish(state.spec, state.model, done, key=key)
-        state = replace(state, accuracy=done["accuracy"])
-        results.append(done)
+        if done is None:
+            done = yield from _do(stage, replace(state, facts={}), place, key, records)
+        # On goes what was saved, not what is in memory: so a run that is resumed here has the same model to the bit.
+        spec, model = place.load()
+        state = replace(state, spec=spec, model=model, ledger=_ledger(done), accuracy=done.result["accuracy"])
+        records = done.records
+        results.append(done.result)
         _write_result(recipe, folder, results, finished=index + 1 == len(recipe.stage))
-        yield StageFinished(index, done)
+        yield StageFinished(index, done.result)
 
 
-def _seconds(place: StageFolder) -> float:
-    """Time spent on this stage before the run was stopped."""
-    saved = place.load_progress()
-    if saved is None:
-        place.run.cut_records(_records_before(place))
-        return 0.0
-    return float(saved[1].get("seconds", 0.0))
+def _do(stage: Stage, state: State, place: StageFolder, key: str, records: int) -> Generator[Event, None, Done]:
+    """Runs one stage from its last checkpoint, measures it, and saves it."""
+    began, before = time.perf_counter(), place.begin(records)
+    try:
+        state = yield from stage.run(state, place)
+    except RunError:
+        raise
+    except FedpressError as error:
+        raise type(error)(_placed(str(error), place.index, stage)) from error
+    seconds = before + time.perf_counter() - began
+    yield Tick(1, 1, f"measuring on {len(state.data.test):,} test examples")
+    return place.finish(state.spec, state.model, _measure(state, stage, seconds), key=key)
 
 
-def _records_before(place: StageFolder) -> int:
-    """How many records belong to earlier stages."""
-    if not place.run.records.exists():
-        return 0
-    lines = place.run.records.read_bytes().splitlines(keepends=True)
-    whole = [json.loads(line) for line in lines if line.endswith(b"\n")]
-    return sum(1 for record in whole if record["stage"] < place.index)
+def _ledger(done: Done) -> Ledger | None:
+    page = done.result.get("ledger")
+    return Ledger.from_json(json.dumps(page)) if page else None
 
 
 def stage_key(recipe: Recipe, index: int) -> str:
@@ -160,15 +167,15 @@ def stage_key(recipe: Recipe, index: int) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def _measure(state: State, kind: str, name: str, seconds: float) -> dict[str, Any]:
+def _measure(state: State, stage: Stage, seconds: float) -> dict[str, Any]:
     """The line of one stage: measured on the test set once, here, for reporting only."""
     facts = dict(state.facts)
     ledger = {"ledger": json.loads(state.ledger.to_json())} if state.ledger is not None else {}
-    test = evaluate(state.model, state.data.test, state.data.preprocess)
+    test = evaluate(place_(state.model), state.data.test, state.data.preprocess)
     model = state.model.to("cpu")
     line: dict[str, Any] = {
-        "kind": kind,
-        "name": name,
+        "kind": stage.kind,
+        "name": stage.name,
         "seconds": round(seconds, 2),
         "accuracy": test.accuracy,
         "loss": test.loss,
@@ -191,21 +198,32 @@ def _write_result(recipe: Recipe, folder: RunFolder, results: list[dict[str, Any
     if results[-1].get("ledger"):
         write_json(folder.path / "ledger.json", results[-1]["ledger"])
     lines = [{k: v for k, v in r.items() if k != "ledger"} for r in results]
-    merged: dict[str, Any] = {}
+    total = round(sum(line["seconds"] for line in lines), 2)
+    final: dict[str, Any] = {}
     for line in lines:
-        merged |= line
+        final |= line
     write_json(
         folder.path / "result.json",
         {
             "recipe": recipe.name,
             "version": fedpress.__version__,
             "seed": recipe.seed,
-            "seconds": round(sum(r["seconds"] for r in lines), 2),
+            "seconds": total,
             "finished": finished,
             "stages": lines,
-            "final": merged,
+            "final": final | {"seconds": total},
         },
     )
+
+
+def note_environment(folder: RunFolder, command: str) -> None:
+    """Writes `environment.json`; when a run is resumed, adds what is different from its start, the command at least."""
+    path, now = folder.path / "environment.json", environment(command)
+    if path.exists():
+        first = read_json(path, cure="delete this file")
+        changed = {key: value for key, value in now.items() if first.get(key) != value}
+        now = {**first, "resumed": [*first.get("resumed", []), changed]}
+    write_json(path, now)
 
 
 def environment(command: str) -> dict[str, Any]:
@@ -229,8 +247,6 @@ def _machine() -> str:
     except (OSError, StopIteration):
         pass
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    import os
-
     return f"{name}, {os.cpu_count()} cores{gpu}, {platform.system()}"
 
 

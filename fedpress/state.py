@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from pydantic import JsonValue
+from pydantic import JsonValue, StringConstraints
 from torch import nn
 
 from fedpress.data import FederatedData
 from fedpress.models import ModelSpec
 from fedpress.privacy.ledger import Ledger
 
+Name = Annotated[str, StringConstraints(pattern=r"^\w[\w .-]*$", max_length=60)]
+"""The name of a recipe or stage: folders are called by it."""
+
 
 @dataclass(frozen=True)
 class State:
     """The model with its spec, the data, and the privacy spent so far.
 
-    `accuracy` is that on the test set after the last stage, None before the first; `facts` are what the last stage adds to its line of the result (for instance `bytes_up`); `dense` is the
-    parameter count before any pruning.
+    `accuracy` is that on the test set after the last stage, None before the first; `facts` are what the last stage adds
+    to its line of the result (for instance `bytes_up`); `dense` is the parameter count before any pruning.
     """
 
     spec: ModelSpec

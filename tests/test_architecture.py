@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fedpress"
 FLOORS = {
-    5: ["cli", "__main__", "report"],
+    5: ["cli", "terminal", "__main__", "report"],
     4: ["stages", "recipe", "recipes", "run", "state", "folder"],
     3: ["transport"],
     2: ["federate"],

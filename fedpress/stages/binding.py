@@ -166,9 +166,9 @@ def bind(stage: FederateStage, state: State) -> Federation:
         ).handle
         for name, arrays in clients.items()
     }
-    ledger = None
+    ledger = state.ledger
     if private is not None:
-        ledger = state.ledger if state.ledger is not None else Ledger(private.unit)
+        ledger = ledger if ledger is not None else Ledger(private.unit)
         if ledger.unit != private.unit:
             raise RecipeError(
                 f"stage.privacy.unit: an earlier stage protects unit '{ledger.unit}' and this one '{private.unit}'; "

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedpress.deploy import Artifact, accuracy, export_onnx, latency, parity
 from fedpress.folder import StageFolder
-from fedpress.state import State, Tick
+from fedpress.state import Name, State, Tick
 
 
 class ExportStage(BaseModel):
@@ -22,12 +22,12 @@ class ExportStage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["export"]
-    name: str = "export"
+    name: Name = "export"
     format: Literal["onnx"] = "onnx"
     parity_examples: int = Field(256, ge=1, description="test images on which artifact and model are compared")
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Exports the untrained model to a folder that is thrown away: a model that cannot be exported is refused before the run.
+        """Exports the untrained model and throws the file away: what cannot be exported is refused before the run.
 
         Raises:
             ExportError: if the model cannot be exported.
@@ -39,7 +39,7 @@ class ExportStage(BaseModel):
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Exports, compares with torch on real images, and measures accuracy and latency in onnxruntime."""
         yield Tick(0, 4, "writing ONNX")
-        path = folder.run.path / "artifacts" / "model.onnx"
+        path = folder.run.path / "artifacts" / ("model.onnx" if self.name == "export" else f"{self.name}.onnx")
         path.parent.mkdir(exist_ok=True)
         model = state.model.to("cpu")
         artifact = self._export(state, path)

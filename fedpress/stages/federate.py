@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from fedpress import tree
 from fedpress.augment import Augment
-from fedpress.errors import PrivacyError
+from fedpress.errors import PrivacyError, TrainingError
 from fedpress.federate import Average, LocalSettings, RoundRecord
 from fedpress.federate.algorithms import Server
 from fedpress.folder import StageFolder
 from fedpress.privacy.ledger import Charge, Ledger
 from fedpress.stages.binding import PROMISE, Federation, PrivacySettings, bind, steps_per_round
-from fedpress.state import State, Tick
+from fedpress.state import Name, State, Tick
 from fedpress.training import Evaluation, evaluate
 from fedpress.wire.message import pack
 
@@ -32,7 +32,7 @@ class FederateStage(LocalSettings):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["federate"]
-    name: str = "federate"
+    name: Name = "federate"
     num_rounds: int = Field(10, ge=0)
     cohort: int | None = Field(None, ge=1, description="clients in a round; all by default")
     sampling: Literal["fixed", "poisson"] = "fixed"
@@ -81,26 +81,29 @@ class FederateStage(LocalSettings):
         """Runs the rounds; yields a tick for each, and saves a checkpoint after each."""
         federation, data = bind(self, state), state.data
         saved = folder.load_progress()
-        now = Progress.load(*saved) if saved is not None else Progress.begin(federation)
+        now = Progress.load(*saved) if saved[1] else Progress.begin(federation)
         if state.accuracy is None:
             state = replace(state, accuracy=evaluate(state.model, data.test, data.preprocess).accuracy)
         began = time.perf_counter() - now.seconds
-        yield Tick(now.round, self.num_rounds, now.note)
         running = federation.rounds(now.params, start=now.round, server_state=now.server_state)
         while not self._enough(now):
             # The round is charged before it touches data. One that is killed and done again draws the same noise
             # from the same seeds, so it gives the same reply and costs nothing more.
-            ledger = self._charge(now, federation)
-            if ledger is None and self.privacy is not None:
+            try:
+                ledger = self._charge(now, federation)
+            except PrivacyError:
                 now = replace(now, stopped="the next round would pass the privacy budget")
                 break
+            at = f"round {now.round + 1}/{self.num_rounds}"  # it may take minutes: say so before it begins
+            yield Tick(now.round, self.num_rounds, f"{at}, {now.note}" if now.note else at)
             record = next(running)
+            self._check_some_counted(record, federation)
             tree.assign_(federation.model, record.params)
             seen = self._look(federation.model, state)
             now = now.after(record, ledger, seen, time.perf_counter() - began)
             folder.record(**self._line(record, now, seen))
             folder.save_progress(now.tensors(), now.facts())
-            yield Tick(now.round, self.num_rounds, now.note)
+        yield Tick(now.round, self.num_rounds, now.stopped or now.note)
         tree.assign_(federation.model, now.params)
         facts = self._facts(state, federation, now)
         for p in federation.model.parameters():
@@ -121,15 +124,21 @@ class FederateStage(LocalSettings):
         return bool(self.patience and now.round - now.best_round >= self.patience and now.best >= 0)
 
     def _charge(self, now: Progress, federation: Federation) -> Ledger | None:
-        """Returns the ledger with the next round in it, or None without privacy or if that would pass the budget."""
+        """Returns the ledger with the next round in it; PrivacyError if that would pass the budget."""
         if self.privacy is None or now.ledger is None:
-            return None
+            return now.ledger
         number = now.round + 1
-        charges = federation.charges(federation.drawn(number), number, number)
-        try:
-            return self._spend(now.ledger, charges)
-        except PrivacyError:
-            return None
+        return self._spend(now.ledger, federation.charges(federation.drawn(number), number, number))
+
+    def _check_some_counted(self, record: RoundRecord, federation: Federation) -> None:
+        """Refuses to go on when no client has done its work: the rounds would run to their end and learn nothing."""
+        drawn = federation.drawn(record.round)
+        if drawn and set(drawn) == set(record.refused):
+            client = drawn[0]
+            raise TrainingError(
+                f"stage '{self.name}': no update counted in round {record.round}, for instance {client}: "
+                f"{record.refused[client]}; the rounds before it are kept"
+            )
 
     def _spend(self, ledger: Ledger, charges: list[Charge]) -> Ledger:
         assert self.privacy is not None

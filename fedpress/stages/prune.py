@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from fedpress import compress
 from fedpress.arrays import Arrays
 from fedpress.compress import PruningPlan
-from fedpress.errors import DataError
+from fedpress.errors import DataError, RecipeError
 from fedpress.folder import StageFolder, write_json
 from fedpress.models import shapes_that_differ
 from fedpress.seeds import derive, generator
-from fedpress.state import State, Tick
+from fedpress.state import Name, State, Tick
 from fedpress.training import evaluate
 
 BATCH = 256
@@ -31,7 +31,7 @@ class PruneStage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["prune"]
-    name: str = "prune"
+    name: Name = "prune"
     keep_params: float = Field(0.3, gt=0, le=1, description="share of the dense parameters that stays")
     score: Literal["l1", "l2", "taylor", "bn_scale", "random"] = "l1"
     strategy: Literal["one-shot", "single-channel"] = "one-shot"
@@ -53,11 +53,11 @@ class PruneStage(BaseModel):
         graph = compress.trace(model.eval(), _example(state))
         scores = compress.score(model, graph, "l2" if self.score in ("taylor", "bn_scale") else self.score,
                                 generator=torch.Generator().manual_seed(0))  # fmt: skip
-        plan = compress.plan(model, graph, scores, keep_params=self.keep_params, round_to=self.round_to,
+        plan = compress.plan(model, graph, scores, keep_params=self._share(model, state), round_to=self.round_to,
                              scope=self.scope, min_keep=self.min_keep)  # fmt: skip
         compress.remove_(model, plan)
         spec = state.spec.model_copy(update={"resized": shapes_that_differ(model, state.spec.build_dense())})
-        facts = {"keep_params": plan.parameters_after / state.dense, "channels": _widths(plan)}
+        facts = {"kept_parameters": plan.parameters_after / state.dense, "channels": _widths(plan)}
         return replace(state, spec=spec, model=model.train()), facts
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
@@ -95,19 +95,30 @@ class PruneStage(BaseModel):
             for x, y in zip(_inputs(public, state), public.y.split(BATCH), strict=True):
                 yield F.cross_entropy(model(x), y)
 
-        how: dict[str, Any] = {"keep_params": self.keep_params, "round_to": self.round_to, "min_keep": self.min_keep}
+        share = self._share(model, state)
+        how: dict[str, Any] = {"keep_params": share, "round_to": self.round_to, "min_keep": self.min_keep}
         if self.strategy == "single-channel":
             return compress.prune_single_channel(model, graph, self.score, losses=losses, generator=chance, **how)
         scores = compress.score(model, graph, self.score, losses=losses, generator=chance)
         return compress.plan(model, graph, scores, scope=self.scope, **how)
+
+    def _share(self, model: nn.Module, state: State) -> float:
+        """Returns the share of what is left now that is `keep_params` of the dense network: cuts may come in steps."""
+        left = compress.parameters(model) / state.dense
+        if self.keep_params > left:
+            raise RecipeError(
+                f"prune.keep_params: got {self.keep_params:g}, but an earlier stage has left {left:.4g} of the dense "
+                "parameters; give a smaller share"
+            )
+        return self.keep_params / left
 
     def _calibration(self, state: State, seed: int) -> Arrays:
         """Draws public examples: scores and statistics of private ones would have to be charged to the ledger."""
         public = state.data.public
         if not len(public):
             raise DataError(
-                f"stage '{self.name}': pruning needs public examples for scores and batch-norm statistics, but the public "
-                "part is empty; set data.public_share"
+                f"stage '{self.name}': pruning needs public examples for scores and batch-norm statistics, but the "
+                "public part is empty; set data.public_share"
             )
         chance = torch.Generator().manual_seed(seed)
         return public.take(torch.randperm(len(public), generator=chance)[: self.calibration])

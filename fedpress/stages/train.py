@@ -10,15 +10,15 @@ from typing import Any, Literal
 from fedpress.errors import TrainingError
 from fedpress.folder import StageFolder
 from fedpress.seeds import derive
-from fedpress.state import State, Tick
+from fedpress.state import Name, State, Tick
 from fedpress.training import Fit, Step, TrainSettings
 
 
 class TrainStage(TrainSettings):
-    """`[[stage]] kind = "train"`: trains all weights on the public part, epoch by epoch, with a checkpoint after each."""
+    """`[[stage]] kind = "train"`: trains all weights on the public part, with a checkpoint after each epoch."""
 
     kind: Literal["train"]
-    name: str = "train"
+    name: Name = "train"
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
         """Says how much there is to do, without doing it.
@@ -40,15 +40,16 @@ class TrainStage(TrainSettings):
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Trains; yields a tick for every step."""
         fit = Fit(state.model, self, seed=derive(state.seed, "stage", folder.index))
-        saved = folder.load_progress()
-        seconds, note = 0.0, ""
-        if saved is not None:
-            fit.load_(saved[0])
-            seconds = saved[1]["seconds"]
-        start = time.perf_counter() - seconds
+        tensors, saved = folder.load_progress()
+        note = ""
+        if saved:
+            fit.load_(tensors)
+            note = f"epoch {fit.epoch}/{self.epochs}"
+        start = time.perf_counter() - saved.get("seconds", 0.0)
         for event in fit.epochs(state.data.public, state.data.validation, state.data.preprocess):
             if isinstance(event, Step):
-                yield Tick(event.done, event.total, note)
+                at = event
+                yield Tick(at.done, at.total, note)
                 continue
             seconds = time.perf_counter() - start
             folder.record(
@@ -63,4 +64,5 @@ class TrainStage(TrainSettings):
             note = f"epoch {event.epoch}/{event.epochs}, loss {event.loss:.3f}"
             if event.accuracy is not None:
                 note += f", validation {event.accuracy:.2%}"
+            yield Tick(at.done, at.total, note)
         return replace(state, model=fit.result_(), facts={"epochs": fit.epoch})
