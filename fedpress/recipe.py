@@ -90,6 +90,7 @@ def load(toml: str, overrides: Sequence[str] = ()) -> Recipe:
     _name_stages_(tree)
     for override in overrides:
         _override_(tree, override)
+    _name_stages_(tree)  # also those that an override has put in
     _check_values(tree, "recipe")
     try:
         return Recipe.model_validate(tree)
@@ -123,12 +124,11 @@ def _override_(tree: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override '{override}': expected key=value, for instance stage.2.num_rounds=5 or seed=1")
     keys = path.split(".")
     node: Any = tree
-    for position, key in enumerate(keys):
+    for position, word in enumerate(keys):
         at = ".".join(keys[:position])
-        if isinstance(node, list):
-            key = _index(node, key, at, override)
-        elif not isinstance(node, dict):
-            raise RecipeError(f"override '{override}': {at} is a single value, it has no key '{key}'")
+        if not isinstance(node, list | dict):
+            raise RecipeError(f"override '{override}': {at} is a single value, it has no key '{word}'")
+        key = _index(node, word, at, override) if isinstance(node, list) else word
         if position + 1 == len(keys):
             node[key] = _value(value)
         else:

@@ -20,6 +20,7 @@ from torch import Tensor
 import fedpress
 from fedpress import data as data_sets
 from fedpress.compress import cost
+from fedpress.data.examples import Progress
 from fedpress.errors import FedpressError, RecipeError, RunError
 from fedpress.folder import Done, RunFolder, StageFolder, read_json, write_json
 from fedpress.models import ModelSpec
@@ -33,7 +34,7 @@ from fedpress.training import evaluate, place_
 LIBRARIES = ("torch", "numpy", "safetensors", "dp-accounting", "onnx", "onnxruntime", "pydantic")
 
 
-def load_data(recipe: Recipe, *, progress: data_sets.Progress | None = None) -> data_sets.FederatedData:
+def load_data(recipe: Recipe, *, progress: Progress | None = None) -> data_sets.FederatedData:
     """Loads the recipe's data set, dealt to clients."""
     return data_sets.load(recipe.data, derive(recipe.seed, "data"), progress=progress)
 

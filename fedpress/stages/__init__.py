@@ -16,8 +16,15 @@ from fedpress.state import State, Tick
 class Stage(Protocol):
     """Frozen settings; the fields are the recipe's keys."""
 
-    kind: str
-    name: str
+    @property
+    def kind(self) -> str:
+        """Which row of the table this is."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What this stage is called in the recipe, unlike any other there."""
+        ...
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
         """Binds to `state` without doing the work: returns the state as it will be shaped, and facts to show."""

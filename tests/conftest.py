@@ -1,0 +1,123 @@
+"""Small whole runs for the tests of recipe, run and command line: three clients, 180 digits, an instant network."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+TINY = """
+name = "tiny"
+[data]
+source = "digits"
+num_clients = 3
+examples_per_client = 60
+public_share = 0.2
+validation = 60
+[model]
+architecture = "cnn"
+arguments = { in_channels = 1, image_size = 8 }
+[[stage]]
+kind = "train"
+epochs = 2
+batch_size = 64
+lr = 0.05
+augment = { crop = 0.125 }
+[[stage]]
+kind = "prune"
+keep_params = 0.5
+calibration = 64
+[[stage]]
+kind = "federate"
+num_rounds = 3
+batch_size = 30
+trainable = ["head.*"]
+privacy = { unit = "sample", epsilon = 8.0, delta = 1e-3 }
+"""
+EXPORT = '[[stage]]\nkind = "export"\nparity_examples = 16\n'
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command left: exit code, output, and what it said of errors."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def tiny() -> str:
+    """The text of a recipe that trains, prunes and federates in a second."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_export() -> str:
+    """The same with an export at the end."""
+    return TINY + EXPORT
+
+
+@pytest.fixture
+def tiny_file(tmp_path: Path, tiny: str) -> Path:
+    """The recipe as a file."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(tiny)
+    return path
+
+
+@pytest.fixture
+def fedpress(tmp_path, monkeypatch, capsys) -> Callable[..., Said]:
+    """Runs the command line in this process, in an empty folder."""
+    from fedpress import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def call(*words: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["fedpress", *map(str, words)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capsys.readouterr()
+        return Said(code, said.out, said.err)
+
+    return call
+
+
+def left_in(folder: Path) -> dict[str, Any]:
+    """Returns all that an equal run must leave too: weights, records and results, but for times."""
+    found: dict[str, Any] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".safetensors":
+            found[name] = {k: (v.dtype, v.shape, v.tobytes()) for k, v in load_file(path).items()}
+        elif path.suffix == ".jsonl":
+            found[name] = [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
+        elif path.suffix == ".json" and path.name != "environment.json":
+            found[name] = _timeless(json.loads(path.read_text()))
+        else:
+            found[name] = "there"
+    return found
+
+
+def _timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _timeless(v) for k, v in value.items() if k != "seconds" and not k.startswith("latency")}
+    return [_timeless(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="session")
+def left() -> Callable[[Path], dict[str, Any]]:
+    """See `left_in`."""
+    return left_in
