@@ -1,19 +1,28 @@
-"""The sum of per-sample gradients, each clipped: the query of DP-SGD, whose L2 sensitivity is exactly the clip norm."""
+"""The sum of per-sample gradients, each clipped: the query of DP-SGD, whose L2 sensitivity is the clip norm."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fedpress.errors import RecipeError
+from fedpress.errors import RecipeError, did_you_mean
+from fedpress.privacy import ghost
+from fedpress.privacy.persample import LossFn, Measured, add_loop_, add_vmap_
 from fedpress.tree import trainable
 
-LossFn = Callable[[Tensor, Tensor], Tensor]
-"""(outputs [n, ...], labels [n]) -> mean loss, a scalar; it is asked for one example at a time."""
+Method = Literal["ghost", "vmap", "loop"]
+
+METHODS: dict[str, Callable[[list[Tensor], nn.Module, LossFn, Tensor, Tensor, float], Measured]] = {
+    "ghost": ghost.add_ghost_,
+    "vmap": add_vmap_,
+    "loop": add_loop_,
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,7 @@ class RawStats:
 
     Attributes:
         examples: size of the batch that was drawn.
-        loss: mean loss over the batch, nan for an empty one.
+        loss: mean loss over the samples with a finite one; nan if there are none.
         share_clipped: share of the samples whose gradient was longer than the clip norm.
         refused: samples with a NaN or infinite gradient; they contributed zero.
     """
@@ -34,12 +43,20 @@ class RawStats:
 
 
 def clipped_gradient_sum(
-    model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, *, clip_norm: float
+    model: nn.Module,
+    loss_fn: LossFn,
+    x: Tensor,
+    y: Tensor,
+    *,
+    clip_norm: float,
+    method: Method = "loop",
+    chunk: int = 128,
 ) -> tuple[Tensor, RawStats]:
     """Returns the sum over samples of gradient * min(1, clip_norm / norm), and statistics that are not private.
 
     Abadi et al. 2016, Algorithm 1. Adding or removing one sample changes the sum by at most `clip_norm` in L2, also
-    when that sample's gradient is NaN, infinite (it contributes zero) or overflows float32 when squared.
+    when that sample's gradient is NaN or infinite (it contributes zero) or overflows float32 when squared. For
+    "ghost" and "vmap" this holds up to the rounding of kernels whose order of summation depends on the batch.
 
     Args:
         model: its trainable parameters, in the order of `tree.Layout`, give the d values.
@@ -47,21 +64,53 @@ def clipped_gradient_sum(
         x: prepared inputs [n, ...]; n may be 0.
         y: labels [n].
         clip_norm: the L2 bound of one sample.
+        method: row of `METHODS`; see `choose_method`.
+        chunk: samples that are in memory together.
 
     Raises:
-        RecipeError: if a module mixes the samples of a batch (batch normalisation in training mode).
+        RecipeError: if a module mixes the samples of a batch (batch normalisation in training mode), or for an
+            unknown method.
     """
     check_separable(model)
+    if method not in METHODS:
+        raise RecipeError(f"method: got {method!r}, expected one of {list(METHODS)}{did_you_mean(method, [*METHODS])}")
     params = trainable(model)
     total = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
-    views = _views(total, params)
-    losses, norms = [], []
-    for i in range(len(x)):
-        loss = loss_fn(model(x[i : i + 1]), y[i : i + 1])
-        grads = torch.autograd.grad(loss, params, allow_unused=True)
-        norms.append(_add_clipped_(views, grads, clip_norm))
-        losses.append(float(loss.detach()))
-    return total, _stats(losses, norms, clip_norm)
+    views = [part.view(p.shape) for part, p in zip(total.split([p.numel() for p in params]), params, strict=True)]
+    measured: Measured = []
+    for start in range(0, len(x), chunk):
+        at = slice(start, start + chunk)
+        measured += METHODS[method](views, model, loss_fn, x[at], y[at], clip_norm)
+    return total, _stats(measured, clip_norm)
+
+
+def choose_method(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> Method:
+    """Returns the fastest method that agrees with the plain loop on a copy of `model` and two random inputs.
+
+    `x` [n, ...] prepared and `y` [n] only give shapes and types: no private value is read. A network whose samples
+    mix fails the comparison for every batched method, so it falls to the loop, where they cannot.
+    """
+    twin = copy.deepcopy(model).eval()  # evaluation mode: dropout would differ between the methods
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in trainable(twin):  # away from zeros: a zero layer would hide that a gradient is wrong
+            p.add_(0.05 * torch.randn(p.shape, generator=noise).to(p))
+    inputs = torch.randn((2, *x.shape[1:]), generator=noise).to(x)
+    labels = torch.zeros((2, *y.shape[1:]), dtype=y.dtype, device=y.device)
+    candidates: list[Method] = ["ghost"] if ghost.supports(model) else []
+    small = sum(p.numel() for p in trainable(model)) < 1_000_000 and not _convolves(model)
+    candidates += ["vmap"] if small or x.device.type != "cpu" else []
+    if not candidates:
+        return "loop"
+    expected, _ = clipped_gradient_sum(twin, loss_fn, inputs, labels, clip_norm=1.0)
+    for method in candidates:
+        try:
+            got, _ = clipped_gradient_sum(twin, loss_fn, inputs, labels, clip_norm=1.0, method=method)
+        except (NotImplementedError, RuntimeError):  # torch.func or the rules do not know this network
+            continue
+        if float((got - expected).norm()) <= 1e-3 * float(expected.norm()):
+            return method
+    return "loop"
 
 
 def check_separable(model: nn.Module) -> None:
@@ -77,36 +126,13 @@ def check_separable(model: nn.Module) -> None:
             raise RecipeError(f"model.{name}: running statistics keep private data without noise; use norm = 'group'")
 
 
-def _views(total: Tensor, params: list[nn.Parameter]) -> list[Tensor]:
-    parts = total.split([p.numel() for p in params])
-    return [part.view(p.shape) for part, p in zip(parts, params, strict=True)]
+def _convolves(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
 
 
-def _add_clipped_(views: list[Tensor], grads: tuple[Tensor | None, ...], clip_norm: float) -> float:
-    """Adds one sample's clipped gradient to the sum and returns its norm before clipping."""
-    used = [(v, g) for v, g in zip(views, grads, strict=True) if g is not None]
-    if not used:
-        return 0.0
-    into, given = [v for v, _ in used], [g for _, g in used]
-    norm = _norm(given)
-    if math.isfinite(norm):
-        torch._foreach_add_(into, given, alpha=min(1.0, clip_norm / max(norm, 1e-30)))
-        return norm
-    # Squares overflow float32 long before the values do; in float64 only true NaN and inf are left.
-    wide = [g.double() for g in given]
-    norm = _norm(wide)
-    if math.isfinite(norm):
-        torch._foreach_add_(into, [(g * (clip_norm / norm)).float() for g in wide])
-    return norm
-
-
-def _norm(tensors: list[Tensor]) -> float:
-    return float(torch.stack(torch._foreach_norm(tensors)).double().norm())
-
-
-def _stats(losses: list[float], norms: list[float], clip_norm: float) -> RawStats:
-    n = len(norms)
-    if n == 0:
-        return RawStats(0, math.nan, 0.0, 0)
-    refused = sum(not math.isfinite(norm) for norm in norms)
-    return RawStats(n, sum(losses) / n, sum(norm > clip_norm for norm in norms) / n, refused)
+def _stats(measured: Measured, clip_norm: float) -> RawStats:
+    losses = [loss for loss, _ in measured if math.isfinite(loss)]
+    clipped = sum(norm > clip_norm for _, norm in measured)
+    refused = sum(not math.isfinite(norm) for _, norm in measured)
+    n = len(measured)
+    return RawStats(n, sum(losses) / len(losses) if losses else math.nan, clipped / max(n, 1), refused)

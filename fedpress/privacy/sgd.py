@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fedpress.errors import RecipeError
-from fedpress.privacy.gradients import LossFn, RawStats, clipped_gradient_sum
+from fedpress.privacy.gradients import Method, RawStats, choose_method, clipped_gradient_sum
 from fedpress.privacy.mechanism import noised_mean, poisson_batches
+from fedpress.privacy.persample import LossFn
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.tree import trainable
 
@@ -35,6 +36,8 @@ def private_steps(
     generator: torch.Generator,
     momentum: float = 0.0,
     prepare: Callable[[Tensor], Tensor] | None = None,
+    method: Method | None = None,
+    autocast: torch.dtype | None = None,
 ) -> Iterator[StepRecord]:
     """Trains the parameters of `model` in place by DP-SGD (Abadi et al. 2016) and yields after every step.
 
@@ -52,6 +55,8 @@ def private_steps(
         generator: draws batches and noise.
         momentum: of SGD, starting at rest; it only mixes noised gradients.
         prepare: raw batch [k, ...] -> network input; every example by itself (no mixup).
+        method: row of `gradients.METHODS`; chosen at the first batch unless given.
+        autocast: type of the forward and backward pass, for instance torch.bfloat16; norms and sums stay float32.
 
     Raises:
         RecipeError: if the plan protects clients, or a module mixes the samples of a batch.
@@ -65,7 +70,12 @@ def private_steps(
         batch, labels = x[index], y[index]
         if prepare is not None and len(index):
             batch = prepare(batch)
-        total, raw = clipped_gradient_sum(model, loss_fn, batch, labels, clip_norm=plan.clip_norm)
+        if method is None and len(index):
+            method = choose_method(model, loss_fn, batch, labels)
+        with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
+            total, raw = clipped_gradient_sum(
+                model, loss_fn, batch, labels, clip_norm=plan.clip_norm, method=method or "loop"
+            )
         gradient = noised_mean(total, plan, expected=plan.sampling_prob * len(x), generator=generator)
         velocity = gradient if velocity is None else velocity.mul_(momentum).add_(gradient)
         _step_(params, velocity, lr)

@@ -1,0 +1,96 @@
+"""Clipped per-sample gradients for any network: one sample after the other, or all at once by `torch.func`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fedpress.tree import trainable
+
+LossFn = Callable[[Tensor, Tensor], Tensor]
+"""(outputs [n, ...], labels [n]) -> mean loss, a scalar; it is asked for one example at a time."""
+
+Measured = list[tuple[float, float]]
+"""Loss and gradient norm of each sample; not private."""
+
+
+def add_loop_(
+    views: list[Tensor], model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, clip_norm: float
+) -> Measured:
+    """Adds the clipped gradient of every sample to `views`, a backward pass each: slow, right for every network."""
+    params = trainable(model)
+    measured = []
+    for i in range(len(x)):
+        loss = loss_fn(model(x[i : i + 1]), y[i : i + 1])
+        grads = torch.autograd.grad(loss, params, allow_unused=True)
+        used = [(v, g) for v, g in zip(views, grads, strict=True) if g is not None]
+        measured.append((float(loss.detach()), _add_clipped_(used, clip_norm)))
+    return measured
+
+
+def add_vmap_(
+    views: list[Tensor], model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, clip_norm: float
+) -> Measured:
+    """Adds the clipped gradients by `torch.func`, which keeps n gradients in memory: for GPUs and small nets."""
+    named = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss_of(params: dict[str, Tensor], one: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        loss = loss_fn(torch.func.functional_call(model, params, (one[None],)), label[None])
+        return loss, loss.detach()
+
+    each = torch.func.vmap(torch.func.grad(loss_of, has_aux=True), in_dims=(None, 0, 0), randomness="different")
+    grads, losses = each(named, x, y)
+    parts = [g.flatten(1) for g in grads.values()]
+    norms = torch.stack([part.norm(dim=1) for part in parts]).double().norm(dim=0)
+    scale = clip_factors(norms, clip_norm).float()
+    for view, part in zip(views, parts, strict=True):
+        if not torch.isfinite(norms).all():
+            part = part.where(torch.isfinite(norms)[:, None], 0.0)  # 0 * NaN would be NaN
+        view.add_((scale @ part).view(view.shape))
+    measured = list(zip(losses.tolist(), norms.tolist(), strict=True))
+    return _redo_bad_(measured, views, model, loss_fn, x, y, clip_norm)
+
+
+def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
+    """Returns what each sample's gradient is multiplied by; 0 where its norm [n] is not finite."""
+    return torch.where(torch.isfinite(norms), clip_norm / norms.clamp_min(clip_norm), 0.0)
+
+
+def _redo_bad_(
+    measured: Measured,
+    views: list[Tensor],
+    model: nn.Module,
+    loss_fn: LossFn,
+    x: Tensor,
+    y: Tensor,
+    clip_norm: float,
+) -> Measured:
+    """Takes the samples that had no finite float32 norm once more, alone and in float64."""
+    for i, (_, norm) in enumerate(measured):
+        if not math.isfinite(norm):
+            measured[i] = add_loop_(views, model, loss_fn, x[i : i + 1], y[i : i + 1], clip_norm)[0]
+    return measured
+
+
+def _add_clipped_(used: list[tuple[Tensor, Tensor]], clip_norm: float) -> float:
+    """Adds one sample's clipped gradient to the sum and returns its norm before clipping."""
+    if not used:
+        return 0.0
+    into, given = [v for v, _ in used], [g for _, g in used]
+    norm = _norm(given)
+    if math.isfinite(norm):
+        torch._foreach_add_(into, given, alpha=clip_norm / max(norm, clip_norm))
+        return norm
+    # Squares overflow float32 long before the values do; in float64 only true NaN and inf are left.
+    wide = [g.double() for g in given]
+    norm = _norm(wide)
+    if math.isfinite(norm):
+        torch._foreach_add_(into, [(g * (clip_norm / max(norm, clip_norm))).float() for g in wide])
+    return norm
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return float(torch.stack(torch._foreach_norm(tensors)).double().norm())
