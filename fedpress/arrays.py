@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fedpress.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,25 @@ class Preprocess:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not all(0 < s < math.inf for s in self.std):
+            raise ValueError(f"mean {self.mean} and std {self.std}; give as many of each, and every std above 0")
+
     def __call__(self, x: Tensor) -> Tensor:
-        """Returns float32 of the same shape as `x` [n, C, ...]."""
+        """Returns float32 of the same shape as `x` [n, C, ...].
+
+        Raises:
+            DataError: if there are neither C statistics nor one for all channels.
+        """
         scale = 255.0 if x.dtype == torch.uint8 else 1.0
         x = x.to(torch.float32)
         if not self.mean:
             return x / scale
+        if len(self.mean) not in (1, x.shape[1]):
+            raise DataError(
+                f"preprocess: the examples have {x.shape[1]} channels, but {len(self.mean)} means are given; "
+                "give one for each channel in data.mean and data.std"
+            )
         shape = (1, -1, *[1] * (x.dim() - 2))
         mean = torch.tensor(self.mean, device=x.device).view(shape) * scale
         std = torch.tensor(self.std, device=x.device).view(shape) * scale
@@ -51,16 +67,36 @@ class Preprocess:
 
     @classmethod
     def fit(cls, x: Tensor) -> Preprocess:
-        """Takes the statistics per channel of public examples `x` [n, C, ...]; a constant channel gets std 1."""
-        raw = cls()
-        dims = [0, *range(2, x.dim())]
-        count, total, square = 0, 0.0, 0.0
-        for part in x.split(4096):  # in parts: a float copy of all images would be 4x the data
-            part = raw(part).double()
-            count += part.numel() // part.shape[1]
-            total = total + part.sum(dims)
-            square = square + part.square().sum(dims)
-        mean = torch.as_tensor(total) / count
-        std = (torch.as_tensor(square) / count - mean**2).clamp_min(0).sqrt()
-        std = torch.where(std > 1e-8, std, torch.ones_like(std))
+        """Takes the statistics per channel of public examples `x` [n, C, ...]; a constant channel gets std 1.
+
+        Raises:
+            DataError: if there are no examples, or a value is NaN or infinite.
+        """
+        if not x.numel():
+            raise DataError(
+                "preprocess: there are no public examples to take mean and std from; give data.mean and std"
+            )
+        mean, std = _of_bytes(x) if x.dtype == torch.uint8 else _of_floats(x)
+        if not (mean.isfinite() & std.isfinite()).all():
+            raise DataError("preprocess: the public examples hold NaN or infinite values; remove them from the data")
         return cls(tuple(mean.tolist()), tuple(std.tolist()))
+
+
+def _of_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std [C] of bytes, from how often each of the 256 levels occurs: exact, and quick."""
+    level = Preprocess()(torch.arange(256, dtype=torch.uint8)).double()
+    count = torch.stack([torch.bincount(channel.reshape(-1), minlength=256) for channel in x.unbind(1)]).cpu()
+    share = count.double() * x.shape[1] / x.numel()
+    mean = share @ level
+    std = (share * (level - mean.view(-1, 1)).square()).sum(1).sqrt()
+    return mean, torch.where((count > 0).sum(1) > 1, std, 1.0)
+
+
+def _of_floats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std [C] in float64, part by part to keep memory small, the deviations in a second pass."""
+    dims, shape = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
+    each = x.shape[1] / x.numel()
+    mean = torch.stack([part.double().sum(dims) for part in x.split(4096)]).sum(0) * each
+    parts = [(part.double() - mean.view(shape)).square().sum(dims) for part in x.split(4096)]
+    std = (torch.stack(parts).sum(0) * each).sqrt()
+    return mean, torch.where(x.amax(dims) > x.amin(dims), std, 1.0)

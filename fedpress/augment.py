@@ -17,9 +17,11 @@ class Augment(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    crop: float = Field(0.0, ge=0, le=0.5, description="largest shift, with reflected borders, as a share of the side")
-    flip: str = Field("none", pattern="^(none|random|alternate)$")
-    cutout: float = Field(0.0, ge=0, lt=1, description="side of the square set to grey, as a share of the side")
+    crop: float = Field(
+        default=0.0, ge=0, le=0.5, description="largest shift, with reflected borders, as a share of the side"
+    )
+    flip: str = Field(default="none", pattern="^(none|random|alternate)$")
+    cutout: float = Field(default=0.0, ge=0, lt=1, description="side of the square set to grey, as a share of the side")
 
     @property
     def active(self) -> bool:
@@ -53,13 +55,17 @@ def random_shift(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
     """Shifts every image of `x` [n, C, H, W] by up to `most` pixels on both axes, with reflected borders."""
     n, _, height, width = x.shape
     most = min(most, height - 1, width - 1)
-    padded = F.pad(x.float(), (most,) * 4, mode="reflect").to(x.dtype)
-    dy, dx = torch.randint(0, 2 * most + 1, (2, n), generator=generator).to(x.device)
-    rows = (dy.view(n, 1) + torch.arange(height, device=x.device)).view(n, 1, height, 1)
-    columns = (dx.view(n, 1) + torch.arange(width, device=x.device)).view(n, 1, 1, width)
+    dy, dx = (torch.randint(0, 2 * most + 1, (2, n, 1), generator=generator) - most).to(x.device)
+    rows = _mirrored(dy + torch.arange(height, device=x.device), height).view(n, 1, height, 1)
+    columns = _mirrored(dx + torch.arange(width, device=x.device), width).view(n, 1, 1, width)
     at = torch.arange(n, device=x.device).view(n, 1, 1, 1)
     channel = torch.arange(x.shape[1], device=x.device).view(1, -1, 1, 1)
-    return padded[at, channel, rows, columns]
+    return x[at, channel, rows, columns]
+
+
+def _mirrored(index: Tensor, size: int) -> Tensor:
+    """Reflects positions beyond 0 and `size - 1` back inside, without repeating the border."""
+    return size - 1 - (size - 1 - index.abs()).abs()
 
 
 def cutout(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
@@ -75,11 +81,12 @@ def cutout(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
 
 
 def resized(x: Tensor, side: int) -> Tensor:
-    """Returns byte images `x` [n, C, H, W] averaged down to `side` pixels, in parts to keep memory small."""
-    if x.shape[-1] == side:
+    """Returns images `x` [n, C, H, W] of bytes or floats averaged down to `side` pixels, part by part."""
+    if x.shape[-2:] == (side, side) or not len(x):
         return x
-    size = (side, side)
-    parts = [
-        F.interpolate(p.float(), size, mode="bilinear", antialias=True, align_corners=False) for p in x.split(4096)
-    ]
-    return torch.cat([p.round().clamp(0, 255).to(x.dtype) for p in parts])
+    return torch.cat([_small(part, side) for part in x.split(4096)])
+
+
+def _small(x: Tensor, side: int) -> Tensor:
+    out = F.interpolate(x.float(), (side, side), mode="bilinear", antialias=True, align_corners=False)
+    return (out if x.is_floating_point() else out.round().clamp(0, 255)).to(x.dtype)

@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 
 
 def derive(seed: int, *words: str | int) -> int:
-    """Returns the 63-bit seed of the stream named by `words` under `seed`.
+    """Returns the 63-bit seed of the stream named by `words` under `seed`; numpy's words count by their value.
 
     >>> derive(1, "round", 2) == derive(1, "round", 2)
     True
     >>> derive(1, "a", "bc") == derive(1, "ab", "c")
     False
     """
-    text = repr((int(seed), *words)).encode()
+    text = repr((int(seed), *(str(w) if isinstance(w, str) else int(w) for w in words))).encode()
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1
 
 

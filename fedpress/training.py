@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,7 @@ from fedpress.arrays import Arrays, Preprocess
 from fedpress.augment import Augment, augment, resized
 from fedpress.errors import TrainingError
 from fedpress.seeds import derive, generator
+from fedpress.tree import trainable
 
 Precision = Literal["auto", "float32", "bf16"]
 
@@ -25,26 +26,35 @@ Precision = Literal["auto", "float32", "bf16"]
 class TrainSettings(BaseModel):
     """How to train on the public part.
 
-    Optimizers: "sgd" with Nesterov momentum, or "muon" (orthogonalised momentum, Jordan 2024) for the hidden weights with
-    SGD at `head_lr` for the rest. The learning rate rises linearly over `warmup` of the steps, then falls linearly to 0.
+    Optimizers: "sgd" with Nesterov momentum, or "muon" (orthogonalised momentum, Jordan 2024) for the hidden weights
+    with SGD at `head_lr` for the rest. The learning rate rises linearly over `warmup` of the steps, then falls linearly
+    to 0. Weight decay acts on weights, never on biases and norms.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     epochs: int = Field(ge=0)
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(default=256, ge=1)
     optimizer: Literal["sgd", "muon"] = "sgd"
-    lr: float = Field(0.1, gt=0)
-    head_lr: float = Field(0.05, gt=0, description="muon only: learning rate of biases, norms, first and last layer")
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(5e-4, ge=0)
-    warmup: float = Field(0.2, ge=0, lt=1)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    ema: float = Field(0.0, ge=0, lt=1, description="decay per step of the averaged weights; 0 = the last weights")
+    lr: float = Field(default=0.1, gt=0)
+    head_lr: float = Field(
+        default=0.05, gt=0, description="muon only: learning rate of biases, norms, first and last layer"
+    )
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    warmup: float = Field(default=0.2, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    ema: float = Field(
+        default=0.0, ge=0, lt=1, description="decay per step of the averaged weights; 0 = the last weights"
+    )
     augment: Augment = Augment()
-    image_sizes: tuple[tuple[int, int], ...] = Field((), description="[[side, epochs], ...]; later epochs at full size")
+    image_sizes: tuple[tuple[int, int], ...] = Field(
+        default=(), description="[[side, epochs], ...]; later epochs at full size"
+    )
     patience: int = Field(
-        0, ge=0, description="stop after so many epochs without a better validation accuracy; 0 = never"
+        default=0,
+        ge=0,
+        description="stop after so many full-size epochs without a better validation accuracy; 0 = never",
     )
     precision: Precision = "auto"
 
@@ -110,6 +120,18 @@ def autocast(model: nn.Module, precision: Precision) -> AbstractContextManager[o
     return nullcontext()
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts all modules into evaluation mode, then gives each its own mode back: frozen norms stay frozen."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """Returns channels-last for images, the plain format else."""
     return torch.channels_last if x.dim() == 4 and x.shape[1] > 1 else torch.contiguous_format
@@ -126,25 +148,48 @@ def place_(model: nn.Module) -> nn.Module:
 def evaluate(
     model: nn.Module, arrays: Arrays, preprocess: Preprocess, *, precision: Precision = "float32", batch_size: int = 500
 ) -> Evaluation:
-    """Measures accuracy and loss of `model` on `arrays`; the model's mode is left as it was.
+    """Measures accuracy and loss of `model` on `arrays`; the modes of its modules are left as they were.
 
     Raises:
         TrainingError: if there are no examples.
     """
     if not len(arrays):
         raise TrainingError("evaluate: there are no examples to measure on; give the data set a test part")
-    was_training = model.training
-    model.eval()
     right, loss = 0, 0.0
     at = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with torch.inference_mode(), autocast(model, precision):
+    with evaluating(model), torch.inference_mode(), autocast(model, precision):
         for x, y in zip(arrays.x.split(batch_size), arrays.y.split(batch_size), strict=True):
             inputs = preprocess(x.to(at)).contiguous(memory_format=memory_format(x))
             logits = model(inputs).float()
             right += int((logits.argmax(1) == y.to(at)).sum())
             loss += float(F.cross_entropy(logits, y.to(at), reduction="sum"))
-    model.train(was_training)
     return Evaluation(right / len(arrays), loss / len(arrays), len(arrays))
+
+
+def check(model: nn.Module, settings: TrainSettings, train: Arrays, validation: Arrays, preprocess: Preprocess) -> None:
+    """Finds what would stop a training of `model` later on: no examples, no validation set, wrong image sizes.
+
+    Raises:
+        TrainingError: saying which setting does not fit.
+    """
+    if settings.epochs and not len(train):
+        raise TrainingError("train: the public part has no examples; set data.public_share or lower data.validation")
+    if settings.epochs and settings.patience and not len(validation):
+        raise TrainingError("train: patience needs a validation set; set data.validation, or leave patience out")
+    for side, _ in settings.image_sizes:
+        if train.x.dim() != 4 or side > min(train.x.shape[2:]):
+            raise TrainingError(
+                f"train: image_sizes asks for images of {side} pixels, but examples are {tuple(train.x.shape[1:])}; "
+                "give smaller sides, or leave image_sizes out"
+            )
+        two = Arrays(resized(train.x[:2], side), train.y[:2])
+        try:
+            evaluate(model, two, preprocess)
+        except RuntimeError as error:
+            raise TrainingError(
+                f"train: the model cannot take images of {side} pixels ({str(error).splitlines()[0]}); "
+                "leave image_sizes out, or use a network that pools, such as resnet18"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -171,31 +216,40 @@ class Fit:
         self.best_weights: dict[str, Tensor] = {}
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        s = self.settings
-        params = [p for p in self.model.parameters() if p.requires_grad]
-        hidden = _hidden(self.model) if s.optimizer == "muon" else []
+        s, muon = self.settings, self.settings.optimizer == "muon"
+        hidden = _hidden(self.model) if muon else []
         ids = {id(p) for p in hidden}
-        rest = [p for p in params if id(p) not in ids]
+        rest = [p for p in trainable(self.model) if id(p) not in ids]
+        if not rest and not hidden:
+            raise TrainingError("train: no parameter of the model has requires_grad, so there is nothing to train")
         # Decay acts on weights only: norms and biases have one dimension.
         groups = [
-            {"params": [p for p in rest if p.dim() > 1], "weight_decay": 5e-4 if hidden else s.weight_decay},
+            {"params": [p for p in rest if p.dim() > 1], "weight_decay": 5e-4 if muon else s.weight_decay},
             {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
         ]
-        lr = s.head_lr if hidden else s.lr
-        momentum = 0.9 if hidden else s.momentum
-        sgd = torch.optim.SGD([g for g in groups if g["params"]], lr, momentum, nesterov=momentum > 0)
-        if not hidden:
-            return [sgd]
+        optimizers: list[torch.optim.Optimizer] = []
+        if rest:
+            lr, momentum = (s.head_lr, 0.9) if muon else (s.lr, s.momentum)
+            used = [g for g in groups if g["params"]]
+            optimizers.append(torch.optim.SGD(used, lr, momentum, nesterov=momentum > 0))
+        if hidden:
+            optimizers.append(self._muon(hidden))
+        return optimizers
+
+    def _muon(self, hidden: list[nn.Parameter]) -> torch.optim.Optimizer:
+        s = self.settings
         # torch's Muon takes matrices: each sees its filter through a view that shares the memory.
         self.views = [(p, nn.Parameter(_matrix(p.data))) for p in hidden]
         assert all(p.data_ptr() == view.data_ptr() for p, view in self.views), "a view must share its weight's memory"
-        muon = torch.optim.Muon(
+        return torch.optim.Muon(
             [view for _, view in self.views], s.lr, weight_decay=s.weight_decay, momentum=s.momentum, nesterov=True
         )
-        return [sgd, muon]
 
     def result_(self) -> nn.Module:
-        """Returns the model with its final weights: the best on the validation set under `patience`, else the averaged."""
+        """Returns the model with its final weights: under `patience` the best on the validation set, else the last.
+
+        With `ema` both are averaged weights.
+        """
         if self.settings.patience and self.best_weights:
             self.model.load_state_dict(self.best_weights)
         else:
@@ -208,34 +262,39 @@ class Fit:
     @property
     def finished(self) -> bool:
         """Whether all epochs are done or patience has run out."""
-        waited = self.epoch - 1 - self.best[1]
-        return self.epoch >= self.settings.epochs or bool(self.settings.patience and waited >= self.settings.patience)
+        patience, waited = self.settings.patience, self.epoch - 1 - self.best[1]
+        ran_out = patience > 0 and self.best[1] >= 0 and waited >= patience
+        return self.epoch >= self.settings.epochs or ran_out
 
     def epochs(self, train: Arrays, validation: Arrays, preprocess: Preprocess) -> Iterator[Step | EpochRecord]:
         """Trains epoch by epoch: yields every step, and a record after each epoch, when the state may be saved.
 
         Raises:
-            TrainingError: if there are no examples, or the loss is not finite.
+            TrainingError: if the settings do not fit the data (see `check`), or the loss is not finite.
         """
-        if not len(train):
-            raise TrainingError("train: the public part has no examples; lower data.private or data.validation")
+        check(self.model, self.settings, train, validation, preprocess)
         side, images = None, train.x
         while not self.finished:
             now = self.settings.side(self.epoch)
-            if now != side and train.x.dim() == 4:
+            if now != side:
                 side, images = now, train.x if now is None else resized(train.x, now)
             loss = yield from self._epoch(Arrays(images, train.y), preprocess)
             accuracy = None
             if len(validation):
                 small = Arrays(resized(validation.x, side), validation.y) if side else validation
                 accuracy = evaluate(self._current(), small, preprocess, precision=self.settings.precision).accuracy
-                if accuracy > self.best[0]:
-                    self.best = (accuracy, self.epoch)
-                    if self.settings.patience:
-                        self.best_weights = {k: v.clone() for k, v in self._current().state_dict().items()}
+                self._remember_(accuracy, full_size=side is None)
             self.epoch += 1
             size = images.shape[-1] if images.dim() == 4 else None
             yield EpochRecord(self.epoch, self.settings.epochs, loss, accuracy, size)
+
+    def _remember_(self, accuracy: float, *, full_size: bool) -> None:
+        """Keeps the best epoch; under patience only those at full size count, the others do not compare."""
+        if accuracy <= self.best[0] or (self.settings.patience and not full_size):
+            return
+        self.best = (accuracy, self.epoch)
+        if self.settings.patience:
+            self.best_weights = {k: v.clone() for k, v in self._current().state_dict().items()}
 
     def _epoch(self, train: Arrays, preprocess: Preprocess) -> Generator[Step, None, float]:
         s, n = self.settings, len(train)
@@ -256,8 +315,8 @@ class Fit:
             loss = self._step(preprocess(x.to(device())), batch.y.to(device()))
             if not math.isfinite(loss):
                 raise TrainingError(
-                    f"train: the loss is {loss} at epoch {self.epoch + 1}, step {step + 1}; lower stage.lr (now {s.lr}) or "
-                    "check the data for wrong values; the last good checkpoint is kept"
+                    f"train: the loss is {loss} at epoch {self.epoch + 1}, step {step + 1}; lower stage.lr "
+                    f"(now {s.lr}) or check the data for wrong values; the last good checkpoint is kept"
                 )
             total += loss
             yield Step(self.epoch * steps + step + 1, s.epochs * steps)
@@ -285,7 +344,7 @@ class Fit:
                 group["lr"] = lr * factor
 
     def state(self) -> dict[str, Tensor]:
-        """Returns all that a later `load_` needs, as named tensors."""
+        """Returns all that a later `load_` needs, as named tensors; they are the living ones, so save or copy them."""
         out = {f"model/{k}": v for k, v in self.model.state_dict().items()}
         if self.average is not None:
             out |= {f"average/{k}": v for k, v in self.average.state_dict().items()}
@@ -307,10 +366,11 @@ class Fit:
             self.average.load_state_dict(part("average/"))
         self.best_weights = part("best/")
         for at, optimizer in enumerate(self.optimizers):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
             slots: dict[int, dict[str, Tensor]] = {}
             for name, value in part(f"optimizer/{at}/").items():
                 key, _, leaf = name.partition("/")
-                slots.setdefault(int(key), {})[leaf] = value
+                slots.setdefault(int(key), {})[leaf] = _laid_out_like(params[int(key)], value)
             optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
         epoch, best_epoch, best = state["progress"].tolist()
         self.epoch, self.best = int(epoch), (best, int(best_epoch))
@@ -318,6 +378,8 @@ class Fit:
 
 def one_cycle(done: float, warmup: float) -> float:
     """Returns the learning-rate factor at share `done` (0..1) of the run: linear up over `warmup`, linear down to 0.
+
+    It starts at 2%, so that the first step is a step.
 
     >>> one_cycle(0.5, 0.0), one_cycle(0.1, 0.2), one_cycle(1.0, 0.2)
     (0.5, 0.5, 0.0)
@@ -328,11 +390,21 @@ def one_cycle(done: float, warmup: float) -> float:
 
 
 def _hidden(model: nn.Module) -> list[nn.Parameter]:
-    """The weights that Muon takes: convolutions and linear layers but the first and the last."""
-    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    return [m.weight for m in layers[1:-1] if m.weight.requires_grad]
+    """The weights that Muon takes: convolutions and linear layers but the first and the last; a shared one once.
+
+    A computed weight (weight norm and the like) is not a parameter: what it is computed from goes the way of the rest.
+    """
+    weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    ends = {id(w) for w in (*weights[:1], *weights[-1:])}
+    inner = {id(w): w for w in weights if id(w) not in ends and isinstance(w, nn.Parameter) and w.requires_grad}
+    return list(inner.values())
 
 
 def _matrix(x: Tensor) -> Tensor:
-    """A filter [o, i, h, w] as a matrix [o, h*w*i] that shares its memory (channels-last) or is a fresh copy (gradients)."""
+    """A filter [o, i, h, w] as a matrix [o, h*w*i]: the same memory if it lies channels-last, a copy else."""
     return x.permute(0, 2, 3, 1).reshape(len(x), -1) if x.dim() == 4 else x
+
+
+def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """Gives a saved momentum the memory layout of its parameter, which files do not keep; else rounding may differ."""
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value

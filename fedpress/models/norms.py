@@ -30,9 +30,15 @@ def conv(i: int, o: int, kernel: int, *, stride: int = 1, norm: Norm = "batch") 
 
 
 def norm_layer(channels: int, norm: Norm) -> nn.Module:
-    """Makes the normalisation of `channels` channels; group norm has at most 32 groups that divide them."""
+    """Makes the normalisation of `channels` channels; group norm has at most 32 groups that divide them.
+
+    Raises:
+        ValueError: for any other word.
+    """
     if norm == "batch":
         return nn.BatchNorm2d(channels)
+    if norm != "group":
+        raise ValueError(f"norm is {norm!r}; use 'batch' or 'group'")
     return nn.GroupNorm(next(g for g in range(min(32, channels), 0, -1) if channels % g == 0), channels)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class CNN(nn.Module):
-    """Two convolutions and two linear layers; 1,626,442 parameters at 3x32x32 and 10 classes (pfl-research, CIFAR-10)."""
+    """Two convolutions and two linear layers: 1,626,442 parameters at 3x32x32 and 10 classes (pfl-research's CNN)."""
 
     def __init__(
         self,
@@ -40,7 +42,7 @@ class MLP(nn.Module):
     def __init__(self, *, in_features: int, hidden: tuple[int, ...] = (128, 64), num_classes: int = 10) -> None:
         super().__init__()
         sizes = (in_features, *hidden, num_classes)
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps examples [n, ...] to logits [n, num_classes]."""

@@ -6,13 +6,13 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from fedpress.errors import ModelError, did_you_mean
+from fedpress.layers import replace_, tensor
 from fedpress.models.plain import CNN, MLP
 from fedpress.models.resnet import resnet18, resnet_small
 
@@ -20,9 +20,10 @@ ARCHITECTURES: dict[str, Any] = {"resnet18": resnet18, "resnet-small": resnet_sm
 
 
 class ModelSpec(BaseModel):
-    """How to build a model: a row of `ARCHITECTURES` or `package.module:function`, its arguments, and what pruning resized.
+    """How to build a model: its architecture and arguments, and what pruning resized.
 
-    `resized` maps the name of every parameter or buffer that pruning changed to its new shape.
+    `architecture` is a row of `ARCHITECTURES` or `package.module:function`. `resized` maps
+    the name of every parameter or buffer that pruning changed to its new shape.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,7 +52,7 @@ class ModelSpec(BaseModel):
         arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in self.arguments.items()}
         try:
             model = builder(**arguments)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # a user's function may raise anything
             raise ModelError(f"model.arguments: '{self.architecture}' cannot be built: {error}") from error
         if not isinstance(model, nn.Module):
             raise ModelError(f"model: '{self.architecture}' returned {type(model).__name__}; return a torch.nn.Module")
@@ -70,51 +71,30 @@ def _builder(name: str) -> Any:
         )
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # importing runs the user's file, which may raise anything
         raise ModelError(f"model.architecture: cannot load '{name}': {error}; is its folder on PYTHONPATH?") from error
 
 
 def resize_(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Gives the named parameters and buffers of `model` new shapes (fresh zeros) and mends the modules' sizes.
+    """Gives the named parameters and buffers of `model` smaller shapes (fresh zeros) and mends the layers' sizes.
 
     Raises:
-        ModelError: if a name is not in the model or a shape has another number of dimensions.
+        ModelError: if a name is not in the model, or a shape does not fit into that of its tensor.
     """
-    touched = set()
+    new: dict[str, Tensor] = {}
     for name, shape in shapes.items():
-        owner_name, _, leaf = name.rpartition(".")
         try:
-            owner = model.get_submodule(owner_name)
-            old = getattr(owner, leaf)
+            old = tensor(model, name)
         except AttributeError as error:
             raise ModelError(f"spec.resized: the model has no tensor '{name}'; the spec is of another model") from error
-        if not isinstance(old, torch.Tensor) or old.dim() != len(shape):
-            raise ModelError(f"spec.resized: '{name}' cannot have shape {tuple(shape)}; the spec is of another model")
-        new = torch.zeros(tuple(shape), dtype=old.dtype)
-        if isinstance(old, nn.Parameter):
-            setattr(owner, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
-        else:
-            setattr(owner, leaf, new)
-        touched.add(owner_name)
-    for owner_name in touched:
-        mend_sizes_(model.get_submodule(owner_name))
-
-
-def mend_sizes_(module: nn.Module) -> None:
-    """Makes the size attributes of one layer say what its tensors are."""
-    weight = getattr(module, "weight", None)
-    if weight is None:
-        return
-    if isinstance(module, nn.modules.conv._ConvNd):
-        if module.groups > 1 and module.groups == module.in_channels:
-            module.groups = weight.shape[0] // (module.out_channels // module.in_channels)
-        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-        module.num_features = weight.shape[0]
-    elif isinstance(module, nn.GroupNorm):
-        module.num_channels = weight.shape[0]
+        if len(shape) != old.dim() or not all(0 < n <= most for n, most in zip(shape, old.shape, strict=True)):
+            raise ModelError(
+                f"spec.resized: '{name}' of shape {tuple(old.shape)} cannot become {tuple(shape)}; "
+                "the spec is of another model"
+            )
+        empty = old.detach().new_zeros(tuple(shape))
+        new[name] = nn.Parameter(empty, old.requires_grad) if isinstance(old, nn.Parameter) else empty
+    replace_(model, new)
 
 
 def shapes_that_differ(model: nn.Module, dense: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -124,9 +104,10 @@ def shapes_that_differ(model: nn.Module, dense: nn.Module) -> dict[str, tuple[in
 
 
 def save_model(folder: Path, spec: ModelSpec, model: nn.Module) -> None:
-    """Writes `model.safetensors` and `spec.json` into `folder`."""
+    """Writes `model.safetensors` and `spec.json` into `folder`; a shared tensor is written under each of its names."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {n: t.detach().to("cpu").contiguous() for n, t in model.state_dict().items()}
+    copies = {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}
+    tensors = {n: t.contiguous() for n, t in copies.items()}
     save_file(tensors, folder / "model.safetensors")
     (folder / "spec.json").write_text(spec.model_dump_json(indent=1) + "\n")
 
@@ -137,21 +118,29 @@ def load_model(folder: Path) -> tuple[ModelSpec, nn.Module]:
     Raises:
         ModelError: if a file is missing or corrupt, or the numbers do not fit the spec.
     """
-    folder = Path(folder)
+    numbers, described = Path(folder) / "model.safetensors", Path(folder) / "spec.json"
+    for path in (described, numbers):
+        if not path.is_file():
+            raise ModelError(f"{folder}: no model here ({path.name} is missing); run the stage again")
     try:
-        spec = ModelSpec.model_validate_json((folder / "spec.json").read_text())
-        tensors = load_file(folder / "model.safetensors")
-    except FileNotFoundError as error:
-        raise ModelError(f"{folder}: no model here ({Path(error.filename or '').name} is missing)") from error
-    except (ValidationError, SafetensorError, UnicodeDecodeError) as error:
-        first = str(error).splitlines()[0]
-        raise ModelError(f"{folder}: the model is corrupt ({first}); run the stage again") from error
+        spec = ModelSpec.model_validate_json(described.read_text("utf-8"))
+    except (ValidationError, UnicodeDecodeError, OSError) as error:
+        raise ModelError(f"{described}: corrupt ({_first_line(error)}); run the stage again") from error
+    try:
+        tensors = load_file(numbers)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{numbers}: corrupt ({_first_line(error)}); run the stage again") from error
     model = spec.build()
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        first = str(error).splitlines()[-1].strip()
-        raise ModelError(
-            f"{folder}: model.safetensors does not fit spec.json ({first}); run the stage again"
-        ) from error
+        last = str(error).splitlines()[-1].strip()
+        raise ModelError(f"{folder}: model.safetensors does not fit spec.json ({last}); run the stage again") from error
     return spec, model
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
+    return str(error).splitlines()[0]
