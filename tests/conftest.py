@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,15 @@ def _timeless(value: Any) -> Any:
 def left() -> Callable[[Path], dict[str, Any]]:
     """See `left_in`."""
     return left_in
+
+
+@pytest.fixture
+def small_files() -> Iterator[Callable[[int], None]]:
+    """Makes the disk full for every file above so many bytes, until the test ends or -1 is given."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if size < 0 else size, before[1]))
+
+    yield limit
+    limit(-1)

@@ -136,7 +136,7 @@ class FederateStage(LocalSettings):
         if drawn and set(drawn) == set(record.refused):
             client = drawn[0]
             raise TrainingError(
-                f"stage '{self.name}': no update counted in round {record.round}, for instance {client}: "
+                f"federate: no update counted in round {record.round}, for instance {client}: "
                 f"{record.refused[client]}; the rounds before it are kept"
             )
 

@@ -117,7 +117,7 @@ class PruneStage(BaseModel):
         public = state.data.public
         if not len(public):
             raise DataError(
-                f"stage '{self.name}': pruning needs public examples for scores and batch-norm statistics, but the "
+                "prune: it needs public examples for scores and batch-norm statistics, but the "
                 "public part is empty; set data.public_share"
             )
         chance = torch.Generator().manual_seed(seed)

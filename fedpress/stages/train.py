@@ -29,7 +29,7 @@ class TrainStage(TrainSettings):
         examples = len(state.data.public)
         if not examples and self.epochs:
             raise TrainingError(
-                f"stage '{self.name}': the public part has no examples; set data.public_share, or leave this stage out"
+                "train: the public part has no examples; set data.public_share, or leave this stage out"
             )
         return state, {
             "examples": examples,

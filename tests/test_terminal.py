@@ -1,0 +1,87 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from fedpress import terminal
+from fedpress.state import StageFinished, StageStarted, Tick
+
+RESULT = {"accuracy": 0.924, "parameters": 3_352_189}
+
+
+def events():
+    yield StageStarted(0, "train", "a-very-long-name-of-a-stage", reused=True)
+    yield StageFinished(0, RESULT)
+    yield StageStarted(1, "train", "fine [red]tune")
+    yield Tick(500, 1000, "epoch 12/26, loss 0.123")
+    yield Tick(501, 1000, "epoch 12/26, loss 0.123")
+    yield Tick(1000, 1000, "epoch 26/26, loss 0.123, validation 92.40%")
+    yield Tick(1, 1, "measuring on 10,000 test examples")
+    yield StageFinished(1, RESULT)
+
+
+def shown(terminal_: bool, told) -> str:
+    out = io.StringIO()
+    terminal.follow(told, Console(file=out, force_terminal=terminal_, width=80, color_system=None, _environ={}))
+    return out.getvalue()
+
+
+def test_a_log_file_gets_a_line_for_each_news():
+    assert shown(False, events()).splitlines() == [
+        "a-very-long-name-of-a-stage: already done",
+        "a-very-long-name-of-a-stage: test accuracy 92.40%, 3.35 M parameters",
+        "fine [red]tune: starting",
+        "fine [red]tune: epoch 12/26, loss 0.123",
+        "fine [red]tune: epoch 26/26, loss 0.123, validation 92.40%",
+        "fine [red]tune: measuring on 10,000 test examples",
+        "fine [red]tune: test accuracy 92.40%, 3.35 M parameters",
+    ]
+
+
+def test_bars_fit_into_80_columns_and_say_the_accuracy():
+    lines = shown(True, events()).replace("\r", "\n").splitlines()
+    plain = [line.split("\x1b[")[0] for line in lines]
+    assert max(len(line) for line in plain) <= 80
+    last = [line for line in plain if "100%" in line][-2:]
+    assert all("test accuracy 92.40%, 3.35 M parameters" in line for line in last)
+
+
+def test_the_time_left_of_a_resumed_stage_does_not_count_what_was_done_before():
+    now = [0.0]
+    out = Console(file=io.StringIO(), force_terminal=True, width=80, get_time=lambda: now[0])
+    left = []
+
+    def slow():
+        yield StageStarted(0, "train", "train")
+        for done in range(900, 905):
+            yield Tick(done, 1000)
+            now[0] += 10.0
+
+    real = terminal.bars(out)
+    real.get_time = lambda: now[0]
+
+    def watched():
+        for event in slow():
+            yield event
+            left.append(real.tasks[-1].time_remaining)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(terminal, "bars", lambda _: real)
+        terminal.follow(watched(), out)
+    assert left[-1] == pytest.approx(10 * 96, rel=0.1)
+
+
+def test_a_check_shows_facts_without_reading_names_as_markup():
+    out = io.StringIO()
+    console = Console(file=out, width=80, color_system=None)
+    data = {"clients": {"c0": {}}, "shape": [3, 32, 32], "classes": ["a"] * 10}
+    data |= {"private": 6000, "public": 42000, "validation": 2000, "test": 10000}
+    line = {"kind": "prune", "name": "cut", "parameters": 3_352_189, "macs": 10**8, "channels": "64→24, [bold]"}
+    facts = {"bytes_up_per_round": 15_100, "epsilon": 7.991, "examples_per_client": [600, 600], "share": 0.123456}
+    terminal.show_check(console, "x [bold]", data, [line | facts])
+    text = " ".join(out.getvalue().split())
+    assert "data: 1 clients; 6,000 private, 42,000 public, 2,000 validation, 10,000 test; 3x32x32, 10 classes" in text
+    assert "0 cut (prune): 3.35 M parameters, 100 MMAC" in text
+    for part in ("x [bold]", "64→24, [bold]", "15.1 kB", "8.00", "600 to 600", "0.1235"):
+        assert part in text
+    assert max(len(row) for row in out.getvalue().splitlines()) <= 80
