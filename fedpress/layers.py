@@ -33,7 +33,7 @@ def replace_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     swaps: dict[int, tuple[Tensor, Tensor]] = {}
     for name, new in tensors.items():
         old = tensor(model, name)
-        swaps.setdefault(id(old), (old, new))  # holding the old one keeps its id unique
+        swaps[id(old)] = (old, new)  # holding the old one keeps its id unique
     for module in model.modules():
         before = _shape(module)
         tables: list[dict[str, Any]] = [module._parameters, module._buffers]

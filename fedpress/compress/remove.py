@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from fedpress.compress.graph import Example, inputs
 from fedpress.compress.planning import PruningPlan
 from fedpress.errors import ModelError
+from fedpress.layers import replace_, tensor
 
 
 @torch.no_grad()
@@ -24,20 +24,7 @@ def remove_(model: nn.Module, plan: PruningPlan) -> None:
         ModelError: if the model does not have the tensors of the plan, with room for its indices.
     """
     _check(model, plan.keep)
-    small: dict[int, Tensor] = {}  # one new tensor for each old one, however many names it has
-    old: list[Tensor] = []  # keeps the old ones alive, so that their ids stay unique
-    for name, axes in plan.keep.items():
-        tensor = _get(model, name)
-        old.append(tensor)
-        small[id(tensor)] = _shrink(tensor, axes)
-    for module in model.modules():
-        sizes = _sizes(module)
-        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
-        for table in tables:
-            for key, value in table.items():
-                if value is not None and id(value) in small:
-                    table[key] = small[id(value)]
-        _resize_(module, sizes)
+    replace_(model, {name: _shrink(tensor(model, name), axes) for name, axes in plan.keep.items()})
 
 
 @torch.no_grad()
@@ -49,11 +36,11 @@ def mask_(model: nn.Module, plan: PruningPlan) -> None:
     """
     _check(model, plan.keep)
     for name, axes in plan.keep.items():
-        tensor = _get(model, name)
+        whole = tensor(model, name)
         for axis, kept in axes.items():
-            gone = torch.ones(tensor.shape[axis], dtype=torch.bool)
+            gone = torch.ones(whole.shape[axis], dtype=torch.bool)
             gone[list(kept)] = False
-            tensor.index_fill_(axis, gone.nonzero().flatten().to(tensor.device), 0)
+            whole.index_fill_(axis, gone.nonzero().flatten().to(whole.device), 0)
 
 
 @torch.no_grad()
@@ -90,19 +77,10 @@ def check_parity(
     return worst
 
 
-def _get(model: nn.Module, name: str) -> Tensor:
-    owner, _, key = name.rpartition(".")
-    module = model.get_submodule(owner)
-    value: Tensor | None = {**module._buffers, **module._parameters}.get(key)
-    if value is None:
-        raise AttributeError(name)
-    return value
-
-
 def _check(model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...]]]) -> None:
     for name, axes in keep.items():
         try:
-            shape = _get(model, name).shape
+            shape = tensor(model, name).shape
         except AttributeError:
             raise ModelError(f"the plan prunes '{name}', which this model lacks; use the plan's own model") from None
         for axis, kept in axes.items():
@@ -110,36 +88,13 @@ def _check(model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...]]]) 
                 raise ModelError(f"the plan does not fit '{name}' of shape {tuple(shape)}; use the plan's own model")
 
 
-def _shrink(tensor: Tensor, axes: Mapping[int, tuple[int, ...]]) -> Tensor:
-    new = tensor.detach()
+def _shrink(old: Tensor, axes: Mapping[int, tuple[int, ...]]) -> Tensor:
+    new = old.detach()
     for axis, kept in axes.items():
-        new = new.index_select(axis, torch.tensor(kept, device=tensor.device))
-    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+        new = new.index_select(axis, torch.tensor(kept, device=old.device))
+    if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous():
         new = new.contiguous(memory_format=torch.channels_last)
-    return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-
-
-def _sizes(module: nn.Module) -> tuple[int, ...] | None:
-    weight = module._parameters.get("weight")
-    return None if weight is None else tuple(weight.shape)
-
-
-def _resize_(module: nn.Module, before: tuple[int, ...] | None) -> None:
-    """Sets the sizes that a module remembers from the shapes that its tensors have now."""
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(module.weight)
-    elif isinstance(module, nn.modules.conv._ConvNd) and before is not None:
-        if before[1] == 1 and module.groups > 1:  # depthwise: one group per input channel
-            module.groups = module.weight.shape[0] * module.groups // before[0]
-        module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
-    elif isinstance(module, nn.GroupNorm) and before is not None:
-        module.num_groups = module.num_groups * module.weight.shape[0] // before[0]
-        module.num_channels = module.weight.shape[0]
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        tensors = [t for t in (module.weight, module.running_mean) if t is not None]
-        module.num_features = len(tensors[0]) if tensors else module.num_features
+    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
 def _flat(output: object) -> list[Tensor]:

@@ -1,0 +1,237 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from fedpress.errors import ModelError
+from fedpress.models import ARCHITECTURES, ModelSpec, load_model, resize_, save_model, shapes_that_differ
+
+SMALL = {"width": 8, "num_classes": 3}
+SPECS = [
+    ModelSpec(architecture="resnet-small", arguments=SMALL, input_shape=(3, 8, 8), mean=(0.5,), std=(0.25,)),
+    ModelSpec(architecture="resnet-small", arguments={**SMALL, "norm": "group"}, input_shape=(3, 8, 8)),
+    ModelSpec(architecture="cnn", arguments={"image_size": 8, "dropout": [0.1, 0.2]}, input_shape=(3, 8, 8)),
+    ModelSpec(architecture="mlp", arguments={"in_features": 6, "hidden": [5, 4]}, input_shape=(2, 3)),
+]
+MLP = SPECS[3]
+
+
+class Tied(nn.Module):
+    """A network of the user's own: two layers share a weight, one is depthwise, one has no parameters."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(3, width, 1), nn.Conv2d(width, width, 3, groups=width)
+        self.norm, self.drop = nn.BatchNorm2d(width, affine=False), nn.Dropout(0.1)
+        self.one, self.two = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        return self.two(self.one(self.drop(self.norm(self.deep(self.stem(x)))).mean((2, 3))))
+
+
+def not_a_network():
+    return "a string"
+
+
+def broken(kind: str = "KeyError"):
+    raise {"KeyError": KeyError, "RuntimeError": RuntimeError}[kind]("inside the function")
+
+
+def own(name):
+    return f"{__name__}:{name}"
+
+
+def halved(model):
+    """Halves every dimension of every tensor that has more than 3 entries there."""
+    return {n: tuple(max(1, s // 2) if s > 3 else s for s in t.shape) for n, t in model.state_dict().items()}
+
+
+def filled_(model):
+    """Gives every tensor values of its own; variances are positive."""
+    for at, (name, tensor) in enumerate(model.state_dict().items()):
+        if tensor.is_floating_point():
+            values = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(at)) - 0.3
+            tensor.copy_(values.abs() if name.endswith("_var") else values)
+    return model.eval()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.architecture)
+def test_a_model_comes_back_from_its_folder_to_the_same_bits(spec, tmp_path):
+    model = filled_(spec.build())
+    save_model(tmp_path / "m", spec, model)
+    again_spec, again = load_model(tmp_path / "m")
+    assert again_spec == spec
+    x = torch.randn(2, *spec.input_shape)
+    assert torch.equal(again.eval()(x), model(x))
+    for (name, old), (_, new) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(old, new), name
+    assert {p.name for p in (tmp_path / "m").iterdir()} == {"model.safetensors", "spec.json"}
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_a_cut_network_is_rebuilt_from_its_spec(norm, tmp_path):
+    dense = ModelSpec(architecture="resnet-small", arguments={"width": 16, "norm": norm}, input_shape=(3, 8, 8))
+    model = dense.build()
+    shapes = {
+        "stages.1.0.conv1.weight": (24, 16, 3, 3),
+        "stages.1.0.conv2.weight": (32, 24, 3, 3),
+        **{n: (24,) for n in model.state_dict() if n.startswith("stages.1.0.norm1.") and "num_batches" not in n},
+    }
+    resize_(model, shapes)
+    filled_(model)
+    assert shapes_that_differ(model, dense.build()) == shapes
+    spec = dense.model_copy(update={"resized": shapes_that_differ(model, dense.build())})
+    save_model(tmp_path, spec, model.to(memory_format=torch.channels_last))
+    _, again = load_model(tmp_path)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(again.eval()(x), model.to(memory_format=torch.contiguous_format)(x))
+    assert again.stages[1][0].conv1.out_channels == again.stages[1][0].conv2.in_channels == 24
+    if norm == "group":
+        assert (again.stages[1][0].norm1.num_groups, again.stages[1][0].norm1.num_channels) == (24, 24)
+    else:
+        assert again.stages[1][0].norm1.num_features == 24
+
+
+def test_a_network_of_ones_own_keeps_what_it_shares(tmp_path):
+    dense = ModelSpec(architecture=own("Tied"), arguments={"width": 8}, input_shape=(3, 4, 4))
+    shapes = halved(dense.build())
+    spec = dense.model_copy(update={"resized": shapes})
+    model = filled_(spec.build())
+    assert model.one.weight is model.two.weight
+    assert model.deep.groups == model.norm.num_features == model.one.in_features == 4
+    save_model(tmp_path, spec, model)
+    _, again = load_model(tmp_path)
+    assert again.one.weight is again.two.weight
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(again.eval()(x), model(x))
+
+
+def test_resizing_keeps_what_trains_and_what_is_a_buffer():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model[0].weight.requires_grad_(False)
+    resize_(model, {"0.weight": (2, 4), "0.bias": (2,), "1.weight": (2,), "1.running_mean": (2,)})
+    assert not model[0].weight.requires_grad
+    assert model[0].bias.requires_grad
+    assert "1.running_mean" in dict(model.named_buffers())
+    assert model[0].out_features == model[1].num_features == 2
+
+
+def test_every_architecture_is_built_by_its_name():
+    arguments = {"mlp": {"in_features": 12}, "cnn": {"image_size": 8}}
+    for name in ARCHITECTURES:
+        model = ModelSpec(architecture=name, arguments=arguments.get(name, {}), input_shape=(3, 2, 2)).build()
+        assert isinstance(model, nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "arguments", "message"),
+    [
+        ("resnet-18", {}, r"no architecture 'resnet-18'; did you mean 'resnet18'\?; use one of resnet18, .*:function"),
+        ("vgg", {}, "no architecture 'vgg'; use one of"),
+        ("", {}, "no architecture ''"),
+        ("resnet18", {"num_clases": 3}, "'resnet18' cannot be built: .*unexpected keyword argument 'num_clases'"),
+        ("mlp", {}, "'mlp' cannot be built: .*missing 1 required"),
+        ("mlp", {"in_features": -1}, "'mlp' cannot be built"),
+        ("cnn", {"num_classes": "ten"}, "'cnn' cannot be built"),
+        ("no_such_module:net", {}, "cannot load 'no_such_module:net': No module named .*PYTHONPATH"),
+        ("json:no_such_function", {}, "cannot load 'json:no_such_function'"),
+        (":f", {}, "cannot load ':f'"),
+        ("json:decoder", {}, "cannot be built: 'module' object is not callable"),
+        (own("not_a_network"), {}, "returned str; return a torch.nn.Module"),
+        (own("broken"), {}, "cannot be built: .*inside the function"),
+        (own("broken"), {"kind": "RuntimeError"}, "cannot be built: inside the function"),
+    ],
+)
+def test_a_model_that_cannot_be_built_says_why(architecture, arguments, message):
+    with pytest.raises(ModelError, match=message):
+        ModelSpec(architecture=architecture, arguments=arguments, input_shape=(3, 32, 32)).build()
+
+
+def test_a_user_file_with_an_error_in_it_says_so(tmp_path, monkeypatch):
+    (tmp_path / "my_broken_nets.py").write_text("def net(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModelError, match="cannot load 'my_broken_nets:net'"):
+        ModelSpec(architecture="my_broken_nets:net", input_shape=(1,)).build()
+
+
+@pytest.mark.parametrize(
+    "resized",
+    [
+        {"layers.9.weight": (1, 1)},
+        {"layers.0.weigth": (1, 1)},
+        {"layers.0.weight": (5,)},
+        {"layers.0.weight": (0, 6)},
+        {"layers.0.weight": (-1, 6)},
+        {"layers.0.weight": (6, 6)},
+        {"layers.0": (1,)},
+        {"layers.0.in_features": ()},
+        {"": ()},
+    ],
+)
+def test_a_spec_of_another_model_is_refused(resized):
+    with pytest.raises(ModelError, match="the spec is of another model"):
+        MLP.model_copy(update={"resized": resized}).build()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_model(tmp_path, MLP, MLP.build())
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["spec.json", "model.safetensors"])
+def test_a_missing_file_is_named(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(ModelError, match=rf"no model here \({name} is missing\)"):
+        load_model(saved)
+
+
+def test_a_folder_that_is_none_has_no_model(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "nowhere", tmp_path / "file"):
+        with pytest.raises(ModelError, match="no model here"):
+            load_model(folder)
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.999])
+@pytest.mark.parametrize("name", ["spec.json", "model.safetensors"])
+def test_a_truncated_file_is_corrupt(saved, name, share):
+    whole = (saved / name).read_bytes()
+    (saved / name).write_bytes(whole[: int((len(whole) - 1) * share)])
+    with pytest.raises(ModelError, match=rf"{name}: corrupt \(.+\); run the stage again"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": None}, "spec.json: corrupt .architecture"),
+        ({"colour": "red"}, "spec.json: corrupt .colour Extra inputs"),
+        ({"resized": {"layers.0.weight": ["x"]}}, "spec.json: corrupt .resized.layers.0.weight.0"),
+        ({"arguments": {"in_features": 7, "hidden": [5, 4]}}, "does not fit spec.json .*size mismatch"),
+        ({"arguments": {"in_features": 6, "hidden": [5]}}, "does not fit spec.json"),
+        ({"resized": {"layers.0.bias": [4]}}, "does not fit spec.json .*layers.0.bias"),
+    ],
+)
+def test_a_changed_spec_does_not_fit(saved, change, message):
+    spec = json.loads((saved / "spec.json").read_text())
+    (saved / "spec.json").write_text(json.dumps({**spec, **change}))
+    with pytest.raises(ModelError, match=message):
+        load_model(saved)
+
+
+def test_bytes_that_are_no_text_are_corrupt(saved):
+    (saved / "spec.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ModelError, match=r"spec.json: corrupt"):
+        load_model(saved)
+
+
+def test_a_spec_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        MLP.architecture = "cnn"
+
+
+def test_networks_of_one_shape_do_not_differ():
+    assert shapes_that_differ(MLP.build(), MLP.build()) == {}
