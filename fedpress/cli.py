@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -186,7 +189,8 @@ def epsilon(
     from fedpress.privacy import accounting
 
     spent = accounting.epsilon([accounting.Phase(sampling_prob, noise_multiplier, steps)], delta=delta)
-    typer.echo(json.dumps({"epsilon": spent}) if as_json else f"epsilon {spent:.4g} at delta {delta:g}")
+    told = {"epsilon": spent if math.isfinite(spent) else None}  # JSON knows no infinity
+    typer.echo(json.dumps(told) if as_json else f"epsilon {spent:.4g} at delta {delta:g}")
 
 
 @privacy_app.command()
@@ -227,6 +231,9 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
+    else:  # what a library says to its developers would only hide the one sentence that helps
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
     try:
         app()
     except FedpressError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -74,7 +75,7 @@ def tiny_file(tmp_path: Path, tiny: str) -> Path:
 
 
 @pytest.fixture
-def fedpress(tmp_path, monkeypatch, capsys) -> Callable[..., Said]:
+def fedpress(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., Said]]:
     """Runs the command line in this process, in an empty folder."""
     from fedpress import cli
 
@@ -93,7 +94,8 @@ def fedpress(tmp_path, monkeypatch, capsys) -> Callable[..., Said]:
         said = capsys.readouterr()
         return Said(code, said.out, said.err)
 
-    return call
+    yield call
+    logging.disable(logging.NOTSET)
 
 
 def left_in(folder: Path) -> dict[str, Any]:

@@ -7,10 +7,9 @@ import fnmatch
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from fedpress import tree
@@ -32,36 +31,13 @@ from fedpress.federate import (
 from fedpress.privacy.ledger import Charge, Ledger
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.seeds import derive
+from fedpress.stages.settings import FederateSettings
 from fedpress.state import State
 from fedpress.training import place_
 from fedpress.transport import LocalTransport
 from fedpress.wire.message import Message
 
-if TYPE_CHECKING:
-    from fedpress.stages.federate import FederateStage
-
 PROMISE = ("unit", "delta", "noise_multiplier", "clip_norm", "sampling_prob")
-
-
-class PrivacySettings(BaseModel):
-    """`[stage.privacy]`: what is protected and how well.
-
-    Give `epsilon` and the noise is calibrated before the run; or give `noise_multiplier` and epsilon is what comes out.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    unit: Literal["sample", "client"]
-    delta: float = Field(1e-5, gt=0, lt=1)
-    clip_norm: float = Field(1.0, gt=0)
-    epsilon: float | None = Field(None, gt=0)
-    noise_multiplier: float | None = Field(None, gt=0)
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> PrivacySettings:
-        if (self.epsilon is None) == (self.noise_multiplier is None):
-            raise ValueError("give either epsilon (the noise is calibrated) or noise_multiplier, one of the two")
-        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +54,7 @@ class Federation:
         seed: of this stage.
     """
 
-    stage: FederateStage
+    stage: FederateSettings
     model: nn.Module
     uplink: Uplink
     transport: LocalTransport
@@ -132,7 +108,7 @@ class Federation:
         return {name: getattr(most, name) for name in PROMISE}
 
 
-def bind(stage: FederateStage, state: State) -> Federation:
+def bind(stage: FederateSettings, state: State) -> Federation:
     """Fits stage, model and clients together.
 
     Raises:
@@ -189,12 +165,12 @@ class Prepare:
         return self.preprocess(augment(x, self.how, chance) if self.how.active else x)
 
 
-def local_settings(stage: FederateStage) -> LocalSettings:
+def local_settings(stage: FederateSettings) -> LocalSettings:
     """Returns the part of the stage that a client needs."""
     return LocalSettings(**{name: getattr(stage, name) for name in LocalSettings.model_fields})
 
 
-def steps_per_round(stage: FederateStage, examples: int) -> int:
+def steps_per_round(stage: FederateSettings, examples: int) -> int:
     """Returns the local steps of one round for a client of so many examples."""
     return stage.epochs * math.ceil(examples / stage.batch_size)
 
@@ -212,7 +188,7 @@ def _trainable(model: nn.Module, patterns: tuple[str, ...]) -> nn.Module:
     return model
 
 
-def _plans(stage: FederateStage, examples: dict[str, int], cohort: Cohort) -> dict[str, PrivacyPlan]:
+def _plans(stage: FederateSettings, examples: dict[str, int], cohort: Cohort) -> dict[str, PrivacyPlan]:
     """Returns every client's plan, all with the noise that the most exposed of them needs."""
     private = stage.privacy
     if private is None:

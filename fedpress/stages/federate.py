@@ -5,47 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from fedpress import tree
-from fedpress.augment import Augment
 from fedpress.errors import PrivacyError, TrainingError
-from fedpress.federate import Average, LocalSettings, RoundRecord
-from fedpress.federate.algorithms import Server
+from fedpress.federate import RoundRecord
 from fedpress.folder import StageFolder
 from fedpress.privacy.ledger import Charge, Ledger
-from fedpress.stages.binding import PROMISE, Federation, PrivacySettings, bind, steps_per_round
-from fedpress.state import Name, State, Tick
+from fedpress.stages.binding import PROMISE, Federation, bind, steps_per_round
+from fedpress.stages.settings import FederateSettings
+from fedpress.state import State, Tick
 from fedpress.training import Evaluation, evaluate
 from fedpress.wire.message import pack
 
 
-class FederateStage(LocalSettings):
-    """`[[stage]] kind = "federate"`: FedAvg over the clients of the data set; the keys of local training stand beside.
-
-    `trainable` holds patterns of parameter names; only these train and travel (all by default).
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["federate"]
-    name: Name = "federate"
-    num_rounds: int = Field(10, ge=0)
-    cohort: int | None = Field(None, ge=1, description="clients in a round; all by default")
-    sampling: Literal["fixed", "poisson"] = "fixed"
-    weights: Literal["examples", "equal"] | None = Field(
-        None, description="of the mean; examples by default, equal under client privacy"
-    )
-    server: Server = Average()
-    trainable: tuple[str, ...] = ("*",)
-    norm: Literal["frozen", "batch"] = "frozen"
-    augment: Augment = Augment()
-    privacy: PrivacySettings | None = None
-    target_accuracy: float | None = Field(None, gt=0, le=1, description="stop when validation accuracy reaches this")
-    patience: int = Field(0, ge=0, description="stop after so many rounds without a better one; 0 = never")
+class FederateStage(FederateSettings):
+    """`[[stage]] kind = "federate"`: FedAvg over the clients of the data set."""
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
         """Binds model, clients, uplink and privacy: says bytes, noise and epsilon before anything is trained.

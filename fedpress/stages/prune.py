@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any, Literal
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from fedpress import compress
 from fedpress.arrays import Arrays
-from fedpress.compress import PruningPlan
+from fedpress.compress import ChannelGraph, PruningPlan
 from fedpress.errors import DataError, RecipeError
 from fedpress.folder import StageFolder, write_json
 from fedpress.models import shapes_that_differ
@@ -50,7 +52,7 @@ class PruneStage(BaseModel):
         """
         self._calibration(state, 0)
         model = copy.deepcopy(state.model)
-        graph = compress.trace(model.eval(), _example(state))
+        graph = _trace(model.eval(), state)
         scores = compress.score(model, graph, "l2" if self.score in ("taylor", "bn_scale") else self.score,
                                 generator=torch.Generator().manual_seed(0))  # fmt: skip
         plan = compress.plan(model, graph, scores, keep_params=self._share(model, state), round_to=self.round_to,
@@ -88,7 +90,7 @@ class PruneStage(BaseModel):
         return replace(state, spec=spec, model=pruned, facts=facts)
 
     def _plan(self, model: nn.Module, state: State, public: Arrays) -> PruningPlan:
-        graph = compress.trace(model, _example(state))
+        graph = _trace(model, state)
         chance = generator(state.seed, "prune", "random")
 
         def losses() -> Iterator[Tensor]:
@@ -127,6 +129,11 @@ class PruneStage(BaseModel):
 def _example(state: State) -> Tensor:
     # Two examples: torch.export takes a batch of one for a constant.
     return torch.zeros(2, *state.spec.input_shape)
+
+
+def _trace(model: nn.Module, state: State) -> ChannelGraph:
+    with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints its graph before it fails
+        return compress.trace(model, _example(state))
 
 
 def _inputs(public: Arrays, state: State) -> Iterator[Tensor]:
