@@ -128,7 +128,7 @@ def _override_(tree: dict[str, Any], override: str) -> None:
         at = ".".join(keys[:position])
         if not isinstance(node, list | dict):
             raise RecipeError(f"override '{override}': {at} is a single value, it has no key '{word}'")
-        key = _index(node, word, at, override) if isinstance(node, list) else word
+        key: Any = _index(node, word, at, override) if isinstance(node, list) else word
         if position + 1 == len(keys):
             node[key] = _value(value)
         else:

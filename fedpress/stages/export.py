@@ -52,7 +52,7 @@ class ExportStage(BaseModel):
         yield Tick(3, 4, "measuring latency")
         time = latency(path, state.spec.input_shape)
         yield Tick(4, 4)
-        facts = {
+        facts: dict[str, Any] = {
             "artifact": f"artifacts/{path.name}",
             "file_bytes": artifact.file_bytes,
             "accuracy": share,

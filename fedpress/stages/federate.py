@@ -47,10 +47,9 @@ class FederateStage(FederateSettings):
             "bytes_up_per_round": size * federation.uplink.cohort.size,
         }
         ledger = state.ledger
-        if self.privacy is not None:
-            ledger = federation.ledger
-            charges = federation.charges(list(clients), 1, self.num_rounds)
-            ledger = self._spend(ledger, charges) if self.num_rounds else ledger
+        if self.privacy is not None and federation.ledger is not None:
+            charges = federation.charges(list(clients), 1, self.num_rounds) if self.num_rounds else []
+            ledger = self._spend(federation.ledger, charges)
             facts |= federation.promise() | {"epsilon": ledger.epsilon(delta=self.privacy.delta)}
         return replace(state, ledger=ledger), facts
 

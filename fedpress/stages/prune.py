@@ -82,7 +82,7 @@ class PruneStage(BaseModel):
         folder.record(layers=widths, accuracy_cut=before, accuracy_restored=after)  # type: ignore[arg-type]
         spec = state.spec.model_copy(update={"resized": shapes_that_differ(pruned, state.spec.build_dense())})
         yield Tick(4, 4)
-        facts = {
+        facts: dict[str, Any] = {
             "kept_parameters": plan.parameters_after / state.dense,
             "parity_error": error,
             "whole_layers": dict(plan.whole),
