@@ -56,7 +56,7 @@ def noise_sum(total: Tensor, plan: PrivacyPlan, generator: torch.Generator) -> T
     if plan.noise_std == 0:
         return total
     noise = torch.randn(total.shape, generator=generator, device=generator.device, dtype=torch.float32)
-    return total + noise.mul_(plan.noise_std).to(total.device)
+    return noise.mul_(plan.noise_std).to(total.device).add_(total)
 
 
 def noised_mean(total: Tensor, plan: PrivacyPlan, *, expected: float, generator: torch.Generator) -> Tensor:
