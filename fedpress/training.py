@@ -406,5 +406,5 @@ def _matrix(x: Tensor) -> Tensor:
 
 
 def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """Gives a saved momentum the memory layout of its parameter, which files do not keep; else rounding may differ."""
+    """Gives a saved momentum the memory layout of its parameter, which files do not keep."""
     return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value

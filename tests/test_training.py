@@ -321,6 +321,16 @@ def test_a_stopped_training_goes_on_to_the_same_bits(case, stop):
     assert_same(second.result_().state_dict(), whole.result_().state_dict())
 
 
+def test_what_was_on_disk_lies_in_memory_as_before():
+    fit = Fit(network("resnet"), settings(epochs=1), seed=0)
+    fit_all(fit, images())
+    again = Fit(network("resnet"), settings(epochs=1), seed=0)
+    again.load_(on_disk(fit.state()))
+    old, new = (f.optimizers[0].state_dict()["state"] for f in (fit, again))
+    assert old.keys() == new.keys()
+    assert [old[k]["momentum_buffer"].stride() for k in old] == [new[k]["momentum_buffer"].stride() for k in old]
+
+
 def test_a_finished_training_stays_finished_when_it_is_taken_up():
     s = settings(epochs=1, ema=0.5)
     done = Fit(network("mlp"), s, seed=0)
