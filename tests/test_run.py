@@ -282,17 +282,39 @@ def test_a_second_budget_that_the_first_stage_has_spent_is_refused_before_the_ru
         runs.check(recipe, runs.load_data(recipe))
 
 
-def test_rounds_stop_before_the_budget_is_passed_also_after_an_open_stage(tiny, tmp_path, whole):
-    text = tiny + OPEN + SECOND + PRIVATE
-    result = finish(text, tmp_path / "stopped", reuse=whole)  # not checked: the ledger itself must stop it
-    first, open_stage, second = result["stages"][2:]
-    assert open_stage["epsilon"] is None
-    assert set(open_stage["client_accuracy"]) == {"c0", "c1", "c2"}
+def test_rounds_stop_before_the_budget_is_passed(tiny, tmp_path, whole):
+    result = finish(tiny + SECOND + PRIVATE, tmp_path / "stopped", reuse=whole)  # not checked: the ledger must stop it
+    first, second = result["stages"][2:]
     assert second["rounds"] < 6
     assert second["stopped"] == "the next round would pass the privacy budget"
     assert first["epsilon"] <= second["epsilon"] <= 12
     steps = {c["what"]: c["steps"] for c in json.loads((tmp_path / "stopped" / "ledger.json").read_text())["charges"]}
     assert steps == {"federate": 6, **({"second": 2 * second["rounds"]} if second["rounds"] else {})}
+
+
+def test_no_promise_can_follow_an_open_stage(tiny, tmp_path, whole):
+    recipe = recipes.load(tiny + OPEN + SECOND + PRIVATE)
+    with pytest.raises(RecipeError, match=r"the earlier stage 'open' uses the same clients without privacy"):
+        runs.check(recipe, runs.load_data(recipe))
+    open_stage = finish(tiny + OPEN, tmp_path / "open", reuse=whole)["stages"][3]
+    assert open_stage["epsilon"] is None
+    assert set(open_stage["client_accuracy"]) == {"c0", "c1", "c2"}
+    charges = json.loads((tmp_path / "open" / "ledger.json").read_text())["charges"]
+    assert charges[-1]["what"] == "open"
+    assert charges[-1]["noise_multiplier"] == 0
+
+
+@pytest.mark.parametrize(
+    ("privacy", "words"),
+    [
+        ("cohort=2\nprivacy={unit='client', epsilon=8.0, delta=1e-3}\n", "a fixed cohort of 2 in 3 clients"),
+        ("privacy={unit='sample', epsilon=8.0, delta=0.1}\n", "delta: got 0.1, which lets one of the"),
+    ],
+)
+def test_a_promise_that_means_little_is_refused(tiny, privacy, words):
+    recipe = recipes.load(tiny.partition('[[stage]]\nkind = "federate"')[0] + SECOND + privacy)
+    with pytest.raises(RecipeError, match=words):
+        runs.check(recipe, runs.load_data(recipe))
 
 
 def test_two_stages_never_share_their_noise(tiny):
@@ -384,8 +406,9 @@ def test_a_residual_network_killed_at_every_event_ends_in_the_same_bits(tiny, tm
 
 
 @pytest.mark.recipe
-def test_processes_killed_at_random_moments_end_in_the_same_bits(tmp_path, left):
-    words = ["-c", "from fedpress.cli import main; main()", "run", "digits", "stage.0.epochs=4", "stage.2.epochs=3"]
+def test_processes_killed_at_random_moments_end_in_the_same_bits(tmp_path, left, tiny_file):
+    words = ["-c", "from fedpress.cli import main; main()", "run", str(tiny_file), "stage.0.epochs=60"]
+    words += ["stage.2.num_rounds=20", "stage.2.batch_size=10"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def start(out: Path, *more: str) -> subprocess.Popen:

@@ -29,8 +29,13 @@ OWN_ACCURACY = "Accuracy per client is measured on the client's own examples; it
 SECRET_COHORTS = ["Secret cohorts: ε counts on it that only the server knows who took part in which round."]
 SEED = (
     "Whoever knows the seed. So that a run can be repeated, its noise follows from the seed, and with the seed it can"
-    " be taken away again: with truly private data keep the seed, and this page, to yourself."
+    " be taken away again. In this simulation one seed makes all the noise, so ε holds for those who do not have it:"
+    " with truly private data choose your own seed, and keep it and this page to yourself."
 )
+LIMITS = [
+    "Other runs on the same data: their ε add to this one's, also those of a table or a search for good settings.",
+    "Attacks on how computers round numbers: the noise is drawn in floating point, by a generator made for science.",
+]
 
 
 def protections(stages: list[Json]) -> list[Protection]:
@@ -97,7 +102,7 @@ def _odds(stage: Json, what: str) -> str:
 def _sample(title: str, stage: Json) -> Protection:
     return Protection(
         title=title,
-        summary=f"Every private example is protected with {_budget(stage)}, against the server and everybody else.",
+        summary=f"Every private example is protected with {_budget(stage)}, against all who lack the noise's seed.",
         protected=[
             "Each example of each client: gradients are clipped per example and noise is added inside the client, so"
             " the updates that the server sees are covered, and with them every network that is made of them.",
@@ -109,6 +114,7 @@ def _sample(title: str, stage: Json) -> Protection:
             " together about k times the ε.",
             "Updates were summed without a secure sum: the server sees each client's noisy update by itself.",
             "How many examples each client has.",
+            *LIMITS,
             *PUBLIC,
         ],
     )
@@ -129,7 +135,12 @@ def _client(title: str, stage: Json) -> Protection:
             *(SECRET_COHORTS if (units.number(stage.get("sampling_prob")) or 0.0) < 1 else []),
             SEED,
         ],
-        unprotected=["Nothing is hidden from the server: a client's update can reveal its examples.", *PUBLIC],
+        unprotected=[
+            "Nothing is hidden from the server: a client's update can reveal its examples.",
+            "How many clients took part in a round, for whoever reads the bytes on this page.",
+            *LIMITS,
+            *PUBLIC,
+        ],
     )
 
 

@@ -28,10 +28,10 @@ from fedpress.federate import (
     rounds,
     sgd,
 )
-from fedpress.privacy.ledger import Charge, Ledger
+from fedpress.privacy.ledger import POPULATION, Charge, Ledger
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.seeds import derive
-from fedpress.stages.settings import FederateSettings
+from fedpress.stages.settings import FederateSettings, PrivacySettings
 from fedpress.state import State
 from fedpress.training import place_
 from fedpress.transport import LocalTransport
@@ -50,7 +50,7 @@ class Federation:
         uplink: how updates travel.
         transport: reaches the clients.
         plans: each client's privacy plan; under unit "client" the one plan under every name; empty without privacy.
-        ledger: what was spent before this stage.
+        ledger: what was spent before this stage; without end, if this stage is open.
         seed: of this stage.
     """
 
@@ -59,7 +59,7 @@ class Federation:
     uplink: Uplink
     transport: LocalTransport
     plans: dict[str, PrivacyPlan]
-    ledger: Ledger | None
+    ledger: Ledger
     seed: int
 
     @property
@@ -142,15 +142,32 @@ def bind(stage: FederateSettings, state: State) -> Federation:
         ).handle
         for name, arrays in clients.items()
     }
-    ledger = state.ledger
-    if private is not None:
-        ledger = ledger if ledger is not None else Ledger(private.unit)
-        if ledger.unit != private.unit:
-            raise RecipeError(
-                f"stage.privacy.unit: an earlier stage protects unit '{ledger.unit}' and this one '{private.unit}'; "
-                "their budgets do not add up, so use one unit in the whole recipe"
-            )
-    return Federation(stage, model, uplink, LocalTransport(handlers), plans, ledger, seed)
+    return Federation(stage, model, uplink, LocalTransport(handlers), plans, _ledger(stage, state), seed)
+
+
+def _ledger(stage: FederateSettings, state: State) -> Ledger:
+    """Returns the book for this stage; one without privacy charges the clients without end before it touches them.
+
+    Raises:
+        RecipeError: if the book cannot carry this stage's promise.
+    """
+    private, book = stage.privacy, state.ledger
+    if private is None:
+        book = book if book is not None else Ledger("sample")
+        return book.add(Charge(POPULATION, stage.name, 1.0, 0.0, 1)) if stage.num_rounds else book
+    book = book if book is not None else Ledger(private.unit)
+    open_stage = next((c.what for c in book.charges if c.noise_multiplier == 0), None)
+    if open_stage is not None:
+        raise RecipeError(
+            f"stage.privacy: the earlier stage '{open_stage}' uses the same clients without privacy, so no promise "
+            "about them can hold; give that stage privacy too, or leave it out"
+        )
+    if book.unit != private.unit:
+        raise RecipeError(
+            f"stage.privacy.unit: an earlier stage protects unit '{book.unit}' and this one '{private.unit}'; "
+            "their budgets do not add up, so use one unit in the whole recipe"
+        )
+    return book
 
 
 @dataclass(frozen=True)
@@ -188,11 +205,27 @@ def _trainable(model: nn.Module, patterns: tuple[str, ...]) -> nn.Module:
     return model
 
 
+def _check_promise(private: PrivacySettings, examples: dict[str, int], cohort: Cohort) -> None:
+    if private.unit == "client" and cohort.sampling == "fixed" and cohort.size < cohort.population:
+        raise RecipeError(
+            f"stage.sampling: a fixed cohort of {cohort.size} in {cohort.population} clients breaks client privacy, "
+            "since a client that joins displaces another and moves the sum twice; set sampling = 'poisson', or take "
+            "all clients"
+        )
+    units = len(examples) if private.unit == "client" else sum(examples.values())
+    if private.delta >= 1 / units:
+        raise RecipeError(
+            f"stage.privacy.delta: got {private.delta:g}, which lets one of the {units} protected {private.unit}s be "
+            f"given away whole; take it well below {1 / units:.1g}"
+        )
+
+
 def _plans(stage: FederateSettings, examples: dict[str, int], cohort: Cohort) -> dict[str, PrivacyPlan]:
     """Returns every client's plan, all with the noise that the most exposed of them needs."""
     private = stage.privacy
     if private is None:
         return {}
+    _check_promise(private, examples, cohort)
     base = PrivacyPlan(private.unit, private.clip_norm, cohort.sampling_prob, delta=private.delta)
     if private.unit == "client":
         plans = dict.fromkeys(examples, base)

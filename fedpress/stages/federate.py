@@ -46,10 +46,10 @@ class FederateStage(FederateSettings):
             "bytes_down_per_round": size * federation.uplink.cohort.size,
             "bytes_up_per_round": size * federation.uplink.cohort.size,
         }
-        ledger = state.ledger
-        if self.privacy is not None and federation.ledger is not None:
+        ledger = federation.ledger
+        if self.privacy is not None:
             charges = federation.charges(list(clients), 1, self.num_rounds) if self.num_rounds else []
-            ledger = self._spend(federation.ledger, charges)
+            ledger = self._spend(ledger, charges)
             facts |= federation.promise() | {"epsilon": ledger.epsilon(delta=self.privacy.delta)}
         return replace(state, ledger=ledger), facts
 
@@ -99,9 +99,9 @@ class FederateStage(FederateSettings):
             return True
         return bool(self.patience and now.round - now.best_round >= self.patience and now.best >= 0)
 
-    def _charge(self, now: Progress, federation: Federation) -> Ledger | None:
+    def _charge(self, now: Progress, federation: Federation) -> Ledger:
         """Returns the ledger with the next round in it; PrivacyError if that would pass the budget."""
-        if self.privacy is None or now.ledger is None:
+        if self.privacy is None:
             return now.ledger
         number = now.round + 1
         return self._spend(now.ledger, federation.charges(federation.drawn(number), number, number))
@@ -123,7 +123,7 @@ class FederateStage(FederateSettings):
         return ledger.spend(*charges, epsilon=self.privacy.epsilon * (1 + 1e-9), delta=self.privacy.delta)
 
     def _epsilon(self, now: Progress) -> float | None:
-        return None if self.privacy is None or now.ledger is None else now.ledger.epsilon(delta=self.privacy.delta)
+        return None if self.privacy is None else now.ledger.epsilon(delta=self.privacy.delta)
 
     def _line(self, record: RoundRecord, now: Progress, seen: Evaluation | None) -> dict[str, Any]:
         return {
@@ -135,7 +135,8 @@ class FederateStage(FederateSettings):
             "bytes_down": record.bytes_down,
             "epsilon": self._epsilon(now),
             "clients": record.clients,
-            "refused": record.refused,
+            # Why a client failed is an exact word about its private data: under privacy nobody is told.
+            "refused": record.refused if self.privacy is None else dict.fromkeys(record.refused, "kept private"),
             "seconds": round(record.seconds, 2),
         }
 
@@ -166,7 +167,7 @@ class Progress:
     """Where the rounds stand: all that is needed to go on, and to stop early."""
 
     params: Tensor
-    ledger: Ledger | None
+    ledger: Ledger
     server_state: dict[str, Tensor] | None = None
     round: int = 0
     best: float = -1.0
@@ -182,7 +183,7 @@ class Progress:
         """Stands before the first round."""
         return cls(tree.flatten(federation.model), federation.ledger)
 
-    def after(self, record: RoundRecord, ledger: Ledger | None, seen: Evaluation | None, seconds: float) -> Progress:
+    def after(self, record: RoundRecord, ledger: Ledger, seen: Evaluation | None, seconds: float) -> Progress:
         """Stands after the round of `record`, whose validation was `seen`."""
         accuracy = seen.accuracy if seen else -1.0
         better = accuracy > self.best
@@ -206,14 +207,13 @@ class Progress:
     def facts(self) -> dict[str, Any]:
         """Returns the JSON part of a checkpoint."""
         plain = {f: getattr(self, f) for f in PLAIN}
-        return {**plain, "ledger": self.ledger.to_json() if self.ledger is not None else None}
+        return {**plain, "ledger": self.ledger.to_json()}
 
     @classmethod
     def load(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Progress:
         """Reads what `tensors` and `facts` gave."""
         server = {k.removeprefix("server/"): v for k, v in tensors.items() if k.startswith("server/")}
-        ledger = Ledger.from_json(facts["ledger"]) if facts["ledger"] else None
-        return cls(tensors["params"], ledger, server, **{f: facts[f] for f in PLAIN})
+        return cls(tensors["params"], Ledger.from_json(facts["ledger"]), server, **{f: facts[f] for f in PLAIN})
 
 
 PLAIN = ("round", "best", "best_round", "bytes_up", "bytes_down", "seconds", "note", "stopped")

@@ -15,7 +15,7 @@ def test_sample_privacy_protects_examples_against_the_server():
     it = protection(SAMPLE)
     assert (
         it.summary
-        == "Every private example is protected with ε = 2.00 at δ = 1e-5, against the server and everybody else."
+        == "Every private example is protected with ε = 2.00 at δ = 1e-5, against all who lack the noise's seed."
     )
     assert "7.39 times" in " ".join(it.protected)  # e^2
     assert not any("The server." in line for line in it.trusted)
