@@ -273,6 +273,7 @@ class Fit:
             TrainingError: if the settings do not fit the data (see `check`), or the loss is not finite.
         """
         check(self.model, self.settings, train, validation, preprocess)
+        train = Arrays(train.x.to(device()), train.y.to(device()))
         side, images = None, train.x
         while not self.finished:
             now = self.settings.side(self.epoch)

@@ -7,7 +7,7 @@ from collections.abc import Generator
 from dataclasses import replace
 from typing import Any, Literal
 
-from fedpress.errors import TrainingError
+from fedpress import training
 from fedpress.folder import StageFolder
 from fedpress.seeds import derive
 from fedpress.state import Name, State, Tick
@@ -24,13 +24,11 @@ class TrainStage(TrainSettings):
         """Says how much there is to do, without doing it.
 
         Raises:
-            TrainingError: if the public part is empty.
+            TrainingError: if the settings do not fit the data, for instance because the public part is empty.
         """
-        examples = len(state.data.public)
-        if not examples and self.epochs:
-            raise TrainingError(
-                "train: the public part has no examples; set data.public_share, or leave this stage out"
-            )
+        data = state.data
+        training.check(state.model, self, data.public, data.validation, data.preprocess)
+        examples = len(data.public)
         return state, {
             "examples": examples,
             "epochs": self.epochs,
