@@ -39,8 +39,8 @@ class Client:
             process may share it. Buffers are as given before and after every round.
         settings: how to train.
         uplink: the agreed way home.
-        seed: of the run; all randomness is derived from it, the name and the round.
-        prepare: raw examples [k, ...] and a generator -> network input.
+        seed: of the run; all randomness is derived from it, the name and the round; private steps add what was asked.
+        prepare: raw examples [k, ...] and a generator -> network input; its `repr` tells its settings.
         local_update: `sgd` or `private_sgd`.
         plan: this client's plan under unit "sample".
         norm: "frozen" fixes the statistics of batch norm (scale and bias train); "batch" uses those of each batch.
@@ -123,17 +123,20 @@ class Client:
     def _fit(self, params: Tensor, round: int) -> tuple[Tensor, dict[str, JSON]]:
         """Returns the update [d] on the CPU and what the local update measured; the model's buffers are put back."""
         tree.assign_(self.model, params)
-        buffers = [b.clone() for b in self.model.buffers()] if self.norm == "batch" else []
+        buffers = [b.clone() for b in self.model.buffers()]
         key = Key(self.seed, round, self.name)
         self.model.train()
         if self.norm == "frozen":
             freeze_batch_norm_(self.model)
-        with torch.random.fork_rng():  # dropout draws from torch's global generator
-            torch.manual_seed(seeds.derive(self.seed, "client", self.name, "round", round, "dropout"))
-            measured = self.local_update(self.model, Task(self.arrays, self.settings, key, self.prepare, self.plan))
+        try:
+            with torch.random.fork_rng():  # dropout draws from torch's global generator
+                torch.manual_seed(seeds.derive(self.seed, "client", self.name, "round", round, "dropout"))
+                measured = self.local_update(self.model, Task(self.arrays, self.settings, key, self.prepare, self.plan))
+        finally:  # whatever a module keeps of private examples must not reach the next request
+            with torch.no_grad():
+                for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                    buffer.copy_(before)
         update = tree.flatten(self.model) - params
-        for buffer, before in zip(self.model.buffers(), buffers, strict=False):
-            buffer.copy_(before)
         if not bool(torch.isfinite(update).all()):
             raise TrainingError(
                 f"local update: not finite in round {round}; lower federate.lr (now {self.settings.lr})"

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from fedpress import seeds, tree
 from fedpress.arrays import Arrays
 from fedpress.errors import RecipeError, TrainingError
 from fedpress.federate.transforms import Key
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.privacy.sgd import private_steps
-from fedpress.training import Precision, autocast, memory_format
+from fedpress.training import Precision, autocast, memory_format, uses_bf16
 from fedpress.tree import trainable
 from fedpress.wire.message import JSON
 
@@ -110,7 +111,8 @@ def private_sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
         RecipeError: if there is no plan of unit "sample", or a setting that private steps do not know.
     """
     plan = check_private(task.settings, task.plan)
-    at, chance = next(model.parameters()).device, task.key.own("prepare")
+    at, question = next(model.parameters()).device, _question(model, task)
+    chance = task.key.secret("prepare", question)
 
     def loss_fn(outputs: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(outputs.float(), labels)
@@ -128,13 +130,27 @@ def private_sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
         steps=plan.steps_per_round,
         lr=task.lr,
         momentum=task.settings.momentum,
-        generator=task.key.own("private"),
+        generator=task.key.secret("private", question),
         prepare=prepare,
+        autocast=torch.bfloat16 if uses_bf16(model, task.settings.precision) else None,
     )
-    with autocast(model, task.settings.precision):
+    with torch.random.fork_rng():  # dropout draws from torch's global generators
+        torch.manual_seed(task.key.own("dropout", question).initial_seed())
         for _ in steps:  # what a step records is not noised: it ends here
             pass
     return {"steps": plan.steps_per_round}
+
+
+def _question(model: nn.Module, task: Task) -> str:
+    """Names all that a private answer depends on; as part of the noise's key it keeps one noise from hiding two things.
+
+    The same question gets the same answer, bit by bit, which costs no privacy. Any other one, such as other parameters
+    in the same round or another noise multiplier under the same seed, gets independent noise. The examples are read
+    again every round, so that the name holds also if somebody changed them.
+    """
+    state = model.state_dict()
+    settings = (model, tree.Layout.of(model), task.settings, task.plan, task.prepare, [*state])
+    return seeds.fingerprint(*settings, *state.values(), *model.buffers(), task.arrays.x, task.arrays.y)
 
 
 def check_private(settings: LocalSettings, plan: PrivacyPlan | None) -> PrivacyPlan:

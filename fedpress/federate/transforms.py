@@ -38,6 +38,10 @@ class Key:
         """Returns the stream `words` of this client in this round."""
         return seeds.generator(self.seed, "client", self.client, "round", self.round, *words)
 
+    def secret(self, *words: str | int) -> torch.Generator:
+        """Returns the stream `words` of this client in this round for what privacy rests on."""
+        return seeds.secret_generator(self.seed, "client", self.client, "round", self.round, *words)
+
     def shared(self, *words: str | int) -> torch.Generator:
         """Returns the stream `words` that all clients of this round have in common."""
         return seeds.generator(self.seed, "shared", "round", self.round, *words)

@@ -121,7 +121,11 @@ class Uplink:
         total = self.adder.add(self._sent(replies, refused, seed, round), self.decode, self.promise)
         refused |= total.refused
         if self.privacy is not None and self.client_unit:
-            noised = noise_sum(total.sum, self.privacy, seeds.generator(seed, "noise", round))
+            # Noise is a function of the secret seed and of what it hides. Other sums, or the same one under another
+            # plan, get independent noise, so that two runs of one seed cannot be subtracted; equal ones get an equal
+            # answer, which says nothing new. To whom the seed is unknown each noise looks freshly drawn.
+            hidden = seeds.fingerprint(total.sum, self.privacy)
+            noised = noise_sum(total.sum, self.privacy, seeds.secret_generator(seed, "noise", round, hidden))
             return Mean((noised / self.cohort.size).float(), [], refused)
         update = (total.sum / total.weight).float() if total.weight > 0 else None
         return Mean(update, total.rows, refused)

@@ -165,3 +165,30 @@ def test_parts_that_do_not_belong_together_are_refused():
         replace(federation.clients["c0"], arrays=nothing)
     with pytest.raises(RecipeError, match=r"trains 3 values but the uplink is for 83"):
         replace(federation.clients["c0"], model=nn.Linear(2, 1))
+
+
+class Remembers(nn.Module):
+    """Keeps a running mean of what it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        return x - self.mean
+
+
+def test_what_a_module_remembers_is_forgotten_after_every_round_also_after_a_failure():
+    model = nn.Sequential(Remembers(), *mlp())
+    federation = Federation(model=model)
+    first = federation.clients["c0"].handle(pack(federation.fit()))
+    assert torch.equal(model[0].mean, torch.zeros(6))
+    assert federation.clients["c0"].handle(pack(federation.fit())) == first
+    diverging = Federation(model=model, settings=LocalSettings(lr=1e30, epochs=5))
+    with pytest.raises(TrainingError, match="not finite"):
+        answer(diverging)
+    assert torch.equal(model[0].mean, torch.zeros(6))
+    with pytest.raises(TrainingError, match="RecipeError"):
+        answer(Federation(model=nn.Sequential(Remembers(), *mlp()), privacy=SAMPLE_PLAN))

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -114,15 +115,7 @@ def test_private_steps_go_on_over_examples_that_break_plain_training():
 
 
 def test_private_steps_carry_noise_of_the_planned_size():
-    class Silent(nn.Module):  # no gradient, so that only noise moves it
-        def __init__(self):
-            super().__init__()
-            self.w = nn.Parameter(torch.zeros(200_000))
-
-        def forward(self, x):
-            return x[:, :3] + 0 * self.w.sum()
-
-    model = Silent()
+    model = Silent(200_000)
     private_sgd(model, task(examples(10), plan=SAMPLE_PLAN, lr=0.1))
     expected = 0.1 * 1.0 * 1.0 / (0.2 * 10) * 4**0.5  # lr x noise x clip / expected batch x sqrt(steps)
     assert model.w.std().item() == pytest.approx(expected, rel=0.01)
@@ -147,3 +140,45 @@ def test_settings_out_of_range_are_refused(bad):
 
 def test_the_table_names_both_local_updates():
     assert {"sgd": sgd, "private_sgd": private_sgd} == LOCAL_UPDATES
+
+
+class Silent(nn.Module):
+    """Has no gradient, so that only noise moves it."""
+
+    def __init__(self, size, start=0.0):
+        super().__init__()
+        self.w = nn.Parameter(torch.full((size,), start))
+
+    def forward(self, x):
+        return x[:, :3] + 0 * self.w.sum()
+
+
+def test_private_noise_is_new_for_everything_asked_and_the_same_on_repeat():
+    def noise(start=0.0, arrays=None, plan=SAMPLE_PLAN, **settings):
+        model = Silent(20_000, start)
+        private_sgd(model, task(arrays, plan=plan, **settings))
+        return model.w.detach() - start
+
+    base = noise()
+    assert torch.equal(base, noise())
+    others = {
+        "plan": noise(plan=replace(SAMPLE_PLAN, noise_multiplier=2.0)),
+        "params": noise(start=0.5),
+        "settings": noise(lr=0.06),
+        "examples": noise(arrays=examples(10, seed=1)),
+        "prepare": noise(prepare=lambda x, generator: x),
+        "round": noise(round=2),
+    }
+    for what, other in others.items():
+        assert abs(float(torch.corrcoef(torch.stack([base, other]))[0, 1])) < 0.03, what
+
+
+def test_the_precision_setting_reaches_private_steps(monkeypatch):
+    monkeypatch.setattr("fedpress.federate.local.uses_bf16", lambda model, precision: precision == "bf16")
+    seen, model = set(), mlp()
+    model[0].register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    for precision, expected in (("bf16", torch.bfloat16), ("float32", torch.float32)):
+        seen.clear()
+        private_sgd(model, task(plan=SAMPLE_PLAN, precision=precision))
+        assert expected in seen
+        assert (torch.bfloat16 in seen) is (precision == "bf16")

@@ -170,3 +170,16 @@ def test_a_plan_that_counts_on_another_sampler_is_refused():
     with pytest.raises(RecipeError, match=r"privacy\.sampling_prob: the plan charges 0\.1"):
         Uplink.bind(2, Cohort(10, 100, "fixed"), privacy=plan, weights="equal")
     assert Uplink.bind(2, Cohort(10, 100, "poisson"), privacy=plan, weights="equal").client_unit
+
+
+def test_client_noise_is_new_for_every_sum_and_plan_and_the_same_on_repeat():
+    def noise(total, multiplier=1.0):
+        uplink = private(20_000, Cohort(1, 1), noise=multiplier)
+        return (uplink.mean(named([total]), seed=1, round=1).update - total) / multiplier
+
+    zeros, other = torch.zeros(20_000), torch.zeros(20_000)
+    other[0] = 1e-6  # one value of one client differs a little
+    base = noise(zeros)
+    assert torch.equal(base, noise(zeros))
+    for again in (noise(other), noise(zeros, 2.0)):
+        assert abs(float(torch.corrcoef(torch.stack([base, again]))[0, 1])) < 0.03

@@ -102,3 +102,10 @@ def test_empty_batches_are_steps_and_probability_one_takes_everybody():
     assert sum(len(index) == 0 for index in rare) > 30
     assert [index.tolist() for index in poisson_batches(4, 1.0, 2, seeded())] == [[0, 1, 2, 3]] * 2
     assert [len(index) for index in poisson_batches(0, 0.5, 2, seeded())] == [0, 0]
+
+
+def test_noise_reaches_beyond_what_a_float32_normal_can():
+    noise = noise_sum(torch.zeros(4, 2**20), plan(noise=1.0, clip_norm=1.0), seeded(8)).double()
+    assert float(stats.kstest(noise.flatten()[:100_000].numpy(), "norm").pvalue) > 0.001
+    coarse = torch.randn(2**20, generator=seeded(8)).unique().numel()  # 24 bits repeat themselves
+    assert noise[0].unique().numel() > coarse
