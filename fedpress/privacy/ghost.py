@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from fedpress.privacy.persample import LossFn, Measured, add_loop_, clip_factors
+from fedpress.privacy.persample import LossFn, Measured, add_loop_, clip_factors, row_norms
 from fedpress.tree import trainable
 
 ROUNDING = 2.0**-23
@@ -137,7 +137,7 @@ def _split_(
 def _explicit(gradients: Tensor, shape: torch.Size) -> Part:
     """A part from the samples' own gradients [n, ...]."""
     flat = gradients.flatten(1).float()
-    return Part(flat.norm(dim=1).double().square(), lambda scale: (scale @ flat).view(shape))
+    return Part(row_norms(flat).square(), lambda scale: (scale @ flat).view(shape))
 
 
 def _linear(module: nn.Linear, a: Tensor, b: Tensor) -> dict[str, Part]:

@@ -69,9 +69,10 @@ def clipped_gradient_sum(
 
     Raises:
         RecipeError: if a module mixes the samples of a batch (batch normalisation in training mode), or for an
-            unknown method.
+            unknown method; or if a forward pass changed a buffer, which would keep private data without noise.
     """
     check_separable(model)
+    buffers = [(name, b, b._version) for name, b in model.named_buffers()]
     if method not in METHODS:
         raise RecipeError(f"method: got {method!r}, expected one of {list(METHODS)}{did_you_mean(method, [*METHODS])}")
     params = trainable(model)
@@ -81,6 +82,7 @@ def clipped_gradient_sum(
     for start in range(0, len(x), chunk):
         at = slice(start, start + chunk)
         measured += METHODS[method](views, model, loss_fn, x[at], y[at], clip_norm)
+    _check_unchanged(model, buffers)
     return total, _stats(measured, clip_norm)
 
 
@@ -90,7 +92,10 @@ def choose_method(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> Me
     `x` [n, ...] prepared and `y` [n] only give shapes and types: no private value is read. A network whose samples
     mix fails the comparison for every batched method, so it falls to the loop, where they cannot.
     """
-    twin = copy.deepcopy(model).eval()  # evaluation mode: dropout would differ between the methods
+    twin = copy.deepcopy(model)  # in the modes of the real one: a network may mix samples only while it trains
+    for module in twin.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()  # its draws would differ between the methods
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in trainable(twin):  # away from zeros: a zero layer would hide that a gradient is wrong
@@ -124,6 +129,16 @@ def check_separable(model: nn.Module) -> None:
             )
         if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats and module.training:
             raise RecipeError(f"model.{name}: running statistics keep private data without noise; use norm = 'group'")
+
+
+def _check_unchanged(model: nn.Module, before: list[tuple[str, Tensor, int]]) -> None:
+    now = dict(model.named_buffers())
+    for name, buffer, version in before:
+        if now.get(name) is not buffer or buffer._version != version:
+            raise RecipeError(
+                f"model.{name}: this buffer changed during a private step, so it keeps private data without noise; "
+                "use a layer without running statistics"
+            )
 
 
 def _convolves(model: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedpress.errors import PrivacyError, RecipeError
+from fedpress.privacy.gradients import METHODS
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.privacy.sgd import private_steps
 from fedpress.tree import flatten
@@ -120,3 +121,20 @@ def test_batch_norm_in_training_mode_is_refused():
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     with pytest.raises(RecipeError, match=r"model\.1: batch normalisation"):
         run(model, *data())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_reaches_the_passes_of_a_private_step(method):
+    seen = []
+
+    class Watch(nn.Module):
+        def forward(self, x):
+            seen.append(x.dtype)
+            return x
+
+    for autocast, expected in ((torch.bfloat16, torch.bfloat16), (None, torch.float32)):
+        model = nn.Sequential(nn.Linear(6, 8), Watch(), nn.Linear(8, 2))
+        run(model, *data(20), steps=1, method=method, autocast=autocast, plan=plan(q=1.0))
+        assert set(seen) == {expected}
+        assert torch.isfinite(flatten(model)).all()
+        seen.clear()
