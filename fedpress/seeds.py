@@ -57,7 +57,7 @@ def fingerprint(*parts: object) -> str:
         if isinstance(part, torch.Tensor):
             flat = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(f"{part.dtype} {tuple(part.shape)};".encode())
-            digest.update(flat.numpy())
+            digest.update(flat.numpy().data)
         else:
             text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(part)).encode()
             digest.update(f"{len(text)};".encode() + text)

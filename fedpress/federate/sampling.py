@@ -10,7 +10,7 @@ import torch
 
 from fedpress.errors import RecipeError
 from fedpress.federate.exchange import ClientId
-from fedpress.seeds import generator
+from fedpress.seeds import secret_generator
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Cohort:
                 f"federate.population: planned for {self.population} clients but there are {len(clients)};"
                 " plan with the number of clients that exist"
             )
-        gen = generator(seed, "cohort", round)
+        gen = secret_generator(seed, "cohort", round)
         if self.sampling == "poisson":
             joins = torch.rand(self.population, generator=gen, dtype=torch.float64) < self.sampling_prob
             return [client for client, joined in zip(clients, joins.tolist(), strict=True) if joined]
