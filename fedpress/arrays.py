@@ -99,4 +99,5 @@ def _of_floats(x: Tensor) -> tuple[Tensor, Tensor]:
     mean = torch.stack([part.double().sum(dims) for part in x.split(4096)]).sum(0) * each
     parts = [(part.double() - mean.view(shape)).square().sum(dims) for part in x.split(4096)]
     std = (torch.stack(parts).sum(0) * each).sqrt()
-    return mean, torch.where(x.amax(dims) > x.amin(dims), std, 1.0)
+    # A spread below the smallest normal float32 would divide by zero there: it counts as constant.
+    return mean, torch.where((x.amax(dims) > x.amin(dims)) & (std > torch.finfo(torch.float32).tiny), std, 1.0)

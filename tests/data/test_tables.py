@@ -155,7 +155,7 @@ def test_another_delimiter_can_be_given(tmp_path):
             r"feature column 'ward': holds timestamp\[ms\]; expected",
         ),
         ({"ward": [None] * ROWS}, {"missing": "drop"}, r"there are no rows; check"),
-        ({"dose": [float("inf")] * ROWS}, {}, r"client 'north': some features are NaN or infinite"),
+        ({"dose": [float("inf")] * ROWS}, {}, r"hold NaN or infinite values; remove them"),
     ],
 )
 def test_unusable_columns_are_refused_with_place_and_cure(tmp_path, changes, keys, message):
