@@ -143,15 +143,16 @@ def kill_after(events: int, text: str, path: Path, *overrides: str) -> bool:
 
 
 # Events of the tiny run: 0 start, 1-8 training (4 steps and an epoch's end, twice), then pruning, then federation.
-@pytest.mark.parametrize("events", [0, 1, 7, 11, 13, 16, 20, 22, 25])
+@pytest.mark.parametrize("events", [1, 7, 11, 16, 22])
 def test_a_run_killed_at_any_event_ends_in_the_same_bits(tiny, tmp_path, whole, left, events):
     assert kill_after(events, tiny, tmp_path / "killed")
     finish(tiny, tmp_path / "killed", resume=True)
     assert left(tmp_path / "killed") == left(whole)
 
 
-@pytest.mark.parametrize("place", ["save_progress", "finish", "record"])
-@pytest.mark.parametrize("time", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("place", "time"), [("save_progress", 2), ("save_progress", 4), ("finish", 2), ("finish", 3), ("record", 2)]
+)
 def test_a_run_killed_while_it_writes_ends_in_the_same_bits(tiny, tmp_path, whole, left, monkeypatch, place, time):
     """Killed before the checkpoint that belongs to a record, before a stage is marked as done, and in a record."""
     path, calls, real = tmp_path / "killed", itertools.count(1), getattr(StageFolder, place)
