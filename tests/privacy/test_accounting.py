@@ -124,7 +124,7 @@ def test_a_budget_that_no_noise_meets_is_a_privacy_error():
         noise_multiplier(epsilon=1e-9, delta=1e-12, sampling_prob=1.0, steps=10**6)
 
 
-def test_the_command_line_gets_its_answer_without_torch_in_under_two_seconds_of_work():
+def test_an_answer_for_the_command_line_needs_no_torch_and_little_work():
     code = (
         "import sys, time; from fedpress.privacy.accounting import noise_multiplier as f;"
         "f(epsilon=8, delta=1e-5, sampling_prob=64 / 600, steps=2350);"
@@ -132,4 +132,4 @@ def test_the_command_line_gets_its_answer_without_torch_in_under_two_seconds_of_
         "print(time.process_time())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 2
+    assert float(done.stdout) < 6  # 1.5 s on an idle core; a grid that is ten times too fine would show

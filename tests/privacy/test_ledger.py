@@ -109,4 +109,4 @@ def test_a_curve_over_rounds_is_cheap_even_for_unequal_clients():
     for number in range(1, 6):
         book = book.add(*[c for i in range(20) for c in round_of([f"c{i}"], number, q=0.1 + 0.001 * i)])
         book.epsilon(delta=1e-5)
-    assert time.process_time() - start < 5 * 0.3
+    assert time.process_time() - start < 6  # well under 1 s on an idle core; composing every round anew takes longer
