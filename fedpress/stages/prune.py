@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from torch import Tensor, nn
 
 from fedpress import compress
@@ -78,8 +78,8 @@ class PruneStage(BaseModel):
             compress.restore_batch_norm_(pruned, _inputs(public, state))
         yield Tick(3, 4, "measuring")
         after = _accuracy(pruned, state)
-        widths = [{"name": c.name, "before": c.before, "after": c.after} for c in plan.layers]
-        folder.record(layers=widths, accuracy_cut=before, accuracy_restored=after)  # type: ignore[arg-type]
+        widths: list[JsonValue] = [{"name": c.name, "before": c.before, "after": c.after} for c in plan.layers]
+        folder.record(layers=widths, accuracy_cut=before, accuracy_restored=after)
         spec = state.spec.model_copy(update={"resized": shapes_that_differ(pruned, state.spec.build_dense())})
         yield Tick(4, 4)
         facts: dict[str, Any] = {
