@@ -29,6 +29,10 @@ class WireError(FedpressError):
     """A message is corrupt, of an unknown version, or does not fit what was agreed."""
 
 
+class SecureError(FedpressError):
+    """A secure sum stays closed: too few clients are left, or somebody did not keep to the protocol."""
+
+
 class ExportError(FedpressError):
     """A model cannot be exported, or the artifact differs from the model."""
 

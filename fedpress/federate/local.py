@@ -112,7 +112,7 @@ def private_sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
     """
     plan = check_private(task.settings, task.plan)
     at, question = next(model.parameters()).device, _question(model, task)
-    chance = task.key.secret("prepare", question)
+    chance = task.key.hidden("prepare", question)
 
     def loss_fn(outputs: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(outputs.float(), labels)
@@ -130,7 +130,7 @@ def private_sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
         steps=plan.steps_per_round,
         lr=task.lr,
         momentum=task.settings.momentum,
-        generator=task.key.secret("private", question),
+        generator=task.key.hidden("private", question),
         prepare=prepare,
         autocast=torch.bfloat16 if uses_bf16(model, task.settings.precision) else None,
     )

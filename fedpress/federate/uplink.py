@@ -75,7 +75,7 @@ class Uplink:
         promise = Bound(size)
         if privacy is not None and privacy.unit == "client":
             _check_client_unit(privacy, cohort, weights)
-            chain = (Clip(privacy.clip_norm), *chain)
+            chain = (Clip(clip_norm=privacy.clip_norm), *chain)
             promise = Bound(size, l2=privacy.clip_norm, linf=privacy.clip_norm)
         bound_chain, end = bind_chain(chain, Bound(size))
         adder.check(bound_chain, end)

@@ -30,7 +30,7 @@ class Halve:
 
 
 def test_a_chain_binds_each_transform_to_the_bound_before_it():
-    chain, end = bind_chain([Clip(2.0), Halve(), Halve()], Bound(8))
+    chain, end = bind_chain([Clip(clip_norm=2.0), Halve(), Halve()], Bound(8))
     assert [t.size for t in chain[1:]] == [8, 4]
     assert end == Bound(2, l2=2.0, linf=2.0)
 
@@ -63,7 +63,7 @@ def test_missing_and_unknown_tensors_are_wire_errors():
 
 def test_clip_promises_what_it_does():
     clip: Transform
-    clip, bound = Clip(0.5).bind(Bound(3))
+    clip, bound = Clip(clip_norm=0.5).bind(Bound(3))
     x = clip.encode(torch.tensor([3.0, 0.0, 4.0]), key()).values
     assert float(x.double().norm()) <= bound.l2 == 0.5
     assert torch.allclose(x, torch.tensor([0.3, 0.0, 0.4]))

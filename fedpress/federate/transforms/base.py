@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 import torch
@@ -13,38 +13,49 @@ from torch import Tensor
 from fedpress import seeds
 from fedpress.errors import WireError
 from fedpress.federate.exchange import ClientId
-from fedpress.privacy.mechanism import clip
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What is promised about one client's vector: its size, its L2 and maximum norm, whether it is whole numbers."""
+    """What is promised about one client's vector: its size, its L2 and maximum norm, whether it is whole numbers.
+
+    `shapes` are those of the parameters that the vector [size] holds one after another, empty once a transform has
+    mixed or dropped values.
+    """
 
     size: int
     l2: float = math.inf
     linf: float = math.inf
     integer: bool = False
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class Key:
-    """Names the randomness of one update; client and server hold the same key, so masks and rotations need no bytes."""
+    """Names the randomness of one update; client and server hold the same key, so masks and rotations need no bytes.
+
+    `secret` is what the client's noise hangs on instead of `seed` where the seed is not secret; only the client has it.
+    """
 
     seed: int
     round: int
     client: ClientId
+    secret: int | None = field(default=None, repr=False)
 
     def own(self, *words: str | int) -> torch.Generator:
         """Returns the stream `words` of this client in this round."""
-        return seeds.generator(self.seed, "client", self.client, "round", self.round, *words)
+        return seeds.generator(self.seed, *self._words(words))
 
-    def secret(self, *words: str | int) -> torch.Generator:
+    def hidden(self, *words: str | int) -> torch.Generator:
         """Returns the stream `words` of this client in this round for what privacy rests on."""
-        return seeds.secret_generator(self.seed, "client", self.client, "round", self.round, *words)
+        return seeds.secret_generator(self.seed if self.secret is None else self.secret, *self._words(words))
 
     def shared(self, *words: str | int) -> torch.Generator:
         """Returns the stream `words` that all clients of this round have in common."""
         return seeds.generator(self.seed, "shared", "round", self.round, *words)
+
+    def _words(self, words: tuple[str | int, ...]) -> tuple[str | int, ...]:
+        return ("client", self.client, "round", self.round, *words)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,15 +67,14 @@ class Encoded:
 
 
 class Transform(Protocol):
-    """One change of numbers on the way of an update; frozen settings, no state."""
+    """One change of numbers on the way of an update, bound to a size; frozen, no state.
+
+    `encode` is called by the client, `decode` by whoever reads; both hold the same key but for its `secret`.
+    """
 
     @property
     def additive(self) -> bool:
-        """Whether decode(a + b) == decode(a) + decode(b), which a secure sum needs."""
-        ...
-
-    def bind(self, bound: Bound) -> tuple[Transform, Bound]:
-        """Fits the transform to vectors within `bound` and states the bound of its `values`, or raises RecipeError."""
+        """Whether decode(a + b) == decode(a) + decode(b), up to rounding, which a secure sum needs."""
         ...
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
@@ -76,42 +86,32 @@ class Transform(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Clip:
-    """Scales an update down to L2 norm `clip_norm`."""
+class Settings(Protocol):
+    """What a recipe says of a transform; its `kind` is the row of the table."""
 
-    clip_norm: float
-    additive: bool = field(default=True, init=False)
+    @property
+    def kind(self) -> str:
+        """Name of the row."""
+        ...
 
-    def bind(self, bound: Bound) -> tuple[Clip, Bound]:
-        """Promises norms of at most `clip_norm`."""
-        return self, replace(bound, l2=min(bound.l2, self.clip_norm), linf=min(bound.linf, self.clip_norm))
-
-    def encode(self, x: Tensor, key: Key) -> Encoded:
-        """Clips `x` [d]."""
-        return Encoded(clip(x, self.clip_norm))
-
-    def decode(self, x: Encoded, key: Key) -> Tensor:
-        """Returns the values as they are."""
-        return x.values
+    def bind(self, bound: Bound) -> tuple[Transform, Bound]:
+        """Fits the transform to vectors within `bound` and states the bound of its `values`, or raises RecipeError."""
+        ...
 
 
 Chain: TypeAlias = "Sequence[Transform]"
 VALUES = "values"
 
 
-def bind_chain(chain: Chain, bound: Bound) -> tuple[tuple[Transform, ...], Bound]:
+def bind_chain(chain: Sequence[Settings], bound: Bound) -> tuple[tuple[Transform, ...], Bound]:
     """Binds each transform to what the one before it promises.
 
     Raises:
         RecipeError: if one of them does not fit.
-
-    >>> bind_chain([Clip(2.0), Clip(1.0)], Bound(size=3))[1]
-    Bound(size=3, l2=1.0, linf=1.0, integer=False)
     """
     bounded = []
-    for transform in chain:
-        transform, bound = transform.bind(bound)
+    for settings in chain:
+        transform, bound = settings.bind(bound)
         bounded.append(transform)
     return tuple(bounded), bound
 
