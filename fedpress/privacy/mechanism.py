@@ -9,19 +9,22 @@ import torch
 from torch import Tensor
 
 from fedpress.errors import PrivacyError, RecipeError
+from fedpress.privacy.chance import Chance, Source, chance_of
 from fedpress.privacy.plan import PrivacyPlan
 
+GRID_BITS = 30
+"""Exact noise lies on a grid of 2^-30 to 2^-29 of its standard deviation."""
 
-def poisson_batches(n: int, sampling_prob: float, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+
+def poisson_batches(n: int, sampling_prob: float, steps: int, generator: Source) -> Iterator[Tensor]:
     """Yields `steps` int64 index tensors [k]: each of `n` examples joins each batch by its own coin.
 
     The accountant's amplification holds for this sampler and not for shuffled batches (Chua et al. 2024, "How private
     are DP-SGD implementations?"). Batches vary in size; an empty batch is a step like any other.
     """
+    chance = chance_of(generator)
     for _ in range(steps):
-        # float64: the 24 bits of a float32 draw would bias small probabilities
-        coins = torch.rand(n, generator=generator, dtype=torch.float64, device=generator.device)
-        yield (coins < sampling_prob).nonzero().flatten()
+        yield (chance.uniform(n) < sampling_prob).nonzero().flatten()
 
 
 def clip(update: Tensor, clip_norm: float) -> Tensor:
@@ -51,18 +54,44 @@ def clip(update: Tensor, clip_norm: float) -> Tensor:
         shrink = max(0.0, 2 * shrink - 1 - 2.0**-24)  # float32 rounding went up: step down, twice as far each time
 
 
-def noise_sum(total: Tensor, plan: PrivacyPlan, generator: torch.Generator) -> Tensor:
-    """Returns `total` [d], a sum of clipped contributions, plus noise of `plan.noise_std` on each value, in float32.
+def noise_sum(total: Tensor, plan: PrivacyPlan, generator: Source) -> Tensor:
+    """Returns `total` (any shape), a sum of clipped contributions, plus noise of `plan.noise_std` on each value.
 
-    The noise is drawn in float64: a float32 normal comes from 24 bits and ends at 5.8 standard deviations.
+    The result is float32. From an exact source (`Chance.exact`) it lies on a public grid, whatever `total` is: the
+    bits of a plain floating-point sum would say which totals can have led to it (Mironov 2012; Jin et al. 2022,
+    arXiv:2112.05307). With the grid g = 2^(floor(log2 noise_std) - 30), `total` is rounded to g and a Gaussian rounded
+    to g is added, in whole numbers. To round the noise costs nothing, since it is the Gaussian mechanism, rounded
+    afterwards. To round a total [d] moves two neighbours apart by at most g sqrt(d) more than `clip_norm`; the noise is
+    larger by the factor 1 + g sqrt(d) / clip_norm, a few millionths, to make up for that.
+
+    Raises:
+        PrivacyError: if the source is exact and a value is not finite, or more than 2^32 times the noise.
     """
     if plan.noise_std == 0:
         return total
-    noise = torch.randn(total.shape, generator=generator, device=generator.device, dtype=torch.float64)
+    chance = chance_of(generator)
+    if chance.exact:
+        return _noise_on_grid(total, plan, chance)
+    noise = chance.normal(total.numel()).view(total.shape)
     return noise.mul_(plan.noise_std).to(total.device).add_(total).float()
 
 
-def noised_mean(total: Tensor, plan: PrivacyPlan, *, expected: float, generator: torch.Generator) -> Tensor:
+def noise_grid(plan: PrivacyPlan) -> float:
+    """Returns the public grid of exact noise, a power of two."""
+    return 2.0 ** (math.frexp(plan.noise_std)[1] - 1 - GRID_BITS)
+
+
+def _noise_on_grid(total: Tensor, plan: PrivacyPlan, chance: Chance) -> Tensor:
+    grid = noise_grid(plan)
+    steps = total.detach().double().cpu().div(grid).round_()  # exact: the grid is a power of two
+    if not bool((steps.abs() < 2.0**62).all()):
+        raise PrivacyError("sum: a value is not finite or beyond 2^32 times the noise; clip every contribution first")
+    std = plan.noise_std * (1 + grid * math.sqrt(total.numel()) / plan.clip_norm) / grid
+    noise = chance.normal(total.numel()).view(total.shape).mul_(std).round_()
+    return (steps.long() + noise.long().cpu()).double().mul_(grid).float().to(total.device)
+
+
+def noised_mean(total: Tensor, plan: PrivacyPlan, *, expected: float, generator: Source) -> Tensor:
     """Returns the noised `total` [d] divided by `expected`, the public expected number of contributions.
 
     The number that really came would itself tell whether somebody took part.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpress.errors import RecipeError
+from fedpress.privacy.chance import Source
 from fedpress.privacy.gradients import Method, RawStats, choose_method, clipped_gradient_sum
 from fedpress.privacy.mechanism import noised_mean, poisson_batches
 from fedpress.privacy.persample import LossFn
@@ -33,7 +34,7 @@ def private_steps(
     plan: PrivacyPlan,
     steps: int,
     lr: float,
-    generator: torch.Generator,
+    generator: Source,
     momentum: float = 0.0,
     prepare: Callable[[Tensor], Tensor] | None = None,
     method: Method | None = None,
@@ -52,7 +53,7 @@ def private_steps(
         plan: of unit "sample".
         steps: how many steps.
         lr: learning rate of plain SGD.
-        generator: draws batches and noise.
+        generator: draws batches and noise; a `Chance`, or a torch generator.
         momentum: of SGD, starting at rest; it only mixes noised gradients.
         prepare: raw batch [k, ...] -> network input; every example by itself (no mixup).
         method: row of `gradients.METHODS`; chosen at the first batch unless given.
