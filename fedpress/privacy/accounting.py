@@ -1,19 +1,30 @@
 """How much privacy a sequence of noised sums has spent, and how much noise a budget needs.
 
-Every step is a Poisson-subsampled Gaussian mechanism under add-or-remove-one neighbours. Composition is exact up to a
-grid: privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022, "Connect the dots") from dp-accounting,
-whose discretisation only ever rounds epsilon up; steps without subsampling use the closed form of Balle & Wang 2018.
+Every step is a Gaussian or Skellam mechanism on a Poisson sample, under add-or-remove-one neighbours. Gaussian steps
+compose exactly up to a grid: privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022, "Connect the
+dots") from dp-accounting, whose discretisation only ever rounds epsilon up; steps without subsampling use the closed
+form of Balle & Wang 2018. Skellam steps have a Renyi bound; a mixture takes the better of two sound ways to join both.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from fedpress.errors import PrivacyError, RecipeError
+from fedpress.privacy import renyi
+from fedpress.privacy.phases import (
+    AnyPhase,
+    Phase,
+    SkellamPhase,
+    check_delta,
+    check_sampling_prob,
+    gaussians,
+    merge,
+    skellams,
+)
 
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
@@ -24,27 +35,16 @@ NOISE_RANGE = (1e-2, 1e5)
 """Noise multipliers outside this range are not searched."""
 
 
-@dataclass(frozen=True, order=True)
-class Phase:
-    """`steps` noised sums, each over a Poisson sample of the units with probability `sampling_prob`.
+SPLITS = (0.05, 0.2, 0.5, 0.8, 0.95)
+"""Shares of delta that are tried for the Skellam part of a mixture."""
 
-    `noise_multiplier` is the noise's standard deviation divided by the clip norm.
-    """
-
-    sampling_prob: float
-    noise_multiplier: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        _check_sampling_prob(self.sampling_prob)
-        if not self.noise_multiplier >= 0:
-            raise RecipeError(f"noise_multiplier: got {self.noise_multiplier}, expected a number >= 0")
-        if self.steps < 0 or self.steps != int(self.steps):
-            raise RecipeError(f"steps: got {self.steps}, expected a whole number >= 0")
+__all__ = ["AnyPhase", "Phase", "SkellamPhase", "check_delta", "epsilon", "merge", "noise_multiplier"]
 
 
-def epsilon(phases: Iterable[Phase], *, delta: float) -> float:
+def epsilon(phases: Iterable[AnyPhase], *, delta: float) -> float:
     """Returns the smallest known epsilon that all `phases` together spend at `delta` (inf without noise).
+
+    Never below the truth, and never below what it says of a part of `phases`.
 
     Raises:
         RecipeError: if `delta` is not inside (0, 1).
@@ -73,7 +73,7 @@ def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, step
     if not 0 < epsilon < math.inf:
         raise RecipeError(f"epsilon: got {epsilon}, expected a finite number above 0, for instance 8")
     check_delta(delta)
-    _check_sampling_prob(sampling_prob)
+    check_sampling_prob(sampling_prob)
     if not steps >= 1 or steps != int(steps):
         raise RecipeError(f"steps: got {steps}, expected a whole number >= 1")
 
@@ -89,38 +89,75 @@ def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, step
     return _smallest(spent, epsilon, guess)
 
 
-def merge(phases: Iterable[Phase]) -> tuple[Phase, ...]:
-    """Joins phases of the same mechanism and drops those without a step: the order of steps costs nothing.
-
-    >>> merge([Phase(0.5, 1.0, 2), Phase(1.0, 3.0, 0), Phase(0.5, 1.0, 3)])
-    (Phase(sampling_prob=0.5, noise_multiplier=1.0, steps=5),)
-    """
-    steps: dict[tuple[float, float], int] = {}
-    for phase in phases:
-        key = (float(phase.sampling_prob), float(phase.noise_multiplier))
-        steps[key] = steps.get(key, 0) + int(phase.steps)
-    return tuple(sorted(Phase(q, z, t) for (q, z), t in steps.items() if t))
-
-
 @lru_cache(maxsize=4096)
-def _epsilon(phases: tuple[Phase, ...], delta: float) -> float:
-    if any(p.noise_multiplier == 0 for p in phases):
+def _epsilon(phases: tuple[AnyPhase, ...], delta: float) -> float:
+    gaussian, skellam = gaussians(phases), skellams(phases)
+    if any(p.noise_multiplier == 0 for p in gaussian):
         return math.inf
-    phases = tuple(p for p in phases if p.noise_multiplier < math.inf)
-    full = [p for p in phases if p.sampling_prob == 1]
-    sampled = [p for p in phases if p.sampling_prob < 1]
-    # Gaussian mechanisms on everybody compose exactly into one: mu^2 = sum of steps / noise^2.
-    mu = math.sqrt(sum(p.steps / p.noise_multiplier**2 for p in full))
-    if not sampled:
-        return _gaussian_epsilon(mu, delta)
-    parts = [*sampled, Phase(1.0, 1 / mu, 1)] if mu > 0 else sampled
+    gaussian = tuple(p for p in gaussian if p.noise_multiplier < math.inf)
+    if skellam:
+        return _mixture(gaussian, skellam, delta)
+    if all(p.sampling_prob == 1 for p in gaussian):
+        return _gaussian_epsilon(_mu(gaussian), delta)
+    losses, _ = _losses(gaussian)
+    return float(losses.get_epsilon_for_delta(delta))
+
+
+def _mu(phases: tuple[Phase, ...]) -> float:
+    """Gaussian mechanisms on everybody compose exactly into one: mu^2 = sum of steps / noise^2."""
+    return math.sqrt(sum(p.steps / p.noise_multiplier**2 for p in phases if p.sampling_prob == 1))
+
+
+def _losses(phases: tuple[Phase, ...]) -> tuple[PrivacyLossDistribution, float]:
+    """Returns the privacy losses of all `phases` together, and their grid."""
+    parts, mu = [p for p in phases if p.sampling_prob < 1], _mu(phases)
+    if mu > 0:
+        parts.append(Phase(1.0, 1 / mu, 1))
     grid = _grid(parts)
     total = None
     for p in parts:
         part = _step_losses(p.sampling_prob, p.noise_multiplier, grid).self_compose(p.steps)
         total = part if total is None else total.compose(part, tail_mass_truncation=1e-15)
     assert total is not None
-    return float(total.get_epsilon_for_delta(delta))
+    return total, grid
+
+
+def _mixture(gaussian: tuple[Phase, ...], skellam: tuple[SkellamPhase, ...], delta: float) -> float:
+    """Returns the better of Renyi accounting for everything and `_split`; each is an upper bound on the truth.
+
+    Steps whose bound may fail are charged to delta. Let the other world's output stand in wherever a bound fails: that
+    mechanism keeps its bounds, and differs from the real one with chance at most `failure` a step.
+    """
+    left = delta - sum(p.failure * p.steps for p in skellam)
+    if left <= 0:
+        return math.inf
+    alone = renyi.epsilon(skellam, delta=left)
+    if not gaussian or alone == math.inf:
+        return alone
+    joined = min(renyi.epsilon([*gaussian, *skellam], delta=left), _split(gaussian, skellam, left))
+    # The truth about a mixture is at least that about its parts, so the larger bound is no loss.
+    return max(joined, alone, _epsilon(gaussian, delta))
+
+
+def _split(gaussian: tuple[Phase, ...], skellam: tuple[SkellamPhase, ...], delta: float) -> float:
+    """Composes the Gaussian losses with the worst mechanism that has the Skellam part's epsilon at a part of `delta`.
+
+    That mechanism dominates every other with the same promise (Kairouz, Oh & Viswanath 2015), so the composition is
+    that of losses and not a sum of epsilons.
+    """
+    from dp_accounting.pld import common, privacy_loss_distribution
+
+    losses, grid = _losses(gaussian)
+    found = math.inf
+    for share in SPLITS:
+        promise = renyi.epsilon(skellam, delta=share * delta)
+        if promise > 1e6 * grid:  # a table of losses would be too long, and so large an epsilon promises nothing
+            continue
+        worst = privacy_loss_distribution.from_privacy_parameters(
+            common.DifferentialPrivacyParameters(promise, share * delta), value_discretization_interval=grid
+        )
+        found = min(found, float(losses.compose(worst, tail_mass_truncation=1e-15).get_epsilon_for_delta(delta)))
+    return found
 
 
 def _grid(phases: list[Phase]) -> float:
@@ -218,14 +255,3 @@ def _between(low: float, high: float, at_low: float, at_high: float, target: flo
     edge = min(0.25, 4e-5 / width)  # a step past the root closes the bracket from the other side
     share += edge if share < 0.5 else -edge
     return low * math.exp(width * min(max(share, edge), 1 - edge))
-
-
-def check_delta(delta: float) -> None:
-    """Raises RecipeError unless `delta` is inside (0, 1)."""
-    if not 0 < delta < 1:
-        raise RecipeError(f"delta: got {delta}, expected a number inside (0, 1), below one over the number of units")
-
-
-def _check_sampling_prob(sampling_prob: float) -> None:
-    if not 0 < sampling_prob <= 1:
-        raise RecipeError(f"sampling_prob: got {sampling_prob}, expected a number inside (0, 1]; 1 means everybody")

@@ -8,23 +8,31 @@ who was charged most (parallel composition); charges to "population" count for e
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from fedpress.errors import PrivacyError, RecipeError
 from fedpress.privacy import accounting
-from fedpress.privacy.accounting import Phase
+from fedpress.privacy.phases import AnyPhase, Phase, SkellamPhase, gaussians, skellams
 
 POPULATION = "population"
-VERSION = 1
+VERSION = 2
+READS = (1, 2)
+"""Version 1 knows no Skellam charges; it is read as it is."""
 
 
 @dataclass(frozen=True)
 class Charge:
     """`steps` noised sums over the data of `who` (a client's name, or "population" for all), for the purpose `what`.
 
-    `first_round` and `last_round` say when; a charge outside rounds keeps 0.
+    `first_round` and `last_round` say when; a charge outside rounds keeps 0. The noise is Gaussian unless `variance`
+    is above 0: then it is Skellam, `l2`, `l1`, `variance` and `failure` are those of `SkellamPhase`, and
+    `noise_multiplier` is only told for people. Make a charge of either kind with `Charge.of`.
+
+    Raises:
+        RecipeError: if a number is out of range, or `noise_multiplier` is not that of the Skellam noise.
     """
 
     who: str
@@ -34,13 +42,39 @@ class Charge:
     steps: int
     first_round: int = 0
     last_round: int = 0
+    l2: float = 0.0
+    l1: float = 0.0
+    variance: float = 0.0
+    failure: float = 0.0
 
     def __post_init__(self) -> None:
-        _ = self.phase  # checks the numbers
+        phase = self.phase  # checks the numbers
+        if isinstance(phase, Phase):
+            if any((self.l2, self.l1, self.failure)):
+                raise RecipeError("charge.variance: got 0 beside l2, l1 or failure, expected the Skellam noise's")
+        elif not math.isclose(phase.noise_multiplier, self.noise_multiplier, rel_tol=1e-6):
+            raise RecipeError(
+                f"charge.noise_multiplier: got {self.noise_multiplier}, expected {phase.noise_multiplier}, that of the "
+                "Skellam noise; make the charge with Charge.of"
+            )
+
+    @classmethod
+    def of(cls, who: str, what: str, phase: AnyPhase, first_round: int = 0, last_round: int = 0) -> Charge:
+        """Returns the charge of `phase`.
+
+        >>> Charge.of("population", "federate", SkellamPhase(10.0, 80.0, 400.0, 1), 3, 3).noise_multiplier
+        2.0
+        """
+        own = {}
+        if isinstance(phase, SkellamPhase):
+            own = {"l2": phase.l2, "l1": phase.l1, "variance": phase.variance, "failure": phase.failure}
+        return cls(who, what, phase.sampling_prob, phase.noise_multiplier, phase.steps, first_round, last_round, **own)
 
     @property
-    def phase(self) -> Phase:
+    def phase(self) -> AnyPhase:
         """What this charge is to the accountant."""
+        if self.variance:
+            return SkellamPhase(self.l2, self.l1, self.variance, self.steps, self.sampling_prob, self.failure)
         return Phase(self.sampling_prob, self.noise_multiplier, self.steps)
 
     def joins(self, later: Charge) -> bool:
@@ -55,8 +89,8 @@ class Ledger:
     >>> book = Ledger("sample")
     >>> for round in (1, 2, 3):
     ...     book = book.add(Charge("c0", "federate", 0.1, 2.0, 10, round, round))
-    >>> book.charges
-    (Charge(who='c0', what='federate', sampling_prob=0.1, noise_multiplier=2.0, steps=30, first_round=1, last_round=3),)
+    >>> [(c.who, c.steps, c.first_round, c.last_round) for c in book.charges]
+    [('c0', 30, 1, 3)]
     >>> book.would_pass(Charge("c0", "federate", 0.1, 2.0, 1000), epsilon=2.0, delta=1e-5)
     True
     """
@@ -80,10 +114,10 @@ class Ledger:
                 book.append(charge)
         return replace(self, charges=tuple(book))
 
-    def phases(self) -> Iterator[tuple[Phase, ...]]:
+    def phases(self) -> Iterator[tuple[AnyPhase, ...]]:
         """Yields what each party was charged, merged; parties charged alike appear once."""
         everybody = [c.phase for c in self.charges if c.who == POPULATION]
-        parties: dict[str, list[Phase]] = {POPULATION: []}
+        parties: dict[str, list[AnyPhase]] = {POPULATION: []}
         for charge in self.charges:
             if charge.who != POPULATION:
                 parties.setdefault(charge.who, []).append(charge.phase)
@@ -119,7 +153,7 @@ class Ledger:
             "version": VERSION,
             "unit": self.unit,
             "neighbours": "add or remove one",
-            "mechanism": "Gaussian noise on the sum of a Poisson sample, sensitivity = clip norm",
+            "mechanism": "noise on the sum of a Poisson sample: Gaussian, or Skellam where variance is above 0",
         }
         return json.dumps({**head, "charges": [asdict(c) for c in self.charges]}, indent=1)
 
@@ -132,28 +166,29 @@ class Ledger:
         """
         try:
             page = json.loads(text)
-            if page["version"] != VERSION:
+            if page["version"] not in READS:
                 raise PrivacyError(
-                    f"ledger: got version {page['version']}, expected {VERSION}; use the fedpress of then"
+                    f"ledger: got version {page['version']}, expected one of {READS}; use the fedpress of then"
                 )
             return cls(page["unit"], tuple(Charge(**c) for c in page["charges"]))
         except (ValueError, KeyError, TypeError, RecipeError) as error:
             raise PrivacyError(f"ledger: not a ledger ({error!r}); restore ledger.json, or start a new run") from error
 
 
-def _mechanism(charge: Charge) -> tuple[str, str, float, float]:
-    return charge.who, charge.what, charge.sampling_prob, charge.noise_multiplier
+def _mechanism(charge: Charge) -> Charge:
+    return replace(charge, steps=0, first_round=0, last_round=0)
 
 
-def _undominated(parties: set[tuple[Phase, ...]]) -> list[tuple[Phase, ...]]:
+def _undominated(parties: set[tuple[AnyPhase, ...]]) -> list[tuple[AnyPhase, ...]]:
     """Drops parties that spend no more than another by every number, so that 100 unequal clients cost one answer."""
     return [p for p in parties if not any(p != other and _covers(other, p) for other in parties)]
 
 
-def _covers(more: tuple[Phase, ...], less: tuple[Phase, ...]) -> bool:
-    if len(less) > len(more):
+def _covers(more: tuple[AnyPhase, ...], less: tuple[AnyPhase, ...]) -> bool:
+    """Says whether each phase of `less` has its own one in `more`, of the same kind, that spends at least as much."""
+    gaussian, skellam = (gaussians(more), gaussians(less)), (skellams(more), skellams(less))
+    if len(gaussian[1]) > len(gaussian[0]) or len(skellam[1]) > len(skellam[0]):
         return False
-    return all(
-        a.sampling_prob >= b.sampling_prob and a.noise_multiplier <= b.noise_multiplier and a.steps >= b.steps
-        for a, b in zip(more, less, strict=False)
+    return all(a.covers(b) for a, b in zip(*gaussian, strict=False)) and all(
+        a.covers(b) for a, b in zip(*skellam, strict=False)
     )

@@ -1,0 +1,130 @@
+"""What the accountant counts: mechanisms and their steps, as plain numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, replace
+from typing import TypeVar
+
+from fedpress.errors import RecipeError
+
+
+@dataclass(frozen=True, order=True)
+class Phase:
+    """`steps` noised sums, each over a Poisson sample of the units with probability `sampling_prob`.
+
+    `noise_multiplier` is the noise's standard deviation divided by the clip norm.
+    """
+
+    sampling_prob: float
+    noise_multiplier: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        check_sampling_prob(self.sampling_prob)
+        if not self.noise_multiplier >= 0:
+            raise RecipeError(f"noise_multiplier: got {self.noise_multiplier}, expected a number >= 0")
+        _check_steps(self.steps)
+
+    def covers(self, other: Phase) -> bool:
+        """Says whether this phase spends at least as much as `other`, number by number."""
+        return (
+            self.sampling_prob >= other.sampling_prob
+            and self.noise_multiplier <= other.noise_multiplier
+            and self.steps >= other.steps
+        )
+
+
+@dataclass(frozen=True, order=True)
+class SkellamPhase:
+    """`steps` sums of whole numbers with Skellam noise, each over a Poisson sample of the units.
+
+    Attributes:
+        l2: L2 norm by which one unit can move the sum, in units of the grid, rounding included.
+        l1: the same in L1 norm.
+        variance: of the noise on each value of the sum.
+        steps: how many sums.
+        sampling_prob: probability with which each unit takes part.
+        failure: chance with which, in one step, `l2` does not hold; it is taken off delta.
+    """
+
+    l2: float
+    l1: float
+    variance: float
+    steps: int
+    sampling_prob: float = 1.0
+    failure: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_sampling_prob(self.sampling_prob)
+        _check_steps(self.steps)
+        for name in ("l2", "l1", "variance"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise RecipeError(f"{name}: got {getattr(self, name)}, expected a finite number above 0")
+        if not 0 <= self.failure < 1:
+            raise RecipeError(f"failure: got {self.failure}, expected a chance of 0 or more, far below delta")
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Standard deviation of the noise divided by the sensitivity after rounding."""
+        return math.sqrt(self.variance) / self.l2
+
+    def covers(self, other: SkellamPhase) -> bool:
+        """Says whether this phase spends at least as much as `other`, number by number."""
+        more = ("l2", "l1", "steps", "sampling_prob", "failure")
+        return self.variance <= other.variance and all(getattr(self, n) >= getattr(other, n) for n in more)
+
+
+AnyPhase = Phase | SkellamPhase
+
+P = TypeVar("P", Phase, SkellamPhase)
+
+
+def merge(phases: Iterable[AnyPhase]) -> tuple[AnyPhase, ...]:
+    """Joins phases of the same mechanism and drops those without a step: the order of steps costs nothing.
+
+    Gaussian phases come first.
+
+    >>> merge([Phase(0.5, 1.0, 2), Phase(1.0, 3.0, 0), Phase(0.5, 1.0, 3)])
+    (Phase(sampling_prob=0.5, noise_multiplier=1.0, steps=5),)
+    """
+    listed = list(phases)
+    return (*_merged(gaussians(listed)), *_merged(skellams(listed)))
+
+
+def gaussians(phases: Iterable[AnyPhase]) -> tuple[Phase, ...]:
+    """Returns the Gaussian ones of `phases`."""
+    return tuple(p for p in phases if isinstance(p, Phase))
+
+
+def skellams(phases: Iterable[AnyPhase]) -> tuple[SkellamPhase, ...]:
+    """Returns the Skellam ones of `phases`."""
+    return tuple(p for p in phases if isinstance(p, SkellamPhase))
+
+
+def _merged(phases: tuple[P, ...]) -> list[P]:
+    found: dict[tuple[float, ...], P] = {}
+    for phase in phases:
+        kind = tuple(float(x) for x in astuple(replace(phase, steps=0)))
+        earlier = found.get(kind)
+        steps = int(phase.steps) + (earlier.steps if earlier is not None else 0)
+        found[kind] = replace(phase, steps=steps)
+    return sorted(p for p in found.values() if p.steps)
+
+
+def check_delta(delta: float) -> None:
+    """Raises RecipeError unless `delta` is inside (0, 1)."""
+    if not 0 < delta < 1:
+        raise RecipeError(f"delta: got {delta}, expected a number inside (0, 1), below one over the number of units")
+
+
+def check_sampling_prob(sampling_prob: float) -> None:
+    """Raises RecipeError unless `sampling_prob` is inside (0, 1]."""
+    if not 0 < sampling_prob <= 1:
+        raise RecipeError(f"sampling_prob: got {sampling_prob}, expected a number inside (0, 1]; 1 means everybody")
+
+
+def _check_steps(steps: float) -> None:
+    if not steps >= 0 or steps != int(steps):
+        raise RecipeError(f"steps: got {steps}, expected a whole number >= 0")

@@ -1,0 +1,73 @@
+"""Renyi accounting at whole orders: looser than privacy loss distributions, but it knows Skellam noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from fedpress.privacy import skellam
+from fedpress.privacy.phases import AnyPhase, Phase
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ORDERS = (*range(2, 301), 320, 352, 384, 448, 512, 640, 768, 1024, 1536, 2048)
+"""The theorem on Skellam noise holds for whole orders; large ones serve small budgets."""
+
+
+def epsilon(phases: Iterable[AnyPhase], *, delta: float) -> float:
+    """Returns what `phases` spend together at `delta` by Renyi accounting; `failure` is the caller's to take off.
+
+    Whole orders alone cost a little where the best order is small: 5.42 with all orders in the example.
+
+    The step from Renyi divergence to epsilon is that of Canonne, Kamath & Steinke 2020 (arXiv:2004.00010, Prop. 12).
+
+    >>> round(epsilon([Phase(1.0, 5.0, 50)], delta=1e-3), 2)
+    5.5
+    """
+    import numpy as np
+
+    total = sum((p.steps * _per_step(replace(p, steps=1)) for p in phases), np.zeros(len(ORDERS)))
+    a = np.array(ORDERS, float)
+    return max(0.0, float(np.min(total + np.log1p(-1 / a) - np.log(delta * a) / (a - 1))))
+
+
+@lru_cache(maxsize=64)
+def _per_step(phase: AnyPhase) -> np.ndarray:
+    """Returns the divergence of one step at each of `ORDERS`."""
+    import numpy as np
+
+    if phase.sampling_prob == 1:
+        return np.array([_whole(phase, a) for a in ORDERS])
+    each = np.array([0.0, 0.0, *(_whole(phase, a) for a in range(2, ORDERS[-1] + 1))])
+    return _sampled(each, phase.sampling_prob)
+
+
+def _whole(phase: AnyPhase, alpha: int) -> float:
+    if isinstance(phase, Phase):
+        return alpha / (2 * phase.noise_multiplier**2) if phase.noise_multiplier > 0 else math.inf
+    return skellam.rdp(alpha, l2=phase.l2, l1=phase.l1, variance=phase.variance)
+
+
+def _sampled(each: np.ndarray, q: float) -> np.ndarray:
+    """Returns the divergence at `ORDERS` over a Poisson sample, from that of the mechanism at 0, 1, 2, ...
+
+    With one unit the output has density (1-q) Q + q P, without it Q. The moment of their ratio is the sum over l of
+    C(a, l) (1-q)^(a-l) q^l e^((l-1) each[l]), exactly. The other direction is no larger where a reflection swaps P and
+    Q (Mironov, Talwar & Zhang 2019, arXiv:1908.10530, Theorem 5); Gaussian and Skellam noise are even, so it does. That
+    spares the threefold terms of the bound for all mechanisms (Zhu & Wang 2019), which would cost twice the epsilon.
+    """
+    import numpy as np
+    from scipy.special import gammaln, logsumexp
+
+    found = []
+    for a in ORDERS:
+        k = np.arange(a + 1)
+        terms = gammaln(a + 1) - gammaln(k + 1) - gammaln(a - k + 1) + (a - k) * math.log1p(-q) + k * math.log(q)
+        terms[2:] += (k[2:] - 1) * each[2 : a + 1]
+        found.append(float(logsumexp(terms)) / (a - 1))
+    # Sampling never adds: the divergence of the whole mechanism is a bound as well.
+    return np.minimum(found, each[list(ORDERS)])
