@@ -1,0 +1,103 @@
+"""Keys: everything a client hides or signs with comes from its one 32-byte secret by HKDF."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from hashlib import blake2b
+from typing import TypeAlias
+
+import numpy as np
+from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+Word: TypeAlias = "str | int | bytes"
+SIGNATURE = 64
+NONCE = 12
+TAG = 16
+
+
+def derive(key: bytes, *words: Word, size: int = 32) -> bytes:
+    """Returns the `size` bytes named by `words` under `key` (HKDF with SHA-256): other words, unrelated bytes.
+
+    >>> derive(bytes(32), "a") == derive(bytes(32), "a"), derive(bytes(32), "a") == derive(bytes(32), b"a")
+    (True, False)
+    """
+    return HKDF(SHA256(), size, None, _statement(words)).derive(key)
+
+
+def digest(*words: Word) -> bytes:
+    """Returns the 32-byte digest of `words`; no two different lists of words give the same one."""
+    return digest_all(words)
+
+
+def digest_all(parts: Iterable[Word | np.ndarray]) -> bytes:
+    """Returns the digest of a list that may hold large contiguous arrays, without copying them."""
+    made = blake2b(digest_size=32)
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            made.update(f"{part.dtype.str} {part.shape};".encode())
+            made.update(part.data)
+        else:
+            data = part if isinstance(part, bytes) else repr(part).encode()
+            made.update(f"{type(part).__name__} {len(data)};".encode() + data)
+    return made.digest()
+
+
+def identity(secret: bytes) -> bytes:
+    """Returns the public Ed25519 key [32] by which the others know the holder of `secret`; make it known beforehand."""
+    return _signer(secret).public_key().public_bytes_raw()
+
+
+def sign(secret: bytes, *words: Word) -> bytes:
+    """Returns the signature [64] of `words` by the holder of `secret`."""
+    return _signer(secret).sign(_statement(words))
+
+
+def verify(public: bytes, signature: bytes, *words: Word) -> bool:
+    """Returns whether `signature` on `words` is by the holder of the identity `public`, whatever bytes were given."""
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, _statement(words))
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+class KeyPair:
+    """The X25519 key of one client for one run."""
+
+    def __init__(self, secret: bytes, run: str) -> None:
+        self._private = X25519PrivateKey.from_private_bytes(derive(secret, "agreement", run))
+        self.public = self._private.public_key().public_bytes_raw()
+
+    def pair(self, public: bytes) -> bytes | None:
+        """Returns the secret [32] shared with the holder of `public`, or None if that is a point of low order."""
+        try:
+            shared = self._private.exchange(X25519PublicKey.from_public_bytes(public))
+        except ValueError:
+            return None
+        return derive(shared, "pair", *sorted((self.public, public)))
+
+
+def seal(key: bytes, nonce: bytes, data: bytes, about: bytes) -> bytes:
+    """Encrypts `data` so that only `key` opens it, and only for the same `about`: 16 bytes longer."""
+    return ChaCha20Poly1305(key).encrypt(nonce, data, about)
+
+
+def unseal(key: bytes, nonce: bytes, data: bytes, about: bytes) -> bytes | None:
+    """Returns what was sealed, or None if it was changed, meant for another or is about something else."""
+    try:
+        return ChaCha20Poly1305(key).decrypt(nonce, data, about)
+    except InvalidTag:
+        return None
+
+
+def _signer(secret: bytes) -> Ed25519PrivateKey:
+    return Ed25519PrivateKey.from_private_bytes(derive(secret, "identity"))
+
+
+def _statement(words: tuple[Word, ...]) -> bytes:
+    return repr(("fedpress secure 1", *words)).encode()
