@@ -10,24 +10,26 @@ import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import isfinite
-from typing import NoReturn, TypeAlias
+from math import isfinite, prod
+from typing import TypeAlias
 
 import torch
-from safetensors import SafetensorError, deserialize
-from safetensors.torch import save
 from torch import Tensor
 
 from fedpress.errors import WireError
+from fedpress.wire.packing import expand, shrink
+from fedpress.wire.reader import Reader, fail, varint
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
 MAGIC = b"FPRS"
-VERSION = 1
-FRAME = struct.Struct("<4sHQI")  # magic, version, payload length, crc32
+VERSION = 2
+FRAME = struct.Struct("<4sHII")  # magic, version, payload length, crc32
 MAX_BYTES = 1 << 30
 MAX_HEADER_BYTES = 1 << 20
+MAX_NAME_BYTES = 1024
 MAX_TENSORS = 1024
+MAX_DIMENSIONS = 8
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -39,6 +41,7 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
+CODES = {dtype: code for code, dtype in enumerate(DTYPES.values())}
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,14 +64,14 @@ def pack(message: Message) -> bytes:
     """
     _check_json(dict(message.header), "message.header")
     for name, tensor in message.tensors.items():
-        if tensor.dtype not in DTYPES.values():
-            _fail(f"tensors.{name}", f"dtype {tensor.dtype} does not travel; use one of {', '.join(DTYPES)}")
-    text = json.dumps({"kind": message.kind, "header": dict(message.header)}, sort_keys=True, separators=(",", ":"))
-    # clone: safetensors refuses tensors that share memory
-    tensors = {
-        name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in message.tensors.items()
-    }
-    payload = save(tensors, {"fedpress": text})
+        if tensor.dtype not in CODES:
+            fail(f"tensors.{name}", f"dtype {tensor.dtype} does not travel; use one of {', '.join(DTYPES)}")
+    text = json.dumps(dict(message.header), sort_keys=True, separators=(",", ":")).encode()
+    payload = bytearray(_part(_utf8(message.kind, "kind")) + _part(text) + varint(len(message.tensors)))
+    for name, tensor in sorted(message.tensors.items()):
+        payload += _part(_utf8(name, "tensors"))
+        payload += bytes([CODES[tensor.dtype], tensor.ndim]) + b"".join(map(varint, tensor.shape))
+        payload += _part(shrink(tensor))
     return FRAME.pack(MAGIC, VERSION, len(payload), _crc(payload)) + payload
 
 
@@ -77,7 +80,7 @@ def unpack(data: bytes, *, max_bytes: int = MAX_BYTES) -> Message:
 
     Args:
         data: the whole message, nothing more.
-        max_bytes: longest message that is accepted, in bytes.
+        max_bytes: longest message that is accepted, in bytes, and most bytes that its tensors may unpack to.
 
     Raises:
         WireError: for every fault, with the name of the field.
@@ -85,68 +88,94 @@ def unpack(data: bytes, *, max_bytes: int = MAX_BYTES) -> Message:
     >>> unpack(pack(Message("hello", {"round": 1}))).header
     {'round': 1}
     """
-    payload = _payload(data, max_bytes)
-    text, tensors = _safetensors(payload)
+    reader = Reader(_payload(data, max_bytes))
+    kind = _text(reader, "kind", MAX_NAME_BYTES)
     try:
-        content = json.loads(text)
+        header = json.loads(_text(reader, "header", MAX_HEADER_BYTES))
     except (ValueError, RecursionError) as error:
         raise WireError(f"message.header: not JSON ({type(error).__name__}); send it again") from error
-    if not isinstance(content, dict) or content.keys() != {"kind", "header"}:
-        _fail("header", "expected exactly the keys 'kind' and 'header'")
-    kind, header = content["kind"], content["header"]
-    if not isinstance(kind, str):
-        _fail("kind", f"got {type(kind).__name__}; expected a string")
     if not isinstance(header, dict):
-        _fail("header", f"got {type(header).__name__}; expected an object")
+        fail("header", f"got {type(header).__name__}; expected an object")
     _check_json(header, "message.header")
-    return Message(kind, header, tensors)
+    packed = _index(reader, max_bytes)
+    return Message(kind, header, {name: expand(p.data, p.dtype, p.shape, f"tensors.{name}") for name, p in packed})
 
 
-def _payload(data: bytes, max_bytes: int) -> bytes:
+@dataclass(frozen=True, eq=False)
+class _Packed:
+    """One tensor of a message that is still packed."""
+
+    dtype: torch.dtype
+    shape: list[int]
+    data: memoryview
+
+
+def _payload(data: bytes, max_bytes: int) -> memoryview:
     if len(data) > max_bytes:
-        _fail("length", f"{len(data)} bytes are more than the {max_bytes} that are accepted; raise max_bytes")
+        fail("length", f"{len(data)} bytes are more than the {max_bytes} that are accepted; raise max_bytes")
     if len(data) < FRAME.size:
-        _fail("length", f"{len(data)} bytes are fewer than the frame's {FRAME.size}; the message was cut off")
+        fail("length", f"{len(data)} bytes are fewer than the frame's {FRAME.size}; the message was cut off")
     magic, version, length, crc = FRAME.unpack_from(data)
     if magic != MAGIC:
-        _fail("magic", f"got {magic!r}, expected {MAGIC!r}; this is no fedpress message")
+        fail("magic", f"got {magic!r}, expected {MAGIC!r}; this is no fedpress message")
     if version != VERSION:
-        _fail("version", f"got {version}, expected {VERSION}; use the same fedpress on both sides")
+        fail("version", f"got {version}, expected {VERSION}; use the same fedpress on both sides")
     if length != len(data) - FRAME.size:
-        _fail("length", f"{length} payload bytes were announced but {len(data) - FRAME.size} came; send it again")
-    payload = bytes(data[FRAME.size :])
+        fail("length", f"{length} payload bytes were announced but {len(data) - FRAME.size} came; send it again")
+    payload = memoryview(data)[FRAME.size :]
     if crc != _crc(payload):
-        _fail("crc32", "the checksum differs; the message was damaged on its way, send it again")
+        fail("crc32", "the checksum differs; the message was damaged on its way, send it again")
     return payload
 
 
-def _safetensors(payload: bytes) -> tuple[str, dict[str, Tensor]]:
-    """Reads the header text and the tensors; the sizes in the header are checked against the payload first."""
-    announced = int.from_bytes(payload[:8], "little")
-    if len(payload) < 8 or announced > min(MAX_HEADER_BYTES, len(payload) - 8):
-        _fail("payload.header_length", f"got {announced}; at most {MAX_HEADER_BYTES} and inside the message")
+def _index(reader: Reader, max_bytes: int) -> list[tuple[str, _Packed]]:
+    """Reads where the tensors are; nothing is unpacked before the sum of all their sizes is known to fit."""
+    packed: dict[str, _Packed] = {}
+    total = 0
+    for _ in range(reader.varint("tensors", MAX_TENSORS)):
+        name = _text(reader, "tensors", MAX_NAME_BYTES)
+        place = f"tensors.{name}"
+        if name in packed:
+            fail(place, "the name comes twice; send each tensor once")
+        code = reader.byte(place)
+        if code >= len(DTYPES):
+            fail(place, f"dtype {code} does not travel; use one of {', '.join(DTYPES)} (from 0 on)")
+        dtype = list(DTYPES.values())[code]
+        dimensions = reader.byte(place)
+        if dimensions > MAX_DIMENSIONS:
+            fail(place, f"{dimensions} dimensions; at most {MAX_DIMENSIONS}")
+        shape = [reader.varint(place, MAX_BYTES) for _ in range(dimensions)]
+        # empty tensors as well: the product of the other sizes must be one that torch can hold
+        if prod(max(size, 1) for size in shape) > MAX_BYTES:
+            fail(place, f"shape {shape} is out of range; at most {MAX_BYTES} values")
+        total += prod(shape) * dtype.itemsize
+        if total > max_bytes:
+            fail(place, f"the tensors unpack to {total} bytes, more than the {max_bytes} accepted; raise max_bytes")
+        packed[name] = _Packed(dtype, shape, reader.take(reader.varint(place, reader.left), place))
+    if reader.left:
+        fail("tensors", f"{reader.left} bytes are left over; send it again")
+    return list(packed.items())
+
+
+def _part(content: bytes) -> bytes:
+    return varint(len(content)) + content
+
+
+def _utf8(text: str, place: str) -> bytes:
     try:
-        index = json.loads(payload[8 : 8 + announced])
-        if not isinstance(index, dict) or len(index) > MAX_TENSORS + 1:
-            _fail("payload.header", f"expected an object of at most {MAX_TENSORS} tensors")
-        views = deserialize(payload)
-    except (SafetensorError, ValueError, RecursionError) as error:
-        raise WireError(f"message.payload: not a safetensors block ({type(error).__name__}); send it again") from error
-    metadata = index.get("__metadata__")
-    text = metadata.get("fedpress") if isinstance(metadata, dict) else None
-    if not isinstance(text, str):
-        _fail("header", "the payload carries no fedpress header; this is some other safetensors block")
-    return text, {name: _tensor(name, view["dtype"], view["shape"], view["data"]) for name, view in views}
+        content = text.encode()
+    except UnicodeEncodeError as error:
+        raise WireError(f"message.{place}: {text!r} is no UTF-8 text; use other characters") from error
+    if len(content) > MAX_NAME_BYTES:
+        fail(place, f"a name of {len(content)} bytes; at most {MAX_NAME_BYTES}")
+    return content
 
 
-def _tensor(name: str, dtype: str, shape: list[int], data: bytearray) -> Tensor:
-    if dtype not in DTYPES:
-        _fail(f"tensors.{name}", f"dtype {dtype} does not travel; use one of {', '.join(DTYPES)}")
-    if len(shape) > 8 or any(size > MAX_BYTES for size in shape):
-        _fail(f"tensors.{name}", f"shape {shape} is out of range; at most 8 dimensions of {MAX_BYTES}")
-    if not len(data):  # frombuffer refuses an empty buffer
-        return torch.empty(shape, dtype=DTYPES[dtype])
-    return torch.frombuffer(data, dtype=DTYPES[dtype]).reshape(shape)
+def _text(reader: Reader, place: str, most: int) -> str:
+    try:
+        return str(reader.take(reader.varint(place, most), place), "utf-8")
+    except UnicodeDecodeError as error:
+        raise WireError(f"message.{place}: not UTF-8; send it again") from error
 
 
 def _check_json(value: JSON, place: str) -> None:
@@ -167,9 +196,5 @@ def _check_json(value: JSON, place: str) -> None:
         raise WireError(f"{place}: got {type(value).__name__}, which is not JSON; use numbers, strings, lists, objects")
 
 
-def _crc(payload: bytes) -> int:
+def _crc(payload: bytes | bytearray | memoryview) -> int:
     return zlib.crc32(payload)
-
-
-def _fail(place: str, problem: str) -> NoReturn:
-    raise WireError(f"message.{place}: {problem}")
