@@ -21,12 +21,22 @@ from fedpress.state import Name
 
 
 class ModelSettings(BaseModel):
-    """The `[model]` table: a built-in architecture or `package.module:function`, and its arguments."""
+    """The `[model]` table: a built-in architecture or `package.module:function`, and its arguments.
+
+    Or the folder of a saved model as `checkpoint`, for instance a stage of an earlier run: spec.json and numbers.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    architecture: str
+    architecture: str | None = None
     arguments: dict[str, JsonValue] = {}
+    checkpoint: Path | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> ModelSettings:
+        if (self.architecture is None) == (self.checkpoint is None):
+            raise ValueError("give either architecture or checkpoint, one of the two")
+        return self
 
 
 class Recipe(BaseModel):

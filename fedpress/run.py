@@ -23,10 +23,10 @@ from fedpress.compress import cost
 from fedpress.data.examples import Progress
 from fedpress.errors import FedpressError, RecipeError, RunError
 from fedpress.folder import Done, RunFolder, StageFolder, read_json, write_json
-from fedpress.models import ModelSpec
+from fedpress.models import ModelSpec, load_model
 from fedpress.privacy.ledger import Ledger
 from fedpress.recipe import Recipe
-from fedpress.seeds import derive
+from fedpress.seeds import derive, fingerprint
 from fedpress.stages import Stage
 from fedpress.state import Event, StageFinished, StageStarted, State, Tick
 from fedpress.training import evaluate, place_
@@ -46,16 +46,20 @@ def start(recipe: Recipe, data: data_sets.FederatedData) -> State:
         RecipeError: if the model does not take the data's examples or has another number of classes.
     """
     examples = next(a for a in (data.public, data.test, *data.clients.values()) if len(a))
-    spec = ModelSpec(
-        architecture=recipe.model.architecture,
-        arguments=recipe.model.arguments,
-        input_shape=tuple(examples.x.shape[1:]),
-        mean=data.preprocess.mean,
-        std=data.preprocess.std,
-        class_names=data.class_names,
-    )
+    about: dict[str, Any] = {
+        "input_shape": tuple(examples.x.shape[1:]),
+        "mean": data.preprocess.mean,
+        "std": data.preprocess.std,
+        "class_names": data.class_names,
+    }
     torch.manual_seed(derive(recipe.seed, "weights"))
-    model = spec.build()
+    if recipe.model.checkpoint is not None:
+        spec, model = load_model(recipe.model.checkpoint)
+        spec = spec.model_copy(update=about)
+    else:
+        assert recipe.model.architecture is not None
+        spec = ModelSpec(architecture=recipe.model.architecture, arguments=recipe.model.arguments, **about)
+        model = spec.build()
     try:
         with torch.inference_mode():
             logits = model.eval()(data.preprocess(examples.x[:2]))
@@ -72,7 +76,7 @@ def start(recipe: Recipe, data: data_sets.FederatedData) -> State:
             f"{data.num_classes} classes; make it return {data.num_classes} numbers, for instance with "
             f"recipe.model.arguments.num_classes = {data.num_classes}"
         )
-    return State(spec, model.train(), data, recipe.seed, cost.parameters(model))
+    return State(spec, model.train(), data, recipe.seed, cost.parameters(spec.build_dense()))
 
 
 def check(recipe: Recipe, data: data_sets.FederatedData) -> list[dict[str, Any]]:
@@ -102,9 +106,15 @@ def _placed(message: str, index: int, stage: Stage) -> str:
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """Returns the resolved recipe as JSON, without what may differ between machines: the data's path."""
+    """Returns the resolved recipe as JSON, without what may differ between machines: the data's path.
+
+    A checkpoint stands in it by its content.
+    """
     tree: dict[str, Any] = json.loads(recipe.model_dump_json())
     tree["data"].pop("path", None)
+    if recipe.model.checkpoint is not None:
+        model = load_model(recipe.model.checkpoint)[1]
+        tree["model"]["checkpoint"] = fingerprint(*model.state_dict().values())
     return tree
 
 

@@ -1,20 +1,24 @@
-"""The ways to sum what the clients sent: here the plain one, which sees every update."""
+"""The two ways to sum what the clients sent: the plain one sees every update, the secure one only their sum."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fedpress.errors import WireError
-from fedpress.federate.exchange import ClientId
-from fedpress.federate.transforms import Bound, Chain, Key
+from fedpress.errors import RecipeError, SecureError, WireError
+from fedpress.federate.exchange import ClientId, Transport
+from fedpress.federate.transforms import VALUES, Bound, Chain, Key
 from fedpress.privacy.mechanism import clip
-from fedpress.wire.message import JSON
+from fedpress.secure import Combiner, Part, SecurePlan
+from fedpress.wire.message import JSON, Message
+
+Decode: TypeAlias = "Callable[[Mapping[str, Tensor], Key], Tensor]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +29,7 @@ class Sent:
     tensors: Mapping[str, Tensor]
     weight: float
     row: Mapping[str, JSON]
+    secure: Mapping[str, JSON] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -37,15 +42,38 @@ class Total:
     refused: dict[ClientId, str] = field(default_factory=dict)
 
 
+class Session(Protocol):
+    """The server's side of the sums of one run."""
+
+    def invite(self, cohort: Sequence[ClientId]) -> dict[str, JSON]:
+        """Returns what a request says besides, so that the clients of `cohort` can send what is summed here."""
+        ...
+
+    def add(self, sent: Iterable[Sent], decode: Decode, promise: Bound, cohort: Sequence[ClientId], key: Key) -> Total:
+        """Sums the updates, each within `promise` whatever was sent; faulty ones are refused, not raised.
+
+        Args:
+            sent: what came, in the order of `cohort`.
+            decode: tensors of a message and their key -> the update [d] float32; WireError if it is none.
+            promise: what holds for every update in the sum.
+            cohort: who was asked.
+            key: of the round, for decoding a sum.
+
+        Raises:
+            SecureError: if there can be no sum.
+        """
+        ...
+
+
 class Adder(Protocol):
-    """One of the two ways to sum what the clients sent."""
+    """One of the two ways to sum what the clients sent; frozen, and alike on both sides."""
 
     def check(self, chain: Chain, bound: Bound) -> None:
         """Raises RecipeError if it cannot sum what `chain` makes of vectors; `bound` is that of the chain's end."""
         ...
 
-    def add(self, sent: Iterable[Sent], decode: Callable[[Sent], Tensor], promise: Bound) -> Total:
-        """Sums the updates, each within `promise` whatever was sent; faulty ones are refused, not raised."""
+    def open(self, transport: Transport, run: str) -> Session:
+        """Sets up the sums of one run, named `run`."""
         ...
 
 
@@ -56,12 +84,20 @@ class PlainSum:
     def check(self, chain: Chain, bound: Bound) -> None:
         """Sums after decoding, so every chain will do."""
 
-    def add(self, sent: Iterable[Sent], decode: Callable[[Sent], Tensor], promise: Bound) -> Total:
+    def open(self, transport: Transport, run: str) -> PlainSum:
+        """Needs no set-up."""
+        return self
+
+    def invite(self, cohort: Sequence[ClientId]) -> dict[str, JSON]:
+        """Clients need not know of each other."""
+        return {}
+
+    def add(self, sent: Iterable[Sent], decode: Decode, promise: Bound, cohort: Sequence[ClientId], key: Key) -> Total:
         """Adds in the order of `sent`, in float64: the same order gives the same bits."""
         total = Total(torch.zeros(promise.size, dtype=torch.float64))
         for item in sent:
             try:
-                update = decode(item)
+                update = decode(item.tensors, item.key)
             except WireError as problem:
                 total.refused[item.key.client] = str(problem)
                 continue
@@ -71,3 +107,91 @@ class PlainSum:
             total.weight += item.weight
             total.rows.append({**item.row, "update_norm": float(update.double().norm())})
         return total
+
+
+@dataclass(frozen=True)
+class SecureSum:
+    """Adds masked whole numbers, so that the server learns their sum and nothing else; see docs/secure-aggregation.md.
+
+    Attributes:
+        plan: cohort, bits and thresholds.
+        size: values that every client sends.
+        limit: largest size of a value in an honest sum; a larger one is an overflow, or somebody sent nonsense.
+        identities: every client's name and public signing key, known to all before the run.
+    """
+
+    plan: SecurePlan
+    size: int
+    limit: int
+    identities: tuple[tuple[ClientId, bytes], ...]
+
+    def check(self, chain: Chain, bound: Bound) -> None:
+        """Needs a chain whose sums decode, and whole numbers at its end."""
+        for transform in chain:
+            if not transform.additive:
+                name = type(transform).__name__.removeprefix("Bound").lower()
+                cure = "'randomk' (one mask for all clients)" if name == "topk" else "'discretize' (one grid for all)"
+                raise RecipeError(f"uplink: a secure sum cannot decode a sum of '{name}'; use {cure}")
+        if not bound.integer:
+            raise RecipeError(
+                'uplink: a secure sum adds whole numbers; end the list with { kind = "discretize", bits = 18 }'
+            )
+
+    def open(self, transport: Transport, run: str) -> SecureSession:
+        """Collects the clients' keys and hands them round: two exchanges, once per run.
+
+        Raises:
+            SecureError: if too few clients took part.
+        """
+        combiner = Combiner(self.plan, dict(self.identities), run)
+        for client, reply in transport.exchange(dict.fromkeys(transport.clients(), Message("join", {"run": run}))):
+            if reply.kind == "join":
+                _ignore_faults(combiner.join, client, reply)
+        roster = combiner.roster()
+        message = Message("roster", roster.header, roster.tensors)
+        for client, reply in transport.exchange(dict.fromkeys(transport.clients(), message)):
+            if reply.kind == "accepted":
+                _ignore_faults(combiner.accepted, client, reply)
+        return SecureSession(self, combiner, transport)
+
+
+@dataclass(frozen=True, eq=False)
+class SecureSession:
+    """Secure sums of one run."""
+
+    adder: SecureSum
+    combiner: Combiner
+    transport: Transport
+
+    def invite(self, cohort: Sequence[ClientId]) -> dict[str, JSON]:
+        """Every client must know with whom it shares masks."""
+        return {"cohort": list(cohort)}
+
+    def add(self, sent: Iterable[Sent], decode: Decode, promise: Bound, cohort: Sequence[ClientId], key: Key) -> Total:
+        """Adds the masked updates, asks the committee for what opens the sum, and decodes it: a second exchange."""
+        refused: dict[ClientId, str] = {}
+        opened = self.combiner.open(key.round, cohort, self.adder.size)
+        for item in sent:
+            try:
+                opened.add(item.key.client, Part(dict(item.secure), dict(item.tensors)))
+            except WireError as problem:
+                refused[item.key.client] = str(problem)
+        requests = {name: Message("unmask", part.header, part.tensors) for name, part in opened.requests().items()}
+        for client, reply in self.transport.exchange(requests):
+            if reply.kind == "shares":
+                _ignore_faults(opened.share, client, reply)
+        values = opened.sum()
+        largest = int(values.abs().max()) if values.numel() else 0
+        if largest > self.adder.limit:
+            raise SecureError(
+                f"secure sum: a value of {largest} is beyond the planned {self.adder.limit}, so the sum overflowed or "
+                "a client sent nonsense; this round does not count"
+            )
+        update = decode({VALUES: values}, key)
+        return Total(update.double(), float(len(opened.reported)), [], refused)
+
+
+def _ignore_faults(take: Callable[[ClientId, Part], None], client: ClientId, reply: Message) -> None:
+    """A faulty message is as if none had come: the protocol goes on without this client."""
+    with contextlib.suppress(WireError):
+        take(client, Part(dict(reply.header), dict(reply.tensors)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Literal
 
@@ -12,20 +14,35 @@ from torch import Tensor, nn
 from fedpress import seeds, tree
 from fedpress.arrays import Arrays
 from fedpress.errors import RecipeError, TrainingError, WireError
+from fedpress.federate.adders import SecureSum
+from fedpress.federate.downlink import Downlink
 from fedpress.federate.exchange import ClientId
-from fedpress.federate.local import LocalSettings, LocalUpdate, Prepare, Task, check_private, private_sgd, sgd
-from fedpress.federate.transforms import Key
+from fedpress.federate.local import (
+    LocalSettings,
+    LocalUpdate,
+    Prepare,
+    Task,
+    check_private,
+    joint_gradient,
+    private_sgd,
+    sgd,
+)
+from fedpress.federate.memory import Memory, Recall
+from fedpress.federate.transforms import VALUES, Clip, Key
 from fedpress.federate.uplink import Uplink
 from fedpress.models.norms import freeze_batch_norm_
+from fedpress.privacy.mechanism import clip
 from fedpress.privacy.plan import PrivacyPlan
+from fedpress.secure import Member, Part
 from fedpress.wire.message import JSON, Message, pack, unpack
 
 Norm = Literal["frozen", "batch"]
 
 
-def agreement(layout: tree.Layout, settings: LocalSettings, uplink: Uplink) -> str:
+def agreement(layout: tree.Layout, settings: LocalSettings, uplink: Uplink, downlink: Downlink | None = None) -> str:
     """Returns a fingerprint of all that both sides must hold alike; a client refuses a request with another one."""
-    return blake2b(repr((layout, settings, uplink)).encode(), digest_size=8).hexdigest()
+    parts = (layout, settings, uplink, *([] if downlink is None else [downlink]))
+    return blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +60,12 @@ class Client:
         prepare: raw examples [k, ...] and a generator -> network input; its `repr` tells its settings.
         local_update: `sgd` or `private_sgd`.
         plan: this client's plan under unit "sample".
+        downlink: the agreed code of the model on its way here, None if it travels whole.
+        error_feedback: adds what coding lost of one update to the next (Seide et al. 2014; Karimireddy et al. 2019,
+            arXiv:1901.09847).
+        memory: keeps what must outlive a round.
+        member: this client's part in a secure sum.
+        secret: 256 random bits of its own, on which its noise hangs instead of `seed`.
         norm: "frozen" fixes the statistics of batch norm (scale and bias train); "batch" uses those of each batch.
 
     Raises:
@@ -58,6 +81,11 @@ class Client:
     prepare: Prepare
     local_update: LocalUpdate = sgd
     plan: PrivacyPlan | None = None
+    downlink: Downlink | None = None
+    error_feedback: bool = False
+    memory: Memory = field(default_factory=Recall)
+    member: Member | None = None
+    secret: int | None = field(default=None, repr=False)
     norm: Norm = "frozen"
 
     def __post_init__(self) -> None:
@@ -72,13 +100,22 @@ class Client:
                 "federate.norm: batch norm in training mode mixes examples, which breaks sample privacy; use 'frozen'"
             )
         planned = self.uplink.privacy is not None and self.uplink.privacy.unit == "sample"
-        if planned != (self.plan is not None) or planned != (self.local_update is private_sgd):
+        alone = planned and not self.uplink.joint
+        if planned != (self.plan is not None) or alone != (self.local_update is private_sgd):
             raise RecipeError(
                 "federate.privacy: unit 'sample' needs an uplink that knows it, a plan per client and private_sgd, "
                 "all three or none"
             )
         if planned:
             check_private(self.settings, self.plan)
+        if (self.member is not None) != isinstance(self.uplink.adder, SecureSum):
+            raise RecipeError("federate.sum: a secure sum needs a member with keys on every client; give both or none")
+        noisy = self.uplink.privacy is not None and self.uplink.client_unit and self.uplink.trust != "central"
+        if self.error_feedback and (noisy or self.uplink.joint):
+            raise RecipeError(
+                "federate.error_feedback: a client that adds noise would take it away again in the next round; "
+                "set error_feedback = false"
+            )
         size = tree.Layout.of(self.model).size
         if size != self.uplink.promise.size:
             raise RecipeError(
@@ -86,59 +123,121 @@ class Client:
             )
 
     def handle(self, request: bytes) -> bytes:
-        """Answers the bytes of a "fit" message with those of an "update" message.
+        """Answers the bytes of a "fit" message with those of an "update" message, and the questions of a secure sum.
 
         Raises:
             WireError: if the request is damaged or does not fit what was agreed.
+            SecureError: if it asks for what would open a single client's update.
             TrainingError: if the local update fails; under privacy without saying on what.
         """
-        round, params = self._read(unpack(request))
+        message = unpack(request)
+        if self.member is not None and message.kind in ("join", "roster", "unmask"):
+            return pack(self._secure(self.member, message))
+        key = self._key(message)
+        before = self.memory.load(key.round)
+        params, held = self._receive(message, key, before)
         try:
-            update, measured = self._fit(params, round)
+            update, measured = self._fit(params, key)
         except Exception as problem:
             if self.uplink.privacy is None:
                 raise
             raise TrainingError(
                 f"local update: failed with {type(problem).__name__}; what on stays private"
             ) from problem
-        key = Key(self.seed, round, self.name)
-        header: dict[str, JSON] = {"round": round, **self.uplink.metrics(measured)}
-        if not self.uplink.client_unit:  # the number of examples is public under unit "sample", not under "client"
-            header["examples"] = len(self.arrays)
-        return pack(Message("update", header, self.uplink.encode(update, key)))
+        unit = self._unit(message)
+        header: dict[str, JSON] = {"round": key.round, **self.uplink.metrics(measured)}
+        if self.uplink.adaptive is not None:
+            header["below"] = float(update.double().norm()) <= unit
+        if not self.uplink.client_unit and self.member is None:
+            header["examples"] = len(self.arrays)  # a public number, but under unit "client"
+        if self.error_feedback and "residual" in before:
+            update = update + before["residual"]
+        tensors = self.uplink.encode(update, key, unit=unit)
+        after = dict(held)
+        if self.error_feedback:
+            after["residual"] = self._clipped(update, unit) - unit * self.uplink.decode(tensors, key)
+        if self.member is not None:
+            cohort = message.header.get("cohort")
+            names = [name for name in cohort if isinstance(name, str)] if isinstance(cohort, list) else []
+            part = self.member.mask(tensors[VALUES], round=key.round, cohort=names)
+            header["secure"], tensors = part.header, part.tensors
+            self._remember(self.member)
+        if after:
+            self.memory.save(key.round, after)
+        return pack(Message("update", header, tensors))
 
-    def _read(self, request: Message) -> tuple[int, Tensor]:
+    def _secure(self, member: Member, message: Message) -> Message:
+        part = Part(dict(message.header), dict(message.tensors))
+        if message.kind == "join":
+            answer = member.join()
+            return Message("join", answer.header, answer.tensors)
+        answer = member.accept(part) if message.kind == "roster" else member.unmask(part)
+        self._remember(member)
+        return Message("accepted" if message.kind == "roster" else "shares", answer.header, answer.tensors)
+
+    def _remember(self, member: Member) -> None:
+        """Keeps which rounds were answered: a client that starts again must not answer another question in one."""
+        text = json.dumps(member.state()).encode()
+        self.memory.save_note("member", {"json": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
+
+    def _clipped(self, update: Tensor, unit: float) -> Tensor:
+        """What error feedback compares with: what a clip cuts off is lost on purpose."""
+        first = self.uplink.chain[0] if self.uplink.chain else None
+        return clip(update, unit * first.clip_norm) if isinstance(first, Clip) else update
+
+    def _unit(self, message: Message) -> float:
+        if self.uplink.adaptive is None:
+            return 1.0
+        unit = message.header.get("clip_norm")
+        if not isinstance(unit, float) or not 0 < unit < math.inf:
+            raise WireError(f"fit.clip_norm: got {unit!r}, expected a finite number above 0; use the same recipe")
+        return unit
+
+    def _key(self, request: Message) -> Key:
         if request.kind != "fit":
             raise WireError(f"fit.kind: got {request.kind!r}, expected 'fit'; use the same fedpress on both sides")
-        round, params = request.header.get("round"), request.tensors.get("params")
+        round = request.header.get("round")
         if not isinstance(round, int) or round < 1:
             raise WireError(f"fit.round: got {round!r}, expected a whole number from 1")
-        agreed = agreement(tree.Layout.of(self.model), self.settings, self.uplink)
+        agreed = agreement(tree.Layout.of(self.model), self.settings, self.uplink, self.downlink)
         if request.header.get("agreement") != agreed:
             raise WireError("fit.agreement: the server works with other settings or another model; use the same recipe")
-        if params is None or params.dtype != torch.float32 or not bool(torch.isfinite(params).all()):
-            raise WireError("fit.params: expected finite float32 values; send the server's parameters")
-        return round, params
+        return Key(self.seed, round, self.name, self.secret)
 
-    def _fit(self, params: Tensor, round: int) -> tuple[Tensor, dict[str, JSON]]:
+    def _receive(self, request: Message, key: Key, before: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the server's parameters [d] and what to remember of them."""
+        if self.downlink is None:
+            params = request.tensors.get("params")
+            if params is None or params.dtype != torch.float32 or not bool(torch.isfinite(params).all()):
+                raise WireError("fit.params: expected finite float32 values; send the server's parameters")
+            return params, {}
+        version = int(before["version"]) if "version" in before else 0
+        held = self.downlink.receive(request.tensors, key, before.get("held"), version)
+        return held, {"held": held, "version": torch.tensor(key.round)}
+
+    def _fit(self, params: Tensor, key: Key) -> tuple[Tensor, dict[str, JSON]]:
         """Returns the update [d] on the CPU and what the local update measured; the model's buffers are put back."""
         tree.assign_(self.model, params)
         buffers = [b.clone() for b in self.model.buffers()]
-        key = Key(self.seed, round, self.name)
+        task = Task(self.arrays, self.settings, key, self.prepare, self.plan)
+        joint: Tensor | None = None
         self.model.train()
         if self.norm == "frozen":
             freeze_batch_norm_(self.model)
         try:
             with torch.random.fork_rng():  # dropout draws from torch's global generator
-                torch.manual_seed(seeds.derive(self.seed, "client", self.name, "round", round, "dropout"))
-                measured = self.local_update(self.model, Task(self.arrays, self.settings, key, self.prepare, self.plan))
+                torch.manual_seed(seeds.derive(self.seed, "client", self.name, "round", key.round, "dropout"))
+                if self.uplink.joint:
+                    joint, measured = joint_gradient(self.model, task)
+                else:
+                    measured = self.local_update(self.model, task)
         finally:  # whatever a module keeps of private examples must not reach the next request
             with torch.no_grad():
                 for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                     buffer.copy_(before)
-        update = tree.flatten(self.model) - params
+        update = tree.flatten(self.model) - params if joint is None else joint
         if not bool(torch.isfinite(update).all()):
             raise TrainingError(
-                f"local update: not finite in round {round}; lower federate.lr (now {self.settings.lr})"
+                f"local update: not finite in round {key.round}; lower federate.lr (now {self.settings.lr})"
             )
         return update, measured

@@ -15,6 +15,8 @@ from fedpress import seeds, tree
 from fedpress.arrays import Arrays
 from fedpress.errors import RecipeError, TrainingError
 from fedpress.federate.transforms import Key
+from fedpress.privacy.gradients import choose_method, clipped_gradient_sum
+from fedpress.privacy.mechanism import poisson_batches
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.privacy.sgd import private_steps
 from fedpress.training import Precision, autocast, memory_format, uses_bf16
@@ -114,23 +116,20 @@ def private_sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
     at, question = next(model.parameters()).device, _question(model, task)
     chance = task.key.hidden("prepare", question)
 
-    def loss_fn(outputs: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(outputs.float(), labels)
-
     def prepare(x: Tensor) -> Tensor:
         x = task.prepare(x, chance)
         return x.contiguous(memory_format=memory_format(x))
 
     steps = private_steps(
         model,
-        loss_fn,
+        _loss_of,
         task.arrays.x.to(at),
         task.arrays.y.to(at),
         plan=plan,
         steps=plan.steps_per_round,
         lr=task.lr,
         momentum=task.settings.momentum,
-        generator=task.key.hidden("private", question),
+        generator=task.key.chance("private", question),
         prepare=prepare,
         autocast=torch.bfloat16 if uses_bf16(model, task.settings.precision) else None,
     )
@@ -139,6 +138,36 @@ def private_sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
         for _ in steps:  # what a step records is not noised: it ends here
             pass
     return {"steps": plan.steps_per_round}
+
+
+def joint_gradient(model: nn.Module, task: Task) -> tuple[Tensor, dict[str, JSON]]:
+    """Returns minus the sum [d] of clipped gradients of one Poisson batch, on the CPU: a part of a joint noised step.
+
+    One example moves it by at most the plan's clip norm. No noise is in it: it must leave the client in a secure sum
+    with noise, or to a server that is trusted to add it.
+
+    Raises:
+        RecipeError: if there is no plan of unit "sample", or a setting that private steps do not know.
+    """
+    plan = check_private(task.settings, task.plan)
+    at, question = next(model.parameters()).device, _question(model, task)
+    batches = poisson_batches(len(task.arrays), plan.sampling_prob, 1, task.key.chance("private", question))
+    index = next(batches)
+    x, y = task.arrays.x[index].to(at), task.arrays.y[index].to(at)
+    if len(index):
+        x = task.prepare(x, task.key.hidden("prepare", question))
+        x = x.contiguous(memory_format=memory_format(x))
+    method = choose_method(model, _loss_of, x, y) if len(index) else "loop"
+    with torch.random.fork_rng():  # dropout draws from torch's global generators
+        torch.manual_seed(task.key.own("dropout", question).initial_seed())
+        bf16 = uses_bf16(model, task.settings.precision)
+        with torch.autocast(at.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16):
+            total, _ = clipped_gradient_sum(model, _loss_of, x, y, clip_norm=plan.clip_norm, method=method)
+    return -total.cpu(), {"steps": 1}
+
+
+def _loss_of(outputs: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.float(), labels)
 
 
 def _question(model: nn.Module, task: Task) -> str:

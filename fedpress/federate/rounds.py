@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedpress.errors import RecipeError
 from fedpress.federate.algorithms import Algorithm, ServerState
+from fedpress.federate.downlink import Broadcast, Downlink
 from fedpress.federate.exchange import ClientId, Transport, ordered
 from fedpress.federate.uplink import Uplink
 from fedpress.wire.message import JSON, Message
@@ -23,7 +24,7 @@ class RoundRecord:
     Attributes:
         round: how many rounds are done, from 1; give it as `start` to go on.
         params: the new parameters [d] float32.
-        server_state: of the server optimizer; give it as `server_state` to go on.
+        server_state: of optimizer, noise and downlink by name; give it as `server_state` to go on.
         bytes_up: size of all messages from the clients in this round.
         bytes_down: size of all messages to them.
         clients: a row for each update in the mean, in client order: client, examples, loss, update_norm, steps, as far
@@ -53,6 +54,8 @@ def rounds(
     start: int = 0,
     server_state: ServerState | None = None,
     agreement: str = "",
+    downlink: Downlink | None = None,
+    secret: int | None = None,
 ) -> Iterator[RoundRecord]:
     """Runs rounds `start` + 1 to `num_rounds`, each when the caller asks for it.
 
@@ -69,6 +72,8 @@ def rounds(
         start: rounds already done.
         server_state: the state after round `start`, or None to begin.
         agreement: fingerprint that the clients compare with theirs, see `client.agreement`.
+        downlink: how the model travels to the clients; whole in every round without one.
+        secret: 256 random bits on which the server's noise hangs instead of `seed`.
 
     Raises:
         RecipeError: if params or clients do not fit the uplink; at once, not in the first round.
@@ -81,27 +86,90 @@ def rounds(
         raise RecipeError(
             f"federate.population: planned for {uplink.cohort.population} clients, there are {len(transport.clients())}"
         )
-    state = algorithm.server.init(params) if server_state is None else server_state
-    return _rounds(params, state, uplink, algorithm, transport, range(start + 1, num_rounds + 1), seed, agreement)
+    state = _init(params, uplink, algorithm, downlink) if server_state is None else dict(server_state)
+    todo = range(start + 1, num_rounds + 1)
+    server = _Server(uplink, algorithm, transport, seed, agreement, downlink, secret)
+    return server.rounds(params, state, todo)
 
 
-def _rounds(
-    params: Tensor,
-    state: ServerState,
-    uplink: Uplink,
-    algorithm: Algorithm,
-    transport: Transport,
-    todo: range,
-    seed: int,
-    agreement: str,
-) -> Iterator[RoundRecord]:
-    for round in todo:
-        began, before = perf_counter(), transport.traffic
-        cohort = uplink.cohort.draw(transport.clients(), seed=seed, round=round)
-        fit = Message("fit", {"round": round, "agreement": agreement}, {"params": params})
-        replies = transport.exchange(dict.fromkeys(cohort, fit))
-        mean = uplink.mean(ordered(cohort, replies), seed=seed, round=round)
-        if mean.update is not None:
-            state, params = algorithm.server.step(state, params, mean.update)
-        traffic, seconds = transport.traffic - before, perf_counter() - began
-        yield RoundRecord(round, params, state, traffic.up, traffic.down, mean.rows, mean.refused, seconds)
+def _init(params: Tensor, uplink: Uplink, algorithm: Algorithm, downlink: Downlink | None) -> ServerState:
+    return _join({"optimizer": algorithm.server.init(params), "uplink": uplink.init(), "downlink": {}})
+
+
+@dataclass(frozen=True, eq=False)
+class _Server:
+    """What stays the same from round to round."""
+
+    uplink: Uplink
+    algorithm: Algorithm
+    transport: Transport
+    seed: int
+    agreement: str
+    downlink: Downlink | None
+    secret: int | None
+
+    def rounds(self, params: Tensor, state: ServerState, todo: range) -> Iterator[RoundRecord]:
+        if not todo:
+            return
+        clients = self.transport.clients()
+        session = self.uplink.adder.open(self.transport, self.agreement)
+        for round in todo:
+            began, before = perf_counter(), self.transport.traffic
+            parts = _split(state)
+            cohort = self.uplink.cohort.draw(clients, seed=self.seed, round=round)
+            broadcast = None
+            if self.downlink is not None:
+                broadcast = Broadcast.open(self.downlink, self.seed, clients, parts["downlink"])
+                broadcast.code(round, params)
+            header = self._header(round, session.invite(cohort), parts["uplink"])
+            replies = self.transport.exchange(_requests(cohort, header, round, params, broadcast))
+            mean = self.uplink.mean(
+                ordered(cohort, replies),
+                seed=self.seed,
+                round=round,
+                session=session,
+                cohort=cohort,
+                state=parts["uplink"],
+                secret=self.secret,
+            )
+            parts["uplink"] = mean.state
+            if broadcast is not None:
+                broadcast.arrived(cohort, mean.refused, round)
+                parts["downlink"] = broadcast.state()
+            if mean.update is not None:
+                parts["optimizer"], params = self.algorithm.server.step(parts["optimizer"], params, mean.update)
+            state = _join(parts)
+            traffic, seconds = self.transport.traffic - before, perf_counter() - began
+            yield RoundRecord(round, params, state, traffic.up, traffic.down, mean.rows, mean.refused, seconds)
+
+    def _header(self, round: int, invitation: dict[str, JSON], state: ServerState) -> dict[str, JSON]:
+        clip: dict[str, JSON] = {} if self.uplink.adaptive is None else {"clip_norm": self.uplink.unit(state)}
+        return {"round": round, "agreement": self.agreement, **invitation, **clip}
+
+
+def _requests(
+    cohort: list[ClientId], header: dict[str, JSON], round: int, params: Tensor, broadcast: Broadcast | None
+) -> dict[ClientId, Message]:
+    """Returns a message for each client; those that are sent the same share one object, which is packed once."""
+    if broadcast is None:
+        return dict.fromkeys(cohort, Message("fit", header, {"params": params}))
+    made: dict[int, Message] = {}
+    for client in cohort:
+        version = broadcast.versions[client]
+        if version not in made:
+            made[version] = Message("fit", header, broadcast.tensors(client, round))
+    return {client: made[broadcast.versions[client]] for client in cohort}
+
+
+def _join(parts: Mapping[str, Mapping[str, Tensor]]) -> ServerState:
+    """Returns one table of tensors, `<part>/<name>`."""
+    return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+def _split(state: Mapping[str, Tensor]) -> dict[str, ServerState]:
+    """Undoes `_join`."""
+    parts: dict[str, ServerState] = {"optimizer": {}, "uplink": {}, "downlink": {}}
+    for full, tensor in state.items():
+        part, _, name = full.partition("/")
+        parts[part][name] = tensor
+    return parts

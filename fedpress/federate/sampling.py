@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +20,8 @@ class Cohort:
 
     `fixed` draws exactly `size` clients without replacement. `poisson` lets each client join on its own with
     probability size / population, so a round may have more, fewer or no clients; only `size`, its mean, is public.
+    `cyclic` shuffles the population once and lets everybody take turns, so nobody takes part again before all the
+    others have: `period` rounds later.
 
     Raises:
         RecipeError: if `size` is not between 1 and `population`.
@@ -26,11 +29,11 @@ class Cohort:
 
     size: int
     population: int
-    sampling: Literal["fixed", "poisson"] = "fixed"
+    sampling: Literal["fixed", "poisson", "cyclic"] = "fixed"
 
     def __post_init__(self) -> None:
-        if self.sampling not in ("fixed", "poisson"):
-            raise RecipeError(f"federate.sampling: got {self.sampling!r}, expected 'fixed' or 'poisson'")
+        if self.sampling not in ("fixed", "poisson", "cyclic"):
+            raise RecipeError(f"federate.sampling: got {self.sampling!r}, expected 'fixed', 'poisson' or 'cyclic'")
         if not 1 <= self.size <= self.population:
             raise RecipeError(
                 f"federate.cohort: got {self.size}, expected between 1 and the population of {self.population} clients;"
@@ -47,7 +50,16 @@ class Cohort:
         >>> Cohort(10, 100).sampling_prob, Cohort(10, 100, "poisson").sampling_prob
         (1.0, 0.1)
         """
-        return 1.0 if self.sampling == "fixed" else self.size / self.population
+        return self.size / self.population if self.sampling == "poisson" else 1.0
+
+    @property
+    def period(self) -> int:
+        """Least number of rounds from one turn of a client to its next.
+
+        >>> Cohort(10, 95, "cyclic").period, Cohort(10, 95).period
+        (10, 1)
+        """
+        return math.ceil(self.population / self.size) if self.sampling == "cyclic" else 1
 
     def draw(self, clients: Sequence[ClientId], *, seed: int, round: int) -> list[ClientId]:
         """Returns the clients of `round` in the order of `clients` [population].
@@ -60,6 +72,10 @@ class Cohort:
                 f"federate.population: planned for {self.population} clients but there are {len(clients)};"
                 " plan with the number of clients that exist"
             )
+        if self.sampling == "cyclic":
+            order = torch.randperm(self.population, generator=secret_generator(seed, "cohort"))
+            turn = order[(round - 1) % self.period * self.size :][: self.size].sort().values
+            return [clients[at] for at in turn.tolist()]
         gen = secret_generator(seed, "cohort", round)
         if self.sampling == "poisson":
             joins = torch.rand(self.population, generator=gen, dtype=torch.float64) < self.sampling_prob

@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fedpress import seeds
-from fedpress.errors import RecipeError, WireError
-from fedpress.federate.adders import Adder, PlainSum, Sent
+from fedpress.errors import RecipeError, SecureError, WireError
+from fedpress.federate.adders import Adder, PlainSum, Sent, Session, Total
 from fedpress.federate.exchange import ClientId
 from fedpress.federate.sampling import Cohort
-from fedpress.federate.transforms import Bound, Chain, Clip, Key, Transform, bind_chain, decode_chain, encode_chain
-from fedpress.privacy.mechanism import noise_sum
+from fedpress.federate.servernoise import ServerNoise
+from fedpress.federate.transforms import (
+    Bound,
+    Chain,
+    Clip,
+    Key,
+    Noise,
+    Settings,
+    bind_chain,
+    check_float,
+    decode_chain,
+    encode_chain,
+)
+from fedpress.privacy.adaptive import AdaptiveClip
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.wire.message import JSON, Message
 
+Trust = Literal["local", "secure", "central"]
 METRICS = ("loss", "steps")
 MAX_EXAMPLES = 1 << 40
+SERVER = "server"
 
 
 @dataclass(frozen=True, eq=False)
 class Mean:
-    """What a round learned: the mean update [d] float32 (None if nothing usable came), a row per client, refusals."""
+    """What a round learned: the mean update [d] float32 (None if nothing usable came), a row per client, refusals.
+
+    `state` is what the next round's noise and clip norm need.
+    """
 
     update: Tensor | None
     rows: list[dict[str, JSON]]
     refused: dict[ClientId, str]
+    state: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,21 +55,30 @@ class Uplink:
     """The agreed way of an update from client to mean; make it with `Uplink.bind`, on both sides alike.
 
     Attributes:
-        promise: what holds for every decoded update in the sum; its `l2` is the sensitivity of the sum.
+        promise: what holds for every decoded update in the sum; under unit "client" its `l2` is the sensitivity.
         cohort: the public plan of who takes part.
         chain: transforms, bound to each other.
         adder: how the updates are summed.
-        privacy: the plan, or None. Unit "client" acts here; unit "sample" acts in the client, and here only hides
-            what is not noised.
+        privacy: the plan, or None.
+        trust: who adds the noise of the plan: "central" the server, to the sum; "secure" the clients together, so
+            that it has its full size in the secure sum only; "local" each client alone.
         weights: "examples" weighs each client by its number of examples, "equal" by one.
+        divisor: public number by which a private sum is divided, whoever replied.
+        noise: what the server adds, with trust "central".
+        adaptive: how the clip norm follows the updates; it then travels with each request, and updates are sent in
+            units of it.
     """
 
     promise: Bound
     cohort: Cohort
-    chain: tuple[Transform, ...]
+    chain: Chain
     adder: Adder
     privacy: PrivacyPlan | None
+    trust: Trust
     weights: Literal["examples", "equal"]
+    divisor: float
+    noise: ServerNoise | None = None
+    adaptive: AdaptiveClip | None = None
 
     @classmethod
     def bind(
@@ -59,10 +86,15 @@ class Uplink:
         size: int,
         cohort: Cohort,
         *,
-        chain: Chain = (),
+        chain: Sequence[Settings] = (),
+        shapes: tuple[tuple[int, ...], ...] = (),
         adder: Adder | None = None,
         privacy: PrivacyPlan | None = None,
+        trust: Trust | None = None,
         weights: Literal["examples", "equal"] = "examples",
+        divisor: float | None = None,
+        noise: ServerNoise | None = None,
+        adaptive: AdaptiveClip | None = None,
     ) -> Uplink:
         """Fits all parts to updates of `size` values.
 
@@ -71,80 +103,146 @@ class Uplink:
         """
         if weights not in ("examples", "equal"):
             raise RecipeError(f"federate.weights: got {weights!r}, expected 'examples' or 'equal'")
-        adder = adder or PlainSum()
-        promise = Bound(size)
-        if privacy is not None and privacy.unit == "client":
+        adder, start = adder or PlainSum(), Bound(size, shapes=shapes)
+        promise = start
+        if privacy is None:
+            trust = "central"
+        elif privacy.unit == "client":
+            trust = trust or "central"
             _check_client_unit(privacy, cohort, weights)
-            chain = (Clip(clip_norm=privacy.clip_norm), *chain)
+            own = (Noise(std=privacy.noise_std),) if trust == "local" and privacy.noise_std else ()
+            chain = (Clip(clip_norm=privacy.clip_norm), *own, *chain)
             promise = Bound(size, l2=privacy.clip_norm, linf=privacy.clip_norm)
-        bound_chain, end = bind_chain(chain, Bound(size))
+        else:
+            trust = trust or "local"
+        bound_chain, end = bind_chain(chain, start)
+        if trust == "local" and privacy is not None and privacy.unit == "client":
+            promise = start  # the noise is in the update: a second clip would shorten it
+        if weights == "examples" and not isinstance(adder, PlainSum):
+            raise RecipeError(
+                "federate.weights: got 'examples', but in a secure sum the server cannot see how many examples stand "
+                'behind an update; set weights = "equal"'
+            )
         adder.check(bound_chain, end)
-        return cls(promise, cohort, bound_chain, adder, privacy, weights)
+        if privacy is not None and trust == "central":
+            noise = noise or ServerNoise(privacy)
+        return cls(
+            promise, cohort, bound_chain, adder, privacy, trust, weights, divisor or cohort.size, noise, adaptive
+        )
 
     @property
     def client_unit(self) -> bool:
-        """Whether whole clients are protected, so that the sum is noised and divided by the fixed cohort."""
+        """Whether whole clients are protected, so that the sum is divided by the fixed cohort."""
         return self.privacy is not None and self.privacy.unit == "client"
 
-    def encode(self, update: Tensor, key: Key) -> dict[str, Tensor]:
-        """Returns the tensors that carry `update` [d] to the server."""
-        return encode_chain(self.chain, update, key)
+    @property
+    def joint(self) -> bool:
+        """Whether clients send sums of clipped gradients that only together carry enough noise for their examples."""
+        return self.privacy is not None and self.privacy.unit == "sample" and self.trust != "local"
 
-    def decode(self, sent: Sent) -> Tensor:
-        """Returns the update [d] float32 in `sent`, which may come from anybody.
+    def encode(self, update: Tensor, key: Key, *, unit: float = 1.0) -> dict[str, Tensor]:
+        """Returns the tensors that carry `update` [d] to the server, in units of `unit`."""
+        return encode_chain(self.chain, update if unit == 1 else update / unit, key)
+
+    def decode(self, tensors: Mapping[str, Tensor], key: Key) -> Tensor:
+        """Returns the update [d] float32 in `tensors`, which may come from anybody.
 
         Raises:
             WireError: if it is not an update of the agreed size, or not finite.
         """
-        update = decode_chain(self.chain, sent.tensors, sent.key)
-        if update.dtype != torch.float32 or update.shape != (self.promise.size,):
-            got = f"{update.dtype} {list(update.shape)}"
-            raise WireError(
-                f"update: got {got}, expected torch.float32 [{self.promise.size}]; send client minus server"
-            )
-        if not bool(torch.isfinite(update).all()):
-            raise WireError("update: it holds NaN or infinity; lower the client's learning rate")
-        return update
+        return check_float(decode_chain(self.chain, tensors, key), self.promise.size, "update")
 
     def metrics(self, measured: Mapping[str, JSON]) -> dict[str, JSON]:
         """Returns the part of `measured` that may leave a client: under privacy only the number of planned steps."""
-        allowed = METRICS if self.privacy is None else ("steps",) if self.privacy.unit == "sample" else ()
+        secret = self.privacy is not None and (self.privacy.unit == "client" or self.joint)
+        if secret or not isinstance(self.adder, PlainSum):
+            return {}
+        allowed = METRICS if self.privacy is None else ("steps",)
         return {name: measured[name] for name in allowed if name in measured}
 
-    def mean(self, replies: Iterable[tuple[ClientId, Message | None]], *, seed: int, round: int) -> Mean:
-        """Sums the `replies`, given in client order, adds the noise of unit "client", and divides.
+    def init(self) -> dict[str, Tensor]:
+        """Returns the state before the first round."""
+        return {} if self.adaptive is None else {"clip_norm": torch.tensor(self.adaptive.initial, dtype=torch.float64)}
 
-        Under unit "client" the divisor is the public cohort size, never the number of replies, and noise is added even
-        if nothing came: who replied is as private as what was sent.
+    def unit(self, state: Mapping[str, Tensor]) -> float:
+        """Returns the unit of updates in the next round: the clip norm of an adaptive clip, else 1."""
+        return 1.0 if self.adaptive is None else float(state["clip_norm"])
+
+    def mean(
+        self,
+        replies: Iterable[tuple[ClientId, Message | None]],
+        *,
+        seed: int,
+        round: int,
+        session: Session | None = None,
+        cohort: Sequence[ClientId] = (),
+        state: Mapping[str, Tensor] | None = None,
+        secret: int | None = None,
+    ) -> Mean:
+        """Sums the `replies`, given in client order, adds the server's noise, and divides.
+
+        Under privacy the divisor is public and never the number of replies, and noise is added even if nothing came:
+        who replied is as private as what was sent.
+
+        Args:
+            replies: of the clients asked.
+            seed: of the run.
+            round: of the replies.
+            session: the sum's server side; needed for a secure sum.
+            cohort: the clients asked; needed for a secure sum.
+            state: of the round before, or None before the first.
+            secret: what the server's noise hangs on instead of the seed.
         """
-        refused: dict[ClientId, str] = {}
-        total = self.adder.add(self._sent(replies, refused, seed, round), self.decode, self.promise)
+        state, refused, key = dict(state or self.init()), dict[ClientId, str](), Key(seed, round, SERVER, secret)
+        below: list[bool] = []
+        sent = self._sent(replies, refused, below, key)
+        try:
+            total = (session or PlainSum()).add(sent, self.decode, self.promise, cohort, key)
+        except SecureError as problem:
+            for _ in sent:  # note why each of the others was refused
+                pass
+            return Mean(None, [], dict.fromkeys(cohort, str(problem)) | refused, state)
         refused |= total.refused
-        if self.privacy is not None and self.client_unit:
-            # Noise is a function of the secret seed and of what it hides. Other sums, or the same one under another
-            # plan, get independent noise, so that two runs of one seed cannot be subtracted; equal ones get an equal
-            # answer, which says nothing new. To whom the seed is unknown each noise looks freshly drawn.
-            hidden = seeds.fingerprint(total.sum, self.privacy)
-            noised = noise_sum(total.sum, self.privacy, seeds.secret_generator(seed, "noise", round, hidden))
-            return Mean((noised / self.cohort.size).float(), [], refused)
-        update = (total.sum / total.weight).float() if total.weight > 0 else None
-        return Mean(update, total.rows, refused)
+        if self.privacy is None:
+            update = (total.sum / total.weight).float() if total.weight > 0 else None
+            return Mean(update, total.rows, refused, state)
+        return self._private_mean(total, below, refused, state, key)
+
+    def _private_mean(
+        self, total: Total, below: list[bool], refused: dict[ClientId, str], state: dict[str, Tensor], key: Key
+    ) -> Mean:
+        if self.trust == "local" and not self.client_unit:  # every update is private by itself
+            update = (total.sum / total.weight).float() if total.weight > 0 else None
+            return Mean(update, total.rows, refused, state)
+        unit, noised = self.unit(state), total.sum
+        if self.noise is not None:
+            noised, state = self.noise.add(total.sum, state, key)
+        if self.adaptive is not None:
+            state |= self._next_clip(below, state, key)
+        return Mean((noised.double() * (unit / self.divisor)).float(), [], refused, state)
+
+    def _next_clip(self, below: list[bool], state: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:
+        assert self.adaptive is not None
+        norm = float(state["clip_norm"])
+        chance = key.chance("clip", seeds.fingerprint(below, norm, self.adaptive))
+        share = self.adaptive.noised_share(below, self.cohort.size, chance)
+        return {"clip_norm": torch.tensor(self.adaptive.update(norm, share), dtype=torch.float64)}
 
     def _sent(
         self,
         replies: Iterable[tuple[ClientId, Message | None]],
         refused: dict[ClientId, str],
-        seed: int,
-        round: int,
+        below: list[bool],
+        key: Key,
     ) -> Iterator[Sent]:
-        """Yields what passes the checks of its header and notes the rest in `refused`."""
+        """Yields what passes the checks of its header and notes the rest in `refused`, and each `below` bit."""
         for client, reply in replies:
             try:
-                yield self._open(reply, Key(seed, round, client))
+                yield self._open(reply, Key(key.seed, key.round, client), below)
             except WireError as problem:
                 refused[client] = str(problem)
 
-    def _open(self, reply: Message | None, key: Key) -> Sent:
+    def _open(self, reply: Message | None, key: Key, below: list[bool]) -> Sent:
         if reply is None:
             raise WireError("no reply came; see whether the client is still running")
         if reply.kind == "error":
@@ -155,8 +253,14 @@ class Uplink:
             raise WireError(
                 f"update.round: got {reply.header.get('round')!r}, expected {key.round}; answer the last request"
             )
-        if self.client_unit:
-            return Sent(key, reply.tensors, 1.0, {})
+        if self.adaptive is not None:
+            bit = reply.header.get("below")
+            if not isinstance(bit, bool):
+                raise WireError(f"update.below: got {bit!r}, expected true or false; use the same recipe on both sides")
+            below.append(bit)
+        secure = reply.header.get("secure")
+        if self.client_unit or self.joint or not isinstance(self.adder, PlainSum):
+            return Sent(key, reply.tensors, 1.0, {}, secure if isinstance(secure, dict) else {})
         examples = reply.header.get("examples")
         if not isinstance(examples, int) or isinstance(examples, bool) or not 0 < examples <= MAX_EXAMPLES:
             raise WireError(f"update.examples: got {examples!r}, expected a whole number from 1 to {MAX_EXAMPLES}")

@@ -4,39 +4,53 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import math
+import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedpress import tree
+from fedpress import seeds, tree
 from fedpress.arrays import Preprocess
 from fedpress.augment import Augment, augment
 from fedpress.errors import RecipeError
 from fedpress.federate import (
+    VALUES,
+    Adder,
     Algorithm,
     Client,
     Cohort,
+    Downlink,
+    Files,
+    Key,
     LocalSettings,
+    Memory,
+    PlainSum,
+    Recall,
     RoundRecord,
+    SecureSum,
     Uplink,
     agreement,
     private_sgd,
     rounds,
     sgd,
 )
+from fedpress.federate.downlink import Broadcast
 from fedpress.privacy.ledger import POPULATION, Charge, Ledger
-from fedpress.privacy.plan import PrivacyPlan
+from fedpress.secure import Member, identity
 from fedpress.seeds import derive
-from fedpress.stages.settings import FederateSettings, PrivacySettings
+from fedpress.stages.protecting import Protection, protect, repeated
+from fedpress.stages.settings import FederateSettings
 from fedpress.state import State
 from fedpress.training import place_
 from fedpress.transport import LocalTransport
-from fedpress.wire.message import Message
+from fedpress.wire.message import JSON, Message, pack
 
+SERVER = "server"
 PROMISE = ("unit", "delta", "noise_multiplier", "clip_norm", "sampling_prob")
 
 
@@ -48,28 +62,30 @@ class Federation:
         stage: the settings.
         model: a copy to work in, its trainable parameters marked.
         uplink: how updates travel.
-        transport: reaches the clients.
-        plans: each client's privacy plan; under unit "client" the one plan under every name; empty without privacy.
+        clients: by name.
+        transport: reaches them.
+        protection: the planned privacy.
+        downlink: how the model travels to the clients, None if whole.
         ledger: what was spent before this stage; without end, if this stage is open.
         seed: of this stage.
+        secret: on which the server's noise hangs instead of the seed.
     """
 
     stage: FederateSettings
     model: nn.Module
     uplink: Uplink
+    clients: dict[str, Client]
     transport: LocalTransport
-    plans: dict[str, PrivacyPlan]
+    protection: Protection
+    downlink: Downlink | None
     ledger: Ledger
     seed: int
+    secret: int | None
 
     @property
     def agreement(self) -> str:
         """The fingerprint of what server and clients hold alike."""
-        return agreement(tree.Layout.of(self.model), local_settings(self.stage), self.uplink)
-
-    def request(self, number: int, params: Tensor) -> Message:
-        """Returns the message that asks a client for round `number`."""
-        return Message("fit", {"round": number, "agreement": self.agreement}, {"params": params})
+        return agreement(tree.Layout.of(self.model), local_settings(self.stage), self.uplink, self.downlink)
 
     def rounds(self, params: Tensor, *, start: int, server_state: dict[str, Tensor] | None) -> Iterator[RoundRecord]:
         """Returns the rounds after `start`, each computed when it is asked for."""
@@ -83,66 +99,191 @@ class Federation:
             start=start,
             server_state=server_state or None,
             agreement=self.agreement,
+            downlink=self.downlink,
+            secret=self.secret,
         )
 
     @property
     def _sample(self) -> bool:
         return self.stage.privacy is not None and self.stage.privacy.unit == "sample"
 
+    def sizes(self) -> dict[str, Any]:
+        """Returns the bytes of real messages, and bits for each value, with an update of Gaussian noise.
+
+        Updates of real training have heavier tails and become smaller. Clients are changed: bind again for a run.
+        """
+        params, chance = tree.flatten(self.model), torch.Generator().manual_seed(0)
+        change = torch.randn(len(params), generator=chance) * (1e-3 * float(params.std()) if len(params) > 1 else 1e-3)
+        client, cohort = next(iter(self.clients)), self.uplink.cohort.size
+        before = self.transport.traffic
+        session = self.uplink.adder.open(self.transport, self.agreement)
+        set_up = self.transport.traffic - before
+        names = list(self.clients)[:cohort]
+        tensors = self.uplink.encode(change, Key(self.seed, 1, client))
+        header: dict[str, JSON] = {"round": 1, "examples": 1, "loss": 1.0, "steps": 1}
+        if (member := self.clients[client].member) is not None:
+            part = member.mask(tensors[VALUES], round=1, cohort=names)
+            header, tensors = {"round": 1, "secure": dict(part.header)}, dict(part.tensors)
+        up = len(pack(Message("update", header, tensors)))
+        first = down = len(pack(Message("fit", self._said(session.invite(names)), {"params": params})))
+        if self.downlink is not None:
+            broadcast = Broadcast.open(self.downlink, self.seed, [client], {})
+            for round, model in ((1, params), (2, params + change)):
+                broadcast.code(round, model)
+                down = len(pack(Message("fit", self._said(session.invite(names)), broadcast.tensors(client, round))))
+                first = down if round == 1 else first
+                broadcast.arrived([client], {}, round)
+        size = max(1, len(params))
+        return {
+            "bits_per_value_up": 8 * up / size,
+            "bits_per_value_down": 8 * down / size,
+            "bytes_up_per_round": up * cohort,
+            "bytes_down_per_round": down * cohort,
+            "bytes_down_first_time": first if self.downlink is not None else None,
+            "bytes_set_up": set_up.up + set_up.down or None,
+        }
+
+    def _said(self, invitation: dict[str, JSON]) -> dict[str, JSON]:
+        return {"round": 1, "agreement": self.agreement, **invitation}
+
     def drawn(self, number: int) -> list[str]:
         """Returns the clients that take part in round `number`."""
         return self.uplink.cohort.draw(self.transport.clients(), seed=self.seed, round=number)
 
     def charges(self, clients: list[str], first: int, last: int) -> list[Charge]:
-        """Returns what rounds `first` to `last` cost: each client its own steps, or the population one sum a round."""
-        count, name = last - first + 1, self.stage.name
-        if self._sample:
-            mine = {c: self.plans[c].phase(num_rounds=count) for c in clients}
-        else:
-            mine = {"population": next(iter(self.plans.values())).phase(num_rounds=count)}
-        return [Charge(who, name, p.sampling_prob, p.noise_multiplier, p.steps, first, last) for who, p in mine.items()]
+        """Returns what rounds `first` to `last` cost: each of `clients` its own part, or the population as one."""
+        planned = self.protection
+        if planned.whole and first > 1:  # all rounds are one mechanism, charged before the first
+            return []
+        count = 1 if planned.whole else last - first + 1
+        who = [POPULATION] if POPULATION in planned.costs else clients
+        name = self.stage.name
+        return [Charge.of(w, name, repeated(planned.costs[w], count), first, last) for w in who]
+
+    def grid(self) -> dict[str, Any]:
+        """Returns how a secure sum is planned; empty for a plain one."""
+        grid = self.protection.grid
+        return {} if grid is None else {"bits": grid.plan.bits, "scale": grid.scale, "sum_limit": grid.limit}
 
     def promise(self) -> dict[str, Any]:
         """Returns the privacy settings of the client that is charged most."""
-        most = max(self.plans.values(), key=lambda plan: (plan.sampling_prob, plan.steps_per_round))
-        return {name: getattr(most, name) for name in PROMISE}
+        plans = self.protection.plans.values()
+        most = max(plans, key=lambda plan: (plan.sampling_prob, plan.steps_per_round))
+        return {**{name: getattr(most, name) for name in PROMISE}, "trust": self.uplink.trust}
 
 
-def bind(stage: FederateSettings, state: State) -> Federation:
+def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> Federation:
     """Fits stage, model and clients together.
+
+    `folder` is where clients keep what must outlive a round and a process; in memory without one.
 
     Raises:
         RecipeError: naming the setting that does not fit, and the cure.
+        PrivacyError: if the budget cannot be kept.
     """
     clients = state.data.clients
     if not clients:
         raise RecipeError("federate: the data set has no clients; set data.num_clients")
     cohort = Cohort(stage.cohort or len(clients), len(clients), stage.sampling)
     model = place_(_trainable(copy.deepcopy(state.model), stage.trainable))
-    plans = _plans(stage, {name: len(arrays) for name, arrays in clients.items()}, cohort)
-    private, first = stage.privacy, next(iter(plans.values()), None)
-    weights = stage.weights or ("equal" if private is not None and private.unit == "client" else "examples")
-    size = tree.Layout.of(model).size
-    uplink = Uplink.bind(size, cohort, privacy=first, weights=weights)
+    layout, private = tree.Layout.of(model), stage.privacy
+    examples = {name: len(arrays) for name, arrays in clients.items()}
+    planned = protect(stage, examples, cohort, layout.shapes)
     seed = derive(state.seed, "federate", stage.name)
+    memories = _memories(stage, list(clients), folder, seed)
+    drawn = private is not None and private.secure_noise
+    secrets = {name: secret_of(memory) if drawn else None for name, memory in memories.items()}
+    keys = {name: seeds.secret_key(secrets[name] or seed, "member", name) for name in clients}
+    adder = _adder(stage, planned, cohort, keys)
+    equal = isinstance(adder, SecureSum) or (private is not None and private.unit == "client") or planned.divisor
+    uplink = Uplink.bind(
+        layout.size,
+        cohort,
+        chain=planned.chain,
+        shapes=layout.shapes,
+        adder=adder,
+        privacy=next(iter(planned.plans.values()), None),
+        trust=private.trust if private is not None else None,
+        weights=stage.weights or ("equal" if equal else "examples"),
+        divisor=planned.divisor,
+        noise=planned.noise,
+        adaptive=private.adaptive if private is not None else None,
+    )
+    downlink = Downlink(layout.size, layout.shapes, stage.downlink, stage.first_downlink) if stage.downlink else None
+    if downlink is not None:
+        downlink.bound(1), downlink.bound(2)  # says what does not fit
     prepare = Prepare(state.data.preprocess, stage.augment)
+    settings = local_settings(stage)
     sample = private is not None and private.unit == "sample"
-    handlers = {
+    shared = Federation(
+        stage, model, uplink, {}, LocalTransport({}), planned, downlink, _ledger(stage, state), seed, None
+    )
+    run, identities = shared.agreement, dict(adder.identities) if isinstance(adder, SecureSum) else {}
+    made = {
         name: Client(
             name=name,
             arrays=arrays,
             model=model,
-            settings=local_settings(stage),
+            settings=settings,
             uplink=uplink,
             seed=seed,
             prepare=prepare,
-            local_update=private_sgd if sample else sgd,
-            plan=plans[name] if sample else None,
+            local_update=private_sgd if sample and not uplink.joint else sgd,
+            plan=planned.plans[name] if sample else None,
+            downlink=downlink,
+            error_feedback=stage.error_feedback,
+            memory=memories[name],
+            member=_member(name, keys[name], adder, identities, run, memories[name]),
+            secret=secrets[name],
             norm=stage.norm,
-        ).handle
+        )
         for name, arrays in clients.items()
     }
-    return Federation(stage, model, uplink, LocalTransport(handlers), plans, _ledger(stage, state), seed)
+    transport = LocalTransport({name: client.handle for name, client in made.items()})
+    return replace(shared, clients=made, transport=transport, secret=secrets[SERVER])
+
+
+def _memories(stage: FederateSettings, clients: list[str], folder: Path | None, seed: int) -> dict[str, Memory]:
+    """Returns where each client, and the server, keeps what must outlive a process.
+
+    Files are put aside by all settings: the memory of a stage that was run otherwise is not taken up.
+    """
+    names = [*clients, SERVER]
+    if folder is None:
+        return {name: Recall() for name in names}
+    place = folder / "memory" / seeds.fingerprint(stage, seed, clients)[:16]
+    return {name: Files(place / (name if name == SERVER else f"{at:05d}")) for at, name in enumerate(names)}
+
+
+def secret_of(memory: Memory) -> int:
+    """Returns the 256 secret bits in `memory`, drawn from the operating system the first time."""
+    note = memory.note("secret")
+    if not note:
+        note = {"bytes": torch.frombuffer(bytearray(os.urandom(32)), dtype=torch.uint8)}
+        memory.save_note("secret", note)
+    return int.from_bytes(bytes(note["bytes"].tolist()), "little")
+
+
+def _adder(stage: FederateSettings, planned: Protection, cohort: Cohort, keys: dict[str, bytes]) -> Adder:
+    if planned.grid is None:
+        return PlainSum()
+    if cohort.sampling == "poisson":
+        raise RecipeError(
+            "stage.sampling: a secure sum needs a cohort of fixed size, whose bits are planned; use 'fixed' or 'cyclic'"
+        )
+    identities = tuple((name, identity(key)) for name, key in keys.items())
+    return SecureSum(planned.grid.plan, planned.grid.size, planned.grid.limit, identities)
+
+
+def _member(
+    name: str, key: bytes, adder: Adder, identities: dict[str, bytes], run: str, memory: Memory
+) -> Member | None:
+    if not isinstance(adder, SecureSum):
+        return None
+    member = Member(name, key, adder.plan, identities, run)
+    if noted := memory.note("member"):
+        member.load_state_(json.loads(bytes(noted["json"].tolist())))
+    return member
 
 
 def _ledger(stage: FederateSettings, state: State) -> Ledger:
@@ -187,11 +328,6 @@ def local_settings(stage: FederateSettings) -> LocalSettings:
     return LocalSettings(**{name: getattr(stage, name) for name in LocalSettings.model_fields})
 
 
-def steps_per_round(stage: FederateSettings, examples: int) -> int:
-    """Returns the local steps of one round for a client of so many examples."""
-    return stage.epochs * math.ceil(examples / stage.batch_size)
-
-
 def _trainable(model: nn.Module, patterns: tuple[str, ...]) -> nn.Module:
     hit = 0
     for name, p in model.named_parameters():
@@ -203,40 +339,3 @@ def _trainable(model: nn.Module, patterns: tuple[str, ...]) -> nn.Module:
             f"federate.trainable: no parameter matches {list(patterns)}; names look like {names} and '*' matches all"
         )
     return model
-
-
-def _check_promise(private: PrivacySettings, examples: dict[str, int], cohort: Cohort) -> None:
-    if private.unit == "client" and cohort.sampling == "fixed" and cohort.size < cohort.population:
-        raise RecipeError(
-            f"stage.sampling: a fixed cohort of {cohort.size} in {cohort.population} clients breaks client privacy, "
-            "since a client that joins displaces another and moves the sum twice; set sampling = 'poisson', or take "
-            "all clients"
-        )
-    units = len(examples) if private.unit == "client" else sum(examples.values())
-    if private.delta >= 1 / units:
-        raise RecipeError(
-            f"stage.privacy.delta: got {private.delta:g}, which lets one of the {units} protected {private.unit}s be "
-            f"given away whole; take it well below {1 / units:.1g}"
-        )
-
-
-def _plans(stage: FederateSettings, examples: dict[str, int], cohort: Cohort) -> dict[str, PrivacyPlan]:
-    """Returns every client's plan, all with the noise that the most exposed of them needs."""
-    private = stage.privacy
-    if private is None:
-        return {}
-    _check_promise(private, examples, cohort)
-    base = PrivacyPlan(private.unit, private.clip_norm, cohort.sampling_prob, delta=private.delta)
-    if private.unit == "client":
-        plans = dict.fromkeys(examples, base)
-    else:
-        plans = {
-            name: replace(base, sampling_prob=min(1.0, stage.batch_size / n), steps_per_round=steps_per_round(stage, n))
-            for name, n in examples.items()
-        }
-    noise = private.noise_multiplier
-    if noise is None:
-        assert private.epsilon is not None
-        budget, length = private.epsilon, max(1, stage.num_rounds)
-        noise = max(p.calibrate(epsilon=budget, num_rounds=length).noise_multiplier for p in set(plans.values()))
-    return {name: replace(plan, noise_multiplier=noise) for name, plan in plans.items()}

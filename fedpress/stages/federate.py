@@ -14,11 +14,11 @@ from fedpress.errors import PrivacyError, TrainingError
 from fedpress.federate import RoundRecord
 from fedpress.folder import StageFolder
 from fedpress.privacy.ledger import Charge, Ledger
-from fedpress.stages.binding import PROMISE, Federation, bind, steps_per_round
+from fedpress.stages.binding import PROMISE, Federation, bind
+from fedpress.stages.protecting import steps_per_round
 from fedpress.stages.settings import FederateSettings
 from fedpress.state import State, Tick
 from fedpress.training import Evaluation, evaluate
-from fedpress.wire.message import pack
 
 
 class FederateStage(FederateSettings):
@@ -34,7 +34,6 @@ class FederateStage(FederateSettings):
         federation = bind(self, state)
         clients = state.data.clients
         examples = [len(a) for a in clients.values()]
-        size = len(pack(federation.request(1, tree.flatten(federation.model))))
         facts: dict[str, Any] = {
             "clients": len(examples),
             "examples_per_client": [min(examples), max(examples)],
@@ -43,19 +42,18 @@ class FederateStage(FederateSettings):
             "trained_values": federation.uplink.promise.size,
             "batch_size": self.batch_size,
             "steps_per_round": steps_per_round(self, max(examples)),
-            "bytes_down_per_round": size * federation.uplink.cohort.size,
-            "bytes_up_per_round": size * federation.uplink.cohort.size,
+            **{name: value for name, value in federation.sizes().items() if value is not None},
         }
         ledger = federation.ledger
         if self.privacy is not None:
             charges = federation.charges(list(clients), 1, self.num_rounds) if self.num_rounds else []
             ledger = self._spend(ledger, charges)
-            facts |= federation.promise() | {"epsilon": ledger.epsilon(delta=self.privacy.delta)}
+            facts |= federation.promise() | federation.grid() | {"epsilon": ledger.epsilon(delta=self.privacy.delta)}
         return replace(state, ledger=ledger), facts
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Runs the rounds; yields a tick for each, and saves a checkpoint after each."""
-        federation, data = bind(self, state), state.data
+        federation, data = bind(self, state, folder.path), state.data
         saved = folder.load_progress()
         now = Progress.load(*saved) if saved[1] else Progress.begin(federation)
         if state.accuracy is None:

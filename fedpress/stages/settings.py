@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from fedpress.augment import Augment
 from fedpress.federate import Average, LocalSettings
 from fedpress.federate.algorithms import Server
+from fedpress.federate.transforms import AnyTransform, Quantize
+from fedpress.privacy.adaptive import AdaptiveClip
 from fedpress.state import Name
 
 
@@ -21,16 +23,46 @@ class PrivacySettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     unit: Literal["sample", "client"]
+    trust: Literal["local", "secure", "central"] | None = Field(
+        None, description="who adds the noise: each client, the clients together under a secure sum, or the server"
+    )
     delta: float = Field(1e-5, gt=0, lt=1)
     clip_norm: float = Field(1.0, gt=0)
     epsilon: float | None = Field(None, gt=0)
     noise_multiplier: float | None = Field(None, gt=0)
+    adaptive: AdaptiveClip | None = Field(None, description="the clip norm follows the updates (unit client)")
+    correlated: CorrelatedNoise | None = Field(
+        None, description="noise that cancels over the rounds, for populations without sampling (unit client)"
+    )
+    secure_noise: bool = Field(
+        False, description="noise from the operating system's randomness on a public grid; runs then differ"
+    )
 
     @model_validator(mode="after")
     def _one_of_two(self) -> PrivacySettings:
         if (self.epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("give either epsilon (the noise is calibrated) or noise_multiplier, one of the two")
+        if self.trust is None:  # the place where each unit's noise has always been
+            object.__setattr__(self, "trust", "central" if self.unit == "client" else "local")
+        for name in ("adaptive", "correlated"):
+            if getattr(self, name) is not None and (self.unit, self.trust) != ("client", "central"):
+                raise ValueError(f"{name} is for unit 'client' with trust 'central'; leave it out")
+        if self.adaptive is not None and self.correlated is not None:
+            raise ValueError("adaptive and correlated do not go together: correlated noise needs one clip norm")
+        if self.correlated is not None and self.secure_noise:
+            raise ValueError("correlated noise is not drawn on a grid, as secure_noise promises; leave one of them out")
         return self
+
+
+class CorrelatedNoise(BaseModel):
+    """`[stage.privacy.correlated]`: matrix factorisation (Choquette-Choo et al. 2023, arXiv:2306.08153).
+
+    No two rounds of one client are closer than `min_separation`; all clients in all rounds is a separation of 1.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bands: int = Field(16, ge=2, le=64, description="draws that are mixed into one round")
 
 
 class FederateSettings(LocalSettings):
@@ -54,5 +86,15 @@ class FederateSettings(LocalSettings):
     norm: Literal["frozen", "batch"] = "frozen"
     augment: Augment = Augment()
     privacy: PrivacySettings | None = None
+    uplink: tuple[AnyTransform, ...] = Field((), description="what makes an update small, in order")
+    downlink: tuple[AnyTransform, ...] = Field(
+        (), description="codes the difference to the model that clients hold; the whole model travels if empty"
+    )
+    first_downlink: tuple[AnyTransform, ...] = Field(
+        (Quantize(bits=8),), description="codes the model itself for clients that hold nothing yet"
+    )
+    error_feedback: bool = Field(False, description="clients add what coding lost of one update to the next")
+    sum: Literal["plain", "secure"] = Field("plain", description="secure: the server learns the sum alone")
+    max_dropout: float = Field(1 / 3, ge=0, lt=0.5, description="share of a cohort that may vanish from a secure sum")
     target_accuracy: float | None = Field(None, gt=0, le=1, description="stop when validation accuracy reaches this")
     patience: int = Field(0, ge=0, description="stop after so many rounds without a better one; 0 = never")

@@ -151,7 +151,7 @@ def test_rounds_without_a_usable_reply_leave_params_and_state_as_they_were():
     assert all(torch.equal(r.params, federation.params) for r in records)
     assert all("NaN" in reason for r in records for reason in r.refused.values())
     assert [len(r.refused) for r in records] == [4, 4]
-    assert not records[-1].server_state["mean"].any()
+    assert not records[-1].server_state["optimizer/mean"].any()
 
 
 def test_under_client_privacy_a_round_without_replies_is_a_step_of_noise():

@@ -1,5 +1,9 @@
 """The transforms of an update, a table: clip first, then what makes it small, in the order of the recipe."""
 
+from typing import Annotated
+
+from pydantic import Field
+
 from fedpress.federate.transforms.base import (
     VALUES,
     Bound,
@@ -9,21 +13,49 @@ from fedpress.federate.transforms.base import (
     Settings,
     Transform,
     bind_chain,
+    check_float,
     decode_chain,
     encode_chain,
 )
 from fedpress.federate.transforms.clip import Clip
+from fedpress.federate.transforms.discretize import Discretize
+from fedpress.federate.transforms.lowrank import LowRank
+from fedpress.federate.transforms.noise import Noise
+from fedpress.federate.transforms.quantize import Quantize, Sign, Ternary
+from fedpress.federate.transforms.rotate import Rotate
+from fedpress.federate.transforms.sparse import RandomK, TopK
+
+AnyTransform = Annotated[
+    Clip | TopK | RandomK | Rotate | LowRank | Quantize | Sign | Ternary | Discretize | Noise,
+    Field(discriminator="kind"),
+]
+TRANSFORMS = {
+    row.model_fields["kind"].default: row
+    for row in (Clip, TopK, RandomK, Rotate, LowRank, Quantize, Sign, Ternary, Discretize, Noise)
+}
 
 __all__ = [
+    "TRANSFORMS",
     "VALUES",
+    "AnyTransform",
     "Bound",
     "Chain",
     "Clip",
+    "Discretize",
     "Encoded",
     "Key",
+    "LowRank",
+    "Noise",
+    "Quantize",
+    "RandomK",
+    "Rotate",
     "Settings",
+    "Sign",
+    "Ternary",
+    "TopK",
     "Transform",
     "bind_chain",
+    "check_float",
     "decode_chain",
     "encode_chain",
 ]

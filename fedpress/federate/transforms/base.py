@@ -13,20 +13,23 @@ from torch import Tensor
 from fedpress import seeds
 from fedpress.errors import WireError
 from fedpress.federate.exchange import ClientId
+from fedpress.privacy.chance import Chance, Cipher, Seeded
 
 
 @dataclass(frozen=True)
 class Bound:
     """What is promised about one client's vector: its size, its L2 and maximum norm, whether it is whole numbers.
 
-    `shapes` are those of the parameters that the vector [size] holds one after another, empty once a transform has
-    mixed or dropped values.
+    `spread` is the standard deviation of each value after a random rotation, whose tails are no heavier than a
+    Gaussian's; infinite without one. `shapes` are those of the parameters that the vector [size] holds one after
+    another, empty once a transform has mixed or dropped values.
     """
 
     size: int
     l2: float = math.inf
     linf: float = math.inf
     integer: bool = False
+    spread: float = math.inf
     shapes: tuple[tuple[int, ...], ...] = ()
 
 
@@ -50,6 +53,14 @@ class Key:
         """Returns the stream `words` of this client in this round for what privacy rests on."""
         return seeds.secret_generator(self.seed if self.secret is None else self.secret, *self._words(words))
 
+    def hidden_key(self, *words: str | int) -> bytes:
+        """Returns the 32-byte name of the stream `words` of this client in this round, as secret as its noise."""
+        return seeds.secret_key(self.seed if self.secret is None else self.secret, *self._words(words))
+
+    def chance(self, *words: str | int) -> Chance:
+        """Returns the stream `words` of this client in this round for noise: cryptographic if there is a `secret`."""
+        return Seeded(self.hidden(*words)) if self.secret is None else Cipher(self.hidden_key(*words))
+
     def shared(self, *words: str | int) -> torch.Generator:
         """Returns the stream `words` that all clients of this round have in common."""
         return seeds.generator(self.seed, "shared", "round", self.round, *words)
@@ -64,6 +75,37 @@ class Encoded:
 
     values: Tensor
     side: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def check_values(x: Encoded, name: str, size: int, *, integer: bool = False) -> Tensor:
+    """Returns the values [size] of `x`, which may come from anybody, if they are all there is.
+
+    Raises:
+        WireError: if there are side tensors, or the values are of another size or type.
+    """
+    if x.side:
+        raise WireError(f"{name}.{min(x.side)}: no such tensor is read; send only what the chain makes")
+    if x.values.shape != (size,) or x.values.is_floating_point() == integer:
+        kind = "whole numbers" if integer else "floating-point numbers"
+        got = f"{x.values.dtype} {list(x.values.shape)}"
+        raise WireError(f"{name}.values: got {got}, expected {kind} [{size}]; use the same recipe on both sides")
+    return x.values
+
+
+def check_float(values: Tensor, size: int, name: str) -> Tensor:
+    """Returns `values`, which may come from anybody, if they are float32 [size] and finite.
+
+    Raises:
+        WireError: if they are not.
+    """
+    if values.dtype != torch.float32 or values.shape != (size,):
+        raise WireError(
+            f"{name}: got {values.dtype} {list(values.shape)}, expected torch.float32 [{size}]; "
+            "use the same recipe on both sides"
+        )
+    if not bool(torch.isfinite(values).all()):
+        raise WireError(f"{name}: it holds NaN or infinity; lower the learning rate")
+    return values
 
 
 class Transform(Protocol):

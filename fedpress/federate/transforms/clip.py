@@ -16,7 +16,7 @@ class Clip(BaseModel):
     """Scales an update down to L2 norm `clip_norm`.
 
     >>> Clip(clip_norm=1.0).bind(Bound(size=3, l2=2.0))[1]
-    Bound(size=3, l2=1.0, linf=1.0, integer=False, shapes=())
+    Bound(size=3, l2=1.0, linf=1.0, integer=False, spread=inf, shapes=())
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,0 +1,333 @@
+"""Plans the privacy of a federate stage: who adds which noise, on which grid, and what each round costs whom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from fedpress.errors import RecipeError
+from fedpress.federate import Bound, Clip, Cohort, Discretize, Noise, Rotate, Settings, bind_chain
+from fedpress.federate.servernoise import ServerNoise
+from fedpress.federate.transforms.discretize import coordinate_limit
+from fedpress.privacy import adaptive, distributed
+from fedpress.privacy.factorization import Factorization
+from fedpress.privacy.ledger import POPULATION
+from fedpress.privacy.phases import AnyPhase
+from fedpress.privacy.plan import PrivacyPlan
+from fedpress.secure import SecurePlan
+from fedpress.stages.settings import FederateSettings, PrivacySettings
+
+BITS = 16
+"""Bits of a secure sum without noise, where none are asked for: coarser than float32, finer than updates need."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid of a secure sum of `size` values by so many clients.
+
+    Attributes:
+        plan: of the secure sum.
+        size: values that every client sends.
+        scale: grid units per unit of the update.
+        coordinate_limit: where each value is clamped, in units of the update.
+        limit: no value of an honest sum is larger, in grid units.
+        noise: the privacy it was planned for, None without.
+    """
+
+    plan: SecurePlan
+    size: int
+    scale: float
+    coordinate_limit: float
+    limit: int
+    noise: distributed.DistributedPlan | None = None
+
+    def fill(self, chain: Sequence[Settings]) -> tuple[Settings, ...]:
+        """Returns `chain` with the plan in its `discretize`, and each client's share of the noise behind it."""
+        filled: list[Settings] = []
+        for transform in chain:
+            filled.append(transform)
+            if isinstance(transform, Discretize):
+                planned = {"bits": self.plan.bits, "scale": self.scale, "limit": self.coordinate_limit}
+                filled[-1] = transform.model_copy(update=planned)
+                if self.noise is not None:
+                    filled.append(Noise(std=math.sqrt(self.noise.variance)))
+        return tuple(filled)
+
+
+@dataclass(frozen=True)
+class Protection:
+    """A stage's privacy, planned.
+
+    Attributes:
+        chain: the transforms of the uplink, with grid and noise filled in.
+        plans: each client's plan; the same one for all but under sample privacy of each client's own; empty without.
+        costs: what one round costs those who take part, by name, or "population"; `whole` if it is the cost of all
+            rounds together, charged before the first.
+        grid: of a secure sum, None for a plain one.
+        noise: what the server adds.
+        divisor: of the private sum.
+        whole: see `costs`.
+    """
+
+    chain: tuple[Settings, ...]
+    plans: Mapping[str, PrivacyPlan] = field(default_factory=dict)
+    costs: Mapping[str, AnyPhase] = field(default_factory=dict)
+    grid: Grid | None = None
+    noise: ServerNoise | None = None
+    divisor: float | None = None
+    whole: bool = False
+
+
+def protect(
+    stage: FederateSettings, examples: Mapping[str, int], cohort: Cohort, shapes: Sequence[tuple[int, ...]]
+) -> Protection:
+    """Plans noise, grid and costs of `stage` for clients with so many `examples` and parameters of these `shapes`.
+
+    Raises:
+        RecipeError: if settings do not fit together.
+        PrivacyError: if no noise keeps the budget.
+    """
+    private, secure = stage.privacy, is_secure(stage)
+    chain = tuple(stage.uplink) or ((Rotate(), Discretize()) if secure else ())
+    start = Bound(sum(math.prod(s) for s in shapes), shapes=tuple(shapes))
+    if private is None:
+        if not secure:
+            return Protection(chain)
+        grid = _grid(stage, chain, start, cohort)
+        return Protection(grid.fill(chain), grid=grid)
+    _check_promise(private, examples, cohort)
+    if private.unit == "sample" and private.trust != "local":
+        return _joint(stage, private, examples, cohort, chain, start)
+    if secure and private.trust != "secure":
+        raise RecipeError(
+            f'stage.privacy.trust: got \'{private.trust}\' with sum = "secure"; set trust = "secure", so that the '
+            "clients make the noise of the sum together"
+        )
+    if private.unit == "sample":
+        return _alone(stage, private, examples, chain)
+    return _client(stage, private, examples, cohort, chain, start)
+
+
+def is_secure(stage: FederateSettings) -> bool:
+    """Says whether the stage sums securely: it is asked for, or the noise rests on it."""
+    return stage.sum == "secure" or (stage.privacy is not None and stage.privacy.trust == "secure")
+
+
+def repeated(phase: AnyPhase, count: int) -> AnyPhase:
+    """Returns `phase` so many times."""
+    return replace(phase, steps=phase.steps * count)
+
+
+def steps_per_round(stage: FederateSettings, examples: int) -> int:
+    """Returns the local steps of one round for a client of so many examples."""
+    if stage.privacy is not None and stage.privacy.unit == "sample" and stage.privacy.trust != "local":
+        return 1
+    return stage.epochs * math.ceil(examples / stage.batch_size)
+
+
+def _alone(
+    stage: FederateSettings, private: PrivacySettings, examples: Mapping[str, int], chain: tuple[Settings, ...]
+) -> Protection:
+    """Sample privacy of each client's own noise: all get the noise that the most exposed of them needs."""
+    base = PrivacyPlan("sample", private.clip_norm, 1.0, delta=private.delta)
+    plans = {
+        name: replace(base, sampling_prob=min(1.0, stage.batch_size / n), steps_per_round=steps_per_round(stage, n))
+        for name, n in examples.items()
+    }
+    noise = private.noise_multiplier
+    if noise is None:
+        assert private.epsilon is not None
+        budget, length = private.epsilon, max(1, stage.num_rounds)
+        noise = max(p.calibrate(epsilon=budget, num_rounds=length).noise_multiplier for p in set(plans.values()))
+    plans = {name: replace(plan, noise_multiplier=noise) for name, plan in plans.items()}
+    return Protection(chain, plans, {name: plan.phase(num_rounds=1) for name, plan in plans.items()})
+
+
+def _joint(
+    stage: FederateSettings,
+    private: PrivacySettings,
+    examples: Mapping[str, int],
+    cohort: Cohort,
+    chain: tuple[Settings, ...],
+    start: Bound,
+) -> Protection:
+    """Sample privacy of one jointly noised gradient step a round, over the examples of the whole cohort."""
+    _check_joint(stage)
+    total = sum(examples.values())
+    share = min(1.0, stage.batch_size * len(examples) / total)
+    expected = share * total * cohort.size / cohort.population
+    plan = PrivacyPlan("sample", private.clip_norm, share, 1.0, delta=private.delta)
+    divisor = expected / stage.lr
+    if private.trust == "central":
+        plan = _calibrated(plan, private, max(1, stage.num_rounds))
+        costs = dict.fromkeys(examples, plan.phase(num_rounds=1))
+        return Protection(chain, dict.fromkeys(examples, plan), costs, noise=ServerNoise(plan), divisor=divisor)
+    # A client's sum is cut to what its usual batch can reach. Scaling into a ball is a projection: it brings no two
+    # vectors further apart, so one example still moves the sum by one clip norm.
+    longest = private.clip_norm * max(1.0, share * max(examples.values()))
+    chain = (Clip(clip_norm=longest), *chain)
+    grid = _grid(stage, chain, start, cohort, sensitivity=private.clip_norm, sampling_prob=share)
+    assert grid.noise is not None
+    plan = replace(plan, noise_multiplier=grid.noise.noise_multiplier)
+    costs = dict.fromkeys(examples, grid.noise.phase(num_rounds=1))
+    return Protection(grid.fill(chain), dict.fromkeys(examples, plan), costs, grid, divisor=divisor)
+
+
+def _check_joint(stage: FederateSettings) -> None:
+    for name, fine in (("epochs", 1), ("momentum", 0.0), ("lr_decay", 1.0)):
+        if getattr(stage, name) != fine:
+            raise RecipeError(
+                f"stage.{name}: got {getattr(stage, name):g}, but with this trust the clients of a cohort take one "
+                f"step together; set {name} = {fine:g}, and momentum in stage.server if wanted"
+            )
+    for transform in stage.uplink:
+        if transform.kind not in ("clip", "rotate", "randomk", "discretize") or getattr(transform, "unbiased", False):
+            raise RecipeError(
+                f"stage.uplink.{transform.kind}: it could let one example move a client's sum by more than the clip "
+                "norm; use 'rotate', 'randomk' and 'discretize' here, or trust = \"local\""
+            )
+
+
+def _client(
+    stage: FederateSettings,
+    private: PrivacySettings,
+    examples: Mapping[str, int],
+    cohort: Cohort,
+    chain: tuple[Settings, ...],
+    start: Bound,
+) -> Protection:
+    """Client privacy: by the server's noise, by the clients' together, or by each client's own."""
+    times = math.ceil(max(1, stage.num_rounds) / cohort.period)  # that one client takes part
+    everybody = cohort.sampling == "poisson" or cohort.size == cohort.population
+    if private.trust == "secure":
+        if cohort.sampling == "poisson":
+            raise RecipeError(
+                "stage.sampling: a secure sum needs a cohort of fixed size, whose noise and bits are planned; use "
+                "'fixed' or 'cyclic'"
+            )
+        before = (Clip(clip_norm=private.clip_norm), *chain)
+        grid = _grid(stage, before, start, cohort, times=times)
+        assert grid.noise is not None
+        plan = PrivacyPlan("client", private.clip_norm, 1.0, grid.noise.noise_multiplier, delta=private.delta)
+        costs = dict.fromkeys(examples, grid.noise.phase(num_rounds=1))
+        return Protection(grid.fill(chain), dict.fromkeys(examples, plan), costs, grid)
+    if private.trust == "local":  # whoever sees a client's update knows that it took part: sampling hides nothing
+        plan = _calibrated(PrivacyPlan("client", private.clip_norm, 1.0, 1.0, delta=private.delta), private, times)
+        return Protection(chain, dict.fromkeys(examples, plan), dict.fromkeys(examples, plan.phase(num_rounds=1)))
+    unit = 1.0 if private.adaptive is not None else private.clip_norm  # an adaptive clip's updates come in units of it
+    plan = PrivacyPlan("client", unit, cohort.sampling_prob, 1.0, delta=private.delta)
+    if private.correlated is not None:
+        return _correlated(stage, private, examples, cohort, chain, plan, times)
+    plan = _calibrated(plan, private, times)
+    noise = ServerNoise(plan)
+    if private.adaptive is not None:
+        count_noise = private.adaptive.std(cohort.size)
+        noise = ServerNoise(replace(plan, noise_multiplier=adaptive.split(plan.noise_multiplier, count_noise)))
+    phase = plan.phase(num_rounds=1)
+    costs = {POPULATION: phase} if everybody else dict.fromkeys(examples, phase)
+    return Protection(chain, dict.fromkeys(examples, plan), costs, noise=noise)
+
+
+def _correlated(
+    stage: FederateSettings,
+    private: PrivacySettings,
+    examples: Mapping[str, int],
+    cohort: Cohort,
+    chain: tuple[Settings, ...],
+    plan: PrivacyPlan,
+    times: int,
+) -> Protection:
+    """Noise that is correlated over the rounds: all of them together are one Gaussian mechanism."""
+    if cohort.sampling == "poisson":
+        raise RecipeError(
+            "stage.sampling: correlated noise is for populations without sampling; use 'cyclic', or all clients"
+        )
+    assert private.correlated is not None
+    rounds = max(1, stage.num_rounds)
+    mixed = Factorization.plan(
+        rounds=rounds, participations=times, min_separation=cohort.period, bands=min(private.correlated.bands, rounds)
+    )
+    plan = _calibrated(plan, private, 1)
+    return Protection(
+        chain,
+        dict.fromkeys(examples, plan),
+        {POPULATION: plan.phase(num_rounds=1)},
+        noise=ServerNoise(plan, mixed),
+        whole=True,
+    )
+
+
+def _calibrated(plan: PrivacyPlan, private: PrivacySettings, steps: int) -> PrivacyPlan:
+    if private.noise_multiplier is not None:
+        return replace(plan, noise_multiplier=private.noise_multiplier)
+    assert private.epsilon is not None
+    return plan.calibrate(epsilon=private.epsilon, num_rounds=steps)
+
+
+def _grid(
+    stage: FederateSettings,
+    chain: tuple[Settings, ...],
+    start: Bound,
+    cohort: Cohort,
+    *,
+    sensitivity: float | None = None,
+    sampling_prob: float = 1.0,
+    times: int | None = None,
+) -> Grid:
+    """Plans scale, bits and noise of the grid from what is promised just before it.
+
+    `sensitivity` is how much one protected unit moves a client's vector, its whole bound unless given; `times` how
+    often a unit takes part, every round unless given.
+    """
+    at = next((i for i, transform in enumerate(chain) if isinstance(transform, Discretize)), None)
+    if at is None:
+        raise RecipeError(
+            'stage.uplink: a secure sum adds whole numbers; end the list with { kind = "discretize", bits = 18 }'
+        )
+    discretize = chain[at]
+    assert isinstance(discretize, Discretize)
+    bound = bind_chain(chain[:at], start)[1]
+    if not bound.l2 < math.inf:
+        discretize.model_copy(update={"scale": 1.0}).bind(bound)  # says what is missing
+    limit = discretize.limit or coordinate_limit(bound)
+    private = stage.privacy
+    if private is None:
+        secure = SecurePlan(cohort.size, discretize.bits or BITS, stage.max_dropout)
+        half = distributed.ROOM * 2 ** (secure.bits - 1)
+        scale = (half / cohort.size - 1) / limit
+        if scale <= 0:
+            raise RecipeError(f"stage.uplink.discretize.bits: {secure.bits} bits cannot hold {cohort.size} clients")
+        return Grid(secure, bound.size, scale, limit, math.floor(half))
+    planned = distributed.plan(
+        size=bound.size,
+        clip_norm=sensitivity or bound.l2,
+        coordinate_limit=limit,
+        clients=cohort.size,
+        survivors=SecurePlan(cohort.size, 2, stage.max_dropout).survivors,
+        steps=times or max(1, stage.num_rounds),
+        delta=private.delta,
+        epsilon=private.epsilon,
+        noise_multiplier=private.noise_multiplier,
+        bits=discretize.bits,
+        unit=private.unit,
+        sampling_prob=sampling_prob,
+    )
+    secure = SecurePlan(cohort.size, planned.bits, stage.max_dropout)
+    return Grid(secure, bound.size, planned.scale, limit, math.floor(planned.limit), planned)
+
+
+def _check_promise(private: PrivacySettings, examples: Mapping[str, int], cohort: Cohort) -> None:
+    displaces = private.trust == "central" and cohort.sampling == "fixed" and cohort.size < cohort.population
+    if private.unit == "client" and displaces:
+        raise RecipeError(
+            f"stage.sampling: a fixed cohort of {cohort.size} in {cohort.population} clients breaks client privacy, "
+            "since a client that joins displaces another and moves the sum twice; set sampling = 'poisson', or take "
+            "all clients"
+        )
+    units = len(examples) if private.unit == "client" else sum(examples.values())
+    if private.delta >= 1 / units:
+        raise RecipeError(
+            f"stage.privacy.delta: got {private.delta:g}, which lets one of the {units} protected {private.unit}s be "
+            f"given away whole; take it well below {1 / units:.1g}"
+        )
