@@ -132,12 +132,11 @@ class Member:
             raise WireError(f"{place}.cohort: {self.name!r} is not in the committee of round {number}; ask its members")
         if self._answered.get(number, {}).get("context") != facts.context.hex():
             raise SecureError(f"round {number}: {self.name!r} masked no vector of this cohort; ask those who did")
-        reported = self._reported(request, facts, me)
+        reported, label = self._reported(request, facts, me)
         clients: list[int] = np.flatnonzero(reported).tolist()
         sizes = [facts.sealed_size(i) for i in clients]
         sealed = read_bytes(request, "sealed", (sum(sizes),), place)
         nonces = read_bytes(request, "nonces", (len(clients), NONCE), place)
-        label = list_digest(facts, reported, request.tensors["digests"].numpy())
         question = digest(label, sealed.tobytes(), nonces.tobytes())
         self._answer_once(facts, "unmask", question)
 
@@ -227,8 +226,8 @@ class Member:
             raise WireError(f"round.cohort: {self.name!r} was asked but is not in it; ask only the cohort")
         return facts
 
-    def _reported(self, request: Part, facts: Round, me: int) -> np.ndarray:
-        """Returns who reported, bool [cohort], after checking that each of them signed a report."""
+    def _reported(self, request: Part, facts: Round, me: int) -> tuple[np.ndarray, bytes]:
+        """Returns who reported (bool [cohort]) and the digest of the list, after checking that each of them did."""
         flags = read_bytes(request, "reported", (len(facts.names),), "unmask")
         if flags.max() > 1 or not flags[me]:
             raise WireError(
@@ -245,7 +244,7 @@ class Member:
         problem = facts.too_few(reported)
         if problem:
             raise SecureError(f"round {facts.number}: {problem}; the sum stays closed")
-        return reported
+        return reported, list_digest(facts, reported, digests)
 
     def _answer_once(self, facts: Round, step: str, question: bytes) -> None:
         newest = max(self._answered, default=facts.number)
