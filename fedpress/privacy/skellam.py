@@ -39,13 +39,26 @@ def rdp(alpha: int, *, l2: float, l1: float, variance: float) -> float:
     >>> round(rdp(2, l2=1.0, l1=1.0, variance=1e6) * 1e6, 3)
     1.0
     """
-    if alpha != int(alpha) or alpha < 2:
-        raise ValueError(f"alpha: got {alpha}, expected a whole number >= 2")
+    import numpy as np
+
+    return float(rdps(np.array([alpha]), l2=l2, l1=l1, variance=variance)[0])
+
+
+def rdps(orders: np.ndarray, *, l2: float, l1: float, variance: float) -> np.ndarray:
+    """Returns `rdp` at each of `orders` [k], float64 [k].
+
+    Raises:
+        ValueError: if an order is not a whole number >= 2.
+    """
+    import numpy as np
+
+    if bool((orders != np.floor(orders)).any()) or bool((orders < 2).any()):
+        raise ValueError(f"orders: got {orders}, expected whole numbers >= 2")
     if variance <= 0:
-        return math.inf if l2 > 0 else 0.0
-    gaussian = alpha * l2**2 / (2 * variance)
-    extra = ((2 * alpha - 1) * l2**2 + 6 * l1) / (4 * variance**2)
-    return gaussian + min(extra, 3 * l1 / (2 * variance))
+        return np.full(orders.shape, math.inf if l2 > 0 else 0.0)
+    gaussian = orders * l2**2 / (2 * variance)
+    extra = ((2 * orders - 1) * l2**2 + 6 * l1) / (4 * variance**2)
+    return gaussian + np.minimum(extra, 3 * l1 / (2 * variance))
 
 
 def rounded_sensitivity(l2: float, size: int, beta: float = RETRY_BETA) -> float:
@@ -82,7 +95,7 @@ def tail(size: int, variance: float, chance: float) -> float:
     low, high = 0.0, math.sqrt(2 * variance * needed) + needed
     while _chernoff(high, variance) < needed:
         high *= 2
-    for _ in range(200):
+    for _ in range(50):
         middle = (low + high) / 2
         low, high = (low, middle) if _chernoff(middle, variance) >= needed else (middle, high)
     return high
