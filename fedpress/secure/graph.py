@@ -14,7 +14,8 @@ import numpy as np
 
 from fedpress.seeds import keystream
 
-RISK = 2.0**-40  # that a round's graph lets the server see less than the whole sum
+RISK = 2.0**-64  # that a round's graph or committee is bad; a server that tries 2^24 cohorts still has but 2^-40
+SMALL = 32  # up to this cohort the complete graph costs little, and needs no argument
 MISS = 2.0**-10  # that a round stays closed by chance although no more clients vanished than planned
 
 
@@ -37,6 +38,8 @@ def density(cohort: int, dropped: int, corrupt: int) -> tuple[float, int]:
     A cohort too small for a sparse graph gets the complete one, where every reporting client is a neighbour.
     """
     alive = cohort - dropped
+    if cohort <= SMALL:
+        return 1.0, alive - 1
     step = max(1, cohort // 100)
     for degree in range(step, cohort - 1, step):
         edge_prob = degree / (cohort - 1)

@@ -50,7 +50,7 @@ class SecurePlan:
         if self.bound is not None and not 0 < self.bound * self.cohort < 1 << (self.bits - 1):
             needed = (self.bound * self.cohort).bit_length() + 1
             raise RecipeError(
-                f"secure.bits: got {self.bits}, but {self.cohort} values up to {self.bound} need {needed} bits; raise it"
+                f"secure.bits: got {self.bits}, and {self.cohort} values up to {self.bound} need {needed} bits"
             )
         if self.survivors - self.corrupt < 2:
             raise RecipeError(
