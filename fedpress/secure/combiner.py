@@ -91,6 +91,7 @@ class SecureRound:
         self._total = np.zeros(facts.size, word(self._plan.bits))
         self._reports: dict[int, dict[str, np.ndarray]] = {}
         self._asked: np.ndarray | None = None  # who reported, once that is settled
+        self._wanted: list[list[int]] = []  # which shares of each of them are opened
         self._answers: dict[int, dict[str, np.ndarray]] = {}  # by the place in the committee
 
     @property
@@ -141,6 +142,7 @@ class SecureRound:
         if problem:
             raise SecureError(f"round {facts.number}: {problem}; the sum stays closed")
         self._asked = reported
+        self._wanted = [wanted_rows(facts, i, reported) for i in self._settled()]
         reports = [self._reports[i] for i in self._settled()]
         common = {
             "reported": tensor(reported.astype(np.uint8)),
@@ -167,7 +169,7 @@ class SecureRound:
             raise WireError(f"{place}: {name!r} answered twice; answer once")
         clients = self._settled()
         holders = sum(int(self._asked[i]) for i in facts.committee)
-        rows = sum(len(wanted_rows(facts, i, self._asked)) for i in clients)
+        rows = sum(map(len, self._wanted))
         shapes = {
             "body": (len(clients) + rows * SEED + TAG,),
             "commitment": (SEED,),
@@ -186,13 +188,14 @@ class SecureRound:
             raise SecureError(f"round {self._facts.number}: nobody was asked to unmask; send the requests first")
         bodies = self._bodies()
         facts, clients = self._facts, self._settled()
-        wanted = [wanted_rows(facts, i, self._asked) for i in clients]
-        starts = np.cumsum([0, *(len(rows) for rows in wanted)])
+        starts = np.cumsum([0, *map(len, self._wanted)])
         holders = np.array(sorted(bodies))
         unread = np.stack([np.frombuffer(bodies[k], np.uint8, len(clients)) for k in holders])
         shares = np.stack([np.frombuffer(bodies[k], np.uint8, offset=len(clients)) for k in holders])
         shares = shares.reshape(len(holders), -1, SEED)
-        kept = np.concatenate([self._reports[i]["commitments"][rows] for i, rows in zip(clients, wanted, strict=True)])
+        kept = np.concatenate(
+            [self._reports[i]["commitments"][rows] for i, rows in zip(clients, self._wanted, strict=True)]
+        )
         seeds = np.zeros((starts[-1], SEED), np.uint8)
         groups: dict[bytes, list[int]] = {}  # clients whose shares were readable for the same holders
         for at in range(len(clients)):
@@ -214,7 +217,7 @@ class SecureRound:
                 raise self._closed("the shares of the committee do not fit what clients committed to")
             seeds[rows] = found
         total = self._total.copy()
-        add_masks_(total, self._to_remove(clients, wanted, seeds))
+        add_masks_(total, self._to_remove(seeds))
         return centred(total, self._plan.bits)
 
     def _settled(self) -> list[int]:
@@ -271,12 +274,10 @@ class SecureRound:
             raise self._closed(f"{len(bodies)} of the committee gave right answers, and at least {threshold} must")
         return bodies
 
-    def _to_remove(
-        self, clients: Sequence[int], wanted: Sequence[Sequence[int]], seeds: np.ndarray
-    ) -> list[tuple[bytes, bool]]:
+    def _to_remove(self, seeds: np.ndarray) -> list[tuple[bytes, bool]]:
         """Returns the masks left in the total, each with the opposite sign."""
         left, rows = [], iter(seeds)
-        for i, opened in zip(clients, wanted, strict=True):
+        for i, opened in zip(self._settled(), self._wanted, strict=True):
             neighbours = self._facts.neighbours(i)
             left.append((next(rows).tobytes(), False))
             left += [(next(rows).tobytes(), bool(i > neighbours[row - 1])) for row in opened[1:]]

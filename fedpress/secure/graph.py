@@ -14,7 +14,7 @@ import numpy as np
 
 from fedpress.seeds import keystream
 
-RISK = 2.0**-64  # that a round's graph or committee is bad; a server that tries 2^24 cohorts still has but 2^-40
+RISK = 2.0**-64  # that a round's graph or committee is bad; after 2^24 tries of a server that is still 2^-40
 SMALL = 32  # up to this cohort the complete graph costs little, and needs no argument
 MISS = 2.0**-10  # that a round stays closed by chance although no more clients vanished than planned
 

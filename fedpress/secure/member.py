@@ -182,11 +182,13 @@ class Member:
             people: list[list[str]] = state["roster"]  # type: ignore[assignment]
             saved: dict[str, dict[str, str]] = state["answered"]  # type: ignore[assignment]
             answered = {int(n): {str(k): str(v) for k, v in steps.items()} for n, steps in saved.items()}
+            if not all("context" in steps for steps in answered.values()):
+                raise KeyError("context")
             if people:
                 names, keys, signatures = zip(*people, strict=True)
                 made = Roster(names, tuple(map(bytes.fromhex, keys)), tuple(map(bytes.fromhex, signatures)))
                 self._keep(Roster.read(made.part(), self._setting))
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, WireError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, WireError, SecureError) as error:
             raise RecipeError(
                 f"secure.state: not the state of {self.name!r} in run {self._setting.run!r} "
                 f"({type(error).__name__}); load what this run saved"
