@@ -39,7 +39,8 @@ num_rounds = {rounds}
 cohort = 10
 epochs = 2
 batch_size = 20
-lr = 0.05
+lr = 0.1
+lr_decay = 0.985
 augment = {{ flip = "random" }}
 """
 

@@ -1,4 +1,4 @@
-"""The network of the from-scratch benchmark: 190,000 parameters, quick on a processor."""
+"""The network of the from-scratch benchmark: 81,000 parameters, quick on a processor."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class SmallCNN(nn.Module):
 
     def __init__(self, *, num_classes: int = 10) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 32, 5, stride=2, padding=2)
-        self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
-        self.conv3 = nn.Conv2d(64, 64, 3, padding=1)
-        self.hidden = nn.Linear(64 * 16, 128)
+        self.conv1 = nn.Conv2d(3, 16, 5, stride=2, padding=2)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.conv3 = nn.Conv2d(32, 32, 3, padding=1)
+        self.hidden = nn.Linear(32 * 16, 128)
         self.head = nn.Linear(128, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ from fedpress.federate.transforms import (
     decode_chain,
     encode_chain,
 )
-from fedpress.privacy.adaptive import AdaptiveClip
+from fedpress.privacy.adaptive import AdaptiveClip, share_below
+from fedpress.privacy.mechanism import noise_sum
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.wire.message import JSON, Message
 
@@ -124,6 +125,8 @@ class Uplink:
                 'behind an update; set weights = "equal"'
             )
         adder.check(bound_chain, end)
+        if adaptive is not None and adaptive.count_noise is None:
+            raise RecipeError("privacy.adaptive.count_noise: not planned; give it, or bind with a planned one")
         if privacy is not None and trust == "central":
             noise = noise or ServerNoise(privacy)
         return cls(
@@ -225,7 +228,9 @@ class Uplink:
         assert self.adaptive is not None
         norm = float(state["clip_norm"])
         chance = key.chance("clip", seeds.fingerprint(below, norm, self.adaptive))
-        share = self.adaptive.noised_share(below, self.cohort.size, chance)
+        count = PrivacyPlan("client", 0.5, 1.0, 2 * (self.adaptive.count_noise or 0.0))
+        bits = torch.tensor([sum(0.5 if bit else -0.5 for bit in below)], dtype=torch.float64)
+        share = share_below(float(noise_sum(bits, count, chance)), self.cohort.size)
         return {"clip_norm": torch.tensor(self.adaptive.update(norm, share), dtype=torch.float64)}
 
     def _sent(

@@ -75,6 +75,31 @@ def bytes_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
     )
 
 
+def accuracy_over_bytes(name: str, rounds: list[Json]) -> Figure | None:
+    """Shows accuracy over all bytes sent so far, up and down: what a connection costs is bytes, not rounds."""
+    accuracy = values(rounds, "accuracy", 100)
+    sent = [
+        (up or 0.0) + (down or 0.0)
+        for up, down in zip(values(rounds, "bytes_up"), values(rounds, "bytes_down"), strict=True)
+    ]
+    if not any(sent) or all(a is None for a in accuracy):
+        return None
+    prefix, size = units.scale(total_of(sent))
+    so_far = [total_of(sent[: i + 1]) / size for i in range(len(sent))]
+    path = line("accuracy", so_far, accuracy)
+    path["hovertemplate"] = f"%{{y:.2f}}%<br>after %{{x:.4~g}} {prefix}B<extra></extra>"
+    return Figure(
+        f"Accuracy over bytes: {name}",
+        f"Validation accuracy {from_to(accuracy)} for {units.count(total_of(sent), 'B')} up and down together.",
+        spec(
+            [path],
+            x=axis(f"bytes sent, up and down ({prefix}B)", rangemode="tozero"),
+            y=axis("validation accuracy (%)"),
+            hovermode="closest",
+        ),
+    )
+
+
 def client_accuracy(stage: Json) -> Figure | None:
     """Shows how well the final model of a stage does for each client: bars, or a histogram of many."""
     measured = stage.get("client_accuracy")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedpress.report import units
-from fedpress.report.federated import accuracy_over_rounds, bytes_over_rounds, client_accuracy
+from fedpress.report.federated import accuracy_over_bytes, accuracy_over_rounds, bytes_over_rounds, client_accuracy
 from fedpress.report.plot import (
     BLUE,
     FAINT,
@@ -34,7 +34,11 @@ def figures(run: Run) -> list[Figure]:
         epochs, rounds = [s for s in steps if "epoch" in s], [s for s in steps if "round" in s]
         name = str(steps[-1].get("name") or steps[-1].get("kind"))
         found += [training_curve(name, epochs), channels_kept(name, steps[-1])]
-        found += [accuracy_over_rounds(name, rounds), bytes_over_rounds(name, rounds)]
+        found += [
+            accuracy_over_rounds(name, rounds),
+            accuracy_over_bytes(name, rounds),
+            bytes_over_rounds(name, rounds),
+        ]
     found += [client_accuracy(stage) for stage in run.stages]
     return [figure for figure in found if figure]
 

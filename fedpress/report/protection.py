@@ -32,6 +32,10 @@ SEED = (
     " be taken away again. In this simulation one seed makes all the noise, so ε holds for those who do not have it:"
     " with truly private data choose your own seed, and keep it and this page to yourself."
 )
+SECURE_SUM = (
+    "The server learned only the sum of the updates of those who reported (a secure sum), as long as it worked together"
+    " with no more than the planned few of the clients."
+)
 LIMITS = [
     "Other runs on the same data: their ε add to this one's, also those of a table or a search for good settings.",
     "Attacks on how computers round numbers: the noise is drawn in floating point, by a generator made for science.",
@@ -100,6 +104,9 @@ def _odds(stage: Json, what: str) -> str:
 
 
 def _sample(title: str, stage: Json) -> Protection:
+    trust = stage.get("trust")
+    if trust in ("secure", "central"):
+        return _joint(title, stage, str(trust))
     return Protection(
         title=title,
         summary=f"Every private example is protected with {_budget(stage)}, against all who lack the noise's seed.",
@@ -112,7 +119,9 @@ def _sample(title: str, stage: Json) -> Protection:
         unprotected=[
             "Persons and clients as a whole: k examples of one person, or k clients with the same example, have"
             " together about k times the ε.",
-            "Updates were summed without a secure sum: the server sees each client's noisy update by itself.",
+            SECURE_SUM
+            if stage.get("sum") == "secure"
+            else "Updates were summed without a secure sum: the server sees each client's noisy update by itself.",
             "How many examples each client has.",
             *LIMITS,
             *PUBLIC,
@@ -120,7 +129,70 @@ def _sample(title: str, stage: Json) -> Protection:
     )
 
 
+def _joint(title: str, stage: Json, trust: str) -> Protection:
+    secure = trust == "secure"
+    whom = "everybody, the server too, who lacks the noise's seed" if secure else "everybody except the server"
+    return Protection(
+        title=title,
+        summary=f"Every private example is protected with {_budget(stage)}, against {whom}.",
+        protected=[
+            "Each example of each client: the clients of a round take one step together, on the sum of gradients that"
+            " were clipped per example, with noise that fits the whole sum.",
+            _odds(stage, "Adding or removing one example"),
+            *([SECURE_SUM] if secure else []),
+        ],
+        trusted=[
+            "Each client's own software, which clips its gradients"
+            + (", adds its share of the noise and hides the result." if secure else "."),
+            *(
+                ["The other clients: so many of them must stay and be honest as the plan counts on for noise and keys."]
+                if secure
+                else ["The server. It sees every client's sum of gradients without noise, and adds the noise."]
+            ),
+            SEED,
+        ],
+        unprotected=[
+            "Persons and clients as a whole: k examples of one person, or k clients with the same example, have"
+            " together about k times the ε.",
+            "How many examples each client has.",
+            *LIMITS,
+            *PUBLIC,
+        ],
+    )
+
+
+def _client_without_server(title: str, stage: Json, trust: str) -> Protection:
+    secure = trust == "secure"
+    return Protection(
+        title=title,
+        summary=f"Each client as a whole is protected with {_budget(stage)}, the server included, against all who lack"
+        " the noise's seed.",
+        protected=[
+            "All data of a client together: its update is clipped"
+            + (
+                ", and the clients together make the noise of the sum, which is all that the server can open."
+                if secure
+                else " and noise of its own is added inside the client."
+            ),
+            _odds(stage, "Adding or removing one client"),
+            *([SECURE_SUM] if secure else []),
+        ],
+        trusted=[
+            "Each client's own software, which clips and adds noise.",
+            *(
+                ["The other clients: so many of them must stay and be honest as the plan counts on for noise and keys."]
+                if secure
+                else []
+            ),
+            SEED,
+        ],
+        unprotected=["That a client takes part, and in which rounds.", *LIMITS, *PUBLIC],
+    )
+
+
 def _client(title: str, stage: Json) -> Protection:
+    if (trust := stage.get("trust")) in ("secure", "local"):
+        return _client_without_server(title, stage, str(trust))
     return Protection(
         title=title,
         summary=f"Each client as a whole is protected with {_budget(stage)}, against everybody except the server.",

@@ -207,7 +207,7 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> F
         weights=stage.weights or ("equal" if equal else "examples"),
         divisor=planned.divisor,
         noise=planned.noise,
-        adaptive=private.adaptive if private is not None else None,
+        adaptive=planned.adaptive,
     )
     downlink = Downlink(layout.size, layout.shapes, stage.downlink, stage.first_downlink) if stage.downlink else None
     if downlink is not None:

@@ -43,12 +43,13 @@ class FederateStage(FederateSettings):
             "batch_size": self.batch_size,
             "steps_per_round": steps_per_round(self, max(examples)),
             **{name: value for name, value in federation.sizes().items() if value is not None},
+            **federation.grid(),
         }
         ledger = federation.ledger
         if self.privacy is not None:
             charges = federation.charges(list(clients), 1, self.num_rounds) if self.num_rounds else []
             ledger = self._spend(ledger, charges)
-            facts |= federation.promise() | federation.grid() | {"epsilon": ledger.epsilon(delta=self.privacy.delta)}
+            facts |= federation.promise() | {"epsilon": ledger.epsilon(delta=self.privacy.delta)}
         return replace(state, ledger=ledger), facts
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
@@ -154,6 +155,8 @@ class FederateStage(FederateSettings):
             "bytes_up": now.bytes_up,
             "bytes_down": now.bytes_down,
             **promise,
+            **federation.grid(),
+            "sum": "secure" if federation.protection.grid is not None else "plain",
             "epsilon": self._epsilon(now),
             "client_accuracy": own,
             "stopped": now.stopped or None,

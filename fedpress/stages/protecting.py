@@ -10,7 +10,8 @@ from fedpress.errors import RecipeError
 from fedpress.federate import Bound, Clip, Cohort, Discretize, Noise, Rotate, Settings, bind_chain
 from fedpress.federate.servernoise import ServerNoise
 from fedpress.federate.transforms.discretize import coordinate_limit
-from fedpress.privacy import adaptive, distributed
+from fedpress.privacy import distributed
+from fedpress.privacy.adaptive import AdaptiveClip, count_noise_for, split
 from fedpress.privacy.factorization import Factorization
 from fedpress.privacy.ledger import POPULATION
 from fedpress.privacy.phases import AnyPhase
@@ -66,6 +67,7 @@ class Protection:
             rounds together, charged before the first.
         grid: of a secure sum, None for a plain one.
         noise: what the server adds.
+        adaptive: how the clip norm moves, with the noise of its count.
         divisor: of the private sum.
         whole: see `costs`.
     """
@@ -75,6 +77,7 @@ class Protection:
     costs: Mapping[str, AnyPhase] = field(default_factory=dict)
     grid: Grid | None = None
     noise: ServerNoise | None = None
+    adaptive: AdaptiveClip | None = None
     divisor: float | None = None
     whole: bool = False
 
@@ -220,13 +223,14 @@ def _client(
     if private.correlated is not None:
         return _correlated(stage, private, examples, cohort, chain, plan, times)
     plan = _calibrated(plan, private, times)
-    noise = ServerNoise(plan)
+    noise, moving = ServerNoise(plan), None
     if private.adaptive is not None:
-        count_noise = private.adaptive.std(cohort.size)
-        noise = ServerNoise(replace(plan, noise_multiplier=adaptive.split(plan.noise_multiplier, count_noise)))
+        count = private.adaptive.count_noise or count_noise_for(plan.noise_multiplier, cohort.size)
+        moving = replace(private.adaptive, count_noise=count)
+        noise = ServerNoise(replace(plan, noise_multiplier=split(plan.noise_multiplier, count)))
     phase = plan.phase(num_rounds=1)
     costs = {POPULATION: phase} if everybody else dict.fromkeys(examples, phase)
-    return Protection(chain, dict.fromkeys(examples, plan), costs, noise=noise)
+    return Protection(chain, dict.fromkeys(examples, plan), costs, noise=noise, adaptive=moving)
 
 
 def _correlated(
@@ -246,7 +250,7 @@ def _correlated(
     assert private.correlated is not None
     rounds = max(1, stage.num_rounds)
     mixed = Factorization.plan(
-        rounds=rounds, participations=times, min_separation=cohort.period, bands=min(private.correlated.bands, rounds)
+        rounds, participations=times, min_separation=cohort.period, bands=min(private.correlated.bands, rounds)
     )
     plan = _calibrated(plan, private, 1)
     return Protection(
