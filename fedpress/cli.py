@@ -208,6 +208,67 @@ def noise(
     typer.echo(json.dumps({"noise_multiplier": needed}) if as_json else f"noise multiplier {needed:.4g}")
 
 
+@privacy_app.command()
+def compose(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A ledger.json, or a JSON list of phases.")],
+    delta: Annotated[float, typer.Option(help="Chance that the promise fails.")],
+    as_json: AsJson = False,
+) -> None:
+    """The epsilon of several mechanisms together, Gaussian and Skellam, or of a run's ledger.
+
+    A phase is {"sampling_prob", "noise_multiplier", "steps"}, or {"kind": "skellam", "l2", "l1", "variance", "steps"}
+    with "sampling_prob" and "failure" if they are not 1 and 0.
+    """
+    from fedpress.privacy import compose as composing
+
+    spent = composing.epsilon(file.read_text("utf-8"), delta=delta, place=str(file))
+    told = {"epsilon": spent if math.isfinite(spent) else None}  # JSON knows no infinity
+    typer.echo(json.dumps(told) if as_json else f"epsilon {spent:.4g} at delta {delta:g}")
+
+
+@privacy_app.command()
+def skellam(
+    size: Annotated[int, typer.Option(help="Number of values in the sum.")],
+    clip_norm: Annotated[float, typer.Option(help="L2 norm by which one unit can move the sum.")],
+    clients: Annotated[int, typer.Option(help="Clients in a round, at most.")],
+    survivors: Annotated[int, typer.Option(help="Clients whose sum is opened, at least; they make all the noise.")],
+    rounds: Annotated[int, typer.Option(help="Sums in the whole run.")],
+    delta: Annotated[float, typer.Option(help="Chance that the promise fails.")],
+    epsilon: Annotated[float | None, typer.Option(help="The budget; or give --noise-multiplier.")] = None,
+    noise_multiplier: Annotated[float | None, typer.Option(help="Noise standard deviation / clip norm.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Width of a number; the fewest that are near the best.")] = None,
+    coordinate_limit: Annotated[
+        float | None, typer.Option(help="Each value is clamped to this; 6 clip norms / sqrt(size) by default.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Distributed noise under secure sums: bits, grid, epsilon, and what each bit costs."""
+    from fedpress.privacy import distributed
+
+    plan = distributed.plan(
+        size=size,
+        clip_norm=clip_norm,
+        coordinate_limit=6 * clip_norm / max(size, 1) ** 0.5 if coordinate_limit is None else coordinate_limit,
+        clients=clients,
+        survivors=survivors,
+        steps=rounds,
+        delta=delta,
+        epsilon=epsilon,
+        noise_multiplier=noise_multiplier,
+        bits=bits,
+    )
+    rows = [(cost.bits, cost.epsilon if math.isfinite(cost.epsilon) else None) for cost in plan.table()]
+    if as_json:
+        told = {"bits": plan.bits, "scale": plan.scale, "noise_multiplier": plan.noise_multiplier}
+        table = [{"bits": bits, "epsilon": spent} for bits, spent in rows]
+        typer.echo(json.dumps(told | {"epsilon": plan.epsilon, "table": table}))
+        return
+    typer.echo(f"{plan.bits} bits, scale {plan.scale:.4g}, noise multiplier {plan.noise_multiplier:.4g}")
+    typer.echo(f"epsilon {plan.epsilon:.4g} at delta {delta:g}\n\nbits  epsilon with this noise")
+    for width, spent in rows:
+        typer.echo(f"{width:4}  {'does not fit' if spent is None else f'{spent:.4g}'}")
+
+
 def _load(recipe: str, overrides: list[str] | None, data: Path | None) -> tuple[str, Recipe]:
     from fedpress import recipe as recipes
 

@@ -289,6 +289,58 @@ def test_no_noise_is_an_infinite_epsilon_that_json_can_say(fedpress):
     assert "inf" in fedpress("privacy", "epsilon", *words).out
 
 
+def test_phases_in_a_file_and_a_ledger_are_composed(fedpress, tmp_path):
+    phase = {"sampling_prob": 1, "noise_multiplier": 5, "steps": 50}
+    file = tmp_path / "phases.json"
+    file.write_text(json.dumps([phase]))
+    assert fedpress("privacy", "compose", file, "--delta", 1e-3).out == "epsilon 4.845 at delta 0.001\n"
+    charge = {"who": "population", "what": "federate", **phase}
+    file.write_text(json.dumps({"version": 1, "unit": "client", "charges": [charge]}))
+    said = fedpress("privacy", "compose", file, "--delta", 1e-3, "--json")
+    assert json.loads(said.out) == {"epsilon": pytest.approx(4.8453, rel=1e-3)}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[", "not JSON"),
+        ('[{"steps": 1}]', "phases.json[0].sampling_prob: is missing"),
+        ('{"charges": [], "version": 9}', "ledger"),
+    ],
+)
+def test_files_that_hold_no_phases_are_one_sentence(fedpress, tmp_path, text, words):
+    file = tmp_path / "phases.json"
+    file.write_text(text)
+    one_sentence(fedpress("privacy", "compose", file, "--delta", 1e-3), words)
+    one_sentence(fedpress("privacy", "compose", tmp_path / "nowhere.json", "--delta", 1e-3), "nowhere.json")
+
+
+SKELLAM = ["--size", 2**16, "--clip-norm", 1, "--clients", 10, "--survivors", 10, "--rounds", 50, "--delta", 1e-3]
+
+
+def test_skellam_noise_says_what_each_bit_costs(fedpress):
+    said = json.loads(fedpress("privacy", "skellam", *SKELLAM, "--noise-multiplier", 5, "--json").out)
+    costs = {row["bits"]: row["epsilon"] for row in said["table"]}
+    assert list(costs) == list(range(8, 25))
+    assert costs[said["bits"]] == said["epsilon"] < costs[said["bits"] - 1]
+    text = fedpress("privacy", "skellam", *SKELLAM, "--epsilon", 8).out
+    assert re.match(r"\d+ bits, scale [\d.]+, noise multiplier [\d.]+\nepsilon 8 at delta 0.001\n\nbits  epsilon", text)
+    assert len(text.splitlines()) == 4 + len(costs)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ([], "give either epsilon"),
+        (["--epsilon", 8, "--bits", 9], "take at least"),
+        (["--epsilon", 8, "--bits", 40], "bits: got 40"),
+        (["--epsilon", 0], "epsilon: got 0"),
+    ],
+)
+def test_skellam_questions_that_have_no_answer_are_one_sentence(fedpress, more, words):
+    one_sentence(fedpress("privacy", "skellam", *SKELLAM, *more), words)
+
+
 def test_the_accountant_answers_without_loading_torch(tmp_path):
     script = (
         "import sys; from fedpress import cli; sys.argv = sys.argv[1:]\n"
