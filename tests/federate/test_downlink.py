@@ -5,7 +5,7 @@ from fedpress.errors import WireError
 from fedpress.federate.downlink import LOST, Broadcast, Downlink
 from fedpress.federate.transforms import Key, Quantize
 
-SIZE = 500
+SIZE = 5000
 CLIENTS = ["a", "b", "c"]
 
 
