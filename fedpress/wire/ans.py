@@ -47,12 +47,6 @@ class Table:
         """The model for two or more symbols."""
         return Categorical(WEIGHTS[self.codes], perfect=False)
 
-    def bits(self, counts: NDArray[np.integer], share: float) -> float:
-        """Returns what coding symbols with these `counts` costs, and `share` of what the table costs."""
-        weights = WEIGHTS[self.codes]
-        used = counts > 0
-        return float(counts[used] @ np.log2(weights.sum() / weights[used])) + share * 8 * (len(counts) + 3)
-
 
 def encode(values: Ints, rows: int, nested: Callable[[Ints], bytes]) -> bytes:
     """Returns the coded bytes of `values` [n], seen as `rows` rows that have tables of their own.
@@ -114,13 +108,21 @@ def estimate(values: Ints, rows: int = 1, share: float = 1.0) -> float:
         keyed = row.astype(np.intp)
         keyed[: whole * layout.width].reshape(whole, -1)[:] += (layout.ids[:whole].astype(np.intp) * width)[:, None]
         keyed[whole * layout.width :] += int(layout.ids[-1]) * width
-        for counts in np.bincount(keyed, minlength=width * layout.count).reshape(-1, width):
-            table = _table(counts, window.low, window.size)
-            start = table.low - window.low
-            inner = counts[start : start + table.symbols]
-            out = int(counts.sum() - inner.sum())
-            bits += table.bits(np.append(inner, out) if table.escape else inner, share) + out * 8 * ESCAPE_BYTES
+        counts = np.bincount(keyed, minlength=width * layout.count).reshape(-1, width)
+        bits += _bits_of(counts, share) + int(counts[:, window.size].sum()) * 8 * ESCAPE_BYTES
     return bits
+
+
+def _bits_of(counts: NDArray[np.int64], share: float) -> float:
+    """Bits of symbols with these `counts` [tables, symbols] and of their tables, of which `share` counts."""
+    used = counts > 0
+    occurring = counts[used]
+    totals = np.broadcast_to(counts.sum(1)[:, None], counts.shape)[used]
+    # a sample has too small an entropy, by about half a nat a symbol of the alphabet (Miller 1955)
+    bits = occurring @ np.log2(totals / occurring) + (1 - share) * len(occurring) / (2 * np.log(2))
+    number = used.sum(1)
+    spans = np.where(number > 0, used.shape[1] - used.argmax(1) - used[:, ::-1].argmax(1), 1)
+    return float(bits + share * 8 * (np.minimum(spans, ESCAPE_BYTES * number) + 3).sum())
 
 
 def decode(reader: Reader, out: Ints, nested: Callable[[Reader, Ints], None], place: str) -> None:
@@ -143,8 +145,10 @@ def decode(reader: Reader, out: Ints, nested: Callable[[Reader, Ints], None], pl
         fail(f"{place}.words", f"{len(words)} bytes are no whole stream; send it again")
     coder = Coder(np.frombuffer(words, "<u4").astype(np.uint32))
     used = 0
+    groups = layout.groups(matrix.shape[1] // layout.width)
     for at, table in enumerate(tables):
-        used = _decode_part(coder, table, matrix[at % rows], layout, at // rows, escaped, used, place)
+        number = at // rows
+        used = _decode_part(coder, table, matrix[at % rows], layout, number, groups[number], escaped, used, place)
     if used != len(escaped) or not coder.is_empty():
         fail(f"{place}.words", "the stream does not end where the values do; send it again")
 
@@ -178,13 +182,13 @@ def _window(values: Ints) -> _Window:
 
 def _parts(matrix: Ints, layout: Plan) -> list[Callable[[], Ints]]:
     """One function for each class and row that gathers its values, in the order of the stream."""
-    columns = matrix.shape[1]
-    whole = columns // layout.width
+    whole = matrix.shape[1] // layout.width
+    groups = layout.groups(whole)
 
     def gather(row: Ints, number: int) -> Ints:
         if layout.count == 1:
             return row
-        blocks = row[: whole * layout.width].reshape(whole, layout.width)[layout.ids[:whole] == number].reshape(-1)
+        blocks = row[: whole * layout.width].reshape(whole, layout.width)[groups[number]].reshape(-1)
         if len(layout.ids) > whole and layout.ids[-1] == number:
             blocks = np.concatenate([blocks, row[whole * layout.width :]])
         return blocks
@@ -278,7 +282,15 @@ def _read_table(reader: Reader, dtype: np.dtype, place: str) -> Table:
 
 
 def _decode_part(
-    coder: Any, table: Table, row: Ints, layout: Plan, number: int, escaped: Ints, used: int, place: str
+    coder: Any,
+    table: Table,
+    row: Ints,
+    layout: Plan,
+    number: int,
+    mine: NDArray[np.intp],
+    escaped: Ints,
+    used: int,
+    place: str,
 ) -> int:
     """Fills the blocks of one class in one row; returns how many escaped values are used up."""
     model = table.model() if len(table.codes) > 1 else None
@@ -306,7 +318,6 @@ def _decode_part(
         return used
     width, whole = layout.width, row.size // layout.width
     blocks = row[: whole * width].reshape(whole, width)
-    mine = np.flatnonzero(layout.ids[:whole] == number)
     step = max(CHUNK // width, 1)
     for at in range(0, len(mine), step):
         some = mine[at : at + step]

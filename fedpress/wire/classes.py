@@ -1,8 +1,9 @@
-"""Sorts the blocks of an integer vector into classes of like activity, so that each class gets a frequency table.
+"""Sorts the blocks of an integer vector into classes of like values, so that each class gets a frequency table.
 
-An update is quiet in one layer and loud in the next. One table for all of it would cost bits; a table for every block
-would cost more. Blocks with a like mean absolute value share a class; block size and number of classes are those with
-the fewest estimated bits, the class numbers and tables included.
+An update is quiet in one layer and loud in the next, and the values of one filter mostly have one sign. One table for
+all would cost bits; a table for every block would cost more. So blocks with a like mean absolute value, and of those the
+ones that lean to the same side, share a class. Block size and number of classes are those with the fewest estimated
+bits, class numbers and tables included.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from numpy.typing import NDArray
 Ints = NDArray[np.integer]
 Floats = NDArray[np.float64]
 
-MAX_CLASSES = 16
+MAX_CLASSES = 64
+ACTIVITIES = 12
+SIDES = ((), (-0.25, 0.25), (-0.5, -0.15, 0.15, 0.5))  # where the mean over the mean absolute value is cut
 BINS = 48  # activities on a logarithmic scale, from which the classes are cut
 SMALLEST = 32  # values in the smallest block
-DOUBLINGS = (0, 1, 2, 3, 4, 5, 7)  # block sizes that are tried: SMALLEST times two to this power
+DOUBLINGS = (1, 2, 3, 4, 5, 7)  # block sizes that are tried: SMALLEST times two to this power
+SAMPLE = 1 << 17  # values from which the bits of the finished classes are measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +33,16 @@ class Plan:
     count: int
     ids: NDArray[np.uint8]
 
+    def groups(self, whole: int) -> list[NDArray[np.intp]]:
+        """Returns for each class which of the first `whole` blocks are its own, in rising order."""
+        order = np.argsort(self.ids[:whole], kind="stable")
+        return np.split(order, np.searchsorted(self.ids[:whole][order], np.arange(1, self.count)))
+
+
+def smallest_width(rows: int) -> int:
+    """Returns the fewest columns of a block of `rows` rows."""
+    return -(-SMALLEST // rows)
+
 
 def plan(values: Ints, center: int, share: float = 1.0) -> Plan:
     """Chooses blocks and classes for the columns of `values` [rows, columns], whose usual value is `center`.
@@ -38,39 +52,49 @@ def plan(values: Ints, center: int, share: float = 1.0) -> Plan:
     rows, columns = values.shape
     one = Plan(max(columns, 1), 1, np.zeros(1, np.uint8))
     width = smallest_width(rows)
-    blocks = columns // width
-    if blocks < 4:
+    if columns // width < 8:
         return one
-    sums = np.zeros(blocks)
-    for row in values:
-        away = row[: blocks * width].astype(np.float32)
-        away -= center
-        np.abs(away, out=away)
-        sums += away.reshape(blocks, width) @ np.ones(width, np.float32)
-    total = float(sums.sum())
-    mean = np.array(total / (blocks * width * rows))
-    best = float(blocks * width * rows * _bits(mean) + share * _table_bits(mean, rows))
-    chosen = one
+    sums, leans = _block_sums(values, center, width)
+    size = width * rows
+    mean = np.array(sums.sum() / (len(sums) * size))
+    best, chosen = float(len(sums) * size * _bits(mean) + share * _table_bits(mean, rows)), one
     for doublings in DOUBLINGS:
         times = 1 << doublings
         whole = len(sums) // times
         if whole < 4:
             break
-        means = sums[: whole * times].reshape(whole, times).sum(1) / (width * times * rows)
-        cost, cuts, bins = _cut(means, width * times * rows, rows, share)
+        cost, ids = _cut(_grouped(sums, times) / (size * times), size * times, rows, share)
         if cost < best:
-            best = cost
-            ids = np.searchsorted(np.array(cuts), bins, side="right").astype(np.uint8)
-            chosen = Plan(width * times, len(cuts) + 1, ids)
+            best, chosen = cost, Plan(width * times, int(ids.max()) + 1, ids)
+    if chosen is one and len(sums) >= 16:
+        chosen = Plan(width * 8, 1, np.zeros(len(sums) // 8, np.uint8))
+    if chosen is not one:
+        times = chosen.width // width
+        lean = _grouped(leans, times) / np.maximum(_grouped(sums, times), 1e-9)
+        chosen = min((_split(chosen, lean, cuts) for cuts in SIDES), key=lambda p: _measured_bits(values, p, share))
     if chosen.count == 1:
         return one
     missing = -(-columns // chosen.width) - len(chosen.ids)  # what the smallest block left over joins the last class
     return Plan(chosen.width, chosen.count, np.concatenate([chosen.ids, chosen.ids[-1:].repeat(missing)]))
 
 
-def smallest_width(rows: int) -> int:
-    """Returns the fewest columns of a block of `rows` rows."""
-    return -(-SMALLEST // rows)
+def _block_sums(values: Ints, center: int, width: int) -> tuple[Floats, Floats]:
+    """Sums over blocks [blocks] of the absolute and of the signed distance from `center`."""
+    blocks = values.shape[1] // width
+    sums, leans, ones = np.zeros(blocks), np.zeros(blocks), np.ones(width, np.float32)
+    for row in values:
+        away = row[: blocks * width].astype(np.float32)
+        away -= center
+        leans += away.reshape(blocks, width) @ ones
+        np.abs(away, out=away)
+        sums += away.reshape(blocks, width) @ ones
+    return sums, leans
+
+
+def _grouped(sums: Floats, times: int) -> Floats:
+    whole = len(sums) // times
+    grouped: Floats = sums[: whole * times].reshape(whole, times).sum(1)
+    return grouped
 
 
 def _bits(mean: Floats) -> Floats:
@@ -84,8 +108,8 @@ def _table_bits(mean: Floats, rows: int) -> Floats:
     return 8.0 * rows * (4 + 8 * np.minimum(mean, 100.0))
 
 
-def _cut(means: Floats, size: int, rows: int, share: float) -> tuple[float, list[int], NDArray[np.intp]]:
-    """Returns estimated bits, the first bins of classes 1, 2, ... and the bin of each block.
+def _cut(means: Floats, size: int, rows: int, share: float) -> tuple[float, NDArray[np.uint8]]:
+    """Returns estimated bits and the class of each block of `size` values.
 
     The optimal cuts of sorted activities by dynamic programming over bins.
     """
@@ -102,7 +126,7 @@ def _cut(means: Floats, size: int, rows: int, share: float) -> tuple[float, list
     cost[np.tril_indices(BINS + 1)] = np.inf
     reach, steps = cost[0], []
     best, best_count = float(reach[-1]), 1
-    for count in range(2, MAX_CLASSES + 1):
+    for count in range(2, ACTIVITIES + 1):
         options = reach[:, None] + cost
         steps.append(options.argmin(0))
         reach = options.min(0)
@@ -112,4 +136,36 @@ def _cut(means: Floats, size: int, rows: int, share: float) -> tuple[float, list
     for count in range(best_count, 1, -1):
         at = int(steps[count - 2][at])
         cuts.append(at)
-    return best, cuts[::-1], bins
+    return best, _numbered(np.searchsorted(np.array(cuts[::-1]), bins, side="right"))[0]
+
+
+def _split(chosen: Plan, lean: Floats, cuts: tuple[float, ...]) -> Plan:
+    """Splits each class by the side to which its blocks `lean` (-1 to 1)."""
+    ids, count = _numbered(chosen.ids.astype(np.intp) * (len(cuts) + 1) + np.searchsorted(cuts, lean))
+    return Plan(chosen.width, count, ids)
+
+
+def _numbered(ids: NDArray[np.intp]) -> tuple[NDArray[np.uint8], int]:
+    """Numbers the classes that occur from 0 on."""
+    used = np.bincount(ids) > 0
+    return (np.cumsum(used) - 1)[ids].astype(np.uint8), int(used.sum())
+
+
+def _measured_bits(values: Ints, layout: Plan, share: float) -> float:
+    """Estimates the bits of a layout from the frequencies in some of its blocks."""
+    whole, rows = len(layout.ids), len(values)
+    some = min(whole, max(SAMPLE // (layout.width * rows), 1))
+    at = np.linspace(0, whole - 1, some).astype(np.intp)
+    blocks = values[:, : whole * layout.width].reshape(rows, whole, layout.width)[:, at]
+    symbols = int(blocks.max()) + 1
+    keys = layout.ids[at].astype(np.intp)[:, None] * symbols + blocks
+    counts = np.bincount(keys.reshape(-1), minlength=symbols * layout.count).reshape(layout.count, symbols)
+    used = counts > 0
+    frequencies = counts[used]
+    totals = np.broadcast_to(counts.sum(1)[:, None], counts.shape)[used]
+    # the entropy of few samples is too small by about this (Miller 1955)
+    bits = frequencies @ np.log2(totals / frequencies) + used.sum() / (2 * np.log(2))
+    tables = 8.0 * rows * (used.sum() + 3 * layout.count)
+    number = np.bincount(layout.ids, minlength=layout.count)
+    names = number @ np.log2(whole / np.maximum(number, 1))
+    return float(bits * whole / some + share * tables + names)

@@ -1,9 +1,9 @@
 """Quantize: few levels instead of floats, at a number of bits per value that packing then reaches.
 
 `rate` is a target in bits per value *after* packing: a uniform grid so coarse that entropy coding ends up there. At
-every rate that takes fewer bits than a fixed number of levels, at high rates 0.25 bits more than Shannon's limit (Gish and
-Pierce 1968). The unbiased form adds dither that both sides draw from the key and the reader subtracts (Roberts 1962;
-Zamir and Feder 1992).
+every rate that takes fewer bits than a fixed number of levels; at high rates it is 0.25 bits above Shannon's limit
+(Gish and Pierce 1968). The unbiased form adds dither that both sides draw from the key and the reader subtracts (Roberts
+1962; Zamir and Feder 1992).
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.signedinteger]
 
 CHUNK = 1 << 16  # values at a time: what stays in the cache is several times as fast
-SAMPLE_RUN, SAMPLE_RUNS = 512, 512
+SAMPLE_RUN, SAMPLE_RUNS = 256, 1024
 MESSAGE_BYTES = 80  # of a message besides the packed values: frame, header, names
-ROUNDING = 0.46  # below 1/2: a few values more become zero, which saves more bits than it costs precision
+SIDE_BYTES = 40  # of the scales of the unbiased form, besides their content
+ROUNDING = 0.48  # below 1/2: a few values more become zero, which saves more bits than it costs precision
 LARGEST = 1 << 30  # largest level
 DTYPES = {torch.int8: 1 << 7, torch.int16: 1 << 15, torch.int32: 1 << 31}
-TOLERANCE = 0.003  # of the search for the step, relative to the target; it ends below the target
+SLACK = 0.004  # bits a value below the target that are aimed at, since the search looks at a sample
+TOLERANCE = 0.004  # bits a value below what is aimed at where the search for the step ends
+SPARSE_RATE = 0.2  # below it few values are not zero, and a sample alone misjudges them
 HALVES = 24  # block scales reach 2**(-12) to 2**12 times the median
 
 
@@ -134,9 +137,13 @@ class _Centroids:
         def bits(step: float) -> float:
             return estimate_bits(_rounded(sample, step, np.int32), share=share)
 
-        step = _search(bits, _target(self.rate, self.size) * share, _rms(sample))
-        levels = _levels(sample, step)
+        target = _target(self.rate, self.size) * share
+        step = _search(bits, target, _rms(sample), sample.size)
         q = _rounded(values, step * peak, _dtype(1 / step))
+        if self.rate < SPARSE_RATE and share < 1:
+            step = _search(bits, target * bits(step) / (estimate_bits(q) * share), step, sample.size)
+            q = _rounded(values, step * peak, _dtype(1 / step))
+        levels = _levels(sample, step)
         return Encoded(torch.from_numpy(q), {"levels": torch.tensor([step * peak, *levels], dtype=torch.float32)})
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
@@ -232,7 +239,7 @@ class _Dithered:
     At low rates one value of every `group` is kept, drawn from the key, and counts `group` times. Each block has a step
     of its own: where the values are small a coarse step would cost no bits but its noise counts. And the dither has a
     coarse part, the phase, that depends on the place: values of one phase stand in one row, whose frequency table then
-    knows the phase. Rows would be twice as many, but a phase and its mirror share one, with the sign turned.
+    knows the phase.
     """
 
     size: int
@@ -252,8 +259,8 @@ class _Dithered:
 
     @property
     def rows(self) -> int:
-        """Rows of the encoded matrix, half as many as phases: few where their tables would cost too much."""
-        return next(rows for rows, least in ((8, 1 << 16), (4, 1 << 14), (2, 1 << 11), (1, 0)) if self.kept >= least)
+        """Number of phases: few where their tables would cost too much."""
+        return next(rows for rows, least in ((8, 1 << 15), (4, 1 << 13), (2, 1 << 10), (1, 0)) if self.kept >= least)
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
         values = _numpy(x, self.size)
@@ -261,7 +268,7 @@ class _Dithered:
         if np.count_nonzero(values) * 2 < self.size:
             return self._encode_sparse(values, peak, key)
         picked = self._pick(values, key)
-        phases = 2 * self.rows
+        phases = self.rows
         y = np.zeros(-(-len(picked) // phases) * phases, np.float32)
         np.divide(picked, peak, out=y[: len(picked)])
         spread = np.sqrt(_block_means(y * y, self.block).astype(np.float64))
@@ -269,21 +276,18 @@ class _Dithered:
         with np.errstate(divide="ignore"):
             halves = np.clip(np.rint(2 * np.log2(spread / middle)), -HALVES, HALVES).astype(np.int8)
         u = self._dither(len(y), key)
-        runs = max(1, min(SAMPLE_RUNS * SAMPLE_RUN // self.block, len(y) // self.block))
-        chosen = np.linspace(0, max(len(y) // self.block - 1, 0), runs).astype(np.intp)
-        length = min(self.block, len(y))
-        length -= length % phases
-        at = (chosen[:, None] * self.block // phases * phases + np.arange(length)).reshape(-1)
-        some, some_u, some_halves = y[at], u[at], halves[np.minimum(at // self.block, len(halves) - 1)]
+        at = self._sampled(spread, len(y))
+        some, some_u = y[at], u[at]
+        some_halves = halves[at // self.block].astype(np.intp) + HALVES
         share = some.size / len(y)
 
         def bits(level: float) -> float:
-            steps = _steps(middle, level)[some_halves.astype(np.intp) + HALVES].astype(np.float32)
+            steps = _steps(middle, level).astype(np.float32)[some_halves]
             q = np.rint(some / steps + some_u).astype(np.int32)
             return estimate_bits(self._to_rows(q, key).reshape(-1), rows=self.rows, share=share)
 
-        budget = _target(self.rate, self.size) - estimate_bits(halves)
-        level = float(np.float32(_search(bits, max(budget, 0.5 * self.rate * self.size) * share, 0.3)))
+        budget = _target(self.rate, self.size, SIDE_BYTES + int(estimate_bits(halves)) // 8)
+        level = float(np.float32(_search(bits, budget * share, 0.3, some.size)))
         steps = _steps(middle, level)[halves.astype(np.intp) + HALVES].astype(np.float32)
         q = np.empty(len(y), _dtype(float(np.abs(y).max() / steps.min()) + 1))
         for start, end, step in _chunks(len(y), self.block, steps):
@@ -296,9 +300,9 @@ class _Dithered:
     def decode(self, x: Encoded, key: Key) -> Tensor:
         if x.values.ndim == 1:
             return torch.from_numpy(self._decode_sparse(x, key))
-        phases = 2 * self.rows
+        phases = self.rows
         columns = -(-self.kept // phases)
-        q = _whole(x, (self.rows, 2 * columns), ("scales", "grid"))
+        q = _whole(x, (phases, columns), ("scales", "grid"))
         grid = _floats(x, "grid", 3)
         halves = x.side["scales"]
         if halves.dtype != torch.int8 or halves.shape != (-(-columns * phases // self.block),):
@@ -321,6 +325,15 @@ class _Dithered:
         out = np.clip(y[: self.kept], -limit, limit) * np.float32(peak)
         return torch.from_numpy(self._put_back(out, key))
 
+    def _sampled(self, spread: NDArray[np.float64], size: int) -> NDArray[np.intp]:
+        """Places in blocks as loud and as quiet as all are; each run of them begins with the first phase."""
+        whole = size // self.block
+        if size <= SAMPLE_RUN * SAMPLE_RUNS or whole < 2:
+            return np.arange(size)
+        blocks = _evenly(spread[:whole], max(min(SAMPLE_RUN * SAMPLE_RUNS // self.block, whole), 1))
+        starts = blocks * self.block // self.rows * self.rows
+        return (starts[:, None] + np.arange(self.block // self.rows * self.rows)).reshape(-1)
+
     def _encode_sparse(self, values: Floats, peak: float, key: Key) -> Encoded:
         """Zeros stay zero and have level 0 for themselves: what rounds to 0 or more moves up by one."""
         full = np.flatnonzero(values)
@@ -338,7 +351,7 @@ class _Dithered:
         def bits(step: float) -> float:
             return estimate_bits(levels(step))
 
-        step = float(np.float32(_search(bits, _target(self.rate, self.size), _rms(y), most=8.0)))
+        step = float(np.float32(_search(bits, _target(self.rate, self.size), _rms(y), self.size, 8.0)))
         return Encoded(torch.from_numpy(levels(step)), {"grid": torch.tensor([step * peak], dtype=torch.float32)})
 
     def _decode_sparse(self, x: Encoded, key: Key) -> Floats:
@@ -357,7 +370,7 @@ class _Dithered:
     def _dither(self, size: int, key: Key) -> Floats:
         """Uniform on [-1/2, 1/2) in steps of 2**-16; the phase of place i is (i + a random shift) modulo phases."""
         bits = _random_words(key, "dither", size)
-        phases = 2 * self.rows
+        phases = self.rows
         low = 16 - (phases.bit_length() - 1)
         bits &= np.uint16((1 << low) - 1)
         whole = size // phases * phases
@@ -371,31 +384,13 @@ class _Dithered:
         return u
 
     def _shift(self, key: Key) -> int:
-        return int(torch.randint(2 * self.rows, (1,), generator=key.own("dither", "shift")))
-
-    def _order(self, key: Key) -> tuple[NDArray[np.intp], NDArray[np.int8]]:
-        """The column of each phase within a period, and the sign that its values are turned by."""
-        phases = 2 * self.rows
-        columns = (np.arange(phases) - self._shift(key)) % phases
-        return columns, np.where(np.arange(phases) < self.rows, 1, -1).astype(np.int8)
+        return int(torch.randint(self.rows, (1,), generator=key.own("dither", "shift")))
 
     def _to_rows(self, q: Ints, key: Key) -> Ints:
-        columns, signs = self._order(key)
-        periods = q.reshape(-1, 2 * self.rows)
-        out = np.empty((self.rows, len(periods), 2), q.dtype)
-        for phase, (column, sign) in enumerate(zip(columns, signs, strict=True)):
-            row = phase if sign > 0 else 2 * self.rows - 1 - phase
-            np.multiply(periods[:, column], sign, out=out[row, :, 0 if sign > 0 else 1])
-        return out.reshape(self.rows, -1)
+        return np.ascontiguousarray(np.roll(q.reshape(-1, self.rows).T, self._shift(key), axis=0))
 
     def _from_rows(self, rows: Ints, key: Key) -> Ints:
-        columns, signs = self._order(key)
-        matrix = rows.reshape(self.rows, -1, 2)
-        periods = np.empty((matrix.shape[1], 2 * self.rows), rows.dtype)
-        for phase, (column, sign) in enumerate(zip(columns, signs, strict=True)):
-            row = phase if sign > 0 else 2 * self.rows - 1 - phase
-            np.multiply(matrix[row, :, 0 if sign > 0 else 1], sign, out=periods[:, column])
-        return periods.reshape(-1)
+        return np.ascontiguousarray(np.roll(rows, -self._shift(key), axis=0).T).reshape(-1)
 
     def _places(self, key: Key) -> NDArray[np.intp]:
         """One place of each group of `group` values; the last group may be cut short, then its place may not exist."""
@@ -433,41 +428,36 @@ def _steps(middle: float, level: float) -> NDArray[np.float64]:
     return middle * np.sqrt(12 * noise)
 
 
-def _search(bits: Callable[[float], float], target: float, start: float, most: float = 4.0) -> float:
-    """Returns the step at which `bits`, which fall as the step grows, come to just below `target`.
+def _search(bits: Callable[[float], float], target: float, start: float, size: int, most: float = 4.0) -> float:
+    """Returns the step at which `bits` of `size` values, which fall as the step grows, come to just below `target`.
 
-    Steps are kept as powers of two in a bracket that false position narrows; the largest step, where all is zero, is
-    `most`, and the smallest leaves levels within `LARGEST`.
+    Newton's method until the target lies between two steps, then false position between them. At the largest step,
+    `most`, all is zero; the smallest leaves levels within `LARGEST`.
     """
-    low, high = math.log2(1 / LARGEST) + 2, math.log2(most)
+    low, high = math.log2(4 / LARGEST), math.log2(most)
     few, many = 0.0, math.inf
-    at = min(max(math.log2(start), low), high)
+    at, slack = min(max(math.log2(start), low), high), min(TOLERANCE * size, 0.01 * target)
+    aim = target - slack / 2
     for _ in range(24):
         now = bits(2.0**at)
         if now > target:
             low, many = at, now
         else:
             high, few = at, now
-            if now >= target * (1 - TOLERANCE):
-                break
-        if high - low < 1e-4:
+        if target - slack <= now <= target or high - low < 1e-3:
             break
-        middle = at
-        if math.isfinite(many) and few > 0:
-            middle = low + (high - low) * (many - target * (1 - TOLERANCE / 2)) / max(many - few, 1e-9)
-            inset = 0.02 * (high - low)
-            middle = min(max(middle, low + inset), high - inset)
-        elif now > target:
-            middle = min(at + max(1.0, (now / target) ** 0.5), (at + high) / 2 if at + 1 > high else high)
-        else:
-            middle = max(at - 1.0, (at + low) / 2 if at - 1 < low else low)
-        at = middle
+        if many < math.inf and few > 0:
+            at = low + (high - low) * min(max((many - aim) / (many - few), 0.02), 0.98)
+        else:  # one bit a value for each halving of the step, fewer where most values are zero
+            slope = 0.9 * min(max(now, 0.02 * size), size)
+            at = min(max(at + min(max((now - aim) / slope, -3.0), 3.0), low), high)
     return 2.0**high
 
 
-def _target(rate: float, size: int) -> float:
-    """Bits that the packed values may take so that the whole message keeps to `rate`."""
-    return max(rate * size - 8 * MESSAGE_BYTES, 0.5 * rate * size)
+def _target(rate: float, size: int, side: int = 0) -> float:
+    """Bits that the packed values may take so that the whole message, with `side` bytes beside, keeps to `rate`."""
+    aim = (rate - min(SLACK, 0.006 * rate)) * size
+    return max(aim - 8 * (MESSAGE_BYTES + side), 0.5 * rate * size)
 
 
 def _rounded(values: Floats, step: float, dtype: type[np.signedinteger]) -> Ints:
@@ -569,11 +559,17 @@ def _rms(values: Floats) -> float:
 
 
 def _sample(values: Floats) -> Floats:
-    """Runs of neighbours from all over the vector: neighbours, since packing profits from what they have in common."""
+    """Runs of neighbours, since packing profits from what they have in common, as loud and as quiet as all are."""
     if values.size <= SAMPLE_RUN * SAMPLE_RUNS:
         return values
     runs = values[: values.size // SAMPLE_RUN * SAMPLE_RUN].reshape(-1, SAMPLE_RUN)
-    return runs[np.linspace(0, len(runs) - 1, SAMPLE_RUNS).astype(np.intp)].reshape(-1)
+    return runs[_evenly(np.abs(runs) @ np.ones(SAMPLE_RUN, np.float32), SAMPLE_RUNS)].reshape(-1)
+
+
+def _evenly(keys: NDArray[np.floating], count: int) -> NDArray[np.intp]:
+    """Returns `count` places whose keys are spread as all `keys` are: every so many in the order of the keys."""
+    order = np.argsort(keys, kind="stable")
+    return np.sort(order[((np.arange(count) + 0.5) * (len(order) / count)).astype(np.intp)])
 
 
 def _dtype(largest: float) -> type[np.signedinteger]:
