@@ -120,6 +120,15 @@ class DistributedPlan:
         return skellam.l1_sensitivity(self.l2, self.task.size)
 
     @property
+    def rounds_again(self) -> bool:
+        """Whether a client draws its rounding again until the result is no longer than `l2`.
+
+        Under unit "client" it must. Under unit "sample" it must not: two neighbouring sums could be short enough after
+        different numbers of tries, with different coins, and then they are far apart.
+        """
+        return self.task.unit == "client"
+
+    @property
     def coordinate_limit(self) -> float:
         """Each value is clamped to this many grid units before it is rounded."""
         return self.scale * self.task.coordinate_limit

@@ -88,7 +88,8 @@ class Factorization:
     def noise(self, draws: Sequence[Tensor]) -> Tensor:
         """Returns the noise of a round from the draws z of this and earlier rounds, newest first, all there are.
 
-        Each z [d] has `fresh_std`. Draws older than the coefficients are ignored; in round t < p there are only t.
+        Each z [d] has `fresh_std`; or is standard, and the result times `sensitivity` goes to `mechanism.add_noise`.
+        Draws older than the coefficients are ignored; in round t < p there are only t.
         """
         import torch
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedpress.errors import PrivacyError, RecipeError
-from fedpress.privacy.chance import Chance, Source, chance_of
+from fedpress.privacy.chance import Source, chance_of
 from fedpress.privacy.plan import PrivacyPlan
 
 GRID_BITS = 30
@@ -70,25 +70,33 @@ def noise_sum(total: Tensor, plan: PrivacyPlan, generator: Source) -> Tensor:
     if plan.noise_std == 0:
         return total
     chance = chance_of(generator)
-    if chance.exact:
-        return _noise_on_grid(total, plan, chance)
-    noise = chance.normal(total.numel()).view(total.shape)
-    return noise.mul_(plan.noise_std).to(total.device).add_(total).float()
+    return add_noise(total, plan, chance.normal(total.numel()).view(total.shape), exact=chance.exact)
 
 
-def noise_grid(plan: PrivacyPlan) -> float:
-    """Returns the public grid of exact noise, a power of two."""
-    return 2.0 ** (math.frexp(plan.noise_std)[1] - 1 - GRID_BITS)
+def add_noise(total: Tensor, plan: PrivacyPlan, normal: Tensor, *, exact: bool) -> Tensor:
+    """Returns `total` plus `normal` (float64, of its shape, changed in place) times `plan.noise_std`, in float32.
 
+    For `noise_sum`, and for noise that is correlated over rounds: there `normal` is a mixture of draws. If `exact`, the
+    result is on the grid of `noise_sum`; the sum is rounded by itself and the noise by itself, so that all rounds
+    together are a rounding of the mechanism without a grid.
 
-def _noise_on_grid(total: Tensor, plan: PrivacyPlan, chance: Chance) -> Tensor:
+    Raises:
+        PrivacyError: if `exact` and a value is not finite, or more than 2^32 times the noise.
+    """
+    if not exact:
+        return normal.mul_(plan.noise_std).to(total.device).add_(total).float()
     grid = noise_grid(plan)
     steps = total.detach().double().cpu().div(grid).round_()  # exact: the grid is a power of two
     if not bool((steps.abs() < 2.0**62).all()):
         raise PrivacyError("sum: a value is not finite or beyond 2^32 times the noise; clip every contribution first")
     std = plan.noise_std * (1 + grid * math.sqrt(total.numel()) / plan.clip_norm) / grid
-    noise = chance.normal(total.numel()).view(total.shape).mul_(std).round_()
+    noise = normal.mul_(std).round_()
     return (steps.long() + noise.long().cpu()).double().mul_(grid).float().to(total.device)
+
+
+def noise_grid(plan: PrivacyPlan) -> float:
+    """Returns the public grid of exact noise, a power of two."""
+    return 2.0 ** (math.frexp(plan.noise_std)[1] - 1 - GRID_BITS)
 
 
 def noised_mean(total: Tensor, plan: PrivacyPlan, *, expected: float, generator: Source) -> Tensor:

@@ -111,6 +111,23 @@ def test_the_difference_of_two_sums_rounded_with_the_same_coins_is_a_rounded_dif
         assert float(passed.double().mean()) <= beta
 
 
+def test_rounding_again_would_part_two_neighbouring_sums():
+    assert plan(**asked(), noise_multiplier=5.0, bits=18).rounds_again
+    assert not plan(**asked(unit="sample"), noise_multiplier=5.0, bits=18).rounds_again
+    gen, size, most = torch.Generator().manual_seed(0), 4000, 0.0
+    x = torch.full((size,), 0.5, dtype=torch.float64)
+    near = x + 0.002  # one example more, of norm 0.13
+    allowed = math.sqrt(size / 2)  # about half of all draws are that short
+
+    def short(y, tries):
+        return next(z for z in ((y + coins).floor() for coins in tries) if float(z.norm()) <= allowed)
+
+    for _ in range(100):
+        tries = torch.rand(25, size, generator=gen, dtype=torch.float64)
+        most = max(most, float((short(near, tries) - short(x, tries)).norm()))
+    assert most > 1.2 * skellam.rounded_sensitivity(0.13, size, 1e-6)
+
+
 @given(clients=st.integers(1, 12), survivors=st.integers(1, 12), bits=st.integers(10, 16), noise=st.floats(0.5, 9))
 @settings(max_examples=15, deadline=None)
 def test_no_sum_passes_the_limit(clients, survivors, bits, noise):

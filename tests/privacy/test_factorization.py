@@ -8,7 +8,7 @@ import torch
 
 from fedpress.errors import RecipeError
 from fedpress.privacy.accounting import epsilon, noise_multiplier
-from fedpress.privacy.chance import Seeded
+from fedpress.privacy.chance import Cipher, Seeded
 from fedpress.privacy.factorization import (
     Factorization,
     inverse,
@@ -17,6 +17,8 @@ from fedpress.privacy.factorization import (
     sensitivity,
     square_root,
 )
+from fedpress.privacy.mechanism import add_noise, noise_grid
+from fedpress.privacy.plan import PrivacyPlan
 
 
 def toeplitz(column):
@@ -84,11 +86,26 @@ def test_the_noise_of_all_rounds_has_the_planned_covariance():
     assert math.sqrt((prefix**2).mean()) == pytest.approx(got.rmse, rel=0.01)
 
 
+def test_correlated_noise_can_be_exact_as_well():
+    got = Factorization.plan(10, participations=2, min_separation=5, bands=3)
+    private = PrivacyPlan("client", clip_norm=0.5, sampling_prob=1.0, noise_multiplier=2.0)
+    draws = [Cipher(bytes([i]) * 32).normal(50_000) for i in range(3)]
+    total = torch.linspace(-1, 1, 50_000)
+    exact, plain = (
+        add_noise(total, private, got.sensitivity * got.noise(draws), exact=exact).double() for exact in (True, False)
+    )
+    steps = exact / noise_grid(private)
+    assert torch.equal(steps, steps.round())
+    assert torch.allclose(exact, plain, atol=1e-5)
+    planned = private.noise_std * got.sensitivity * math.hypot(*got.coefficients)
+    assert float((exact - total).std()) == pytest.approx(planned, rel=0.02)
+
+
 def test_only_the_last_draws_are_used():
     got = Factorization.plan(10, participations=1, bands=3)
     draws = [torch.full((4,), float(i), dtype=torch.float64) for i in range(10)]
     assert torch.equal(got.noise(draws), got.noise(draws[:3]))
-    assert torch.equal(got.noise(draws[:1] * 1), draws[0])
+    assert torch.equal(got.noise(draws[:1]), draws[0])
 
 
 # rounds, participations, the error as a share of that of independent noise at equal privacy

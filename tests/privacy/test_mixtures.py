@@ -60,7 +60,7 @@ def test_the_sampling_bound_is_above_the_true_divergence_in_both_directions():
     z=st.floats(1, 8), q=st.sampled_from([0.1, 0.5, 1.0]), steps=st.integers(1, 60), noise=st.floats(2, 30),
     times=st.integers(1, 20),
 )  # fmt: skip
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_a_mixture_costs_at_least_each_part_and_at_most_their_sum(z, q, steps, noise, times):
     gaussian, other = Phase(q, z, steps), skellam(noise, times)
     both = epsilon([gaussian, other], delta=1e-5)
