@@ -74,7 +74,7 @@ def keystream(key: bytes, size: int, *, start: int = 0) -> np.ndarray:
     chunk = bytes(min(size, 1 << 20))
     for at in range(0, size, 1 << 20):
         part = chunk[: min(len(chunk), size - at)]
-        encryptor.update_into(part, memoryview(out)[at:])
+        encryptor.update_into(part, memoryview(out)[at:])  # type: ignore[arg-type]
     return out[:size]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedpress.errors import RecipeError, SecureError, WireError
 from fedpress.federate.exchange import ClientId, Transport
-from fedpress.federate.transforms import VALUES, Bound, Chain, Key
+from fedpress.federate.transforms import VALUES, Bound, Key, Transform
 from fedpress.privacy.mechanism import clip
 from fedpress.secure import Combiner, Part, SecurePlan
 from fedpress.wire.message import JSON, Message
@@ -68,8 +68,11 @@ class Session(Protocol):
 class Adder(Protocol):
     """One of the two ways to sum what the clients sent; frozen, and alike on both sides."""
 
-    def check(self, chain: Chain, bound: Bound) -> None:
-        """Raises RecipeError if it cannot sum what `chain` makes of vectors; `bound` is that of the chain's end."""
+    def check(self, chain: Mapping[str, Transform], bound: Bound) -> None:
+        """Raises RecipeError if it cannot sum what `chain` makes of vectors; `bound` is that of the chain's end.
+
+        `chain` holds the transforms in order, by the kind under which the recipe knows them.
+        """
         ...
 
     def open(self, transport: Transport, run: str) -> Session:
@@ -81,7 +84,7 @@ class Adder(Protocol):
 class PlainSum:
     """Decodes each update, holds it to the promised bound, and adds; so a guarantee rests on server code alone."""
 
-    def check(self, chain: Chain, bound: Bound) -> None:
+    def check(self, chain: Mapping[str, Transform], bound: Bound) -> None:
         """Sums after decoding, so every chain will do."""
 
     def open(self, transport: Transport, run: str) -> PlainSum:
@@ -125,11 +128,10 @@ class SecureSum:
     limit: int
     identities: tuple[tuple[ClientId, bytes], ...]
 
-    def check(self, chain: Chain, bound: Bound) -> None:
+    def check(self, chain: Mapping[str, Transform], bound: Bound) -> None:
         """Needs a chain whose sums decode, and whole numbers at its end."""
-        for transform in chain:
+        for name, transform in chain.items():
             if not transform.additive:
-                name = type(transform).__name__.removeprefix("Bound").lower()
                 cure = "'randomk' (one mask for all clients)" if name == "topk" else "'discretize' (one grid for all)"
                 raise RecipeError(f"uplink: a secure sum cannot decode a sum of '{name}'; use {cure}")
         if not bound.integer:

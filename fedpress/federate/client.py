@@ -160,7 +160,7 @@ class Client:
             cohort = message.header.get("cohort")
             names = [name for name in cohort if isinstance(name, str)] if isinstance(cohort, list) else []
             part = self.member.mask(tensors[VALUES], round=key.round, cohort=names)
-            header["secure"], tensors = part.header, part.tensors
+            header["secure"], tensors = dict(part.header), dict(part.tensors)
             self._remember(self.member)
         if after:
             self.memory.save(key.round, after)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fedpress import seeds
 from fedpress.federate.transforms import Key
+from fedpress.privacy.chance import Cipher
 from fedpress.privacy.factorization import Factorization
-from fedpress.privacy.mechanism import noise_sum
+from fedpress.privacy.mechanism import add_noise, noise_sum
 from fedpress.privacy.plan import PrivacyPlan
 
 KEYS = "noise_keys"
@@ -37,14 +38,6 @@ class ServerNoise:
         # Past draws are made again from their keys: a few bytes each, where the draws would be vectors.
         fresh = torch.frombuffer(bytearray(key.hidden_key("noise", hidden)), dtype=torch.uint8).reshape(1, 32)
         keys = torch.cat([fresh, state[KEYS]])[: len(self.factorization.coefficients)] if KEYS in state else fresh
-        std = self.plan.noise_std * self.factorization.sensitivity
-        noised = total.double()
-        for weight, past in zip(self.factorization.coefficients, keys, strict=False):
-            noised = noised + weight * std * _normal(bytes(past.tolist()), total.numel())
-        return noised.float(), {**state, KEYS: keys}
-
-
-def _normal(key: bytes, size: int) -> Tensor:
-    from fedpress.privacy.chance import Cipher
-
-    return Cipher(key).normal(size)
+        draws = [Cipher(bytes(past.tolist())).normal(total.numel()) for past in keys]
+        mixed = self.factorization.sensitivity * self.factorization.noise(draws)
+        return add_noise(total, self.plan, mixed, exact=key.secret is not None), {**state, KEYS: keys}

@@ -124,7 +124,7 @@ class Uplink:
                 "federate.weights: got 'examples', but in a secure sum the server cannot see how many examples stand "
                 'behind an update; set weights = "equal"'
             )
-        adder.check(bound_chain, end)
+        adder.check({one.kind: bound_one for one, bound_one in zip(chain, bound_chain, strict=True)}, end)
         if adaptive is not None and adaptive.count_noise is None:
             raise RecipeError("privacy.adaptive.count_noise: not planned; give it, or bind with a planned one")
         if privacy is not None and trust == "central":

@@ -50,6 +50,8 @@ class Grid:
             filled.append(transform)
             if isinstance(transform, Discretize):
                 planned = {"bits": self.plan.bits, "scale": self.scale, "limit": self.coordinate_limit}
+                if self.noise is not None:
+                    planned["again"] = self.noise.rounds_again
                 filled[-1] = transform.model_copy(update=planned)
                 if self.noise is not None:
                     filled.append(Noise(std=math.sqrt(self.noise.variance)))
@@ -164,8 +166,14 @@ def _joint(
     divisor = expected / stage.lr
     if private.trust == "central":
         plan = _calibrated(plan, private, max(1, stage.num_rounds))
-        costs = dict.fromkeys(examples, plan.phase(num_rounds=1))
-        return Protection(chain, dict.fromkeys(examples, plan), costs, noise=ServerNoise(plan), divisor=divisor)
+        step: AnyPhase = plan.phase(num_rounds=1)
+        return Protection(
+            chain,
+            dict.fromkeys(examples, plan),
+            dict.fromkeys(examples, step),
+            noise=ServerNoise(plan),
+            divisor=divisor,
+        )
     # A client's sum is cut to what its usual batch can reach. Scaling into a ball is a projection: it brings no two
     # vectors further apart, so one example still moves the sum by one clip norm.
     longest = private.clip_norm * max(1.0, share * max(examples.values()))
@@ -173,7 +181,8 @@ def _joint(
     grid = _grid(stage, chain, start, cohort, sensitivity=private.clip_norm, sampling_prob=share)
     assert grid.noise is not None
     plan = replace(plan, noise_multiplier=grid.noise.noise_multiplier)
-    costs = dict.fromkeys(examples, grid.noise.phase(num_rounds=1))
+    phase: AnyPhase = grid.noise.phase(num_rounds=1)
+    costs = dict.fromkeys(examples, phase)
     return Protection(grid.fill(chain), dict.fromkeys(examples, plan), costs, grid, divisor=divisor)
 
 
@@ -184,11 +193,13 @@ def _check_joint(stage: FederateSettings) -> None:
                 f"stage.{name}: got {getattr(stage, name):g}, but with this trust the clients of a cohort take one "
                 f"step together; set {name} = {fine:g}, and momentum in stage.server if wanted"
             )
+    secure = stage.privacy is not None and stage.privacy.trust == "secure"
+    fine_here = ("clip", "randomk", "rotate", "discretize") if secure else ("clip", "randomk")
     for transform in stage.uplink:
-        if transform.kind not in ("clip", "rotate", "randomk", "discretize") or getattr(transform, "unbiased", False):
+        if transform.kind not in fine_here or getattr(transform, "unbiased", False):
             raise RecipeError(
                 f"stage.uplink.{transform.kind}: it could let one example move a client's sum by more than the clip "
-                "norm; use 'rotate', 'randomk' and 'discretize' here, or trust = \"local\""
+                f'norm; use {" and ".join(repr(kind) for kind in fine_here)} here, or trust = "local"'
             )
 
 
@@ -213,8 +224,8 @@ def _client(
         grid = _grid(stage, before, start, cohort, times=times)
         assert grid.noise is not None
         plan = PrivacyPlan("client", private.clip_norm, 1.0, grid.noise.noise_multiplier, delta=private.delta)
-        costs = dict.fromkeys(examples, grid.noise.phase(num_rounds=1))
-        return Protection(grid.fill(chain), dict.fromkeys(examples, plan), costs, grid)
+        shared: AnyPhase = grid.noise.phase(num_rounds=1)
+        return Protection(grid.fill(chain), dict.fromkeys(examples, plan), dict.fromkeys(examples, shared), grid)
     if private.trust == "local":  # whoever sees a client's update knows that it took part: sampling hides nothing
         plan = _calibrated(PrivacyPlan("client", private.clip_norm, 1.0, 1.0, delta=private.delta), private, times)
         return Protection(chain, dict.fromkeys(examples, plan), dict.fromkeys(examples, plan.phase(num_rounds=1)))
@@ -228,7 +239,7 @@ def _client(
         count = private.adaptive.count_noise or count_noise_for(plan.noise_multiplier, cohort.size)
         moving = replace(private.adaptive, count_noise=count)
         noise = ServerNoise(replace(plan, noise_multiplier=split(plan.noise_multiplier, count)))
-    phase = plan.phase(num_rounds=1)
+    phase: AnyPhase = plan.phase(num_rounds=1)
     costs = {POPULATION: phase} if everybody else dict.fromkeys(examples, phase)
     return Protection(chain, dict.fromkeys(examples, plan), costs, noise=noise, adaptive=moving)
 

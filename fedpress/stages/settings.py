@@ -49,8 +49,6 @@ class PrivacySettings(BaseModel):
                 raise ValueError(f"{name} is for unit 'client' with trust 'central'; leave it out")
         if self.adaptive is not None and self.correlated is not None:
             raise ValueError("adaptive and correlated do not go together: correlated noise needs one clip norm")
-        if self.correlated is not None and self.secure_noise:
-            raise ValueError("correlated noise is not drawn on a grid, as secure_noise promises; leave one of them out")
         return self
 
 

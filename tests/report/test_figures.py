@@ -18,6 +18,7 @@ def test_a_whole_run_has_all_figures_in_order(tmp_path):
         "Channels kept: prune",
         "Training: fine-tune",
         "Accuracy and privacy spent: federate",
+        "Accuracy over bytes: federate",
         "Bytes sent: federate",
     ]
     titles = [figure.title for figure in figures(read_run(write_run(tmp_path, private=False)))]

@@ -72,7 +72,7 @@ def test_the_page_holds_headline_table_words_and_figures(tmp_path):
     ]
     for expected in headline + words + made:
         assert expected in text
-    assert [tag for tag, _ in page.tags].count("figcaption") == 6
+    assert [tag for tag, _ in page.tags].count("figcaption") == 7
     assert "This run has not ended" not in text
 
 

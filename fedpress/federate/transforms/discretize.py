@@ -26,15 +26,17 @@ class Discretize(BaseModel):
     public bound, which is so for at most a share e^-0.5 of the draws, is drawn again. So the L2 bound holds always.
 
     `scale` (grid units per unit of the update) and `limit` (of each value, before scaling) follow from `bits`, the
-    cohort and the noise; a secure sum plans them.
+    cohort and the noise; a secure sum plans them. Where examples are protected and not clients, nothing is drawn
+    `again`: two sums that differ by one example would use other coins, and come further apart than their difference.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["discretize"] = "discretize"
-    bits: int | None = Field(None, ge=2, le=31, description="of the sum of all clients; planned if left out")
-    scale: float | None = Field(None, gt=0, allow_inf_nan=False)
-    limit: float | None = Field(None, gt=0, allow_inf_nan=False)
+    bits: int | None = Field(default=None, ge=2, le=31, description="of the sum of all clients; planned if left out")
+    scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    limit: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    again: bool = Field(default=True, description="draw rounding again until the L2 bound holds")
 
     def bind(self, bound: Bound) -> tuple[BoundDiscretize, Bound]:
         """Promises whole numbers of bounded L2 and maximum norm.
@@ -52,7 +54,8 @@ class Discretize(BaseModel):
         if self.scale is None:
             raise RecipeError('uplink.discretize.scale: not planned; use it with sum = "secure", or give a scale')
         limit = self.limit or coordinate_limit(bound)
-        length = rounded_sensitivity(bound.l2 * self.scale, bound.size)
+        root = math.sqrt(bound.size)
+        length = rounded_sensitivity(bound.l2 * self.scale, bound.size) if self.again else bound.l2 * self.scale + root
         largest = math.floor(limit * self.scale) + 1.0
         after = replace(bound, l2=length, linf=min(largest, length), integer=True, spread=math.inf)
         return BoundDiscretize(bound.size, self.scale, limit, length), after

@@ -24,7 +24,7 @@ class Rotate(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["rotate"] = "rotate"
-    block: int = Field(65536, ge=2, description="a power of two")
+    block: int = Field(default=65536, ge=2, description="a power of two")
 
     def bind(self, bound: Bound) -> tuple[BoundRotate, Bound]:
         """Keeps the L2 norm; each value is spread over a block, as `spread` says."""

@@ -23,7 +23,7 @@ class TopK(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["topk"] = "topk"
-    density: float = Field(0.01, gt=0, le=1, description="share of the values that is kept")
+    density: float = Field(default=0.01, gt=0, le=1, description="share of the values that is kept")
 
     def bind(self, bound: Bound) -> tuple[BoundTopK, Bound]:
         """Leaves size and norms as they are."""
@@ -66,7 +66,7 @@ class RandomK(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["randomk"] = "randomk"
-    density: float = Field(0.1, gt=0, le=1, description="share of the values that is sent")
+    density: float = Field(default=0.1, gt=0, le=1, description="share of the values that is sent")
     unbiased: bool = False
 
     def bind(self, bound: Bound) -> tuple[BoundRandomK, Bound]:
