@@ -308,12 +308,16 @@ def _grid(
     limit = discretize.limit or coordinate_limit(bound)
     private = stage.privacy
     if private is None:
-        secure = SecurePlan(cohort.size, discretize.bits or BITS, stage.max_dropout)
-        half = distributed.ROOM * 2 ** (secure.bits - 1)
-        scale = (half / cohort.size - 1) / limit
-        if scale <= 0:
-            raise RecipeError(f"stage.uplink.discretize.bits: {secure.bits} bits cannot hold {cohort.size} clients")
-        return Grid(secure, bound.size, scale, limit, math.floor(half))
+        bits = discretize.bits or BITS
+        half = distributed.ROOM * 2 ** (bits - 1)
+        largest = math.floor(half / cohort.size)  # of one client's values: then no honest sum can overflow
+        if largest < 2:
+            raise RecipeError(
+                f"stage.uplink.discretize.bits: {bits} bits cannot hold the sum of {cohort.size} clients; take "
+                f"{cohort.size.bit_length() + 3} or more"
+            )
+        secure = SecurePlan(cohort.size, bits, stage.max_dropout, bound=largest)
+        return Grid(secure, bound.size, (largest - 1) / limit, limit, math.floor(half))
     planned = distributed.plan(
         size=bound.size,
         clip_norm=sensitivity or bound.l2,

@@ -1,0 +1,98 @@
+"""The eight mixes go through the same check and the same loop, and a killed run of each goes on to the same bits."""
+
+import itertools
+import json
+
+import pytest
+
+from fedpress import recipe as recipes
+from fedpress import run as runs
+from fedpress.folder import RunFolder
+from tests.mixes import MIXES
+
+
+def begun(text, path, overrides, *, reuse=None, resume=False):
+    recipe = recipes.load(text, overrides)
+    settings = runs.settings(recipe)
+    folder = RunFolder.resume(path, settings) if resume else RunFolder.create(path, text, settings)
+    return runs.execute(recipe, folder, runs.load_data(recipe), reuse=reuse)
+
+
+@pytest.fixture(scope="module")
+def base(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp("base") / "run"
+    for _ in begun(tiny, path, ["stage.2.num_rounds=0"]):
+        pass
+    return RunFolder.open(path)
+
+
+@pytest.fixture(scope="module", params=MIXES)
+def mix(request, base, tiny, tmp_path_factory):
+    """A whole run of one mix: its name, overrides and folder."""
+    path = tmp_path_factory.mktemp("mix") / "run"
+    for _ in begun(tiny, path, MIXES[request.param], reuse=base):
+        pass
+    return request.param, MIXES[request.param], path
+
+
+def test_check_tells_bits_bytes_and_epsilon(mix, tiny):
+    name, overrides, path = mix
+    recipe = recipes.load(tiny, overrides)
+    told = runs.check(recipe, runs.load_data(recipe))[2]
+    done = json.loads((path / "result.json").read_text())["stages"][2]
+    assert told["bits_per_value_up"] > 0
+    assert told["bits_per_value_down"] > 0
+    assert (told.get("epsilon") is None) == (name in ("nothing", "int8", "top-k and ANS both ways", "secure sum"))
+    # What was sent: three updates a round, and for a secure sum the keys and what opens it.
+    up = done["bytes_up"] - 3 * told["bytes_up_per_round"]
+    assert abs(up) < 0.25 * done["bytes_up"] + 12_000 * ("secure" in name)
+    if told.get("epsilon") is not None:
+        assert done["epsilon"] <= told["epsilon"] * (1 + 1e-9)
+
+
+def test_every_update_counted(mix):
+    _, _, path = mix
+    records = [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
+    rounds = [r for r in records if r["kind"] == "federate"]
+    assert [r["round"] for r in rounds] == [1, 2, 3]
+    assert all(not r["refused"] for r in rounds)
+
+
+def test_a_run_that_is_killed_in_a_round_goes_on_to_the_same_bits(mix, base, tiny, tmp_path, left):
+    _, overrides, path = mix
+    running = begun(tiny, tmp_path / "run", overrides, reuse=base)
+    seen = 0
+    for event in running:
+        seen += type(event).__name__ == "Tick" and "round 3" in event.note
+        if seen:
+            break
+    running.close()
+    assert seen
+    for _ in begun(tiny, tmp_path / "run", overrides, resume=True):
+        pass
+    whole, again = left(path), left(tmp_path / "run")
+    assert {n: v for n, v in again.items() if "memory" not in n} == {
+        n: v for n, v in whole.items() if "memory" not in n
+    }
+
+
+def test_a_round_that_is_asked_twice_has_one_answer(tiny, base, tmp_path, left):
+    """The server dies after the clients answered: they remember the round, and give the same bytes again."""
+    overrides = [*MIXES["top-k and ANS both ways"], "stage.2.num_rounds=2"]
+    running = begun(tiny, tmp_path / "one", overrides, reuse=base)
+    stage = tmp_path / "one" / "stages" / "2-federate"
+    kept = None
+    for event in running:
+        saved = stage / "progress.safetensors"
+        if type(event).__name__ == "Tick" and "round 2" in event.note:
+            kept = saved.read_bytes()
+            next(itertools.islice(running, 1), None)
+            break
+    running.close()
+    saved.write_bytes(kept)  # round 2 was answered, but the server does not know
+    for _ in begun(tiny, tmp_path / "one", overrides, resume=True):
+        pass
+    for _ in begun(tiny, tmp_path / "two", overrides, reuse=base):
+        pass
+    one, two = left(tmp_path / "one"), left(tmp_path / "two")
+    assert one["result.json"] == two["result.json"]
