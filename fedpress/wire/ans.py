@@ -73,7 +73,7 @@ def encode(values: Ints, rows: int, nested: Callable[[Ints], bytes]) -> bytes:
         if table.escape:
             wrong = (index < 0) | (index >= table.symbols)
             index[wrong] = table.symbols
-            escaped.append(source()[wrong].astype(np.int64))
+            escaped.append(source()[wrong])
         parts.append((table, index))
     coder = Coder()
     for table, index in reversed(parts):

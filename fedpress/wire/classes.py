@@ -1,9 +1,9 @@
 """Sorts the blocks of an integer vector into classes of like values, so that each class gets a frequency table.
 
 An update is quiet in one layer and loud in the next, and the values of one filter mostly have one sign. One table for
-all would cost bits; a table for every block would cost more. So blocks with a like mean absolute value, and of those the
-ones that lean to the same side, share a class. Block size and number of classes are those with the fewest estimated
-bits, class numbers and tables included.
+all would cost bits; a table for every block would cost more. So blocks with a like mean absolute value, and of those
+the ones that lean to the same side, share a class. Block size and number of classes are those with the fewest
+estimated bits, class numbers and tables included.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ SIDES = ((), (-0.25, 0.25), (-0.5, -0.15, 0.15, 0.5))  # where the mean over the
 BINS = 48  # activities on a logarithmic scale, from which the classes are cut
 SMALLEST = 32  # values in the smallest block
 DOUBLINGS = (1, 2, 3, 4, 5, 7)  # block sizes that are tried: SMALLEST times two to this power
-SAMPLE = 1 << 17  # values from which the bits of the finished classes are measured
+SIDED = 8  # smallest blocks in a block whose side is always tried
+SAMPLE = 1 << 16  # values from which the bits of the finished classes are measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,20 +59,24 @@ def plan(values: Ints, center: int, share: float = 1.0) -> Plan:
     size = width * rows
     mean = np.array(sums.sum() / (len(sums) * size))
     best, chosen = float(len(sums) * size * _bits(mean) + share * _table_bits(mean, rows)), one
+    options: list[Plan] = []
     for doublings in DOUBLINGS:
         times = 1 << doublings
         whole = len(sums) // times
         if whole < 4:
             break
         cost, ids = _cut(_grouped(sums, times) / (size * times), size * times, rows, share)
+        cost *= len(sums) / (whole * times)  # what does not fill a block counts as well
+        layout = Plan(width * times, int(ids.max()) + 1, ids)
+        if times == SIDED:
+            options.append(layout)  # the cost says nothing of sides, and wide blocks have none
         if cost < best:
-            best, chosen = cost, Plan(width * times, int(ids.max()) + 1, ids)
-    if chosen is one and len(sums) >= 16:
-        chosen = Plan(width * 8, 1, np.zeros(len(sums) // 8, np.uint8))
-    if chosen is not one:
-        times = chosen.width // width
-        lean = _grouped(leans, times) / np.maximum(_grouped(sums, times), 1e-9)
-        chosen = min((_split(chosen, lean, cuts) for cuts in SIDES), key=lambda p: _measured_bits(values, p, share))
+            best, chosen = cost, layout
+    if chosen is not one and chosen not in options:
+        options.append(chosen)
+    if options:
+        split = [_split(option, sums, leans, option.width // width, cuts) for option in options for cuts in SIDES]
+        chosen = min(split, key=lambda layout: _measured_bits(values, layout, share))
     if chosen.count == 1:
         return one
     missing = -(-columns // chosen.width) - len(chosen.ids)  # what the smallest block left over joins the last class
@@ -139,10 +144,11 @@ def _cut(means: Floats, size: int, rows: int, share: float) -> tuple[float, NDAr
     return best, _numbered(np.searchsorted(np.array(cuts[::-1]), bins, side="right"))[0]
 
 
-def _split(chosen: Plan, lean: Floats, cuts: tuple[float, ...]) -> Plan:
-    """Splits each class by the side to which its blocks `lean` (-1 to 1)."""
-    ids, count = _numbered(chosen.ids.astype(np.intp) * (len(cuts) + 1) + np.searchsorted(cuts, lean))
-    return Plan(chosen.width, count, ids)
+def _split(layout: Plan, sums: Floats, leans: Floats, times: int, cuts: tuple[float, ...]) -> Plan:
+    """Splits each class by the side to which its blocks, of `times` smallest blocks, lean."""
+    lean = _grouped(leans, times) / np.maximum(_grouped(sums, times), 1e-9)
+    ids, count = _numbered(layout.ids.astype(np.intp) * (len(cuts) + 1) + np.searchsorted(cuts, lean))
+    return Plan(layout.width, count, ids)
 
 
 def _numbered(ids: NDArray[np.intp]) -> tuple[NDArray[np.uint8], int]:
@@ -168,4 +174,4 @@ def _measured_bits(values: Ints, layout: Plan, share: float) -> float:
     tables = 8.0 * rows * (used.sum() + 3 * layout.count)
     number = np.bincount(layout.ids, minlength=layout.count)
     names = number @ np.log2(whole / np.maximum(number, 1))
-    return float(bits * whole / some + share * tables + names)
+    return float(bits * values.shape[1] / (some * layout.width) + share * tables + names)

@@ -78,7 +78,7 @@ def _shrink(values: Ints, floats: bool, rows: int = 1, depth: int = 0) -> bytes:
     if not floats and _nbit_bytes(len(values), bits) < size:
         size, plain = _nbit_bytes(len(values), bits), NBIT
     best = None
-    if bits and depth < DEEPEST and _ans_pays(values, size):
+    if bits and depth < DEEPEST and _ans_pays(values, bits, size):
         coded = bytes([ANS]) + ans.encode(values, rows, nested)
         if len(coded) < size:
             size, best = len(coded), coded
@@ -161,10 +161,12 @@ def _read_nbit(reader: Reader, out: Ints, place: str) -> None:
     unsigned += np.array(low).astype(out.dtype).view(unsigned.dtype)
 
 
-def _ans_pays(values: Ints, size: int) -> bool:
+def _ans_pays(values: Ints, bits: int, size: int) -> bool:
     """Looks at a sample only where the values are many, so that uniform ones cost no time."""
     if len(values) < 16:
         return False
+    if bits <= 8:  # the estimate would take a tenth of the time of trying
+        return True
     if len(values) <= 2 * SAMPLE:
         return len(values) < 4096 or ans.estimate(values) < 8 * size
     return ans.estimate(_sampled(values)) < 8 * size * 0.98 * SAMPLE / len(values)

@@ -2,8 +2,8 @@
 
 `rate` is a target in bits per value *after* packing: a uniform grid so coarse that entropy coding ends up there. At
 every rate that takes fewer bits than a fixed number of levels; at high rates it is 0.25 bits above Shannon's limit
-(Gish and Pierce 1968). The unbiased form adds dither that both sides draw from the key and the reader subtracts (Roberts
-1962; Zamir and Feder 1992).
+(Gish and Pierce 1968). The unbiased form adds dither that both sides draw from the key and the reader subtracts
+(Roberts 1962; Zamir and Feder 1992).
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ SAMPLE_RUN, SAMPLE_RUNS = 256, 1024
 MESSAGE_BYTES = 80  # of a message besides the packed values: frame, header, names
 SIDE_BYTES = 40  # of the scales of the unbiased form, besides their content
 ROUNDING = 0.48  # below 1/2: a few values more become zero, which saves more bits than it costs precision
+FLOAT_MAX = float(np.finfo(np.float32).max)
+FLOAT_MIN = float(np.finfo(np.float32).smallest_subnormal)
 LARGEST = 1 << 30  # largest level
 DTYPES = {torch.int8: 1 << 7, torch.int16: 1 << 15, torch.int32: 1 << 31}
 SLACK = 0.004  # bits a value below the target that are aimed at, since the search looks at a sample
@@ -127,8 +129,7 @@ class _Centroids:
     additive = False
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
-        values = _numpy(x, self.size)
-        peak = _peak(values)
+        values, peak = _numpy(x, self.size)
         if not peak:
             return Encoded(torch.zeros(self.size, dtype=torch.int8), {"levels": torch.ones(1)})
         sample = _sample(values) / peak
@@ -138,13 +139,14 @@ class _Centroids:
             return estimate_bits(_rounded(sample, step, np.int32), share=share)
 
         target = _target(self.rate, self.size) * share
-        step = _search(bits, target, _rms(sample), sample.size)
-        q = _rounded(values, step * peak, _dtype(1 / step))
+        step = _search(bits, target, 4 * 2.0**-self.rate * _rms(sample), sample.size)
+        q = _rounded(values, _width(step, peak), _dtype(1 / step + 1))
         if self.rate < SPARSE_RATE and share < 1:
             step = _search(bits, target * bits(step) / (estimate_bits(q) * share), step, sample.size)
-            q = _rounded(values, step * peak, _dtype(1 / step))
+            q = _rounded(values, _width(step, peak), _dtype(1 / step + 1))
         levels = _levels(sample, step)
-        return Encoded(torch.from_numpy(q), {"levels": torch.tensor([step * peak, *levels], dtype=torch.float32)})
+        grid = torch.tensor([_width(step, peak), *levels], dtype=torch.float32)
+        return Encoded(torch.from_numpy(q), {"levels": grid})
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
         q = _whole(x, (self.size,), ("levels",))
@@ -168,7 +170,7 @@ class _Grid:
     additive = False
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
-        values = _numpy(x, self.size)
+        values, _ = _numpy(x, self.size)
         peaks = _over_blocks(np.maximum, np.abs(values), self.block)
         scales = (peaks / np.float32(self.top)).astype(np.float32)
         scales[scales * np.float64(self.top) < peaks] = np.nextafter(
@@ -199,7 +201,7 @@ class _Sign:
     additive = False
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
-        values = _numpy(x, self.size)
+        values, _ = _numpy(x, self.size)
         scales = _block_means(np.abs(values), self.block)
         q = np.where(np.signbit(values), np.int8(-1), np.int8(1))
         return Encoded(torch.from_numpy(q), {"scales": torch.from_numpy(scales)})
@@ -217,7 +219,7 @@ class _Ternary:
     additive = False
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
-        values = _numpy(x, self.size)
+        values, _ = _numpy(x, self.size)
         sizes = np.abs(values)
         threshold = np.float32(0.7) * _block_means(sizes, self.block)
         q = np.zeros(self.size, np.int8)
@@ -263,9 +265,8 @@ class _Dithered:
         return next(rows for rows, least in ((8, 1 << 15), (4, 1 << 13), (2, 1 << 10), (1, 0)) if self.kept >= least)
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
-        values = _numpy(x, self.size)
-        peak = _peak(values)
-        if np.count_nonzero(values) * 2 < self.size:
+        values, peak = _numpy(x, self.size)
+        if np.count_nonzero(values) * 2 <= self.size:
             return self._encode_sparse(values, peak, key)
         picked = self._pick(values, key)
         phases = self.rows
@@ -281,13 +282,15 @@ class _Dithered:
         some_halves = halves[at // self.block].astype(np.intp) + HALVES
         share = some.size / len(y)
 
-        def bits(level: float) -> float:
-            steps = _steps(middle, level).astype(np.float32)[some_halves]
+        def bits(root: float) -> float:
+            steps = _steps(middle, root * root).astype(np.float32)[some_halves]
             q = np.rint(some / steps + some_u).astype(np.int32)
             return estimate_bits(self._to_rows(q, key).reshape(-1), rows=self.rows, share=share)
 
         budget = _target(self.rate, self.size, SIDE_BYTES + int(estimate_bits(halves)) // 8)
-        level = float(np.float32(_search(bits, budget * share, 0.3, some.size)))
+        noise = 1 / (4.0 ** max(self.rate * self.group - 0.25, 0.1) - 1)  # of a Gaussian, over its variance
+        root = _search(bits, budget * share, math.sqrt(noise * (noise + 1)), some.size, 1024.0)
+        level = float(np.float32(root * root))
         steps = _steps(middle, level)[halves.astype(np.intp) + HALVES].astype(np.float32)
         q = np.empty(len(y), _dtype(float(np.abs(y).max() / steps.min()) + 1))
         for start, end, step in _chunks(len(y), self.block, steps):
@@ -321,7 +324,7 @@ class _Dithered:
             part *= step
             y[start:end] = part
         y *= np.float32(self.group)
-        limit = np.finfo(np.float32).max / max(peak, 1.0)
+        limit = FLOAT_MAX / max(peak, 1.0)
         out = np.clip(y[: self.kept], -limit, limit) * np.float32(peak)
         return torch.from_numpy(self._put_back(out, key))
 
@@ -351,8 +354,10 @@ class _Dithered:
         def bits(step: float) -> float:
             return estimate_bits(levels(step))
 
-        step = float(np.float32(_search(bits, _target(self.rate, self.size), _rms(y), self.size, 8.0)))
-        return Encoded(torch.from_numpy(levels(step)), {"grid": torch.tensor([step * peak], dtype=torch.float32)})
+        step = float(np.float32(_search(bits, _target(self.rate, self.size), _rms(y), self.size, 4.0)))
+        return Encoded(
+            torch.from_numpy(levels(step)), {"grid": torch.tensor([_width(step, peak)], dtype=torch.float32)}
+        )
 
     def _decode_sparse(self, x: Encoded, key: Key) -> Floats:
         q = _whole(x, (self.size,), ("grid",))
@@ -363,8 +368,7 @@ class _Dithered:
         level = q[full].astype(np.float64)
         level -= level > 0
         out = np.zeros(self.size, np.float32)
-        limit = float(np.finfo(np.float32).max)
-        out[full] = np.clip((level - self._dither(self.size, key)[full]) * step, -limit, limit)
+        out[full] = np.clip((level - self._dither(self.size, key)[full]) * step, -FLOAT_MAX, FLOAT_MAX)
         return out
 
     def _dither(self, size: int, key: Key) -> Floats:
@@ -425,19 +429,19 @@ def _steps(middle: float, level: float) -> NDArray[np.float64]:
     spread = np.ldexp(np.where(halves % 2, math.sqrt(2), 1.0), halves // 2)
     square = spread * spread
     noise = 2 * level * square / (square + np.sqrt(square * square + 4 * level * square))
-    return middle * np.sqrt(12 * noise)
+    return np.maximum(middle * np.sqrt(12 * noise), 4 / LARGEST)
 
 
-def _search(bits: Callable[[float], float], target: float, start: float, size: int, most: float = 4.0) -> float:
+def _search(bits: Callable[[float], float], target: float, start: float, size: int, most: float = 2.0) -> float:
     """Returns the step at which `bits` of `size` values, which fall as the step grows, come to just below `target`.
 
-    Newton's method until the target lies between two steps, then false position between them. At the largest step,
-    `most`, all is zero; the smallest leaves levels within `LARGEST`.
+    The secant method until the target lies between two steps, then false position between them. At `most` all is
+    taken to be zero; the smallest leaves levels within `LARGEST`.
     """
     low, high = math.log2(4 / LARGEST), math.log2(most)
     few, many = 0.0, math.inf
     at, slack = min(max(math.log2(start), low), high), min(TOLERANCE * size, 0.01 * target)
-    aim = target - slack / 2
+    aim, last = target - slack / 2, None
     for _ in range(24):
         now = bits(2.0**at)
         if now > target:
@@ -448,8 +452,13 @@ def _search(bits: Callable[[float], float], target: float, start: float, size: i
             break
         if many < math.inf and few > 0:
             at = low + (high - low) * min(max((many - aim) / (many - few), 0.02), 0.98)
-        else:  # one bit a value for each halving of the step, fewer where most values are zero
-            slope = 0.9 * min(max(now, 0.02 * size), size)
+        else:
+            if last is None or (last[1] - now) * (at - last[0]) <= 0:
+                # one bit a value for each halving of the step, fewer where most values are zero
+                slope = 0.9 * min(max(now, 0.02 * size), size)
+            else:
+                slope = (last[1] - now) / (at - last[0])
+            last = at, now
             at = min(max(at + min(max((now - aim) / slope, -3.0), 3.0), low), high)
     return 2.0**high
 
@@ -472,6 +481,11 @@ def _rounded(values: Floats, step: float, dtype: type[np.signedinteger]) -> Ints
     return q
 
 
+def _width(step: float, peak: float) -> float:
+    """Returns `step` in units of `peak` as a width that float32 can hold."""
+    return min(max(step * peak, FLOAT_MIN), FLOAT_MAX)
+
+
 def _levels(sample: Floats, step: float) -> list[float]:
     """How far, in steps, the mean of what fell on levels 1, 2, ... lies below them; few where they are rare."""
     q = np.abs(_rounded(sample, step, np.int32))
@@ -485,14 +499,13 @@ def _levels(sample: Floats, step: float) -> list[float]:
 
 def _read(q: Ints, step: float, near: NDArray[np.float64]) -> Floats:
     """Turns levels into values: `near` steps for the levels 0, 1, ..., and the last offset for all beyond."""
-    limit = float(np.finfo(np.float32).max)
     last = len(near) - 1
     shift = last - near[last]
 
     def values(levels: NDArray[np.float64]) -> Floats:
         sizes = np.abs(levels)
         steps = np.where(sizes > last, sizes - shift, near[np.minimum(sizes, last).astype(np.intp)])
-        return np.clip(np.copysign(steps, levels) * step, -limit, limit).astype(np.float32)
+        return np.clip(np.copysign(steps, levels) * step, -FLOAT_MAX, FLOAT_MAX).astype(np.float32)
 
     if q.dtype == np.int8:
         table = values(np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float64))
@@ -510,12 +523,11 @@ def _scaled(x: Encoded, size: int, block: int, top: int) -> Floats:
         raise WireError(f"update.values: got a level beyond {top}")
     if scales.min(initial=0) < 0:
         raise WireError("update.scales: got a negative scale")
-    limit = float(np.finfo(np.float32).max)
     out = np.empty(size, np.float32)
     for at, end, scale in _chunks(size, block, scales):
         with np.errstate(over="ignore"):
             out[at:end] = q[at:end] * scale
-    return np.clip(out, -limit, limit)
+    return np.clip(out, -FLOAT_MAX, FLOAT_MAX)
 
 
 def _whole(x: Encoded, shape: tuple[int, ...], side: tuple[str, ...]) -> Ints:
@@ -540,18 +552,15 @@ def _floats(x: Encoded, name: str, size: int | None, least: int = 0) -> Floats:
     return values
 
 
-def _numpy(x: Tensor, size: int) -> Floats:
+def _numpy(x: Tensor, size: int) -> tuple[Floats, float]:
+    """Returns the values and the largest absolute value, which is finite."""
     if x.shape != (size,):
         raise ValueError(f"update: got shape {tuple(x.shape)}, expected ({size},)")
-    values: Floats = x.detach().to(torch.float32).contiguous().numpy()
-    return values
-
-
-def _peak(values: Floats) -> float:
+    values: Floats = x.detach().to("cpu", torch.float32).contiguous().numpy()
     peak = max(float(values.max(initial=0)), -float(values.min(initial=0)))
     if not math.isfinite(peak):
         raise ValueError("update: got a value that is not finite; leave such an update out")
-    return peak
+    return values, peak
 
 
 def _rms(values: Floats) -> float:
@@ -573,7 +582,7 @@ def _evenly(keys: NDArray[np.floating], count: int) -> NDArray[np.intp]:
 
 
 def _dtype(largest: float) -> type[np.signedinteger]:
-    return np.int8 if largest < 126 else np.int16 if largest < 32766 else np.int32
+    return np.int8 if largest < 1 << 7 else np.int16 if largest < 1 << 15 else np.int32
 
 
 def _over_blocks(function: np.ufunc, values: Floats, block: int) -> Floats:
