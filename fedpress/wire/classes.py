@@ -19,9 +19,9 @@ Floats = NDArray[np.float64]
 MAX_CLASSES = 64
 ACTIVITIES = 12
 SIDES = ((), (-0.25, 0.25), (-0.5, -0.15, 0.15, 0.5))  # where the mean over the mean absolute value is cut
-BINS = 48  # activities on a logarithmic scale, from which the classes are cut
+BINS = 32  # activities on a logarithmic scale, from which the classes are cut
 SMALLEST = 32  # values in the smallest block
-DOUBLINGS = (1, 2, 3, 4, 5, 7)  # block sizes that are tried: SMALLEST times two to this power
+DOUBLINGS = (1, 2, 3, 4, 6)  # block sizes that are tried: SMALLEST times two to this power
 SIDED = 8  # smallest blocks in a block whose side is always tried
 SAMPLE = 1 << 16  # values from which the bits of the finished classes are measured
 
@@ -129,14 +129,17 @@ def _cut(means: Floats, size: int, rows: int, share: float) -> tuple[float, NDAr
     # a block names its class at about the entropy of the classes
     cost += number * np.log2(len(means) / np.maximum(number, 1))
     cost[np.tril_indices(BINS + 1)] = np.inf
-    reach, steps = cost[0], []
+    reach, steps, every = cost[0], [], np.arange(BINS + 1)
     best, best_count = float(reach[-1]), 1
     for count in range(2, ACTIVITIES + 1):
         options = reach[:, None] + cost
-        steps.append(options.argmin(0))
-        reach = options.min(0)
+        step = options.argmin(0)
+        steps.append(step)
+        reach = options[step, every]
         if reach[-1] < best:
             best, best_count = float(reach[-1]), count
+        elif count > best_count + 1:
+            break  # more tables only cost more
     cuts, at = [], BINS
     for count in range(best_count, 1, -1):
         at = int(steps[count - 2][at])
