@@ -2,7 +2,8 @@
 
 Every rate is eight times the bytes of the whole message over the number of values; ours gets the bytes that EDEN took.
 The error is the squared error over the squared norm. Speeds are megabytes of float32 a second of processor time on one
-thread, median of the repeats; quantizer, packing and message together.
+thread, median of the repeats; quantizer, packing and message together. The search for the step counts, so rivals that try many
+steps (zstd, NNCodec) look slow; EDEN is plain numpy here. NNCodec runs where it is installed.
 
     python benchmarks/codecs.py [--size 3300000] [--update FILE] [--repeats 3] [--json]
     python benchmarks/codecs.py --make-update FILE --data DIR
@@ -19,12 +20,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from eden import Eden, UniformZstd
+from eden import Eden, Nncodec, UniformZstd
 from torch import Tensor
 
 from fedpress.federate.transforms.base import Bound, Key, Settings, bind_chain, decode_chain, encode_chain
@@ -47,7 +49,9 @@ def ours(settings: Settings, size: int) -> tuple[Callable[[Tensor], bytes], Call
     )
 
 
-def rival(codec: Eden | UniformZstd, size: int) -> tuple[Callable[[Tensor], bytes], Callable[[bytes], Tensor]]:
+def rival(
+    codec: Eden | UniformZstd | Nncodec, size: int
+) -> tuple[Callable[[Tensor], bytes], Callable[[bytes], Tensor]]:
     """Returns encoder and decoder of a rival, whose messages have no frame."""
     return (
         lambda x: codec.encode(x.numpy(), 0),
@@ -90,6 +94,9 @@ def rows(x: Tensor, repeats: int) -> Iterator[Row]:
             yield mine | {"wanted": rate, "against_eden": mine["error"] / eden["error"]}
             yield eden | {"wanted": rate}
         yield measured("uniform + zstd", x, rival(UniformZstd(rate), size), 1) | {"wanted": rate}
+        if find_spec("nncodec"):
+            for kind, trellis in (("nncodec", False), ("nncodec, trellis", True)):
+                yield measured(kind, x, rival(Nncodec(rate, trellis), size), 1) | {"wanted": rate}
         yield {"codec": "Shannon, Gaussian", "bits": rate, "error": 2.0 ** (-2 * rate), "wanted": rate}
     for name, settings in (
         ("sign", Sign()),

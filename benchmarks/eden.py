@@ -1,4 +1,4 @@
-"""EDEN, the rival: random rotation, the best levels for a Gaussian, one scale a block; and uniform levels with zstd.
+"""The rivals: EDEN (random rotation, the best levels for a Gaussian), uniform levels with zstd, and NNCodec.
 
 S. Vargaftik et al., "EDEN: Communication-Efficient and Robust Distributed Mean Estimation for Federated Learning"
 (ICML 2022): any rate by a mix of two numbers of bits, below one bit by sending a random part of the rotated values.
@@ -140,3 +140,59 @@ class UniformZstd:
         small = np.abs(levels).max(initial=0) < 128
         coded = zstandard.ZstdCompressor(level=3).compress(levels.astype(np.int8 if small else np.int16).tobytes())
         return np.float32(step).astype("<f4").tobytes() + coded
+
+
+@dataclass(frozen=True)
+class Nncodec:
+    """The quantizer and arithmetic coder of NNCodec 2 (ISO/IEC 15938-17) at `rate` bits a value, as rows of 512 values.
+
+    `trellis` is its dependent quantization. It comes without its other dependencies: `pip install --no-deps nncodec`.
+    """
+
+    rate: float
+    trellis: bool
+    width = 512
+    density = 4  # steps in an octave: two to this power
+
+    def encode(self, x: Floats, seed: int) -> bytes:
+        """Returns the index of the step, the spread, and the stream of the smallest step that keeps to the rate."""
+        del seed
+        spread = np.float32(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+        rows = np.zeros((-(-x.size // self.width), self.width), np.float32)
+        rows.reshape(-1)[: x.size] = x / spread
+        low, high = -96, 80
+        while high - low > 1:
+            step = (low + high) // 2
+            if 8 * len(self._coded(rows, step)) > self.rate * x.size:
+                low = step
+            else:
+                high = step
+        return np.array([high], "<i4").tobytes() + spread.tobytes() + self._coded(rows, high)
+
+    def _coded(self, rows: Floats, step: int) -> bytes:
+        from nncodec.extensions.deepCABAC import Encoder, HdspMode
+
+        levels, none = np.zeros(rows.shape, np.int32), np.array([], np.int8)
+        encoder = Encoder()
+        encoder.initCtxModels(10, 0)
+        encoder.quantLayer(rows, levels, self.trellis, self.density, step, 0.0, 10, 0, 0)
+        encoder = Encoder()
+        encoder.initCtxModels(11, 0)
+        skip = np.zeros(len(rows), np.int32)
+        encoder.encodeLayer(levels, self.trellis, 0, 0, 0, 0, skip, HdspMode.AlwaysOff, none, 0, 0)
+        return bytes(encoder.finish().tobytes())
+
+    def decode(self, data: bytes, size: int, seed: int) -> Floats:
+        """Undoes `encode`."""
+        from nncodec.extensions.deepCABAC import Decoder, HdspMode
+
+        del seed
+        step, spread = int(np.frombuffer(data, "<i4", 1)[0]), np.frombuffer(data, "<f4", 1, 4)[0]
+        shape = (-(-size // self.width), self.width)
+        levels, read = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        decoder = Decoder()
+        decoder.setStream(np.frombuffer(data, np.uint8, offset=8).copy())
+        decoder.initCtxModels(11)
+        decoder.decodeLayer(levels, self.trellis, 0, 0, 0, HdspMode.AlwaysOff, np.array([], np.int8), 0, 0)
+        decoder.dequantLayer(read, levels, self.density, step, 0)
+        return read.reshape(-1)[:size] * spread
