@@ -2,8 +2,8 @@
 
 Every rate is eight times the bytes of the whole message over the number of values; ours gets the bytes that EDEN took.
 The error is the squared error over the squared norm. Speeds are megabytes of float32 a second of processor time on one
-thread, median of the repeats; quantizer, packing and message together. The search for the step counts, so rivals that try many
-steps (zstd, NNCodec) look slow; EDEN is plain numpy here. NNCodec runs where it is installed.
+thread, median of the repeats; quantizer, packing and message together. The search for the step counts, so rivals that
+try many steps (zstd, NNCodec) look slow; EDEN is plain numpy here. NNCodec runs where it is installed.
 
     python benchmarks/codecs.py [--size 3300000] [--update FILE] [--repeats 3] [--json]
     python benchmarks/codecs.py --make-update FILE --data DIR
