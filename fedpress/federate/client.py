@@ -15,7 +15,7 @@ from fedpress import seeds, tree
 from fedpress.arrays import Arrays
 from fedpress.errors import RecipeError, TrainingError, WireError
 from fedpress.federate.adders import SecureSum
-from fedpress.federate.downlink import Downlink
+from fedpress.federate.downlink import LOST, SERVER, Downlink
 from fedpress.federate.exchange import ClientId
 from fedpress.federate.local import (
     LocalSettings,
@@ -135,7 +135,7 @@ class Client:
             return pack(self._secure(self.member, message))
         key = self._key(message)
         before = self.memory.load(key.round)
-        params, held = self._receive(message, key, before)
+        params, held = self._receive(message, key)
         try:
             update, measured = self._fit(params, key)
         except Exception as problem:
@@ -204,15 +204,20 @@ class Client:
             raise WireError("fit.agreement: the server works with other settings or another model; use the same recipe")
         return Key(self.seed, round, self.name, self.secret)
 
-    def _receive(self, request: Message, key: Key, before: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _receive(self, request: Message, key: Key) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the server's parameters [d] and what to remember of them."""
         if self.downlink is None:
             params = request.tensors.get("params")
             if params is None or params.dtype != torch.float32 or not bool(torch.isfinite(params).all()):
                 raise WireError("fit.params: expected finite float32 values; send the server's parameters")
             return params, {}
-        version = int(before["version"]) if "version" in before else 0
-        held = self.downlink.receive(request.tensors, key, before.get("held"), version)
+        version = request.header.get("from")
+        if not isinstance(version, int) or isinstance(version, bool) or not 0 <= version < key.round:
+            raise WireError(f"fit.from: got {version!r}, expected a round before {key.round}; use the same recipe")
+        state = self.memory.load(version + 1) if version else {}
+        if version and ("held" not in state or int(state["version"]) != version):
+            raise WireError(f"fit.from: this client does not hold the model of round {version} any more; {LOST}")
+        held = self.downlink.decode(request.tensors, state.get("held"), Key(self.seed, key.round, SERVER))
         return held, {"held": held, "version": torch.tensor(key.round)}
 
     def _fit(self, params: Tensor, key: Key) -> tuple[Tensor, dict[str, JSON]]:

@@ -120,7 +120,6 @@ class _Server:
             broadcast = None
             if self.downlink is not None:
                 broadcast = Broadcast.open(self.downlink, self.seed, clients, parts["downlink"])
-                broadcast.code(round, params)
             header = self._header(round, session.invite(cohort), parts["uplink"])
             replies = self.transport.exchange(_requests(cohort, header, round, params, broadcast))
             mean = self.uplink.mean(
@@ -134,7 +133,7 @@ class _Server:
             )
             parts["uplink"] = mean.state
             if broadcast is not None:
-                broadcast.arrived(cohort, mean.refused, round)
+                broadcast.arrived(mean.refused)
                 parts["downlink"] = broadcast.state()
             if mean.update is not None:
                 parts["optimizer"], params = self.algorithm.server.step(parts["optimizer"], params, mean.update)
@@ -154,11 +153,12 @@ def _requests(
     if broadcast is None:
         return dict.fromkeys(cohort, Message("fit", header, {"params": params}))
     made: dict[int, Message] = {}
-    for client in cohort:
-        version = broadcast.versions[client]
-        if version not in made:
-            made[version] = Message("fit", header, broadcast.tensors(client, round))
-    return {client: made[broadcast.versions[client]] for client in cohort}
+    requests = {}
+    for client, (version, tensors) in broadcast.code(round, params, cohort).items():
+        if id(tensors) not in made:
+            made[id(tensors)] = Message("fit", {**header, "from": version}, tensors)
+        requests[client] = made[id(tensors)]
+    return requests
 
 
 def _join(parts: Mapping[str, Mapping[str, Tensor]]) -> ServerState:

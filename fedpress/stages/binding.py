@@ -129,10 +129,11 @@ class Federation:
         if self.downlink is not None:
             broadcast = Broadcast.open(self.downlink, self.seed, [client], {})
             for round, model in ((1, params), (2, params + change)):
-                broadcast.code(round, model)
-                down = len(pack(Message("fit", self._said(session.invite(names)), broadcast.tensors(client, round))))
+                version, tensors = broadcast.code(round, model, [client])[client]
+                header = {**self._said(session.invite(names)), "from": version}
+                down = len(pack(Message("fit", header, tensors)))
                 first = down if round == 1 else first
-                broadcast.arrived([client], {}, round)
+                broadcast.arrived({})
         size = max(1, len(params))
         return {
             "bits_per_value_up": 8 * up / size,
@@ -211,7 +212,7 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> F
     )
     downlink = Downlink(layout.size, layout.shapes, stage.downlink, stage.first_downlink) if stage.downlink else None
     if downlink is not None:
-        downlink.bound(1), downlink.bound(2)  # says what does not fit
+        _ = downlink.bound(whole=True), downlink.bound(whole=False)  # says what does not fit
     prepare = Prepare(state.data.preprocess, stage.augment)
     settings = local_settings(stage)
     sample = private is not None and private.unit == "sample"

@@ -8,7 +8,9 @@ from torch import nn
 from fedpress import tree
 from fedpress.arrays import Arrays
 from fedpress.errors import RecipeError, TrainingError, WireError
-from fedpress.federate import Cohort, LocalSettings
+from fedpress.federate import Cohort, Downlink, LocalSettings, Recall, Uplink, agreement
+from fedpress.federate.downlink import SERVER
+from fedpress.federate.transforms import Key, Quantize, TopK
 from fedpress.wire import Message, pack, unpack
 from tests.federate.federation import SAMPLE_PLAN, Federation, client_plan, mlp
 
@@ -192,3 +194,49 @@ def test_what_a_module_remembers_is_forgotten_after_every_round_also_after_a_fai
     assert torch.equal(model[0].mean, torch.zeros(6))
     with pytest.raises(TrainingError, match="RecipeError"):
         answer(Federation(model=nn.Sequential(Remembers(), *mlp()), privacy=SAMPLE_PLAN))
+
+
+def coded():
+    federation = Federation(clients=1)
+    size = len(federation.params)
+    downlink = Downlink(size, chain=(Quantize(bits=8),), first=(Quantize(bits=16),))
+    client = replace(federation.clients["c0"], downlink=downlink, error_feedback=True, memory=Recall())
+    return federation, downlink, client
+
+
+def coded_fit(federation, downlink, client, round, version, held):
+    agreed = agreement(federation.layout, federation.settings, federation.uplink, downlink)
+    tensors = downlink.encode(federation.params, held, Key(7, round, SERVER))
+    request = Message("fit", {"round": round, "agreement": agreed, "from": version}, tensors)
+    return unpack(client.handle(pack(request)))
+
+
+def test_a_client_says_when_it_does_not_hold_the_model_that_a_difference_is_to():
+    federation, downlink, client = coded()
+    coded_fit(federation, downlink, client, 1, 0, None)
+    held = client.memory.load(2)["held"]
+    assert torch.allclose(held, federation.params, atol=1e-3)
+    coded_fit(federation, downlink, client, 2, 1, held)
+    with pytest.raises(WireError, match="send the whole model"):
+        coded_fit(federation, downlink, client, 9, 5, held)
+    for bad in (-1, 9, True, "1", None):
+        with pytest.raises(WireError, match=r"fit\.from"):
+            coded_fit(federation, downlink, client, 9, bad, held)
+
+
+def test_error_feedback_adds_what_the_last_update_lost():
+    federation = Federation(clients=1)
+    uplink = Uplink.bind(len(federation.params), Cohort(1, 1), chain=(TopK(density=0.1),))
+    federation.uplink = uplink
+    memory = Recall()
+    client = replace(federation.clients["c0"], uplink=uplink, error_feedback=True, memory=memory)
+    plain = replace(client, error_feedback=False)
+    sent = [unpack(client.handle(pack(federation.fit(round)))).tensors["values"] for round in (1, 2)]
+    whole = []
+    for round in (1, 2):
+        plain.handle(pack(federation.fit(round)))
+        whole.append(tree.flatten(federation.model) - federation.params)
+    lost = whole[0] - sent[0]
+    assert torch.allclose(memory.load(2)["residual"], lost)
+    kept = (whole[1] + lost).abs() >= (whole[1] + lost).abs().topk(int((sent[1] != 0).sum())).values[-1]
+    assert torch.allclose(sent[1], torch.where(kept, whole[1] + lost, torch.zeros(())))
