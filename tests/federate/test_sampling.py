@@ -62,3 +62,14 @@ def test_an_unknown_sampling_is_refused():
 def test_another_number_of_clients_than_planned_is_refused():
     with pytest.raises(RecipeError, match=r"planned for 20 clients but there are 3"):
         Cohort(5, 20).draw(NAMES[:3], seed=1, round=1)
+
+
+def test_a_cyclic_cohort_lets_everybody_take_a_turn_before_anybody_takes_another():
+    names = [f"c{i}" for i in range(10)]
+    cohort = Cohort(3, 10, "cyclic")
+    assert (cohort.period, cohort.sampling_prob) == (4, 1.0)
+    drawn = [cohort.draw(names, seed=5, round=r) for r in range(1, 13)]
+    for start in (0, 4, 8):
+        assert sorted(name for turn in drawn[start : start + 4] for name in turn) == sorted(names)
+    assert drawn[:4] == drawn[4:8]
+    assert drawn[0] != Cohort(3, 10, "cyclic").draw(names, seed=6, round=1)

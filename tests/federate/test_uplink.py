@@ -1,7 +1,9 @@
 import math
 import re
+from dataclasses import replace
 
 import pytest
+import scipy.stats
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 from fedpress.errors import RecipeError
 from fedpress.federate import Cohort, Uplink
 from fedpress.federate.exchange import error
+from fedpress.federate.transforms import Key, Quantize, Sign, Ternary, TopK
+from fedpress.privacy.adaptive import AdaptiveClip
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.wire import Message
 from tests.federate.federation import SAMPLE_PLAN, client_plan, update
@@ -183,3 +187,68 @@ def test_client_noise_is_new_for_every_sum_and_plan_and_the_same_on_repeat():
     assert torch.equal(base, noise(zeros))
     for again in (noise(other), noise(zeros, 2.0)):
         assert abs(float(torch.corrcoef(torch.stack([base, again]))[0, 1])) < 0.03
+
+
+def adaptive(size, cohort, noise=1.0, **how):
+    moving = AdaptiveClip(count_noise=0.3, **how)
+    plan = replace(client_plan(cohort, noise), clip_norm=1.0)
+    return Uplink.bind(size, cohort, privacy=plan, weights="equal", adaptive=moving)
+
+
+@pytest.mark.parametrize("initial", [0.02, 200.0])
+def test_an_adaptive_clip_finds_the_median_norm_from_far_below_and_above(initial):
+    cohort = Cohort(20, 20)
+    uplink = adaptive(4, cohort, noise=0.1, initial=initial)
+    norms, state = torch.linspace(1.0, 3.0, 20), uplink.init()
+    for round in range(1, 151):
+        unit = uplink.unit(state)
+        replies = []
+        for at, norm in enumerate(norms):
+            x = torch.tensor([float(norm), 0.0, 0.0, 0.0])
+            tensors = uplink.encode(x, Key(1, round, f"c{at}"), unit=unit)
+            replies.append((f"c{at}", Message("update", {"round": round, "below": float(norm) <= unit}, tensors)))
+        state = uplink.mean(replies, seed=1, round=round, state=state).state
+    assert uplink.unit(state) == pytest.approx(2.0, rel=0.2)
+
+
+def test_under_an_adaptive_clip_updates_travel_in_units_of_it_and_come_back_whole():
+    cohort = Cohort(2, 2)
+    uplink = adaptive(2, cohort, noise=0.0, initial=10.0)
+    sent = [uplink.encode(torch.tensor(x), Key(1, 1, "c"), unit=10.0) for x in ([3.0, 4.0], [30.0, 40.0])]
+    assert sent[0]["values"].tolist() == pytest.approx([0.3, 0.4])
+    assert sent[1]["values"].tolist() == pytest.approx([0.6, 0.8])  # clipped to one unit
+    replies = [(f"c{i}", Message("update", {"round": 1, "below": True}, t)) for i, t in enumerate(sent)]
+    mean = uplink.mean(replies, seed=1, round=1, state=uplink.init())
+    assert mean.update.tolist() == pytest.approx([4.5, 6.0])
+
+
+def test_a_reply_without_its_bit_is_refused_under_an_adaptive_clip():
+    uplink = adaptive(2, Cohort(1, 1), initial=1.0)
+    mean = uplink.mean([("c0", update(torch.ones(2)))], seed=1, round=1, state=uplink.init())
+    assert "update.below" in mean.refused["c0"]
+
+
+@pytest.mark.parametrize("secret", [None, 12345])
+def test_noise_in_every_mode_has_its_size_and_shape(secret):
+    cohort = Cohort(10, 10)
+    uplink = private(200_000, cohort, noise=1.5)
+    noise = uplink.mean([], seed=1, round=1, secret=secret).update.double().numpy() * 10 / (1.5 * C)
+    assert noise.std() == pytest.approx(1.0, rel=0.01)
+    assert scipy.stats.kstest(noise, "norm").pvalue > 1e-3
+    again = uplink.mean([], seed=1, round=1, secret=secret).update
+    assert float((again.double().numpy() * 10 / (1.5 * C) - noise).max()) == 0
+    other = uplink.mean([], seed=1, round=1, secret=None if secret else 99).update
+    assert abs(float(torch.corrcoef(torch.stack([again, other]))[0, 1])) < 0.01
+
+
+@pytest.mark.parametrize("kind", ["quantize", "topk", "sign", "ternary"])
+def test_with_any_codec_one_client_moves_a_plain_private_sum_by_at_most_the_clip_norm(kind):
+    settings_ = {"quantize": Quantize(rate=1.0), "topk": TopK(density=0.3), "sign": Sign(), "ternary": Ternary()}[kind]
+    cohort = Cohort(3, 3)
+    uplink = Uplink.bind(64, cohort, privacy=client_plan(cohort, 0.0, C), weights="equal", chain=(settings_,))
+    chance = torch.Generator().manual_seed(2)
+    for round in range(1, 200):
+        scale = 10 ** float(torch.empty(()).uniform_(-3, 3, generator=chance))
+        sent = uplink.encode(scale * torch.randn(64, generator=chance), Key(1, round, "c0"))
+        moved = uplink.mean([("c0", Message("update", {"round": round}, sent))], seed=1, round=round).update
+        assert float(moved.double().norm()) <= C / 3 * (1 + 1e-6)
