@@ -10,7 +10,8 @@ from torch import nn
 from fedpress import tree
 from fedpress.arrays import Arrays
 from fedpress.errors import RecipeError, TrainingError
-from fedpress.federate.local import LOCAL_UPDATES, LocalSettings, Task, private_sgd, sgd
+from fedpress.federate.local import LOCAL_UPDATES, LocalSettings, Task, joint_gradient, private_sgd, sgd
+from fedpress.privacy.plan import PrivacyPlan
 from tests.federate.federation import SAMPLE_PLAN, examples, key, mlp, untouched
 
 
@@ -182,3 +183,34 @@ def test_the_precision_setting_reaches_private_steps(monkeypatch):
         private_sgd(model, task(plan=SAMPLE_PLAN, precision=precision))
         assert expected in seen
         assert (torch.bfloat16 in seen) is (precision == "bf16")
+
+
+def test_a_joint_gradient_is_minus_the_sum_of_clipped_gradients_of_its_poisson_batch():
+    model, arrays = mlp(), examples(40)
+    plan = PrivacyPlan("sample", 0.3, 1.0, 1.0)
+    work = task(arrays, plan=plan)
+    total, measured = joint_gradient(model, work)
+    expected = torch.zeros_like(total)
+    for x, y in zip(arrays.x, arrays.y, strict=True):
+        loss = torch.nn.functional.cross_entropy(model(x[None]), y[None])
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        expected -= flat * min(1.0, 0.3 / float(flat.norm()))
+    assert torch.allclose(total, expected, atol=1e-5)
+    assert measured == {"steps": 1}
+
+
+def test_one_example_moves_a_joint_gradient_by_at_most_the_clip_norm():
+    model, plan = mlp(), PrivacyPlan("sample", 0.3, 1.0, 1.0)
+    for seed in range(30):
+        arrays = examples(12, seed=seed)
+        fewer = Arrays(arrays.x[1:], arrays.y[1:])
+        a, b = (joint_gradient(model, task(part, plan=plan))[0].double() for part in (arrays, fewer))
+        assert float((a - b).norm()) <= 0.3 * (1 + 1e-5)
+
+
+def test_a_joint_batch_has_the_expected_size_and_another_one_each_round():
+    model, arrays = mlp(), examples(200)
+    plan = PrivacyPlan("sample", 1e6, 0.25, 1.0)
+    sums = [joint_gradient(model, replace(task(arrays, plan=plan), key=key(round=r)))[0] for r in range(1, 6)]
+    assert len({tuple(s.tolist()) for s in sums}) == 5
