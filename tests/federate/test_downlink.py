@@ -6,7 +6,7 @@ from fedpress.federate import downlink as downlinks
 from fedpress.federate.downlink import LOST, SERVER, Broadcast, Downlink
 from fedpress.federate.transforms import Key, Quantize
 
-SIZE = 4000
+SIZE = 1000
 CLIENTS = ["a", "b", "c"]
 
 

@@ -50,7 +50,7 @@ def test_the_whole_message_keeps_to_the_rate(rate, unbiased):
     loud = torch.exp(1.5 * gauss(401, 1)).repeat_interleave(500)[:200_000]
     for x in (gauss(), gauss() * loud):
         bits = travelled(Quantize(rate=rate, unbiased=unbiased), x)[1]
-        assert 0.97 * rate - 0.004 < bits <= 1.01 * rate
+        assert 0.97 * rate - 0.004 < bits <= 1.01 * rate + 640 / x.numel()  # about 80 bytes of frame and header
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_the_rate_of_a_sparse_update_counts_against_its_whole_size():
     x = torch.where(torch.rand(50_000, generator=torch.Generator().manual_seed(3)) < 0.05, gauss(50_000), 0.0)
     for unbiased in (False, True):
         y, bits = travelled(Quantize(rate=0.5, unbiased=unbiased), x)
-        assert bits <= 0.505
+        assert bits <= 0.505 + 640 / x.numel()
         assert error(x, y) < 0.02
 
 

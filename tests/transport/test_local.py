@@ -37,7 +37,7 @@ def test_traffic_is_the_length_of_the_real_messages():
 
     transport = LocalTransport(dict.fromkeys("abc", spy))
     list(transport.exchange({"a": Message("m", {"x": 1}), "b": Message("m", {"x": 10})}))
-    list(transport.exchange({"c": Message("m", {"x": 100}, {"t": torch.zeros(1000)})}))
+    list(transport.exchange({"c": Message("m", {"x": 100}, {"t": torch.randn(1000)})}))
     assert transport.traffic == lengths
     assert lengths.down > 4000
 

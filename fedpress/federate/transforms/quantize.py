@@ -29,7 +29,6 @@ Ints = NDArray[np.signedinteger]
 
 CHUNK = 1 << 16  # values at a time: what stays in the cache is several times as fast
 SAMPLE_RUN, SAMPLE_RUNS = 256, 1024
-MESSAGE_BYTES = 80  # of a message besides the packed values: frame, header, names
 SIDE_BYTES = 40  # of the scales of the unbiased form, besides their content
 ROUNDING = 0.48  # below 1/2: a few values more become zero, which saves more bits than it costs precision
 FLOAT_MAX = float(np.finfo(np.float32).max)
@@ -460,13 +459,26 @@ def _search(bits: Callable[[float], float], target: float, start: float, size: i
                 slope = (last[1] - now) / (at - last[0])
             last = at, now
             at = min(max(at + min(max((now - aim) / slope, -3.0), 3.0), low), high)
-    return 2.0**high
+    return 2.0**high if few > 0 else _scan(bits, target, start, most)
+
+
+def _scan(bits: Callable[[float], float], target: float, start: float, most: float) -> float:
+    """Returns the step whose bits come nearest below `target`, where bits do not fall as the step grows.
+
+    So it is with values without tails, such as what an earlier rounding left: without this they would all become zero.
+    """
+    steps = [most * 2.0 ** (-tries / 8) for tries in range(math.ceil(8 * math.log2(most / start)) + 16)]
+    found = [(spent, step) for step in steps if (spent := bits(step)) <= target]
+    return max(found)[1] if found else most
 
 
 def _target(rate: float, size: int, side: int = 0) -> float:
-    """Bits that the packed values may take so that the whole message, with `side` bytes beside, keeps to `rate`."""
+    """Bits that the packed values may take so that they, with `side` bytes beside, keep to `rate`.
+
+    A message has about 80 bytes more, whatever its size; taken off here, they would leave nothing of a small update.
+    """
     aim = (rate - min(SLACK, 0.006 * rate)) * size
-    return max(aim - 8 * (MESSAGE_BYTES + side), 0.5 * rate * size)
+    return max(aim - 8 * side, 0.5 * rate * size)
 
 
 def _rounded(values: Floats, step: float, dtype: type[np.signedinteger]) -> Ints:
