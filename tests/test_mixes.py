@@ -96,3 +96,31 @@ def test_a_round_that_is_asked_twice_has_one_answer(tiny, base, tmp_path, left):
         pass
     one, two = left(tmp_path / "one"), left(tmp_path / "two")
     assert one["result.json"] == two["result.json"]
+
+
+PRIVATE = "stage.2.privacy={ epsilon = 8.0, delta = 1e-3, secure_noise = true, %s }"
+SECURE_NOISE = {
+    "sample": PRIVATE % 'unit = "sample"',
+    "client": PRIVATE % 'unit = "client"',
+    "joint": PRIVATE % 'unit = "sample", trust = "secure"',
+    "correlated": PRIVATE % 'unit = "client", correlated = {}',
+}
+
+
+@pytest.mark.parametrize("mode", SECURE_NOISE)
+def test_secure_noise_differs_between_runs_and_not_between_a_run_and_its_resumption(mode, tiny, base, tmp_path):
+    overrides = [SECURE_NOISE[mode]]
+    saved = {}
+    for name in ("one", "two"):
+        progress = tmp_path / name / "stages" / "2-federate" / "progress.safetensors"
+        for event in begun(tiny, tmp_path / name, overrides, reuse=base):
+            if type(event).__name__ == "Tick" and "round 3" in event.note:
+                saved[name] = progress.read_bytes()
+    weights = [(tmp_path / n / "stages/2-federate/model.safetensors").read_bytes() for n in ("one", "two")]
+    assert weights[0] != weights[1]
+    stage = tmp_path / "one" / "stages" / "2-federate"
+    (stage / "result.json").unlink()  # as if it had been killed in the last round, after the clients answered
+    (stage / "progress.safetensors").write_bytes(saved["one"])
+    for _ in begun(tiny, tmp_path / "one", overrides, resume=True):
+        pass
+    assert (stage / "model.safetensors").read_bytes() == weights[0]
