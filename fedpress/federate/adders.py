@@ -130,10 +130,7 @@ class SecureSum:
 
     def check(self, chain: Mapping[str, Transform], bound: Bound) -> None:
         """Needs a chain whose sums decode, and whole numbers at its end."""
-        for name, transform in chain.items():
-            if not transform.additive:
-                cure = "'randomk' (one mask for all clients)" if name == "topk" else "'discretize' (one grid for all)"
-                raise RecipeError(f"uplink: a secure sum cannot decode a sum of '{name}'; use {cure}")
+        check_additive(chain)
         if not bound.integer:
             raise RecipeError(
                 'uplink: a secure sum adds whole numbers; end the list with { kind = "discretize", bits = 18 }'
@@ -191,6 +188,14 @@ class SecureSession:
             )
         update = decode({VALUES: values}, key)
         return Total(update.double(), float(len(opened.reported)), [], refused)
+
+
+def check_additive(chain: Mapping[str, Transform]) -> None:
+    """Raises RecipeError unless sums of what `chain` makes, transforms by kind, can be decoded."""
+    for kind, transform in chain.items():
+        if not transform.additive:
+            cure = "'randomk' (one mask for all clients)" if kind == "topk" else "'discretize' (one grid for all)"
+            raise RecipeError(f"uplink: a secure sum cannot decode a sum of '{kind}'; use {cure}")
 
 
 def _ignore_faults(take: Callable[[ClientId, Part], None], client: ClientId, reply: Message) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from fedpress.errors import RecipeError
 from fedpress.federate import Bound, Clip, Cohort, Discretize, Noise, Rotate, Settings, bind_chain
+from fedpress.federate.adders import check_additive
 from fedpress.federate.servernoise import ServerNoise
 from fedpress.federate.transforms.discretize import coordinate_limit
 from fedpress.privacy import distributed
@@ -296,13 +297,15 @@ def _grid(
     often a unit takes part, every round unless given.
     """
     at = next((i for i, transform in enumerate(chain) if isinstance(transform, Discretize)), None)
+    before = chain[:at]
+    transforms, bound = bind_chain(before, start)
+    check_additive({one.kind: transform for one, transform in zip(before, transforms, strict=True)})
     if at is None:
         raise RecipeError(
             'stage.uplink: a secure sum adds whole numbers; end the list with { kind = "discretize", bits = 18 }'
         )
     discretize = chain[at]
     assert isinstance(discretize, Discretize)
-    bound = bind_chain(chain[:at], start)[1]
     if not bound.l2 < math.inf:
         discretize.model_copy(update={"scale": 1.0}).bind(bound)  # says what is missing
     limit = discretize.limit or coordinate_limit(bound)

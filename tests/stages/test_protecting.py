@@ -160,6 +160,7 @@ def test_fewer_values_need_less_epsilon_at_equal_bits():
         ({"privacy": private("sample", "central"), "uplink": [{"kind": "rotate"}]}, "one example move"),
         ({"privacy": private("sample", "secure"), "epochs": 2}, "one step together"),
         ({"privacy": private("client", "secure"), "uplink": [{"kind": "rotate"}]}, "end the list with"),
+        ({"sum": "secure", "uplink": [{"kind": "topk"}]}, "cannot decode a sum of 'topk'; use 'randomk'"),
         ({"sum": "secure", "uplink": [{"kind": "discretize"}]}, "put 'clip' before it"),
         ({"sum": "secure", "uplink": [{"kind": "clip", "clip_norm": 1}, {"kind": "discretize", "bits": 4}]}, "take 7"),
     ],
