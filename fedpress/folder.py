@@ -246,7 +246,7 @@ class StageFolder:
                 return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a mapping
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(
-                f"{self._progress}: corrupt checkpoint ({error}); delete this file to do the stage again"
+                f"{self._progress}: corrupt checkpoint ({error}); delete the folder {self.path} to do the stage again"
             ) from error
 
     @property

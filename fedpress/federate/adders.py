@@ -169,7 +169,10 @@ class SecureSession:
     def add(self, sent: Iterable[Sent], decode: Decode, promise: Bound, cohort: Sequence[ClientId], key: Key) -> Total:
         """Adds the masked updates, asks the committee for what opens the sum, and decodes it: a second exchange."""
         refused: dict[ClientId, str] = {}
-        opened = self.combiner.open(key.round, cohort, self.adder.size)
+        try:
+            opened = self.combiner.open(key.round, cohort, self.adder.size)
+        except RecipeError as problem:  # a client of the cohort was not there when keys were handed round
+            raise SecureError(str(problem)) from problem
         for item in sent:
             try:
                 opened.add(item.key.client, Part(dict(item.secure), dict(item.tensors)))

@@ -66,6 +66,7 @@ class Client:
         memory: keeps what must outlive a round.
         member: this client's part in a secure sum.
         secret: 256 random bits of its own, on which its noise hangs instead of `seed`.
+        num_rounds: how many rounds privacy is planned for; without end if None.
         norm: "frozen" fixes the statistics of batch norm (scale and bias train); "batch" uses those of each batch.
 
     Raises:
@@ -86,6 +87,7 @@ class Client:
     memory: Memory = field(default_factory=Recall)
     member: Member | None = None
     secret: int | None = field(default=None, repr=False)
+    num_rounds: int | None = None
     norm: Norm = "frozen"
 
     def __post_init__(self) -> None:
@@ -136,22 +138,16 @@ class Client:
         key = self._key(message)
         before = self.memory.load(key.round)
         params, held = self._receive(message, key)
-        try:
-            update, measured = self._fit(params, key)
-        except Exception as problem:
-            if self.uplink.privacy is None:
-                raise
-            raise TrainingError(
-                f"local update: failed with {type(problem).__name__}; what on stays private"
-            ) from problem
+        self._answer_once(message, key.round)
+        update, measured = self._try_fit(params, key)
         unit = self._unit(message)
         header: dict[str, JSON] = {"round": key.round, **self.uplink.metrics(measured)}
-        if self.uplink.adaptive is not None:
-            header["below"] = float(update.double().norm()) <= unit
         if not self.uplink.client_unit and self.member is None:
             header["examples"] = len(self.arrays)  # a public number, but under unit "client"
         if self.error_feedback and "residual" in before:
             update = update + before["residual"]
+        if self.uplink.adaptive is not None:
+            header["below"] = float(update.double().norm()) <= unit
         tensors = self.uplink.encode(update, key, unit=unit)
         after = dict(held)
         if self.error_feedback:
@@ -165,6 +161,39 @@ class Client:
         if after:
             self.memory.save(key.round, after)
         return pack(Message("update", header, tensors))
+
+    def _try_fit(self, params: Tensor, key: Key) -> tuple[Tensor, dict[str, JSON]]:
+        """Returns the local update; under privacy nobody may learn from a failure what is in the data."""
+        try:
+            return self._fit(params, key)
+        except Exception as problem:
+            if self.uplink.privacy is None:
+                raise
+            if self.uplink.client_unit or self.uplink.joint:  # noise, here or on the server, hides that it is zero
+                return torch.zeros_like(params), {}
+            raise TrainingError(
+                f"local update: failed with {type(problem).__name__}; what on stays private"
+            ) from problem
+
+    def _answer_once(self, message: Message, round: int) -> None:
+        """Holds the server to the planned rounds: under privacy every other question would cost more than was planned.
+
+        The same question again gets the same answer, which costs nothing.
+        """
+        if self.uplink.privacy is None:
+            return
+        if self.num_rounds is not None and round > self.num_rounds:
+            raise WireError(f"fit.round: got {round}, but privacy is planned for {self.num_rounds} rounds; stop here")
+        asked = seeds.fingerprint(
+            sorted(message.header.items()), *(message.tensors[n] for n in sorted(message.tensors))
+        )
+        note = self.memory.note("answered")
+        answered = json.loads(bytes(note["json"].tolist())) if note else {}
+        if answered.get(str(round), asked[:16]) != asked[:16]:
+            raise WireError(f"fit.round: round {round} was answered to another question; go on with the next round")
+        if str(round) not in answered:
+            text = json.dumps({**answered, str(round): asked[:16]}).encode()
+            self.memory.save_note("answered", {"json": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
 
     def _secure(self, member: Member, message: Message) -> Message:
         part = Part(dict(message.header), dict(message.tensors))

@@ -112,11 +112,13 @@ class _Server:
         if not todo:
             return
         clients = self.transport.clients()
+        began, before = perf_counter(), self.transport.traffic
         session = self.uplink.adder.open(self.transport, self.agreement)
-        for round in todo:
+        if todo.start > 1:  # the keys of a run count in its first round, not each time that it goes on
             began, before = perf_counter(), self.transport.traffic
+        for round in todo:
             parts = _split(state)
-            cohort = self.uplink.cohort.draw(clients, seed=self.seed, round=round)
+            cohort = self.uplink.cohort.draw(clients, seed=self.secret or self.seed, round=round)
             broadcast = None
             if self.downlink is not None:
                 broadcast = Broadcast.open(self.downlink, self.seed, clients, parts["downlink"])
@@ -140,6 +142,7 @@ class _Server:
             state = _join(parts)
             traffic, seconds = self.transport.traffic - before, perf_counter() - began
             yield RoundRecord(round, params, state, traffic.up, traffic.down, mean.rows, mean.refused, seconds)
+            began, before = perf_counter(), self.transport.traffic
 
     def _header(self, round: int, invitation: dict[str, JSON], state: ServerState) -> dict[str, JSON]:
         clip: dict[str, JSON] = {} if self.uplink.adaptive is None else {"clip_norm": self.uplink.unit(state)}

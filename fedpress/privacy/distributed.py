@@ -262,7 +262,7 @@ def _scale(task: Task, bits: int, noise: float) -> float:
     """Returns the largest scale whose sum fits into `bits`, or 0; the limit grows with the scale."""
     room = ROOM * 2.0 ** (bits - 1)
     # Beyond this the table that noise is drawn from would be too long, and the grid finer than anybody needs.
-    low, high = 0.0, math.sqrt(skellam.MAX_VARIANCE * task.survivors) / (noise * task.clip_norm)
+    low, high = 0.0, (1 - 1e-9) * math.sqrt(skellam.MAX_VARIANCE * task.survivors) / (noise * task.clip_norm)
     if _limit(task, high, noise) <= room:
         return high
     low = high

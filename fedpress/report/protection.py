@@ -209,7 +209,6 @@ def _client(title: str, stage: Json) -> Protection:
         ],
         unprotected=[
             "Nothing is hidden from the server: a client's update can reveal its examples.",
-            "How many clients took part in a round, for whoever reads the bytes on this page.",
             *LIMITS,
             *PUBLIC,
         ],

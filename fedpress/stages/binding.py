@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import fnmatch
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -147,16 +149,27 @@ class Federation:
     def _said(self, invitation: dict[str, JSON]) -> dict[str, JSON]:
         return {"round": 1, "agreement": self.agreement, **invitation}
 
+    @property
+    def hides(self) -> bool:
+        """Whether the server sees what nobody else may: updates without noise, and who sent them."""
+        return self.uplink.noise is not None
+
+    @cached_property
+    def planned_bytes(self) -> tuple[int, int]:
+        """Bytes up and down of a round with the planned cohort and an update of noise."""
+        sizes = replace(self, clients=dict(self.clients)).sizes()
+        return sizes["bytes_up_per_round"], sizes["bytes_down_per_round"]
+
     def drawn(self, number: int) -> list[str]:
         """Returns the clients that take part in round `number`."""
-        return self.uplink.cohort.draw(self.transport.clients(), seed=self.seed, round=number)
+        return self.uplink.cohort.draw(self.transport.clients(), seed=self.secret or self.seed, round=number)
 
     def charges(self, clients: list[str], first: int, last: int) -> list[Charge]:
         """Returns what rounds `first` to `last` cost: each of `clients` its own part, or the population as one."""
         planned = self.protection
         if planned.whole and first > 1:  # all rounds are one mechanism, charged before the first
             return []
-        count = 1 if planned.whole else last - first + 1
+        count = 1 if planned.whole else math.ceil((last - first + 1) / self.uplink.cohort.period)
         who = [POPULATION] if POPULATION in planned.costs else clients
         name = self.stage.name
         return [Charge.of(w, name, repeated(planned.costs[w], count), first, last) for w in who]
@@ -170,7 +183,10 @@ class Federation:
         """Returns the privacy settings of the client that is charged most."""
         plans = self.protection.plans.values()
         most = max(plans, key=lambda plan: (plan.sampling_prob, plan.steps_per_round))
-        return {**{name: getattr(most, name) for name in PROMISE}, "trust": self.uplink.trust}
+        told = {**{name: getattr(most, name) for name in PROMISE}, "trust": self.uplink.trust}
+        if self.uplink.adaptive is not None:  # the plan counts in units of a clip norm that moves
+            told["clip_norm"] = self.uplink.adaptive.initial
+        return told
 
 
 def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> Federation:
@@ -194,7 +210,8 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> F
     memories = _memories(stage, list(clients), folder, seed)
     drawn = private is not None and private.secure_noise
     secrets = {name: secret_of(memory) if drawn else None for name, memory in memories.items()}
-    keys = {name: seeds.secret_key(secrets[name] or seed, "member", name) for name in clients}
+    own = drawn or stage.secure_keys
+    keys = {n: seeds.secret_key(secret_of(memories[n]) if own else seed, "member", n) for n in clients}
     adder = _adder(stage, planned, cohort, keys)
     equal = isinstance(adder, SecureSum) or (private is not None and private.unit == "client") or planned.divisor
     uplink = Uplink.bind(
@@ -236,6 +253,7 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> F
             memory=memories[name],
             member=_member(name, keys[name], adder, identities, run, memories[name]),
             secret=secrets[name],
+            num_rounds=stage.num_rounds,
             norm=stage.norm,
         )
         for name, arrays in clients.items()
@@ -268,10 +286,6 @@ def secret_of(memory: Memory) -> int:
 def _adder(stage: FederateSettings, planned: Protection, cohort: Cohort, keys: dict[str, bytes]) -> Adder:
     if planned.grid is None:
         return PlainSum()
-    if cohort.sampling == "poisson":
-        raise RecipeError(
-            "stage.sampling: a secure sum needs a cohort of fixed size, whose bits are planned; use 'fixed' or 'cyclic'"
-        )
     identities = tuple((name, identity(key)) for name, key in keys.items())
     return SecureSum(planned.grid.plan, planned.grid.size, planned.grid.limit, identities)
 

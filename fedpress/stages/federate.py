@@ -20,6 +20,9 @@ from fedpress.stages.settings import FederateSettings
 from fedpress.state import State, Tick
 from fedpress.training import Evaluation, evaluate
 
+CLOSED = 3
+"""Secure sums in a row that may stay closed before a run stops."""
+
 
 class FederateStage(FederateSettings):
     """`[[stage]] kind = "federate"`: FedAvg over the clients of the data set."""
@@ -72,10 +75,11 @@ class FederateStage(FederateSettings):
             at = f"round {now.round + 1}/{self.num_rounds}"  # it may take minutes: say so before it begins
             yield Tick(now.round, self.num_rounds, f"{at}, {now.note}" if now.note else at)
             record = next(running)
-            self._check_some_counted(record, federation)
+            closed = self._closed(record, now, federation)
+            record = self._public(record, federation)
             tree.assign_(federation.model, record.params)
             seen = self._look(federation.model, state)
-            now = now.after(record, ledger, seen, time.perf_counter() - began)
+            now = replace(now.after(record, ledger, seen, time.perf_counter() - began), closed=closed)
             folder.record(**self._line(record, now, seen))
             folder.save_progress(now.tensors(), now.facts())
         yield Tick(now.round, self.num_rounds, now.stopped or now.note)
@@ -105,15 +109,38 @@ class FederateStage(FederateSettings):
         number = now.round + 1
         return self._spend(now.ledger, federation.charges(federation.drawn(number), number, number))
 
-    def _check_some_counted(self, record: RoundRecord, federation: Federation) -> None:
-        """Refuses to go on when no client has done its work: the rounds would run to their end and learn nothing."""
+    def _closed(self, record: RoundRecord, now: Progress, federation: Federation) -> int:
+        """Returns how many rounds in a row nothing came of, and refuses to go on in vain.
+
+        A secure sum may stay closed because clients vanished: that round is over, for its questions were answered, and
+        the next one may fare better. Otherwise the rounds would run to their end and learn nothing.
+
+        Raises:
+            TrainingError: if no client has done its work, under a secure sum in three rounds one after another.
+        """
         drawn = federation.drawn(record.round)
-        if drawn and set(drawn) == set(record.refused):
-            client = drawn[0]
+        if not drawn or set(drawn) != set(record.refused):
+            return 0
+        closed = now.closed + 1
+        secure = federation.protection.grid is not None
+        if not secure or closed >= CLOSED:
+            why = f", for instance {drawn[0]}: {record.refused[drawn[0]]}" if self.privacy is None or secure else ""
             raise TrainingError(
-                f"federate: no update counted in round {record.round}, for instance {client}: "
-                f"{record.refused[client]}; the rounds before it are kept"
+                f"federate: no update counted in round {record.round}{why}; see whether the clients are running and "
+                "work with the same recipe; the rounds before it are kept"
             )
+        return closed
+
+    def _public(self, record: RoundRecord, federation: Federation) -> RoundRecord:
+        """Returns what may be written down of a round.
+
+        Where the server is trusted with updates that no noise covers, it must not tell who took part or was refused,
+        nor bytes that depend on what they sent: then those of the plan stand in their place.
+        """
+        if not federation.hides:
+            return record
+        planned = federation.planned_bytes
+        return replace(record, bytes_up=planned[0], bytes_down=planned[1], refused={})
 
     def _spend(self, ledger: Ledger, charges: list[Charge]) -> Ledger:
         assert self.privacy is not None
@@ -156,6 +183,7 @@ class FederateStage(FederateSettings):
             "bytes_down": now.bytes_down,
             **promise,
             **federation.grid(),
+            "bytes": "planned" if federation.hides else "counted",
             "sum": "secure" if federation.protection.grid is not None else "plain",
             "epsilon": self._epsilon(now),
             "client_accuracy": own,
@@ -178,6 +206,7 @@ class Progress:
     seconds: float = 0.0
     note: str = ""
     stopped: str = ""
+    closed: int = 0
 
     @classmethod
     def begin(cls, federation: Federation) -> Progress:
@@ -217,4 +246,4 @@ class Progress:
         return cls(tensors["params"], Ledger.from_json(facts["ledger"]), server, **{f: facts[f] for f in PLAIN})
 
 
-PLAIN = ("round", "best", "best_round", "bytes_up", "bytes_down", "seconds", "note", "stopped")
+PLAIN = ("round", "best", "best_round", "bytes_up", "bytes_down", "seconds", "note", "stopped", "closed")

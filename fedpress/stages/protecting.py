@@ -97,27 +97,55 @@ def protect(
     private, secure = stage.privacy, is_secure(stage)
     chain = tuple(stage.uplink) or ((Rotate(), Discretize()) if secure else ())
     start = Bound(sum(math.prod(s) for s in shapes), shapes=tuple(shapes))
+    _check_list(stage, secure, cohort)
     if private is None:
         if not secure:
             return Protection(chain)
         grid = _grid(stage, chain, start, cohort)
         return Protection(grid.fill(chain), grid=grid)
     _check_promise(private, examples, cohort)
-    if private.unit == "sample" and private.trust != "local":
-        return _joint(stage, private, examples, cohort, chain, start)
     if secure and private.trust != "secure":
         raise RecipeError(
             f'stage.privacy.trust: got \'{private.trust}\' with sum = "secure"; set trust = "secure", so that the '
             "clients make the noise of the sum together"
         )
+    if private.unit == "sample" and private.trust != "local":
+        return _joint(stage, private, examples, cohort, chain, start)
     if private.unit == "sample":
         return _alone(stage, private, examples, chain)
     return _client(stage, private, examples, cohort, chain, start)
 
 
+def _check_list(stage: FederateSettings, secure: bool, cohort: Cohort) -> None:
+    for transform in stage.uplink:
+        if stage.error_feedback and getattr(transform, "unbiased", False):
+            raise RecipeError(
+                f"stage.error_feedback: '{transform.kind}' is unbiased, so what it lost would grow from round to "
+                "round; set error_feedback = false, or unbiased = false"
+            )
+        if secure and transform.kind == "noise":
+            raise RecipeError("stage.uplink.noise: a secure sum plans its own noise; ask for it with stage.privacy")
+        if secure and isinstance(transform, Discretize) and transform.scale is not None:
+            raise RecipeError("stage.uplink.discretize.scale: a secure sum plans it; give bits, or leave both out")
+    if secure and (cohort.sampling == "poisson" or (cohort.sampling == "cyclic" and cohort.population % cohort.size)):
+        raise RecipeError(
+            f"stage.sampling: a secure sum needs cohorts of one size, whose noise and bits are planned; got "
+            f"'{cohort.sampling}' cohorts of {cohort.size} in {cohort.population}; use 'fixed', or 'cyclic' with a "
+            "cohort that divides the population"
+        )
+
+
 def is_secure(stage: FederateSettings) -> bool:
     """Says whether the stage sums securely: it is asked for, or the noise rests on it."""
     return stage.sum == "secure" or (stage.privacy is not None and stage.privacy.trust == "secure")
+
+
+def noise_makers(plan: SecurePlan) -> int:
+    """Returns how many clients' noise a promise may count on.
+
+    Of those who must stay, the corrupt ones tell their noise to others; and every client can take its own away.
+    """
+    return max(1, plan.survivors - max(plan.corrupt, 1))
 
 
 def repeated(phase: AnyPhase, count: int) -> AnyPhase:
@@ -216,17 +244,17 @@ def _client(
     times = math.ceil(max(1, stage.num_rounds) / cohort.period)  # that one client takes part
     everybody = cohort.sampling == "poisson" or cohort.size == cohort.population
     if private.trust == "secure":
-        if cohort.sampling == "poisson":
-            raise RecipeError(
-                "stage.sampling: a secure sum needs a cohort of fixed size, whose noise and bits are planned; use "
-                "'fixed' or 'cyclic'"
-            )
         before = (Clip(clip_norm=private.clip_norm), *chain)
         grid = _grid(stage, before, start, cohort, times=times)
         assert grid.noise is not None
         plan = PrivacyPlan("client", private.clip_norm, 1.0, grid.noise.noise_multiplier, delta=private.delta)
         shared: AnyPhase = grid.noise.phase(num_rounds=1)
         return Protection(grid.fill(chain), dict.fromkeys(examples, plan), dict.fromkeys(examples, shared), grid)
+    if private.trust == "local" and cohort.sampling == "poisson":
+        raise RecipeError(
+            "stage.sampling: with trust 'local' the server knows who takes part, so drawing by chance hides nothing; "
+            "use 'fixed' or 'cyclic'"
+        )
     if private.trust == "local":  # whoever sees a client's update knows that it took part: sampling hides nothing
         plan = _calibrated(PrivacyPlan("client", private.clip_norm, 1.0, 1.0, delta=private.delta), private, times)
         return Protection(chain, dict.fromkeys(examples, plan), dict.fromkeys(examples, plan.phase(num_rounds=1)))
@@ -315,9 +343,10 @@ def _grid(
         half = distributed.ROOM * 2 ** (bits - 1)
         largest = math.floor(half / cohort.size)  # of one client's values: then no honest sum can overflow
         if largest < 2:
+            least = math.ceil(math.log2(2 * cohort.size / distributed.ROOM)) + 1
             raise RecipeError(
                 f"stage.uplink.discretize.bits: {bits} bits cannot hold the sum of {cohort.size} clients; take "
-                f"{cohort.size.bit_length() + 3} or more"
+                f"{least} or more"
             )
         secure = SecurePlan(cohort.size, bits, stage.max_dropout, bound=largest)
         return Grid(secure, bound.size, (largest - 1) / limit, limit, math.floor(half))
@@ -326,7 +355,7 @@ def _grid(
         clip_norm=sensitivity or bound.l2,
         coordinate_limit=limit,
         clients=cohort.size,
-        survivors=SecurePlan(cohort.size, 2, stage.max_dropout).survivors,
+        survivors=noise_makers(SecurePlan(cohort.size, 2, stage.max_dropout)),
         steps=times or max(1, stage.num_rounds),
         delta=private.delta,
         epsilon=private.epsilon,

@@ -75,7 +75,7 @@ class FederateSettings(LocalSettings):
     name: Name = "federate"
     num_rounds: int = Field(10, ge=0)
     cohort: int | None = Field(None, ge=1, description="clients in a round; all by default")
-    sampling: Literal["fixed", "poisson"] = "fixed"
+    sampling: Literal["fixed", "poisson", "cyclic"] = "fixed"
     weights: Literal["examples", "equal"] | None = Field(
         None, description="of the mean; examples by default, equal under client privacy"
     )
@@ -93,6 +93,9 @@ class FederateSettings(LocalSettings):
     )
     error_feedback: bool = Field(False, description="clients add what coding lost of one update to the next")
     sum: Literal["plain", "secure"] = Field("plain", description="secure: the server learns the sum alone")
+    secure_keys: bool = Field(
+        False, description="keys of a secure sum from the operating system's randomness; else they follow from the seed"
+    )
     max_dropout: float = Field(1 / 3, ge=0, lt=0.5, description="share of a cohort that may vanish from a secure sum")
     target_accuracy: float | None = Field(None, gt=0, le=1, description="stop when validation accuracy reaches this")
     patience: int = Field(0, ge=0, description="stop after so many rounds without a better one; 0 = never")

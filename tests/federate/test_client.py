@@ -146,7 +146,24 @@ def test_under_privacy_a_failure_does_not_tell_on_what_it_failed():
     with pytest.raises(ValueError, match="bad pixel"):
         answer(Federation(prepare=broken))
     with pytest.raises(TrainingError, match="failed with ValueError; what on stays private"):
-        answer(Federation(prepare=broken, privacy=client_plan(Cohort(4, 4)), weights="equal"))
+        answer(Federation(prepare=broken, privacy=SAMPLE_PLAN))
+    # Where clients are protected not even that it failed may be seen: it sends an update of zero like any other.
+    reply = answer(Federation(prepare=broken, privacy=client_plan(Cohort(4, 4)), weights="equal"))
+    assert reply.header == {"round": 1}
+    assert not reply.tensors["values"].any()
+
+
+@pytest.mark.parametrize("privacy", [SAMPLE_PLAN, client_plan(Cohort(4, 4))])
+def test_under_privacy_a_client_answers_one_question_a_round_and_none_beyond_the_plan(privacy):
+    federation = Federation(privacy=privacy, weights="equal" if privacy.unit == "client" else "examples", num_rounds=2)
+    first = federation.clients["c0"].handle(pack(federation.fit(1)))
+    assert federation.clients["c0"].handle(pack(federation.fit(1))) == first
+    other = replace(federation.fit(1), tensors={"params": federation.params + 1})
+    with pytest.raises(WireError, match="answered to another question"):
+        answer(federation, other)
+    answer(federation, federation.fit(2))
+    with pytest.raises(WireError, match="planned for 2 rounds"):
+        answer(federation, federation.fit(3))
 
 
 def test_training_mode_batch_norm_under_sample_privacy_is_refused():
