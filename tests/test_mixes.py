@@ -7,7 +7,10 @@ import pytest
 
 from fedpress import recipe as recipes
 from fedpress import run as runs
+from fedpress.errors import TrainingError
+from fedpress.federate import Client
 from fedpress.folder import RunFolder
+from fedpress.wire import unpack
 from tests.mixes import MIXES
 
 
@@ -124,3 +127,72 @@ def test_secure_noise_differs_between_runs_and_not_between_a_run_and_its_resumpt
     for _ in begun(tiny, tmp_path / "one", overrides, resume=True):
         pass
     assert (stage / "model.safetensors").read_bytes() == weights[0]
+
+
+def finished(tiny, path, base, *overrides):
+    for _ in begun(tiny, path, list(overrides), reuse=base):
+        pass
+    records = [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
+    result = json.loads((path / "result.json").read_text())["stages"][2]
+    return result, [r for r in records if r["kind"] == "federate"], json.loads((path / "ledger.json").read_text())
+
+
+def client_privacy(more=""):
+    return f'stage.2.privacy={{ unit = "client", epsilon = 8.0, delta = 1e-3, clip_norm = 1.0{more} }}'
+
+
+@pytest.mark.parametrize("trust", ["local", "secure", "central"])
+def test_clients_that_take_turns_are_charged_for_their_turns(trust, tiny, base, tmp_path):
+    cohort = 1 if trust != "secure" else 3
+    overrides = [client_privacy(f', trust = "{trust}"'), "stage.2.sampling=cyclic", f"stage.2.cohort={cohort}"]
+    told = runs.check(recipes.load(tiny, overrides), runs.load_data(recipes.load(tiny, overrides)))[2]
+    result, _, book = finished(tiny, tmp_path / "run", base, *overrides)
+    assert 7.9 <= result["epsilon"] <= told["epsilon"] * (1 + 1e-9) <= 8.0001
+    assert sum(c["steps"] for c in book["charges"] if c["who"] in ("c0", "population")) == (1 if cohort == 1 else 3)
+
+
+def test_correlated_noise_is_charged_once_for_all_rounds(tiny, base, tmp_path):
+    overrides = [client_privacy(", correlated = {}"), "stage.2.sampling=cyclic", "stage.2.cohort=1"]
+    result, records, book = finished(tiny, tmp_path / "run", base, *overrides)
+    assert [c["steps"] for c in book["charges"]] == [1]
+    assert all(r["epsilon"] == result["epsilon"] for r in records)
+    assert 7.9 <= result["epsilon"] <= 8.0001
+
+
+def test_where_the_server_is_trusted_records_tell_neither_who_took_part_nor_what_was_sent(tiny, base, tmp_path):
+    overrides = [client_privacy(), "stage.2.sampling=poisson", "stage.2.cohort=2", "stage.2.num_rounds=6"]
+    coded = 'stage.2.uplink=[{ kind = "topk" }, { kind = "quantize", bits = 4 }]'
+    result, records, _ = finished(tiny, tmp_path / "run", base, *overrides, coded)
+    assert len({(r["bytes_up"], r["bytes_down"]) for r in records}) == 1
+    assert all((r["refused"], r["clients"]) == ({}, []) for r in records)
+    assert result["bytes"] == "planned"
+
+
+def test_a_secure_sum_that_stays_closed_is_a_lost_round_and_not_the_end(tiny, base, tmp_path, monkeypatch):
+    handle = Client.handle
+
+    def sometimes(self, request):
+        message = unpack(request)
+        if message.kind == "fit" and message.header["round"] == 2 and self.name != "c0":
+            raise ConnectionError("gone")
+        return handle(self, request)
+
+    monkeypatch.setattr(Client, "handle", sometimes)
+    overrides = [client_privacy(', trust = "secure"'), "stage.2.num_rounds=4"]
+    _, records, book = finished(tiny, tmp_path / "run", base, *overrides)
+    assert [len(r["refused"]) for r in records] == [0, 3, 0, 0]
+    assert records[1]["loss"] == records[0]["loss"] != records[2]["loss"]
+    assert {c["steps"] for c in book["charges"]} == {4}
+
+
+def test_three_closed_sums_in_a_row_end_the_run_with_the_reason(tiny, base, tmp_path, monkeypatch):
+    handle = Client.handle
+
+    def gone(self, request):
+        if unpack(request).kind == "fit" and self.name != "c0":
+            raise ConnectionError("gone")
+        return handle(self, request)
+
+    monkeypatch.setattr(Client, "handle", gone)
+    with pytest.raises(TrainingError, match="no update counted in round 3"):
+        finished(tiny, tmp_path / "run", base, client_privacy(', trust = "secure"'), "stage.2.num_rounds=9")
