@@ -51,7 +51,7 @@ source = "cifar10"
 num_clients = 10
 examples_per_client = 200
 partition = {{ kind = "iid" }}
-validation = 2000
+validation = 500
 [model]
 checkpoint = "{checkpoint}"
 [[stage]]
@@ -64,9 +64,9 @@ augment = {{ flip = "random" }}
 
 CODED = {
     "cnn": [
-        'stage.0.uplink=[{ kind = "quantize", rate = 0.485, unbiased = true }]',
-        'stage.0.downlink=[{ kind = "quantize", rate = 1.2 }]',
-        'stage.0.first_downlink=[{ kind = "quantize", rate = 5.0 }]',
+        'stage.0.uplink=[{ kind = "quantize", rate = 0.488, unbiased = true }]',
+        'stage.0.downlink=[{ kind = "quantize", rate = 1.4 }]',
+        'stage.0.first_downlink=[{ kind = "quantize", rate = 4.0 }]',
     ],
     "resnet": [
         'stage.0.uplink=[{ kind = "quantize", rate = 0.4 }]',
@@ -75,7 +75,7 @@ CODED = {
         "stage.0.error_feedback=true",
     ],
 }
-TEXTS = {"cnn": (CNN, 150), "resnet": (RESNET, 5)}
+TEXTS = {"cnn": (CNN, 150), "resnet": (RESNET, 4)}
 
 
 def run_arm(task: str, arm: str, seed: int, args: argparse.Namespace) -> list[dict[str, float]]:
