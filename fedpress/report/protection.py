@@ -36,6 +36,10 @@ SECURE_SUM = (
     "The server learned only the sum of the updates of those who reported (a secure sum), as long as it worked together"
     " with no more than the planned few of the clients."
 )
+SEED_KEYS = (
+    "Whoever knows the seed: in this simulation the keys of the secure sum follow from it. With truly private data set"
+    " secure_keys or secure_noise."
+)
 LIMITS = [
     "Other runs on the same data: their ε add to this one's, also those of a table or a search for good settings.",
     "Attacks on how computers round numbers: the noise is drawn in floating point, by a generator made for science.",
@@ -69,7 +73,7 @@ def protection(stage: Json) -> Protection:
 
 def _by_unit(title: str, stage: Json) -> Protection:
     if units.number(stage.get("epsilon")) is None:
-        return _without_privacy(title)
+        return _without_privacy(title, stage)
     if stage.get("unit") == "sample":
         return _sample(title, stage)
     if stage.get("unit") == "client":
@@ -119,14 +123,17 @@ def _sample(title: str, stage: Json) -> Protection:
         unprotected=[
             "Persons and clients as a whole: k examples of one person, or k clients with the same example, have"
             " together about k times the ε.",
-            SECURE_SUM
-            if stage.get("sum") == "secure"
-            else "Updates were summed without a secure sum: the server sees each client's noisy update by itself.",
+            "Updates were summed without a secure sum: the server sees each client's noisy update by itself.",
             "How many examples each client has.",
             *LIMITS,
             *PUBLIC,
         ],
     )
+
+
+def _keys(stage: Json) -> list[str]:
+    """In a simulation keys may follow from the seed: then whoever has the recipe can open every update."""
+    return [SEED_KEYS] if stage.get("keys") == "seed" else []
 
 
 def _joint(title: str, stage: Json, trust: str) -> Protection:
@@ -142,6 +149,7 @@ def _joint(title: str, stage: Json, trust: str) -> Protection:
             *([SECURE_SUM] if secure else []),
         ],
         trusted=[
+            *_keys(stage),
             "Each client's own software, which clips its gradients"
             + (", adds its share of the noise and hides the result." if secure else "."),
             *(
@@ -178,6 +186,7 @@ def _client_without_server(title: str, stage: Json, trust: str) -> Protection:
             *([SECURE_SUM] if secure else []),
         ],
         trusted=[
+            *_keys(stage),
             "Each client's own software, which clips and adds noise.",
             *(
                 ["The other clients: so many of them must stay and be honest as the plan counts on for noise and keys."]
@@ -215,7 +224,18 @@ def _client(title: str, stage: Json) -> Protection:
     )
 
 
-def _without_privacy(title: str) -> Protection:
+def _without_privacy(title: str, stage: Json) -> Protection:
+    if stage.get("sum") == "secure":
+        return Protection(
+            title=title,
+            summary="No differential privacy, but a secure sum: single updates are hidden, their sum is not.",
+            protected=[],
+            trusted=[*_keys(stage), "Everybody who gets the network: it may remember examples."],
+            unprotected=[
+                "Private examples: what the sum of all updates, and the network made of it, give away has no bound.",
+                *PUBLIC,
+            ],
+        )
     return Protection(
         title=title,
         summary="No differential privacy: raw data stays with the clients, but what updates give away has no bound.",

@@ -150,6 +150,13 @@ class Federation:
         return {"round": 1, "agreement": self.agreement, **invitation}
 
     @property
+    def keys(self) -> str | None:
+        """Where the keys of a secure sum come from: "system" randomness or the "seed"; None for a plain sum."""
+        if self.protection.grid is None:
+            return None
+        return "system" if owns_keys(self.stage) else "seed"
+
+    @property
     def hides(self) -> bool:
         """Whether the server sees what nobody else may: updates without noise, and who sent them."""
         return self.uplink.noise is not None
@@ -210,7 +217,7 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> F
     memories = _memories(stage, list(clients), folder, seed)
     drawn = private is not None and private.secure_noise
     secrets = {name: secret_of(memory) if drawn else None for name, memory in memories.items()}
-    own = drawn or stage.secure_keys
+    own = owns_keys(stage)
     keys = {n: seeds.secret_key(secret_of(memories[n]) if own else seed, "member", n) for n in clients}
     adder = _adder(stage, planned, cohort, keys)
     equal = isinstance(adder, SecureSum) or (private is not None and private.unit == "client") or planned.divisor
@@ -272,6 +279,11 @@ def _memories(stage: FederateSettings, clients: list[str], folder: Path | None, 
         return {name: Recall() for name in names}
     place = folder / "memory" / seeds.fingerprint(stage, seed, clients)[:16]
     return {name: Files(place / (name if name == SERVER else f"{at:05d}")) for at, name in enumerate(names)}
+
+
+def owns_keys(stage: FederateSettings) -> bool:
+    """Says whether every client draws its keys itself, so that nobody can compute them from the recipe."""
+    return stage.secure_keys or (stage.privacy is not None and stage.privacy.secure_noise)
 
 
 def secret_of(memory: Memory) -> int:

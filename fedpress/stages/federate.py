@@ -185,6 +185,7 @@ class FederateStage(FederateSettings):
             **federation.grid(),
             "bytes": "planned" if federation.hides else "counted",
             "sum": "secure" if federation.protection.grid is not None else "plain",
+            "keys": federation.keys,
             "epsilon": self._epsilon(now),
             "client_accuracy": own,
             "stopped": now.stopped or None,

@@ -74,3 +74,35 @@ def test_every_page_says_what_is_public_and_what_is_not_covered(stage):
 
 def test_a_large_epsilon_has_a_readable_factor():
     assert "e^800 times" in " ".join(protection({**SAMPLE, "epsilon": 800.0}).protected)
+
+
+def federated(**facts):
+    return {"kind": "federate", "name": "f", "epsilon": 2.0, "delta": 1e-5, **facts}
+
+
+TRUST = [
+    ("sample local plain", "adds the noise before anything leaves", "learned only the sum"),
+    ("sample secure seed", "keys of the secure sum follow", "adds the noise."),
+    ("sample secure system", "learned only the sum", "keys of the secure"),
+    ("sample central plain", "sees every client's sum of gradients", "learned only"),
+    ("client secure system", "learned only the sum", "sees every client"),
+    ("client local plain", "noise of its own is added inside", "learned only the sum"),
+    ("client central plain", "sees every client's update without noise", "learned only"),
+]
+
+
+@pytest.mark.parametrize(("kind", "said", "unsaid"), TRUST)
+def test_each_kind_of_trust_is_told_apart(kind, said, unsaid):
+    unit, trust, keys = kind.split()
+    secure = {"sum": "secure", "keys": keys} if keys != "plain" else {"sum": "plain"}
+    it = protection(federated(unit=unit, trust=trust, **secure))
+    text = " ".join([it.summary, *it.protected, *it.trusted, *it.unprotected])
+    assert said in text
+    assert unsaid not in text
+
+
+def test_a_secure_sum_without_privacy_hides_updates_and_promises_no_more():
+    it = protection(federated(epsilon=None, sum="secure", keys="seed"))
+    assert "single updates are hidden" in it.summary
+    assert not it.protected
+    assert any("keys of the secure sum follow" in line for line in it.trusted)
