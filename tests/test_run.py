@@ -2,6 +2,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -433,3 +434,35 @@ def test_processes_killed_at_random_moments_end_in_the_same_bits(tmp_path, left,
     resume = ["--resume"] if (tmp_path / "killed" / "settings.json").exists() else []
     assert start(tmp_path / "killed", *resume).wait() == 0
     assert left(tmp_path / "killed") == left(tmp_path / "whole")
+
+
+def test_a_run_may_begin_with_a_saved_model_wherever_it_lies(tiny, tmp_path, whole):
+    stage = whole / "stages" / "1-prune"
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(stage, copy)
+    text = tiny[: tiny.index("[model]")] + '[model]\ncheckpoint = "%s"\n' + tiny[tiny.rindex("[[stage]]") :]
+    results = [finish(text % place, tmp_path / f"run{at}") for at, place in enumerate((stage, copy))]
+    pruned = json.loads((stage / "result.json").read_text())["result"]
+    assert results[0]["stages"][0]["accuracy_before"] == pruned["accuracy"]
+    recipes_ = [recipes.load(text % place) for place in (stage, copy)]
+    assert runs.settings(recipes_[0]) == runs.settings(recipes_[1])  # the content counts, not the place
+    assert runs.start(recipes_[0], runs.load_data(recipes_[0])).dense > results[0]["stages"][0]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        ("", "give either architecture or checkpoint"),
+        ('architecture = "cnn"\ncheckpoint = "x"', "give either architecture or checkpoint"),
+        ('checkpoint = "nowhere"', "nowhere: no model here"),
+    ],
+)
+def test_a_model_comes_from_one_place(tiny, model, problem):
+    text = tiny[: tiny.index("[model]")] + f"[model]\n{model}\n" + tiny[tiny.index("[[stage]]") :]
+
+    def started():
+        recipe = recipes.load(text)
+        return runs.start(recipe, runs.load_data(recipe))
+
+    with pytest.raises(FedpressError, match=problem):
+        started()
