@@ -110,10 +110,10 @@ def protect(
             "clients make the noise of the sum together"
         )
     if private.unit == "sample" and private.trust != "local":
-        return _joint(stage, private, examples, cohort, chain, start)
+        return _joint(_Case(stage, private, examples, cohort, chain, start))
     if private.unit == "sample":
         return _alone(stage, private, examples, chain)
-    return _client(stage, private, examples, cohort, chain, start)
+    return _client(_Case(stage, private, examples, cohort, chain, start))
 
 
 def _check_list(stage: FederateSettings, secure: bool, cohort: Cohort) -> None:
@@ -178,15 +178,21 @@ def _alone(
     return Protection(chain, plans, {name: plan.phase(num_rounds=1) for name, plan in plans.items()})
 
 
-def _joint(
-    stage: FederateSettings,
-    private: PrivacySettings,
-    examples: Mapping[str, int],
-    cohort: Cohort,
-    chain: tuple[Settings, ...],
-    start: Bound,
-) -> Protection:
+@dataclass(frozen=True)
+class _Case:
+    """What there is to protect, by whom, in whose updates: the arguments of `protect` and what follows from them."""
+
+    stage: FederateSettings
+    private: PrivacySettings
+    examples: Mapping[str, int]
+    cohort: Cohort
+    chain: tuple[Settings, ...]
+    start: Bound
+
+
+def _joint(case: _Case) -> Protection:
     """Sample privacy of one jointly noised gradient step a round, over the examples of the whole cohort."""
+    stage, private, examples, cohort, chain = case.stage, case.private, case.examples, case.cohort, case.chain
     _check_joint(stage)
     total = sum(examples.values())
     share = min(1.0, stage.batch_size * len(examples) / total)
@@ -207,7 +213,7 @@ def _joint(
     # vectors further apart, so one example still moves the sum by one clip norm.
     longest = private.clip_norm * max(1.0, share * max(examples.values()))
     chain = (Clip(clip_norm=longest), *chain)
-    grid = _grid(stage, chain, start, cohort, sensitivity=private.clip_norm, sampling_prob=share)
+    grid = _grid(stage, chain, case.start, cohort, sensitivity=private.clip_norm, sampling_prob=share)
     assert grid.noise is not None
     plan = replace(plan, noise_multiplier=grid.noise.noise_multiplier)
     phase: AnyPhase = grid.noise.phase(num_rounds=1)
@@ -232,20 +238,14 @@ def _check_joint(stage: FederateSettings) -> None:
             )
 
 
-def _client(
-    stage: FederateSettings,
-    private: PrivacySettings,
-    examples: Mapping[str, int],
-    cohort: Cohort,
-    chain: tuple[Settings, ...],
-    start: Bound,
-) -> Protection:
+def _client(case: _Case) -> Protection:
     """Client privacy: by the server's noise, by the clients' together, or by each client's own."""
+    stage, private, examples, cohort, chain = case.stage, case.private, case.examples, case.cohort, case.chain
     times = math.ceil(max(1, stage.num_rounds) / cohort.period)  # that one client takes part
     everybody = cohort.sampling == "poisson" or cohort.size == cohort.population
     if private.trust == "secure":
         before = (Clip(clip_norm=private.clip_norm), *chain)
-        grid = _grid(stage, before, start, cohort, times=times)
+        grid = _grid(stage, before, case.start, cohort, times=times)
         assert grid.noise is not None
         plan = PrivacyPlan("client", private.clip_norm, 1.0, grid.noise.noise_multiplier, delta=private.delta)
         shared: AnyPhase = grid.noise.phase(num_rounds=1)
@@ -261,7 +261,7 @@ def _client(
     unit = 1.0 if private.adaptive is not None else private.clip_norm  # an adaptive clip's updates come in units of it
     plan = PrivacyPlan("client", unit, cohort.sampling_prob, 1.0, delta=private.delta)
     if private.correlated is not None:
-        return _correlated(stage, private, examples, cohort, chain, plan, times)
+        return _correlated(case, plan, times)
     plan = _calibrated(plan, private, times)
     noise, moving = ServerNoise(plan), None
     if private.adaptive is not None:
@@ -273,16 +273,9 @@ def _client(
     return Protection(chain, dict.fromkeys(examples, plan), costs, noise=noise, adaptive=moving)
 
 
-def _correlated(
-    stage: FederateSettings,
-    private: PrivacySettings,
-    examples: Mapping[str, int],
-    cohort: Cohort,
-    chain: tuple[Settings, ...],
-    plan: PrivacyPlan,
-    times: int,
-) -> Protection:
+def _correlated(case: _Case, plan: PrivacyPlan, times: int) -> Protection:
     """Noise that is correlated over the rounds: all of them together are one Gaussian mechanism."""
+    stage, private, cohort = case.stage, case.private, case.cohort
     if cohort.sampling == "poisson":
         raise RecipeError(
             "stage.sampling: correlated noise is for populations without sampling; use 'cyclic', or all clients"
@@ -294,8 +287,8 @@ def _correlated(
     )
     plan = _calibrated(plan, private, 1)
     return Protection(
-        chain,
-        dict.fromkeys(examples, plan),
+        case.chain,
+        dict.fromkeys(case.examples, plan),
         {POPULATION: plan.phase(num_rounds=1)},
         noise=ServerNoise(plan, mixed),
         whole=True,
