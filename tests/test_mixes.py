@@ -196,3 +196,34 @@ def test_three_closed_sums_in_a_row_end_the_run_with_the_reason(tiny, base, tmp_
     monkeypatch.setattr(Client, "handle", gone)
     with pytest.raises(TrainingError, match="no update counted in round 3"):
         finished(tiny, tmp_path / "run", base, client_privacy(', trust = "secure"'), "stage.2.num_rounds=9")
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("secure", [False, True])
+def test_digits_stay_accurate_under_codes_both_ways_and_under_a_jointly_noised_secure_sum(secure, tmp_path):
+    """On real digits a thirtieth of the bytes, or a server that sees nothing but a noised sum, costs next to nothing."""
+    text = recipes.text("digits")
+    text = text[: text.index('[[stage]]\nkind = "export"')]
+    coded = [
+        "stage.federate.privacy=none",
+        'stage.federate.trainable=["*"]',
+        'stage.federate.uplink=[{ kind = "quantize", rate = 0.5 }]',
+        'stage.federate.downlink=[{ kind = "quantize", rate = 0.5 }]',
+        "stage.federate.error_feedback=true",
+        "stage.federate.num_rounds=20",
+    ]
+    joint = [
+        'stage.federate.privacy={ unit = "sample", trust = "secure", epsilon = 2.0, delta = 1e-4, clip_norm = 1.0 }',
+        "stage.federate.num_rounds=20",
+        "stage.federate.lr=0.5",
+    ]
+    for _ in begun(text, tmp_path / "run", joint if secure else coded):
+        pass
+    result = json.loads((tmp_path / "run" / "result.json").read_text())["stages"][-1]
+    assert result["accuracy"] >= result["accuracy_before"] - 0.015
+    dense = 20 * 4 * 2 * 4 * result["trained_values"]
+    if secure:
+        assert result["epsilon"] <= 2.0001
+        assert result["sum"] == "secure"
+    else:
+        assert result["bytes_up"] + result["bytes_down"] < dense / 30
