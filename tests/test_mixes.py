@@ -201,7 +201,7 @@ def test_three_closed_sums_in_a_row_end_the_run_with_the_reason(tiny, base, tmp_
 @pytest.mark.recipe
 @pytest.mark.parametrize("secure", [False, True])
 def test_digits_stay_accurate_under_codes_both_ways_and_under_a_jointly_noised_secure_sum(secure, tmp_path):
-    """On real digits a thirtieth of the bytes, or a server that sees nothing but a noised sum, costs next to nothing."""
+    """On real digits a thirtieth of the bytes, or a server that sees only a noised sum, costs next to nothing."""
     text = recipes.text("digits")
     text = text[: text.index('[[stage]]\nkind = "export"')]
     coded = [
