@@ -132,16 +132,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def memory_format(x: Tensor) -> torch.memory_format:
-    """Returns channels-last for images, the plain format else."""
-    return torch.channels_last if x.dim() == 4 and x.shape[1] > 1 else torch.contiguous_format
+def memory_format(x: Tensor, model: nn.Module | None = None) -> torch.memory_format:
+    """Returns channels-last for images, the plain format else, and for a `model` that must not have it."""
+    images = x.dim() == 4 and x.shape[1] > 1 and (model is None or takes_channels_last(model))
+    return torch.channels_last if images else torch.contiguous_format
+
+
+def takes_channels_last(model: nn.Module) -> bool:
+    """Says whether the faster memory format is safe for `model` on this machine.
+
+    On processors without AVX-512 torch 2.13 writes beyond its memory in the backward pass of a strided 1x1 convolution
+    in this format, if it has fewer input channels than a vector register has floats, 8.
+    """
+    if device().type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return True
+    return not any(
+        isinstance(m, nn.Conv2d) and m.in_channels < 8 and m.kernel_size == (1, 1) and m.stride != (1, 1)
+        for m in model.modules()
+    )
 
 
 def place_(model: nn.Module) -> nn.Module:
-    """Moves `model` to the device and gives its convolution weights the faster memory format."""
+    """Moves `model` to the device and gives its convolution weights the faster memory format where that is safe."""
+    wanted = torch.channels_last if takes_channels_last(model) else torch.contiguous_format
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+            module.weight.data = module.weight.data.contiguous(memory_format=wanted)
     return model.to(device())
 
 
@@ -159,7 +175,7 @@ def evaluate(
     at = next((p.device for p in model.parameters()), torch.device("cpu"))
     with evaluating(model), torch.inference_mode(), autocast(model, precision):
         for x, y in zip(arrays.x.split(batch_size), arrays.y.split(batch_size), strict=True):
-            inputs = preprocess(x.to(at)).contiguous(memory_format=memory_format(x))
+            inputs = preprocess(x.to(at)).contiguous(memory_format=memory_format(x, model))
             logits = model(inputs).float()
             right += int((logits.argmax(1) == y.to(at)).sum())
             loss += float(F.cross_entropy(logits, y.to(at), reduction="sum"))
@@ -239,7 +255,7 @@ class Fit:
     def _muon(self, hidden: list[nn.Parameter]) -> torch.optim.Optimizer:
         s = self.settings
         # torch's Muon takes matrices: each sees its filter through a view that shares the memory.
-        self.views = [(p, nn.Parameter(_matrix(p.data))) for p in hidden]
+        self.views = [(p, nn.Parameter(_matrix(p.data, p))) for p in hidden]
         assert all(p.data_ptr() == view.data_ptr() for p, view in self.views), "a view must share its weight's memory"
         return torch.optim.Muon(
             [view for _, view in self.views], s.lr, weight_decay=s.weight_decay, momentum=s.momentum, nesterov=True
@@ -324,13 +340,13 @@ class Fit:
         return total / steps
 
     def _step(self, x: Tensor, y: Tensor) -> float:
-        x = x.contiguous(memory_format=memory_format(x))
+        x = x.contiguous(memory_format=memory_format(x, self.model))
         with autocast(self.model, self.settings.precision):
             logits = self.model(x)
         loss = F.cross_entropy(logits.float(), y, label_smoothing=self.settings.label_smoothing)
         loss.backward()
         for parameter, view in self.views:
-            view.grad = None if parameter.grad is None else _matrix(parameter.grad)
+            view.grad = None if parameter.grad is None else _matrix(parameter.grad, parameter)
         for optimizer in self.optimizers:
             optimizer.step()
         self.model.zero_grad(set_to_none=True)
@@ -401,9 +417,14 @@ def _hidden(model: nn.Module) -> list[nn.Parameter]:
     return list(inner.values())
 
 
-def _matrix(x: Tensor) -> Tensor:
-    """A filter [o, i, h, w] as a matrix [o, h*w*i]: the same memory if it lies channels-last, a copy else."""
-    return x.permute(0, 2, 3, 1).reshape(len(x), -1) if x.dim() == 4 else x
+def _matrix(x: Tensor, weight: Tensor) -> Tensor:
+    """A filter [o, i, h, w], or its gradient, as a matrix [o, h*w*i], its columns in the order of `weight`'s memory.
+
+    The same memory if `x` lies like `weight`, a copy else.
+    """
+    if x.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        x = x.permute(0, 2, 3, 1)
+    return x.reshape(len(x), -1) if x.dim() == 4 else x
 
 
 def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:

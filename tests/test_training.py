@@ -154,7 +154,7 @@ def test_muon_equals_muon_on_copies_of_the_matrices():
 
 
 def test_muon_sees_hidden_weights_through_views_that_share_their_memory():
-    model = network("resnet")
+    model = resnet_small(width=8)
     fit = Fit(model, settings(optimizer="muon"), seed=0)
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert [id(p) for p, _ in fit.views] == [id(w) for w in weights[1:-1]]
@@ -531,7 +531,7 @@ def test_bf16_computes_in_bf16_and_keeps_weights_in_float32():
 
 
 def test_images_and_filters_lie_channels_last():
-    model, seen = network("resnet"), []
+    model, seen = network("cnn"), []
     fit = Fit(model, settings(epochs=1), seed=0)
     model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     fit_all(fit, images(), images(4))
@@ -540,3 +540,14 @@ def test_images_and_filters_lie_channels_last():
     assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in convolutions)
     assert training.memory_format(torch.zeros(2, 1, 4, 4)) is torch.contiguous_format
     assert training.memory_format(torch.zeros(2, 5)) is torch.contiguous_format
+
+
+@pytest.mark.parametrize(("width", "capability", "fast"), [(4, "AVX2", False), (8, "AVX2", True), (4, "AVX512", True)])
+def test_a_format_in_which_torch_writes_beyond_its_memory_is_not_used(width, capability, fast, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(training, "device", lambda: torch.device("cpu"))
+    model = training.place_(resnet_small(width=width))
+    assert training.takes_channels_last(model) is fast
+    wanted = torch.channels_last if fast else torch.contiguous_format
+    assert training.memory_format(torch.zeros(2, 3, 8, 8), model) is wanted
+    assert model.stem.weight.is_contiguous(memory_format=wanted)

@@ -102,7 +102,7 @@ def _loss(model: nn.Module, task: Task, batch: Arrays, chance: torch.Generator) 
     at = next(model.parameters()).device
     x = task.prepare(batch.x.to(at), chance)
     with autocast(model, task.settings.precision):
-        logits = model(x.contiguous(memory_format=memory_format(x)))
+        logits = model(x.contiguous(memory_format=memory_format(x, model)))
     return F.cross_entropy(logits.float(), batch.y.to(at))
 
 
@@ -118,7 +118,7 @@ def private_sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
 
     def prepare(x: Tensor) -> Tensor:
         x = task.prepare(x, chance)
-        return x.contiguous(memory_format=memory_format(x))
+        return x.contiguous(memory_format=memory_format(x, model))
 
     steps = private_steps(
         model,
@@ -156,7 +156,7 @@ def joint_gradient(model: nn.Module, task: Task) -> tuple[Tensor, dict[str, JSON
     x, y = task.arrays.x[index].to(at), task.arrays.y[index].to(at)
     if len(index):
         x = task.prepare(x, task.key.hidden("prepare", question))
-        x = x.contiguous(memory_format=memory_format(x))
+        x = x.contiguous(memory_format=memory_format(x, model))
     method = choose_method(model, _loss_of, x, y) if len(index) else "loop"
     with torch.random.fork_rng():  # dropout draws from torch's global generators
         torch.manual_seed(task.key.own("dropout", question).initial_seed())
