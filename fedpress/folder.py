@@ -246,7 +246,7 @@ class StageFolder:
                 return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a mapping
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(
-                f"{self._progress}: corrupt checkpoint ({error}); delete the folder {self.path} to do the stage again"
+                f"{self._progress}: corrupt checkpoint ({error}); delete this file to do the stage again"
             ) from error
 
     @property
@@ -262,7 +262,17 @@ class StageFolder:
         done = Done(dict(result), self.run.count_records())
         write_json(self._result, {"key": key, "records": done.records, "result": done.result})
         self._progress.unlink(missing_ok=True)
+        self.forget()
         return done
+
+    @property
+    def memory(self) -> Path:
+        """Where the clients of a simulation keep what must outlive a process: private data among it."""
+        return self.path / "memory"
+
+    def forget(self) -> None:
+        """Removes `memory`."""
+        shutil.rmtree(self.memory, ignore_errors=True)
 
     def finished(self, key: str) -> Done | None:
         """Returns what the stage left if it is done under the same `key`, else None."""

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 
@@ -115,15 +116,19 @@ def test_secure_noise_differs_between_runs_and_not_between_a_run_and_its_resumpt
     overrides = [SECURE_NOISE[mode]]
     saved = {}
     for name in ("one", "two"):
-        progress = tmp_path / name / "stages" / "2-federate" / "progress.safetensors"
+        stage = tmp_path / name / "stages" / "2-federate"
         for event in begun(tiny, tmp_path / name, overrides, reuse=base):
             if type(event).__name__ == "Tick" and "round 3" in event.note:
-                saved[name] = progress.read_bytes()
+                saved[name] = (stage / "progress.safetensors").read_bytes()
+            elif (stage / "memory").exists():
+                shutil.copytree(stage / "memory", tmp_path / f"memory-{name}", dirs_exist_ok=True)
     weights = [(tmp_path / n / "stages/2-federate/model.safetensors").read_bytes() for n in ("one", "two")]
     assert weights[0] != weights[1]
     stage = tmp_path / "one" / "stages" / "2-federate"
     (stage / "result.json").unlink()  # as if it had been killed in the last round, after the clients answered
     (stage / "progress.safetensors").write_bytes(saved["one"])
+    assert not (stage / "memory").exists()  # secrets and private numbers go when the stage is done
+    shutil.copytree(tmp_path / "memory-one", stage / "memory")
     for _ in begun(tiny, tmp_path / "one", overrides, resume=True):
         pass
     assert (stage / "model.safetensors").read_bytes() == weights[0]

@@ -277,7 +277,7 @@ def _memories(stage: FederateSettings, clients: list[str], folder: Path | None, 
     names = [*clients, SERVER]
     if folder is None:
         return {name: Recall() for name in names}
-    place = folder / "memory" / seeds.fingerprint(stage, seed, clients)[:16]
+    place = folder / seeds.fingerprint(stage, seed, clients)[:16]
     return {name: Files(place / (name if name == SERVER else f"{at:05d}")) for at, name in enumerate(names)}
 
 

@@ -57,8 +57,10 @@ class FederateStage(FederateSettings):
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Runs the rounds; yields a tick for each, and saves a checkpoint after each."""
-        federation, data = bind(self, state, folder.path), state.data
         saved = folder.load_progress()
+        if not saved[1]:  # what clients remember of a beginning that was lost has nothing to go on from
+            folder.forget()
+        federation, data = bind(self, state, folder.memory), state.data
         now = Progress.load(*saved) if saved[1] else Progress.begin(federation)
         if state.accuracy is None:
             state = replace(state, accuracy=evaluate(state.model, data.test, data.preprocess).accuracy)
