@@ -358,7 +358,13 @@ def test_the_accountant_answers_without_loading_torch(tmp_path):
 @pytest.mark.recipe
 def test_ctrl_c_says_how_to_go_on_and_that_works(tmp_path, tiny_file):
     words = ["run", str(tiny_file), "stage.0.epochs=400"]
-    process = subprocess.Popen([*COMMAND, *words], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+
+    def listen():  # a shell that starts the tests in the background makes its children deaf to Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    process = subprocess.Popen(
+        [*COMMAND, *words], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, preexec_fn=listen
+    )
     records = tmp_path / "runs" / "tiny" / "records.jsonl"
     end = time.monotonic() + 300
     while not records.exists() and time.monotonic() < end:
