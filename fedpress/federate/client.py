@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -27,7 +26,7 @@ from fedpress.federate.local import (
     private_sgd,
     sgd,
 )
-from fedpress.federate.memory import Memory, Recall
+from fedpress.federate.memory import Memory, Recall, load_json, save_json
 from fedpress.federate.transforms import VALUES, Clip, Key
 from fedpress.federate.uplink import Uplink
 from fedpress.models.norms import freeze_batch_norm_
@@ -187,13 +186,11 @@ class Client:
         asked = seeds.fingerprint(
             sorted(message.header.items()), *(message.tensors[n] for n in sorted(message.tensors))
         )
-        note = self.memory.note("answered")
-        answered = json.loads(bytes(note["json"].tolist())) if note else {}
+        answered = load_json(self.memory, "answered")
         if answered.get(str(round), asked[:16]) != asked[:16]:
             raise WireError(f"fit.round: round {round} was answered to another question; go on with the next round")
         if str(round) not in answered:
-            text = json.dumps({**answered, str(round): asked[:16]}).encode()
-            self.memory.save_note("answered", {"json": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
+            save_json(self.memory, "answered", {**answered, str(round): asked[:16]})
 
     def _secure(self, member: Member, message: Message) -> Message:
         part = Part(dict(message.header), dict(message.tensors))
@@ -206,8 +203,7 @@ class Client:
 
     def _remember(self, member: Member) -> None:
         """Keeps which rounds were answered: a client that starts again must not answer another question in one."""
-        text = json.dumps(member.state()).encode()
-        self.memory.save_note("member", {"json": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
+        save_json(self.memory, "member", member.state())
 
     def _clipped(self, update: Tensor, unit: float) -> Tensor:
         """What error feedback compares with: what a clip cuts off is lost on purpose."""

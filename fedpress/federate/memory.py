@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedpress.errors import RunError
 
+JSON_TENSOR = "json"
 KEPT = 2
 """States that are kept: the last may belong to a round that the server never finished and asks for again."""
 
@@ -37,6 +40,19 @@ class Memory(Protocol):
     def save_note(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Replaces the note `name`."""
         ...
+
+
+def load_json(memory: Memory, name: str) -> dict[str, Any]:
+    """Returns the JSON object noted under `name`; empty at the beginning."""
+    note = memory.note(name)
+    found: dict[str, Any] = json.loads(bytes(note[JSON_TENSOR].tolist())) if note else {}
+    return found
+
+
+def save_json(memory: Memory, name: str, value: Mapping[str, Any]) -> None:
+    """Notes a JSON object under `name`."""
+    text = bytearray(json.dumps(value).encode())
+    memory.save_note(name, {JSON_TENSOR: torch.frombuffer(text, dtype=torch.uint8)})
 
 
 @dataclass(eq=False)

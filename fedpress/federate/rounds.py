@@ -86,13 +86,13 @@ def rounds(
         raise RecipeError(
             f"federate.population: planned for {uplink.cohort.population} clients, there are {len(transport.clients())}"
         )
-    state = _init(params, uplink, algorithm, downlink) if server_state is None else dict(server_state)
+    state = _init(params, uplink, algorithm) if server_state is None else dict(server_state)
     todo = range(start + 1, num_rounds + 1)
     server = _Server(uplink, algorithm, transport, seed, agreement, downlink, secret)
     return server.rounds(params, state, todo)
 
 
-def _init(params: Tensor, uplink: Uplink, algorithm: Algorithm, downlink: Downlink | None) -> ServerState:
+def _init(params: Tensor, uplink: Uplink, algorithm: Algorithm) -> ServerState:
     return _join({"optimizer": algorithm.server.init(params), "uplink": uplink.init(), "downlink": {}})
 
 

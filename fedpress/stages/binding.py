@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -42,6 +41,7 @@ from fedpress.federate import (
     sgd,
 )
 from fedpress.federate.downlink import Broadcast
+from fedpress.federate.memory import load_json
 from fedpress.privacy.ledger import POPULATION, Charge, Ledger
 from fedpress.secure import Member, identity
 from fedpress.seeds import derive
@@ -164,7 +164,7 @@ class Federation:
     @cached_property
     def planned_bytes(self) -> tuple[int, int]:
         """Bytes up and down of a round with the planned cohort and an update of noise."""
-        sizes = replace(self, clients=dict(self.clients)).sizes()
+        sizes = self.sizes()
         return sizes["bytes_up_per_round"], sizes["bytes_down_per_round"]
 
     def drawn(self, number: int) -> list[str]:
@@ -308,8 +308,8 @@ def _member(
     if not isinstance(adder, SecureSum):
         return None
     member = Member(name, key, adder.plan, identities, run)
-    if noted := memory.note("member"):
-        member.load_state_(json.loads(bytes(noted["json"].tolist())))
+    if noted := load_json(memory, "member"):
+        member.load_state_(noted)
     return member
 
 
