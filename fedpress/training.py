@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +21,8 @@ from fedpress.seeds import derive, generator
 from fedpress.tree import trainable
 
 Precision = Literal["auto", "float32", "bf16"]
+Objective = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+"""The loss of a step, from the model, its prepared input [n, ...], its float32 logits [n, classes], the labels [n]."""
 
 
 class TrainSettings(BaseModel):
@@ -217,10 +219,31 @@ class Step:
 
 
 class Fit:
-    """A model in training: iterate over `epochs()`; `state()` and `load_()` carry it over a stop, to the same bits."""
+    """A model in training: iterate over `epochs()`; `state()` and `load_()` carry it over a stop, to the same bits.
 
-    def __init__(self, model: nn.Module, settings: TrainSettings, *, seed: int) -> None:
+    After every step the loop yields, so whatever a method does to the weights between steps, its caller does there.
+
+    Args:
+        model: trained in place.
+        settings: how.
+        seed: of order, augmentation and dropout.
+        objective: the loss; cross-entropy with the settings' label smoothing by default.
+        sparse: names of parameters whose zeros stay zero (see `ModelSpec.sparse`).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TrainSettings,
+        *,
+        seed: int,
+        objective: Objective | None = None,
+        sparse: Sequence[str] = (),
+    ) -> None:
         self.model, self.settings, self.seed = place_(model), settings, seed
+        self.objective = objective or self._cross_entropy
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        self.zeros = [(weights[name], weights[name].detach() == 0) for name in sparse]
         self.average = None
         if settings.ema:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
@@ -343,16 +366,22 @@ class Fit:
         x = x.contiguous(memory_format=memory_format(x, self.model))
         with autocast(self.model, self.settings.precision):
             logits = self.model(x)
-        loss = F.cross_entropy(logits.float(), y, label_smoothing=self.settings.label_smoothing)
+        loss = self.objective(self.model, x, logits.float(), y)
         loss.backward()
         for parameter, view in self.views:
             view.grad = None if parameter.grad is None else _matrix(parameter.grad, parameter)
         for optimizer in self.optimizers:
             optimizer.step()
+        with torch.no_grad():
+            for weight, zero in self.zeros:
+                weight.masked_fill_(zero, 0)
         self.model.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update_parameters(self.model)
         return float(loss.detach())
+
+    def _cross_entropy(self, model: nn.Module, x: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(logits, y, label_smoothing=self.settings.label_smoothing)
 
     def _rate_(self, done: float) -> None:
         factor = one_cycle(done, self.settings.warmup)

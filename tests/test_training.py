@@ -551,3 +551,29 @@ def test_a_format_in_which_torch_writes_beyond_its_memory_is_not_used(width, cap
     wanted = torch.channels_last if fast else torch.contiguous_format
     assert training.memory_format(torch.zeros(2, 3, 8, 8), model) is wanted
     assert model.stem.weight.is_contiguous(memory_format=wanted)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_zeros_of_sparse_weights_stay_zero_and_the_others_train(optimizer):
+    model = network()
+    names = ("stem.weight", "stages.1.0.conv1.weight")
+    weights = dict(model.named_parameters())
+    for name in names:
+        weights[name].data[torch.rand(weights[name].shape, generator=generator(0, name)) < 0.7] = 0
+    before = {n: w.detach().clone() for n, w in weights.items()}
+    fit_all(Fit(model, settings(optimizer=optimizer, ema=0.9), seed=0, sparse=names), images())
+    for name in names:
+        assert ((weights[name] == 0) == (before[name] == 0)).all()
+        assert not torch.equal(weights[name], before[name])
+
+
+def test_an_objective_takes_the_place_of_the_cross_entropy():
+    def squared(model, x, logits, y):
+        assert torch.equal(model(x).detach(), logits.detach())
+        return (logits - F.one_hot(y, 10)).square().mean()
+
+    seen, plain = (
+        [r.loss for r in fit_all(Fit(network("cnn"), settings(), seed=0, objective=o), images())]
+        for o in (squared, None)
+    )
+    assert seen[-1] < seen[0] < 1 < plain[0]

@@ -20,10 +20,11 @@ ARCHITECTURES: dict[str, Any] = {"resnet18": resnet18, "resnet-small": resnet_sm
 
 
 class ModelSpec(BaseModel):
-    """How to build a model: its architecture and arguments, and what pruning resized.
+    """How to build a model: its architecture and arguments, and what compression changed.
 
     `architecture` is a row of `ARCHITECTURES` or `package.module:function`. `resized` maps
-    the name of every parameter or buffer that pruning changed to its new shape.
+    the name of every parameter or buffer that pruning changed to its new shape. `sparse` names
+    the parameters whose zeros are pruned weights: whoever trains them keeps them zero.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,6 +32,7 @@ class ModelSpec(BaseModel):
     architecture: str
     arguments: dict[str, JsonValue] = {}
     resized: dict[str, tuple[int, ...]] = {}
+    sparse: tuple[str, ...] = ()
     input_shape: tuple[int, ...]
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()

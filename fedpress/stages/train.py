@@ -37,7 +37,7 @@ class TrainStage(TrainSettings):
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Trains; yields a tick for every step."""
-        fit = Fit(state.model, self, seed=derive(state.seed, "stage", folder.index))
+        fit = Fit(state.model, self, seed=derive(state.seed, "stage", folder.index), sparse=state.spec.sparse)
         tensors, saved = folder.load_progress()
         note = ""
         if saved:
