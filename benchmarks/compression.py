@@ -1,0 +1,218 @@
+"""What is lost when a trained ResNet-18 is cut further: fedpress against torch-pruning, at equal epochs.
+
+    python benchmarks/compression.py --data DIR --out DIR --arms taylor tp-magnitude --keep 0.333 --seeds 0
+
+The parent is the network of benchmarks/checkpoints/cifar10-cpu (3.36 M parameters, 93.17%). Every arm removes channels
+until `--keep` of its parameters stay, restores the batch-norm statistics on the same public images, and is fine-tuned
+by the same loop, epochs and seed; arms that end in `+teacher` also learn from the parent's logits. Each finished arm is
+one line of OUT/compression.jsonl, and an arm that is there is not repeated. Test accuracy, measured once at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from fedpress import compress, data
+from fedpress.arrays import Arrays
+from fedpress.data import FederatedData
+from fedpress.models import load_model
+from fedpress.recipe import load
+from fedpress.training import EpochRecord, Fit, Objective, TrainSettings, evaluate
+
+HERE = Path(__file__).parent
+RECIPE = """
+[data]
+source = "cifar10"
+num_clients = 10
+examples_per_client = 600
+validation = 2000
+[model]
+architecture = "resnet18"
+[[stage]]
+kind = "export"
+"""
+CALIBRATION, BATCH = 2048, 256
+
+
+def losses(model: nn.Module, public: Arrays, preprocess: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """Yields the loss of each batch of the calibration images."""
+    for x, y in zip(public.x.split(BATCH), public.y.split(BATCH), strict=True):
+        yield F.cross_entropy(model(preprocess(x)), y)
+
+
+def ours(score: str, strategy: str = "one-shot") -> Callable[..., nn.Module]:
+    """Returns an arm that cuts with fedpress."""
+
+    def cut(model: nn.Module, keep: float, public: Arrays, preprocess: Callable[[Tensor], Tensor]) -> nn.Module:
+        graph = compress.trace(model, torch.zeros(2, 3, 32, 32))
+        chance = torch.Generator().manual_seed(0)
+        options = {"losses": lambda: losses(model, public, preprocess), "generator": chance}
+        if strategy == "single-channel":
+            plan = compress.prune_single_channel(model, graph, score, keep_params=keep, **options)
+        else:
+            scores = compress.score(model, graph, score, **options)
+            plan = compress.plan(model, graph, scores, keep_params=keep)
+        compress.remove_(model, plan)
+        return model
+
+    return cut
+
+
+def theirs(importance: Callable[[], object], *, gradients: bool) -> Callable[..., nn.Module]:
+    """Returns an arm that cuts with torch-pruning, its global ranking, at the ratio that leaves `keep`."""
+
+    def cut(model: nn.Module, keep: float, public: Arrays, preprocess: Callable[[Tensor], Tensor]) -> nn.Module:
+        total = compress.parameters(model)
+        if gradients:
+            for loss in losses(model, public, preprocess):
+                loss.backward()
+        slopes = [p.grad for p in model.parameters()]
+
+        def at(ratio: float) -> nn.Module:
+            small = copy.deepcopy(model)
+            pruner = tp.pruner.BasePruner(
+                small,
+                torch.zeros(2, 3, 32, 32),
+                importance=importance(),
+                pruning_ratio=ratio,
+                max_pruning_ratio=0.9,
+                global_pruning=True,
+                round_to=8,
+                ignored_layers=[small.head],
+            )
+            for parameter, slope in zip(small.parameters(), slopes, strict=True):
+                parameter.grad = None if slope is None else slope.clone()
+            pruner.step()
+            return small.zero_grad() or small
+
+        low, high = 0.0, 0.95
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (middle, high) if compress.parameters(at(middle)) > keep * total else (low, middle)
+        return at(high)
+
+    return cut
+
+
+ARMS: dict[str, Callable[..., nn.Module]] = {
+    "taylor": ours("taylor"),
+    "l1": ours("l1"),
+    "random": ours("random"),
+    "taylor-single": ours("taylor", "single-channel"),
+    "tp-magnitude": theirs(lambda: tp.importance.GroupMagnitudeImportance(p=2), gradients=False),
+    "tp-taylor": theirs(tp.importance.GroupTaylorImportance, gradients=True),
+}
+
+
+def settings(epochs: int, small: int) -> TrainSettings:
+    """The fine-tuning of every arm: `small` epochs at 24 pixels, then the rest at 32."""
+    return TrainSettings(
+        epochs=epochs,
+        image_sizes=((24, small),) if small else (),
+        batch_size=256,
+        optimizer="muon",
+        lr=0.05,
+        momentum=0.8,
+        weight_decay=0.1,
+        warmup=0.1,
+        label_smoothing=0.1,
+        ema=0.99,
+        augment={"crop": 0.125, "flip": "alternate", "cutout": 0.25},
+    )
+
+
+def soft(teacher: nn.Module, *, temperature: float = 2.0, weight: float = 0.9) -> Objective:
+    """Hinton's loss: `weight` of the teacher's softened answers, the rest cross-entropy with the labels."""
+    teacher = teacher.eval()
+
+    def objective(model: nn.Module, x: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = F.log_softmax(teacher(x).float() / temperature, 1)
+        got = F.log_softmax(logits / temperature, 1)
+        told = F.kl_div(got, wanted, log_target=True, reduction="batchmean") * temperature**2
+        return weight * told + (1 - weight) * F.cross_entropy(logits, y)
+
+    return objective
+
+
+def run(arm: str, keep: float, seed: int, parts: FederatedData, epochs: int, small: int) -> dict[str, object]:
+    """Cuts, restores, fine-tunes and measures one arm."""
+    name, _, teacher = arm.partition("+")
+    _, parent = load_model(HERE / "checkpoints" / "cifar10-cpu")
+    began = time.perf_counter()
+    chosen = torch.randperm(len(parts.public), generator=torch.Generator().manual_seed(seed))[:CALIBRATION]
+    public = parts.public.take(chosen)
+    model = ARMS[name](copy.deepcopy(parent).eval(), keep, public, parts.preprocess)
+    cut = time.perf_counter() - began
+    compress.restore_batch_norm_(model, (parts.preprocess(x) for x in public.x.split(BATCH)))
+    before = evaluate(model, parts.test, parts.preprocess).accuracy
+    objective = soft(copy.deepcopy(parent)) if teacher else None
+    fit = Fit(model, settings(epochs, small), seed=seed, objective=objective)
+    for event in fit.epochs(parts.public, parts.validation, parts.preprocess):
+        if isinstance(event, EpochRecord):
+            print(
+                f"{arm} seed {seed}: epoch {event.epoch}, validation {event.accuracy:.2%}", file=sys.stderr, flush=True
+            )
+    model = fit.result_()
+    return {
+        "arm": arm,
+        "keep": keep,
+        "seed": seed,
+        "epochs": [epochs, small],
+        "parameters": compress.parameters(model),
+        "macs": compress.macs(model, torch.zeros(1, 3, 32, 32)),
+        "cut_seconds": round(cut, 2),
+        "accuracy_cut": before,
+        "accuracy": evaluate(model, parts.test, parts.preprocess).accuracy,
+    }
+
+
+def main() -> None:
+    """Runs what is not there yet, then prints the table."""
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--data", type=Path, required=True, help="CIFAR-10")
+    words.add_argument("--out", type=Path, required=True)
+    words.add_argument("--arms", nargs="+", default=["taylor", "taylor+teacher", "tp-magnitude", "tp-taylor"])
+    words.add_argument("--keep", type=float, nargs="+", default=[1 / 3])
+    words.add_argument("--seeds", type=int, nargs="+", default=[0])
+    words.add_argument("--epochs", type=int, default=4)
+    words.add_argument("--small", type=int, default=3, help="of them at 24 pixels")
+    chosen = words.parse_args()
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    file = chosen.out / "compression.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    parts = data.load(load(RECIPE, [f"data.path={json.dumps(str(chosen.data))}"]).data, 0)
+    for seed in chosen.seeds:
+        for keep in chosen.keep:
+            for arm in chosen.arms:
+                key = [arm, keep, seed, [chosen.epochs, chosen.small]]
+                if key not in [[line[k] for k in ("arm", "keep", "seed", "epochs")] for line in lines]:
+                    lines.append(run(arm, keep, seed, parts, chosen.epochs, chosen.small))
+                    with file.open("a") as out:
+                        out.write(json.dumps(lines[-1]) + "\n")
+    print(f"{'arm':16} {'keep':>6} {'parameters':>11} {'MACs':>6} {'cut':>7} {'tuned':>15}  seeds")
+    for keep, arm in dict.fromkeys((line["keep"], line["arm"]) for line in lines):
+        group = [line for line in lines if (line["keep"], line["arm"]) == (keep, arm)]
+        tuned = [100 * line["accuracy"] for line in group]
+        spread = statistics.stdev(tuned) if len(tuned) > 1 else float("nan")
+        mean = {k: statistics.mean(line[k] for line in group) for k in ("parameters", "macs", "accuracy_cut")}
+        print(
+            f"{arm:16} {keep:6.3f} {mean['parameters']:11,.0f} {mean['macs'] / 1e6:5.0f}M "
+            f"{mean['accuracy_cut']:7.2%} {statistics.mean(tuned):7.2f} ± {spread:.2f}%  {len(group)}"
+        )
+
+
+if __name__ == "__main__":
+    main()
