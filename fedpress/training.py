@@ -228,6 +228,7 @@ class Fit:
         settings: how.
         seed: of order, augmentation and dropout.
         objective: the loss; cross-entropy with the settings' label smoothing by default.
+        helpers: what the objective trains besides and nobody keeps: its parameters go to the same optimizer.
         sparse: names of parameters whose zeros stay zero (see `ModelSpec.sparse`).
     """
 
@@ -238,10 +239,12 @@ class Fit:
         *,
         seed: int,
         objective: Objective | None = None,
+        helpers: nn.Module | None = None,
         sparse: Sequence[str] = (),
     ) -> None:
         self.model, self.settings, self.seed = place_(model), settings, seed
         self.objective = objective or self._cross_entropy
+        self.helpers = (helpers or nn.Module()).to(device())
         weights = dict(model.named_parameters(remove_duplicate=False))
         self.zeros = [(weights[name], weights[name].detach() == 0) for name in sparse]
         self.average = None
@@ -258,7 +261,7 @@ class Fit:
         s, muon = self.settings, self.settings.optimizer == "muon"
         hidden = _hidden(self.model) if muon else []
         ids = {id(p) for p in hidden}
-        rest = [p for p in trainable(self.model) if id(p) not in ids]
+        rest = [p for p in (*trainable(self.model), *trainable(self.helpers)) if id(p) not in ids]
         if not rest and not hidden:
             raise TrainingError("train: no parameter of the model has requires_grad, so there is nothing to train")
         # Decay acts on weights only: norms and biases have one dimension.
@@ -376,6 +379,7 @@ class Fit:
             for weight, zero in self.zeros:
                 weight.masked_fill_(zero, 0)
         self.model.zero_grad(set_to_none=True)
+        self.helpers.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update_parameters(self.model)
         return float(loss.detach())
@@ -392,6 +396,7 @@ class Fit:
     def state(self) -> dict[str, Tensor]:
         """Returns all that a later `load_` needs, as named tensors; they are the living ones, so save or copy them."""
         out = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+        out |= {f"helpers/{k}": v for k, v in self.helpers.state_dict().items()}
         if self.average is not None:
             out |= {f"average/{k}": v for k, v in self.average.state_dict().items()}
         out |= {f"best/{k}": v for k, v in self.best_weights.items()}
@@ -408,6 +413,7 @@ class Fit:
             return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
         self.model.load_state_dict(part("model/"))
+        self.helpers.load_state_dict(part("helpers/"))
         if self.average is not None:
             self.average.load_state_dict(part("average/"))
         self.best_weights = part("best/")
