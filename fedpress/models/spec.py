@@ -15,6 +15,7 @@ from fedpress.errors import ModelError, did_you_mean
 from fedpress.layers import replace_, tensor
 from fedpress.models.plain import CNN, MLP
 from fedpress.models.resnet import resnet18, resnet_small
+from fedpress.quantized import LayerGrids, fold_layers_, quantize_layers_
 
 ARCHITECTURES: dict[str, Any] = {"resnet18": resnet18, "resnet-small": resnet_small, "cnn": CNN, "mlp": MLP}
 
@@ -24,7 +25,8 @@ class ModelSpec(BaseModel):
 
     `architecture` is a row of `ARCHITECTURES` or `package.module:function`. `resized` maps
     the name of every parameter or buffer that pruning changed to its new shape. `sparse` names
-    the parameters whose zeros are pruned weights: whoever trains them keeps them zero.
+    the parameters whose zeros are pruned weights: whoever trains them keeps them zero. `folded` maps a batch norm
+    to the layer that took it in, `quantized` a layer to the grids of its weights and inputs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,6 +35,8 @@ class ModelSpec(BaseModel):
     arguments: dict[str, JsonValue] = {}
     resized: dict[str, tuple[int, ...]] = {}
     sparse: tuple[str, ...] = ()
+    folded: dict[str, str] = {}
+    quantized: dict[str, LayerGrids] = {}
     input_shape: tuple[int, ...]
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -42,11 +46,23 @@ class ModelSpec(BaseModel):
         """Builds the network with the right shapes and fresh weights.
 
         Raises:
-            ModelError: if the architecture is unknown, its arguments do not fit, or it returns no module.
+            ModelError: if the architecture is unknown, its arguments do not fit, or it returns no module; if what
+                compression changed belongs to another model.
         """
         model = self.build_dense()
         resize_(model, self.resized)
+        fold_layers_(model, self.folded)
+        quantize_layers_(model, self.quantized)
+        self._keep_zeros()
         return model
+
+    def _keep_zeros(self) -> None:
+        for name in self.sparse:
+            grids = self.quantized.get(name.removesuffix(".weight"))
+            if grids is not None and grids.weights is not None and not grids.weights.has_zero:
+                raise ModelError(
+                    f"spec: '{name}' is sparse, but a binary grid has no zero to keep; quantize it to ternary instead"
+                )
 
     def build_dense(self) -> nn.Module:
         """Builds the network as its architecture says, before any pruning."""
