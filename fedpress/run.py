@@ -10,15 +10,17 @@ import subprocess
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fedpress
 from fedpress import data as data_sets
+from fedpress import storage
 from fedpress.compress import cost
 from fedpress.data.examples import Progress
 from fedpress.errors import FedpressError, RecipeError, RunError
@@ -28,7 +30,7 @@ from fedpress.privacy.ledger import Ledger
 from fedpress.recipe import Recipe
 from fedpress.seeds import derive, fingerprint
 from fedpress.stages import Stage
-from fedpress.state import Event, StageFinished, StageStarted, State, Tick
+from fedpress.state import Event, Loader, StageFinished, StageStarted, State, Tick
 from fedpress.training import evaluate, place_
 
 LIBRARIES = ("torch", "numpy", "safetensors", "dp-accounting", "onnx", "onnxruntime", "pydantic")
@@ -86,14 +88,29 @@ def check(recipe: Recipe, data: data_sets.FederatedData) -> list[dict[str, Any]]
         FedpressError: the first thing that would stop the run.
     """
     state, lines = start(recipe, data), []
+    trained = recipe.model.checkpoint is not None
     for index, stage in enumerate(recipe.stage):
+        before = state
         try:
             state, facts = stage.check(state)
         except FedpressError as error:
             raise type(error)(_placed(str(error), index, stage)) from error
+        state = _with_parent(state, before, partial(_pair, before) if trained else None)
+        trained = True
         size = {"parameters": cost.parameters(state.model), "macs": _macs(state)}
         lines.append({"kind": stage.kind, "name": stage.name, **size, **facts})
     return lines
+
+
+def _with_parent(state: State, before: State, load: Loader | None) -> State:
+    """Notes how to `load` the model `before` the first stage that changed the spec; None for weights nobody trained."""
+    if state.parent is None and load is not None and state.spec.model_dump() != before.spec.model_dump():
+        return replace(state, parent=load)
+    return state
+
+
+def _pair(state: State) -> tuple[ModelSpec, nn.Module]:
+    return state.spec, state.model
 
 
 def _placed(message: str, index: int, stage: Stage) -> str:
@@ -108,13 +125,16 @@ def _placed(message: str, index: int, stage: Stage) -> str:
 def settings(recipe: Recipe) -> dict[str, Any]:
     """Returns the resolved recipe as JSON, without what may differ between machines: the data's path.
 
-    A checkpoint stands in it by its content.
+    A checkpoint or a teacher stands in it by its content.
     """
     tree: dict[str, Any] = json.loads(recipe.model_dump_json())
     tree["data"].pop("path", None)
     if recipe.model.checkpoint is not None:
         model = load_model(recipe.model.checkpoint)[1]
         tree["model"]["checkpoint"] = fingerprint(*model.state_dict().values())
+    for stage in tree["stage"]:
+        if stage.get("teacher") not in (None, "dense"):
+            stage["teacher"] = fingerprint(*storage.load(Path(stage["teacher"]))[1].state_dict().values())
     return tree
 
 
@@ -133,6 +153,7 @@ def execute(
         FedpressError: if a stage cannot go on; what was computed is saved.
     """
     state, records = start(recipe, data), 0
+    load: Loader | None = partial(load_model, recipe.model.checkpoint) if recipe.model.checkpoint else None
     results: list[dict[str, Any]] = []
     for index, stage in enumerate(recipe.stage):
         place, key = folder.stage(index, stage.kind, stage.name), stage_key(recipe, index)
@@ -144,7 +165,9 @@ def execute(
             done = yield from _do(stage, replace(state, facts={}), place, key, records)
         # On goes what was saved, not what is in memory: so a run that is resumed here has the same model to the bit.
         spec, model = place.load()
+        before = state
         state = replace(state, spec=spec, model=model, ledger=_ledger(done), accuracy=done.result["accuracy"])
+        state, load = _with_parent(state, before, load), place.load
         records = done.records
         results.append(done.result)
         _write_result(recipe, folder, results, finished=index + 1 == len(recipe.stage))

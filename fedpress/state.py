@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -16,13 +16,16 @@ from fedpress.privacy.ledger import Ledger
 Name = Annotated[str, StringConstraints(pattern=r"^\w[\w .-]*$", max_length=60)]
 """The name of a recipe or stage: folders are called by it."""
 
+Loader = Callable[[], tuple[ModelSpec, nn.Module]]
+
 
 @dataclass(frozen=True)
 class State:
     """The model with its spec, the data, and the privacy spent so far.
 
     `accuracy` is that on the test set after the last stage, None before the first; `facts` are what the last stage adds
-    to its line of the result (for instance `bytes_up`); `dense` is the parameter count before any pruning.
+    to its line of the result (for instance `bytes_up`); `dense` is the parameter count before any pruning; `parent`
+    loads the model as it was before the first stage that made it smaller, None before such a stage.
     """
 
     spec: ModelSpec
@@ -33,6 +36,7 @@ class State:
     ledger: Ledger | None = None
     accuracy: float | None = None
     facts: Mapping[str, JsonValue] = field(default_factory=dict)
+    parent: Loader | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ FLOORS = {
     5: ["cli", "terminal", "__main__", "report"],
     4: ["stages", "recipe", "recipes", "run", "state", "folder"],
     3: ["transport"],
-    2: ["federate"],
+    2: ["federate", "storage"],
     1: ["models", "data", "training", "compress", "privacy", "secure", "wire", "deploy"],
     0: ["__init__", "errors", "tree", "seeds", "arrays", "layers", "quantized"],
 }

@@ -1,0 +1,237 @@
+"""Distillation: a student learns from a teacher's outputs, features and attention; an objective of `Fit`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from fedpress.errors import TrainingError, did_you_mean
+
+Pair = str | tuple[str, str]
+
+
+class DistillSettings(BaseModel):
+    """What a student learns from its teacher.
+
+    The loss is `(1 - weight) * cross-entropy + weight * T^2 * KL(teacher || student)` at temperature T, plus the terms
+    of features and attention. A module is named once for both networks, or as [student's, teacher's].
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: float = Field(default=4.0, gt=0, le=1e4)
+    weight: float = Field(default=0.9, ge=0, le=1, description="share of the teacher's outputs against the labels")
+    features: tuple[Pair, ...] = Field(
+        default=(), description="modules whose outputs the student imitates, value by value"
+    )
+    feature_weight: float = Field(default=1.0, ge=0)
+    attention: tuple[Pair, ...] = Field(
+        default=(), description="modules whose outputs are strong at the same positions"
+    )
+    attention_weight: float = Field(default=1.0, ge=0)
+
+
+def logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Returns T^2 KL(teacher || student) of logits [n, classes] softened by T, averaged over examples, in nats.
+
+    Hinton, Vinyals, Dean (2015, arXiv:1503.02531), section 2; T^2 keeps the gradient's size while T changes.
+
+    >>> logit_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), 4.0)
+    tensor(0.)
+    """
+    soft, target = (student / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
+    return F.kl_div(soft, target, reduction="batchmean", log_target=True) * temperature**2
+
+
+def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Returns half the squared distance of features of one shape, in units of the teacher's squared length.
+
+    FitNets (Romero et al. 2015, arXiv:1412.6550), equation 3, made free of the scale of the features.
+    """
+    return (student - teacher).square().sum() / (2 * teacher.square().sum().clamp_min(1e-12))
+
+
+def attention_map(x: Tensor) -> Tensor:
+    """Returns how active each position of features [n, C, ...] is, as unit vectors [n, positions].
+
+    The mean square over channels: so networks of other widths compare. Zagoruyko and Komodakis (2017,
+    arXiv:1612.03928), section 3.1.
+    """
+    return F.normalize(x.square().mean(1).flatten(1), dim=1, eps=1e-12)
+
+
+def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Returns half the squared distance of the attention maps [n, positions], averaged over examples (equation 2)."""
+    return (attention_map(student) - attention_map(teacher)).square().sum(1).mean() / 2
+
+
+@contextmanager
+def outputs(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
+    """Collects what the modules `names` of `model` put out in its latest forward pass, while the context lasts.
+
+    Raises:
+        TrainingError: if `model` has no such module, or its output is no tensor.
+    """
+    found: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+
+    def keep(name: str, output: object) -> None:
+        if not isinstance(output, Tensor):
+            raise TrainingError(
+                f"distill: the module '{name}' puts out a {type(output).__name__}, not a tensor; name another"
+            )
+        found[name] = output
+
+    handles = []
+    try:
+        for name in names:
+            if name not in modules:
+                hint = did_you_mean(name, list(modules)) or "; print(model) shows all names"
+                raise TrainingError(f"distill: {type(model).__name__} has no module '{name}'{hint}")
+            handles.append(modules[name].register_forward_hook(lambda _, __, out, name=name: keep(name, out)))
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Distillation:
+    """The objective of a student: call `watching` around the training, and train `helpers` with the student.
+
+    The teacher is put into evaluation mode and frozen; it sees what the student sees, augmentation included.
+
+    Args:
+        teacher: the network to learn from.
+        student: the network that learns.
+        settings: what to learn.
+        example: prepared inputs [n, ...], n >= 2, on which shapes are compared.
+        label_smoothing: of the cross-entropy's part.
+        context: makes the context in which the teacher runs, for instance autocast.
+        seed: of the projections' first weights.
+
+    Raises:
+        TrainingError: if the networks do not fit each other: classes, modules, shapes, or values that are not finite.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        settings: DistillSettings,
+        example: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        context: Callable[[], AbstractContextManager[object]] = nullcontext,
+        seed: int = 0,
+    ) -> None:
+        self.teacher, self.settings, self.label_smoothing = (
+            teacher.eval().requires_grad_(False),
+            settings,
+            label_smoothing,
+        )
+        self.context = context
+        self.features, self.attention = _pairs(settings.features), _pairs(settings.attention)
+        self.seen: dict[str, Tensor] = {}
+        self.helpers = nn.ModuleList()
+        """The projections of the student's features, one for each pair: `Identity` where widths are equal."""
+        self._bind(student, example, torch.Generator().manual_seed(seed))
+
+    def _bind(self, student: nn.Module, example: Tensor, chance: torch.Generator) -> None:
+        modes = [(module, module.training) for module in student.modules()]
+        student.eval()
+        try:
+            with torch.no_grad(), self.watching(student):
+                logits = student(example)
+                theirs, taught = self._teach(example)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        if taught.shape != logits.shape:
+            raise TrainingError(
+                f"distill: the teacher gives outputs {list(taught.shape[1:])} for one example, the student "
+                f"{list(logits.shape[1:])}; give a teacher of the same classes"
+            )
+        if not taught.isfinite().all():
+            raise TrainingError("distill: the teacher's outputs hold NaN or infinity; give a teacher that is trained")
+        for mine, other in self.features:
+            self.helpers.append(_projection(mine, self.seen[mine].shape, theirs[other].shape, chance))
+        for mine, other in self.attention:
+            a, b = self.seen[mine].shape, theirs[other].shape
+            if len(a) < 3 or a[2:] != b[2:]:
+                raise TrainingError(
+                    f"distill: attention compares positions, but '{mine}' has shape {list(a[1:])} and the teacher's "
+                    f"'{other}' {list(b[1:])}; name modules that put out [channels, ...] with equal positions"
+                )
+        self.seen.clear()
+
+    @contextmanager
+    def watching(self, student: nn.Module) -> Iterator[None]:
+        """Keeps the features of the student's latest forward pass while the context lasts."""
+        names = tuple(mine for mine, _ in (*self.features, *self.attention))
+        with outputs(student, names) as self.seen:
+            yield
+
+    def __call__(self, student: nn.Module, x: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+        """Returns the loss of a batch: inputs `x` [n, ...], the student's `logits` [n, classes], labels `y` [n]."""
+        s = self.settings
+        theirs, taught = self._teach(x)
+        loss = s.weight * logit_loss(logits, taught, s.temperature)
+        if s.weight < 1:
+            loss = loss + (1 - s.weight) * F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+        for (mine, other), project in zip(self.features, self.helpers, strict=True):
+            loss = loss + s.feature_weight * feature_loss(project(self.seen[mine].float()), theirs[other])
+        for mine, other in self.attention:
+            loss = loss + s.attention_weight * attention_loss(self.seen[mine].float(), theirs[other])
+        return loss
+
+    @torch.no_grad()
+    def _teach(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        names = tuple(other for _, other in (*self.features, *self.attention))
+        with self.context(), outputs(self.teacher, names) as theirs:
+            try:
+                logits = self.teacher(x)
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise TrainingError(
+                    f"distill: the teacher does not take inputs of shape {list(x.shape[1:])} "
+                    f"({str(error).splitlines()[0]}); give a teacher of the same inputs"
+                ) from error
+        if not isinstance(logits, Tensor):
+            raise TrainingError(f"distill: the teacher returns {type(logits).__name__}; it must return logits")
+        return {name: value.float() for name, value in theirs.items()}, logits.float()
+
+
+class Projection(nn.Module):
+    """A learned 1x1 convolution over dimension `axis` without bias: features of one width become those of another."""
+
+    def __init__(self, weight: Tensor, axis: int) -> None:
+        super().__init__()
+        self.weight, self.axis = nn.Parameter(weight), axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [..., width, ...] to [..., teacher's width, ...]."""
+        return F.linear(x.movedim(self.axis, -1), self.weight).movedim(-1, self.axis)
+
+
+def _pairs(names: tuple[Pair, ...]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, name) if isinstance(name, str) else name for name in names)
+
+
+def _projection(name: str, mine: torch.Size, theirs: torch.Size, chance: torch.Generator) -> nn.Module:
+    """What brings the student's features to the teacher's shape: at most one dimension differs, that of channels."""
+    if mine == theirs:
+        return nn.Identity()
+    differ = [i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b]
+    if len(mine) != len(theirs) or len(differ) != 1 or differ[0] not in (1, len(mine) - 1):
+        raise TrainingError(
+            f"distill: the features of '{name}' have shape {list(mine[1:])}, the teacher's {list(theirs[1:])}; "
+            "name modules whose outputs differ in the number of channels only"
+        )
+    (axis,) = differ
+    wide, narrow = theirs[axis], mine[axis]
+    weight = torch.randn(wide, narrow, generator=chance) / narrow**0.5
+    return Projection(weight, axis)

@@ -1,0 +1,5 @@
+"""Models on disk: a folder, a run, or one packed file, which is small and gives the same bits back."""
+
+from fedpress.storage.load import load
+
+__all__ = ["load"]

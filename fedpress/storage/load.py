@@ -1,0 +1,29 @@
+"""One door for every saved model: the folder of a model, the folder of a run, or a packed file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from fedpress.errors import ModelError
+from fedpress.models import ModelSpec, load_model
+
+
+def load(path: Path) -> tuple[ModelSpec, nn.Module]:
+    """Loads a saved model: a folder with spec.json, a run's folder (its last finished stage), or a packed file.
+
+    Raises:
+        ModelError: if there is no model, or it is corrupt.
+    """
+    path = Path(path)
+    if (path / "stages").is_dir() and not (path / "spec.json").exists():
+        return load_model(_last_stage(path))
+    return load_model(path)
+
+
+def _last_stage(run: Path) -> Path:
+    finished = [p.parent for p in (run / "stages").glob("*-*/result.json") if p.parent.name.split("-")[0].isdecimal()]
+    if not finished:
+        raise ModelError(f"{run}: no stage of this run is finished; go on with --resume, or give another model")
+    return max(finished, key=lambda stage: int(stage.name.split("-")[0]))
