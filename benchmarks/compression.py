@@ -5,7 +5,8 @@
 The parent is the network of benchmarks/checkpoints/cifar10-cpu (3.36 M parameters, 93.17%). Every arm removes channels
 until `--keep` of its parameters stay, restores the batch-norm statistics on the same public images, and is fine-tuned
 by the same loop, epochs and seed; arms that end in `+teacher` also learn from the parent's logits. Each finished arm is
-one line of OUT/compression.jsonl, and an arm that is there is not repeated. Test accuracy, measured once at the end.
+one line of OUT/compression.jsonl with its model beside it, and an arm that is there is not repeated. Test accuracy is
+measured once at the end.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from fedpress import compress, data
 from fedpress.arrays import Arrays
 from fedpress.data import FederatedData
-from fedpress.models import load_model
+from fedpress.models import load_model, save_model, shapes_that_differ
 from fedpress.recipe import load
 from fedpress.training import EpochRecord, Fit, Objective, TrainSettings, evaluate
 
@@ -147,10 +148,12 @@ def soft(teacher: nn.Module, *, temperature: float = 2.0, weight: float = 0.9) -
     return objective
 
 
-def run(arm: str, keep: float, seed: int, parts: FederatedData, epochs: int, small: int) -> dict[str, object]:
-    """Cuts, restores, fine-tunes and measures one arm."""
+def run(
+    arm: str, keep: float, seed: int, parts: FederatedData, epochs: int, small: int, out: Path
+) -> dict[str, object]:
+    """Cuts, restores, fine-tunes, saves and measures one arm."""
     name, _, teacher = arm.partition("+")
-    _, parent = load_model(HERE / "checkpoints" / "cifar10-cpu")
+    spec, parent = load_model(HERE / "checkpoints" / "cifar10-cpu")
     began = time.perf_counter()
     chosen = torch.randperm(len(parts.public), generator=torch.Generator().manual_seed(seed))[:CALIBRATION]
     public = parts.public.take(chosen)
@@ -166,6 +169,8 @@ def run(arm: str, keep: float, seed: int, parts: FederatedData, epochs: int, sma
                 f"{arm} seed {seed}: epoch {event.epoch}, validation {event.accuracy:.2%}", file=sys.stderr, flush=True
             )
     model = fit.result_()
+    resized = shapes_that_differ(model, spec.build_dense())
+    save_model(out / f"{arm}-{keep:.3f}-{seed}", spec.model_copy(update={"resized": resized}), model)
     return {
         "arm": arm,
         "keep": keep,
@@ -199,7 +204,7 @@ def main() -> None:
             for arm in chosen.arms:
                 key = [arm, keep, seed, [chosen.epochs, chosen.small]]
                 if key not in [[line[k] for k in ("arm", "keep", "seed", "epochs")] for line in lines]:
-                    lines.append(run(arm, keep, seed, parts, chosen.epochs, chosen.small))
+                    lines.append(run(arm, keep, seed, parts, chosen.epochs, chosen.small, chosen.out))
                     with file.open("a") as out:
                         out.write(json.dumps(lines[-1]) + "\n")
     print(f"{'arm':16} {'keep':>6} {'parameters':>11} {'MACs':>6} {'cut':>7} {'tuned':>15}  seeds")
