@@ -8,6 +8,7 @@ from torch import nn
 
 from fedpress.errors import ModelError
 from fedpress.models import ModelSpec, load_model
+from fedpress.storage.packed import unpack
 
 
 def load(path: Path) -> tuple[ModelSpec, nn.Module]:
@@ -17,6 +18,8 @@ def load(path: Path) -> tuple[ModelSpec, nn.Module]:
         ModelError: if there is no model, or it is corrupt.
     """
     path = Path(path)
+    if path.is_file():
+        return unpack(path)
     if (path / "stages").is_dir() and not (path / "spec.json").exists():
         return load_model(_last_stage(path))
     return load_model(path)

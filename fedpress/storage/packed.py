@@ -1,0 +1,202 @@
+"""A model as one small file: codes in the place of weights, everything entropy-coded, and the same bits back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from fedpress.errors import ModelError, WireError
+from fedpress.models import ModelSpec
+from fedpress.quantized import quantized_layers
+from fedpress.storage import container
+from fedpress.storage.codes import expand_codes, shrink_codes
+from fedpress.storage.container import damaged
+from fedpress.storage.floats import expand_floats, shrink_floats
+from fedpress.storage.table import TYPES, Blob, Table
+from fedpress.wire.packing import expand, shrink
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What `pack` wrote.
+
+    Attributes:
+        file_bytes: the size of the file.
+        kinds: its bytes by kind: "codes", "scales", "norm" (of normalisation layers), "weights", "rest", "header".
+        left: quantized layers whose weights are stored as floats all the same, and why.
+    """
+
+    file_bytes: int
+    kinds: Mapping[str, int]
+    left: Mapping[str, str]
+
+
+def pack(spec: ModelSpec, model: nn.Module, path: Path) -> Packed:
+    """Writes `model` to the file `path`, in one step, after it was unpacked again and found the same to the bit.
+
+    Raises:
+        ModelError: if the model cannot be rebuilt from `spec` and its tensors, or `path` cannot be written.
+    """
+    data, packed = encode(spec, model)
+    back, twin = decode(data, "pack")
+    ours, theirs = model.state_dict(), twin.state_dict()
+    odd = [name for name, value in ours.items() if not _same(value, theirs[name])]
+    if odd or back.model_dump() != spec.model_dump():
+        raise ModelError(
+            f"pack: '{odd[0] if odd else 'spec'}' would not come back from the file as it is; "
+            "the spec is of another model, or the model was changed after its spec was made"
+        )
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return packed
+
+
+def unpack(path: Path) -> tuple[ModelSpec, nn.Module]:
+    """Rebuilds the model of a packed file.
+
+    Raises:
+        ModelError: if the file is missing, of another version, or damaged.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); give the path of a packed model") from error
+    return decode(data, str(path))
+
+
+def encode(spec: ModelSpec, model: nn.Module) -> tuple[bytes, Packed]:
+    """Returns the bytes of a packed file, and what they are; equal models give equal bytes."""
+    codes, left = _codes(model)
+    tensors = model.state_dict()
+    table = Table.of(model, codes)
+    blobs: dict[str, bytes] = {}
+    kinds: dict[str, int] = {}
+    for name, blob in table.blobs.items():
+        kind = name.partition(":")[0]
+        if kind == "codes":
+            blobs[name] = shrink_codes([codes[n] for n in blob.tensors])
+        else:
+            blobs[name] = _shrink(torch.cat([tensors[n].detach().cpu().reshape(-1) for n in blob.tensors]))
+        kinds[kind] = kinds.get(kind, 0) + len(blobs[name])
+    data = container.write(
+        blobs, spec.model_dump_json(exclude_defaults=True), table.model_dump_json(exclude_defaults=True)
+    )
+    return data, Packed(len(data), kinds | {"header": len(data) - sum(kinds.values())}, left)
+
+
+def decode(data: bytes, place: str) -> tuple[ModelSpec, nn.Module]:
+    """Rebuilds the model of the bytes that `encode` made; `place` names their file in errors.
+
+    Raises:
+        ModelError: if they are of another version, damaged, or of a model that cannot be built here.
+    """
+    blobs, described, listed = container.read(data, place)
+    try:
+        spec, table = ModelSpec.model_validate_json(described), Table.model_validate_json(listed)
+    except ValidationError as error:
+        first = error.errors()[0]
+        damaged(place, f"{'.'.join(map(str, first['loc']))} {first['msg']}, or it is of a newer fedpress")
+    if table.blobs.keys() != blobs.keys():
+        damaged(place, "its table does not fit what is in it")
+    try:
+        model = spec.build()
+    except ModelError as error:
+        raise ModelError(f"{place}: {error}") from error
+    own = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
+    if own != (packed := table.entries()):
+        odd = min(n for n in own.keys() | packed.keys() if own.get(n) != packed.get(n))
+        raise ModelError(
+            f"{place}: its tensors do not fit its spec ('{odd}' differs); "
+            f"was the architecture '{spec.architecture}' changed since? Unpack with the one that was packed"
+        )
+    _fill_(model, table, blobs, place)
+    return spec, model
+
+
+def _fill_(model: nn.Module, table: Table, blobs: Mapping[str, bytes], place: str) -> None:
+    """Puts what lies in `blobs` into `model`, whose tensors have the types and shapes of `table`."""
+    tensors: dict[str, Tensor] = {}
+    codes: dict[str, Tensor] = {}
+    try:
+        for name, blob in table.blobs.items():
+            if name.startswith("codes:"):
+                found = expand_codes(memoryview(blobs[name]), list(blob.tensors.values()), name)
+                codes |= dict(zip(blob.tensors, found, strict=True))
+            else:
+                tensors |= _split(blob, _expand(blobs[name], blob, name))
+    except WireError as error:
+        damaged(place, str(error).removeprefix("message."))
+    tensors |= {name: tensors[first] for name, first in table.same.items() if first in tensors}
+    model.load_state_dict(tensors, strict=False)  # all names were compared
+    layers = {f"{name}.weight": layer for name, layer in quantized_layers(model)}
+    for name, values in codes.items():
+        try:
+            weight = layers[name].dequantize(values)  # scales and codebooks are in place by now
+        except (KeyError, ModelError) as error:
+            damaged(place, f"the codes of '{name}': {error}")
+        with torch.no_grad():
+            layers[name].weight.copy_(weight)
+
+
+def _codes(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The codes of quantized weights by name, and the layers whose weights they cannot stand for, with the reason."""
+    codes, left = {}, {}
+    for name, layer in quantized_layers(model):
+        if layer.grids.weights is None:
+            continue
+        try:
+            found = layer.codes()
+        except ModelError as error:
+            left[name] = str(error)
+            continue
+        if _same(layer.dequantize(found), layer.weight):
+            codes[f"{name}.weight"] = found.cpu()
+        else:
+            left[name] = "its weights are not on their grid; settle_ moves them there"
+    return codes, left
+
+
+def _shrink(flat: Tensor) -> bytes:
+    if flat.is_floating_point():
+        return shrink_floats(flat)
+    return shrink(flat.view(torch.uint8) if flat.dtype == torch.bool else flat)
+
+
+def _expand(data: bytes, blob: Blob, place: str) -> Tensor:
+    kind, size = TYPES[blob.dtype], sum(map(prod, blob.tensors.values()))
+    if kind.is_floating_point:
+        return expand_floats(memoryview(data), kind, size, place)
+    if kind != torch.bool:
+        return expand(memoryview(data), kind, [size], place)
+    flat = expand(memoryview(data), torch.uint8, [size], place)
+    if size and int(flat.max()) > 1:
+        raise WireError(f"{place}: got {int(flat.max())}, expected 0 or 1")
+    return flat.view(torch.bool)
+
+
+def _split(blob: Blob, flat: Tensor) -> dict[str, Tensor]:
+    parts = flat.split([prod(shape) for shape in blob.tensors.values()])
+    return {name: part.reshape(shape) for (name, shape), part in zip(blob.tensors.items(), parts, strict=True)}
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one type, one shape and the same bits: NaN is itself, minus zero is not zero."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    a, b = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(a, b)

@@ -1,0 +1,100 @@
+"""The table of a packed file: which tensors lie in which blob, of what type and shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from fedpress.errors import ModelError
+from fedpress.quantized import quantized_layers
+
+SMALL = 4096  # values: tensors up to this size share a blob with others of their kind
+SCALES = ("weight_scale", "codebook", "input_scale", "input_zero_point")
+Type = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+TYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Type)}
+Size = Annotated[int, Field(ge=0, lt=1 << 48, strict=True)]
+
+
+class Blob(BaseModel):
+    """Tensors of one type, one after another: name -> shape."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtype: Type
+    tensors: dict[str, tuple[Size, ...]] = Field(min_length=1)
+
+
+class Table(BaseModel):
+    """Every tensor of a model: in one of the `blobs`, or the `same` as another one, its name -> the other's.
+
+    The name of a blob is `kind:what:type`; the kind "codes" means codes of quantized weights, of the grid `what`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    blobs: dict[str, Blob]
+    same: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Table:
+        named = [name for blob in self.blobs.values() for name in blob.tensors]
+        if len({*named, *self.same}) != len(named) + len(self.same) or not {*self.same.values()} <= {*named}:
+            raise ValueError("a tensor stands twice in it, or nowhere")
+        return self
+
+    def entries(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Returns type and shape of every tensor."""
+        found = {n: (TYPES[blob.dtype], shape) for blob in self.blobs.values() for n, shape in blob.tensors.items()}
+        return found | {name: found[first] for name, first in self.same.items()}
+
+    @classmethod
+    def of(cls, model: nn.Module, codes: Mapping[str, Tensor]) -> Table:
+        """Lays out the tensors of `model`; those in `codes` as codes: by grid; large ones alone, small ones by kind.
+
+        Raises:
+            ModelError: if a tensor is of a type that has no name here.
+        """
+        tensors = model.state_dict()
+        same = _shared(tensors)
+        norms = {name for name, module in model.named_modules() if "Norm" in type(module).__name__}
+        grids = {f"{name}.weight": layer.grids.weights for name, layer in quantized_layers(model)}
+        blobs: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {}
+        for name, value in tensors.items():
+            if name in same:
+                continue
+            kind = str(value.dtype).removeprefix("torch.")
+            if kind not in TYPES:
+                raise ModelError(f"pack: '{name}' is of type {kind}; turn it into one of {', '.join(TYPES)}")
+            owner, _, leaf = name.rpartition(".")
+            if name in codes and (grid := grids[name]) is not None:
+                blob = f"codes:{grid.kind}{grid.bits}:{kind}"
+            else:
+                of = (
+                    "scales"
+                    if leaf in SCALES
+                    else "norm"
+                    if owner in norms
+                    else "weights"
+                    if value.dim() > 1
+                    else "rest"
+                )
+                blob = f"{of}:{name if value.numel() > SMALL else leaf}:{kind}"
+            blobs.setdefault(blob, (kind, {}))[1][name] = tuple(value.shape)
+        return cls.model_validate(
+            {"blobs": {n: {"dtype": d, "tensors": t} for n, (d, t) in blobs.items()}, "same": same}
+        )
+
+
+def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names of tensors that lie in the memory of an earlier one, with the name of that."""
+    first: dict[tuple[Any, ...], str] = {}
+    same = {}
+    for name, value in tensors.items():
+        key = (value.data_ptr(), value.dtype, value.shape, value.stride())
+        if value.numel() and first.setdefault(key, name) != name:
+            same[name] = first[key]
+    return same
