@@ -1,0 +1,33 @@
+"""Public examples for scores, statistics and ranges: those of private ones would have to be charged to the ledger."""
+
+from __future__ import annotations
+
+import torch
+
+from fedpress.arrays import Arrays
+from fedpress.errors import DataError
+from fedpress.seeds import generator
+from fedpress.state import State
+
+
+def calibration(state: State, n: int, seed: int) -> Arrays:
+    """Draws up to `n` public examples without repetition, in an order that `seed` decides.
+
+    Raises:
+        DataError: if there are none, or they all have one label though the data has more. (`FederatedData` itself
+            refuses values that are NaN or infinite.)
+    """
+    public = state.data.public
+    if not len(public):
+        raise DataError(
+            "stage.calibration: it needs public examples, but the public part of the data is empty; "
+            "set data.public_share"
+        )
+    drawn = public.take(torch.randperm(len(public), generator=generator(seed, "calibration"))[:n])
+    if state.data.num_classes > 1 and len(drawn.y.unique()) == 1:
+        name = state.data.class_names[int(drawn.y[0])]
+        raise DataError(
+            f"stage.calibration: all {len(drawn)} public examples are of the one class '{name}', expected at least 2 of "
+            f"{state.data.num_classes}; raise calibration (now {n}), or give public data of more classes"
+        )
+    return drawn
