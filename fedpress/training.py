@@ -393,6 +393,16 @@ class Fit:
             for group, lr in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = lr * factor
 
+    @torch.no_grad()
+    def forget_(self, weight: nn.Parameter, where: Tensor) -> None:
+        """Zeroes the momentum of `weight` at the true entries of `where`, of its shape: they begin to train anew."""
+        view = next((view for p, view in self.views if p is weight), None)
+        key, entries = (weight, where) if view is None else (view, _matrix(where, weight))
+        for optimizer in self.optimizers:
+            momentum = optimizer.state.get(key, {}).get("momentum_buffer")
+            if momentum is not None:
+                momentum.masked_fill_(entries, 0)
+
     def state(self) -> dict[str, Tensor]:
         """Returns all that a later `load_` needs, as named tensors; they are the living ones, so save or copy them."""
         out = {f"model/{k}": v for k, v in self.model.state_dict().items()}

@@ -1,0 +1,115 @@
+"""The shapes that zeros may take: single weights, N of M, blocks, whole filters, whole input channels."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedpress.compress.sparse.weights import Weight
+from fedpress.errors import RecipeError
+
+Kind = Literal["unstructured", "n:m", "block", "filter", "channel"]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What goes together. `a` and `b` are N and M, or the sides of a block: outputs by inputs.
+
+    >>> Pattern.parse("2:4")
+    Pattern(kind='n:m', a=2, b=4)
+    """
+
+    kind: Kind
+    a: int = 1
+    b: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Reads "unstructured", "filter", "channel", N:M such as "2:4", or a block such as "4x1".
+
+        Raises:
+            RecipeError: if it is none of these.
+        """
+        for kind in ("unstructured", "filter", "channel"):
+            if text == kind:
+                return cls(kind)
+        found = re.fullmatch(r"(\d{1,4})([:x])(\d{1,4})", text)
+        if found:
+            a, b = int(found[1]), int(found[3])
+            if found[2] == ":" and 0 < a < b:
+                return cls("n:m", a, b)
+            if found[2] == "x" and a * b > 1:
+                return cls("block", a, b)
+        raise RecipeError(
+            f"sparsify.pattern: got '{text}', expected 'unstructured', 'filter', 'channel', N:M with N below M such as "
+            "'2:4', or a block of outputs x inputs such as '4x1'"
+        )
+
+    @property
+    def density(self) -> float | None:
+        """The share of weights that N:M keeps; None for the other patterns, which reach any."""
+        return self.a / self.b if self.kind == "n:m" else None
+
+    def misfit(self, weight: Weight) -> str | None:
+        """Says why `weight` cannot take this pattern; None if it can."""
+        inputs = weight.value.shape[0 if weight.transposed else 1]
+        if self.kind == "n:m" and inputs % self.b:
+            return f"its {inputs} inputs are no multiple of {self.b}"
+        return None
+
+    def units(self, weight: Weight) -> Tensor:
+        """Numbers what goes together: int64 of the weight's shape, entries of one number live or die together.
+
+        Blocks at the edge of a weight that no block size divides are smaller. N:M has no units: see `n_of_m`.
+        """
+        shape = weight.value.shape
+        if self.kind == "unstructured":
+            return torch.arange(weight.size).view(shape)
+        outputs, inputs = _axes(weight)
+        if self.kind == "filter":
+            return outputs.expand(shape)
+        if self.kind == "channel":
+            return inputs.expand(shape)
+        out_axis, in_axis = _out_in(weight)
+        rows = _along(torch.arange(shape[out_axis]) // self.a, out_axis, len(shape))
+        columns = _along(torch.arange(shape[in_axis]) // self.b, in_axis, len(shape))
+        kernel = torch.arange(prod(shape[2:])).view(1, 1, *shape[2:])
+        per_row = -(-shape[in_axis] // self.b)
+        return (rows * per_row + columns) * kernel.numel() + kernel
+
+
+def n_of_m(scores: Tensor, weight: Weight, n: int, m: int) -> Tensor:
+    """Keeps the `n` highest scores of every `m` inputs in a row; bool of the weight's shape. First ones win ties.
+
+    >>> one = Weight("w", torch.nn.Parameter(torch.zeros(1, 4)))
+    >>> n_of_m(torch.tensor([[1.0, 4.0, 3.0, 2.0]]), one, 2, 4)
+    tensor([[False,  True,  True, False]])
+    """
+    axis = _out_in(weight)[1]
+    moved = scores.movedim(axis, -1)
+    groups = moved.reshape(*moved.shape[:-1], -1, m)
+    best = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
+    kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True)
+    return kept.reshape(moved.shape).movedim(-1, axis)
+
+
+def _out_in(weight: Weight) -> tuple[int, int]:
+    return (1, 0) if weight.transposed else (0, 1)
+
+
+def _axes(weight: Weight) -> tuple[Tensor, Tensor]:
+    """Returns for each entry its output and its input channel, both broadcast to the weight's shape."""
+    first, second, *rest = weight.value.shape
+    dims = 2 + len(rest)
+    whole, part = _along(torch.arange(first), 0, dims), _along(torch.arange(second), 1, dims)
+    other = whole // (first // weight.groups) * second + part  # the channels that a group sees
+    return (other, whole) if weight.transposed else (whole, other)
+
+
+def _along(numbers: Tensor, axis: int, dims: int) -> Tensor:
+    return numbers.view([-1 if d == axis else 1 for d in range(dims)])

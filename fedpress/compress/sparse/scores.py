@@ -1,0 +1,252 @@
+"""How much each weight matters: one row per score in `WEIGHT_SCORES`; the least important is lowest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedpress.compress.scores import Losses
+from fedpress.compress.sparse.weights import Weight
+from fedpress.errors import ModelError, RecipeError, did_you_mean
+
+Values = list[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class WeightEvidence:
+    """What a score may look at.
+
+    Attributes:
+        model: in which the weights are.
+        weights: to be scored.
+        losses: runs the model over some public batches and yields the loss of each.
+        generator: for "random".
+        moved: what `Movement` has summed up while the weights trained, by name.
+    """
+
+    model: nn.Module
+    weights: Sequence[Weight]
+    losses: Losses | None = None
+    generator: torch.Generator | None = None
+    moved: Mapping[str, Tensor] | None = None
+
+
+def magnitude(see: WeightEvidence) -> Values:
+    """|w|."""
+    return [w.value.detach().abs() for w in see.weights]
+
+
+def lamp(see: WeightEvidence) -> Values:
+    """w^2 over the sum of the squares in its layer that are not smaller (Lee et al. 2021, arXiv:2010.07611, eq. 3).
+
+    It makes the weights of layers comparable, and the largest of each layer scores 1, so that none is cut off.
+    """
+    scores = []
+    for w in see.weights:
+        squares = w.value.detach().double().square().flatten()
+        rising, order = squares.sort(stable=True)
+        rest = rising.flip(0).cumsum(0).flip(0)
+        score = torch.empty_like(squares).scatter_(0, order, rising / rest.clamp_min(torch.finfo(torch.double).tiny))
+        scores.append(score.view(w.value.shape))
+    return scores
+
+
+def taylor(see: WeightEvidence) -> Values:
+    """Mean over batches of |w dL/dw|: how much the loss changes, to first order, if the weight goes.
+
+    Molchanov et al. 2017, arXiv:1611.06440. The model is in evaluation mode.
+    """
+    return _over_batches(see, "taylor", lambda w, g: (w * g).abs())
+
+
+def fisher(see: WeightEvidence) -> Values:
+    """w^2 F / 2 with F the mean square of dL/dw: Optimal Brain Damage (LeCun et al. 1990) with the diagonal Fisher.
+
+    F is that of single examples if each loss is that of one example; the model is in evaluation mode.
+    """
+    return _over_batches(see, "fisher", lambda w, g: (w * g).square() / 2)
+
+
+def snip(see: WeightEvidence) -> Values:
+    """|w dL/dw| with the gradient of all batches together (Lee et al. 2019, arXiv:1810.02340, eq. 4).
+
+    For networks at their initialisation, whose norms take the statistics of the batch.
+    """
+    with batch_statistics(see.model), _all_train(see.weights):
+        gradient = _mean(_gradients(loss, see.weights) for loss in _losses(see, "snip"))
+    return [(w.value.detach() * g).abs() for w, g in zip(see.weights, gradient, strict=True)]
+
+
+def grasp(see: WeightEvidence) -> Values:
+    """What the weight adds to the flow of gradients, w (H g) (Wang et al. 2020, arXiv:2002.07376, eq. 8).
+
+    Their score is its negative, of which they remove the highest. H g is that of each batch, and their mean is taken.
+    For networks at their initialisation, whose norms take the statistics of the batch.
+    """
+    with batch_statistics(see.model), _all_train(see.weights):
+        products = _mean(_hessian_gradient(loss, see.weights) for loss in _losses(see, "grasp"))
+    return [w.value.detach() * h for w, h in zip(see.weights, products, strict=True)]
+
+
+def movement(see: WeightEvidence) -> Values:
+    """Minus the sum of w dL/dw over the training so far (Sanh et al. 2020, arXiv:2005.07683): what moves away from 0.
+
+    There a pruned weight may come back; here its zero stays, and so does its score.
+    """
+    if see.moved is None:
+        raise ModelError(
+            "the score 'movement' is summed up while the network trains; take schedule 'gradual' or 'rewind'"
+        )
+    return [see.moved[w.name] for w in see.weights]
+
+
+def random(see: WeightEvidence) -> Values:
+    """Uniform numbers: the control that every other score has to beat."""
+    if see.generator is None:
+        raise ModelError("the score 'random' needs a `generator`; take one from fedpress.seeds")
+    return [torch.rand(w.value.shape, generator=see.generator) for w in see.weights]
+
+
+WEIGHT_SCORES: dict[str, Callable[[WeightEvidence], Values]] = {
+    "magnitude": magnitude,
+    "lamp": lamp,
+    "taylor": taylor,
+    "fisher": fisher,
+    "snip": snip,
+    "grasp": grasp,
+    "movement": movement,
+    "random": random,
+}
+
+
+def score_weights(name: str, see: WeightEvidence) -> dict[str, Tensor]:
+    """Scores every entry of the weights: a tensor of its shape for each, by name.
+
+    Raises:
+        RecipeError: if there is no such score.
+        ModelError: if what the score needs is missing, or a score is not finite.
+    """
+    if name not in WEIGHT_SCORES:
+        hint = did_you_mean(name, list(WEIGHT_SCORES))
+        raise RecipeError(f"sparsify.score: no such score '{name}'{hint}; use one of {', '.join(WEIGHT_SCORES)}")
+    values = WEIGHT_SCORES[name](see)
+    for w, scores in zip(see.weights, values, strict=True):
+        if not scores.isfinite().all():
+            raise ModelError(
+                f"the score '{name}' of '{w.name}' is not finite; sparsify a model whose training went well"
+            )
+    return {w.name: scores for w, scores in zip(see.weights, values, strict=True)}
+
+
+class Movement:
+    """Sums -w dL/dw of every backward pass while it watches; `sums` by name are what "movement" looks at."""
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        self.weights = weights
+        self.sums = {w.name: torch.zeros_like(w.value) for w in weights}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watches the gradients as they are made; leaves no trace."""
+        handles = [w.value.register_post_accumulate_grad_hook(self._add(w)) for w in self.weights]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _add(self, weight: Weight) -> Callable[[Tensor], None]:
+        def add(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            self.sums[weight.name].sub_(parameter.detach() * parameter.grad)
+
+        return add
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Lets norms use the statistics of each batch, as in training, and nothing else; their memory is put back."""
+    modes = [(m, m.training) for m in model.modules()]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    try:
+        model.eval()
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                module.train()
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for module, mode in modes:
+            module.training = mode
+
+
+def gradients(losses: Iterable[Tensor], weights: Sequence[Weight]) -> dict[str, Tensor]:
+    """Returns the mean gradient of `losses` by each of `weights`, by name."""
+    with _all_train(weights):
+        means = _mean(_gradients(loss, weights) for loss in losses)
+    return {w.name: g for w, g in zip(weights, means, strict=True)}
+
+
+def _over_batches(see: WeightEvidence, name: str, effect: Callable[[Tensor, Tensor], Tensor]) -> Values:
+    """Returns the mean over batches of `effect(weight, gradient)`, in evaluation mode."""
+    modes = [(m, m.training) for m in see.model.modules()]
+    try:
+        see.model.eval()
+        with _all_train(see.weights):
+            pairs = (zip(see.weights, _gradients(loss, see.weights), strict=True) for loss in _losses(see, name))
+            return _mean([effect(w.value.detach(), g) for w, g in pair] for pair in pairs)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _losses(see: WeightEvidence, name: str) -> Iterator[Tensor]:
+    if see.losses is None:
+        raise ModelError(f"the score '{name}' needs `losses`, the loss on some batches; give them or use 'magnitude'")
+    count = 0
+    for loss in see.losses():
+        count += 1
+        yield loss
+    if not count:
+        raise ModelError(f"the score '{name}' was given no batches; give at least one")
+
+
+def _gradients(loss: Tensor, weights: Sequence[Weight]) -> Values:
+    return list(torch.autograd.grad(loss, [w.value for w in weights], materialize_grads=True))
+
+
+def _hessian_gradient(loss: Tensor, weights: Sequence[Weight]) -> Values:
+    values = [w.value for w in weights]
+    first = torch.autograd.grad(loss, values, create_graph=True, materialize_grads=True)
+    flow = sum((g * g.detach()).sum() for g in first)  # its gradient is H g
+    if not isinstance(flow, Tensor) or not flow.requires_grad:  # a loss that is linear in the weights bends nowhere
+        return [torch.zeros_like(v) for v in values]
+    return list(torch.autograd.grad(flow, values, materialize_grads=True))
+
+
+def _mean(batches: Iterable[Values]) -> Values:
+    total: Values = []
+    count = 0
+    for values in batches:
+        total = [t + v for t, v in zip(total, values, strict=True)] if count else values
+        count += 1
+    return [t / count for t in total]
+
+
+@contextmanager
+def _all_train(weights: Sequence[Weight]) -> Iterator[None]:
+    """Lets gradients reach `weights` also where they are frozen."""
+    before = [w.value.requires_grad for w in weights]
+    try:
+        for w in weights:
+            w.value.requires_grad_(True)
+        yield
+    finally:
+        for w, trained in zip(weights, before, strict=True):
+            w.value.requires_grad_(trained)

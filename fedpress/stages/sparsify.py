@@ -1,0 +1,370 @@
+"""The sparsify stage: weights become zero by score, pattern and schedule, while the others train on the public part."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, JsonValue, model_validator
+from torch import Tensor, nn
+
+from fedpress import training
+from fedpress.arrays import Arrays, Preprocess
+from fedpress.compress.sparse import (
+    Masks,
+    Movement,
+    Pattern,
+    Weight,
+    WeightEvidence,
+    Weights,
+    apply_,
+    choose,
+    cubic,
+    density_of,
+    drop_share,
+    find_weights,
+    masks_of,
+    regrow,
+    score_weights,
+    steps_down,
+)
+from fedpress.compress.sparse.scores import batch_statistics, gradients
+from fedpress.errors import DataError, RecipeError
+from fedpress.folder import StageFolder
+from fedpress.seeds import derive, generator
+from fedpress.state import Name, State, Tick
+from fedpress.training import Fit, Step, TrainSettings
+
+BATCH = 128
+FROM_DATA = ("taylor", "fisher", "snip", "grasp")
+
+
+class SparsifyStage(TrainSettings):
+    """`[[stage]] kind = "sparsify"`: keeps `density` of the weights, sets the others to zero, and trains what is left.
+
+    The zeros stay through every later stage. Schedules: "one-shot" cuts before the first epoch; "gradual" from `begin`
+    to `until` of the training by a cubic (Zhu & Gupta 2017); "rewind" trains, cuts, takes the weights back to epoch
+    `rewind_to`, in `rounds` rounds of `epochs` each (lottery tickets, Frankle et al. 2020); "rigl" cuts first and then
+    moves weights until `until` (Evci et al. 2020).
+    """
+
+    kind: Literal["sparsify"]
+    name: Name = "sparsify"
+    epochs: int = Field(0, ge=0)
+    density: float | None = Field(None, gt=0, le=1, description="share of the weights that stays; N:M brings its own")
+    pattern: str = Field(
+        "unstructured", description="'unstructured', N:M such as '2:4', a block such as '4x1', 'filter' or 'channel'"
+    )
+    score: Literal["magnitude", "lamp", "taylor", "fisher", "snip", "grasp", "movement", "random"] = "magnitude"
+    scope: Literal["global", "uniform", "erk"] = Field(
+        "global", description="one ranking for all layers, one share for each, or larger shares for small layers"
+    )
+    densities: dict[str, float] = Field({}, description="instead of a scope: the density of each weight by name")
+    schedule: Literal["one-shot", "gradual", "rewind", "rigl"] = "one-shot"
+    begin: float = Field(0.0, ge=0, lt=1, description="gradual: share of the training before the first cut")
+    until: float = Field(0.75, gt=0, le=1, description="gradual, rigl: share of the training after which masks stay")
+    every: int = Field(100, ge=1, description="gradual, rigl: steps from one change of the masks to the next")
+    rounds: int = Field(3, ge=1, description="rewind: number of cuts")
+    rewind_to: int = Field(0, ge=0, description="rewind: epoch whose weights come back after each cut")
+    drop: float = Field(0.3, gt=0, lt=1, description="rigl: share of each layer's weights that moves at first")
+    keep_first: bool = Field(True, description="leave the first layer dense")
+    keep_last: bool = Field(True, description="leave the last layer dense")
+    keep: tuple[str, ...] = Field((), description="names of weights to leave dense, with * for anything")
+    calibration: int = Field(2048, ge=1, description="public examples for scores that look at the loss")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> SparsifyStage:
+        try:
+            pattern = Pattern.parse(self.pattern)
+        except RecipeError as error:
+            raise ValueError(str(error).removeprefix("sparsify.pattern: ")) from error
+        own = pattern.density
+        if own is None and self.density is None and not self.densities:
+            raise ValueError("sparsify needs a density, the share of the weights that stays; try density = 0.1")
+        if own is not None and self.density not in (None, own):
+            raise ValueError(
+                f"pattern '{self.pattern}' keeps {own:g}, not density = {self.density:g}; leave density out"
+            )
+        if own is not None and (self.schedule == "rigl" or self.densities):
+            raise ValueError(
+                "N:M keeps as many in every group: leave densities out and use another schedule than 'rigl'"
+            )
+        if self.score == "movement" and self.schedule not in ("gradual", "rewind"):
+            raise ValueError("the score 'movement' is summed up while the network trains; use schedule = 'gradual'")
+        if self.schedule != "one-shot" and not self.epochs:
+            raise ValueError(f"schedule '{self.schedule}' works while the network trains; give epochs")
+        if self.schedule in ("gradual", "rigl") and self.patience:
+            raise ValueError(
+                f"patience would take weights from before the end of schedule '{self.schedule}'; leave it out"
+            )
+        if self.schedule == "gradual" and self.begin >= self.until:
+            raise ValueError(f"begin = {self.begin:g} must be below until = {self.until:g}")
+        if self.schedule == "rewind" and self.rewind_to >= self.epochs:
+            raise ValueError(f"rewind_to = {self.rewind_to} must be below epochs = {self.epochs}")
+        return self
+
+    def check(self, state: State) -> tuple[State, dict[str, Any]]:
+        """Cuts by magnitude without training: the zeros will lie elsewhere, their number will be this one.
+
+        Raises:
+            RecipeError: if no weight can take the pattern, or the density cannot be reached.
+            ModelError: if the model has no weight that may get zeros.
+            DataError: if there are no public examples to score or train with.
+        """
+        training.check(state.model, self, state.data.public, state.data.validation, state.data.preprocess)
+        if self.score in FROM_DATA and not len(state.data.public):
+            raise DataError(
+                f"sparsify: the score '{self.score}' needs public examples, but the public part is empty; "
+                "set data.public_share"
+            )
+        model = copy.deepcopy(state.model)
+        weights = self.weights(model, state)
+        scores = {w.name: w.value.detach().abs() for w in weights.chosen}
+        within = _within(model, state, weights)
+        masks = self.choose(weights.chosen, scores, self.target(weights), within)
+        reached, wanted = density_of(masks), self.target(weights)
+        if Pattern.parse(self.pattern).density is None and abs(reached - wanted) > 0.01 + 0.1 * wanted:
+            raise RecipeError(
+                f"sparsify.density: {wanted:g} cannot be reached with pattern '{self.pattern}', the nearest is "
+                f"{reached:.4g}; take that, or finer blocks"
+            )
+        apply_(weights.chosen, masks)
+        rounds = 1 + self.rounds if self.schedule == "rewind" else 1
+        facts = {**_facts(model, weights, masks), "epochs": self.epochs * rounds}
+        return replace(state, spec=_spec(state, masks), model=model), facts
+
+    def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
+        """Cuts and trains; yields a tick for every step, saves after every epoch."""
+        work = _Work(self, state, derive(state.seed, "stage", folder.index))
+        tensors, saved = folder.load_progress()
+        if saved:
+            work.load_(tensors, saved)
+        else:
+            SCHEDULES[self.schedule](work, 0)
+        start, note = time.perf_counter() - saved.get("seconds", 0.0), ""
+        for event in work.events():
+            if isinstance(event, Step):
+                at = event
+                SCHEDULES[self.schedule](work, event.done)
+                yield Tick(at.done + work.round * at.total, at.total * work.rounds, note)
+                continue
+            seconds = time.perf_counter() - start
+            density = density_of(work.masks)
+            folder.record(
+                cut=work.round,
+                epoch=event.epoch,
+                epochs=event.epochs,
+                loss=event.loss,
+                accuracy=event.accuracy,
+                density=density,
+                seconds=round(seconds, 2),
+            )
+            work.note_epoch_()
+            folder.save_progress(work.tensors(), {"seconds": seconds, "round": work.round})
+            note = f"epoch {event.epoch}/{event.epochs}, loss {event.loss:.3f}, density {density:.1%}"
+        model = work.fit.result_()
+        apply_(work.weights.chosen, work.masks)
+        layers: list[JsonValue] = [
+            {"name": w.name, "entries": w.size, "kept": int(work.masks[w.name].sum())} for w in work.weights.chosen
+        ]
+        folder.record(layers=layers)
+        facts = _facts(model, work.weights, work.masks)
+        return replace(state, spec=_spec(state, work.masks), model=model, facts=facts)
+
+    def weights(self, model: nn.Module, state: State) -> Weights:
+        """Returns the weights that get zeros; those that the pattern does not fit are among the dense ones.
+
+        Raises:
+            RecipeError: if none fits.
+        """
+        if state.spec.quantized:
+            raise RecipeError("sparsify: the model is quantized already; put this stage before the quantization")
+        weights = find_weights(model, keep_first=self.keep_first, keep_last=self.keep_last, keep=self.keep)
+        pattern = Pattern.parse(self.pattern)
+        misfits = {w.name: why for w in weights.chosen if (why := pattern.misfit(w)) is not None}
+        chosen = tuple(w for w in weights.chosen if w.name not in misfits)
+        if not chosen:
+            name, why = next(iter(misfits.items()))
+            raise RecipeError(
+                f"sparsify.pattern: no weight can be '{self.pattern}' ('{name}': {why}); use another pattern"
+            )
+        return Weights(chosen, {**weights.dense, **misfits})
+
+    def target(self, weights: Weights) -> float:
+        """Returns the density of all `weights` at the end."""
+        if self.density is not None:
+            return self.density
+        if (own := Pattern.parse(self.pattern).density) is not None:
+            return own
+        return sum(self.densities.get(w.name, 1.0) * w.size for w in weights.chosen) / weights.size
+
+    def choose(self, weights: tuple[Weight, ...], scores: dict[str, Tensor], density: float, within: Masks) -> Masks:
+        """Returns the masks of `density` by these settings."""
+        pattern = Pattern.parse(self.pattern)
+        return choose(weights, scores, pattern, density=density, scope=self.densities or self.scope, within=within)
+
+
+class _Work:
+    """A stage at work: the training, the masks that it keeps, and what the schedule has to remember."""
+
+    def __init__(self, stage: SparsifyStage, state: State, seed: int) -> None:
+        self.stage, self.seed, self.data = stage, seed, state.data
+        self.fit = Fit(state.model, stage, seed=seed, sparse=state.spec.sparse)
+        self.weights = stage.weights(self.fit.model, state)
+        self.density = stage.target(self.weights)
+        self.within = _within(self.fit.model, state, self.weights)
+        self.masks = self.within
+        chosen = {id(w.value) for w in self.weights.chosen}
+        self.others = [pair for pair in self.fit.zeros if id(pair[0]) not in chosen]
+        self.movement = Movement(self.weights.chosen) if stage.score == "movement" else None
+        self.rounds = 1 + stage.rounds if stage.schedule == "rewind" else 1
+        self.round = 0
+        self.early: dict[str, Tensor] = {}
+
+    @property
+    def steps(self) -> int:
+        """Steps of a whole training."""
+        return self.stage.epochs * max(1, len(self.data.public) // self.stage.batch_size)
+
+    def events(self) -> Iterator[Step | training.EpochRecord]:
+        """Yields what the training does; under "rewind" one training after the other, each from the early weights."""
+        data = self.data
+        with self.movement.watching() if self.movement else nullcontext():
+            self.note_epoch_()
+            while True:
+                yield from self.fit.epochs(data.public, data.validation, data.preprocess)
+                if self.round + 1 >= self.rounds:
+                    return
+                self.round += 1
+                self.cut_(steps_down(self.round, self.rounds - 1, start=density_of(self.within), end=self.density))
+                self.fit.load_(self.early)
+                self.keep_(self.masks)
+
+    def note_epoch_(self) -> None:
+        """Keeps the weights of the epoch to rewind to, with their momentum, when it comes by."""
+        if self.rounds > 1 and not self.early and self.fit.epoch == self.stage.rewind_to:
+            self.early = {name: value.detach().clone() for name, value in self.fit.state().items()}
+
+    def cut_(self, density: float) -> None:
+        """Scores what is left and keeps `density` of all."""
+        evidence = WeightEvidence(
+            self.fit.model,
+            self.weights.chosen,
+            self.losses if self.stage.score in FROM_DATA else None,
+            generator(self.seed, "score"),
+            self.movement.sums if self.movement else None,
+        )
+        scores = score_weights(self.stage.score, evidence)
+        self.keep_(self.stage.choose(self.weights.chosen, scores, density, self.masks))
+
+    def regrow_(self, share: float, step: int) -> None:
+        """Moves `share` of each layer's weights to where a fresh batch wants them; they start at 0 without momentum."""
+        index = torch.randint(
+            len(self.data.public), (self.stage.batch_size,), generator=generator(self.seed, "regrow", step)
+        )
+        with batch_statistics(self.fit.model):
+            steep = gradients(self._losses(self.data.public.take(index), len(index)), self.weights.chosen)
+        pattern = Pattern.parse(self.stage.pattern)
+        masks = regrow(self.weights.chosen, self.masks, steep, pattern, share=share, within=self.within)
+        for w in self.weights.chosen:
+            self.fit.forget_(w.value, masks[w.name] & ~self.masks[w.name])
+        self.keep_(masks)
+
+    def keep_(self, masks: Masks) -> None:
+        """Makes `masks` those that the training keeps."""
+        self.masks = masks
+        apply_(self.weights.chosen, masks)
+        self.fit.zeros = [*self.others, *((w.value, ~masks[w.name]) for w in self.weights.chosen)]
+
+    def losses(self) -> Iterator[Tensor]:
+        """Runs the model over public examples; one by one where the score wants the Fisher information of each."""
+        public = self.data.public
+        drawn = torch.randperm(len(public), generator=generator(self.seed, "calibration"))[: self.stage.calibration]
+        return self._losses(public.take(drawn), 1 if self.stage.score == "fisher" else BATCH)
+
+    def _losses(self, examples: Arrays, batch: int) -> Iterator[Tensor]:
+        prepare: Preprocess = self.data.preprocess
+        for x, y in zip(examples.x.split(batch), examples.y.split(batch), strict=True):
+            at = training.device()
+            yield F.cross_entropy(self.fit.model(prepare(x.to(at))), y.to(at))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors of a checkpoint."""
+        out = self.fit.state() | {f"mask/{name}": mask for name, mask in self.masks.items()}
+        out |= {f"early/{name}": value for name, value in self.early.items()}
+        return out | ({f"moved/{n}": v for n, v in self.movement.sums.items()} if self.movement else {})
+
+    def load_(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Takes up what `tensors` and the stage's facts gave."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.fit.load_(tensors)
+        self.round, self.early = facts["round"], part("early/")
+        self.keep_({name: mask.to(training.device()) for name, mask in part("mask/").items()})
+        if self.movement:
+            for name, value in part("moved/").items():
+                self.movement.sums[name].copy_(value)
+
+
+def _one_shot(work: _Work, step: int) -> None:
+    if step == 0:
+        work.cut_(work.density)
+
+
+def _gradual(work: _Work, step: int) -> None:
+    first, last = round(work.stage.begin * work.steps), max(1, round(work.stage.until * work.steps))
+    if first <= step <= last and ((step - first) % work.stage.every == 0 or step == last):
+        start, progress = density_of(work.within), (step - first) / max(1, last - first)
+        density = cubic(progress, start=start, end=work.density)
+        if density < start:
+            work.cut_(density)
+
+
+def _rewind(work: _Work, step: int) -> None:
+    """Cuts come between the trainings (see `_Work.events`)."""
+
+
+def _rigl(work: _Work, step: int) -> None:
+    last = work.stage.until * work.steps
+    if step == 0:
+        work.cut_(work.density)
+    elif step % work.stage.every == 0 and step < last:
+        work.regrow_(drop_share(step / last, work.stage.drop), step)
+
+
+SCHEDULES: dict[str, Callable[[_Work, int], None]] = {
+    "one-shot": _one_shot,
+    "gradual": _gradual,
+    "rewind": _rewind,
+    "rigl": _rigl,
+}
+"""What each schedule does before the first step (0) and after each."""
+
+
+def _within(model: nn.Module, state: State, weights: Weights) -> Masks:
+    """Returns what earlier stages left of the weights."""
+    old = masks_of(model, state.spec.sparse)
+    full = {w.name: torch.ones_like(w.value, dtype=torch.bool) for w in weights.chosen}
+    return {name: old.get(name, mask) for name, mask in full.items()}
+
+
+def _spec(state: State, masks: Masks) -> Any:
+    names = [*state.spec.sparse, *(n for n, m in masks.items() if not m.all() and n not in state.spec.sparse)]
+    return state.spec.model_copy(update={"sparse": tuple(names)})
+
+
+def _facts(model: nn.Module, weights: Weights, masks: Masks) -> dict[str, Any]:
+    zeros = sum(int((~m).sum()) for m in masks.values())
+    return {
+        "density": density_of(masks),
+        "nonzero_parameters": sum(p.numel() for p in model.parameters()) - zeros,
+        "dense_weights": dict(weights.dense),
+    }

@@ -1,0 +1,244 @@
+import json
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from fedpress import recipe as recipes
+from fedpress import run as runs
+from fedpress.errors import DataError, FedpressError, RecipeError
+from fedpress.folder import RunFolder
+from fedpress.models import load_model
+from fedpress.stages import SparsifyStage
+from fedpress.training import Fit, Step, TrainSettings
+
+HEAD = """
+name = "sparse"
+[data]
+source = "digits"
+num_clients = 2
+examples_per_client = 60
+public_share = 0.3
+validation = 60
+[model]
+architecture = "mlp"
+arguments = { in_features = 64, hidden = [48, 30] }
+"""
+SPARSIFY = '[[stage]]\nkind = "sparsify"\nkeep_first = false\nkeep_last = false\nbatch_size = 32\nlr = 0.05\n'
+TRAIN = '[[stage]]\nkind = "train"\nepochs = 1\nbatch_size = 32\nlr = 0.05\n'
+PRUNE = '[[stage]]\nkind = "prune"\nkeep_params = 0.5\ncalibration = 64\n'
+SCHEDULES = {
+    "one-shot": "epochs = 2\n",
+    "gradual": "epochs = 3\nevery = 3\n",
+    "rewind": "epochs = 2\nrounds = 2\nrewind_to = 1\n",
+    "rigl": "epochs = 3\nevery = 3\nscope = 'erk'\n",
+}
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def begun(text, path, *, resume=False):
+    recipe = recipes.load(text, ())
+    settings = runs.settings(recipe)
+    folder = RunFolder.resume(path, settings) if resume else RunFolder.create(path, text, settings)
+    return runs.execute(recipe, folder, runs.load_data(recipe))
+
+
+def finish(text, path, **how):
+    for _ in begun(text, path, **how):
+        pass
+    return json.loads((path / "result.json").read_text())
+
+
+def told(path):
+    return [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
+
+
+def checked(text):
+    recipe = recipes.load(text, ())
+    return runs.check(recipe, runs.load_data(recipe))
+
+
+def zeros(path):
+    """Counts the entries and the kept ones of the sparse weights."""
+    spec, model = load_model(path)
+    weights = dict(model.named_parameters())
+    return sum(weights[n].numel() for n in spec.sparse), sum(int((weights[n] != 0).sum()) for n in spec.sparse)
+
+
+def settings(**changes):
+    return SparsifyStage(**{"kind": "sparsify", "density": 0.1, **changes})
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_ends_at_the_exact_density_and_trains_on(tmp_path, schedule):
+    text = HEAD + TRAIN + SPARSIFY + f"density = 0.1\nschedule = '{schedule}'\n" + SCHEDULES[schedule]
+    result = finish(text, tmp_path / "run")["stages"][1]
+    entries, kept = zeros(tmp_path / "run" / "stages" / "1-sparsify")
+    assert kept == round(0.1 * entries)
+    assert result["density"] == kept / entries
+    assert result["nonzero_parameters"] == result["parameters"] - entries + kept
+    assert result["loss"] < 2.35
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_killed_stage_goes_on_to_the_same_bits(tmp_path, left, schedule):
+    score = "movement" if schedule in ("gradual", "rewind") else "magnitude"
+    text = HEAD + SPARSIFY + f"density = 0.2\nschedule = '{schedule}'\nscore = '{score}'\n" + SCHEDULES[schedule]
+    finish(text, tmp_path / "whole")
+    events = sum(1 for _ in begun(text, tmp_path / "counted"))
+    for share in (0.4, 0.8):
+        path = tmp_path / f"killed{share}"
+        run = begun(text, path)
+        for _ in range(int(share * events)):
+            next(run)
+        with pytest.raises(Killed):
+            run.throw(Killed())
+        finish(text, path, resume=True)
+        assert left(path) == left(tmp_path / "whole")
+
+
+def test_the_density_falls_as_the_cubic_says(tmp_path):
+    text = HEAD + SPARSIFY + "density = 0.1\nschedule = 'gradual'\nepochs = 4\nevery = 1\nuntil = 0.75\n"
+    finish(text, tmp_path / "run")
+    path = [r["density"] for r in told(tmp_path / "run") if "density" in r]
+    assert path == pytest.approx([0.1 + 0.9 * (1 - min(1, e / 3)) ** 3 for e in (1, 2, 3, 4)], abs=2e-3)
+
+
+def test_later_stages_keep_the_zeros(tmp_path):
+    text = HEAD + SPARSIFY + "density = 0.1\n" + TRAIN + PRUNE + TRAIN.replace("epochs = 1", "epochs = 2")
+    finish(text, tmp_path / "run")
+    spec, model = load_model(tmp_path / "run" / "stages" / "0-sparsify")
+    _, trained = load_model(tmp_path / "run" / "stages" / "1-train")
+    for name in spec.sparse:
+        one, two = (dict(m.named_parameters())[name] for m in (model, trained))
+        assert torch.equal(one == 0, two == 0)
+    assert not torch.equal(torch.cat([p.flatten() for p in model.parameters()]),
+                           torch.cat([p.flatten() for p in trained.parameters()]))  # fmt: skip
+    pruned, last = (zeros(tmp_path / "run" / "stages" / name) for name in ("2-prune", "3-train-2"))
+    assert pruned == last
+    assert pruned[1] < 0.5 * pruned[0]
+
+
+def test_a_second_cut_keeps_the_zeros_of_the_first(tmp_path):
+    text = HEAD + SPARSIFY + "density = 0.5\n" + SPARSIFY + "density = 0.2\nscore = 'random'\nscope = 'uniform'\n"
+    finish(text, tmp_path / "run")
+    one, two = (load_model(tmp_path / "run" / "stages" / name) for name in ("0-sparsify", "1-sparsify-2"))
+    for name in one[0].sparse:
+        a, b = (dict(m.named_parameters())[name] for _, m in (one, two))
+        assert not ((a == 0) & (b != 0)).any()
+    entries, kept = zeros(tmp_path / "run" / "stages" / "1-sparsify-2")
+    assert kept == round(0.2 * entries)
+
+
+def test_two_of_four_holds_in_every_group_and_the_rest_is_told(tmp_path):
+    text = HEAD + SPARSIFY + "pattern = '2:4'\nepochs = 2\nschedule = 'gradual'\nevery = 2\n"
+    line = finish(text, tmp_path / "run")["stages"][0]
+    spec, model = load_model(tmp_path / "run" / "stages" / "0-sparsify")
+    for name in spec.sparse:
+        weight = dict(model.named_parameters())[name]
+        assert (weight != 0).movedim(1, -1).reshape(-1, 4).sum(1).eq(2).all()
+    assert line["density"] == 0.5
+    assert "30 inputs" in next(iter(line["dense_weights"].values()))
+
+
+@pytest.mark.parametrize("score", ["lamp", "taylor", "fisher", "snip", "grasp", "random"])
+def test_every_score_cuts_a_fresh_network(tmp_path, score):
+    text = HEAD + SPARSIFY + f"density = 0.3\nscore = '{score}'\ncalibration = 32\n"
+    finish(text, tmp_path / "run")
+    entries, kept = zeros(tmp_path / "run" / "stages" / "0-sparsify")
+    assert kept == round(0.3 * entries)
+
+
+def test_checking_tells_the_density_and_gives_the_model_on_with_its_zeros():
+    line = checked(HEAD + SPARSIFY + "density = 0.1\n" + TRAIN)[0]
+    assert line["density"] == pytest.approx(0.1, abs=1e-4)
+    assert line["nonzero_parameters"] < line["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "said"),
+    [
+        ("density = 0.5\npattern = '2:4096'\n", RecipeError, "no multiple of 4096|keeps"),
+        ("pattern = '2:4096'\n", RecipeError, "no multiple of 4096"),
+        ("density = 0.003\npattern = 'filter'\n", RecipeError, "cannot be reached"),
+        ("density = 0.1\nkeep = ['nothing.*']\n", RecipeError, "no weight matches"),
+        ("density = 0.5\n" + SPARSIFY + "density = 0.6\n", RecipeError, "are left"),
+        ("densities = { x = 0.5 }\n", RecipeError, "give one for each"),
+    ],
+)
+def test_what_cannot_be_is_found_before_the_run(text, kind, said):
+    with pytest.raises(kind, match=said) as found:
+        checked(HEAD + SPARSIFY + text)
+    assert "recipe.stage" in str(found.value)
+
+
+def test_scores_need_public_examples():
+    text = HEAD.replace("public_share = 0.3", "public_share = 0.0")
+    with pytest.raises(DataError, match="public_share"):
+        checked(text + SPARSIFY + "density = 0.1\nscore = 'snip'\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"density": None}, "needs a density"),
+        ({"pattern": "2:4"}, "leave density out"),
+        ({"pattern": "3"}, "expected 'unstructured'"),
+        ({"score": "movement"}, "schedule = 'gradual'"),
+        ({"schedule": "rigl"}, "give epochs"),
+        ({"schedule": "rigl", "epochs": 2, "density": None, "pattern": "2:4"}, "another schedule"),
+        ({"schedule": "gradual", "epochs": 2, "patience": 1}, "patience"),
+        ({"schedule": "gradual", "epochs": 2, "begin": 0.8}, "below until"),
+        ({"schedule": "rewind", "epochs": 2, "rewind_to": 2}, "below epochs"),
+        ({"density": 0.0}, "greater than 0"),
+        ({"density": 1.5}, "less than or equal"),
+        ({"score": "size"}, "magnitude"),
+    ],
+)
+def test_settings_that_do_not_fit_together_say_so(changes, said):
+    with pytest.raises(ValidationError, match=said):
+        settings(**changes)
+
+
+def test_settings_are_a_row_of_the_recipe():
+    made = TypeAdapter(SparsifyStage).validate_json('{"kind": "sparsify", "pattern": "4x1", "density": 0.25}')
+    assert made.epochs == 0
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_training_forgets_the_momentum_of_given_entries(optimizer):
+    from fedpress.arrays import Arrays, Preprocess
+    from fedpress.models.resnet import resnet_small
+
+    torch.manual_seed(0)
+    model = resnet_small(width=4)
+    fit = Fit(model, TrainSettings(epochs=1, batch_size=8, lr=0.01, optimizer=optimizer, precision="float32"), seed=0)
+    train = Arrays(torch.zeros(16, 3, 8, 8, dtype=torch.uint8) + 9, torch.arange(16) % 10)
+    steps = (
+        e
+        for e in fit.epochs(train, Arrays(train.x[:0], train.y[:0]), Preprocess((0.5,), (0.25,)))
+        if isinstance(e, Step)
+    )
+    next(steps)
+    weight = [p for p in model.parameters() if p.dim() == 4][3]
+    where = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+
+    def momentum():
+        view = next((v for p, v in fit.views if p is weight), weight)
+        found = next(o.state[view]["momentum_buffer"] for o in fit.optimizers if view in o.state)
+        shape = weight.permute(0, 2, 3, 1).shape
+        channels_last = view is not weight and weight.is_contiguous(memory_format=torch.channels_last)
+        return found.view(shape).permute(0, 3, 1, 2).clone() if channels_last else found.view(weight.shape).clone()
+
+    before = momentum()
+    fit.forget_(weight, where)
+    assert before[where].abs().sum() > 0
+    assert torch.equal(momentum(), before.masked_fill(where, 0))
+
+
+def test_an_error_of_the_stage_is_one_that_a_user_can_act_on():
+    with pytest.raises(FedpressError):
+        checked(HEAD + SPARSIFY + "density = 0.1\nepochs = 1\nimage_sizes = [[64, 1]]\n")
