@@ -27,7 +27,7 @@ def calibration(state: State, n: int, seed: int) -> Arrays:
     if state.data.num_classes > 1 and len(drawn.y.unique()) == 1:
         name = state.data.class_names[int(drawn.y[0])]
         raise DataError(
-            f"stage.calibration: all {len(drawn)} public examples are of the one class '{name}', expected at least 2 of "
-            f"{state.data.num_classes}; raise calibration (now {n}), or give public data of more classes"
+            f"stage.calibration: all {len(drawn)} public examples are of the one class '{name}', expected at least "
+            f"2 of {state.data.num_classes}; raise calibration (now {n}), or give public data of more classes"
         )
     return drawn
