@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedpress.errors import ModelError
 
-Axis = NDArray[np.int64] | None
+Ints = NDArray[np.int64]
+Axis = Ints | None
 """One id per index of an axis; None for an axis that never changes (batch, height, a user's input)."""
 
 
@@ -20,6 +22,45 @@ class Value:
 
     shape: tuple[int, ...]
     axes: tuple[Axis, ...]
+    zero: bool = False  # it holds weights, or powers of them, so that masked channels are zero
+    weights: bool = False  # it is computed from parameters and buffers alone
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call in a module's forward code that has numbers in it: which module, and the how-manieth such call it is."""
+
+    module: str
+    index: int
+    numbers: list[Any]
+    slices: list[int]  # of an indexing: where the numbers of each slice begin that takes part of an axis
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A number in a call that is the length of `axis`, or a multiple of it that also counts examples or pixels."""
+
+    call: Call
+    position: int
+    axis: Ints
+    multiple: bool
+
+
+@dataclass(frozen=True)
+class Product:
+    """Multiply-adds: `times` for every combination of indices of `axes`."""
+
+    times: int
+    axes: tuple[Ints, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An axis that is cut into several, or several that become one: all but one of them must stay whole."""
+
+    elements: Ints  # [n, m, ...]
+    axes: tuple[Ints, ...]  # [n], [m], ...
+    place: str
 
 
 class Ids:
@@ -29,16 +70,21 @@ class Ids:
         self.count = 0
         self.operation = ""  # what is walked now, for reasons and errors
         self.module = ""
-        self.joined: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
-        self.frozen: list[tuple[NDArray[np.int64], str]] = []
-        self.roles: list[tuple[NDArray[np.int64], str, str]] = []
+        self.call: Call | None = None
+        self.joined: list[tuple[Ints, Ints]] = []
+        self.frozen: list[tuple[Ints, str]] = []
+        self.roles: list[tuple[Ints, str, str]] = []
+        self.grids: list[Grid] = []
+        self.preferred: list[Ints] = []
+        self.sized: list[Sized] = []
+        self.products: list[Product] = []
 
     @property
     def place(self) -> str:
         """Names the operation that is walked now and the module it comes from."""
         return f"{self.operation} of '{self.module or 'the model itself'}'" if self.operation else ""
 
-    def fresh(self, size: int) -> NDArray[np.int64]:
+    def fresh(self, size: int) -> Ints:
         """Returns `size` new ids."""
         self.count += size
         return np.arange(self.count - size, self.count, dtype=np.int64)
@@ -50,7 +96,8 @@ class Ids:
             return
         if len(a) != len(b):
             raise ModelError(f"{self.place}: {len(a)} and {len(b)} channels meet; report this graph as a bug")
-        self.joined.append((a, b))
+        if a is not b:
+            self.joined.append((a, b))
 
     def freeze(self, axis: Axis, why: str) -> None:
         """Says that the ids of `axis` must stay, because of `why`."""
@@ -62,7 +109,78 @@ class Ids:
         if axis is not None:
             self.roles.append((axis, role, self.module))
 
-    def labels(self) -> NDArray[np.int64]:
+    def grid(self, elements: Ints, axes: Sequence[Ints]) -> None:
+        """Says that element [i, j, ...] is index i of the first axis, j of the second: whole slices go, one way."""
+        self.grids.append(Grid(elements, tuple(axes), self.place))
+
+    def prefer(self, axis: Axis) -> None:
+        """Says that `axis` is the one to lose slices (heads of attention), where a grid leaves the choice."""
+        if axis is not None:
+            self.preferred.append(axis)
+
+    def number(self, position: int, axis: Axis, *, multiple: bool = False) -> None:
+        """Says that a number in the present call is the length of `axis` (or a multiple of it)."""
+        if axis is not None and self.call is not None:
+            self.sized.append(Sized(self.call, position, axis, multiple))
+
+    def multiply(self, times: int, *axes: Axis | int) -> None:
+        """Counts multiply-adds: `times` for all combinations of the indices of `axes` (sizes, where fixed)."""
+        fixed = [a for a in axes if isinstance(a, int)]
+        self.products.append(
+            Product(int(np.prod([times, *fixed])), tuple(a for a in axes if isinstance(a, np.ndarray)))
+        )
+
+    def next_slice(self) -> int | None:
+        """Returns where the numbers of the next slice of the present indexing begin; None if they are not known."""
+        return self.call.slices.pop(0) if self.call is not None and self.call.slices else None
+
+    def settle(self) -> None:
+        """Decides for each grid which of its axes may lose indices: the one that is left, else the preferred one."""
+        open_grids = self.grids
+        while open_grids:
+            labels = self.labels()
+            stuck = np.zeros(self.count, bool)
+            for axis, _ in self.frozen:
+                stuck[labels[axis]] = True
+            choices = [(grid, self._free(grid, labels, stuck)) for grid in open_grids]
+            sure = [(grid, free) for grid, free in choices if len(free) <= 1]
+            if not sure:
+                sure = [self._choose(choices, labels)]
+            for grid, free in sure:
+                self._decide(grid, free[0] if free else None)
+            done = {id(grid) for grid, _ in sure}
+            open_grids = [grid for grid in open_grids if id(grid) not in done]
+
+    def _free(self, grid: Grid, labels: Ints, stuck: NDArray[np.bool_]) -> list[int]:
+        """Returns the axes of which at least one index could go with all its elements."""
+        held = stuck[labels[grid.elements]]
+        others = [tuple(d for d in range(held.ndim) if d != i) for i in range(held.ndim)]
+        return [i for i, axis in enumerate(grid.axes) if not (stuck[labels[axis]] | held.any(others[i])).all()]
+
+    def _choose(self, choices: Sequence[tuple[Grid, list[int]]], labels: Ints) -> tuple[Grid, list[int]]:
+        wanted = np.zeros(self.count, bool)
+        for axis in self.preferred:
+            wanted[labels[axis]] = True
+        for grid, free in choices:
+            for i in free:
+                if wanted[labels[grid.axes[i]]].any():
+                    return grid, [i]
+        grid, free = choices[0]
+        return grid, [max(free, key=lambda i: len(grid.axes[i]))]
+
+    def _decide(self, grid: Grid, carrier: int | None) -> None:
+        why = f"no part of a cut axis can go in {grid.place}"
+        for i, axis in enumerate(grid.axes):
+            if i == carrier:
+                shape = [-1 if d == i else 1 for d in range(grid.elements.ndim)]
+                spread = np.broadcast_to(axis.reshape(shape), grid.elements.shape)
+                self.joined.append((grid.elements.ravel(), spread.ravel()))
+            else:
+                self.frozen.append((axis, why))
+        if carrier is None:
+            self.frozen.append((grid.elements.ravel(), why))
+
+    def labels(self) -> Ints:
         """Returns the class [count] of each id: ids with one label are removed together or not at all."""
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
@@ -72,5 +190,10 @@ class Ids:
         return np.asarray(connected_components(edges, directed=False)[1], dtype=np.int64)
 
 
-def _concatenate(arrays: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+def sizes(shape: Sequence[int], axes: Sequence[Axis]) -> list[Any]:
+    """Returns the ids of each axis, or its size where it is fixed: what `Ids.multiply` takes."""
+    return [n if axis is None else axis for n, axis in zip(shape, axes, strict=True)]
+
+
+def _concatenate(arrays: Sequence[Ints]) -> Ints:
     return np.concatenate(arrays) if arrays else np.zeros(0, np.int64)

@@ -12,8 +12,8 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from fedpress.compress.graph import ChannelGraph, Layer
-from fedpress.compress.scores import tensors_of
+from fedpress.calls import Numbers
+from fedpress.compress.graph import ChannelGraph, Layer, kept_indices
 from fedpress.errors import ModelError, RecipeError
 
 TRIES = 20  # thresholds to correct from, before a share counts as out of reach; the first nearly always does
@@ -33,6 +33,7 @@ class PruningPlan(BaseModel, frozen=True):
     keep: dict[str, dict[int, tuple[int, ...]]]
     layers: tuple[LayerChange, ...]
     whole: dict[str, str]  # modules whose channels all stay, and why
+    numbers: Numbers = {}  # sizes in forward code that do not follow by themselves
     parameters_before: int
     parameters_after: int
 
@@ -96,17 +97,13 @@ def allowed_widths(layer: Layer, round_to: int, min_keep: float) -> list[int]:
 
 def make_plan(model: nn.Module, graph: ChannelGraph, scores: Sequence[Tensor], kept: Sequence[int]) -> PruningPlan:
     """Keeps the `kept[i]` highest scores of layer i; of equal scores the first channel stays."""
-    sizes = {name: tensor.shape for name, tensor in tensors_of(model).items()}
-    stays: dict[str, dict[int, Tensor]] = {}
-    for layer, values, n in zip(graph.layers, scores, kept, strict=True):
-        gone = values.argsort(descending=True, stable=True)[n:]
-        for s in layer.slices if len(gone) else ():
-            axes = stays.setdefault(s.tensor, {})
-            axes.setdefault(s.axis, torch.ones(sizes[s.tensor][s.axis], dtype=torch.bool))[s.index[gone].flatten()] = (
-                False
-            )
+    empty = next((layer for layer, n in zip(graph.layers, kept, strict=True) if not 1 <= n <= layer.channels), None)
+    if empty is not None:
+        raise ModelError(f"the plan would leave '{empty.name}' without channels; keep at least one of {empty.channels}")
+    gone = [values.argsort(descending=True, stable=True)[n:] for values, n in zip(scores, kept, strict=True)]
     return PruningPlan(
-        keep={t: {a: tuple(m.nonzero().flatten().tolist()) for a, m in axes.items()} for t, axes in stays.items()},
+        keep=kept_indices(model, graph, gone),
+        numbers=graph.sizes(kept),
         layers=tuple(
             LayerChange(name=layer.name, before=layer.channels * layer.unit, after=n * layer.unit)
             for layer, n in zip(graph.layers, kept, strict=True)

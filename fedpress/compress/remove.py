@@ -8,6 +8,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from fedpress.calls import Numbers, set_numbers_
 from fedpress.compress.graph import Example, inputs
 from fedpress.compress.planning import PruningPlan
 from fedpress.errors import ModelError
@@ -24,7 +25,14 @@ def remove_(model: nn.Module, plan: PruningPlan) -> None:
         ModelError: if the model does not have the tensors of the plan, with room for its indices.
     """
     _check(model, plan.keep)
-    replace_(model, {name: _shrink(tensor(model, name), axes) for name, axes in plan.keep.items()})
+    cut_(model, plan.keep, plan.numbers)
+
+
+@torch.no_grad()
+def cut_(model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...]]], numbers: Numbers) -> None:
+    """Keeps these indices of these tensors, and lets the forward code of modules pass these numbers."""
+    replace_(model, {name: _shrink(tensor(model, name), axes) for name, axes in keep.items()})
+    set_numbers_(model, numbers)
 
 
 @torch.no_grad()

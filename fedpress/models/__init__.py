@@ -1,7 +1,15 @@
 """Architectures, and models as numbers (spec + safetensors)."""
 
 from fedpress.models.norms import freeze_batch_norm_
-from fedpress.models.spec import ARCHITECTURES, ModelSpec, load_model, resize_, save_model, shapes_that_differ
+from fedpress.models.spec import (
+    ARCHITECTURES,
+    ModelSpec,
+    load_model,
+    resize_,
+    save_model,
+    shapes_that_differ,
+    what_pruning_changed,
+)
 
 __all__ = [
     "ARCHITECTURES",
@@ -11,4 +19,5 @@ __all__ = [
     "resize_",
     "save_model",
     "shapes_that_differ",
+    "what_pruning_changed",
 ]

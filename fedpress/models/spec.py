@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fedpress.calls import Numbers, numbers_in, set_numbers_
 from fedpress.errors import ModelError, did_you_mean
 from fedpress.layers import replace_, tensor
 from fedpress.models.plain import CNN, MLP
@@ -24,7 +25,8 @@ class ModelSpec(BaseModel):
     """How to build a model: its architecture and arguments, and what compression changed.
 
     `architecture` is a row of `ARCHITECTURES` or `package.module:function`. `resized` maps
-    the name of every parameter or buffer that pruning changed to its new shape. `sparse` names
+    the name of every parameter or buffer that pruning changed to its new shape, `numbers` are the sizes in forward
+    code that had to change with them. `sparse` names
     the parameters whose zeros are pruned weights: whoever trains them keeps them zero. `folded` maps a batch norm
     to the layer that took it in, `quantized` a layer to the grids of its weights and inputs.
     """
@@ -34,6 +36,7 @@ class ModelSpec(BaseModel):
     architecture: str
     arguments: dict[str, JsonValue] = {}
     resized: dict[str, tuple[int, ...]] = {}
+    numbers: Numbers = {}
     sparse: tuple[str, ...] = ()
     folded: dict[str, str] = {}
     quantized: dict[str, LayerGrids] = {}
@@ -51,6 +54,7 @@ class ModelSpec(BaseModel):
         """
         model = self.build_dense()
         resize_(model, self.resized)
+        _renumber_(model, self.numbers)
         fold_layers_(model, self.folded)
         quantize_layers_(model, self.quantized)
         self._keep_zeros()
@@ -119,6 +123,18 @@ def shapes_that_differ(model: nn.Module, dense: nn.Module) -> dict[str, tuple[in
     """Returns the shape of every tensor of `model` that has another shape in `dense`."""
     old = {name: t.shape for name, t in dense.state_dict().items()}
     return {n: tuple(t.shape) for n, t in model.state_dict().items() if n in old and t.shape != old[n]}
+
+
+def _renumber_(model: nn.Module, numbers: Numbers) -> None:
+    try:
+        set_numbers_(model, numbers)
+    except AttributeError as error:
+        raise ModelError(f"spec.numbers: {error}; the spec is of another model") from error
+
+
+def what_pruning_changed(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
+    """Returns the fields of a spec, `resized` and `numbers`, that make `dense` as small as `model`."""
+    return {"resized": shapes_that_differ(model, dense), "numbers": numbers_in(model)}
 
 
 def save_model(folder: Path, spec: ModelSpec, model: nn.Module) -> None:

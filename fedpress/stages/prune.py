@@ -19,7 +19,7 @@ from fedpress.arrays import Arrays
 from fedpress.compress import ChannelGraph, PruningPlan
 from fedpress.errors import DataError, RecipeError
 from fedpress.folder import StageFolder, write_json
-from fedpress.models import shapes_that_differ
+from fedpress.models import what_pruning_changed
 from fedpress.seeds import derive, generator
 from fedpress.state import Name, State, Tick
 from fedpress.training import evaluate
@@ -58,7 +58,7 @@ class PruneStage(BaseModel):
         plan = compress.plan(model, graph, scores, keep_params=self._share(model, state), round_to=self.round_to,
                              scope=self.scope, min_keep=self.min_keep)  # fmt: skip
         compress.remove_(model, plan)
-        spec = state.spec.model_copy(update={"resized": shapes_that_differ(model, state.spec.build_dense())})
+        spec = state.spec.model_copy(update=what_pruning_changed(model, state.spec.build_dense()))
         facts = {"kept_parameters": plan.parameters_after / state.dense, "channels": _widths(plan)}
         return replace(state, spec=spec, model=model.train()), facts
 
@@ -80,7 +80,7 @@ class PruneStage(BaseModel):
         after = _accuracy(pruned, state)
         widths: list[JsonValue] = [{"name": c.name, "before": c.before, "after": c.after} for c in plan.layers]
         folder.record(layers=widths, accuracy_cut=before, accuracy_restored=after)
-        spec = state.spec.model_copy(update={"resized": shapes_that_differ(pruned, state.spec.build_dense())})
+        spec = state.spec.model_copy(update=what_pruning_changed(pruned, state.spec.build_dense()))
         yield Tick(4, 4)
         facts: dict[str, Any] = {
             "kept_parameters": plan.parameters_after / state.dense,

@@ -77,20 +77,21 @@ def test_parity_finds_a_wrong_network(traced):
         check_parity(model, small, choice, x)
 
 
-def test_parity_finds_a_size_written_into_forward():
-    class Fixed(nn.Module):
+def test_parity_finds_a_size_that_no_call_shows():
+    class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.head = nn.Conv2d(3, 16, 3), nn.Linear(16 * 36, 5)
+            self.a, self.head = nn.Conv2d(3, 16, 3), nn.Linear(16, 5)
 
         def forward(self, x):
-            return self.head(self.a(x).view(-1, 576))
+            x = self.a(x).mean((2, 3))
+            return self.head(x / x.shape[1])
 
-    model, x = Fixed(), torch.randn(2, 3, 8, 8)
+    model, x = Scaled(), torch.randn(2, 3, 8, 8)
     graph = trace(model, x)
     choice, small = halved(model, graph), deepcopy(model)
     remove_(small, choice)
-    with pytest.raises(ModelError, match=r"does not run.*whole"):
+    with pytest.raises(ModelError, match=r"differs from the masked one.*whole"):
         check_parity(model, small, choice, x)
 
 
