@@ -93,7 +93,9 @@ def _removal_order(graph: ChannelGraph, scorer: Scorer, floors: Sequence[int], t
         kept[layer] -= 1
         alive[layer][worst[layer][1]] = False
         news = scorer(alive, gone[-1])
-    order = [len(gone) + relative(values) for values in raw]
+    last = [relative(values) for values in raw]
+    least_left = min(float(values.min()) for values in last)  # some scores have signs
+    order = [len(gone) + values - least_left for values in last]
     for at, (i, channel) in enumerate(gone):
         order[i][channel] = at
     return [values.double() for values in order]
