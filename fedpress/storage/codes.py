@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -83,8 +84,7 @@ def _shrink(cubes: Sequence[Codes], step: int) -> bytes:
 
 def _cube(codes: Codes) -> Codes:
     """A view [out, in, positions]; what has fewer dimensions gets some of size 1."""
-    shape = (*codes.shape, 1, 1)[:2]
-    return codes.reshape(*shape, codes.size // max(1, shape[0] * shape[1]) if codes.size else 1)
+    return codes.reshape(*(*codes.shape, 1, 1)[:2], prod(codes.shape[2:]))
 
 
 def _fit(cube: Codes, step: int) -> list[Codes]:

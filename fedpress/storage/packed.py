@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -38,12 +39,27 @@ class Packed:
     left: Mapping[str, str]
 
 
+def check(spec: ModelSpec, model: nn.Module) -> None:
+    """Looks whether `spec` builds a network with the tensors of `model`.
+
+    Raises:
+        ModelError: naming a tensor that differs.
+    """
+    entries = Table.of(model, {}).entries()
+    odd = _differs(spec.build(), entries)
+    if odd is not None:
+        raise ModelError(
+            f"pack: the spec builds another network ('{odd}' differs); give the spec that belongs to the model"
+        )
+
+
 def pack(spec: ModelSpec, model: nn.Module, path: Path) -> Packed:
     """Writes `model` to the file `path`, in one step, after it was unpacked again and found the same to the bit.
 
     Raises:
         ModelError: if the model cannot be rebuilt from `spec` and its tensors, or `path` cannot be written.
     """
+    check(spec, model)
     data, packed = encode(spec, model)
     back, twin = decode(data, "pack")
     ours, theirs = model.state_dict(), twin.state_dict()
@@ -62,7 +78,8 @@ def pack(spec: ModelSpec, model: nn.Module, path: Path) -> Packed:
     except OSError as error:
         raise ModelError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return packed
 
 
@@ -117,15 +134,19 @@ def decode(data: bytes, place: str) -> tuple[ModelSpec, nn.Module]:
         model = spec.build()
     except ModelError as error:
         raise ModelError(f"{place}: {error}") from error
-    own = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
-    if own != (packed := table.entries()):
-        odd = min(n for n in own.keys() | packed.keys() if own.get(n) != packed.get(n))
+    if (odd := _differs(model, table.entries())) is not None:
         raise ModelError(
             f"{place}: its tensors do not fit its spec ('{odd}' differs); "
             f"was the architecture '{spec.architecture}' changed since? Unpack with the one that was packed"
         )
     _fill_(model, table, blobs, place)
     return spec, model
+
+
+def _differs(model: nn.Module, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str | None:
+    """The first tensor that is not in both, or has another type or shape; None if there is none."""
+    own = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
+    return min((n for n in own.keys() | entries.keys() if own.get(n) != entries.get(n)), default=None)
 
 
 def _fill_(model: nn.Module, table: Table, blobs: Mapping[str, bytes], place: str) -> None:

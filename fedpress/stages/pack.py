@@ -1,0 +1,50 @@
+"""The pack stage: the model as one small file, which gives the same bits back."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from fedpress import storage
+from fedpress.folder import StageFolder, writing
+from fedpress.state import Name, State, Tick
+
+
+class PackStage(BaseModel):
+    """`[[stage]] kind = "pack"`: a packed file in artifacts/, checked by unpacking it (docs/packed-models.md)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["pack"]
+    name: Name = "pack"
+
+    def check(self, state: State) -> tuple[State, dict[str, Any]]:
+        """Looks whether the model can be rebuilt from its spec, without packing it.
+
+        Raises:
+            ModelError: if it cannot.
+        """
+        storage.check(state.spec, state.model)
+        return state, {}
+
+    def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
+        """Packs and unpacks; yields a tick before and after."""
+        yield Tick(0, 1, "packing")
+        name = "model" if self.name == "pack" else self.name
+        path = folder.run.path / "artifacts" / f"{name}.packed.safetensors"
+        model = state.model.to("cpu")
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            packed = storage.pack(state.spec, model, path)
+        yield Tick(1, 1)
+        facts: dict[str, Any] = {
+            "artifact": f"artifacts/{path.name}",
+            "file_bytes": packed.file_bytes,
+            "packed_bytes": dict(packed.kinds),
+            "float_layers": dict(packed.left),
+            "verified": True,
+        }
+        return replace(state, model=model, facts=facts)
