@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import io
 import json
-import logging
 import os
 import re
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +16,12 @@ from torch import nn
 
 import fedpress
 from fedpress.arrays import Preprocess
+from fedpress.deploy.capture import BATCH, capture, require, silence
 from fedpress.errors import ExportError
 
 OPSET = 18  # what torch's exporter is written against; every runtime of the last years reads it
 MAX_IR_VERSION = 13  # the newest file format that onnxruntime loads
-INPUT, OUTPUT, BATCH = "input", "logits", "batch"
-
-_CURES = (  # what torch.export says, what it means, what helps
-    (r"data-dependent", "its control flow depends on the values of its input; use torch.where in place of `if`"),
-    (r"specialized it to be a constant", "it fixes the batch size; use x.shape[0] or -1 in place of the number"),
-)
+INPUT, OUTPUT = "input", "logits"
 
 
 @dataclass(frozen=True)
@@ -69,8 +60,8 @@ def export_onnx(
             the file cannot be written.
     """
     onnx = require("onnx", "onnxscript")["onnx"]
-    with _silence():
-        proto = _convert(_capture(model, input_shape))
+    with silence():
+        proto = _convert(capture(model, input_shape))
     described = {**metadata, **_how_to_feed(input_shape, preprocess)}
     _tidy_(proto)
     onnx.helper.set_model_props(proto, described)
@@ -78,41 +69,6 @@ def export_onnx(
     path = Path(path)
     _write(path, data)
     return Artifact(path, len(data), OPSET, described)
-
-
-def require(*packages: str) -> dict[str, Any]:
-    """Imports `packages` by name, so that fedpress itself starts without them.
-
-    Raises:
-        ExportError: if one is missing, with the command that installs it.
-
-    >>> require("json")["json"].loads("1")
-    1
-    """
-    import importlib
-
-    try:
-        return {name: importlib.import_module(name) for name in packages}
-    except ImportError as error:
-        name = error.name or packages[0]
-        raise ExportError(f"export: the package {name!r} is missing; run `pip install {' '.join(packages)}`") from error
-
-
-def _capture(model: nn.Module, input_shape: tuple[int, ...]) -> torch.export.ExportedProgram:
-    """Traces a float32 CPU copy of `model` with a symbolic batch size."""
-    takes = f"[N, {', '.join(map(str, input_shape))}]"
-    model = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    example = torch.zeros(2, *input_shape)  # two, because torch.export takes a size of one for a constant
-    shapes = ({0: torch.export.Dim(BATCH)},)
-    try:
-        with torch.no_grad():
-            return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
-    except Exception as error:  # torch.export raises what the model raises, and more than a dozen types of its own
-        said = str(error)
-        known = [cure for pattern, cure in _CURES if re.search(pattern, said)]
-        first = said.strip().splitlines()[0].rstrip(".") if said.strip() else type(error).__name__
-        reason = known[0] if known else f"{first}; check that it takes a float32 batch {takes}"
-        raise ExportError(f"export: {_blame(model, error)} cannot be captured: {reason}") from error
 
 
 def _convert(program: torch.export.ExportedProgram) -> Any:
@@ -182,20 +138,6 @@ def _write(path: Path, data: bytes) -> None:
         ) from error
 
 
-def _blame(model: nn.Module, error: BaseException) -> str:
-    """Names the innermost module of `model` that was running when `error` was raised."""
-    names = {id(module): name for name, module in model.named_modules()}
-    inner: nn.Module = model
-    trace = error.__traceback__
-    while trace:
-        owner = trace.tb_frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and id(owner) in names:
-            inner = owner
-        trace = trace.tb_next
-    name = names[id(inner)]
-    return f"module {name!r} ({type(inner).__name__})" if name else f"the model ({type(inner).__name__})"
-
-
 def _whole_message(error: BaseException | None) -> str:
     """Joins the messages of an error and of all its causes."""
     parts = []
@@ -203,17 +145,3 @@ def _whole_message(error: BaseException | None) -> str:
         parts.append(str(error))
         error = error.__cause__
     return "\n".join(parts)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keeps the exporter's progress, graph dumps and warnings off the terminal; the errors say what matters."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            with contextlib.redirect_stderr(io.StringIO()):
-                yield
-    finally:
-        logging.disable(before)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpress.arrays import Preprocess
-from fedpress.deploy.onnx import require
+from fedpress.deploy.capture import require
 from fedpress.errors import ExportError
 
 TOLERANCE = 1e-4  # of the largest logit, or absolute where all logits are below 1: float32 sums in another order

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import fedpress
 from fedpress.arrays import Preprocess
 from fedpress.deploy import export_onnx
-from fedpress.deploy.onnx import MAX_IR_VERSION, OPSET, require
+from fedpress.deploy.capture import require
+from fedpress.deploy.onnx import MAX_IR_VERSION, OPSET
 from fedpress.errors import ExportError
 
 SHAPE = (3, 8, 8)

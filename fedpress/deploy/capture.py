@@ -1,0 +1,102 @@
+"""A model becomes one graph of operations, or an error that names the module in the way."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedpress.errors import ExportError
+
+BATCH = "batch"
+
+_CURES = (  # what torch.export says, what it means, what helps
+    (r"data-dependent", "its control flow depends on the values of its input; use torch.where in place of `if`"),
+    (r"specialized it to be a constant", "it fixes the batch size; use x.shape[0] or -1 in place of the number"),
+)
+
+
+def require(*packages: str, install: str = "") -> dict[str, Any]:
+    """Imports `packages` by name, so that fedpress itself starts without them.
+
+    Args:
+        packages: names to import, such as "onnxruntime".
+        install: what to give to pip; empty if the packages are called as they are imported.
+
+    Raises:
+        ExportError: if one is missing, with the command that installs it.
+
+    >>> require("json")["json"].loads("1")
+    1
+    """
+    try:
+        return {name: importlib.import_module(name) for name in packages}
+    except ImportError as error:
+        name = error.name or packages[0]
+        command = install or " ".join(packages)
+        raise ExportError(f"export: the package {name!r} is missing; run `pip install {command}`") from error
+
+
+def capture(
+    model: nn.Module, input_shape: tuple[int, ...], *, batch: int | None = None
+) -> torch.export.ExportedProgram:
+    """Traces a float32 CPU copy of `model` in evaluation mode; the model itself is left as it was.
+
+    Args:
+        model: maps float32 [N, *input_shape] to a tensor.
+        input_shape: shape of one example.
+        batch: the batch size of the graph; None leaves it free.
+
+    Raises:
+        ExportError: if the model cannot be captured, naming the module.
+    """
+    takes = f"[N, {', '.join(map(str, input_shape))}]"
+    model = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    example = torch.zeros(batch or 2, *input_shape)  # two, because torch.export takes a size of one for a constant
+    shapes = ({0: torch.export.Dim(BATCH)},) if batch is None else None
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch.export raises what the model raises, and more than a dozen types of its own
+        said = str(error)
+        known = [cure for pattern, cure in _CURES if re.search(pattern, said)]
+        first = said.strip().splitlines()[0].rstrip(".") if said.strip() else type(error).__name__
+        reason = known[0] if known else f"{first}; check that it takes a float32 batch {takes}"
+        raise ExportError(f"export: {_blame(model, error)} cannot be captured: {reason}") from error
+
+
+def _blame(model: nn.Module, error: BaseException) -> str:
+    """Names the innermost module of `model` that was running when `error` was raised."""
+    names = {id(module): name for name, module in model.named_modules()}
+    inner: nn.Module = model
+    trace = error.__traceback__
+    while trace:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            inner = owner
+        trace = trace.tb_next
+    name = names[id(inner)]
+    return f"module {name!r} ({type(inner).__name__})" if name else f"the model ({type(inner).__name__})"
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Keeps an exporter's progress, graph dumps and warnings off the terminal; the errors say what matters."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            with contextlib.redirect_stderr(io.StringIO()):
+                yield
+    finally:
+        logging.disable(before)
