@@ -8,7 +8,9 @@ from typing import Any, Protocol
 from fedpress.folder import StageFolder
 from fedpress.stages.export import ExportStage
 from fedpress.stages.federate import FederateStage
+from fedpress.stages.pack import PackStage
 from fedpress.stages.prune import PruneStage
+from fedpress.stages.sparsify import SparsifyStage
 from fedpress.stages.train import TrainStage
 from fedpress.state import State, Tick
 
@@ -35,6 +37,15 @@ class Stage(Protocol):
         ...
 
 
-AnyStage = TrainStage | PruneStage | FederateStage | ExportStage
+AnyStage = TrainStage | PruneStage | SparsifyStage | FederateStage | PackStage | ExportStage
 
-__all__ = ["AnyStage", "ExportStage", "FederateStage", "PruneStage", "Stage", "TrainStage"]
+__all__ = [
+    "AnyStage",
+    "ExportStage",
+    "FederateStage",
+    "PackStage",
+    "PruneStage",
+    "SparsifyStage",
+    "Stage",
+    "TrainStage",
+]
