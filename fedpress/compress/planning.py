@@ -1,4 +1,4 @@
-"""Which channels stay: scores become a plan that meets a share of the parameters, with rounded widths."""
+"""Which channels stay: scores become a plan that meets a target, a share of the parameters say, with rounded widths."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice, zip_longest
 from math import ceil, gcd
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from pydantic import BaseModel
@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from fedpress.calls import Numbers
 from fedpress.compress.graph import ChannelGraph, Layer, kept_indices
+from fedpress.compress.sensitivity import Point, levels
+from fedpress.compress.targets import Target, parameter_target, whole
 from fedpress.errors import ModelError, RecipeError
 
+Scope = Literal["global", "layer", "sensitivity"]
 TRIES = 20  # thresholds to correct from, before a share counts as out of reach; the first nearly always does
 
 
@@ -44,12 +47,14 @@ def plan(
     scores: Sequence[Tensor],
     *,
     keep_params: float = 0.30,
+    target: Target | None = None,
     round_to: int = 8,
-    scope: Literal["global", "layer"] = "global",
+    scope: Scope = "global",
+    points: Sequence[Point] = (),
     min_keep: float = 0.1,
     tolerance: float = 0.005,
 ) -> PruningPlan:
-    """Chooses the channels to keep so that `keep_params` of all parameters stay, counted exactly.
+    """Chooses the channels to keep so that `keep_params` of all parameters stay, counted exactly, or a `target` is met.
 
     One threshold is searched for all layers; every width goes to the nearest multiple of `round_to`, and then single
     steps in the layers that bring the count nearest correct what rounding did.
@@ -59,30 +64,40 @@ def plan(
         graph: its channels.
         scores: one vector [channels] per layer of `graph`; low ones go first.
         keep_params: share of the parameters to keep, in (0, 1].
+        target: what to come down to instead (see `fedpress.compress.targets`).
         round_to: widths become multiples of this; a layer that is not wider stays whole.
-        scope: "global" orders all channels together; "layer" takes the same share of each layer.
+        scope: "global" orders all channels together; "layer" takes the same share of each layer; "sensitivity" takes
+            of each what makes the loss grow equally, by the `points` measured.
+        points: what `fedpress.compress.sensitivity` gave, for the scope of this name.
         min_keep: smallest share of a layer that stays.
-        tolerance: largest difference between the wanted and the reached share.
+        tolerance: largest difference between the wanted and the reached cost, as a share of the whole network's.
 
     Raises:
-        RecipeError: if a setting is out of range or the share cannot be met.
+        RecipeError: if a setting is out of range or the target cannot be met.
         ModelError: if no channel of the model can be removed.
     """
-    check_settings(graph, keep_params, round_to, min_keep, scope)
-    total = graph.parameters([layer.channels for layer in graph.layers])
-    target = keep_params * total
+    check_settings(graph, round_to, min_keep, scope)
+    target = target or parameter_target(graph, keep_params)
+    full = target.cost(whole(graph))
     allowed = [allowed_widths(layer, round_to, min_keep) for layer in graph.layers]
-    order = [_ranks(s) for s in scores] if scope == "layer" else list(scores)
-    best, reached = [layer.channels for layer in graph.layers], total
-    for start in islice(_thresholds(graph, order, allowed, target), TRIES):
-        kept = _correct(graph, start, allowed, target, tolerance * total)
-        if abs((count := graph.parameters(kept)) - target) < abs(reached - target):
-            best, reached = kept, count
-        if abs(reached - target) <= tolerance * total:
+    best = whole(graph)
+    for start in islice(_thresholds(_order(graph, scores, scope, points), allowed, target), TRIES):
+        kept = _correct(start, allowed, target, tolerance * full)
+        if target.miss(kept) < target.miss(best):
+            best = kept
+        if target.miss(best) <= tolerance * full:
             break
     else:
-        raise _unreachable(graph, allowed, keep_params, reached / total, total)
+        if not target.limit or target.miss(best) == float("inf"):
+            raise _unreachable(graph, allowed, target, target.cost(best))
     return make_plan(model, graph, scores, best)
+
+
+def _order(graph: ChannelGraph, scores: Sequence[Tensor], scope: Scope, points: Sequence[Point]) -> list[Tensor]:
+    """Returns what one threshold cuts in all layers; within each it rises with the scores."""
+    if scope == "sensitivity":
+        return levels(graph, scores, points)
+    return [_ranks(s) for s in scores] if scope == "layer" else list(scores)
 
 
 def allowed_widths(layer: Layer, round_to: int, min_keep: float) -> list[int]:
@@ -114,25 +129,21 @@ def make_plan(model: nn.Module, graph: ChannelGraph, scores: Sequence[Tensor], k
     )
 
 
-def check_settings(graph: ChannelGraph, keep_params: float, round_to: int, min_keep: float, scope: str) -> None:
+def check_settings(graph: ChannelGraph, round_to: int, min_keep: float, scope: str) -> None:
     """Refuses settings out of range, and a graph in which nothing can go."""
-    if not 0 < keep_params <= 1:
-        raise RecipeError(f"prune.keep_params: got {keep_params}, expected a share above 0 and at most 1; try 0.3")
     if round_to < 1:
         raise RecipeError(f"prune.round_to: got {round_to}, expected a whole number of at least 1; try 8")
     if not 0 <= min_keep <= 1:
         raise RecipeError(f"prune.min_keep: got {min_keep}, expected a share between 0 and 1; try 0.1")
-    if scope not in ("global", "layer"):
-        raise RecipeError(f"prune.scope: got '{scope}', expected 'global' or 'layer'")
+    if scope not in get_args(Scope):
+        raise RecipeError(f"prune.scope: got '{scope}', expected one of {', '.join(get_args(Scope))}")
     if not graph.layers:
         reasons = "; ".join(f"'{name}': {why}" for name, why in list(graph.whole.items())[:3]) or "it has no layers"
         raise ModelError(f"no channel of this model can be removed ({reasons}); change these modules or do not prune")
 
 
-def _thresholds(
-    graph: ChannelGraph, order: Sequence[Tensor], allowed: Sequence[list[int]], target: float
-) -> Iterator[list[int]]:
-    """Yields the rounded widths at the threshold that leaves nearly `target` parameters, then at ever farther ones."""
+def _thresholds(order: Sequence[Tensor], allowed: Sequence[list[int]], target: Target) -> Iterator[list[int]]:
+    """Yields the rounded widths at the threshold that comes nearly to `target`, then at ever farther ones."""
     rising = [values.sort().values for values in order]
     cuts = [-float("inf"), *torch.cat(rising).unique().tolist()]
 
@@ -140,8 +151,8 @@ def _thresholds(
         more = [len(v) - int(torch.searchsorted(v, v.new_tensor(cut), right=True)) for v in rising]
         return [_nearest(n, choice) for n, choice in zip(more, allowed, strict=True)]
 
-    # the count falls as the cut rises: find the first cut that is at or below the target
-    at = bisect_left(cuts, -target, key=lambda cut: -graph.parameters(widths(cut)))
+    # the cost falls as the cut rises: find the first cut that is at or below the target
+    at = bisect_left(cuts, -target.wanted, key=lambda cut: -target.cost(widths(cut)))
     below = (widths(cut) for cut in cuts[at:])
     above = (widths(cut) for cut in reversed(cuts[:at]))
     seen: list[list[int]] = []
@@ -155,16 +166,12 @@ def _nearest(n: int, choice: Sequence[int]) -> int:
     return min(reversed(choice), key=lambda width: abs(width - n))
 
 
-def _correct(
-    graph: ChannelGraph, kept: list[int], allowed: Sequence[list[int]], target: float, tolerance: float
-) -> list[int]:
-    """Moves layers by one step, always to the count nearest to `target`, while that brings it nearer.
+def _correct(kept: list[int], allowed: Sequence[list[int]], target: Target, tolerance: float) -> list[int]:
+    """Moves layers by one step, always to the cost nearest to `target`, while that brings it nearer.
 
     One layer at a time until the error is a fifth of `tolerance`; two at once where the steps of one are too coarse.
     """
-
-    def error(widths: list[int]) -> float:
-        return abs(graph.parameters(widths) - target)
+    error = target.miss
 
     def steps(widths: list[int]) -> list[list[int]]:
         moves = []
@@ -190,17 +197,22 @@ def _ranks(values: Tensor) -> Tensor:
     return (values.argsort(stable=True).argsort().float() + 0.5) / len(values)
 
 
-def _unreachable(
-    graph: ChannelGraph, allowed: Sequence[list[int]], wanted: float, reached: float, total: int
-) -> RecipeError:
-    least = graph.parameters([choice[0] for choice in allowed]) / total
-    whole = f" ({len(graph.whole)} modules must stay whole)" if graph.whole else ""
-    if least > wanted:
+def _unreachable(graph: ChannelGraph, allowed: Sequence[list[int]], target: Target, reached: float) -> RecipeError:
+    full = target.cost(whole(graph))
+    least = target.cost([choice[0] for choice in allowed])
+    stay = f" ({len(graph.whole)} modules must stay whole)" if graph.whole else ""
+
+    kind = "size" if target.limit else "share"
+
+    def shown(cost: float) -> str:
+        return f"{cost:.0f}" if target.limit else f"{ceil(cost / full * 1e4) / 1e4:g}"
+
+    if least > target.wanted:
         return RecipeError(
-            f"prune.keep_params: {wanted} cannot be reached, the smallest share of this model is "
-            f"{ceil(least * 1e4) / 1e4}{whole}; raise keep_params, or lower prune.min_keep or prune.round_to"
+            f"prune.{target.key}: {shown(target.wanted)} cannot be reached, the smallest {kind} of this model is "
+            f"{shown(least)}{stay}; raise {target.key}, or lower prune.min_keep or prune.round_to"
         )
     return RecipeError(
-        f"prune.keep_params: {wanted} cannot be met within the tolerance, the nearest share found is "
-        f"{reached:.4f}{whole}; lower prune.round_to, or take that share"
+        f"prune.{target.key}: {shown(target.wanted)} cannot be met within the tolerance, the nearest {kind} found is "
+        f"{shown(reached)}{stay}; lower prune.round_to, or take that {kind}"
     )

@@ -146,7 +146,7 @@ def fisher(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
 
     The diagonal Fisher information of a gate on the channel stands for its second derivative (Theis et al. 2018,
     arXiv:1801.05787, eq. 6; with coupled layers Liu et al. 2021, arXiv:2108.00708). It is that of single examples if
-    each loss is that of one example; the loss of a batch of n leaves of it about one n-th, and of the mean gradient all.
+    each loss is that of one example; of the losses of batches of n it takes about one n-th, besides the mean's square.
     """
     return mean([gate.square() / 2 for gate in gates] for gates in _gates(graph, see, "fisher"))
 

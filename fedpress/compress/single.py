@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fedpress.compress.graph import ChannelGraph, Layer
 from fedpress.compress.planning import PruningPlan, allowed_widths, check_settings, plan
 from fedpress.compress.scores import Losses, channel_sums, raw_scores, relative, tensors_of
+from fedpress.compress.targets import Target, parameter_target
 from fedpress.errors import RecipeError
 
 BEYOND = 0.9  # removal goes on to this part of the target, so that rounding up somewhere can be paid for elsewhere
@@ -26,6 +27,7 @@ def prune_single_channel(
     name: str = "l1",
     *,
     keep_params: float = 0.30,
+    target: Target | None = None,
     round_to: int = 8,
     min_keep: float = 0.1,
     tolerance: float = 0.005,
@@ -43,33 +45,34 @@ def prune_single_channel(
         graph: its channels.
         name: a row of `fedpress.compress.SCORES`.
         keep_params: share of the parameters to keep, in (0, 1].
+        target: what to come down to instead (see `fedpress.compress.targets`).
         round_to: widths become multiples of this.
         min_keep: smallest share of a layer that stays.
         tolerance: largest difference between the wanted and the reached share.
         every: removals between two rounds of scoring, for scores other than "l1" and "l2".
-        losses: for "taylor".
+        losses: for the scores that need them.
         generator: for "random".
 
     Raises:
         RecipeError: if a setting is out of range or the share cannot be met.
         ModelError: if no channel can be removed, or the score lacks what it needs.
     """
-    check_settings(graph, keep_params, round_to, min_keep, "global")
+    check_settings(graph, round_to, min_keep, "global")
+    target = target or parameter_target(graph, keep_params)
     if every < 1:
         raise RecipeError(f"prune.every: got {every}, expected a whole number of at least 1; try 64")
     floors = [allowed_widths(layer, round_to, min_keep)[0] for layer in graph.layers]
-    target = BEYOND * keep_params * graph.parameters([layer.channels for layer in graph.layers])
     with _scorer(model, graph, name, every, losses, generator) as scorer:
         order = _removal_order(graph, scorer, floors, target)
-    return plan(model, graph, order, keep_params=keep_params, round_to=round_to, min_keep=min_keep, tolerance=tolerance)
+    return plan(model, graph, order, target=target, round_to=round_to, min_keep=min_keep, tolerance=tolerance)
 
 
 Scorer = Callable[[list[Tensor], tuple[int, int] | None], dict[int, Tensor]]
 """Takes who is alive and who was just removed (layer, channel); returns the layers whose raw scores are new."""
 
 
-def _removal_order(graph: ChannelGraph, scorer: Scorer, floors: Sequence[int], target: float) -> list[Tensor]:
-    """Removes until `target` parameters are left; returns when each channel went, and the survivors after them.
+def _removal_order(graph: ChannelGraph, scorer: Scorer, floors: Sequence[int], target: Target) -> list[Tensor]:
+    """Removes until a little less than `target` is left; returns when each channel went, and the survivors after them.
 
     A layer's scores are taken relative to all its channels, removed ones with their last score: relative to the
     survivors alone, a layer whose scores lie close together would never be touched.
@@ -87,7 +90,7 @@ def _removal_order(graph: ChannelGraph, scorer: Scorer, floors: Sequence[int], t
             least = relative(raw[i]).masked_fill(~alive[i], float("inf")).min(0)
             worst[i] = (float(least.values) if kept[i] > floors[i] else float("inf"), int(least.indices))
         layer = min(range(len(worst)), key=lambda i: worst[i])
-        if graph.parameters(kept) <= target or worst[layer][0] == float("inf"):
+        if target.cost(kept) <= BEYOND * target.wanted or worst[layer][0] == float("inf"):
             break
         gone.append((layer, worst[layer][1]))
         kept[layer] -= 1

@@ -1,0 +1,137 @@
+"""What a cut has to come down to: parameters, multiply-adds, bytes or milliseconds, as a cost of the widths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import exp, log, prod
+
+from torch import nn
+
+from fedpress.compress.graph import ChannelGraph
+from fedpress.errors import RecipeError
+
+Cost = Callable[[Sequence[int]], float]
+"""Takes the number of channels that each layer keeps; more channels never cost less."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """`wanted` of a `cost`, reached within a tolerance or, for a `limit`, never passed.
+
+    Attributes:
+        key: the setting it comes from, for errors.
+        cost: of the widths.
+        wanted: in units of the cost.
+        limit: whether `wanted` is a limit.
+    """
+
+    key: str
+    cost: Cost
+    wanted: float
+    limit: bool = False
+
+    def miss(self, kept: Sequence[int]) -> float:
+        """Returns how far from `wanted` the widths are; above a limit infinitely."""
+        over = self.cost(kept) - self.wanted
+        return float("inf") if self.limit and over > 0 else abs(over)
+
+
+def parameter_target(graph: ChannelGraph, share: float) -> Target:
+    """Keeps `share` of the parameters.
+
+    Raises:
+        RecipeError: if it is not above 0 and at most 1.
+    """
+    return Target("keep_params", graph.parameters, _checked("keep_params", share) * graph.parameters(whole(graph)))
+
+
+def macs_target(graph: ChannelGraph, share: float) -> Target:
+    """Keeps `share` of the multiply-adds of one example.
+
+    Raises:
+        RecipeError: if it is not above 0 and at most 1.
+    """
+    return Target("keep_macs", graph.macs, _checked("keep_macs", share) * graph.macs(whole(graph)))
+
+
+def bytes_target(model: nn.Module, graph: ChannelGraph, limit: int) -> Target:
+    """Lets all parameters and saved buffers of `model` take at most `limit` bytes, as `state_bytes` counts them.
+
+    Raises:
+        RecipeError: if it is below 1.
+    """
+    if limit < 1:
+        raise RecipeError(f"prune.max_bytes: got {limit}, expected a number of bytes above 0")
+    return Target("max_bytes", bytes_of(model, graph), limit, limit=True)
+
+
+def bytes_of(model: nn.Module, graph: ChannelGraph) -> Cost:
+    """Returns the cost in bytes of all parameters and saved buffers, shared ones once."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    width: dict[str, int] = {}
+    seen: set[int] = set()
+    saved = model.state_dict(keep_vars=True)
+    for name, tensor in saved.items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            shapes[name], width[name] = tuple(tensor.shape), tensor.element_size()
+    slices = [[s for s in layer.slices if s.tensor in shapes] for layer in graph.layers]
+
+    def cost(kept: Sequence[int]) -> float:
+        sizes = {name: list(shape) for name, shape in shapes.items()}
+        for layer, own, keep in zip(graph.layers, slices, kept, strict=True):
+            for s in own:
+                sizes[s.tensor][s.axis] -= (layer.channels - keep) * s.index.shape[1]
+        return sum(prod(size) * width[name] for name, size in sizes.items())
+
+    return cost
+
+
+def whole(graph: ChannelGraph) -> list[int]:
+    """Returns the widths of the uncut network."""
+    return [layer.channels for layer in graph.layers]
+
+
+def next_share(
+    tried: Sequence[tuple[float, float]], wanted: float, *, tries: int = 6, tolerance: float = 0.02
+) -> float | None:
+    """Says which share of the parameters to try next, so that a measured cost comes down to `wanted`.
+
+    The caller cuts, measures, adds (share, cost) to `tried` and asks again: costs that are measured cannot be computed
+    from widths. Between the nearest costs below and above, the logarithms are interpolated, but never nearer to one of
+    the two shares than a tenth of their distance.
+
+    Args:
+        tried: shares in (0, 1] and their costs, the whole network (1.0, cost) among them.
+        wanted: the cost to come down to, above 0.
+        tries: shares to try at most, besides the whole network.
+        tolerance: how far below `wanted` is near enough, as a share of it.
+
+    Returns:
+        The share; None when one of those tried is near enough, or all tries are used.
+
+    >>> round(next_share([(1.0, 8.0)], 4.0), 3)
+    0.5
+    >>> next_share([(1.0, 8.0), (0.5, 3.95)], 4.0) is None
+    True
+    """
+    below = [(share, cost) for share, cost in tried if cost <= wanted]
+    if len(tried) > tries or any(cost >= (1 - tolerance) * wanted for _, cost in below):
+        return None
+    above = [share for share, cost in tried if cost > wanted]
+    high = min(above)  # the whole network costs more, or nobody would ask
+    low = max((share for share, _ in below if share < high), default=0.0)
+    cost_high = next(cost for share, cost in tried if share == high)
+    if not low:
+        return high * max(0.25, wanted / cost_high)  # as if cost went with the share
+    cost_low = next(cost for share, cost in tried if share == low)
+    part = log(wanted / cost_low) / log(cost_high / cost_low) if cost_low > 0 else 0.5
+    part = min(max(part, 0.1), 0.9)
+    return exp((1 - part) * log(low) + part * log(high))
+
+
+def _checked(key: str, share: float) -> float:
+    if not 0 < share <= 1:
+        raise RecipeError(f"prune.{key}: got {share}, expected a share above 0 and at most 1; try 0.3")
+    return share
