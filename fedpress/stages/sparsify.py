@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedpress import training
 from fedpress.arrays import Arrays, Preprocess
+from fedpress.compress import restore_batch_norm_
 from fedpress.compress.sparse import (
     Masks,
     Movement,
@@ -35,9 +36,10 @@ from fedpress.compress.sparse import (
     steps_down,
 )
 from fedpress.compress.sparse.scores import batch_statistics, gradients
-from fedpress.errors import DataError, RecipeError
+from fedpress.errors import RecipeError
 from fedpress.folder import StageFolder
 from fedpress.seeds import derive, generator
+from fedpress.stages.public import calibration
 from fedpress.state import Name, State, Tick
 from fedpress.training import Fit, Step, TrainSettings
 
@@ -118,11 +120,8 @@ class SparsifyStage(TrainSettings):
             DataError: if there are no public examples to score or train with.
         """
         training.check(state.model, self, state.data.public, state.data.validation, state.data.preprocess)
-        if self.score in FROM_DATA and not len(state.data.public):
-            raise DataError(
-                f"sparsify: the score '{self.score}' needs public examples, but the public part is empty; "
-                "set data.public_share"
-            )
+        if self.score in FROM_DATA:
+            calibration(state, self.calibration, 0)
         model = copy.deepcopy(state.model)
         weights = self.weights(model, state)
         scores = {w.name: w.value.detach().abs() for w in weights.chosen}
@@ -170,6 +169,8 @@ class SparsifyStage(TrainSettings):
             note = f"epoch {event.epoch}/{event.epochs}, loss {event.loss:.3f}, density {density:.1%}"
         model = work.fit.result_()
         apply_(work.weights.chosen, work.masks)
+        if not self.epochs:
+            work.restore_norms_()
         layers: list[JsonValue] = [
             {"name": w.name, "entries": w.size, "kept": int(work.masks[w.name].sum())} for w in work.weights.chosen
         ]
@@ -214,7 +215,7 @@ class _Work:
     """A stage at work: the training, the masks that it keeps, and what the schedule has to remember."""
 
     def __init__(self, stage: SparsifyStage, state: State, seed: int) -> None:
-        self.stage, self.seed, self.data = stage, seed, state.data
+        self.stage, self.state, self.data, self.seed = stage, state, state.data, seed
         self.fit = Fit(state.model, stage, seed=seed, sparse=state.spec.sparse)
         self.weights = stage.weights(self.fit.model, state)
         self.density = stage.target(self.weights)
@@ -284,15 +285,22 @@ class _Work:
 
     def losses(self) -> Iterator[Tensor]:
         """Runs the model over public examples; one by one where the score wants the Fisher information of each."""
-        public = self.data.public
-        drawn = torch.randperm(len(public), generator=generator(self.seed, "calibration"))[: self.stage.calibration]
-        return self._losses(public.take(drawn), 1 if self.stage.score == "fisher" else BATCH)
+        drawn = calibration(self.state, self.stage.calibration, self.seed)
+        return self._losses(drawn, 1 if self.stage.score == "fisher" else BATCH)
 
     def _losses(self, examples: Arrays, batch: int) -> Iterator[Tensor]:
         prepare: Preprocess = self.data.preprocess
         for x, y in zip(examples.x.split(batch), examples.y.split(batch), strict=True):
             at = training.device()
             yield F.cross_entropy(self.fit.model(prepare(x.to(at))), y.to(at))
+
+    def restore_norms_(self) -> None:
+        """Takes the statistics of batch norms anew: without training nothing else would make up for the cut."""
+        norms = [m for m in self.fit.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if norms and len(self.data.public):
+            drawn = calibration(self.state, self.stage.calibration, self.seed)
+            at, prepare = training.device(), self.data.preprocess
+            restore_batch_norm_(self.fit.model, (prepare(x.to(at)) for x in drawn.x.split(BATCH)))
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors of a checkpoint."""

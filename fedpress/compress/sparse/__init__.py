@@ -2,7 +2,7 @@
 
 from fedpress.compress.sparse.masks import Masks, apply_, choose, density_of, masks_of
 from fedpress.compress.sparse.patterns import Pattern
-from fedpress.compress.sparse.schedules import cubic, drop_share, regrow, steps_down
+from fedpress.compress.sparse.schedules import cubic, drop_share, geometric, regrow, steps_down
 from fedpress.compress.sparse.scores import WEIGHT_SCORES, Movement, WeightEvidence, score_weights
 from fedpress.compress.sparse.weights import Weight, Weights, find_weights
 
@@ -20,6 +20,7 @@ __all__ = [
     "density_of",
     "drop_share",
     "find_weights",
+    "geometric",
     "masks_of",
     "regrow",
     "score_weights",

@@ -31,7 +31,16 @@ def steps_down(round: int, rounds: int, *, start: float, end: float) -> float:
     >>> steps_down(1, 2, start=1.0, end=0.25)
     0.5
     """
-    return end if round >= rounds else start * (end / start) ** (round / rounds)
+    return end if round >= rounds else geometric(round / rounds, start=start, end=end)
+
+
+def geometric(progress: float, *, start: float, end: float) -> float:
+    """Returns the density at `progress` (0..1) on the way from `start` to `end`, by the same factor in the same time.
+
+    >>> geometric(0.5, start=1.0, end=0.25)
+    0.5
+    """
+    return float(start * (end / start) ** min(max(progress, 0.0), 1.0))
 
 
 def drop_share(progress: float, first: float) -> float:

@@ -1,0 +1,287 @@
+"""The l0 stage: the network trains with a gate on every weight or channel, and lambda leads it to a wanted density."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, JsonValue, model_validator
+from torch import Tensor, nn
+
+from fedpress import compress, training
+from fedpress.compress import ChannelGraph, PruningPlan
+from fedpress.compress.sparse import (
+    Masks,
+    Pattern,
+    Weights,
+    apply_,
+    choose,
+    density_of,
+    find_weights,
+    geometric,
+    masks_of,
+)
+from fedpress.compress.sparse.l0 import Controller, Gates, balance, channel_gates, open_probability, weight_gates
+from fedpress.errors import RecipeError
+from fedpress.folder import StageFolder, write_json
+from fedpress.models import shapes_that_differ
+from fedpress.seeds import derive, generator
+from fedpress.stages.public import calibration
+from fedpress.state import Name, State, Tick
+from fedpress.training import Fit, Step, TrainSettings
+
+BATCH = 256
+TRAVEL = 20.0  # how far a gate can go until the target is reached: from wide open to shut is half of it
+BETAS = (0.9, 0.99)
+EPSILON = 1e-16  # a single gate of ten million has a small gradient
+
+
+class L0Stage(TrainSettings):
+    """`[[stage]] kind = "l0"`: minimises L(w; D) + lambda ||w||_0 by hard-concrete gates (Louizos et al. 2018).
+
+    Lambda follows a controller, so that the expected density falls to `density` in the first `until` of the training
+    and stays there; at the end the gates are ranked and the density is exact. Weights become zeros that every later
+    stage keeps; channels are physically removed. Train afterwards without gates: `kind = "train"`.
+    """
+
+    kind: Literal["l0"]
+    name: Name = "l0"
+    unit: Literal["weights", "channels"] = "weights"
+    density: float = Field(
+        gt=0, le=1, description="share that stays: of the weights, or with channels of all parameters"
+    )
+    until: float = Field(0.6, gt=0, le=1, description="share of the training in which the density falls")
+    gate_lr: float | None = Field(
+        None, gt=0, description="Adam's rate for the gates; by default by the number of steps"
+    )
+    keep_first: bool = Field(True, description="weights: leave the first layer dense")
+    keep_last: bool = Field(True, description="weights: leave the last layer dense")
+    keep: tuple[str, ...] = Field((), description="weights: names to leave dense, with * for anything")
+    round_to: int = Field(8, ge=1, description="channels: widths become multiples of this")
+    min_keep: float = Field(0.1, ge=0, le=1, description="channels: share of its channels that every layer keeps")
+    calibration: int = Field(2048, ge=1, description="public examples for the batch-norm statistics at the end")
+
+    @model_validator(mode="after")
+    def _trains(self) -> L0Stage:
+        if not self.epochs:
+            raise ValueError("l0 learns its gates in training; give epochs")
+        if self.patience:
+            raise ValueError("patience would take weights from before the density is reached; leave it out")
+        if self.ema:
+            raise ValueError("ema would average weights that belong to other gates; leave it out")
+        return self
+
+    def check(self, state: State) -> tuple[State, dict[str, Any]]:
+        """Cuts by magnitude without training: what stays will be other weights or channels, but as many.
+
+        Raises:
+            RecipeError: if the density cannot be reached.
+            ModelError: if the model has nothing to put a gate on, or cannot be traced.
+            DataError: if there are no public examples for the batch-norm statistics.
+        """
+        training.check(state.model, self, state.data.public, state.data.validation, state.data.preprocess)
+        if state.spec.quantized:
+            raise RecipeError("l0: the model is quantized already; put this stage before the quantization")
+        calibration(state, self.calibration, 0)
+        model = copy.deepcopy(state.model)
+        if self.unit == "channels":
+            graph = _trace(model, state)
+            plan = self.plan(model, graph, compress.score(model, graph, "l2"))
+            compress.remove_(model, plan)
+            spec = state.spec.model_copy(update={"resized": shapes_that_differ(model, state.spec.build_dense())})
+            return replace(state, spec=spec, model=model), {
+                "density": plan.parameters_after / plan.parameters_before,
+                "channels": ", ".join(f"{c.before}→{c.after}" for c in plan.layers),
+            }
+        weights, within = self.weights(model, state)
+        masks = self.choose(weights, [w.value.detach().abs() for w in weights.chosen], within)
+        apply_(weights.chosen, masks)
+        facts = {"density": density_of(masks), "dense_weights": dict(weights.dense)}
+        return replace(state, spec=_sparse(state, masks), model=model), facts
+
+    def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
+        """Trains weights and gates; yields a tick for every step, saves after every epoch."""
+        seed = derive(state.seed, "stage", folder.index)
+        training.place_(state.model)
+        weights = within = graph = None
+        if self.unit == "channels":
+            graph = _trace(state.model.to("cpu"), state)
+            training.place_(state.model)
+            gates = channel_gates(state.model, graph, generator=generator(seed, "gates"))
+        else:
+            weights, within = self.weights(state.model, state)
+            gates = weight_gates(weights.chosen, generator=generator(seed, "gates"), within=within)
+        work = _Work(self, state, gates, seed)
+        tensors, saved = folder.load_progress()
+        if saved:
+            work.load_(tensors, saved)
+        start, note = time.perf_counter() - saved.get("seconds", 0.0), ""
+        for event in work.events():
+            if isinstance(event, Step):
+                at = event
+                yield Tick(at.done, at.total, note)
+                continue
+            seconds = time.perf_counter() - start
+            density = float(gates.density().detach())
+            folder.record(
+                epoch=event.epoch,
+                epochs=event.epochs,
+                loss=event.loss,
+                accuracy=event.accuracy,
+                expected_density=density,
+                lambda_=work.pull,
+                seconds=round(seconds, 2),
+            )
+            folder.save_progress(work.tensors(), {"seconds": seconds, **work.facts()})
+            note = f"epoch {event.epoch}/{event.epochs}, loss {event.loss:.3f}, expected density {density:.1%}"
+        model = work.fit.result_()
+        gates.settle_(model)
+        facts: dict[str, Any] = {"expected_density": float(gates.density().detach()), "lambda": work.pull}
+        if graph is not None:
+            return self._removed(state, model, graph, gates, folder, facts)
+        assert weights is not None
+        assert within is not None
+        masks = self.choose(weights, [a.detach() for a in gates.log_alphas], within)
+        apply_(weights.chosen, masks)
+        self._restore_norms_(model, state)
+        layers: list[JsonValue] = [
+            {"name": w.name, "entries": w.size, "kept": int(masks[w.name].sum())} for w in weights.chosen
+        ]
+        folder.record(layers=layers)
+        facts |= {"density": density_of(masks), "dense_weights": dict(weights.dense)}
+        return replace(state, spec=_sparse(state, masks), model=model, facts=facts)
+
+    def _removed(
+        self,
+        state: State,
+        model: nn.Module,
+        graph: ChannelGraph,
+        gates: Gates,
+        folder: StageFolder,
+        facts: dict[str, Any],
+    ) -> State:
+        """Removes the channels with the least open gates."""
+        dense = model.to("cpu").eval()
+        scores = [open_probability(a.detach()).cpu() for a in gates.log_alphas]
+        plan = self.plan(dense, graph, scores)
+        pruned = copy.deepcopy(dense)
+        compress.remove_(pruned, plan)
+        facts["parity_error"] = compress.check_parity(dense, pruned, plan, _example(state))
+        write_json(folder.path / "plan.json", plan.model_dump(mode="json"))
+        self._restore_norms_(pruned, state)
+        widths: list[JsonValue] = [{"name": c.name, "before": c.before, "after": c.after} for c in plan.layers]
+        folder.record(layers=widths)
+        facts |= {"density": plan.parameters_after / plan.parameters_before, "whole_layers": dict(plan.whole)}
+        spec = state.spec.model_copy(update={"resized": shapes_that_differ(pruned, state.spec.build_dense())})
+        return replace(state, spec=spec, model=pruned, facts=facts)
+
+    def weights(self, model: nn.Module, state: State) -> tuple[Weights, Masks]:
+        """Returns the weights that get gates, and what earlier stages left of them."""
+        weights = find_weights(model, keep_first=self.keep_first, keep_last=self.keep_last, keep=self.keep)
+        old = masks_of(model, state.spec.sparse)
+        full = {w.name: torch.ones_like(w.value, dtype=torch.bool) for w in weights.chosen}
+        return weights, {name: old.get(name, mask) for name, mask in full.items()}
+
+    def choose(self, weights: Weights, scores: list[Tensor], within: Masks) -> Masks:
+        """Keeps the highest scores, exactly `density` of them."""
+        by_name = {w.name: s for w, s in zip(weights.chosen, scores, strict=True)}
+        return choose(weights.chosen, by_name, Pattern("unstructured"), density=self.density, within=within)
+
+    def plan(self, model: nn.Module, graph: ChannelGraph, scores: list[Tensor]) -> PruningPlan:
+        """Keeps the channels with the highest scores, until `density` of the parameters are left."""
+        return compress.plan(
+            model, graph, scores, keep_params=self.density, round_to=self.round_to, min_keep=self.min_keep
+        )
+
+    def _restore_norms_(self, model: nn.Module, state: State) -> None:
+        """Takes the statistics of batch norms without chance in the gates."""
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+            at, prepare = next(model.parameters()).device, state.data.preprocess
+            public = calibration(state, self.calibration, derive(state.seed, "l0", self.name))
+            compress.restore_batch_norm_(model, (prepare(x.to(at)) for x in public.x.split(BATCH)))
+
+
+class _Work:
+    """A stage at work: the training, the gates with their own optimizer, and the controller of lambda."""
+
+    def __init__(self, stage: L0Stage, state: State, gates: Gates, seed: int) -> None:
+        self.stage, self.data, self.gates, self.seed = stage, state.data, gates, seed
+        self.fit = Fit(state.model, stage, seed=seed, objective=self.loss, sparse=state.spec.sparse)
+        steps = max(1, round(stage.until * stage.epochs * max(1, len(state.data.public) // stage.batch_size)))
+        self.steps, self.done = steps, 0
+        self.optimizer = torch.optim.Adam(gates.parameters(), stage.gate_lr or TRAVEL / steps, BETAS, EPSILON)
+        self.begin = float(gates.density().detach())
+        self.controller: Controller | None = None
+        self.pull = 0.0
+
+    def events(self) -> Iterator[Step | training.EpochRecord]:
+        """Yields what the training does; the gates step where it does."""
+        data = self.data
+        with self.gates.on(self.fit.model):
+            self.gates.chance = generator(self.seed, "gates", self.fit.epoch)
+            for event in self.fit.epochs(data.public, data.validation, data.preprocess):
+                if isinstance(event, Step):
+                    self.done = event.done
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                else:
+                    self.gates.chance = generator(self.seed, "gates", event.epoch)
+                yield event
+
+    def loss(self, model: nn.Module, x: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+        """The cross-entropy and what the controller makes of the expected density."""
+        loss, density = F.cross_entropy(logits, y, label_smoothing=self.stage.label_smoothing), self.gates.density()
+        if self.controller is None:
+            self.controller = Controller(balance(loss, density, self.gates))
+        end = min(self.stage.density, self.begin)
+        target = geometric(self.done / self.steps, start=self.begin, end=end)
+        self.pull = self.controller.pull_(float(density.detach()), target)
+        return loss + self.pull * density
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors of a checkpoint."""
+        out = self.fit.state() | {f"gates/{i}": a for i, a in enumerate(self.gates.log_alphas)}
+        for key, slot in self.optimizer.state_dict()["state"].items():
+            out |= {f"adam/{key}/{leaf}": value for leaf, value in slot.items()}
+        return out
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the JSON part of a checkpoint."""
+        assert self.controller is not None
+        return {"scale": self.controller.scale, "lambda": self.controller.lambda_, "pull": self.pull, "done": self.done}
+
+    def load_(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Takes up what `tensors` and `facts` gave."""
+        self.fit.load_(tensors)
+        slots: dict[int, dict[str, Tensor]] = {}
+        with torch.no_grad():
+            for i, alpha in enumerate(self.gates.log_alphas):
+                alpha.copy_(tensors[f"gates/{i}"])
+        for name, value in tensors.items():
+            if name.startswith("adam/"):
+                _, key, leaf = name.split("/")
+                slots.setdefault(int(key), {})[leaf] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+        self.controller = Controller(facts["scale"], facts["lambda"])
+        self.pull, self.done = facts["pull"], facts["done"]
+
+
+def _sparse(state: State, masks: Masks) -> Any:
+    names = [*state.spec.sparse, *(n for n, m in masks.items() if not m.all() and n not in state.spec.sparse)]
+    return state.spec.model_copy(update={"sparse": tuple(names)})
+
+
+def _example(state: State) -> Tensor:
+    return torch.zeros(2, *state.spec.input_shape)
+
+
+def _trace(model: nn.Module, state: State) -> ChannelGraph:
+    with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints its graph before it fails
+        return compress.trace(model, _example(state))
