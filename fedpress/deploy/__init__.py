@@ -1,6 +1,28 @@
 """From a trained model to a file that a device runs: export, parity with the model, latency."""
 
-from fedpress.deploy.onnx import Artifact, export_onnx
-from fedpress.deploy.runtime import Latency, Parity, accuracy, latency, parity
+from fedpress.deploy.artifact import Artifact, Job
+from fedpress.deploy.formats import FORMATS, Format, export, open_file
+from fedpress.deploy.onnx import export_onnx
+from fedpress.deploy.qdq import QuantizedProgram, quantized_program
+from fedpress.deploy.runtime import ROUNDING, Latency, Parity, accuracy, agreement, file_logits, latency, logits, parity
 
-__all__ = ["Artifact", "Latency", "Parity", "accuracy", "export_onnx", "latency", "parity"]
+__all__ = [
+    "FORMATS",
+    "ROUNDING",
+    "Artifact",
+    "Format",
+    "Job",
+    "Latency",
+    "Parity",
+    "QuantizedProgram",
+    "accuracy",
+    "agreement",
+    "export",
+    "export_onnx",
+    "file_logits",
+    "latency",
+    "logits",
+    "open_file",
+    "parity",
+    "quantized_program",
+]

@@ -1,81 +1,102 @@
-"""A model becomes one ONNX file that says how to feed it, or an error that says which module is in the way."""
+"""A model becomes one ONNX file, float or integer, that says how to feed it; and onnxruntime runs it."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-import fedpress
-from fedpress.arrays import Preprocess
+from fedpress.deploy.artifact import Artifact, Job, write
 from fedpress.deploy.capture import BATCH, capture, require, silence
+from fedpress.deploy.onnx_integers import make_integer_
+from fedpress.deploy.qdq import quantized_program
 from fedpress.errors import ExportError
+from fedpress.quantized import quantized_layers
 
 OPSET = 18  # what torch's exporter is written against; every runtime of the last years reads it
 MAX_IR_VERSION = 13  # the newest file format that onnxruntime loads
 INPUT, OUTPUT = "input", "logits"
 
 
-@dataclass(frozen=True)
-class Artifact:
-    """One exported file: where it is, its size in bytes, the ONNX opset it needs, and the metadata inside it."""
-
-    path: Path
-    file_bytes: int
-    opset: int
-    metadata: dict[str, str]
-
-
-def export_onnx(
-    model: nn.Module,
-    path: str | Path,
-    *,
-    input_shape: tuple[int, ...],
-    preprocess: Preprocess,
-    metadata: Mapping[str, str],
-) -> Artifact:
+def export_onnx(model: nn.Module, path: str | Path, job: Job) -> Artifact:
     """Writes `model` in evaluation mode as ONNX with a free batch size; the model itself is left as it was.
 
-    The file takes standardised float32 examples [N, *input_shape], so `preprocess` is not part of the graph;
-    its numbers are written into the file's metadata beside `metadata` (for instance class names), so that
-    whoever holds the file knows how to feed it. A file that was there before is replaced only by a whole one.
-
-    Args:
-        model: maps float32 [N, *input_shape] to one tensor [N, classes]; on any device.
-        path: the file to write; missing folders are made.
-        input_shape: shape of one example, such as (3, 32, 32).
-        preprocess: what the training applied to raw examples.
-        metadata: further words for the file; they may not replace the words that are written here.
+    The file takes standardised float32 examples [N, *input_shape]. A file that was there before is replaced only by a
+    whole one. Weights of quantized layers are stored in as many bits as they have.
 
     Raises:
         ExportError: if the model cannot be captured or converted (naming the module or the operation), or if
             the file cannot be written.
     """
     onnx = require("onnx", "onnxscript")["onnx"]
+    left, program = {}, None
+    if job.batches or any(True for _ in quantized_layers(model)):
+        rounded = quantized_program(model, job.input_shape, job.batches, weight_bits=job.weight_bits, float_output=True)
+        left, program = rounded.left, rounded.program
     with silence():
-        proto = _convert(capture(model, input_shape))
-    described = {**metadata, **_how_to_feed(input_shape, preprocess)}
+        proto = _convert(program if program is not None else capture(model, job.input_shape))
     _tidy_(proto)
-    onnx.helper.set_model_props(proto, described)
+    if program is not None:
+        make_integer_(proto)
+    words = job.words()
+    onnx.helper.set_model_props(proto, words)
     data = proto.SerializeToString()
     path = Path(path)
-    _write(path, data)
-    return Artifact(path, len(data), OPSET, described)
+    write(path, data)
+    return Artifact(path, len(data), words, left, program)
+
+
+def open_onnx(path: str | Path, threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
+    """Loads the file into onnxruntime and returns a function from float32 examples [n, ...] to its first output.
+
+    Args:
+        path: the file.
+        threads: how many it computes on; 0 lets onnxruntime choose.
+
+    Raises:
+        ExportError: if the file cannot be loaded; the function, if it cannot be run.
+    """
+    ort = require("onnxruntime")["onnxruntime"]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # its errors come back as exceptions, no need to print them too
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has a dozen exception types without a common base
+        raise ExportError(f"export: onnxruntime cannot load {path}: {_first_line(error)}; export it again") from error
+    name = session.get_inputs()[0].name
+
+    def run(x: np.ndarray) -> np.ndarray:
+        try:
+            found: np.ndarray = session.run(None, {name: x})[0]
+        except Exception as error:
+            said, wanted = _first_line(error), session.get_inputs()[0].shape
+            raise ExportError(
+                f"export: onnxruntime cannot run {path} on {list(x.shape)}: {said}; the file takes {wanted}"
+            ) from error
+        return found
+
+    return run
 
 
 def _convert(program: torch.export.ExportedProgram) -> Any:
     """Translates a captured graph to an ONNX model message."""
     try:
         converted = torch.onnx.export(
-            program, (), dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT], verbose=False
+            program,
+            (),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            verbose=False,
+            custom_translation_table=_translations(),
         )
     except Exception as error:
         found = re.search(r"OpOverload\(op='([^']+)'", _whole_message(error))
@@ -89,15 +110,27 @@ def _convert(program: torch.export.ExportedProgram) -> Any:
     return converted.model_proto
 
 
-def _how_to_feed(input_shape: tuple[int, ...], preprocess: Preprocess) -> dict[str, str]:
-    """Says in the file's own words what a device must do with a raw example."""
-    how = "float32 [N, *input_shape]: bytes / 255 (floats as they are), then (x - mean) / std per channel if given"
+def _translations() -> dict[Any, Any]:
+    """Of the operations that torch's exporter translates wrongly or not at all."""
+    if not hasattr(torch.ops.quantized_decomposed, "quantize_per_tensor"):
+        return {}  # a float model
+    require("onnxscript")
+    from onnxscript import opset18, opset21
+    from onnxscript.function_libs.torch_lib.ops.quantized_decomposed import quantized_decomposed_quantize_per_tensor
+
+    def quantize(x: Any, scale: float, zero: int, low: int, high: int, dtype: int) -> Any:
+        if high - low < 255:  # ONNX saturates at the ends of the type alone
+            ends = (opset18.Constant(value_float=(end - zero) * scale) for end in (low, high))
+            x = opset18.Clip(x, *ends)
+        return quantized_decomposed_quantize_per_tensor(x, scale, zero, low, high, dtype)
+
+    def groups(codes: Any, scales: Any, zeros: Any, low: int, high: int, dtype: int, group: int, to: int = 1) -> Any:
+        return opset21.DequantizeLinear(codes, scales, axis=1, block_size=group)
+
+    ops = torch.ops.quantized_decomposed
     return {
-        "fedpress_version": fedpress.__version__,
-        "input": how,
-        "input_shape": json.dumps(list(input_shape)),
-        "mean": json.dumps(list(preprocess.mean)),
-        "std": json.dumps(list(preprocess.std)),
+        ops.quantize_per_tensor.default: quantize,
+        ops.dequantize_per_channel_group.default: groups,
     }
 
 
@@ -118,26 +151,6 @@ def _tidy_(proto: Any) -> None:
     proto.ir_version = min(proto.ir_version, MAX_IR_VERSION)
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Writes `data` beside `path`, then renames, so that no half file is ever seen."""
-    part = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        if part:
-            Path(part).unlink(missing_ok=True)
-        reason = error.strerror or error
-        raise ExportError(
-            f"export: cannot write {len(data)} bytes to {path}: {reason}; free space or choose another --out"
-        ) from error
-
-
 def _whole_message(error: BaseException | None) -> str:
     """Joins the messages of an error and of all its causes."""
     parts = []
@@ -145,3 +158,7 @@ def _whole_message(error: BaseException | None) -> str:
         parts.append(str(error))
         error = error.__cause__
     return "\n".join(parts)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

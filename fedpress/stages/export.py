@@ -9,70 +9,111 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor
 
-from fedpress.deploy import Artifact, accuracy, export_onnx, latency, parity
+from fedpress import deploy
+from fedpress.deploy import FORMATS, Artifact, Job
+from fedpress.errors import DataError, did_you_mean
 from fedpress.folder import StageFolder
+from fedpress.seeds import generator
 from fedpress.state import Name, State, Tick
+
+BATCH = 64
 
 
 class ExportStage(BaseModel):
-    """`[[stage]] kind = "export"`: an ONNX file, compared with the model on real test images."""
+    """`[[stage]] kind = "export"`: a file that a device runs, compared with the model on real test images."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["export"]
     name: Name = "export"
-    format: Literal["onnx"] = "onnx"
+    format: str = Field("onnx", description=f"one of {', '.join(FORMATS)}")
+    int8: bool = Field(False, description="compute on 8-bit integers; float layers are rounded too")
+    weight_bits: Literal[7, 8] = Field(8, description="of layers that are float till now; 7 on AVX2 without VNNI")
+    calibration: int = Field(256, ge=1, description="public examples that the ranges of int8 are taken from")
     parity_examples: int = Field(256, ge=1, description="test images on which artifact and model are compared")
+
+    @field_validator("format")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in FORMATS:
+            raise ValueError(f"no format '{name}'{did_you_mean(name, list(FORMATS))}; use one of {', '.join(FORMATS)}")
+        return name
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
         """Exports the untrained model and throws the file away: what cannot be exported is refused before the run.
 
         Raises:
-            ExportError: if the model cannot be exported.
+            ExportError: if the model cannot be exported, or packages are missing.
+            DataError: if int8 has no public examples to take ranges from.
         """
         with tempfile.TemporaryDirectory() as folder:
-            artifact = self._export(state, Path(folder) / "model.onnx")
-        return state, {"format": self.format, "file_bytes": artifact.file_bytes}
+            artifact = self._export(state, Path(folder) / f"model{FORMATS[self.format].suffix}", few=True)
+        return state, {"format": self.format, "file_bytes": artifact.file_bytes, "left_float": artifact.left}
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
-        """Exports, compares with torch on real images, and measures accuracy and latency in onnxruntime."""
-        yield Tick(0, 4, "writing ONNX")
-        path = folder.run.path / "artifacts" / ("model.onnx" if self.name == "export" else f"{self.name}.onnx")
+        """Exports, compares with torch on real images, and measures accuracy and latency in the file's runtime."""
+        row = FORMATS[self.format]
+        yield Tick(0, 4, f"writing {row.suffix}")
+        stem = "model" if self.name == "export" else self.name
+        path = folder.run.path / "artifacts" / f"{stem}{row.suffix}"
         path.parent.mkdir(exist_ok=True)
         model = state.model.to("cpu")
         artifact = self._export(state, path)
         yield Tick(1, 4, "comparing with torch")
         test = state.data.test
         x = state.data.preprocess(test.x[: self.parity_examples])
-        same = parity(model, path, x)
+        if artifact.program is None:
+            same = deploy.parity(model, path, x)
+        else:
+            same = deploy.parity(artifact.program, path, x, tolerance=deploy.ROUNDING)
+        share_of_model = deploy.agreement(deploy.logits(model, x), deploy.file_logits(path, x))
         yield Tick(2, 4, "measuring accuracy")
-        share = accuracy(path, test.x, test.y, state.data.preprocess)
+        share = deploy.accuracy(path, test.x, test.y, state.data.preprocess)
         yield Tick(3, 4, "measuring latency")
-        time = latency(path, state.spec.input_shape)
+        time = deploy.latency(path, state.spec.input_shape)
         yield Tick(4, 4)
         facts: dict[str, Any] = {
             "artifact": f"artifacts/{path.name}",
+            "format": self.format,
+            "int8": self.int8,
             "file_bytes": artifact.file_bytes,
             "accuracy": share,
             "latency_ms": time.median_ms,
             "latency_p10_ms": time.p10_ms,
             "latency_p90_ms": time.p90_ms,
-            "runtime": "onnxruntime",
+            "runtime": row.runtime,
+            "left_float": artifact.left,
             "parity": {
                 "max_abs_error": same.max_abs_error,
                 "same_argmax_share": same.same_argmax_share,
+                "same_argmax_as_model": share_of_model,
                 "examples": same.examples,
             },
         }
         return replace(state, model=model, facts=facts)
 
-    def _export(self, state: State, path: Path) -> Artifact:
-        return export_onnx(
-            state.model,
-            path,
+    def _export(self, state: State, path: Path, *, few: bool = False) -> Artifact:
+        job = Job(
             input_shape=state.spec.input_shape,
             preprocess=state.data.preprocess,
             metadata={"class_names": json.dumps(state.data.class_names)},
+            batches=self._batches(state, few=few) if self.int8 else (),
+            weight_bits=self.weight_bits,
         )
+        return deploy.export(state.model, path, self.format, job)
+
+    def _batches(self, state: State, *, few: bool) -> tuple[Tensor, ...]:
+        """Draws public examples: ranges of private ones would have to be charged to the ledger."""
+        public = state.data.public
+        if not len(public):
+            raise DataError(
+                "export.int8: ranges are taken from public examples, but the public part is empty; set "
+                "data.public_share, or int8 = false"
+            )
+        order = torch.randperm(len(public), generator=generator(state.seed, "export", self.name))
+        taken = public.take(order[: 2 if few else self.calibration])
+        return state.data.preprocess(taken.x).split(BATCH)

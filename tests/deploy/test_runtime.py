@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpress.arrays import Preprocess
-from fedpress.deploy import accuracy, export_onnx, latency, parity
+from fedpress.deploy import Job, accuracy, export_onnx, latency, parity
 from fedpress.errors import ExportError
 
 SHAPE = (1, 6, 6)
@@ -25,7 +25,7 @@ def small_net(width: int = 11) -> nn.Module:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     model, path = small_net(), tmp_path_factory.mktemp("deploy") / "model.onnx"
-    export_onnx(model, path, input_shape=SHAPE, preprocess=PREPROCESS, metadata={})
+    export_onnx(model, path, Job(SHAPE, PREPROCESS))
     return model, path
 
 
@@ -71,7 +71,7 @@ def test_large_logits_are_compared_relative_to_their_scale(tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
     with torch.no_grad():
         model[1].weight.mul_(1e5)
-    export_onnx(model, tmp_path / "m.onnx", input_shape=SHAPE, preprocess=PREPROCESS, metadata={})
+    export_onnx(model, tmp_path / "m.onnx", Job(SHAPE, PREPROCESS))
     assert parity(model, tmp_path / "m.onnx", torch.randn(50, *SHAPE)).same_argmax_share == 1.0
 
 
@@ -94,7 +94,7 @@ def test_latency_is_an_ordered_spread_that_grows_with_the_work(exported, tmp_pat
                 x = torch.softmax(x, -1)
             return x.mean(-1)
 
-    export_onnx(Slow(), tmp_path / "slow.onnx", input_shape=SHAPE, preprocess=PREPROCESS, metadata={})
+    export_onnx(Slow(), tmp_path / "slow.onnx", Job(SHAPE, PREPROCESS))
     quick, slow = latency(exported[1], SHAPE, seconds=0.2), latency(tmp_path / "slow.onnx", SHAPE, seconds=0.2)
     assert 0 < quick.p10_ms <= quick.median_ms <= quick.p90_ms
     assert quick.runs >= 10

@@ -1,0 +1,99 @@
+"""The kinds of artifacts, a table: what writes each, what runs it, and what must be installed.
+
+To add one: a module beside this one with `export(model, path, job) -> Artifact` and `open(path, threads)`, which
+returns a function from float32 [n, ...] to logits; and one row below. Parity, accuracy, latency, the export stage and
+measure read the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from fedpress.deploy.artifact import Artifact, Job
+from fedpress.deploy.onnx import export_onnx, open_onnx
+from fedpress.errors import ExportError, did_you_mean
+
+Runner = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of artifact.
+
+    Attributes:
+        suffix: of its files, which is how a file is recognised.
+        runtime: the program that runs it here.
+        packages: Python packages to import.
+        install: what pip must be given to have them.
+        export: writes a model.
+        open: loads a file on so many threads (0: as the runtime likes).
+        batch: the one batch size that its files take; None if any.
+    """
+
+    suffix: str
+    runtime: str
+    packages: tuple[str, ...]
+    install: str
+    export: Callable[[nn.Module, Path, Job], Artifact]
+    open: Callable[[Path, int], Runner]
+    batch: int | None = None
+
+    def missing(self) -> str | None:
+        """Returns the command that installs what is missing; None if everything is there."""
+        lacks = [name for name in self.packages if find_spec(name) is None]
+        return f"pip install {self.install}" if lacks else None
+
+
+FORMATS: dict[str, Format] = {
+    "onnx": Format(
+        ".onnx", "onnxruntime", ("onnx", "onnxscript", "onnxruntime"), "onnx onnxscript onnxruntime",
+        export_onnx, open_onnx,
+    ),
+}  # fmt: skip
+
+
+def export(model: nn.Module, path: str | Path, format: str, job: Job) -> Artifact:
+    """Writes `model` as one of `FORMATS`.
+
+    Raises:
+        ExportError: if there is no such format, its packages are missing (with the command that installs them), or
+            the model cannot be exported.
+    """
+    if format not in FORMATS:
+        raise ExportError(
+            f"export.format: no format '{format}'{did_you_mean(format, list(FORMATS))}; use one of {', '.join(FORMATS)}"
+        )
+    row = FORMATS[format]
+    if command := row.missing():
+        raise ExportError(f"export.format: '{format}' needs packages that are missing; run `{command}`")
+    return row.export(model, Path(path), job)
+
+
+def of_file(path: str | Path) -> Format:
+    """Returns the row of a file by its suffix.
+
+    Raises:
+        ExportError: if no format has this suffix, or what runs it is not installed.
+    """
+    row = next((row for row in FORMATS.values() if Path(path).suffix == row.suffix), None)
+    if row is None:
+        known = ", ".join(row.suffix for row in FORMATS.values())
+        raise ExportError(f"export: {path} is no file that can be run here; give one that ends in {known}")
+    if command := row.missing():
+        raise ExportError(f"export: {row.runtime} is not installed to run {path}; run `{command}`")
+    return row
+
+
+def open_file(path: str | Path, *, threads: int = 0) -> Runner:
+    """Loads an artifact and returns a function from float32 examples [n, *input_shape] to logits.
+
+    Raises:
+        ExportError: if it cannot be loaded.
+    """
+    return of_file(path).open(Path(path), threads)

@@ -1,0 +1,189 @@
+"""An exported graph takes the form in which onnxruntime finds its integer kernels, and holds codes in few bits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+SMALL = (("INT2", 2, 25), ("INT4", 4, 21))
+"""Types for codes of few bits: name, bits, and the first opset that has it."""
+
+
+def make_integer_(proto: Any) -> None:
+    """Rewrites `proto` (an ONNX ModelProto with quantize and dequantize nodes) in place; its values stay the same.
+
+    Biases become int32 on the grid of the products, as the integer kernels add them. Means over the whole image
+    become GlobalAveragePool, for which there is a kernel. Weights that float arithmetic reads are written as a
+    product, which onnxruntime computes once when it loads the file; a dequantized constant it would make anew on each
+    run. Codes that fit are stored as INT4 or INT2 behind a Cast, which it computes once too: so 4-bit and ternary
+    weights make the file small and still run on 8-bit kernels.
+    """
+    graph = _Graph(proto.graph)
+    _pool_means_(graph)
+    _round_biases_(graph)
+    _multiply_out_(graph)
+    bits, opset = _shrink_codes_(graph)
+    graph.write_()
+    if bits:
+        proto.opset_import[0].version = max(proto.opset_import[0].version, opset)
+        proto.ir_version = max(proto.ir_version, 13 if opset >= 25 else 10)
+
+
+class _Graph:
+    """The nodes and constants of a graph, with who makes and who reads each value."""
+
+    def __init__(self, proto: Any) -> None:
+        import onnx
+
+        self.onnx, self.proto = onnx, proto
+        self.nodes = list(proto.node)
+        self.constants = {t.name: t for t in proto.initializer}
+        self.makers = {name: n for n in self.nodes for name in n.output}
+        self.reads = Counter(name for n in self.nodes for name in n.input)
+        self.reads.update(value.name for value in proto.output)
+
+    def readers(self, name: str) -> Iterator[Any]:
+        return (n for n in self.nodes if name in n.input)
+
+    def made_by(self, name: str, op: str) -> Any | None:
+        node = self.makers.get(name)
+        return node if node is not None and node.op_type == op else None
+
+    def array(self, name: str) -> np.ndarray | None:
+        return self.onnx.numpy_helper.to_array(self.constants[name]) if name in self.constants else None
+
+    def add(self, name: str, value: np.ndarray) -> str:
+        self.constants[name] = self.onnx.numpy_helper.from_array(value, name)
+        return name
+
+    def node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> Any:
+        return self.onnx.helper.make_node(op, inputs, [output], **attributes)
+
+    def put(self, old: Any, new: list[Any]) -> None:
+        """Puts nodes in the place of one."""
+        at = next(i for i, n in enumerate(self.nodes) if n is old)
+        self.nodes[at : at + 1] = new
+        self.makers.update({name: n for n in new for name in n.output})
+
+    def write_(self) -> None:
+        read = {name for n in self.nodes for name in n.input} | {v.name for v in self.proto.output}
+        del self.proto.node[:], self.proto.initializer[:]
+        self.proto.node.extend(self.nodes)
+        self.proto.initializer.extend(t for name, t in self.constants.items() if name in read)
+
+
+def _attribute(node: Any, name: str, default: int) -> int:
+    return next((a.i for a in node.attribute if a.name == name), default)
+
+
+def _pool_means_(graph: _Graph) -> None:
+    """Dequantize -> ReduceMean over all places -> quantize becomes dequantize -> GlobalAveragePool -> quantize."""
+    for mean in [n for n in graph.nodes if n.op_type == "ReduceMean" and len(n.input) == 2]:
+        axes = graph.array(mean.input[1])
+        readers = [*graph.readers(mean.output[0])]
+        rounded = readers[0] if len(readers) == 1 and readers[0].op_type == "QuantizeLinear" else None
+        known = axes is not None and sorted(axes.tolist()) in ([2, 3], [-2, -1])
+        if rounded is None or not known or graph.made_by(mean.input[0], "DequantizeLinear") is None:
+            continue
+        if axes is not None and min(axes.tolist()) < 0 and not _attribute(mean, "keepdims", 1):
+            continue
+        out, codes = mean.output[0], rounded.output[0]
+        graph.put(mean, [graph.node("GlobalAveragePool", [mean.input[0]], out)])
+        if not _attribute(mean, "keepdims", 1):  # the codes are flattened: between pool and rounding it would hinder
+            wide = graph.node("QuantizeLinear", [out, *rounded.input[1:]], codes + "_wide")
+            graph.put(rounded, [wide, graph.node("Flatten", [codes + "_wide"], codes)])
+
+
+def _round_biases_(graph: _Graph) -> None:
+    """The float bias of a Gemm becomes int32; of a Conv onnxruntime does that itself."""
+    for gemm in [n for n in graph.nodes if n.op_type == "Gemm" and len(n.input) == 3]:
+        x, w = (graph.made_by(name, "DequantizeLinear") for name in gemm.input[:2])
+        bias = graph.array(gemm.input[2])
+        if x is None or w is None or bias is None or _is_blocked(w):
+            continue
+        steps = [graph.array(n.input[1]) for n in (x, w)]
+        if steps[0] is None or steps[1] is None:
+            continue
+        scale = np.broadcast_to((steps[0] * steps[1]).astype(np.float32), bias.shape).copy()
+        codes = np.round(bias.astype(np.float64) / scale)
+        if np.abs(codes).max(initial=0) >= 2**31:
+            continue
+        name = gemm.input[2]
+        held, step = graph.add(f"{name}_codes", codes.astype(np.int32)), graph.add(f"{name}_scale", scale)
+        made = graph.node("DequantizeLinear", [held, step], f"{name}_{gemm.output[0]}", axis=0)
+        gemm.input[2] = made.output[0]
+        graph.put(gemm, [made, gemm])
+
+
+def _is_blocked(node: Any) -> bool:
+    return _attribute(node, "block_size", 0) > 0
+
+
+def _multiply_out_(graph: _Graph) -> None:
+    """The weight of a layer whose input is float: Cast, Mul."""
+    for made in [n for n in graph.nodes if n.op_type == "DequantizeLinear"]:
+        codes, scales = (graph.array(name) for name in made.input[:2])
+        if codes is None or scales is None or codes.dtype != np.int8:
+            continue
+        layers = [n for n in graph.readers(made.output[0]) if n.op_type in ("Conv", "Gemm", "MatMul")]
+        if not _is_blocked(made) and any(graph.made_by(n.input[0], "DequantizeLinear") for n in layers):
+            del made.input[2:]  # zero points of zeros
+            continue
+        name, block = made.output[0], _attribute(made, "block_size", 0)
+        if block:
+            shape = [len(codes), -1, block]
+            rows = graph.add(f"{name}_step", scales[:, :, None])
+            codes = codes.reshape(shape)
+        else:
+            axis = _attribute(made, "axis", 1)
+            rows = graph.add(f"{name}_step", scales.reshape([-1 if i == axis else 1 for i in range(codes.ndim)]))
+        held = graph.add(made.input[0], np.ascontiguousarray(codes))
+        steps = [
+            graph.node("Cast", [held], f"{name}_float", to=graph.onnx.TensorProto.FLOAT),
+            graph.node("Mul", [f"{name}_float", rows], f"{name}_grouped" if block else name),
+        ]
+        if block:
+            whole = graph.add(f"{name}_shape", np.array([len(codes), -1], np.int64))
+            steps.append(graph.node("Reshape", [f"{name}_grouped", whole], name))
+        graph.put(made, steps)
+
+
+def _shrink_codes_(graph: _Graph) -> tuple[int, int]:
+    """Stores int8 codes that fit in 2 or 4 bits so; returns the fewest bits and the opset that all need, or zeros."""
+    used: list[tuple[int, int]] = []
+    front = []
+    for name, tensor in [*graph.constants.items()]:
+        if tensor.data_type != graph.onnx.TensorProto.INT8 or not tensor.dims:
+            continue
+        codes = graph.onnx.numpy_helper.to_array(tensor)
+        low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
+        fits = next((row for row in SMALL if -(2 ** (row[1] - 1)) <= low and high < 2 ** (row[1] - 1)), None)
+        if fits is None or codes.size < 16:
+            continue
+        kind, bits, opset = fits
+        small = graph.onnx.TensorProto(
+            name=f"{name}_int{bits}", dims=tensor.dims, data_type=getattr(graph.onnx.TensorProto, kind),
+            raw_data=packed(codes, bits),
+        )  # fmt: skip
+        del graph.constants[name]
+        graph.constants[small.name] = small
+        front.append(graph.node("Cast", [small.name], name, to=graph.onnx.TensorProto.INT8))
+        used.append((bits, opset))
+    graph.nodes[:0] = front
+    return (min(b for b, _ in used), max(o for _, o in used)) if used else (0, 0)
+
+
+def packed(codes: np.ndarray, bits: int) -> bytes:
+    """Packs whole numbers into `bits` (2 or 4) each, the first in the lowest bits, as ONNX does.
+
+    >>> packed(np.array([1, -1, 0], np.int8), 4).hex()
+    'f100'
+    """
+    each = 8 // bits
+    flat = codes.reshape(-1).astype(np.int8).view(np.uint8) & (2**bits - 1)
+    flat = np.pad(flat, (0, -len(flat) % each)).reshape(-1, each)
+    shifts = np.arange(each, dtype=np.uint8) * np.uint8(bits)
+    return np.bitwise_or.reduce(flat << shifts, axis=1).astype(np.uint8).tobytes()
