@@ -107,7 +107,7 @@ def test_the_teacher_is_the_model_before_the_cut(whole, tmp_path):
     assert not torch.equal(other["head.weight"], told["head.weight"])
 
 
-@pytest.mark.parametrize("ticks", [1, 5, 7])
+@pytest.mark.parametrize("ticks", [1, 6])
 def test_killed_and_resumed_gives_the_same_bits(whole, tmp_path, ticks):
     path = tmp_path / "run"
     events = begun(path)

@@ -11,32 +11,47 @@ from fedpress.folder import RunFolder
 from fedpress.models import load_model
 from fedpress.stages import PackStage
 
-PACK = '[[stage]]\nkind = "pack"\n[[stage]]\nkind = "pack"\nname = "again"\n'
+RECIPE = """
+[data]
+source = "digits"
+num_clients = 3
+examples_per_client = 60
+[model]
+architecture = "mlp"
+arguments = { in_features = 64, hidden = [8] }
+[[stage]]
+kind = "train"
+epochs = 1
+[[stage]]
+kind = "pack"
+[[stage]]
+kind = "pack"
+name = "again"
+"""
 
 
-def recipe_of(tiny):
-    text = tiny[: tiny.rindex("[[stage]]")]  # without federation
-    return recipes.load(text + PACK)
-
-
-@pytest.fixture(scope="module")
-def run(tiny, tmp_path_factory):
-    path = tmp_path_factory.mktemp("pack") / "run"
-    recipe = recipe_of(tiny)
-    for _ in runs.execute(recipe, RunFolder.create(path, tiny, runs.settings(recipe)), runs.load_data(recipe)):
+def execute(path, reuse=None):
+    recipe = recipes.load(RECIPE)
+    folder = RunFolder.create(path, RECIPE, runs.settings(recipe))
+    for _ in runs.execute(recipe, folder, runs.load_data(recipe), reuse=reuse):
         pass
     return path
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return execute(tmp_path_factory.mktemp("pack") / "run")
+
+
 def test_the_stage_leaves_a_packed_file_with_the_same_bits(run):
-    line = json.loads((run / "result.json").read_text())["stages"][2]
+    line = json.loads((run / "result.json").read_text())["stages"][1]
     file = run / line["artifact"]
     assert file.name == "model.packed.safetensors"
     assert line["verified"] is True
     assert line["float_layers"] == {}
     assert line["file_bytes"] == file.stat().st_size == sum(line["packed_bytes"].values())
     spec, model = storage.load(file)
-    known, twin = load_model(run / "stages" / "2-pack")
+    known, twin = load_model(run / "stages" / "1-pack")
     assert spec == known
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
 
@@ -46,18 +61,16 @@ def test_each_pack_stage_has_a_file_of_its_own(run):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_another_run_takes_the_file_over(run, tiny, tmp_path):
-    recipe = recipe_of(tiny)
-    folder = RunFolder.create(tmp_path / "other", tiny, runs.settings(recipe))
-    for _ in runs.execute(recipe, folder, runs.load_data(recipe), reuse=RunFolder.open(run)):
-        pass
+def test_another_run_takes_the_file_over(run, tmp_path):
+    execute(tmp_path / "other", RunFolder.open(run))
     name = "artifacts/model.packed.safetensors"
     assert (tmp_path / "other" / name).read_bytes() == (run / name).read_bytes()
 
 
-def test_what_cannot_be_rebuilt_is_refused_before_the_run(tiny):
-    recipe = recipe_of(tiny)
+def test_what_cannot_be_rebuilt_is_refused_before_the_run():
+    recipe = recipes.load(RECIPE)
+    assert [line["kind"] for line in runs.check(recipe, runs.load_data(recipe))] == ["train", "pack", "pack"]
     state = runs.start(recipe, runs.load_data(recipe))
     state.model.register_buffer("extra", torch.zeros(3))
-    with pytest.raises(ModelError, match="pack: the spec builds another network \\('extra' differs\\)"):
+    with pytest.raises(ModelError, match=r"pack: the spec builds another network \('extra' differs\)"):
         PackStage(kind="pack").check(state)

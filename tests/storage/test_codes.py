@@ -23,7 +23,7 @@ def loud(outs, ins, *, seed=0, spread=1.0):
     return torch.from_numpy(np.clip(np.rint(chance.normal(size=(outs, ins, 9)) * scale), -127, 127).astype(np.int8))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(shapes=SHAPES, seed=st.integers(0, 99), most=st.sampled_from([0, 1, 7, 128]))
 def test_codes_of_any_shape_come_back(shapes, seed, most):
     chance = np.random.default_rng(seed)
@@ -55,7 +55,7 @@ def test_the_same_codes_give_the_same_bytes():
     assert shrink_codes([loud(32, 16)]) == shrink_codes([loud(32, 16)])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(at=st.integers(0, 10_000), byte=st.integers(0, 255), cut=st.booleans())
 def test_damage_is_a_wire_error_or_other_codes(at, byte, cut):
     data = bytearray(DATA)

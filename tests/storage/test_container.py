@@ -49,14 +49,14 @@ def test_every_cut_is_found():
             container.read(DATA[:size], "x")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(st.binary(max_size=300))
 def test_noise_is_no_packed_model(noise):
     with pytest.raises(ModelError, match=r"^x: "):
         container.read(noise, "x")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(st.binary(max_size=30), st.integers(0, 1 << 62))
 def test_headers_that_promise_much_take_no_memory(rest, size):
     promised = {"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}

@@ -21,7 +21,7 @@ def same_bits(a, b):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(raw=st.binary(max_size=400), zeros=st.booleans())
 def test_any_bits_come_back(kind, raw, zeros):
     raw = bytes(kind.itemsize * 7 if zeros else 0) + raw
@@ -56,18 +56,18 @@ def test_zeros_take_almost_nothing():
     assert len(shrink_floats(values)) < len(shrink_floats(dense)) + mask_bits / 8 * 1.05 + 40
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(at=st.integers(0, 10_000), byte=st.integers(0, 255), cut=st.booleans())
 def test_damage_is_a_wire_error_or_other_values(at, byte, cut):
-    values = torch.zeros(3_000)
-    values[::7] = torch.arange(429) / 7
+    values = torch.zeros(1_000)
+    values[::7] = torch.arange(143) / 7
     data = bytearray(shrink_floats(values))
     data[at % len(data)] = byte
     if cut:
         del data[at % len(data) :]
     with suppress(WireError):
-        found = expand_floats(memoryview(bytes(data)), torch.float32, 3_000, "x")
-        assert found.shape == (3_000,)
+        found = expand_floats(memoryview(bytes(data)), torch.float32, 1_000, "x")
+        assert found.shape == (1_000,)
 
 
 @pytest.mark.parametrize("data", [b"", b"\x03", b"\x01", b"\x02\x05"])
