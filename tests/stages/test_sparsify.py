@@ -1,31 +1,14 @@
-import json
-
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from fedpress import recipe as recipes
-from fedpress import run as runs
 from fedpress.errors import DataError, FedpressError, RecipeError
-from fedpress.folder import RunFolder
 from fedpress.models import load_model
 from fedpress.stages import SparsifyStage
 from fedpress.training import Fit, Step, TrainSettings
+from tests.stages.recipes import HEAD, TRAIN, Killed, begun, checked, finish, told, zeros
 
-HEAD = """
-name = "sparse"
-[data]
-source = "digits"
-num_clients = 2
-examples_per_client = 60
-public_share = 0.3
-validation = 60
-[model]
-architecture = "mlp"
-arguments = { in_features = 64, hidden = [48, 30] }
-"""
 SPARSIFY = '[[stage]]\nkind = "sparsify"\nkeep_first = false\nkeep_last = false\nbatch_size = 32\nlr = 0.05\n'
-TRAIN = '[[stage]]\nkind = "train"\nepochs = 1\nbatch_size = 32\nlr = 0.05\n'
 PRUNE = '[[stage]]\nkind = "prune"\nkeep_params = 0.5\ncalibration = 64\n'
 SCHEDULES = {
     "one-shot": "epochs = 2\n",
@@ -33,39 +16,6 @@ SCHEDULES = {
     "rewind": "epochs = 2\nrounds = 2\nrewind_to = 1\n",
     "rigl": "epochs = 3\nevery = 3\nscope = 'erk'\n",
 }
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-def begun(text, path, *, resume=False):
-    recipe = recipes.load(text, ())
-    settings = runs.settings(recipe)
-    folder = RunFolder.resume(path, settings) if resume else RunFolder.create(path, text, settings)
-    return runs.execute(recipe, folder, runs.load_data(recipe))
-
-
-def finish(text, path, **how):
-    for _ in begun(text, path, **how):
-        pass
-    return json.loads((path / "result.json").read_text())
-
-
-def told(path):
-    return [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
-
-
-def checked(text):
-    recipe = recipes.load(text, ())
-    return runs.check(recipe, runs.load_data(recipe))
-
-
-def zeros(path):
-    """Counts the entries and the kept ones of the sparse weights."""
-    spec, model = load_model(path)
-    weights = dict(model.named_parameters())
-    return sum(weights[n].numel() for n in spec.sparse), sum(int((weights[n] != 0).sum()) for n in spec.sparse)
 
 
 def settings(**changes):
