@@ -44,6 +44,9 @@ class TrainSettings(BaseModel):
     )
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
+    bn_penalty: float = Field(
+        default=0.0, ge=0, description="strength of the L1 penalty on batch-norm scales, for the score 'bn_scale'"
+    )
     warmup: float = Field(default=0.2, ge=0, lt=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     ema: float = Field(
@@ -185,7 +188,7 @@ def evaluate(
 
 
 def check(model: nn.Module, settings: TrainSettings, train: Arrays, validation: Arrays, preprocess: Preprocess) -> None:
-    """Finds what would stop a training of `model` later on: no examples, no validation set, wrong image sizes.
+    """Finds what would stop a training of `model` later on: no examples, no validation set, wrong image sizes, no norm.
 
     Raises:
         TrainingError: saying which setting does not fit.
@@ -194,6 +197,8 @@ def check(model: nn.Module, settings: TrainSettings, train: Arrays, validation: 
         raise TrainingError("train: the public part has no examples; set data.public_share or lower data.validation")
     if settings.epochs and settings.patience and not len(validation):
         raise TrainingError("train: patience needs a validation set; set data.validation, or leave patience out")
+    if settings.epochs and settings.bn_penalty:
+        _batch_norm_scales(model)
     for side, _ in settings.image_sizes:
         if train.x.dim() != 4 or side > min(train.x.shape[2:]):
             raise TrainingError(
@@ -247,6 +252,7 @@ class Fit:
         self.helpers = (helpers or nn.Module()).to(device())
         weights = dict(model.named_parameters(remove_duplicate=False))
         self.zeros = [(weights[name], weights[name].detach() == 0) for name in sparse]
+        self.scales = _batch_norm_scales(model) if settings.epochs and settings.bn_penalty else []
         self.average = None
         if settings.ema:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
@@ -370,6 +376,8 @@ class Fit:
         with autocast(self.model, self.settings.precision):
             logits = self.model(x)
         loss = self.objective(self.model, x, logits.float(), y)
+        if self.scales:  # network slimming (Liu et al. 2017, arXiv:1708.06519, eq. 1)
+            loss = loss + self.settings.bn_penalty * torch.stack([scale.abs().sum() for scale in self.scales]).sum()
         loss.backward()
         for parameter, view in self.views:
             view.grad = None if parameter.grad is None else _matrix(parameter.grad, parameter)
@@ -449,6 +457,19 @@ def one_cycle(done: float, warmup: float) -> float:
     if done < warmup:
         return max(done / warmup, 0.02)
     return (1 - done) / (1 - warmup)
+
+
+def _batch_norm_scales(model: nn.Module) -> list[nn.Parameter]:
+    """The scales of the batch norms that train.
+
+    Raises:
+        TrainingError: if there are none.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    scales = [norm.weight for norm in norms if norm.affine and norm.weight.requires_grad]
+    if not scales:
+        raise TrainingError("train: bn_penalty pulls at batch-norm scales, but the model trains none; leave it out")
+    return scales
 
 
 def _hidden(model: nn.Module) -> list[nn.Parameter]:

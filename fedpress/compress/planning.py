@@ -201,16 +201,16 @@ def _unreachable(graph: ChannelGraph, allowed: Sequence[list[int]], target: Targ
     full = target.cost(whole(graph))
     least = target.cost([choice[0] for choice in allowed])
     stay = f" ({len(graph.whole)} modules must stay whole)" if graph.whole else ""
-
     kind = "size" if target.limit else "share"
 
     def shown(cost: float) -> str:
-        return f"{cost:.0f}" if target.limit else f"{ceil(cost / full * 1e4) / 1e4:g}"
+        return f"{cost:.0f}" if target.limit else f"{cost / full:.4g}"
 
     if least > target.wanted:
+        smallest = shown(least if target.limit else ceil(least / full * 1e4) / 1e4 * full)
         return RecipeError(
             f"prune.{target.key}: {shown(target.wanted)} cannot be reached, the smallest {kind} of this model is "
-            f"{shown(least)}{stay}; raise {target.key}, or lower prune.min_keep or prune.round_to"
+            f"{smallest}{stay}; raise {target.key}, or lower prune.min_keep or prune.round_to"
         )
     return RecipeError(
         f"prune.{target.key}: {shown(target.wanted)} cannot be met within the tolerance, the nearest {kind} found is "

@@ -109,7 +109,7 @@ def next_share(
         tolerance: how far below `wanted` is near enough, as a share of it.
 
     Returns:
-        The share; None when one of those tried is near enough, or all tries are used.
+        The share; None when one of those tried is near enough, all tries are used, or the whole network costs less.
 
     >>> round(next_share([(1.0, 8.0)], 4.0), 3)
     0.5
@@ -120,7 +120,9 @@ def next_share(
     if len(tried) > tries or any(cost >= (1 - tolerance) * wanted for _, cost in below):
         return None
     above = [share for share, cost in tried if cost > wanted]
-    high = min(above)  # the whole network costs more, or nobody would ask
+    if not above:
+        return None
+    high = min(above)
     low = max((share for share, _ in below if share < high), default=0.0)
     cost_high = next(cost for share, cost in tried if share == high)
     if not low:
