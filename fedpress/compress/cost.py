@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,6 +41,21 @@ def state_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in unique.values())
 
 
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    *batch, length, width = query
+    return 2 * prod(batch) * length * key[-2] * (width + value[-1])
+
+
+def _recurrent(x: Any, w_ih: Any, w_hh: Any, *_: Any, **__: Any) -> int:
+    return 2 * prod(x[:-1]) * (prod(w_ih) + prod(w_hh))
+
+
+_UNCOUNTED = {  # what torch does not count on a CPU
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten.mkldnn_rnn_layer: _recurrent,
+}
+
+
 @torch.no_grad()
 def macs(model: nn.Module, example: Example) -> int:
     """Counts the multiply-adds of convolutions and matrix products for `example` as given (batch 1: per example).
@@ -51,7 +68,7 @@ def macs(model: nn.Module, example: Example) -> int:
     modes = {m: m.training for m in model.modules()}
     try:
         model.eval()
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
             model(*inputs(example))
     finally:
         for module, mode in modes.items():

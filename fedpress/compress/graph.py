@@ -70,6 +70,11 @@ class SizedNumber:
     length: Length
     multiple: bool
 
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """Module, call and position."""
+        return self.module, self.call, self.position
+
     def right(self, gone: Sequence[int]) -> Number:
         """Returns what it must be when layer i has lost `gone[i]` channels."""
         new = self.length.at(gone)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fedpress.calls import Numbers, set_numbers_
 from fedpress.compress.graph import Example, inputs
@@ -43,9 +45,12 @@ def mask_(model: nn.Module, plan: PruningPlan) -> None:
         ModelError: if the model does not have the tensors of the plan, with room for its indices.
     """
     _check(model, plan.keep)
+    directions = _directions(model)
     for name, axes in plan.keep.items():
         whole = tensor(model, name)
         for axis, kept in axes.items():
+            if directions.get(name) == axis:
+                continue
             gone = torch.ones(whole.shape[axis], dtype=torch.bool)
             gone[list(kept)] = False
             whole.index_fill_(axis, gone.nonzero().flatten().to(whole.device), 0)
@@ -83,6 +88,12 @@ def check_parity(
             f"the pruned network differs from the masked one by {worst:.2g}, more than {tolerance:g}; {cure}"
         )
     return worst
+
+
+def _directions(model: nn.Module) -> dict[str, int]:
+    """Returns the directions of normed weights and the axis of their lengths, which are zeroed: 0 / 0 is no number."""
+    norms: list[tuple[str, Any]] = [(n, m[0]) for n, m in model.named_modules() if isinstance(m, ParametrizationList)]
+    return {f"{name}.original1": norm.dim for name, norm in norms if type(norm).__name__ == "_WeightNorm"}
 
 
 def _check(model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...]]]) -> None:

@@ -140,7 +140,7 @@ def _walk(
     signature = exported.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     owners: list[Owner] = []
-    unused: list[str] = []
+    used: dict[str, bool] = {}  # a shared parameter comes once for each of its names
     values: dict[torch.fx.Node, Any] = {}
     live = _live(exported.graph)
     for node in exported.graph.nodes:
@@ -149,7 +149,8 @@ def _walk(
             axes = tuple(ids.fresh(size) for size in shape)
             name = first_names[names[node.name]]
             owners += [(name, i, axis) for i, axis in enumerate(axes)]
-            unused += [] if node in live or node.name in signature.inputs_to_buffers else [name]
+            if node.name in signature.inputs_to_parameters:
+                used[name] = used.get(name, False) or node in live
             values[node] = Value(shape, axes, zero=True, weights=True)
         elif node.op in ("placeholder", "get_attr"):
             values[node] = Value(shape, (None,) * len(shape))
@@ -166,7 +167,7 @@ def _walk(
             at = node.meta.get("custom", {}).get(TAG)
             ids.call = None if at is None else calls[at]
             values[node] = _call(node, shape, values, ids)
-    return owners, unused
+    return owners, [name for name, use in used.items() if not use]
 
 
 def _live(graph: torch.fx.Graph) -> set[torch.fx.Node]:
@@ -255,7 +256,7 @@ def _graph(
                 s.multiple,
             )
             for s in ids.sized
-            if lengths[id(s.axis)].times and s.call.numbers[s.position] != -1
+            if s.call.numbers[s.position] != -1
         ),
     )
 
@@ -321,8 +322,7 @@ def _slices(
 @torch.no_grad()
 def _without_followers(model: nn.Module, graph: ChannelGraph, arguments: Sequence[Tensor]) -> ChannelGraph:
     """Drops the numbers that follow the tensors by themselves (`x.shape[1] // 2`): found by running smaller copies."""
-    follows: dict[tuple[str, int, int], bool] = {}
-    changed: set[tuple[str, int, int]] = set()  # a number that never had to change says nothing
+    wrong, changed = set[Any](), set[Any]()  # a number that never had to change says nothing
     for step in (1, 2) if graph.numbers else ():
         gone = [(step * i + step) % layer.channels for i, layer in enumerate(graph.layers)]
         small = deepcopy(model).eval()
@@ -336,9 +336,7 @@ def _without_followers(model: nn.Module, graph: ChannelGraph, arguments: Sequenc
             right = number.right(gone)
             if number.position < len(passed):
                 wanted = right if isinstance(right, int) else number.was * right[0] // right[1]
-                key = (number.module, number.call, number.position)
-                follows[key] = follows.get(key, True) and passed[number.position] == wanted
-                if wanted != number.was:
-                    changed.add(key)
-    stay = [n for n in graph.numbers if (k := (n.module, n.call, n.position)) not in changed or not follows[k]]
+                wrong |= {number.place} if passed[number.position] != wanted else set()
+                changed |= {number.place} if wanted != number.was else set()
+    stay = [n for n in graph.numbers if n.place in wrong or (n.length.times and n.place not in changed)]
     return replace(graph, numbers=tuple(stay))

@@ -178,11 +178,16 @@ def permute(ids: Ids, shape: Shape, x: Value, *dims: Any) -> Axes:
 
 @rule("expand", "expand_as", "broadcast_to")
 def expand(ids: Ids, shape: Shape, x: Value, sizes: Any = (), **options: Any) -> Axes:
-    """Copies along new axes and axes of size 1."""
-    axes = elementwise(ids, shape, x)
-    for i, axis in enumerate(axes if isinstance(sizes, list | tuple) else ()):
-        ids.number(i, axis)
-    return axes
+    """Copies along new axes and axes of size 1, which may become fewer copies."""
+    new = len(shape) - len(x.shape)
+    old = (1,) * new + x.shape
+    axes: list[Axis] = list(elementwise(ids, shape, x))
+    for i, size in enumerate(shape):
+        if old[i] == 1 < size:
+            axes[i] = ids.fresh(size)
+        if isinstance(sizes, list | tuple):
+            ids.number(i, axes[i])
+    return tuple(axes)
 
 
 @rule("repeat")
