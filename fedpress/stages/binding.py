@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fedpress import seeds, tree
 from fedpress.arrays import Preprocess
 from fedpress.augment import Augment, augment
+from fedpress.compress.sparse.compact import compact_
 from fedpress.errors import RecipeError
 from fedpress.federate import (
     VALUES,
@@ -209,7 +210,7 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> F
     if not clients:
         raise RecipeError("federate: the data set has no clients; set data.num_clients")
     cohort = Cohort(stage.cohort or len(clients), len(clients), stage.sampling)
-    model = place_(_trainable(copy.deepcopy(state.model), stage.trainable))
+    model = place_(compact_(_trainable(copy.deepcopy(state.model), stage.trainable), state.spec.sparse))
     layout, private = tree.Layout.of(model), stage.privacy
     examples = {name: len(arrays) for name, arrays in clients.items()}
     planned = protect(stage, examples, cohort, layout.shapes)

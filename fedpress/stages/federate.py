@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedpress import tree
+from fedpress.compress.sparse.compact import expand_
 from fedpress.errors import PrivacyError, TrainingError
 from fedpress.federate import RoundRecord
 from fedpress.folder import StageFolder
@@ -87,9 +88,10 @@ class FederateStage(FederateSettings):
         yield Tick(now.round, self.num_rounds, now.stopped or now.note)
         tree.assign_(federation.model, now.params)
         facts = self._facts(state, federation, now)
-        for p in federation.model.parameters():
+        model = expand_(federation.model)
+        for p in model.parameters():
             p.requires_grad_(True)
-        return replace(state, model=federation.model, ledger=now.ledger, facts=facts)
+        return replace(state, model=model, ledger=now.ledger, facts=facts)
 
     def _look(self, model: nn.Module, state: State) -> Evaluation | None:
         """Measures on the public validation set; private data is never looked at without a charge."""

@@ -192,3 +192,37 @@ def test_training_forgets_the_momentum_of_given_entries(optimizer):
 def test_an_error_of_the_stage_is_one_that_a_user_can_act_on():
     with pytest.raises(FedpressError):
         checked(HEAD + SPARSIFY + "density = 0.1\nepochs = 1\nimage_sizes = [[64, 1]]\n")
+
+
+FEDERATE = '[[stage]]\nkind = "federate"\nnum_rounds = 2\nbatch_size = 30\nlr = 0.1\n'
+WAYS = {
+    "plain": "",
+    "momentum": "momentum = 0.9\nserver = { kind = 'adam' }\n",
+    "secure": "sum = 'secure'\nuplink = [{ kind = 'clip', clip_norm = 1.0 }, { kind = 'discretize', bits = 18 }]\n",
+    "sample privacy": "privacy = { unit = 'sample', epsilon = 8.0, delta = 1e-3 }\n",
+    "client privacy": "privacy = { unit = 'client', noise_multiplier = 1.0, clip_norm = 0.5 }\n",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_federated_rounds_keep_the_zeros_and_send_only_the_rest(tmp_path, left, way):
+    dense, sparse = HEAD + FEDERATE + WAYS[way], HEAD + SPARSIFY + "density = 0.1\n" + FEDERATE + WAYS[way]
+    one, two = finish(dense, tmp_path / "dense")["stages"][0], finish(sparse, tmp_path / "sparse")["stages"][1]
+    _, cut = load_model(tmp_path / "sparse" / "stages" / "0-sparsify")
+    spec, model = load_model(tmp_path / "sparse" / "stages" / "1-federate")
+    before, after = dict(cut.named_parameters()), dict(model.named_parameters())
+    assert list(before) == list(after)
+    for name in spec.sparse:
+        assert torch.equal(before[name] == 0, after[name] == 0)
+        assert not torch.equal(before[name], after[name])
+    assert two["bytes_up"] < 0.35 * one["bytes_up"]
+    assert two["bytes_down"] < 0.35 * one["bytes_down"]
+    for promise in ("epsilon", "noise_multiplier"):
+        assert one.get(promise) == two.get(promise)
+    run = begun(sparse, tmp_path / "killed")
+    for _ in range(8):
+        next(run)
+    with pytest.raises(Killed):
+        run.throw(Killed())
+    finish(sparse, tmp_path / "killed", resume=True)
+    assert left(tmp_path / "killed") == left(tmp_path / "sparse")

@@ -147,7 +147,7 @@ def _swap(model: nn.Module, new: Callable[[str, Tensor], Tensor | None]) -> dict
 
 
 def weight_gates(weights: Sequence[Weight], *, generator: torch.Generator, within: Masks | None = None) -> Gates:
-    """Gives every entry of `weights` a gate; those that an earlier mask, `within`, does not keep are closed for good."""
+    """Gives every entry of `weights` a gate; those that `within`, an earlier mask, lacks are closed for good."""
     closed = -1e4
     alphas = []
     for w in weights:
