@@ -22,8 +22,9 @@ from fedpress import compress, deploy, training
 from fedpress.arrays import Arrays
 from fedpress.compress import SCORES, ChannelGraph, Point, PruningPlan, Target
 from fedpress.compress.derivatives import differentiable
+from fedpress.compress.planning import allowed_widths
 from fedpress.compress.sensitivity import DENSITIES
-from fedpress.compress.targets import Cost, bytes_of, next_share
+from fedpress.compress.targets import Cost, bytes_of, next_share, whole
 from fedpress.errors import RecipeError
 from fedpress.folder import StageFolder, write_json
 from fedpress.models import what_pruning_changed
@@ -126,8 +127,8 @@ class PruneStage(BaseModel):
         scope = "global" if self.scope == "sensitivity" else self.scope
         how: dict[str, Any] = {"scope": scope, "round_to": self.round_to, "min_keep": self.min_keep}
         if self.keep_latency is not None:
-            guess = compress.macs_target(graph, self.keep_latency)
-            plan = compress.plan(model, graph, scores, target=guess, tolerance=1.0, **how)
+            guess = self._nearest(graph, graph.macs, self.keep_latency)
+            plan = compress.plan(model, graph, scores, target=guess, **how)
         else:
             plan = compress.plan(model, graph, scores, target=self._target(state, model, graph, 1.0), **how)
         compress.remove_(model, plan)
@@ -195,10 +196,15 @@ class PruneStage(BaseModel):
             cost, wanted = graph.macs, value * compress.macs(state.spec.build_dense(), _example(state)[:1])
         else:
             cost, wanted = graph.parameters, value * state.dense
-        now = start or cost([layer.channels for layer in graph.layers])
+        now = start or cost(whole(graph))
         if key != "max_bytes":
             _check_left(key, value, now * value / wanted)
         return Target(key, cost, now ** (1 - part) * wanted**part, limit=key == "max_bytes")
+
+    def _nearest(self, graph: ChannelGraph, cost: Cost, share: float) -> Target:
+        """Returns the target to come as near as the widths allow to `share` of the cost now, from below."""
+        least = cost([allowed_widths(layer, self.round_to, self.min_keep)[0] for layer in graph.layers])
+        return Target("keep_latency", cost, max(least, share * cost(whole(graph))), limit=True)
 
 
 @dataclass
@@ -318,9 +324,13 @@ class _Work:
             return cut(stage._target(state, model, graph, part, self.start))
         wanted = yield from self._wanted_latency(stage.keep_latency)
         while (share := next_share(self.tried, wanted)) is not None:
+            target = stage._nearest(graph, graph.parameters, share)
+            share = target.wanted / graph.parameters(whole(graph))
+            if any(share == before for before, _ in self.tried):
+                break
             yield self.tick(0, f"measuring the latency at {share:.1%} of the parameters")
             small = copy.deepcopy(model)
-            compress.remove_(small, cut(compress.parameter_target(graph, share)))
+            compress.remove_(small, cut(target))
             self.tried.append((share, _milliseconds(small, state)))
             self.folder.record(latency={"share": share, "ms": self.tried[-1][1]})
             self.save()
@@ -331,15 +341,16 @@ class _Work:
                 f"prune.keep_latency: got {stage.keep_latency:g}, that is {wanted:.3g} ms now, but the fastest cut "
                 f"measured, {share:.1%} of the parameters, takes {ms:.3g} ms; raise keep_latency"
             )
-        return cut(compress.parameter_target(graph, max(fast)))
+        return cut(stage._nearest(graph, graph.parameters, max(fast)))
 
     def _wanted_latency(self, keep: float) -> Generator[Tick, None, float]:
         """Measures the dense network, and the present one; returns the milliseconds that the present cut may take."""
-        yield self.tick(0, "measuring the latency of the dense network")
-        if self.start is None:
-            self.start = _milliseconds(self.state.spec.build_dense().eval(), self.state)
+        yield self.tick(0, "measuring the latency of the uncut network")
         if not self.tried:
             self.tried = [(1.0, _milliseconds(self.model, self.state))]
+        if self.start is None:
+            cut = self.plans or self.state.spec.resized
+            self.start = _milliseconds(self.state.spec.build_dense(), self.state) if cut else self.tried[0][1]
         if not self.plans:
             _check_left("keep_latency", keep, self.tried[0][1] / self.start)
         # Down from the network as the last cut left it, whose share of the way lies behind already.
@@ -402,7 +413,7 @@ def _loss_and_accuracy(model: nn.Module, examples: Arrays, preprocess: Any) -> t
     return loss / len(examples), right / len(examples)
 
 
-def _milliseconds(model: nn.Module, state: State, *, seconds: float = 1.0) -> float:
+def _milliseconds(model: nn.Module, state: State, *, seconds: float = 0.5) -> float:
     """Times `model` in onnxruntime, on one example and one thread: the median."""
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "model.onnx"
