@@ -61,7 +61,7 @@ def start(recipe: Recipe, data: data_sets.FederatedData) -> State:
     else:
         assert recipe.model.architecture is not None
         spec = ModelSpec(architecture=recipe.model.architecture, arguments=recipe.model.arguments, **about)
-        model = spec.build()
+        spec, model = spec.take_in()
     try:
         with torch.inference_mode():
             logits = model.eval()(data.preprocess(examples.x[:2]))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedpress.calls import Numbers, numbers_in, set_numbers_
 from fedpress.errors import ModelError, did_you_mean
 from fedpress.layers import replace_, tensor
+from fedpress.masked import take_in_
 from fedpress.models.plain import CNN, MLP
 from fedpress.models.resnet import resnet18, resnet_small
 from fedpress.quantized import LayerGrids, fold_layers_, quantize_layers_
@@ -70,6 +71,14 @@ class ModelSpec(BaseModel):
 
     def build_dense(self) -> nn.Module:
         """Builds the network as its architecture says, before any pruning."""
+        return self._dense()[0]
+
+    def take_in(self) -> tuple[ModelSpec, nn.Module]:
+        """Builds the network as its architecture says, and notes the zeros of the masks that it comes with."""
+        model, masked = self._dense()
+        return self.model_copy(update={"sparse": masked}), model
+
+    def _dense(self) -> tuple[nn.Module, tuple[str, ...]]:
         builder = _builder(self.architecture)
         arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in self.arguments.items()}
         try:
@@ -78,7 +87,7 @@ class ModelSpec(BaseModel):
             raise ModelError(f"model.arguments: '{self.architecture}' cannot be built: {error}") from error
         if not isinstance(model, nn.Module):
             raise ModelError(f"model: '{self.architecture}' returned {type(model).__name__}; return a torch.nn.Module")
-        return model
+        return model, take_in_(model)
 
 
 def _builder(name: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from fedpress.folder import StageFolder
 from fedpress.stages.export import ExportStage
 from fedpress.stages.federate import FederateStage
+from fedpress.stages.l0 import L0Stage
 from fedpress.stages.pack import PackStage
 from fedpress.stages.prune import PruneStage
 from fedpress.stages.sparsify import SparsifyStage
@@ -37,12 +38,13 @@ class Stage(Protocol):
         ...
 
 
-AnyStage = TrainStage | PruneStage | SparsifyStage | FederateStage | PackStage | ExportStage
+AnyStage = TrainStage | PruneStage | SparsifyStage | L0Stage | FederateStage | PackStage | ExportStage
 
 __all__ = [
     "AnyStage",
     "ExportStage",
     "FederateStage",
+    "L0Stage",
     "PackStage",
     "PruneStage",
     "SparsifyStage",

@@ -31,7 +31,7 @@ from fedpress.compress.sparse import (
 from fedpress.compress.sparse.l0 import Controller, Gates, balance, channel_gates, open_probability, weight_gates
 from fedpress.errors import RecipeError
 from fedpress.folder import StageFolder, write_json
-from fedpress.models import shapes_that_differ
+from fedpress.models import what_pruning_changed
 from fedpress.seeds import derive, generator
 from fedpress.stages.public import calibration
 from fedpress.state import Name, State, Tick
@@ -95,7 +95,7 @@ class L0Stage(TrainSettings):
             graph = _trace(model, state)
             plan = self.plan(model, graph, compress.score(model, graph, "l2"))
             compress.remove_(model, plan)
-            spec = state.spec.model_copy(update={"resized": shapes_that_differ(model, state.spec.build_dense())})
+            spec = state.spec.model_copy(update=what_pruning_changed(model, state.spec.build_dense()))
             return replace(state, spec=spec, model=model), {
                 "density": plan.parameters_after / plan.parameters_before,
                 "channels": ", ".join(f"{c.before}→{c.after}" for c in plan.layers),
@@ -179,7 +179,7 @@ class L0Stage(TrainSettings):
         widths: list[JsonValue] = [{"name": c.name, "before": c.before, "after": c.after} for c in plan.layers]
         folder.record(layers=widths)
         facts |= {"density": plan.parameters_after / plan.parameters_before, "whole_layers": dict(plan.whole)}
-        spec = state.spec.model_copy(update={"resized": shapes_that_differ(pruned, state.spec.build_dense())})
+        spec = state.spec.model_copy(update=what_pruning_changed(pruned, state.spec.build_dense()))
         return replace(state, spec=spec, model=pruned, facts=facts)
 
     def weights(self, model: nn.Module, state: State) -> tuple[Weights, Masks]:
