@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fedpress import training
 from fedpress.arrays import Arrays, Preprocess
 from fedpress.compress import restore_batch_norm_
+from fedpress.compress.sensitivity import Point, sensitivity, weight_unit
 from fedpress.compress.sparse import (
     Masks,
     Movement,
@@ -35,6 +36,8 @@ from fedpress.compress.sparse import (
     score_weights,
     steps_down,
 )
+from fedpress.compress.sparse.levels import level_densities
+from fedpress.compress.sparse.masks import Scope
 from fedpress.compress.sparse.scores import batch_statistics, gradients
 from fedpress.errors import RecipeError
 from fedpress.folder import StageFolder
@@ -44,6 +47,7 @@ from fedpress.state import Name, State, Tick
 from fedpress.training import Fit, Step, TrainSettings
 
 BATCH = 128
+SENSITIVITY = 512  # public examples on which each layer's sensitivity is measured
 FROM_DATA = ("taylor", "fisher", "snip", "grasp")
 
 
@@ -64,8 +68,10 @@ class SparsifyStage(TrainSettings):
         "unstructured", description="'unstructured', N:M such as '2:4', a block such as '4x1', 'filter' or 'channel'"
     )
     score: Literal["magnitude", "lamp", "taylor", "fisher", "snip", "grasp", "movement", "random"] = "magnitude"
-    scope: Literal["global", "uniform", "erk"] = Field(
-        "global", description="one ranking for all layers, one share for each, or larger shares for small layers"
+    scope: Literal["global", "uniform", "erk", "sensitivity"] = Field(
+        "global",
+        description="one ranking for all layers, one share for each, larger shares for small layers, or the shares at "
+        "which every layer costs the same loss",
     )
     densities: dict[str, float] = Field({}, description="instead of a scope: the density of each weight by name")
     schedule: Literal["one-shot", "gradual", "rewind", "rigl"] = "one-shot"
@@ -97,6 +103,8 @@ class SparsifyStage(TrainSettings):
             raise ValueError(
                 "N:M keeps as many in every group: leave densities out and use another schedule than 'rigl'"
             )
+        if own is not None and self.scope == "sensitivity":
+            raise ValueError("N:M keeps as many in every group: leave scope = 'sensitivity' out")
         if self.score == "movement" and self.schedule not in ("gradual", "rewind"):
             raise ValueError("the score 'movement' is summed up while the network trains; use schedule = 'gradual'")
         if self.schedule != "one-shot" and not self.epochs:
@@ -120,7 +128,7 @@ class SparsifyStage(TrainSettings):
             DataError: if there are no public examples to score or train with.
         """
         training.check(state.model, self, state.data.public, state.data.validation, state.data.preprocess)
-        if self.score in FROM_DATA:
+        if self.score in FROM_DATA or self.scope == "sensitivity":
             calibration(state, self.calibration, 0)
         model = copy.deepcopy(state.model)
         weights = self.weights(model, state)
@@ -165,7 +173,7 @@ class SparsifyStage(TrainSettings):
                 seconds=round(seconds, 2),
             )
             work.note_epoch_()
-            folder.save_progress(work.tensors(), {"seconds": seconds, "round": work.round})
+            folder.save_progress(work.tensors(), {"seconds": seconds, **work.facts()})
             note = f"epoch {event.epoch}/{event.epochs}, loss {event.loss:.3f}, density {density:.1%}"
         model = work.fit.result_()
         apply_(work.weights.chosen, work.masks)
@@ -175,6 +183,8 @@ class SparsifyStage(TrainSettings):
             {"name": w.name, "entries": w.size, "kept": int(work.masks[w.name].sum())} for w in work.weights.chosen
         ]
         folder.record(layers=layers)
+        for point in work.points:
+            folder.record(sensitivity=asdict(point))
         facts = _facts(model, work.weights, work.masks)
         return replace(state, spec=_spec(state, work.masks), model=model, facts=facts)
 
@@ -205,10 +215,22 @@ class SparsifyStage(TrainSettings):
             return own
         return sum(self.densities.get(w.name, 1.0) * w.size for w in weights.chosen) / weights.size
 
-    def choose(self, weights: tuple[Weight, ...], scores: dict[str, Tensor], density: float, within: Masks) -> Masks:
-        """Returns the masks of `density` by these settings."""
-        pattern = Pattern.parse(self.pattern)
-        return choose(weights, scores, pattern, density=density, scope=self.densities or self.scope, within=within)
+    def choose(
+        self,
+        weights: tuple[Weight, ...],
+        scores: dict[str, Tensor],
+        density: float,
+        within: Masks,
+        points: Sequence[Point] = (),
+    ) -> Masks:
+        """Returns the masks of `density` by these settings; `points` of the sensitivity, or one ranking without."""
+        if self.densities:
+            scope: Scope | dict[str, float] = self.densities
+        elif self.scope == "sensitivity":
+            scope = level_densities(weights, points, density) if points else "global"
+        else:
+            scope = self.scope
+        return choose(weights, scores, Pattern.parse(self.pattern), density=density, scope=scope, within=within)
 
 
 class _Work:
@@ -227,6 +249,7 @@ class _Work:
         self.rounds = 1 + stage.rounds if stage.schedule == "rewind" else 1
         self.round = 0
         self.early: dict[str, Tensor] = {}
+        self.points: list[Point] = []  # the sensitivity, measured at the first cut
 
     @property
     def steps(self) -> int:
@@ -262,7 +285,16 @@ class _Work:
             self.movement.sums if self.movement else None,
         )
         scores = score_weights(self.stage.score, evidence)
-        self.keep_(self.stage.choose(self.weights.chosen, scores, density, self.masks))
+        if self.stage.scope == "sensitivity" and not self.points:
+            units = [weight_unit(w.name, w.value, scores[w.name]) for w in self.weights.chosen]
+            self.points = list(sensitivity(units, self.measure))
+        self.keep_(self.stage.choose(self.weights.chosen, scores, density, self.masks, self.points))
+
+    def measure(self) -> tuple[float, float]:
+        """Returns the loss and the accuracy on public examples."""
+        some = calibration(self.state, min(self.stage.calibration, SENSITIVITY), self.seed)
+        found = training.evaluate(self.fit.model, some, self.data.preprocess)
+        return found.loss, found.accuracy
 
     def regrow_(self, share: float, step: int) -> None:
         """Moves `share` of each layer's weights to where a fresh batch wants them; they start at 0 without momentum."""
@@ -308,14 +340,19 @@ class _Work:
         out |= {f"early/{name}": value for name, value in self.early.items()}
         return out | ({f"moved/{n}": v for n, v in self.movement.sums.items()} if self.movement else {})
 
+    def facts(self) -> dict[str, Any]:
+        """Returns the JSON part of a checkpoint."""
+        return {"round": self.round, "points": [asdict(point) for point in self.points]}
+
     def load_(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Takes up what `tensors` and the stage's facts gave."""
+        """Takes up what `tensors` and the facts gave."""
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
         self.fit.load_(tensors)
         self.round, self.early = facts["round"], part("early/")
+        self.points = [Point(**point) for point in facts["points"]]
         self.keep_({name: mask.to(training.device()) for name, mask in part("mask/").items()})
         if self.movement:
             for name, value in part("moved/").items():

@@ -102,6 +102,26 @@ def test_every_score_cuts_a_fresh_network(tmp_path, score):
     assert kept == round(0.3 * entries)
 
 
+def test_densities_come_from_the_sensitivity_of_each_layer(tmp_path, left):
+    text = (
+        HEAD + TRAIN + SPARSIFY + "density = 0.3\nscope = 'sensitivity'\nepochs = 2\nschedule = 'gradual'\nevery = 2\n"
+    )
+    finish(text, tmp_path / "run")
+    points = [r["sensitivity"] for r in told(tmp_path / "run") if "sensitivity" in r]
+    assert len(points) == 3 * 6
+    kept = {r["name"]: r["kept"] / r["entries"] for line in told(tmp_path / "run") for r in line.get("layers", ())}
+    assert len({round(share, 2) for share in kept.values()}) > 1
+    entries, count = zeros(tmp_path / "run" / "stages" / "1-sparsify")
+    assert count == round(0.3 * entries)
+    run = begun(text, tmp_path / "killed")
+    for _ in range(14):
+        next(run)
+    with pytest.raises(Killed):
+        run.throw(Killed())
+    finish(text, tmp_path / "killed", resume=True)
+    assert left(tmp_path / "killed") == left(tmp_path / "run")
+
+
 def test_checking_tells_the_density_and_gives_the_model_on_with_its_zeros():
     line = checked(HEAD + SPARSIFY + "density = 0.1\n" + TRAIN)[0]
     assert line["density"] == pytest.approx(0.1, abs=1e-4)
