@@ -99,8 +99,8 @@ def next_share(
     """Says which share of the parameters to try next, so that a measured cost comes down to `wanted`.
 
     The caller cuts, measures, adds (share, cost) to `tried` and asks again: costs that are measured cannot be computed
-    from widths. Between the nearest costs below and above, the logarithms are interpolated, but never nearer to one of
-    the two shares than a tenth of their distance.
+    from widths. The cost is taken for a power of the share between the nearest costs above and below, or, while none
+    is below, from the two lowest above.
 
     Args:
         tried: shares in (0, 1] and their costs, the whole network (1.0, cost) among them.
@@ -111,26 +111,25 @@ def next_share(
     Returns:
         The share; None when one of those tried is near enough, all tries are used, or the whole network costs less.
 
-    >>> round(next_share([(1.0, 8.0)], 4.0), 3)
-    0.5
-    >>> next_share([(1.0, 8.0), (0.5, 3.95)], 4.0) is None
+    >>> round(next_share([(1.0, 8.0)], 4.0), 4)
+    0.4875
+    >>> next_share([(1.0, 8.0), (0.4875, 3.95)], 4.0) is None
     True
     """
     below = [(share, cost) for share, cost in tried if cost <= wanted]
     if len(tried) > tries or any(cost >= (1 - tolerance) * wanted for _, cost in below):
         return None
-    above = [share for share, cost in tried if cost > wanted]
+    above = sorted((share, cost) for share, cost in tried if cost > wanted)
     if not above:
         return None
-    high = min(above)
-    low = max((share for share, _ in below if share < high), default=0.0)
-    cost_high = next(cost for share, cost in tried if share == high)
-    if not low:
-        return high * max(0.25, wanted / cost_high)  # as if cost went with the share
-    cost_low = next(cost for share, cost in tried if share == low)
-    part = log(wanted / cost_low) / log(cost_high / cost_low) if cost_low > 0 else 0.5
-    part = min(max(part, 0.1), 0.9)
-    return exp((1 - part) * log(low) + part * log(high))
+    high, cost_high = above[0]
+    low, cost_low = max((pair for pair in below if pair[0] < high), default=(0.0, 0.0))
+    aim = log((1 - tolerance / 2) * wanted / cost_high)
+    if low and cost_low > 0:
+        part = min(max(aim / log(cost_low / cost_high), 0.1), 0.9)
+        return exp((1 - part) * log(high) + part * log(low))
+    power = log(above[1][1] / cost_high) / log(above[1][0] / high) if len(above) > 1 else 1.0
+    return high * max(exp(aim / min(max(power, 0.25), 4.0)), 0.1)
 
 
 def _checked(key: str, share: float) -> float:
