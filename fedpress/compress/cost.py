@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedpress.compress.graph import Example, inputs
@@ -74,6 +74,32 @@ def macs(model: nn.Module, example: Example) -> int:
         for module, mode in modes.items():
             module.training = mode
     return counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+def activations(model: nn.Module, example: Example) -> int:
+    """Counts the numbers that the innermost modules of `model` give for `example` as given.
+
+    >>> activations(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), torch.zeros(1, 3))
+    4
+    """
+    counts: list[int] = []
+
+    def count(module: nn.Module, args: object, out: object) -> None:
+        counts.extend(t.numel() for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor))
+
+    inner = [m for m in model.modules() if not any(True for _ in m.children())]
+    hooks = [m.register_forward_hook(count) for m in inner]
+    modes = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        model(*inputs(example))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return sum(counts)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from fedpress.deploy.artifact import Artifact, Job
 from fedpress.deploy.formats import FORMATS, Format, export, open_file
+from fedpress.deploy.measure import measure, peak_memory, time_in_turn
 from fedpress.deploy.onnx import export_onnx
 from fedpress.deploy.qdq import QuantizedProgram, quantized_program
 from fedpress.deploy.runtime import ROUNDING, Latency, Parity, accuracy, agreement, file_logits, latency, logits, parity
@@ -22,7 +23,10 @@ __all__ = [
     "file_logits",
     "latency",
     "logits",
+    "measure",
     "open_file",
     "parity",
+    "peak_memory",
     "quantized_program",
+    "time_in_turn",
 ]

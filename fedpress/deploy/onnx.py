@@ -21,6 +21,8 @@ from fedpress.quantized import quantized_layers
 OPSET = 18  # what torch's exporter is written against; every runtime of the last years reads it
 MAX_IR_VERSION = 13  # the newest file format that onnxruntime loads
 INPUT, OUTPUT = "input", "logits"
+WIDE = "wide_weights"  # in the metadata: weights of 8 bits, to be run with EXACT where products add up in 16 bits
+EXACT = "session.x64quantprecision"  # onnxruntime's option; without AVX2, or with VNNI, it changes nothing
 
 
 def export_onnx(model: nn.Module, path: str | Path, job: Job) -> Artifact:
@@ -41,9 +43,9 @@ def export_onnx(model: nn.Module, path: str | Path, job: Job) -> Artifact:
     with silence():
         proto = _convert(program if program is not None else capture(model, job.input_shape))
     _tidy_(proto)
-    if program is not None:
-        make_integer_(proto)
     words = job.words()
+    if program is not None and make_integer_(proto):
+        words[WIDE] = "true"
     onnx.helper.set_model_props(proto, words)
     data = proto.SerializeToString()
     path = Path(path)
@@ -66,8 +68,12 @@ def open_onnx(path: str | Path, threads: int = 0) -> Callable[[np.ndarray], np.n
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # its errors come back as exceptions, no need to print them too
+    cpu = ["CPUExecutionProvider"]
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), options, providers=cpu)
+        if session.get_modelmeta().custom_metadata_map.get(WIDE):
+            options.add_session_config_entry(EXACT, "1")
+            session = ort.InferenceSession(str(path), options, providers=cpu)
     except Exception as error:  # onnxruntime has a dozen exception types without a common base
         raise ExportError(f"export: onnxruntime cannot load {path}: {_first_line(error)}; export it again") from error
     name = session.get_inputs()[0].name

@@ -12,7 +12,10 @@ SMALL = (("INT2", 2, 25), ("INT4", 4, 21))
 """Types for codes of few bits: name, bits, and the first opset that has it."""
 
 
-def make_integer_(proto: Any) -> None:
+NARROW = 63  # 2 * 255 * 63 < 2^15: two products of such codes with bytes add up in 16 bits
+
+
+def make_integer_(proto: Any) -> bool:
     """Rewrites `proto` (an ONNX ModelProto with quantize and dequantize nodes) in place; its values stay the same.
 
     Biases become int32 on the grid of the products, as the integer kernels add them. Means over the whole image
@@ -20,16 +23,20 @@ def make_integer_(proto: Any) -> None:
     product, which onnxruntime computes once when it loads the file; a dequantized constant it would make anew on each
     run. Codes that fit are stored as INT4 or INT2 behind a Cast, which it computes once too: so 4-bit and ternary
     weights make the file small and still run on 8-bit kernels.
+
+    Returns:
+        Whether integer kernels read weights beyond 7 bits, which processors that add products in 16 bits get wrong.
     """
     graph = _Graph(proto.graph)
     _pool_means_(graph)
     _round_biases_(graph)
-    _multiply_out_(graph)
+    wide = _multiply_out_(graph)
     bits, opset = _shrink_codes_(graph)
     graph.write_()
     if bits:
         proto.opset_import[0].version = max(proto.opset_import[0].version, opset)
         proto.ir_version = max(proto.ir_version, 13 if opset >= 25 else 10)
+    return wide
 
 
 class _Graph:
@@ -71,6 +78,9 @@ class _Graph:
     def write_(self) -> None:
         read = {name for n in self.nodes for name in n.input} | {v.name for v in self.proto.output}
         del self.proto.node[:], self.proto.initializer[:]
+        for node in self.nodes:
+            node.name = ""
+        del self.proto.value_info[:]  # shapes that the runtime infers
         self.proto.node.extend(self.nodes)
         self.proto.initializer.extend(t for name, t in self.constants.items() if name in read)
 
@@ -122,8 +132,9 @@ def _is_blocked(node: Any) -> bool:
     return _attribute(node, "block_size", 0) > 0
 
 
-def _multiply_out_(graph: _Graph) -> None:
-    """The weight of a layer whose input is float: Cast, Mul."""
+def _multiply_out_(graph: _Graph) -> bool:
+    """The weight of a layer whose input is float: Cast, Mul; of the others, says whether one is wide."""
+    wide = False
     for made in [n for n in graph.nodes if n.op_type == "DequantizeLinear"]:
         codes, scales = (graph.array(name) for name in made.input[:2])
         if codes is None or scales is None or codes.dtype != np.int8:
@@ -131,6 +142,10 @@ def _multiply_out_(graph: _Graph) -> None:
         layers = [n for n in graph.readers(made.output[0]) if n.op_type in ("Conv", "Gemm", "MatMul")]
         if not _is_blocked(made) and any(graph.made_by(n.input[0], "DequantizeLinear") for n in layers):
             del made.input[2:]  # zero points of zeros
+            if np.abs(codes.astype(np.int16)).max(initial=0) > NARROW:
+                # onnxruntime's way round the overflow needs zero points, of each weight its own.
+                made.input.append(graph.add(f"{made.input[0]}_0", np.zeros(scales.shape, np.int8)))
+                wide = True
             continue
         name, block = made.output[0], _attribute(made, "block_size", 0)
         if block:
@@ -149,6 +164,7 @@ def _multiply_out_(graph: _Graph) -> None:
             whole = graph.add(f"{name}_shape", np.array([len(codes), -1], np.int64))
             steps.append(graph.node("Reshape", [f"{name}_grouped", whole], name))
         graph.put(made, steps)
+    return wide
 
 
 def _shrink_codes_(graph: _Graph) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from fedpress.folder import StageFolder
 from fedpress.stages.export import ExportStage
 from fedpress.stages.federate import FederateStage
 from fedpress.stages.l0 import L0Stage
+from fedpress.stages.measure import MeasureStage
 from fedpress.stages.pack import PackStage
 from fedpress.stages.prune import PruneStage
 from fedpress.stages.sparsify import SparsifyStage
@@ -38,13 +39,14 @@ class Stage(Protocol):
         ...
 
 
-AnyStage = TrainStage | PruneStage | SparsifyStage | L0Stage | FederateStage | PackStage | ExportStage
+AnyStage = TrainStage | PruneStage | SparsifyStage | L0Stage | FederateStage | PackStage | ExportStage | MeasureStage
 
 __all__ = [
     "AnyStage",
     "ExportStage",
     "FederateStage",
     "L0Stage",
+    "MeasureStage",
     "PackStage",
     "PruneStage",
     "SparsifyStage",

@@ -1,0 +1,121 @@
+"""The measure stage: what the model costs in every runtime that is installed, float and on integers."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from fedpress import deploy
+from fedpress.compress import cost
+from fedpress.deploy import FORMATS, Job
+from fedpress.deploy.measure import Subject
+from fedpress.errors import ExportError
+from fedpress.folder import StageFolder, write_json
+from fedpress.seeds import generator
+from fedpress.state import Name, State, Tick
+
+
+class MeasureStage(BaseModel):
+    """`[[stage]] kind = "measure"`: latency, memory and distance to this machine's peak, saved as measure.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["measure"]
+    name: Name = "measure"
+    batches: tuple[int, ...] = Field((1, 64), min_length=1)
+    threads: tuple[int, ...] = Field((1, 2), min_length=1)
+    seconds: float = Field(1.0, gt=0, description="for each runtime at each batch size and number of threads")
+    int8: bool = Field(True, description="also export on integers, with ranges of public examples")
+
+    def check(self, state: State) -> tuple[State, dict[str, Any]]:
+        """Says which runtimes are there; measures nothing."""
+        return state, {"runtimes": ["torch", *(row.runtime for row in FORMATS.values() if row.missing() is None)]}
+
+    def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
+        """Exports to every format and measures all in turn."""
+        yield Tick(0, 1, "measuring in every runtime")
+        model = state.model.to("cpu")
+        order = torch.randperm(len(state.data.public), generator=generator(state.seed, "measure", self.name))
+        public = state.data.preprocess(state.data.public.take(order[:64]).x) if self.int8 and len(order) else None
+        found = measured(
+            model,
+            state.spec.input_shape,
+            calibration=None if public is None else [public],
+            batches=self.batches,
+            threads=self.threads,
+            seconds=self.seconds,
+        )
+        write_json(folder.path / "measure.json", found)
+        yield Tick(1, 1)
+        return replace(state, model=model, facts={"measure": found})
+
+
+def measured(
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    *,
+    calibration: Sequence[Tensor] | None = None,
+    batches: Sequence[int] = (1, 64),
+    threads: Sequence[int] = (1, 2),
+    seconds: float = 1.0,
+) -> dict[str, Any]:
+    """Measures `model` in eager torch, and exported to each format whose packages are installed.
+
+    Args:
+        model: in any mode; left as it was.
+        input_shape: shape of one example.
+        calibration: standardised examples [n, *input_shape] for the integer files; None makes none.
+        batches: batch sizes.
+        threads: numbers of threads.
+        seconds: for each runtime at each of them.
+
+    Returns:
+        parameters, macs, activations, `runtimes` (the records of `deploy.measure`), and `left_out`: what was not
+        measured -> the reason.
+    """
+    one = torch.zeros(1, *input_shape)
+    macs, numbers = cost.macs(model, one), cost.activations(model, one)
+    subjects: dict[str, Subject] = {"torch": model}
+    left_out: dict[str, str] = {}
+    modes = [(module, module.training) for module in model.modules()]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, row in FORMATS.items():
+            for kind, given in (("float32", None), ("int8", calibration)):
+                label = f"{name} {kind}"
+                if kind == "int8" and given is None:
+                    continue
+                path = Path(folder) / f"{kind}{row.suffix}"
+                try:
+                    job = Job(input_shape, batches=tuple(given or ()))
+                    subjects[label] = deploy.export(model, path, name, job).path
+                except ExportError as error:  # one format less is worth telling, not worth stopping
+                    left_out[label] = str(error)
+        try:
+            records = deploy.measure(
+                subjects,
+                input_shape,
+                macs=dict.fromkeys(subjects, macs),
+                activations=dict.fromkeys(subjects, numbers),
+                int8=[label for label in subjects if label.endswith("int8")],
+                batches=batches,
+                threads=threads,
+                seconds=seconds,
+            )
+        finally:
+            for module, training in modes:
+                module.training = training
+    return {
+        "parameters": cost.parameters(model),
+        "macs": macs,
+        "activations": numbers,
+        "runtimes": json.loads(json.dumps(records)),
+        "left_out": left_out,
+    }
