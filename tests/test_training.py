@@ -577,3 +577,45 @@ def test_an_objective_takes_the_place_of_the_cross_entropy():
         for o in (squared, None)
     )
     assert seen[-1] < seen[0] < 1 < plain[0]
+
+
+# --- the penalty on batch-norm scales -----------------------------------------------------------------------------------
+
+
+def test_the_penalty_on_scales_equals_a_plain_loop_with_its_subgradient():
+    s, data, model = settings(bn_penalty=0.02, lr=0.01, precision="float32"), images(), network("resnet")
+    scales = {n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    twin = copy.deepcopy(model).train()
+    fit_all(Fit(model, s, seed=4), data)
+    velocity = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
+    for index, rate in zip(batches(s, len(data), 4), rates(s, len(data)), strict=True):
+        twin.zero_grad()
+        F.cross_entropy(twin(PREPROCESS(data.x[index])), data.y[index]).backward()
+        with torch.no_grad():
+            for name, p in twin.named_parameters():
+                g = p.grad + s.weight_decay * p if p.dim() > 1 else p.grad
+                if name.removesuffix(".weight") in scales:
+                    g = g + 0.02 * p.sign()
+                velocity[name] = s.momentum * velocity[name] + g
+                p -= s.lr * rate * (g + s.momentum * velocity[name])
+    assert_close(model, twin)
+
+
+def test_the_penalty_on_scales_shrinks_them_and_nothing_else_is_needed():
+    def total(penalty):
+        model = network("resnet")
+        fit_all(Fit(model, settings(bn_penalty=penalty, epochs=6), seed=1), images())
+        return sum(m.weight.abs().sum().item() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+    free, weak, strong = total(0.0), total(0.01), total(0.1)
+    assert strong < weak < free
+    assert strong < 0.8 * free
+
+
+def test_a_penalty_on_scales_that_nobody_trains_is_refused():
+    frozen = network("resnet")
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(parameter.dim() > 1)
+    for model in (network("mlp"), frozen):
+        with pytest.raises(TrainingError, match="bn_penalty pulls at batch-norm scales, but the model trains none"):
+            fit_all(Fit(model, settings(bn_penalty=0.1), seed=0), images())
