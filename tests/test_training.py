@@ -579,7 +579,7 @@ def test_an_objective_takes_the_place_of_the_cross_entropy():
     assert seen[-1] < seen[0] < 1 < plain[0]
 
 
-# --- the penalty on batch-norm scales -----------------------------------------------------------------------------------
+# --- the penalty on batch-norm scales ---------------------------------------------------------------------------------
 
 
 def test_the_penalty_on_scales_equals_a_plain_loop_with_its_subgradient():
