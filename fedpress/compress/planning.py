@@ -112,9 +112,11 @@ def allowed_widths(layer: Layer, round_to: int, min_keep: float) -> list[int]:
 
 def make_plan(model: nn.Module, graph: ChannelGraph, scores: Sequence[Tensor], kept: Sequence[int]) -> PruningPlan:
     """Keeps the `kept[i]` highest scores of layer i; of equal scores the first channel stays."""
-    empty = next((layer for layer, n in zip(graph.layers, kept, strict=True) if not 1 <= n <= layer.channels), None)
-    if empty is not None:
-        raise ModelError(f"the plan would leave '{empty.name}' without channels; keep at least one of {empty.channels}")
+    for layer, n in zip(graph.layers, kept, strict=True):
+        if not 1 <= n <= layer.channels:
+            raise ModelError(
+                f"the plan keeps {n} of the {layer.channels} channels of '{layer.name}'; keep at least one"
+            )
     gone = [values.argsort(descending=True, stable=True)[n:] for values, n in zip(scores, kept, strict=True)]
     return PruningPlan(
         keep=kept_indices(model, graph, gone),

@@ -14,6 +14,11 @@ from fedpress.errors import ModelError
 from fedpress.models import ModelSpec, load_model, save_model, what_pruning_changed
 
 EVERY = sorted(ZOO)
+QUICK = (
+    "padded",
+    "parts",
+    "vit-fused",
+)  # an export takes seconds: of these with each change, of all in the deploy tier
 
 
 def build(name):
@@ -78,7 +83,7 @@ def test_half_of_every_architecture_goes_by_every_score_and_comes_back_from_a_fi
             assert all(torch.equal(a, b) for a, b in zip(outputs(small, x), outputs(again, x), strict=True))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.deploy) for n in EVERY])
 def test_a_pruned_network_runs_in_onnxruntime_with_a_free_batch(traced, name, tmp_path):
     model, x, graph = traced(name)
     small = deepcopy(model)

@@ -7,7 +7,7 @@ import torch_pruning as tp
 from torch import nn
 from zoo import Plain, Residual, make
 
-from fedpress.compress import check_parity, parameters, remove_, trace
+from fedpress.compress import check_parity, macs, parameters, remove_, trace
 from fedpress.compress.planning import make_plan
 from fedpress.errors import ModelError
 
@@ -147,9 +147,54 @@ def test_an_unknown_operation_is_refused_by_name_and_module():
         graph_of(Turn())
 
 
-def test_a_model_that_branches_on_data_is_refused():
-    with pytest.raises(ModelError, match="cannot be captured"):
-        graph_of(lambda x: x if x.sum() > 0 else -x)
+def test_a_model_that_branches_on_data_is_refused_with_the_name_of_the_module():
+    class Branch(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ModelError, match=r"cannot be captured.*in the forward of 'between'; remove data-dependent"):
+        graph_of(Branch())
+    with pytest.raises(ModelError, match="in the forward of 'between'"):
+        graph_of(nn.Linear(5, 5))
+
+
+def test_a_plan_that_empties_a_layer_is_refused():
+    model, x = make("plain")
+    graph = trace(model, x)
+    for kept in ([16, 0], [16, 25], [-1, 3]):
+        with pytest.raises(ModelError, match=r"the plan keeps (0|25|-1) of the (16|24) channels of '[ab]'"):
+            make_plan(model, graph, [torch.rand(16), torch.rand(24)], kept)
+
+
+def test_numbers_that_follow_by_themselves_are_left_to_the_code():
+    assert not trace(*make("halves")).numbers
+    assert {(n.module, n.was) for n in trace(*make("vit-fused")).numbers} == {
+        (f"blocks.{i}.1", was) for i in range(2) for was in (4, 24)
+    }
+
+
+def test_heads_go_whole_and_the_normalised_stream_stays():
+    graph = trace(*make("vit-torch"))
+    heads = by_name(graph, "blocks.0.1.inner")
+    assert (heads.channels, heads.unit) == (4, 18)
+    rows = next(s.index for s in heads.slices if s.tensor.endswith("in_proj_weight"))
+    assert rows[1].tolist() == [24 * part + 6 + i for part in range(3) for i in range(6)]
+    assert "a mean over channels in aten.layer_norm" in graph.whole["patch"]
+
+
+def test_a_hidden_unit_is_the_same_place_in_all_gates_layers_and_directions():
+    (_, units) = trace(*make("lstm-deep")).layers
+    index = {s.tensor: s.index[3].tolist() for s in units.slices if s.axis == 0}
+    assert len(index) == 16
+    assert all(rows == [3, 19, 35, 51] for rows in index.values())
+
+
+def test_multiply_adds_of_any_widths_are_those_of_the_network():
+    model, x = make("unet")
+    graph = trace(model, x)
+    whole = [layer.channels for layer in graph.layers]
+    assert graph.macs(whole) == macs(model, x[:1])
+    assert graph.macs([1] * len(whole)) < graph.macs([2] * len(whole)) < graph.macs(whole)
 
 
 def test_a_module_can_be_kept_whole_by_name_and_its_stream_with_it():

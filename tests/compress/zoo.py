@@ -422,9 +422,9 @@ ZOO = {
     "vit-letters": (lambda: ViT("letters"), IMAGE),
     "encoder": (Encoder, 9),
     "words": (Words, 6),
-    "lstm": (lambda: Recurrent(nn.LSTM, 1, False), SERIES),
-    "lstm-deep": (lambda: Recurrent(nn.LSTM, 2, True), SERIES),
-    "gru": (lambda: Recurrent(nn.GRU, 2, False), SERIES),
+    "lstm": (lambda: Recurrent(nn.LSTM, 1, False), (2, 3, 6)),
+    "lstm-deep": (lambda: Recurrent(nn.LSTM, 2, True), (2, 3, 6)),
+    "gru": (lambda: Recurrent(nn.GRU, 2, False), (2, 3, 6)),
     "steps": (Steps, (2, 3, 4)),
     "two-inputs": (TwoInputs, (IMAGE, (2, 4))),
 }
