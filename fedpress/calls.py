@@ -37,6 +37,7 @@ SIZED: dict[Callable[..., Any], tuple[str, ...]] = {
     torch.narrow: ("dim", "start", "length"),
     Tensor.expand: ("size",),
     Tensor.__getitem__: (),
+    Tensor.__setitem__: (),
     F.pad: ("pad", "mode", "value"),
     F.group_norm: ("num_groups",),
     torch.zeros: ("size",),
@@ -47,6 +48,9 @@ SIZED: dict[Callable[..., Any], tuple[str, ...]] = {
     Tensor.new_full: ("size", "fill_value"),
 }
 """Functions whose numbers may be sizes of channel axes, with the names of their arguments in order."""
+
+
+INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
 
 
 def numbers_of(function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> list[Any]:
@@ -81,7 +85,7 @@ def with_numbers(
         nonlocal at
         at += 1
         new = right.get(at)
-        if new is None or (isinstance(number, int) and number == -1 and function is not Tensor.__getitem__):
+        if new is None or (isinstance(number, int) and number == -1 and function not in INDEXING):
             return number
         return number * new[0] // new[1] if isinstance(new, tuple | list) else new
 

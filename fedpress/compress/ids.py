@@ -36,6 +36,10 @@ class Call:
     slices: list[int]  # of an indexing: where the numbers of each slice begin that takes part of an axis
 
 
+REBUILT = Call("", -1, [], [])
+"""Stands for calls inside a module that mends all its numbers itself, by its tensors."""
+
+
 @dataclass(frozen=True)
 class Sized:
     """A number in a call that is the length of `axis`, or a multiple of it that also counts examples or pixels."""
@@ -120,7 +124,7 @@ class Ids:
 
     def number(self, position: int, axis: Axis, *, multiple: bool = False) -> None:
         """Says that a number in the present call is the length of `axis` (or a multiple of it)."""
-        if axis is not None and self.call is not None:
+        if axis is not None and self.call is not None and self.call is not REBUILT:
             self.sized.append(Sized(self.call, position, axis, multiple))
 
     def multiply(self, times: int, *axes: Axis | int) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
 
-from fedpress.calls import SIZED, caller, numbers_of, watch_
+from fedpress.calls import INDEXING, SIZED, caller, numbers_of, watch_
 from fedpress.compress.graph import (
     ChannelGraph,
     Example,
@@ -29,7 +30,7 @@ from fedpress.compress.graph import (
     inputs,
     kept_indices,
 )
-from fedpress.compress.ids import Call, Ids, Ints, Value
+from fedpress.compress.ids import REBUILT, Call, Ids, Ints, Value
 from fedpress.compress.remove import cut_
 from fedpress.compress.rules import find_rule, zero_stays
 from fedpress.errors import ModelError
@@ -92,12 +93,15 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls `func`."""
+        if func is F.multi_head_attention_forward:
+            with traceback.annotate({TAG: -1}):
+                return func(*args, **(kwargs or {}))
         module = caller() if func in SIZED else None
         if module is None or id(module) not in self._counts:
             return func(*args, **(kwargs or {}))
         index = self._counts[id(module)]
         self._counts[id(module)] += 1
-        slices = _slice_positions(*args) if func is Tensor.__getitem__ else []
+        slices = _slice_positions(*args[:2]) if func in INDEXING else []
         numbers = numbers_of(func, args, kwargs or {})
         self.calls.append(Call(self._names[id(module)], index, numbers, slices))
         with traceback.annotate({TAG: len(self.calls) - 1}):
@@ -165,16 +169,17 @@ def _walk(
             values[node] = values[node.args[0]][node.args[1]]
         else:
             at = node.meta.get("custom", {}).get(TAG)
-            ids.call = None if at is None else calls[at]
+            ids.call = None if at is None else REBUILT if at < 0 else calls[at]
             values[node] = _call(node, shape, values, ids)
     return owners, [name for name, use in used.items() if not use]
 
 
 def _live(graph: torch.fx.Graph) -> set[torch.fx.Node]:
-    """Returns the nodes that an output depends on."""
+    """Returns the nodes that an output depends on, and those that change a tensor in place."""
     live: set[torch.fx.Node] = set()
     for node in reversed(graph.nodes):
-        if node.op == "output" or node in live:
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "output" or node in live or (schema is not None and schema.is_mutable):
             live.add(node)
             live.update(node.all_input_nodes)
     return live

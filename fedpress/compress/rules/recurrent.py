@@ -29,14 +29,18 @@ def recurrent(
     ways = 2 if both else 1
     states = list(start) if isinstance(start, list | tuple) else [start]
     per = len(weights) // (layers * ways)
+    steps = int(np.prod(x.shape[:-1]))
+    if per != (4 if bias else 2):
+        for value in (*weights, x, *states):
+            for axis in value.axes if isinstance(value, Value) else ():
+                ids.freeze(axis, "a projected state")
+        for matrix in (w for w in weights if len(w.shape) == 2):
+            ids.mark(matrix.axes[0], "write")
+            ids.multiply(steps, *matrix.shape)
+        return [(None,) * len(x.shape)] * (1 + len(states))
     hidden = weights[1].axes[1]
     assert hidden is not None, "parameters have ids"
-    steps = int(np.prod(x.shape[:-1]))
-    if per != (4 if bias else 2):  # projections
-        for value in (*weights, x):
-            for axis in value.axes:
-                ids.freeze(axis, "a projected state")
-    for i in range(layers * ways if per == (4 if bias else 2) else 0):
+    for i in range(layers * ways):
         source = x.axes[-1] if i < ways else np.tile(hidden, ways)
         w_ih, w_hh, *biases = weights[i * per : (i + 1) * per]
         _cell(ids, steps, source, hidden, w_ih, w_hh, biases)

@@ -41,7 +41,19 @@ def find_rule(operation: Any) -> Rule | None:
 @rule("relu", "relu_", "relu6", "relu6_", "hardswish", "hardswish_", "selu", "selu_", "dropout", "dropout_")
 @rule("feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach", "to.dtype", "to.device", "to.other")
 @rule("div", "div_", "add", "add_", "sub", "sub_", "mul", "mul_", "type_as", "_to_copy", "lift_fresh_copy", "celu")
-@rule("rsub", "fill", "fill_", "masked_fill", "masked_fill_", "to.dtype_layout", "zeros_like", "ones_like", "full_like")
+@rule(
+    "copy",
+    "copy_",
+    "rsub",
+    "fill",
+    "fill_",
+    "masked_fill",
+    "masked_fill_",
+    "to.dtype_layout",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+)
 @rule("rand_like", "randn_like", "logical_and", "logical_or", "logical_not", "positive", "square", "square_")
 def elementwise(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
     """Index by index, with broadcasting: axes that meet are one; an axis of size 1 is spread over the other."""
