@@ -94,7 +94,7 @@ def whole(graph: ChannelGraph) -> list[int]:
 
 
 def next_share(
-    tried: Sequence[tuple[float, float]], wanted: float, *, tries: int = 6, tolerance: float = 0.05
+    tried: Sequence[tuple[float, float]], wanted: float, *, tries: int = 5, tolerance: float = 0.05
 ) -> float | None:
     """Says which share of the parameters to try next, so that a measured cost comes down to `wanted`.
 

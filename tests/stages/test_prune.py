@@ -118,11 +118,10 @@ def test_latency_is_measured_until_a_cut_is_fast_enough(tmp_path):
     text, path = WIDE + PRUNE + "keep_latency = 0.5\n", tmp_path / "run"
     (line,) = finish(text, path)
     tried = [r["latency"] for r in told(path) if "latency" in r]
-    assert 1 <= len(tried) <= 6
+    assert 1 <= len(tried) <= 5
     share = line["parameters"] / line["kept_parameters"]  # of the dense network: all of it
     assert min(abs(t["share"] - line["parameters"] / share) for t in tried) <= 0.01
     assert 0.2 < line["kept_parameters"] < 0.8
-    assert checked(text)[0]["macs"] == pytest.approx(line["macs"], rel=0.5)
 
 
 def test_what_cannot_be_that_fast_is_refused_with_the_fastest(tmp_path):
