@@ -1,6 +1,7 @@
 """The prune stage: targets, sensitivity, several cuts with training between, and going on after a kill."""
 
 import json
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -14,6 +15,7 @@ from fedpress.compress import SCORES, PruningPlan
 from fedpress.errors import DataError, ModelError, RecipeError, TrainingError
 from fedpress.folder import RunFolder
 from fedpress.models import load_model
+from fedpress.quantized import LayerGrids, WeightGrid
 from fedpress.stages import PruneStage
 from fedpress.state import StageFinished
 
@@ -250,3 +252,11 @@ def test_the_target_is_a_share_of_the_parameters_unless_another_is_given():
 def test_what_cannot_work_is_found_before_the_run(text, error, says):
     with pytest.raises(error, match=says):
         checked(text)
+
+
+def test_a_quantized_model_is_refused():
+    recipe = recipes.load(HEAD, ())
+    state = runs.start(recipe, runs.load_data(recipe))
+    rounded = state.spec.model_copy(update={"quantized": {"head": LayerGrids(weights=WeightGrid(kind="int", bits=8))}})
+    with pytest.raises(RecipeError, match="quantized already; put this stage before"):
+        prune().check(replace(state, spec=rounded))
