@@ -119,3 +119,10 @@ def test_a_pruned_network_can_be_pruned_again(traced, name):
     choice = plan(small, again, score(small, again, "l1"), keep_params=0.75, round_to=1, tolerance=0.1)
     remove_(smaller, choice)
     assert check_parity(small, smaller, choice, x) <= 1e-5
+
+
+def test_numbers_of_another_model_are_refused():
+    model = build("parts")
+    spec = spec_of("parts", model).model_copy(update={"numbers": {"blocks.7": {0: {0: 3}}}})
+    with pytest.raises(ModelError, match=r"spec\.numbers: .*blocks.*the spec is of another model"):
+        spec.build()
