@@ -39,6 +39,7 @@ from fedpress.training import Fit, Step, TrainSettings
 
 BATCH = 256
 TRAVEL = 20.0  # how far a gate can go until the target is reached: from wide open to shut is half of it
+FASTEST = 0.5  # a larger step would throw gates from one end to the other
 BETAS = (0.9, 0.99)
 EPSILON = 1e-16  # a single gate of ten million has a small gradient
 
@@ -216,7 +217,9 @@ class _Work:
         self.fit = Fit(state.model, stage, seed=seed, objective=self.loss, sparse=state.spec.sparse)
         steps = max(1, round(stage.until * stage.epochs * max(1, len(state.data.public) // stage.batch_size)))
         self.steps, self.done = steps, 0
-        self.optimizer = torch.optim.Adam(gates.parameters(), stage.gate_lr or TRAVEL / steps, BETAS, EPSILON)
+        self.optimizer = torch.optim.Adam(
+            gates.parameters(), stage.gate_lr or min(TRAVEL / steps, FASTEST), BETAS, EPSILON
+        )
         self.begin = float(gates.density().detach())
         self.controller: Controller | None = None
         self.pull = 0.0
