@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
 import math
+import re
 import tomllib
 from collections.abc import Sequence
 from importlib.resources import files
@@ -23,7 +25,8 @@ from fedpress.state import Name
 class ModelSettings(BaseModel):
     """The `[model]` table: a built-in architecture or `package.module:function`, and its arguments.
 
-    Or the folder of a saved model as `checkpoint`, for instance a stage of an earlier run: spec.json and numbers.
+    Or a saved model as `checkpoint`: a model's folder, a run, a stage of one, or a packed file. `weights` are a state
+    dict, safetensors or what torch.save wrote, for an architecture that is not to begin with fresh ones.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,11 +34,19 @@ class ModelSettings(BaseModel):
     architecture: str | None = None
     arguments: dict[str, JsonValue] = {}
     checkpoint: Path | None = None
+    weights: Path | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether the model comes with weights that somebody has trained."""
+        return self.checkpoint is not None or self.weights is not None
 
     @model_validator(mode="after")
     def _one_of_two(self) -> ModelSettings:
         if (self.architecture is None) == (self.checkpoint is None):
             raise ValueError("give either architecture or checkpoint, one of the two")
+        if self.checkpoint is not None and self.weights is not None:
+            raise ValueError("a checkpoint has weights of its own; leave weights out, or give architecture instead")
         return self
 
 
@@ -93,24 +104,102 @@ def load(toml: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: if the text is no TOML, an override has no place, or a setting is wrong.
     """
+    found = tree(toml, overrides)
+    _check_values(found, "recipe")
     try:
-        tree = tomllib.loads(toml)
+        return Recipe.model_validate(found)
+    except ValidationError as error:
+        raise RecipeError(_sentence(error, found)) from error
+
+
+def tree(toml: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads TOML text and applies `overrides`; nothing is checked yet.
+
+    Raises:
+        RecipeError: if the text is no TOML, or an override has no place.
+    """
+    try:
+        found = tomllib.loads(toml)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"recipe: not valid TOML: {error}; correct that place") from error
-    _name_stages_(tree)
+    _name_stages_(found)
+    found = overridden(found, overrides)
+    _name_stages_(found)  # also those that an override has put in
+    return found
+
+
+def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns a copy of `tree` with `overrides` such as `seed=1` in it.
+
+    Raises:
+        RecipeError: if one has no place.
+    """
+    tree = copy.deepcopy(tree)
     for override in overrides:
         _override_(tree, override)
-    _name_stages_(tree)  # also those that an override has put in
-    _check_values(tree, "recipe")
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise RecipeError(_sentence(error, tree)) from error
+    return tree
+
+
+def toml(tree: dict[str, Any]) -> str:
+    """Writes plain values as TOML, one line for each key and one block for each stage; what is None is left out.
+
+    >>> print(toml({"seed": 1, "data": {"source": "digits"}, "stage": [{"kind": "train"}]}))
+    seed = 1
+    <BLANKLINE>
+    [data]
+    source = "digits"
+    <BLANKLINE>
+    [[stage]]
+    kind = "train"
+    <BLANKLINE>
+    """
+    tables = {key: value for key, value in tree.items() if isinstance(value, dict)}
+    blocks = [("", {k: v for k, v in tree.items() if k not in tables and k != "stage"})]
+    blocks += [(f"[{key}]\n", table) for key, table in tables.items()]
+    blocks += [("[[stage]]\n", table) for table in tree.get("stage", ())]
+    return "\n".join(
+        head + "".join(f"{_key(k)} = {toml_value(v)}\n" for k, v in table.items() if v is not None)
+        for head, table in blocks
+    )
+
+
+def toml_value(value: Any) -> str:
+    """Writes one value as TOML in one line.
+
+    >>> toml_value({"kind": "iid", "shares": [0.5, True]})
+    '{kind = "iid", shares = [0.5, true]}'
+    """
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_key(k)} = {toml_value(v)}" for k, v in value.items() if v is not None) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return json.dumps(value if isinstance(value, bool | int | float) else str(value), ensure_ascii=False)
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name, ensure_ascii=False)
 
 
 def schema() -> str:
     """Returns the JSON schema of recipes."""
     return json.dumps(Recipe.model_json_schema(), indent=1)
+
+
+def keys(kind: str) -> list[tuple[str, str, str]]:
+    """Returns name, default and meaning of every key of a kind of stage."""
+    full = Recipe.model_json_schema()
+    mapping = full["properties"]["stage"]["items"]["discriminator"]["mapping"]
+    rows = []
+    for name, about in full["$defs"][mapping[kind].rpartition("/")[2]]["properties"].items():
+        if name in ("kind", "name"):
+            continue
+        default = toml_value(about["default"]) if about.get("default") is not None else ""
+        choices = [x for part in (about, *about.get("anyOf", ())) for x in part.get("enum", ())]
+        one_of = f"one of {', '.join(map(str, choices))}" if choices else ""
+        rows.append((name, default, "; ".join(filter(None, (about.get("description", ""), one_of)))))
+    return rows
 
 
 def _shipped() -> Any:

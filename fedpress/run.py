@@ -25,7 +25,8 @@ from fedpress.compress import cost
 from fedpress.data.examples import Progress
 from fedpress.errors import FedpressError, RecipeError, RunError
 from fedpress.folder import Done, RunFolder, StageFolder, read_json, write_json
-from fedpress.models import ModelSpec, load_model
+from fedpress.models import ModelSpec
+from fedpress.models.weights import load_weights_
 from fedpress.privacy.ledger import Ledger
 from fedpress.recipe import Recipe
 from fedpress.seeds import derive, fingerprint
@@ -56,12 +57,15 @@ def start(recipe: Recipe, data: data_sets.FederatedData) -> State:
     }
     torch.manual_seed(derive(recipe.seed, "weights"))
     if recipe.model.checkpoint is not None:
-        spec, model = load_model(recipe.model.checkpoint)
+        spec, model = storage.load(recipe.model.checkpoint)
         spec = spec.model_copy(update=about)
     else:
         assert recipe.model.architecture is not None
         spec = ModelSpec(architecture=recipe.model.architecture, arguments=recipe.model.arguments, **about)
         spec, model = spec.take_in()
+        if recipe.model.weights is not None:
+            masked = load_weights_(model, recipe.model.weights)
+            spec = spec.model_copy(update={"sparse": tuple(dict.fromkeys((*spec.sparse, *masked)))})
     try:
         with torch.inference_mode():
             logits = model.eval()(data.preprocess(examples.x[:2]))
@@ -88,7 +92,7 @@ def check(recipe: Recipe, data: data_sets.FederatedData) -> list[dict[str, Any]]
         FedpressError: the first thing that would stop the run.
     """
     state, lines = start(recipe, data), []
-    trained = recipe.model.checkpoint is not None
+    trained = recipe.model.trained
     for index, stage in enumerate(recipe.stage):
         before = state
         try:
@@ -113,6 +117,10 @@ def _pair(state: State) -> tuple[ModelSpec, nn.Module]:
     return state.spec, state.model
 
 
+def _started(recipe: Recipe, data: data_sets.FederatedData) -> tuple[ModelSpec, nn.Module]:
+    return _pair(start(recipe, data))
+
+
 def _placed(message: str, index: int, stage: Stage) -> str:
     """`federate.norm: ...` of a stage that knows no numbers -> `recipe.stage[3].norm: ...`."""
     at = f"recipe.stage[{index}]"
@@ -130,8 +138,10 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     tree: dict[str, Any] = json.loads(recipe.model_dump_json())
     tree["data"].pop("path", None)
     if recipe.model.checkpoint is not None:
-        model = load_model(recipe.model.checkpoint)[1]
+        model = storage.load(recipe.model.checkpoint)[1]
         tree["model"]["checkpoint"] = fingerprint(*model.state_dict().values())
+    if recipe.model.weights is not None:
+        tree["model"]["weights"] = hashlib.sha256(recipe.model.weights.read_bytes()).hexdigest()
     for stage in tree["stage"]:
         if stage.get("teacher") not in (None, "dense"):
             stage["teacher"] = fingerprint(*storage.load(Path(stage["teacher"]))[1].state_dict().values())
@@ -153,7 +163,11 @@ def execute(
         FedpressError: if a stage cannot go on; what was computed is saved.
     """
     state, records = start(recipe, data), 0
-    load: Loader | None = partial(load_model, recipe.model.checkpoint) if recipe.model.checkpoint else None
+    load: Loader | None = None
+    if recipe.model.checkpoint is not None:
+        load = partial(storage.load, recipe.model.checkpoint)
+    elif recipe.model.trained:
+        load = partial(_started, recipe, data)
     results: list[dict[str, Any]] = []
     for index, stage in enumerate(recipe.stage):
         place, key = folder.stage(index, stage.kind, stage.name), stage_key(recipe, index)
@@ -205,22 +219,26 @@ def _measure(state: State, stage: Stage, seconds: float) -> dict[str, Any]:
     """The line of one stage: measured on the test set once, here, for reporting only."""
     facts = dict(state.facts)
     ledger = {"ledger": json.loads(state.ledger.to_json())} if state.ledger is not None else {}
-    test = evaluate(place_(state.model), state.data.test, state.data.preprocess)
+    line = {"kind": stage.kind, "name": stage.name, "seconds": round(seconds, 2)}
+    return line | measure(state, latency="latency_ms" not in facts) | facts | ledger
+
+
+def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
+    """Returns what the model of `state` is worth and what it costs; accuracy is None without test examples."""
+    test = state.data.test
+    found = evaluate(place_(state.model), test, state.data.preprocess) if len(test) else None
     model = state.model.to("cpu")
     line: dict[str, Any] = {
-        "kind": stage.kind,
-        "name": stage.name,
-        "seconds": round(seconds, 2),
-        "accuracy": test.accuracy,
-        "loss": test.loss,
+        "accuracy": found.accuracy if found else None,
+        "loss": found.loss if found else None,
         "parameters": cost.parameters(model),
         "macs": _macs(state),
         "file_bytes": cost.state_bytes(model),
     }
-    if "latency_ms" not in facts:
+    if latency:
         speed = cost.latency(model, torch.zeros(1, *state.spec.input_shape))
         line |= {"latency_ms": speed.median_ms, "runtime": "torch"}
-    return line | facts | ledger
+    return line
 
 
 def _macs(state: State) -> int:

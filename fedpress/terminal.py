@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 
 from fedpress.report import units
+from fedpress.report.table import Table as PlainTable
+from fedpress.report.table import as_rich, comparison_table, left_table
 
 if TYPE_CHECKING:
     from fedpress.state import Event
@@ -88,7 +90,55 @@ def follow(events: Iterable[Event], out: Console) -> None:
 
 
 def _outcome(result: Mapping[str, Any]) -> str:
-    return f"test accuracy {units.percent(result['accuracy'])}, {units.count(result['parameters'])} parameters"
+    accuracy = f"test accuracy {units.percent(result['accuracy'])}, " if result["accuracy"] is not None else ""
+    return f"{accuracy}{units.count(result['parameters'])} parameters"
+
+
+def show_result(out: Console, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Prints what a command changed, and what it left as it was."""
+    out.print(as_rich(comparison_table(before, after)))
+    left = left_table([after])
+    if left.rows:
+        rows = [[names, why] for _, names, why in left.rows]
+        out.print(as_rich(PlainTable(left.header[1:], rows), words=("Why",)))
+
+
+def show_keys(out: Console, rows: Iterable[tuple[str, str, str]]) -> None:
+    """Prints settings with their defaults and meanings."""
+    table = PlainTable(["Key", "Default", "Meaning"], [list(row) for row in rows])
+    out.print(as_rich(table, words=("Default", "Meaning")))
+
+
+def show_measures(out: Console, records: Iterable[Mapping[str, Any]]) -> None:
+    """Prints records of `fedpress.commands.measure`: a table of costs, one of times, and the machine's peak."""
+    records = list(records)
+    costs = [
+        [r["name"], r["runtime"], units.count(r["parameters"]), units.count(r["macs"] or None),
+         units.count(r["file_bytes"], "B"), units.count(r["peak_memory"], "B")]
+        for r in records
+    ]  # fmt: skip
+    out.print(as_rich(PlainTable(["Model", "Runtime", "Params", "MACs", "Size", "Memory"], costs)))
+    out.print()
+    places = list(dict.fromkeys((t["batch"], t["threads"]) for r in records for t in r["timings"]))
+    times = []
+    for r in records:
+        for t in r["timings"]:
+            roof = t["roofline"]
+            spread = f"{units.milliseconds(t['p25_ms'])} – {units.milliseconds(t['p75_ms'])}"
+            near = f"{units.percent(roof['share'], 0)} ({roof['bound']})" if r["macs"] else units.DASH
+            where = f"{t['batch']} / {t['threads']}"
+            times.append(
+                ((t["batch"], t["threads"]), [r["name"], where, units.milliseconds(t["median_ms"]), spread, near])
+            )
+    rows = [row for place in places for at, row in times if at == place]
+    header = ["Model", "Batch / threads", "Median", "Middle half", "Of the roof"]
+    out.print(as_rich(PlainTable(header, rows)))
+    if records:
+        top = records[0]["machine"]
+        out.print(
+            f"one thread here reaches {top['float_gmacs']:.1f} GMAC/s in float32, {top['int8_gmacs']:.1f} in int8, and "
+            f"copies {top['gigabytes']:.1f} GB/s: the roof", style="dim",
+        )  # fmt: skip
 
 
 def show_check(out: Console, title: str, data: Mapping[str, Any], lines: list[dict[str, Any]]) -> None:

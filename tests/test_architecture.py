@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fedpress"
 FLOORS = {
     5: ["cli", "terminal", "__main__", "report"],
-    4: ["stages", "recipe", "recipes", "run", "state", "folder"],
+    4: ["stages", "recipe", "recipes", "run", "state", "folder", "commands", "sweep"],
     3: ["transport"],
     2: ["federate", "storage"],
     1: ["models", "data", "training", "compress", "privacy", "secure", "wire", "deploy"],

@@ -186,5 +186,5 @@ def test_the_schema_is_json_and_knows_every_stage():
     assert page["type"] == "object"
     assert {"data", "model", "stage"} <= set(page["required"])
     kinds = page["properties"]["stage"]["items"]["discriminator"]["mapping"]
-    assert set(kinds) == {"train", "prune", "federate", "export"}
+    assert {"train", "prune", "federate", "export"} <= set(kinds)
     assert "num_rounds" in page["$defs"]["FederateStage"]["properties"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedpress.report import units
+from fedpress.report.compression import bits_per_layer, bytes_by_kind, density_over_epochs, sensitivity_curves
 from fedpress.report.federated import accuracy_over_bytes, accuracy_over_rounds, bytes_over_rounds, client_accuracy
 from fedpress.report.plot import (
     BLUE,
@@ -29,16 +30,20 @@ WORDS = {"": "", "k": " (thousands)", "M": " (millions)", "G": " (billions)", "T
 
 def figures(run: Run) -> list[Figure]:
     """Returns all figures that the folder has data for, in the order of the stages."""
-    found: list[Figure | None] = [accuracy_and_parameters(run.stages)]
+    found: list[Figure | None] = [accuracy_and_parameters([*([run.before] if run.before else []), *run.stages])]
     for steps in records_by_stage(run.records):
         epochs, rounds = [s for s in steps if "epoch" in s], [s for s in steps if "round" in s]
         name = str(steps[-1].get("name") or steps[-1].get("kind"))
-        found += [training_curve(name, epochs), channels_kept(name, steps[-1])]
+        found += [training_curve(name, epochs), density_over_epochs(name, epochs)]
         found += [
             accuracy_over_rounds(name, rounds),
             accuracy_over_bytes(name, rounds),
             bytes_over_rounds(name, rounds),
+            channels_kept(name, next((r for r in reversed(steps) if "layers" in r), {})),
+            sensitivity_curves(name, steps),
+            bits_per_layer(name, steps),
         ]
+    found += [bytes_by_kind(stage) for stage in run.stages]
     found += [client_accuracy(stage) for stage in run.stages]
     return [figure for figure in found if figure]
 

@@ -18,9 +18,10 @@ from fedpress.errors import RunError
 from fedpress.report import units
 from fedpress.report.figures import figures
 from fedpress.report.headline import tiles
+from fedpress.report.plot import Figure
 from fedpress.report.protection import protections
 from fedpress.report.reading import Run, read_run
-from fedpress.report.table import Table, ledger_table, progress_table, stage_table
+from fedpress.report.table import Table, ledger_table, left_table, progress_table, stage_table
 
 HERE = Path(__file__).parent
 
@@ -35,6 +36,20 @@ class Detail:
     table: Table | None = None
 
 
+@dataclass(frozen=True)
+class Page:
+    """A page with one table and figures; `note` explains the table, `failed` are sentences."""
+
+    name: str
+    kind: str
+    facts: list[str]
+    command: str
+    table: Table
+    note: str
+    failed: list[str]
+    figures: list[Figure]
+
+
 def write_report(run: Path, out: Path | None = None) -> Path:
     """Draws the run folder `run` as one HTML file at `out` (default: `report.html` in the folder) and returns its path.
 
@@ -43,8 +58,30 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     Raises:
         RunError: if `run` is no run folder or damaged, or `out` cannot be written.
     """
-    page = render(read_run(run))
-    target = Path(out) if out is not None else Path(run) / "report.html"
+    return _write(render(read_run(run)), Path(out) if out is not None else Path(run) / "report.html")
+
+
+def write_page(page: Page, target: Path) -> Path:
+    """Writes a page that is no run, such as a sweep, whole or not at all.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    scripts = _scripts(page.figures)
+    text = (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            page=page,
+            figures=[asdict(figure) for figure in page.figures],
+            scripts=[Markup(script) for script in scripts],
+            hashes=[_hash(script) for script in scripts],
+        )
+    )
+    return _write(text, target)
+
+
+def _write(page: str, target: Path) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _write_whole(target, page)
@@ -72,25 +109,44 @@ def _write_whole(target: Path, text: str) -> None:
 def render(run: Run) -> str:
     """Returns the page for a run that was read."""
     shown = figures(run)
-    scripts = [_plotly(), (HERE / "draw.js").read_text(encoding="utf-8")] if shown else []
-    stages = run.stages
-    environment = Environment(
+    scripts, stages = _scripts(shown), run.stages
+    left = left_table(stages)
+    return (
+        _environment()
+        .get_template("template.html.j2")
+        .render(
+            run=run,
+            path_of_stages=[str(s.get("name") or s.get("kind") or "?") for s in stages],
+            facts=_facts(run),
+            tiles=tiles([*([run.before] if run.before else []), *stages]),
+            protections=protections(stages),
+            stopped=[f"{s.get('name')} stopped early: {s['stopped']}." for s in stages if s.get("stopped")],
+            table=stage_table(run.result, before=run.before) if stages else None,
+            left=left if left.rows else None,
+            progress=None if run.finished else progress_table(run.records),
+            figures=[asdict(figure) for figure in shown],
+            scripts=[Markup(script) for script in scripts],  # ours and plotly's; what comes from the folder is escaped
+            hashes=[_hash(script) for script in scripts],
+            details=details(run),
+        )
+    )
+
+
+def _environment() -> Environment:
+    return Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template("template.html.j2").render(
-        run=run,
-        path_of_stages=[str(s.get("name") or s.get("kind") or "?") for s in stages],
-        facts=_facts(run),
-        tiles=tiles(stages),
-        protections=protections(stages),
-        stopped=[f"{s.get('name')} stopped early: {s['stopped']}." for s in stages if s.get("stopped")],
-        table=stage_table(run.result) if stages else None,
-        progress=None if run.finished else progress_table(run.records),
-        figures=[asdict(figure) for figure in shown],
-        scripts=[Markup(script) for script in scripts],  # ours and plotly's; what comes from the folder is escaped
-        hashes=[_hash(script) for script in scripts],
-        details=details(run),
-    )
+
+
+def _scripts(figures: list[Figure]) -> list[str]:
+    return [_plotly(), (HERE / "draw.js").read_text(encoding="utf-8")] if figures else []
+
+
+def facts_of(environment: dict[str, Any]) -> list[str]:
+    """Returns version, commit and machine as short texts."""
+    facts = [f"fedpress {environment['fedpress']}"] if environment.get("fedpress") else []
+    facts += [f"commit {str(environment['commit'])[:10]}"] if environment.get("commit") else []
+    return facts + ([str(environment["machine"])] if environment.get("machine") else [])
 
 
 def _facts(run: Run) -> list[str]:

@@ -25,6 +25,7 @@ class Run:
     records: list[Json] = field(default_factory=list)
     result: Json = field(default_factory=dict)
     ledger: Json = field(default_factory=dict)
+    before: Json = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -49,9 +50,15 @@ def stages_of(result: Json) -> list[Json]:
 
 
 def records_by_stage(records: list[Json]) -> Iterator[list[Json]]:
-    """Yields the records of one stage after the other; of a step that was done twice (resumed) the later one counts."""
+    """Yields the records of one stage after the other; of an epoch or round done twice the later one counts."""
     for _, group in groupby(sorted(records, key=_stage), key=_stage):
-        yield list({(r.get("epoch"), r.get("round")): r for r in group}.values())
+        yield list({_step(r, at): r for at, r in enumerate(group)}.values())
+
+
+def _step(record: Json, at: int) -> tuple[Any, ...]:
+    if "epoch" not in record and "round" not in record:
+        return ("once", at)
+    return tuple(record.get(key) for key in ("step", "cut", "epoch", "round"))
 
 
 def _stage(record: Json) -> int:
@@ -76,6 +83,7 @@ def read_run(path: Path) -> Run:
         records=_lines(path / "records.jsonl"),
         result=_table(path / "result.json"),
         ledger=_table(path / "ledger.json"),
+        before=_table(path / "before.json"),
     )
     if not (run.recipe or run.settings or run.records or run.result):
         raise RunError(

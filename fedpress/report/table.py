@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,12 @@ class Table:
     rows: list[list[str]]
 
 
-def stage_table(result: Json) -> Table:
-    """Returns a row per stage of a `result.json`; a column that no stage fills is left out.
+def stage_table(result: Json, *, before: Json | None = None) -> Table:
+    """Returns a row per stage of a `result.json`, after one of the model `before`; an empty column is left out.
 
     Accuracy stands with its change in percentage points, and parameters with their share, against the first stage.
     """
-    stages = stages_of(result)
+    stages = [*([before] if before else []), *stages_of(result)]
     columns = [[title, *(cell(stage, stages) for stage in stages)] for title, cell in COLUMNS]
     kept = [column for column in columns if column[0] == "Stage" or set(column[1:]) - {units.DASH}]
     return Table(
@@ -68,6 +68,47 @@ def ledger_table(ledger: Json) -> Table | None:
     ]
     header = ["For", "Whose data", "Sampling probability", "Noise multiplier", "Steps", "Rounds"]
     return Table(header=header, rows=rows) if rows else None
+
+
+def left_table(stages: list[Json]) -> Table:
+    """Returns a row for everything that a stage left as it was, with the reason; many of one reason share a row."""
+    rows: list[list[str]] = []
+    for stage in stages:
+        found = [(n, str(why)) for key in LEFT if isinstance(stage.get(key), dict) for n, why in stage[key].items()]
+        for reason in dict.fromkeys(why for _, why in found):
+            names = [name for name, why in found if why == reason]
+            few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            rows.append([_name(stage), few, reason])
+    return Table(header=["Stage", "Left as it was", "Why"], rows=rows)
+
+
+def comparison_table(before: Json, after: Json) -> Table:
+    """Returns a row for each number of one stage: before, after, and the change or share."""
+    rows = []
+    for title, key, form in COMPARED:
+        old, new = units.number(before.get(key)), units.number(after.get(key))
+        if old is None and new is None:
+            continue
+        change = ""
+        if key == "accuracy":
+            change = f"{units.points(new, old)} points" if old is not None and new is not None else ""
+        elif old and new is not None:
+            change = f"{units.percent(new / old, 1)}"
+        other = key == "latency_ms" and before.get("runtime") != after.get("runtime")
+        runtime = f" ({before.get('runtime')} → {after.get('runtime')})" if other else ""
+        rows.append([title + runtime, form(old), form(new), change])
+    return Table(header=["", "Before", "After", ""], rows=rows)
+
+
+def as_rich(table: Table, *, words: Collection[str] = ()) -> RichTable:
+    """Returns a table for a terminal; the columns `words` and the first hold text that may wrap."""
+    shown = RichTable(box=None, header_style="bold", pad_edge=False)
+    for at, title in enumerate(table.header):
+        text = at == 0 or title in words
+        shown.add_column(title, justify="left" if text else "right", no_wrap=not text, overflow="fold")
+    for row in table.rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    return shown
 
 
 def rich_table(result: Json) -> RichTable:
@@ -115,6 +156,14 @@ def _bytes(value: Any) -> str:
     return units.count(value, "B")
 
 
+LEFT = ("left", "whole_layers", "dense_weights", "float_layers", "left_float")
+COMPARED: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("Accuracy", "accuracy", units.percent),
+    ("Parameters", "parameters", units.count),
+    ("MACs", "macs", units.count),
+    ("File", "file_bytes", _bytes),
+    ("Latency", "latency_ms", units.milliseconds),
+)
 COLUMNS: tuple[tuple[str, Callable[[Json, list[Json]], str]], ...] = (
     ("Stage", lambda stage, stages: _name(stage)),
     ("Accuracy", _accuracy),

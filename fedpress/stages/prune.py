@@ -64,7 +64,9 @@ class PruneStage(BaseModel):
     )
     round_to: int = Field(8, ge=1, description="widths become multiples of this")
     min_keep: float = Field(0.1, ge=0, le=1, description="share of its channels that every layer keeps")
-    calibration: int = Field(2048, ge=1, description="public examples for scores and batch-norm statistics")
+    calibration: int = Field(
+        2048, ge=0, description="public examples for scores and batch-norm statistics; 0 leaves those as they were"
+    )
     densities: tuple[float, ...] = Field(
         DENSITIES, min_length=1, description="sensitivity: shares of its channels that each layer is tried with"
     )
@@ -87,6 +89,10 @@ class PruneStage(BaseModel):
     def _fits_together(self) -> PruneStage:
         if self.scope != "global" and self.strategy == "single-channel":
             raise ValueError(f"strategy 'single-channel' ranks all layers together; leave scope = '{self.scope}' out")
+        if not self.calibration and SCORES[self.score].needs == "losses":
+            raise ValueError(
+                f"score '{self.score}' looks at public examples; give calibration, and data (a command: --data SOURCE)"
+            )
         if any(not 0 < density < 1 for density in self.densities):
             raise ValueError(f"densities lie between 0 and 1; try {list(DENSITIES)}")
         if (self.steps > 1 or self.rewind) != (self.finetune is not None):
@@ -171,12 +177,15 @@ class PruneStage(BaseModel):
             "whole_layers": dict(work.plans[0].whole),
             "restored_examples": restored,
         }
+        if not restored and _has_batch_norm(work.model):
+            facts["left"] = {"batch norms": "their statistics are those of the uncut network: there was no data"}
         return replace(state, spec=_spec(state, work.model), model=work.model, facts=facts)
 
     def _public(self, state: State, seed: int) -> Arrays | None:
         """Draws the public examples; None where no score, norm or curve looks at any."""
         measured = self.scope == "sensitivity" and not len(state.data.validation)
-        if SCORES[self.score].needs == "losses" or _has_batch_norm(state.model) or measured:
+        norms = _has_batch_norm(state.model) and self.calibration > 0
+        if SCORES[self.score].needs == "losses" or norms or measured:
             return calibration(state, self.calibration, seed)
         return None
 

@@ -1,4 +1,4 @@
-"""The command line: run, check, report, recipes, privacy."""
+"""The command line: run, check, report, recipes, privacy; one command for each stage, measure and sweep."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 import fedpress
+from fedpress.cli import compress
+from fedpress.cli.common import AsJson, again, default_folder, load, load_data
 from fedpress.errors import FedpressError, RecipeError, RunError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from fedpress.data import FederatedData
-    from fedpress.recipe import Recipe
 
 # Heavy imports (torch, pydantic models) stay inside the commands: `fedpress privacy` must answer at once.
 app = typer.Typer(
@@ -32,10 +28,10 @@ app = typer.Typer(
 )
 privacy_app = typer.Typer(no_args_is_help=True, help="Ask the privacy accountant.")
 app.add_typer(privacy_app, name="privacy")
+compress.add_commands(app)
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. stage.2.num_rounds=5")]
 Data = Annotated[Path | None, typer.Option(help="Folder or file of the data set; sets data.path.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -70,13 +66,13 @@ def run(
             from fedpress.report.html import write_report
             from fedpress.report.table import rich_table
 
-            text, wanted = _load(recipe, overrides, data)
-            place = out or _default_folder(wanted.name, resume)
+            text, wanted = load(recipe, overrides, data)
+            place = out or default_folder(wanted.name, resume)
             earlier = RunFolder.open(reuse) if reuse is not None else None
             folder = RunFolder.resume(place, runs.settings(wanted)) if resume else None
             if folder is None:
                 RunFolder.check_free(place, text)
-        loaded = _data(wanted, out_stream)
+        loaded = load_data(wanted, out_stream)
         with terminal.waiting(out_stream, "checking that everything fits together"):
             runs.check(wanted, loaded)
     except KeyboardInterrupt:
@@ -90,29 +86,13 @@ def run(
         with terminal.waiting(out_stream, "drawing the report"):
             report_file = write_report(place)
     except KeyboardInterrupt:
-        typer.echo(f"\nstopped; all up to the last epoch or round is saved; go on with: {_again(place)}", err=True)
+        typer.echo(f"\nstopped; all up to the last epoch or round is saved; go on with: {again(place)}", err=True)
         raise typer.Exit(130) from None
     result = json.loads((place / "result.json").read_text("utf-8"))
     out_stream.print(rich_table(result))
     out_stream.print(f"report: {report_file}", markup=False, soft_wrap=True)
     if as_json:
         typer.echo(json.dumps(result))
-
-
-def _default_folder(name: str, resume: bool) -> Path:
-    """`runs/NAME`, or the first number behind it that is free; the last one that is there to resume."""
-    numbered = [Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 1000)]
-    taken = [path for path in numbered if path.exists()]
-    if resume:
-        return taken[-1] if taken else numbered[0]
-    return numbered[numbered.index(taken[-1]) + 1] if taken else numbered[0]
-
-
-def _again(place: Path) -> str:
-    """The command that goes on with the run in `place`."""
-    words = [word for word in sys.argv[1:] if word != "--resume"]
-    named = any(word == "--out" or word.startswith("--out=") for word in words)
-    return shlex.join(["fedpress", *words, *([] if named else ["--out", str(place)]), "--resume"])
 
 
 @app.command()
@@ -134,9 +114,9 @@ def check(
     from fedpress import run as runs
     from fedpress import terminal
 
-    _, wanted = _load(recipe, overrides, data)
+    _, wanted = load(recipe, overrides, data)
     out_stream = terminal.console(quiet=as_json)
-    loaded = _data(wanted, out_stream)
+    loaded = load_data(wanted, out_stream)
     with terminal.waiting(out_stream, "checking that everything fits together"):
         lines = runs.check(wanted, loaded)
     if as_json:
@@ -267,24 +247,6 @@ def skellam(
     typer.echo(f"epsilon {plan.epsilon:.4g} at delta {delta:g}\n\nbits  epsilon with this noise")
     for width, spent in rows:
         typer.echo(f"{width:4}  {'does not fit' if spent is None else f'{spent:.4g}'}")
-
-
-def _load(recipe: str, overrides: list[str] | None, data: Path | None) -> tuple[str, Recipe]:
-    from fedpress import recipe as recipes
-
-    text = recipes.text(recipe)
-    extra = [f"data.path={json.dumps(str(data), ensure_ascii=False)}"] if data is not None else []
-    # Own models and data, package.module:function, are found here and beside the recipe.
-    sys.path[:0] = [str(Path.cwd()), *([str(Path(recipe).resolve().parent)] if Path(recipe).is_file() else [])]
-    return text, recipes.load(text, [*(overrides or []), *extra])
-
-
-def _data(recipe: Recipe, out_stream: Console) -> FederatedData:
-    from fedpress import run as runs
-    from fedpress import terminal
-
-    with terminal.bars(out_stream) as bars:
-        return runs.load_data(recipe, progress=terminal.Loading(bars))
 
 
 def main() -> None:

@@ -1,0 +1,59 @@
+"""What several commands share: where a run goes, how it is taken up again, and its data with bars."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedpress.data import FederatedData
+    from fedpress.recipe import Recipe
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def default_folder(name: str, resume: bool) -> Path:
+    """`runs/NAME`, or the first number behind it that is free; the last one that is there to resume."""
+    numbered = [Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 1000)]
+    taken = [path for path in numbered if path.exists()]
+    if resume:
+        return taken[-1] if taken else numbered[0]
+    return numbered[numbered.index(taken[-1]) + 1] if taken else numbered[0]
+
+
+def again(place: Path) -> str:
+    """The command that goes on with the run in `place`."""
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    named = any(word == "--out" or word.startswith("--out=") for word in words)
+    return shlex.join(["fedpress", *words, *([] if named else ["--out", str(place)]), "--resume"])
+
+
+def load(recipe: str, overrides: list[str] | None, data: Path | None) -> tuple[str, Recipe]:
+    """Returns the text of a recipe, and what it and the overrides come to."""
+    from fedpress import recipe as recipes
+
+    text = recipes.text(recipe)
+    extra = [f"data.path={json.dumps(str(data), ensure_ascii=False)}"] if data is not None else []
+    find_modules([str(Path(recipe).resolve().parent)] if Path(recipe).is_file() else [])
+    return text, recipes.load(text, [*(overrides or []), *extra])
+
+
+def find_modules(beside: list[str]) -> None:
+    """Lets own models and data, package.module:function, be found in the present folder and `beside` the recipe."""
+    sys.path[:0] = [str(Path.cwd()), *beside]
+
+
+def load_data(recipe: Recipe, out_stream: Console) -> FederatedData:
+    """Loads the data of a recipe, with bars."""
+    from fedpress import run as runs
+    from fedpress import terminal
+
+    with terminal.bars(out_stream) as bars:
+        return runs.load_data(recipe, progress=terminal.Loading(bars))

@@ -1,0 +1,140 @@
+"""Models side by side: what each costs in torch and in every runtime that it can be exported to."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedpress import deploy, storage
+from fedpress.arrays import Preprocess
+from fedpress.commands.subject import Subject
+from fedpress.compress import cost
+from fedpress.deploy import FORMATS, Job
+from fedpress.errors import ExportError, ModelError, did_you_mean
+from fedpress.models import ModelSpec
+from fedpress.models.weights import load_weights_
+
+
+def measure(
+    models: Sequence[str | Path],
+    *,
+    formats: Sequence[str] | None = None,
+    batches: Sequence[int] = (1, 64),
+    threads: Sequence[int] = (1, 2),
+    seconds: float = 1.0,
+    input_shape: tuple[int, ...] | None = None,
+    weights: Path | None = None,
+) -> dict[str, Any]:
+    """Measures every model in torch and, exported, in the runtime of each format; exported files in their own.
+
+    Args:
+        models: folders of models or runs, packed files, `module:function`, or exported files.
+        formats: rows of `fedpress.deploy.FORMATS` to export each model to; None: all that are installed, and one that
+            cannot take a model is left out.
+        batches: batch sizes.
+        threads: numbers of threads.
+        seconds: for each model, runtime, batch size and number of threads.
+        input_shape: of one example, for functions.
+        weights: a state dict for a function.
+
+    Returns:
+        `records`, one for each pair of model and runtime, as `fedpress.deploy.measure` says, "parameters" besides; and
+        `left_out`: what could not be exported -> why.
+
+    Raises:
+        ExportError: if a format is unknown, its packages are missing, or a model cannot be exported or run.
+        ModelError: if there is no model, or models take inputs of different shapes.
+    """
+    _check_formats(formats or ())
+    chosen = formats if formats is not None else [name for name, row in FORMATS.items() if row.missing() is None]
+    left_out: dict[str, str] = {}
+    subjects: dict[str, nn.Module | Path] = {}
+    counts: dict[str, tuple[int | None, int, int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for number, given in enumerate(models):
+            name = str(given) if str(given) not in subjects else f"{given} ({number + 1})"
+            if Path(given).suffix in {row.suffix for row in FORMATS.values()} and Path(given).is_file():
+                near = _model_beside(Path(given))
+                shape = input_shape or (near[0].input_shape if near else None)
+                subjects[name], counts[name] = Path(given), _counts(near[1], shape) if near and shape else (None, 0, 0)
+                shapes[name] = _known(name, shape)
+                continue
+            spec, model = _load(given, input_shape, weights)
+            model.eval()
+            subjects[name], counts[name] = model, _counts(model, spec.input_shape)
+            shapes[name] = spec.input_shape
+            for format in chosen:
+                row = FORMATS[format]
+                path = folder / f"{number}{row.suffix}"
+                try:
+                    deploy.export(model, path, format, Job(spec.input_shape, Preprocess(spec.mean, spec.std)))
+                except ExportError as error:
+                    if formats is not None:
+                        raise
+                    left_out[f"{name} as {format}"] = str(error)
+                    continue
+                other = f"{name} as {format}"
+                subjects[other], counts[other], shapes[other] = path, counts[name], spec.input_shape
+        if len(set(shapes.values())) > 1:
+            (a, first), (b, second) = next((p, q) for p in shapes.items() for q in shapes.items() if p[1] != q[1])
+            raise ModelError(f"measure: '{a}' takes {list(first)} and '{b}' takes {list(second)}; measure them apart")
+        records = deploy.measure(
+            subjects,
+            next(iter(shapes.values())),
+            macs={name: macs for name, (_, macs, _) in counts.items()},
+            activations={name: numbers for name, (_, _, numbers) in counts.items()},
+            int8={name for name, subject in subjects.items() if isinstance(subject, Path) and _on_integers(subject)},
+            batches=batches,
+            threads=threads,
+            seconds=seconds,
+        )
+    told = [record | {"parameters": counts[record["name"]][0]} for record in records]
+    return {"records": told, "left_out": left_out}
+
+
+def _check_formats(formats: Sequence[str]) -> None:
+    for name in formats:
+        if name not in FORMATS:
+            hint = did_you_mean(name, list(FORMATS))
+            raise ExportError(f"measure: no format '{name}'{hint}; use some of {', '.join(FORMATS)}")
+
+
+def _load(given: str | Path, shape: tuple[int, ...] | None, weights: Path | None) -> tuple[ModelSpec, nn.Module]:
+    subject = Subject.find(given, weights=weights)
+    if subject.spec is not None:
+        return storage.load(Path(given))
+    spec = ModelSpec(architecture=subject.model["architecture"], input_shape=_known(str(given), shape))
+    spec, model = spec.take_in()
+    if weights is not None:
+        load_weights_(model, weights)
+    return spec, model
+
+
+def _known(name: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    if shape is None:
+        raise ModelError(f"--input: the shape of an example of '{name}' is not known; give it, such as --input 3,32,32")
+    return shape
+
+
+def _model_beside(file: Path) -> tuple[ModelSpec, nn.Module] | None:
+    """Returns the model of the run in whose artifacts/ an exported file lies."""
+    run = file.resolve().parent.parent
+    return storage.load(run) if file.resolve().parent.name == "artifacts" and (run / "stages").is_dir() else None
+
+
+def _on_integers(file: Path) -> bool:
+    return b"QuantizeLinear" in file.read_bytes().replace(b"DequantizeLinear", b"")
+
+
+def _counts(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Returns parameters, multiply-adds of one example, and the numbers that its layers give."""
+    example = torch.zeros(1, *shape)
+    return cost.parameters(model), cost.macs(model, example), cost.activations(model, example)

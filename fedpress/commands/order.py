@@ -1,0 +1,220 @@
+"""A command is a recipe of one stage: the order is bound here, run like any recipe, and its result read back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fedpress import recipe as recipes
+from fedpress import run as runs
+from fedpress.arrays import Preprocess
+from fedpress.commands.subject import NOTHING, Subject, classes_of
+from fedpress.data import FederatedData
+from fedpress.data.examples import Progress
+from fedpress.errors import DataError, FedpressError, ModelError
+from fedpress.folder import RunFolder, read_json, write_json
+from fedpress.models import ModelSpec
+from fedpress.recipe import Recipe
+from fedpress.state import Event, StageFinished, StageStarted, Tick
+
+TOP = ("data", "model", "seed")
+NO_STATISTICS: dict[str, dict[str, Any]] = {
+    "prune": {"calibration": 0},
+    "quantize": {"inputs": "dynamic", "correct_bias": False},
+}
+"""What a stage does instead where there is no data to look at."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """One stage on one model, bound.
+
+    Attributes:
+        kind: of the stage, which is the command's name.
+        text: the recipe as TOML.
+        recipe: the same, checked.
+        spec: of a saved model, else None.
+    """
+
+    kind: str
+    text: str
+    recipe: Recipe
+    spec: ModelSpec | None = None
+
+    @classmethod
+    def bind(
+        cls,
+        kind: str,
+        subject: Subject,
+        keys: Sequence[str] = (),
+        *,
+        source: str | None = None,
+        path: Path | None = None,
+        input_shape: tuple[int, ...] | None = None,
+    ) -> Order:
+        """Puts the recipe together.
+
+        Args:
+            kind: of the stage.
+            subject: the model.
+            keys: `key=value` of the stage, or of the recipe: `seed=1`, `data.validation=500`, `model.arguments.n=8`.
+            source: of the data; by default that of the run that left the model, else none.
+            path: of the data.
+            input_shape: of one example, for an architecture without data.
+
+        Raises:
+            RecipeError: if a key is unknown or a value is wrong, by the name that it has here.
+            ModelError: if the model cannot be built, or its input shape is not known.
+        """
+        found = subject.data() if source is None else None
+        stage: dict[str, Any] = {"kind": kind}
+        seed = 0
+        if source is not None:
+            # What is given to a command is there to be looked at: all is public, but for the one client's example.
+            data: dict[str, Any] = {"source": source, "num_clients": 1, "examples_per_client": 1}
+            data |= {"partition": {"kind": "iid"}}
+            if subject.spec is not None and subject.spec.mean:
+                data |= {"mean": list(subject.spec.mean), "std": list(subject.spec.std)}
+        elif found is not None:
+            data, seed = found
+        else:
+            data = {"source": NOTHING, "path": _shape(subject, keys, input_shape)}
+            stage |= {key: value for key, value in NO_STATISTICS.get(kind, {}).items() if not _given(keys, key)}
+        if path is not None and data["source"] != NOTHING:
+            data["path"] = str(path.resolve())
+        elif path is not None:
+            raise DataError("--path: there is no --data to be found there; name its source, such as --data cifar10")
+        tree = {"name": kind, "seed": seed, "data": data, "model": subject.model, "stage": [stage]}
+        overrides = [key if key.split("=")[0].split(".")[0] in TOP else f"stage.0.{key}" for key in keys]
+        with _spoken(kind, data["source"]):
+            recipe = recipes.load(recipes.toml(tree), overrides)
+            return cls(kind, recipes.toml(recipes.tree(recipes.toml(tree), overrides)), recipe, subject.spec)
+
+    def load_data(self, progress: Progress | None = None) -> FederatedData:
+        """Loads the data, and looks whether it is of the model's classes.
+
+        Raises:
+            DataError: if it is of others, or cannot be read.
+        """
+        data, spec = runs.load_data(self.recipe, progress=progress), self.spec
+        if spec is None:
+            return data
+        if self.recipe.data.source == NOTHING:
+            names = spec.class_names or data.class_names
+            return replace(data, preprocess=Preprocess(spec.mean, spec.std), class_names=names)
+        if spec.class_names and spec.class_names != data.class_names:
+            odd = sorted(set(spec.class_names) ^ set(data.class_names))[:3]
+            what = f"{', '.join(odd)} differ" if odd else "their order differs"
+            raise DataError(
+                f"{self.kind}: the data '{data.name}' has other classes than the model ({what}); "
+                "give the data that the model was trained for"
+            )
+        return data
+
+    def check(self, data: FederatedData) -> None:
+        """Binds the stage without doing its work.
+
+        Raises:
+            FedpressError: what would stop it.
+        """
+        with _spoken(self.kind, self.recipe.data.source):
+            runs.check(self.recipe, data)
+
+    def execute(self, folder: RunFolder, data: FederatedData) -> Iterator[Event]:
+        """Measures the model as it is, then does the work; yields what happens."""
+        with _spoken(self.kind, self.recipe.data.source):
+            path = folder.path / "before.json"
+            if not path.exists():
+                yield StageStarted(0, "model", "before")
+                yield Tick(0, 1, "measuring the model as it is")
+                before = {"kind": "model", "name": "before", **runs.measure(runs.start(self.recipe, data))}
+                write_json(path, before)
+                yield StageFinished(0, before)
+            yield from runs.execute(self.recipe, folder, data)
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a command gives back.
+
+    Attributes:
+        spec: how to build the model; None for a module that came from memory.
+        model: the new model.
+        before: what the model was worth and what it cost: accuracy, parameters, macs, file_bytes, latency_ms.
+        facts: the same after, with what the stage says: what was left as it was, and why.
+        folder: the new model's folder, to be given to the next command; None if nothing was kept.
+        artifact: the file that export or pack wrote.
+    """
+
+    spec: ModelSpec | None
+    model: nn.Module
+    before: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    folder: Path | None
+    artifact: Path | None
+
+    @classmethod
+    def read(cls, run: RunFolder, kind: str) -> Result:
+        """Reads what a finished command left in `run`."""
+        facts = read_json(run.path / "result.json")["final"]
+        stage = run.stage(0, kind, facts["name"])
+        spec, model = stage.load()
+        artifact = run.path / facts["artifact"] if "artifact" in facts else None
+        return cls(spec, model, read_json(run.path / "before.json"), facts, stage.path, artifact)
+
+
+class _spoken:
+    """Says errors as a command knows their places: `recipe.stage[0].keep_parms` is `prune.keep_parms`."""
+
+    def __init__(self, kind: str, source: str) -> None:
+        self.kind, self.source = kind, source
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if not isinstance(error, FedpressError):
+            return
+        said = str(error).replace(f"recipe.stage[0] ({self.kind})", self.kind).replace("recipe.stage[0]", self.kind)
+        said = said.replace("stage.0.", f"{self.kind}.").replace("recipe.data", "data").replace("recipe.model", "model")
+        if self.source == NOTHING and isinstance(error, DataError):
+            said = said.replace("set data.public_share", "give --data SOURCE, all of which counts as public")
+        if said != str(error):
+            raise type(error)(said) from error
+
+
+def _given(keys: Sequence[str], key: str) -> bool:
+    return any(word.partition("=")[0] == key for word in keys)
+
+
+def _shape(subject: Subject, keys: Sequence[str], shape: tuple[int, ...] | None) -> str:
+    """Says the shape of an example and the number of classes of a model without data, as `no_data` takes them."""
+    if subject.spec is not None:
+        shape, classes = subject.spec.input_shape, len(subject.spec.class_names)
+        model = subject.spec.build() if not classes else None
+    else:
+        if shape is None:
+            raise ModelError(
+                f"--input: the shape of an example of '{subject.model['architecture']}' is not known; "
+                "give it, such as --input 3,32,32, or data with --data SOURCE"
+            )
+        own = [key.removeprefix("model.") for key in keys if key.startswith("model.")]
+        table = recipes.overridden(subject.model, own)
+        spec = ModelSpec(architecture=table["architecture"], arguments=table.get("arguments", {}), input_shape=shape)
+        model, classes = spec.take_in()[1], 0
+    if model is not None:
+        classes = classes_of(model, shape)
+    return f"{'x'.join(map(str, shape))}:{classes}"
+
+
+def as_words(settings: Mapping[str, Any]) -> list[str]:
+    """Returns Python values as the `key=value` of a command line.
+
+    >>> as_words({"keep_params": 0.3, "finetune": {"epochs": 2}, "score": "l2"})
+    ['keep_params=0.3', 'finetune={epochs = 2}', 'score="l2"']
+    """
+    return [f"{key}={'none' if value is None else recipes.toml_value(value)}" for key, value in settings.items()]

@@ -1,0 +1,68 @@
+"""Weights that somebody else's program saved, a state dict, go into a model; masks of torch's own pruning with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fedpress.errors import ModelError
+
+INSIDE = ("state_dict", "model_state_dict", "model")
+
+
+def load_weights_(model: nn.Module, path: Path) -> tuple[str, ...]:
+    """Puts the state dict of `path` into `model`: safetensors, or what `torch.save` wrote, read without running code.
+
+    A pair `x_orig`, `x_mask` of `torch.nn.utils.prune` becomes `x`, the product.
+
+    Returns:
+        The names of the parameters that came with masks: what `ModelSpec.sparse` notes.
+
+    Raises:
+        ModelError: if the file is missing, holds something else than tensors, or does not fit the model.
+    """
+    tensors, masked = _unmasked(_read(Path(path)), set(model.state_dict()))
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        last = str(error).splitlines()[-1].strip()
+        raise ModelError(
+            f"{path}: these weights do not fit the model ({last}); give those of this model, or set model.arguments"
+        ) from error
+    return masked
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; give a state dict as .safetensors or .pt")
+    found: Any
+    try:
+        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{path}: cannot be read as plain tensors ({str(error).splitlines()[0][:120]}); "
+            "save model.state_dict() as .safetensors or with torch.save"
+        ) from error
+    if isinstance(found, Mapping):
+        found = next((found[key] for key in INSIDE if isinstance(found.get(key), Mapping)), found)
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ModelError(f"{path}: this is no state dict; save model.state_dict(), not the model")
+    return dict(found)
+
+
+def _unmasked(tensors: dict[str, Tensor], wanted: set[str]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    pairs = {
+        name: (f"{name}_orig", f"{name}_mask")
+        for name in (key.removesuffix("_orig") for key in tensors if key.endswith("_orig"))
+        if name in wanted and f"{name}_mask" in tensors
+    }
+    used = {key for pair in pairs.values() for key in pair}
+    plain = {key: value for key, value in tensors.items() if key not in used}
+    return plain | {name: tensors[a] * tensors[b] for name, (a, b) in pairs.items()}, tuple(pairs)

@@ -1,0 +1,165 @@
+"""A sweep becomes one HTML page: accuracy against size and against latency, and the variants that no other beats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from fedpress.folder import read_json
+from fedpress.report import units
+from fedpress.report.html import Page, facts_of, write_page
+from fedpress.report.plot import BLUE, FAINT, ORANGE, Figure, Spec, axis, label, note, spec
+from fedpress.report.reading import Json
+from fedpress.report.table import Table
+
+COSTS = (("file_bytes", "size", "B"), ("latency_ms", "latency", "s"))
+AVERAGED = ("accuracy", "parameters", "macs", "file_bytes", "latency_ms")
+NAMED = 12  # so many points of the front are named in the picture; hovering names all
+
+
+def write_sweep(place: Path) -> Path:
+    """Draws `sweep.json` of the folder `place` as `sweep.html` there, and returns its path.
+
+    Raises:
+        RunError: if there is no sweep, it is damaged, or the page cannot be written.
+    """
+    page = read_json(place / "sweep.json")
+    variants = page["variants"]
+    failed = [f"{v['name']}: {v['error']}" for v in variants if v["error"]]
+    figures = [figure for cost, word, _ in COSTS if (figure := trade_off(page, cost, word))]
+    keys = sorted({override.partition("=")[0] for v in variants for override in v["overrides"]})
+    shown = Page(
+        name=f"Sweep over {', '.join(keys)}" if keys else "Sweep",
+        kind="fedpress sweep",
+        facts=[f"{len(variants)} variants", *facts_of(page.get("environment", {}))],
+        command=str(page.get("command", "")),
+        table=sweep_table(page),
+        note="Test accuracy at the end of each variant, with the change against the best in percentage points; of "
+        "several seeds the mean ± the standard deviation. ● beats all others of its size or less, ◆ those of its "
+        "latency or less. Latencies of different runtimes do not compare quite.",
+        failed=failed,
+        figures=figures,
+    )
+    return write_page(shown, place / "sweep.html")
+
+
+def trade_off(page: Json, cost: str, word: str) -> Figure | None:
+    """Shows accuracy against one cost: every stage of every variant, the ends bigger, and the front as a line."""
+    points = [
+        (variant["name"], stage, at + 1 == len(variant["stages"]) and not variant["error"])
+        for variant in page["variants"]
+        for at, stage in enumerate(variant["stages"])
+        if units.number(stage.get(cost)) is not None and units.number(stage.get("accuracy")) is not None
+    ]
+    if not points:
+        return None
+    front = [name for name in page.get(f"front_{cost}", []) if any(n == name and end for n, _, end in points)]
+    latency = cost == "latency_ms"
+    prefix, size = ("ms", 1.0) if latency else units.scale(max(stage[cost] for _, stage, _ in points))
+    unit = "ms" if latency else f"{prefix}B"
+    ends = {name: stage for name, stage, end in points if end}
+    within = _distinct([(name, stage) for name, stage, end in points if not end])
+    beaten = [(name, stage) for name, stage in ends.items() if name not in front]
+    best = [(name, ends[name]) for name in front]
+    data = [_points("stages on the way", within, cost, size, unit, {"color": FAINT, "size": 8})] if within else []
+    if beaten:
+        hollow = {"color": BLUE, "size": 10, "symbol": "circle-open"}
+        data.append(_points("beaten by another", beaten, cost, size, unit, hollow))
+    if best:
+        trace = _points("Pareto front", best, cost, size, unit, {"color": ORANGE, "size": 11})
+        data.append(trace | {"mode": "lines+markers", "line": {"color": ORANGE, "width": 2, "shape": "hv"}})
+    names = ", ".join(front) or "none"
+    return Figure(
+        f"Accuracy against {word}",
+        f"Each variant's end, and in grey the stages on its way. On the Pareto front, by rising {word}: {names}.",
+        spec(
+            data,
+            x=axis(f"{'latency, batch 1, one thread' if latency else 'file'} ({unit})", rangemode="tozero"),
+            y=axis("test accuracy (%)"),
+            hovermode="closest",
+            showlegend=True,
+            annotations=_names(best, cost, size) if len(best) <= NAMED else [],
+        ),
+        height=460,
+        wide=True,
+    )
+
+
+def _distinct(points: Sequence[tuple[str, Json]]) -> list[tuple[str, Json]]:
+    """Leaves out stages that several variants share."""
+    seen: dict[tuple[Any, ...], tuple[str, Json]] = {}
+    for name, stage in points:
+        seen.setdefault((stage.get("name"), stage.get("accuracy"), stage.get("seconds")), (name, stage))
+    return list(seen.values())
+
+
+def _points(name: str, points: Sequence[tuple[str, Json]], cost: str, size: float, unit: str, marker: Spec) -> Spec:
+    texts = [
+        f"{label(variant)}<br>after {label(stage.get('name'))}"
+        + (f", in {label(stage['runtime'])}" if cost == "latency_ms" and stage.get("runtime") else "")
+        for variant, stage in points
+    ]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": name,
+        "x": [stage[cost] / size for _, stage in points],
+        "y": [100 * stage["accuracy"] for _, stage in points],
+        "text": texts,
+        "marker": {**marker, "line": {"width": 2, "color": marker["color"]}},
+        "hovertemplate": f"%{{text}}<br>%{{x:.4~g}} {unit}, %{{y:.2f}}%<extra></extra>",
+    }
+
+
+def _names(best: Sequence[tuple[str, Json]], cost: str, size: float) -> list[Spec]:
+    """Names beside the front: right of a point, or left of one in the right half."""
+    most = max((stage[cost] / size for _, stage in best), default=0.0)
+    right = {"xanchor": "left", "xshift": 10, "yshift": -10}
+    left = {"xanchor": "right", "xshift": -10, "yshift": 10}
+    return [
+        note(x, 100 * stage["accuracy"], label(name), **(left if x > most / 2 else right))
+        for name, stage in best
+        for x in [stage[cost] / size]
+    ]
+
+
+def averages(page: Json) -> list[Json]:
+    """Returns the last stage of the variants, those that differ by their seed alone as one: mean, spread and number."""
+    groups: dict[str, list[Json]] = {}
+    for variant in page["variants"]:
+        words = [word for word in variant["name"].split(" ") if not word.startswith("seed=")]
+        groups.setdefault(" ".join(words) or "all seeds", []).append(variant)
+    rows = []
+    for name, members in groups.items():
+        ends = [member["stages"][-1] for member in members if not member["error"] and member["stages"]]
+        error = next((member["error"] for member in members if member["error"]), None)
+        row: Json = {"name": name, "seeds": len(ends), "error": error, "members": [m["name"] for m in members]}
+        for key in AVERAGED:
+            known = [x for end in ends if (x := units.number(end.get(key))) is not None]
+            row[key] = mean(known) if known else None
+            row[f"{key}_spread"] = stdev(known) if len(known) > 1 else None
+        rows.append(row)
+    return rows
+
+
+def sweep_table(page: Json) -> Table:
+    """Returns a row for each variant, of several seeds the mean and spread; marks those on a front."""
+    rows = averages(page)
+    best = max((row["accuracy"] for row in rows if row["accuracy"] is not None), default=None)
+    marks = (("●", page.get("front_file_bytes", [])), ("◆", page.get("front_latency_ms", [])))
+    several = any(row["seeds"] > 1 for row in rows)
+    cells = []
+    for row in rows:
+        on = "".join(mark for mark, names in marks if set(row["members"]) & set(names))
+        spread = row["accuracy_spread"]
+        accuracy = units.percent(row["accuracy"]) + (f" ± {100 * spread:.2f}" if spread is not None else "")
+        behind = units.points(row["accuracy"], best)
+        cells.append(
+            [row["name"], on, "failed" if row["seeds"] == 0 else accuracy, behind, units.count(row["parameters"]),
+             units.count(row["macs"]), units.count(row["file_bytes"], "B"), units.milliseconds(row["latency_ms"]),
+             *([str(row["seeds"])] if several else [])]
+        )  # fmt: skip
+    header = ["Variant", "Front", "Accuracy", "To best", "Params", "MACs", "Size", "Latency"]
+    return Table(header=[*header, *(["Seeds"] if several else [])], rows=cells)
