@@ -128,8 +128,11 @@ def next_share(
     if low and cost_low > 0:
         part = min(max(aim / log(cost_low / cost_high), 0.1), 0.9)
         return exp((1 - part) * log(high) + part * log(low))
-    power = log(above[1][1] / cost_high) / log(above[1][0] / high) if len(above) > 1 else 1.0
-    return high * max(exp(aim / min(max(power, 0.25), 4.0)), 0.1)
+    if len(above) == 1:
+        return high * max(exp(aim), 0.1)
+    power = log(above[1][1] / cost_high) / log(above[1][0] / high)
+    # Half as far again: part of the cost does not go with the share, and to have one below says more than one above.
+    return high * max(exp(1.5 * aim / min(max(power, 0.25), 4.0)), 0.1)
 
 
 def _checked(key: str, share: float) -> float:
