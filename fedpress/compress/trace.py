@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
 
-from fedpress.calls import INDEXING, SIZED, caller, numbers_of, watch_
+from fedpress.calls import INDEXING, SIZED, caller, numbers_in, numbers_of, watch_
 from fedpress.compress.graph import (
     ChannelGraph,
     Example,
@@ -327,7 +327,9 @@ def _slices(
 @torch.no_grad()
 def _without_followers(model: nn.Module, graph: ChannelGraph, arguments: Sequence[Tensor]) -> ChannelGraph:
     """Drops the numbers that follow the tensors by themselves (`x.shape[1] // 2`): found by running smaller copies."""
-    wrong, changed = set[Any](), set[Any]()  # a number that never had to change says nothing
+    fixed = numbers_in(model)  # an earlier cut has put these right
+    wrong = {(m, call, at) for m, calls in fixed.items() for call, right in calls.items() for at in right}
+    changed: set[tuple[str, int, int]] = set()  # a number that never had to change says nothing
     for step in (1, 2) if graph.numbers else ():
         gone = [(step * i + step) % layer.channels for i, layer in enumerate(graph.layers)]
         small = deepcopy(model).eval()
