@@ -86,7 +86,11 @@ def test_checking_tells_what_will_be_left():
 
 def test_the_end_needs_public_examples():
     with pytest.raises(TrainingError, match="public part has no examples"):
-        checked(HEAD.replace("public_share = 0.3", "public_share = 0.0") + L0 + "density = 0.4\n")
+        checked(
+            HEAD.replace("public_share = 0.3", "public_share = 0.0").replace("validation = 60", "validation = 0")
+            + L0
+            + "density = 0.4\n"
+        )
 
 
 @pytest.mark.parametrize(

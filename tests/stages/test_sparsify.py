@@ -146,8 +146,8 @@ def test_what_cannot_be_is_found_before_the_run(text, kind, said):
 
 
 def test_scores_need_public_examples():
-    text = HEAD.replace("public_share = 0.3", "public_share = 0.0")
-    with pytest.raises(DataError, match="public_share"):
+    text = HEAD.replace("public_share = 0.3", "public_share = 0.0").replace("validation = 60", "validation = 0")
+    with pytest.raises(DataError, match="public part of the data is empty"):
         checked(text + SPARSIFY + "density = 0.1\nscore = 'snip'\n")
 
 
