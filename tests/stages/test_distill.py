@@ -130,6 +130,14 @@ def test_a_checkpoint_that_is_cut_at_once_is_the_dense_parent(whole, tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["finished"]
 
 
+def test_training_a_checkpoint_on_is_no_cut(whole, tmp_path):
+    recipe = recipes.load(RECIPE, (f"model={{checkpoint = '{whole / 'stages' / '0-train'}'}}",))
+    state = runs.start(recipe, runs.load_data(recipe))
+    save_model(tmp_path, state.spec, state.model)
+    after = replace(state, spec=load_model(tmp_path)[0])
+    assert runs._with_parent(after, state, lambda: None).parent is None
+
+
 def test_fresh_weights_are_no_dense_parent():
     text = RECIPE.split("[[stage]]")
     recipe = recipes.load("[[stage]]".join([text[0], *text[2:]]))
