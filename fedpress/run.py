@@ -28,9 +28,11 @@ from fedpress.folder import Done, RunFolder, StageFolder, read_json, write_json
 from fedpress.models import ModelSpec
 from fedpress.models.weights import load_weights_
 from fedpress.privacy.ledger import Ledger
+from fedpress.quantized import settle_
 from fedpress.recipe import Recipe
 from fedpress.seeds import derive, fingerprint
 from fedpress.stages import Stage
+from fedpress.stages.teaching import FROM_THE_RUN
 from fedpress.state import Event, Loader, StageFinished, StageStarted, State, Tick
 from fedpress.training import evaluate, place_
 
@@ -143,7 +145,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     if recipe.model.weights is not None:
         tree["model"]["weights"] = hashlib.sha256(recipe.model.weights.read_bytes()).hexdigest()
     for stage in tree["stage"]:
-        if stage.get("teacher") not in (None, "dense"):
+        if stage.get("teacher") not in (None, *FROM_THE_RUN):
             stage["teacher"] = fingerprint(*storage.load(Path(stage["teacher"]))[1].state_dict().values())
     return tree
 
@@ -197,6 +199,7 @@ def _do(stage: Stage, state: State, place: StageFolder, key: str, records: int) 
         raise
     except FedpressError as error:
         raise type(error)(_placed(str(error), place.index, stage)) from error
+    settle_(state.model)  # whoever trained a model on grids has left its weights beside them
     seconds = before + time.perf_counter() - began
     yield Tick(1, 1, f"measuring on {len(state.data.test):,} test examples")
     return place.finish(state.spec, state.model, _measure(state, stage, seconds), key=key)

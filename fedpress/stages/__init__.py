@@ -12,6 +12,7 @@ from fedpress.stages.l0 import L0Stage
 from fedpress.stages.measure import MeasureStage
 from fedpress.stages.pack import PackStage
 from fedpress.stages.prune import PruneStage
+from fedpress.stages.quantize import QuantizeStage
 from fedpress.stages.sparsify import SparsifyStage
 from fedpress.stages.train import TrainStage
 from fedpress.state import State, Tick
@@ -39,7 +40,17 @@ class Stage(Protocol):
         ...
 
 
-AnyStage = TrainStage | PruneStage | SparsifyStage | L0Stage | FederateStage | PackStage | ExportStage | MeasureStage
+AnyStage = (
+    TrainStage
+    | PruneStage
+    | SparsifyStage
+    | L0Stage
+    | FederateStage
+    | QuantizeStage
+    | PackStage
+    | ExportStage
+    | MeasureStage
+)
 
 __all__ = [
     "AnyStage",
@@ -49,6 +60,7 @@ __all__ = [
     "MeasureStage",
     "PackStage",
     "PruneStage",
+    "QuantizeStage",
     "SparsifyStage",
     "Stage",
     "TrainStage",

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import time
 from collections.abc import Generator
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from pydantic import Field, model_validator
-from torch import nn
+from pydantic import model_validator
 
-from fedpress import storage, training
-from fedpress.arrays import Preprocess
-from fedpress.compress.distill import Distillation, DistillSettings
-from fedpress.errors import RecipeError, TrainingError
+from fedpress import training
 from fedpress.folder import StageFolder
 from fedpress.seeds import derive
+from fedpress.stages.teaching import TaughtSettings, train_
 from fedpress.state import Name, State, Tick
-from fedpress.training import Fit, Step, TrainSettings
 
 
-class TrainStage(TrainSettings):
+class TrainStage(TaughtSettings):
     """`[[stage]] kind = "train"`: trains all weights on the public part, with a checkpoint after each epoch.
 
     With a `teacher` the model learns from it besides; `kind = "distill"` is the same and wants one.
@@ -33,17 +23,11 @@ class TrainStage(TrainSettings):
 
     kind: Literal["train", "distill"]
     name: Name = "train"
-    teacher: str | None = Field(
-        None, description="'dense' (the model before the first cut), or a saved model: its folder, a run, a packed file"
-    )
-    distill: DistillSettings = DistillSettings()
 
     @model_validator(mode="after")
     def _has_its_teacher(self) -> TrainStage:
         if self.teacher is None and self.kind == "distill":
             raise ValueError("distill needs a teacher; give teacher = 'dense' or the path of a saved model")
-        if self.teacher is None and "distill" in self.model_fields_set:
-            raise ValueError("distill needs a teacher; give one, or leave distill out")
         return self
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
@@ -56,7 +40,7 @@ class TrainStage(TrainSettings):
         """
         data = state.data
         training.check(state.model, self, data.public, data.validation, data.preprocess)
-        self._objective(state, 0)
+        self.objective(state, 0)
         examples = len(data.public)
         return state, {
             "examples": examples,
@@ -67,92 +51,5 @@ class TrainStage(TrainSettings):
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Trains; yields a tick for every step."""
         seed = derive(state.seed, "stage", folder.index)
-        lesson = self._objective(state, seed)
-        helpers = lesson.helpers if lesson else None
-        fit = Fit(state.model, self, seed=seed, objective=lesson, helpers=helpers, sparse=state.spec.sparse)
-        tensors, saved = folder.load_progress()
-        note = ""
-        if saved:
-            fit.load_(tensors)
-            note = f"epoch {fit.epoch}/{self.epochs}"
-        start = time.perf_counter() - saved.get("seconds", 0.0)
-        with lesson.watching(state.model) if lesson else nullcontext():
-            for event in fit.epochs(state.data.public, state.data.validation, state.data.preprocess):
-                if isinstance(event, Step):
-                    at = event
-                    yield Tick(at.done, at.total, note)
-                    continue
-                seconds = time.perf_counter() - start
-                folder.record(
-                    epoch=event.epoch,
-                    epochs=event.epochs,
-                    loss=event.loss,
-                    accuracy=event.accuracy,
-                    image_size=event.image_size,
-                    seconds=round(seconds, 2),
-                )
-                folder.save_progress(fit.state(), {"seconds": seconds})
-                note = f"epoch {event.epoch}/{event.epochs}, loss {event.loss:.3f}"
-                if event.accuracy is not None:
-                    note += f", validation {event.accuracy:.2%}"
-                yield Tick(at.done, at.total, note)
+        fit = yield from train_(state.model, self, state, folder, seed, self.objective(state, seed))
         return replace(state, model=fit.result_(), facts={"epochs": fit.epoch})
-
-    def _objective(self, state: State, seed: int) -> Distillation | None:
-        """Returns the loss with a teacher, bound to the model's shapes on a few public examples; None without one."""
-        if self.teacher is None or not self.epochs:
-            return None
-        data = state.data
-        teacher = _teacher(self.teacher, state)
-        student = training.place_(state.model)
-        examples = data.preprocess(data.public.x[:64].to(training.device()))
-        context = partial(training.autocast, teacher, self.precision)
-        return Distillation(teacher, student, self.distill, examples, label_smoothing=self.label_smoothing,
-                            context=context, seed=seed)  # fmt: skip
-
-
-def _teacher(where: str, state: State) -> nn.Module:
-    """Loads the teacher; one that is used to other statistics of its inputs gets them.
-
-    Raises:
-        RecipeError: if it is not there.
-        TrainingError: if it names other classes.
-        ModelError: if its files are corrupt.
-    """
-    if where != "dense":
-        spec, model = storage.load(Path(where))
-    elif state.parent is not None:
-        spec, model = state.parent()
-    else:
-        raise RecipeError(
-            "stage.teacher: got 'dense', but no stage before this one has made a trained model smaller; "
-            "put the cut before, or name the teacher's folder"
-        )
-    names = state.data.class_names
-    if spec.class_names and names and spec.class_names != tuple(names):
-        odd = sorted(set(spec.class_names) ^ set(names))[:3] or ["the order"]
-        raise TrainingError(
-            f"stage.teacher: '{where}' knows other classes than the data ({', '.join(odd)} differ); "
-            "give a teacher of the same classes"
-        )
-    if spec.input_shape != state.spec.input_shape:
-        raise TrainingError(
-            f"stage.teacher: '{where}' takes examples of shape {list(spec.input_shape)}, the data's have "
-            f"{list(state.spec.input_shape)}; give a teacher of the same inputs"
-        )
-    model = training.place_(copy.deepcopy(model))
-    mine, theirs = state.data.preprocess, Preprocess(spec.mean, spec.std)
-    if mine != theirs:
-        model.register_forward_pre_hook(lambda _, inputs: (_restandardised(inputs[0], mine, theirs), *inputs[1:]))
-    return model
-
-
-def _restandardised(x: torch.Tensor, mine: Preprocess, theirs: Preprocess) -> torch.Tensor:
-    """Takes inputs [n, C, ...] standardised by `mine` to what `theirs` makes of the same examples."""
-    shape = (1, -1, *[1] * (x.dim() - 2))
-
-    def numbers(values: tuple[float, ...], empty: float) -> torch.Tensor:
-        return torch.tensor(values or (empty,), device=x.device).view(shape)
-
-    raw = x * numbers(mine.std, 1.0) + numbers(mine.mean, 0.0)
-    return (raw - numbers(theirs.mean, 0.0)) / numbers(theirs.std, 1.0)

@@ -12,7 +12,7 @@ from fedpress.errors import ModelError, RecipeError, TrainingError
 from fedpress.folder import RunFolder
 from fedpress.models import load_model, save_model
 from fedpress.stages import TrainStage
-from fedpress.stages.train import _restandardised
+from fedpress.stages.teaching import _restandardised
 from fedpress.state import StageStarted, Tick
 
 RECIPE = """
@@ -180,7 +180,7 @@ def test_distill_without_a_teacher_is_refused():
     with pytest.raises(RecipeError, match=r"recipe.stage\[2\]\S*: distill needs a teacher; give teacher = 'dense' or"):
         recipes.load(RECIPE, ("stage.tune.kind=distill", "stage.tune.teacher=none"))
     with pytest.raises(
-        RecipeError, match=r"recipe.stage\[2\]\S*: distill needs a teacher; give one, or leave distill out"
+        RecipeError, match=r"recipe.stage\[2\]\S*: distill needs a teacher; give teacher = 'dense' or .*, or leave distill out"
     ):
         recipes.load(RECIPE, ("stage.tune.teacher=none",))
 
@@ -233,8 +233,8 @@ def test_a_teacher_of_other_statistics_sees_what_it_is_used_to(mine, theirs):
 def test_a_teacher_of_other_statistics_gives_the_same_answers(state):
     spec, model = state.parent()
     moved = spec.model_copy(update={"mean": (0.0,), "std": (1.0,)})
-    mine = stage()._objective(replace(state, parent=lambda: (spec, model)), 0)
-    other = stage()._objective(replace(state, parent=lambda: (moved, model)), 0)
+    mine = stage().objective(replace(state, parent=lambda: (spec, model)), 0)
+    other = stage().objective(replace(state, parent=lambda: (moved, model)), 0)
     raw = state.data.public.x[:4]
     model.eval()
     torch.testing.assert_close(mine._teach(state.data.preprocess(raw))[1], model(state.data.preprocess(raw)))

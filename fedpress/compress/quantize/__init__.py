@@ -1,0 +1,23 @@
+"""Fewer bits: batch-norm folding, ranges, rounding, weight sharing, and the bits that each layer gets."""
+
+from fedpress.compress.quantize.cluster import shared_values
+from fedpress.compress.quantize.fold import find_folds, fold_
+from fedpress.compress.quantize.mixed import Choice, choose_bits, measure_choices, stored_bytes
+from fedpress.compress.quantize.ptq import fit_, quantizable, quantize_
+from fedpress.compress.quantize.ranges import OBSERVERS, Observer, calibrate_
+
+__all__ = [
+    "OBSERVERS",
+    "Choice",
+    "Observer",
+    "calibrate_",
+    "choose_bits",
+    "find_folds",
+    "fit_",
+    "fold_",
+    "measure_choices",
+    "quantizable",
+    "quantize_",
+    "shared_values",
+    "stored_bytes",
+]

@@ -1,0 +1,194 @@
+"""Quantization after training: which layers, scales, rounding, ranges of the inputs, and biases that make good."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedpress.compress.quantize.cluster import shared_values
+from fedpress.compress.quantize.ranges import Observer, calibrate_, run_watched
+from fedpress.compress.quantize.rounding import best_scale, round_second_order_, second_moment
+from fedpress.errors import DataError, ModelError, did_you_mean
+from fedpress.layers import tensor
+from fedpress.quantized import LayerGrids, QuantLayer, quantize_layers_, settle_, why_not
+
+Rounding = Literal["nearest", "second-order"]
+PATCHES = 4096  # of each batch, for the second moments
+
+
+def quantizable(
+    model: nn.Module, grids: LayerGrids, *, keep: Collection[str] = (), sparse: Collection[str] = ()
+) -> tuple[dict[str, LayerGrids], dict[str, str]]:
+    """Lists the layers of `model` that can be put on `grids`, in the model's order, and the others with the reason.
+
+    Args:
+        model: nothing is changed.
+        grids: of every layer.
+        keep: names of layers that stay float; "first" and "last" are those of the model's order.
+        sparse: names of parameters whose zeros are pruned weights, which a binary grid cannot keep.
+
+    Raises:
+        ModelError: if a name of `keep` is no layer with weights, or nothing is left to quantize.
+    """
+    table: dict[str, LayerGrids] = {}
+    left: dict[str, str] = {}
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None and not _computes(module):
+            continue
+        if weight is not None and weight.dim() < 2:
+            continue  # norms and the like
+        reason = why_not(module)
+        if reason is None and weight is not None and (twin := owners.setdefault(id(weight), name)) != name:
+            reason = f"its weight is shared with '{twin}'"
+            if twin in table:
+                left[twin] = f"its weight is shared with '{name}'"
+                del table[twin]
+        if reason is None and f"{name}.weight" in sparse and grids.weights and not grids.weights.has_zero:
+            reason = "its zeros are pruned weights, and a binary grid has no zero; use ternary"
+        if reason is None:
+            table[name] = grids
+        else:
+            left[name] = reason
+    names = [*table]
+    for word in keep:
+        name = {"first": names[0], "last": names[-1]}.get(word, word) if names else word
+        if name not in table and name not in left:
+            raise ModelError(
+                f"quantize.keep: no layer '{word}'{did_you_mean(word, names)}; use 'first', 'last', or one of "
+                f"{', '.join(names[:5])}"
+            )
+        if table.pop(name, None) is not None:
+            left[name] = "asked for by `keep`"
+    if not table:
+        told = "; ".join(f"'{n}': {why}" for n, why in left.items()) or "it has no layers with weights"
+        raise ModelError(f"quantize: no layer of this model can be quantized ({told})")
+    return table, left
+
+
+def _computes(module: nn.Module) -> bool:
+    """Whether a module without a parameter `weight` has weights of its own: recurrent, attention, parametrized."""
+    return any(p.dim() > 1 for p in module._parameters.values() if p is not None) or hasattr(module, "parametrizations")
+
+
+@torch.no_grad()
+def quantize_(
+    model: nn.Module,
+    table: Mapping[str, LayerGrids],
+    batches: Sequence[Tensor] = (),
+    *,
+    scale: Literal["mse", "minmax"] = "mse",
+    rounding: Rounding = "nearest",
+    observer: Observer = "minmax",
+    correct_bias: bool = True,
+) -> dict[str, str]:
+    """Puts the layers of `table` on their grids after training and settles them; the model changes in place.
+
+    Args:
+        model: in evaluation mode it should compute what is to be kept; fold batch norms before.
+        table: layer -> grids, for instance of `quantizable`.
+        batches: public inputs [n, ...]; needed for input ranges, for second-order rounding and for the biases.
+        scale: of whole-number weights: the span, or the least squared error.
+        rounding: to the nearest grid point, or GPTQ's.
+        observer: how input ranges are taken from what is seen.
+        correct_bias: take the mean error that rounding makes in each output channel off the bias
+            (Nagel et al. 2019, arXiv:1906.04721, section 4.2), where a layer has one.
+
+    Returns:
+        Layers for which something of this could not be done -> the reason.
+
+    Raises:
+        ModelError: if a weight is not finite, or a layer cannot be quantized.
+        DataError: if there are no batches but they are needed, or they hold NaN.
+    """
+    _finite(model, table)
+    needs = rounding == "second-order" or correct_bias or any(_static(grids) for grids in table.values())
+    if needs and not batches:
+        raise DataError("quantize: this method needs public examples; give batches, or round weights to the nearest")
+    layers = {n: model.get_submodule(n) for n, g in table.items() if g.weights is not None}
+    means, moments = _look(model, layers, batches, moments=rounding == "second-order") if needs else ({}, {})
+    before = {n: tensor(model, f"{n}.weight").detach().clone() for n in layers}
+    quantize_layers_(model, table)
+    notes: dict[str, str] = {}
+    for name, layer in layers.items():
+        assert isinstance(layer, QuantLayer)
+        fit_(layer, scale=scale)
+        if name in moments:
+            round_second_order_(layer, moments[name])
+        elif rounding == "second-order":
+            notes[name] = "forward never calls it, so its weights are rounded to the nearest"
+    settle_(model)
+    if correct_bias:
+        for name, layer in layers.items():
+            assert isinstance(layer, QuantLayer)
+            if name not in means:
+                continue
+            if layer.bias is None:
+                notes[name] = "it has no bias that could make good for its rounding"
+            else:
+                layer.bias -= _shift(layer, means[name], layer.weight - before[name])
+    if any(_static(grids) for grids in table.values()):
+        notes |= calibrate_(model, batches, observer=observer)
+    return notes
+
+
+def fit_(layer: QuantLayer, *, scale: Literal["mse", "minmax"] = "mse") -> None:
+    """Sets the scales or the codebook of `layer` to suit its weights as they are."""
+    grid, weight = layer.grids.weights, layer.weight.detach()
+    if grid is None:
+        return
+    with torch.no_grad():
+        if grid.kind == "codebook":
+            layer.codebook.copy_(shared_values(weight, 2**grid.bits))
+            if grid.centroid_bits is not None:
+                top = layer.codebook.detach().abs().amax() / (2 ** (grid.centroid_bits - 1) - 1)
+                layer.weight_scale.copy_(torch.where(top > 0, top, 1.0))
+        elif scale == "mse":
+            layer.weight_scale.copy_(best_scale(weight, grid))
+
+
+def _static(grids: LayerGrids) -> bool:
+    return grids.inputs is not None and not grids.inputs.dynamic
+
+
+def _finite(model: nn.Module, table: Mapping[str, LayerGrids]) -> None:
+    for name in table:
+        weight = getattr(model.get_submodule(name), "weight", None)
+        if isinstance(weight, Tensor) and not bool(weight.isfinite().all()):
+            raise ModelError(f"quantize: '{name}' has NaN or infinite weights; load a checkpoint from before it broke")
+
+
+def _look(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Tensor], *, moments: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Runs the model once: the mean input of every layer, and the second moments of its patches if wanted."""
+    means: dict[str, tuple[Tensor, int]] = {}
+    seconds: dict[str, tuple[Tensor, int]] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        if not bool(x.isfinite().all()):
+            raise DataError(f"quantize: '{name}' sees NaN or infinite values; check the public examples")
+        layer, x = layers[name], x.detach().float()
+        flat = x.reshape(-1, x.shape[-1]) if isinstance(layer, nn.Linear) else x
+        total, count = means.get(name, (0.0, 0))
+        means[name] = total + flat.double().sum(0), count + len(flat)
+        if moments:
+            second, rows = second_moment(layer, x, most=PATCHES)
+            old, seen = seconds.get(name, (0.0, 0))
+            seconds[name] = old + second, seen + rows
+
+    run_watched(model, layers, batches, see)
+    return {n: t / c for n, (t, c) in means.items()}, {n: t / c for n, (t, c) in seconds.items()}
+
+
+def _shift(layer: QuantLayer, mean: Tensor, error: Tensor) -> Tensor:
+    """The mean change [out] of the outputs when the weights change by `error`: exact, since a layer is linear."""
+    if isinstance(layer, nn.Linear):
+        return error.double() @ mean
+    assert isinstance(layer, nn.modules.conv._ConvNd)
+    out = layer._conv_forward(mean[None], error.double(), None)
+    return out.flatten(2).mean(-1)[0]

@@ -1,0 +1,126 @@
+"""Which grid point a weight takes: scales of least error, and rounding that lets later weights mend earlier ones."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedpress.quantized import QuantLayer, WeightGrid, first_scale, grouped, mended, spread
+
+BLOCK = 128
+
+
+def best_scale(weight: Tensor, grid: WeightGrid) -> Tensor:
+    """Returns scales [out] or [out, groups]: of "int" the part of the span, of 80, with the least squared error.
+
+    Those of "ternary" and "binary" are the best already (see `first_scale`).
+    """
+    first = first_scale(weight, grid)
+    if grid.kind != "int":
+        return first
+    values = grouped(weight.detach().float(), grid.group)
+    full = first.reshape(len(weight), -1, 1)
+    best, least = full, torch.full_like(full, torch.inf)
+    for share in torch.linspace(1, 0.2, 80).tolist():
+        scale = full * share
+        rounded = (values / scale).round().clamp(grid.lowest, grid.highest) * scale
+        error = (rounded - values).square().sum(-1, keepdim=True)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return mended(best.reshape(first.shape))
+
+
+def patches(layer: nn.Module, x: Tensor) -> Tensor:
+    """Returns the inputs that each output value of `layer` sums over, [groups, outputs, in_channels * kernel].
+
+    For a linear layer: the rows of `x`.
+    """
+    if isinstance(layer, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1])
+    assert isinstance(layer, nn.modules.conv._ConvNd)
+    dims = len(layer.kernel_size)
+    around = layer._reversed_padding_repeated_twice
+    x = F.pad(x, around, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    for axis, (kernel, stride, dilation) in enumerate(
+        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
+    ):
+        x = x.unfold(axis, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
+    # [n, channels, *places, *kernel] -> [groups, n * places, channels per group * kernel]
+    channels = x.shape[1]
+    x = x.movedim(1, 1 + dims).reshape(-1, layer.groups, channels // layer.groups, *layer.kernel_size)
+    return x.movedim(1, 0).reshape(layer.groups, -1, channels // layer.groups * layer.weight[0, 0].numel())
+
+
+def second_moment(layer: nn.Module, x: Tensor, *, most: int) -> tuple[Tensor, int]:
+    """Returns the sum of x x^T over the patches of a batch, [groups, k, k] float32, and how many were summed.
+
+    At most about `most` patches count, taken at equal distances.
+    """
+    rows = patches(layer, x.detach().float())
+    rows = rows[:, :: max(1, rows.shape[1] // most)]
+    return rows.mT @ rows, rows.shape[1]
+
+
+@torch.no_grad()
+def round_second_order_(layer: QuantLayer, moment: Tensor, *, damping: float = 0.01) -> None:
+    """Moves the weights of `layer` onto its grid, each error made good by the weights that are not rounded yet.
+
+    The error of the layer's outputs is quadratic in that of its weights, with the second moment of its inputs as the
+    Hessian: GPTQ (Frantar et al. 2022, arXiv:2210.17323, section 3, algorithm 1), columns in the order of falling
+    diagonal. Weights that are 0 stay 0 where the grid has a zero, as in SparseGPT.
+
+    Args:
+        layer: with scales or a codebook; changed in place.
+        moment: the second moment of its inputs, [groups, k, k].
+        damping: share of the mean diagonal that is added to it.
+    """
+    grid = layer._grid()
+    out = len(layer.weight)
+    weight = layer.weight.detach().reshape(out, -1).float()
+    keep = weight == 0 if grid.has_zero else torch.zeros_like(weight, dtype=torch.bool)
+    scale = None
+    if grid.kind != "codebook":
+        scale = spread(layer.weight_scale.detach().abs(), layer.weight, grid.group).expand(layer.weight.shape)
+        scale = scale.reshape(out, -1)
+    rounded = torch.empty_like(weight)
+    each = out // len(moment)
+    for g, hessian in enumerate(moment):
+        rows = slice(g * each, (g + 1) * each)
+        part = None if scale is None else scale[rows]
+        rounded[rows] = _gptq(weight[rows], part, keep[rows], hessian.double(), layer, damping)
+    layer.weight.copy_(rounded.reshape(layer.weight.shape))
+
+
+def _gptq(
+    weight: Tensor, scale: Tensor | None, keep: Tensor, hessian: Tensor, layer: QuantLayer, damping: float
+) -> Tensor:
+    grid, k = layer._grid(), weight.shape[1]
+    diagonal = hessian.diagonal().clone()
+    hessian = hessian + torch.diag(damping * diagonal.mean() + (diagonal <= 0) * 1.0 + 1e-12)
+    order = diagonal.argsort(descending=True, stable=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    w, keep = weight[:, order].clone(), keep[:, order]
+    scale = None if scale is None else scale[:, order]
+    values = layer._values().detach() if scale is None else None
+    for start in range(0, k, BLOCK):
+        stop = min(k, start + BLOCK)
+        errors = torch.zeros_like(w[:, start:stop])
+        for j in range(start, stop):
+            now = w[:, j]
+            if values is not None:
+                point = values[_closest(values, now)]
+            elif grid.kind == "binary":
+                point = torch.where(now >= 0, 1.0, -1.0) * scale[:, j]  # type: ignore[index]
+            else:
+                point = (now / scale[:, j]).round().clamp(grid.lowest, grid.highest) * scale[:, j]  # type: ignore[index]
+            point = point.masked_fill(keep[:, j], 0.0)
+            error = (now - point) / upper[j, j]
+            w[:, j + 1 : stop] -= error[:, None] * upper[j, j + 1 : stop]
+            errors[:, j - start], w[:, j] = error, point
+        w[:, stop:] -= errors @ upper[start:stop, stop:]
+    return w[:, order.argsort()]
+
+
+def _closest(values: Tensor, x: Tensor) -> Tensor:
+    return (values[None] - x[:, None]).abs().argmin(1)

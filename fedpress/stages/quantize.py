@@ -1,0 +1,215 @@
+"""The quantize stage: weights and inputs go onto grids of a few bits, and may learn there what rounding took."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, JsonValue, model_validator
+from torch import Tensor, nn
+
+from fedpress import training
+from fedpress.compress import quantize as quantizing
+from fedpress.folder import StageFolder
+from fedpress.models import ModelSpec
+from fedpress.quantized import InputGrid, LayerGrids, WeightGrid, quantize_layers_, quantized_layers, settle_
+from fedpress.seeds import derive
+from fedpress.stages.public import calibration
+from fedpress.stages.teaching import TaughtSettings, train_
+from fedpress.state import Name, State, Tick
+from fedpress.storage.packed import encode
+
+BATCH = 64
+
+
+class QuantizeStage(TaughtSettings):
+    """`[[stage]] kind = "quantize"`: fewer bits for weights, and for the inputs of layers.
+
+    Without `epochs` the network is rounded after training; with them it trains on its grids, scales included (learned
+    step size, Esser et al. 2020), from that rounding on.
+    """
+
+    kind: Literal["quantize"]
+    name: Name = "quantize"
+    epochs: int = Field(0, ge=0, description="0: rounded after training; more: trains on the grids")
+    lr: float = Field(0.01, gt=0)
+    weights: Literal["int", "ternary", "binary", "cluster"] = Field(
+        "int", description="whole numbers, {-s, 0, s}, {-s, s}, or a few values that a layer's weights share"
+    )
+    bits: int = Field(8, ge=1, le=8, description="of each weight; ternary and binary bring their own")
+    group: int | None = Field(None, ge=1, description="weights that share a scale; an output channel by default")
+    inputs: Literal["static", "dynamic", "float"] | None = Field(
+        None, description="ranges from public examples, or from each batch; static for 8-bit int, else float by default"
+    )
+    input_bits: int = Field(8, ge=1, le=8, description="1 is the sign (XNOR-Net)")
+    keep: tuple[str, ...] | None = Field(
+        None, description="layers that stay float: names, 'first', 'last'; first and last for ternary and binary"
+    )
+    mixed: tuple[int, ...] = Field((), description="bits to choose from for each layer, so that max_bytes is met")
+    max_bytes: int | None = Field(None, ge=1, description="mixed: bytes of all codes and scales, before coding")
+    scale: Literal["mse", "minmax"] = Field("mse", description="scales of least squared error, or those of the span")
+    rounding: Literal["nearest", "second-order"] | None = Field(
+        None, description="second-order is GPTQ's; the default below 8 bits when nothing is trained"
+    )
+    observer: quantizing.Observer = Field("minmax", description="how the ranges of inputs are taken")
+    correct_bias: bool = Field(True, description="biases make good for the mean error of rounding")
+    fold: bool | None = Field(
+        None, description="batch norms go into the layer before; not by default for ternary, binary and cluster"
+    )
+    calibration: int = Field(512, ge=1, description="public examples for ranges, rounding and biases")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> QuantizeStage:
+        own = {"ternary": 2, "binary": 1}.get(self.weights)
+        if own is not None and "bits" in self.model_fields_set and self.bits != own:
+            raise ValueError(f"{self.weights} weights have {own} bits; leave bits out")
+        if self.weights == "int" and self.bits < 2:
+            raise ValueError("whole numbers need 2 bits or more; use weights = 'binary' for 1")
+        if self.weights == "cluster" and self.group is not None:
+            raise ValueError("clustered weights share their values in the whole layer; leave group out")
+        if bool(self.mixed) != (self.max_bytes is not None):
+            raise ValueError("mixed and max_bytes go together: the bits to choose from, and the budget")
+        if self.mixed and (self.weights != "int" or not all(2 <= b <= 8 for b in self.mixed)):
+            raise ValueError("mixed bits are for whole numbers of 2 to 8 bits; leave mixed out")
+        if self.mixed and self.group is not None:
+            raise ValueError("mixed bits have one scale for each output channel; leave group out")
+        return self
+
+    def check(self, state: State) -> tuple[State, dict[str, Any]]:
+        """Puts the untrained model on its grids: layers, bits and what stays float will be these.
+
+        Raises:
+            ModelError: if no layer can be quantized.
+            RecipeError: if the budget cannot be met.
+            DataError: if there are no public examples where they are needed.
+            TrainingError: if the training settings do not fit.
+        """
+        if self.epochs:
+            training.check(state.model, self, state.data.public, state.data.validation, state.data.preprocess)
+            self.objective(state, 0)
+        if self._looks_at_data():
+            calibration(state, self.calibration, 0)
+        model = copy.deepcopy(state.model).to("cpu")
+        spec, table, left = self._prepare_(model, state)
+        if self.mixed:
+            table = _with_bits(table, self._smallest(model, table))
+        quantize_layers_(model, table)
+        spec = spec.model_copy(update={"quantized": {**spec.quantized, **table}})
+        return replace(state, spec=spec, model=model), _facts(model, table, left)
+
+    def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
+        """Rounds, then trains on the grids if asked; yields ticks, saves after every epoch."""
+        seed = derive(state.seed, "stage", folder.index)
+        yield Tick(0, 1, "rounding")
+        model = copy.deepcopy(state.model).to("cpu").eval()
+        spec, table, left = self._prepare_(model, state)
+        batches = self._batches(state, seed)
+        if self.mixed:
+            chosen = quantizing.choose_bits(
+                quantizing.measure_choices(model, table, self.mixed, batches[:4]), self.max_bytes or 0
+            )
+            table = _with_bits(table, chosen)
+        notes = quantizing.quantize_(
+            model,
+            table,
+            batches,
+            scale=self.scale,
+            rounding=self._rounding(),
+            observer=self.observer,
+            correct_bias=self._corrects(),
+        )
+        spec = spec.model_copy(update={"quantized": {**spec.quantized, **table}})
+        if self.epochs:
+            lesson = self.objective(state, seed, student=model)
+            fit = yield from train_(model, self, replace(state, spec=spec), folder, seed, lesson)
+            model = fit.result_()
+        model = settle_(model.to("cpu"))
+        layers: list[JsonValue] = [
+            {"name": n, "weights": m.weight.numel(), "bits": _bits(table[n])}
+            for n, m in quantized_layers(model)
+            if n in table
+        ]
+        folder.record(quantized=layers)
+        facts = _facts(model, table, left) | ({"notes": notes} if notes else {})
+        facts["file_bytes"] = len(encode(spec, model)[0])
+        return replace(state, spec=spec, model=model, facts=facts)
+
+    def _prepare_(self, model: nn.Module, state: State) -> tuple[ModelSpec, dict[str, LayerGrids], dict[str, str]]:
+        """Folds batch norms; returns the spec with them, the grids of each layer, and what stays float and why."""
+        spec, left = state.spec, dict[str, str]()
+        shared = {n: g.weights for n, g in spec.quantized.items() if g.weights and g.weights.kind == "codebook"}
+        fold = self.weights == "int" and not shared if self.fold is None else self.fold
+        if fold:
+            folds, unfolded = quantizing.find_folds(model, torch.zeros(2, *spec.input_shape))
+            quantizing.fold_(model, folds)
+            spec = spec.model_copy(update={"folded": {**spec.folded, **folds}})
+            left |= {name: f"not folded: {why}" for name, why in unfolded.items()}
+        keep = (
+            self.keep if self.keep is not None else ("first", "last") if self.weights in ("ternary", "binary") else ()
+        )
+        table, floats = quantizing.quantizable(model, self._grids(), keep=keep, sparse=spec.sparse)
+        if self.weights == "int":  # shared weights stay shared: their few values become whole numbers
+            own = {n: g.model_copy(update={"centroid_bits": self.bits}) for n, g in shared.items() if n in table}
+            table |= {n: table[n].model_copy(update={"weights": grid}) for n, grid in own.items()}
+        return spec, table, left | floats
+
+    def _grids(self) -> LayerGrids:
+        kind: Any = "codebook" if self.weights == "cluster" else self.weights
+        own = {} if self.weights in ("ternary", "binary") else {"bits": self.bits}
+        how = self.inputs or ("static" if self.weights == "int" and self.bits == 8 else "float")
+        inputs = None if how == "float" else InputGrid(bits=self.input_bits, dynamic=how == "dynamic")
+        return LayerGrids(weights=WeightGrid.model_validate({"kind": kind, "group": self.group, **own}), inputs=inputs)
+
+    def _rounding(self) -> Literal["nearest", "second-order"]:
+        if self.rounding is not None:
+            return self.rounding
+        few = self.weights != "int" or self.bits < 8 or bool(self.mixed)
+        return "second-order" if few and not self.epochs else "nearest"
+
+    def _corrects(self) -> bool:
+        return self.correct_bias and not self.epochs
+
+    def _looks_at_data(self) -> bool:
+        inputs = self._grids().inputs
+        seen = inputs is not None and not inputs.dynamic
+        return seen or bool(self.mixed) or self._corrects() or self._rounding() == "second-order"
+
+    def _smallest(self, model: nn.Module, table: dict[str, LayerGrids]) -> dict[str, int]:
+        """Returns the fewest bits for each layer, after looking whether they meet the budget."""
+        sizes = {
+            n: [quantizing.Choice(b, quantizing.stored_bytes(m.weight, _whole(b)), 0.0) for b in self.mixed]
+            for n, m in ((n, model.get_submodule(n)) for n in table)
+            if isinstance(m.weight, Tensor)
+        }
+        quantizing.choose_bits(sizes, self.max_bytes or 0)
+        return dict.fromkeys(table, min(self.mixed))
+
+    def _batches(self, state: State, seed: int) -> list[Tensor]:
+        if not self._looks_at_data():
+            return []
+        return [state.data.preprocess(x) for x in calibration(state, self.calibration, seed).x.split(BATCH)]
+
+
+def _with_bits(table: dict[str, LayerGrids], chosen: dict[str, int]) -> dict[str, LayerGrids]:
+    return {name: grids.model_copy(update={"weights": _whole(chosen[name])}) for name, grids in table.items()}
+
+
+def _whole(bits: int) -> WeightGrid:
+    return WeightGrid.model_validate({"bits": bits})
+
+
+def _bits(grids: LayerGrids) -> int:
+    return grids.weights.bits if grids.weights is not None else 32
+
+
+def _facts(model: nn.Module, table: dict[str, LayerGrids], left: dict[str, str]) -> dict[str, Any]:
+    sizes = {n: m.weight.numel() for n, m in quantized_layers(model) if n in table}
+    total = sum(sizes.values())
+    return {
+        "bits_per_weight": sum(_bits(table[n]) * size for n, size in sizes.items()) / max(1, total),
+        "quantized_layers": len(sizes),
+        "left": left,
+    }

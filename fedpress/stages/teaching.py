@@ -1,0 +1,151 @@
+"""Training with a teacher, as stages share it: where the teacher comes from, and the loop that saves every epoch."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Generator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from fedpress import storage, training
+from fedpress.arrays import Preprocess
+from fedpress.compress.distill import Distillation, DistillSettings
+from fedpress.errors import RecipeError, TrainingError
+from fedpress.folder import StageFolder
+from fedpress.state import State, Tick
+from fedpress.training import Fit, Step, TrainSettings
+
+FROM_THE_RUN = ("dense", "before")
+
+
+class TaughtSettings(TrainSettings):
+    """How to train on the public part, with or without a teacher."""
+
+    teacher: str | None = Field(
+        None,
+        description="'dense' (the model before the first cut), 'before' (the model as it comes into this stage), "
+        "or a saved model: its folder, a run, a packed file",
+    )
+    distill: DistillSettings = DistillSettings()
+
+    @model_validator(mode="after")
+    def _distills_from_somebody(self) -> TaughtSettings:
+        if self.teacher is None and "distill" in self.model_fields_set:
+            raise ValueError(
+                "distill needs a teacher; give teacher = 'dense' or the path of a saved model, or leave distill out"
+            )
+        return self
+
+    def objective(self, state: State, seed: int, *, student: nn.Module | None = None) -> Distillation | None:
+        """Returns the loss with a teacher, bound to shapes on a few public examples; None without one.
+
+        The `student` is the state's model by default; give another if that is what the teacher is taken from.
+
+        Raises:
+            RecipeError: if there is no such teacher.
+            TrainingError: if it does not fit the student or the data.
+        """
+        if self.teacher is None or not self.epochs:
+            return None
+        data = state.data
+        teacher = _teacher(self.teacher, state)
+        learns = training.place_(student if student is not None else state.model)
+        examples = data.preprocess(data.public.x[:64].to(training.device()))
+        context = partial(training.autocast, teacher, self.precision)
+        return Distillation(teacher, learns, self.distill, examples, label_smoothing=self.label_smoothing,
+                            context=context, seed=seed)  # fmt: skip
+
+
+def train_(
+    model: nn.Module,
+    settings: TaughtSettings,
+    state: State,
+    folder: StageFolder,
+    seed: int,
+    lesson: Distillation | None,
+) -> Generator[Tick, None, Fit]:
+    """Trains `model` on the state's public part from the last checkpoint in `folder`; yields a tick for every step."""
+    helpers = lesson.helpers if lesson else None
+    fit = Fit(model, settings, seed=seed, objective=lesson, helpers=helpers, sparse=state.spec.sparse)
+    tensors, saved = folder.load_progress()
+    note = ""
+    if saved:
+        fit.load_(tensors)
+        note = f"epoch {fit.epoch}/{settings.epochs}"
+    start = time.perf_counter() - saved.get("seconds", 0.0)
+    with lesson.watching(model) if lesson else nullcontext():
+        for event in fit.epochs(state.data.public, state.data.validation, state.data.preprocess):
+            if isinstance(event, Step):
+                at = event
+                yield Tick(at.done, at.total, note)
+                continue
+            seconds = time.perf_counter() - start
+            folder.record(
+                epoch=event.epoch,
+                epochs=event.epochs,
+                loss=event.loss,
+                accuracy=event.accuracy,
+                image_size=event.image_size,
+                seconds=round(seconds, 2),
+            )
+            folder.save_progress(fit.state(), {"seconds": seconds})
+            note = f"epoch {event.epoch}/{event.epochs}, loss {event.loss:.3f}"
+            if event.accuracy is not None:
+                note += f", validation {event.accuracy:.2%}"
+            yield Tick(at.done, at.total, note)
+    return fit
+
+
+def _teacher(where: str, state: State) -> nn.Module:
+    """Loads the teacher; one that is used to other statistics of its inputs gets them.
+
+    Raises:
+        RecipeError: if it is not there.
+        TrainingError: if it names other classes.
+        ModelError: if its files are corrupt.
+    """
+    if where == "before":
+        spec, model = state.spec, state.model
+    elif where != "dense":
+        spec, model = storage.load(Path(where))
+    elif state.parent is not None:
+        spec, model = state.parent()
+    else:
+        raise RecipeError(
+            "stage.teacher: got 'dense', but no stage before this one has made a trained model smaller; "
+            "put the cut before, or name the teacher's folder"
+        )
+    names = state.data.class_names
+    if spec.class_names and names and spec.class_names != tuple(names):
+        odd = sorted(set(spec.class_names) ^ set(names))[:3] or ["the order"]
+        raise TrainingError(
+            f"stage.teacher: '{where}' knows other classes than the data ({', '.join(odd)} differ); "
+            "give a teacher of the same classes"
+        )
+    if spec.input_shape != state.spec.input_shape:
+        raise TrainingError(
+            f"stage.teacher: '{where}' takes examples of shape {list(spec.input_shape)}, the data's have "
+            f"{list(state.spec.input_shape)}; give a teacher of the same inputs"
+        )
+    model = training.place_(copy.deepcopy(model))
+    mine, theirs = state.data.preprocess, Preprocess(spec.mean, spec.std)
+    if mine != theirs:
+        model.register_forward_pre_hook(lambda _, inputs: (_restandardised(inputs[0], mine, theirs), *inputs[1:]))
+    return model
+
+
+def _restandardised(x: torch.Tensor, mine: Preprocess, theirs: Preprocess) -> torch.Tensor:
+    """Takes inputs [n, C, ...] standardised by `mine` to what `theirs` makes of the same examples."""
+    shape = (1, -1, *[1] * (x.dim() - 2))
+
+    def numbers(values: tuple[float, ...], empty: float) -> torch.Tensor:
+        return torch.tensor(values or (empty,), device=x.device).view(shape)
+
+    raw = x * numbers(mine.std, 1.0) + numbers(mine.mean, 0.0)
+    return (raw - numbers(theirs.mean, 0.0)) / numbers(theirs.std, 1.0)

@@ -1,0 +1,180 @@
+"""The quantize stage: what it says before the run is what comes out, and everything lies on its grid to the bit."""
+
+import json
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from fedpress import run as runs
+from fedpress.errors import FedpressError, ModelError, RecipeError
+from fedpress.folder import RunFolder
+from fedpress.models import load_model
+from fedpress.quantized import quantized_layers
+from fedpress.recipe import load
+from fedpress.stages.quantize import QuantizeStage
+from fedpress.state import StageFinished
+
+RECIPE = """
+name = "bits"
+[data]
+source = "digits"
+num_clients = 3
+examples_per_client = 60
+public_share = 0.3
+validation = 60
+[model]
+architecture = "resnet-small"
+arguments = { in_channels = 1, width = 8 }
+[[stage]]
+kind = "train"
+epochs = 3
+batch_size = 32
+lr = 0.1
+[[stage]]
+kind = "quantize"
+calibration = 128
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of the recipe, whose trained network other runs take over."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    finish(load(RECIPE), folder)
+    return RunFolder.open(folder)
+
+
+def finish(recipe, folder, earlier=None):
+    """Checks and runs; returns what check said of the last stage, and its result."""
+    data = runs.load_data(recipe)
+    told = runs.check(recipe, data)[-1]
+    events = [*runs.execute(recipe, RunFolder.create(folder, RECIPE, runs.settings(recipe)), data, reuse=earlier)]
+    return told, [e.result for e in events if isinstance(e, StageFinished)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "bits", "points"),
+    [
+        ([], 8, 0.01),
+        (['stage.1.inputs="dynamic"'], 8, 0.02),
+        (["stage.1.observer=entropy"], 8, 0.05),
+        (["stage.1.bits=4"], 4, 0.05),
+        (["stage.1.bits=4", "stage.1.group=8"], 4, 0.05),
+        (["stage.1.weights=cluster", "stage.1.bits=4"], 4, 0.05),
+        (["stage.1.weights=ternary", "stage.1.epochs=4", "stage.1.teacher=before", "stage.1.lr=0.05"], 2, 0.1),
+        (["stage.1.weights=binary", "stage.1.epochs=12", "stage.1.teacher=before", "stage.1.lr=0.1"], 1, 0.35),
+        (["stage.1.bits=3", "stage.1.epochs=2"], 3, 0.06),
+    ],
+)
+def test_what_check_says_comes_out_and_little_accuracy_is_lost(trained, tmp_path, changes, bits, points):
+    told, results = finish(load(RECIPE, changes), tmp_path / "run", trained)
+    before, after = results
+    assert told["bits_per_weight"] == after["bits_per_weight"] == bits
+    assert (told["left"], told["quantized_layers"]) == (after["left"], after["quantized_layers"])
+    assert after["accuracy"] >= before["accuracy"] - points
+    assert after["file_bytes"] < before["file_bytes"] * (bits / 32 + 0.28)
+    spec, model = load_model(RunFolder.open(tmp_path / "run").stage(1, "quantize", "quantize").path)
+    assert set(spec.quantized) == {name for name, _ in quantized_layers(model)}
+    for _, layer in quantized_layers(model):
+        assert torch.equal(layer.weight, layer.dequantize(layer.codes()))
+
+
+def test_layers_that_stay_float_are_listed_with_the_reason(trained, tmp_path):
+    told, results = finish(load(RECIPE, ["stage.1.weights=binary", 'stage.1.keep=["head"]']), tmp_path / "run", trained)
+    assert told["left"] == results[-1]["left"] == {"head": "asked for by `keep`"}
+
+
+def test_mixed_bits_meet_their_budget_and_give_more_to_what_is_sensitive(trained, tmp_path):
+    changes = ["stage.1.mixed=[2, 4, 8]", "stage.1.max_bytes=14000"]
+    _, results = finish(load(RECIPE, changes), tmp_path / "run", trained)
+    rows = next(r["quantized"] for r in records(tmp_path / "run") if "quantized" in r)
+    _, model = load_model(RunFolder.open(tmp_path / "run").stage(1, "quantize", "quantize").path)
+    size = sum(-(-row["weights"] * row["bits"] // 8) for row in rows)
+    scales = sum(4 * len(layer.weight_scale) for _, layer in quantized_layers(model))
+    assert size + scales <= 14000
+    assert len({row["bits"] for row in rows}) > 1
+    assert results[-1]["accuracy"] >= results[0]["accuracy"] - 0.1
+    with pytest.raises(RecipeError, match=r"recipe\.stage\[1\].max_bytes: .* the least is"):
+        finish(load(RECIPE, ["stage.1.mixed=[4, 8]", "stage.1.max_bytes=900"]), tmp_path / "small")
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+
+
+def test_a_killed_stage_goes_on_to_the_same_bits(trained, tmp_path, left):
+    recipe = load(RECIPE, ["stage.1.bits=4", "stage.1.epochs=3", "stage.1.teacher=before"])
+    finish(recipe, tmp_path / "whole", trained)
+    folder = RunFolder.create(tmp_path / "killed", RECIPE, runs.settings(recipe))
+    data, seen = runs.load_data(recipe), 0
+    for event in runs.execute(recipe, folder, data, reuse=trained):
+        seen += getattr(event, "note", "").startswith("epoch 2/3")
+        if seen:
+            break
+    folder = RunFolder.resume(tmp_path / "killed", runs.settings(recipe))
+    assert [*runs.execute(recipe, folder, data, reuse=trained)]
+    assert left(tmp_path / "killed" / "stages") == left(tmp_path / "whole" / "stages")
+
+
+def test_zeros_survive_clustering_and_eight_bits(trained, tmp_path):
+    text = RECIPE.replace(
+        '[[stage]]\nkind = "quantize"',
+        '[[stage]]\nkind = "sparsify"\ndensity = 0.3\n[[stage]]\nkind = "quantize"\n'
+        'name = "shared"\nweights = "cluster"\nbits = 3\n[[stage]]\nkind = "quantize"',
+    )
+    recipe = load(text)
+    data = runs.load_data(recipe)
+    runs.check(recipe, data)
+    folder = RunFolder.create(tmp_path / "run", text, runs.settings(recipe))
+    assert [*runs.execute(recipe, folder, data, reuse=trained)]
+    sparse, shared, last = (load_model(next((tmp_path / "run" / "stages").glob(f"{i}*"))) for i in (1, 2, 3))
+    assert sparse[0].sparse == shared[0].sparse == last[0].sparse != ()
+    for name in sparse[0].sparse:
+        weights = [dict(model.named_parameters())[name] for _, model in (sparse, shared, last)]
+        assert not any((later[weights[0] == 0] != 0).any() for later in weights[1:])
+        assert len(weights[1].unique()) <= 8
+        assert len(weights[2].unique()) <= len(weights[1].unique())
+
+
+def test_training_after_it_stays_on_the_grids(trained, tmp_path):
+    text = RECIPE + '[[stage]]\nkind = "train"\nname = "tune"\nepochs = 1\nlr = 0.01\n'
+    recipe = load(text, ["stage.1.bits=4"])
+    data = runs.load_data(recipe)
+    runs.check(recipe, data)
+    folder = RunFolder.create(tmp_path / "run", text, runs.settings(recipe))
+    results = [e.result for e in runs.execute(recipe, folder, data, reuse=trained) if isinstance(e, StageFinished)]
+    _, model = load_model(next((tmp_path / "run" / "stages").glob("2*")))
+    assert results[-1]["accuracy"] > 0.8
+    for _, layer in quantized_layers(model):
+        assert torch.equal(layer.weight, layer.dequantize(layer.codes()))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"weights": "binary", "bits": 4}, "binary weights have 1 bits; leave bits out"),
+        ({"bits": 1}, "use weights = 'binary' for 1"),
+        ({"weights": "cluster", "group": 8}, "leave group out"),
+        ({"mixed": [2, 4]}, "mixed and max_bytes go together"),
+        ({"mixed": [2, 9], "max_bytes": 100}, "whole numbers of 2 to 8 bits"),
+        ({"distill": {"temperature": 2}}, "distill needs a teacher"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(given, says):
+    with pytest.raises(ValidationError, match=says):
+        QuantizeStage(kind="quantize", **given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        (['stage.1.keep=["hed"]'], ModelError, "no layer 'hed'; did you mean 'head'"),
+        (["data.public_share=0", "data.validation=0", "stage.0.epochs=0"], FedpressError, "public"),
+        (["stage.1.teacher=dense", "stage.1.epochs=1"], RecipeError, "teacher"),
+    ],
+)
+def test_what_would_stop_the_run_is_said_before_it(changes, error, says):
+    recipe = load(RECIPE, changes)
+    with pytest.raises(error, match=says):
+        runs.check(recipe, runs.load_data(recipe))
