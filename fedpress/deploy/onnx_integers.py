@@ -142,10 +142,11 @@ def _multiply_out_(graph: _Graph) -> bool:
         layers = [n for n in graph.readers(made.output[0]) if n.op_type in ("Conv", "Gemm", "MatMul")]
         if not _is_blocked(made) and any(graph.made_by(n.input[0], "DequantizeLinear") for n in layers):
             del made.input[2:]  # zero points of zeros
-            if np.abs(codes.astype(np.int16)).max(initial=0) > NARROW:
-                # onnxruntime's way round the overflow needs zero points, of each weight its own.
+            far = bool(np.abs(codes.astype(np.int16)).max(initial=0) > NARROW)
+            if far or any(n.op_type != "Conv" for n in layers):
+                # onnxruntime's way round the overflow, and its QGemm, need zero points, of each weight its own.
                 made.input.append(graph.add(f"{made.input[0]}_0", np.zeros(scales.shape, np.int8)))
-                wide = True
+            wide |= far
             continue
         name, block = made.output[0], _attribute(made, "block_size", 0)
         if block:
@@ -171,8 +172,9 @@ def _shrink_codes_(graph: _Graph) -> tuple[int, int]:
     """Stores int8 codes that fit in 2 or 4 bits so; returns the fewest bits and the opset that all need, or zeros."""
     used: list[tuple[int, int]] = []
     front = []
+    read = {n.input[0] for n in graph.nodes if n.op_type in ("DequantizeLinear", "Cast")}
     for name, tensor in [*graph.constants.items()]:
-        if tensor.data_type != graph.onnx.TensorProto.INT8 or not tensor.dims:
+        if tensor.data_type != graph.onnx.TensorProto.INT8 or name not in read:
             continue
         codes = graph.onnx.numpy_helper.to_array(tensor)
         low, high = int(codes.min(initial=0)), int(codes.max(initial=0))

@@ -166,7 +166,7 @@ def _plain(model: nn.Module, activations: Activations) -> tuple[nn.Module, dict[
             twin = copy.deepcopy(layer)
             layer.register_forward_pre_hook(lambda _, args, twin=twin: (twin.quantized_input(args[0]), *args[1:]))
         elif grid is not None:
-            scale, zero = float(layer.input_scale.abs()), int(layer.input_zero_point)
+            scale, zero = float(layer.input_scale.detach().abs()), int(layer.input_zero_point)
             found.grid = _grid(scale, zero, grid.highest, activations)
         _make_plain_(layer)
     return model, layers

@@ -1,0 +1,185 @@
+"""The rounded graph: which values are on a grid, that codes go in unchanged, and what stays float."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedpress.deploy import logits, quantized_program
+from fedpress.errors import ExportError
+from fedpress.quantized import InputGrid, LayerGrids, WeightGrid, quantize_layers_, settle_
+
+SHAPE = (3, 8, 8)
+OPS = torch.ops.quantized_decomposed
+
+
+class Residual(nn.Module):
+    """A strided convolution, a block with a shortcut, max pooling, a mean and a head."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv, self.norm1 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.norm(self.stem(x))), 2)
+        return self.head(F.relu(self.norm1(self.conv(x)) + x).mean((2, 3)))
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """Gives the batch norms statistics and signs of their own, so that folding them wrongly shows."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    model.train()(torch.randn(64, *SHAPE) * 2 + 0.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def x() -> Tensor:
+    return torch.randn(32, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+def calls(program: torch.export.ExportedProgram, target: object) -> list[torch.fx.Node]:
+    return [n for n in program.graph.nodes if n.target is target]
+
+
+@pytest.mark.parametrize("activations", ["uint8", "int8"])
+def test_every_operand_of_integer_arithmetic_is_rounded_and_the_logits_stay_near(x, activations):
+    model = trained(Residual())
+    made = quantized_program(model, SHAPE, [x], activations=activations)
+    assert made.left == {}
+    graph = made.program.graph
+    back = {OPS.dequantize_per_tensor.default, OPS.dequantize_per_channel.default}
+    for target in (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default, torch.ops.aten.add.Tensor):
+        found = calls(made.program, target)
+        assert found
+        for node in found:
+            assert all(a.target in back for a in node.args[:2])
+    assert not calls(made.program, torch.ops.aten.batch_norm.default)
+    kinds = {n.args[-1] for n in graph.nodes if n.target is OPS.quantize_per_tensor.default}
+    assert kinds == {getattr(torch, activations)}
+    expected, got = logits(model, x), logits(made.program, x)
+    assert (got - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_uint8_and_int8_activations_are_the_same_numbers(x):
+    model = trained(Residual())
+    a, b = (quantized_program(model, SHAPE, [x], activations=kind).program for kind in ("uint8", "int8"))
+    assert torch.equal(logits(a, x), logits(b, x))
+
+
+def test_nothing_is_rounded_between_a_layer_and_its_relu(x):
+    made = quantized_program(trained(Residual()), SHAPE, [x])
+    for node in calls(made.program, torch.ops.aten.relu.default):
+        assert node.args[0].target in (torch.ops.aten.conv2d.default, torch.ops.aten.add.Tensor)
+
+
+def test_max_pooling_keeps_the_grid_of_its_input(x):
+    made = quantized_program(trained(Residual()), SHAPE, [x])
+    (pool,) = calls(made.program, torch.ops.aten.max_pool2d.default)
+    (after,) = pool.users
+    assert pool.args[0].args[1:] == after.args[1:]
+
+
+def test_codes_scales_and_input_grids_of_a_quantized_model_go_in_unchanged(x):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    four = LayerGrids(weights=WeightGrid(kind="int", bits=4), inputs=InputGrid(bits=8))
+    quantize_layers_(model, {"0": four, "3": four})
+    model[0].input_scale.data.fill_(0.03)
+    model[0].input_zero_point.fill_(120)
+    model[3].input_scale.data.fill_(0.02)
+    settle_(model)
+    made = quantized_program(model, SHAPE, [x], float_output=True)
+    for name in ("0", "3"):
+        layer = model.get_submodule(name)
+        assert torch.equal(made.program.state_dict[f"{name}.weight_codes"], layer.codes())
+        assert torch.equal(made.program.state_dict[f"{name}.weight_scales"], layer.weight_scale.detach())
+        assert f"{name}.weight" not in made.program.state_dict
+    first, second = calls(made.program, OPS.quantize_per_tensor.default)[:2]
+    assert first.args[1:3] == (pytest.approx(0.03), 120)
+    assert second.args[1:3] == (pytest.approx(0.02), 0)
+    assert (logits(made.program, x) - logits(model, x)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("group", [None, 9, 10])
+def test_without_batches_small_weights_stay_small_and_nothing_else_is_rounded(x, group):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5))
+    quantize_layers_(model, {"0": LayerGrids(weights=WeightGrid(kind="int", bits=4, group=group))})
+    made = quantized_program(model, SHAPE)
+    assert made.program.state_dict["0.weight_codes"].dtype is torch.int8
+    assert not calls(made.program, OPS.quantize_per_tensor.default)
+    assert (logits(made.program, x) - logits(model, x)).abs().max() < 1e-5
+
+
+def test_a_batch_norm_after_quantized_weights_moves_into_their_scales(x):
+    model = trained(Residual())
+    quantize_layers_(model, {"stem": LayerGrids(weights=WeightGrid(kind="ternary"))})
+    made = quantized_program(model, SHAPE)
+    assert made.program.state_dict["stem.weight_codes"].unique().tolist() == [-1, 0, 1]
+    assert (logits(made.program, x) - logits(model, x)).abs().max() < 1e-4
+
+
+def test_two_readers_with_different_grids_each_get_their_own(x):
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.a(x) + self.b(x)).mean((2, 3))
+
+    model = Fork()
+    quantize_layers_(model, {n: LayerGrids(weights=WeightGrid(), inputs=InputGrid()) for n in "ab"})
+    for layer, scale in ((model.a, 0.03), (model.b, 0.05)):
+        layer.input_scale.data.fill_(scale)
+        layer.input_zero_point.fill_(100)
+    made = quantized_program(model, SHAPE, [x])
+    scales = [n.args[0].args[1] for n in calls(made.program, torch.ops.aten.conv2d.default)]
+    assert scales == [pytest.approx(0.03), pytest.approx(0.05)]
+
+
+def test_what_stays_float_is_listed_with_the_reason(x):
+    class Soft(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+            self.norm = nn.LayerNorm(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(self.inner(x.mean((1, 2)))))
+
+    model = Soft()
+    quantize_layers_(model, {"inner": LayerGrids(weights=WeightGrid(kind="codebook"))})
+    made = quantized_program(model, SHAPE, [x])
+    assert "codebook" in made.left["inner"]
+    assert "layer_norm" in made.left["norm"]
+    assert set(made.left) == {"inner", "norm"}
+
+
+def test_bad_calibration_and_bad_weights_are_clear_errors(x):
+    model = trained(Residual())
+    with pytest.raises(ExportError, match="NaN or infinite"):
+        quantized_program(model, SHAPE, [torch.full((2, *SHAPE), torch.nan)])
+    with pytest.raises(ExportError, match=r"batch of shape \[2, 5, 8, 8\]"):
+        quantized_program(model, SHAPE, [torch.zeros(2, 5, 8, 8)])
+    model.head.weight.data[0, 0] = torch.inf
+    with pytest.raises(ExportError, match="'head' has NaN or infinite weights"):
+        quantized_program(model, SHAPE, [x])
+
+
+def test_the_model_is_left_as_it_was(x):
+    model = trained(Residual())
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    quantized_program(model, SHAPE, [x])
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert type(model.stem) is nn.Conv2d
+
+
+def test_seven_bits_are_at_most_63(x):
+    made = quantized_program(trained(Residual()), SHAPE, [x], weight_bits=7)
+    codes = made.program.state_dict["conv.weight_codes"]
+    assert codes.abs().max() == 63
