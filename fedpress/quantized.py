@@ -1,8 +1,8 @@
 """Layers whose weights, and if wanted inputs, lie on a grid of a few bits: the quantized model on the torch side.
 
-A grid is a rule for rounding; its scales are tensors of the layer. `weight` stays a float tensor: while a model trains
-it is the latent weight, of which the layer uses the nearest grid point (the gradient passes straight through); `settle_`
-moves it there, and then every weight is a whole number times its scale, to the bit.
+A grid is a rule for rounding; its scales are tensors of the layer. `weight` stays a float tensor: while a model
+trains it is the latent weight, of which the layer uses the nearest grid point (the gradient passes straight through);
+`settle_` moves it there, and then every weight is a whole number times its scale, to the bit.
 """
 
 from __future__ import annotations
@@ -422,7 +422,8 @@ def first_scale(weight: Tensor, grid: WeightGrid) -> Tensor:
         there = grouped(torch.ones_like(weight, dtype=torch.float32), grid.group)
         mean = size.sum(-1) / there.sum(-1).clamp_min(1)
         scale = mean if grid.kind == "binary" else _ternary(size, mean)
-    return mended(scale[:, 0] if grid.group is None else scale)
+    scale = scale[:, 0] if grid.group is None else scale
+    return mended(scale) if grid.has_zero else scale.nan_to_num(1.0)  # without a 0, zeros need a scale of (nearly) 0
 
 
 def _ternary(size: Tensor, mean: Tensor) -> Tensor:
