@@ -16,6 +16,7 @@ from torch import Tensor
 import fedpress
 from fedpress.arrays import Preprocess
 from fedpress.errors import ExportError
+from fedpress.ranges import Observer
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Job:
         metadata: further words for the file, such as class names.
         batches: standardised public examples [n, *input_shape] to take ranges from: with them the file computes on
             8-bit integers, without them in float (weights that the model holds in fewer bits stay small).
+        observer: how ranges are taken from what was seen (`fedpress.ranges`).
         weight_bits: of layers that are float in the model; 7 where 8 overflow (see docs/devices.md).
     """
 
@@ -35,6 +37,7 @@ class Job:
     preprocess: Preprocess = Preprocess()  # noqa: RUF009  (frozen)
     metadata: Mapping[str, str] = field(default_factory=dict)
     batches: tuple[Tensor, ...] = ()
+    observer: Observer = "minmax"
     weight_bits: Literal[7, 8] = 8
 
     def words(self) -> dict[str, str]:

@@ -38,7 +38,9 @@ def export_onnx(model: nn.Module, path: str | Path, job: Job) -> Artifact:
     onnx = require("onnx", "onnxscript")["onnx"]
     left, program = {}, None
     if job.batches or any(True for _ in quantized_layers(model)):
-        rounded = quantized_program(model, job.input_shape, job.batches, weight_bits=job.weight_bits, float_output=True)
+        rounded = quantized_program(
+            model, job.input_shape, job.batches, observer=job.observer, weight_bits=job.weight_bits, float_output=True
+        )
         left, program = rounded.left, rounded.program
     with silence():
         proto = _convert(program if program is not None else capture(model, job.input_shape))

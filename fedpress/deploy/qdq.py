@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from fedpress.deploy.capture import BATCH, capture, silence
 from fedpress.errors import ExportError
 from fedpress.quantized import KINDS, InputGrid, QuantLayer, affine, quantized_layers, settle_
+from fedpress.ranges import OBSERVERS, Histogram, Observer
 
 Activations = Literal["uint8", "int8"]
 aten = torch.ops.aten
@@ -101,7 +102,7 @@ def quantized_program(
     batches: Sequence[Tensor] = (),
     *,
     activations: Activations = "uint8",
-    observer: Literal["minmax"] = "minmax",
+    observer: Observer = "minmax",
     weight_bits: Literal[7, 8] = 8,
     float_output: bool = False,
     batch: int | None = None,
@@ -118,7 +119,7 @@ def quantized_program(
         input_shape: shape of one example.
         batches: standardised public examples [n, *input_shape] to take the ranges from.
         activations: "uint8" (onnxruntime) or "int8" (XNNPACK, LiteRT); the values are the same.
-        observer: how ranges are taken.
+        observer: how ranges are taken from what was seen.
         weight_bits: 7 where the processor adds products of bytes in 16 bits (AVX2 without VNNI), which may overflow.
         float_output: whether the output of a last linear layer stays unrounded.
         batch: the batch size of the graph; None leaves it free.
@@ -137,7 +138,7 @@ def quantized_program(
                 node.meta["val"] = _tensor(work, node)
         _fold_batch_norms_(work)
         chosen = _choose_weights_(work)
-        _insert_(work, chosen, _ranges(work.graph, batches))
+        _insert_(work, chosen, _ranges(work.graph, batches, observer))
         _tidy_(work.graph)
         example = torch.zeros(batch or 2, *input_shape)
         shapes = ({0: torch.export.Dim(BATCH)},) if batch is None else None
@@ -259,36 +260,44 @@ def _round_weight(weight: Tensor, bits: Literal[7, 8], name: str) -> tuple[Tenso
 
 
 class _Watch(fx.Interpreter):
-    """Runs the graph and notes the smallest and largest value of every float tensor in it."""
+    """Runs the graph and notes the smallest and largest value of every float tensor in it; if asked, all values."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
-        self.seen: dict[fx.Node, tuple[float, float]] = {}
+        self.seen: dict[fx.Node, Histogram] = {}
+        self.count = False
 
     def run_node(self, n: fx.Node) -> Any:
         """Notes what comes out of one operation."""
         value = super().run_node(n)
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+            if self.count:
+                self.seen[n].add_(value)
+                return value
             low, high = (float(v) for v in value.aminmax())
-            before = self.seen.get(n, (low, high))
-            self.seen[n] = min(low, before[0]), max(high, before[1])
+            before = self.seen.get(n, Histogram(low, high))
+            self.seen[n] = Histogram(min(low, before.low), max(high, before.high))
         return value
 
 
-def _ranges(graph: fx.GraphModule, batches: Iterable[Tensor]) -> dict[fx.Node, tuple[float, float]]:
+def _ranges(graph: fx.GraphModule, batches: Sequence[Tensor], observer: Observer) -> dict[fx.Node, tuple[float, float]]:
+    """Runs the graph on `batches` and returns the range of every float tensor in it."""
     watch = _Watch(graph)
-    for batch in batches:
-        if not bool(batch.isfinite().all()):
-            raise ExportError("export: a calibration example holds NaN or infinite values; remove it from the data")
-        try:
-            watch.run(batch.to("cpu", torch.float32))
-        except Exception as error:  # whatever the operations of the model raise
-            said = str(error).strip().partition("\n")[0]
-            shape = list(batch.shape)
-            raise ExportError(
-                f"export: the model does not take a calibration batch of shape {shape}: {said}"
-            ) from error
-    return watch.seen
+    for watch.count in (False,) if observer == "minmax" else (False, True):
+        for batch in batches:
+            _look(watch, batch)
+    grid = InputGrid(bits=8)
+    return {n: OBSERVERS[observer](h, grid) if h.high > h.low else (h.low, h.high) for n, h in watch.seen.items()}
+
+
+def _look(watch: _Watch, batch: Tensor) -> None:
+    if not bool(batch.isfinite().all()):
+        raise ExportError("export: a calibration example holds NaN or infinite values; remove it from the data")
+    try:
+        watch.run(batch.to("cpu", torch.float32))
+    except Exception as error:  # whatever the operations of the model raise
+        said, shape = str(error).strip().partition("\n")[0], list(batch.shape)
+        raise ExportError(f"export: the model does not take a calibration batch of shape {shape}: {said}") from error
 
 
 def _insert_(work: _Work, chosen: dict[fx.Node, _Layer], seen: dict[fx.Node, tuple[float, float]]) -> None:

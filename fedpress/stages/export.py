@@ -17,6 +17,7 @@ from fedpress import deploy
 from fedpress.deploy import FORMATS, Artifact, Job
 from fedpress.errors import DataError, did_you_mean
 from fedpress.folder import StageFolder
+from fedpress.ranges import Observer
 from fedpress.seeds import generator
 from fedpress.state import Name, State, Tick
 
@@ -33,6 +34,7 @@ class ExportStage(BaseModel):
     format: str = Field("onnx", description=f"one of {', '.join(FORMATS)}")
     int8: bool = Field(False, description="compute on 8-bit integers; float layers are rounded too")
     weight_bits: Literal[7, 8] = Field(8, description="of layers that are float till now; 7 on AVX2 without VNNI")
+    observer: Observer = Field("minmax", description="how the ranges of int8 are taken")
     calibration: int = Field(256, ge=1, description="public examples that the ranges of int8 are taken from")
     parity_examples: int = Field(256, ge=1, description="test images on which artifact and model are compared")
 
@@ -106,6 +108,7 @@ class ExportStage(BaseModel):
             preprocess=state.data.preprocess,
             metadata={"class_names": json.dumps(state.data.class_names)},
             batches=self._batches(state, few=few) if self.int8 else (),
+            observer=self.observer,
             weight_bits=self.weight_bits,
         )
         return deploy.export(state.model, path, self.format, job)

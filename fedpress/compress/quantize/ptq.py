@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fedpress.compress.quantize.cluster import shared_values
-from fedpress.compress.quantize.ranges import Observer, calibrate_, run_watched
+from fedpress.compress.quantize.ranges import calibrate_, run_watched
 from fedpress.compress.quantize.rounding import best_scale, round_second_order_, second_moment
 from fedpress.errors import DataError, ModelError, did_you_mean
 from fedpress.layers import tensor
 from fedpress.quantized import LayerGrids, QuantLayer, quantize_layers_, settle_, why_not
+from fedpress.ranges import Observer
 
 Rounding = Literal["nearest", "second-order"]
 PATCHES = 4096  # of each batch, for the second moments
