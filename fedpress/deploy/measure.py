@@ -307,8 +307,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Measures every subject: one record each, of plain JSON values.
 
-    Keys: name, runtime, file_bytes (of a model its parameters and buffers), peak_memory (batch 1), macs, and timings:
-    a list of `Timing` with `Roofline` as dicts.
+    Keys: name, runtime, file_bytes (of a model its parameters and buffers), peak_memory (batch 1; None of a model that
+    cannot be captured to run in another process), macs, and timings: a list of `Timing` with `Roofline` as dicts.
 
     Args:
         subjects: name -> model or file.
@@ -339,13 +339,24 @@ def measure(
                 "name": name,
                 "runtime": "torch" if isinstance(subject, nn.Module) else of_file(subject).runtime,
                 "file_bytes": size,
-                "peak_memory": peak_memory(subject, input_shape),
+                "peak_memory": _memory(subject, input_shape),
                 "macs": macs[name],
                 "machine": asdict(top),
                 "timings": [asdict(t) | {"roofline": asdict(roofline(t, top, **kind))} for t in times[name]],
             }
         )
     return records
+
+
+def _memory(subject: Subject, input_shape: tuple[int, ...]) -> int | None:
+    if not isinstance(subject, nn.Module):
+        return peak_memory(subject, input_shape)
+    try:
+        with silence():
+            capture(subject, input_shape)
+    except ExportError:
+        return None
+    return peak_memory(subject, input_shape)
 
 
 def _bytes(subject: Subject) -> int:

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from fedpress.compress import latency, macs, parameters, plan, remove_, score, state_bytes
+from fedpress.compress.cost import activations
 
 
 def test_macs_of_convolutions_and_linear_layers_are_exact():
@@ -47,3 +48,10 @@ def test_latency_is_measured_on_one_thread_and_puts_things_back():
     assert result.spread_ms >= 0
     assert model.training
     assert torch.get_num_threads() == threads
+
+
+def test_activations_count_what_every_innermost_layer_gives():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 5)).train()
+    assert activations(model, torch.randn(2, 3, 8, 8)) == 2 * (128 + 128 + 128 + 5)
+    assert model.training
+    assert not model[0]._forward_hooks

@@ -1,0 +1,135 @@
+"""Latency and file size of ResNet-18, dense and pruned to 30%, float32 and int8, in every runtime that is installed.
+
+All files are run in turn, again and again, so that what else the machine does hits all alike; each repeat gives one
+ratio to dense float32 in the same runtime and one to dense float32 in eager torch. Shown are median and quartiles over
+the repeats, by wall time and by processor time (one thread; leaves out what other processes took). Latency does not
+depend on the weights, so the dense network is untrained. With --data the pruned files' accuracy on the CIFAR-10 test
+images is measured too, and their ranges are taken from training images in place of noise.
+
+    python benchmarks/latency.py [--batch 1] [--repeats 15] [--seconds 0.5] [--data DIR] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedpress import data, deploy
+from fedpress.arrays import Arrays
+from fedpress.data import DataSettings
+from fedpress.deploy import FORMATS, Job
+from fedpress.deploy.measure import Subject
+from fedpress.models import load_model
+from fedpress.models.resnet import resnet18
+from fedpress.run import _machine
+
+HERE = Path(__file__).parent
+SHAPE = (3, 32, 32)
+KINDS = {"float32": None, "int8": 8, "int8 (7-bit weights)": 7}
+Row = dict[str, Any]
+
+
+def subjects(batches: tuple[torch.Tensor, ...], folder: Path) -> dict[str, Subject]:
+    """Exports both networks every way; names are `format, network, kind`."""
+    torch.manual_seed(0)
+    networks = {"dense": resnet18(), "pruned": load_model(HERE / "checkpoints" / "cifar10-cpu")[1]}
+    found: dict[str, Subject] = {f"torch, {name}, float32": model.eval() for name, model in networks.items()}
+    for format, row in FORMATS.items():
+        if command := row.missing():
+            print(f"{format}: left out; {command}")
+            continue
+        for network, model in networks.items():
+            for kind, bits in KINDS.items():
+                if bits == 7 and format != "onnx":
+                    continue
+                job = Job(SHAPE, batches=batches if bits else (), weight_bits=bits or 8)
+                path = folder / f"{network}-{bits}{row.suffix}"
+                found[f"{format}, {network}, {kind}"] = deploy.export(model, path, format, job).path
+    return found
+
+
+def ratios(times: list[dict[str, float]], name: str, base: str) -> list[float]:
+    """Returns median and quartiles of how many times as fast `name` is as `base`."""
+    return np.percentile([t[base] / t[name] for t in times], [50, 25, 75]).round(2).tolist()
+
+
+def measured(found: dict[str, Subject], args: argparse.Namespace) -> list[Row]:
+    """Runs everything in turn and returns one row for each."""
+    wall: list[dict[str, float]] = []
+    cpu: list[dict[str, float]] = []
+    for _ in range(args.repeats):
+        times = deploy.time_in_turn(found, SHAPE, batches=[args.batch], threads=[1], seconds=args.seconds / len(found))
+        wall.append({name: t.median_ms for name, (t,) in times.items()})
+        cpu.append({name: t.cpu_ms for name, (t,) in times.items()})
+    rows = []
+    for name, subject in found.items():
+        format = name.split(",")[0]
+        own, eager = f"{format}, dense, float32", "torch, dense, float32"
+        rows.append(
+            {
+                "name": name,
+                "ms": float(np.median([t[name] for t in wall])),
+                "cpu_ms": float(np.median([t[name] for t in cpu])),
+                "same_runtime": ratios(wall, name, own),
+                "same_runtime_cpu": ratios(cpu, name, own),
+                "eager_cpu": ratios(cpu, name, eager),
+                "bytes": None if isinstance(subject, nn.Module) else Path(subject).stat().st_size,
+            }
+        )
+    return rows
+
+
+def with_accuracy(rows: list[Row], found: dict[str, Subject], test: Arrays, preprocess: Any) -> None:
+    """Adds the accuracy of the pruned files."""
+    for row in rows:
+        subject = found[row["name"]]
+        if "pruned" in row["name"] and not isinstance(subject, nn.Module):
+            row["accuracy"] = deploy.accuracy(subject, test.x, test.y, preprocess)
+
+
+def main() -> None:
+    """Measures and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=0.5, help="for all files together, in one repeat")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    batches: tuple[torch.Tensor, ...] = (torch.randn(32, *SHAPE),)
+    images = None
+    if args.data:
+        images = data.load(DataSettings(source="cifar10", path=args.data, num_clients=1, examples_per_client=10), 0)
+        batches = images.preprocess(images.public.x[:256]).split(64)
+    with tempfile.TemporaryDirectory() as folder:
+        found = subjects(batches, Path(folder))
+        rows = measured(found, args)
+        if images:
+            with_accuracy(rows, found, images.test, images.preprocess)
+    if args.json:
+        print(json.dumps({"machine": _machine(), "rows": rows}, indent=1))
+        return
+    print(f"{_machine()}; batch {args.batch}, one thread, median of {args.repeats} repeats (quartiles)")
+    for row in rows:
+        size = f"{row['bytes'] / 1e6:7.3f} MB" if row["bytes"] else " " * 10
+        says = [
+            f"{label} {row[key][0]:6.2f}x ({row[key][1]:.2f}-{row[key][2]:.2f})"
+            for label, key in (
+                ("same runtime: wall", "same_runtime"),
+                ("cpu", "same_runtime_cpu"),
+                ("eager: cpu", "eager_cpu"),
+            )
+        ]
+        share = f"  accuracy {100 * row['accuracy']:.2f}%" if "accuracy" in row else ""
+        print(f"{row['name']:42} {row['ms']:7.2f} ms  cpu {row['cpu_ms']:7.2f}  {size}  {'  '.join(says)}{share}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The export and measure stages on small runs: files on integers, refusals before the run, facts afterwards."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from fedpress import recipe as recipes
+from fedpress import run as runs
+from fedpress.errors import DataError, ExportError, RecipeError
+from fedpress.folder import RunFolder
+from fedpress.stages.measure import measured
+
+RECIPE = """
+name = "small"
+[data]
+source = "digits"
+num_clients = 2
+examples_per_client = 60
+[model]
+architecture = "cnn"
+arguments = { in_channels = 1, image_size = 8 }
+[[stage]]
+kind = "train"
+epochs = 2
+batch_size = 64
+lr = 0.05
+"""
+EXPORT = '[[stage]]\nkind = "export"\nint8 = true\n'
+
+
+def test_an_integer_export_is_compared_and_measured(tmp_path):
+    text = (
+        RECIPE
+        + EXPORT
+        + 'observer = "percentile"\n[[stage]]\nkind = "measure"\nbatches = [1]\nthreads = [1]\nseconds = 0.01\n'
+    )
+    recipe = recipes.load(text, ())
+    data = runs.load_data(recipe)
+    folder = RunFolder.create(tmp_path / "run", text, runs.settings(recipe))
+    for _ in runs.execute(recipe, folder, data):
+        pass
+    train, export, measure = json.loads((tmp_path / "run" / "result.json").read_text())["stages"]
+    assert export["left_float"] == {}
+    assert export["int8"] is True
+    assert (tmp_path / "run" / export["artifact"]).stat().st_size == export["file_bytes"]
+    assert export["file_bytes"] < 0.5 * train["file_bytes"]
+    assert abs(export["accuracy"] - train["accuracy"]) < 0.03
+    assert export["parity"]["same_argmax_share"] > 0.98
+    assert export["parity"]["same_argmax_as_model"] > 0.95
+    names = [r["name"] for r in measure["measure"]["runtimes"]]
+    assert {"torch", "onnx float32", "onnx int8"} <= set(names)
+    assert measure["measure"]["parameters"] == train["parameters"]
+    assert json.loads(next((tmp_path / "run").rglob("measure.json")).read_text()) == measure["measure"]
+
+
+def checked(text: str) -> list[dict]:
+    recipe = recipes.load(text, ())
+    return runs.check(recipe, runs.load_data(recipe))
+
+
+def test_check_refuses_what_cannot_be_exported_and_ranges_from_nothing():
+    with pytest.raises(RecipeError, match="no format 'onx'; did you mean 'onnx'"):
+        checked(RECIPE + '[[stage]]\nkind = "export"\nformat = "onx"\n')
+    recipe = recipes.load(RECIPE + EXPORT, ())
+    data = runs.load_data(recipe)
+    state = runs.start(recipe, data)
+    from dataclasses import replace
+
+    empty = replace(data, public=data.public.take(torch.arange(0)))
+    with pytest.raises(DataError, match=r"int8.*public"):
+        recipe.stage[1].check(replace(state, data=empty))
+    branch = nn.Sequential(Branch(), nn.Flatten(), nn.Linear(64, 10))
+    with pytest.raises(ExportError, match=r"'0' \(Branch\)"):
+        recipe.stage[1].check(replace(state, model=branch))
+
+
+class Branch(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else x
+
+
+def test_a_format_that_cannot_take_the_model_is_told_and_the_rest_measured():
+    found = measured(nn.Sequential(Branch(), nn.Linear(4, 2)), (4,), batches=[1], threads=[1], seconds=0.001)
+    assert [r["name"] for r in found["runtimes"]] == ["torch"]
+    assert "Branch" in found["left_out"]["onnx float32"]
+    assert found["macs"] == 8
