@@ -14,7 +14,7 @@ from fedpress import recipe as recipes
 from fedpress import run as runs
 from fedpress.data import FederatedData
 from fedpress.errors import FedpressError, RecipeError
-from fedpress.folder import RunFolder, read_json, write_json
+from fedpress.folder import RunFolder, read_json, write_json, writing
 from fedpress.recipe import Recipe
 from fedpress.seeds import derive
 from fedpress.state import Event
@@ -192,6 +192,8 @@ def _write(place: Path, done: Sequence[tuple[Variant, Path, str | None]], comman
     page: dict[str, Any] = {"command": command, "environment": runs.environment(command), "variants": entries}
     for cost in ("file_bytes", "latency_ms"):
         page[f"front_{cost}"] = front(page, cost)
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
     write_json(place / "sweep.json", page)
 
 

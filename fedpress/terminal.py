@@ -114,31 +114,39 @@ def show_measures(out: Console, records: Iterable[Mapping[str, Any]]) -> None:
     records = list(records)
     costs = [
         [r["name"], r["runtime"], units.count(r["parameters"]), units.count(r["macs"] or None),
-         units.count(r["file_bytes"], "B"), units.count(r["peak_memory"], "B")]
+         units.count(r["file_bytes"], "B"), units.count(r["peak_memory"], "B"), _roof(r)]
         for r in records
     ]  # fmt: skip
-    out.print(as_rich(PlainTable(["Model", "Runtime", "Params", "MACs", "Size", "Memory"], costs)))
-    out.print()
+    out.print(as_rich(PlainTable(["Model", "Runtime", "Params", "MACs", "Size", "Memory", "Of the roof"], costs)))
     places = list(dict.fromkeys((t["batch"], t["threads"]) for r in records for t in r["timings"]))
     times = []
     for r in records:
-        for t in r["timings"]:
-            roof = t["roofline"]
-            spread = f"{units.milliseconds(t['p25_ms'])} – {units.milliseconds(t['p75_ms'])}"
-            near = f"{units.percent(roof['share'], 0)} ({roof['bound']})" if r["macs"] else units.DASH
-            where = f"{t['batch']} / {t['threads']}"
-            times.append(
-                ((t["batch"], t["threads"]), [r["name"], where, units.milliseconds(t["median_ms"]), spread, near])
-            )
-    rows = [row for place in places for at, row in times if at == place]
-    header = ["Model", "Batch / threads", "Median", "Middle half", "Of the roof"]
-    out.print(as_rich(PlainTable(header, rows)))
+        found = {(t["batch"], t["threads"]): t for t in r["timings"]}
+        times.append([r["name"], r["runtime"], *(_time(found.get(place)) for place in places)])
+    header = [f"batch {batch}, {threads} thr." for batch, threads in places]
+    out.print()
+    out.print(as_rich(PlainTable(["Latency", "Runtime", *header], times)))
     if records:
         top = records[0]["machine"]
         out.print(
-            f"one thread here reaches {top['float_gmacs']:.1f} GMAC/s in float32, {top['int8_gmacs']:.1f} in int8, and "
-            f"copies {top['gigabytes']:.1f} GB/s: the roof", style="dim",
+            "Latency is the median ± half of what the middle half of the runs spans. One thread here reaches "
+            f"{top['float_gmacs']:.1f} GMAC/s in float32, {top['int8_gmacs']:.1f} in int8, and copies "
+            f"{top['gigabytes']:.1f} GB/s: the roof.", style="dim",
         )  # fmt: skip
+
+
+def _roof(record: Mapping[str, Any]) -> str:
+    if not record["macs"] or not record["timings"]:
+        return units.DASH
+    roof = record["timings"][0]["roofline"]
+    return f"{units.percent(roof['share'], 0)} {roof['bound']}"
+
+
+def _time(timing: Mapping[str, Any] | None) -> str:
+    if timing is None:
+        return units.DASH
+    median, half = timing["median_ms"], (timing["p75_ms"] - timing["p25_ms"]) / 2
+    return f"{units.milliseconds(median).removesuffix(' ms')} ±{half:.2g} ms"
 
 
 def show_check(out: Console, title: str, data: Mapping[str, Any], lines: list[dict[str, Any]]) -> None:

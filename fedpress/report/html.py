@@ -21,7 +21,7 @@ from fedpress.report.headline import tiles
 from fedpress.report.plot import Figure
 from fedpress.report.protection import protections
 from fedpress.report.reading import Run, read_run
-from fedpress.report.table import Table, ledger_table, left_table, progress_table, stage_table
+from fedpress.report.table import Table, ledger_table, left_table, progress_table, runtime_table, stage_table
 
 HERE = Path(__file__).parent
 
@@ -110,7 +110,7 @@ def render(run: Run) -> str:
     """Returns the page for a run that was read."""
     shown = figures(run)
     scripts, stages = _scripts(shown), run.stages
-    left = left_table(stages)
+    left, files = left_table(stages), runtime_table(stages)
     return (
         _environment()
         .get_template("template.html.j2")
@@ -123,6 +123,7 @@ def render(run: Run) -> str:
             stopped=[f"{s.get('name')} stopped early: {s['stopped']}." for s in stages if s.get("stopped")],
             table=stage_table(run.result, before=run.before) if stages else None,
             left=left if left.rows else None,
+            files=files if files.rows else None,
             progress=None if run.finished else progress_table(run.records),
             figures=[asdict(figure) for figure in shown],
             scripts=[Markup(script) for script in scripts],  # ours and plotly's; what comes from the folder is escaped

@@ -60,6 +60,9 @@ def trade_off(page: Json, cost: str, word: str) -> Figure | None:
     prefix, size = ("ms", 1.0) if latency else units.scale(max(stage[cost] for _, stage, _ in points))
     unit = "ms" if latency else f"{prefix}B"
     ends = {name: stage for name, stage, end in points if end}
+    lowest = _lowest(
+        [100 * stage["accuracy"] for stage in ends.values()] or [100 * s["accuracy"] for _, s, _ in points]
+    )
     within = _distinct([(name, stage) for name, stage, end in points if not end])
     beaten = [(name, stage) for name, stage in ends.items() if name not in front]
     best = [(name, ends[name]) for name in front]
@@ -71,19 +74,33 @@ def trade_off(page: Json, cost: str, word: str) -> Figure | None:
         trace = _points("Pareto front", best, cost, size, unit, {"color": ORANGE, "size": 11})
         data.append(trace | {"mode": "lines+markers", "line": {"color": ORANGE, "width": 2, "shape": "hv"}})
     names = ", ".join(front) or "none"
+    below = sum(100 * stage["accuracy"] < lowest for _, stage in within)
+    hidden = f" {below} stages on the way lie below the picture." if below else ""
     return Figure(
         f"Accuracy against {word}",
-        f"Each variant's end, and in grey the stages on its way. On the Pareto front, by rising {word}: {names}.",
+        f"Each variant's end; in grey the stages on its way. On the Pareto front, by rising {word}: {names}.{hidden}",
         spec(
             data,
             x=axis(f"{'latency, batch 1, one thread' if latency else 'file'} ({unit})", rangemode="tozero"),
-            y=axis("test accuracy (%)"),
+            y=axis("test accuracy (%)", range=[lowest, _highest(points)]),
             hovermode="closest",
             showlegend=True,
             annotations=_names(best, cost, size) if len(best) <= NAMED else [],
         ),
         height=460,
         wide=True,
+    )
+
+
+def _lowest(ends: Sequence[float]) -> float:
+    """Where the picture ends below: a network that was just cut may be so bad that all others would seem equal."""
+    return max(0.0, min(ends) - max(2.0, max(ends) - min(ends)))
+
+
+def _highest(points: Sequence[tuple[str, Json, bool]]) -> float:
+    best = max(100 * stage["accuracy"] for _, stage, _ in points)
+    return best + max(
+        0.5, 0.1 * (best - _lowest([100 * stage["accuracy"] for _, stage, end in points if end] or [best]))
     )
 
 

@@ -82,6 +82,24 @@ def left_table(stages: list[Json]) -> Table:
     return Table(header=["Stage", "Left as it was", "Why"], rows=rows)
 
 
+def runtime_table(stages: list[Json]) -> Table:
+    """Returns a row for each exported file, and for each runtime of a measure stage: size, latency, parity."""
+    rows = []
+    for stage in stages:
+        if stage.get("artifact"):
+            parity = stage["parity"] if isinstance(stage.get("parity"), dict) else {}
+            same = units.percent(parity.get("same_argmax_as_model", parity.get("same_argmax_share")))
+            runtime, latency = str(stage.get("runtime") or ""), stage.get("latency_ms")
+            cells = [_bytes(stage.get("file_bytes")), units.milliseconds(latency), same]
+            rows.append([_name(stage), str(stage["artifact"]), runtime, *cells])
+        found = stage["measure"].get("runtimes") if isinstance(stage.get("measure"), dict) else None
+        for record in found if isinstance(found, list) else ():
+            first: Json = next(iter(record.get("timings", ())), {})
+            cells = [_bytes(record.get("file_bytes")), units.milliseconds(first.get("median_ms")), units.DASH]
+            rows.append([_name(stage), str(record.get("name")), str(record.get("runtime")), *cells])
+    return Table(header=["Stage", "File", "Runtime", "Size", "Latency", "Same answers"], rows=rows)
+
+
 def comparison_table(before: Json, after: Json) -> Table:
     """Returns a row for each number of one stage: before, after, and the change or share."""
     rows = []
