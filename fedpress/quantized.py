@@ -179,8 +179,8 @@ class QuantLayer(nn.Module):
     def quantized_input(self, x: Tensor) -> Tensor:
         """Returns the grid points of the inputs `x`, differentiable in `x` and the scale."""
         grid = self.grids.inputs
-        if grid is None:
-            return x
+        if grid is None or x.numel() == 0:
+            return x  # a batch of nothing has no range
         x = x.float()
         if grid.bits == 1:
             size = x.detach().abs().mean() if grid.dynamic else slowed(positive(self.input_scale), _pace(x, 1))
@@ -231,33 +231,33 @@ class QuantLayer(nn.Module):
 class QuantLinear(QuantLayer, nn.Linear):
     """A linear layer on grids."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Maps [..., in_features] to [..., out_features]."""
-        return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
 class QuantConv1d(QuantLayer, nn.Conv1d):
     """A convolution over sequences on grids."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Maps [n, in_channels, L] to [n, out_channels, L']."""
-        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
     """A convolution over images on grids."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Maps [n, in_channels, H, W] to [n, out_channels, H', W']."""
-        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
 class QuantConv3d(QuantLayer, nn.Conv3d):
     """A convolution over volumes on grids."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Maps [n, in_channels, D, H, W] to [n, out_channels, D', H', W']."""
-        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
 KINDS: dict[type[nn.Module], type[QuantLayer]] = {
@@ -286,7 +286,10 @@ def why_not(module: nn.Module) -> str | None:
         return (
             "its weight is computed from other parameters; make it plain first (remove_parametrizations, prune.remove)"
         )
-    return None
+    kind = getattr(module.weight, "dtype", torch.float32)
+    return (
+        None if kind == torch.float32 else f"its weights are {kind}, but grids hold float32; call model.float() first"
+    )
 
 
 @torch.no_grad()
@@ -314,6 +317,18 @@ def quantize_layers_(model: nn.Module, table: Mapping[str, LayerGrids]) -> None:
         assert isinstance(module, QuantLayer)
         module.grids = grids
         _register_(module, grids)
+    _close_shortcuts_(model)
+
+
+def _close_shortcuts_(model: nn.Module) -> None:
+    """Lets torch's transformer encoders call their layers: their fast path reads the weights past a layer's forward."""
+    for module in model.modules():
+        if not any(isinstance(m, QuantLayer) for m in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # as for any other activation; `activation` itself is what is used
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def _register_(layer: QuantLayer, grids: LayerGrids) -> None:

@@ -388,3 +388,38 @@ def test_a_fold_of_another_model_is_refused(norm, into):
     model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.ReLU())
     with pytest.raises(ModelError, match=r"spec.folded: .* the spec is of another model"):
         fold_layers_(model, {norm: into})
+
+
+def test_a_batch_of_nothing_comes_out_as_nothing():
+    for inputs in INPUTS:
+        assert on_grid(nn.Linear(3, 2), WeightGrid(), inputs)(torch.zeros(0, 3)).shape == (0, 2)
+
+
+def test_a_layer_takes_its_input_by_name_as_that_of_torch_does():
+    x = torch.randn(2, 3)
+    for layer in (on_grid(nn.Linear(3, 2), WeightGrid())[0], on_grid(nn.Conv1d(2, 2, 1), WeightGrid())[0]):
+        assert torch.equal(layer(input=x), layer(x))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_that_are_not_float32_are_refused_with_the_way_out(kind):
+    with pytest.raises(ModelError, match=r"'0' cannot be quantized: its weights are torch.*call model.float\(\) first"):
+        on_grid(nn.Linear(2, 2).to(kind), WeightGrid())
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["layer", "encoder"])
+def test_the_fast_path_of_a_transformer_does_not_go_past_the_grids(whole):
+    """In evaluation without gradients torch computes an encoder layer in one kernel that reads float weights."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = (nn.TransformerEncoder(layer, 1) if whole else layer).eval()
+    at = "layers.0." if whole else ""
+    grids = LayerGrids(weights=WeightGrid(bits=2), inputs=InputGrid(bits=2, dynamic=True))
+    plain = model(x := torch.randn(3, 4, 8)).detach()
+    quantize_layers_(model, {f"{at}linear1": grids, f"{at}linear2": grids})
+    hidden = torch.tensor([[False] * 4, [False] * 3 + [True], [False] * 4])
+    for how in ({}, {"src_key_padding_mask": hidden}):
+        wanted = model(x, **how).detach()
+        with torch.no_grad():
+            torch.testing.assert_close(model(x, **how), wanted)  # attention has a fast path of its own
+    assert float((model(x).detach() - plain).abs().max()) > 0.1

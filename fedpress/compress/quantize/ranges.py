@@ -66,7 +66,10 @@ def run_watched(
     modes = {m: m.training for m in model.modules()}
     grids = {m: m.grids for _, m in quantized_layers(model)}
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0])) for name, layer in layers.items()
+        layer.register_forward_pre_hook(
+            lambda _, args, named, name=name: see(name, args[0] if args else named["input"]), with_kwargs=True
+        )
+        for name, layer in layers.items()
     ]
     try:
         model.eval()
