@@ -48,7 +48,8 @@ def percentile(seen: Histogram, grid: InputGrid, *, share: float = 0.9999) -> tu
     above = seen.counts.flip(0).cumsum(0).flip(0)
     inside = ((below > edge) & (above > edge)).nonzero().flatten()
     half = (seen.middles[1] - seen.middles[0]) / 2
-    return float(seen.middles[inside[0]] - half), float(seen.middles[inside[-1]] + half)
+    low, high = float(seen.middles[inside[0]] - half), float(seen.middles[inside[-1]] + half)
+    return max(low, seen.low), min(high, seen.high)
 
 
 def mse(seen: Histogram, grid: InputGrid) -> tuple[float, float]:

@@ -32,10 +32,8 @@ def stored_bytes(weight: Tensor, grid: WeightGrid) -> int:
     >>> stored_bytes(torch.zeros(8, 16), WeightGrid(bits=4))
     96
     """
-    if grid.kind == "codebook":
-        scales = 2**grid.bits
-    else:
-        scales = len(weight) * grouped(weight, grid.group).shape[1]
+    shared = grid.kind == "codebook"
+    scales = 2**grid.bits if shared else len(weight) * grouped(weight, grid.group).shape[1]
     return math.ceil(weight.numel() * grid.bits / 8) + 4 * scales
 
 
@@ -71,7 +69,7 @@ def measure_choices(
             weight = tensor(model, f"{name}.weight")
             before = weight.detach().clone()
             for each in sorted(set(bits)):
-                grid = WeightGrid(bits=each, group=grids.weights.group)
+                grid = grids.weights.model_copy(update={"bits": each})
                 scale = spread(best_scale(before, grid), before, grid.group)
                 weight.copy_((before / scale).round().clamp(grid.lowest, grid.highest) * scale)
                 size = stored_bytes(before, grid)

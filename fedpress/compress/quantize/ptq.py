@@ -36,7 +36,10 @@ def quantizable(
     """
     table: dict[str, LayerGrids] = {}
     left: dict[str, str] = {}
-    owners: dict[int, str] = {}
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append(name)
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is None and not _computes(module):
@@ -44,17 +47,15 @@ def quantizable(
         if weight is not None and weight.dim() < 2:
             continue  # norms and the like
         reason = why_not(module)
-        if reason is None and weight is not None and (twin := owners.setdefault(id(weight), name)) != name:
-            reason = f"its weight is shared with '{twin}'"
-            if twin in table:
-                left[twin] = f"its weight is shared with '{name}'"
-                del table[twin]
+        others = [f"'{n}'" for n in owners.get(id(weight), []) if n != name] if weight is not None else []
+        if reason is None and others:
+            reason = f"its weight is shared with {', '.join(others)}"
         if reason is None and f"{name}.weight" in sparse and grids.weights and not grids.weights.has_zero:
             reason = "its zeros are pruned weights, and a binary grid has no zero; use ternary"
         if reason is None:
             table[name] = grids
         else:
-            left[name] = reason
+            left[name or type(module).__name__] = reason
     names = [*table]
     for word in keep:
         name = {"first": names[0], "last": names[-1]}.get(word, word) if names else word
@@ -73,6 +74,8 @@ def quantizable(
 
 def _computes(module: nn.Module) -> bool:
     """Whether a module without a parameter `weight` has weights of its own: recurrent, attention, parametrized."""
+    if isinstance(module, nn.utils.parametrize.ParametrizationList):
+        return False  # a part of the module whose weight it computes
     return any(p.dim() > 1 for p in module._parameters.values() if p is not None) or hasattr(module, "parametrizations")
 
 
@@ -128,10 +131,10 @@ def quantize_(
             assert isinstance(layer, QuantLayer)
             if name not in means:
                 continue
-            if layer.bias is None:
-                notes[name] = "it has no bias that could make good for its rounding"
+            if isinstance(layer.bias, Tensor):
+                layer.bias -= _shift(layer, means[name], layer.weight.detach() - before[name])
             else:
-                layer.bias -= _shift(layer, means[name], layer.weight - before[name])
+                notes[name] = "it has no bias that could make good for its rounding"
     if any(_static(grids) for grids in table.values()):
         notes |= calibrate_(model, batches, observer=observer)
     return notes

@@ -67,7 +67,8 @@ def round_second_order_(layer: QuantLayer, moment: Tensor, *, damping: float = 0
 
     The error of the layer's outputs is quadratic in that of its weights, with the second moment of its inputs as the
     Hessian: GPTQ (Frantar et al. 2022, arXiv:2210.17323, section 3, algorithm 1), columns in the order of falling
-    diagonal. Weights that are 0 stay 0 where the grid has a zero, as in SparseGPT.
+    diagonal. Weights that are 0 stay 0 where the grid has a zero, as in SparseGPT. On a grid of two or three points
+    the errors may grow instead: an output channel whose nearest points do less harm gets those.
 
     Args:
         layer: with scales or a codebook; changed in place.
@@ -82,12 +83,14 @@ def round_second_order_(layer: QuantLayer, moment: Tensor, *, damping: float = 0
     if grid.kind != "codebook":
         scale = spread(layer.weight_scale.detach().abs(), layer.weight, grid.group).expand(layer.weight.shape)
         scale = scale.reshape(out, -1)
-    rounded = torch.empty_like(weight)
+    rounded = layer.dequantize(layer.codes()).reshape(out, -1)
     each = out // len(moment)
     for g, hessian in enumerate(moment):
         rows = slice(g * each, (g + 1) * each)
         part = None if scale is None else scale[rows]
-        rounded[rows] = _gptq(weight[rows], part, keep[rows], hessian.double(), layer, damping)
+        tried = _gptq(weight[rows], part, keep[rows], hessian.double(), layer, damping)
+        harms = [(e @ hessian * e).sum(1, keepdim=True) for e in (tried - weight[rows], rounded[rows] - weight[rows])]
+        rounded[rows] = torch.where(harms[0] <= harms[1], tried, rounded[rows])
     layer.weight.copy_(rounded.reshape(layer.weight.shape))
 
 

@@ -1,0 +1,207 @@
+import copy
+import functools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fedpress.compress.quantize import find_folds, fold_, quantizable, quantize_
+from fedpress.errors import DataError, ModelError
+from fedpress.models import ModelSpec, load_model, save_model
+from fedpress.quantized import InputGrid, LayerGrids, WeightGrid, quantized_layers
+
+INT4, BYTES = LayerGrids(weights=WeightGrid(bits=4)), LayerGrids(weights=WeightGrid(), inputs=InputGrid())
+SPEC = ModelSpec(architecture="resnet-small", arguments={"width": 8}, input_shape=(3, 8, 8))
+
+
+@functools.cache
+def made():
+    torch.manual_seed(0)
+    model = SPEC.build()
+    batches = [*torch.randn(48, 3, 8, 8).split(16)]
+    for x in batches:
+        model.train()(x)
+    folds, _ = find_folds(model.eval(), batches[0])
+    fold_(model, folds)
+    return model, batches, SPEC.model_copy(update={"folded": folds})
+
+
+def net():
+    """A folded network with statistics of its own, batches of inputs, and the spec."""
+    return copy.deepcopy(made()[0]), *made()[1:]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "second-order"])
+@pytest.mark.parametrize(
+    "grids",
+    [
+        BYTES,
+        INT4,
+        LayerGrids(weights=WeightGrid(), inputs=InputGrid(dynamic=True)),
+        LayerGrids(weights=WeightGrid(bits=4, group=16)),
+        LayerGrids(weights=WeightGrid(kind="ternary")),
+        LayerGrids(weights=WeightGrid(kind="binary"), inputs=InputGrid(bits=1)),
+        LayerGrids(weights=WeightGrid(kind="codebook", bits=3)),
+        LayerGrids(inputs=InputGrid(bits=4)),
+    ],
+    ids=str,
+)
+def test_a_quantized_network_comes_back_from_its_folder_to_the_same_bits(grids, rounding, tmp_path):
+    model, batches, spec = net()
+    table, left = quantizable(model, grids)
+    assert (len(table), left) == (10, {})
+    assert quantize_(model, table, batches, rounding=rounding) == {}
+    save_model(tmp_path, spec.model_copy(update={"quantized": table}), model)
+    again_spec, again = load_model(tmp_path)
+    assert again_spec.quantized == table
+    assert torch.equal(again.eval()(batches[0]), model(batches[0]))
+    for name, layer in quantized_layers(again):
+        assert layer.grids == table[name]
+        if grids.weights is not None:
+            assert torch.equal(layer.weight, layer.dequantize(layer.codes()))
+
+
+def test_more_bits_and_more_care_come_nearer_to_the_float_network():
+    model, batches, _ = net()
+    wanted = model(batches[0]).detach()
+
+    def error(grids, **how):
+        small = copy.deepcopy(model)
+        quantize_(small, quantizable(small, grids)[0], batches, **how)
+        return float((small(batches[0]) - wanted).square().mean() / wanted.square().mean())
+
+    eight, four = error(BYTES), error(INT4)
+    assert eight < four / 10
+    assert four < 0.1
+    assert error(INT4, rounding="second-order") < 0.6 * four
+    assert error(LayerGrids(weights=WeightGrid(bits=4, group=8))) < four
+    assert error(LayerGrids(weights=WeightGrid(bits=3))) > four
+
+
+@pytest.mark.parametrize("inner", ["conv", "linear"])
+def test_biases_make_good_for_the_mean_error_of_rounding(inner):
+    torch.manual_seed(1)
+    layer = nn.Conv2d(3, 5, 3, padding=1, stride=2) if inner == "conv" else nn.Linear(6, 5)
+    model = nn.Sequential(copy.deepcopy(layer))
+    x = torch.rand(40, 3, 7, 7) if inner == "conv" else torch.rand(40, 4, 6)
+    quantize_(model, quantizable(model, LayerGrids(weights=WeightGrid(bits=2)))[0], [x[:23], x[23:]])
+    error = (model(x) - layer(x)).detach()
+    mean = error.mean((0, 2, 3)) if inner == "conv" else error.mean((0, 1))
+    assert float(error.abs().mean()) > 0.01
+    torch.testing.assert_close(mean, torch.zeros(5), atol=1e-6, rtol=0)
+
+
+def test_a_layer_without_a_bias_is_named():
+    model = nn.Sequential(nn.Linear(3, 2, bias=False))
+    notes = quantize_(model, {"0": INT4}, [torch.randn(4, 3)])
+    assert notes == {"0": "it has no bias that could make good for its rounding"}
+
+
+class Zoo(nn.Module):
+    """Layers that can be quantized, and others."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.out = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.out.weight = self.words.weight
+        self.position = nn.Parameter(torch.zeros(2, 4))
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.two.weight = self.one.weight
+        self.attention, self.memory = nn.MultiheadAttention(4, 2), nn.LSTM(4, 4)
+        self.normed, self.up = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.ConvTranspose1d(4, 4, 2)
+        self.norm, self.plain = nn.LayerNorm(4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+
+
+def test_what_stays_float_is_listed_with_the_reason():
+    table, left = quantizable(Zoo(), BYTES, keep=["last"])
+    assert table == {"plain": BYTES}
+    says = {
+        "Zoo": "computes in its own way",
+        "words": "Embedding computes in its own way",
+        "out": "shared with 'words'",
+        "one": "shared with 'two'",
+        "two": "shared with 'one'",
+        "attention": "MultiheadAttention computes in its own way",
+        "attention.out_proj": "unlike Linear",
+        "memory": "LSTM computes in its own way",
+        "normed": "unlike Linear",
+        "up": "ConvTranspose1d computes in its own way",
+        "head": "asked for by `keep`",
+    }
+    assert left.keys() == says.keys()
+    for name, reason in says.items():
+        assert reason in left[name], (name, left[name])
+
+
+def test_first_and_last_can_stay_float_and_sparse_layers_are_not_made_binary():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    binary = LayerGrids(weights=WeightGrid(kind="binary"))
+    table, left = quantizable(model, binary, keep=["first", "last"], sparse=["1.weight"])
+    assert [*table] == ["2"]
+    assert "has no zero; use ternary" in left["1"]
+    assert [*quantizable(model, INT4, sparse=["1.weight"])[0]] == ["0", "1", "2", "3"]
+
+
+def test_a_wrong_name_and_a_network_without_layers_are_refused():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    with pytest.raises(ModelError, match=r"quantize.keep: no layer '00'.*use 'first', 'last', or one of 0"):
+        quantizable(model, INT4, keep=["00"])
+    with pytest.raises(ModelError, match=r"no layer of this model can be quantized .'0': asked for by `keep`"):
+        quantizable(model, INT4, keep=["first"])
+    with pytest.raises(ModelError, match="it has no layers with weights"):
+        quantizable(nn.ReLU(), INT4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_name_the_layer_and_leave_the_model_alone(value):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with pytest.raises(DataError, match=r"quantize: '0' sees NaN or infinite values"):
+        quantize_(model, quantizable(model, BYTES)[0], [torch.full((3, 2), value)])
+    model[1].weight.data[0, 0] = value
+    with pytest.raises(ModelError, match=r"quantize: '1' has NaN or infinite weights"):
+        quantize_(model, quantizable(model, BYTES)[0], [torch.zeros(3, 2)])
+    assert type(model[0]) is nn.Linear
+
+
+def test_examples_are_asked_for_only_where_they_are_needed():
+    model = nn.Sequential(nn.Linear(2, 2))
+    for how in ({}, {"rounding": "second-order", "correct_bias": False}):
+        with pytest.raises(DataError, match="this method needs public examples"):
+            quantize_(model, {"0": INT4}, **how)
+    with pytest.raises(DataError, match="this method needs public examples"):
+        quantize_(model, {"0": BYTES}, correct_bias=False)
+    assert quantize_(model, {"0": INT4}, correct_bias=False) == {}
+
+
+def test_a_channel_of_zeros_and_a_constant_input_are_no_trouble():
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten(), nn.Linear(12, 2))
+    model[0].weight.data[1] = 0
+    quantize_(model, quantizable(model, BYTES)[0], [torch.ones(4, 2, 2, 2)], rounding="second-order")
+    assert torch.isfinite(model(torch.ones(4, 2, 2, 2))).all()
+    assert not model[0].weight[1].any()
+
+
+def test_int8_weights_are_those_of_torchao():
+    """Per channel and symmetric as there; torchao spreads the span over 127.5 steps, we over 127 (no code -128)."""
+    torchao = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(64, 16))
+    theirs, ours = copy.deepcopy(plain), copy.deepcopy(plain)
+    torchao.quantize_(theirs, torchao.Int8WeightOnlyConfig())
+    quantize_(ours, quantizable(ours, LayerGrids(weights=WeightGrid()))[0], scale="minmax", correct_bias=False)
+    step = ours[0].weight_scale.detach()[:, None]
+    assert ((theirs[0].weight.dequantize() - ours[0].weight).abs() <= 1.01 * step).all()
+    for model in (theirs, ours):
+        error = (model[0].weight.dequantize() if model is theirs else model[0].weight) - plain[0].weight
+        assert float(error.detach().abs().max()) <= 0.51 * float(step.max())
+
+
+def test_torchao_leaves_convolutions_float_without_a_word_and_we_do_not():
+    torchao = pytest.importorskip("torchao.quantization")
+    theirs, ours = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)) for _ in range(2))
+    torchao.quantize_(theirs, torchao.Int8WeightOnlyConfig())
+    assert type(theirs[0].weight) is nn.Parameter
+    quantize_(ours, quantizable(ours, LayerGrids(weights=WeightGrid()))[0], correct_bias=False)
+    assert ours[0].codes().unique().numel() > 20
