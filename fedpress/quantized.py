@@ -7,6 +7,7 @@ trains it is the latent weight, of which the layer uses the nearest grid point (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -497,7 +498,7 @@ def slowed(x: Tensor, factor: float) -> Tensor:
 
 def _pace(x: Tensor, levels: int) -> float:
     """The gradient scale 1 / sqrt(values * levels) of a learned step size, for the inputs of one example."""
-    return (max(1, len(x)) / (max(1, x.numel()) * levels)) ** 0.5
+    return (max(1, math.prod(x.shape[1:])) * levels) ** -0.5  # not by the batch, whose size may be open in an export
 
 
 def _nearest(weight: Tensor, at: Tensor, grid: WeightGrid) -> Tensor:

@@ -423,3 +423,13 @@ def test_the_fast_path_of_a_transformer_does_not_go_past_the_grids(whole):
         with torch.no_grad():
             torch.testing.assert_close(model(x, **how), wanted)  # attention has a fast path of its own
     assert float((model(x).detach() - plain).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("inputs", [i for i in INPUTS if i], ids=str)
+def test_the_batch_stays_open_in_an_export(inputs):
+    torch.manual_seed(9)
+    model = settle_(on_grid(nn.Linear(3, 2), WeightGrid(), inputs)).eval()
+    shapes = ({0: torch.export.Dim("n", min=1, max=64)},)
+    program = torch.export.export(model, (torch.randn(4, 3),), dynamic_shapes=shapes).module()
+    x = torch.randn(7, 3)
+    assert torch.equal(program(x), model(x))
