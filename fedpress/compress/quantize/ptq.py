@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedpress.compress.quantize.cluster import shared_values
 from fedpress.compress.quantize.ranges import calibrate_, run_watched
-from fedpress.compress.quantize.rounding import best_scale, round_second_order_, second_moment
+from fedpress.compress.quantize.rounding import as_batch, best_scale, patches, round_second_order_, second_moment
 from fedpress.errors import DataError, ModelError, did_you_mean
 from fedpress.layers import tensor
 from fedpress.quantized import LayerGrids, QuantLayer, quantize_layers_, settle_, why_not
@@ -132,7 +132,7 @@ def quantize_(
             if name not in means:
                 continue
             if isinstance(layer.bias, Tensor):
-                layer.bias -= _shift(layer, means[name], layer.weight.detach() - before[name])
+                layer.bias -= _shift(means[name], layer.weight.detach() - before[name])
             else:
                 notes[name] = "it has no bias that could make good for its rounding"
     if any(_static(grids) for grids in table.values()):
@@ -169,7 +169,7 @@ def _finite(model: nn.Module, table: Mapping[str, LayerGrids]) -> None:
 def _look(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Tensor], *, moments: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Runs the model once: the mean input of every layer, and the second moments of its patches if wanted."""
+    """Runs the model once: the mean patch [groups, k] of every layer's inputs, and their second moments if wanted."""
     means: dict[str, tuple[Tensor, int]] = {}
     seconds: dict[str, tuple[Tensor, int]] = {}
 
@@ -177,9 +177,10 @@ def _look(
         if not bool(x.isfinite().all()):
             raise DataError(f"quantize: '{name}' sees NaN or infinite values; check the public examples")
         layer, x = layers[name], x.detach().float()
-        flat = x.reshape(-1, x.shape[-1]) if isinstance(layer, nn.Linear) else x
+        x = as_batch(layer, x)
+        whole = patches(layer, x.double().sum(0, keepdim=True))  # patches of a sum are the sum of patches
         total, count = means.get(name, (0.0, 0))
-        means[name] = total + flat.double().sum(0), count + len(flat)
+        means[name] = total + whole.sum(1), count + len(x) * whole.shape[1]
         if moments:
             second, rows = second_moment(layer, x, most=PATCHES)
             old, seen = seconds.get(name, (0.0, 0))
@@ -189,10 +190,6 @@ def _look(
     return {n: t / c for n, (t, c) in means.items()}, {n: t / c for n, (t, c) in seconds.items()}
 
 
-def _shift(layer: QuantLayer, mean: Tensor, error: Tensor) -> Tensor:
+def _shift(mean: Tensor, error: Tensor) -> Tensor:
     """The mean change [out] of the outputs when the weights change by `error`: exact, since a layer is linear."""
-    if isinstance(layer, nn.Linear):
-        return error.double() @ mean
-    assert isinstance(layer, nn.modules.conv._ConvNd)
-    out = layer._conv_forward(mean[None], error.double(), None)
-    return out.flatten(2).mean(-1)[0]
+    return (error.double().reshape(len(mean), -1, mean.shape[1]) @ mean[..., None]).flatten()

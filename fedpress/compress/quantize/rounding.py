@@ -30,6 +30,14 @@ def best_scale(weight: Tensor, grid: WeightGrid) -> Tensor:
     return mended(best.reshape(first.shape))
 
 
+def as_batch(layer: nn.Module, x: Tensor) -> Tensor:
+    """Returns the inputs `x` of `layer` with one leading axis of examples: rows [n, in] of a linear layer."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(-1, x.shape[-1])
+    assert isinstance(layer, nn.modules.conv._ConvNd)
+    return x[None] if x.dim() == len(layer.kernel_size) + 1 else x
+
+
 def patches(layer: nn.Module, x: Tensor) -> Tensor:
     """Returns the inputs that each output value of `layer` sums over, [groups, outputs, in_channels * kernel].
 
