@@ -19,16 +19,17 @@ def make_integer_(proto: Any) -> bool:
     """Rewrites `proto` (an ONNX ModelProto with quantize and dequantize nodes) in place; its values stay the same.
 
     Biases become int32 on the grid of the products, as the integer kernels add them. Means over the whole image
-    become GlobalAveragePool, for which there is a kernel. Weights that float arithmetic reads are written as a
-    product, which onnxruntime computes once when it loads the file; a dequantized constant it would make anew on each
-    run. Codes that fit are stored as INT4 or INT2 behind a Cast, which it computes once too: so 4-bit and ternary
-    weights make the file small and still run on 8-bit kernels.
+    become GlobalAveragePool, for which there is a kernel; weights that are turned for a matrix product are turned here.
+    Weights that float arithmetic reads are written as a product, which onnxruntime computes once when it loads the
+    file; a dequantized constant it would make anew on each run. Codes that fit are stored as INT4 or INT2 behind a
+    Cast, which it computes once too: so 4-bit and ternary weights make the file small and still run on 8-bit kernels.
 
     Returns:
         Whether integer kernels read weights beyond 7 bits, which processors that add products in 16 bits get wrong.
     """
     graph = _Graph(proto.graph)
     _pool_means_(graph)
+    _transpose_codes_(graph)
     _round_biases_(graph)
     wide = _multiply_out_(graph)
     bits, opset = _shrink_codes_(graph)
@@ -105,6 +106,19 @@ def _pool_means_(graph: _Graph) -> None:
         if not _attribute(mean, "keepdims", 1):  # the codes are flattened: between pool and rounding it would hinder
             wide = graph.node("QuantizeLinear", [out, *rounded.input[1:]], codes + "_wide")
             graph.put(rounded, [wide, graph.node("Flatten", [codes + "_wide"], codes)])
+
+
+def _transpose_codes_(graph: _Graph) -> None:
+    """Turns codes: dequantize -> Transpose of a weight [out, in] becomes dequantize of the codes [in, out]."""
+    for turn in [n for n in graph.nodes if n.op_type == "Transpose"]:
+        made = graph.made_by(turn.input[0], "DequantizeLinear")
+        codes = graph.array(made.input[0]) if made is not None else None
+        if made is None or codes is None or codes.ndim != 2 or _is_blocked(made) or graph.reads[made.input[0]] > 1:
+            continue
+        held = graph.add(f"{made.input[0]}_turned", np.ascontiguousarray(codes.T))
+        axis = 1 - _attribute(made, "axis", 1)
+        graph.put(turn, [graph.node("DequantizeLinear", [held, *made.input[1:]], turn.output[0], axis=axis)])
+        graph.nodes.remove(made)
 
 
 def _round_biases_(graph: _Graph) -> None:

@@ -392,7 +392,10 @@ def _calibrated(span: tuple[float, float], activations: Activations) -> _Grid:
 
 def _is_computed_in_float(n: fx.Node, runs: set[fx.Node]) -> bool:
     """Whether `n` is arithmetic on floats that no integer kernel does."""
-    if n.op != "call_function" or not _is_float(n) or n in runs or n.target in LAYERS:
+    value = n.meta.get("val")
+    gives = value if isinstance(value, tuple | list) else [value]
+    floats = any(isinstance(v, Tensor) and v.is_floating_point() for v in gives)
+    if n.op != "call_function" or not floats or not n.all_input_nodes or n in runs or n.target in LAYERS:
         return False
     return n.target not in SAME_GRID | CLIPS | SPLITS and n.target is not operator.getitem
 

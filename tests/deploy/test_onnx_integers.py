@@ -121,3 +121,26 @@ def test_packed_codes_read_back(values):
     codes = np.array(values, np.int8)
     tensor = onnx.TensorProto(dims=codes.shape, data_type=onnx.TensorProto.INT4, raw_data=packed(codes, 4))
     assert onnx.numpy_helper.to_array(tensor).astype(np.int8).tolist() == values
+
+
+def test_linear_layers_over_sequences_multiply_integers(tmp_path):
+    import onnxruntime as ort
+
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(8, 24), nn.Linear(24, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.inner(x)).mean(1))
+
+    x = torch.randn(32, 6, 8)
+    made = export_onnx(Sequence(), tmp_path / "m.onnx", Job((6, 8), batches=(x,)))
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 4
+    ort.InferenceSession(str(made.path), options, providers=["CPUExecutionProvider"])
+    found = {n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node}
+    assert {"MatMulIntegerToFloat", "QGemm"} <= found
+    assert "MatMul" not in found
+    parity(made.program, made.path, x, tolerance=ROUNDING)

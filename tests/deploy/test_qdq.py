@@ -183,3 +183,14 @@ def test_seven_bits_are_at_most_63(x):
     made = quantized_program(trained(Residual()), SHAPE, [x], weight_bits=7)
     codes = made.program.state_dict["conv.weight_codes"]
     assert codes.abs().max() == 63
+
+
+@pytest.mark.parametrize("observer", ["percentile", "mse", "entropy"])
+def test_observers_cut_off_what_is_rare(x, observer):
+    far = x.repeat(8, 1, 1, 1)
+    far[0, 0, 0, 0] = 500.0
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    wide, cut = (quantized_program(model, SHAPE, [far], observer=o).program for o in ("minmax", observer))
+    scales = [calls(program, OPS.quantize_per_tensor.default)[0].args[1] for program in (wide, cut)]
+    assert scales[0] == pytest.approx((500 - float(far.min())) / 255, rel=1e-4)
+    assert scales[1] < scales[0]
