@@ -280,13 +280,14 @@ def why_not(module: nn.Module) -> str | None:
     """Says why `module`, which has weights, cannot be put on a grid; None if it can."""
     if isinstance(module, QuantLayer):
         return None
-    if type(module) not in KINDS:
-        base = next((k.__name__ for k in KINDS if isinstance(module, k)), None)
-        return f"{type(module).__name__} computes in its own way" + (f", unlike {base}" if base else "")
-    if "weight" not in module._parameters:
+    computed = "weight" not in module._parameters and (hasattr(module, "parametrizations") or type(module) in KINDS)
+    if computed:
         return (
             "its weight is computed from other parameters; make it plain first (remove_parametrizations, prune.remove)"
         )
+    if type(module) not in KINDS:
+        base = next((k.__name__ for k in KINDS if isinstance(module, k)), None)
+        return f"{type(module).__name__} computes in its own way" + (f", unlike {base}" if base else "")
     kind = getattr(module.weight, "dtype", torch.float32)
     return (
         None if kind == torch.float32 else f"its weights are {kind}, but grids hold float32; call model.float() first"

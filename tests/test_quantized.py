@@ -357,7 +357,7 @@ def pruned(layer):
         (lambda: nn.LSTM(2, 2), "LSTM computes in its own way"),
         (lambda: nn.ReLU(), "ReLU computes in its own way"),
         (lambda: nn.ConvTranspose2d(2, 2, 2), "ConvTranspose2d computes"),
-        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), "computes in its own way, unlike Linear"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), "make it plain first"),
         (lambda: pruned(nn.Linear(2, 2)), "computed from other parameters; make it plain first"),
     ],
 )

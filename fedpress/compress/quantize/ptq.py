@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpress.compress.quantize.cluster import shared_values
-from fedpress.compress.quantize.ranges import calibrate_, run_watched
+from fedpress.compress.quantize.ranges import Batch, calibrate_, run_watched
 from fedpress.compress.quantize.rounding import as_batch, best_scale, patches, round_second_order_, second_moment
 from fedpress.errors import DataError, ModelError, did_you_mean
 from fedpress.layers import tensor
@@ -83,7 +83,7 @@ def _computes(module: nn.Module) -> bool:
 def quantize_(
     model: nn.Module,
     table: Mapping[str, LayerGrids],
-    batches: Sequence[Tensor] = (),
+    batches: Sequence[Batch] = (),
     *,
     scale: Literal["mse", "minmax"] = "mse",
     rounding: Rounding = "nearest",
@@ -167,7 +167,7 @@ def _finite(model: nn.Module, table: Mapping[str, LayerGrids]) -> None:
 
 
 def _look(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Tensor], *, moments: bool
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch], *, moments: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Runs the model once: the mean patch [groups, k] of every layer's inputs, and their second moments if wanted."""
     means: dict[str, tuple[Tensor, int]] = {}

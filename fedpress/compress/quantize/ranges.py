@@ -11,9 +11,11 @@ from fedpress.errors import DataError, ModelError
 from fedpress.quantized import affine, quantized_layers
 from fedpress.ranges import OBSERVERS, Histogram, Observer
 
+Batch = Tensor | tuple[Tensor, ...]  # a tuple: of a model with several inputs
+
 
 @torch.no_grad()
-def calibrate_(model: nn.Module, batches: Sequence[Tensor], *, observer: Observer = "minmax") -> dict[str, str]:
+def calibrate_(model: nn.Module, batches: Sequence[Batch], *, observer: Observer = "minmax") -> dict[str, str]:
     """Sets scale and zero point of every input grid from what the layers see when `model` runs on `batches`.
 
     While it looks, inputs stay float. A range always holds 0; one-bit inputs get the scale mean |x| (XNOR-Net).
@@ -60,7 +62,7 @@ def calibrate_(model: nn.Module, batches: Sequence[Tensor], *, observer: Observe
 
 @torch.no_grad()
 def run_watched(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Tensor], see: Callable[[str, Tensor], None]
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch], see: Callable[[str, Tensor], None]
 ) -> None:
     """Runs `model` in evaluation mode, inputs not rounded, and shows `see` what comes into each of `layers`."""
     modes = {m: m.training for m in model.modules()}
@@ -76,7 +78,7 @@ def run_watched(
         for layer, own in grids.items():
             layer.grids = own.model_copy(update={"inputs": None})
         for batch in batches:
-            model(batch)
+            model(*batch) if isinstance(batch, tuple) else model(batch)
     except RuntimeError as error:
         raise ModelError(f"calibrate: the model cannot run on these examples ({str(error).splitlines()[0]})") from error
     finally:
