@@ -6,6 +6,7 @@ from torch import nn
 
 from fedpress.errors import ModelError
 from fedpress.models import ARCHITECTURES, ModelSpec, load_model, resize_, save_model, shapes_that_differ
+from fedpress.quantized import InputGrid, LayerGrids, WeightGrid, quantize_layers_, quantized_layers, settle_
 
 SMALL = {"width": 8, "num_classes": 3}
 SPECS = [
@@ -235,3 +236,74 @@ def test_a_spec_cannot_be_changed():
 
 def test_networks_of_one_shape_do_not_differ():
     assert shapes_that_differ(MLP.build(), MLP.build()) == {}
+
+
+def on_grids():
+    """A spec with folded batch norms, layers on grids of every kind, and a cut, and its model."""
+    dense = ModelSpec(architecture="resnet-small", arguments=SMALL, input_shape=(3, 8, 8))
+    grids = [
+        LayerGrids(weights=WeightGrid(bits=4), inputs=InputGrid()),
+        LayerGrids(weights=WeightGrid(bits=3, group=10)),
+        LayerGrids(weights=WeightGrid(kind="ternary"), inputs=InputGrid(dynamic=True)),
+        LayerGrids(weights=WeightGrid(kind="binary"), inputs=InputGrid(bits=1)),
+        LayerGrids(weights=WeightGrid(kind="codebook", centroid_bits=8)),
+    ]
+    spec = dense.model_copy(
+        update={
+            "folded": {"norm": "stem", "stages.1.0.norm1": "stages.1.0.conv1"},
+            "resized": {
+                "stages.1.0.conv1.weight": (9, 8, 3, 3),
+                "stages.1.0.conv2.weight": (16, 9, 3, 3),
+                **{f"stages.1.0.norm1.{n}": (9,) for n in ("weight", "bias", "running_mean", "running_var")},
+            },
+            "quantized": dict(
+                zip(["stem", "stages.1.0.conv1", "stages.1.0.conv2", "stages.0.0.conv1", "head"], grids, strict=True)
+            ),
+        }
+    )
+    model = spec.build()
+    for layer in model.modules():
+        if isinstance(getattr(layer, "weight", None), nn.Parameter):
+            nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(0))
+    quantize_layers_(model, spec.quantized)
+    return spec, settle_(model).eval()
+
+
+def test_a_folded_and_quantized_network_comes_back_to_the_same_bits(tmp_path):
+    spec, model = on_grids()
+    save_model(tmp_path, spec, model)
+    again_spec, again = load_model(tmp_path)
+    assert again_spec == spec
+    x = torch.randn(3, 3, 8, 8)
+    assert torch.equal(again.eval()(x), model(x))
+    assert isinstance(again.norm, nn.Identity)
+    assert again.stages[1][0].conv1.bias.shape == (9,)
+    assert {n: m.grids for n, m in quantized_layers(again)} == spec.quantized
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"folded": {"norm": "head.2"}}, "spec.folded: the model lacks 'norm' or 'head.2'"),
+        ({"folded": {"head": "stem"}}, "spec.folded: 'head' cannot be folded into 'stem'"),
+        ({"quantized": {"hed": LayerGrids()}}, "spec.quantized: the model has no layer 'hed'"),
+        ({"quantized": {"norm": LayerGrids()}}, "spec.quantized: 'norm' cannot be quantized"),
+        (
+            {"quantized": {"head": LayerGrids(weights=WeightGrid(kind="binary"))}, "sparse": ("head.weight",)},
+            "'head.weight' is sparse, but a binary grid has no zero to keep",
+        ),
+    ],
+)
+def test_folds_and_grids_of_another_model_are_refused(change, says):
+    spec = ModelSpec(architecture="resnet-small", arguments=SMALL, input_shape=(3, 8, 8))
+    with pytest.raises(ModelError, match=says):
+        spec.model_copy(update=change).build()
+
+
+def test_scales_of_another_grid_do_not_fit(tmp_path):
+    spec, model = on_grids()
+    save_model(tmp_path, spec, model)
+    other = spec.model_copy(update={"quantized": spec.quantized | {"stem": LayerGrids(weights=WeightGrid(group=2))}})
+    (tmp_path / "spec.json").write_text(other.model_dump_json())
+    with pytest.raises(ModelError, match=r"does not fit spec.json"):
+        load_model(tmp_path)

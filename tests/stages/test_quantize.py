@@ -178,3 +178,42 @@ def test_what_would_stop_the_run_is_said_before_it(changes, error, says):
     recipe = load(RECIPE, changes)
     with pytest.raises(error, match=says):
         runs.check(recipe, runs.load_data(recipe))
+
+
+FEDERATE = """
+[[stage]]
+kind = "federate"
+num_rounds = 2
+epochs = 1
+batch_size = 20
+lr = 0.05
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "more"),
+    [
+        (["stage.1.bits=4"], ""),
+        (["stage.1.weights=cluster", "stage.1.bits=4"], ""),
+        (["stage.1.bits=4"], 'privacy = { unit = "sample", epsilon = 50.0, delta = 1e-3, clip_norm = 1.0 }'),
+    ],
+)
+def test_clients_train_the_weights_behind_the_grids_and_what_comes_out_lies_on_them(trained, tmp_path, changes, more):
+    text = RECIPE + FEDERATE + more
+    recipe = load(text, changes)
+    data = runs.load_data(recipe)
+    runs.check(recipe, data)
+    folder = RunFolder.create(tmp_path / "run", text, runs.settings(recipe))
+    results = [e.result for e in runs.execute(recipe, folder, data, reuse=trained) if isinstance(e, StageFinished)]
+    before, after = (load_model(next((tmp_path / "run" / "stages").glob(f"{i}*"))) for i in (1, 2))
+    assert after[0] == before[0]
+    assert any(not torch.equal(a, b) for a, b in zip(after[1].parameters(), before[1].parameters(), strict=True))
+    assert results[-1]["accuracy"] > 0.6
+    for _, layer in quantized_layers(after[1]):
+        assert torch.equal(layer.weight, layer.dequantize(layer.codes()))
+
+
+def test_a_cut_after_it_is_refused(trained):
+    recipe = load(RECIPE + '[[stage]]\nkind = "prune"\n')
+    with pytest.raises(RecipeError, match=r"recipe.stage\[2\]: .* quantized already; put this stage before"):
+        runs.check(recipe, runs.load_data(recipe))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedpress import compress
 from fedpress.compress.quantize import find_folds, fold_, quantizable, quantize_
 from fedpress.errors import DataError, ModelError
 from fedpress.models import ModelSpec, load_model, save_model
@@ -205,3 +206,25 @@ def test_torchao_leaves_convolutions_float_without_a_word_and_we_do_not():
     assert type(theirs[0].weight) is nn.Parameter
     quantize_(ours, quantizable(ours, LayerGrids(weights=WeightGrid()))[0], correct_bias=False)
     assert ours[0].codes().unique().numel() > 20
+
+
+@pytest.mark.parametrize("grid", [WeightGrid(bits=4), WeightGrid(kind="ternary")], ids=lambda g: g.kind)
+def test_channels_on_whole_numbers_go_with_their_scales(grid):
+    model, batches, _ = net()
+    quantize_(model, quantizable(model, LayerGrids(weights=grid, inputs=InputGrid()))[0], batches)
+    graph = compress.trace(model, batches[0][:2])
+    plan = compress.plan(model, graph, compress.score(model, graph, "l2"), keep_params=0.6, round_to=1)
+    small = copy.deepcopy(model)
+    compress.remove_(small, plan)
+    assert compress.check_parity(model, small, plan, batches[0][:2]) < 1e-5
+    for _, layer in quantized_layers(small):
+        assert layer.weight_scale.shape == (len(layer.weight),)
+        assert torch.equal(layer.weight, layer.dequantize(layer.codes()))
+
+
+@pytest.mark.parametrize("kind", ["binary", "codebook"])
+def test_grids_that_channel_pruning_cannot_follow_are_refused_by_name(kind):
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    quantize_(model, {"0": LayerGrids(weights=WeightGrid(kind=kind))}, correct_bias=False)
+    with pytest.raises(ModelError, match=r"no rule for aten.* of '0'"):
+        compress.trace(model, torch.zeros(2, 2, 2, 2))
