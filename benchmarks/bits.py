@@ -5,8 +5,8 @@
 The network is that of benchmarks/checkpoints/cifar10-cpu (ResNet-18 cut to 3.36 M parameters). Every arm starts with
 its batch norms folded and sees the same 512 public images; nothing is trained. `drop` is in points of test accuracy,
 `agree` the share of test images with the answer of the float network; `--images` takes only the first ones. Each
-finished arm is a line of OUT/bits.jsonl, and one that is there is not repeated. Arms that begin with `torchao` need torchao
-0.18 and are left out without it.
+finished arm is a line of OUT/bits.jsonl, and one that is there is not repeated. Arms that begin with `torchao` need
+torchao 0.18 and are left out without it.
 """
 
 from __future__ import annotations
