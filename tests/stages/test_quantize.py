@@ -195,7 +195,10 @@ lr = 0.05
     [
         (["stage.1.bits=4"], ""),
         (["stage.1.weights=cluster", "stage.1.bits=4"], ""),
-        (["stage.1.bits=4"], 'privacy = { unit = "sample", epsilon = 50.0, delta = 1e-3, clip_norm = 1.0 }'),
+        (
+            ["stage.1.bits=4", "stage.2.num_rounds=1"],
+            'privacy = { unit = "sample", epsilon = 50.0, delta = 1e-3, clip_norm = 1.0 }',
+        ),
     ],
 )
 def test_clients_train_the_weights_behind_the_grids_and_what_comes_out_lies_on_them(trained, tmp_path, changes, more):
