@@ -227,6 +227,8 @@ def test_models_of_other_inputs_are_measured_apart(trained):
 def test_the_shipped_chain_loses_little_and_ends_small(tmp_path):
     text = recipes.text("compress")
     recipe = recipes.load(text)
+    assert recipe.stage[-1].kind == "measure"  # has tests of its own, and takes as long as all the others
+    recipe = recipe.model_copy(update={"stage": recipe.stage[:-1]})
     folder, data = RunFolder.create(tmp_path / "run", text, runs.settings(recipe)), runs.load_data(recipe)
     runs.check(recipe, data)
     for _ in runs.execute(recipe, folder, data):
