@@ -16,7 +16,10 @@ import numpy as np
 from torch import nn
 
 from fedpress.deploy.artifact import Artifact, Job
+from fedpress.deploy.executorch import export_executorch, open_executorch
+from fedpress.deploy.litert import export_litert, open_litert
 from fedpress.deploy.onnx import export_onnx, open_onnx
+from fedpress.deploy.openvino import export_openvino, open_openvino
 from fedpress.errors import ExportError, did_you_mean
 
 Runner = Callable[[np.ndarray], np.ndarray]
@@ -54,6 +57,16 @@ FORMATS: dict[str, Format] = {
     "onnx": Format(
         ".onnx", "onnxruntime", ("onnx", "onnxscript", "onnxruntime"), "onnx onnxscript onnxruntime",
         export_onnx, open_onnx,
+    ),
+    "executorch": Format(
+        ".pte", "ExecuTorch", ("executorch",), "'fedpress[executorch]'", export_executorch, open_executorch, batch=1,
+    ),
+    "litert": Format(
+        ".tflite", "LiteRT", ("litert_torch", "ai_edge_litert"), "'fedpress[litert]'", export_litert, open_litert,
+        batch=1,
+    ),
+    "openvino": Format(
+        ".xml", "OpenVINO", ("openvino",), "'fedpress[openvino]'", export_openvino, open_openvino,
     ),
 }  # fmt: skip
 

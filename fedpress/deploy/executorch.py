@@ -1,0 +1,182 @@
+"""ExecuTorch: a model becomes a `.pte` file for phones and boards, its operations lowered to XNNPACK's kernels."""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedpress.deploy.artifact import Artifact, Job, write
+from fedpress.deploy.capture import require, silence
+from fedpress.deploy.device import DeviceGraph, device_graph, hush, make_plain_, said, small_weights
+from fedpress.errors import ExportError
+
+INSTALL = "'fedpress[executorch]'"
+WORDS = "fedpress"  # the method of the program that returns the file's words
+
+
+def export_executorch(model: torch.nn.Module, path: str | Path, job: Job) -> Artifact:
+    """Writes `model` in evaluation mode as an ExecuTorch program for batches of one; the model is left as it was.
+
+    With batches in `job` convolutions, linear layers, sums, means and pools compute on 8-bit integers. XNNPACK has no
+    convolution with 4-bit weights, so weights of fewer bits take 8; in float they take 32. What it does not take runs
+    in ExecuTorch's portable kernels. All of this stands in `left`.
+
+    Raises:
+        ExportError: if the model cannot be captured or lowered, or if the file cannot be written.
+    """
+    with silence(), hush():
+        require("executorch.exir", install=INSTALL)
+    made = device_graph(model, job)
+    for groups in (True, False):
+        for name, node in small_weights(made.graph, groups=groups):
+            if groups or not made.integer:
+                make_plain_(made.graph, node)
+                made.left.setdefault(
+                    name, "XNNPACK has no kernel for its weights without 8-bit inputs; stored as float"
+                )
+    words = job.words()
+    data, outside = _lower(made, job, words)
+    _try(data, job.input_shape)
+    path = Path(path)
+    write(path, data)
+    return Artifact(path, len(data), words, {**made.left, **outside}, made.rounded)
+
+
+def _lower(made: DeviceGraph, job: Job, words: dict[str, str]) -> tuple[bytes, dict[str, str]]:
+    """Returns the file's bytes, and what XNNPACK left: module or operation -> reason."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+    config = EdgeCompileConfig(_check_ir_validity=False)
+    outside: dict[str, str] = {}
+    while True:
+        program = made.program(job.input_shape)
+        try:
+            with silence(), hush():
+                edge = to_edge_transform_and_lower(
+                    program,
+                    partitioner=[XnnpackPartitioner()],
+                    compile_config=config,
+                    constant_methods={WORDS: json.dumps(words)},
+                )
+        except Exception as error:  # passes and partitioners have no common base
+            raise ExportError(f"export: ExecuTorch cannot lower the model: {said(error)}; export it as onnx") from error
+        lowered = edge.exported_program()
+        left = [n for n in lowered.graph.nodes if n.op == "call_function" and _computes(n)]
+        weights = [lowered.graph_signature.inputs_to_buffers.get(a.name) for n in left for a in n.all_input_nodes]
+        stuck = {str(name).rpartition(".")[0] for name in weights if name and name.endswith("_codes")}
+        if not stuck:
+            break
+        for name, node in small_weights(made.graph):
+            if name in stuck:
+                make_plain_(made.graph, node)
+                outside[name] = "XNNPACK does not take it on integers; computes in float"
+    for node in left:
+        outside.setdefault(_place(node), "not taken by XNNPACK; runs in a portable kernel")
+    try:
+        with silence(), hush():
+            require("executorch.kernels.quantized", install=INSTALL)
+            data: bytes = edge.to_executorch().buffer
+    except Exception as error:
+        raise ExportError(
+            f"export: ExecuTorch cannot write the program: {said(error)}; replace that operation, or export as onnx"
+        ) from error
+    return data, outside
+
+
+def _try(data: bytes, input_shape: tuple[int, ...]) -> None:
+    """Runs the program once: a kernel that is missing or takes other tensors shows here alone.
+
+    Raises:
+        ExportError: naming the operation.
+    """
+    with silence(), hush() as printed:
+        runtime = require("executorch.runtime", install=INSTALL)["executorch.runtime"]
+        try:
+            runtime.Runtime.get().load_program(data).load_method("forward").execute([torch.zeros(1, *input_shape)])
+            return
+        except RuntimeError as error:
+            named = re.search(r"(?:in operator|Missing operator: \[\d+\]) ([\w:]+)", printed())
+            what = f"no kernel that runs the operation {named[1]!r} of this model" if named else f"refused it: {error}"
+            raise ExportError(
+                f"export: ExecuTorch has {what}; replace it by operations of 1-d or 2-d images, or export as onnx"
+            ) from error
+
+
+def _computes(node: torch.fx.Node) -> bool:
+    return node.target is not operator.getitem and "executorch_call_delegate" not in str(node.target)
+
+
+def _place(node: torch.fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    module = next((str(name) for name, _ in reversed(list(stack.values())) if name), "")
+    name = getattr(node.target, "_name", "") or str(node.target)
+    return f"{module} ({name})" if module else name
+
+
+def open_executorch(path: str | Path, threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
+    """Loads a program and returns a function from one float32 example [1, ...] to its first output.
+
+    Args:
+        path: the file.
+        threads: of XNNPACK's pool, which all programs of this process share; 0: one for each core.
+
+    Raises:
+        ExportError: if the file cannot be loaded; the function, if it cannot be run.
+    """
+    with silence(), hush():
+        runtime = require("executorch.runtime", install=INSTALL)["executorch.runtime"]
+        library = require("executorch.extension.pybindings.portable_lib", install=INSTALL)
+    with hush():
+        library["executorch.extension.pybindings.portable_lib"]._unsafe_reset_threadpool(threads or os.cpu_count() or 1)
+    program, method = load(runtime, path, "forward")
+    sizes = tuple(method.metadata.input_tensor_meta(0).sizes())
+
+    def run(x: np.ndarray) -> np.ndarray:
+        if x.shape != sizes:
+            raise ExportError(f"export: {path} takes float32 {list(sizes)}, got {list(x.shape)}; give it one example")
+        try:
+            given = torch.from_numpy(np.ascontiguousarray(x, np.float32))
+            found: np.ndarray = method.execute([given])[0].numpy()
+        except RuntimeError as error:
+            raise ExportError(f"export: ExecuTorch cannot run {path}: {said(error)}; export it again") from error
+        return found
+
+    run.program = program  # type: ignore[attr-defined]  # the method reads the file's bytes
+    return run
+
+
+def load(runtime: Any, path: str | Path, method: str) -> tuple[Any, Any]:
+    """Returns the program of a file, every part of it checked, and one of its methods.
+
+    Raises:
+        ExportError: if the file is damaged or needs a kernel that this runtime lacks.
+    """
+    try:
+        data = Path(path).read_bytes()
+        with hush():
+            program = runtime.Runtime.get().load_program(data, verification=runtime.Verification.InternalConsistency)
+            return program, program.load_method(method)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ExportError(f"export: ExecuTorch cannot load {path}: {said(error)}; export it again") from error
+
+
+def words(path: str | Path) -> dict[str, str]:
+    """Returns the words in the file.
+
+    Raises:
+        ExportError: if it cannot be loaded.
+    """
+    with silence(), hush():
+        runtime = require("executorch.runtime", install=INSTALL)["executorch.runtime"]
+    _program, method = load(runtime, path, WORDS)
+    found: dict[str, str] = json.loads(method.execute([])[0])
+    return found
