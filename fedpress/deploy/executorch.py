@@ -104,11 +104,20 @@ def _try(data: bytes, input_shape: tuple[int, ...]) -> None:
             runtime.Runtime.get().load_program(data).load_method("forward").execute([torch.zeros(1, *input_shape)])
             return
         except RuntimeError as error:
-            named = re.search(r"(?:in operator|Missing operator: \[\d+\]) ([\w:]+)", printed())
-            what = f"no kernel that runs the operation {named[1]!r} of this model" if named else f"refused it: {error}"
+            what = refused_kernel(printed()) or f"refused it: {said(error)}"
             raise ExportError(
                 f"export: ExecuTorch has {what}; replace it by operations of 1-d or 2-d images, or export as onnx"
             ) from error
+
+
+def refused_kernel(printed: str) -> str | None:
+    """Reads from what the runtime printed which operation it cannot run.
+
+    >>> refused_kernel("[method.cpp:822] Missing operator: [23] aten::avg_pool2d_backward.grad_input")
+    "no kernel that runs the operation 'aten::avg_pool2d_backward' of this model"
+    """
+    named = re.search(r"(?:in operator|Missing operator: \[\d+\]) ([\w:]+)", printed)
+    return f"no kernel that runs the operation {named[1]!r} of this model" if named else None
 
 
 def _computes(node: torch.fx.Node) -> bool:
@@ -150,20 +159,19 @@ def open_executorch(path: str | Path, threads: int = 0) -> Callable[[np.ndarray]
             raise ExportError(f"export: ExecuTorch cannot run {path}: {said(error)}; export it again") from error
         return found
 
-    run.program = program  # type: ignore[attr-defined]  # the method reads the file's bytes
+    run.program = program  # type: ignore[attr-defined]  # the method reads the program's memory
     return run
 
 
 def load(runtime: Any, path: str | Path, method: str) -> tuple[Any, Any]:
-    """Returns the program of a file, every part of it checked, and one of its methods.
+    """Returns the program of a file and one of its methods.
 
     Raises:
         ExportError: if the file is damaged or needs a kernel that this runtime lacks.
     """
     try:
-        data = Path(path).read_bytes()
         with hush():
-            program = runtime.Runtime.get().load_program(data, verification=runtime.Verification.InternalConsistency)
+            program = runtime.Runtime.get().load_program(Path(path))  # every part of it is checked
             return program, program.load_method(method)
     except (RuntimeError, OSError, ValueError) as error:
         raise ExportError(f"export: ExecuTorch cannot load {path}: {said(error)}; export it again") from error

@@ -7,6 +7,7 @@ from fedpress.federate.downlink import Downlink
 from fedpress.federate.exchange import ClientId, Traffic, Transport
 from fedpress.federate.local import LOCAL_UPDATES, LocalSettings, private_sgd, sgd
 from fedpress.federate.memory import Files, Memory, Recall
+from fedpress.federate.ondevice import device_sgd
 from fedpress.federate.rounds import RoundRecord, rounds
 from fedpress.federate.sampling import Cohort
 from fedpress.federate.transforms import (
@@ -61,6 +62,7 @@ __all__ = [
     "Uplink",
     "agreement",
     "bind_chain",
+    "device_sgd",
     "private_sgd",
     "rounds",
     "sgd",

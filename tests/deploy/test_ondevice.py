@@ -1,0 +1,205 @@
+"""Programs that train: gradients and steps are torch's, and a federated client that trains on a device fits in."""
+
+import pytest
+import torch
+from torch import nn
+
+from fedpress import tree
+from fedpress.arrays import Arrays
+from fedpress.errors import ExportError, RecipeError
+
+pytest.importorskip("executorch.extension.training")
+
+from fedpress.deploy.ondevice import DeviceModel, export_training
+from fedpress.federate import SERVERS, Algorithm, Client, Cohort, LocalSettings, Uplink, agreement, rounds, sgd
+from fedpress.federate.local import Task
+from fedpress.federate.ondevice import device_sgd
+from fedpress.federate.transforms import Key
+from fedpress.models.plain import MLP
+from fedpress.transport import LocalTransport
+
+pytestmark = pytest.mark.deploy
+SHAPE = (1, 8, 8)
+
+
+class Small(nn.Module):
+    """A convolution with group norm, max pooling, a second convolution with a shortcut, a mean and a head."""
+
+    def __init__(self, norm: str = "group") -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 4) if norm == "group" else nn.BatchNorm2d(4)
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(torch.relu(self.norm(self.stem(x))), 2)
+        return self.head(torch.relu(self.conv(x) + x).mean((2, 3)))
+
+
+def examples(n: int, seed: int) -> Arrays:
+    chance = torch.Generator().manual_seed(seed)
+    return Arrays(torch.randn(n, *SHAPE, generator=chance), torch.randint(0, 3, (n,), generator=chance))
+
+
+def untouched(x, generator):
+    return x
+
+
+def network(norm: str = "group") -> Small:
+    torch.manual_seed(0)
+    return Small(norm)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    return export_training(network(), tmp_path_factory.mktemp("p") / "train.pte", input_shape=SHAPE, batch_size=4).path
+
+
+def test_parameters_have_the_names_shapes_and_values_of_the_model(program):
+    model, device = network(), DeviceModel(program)
+    assert tree.Layout.of(device) == tree.Layout.of(model)
+    assert torch.equal(tree.flatten(device), tree.flatten(model))
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 9])
+def test_loss_gradients_and_logits_of_a_batch_of_any_size_are_those_of_torch(program, n):
+    model, device, batch = network(), DeviceModel(program), examples(n, n)
+    loss, gradients = device.mean_gradient(batch.x, batch.y)
+    logits = model(batch.x)
+    expected = nn.functional.cross_entropy(logits, batch.y)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(device.logits(batch.x), logits.detach(), rtol=1e-5, atol=1e-5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_written_to_the_parameters_is_what_the_program_computes_with(program):
+    device, model, batch = DeviceModel(program), network(), examples(4, 1)
+    torch.manual_seed(5)
+    vector = torch.randn(tree.Layout.of(model).size)
+    tree.assign_(device, vector)
+    tree.assign_(model, vector)
+    torch.testing.assert_close(device.logits(batch.x), model(batch.x).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        LocalSettings(epochs=3, batch_size=6, lr=0.1, momentum=0.9, weight_decay=0.01),
+        LocalSettings(epochs=2, batch_size=3, lr=0.1, lr_decay=0.5),
+        LocalSettings(epochs=2, batch_size=4, lr=0.1, proximal_mu=0.5),
+    ],
+    ids=["momentum and decay", "small batches", "proximal"],
+)
+def test_local_training_agrees_with_torch_sgd(program, settings):
+    model, device = network(), DeviceModel(program)
+    task = lambda: Task(examples(14, 3), settings, Key(7, 2, "c0"), untouched)  # noqa: E731
+    expected, got = sgd(model, task()), device_sgd(device, task())
+    assert got["steps"] == expected["steps"]
+    assert got["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    moved = (tree.flatten(model) - tree.flatten(network())).abs().max()
+    assert moved > 0.01
+    assert (tree.flatten(device) - tree.flatten(model)).abs().max() < 1e-4 * moved
+
+
+def federation(program, device: bool):
+    """Three clients, the first on a device if asked; rounds of averaging over messages as bytes."""
+    model, settings = network(), LocalSettings(epochs=2, batch_size=4, lr=0.1, momentum=0.5)
+    params, layout = tree.flatten(model), tree.Layout.of(model)
+    uplink = Uplink.bind(len(params), Cohort(3, 3))
+    common = {"settings": settings, "uplink": uplink, "seed": 7, "prepare": untouched}
+    kinds = {
+        "c0": (DeviceModel(program), device_sgd) if device else (model, sgd),
+        "c1": (model, sgd),
+        "c2": (model, sgd),
+    }
+    clients = [
+        Client(name, examples(10 + 3 * i, i), one, local_update=update, **common)
+        for i, (name, (one, update)) in enumerate(kinds.items())
+    ]
+    transport = LocalTransport({client.name: client.handle for client in clients})
+    agreed = agreement(layout, settings, uplink)
+    return list(
+        rounds(
+            params, uplink, Algorithm(server=SERVERS["average"]()), transport, num_rounds=3, seed=7, agreement=agreed
+        )
+    )
+
+
+def test_a_client_on_a_device_takes_part_in_rounds_among_ordinary_ones(program):
+    expected, got = federation(program, False), federation(program, True)
+    for a, b in zip(expected, got, strict=True):
+        assert not b.refused
+        assert [row["client"] for row in b.clients] == ["c0", "c1", "c2"]
+        assert b.bytes_down == a.bytes_down
+        assert abs(b.bytes_up - a.bytes_up) < 64  # a loss is written with as many digits as it has
+        assert (a.params - b.params).abs().max() < 1e-5
+    assert (got[-1].params - got[0].params).abs().max() > 0.01
+
+
+def test_batch_norm_keeps_its_statistics(tmp_path):
+    model = network("batch")
+    model.train()(examples(32, 9).x * 2)
+    path = export_training(model, tmp_path / "b.pte", input_shape=SHAPE, batch_size=4).path
+    device, batch = DeviceModel(path), examples(4, 2)
+    assert model.training
+    device.mean_gradient(batch.x * 5, batch.y)
+    torch.testing.assert_close(device.logits(batch.x), model.eval()(batch.x).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1)], ids=str)
+def test_gradients_of_pooling_are_those_of_torch(tmp_path, pool):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), pool, nn.Flatten(), nn.Linear(32, 3))
+    device = DeviceModel(export_training(model, tmp_path / "p.pte", input_shape=SHAPE, batch_size=4).path)
+    batch = examples(4, 3)
+    _, gradients = device.mean_gradient(batch.x, batch.y)
+    nn.functional.cross_entropy(model(batch.x), batch.y).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_size_of_one_works(tmp_path):
+    path = export_training(
+        MLP(in_features=64, hidden=(5,), num_classes=3), tmp_path / "m.pte", input_shape=SHAPE, batch_size=1
+    )
+    assert DeviceModel(path.path).logits(examples(3, 0).x).shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(64, 3)), ["'1' (Dropout)", "p to 0"]),
+        (nn.Sequential(nn.Conv2d(1, 2, 1), nn.AvgPool2d(3, 2), nn.Flatten(), nn.Linear(18, 3)), ["'aten::avg_pool2d_"]),
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double(), ["'1.weight'", "float64"]),
+        (nn.Sequential(nn.Flatten(), nn.Linear(7, 3)), ["[4, 1, 8, 8]", "input_shape"]),
+        (nn.Conv2d(1, 3, 3), ["logits [n, classes]"]),
+    ],
+    ids=["dropout", "no kernel", "double", "shape", "no classifier"],
+)
+def test_what_cannot_train_on_a_device_is_named_with_a_cure(tmp_path, capfd, model, words):
+    with pytest.raises(ExportError) as caught:
+        export_training(model, tmp_path / "t.pte", input_shape=SHAPE, batch_size=4)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_damaged_file_and_other_shapes_are_refused(program, tmp_path):
+    (tmp_path / "half.pte").write_bytes(program.read_bytes()[:3000])
+    with pytest.raises(ExportError, match="no program that trains"):
+        DeviceModel(tmp_path / "half.pte")
+    with pytest.raises(ExportError, match="cannot read"):
+        DeviceModel(tmp_path / "none.pte")
+    with pytest.raises(ExportError, match=r"takes examples \[4, 1, 8, 8\]"):
+        DeviceModel(program).backward(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64), torch.ones(2))
+
+
+def test_device_sgd_wants_a_program_and_float32(program):
+    task = Task(examples(4, 0), LocalSettings(precision="bf16", batch_size=4), Key(7, 1, "c0"), untouched)
+    with pytest.raises(RecipeError, match="DeviceModel"):
+        device_sgd(network(), task)
+    with pytest.raises(RecipeError, match=r"federate\.precision"):
+        device_sgd(DeviceModel(program), task)
