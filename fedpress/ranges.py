@@ -66,9 +66,12 @@ def entropy(seen: Histogram, grid: InputGrid) -> tuple[float, float]:
     """The clipping whose grid loses the least information, by Kullback-Leibler divergence (TensorRT).
 
     S. Migacz, 8-bit inference with TensorRT, GTC 2017: P is the distribution with what is outside added to its last
-    bin, Q the same, evened out within each of the grid's steps. Both ends are cut at one distance from 0.
+    bin, Q the same, evened out within each of the grid's steps. Both ends are cut at one distance from 0. The bin that
+    holds 0 does not count, as there: a grid has 0 exactly, and the zeros of a ReLU would be evened out with what is
+    near.
     """
-    middles, counts = seen.middles, seen.counts
+    middles = seen.middles
+    counts = seen.counts.where(middles.abs() > (middles[1] - middles[0]) / 2 * (1 + 1e-9), 0.0)
     levels = grid.highest + 1
     reach = max(-seen.low, seen.high)
     best = (float("inf"), (seen.low, seen.high))

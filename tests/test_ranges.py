@@ -65,3 +65,13 @@ def test_entropy_gives_up_outliers_where_bits_are_few_and_keeps_a_plain_range():
     assert 2 < high < 20
     even = torch.rand(50_000, generator=chance)
     assert OBSERVERS["entropy"](seen(even), BYTE)[1] > 0.9
+
+
+@pytest.mark.parametrize("grid", [InputGrid(bits=4), BYTE])
+def test_the_many_zeros_of_a_relu_do_not_move_the_range(grid):
+    chance = torch.Generator().manual_seed(3)
+    x = torch.randn(50_000, generator=chance).abs()
+    many = torch.cat([x, torch.zeros(200_000)])
+    few = torch.cat([x, torch.zeros(1)])
+    assert OBSERVERS["entropy"](seen(many), grid) == OBSERVERS["entropy"](seen(few), grid)
+    assert OBSERVERS["mse"](seen(many), BYTE)[1] > 3

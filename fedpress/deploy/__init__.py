@@ -3,8 +3,8 @@
 from fedpress.deploy.artifact import Artifact, Job
 from fedpress.deploy.formats import FORMATS, Format, export, open_file
 from fedpress.deploy.measure import measure, peak_memory, time_in_turn
-from fedpress.deploy.onnx import export_onnx
 from fedpress.deploy.ondevice import DeviceModel, export_training
+from fedpress.deploy.onnx import export_onnx
 from fedpress.deploy.qdq import QuantizedProgram, quantized_program
 from fedpress.deploy.runtime import ROUNDING, Latency, Parity, accuracy, agreement, file_logits, latency, logits, parity
 
