@@ -21,28 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pruned_resnet import cifar10, network
 from torch import Tensor, nn
 
-from fedpress import data
 from fedpress.compress.quantize import find_folds, fold_, quantizable, quantize_
 from fedpress.data import FederatedData
-from fedpress.models import ModelSpec, load_model
+from fedpress.models import ModelSpec
 from fedpress.quantized import InputGrid, LayerGrids, WeightGrid
-from fedpress.recipe import load
 from fedpress.storage.packed import encode
 
-HERE = Path(__file__).parent
-RECIPE = """
-[data]
-source = "cifar10"
-num_clients = 10
-examples_per_client = 600
-validation = 2000
-[model]
-architecture = "resnet18"
-[[stage]]
-kind = "export"
-"""
 CALIBRATION, BATCH = 512, 64
 GPTQ: dict[str, Any] = {"rounding": "second-order"}
 BYTE = InputGrid()
@@ -124,8 +111,8 @@ def main() -> None:
     chosen.out.mkdir(parents=True, exist_ok=True)
     file = chosen.out / "bits.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    parts = data.load(load(RECIPE, [f"data.path={json.dumps(str(chosen.data))}"]).data, 0)
-    spec, parent = load_model(HERE / "checkpoints" / "cifar10-cpu")
+    parts = cifar10(chosen.data)
+    spec, parent = network()
     parent.eval()
     picked = torch.randperm(len(parts.public), generator=torch.Generator().manual_seed(0))[:CALIBRATION]
     batches = [parts.preprocess(x) for x in parts.public.take(picked).x.split(BATCH)]

@@ -23,27 +23,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
+from pruned_resnet import cifar10, network
 from torch import Tensor, nn
 
-from fedpress import compress, data
+from fedpress import compress
 from fedpress.arrays import Arrays
+from fedpress.compress.distill import logit_loss
 from fedpress.data import FederatedData
-from fedpress.models import load_model, save_model, shapes_that_differ
-from fedpress.recipe import load
+from fedpress.models import save_model, what_pruning_changed
 from fedpress.training import EpochRecord, Fit, Objective, TrainSettings, evaluate
 
-HERE = Path(__file__).parent
-RECIPE = """
-[data]
-source = "cifar10"
-num_clients = 10
-examples_per_client = 600
-validation = 2000
-[model]
-architecture = "resnet18"
-[[stage]]
-kind = "export"
-"""
 CALIBRATION, BATCH = 2048, 256
 
 
@@ -140,10 +129,8 @@ def soft(teacher: nn.Module, *, temperature: float = 2.0, weight: float = 0.9) -
 
     def objective(model: nn.Module, x: Tensor, logits: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = F.log_softmax(teacher(x).float() / temperature, 1)
-        got = F.log_softmax(logits / temperature, 1)
-        told = F.kl_div(got, wanted, log_target=True, reduction="batchmean") * temperature**2
-        return weight * told + (1 - weight) * F.cross_entropy(logits, y)
+            wanted = teacher(x).float()
+        return weight * logit_loss(logits, wanted, temperature) + (1 - weight) * F.cross_entropy(logits, y)
 
     return objective
 
@@ -153,7 +140,7 @@ def run(
 ) -> dict[str, object]:
     """Cuts, restores, fine-tunes, saves and measures one arm."""
     name, _, teacher = arm.partition("+")
-    spec, parent = load_model(HERE / "checkpoints" / "cifar10-cpu")
+    spec, parent = network()
     began = time.perf_counter()
     chosen = torch.randperm(len(parts.public), generator=torch.Generator().manual_seed(seed))[:CALIBRATION]
     public = parts.public.take(chosen)
@@ -169,8 +156,8 @@ def run(
                 f"{arm} seed {seed}: epoch {event.epoch}, validation {event.accuracy:.2%}", file=sys.stderr, flush=True
             )
     model = fit.result_()
-    resized = shapes_that_differ(model, spec.build_dense())
-    save_model(out / f"{arm}-{keep:.3f}-{seed}", spec.model_copy(update={"resized": resized}), model)
+    changed = what_pruning_changed(model, spec.build_dense())
+    save_model(out / f"{arm}-{keep:.3f}-{seed}", spec.model_copy(update=changed), model)
     return {
         "arm": arm,
         "keep": keep,
@@ -198,7 +185,7 @@ def main() -> None:
     chosen.out.mkdir(parents=True, exist_ok=True)
     file = chosen.out / "compression.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    parts = data.load(load(RECIPE, [f"data.path={json.dumps(str(chosen.data))}"]).data, 0)
+    parts = cifar10(chosen.data)
     for seed in chosen.seeds:
         for keep in chosen.keep:
             for arm in chosen.arms:

@@ -16,6 +16,8 @@ import json
 import statistics
 from pathlib import Path
 
+import torch
+
 from fedpress import data, recipe, run
 from fedpress.arrays import Arrays, Preprocess
 from fedpress.augment import resized
@@ -60,7 +62,7 @@ ARMS: dict[str, tuple[str, ...]] = {
 def halved(path: Path) -> FederatedData:
     """Returns CIFAR-10 at 16x16 pixels: 2,000 public images, no validation set, all test images."""
     whole = data.load(DataSettings(source="cifar10", path=path, num_clients=1, examples_per_client=1, validation=0), 0)
-    public = whole.public.take(slice(2_000))  # type: ignore[arg-type]
+    public = whole.public.take(torch.arange(2_000))
     parts = {part: Arrays(resized(a.x, 16), a.y) for part, a in [("public", public), ("test", whole.test)]}
     client = {name: Arrays(resized(a.x, 16), a.y) for name, a in whole.clients.items()}
     validation = Arrays(parts["public"].x[:0], parts["public"].y[:0])

@@ -17,6 +17,7 @@ import tempfile
 import time
 import zlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from torch import nn
 
 from fedpress import compress, storage
 from fedpress.compress.quantize import find_folds, fit_, fold_
-from fedpress.models import ModelSpec, load_model, shapes_that_differ
+from fedpress.models import ModelSpec, load_model, what_pruning_changed
 from fedpress.quantized import LayerGrids, WeightGrid, quantize_layers_, quantized_layers, settle_
 
 RESNET18 = 11_173_962
@@ -38,10 +39,12 @@ def cut(spec: ModelSpec, model: nn.Module, share: float) -> tuple[ModelSpec, nn.
     keep = share * RESNET18 / compress.parameters(model)
     plan = compress.plan(model, graph, compress.score(model, graph, "l2"), keep_params=keep, round_to=4)
     compress.remove_(model, plan)
-    return spec.model_copy(update={"resized": shapes_that_differ(model, spec.build_dense())}), model
+    return spec.model_copy(update=what_pruning_changed(model, spec.build_dense())), model
 
 
-def quantized(spec: ModelSpec, model: nn.Module, bits: int, scale: str, *, folded: bool) -> tuple[ModelSpec, nn.Module]:
+def quantized(
+    spec: ModelSpec, model: nn.Module, bits: int, scale: Literal["mse", "minmax"], *, folded: bool
+) -> tuple[ModelSpec, nn.Module]:
     """Folds batch norms if wanted and puts every weight on a grid of `bits`."""
     model = copy.deepcopy(model).eval()
     folds = find_folds(model, torch.zeros(2, *spec.input_shape))[0] if folded else {}
@@ -50,7 +53,7 @@ def quantized(spec: ModelSpec, model: nn.Module, bits: int, scale: str, *, folde
     table = {name: LayerGrids(weights=WeightGrid(bits=bits)) for name in layers}
     quantize_layers_(model, table)
     for _, layer in quantized_layers(model):
-        fit_(layer, scale=scale)  # type: ignore[arg-type]
+        fit_(layer, scale=scale)
     return spec.model_copy(update={"folded": folds, "quantized": table}), settle_(model)
 
 

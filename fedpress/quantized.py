@@ -502,6 +502,15 @@ def _pace(x: Tensor, levels: int) -> float:
     return (max(1, math.prod(x.shape[1:])) * levels) ** -0.5  # not by the batch, whose size may be open in an export
 
 
+def rounded(weight: Tensor, at: Tensor, grid: WeightGrid) -> Tensor:
+    """Returns the nearest grid points of `weight` for scales `at` that broadcast, or the ascending codebook `at`.
+
+    >>> rounded(torch.tensor([0.4, -9.0]), torch.tensor(0.5), WeightGrid(bits=3))
+    tensor([ 0.5000, -1.5000])
+    """
+    return _value(_nearest(weight, at, grid), at, grid)
+
+
 def _nearest(weight: Tensor, at: Tensor, grid: WeightGrid) -> Tensor:
     """The codes, as float, of `weight` for the broadcast scale or the ascending codebook `at`."""
     if grid.kind == "binary":

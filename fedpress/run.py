@@ -171,8 +171,8 @@ def execute(
     elif recipe.model.trained:
         load = partial(_started, recipe, data)
     results: list[dict[str, Any]] = []
-    for index, stage in enumerate(recipe.stage):
-        place, key = folder.stage(index, stage.kind, stage.name), stage_key(recipe, index)
+    for index, (stage, key) in enumerate(zip(recipe.stage, stage_keys(recipe), strict=True)):
+        place = folder.stage(index, stage.kind, stage.name)
         done = place.finished(key)
         if done is None and reuse is not None:
             done = place.adopt(reuse, key, records=records)
@@ -210,12 +210,12 @@ def _ledger(done: Done) -> Ledger | None:
     return Ledger.from_json(json.dumps(page)) if page else None
 
 
-def stage_key(recipe: Recipe, index: int) -> str:
-    """Names the result of stage `index`: equal keys mean equal data, model, seed and stages up to here."""
+def stage_keys(recipe: Recipe) -> list[str]:
+    """Names the result of each stage: equal keys mean equal data, model, seed and stages up to there."""
     tree = settings(recipe)
-    tree = {k: tree[k] for k in ("seed", "data", "model", "stage")}
-    tree["stage"] = tree["stage"][: index + 1]
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    same = {key: tree[key] for key in ("seed", "data", "model")}
+    texts = (json.dumps({**same, "stage": tree["stage"][: at + 1]}, sort_keys=True) for at in range(len(tree["stage"])))
+    return [hashlib.sha256(text.encode()).hexdigest() for text in texts]
 
 
 def _measure(state: State, stage: Stage, seconds: float) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def execute(
     """
     loaded: dict[str, FederatedData] = {}
     done: list[tuple[Variant, Path, str | None]] = []
-    earlier: list[tuple[Recipe, RunFolder]] = []
+    earlier: list[tuple[list[str], RunFolder]] = []
     taken: set[Path] = set()
     for variant in todo:
         path = _free(place / "variants", variant.name, taken)
@@ -142,8 +142,9 @@ def execute(
                 loaded = {key: runs.load_data(recipe)}
             runs.check(recipe, loaded[key])
             runs.note_environment(folder, command)
-            reuse = _nearest(recipe, earlier)
-            earlier.append((recipe, folder))
+            keys = runs.stage_keys(recipe)
+            reuse = _nearest(recipe, keys, earlier)
+            earlier.append((keys, folder))
             yield VariantStarted(variant, runs.execute(recipe, folder, loaded[key], reuse=reuse))
             if not read_json(path / "result.json").get("finished"):
                 raise RecipeError("its events were not followed to the end; go on with the same sweep")
@@ -164,19 +165,17 @@ def _free(folder: Path, name: str, taken: set[Path]) -> Path:
     return path
 
 
-def _nearest(recipe: Recipe, earlier: Sequence[tuple[Recipe, RunFolder]]) -> RunFolder | None:
+def _nearest(recipe: Recipe, keys: Sequence[str], earlier: Sequence[tuple[list[str], RunFolder]]) -> RunFolder | None:
     """Returns the earlier run that has the most first stages in common; the later of equals, None if none has any."""
 
-    def common(other: Recipe, folder: RunFolder) -> int:
-        pairs = range(min(len(recipe.stage), len(other.stage)))
-        for at in pairs:
-            key, stage = runs.stage_key(recipe, at), recipe.stage[at]
-            same = key == runs.stage_key(other, at) and stage.name == other.stage[at].name
-            if not same or folder.stage(at, stage.kind, stage.name).finished(key) is None:
+    def common(others: Sequence[str], folder: RunFolder) -> int:
+        pairs = [*zip(recipe.stage, keys, others, strict=False)]
+        for at, (stage, key, other) in enumerate(pairs):
+            if key != other or folder.stage(at, stage.kind, stage.name).finished(key) is None:
                 return at
         return len(pairs)
 
-    best = max(((common(other, folder), at) for at, (other, folder) in enumerate(earlier)), default=(0, 0))
+    best = max(((common(others, folder), at) for at, (others, folder) in enumerate(earlier)), default=(0, 0))
     return earlier[best[1]][1] if best[0] else None
 
 

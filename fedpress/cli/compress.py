@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,8 @@ from fedpress.errors import RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from fedpress.sweep import VariantFinished, VariantStarted
 
 # The table of stages itself is slow to import; a test holds the two together.
 STAGES = {
@@ -50,7 +53,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(sweep)
 
 
-def _command(kind: str):  # type: ignore[no-untyped-def]  # typer reads the signature inside
+def _command(kind: str) -> Callable[..., None]:
     def command(
         model: Model = None,
         keys: Keys = None,
@@ -241,7 +244,7 @@ def _whole_seeds(text: str | None) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def _follow(events, out: Console, total: int) -> None:  # type: ignore[no-untyped-def]  # the types import torch
+def _follow(events: Iterable[VariantStarted | VariantFinished], out: Console, total: int) -> None:
     from fedpress import terminal
     from fedpress.sweep import VariantFinished, VariantStarted
 

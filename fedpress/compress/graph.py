@@ -155,7 +155,12 @@ def inputs(example: Example) -> tuple[Tensor, ...]:
     return (example,) if isinstance(example, Tensor) else tuple(example)
 
 
-def _export(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+def export(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """Captures `model` in evaluation mode as it runs on `arguments`; it is left in its mode.
+
+    Raises:
+        ModelError: if `torch.export` cannot, naming the module whose code it met last.
+    """
     modes = {m: m.training for m in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     try:

@@ -26,7 +26,7 @@ from fedpress.compress.graph import (
     Product,
     SizedNumber,
     Slice,
-    _export,
+    export,
     inputs,
     kept_indices,
 )
@@ -55,7 +55,7 @@ def trace(model: nn.Module, example: Example, *, whole: Sequence[str] = ()) -> C
     recorder = Recorder(model)
     with recorder, traceback.preserve_node_meta(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assigned during export.*")  # the flat weights of recurrent layers
-        exported = _export(model, arguments)
+        exported = export(model, arguments)
     ids = Ids()
     owners, unused = _walk(exported, ids, _first_names(model), recorder.calls)
     ids.module = ids.operation = ""

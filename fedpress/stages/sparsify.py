@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fedpress import training
 from fedpress.arrays import Arrays, Preprocess
 from fedpress.compress import restore_batch_norm_
+from fedpress.compress.derivatives import differentiable
 from fedpress.compress.sensitivity import Point, sensitivity, weight_unit
 from fedpress.compress.sparse import (
     Masks,
@@ -38,7 +39,7 @@ from fedpress.compress.sparse import (
 )
 from fedpress.compress.sparse.levels import level_densities
 from fedpress.compress.sparse.masks import Scope
-from fedpress.compress.sparse.scores import batch_statistics, gradients
+from fedpress.compress.sparse.scores import gradients
 from fedpress.errors import RecipeError
 from fedpress.folder import StageFolder
 from fedpress.seeds import derive, generator
@@ -301,7 +302,7 @@ class _Work:
         index = torch.randint(
             len(self.data.public), (self.stage.batch_size,), generator=generator(self.seed, "regrow", step)
         )
-        with batch_statistics(self.fit.model):
+        with differentiable(self.fit.model, [w.value for w in self.weights.chosen], batch_statistics=True):
             steep = gradients(self._losses(self.data.public.take(index), len(index)), self.weights.chosen)
         pattern = Pattern.parse(self.stage.pattern)
         masks = regrow(self.weights.chosen, self.masks, steep, pattern, share=share, within=self.within)

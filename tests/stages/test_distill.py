@@ -168,11 +168,11 @@ def test_a_teacher_counts_by_its_content(whole, tmp_path):
     spec, model = load_model(whole / "stages" / "0-train")
     save_model(tmp_path / "a", spec, model)
     save_model(tmp_path / "b", spec, model)
-    keys = [runs.stage_key(recipes.load(RECIPE, (f"stage.tune.teacher={tmp_path / n}",)), 2) for n in "ab"]
+    keys = [runs.stage_keys(recipes.load(RECIPE, (f"stage.tune.teacher={tmp_path / n}",)))[2] for n in "ab"]
     with torch.no_grad():
         model.head.bias.add_(1)
     save_model(tmp_path / "b", spec, model)
-    keys.append(runs.stage_key(recipes.load(RECIPE, (f"stage.tune.teacher={tmp_path / 'b'}",)), 2))
+    keys.append(runs.stage_keys(recipes.load(RECIPE, (f"stage.tune.teacher={tmp_path / 'b'}",)))[2])
     assert keys[0] == keys[1] != keys[2]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx, nn
 
-from fedpress.compress.graph import Example, _export, inputs
+from fedpress.compress.graph import Example, export, inputs
 from fedpress.errors import ModelError
 from fedpress.quantized import QuantLayer, fold_layers_, mended, settle_
 
@@ -34,7 +34,7 @@ def find_folds(model: nn.Module, example: Example) -> tuple[dict[str, str], dict
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     if not norms:
         return {}, {}
-    program = _export(model, inputs(example))
+    program = export(model, inputs(example))
     owned = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
     folds: dict[str, str] = {}
     left: dict[str, str] = {}

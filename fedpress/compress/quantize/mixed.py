@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedpress.compress.quantize.rounding import best_scale
 from fedpress.errors import DataError, RecipeError
 from fedpress.layers import tensor
-from fedpress.quantized import LayerGrids, WeightGrid, grouped, spread
+from fedpress.quantized import LayerGrids, WeightGrid, grouped, rounded, spread
 
 CELLS = 4096  # steps that a budget is counted in: a choice is at most one step per layer below the best
 
@@ -71,7 +71,7 @@ def measure_choices(
             for each in sorted(set(bits)):
                 grid = grids.weights.model_copy(update={"bits": each})
                 scale = spread(best_scale(before, grid), before, grid.group)
-                weight.copy_((before / scale).round().clamp(grid.lowest, grid.highest) * scale)
+                weight.copy_(rounded(before, scale, grid))
                 size = stored_bytes(before, grid)
                 found.setdefault(name, []).append(Choice(each, size, _harm(model, batches, wanted)))
                 weight.copy_(before)

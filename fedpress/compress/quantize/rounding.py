@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedpress.quantized import QuantLayer, WeightGrid, first_scale, grouped, mended, spread
+from fedpress.quantized import QuantLayer, WeightGrid, first_scale, grouped, mended, rounded
 
 BLOCK = 128
 
@@ -24,8 +24,7 @@ def best_scale(weight: Tensor, grid: WeightGrid) -> Tensor:
     best, least = full, torch.full_like(full, torch.inf)
     for share in torch.linspace(1, 0.2, 80).tolist():
         scale = full * share
-        rounded = (values / scale).round().clamp(grid.lowest, grid.highest) * scale
-        error = (rounded - values).square().sum(-1, keepdim=True)
+        error = (rounded(values, scale, grid) - values).square().sum(-1, keepdim=True)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return mended(best.reshape(first.shape))
 
@@ -87,51 +86,37 @@ def round_second_order_(layer: QuantLayer, moment: Tensor, *, damping: float = 0
     out = len(layer.weight)
     weight = layer.weight.detach().reshape(out, -1).float()
     keep = weight == 0 if grid.has_zero else torch.zeros_like(weight, dtype=torch.bool)
-    scale = None
-    if grid.kind != "codebook":
-        scale = spread(layer.weight_scale.detach().abs(), layer.weight, grid.group).expand(layer.weight.shape)
-        scale = scale.reshape(out, -1)
-    rounded = layer.dequantize(layer.codes()).reshape(out, -1)
+    shared = grid.kind == "codebook"
+    at = layer._values().detach() if shared else layer._spread().detach().expand_as(layer.weight).reshape(out, -1)
+    chosen = layer.dequantize(layer.codes()).reshape(out, -1)
     each = out // len(moment)
     for g, hessian in enumerate(moment):
         rows = slice(g * each, (g + 1) * each)
-        part = None if scale is None else scale[rows]
-        tried = _gptq(weight[rows], part, keep[rows], hessian.double(), layer, damping)
-        harms = [(e @ hessian * e).sum(1, keepdim=True) for e in (tried - weight[rows], rounded[rows] - weight[rows])]
-        rounded[rows] = torch.where(harms[0] <= harms[1], tried, rounded[rows])
-    layer.weight.copy_(rounded.reshape(layer.weight.shape))
+        tried = _gptq(weight[rows], at if shared else at[rows], keep[rows], hessian.double(), grid, damping)
+        harms = [(e @ hessian * e).sum(1, keepdim=True) for e in (tried - weight[rows], chosen[rows] - weight[rows])]
+        chosen[rows] = torch.where(harms[0] <= harms[1], tried, chosen[rows])
+    layer.weight.copy_(chosen.reshape(layer.weight.shape))
 
 
-def _gptq(
-    weight: Tensor, scale: Tensor | None, keep: Tensor, hessian: Tensor, layer: QuantLayer, damping: float
-) -> Tensor:
-    grid, k = layer._grid(), weight.shape[1]
+def _gptq(weight: Tensor, at: Tensor, keep: Tensor, hessian: Tensor, grid: WeightGrid, damping: float) -> Tensor:
+    """Returns the grid points of `weight` [out, k]; `at` holds its scales [out, k], or the codebook."""
+    k, shared = weight.shape[1], at.dim() == 1
     diagonal = hessian.diagonal().clone()
     hessian = hessian + torch.diag(damping * diagonal.mean() + (diagonal <= 0) * 1.0 + 1e-12)
     order = diagonal.argsort(descending=True, stable=True)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
     w, keep = weight[:, order].clone(), keep[:, order]
-    scale = None if scale is None else scale[:, order]
-    values = layer._values().detach() if scale is None else None
+    at = at if shared else at[:, order]
     for start in range(0, k, BLOCK):
         stop = min(k, start + BLOCK)
         errors = torch.zeros_like(w[:, start:stop])
         for j in range(start, stop):
             now = w[:, j]
-            if values is not None:
-                point = values[_closest(values, now)]
-            elif grid.kind == "binary":
-                point = torch.where(now >= 0, 1.0, -1.0) * scale[:, j]  # type: ignore[index]
-            else:
-                point = (now / scale[:, j]).round().clamp(grid.lowest, grid.highest) * scale[:, j]  # type: ignore[index]
+            point = rounded(now, at if shared else at[:, j], grid)
             point = point.masked_fill(keep[:, j], 0.0)
             error = (now - point) / upper[j, j]
             w[:, j + 1 : stop] -= error[:, None] * upper[j, j + 1 : stop]
             errors[:, j - start], w[:, j] = error, point
         w[:, stop:] -= errors @ upper[start:stop, stop:]
     return w[:, order.argsort()]
-
-
-def _closest(values: Tensor, x: Tensor) -> Tensor:
-    return (values[None] - x[:, None]).abs().argmin(1)

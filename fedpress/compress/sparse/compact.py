@@ -61,8 +61,10 @@ def expand_(model: nn.Module) -> nn.Module:
     for module in [*model.modules()]:
         if not parametrize.is_parametrized(module):
             continue
-        for key, steps in [*module.parametrizations.items()]:  # type: ignore[union-attr, operator]
-            if isinstance(steps[0], Scatter):
+        assert isinstance(module.parametrizations, nn.ModuleDict)
+        for key, steps in [*module.parametrizations.items()]:
+            if isinstance(steps, parametrize.ParametrizationList) and isinstance(steps[0], Scatter):
+                assert isinstance(steps.original, nn.Parameter)
                 full.setdefault(steps.original, getattr(module, key))
                 parametrize.remove_parametrizations(module, key, leave_parametrized=False)
                 _to_front_(module, key)

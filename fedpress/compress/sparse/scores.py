@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedpress.compress.derivatives import differentiable, gradient, hessian_gradient, mean
 from fedpress.compress.scores import Losses
 from fedpress.compress.sparse.weights import Weight
 from fedpress.errors import ModelError, RecipeError, did_you_mean
@@ -76,9 +77,10 @@ def snip(see: WeightEvidence) -> Values:
 
     For networks at their initialisation, whose norms take the statistics of the batch.
     """
-    with batch_statistics(see.model), _all_train(see.weights):
-        gradient = _mean(_gradients(loss, see.weights) for loss in _losses(see, "snip"))
-    return [(w.value.detach() * g).abs() for w, g in zip(see.weights, gradient, strict=True)]
+    values = [w.value for w in see.weights]
+    with differentiable(see.model, values, batch_statistics=True):
+        slopes = mean(gradient(loss, values) for loss in _losses(see, "snip"))
+    return [(v.detach() * g).abs() for v, g in zip(values, slopes, strict=True)]
 
 
 def grasp(see: WeightEvidence) -> Values:
@@ -87,9 +89,10 @@ def grasp(see: WeightEvidence) -> Values:
     Their score is its negative, of which they remove the highest. H g is that of each batch, and their mean is taken.
     For networks at their initialisation, whose norms take the statistics of the batch.
     """
-    with batch_statistics(see.model), _all_train(see.weights):
-        products = _mean(_hessian_gradient(loss, see.weights) for loss in _losses(see, "grasp"))
-    return [w.value.detach() * h for w, h in zip(see.weights, products, strict=True)]
+    values = [w.value for w in see.weights]
+    with differentiable(see.model, values, batch_statistics=True):
+        products = mean(hessian_gradient(loss, values) for loss in _losses(see, "grasp"))
+    return [v.detach() * h for v, h in zip(values, products, strict=True)]
 
 
 def movement(see: WeightEvidence) -> Values:
@@ -167,43 +170,19 @@ class Movement:
         return add
 
 
-@contextmanager
-def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Lets norms use the statistics of each batch, as in training, and nothing else; their memory is put back."""
-    modes = [(m, m.training) for m in model.modules()]
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    try:
-        model.eval()
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase):
-                module.train()
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        for module, mode in modes:
-            module.training = mode
-
-
 def gradients(losses: Iterable[Tensor], weights: Sequence[Weight]) -> dict[str, Tensor]:
     """Returns the mean gradient of `losses` by each of `weights`, by name."""
-    with _all_train(weights):
-        means = _mean(_gradients(loss, weights) for loss in losses)
+    values = [w.value for w in weights]
+    means = mean(gradient(loss, values) for loss in losses)
     return {w.name: g for w, g in zip(weights, means, strict=True)}
 
 
 def _over_batches(see: WeightEvidence, name: str, effect: Callable[[Tensor, Tensor], Tensor]) -> Values:
     """Returns the mean over batches of `effect(weight, gradient)`, in evaluation mode."""
-    modes = [(m, m.training) for m in see.model.modules()]
-    try:
-        see.model.eval()
-        with _all_train(see.weights):
-            pairs = (zip(see.weights, _gradients(loss, see.weights), strict=True) for loss in _losses(see, name))
-            return _mean([effect(w.value.detach(), g) for w, g in pair] for pair in pairs)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    values = [w.value for w in see.weights]
+    with differentiable(see.model, values):
+        pairs = (zip(values, gradient(loss, values), strict=True) for loss in _losses(see, name))
+        return mean([effect(v.detach(), g) for v, g in pair] for pair in pairs)
 
 
 def _losses(see: WeightEvidence, name: str) -> Iterator[Tensor]:
@@ -215,38 +194,3 @@ def _losses(see: WeightEvidence, name: str) -> Iterator[Tensor]:
         yield loss
     if not count:
         raise ModelError(f"the score '{name}' was given no batches; give at least one")
-
-
-def _gradients(loss: Tensor, weights: Sequence[Weight]) -> Values:
-    return list(torch.autograd.grad(loss, [w.value for w in weights], materialize_grads=True))
-
-
-def _hessian_gradient(loss: Tensor, weights: Sequence[Weight]) -> Values:
-    values = [w.value for w in weights]
-    first = torch.autograd.grad(loss, values, create_graph=True, materialize_grads=True)
-    flow = sum((g * g.detach()).sum() for g in first)  # its gradient is H g
-    if not isinstance(flow, Tensor) or not flow.requires_grad:  # a loss that is linear in the weights bends nowhere
-        return [torch.zeros_like(v) for v in values]
-    return list(torch.autograd.grad(flow, values, materialize_grads=True))
-
-
-def _mean(batches: Iterable[Values]) -> Values:
-    total: Values = []
-    count = 0
-    for values in batches:
-        total = [t + v for t, v in zip(total, values, strict=True)] if count else values
-        count += 1
-    return [t / count for t in total]
-
-
-@contextmanager
-def _all_train(weights: Sequence[Weight]) -> Iterator[None]:
-    """Lets gradients reach `weights` also where they are frozen."""
-    before = [w.value.requires_grad for w in weights]
-    try:
-        for w in weights:
-            w.value.requires_grad_(True)
-        yield
-    finally:
-        for w, trained in zip(weights, before, strict=True):
-            w.value.requires_grad_(trained)

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fedpress.compress.derivatives import differentiable
 from fedpress.compress.sparse import WEIGHT_SCORES, Movement, Weight, WeightEvidence, find_weights, score_weights
-from fedpress.compress.sparse.scores import batch_statistics, gradients
+from fedpress.compress.sparse.scores import gradients
 from fedpress.errors import ModelError, RecipeError
 from fedpress.seeds import generator
 
@@ -121,7 +122,7 @@ def test_snip_is_the_effect_of_the_mean_gradient_in_training_mode():
 
 def test_snip_is_the_derivative_by_a_gate_on_each_weight():
     model = network()
-    with batch_statistics(model):
+    with differentiable(model, (), batch_statistics=True):
         gates = {n: torch.ones_like(p, requires_grad=True) for n, p in model.named_parameters() if p.dim() > 1}
         values = {n: p.detach() * gates[n] if n in gates else p for n, p in model.named_parameters()}
         F.cross_entropy(torch.func.functional_call(model, values, (X,)), Y).backward()
@@ -147,7 +148,7 @@ def test_grasp_is_the_slope_of_the_gradient_norm():
     told = score_weights("grasp", see)[name][1, 2]
 
     def flow():
-        with batch_statistics(model):
+        with differentiable(model, (), batch_statistics=True):
             loss = F.cross_entropy(model(X.double()), Y)
         return torch.autograd.grad(loss, layer.weight)[0].square().sum() / 2
 
