@@ -53,6 +53,7 @@ def choose(
         raise RecipeError(
             f"sparsify.density: got {density:g}, but only {left / total:.4g} of these weights are left; give less"
         )
+    wanted = max(wanted, sum(bool(a.any()) for a in allowed.values()))
     flat = {w.name: _checked(w, scores[w.name]) for w in weights}
     if pattern.kind == "n:m":
         n = max(pattern.a, min(pattern.b, ceil(density * pattern.b)))
@@ -144,12 +145,14 @@ class _Units:
 
 def _global(units: Sequence[_Units], wanted: int) -> list[Tensor]:
     """Fills one budget from all weights together; the best unit of each comes first, so that no layer is cut off."""
-    values = []
+    values, least = [], 0
     for one in units:
         value = one.value.cpu().clone()
-        value[value.argmax()] = torch.inf
+        best = int(value.argmax())
+        value[best] = torch.inf
+        least += int(one.cost[best])
         values.append(value)
-    stays = _fill(torch.cat(values), torch.cat([u.cost.cpu() for u in units]), wanted)
+    stays = _fill(torch.cat(values), torch.cat([u.cost.cpu() for u in units]), max(wanted, least))
     parts = stays.split([len(u.value) for u in units])
     return [part.to(u.value.device) for part, u in zip(parts, units, strict=True)]
 

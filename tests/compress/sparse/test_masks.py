@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
@@ -126,11 +126,13 @@ def test_filters_that_stay_are_those_of_torch_prune():
 
 
 @given(
-    st.floats(0.001, 1.0),
-    st.sampled_from(["global", "uniform", "erk"]),
-    st.integers(0, 3),
-    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5),
+    density=st.floats(0.001, 1.0),
+    scope=st.sampled_from(["global", "uniform", "erk"]),
+    seed=st.integers(0, 3),
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5),
 )
+@example(density=0.5, scope="global", seed=0, shapes=[(1, 1), (1, 1)])
+@example(density=0.01, scope="uniform", seed=0, shapes=[(9, 9), (1, 1), (2, 2)])
 def test_the_count_of_kept_weights_is_exact(density, scope, seed, shapes):
     chance = generator(seed, "weights")
     chosen = [Weight(f"w{i}", nn.Parameter(torch.randn(s, generator=chance))) for i, s in enumerate(shapes)]
