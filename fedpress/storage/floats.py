@@ -18,8 +18,8 @@ Words = NDArray[np.unsignedinteger]
 def shrink_floats(values: Tensor) -> bytes:
     """Returns the bytes of `values` [n], which hold neither their type nor their number; any bits come back.
 
-    >>> len(shrink_floats(torch.ones(1000)))
-    7
+    >>> len(shrink_floats(torch.ones(1000))), len(shrink_floats(torch.zeros(1000)))
+    (18, 7)
     """
     words = _words(values)
     options = [bytes([WHOLE]) + shrink(values)]
