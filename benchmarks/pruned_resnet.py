@@ -25,9 +25,9 @@ kind = "export"
 """
 
 
-def cifar10(path: Path) -> FederatedData:
-    """Returns 10 clients of 600 images, 2,000 for validation, the other 42,000 public."""
-    return data.load(load(RECIPE, [f"data.path={json.dumps(str(path))}"]).data, 0)
+def cifar10(path: Path, *changes: str) -> FederatedData:
+    """Returns 10 clients of 600 images, 2,000 for validation, the other 42,000 public; but for `changes`, key=value."""
+    return data.load(load(RECIPE, [f"data.path={json.dumps(str(path))}", *changes]).data, 0)
 
 
 def network() -> tuple[ModelSpec, nn.Module]:

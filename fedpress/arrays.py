@@ -1,4 +1,4 @@
-"""Examples in memory, and the fixed step from raw examples to a network's input."""
+"""Examples in memory, images in another size, and the fixed step from raw examples to a network's input."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fedpress.errors import DataError
@@ -80,6 +81,18 @@ class Preprocess:
         if not (mean.isfinite() & std.isfinite()).all():
             raise DataError("preprocess: the public examples hold NaN or infinite values; remove them from the data")
         return cls(tuple(mean.tolist()), tuple(std.tolist()))
+
+
+def resized(x: Tensor, side: int) -> Tensor:
+    """Returns images `x` [n, C, H, W] of bytes or floats at `side` pixels, averaged where they shrink, part by part."""
+    if x.shape[-2:] == (side, side) or not len(x):
+        return x
+    return torch.cat([_small(part, side) for part in x.split(4096)])
+
+
+def _small(x: Tensor, side: int) -> Tensor:
+    out = F.interpolate(x.float(), (side, side), mode="bilinear", antialias=True, align_corners=False)
+    return (out if x.is_floating_point() else out.round().clamp(0, 255)).to(x.dtype)
 
 
 def _of_bytes(x: Tensor) -> tuple[Tensor, Tensor]:

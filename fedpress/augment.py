@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -78,15 +77,3 @@ def cutout(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
     inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
     grey = 0 if x.is_floating_point() else 128
     return x.masked_fill(inside, grey)
-
-
-def resized(x: Tensor, side: int) -> Tensor:
-    """Returns images `x` [n, C, H, W] of bytes or floats averaged down to `side` pixels, part by part."""
-    if x.shape[-2:] == (side, side) or not len(x):
-        return x
-    return torch.cat([_small(part, side) for part in x.split(4096)])
-
-
-def _small(x: Tensor, side: int) -> Tensor:
-    out = F.interpolate(x.float(), (side, side), mode="bilinear", antialias=True, align_corners=False)
-    return (out if x.is_floating_point() else out.round().clamp(0, 255)).to(x.dtype)

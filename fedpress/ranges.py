@@ -49,7 +49,7 @@ def percentile(seen: Histogram, grid: InputGrid, *, share: float = 0.9999) -> tu
     inside = ((below > edge) & (above > edge)).nonzero().flatten()
     half = (seen.middles[1] - seen.middles[0]) / 2
     low, high = float(seen.middles[inside[0]] - half), float(seen.middles[inside[-1]] + half)
-    return max(low, seen.low), min(high, seen.high)
+    return min(max(low, seen.low), seen.high), max(min(high, seen.high), seen.low)
 
 
 def mse(seen: Histogram, grid: InputGrid) -> tuple[float, float]:

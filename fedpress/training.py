@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fedpress.arrays import Arrays, Preprocess
-from fedpress.augment import Augment, augment, resized
+from fedpress.arrays import Arrays, Preprocess, resized
+from fedpress.augment import Augment, augment
 from fedpress.errors import TrainingError
 from fedpress.seeds import derive, generator
 from fedpress.tree import trainable

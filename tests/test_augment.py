@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedpress.augment import Augment, augment, cutout, random_shift, resized
+from fedpress.arrays import resized
+from fedpress.augment import Augment, augment, cutout, random_shift
 from fedpress.seeds import generator
 
 ALL = Augment(crop=0.25, flip="random", cutout=0.5)

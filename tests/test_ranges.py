@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedpress.quantized import InputGrid, affine
@@ -21,6 +21,7 @@ def error(x, low, high, grid):
 
 
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=50), st.sampled_from([*OBSERVERS]))
+@example([1.8504341058023753e-15], "percentile")
 def test_every_range_lies_inside_of_what_was_seen(values, observer):
     x = torch.tensor(values)
     low, high = OBSERVERS[observer](seen(x), BYTE)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+from fedpress.arrays import resized
 from fedpress.data import cifar10, digits, folders, functions, tables
 from fedpress.data.dataset import FederatedData
 from fedpress.data.examples import Examples, Progress
@@ -34,6 +36,15 @@ def load(settings: DataSettings, seed: int, *, progress: Progress | None = None)
     600
     """
     if settings.source in SOURCES:
-        return split(SOURCES[settings.source](settings, progress), settings, seed)
+        return split(_sized(SOURCES[settings.source](settings, progress), settings.image_size), settings, seed)
     found = functions.read(settings, seed)
-    return found if isinstance(found, FederatedData) else split(found, settings, seed)
+    return found if isinstance(found, FederatedData) else split(_sized(found, settings.image_size), settings, seed)
+
+
+def _sized(examples: Examples, side: int | None) -> Examples:
+    """Brings the images of sources that have a size of their own to `side` pixels."""
+    if side is None or examples.train.x.ndim != 4:
+        return examples
+    train = replace(examples.train, x=resized(examples.train.x, side))
+    test = examples.test and replace(examples.test, x=resized(examples.test.x, side))
+    return replace(examples, train=train, test=test)

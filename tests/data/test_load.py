@@ -30,6 +30,16 @@ def test_digits_are_scikit_learns_digits_in_bytes():
     assert (len(data.validation), len(data.test)) == (100, 359)
 
 
+def test_images_of_a_built_in_source_come_in_the_size_that_is_asked_for():
+    plain, small = (load(DataSettings(source="digits", examples_per_client=60, image_size=s), 0) for s in (None, 4))
+    assert small.example_shape == (1, 4, 4)
+    assert small.test.x.shape == (359, 1, 4, 4)
+    blocks = plain.public.x.float().unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2))
+    assert (
+        float((small.public.x.float() - blocks).abs().mean()) < 25
+    )  # the filter reaches a little further than a block
+
+
 def test_loading_does_not_depend_on_what_was_drawn_before():
     settings = DataSettings(source="digits", examples_per_client=60, partition={"kind": "dirichlet", "alpha": 0.3})
     first = load(settings, 0)

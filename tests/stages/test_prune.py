@@ -128,7 +128,9 @@ def test_latency_is_measured_until_a_cut_is_fast_enough(tmp_path):
 
 def test_what_cannot_be_that_fast_is_refused_with_the_fastest(tmp_path):
     text = WIDE + PRUNE + "min_keep = 0.9\nkeep_latency = 0.05\n"
-    with pytest.raises(RecipeError, match=r"keep_latency: got 0\.05, .*the fastest cut measured, 8.* takes"):
+    with pytest.raises(
+        RecipeError, match=r"keep_latency: got 0\.05, .*the fastest cut measured, .*% of the parameters, takes"
+    ):
         finish(text, tmp_path / "run")
 
 
