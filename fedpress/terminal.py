@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -113,19 +113,24 @@ def show_measures(out: Console, records: Iterable[Mapping[str, Any]]) -> None:
     """Prints records of `fedpress.commands.measure`: a table of costs, one of times, and the machine's peak."""
     records = list(records)
     costs = [
-        [r["name"], r["runtime"], units.count(r["parameters"]), units.count(r["macs"] or None),
+        [str(n), name, r["runtime"], units.count(r["parameters"]), units.count(r["macs"] or None),
          units.count(r["file_bytes"], "B"), units.count(r["peak_memory"], "B"), _roof(r)]
-        for r in records
+        for n, (name, r) in enumerate(zip(_short([r["name"] for r in records]), records, strict=True), 1)
     ]  # fmt: skip
-    out.print(as_rich(PlainTable(["Model", "Runtime", "Params", "MACs", "Size", "Memory", "Of the roof"], costs)))
+    out.print(
+        as_rich(
+            PlainTable(["", "Model", "Runtime", "Params", "MACs", "Size", "Memory", "Of the roof"], costs),
+            words=("Model", "Runtime"),
+        )
+    )
     places = list(dict.fromkeys((t["batch"], t["threads"]) for r in records for t in r["timings"]))
     times = []
-    for r in records:
+    for n, r in enumerate(records, 1):
         found = {(t["batch"], t["threads"]): t for t in r["timings"]}
-        times.append([r["name"], r["runtime"], *(_time(found.get(place)) for place in places)])
+        times.append([str(n), *(_time(found.get(place)) for place in places)])
     header = [f"batch {batch}, {threads} thr." for batch, threads in places]
     out.print()
-    out.print(as_rich(PlainTable(["Latency", "Runtime", *header], times)))
+    out.print(as_rich(PlainTable(["", *header], times)))
     if records:
         top = records[0]["machine"]
         out.print(
@@ -133,6 +138,19 @@ def show_measures(out: Console, records: Iterable[Mapping[str, Any]]) -> None:
             f"{top['float_gmacs']:.1f} GMAC/s in float32, {top['int8_gmacs']:.1f} in int8, and copies "
             f"{top['gigabytes']:.1f} GB/s: the roof.", style="dim",
         )  # fmt: skip
+
+
+def _short(names: Sequence[str], room: int = 13) -> list[str]:
+    """Shows a file made from the model above as "as onnx int8", and of a long path the end."""
+    shown: list[str] = []
+    above = ""
+    for name in names:
+        if above and name.startswith(f"{above} as "):
+            shown.append(name.removeprefix(f"{above} "))
+        else:
+            above = name
+            shown.append(name if len(name) <= room else "…" + name[1 - room :])
+    return shown
 
 
 def _roof(record: Mapping[str, Any]) -> str:
@@ -146,7 +164,7 @@ def _time(timing: Mapping[str, Any] | None) -> str:
     if timing is None:
         return units.DASH
     median, half = timing["median_ms"], (timing["p75_ms"] - timing["p25_ms"]) / 2
-    return f"{units.milliseconds(median).removesuffix(' ms')} ±{half:.2g} ms"
+    return f"{units.milliseconds(median).removesuffix(' ms')} ±{float(f'{half:.2g}'):g} ms"
 
 
 def show_check(out: Console, title: str, data: Mapping[str, Any], lines: list[dict[str, Any]]) -> None:

@@ -213,7 +213,9 @@ def test_models_and_files_are_measured_side_by_side(fedpress, trained):
     assert said.code == 0, said.err
     assert "onnxruntime" in said.out
     records = json.loads(Path("m.json").read_text())["records"]
-    assert [record["runtime"] for record in records] == ["torch", "onnxruntime"]
+    assert [record["runtime"] for record in records] == ["torch", "onnxruntime", "onnxruntime"]
+    assert records[2]["name"].endswith("as onnx int8")
+    assert records[2]["file_bytes"] < records[1]["file_bytes"]
     result = json.loads((trained / "result.json").read_text())["final"]
     assert all((r["parameters"], r["macs"]) == (result["parameters"], result["macs"]) for r in records)
 

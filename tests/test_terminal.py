@@ -85,3 +85,18 @@ def test_a_check_shows_facts_without_reading_names_as_markup():
     for part in ("x [bold]", "64→24, [bold]", "15.1 kB", "8.00", "600 to 600", "0.1235"):
         assert part in text
     assert max(len(row) for row in out.getvalue().splitlines()) <= 80
+
+
+def test_measured_models_stand_in_two_tables_that_fit_the_screen():
+    timing = {"batch": 1, "threads": 1, "median_ms": 1234.5, "p25_ms": 1000.0, "p75_ms": 1246.0}
+    timing |= {"roofline": {"share": 0.5, "bound": "arithmetic"}}
+    peak = {"float_gmacs": 40.0, "int8_gmacs": 80.0, "gigabytes": 10.0}
+    long = "runs/a-very-long-name-of-a-run/model"
+    record = {"runtime": "onnxruntime", "parameters": 10, "macs": 20, "file_bytes": 30, "peak_memory": None}
+    record |= {"timings": [timing | {"batch": b, "threads": t} for b in (1, 64) for t in (1, 2)], "machine": peak}
+    out = Console(file=io.StringIO(), width=80)
+    terminal.show_measures(out, [record | {"name": name} for name in (long, f"{long} as onnx int8", "short")])
+    lines = out.file.getvalue().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert [line.split()[1] for line in lines[1:4]] == ["…a-run/model", "as", "short"]
+    assert "1235 ±120 ms" in lines[6]

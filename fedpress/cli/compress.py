@@ -149,6 +149,7 @@ def measure(
     formats: Annotated[
         str | None, typer.Option(help="Export each model to these too; all installed by default.")
     ] = None,
+    int8: Annotated[bool, typer.Option("--int8/--no-int8", help="Export on integers too.")] = True,
     batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,64",
     threads: Annotated[str, typer.Option(help="Numbers of threads.")] = "1,2",
     seconds: Annotated[float, typer.Option(help="Time for each model, batch size and number of threads.")] = 1.0,
@@ -169,6 +170,7 @@ def measure(
         found = commands.measure(
             models,
             formats=None if formats is None else [name for name in formats.split(",") if name],
+            int8=int8,
             batches=_whole("--batches", batches),
             threads=_whole("--threads", threads),
             seconds=seconds,

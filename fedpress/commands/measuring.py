@@ -19,12 +19,14 @@ from fedpress.deploy import FORMATS, Job
 from fedpress.errors import ExportError, ModelError, did_you_mean
 from fedpress.models import ModelSpec
 from fedpress.models.weights import load_weights_
+from fedpress.seeds import generator
 
 
 def measure(
     models: Sequence[str | Path],
     *,
     formats: Sequence[str] | None = None,
+    int8: bool = True,
     batches: Sequence[int] = (1, 64),
     threads: Sequence[int] = (1, 2),
     seconds: float = 1.0,
@@ -37,6 +39,7 @@ def measure(
         models: folders of models or runs, packed files, `module:function`, or exported files.
         formats: rows of `fedpress.deploy.FORMATS` to export each model to; None: all that are installed, and one that
             cannot take a model is left out.
+        int8: export each also on integers, with ranges of random inputs: such files show size and time, not accuracy.
         batches: batch sizes.
         threads: numbers of threads.
         seconds: for each model, runtime, batch size and number of threads.
@@ -52,7 +55,6 @@ def measure(
         ModelError: if there is no model, or models take inputs of different shapes.
     """
     _check_formats(formats or ())
-    chosen = formats if formats is not None else [name for name, row in FORMATS.items() if row.missing() is None]
     left_out: dict[str, str] = {}
     subjects: dict[str, nn.Module | Path] = {}
     counts: dict[str, tuple[int | None, int, int]] = {}
@@ -71,17 +73,14 @@ def measure(
             model.eval()
             subjects[name], counts[name] = model, _counts(model, spec.input_shape)
             shapes[name] = spec.input_shape
-            for format in chosen:
-                row = FORMATS[format]
-                path = folder / f"{number}{row.suffix}"
-                try:
-                    deploy.export(model, path, format, Job(spec.input_shape, Preprocess(spec.mean, spec.std)))
-                except ExportError as error:
-                    if formats is not None:
-                        raise
-                    left_out[f"{name} as {format}"] = str(error)
-                    continue
-                other = f"{name} as {format}"
+            place = folder / str(number)
+            place.mkdir()
+            job = Job(spec.input_shape, Preprocess(spec.mean, spec.std))
+            noise = [torch.randn(32, *spec.input_shape, generator=generator(0, "measure"))] if int8 else []
+            files, left = deploy.export_all(model, job, place, formats=formats, calibration=noise)
+            left_out |= {f"{name} as {label}": why for label, why in left.items()}
+            for label, path in files.items():
+                other = f"{name} as {label}"
                 subjects[other], counts[other], shapes[other] = path, counts[name], spec.input_shape
         if len(set(shapes.values())) > 1:
             (a, first), (b, second) = next((p, q) for p in shapes.items() for q in shapes.items() if p[1] != q[1])

@@ -2,7 +2,7 @@
 
 from fedpress.deploy.artifact import Artifact, Job
 from fedpress.deploy.formats import FORMATS, Format, export, open_file
-from fedpress.deploy.measure import measure, peak_memory, time_in_turn
+from fedpress.deploy.measure import export_all, measure, peak_memory, time_in_turn
 from fedpress.deploy.ondevice import DeviceModel, export_training
 from fedpress.deploy.onnx import export_onnx
 from fedpress.deploy.qdq import QuantizedProgram, quantized_program
@@ -21,6 +21,7 @@ __all__ = [
     "accuracy",
     "agreement",
     "export",
+    "export_all",
     "export_onnx",
     "export_training",
     "file_logits",

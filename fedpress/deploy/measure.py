@@ -8,17 +8,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter, thread_time
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fedpress.deploy.artifact import Job
 from fedpress.deploy.capture import capture, require, silence
-from fedpress.deploy.formats import Runner, of_file, open_file
+from fedpress.deploy.formats import FORMATS, Runner, export, of_file, open_file
 from fedpress.errors import ExportError
 
 Subject = nn.Module | Path
@@ -63,6 +64,46 @@ class Roofline:
     intensity: float
     bound: str
     share: float
+
+
+def export_all(
+    model: nn.Module,
+    job: Job,
+    folder: Path,
+    *,
+    formats: Collection[str] | None = None,
+    calibration: Sequence[Tensor] = (),
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Exports a model to each format in float, and with `calibration` on integers too.
+
+    Args:
+        model: the model.
+        job: how to export in float.
+        folder: where the files go.
+        formats: rows of `FORMATS`; None: all that are installed.
+        calibration: standardised examples [n, *input_shape] in batches, whose ranges the integers take.
+
+    Returns:
+        The files by "onnx float32", "onnx int8" and so on; and what a format cannot take -> why.
+
+    Raises:
+        ExportError: if a format that is asked for does not exist, its packages are missing, or it cannot take the
+            model in float.
+    """
+    files: dict[str, Path] = {}
+    left_out: dict[str, str] = {}
+    for name in formats if formats is not None else [name for name, row in FORMATS.items() if row.missing() is None]:
+        for kind, batches in (("float32", ()), ("int8", tuple(calibration))):
+            if kind == "int8" and not batches:
+                continue
+            path = folder / f"{kind}{FORMATS[name].suffix}" if name in FORMATS else folder
+            try:
+                files[f"{name} {kind}"] = export(model, path, name, replace(job, batches=batches)).path
+            except ExportError as error:  # one file less is worth telling, not worth stopping
+                if formats is not None and kind == "float32":
+                    raise
+                left_out[f"{name} {kind}"] = str(error)
+    return files, left_out
 
 
 def time_in_turn(

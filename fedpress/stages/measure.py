@@ -17,7 +17,6 @@ from fedpress import deploy
 from fedpress.compress import cost
 from fedpress.deploy import FORMATS, Job
 from fedpress.deploy.measure import Subject
-from fedpress.errors import ExportError
 from fedpress.folder import StageFolder, write_json
 from fedpress.seeds import generator
 from fedpress.state import Name, State, Tick
@@ -44,11 +43,11 @@ class MeasureStage(BaseModel):
         yield Tick(0, 1, "measuring in every runtime")
         model = state.model.to("cpu")
         order = torch.randperm(len(state.data.public), generator=generator(state.seed, "measure", self.name))
-        public = state.data.preprocess(state.data.public.take(order[:64]).x) if self.int8 and len(order) else None
+        public = state.data.preprocess(state.data.public.take(order[:64]).x) if self.int8 else None
         found = measured(
             model,
             state.spec.input_shape,
-            calibration=None if public is None else [public],
+            calibration=(public,) if public is not None and len(public) else (),
             batches=self.batches,
             threads=self.threads,
             seconds=self.seconds,
@@ -62,7 +61,7 @@ def measured(
     model: nn.Module,
     input_shape: tuple[int, ...],
     *,
-    calibration: Sequence[Tensor] | None = None,
+    calibration: Sequence[Tensor] = (),
     batches: Sequence[int] = (1, 64),
     threads: Sequence[int] = (1, 2),
     seconds: float = 1.0,
@@ -72,7 +71,7 @@ def measured(
     Args:
         model: in any mode; left as it was.
         input_shape: shape of one example.
-        calibration: standardised examples [n, *input_shape] for the integer files; None makes none.
+        calibration: standardised examples [n, *input_shape] in batches; without any no integer files.
         batches: batch sizes.
         threads: numbers of threads.
         seconds: for each runtime at each of them.
@@ -83,21 +82,10 @@ def measured(
     """
     one = torch.zeros(1, *input_shape)
     macs, numbers = cost.macs(model, one), cost.activations(model, one)
-    subjects: dict[str, Subject] = {"torch": model}
-    left_out: dict[str, str] = {}
     modes = [(module, module.training) for module in model.modules()]
     with tempfile.TemporaryDirectory() as folder:
-        for name, row in FORMATS.items():
-            for kind, given in (("float32", None), ("int8", calibration)):
-                label = f"{name} {kind}"
-                if kind == "int8" and given is None:
-                    continue
-                path = Path(folder) / f"{kind}{row.suffix}"
-                try:
-                    job = Job(input_shape, batches=tuple(given or ()))
-                    subjects[label] = deploy.export(model, path, name, job).path
-                except ExportError as error:  # one format less is worth telling, not worth stopping
-                    left_out[label] = str(error)
+        files, left_out = deploy.export_all(model, Job(input_shape), Path(folder), calibration=calibration)
+        subjects: dict[str, Subject] = {"torch": model, **files}
         try:
             records = deploy.measure(
                 subjects,
