@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,14 @@ class Arrays:
     def take(self, index: Tensor) -> Arrays:
         """Returns the examples at the int64 positions `index` [k]."""
         return Arrays(self.x[index], self.y[index])
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields examples and labels in batches of nearly equal size, at most `size`.
+
+        A last batch of one would have no statistics for a batch norm.
+        """
+        parts = math.ceil(len(self) / size)
+        return zip(self.x.tensor_split(parts), self.y.tensor_split(parts), strict=True) if parts else iter(())
 
 
 @dataclass(frozen=True)

@@ -86,12 +86,7 @@ def _mend_(module: nn.Module, before: Shapes) -> None:
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = now
     elif isinstance(module, nn.modules.conv._ConvNd):
-        if module.groups == module.in_channels > 1:  # depthwise: one group per input channel
-            module.groups = now[0] * module.groups // was[0]
-        sizes = now[0], now[1] * module.groups
-        if module.transposed:
-            sizes = now[1] * module.groups, now[0]
-        module.out_channels, module.in_channels = sizes
+        set_groups_(module, now[0] * module.groups // was[0] if depthwise(module) else module.groups)
     elif isinstance(module, nn.GroupNorm):  # the channels of a group stay together
         module.num_groups = module.num_groups * now[0] // was[0]
         module.num_channels = now[0]
@@ -101,6 +96,18 @@ def _mend_(module: nn.Module, before: Shapes) -> None:
         module.hidden_size, module.input_size = now[1], _shapes(module)[1][1]
     elif isinstance(module, nn.MultiheadAttention):
         _narrow_(module)
+
+
+def depthwise(module: nn.modules.conv._ConvNd) -> bool:
+    """Says whether each group of the convolution has one input channel, so that groups go with channels."""
+    return module.groups == module.in_channels > 1
+
+
+def set_groups_(module: nn.modules.conv._ConvNd, groups: int) -> None:
+    """Gives the convolution `groups` groups and the numbers of channels that its weight then has."""
+    module.groups = groups
+    sizes = module.weight.shape[0], module.weight.shape[1] * groups
+    module.out_channels, module.in_channels = sizes[::-1] if module.transposed else sizes
 
 
 class NarrowAttention(nn.MultiheadAttention):

@@ -409,7 +409,7 @@ def spread(scale: Tensor, weight: Tensor, group: int | None) -> Tensor:
     if group is None:
         return scale.reshape(-1, *[1] * (weight.dim() - 1))
     each = weight[0].numel()
-    return scale.repeat_interleave(group, dim=1)[:, :each].reshape(weight.shape)
+    return scale.repeat_interleave(min(group, each), dim=1)[:, :each].reshape(weight.shape)
 
 
 def grouped(weight: Tensor, group: int | None) -> Tensor:

@@ -187,6 +187,9 @@ def evaluate(
     return Evaluation(right / len(arrays), loss / len(arrays), len(arrays))
 
 
+NOTHING_TO_TRAIN = "train: no parameter of the model has requires_grad, so there is nothing to train"
+
+
 def check(model: nn.Module, settings: TrainSettings, train: Arrays, validation: Arrays, preprocess: Preprocess) -> None:
     """Finds what would stop a training of `model` later on: no examples, no validation set, wrong image sizes, no norm.
 
@@ -199,6 +202,10 @@ def check(model: nn.Module, settings: TrainSettings, train: Arrays, validation: 
         raise TrainingError("train: patience needs a validation set; set data.validation, or leave patience out")
     if settings.epochs and settings.bn_penalty:
         _batch_norm_scales(model)
+    if settings.epochs and settings.batch_size == 1 and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
+        raise TrainingError("train: batch_size = 1 leaves a batch norm nothing to average; take 2 or more")
+    if settings.epochs and not any(p.requires_grad for p in model.parameters()):
+        raise TrainingError(NOTHING_TO_TRAIN)
     for side, _ in settings.image_sizes:
         if train.x.dim() != 4 or side > min(train.x.shape[2:]):
             raise TrainingError(
@@ -269,7 +276,7 @@ class Fit:
         ids = {id(p) for p in hidden}
         rest = [p for p in (*trainable(self.model), *trainable(self.helpers)) if id(p) not in ids]
         if not rest and not hidden:
-            raise TrainingError("train: no parameter of the model has requires_grad, so there is nothing to train")
+            raise TrainingError(NOTHING_TO_TRAIN)
         # Decay acts on weights only: norms and biases have one dimension.
         groups = [
             {"params": [p for p in rest if p.dim() > 1], "weight_decay": 5e-4 if muon else s.weight_decay},

@@ -138,6 +138,9 @@ def classes_of(model: nn.Module, shape: tuple[int, ...]) -> int:
     Raises:
         ModelError: if it does not take such examples, or gives something else than [n, classes].
     """
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    if kinds:
+        raise ModelError(f"model: it holds {', '.join(map(str, kinds))}, but examples are float32; call model.float()")
     try:
         out = model.eval()(torch.randn(2, *shape))
     except Exception as error:  # whatever somebody's own network raises

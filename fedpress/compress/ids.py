@@ -24,6 +24,7 @@ class Value:
     axes: tuple[Axis, ...]
     zero: bool = False  # it holds weights, or powers of them, so that masked channels are zero
     weights: bool = False  # it is computed from parameters and buffers alone
+    trained: bool = False  # a parameter is among them
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Ids:
         self.preferred: list[Ints] = []
         self.sized: list[Sized] = []
         self.products: list[Product] = []
+        self.alone: set[int] = set()  # products of weights alone: as many for a batch as for one example
 
     @property
     def place(self) -> str:

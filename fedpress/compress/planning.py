@@ -200,7 +200,7 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 def _unreachable(graph: ChannelGraph, allowed: Sequence[list[int]], target: Target, reached: float) -> RecipeError:
-    full = target.cost(whole(graph))
+    full = target.whole or target.cost(whole(graph))
     least = target.cost([choice[0] for choice in allowed])
     stay = f" ({len(graph.whole)} modules must stay whole)" if graph.whole else ""
     kind = "size" if target.limit else "share"

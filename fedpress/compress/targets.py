@@ -24,12 +24,14 @@ class Target:
         cost: of the widths.
         wanted: in units of the cost.
         limit: whether `wanted` is a limit.
+        whole: the cost that shares are told of; None: that of the network before this cut.
     """
 
     key: str
     cost: Cost
     wanted: float
     limit: bool = False
+    whole: float | None = None
 
     def miss(self, kept: Sequence[int]) -> float:
         """Returns how far from `wanted` the widths are; above a limit infinitely."""

@@ -58,6 +58,7 @@ def trace(model: nn.Module, example: Example, *, whole: Sequence[str] = ()) -> C
         exported = export(model, arguments)
     ids = Ids()
     owners, unused = _walk(exported, ids, _first_names(model), recorder.calls)
+    _freeze_unsaved(ids, owners, model)
     ids.module = ids.operation = ""
     _freeze_named(ids, whole)
     ids.settle()
@@ -155,7 +156,8 @@ def _walk(
             owners += [(name, i, axis) for i, axis in enumerate(axes)]
             if node.name in signature.inputs_to_parameters:
                 used[name] = used.get(name, False) or node in live
-            values[node] = Value(shape, axes, zero=True, weights=True)
+            trained = node.name in signature.inputs_to_parameters
+            values[node] = Value(shape, axes, zero=True, weights=True, trained=trained)
         elif node.op in ("placeholder", "get_attr"):
             values[node] = Value(shape, (None,) * len(shape))
         elif node.op == "output":
@@ -196,13 +198,17 @@ def _call(node: torch.fx.Node, shape: tuple[int, ...], values: Mapping[torch.fx.
             "or write that module with operations it knows"
         )
     args, options = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+    counted = len(ids.products)
     axes = apply(ids, shape, *args, **options)
     given = list(_values(args))
     zero = zero_stays(node.target, given)
     weights = bool(given) and all(v.weights for v in given)
+    trained = weights and any(v.trained for v in given)
+    if weights:
+        ids.alone.update(range(counted, len(ids.products)))
     if isinstance(axes, list):
-        return [Value(tuple(v.shape), a, zero, weights) for v, a in zip(node.meta["val"], axes, strict=True)]
-    return Value(shape, axes, zero, weights)
+        return [Value(tuple(v.shape), a, zero, weights, trained) for v, a in zip(node.meta["val"], axes, strict=True)]
+    return Value(shape, axes, zero, weights, trained)
 
 
 def _shape(node: torch.fx.Node) -> tuple[int, ...]:
@@ -219,6 +225,14 @@ def _values(tree: Any) -> Iterator[Value]:
     elif isinstance(tree, list | tuple):
         for item in tree:
             yield from _values(item)
+
+
+def _freeze_unsaved(ids: Ids, owners: Sequence[Owner], model: nn.Module) -> None:
+    """Keeps whole what a buffer follows that no file of the model holds: it could not be rebuilt."""
+    saved = model.state_dict().keys()
+    for name, _, axis in owners:
+        if name not in saved:
+            ids.freeze(axis, f"the buffer '{name}' goes with it and is not saved (persistent=False)")
 
 
 def _freeze_named(ids: Ids, whole: Sequence[str]) -> None:
@@ -245,12 +259,16 @@ def _graph(
     extra: list[Owner] = [("", 0, axis) for key, axis in counted.items() if key not in known]
     layers, whole, layer_of = _layers(ids, labels, [*owners, *extra])
     lengths = {key: _length(labels[axis], layer_of, layers) for key, axis in counted.items()}
+    examples = next((x.shape[0] for x in example if x.dim()), 1)
     return ChannelGraph(
         layers=tuple(layers),
         shapes=shapes,
         whole=whole | dict.fromkeys(unused, "forward does not use it"),
-        products=tuple(Product(p.times, tuple(lengths[id(a)] for a in p.axes)) for p in ids.products),
-        examples=next((x.shape[0] for x in example if x.dim()), 1),
+        products=tuple(
+            Product(p.times * (examples if i in ids.alone else 1), tuple(lengths[id(a)] for a in p.axes))
+            for i, p in enumerate(ids.products)
+        ),
+        examples=examples,
         numbers=tuple(
             SizedNumber(
                 s.call.module,

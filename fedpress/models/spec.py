@@ -10,13 +10,15 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fedpress.calls import Numbers, numbers_in, set_numbers_
 from fedpress.errors import ModelError, did_you_mean
-from fedpress.layers import replace_, tensor
+from fedpress.layers import depthwise, replace_, set_groups_, tensor
 from fedpress.masked import take_in_
 from fedpress.models.plain import CNN, MLP
 from fedpress.models.resnet import resnet18, resnet_small
+from fedpress.models.trust import check_builder, trust
 from fedpress.quantized import LayerGrids, fold_layers_, quantize_layers_
 
 ARCHITECTURES: dict[str, Any] = {"resnet18": resnet18, "resnet-small": resnet_small, "cnn": CNN, "mlp": MLP}
@@ -27,7 +29,7 @@ class ModelSpec(BaseModel):
 
     `architecture` is a row of `ARCHITECTURES` or `package.module:function`. `resized` maps
     the name of every parameter or buffer that pruning changed to its new shape, `numbers` are the sizes in forward
-    code that had to change with them. `sparse` names
+    code that had to change with them, `groups` those of convolutions where shapes do not tell. `sparse` names
     the parameters whose zeros are pruned weights: whoever trains them keeps them zero. `folded` maps a batch norm
     to the layer that took it in, `quantized` a layer to the grids of its weights and inputs.
     """
@@ -38,6 +40,7 @@ class ModelSpec(BaseModel):
     arguments: dict[str, JsonValue] = {}
     resized: dict[str, tuple[int, ...]] = {}
     numbers: Numbers = {}
+    groups: dict[str, int] = {}
     sparse: tuple[str, ...] = ()
     folded: dict[str, str] = {}
     quantized: dict[str, LayerGrids] = {}
@@ -45,6 +48,19 @@ class ModelSpec(BaseModel):
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     class_names: tuple[str, ...] = ()
+
+    @classmethod
+    def of_file(cls, text: str | bytes) -> ModelSpec:
+        """Reads the JSON of a file, which may come from anybody.
+
+        Raises:
+            ValidationError: of pydantic, if it is no spec.
+            ModelError: if its architecture is not known here, or does not look like one (see `check_builder`).
+        """
+        spec = cls.model_validate_json(text)
+        if spec.architecture not in ARCHITECTURES:
+            check_builder(spec.architecture, _builder(spec.architecture))
+        return spec
 
     def build(self) -> nn.Module:
         """Builds the network with the right shapes and fresh weights.
@@ -56,6 +72,7 @@ class ModelSpec(BaseModel):
         model = self.build_dense()
         resize_(model, self.resized)
         _renumber_(model, self.numbers)
+        _regroup_(model, self.groups)
         fold_layers_(model, self.folded)
         quantize_layers_(model, self.quantized)
         self._keep_zeros()
@@ -74,7 +91,8 @@ class ModelSpec(BaseModel):
         return self._dense()[0]
 
     def take_in(self) -> tuple[ModelSpec, nn.Module]:
-        """Builds the network as its architecture says, and notes the zeros of the masks that it comes with."""
+        """Builds the network as its user named it, and notes the zeros of the masks that it comes with."""
+        trust(self.architecture)
         model, masked = self._dense()
         return self.model_copy(update={"sparse": masked}), model
 
@@ -87,7 +105,24 @@ class ModelSpec(BaseModel):
             raise ModelError(f"model.arguments: '{self.architecture}' cannot be built: {error}") from error
         if not isinstance(model, nn.Module):
             raise ModelError(f"model: '{self.architecture}' returned {type(model).__name__}; return a torch.nn.Module")
+        _complete(model)
         return model, take_in_(model)
+
+
+def _complete(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        where = f"'{name}'" if name else type(model).__name__
+        for value in (*module._parameters.values(), *module._buffers.values()):
+            if is_lazy(value):
+                raise ModelError(
+                    f"model: {where} is a {type(module).__name__}, whose size comes from its first input; run the "
+                    "model once on an example where it is built"
+                )
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise ModelError(
+                f"model: {where} has an extra state (get_extra_state), but files of fedpress hold tensors alone; keep "
+                "it in buffers"
+            )
 
 
 def _builder(name: str) -> Any:
@@ -141,9 +176,20 @@ def _renumber_(model: nn.Module, numbers: Numbers) -> None:
         raise ModelError(f"spec.numbers: {error}; the spec is of another model") from error
 
 
+def _regroup_(model: nn.Module, groups: dict[str, int]) -> None:
+    for name, count in groups.items():
+        module = dict(model.named_modules()).get(name)
+        if not isinstance(module, nn.modules.conv._ConvNd) or count < 1 or module.weight.shape[0] % count:
+            raise ModelError(f"spec.groups: '{name}' cannot have {count} groups; the spec is of another model")
+        set_groups_(module, count)
+
+
 def what_pruning_changed(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
-    """Returns the fields of a spec, `resized` and `numbers`, that make `dense` as small as `model`."""
-    return {"resized": shapes_that_differ(model, dense), "numbers": numbers_in(model)}
+    """Returns the fields of a spec, `resized`, `numbers` and `groups`, that make `dense` as small as `model`."""
+    were = {n: m for n, m in dense.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    now = {n: m for n, m in model.named_modules() if n in were and isinstance(m, nn.modules.conv._ConvNd)}
+    groups = {n: m.groups for n, m in now.items() if m.groups != were[n].groups and not depthwise(were[n])}
+    return {"resized": shapes_that_differ(model, dense), "numbers": numbers_in(model), "groups": groups}
 
 
 def save_model(folder: Path, spec: ModelSpec, model: nn.Module) -> None:
@@ -162,11 +208,13 @@ def load_model(folder: Path) -> tuple[ModelSpec, nn.Module]:
         ModelError: if a file is missing or corrupt, or the numbers do not fit the spec.
     """
     numbers, described = Path(folder) / "model.safetensors", Path(folder) / "spec.json"
+    if not Path(folder).exists():
+        raise ModelError(f"model: there is no '{folder}'; give the folder of a model or of a run, or a packed file")
     for path in (described, numbers):
         if not path.is_file():
             raise ModelError(f"{folder}: no model here ({path.name} is missing); run the stage again")
     try:
-        spec = ModelSpec.model_validate_json(described.read_text("utf-8"))
+        spec = ModelSpec.of_file(described.read_text("utf-8"))
     except (ValidationError, UnicodeDecodeError, OSError) as error:
         raise ModelError(f"{described}: corrupt ({_first_line(error)}); run the stage again") from error
     try:

@@ -206,7 +206,7 @@ class L0Stage(TrainSettings):
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
             at, prepare = next(model.parameters()).device, state.data.preprocess
             public = calibration(state, self.calibration, derive(state.seed, "l0", self.name))
-            compress.restore_batch_norm_(model, (prepare(x.to(at)) for x in public.x.split(BATCH)))
+            compress.restore_batch_norm_(model, (prepare(x.to(at)) for x, _ in public.batches(BATCH)))
 
 
 class _Work:

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -199,16 +198,19 @@ class PruneStage(BaseModel):
         """
         key, value = self.aim
         cost: Cost
+        dense: float | None = None
         if key == "max_bytes":
             cost, wanted = bytes_of(model, graph), value
         elif key == "keep_macs":
-            cost, wanted = graph.macs, value * compress.macs(state.spec.build_dense(), _example(state)[:1])
+            cost, dense = graph.macs, compress.macs(state.spec.build_dense(), _example(state)[:1])
+            wanted = value * dense
         else:
-            cost, wanted = graph.parameters, value * state.dense
+            cost, dense = graph.parameters, state.dense
+            wanted = value * dense
         now = start or cost(whole(graph))
         if key != "max_bytes":
             _check_left(key, value, now * value / wanted)
-        return Target(key, cost, now ** (1 - part) * wanted**part, limit=key == "max_bytes")
+        return Target(key, cost, now ** (1 - part) * wanted**part, limit=key == "max_bytes", whole=dense)
 
     def _nearest(self, graph: ChannelGraph, cost: Cost, share: float) -> Target:
         """Returns the target to come as near as the widths allow to `share` of the cost now, from below."""
@@ -389,16 +391,14 @@ class _Work:
     def losses(self) -> Iterator[Tensor]:
         """Runs the model over the public examples; one by one where the score wants the information of each."""
         assert self.public is not None
-        for x, y in _batches(self.public, 1 if SCORES[self.stage.score].single else BATCH):
+        for x, y in self.public.batches(1 if SCORES[self.stage.score].single else BATCH):
             yield F.cross_entropy(self.model(self.state.data.preprocess(x)), y)
 
     def restore_(self) -> int:
         """Restores the batch-norm statistics, and returns from how many examples; 0 where there is no batch norm."""
         if not _has_batch_norm(self.model) or self.public is None:
             return 0
-        compress.restore_batch_norm_(
-            self.model, (self.state.data.preprocess(x) for x, _ in _batches(self.public, BATCH))
-        )
+        compress.restore_batch_norm_(self.model, (self.state.data.preprocess(x) for x, _ in self.public.batches(BATCH)))
         return len(self.public)
 
 
@@ -415,7 +415,7 @@ def _loss_and_accuracy(model: nn.Module, examples: Arrays, preprocess: Any) -> t
     """Measures `model` while its norms take the statistics of each batch: as if they were restored, for one pass."""
     loss, right, at = 0.0, 0, training.device()
     with differentiable(model, (), batch_statistics=True), torch.no_grad():
-        for x, y in _batches(examples, BATCH):
+        for x, y in examples.batches(BATCH):
             logits, labels = model(preprocess(x.to(at))).float(), y.to(at)
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             right += int((logits.argmax(1) == labels).sum())
@@ -429,12 +429,6 @@ def _milliseconds(model: nn.Module, state: State, *, seconds: float = 0.5) -> fl
         shape = state.spec.input_shape
         deploy.export_onnx(model, path, deploy.Job(shape, state.data.preprocess))
         return deploy.latency(path, shape, seconds=seconds).median_ms
-
-
-def _batches(examples: Arrays, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields batches of nearly equal size: a last batch of one would have no statistics."""
-    parts = ceil(len(examples) / size)
-    return zip(examples.x.tensor_split(parts), examples.y.tensor_split(parts), strict=True)
 
 
 def _example(state: State) -> Tensor:

@@ -323,7 +323,7 @@ class _Work:
 
     def _losses(self, examples: Arrays, batch: int) -> Iterator[Tensor]:
         prepare: Preprocess = self.data.preprocess
-        for x, y in zip(examples.x.split(batch), examples.y.split(batch), strict=True):
+        for x, y in examples.batches(batch):
             at = training.device()
             yield F.cross_entropy(self.fit.model(prepare(x.to(at))), y.to(at))
 
@@ -333,7 +333,7 @@ class _Work:
         if norms and len(self.data.public):
             drawn = calibration(self.state, self.stage.calibration, self.seed)
             at, prepare = training.device(), self.data.preprocess
-            restore_batch_norm_(self.fit.model, (prepare(x.to(at)) for x in drawn.x.split(BATCH)))
+            restore_batch_norm_(self.fit.model, (prepare(x.to(at)) for x, _ in drawn.batches(BATCH)))
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors of a checkpoint."""

@@ -69,6 +69,13 @@ def pack(spec: ModelSpec, model: nn.Module, path: Path) -> Packed:
             f"pack: '{odd[0] if odd else 'spec'}' would not come back from the file as it is; "
             "the spec is of another model, or the model was changed after its spec was made"
         )
+    theirs = dict(twin.named_buffers())
+    for name, value in model.named_buffers():  # those too that are not saved, since forward may read them
+        if name not in theirs or not _same(value, theirs[name]):
+            raise ModelError(
+                f"pack: the buffer '{name}' is not saved (persistent=False), and a model built anew has another"
+                " one; make it persistent"
+            )
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -124,10 +131,12 @@ def decode(data: bytes, place: str) -> tuple[ModelSpec, nn.Module]:
     """
     blobs, described, listed = container.read(data, place)
     try:
-        spec, table = ModelSpec.model_validate_json(described), Table.model_validate_json(listed)
+        spec, table = ModelSpec.of_file(described), Table.model_validate_json(listed)
     except ValidationError as error:
         first = error.errors()[0]
         damaged(place, f"{'.'.join(map(str, first['loc']))} {first['msg']}, or it is of a newer fedpress")
+    except ModelError as error:
+        raise ModelError(f"{place}: {error}") from error
     if table.blobs.keys() != blobs.keys():
         damaged(place, "its table does not fit what is in it")
     try:

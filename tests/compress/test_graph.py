@@ -7,7 +7,7 @@ import torch_pruning as tp
 from torch import nn
 from zoo import Plain, Residual, make
 
-from fedpress.compress import check_parity, macs, parameters, remove_, trace
+from fedpress.compress import check_parity, macs, parameters, remove_, score, trace
 from fedpress.compress.planning import make_plan
 from fedpress.errors import ModelError
 
@@ -222,3 +222,62 @@ def test_tracing_leaves_modes_and_numbers_alone():
     assert model.training
     assert not model.norm.training
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_channels_that_an_unsaved_buffer_follows_stay_whole():
+    class Scaled(nn.Module):
+        def __init__(self, persistent):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+            self.register_buffer("scale", torch.arange(16.0), persistent=persistent)
+
+        def forward(self, x):
+            return self.head(self.b(self.a(x).relu() * self.scale).relu())
+
+    free, bound = (trace(Scaled(persistent), torch.randn(2, 8)) for persistent in (True, False))
+    assert [layer.name for layer in free.layers] == ["a", "b"]
+    assert [layer.name for layer in bound.layers] == ["b"]
+    assert "buffer 'scale'" in bound.whole["a"]
+
+
+def test_products_of_weights_alone_are_counted_once_whatever_the_batch():
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(8, 16), nn.Linear(3, 16), nn.Linear(16, 5)
+            self.register_buffer("places", torch.randn(7, 3))
+
+        def forward(self, x):
+            return self.head(self.a(x).relu() + self.b(self.places).mean(0))
+
+    model = Biased().eval()
+    for batch in (1, 2, 5):
+        graph = trace(model, torch.randn(batch, 8))
+        assert graph.macs([layer.channels for layer in graph.layers]) == macs(model, torch.randn(1, 8))
+
+
+class Times(nn.Module):
+    """A parametrization that multiplies a weight by something, on either side."""
+
+    def __init__(self, factor, trained, first):
+        super().__init__()
+        if trained:
+            self.factor = nn.Parameter(factor)
+        else:
+            self.register_buffer("factor", factor)
+        self.first = first
+
+    def forward(self, weight):
+        return self.factor * weight if self.first else weight * self.factor
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("shape", "trained"), [((16, 1, 1, 1), True), ((16, 3, 3, 3), False)])
+def test_a_weight_that_is_multiplied_is_what_writes_the_channels(first, shape, trained):
+    torch.manual_seed(0)
+    model = Head(nn.ReLU())
+    nn.utils.parametrize.register_parametrization(model.a, "weight", Times(torch.ones(shape), trained, first))
+    graph = trace(model, torch.randn(2, 3, 8, 8))
+    (found,) = score(model, graph, "l1")
+    wanted = model.a.weight.abs().sum((1, 2, 3))
+    torch.testing.assert_close(found / found.mean(), (wanted / wanted.mean()).detach())

@@ -5,7 +5,21 @@ import torch
 from torch import nn
 
 from fedpress.compress import PruningPlan, check_parity, mask_, plan, remove_, score, trace
+from fedpress.compress.planning import make_plan
 from fedpress.errors import ModelError
+from fedpress.models import ModelSpec, load_model, save_model, what_pruning_changed
+
+
+class Grouped(nn.Module):
+    """A convolution with four channels in each group after one whose channels can go."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.g = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, groups=4, padding=1)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x):
+        return self.head(self.g(self.a(x).relu()).relu().mean((2, 3)))
 
 
 def halved(model, graph):
@@ -108,3 +122,22 @@ def test_a_plan_of_another_model_is_refused_before_anything_changes(traced, chan
     with pytest.raises(ModelError, match="does not fit"):
         change(small, choice)
     assert all(torch.equal(before[n], t) for n, t in small.state_dict().items())
+
+
+def test_groups_of_one_input_each_that_were_wider_come_back_from_the_spec(tmp_path):
+    spec = ModelSpec(architecture=f"{__name__}:Grouped", input_shape=(3, 8, 8))
+    torch.manual_seed(0)
+    dense, x = spec.build().eval(), torch.randn(2, 3, 8, 8)
+    small = deepcopy(dense)
+    for keep in ({"a": 1}, {"a": 2, "g": 8}):  # to one channel a group, then groups too
+        graph = trace(small, x)
+        kept = [min(layer.channels, keep.get(layer.name, layer.channels)) for layer in graph.layers]
+        plan = make_plan(small, graph, [torch.rand(layer.channels) for layer in graph.layers], kept)
+        before = deepcopy(small)
+        remove_(small, plan)
+        check_parity(before, small, plan, x)
+    changed = what_pruning_changed(small, dense)
+    assert changed["groups"] == {"g": small.g.groups}
+    save_model(tmp_path, spec.model_copy(update=changed), small)
+    back = load_model(tmp_path)[1].eval()
+    torch.testing.assert_close(back(x), small(x))

@@ -191,9 +191,9 @@ def test_a_missing_file_is_named(saved, name):
 
 def test_a_folder_that_is_none_has_no_model(tmp_path):
     (tmp_path / "file").touch()
-    for folder in (tmp_path / "nowhere", tmp_path / "file"):
-        with pytest.raises(ModelError, match="no model here"):
-            load_model(folder)
+    for folder, says in (("nowhere", "there is no '.*nowhere'"), ("file", "no model here")):
+        with pytest.raises(ModelError, match=says):
+            load_model(tmp_path / folder)
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.999])
@@ -307,3 +307,67 @@ def test_scales_of_another_grid_do_not_fit(tmp_path):
     (tmp_path / "spec.json").write_text(other.model_dump_json())
     with pytest.raises(ModelError, match=r"does not fit spec.json"):
         load_model(tmp_path)
+
+
+def named_by_a_file(folder, architecture, arguments=None):
+    """What loading a file does that names `architecture`."""
+    save_model(folder, MLP, MLP.build())
+    described = json.loads((folder / "spec.json").read_text())
+    described |= {"architecture": architecture, "arguments": arguments or {}}
+    (folder / "spec.json").write_text(json.dumps(described))
+    return load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["os:system", "torch:load", "builtins:exec", "json:dumps", "torch.nn:Module.to"])
+def test_a_file_cannot_have_just_anything_called(tmp_path, name):
+    mark = tmp_path / "called"
+    with pytest.raises(ModelError, match="architecture"):
+        named_by_a_file(tmp_path, name, {"command": f"touch {mark}"})
+    assert not mark.exists()
+
+
+def test_a_file_may_name_what_builds_networks(tmp_path, monkeypatch):
+    (tmp_path / "mine_of_spec.py").write_text(
+        "from torch import nn\n"
+        "def build(): return nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 10))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("mine_of_spec:build", "torch.nn:Identity"):  # the user's own code; a class of networks
+        with pytest.raises(ModelError, match="does not fit"):  # it was built: the numbers are of another one
+            named_by_a_file(tmp_path, name)
+
+
+def test_what_the_user_named_or_trusts_may_be_called(tmp_path, monkeypatch):
+    name = "fractions:Fraction"  # of the standard library; returns no network
+    with pytest.raises(ModelError, match="set FEDPRESS_TRUST=fractions:Fraction"):
+        named_by_a_file(tmp_path, name)
+    monkeypatch.setenv("FEDPRESS_TRUST", f"a:b,{name}")
+    with pytest.raises(ModelError, match="returned Fraction"):
+        named_by_a_file(tmp_path, name)
+    monkeypatch.delenv("FEDPRESS_TRUST")
+    with pytest.raises(ModelError, match="returned Fraction"):
+        ModelSpec(architecture=name, input_shape=(1,)).take_in()
+    with pytest.raises(ModelError, match="returned Fraction"):
+        named_by_a_file(tmp_path, name)
+
+
+class Lazy(nn.Module):
+    """A network whose sizes come from its first input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.LazyLinear(4))
+
+
+class Secretive(nn.Module):
+    """A network that saves more than tensors."""
+
+    def get_extra_state(self):
+        return {"seen": 3}
+
+
+@pytest.mark.parametrize(("kind", "says"), [(Lazy, r"'body.0' is a LazyLinear.* run the model once"),
+                                            (Secretive, "Secretive has an extra state")])  # fmt: skip
+def test_what_no_file_could_hold_is_refused_when_it_is_built(kind, says):
+    with pytest.raises(ModelError, match=says):
+        ModelSpec(architecture=f"{__name__}:{kind.__name__}", input_shape=(3,)).build_dense()

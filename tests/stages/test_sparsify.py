@@ -2,6 +2,8 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from fedpress.arrays import Arrays
+from fedpress.compress.sparse import find_weights
 from fedpress.errors import DataError, FedpressError, RecipeError
 from fedpress.models import load_model
 from fedpress.stages import SparsifyStage
@@ -246,3 +248,21 @@ def test_federated_rounds_keep_the_zeros_and_send_only_the_rest(tmp_path, left, 
         run.throw(Killed())
     finish(sparse, tmp_path / "killed", resume=True)
     assert left(tmp_path / "killed") == left(tmp_path / "sparse")
+
+
+def test_a_weight_that_a_hook_computes_stays_dense_and_is_listed():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    with pytest.warns(FutureWarning):
+        torch.nn.utils.weight_norm(model[1])
+    weights = find_weights(model, keep_first=False, keep_last=False)
+    assert [w.name for w in weights.chosen] == ["0.weight", "2.weight"]
+    assert set(weights.dense) == {"1.weight_g", "1.weight_v"}
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 128, 129, 257])
+def test_batches_are_of_nearly_equal_size_and_leave_nobody_alone(n):
+    sizes = [len(x) for x, _ in Arrays(torch.zeros(n, 2), torch.zeros(n, dtype=torch.int64)).batches(128)]
+    assert sum(sizes) == n
+    assert n <= 1 or min(sizes, default=2) > 1
+    assert max(sizes, default=0) <= 128
+    assert max(sizes, default=0) - min(sizes, default=0) <= 1

@@ -341,3 +341,28 @@ def test_the_checksum_is_blake2b_of_the_parts():
     for part in [spec.encode(), table.encode(), *(x for n in sorted(blobs) for x in (n.encode(), blobs[n]))]:
         digest.update(len(part).to_bytes(8, "little") + part)
     assert digest.hexdigest().encode() in TINY
+
+
+class Noisy(nn.Module):
+    """A network that draws a buffer when it is built, and saves it or not."""
+
+    def __init__(self, persistent):
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+        self.register_buffer("noise", torch.randn(3), persistent=persistent)
+
+    def forward(self, x):
+        return self.head(x + self.noise)
+
+
+def test_a_buffer_that_would_come_back_as_another_is_refused(tmp_path):
+    for persistent in (True, False):
+        spec = ModelSpec(architecture=f"{__name__}:Noisy", arguments={"persistent": persistent}, input_shape=(3,))
+        model = spec.build()
+        if persistent:
+            storage.pack(spec, model, tmp_path / "m.packed.safetensors")
+            back = storage.unpack(tmp_path / "m.packed.safetensors")[1]
+            assert torch.equal(back.noise, model.noise)
+        else:
+            with pytest.raises(ModelError, match="the buffer 'noise' is not saved"):
+                storage.pack(spec, model, tmp_path / "m.packed.safetensors")

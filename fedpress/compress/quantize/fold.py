@@ -21,6 +21,8 @@ TAKERS = {
     torch.ops.aten.conv3d.padding,
 }
 
+PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 
 def find_folds(model: nn.Module, example: Example) -> tuple[dict[str, str], dict[str, str]]:
     """Finds the batch norms that can be taken into the convolution or linear layer whose output they alone read.
@@ -45,7 +47,7 @@ def find_folds(model: nn.Module, example: Example) -> tuple[dict[str, str], dict
         if name is None or name not in norms:
             continue
         taker = node.args[0]
-        reason = _why_not(model, node, taker, owned)
+        reason = _why_kept(norms[name], name, node) or _why_not(model, node, taker, owned)
         if reason is None:
             folds[name] = str(_owner(taker.args[1], owned))
         else:
@@ -61,6 +63,23 @@ def _owner(node: object, owned: Mapping[str, str]) -> str | None:
     return owned[node.name].rpartition(".")[0]
 
 
+def _why_kept(module: nn.Module, name: str, norm: fx.Node) -> str | None:
+    """Says why the module cannot give way to one that hands its input on."""
+    if type(module) not in PLAIN:
+        return f"{type(module).__name__} may do more than a batch norm"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "its hook would go with it"
+    if _caller(norm) != name or any(len(a.users) > 1 for a in norm.args[1:5] if isinstance(a, fx.Node)):
+        return "something else reads its numbers"
+    return None
+
+
+def _caller(node: fx.Node) -> str:
+    """The module whose forward runs the operation."""
+    path = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
+    return path[-1] if path else ""
+
+
 def _why_not(model: nn.Module, norm: fx.Node, taker: fx.Node, owned: Mapping[str, str]) -> str | None:
     if taker.target not in TAKERS:
         return f"what comes before it is {taker.target}, no convolution or linear layer"
@@ -71,8 +90,15 @@ def _why_not(model: nn.Module, norm: fx.Node, taker: fx.Node, owned: Mapping[str
         return "the weight before it is computed"
     if any(isinstance(a, fx.Node) and len(a.users) > 1 for a in (taker.args[1], norm.args[3])):
         return f"it, or '{name}' before it, is used more than once"
-    if len(taker.args) > 2 and taker.args[2] is not None and _owner(taker.args[2], owned) is None:
-        return "the bias before it is computed"
+    if _caller(taker) != name:
+        return f"something else reads the weight of '{name}'"
+    if len(taker.args) > 2 and isinstance(bias := taker.args[2], fx.Node):
+        if _owner(bias, owned) is None:
+            return "the bias before it is computed"
+        same = model.get_submodule(name)._parameters.get("bias")
+        owners = [n for n, p in model.named_parameters(remove_duplicate=False) if p is same]
+        if len(bias.users) > 1 or len(owners) > 1:
+            return f"something else reads the bias of '{name}'"
     if taker.target is torch.ops.aten.linear.default and taker.meta["val"].dim() != 2:
         return "it normalises another axis than the linear layer writes"
     shared = [n for n, m in model.named_modules(remove_duplicate=False) if m is model.get_submodule(name)]

@@ -45,6 +45,8 @@ def quantizable(
         if weight is None and not _computes(module):
             continue
         if weight is not None and weight.dim() < 2:
+            if any(p.dim() > 1 for p in module._parameters.values() if p is not None):
+                left[name or type(module).__name__] = f"{type(module).__name__} computes in its own way"
             continue  # norms and the like
         reason = why_not(module)
         others = [f"'{n}'" for n in owners.get(id(weight), []) if n != name] if weight is not None else []
@@ -127,11 +129,14 @@ def quantize_(
             notes[name] = "forward never calls it, so its weights are rounded to the nearest"
     settle_(model)
     if correct_bias:
+        biases = [p for n, p in model.named_parameters(remove_duplicate=False) if n.rpartition(".")[2] == "bias"]
         for name, layer in layers.items():
             assert isinstance(layer, QuantLayer)
             if name not in means:
                 continue
-            if isinstance(layer.bias, Tensor):
+            if sum(bias is layer.bias for bias in biases) > 1:
+                notes[name] = "its bias is shared, and does not make good for its rounding"
+            elif isinstance(layer.bias, Tensor):
                 layer.bias -= _shift(means[name], layer.weight.detach() - before[name])
             else:
                 notes[name] = "it has no bias that could make good for its rounding"

@@ -60,7 +60,8 @@ def elementwise(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
     axes: list[Axis] = [None] * len(shape)
     for i, size in enumerate(shape):
         meeting = []
-        for value in (a for a in (*args, *options.values()) if isinstance(a, Value)):
+        values = [a for a in (*args, *options.values()) if isinstance(a, Value)]
+        for value in sorted(values, key=lambda v: (v.shape != shape, not v.trained)):  # the ids are those of the weight
             j = i - len(shape) + len(value.shape)
             if j < 0:
                 continue

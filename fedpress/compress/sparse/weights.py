@@ -95,7 +95,9 @@ def _all(model: nn.Module) -> tuple[dict[str, Weight], dict[str, str]]:
             name = names[id(value)]
             if value.dim() < 2 or name in found:
                 continue
-            if isinstance(module, LAYERS) and "weight" in key:
+            if any(key.startswith(f"{weight}_") for weight in _computed(module)):
+                dense[name] = "its layer computes the weight from it (weight_norm or spectral_norm)"
+            elif isinstance(module, LAYERS) and "weight" in key:
                 groups = getattr(module, "groups", 1)
                 found[name] = Weight(name, value, groups, bool(getattr(module, "transposed", False)))
             elif ".parametrizations" in f".{path}":
@@ -105,6 +107,13 @@ def _all(model: nn.Module) -> tuple[dict[str, Weight], dict[str, str]]:
     for name in found:  # a tied embedding: the layer that multiplies by it decides
         dense.pop(name, None)
     return found, dense
+
+
+def _computed(module: nn.Module) -> list[str]:
+    """The weights that hooks of `torch.nn.utils.weight_norm` and `spectral_norm` compute before each forward."""
+    return [
+        str(getattr(hook, "name", "")) for hook in module._forward_pre_hooks.values() if hasattr(hook, "compute_weight")
+    ]
 
 
 def _some(reasons: Mapping[str, str]) -> str:

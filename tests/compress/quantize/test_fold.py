@@ -155,3 +155,50 @@ def test_shared_weights_are_folded_first():
     with pytest.raises(ModelError, match=r"'layers.0' shares weights between channels.*fold it first"):
         fold_(model, {"layers.1": "layers.0"})
     assert isinstance(model.layers[1], nn.BatchNorm3d)
+
+
+class Rectified(nn.BatchNorm2d):
+    """A batch norm that does more."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Leaned(nn.Module):
+    """A convolution and a batch norm, with something that makes one more than its plain operation."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.conv, self.norm, self.other = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+        self.kind = kind
+        if kind == "subclass":
+            self.norm = Rectified(4)
+        if kind == "hook":
+            self.norm.register_forward_hook(lambda module, given, out: out * 0.5)
+        if kind == "shared bias":
+            self.other.bias = self.conv.bias
+        if kind == "no module":
+            self.conv = nn.Conv2d(3, 4, 3, bias=False)
+
+    def forward(self, x):
+        x = F.conv2d(x, self.conv.weight) if self.kind == "no module" else self.conv(x)
+        if self.kind == "functional":
+            n = self.norm
+            x = F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias)
+        else:
+            x = self.norm(x)
+        return self.other(x + self.norm.bias[:, None, None] if self.kind == "shift read" else x)
+
+
+@pytest.mark.parametrize("kind", ["subclass", "hook", "shared bias", "shift read", "functional", "no module"])
+def test_a_norm_that_something_else_leans_on_stays_and_says_why(kind):
+    torch.manual_seed(0)
+    model, x = seasoned(Leaned(kind)), torch.randn(2, 3, 6, 6)
+    folds, left = find_folds(model, x)
+    assert not folds
+    assert list(left) == ["norm"]
+
+
+def test_the_same_norm_without_any_of_it_is_folded():
+    folds, left = find_folds(seasoned(Leaned("plain")), torch.randn(2, 3, 6, 6))
+    assert (folds, left) == ({"norm": "conv"}, {})

@@ -228,3 +228,25 @@ def test_grids_that_channel_pruning_cannot_follow_are_refused_by_name(kind):
     quantize_(model, {"0": LayerGrids(weights=WeightGrid(kind=kind))}, correct_bias=False)
     with pytest.raises(ModelError, match=r"no rule for aten.* of '0'"):
         compress.trace(model, torch.zeros(2, 2, 2, 2))
+
+
+def test_a_bias_of_two_layers_makes_good_for_neither_and_is_told():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    model[2].bias = model[0].bias
+    bias = model[0].bias.detach().clone()
+    table, _ = quantizable(model, LayerGrids(weights=WeightGrid(bits=3)))
+    notes = quantize_(model, table, [torch.randn(64, 8)])
+    assert set(notes) == {"0", "2"}
+    assert all("its bias is shared" in why for why in notes.values())
+    assert torch.equal(model[0].bias, bias)
+
+
+def test_a_matrix_beside_a_vector_named_weight_is_listed():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.matrix = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4, 4))
+
+    _, left = quantizable(nn.Sequential(nn.Linear(4, 4), Both()), LayerGrids(weights=WeightGrid()))
+    assert left == {"1": "Both computes in its own way"}
