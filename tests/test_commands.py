@@ -239,3 +239,17 @@ def test_the_shipped_chain_loses_little_and_ends_small(tmp_path):
     assert stages["export"]["accuracy"] > stages["dense"]["accuracy"] - 0.03
     assert stages["export"]["file_bytes"] < stages["dense"]["file_bytes"] / 4
     assert stages["pack"]["file_bytes"] < stages["dense"]["file_bytes"] / 4
+
+
+def test_the_kind_of_weights_reaches_quantize_and_a_state_dict_is_a_checkpoint():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10))
+    made = commands.quantize(model, weights="binary", data="digits", calibration=64)
+    assert all(len(row.abs().unique()) == 1 for row in made.model[3].weight)
+    with pytest.raises(FedpressError, match=r"model: got int"):
+        commands.prune(3)
+
+
+@pytest.mark.parametrize("wrong", [{"models": []}, {"seconds": -1}, {"batches": [0]}, {"threads": []}])
+def test_what_cannot_be_measured_is_said_at_once(wrong):
+    with pytest.raises(FedpressError, match="measure"):
+        commands.measure(**{"models": ["resnet18"], **wrong})

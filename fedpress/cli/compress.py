@@ -175,7 +175,7 @@ def measure(
             threads=_whole("--threads", threads),
             seconds=seconds,
             input_shape=shape_of(input_shape),
-            weights=checkpoint,
+            checkpoint=checkpoint,
         )
     terminal.show_measures(out_stream, found["records"])
     for name, why in found["left_out"].items():

@@ -14,6 +14,7 @@ from fedpress import run as runs
 from fedpress.commands.order import Order, Result, as_words
 from fedpress.commands.subject import Subject, holding
 from fedpress.data import FederatedData
+from fedpress.errors import ModelError
 from fedpress.folder import RunFolder
 
 Model = str | Path | nn.Module
@@ -25,7 +26,7 @@ def call(
     *,
     data: str | FederatedData | None = None,
     path: str | Path | None = None,
-    weights: str | Path | None = None,
+    checkpoint: str | Path | None = None,
     input_shape: tuple[int, ...] | None = None,
     out: str | Path | None = None,
     **settings: Any,
@@ -37,7 +38,7 @@ def call(
         model: the folder of a model or of a run, a packed file, `module:function`, or a module, which is not changed.
         data: a source such as "cifar10", or a loaded data set; by default that of the run that left the model.
         path: where the source finds its files.
-        weights: a state dict for `module:function`.
+        checkpoint: a state dict for `module:function`.
         input_shape: of one example, for a module or function without data.
         out: the run folder to write; without one the result lives in memory alone.
         settings: the keys of the stage.
@@ -45,11 +46,13 @@ def call(
     Raises:
         FedpressError: if something does not fit, saying what; before any work where it can be known.
     """
+    if not isinstance(model, nn.Module | str | Path):
+        raise ModelError(f"model: got {type(model).__name__}, expected a torch.nn.Module, a path or module:function")
     with ExitStack() as stack:
         if isinstance(model, nn.Module):
             subject = Subject(stack.enter_context(holding(model)))
         else:
-            subject = Subject.find(model, weights=Path(weights) if weights is not None else None)
+            subject = Subject.find(model, weights=Path(checkpoint) if checkpoint is not None else None)
         shape = data.example_shape if isinstance(data, FederatedData) else input_shape
         order = Order.bind(
             kind,

@@ -31,7 +31,7 @@ def measure(
     threads: Sequence[int] = (1, 2),
     seconds: float = 1.0,
     input_shape: tuple[int, ...] | None = None,
-    weights: Path | None = None,
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
     """Measures every model in torch and, exported, in the runtime of each format; exported files in their own.
 
@@ -44,7 +44,7 @@ def measure(
         threads: numbers of threads.
         seconds: for each model, runtime, batch size and number of threads.
         input_shape: of one example, for functions.
-        weights: a state dict for a function.
+        checkpoint: a state dict for a function.
 
     Returns:
         `records`, one for each pair of model and runtime, as `fedpress.deploy.measure` says, "parameters" besides; and
@@ -54,6 +54,10 @@ def measure(
         ExportError: if a format is unknown, its packages are missing, or a model cannot be exported or run.
         ModelError: if there is no model, or models take inputs of different shapes.
     """
+    if not models:
+        raise ModelError("measure: no model was given; give folders, packed or exported files, or module:function")
+    if not seconds > 0 or not batches or not threads or min(*batches, *threads) < 1:
+        raise ExportError("measure: seconds, batches and threads must be above 0")
     _check_formats(formats or ())
     left_out: dict[str, str] = {}
     subjects: dict[str, nn.Module | Path] = {}
@@ -69,7 +73,7 @@ def measure(
                 subjects[name], counts[name] = Path(given), _counts(near[1], shape) if near and shape else (None, 0, 0)
                 shapes[name] = _known(name, shape)
                 continue
-            spec, model = _load(given, input_shape, weights)
+            spec, model = _load(given, input_shape, checkpoint)
             model.eval()
             subjects[name], counts[name] = model, _counts(model, spec.input_shape)
             shapes[name] = spec.input_shape

@@ -66,6 +66,8 @@ class Subject:
         if self.run is None:
             return None
         settings = read_json(self.run / "settings.json")
+        if not isinstance(settings.get("data"), dict) or "source" not in settings["data"]:
+            raise ModelError(f"{self.run / 'settings.json'}: it does not say what data the run had; give --data")
         table = {key: value for key, value in settings["data"].items() if value is not None}
         if table["source"] == NOTHING:
             return None

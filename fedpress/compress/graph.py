@@ -39,8 +39,11 @@ class Layer:
 
     @property
     def unit(self) -> int:
-        """Width that goes with one removable channel: 1, or more where channels are tied (groups, heads)."""
-        return next((s.index.shape[1] for s in self.slices if s.role == "write"), 1)
+        """Width that goes with one removable channel: 1, or more where channels are tied (groups, heads).
+
+        What reads the channel tells it: of a recurrent or gated layer several rows of weights write one unit.
+        """
+        return min((s.index.shape[1] for s in self.slices if s.role in ("write", "read")), default=1)
 
     def role(self, role: str) -> list[Slice]:
         """Returns the slices with this role."""

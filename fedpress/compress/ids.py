@@ -25,6 +25,7 @@ class Value:
     zero: bool = False  # it holds weights, or powers of them, so that masked channels are zero
     weights: bool = False  # it is computed from parameters and buffers alone
     trained: bool = False  # a parameter is among them
+    given: bool = False  # it depends on what the model is given
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Ids:
         self.preferred: list[Ints] = []
         self.sized: list[Sized] = []
         self.products: list[Product] = []
-        self.alone: set[int] = set()  # products of weights alone: as many for a batch as for one example
+        self.alone: set[int] = set()  # products that no input has a part in: as many for a batch as for one example
 
     @property
     def place(self) -> str:

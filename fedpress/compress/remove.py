@@ -65,7 +65,7 @@ def check_parity(
     Both run in evaluation mode on a random batch shaped like `example` (floats are drawn, integers taken as given).
 
     Returns:
-        The largest difference of an output, relative to the largest output or to 1.
+        The largest difference of an output, relative to the largest number in it, or to 1e-6.
 
     Raises:
         ModelError: if the pruned network does not run, or the difference is above `tolerance` or not a number.
@@ -80,7 +80,10 @@ def check_parity(
     cure = "a size written into its forward may be at fault: name that module in `whole`, or prune another way"
     try:
         pairs = list(zip(_flat(masked(*batch)), _flat(small(*batch)), strict=True))
-        worst = max(((a - b).abs().max() / a.abs().max().clamp_min(1)).item() for a, b in pairs)
+        # Of tensors, since the largest of Python's numbers is not always NaN where one of them is.
+        worst = (
+            torch.stack([((a - b).abs().max() / a.abs().max().clamp_min(1e-6)).double() for a, b in pairs]).max().item()
+        )
     except (RuntimeError, ValueError, IndexError) as error:
         raise ModelError(f"the pruned network does not run ({str(error).splitlines()[0]}); {cure}") from error
     if not worst <= tolerance:

@@ -159,7 +159,7 @@ def _walk(
             trained = node.name in signature.inputs_to_parameters
             values[node] = Value(shape, axes, zero=True, weights=True, trained=trained)
         elif node.op in ("placeholder", "get_attr"):
-            values[node] = Value(shape, (None,) * len(shape))
+            values[node] = Value(shape, (None,) * len(shape), given=node.name in signature.user_inputs)
         elif node.op == "output":
             ids.operation = ""
             for value in _values(torch.fx.node.map_arg(node.args, values.get)):
@@ -173,6 +173,8 @@ def _walk(
             at = node.meta.get("custom", {}).get(TAG)
             ids.call = None if at is None else REBUILT if at < 0 else calls[at]
             values[node] = _call(node, shape, values, ids)
+            if _mutates(node) and any(v.given for v in _values(values[node])):
+                _mark_written(node.args[0], values)
     return owners, [name for name, use in used.items() if not use]
 
 
@@ -180,11 +182,22 @@ def _live(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     """Returns the nodes that an output depends on, and those that change a tensor in place."""
     live: set[torch.fx.Node] = set()
     for node in reversed(graph.nodes):
-        schema = getattr(node.target, "_schema", None)
-        if node.op == "output" or node in live or (schema is not None and schema.is_mutable):
+        if node.op == "output" or node in live or _mutates(node):
             live.add(node)
             live.update(node.all_input_nodes)
     return live
+
+
+def _mutates(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def _mark_written(node: Any, values: dict[torch.fx.Node, Any]) -> None:
+    """Notes that what an operation in place wrote into, and what that is a part of, depends on the inputs now."""
+    while isinstance(node, torch.fx.Node) and isinstance(values.get(node), Value):
+        values[node] = replace(values[node], given=True)
+        node = node.args[0] if node.args else None
 
 
 def _call(node: torch.fx.Node, shape: tuple[int, ...], values: Mapping[torch.fx.Node, Any], ids: Ids) -> Any:
@@ -204,11 +217,15 @@ def _call(node: torch.fx.Node, shape: tuple[int, ...], values: Mapping[torch.fx.
     zero = zero_stays(node.target, given)
     weights = bool(given) and all(v.weights for v in given)
     trained = weights and any(v.trained for v in given)
-    if weights:
+    dependent = any(v.given for v in [*given, *_values(list(options.values()))])
+    if not dependent:
         ids.alone.update(range(counted, len(ids.products)))
     if isinstance(axes, list):
-        return [Value(tuple(v.shape), a, zero, weights, trained) for v, a in zip(node.meta["val"], axes, strict=True)]
-    return Value(shape, axes, zero, weights, trained)
+        return [
+            Value(tuple(v.shape), a, zero, weights, trained, dependent)
+            for v, a in zip(node.meta["val"], axes, strict=True)
+        ]
+    return Value(shape, axes, zero, weights, trained, dependent)
 
 
 def _shape(node: torch.fx.Node) -> tuple[int, ...]:

@@ -40,7 +40,7 @@ from fedpress.compress.sparse import (
 from fedpress.compress.sparse.levels import level_densities
 from fedpress.compress.sparse.masks import Scope
 from fedpress.compress.sparse.scores import gradients
-from fedpress.errors import RecipeError
+from fedpress.errors import RecipeError, did_you_mean
 from fedpress.folder import StageFolder
 from fedpress.seeds import derive, generator
 from fedpress.stages.public import calibration
@@ -200,6 +200,13 @@ class SparsifyStage(TrainSettings):
         weights = find_weights(model, keep_first=self.keep_first, keep_last=self.keep_last, keep=self.keep)
         pattern = Pattern.parse(self.pattern)
         misfits = {w.name: why for w in weights.chosen if (why := pattern.misfit(w)) is not None}
+        known = [w.name for w in weights.chosen]
+        for name in self.densities:
+            if name not in known:
+                why = weights.dense.get(name)
+                hint = f" ({why})" if why else did_you_mean(name, known)
+                some = ", ".join(known[:3])
+                raise RecipeError(f"sparsify.densities: no weight '{name}' gets zeros here{hint}; use such as {some}")
         chosen = tuple(w for w in weights.chosen if w.name not in misfits)
         if not chosen:
             name, why = next(iter(misfits.items()))

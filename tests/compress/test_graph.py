@@ -8,7 +8,7 @@ from torch import nn
 from zoo import Plain, Residual, make
 
 from fedpress.compress import check_parity, macs, parameters, remove_, score, trace
-from fedpress.compress.planning import make_plan
+from fedpress.compress.planning import allowed_widths, make_plan
 from fedpress.errors import ModelError
 
 
@@ -176,7 +176,7 @@ def test_numbers_that_follow_by_themselves_are_left_to_the_code():
 def test_heads_go_whole_and_the_normalised_stream_stays():
     graph = trace(*make("vit-torch"))
     heads = by_name(graph, "blocks.0.1.inner")
-    assert (heads.channels, heads.unit) == (4, 18)
+    assert (heads.channels, heads.unit) == (4, 6)
     rows = next(s.index for s in heads.slices if s.tensor.endswith("in_proj_weight"))
     assert rows[1].tolist() == [24 * part + 6 + i for part in range(3) for i in range(6)]
     assert "a mean over channels in aten.layer_norm" in graph.whole["patch"]
@@ -240,7 +240,7 @@ def test_channels_that_an_unsaved_buffer_follows_stay_whole():
     assert "buffer 'scale'" in bound.whole["a"]
 
 
-def test_products_of_weights_alone_are_counted_once_whatever_the_batch():
+def test_products_that_no_input_has_a_part_in_are_counted_once_whatever_the_batch():
     class Biased(nn.Module):
         def __init__(self):
             super().__init__()
@@ -248,7 +248,8 @@ def test_products_of_weights_alone_are_counted_once_whatever_the_batch():
             self.register_buffer("places", torch.randn(7, 3))
 
         def forward(self, x):
-            return self.head(self.a(x).relu() + self.b(self.places).mean(0))
+            drawn = self.b(torch.arange(6.0).view(2, 3)).mean(0)
+            return self.head(self.a(x).relu() + self.b(self.places).mean(0) + drawn)
 
     model = Biased().eval()
     for batch in (1, 2, 5):
@@ -281,3 +282,17 @@ def test_a_weight_that_is_multiplied_is_what_writes_the_channels(first, shape, t
     (found,) = score(model, graph, "l1")
     wanted = model.a.weight.abs().sum((1, 2, 3))
     torch.testing.assert_close(found / found.mean(), (wanted / wanted.mean()).detach())
+
+
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
+def test_widths_of_recurrent_layers_become_multiples_too(cell):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = cell(5, 48, batch_first=True), nn.Linear(48, 3)
+
+        def forward(self, x):
+            return self.head(self.cell(x)[0][:, -1])
+
+    graph = trace(Recurrent(), torch.randn(2, 4, 5))
+    assert allowed_widths(by_name(graph, "cell"), 8, 0.0) == [8, 16, 24, 32, 40, 48]

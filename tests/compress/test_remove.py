@@ -141,3 +141,38 @@ def test_groups_of_one_input_each_that_were_wider_come_back_from_the_spec(tmp_pa
     save_model(tmp_path, spec.model_copy(update=changed), small)
     back = load_model(tmp_path)[1].eval()
     torch.testing.assert_close(back(x), small(x))
+
+
+class Two(nn.Module):
+    """A network of two outputs, the second scaled."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.a, self.head, self.scale = nn.Linear(4, 16), nn.Linear(16, 3), scale
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.head(x), self.head(x).sum(1) * self.scale
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_number_that_is_none_in_any_output_is_seen(scale):
+    model, x = Two(1.0), torch.randn(2, 4)
+    graph = trace(model, x)
+    cut, small = halved(model, graph), deepcopy(model)
+    remove_(small, cut)
+    check_parity(model, small, cut, x)
+    small.scale = scale
+    with pytest.raises(ModelError, match="differs from the masked one"):
+        check_parity(model, small, cut, x)
+
+
+def test_outputs_of_any_size_are_compared_relative_to_it():
+    model, x = Two(1e-4), torch.randn(2, 4)
+    graph = trace(model, x)
+    cut, small = halved(model, graph), deepcopy(model)
+    remove_(small, cut)
+    check_parity(model, small, cut, x)
+    small.scale = 1.05e-4
+    with pytest.raises(ModelError, match="differs from the masked one"):
+        check_parity(model, small, cut, x)

@@ -129,12 +129,12 @@ def quantize_(
             notes[name] = "forward never calls it, so its weights are rounded to the nearest"
     settle_(model)
     if correct_bias:
-        biases = [p for n, p in model.named_parameters(remove_duplicate=False) if n.rpartition(".")[2] == "bias"]
+        biases = [module._parameters.get("bias") for module in model.modules()]
         for name, layer in layers.items():
             assert isinstance(layer, QuantLayer)
             if name not in means:
                 continue
-            if sum(bias is layer.bias for bias in biases) > 1:
+            if layer.bias is not None and sum(bias is layer.bias for bias in biases) > 1:
                 notes[name] = "its bias is shared, and does not make good for its rounding"
             elif isinstance(layer.bias, Tensor):
                 layer.bias -= _shift(means[name], layer.weight.detach() - before[name])

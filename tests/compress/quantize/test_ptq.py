@@ -250,3 +250,26 @@ def test_a_matrix_beside_a_vector_named_weight_is_listed():
 
     _, left = quantizable(nn.Sequential(nn.Linear(4, 4), Both()), LayerGrids(weights=WeightGrid()))
     assert left == {"1": "Both computes in its own way"}
+
+
+def test_a_module_of_two_names_keeps_its_bias_correction():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+            self.other = self.one
+
+        def forward(self, x):
+            return self.head(self.other(x).relu())
+
+    table = {"one": LayerGrids(weights=WeightGrid(bits=3))}
+    assert quantize_(Named(), table, [torch.randn(64, 8)]) == {}
+
+
+def test_a_group_larger_than_a_channel_is_the_channel():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8))
+    whole = copy.deepcopy(model)
+    for each, group in ((model, 10**9), (whole, None)):
+        quantize_(each, {"0": LayerGrids(weights=WeightGrid(bits=4, group=group))}, correct_bias=False)
+    assert torch.equal(model[0].weight, whole[0].weight)
