@@ -278,7 +278,10 @@ def _sentence(error: ValidationError, tree: dict[str, Any]) -> str:
     """The first mistake in one sentence; an unknown key goes before the rest, since a misspelt key is also missing."""
     found = error.errors(include_url=False)
     first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
-    more = len({_place(e, tree) for e in found}) - 1
+    # A list of which a part is wrong is also called too short: that follows from it, and is no mistake of its own.
+    inner = [e["loc"] for e in found]
+    own = [e for e in found if not any(len(i) > len(e["loc"]) and i[: len(e["loc"])] == e["loc"] for i in inner)]
+    more = len({_place(e, tree) for e in own}) - 1
     return f"{_place(first, tree)}: {_complaint(first)}" + (f" ({more} more)" if more else "")
 
 

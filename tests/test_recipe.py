@@ -188,3 +188,11 @@ def test_the_schema_is_json_and_knows_every_stage():
     kinds = page["properties"]["stage"]["items"]["discriminator"]["mapping"]
     assert {"train", "prune", "federate", "export"} <= set(kinds)
     assert "num_rounds" in page["$defs"]["FederateStage"]["properties"]
+
+
+def test_one_misspelt_key_of_a_stage_is_one_mistake():
+    text = '[data]\nsource = "digits"\n[model]\narchitecture = "cnn"\n[[stage]]\nkind = "prune"\n'
+    with pytest.raises(RecipeError, match=r"did you mean 'keep_params'\?$"):
+        recipes.load(text + "keep_param = 0.5\n")
+    with pytest.raises(RecipeError, match=r"\(1 more\)$"):
+        recipes.load(text + "keep_param = 0.5\nscor = 'l1'\n")
