@@ -275,7 +275,7 @@ class Fit:
         hidden = _hidden(self.model) if muon else []
         ids = {id(p) for p in hidden}
         rest = [p for p in (*trainable(self.model), *trainable(self.helpers)) if id(p) not in ids]
-        if not rest and not hidden:
+        if not rest and not hidden and s.epochs:
             raise TrainingError(NOTHING_TO_TRAIN)
         # Decay acts on weights only: norms and biases have one dimension.
         groups = [

@@ -253,3 +253,29 @@ def test_the_kind_of_weights_reaches_quantize_and_a_state_dict_is_a_checkpoint()
 def test_what_cannot_be_measured_is_said_at_once(wrong):
     with pytest.raises(FedpressError, match="measure"):
         commands.measure(**{"models": ["resnet18"], **wrong})
+
+
+def test_a_call_leaves_the_random_numbers_of_its_caller_alone():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    torch.manual_seed(3)
+    wanted = torch.rand(2)
+    torch.manual_seed(3)
+    commands.prune(model, keep_params=0.5, input_shape=(1, 8, 8))
+    assert torch.equal(torch.rand(2), wanted)
+
+
+def test_a_frozen_model_takes_zeros_without_training():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
+    made = commands.sparsify(model.requires_grad_(False), density=0.5, input_shape=(1, 8, 8))
+    assert int((made.model[3].weight == 0).sum()) == 512
+    with pytest.raises(FedpressError, match="nothing to train"):
+        commands.sparsify(model, density=0.5, data="digits", epochs=1)
+
+
+def test_a_model_that_torch_cannot_copy_names_the_way_round():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model[1])
+    model(torch.zeros(1, 64))
+    with pytest.raises(FedpressError, match=r"cannot be copied.*parametrizations\.weight_norm"):
+        commands.prune(model, keep_params=0.5, input_shape=(1, 8, 8))

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fedpress import run as runs
@@ -49,6 +50,7 @@ def call(
     if not isinstance(model, nn.Module | str | Path):
         raise ModelError(f"model: got {type(model).__name__}, expected a torch.nn.Module, a path or module:function")
     with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))  # the caller's random numbers stay theirs
         if isinstance(model, nn.Module):
             subject = Subject(stack.enter_context(holding(model)))
         else:

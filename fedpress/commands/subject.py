@@ -101,7 +101,14 @@ def held(name: str) -> nn.Module:
     """
     if name not in _held:
         raise ModelError("model: this one lived in the memory of another program; give module:function in its place")
-    return copy.deepcopy(_held[name])
+    try:
+        return copy.deepcopy(_held[name])
+    except RuntimeError as error:  # torch copies no tensor that was computed from others
+        raise ModelError(
+            f"model: it cannot be copied ({str(error).splitlines()[0]}); "
+            "if the old torch.nn.utils.weight_norm is in it, take "
+            "torch.nn.utils.parametrizations.weight_norm"
+        ) from error
 
 
 def no_data(path: Path) -> FederatedData:

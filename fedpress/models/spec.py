@@ -101,6 +101,8 @@ class ModelSpec(BaseModel):
         arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in self.arguments.items()}
         try:
             model = builder(**arguments)
+        except ModelError:
+            raise
         except Exception as error:  # a user's function may raise anything
             raise ModelError(f"model.arguments: '{self.architecture}' cannot be built: {error}") from error
         if not isinstance(model, nn.Module):
