@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedpress.quantized import InputGrid, affine
+from fedpress.grids import InputGrid, affine
 
 BINS = 2048
 Observer = Literal["minmax", "percentile", "mse", "entropy"]

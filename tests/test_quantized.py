@@ -10,17 +10,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from fedpress.errors import ModelError
-from fedpress.quantized import (
-    InputGrid,
-    LayerGrids,
-    QuantConv2d,
-    WeightGrid,
-    affine,
-    fold_layers_,
-    quantize_layers_,
-    quantized_layers,
-    settle_,
-)
+from fedpress.grids import InputGrid, LayerGrids, WeightGrid, affine
+from fedpress.quantized import QuantConv2d, fold_layers_, quantize_layers_, quantized_layers, settle_
 
 GRIDS = [
     WeightGrid(),

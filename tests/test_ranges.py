@@ -3,7 +3,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fedpress.quantized import InputGrid, affine
+from fedpress.grids import InputGrid, affine
 from fedpress.ranges import BINS, OBSERVERS, Histogram
 
 BYTE = InputGrid()

@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 
 from fedpress.deploy.capture import BATCH, capture, silence
 from fedpress.errors import ExportError
-from fedpress.quantized import KINDS, InputGrid, QuantLayer, affine, quantized_layers, settle_
+from fedpress.grids import InputGrid, affine
+from fedpress.quantized import KINDS, QuantLayer, quantized_layers, settle_
 from fedpress.ranges import OBSERVERS, Histogram, Observer
 
 Activations = Literal["uint8", "int8"]

@@ -14,12 +14,13 @@ from torch.nn.parameter import is_lazy
 
 from fedpress.calls import Numbers, numbers_in, set_numbers_
 from fedpress.errors import ModelError, did_you_mean
+from fedpress.grids import LayerGrids
 from fedpress.layers import depthwise, replace_, set_groups_, tensor
 from fedpress.masked import take_in_
 from fedpress.models.plain import CNN, MLP
 from fedpress.models.resnet import resnet18, resnet_small
 from fedpress.models.trust import check_builder, trust
-from fedpress.quantized import LayerGrids, fold_layers_, quantize_layers_
+from fedpress.quantized import fold_layers_, quantize_layers_
 
 ARCHITECTURES: dict[str, Any] = {"resnet18": resnet18, "resnet-small": resnet_small, "cnn": CNN, "mlp": MLP}
 

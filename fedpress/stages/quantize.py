@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from fedpress import training
 from fedpress.compress import quantize as quantizing
 from fedpress.folder import StageFolder
+from fedpress.grids import InputGrid, LayerGrids, WeightGrid
 from fedpress.models import ModelSpec
-from fedpress.quantized import InputGrid, LayerGrids, WeightGrid, quantize_layers_, quantized_layers, settle_
+from fedpress.quantized import quantize_layers_, quantized_layers, settle_
 from fedpress.seeds import derive
 from fedpress.stages.public import calibration
 from fedpress.stages.teaching import TaughtSettings, train_

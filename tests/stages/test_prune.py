@@ -14,8 +14,8 @@ from fedpress import run as runs
 from fedpress.compress import SCORES, PruningPlan
 from fedpress.errors import DataError, ModelError, RecipeError, TrainingError
 from fedpress.folder import RunFolder
+from fedpress.grids import LayerGrids, WeightGrid
 from fedpress.models import load_model
-from fedpress.quantized import LayerGrids, WeightGrid
 from fedpress.stages import PruneStage
 from fedpress.state import StageFinished
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from fedpress import storage
 from fedpress.errors import ModelError
+from fedpress.grids import InputGrid, LayerGrids, WeightGrid
 from fedpress.models import ModelSpec, save_model
-from fedpress.quantized import InputGrid, LayerGrids, WeightGrid, fold_layers_, quantize_layers_, settle_
+from fedpress.quantized import fold_layers_, quantize_layers_, settle_
 from fedpress.storage import container
 from fedpress.storage.packed import decode, encode
 

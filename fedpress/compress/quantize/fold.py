@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 
 from fedpress.compress.graph import Example, export, inputs
 from fedpress.errors import ModelError
-from fedpress.quantized import QuantLayer, fold_layers_, mended, settle_
+from fedpress.grids import mended
+from fedpress.quantized import QuantLayer, fold_layers_, settle_
 
 TAKERS = {
     torch.ops.aten.linear.default,

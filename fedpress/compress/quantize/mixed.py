@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fedpress.compress.quantize.rounding import best_scale
 from fedpress.errors import DataError, RecipeError
+from fedpress.grids import LayerGrids, WeightGrid, grouped, rounded, spread
 from fedpress.layers import tensor
-from fedpress.quantized import LayerGrids, WeightGrid, grouped, rounded, spread
 
 CELLS = 4096  # steps that a budget is counted in: a choice is at most one step per layer below the best
 

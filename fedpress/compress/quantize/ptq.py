@@ -12,8 +12,9 @@ from fedpress.compress.quantize.cluster import shared_values
 from fedpress.compress.quantize.ranges import Batch, calibrate_, run_watched
 from fedpress.compress.quantize.rounding import as_batch, best_scale, patches, round_second_order_, second_moment
 from fedpress.errors import DataError, ModelError, did_you_mean
+from fedpress.grids import LayerGrids
 from fedpress.layers import tensor
-from fedpress.quantized import LayerGrids, QuantLayer, quantize_layers_, settle_, why_not
+from fedpress.quantized import QuantLayer, quantize_layers_, settle_, why_not
 from fedpress.ranges import Observer
 
 Rounding = Literal["nearest", "second-order"]

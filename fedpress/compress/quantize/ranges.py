@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fedpress.errors import DataError, ModelError
-from fedpress.quantized import affine, quantized_layers
+from fedpress.grids import affine
+from fedpress.quantized import quantized_layers
 from fedpress.ranges import OBSERVERS, Histogram, Observer
 
 Batch = Tensor | tuple[Tensor, ...]  # a tuple: of a model with several inputs

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedpress.quantized import QuantLayer, WeightGrid, first_scale, grouped, mended, rounded
+from fedpress.grids import WeightGrid, first_scale, grouped, mended, rounded
+from fedpress.quantized import QuantLayer
 
 BLOCK = 128
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from fedpress.compress.quantize import calibrate_
 from fedpress.errors import DataError, ModelError
-from fedpress.quantized import InputGrid, LayerGrids, affine, quantize_layers_
+from fedpress.grids import InputGrid, LayerGrids, affine
+from fedpress.quantized import quantize_layers_
 from fedpress.ranges import OBSERVERS, Histogram
 
 BYTE = InputGrid()

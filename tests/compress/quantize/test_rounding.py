@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedpress.compress.quantize.rounding import best_scale, patches, round_second_order_, second_moment
-from fedpress.quantized import LayerGrids, WeightGrid, grouped, quantize_layers_
+from fedpress.grids import LayerGrids, WeightGrid, grouped
+from fedpress.quantized import quantize_layers_
 
 
 def on_grid(layer, grid):

@@ -9,7 +9,8 @@ from torch import nn
 
 from fedpress.compress.quantize import find_folds, fold_, quantizable, quantize_
 from fedpress.errors import ModelError
-from fedpress.quantized import InputGrid, LayerGrids, WeightGrid, quantized_layers
+from fedpress.grids import InputGrid, LayerGrids, WeightGrid
+from fedpress.quantized import quantized_layers
 
 FOLDED = {
     "plain": 2,
