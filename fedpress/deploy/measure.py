@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fedpress.deploy.capture import capture, require, silence
-from fedpress.deploy.formats import Runner, of_file, open_file
+from fedpress.deploy.formats import Runner, file_bytes, of_file, open_file
 from fedpress.errors import ExportError
 
 Subject = nn.Module | Path
@@ -363,4 +363,4 @@ def _bytes(subject: Subject) -> int:
     if isinstance(subject, nn.Module):
         unique = {t.data_ptr(): t for t in subject.state_dict().values()}
         return sum(t.numel() * t.element_size() for t in unique.values())
-    return Path(subject).stat().st_size
+    return file_bytes(subject)
