@@ -167,7 +167,7 @@ def test_bad_calibration_and_bad_weights_are_clear_errors(x):
     with pytest.raises(ExportError, match=r"batch is float32 \[2, 5, 8, 8\], expected"):
         quantized_program(model, SHAPE, [torch.zeros(2, 5, 8, 8)])
     model.head.weight.data[0, 0] = torch.inf
-    with pytest.raises(ExportError, match="'head.weight' has NaN or infinite values"):
+    with pytest.raises(ExportError, match=r"'head\.weight' has NaN or infinite values"):
         quantized_program(model, SHAPE, [x])
 
 
