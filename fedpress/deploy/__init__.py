@@ -1,7 +1,7 @@
 """From a trained model to a file that a device runs: export, parity with the model, latency."""
 
 from fedpress.deploy.artifact import Artifact, Job
-from fedpress.deploy.formats import FORMATS, Format, export, open_file
+from fedpress.deploy.formats import FORMATS, Format, export, file_bytes, open_file
 from fedpress.deploy.measure import export_all, measure, peak_memory, time_in_turn
 from fedpress.deploy.ondevice import DeviceModel, export_training
 from fedpress.deploy.onnx import export_onnx
@@ -24,6 +24,7 @@ __all__ = [
     "export_all",
     "export_onnx",
     "export_training",
+    "file_bytes",
     "file_logits",
     "latency",
     "logits",

@@ -40,6 +40,10 @@ class Job:
     observer: Observer = "minmax"
     weight_bits: Literal[7, 8] = 8
 
+    def __post_init__(self) -> None:
+        if isinstance(self.batches, Tensor):
+            raise ExportError("export: batches is one tensor; give a tuple of batches, such as x.split(64)")
+
     def words(self) -> dict[str, str]:
         """Says in the file's own words what a device must do with a raw example."""
         how = "float32 [N, *input_shape]: bytes / 255 (floats as they are), then (x - mean) / std per channel if given"

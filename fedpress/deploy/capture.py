@@ -33,7 +33,7 @@ def require(*packages: str, install: str = "") -> dict[str, Any]:
         install: what to give to pip; empty if the packages are called as they are imported.
 
     Raises:
-        ExportError: if one is missing, with the command that installs it.
+        ExportError: if one is missing or cannot be loaded, with the command that installs it.
 
     >>> require("json")["json"].loads("1")
     1
@@ -43,6 +43,11 @@ def require(*packages: str, install: str = "") -> dict[str, Any]:
     except ImportError as error:
         name = error.name or packages[0]
         command = install or " ".join(packages)
+        if not isinstance(error, ModuleNotFoundError):
+            raise ExportError(
+                f"export: the package {name!r} is there but cannot be loaded ({error}); "
+                f"run `pip install --force-reinstall {command}`"
+            ) from error
         raise ExportError(f"export: the package {name!r} is missing; run `pip install {command}`") from error
 
 
@@ -57,8 +62,9 @@ def capture(
         batch: the batch size of the graph; None leaves it free.
 
     Raises:
-        ExportError: if the model cannot be captured, naming the module.
+        ExportError: if the model cannot be captured, naming the module, or if a parameter is not finite, naming it.
     """
+    check_finite(model)
     takes = f"[N, {', '.join(map(str, input_shape))}]"
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
     example = torch.zeros(batch or 2, *input_shape)  # two, because torch.export takes a size of one for a constant
@@ -72,6 +78,16 @@ def capture(
         first = said.strip().splitlines()[0].rstrip(".") if said.strip() else type(error).__name__
         reason = known[0] if known else f"{first}; check that it takes a float32 batch {takes}"
         raise ExportError(f"export: {_blame(model, error)} cannot be captured: {reason}") from error
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raises ExportError, with the name, if a parameter is NaN or infinite, or a statistic of a batch norm is NaN."""
+    statistics = [(n, b) for n, b in model.named_buffers() if n.rpartition(".")[2] in ("running_mean", "running_var")]
+    for name, tensor in [*model.named_parameters(), *statistics]:
+        if not bool(torch.isfinite(tensor).all()):
+            raise ExportError(
+                f"export: {name!r} has NaN or infinite values; load a checkpoint from before training broke"
+            )
 
 
 def _blame(model: nn.Module, error: BaseException) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from fedpress.deploy.artifact import Job
 from fedpress.deploy.capture import capture, silence
 from fedpress.deploy.qdq import quantized_program
+from fedpress.errors import ExportError
 from fedpress.quantized import quantized_layers
 
 aten = torch.ops.aten
@@ -62,9 +63,13 @@ def device_graph(model: nn.Module, job: Job) -> DeviceGraph:
         assert isinstance(graph, fx.GraphModule)
         found = DeviceGraph(graph, dict(made.left), made.program, bool(job.batches))
     else:
-        plain = capture(model, job.input_shape).module(check_guards=False)
+        with silence():
+            plain = capture(model, job.input_shape).module(check_guards=False)
         assert isinstance(plain, fx.GraphModule)
         found = DeviceGraph(plain)
+    outputs = next(len(n.all_input_nodes) for n in found.graph.graph.nodes if n.op == "output")
+    if outputs != 1:
+        raise ExportError(f"export: the model returns {outputs} tensors; its forward must return the logits alone")
     _keep_spatial_means_(found.graph)
     return found
 
@@ -78,7 +83,7 @@ def _keep_spatial_means_(graph: fx.GraphModule) -> None:
     for node in [n for n in graph.graph.nodes if n.target is aten.mean.dim]:
         source, dims, *keep = node.args
         value = source.meta.get("val")
-        if value is None or value.dim() != 4 or any(keep) or {d % 4 for d in dims} != {2, 3}:
+        if value is None or value.dim() != 4 or any(keep) or node.kwargs or {d % 4 for d in dims} != {2, 3}:
             continue
         with graph.graph.inserting_before(node):
             kept = graph.graph.call_function(aten.mean.dim, (source, [-1, -2], True))
@@ -88,6 +93,16 @@ def _keep_spatial_means_(graph: fx.GraphModule) -> None:
             flat = graph.graph.call_function(aten.view.default, (kept, [-1, value.shape[1]]))
         node.replace_all_uses_with(flat)
         graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def read_alone_(graph: fx.GraphModule) -> None:
+    """Gives every reader of a rounded value a dequantization of its own, so that any of them can be taken out."""
+    for node in list(graph.graph.nodes):
+        if node.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default:
+            for user in list(node.users)[1:]:
+                with graph.graph.inserting_after(node):
+                    user.replace_input_with(node, graph.graph.node_copy(node))
     graph.recompile()
 
 

@@ -15,10 +15,11 @@ import torch
 
 from fedpress.deploy.artifact import Artifact, Job, write
 from fedpress.deploy.capture import require, silence
-from fedpress.deploy.device import DeviceGraph, device_graph, hush, make_plain_, said, small_weights
+from fedpress.deploy.device import DeviceGraph, device_graph, hush, make_plain_, read_alone_, said, small_weights
 from fedpress.errors import ExportError
 
 INSTALL = "'fedpress[executorch]'"
+FLOAT_INSIDE = ("avg_pool2d", "bmm")  # XNNPACK takes them, but dequantizes what they read
 WORDS = "fedpress"  # the method of the program that returns the file's words
 
 
@@ -42,6 +43,7 @@ def export_executorch(model: torch.nn.Module, path: str | Path, job: Job) -> Art
                 made.left.setdefault(
                     name, "XNNPACK has no kernel for its weights without 8-bit inputs; stored as float"
                 )
+    read_alone_(made.graph)
     words = job.words()
     data, outside = _lower(made, job, words)
     _try(data, job.input_shape)
@@ -79,6 +81,10 @@ def _lower(made: DeviceGraph, job: Job, words: dict[str, str]) -> tuple[bytes, d
             if name in stuck:
                 make_plain_(made.graph, node)
                 outside[name] = "XNNPACK does not take it on integers; computes in float"
+    for part in (m for _, m in edge.exported_program().graph_module.named_children() if hasattr(m, "original_module")):
+        for node in part.original_module.graph.nodes if made.integer else ():
+            if any(f".{name}." in str(node.target) for name in FLOAT_INSIDE):
+                outside.setdefault(_place(node), "XNNPACK has no integer kernel of it; computes in float")
     for node in left:
         outside.setdefault(_place(node), "not taken by XNNPACK; runs in a portable kernel")
     try:
@@ -147,6 +153,11 @@ def open_executorch(path: str | Path, threads: int = 0) -> Callable[[np.ndarray]
     with hush():
         library["executorch.extension.pybindings.portable_lib"]._unsafe_reset_threadpool(threads or os.cpu_count() or 1)
     program, method = load(runtime, path, "forward")
+    if method.metadata.num_inputs() != 1:
+        raise ExportError(
+            f"export: {path} takes {method.metadata.num_inputs()} tensors, as a program that trains "
+            "does; open it with deploy.DeviceModel"
+        )
     sizes = tuple(method.metadata.input_tensor_meta(0).sizes())
 
     def run(x: np.ndarray) -> np.ndarray:

@@ -103,10 +103,25 @@ def of_file(path: str | Path) -> Format:
     return row
 
 
+def file_bytes(path: str | Path) -> int:
+    """Returns how large an artifact is, with the weights that OpenVINO keeps beside its graph.
+
+    Raises:
+        ExportError: if there is no such file.
+    """
+    files = [Path(path)] + ([Path(path).with_suffix(".bin")] if Path(path).suffix == ".xml" else [])
+    for file in files:
+        if not file.exists():
+            raise ExportError(f"export: there is no file {file}; export it again")
+    return sum(file.stat().st_size for file in files)
+
+
 def open_file(path: str | Path, *, threads: int = 0) -> Runner:
     """Loads an artifact and returns a function from float32 examples [n, *input_shape] to logits.
 
     Raises:
         ExportError: if it cannot be loaded.
     """
-    return of_file(path).open(Path(path), threads)
+    row = of_file(path)
+    file_bytes(path)  # whether all of it is there
+    return row.open(Path(path), threads)

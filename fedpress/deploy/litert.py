@@ -19,7 +19,8 @@ from fedpress.errors import ExportError
 INSTALL = "'fedpress[litert]'"
 RUNTIME = "ai_edge_litert.interpreter"
 EIGHT_BITS, FOUR_BITS = 9, 17  # TensorType.INT8 and INT4 of the file format
-QUANTIZE = 114
+FLOAT, QUANTIZE = 0, 114
+MOVES = {"DEQUANTIZE", "RESHAPE", "TRANSPOSE", "SLICE", "BROADCAST_TO", "CONCATENATION", "PAD", "GATHER_ND", "SELECT"}
 READERS = {(3, 1), (4, 1), (9, 1), (6, 0)}
 """What reads weights of four bits: operation (CONV_2D, DEPTHWISE_CONV_2D, FULLY_CONNECTED, DEQUANTIZE) and argument."""
 
@@ -43,7 +44,9 @@ def export_litert(model: nn.Module, path: str | Path, job: Job) -> Artifact:
     for _, node in small_weights(made.graph):
         _round_here_(made.graph, node)
     words = job.words()
-    data = _small(_convert(made, job), words)
+    data, floats = _small(_convert(made, job), words)
+    for name in floats if made.integer else ():
+        made.left.setdefault(name, "LiteRT computes it in float")
     path = Path(path)
     write(path, data)
     return Artifact(path, len(data), words, made.left, made.rounded)
@@ -88,8 +91,12 @@ def _convert(made: DeviceGraph, job: Job) -> bytes:
             ) from error
 
 
-def _small(data: bytes, words: dict[str, str]) -> bytes:
-    """Packs weights of four bits two to a byte, stores codes in place of roundings, and adds the file's words."""
+def _small(data: bytes, words: dict[str, str]) -> tuple[bytes, list[str]]:
+    """Packs weights of four bits two to a byte, stores codes in place of roundings, and adds the file's words.
+
+    Returns:
+        The file, and the operations in it that compute on floats.
+    """
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
 
@@ -110,7 +117,18 @@ def _small(data: bytes, words: dict[str, str]) -> bytes:
         file.metadata = [*(file.metadata or []), entry]
     builder = flatbuffers.Builder(len(data))
     builder.Finish(file.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
+    return bytes(builder.Output()), sorted({name for graph in file.subgraphs for name in _floats(file, graph)})
+
+
+def _floats(file: Any, graph: Any) -> Iterator[str]:
+    """Yields the names of operations that give floats, but for those that only move or convert them."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    names = {value: name for name, value in vars(schema.BuiltinOperator).items() if isinstance(value, int)}
+    for operator in graph.operators:
+        name = names[_code(file, operator)]
+        if name not in MOVES and any(graph.tensors[at].type == FLOAT for at in operator.outputs):
+            yield name
 
 
 def _code(file: Any, operator: Any) -> int:
@@ -173,6 +191,8 @@ def open_litert(path: str | Path, threads: int = 0) -> Callable[[np.ndarray], np
     sizes = tuple(int(size) for size in inside["shape"])
 
     def run(x: np.ndarray) -> np.ndarray:
+        if inside["quantization"][0] and np.isnan(x).any():
+            raise ExportError(f"export: {path} computes on integers, which have no NaN; leave that example out")
         if x.shape != sizes:
             raise ExportError(f"export: {path} takes float32 {list(sizes)}, got {list(x.shape)}; give it one example")
         try:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fedpress.deploy.artifact import Job
 from fedpress.deploy.capture import capture, require, silence
-from fedpress.deploy.formats import FORMATS, Runner, export, of_file, open_file
+from fedpress.deploy.formats import FORMATS, Runner, export, file_bytes, of_file, open_file
 from fedpress.errors import ExportError
 
 Subject = nn.Module | Path
@@ -404,4 +404,4 @@ def _bytes(subject: Subject) -> int:
     if isinstance(subject, nn.Module):
         unique = {t.data_ptr(): t for t in subject.state_dict().values()}
         return sum(t.numel() * t.element_size() for t in unique.values())
-    return Path(subject).stat().st_size
+    return file_bytes(subject)

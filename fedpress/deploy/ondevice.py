@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fedpress.deploy.artifact import Artifact, write
-from fedpress.deploy.capture import require, silence
+from fedpress.deploy.capture import check_finite, require, silence
 from fedpress.deploy.device import hush, said
 from fedpress.deploy.executorch import INSTALL, WORDS, refused_kernel
 from fedpress.errors import ExportError
@@ -63,11 +63,14 @@ def export_training(
         metadata: further words for the file.
 
     Raises:
-        ExportError: if the model draws at random or has parameters of another kind than float32, if it cannot be
-            captured, if the runtime lacks a kernel, or if a gradient comes out wrong; each by name.
+        ExportError: if the model draws at random, mixes examples or has parameters that are not float32, not finite,
+            shared, or out of reach of the loss, if it cannot be captured, if the runtime lacks a kernel, or if a
+            gradient comes out wrong; each by name.
     """
     with silence(), hush():
         require(RUNTIME, "executorch.exir", install=INSTALL)
+    if batch_size < 1:
+        raise ExportError(f"export: batch_size is {batch_size}; give at least 1")
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise ExportError(
@@ -76,6 +79,7 @@ def export_training(
             )
     net = _copy(model)
     example = _example(input_shape, batch_size, net)
+    _check(net, example)
     words = {
         **(metadata or {}),
         "input_shape": json.dumps(list(input_shape)),
@@ -90,10 +94,50 @@ def export_training(
 
 def _copy(model: nn.Module) -> nn.Module:
     net = copy.deepcopy(model).to("cpu").eval()
-    for name, p in net.named_parameters():
+    check_finite(net)
+    first: dict[nn.Parameter, str] = {}
+    for name, p in net.named_parameters(remove_duplicate=False):
+        if first.setdefault(p, name) != name:
+            raise ExportError(
+                f"export: {first[p]!r} and {name!r} are one parameter, which a program for devices cannot train; give "
+                "each module its own"
+            )
         if p.dtype != torch.float32:
             raise ExportError(f"export: parameter {name!r} is {p.dtype}, but devices train float32; convert the model")
+    if not any(p.requires_grad for p in first):
+        raise ExportError("export: no parameter of the model is trainable; set requires_grad = True on some")
     return net
+
+
+def _check(net: nn.Module, example: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Refuses what would train otherwise on a device than here, or not at all.
+
+    A program has one mode, and fills batches up with examples of weight 0, which must not reach the others.
+    """
+    x = example[0]
+    with torch.no_grad():
+        logits = net(x)
+        for module in net.modules():
+            module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)
+        training = net(x)
+        net.eval()
+        others = net(torch.cat([x[:1], 3 * x[1:] + 1]))
+    room = TOLERANCE * max(1.0, logits.abs().max().item())
+    if (training - logits).abs().max() > room:
+        raise ExportError(
+            "export: the model computes otherwise in training than in evaluation mode (dropout?), but a program for "
+            "devices has one mode; take that out of its forward"
+        )
+    if (others - logits)[0].abs().max() > room:
+        raise ExportError(
+            "export: the logits of one example depend on the others of its batch (a batch norm without running "
+            "statistics?), but devices fill batches up; use group norm"
+        )
+    named = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(_Trained(net)(*example)[0], [*named.values()], allow_unused=True)
+    for name, gradient in zip(named, gradients, strict=True):
+        if gradient is None:
+            raise ExportError(f"export: no gradient reaches parameter {name!r}; set its requires_grad = False")
 
 
 def _example(input_shape: tuple[int, ...], batch_size: int, net: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,13 +247,13 @@ def _compare(data: bytes, net: nn.Module, example: tuple[Tensor, Tensor, Tensor]
     loss, _ = device.backward(*example)
     expected, _ = _Trained(net)(*example)
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    gradients = torch.autograd.grad(expected, [*named.values()], allow_unused=True)
+    gradients = torch.autograd.grad(expected, [*named.values()])
     if not torch.allclose(loss, expected.detach(), rtol=TOLERANCE, atol=TOLERANCE):
         raise ExportError(f"export: the program's loss is {loss.item():.4g}, torch's {expected.item():.4g}; report it")
-    for (name, p), gradient in zip(named.items(), gradients, strict=True):
+    for name, gradient in zip(named, gradients, strict=True):
         got = device.gradients().get(name)
-        wanted = torch.zeros_like(p) if gradient is None else gradient
-        if got is None or (got - wanted).abs().max() > TOLERANCE * max(1e-3, wanted.abs().max().item()):
+        room = TOLERANCE * max(1e-3, gradient.abs().max().item())
+        if got is None or not (got - gradient).abs().max() <= room:  # also if it is NaN
             raise ExportError(
                 f"export: ExecuTorch computes a wrong gradient of {name!r}; replace the operations behind it, "
                 "such as overlapping pooling"
@@ -239,17 +283,19 @@ class DeviceModel(nn.Module):
                 self.batch_size = int(self.words["batch_size"])
                 self.input_shape = tuple(json.loads(self.words["input_shape"]))
                 names = json.loads(self.words["parameters"])
-                self._run(*self._padded(torch.zeros(0, *self.input_shape), torch.zeros(0, dtype=torch.int64), 1))
+                _, logits = self._run(*self._padded(torch.zeros(0, *self.input_shape), torch.zeros(0).long(), 1))
+                self.classes = logits.shape[1]
             except (RuntimeError, KeyError, ValueError) as error:
                 if refused := refused_kernel(printed()):
                     raise ExportError(f"export: ExecuTorch has {refused}; replace it") from error
+                reason = "it has no batch size" if isinstance(error, KeyError) else said(error)
                 raise ExportError(
-                    f"export: this is no program that trains: {said(error)}; write one with export_training"
+                    f"export: this is no program that trains: {reason}; write one with export_training"
                 ) from error
         held = self._module.named_parameters()
         for name in names:
             if NET + name not in held:
-                raise ExportError(f"export: no gradient reaches parameter {name!r}; set its requires_grad = False")
+                raise ExportError(f"export: this program does not hold parameter {name!r}; write it again")
             owner: nn.Module = self
             *parts, key = name.split(".")
             for part in parts:
@@ -270,13 +316,18 @@ class DeviceModel(nn.Module):
             The weighted sum of losses, and logits [batch_size, classes]; `gradients` has the gradients of the sum.
 
         Raises:
-            ExportError: if the shapes are others.
+            ExportError: if the shapes are others, or a label is no class.
         """
         wanted = (self.batch_size, *self.input_shape)
         if tuple(x.shape) != wanted or y.shape != weights.shape or y.shape != (self.batch_size,):
             raise ExportError(
                 f"export: the program takes examples {list(wanted)} and labels and weights [{self.batch_size}], got "
                 f"{list(x.shape)}, {list(y.shape)} and {list(weights.shape)}; fill the batch up with weights of 0"
+            )
+        if int(y.min()) < 0 or int(y.max()) >= self.classes:
+            raise ExportError(
+                f"export: labels are {int(y.min())}..{int(y.max())}, but the program has classes "
+                f"0..{self.classes - 1}; give the labels that it was exported for"
             )
         return self._run(x, y, weights)
 
@@ -293,8 +344,12 @@ class DeviceModel(nn.Module):
         """Returns the mean loss over a batch [n, ...] of any size and its gradients, added up over runs of the program.
 
         Raises:
-            ExportError: if examples have another shape.
+            ExportError: if examples have another shape or are not as many as labels, are none, or a label is no class.
         """
+        if not len(x) or len(x) != len(y):
+            raise ExportError(
+                f"export: got {len(x)} examples and {len(y)} labels; give one label each, and at least one"
+            )
         total, gradients = torch.zeros(()), dict[str, Tensor]()
         for part in self._parts(x, y):
             loss, _ = self.backward(*part)
@@ -305,6 +360,8 @@ class DeviceModel(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Returns the logits [n, classes] of examples [n, *input_shape]."""
+        if not len(x):
+            return torch.zeros(0, self.classes)
         labels = torch.zeros(len(x), dtype=torch.int64)
         found = [self.backward(*part)[1] for part in self._parts(x, labels)]
         return torch.cat(found)[: len(x)]

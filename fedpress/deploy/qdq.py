@@ -8,6 +8,7 @@ runs in torch, where it is the oracle of every artifact that is lowered from it.
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -266,6 +267,7 @@ class _Watch(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
         self.seen: dict[fx.Node, Histogram] = {}
+        self.broken: set[fx.Node] = set()
         self.count = False
 
     def run_node(self, n: fx.Node) -> Any:
@@ -273,22 +275,34 @@ class _Watch(fx.Interpreter):
         value = super().run_node(n)
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
             if self.count:
-                self.seen[n].add_(value)
+                if n not in self.broken:
+                    self.seen[n].add_(value)
                 return value
             low, high = (float(v) for v in value.aminmax())
+            if not math.isfinite(high - low):
+                self.broken.add(n)
             before = self.seen.get(n, Histogram(low, high))
             self.seen[n] = Histogram(min(low, before.low), max(high, before.high))
         return value
 
 
 def _ranges(graph: fx.GraphModule, batches: Sequence[Tensor], observer: Observer) -> dict[fx.Node, tuple[float, float]]:
-    """Runs the graph on `batches` and returns the range of every float tensor in it."""
+    """Runs the graph on `batches` and returns the range of every float tensor in it; NaN where it is not finite."""
     watch = _Watch(graph)
+    wanted = next(n.meta["val"].shape[1:] for n in graph.graph.nodes if n.op == "placeholder")
+    for batch in batches:
+        if batch.shape[1:] != wanted or not len(batch) or not batch.is_floating_point():
+            got = f"{str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}"
+            raise ExportError(
+                f"export: a calibration batch is {got}, expected float32 {['n', *wanted]} of at least one example; "
+                "give standardised examples with a batch dimension"
+            )
     for watch.count in (False,) if observer == "minmax" else (False, True):
         for batch in batches:
             _look(watch, batch)
     grid = InputGrid(bits=8)
-    return {n: OBSERVERS[observer](h, grid) if h.high > h.low else (h.low, h.high) for n, h in watch.seen.items()}
+    found = {n: OBSERVERS[observer](h, grid) if h.high > h.low else (h.low, h.high) for n, h in watch.seen.items()}
+    return found | dict.fromkeys(watch.broken, (math.nan, math.nan))
 
 
 def _look(watch: _Watch, batch: Tensor) -> None:
@@ -345,6 +359,11 @@ def _edges(
     spans: dict[fx.Node, tuple[float, float]] = {}
     for v in members:
         low, high = spans.get(classes[v], (0.0, 0.0))
+        if v in seen and not math.isfinite(seen[v][1] - seen[v][0]):
+            raise ExportError(
+                f"export: {_where(v)!r} gives NaN or infinite values on the calibration examples, for which integers "
+                "have no range; look at its weights and inputs"
+            )
         if v in seen:
             spans[classes[v]] = min(low, seen[v][0]), max(high, seen[v][1])
     return {v: fixed.get(classes[v]) or _calibrated(spans[classes[v]], work.activations) for v in members}
@@ -481,7 +500,7 @@ def _given(node: fx.Node, at: int) -> fx.Node:
 
 def _is_float(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and bool(value.is_floating_point())
+    return isinstance(value, Tensor) and value.dtype == torch.float32
 
 
 def _tensor(work: _Work, node: fx.Node) -> Tensor:

@@ -107,6 +107,11 @@ class Client:
                 "federate.privacy: unit 'sample' needs an uplink that knows it, a plan per client and private_sgd, "
                 "all three or none"
             )
+        if self.uplink.joint and self.local_update is not sgd:
+            raise RecipeError(
+                "federate.privacy: clients that make noise together compute one gradient in torch and run no other "
+                "local update; leave local_update out"
+            )
         if planned:
             check_private(self.settings, self.plan)
         if (self.member is not None) != isinstance(self.uplink.adder, SecureSum):

@@ -96,6 +96,42 @@ def test_what_computes_in_float_or_outside_of_xnnpack_is_told(tmp_path, x):
     parity(made.program, made.path, x, tolerance=ROUNDING)
 
 
+class Gate(nn.Module):
+    """Channels weighted by what they hold: two readers of one value, one of them behind the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gate, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.head((x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))).mean((2, 3)))
+
+
+class Product(nn.Module):
+    """Pools by windows, then multiplies two images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool, self.head = nn.Conv2d(3, 4, 1), nn.AvgPool2d(2), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.pool(self.conv(x)).flatten(2)
+        return self.head((x @ x.transpose(1, 2)).flatten(1))
+
+
+def test_a_value_read_on_both_sides_of_a_gate_stays_on_integers(tmp_path, x):
+    made = export(Gate(), tmp_path / "g.pte", "executorch", Job(SHAPE, batches=(x,)))
+    assert made.left == {"sigmoid": "sigmoid has no integer form"}
+    parity(made.program, made.path, x, tolerance=ROUNDING)
+
+
+def test_what_xnnpack_takes_but_computes_in_float_is_told(tmp_path, x):
+    made = export(Product(), tmp_path / "p.pte", "executorch", Job(SHAPE, batches=(x,)))
+    reason = "XNNPACK has no integer kernel of it; computes in float"
+    assert sorted(name for name, why in made.left.items() if why == reason) == ["aten::bmm", "pool (aten::avg_pool2d)"]
+
+
 def test_an_operation_without_a_kernel_is_named(tmp_path, capfd):
     with pytest.raises(ExportError, match=r"no kernel that runs the operation 'aten::convolution'.*export as onnx"):
         export(Volume(), tmp_path / "v.pte", "executorch", Job((1, 5, 5, 5)))

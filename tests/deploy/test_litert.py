@@ -1,5 +1,7 @@
 """LiteRT files run here by LiteRT: the numbers of torch, integers alone, weights of four bits in four."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -79,8 +81,34 @@ def test_groups_of_scales_are_told(tmp_path, x):
     model = trained(Residual())
     quantize_layers_(model, {"head": LayerGrids(weights=WeightGrid(kind="int", bits=4, group=4))})
     made = export(model, tmp_path / "m.tflite", "litert", Job(SHAPE, batches=(x,)))
-    assert list(made.left) == ["head"]
+    assert list(made.left) == ["head", "FULLY_CONNECTED"]
     parity(made.program, made.path, x, tolerance=ROUNDING)
+
+
+def test_operations_of_an_integer_file_on_floats_are_told(tmp_path, x):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(72, 5))
+    made = export(model, tmp_path / "m.tflite", "litert", Job(SHAPE, batches=(x,)))
+    assert made.left == {"ADD": "LiteRT computes it in float", "MUL": "LiteRT computes it in float"}
+
+
+def test_nan_has_no_place_on_a_grid(tmp_path, x):
+    made = export(trained(Residual()), tmp_path / "m.tflite", "litert", Job(SHAPE, batches=(x,)))
+    with pytest.raises(ExportError, match="no NaN; leave that example out"):
+        open_file(made.path)(x[:1].numpy() * float("nan"))
+
+
+def test_equal_weights_and_a_layer_used_twice_keep_their_values(tmp_path, x):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    model = nn.Sequential(conv, nn.ReLU(), conv, nn.ReLU(), copy.deepcopy(conv), nn.Flatten(), nn.Linear(192, 5))
+    made = export(model, tmp_path / "q.tflite", "litert", Job(SHAPE, batches=(x,)))
+    parity(made.program, made.path, x, tolerance=ROUNDING)
+    for name in ("0", "4"):
+        quantize_layers_(model, {name: LayerGrids(weights=WeightGrid(kind="int", bits=4))})
+    model[2] = model[0]
+    for batches in ((), (x,)):
+        made = export(model, tmp_path / "m.tflite", "litert", Job(SHAPE, batches=batches))
+        parity(made.program, made.path, x, tolerance=ROUNDING if batches else 1e-4)
 
 
 def test_an_operation_without_a_counterpart_is_named(tmp_path, capfd):

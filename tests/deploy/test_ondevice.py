@@ -10,6 +10,7 @@ from fedpress.errors import ExportError, RecipeError
 
 pytest.importorskip("executorch.extension.training")
 
+from fedpress.deploy import Job, export, open_file
 from fedpress.deploy.ondevice import DeviceModel, export_training
 from fedpress.federate import SERVERS, Algorithm, Client, Cohort, LocalSettings, Uplink, agreement, rounds, sgd
 from fedpress.federate.local import Task
@@ -35,6 +36,50 @@ class Small(nn.Module):
     def forward(self, x):
         x = nn.functional.max_pool2d(torch.relu(self.norm(self.stem(x))), 2)
         return self.head(torch.relu(self.conv(x) + x).mean((2, 3)))
+
+
+class Unreached(nn.Module):
+    """A linear classifier with a layer that its forward never uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.spare = nn.Linear(64, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.head(x.flatten(1))
+
+
+class Twins(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.head(torch.relu(self.second(self.first(x.flatten(1)))))
+
+
+class Drops(nn.Module):
+    """Draws at random without a module of its own for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.head(nn.functional.dropout(x.flatten(1), 0.5, self.training))
+
+
+def head() -> list[nn.Module]:
+    return [nn.Linear(128, 3)]
+
+
+def filled(value: float) -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    nn.init.constant_(model[1].weight, value)
+    return model
 
 
 def examples(n: int, seed: int) -> Arrays:
@@ -176,8 +221,20 @@ def test_a_batch_size_of_one_works(tmp_path):
         (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double(), ["'1.weight'", "float64"]),
         (nn.Sequential(nn.Flatten(), nn.Linear(7, 3)), ["[4, 1, 8, 8]", "input_shape"]),
         (nn.Conv2d(1, 3, 3), ["logits [n, classes]"]),
+        (filled(float("nan")), ["'1.weight'", "NaN", "checkpoint"]),
+        (Unreached(), ["'spare.weight'", "requires_grad = False"]),
+        (Unreached().requires_grad_(False), ["no parameter", "requires_grad = True"]),
+        (Twins(), ["'first.weight' and 'second.weight'", "its own"]),
+        (Drops(), ["otherwise in training", "dropout"]),
+        (
+            nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2, track_running_stats=False), nn.Flatten(), *head()),
+            ["depend on the others", "group norm"],
+        ),
     ],
-    ids=["dropout", "no kernel", "double", "shape", "no classifier"],
+    ids=[
+        *("dropout", "no kernel", "double", "shape", "no classifier", "nan", "unreached", "all frozen", "shared"),
+        *("functional dropout", "batch norm without statistics"),
+    ],
 )
 def test_what_cannot_train_on_a_device_is_named_with_a_cure(tmp_path, capfd, model, words):
     with pytest.raises(ExportError) as caught:
@@ -193,8 +250,39 @@ def test_a_damaged_file_and_other_shapes_are_refused(program, tmp_path):
         DeviceModel(tmp_path / "half.pte")
     with pytest.raises(ExportError, match="cannot read"):
         DeviceModel(tmp_path / "none.pte")
+    inference = export(Unreached(), tmp_path / "logits.pte", "executorch", Job(SHAPE)).path
+    with pytest.raises(ExportError, match=r"no batch size; write one with export_training"):
+        DeviceModel(inference)
+    with pytest.raises(ExportError, match=r"3 tensors.*open it with deploy\.DeviceModel"):
+        open_file(program)
     with pytest.raises(ExportError, match=r"takes examples \[4, 1, 8, 8\]"):
         DeviceModel(program).backward(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64), torch.ones(2))
+
+
+@pytest.mark.parametrize("label", [-100, -1, 3, 10**9])
+def test_a_label_that_is_no_class_is_refused(program, label):
+    batch = examples(4, 0)
+    batch.y[2] = label
+    with pytest.raises(ExportError, match=r"classes 0\.\.2"):
+        DeviceModel(program).mean_gradient(batch.x, batch.y)
+
+
+def test_no_examples_have_no_gradient_and_no_logits(program):
+    none = examples(0, 0)
+    with pytest.raises(ExportError, match="0 examples and 0 labels"):
+        DeviceModel(program).mean_gradient(none.x, none.y)
+    with pytest.raises(ExportError, match="3 examples and 2 labels"):
+        DeviceModel(program).mean_gradient(examples(3, 0).x, examples(2, 0).y)
+    assert DeviceModel(program).logits(none.x).shape == (0, 3)
+    with pytest.raises(ExportError, match="batch_size is 0"):
+        export_training(Unreached(), "never.pte", input_shape=SHAPE, batch_size=0)
+
+
+def test_frozen_parameters_stay_out_of_the_layout(tmp_path):
+    model = network()
+    model.stem.requires_grad_(False)
+    device = DeviceModel(export_training(model, tmp_path / "f.pte", input_shape=SHAPE, batch_size=4).path)
+    assert tree.Layout.of(device) == tree.Layout.of(model)
 
 
 def test_device_sgd_wants_a_program_and_float32(program):

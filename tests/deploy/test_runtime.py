@@ -105,7 +105,7 @@ def test_a_file_that_is_missing_corrupt_or_wrongly_fed_is_a_clear_error(exported
     model, path = exported
     (tmp_path / "corrupt.onnx").write_bytes(path.read_bytes()[:100])
     for bad in (tmp_path / "none.onnx", tmp_path / "corrupt.onnx"):
-        with pytest.raises(ExportError, match="cannot load"):
+        with pytest.raises(ExportError, match=r"cannot load|there is no file"):
             parity(model, bad, torch.randn(2, *SHAPE))
     with pytest.raises(ExportError, match=r"cannot run .* on \[1, 3, 6, 6\].*takes \['batch', 1, 6, 6\]"):
         latency(path, (3, 6, 6))
