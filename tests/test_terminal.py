@@ -99,4 +99,4 @@ def test_measured_models_stand_in_two_tables_that_fit_the_screen():
     lines = out.file.getvalue().splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert [line.split()[1] for line in lines[1:4]] == ["…-a-run/model", "as", "short"]
-    assert "1235 ±120 ms" in lines[6]
+    assert "1234 ±120 ms" in lines[6]
