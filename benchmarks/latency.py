@@ -6,7 +6,8 @@ the repeats, by wall time and by processor time (one thread; leaves out what oth
 depend on the weights, so the dense network is untrained. With --data the pruned files' accuracy on the CIFAR-10 test
 images is measured too, and their ranges are taken from training images in place of noise.
 
-    python benchmarks/latency.py [--batch 1] [--repeats 15] [--seconds 0.5] [--data DIR [--images 10000]] [--json]
+    python benchmarks/latency.py [--batch 1] [--repeats 15] [--seconds 0.5] [--models FOLDER_OR_FILE ...]
+        [--data DIR [--images 10000]] [--json]
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedpress import data, deploy
+from fedpress import data, deploy, storage
 from fedpress.arrays import Arrays
 from fedpress.data import DataSettings
 from fedpress.deploy import FORMATS, Job, file_bytes
@@ -37,10 +38,11 @@ ADD_IN_16_BITS = ("onnx",)  # whose kernels for AVX2 do so: seven bits are for i
 Row = dict[str, Any]
 
 
-def subjects(batches: tuple[torch.Tensor, ...], folder: Path) -> dict[str, Subject]:
-    """Exports both networks every way; names are `format, network, kind`."""
+def subjects(batches: tuple[torch.Tensor, ...], folder: Path, more: list[Path]) -> dict[str, Subject]:
+    """Exports both networks, and the saved models `more`, every way; names are `format, network, kind`."""
     torch.manual_seed(0)
     networks = {"dense": resnet18(), "pruned": load_model(HERE / "checkpoints" / "cifar10-cpu")[1]}
+    networks |= {path.name.partition(".")[0]: storage.load(path)[1] for path in more}
     found: dict[str, Subject] = {f"torch, {name}, float32": model.eval() for name, model in networks.items()}
     for format, row in FORMATS.items():
         if command := row.missing():
@@ -88,10 +90,10 @@ def measured(found: dict[str, Subject], args: argparse.Namespace) -> list[Row]:
 
 
 def with_accuracy(rows: list[Row], found: dict[str, Subject], test: Arrays, preprocess: Any) -> None:
-    """Adds the accuracy of the pruned files."""
+    """Adds the accuracy of the files of trained networks."""
     for row in rows:
         subject = found[row["name"]]
-        if "pruned" in row["name"] and not isinstance(subject, nn.Module):
+        if ", dense," not in row["name"] and not isinstance(subject, nn.Module):
             row["accuracy"] = deploy.accuracy(subject, test.x, test.y, preprocess)
 
 
@@ -101,6 +103,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=0.5, help="for all files together, in one repeat")
+    parser.add_argument("--models", type=Path, nargs="+", default=[], help="saved models of this input to add")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--images", type=int, default=10_000, help="how many test images the accuracy is taken on")
     parser.add_argument("--json", action="store_true")
@@ -111,7 +114,7 @@ def main() -> None:
         images = data.load(DataSettings(source="cifar10", path=args.data, num_clients=1, examples_per_client=10), 0)
         batches = images.preprocess(images.public.x[:256]).split(64)
     with tempfile.TemporaryDirectory() as folder:
-        found = subjects(batches, Path(folder))
+        found = subjects(batches, Path(folder), args.models)
         rows = measured(found, args)
         if images:
             with_accuracy(rows, found, images.test.take(torch.arange(args.images)), images.preprocess)
