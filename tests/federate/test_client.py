@@ -10,6 +10,7 @@ from fedpress.arrays import Arrays
 from fedpress.errors import RecipeError, TrainingError, WireError
 from fedpress.federate import Cohort, Downlink, LocalSettings, Recall, Uplink, agreement
 from fedpress.federate.downlink import SERVER
+from fedpress.federate.local import sgd
 from fedpress.federate.transforms import Key, Quantize, TopK
 from fedpress.wire import Message, pack, unpack
 from tests.federate.federation import SAMPLE_PLAN, Federation, client_plan, mlp
@@ -182,6 +183,11 @@ def test_parts_that_do_not_belong_together_are_refused():
     federation, nothing = Federation(), Arrays(torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64))
     with pytest.raises(RecipeError, match=r"federate\.client c0: it has no examples"):
         replace(federation.clients["c0"], arrays=nothing)
+    private = Federation(privacy=SAMPLE_PLAN)
+    joint = Uplink.bind(len(private.params), Cohort(4, 4), privacy=SAMPLE_PLAN, trust="central")
+    assert replace(private.clients["c0"], uplink=joint, local_update=sgd).uplink.joint
+    with pytest.raises(RecipeError, match="run no other local update"):
+        replace(private.clients["c0"], uplink=joint, local_update=lambda model, task: sgd(model, task))
     with pytest.raises(RecipeError, match=r"trains 3 values but the uplink is for 83"):
         replace(federation.clients["c0"], model=nn.Linear(2, 1))
 
