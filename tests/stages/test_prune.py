@@ -264,8 +264,7 @@ def test_a_quantized_model_is_refused():
         prune().check(replace(state, spec=rounded))
 
 
-def test_what_a_second_cut_cannot_reach_is_told_in_shares_of_the_dense_network(trained, tmp_path):
-    first, second = PRUNE + "keep_params = 0.6\n", PRUNE.replace("prune", "prune", 1) + "keep_params = 0.001\n"
-    text = HEAD + first + second.replace('kind = "prune"', 'kind = "prune"\nname = "again"')
+def test_what_a_second_cut_cannot_reach_is_told_in_shares_of_the_dense_network():
+    again = PRUNE.replace('kind = "prune"', 'kind = "prune"\nname = "again"')
     with pytest.raises(RecipeError, match=r"keep_params: 0\.001 cannot be reached"):
-        checked(text)
+        checked(HEAD + PRUNE + "keep_params = 0.6\n" + again + "keep_params = 0.001\n")
