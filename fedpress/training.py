@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fedpress.arrays import Arrays, Preprocess, resized
 from fedpress.augment import Augment, augment
 from fedpress.errors import TrainingError
+from fedpress.muon import Muon
 from fedpress.seeds import derive, generator
 from fedpress.tree import trainable
 
@@ -293,12 +294,10 @@ class Fit:
 
     def _muon(self, hidden: list[nn.Parameter]) -> torch.optim.Optimizer:
         s = self.settings
-        # torch's Muon takes matrices: each sees its filter through a view that shares the memory.
+        # Muon takes matrices: each sees its filter through a view that shares the memory.
         self.views = [(p, nn.Parameter(_matrix(p.data, p))) for p in hidden]
         assert all(p.data_ptr() == view.data_ptr() for p, view in self.views), "a view must share its weight's memory"
-        return torch.optim.Muon(
-            [view for _, view in self.views], s.lr, weight_decay=s.weight_decay, momentum=s.momentum, nesterov=True
-        )
+        return Muon([view for _, view in self.views], s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
 
     def result_(self) -> nn.Module:
         """Returns the model with its final weights: under `patience` the best on the validation set, else the last.

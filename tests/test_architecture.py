@@ -16,7 +16,20 @@ FLOORS = {
     3: ["transport"],
     2: ["federate", "storage"],
     1: ["models", "data", "training", "compress", "privacy", "secure", "wire", "deploy"],
-    0: ["__init__", "errors", "tree", "seeds", "arrays", "layers", "calls", "masked", "grids", "quantized", "ranges"],
+    0: [
+        "__init__",
+        "errors",
+        "tree",
+        "seeds",
+        "arrays",
+        "layers",
+        "calls",
+        "masked",
+        "grids",
+        "quantized",
+        "ranges",
+        "muon",
+    ],
 }
 FLOOR_OF = {place: floor for floor, places in FLOORS.items() for place in places}
 MACHINE_PATH = re.compile(rb"(?<![\w.~-])/(work|root|home/\w+)/")

@@ -17,6 +17,7 @@ from fedpress.errors import TrainingError
 from fedpress.models import freeze_batch_norm_
 from fedpress.models.plain import CNN, MLP
 from fedpress.models.resnet import resnet_small
+from fedpress.muon import Muon
 from fedpress.seeds import generator
 from fedpress.training import Fit, Step, TrainSettings, evaluate, one_cycle, place_, uses_bf16
 
@@ -131,7 +132,7 @@ def test_muon_equals_muon_on_copies_of_the_matrices():
         "conv2": nn.Parameter(twin.conv2.weight.detach().permute(0, 2, 3, 1).reshape(64, -1).clone()),
         "hidden": nn.Parameter(twin.hidden.weight.detach().clone()),
     }
-    muon = torch.optim.Muon(matrices.values(), s.lr, weight_decay=0.1, momentum=0.8, nesterov=True)
+    muon = Muon(matrices.values(), s.lr, momentum=0.8, weight_decay=0.1)
     decayed = [twin.conv1.weight, twin.head.weight]
     plain = [p for p in twin.parameters() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": 5e-4}, {"params": plain, "weight_decay": 0.0}]
