@@ -16,7 +16,7 @@ from fedpress.arrays import Preprocess
 from fedpress.commands.subject import Subject
 from fedpress.compress import cost
 from fedpress.deploy import FORMATS, Job
-from fedpress.errors import ExportError, ModelError, did_you_mean
+from fedpress.errors import ExportError, ModelError
 from fedpress.models import ModelSpec
 from fedpress.models.weights import load_weights_
 from fedpress.seeds import generator
@@ -58,7 +58,8 @@ def measure(
         raise ModelError("measure: no model was given; give folders, packed or exported files, or module:function")
     if not seconds > 0 or not batches or not threads or min(*batches, *threads) < 1:
         raise ExportError("measure: seconds, batches and threads must be above 0")
-    _check_formats(formats or ())
+    if wrong := [name for name in formats or () if name not in FORMATS]:
+        raise ExportError(f"measure: {deploy.unknown(wrong[0])}")
     left_out: dict[str, str] = {}
     subjects: dict[str, nn.Module | Path] = {}
     counts: dict[str, tuple[int | None, int, int]] = {}
@@ -101,13 +102,6 @@ def measure(
         )
     told = [record | {"parameters": counts[record["name"]][0]} for record in records]
     return {"records": told, "left_out": left_out}
-
-
-def _check_formats(formats: Sequence[str]) -> None:
-    for name in formats:
-        if name not in FORMATS:
-            hint = did_you_mean(name, list(FORMATS))
-            raise ExportError(f"measure: no format '{name}'{hint}; use some of {', '.join(FORMATS)}")
 
 
 def _load(given: str | Path, shape: tuple[int, ...] | None, weights: Path | None) -> tuple[ModelSpec, nn.Module]:

@@ -90,6 +90,7 @@ def write(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(part, 0o644)  # a temporary file is private; an artifact is to be handed on
         os.replace(part, path)
     except OSError as error:
         if part:

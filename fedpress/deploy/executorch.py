@@ -184,6 +184,8 @@ def load(runtime: Any, path: str | Path, method: str) -> tuple[Any, Any]:
         with hush():
             program = runtime.Runtime.get().load_program(Path(path))  # every part of it is checked
             return program, program.load_method(method)
+    except KeyError as error:
+        raise ExportError(f"export: {path} has no method {error}; export it again") from error
     except (RuntimeError, OSError, ValueError) as error:
         raise ExportError(f"export: ExecuTorch cannot load {path}: {said(error)}; export it again") from error
 

@@ -71,6 +71,11 @@ FORMATS: dict[str, Format] = {
 }  # fmt: skip
 
 
+def unknown(format: str) -> str:
+    """Says what to give instead of a format that is not in `FORMATS`."""
+    return f"no format '{format}'{did_you_mean(format, list(FORMATS))}; use one of {', '.join(FORMATS)}"
+
+
 def export(model: nn.Module, path: str | Path, format: str, job: Job) -> Artifact:
     """Writes `model` as one of `FORMATS`.
 
@@ -79,9 +84,7 @@ def export(model: nn.Module, path: str | Path, format: str, job: Job) -> Artifac
             the model cannot be exported.
     """
     if format not in FORMATS:
-        raise ExportError(
-            f"export.format: no format '{format}'{did_you_mean(format, list(FORMATS))}; use one of {', '.join(FORMATS)}"
-        )
+        raise ExportError(f"export.format: {unknown(format)}")
     row = FORMATS[format]
     if command := row.missing():
         raise ExportError(f"export.format: '{format}' needs packages that are missing; run `{command}`")

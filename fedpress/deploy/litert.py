@@ -185,9 +185,9 @@ def open_litert(path: str | Path, threads: int = 0) -> Callable[[np.ndarray], np
         try:
             file = interpreter(str(path), num_threads=threads or os.cpu_count() or 1)
             file.allocate_tensors()
-        except (RuntimeError, ValueError) as error:
+            inside, outside = file.get_input_details()[0], file.get_output_details()[0]
+        except (RuntimeError, ValueError) as error:  # a damaged name is a ValueError too
             raise ExportError(f"export: LiteRT cannot load {path}: {said(error)}; export it again") from error
-    inside, outside = file.get_input_details()[0], file.get_output_details()[0]
     sizes = tuple(int(size) for size in inside["shape"])
 
     def run(x: np.ndarray) -> np.ndarray:

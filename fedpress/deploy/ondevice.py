@@ -304,6 +304,12 @@ class DeviceModel(nn.Module):
                 owner = owner._modules[part]  # type: ignore[assignment]
             owner.register_parameter(key, nn.Parameter(held[NET + name]))
 
+    def __deepcopy__(self, memo: dict[int, object]) -> DeviceModel:
+        """Loads the program again, in memory of its own, with the parameters as they are now."""
+        twin = memo[id(self)] = type(self)(self._data)
+        twin.load_state_dict(self.state_dict())
+        return twin
+
     def backward(self, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Runs the program once.
 

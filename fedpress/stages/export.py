@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from fedpress import deploy
 from fedpress.deploy import FORMATS, Artifact, Job
-from fedpress.errors import DataError, did_you_mean
+from fedpress.errors import DataError
 from fedpress.folder import StageFolder
 from fedpress.ranges import Observer
 from fedpress.seeds import generator
@@ -42,8 +42,14 @@ class ExportStage(BaseModel):
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in FORMATS:
-            raise ValueError(f"no format '{name}'{did_you_mean(name, list(FORMATS))}; use one of {', '.join(FORMATS)}")
+            raise ValueError(deploy.unknown(name))
         return name
+
+    @model_validator(mode="after")
+    def _rounds_something(self) -> ExportStage:
+        if self.weight_bits == 7 and not self.int8:
+            raise ValueError("weight_bits = 7 says how float layers are rounded; give int8 = true with it")
+        return self
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
         """Exports the untrained model and throws the file away: what cannot be exported is refused before the run.

@@ -149,6 +149,15 @@ def test_a_damaged_file_and_other_shapes_are_refused(tmp_path, cut):
         open_file(path)
 
 
+def test_a_damaged_name_of_a_method_is_told(tmp_path):
+    path = export(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), tmp_path / "m.pte", "executorch", Job(SHAPE)).path
+    data = path.read_bytes()
+    assert data.count(b"forward") == 1
+    path.write_bytes(data.replace(b"forward", b"forwarp"))
+    with pytest.raises(ExportError, match=r"has no method 'forward'; export it again|cannot load"):
+        open_file(path)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_number_of_threads_is_as_asked(tmp_path, threads):
     library = pytest.importorskip("executorch.extension.pybindings.portable_lib")

@@ -127,3 +127,12 @@ def test_a_damaged_file_and_other_shapes_are_refused(tmp_path, cut, capfd):
     with pytest.raises(ExportError, match="cannot load"):
         open_file(path)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_damaged_name_is_told_as_a_damaged_file(tmp_path):
+    path = export(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), tmp_path / "m.tflite", "litert", Job(SHAPE)).path
+    data, name = path.read_bytes(), b"serving_default_args_0"
+    assert name in data
+    path.write_bytes(data.replace(name, b"\xff" * len(name)))
+    with pytest.raises(ExportError, match="cannot load"):
+        open_file(path)

@@ -1,5 +1,7 @@
 """Programs that train: gradients and steps are torch's, and a federated client that trains on a device fits in."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -127,6 +129,19 @@ def test_what_is_written_to_the_parameters_is_what_the_program_computes_with(pro
     tree.assign_(device, vector)
     tree.assign_(model, vector)
     torch.testing.assert_close(device.logits(batch.x), model(batch.x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_has_the_same_parameters_in_memory_of_its_own(program):
+    device = DeviceModel(program)
+    with torch.no_grad():
+        next(device.parameters()).add_(1)
+    twin, x = copy.deepcopy(device), examples(4, 1).x
+    assert torch.equal(twin.logits(x), device.logits(x))
+    before = device.logits(x)
+    with torch.no_grad():
+        next(twin.parameters()).mul_(-1)
+    assert torch.equal(device.logits(x), before)
+    assert not torch.equal(twin.logits(x), before)
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,12 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_no_half_one(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_file_is_for_others_to_read_too(tmp_path):
+    path = tmp_path / "model.onnx"
+    export(Residual(), path)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
 def test_a_missing_package_comes_with_the_command_that_installs_it():
     with pytest.raises(ExportError, match="pip install json surely_not_installed"):
         require("json", "surely_not_installed")
