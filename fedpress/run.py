@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -32,10 +32,13 @@ from fedpress.quantized import settle_
 from fedpress.recipe import Recipe
 from fedpress.seeds import derive, fingerprint
 from fedpress.stages import Stage
+from fedpress.stages.measure import MeasureStage
 from fedpress.stages.teaching import FROM_THE_RUN
 from fedpress.state import Event, Loader, StageFinished, StageStarted, State, Tick
+from fedpress.storage.packed import encode
 from fedpress.training import evaluate, place_
 
+WORTH = ("accuracy", "loss", "parameters", "macs", "file_bytes", "latency_ms", "runtime")
 LIBRARIES = ("torch", "numpy", "safetensors", "dp-accounting", "onnx", "onnxruntime", "pydantic")
 
 
@@ -178,7 +181,7 @@ def execute(
             done = place.adopt(reuse, key, records=records)
         yield StageStarted(index, stage.kind, stage.name, reused=done is not None)
         if done is None:
-            done = yield from _do(stage, replace(state, facts={}), place, key, records)
+            done = yield from _do(stage, replace(state, facts={}), place, key, records, results[-1:])
         # On goes what was saved, not what is in memory: so a run that is resumed here has the same model to the bit.
         spec, model = place.load()
         before = state
@@ -190,8 +193,10 @@ def execute(
         yield StageFinished(index, done.result)
 
 
-def _do(stage: Stage, state: State, place: StageFolder, key: str, records: int) -> Generator[Event, None, Done]:
-    """Runs one stage from its last checkpoint, measures it, and saves it."""
+def _do(
+    stage: Stage, state: State, place: StageFolder, key: str, records: int, last: Sequence[dict[str, Any]]
+) -> Generator[Event, None, Done]:
+    """Runs one stage from its last checkpoint, measures it, and saves it; `last` is the line before its own, if any."""
     began, before = time.perf_counter(), place.begin(records)
     try:
         state = yield from stage.run(state, place)
@@ -201,8 +206,12 @@ def _do(stage: Stage, state: State, place: StageFolder, key: str, records: int) 
         raise type(error)(_placed(str(error), place.index, stage)) from error
     settle_(state.model)  # whoever trained a model on grids has left its weights beside them
     seconds = before + time.perf_counter() - began
-    yield Tick(1, 1, f"measuring on {len(state.data.test):,} test examples")
-    return place.finish(state.spec, state.model, _measure(state, stage, seconds), key=key)
+    if last and isinstance(stage, MeasureStage):  # it has changed nothing: the run is worth and costs what it did
+        worth = {key: value for key, value in last[0].items() if key in WORTH}
+    else:
+        yield Tick(1, 1, f"measuring on {len(state.data.test):,} test examples")
+        worth = measure(state, latency="latency_ms" not in state.facts)
+    return place.finish(state.spec, state.model, _line(state, stage, seconds, worth), key=key)
 
 
 def _ledger(done: Done) -> Ledger | None:
@@ -218,16 +227,18 @@ def stage_keys(recipe: Recipe) -> list[str]:
     return [hashlib.sha256(text.encode()).hexdigest() for text in texts]
 
 
-def _measure(state: State, stage: Stage, seconds: float) -> dict[str, Any]:
-    """The line of one stage: measured on the test set once, here, for reporting only."""
-    facts = dict(state.facts)
+def _line(state: State, stage: Stage, seconds: float, worth: dict[str, Any]) -> dict[str, Any]:
+    """The line of one stage, with what was measured on the test set once, for reporting only."""
     ledger = {"ledger": json.loads(state.ledger.to_json())} if state.ledger is not None else {}
     line = {"kind": stage.kind, "name": stage.name, "seconds": round(seconds, 2)}
-    return line | measure(state, latency="latency_ms" not in facts) | facts | ledger
+    return line | worth | dict(state.facts) | ledger
 
 
 def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
-    """Returns what the model of `state` is worth and what it costs; accuracy is None without test examples."""
+    """Returns what the model of `state` is worth and what it costs; accuracy is None without test examples.
+
+    The file is that of its numbers in float32, or packed where weights lie on grids.
+    """
     test = state.data.test
     found = evaluate(place_(state.model), test, state.data.preprocess) if len(test) else None
     model = state.model.to("cpu")
@@ -236,7 +247,7 @@ def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
         "loss": found.loss if found else None,
         "parameters": cost.parameters(model),
         "macs": _macs(state),
-        "file_bytes": cost.state_bytes(model),
+        "file_bytes": len(encode(state.spec, model)[0]) if state.spec.quantized else cost.state_bytes(model),
     }
     if latency:
         speed = cost.latency(model, torch.zeros(1, *state.spec.input_shape))

@@ -21,7 +21,6 @@ from fedpress.seeds import derive
 from fedpress.stages.public import calibration
 from fedpress.stages.teaching import TaughtSettings, train_
 from fedpress.state import Name, State, Tick
-from fedpress.storage.packed import encode
 
 BATCH = 64
 
@@ -135,7 +134,6 @@ class QuantizeStage(TaughtSettings):
         ]
         folder.record(quantized=layers)
         facts = _facts(model, table, left) | ({"notes": notes} if notes else {})
-        facts["file_bytes"] = len(encode(spec, model)[0])
         return replace(state, spec=spec, model=model, facts=facts)
 
     def _prepare_(self, model: nn.Module, state: State) -> tuple[ModelSpec, dict[str, LayerGrids], dict[str, str]]:

@@ -52,6 +52,8 @@ def test_an_integer_export_is_compared_and_measured(tmp_path):
     names = [r["name"] for r in measure["measure"]["runtimes"]]
     assert {"torch", "onnx float32", "onnx int8"} <= set(names)
     assert measure["measure"]["parameters"] == train["parameters"]
+    kept = ("accuracy", "file_bytes", "latency_ms", "runtime")
+    assert [measure[key] for key in kept] == [export[key] for key in kept], "who only measures changes no worth"
     assert json.loads(next((tmp_path / "run").rglob("measure.json")).read_text()) == measure["measure"]
 
 

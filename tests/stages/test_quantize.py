@@ -146,6 +146,8 @@ def test_training_after_it_stays_on_the_grids(trained, tmp_path):
     results = [e.result for e in runs.execute(recipe, folder, data, reuse=trained) if isinstance(e, StageFinished)]
     _, model = load_model(next((tmp_path / "run" / "stages").glob("2*")))
     assert results[-1]["accuracy"] > 0.8
+    assert results[2]["file_bytes"] == pytest.approx(results[1]["file_bytes"], rel=0.02)
+    assert results[2]["file_bytes"] < results[0]["file_bytes"] / 3, "4 bits a weight, in torch too"
     for _, layer in quantized_layers(model):
         assert torch.equal(layer.weight, layer.dequantize(layer.codes()))
 
