@@ -25,12 +25,10 @@ from fedpress.report.plot import (
 )
 from fedpress.report.reading import Json, Run, records_by_stage
 
-WORDS = {"": "", "k": " (thousands)", "M": " (millions)", "G": " (billions)", "T": " (trillions)"}
-
 
 def figures(run: Run) -> list[Figure]:
     """Returns all figures that the folder has data for, in the order of the stages."""
-    found: list[Figure | None] = [accuracy_and_parameters([*([run.before] if run.before else []), *run.stages])]
+    found: list[Figure | None] = [accuracy_and_size([*([run.before] if run.before else []), *run.stages])]
     for steps in records_by_stage(run.records):
         epochs, rounds = [s for s in steps if "epoch" in s], [s for s in steps if "round" in s]
         name = str(steps[-1].get("name") or steps[-1].get("kind"))
@@ -48,35 +46,34 @@ def figures(run: Run) -> list[Figure]:
     return [figure for figure in found if figure]
 
 
-def accuracy_and_parameters(stages: list[Json]) -> Figure | None:
-    """Shows what each stage did to accuracy and size."""
-    shown = [s for s in stages if units.number(s.get("accuracy")) is not None and units.number(s.get("parameters"))]
+def accuracy_and_size(stages: list[Json]) -> Figure | None:
+    """Shows what each stage did to accuracy and file size."""
+    shown = [s for s in stages if units.number(s.get("accuracy")) is not None and units.number(s.get("file_bytes"))]
     if len(shown) < 2:
         return None
-    prefix, size = units.scale(max(s["parameters"] for s in shown))
-    parameters, accuracy = [s["parameters"] / size for s in shown], [s["accuracy"] * 100 for s in shown]
+    prefix, unit = units.scale(max(s["file_bytes"] for s in shown))
+    size, accuracy = [s["file_bytes"] / unit for s in shown], [s["accuracy"] * 100 for s in shown]
     names = [f"{i}. {label(s.get('name') or s.get('kind'))}" for i, s in enumerate(shown, start=1)]
-    path = line("stage", parameters, accuracy)
+    path = line("stage", size, accuracy)
     path |= {
         "text": names,
-        "hovertemplate": f"%{{text}}<br>%{{x:.4~g}} {prefix} parameters<br>%{{y:.2f}}%<extra></extra>",
+        "hovertemplate": f"%{{text}}<br>%{{x:.4~g}} {prefix}B<br>%{{y:.2f}}%<extra></extra>",
     }
     path["line"] = {"color": FAINT, "width": 1.5, "dash": "dot"}
     path["marker"] = {"color": BLUE, "size": 9}
     steps = ", ".join(
-        f"{s.get('name') or s.get('kind')} {units.percent(s['accuracy'])} with {units.count(s['parameters'])}"
+        f"{s.get('name') or s.get('kind')} {units.percent(s['accuracy'])} with {units.count(s['file_bytes'], 'B')}"
         for s in shown
     )
-    x = axis(f"parameters{WORDS[prefix]}", rangemode="tozero")
     return Figure(
         "Accuracy against size",
-        f"Test accuracy and parameters after each stage: {steps}.",
+        f"Test accuracy and file size after each stage: {steps}.",
         spec(
             [path],
-            x=x,
+            x=axis(f"file ({prefix}B)", rangemode="tozero"),
             y=axis("test accuracy (%)"),
             hovermode="closest",
-            annotations=_point_labels(parameters, accuracy, names),
+            annotations=_point_labels(size, accuracy, names),
         ),
         wide=True,
     )

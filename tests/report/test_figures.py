@@ -6,7 +6,7 @@ from pathlib import Path
 from folders import CLIENTS, federate, prune, result, train, write_run
 
 from fedpress.report.federated import accuracy_over_rounds, bytes_over_rounds, client_accuracy
-from fedpress.report.figures import accuracy_and_parameters, channels_kept, figures, training_curve
+from fedpress.report.figures import accuracy_and_size, channels_kept, figures, training_curve
 from fedpress.report.reading import Run, read_run
 
 
@@ -41,7 +41,7 @@ def test_without_data_there_is_no_figure():
     assert bytes_over_rounds("x", [{"round": 1}]) is None
     assert client_accuracy({"client_accuracy": {}}) is None
     assert channels_kept("x", {"layers": "none"}) is None
-    assert accuracy_and_parameters([{"accuracy": 0.5, "parameters": 3}]) is None
+    assert accuracy_and_size([{"accuracy": 0.5, "file_bytes": 3}]) is None
 
 
 def test_strange_values_leave_gaps_instead_of_failing():
@@ -108,7 +108,7 @@ def test_names_with_the_same_end_keep_their_own_bars_and_markup_is_text():
 
 
 def test_stages_at_nearly_the_same_point_share_a_label():
-    figure = accuracy_and_parameters(result("x", CLIENTS, True)["stages"])
+    figure = accuracy_and_size(result("x", CLIENTS, True)["stages"])
     assert figure is not None
     texts = [note["text"] for note in figure.spec["layout"]["annotations"]]
     assert texts == ["1. train", "2. prune", "3. fine-tune<br>4. federate<br>5. export"]
