@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fedpress.deploy.calibrate import ranges
 from fedpress.deploy.capture import BATCH, capture, silence
 from fedpress.errors import ExportError
 from fedpress.grids import InputGrid, affine
 from fedpress.quantized import KINDS, QuantLayer, quantized_layers, settle_
-from fedpress.ranges import OBSERVERS, Histogram, Observer
+from fedpress.ranges import Observer
 
 Activations = Literal["uint8", "int8"]
 aten = torch.ops.aten
@@ -140,7 +141,7 @@ def quantized_program(
                 node.meta["val"] = _tensor(work, node)
         _fold_batch_norms_(work)
         chosen = _choose_weights_(work)
-        _insert_(work, chosen, _ranges(work.graph, batches, observer))
+        _insert_(work, chosen, ranges(work.graph, batches, observer))
         _tidy_(work.graph)
         example = torch.zeros(batch or 2, *input_shape)
         shapes = ({0: torch.export.Dim(BATCH)},) if batch is None else None
@@ -259,60 +260,6 @@ def _round_weight(weight: Tensor, bits: Literal[7, 8], name: str) -> tuple[Tenso
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     rows = scales.view(-1, *[1] * (weight.dim() - 1))
     return (weight / rows).round().clamp(-highest, highest).to(torch.int8), scales
-
-
-class _Watch(fx.Interpreter):
-    """Runs the graph and notes the smallest and largest value of every float tensor in it; if asked, all values."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph)
-        self.seen: dict[fx.Node, Histogram] = {}
-        self.broken: set[fx.Node] = set()
-        self.count = False
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Notes what comes out of one operation."""
-        value = super().run_node(n)
-        if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-            if self.count:
-                if n not in self.broken:
-                    self.seen[n].add_(value)
-                return value
-            low, high = (float(v) for v in value.aminmax())
-            if not math.isfinite(high - low):
-                self.broken.add(n)
-            before = self.seen.get(n, Histogram(low, high))
-            self.seen[n] = Histogram(min(low, before.low), max(high, before.high))
-        return value
-
-
-def _ranges(graph: fx.GraphModule, batches: Sequence[Tensor], observer: Observer) -> dict[fx.Node, tuple[float, float]]:
-    """Runs the graph on `batches` and returns the range of every float tensor in it; NaN where it is not finite."""
-    watch = _Watch(graph)
-    wanted = next(n.meta["val"].shape[1:] for n in graph.graph.nodes if n.op == "placeholder")
-    for batch in batches:
-        if batch.shape[1:] != wanted or not len(batch) or not batch.is_floating_point():
-            got = f"{str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}"
-            raise ExportError(
-                f"export: a calibration batch is {got}, expected float32 {['n', *wanted]} of at least one example; "
-                "give standardised examples with a batch dimension"
-            )
-    for watch.count in (False,) if observer == "minmax" else (False, True):
-        for batch in batches:
-            _look(watch, batch)
-    grid = InputGrid(bits=8)
-    found = {n: OBSERVERS[observer](h, grid) if h.high > h.low else (h.low, h.high) for n, h in watch.seen.items()}
-    return found | dict.fromkeys(watch.broken, (math.nan, math.nan))
-
-
-def _look(watch: _Watch, batch: Tensor) -> None:
-    if not bool(batch.isfinite().all()):
-        raise ExportError("export: a calibration example holds NaN or infinite values; remove it from the data")
-    try:
-        watch.run(batch.to("cpu", torch.float32))
-    except Exception as error:  # whatever the operations of the model raise
-        said, shape = str(error).strip().partition("\n")[0], list(batch.shape)
-        raise ExportError(f"export: the model does not take a calibration batch of shape {shape}: {said}") from error
 
 
 def _insert_(work: _Work, chosen: dict[fx.Node, _Layer], seen: dict[fx.Node, tuple[float, float]]) -> None:
