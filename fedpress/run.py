@@ -9,6 +9,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -23,7 +24,7 @@ from fedpress import data as data_sets
 from fedpress import storage
 from fedpress.compress import cost
 from fedpress.data.examples import Progress
-from fedpress.errors import FedpressError, RecipeError, RunError
+from fedpress.errors import FedpressError, ModelError, RecipeError, RunError
 from fedpress.folder import Done, RunFolder, StageFolder, read_json, write_json
 from fedpress.models import ModelSpec
 from fedpress.models.weights import load_weights_
@@ -38,7 +39,7 @@ from fedpress.state import Event, Loader, StageFinished, StageStarted, State, Ti
 from fedpress.storage.packed import encode
 from fedpress.training import evaluate, place_
 
-WORTH = ("accuracy", "loss", "parameters", "macs", "file_bytes", "latency_ms", "runtime")
+MEASURED = ("accuracy", "loss", "parameters", "macs", "file_bytes", "latency_ms", "runtime")
 LIBRARIES = ("torch", "numpy", "safetensors", "dp-accounting", "onnx", "onnxruntime", "pydantic")
 
 
@@ -185,7 +186,9 @@ def execute(
         # On goes what was saved, not what is in memory: so a run that is resumed here has the same model to the bit.
         spec, model = place.load()
         before = state
-        state = replace(state, spec=spec, model=model, ledger=_ledger(done), accuracy=done.result["accuracy"])
+        # The line of an export tells of the file; the model is still worth what it was.
+        accuracy = state.accuracy if stage.kind in ("export", "measure") else done.result["accuracy"]
+        state = replace(state, spec=spec, model=model, ledger=_ledger(done), accuracy=accuracy)
         state, load = _with_parent(state, before, load), place.load
         records = done.records
         results.append(done.result)
@@ -207,11 +210,11 @@ def _do(
     settle_(state.model)  # whoever trained a model on grids has left its weights beside them
     seconds = before + time.perf_counter() - began
     if last and isinstance(stage, MeasureStage):  # it has changed nothing: the run is worth and costs what it did
-        worth = {key: value for key, value in last[0].items() if key in WORTH}
+        told = {key: value for key, value in last[0].items() if key in MEASURED}
     else:
         yield Tick(1, 1, f"measuring on {len(state.data.test):,} test examples")
-        worth = measure(state, latency="latency_ms" not in state.facts)
-    return place.finish(state.spec, state.model, _line(state, stage, seconds, worth), key=key)
+        told = measure(state, latency="latency_ms" not in state.facts)
+    return place.finish(state.spec, state.model, _line(state, stage, seconds, told), key=key)
 
 
 def _ledger(done: Done) -> Ledger | None:
@@ -227,11 +230,11 @@ def stage_keys(recipe: Recipe) -> list[str]:
     return [hashlib.sha256(text.encode()).hexdigest() for text in texts]
 
 
-def _line(state: State, stage: Stage, seconds: float, worth: dict[str, Any]) -> dict[str, Any]:
+def _line(state: State, stage: Stage, seconds: float, told: dict[str, Any]) -> dict[str, Any]:
     """The line of one stage, with what was measured on the test set once, for reporting only."""
     ledger = {"ledger": json.loads(state.ledger.to_json())} if state.ledger is not None else {}
     line = {"kind": stage.kind, "name": stage.name, "seconds": round(seconds, 2)}
-    return line | worth | dict(state.facts) | ledger
+    return line | told | dict(state.facts) | ledger
 
 
 def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
@@ -247,13 +250,20 @@ def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
         "loss": found.loss if found else None,
         "parameters": cost.parameters(model),
         "macs": _macs(state),
-        "file_bytes": len(encode(state.spec, model)[0]) if state.spec.quantized else cost.state_bytes(model),
+        "file_bytes": _file_bytes(state.spec, model),
     }
     if latency:
         speed = cost.latency(model, torch.zeros(1, *state.spec.input_shape))
         # What lies on grids is computed on floats here; integers run in an exported file.
         line |= {"latency_ms": speed.median_ms, "runtime": "torch, simulated" if state.spec.quantized else "torch"}
     return line
+
+
+def _file_bytes(spec: ModelSpec, model: nn.Module) -> int:
+    if spec.quantized:
+        with suppress(ModelError):  # what cannot be packed is told by the stage that packs
+            return len(encode(spec, model)[0])
+    return cost.state_bytes(model)
 
 
 def _macs(state: State) -> int:

@@ -59,7 +59,7 @@ def measure(
     if not seconds > 0 or not batches or not threads or min(*batches, *threads) < 1:
         raise ExportError("measure: seconds, batches and threads must be above 0")
     if wrong := [name for name in formats or () if name not in FORMATS]:
-        raise ExportError(f"measure: {deploy.unknown(wrong[0])}")
+        raise ExportError(f"measure: {deploy.unknown_format(wrong[0])}")
     left_out: dict[str, str] = {}
     subjects: dict[str, nn.Module | Path] = {}
     counts: dict[str, tuple[int | None, int, int]] = {}

@@ -1,7 +1,7 @@
 """From a trained model to a file that a device runs: export, parity with the model, latency."""
 
 from fedpress.deploy.artifact import Artifact, Job
-from fedpress.deploy.formats import FORMATS, Format, export, file_bytes, open_file, unknown
+from fedpress.deploy.formats import FORMATS, Format, export, file_bytes, open_file, unknown_format
 from fedpress.deploy.measure import export_all, measure, peak_memory, time_in_turn
 from fedpress.deploy.ondevice import DeviceModel, export_training
 from fedpress.deploy.onnx import export_onnx
@@ -34,5 +34,5 @@ __all__ = [
     "peak_memory",
     "quantized_program",
     "time_in_turn",
-    "unknown",
+    "unknown_format",
 ]

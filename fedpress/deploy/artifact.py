@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,16 +84,15 @@ def write(path: Path, data: bytes) -> None:
     part = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        with part.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(part, 0o644)  # a temporary file is private; an artifact is to be handed on
         os.replace(part, path)
     except OSError as error:
         if part:
-            Path(part).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
         reason = error.strerror or error
         raise ExportError(
             f"export: cannot write {len(data)} bytes to {path}: {reason}; free space or choose another --out"

@@ -71,7 +71,7 @@ FORMATS: dict[str, Format] = {
 }  # fmt: skip
 
 
-def unknown(format: str) -> str:
+def unknown_format(format: str) -> str:
     """Says what to give instead of a format that is not in `FORMATS`."""
     return f"no format '{format}'{did_you_mean(format, list(FORMATS))}; use one of {', '.join(FORMATS)}"
 
@@ -84,7 +84,7 @@ def export(model: nn.Module, path: str | Path, format: str, job: Job) -> Artifac
             the model cannot be exported.
     """
     if format not in FORMATS:
-        raise ExportError(f"export.format: {unknown(format)}")
+        raise ExportError(f"export.format: {unknown_format(format)}")
     row = FORMATS[format]
     if command := row.missing():
         raise ExportError(f"export.format: '{format}' needs packages that are missing; run `{command}`")

@@ -186,7 +186,7 @@ def open_litert(path: str | Path, threads: int = 0) -> Callable[[np.ndarray], np
             file = interpreter(str(path), num_threads=threads or os.cpu_count() or 1)
             file.allocate_tensors()
             inside, outside = file.get_input_details()[0], file.get_output_details()[0]
-        except (RuntimeError, ValueError) as error:  # a damaged name is a ValueError too
+        except (RuntimeError, ValueError, IndexError) as error:  # damaged names and empty signatures too
             raise ExportError(f"export: LiteRT cannot load {path}: {said(error)}; export it again") from error
     sizes = tuple(int(size) for size in inside["shape"])
 

@@ -308,6 +308,8 @@ class DeviceModel(nn.Module):
         """Loads the program again, in memory of its own, with the parameters as they are now."""
         twin = memo[id(self)] = type(self)(self._data)
         twin.load_state_dict(self.state_dict())
+        for mine, other in zip(self.parameters(), twin.parameters(), strict=True):
+            other.requires_grad_(mine.requires_grad)
         return twin
 
     def backward(self, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

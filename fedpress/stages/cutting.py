@@ -23,11 +23,11 @@ from fedpress.seeds import derive, generator
 from fedpress.stages.pruning import (
     PruneSettings,
     check_left,
-    drawn,
+    cut_target,
     has_batch_norm,
+    latency_target,
     milliseconds,
-    nearest,
-    target_of,
+    public_examples,
     traced,
 )
 from fedpress.state import State, Tick
@@ -63,7 +63,7 @@ class Cutting:
     def begin(cls, stage: PruneSettings, state: State, folder: StageFolder) -> Cutting:
         """Starts, or goes on from the last checkpoint in `folder`: cuts are made again from their plans."""
         tensors, saved = folder.load_progress()
-        public = drawn(stage, state, derive(state.seed, "stage", folder.index))
+        public = public_examples(stage, state, derive(state.seed, "stage", folder.index))
         model = copy.deepcopy(state.model).to("cpu").eval()
         plans = [PruningPlan.model_validate(plan) for plan in saved.get("plans", [])]
         for plan in plans:
@@ -148,12 +148,12 @@ class Cutting:
 
         if stage.keep_latency is None:
             if self.start is None:
-                here = target_of(stage, state, model, graph, 0.0)
+                here = cut_target(stage, state, model, graph, 0.0)
                 self.start = here.wanted
-            return cut(target_of(stage, state, model, graph, part, self.start))
+            return cut(cut_target(stage, state, model, graph, part, self.start))
         wanted = yield from self._wanted_latency(stage.keep_latency)
         while (share := next_share(self.tried, wanted)) is not None:
-            target = nearest(stage, graph, graph.parameters, share)
+            target = latency_target(stage, graph, graph.parameters, share)
             share = target.wanted / graph.parameters(whole(graph))
             if any(share == before for before, _ in self.tried):
                 break
@@ -170,7 +170,7 @@ class Cutting:
                 f"prune.keep_latency: got {stage.keep_latency:g}, that is {wanted:.3g} ms now, but the fastest cut "
                 f"measured, {share:.1%} of the parameters, takes {ms:.3g} ms; raise keep_latency"
             )
-        return cut(nearest(stage, graph, graph.parameters, max(fast)))
+        return cut(latency_target(stage, graph, graph.parameters, max(fast)))
 
     def _wanted_latency(self, keep: float) -> Generator[Tick, None, float]:
         """Measures the dense network, and the present one; returns the milliseconds that the present cut may take."""

@@ -42,7 +42,7 @@ class ExportStage(BaseModel):
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in FORMATS:
-            raise ValueError(deploy.unknown(name))
+            raise ValueError(deploy.unknown_format(name))
         return name
 
     @model_validator(mode="after")

@@ -19,12 +19,12 @@ from fedpress.models import what_pruning_changed
 from fedpress.stages.cutting import Cutting
 from fedpress.stages.pruning import (
     PruneSettings,
-    drawn,
-    example,
+    cut_target,
+    example_input,
     has_batch_norm,
+    latency_target,
     milliseconds,
-    nearest,
-    target_of,
+    public_examples,
     traced,
 )
 from fedpress.state import State, Tick
@@ -50,7 +50,7 @@ class PruneStage(PruneSettings):
         """
         if state.spec.quantized:
             raise RecipeError("prune: the model is quantized already; put this stage before the quantization")
-        drawn(self, state, 0)
+        public_examples(self, state, 0)
         if self.finetune is not None:
             data = state.data
             training.check(state.model, self.finetune, data.public, data.validation, data.preprocess)
@@ -65,10 +65,10 @@ class PruneStage(PruneSettings):
         scope = "global" if self.scope == "sensitivity" else self.scope
         how: dict[str, Any] = {"scope": scope, "round_to": self.round_to, "min_keep": self.min_keep}
         if self.keep_latency is not None:
-            guess = nearest(self, graph, graph.macs, self.keep_latency)
+            guess = latency_target(self, graph, graph.macs, self.keep_latency)
             plan = compress.plan(model, graph, scores, target=guess, **how)
         else:
-            plan = compress.plan(model, graph, scores, target=target_of(self, state, model, graph, 1.0), **how)
+            plan = compress.plan(model, graph, scores, target=cut_target(self, state, model, graph, 1.0), **how)
         compress.remove_(model, plan)
         if self.keep_latency is not None:
             milliseconds(model, state, seconds=0.0)
@@ -86,7 +86,7 @@ class PruneStage(PruneSettings):
             yield work.tick(1, "removing channels")
             dense, pruned = work.model, copy.deepcopy(work.model)
             compress.remove_(pruned, plan)
-            error = compress.check_parity(dense, pruned, plan, example(state))
+            error = compress.check_parity(dense, pruned, plan, example_input(state))
             work.plans.append(plan)
             compress.remove_(work.early, plan)
             work.model = copy.deepcopy(work.early) if self.rewind else pruned

@@ -92,7 +92,7 @@ class PruneSettings(BaseModel):
         return next((key, value) for key in AIMS if (value := getattr(self, key)) is not None)
 
 
-def drawn(how: PruneSettings, state: State, seed: int) -> Arrays | None:
+def public_examples(how: PruneSettings, state: State, seed: int) -> Arrays | None:
     """Draws the public examples; None where no score, norm or curve looks at any."""
     measured = how.scope == "sensitivity" and not len(state.data.validation)
     norms = has_batch_norm(state.model) and how.calibration > 0
@@ -101,7 +101,7 @@ def drawn(how: PruneSettings, state: State, seed: int) -> Arrays | None:
     return None
 
 
-def target_of(
+def cut_target(
     how: PruneSettings, state: State, model: nn.Module, graph: ChannelGraph, part: float, start: float | None = None
 ) -> Target:
     """Returns the target of the cut that goes `part` of the way from the cost `start` (now) to the aim.
@@ -115,7 +115,7 @@ def target_of(
     if key == "max_bytes":
         cost, wanted = bytes_of(model, graph), value
     elif key == "keep_macs":
-        cost, dense = graph.macs, compress.macs(state.spec.build_dense(), example(state)[:1])
+        cost, dense = graph.macs, compress.macs(state.spec.build_dense(), example_input(state)[:1])
         wanted = value * dense
     else:
         cost, dense = graph.parameters, state.dense
@@ -126,7 +126,7 @@ def target_of(
     return Target(key, cost, now ** (1 - part) * wanted**part, limit=key == "max_bytes", whole=dense)
 
 
-def nearest(how: PruneSettings, graph: ChannelGraph, cost: Cost, share: float) -> Target:
+def latency_target(how: PruneSettings, graph: ChannelGraph, cost: Cost, share: float) -> Target:
     """Returns the target to come as near as the widths allow to `share` of the cost now, from below."""
     least = cost([allowed_widths(layer, how.round_to, how.min_keep)[0] for layer in graph.layers])
     return Target("keep_latency", cost, max(least, share * cost(whole(graph))), limit=True)
@@ -155,7 +155,7 @@ def milliseconds(model: nn.Module, state: State, *, seconds: float = 0.5) -> flo
         return deploy.latency(path, shape, seconds=seconds).median_ms
 
 
-def example(state: State) -> Tensor:
+def example_input(state: State) -> Tensor:
     """Returns an input of zeros; of two examples, since torch.export takes a batch of one for a constant."""
     return torch.zeros(2, *state.spec.input_shape)
 
@@ -163,7 +163,7 @@ def example(state: State) -> Tensor:
 def traced(model: nn.Module, state: State) -> ChannelGraph:
     """Returns the channels of `model`."""
     with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints its graph before it fails
-        return compress.trace(model, example(state))
+        return compress.trace(model, example_input(state))
 
 
 def has_batch_norm(model: nn.Module) -> bool:

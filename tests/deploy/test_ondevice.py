@@ -133,10 +133,12 @@ def test_what_is_written_to_the_parameters_is_what_the_program_computes_with(pro
 
 def test_a_copy_has_the_same_parameters_in_memory_of_its_own(program):
     device = DeviceModel(program)
+    next(device.parameters()).requires_grad_(False)
     with torch.no_grad():
         next(device.parameters()).add_(1)
     twin, x = copy.deepcopy(device), examples(4, 1).x
     assert torch.equal(twin.logits(x), device.logits(x))
+    assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in device.parameters()]
     before = device.logits(x)
     with torch.no_grad():
         next(twin.parameters()).mul_(-1)

@@ -1,6 +1,7 @@
 """The exported file: what is in it, what it refuses, and that nothing is lost or printed."""
 
 import json
+import os
 import resource
 from pathlib import Path
 
@@ -139,10 +140,14 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_no_half_one(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_file_is_for_others_to_read_too(tmp_path):
-    path = tmp_path / "model.onnx"
-    export(Residual(), path)
-    assert path.stat().st_mode & 0o777 == 0o644
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_who_may_read_the_file_is_as_for_any_other(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        export(Residual(), tmp_path / "model.onnx")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model.onnx").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_a_missing_package_comes_with_the_command_that_installs_it():

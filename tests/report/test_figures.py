@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from folders import CLIENTS, federate, prune, result, train, write_run
 
 from fedpress.report.federated import accuracy_over_rounds, bytes_over_rounds, client_accuracy
@@ -112,3 +113,5 @@ def test_stages_at_nearly_the_same_point_share_a_label():
     assert figure is not None
     texts = [note["text"] for note in figure.spec["layout"]["annotations"]]
     assert texts == ["1. train", "2. prune", "3. fine-tune<br>4. federate<br>5. export"]
+    assert figure.spec["data"][0]["x"] == pytest.approx([44.76, 13.43, 13.43, 13.43, 13.52])
+    assert "file (MB)" in str(figure.spec["layout"]["xaxis"]["title"])

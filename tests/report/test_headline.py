@@ -29,5 +29,8 @@ def test_one_open_stage_makes_the_privacy_of_the_run_none():
 
 def test_what_was_not_measured_has_no_tile():
     assert tiles([]) == []
+    line = {"kind": "export", "file_bytes": 3_400_000}
+    assert tiles([line, {"kind": "measure", "file_bytes": 44_000_000}])[0].value == "3.40 MB"
+    assert tiles([{"kind": "measure", "file_bytes": 44_000_000}])[0].value == "44.0 MB"
     assert [tile.name for tile in tiles([{"kind": "train", "accuracy": 0.5, "parameters": None}])] == ["test accuracy"]
     assert tiles([{"parameters": 0}, {"parameters": 5}])[0].note == ""

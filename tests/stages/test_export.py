@@ -1,6 +1,7 @@
 """The export and measure stages on small runs: files on integers, refusals before the run, facts afterwards."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from torch import nn
 
 from fedpress import recipe as recipes
 from fedpress import run as runs
-from fedpress.errors import DataError, ExportError, RecipeError
+from fedpress.compress.cost import state_bytes
+from fedpress.errors import DataError, ExportError, ModelError, RecipeError
 from fedpress.folder import RunFolder
+from fedpress.grids import LayerGrids, WeightGrid
 from fedpress.stages.measure import measured
 
 RECIPE = """
@@ -57,6 +60,29 @@ def test_an_integer_export_is_compared_and_measured(tmp_path):
     assert json.loads(next((tmp_path / "run").rglob("measure.json")).read_text()) == measure["measure"]
 
 
+def test_clients_begin_with_the_model_and_not_with_its_file(tmp_path):
+    text = RECIPE + EXPORT + '[[stage]]\nkind = "federate"\nnum_rounds = 1\nepochs = 1\nlr = 0.01\n'
+    recipe = recipes.load(text, ("stage.1.weight_bits=7",))
+    folder = RunFolder.create(tmp_path / "run", text, runs.settings(recipe))
+    for _ in runs.execute(recipe, folder, runs.load_data(recipe)):
+        pass
+    train, _, federate = json.loads((tmp_path / "run" / "result.json").read_text())["stages"]
+    assert federate["accuracy_before"] == train["accuracy"]
+
+
+def test_what_cannot_be_packed_is_measured_as_torch_holds_it(monkeypatch):
+    recipe = recipes.load(RECIPE, ())
+    state = runs.start(recipe, runs.load_data(recipe))
+    state = replace(state, spec=state.spec.model_copy(update={"quantized": {"head": LayerGrids(weights=WeightGrid())}}))
+
+    def refuse(*_):
+        raise ModelError("pack: a buffer is of type complex64")
+
+    packed = runs.measure(state, latency=False)["file_bytes"]
+    monkeypatch.setattr(runs, "encode", refuse)
+    assert runs.measure(state, latency=False)["file_bytes"] == state_bytes(state.model) != packed
+
+
 def checked(text: str) -> list[dict]:
     recipe = recipes.load(text, ())
     return runs.check(recipe, runs.load_data(recipe))
@@ -70,8 +96,6 @@ def test_check_refuses_what_cannot_be_exported_and_ranges_from_nothing():
     recipe = recipes.load(RECIPE + EXPORT, ())
     data = runs.load_data(recipe)
     state = runs.start(recipe, data)
-    from dataclasses import replace
-
     empty = replace(data, public=data.public.take(torch.arange(0)))
     with pytest.raises(DataError, match=r"int8.*public"):
         recipe.stage[1].check(replace(state, data=empty))

@@ -93,7 +93,7 @@ def block_means(values: Floats, block: int) -> Floats:
 
 
 def chunks(size: int, block: int, scales: Floats) -> list[tuple[int, int, Floats]]:
-    """Pieces of whole blocks with the scale of each of their values."""
+    """Returns pieces of whole blocks, (start, end, scales), with the scale of each of their values."""
     step = max(CHUNK // block, 1) * block
     return [
         (
@@ -112,12 +112,12 @@ def evenly(keys: NDArray[np.floating], count: int) -> NDArray[np.intp]:
 
 
 def uniform(key: Key, size: int) -> Floats:
-    """Uniform on [0, 1) in steps of 2**-16."""
+    """Returns numbers uniform on [0, 1) in steps of 2**-16."""
     return random_words(key, "dither", size).astype(np.float32) * np.float32(2**-16)
 
 
 def random_words(key: Key, word: str, size: int) -> NDArray[np.uint16]:
-    """Uniform 16-bit numbers of this client and round, equal on every machine."""
+    """Returns uniform 16-bit numbers of this client and round, equal on every machine."""
     secret = torch.randint(256, (32,), generator=key.own(word), dtype=torch.uint8).numpy().tobytes()
     words: NDArray[np.uint16] = seeds.keystream(secret, 2 * size).view("<u2")
     return words
