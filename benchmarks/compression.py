@@ -139,7 +139,7 @@ def settings(epochs: int, small: int) -> TrainSettings:
 def dense(parts: FederatedData, epochs: int, out: Path) -> tuple[ModelSpec, nn.Module]:
     """Returns a whole ResNet-18, trained from scratch; it is trained only if OUT/dense is not there."""
     place = out / "dense"
-    if not (place / "model.json").exists():
+    if not (place / "spec.json").exists():
         spec = ModelSpec(
             architecture="resnet18",
             input_shape=parts.example_shape,
