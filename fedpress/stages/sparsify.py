@@ -178,7 +178,7 @@ class SparsifyStage(TrainSettings):
             note = f"epoch {event.epoch}/{event.epochs}, loss {event.loss:.3f}, density {density:.1%}"
         model = work.fit.result_()
         apply_(work.weights.chosen, work.masks)
-        if not self.epochs:
+        if self.ema or not self.epochs:
             work.restore_norms_()
         layers: list[JsonValue] = [
             {"name": w.name, "entries": w.size, "kept": int(work.masks[w.name].sum())} for w in work.weights.chosen
@@ -335,7 +335,10 @@ class _Work:
             yield F.cross_entropy(self.fit.model(prepare(x.to(at))), y.to(at))
 
     def restore_norms_(self) -> None:
-        """Takes the statistics of batch norms anew: without training nothing else would make up for the cut."""
+        """Takes the statistics of batch norms anew: averaged ones (`ema`) are those of a network with fewer zeros.
+
+        Without training nothing else would make up for the cut.
+        """
         norms = [m for m in self.fit.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         if norms and len(self.data.public):
             drawn = calibration(self.state, self.stage.calibration, self.seed)

@@ -1,11 +1,17 @@
+import copy
+
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
 
 from fedpress.arrays import Arrays
+from fedpress.compress import restore_batch_norm_
 from fedpress.compress.sparse import find_weights
 from fedpress.errors import DataError, FedpressError, RecipeError
 from fedpress.models import load_model
+from fedpress.recipe import load
+from fedpress.run import load_data
 from fedpress.stages import SparsifyStage
 from fedpress.training import Fit, Step, TrainSettings
 from tests.stages.recipes import HEAD, TRAIN, Killed, begun, checked, finish, told, zeros
@@ -57,6 +63,28 @@ def test_the_density_falls_as_the_cubic_says(tmp_path):
     finish(text, tmp_path / "run")
     path = [r["density"] for r in told(tmp_path / "run") if "density" in r]
     assert path == pytest.approx([0.1 + 0.9 * (1 - min(1, e / 3)) ** 3 for e in (1, 2, 3, 4)], abs=2e-3)
+
+
+def test_averaged_weights_have_statistics_of_their_own(tmp_path):
+    how = "density = 0.1\nschedule = 'gradual'\nepochs = 3\nevery = 1\nema = 0.98\n"
+    text = (
+        HEAD.replace('"mlp"', '"resnet-small"').replace(
+            "in_features = 64, hidden = [48, 30]", "in_channels = 1, width = 4"
+        )
+        + SPARSIFY
+        + how
+    )
+    recipe = load(text, ())
+    data = load_data(recipe)
+    finish(text, tmp_path / "run")
+    _, model = load_model(tmp_path / "run" / "stages" / "0-sparsify")
+    assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    twin = copy.deepcopy(model)
+    public = data.public.x[torch.randperm(len(data.public))]
+    restore_batch_norm_(twin, (data.preprocess(x) for x in public.split(len(public))))
+    for (name, mine), other in zip(model.named_buffers(), twin.buffers(), strict=True):
+        if name.endswith("running_mean"):
+            torch.testing.assert_close(mine, other, atol=0.05 * other.abs().max().item() + 1e-3, rtol=0.05)
 
 
 def test_later_stages_keep_the_zeros(tmp_path):
