@@ -84,7 +84,7 @@ def write(path: Path, data: bytes) -> None:
     part = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part = path.with_name(f".{path.name}.part")  # one name: what a killed process leaves is written over
         with part.open("wb") as file:
             file.write(data)
             file.flush()
