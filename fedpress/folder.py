@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fedpress import atomic
 from fedpress.errors import RunError
 from fedpress.models import ModelSpec, load_model, save_model
 
@@ -50,19 +51,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         RunError: if it cannot be written; what was at `path` is still there.
     """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with writing(path):
-            yield temporary
-            _sync(temporary)
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    with writing(path), atomic.replacing(path) as temporary:
+        yield temporary
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -257,8 +247,8 @@ class StageFolder:
         """Saves the stage's model and result; the result file, written last, marks the stage as done."""
         with writing(self.path / "model.safetensors"):
             save_model(self.path, spec, model)
-            _sync(self.path / "model.safetensors")
-            _sync(self.path / "spec.json")
+            atomic.sync(self.path / "model.safetensors")
+            atomic.sync(self.path / "spec.json")
         done = Done(dict(result), self.run.count_records())
         write_json(self._result, {"key": key, "records": done.records, "result": done.result})
         self._progress.unlink(missing_ok=True)

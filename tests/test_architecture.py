@@ -29,6 +29,7 @@ FLOORS = {
         "quantized",
         "ranges",
         "muon",
+        "atomic",
     ],
 }
 FLOOR_OF = {place: floor for floor, places in FLOORS.items() for place in places}

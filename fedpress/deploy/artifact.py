@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 import fedpress
 from fedpress.arrays import Preprocess
+from fedpress.atomic import replacing
 from fedpress.errors import ExportError
 from fedpress.ranges import Observer
 
@@ -81,18 +81,11 @@ def write(path: Path, data: bytes) -> None:
     Raises:
         ExportError: if the disk does not take it; the file that was there before stays.
     """
-    part = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")  # one name: what a killed process leaves is written over
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with replacing(path) as part:
+            part.write_bytes(data)
     except OSError as error:
-        if part:
-            part.unlink(missing_ok=True)
         reason = error.strerror or error
         raise ExportError(
             f"export: cannot write {len(data)} bytes to {path}: {reason}; free space or choose another --out"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from fedpress.atomic import replacing
 from fedpress.errors import RunError
 from fedpress.report import units
 from fedpress.report.figures import figures
@@ -83,25 +83,13 @@ def write_page(page: Page, target: Path) -> Path:
 def _write(page: str, target: Path) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(target, page)
+        with replacing(target) as part:
+            part.write_text(page, "utf-8")
     except OSError as error:
         raise RunError(
             f"{target}: the report cannot be written ({error.strerror}); free space or choose another place"
         ) from error
     return target
-
-
-def _write_whole(target: Path, text: str) -> None:
-    part = target.with_name(f".{target.name}.part")  # one name: what a killed process leaves is written over
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def render(run: Run) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from fedpress.atomic import replacing
 from fedpress.errors import ModelError, WireError
 from fedpress.models import ModelSpec
 from fedpress.quantized import quantized_layers
@@ -77,16 +76,12 @@ def pack(spec: ModelSpec, model: nn.Module, path: Path) -> Packed:
                 " one; make it persistent"
             )
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        with replacing(path) as part:
+            part.write_bytes(data)
     except OSError as error:
         raise ModelError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return packed
 
 
