@@ -40,6 +40,8 @@ from fedpress.storage.packed import encode
 from fedpress.training import evaluate, place_
 
 MEASURED = ("accuracy", "loss", "parameters", "macs", "file_bytes", "latency_ms", "runtime")
+ADDED_TO_DATA = ("classes", "words", "public_words", "unknown", "encoding", "decimal")
+"""Keys that older run folders do not know: left out of the settings where they say nothing, so that those resume."""
 LIBRARIES = ("torch", "numpy", "safetensors", "dp-accounting", "onnx", "onnxruntime", "pydantic")
 
 
@@ -143,6 +145,9 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     """
     tree: dict[str, Any] = json.loads(recipe.model_dump_json())
     tree["data"].pop("path", None)
+    for key in ADDED_TO_DATA:
+        if type(recipe.data).model_fields[key].default == getattr(recipe.data, key):
+            tree["data"].pop(key)
     if recipe.model.checkpoint is not None:
         model = storage.load(recipe.model.checkpoint)[1]
         tree["model"]["checkpoint"] = fingerprint(*model.state_dict().values())

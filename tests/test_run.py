@@ -466,3 +466,41 @@ def test_a_model_comes_from_one_place(tiny, model, problem):
 
     with pytest.raises(FedpressError, match=problem):
         started()
+
+
+PATIENTS = """
+name = "patients"
+seed = 1
+[data]
+source = "csv"
+path = "PATH"
+label_column = "diag"
+client_column = "site"
+test_clients = ["s0"]
+public_clients = ["s1"]
+[model]
+architecture = "mlp"
+arguments = { in_features = 3, num_classes = 2, hidden = [4] }
+[[stage]]
+kind = "federate"
+num_rounds = 1
+batch_size = 80
+privacy = { unit = "sample", epsilon = 1.0, delta = 1e-4 }
+"""
+
+
+def test_nothing_that_only_a_private_row_says_is_in_the_run_folder(tmp_path):
+    rows = [f"{40 + i % 30},{('nurse', 'cook')[i % 3 > 1]},{('healthy', 'ill')[i % 2]},s{i % 5}" for i in range(300)]
+    (tmp_path / "t.csv").write_text("\n".join(["age,job,diag,site", *rows, "44,spy,rare-disease,s3"]))
+    text = PATIENTS.replace("PATH", str(tmp_path / "t.csv"))
+    finish(text, tmp_path / "run")
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert not [path for path in files if b"rare-disease" in path.read_bytes() or b"spy" in path.read_bytes()]
+
+
+def test_a_folder_of_an_older_version_without_newer_data_keys_still_resumes(tiny):
+    settings = runs.settings(recipes.load(tiny))
+    assert not {"classes", "words", "public_words", "unknown", "encoding", "decimal"} & settings["data"].keys()
+    named = runs.settings(recipes.load(tiny, ["data.unknown=other", "data.encoding=latin-1"]))
+    assert (named["data"]["unknown"], named["data"]["encoding"]) == ("other", "latin-1")

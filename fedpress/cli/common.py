@@ -51,9 +51,13 @@ def find_modules(beside: list[str]) -> None:
 
 
 def load_data(recipe: Recipe, out_stream: Console) -> FederatedData:
-    """Loads the data of a recipe, with bars."""
+    """Loads the data of a recipe, with bars, and says how many rows are left out."""
     from fedpress import run as runs
     from fedpress import terminal
 
     with terminal.bars(out_stream) as bars:
-        return runs.load_data(recipe, progress=terminal.Loading(bars))
+        loaded = runs.load_data(recipe, progress=terminal.Loading(bars))
+    said = loaded.told_left_out(private=any(getattr(stage, "privacy", None) for stage in recipe.stage))
+    if said:
+        out_stream.print(said, markup=False, soft_wrap=True)
+    return loaded

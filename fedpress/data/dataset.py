@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ class FederatedData:
         num_classes: labels are 0 .. num_classes - 1.
         class_names: one name per class.
         preprocess: from raw examples to the input of a network; fitted on `public` only, never on private data.
+        left_out: how many rows are in no part because their label or a word of theirs is unknown, by "public",
+            "validation", "test", and "clients" for all clients together, which is a private number; empty where the
+            source names all classes itself.
     """
 
     name: str
@@ -35,6 +38,7 @@ class FederatedData:
     num_classes: int
     class_names: tuple[str, ...]
     preprocess: Preprocess
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.clients:
@@ -59,6 +63,23 @@ class FederatedData:
         """The shape of one example, such as (3, 32, 32)."""
         return tuple(next(iter(self.clients.values())).x.shape[1:])
 
+    def told_left_out(self, *, private: bool) -> str:
+        """Says how many rows were left out since their label or a word of theirs is unknown; empty if none.
+
+        Args:
+            private: whether something is promised about the clients' rows: then their number is not told, and it is
+                said whether or not there are any.
+        """
+        counts = {part: count for part, count in self.left_out.items() if count}
+        if private:
+            counts.pop("clients", None)
+        told = ", ".join(f"{count:,} of the {part}" for part, count in counts.items())
+        said = f"rows of an unknown class or word are left out: {told}" if told else ""
+        if private and "clients" in self.left_out:
+            said = said or "rows of an unknown class or word are left out"
+            said += "; how many of the clients' rows are among them is private"
+        return said
+
     def describe(self) -> dict[str, Any]:
         """Returns sizes, classes and label counts per client as plain JSON values."""
         return {
@@ -68,6 +89,7 @@ class FederatedData:
             "public": len(self.public),
             "validation": len(self.validation),
             "test": len(self.test),
+            "left_out": {part: count for part, count in self.left_out.items() if count and part != "clients"},
             "private": sum(len(arrays) for arrays in self.clients.values()),
             "clients": {
                 name: {"examples": len(arrays), "labels": arrays.y.bincount(minlength=self.num_classes).tolist()}
@@ -89,6 +111,6 @@ def _check_like(where: str, arrays: Arrays, first: Arrays, num_classes: int) -> 
         raise DataError(f"{where}: some features are NaN or infinite; fill or leave out those rows")
     if arrays.y.dtype != torch.int64 or arrays.y.dim() != 1:
         raise DataError(f"{where}: labels of type {arrays.y.dtype} and {arrays.y.dim()} dimensions; give int64 [n]")
-    low, high = (int(arrays.y.min()), int(arrays.y.max())) if len(arrays) else (0, 0)
-    if low < 0 or high >= num_classes:
-        raise DataError(f"{where}: labels from {low} to {high}; expected 0 to {num_classes - 1}")
+    if len(arrays) and not bool(((arrays.y >= 0) & (arrays.y < num_classes)).all()):
+        # The label itself may be private, so it is not told.
+        raise DataError(f"{where}: some labels are no class number; expected 0 to {num_classes - 1}")

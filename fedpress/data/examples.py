@@ -12,32 +12,46 @@ from fedpress.arrays import Arrays
 Progress = Callable[[str, int, int | None], None]
 """`progress(what, done, total)`: told now and then how far a long download or decoding is; total None if unknown."""
 
-Encoder = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Classes:
+    """Class numbers `y` int64 [n] of all rows, -1 where a row's label is none of `names`."""
+
+    y: Tensor
+    names: tuple[str, ...]
 
 
-def as_is(public: Tensor) -> Encoder:
-    """The `fit` of a source whose examples need nothing learned from the public part."""
-    return lambda x: x
+@dataclass(frozen=True)
+class Inputs:
+    """Examples `x` [n, ...] of all rows, and bool [n]: which of them cannot be used and are to be left out."""
+
+    x: Tensor
+    left_out: Tensor
 
 
 @dataclass(frozen=True)
 class Examples:
     """Rows for training, and for testing where the source has its own test set.
 
+    What a source reads from private rows must not decide which classes and inputs there are, for these go into the
+    model's shape and files. Sources of own data therefore say how both follow from the public rows.
+
     Attributes:
         name: of the source.
-        train: the rows to be shared out.
-        class_names: one name per label.
+        train: the rows to be shared out. Where `classes` is given, `y` only serves to deal rows by their labels.
+        class_names: one name per label, if the source itself decides them; else empty.
         test: the source's own test rows, or None: then some of `train` are set aside.
         owners: int64 [n], which natural client each training row belongs to, or None.
         owner_names: the names of the natural clients.
-        fit: learns an encoder of `x` from the public rows, so that nothing is learned from private ones.
+        classes: learns the classes from the positions int64 [m] of the public rows; None: `train.y`, `class_names`.
+        inputs: learns the inputs from the positions of the public rows; None: `train.x` as it is.
     """
 
     name: str
     train: Arrays
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...] = ()
     test: Arrays | None = None
     owners: Tensor | None = None
     owner_names: tuple[str, ...] = ()
-    fit: Callable[[Tensor], Encoder] = as_is
+    classes: Callable[[Tensor], Classes] | None = None
+    inputs: Callable[[Tensor], Inputs] | None = None

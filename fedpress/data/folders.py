@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fedpress.arrays import Arrays
 from fedpress.data import images
-from fedpress.data.examples import Examples, Progress
+from fedpress.data.classes import known_classes
+from fedpress.data.examples import Classes, Examples, Progress
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
@@ -38,10 +40,21 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
             )
     every = [file for own in files.values() for file in own]
     labels = sorted({file.parent.name for file in every})
-    x = images.decode(every, where=lambda i: f"'{every[i]}'", size=settings.image_size, progress=progress)
-    y = torch.tensor([labels.index(file.parent.name) for file in every])
+
+    def where(number: int) -> str:
+        # The name of a label's folder may be what a private client would not tell.
+        client = every[number].parent.parent
+        return f"'{client / '*' / every[number].name}'"
+
+    x = images.decode(every, where=where, size=settings.image_size, progress=progress)
+    position = {label: i for i, label in enumerate(labels)}
+    y = torch.tensor([position[file.parent.name] for file in every])
     owners = torch.tensor([i for i, own in enumerate(files.values()) for _ in own])
-    return Examples(settings.path.name, Arrays(x, y), tuple(labels), owners=owners, owner_names=tuple(files))
+
+    def classes(public: Tensor) -> Classes:
+        return known_classes(y, labels, public, settings, f"images of '{settings.path}'")
+
+    return Examples(settings.path.name, Arrays(x, y), owners=owners, owner_names=tuple(files), classes=classes)
 
 
 def _images(client: Path) -> list[Path]:

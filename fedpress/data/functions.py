@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fedpress.arrays import Arrays
+from fedpress.data.classes import checked, known_classes, rows_that_name
 from fedpress.data.dataset import FederatedData
-from fedpress.data.examples import Examples
+from fedpress.data.examples import Classes, Examples
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError, FedpressError, did_you_mean
 
@@ -41,7 +42,7 @@ def read(settings: DataSettings, seed: int) -> FederatedData | Examples:
         return found
     if not isinstance(found, Mapping) or not found:
         raise DataError(f"{where}: returned {type(found).__name__}; expected FederatedData or a dict client -> (x, y)")
-    return _examples(settings.source, {str(name): pair for name, pair in found.items()}, where)
+    return _examples(settings, {str(name): pair for name, pair in found.items()}, where)
 
 
 def _find(source: str, where: str) -> Callable[..., Any]:
@@ -58,15 +59,28 @@ def _find(source: str, where: str) -> Callable[..., Any]:
     return function
 
 
-def _examples(source: str, pairs: dict[str, Any], where: str) -> Examples:
+def _examples(settings: DataSettings, pairs: dict[str, Any], where: str) -> Examples:
     clients = {name: _client(pair, f"{where}: client '{name}'") for name, pair in pairs.items()}
     shapes = {(*x.shape[1:], str(x.dtype)) for x, _ in clients.values()}
     if len(shapes) > 1:
         raise DataError(f"{where}: clients' examples differ: {' and '.join(map(str, sorted(shapes)))}; make them alike")
-    y, class_names = _classes(np.concatenate([y for _, y in clients.values()]), where)
+    labels = np.concatenate([y for _, y in clients.values()])
+    y, words = _numbered(labels, where)
     owners = torch.cat([torch.full((len(x),), i) for i, (x, _) in enumerate(clients.values())])
     train = Arrays(torch.cat([x for x, _ in clients.values()]), y)
-    return Examples(source, train, class_names, owners=owners, owner_names=tuple(clients))
+
+    def classes(public: Tensor) -> Classes:
+        if words:
+            return known_classes(y, words, public, settings, where)
+        # Class numbers: those up to the highest that is public, or as many as the recipe names.
+        if settings.classes is not None:
+            names = settings.classes
+        else:
+            count = int(y[rows_that_name(public, len(y), settings, where)].max()) + 1
+            names = tuple(str(number) for number in range(count))
+        return checked(Classes(torch.where(y < len(names), y, -1), names), settings, where)
+
+    return Examples(settings.source, train, owners=owners, owner_names=tuple(clients), classes=classes)
 
 
 def _client(pair: Any, where: str) -> tuple[Tensor, np.ndarray]:
@@ -87,10 +101,12 @@ def _client(pair: Any, where: str) -> tuple[Tensor, np.ndarray]:
     return x, y
 
 
-def _classes(y: np.ndarray, where: str) -> tuple[Tensor, tuple[str, ...]]:
+def _numbered(y: np.ndarray, where: str) -> tuple[Tensor, tuple[str, ...]]:
+    """Returns int64 [n], and the words that they stand for; no words if the labels are class numbers."""
     if y.dtype.kind in "US":
         words, positions = np.unique(y, return_inverse=True)
         return torch.from_numpy(positions.astype(np.int64)), tuple(str(word) for word in words)
     if y.dtype.kind not in "iub" or y.min() < 0:
-        raise DataError(f"{where}: labels of type {y.dtype} from {y.min()}; expected whole numbers from 0 up, or words")
-    return torch.from_numpy(y.astype(np.int64)), tuple(str(i) for i in range(int(y.max()) + 1))
+        kind = "negative numbers" if y.dtype.kind == "i" else str(y.dtype)
+        raise DataError(f"{where}: labels of type {kind}; expected whole numbers from 0 up, or words")
+    return torch.from_numpy(y.astype(np.int64)), ()

@@ -23,6 +23,32 @@ def _known_source(source: object) -> object:
     return source
 
 
+def _known_encoding(name: str) -> str:
+    try:
+        "".encode(name)
+    except LookupError as error:
+        raise ValueError(f"no encoding '{name}'; common ones are utf-8, utf-16, latin-1 and cp1252") from error
+    return name
+
+
+def _as_words(values: object) -> object:
+    """Lets whole numbers and truth values stand without quotes: `classes = [0, 1]`."""
+    if not isinstance(values, list | tuple):
+        return values
+    return [str(value) if isinstance(value, int) else value for value in values]
+
+
+def _all_different(names: tuple[str, ...]) -> tuple[str, ...]:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"'{twice}' is listed twice; list every name once")
+    return names
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_words), AfterValidator(_all_different), Field(min_length=1)]
+"""A list of different words; numbers may be written without quotes."""
+
+
 class DataSettings(BaseModel, frozen=True, extra="forbid"):
     """Which rows are private to which client, which are declared public, and which test the model.
 
@@ -49,7 +75,17 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         feature_columns: the columns to predict from; None: all others. One column of images is decoded.
         drop_columns: columns to leave out of the features.
         delimiter: of a CSV file.
+        decimal: what stands before the decimals in the numbers of a CSV file: "." or ",".
+        encoding: of a CSV file, such as "latin-1"; None: UTF-8, or UTF-16 that says so at its beginning.
         missing: what a missing feature is: an error, a row to drop, or to fill with the mean of the public rows.
+        classes: the names of all classes, in the order of their numbers. None: those of the public part. Sources with
+            classes of their own (digits, cifar10) take none.
+        words: the list of words of a column of words: `{ job = ["cook", "nurse"] }`. Other columns: the public part's.
+        public_words: columns whose list of words is no secret, so that it is taken from private rows too. The name in
+            `label_column` stands for the classes, also of folders and functions.
+        unknown: what is done with a private row whose label or word is on no list: "drop" leaves the row out; "other"
+            adds one class "other", and one input "other" for each column of words. None: a row of an unknown class is
+            left out, and an unknown word is none of the known ones (zeros).
         image_size: images are resized to this height and width; None: they must have one size.
         mean: of each channel or feature, instead of fitting it on the public part.
         std: likewise.
@@ -71,7 +107,13 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     feature_columns: tuple[str, ...] | None = None
     drop_columns: tuple[str, ...] = ()
     delimiter: str = Field(default=",", min_length=1, max_length=1)
+    decimal: Literal[".", ","] = "."
+    encoding: Annotated[str, AfterValidator(_known_encoding)] | None = None
     missing: Literal["error", "drop", "mean"] = "error"
+    classes: Names | None = None
+    words: dict[str, Names] = {}
+    public_words: tuple[str, ...] = ()
+    unknown: Literal["drop", "other"] | None = None
     image_size: int | None = Field(default=None, ge=1, le=4096)
     mean: tuple[float, ...] = ()
     std: tuple[Annotated[float, Field(gt=0)], ...] = ()
@@ -84,6 +126,10 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
             raise ValueError("public_clients and public_share are both given; give one of them")
         if both := set(self.public_clients) & set(self.test_clients):
             raise ValueError(f"client '{min(both)}' is in public_clients and test_clients; leave it in one of them")
+        if self.classes is not None and len(self.classes) < 2:
+            raise ValueError("classes: a single class leaves nothing to tell apart; list at least two")
+        if self.decimal == self.delimiter:
+            raise ValueError(f"decimal and delimiter are both '{self.decimal}'; set delimiter = ';' or what it is")
         if self.path is None and self.source in ("csv", "parquet", "folders"):
             raise ValueError(f"source '{self.source}' needs a path; set path, or --data on the command line")
         return self

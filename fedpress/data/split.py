@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from fedpress import seeds
 from fedpress.arrays import Arrays, Preprocess
 from fedpress.data.dataset import FederatedData
 from fedpress.data.dealing import Ask, Pool
-from fedpress.data.examples import Examples
+from fedpress.data.examples import Classes, Examples, Inputs
 from fedpress.data.partition import Iid, Natural
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError, did_you_mean
@@ -39,7 +40,18 @@ def split(examples: Examples, settings: DataSettings, seed: int) -> FederatedDat
     if settings.public_share is None and not settings.public_clients and partition.rest_is_public:
         public = _without(rows, torch.cat(list(dealt.values())))
     validation, public = _validation(public, settings, seed)
-    return _assemble(examples, settings, {name: rows[index] for name, index in dealt.items()}, public, validation, test)
+    parts = Parts({name: rows[index] for name, index in dealt.items()}, public, validation, test)
+    return _assemble(examples, settings, parts)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Row positions of every part of a data set; the test part may be a source's own examples."""
+
+    clients: dict[str, Tensor]
+    public: Tensor
+    validation: Tensor
+    test: Arrays | Tensor
 
 
 def _test(examples: Examples, rows: Tensor, settings: DataSettings, seed: int) -> tuple[Arrays | Tensor, Tensor]:
@@ -104,32 +116,47 @@ def _without(rows: Tensor, positions: Tensor) -> Tensor:
     return rows[kept]
 
 
-def _assemble(
-    examples: Examples,
-    settings: DataSettings,
-    clients: dict[str, Tensor],
-    public: Tensor,
-    validation: Tensor,
-    test: Arrays | Tensor,
-) -> FederatedData:
-    """Encodes all rows with what was learned from the public ones."""
-    encode = examples.fit(examples.train.x[public])
+def _assemble(examples: Examples, settings: DataSettings, parts: Parts) -> FederatedData:
+    """Finds classes and inputs by the public rows, and encodes all rows so."""
+    if examples.classes is None:
+        if settings.classes is not None:
+            raise DataError(f"data.classes: source '{settings.source}' has classes of its own; leave classes out")
+        found = Classes(examples.train.y, examples.class_names)
+    else:
+        found = examples.classes(torch.cat([parts.public, parts.validation]))
+    named = parts.public[found.y[parts.public] >= 0]
+    if examples.inputs is None:
+        inputs = Inputs(examples.train.x, torch.zeros(len(examples.train), dtype=torch.bool))
+    else:
+        inputs = examples.inputs(named)
+    usable = (found.y >= 0) & ~inputs.left_out
+    left_out: dict[str, int] = {}
 
-    def part(rows: Arrays | Tensor) -> Arrays:
-        arrays = rows if isinstance(rows, Arrays) else examples.train.take(rows)
-        return Arrays(encode(arrays.x), arrays.y)
+    def part(name: str, rows: Arrays | Tensor) -> Arrays:
+        if isinstance(rows, Arrays):
+            return rows
+        kept = rows[usable[rows]]
+        left_out[name] = left_out.get(name, 0) + len(rows) - len(kept)
+        return Arrays(inputs.x[kept], found.y[kept])
 
-    declared = part(public)
-    return FederatedData(
+    for name, rows in parts.clients.items():
+        if len(rows) and not bool(usable[rows].any()):
+            raise DataError(
+                f"client '{name}': no row is left, since their classes or words are on no list; name all of them with "
+                'classes = [...] or words = {...}, set unknown = "other", or leave this client out'
+            )
+    declared = part("public", parts.public)
+    data = FederatedData(
         name=examples.name,
-        clients={name: part(rows) for name, rows in clients.items()},
+        clients={name: part("clients", rows) for name, rows in parts.clients.items()},
         public=declared,
-        validation=part(validation),
-        test=part(test),
-        num_classes=len(examples.class_names),
-        class_names=examples.class_names,
+        validation=part("validation", parts.validation),
+        test=part("test", parts.test),
+        num_classes=len(found.names),
+        class_names=found.names,
         preprocess=_preprocess(declared.x, settings),
     )
+    return data if examples.classes is None else replace(data, left_out=left_out)
 
 
 def _preprocess(public: Tensor, settings: DataSettings) -> Preprocess:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet
+import torch
 from pyarrow import types
 from torch import Tensor
 
 from fedpress.arrays import Arrays
-from fedpress.data import columns, images
+from fedpress.data import columns, csv, images
+from fedpress.data.columns import Column
 from fedpress.data.examples import Examples, Progress
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError, did_you_mean
 
 FILE = "file"
-NO_VALUE = ["", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
 
 
 def read(settings: DataSettings, progress: Progress | None) -> Examples:
-    """Returns the rows of all files with float32 features [n, d], or uint8 images if that is what a row holds.
+    """Returns the rows of all files: their numbers and words become features later, or they hold uint8 images.
 
     Raises:
         DataError: if a file is missing or corrupt, or a column is missing or of the wrong kind.
@@ -37,24 +38,23 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
         table = table.filter(_complete(table, used))
     if table.num_rows == 0:
         raise DataError(f"'{settings.path}': there are no rows; check the path and data.missing")
-    y, class_names = columns.codes(table[settings.label_column], settings.label_column, "label")
-    if not 1 < len(class_names) <= max(2, table.num_rows // 2):
-        raise DataError(
-            f"label column '{settings.label_column}': {len(class_names)} different values in {table.num_rows} rows; "
-            "expected at least two classes of some rows each"
-        )
+    labels = columns.Labels(Column.of(table, settings.label_column, settings), settings)
+    y = labels.dealing()
     owners: Tensor | None = None
     owner_names: tuple[str, ...] = ()
     if settings.client_column:
-        owners, owner_names = columns.codes(table[settings.client_column], settings.client_column, "client")
+        column = Column.of(table, settings.client_column, settings).typed()
+        owners, owner_names = columns.codes(column, settings.client_column, "client")
     name = files[0].stem if len(files) == 1 else files[0].parent.name
+    rows = Arrays(torch.arange(len(y))[:, None], y)
+    found = Examples(name, rows, owners=owners, owner_names=owner_names, classes=labels.classes)
     if len(names) == 1 and types.is_struct(table[names[0]].type):
         x = _images(table[names[0]], names[0], settings, progress)
-        return Examples(name, Arrays(x, y), class_names, owners=owners, owner_names=owner_names)
+        return replace(found, train=Arrays(x, y))
     if settings.missing == "error":
         _refuse_gaps(table, names)
-    found = columns.features(table, names)
-    return Examples(name, Arrays(found.x, y), class_names, owners=owners, owner_names=owner_names, fit=found.fit)
+    features = columns.Features(tuple(Column.of(table, name, settings) for name in names), settings)
+    return replace(found, inputs=features.inputs)
 
 
 def find(path: Path, kind: str) -> list[Path]:
@@ -89,25 +89,19 @@ def read_parquet(path: Path) -> Any:
         raise DataError(f"'{path}': not a readable parquet file ({_brief(error)}); copy it again") from error
 
 
-def _read_csv(path: Path, delimiter: str) -> Any:
-    try:
-        return pyarrow.csv.read_csv(
-            path,
-            parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter),
-            convert_options=pyarrow.csv.ConvertOptions(null_values=NO_VALUE, strings_can_be_null=True),
-        )
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"'{path}': not a readable CSV file ({_brief(error)}); correct or remove it") from error
-
-
 def _read_file(path: Path, settings: DataSettings) -> Any:
-    table = read_parquet(path) if settings.source == "parquet" else _read_csv(path, settings.delimiter)
+    table = read_parquet(path) if settings.source == "parquet" else csv.read(path, settings)
     if settings.client_column == FILE and FILE not in table.column_names:
         table = table.append_column(FILE, pa.array([path.stem] * table.num_rows, pa.string()))
     return table
 
 
 def _together(tables: list[Any], files: list[Path]) -> Any:
+    for table, file in zip(tables, files, strict=True):
+        names = table.column_names
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"'{file}': two columns are named '{twice}'; give each a name of its own")
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
@@ -118,12 +112,14 @@ def _together(tables: list[Any], files: list[Path]) -> Any:
 
 
 def _feature_names(table: Any, settings: DataSettings) -> list[str]:
-    for key in ("label_column", "client_column", "feature_columns", "drop_columns"):
+    for key in ("label_column", "client_column", "feature_columns", "drop_columns", "words", "public_words"):
         given = getattr(settings, key) or ()
         for name in [given] if isinstance(given, str) else given:
             if name not in table.column_names:
                 known = ", ".join(table.column_names[:12]) + (", ..." if len(table.column_names) > 12 else "")
                 near = did_you_mean(name, table.column_names)
+                if settings.source == "csv":
+                    csv.refuse_other_delimiter(settings, table.column_names)
                 raise DataError(f"data.{key}: no column '{name}' in '{settings.path}' (it has {known}){near}")
     left_out = {settings.label_column, settings.client_column, *settings.drop_columns}
     names = [name for name in settings.feature_columns or table.column_names if name not in left_out]

@@ -19,7 +19,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 
 def ask(name: str = "make", **keys) -> DataSettings:
-    return DataSettings(source=f"own_module:{name}", **{"validation": 0, **keys})
+    return DataSettings(source=f"own_module:{name}", **{"validation": 0, "public_words": ["label"], **keys})
 
 
 def test_a_dict_of_clients_is_shared_out_by_the_settings(own):
@@ -70,8 +70,8 @@ X = np.zeros((4, 2))
         ({"a": (X[:0], [])}, "client 'a': no examples"),
         ({"a": 3}, "client 'a': expected a pair of arrays"),
         ({"a": ([["x"]], [1])}, "client 'a': expected a pair of arrays"),
-        ({"a": (X, [0.5] * 4)}, "labels of type float64 from 0.5; expected whole numbers"),
-        ({"a": (X, [-1] * 4)}, "labels of type int64 from -1"),
+        ({"a": (X, [0.5] * 4)}, "labels of type float64; expected whole numbers"),
+        ({"a": (X, [-1] * 4)}, "labels of type negative numbers; expected"),
         ({"a": (X, [0] * 4), "b": (np.zeros((4, 3)), [0] * 4)}, "clients' examples differ"),
         ({"a": (np.zeros((4, 2), np.uint8), [0] * 4)}, r"expected uint8 images \[n, C, H, W\]"),
         ({"a": (X + np.nan, [0, 1, 0, 1])}, "client 'a': some features are NaN or infinite"),
