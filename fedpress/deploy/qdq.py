@@ -11,7 +11,7 @@ import copy
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -32,7 +32,8 @@ CONVOLUTIONS = {
     *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
     *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
 }
-LAYERS = {aten.linear.default, *CONVOLUTIONS}
+LINEAR = {aten.linear.default}
+LAYERS = LINEAR | CONVOLUTIONS
 """Operations with a weight at argument 1, output channels first, and a bias at argument 2."""
 
 MATRIX = {aten.matmul.default, aten.bmm.default}
@@ -55,6 +56,9 @@ CLIPS = {aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hard
 
 INTEGER = LAYERS | MATRIX | ELEMENTWISE | MEANS | CAT
 WEIGHT_HIGHEST = {8: 127, 7: 63}
+HIGHEST_BIAS = 2.0**30  # half of what int32 holds: the products of a layer are added to it
+BIAS_OF_DEAD = 2.0**24  # more steps than float32 tells apart
+LEAST_STEP = 1e-36  # of a product: a normal float32, also after it was divided by the step of the output
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,8 @@ def quantized_program(
         activations: "uint8" (onnxruntime) or "int8" (XNNPACK, LiteRT); the values are the same.
         observer: how ranges are taken from what was seen.
         weight_bits: 7 where the processor adds products of bytes in 16 bits (AVX2 without VNNI), which may overflow.
-        float_output: whether the output of a last linear layer stays unrounded.
+        float_output: whether the output of a linear layer or matrix product stays unrounded where no integer
+            operation reads it.
         batch: the batch size of the graph; None leaves it free.
 
     Raises:
@@ -266,17 +271,50 @@ def _insert_(work: _Work, chosen: dict[fx.Node, _Layer], seen: dict[fx.Node, tup
     """Puts the weights of `chosen` layers on their codes, and every edge that integers need on its grid."""
     edges = _edges(work, chosen, seen)
     written: dict[str, fx.Node] = {}
+    products: dict[str, list[tuple[float, Tensor | None]]] = {}
     for value, grid in edges.items():
         _round_(work, value, grid)
     for node, layer in chosen.items():
         given, weight = _given(node, 0), _given(node, 1)
+        grid = layer.grid or edges.get(_behind(given))
         if layer.grid is not None and edges.get(_behind(given)) != layer.grid:
             with work.graph.graph.inserting_before(node):
                 node.replace_input_with(given, _pair(work, given, layer.grid)[1])
         name = str(weight.target)
+        if grid is not None and layer.group is None:
+            bias = node.args[2] if len(node.args) > 2 else None
+            products.setdefault(name, []).append((grid.scale, None if bias is None else _tensor(work, bias)))
+    for node, layer in chosen.items():
+        weight = _given(node, 1)
+        name = str(weight.target)
         if name not in written:
-            written[name] = _weight(work, weight, layer)
+            fitted = layer
+            for input_scale, bias in products.get(name, ()):
+                fitted = _with_whole_biases(fitted, input_scale, bias)
+            written[name] = _weight(work, weight, fitted)
         node.replace_input_with(weight, written[name])
+
+
+def _with_whole_biases(layer: _Layer, input_scale: float, bias: Tensor | None) -> _Layer:
+    """Returns the layer with weight scales that integer kernels can multiply and add a bias to.
+
+    Kernels write the bias as int32 in steps of input scale times weight scale. A channel of zero or nearly zero
+    weights has a scale so small that its bias does not fit, and the kernel saturates without a word. Such channels get
+    the least scale that fits; their codes follow, and become 0 where the weights are nothing beside the bias.
+    """
+    assert layer.codes is not None
+    assert layer.scales is not None
+    codes, scales = layer.codes, layer.scales.double()
+    sizes = torch.zeros_like(scales) if bias is None else bias.detach().double().abs()
+    dead = codes.flatten(1).count_nonzero(1) == 0
+    # Nothing but the bias comes out of a dead channel: a fine step of its own keeps it to the last bit.
+    fine = sizes / (input_scale * BIAS_OF_DEAD)
+    scales = torch.where(dead & (sizes > 0), fine, scales)
+    least = torch.maximum(sizes / (input_scale * HIGHEST_BIAS), torch.full_like(scales, LEAST_STEP / input_scale))
+    small = scales < least
+    rows = (scales / least).view(-1, *[1] * (codes.dim() - 1))
+    moved = torch.where(small.view_as(rows), (codes.double() * rows).round(), codes.double()).to(torch.int8)
+    return replace(layer, codes=moved, scales=torch.where(small, least, scales).float())
 
 
 def _edges(
@@ -286,19 +324,22 @@ def _edges(
     nodes = [n for n in work.graph.graph.nodes if n.op != "output"]
     if not work.integer:
         return {}
-    runs = {n for n in nodes if _runs_on_integers(n, chosen)}
+    runs, feeding = _integer_operations(nodes, chosen)
     fused = {n.args[0] for n in nodes if n.target in CLIPS and n.args[0] in runs and len(n.args[0].users) == 1}
+    # A linear layer or product hands on unrounded numbers where no integer kernel would read the rounded ones.
+    bare = {v for v in runs if work.float_output and v.target in LINEAR | MATRIX and v not in feeding}
     classes = _classes(nodes, work.activations)
     needed = {
         classes[v]
         for v in nodes
         if _is_float(v) and v not in fused and v not in _weights(chosen)
-        if v in runs or (v.target in CLIPS and v.args[0] in fused) or any(u in runs for u in v.users)
+        if v in runs - bare
+        or (v.target in CLIPS and v.args[0] in fused - bare)
+        or any(u in runs for u in v.users)
     }
-    bare = {v for v in runs if v.target in LAYERS | MATRIX and all(u.op == "output" for u in v.users)}
     members = [v for v in nodes if classes[v] in needed and _is_float(v) and v not in fused]
-    members = [v for v in members if v not in _weights(chosen) and not (work.float_output and v in bare)]
-    work.left |= {_where(n): _float_reason(n) for n in nodes if _is_computed_in_float(n, runs)}
+    members = [v for v in members if v not in _weights(chosen) and v not in bare]
+    _tell_floats_(work, [n for n in nodes if _is_computed_in_float(n, runs)])
     fixed: dict[fx.Node, _Grid] = {}
     for node, layer in chosen.items():
         if layer.grid is not None:
@@ -321,7 +362,51 @@ def _weights(chosen: dict[fx.Node, _Layer]) -> set[fx.Node]:
     return {a for node in chosen for a in node.args[1:3] if isinstance(a, fx.Node)}
 
 
-def _runs_on_integers(node: fx.Node, chosen: dict[fx.Node, _Layer]) -> bool:
+def _integer_operations(
+    nodes: Sequence[fx.Node], chosen: dict[fx.Node, _Layer]
+) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Decides what is computed on integers, and whose numbers an integer operation reads.
+
+    Layers and matrix products are, since there integers save time. Additions, products, means and concatenations only
+    follow: where an integer operation reads what they give, and what they read is on integers already. So the residual
+    stream of a transformer, which layer norms read, keeps its precision, and that of a ResNet stays on integers.
+
+    Returns:
+        The operations that run on integers; and the values that one of those reads, maybe moved or clipped before.
+    """
+    able: set[fx.Node] = set()
+    whole: set[fx.Node] = set()  # values that are on integers, or may be at no cost
+    for n in nodes:
+        if n.op == "placeholder" or (_passes_on(n) and _given(n, 0) in whole):
+            whole.add(n)
+        elif _can_run_on_integers(n, chosen) and (n.target in LAYERS | MATRIX or _reads_integers(n, whole)):
+            able.add(n)
+            whole.add(n)
+    runs: set[fx.Node] = set()
+    feeding: set[fx.Node] = set()
+    for n in reversed(nodes):
+        if any(user in runs or (_passes_on(user) and user in feeding) for user in n.users):
+            feeding.add(n)
+        if n in able and (n.target in LAYERS | MATRIX or n in feeding):
+            runs.add(n)
+    return runs, feeding
+
+
+def _passes_on(n: fx.Node) -> bool:
+    """Whether what comes out of `n` are numbers that went in, moved or clipped."""
+    return n.target in SAME_GRID | CLIPS | SPLITS or (n.op == "call_function" and n.target is operator.getitem)
+
+
+def _reads_integers(n: fx.Node, whole: set[fx.Node]) -> bool:
+    """Whether the operands of `n` are on integers; constants, and few numbers for many, may still be put there."""
+    parts = n.args[0] if n.target in CAT else n.args
+    operands = [a for a in parts if isinstance(a, fx.Node) and a.op != "get_attr"]  # type: ignore[union-attr]
+    size = n.meta["val"].numel()
+    few = [a for a in operands if a not in whole and n.target in ELEMENTWISE and a.meta["val"].numel() < size]
+    return any(a in whole for a in operands) and all(a in whole or a in few for a in operands)
+
+
+def _can_run_on_integers(node: fx.Node, chosen: dict[fx.Node, _Layer]) -> bool:
     if node.target in LAYERS:
         return node in chosen and not chosen[node].reason and chosen[node].group is None
     if node.target in ELEMENTWISE | MATRIX:
@@ -329,6 +414,15 @@ def _runs_on_integers(node: fx.Node, chosen: dict[fx.Node, _Layer]) -> bool:
             node.kwargs.get("alpha", 1) == 1
         )
     return node.target in MEANS | CAT and _is_float(node)
+
+
+def _tell_floats_(work: _Work, nodes: Sequence[fx.Node]) -> None:
+    """Writes down which operations compute in float, and why."""
+    reasons: dict[str, dict[str, None]] = {}
+    for n in nodes:
+        reasons.setdefault(_where(n), {})[_float_reason(n)] = None
+    for place, found in reasons.items():
+        work.left.setdefault(place, "; ".join(found))
 
 
 def _classes(nodes: Sequence[fx.Node], activations: Activations) -> dict[fx.Node, fx.Node]:
@@ -368,7 +462,9 @@ def _is_computed_in_float(n: fx.Node, runs: set[fx.Node]) -> bool:
 
 
 def _float_reason(n: fx.Node) -> str:
-    return f"{str(n.target).removeprefix('aten.').partition('.')[0]} has no integer form"
+    name = str(n.target).removeprefix("aten.").partition(".")[0].removesuffix("_")
+    follows = n.target in ELEMENTWISE | MEANS | CAT
+    return f"{name} stays float between float operations" if follows else f"{name} has no integer form"
 
 
 def _round_(work: _Work, value: fx.Node, grid: _Grid) -> None:

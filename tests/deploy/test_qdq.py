@@ -158,7 +158,8 @@ def test_what_stays_float_is_listed_with_the_reason(x):
     made = quantized_program(model, SHAPE, [x])
     assert "codebook" in made.left["inner"]
     assert "layer_norm" in made.left["norm"]
-    assert set(made.left) == {"inner", "norm"}
+    assert made.left["mean"] == "mean stays float between float operations"
+    assert set(made.left) == {"inner", "norm", "mean"}
 
 
 def test_bad_calibration_and_bad_weights_are_clear_errors(x):
