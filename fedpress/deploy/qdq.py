@@ -333,9 +333,7 @@ def _edges(
         classes[v]
         for v in nodes
         if _is_float(v) and v not in fused and v not in _weights(chosen)
-        if v in runs - bare
-        or (v.target in CLIPS and v.args[0] in fused - bare)
-        or any(u in runs for u in v.users)
+        if v in runs - bare or (v.target in CLIPS and v.args[0] in fused - bare) or any(u in runs for u in v.users)
     }
     members = [v for v in nodes if classes[v] in needed and _is_float(v) and v not in fused]
     members = [v for v in members if v not in _weights(chosen) and v not in bare]
@@ -362,9 +360,7 @@ def _weights(chosen: dict[fx.Node, _Layer]) -> set[fx.Node]:
     return {a for node in chosen for a in node.args[1:3] if isinstance(a, fx.Node)}
 
 
-def _integer_operations(
-    nodes: Sequence[fx.Node], chosen: dict[fx.Node, _Layer]
-) -> tuple[set[fx.Node], set[fx.Node]]:
+def _integer_operations(nodes: Sequence[fx.Node], chosen: dict[fx.Node, _Layer]) -> tuple[set[fx.Node], set[fx.Node]]:
     """Decides what is computed on integers, and whose numbers an integer operation reads.
 
     Layers and matrix products are, since there integers save time. Additions, products, means and concatenations only
