@@ -1,29 +1,50 @@
 """Numbers in a module's forward code: `view(n, 4, 8)`, `split([4, 12])`, `x[:, :16]`, and how to put others in place.
 
 Sizes that are written into code, or kept in attributes, do not follow tensors that became smaller. Such a number is
-named by its module, by the how-manieth call with numbers in that module's forward it stands in, and by its position
-among the numbers of that call. A module with corrections watches its own calls as it runs and passes the right ones;
-code and weights are as the user made them. Forward code must make the same such calls each time.
+identified by its module, by the place of the call in the code (file, function, line, column, operation), and by its
+position among the numbers of that call. Example: `view(n, 4, 8)` in `Block.forward` has the numbers n (position 0),
+4 (position 1) and 8 (position 2). A module with corrections watches its own calls as it runs and passes the right
+numbers; code and weights are as the user made them. Code may take another path each time: places that it does not
+reach are left alone. A place that a loop reaches several times with different numbers is counted in addition.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import BeforeValidator
 from torch import SymInt, Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-Number = int | tuple[int, int]
+Indices = tuple[Literal["index"], int, tuple[int, ...]]
+"""What stands in the place of a tensor of indices: these, along one of its dimensions."""
+Number = int | tuple[int, int] | Indices
 """What stands in the place of a number: another one, or (new, old): as many times `new` as it was times `old`."""
-Numbers = dict[str, dict[int, dict[int, Number]]]
-"""Module -> index of the call -> position in the call -> number."""
 
-SIZED: dict[Callable[..., Any], tuple[str, ...]] = {
+
+def _as_text(calls: Any) -> Any:
+    return {str(call): row for call, row in calls.items()} if isinstance(calls, dict) else calls
+
+
+Calls = Annotated[dict[str, dict[int, Number]], BeforeValidator(_as_text)]
+Numbers = dict[str, Calls]
+"""Module -> place of the call -> position in the call -> number.
+
+A place is `file:function+line:column:operation`, with those of the callers before it, and `#2` after it where only the
+third call at that place in one forward is meant. Files of older versions have the index of the call in its place ("3"
+is the fourth call of a function of `COUNTED` in one forward); they are still read.
+"""
+
+COUNTED: dict[Callable[..., Any], tuple[str, ...]] = {
     Tensor.view: ("size",),
     Tensor.reshape: ("shape",),
     torch.reshape: ("shape",),
@@ -47,8 +68,48 @@ SIZED: dict[Callable[..., Any], tuple[str, ...]] = {
     Tensor.new_ones: ("size",),
     Tensor.new_full: ("size", "fill_value"),
 }
-"""Functions whose numbers may be sizes of channel axes, with the names of their arguments in order."""
+"""Functions whose numbers may be sizes of channel axes, with the names of their arguments in order.
 
+Older files count the calls of exactly these: add others to `SIZED`, never here.
+"""
+
+WRITES: dict[Callable[..., Any], tuple[str, ...]] = {
+    Tensor.index_put: ("indices", "values"),
+    Tensor.index_put_: ("indices", "values"),
+    torch.index_put: ("indices", "values"),
+    Tensor.index_copy: ("dim", "index", "source"),
+    Tensor.index_copy_: ("dim", "index", "source"),
+    torch.index_copy: ("dim", "index", "source"),
+    Tensor.index_add: ("dim", "index", "source"),
+    Tensor.index_add_: ("dim", "index", "source"),
+    torch.index_add: ("dim", "index", "source"),
+    Tensor.index_reduce: ("dim", "index", "source", "reduce"),
+    Tensor.index_reduce_: ("dim", "index", "source", "reduce"),
+    torch.index_reduce: ("dim", "index", "source", "reduce"),
+    Tensor.index_fill: ("dim", "index", "value"),
+    Tensor.index_fill_: ("dim", "index", "value"),
+    torch.index_fill: ("dim", "index", "value"),
+    Tensor.scatter: ("dim", "index", "src"),
+    Tensor.scatter_: ("dim", "index", "src"),
+    torch.scatter: ("dim", "index", "src"),
+    Tensor.scatter_add: ("dim", "index", "src"),
+    Tensor.scatter_add_: ("dim", "index", "src"),
+    torch.scatter_add: ("dim", "index", "src"),
+    Tensor.scatter_reduce: ("dim", "index", "src", "reduce"),
+    Tensor.scatter_reduce_: ("dim", "index", "src", "reduce"),
+    torch.scatter_reduce: ("dim", "index", "src", "reduce"),
+}
+"""Functions that write to places which a tensor of indices names."""
+
+SIZED: dict[Callable[..., Any], tuple[str, ...]] = {
+    **COUNTED,
+    **WRITES,
+    Tensor.broadcast_to: ("size",),
+    torch.broadcast_to: ("size",),
+    torch.empty: ("size",),
+    Tensor.new_empty: ("size",),
+}
+"""All functions whose calls are noted and put right."""
 
 INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
 
@@ -71,10 +132,28 @@ def numbers_of(function: Callable[..., Any], args: Sequence[Any], options: Mappi
     return found
 
 
+def indices_of(function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> list[Any]:
+    """Returns the tensors (or lists) of indices in the arguments of a call, in order; not those of what is written.
+
+    >>> indices_of(Tensor.__setitem__, (torch.zeros(8), torch.tensor([1, 2]), 0.0), {})
+    [tensor([1, 2])]
+    """
+    found: list[Any] = []
+
+    def see(index: Any) -> Any:
+        found.append(index)
+        return index
+
+    _map_indices(function, args, options, see)
+    return found
+
+
 def with_numbers(
     function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], right: Mapping[int, Number]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns the arguments of a call with the numbers at some positions replaced; -1 ("what is left") stays.
+
+    Position -1 is the first tensor of indices among the arguments, -2 the second.
 
     >>> with_numbers(Tensor.reshape, (torch.zeros(12), (2, 8)), {}, {1: 6})[0][1]
     (2, 6)
@@ -91,7 +170,30 @@ def with_numbers(
 
     first, rest, named = _arranged(function, args, options)
     first, rest, named = _map((first, rest, named), put)
-    return (*first, *rest), dict(named)
+    args, options = (*first, *rest), dict(named)
+    if not any(position < 0 for position in right):
+        return args, options
+    count = 0
+
+    def place(index: Any) -> Any:
+        nonlocal count
+        count += 1
+        new = right.get(-count)
+        return index if new is None else _spread(index, new)
+
+    return _map_indices(function, args, options, place)
+
+
+def _spread(index: Any, new: Any) -> Tensor:
+    """Returns the new indices in the shape of the old ones, which are the same for all but one dimension."""
+    _, dim, places = new
+    device = index.device if isinstance(index, Tensor) else None
+    line = torch.tensor(places, dtype=torch.int64, device=device)
+    if not isinstance(index, Tensor) or index.dtype == torch.bool or index.dim() < 2:
+        return line
+    shape = list(index.shape)
+    shape[dim] = len(places)
+    return line.view([-1 if d == dim else 1 for d in range(index.dim())]).expand(shape)
 
 
 def _arranged(function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> Any:
@@ -113,49 +215,137 @@ def _map(tree: Any, see: Callable[[Any], Any]) -> Any:
     return tree
 
 
-def caller() -> nn.Module | None:
-    """Returns the module whose method makes the present call of a torch function."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
+def _map_indices(function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], see: Any) -> Any:
+    """Maps the argument that holds indices: the second, or the one that is called `index` or `indices`."""
+    names = SIZED[function]
+    at = next((i for i, name in enumerate(names, 1) if name in ("index", "indices")), 1)
+    if function not in INDEXING and function not in WRITES:
+        return tuple(args), dict(options)
+    changed = list(args)
+    if len(changed) > at:
+        changed[at] = _map_index(changed[at], see)
+    named = {k: _map_index(v, see) if k in ("index", "indices") else v for k, v in options.items()}
+    return tuple(changed), named
+
+
+def _map_index(index: Any, see: Callable[[Any], Any]) -> Any:
+    if isinstance(index, Tensor):
+        return see(index)
+    if isinstance(index, list) and index and all(isinstance(i, int) for i in index):
+        return see(index)
+    if isinstance(index, tuple | list):
+        items = [_map_index(item, see) for item in index]
+        return items if isinstance(index, list) else tuple(items)
+    return index
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who makes a call of a torch function: the module whose method does it, and where in the code."""
+
+    module: nn.Module
+    place: str
+
+
+_COMPREHENSIONS = ("<listcomp>", "<setcomp>", "<dictcomp>")
+
+
+def caller(function: Callable[..., Any]) -> Caller | None:
+    """Returns the module whose method makes the present call of `function`, and the place; None outside modules.
+
+    The place names the call and, where helpers make it, the calls that lead to it from the module's own code.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    module: nn.Module | None = None
+    parts: list[str] = []
+    inner: FrameType | None = None  # a comprehension, which newer versions of Python run within its function
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            if module is not None and owner is not module:
+                break
+            module = owner
+        name = str(frame.f_globals.get("__name__", ""))
+        if module is not None and name == nn.Module.__module__:  # which called the module's forward
+            break
+        ours = name == __name__ or name.startswith("fedpress.compress.")
+        if not ours and (owner is module is not None or not name.startswith(("torch.", "contextlib"))):
+            if frame.f_code.co_name in _COMPREHENSIONS:
+                inner = inner or frame
+            else:
+                parts.append(_part(frame.f_code, inner or frame))
+                inner = None
         frame = frame.f_back
-        module = frame.f_locals.get("self")
-        if isinstance(module, nn.Module):
-            return module
-    return None
+    if module is None:
+        return None
+    return Caller(module, " ".join([*reversed(parts), getattr(function, "__name__", "call")]))
+
+
+_PARTS: dict[tuple[CodeType, CodeType, int], str] = {}
+
+
+def _part(code: CodeType, at: FrameType) -> str:
+    """Names the function of `code`, and the line within it and the column where the call in `at` ends."""
+    key = code, at.f_code, at.f_lasti
+    if key not in _PARTS:
+        _, line, _, column = list(at.f_code.co_positions())[at.f_lasti // 2]
+        # Lines count from the function's first, so that changes above it in the file do no harm.
+        offset = (line or at.f_lineno) - code.co_firstlineno
+        _PARTS[key] = f"{os.path.basename(code.co_filename)}:{code.co_qualname}+{offset}:{column or 0}"
+    return _PARTS[key]
 
 
 class Watch(TorchFunctionMode):
     """Passes the right numbers to the calls of one module while it is active, and may note what the code passed."""
 
-    def __init__(self, module: nn.Module, right: Mapping[int, Mapping[int, Number]], seen: dict[int, list[Any]] | None):
+    def __init__(self, module: nn.Module, right: Mapping[str, Mapping[int, Number]], seen: dict[str, list[Any]] | None):
         super().__init__()
-        self.module, self.right, self.seen, self.count = module, right, seen, 0
+        self.module, self.right, self.seen = module, right, seen
+        self.count, self.times = 0, Counter[str]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls `func`, with other numbers where this call has some."""
         options = kwargs or {}
-        if func in SIZED and caller() is self.module:
-            right = self.right.get(self.count)
-            if self.seen is not None:
-                self.seen[self.count] = numbers_of(func, args, options)
+        by = caller(func) if func in SIZED else None
+        if by is None or by.module is not self.module:
+            return func(*args, **options)
+        place = f"{by.place}#{self.times[by.place]}"
+        self.times[by.place] += 1
+        if func in COUNTED:
+            args, options = self._put_right(func, args, options, str(self.count))
             self.count += 1
-            if right:
-                args, options = with_numbers(func, args, options, right)
+        if self.seen is not None:
+            self.seen[place] = numbers_of(func, args, options)
+        args, options = self._put_right(func, args, options, place if place in self.right else by.place)
         return func(*args, **options)
+
+    def _put_right(self, func: Any, args: Any, options: Any, key: str) -> Any:
+        right = self.right.get(key)
+        return with_numbers(func, args, options, right) if right else (args, options)
 
 
 class Begin:
     """The hook before a module's forward: a new `Watch` with its table of right numbers."""
 
-    def __init__(self, right: Mapping[int, Mapping[int, Number]], *, watch: bool = False) -> None:
+    def __init__(self, right: Mapping[str, Mapping[int, Number]], *, watch: bool = False) -> None:
         self.right = {call: dict(numbers) for call, numbers in right.items()}
-        self.seen: dict[int, list[Any]] | None = {} if watch else None
+        self.seen: dict[str, list[Any]] | None = {} if watch else None
 
     def __call__(self, module: nn.Module, _: Any) -> None:
         """Starts to watch."""
         mode = Watch(module, self.right, self.seen)
         mode.__enter__()
         _active().append(mode)
+
+    def put_(self, call: str, new: Mapping[int, Number]) -> None:
+        """Corrects a call further: what is said of all calls at a place holds for each of them by number too."""
+        base, _, _ = call.partition("#")
+        if call != base:
+            self.right.setdefault(call, dict(self.right.get(base, {})))
+        for key in (call, *(k for k in self.right if call == base and k.startswith(base + "#"))):
+            row = self.right.setdefault(key, {})
+            for position, number in new.items():
+                row[position] = _after(row.get(position), number)
 
 
 def end(module: nn.Module, args: Any, output: Any) -> None:
@@ -174,7 +364,7 @@ def _active() -> list[Watch]:
     return watches
 
 
-def set_numbers_(model: nn.Module, numbers: Mapping[str, Mapping[int, Mapping[int, Number]]]) -> None:
+def set_numbers_(model: nn.Module, numbers: Mapping[str, Mapping[Any, Mapping[int, Number]]]) -> None:
     """Lets the named modules of `model` pass `numbers` in their calls, besides those that they already put right.
 
     Raises:
@@ -188,9 +378,7 @@ def set_numbers_(model: nn.Module, numbers: Mapping[str, Mapping[int, Mapping[in
             module.register_forward_pre_hook(hook)
             module.register_forward_hook(end, always_call=True)
         for call, right in calls.items():
-            row = hook.right.setdefault(call, {})
-            for position, new in right.items():
-                row[position] = _after(row.get(position), new)
+            hook.put_(str(call), right)
 
 
 def numbers_in(model: nn.Module) -> Numbers:
@@ -199,9 +387,9 @@ def numbers_in(model: nn.Module) -> Numbers:
     return {name: {call: dict(right) for call, right in hook.right.items()} for name, hook in found if hook.right}
 
 
-def watch_(model: nn.Module, names: Sequence[str]) -> dict[str, dict[int, list[Any]]]:
-    """Notes, from now on, the numbers that the code of the named modules passes: module -> call -> numbers."""
-    seen: dict[str, dict[int, list[Any]]] = {}
+def watch_(model: nn.Module, names: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """Notes, from now on, the numbers that the code of the named modules passes: module -> `place#n` -> numbers."""
+    seen: dict[str, dict[str, list[Any]]] = {}
     set_numbers_(model, {name: {} for name in names})
     for name in names:
         hook = next(_hooks(model.get_submodule(name)))
@@ -215,8 +403,9 @@ def _hooks(module: nn.Module) -> Iterator[Begin]:
 
 def _after(old: Number | None, new: Number) -> Number:
     """Returns one number for `old` and then `new`."""
-    if isinstance(new, int) or old is None:
+    if isinstance(new, int) or old is None or len(new) == 3:
         return new
     if isinstance(old, int):
         return old * new[0] // new[1]
+    assert len(old) == 2, "what is an index stays one"
     return old[0] * new[0], old[1] * new[1]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from copy import deepcopy
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
 
 
 def tensor(model: nn.Module, name: str) -> Tensor:
@@ -23,6 +25,32 @@ def tensor(model: nn.Module, name: str) -> Tensor:
     if value is None:
         raise AttributeError(name)
     return value
+
+
+class _Values(TorchFunctionMode):
+    """While it is active, copies of tensors that were computed are copies of their values: torch refuses these."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls `func`, but for the copy of a tensor with a history."""
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            memo = args[1]
+            if id(args[0]) not in memo:
+                memo[id(args[0])] = args[0].detach().clone()
+            return memo[id(args[0])]
+        return func(*args, **(kwargs or {}))
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def copied(model: Module) -> Module:
+    """Returns a deep copy of `model`, also of one that keeps tensors with a history as plain attributes.
+
+    `torch.nn.utils.weight_norm` and `spectral_norm` keep the weight that they computed last so, and users keep outputs.
+    Their values are copied; the history is not.
+    """
+    with _Values():
+        return deepcopy(model)
 
 
 def replace_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -72,8 +100,10 @@ def _telling(module: nn.Module) -> Iterator[Tensor | None]:
         yield from (getattr(module, "weight_hh" + suffix), getattr(module, "weight_ih" + suffix))
     elif is_parametrized(module, "weight"):
         yield module.weight  # type: ignore[misc]
-    else:  # a norm may have no weight
-        yield from (module._parameters.get("weight"), module._buffers.get("running_mean"))
+    else:  # a norm may have no weight; what torch.nn.utils computes has an original
+        originals = (module._parameters.get(f"weight{ending}") for ending in ("", "_v", "_orig"))
+        yield next((weight for weight in originals if weight is not None), None)
+        yield module._buffers.get("running_mean")
 
 
 def _mend_(module: nn.Module, before: Shapes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from fedpress.arrays import Arrays, Preprocess
 from fedpress.data import FederatedData
 from fedpress.errors import DataError, ModelError, did_you_mean
 from fedpress.folder import read_json
+from fedpress.layers import copied
 from fedpress.models import ARCHITECTURES, ModelSpec
 
 NOTHING = "fedpress.commands.subject:no_data"
@@ -102,7 +102,7 @@ def held(name: str) -> nn.Module:
     if name not in _held:
         raise ModelError("model: this one lived in the memory of another program; give module:function in its place")
     try:
-        return copy.deepcopy(_held[name])
+        return copied(_held[name])
     except RuntimeError as error:  # torch copies no tensor that was computed from others
         raise ModelError(
             f"model: it cannot be copied ({str(error).splitlines()[0]}); "

@@ -2,8 +2,9 @@
 
 from fedpress.compress.cost import Latency, latency, macs, parameters, state_bytes
 from fedpress.compress.graph import ChannelGraph
+from fedpress.compress.parity import check_parity
 from fedpress.compress.planning import PruningPlan, plan
-from fedpress.compress.remove import check_parity, mask_, remove_
+from fedpress.compress.remove import mask_, remove_
 from fedpress.compress.restore import restore_batch_norm_
 from fedpress.compress.scores import SCORES, score
 from fedpress.compress.sensitivity import Point, channel_units, sensitivity, weight_unit

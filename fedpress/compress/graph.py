@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpress.calls import Number, Numbers
+from fedpress.compress.ids import Ints
 from fedpress.errors import ModelError
 
 Example = Tensor | tuple[Tensor, ...]
@@ -63,25 +64,57 @@ class Length:
 
 
 @dataclass(frozen=True)
-class SizedNumber:
-    """A number in a module's forward code that must be `length`, or count it as many times as it did before."""
+class Site:
+    """A position in a call in a module's forward code (see `fedpress.calls.Numbers`)."""
 
     module: str
-    call: int
+    place: str
+    turn: int  # 0 for the first call at this place in one forward, 1 for the second
     position: int
+
+    @property
+    def call(self) -> str:
+        """The call as `fedpress.calls` names it."""
+        return f"{self.place}#{self.turn}"
+
+
+@dataclass(frozen=True)
+class SizedNumber:
+    """A number in forward code that must be `length`, or count it as many times as it did before."""
+
+    site: Site
     was: int
     length: Length
     multiple: bool
 
     @property
-    def place(self) -> tuple[str, int, int]:
-        """Module, call and position."""
-        return self.module, self.call, self.position
+    def module(self) -> str:
+        """Name of the module in whose code it stands."""
+        return self.site.module
 
     def right(self, gone: Sequence[int]) -> Number:
         """Returns what it must be when layer i has lost `gone[i]` channels."""
         new = self.length.at(gone)
         return (new, self.length.whole) if self.multiple else new
+
+
+@dataclass(frozen=True)
+class WrittenIndex:
+    """Indices in forward code that name, along their dimension `dim`, to which places of an axis a call writes."""
+
+    site: Site
+    dim: int
+    places: Ints
+    layer: Ints  # of each index of the axis, -1 where it stays
+    channel: Ints  # in that layer
+
+    def right(self, gone: Sequence[Tensor]) -> Number:
+        """Returns what they must be when layer i loses the channels `gone[i]`."""
+        stays = np.ones(len(self.layer), dtype=bool)
+        for i, channels in enumerate(gone):
+            stays &= ~((self.layer == i) & np.isin(self.channel, channels.cpu().numpy()))
+        new = np.cumsum(stays) - 1
+        return ("index", self.dim, tuple(new[self.places[stays[self.places]]].tolist()))
 
 
 @dataclass(frozen=True)
@@ -101,7 +134,9 @@ class ChannelGraph:
     whole: Mapping[str, str]
     products: tuple[Product, ...] = ()
     examples: int = 1  # in the batch that was traced
-    numbers: tuple[SizedNumber, ...] = field(default=())
+    numbers: tuple[SizedNumber, ...] = ()
+    indices: tuple[WrittenIndex, ...] = ()
+    turns: Mapping[tuple[str, str], int] = field(default_factory=dict)  # calls at each place of a module
 
     def parameters(self, kept: Sequence[int]) -> int:
         """Returns the exact number of parameters when layer i keeps `kept[i]` of its channels."""
@@ -129,12 +164,25 @@ class ChannelGraph:
             total += count
         return total // self.examples
 
-    def sizes(self, kept: Sequence[int]) -> Numbers:
-        """Returns the numbers in forward code that must be others when layer i keeps `kept[i]` of its channels."""
-        gone = [layer.channels - keep for layer, keep in zip(self.layers, kept, strict=True)]
+    def sizes(self, gone: Sequence[Tensor]) -> Numbers:
+        """Returns the numbers in forward code that must be others when layer i loses the channels `gone[i]`."""
+        counts = [len(channels) for channels in gone]
+        found: list[tuple[Site, Number]] = []
+        if any(counts):
+            found += [(number.site, number.right(counts)) for number in self.numbers]
+            found += [(index.site, index.right(gone)) for index in self.indices]
+        rows: dict[tuple[str, str], dict[int, dict[int, Number]]] = {}
+        for site, number in found:
+            turns = rows.setdefault((site.module, site.place), {})
+            turns.setdefault(site.turn, {})[site.position] = number
         wanted: Numbers = {}
-        for number in self.numbers if any(gone) else ():
-            wanted.setdefault(number.module, {}).setdefault(number.call, {})[number.position] = number.right(gone)
+        for (module, place), turns in rows.items():
+            calls = wanted.setdefault(module, {})
+            first = next(iter(turns.values()))
+            if len(turns) == self.turns[module, place] and all(row == first for row in turns.values()):
+                calls[place] = first  # a loop that runs more often another time needs the same there
+            else:
+                calls |= {f"{place}#{turn}": row for turn, row in turns.items()}
         return wanted
 
 

@@ -26,19 +26,23 @@ class Value:
     weights: bool = False  # it is computed from parameters and buffers alone
     trained: bool = False  # a parameter is among them
     given: bool = False  # it depends on what the model is given
+    boolean: bool = False
+    known: Any = None  # the tensor itself, of whole numbers or booleans that are the same for every input
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call in a module's forward code that has numbers in it: which module, and the how-manieth such call it is."""
+    """A call in a module's forward code that has numbers in it: its module, its place, and which call there it is."""
 
     module: str
-    index: int
+    place: str
+    turn: int  # 0 for the first call at this place in one forward, 1 for the second
     numbers: list[Any]
     slices: list[int]  # of an indexing: where the numbers of each slice begin that takes part of an axis
+    indices: int = 0  # how many tensors of indices are among its arguments
 
 
-REBUILT = Call("", -1, [], [])
+REBUILT = Call("", "", -1, [], [])
 """Stands for calls inside a module that mends all its numbers itself, by its tensors."""
 
 
@@ -50,6 +54,16 @@ class Sized:
     position: int
     axis: Ints
     multiple: bool
+
+
+@dataclass(frozen=True)
+class Written:
+    """The tensor of indices in a call that names, along its dimension `dim`, where on `axis` something is written."""
+
+    call: Call
+    dim: int
+    axis: Ints
+    places: Ints
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,7 @@ class Ids:
         self.count = 0
         self.operation = ""  # what is walked now, for reasons and errors
         self.module = ""
+        self.read = True  # whether an output depends on it; else its value may be another, but it has to run
         self.call: Call | None = None
         self.joined: list[tuple[Ints, Ints]] = []
         self.frozen: list[tuple[Ints, str]] = []
@@ -83,6 +98,8 @@ class Ids:
         self.grids: list[Grid] = []
         self.preferred: list[Ints] = []
         self.sized: list[Sized] = []
+        self.written: list[Written] = []
+        self.ruleless: list[tuple[str, str, list[Ints]]] = []  # module, why an operation freezes what, and what
         self.products: list[Product] = []
         self.alone: set[int] = set()  # products that no input has a part in: as many for a batch as for one example
 
@@ -129,6 +146,18 @@ class Ids:
         """Says that a number in the present call is the length of `axis` (or a multiple of it)."""
         if axis is not None and self.call is not None and self.call is not REBUILT:
             self.sized.append(Sized(self.call, position, axis, multiple))
+
+    def write(self, dim: int, axis: Axis, places: Ints) -> None:
+        """Says that the indices in the present call, along `dim`, are `places` on `axis`; they must follow it.
+
+        Where the code has no tensor of indices that could be exchanged, `axis` stays.
+        """
+        if axis is None or self.call is REBUILT:
+            return
+        if self.call is None or self.call.indices != 1:
+            self.freeze(axis, "channels are written by number")
+            return
+        self.written.append(Written(self.call, dim, axis, places))
 
     def multiply(self, times: int, *axes: Axis | int) -> None:
         """Counts multiply-adds: `times` for all combinations of the indices of `axes` (sizes, where fixed)."""

@@ -120,7 +120,7 @@ def make_plan(model: nn.Module, graph: ChannelGraph, scores: Sequence[Tensor], k
     gone = [values.argsort(descending=True, stable=True)[n:] for values, n in zip(scores, kept, strict=True)]
     return PruningPlan(
         keep=kept_indices(model, graph, gone),
-        numbers=graph.sizes(kept),
+        numbers=graph.sizes(gone),
         layers=tuple(
             LayerChange(name=layer.name, before=layer.channels * layer.unit, after=n * layer.unit)
             for layer, n in zip(graph.layers, kept, strict=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import operator
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
 
-from fedpress.calls import INDEXING, SIZED, caller, numbers_in, numbers_of, watch_
+from fedpress.calls import INDEXING, SIZED, Numbers, caller, indices_of, numbers_in, numbers_of, watch_
 from fedpress.compress.graph import (
     ChannelGraph,
     Example,
     Layer,
     Length,
     Product,
+    Site,
     SizedNumber,
     Slice,
+    WrittenIndex,
     export,
     inputs,
     kept_indices,
@@ -34,6 +36,7 @@ from fedpress.compress.ids import REBUILT, Call, Ids, Ints, Value
 from fedpress.compress.remove import cut_
 from fedpress.compress.rules import find_rule, zero_stays
 from fedpress.errors import ModelError
+from fedpress.layers import copied
 
 TAG = "fedpress_call"
 Owner = tuple[str, int, Ints]
@@ -49,7 +52,7 @@ def trace(model: nn.Module, example: Example, *, whole: Sequence[str] = ()) -> C
         whole: names of modules (or name prefixes) that must keep all their outputs.
 
     Raises:
-        ModelError: if the model cannot be captured, or an operation has no rule.
+        ModelError: if the model cannot be captured.
     """
     arguments = inputs(example)
     recorder = Recorder(model)
@@ -57,13 +60,17 @@ def trace(model: nn.Module, example: Example, *, whole: Sequence[str] = ()) -> C
         warnings.filterwarnings("ignore", message=".*assigned during export.*")  # the flat weights of recurrent layers
         exported = export(model, arguments)
     ids = Ids()
-    owners, unused = _walk(exported, ids, _first_names(model), recorder.calls)
+    walk = Walk(exported, ids, _first_names(model), recorder.calls)
+    owners, unused = walk.owners, walk.unused()
     _freeze_unsaved(ids, owners, model)
     ids.module = ids.operation = ""
     _freeze_named(ids, whole)
     ids.settle()
     graph = _graph(ids, owners, {name: tuple(p.shape) for name, p in model.named_parameters()}, unused, arguments)
-    return _without_followers(model, graph, arguments)
+    turns: dict[tuple[str, str], int] = {}
+    for call in recorder.calls:  # of a module that runs several times, the run with the most calls at the place
+        turns[call.module, call.place] = max(turns.get((call.module, call.place), 0), call.turn + 1)
+    return _without_followers(model, replace(graph, turns=turns), arguments)
 
 
 class Recorder(TorchFunctionMode):
@@ -73,7 +80,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.calls: list[Call] = []
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._counts: dict[int, int] = {}
+        self._turns: dict[int, Counter[str]] = {}
         self._model, self._hooks = model, list[Any]()
 
     def __enter__(self) -> Recorder:
@@ -90,21 +97,23 @@ class Recorder(TorchFunctionMode):
             hook.remove()
 
     def _begin(self, module: nn.Module, _: Any) -> None:
-        self._counts[id(module)] = 0
+        self._turns[id(module)] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls `func`."""
         if func is F.multi_head_attention_forward:
             with traceback.annotate({TAG: -1}):
                 return func(*args, **(kwargs or {}))
-        module = caller() if func in SIZED else None
-        if module is None or id(module) not in self._counts:
+        by = caller(func) if func in SIZED else None
+        if by is None or id(by.module) not in self._turns:
             return func(*args, **(kwargs or {}))
-        index = self._counts[id(module)]
-        self._counts[id(module)] += 1
+        turns = self._turns[id(by.module)]
         slices = _slice_positions(*args[:2]) if func in INDEXING else []
         numbers = numbers_of(func, args, kwargs or {})
-        self.calls.append(Call(self._names[id(module)], index, numbers, slices))
+        indices = len(indices_of(func, args, kwargs or {}))
+        name = self._names[id(by.module)]
+        self.calls.append(Call(name, by.place, turns[by.place], numbers, slices, indices))
+        turns[by.place] += 1
         with traceback.annotate({TAG: len(self.calls) - 1}):
             return func(*args, **(kwargs or {}))
 
@@ -138,44 +147,69 @@ def _first_names(model: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in named}
 
 
-def _walk(
-    exported: torch.export.ExportedProgram, ids: Ids, first_names: Mapping[str, str], calls: Sequence[Call]
-) -> tuple[list[Owner], list[str]]:
-    """Passes ids through every node; returns the ids of each axis of each tensor, and the parameters without use."""
-    signature = exported.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    owners: list[Owner] = []
-    used: dict[str, bool] = {}  # a shared parameter comes once for each of its names
-    values: dict[torch.fx.Node, Any] = {}
-    live = _live(exported.graph)
-    for node in exported.graph.nodes:
-        shape = _shape(node)
-        if node.op == "placeholder" and node.name in names:
-            axes = tuple(ids.fresh(size) for size in shape)
-            name = first_names[names[node.name]]
-            owners += [(name, i, axis) for i, axis in enumerate(axes)]
-            if node.name in signature.inputs_to_parameters:
-                used[name] = used.get(name, False) or node in live
-            trained = node.name in signature.inputs_to_parameters
-            values[node] = Value(shape, axes, zero=True, weights=True, trained=trained)
-        elif node.op in ("placeholder", "get_attr"):
-            values[node] = Value(shape, (None,) * len(shape), given=node.name in signature.user_inputs)
+class Walk:
+    """Passes ids through every node of a captured model, whether or not an output depends on it: forward runs it.
+
+    Attributes:
+        owners: the ids of each axis of each parameter and buffer.
+    """
+
+    def __init__(
+        self,
+        exported: torch.export.ExportedProgram,
+        ids: Ids,
+        first_names: Mapping[str, str],
+        calls: Sequence[Call],
+    ) -> None:
+        self.owners: list[Owner] = []
+        self._exported, self._ids, self._calls, self._first_names = exported, ids, calls, first_names
+        self._used: dict[str, bool] = {}  # a shared parameter comes once for each of its names
+        self._values: dict[torch.fx.Node, Any] = {}
+        live = _live(exported.graph)
+        for node in exported.graph.nodes:
+            ids.read = node in live
+            self._visit(node)
+
+    def unused(self) -> list[str]:
+        """Returns the names of the parameters that forward does not use."""
+        return [name for name, use in self._used.items() if not use]
+
+    def _visit(self, node: torch.fx.Node) -> None:
+        ids, values = self._ids, self._values
+        if node.op in ("placeholder", "get_attr"):
+            values[node] = self._given(node)
         elif node.op == "output":
             ids.operation = ""
             for value in _values(torch.fx.node.map_arg(node.args, values.get)):
                 for axis in value.axes:
                     ids.freeze(axis, "it is an output of the model")
-        elif node not in live:
-            continue
         elif node.target is operator.getitem:
             values[node] = values[node.args[0]][node.args[1]]
         else:
             at = node.meta.get("custom", {}).get(TAG)
-            ids.call = None if at is None else REBUILT if at < 0 else calls[at]
-            values[node] = _call(node, shape, values, ids)
-            if _mutates(node) and any(v.given for v in _values(values[node])):
-                _mark_written(node.args[0], values)
-    return owners, [name for name, use in used.items() if not use]
+            ids.call = None if at is None else REBUILT if at < 0 else self._calls[at]
+            values[node] = _call(node, values, ids)
+            if _mutates(node):
+                given = any(v.given for v in _values(values[node]))
+                _mark_written(node.args[0], values, given)
+
+    def _given(self, node: torch.fx.Node) -> Value:
+        """Returns what the model holds or is given: a parameter, a buffer, a constant in the code, or an input."""
+        signature, shape = self._exported.graph_signature, _shape(node)
+        held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.get(node.name)
+        constant = held or signature.inputs_to_lifted_tensor_constants.get(node.name)
+        known = {**self._exported.state_dict, **self._exported.constants}.get(constant or "")
+        known = known if isinstance(known, Tensor) and _countable(known) else None
+        if held is None:
+            given = node.name in signature.user_inputs
+            return Value(shape, (None,) * len(shape), given=given, boolean=_boolean(node), known=known)
+        axes = tuple(self._ids.fresh(size) for size in shape)
+        name = self._first_names[held]
+        self.owners += [(name, i, axis) for i, axis in enumerate(axes)]
+        trained = node.name in signature.inputs_to_parameters
+        if trained:
+            self._used[name] = self._used.get(name, False) or bool(node.users)
+        return Value(shape, axes, zero=True, weights=True, trained=trained, boolean=_boolean(node), known=known)
 
 
 def _live(graph: torch.fx.Graph) -> set[torch.fx.Node]:
@@ -193,39 +227,101 @@ def _mutates(node: torch.fx.Node) -> bool:
     return schema is not None and bool(schema.is_mutable)
 
 
-def _mark_written(node: Any, values: dict[torch.fx.Node, Any]) -> None:
-    """Notes that what an operation in place wrote into, and what that is a part of, depends on the inputs now."""
+def _mark_written(node: Any, values: dict[torch.fx.Node, Any], given: bool) -> None:
+    """Notes what an operation in place wrote into, and what that is a part of: its values are others now."""
     while isinstance(node, torch.fx.Node) and isinstance(values.get(node), Value):
-        values[node] = replace(values[node], given=True)
+        old = values[node]
+        values[node] = replace(old, given=old.given or given, known=None)
         node = node.args[0] if node.args else None
 
 
-def _call(node: torch.fx.Node, shape: tuple[int, ...], values: Mapping[torch.fx.Node, Any], ids: Ids) -> Any:
+def _call(node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], ids: Ids) -> Any:
     path = [fqn for fqn, _ in node.meta.get("nn_module_stack", {}).values()]
     ids.module = path[-1] if path else ""
     ids.operation = str(node.target)
-    apply = find_rule(node.target)
-    if apply is None:
-        raise ModelError(
-            f"channel pruning has no rule for {ids.place}; add one to fedpress.compress.rules.RULES, "
-            "or write that module with operations it knows"
-        )
     args, options = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
-    counted = len(ids.products)
-    axes = apply(ids, shape, *args, **options)
+    every = [*_values(args), *_values(list(options.values()))]
     given = list(_values(args))
-    zero = zero_stays(node.target, given)
+    counted = len(ids.products)
+    outputs = node.meta.get("val")
+    axes = _apply(node.target, ids, _shape(node), args, options, every)
     weights = bool(given) and all(v.weights for v in given)
-    trained = weights and any(v.trained for v in given)
-    dependent = any(v.given for v in [*given, *_values(list(options.values()))])
+    dependent = any(v.given for v in every)
     if not dependent:
         ids.alone.update(range(counted, len(ids.products)))
-    if isinstance(axes, list):
-        return [
-            Value(tuple(v.shape), a, zero, weights, trained, dependent)
-            for v, a in zip(node.meta["val"], axes, strict=True)
-        ]
-    return Value(shape, axes, zero, weights, trained, dependent)
+    common: dict[str, Any] = {
+        "zero": hasattr(node.target, "_schema") and zero_stays(node.target, given),
+        "weights": weights,
+        "trained": weights and any(v.trained for v in given),
+        "given": dependent,
+    }
+    if isinstance(outputs, list | tuple):
+        shapes = [tuple(getattr(output, "shape", ())) for output in outputs]
+        each = axes if isinstance(axes, list) else [(None,) * len(shape) for shape in shapes]
+        return [Value(shape, a, **common) for shape, a in zip(shapes, each, strict=True)]
+    return Value(_shape(node), axes, boolean=_boolean(node), known=_known(node, args, options, every), **common)
+
+
+def _boolean(node: torch.fx.Node) -> bool:
+    return getattr(node.meta.get("val"), "dtype", None) == torch.bool
+
+
+def _apply(operation: Any, ids: Ids, shape: Ints, args: Any, options: Any, given: Sequence[Value]) -> Any:
+    """Returns the axes of the output by the operation's rule.
+
+    Without one, or where that fails on what it is given, all that the operation touches stays whole.
+    """
+    apply = find_rule(operation)
+    why = "there is no rule for it"
+    if apply is not None:
+        try:
+            return apply(ids, shape, *args, **options)
+        except Exception as error:  # a rule may meet arguments that it was not written for
+            why = f"its rule does not cover this use ({type(error).__name__}: {error})"
+    elif _only_checks(operation):
+        return ()
+    axes = [axis for value in given for axis in value.axes if axis is not None]
+    for axis in axes:
+        ids.freeze(axis, why)
+    ids.ruleless.append((ids.module, f"{why}: {ids.place}", axes))
+    return (None,) * len(shape)
+
+
+def _only_checks(operation: Any) -> bool:
+    """Says whether the operation gives nothing and changes nothing, as those that `torch.export` adds to assert."""
+    schema = getattr(operation, "_schema", None)
+    return schema is not None and not schema.returns and not schema.is_mutable
+
+
+MOST_KNOWN = 1 << 20  # values of a constant that are kept to see where channels are written
+
+
+def _countable(x: Tensor) -> bool:
+    return not x.is_floating_point() and not x.is_complex() and x.numel() <= MOST_KNOWN and x.device.type != "meta"
+
+
+@torch.no_grad()
+def _known(node: torch.fx.Node, args: Any, options: Any, given: Sequence[Value]) -> Tensor | None:
+    """Returns a tensor of whole numbers or booleans that is made of such alone, so that every input sees the same."""
+    output = node.meta.get("val")
+    if not isinstance(output, Tensor) or not _countable(output) or _mutates(node):
+        return None
+    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    if random or any(value.given or value.known is None for value in given):
+        return None
+    plain = _plain((args, options))
+    try:
+        return node.target(*plain[0], **plain[1])  # type: ignore[operator,no-any-return]
+    except Exception:  # then channels that it places stay whole, and the plan says so
+        return None
+
+
+def _plain(tree: Any) -> Any:
+    if isinstance(tree, Value):
+        return tree.known
+    if isinstance(tree, dict):
+        return {key: _plain(item) for key, item in tree.items()}
+    return type(tree)(_plain(item) for item in tree) if isinstance(tree, list | tuple) else tree
 
 
 def _shape(node: torch.fx.Node) -> tuple[int, ...]:
@@ -274,7 +370,11 @@ def _graph(
     known = {id(axis) for _, _, axis in owners}
     counted = {id(axis): axis for p in ids.products for axis in p.axes} | {id(s.axis): s.axis for s in ids.sized}
     extra: list[Owner] = [("", 0, axis) for key, axis in counted.items() if key not in known]
-    layers, whole, layer_of = _layers(ids, labels, [*owners, *extra])
+    layers, whole, layer_of, channel_of = _layers(ids, labels, [*owners, *extra])
+    written = {int(i) for axis, role, _ in ids.roles if role == "write" for i in np.unique(labels[axis])}
+    for module, why, axes in ids.ruleless:
+        if any(written.intersection(labels[axis].tolist()) for axis in axes):
+            whole.setdefault(module or "the model itself", why)
     lengths = {key: _length(labels[axis], layer_of, layers) for key, axis in counted.items()}
     examples = next((x.shape[0] for x in example if x.dim()), 1)
     return ChannelGraph(
@@ -288,17 +388,23 @@ def _graph(
         examples=examples,
         numbers=tuple(
             SizedNumber(
-                s.call.module,
-                s.call.index,
-                s.position,
+                _site(s.call, s.position),
                 s.call.numbers[s.position],
                 lengths[id(s.axis)],
                 s.multiple,
             )
             for s in ids.sized
-            if s.call.numbers[s.position] != -1
+            if s.call.numbers[s.position] != -1 and len(s.axis)
+        ),
+        indices=tuple(
+            WrittenIndex(_site(w.call, -1), w.dim, w.places, layer_of[labels[w.axis]], channel_of[labels[w.axis]])
+            for w in ids.written
         ),
     )
+
+
+def _site(call: Call, position: int) -> Site:
+    return Site(call.module, call.place, call.turn, position)
 
 
 def _length(labels: Ints, layer_of: Ints, layers: Sequence[Layer]) -> Length:
@@ -308,8 +414,8 @@ def _length(labels: Ints, layer_of: Ints, layers: Sequence[Layer]) -> Length:
     return Length(len(labels), times)
 
 
-def _layers(ids: Ids, labels: Ints, owners: Sequence[Owner]) -> tuple[list[Layer], dict[str, str], Ints]:
-    """Returns the layers, the modules that stay whole, and the layer (or -1) of every class."""
+def _layers(ids: Ids, labels: Ints, owners: Sequence[Owner]) -> tuple[list[Layer], dict[str, str], Ints, Ints]:
+    """Returns the layers, the modules that stay whole, and of every class the layer (or -1) and its channel there."""
     frozen: dict[int, str] = {}
     for axis, why in ids.frozen:
         for label in np.unique(labels[axis]).tolist():
@@ -332,20 +438,21 @@ def _layers(ids: Ids, labels: Ints, owners: Sequence[Owner]) -> tuple[list[Layer
     roles = {int(i): role for axis, role, _ in ids.roles for i in axis[:1]}
     seen: dict[str, int] = {}
     layers: list[Layer] = []
-    layer_of = np.full(ids.count, -1, dtype=np.int64)
+    layer_of, channel_of = (np.full(ids.count, -1, dtype=np.int64) for _ in range(2))
     for touched_axes, classes in groups.items():
         table = np.array([[i for _, i in members[label]] for label in classes], dtype=np.int64)
         order = np.argsort(table[:, 0], kind="stable")
         name = names[classes[0]]
         seen[name] = seen.get(name, 0) + 1
         layer_of[classes] = len(layers)
+        channel_of[np.array(classes)[order]] = np.arange(len(classes))
         layers.append(
             Layer(
                 name if seen[name] == 1 else f"{name}#{seen[name]}",
                 tuple(_slices(touched_axes, table[order], owners, roles)),
             )
         )
-    return layers, whole, layer_of
+    return layers, whole, layer_of, channel_of
 
 
 def _slices(
@@ -361,24 +468,42 @@ def _slices(
 
 @torch.no_grad()
 def _without_followers(model: nn.Module, graph: ChannelGraph, arguments: Sequence[Tensor]) -> ChannelGraph:
-    """Drops the numbers that follow the tensors by themselves (`x.shape[1] // 2`): found by running smaller copies."""
+    """Drops the numbers that follow the tensors by themselves (`x.shape[1] // 2`): found by running smaller copies.
+
+    A number that always is in proportion to the length of its axis becomes a multiple of it: what it counts besides
+    channels, examples say, may be another number at another time.
+    """
     fixed = numbers_in(model)  # an earlier cut has put these right
-    wrong = {(m, call, at) for m, calls in fixed.items() for call, right in calls.items() for at in right}
-    changed: set[tuple[str, int, int]] = set()  # a number that never had to change says nothing
+    wrong: set[Site] = {n.site for n in graph.numbers if n.site.position in _row(fixed, n.site)}
+    changed: set[Site] = set()  # a number that never had to change says nothing
+    partly: set[Site] = {n.site for n in graph.numbers if n.was != n.length.whole}
+    widths = [layer.channels for layer in graph.layers]
     for step in (1, 2) if graph.numbers else ():
-        gone = [(step * i + step) % layer.channels for i, layer in enumerate(graph.layers)]
-        small = deepcopy(model).eval()
-        keep = kept_indices(model, graph, [torch.arange(n) for n in gone])
-        cut_(small, keep, graph.sizes([layer.channels - n for layer, n in zip(graph.layers, gone, strict=True)]))
-        seen = watch_(small, sorted({number.module for number in graph.numbers}))
+        # At least one channel of each layer goes, of each another number.
+        counts = [1 + (step * i + step) % (n - 1) if n > 1 else 0 for i, n in enumerate(widths)]
+        gone = [torch.arange(n) for n in counts]
+        small = copied(model).eval()
+        cut_(small, kept_indices(model, graph, gone), graph.sizes(gone))
+        seen = watch_(small, sorted({number.site.module for number in graph.numbers}))
         with suppress(Exception):  # the parity check of a real cut tells the user; what was noted so far is good
             small(*arguments)
+        if any(number.site.call not in seen[number.site.module] for number in graph.numbers):
+            with suppress(Exception):  # code may take another path where it is exported
+                export(small, tuple(arguments))
         for number in graph.numbers:
-            passed = seen[number.module].get(number.call, [])
-            right = number.right(gone)
-            if number.position < len(passed):
+            passed = seen[number.site.module].get(number.site.call, [])
+            right = number.right(counts)
+            if number.site.position < len(passed):
+                code = passed[number.site.position]
                 wanted = right if isinstance(right, int) else number.was * right[0] // right[1]
-                wrong |= {number.place} if passed[number.position] != wanted else set()
-                changed |= {number.place} if wanted != number.was else set()
-    stay = [n for n in graph.numbers if n.place in wrong or (n.length.times and n.place not in changed)]
-    return replace(graph, numbers=tuple(stay))
+                wrong |= {number.site} if code != wanted else set()
+                changed |= {number.site} if wanted != number.was else set()
+                if code * number.length.at(counts) != wanted * number.length.whole:
+                    partly.add(number.site)
+    stay = [n for n in graph.numbers if n.site in wrong or (n.length.times and n.site not in changed)]
+    return replace(graph, numbers=tuple(replace(n, multiple=n.multiple or n.site not in partly) for n in stay))
+
+
+def _row(numbers: Numbers, site: Site) -> Mapping[int, Any]:
+    calls = numbers.get(site.module, {})
+    return calls.get(site.call) or calls.get(site.place) or {}

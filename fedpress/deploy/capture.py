@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import io
 import logging
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from fedpress.errors import ExportError
+from fedpress.layers import copied
 
 BATCH = "batch"
 
@@ -66,7 +66,7 @@ def capture(
     """
     check_finite(model)
     takes = f"[N, {', '.join(map(str, input_shape))}]"
-    model = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    model = copied(model).to("cpu", torch.float32).eval()
     example = torch.zeros(batch or 2, *input_shape)  # two, because torch.export takes a size of one for a constant
     shapes = ({0: torch.export.Dim(BATCH)},) if batch is None else None
     try:

@@ -6,7 +6,6 @@ runtime's memory: what is written to them is what the program computes with.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from fedpress.deploy.capture import check_finite, require, silence
 from fedpress.deploy.device import hush, said
 from fedpress.deploy.executorch import INSTALL, WORDS, refused_kernel
 from fedpress.errors import ExportError
+from fedpress.layers import copied
 
 aten = torch.ops.aten
 RUNTIME = "executorch.extension.training"
@@ -93,7 +93,7 @@ def export_training(
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    net = copy.deepcopy(model).to("cpu").eval()
+    net = copied(model).to("cpu").eval()
     check_finite(net)
     first: dict[nn.Parameter, str] = {}
     for name, p in net.named_parameters(remove_duplicate=False):

@@ -7,7 +7,6 @@ runs in torch, where it is the oracle of every artifact that is lowered from it.
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from fedpress.deploy.calibrate import ranges
 from fedpress.deploy.capture import BATCH, capture, silence
 from fedpress.errors import ExportError
 from fedpress.grids import InputGrid, affine
+from fedpress.layers import copied
 from fedpress.quantized import KINDS, QuantLayer, quantized_layers, settle_
 from fedpress.ranges import Observer
 
@@ -156,7 +156,7 @@ def quantized_program(
 
 def _plain(model: nn.Module, activations: Activations) -> tuple[nn.Module, dict[str, _Layer]]:
     """Returns a copy with ordinary layers in the place of quantized ones, and what those bring along, by name."""
-    model = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    model = copied(model).to("cpu", torch.float32).eval()
     settle_(model)
     layers: dict[str, _Layer] = {}
     for name, layer in [*quantized_layers(model)]:
@@ -172,7 +172,7 @@ def _plain(model: nn.Module, activations: Activations) -> tuple[nn.Module, dict[
             found.reason = (
                 "its inputs are rounded by the values of each batch" if grid.dynamic else "its inputs are signs"
             )
-            twin = copy.deepcopy(layer)
+            twin = copied(layer)
             layer.register_forward_pre_hook(lambda _, args, twin=twin: (twin.quantized_input(args[0]), *args[1:]))
         elif grid is not None:
             scale, zero = float(layer.input_scale.detach().abs()), int(layer.input_zero_point)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpress.errors import RecipeError, did_you_mean
+from fedpress.layers import copied
 from fedpress.privacy import ghost
 from fedpress.privacy.persample import LossFn, Measured, add_loop_, add_vmap_
 from fedpress.tree import trainable
@@ -92,7 +92,7 @@ def choose_method(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> Me
     `x` [n, ...] prepared and `y` [n] only give shapes and types: no private value is read. A network whose samples
     mix fails the comparison for every batched method, so it falls to the loop, where they cannot.
     """
-    twin = copy.deepcopy(model)  # in the modes of the real one: a network may mix samples only while it trains
+    twin = copied(model)  # in the modes of the real one: a network may mix samples only while it trains
     for module in twin.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()  # its draws would differ between the methods

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import math
 import os
@@ -43,6 +42,7 @@ from fedpress.federate import (
 )
 from fedpress.federate.downlink import Broadcast
 from fedpress.federate.memory import load_json
+from fedpress.layers import copied
 from fedpress.privacy.ledger import POPULATION, Charge, Ledger
 from fedpress.secure import Member, identity
 from fedpress.seeds import derive
@@ -210,7 +210,7 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> F
     if not clients:
         raise RecipeError("federate: the data set has no clients; set data.num_clients")
     cohort = Cohort(stage.cohort or len(clients), len(clients), stage.sampling)
-    model = place_(compact_(_trainable(copy.deepcopy(state.model), stage.trainable), state.spec.sparse))
+    model = place_(compact_(_trainable(copied(state.model), stage.trainable), state.spec.sparse))
     layout, private = tree.Layout.of(model), stage.privacy
     examples = {name: len(arrays) for name, arrays in clients.items()}
     planned = protect(stage, examples, cohort, layout.shapes)

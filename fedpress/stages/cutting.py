@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +18,7 @@ from fedpress.compress.derivatives import differentiable
 from fedpress.compress.targets import next_share, whole
 from fedpress.errors import RecipeError
 from fedpress.folder import StageFolder
+from fedpress.layers import copied
 from fedpress.seeds import derive, generator
 from fedpress.stages.pruning import (
     PruneSettings,
@@ -64,11 +64,11 @@ class Cutting:
         """Starts, or goes on from the last checkpoint in `folder`: cuts are made again from their plans."""
         tensors, saved = folder.load_progress()
         public = public_examples(stage, state, derive(state.seed, "stage", folder.index))
-        model = copy.deepcopy(state.model).to("cpu").eval()
+        model = copied(state.model).to("cpu").eval()
         plans = [PruningPlan.model_validate(plan) for plan in saved.get("plans", [])]
         for plan in plans:
             compress.remove_(model, plan)
-        early, fit = copy.deepcopy(model), {}
+        early, fit = copied(model), {}
         if saved.get("fitting"):
             fit = tensors
         elif saved:
@@ -158,7 +158,7 @@ class Cutting:
             if any(share == before for before, _ in self.tried):
                 break
             yield self.tick(0, f"measuring the latency at {share:.1%} of the parameters")
-            small = copy.deepcopy(model)
+            small = copied(model)
             compress.remove_(small, cut(target))
             self.tried.append((share, milliseconds(small, state)))
             self.folder.record(latency={"share": share, "ms": self.tried[-1][1]})

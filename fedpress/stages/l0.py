@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import time
 from collections.abc import Generator, Iterator
@@ -31,6 +30,7 @@ from fedpress.compress.sparse import (
 from fedpress.compress.sparse.l0 import Controller, Gates, balance, channel_gates, open_probability, weight_gates
 from fedpress.errors import RecipeError
 from fedpress.folder import StageFolder, write_json
+from fedpress.layers import copied
 from fedpress.models import what_pruning_changed
 from fedpress.seeds import derive, generator
 from fedpress.stages.public import calibration
@@ -91,7 +91,7 @@ class L0Stage(TrainSettings):
         if state.spec.quantized:
             raise RecipeError("l0: the model is quantized already; put this stage before the quantization")
         calibration(state, self.calibration, 0)
-        model = copy.deepcopy(state.model)
+        model = copied(state.model)
         if self.unit == "channels":
             graph = _trace(model, state)
             plan = self.plan(model, graph, compress.score(model, graph, "l2"))
@@ -172,7 +172,7 @@ class L0Stage(TrainSettings):
         dense = model.to("cpu").eval()
         scores = [open_probability(a.detach()).cpu() for a in gates.log_alphas]
         plan = self.plan(dense, graph, scores)
-        pruned = copy.deepcopy(dense)
+        pruned = copied(dense)
         compress.remove_(pruned, plan)
         facts["parity_error"] = compress.check_parity(dense, pruned, plan, _example(state))
         write_json(folder.path / "plan.json", plan.model_dump(mode="json"))

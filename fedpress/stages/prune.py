@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ from fedpress import compress, training
 from fedpress.compress import SCORES, PruningPlan
 from fedpress.errors import RecipeError
 from fedpress.folder import StageFolder, write_json
+from fedpress.layers import copied
 from fedpress.models import what_pruning_changed
 from fedpress.stages.cutting import Cutting
 from fedpress.stages.pruning import (
@@ -54,7 +54,7 @@ class PruneStage(PruneSettings):
         if self.finetune is not None:
             data = state.data
             training.check(state.model, self.finetune, data.public, data.validation, data.preprocess)
-        model = copy.deepcopy(state.model)
+        model = copied(state.model)
         graph = traced(model.eval(), state)
         row = SCORES[self.score]
         if row.scales:
@@ -84,12 +84,12 @@ class PruneStage(PruneSettings):
             yield work.tick(0, "tracing and scoring channels")
             plan = yield from work.plan()
             yield work.tick(1, "removing channels")
-            dense, pruned = work.model, copy.deepcopy(work.model)
+            dense, pruned = work.model, copied(work.model)
             compress.remove_(pruned, plan)
             error = compress.check_parity(dense, pruned, plan, example_input(state))
             work.plans.append(plan)
             compress.remove_(work.early, plan)
-            work.model = copy.deepcopy(work.early) if self.rewind else pruned
+            work.model = copied(work.early) if self.rewind else pruned
             yield work.tick(2, "restoring batch-norm statistics")
             before = _accuracy(work.model, state)
             restored = work.restore_()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Generator
 from dataclasses import replace
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from fedpress import training
 from fedpress.compress import quantize as quantizing
 from fedpress.folder import StageFolder
 from fedpress.grids import InputGrid, LayerGrids, WeightGrid
+from fedpress.layers import copied
 from fedpress.models import ModelSpec
 from fedpress.quantized import quantize_layers_, quantized_layers, settle_
 from fedpress.seeds import derive
@@ -92,7 +92,7 @@ class QuantizeStage(TaughtSettings):
             self.objective(state, 0)
         if self._looks_at_data():
             calibration(state, self.calibration, 0)
-        model = copy.deepcopy(state.model).to("cpu")
+        model = copied(state.model).to("cpu")
         spec, table, left = self._prepare_(model, state)
         if self.mixed:
             table = _with_bits(table, self._smallest(model, table))
@@ -104,7 +104,7 @@ class QuantizeStage(TaughtSettings):
         """Rounds, then trains on the grids if asked; yields ticks, saves after every epoch."""
         seed = derive(state.seed, "stage", folder.index)
         yield Tick(0, 1, "rounding")
-        model = copy.deepcopy(state.model).to("cpu").eval()
+        model = copied(state.model).to("cpu").eval()
         spec, table, left = self._prepare_(model, state)
         batches = self._batches(state, seed)
         if self.mixed:

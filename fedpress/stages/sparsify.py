@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
@@ -42,6 +41,7 @@ from fedpress.compress.sparse.masks import Scope
 from fedpress.compress.sparse.scores import gradients
 from fedpress.errors import RecipeError, did_you_mean
 from fedpress.folder import StageFolder
+from fedpress.layers import copied
 from fedpress.seeds import derive, generator
 from fedpress.stages.public import calibration
 from fedpress.state import Name, State, Tick
@@ -131,7 +131,7 @@ class SparsifyStage(TrainSettings):
         training.check(state.model, self, state.data.public, state.data.validation, state.data.preprocess)
         if self.score in FROM_DATA or self.scope == "sensitivity":
             calibration(state, self.calibration, 0)
-        model = copy.deepcopy(state.model)
+        model = copied(state.model)
         weights = self.weights(model, state)
         scores = {w.name: w.value.detach().abs() for w in weights.chosen}
         within = _within(model, state, weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Generator
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from fedpress.arrays import Preprocess
 from fedpress.compress.distill import Distillation, DistillSettings
 from fedpress.errors import RecipeError, TrainingError
 from fedpress.folder import StageFolder
+from fedpress.layers import copied
 from fedpress.state import State, Tick
 from fedpress.training import Fit, Step, TrainSettings
 
@@ -133,7 +133,7 @@ def _teacher(where: str, state: State) -> nn.Module:
             f"stage.teacher: '{where}' takes examples of shape {list(spec.input_shape)}, the data's have "
             f"{list(state.spec.input_shape)}; give a teacher of the same inputs"
         )
-    model = training.place_(copy.deepcopy(model))
+    model = training.place_(copied(model))
     mine, theirs = state.data.preprocess, Preprocess(spec.mean, spec.std)
     if mine != theirs:
         model.register_forward_pre_hook(lambda _, inputs: (_restandardised(inputs[0], mine, theirs), *inputs[1:]))

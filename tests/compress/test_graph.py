@@ -7,8 +7,9 @@ import torch_pruning as tp
 from torch import nn
 from zoo import Plain, Residual, make
 
-from fedpress.compress import check_parity, macs, parameters, remove_, score, trace
+from fedpress.compress import check_parity, macs, parameters, plan, remove_, score, trace
 from fedpress.compress.planning import allowed_widths, make_plan
+from fedpress.compress.rules import RULES
 from fedpress.errors import ModelError
 
 
@@ -138,13 +139,50 @@ def test_weight_standardised_convolutions_keep_their_inputs():
     assert check_parity(model, small, plan, x) <= 1e-5
 
 
-def test_an_unknown_operation_is_refused_by_name_and_module():
-    class Turn(nn.Module):
-        def forward(self, x):
-            return torch.fft.fft(x).real
+class Renorm(nn.Module):
+    """An operation without a rule: each example is scaled to a norm of at most 1."""
 
-    with pytest.raises(ModelError, match=r"no rule for aten\.fft_fft.*'between'.*RULES"):
-        graph_of(Turn())
+    def forward(self, x):
+        return torch.renorm(x, 2.0, 0, 1.0)
+
+
+def test_an_operation_without_a_rule_keeps_what_reaches_it_whole_and_is_listed_with_its_module():
+    graph = graph_of(Renorm())
+    assert not graph.layers
+    assert "no rule for it in aten.renorm" in graph.whole["a"]
+    assert "no rule for it: aten.renorm.default of 'between'" in graph.whole["between"]
+    with pytest.raises(ModelError, match=r"no channel.*can be removed.*no rule.*aten\.renorm"):
+        plan(Head(Renorm()), graph, [])
+
+
+def test_an_operation_without_a_rule_leaves_what_does_not_reach_it_free():
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head, self.renorm = nn.Linear(8, 16), nn.Linear(8, 12), nn.Linear(16, 5), Renorm()
+            self.last = nn.Linear(12, 5)
+
+        def forward(self, x):
+            places = torch.arange(x.shape[0])
+            steps = torch.diff(places, prepend=places[:1] - 1).cumsum(0)  # of no channel
+            return self.head(self.a(x).relu()) + self.last(self.renorm(self.b(x))) + steps[:, None]
+
+    model, x = Beside(), torch.randn(3, 8)
+    graph = trace(model, x)
+    assert [layer.name for layer in graph.layers] == ["a"]
+    assert set(graph.whole) == {"b", "renorm", "head", "last"}
+    cut = make_plan(model, graph, [torch.rand(16)], [7])
+    small = deepcopy(model)
+    remove_(small, cut)
+    assert check_parity(model, small, cut, x) <= 1e-5
+    assert "renorm" in cut.whole
+
+
+def test_a_rule_that_fails_on_its_arguments_keeps_what_it_touches_whole(monkeypatch):
+    monkeypatch.setitem(RULES, torch.ops.aten.glu.default, lambda ids, shape, x: x.axes)  # knows no dim
+    graph = graph_of(lambda x: F.glu(x, 1), width=8)
+    assert not graph.layers
+    assert "its rule does not cover this use" in graph.whole["a"]
 
 
 def test_a_model_that_branches_on_data_is_refused_with_the_name_of_the_module():

@@ -5,7 +5,7 @@ returns the axes of the output (a list of them if the operation returns several 
 operation, add a function with `@rule(...)`. Operations that ATen tags as pointwise need none.
 """
 
-from fedpress.compress.rules import attention, convolution, normalization, recurrent, shape, statistics
+from fedpress.compress.rules import attention, convolution, normalization, recurrent, shape, statistics, writing
 from fedpress.compress.rules.table import RULES, find_rule, rule, zero_stays
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "rule",
     "shape",
     "statistics",
+    "writing",
     "zero_stays",
 ]

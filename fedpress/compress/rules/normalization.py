@@ -13,7 +13,13 @@ from fedpress.compress.rules.table import Axes, Shape, rule
 
 @rule("batch_norm.default", "instance_norm.default")
 def batch_norm(ids: Ids, shape: Shape, x: Value, weight: Value | None, bias: Value | None, *rest: Any) -> Axes:
-    """Each channel is normalised by its own numbers: parameters and statistics go with it."""
+    """Each channel is normalised by its own numbers: parameters and statistics go with it.
+
+    What else has channels is averaged over while it trains (weights that are standardised so, tokens): it stays.
+    """
+    for d, axis in enumerate(x.axes):
+        if d != 1:
+            ids.freeze(axis, "a mean over channels")
     for vector in (weight, bias, *rest[:2]):
         if isinstance(vector, Value):
             ids.unite(x.axes[1], vector.axes[0])

@@ -103,7 +103,7 @@ def select(ids: Ids, shape: Shape, x: Value, dim: int = 0, *rest: Any) -> Axes |
     return [axes] * x.shape[dim] if "unbind" in ids.operation else axes
 
 
-@rule("index_select", "index.Tensor", "gather", "index_put", "index_put_", "scatter", "masked_select")
+@rule("index_select", "index.Tensor", "gather", "masked_select")
 def pick(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
     """Takes indices by number: along an axis with channels they must stay; other axes pass where one is looked up."""
     looked = args[0] if args and isinstance(args[0], list | tuple) else []
@@ -257,7 +257,7 @@ def reshape(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axe
     return tuple(axes)
 
 
-@rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
+@rule("zeros", "ones", "full", "empty.memory_format", "new_zeros", "new_ones", "new_full", "new_empty")
 def uniform(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
     """Makes a tensor whose sizes the code says; they are put right."""
     axes: list[Axis] = [ids.fresh(size) if ids.call is not None and size > 1 else None for size in shape]
@@ -266,7 +266,7 @@ def uniform(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
     return tuple(axes)
 
 
-@rule("arange", "eye", "empty.memory_format", "rand", "randn", "scalar_tensor", "linspace", "tril_indices")
+@rule("arange", "eye", "rand", "randn", "scalar_tensor", "linspace", "tril_indices")
 def constant(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
     """Makes a tensor whose sizes must stay."""
     return (None,) * len(shape)

@@ -34,7 +34,8 @@ def reduction(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> A
     given = next((a for a in (options.get("dim"), *args) if isinstance(a, list | tuple)), None)
     dims = {d % len(x.shape) for d in given or range(len(x.shape))}
     name = ids.operation.split(".")[1]
-    for d in dims if not (x.zero and name in ("sum", "linalg_vector_norm", "norm")) else ():
+    same = x.zero and name in ("sum", "linalg_vector_norm", "norm")
+    for d in dims if ids.read and not same else ():
         ids.freeze(x.axes[d], "a statistic over channels")
     keeps = [None if d in dims else axis for d, axis in enumerate(x.axes)]
     drops = [axis for d, axis in enumerate(x.axes) if d not in dims]

@@ -54,7 +54,7 @@ def find_rule(operation: Any) -> Rule | None:
     "ones_like",
     "full_like",
 )
-@rule("rand_like", "randn_like", "logical_and", "logical_or", "logical_not", "positive", "square", "square_")
+@rule("rand_like", "randn_like", "logical_and", "logical_or", "logical_not", "positive", "square", "square_", "where")
 def elementwise(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
     """Index by index, with broadcasting: axes that meet are one; an axis of size 1 is spread over the other."""
     axes: list[Axis] = [None] * len(shape)
