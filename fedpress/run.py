@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import fedpress
+from fedpress import consent, storage
 from fedpress import data as data_sets
-from fedpress import storage
 from fedpress.compress import cost
 from fedpress.data.examples import Progress
 from fedpress.errors import FedpressError, ModelError, RecipeError, RunError
@@ -46,7 +46,12 @@ LIBRARIES = ("torch", "numpy", "safetensors", "dp-accounting", "onnx", "onnxrunt
 
 
 def load_data(recipe: Recipe, *, progress: Progress | None = None) -> data_sets.FederatedData:
-    """Loads the recipe's data set, dealt to clients."""
+    """Loads the recipe's data set, dealt to clients.
+
+    A source `module:function` is called; from now on the files of runs may name it too.
+    """
+    if consent.NAME.fullmatch(recipe.data.source):
+        consent.allow(recipe.data.source)
     return data_sets.load(recipe.data, derive(recipe.seed, "data"), progress=progress)
 
 

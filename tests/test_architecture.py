@@ -30,6 +30,9 @@ FLOORS = {
         "ranges",
         "muon",
         "atomic",
+        "consent",
+        "limits",
+        "own_modules",
     ],
 }
 FLOOR_OF = {place: floor for floor, places in FLOORS.items() for place in places}

@@ -15,7 +15,7 @@ import typer
 
 import fedpress
 from fedpress.cli import compress
-from fedpress.cli.common import AsJson, again, default_folder, load, load_data
+from fedpress.cli.common import AllowCode, AsJson, again, allow_code, default_folder, load, load_data, told
 from fedpress.errors import FedpressError, RecipeError, RunError
 
 # Heavy imports (torch, pydantic models) stay inside the commands: `fedpress privacy` must answer at once.
@@ -53,11 +53,13 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     reuse: Annotated[Path | None, typer.Option("--from", help="Take over equal finished stages of this run.")] = None,
+    code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
     """Runs a recipe into a run folder, with a report at the end."""
     from fedpress import terminal
 
+    allow_code(code)
     out_stream = terminal.console(quiet=as_json)
     try:
         with terminal.waiting(out_stream, "starting"):
@@ -101,6 +103,7 @@ def check(
     overrides: Overrides = None,
     data: Data = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes.")] = False,
+    code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
     """Binds everything without training: sizes, bytes per round, noise, epsilon; exit code 2 if something is wrong."""
@@ -114,6 +117,7 @@ def check(
     from fedpress import run as runs
     from fedpress import terminal
 
+    allow_code(code)
     _, wanted = load(recipe, overrides, data)
     out_stream = terminal.console(quiet=as_json)
     loaded = load_data(wanted, out_stream)
@@ -271,5 +275,5 @@ def main() -> None:
 
 
 def _stop(message: str) -> None:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    typer.echo(f"error: {told(message)}", err=True)
     sys.exit(2)

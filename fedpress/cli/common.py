@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from fedpress.data import FederatedData
     from fedpress.recipe import Recipe
 
+AllowCode = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-code",
+        metavar="MODULE:FUNCTION",
+        help="A function that the files of a model may have called to build it; may be given several times.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -46,8 +54,33 @@ def load(recipe: str, overrides: list[str] | None, data: Path | None) -> tuple[s
 
 
 def find_modules(beside: list[str]) -> None:
-    """Lets own models and data, package.module:function, be found in the present folder and `beside` the recipe."""
-    sys.path[:0] = [str(Path.cwd()), *beside]
+    """Lets own models and data, package.module:function, be found `beside` the recipe and in the present folder."""
+    from fedpress import own_modules
+
+    own_modules.look_in(*map(Path, beside), Path.cwd())
+
+
+def allow_code(names: list[str] | None) -> None:
+    """Notes which functions the user lets the files of models name."""
+    from fedpress import consent
+
+    consent.allow(*(names or ()))
+
+
+def told(message: str) -> str:
+    """Says an error as the command line knows its cures, in one line that a terminal shows as it is."""
+    from fedpress.consent import as_flags
+
+    return visible(" ".join(as_flags(message).split()))
+
+
+def visible(text: str) -> str:
+    r"""Writes control characters, with which a file could move the cursor or hide words, as escapes.
+
+    >>> visible("red \x1b[31m")
+    'red \\x1b[31m'
+    """
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def load_data(recipe: Recipe, out_stream: Console) -> FederatedData:

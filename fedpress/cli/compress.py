@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedpress.cli.common import AsJson, again, default_folder, find_modules
+from fedpress.cli.common import AllowCode, AsJson, again, allow_code, default_folder, find_modules, told
 from fedpress.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def _command(kind: str) -> Callable[..., None]:
         checkpoint: Weights = None,
         resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
         list_keys: Annotated[bool, typer.Option("--keys", help="List the settings and what they mean.")] = False,
+        code: AllowCode = None,
         as_json: AsJson = False,
     ) -> None:
         if list_keys:
@@ -73,6 +74,7 @@ def _command(kind: str) -> Callable[..., None]:
             raise RecipeError(f"{kind}: give a model: the folder of a model or a run, or package.module:function")
         from fedpress import terminal
 
+        allow_code(code)
         out_stream = terminal.console(quiet=as_json)
         try:
             with terminal.waiting(out_stream, "starting"):
@@ -156,11 +158,13 @@ def measure(
     input_shape: Input = None,
     checkpoint: Weights = None,
     out: Annotated[Path | None, typer.Option(help="Write the records to this JSON file.")] = None,
+    code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
     """Measures models side by side: parameters, MACs, file, memory, latency in each runtime, distance to the peak."""
     from fedpress import terminal
 
+    allow_code(code)
     out_stream = terminal.console(quiet=as_json)
     with terminal.waiting(out_stream, "measuring"):
         from fedpress import commands
@@ -201,11 +205,13 @@ def sweep(
     data: Annotated[Path | None, typer.Option(help="Folder or file of the data set; sets data.path.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; sweeps/NAME by default. One that is there goes on.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, for mean and spread, such as 0,1,2.")] = None,
+    code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
     """Runs a recipe for all combinations of values; equal stages are done once; draws accuracy against cost."""
     from fedpress import terminal
 
+    allow_code(code)
     out_stream = terminal.console(quiet=as_json)
     with terminal.waiting(out_stream, "starting"):
         from fedpress import recipe as recipes
@@ -258,4 +264,4 @@ def _follow(events: Iterable[VariantStarted | VariantFinished], out: Console, to
             out.print(event.variant.name, markup=False, soft_wrap=True)
             terminal.follow(event.events, out)
         elif isinstance(event, VariantFinished) and event.error:
-            out.print(f"failed: {event.error}", markup=False, soft_wrap=True)
+            out.print(f"failed: {told(event.error)}", markup=False, soft_wrap=True)

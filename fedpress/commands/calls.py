@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import tempfile
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedpress import consent
 from fedpress import run as runs
 from fedpress.commands.order import Order, Result, as_words
 from fedpress.commands.subject import Subject, holding
@@ -30,6 +32,7 @@ def call(
     checkpoint: str | Path | None = None,
     input_shape: tuple[int, ...] | None = None,
     out: str | Path | None = None,
+    allow_code: Collection[str] | str = (),
     **settings: Any,
 ) -> Result:
     """Runs one stage on one model.
@@ -42,6 +45,8 @@ def call(
         checkpoint: a state dict for `module:function`.
         input_shape: of one example, for a module or function without data.
         out: the run folder to write; without one the result lives in memory alone.
+        allow_code: names `module:function` that the files of `model`, of its run or of a teacher may have called; a
+            `model` that is given as `module:function` is allowed by that.
         settings: the keys of the stage.
 
     Raises:
@@ -50,6 +55,7 @@ def call(
     if not isinstance(model, nn.Module | str | Path):
         raise ModelError(f"model: got {type(model).__name__}, expected a torch.nn.Module, a path or module:function")
     with ExitStack() as stack:
+        stack.enter_context(consent.allowing(allow_code))
         stack.enter_context(torch.random.fork_rng(devices=[]))  # the caller's random numbers stay theirs
         if isinstance(model, nn.Module):
             subject = Subject(stack.enter_context(holding(model)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedpress import deploy, storage
+from fedpress import consent, deploy, storage
 from fedpress.arrays import Preprocess
 from fedpress.commands.subject import Subject
 from fedpress.compress import cost
@@ -32,6 +32,7 @@ def measure(
     seconds: float = 1.0,
     input_shape: tuple[int, ...] | None = None,
     checkpoint: Path | None = None,
+    allow_code: Collection[str] | str = (),
 ) -> dict[str, Any]:
     """Measures every model in torch and, exported, in the runtime of each format; exported files in their own.
 
@@ -45,6 +46,7 @@ def measure(
         seconds: for each model, runtime, batch size and number of threads.
         input_shape: of one example, for functions.
         checkpoint: a state dict for a function.
+        allow_code: names `module:function` that the files of models may have called; see `fedpress.storage.load`.
 
     Returns:
         `records`, one for each pair of model and runtime, as `fedpress.deploy.measure` says, "parameters" besides; and
@@ -65,6 +67,7 @@ def measure(
     counts: dict[str, tuple[int | None, int, int]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     with ExitStack() as stack:
+        stack.enter_context(consent.allowing(allow_code))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for number, given in enumerate(models):
             name = str(given) if str(given) not in subjects else f"{given} ({number + 1})"

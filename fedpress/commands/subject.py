@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpress import storage
+from fedpress import consent, storage
 from fedpress.arrays import Arrays, Preprocess
 from fedpress.data import FederatedData
 from fedpress.errors import DataError, ModelError, did_you_mean
@@ -71,6 +71,12 @@ class Subject:
         table = {key: value for key, value in settings["data"].items() if value is not None}
         if table["source"] == NOTHING:
             return None
+        if ":" in str(table["source"]):  # the folder may come from anybody, and its data would be a call
+            place = f"{self.run / 'settings.json'}: data.source"
+            try:
+                consent.check(str(table["source"]), (), place)
+            except ModelError as error:
+                raise ModelError(f"{error}, or give the data yourself with --data SOURCE") from error
         try:  # where the data lay is no setting, since it may differ between machines
             path = tomllib.loads((self.run / "recipe.toml").read_text("utf-8"))["data"].get("path")
         except (OSError, KeyError, tomllib.TOMLDecodeError):

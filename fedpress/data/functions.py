@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedpress import own_modules
 from fedpress.arrays import Arrays
 from fedpress.data.classes import checked, known_classes, rows_that_name
 from fedpress.data.dataset import FederatedData
@@ -46,11 +46,14 @@ def read(settings: DataSettings, seed: int) -> FederatedData | Examples:
 
 
 def _find(source: str, where: str) -> Callable[..., Any]:
-    module_name, _, name = source.partition(":")
+    name = source.partition(":")[2]
     try:
-        module = import_module(module_name)
+        module = own_modules.module_of(source)
     except ModuleNotFoundError as error:
-        raise DataError(f"{where}: no module '{error.name}'; put its folder on PYTHONPATH") from error
+        cure = "put its folder on PYTHONPATH, or its file beside the recipe"
+        raise DataError(f"{where}: no module '{error.name}'; {cure}") from error
+    except FedpressError as error:
+        raise DataError(f"{where}: {error}") from error
     except Exception as error:
         raise DataError(f"{where}: importing it failed with {type(error).__name__}: {error}; correct it") from error
     function = getattr(module, name, None)

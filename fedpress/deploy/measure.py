@@ -208,7 +208,9 @@ def peak_memory(subject: Subject, input_shape: tuple[int, ...], *, batch: int = 
                 torch.export.save(capture(subject, input_shape), path)
         else:
             path = Path(subject)
-        words = [sys.executable, "-c", _PROBE, str(path), json.dumps([batch, *input_shape])]
+        # -P keeps the working folder out of the import path: a file onnxruntime.py there must not run.
+        home = str(Path(__file__).parents[2])
+        words = [sys.executable, "-P", "-c", _PROBE, str(path), json.dumps([batch, *input_shape]), home]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1][:200]
@@ -221,6 +223,7 @@ _PROBE = """
 import json, resource, sys
 import numpy as np
 path, shape = sys.argv[1], json.loads(sys.argv[2])
+sys.path.append(sys.argv[3])  # where fedpress lies, if it is not installed
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 def now():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Collection
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fedpress import consent, limits, own_modules
 from fedpress.calls import Numbers, numbers_in, set_numbers_
 from fedpress.errors import ModelError, did_you_mean
 from fedpress.grids import LayerGrids
@@ -19,7 +21,6 @@ from fedpress.layers import depthwise, replace_, set_groups_, tensor
 from fedpress.masked import take_in_
 from fedpress.models.plain import CNN, MLP
 from fedpress.models.resnet import resnet18, resnet_small
-from fedpress.models.trust import check_builder, trust
 from fedpress.quantized import fold_layers_, quantize_layers_
 
 ARCHITECTURES: dict[str, Any] = {"resnet18": resnet18, "resnet-small": resnet_small, "cnn": CNN, "mlp": MLP}
@@ -51,17 +52,48 @@ class ModelSpec(BaseModel):
     class_names: tuple[str, ...] = ()
 
     @classmethod
-    def of_file(cls, text: str | bytes) -> ModelSpec:
-        """Reads the JSON of a file, which may come from anybody.
+    def of_file(cls, text: str | bytes, allow_code: Collection[str] | str = ()) -> ModelSpec:
+        """Reads the JSON of a file, which may come from anybody; nothing is imported, called or allocated for it.
+
+        Args:
+            text: of the file.
+            allow_code: names `module:function` that it may give as its architecture, besides those that the user of
+                this process has named already (see `fedpress.consent`).
 
         Raises:
             ValidationError: of pydantic, if it is no spec.
-            ModelError: if its architecture is not known here, or does not look like one (see `check_builder`).
+            ModelError: if its architecture is no row of `ARCHITECTURES` and the user has not allowed it by name, or
+                if it declares sizes above `fedpress.limits`.
         """
         spec = cls.model_validate_json(text)
-        if spec.architecture not in ARCHITECTURES:
-            check_builder(spec.architecture, _builder(spec.architecture))
+        if ":" not in spec.architecture:
+            _builder(spec.architecture)
+        elif spec.architecture not in ARCHITECTURES:
+            consent.check(spec.architecture, allow_code, "spec.architecture")
+        spec._check_sizes()
         return spec
+
+    def _check_sizes(self) -> None:
+        limits.check_tree(self.arguments, "spec.arguments")
+        for name in ("resized", "numbers", "groups", "quantized", "input_shape"):
+            limits.check_tree(self.model_dump(include={name})[name], f"spec.{name}", lists=False)
+        limits.check("input", prod(self.input_shape), "spec.input_shape")
+        if self.architecture not in ARCHITECTURES:  # a user's function is watched while it builds
+            return
+        try:
+            values = limits.declared(ARCHITECTURES[self.architecture], _arguments(self.arguments))
+        except Exception:  # arguments that do not fit: building says so, in words that name them
+            return
+        limits.check("values", values, "spec.arguments")
+
+    def build_within_limits(self) -> nn.Module:
+        """Builds a network that a file describes; see `build`.
+
+        Raises:
+            ModelError: besides, if it has more values or modules than `fedpress.limits` say.
+        """
+        with limits.building(f"spec: '{self.architecture}'"):
+            return self.build()
 
     def build(self) -> nn.Module:
         """Builds the network with the right shapes and fresh weights.
@@ -92,16 +124,23 @@ class ModelSpec(BaseModel):
         return self._dense()[0]
 
     def take_in(self) -> tuple[ModelSpec, nn.Module]:
-        """Builds the network as its user named it, and notes the zeros of the masks that it comes with."""
-        trust(self.architecture)
+        """Builds the network as its user named it, and notes the zeros of the masks that it comes with.
+
+        From now on files may name this architecture too, such as the checkpoints of the same run.
+        """
+        if self.architecture not in ARCHITECTURES and consent.NAME.fullmatch(self.architecture):
+            consent.allow(self.architecture)
         model, masked = self._dense()
+        # Files of this model are read within limits: what is above them is told before a long run, not after it.
+        values = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+        limits.check("values", values, "model")
+        limits.check("layers", sum(1 for _ in model.modules()) - 1, "model")
         return self.model_copy(update={"sparse": masked}), model
 
     def _dense(self) -> tuple[nn.Module, tuple[str, ...]]:
         builder = _builder(self.architecture)
-        arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in self.arguments.items()}
         try:
-            model = builder(**arguments)
+            model = builder(**_arguments(self.arguments))
         except ModelError:
             raise
         except Exception as error:  # a user's function may raise anything
@@ -110,6 +149,10 @@ class ModelSpec(BaseModel):
             raise ModelError(f"model: '{self.architecture}' returned {type(model).__name__}; return a torch.nn.Module")
         _complete(model)
         return model, take_in_(model)
+
+
+def _arguments(given: dict[str, JsonValue]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
 
 
 def _complete(model: nn.Module) -> None:
@@ -131,17 +174,17 @@ def _complete(model: nn.Module) -> None:
 def _builder(name: str) -> Any:
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
-    module, colon, function = name.partition(":")
-    if not colon:
+    if ":" not in name:
         hint = did_you_mean(name, list(ARCHITECTURES))
         known = ", ".join(ARCHITECTURES)
         raise ModelError(
-            f"model.architecture: no architecture '{name}'{hint}; use one of {known} or 'package.module:function'"
+            f"model.architecture: no architecture {name[:80]!r}{hint}; use one of {known} or 'package.module:function'"
         )
     try:
-        return getattr(importlib.import_module(module), function)
+        return getattr(own_modules.module_of(name), name.partition(":")[2])
     except Exception as error:  # importing runs the user's file, which may raise anything
-        raise ModelError(f"model.architecture: cannot load '{name}': {error}; is its folder on PYTHONPATH?") from error
+        cure = "" if isinstance(error, ModelError) else "; put its folder on PYTHONPATH, or its file beside the recipe"
+        raise ModelError(f"model.architecture: cannot load '{name}': {error}{cure}") from error
 
 
 def resize_(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -204,11 +247,16 @@ def save_model(folder: Path, spec: ModelSpec, model: nn.Module) -> None:
     (folder / "spec.json").write_text(spec.model_dump_json(indent=1) + "\n")
 
 
-def load_model(folder: Path) -> tuple[ModelSpec, nn.Module]:
+def load_model(folder: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpec, nn.Module]:
     """Rebuilds the model of `folder` from its spec and numbers alone.
 
+    Args:
+        folder: with `spec.json` and `model.safetensors`.
+        allow_code: names `module:function` that the spec may give as its architecture; those of fedpress need none.
+
     Raises:
-        ModelError: if a file is missing or corrupt, or the numbers do not fit the spec.
+        ModelError: if a file is missing or corrupt, the numbers do not fit the spec, or the spec names a function that
+            the user has not allowed, or sizes above `fedpress.limits`.
     """
     numbers, described = Path(folder) / "model.safetensors", Path(folder) / "spec.json"
     if not Path(folder).exists():
@@ -217,14 +265,16 @@ def load_model(folder: Path) -> tuple[ModelSpec, nn.Module]:
         if not path.is_file():
             raise ModelError(f"{folder}: no model here ({path.name} is missing); run the stage again")
     try:
-        spec = ModelSpec.of_file(described.read_text("utf-8"))
+        spec = ModelSpec.of_file(described.read_text("utf-8"), allow_code)
+    except ModelError as error:
+        raise ModelError(f"{described}: {error}") from error
     except (ValidationError, UnicodeDecodeError, OSError) as error:
         raise ModelError(f"{described}: corrupt ({_first_line(error)}); run the stage again") from error
     try:
         tensors = load_file(numbers)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{numbers}: corrupt ({_first_line(error)}); run the stage again") from error
-    model = spec.build()
+    model = spec.build_within_limits()
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from torch import nn
@@ -11,18 +12,23 @@ from fedpress.models import ModelSpec, load_model
 from fedpress.storage.packed import unpack
 
 
-def load(path: Path) -> tuple[ModelSpec, nn.Module]:
+def load(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpec, nn.Module]:
     """Loads a saved model: a folder with spec.json, a run's folder (its last finished stage), or a packed file.
 
+    Args:
+        path: of the folder or file.
+        allow_code: names `module:function` that the file may have called to build its network, such as "nets:Net".
+            Without one only the architectures of fedpress are built, and what this process was given by name.
+
     Raises:
-        ModelError: if there is no model, or it is corrupt.
+        ModelError: if there is no model, it is corrupt, or it names a function that is not allowed.
     """
     path = Path(path)
     if path.is_file():
-        return unpack(path)
+        return unpack(path, allow_code)
     if (path / "stages").is_dir() and not (path / "spec.json").exists():
-        return load_model(_last_stage(path))
-    return load_model(path)
+        return load_model(_last_stage(path), allow_code)
+    return load_model(path, allow_code)
 
 
 def _last_stage(run: Path) -> Path:

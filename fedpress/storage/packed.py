@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -60,7 +60,8 @@ def pack(spec: ModelSpec, model: nn.Module, path: Path) -> Packed:
     """
     check(spec, model)
     data, packed = encode(spec, model)
-    back, twin = decode(data, "pack")
+    own = (spec.architecture,) if ":" in spec.architecture else ()
+    back, twin = decode(data, "pack", own)
     ours, theirs = model.state_dict(), twin.state_dict()
     odd = [name for name, value in ours.items() if not _same(value, theirs[name])]
     if odd or back.model_dump() != spec.model_dump():
@@ -85,17 +86,21 @@ def pack(spec: ModelSpec, model: nn.Module, path: Path) -> Packed:
     return packed
 
 
-def unpack(path: Path) -> tuple[ModelSpec, nn.Module]:
+def unpack(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpec, nn.Module]:
     """Rebuilds the model of a packed file.
 
+    Args:
+        path: of the file.
+        allow_code: names `module:function` that it may have called; see `fedpress.storage.load`.
+
     Raises:
-        ModelError: if the file is missing, of another version, or damaged.
+        ModelError: if the file is missing, of another version, damaged, or names a function that is not allowed.
     """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); give the path of a packed model") from error
-    return decode(data, str(path))
+    return decode(data, str(path), allow_code)
 
 
 def encode(spec: ModelSpec, model: nn.Module) -> tuple[bytes, Packed]:
@@ -118,15 +123,16 @@ def encode(spec: ModelSpec, model: nn.Module) -> tuple[bytes, Packed]:
     return data, Packed(len(data), kinds | {"header": len(data) - sum(kinds.values())}, left)
 
 
-def decode(data: bytes, place: str) -> tuple[ModelSpec, nn.Module]:
+def decode(data: bytes, place: str, allow_code: Collection[str] | str = ()) -> tuple[ModelSpec, nn.Module]:
     """Rebuilds the model of the bytes that `encode` made; `place` names their file in errors.
 
     Raises:
-        ModelError: if they are of another version, damaged, or of a model that cannot be built here.
+        ModelError: if they are of another version, damaged, of a model that cannot be built here, or name a function
+            that neither `allow_code` nor the user of this process has allowed.
     """
     blobs, described, listed = container.read(data, place)
     try:
-        spec, table = ModelSpec.of_file(described), Table.model_validate_json(listed)
+        spec, table = ModelSpec.of_file(described, allow_code), Table.model_validate_json(listed)
     except ValidationError as error:
         first = error.errors()[0]
         damaged(place, f"{'.'.join(map(str, first['loc']))} {first['msg']}, or it is of a newer fedpress")
@@ -135,7 +141,7 @@ def decode(data: bytes, place: str) -> tuple[ModelSpec, nn.Module]:
     if table.blobs.keys() != blobs.keys():
         damaged(place, "its table does not fit what is in it")
     try:
-        model = spec.build()
+        model = spec.build_within_limits()
     except ModelError as error:
         raise ModelError(f"{place}: {error}") from error
     if (odd := _differs(model, table.entries())) is not None:

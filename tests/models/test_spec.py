@@ -104,7 +104,7 @@ def test_a_network_of_ones_own_keeps_what_it_shares(tmp_path):
     assert model.one.weight is model.two.weight
     assert model.deep.groups == model.norm.num_features == model.one.in_features == 4
     save_model(tmp_path, spec, model)
-    _, again = load_model(tmp_path)
+    _, again = load_model(tmp_path, allow_code=own("Tied"))
     assert again.one.weight is again.two.weight
     x = torch.randn(2, 3, 4, 4)
     assert torch.equal(again.eval()(x), model(x))
@@ -310,46 +310,137 @@ def test_scales_of_another_grid_do_not_fit(tmp_path):
         load_model(tmp_path)
 
 
-def named_by_a_file(folder, architecture, arguments=None):
+def named_by_a_file(folder, architecture, arguments=None, allow_code=()):
     """What loading a file does that names `architecture`."""
     save_model(folder, MLP, MLP.build())
     described = json.loads((folder / "spec.json").read_text())
     described |= {"architecture": architecture, "arguments": arguments or {}}
     (folder / "spec.json").write_text(json.dumps(described))
-    return load_model(folder)
+    return load_model(folder, allow_code)
 
 
-@pytest.mark.parametrize("name", ["os:system", "torch:load", "builtins:exec", "json:dumps", "torch.nn:Module.to"])
-def test_a_file_cannot_have_just_anything_called(tmp_path, name):
+@pytest.mark.parametrize(
+    "name",
+    ["os:system", "torch:load", "builtins:exec", "json:dumps", "torch.nn:Identity", "torch.hub:load",
+     "torch.fx.graph_module:reduce_graph_module", "fedpress.models.plain:MLP", "models_of_a_stranger:net"],
+)  # fmt: skip
+def test_a_file_has_no_function_called_that_the_user_did_not_name(tmp_path, name):
     mark = tmp_path / "called"
-    with pytest.raises(ModelError, match="architecture"):
+    with pytest.raises(ModelError, match=rf'spec.json: .*\'{name}\'.*allow_code=\("{name}",\)'):
         named_by_a_file(tmp_path, name, {"command": f"touch {mark}"})
     assert not mark.exists()
 
 
-def test_a_file_may_name_what_builds_networks(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name",
+    ["torch.nn:Module.to", "os:", ":system", "os.:system", "..os:system", "os :system", "os:sys tem", "a:b:c", "a:b\n",
+     "nets:Net\x1b[2K", "1a:b", "mlp:", "a/b:c", "a;b:c"],
+)  # fmt: skip
+def test_what_is_no_name_of_a_function_is_refused_without_an_offer(tmp_path, name):
+    with pytest.raises(ModelError, match="neither an architecture of fedpress nor module:function") as caught:
+        named_by_a_file(tmp_path, name)
+    assert "allow_code" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_imported_before_the_user_agrees(tmp_path, monkeypatch):
     (tmp_path / "mine_of_spec.py").write_text(
+        "import pathlib; pathlib.Path(__file__).with_name('ran').touch()\n"
         "from torch import nn\n"
         "def build(): return nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 10))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("mine_of_spec:build", "torch.nn:Identity"):  # the user's own code; a class of networks
+    name = "mine_of_spec:build"
+    with pytest.raises(ModelError, match="allow_code"):
+        named_by_a_file(tmp_path, name)
+    with pytest.raises(ModelError, match="allow_code"):
+        named_by_a_file(tmp_path, name, allow_code=("mine_of_spec:other", "mine_of_spe:build"))
+    assert not (tmp_path / "ran").exists()
+    for agreed in ((name,), name, ["os:system", name]):
         with pytest.raises(ModelError, match="does not fit"):  # it was built: the numbers are of another one
-            named_by_a_file(tmp_path, name)
+            named_by_a_file(tmp_path, name, allow_code=agreed)
+    with pytest.raises(ModelError, match="allow_code"):  # one call was allowed it, not the next
+        named_by_a_file(tmp_path, name)
 
 
-def test_what_the_user_named_or_trusts_may_be_called(tmp_path, monkeypatch):
+def test_what_the_user_named_as_a_model_may_be_called_by_its_files(tmp_path):
     name = "fractions:Fraction"  # of the standard library; returns no network
-    with pytest.raises(ModelError, match="set FEDPRESS_TRUST=fractions:Fraction"):
-        named_by_a_file(tmp_path, name)
-    monkeypatch.setenv("FEDPRESS_TRUST", f"a:b,{name}")
-    with pytest.raises(ModelError, match="returned Fraction"):
-        named_by_a_file(tmp_path, name)
-    monkeypatch.delenv("FEDPRESS_TRUST")
     with pytest.raises(ModelError, match="returned Fraction"):
         ModelSpec(architecture=name, input_shape=(1,)).take_in()
     with pytest.raises(ModelError, match="returned Fraction"):
         named_by_a_file(tmp_path, name)
+
+
+HUGE = {
+    "a wide layer": ("mlp", {"in_features": 6, "hidden": [10**9]}, r"spec.arguments: 17,000,000,010 values"),
+    "a number": ("resnet-small", {"width": 10**12}, "spec.arguments.width: 1,000,000,000,000 values"),
+    "a wide network": ("resnet-small", {"width": 10**5}, "spec.arguments: .* values"),
+    "a large image": ("cnn", {"image_size": 10**6}, "spec.arguments: .* values"),
+    "many layers": (
+        "mlp",
+        {"in_features": 6, "hidden": [1] * 20_000},
+        "spec.arguments.hidden: 20,000 .*",
+    ),
+    "many classes": ("resnet18", {"num_classes": 10**8}, "spec.arguments: .* values"),
+}
+
+
+@pytest.mark.parametrize(("name", "arguments", "says"), HUGE.values(), ids=HUGE)
+def test_declared_sizes_are_refused_before_anything_is_built(tmp_path, monkeypatch, name, arguments, says):
+    built = []
+    monkeypatch.setattr(ModelSpec, "build", lambda self: built.append(self))
+    with pytest.raises(ModelError, match=rf"spec.json: {says}.*set FEDPRESS_MAX_\w+=\d+"):
+        named_by_a_file_unbuilt(tmp_path, name, arguments)
+    assert not built
+
+
+def named_by_a_file_unbuilt(folder, architecture, arguments, **more):
+    (folder / "model.safetensors").write_bytes(b"")
+    page = {"architecture": architecture, "arguments": arguments, "input_shape": [2, 3], **more}
+    (folder / "spec.json").write_text(json.dumps(page))
+    return load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"input_shape": [10**5, 10**5]}, r"spec.input_shape: 10,000,000,000 values of one example.*MAX_INPUT"),
+        ({"resized": {"layers.0.weight": [10**11, 6]}}, "spec.resized"),
+        ({"groups": {"layers.0": 10**12}}, "spec.groups"),
+        ({"arguments": {"in_features": json.loads("[" * 40 + "6" + "]" * 40)}}, "spec.arguments: 41 lists and tables"),
+    ],
+)
+def test_every_number_of_a_spec_has_a_limit(tmp_path, more, says):
+    with pytest.raises(ModelError, match=says):
+        named_by_a_file_unbuilt(tmp_path, "mlp", more.pop("arguments", {"in_features": 6}), **more)
+
+
+def test_a_limit_can_be_raised_as_the_error_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDPRESS_MAX_VALUES", "100")
+    spec = ModelSpec(architecture="mlp", arguments={"in_features": 6, "hidden": [20]}, input_shape=(2, 3))
+    save_model(tmp_path, spec, spec.build())
+    with pytest.raises(ModelError, match=r"350 values of a network.* set FEDPRESS_MAX_VALUES=350$"):
+        load_model(tmp_path)
+    monkeypatch.setenv("FEDPRESS_MAX_VALUES", "350")
+    load_model(tmp_path)
+
+
+class Wide(nn.Module):
+    """A network of the user's own, whose size is said by the file."""
+
+    def __init__(self, width: int = 4, depth: int = 1) -> None:
+        super().__init__()
+        self.body = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"), [({"width": 60_000}, "3,600,000,000 values"), ({"depth": 201}, "201 modules")]
+)
+def test_a_function_that_was_allowed_is_watched_while_it_builds(tmp_path, monkeypatch, arguments, says):
+    monkeypatch.setenv("FEDPRESS_MAX_LAYERS", "200")
+    with pytest.raises(ModelError, match=says):
+        named_by_a_file(tmp_path, own("Wide"), arguments, allow_code=own("Wide"))
 
 
 class Lazy(nn.Module):

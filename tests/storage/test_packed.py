@@ -356,13 +356,34 @@ class Noisy(nn.Module):
         return self.head(x + self.noise)
 
 
+def test_a_packed_file_has_no_function_called_that_the_user_did_not_name(tmp_path):
+    spec = ModelSpec(architecture=f"{__name__}:Noisy", arguments={"persistent": True}, input_shape=(3,))
+    path = tmp_path / "m.packed.safetensors"
+    storage.pack(spec, spec.build(), path)
+    for load in (storage.load, storage.unpack):
+        with pytest.raises(ModelError, match=rf'm.packed.*allow_code=\("{spec.architecture}",\)'):
+            load(path)
+        assert load(path, allow_code=(spec.architecture,))[0] == spec
+
+
+def test_a_packed_file_declares_no_sizes_above_the_limits():
+    blobs = {"rest:bias:float32": b""}
+    table = '{"blobs": {"rest:bias:float32": {"dtype": "float32", "tensors": {"x": [1000000000000]}}}}'
+    spec = ModelSpec(architecture="mlp", arguments={"in_features": 10**7, "hidden": [10**7]}, input_shape=(3,))
+    with pytest.raises(ModelError, match=r"x: spec.arguments: .*set FEDPRESS_MAX_VALUES="):
+        decode(container.write(blobs, spec.model_dump_json(), table), "x")
+    spec = ModelSpec(architecture="mlp", arguments={"in_features": 3}, input_shape=(3,))
+    with pytest.raises(ModelError, match="its tensors do not fit its spec"):
+        decode(container.write(blobs, spec.model_dump_json(), table), "x")
+
+
 def test_a_buffer_that_would_come_back_as_another_is_refused(tmp_path):
     for persistent in (True, False):
         spec = ModelSpec(architecture=f"{__name__}:Noisy", arguments={"persistent": persistent}, input_shape=(3,))
         model = spec.build()
         if persistent:
             storage.pack(spec, model, tmp_path / "m.packed.safetensors")
-            back = storage.unpack(tmp_path / "m.packed.safetensors")[1]
+            back = storage.unpack(tmp_path / "m.packed.safetensors", spec.architecture)[1]
             assert torch.equal(back.noise, model.noise)
         else:
             with pytest.raises(ModelError, match="the buffer 'noise' is not saved"):

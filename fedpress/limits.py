@@ -1,0 +1,160 @@
+"""How much a file may ask for: declared sizes are compared with a limit before anything of that size is made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fedpress.errors import ModelError, RecipeError
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One row: the environment variable that changes the limit, its default, and what it counts."""
+
+    variable: str
+    default: int
+    what: str
+
+
+LIMITS = {
+    "values": Limit("FEDPRESS_MAX_VALUES", 2**31, "values of a network that a file describes"),
+    "layers": Limit("FEDPRESS_MAX_LAYERS", 10_000, "modules of a network, or entries of one list"),
+    "depth": Limit("FEDPRESS_MAX_DEPTH", 32, "lists and tables inside each other"),
+    "input": Limit("FEDPRESS_MAX_INPUT", 2**27, "values of one example that a file declares"),
+    "pixels": Limit("FEDPRESS_MAX_PIXELS", 2**26, "pixels of one image"),
+}
+"""2^31 values are 8 GiB of float32; 2^26 pixels are an image of 8192 x 8192, 201 MB in RGB."""
+
+
+def limit(name: str) -> int:
+    """Returns the limit of this name, as its environment variable says it if that is set.
+
+    Raises:
+        RecipeError: if the variable holds no whole number above 0.
+
+    >>> limit("depth")
+    32
+    """
+    row = LIMITS[name]
+    text = os.environ.get(row.variable)
+    if text is None:
+        return row.default
+    if not (text.isascii() and text.isdecimal()) or len(text) > 18 or int(text) < 1:
+        raise RecipeError(f"{row.variable}: got {text[:40]!r}, expected a whole number above 0, such as {row.default}")
+    return int(text)
+
+
+def above(name: str, got: int, *, counting: bool = False) -> str | None:
+    """Says that `got` is above a limit, and how to raise that; None if it is not.
+
+    `counting` says that the end is not known yet: then the cure is twice the limit, or more.
+
+    >>> above("depth", 3)
+    """
+    most = limit(name)
+    if got <= most:
+        return None
+    row = LIMITS[name]
+    enough, least = (f"{max(got, 2 * most)} or more", "at least ") if counting else (str(got), "")
+    return f"{least}{got:,} {row.what}, and the limit is {most:,}; if you trust the file, set {row.variable}={enough}"
+
+
+def check(name: str, got: int, place: str, *, counting: bool = False) -> None:
+    """Compares a declared size with its limit; see `above`.
+
+    Raises:
+        ModelError: if it is above, naming `place` and the variable to raise.
+    """
+    if said := above(name, got, counting=counting):
+        raise ModelError(f"{place}: {said}")
+
+
+def depth(tree: Any) -> int:
+    """Returns how deep lists and tables lie inside each other, without recursion.
+
+    >>> depth({"a": [1, [2]]})
+    3
+    """
+    deepest, todo = 0, [(tree, 1)]
+    while todo:
+        node, at = todo.pop()
+        if not isinstance(node, dict | list | tuple):
+            continue
+        deepest = max(deepest, at)
+        items = node.values() if isinstance(node, dict) else node
+        todo.extend((item, at + 1) for item in items)
+    return deepest
+
+
+def check_tree(tree: Any, place: str, *, lists: bool = True) -> None:
+    """Compares what stands in a description with the limits: depth, every whole number, and how long `lists` are.
+
+    Raises:
+        ModelError: if something is above its limit.
+    """
+    check("depth", depth(tree), place)
+    todo = [(tree, place)]
+    while todo:
+        node, at = todo.pop()
+        if isinstance(node, dict):
+            todo.extend((value, f"{at}.{str(key)[:40]}") for key, value in node.items())
+        elif isinstance(node, list | tuple):
+            if lists:
+                check("layers", len(node), at)
+            todo.extend((value, at) for value in node)
+        elif isinstance(node, int):
+            check("values", abs(node), at)
+
+
+class _Budget(TorchDispatchMode):
+    """Refuses an operation that would make a tensor of more values than are left."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.place, self.made = place, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not any(isinstance(arg, Tensor) for arg in args):  # it makes something new, of a size that it is told
+            sizes = [arg for arg in args if isinstance(arg, list | tuple) and all(isinstance(n, int) for n in arg)]
+            self.made += max((prod(size) for size in sizes), default=0)
+            check("values", self.made, self.place, counting=True)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def building(place: str) -> Iterator[None]:
+    """Watches the building of a network: the values of all new tensors together, and the number of modules.
+
+    Raises:
+        ModelError: in the block, before the tensor is made that would pass the limit.
+    """
+    count = 0
+
+    def see(module: nn.Module, name: str, child: Any) -> None:
+        nonlocal count
+        count += 1
+        check("layers", count, place, counting=True)
+
+    handle = register_module_module_registration_hook(see)
+    try:
+        with _Budget(place):
+            yield
+    finally:
+        handle.remove()
+
+
+def declared(build: Any, arguments: dict[str, Any]) -> int:
+    """Returns the number of values of the network that `build(**arguments)` would make, without making them."""
+    with torch.device("meta"):
+        model = build(**arguments)
+    return sum(t.numel() for t in (*model.parameters(), *model.buffers()))
