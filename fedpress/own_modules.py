@@ -48,7 +48,7 @@ def look_in(*folders: Path) -> None:
     """
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, OwnModules)]
     resolved = (str(folder.resolve()) for folder in folders)
-    sys.meta_path.append(OwnModules(list(dict.fromkeys(resolved))))  # type: ignore[arg-type]
+    sys.meta_path.append(OwnModules(list(dict.fromkeys(resolved))))
     named = {_real(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry}
     here = _real("")
     if sys.path and _real(sys.path[0]) == here and here not in named:
