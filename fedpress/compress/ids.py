@@ -89,6 +89,7 @@ class Ids:
     def __init__(self) -> None:
         self.count = 0
         self.operation = ""  # what is walked now, for reasons and errors
+        self.target: Any = None  # the same as an overload of ATen, with the names of its arguments
         self.module = ""
         self.read = True  # whether an output depends on it; else its value may be another, but it has to run
         self.call: Call | None = None

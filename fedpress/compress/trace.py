@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from fedpress.calls import INDEXING, SIZED, Numbers, caller, indices_of, numbers_in, numbers_of, watch_
 from fedpress.compress.graph import (
@@ -32,9 +33,9 @@ from fedpress.compress.graph import (
     inputs,
     kept_indices,
 )
-from fedpress.compress.ids import REBUILT, Call, Ids, Ints, Value
+from fedpress.compress.ids import REBUILT, Axis, Call, Ids, Ints, Value
 from fedpress.compress.remove import cut_
-from fedpress.compress.rules import find_rule, zero_stays
+from fedpress.compress.rules import find_rule, parts_of, zero_stays
 from fedpress.errors import ModelError
 from fedpress.layers import copied
 
@@ -238,9 +239,20 @@ def _mark_written(node: Any, values: dict[torch.fx.Node, Any], given: bool) -> N
 def _call(node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], ids: Ids) -> Any:
     path = [fqn for fqn, _ in node.meta.get("nn_module_stack", {}).values()]
     ids.module = path[-1] if path else ""
-    ids.operation = str(node.target)
+    return _operate(node, values, ids)
+
+
+def _operate(node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], ids: Ids) -> Any:
+    """Passes ids through one operation by its rule, or through the operations that it can be taken apart into."""
+    ids.operation, ids.target = str(node.target), node.target
     args, options = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
     every = [*_values(args), *_values(list(options.values()))]
+    if find_rule(node.target) is None:
+        fakes = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        parts = parts_of(node.target, *fakes)
+        if parts is not None:
+            tensors = [v for v in tree_leaves((list(args), dict(options))) if isinstance(v, Value)]
+            return _through(parts, tensors, ids)
     given = list(_values(args))
     counted = len(ids.products)
     outputs = node.meta.get("val")
@@ -257,9 +269,15 @@ def _call(node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], ids: Ids) ->
     }
     if isinstance(outputs, list | tuple):
         shapes = [tuple(getattr(output, "shape", ())) for output in outputs]
-        each = axes if isinstance(axes, list) else [(None,) * len(shape) for shape in shapes]
-        return [Value(shape, a, **common) for shape, a in zip(shapes, each, strict=True)]
-    return Value(_shape(node), axes, boolean=_boolean(node), known=_known(node, args, options, every), **common)
+        each = axes if isinstance(axes, list) else [axes] * len(shapes)  # one for all results
+        return [Value(shape, _filled(a, shape), **common) for shape, a in zip(shapes, each, strict=True)]
+    return Value(
+        _shape(node),
+        _filled(axes, _shape(node)),
+        boolean=_boolean(node),
+        known=_known(node, args, options, every),
+        **common,
+    )
 
 
 def _boolean(node: torch.fx.Node) -> bool:
@@ -284,7 +302,7 @@ def _apply(operation: Any, ids: Ids, shape: Ints, args: Any, options: Any, given
     for axis in axes:
         ids.freeze(axis, why)
     ids.ruleless.append((ids.module, f"{why}: {ids.place}", axes))
-    return (None,) * len(shape)
+    return ()
 
 
 def _only_checks(operation: Any) -> bool:
@@ -322,6 +340,35 @@ def _plain(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _plain(item) for key, item in tree.items()}
     return type(tree)(_plain(item) for item in tree) if isinstance(tree, list | tuple) else tree
+
+
+def _filled(axes: tuple[Axis, ...], shape: tuple[int, ...]) -> tuple[Axis, ...]:
+    """Adds the axes that a rule left off at the end: they never change."""
+    return (*axes, *[None] * (len(shape) - len(axes)))
+
+
+def _through(graph: torch.fx.Graph, given: Sequence[Value], ids: Ids) -> Any:
+    """Passes ids through the operations that one was taken apart into; their sizes follow those of their inputs."""
+    values: dict[torch.fx.Node, Any] = {}
+    rest = iter(given)
+    call, ids.call = ids.call, None
+    result = None
+    for node in graph.nodes:
+        shape = _shape(node)
+        if node.op == "placeholder":
+            values[node] = next(rest)
+        elif node.op == "get_attr":
+            values[node] = Value(shape, (None,) * len(shape))
+        elif node.op == "output":
+            result = torch.fx.node.map_arg(node.args[0], lambda n: values[n])
+        elif node.target is operator.getitem:
+            values[node] = values[node.args[0]][node.args[1]]
+        elif isinstance(node.target, type):  # a named tuple of results
+            values[node] = torch.fx.node.map_arg(node.args[0], lambda n: values[n])
+        else:
+            values[node] = _operate(node, values, ids)
+    ids.call = call
+    return result
 
 
 def _shape(node: torch.fx.Node) -> tuple[int, ...]:

@@ -2,10 +2,12 @@
 
 A rule takes the collector `ids`, the output's shape, and the operation's own arguments with tensors as `Value`s; it
 returns the axes of the output (a list of them if the operation returns several tensors). To teach the engine a new
-operation, add a function with `@rule(...)`. Operations that ATen tags as pointwise need none.
+operation, add a function with `@rule(...)`. Operations that ATen tags as pointwise need none, nor do those that ATen
+can take apart into operations with rules (`decompose`).
 """
 
-from fedpress.compress.rules import attention, convolution, normalization, recurrent, shape, statistics, writing
+from fedpress.compress.rules import attention, convolution, normalization, recurrent, shape, space, statistics, writing
+from fedpress.compress.rules.decompose import parts_of
 from fedpress.compress.rules.table import RULES, find_rule, rule, zero_stays
 
 __all__ = [
@@ -14,9 +16,11 @@ __all__ = [
     "convolution",
     "find_rule",
     "normalization",
+    "parts_of",
     "recurrent",
     "rule",
     "shape",
+    "space",
     "statistics",
     "writing",
     "zero_stays",

@@ -2,36 +2,106 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fedpress.compress.ids import Axis, Ids, Value, sizes
-from fedpress.compress.rules.table import Axes, Shape, elementwise, rule
+from fedpress.compress.rules.table import Axes, Shape, aten, elementwise, rule
 
 PRODUCT = "a product of activations, which may be scaled by its size"
 
 
-@rule("matmul", "mm", "bmm")
+@rule("matmul", "mm", "bmm", "mv")
 def matmul(ids: Ids, shape: Shape, x: Value, y: Value) -> Axes:
-    """`x @ w` with weights `w` [in, out] reads axis 0 and writes axis 1; a product of activations may lose heads."""
-    if len(y.shape) == 2 and y.weights and x.axes and not x.weights:
-        ids.unite(y.axes[0], x.axes[-1])
-        ids.mark(y.axes[0], "read")
-        ids.mark(y.axes[1], "write")
-        ids.multiply(1, *sizes(x.shape, x.axes), *sizes(y.shape[1:], y.axes[1:]))
-        return (*x.axes[:-1], y.axes[1])
+    """Weights on one side read the axis that is summed over and write the other; activations may lose heads."""
+    summed = y.axes[-2] if len(y.shape) > 1 else y.axes[0]
     row = x.axes[-2:-1]
     column = y.axes[-1:] if len(y.shape) > 1 else ()
-    for axis in (x.axes[-1], y.axes[-2] if len(y.shape) > 1 else y.axes[0]):
-        ids.freeze(axis, PRODUCT)
-    batch = _heads(ids, shape[: len(shape) - len(row) - len(column)], _front(x), _front(y))
-    out = (*batch, *row, *column)
-    ids.multiply(x.shape[-1], *sizes(shape, out))
+    if not _fixed(x) and _fixed(y) and x.axes:
+        _read(ids, summed, x.axes[-1], column)
+    elif _fixed(x) and not _fixed(y):
+        _read(ids, x.axes[-1], summed, row)
+    elif ids.target is aten.mv.default and x.zero and y.zero:  # a masked weight adds nothing to the sum
+        ids.unite(x.axes[-1], summed)
+    else:
+        for axis in (x.axes[-1], summed):
+            ids.freeze(axis, PRODUCT)
+    if len(y.shape) <= 2 and _fixed(y):
+        out = (*x.axes[:-1], *column)
+    else:
+        batch = _heads(ids, shape[: len(shape) - len(row) - len(column)], _front(x), _front(y))
+        out = (*batch, *row, *column)
+    if len(x.shape) > 1 and len(y.shape) > 1:
+        ids.multiply(1, *sizes(shape, out), *sizes(x.shape[-1:], x.axes[-1:]))
     return out
 
 
-@rule("baddbmm", "addmm")
+def _fixed(x: Value) -> bool:
+    """Says whether `x` holds weights, also some that are chosen by what the model is given (those of experts)."""
+    return x.weights or x.zero
+
+
+def _read(ids: Ids, weight: Axis, source: Axis, out: Axes) -> None:
+    ids.unite(weight, source)
+    ids.mark(weight, "read")
+    for axis in out:
+        ids.mark(axis, "write")
+
+
+@rule("dot", "vdot")
+def dot(ids: Ids, shape: Shape, x: Value, y: Value) -> Axes:
+    """A sum over all places, to which masked weights add nothing."""
+    if x.zero and y.zero:
+        ids.unite(x.axes[0], y.axes[0])
+    else:
+        for value in (x, y):
+            ids.freeze(value.axes[0], PRODUCT)
+    return ()
+
+
+@rule("bilinear")
+def bilinear(
+    ids: Ids, shape: Shape, x: Value, y: Value, weight: Value, bias: Value | None = None, *rest: Any, **options: Any
+) -> Axes:
+    """`out[o] = x W[o] y`: reads two axes of the weight and writes the first."""
+    out = weight.axes[0]
+    for axis, source in ((weight.axes[1], x.axes[-1]), (weight.axes[2], y.axes[-1])):
+        _read(ids, axis, source, ())
+    ids.mark(out, "write")
+    if bias is not None:
+        ids.unite(out, bias.axes[0])
+    lead = elementwise(ids, shape[:-1], *(Value(v.shape[:-1], v.axes[:-1]) for v in (x, y)))
+    return (*lead, out)
+
+
+@rule("_grouped_mm")
+def grouped(ids: Ids, shape: Shape, x: Value, y: Value, offs: Value | None = None, *rest: Any, **options: Any) -> Axes:
+    """Rows [n, in] by the weights [experts, in, out] of their expert: the experts' weights lose the same places.
+
+    Other forms (each expert with its own columns) are products of activations here.
+    """
+    if len(x.shape) != 2 or len(y.shape) != 3:
+        return matmul(ids, shape, x, y) if len(x.shape) == len(y.shape) == 3 else _apart(ids, x, y)
+    ids.freeze(y.axes[0], "experts are chosen by number")
+    if _fixed(y) and not _fixed(x):
+        _read(ids, y.axes[1], x.axes[1], y.axes[2:])
+    else:
+        for axis in (y.axes[1], x.axes[1]):
+            ids.freeze(axis, PRODUCT)
+    ids.multiply(x.shape[0], *sizes(y.shape[1:], y.axes[1:]))
+    return (x.axes[0], y.axes[2])
+
+
+def _apart(ids: Ids, *values: Value) -> Axes:
+    for value in values:
+        for axis in value.axes:
+            ids.freeze(axis, PRODUCT)
+    return ()
+
+
+@rule("baddbmm", "addmm", "addmv")
 def added(ids: Ids, shape: Shape, bias: Value, x: Value, y: Value, **options: Any) -> Axes:
     """A product, and something added."""
     axes = matmul(ids, shape, x, y)
@@ -81,29 +151,55 @@ def _repeated(x: Value, times: int) -> Value:
 @rule("einsum.default")
 def einsum(ids: Ids, shape: Shape, equation: str, values: list[Value], **options: Any) -> Axes:
     """A product by letters: one letter is one axis; a letter that is summed over must stay, unless weights read it."""
-    left, _, out = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
+    terms, out = letters(equation, [len(value.shape) for value in values])
     known: dict[str, Axis] = {}
-    if "." in equation or not out:
-        for value in values:
-            for axis in value.axes:
-                ids.freeze(axis, PRODUCT)
-        return (None,) * len(shape)
+    size: dict[str, int] = {}
     for term, value in zip(terms, values, strict=True):
-        for letter, axis in zip(term, value.axes, strict=True):
+        for letter, n in zip(term, value.shape, strict=True):
+            size[letter] = max(n, size.get(letter, 1))
+    for term, value in zip(terms, values, strict=True):
+        for letter, n, axis in zip(term, value.shape, value.axes, strict=True):
+            if n < size[letter]:
+                ids.freeze(axis, "one channel is spread over many")
+                continue
             if letter in known:
                 ids.unite(known[letter], axis) if known[letter] is not None or axis is not None else None
             known[letter] = axis if known.get(letter) is None else known[letter]
     every = "".join(terms)
-    size = {c: n for term, v in zip(terms, values, strict=True) for c, n in zip(term, v.shape, strict=True)}
-    read = any(v.weights for v in values) and not all(v.weights for v in values)
-    for term, value in zip(terms, values, strict=True):
+    weights = [_fixed(value) for value in values]
+    read = set("".join(term for term, own in zip(terms, weights, strict=True) if own)) if not all(weights) else set()
+    for term, value, own in zip(terms, values, weights, strict=True):
         for letter, axis in zip(term, value.axes, strict=True):
-            if letter not in out and not read:
+            if letter not in out and letter not in read:
                 ids.freeze(axis, PRODUCT)
-            elif value.weights and read:
+            elif own and read:
                 ids.mark(axis, "write" if letter in out else "read")
             elif every.count(letter) > 1 and letter in out:
                 ids.prefer(axis)
-    ids.multiply(1, *sizes([size[c] for c in known], list(known.values())))
+    if len(values) > 1:
+        ids.multiply(1, *sizes([size[c] for c in known], list(known.values())))
     return tuple(known[c] for c in out)
+
+
+def letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """Returns the letters of each term of an `einsum`, and of its output, with those that an ellipsis stands for.
+
+    An ellipsis covers the axes that have no letter; those of several terms are lined up at their last axis. Without an
+    arrow the output has those first, then the letters that come once, in order.
+
+    >>> letters("...ij,jk", [4, 2])
+    (['ABij', 'jk'], 'ABik')
+    """
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    written = left.split(",")
+    free = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
+    longest = max((rank - len(t) + 3 for t, rank in zip(written, ranks, strict=True) if "..." in t), default=0)
+    stand_in = "".join(free[:longest])
+    terms = []
+    for term, rank in zip(written, ranks, strict=True):
+        covered = rank - len(term) + 3 if "..." in term else 0
+        terms.append(term.replace("...", stand_in[longest - covered :]))
+    if not arrow:
+        once = sorted(c for c in set(left) if c.isalpha() and left.count(c) == 1)
+        return terms, stand_in + "".join(once)
+    return terms, out.replace("...", stand_in)

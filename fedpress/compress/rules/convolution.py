@@ -102,17 +102,52 @@ def _written(ids: Ids, x: Value, at: int, out: Axis, bias: Value | None, shape: 
     return (*x.axes[:at], out, *[None] * (len(shape) - at - 1))
 
 
+@rule("convolution")
+def general_convolution(
+    ids: Ids,
+    shape: Shape,
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    turned: bool,
+    output_padding: Any,
+    groups: int,
+) -> Axes:
+    """The operation that all convolutions are made of."""
+    if turned:
+        return transposed(ids, shape, x, weight, bias, groups=groups)
+    return convolution(ids, shape, x, weight, bias, groups=groups)
+
+
+@rule("conv_tbc")
+def time_first(ids: Ids, shape: Shape, x: Value, weight: Value, bias: Value, *rest: Any) -> Axes:
+    """[time, n, in] with weights [kernel, in, out]."""
+    for axis in (x.axes[0], weight.axes[0]):
+        ids.freeze(axis, "kernel or image size")
+    read, out = weight.axes[1:]
+    ids.unite(read, x.axes[2])
+    ids.mark(read, "read")
+    ids.mark(out, "write")
+    ids.unite(out, bias.axes[0])
+    ids.multiply(prod((*shape[:2], weight.shape[0])), *sizes(weight.shape[1:], weight.axes[1:]))
+    return (None, x.axes[1], out)
+
+
 @rule("linear.default")
 def linear(ids: Ids, shape: Shape, x: Value, weight: Value, bias: Value | None = None) -> Axes:
-    """Reads axis 1 of the weight over the last axis of `x`, writes axis 0."""
-    out, read = weight.axes
+    """Reads axis 1 of the weight over the last axis of `x`, writes axis 0, if there is one."""
+    *first, read = weight.axes
+    out = first[0] if first else None
     ids.unite(read, x.axes[-1])
     ids.mark(read, "read")
     ids.mark(out, "write")
-    if bias is not None:
+    if bias is not None and bias.axes:
         ids.unite(out, bias.axes[0])
     ids.multiply(1, *sizes(x.shape[:-1], x.axes[:-1]), *sizes(weight.shape, weight.axes))
-    return (*x.axes[:-1], out)
+    return (*x.axes[:-1], *first)
 
 
 @rule("embedding.default")
@@ -121,3 +156,16 @@ def embedding(ids: Ids, shape: Shape, weight: Value, indices: Value, *rest: Any,
     ids.freeze(weight.axes[0], "rows are looked up by number")
     ids.mark(weight.axes[1], "write")
     return (*indices.axes, weight.axes[1])
+
+
+@rule("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(
+    ids: Ids, shape: Shape, weight: Value, indices: Value, offsets: Value | None = None, *rest: Any, **options: Any
+) -> list[Axes]:
+    """Writes axis 1 of the table, summed or averaged over the words of a bag; the words stay.
+
+    The other results say where the words came from; the last one only for the largest (mode 2), with that axis.
+    """
+    ids.freeze(weight.axes[0], "rows are looked up by number")
+    ids.mark(weight.axes[1], "write")
+    return [(None, weight.axes[1]), (), (), ()]

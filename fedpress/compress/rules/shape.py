@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedpress.compress.ids import Axis, Ids, Ints, Value
-from fedpress.compress.rules.table import Axes, Shape, elementwise, rule
+from fedpress.compress.rules.table import Axes, Shape, elementwise, named, rule
 
 
 @rule("cat")
@@ -103,7 +103,48 @@ def select(ids: Ids, shape: Shape, x: Value, dim: int = 0, *rest: Any) -> Axes |
     return [axes] * x.shape[dim] if "unbind" in ids.operation else axes
 
 
-@rule("index_select", "index.Tensor", "gather", "masked_select")
+@rule("gather", "take_along_dim")
+def gather(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
+    """Looks places up along one axis, for each place of the others, which the two tensors share."""
+    given = named(ids, [x, *args], options)
+    dim, index = given["dim"], given.get("index", given.get("indices"))
+    if dim is None or not x.shape:
+        for axis in x.axes:
+            ids.freeze(axis, "channels are taken by number")
+        return ()
+    axes: list[Axis] = []
+    for d, (axis, other) in enumerate(zip(x.axes, index.axes, strict=True)):
+        spread = "take_along_dim" in ids.operation and index.shape[d] == 1
+        if d != dim % len(x.shape) and (spread or x.shape[d] == index.shape[d]):
+            if not spread:
+                _tie(ids, axis, other)
+            axes.append(axis)
+            continue
+        for each in (axis, other):
+            ids.freeze(each, "channels are taken by number")
+        axes.append(None)
+    return tuple(axes)
+
+
+@rule("one_hot")
+def one_hot(ids: Ids, shape: Shape, x: Value, *rest: Any) -> Axes:
+    """Classes stand in a new last axis."""
+    return x.axes
+
+
+@rule("searchsorted.Tensor")
+def searched(ids: Ids, shape: Shape, edges: Value, x: Value, *rest: Any, **options: Any) -> Axes:
+    """Says between which edges each value lies; edges of its own are looked up along the last axis."""
+    for axis in edges.axes:
+        ids.freeze(axis, "channels are taken by number")
+    if len(edges.shape) > 1:
+        for axis in x.axes:
+            ids.freeze(axis, "channels are taken by number")
+        return (None,) * len(shape)
+    return x.axes
+
+
+@rule("index_select", "index.Tensor", "masked_select")
 def pick(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
     """Takes indices by number: along an axis with channels they must stay; other axes pass where one is looked up."""
     looked = args[0] if args and isinstance(args[0], list | tuple) else []
@@ -119,6 +160,54 @@ def pick(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
     if rank < 0 or len(shape) != len(x.shape) - 1 + rank:
         return (None,) * len(shape)
     return (*x.axes[: where[0]], *[None] * rank, *x.axes[where[0] + 1 :])
+
+
+@rule("select_scatter", "slice_scatter")
+def written_part(ids: Ids, shape: Shape, x: Value, source: Value, dim: int = 0, *rest: Any, **options: Any) -> Axes:
+    """Puts `source` in the place of one index, or of a run of them, along an axis that must stay."""
+    dim %= len(shape)
+    ids.freeze(x.axes[dim], "channels are taken by number")
+    left = Value((*shape[:dim], *shape[dim + 1 :]), (*x.axes[:dim], *x.axes[dim + 1 :]))
+    if len(source.shape) == len(shape):
+        ids.freeze(source.axes[dim], "channels are taken by number")
+        source = Value((*source.shape[:dim], *source.shape[dim + 1 :]), (*source.axes[:dim], *source.axes[dim + 1 :]))
+    axes = elementwise(ids, left.shape, left, source)
+    return (*axes[:dim], None, *axes[dim:])
+
+
+@rule("tensor_split.indices", "hsplit.array", "vsplit.array", "dsplit.array")
+def split_at(ids: Ids, shape: Shape, x: Value, ends: Sequence[int], dim: int = 0) -> list[Axes]:
+    """Parts that end at given places: each loses what it likes. The places are put right."""
+    dim = _split_axis(ids, x, dim)
+    axis, size = x.axes[dim], x.shape[dim]
+    places = [min(size, end if end >= 0 else max(0, end + size)) for end in ends]
+    if ids.call is None or places != sorted(places):
+        ids.freeze(axis, "channels are split by number")
+    for i, place in enumerate(places):
+        ids.number(i, None if axis is None or ends[i] < 0 else axis[:place])
+        if ends[i] < 0:
+            ids.freeze(axis, "channels are split by number")
+    return _split(x, dim, [b - a for a, b in pairwise([0, *places, size])])
+
+
+def _split_axis(ids: Ids, x: Value, dim: int) -> int:
+    """Returns along which axis the present kind of splitting works."""
+    name = ids.operation.split(".")[1]
+    if name == "hsplit":
+        return min(1, len(x.shape) - 1)
+    return {"vsplit": 0, "dsplit": 2}.get(name, dim % len(x.shape))
+
+
+@rule("tensor_split.sections", "hsplit.int", "vsplit.int", "dsplit.int")
+def split_evenly(ids: Ids, shape: Shape, x: Value, parts: int, dim: int = 0) -> list[Axes]:
+    """Equal parts lose the same places; of unequal ones the first are larger by one, and they stay whole."""
+    dim = _split_axis(ids, x, dim)
+    axis, (size, more) = x.axes[dim], divmod(x.shape[dim], parts)
+    if axis is not None and more:
+        ids.freeze(axis, "channels are cut into unequal parts")
+    elif axis is not None:
+        ids.unite(axis, np.tile(axis[:size], parts))
+    return _split(x, dim, [size + 1] * more + [size] * (parts - more))
 
 
 @rule("chunk.default", "glu.default")
@@ -181,13 +270,32 @@ def expand(ids: Ids, shape: Shape, x: Value, sizes: Any = (), **options: Any) ->
     """Copies along new axes and axes of size 1, which may become fewer copies."""
     new = len(shape) - len(x.shape)
     old = (1,) * new + x.shape
+    like = sizes if isinstance(sizes, Value) else None  # `expand_as`
     axes: list[Axis] = list(elementwise(ids, shape, x))
     for i, size in enumerate(shape):
-        if old[i] == 1 < size:
+        if like is not None and old[i] == size:
+            _tie(ids, axes[i], like.axes[i])
+        elif like is not None:
+            axes[i] = like.axes[i]
+        elif old[i] == 1 < size:
             axes[i] = ids.fresh(size)
+            if ids.call is None:
+                ids.freeze(axes[i], "its size is that of another tensor")
         if isinstance(sizes, list | tuple):
             ids.number(i, axes[i])
     return tuple(axes)
+
+
+@rule("broadcast_tensors")
+def broadcast(ids: Ids, shape: Shape, values: Sequence[Value]) -> Axes:
+    """All get one shape."""
+    return elementwise(ids, shape, *values)
+
+
+def _tie(ids: Ids, a: Axis, b: Axis) -> None:
+    """Says that two axes are one; two that never change need no word."""
+    if a is not None or b is not None:
+        ids.unite(a, b)
 
 
 @rule("repeat")
@@ -249,12 +357,32 @@ def reshape(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axe
             axis, elements = _join(ids, parts)
             axes.append(axis)
             sized.append(None if axis is None or elements is None else (elements, len(axis) != len(elements)))
+    for like in (a for a in args if isinstance(a, Value)):  # `view_as`
+        for axis, other in zip(axes, like.axes, strict=True):
+            _tie(ids, axis, other)
     sizes = next((list(a) for a in args if isinstance(a, list | tuple)), [])
     first = args[0] % len(x.shape) if "unflatten" in ids.operation else 0
     for j in range(len(sizes) if "squeeze" not in ids.operation else 0):
         if (known := sized[first + j]) is not None:
             ids.number(j + (1 if "unflatten" in ids.operation else 0), known[0], multiple=known[1])
     return tuple(axes)
+
+
+@rule("view.dtype")
+def reinterpret(ids: Ids, shape: Shape, x: Value, kind: Any) -> Axes:
+    """The same bits as another type; of another width they are other numbers along the last axis."""
+    if shape == x.shape:
+        return x.axes
+    ids.freeze(x.axes[-1], "bits become other numbers")
+    return x.axes[:-1]
+
+
+@rule("view_as_real", "view_as_complex")
+def pairs_of_numbers(ids: Ids, shape: Shape, x: Value) -> Axes:
+    """The real and the imaginary part stand in a last axis, or become one number."""
+    if len(shape) < len(x.shape):
+        ids.freeze(x.axes[-1], "real and imaginary parts")
+    return x.axes[: len(shape)]
 
 
 @rule("zeros", "ones", "full", "empty.memory_format", "new_zeros", "new_ones", "new_full", "new_empty")

@@ -1,56 +1,120 @@
-"""Statistics, pooling and whatever mixes values along some axes: those axes stay whole, the others pass."""
+"""Statistics, and whatever mixes values along some axes: those axes stay whole, the others pass."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fedpress.compress.ids import Ids, Value
-from fedpress.compress.rules.table import Axes, Shape, rule
+from fedpress.compress.rules.table import Axes, Shape, elementwise, named, rule
+
+OF_ZEROS = ("sum", "linalg_vector_norm", "norm")
+"""Statistics to which zeros add nothing."""
 
 
-@rule("softmax", "log_softmax", "cumsum", "cumprod", "flip", "roll", "argmax", "argmin", "topk", "sort", "cummax")
-@rule("max.dim", "min.dim", "tril", "triu", "logsumexp")
-def along(ids: Ids, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes | list[Axes]:
-    """Mixes or moves the values along some axes: no channel of these may go."""
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp")
+@rule("roll", "argsort", "sort", "msort", "topk", "kthvalue", "argmax", "argmin", "max", "min", "aminmax")
+@rule("mean", "sum", "prod", "var", "std", "amax", "amin", "linalg_vector_norm", "norm", "var_mean", "std_mean")
+@rule("logsumexp", "median.dim", "nanmedian.dim", "mode", "any", "all", "nansum", "count_nonzero", "tril", "triu")
+def along(ids: Ids, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
+    """Values are mixed, counted or moved along some axes, of which no channel may go; a sum or norm of zeros may."""
     rank, name = len(x.shape), ids.operation.split(".")[1]
-    dims = list(range(rank))
-    if name in ("softmax", "log_softmax", "cumsum", "cumprod", "flip") or (name in ("max", "min") and rest):
-        given = rest[0] if isinstance(rest[0], list | tuple) else [rest[0]]
-        dims = [d % rank for d in given]
-    elif name == "roll" and len(rest) > 1 and rest[1]:
-        dims = [d % rank for d in rest[1]]
-    for d in dims:
-        ids.freeze(x.axes[d], "values are mixed across channels")
-    passing = tuple(None if d in dims else axis for d, axis in enumerate(x.axes))
-    axes = passing if len(shape) == rank else tuple(a for d, a in enumerate(passing) if d not in dims)
-    if len(axes) != len(shape):
-        axes = (None,) * len(shape)
-    return [axes, axes] if name in ("max", "min", "topk", "sort", "cummax") else axes
+    dims = _dims(ids, x, rest, options)
+    one = len(shape) < rank or any(argument.name == "keepdim" for argument in ids.target._schema.arguments)
+    for d in dims if ids.read and not (x.zero and name in OF_ZEROS) else ():
+        ids.freeze(x.axes[d], "a statistic over channels" if one else "values are mixed across channels")
+    kept = tuple(None if d in dims else axis for d, axis in enumerate(x.axes))
+    if len(shape) < rank:
+        kept = tuple(axis for d, axis in enumerate(kept) if d not in dims)
+    return kept
 
 
-@rule("mean", "sum", "var", "std", "amax", "amin", "linalg_vector_norm", "norm", "var_mean", "std_mean")
-def reduction(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes | list[Axes]:
-    """A statistic over channels would change if one went, but for a sum or norm of zeros; other axes pass."""
-    given = next((a for a in (options.get("dim"), *args) if isinstance(a, list | tuple)), None)
-    dims = {d % len(x.shape) for d in given or range(len(x.shape))}
-    name = ids.operation.split(".")[1]
-    same = x.zero and name in ("sum", "linalg_vector_norm", "norm")
-    for d in dims if ids.read and not same else ():
-        ids.freeze(x.axes[d], "a statistic over channels")
-    keeps = [None if d in dims else axis for d, axis in enumerate(x.axes)]
-    drops = [axis for d, axis in enumerate(x.axes) if d not in dims]
-    axes = tuple(keeps if len(shape) == len(x.shape) else drops)
-    return [axes, axes] if "_mean" in ids.operation else axes
+def _dims(ids: Ids, x: Value, rest: Any, options: Any) -> set[int]:
+    """Returns along which axes of `x` the present operation works: its argument says so, or it is all."""
+    rank, name = len(x.shape), ids.operation.split(".")[1]
+    if name in ("tril", "triu"):
+        return {rank - 2, rank - 1}
+    if name == "msort":
+        return {0}
+    given = named(ids, [x, *rest], options)
+    dims = given.get("dim", given.get("dims"))
+    if dims is None or dims == []:
+        return set(range(rank))
+    return {d % rank for d in (dims if isinstance(dims, list | tuple) else [dims])} if rank else set()
 
 
-@rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d")
-@rule("adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "upsample_nearest2d", "upsample_bilinear2d")
-@rule("max_pool2d_with_indices", "adaptive_max_pool1d", "upsample_nearest1d", "upsample_linear1d", "upsample_bicubic2d")
-@rule("reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
-def pooling(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes | list[Axes]:
-    """Works on the axes whose size it changes, within each channel."""
-    space = next(n for n in (1, 2, 3) if f"{n}d" in ids.operation)
-    for axis in x.axes[-space:]:
-        ids.freeze(axis, "pooling runs over channels")
-    axes = (*x.axes[:-space], *[None] * space)
-    return [axes, axes] if "with_indices" in ids.operation or "adaptive_max" in ids.operation else axes
+@rule("quantile", "nanquantile")
+def quantile(ids: Ids, shape: Shape, x: Value, q: Any, *rest: Any, **options: Any) -> Axes:
+    """Sorts along one axis, or all; several quantiles stand in a new first axis."""
+    several = isinstance(q, Value) and len(q.shape) == 1
+    kept = along(ids, shape[1:] if several else shape, x, q, *rest, **options)
+    return (None, *kept) if several else kept
+
+
+@rule("renorm")
+def renorm(ids: Ids, shape: Shape, x: Value, power: Any, dim: int, most: Any) -> Axes:
+    """Each slice along one axis is divided by its own norm, which is taken over all other axes."""
+    for d, axis in enumerate(x.axes):
+        if d != dim % len(shape):
+            ids.freeze(axis, "a statistic over channels")
+    return x.axes
+
+
+@rule("cosine_similarity", "linalg_cross")
+def pairs(ids: Ids, shape: Shape, x: Value, y: Value, *rest: Any, **options: Any) -> Axes:
+    """Two tensors meet index by index, and along one axis their values are mixed."""
+    dim = named(ids, [x, y, *rest], options)["dim"]
+    rank = max(len(x.shape), len(y.shape))
+    dim %= rank
+    for value in (x, y):
+        at = dim - rank + len(value.shape)
+        if at >= 0:
+            ids.freeze(value.axes[at], "a statistic over channels")
+    wide = tuple(max(sizes) for sizes in zip(*(_to_rank(v.shape, rank) for v in (x, y)), strict=True))
+    axes = elementwise(ids, wide, x, y)
+    return axes if len(shape) == rank else (*axes[:dim], *axes[dim + 1 :])
+
+
+def _to_rank(shape: Shape, rank: int) -> Shape:
+    return (1,) * (rank - len(shape)) + shape
+
+
+@rule("cdist", "_cdist_forward", "_euclidean_dist")
+def distances(ids: Ids, shape: Shape, x: Value, y: Value, *rest: Any, **options: Any) -> Axes:
+    """Every row of `x` meets every row of `y`; a distance is a statistic over the last axis."""
+    for value in (x, y):
+        ids.freeze(value.axes[-1], "a statistic over channels")
+    lead = elementwise(ids, shape[:-2], *(Value(v.shape[:-2], v.axes[:-2]) for v in (x, y)))
+    return (*lead, x.axes[-2], y.axes[-2])
+
+
+@rule("linalg_inv_ex", "linalg_cholesky_ex", "linalg_qr", "linalg_matrix_exp", "linalg_eigh", "linalg_eig")
+@rule("linalg_solve_triangular", "_linalg_svd", "_linalg_det", "_linalg_slogdet", "_linalg_solve_ex", "_linalg_eigh")
+@rule("linalg_lu_factor_ex", "linalg_ldl_factor_ex", "linalg_lstsq", "linalg_pinv.atol_rtol_tensor", "linalg_lu")
+@rule("cholesky_inverse", "cholesky_solve", "linalg_householder_product", "geqrf", "cholesky")
+def matrices(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
+    """Linear algebra on the last two axes, which stay whole; the axes before them are a batch."""
+    values = [a for a in args if isinstance(a, Value)]
+    fronts = []
+    for value in values:
+        for axis in value.axes[-2:]:
+            ids.freeze(axis, "values are mixed across channels")
+        fronts.append(Value(value.shape[:-2], value.axes[:-2]))
+    lead = elementwise(ids, values[0].shape[:-2], *fronts)
+    return lead
+
+
+@rule("flip")
+def flip(ids: Ids, shape: Shape, x: Value, dims: Sequence[int]) -> Axes:
+    """Channels stand the other way round, also those that are left."""
+    turned = {d % len(x.shape) for d in dims}
+    return tuple(axis if axis is None or d not in turned else axis[::-1] for d, axis in enumerate(x.axes))
+
+
+@rule("histc", "histogram.bin_ct", "bincount", "put", "take", "as_strided", "_pdist_forward")
+def mixed(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
+    """Any value may go anywhere: all axes stay."""
+    for value in args:
+        for axis in value.axes if isinstance(value, Value) else ():
+            ids.freeze(axis, "values are mixed across channels")
+    return ()

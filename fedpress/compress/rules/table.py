@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,10 +32,37 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def find_rule(operation: Any) -> Rule | None:
     """Returns the rule of an ATen operation, or None if the engine does not know it."""
-    known = RULES.get(operation)
-    if known is None and torch.Tag.pointwise in getattr(operation, "tags", ()):
-        return elementwise
-    return known
+    for each in (operation, _plain(operation)):
+        if each in RULES:
+            return RULES[each]
+        if torch.Tag.pointwise in getattr(each, "tags", ()):
+            return elementwise
+    return None
+
+
+def _plain(operation: Any) -> Any:
+    """Returns the overload that gives what `operation` writes in place or copies: `squeeze` of `squeeze_`."""
+    schema = getattr(operation, "_schema", None)
+    if schema is None or not schema.name.startswith("aten::"):
+        return None
+    name = schema.name.removeprefix("aten::")
+    base = name.removesuffix("_copy") if name.endswith("_copy") else name.removesuffix("_")
+    if not base or base == name or not hasattr(aten, base):
+        return None
+    packet, wanted = getattr(aten, base), [argument.name for argument in schema.arguments]
+    like = (getattr(packet, each) for each in packet.overloads())
+    return next((each for each in like if [a.name for a in each._schema.arguments] == wanted), None)
+
+
+def named(ids: Ids, args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of the present operation by name, with its defaults."""
+    given = dict(options)
+    for argument, value in zip(ids.target._schema.arguments, args, strict=False):
+        given[argument.name] = value
+    for argument in ids.target._schema.arguments:
+        if argument.has_default_value():
+            given.setdefault(argument.name, argument.default_value)
+    return given
 
 
 @rule("relu", "relu_", "relu6", "relu6_", "hardswish", "hardswish_", "selu", "selu_", "dropout", "dropout_")
@@ -54,6 +81,8 @@ def find_rule(operation: Any) -> Rule | None:
     "ones_like",
     "full_like",
 )
+@rule("empty_like", "exponential_", "normal_", "uniform_", "bernoulli_", "log_sigmoid", "threshold", "threshold_")
+@rule("_conj", "resolve_conj", "resolve_neg", "complex", "polar", "bucketize.Tensor", "rrelu", "rrelu_", "detach_")
 @rule("rand_like", "randn_like", "logical_and", "logical_or", "logical_not", "positive", "square", "square_", "where")
 def elementwise(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
     """Index by index, with broadcasting: axes that meet are one; an axis of size 1 is spread over the other."""
@@ -77,7 +106,9 @@ def elementwise(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
     return tuple(axes)
 
 
-ZERO_STAYS = frozenset(("abs", "square", "pow", "mul", "detach", "alias", "clone", "view", "reshape", "flatten"))
+_SAME_VALUES = ("detach", "alias", "clone", "contiguous", "view", "reshape", "flatten", "transpose", "t", "permute")
+_SOME_VALUES = ("expand", "select", "unbind", "index", "index_select", "to", "_to_copy")
+ZERO_STAYS = frozenset(("abs", "square", "pow", "mul", "mv", *_SAME_VALUES, *_SOME_VALUES))
 """Operations that give zero where their first input is zero: what norms of weights are computed with."""
 
 
