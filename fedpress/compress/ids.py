@@ -90,6 +90,7 @@ class Ids:
         self.count = 0
         self.operation = ""  # what is walked now, for reasons and errors
         self.target: Any = None  # the same as an overload of ATen, with the names of its arguments
+        self.outer = ""  # what it is a part of, where an operation was taken apart
         self.module = ""
         self.read = True  # whether an output depends on it; else its value may be another, but it has to run
         self.call: Call | None = None
@@ -107,7 +108,7 @@ class Ids:
     @property
     def place(self) -> str:
         """Names the operation that is walked now and the module it comes from."""
-        return f"{self.operation} of '{self.module or 'the model itself'}'" if self.operation else ""
+        return f"{self.outer or self.operation} of '{self.module or 'the model itself'}'" if self.operation else ""
 
     def fresh(self, size: int) -> Ints:
         """Returns `size` new ids."""

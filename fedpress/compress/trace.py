@@ -352,6 +352,7 @@ def _through(graph: torch.fx.Graph, given: Sequence[Value], ids: Ids) -> Any:
     values: dict[torch.fx.Node, Any] = {}
     rest = iter(given)
     call, ids.call = ids.call, None
+    outer, ids.outer = ids.outer, ids.outer or ids.operation
     result = None
     for node in graph.nodes:
         shape = _shape(node)
@@ -367,7 +368,7 @@ def _through(graph: torch.fx.Graph, given: Sequence[Value], ids: Ids) -> Any:
             values[node] = torch.fx.node.map_arg(node.args[0], lambda n: values[n])
         else:
             values[node] = _operate(node, values, ids)
-    ids.call = call
+    ids.call, ids.outer = call, outer
     return result
 
 

@@ -76,7 +76,7 @@ def bilinear(
     return (*lead, out)
 
 
-@rule("_grouped_mm")
+@rule("_grouped_mm", "transformers::grouped_mm_fallback")
 def grouped(ids: Ids, shape: Shape, x: Value, y: Value, offs: Value | None = None, *rest: Any, **options: Any) -> Axes:
     """Rows [n, in] by the weights [experts, in, out] of their expert: the experts' weights lose the same places.
 

@@ -51,15 +51,6 @@ def quantile(ids: Ids, shape: Shape, x: Value, q: Any, *rest: Any, **options: An
     return (None, *kept) if several else kept
 
 
-@rule("renorm")
-def renorm(ids: Ids, shape: Shape, x: Value, power: Any, dim: int, most: Any) -> Axes:
-    """Each slice along one axis is divided by its own norm, which is taken over all other axes."""
-    for d, axis in enumerate(x.axes):
-        if d != dim % len(shape):
-            ids.freeze(axis, "a statistic over channels")
-    return x.axes
-
-
 @rule("cosine_similarity", "linalg_cross")
 def pairs(ids: Ids, shape: Shape, x: Value, y: Value, *rest: Any, **options: Any) -> Axes:
     """Two tensors meet index by index, and along one axis their values are mixed."""

@@ -14,13 +14,21 @@ Axes = tuple[Axis, ...]
 Shape = tuple[int, ...]
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
+FOREIGN: dict[str, Rule] = {}
+"""Rules of operations that other libraries define, by name: these are not there until the library is imported."""
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Enters a function into `RULES` for every overload "name.overload" (or all overloads of "name") that exists."""
+    """Enters a function into `RULES` for each overload "name.overload", or all overloads of "name".
+
+    A name such as "library::operation" is one of another library.
+    """
 
     def enter(function: Rule) -> Rule:
         for name in names:
+            if "::" in name:
+                FOREIGN[name] = function
+                continue
             packet, _, overload = name.partition(".")
             operation = getattr(aten, packet)
             for each in [overload] if overload else operation.overloads():
@@ -37,7 +45,7 @@ def find_rule(operation: Any) -> Rule | None:
             return RULES[each]
         if torch.Tag.pointwise in getattr(each, "tags", ()):
             return elementwise
-    return None
+    return FOREIGN.get(getattr(getattr(operation, "_schema", None), "name", ""))
 
 
 def _plain(operation: Any) -> Any:
