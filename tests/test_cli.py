@@ -289,6 +289,12 @@ def test_no_noise_is_an_infinite_epsilon_that_json_can_say(fedpress):
     assert "inf" in fedpress("privacy", "epsilon", *words).out
 
 
+def test_an_epsilon_that_is_a_mere_upper_bound_says_so(fedpress):
+    rare = ["--sampling-prob", 1e-9, "--noise-multiplier", 0.3, "--steps", 1, "--delta", 1e-12]
+    assert json.loads(fedpress("privacy", "epsilon", *rare, "--json").out)["upper_bound"] is True
+    assert "an upper bound" in fedpress("privacy", "epsilon", *rare).out
+
+
 def test_phases_in_a_file_and_a_ledger_are_composed(fedpress, tmp_path):
     phase = {"sampling_prob": 1, "noise_multiplier": 5, "steps": 50}
     file = tmp_path / "phases.json"

@@ -9,7 +9,7 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,9 @@ import fedpress
 from fedpress.cli import compress
 from fedpress.cli.common import AllowCode, AsJson, again, allow_code, default_folder, load, load_data, told
 from fedpress.errors import FedpressError, RecipeError, RunError
+
+if TYPE_CHECKING:
+    from fedpress.privacy.accounting import Spent
 
 # Heavy imports (torch, pydantic models) stay inside the commands: `fedpress privacy` must answer at once.
 app = typer.Typer(
@@ -172,9 +175,9 @@ def epsilon(
     """The epsilon that so many noised steps spend (add-or-remove, PLD)."""
     from fedpress.privacy import accounting
 
-    spent = accounting.epsilon([accounting.Phase(sampling_prob, noise_multiplier, steps)], delta=delta)
-    told = {"epsilon": spent if math.isfinite(spent) else None}  # JSON knows no infinity
-    typer.echo(json.dumps(told) if as_json else f"epsilon {spent:.4g} at delta {delta:g}")
+    _tell_spent(
+        accounting.spent([accounting.Phase(sampling_prob, noise_multiplier, steps)], delta=delta), delta, as_json
+    )
 
 
 @privacy_app.command()
@@ -189,7 +192,27 @@ def noise(
     from fedpress.privacy import accounting
 
     needed = accounting.noise_multiplier(epsilon=epsilon, delta=delta, sampling_prob=sampling_prob, steps=steps)
-    typer.echo(json.dumps({"noise_multiplier": needed}) if as_json else f"noise multiplier {needed:.4g}")
+    spent = accounting.spent([accounting.Phase(sampling_prob, needed, steps)], delta=delta)
+    if as_json:
+        typer.echo(json.dumps({"noise_multiplier": needed} | _bound(spent)))
+        return
+    typer.echo(f"noise multiplier {needed:.4g}")
+    if spent.upper_bound:
+        typer.echo("This follows from an upper bound on epsilon: somewhat less noise may do as well.")
+
+
+def _bound(spent: Spent) -> dict[str, bool]:
+    """Returns what JSON says beside an epsilon that is a mere upper bound."""
+    return {"upper_bound": True} if spent.upper_bound else {}
+
+
+def _tell_spent(spent: Spent, delta: float, as_json: bool) -> None:
+    if as_json:
+        finite = spent.epsilon if math.isfinite(spent.epsilon) else None  # JSON knows no infinity
+        typer.echo(json.dumps({"epsilon": finite} | _bound(spent)))
+        return
+    note = f" ({spent.note})" if spent.note else ""
+    typer.echo(f"epsilon {spent.epsilon:.4g} at delta {delta:g}{note}")
 
 
 @privacy_app.command()
@@ -205,9 +228,7 @@ def compose(
     """
     from fedpress.privacy import compose as composing
 
-    spent = composing.epsilon(file.read_text("utf-8"), delta=delta, place=str(file))
-    told = {"epsilon": spent if math.isfinite(spent) else None}  # JSON knows no infinity
-    typer.echo(json.dumps(told) if as_json else f"epsilon {spent:.4g} at delta {delta:g}")
+    _tell_spent(composing.spent(file.read_text("utf-8"), delta=delta, place=str(file)), delta, as_json)
 
 
 @privacy_app.command()

@@ -2,7 +2,8 @@
 
 Every step is a Gaussian or Skellam mechanism on a Poisson sample, under add-or-remove-one neighbours. Gaussian steps
 compose exactly up to a grid: privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022, "Connect the
-dots") from dp-accounting, whose discretisation only ever rounds epsilon up; steps without subsampling use the closed
+dots") from dp-accounting, whose discretisation only ever rounds epsilon up. Where its tables would be too long (rare
+samples, low noise, many steps, a tiny delta) `losses` answers in bounded time. Steps without subsampling use the closed
 form of Balle & Wang 2018. Skellam steps have a Renyi bound; a mixture takes the better of two sound ways to join both.
 """
 
@@ -10,11 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from fedpress.errors import PrivacyError, RecipeError
-from fedpress.privacy import renyi
+from fedpress.privacy import losses, renyi
 from fedpress.privacy.phases import (
     AnyPhase,
     Phase,
@@ -38,7 +40,31 @@ NOISE_RANGE = (1e-2, 1e5)
 SPLITS = (0.05, 0.2, 0.5, 0.8, 0.95)
 """Shares of delta that are tried for the Skellam part of a mixture."""
 
-__all__ = ["AnyPhase", "Phase", "SkellamPhase", "check_delta", "epsilon", "merge", "noise_multiplier"]
+LONGEST_TABLE = 250_000
+"""Most losses of one step, or of all, that dp-accounting is asked to handle: it needs about half a second for them."""
+
+FEW_POINTS = 1 << 17
+"""Points of `losses` while a noise is searched for: a tenth of a second for each question."""
+
+UPPER_BOUND = "an upper bound: the truth may be more than 1% smaller"
+
+__all__ = ["AnyPhase", "Phase", "SkellamPhase", "Spent", "check_delta", "epsilon", "merge", "noise_multiplier", "spent"]
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What some phases spend: `epsilon` is never below the truth.
+
+    `upper_bound` says that it may lie more than a percent above it, as Renyi accounting and a coarse grid do.
+    """
+
+    epsilon: float
+    upper_bound: bool = False
+
+    @property
+    def note(self) -> str:
+        """What is to be said beside `epsilon`, if anything."""
+        return UPPER_BOUND if self.upper_bound else ""
 
 
 def epsilon(phases: Iterable[AnyPhase], *, delta: float) -> float:
@@ -54,14 +80,27 @@ def epsilon(phases: Iterable[AnyPhase], *, delta: float) -> float:
     >>> epsilon([Phase(1.0, 5.0, 0)], delta=1e-3)
     0.0
     """
+    return spent(phases, delta=delta).epsilon
+
+
+def spent(phases: Iterable[AnyPhase], *, delta: float) -> Spent:
+    """Returns the smallest known epsilon of all `phases` together at `delta`, and whether it is a mere upper bound.
+
+    Raises:
+        RecipeError: if `delta` is not inside (0, 1).
+
+    >>> spent([Phase(1.0, 5.0, 50)], delta=1e-3).upper_bound
+    False
+    """
     check_delta(delta)
-    return _epsilon(merge(phases), delta)
+    return _spent(merge(phases), delta)
 
 
 def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, steps: int) -> float:
     """Returns the smallest noise multiplier with which `steps` sums spend at most `epsilon` at `delta`.
 
-    The answer is confirmed by `epsilon` itself and at most 0.01% above the optimum.
+    The answer is confirmed by `epsilon` itself, and at most 0.01% above the least that `epsilon` would confirm where
+    samples are not so rare, or the noise so low, that tables of losses are long; there it may be 1% above.
 
     Raises:
         RecipeError: if an argument is out of range.
@@ -77,8 +116,8 @@ def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, step
     if not steps >= 1 or steps != int(steps):
         raise RecipeError(f"steps: got {steps}, expected a whole number >= 1")
 
-    def spent(noise: float) -> float:
-        return _epsilon((Phase(sampling_prob, noise, int(steps)),), delta)
+    def spending(noise: float) -> float:
+        return _spent((Phase(sampling_prob, noise, int(steps)),), delta, points=FEW_POINTS).epsilon
 
     # The central limit of the composition (Bu et al. 2020, "Gaussian DP") is a good first guess, and exact for q = 1.
     mu = _gaussian_mu(epsilon, delta)
@@ -86,21 +125,54 @@ def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, step
         guess = math.sqrt(steps) / mu
     else:
         guess = 1 / math.sqrt(math.log1p((mu / sampling_prob) ** 2 / steps))
-    return _smallest(spent, epsilon, guess)
+    found = _smallest(spending, epsilon, guess)
+    # More points may find a larger epsilon by the last digits of rounding.
+    more = 1e-5
+    while _spent((Phase(sampling_prob, found, int(steps)),), delta).epsilon > epsilon:
+        found *= 1 + more
+        more *= 2
+    return found
 
 
 @lru_cache(maxsize=4096)
-def _epsilon(phases: tuple[AnyPhase, ...], delta: float) -> float:
+def _spent(phases: tuple[AnyPhase, ...], delta: float, points: int = losses.POINTS) -> Spent:
     gaussian, skellam = gaussians(phases), skellams(phases)
     if any(p.noise_multiplier == 0 for p in gaussian):
-        return math.inf
+        return Spent(math.inf)
     gaussian = tuple(p for p in gaussian if p.noise_multiplier < math.inf)
     if skellam:
-        return _mixture(gaussian, skellam, delta)
+        return Spent(_mixture(gaussian, skellam, delta), upper_bound=True)
     if all(p.sampling_prob == 1 for p in gaussian):
-        return _gaussian_epsilon(_mu(gaussian), delta)
-    losses, _ = _losses(gaussian)
-    return float(losses.get_epsilon_for_delta(delta))
+        return Spent(_gaussian_epsilon(_mu(gaussian), delta))
+    parts = _parts(gaussian)
+    if _quick(parts, delta):
+        return Spent(float(_losses(parts)[0].get_epsilon_for_delta(delta)))
+    bound = losses.epsilon(parts, delta=delta, points=points)
+    if bound.fine:
+        return Spent(bound.epsilon)
+    return Spent(min(bound.epsilon, renyi.epsilon(gaussian, delta=delta)), upper_bound=True)
+
+
+def _parts(phases: tuple[Phase, ...]) -> list[Phase]:
+    """Returns phases that spend the same, with one step at most on everybody."""
+    parts, mu = [p for p in phases if p.sampling_prob < 1], _mu(phases)
+    if mu > 0:
+        parts.append(Phase(1.0, 1 / mu, 1))
+    return parts
+
+
+def _quick(parts: list[Phase], delta: float) -> bool:
+    """Says whether dp-accounting answers within about a second, and with enough digits.
+
+    It rounds what a transform gives to about 1e-15 times the steps, whatever delta is, and cuts off tails of 1e-15.
+    """
+    steps = sum(p.steps for p in parts)
+    if delta < 1e-10 or 1e-16 * steps > 1e-4 * delta:
+        return False
+    grid = _grid(parts)
+    widest = max(losses.span(p) for p in parts)
+    total = math.sqrt(sum(p.steps * _loss_variance(p) for p in parts))
+    return max(widest, 16 * total) <= LONGEST_TABLE * grid
 
 
 def _mu(phases: tuple[Phase, ...]) -> float:
@@ -108,11 +180,8 @@ def _mu(phases: tuple[Phase, ...]) -> float:
     return math.sqrt(sum(p.steps / p.noise_multiplier**2 for p in phases if p.sampling_prob == 1))
 
 
-def _losses(phases: tuple[Phase, ...]) -> tuple[PrivacyLossDistribution, float]:
-    """Returns the privacy losses of all `phases` together, and their grid."""
-    parts, mu = [p for p in phases if p.sampling_prob < 1], _mu(phases)
-    if mu > 0:
-        parts.append(Phase(1.0, 1 / mu, 1))
+def _losses(parts: list[Phase]) -> tuple[PrivacyLossDistribution, float]:
+    """Returns the privacy losses of all `parts` together, and their grid."""
     grid = _grid(parts)
     total = None
     for p in parts:
@@ -136,7 +205,7 @@ def _mixture(gaussian: tuple[Phase, ...], skellam: tuple[SkellamPhase, ...], del
         return alone
     joined = min(renyi.epsilon([*gaussian, *skellam], delta=left), _split(gaussian, skellam, left))
     # The truth about a mixture is at least that about its parts, so the larger bound is no loss.
-    return max(joined, alone, _epsilon(gaussian, delta))
+    return max(joined, alone, _spent(gaussian, delta).epsilon)
 
 
 def _split(gaussian: tuple[Phase, ...], skellam: tuple[SkellamPhase, ...], delta: float) -> float:
@@ -147,7 +216,11 @@ def _split(gaussian: tuple[Phase, ...], skellam: tuple[SkellamPhase, ...], delta
     """
     from dp_accounting.pld import common, privacy_loss_distribution
 
-    losses, grid = _losses(gaussian)
+    parts = _parts(gaussian)
+    if not _quick(parts, delta):
+        promises = [(renyi.epsilon(skellam, delta=share * delta), share * delta) for share in SPLITS]
+        return min(losses.epsilon(parts, delta=delta, promise=p, points=FEW_POINTS).epsilon for p in promises)
+    of_gaussian, grid = _losses(parts)
     found = math.inf
     for share in SPLITS:
         promise = renyi.epsilon(skellam, delta=share * delta)
@@ -156,7 +229,7 @@ def _split(gaussian: tuple[Phase, ...], skellam: tuple[SkellamPhase, ...], delta
         worst = privacy_loss_distribution.from_privacy_parameters(
             common.DifferentialPrivacyParameters(promise, share * delta), value_discretization_interval=grid
         )
-        found = min(found, float(losses.compose(worst, tail_mass_truncation=1e-15).get_epsilon_for_delta(delta)))
+        found = min(found, float(of_gaussian.compose(worst, tail_mass_truncation=1e-15).get_epsilon_for_delta(delta)))
     return found
 
 

@@ -15,6 +15,15 @@ KINDS: dict[str, type[Phase] | type[SkellamPhase]] = {"gaussian": Phase, "skella
 
 
 def epsilon(text: str, *, delta: float, place: str = "phases") -> float:
+    """Returns the epsilon that the mechanisms in `text` spend together at `delta`; see `spent`.
+
+    >>> round(epsilon('[{"sampling_prob": 1, "noise_multiplier": 5, "steps": 50}]', delta=1e-3), 2)
+    4.85
+    """
+    return spent(text, delta=delta, place=place).epsilon
+
+
+def spent(text: str, *, delta: float, place: str = "phases") -> accounting.Spent:
     """Returns what the mechanisms in `text` spend together at `delta`.
 
     Args:
@@ -26,9 +35,6 @@ def epsilon(text: str, *, delta: float, place: str = "phases") -> float:
     Raises:
         RecipeError: if the text is no such list, naming the place and the cure.
         PrivacyError: if it is a damaged ledger.
-
-    >>> round(epsilon('[{"sampling_prob": 1, "noise_multiplier": 5, "steps": 50}]', delta=1e-3), 2)
-    4.85
     """
     try:
         page = json.loads(text)
@@ -36,10 +42,10 @@ def epsilon(text: str, *, delta: float, place: str = "phases") -> float:
         raise RecipeError(f"{place}: not JSON ({error}); give a list of phases or a ledger.json") from error
     if isinstance(page, dict) and "charges" in page:
         accounting.check_delta(delta)
-        return Ledger.from_json(text).epsilon(delta=delta)
+        return Ledger.from_json(text).spent(delta=delta)
     if not isinstance(page, list):
         raise RecipeError(f"{place}: got {type(page).__name__}, expected a list of phases or a ledger.json")
-    return accounting.epsilon([_phase(entry, f"{place}[{i}]") for i, entry in enumerate(page)], delta=delta)
+    return accounting.spent([_phase(entry, f"{place}[{i}]") for i, entry in enumerate(page)], delta=delta)
 
 
 def _phase(entry: Any, place: str) -> AnyPhase:

@@ -125,7 +125,12 @@ class Ledger:
 
     def epsilon(self, *, delta: float) -> float:
         """Returns the epsilon spent so far by the party that was charged most, at `delta`."""
-        return max(accounting.epsilon(phases, delta=delta) for phases in _undominated(set(self.phases())))
+        return self.spent(delta=delta).epsilon
+
+    def spent(self, *, delta: float) -> accounting.Spent:
+        """Returns `epsilon`, and whether it is a mere upper bound."""
+        parties = [accounting.spent(phases, delta=delta) for phases in _undominated(set(self.phases()))]
+        return max(parties, key=lambda party: party.epsilon)
 
     def would_pass(self, *charges: Charge, epsilon: float, delta: float) -> bool:
         """Says whether `charges` together would carry anybody beyond `epsilon`: ask before the data is touched."""

@@ -72,6 +72,7 @@ def _privacy(federated: list[Json]) -> Tile | None:
         return Tile("none", "privacy spent, ε", "no differential privacy")
     last = federated[-1]
     note = f"at δ = {units.small(last.get('delta'))}, per {last.get('unit')}"
+    note += f"; {last['epsilon_is']}" if last.get("epsilon_is") else ""
     return Tile(units.epsilon(last.get("epsilon")), "privacy spent, ε", note)
 
 

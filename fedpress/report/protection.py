@@ -88,7 +88,8 @@ def _by_unit(title: str, stage: Json) -> Protection:
 
 
 def _budget(stage: Json) -> str:
-    return f"ε = {units.epsilon(stage.get('epsilon'))} at δ = {units.small(stage.get('delta'))}"
+    sign = "≤" if stage.get("epsilon_is") else "="
+    return f"ε {sign} {units.epsilon(stage.get('epsilon'))} at δ = {units.small(stage.get('delta'))}"
 
 
 def _odds(stage: Json, what: str) -> str:

@@ -14,6 +14,7 @@ from fedpress.compress.sparse.compact import expand_
 from fedpress.errors import PrivacyError, TrainingError
 from fedpress.federate import RoundRecord
 from fedpress.folder import StageFolder
+from fedpress.privacy.accounting import Spent
 from fedpress.privacy.ledger import Charge, Ledger
 from fedpress.stages.binding import PROMISE, Federation, bind
 from fedpress.stages.protecting import steps_per_round
@@ -53,7 +54,9 @@ class FederateStage(FederateSettings):
         if self.privacy is not None:
             charges = federation.charges(list(clients), 1, self.num_rounds) if self.num_rounds else []
             ledger = self._spend(ledger, charges)
-            facts |= federation.promise() | {"epsilon": ledger.epsilon(delta=self.privacy.delta)}
+            spent = ledger.spent(delta=self.privacy.delta)
+            facts |= federation.promise() | {"epsilon": spent.epsilon}
+            facts |= {"epsilon_is": spent.note} if spent.note else {}
         return replace(state, ledger=ledger), facts
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
@@ -153,7 +156,11 @@ class FederateStage(FederateSettings):
         return ledger.spend(*charges, epsilon=self.privacy.epsilon * (1 + 1e-9), delta=self.privacy.delta)
 
     def _epsilon(self, now: Progress) -> float | None:
-        return None if self.privacy is None else now.ledger.epsilon(delta=self.privacy.delta)
+        return None if self.privacy is None else self._spent(now).epsilon
+
+    def _spent(self, now: Progress) -> Spent:
+        assert self.privacy is not None
+        return now.ledger.spent(delta=self.privacy.delta)
 
     def _line(self, record: RoundRecord, now: Progress, seen: Evaluation | None) -> dict[str, Any]:
         return {
@@ -191,6 +198,7 @@ class FederateStage(FederateSettings):
             "sum": "secure" if federation.protection.grid is not None else "plain",
             "keys": federation.keys,
             "epsilon": self._epsilon(now),
+            "epsilon_is": self._spent(now).note or None if self.privacy is not None else None,
             "client_accuracy": own,
             "stopped": now.stopped or None,
         }
