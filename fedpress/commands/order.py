@@ -15,10 +15,11 @@ from fedpress.arrays import Preprocess
 from fedpress.commands.subject import NOTHING, Subject, classes_of
 from fedpress.data import FederatedData
 from fedpress.data.examples import Progress
-from fedpress.errors import DataError, FedpressError, ModelError
+from fedpress.errors import DataError, FedpressError, ModelError, RecipeError
 from fedpress.folder import RunFolder, read_json, write_json
 from fedpress.models import ModelSpec
 from fedpress.recipe import Recipe
+from fedpress.stages.pruning import AIMS
 from fedpress.state import Event, StageFinished, StageStarted, Tick
 
 TOP = ("data", "model", "seed")
@@ -92,6 +93,9 @@ class Order:
         overrides = [key if key.split("=")[0].split(".")[0] in TOP else f"stage.0.{key}" for key in keys]
         with _spoken(kind, data["source"]):
             recipe = recipes.load(recipes.toml(tree), overrides)
+            if kind == "prune" and not any(_given(keys, aim) for aim in AIMS):
+                aims = ", ".join(AIMS)
+                raise RecipeError(f"prune: say how much should stay: give one of {aims}, such as keep_params=0.5")
             return cls(kind, recipes.toml(recipes.tree(recipes.toml(tree), overrides)), recipe, subject.spec)
 
     def load_data(self, progress: Progress | None = None) -> FederatedData:

@@ -19,6 +19,7 @@ from fedpress.compress.targets import Target, parameter_target, whole
 from fedpress.errors import ModelError, RecipeError
 
 Scope = Literal["global", "layer", "sensitivity"]
+FAR = 2.0  # a target is refused where the smallest share that widths allow is more than so many times as large
 TRIES = 20  # thresholds to correct from, before a share counts as out of reach; the first nearly always does
 
 
@@ -39,6 +40,7 @@ class PruningPlan(BaseModel, frozen=True):
     numbers: Numbers = {}  # sizes in forward code that do not follow by themselves
     parameters_before: int
     parameters_after: int
+    told: dict[str, str] = {}  # what whoever asked for the cut should know, by setting
 
 
 def plan(
@@ -53,11 +55,13 @@ def plan(
     points: Sequence[Point] = (),
     min_keep: float = 0.1,
     tolerance: float = 0.005,
+    exact: bool = False,
 ) -> PruningPlan:
     """Chooses the channels to keep so that `keep_params` of all parameters stay, counted exactly, or a `target` is met.
 
     One threshold is searched for all layers; every width goes to the nearest multiple of `round_to`, and then single
-    steps in the layers that bring the count nearest correct what rounding did.
+    steps in the layers that bring the count nearest correct what rounding did. Where no widths come within
+    `tolerance`, the nearest found are taken and `told` says so: "0.5066, the nearest to 0.5".
 
     Args:
         model: the traced model.
@@ -70,10 +74,13 @@ def plan(
             of each what makes the loss grow equally, by the `points` measured.
         points: what `fedpress.compress.sensitivity` gave, for the scope of this name.
         min_keep: smallest share of a layer that stays.
-        tolerance: largest difference between the wanted and the reached cost, as a share of the whole network's.
+        tolerance: largest difference between the wanted and the reached cost, as a share of the whole network's, of
+            which nothing is told.
+        exact: refuses a target that is missed by more than `tolerance`.
 
     Raises:
-        RecipeError: if a setting is out of range or the target cannot be met.
+        RecipeError: if a setting is out of range, the target is below half of the smallest that widths allow, or a
+            limit or an `exact` target cannot be met.
         ModelError: if no channel of the model can be removed.
     """
     check_settings(graph, round_to, min_keep, scope)
@@ -87,10 +94,21 @@ def plan(
             best = kept
         if target.miss(best) <= tolerance * full:
             break
-    else:
-        if not target.limit or target.miss(best) == float("inf"):
-            raise _unreachable(graph, allowed, target, target.cost(best))
-    return make_plan(model, graph, scores, best)
+    missed = target.miss(best) > tolerance * full and not target.limit
+    if target.miss(best) == float("inf") or (missed and (exact or _far(allowed, target))):
+        raise _unreachable(graph, allowed, target, target.cost(best))
+    made = make_plan(model, graph, scores, best)
+    return made.model_copy(update={"told": _told(graph, target, target.cost(best))}) if missed else made
+
+
+def _far(allowed: Sequence[list[int]], target: Target) -> bool:
+    return target.cost([choice[0] for choice in allowed]) > FAR * target.wanted
+
+
+def _told(graph: ChannelGraph, target: Target, reached: float) -> dict[str, str]:
+    """Says by which share the wanted one was replaced."""
+    full = target.whole or target.cost(whole(graph))
+    return {target.key: f"{reached / full:.4g}, the nearest to {target.wanted / full:.4g} that the widths allow"}
 
 
 def _order(graph: ChannelGraph, scores: Sequence[Tensor], scope: Scope, points: Sequence[Point]) -> list[Tensor]:
@@ -216,5 +234,5 @@ def _unreachable(graph: ChannelGraph, allowed: Sequence[list[int]], target: Targ
         )
     return RecipeError(
         f"prune.{target.key}: {shown(target.wanted)} cannot be met within the tolerance, the nearest {kind} found is "
-        f"{shown(reached)}{stay}; lower prune.round_to, or take that {kind}"
+        f"{shown(reached)}{stay}; lower prune.round_to, take that {kind}, or leave exact out"
     )

@@ -31,6 +31,7 @@ def prune_single_channel(
     round_to: int = 8,
     min_keep: float = 0.1,
     tolerance: float = 0.005,
+    exact: bool = False,
     every: int = 64,
     losses: Losses | None = None,
     generator: torch.Generator | None = None,
@@ -48,7 +49,8 @@ def prune_single_channel(
         target: what to come down to instead (see `fedpress.compress.targets`).
         round_to: widths become multiples of this.
         min_keep: smallest share of a layer that stays.
-        tolerance: largest difference between the wanted and the reached share.
+        tolerance: largest difference between the wanted and the reached share, of which nothing is told.
+        exact: refuses a target that is missed by more than `tolerance`.
         every: removals between two rounds of scoring, for scores other than "l1" and "l2".
         losses: for the scores that need them.
         generator: for "random".
@@ -64,7 +66,16 @@ def prune_single_channel(
     floors = [allowed_widths(layer, round_to, min_keep)[0] for layer in graph.layers]
     with _scorer(model, graph, name, every, losses, generator) as scorer:
         order = _removal_order(graph, scorer, floors, target)
-    return plan(model, graph, order, target=target, round_to=round_to, min_keep=min_keep, tolerance=tolerance)
+    return plan(
+        model,
+        graph,
+        order,
+        target=target,
+        round_to=round_to,
+        min_keep=min_keep,
+        tolerance=tolerance,
+        exact=exact,
+    )
 
 
 Scorer = Callable[[list[Tensor], tuple[int, int] | None], dict[int, Tensor]]

@@ -34,6 +34,7 @@ from fedpress.compress.graph import (
     kept_indices,
 )
 from fedpress.compress.ids import REBUILT, Axis, Call, Ids, Ints, Value
+from fedpress.compress.ignoring import ignored
 from fedpress.compress.remove import cut_
 from fedpress.compress.rules import find_rule, parts_of, zero_stays
 from fedpress.errors import ModelError
@@ -44,16 +45,18 @@ Owner = tuple[str, int, Ints]
 """A tensor's name, one of its axes, and the ids of that axis; a name of "" for an axis that is only counted."""
 
 
-def trace(model: nn.Module, example: Example, *, whole: Sequence[str] = ()) -> ChannelGraph:
+def trace(model: nn.Module, example: Example, *, whole: Sequence[str] = (), ignore: Sequence[str] = ()) -> ChannelGraph:
     """Finds the channels of `model` that can be removed, from the operations that run on `example`.
 
     Args:
         model: any module that `torch.export` can capture; it is left in its mode.
         example: its input [n, ...] or a tuple of inputs; a batch of two is a good choice.
         whole: names of modules (or name prefixes) that must keep all their outputs.
+        ignore: names or patterns ("block.3.*") of modules or weights of which nothing is cut, their inputs neither.
 
     Raises:
         ModelError: if the model cannot be captured.
+        RecipeError: if a pattern of `ignore` matches nothing.
     """
     arguments = inputs(example)
     recorder = Recorder(model)
@@ -66,6 +69,7 @@ def trace(model: nn.Module, example: Example, *, whole: Sequence[str] = ()) -> C
     _freeze_unsaved(ids, owners, model)
     ids.module = ids.operation = ""
     _freeze_named(ids, whole)
+    _freeze_ignored(ids, owners, model, ignore)
     ids.settle()
     graph = _graph(ids, owners, {name: tuple(p.shape) for name, p in model.named_parameters()}, unused, arguments)
     turns: dict[tuple[str, str], int] = {}
@@ -404,6 +408,14 @@ def _freeze_named(ids: Ids, whole: Sequence[str]) -> None:
             raise ModelError(f"no module '{name}' with channels to keep whole; the model has: {known}")
         for axis in hits:
             ids.freeze(axis, "asked for by `whole`")
+
+
+def _freeze_ignored(ids: Ids, owners: Sequence[Owner], model: nn.Module, patterns: Sequence[str]) -> None:
+    first = _first_names(model)
+    names = {first[name] for name in ignored(model, patterns) if name in first}
+    for name, _, axis in owners:
+        if name in names:
+            ids.freeze(axis, "asked for by `ignore`")
 
 
 def _graph(

@@ -174,7 +174,7 @@ def _bytes(value: Any) -> str:
     return units.count(value, "B")
 
 
-LEFT = ("left", "whole_layers", "dense_weights", "float_layers", "left_float")
+LEFT = ("told", "left", "whole_layers", "dense_weights", "float_layers", "left_float")
 COMPARED: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("Accuracy", "accuracy", units.percent),
     ("Parameters", "parameters", units.count),

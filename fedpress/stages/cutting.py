@@ -131,8 +131,8 @@ class Cutting:
     def plan(self) -> Generator[Tick, None, PruningPlan]:
         """Scores the channels and plans the present cut, with what has to be measured for it."""
         stage, state, model = self.stage, self.state, self.model
-        graph, chance = traced(model, state), generator(state.seed, "prune", "random")
-        how: dict[str, Any] = {"round_to": stage.round_to, "min_keep": stage.min_keep}
+        graph, chance = traced(model, state, stage.ignore), generator(state.seed, "prune", "random")
+        how: dict[str, Any] = {"round_to": stage.round_to, "min_keep": stage.min_keep, "exact": stage.exact}
         scores: list[Tensor] = []
         if stage.strategy == "one-shot":
             scores = compress.score(model, graph, stage.score, losses=self.losses, generator=chance)

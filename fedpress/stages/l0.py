@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedpress import compress, training
 from fedpress.compress import ChannelGraph, PruningPlan
+from fedpress.compress.ignoring import ignored
 from fedpress.compress.sparse import (
     Masks,
     Pattern,
@@ -65,6 +66,10 @@ class L0Stage(TrainSettings):
     keep_first: bool = Field(True, description="weights: leave the first layer dense")
     keep_last: bool = Field(True, description="weights: leave the last layer dense")
     keep: tuple[str, ...] = Field((), description="weights: names to leave dense, with * for anything")
+    ignore: tuple[str, ...] = Field((), description="modules or weights that stay as they are: names, * for anything")
+    exact: bool = Field(
+        False, description="channels: refuse a density that no widths meet, in place of the nearest that they do"
+    )
     round_to: int = Field(8, ge=1, description="channels: widths become multiples of this")
     min_keep: float = Field(0.1, ge=0, le=1, description="channels: share of its channels that every layer keeps")
     calibration: int = Field(2048, ge=1, description="public examples for the batch-norm statistics at the end")
@@ -87,13 +92,14 @@ class L0Stage(TrainSettings):
             ModelError: if the model has nothing to put a gate on, or cannot be traced.
             DataError: if there are no public examples for the batch-norm statistics.
         """
+        ignored(state.model, self.ignore, "l0.ignore")
         training.check(state.model, self, state.data.public, state.data.validation, state.data.preprocess)
         if state.spec.quantized:
             raise RecipeError("l0: the model is quantized already; put this stage before the quantization")
         calibration(state, self.calibration, 0)
         model = copied(state.model)
         if self.unit == "channels":
-            graph = _trace(model, state)
+            graph = _trace(model, state, self.ignore)
             plan = self.plan(model, graph, compress.score(model, graph, "l2"))
             compress.remove_(model, plan)
             spec = state.spec.model_copy(update=what_pruning_changed(model, state.spec.build_dense()))
@@ -113,7 +119,7 @@ class L0Stage(TrainSettings):
         training.place_(state.model)
         weights = within = graph = None
         if self.unit == "channels":
-            graph = _trace(state.model.to("cpu"), state)
+            graph = _trace(state.model.to("cpu"), state, self.ignore)
             training.place_(state.model)
             gates = channel_gates(state.model, graph, generator=generator(seed, "gates"))
         else:
@@ -180,12 +186,16 @@ class L0Stage(TrainSettings):
         widths: list[JsonValue] = [{"name": c.name, "before": c.before, "after": c.after} for c in plan.layers]
         folder.record(layers=widths)
         facts |= {"density": plan.parameters_after / plan.parameters_before, "whole_layers": dict(plan.whole)}
+        if plan.told:
+            facts["told"] = {"density": plan.told["keep_params"]}
         spec = state.spec.model_copy(update=what_pruning_changed(pruned, state.spec.build_dense()))
         return replace(state, spec=spec, model=pruned, facts=facts)
 
     def weights(self, model: nn.Module, state: State) -> tuple[Weights, Masks]:
         """Returns the weights that get gates, and what earlier stages left of them."""
-        weights = find_weights(model, keep_first=self.keep_first, keep_last=self.keep_last, keep=self.keep)
+        weights = find_weights(
+            model, keep_first=self.keep_first, keep_last=self.keep_last, keep=self.keep, ignore=self.ignore
+        )
         old = masks_of(model, state.spec.sparse)
         full = {w.name: torch.ones_like(w.value, dtype=torch.bool) for w in weights.chosen}
         return weights, {name: old.get(name, mask) for name, mask in full.items()}
@@ -198,7 +208,13 @@ class L0Stage(TrainSettings):
     def plan(self, model: nn.Module, graph: ChannelGraph, scores: list[Tensor]) -> PruningPlan:
         """Keeps the channels with the highest scores, until `density` of the parameters are left."""
         return compress.plan(
-            model, graph, scores, keep_params=self.density, round_to=self.round_to, min_keep=self.min_keep
+            model,
+            graph,
+            scores,
+            keep_params=self.density,
+            round_to=self.round_to,
+            min_keep=self.min_keep,
+            exact=self.exact,
         )
 
     def _restore_norms_(self, model: nn.Module, state: State) -> None:
@@ -285,6 +301,6 @@ def _example(state: State) -> Tensor:
     return torch.zeros(2, *state.spec.input_shape)
 
 
-def _trace(model: nn.Module, state: State) -> ChannelGraph:
+def _trace(model: nn.Module, state: State, ignore: Sequence[str]) -> ChannelGraph:
     with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints its graph before it fails
-        return compress.trace(model, _example(state))
+        return compress.trace(model, _example(state), ignore=ignore)

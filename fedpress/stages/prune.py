@@ -12,6 +12,7 @@ from torch import nn
 
 from fedpress import compress, training
 from fedpress.compress import SCORES, PruningPlan
+from fedpress.compress.ignoring import ignored
 from fedpress.errors import RecipeError
 from fedpress.folder import StageFolder, write_json
 from fedpress.layers import copied
@@ -50,12 +51,13 @@ class PruneStage(PruneSettings):
         """
         if state.spec.quantized:
             raise RecipeError("prune: the model is quantized already; put this stage before the quantization")
+        ignored(state.model, self.ignore, "prune.ignore")
         public_examples(self, state, 0)
         if self.finetune is not None:
             data = state.data
             training.check(state.model, self.finetune, data.public, data.validation, data.preprocess)
         model = copied(state.model)
-        graph = traced(model.eval(), state)
+        graph = traced(model.eval(), state, self.ignore)
         row = SCORES[self.score]
         if row.scales:
             compress.score(model, graph, self.score)
@@ -63,7 +65,8 @@ class PruneStage(PruneSettings):
                                 generator=torch.Generator().manual_seed(0))  # fmt: skip
         # What is measured in a trained network, or by the clock, is guessed here.
         scope = "global" if self.scope == "sensitivity" else self.scope
-        how: dict[str, Any] = {"scope": scope, "round_to": self.round_to, "min_keep": self.min_keep}
+        how: dict[str, Any] = {"scope": scope, "round_to": self.round_to, "min_keep": self.min_keep,
+                               "exact": self.exact}  # fmt: skip
         if self.keep_latency is not None:
             guess = latency_target(self, graph, graph.macs, self.keep_latency)
             plan = compress.plan(model, graph, scores, target=guess, **how)
@@ -72,7 +75,9 @@ class PruneStage(PruneSettings):
         compress.remove_(model, plan)
         if self.keep_latency is not None:
             milliseconds(model, state, seconds=0.0)
-        facts = {"kept_parameters": plan.parameters_after / state.dense, "channels": _widths(plan)}
+        facts: dict[str, Any] = {"kept_parameters": plan.parameters_after / state.dense, "channels": _widths(plan)}
+        if plan.told:
+            facts["told"] = dict(plan.told)
         return replace(state, spec=_spec(state, model), model=model.train()), facts
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
@@ -109,6 +114,8 @@ class PruneStage(PruneSettings):
             "whole_layers": dict(work.plans[0].whole),
             "restored_examples": restored,
         }
+        if work.plans[-1].told:
+            facts["told"] = dict(work.plans[-1].told)
         if not restored and has_batch_norm(work.model):
             facts["left"] = {"batch norms": "their statistics are those of the uncut network: there was no data"}
         return replace(state, spec=_spec(state, work.model), model=work.model, facts=facts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +49,8 @@ class PruneSettings(BaseModel):
     )
     round_to: int = Field(8, ge=1, description="widths become multiples of this")
     min_keep: float = Field(0.1, ge=0, le=1, description="share of its channels that every layer keeps")
+    ignore: tuple[str, ...] = Field((), description="modules or weights that stay as they are: names, * for anything")
+    exact: bool = Field(False, description="refuse a target that no widths meet, in place of the nearest that they do")
     calibration: int = Field(
         2048, ge=0, description="public examples for scores and batch-norm statistics; 0 leaves those as they were"
     )
@@ -160,10 +163,10 @@ def example_input(state: State) -> Tensor:
     return torch.zeros(2, *state.spec.input_shape)
 
 
-def traced(model: nn.Module, state: State) -> ChannelGraph:
-    """Returns the channels of `model`."""
+def traced(model: nn.Module, state: State, ignore: Sequence[str] = ()) -> ChannelGraph:
+    """Returns the channels of `model` that may go."""
     with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints its graph before it fails
-        return compress.trace(model, example_input(state))
+        return compress.trace(model, example_input(state), ignore=ignore)
 
 
 def has_batch_norm(model: nn.Module) -> bool:

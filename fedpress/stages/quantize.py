@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedpress import training
 from fedpress.compress import quantize as quantizing
+from fedpress.compress.ignoring import ignored
 from fedpress.folder import StageFolder
 from fedpress.grids import InputGrid, LayerGrids, WeightGrid
 from fedpress.layers import copied
@@ -48,6 +49,7 @@ class QuantizeStage(TaughtSettings):
     keep: tuple[str, ...] | None = Field(
         None, description="layers that stay float: names, 'first', 'last'; first and last for ternary and binary"
     )
+    ignore: tuple[str, ...] = Field((), description="modules that stay as they are: names, * for anything")
     mixed: tuple[int, ...] = Field((), description="bits to choose from for each layer, so that max_bytes is met")
     max_bytes: int | None = Field(None, ge=1, description="mixed: bytes of all codes and scales, before coding")
     scale: Literal["mse", "minmax"] = Field("mse", description="scales of least squared error, or those of the span")
@@ -87,6 +89,7 @@ class QuantizeStage(TaughtSettings):
             DataError: if there are no public examples where they are needed.
             TrainingError: if the training settings do not fit.
         """
+        ignored(state.model, self.ignore, "quantize.ignore")
         if self.epochs:
             training.check(state.model, self, state.data.public, state.data.validation, state.data.preprocess)
             self.objective(state, 0)
@@ -142,14 +145,14 @@ class QuantizeStage(TaughtSettings):
         shared = {n: g.weights for n, g in spec.quantized.items() if g.weights and g.weights.kind == "codebook"}
         fold = self.weights == "int" and not shared if self.fold is None else self.fold
         if fold:
-            folds, unfolded = quantizing.find_folds(model, torch.zeros(2, *spec.input_shape))
+            folds, unfolded = quantizing.find_folds(model, torch.zeros(2, *spec.input_shape), ignore=self.ignore)
             quantizing.fold_(model, folds)
             spec = spec.model_copy(update={"folded": {**spec.folded, **folds}})
             left |= {name: f"not folded: {why}" for name, why in unfolded.items()}
         keep = (
             self.keep if self.keep is not None else ("first", "last") if self.weights in ("ternary", "binary") else ()
         )
-        table, floats = quantizing.quantizable(model, self._grids(), keep=keep, sparse=spec.sparse)
+        table, floats = quantizing.quantizable(model, self._grids(), keep=keep, ignore=self.ignore, sparse=spec.sparse)
         if self.weights == "int":  # shared weights stay shared: their few values become whole numbers
             own = {n: g.model_copy(update={"centroid_bits": self.bits}) for n, g in shared.items() if n in table}
             table |= {n: table[n].model_copy(update={"weights": grid}) for n, grid in own.items()}

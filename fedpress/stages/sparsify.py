@@ -17,6 +17,7 @@ from fedpress import training
 from fedpress.arrays import Arrays, Preprocess
 from fedpress.compress import restore_batch_norm_
 from fedpress.compress.derivatives import differentiable
+from fedpress.compress.ignoring import ignored
 from fedpress.compress.sensitivity import Point, sensitivity, weight_unit
 from fedpress.compress.sparse import (
     Masks,
@@ -85,6 +86,7 @@ class SparsifyStage(TrainSettings):
     keep_first: bool = Field(True, description="leave the first layer dense")
     keep_last: bool = Field(True, description="leave the last layer dense")
     keep: tuple[str, ...] = Field((), description="names of weights to leave dense, with * for anything")
+    ignore: tuple[str, ...] = Field((), description="modules or weights that stay as they are: names, * for anything")
     calibration: int = Field(2048, ge=1, description="public examples for scores that look at the loss")
 
     @model_validator(mode="after")
@@ -128,6 +130,7 @@ class SparsifyStage(TrainSettings):
             ModelError: if the model has no weight that may get zeros.
             DataError: if there are no public examples to score or train with.
         """
+        ignored(state.model, self.ignore, "sparsify.ignore")
         training.check(state.model, self, state.data.public, state.data.validation, state.data.preprocess)
         if self.score in FROM_DATA or self.scope == "sensitivity":
             calibration(state, self.calibration, 0)
@@ -197,7 +200,13 @@ class SparsifyStage(TrainSettings):
         """
         if state.spec.quantized:
             raise RecipeError("sparsify: the model is quantized already; put this stage before the quantization")
-        weights = find_weights(model, keep_first=self.keep_first, keep_last=self.keep_last, keep=self.keep)
+        weights = find_weights(
+            model,
+            keep_first=self.keep_first,
+            keep_last=self.keep_last,
+            keep=self.keep,
+            ignore=self.ignore,
+        )
         pattern = Pattern.parse(self.pattern)
         misfits = {w.name: why for w in weights.chosen if (why := pattern.misfit(w)) is not None}
         known = [w.name for w in weights.chosen]

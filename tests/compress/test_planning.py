@@ -1,10 +1,12 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedpress.compress import ChannelGraph, plan, score, trace
+from fedpress.compress import ChannelGraph, PruningPlan, plan, score, trace
 from fedpress.compress.graph import Layer, Slice
 from fedpress.compress.planning import allowed_widths
 from fedpress.errors import ModelError, RecipeError
@@ -90,10 +92,30 @@ def test_a_share_that_cannot_be_reached_names_the_smallest(traced):
     assert all(layer.after == 8 for layer in choice.layers)
 
 
-def test_a_share_between_two_steps_is_refused(traced):
+def test_of_a_share_between_two_steps_the_nearest_is_taken_and_told(traced):
     model, _, graph = traced("mlp")
-    with pytest.raises(RecipeError, match=r"cannot be met within the tolerance.*round_to"):
-        plan(model, graph, score(model, graph, "l1"), keep_params=0.9, round_to=16, tolerance=1e-4)
+    scores = score(model, graph, "l1")
+    choice = plan(model, graph, scores, keep_params=0.9, round_to=16, tolerance=1e-4)
+    reached = choice.parameters_after / choice.parameters_before
+    widths = [allowed_widths(layer, 16, 0.1) for layer in graph.layers]
+    shares = [graph.parameters(kept) / choice.parameters_before for kept in itertools.product(*widths)]
+    assert reached == min(shares, key=lambda share: abs(share - 0.9))
+    assert choice.told == {"keep_params": f"{reached:.4g}, the nearest to 0.9 that the widths allow"}
+    assert PruningPlan.model_validate_json(choice.model_dump_json()) == choice
+    assert not plan(model, graph, scores, keep_params=reached, round_to=16).told
+    with pytest.raises(RecipeError, match=r"cannot be met within the tolerance.*round_to.*leave exact out"):
+        plan(model, graph, scores, keep_params=0.9, round_to=16, tolerance=1e-4, exact=True)
+
+
+def test_the_smallest_width_is_the_nearest_to_a_share_a_little_below_it(traced):
+    model, _, graph = traced("mlp")
+    scores = score(model, graph, "l1")
+    least = graph.parameters([16, 16]) / graph.parameters([32, 32])
+    choice = plan(model, graph, scores, keep_params=0.8 * least, round_to=16)
+    assert f"{least:.4g}, the nearest to" in choice.told["keep_params"]
+    for wrong in ({"keep_params": 0.8 * least, "exact": True}, {"keep_params": 0.4 * least}):
+        with pytest.raises(RecipeError, match="the smallest share of this model is"):
+            plan(model, graph, scores, round_to=16, **wrong)
 
 
 @pytest.mark.parametrize("setting", [{"round_to": 0}, {"min_keep": 1.5}, {"scope": "locl"}])

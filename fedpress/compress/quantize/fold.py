@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
 from fedpress.compress.graph import Example, export, inputs
+from fedpress.compress.ignoring import ignored
 from fedpress.errors import ModelError
 from fedpress.grids import mended
 from fedpress.quantized import QuantLayer, fold_layers_, settle_
@@ -25,8 +26,15 @@ TAKERS = {
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def find_folds(model: nn.Module, example: Example) -> tuple[dict[str, str], dict[str, str]]:
+def find_folds(
+    model: nn.Module, example: Example, *, ignore: Sequence[str] = ()
+) -> tuple[dict[str, str], dict[str, str]]:
     """Finds the batch norms that can be taken into the convolution or linear layer whose output they alone read.
+
+    Args:
+        model: nothing is changed.
+        example: its input.
+        ignore: names of modules or patterns; such norms and layers stay as they are.
 
     Returns:
         The name of each such batch norm -> that of the layer; and of each other batch norm -> the reason.
@@ -37,6 +45,7 @@ def find_folds(model: nn.Module, example: Example) -> tuple[dict[str, str], dict
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     if not norms:
         return {}, {}
+    alone = ignored(model, ignore)
     program = export(model, inputs(example))
     owned = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
     folds: dict[str, str] = {}
@@ -49,8 +58,11 @@ def find_folds(model: nn.Module, example: Example) -> tuple[dict[str, str], dict
             continue
         taker = node.args[0]
         reason = _why_kept(norms[name], name, node) or _why_not(model, node, taker, owned)
+        layer = None if reason else str(_owner(taker.args[1], owned))
+        if name in alone or layer in alone:
+            reason = "asked for by `ignore`"
         if reason is None:
-            folds[name] = str(_owner(taker.args[1], owned))
+            folds[name] = str(layer)
         else:
             left[name] = reason
     left |= {n: "forward does not use it, or it has no running statistics" for n in norms if n not in folds | left}

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fedpress.compress.ignoring import ignored
 from fedpress.compress.quantize.cluster import shared_values
 from fedpress.compress.quantize.ranges import Batch, calibrate_, run_watched
 from fedpress.compress.quantize.rounding import as_batch, best_scale, patches, round_second_order_, second_moment
@@ -22,7 +23,12 @@ PATCHES = 4096  # of each batch, for the second moments
 
 
 def quantizable(
-    model: nn.Module, grids: LayerGrids, *, keep: Collection[str] = (), sparse: Collection[str] = ()
+    model: nn.Module,
+    grids: LayerGrids,
+    *,
+    keep: Collection[str] = (),
+    ignore: Sequence[str] = (),
+    sparse: Collection[str] = (),
 ) -> tuple[dict[str, LayerGrids], dict[str, str]]:
     """Lists the layers of `model` that can be put on `grids`, in the model's order, and the others with the reason.
 
@@ -30,6 +36,7 @@ def quantizable(
         model: nothing is changed.
         grids: of every layer.
         keep: names of layers that stay float; "first" and "last" are those of the model's order.
+        ignore: names of modules or patterns ("block.3.*"), all of whose layers stay float.
         sparse: names of parameters whose zeros are pruned weights, which a binary grid cannot keep.
 
     Raises:
@@ -60,6 +67,9 @@ def quantizable(
         else:
             left[name or type(module).__name__] = reason
     names = [*table]
+    for name in sorted(ignored(model, ignore)):
+        if table.pop(name, None) is not None:
+            left[name] = "asked for by `ignore`"
     for word in keep:
         name = {"first": names[0], "last": names[-1]}.get(word, word) if names else word
         if name not in table and name not in left:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fedpress.compress.ignoring import ignored
 from fedpress.errors import ModelError, RecipeError
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
@@ -49,7 +50,12 @@ class Weights:
 
 
 def find_weights(
-    model: nn.Module, *, keep_first: bool = True, keep_last: bool = True, keep: Sequence[str] = ()
+    model: nn.Module,
+    *,
+    keep_first: bool = True,
+    keep_last: bool = True,
+    keep: Sequence[str] = (),
+    ignore: Sequence[str] = (),
 ) -> Weights:
     """Finds the weights of convolutions, linear layers, attention and recurrent layers.
 
@@ -60,6 +66,7 @@ def find_weights(
         keep_first: leaves the first of these weights dense.
         keep_last: leaves the last dense.
         keep: names of parameters (patterns with `*`) to leave dense.
+        ignore: names of modules or parameters (patterns with `*`) to leave dense.
 
     Raises:
         RecipeError: if a pattern matches no weight.
@@ -72,6 +79,8 @@ def find_weights(
             raise RecipeError(f"sparsify.keep: no weight matches '{pattern}'; names look like {some}")
     names = list(found)
     reasons = {n: "asked for by `keep`" for n in names if any(fnmatch.fnmatchcase(n, each) for each in keep)}
+    left = ignored(model, ignore)
+    reasons |= {name: "asked for by `ignore`" for name in names if name in left}
     if names and keep_first:
         reasons[names[0]] = "the first layer (keep_first)"
     if names and keep_last:
@@ -80,7 +89,7 @@ def find_weights(
     if not chosen:
         raise ModelError(
             f"sparsify: no weight of this model may get zeros ({_some(dense | reasons)}); "
-            "set keep_first = false or keep_last = false, or use a larger model"
+            "set keep_first = false or keep_last = false, name less in keep and ignore, or use a larger model"
         )
     return Weights(chosen, dense | reasons)
 

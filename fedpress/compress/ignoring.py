@@ -1,0 +1,43 @@
+"""What a user wants left as it is: names of modules or weights, or patterns such as `block.3.*`."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+
+from torch import nn
+
+from fedpress.errors import RecipeError, did_you_mean
+
+
+def ignored(model: nn.Module, patterns: Sequence[str], key: str = "ignore") -> frozenset[str]:
+    """Returns the names of all modules, parameters and buffers of `model` that `patterns` name.
+
+    A module stands for all that lies in it; `*` in a pattern is any run of characters.
+
+    Args:
+        model: any module.
+        patterns: such as "head" or "block.3.*".
+        key: what the setting is called, for errors.
+
+    Raises:
+        RecipeError: if a pattern matches nothing.
+
+    >>> sorted(ignored(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["0"]))
+    ['0', '0.bias', '0.weight']
+    """
+    named = [
+        *model.named_modules(remove_duplicate=False),
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    names = [name for name, _ in named if name]
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+        if not hits:
+            some = ", ".join([name for name, module in model.named_children()][:5])
+            hint = did_you_mean(pattern, names) or f"; it has such as {some}" if some else ""
+            raise RecipeError(f"{key}: no module or weight of the model matches '{pattern}'{hint}")
+        found |= hits | {name for name in names if any(name.startswith(f"{hit}.") for hit in hits)}
+    return frozenset(found)
