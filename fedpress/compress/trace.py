@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -170,24 +171,52 @@ class Walk:
         self._exported, self._ids, self._calls, self._first_names = exported, ids, calls, first_names
         self._used: dict[str, bool] = {}  # a shared parameter comes once for each of its names
         self._values: dict[torch.fx.Node, Any] = {}
-        live = _live(exported.graph)
-        for node in exported.graph.nodes:
-            ids.read = node in live
-            self._visit(node)
+        self._run(exported.graph_module, None, read=True)
 
     def unused(self) -> list[str]:
         """Returns the names of the parameters that forward does not use."""
         return [name for name, use in self._used.items() if not use]
 
+    def _run(self, module: torch.fx.GraphModule, given: Sequence[Any] | None, *, read: bool) -> Any:
+        """Visits the nodes of the model, or of a part of it that is `given` values, and returns its outputs."""
+        live, result = _live(module.graph), None
+        rest = iter(given or ())
+        for node in module.graph.nodes:
+            self._ids.read = read and node in live
+            if node.op == "output":
+                result = torch.fx.node.map_arg(node.args[0], self._values.get)
+            elif node.op == "placeholder" and given is not None:
+                self._values[node] = next(rest)
+            elif isinstance(node.target, HigherOrderOperator):
+                self._values[node] = self._region(node, module)
+            else:
+                self._visit(node)
+        if given is None:
+            self._ids.operation = ""
+            for value in _values(result):
+                for axis in value.axes:
+                    self._ids.freeze(axis, "it is an output of the model")
+        return result
+
+    def _region(self, node: torch.fx.Node, module: torch.fx.GraphModule) -> Any:
+        """Walks code under `torch.no_grad()` or `torch.autocast`; what other functions are given stays whole."""
+        at = next((i for i, a in enumerate(node.args) if isinstance(_part_of(module, a), torch.fx.GraphModule)), None)
+        values = torch.fx.node.map_arg(node.args, self._values.get)
+        if at is not None and str(node.target).startswith("wrap_with_"):
+            return self._run(_part_of(module, node.args[at]), values[at + 1 :], read=self._ids.read)
+        path = [fqn for fqn, _ in node.meta.get("nn_module_stack", {}).values()]
+        self._ids.module, self._ids.operation = path[-1] if path else "", str(node.target)
+        given = list(_values(values))
+        _stay_whole(self._ids, given, "channels are not followed through it")
+        outputs = node.meta.get("val")
+        shapes = [tuple(getattr(v, "shape", ())) for v in (outputs if isinstance(outputs, list | tuple) else [outputs])]
+        results = [Value(shape, (None,) * len(shape), given=any(v.given for v in given)) for shape in shapes]
+        return results if isinstance(outputs, list | tuple) else results[0]
+
     def _visit(self, node: torch.fx.Node) -> None:
         ids, values = self._ids, self._values
         if node.op in ("placeholder", "get_attr"):
             values[node] = self._given(node)
-        elif node.op == "output":
-            ids.operation = ""
-            for value in _values(torch.fx.node.map_arg(node.args, values.get)):
-                for axis in value.axes:
-                    ids.freeze(axis, "it is an output of the model")
         elif node.target is operator.getitem:
             values[node] = values[node.args[0]][node.args[1]]
         else:
@@ -215,6 +244,13 @@ class Walk:
         if trained:
             self._used[name] = self._used.get(name, False) or bool(node.users)
         return Value(shape, axes, zero=True, weights=True, trained=trained, boolean=_boolean(node), known=known)
+
+
+def _part_of(module: torch.fx.GraphModule, argument: Any) -> Any:
+    """Returns the part of a captured model that an argument stands for, if it stands for one."""
+    if isinstance(argument, torch.fx.Node) and argument.op == "get_attr":
+        return getattr(module, str(argument.target), None)
+    return None
 
 
 def _live(graph: torch.fx.Graph) -> set[torch.fx.Node]:
@@ -252,7 +288,7 @@ def _operate(node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], ids: Ids)
     args, options = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
     every = [*_values(args), *_values(list(options.values()))]
     if find_rule(node.target) is None:
-        fakes = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        fakes = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
         parts = parts_of(node.target, *fakes)
         if parts is not None:
             tensors = [v for v in tree_leaves((list(args), dict(options))) if isinstance(v, Value)]
@@ -302,11 +338,15 @@ def _apply(operation: Any, ids: Ids, shape: Ints, args: Any, options: Any, given
             why = f"its rule does not cover this use ({type(error).__name__}: {error})"
     elif _only_checks(operation):
         return ()
+    _stay_whole(ids, given, why)
+    return ()
+
+
+def _stay_whole(ids: Ids, given: Sequence[Value], why: str) -> None:
     axes = [axis for value in given for axis in value.axes if axis is not None]
     for axis in axes:
         ids.freeze(axis, why)
     ids.ruleless.append((ids.module, f"{why}: {ids.place}", axes))
-    return ()
 
 
 def _only_checks(operation: Any) -> bool:
