@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 
@@ -76,10 +78,21 @@ def replace_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, key) for key in module._flat_weights_names]
         if _shapes(module) != shapes:
+            _compute_(module)
             _mend_(module, shapes)
     for module in model.modules():  # nested tensors are for the attention of torch alone
         if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, NarrowAttention) for m in module.modules()):
             module.use_nested_tensor = False
+
+
+@torch.no_grad()
+def _compute_(module: nn.Module) -> None:
+    """Computes anew what the old norms of `torch.nn.utils` keep as an attribute until the next forward."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            setattr(module, hook.name, hook.compute_weight(module))
+        elif isinstance(hook, SpectralNorm):
+            setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
 
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -128,6 +141,11 @@ def _mend_(module: nn.Module, before: Shapes) -> None:
         _narrow_(module)
 
 
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """Returns the shape of a layer's weight; of one that is computed from others, the shape that it will have."""
+    return _shapes(module)[0]
+
+
 def depthwise(module: nn.modules.conv._ConvNd) -> bool:
     """Says whether each group of the convolution has one input channel, so that groups go with channels."""
     return module.groups == module.in_channels > 1
@@ -136,7 +154,8 @@ def depthwise(module: nn.modules.conv._ConvNd) -> bool:
 def set_groups_(module: nn.modules.conv._ConvNd, groups: int) -> None:
     """Gives the convolution `groups` groups and the numbers of channels that its weight then has."""
     module.groups = groups
-    sizes = module.weight.shape[0], module.weight.shape[1] * groups
+    shape = weight_shape(module)
+    sizes = shape[0], shape[1] * groups
     module.out_channels, module.in_channels = sizes[::-1] if module.transposed else sizes
 
 

@@ -97,6 +97,11 @@ class SizedNumber:
         new = self.length.at(gone)
         return (new, self.length.whole) if self.multiple else new
 
+    def wanted(self, gone: Sequence[int]) -> int:
+        """Returns the number itself, in place of the one that it was when the model was traced."""
+        new = self.length.at(gone)
+        return self.was * new // self.length.whole if self.multiple else new
+
 
 @dataclass(frozen=True)
 class WrittenIndex:

@@ -63,7 +63,7 @@ def _compare_training(masked: nn.Module, small: nn.Module, batch: Batch, toleran
         both = [copied(model).train() for model in (masked, small)]
         values = batch
         if wide:
-            both = [model.double() for model in both]
+            both = [nn.Module.double(model) for model in both]  # users name attributes so
             values = [x.double() if x.is_floating_point() else x for x in batch]
         with _Means():
             wanted = _attempt(both[0], values)

@@ -218,7 +218,8 @@ class Walk:
         if node.op in ("placeholder", "get_attr"):
             values[node] = self._given(node)
         elif node.target is operator.getitem:
-            values[node] = values[node.args[0]][node.args[1]]
+            source, which = node.args
+            values[node] = values[source][which]  # type: ignore[index]
         else:
             at = node.meta.get("custom", {}).get(TAG)
             ids.call = None if at is None else REBUILT if at < 0 else self._calls[at]
@@ -324,7 +325,7 @@ def _boolean(node: torch.fx.Node) -> bool:
     return getattr(node.meta.get("val"), "dtype", None) == torch.bool
 
 
-def _apply(operation: Any, ids: Ids, shape: Ints, args: Any, options: Any, given: Sequence[Value]) -> Any:
+def _apply(operation: Any, ids: Ids, shape: tuple[int, ...], args: Any, options: Any, given: Sequence[Value]) -> Any:
     """Returns the axes of the output by the operation's rule.
 
     Without one, or where that fails on what it is given, all that the operation touches stays whole.
@@ -373,7 +374,7 @@ def _known(node: torch.fx.Node, args: Any, options: Any, given: Sequence[Value])
         return None
     plain = _plain((args, options))
     try:
-        return node.target(*plain[0], **plain[1])  # type: ignore[operator,no-any-return]
+        return node.target(*plain[0], **plain[1])  # type: ignore[operator]
     except Exception:  # then channels that it places stay whole, and the plan says so
         return None
 
@@ -592,10 +593,8 @@ def _without_followers(model: nn.Module, graph: ChannelGraph, arguments: Sequenc
                 export(small, tuple(arguments))
         for number in graph.numbers:
             passed = seen[number.site.module].get(number.site.call, [])
-            right = number.right(counts)
             if number.site.position < len(passed):
-                code = passed[number.site.position]
-                wanted = right if isinstance(right, int) else number.was * right[0] // right[1]
+                code, wanted = passed[number.site.position], number.wanted(counts)
                 wrong |= {number.site} if code != wanted else set()
                 changed |= {number.site} if wanted != number.was else set()
                 if code * number.length.at(counts) != wanted * number.length.whole:

@@ -17,7 +17,7 @@ from fedpress import consent, limits, own_modules
 from fedpress.calls import Numbers, numbers_in, set_numbers_
 from fedpress.errors import ModelError, did_you_mean
 from fedpress.grids import LayerGrids
-from fedpress.layers import depthwise, replace_, set_groups_, tensor
+from fedpress.layers import depthwise, replace_, set_groups_, tensor, weight_shape
 from fedpress.masked import take_in_
 from fedpress.models.plain import CNN, MLP
 from fedpress.models.resnet import resnet18, resnet_small
@@ -225,7 +225,7 @@ def _renumber_(model: nn.Module, numbers: Numbers) -> None:
 def _regroup_(model: nn.Module, groups: dict[str, int]) -> None:
     for name, count in groups.items():
         module = dict(model.named_modules()).get(name)
-        if not isinstance(module, nn.modules.conv._ConvNd) or count < 1 or module.weight.shape[0] % count:
+        if not isinstance(module, nn.modules.conv._ConvNd) or count < 1 or weight_shape(module)[0] % count:
             raise ModelError(f"spec.groups: '{name}' cannot have {count} groups; the spec is of another model")
         set_groups_(module, count)
 

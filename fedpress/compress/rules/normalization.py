@@ -34,6 +34,8 @@ def group_norm(
 ) -> Axes:
     """Channels of one group share a mean and a variance: only whole groups can go without changing the others."""
     channels = x.axes[1]
+    for axis in x.axes[2:]:  # of weights that are standardised so, say
+        ids.freeze(axis, "a mean over channels")
     if channels is not None:
         size = len(channels) // groups
         ids.unite(channels, np.repeat(channels[::size], size))
