@@ -10,6 +10,7 @@ reach are left alone. A place that a loop reaches several times with different n
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import threading
@@ -305,6 +306,46 @@ def _part(code: CodeType, at: FrameType) -> str:
     return _PARTS[key]
 
 
+def has_place(module: nn.Module, place: str) -> bool:
+    """Says whether the code of the module's class still has a call at `place`; True where that cannot be known."""
+    first, *_ = place.split(" ")
+    named, plus, rest = first.rpartition("+")
+    if not plus:  # the index of a call, of an older file
+        return True
+    offset, _, column = rest.partition(":")
+    known = [
+        code
+        for kind in type(module).__mro__
+        for value in vars(kind).values()
+        for code in _codes(getattr(inspect.unwrap(value), "__code__", None) if callable(value) else None)
+        if f"{os.path.basename(code.co_filename)}:{code.co_qualname}" == named
+    ]
+    if not known or column == "0":
+        return True
+    return any((int(offset), int(column)) in _ends(code) for code in known)
+
+
+def _codes(code: CodeType | None) -> Iterator[CodeType]:
+    """Yields the code of a function and of those that are defined in it."""
+    if code is not None:
+        yield code
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                yield from _codes(constant)
+
+
+def _ends(code: CodeType) -> set[tuple[int, int]]:
+    """Returns the line, from the function's first on, and the column where each of its operations ends."""
+    first = code.co_firstlineno
+    inner = [c for c in code.co_consts if isinstance(c, CodeType) and c.co_name in _COMPREHENSIONS]
+    return {
+        (line - first, column)
+        for each in (code, *inner)
+        for _, line, _, column in each.co_positions()
+        if line is not None and column is not None
+    }
+
+
 class Watch(TorchFunctionMode):
     """Passes the right numbers to the calls of one module while it is active, and may note what the code passed."""
 
@@ -378,10 +419,14 @@ def set_numbers_(model: nn.Module, numbers: Mapping[str, Mapping[Any, Mapping[in
     """Lets the named modules of `model` pass `numbers` in their calls, besides those that they already put right.
 
     Raises:
-        AttributeError: if `model` lacks one of the modules.
+        AttributeError: if `model` lacks one of the modules, or the code of one no longer has such a call.
     """
     for name, calls in numbers.items():
         module = model.get_submodule(name)
+        gone = next((call for call in calls if not has_place(module, str(call))), None)
+        if gone is not None:
+            where = f"'{name}'" if name else "the model itself"
+            raise AttributeError(f"the code of {where} has changed: there is no call at {gone.split(' ')[0]} any more")
         hook = next(_hooks(module), None)
         if hook is None:
             hook = Begin({})

@@ -219,7 +219,10 @@ def _renumber_(model: nn.Module, numbers: Numbers) -> None:
     try:
         set_numbers_(model, numbers)
     except AttributeError as error:
-        raise ModelError(f"spec.numbers: {error}; the spec is of another model") from error
+        raise ModelError(
+            f"spec.numbers: {error}; the spec is of another model, or of its code as it was: take the code that was "
+            "pruned, or prune again"
+        ) from error
 
 
 def _regroup_(model: nn.Module, groups: dict[str, int]) -> None:

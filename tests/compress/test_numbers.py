@@ -1,6 +1,8 @@
 """Numbers in forward code: found by their place, whatever path the code takes, for any batch."""
 
+import importlib
 import json
+import sys
 from copy import deepcopy
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from fedpress.compress import PruningPlan, check_parity, remove_, trace
 from fedpress.compress.planning import make_plan
+from fedpress.errors import ModelError
 from fedpress.models import ModelSpec, load_model, save_model, what_pruning_changed
 
 
@@ -145,7 +148,42 @@ def build(**_):
     return Grouped(early=False)
 
 
-def test_the_place_is_a_part_of_the_file_and_survives_lines_above_it(tmp_path):
+CODE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.o = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.o(torch.cat([part for part in (h[:, 6:].relu(), h[:, :6].tanh())], 1))
+"""
+
+
+def test_code_that_changed_above_a_module_still_opens_and_other_code_is_told(tmp_path, monkeypatch):
+    file, name = tmp_path / "changing_net.py", "changing_net:Net"
+    monkeypatch.syspath_prepend(tmp_path)
+    file.write_text(CODE)
+    spec, x = ModelSpec(architecture=name, input_shape=(8,)), torch.randn(2, 8)
+    dense = spec.build().eval()
+    _, _, small = halved(dense, x)
+    save_model(tmp_path / "m", spec.model_copy(update=what_pruning_changed(small, dense)), small)
+
+    def again(code: str) -> nn.Module:
+        monkeypatch.delitem(sys.modules, "changing_net")
+        file.write_text(code)
+        importlib.invalidate_caches()
+        return load_model(tmp_path / "m", allow_code=name)[1].eval()
+
+    assert torch.equal(again("# a new line" + CODE)(x), small(x))
+    with pytest.raises(ModelError, match=r"the code of the model itself has changed: .*Net\.forward.*or prune again"):
+        again(CODE.replace("        h = ", "        x = x * 1\n        h = "))
+
+
+def test_the_place_is_a_part_of_the_file(tmp_path):
     spec = ModelSpec(architecture=f"{__name__}:build", input_shape=(5, 64))
     dense, x = build().eval(), torch.randn(2, 5, 64)
     _, _, small = halved(dense, x)
