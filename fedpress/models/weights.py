@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedpress.errors import ModelError
+from fedpress.models.foreign import described
 
 INSIDE = ("state_dict", "model_state_dict", "model")
 
@@ -41,11 +42,15 @@ def load_weights_(model: nn.Module, path: Path) -> tuple[str, ...]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise ModelError(f"{path}: no such file; give a state dict as .safetensors or .pt")
+        what = "this is a folder" if path.is_dir() else "no such file"
+        raise ModelError(f"{path}: {what}; give a state dict as .safetensors or .pt")
     found: Any
     try:
         found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        foreign = described(path) or ""
+        if foreign and "state dict" not in foreign.partition(";")[0]:
+            raise ModelError(f"{foreign} (a checkpoint must be a state dict)") from error
         raise ModelError(
             f"{path}: cannot be read as plain tensors ({str(error).splitlines()[0][:120]}); "
             "save model.state_dict() as .safetensors or with torch.save"

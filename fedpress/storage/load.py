@@ -9,6 +9,7 @@ from torch import nn
 
 from fedpress.errors import ModelError
 from fedpress.models import ModelSpec, load_model
+from fedpress.models.foreign import described
 from fedpress.storage.packed import unpack
 
 
@@ -21,9 +22,12 @@ def load(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpec,
             Without one only the architectures of fedpress are built, and what this process was given by name.
 
     Raises:
-        ModelError: if there is no model, it is corrupt, or it names a function that is not allowed.
+        ModelError: if there is no model, it is corrupt, it names a function that is not allowed, or it is another
+            program's: then how it can be used here.
     """
     path = Path(path)
+    if (foreign := described(path)) is not None:
+        raise ModelError(f"model: {foreign}")
     if path.is_file():
         return unpack(path, allow_code)
     if (path / "stages").is_dir() and not (path / "spec.json").exists():

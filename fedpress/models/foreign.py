@@ -1,0 +1,213 @@
+"""Files and folders of other programs that are given as a model: what they are, and the way in.
+
+A file is told by its first bytes and its table of contents. Nothing is unpickled: a pickle may run anything.
+"""
+
+from __future__ import annotations
+
+import json
+import pickletools
+import shlex
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+HEAD = 4096
+LONGEST_PICKLE = 1 << 24  # bytes that are looked through: a state dict of 100,000 tensors has fewer
+FORMAT = b"fedpress packed model"
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+"""The number at the beginning of what torch.save wrote before 1.6."""
+OF_TENSORS = ("collections", "torch", "torch._utils", "torch.storage", "torch._tensor", "numpy", "_codecs", "builtins",
+              "__builtin__")  # fmt: skip
+"""Modules that the pickle of a state dict may name; a pickled network names those of its classes."""
+
+WEIGHTS = "give what builds the network, with these weights: package.module:function --checkpoint {path}"
+NO_WAY_BACK = (
+    "it cannot be cut or trained any more: give the PyTorch model that it was exported from (fedpress measure takes "
+    "the exported files that it can run)"
+)
+BUILD = "write a function that returns the network as a torch.nn.Module, and give package.module:function"
+BUILD_AGAIN = f"build it in PyTorch: {BUILD}"
+
+
+def described(path: Path) -> str | None:
+    """Says what `path` is and how its model can be used here; None if nothing is known about it.
+
+    >>> described(Path("no-such-file")) is None
+    True
+    """
+    try:
+        found = _folder(path) if path.is_dir() else _file(path) if path.is_file() else None
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):
+        return None
+    if found is None:
+        return None
+    what, way = found
+    return f"'{path}' is {what}; {way.format(path=shlex.quote(str(path)))}"
+
+
+def _file(path: Path) -> tuple[str, str] | None:
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    if not head:
+        return "an empty file", "copy it again"
+    if head.startswith(b"PK\x03\x04"):
+        return _zip(path)
+    for matches, what, way in BY_HEAD:
+        if matches(head):
+            return what, way
+    if _is_safetensors(head):
+        return None if FORMAT in head else ("a state dict (safetensors)", WEIGHTS)
+    if head[:1] == b"\x80" and head[1:2] in b"\x00\x01\x02\x03\x04\x05":
+        return _pickle(path)
+    return BY_SUFFIX.get(path.suffix.lower())
+
+
+def _is_safetensors(head: bytes) -> bool:
+    size = int.from_bytes(head[:8], "little")
+    return 2 <= size <= 100_000_000 and head[8:9] == b"{"
+
+
+def _is_onnx(head: bytes) -> bool:
+    """Whether protobuf fields begin as those of ONNX: version 1 to 31, then a name, a domain, a graph or opsets."""
+    return head[:1] == b"\x08" and 0 < head[1] < 32 and head[2:3] in (b"\x12", b"\x1a", b"\x3a", b"\x42")
+
+
+BY_HEAD: tuple[tuple[Callable[[bytes], bool], str, str], ...] = (
+    (lambda head: head[4:8] == b"TFL3", "a LiteRT (TensorFlow Lite) file", NO_WAY_BACK),
+    (lambda head: head[4:6] == b"ET" and head[6:8].isdigit(), "an ExecuTorch program", NO_WAY_BACK),
+    (lambda head: head.startswith(b"GGUF"), "a GGUF file of quantized weights", f"{BUILD} of the original weights"),
+    (lambda head: head.startswith(b"\x89HDF\r\n\x1a\n"), "an HDF5 file, mostly of Keras", BUILD_AGAIN),
+    (lambda head: head.startswith(b"\x93NUMPY"), "a numpy array", f"save a state dict with torch.save, then {WEIGHTS}"),
+    (lambda head: _is_onnx(head), "an ONNX file", NO_WAY_BACK),
+    (lambda head: b"<net " in head and head.lstrip()[:1] == b"<", "an OpenVINO file", NO_WAY_BACK),
+    (lambda head: head.startswith(b"\x1f\x8b"), "packed with gzip", "unpack it and give what is inside"),
+    (lambda head: head[257:262] == b"ustar", "a tar archive", "unpack it and give what is inside"),
+    (lambda head: head.startswith(b"version https://git-lfs"), "a pointer of Git LFS, not the file itself",
+     "fetch it with: git lfs pull"),
+)  # fmt: skip
+"""First bytes, what such a file is, and the way in."""
+
+BY_SUFFIX = {
+    ".onnx": ("an ONNX file", NO_WAY_BACK),
+    ".tflite": ("a LiteRT (TensorFlow Lite) file, and damaged", NO_WAY_BACK),
+    ".pb": ("a TensorFlow graph", BUILD_AGAIN),
+    ".py": ("a Python file", "give the function in it that builds the network: module:function"),
+    ".toml": ("a recipe, not a model", "start it with: fedpress run {path}"),
+    ".bin": ("a file of weights without a description", BUILD),
+}
+
+
+def _zip(path: Path) -> tuple[str, str]:
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        inner = {name.partition("/")[2] or name for name in names}
+        if {"archive_format", "models/model.json"} & inner or "serialized_exported_program.json" in inner:
+            return "a program of torch.export", f"it cannot be taken apart into layers: {BUILD}"
+        if "constants.pkl" in inner and any(name.startswith("code/") for name in inner):
+            return (
+                "a TorchScript archive",
+                f"its layers are compiled and cannot be cut: {BUILD}; its weights are in "
+                "torch.jit.load({path}).state_dict()",
+            )
+        if "config.json" in names and any(name.endswith(".weights.h5") for name in names):
+            return "a Keras archive", BUILD_AGAIN
+        pickled = next((name for name in names if name.endswith("data.pkl")), None)
+        if pickled is None:
+            return "a zip archive", "unpack it and give what is inside"
+        with archive.open(pickled) as file:
+            return _by_classes(_named(file))
+
+
+def _pickle(path: Path) -> tuple[str, str]:
+    with open(path, "rb") as file:
+        numbers = [argument for _, argument, _ in _operations(file)]
+        if LEGACY_MAGIC in numbers:
+            for _ in range(2):  # the version of the protocol, and what is known of the machine
+                for _ in _operations(file):
+                    pass
+            return _by_classes(_named(file))
+        file.seek(0)
+        names = _named(file)
+    if _own_classes(names):
+        return _by_classes(names)
+    return "a Python pickle", f"save a state dict with torch.save(model.state_dict(), FILE); {WEIGHTS}"
+
+
+def _own_classes(names: set[str]) -> list[str]:
+    """Returns the classes among `names` that are no part of plain tensors, a user's own first."""
+    own = [name.replace(" ", ".") for name in names if name.partition(" ")[0] not in OF_TENSORS]
+    return sorted(own, key=lambda name: (name.startswith("torch."), name))
+
+
+def _by_classes(names: set[str]) -> tuple[str, str]:
+    own = _own_classes(names)
+    if not own:
+        return "a state dict, or a checkpoint that holds one", WEIGHTS
+    return (
+        f"a pickled object of classes such as {own[0]}, and opening it may run any code",
+        "where it was made, save the state dict with torch.save(model.state_dict(), 'weights.pt'), then give what "
+        "builds the network: package.module:function --checkpoint weights.pt",
+    )
+
+
+def _named(file: IO[bytes]) -> set[str]:
+    """Returns `module name` of all that the next pickle in `file` asks for, without doing any of it."""
+    found: set[str] = set()
+    words: list[str] = []
+    memo: dict[int, str] = {}
+    for operation, argument, position in _operations(file):
+        if position > LONGEST_PICKLE:
+            break
+        if operation == "GLOBAL":
+            found.add(str(argument))
+        elif operation == "STACK_GLOBAL":
+            found.add(" ".join(words[-2:]))
+        elif "UNICODE" in operation:
+            words.append(str(argument))
+        elif operation == "MEMOIZE":
+            memo[len(memo)] = words[-1] if words else ""
+        elif operation in ("BINGET", "LONG_BINGET") and argument in memo:
+            words.append(memo[int(str(argument))])
+    return found
+
+
+def _operations(file: IO[bytes]) -> Iterator[tuple[str, object, int]]:
+    for operation, argument, position in pickletools.genops(file):
+        yield operation.name, argument, position or 0
+
+
+def _folder(path: Path) -> tuple[str, str] | None:
+    names = {entry.name for entry in path.iterdir()}
+    if not names:
+        return "an empty folder", "give the folder of a model or of a run, or a packed file"
+    if "sweep.json" in names:
+        return "the folder of a sweep", "give one of the runs in its folder variants"
+    if "spec.json" in names or "stages" in names:
+        return None
+    if "saved_model.pb" in names:
+        return "a TensorFlow SavedModel", BUILD_AGAIN
+    weights = sorted(name for name in names if Path(name).suffix in (".safetensors", ".bin", ".pt", ".pth"))
+    if "config.json" in names and weights:
+        return _hub(path, weights[0])
+    if weights:
+        return f"a folder with the file of weights '{weights[0]}'", WEIGHTS.format(
+            path=shlex.quote(str(path / weights[0]))
+        )
+    return None
+
+
+def _hub(path: Path, weights: str) -> tuple[str, str]:
+    try:
+        config = json.loads((path / "config.json").read_text("utf-8"))
+        kinds = config.get("architectures") or ["AutoModel"]
+        kind = str(kinds[0]) if isinstance(kinds, list) else "AutoModel"
+    except (ValueError, AttributeError, IndexError):
+        kind = "AutoModel"
+    kind = kind if kind.isidentifier() else "AutoModel"
+    return (
+        f"a model of the Hugging Face hub ({kind}, {weights})",
+        f"write a function that returns transformers.{kind}.from_pretrained('{path}'), and give "
+        "package.module:function",
+    )
