@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import copy
 import datetime
 import json
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from fedpress.data import DataSettings
 from fedpress.errors import RecipeError, did_you_mean
 from fedpress.stages import AnyStage
+from fedpress.stages.teaching import FROM_THE_RUN
 from fedpress.state import Name
 
 
@@ -87,13 +89,78 @@ def text(name_or_path: str) -> str:
     if name_or_path in names():
         return (_shipped() / f"{name_or_path}.toml").read_text("utf-8")
     if path.suffix == ".toml" or path.is_file():
-        try:
-            return path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise RecipeError(f"recipe: cannot read '{path}' ({why}); give the path of a TOML file") from error
+        return _read(path)
+    if (path / "settings.json").is_file():
+        raise RecipeError(
+            f"recipe: '{path}' is the folder of a run; go on with it by --resume {path}, or run its recipe again: "
+            f"{path / 'recipe.toml'}"
+        )
     hint = did_you_mean(name_or_path, names())
     raise RecipeError(f"recipe: no recipe '{name_or_path}'{hint}; known are {', '.join(names())}, or give a .toml file")
+
+
+def _read(path: Path) -> str:
+    """Reads a file that is UTF-8, or says by its first bytes that it is UTF-16, as Windows editors write it."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(f"recipe: cannot read '{path}' ({error.strerror}); give the path of a TOML file") from error
+    utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if utf_16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise RecipeError(
+            f"recipe: cannot read '{path}' (line {line} is not UTF-8, which TOML must be); save it as UTF-8"
+        ) from error
+
+
+def effective(text: str, overrides: Sequence[str] = (), *, folder: Path | None = None) -> str:
+    """Returns the TOML that stands alone: with the overrides in it, and its relative paths counted from `folder`.
+
+    It is `text` itself, with its comments, if that says the same already.
+
+    Args:
+        text: of a recipe.
+        overrides: such as `stage.2.num_rounds=5`; paths in them count from the present folder.
+        folder: where the recipe file lies; None for one that came from no file.
+
+    Raises:
+        RecipeError: if the text is no TOML, or an override has no place.
+    """
+    plain = tree(text)
+    anchored = copy.deepcopy(plain)
+    if folder is not None:
+        _anchor_(anchored, folder)
+    if anchored == plain and not overrides:
+        return text
+    changed = overridden(anchored, overrides)
+    _anchor_(changed, Path.cwd())
+    _name_stages_(changed)
+    return toml(changed)
+
+
+def _anchor_(tree: dict[str, Any], folder: Path) -> None:
+    """Makes relative paths absolute: of the data, of a saved model, of a teacher."""
+    data, model, stages = tree.get("data"), tree.get("model"), tree.get("stage")
+    places = [(model, "checkpoint"), (model, "weights")]
+    places += [(stage, "teacher") for stage in (stages if isinstance(stages, list) else [])]
+    for table, key in [(data, "path"), *places]:
+        if not isinstance(table, dict):
+            continue
+        value = table.get(key)
+        if not isinstance(value, str) or value in FROM_THE_RUN or value.startswith("~") or Path(value).is_absolute():
+            continue
+        beside, here = folder / value, Path.cwd() / value
+        own_function = key == "path" and ":" in str(table.get("source", ""))  # its path may be anything
+        if _exists(beside) or not (_exists(here) or own_function):
+            table[key] = str(beside.resolve())
+        elif _exists(here):  # as older versions counted
+            table[key] = str(here.resolve())
+
+
+def _exists(path: Path) -> bool:
+    return any(path.parent.glob(path.name)) if "*" in path.name else path.exists()
 
 
 def load(toml: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -121,11 +188,29 @@ def tree(toml: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     try:
         found = tomllib.loads(toml)
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"recipe: not valid TOML: {error}; correct that place") from error
+        raise RecipeError(f"recipe: not valid TOML: {error}; {_cure(toml, str(error))}") from error
+    if isinstance(found.get("stage"), dict):
+        raise RecipeError("recipe.stage: one [stage] in single brackets; stages are a list, so write [[stage]]")
     _name_stages_(found)
     found = overridden(found, overrides)
     _name_stages_(found)  # also those that an override has put in
     return found
+
+
+def _cure(toml: str, problem: str) -> str:
+    """Says what to do about frequent mistakes in TOML."""
+    at = re.search(r"at line (\d+)", problem)
+    lines = toml.splitlines()
+    line = lines[int(at[1]) - 1] if at and int(at[1]) <= len(lines) else ""
+    if re.search(r"[\u201c\u201d\u201e\u2018\u2019]", line):
+        return "write plain quotes, \" or ', in that line"
+    if "escape" in problem or ("\\" in line and "Invalid hex" in problem):
+        return "write that path in 'single quotes', or with / in place of \\"
+    if re.search(r"Cannot declare \('stage'", problem) or re.fullmatch(r"\s*\[stage\]\s*(#.*)?", line):
+        return "stages are a list: write [[stage]] with two brackets each time"
+    if re.search(r"=\s*(True|False|None)\b", line):
+        return "write true and false in small letters, and leave out a key that has no value"
+    return "correct that place"
 
 
 def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -303,13 +303,21 @@ def _write_result(recipe: Recipe, folder: RunFolder, results: list[dict[str, Any
     )
 
 
-def note_environment(folder: RunFolder, command: str) -> None:
-    """Writes `environment.json`; when a run is resumed, adds what is different from its start, the command at least."""
+def note_environment(folder: RunFolder, command: str, origin: Mapping[str, Any] | None = None) -> None:
+    """Writes `environment.json`; when a run is resumed, adds what is different from its start, the command at least.
+
+    Args:
+        folder: of the run.
+        command: that was given.
+        origin: where the recipe came from and what was overridden in it, noted at the start alone.
+    """
     path, now = folder.path / "environment.json", environment(command)
     if path.exists():
         first = read_json(path, cure="delete this file")
         changed = {key: value for key, value in now.items() if first.get(key) != value}
         now = {**first, "resumed": [*first.get("resumed", []), changed]}
+    else:
+        now |= origin or {}
     write_json(path, now)
 
 

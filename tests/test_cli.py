@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import fedpress as package
+from fedpress import recipe as recipes
+from fedpress import run as runs
 
 TRAIN_ONLY = "stage=[{kind='train', epochs=1, batch_size=64}]"
 COMMAND = [sys.executable, "-c", "from fedpress.cli import main; main()"]
@@ -35,7 +37,7 @@ BAD = {
     "wrong range": (["tiny.toml", "stage.0.lr=-1"], "recipe.stage[0].lr", "greater than 0"),
     "override without value": (["tiny.toml", "seed"], "override 'seed': expected key=value"),
     "missing data": (["tiny.toml", "data.source=csv", "--data", "no.csv"], "no.csv"),
-    "missing image data": (["tiny.toml", "data.source=cifar10", "--data", "none"], "no such path 'none'"),
+    "missing image data": (["tiny.toml", "data.source=cifar10", "--data", "none"], "no such path '", "none'; check it"),
     "corrupt archive": (["tiny.toml", "data.source=cifar10", "--data", "bad"], "cifar-10-python.tar.gz"),
     "corrupt parquet": (["tiny.toml", "data.source=parquet", "--data", "bad.parquet"], "bad.parquet"),
     "unknown data function": (["tiny.toml", "data.source=nowhere:f"], "no module 'nowhere'; put its folder"),
@@ -149,8 +151,10 @@ def test_a_run_is_told_drawn_and_given_as_json(fedpress, tiny_file):
     assert result["final"]["accuracy"] > 0.2
     assert "report: " in said.err
     assert Path("new/report.html").stat().st_size > 10_000
-    assert Path("new/recipe.toml").read_text() == tiny_file.read_text()
+    settings = json.loads(Path("new/settings.json").read_text())
+    assert runs.settings(recipes.load(Path("new/recipe.toml").read_text())) == settings, "overrides are in it"
     environment = json.loads(Path("new/environment.json").read_text())
+    assert environment["overrides"] == [TRAIN_ONLY]
     assert environment["command"].startswith("fedpress run ")
 
     again = fedpress("run", tiny_file, TRAIN_ONLY, "--out", "new")
@@ -385,3 +389,121 @@ def test_ctrl_c_says_how_to_go_on_and_that_works(tmp_path, tiny_file):
     assert before < 400
     assert subprocess.run([*COMMAND, *command[1:]], cwd=tmp_path, capture_output=True).returncode == 0
     assert json.loads((tmp_path / "runs/tiny/result.json").read_text())["finished"]
+
+
+PLAIN = """# my recipe
+name = "plain"
+[data]
+source = "csv"
+path = "rows.csv"
+public_share = 0.3
+num_clients = 2
+partition = "iid"
+[model]
+architecture = "mlp"
+arguments = { in_features = 1, num_classes = 2 }
+[[stage]]
+kind = "train"
+epochs = 1
+"""
+
+
+@pytest.fixture
+def plain(tmp_path) -> Path:
+    """A recipe in a folder of its own, with its data beside it."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "rows.csv").write_text("a,label\n" + "".join(f"{i},{i % 2}\n" for i in range(60)))
+    (folder / "plain.toml").write_text(PLAIN)
+    return folder / "plain.toml"
+
+
+def test_paths_in_a_recipe_count_from_the_recipe(fedpress, plain, tmp_path, monkeypatch):
+    assert fedpress("check", plain).code == 0
+    assert fedpress("run", plain, "--out", "a").code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = fedpress("run", tmp_path / "a" / "recipe.toml", "--out", "b", "--from", tmp_path / "a")
+    assert again.code == 0, again.err
+    assert "train: already done" in again.out
+    assert fedpress("sweep", plain, "stage.train.epochs=1,2", "--out", "s").code == 0
+    assert fedpress("run", "--resume", tmp_path / "a").code == 0
+    said = fedpress("train", tmp_path / "a", "epochs=1")  # the data of the run are found from anywhere
+    assert said.code == 0, said.err
+    (tmp_path / "teach.toml").write_text(PLAIN.replace("rows.csv", "mine/rows.csv") + 'teacher = "a"\n')
+    assert fedpress("check", tmp_path / "teach.toml").code == 0
+    (tmp_path / "from.toml").write_text(
+        PLAIN.replace("rows.csv", "mine/rows.csv").partition("[model]")[0]
+        + '[model]\ncheckpoint = "a"\n[[stage]]\nkind = "measure"\n'
+    )
+    assert fedpress("check", tmp_path / "from.toml").code == 0
+
+
+def test_paths_from_the_present_folder_still_count_where_nothing_lies_beside_the_recipe(fedpress, plain, tmp_path):
+    plain.with_name("rows.csv").rename(tmp_path / "rows.csv")
+    assert fedpress("check", plain).code == 0
+    (tmp_path / "rows.csv").unlink()
+    one_sentence(fedpress("check", plain), f"no such path '{plain.with_name('rows.csv')}'")
+
+
+def test_resume_needs_nothing_but_the_folder(fedpress, plain, tmp_path, monkeypatch):
+    data = tmp_path / "moved.csv"
+    plain.with_name("rows.csv").rename(data)
+    words = ["run", plain, "stage.0.lr=0.01", "seed=3", "--data", "moved.csv", "--out", "r"]
+    assert fedpress(*words).code == 0
+    result = Path("r/result.json").read_text()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = tmp_path / "r"
+    for words in (["--resume", run], [run, "--resume"], ["--out", run, "--resume"], [plain, "--resume", run],
+                  [plain, "--out", run, "--resume"], [plain, "seed=3", "--resume", run]):  # fmt: skip
+        said = fedpress("run", *words)
+        assert said.code == 0, (words, said.err)
+        assert "train: already done" in said.out
+    assert (run / "result.json").read_text() == result
+    one_sentence(fedpress("run", plain, "seed=4", "--resume", run), "belongs to another recipe")
+    plain.write_text(PLAIN.replace("epochs = 1", "epochs = 2"))
+    one_sentence(fedpress("run", plain, "--resume", run), "epochs was 1, now 2")
+    one_sentence(fedpress("run", run), "is the folder of a run; go on with it by --resume")
+
+
+def test_resume_of_a_command_needs_nothing_but_the_folder(fedpress, plain):
+    assert fedpress("run", plain, "--out", "a").code == 0
+    assert fedpress("sparsify", "a", "density=0.5", "keep_first=false", "--out", "s").code == 0
+    for words in (["--resume", "s"], ["--out", "s", "--resume"], ["a", "density=0.5", "keep_first=false", "--out", "s",
+                  "--resume"]):  # fmt: skip
+        said = fedpress("sparsify", *words)
+        assert said.code == 0, (words, said.err)
+        assert "already done" in said.out
+    one_sentence(fedpress("quantize", "--resume", "s"), "this is no run of fedpress quantize", "run --resume s")
+    assert fedpress("run", "--resume", "s").code == 0
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_recipes_of_windows_editors_are_read_or_told(fedpress, plain, encoding):
+    plain.write_bytes(PLAIN.replace("\n", "\r\n").replace("my recipe", "über").encode(encoding))
+    said = fedpress("check", plain)
+    if encoding == "utf-16-le":  # without a mark at its beginning
+        one_sentence(said, "recipe: ")
+    else:
+        assert said.code == 0, said.err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[[stage]]", "[stage]", "stages are a list, so write [[stage]]"),
+        ("[[stage]]", "[stage]\nkind = 'train'\n[stage]", "write [[stage]] with two brackets"),
+        ('"rows.csv"', '"C:\\users\\me.csv"', "write that path in 'single quotes'"),
+        ('"rows.csv"', "\u201crows.csv\u201d", "write plain quotes"),
+        ("epochs = 1", "epochs = None", "leave out a key that has no value"),
+    ],
+)
+def test_frequent_mistakes_in_toml_are_told_with_their_cure(fedpress, plain, old, new, message):
+    plain.write_text(PLAIN.replace(old, new), "utf-8")
+    one_sentence(fedpress("check", plain), "recipe", message)
+
+
+def test_a_recipe_in_latin_1_is_told(fedpress, plain):
+    plain.write_bytes(PLAIN.replace("my recipe", "\u00fcber").encode("latin-1"))
+    one_sentence(fedpress("check", plain), "line 1 is not UTF-8, which TOML must be", "save it as UTF-8")

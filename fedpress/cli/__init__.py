@@ -15,7 +15,19 @@ import typer
 
 import fedpress
 from fedpress.cli import compress
-from fedpress.cli.common import AllowCode, AsJson, again, allow_code, default_folder, load, load_data, told
+from fedpress.cli.common import (
+    AllowCode,
+    AsJson,
+    again,
+    allow_code,
+    default_folder,
+    given,
+    load,
+    load_data,
+    run_to_resume,
+    take_up,
+    told,
+)
 from fedpress.errors import FedpressError, RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -50,11 +62,14 @@ def _root(
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a TOML file.")],
+    context: typer.Context,
+    recipe: Annotated[str | None, typer.Argument(help="Name of a shipped recipe, or a TOML file.")] = None,
     overrides: Overrides = None,
     data: Data = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run: --resume RUN, nothing else is needed.")
+    ] = False,
     reuse: Annotated[Path | None, typer.Option("--from", help="Take over equal finished stages of this run.")] = None,
     code: AllowCode = None,
     as_json: AsJson = False,
@@ -71,12 +86,18 @@ def run(
             from fedpress.report.html import write_report
             from fedpress.report.table import rich_table
 
-            text, wanted = load(recipe, overrides, data)
-            place = out or default_folder(wanted.name, resume)
-            earlier = RunFolder.open(reuse) if reuse is not None else None
-            folder = RunFolder.resume(place, runs.settings(wanted)) if resume else None
-            if folder is None:
+            words = [*([recipe] if recipe is not None else []), *(overrides or [])]
+            found, words = run_to_resume(words) if resume and out is None else (out, words)
+            recipe = words.pop(0) if words and ("=" not in words[0] or Path(words[0]).is_file()) else None
+            folder, text = None, ""
+            if resume:
+                place = found or default_folder(load(_named(recipe, context), words, data)[1].name, resume)
+                wanted, folder = take_up(place, recipe, words, data)
+            else:
+                text, wanted = load(_named(recipe, context), words, data)
+                place = out or default_folder(wanted.name, resume)
                 RunFolder.check_free(place, text)
+            earlier = RunFolder.open(reuse) if reuse is not None else None
         loaded = load_data(wanted, out_stream)
         with terminal.waiting(out_stream, "checking that everything fits together"):
             runs.check(wanted, loaded)
@@ -85,7 +106,10 @@ def run(
         raise typer.Exit(130) from None
     folder = folder or RunFolder.create(place, text, runs.settings(wanted))
     try:
-        runs.note_environment(folder, shlex.join(["fedpress", *sys.argv[1:]]))
+        is_file = recipe is not None and Path(recipe).is_file()
+        origin = str(Path(str(recipe)).resolve()) if is_file else recipe
+        about = {"recipe": origin, "overrides": given(words, data)}
+        runs.note_environment(folder, shlex.join(["fedpress", *sys.argv[1:]]), about)
         out_stream.print(f"{wanted.name} into {place}", markup=False, soft_wrap=True)
         terminal.follow(runs.execute(wanted, folder, loaded, reuse=earlier), out_stream)
         with terminal.waiting(out_stream, "drawing the report"):
@@ -98,6 +122,12 @@ def run(
     out_stream.print(f"report: {report_file}", markup=False, soft_wrap=True)
     if as_json:
         typer.echo(json.dumps(result))
+
+
+def _named(recipe: str | None, context: typer.Context) -> str:
+    if recipe is None:
+        raise typer.BadParameter("give the name of a recipe or a TOML file; fedpress recipes lists them", ctx=context)
+    return recipe
 
 
 @app.command()

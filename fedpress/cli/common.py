@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedpress.errors import RunError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fedpress.data import FederatedData
+    from fedpress.folder import RunFolder
     from fedpress.recipe import Recipe
 
 AllowCode = Annotated[
@@ -44,13 +47,66 @@ def again(place: Path) -> str:
 
 
 def load(recipe: str, overrides: list[str] | None, data: Path | None) -> tuple[str, Recipe]:
-    """Returns the text of a recipe, and what it and the overrides come to."""
+    """Returns the recipe as TOML that stands alone, overrides and data in it, and the checked recipe."""
     from fedpress import recipe as recipes
 
     text = recipes.text(recipe)
-    extra = [f"data.path={json.dumps(str(data), ensure_ascii=False)}"] if data is not None else []
-    find_modules([str(Path(recipe).resolve().parent)] if Path(recipe).is_file() else [])
-    return text, recipes.load(text, [*(overrides or []), *extra])
+    folder = Path(recipe).resolve().parent if Path(recipe).is_file() and recipe not in recipes.names() else None
+    find_modules([str(folder)] if folder else [])
+    words = [*(overrides or []), *_of_data(data)]
+    recipes.load(text, words)  # says what is wrong in the places that the file has
+    text = recipes.effective(text, words, folder=folder)
+    return text, recipes.load(text)
+
+
+def _of_data(data: Path | None) -> list[str]:
+    return [f"data.path={json.dumps(str(data), ensure_ascii=False)}"] if data is not None else []
+
+
+def given(overrides: list[str] | None, data: Path | None) -> list[str]:
+    """Returns overrides as they may be noted in a run folder: the path of the data does not depend on where one is."""
+    return [*(overrides or []), *_of_data(data.resolve() if data is not None else None)]
+
+
+def run_to_resume(words: list[str]) -> tuple[Path | None, list[str]]:
+    """Returns the run folder among the words behind `fedpress run --resume`, if there is one, and the other words."""
+    for position, word in enumerate(words):
+        if "=" not in word and (Path(word) / "settings.json").is_file():
+            return Path(word), words[:position] + words[position + 1 :]
+    return None, words
+
+
+def take_up(place: Path, recipe: str | None, overrides: list[str], data: Path | None) -> tuple[Recipe, RunFolder]:
+    """Opens the run in `place`; what it was started with needs not be said again.
+
+    Args:
+        place: the folder of the run.
+        recipe: by name or file, to make sure that it is this one's; None: the one that lies in the folder.
+        overrides: further ones, which must not change anything.
+        data: where the data lies now, if it moved.
+
+    Raises:
+        RunError: if there is no run, or it was started with other settings.
+    """
+    from fedpress import recipe as recipes
+    from fedpress import run as runs
+    from fedpress.folder import RunFolder, read_json
+
+    if not (place / "settings.json").exists():
+        raise RunError(f"{place}: there is no run to resume; leave out --resume to start one")
+    noted = read_json(place / "environment.json") if (place / "environment.json").exists() else {}
+    source = Path(noted["recipe"]).parent if isinstance(noted.get("recipe"), str) else None
+    find_modules([str(source)] if source is not None and source.is_dir() else [])
+    stored = recipes.load(recipes.effective((place / "recipe.toml").read_text("utf-8"), [*overrides, *_of_data(data)]))
+    if recipe is not None:
+        wanted = load(recipe, overrides, data)[1]
+        settings = read_json(place / "settings.json")
+        if runs.settings(wanted) != settings and noted.get("overrides"):
+            # Perhaps only what was overridden at the start is missing.
+            wanted = load(recipe, [*map(str, noted["overrides"]), *overrides], data)[1]
+        folder = RunFolder.resume(place, runs.settings(wanted))
+        return (stored if runs.settings(stored) == settings else wanted), folder
+    return stored, RunFolder.resume(place, runs.settings(stored))
 
 
 def find_modules(beside: list[str]) -> None:

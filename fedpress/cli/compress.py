@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedpress.cli.common import AllowCode, AsJson, again, allow_code, default_folder, find_modules, told
+from fedpress.cli.common import (
+    AllowCode,
+    AsJson,
+    again,
+    allow_code,
+    default_folder,
+    find_modules,
+    load,
+    run_to_resume,
+    told,
+)
 from fedpress.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -62,7 +72,9 @@ def _command(kind: str) -> Callable[..., None]:
         out: Annotated[Path | None, typer.Option(help="Run folder; runs/ and the command's name by default.")] = None,
         input_shape: Input = None,
         checkpoint: Weights = None,
-        resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+        resume: Annotated[
+            bool, typer.Option("--resume", help="Go on with an interrupted run: --resume RUN alone.")
+        ] = False,
         list_keys: Annotated[bool, typer.Option("--keys", help="List the settings and what they mean.")] = False,
         code: AllowCode = None,
         as_json: AsJson = False,
@@ -70,7 +82,7 @@ def _command(kind: str) -> Callable[..., None]:
         if list_keys:
             _show_keys(kind)
             return
-        if model is None:
+        if model is None and not (resume and out is not None):
             raise RecipeError(f"{kind}: give a model: the folder of a model or a run, or package.module:function")
         from fedpress import terminal
 
@@ -85,9 +97,17 @@ def _command(kind: str) -> Callable[..., None]:
                 from fedpress.report.html import write_report
 
                 find_modules([])
-                subject = Subject.find(model, weights=checkpoint)
-                order = Order.bind(kind, subject, keys or (), source=data, path=path, input_shape=shape_of(input_shape))
-                place = out or default_folder(kind, resume)
+                words = [*([model] if model is not None else []), *(keys or [])]
+                found, rest = run_to_resume(words) if resume and out is None else (out, words)
+                if resume and found is not None and not rest:  # all that was said then lies in the folder
+                    place, order = found, Order.of_folder(kind, found)
+                else:
+                    if model is None:
+                        raise RecipeError(f"{kind}: give the model too, or --resume RUN alone")
+                    subject = Subject.find(model, weights=checkpoint)
+                    shape = shape_of(input_shape)
+                    order = Order.bind(kind, subject, keys or (), source=data, path=path, input_shape=shape)
+                    place = out or default_folder(kind, resume)
                 folder = RunFolder.resume(place, runs.settings(order.recipe)) if resume else None
                 if folder is None:
                     RunFolder.check_free(place, order.text)
@@ -219,8 +239,7 @@ def sweep(
         from fedpress.report.sweep import sweep_table, write_sweep
         from fedpress.report.table import as_rich
 
-        find_modules([str(Path(recipe).resolve().parent)] if Path(recipe).is_file() else [])
-        text = recipes.text(recipe)
+        text = load(recipe, None, None)[0]
         extra = [f"data.path={json.dumps(str(data), ensure_ascii=False)}"] if data is not None else []
         variants = sweeps.variants(values or [], _whole_seeds(seeds))
         name = str(recipes.tree(text).get("name", "recipe"))

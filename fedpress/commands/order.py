@@ -11,11 +11,12 @@ from torch import nn
 
 from fedpress import recipe as recipes
 from fedpress import run as runs
+from fedpress import storage
 from fedpress.arrays import Preprocess
 from fedpress.commands.subject import NOTHING, Subject, classes_of
 from fedpress.data import FederatedData
 from fedpress.data.examples import Progress
-from fedpress.errors import DataError, FedpressError, ModelError, RecipeError
+from fedpress.errors import DataError, FedpressError, ModelError, RecipeError, RunError
 from fedpress.folder import RunFolder, read_json, write_json
 from fedpress.models import ModelSpec
 from fedpress.recipe import Recipe
@@ -97,6 +98,25 @@ class Order:
                 aims = ", ".join(AIMS)
                 raise RecipeError(f"prune: say how much should stay: give one of {aims}, such as keep_params=0.5")
             return cls(kind, recipes.toml(recipes.tree(recipes.toml(tree), overrides)), recipe, subject.spec)
+
+    @classmethod
+    def of_folder(cls, kind: str, folder: Path) -> Order:
+        """Reads the order that a run folder of this command was made for.
+
+        Raises:
+            RunError: if the folder is none of this command.
+        """
+        try:
+            text = (folder / "recipe.toml").read_text("utf-8")
+        except OSError as error:
+            raise RunError(f"{folder}: there is no run to resume; leave out --resume to start one") from error
+        recipe = recipes.load(text)
+        if len(recipe.stage) != 1 or recipe.stage[0].kind != kind:
+            raise RunError(
+                f"{folder}: this is no run of fedpress {kind}; go on with it by fedpress run --resume {folder}"
+            )
+        saved = recipe.model.checkpoint
+        return cls(kind, text, recipe, storage.load(saved)[0] if saved is not None else None)
 
     def load_data(self, progress: Progress | None = None) -> FederatedData:
         """Loads the data, and looks whether it is of the model's classes.

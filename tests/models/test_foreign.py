@@ -153,7 +153,8 @@ def test_a_folder_of_another_program_is_named_with_the_way_in(tmp_path, name):
 def test_the_way_in_for_a_state_dict_works(tmp_path, fedpress):
     torch.save(OrderedDict(net().state_dict()), tmp_path / "my weights.pt")
     (tmp_path / "own_net.py").write_text(
-        "from torch import nn\n\n\ndef build():\n    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))\n"
+        "from torch import nn\n\n\ndef build():\n"
+        "    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))\n"
     )
     said = fedpress("prune", tmp_path / "my weights.pt", "keep_params=0.5")
     assert said.code == 2
