@@ -197,10 +197,20 @@ def _write(place: Path, done: Sequence[tuple[Variant, Path, str | None]], comman
 
 
 def front(page: dict[str, Any], cost: str) -> list[str]:
-    """Returns the names of the finished variants that no other beats in `cost` and accuracy."""
+    """Returns the names of the finished variants that no other beats in `cost` and accuracy.
+
+    Latencies are compared within one runtime only; each has its own front.
+    """
     ends = [(v["name"], v["stages"][-1]) for v in page["variants"] if not v["error"] and v["stages"]]
-    known = [(n, s) for n, s in ends if s.get(cost) is not None and s.get("accuracy") is not None]
-    return [known[at][0] for at in pareto([(s[cost], s["accuracy"]) for _, s in known])]
+    groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for name, stage in ends:
+        if stage.get(cost) is not None and stage.get("accuracy") is not None:
+            runtime = str(stage.get("runtime")) if cost == "latency_ms" else ""
+            groups.setdefault(runtime, []).append((name, stage))
+    found: list[str] = []
+    for known in groups.values():
+        found += [known[at][0] for at in pareto([(stage[cost], stage["accuracy"]) for _, stage in known])]
+    return found
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

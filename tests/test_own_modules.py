@@ -41,7 +41,7 @@ def house(tmp_path):
     (tmp_path / "pack" / "__init__.py").write_text("")
     (tmp_path / "pack" / "inner.py").write_text("from pack.other import WORD\nimport helper_of_nets\n")
     (tmp_path / "pack" / "other.py").write_text("WORD = 'inner'\n")
-    for library in ("onnxruntime", "plotly", "no_such_library", "wave"):
+    for library in ("onnxruntime", "sklearn", "no_such_library", "wave"):
         (tmp_path / f"{library}.py").write_text("raise SystemExit('the working folder ran')\n")
     return tmp_path
 
@@ -80,7 +80,7 @@ def test_what_is_named_on_the_path_goes_first(house, tmp_path_factory):
     assert right(python("print(own_modules.module_of('nets:x').build())", house, path=str(house))) == "early late"
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "wave", "plotly"])
+@pytest.mark.parametrize("name", ["onnxruntime", "wave", "sklearn"])
 def test_an_own_module_with_the_name_of_an_installed_one_is_told(house, name):
     done = python(f"own_modules.module_of('{name}:net')", house)
     assert done.returncode

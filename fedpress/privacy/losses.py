@@ -34,6 +34,8 @@ SPARED = 1e-4
 """Share of delta that each tail left out may cost."""
 HIGHER = (1.1, 1.3, 1.7, 2.5, 4.0)
 """Multiples of the tilt whose bounds on the upper tail are tried."""
+LARGE = 600.0
+"""Losses beyond this, whose exponential might overflow, go to the upper end of their interval."""
 ROUNDING = 4e-16
 """Relative error of one operation in double precision, doubled."""
 
@@ -227,11 +229,12 @@ def _step(phase: Phase, way: Direction, grid: float, delta: float) -> Losses:
     chances = np.zeros(len(ends))
     if way == "remove":
         # Chance less the other world's times e^loss: terms that nearly cancel are taken off by hand.
-        lower = np.expm1(ends[:-1] * grid)
+        at = ends[:-1] * grid
+        lower = np.expm1(np.clip(at, -LARGE, LARGE))
         chance = (1 - q) * out + q * own
         excess = q * (own - out) - out * lower
         error = q * (own_error + out_error) + out_error * np.abs(lower)
-        up = _upper_part(chance, excess + error, grid)
+        up = np.where(np.abs(at) < LARGE, _upper_part(chance, excess + error, grid), chance)
         chances[1:] += up
         chances[:-1] += chance - up
         chances[0] += (1 - q) * ndtr(first / z) + q * ndtr((first - 1) / z)  # smaller losses count as this one
@@ -239,10 +242,11 @@ def _step(phase: Phase, way: Direction, grid: float, delta: float) -> Losses:
         start = int(ends[0])
     else:
         # The loss has the other sign here, so the upper point of an interval is that of its smaller sums.
-        lower = -np.expm1(-ends[1:] * grid)
+        at = ends[1:] * grid
+        lower = -np.expm1(np.clip(-at, -LARGE, LARGE))
         excess = out * lower - q * (own - out) * (1 - lower)
         error = out_error * np.abs(lower) + q * (own_error + out_error) * (1 - lower)
-        up = _upper_part(out, excess + error, grid)
+        up = np.where(np.abs(at) < LARGE, _upper_part(out, excess + error, grid), out)
         chances[:-1] += up
         chances[1:] += out - up
         chances[-1] += ndtr(-last / z)

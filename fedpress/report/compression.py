@@ -7,15 +7,14 @@ from fedpress.report.plot import (
     BLUE,
     FAINT,
     ORANGE,
+    Axis,
     Figure,
-    axis,
-    label,
+    Panel,
+    Series,
     line,
     lying_bars,
-    names_axis,
-    spec,
+    short,
     total_of,
-    two_panels,
     values,
 )
 from fedpress.report.reading import Json
@@ -36,26 +35,20 @@ def sensitivity_curves(name: str, records: list[Json]) -> Figure | None:
         curve.sort(key=lambda point: float(point["density"]))
     lowest = {layer: min(float(p["accuracy"]) for p in curve) for layer, curve in curves.items()}
     order = sorted(curves, key=lambda layer: lowest[layer])
-    data = []
+    shown = []
     for at, layer in reversed(list(enumerate(order))):
         x, y = values(curves[layer], "density", 100), values(curves[layer], "accuracy", 100)
         color = ORANGE if at == 0 else BLUE if at < MANY_LAYERS else FAINT
-        trace = line(label(layer), x, y, color=color)
-        trace |= {"hovertemplate": f"{label(layer)}<br>%{{x:.3~g}}% kept: %{{y:.2f}}%<extra></extra>", "opacity": 0.9}
-        data.append(trace)
+        hover = [f"{layer}: {short(a)}% kept, {b or 0:.2f}%" for a, b in zip(x, y, strict=True)]
+        shown.append(Series("line", layer, x, y, color, hover))
     first, last = order[0], order[-1]
     return Figure(
         f"Sensitivity: {name}",
         f"Accuracy when one layer alone is cut to a density. The most sensitive is {first}, orange, down to "
         f"{units.percent(lowest[first])}; the least is {last}, {units.percent(lowest[last])} at its worst. "
         f"The {min(MANY_LAYERS, len(order))} most sensitive of {len(order)} layers are coloured.",
-        spec(
-            data,
-            x=axis("kept of this layer (%)"),
-            y=axis("accuracy (%)"),
-            hovermode="closest",
-            showlegend=False,
-        ),
+        Axis("kept of this layer (%)"),
+        [Panel(Axis("accuracy (%)"), shown)],
         height=380,
     )
 
@@ -66,19 +59,15 @@ def density_over_epochs(name: str, epochs: list[Json]) -> Figure | None:
     known = [d for d in density if d is not None]
     if not known:
         return None
-    x = list(range(1, len(epochs) + 1))
+    x = [float(at) for at in range(1, len(epochs) + 1)]
     caption = f"Kept weights or channels over {len(epochs)} epochs: from {known[0]:.1f}% to {known[-1]:.1f}%"
-    top = line("kept", x, density, unit="%")
+    top = Panel(Axis("kept (%)", low=0.0), [line("kept", x, density, unit="%", across="epoch")])
     title = f"Density: {name}"
     if all(w is None for w in weight):
-        return Figure(title, f"{caption}.", spec([top], x=axis("epoch"), y=axis("kept (%)", rangemode="tozero")))
-    plot = two_panels(
-        [top, line("λ", x, weight, color=ORANGE, panel=2)],
-        x=axis("epoch"),
-        top=axis("kept (%)", rangemode="tozero"),
-        bottom=axis("λ", rangemode="tozero"),
-    )
-    return Figure(title, f"{caption}; below it the weight λ of the penalty.", plot, height=380)
+        return Figure(title, f"{caption}.", Axis("epoch"), [top], together=True)
+    below = Panel(Axis("λ", low=0.0), [line("λ", x, weight, color=ORANGE, across="epoch")])
+    said = f"{caption}; below it the weight λ of the penalty."
+    return Figure(title, said, Axis("epoch"), [top, below], height=380, together=True)
 
 
 def bits_per_layer(name: str, records: list[Json]) -> Figure | None:
@@ -91,18 +80,17 @@ def bits_per_layer(name: str, records: list[Json]) -> Figure | None:
     sizes = [w or 0.0 for w in values(layers, "weights")]
     total = total_of([b and b * n for b, n in zip(bits, sizes, strict=True)])
     notes = [f"{b:.0f} · {units.count(n)}" for b, n in zip(bits, sizes, strict=True) if b is not None]
-    bar = lying_bars("bits", names, bits, hovertemplate="%{hovertext}: %{x} bits<extra></extra>")
-    bar |= {"text": notes, "textposition": "outside", "cliponaxis": False}
+    hover = [f"{n}: {short(b)} bits, {units.count(w)} weights" for n, b, w in zip(names, bits, sizes, strict=True)]
     mean = total / sum(sizes) if sum(sizes) else 0.0
     return Figure(
         f"Bits of the weights: {name}",
         f"{mean:.2f} bits a weight on average over {len(layers)} layers; beside each bar its bits and how many weights "
         "it has.",
-        spec([bar], x=axis("bits", range=[0, 1.35 * max(b or 0.0 for b in bits)]), y=names_axis(names),
-             hovermode="closest", bargap=0.35),
+        Axis("bits", low=0.0),
+        [Panel(Axis("", names=names), [lying_bars("bits", bits, hover=hover, beside=notes)])],
         height=110 + (24 if len(names) < 40 else 16) * len(names),
         wide=True,
-    )  # fmt: skip
+    )
 
 
 def bytes_by_kind(stage: Json) -> Figure | None:
@@ -114,13 +102,18 @@ def bytes_by_kind(stage: Json) -> Figure | None:
     pairs.sort(key=lambda pair: -pair[1])
     prefix, size = units.scale(pairs[0][1])
     names = [name for name, _ in pairs]
-    bar = lying_bars("bytes", names, [x / size for _, x in pairs], hovertemplate="%{hovertext}: %{text}<extra></extra>")
-    bar |= {"text": [units.count(x, "B") for _, x in pairs], "textposition": "outside", "cliponaxis": False}
+    texts = [units.count(x, "B") for _, x in pairs]
+    bar = lying_bars(
+        "bytes",
+        [x / size for _, x in pairs],
+        hover=[f"{name}: {text}" for name, text in zip(names, texts, strict=True)],
+        beside=texts,
+    )
     return Figure(
         f"Bytes of the packed file: {stage.get('name') or stage.get('kind')}",
         f"{units.count(stage.get('file_bytes'), 'B')} in all; the most goes into {names[0]}, "
         f"{units.count(pairs[0][1], 'B')}.",
-        spec([bar], x=axis(f"{prefix}B", range=[0, 1.3 * pairs[0][1] / size]), y=names_axis(names),
-             hovermode="closest", bargap=0.35),
+        Axis(f"{prefix}B", low=0.0),
+        [Panel(Axis("", names=names), [bar])],
         height=110 + 24 * len(names),
-    )  # fmt: skip
+    )

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from itertools import accumulate
+
 from fedpress.report import units
 from fedpress.report.plot import (
     BLUE,
     ORANGE,
+    Axis,
     Figure,
-    axis,
+    Panel,
+    Series,
     bars,
     from_to,
     line,
     lying_bars,
-    names_axis,
-    spec,
+    short,
     total_of,
-    two_panels,
     values,
 )
 from fedpress.report.reading import Json
@@ -29,19 +32,18 @@ def accuracy_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
         return None
     x, accuracy, spent = values(rounds, "round"), values(rounds, "accuracy", 100), values(rounds, "epsilon")
     caption = f"Validation accuracy {from_to(accuracy)} over {len(rounds)} rounds"
-    top = line("accuracy", x, accuracy, unit="%")
+    top = Panel(Axis("validation accuracy (%)"), [line("accuracy", x, accuracy, unit="%", across="round")])
     if all(e is None for e in spent):
-        plot = spec([top], x=axis("round"), y=axis("validation accuracy (%)"))
-        return Figure(f"Accuracy over rounds: {name}", f"{caption}, without differential privacy.", plot)
-    data = [top, line("ε spent", x, spent, color=ORANGE, panel=2)]
+        said = f"{caption}, without differential privacy."
+        return Figure(f"Accuracy over rounds: {name}", said, Axis("round"), [top], together=True)
     last = next(e for e in reversed(spent) if e is not None)
     return Figure(
         f"Accuracy and privacy spent: {name}",
         f"{caption}; below it the privacy spent so far, ε = {units.epsilon(last)} at the end.",
-        two_panels(
-            data, x=axis("round"), top=axis("validation<br>accuracy (%)"), bottom=axis("ε spent", rangemode="tozero")
-        ),
+        Axis("round"),
+        [top, Panel(Axis("ε spent", low=0.0), [line("ε spent", x, spent, color=ORANGE, across="round")])],
         height=380,
+        together=True,
     )
 
 
@@ -52,26 +54,26 @@ def bytes_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
         return None
     prefix, size = units.scale(max(b or 0.0 for b in up + down))
     total_prefix, total_size = units.scale(total_of(up + down))
-    x, data = values(rounds, "round"), []
-    for word, sent, color in (("up", up, BLUE), ("down", down, ORANGE)):
-        data.append(bars(word, x, [b and b / size for b in sent], color=color, unit=f" {prefix}B"))
-        total = [total_of(sent[: i + 1]) / total_size for i in range(len(sent))]
-        area = line(f"{word}, so far", x, total, color=color, unit=f" {total_prefix}B", panel=2)
-        data.append({**area, "mode": "lines", "stackgroup": "total", "showlegend": False})
+    x = values(rounds, "round")
+    each, so_far = [], []
+    for word, amounts, color in (("up", up, BLUE), ("down", down, ORANGE)):
+        scaled = [b and b / size for b in amounts]
+        each.append(bars(word, x, scaled, color=color, unit=f" {prefix}B", across="round"))
+        totals = [total / total_size for total in accumulate(b or 0.0 for b in amounts)]
+        hover = [f"{word}, so far {short(total)} {total_prefix}B" for total in totals]
+        so_far.append(Series("areas", f"{word}, so far", x, totals, color, hover, in_legend=False))
     return Figure(
         f"Bytes sent: {name}",
         f"{units.count(total_of(up), 'B')} up to the server and {units.count(total_of(down), 'B')} down to the clients"
         f" in {len(rounds)} rounds; each round above, the sum so far below.",
-        two_panels(
-            data,
-            x=axis("round"),
-            top=axis(f"per round<br>({prefix}B)"),
-            bottom=axis(f"so far<br>({total_prefix}B)"),
-            barmode="stack",
-            bargap=0.25,
-            showlegend=True,
-        ),
+        Axis("round"),
+        [
+            Panel(Axis(f"per round ({prefix}B)", low=0.0), each, stacked=True),
+            Panel(Axis(f"so far ({total_prefix}B)", low=0.0), so_far, stacked=True),
+        ],
         height=380,
+        together=True,
+        legend=True,
     )
 
 
@@ -85,18 +87,18 @@ def accuracy_over_bytes(name: str, rounds: list[Json]) -> Figure | None:
     if not any(sent) or all(a is None for a in accuracy):
         return None
     prefix, size = units.scale(total_of(sent))
-    so_far = [total_of(sent[: i + 1]) / size for i in range(len(sent))]
-    path = line("accuracy", so_far, accuracy)
-    path["hovertemplate"] = f"%{{y:.2f}}%<br>after %{{x:.4~g}} {prefix}B<extra></extra>"
+    so_far = [total / size for total in accumulate(sent)]
+    hover = ["" if a is None else f"{a:.2f}% after {short(b)} {prefix}B" for a, b in zip(accuracy, so_far, strict=True)]
     return Figure(
         f"Accuracy over bytes: {name}",
         f"Validation accuracy {from_to(accuracy)} for {units.count(total_of(sent), 'B')} up and down together.",
-        spec(
-            [path],
-            x=axis(f"bytes sent, up and down ({prefix}B)", rangemode="tozero"),
-            y=axis("validation accuracy (%)"),
-            hovermode="closest",
-        ),
+        Axis(f"bytes sent, up and down ({prefix}B)", low=0.0),
+        [
+            Panel(
+                Axis("validation accuracy (%)"),
+                [Series("line", "accuracy", so_far, accuracy, hover=hover, marked=len(rounds) < 60)],
+            )
+        ],
     )
 
 
@@ -113,23 +115,29 @@ def client_accuracy(stage: Json) -> Figure | None:
         f"{len(pairs)} clients, from {numbers[0]:.2f}% to {numbers[-1]:.2f}%, median {numbers[len(numbers) // 2]:.2f}%."
     )
     if len(pairs) > MANY_CLIENTS:
-        data = {
-            "type": "histogram",
-            "x": numbers,
-            "marker": {"color": BLUE},
-            "hovertemplate": "%{y} clients at %{x}%<extra></extra>",
-        }
-        plot = spec([data], x=axis("accuracy (%)"), y=axis("clients"), hovermode="closest", bargap=0.05)
-        return Figure(title, caption, plot)
+        return Figure(title, caption, Axis("accuracy (%)"), [Panel(Axis("clients", low=0.0), [_histogram(numbers)])])
     bar = lying_bars(
-        "accuracy", [n for n, _ in pairs], [x for _, x in pairs], hovertemplate="%{hovertext}: %{x:.2f}%<extra></extra>"
+        "accuracy",
+        [x for _, x in pairs],
+        hover=[f"{n}: {x:.2f}%" for n, x in pairs],
+        beside=[f"{x:.1f}%" for _, x in pairs],
     )
-    bar |= {"text": [f"{x:.1f}%" for _, x in pairs], "textposition": "outside", "cliponaxis": False}
-    plot = spec(
-        [bar],
-        x=axis("accuracy (%)", range=[0, 122], tickvals=[0, 25, 50, 75, 100]),
-        y=names_axis([name for name, _ in pairs]),
-        hovermode="closest",
-        bargap=0.35,
-    )
-    return Figure(title, caption, plot, height=110 + 24 * len(pairs))
+    panel = Panel(Axis("", names=[n for n, _ in pairs]), [bar])
+    return Figure(title, caption, Axis("accuracy (%)", low=0.0, high=100.0), [panel], height=110 + 24 * len(pairs))
+
+
+def _histogram(numbers: list[float]) -> Series:
+    """Returns how many of the sorted `numbers` lie in each of some equal bins; a bar stands in a bin's middle."""
+    low, high = numbers[0], numbers[-1]
+    if high - low < 1e-9:
+        low, high = low - 0.5, high + 0.5
+    count = min(30, max(8, round(math.sqrt(len(numbers)))))
+    width = (high - low) / count
+    counts = [0] * count
+    for number in numbers:
+        counts[min(count - 1, int((number - low) / width))] += 1
+    middles = [low + (i + 0.5) * width for i in range(count)]
+    hover = [
+        f"{n} clients from {m - width / 2:.2f}% to {m + width / 2:.2f}%" for n, m in zip(counts, middles, strict=True)
+    ]
+    return Series("bars", "clients", middles, [float(n) for n in counts], hover=hover)

@@ -6,21 +6,17 @@ from fedpress.report import units
 from fedpress.report.compression import bits_per_layer, bytes_by_kind, density_over_epochs, sensitivity_curves
 from fedpress.report.federated import accuracy_over_bytes, accuracy_over_rounds, bytes_over_rounds, client_accuracy
 from fedpress.report.plot import (
-    BLUE,
     FAINT,
     ORANGE,
+    Axis,
     Figure,
-    Spec,
-    axis,
+    Note,
+    Panel,
+    Series,
     from_to,
-    label,
     line,
     lying_bars,
-    names_axis,
-    note,
-    spec,
     total_of,
-    two_panels,
     values,
 )
 from fedpress.report.reading import Json, Run, records_by_stage
@@ -53,14 +49,13 @@ def accuracy_and_size(stages: list[Json]) -> Figure | None:
         return None
     prefix, unit = units.scale(max(s["file_bytes"] for s in shown))
     size, accuracy = [s["file_bytes"] / unit for s in shown], [s["accuracy"] * 100 for s in shown]
-    names = [f"{i}. {label(s.get('name') or s.get('kind'))}" for i, s in enumerate(shown, start=1)]
-    path = line("stage", size, accuracy)
-    path |= {
-        "text": names,
-        "hovertemplate": f"%{{text}}<br>%{{x:.4~g}} {prefix}B<br>%{{y:.2f}}%<extra></extra>",
-    }
-    path["line"] = {"color": FAINT, "width": 1.5, "dash": "dot"}
-    path["marker"] = {"color": BLUE, "size": 9}
+    names = [f"{i}. {s.get('name') or s.get('kind')}" for i, s in enumerate(shown, start=1)]
+    hover = [
+        f"{n}: {units.count(s['file_bytes'], 'B')}, {a:.2f}%" for n, s, a in zip(names, shown, accuracy, strict=True)
+    ]
+    path = Series(
+        "line", "stage", size, accuracy, FAINT, hover, beside=_shared_labels(size, accuracy, names), dotted=True
+    )
     steps = ", ".join(
         f"{s.get('name') or s.get('kind')} {units.percent(s['accuracy'])} with {units.count(s['file_bytes'], 'B')}"
         for s in shown
@@ -68,29 +63,22 @@ def accuracy_and_size(stages: list[Json]) -> Figure | None:
     return Figure(
         "Accuracy against size",
         f"Test accuracy and file size after each stage: {steps}.",
-        spec(
-            [path],
-            x=axis(f"file ({prefix}B)", rangemode="tozero"),
-            y=axis("test accuracy (%)"),
-            hovermode="closest",
-            annotations=_point_labels(size, accuracy, names),
-        ),
+        Axis(f"file ({prefix}B)", low=0.0),
+        [Panel(Axis("test accuracy (%)"), [path])],
+        height=340,
         wide=True,
     )
 
 
-def _point_labels(x: list[float], y: list[float], names: list[str]) -> list[Spec]:
-    """Names beside the points; stages that hardly moved the point share one label."""
+def _shared_labels(x: list[float], y: list[float], names: list[str]) -> list[str]:
+    """Returns a label for each point; stages that hardly moved the point share the label of the first of them."""
     near_x, near_y = 0.05 * max(x), 0.08 * (max(y) - min(y)) + 1e-9
-    groups: list[tuple[float, float, list[str]]] = []
-    for a, b, name in zip(x, y, names, strict=True):
-        near = next((group for group in groups if abs(group[0] - a) < near_x and abs(group[1] - b) < near_y), None)
-        if near:
-            near[2].append(name)
-        else:
-            groups.append((a, b, [name]))
-    right, left = {"xanchor": "left", "xshift": 10, "align": "left"}, {"xanchor": "right", "xshift": -10}
-    return [note(a, b, "<br>".join(texts), **(left if a > max(x) / 2 else right)) for a, b, texts in groups]
+    labels = [""] * len(names)
+    for at, name in enumerate(names):
+        leader = next(i for i in range(at + 1) if abs(x[i] - x[at]) < near_x and abs(y[i] - y[at]) < near_y)
+        leader = next((i for i in range(at) if labels[i] and i == leader), at)
+        labels[leader] = f"{labels[leader]}\n{name}" if labels[leader] else name
+    return labels
 
 
 def training_curve(name: str, epochs: list[Json]) -> Figure | None:
@@ -98,33 +86,32 @@ def training_curve(name: str, epochs: list[Json]) -> Figure | None:
     if not epochs:
         return None
     x, accuracy = values(epochs, "epoch"), values(epochs, "accuracy", 100)
-    data = [
-        line("validation accuracy", x, accuracy, unit="%"),
-        line("loss", x, values(epochs, "loss"), color=ORANGE, panel=2),
-    ]
     sizes = list(dict.fromkeys(str(e["image_size"]) for e in epochs if e.get("image_size")))
     growth = f", at image sizes {' → '.join(sizes)} pixels" if len(sizes) > 1 else ""
+    rules, notes = _image_sizes(epochs)
     return Figure(
         f"Training: {name}",
         f"Validation accuracy {from_to(accuracy)} over {len(epochs)} epochs{growth}; the loss is below.",
-        two_panels(
-            data, x=axis("epoch"), top=axis("validation<br>accuracy (%)"), bottom=axis("loss"), **_image_sizes(epochs)
-        ),
+        Axis("epoch"),
+        [
+            Panel(Axis("validation accuracy (%)"), [line("accuracy", x, accuracy, unit="%", across="epoch")]),
+            Panel(Axis("loss"), [line("loss", x, values(epochs, "loss"), color=ORANGE, across="epoch")]),
+        ],
+        notes=notes,
+        rules=rules,
         height=380,
+        together=True,
     )
 
 
-def _image_sizes(epochs: list[Json]) -> Spec:
-    """Marks the epochs at which the image size changes."""
+def _image_sizes(epochs: list[Json]) -> tuple[list[float], list[Note]]:
+    """Returns where the image size changes, and the sizes in words."""
     sizes = [units.number(e.get("image_size")) for e in epochs]
     changes = [i for i, size in enumerate(sizes) if size and (i == 0 or size != sizes[i - 1])]
     starts = [(units.number(epochs[i].get("epoch")) or 0.0, sizes[i]) for i in changes]
     if len(starts) < 2:
-        return {}
-    style = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": FAINT, "width": 1, "dash": "dot"}}
-    rules = [{"x0": at - 0.5, "x1": at - 0.5, **style} for at, _ in starts[1:]]
-    notes = [note(at, 1, f"{size:.0f} px", yref="paper", yanchor="bottom") for at, size in starts]
-    return {"shapes": rules, "annotations": notes}
+        return [], []
+    return [at - 0.5 for at, _ in starts[1:]], [Note(at, None, f"{size:.0f} px") for at, size in starts]
 
 
 def channels_kept(name: str, record: Json) -> Figure | None:
@@ -137,17 +124,22 @@ def channels_kept(name: str, record: Json) -> Figure | None:
     names = [str(layer.get("name")) for layer in layers]
     before, after = values(layers, "before"), values(layers, "after")
     texts = [f"{a or 0:.0f}/{b or 0:.0f}" for a, b in zip(after, before, strict=True)]
-    quiet = {"hoverinfo": "skip", "showlegend": True}
-    data = [
-        lying_bars("before", names, before, color=FAINT, text=texts, textposition="outside", cliponaxis=False, **quiet),
-        lying_bars("kept", names, after, showlegend=True, hovertemplate="%{hovertext}: %{x} kept<extra></extra>"),
-    ]
-    x = axis("channels", range=[0, 1.35 * max(b or 0.0 for b in before)])
+    hover = [f"{name}: {text} kept" for name, text in zip(names, texts, strict=True)]
     share = total_of(after) / total_of(before)
     return Figure(
         f"Channels kept: {name}",
         f"{units.percent(share, 1)} of all channels were kept; the bars show {len(layers)} layers before and after.",
-        spec(data, x=x, y=names_axis(names), barmode="overlay", bargap=0.35, hovermode="closest"),
+        Axis("channels", low=0.0),
+        [
+            Panel(
+                Axis("", names=names),
+                [
+                    lying_bars("before", before, hover=hover, beside=texts, color=FAINT),
+                    lying_bars("kept", after, hover=hover),
+                ],
+            )
+        ],
         height=110 + (24 if len(layers) < 40 else 16) * len(layers),
         wide=True,
+        legend=True,
     )

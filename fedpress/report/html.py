@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from markupsafe import Markup
 from fedpress.atomic import replacing
 from fedpress.errors import RunError
 from fedpress.report import units
+from fedpress.report.draw import svg
 from fedpress.report.figures import figures
 from fedpress.report.headline import tiles
-from fedpress.report.plot import Figure
+from fedpress.report.plot import Figure, numbers_of
 from fedpress.report.protection import protections
 from fedpress.report.reading import Run, read_run
 from fedpress.report.table import Table, ledger_table, left_table, progress_table, runtime_table, stage_table
@@ -72,7 +73,7 @@ def write_page(page: Page, target: Path) -> Path:
         .get_template("page.html.j2")
         .render(
             page=page,
-            figures=[asdict(figure) for figure in page.figures],
+            figures=_drawn(page.figures),
             scripts=[Markup(script) for script in scripts],
             hashes=[_hash(script) for script in scripts],
         )
@@ -111,8 +112,8 @@ def render(run: Run) -> str:
             left=left if left.rows else None,
             files=files if files.rows else None,
             progress=None if run.finished else progress_table(run.records),
-            figures=[asdict(figure) for figure in shown],
-            scripts=[Markup(script) for script in scripts],  # ours and plotly's; what comes from the folder is escaped
+            figures=_drawn(shown),
+            scripts=[Markup(script) for script in scripts],  # ours; what comes from the folder is escaped
             hashes=[_hash(script) for script in scripts],
             details=details(run),
         )
@@ -126,7 +127,31 @@ def _environment() -> Environment:
 
 
 def _scripts(figures: list[Figure]) -> list[str]:
-    return [_plotly(), (HERE / "draw.js").read_text(encoding="utf-8")] if figures else []
+    return [(HERE / "hover.js").read_text(encoding="utf-8")] if figures else []
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure on its page: `legend` has a colour, a look and a name for each entry; `data` its numbers as a table."""
+
+    figure: Figure
+    picture: Markup
+    legend: list[tuple[str, str, str]]
+    data: Table
+
+
+def _drawn(figures: list[Figure]) -> list[Drawn]:
+    return [
+        Drawn(figure, svg(figure, f"figure-{at}"), _legend(figure), numbers_of(figure))
+        for at, figure in enumerate(figures)
+    ]
+
+
+def _legend(figure: Figure) -> list[tuple[str, str, str]]:
+    if not figure.legend:
+        return []
+    shown = [series for series in figure.series if series.in_legend]
+    return [(series.color, "hollow" if series.hollow else "filled", series.name) for series in shown]
 
 
 def facts_of(environment: dict[str, Any]) -> list[str]:
@@ -170,12 +195,6 @@ def _rows(value: Any, name: str = "") -> list[tuple[str, str]]:
 def _short(value: Any) -> bool:
     """Whether a list can stand in one line."""
     return isinstance(value, list) and not any(isinstance(item, dict | list) for item in value)
-
-
-def _plotly() -> str:
-    from plotly.offline import get_plotlyjs  # costs a second to import: only when a report is drawn
-
-    return str(get_plotlyjs())
 
 
 def _hash(script: str) -> str:

@@ -1,121 +1,172 @@
-"""The small vocabulary of our plots: plain plotly dictionaries, with colours named after the page's CSS variables.
-
-The page's script replaces a `color` like `--blue` by the variable's value, so plots follow the light and the dark
-theme.
-"""
+"""What a figure shows, as plain data: axes, panels, series of numbers and words; `draw` makes it SVG."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
-from typing import Any
+from typing import Any, Literal
 
+from fedpress.report.table import Table
 from fedpress.report.units import number
 
-Spec = dict[str, Any]
-BLUE, ORANGE, FAINT, TEXT = "--blue", "--orange", "--faint", "--muted"
-LONGEST_NAME = 22
+Numbers = Sequence[float | None]
+Kind = Literal["line", "points", "steps", "bars", "areas", "lying"]
+Color = Literal["blue", "orange", "faint"]
+"""Names of the page's colours, which follow the light and the dark theme; the first two differ for every eye."""
+BLUE: Color = "blue"
+ORANGE: Color = "orange"
+FAINT: Color = "faint"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis: `low` and `high` where they are given, otherwise what the numbers need.
+
+    `names` are those of lying bars, the first on top.
+    """
+
+    title: str
+    low: float | None = None
+    high: float | None = None
+    names: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Series:
+    """Numbers of one kind; `hover` says for each what is told beside the pointer, `beside` what stands in the picture.
+
+    `steps` are points that a staircase joins. A missing number is a gap.
+    """
+
+    kind: Kind
+    name: str
+    x: Numbers
+    y: Numbers
+    color: Color = "blue"
+    hover: Sequence[str] = ()
+    beside: Sequence[str] = ()
+    dotted: bool = False
+    hollow: bool = False
+    marked: bool = True
+    in_legend: bool = True
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes; panels of a figure share the lower axis."""
+
+    y: Axis
+    series: Sequence[Series]
+    stacked: bool = False
+
+
+@dataclass(frozen=True)
+class Note:
+    """A quiet text beside the point (x, y), or at the top of the picture where `y` is None."""
+
+    x: float
+    y: float | None
+    text: str
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot: `spec` is plotly's data and layout, `caption` says in words what is to be seen there."""
+    """A picture: `caption` says in words what is to be seen there.
+
+    `rules` are upright lines through all panels; with `together` the pointer is told all numbers at its x and not the
+    nearest alone.
+    """
 
     title: str
     caption: str
-    spec: Spec
+    x: Axis
+    panels: Sequence[Panel]
+    notes: Sequence[Note] = ()
+    rules: Sequence[float] = ()
     height: int = 320
     wide: bool = False
+    together: bool = False
+    legend: bool = False
+
+    @property
+    def series(self) -> list[Series]:
+        """All series, from top to bottom."""
+        return [series for panel in self.panels for series in panel.series]
 
 
-def label(value: Any) -> str:
-    """Returns a name from the run as text for a plot: plotly would read `<b>` or `<a href>` in it as markup."""
-    return escape(str(value), quote=False)
-
-
-def values(rows: list[Spec], key: str, scale: float = 1.0) -> list[float | None]:
+def values(rows: list[dict[str, Any]], key: str, scale: float = 1.0) -> list[float | None]:
     """Returns one number per row; what is missing or not finite becomes a gap."""
     found = [number(row.get(key)) for row in rows]
     return [None if x is None else x * scale for x in found]
 
 
-def from_to(numbers: list[float | None]) -> str:
+def from_to(numbers: Numbers) -> str:
     """Returns the first and the last known of some percentages in words."""
     known = [n for n in numbers if n is not None]
     return f"from {known[0]:.2f}% to {known[-1]:.2f}%" if known else "was not measured"
 
 
-def total_of(numbers: Sequence[float | None]) -> float:
+def total_of(numbers: Numbers) -> float:
     """Returns the sum of the known numbers."""
     return sum(n for n in numbers if n is not None)
 
 
-def line(
-    name: str, x: list[Any], y: Sequence[float | None], *, color: str = BLUE, unit: str = "", panel: int = 1
-) -> Spec:
-    """Returns a line with a point per value, in the given panel."""
-    return {
-        "type": "scatter",
-        "mode": "lines+markers" if len(x) < 60 else "lines",
-        "name": name,
-        "x": x,
-        "y": y,
-        "line": {"color": color, "width": 2},
-        "marker": {"color": color, "size": 5},
-        "hovertemplate": f"%{{y:.4~g}}{unit}",
-        **_axes(panel),
-    }
+def short(value: float | None) -> str:
+    """Returns a number with four digits.
+
+    >>> short(93.12345), short(1234567.0), short(None)
+    ('93.12', '1,235,000', '–')
+    """
+    if value is None:
+        return "–"
+    rounded = float(f"{value:.4g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:g}"
 
 
-def bars(name: str, x: list[Any], y: list[Any], *, color: str = BLUE, unit: str = "", panel: int = 1) -> Spec:
-    """Returns upright bars, in the given panel."""
-    hover = f"%{{y:.4~g}}{unit}"
-    return {
-        "type": "bar",
-        "name": name,
-        "x": x,
-        "y": y,
-        "marker": {"color": color},
-        "hovertemplate": hover,
-        **_axes(panel),
-    }
+def line(name: str, x: Numbers, y: Numbers, *, color: Color = "blue", unit: str = "", across: str = "") -> Series:
+    """Returns a line with a point for each of a few values; `across` names the lower axis for the pointer's words."""
+    hover = [f"{across} {short(a)}: {name} {short(b)}{unit}".strip() for a, b in zip(x, y, strict=True)]
+    return Series("line", name, x, y, color, hover, marked=len(x) < 60)
 
 
-def lying_bars(name: str, names: list[str], lengths: list[Any], *, color: str = BLUE, **more: Any) -> Spec:
-    """Returns bars that lie, so that long names can be read on a phone; `names_axis` has the names."""
-    hover = [label(n) for n in names]
-    bar = {"type": "bar", "orientation": "h", "name": name, "y": list(range(len(names))), "x": lengths}
-    return {**bar, "hovertext": hover, "marker": {"color": color}, **more}
+def bars(name: str, x: Numbers, y: Numbers, *, color: Color = "blue", unit: str = "", across: str = "") -> Series:
+    """Returns upright bars."""
+    hover = [f"{across} {short(a)}: {name} {short(b)}{unit}".strip() for a, b in zip(x, y, strict=True)]
+    return Series("bars", name, x, y, color, hover)
 
 
-def names_axis(names: list[str]) -> Spec:
-    """Returns the upright axis of `lying_bars`: every name is shown, the first on top, of a long one its end."""
-    ends = [label(n if len(n) <= LONGEST_NAME else "…" + n[1 - LONGEST_NAME :]) for n in names]
-    ticks = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": ends, "ticks": ""}
-    return {"title": {"text": ""}, "autorange": "reversed", "showgrid": False, "zeroline": False, **ticks}
+def lying_bars(
+    name: str, lengths: Numbers, *, hover: Sequence[str], beside: Sequence[str] = (), color: Color = "blue"
+) -> Series:
+    """Returns bars that lie, so that long names can be read on a phone; the axis has the names."""
+    return Series("lying", name, lengths, list(range(len(lengths))), color, hover, beside)
 
 
-def _axes(panel: int) -> Spec:
-    return {} if panel == 1 else {"yaxis": f"y{panel}"}
+def numbers_of(figure: Figure, most: int = 200) -> Table:
+    """Returns the figure's numbers as rows, for those who cannot see it; of more than `most`, some and the last."""
+    if figure.panels[0].y.names:
+        return _by_name(figure)
+    header = [figure.x.title]
+    if len({tuple(series.x) for series in figure.series}) > 1 or any(series.beside for series in figure.series):
+        points = [(series, i) for series in figure.series for i in range(len(series.x))]
+        rows = [
+            [series.hover[i] if series.hover else series.name, short(series.x[i]), short(series.y[i])]
+            for series, i in _thin(points, most)
+        ]
+        return Table(["point", *header, figure.panels[0].y.title], rows)
+    header += [series.name for series in figure.series]
+    columns = [figure.series[0].x, *(series.y for series in figure.series)]
+    every = _thin(list(range(len(columns[0]))), most)
+    return Table(header, [[short(column[i]) for column in columns] for i in every])
 
 
-def axis(title: str, **more: Any) -> Spec:
-    """Returns an axis with a title."""
-    return {"title": {"text": title}, **more}
+def _by_name(figure: Figure) -> Table:
+    names = figure.panels[0].y.names
+    header = ["name", *(series.name for series in figure.series)]
+    return Table(header, [[name, *(short(s.x[i]) for s in figure.series)] for i, name in enumerate(names)])
 
 
-def note(x: float | None, y: float | None, text: str, **more: Any) -> Spec:
-    """Returns a quiet text at a point of a plot."""
-    return {"x": x, "y": y, "text": text, "showarrow": False, "font": {"color": TEXT, "size": 12}, **more}
-
-
-def spec(data: list[Spec], *, x: Spec, y: Spec, **layout: Any) -> Spec:
-    """Returns a plot with one panel."""
-    return {"data": data, "layout": {"xaxis": x, "yaxis": y, "showlegend": len(data) > 1, **layout}}
-
-
-def two_panels(data: list[Spec], *, x: Spec, top: Spec, bottom: Spec, **layout: Any) -> Spec:
-    """Returns a plot with two panels above each other that share the x axis."""
-    layout = {"yaxis": {**top, "domain": [0.46, 1]}, "yaxis2": {**bottom, "domain": [0, 0.36]}, **layout}
-    return {"data": data, "layout": {"xaxis": {**x, "anchor": "y2"}, "showlegend": False, **layout}}
+def _thin(rows: list[Any], most: int) -> list[Any]:
+    every = -(-len(rows) // most) or 1
+    kept = rows[::every]
+    return kept if not rows or kept[-1] is rows[-1] else [*kept, rows[-1]]

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from fedpress.report.compression import bits_per_layer, bytes_by_kind, density_over_epochs, sensitivity_curves
-from fedpress.report.sweep import averages, sweep_table, trade_off
+from fedpress.report.sweep import averages, sweep_table, trade_off, trade_offs
 from fedpress.report.table import comparison_table, left_table
+from fedpress.sweep import front
 
 POINTS = [
     {"sensitivity": {"layer": layer, "density": d, "accuracy": a, "loss": 1.0}}
@@ -19,9 +18,9 @@ def test_the_most_sensitive_layer_is_named_and_drawn_on_top():
     figure = sensitivity_curves("cut", POINTS)
     assert figure is not None
     assert "most sensitive is stem" in figure.caption
-    last = figure.spec["data"][-1]
-    assert (last["name"], last["x"], last["y"]) == ("stem", [20.0, 80.0], [20.0, 90.0])
-    assert figure.spec["data"][0]["name"] == "&lt;b&gt;head"
+    last = figure.series[-1]
+    assert (last.name, last.x, last.y) == ("stem", [20.0, 80.0], [20.0, 90.0])
+    assert figure.series[0].name == "<b>head"
 
 
 def test_density_is_drawn_with_lambda_where_there_is_one():
@@ -30,7 +29,7 @@ def test_density_is_drawn_with_lambda_where_there_is_one():
     assert plain.caption.endswith("from 100.0% to 10.0%.")
     both = density_over_epochs("s", [{"epoch": 1, "density": 0.5, "lambda": 0.1}])
     assert both is not None
-    assert [trace["y"] for trace in both.spec["data"]] == [[50.0], [0.1]]
+    assert [series.y for series in both.series] == [[50.0], [0.1]]
 
 
 def test_bits_are_averaged_over_weights_and_bytes_are_sorted():
@@ -41,7 +40,8 @@ def test_bits_are_averaged_over_weights_and_bytes_are_sorted():
     packed = bytes_by_kind({"name": "pack", "file_bytes": 1500, "packed_bytes": {"masks": 500, "codes": 1000}})
     assert packed is not None
     assert "the most goes into codes, 1.00 kB" in packed.caption
-    json.dumps([figure.spec, packed.spec], allow_nan=False)
+    assert packed.panels[0].y.names == ["codes", "masks"]
+    assert packed.series[0].beside == ["1.00 kB", "500 B"]
 
 
 @pytest.mark.parametrize("bad", [[], [{"sensitivity": 3, "quantized": "?", "density": "x"}], [{"quantized": [{}]}]])
@@ -83,8 +83,29 @@ def test_seeds_of_a_sweep_are_averaged_and_the_front_is_drawn_filled():
     assert table.rows[2][2] == "failed"
     figure = trade_off(page, "file_bytes", "size")
     assert figure is not None
-    within, beaten, front = figure.spec["data"]
-    assert len(within["x"]) == 1
-    assert beaten["marker"]["symbol"] == "circle-open"
-    assert (front["x"], front["y"]) == ([100.0], [90.0])
-    assert "symbol" not in front["marker"]
+    within, beaten, best = figure.series
+    assert len(within.x) == 1
+    assert within.beside == ["first: dense"]
+    assert (beaten.hollow, best.hollow) == (True, False)
+    assert (best.x, best.y) == ([100.0], [90.0])
+    assert best.beside == ["k=1 seed=0"]
+
+
+def timed(name, runtime, latency, accuracy=0.9):
+    first = {"name": "train", "accuracy": 0.95, "latency_ms": 40.0, "runtime": "torch"}
+    end = {"name": "export", "accuracy": accuracy, "latency_ms": latency, "runtime": runtime}
+    return {"name": name, "stages": [first, end], "error": None, "overrides": []}
+
+
+def test_latency_is_compared_within_one_runtime_only():
+    variants = [timed("a", "onnxruntime", 2.0), timed("b", "onnxruntime", 1.0, 0.8), timed("c", "openvino", 9.0, 0.7)]
+    page = {"variants": variants}
+    page["front_latency_ms"] = front(page, "latency_ms")
+    assert page["front_latency_ms"] == ["b", "a", "c"]  # c has its own runtime, where nothing beats it
+    figures = trade_offs(page, "latency_ms", "latency")
+    assert [figure.title for figure in figures] == [
+        "Accuracy against latency in onnxruntime",
+        "Accuracy against latency in openvino",
+    ]
+    assert [list(series.x) for series in figures[0].series] == [[1.0, 2.0]]  # nothing that was timed in torch
+    assert sweep_table(page).rows[2][-1] == "9.0 ms in openvino"
