@@ -131,8 +131,10 @@ def _mend_(module: nn.Module, before: Shapes) -> None:
     elif isinstance(module, nn.modules.conv._ConvNd):
         set_groups_(module, now[0] * module.groups // was[0] if depthwise(module) else module.groups)
     elif isinstance(module, nn.GroupNorm):  # the channels of a group stay together
-        module.num_groups = module.num_groups * now[0] // was[0]
+        module.num_groups = max(1, module.num_groups * now[0] // was[0])  # one group may lose a part of itself
         module.num_channels = now[0]
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        module.normalized_shape = now
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         module.num_features = now[0]
     elif isinstance(module, nn.RNNBase | nn.RNNCellBase):

@@ -1,5 +1,6 @@
 """Making a network small: which channels matter, which go together, and removing them for good."""
 
+from fedpress.compress.approximate import Difference, Norm, difference, refit_norms_
 from fedpress.compress.cost import Latency, latency, macs, parameters, state_bytes
 from fedpress.compress.graph import ChannelGraph
 from fedpress.compress.parity import check_parity
@@ -15,13 +16,16 @@ from fedpress.compress.trace import trace
 __all__ = [
     "SCORES",
     "ChannelGraph",
+    "Difference",
     "Latency",
+    "Norm",
     "Point",
     "PruningPlan",
     "Target",
     "bytes_target",
     "channel_units",
     "check_parity",
+    "difference",
     "latency",
     "macs",
     "macs_target",
@@ -30,6 +34,7 @@ __all__ = [
     "parameters",
     "plan",
     "prune_single_channel",
+    "refit_norms_",
     "remove_",
     "restore_batch_norm_",
     "score",

@@ -140,6 +140,7 @@ class ChannelGraph:
     products: tuple[Product, ...] = ()
     examples: int = 1  # in the batch that was traced
     numbers: tuple[SizedNumber, ...] = ()
+    approximate: tuple[str, ...] = ()  # modules with norms over channels that may go nevertheless
     indices: tuple[WrittenIndex, ...] = ()
     turns: Mapping[tuple[str, str], int] = field(default_factory=dict)  # calls at each place of a module
 

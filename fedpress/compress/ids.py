@@ -26,6 +26,7 @@ class Value:
     weights: bool = False  # it is computed from parameters and buffers alone
     trained: bool = False  # a parameter is among them
     given: bool = False  # it depends on what the model is given
+    pooled: bool = False  # it holds a norm of each channel over space
     boolean: bool = False
     known: Any = None  # the tensor itself, of whole numbers or booleans that are the same for every input
 
@@ -90,6 +91,8 @@ class Ids:
         self.count = 0
         self.operation = ""  # what is walked now, for reasons and errors
         self.target: Any = None  # the same as an overload of ATen, with the names of its arguments
+        self.approximate: frozenset[str] = frozenset()  # kinds of norms that may be cut through
+        self.approximated: list[str] = []  # the modules in which one was, in order
         self.outer = ""  # what it is a part of, where an operation was taken apart
         self.module = ""
         self.read = True  # whether an output depends on it; else its value may be another, but it has to run
@@ -143,6 +146,14 @@ class Ids:
         """Says that `axis` is the one to lose slices (heads of attention), where a grid leaves the choice."""
         if axis is not None:
             self.preferred.append(axis)
+
+    def pass_norm(self, kind: str, axis: Axis) -> bool:
+        """Says whether channels may be cut although a norm of this kind averages over them, and notes where."""
+        if axis is None or kind not in self.approximate:
+            return False
+        if self.module not in self.approximated:
+            self.approximated.append(self.module)
+        return True
 
     def number(self, position: int, axis: Axis, *, multiple: bool = False) -> None:
         """Says that a number in the present call is the length of `axis` (or a multiple of it)."""

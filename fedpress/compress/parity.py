@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fedpress.compress.approximate import held
 from fedpress.compress.graph import Example, inputs
 from fedpress.compress.planning import PruningPlan
 from fedpress.compress.remove import mask_
@@ -34,6 +35,7 @@ def check_parity(
     more. Floats are drawn; what an embedding looks up is drawn below its number of words; other whole numbers are those
     of the example, mixed. In training mode the mean stands for all chance (dropout, noise), since masks of another
     shape are other masks. A mode or batch size that the dense network itself cannot run says nothing and is left out.
+    Of a cut through norms (`plan.approximate`) all but their statistics is compared.
 
     Returns:
         The largest difference of an output in evaluation mode, relative to the largest number in it, or to 1e-6.
@@ -41,7 +43,7 @@ def check_parity(
     Raises:
         ModelError: if the pruned network does not run, or the difference is above `tolerance` or not a number.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), held(plan):
         return _compare(dense, pruned, plan, example, tolerance)
 
 

@@ -40,6 +40,7 @@ class PruningPlan(BaseModel, frozen=True):
     numbers: Numbers = {}  # sizes in forward code that do not follow by themselves
     parameters_before: int
     parameters_after: int
+    approximate: tuple[str, ...] = ()  # modules with norms that were cut through, in order
     told: dict[str, str] = {}  # what whoever asked for the cut should know, by setting
 
 
@@ -144,6 +145,7 @@ def make_plan(model: nn.Module, graph: ChannelGraph, scores: Sequence[Tensor], k
             for layer, n in zip(graph.layers, kept, strict=True)
         ),
         whole=dict(graph.whole),
+        approximate=graph.approximate if any(len(channels) for channels in gone) else (),
         parameters_before=graph.parameters([layer.channels for layer in graph.layers]),
         parameters_after=graph.parameters(kept),
     )

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fedpress.calls import INDEXING, SIZED, Numbers, caller, indices_of, numbers_in, numbers_of, watch_
+from fedpress.compress.approximate import check_names
 from fedpress.compress.graph import (
     ChannelGraph,
     Example,
@@ -46,7 +47,14 @@ Owner = tuple[str, int, Ints]
 """A tensor's name, one of its axes, and the ids of that axis; a name of "" for an axis that is only counted."""
 
 
-def trace(model: nn.Module, example: Example, *, whole: Sequence[str] = (), ignore: Sequence[str] = ()) -> ChannelGraph:
+def trace(
+    model: nn.Module,
+    example: Example,
+    *,
+    whole: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    approximate: Sequence[str] = (),
+) -> ChannelGraph:
     """Finds the channels of `model` that can be removed, from the operations that run on `example`.
 
     Args:
@@ -54,10 +62,12 @@ def trace(model: nn.Module, example: Example, *, whole: Sequence[str] = (), igno
         example: its input [n, ...] or a tuple of inputs; a batch of two is a good choice.
         whole: names of modules (or name prefixes) that must keep all their outputs.
         ignore: names or patterns ("block.3.*") of modules or weights of which nothing is cut, their inputs neither.
+        approximate: kinds of norms that channels may be cut through, though that is not exact: "layer_norm" (also RMS
+            norms, and those written by hand), "grn" (global response norm); see `fedpress.compress.approximate`.
 
     Raises:
         ModelError: if the model cannot be captured.
-        RecipeError: if a pattern of `ignore` matches nothing.
+        RecipeError: if a pattern of `ignore` matches nothing, or there is no such kind of norm.
     """
     arguments = inputs(example)
     recorder = Recorder(model)
@@ -65,6 +75,7 @@ def trace(model: nn.Module, example: Example, *, whole: Sequence[str] = (), igno
         warnings.filterwarnings("ignore", message=".*assigned during export.*")  # the flat weights of recurrent layers
         exported = export(model, arguments)
     ids = Ids()
+    ids.approximate = check_names(approximate)
     walk = Walk(exported, ids, _first_names(model), recorder.calls)
     owners, unused = walk.owners, walk.unused()
     _freeze_unsaved(ids, owners, model)
@@ -76,7 +87,8 @@ def trace(model: nn.Module, example: Example, *, whole: Sequence[str] = (), igno
     turns: dict[tuple[str, str], int] = {}
     for call in recorder.calls:  # of a module that runs several times, the run with the most calls at the place
         turns[call.module, call.place] = max(turns.get((call.module, call.place), 0), call.turn + 1)
-    return _without_followers(model, replace(graph, turns=turns), arguments)
+    graph = replace(graph, turns=turns, approximate=tuple(ids.approximated))
+    return _without_followers(model, graph, arguments)
 
 
 class Recorder(TorchFunctionMode):
@@ -307,6 +319,7 @@ def _operate(node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], ids: Ids)
         "weights": weights,
         "trained": weights and any(v.trained for v in given),
         "given": dependent,
+        "pooled": _pooled(node, given),
     }
     if isinstance(outputs, list | tuple):
         shapes = [tuple(getattr(output, "shape", ())) for output in outputs]
@@ -319,6 +332,12 @@ def _operate(node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], ids: Ids)
         known=_known(node, args, options, every),
         **common,
     )
+
+
+def _pooled(node: torch.fx.Node, given: Sequence[Value]) -> bool:
+    """Says whether the output is a norm of each channel, or made of one alone (its root)."""
+    name = str(node.target).split(".")[1] if "." in str(node.target) else ""
+    return name in ("linalg_vector_norm", "norm", "sum") or (len(given) == 1 and given[0].pooled)
 
 
 def _boolean(node: torch.fx.Node) -> bool:

@@ -34,6 +34,7 @@ from fedpress.state import State, Tick
 from fedpress.training import Fit, Step
 
 BATCH = 256
+REFIT = 512  # public examples that norms are fitted on: two numbers for each channel need no more
 
 
 @dataclass
@@ -131,7 +132,7 @@ class Cutting:
     def plan(self) -> Generator[Tick, None, PruningPlan]:
         """Scores the channels and plans the present cut, with what has to be measured for it."""
         stage, state, model = self.stage, self.state, self.model
-        graph, chance = traced(model, state, stage.ignore), generator(state.seed, "prune", "random")
+        graph, chance = traced(model, state, stage), generator(state.seed, "prune", "random")
         how: dict[str, Any] = {"round_to": stage.round_to, "min_keep": stage.min_keep, "exact": stage.exact}
         scores: list[Tensor] = []
         if stage.strategy == "one-shot":
@@ -211,6 +212,32 @@ class Cutting:
         assert self.public is not None
         for x, y in self.public.batches(1 if SCORES[self.stage.score].single else BATCH):
             yield F.cross_entropy(self.model(self.state.data.preprocess(x)), y)
+
+    def refit_(self, dense: nn.Module, plan: PruningPlan) -> dict[str, Any]:
+        """Fits the norms that were cut through, and returns how far the outputs are from those of `dense`."""
+        if not plan.approximate:
+            return {}
+        if self.public is None:
+            shape = (BATCH, *self.state.spec.input_shape)
+            batches = [torch.randn(shape, generator=torch.Generator().manual_seed(0))]
+        else:
+            some = self.public.take(torch.arange(min(len(self.public), REFIT)))
+            batches = [self.state.data.preprocess(x) for x, _ in some.batches(BATCH)]
+        cut = compress.difference(dense, self.model, batches)
+        left = dict.fromkeys(plan.approximate, "its scale was not fitted: there was no data")
+        if self.public is not None:
+            left = compress.refit_norms_(dense, self.model, plan, batches)
+        found = compress.difference(dense, self.model, batches)
+        examples = sum(len(batch) for batch in batches)
+        what = "public examples" if self.public is not None else "examples of noise"
+        agreeing = "" if found.agreement is None else f", with the same answer for {found.agreement:.1%}"
+        told = (
+            f"{found.relative:.1%} off the outputs of the uncut network on {examples} {what}{agreeing}; "
+            f"{cut.relative:.1%} before the scales of {len(plan.approximate)} norms were fitted"
+        )
+        record: dict[str, Any] = {"cut": cut.relative, "fitted": found.relative, "agreement": found.agreement}
+        self.folder.record(approximate={**record, "norms": list(plan.approximate)})
+        return {"parity_error": found.relative, "told": {"approximate": told}, **({"left": left} if left else {})}
 
     def restore_(self) -> int:
         """Restores the batch-norm statistics, and returns from how many examples; 0 where there is no batch norm."""

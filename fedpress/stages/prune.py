@@ -57,7 +57,7 @@ class PruneStage(PruneSettings):
             data = state.data
             training.check(state.model, self.finetune, data.public, data.validation, data.preprocess)
         model = copied(state.model)
-        graph = traced(model.eval(), state, self.ignore)
+        graph = traced(model.eval(), state, self)
         row = SCORES[self.score]
         if row.scales:
             compress.score(model, graph, self.score)
@@ -95,6 +95,7 @@ class PruneStage(PruneSettings):
             work.plans.append(plan)
             compress.remove_(work.early, plan)
             work.model = copied(work.early) if self.rewind else pruned
+            inexact = {} if self.rewind else work.refit_(dense, plan)
             yield work.tick(2, "restoring batch-norm statistics")
             before = _accuracy(work.model, state)
             restored = work.restore_()
@@ -114,10 +115,11 @@ class PruneStage(PruneSettings):
             "whole_layers": dict(work.plans[0].whole),
             "restored_examples": restored,
         }
-        if work.plans[-1].told:
-            facts["told"] = dict(work.plans[-1].told)
+        told = {**work.plans[-1].told, **inexact.pop("told", {})}
+        left = inexact.pop("left", {})
         if not restored and has_batch_norm(work.model):
-            facts["left"] = {"batch norms": "their statistics are those of the uncut network: there was no data"}
+            left["batch norms"] = "their statistics are those of the uncut network: there was no data"
+        facts |= {**inexact, **({"told": told} if told else {}), **({"left": left} if left else {})}
         return replace(state, spec=_spec(state, work.model), model=work.model, facts=facts)
 
 

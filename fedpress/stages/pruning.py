@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +49,9 @@ class PruneSettings(BaseModel):
     round_to: int = Field(8, ge=1, description="widths become multiples of this")
     min_keep: float = Field(0.1, ge=0, le=1, description="share of its channels that every layer keeps")
     ignore: tuple[str, ...] = Field((), description="modules or weights that stay as they are: names, * for anything")
+    approximate: tuple[compress.Norm, ...] = Field(
+        (), description="norms to cut through though it is not exact; their scales are then fitted on public examples"
+    )
     exact: bool = Field(False, description="refuse a target that no widths meet, in place of the nearest that they do")
     calibration: int = Field(
         2048, ge=0, description="public examples for scores and batch-norm statistics; 0 leaves those as they were"
@@ -99,7 +101,8 @@ def public_examples(how: PruneSettings, state: State, seed: int) -> Arrays | Non
     """Draws the public examples; None where no score, norm or curve looks at any."""
     measured = how.scope == "sensitivity" and not len(state.data.validation)
     norms = has_batch_norm(state.model) and how.calibration > 0
-    if SCORES[how.score].needs == "losses" or norms or measured:
+    fitted = bool(how.approximate) and how.calibration > 0
+    if SCORES[how.score].needs == "losses" or norms or measured or fitted:
         return calibration(state, how.calibration, seed)
     return None
 
@@ -163,10 +166,10 @@ def example_input(state: State) -> Tensor:
     return torch.zeros(2, *state.spec.input_shape)
 
 
-def traced(model: nn.Module, state: State, ignore: Sequence[str] = ()) -> ChannelGraph:
+def traced(model: nn.Module, state: State, how: PruneSettings) -> ChannelGraph:
     """Returns the channels of `model` that may go."""
     with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints its graph before it fails
-        return compress.trace(model, example_input(state), ignore=ignore)
+        return compress.trace(model, example_input(state), ignore=how.ignore, approximate=how.approximate)
 
 
 def has_batch_norm(model: nn.Module) -> bool:

@@ -36,7 +36,7 @@ def group_norm(
     channels = x.axes[1]
     for axis in x.axes[2:]:  # of weights that are standardised so, say
         ids.freeze(axis, "a mean over channels")
-    if channels is not None:
+    if channels is not None and not (groups == 1 and ids.pass_norm("layer_norm", channels)):
         size = len(channels) // groups
         ids.unite(channels, np.repeat(channels[::size], size))
         ids.number(0, channels[::size])
@@ -50,7 +50,16 @@ def group_norm(
 
 @rule("layer_norm.default", "rms_norm.default")
 def layer_norm(ids: Ids, shape: Shape, x: Value, normalized: Sequence[int], *rest: Any) -> Axes:
-    """All values of the last axes share a mean and a variance: none can go without changing the others."""
+    """All values of the last axes share a mean and a variance: none can go without changing the others.
+
+    Unless that is asked for (`ids.approximate`): then channels go, and the mean is of those that are left.
+    """
+    if len(normalized) == 1 and ids.pass_norm("layer_norm", x.axes[-1]):
+        ids.number(0, x.axes[-1])
+        for vector in rest[:2]:
+            if isinstance(vector, Value):
+                ids.unite(x.axes[-1], vector.axes[0])
+        return x.axes
     for axis in x.axes[-len(normalized) :]:
         ids.freeze(axis, "a mean over channels")
     for vector in rest[:2]:

@@ -10,6 +10,8 @@ from fedpress.compress.rules.table import Axes, Shape, elementwise, named, rule
 
 OF_ZEROS = ("sum", "linalg_vector_norm", "norm")
 """Statistics to which zeros add nothing."""
+MEANS = ("mean", "var", "std", "var_mean", "std_mean")
+"""Statistics that norms are written with."""
 
 
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp")
@@ -20,6 +22,10 @@ def along(ids: Ids, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
     """Values are mixed, counted or moved along some axes, of which no channel may go; a sum or norm of zeros may."""
     rank, name = len(x.shape), ids.operation.split(".")[1]
     dims = _dims(ids, x, rest, options)
+    if name in MEANS and len(shape) == rank and not x.weights:  # it keeps its axis: a norm written by hand
+        kind = "grn" if x.pooled else "layer_norm"
+        if any(ids.pass_norm(kind, x.axes[d]) for d in dims):
+            return tuple(None if d in dims else axis for d, axis in enumerate(x.axes))
     one = len(shape) < rank or any(argument.name == "keepdim" for argument in ids.target._schema.arguments)
     for d in dims if ids.read and not (x.zero and name in OF_ZEROS) else ():
         ids.freeze(x.axes[d], "a statistic over channels" if one else "values are mixed across channels")
