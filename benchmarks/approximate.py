@@ -72,7 +72,7 @@ class ViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[n, 1, 8, 8] -> [n, 10]."""
         x = self.patch(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.place
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.place
         for first, attention, second, mlp in self.blocks:
             x = x + attention(first(x))
             x = x + mlp(second(x))
