@@ -170,12 +170,17 @@ class ChannelGraph:
             total += count
         return total // self.examples
 
-    def sizes(self, gone: Sequence[Tensor]) -> Numbers:
-        """Returns the numbers in forward code that must be others when layer i loses the channels `gone[i]`."""
+    def sizes(self, gone: Sequence[Tensor], *, exactly: bool = False) -> Numbers:
+        """Returns the numbers in forward code that must be others when layer i loses the channels `gone[i]`.
+
+        Args:
+            gone: channels of each layer.
+            exactly: no multiples, but the numbers themselves, which hold for the batch that was traced.
+        """
         counts = [len(channels) for channels in gone]
         found: list[tuple[Site, Number]] = []
         if any(counts):
-            found += [(number.site, number.right(counts)) for number in self.numbers]
+            found += [(n.site, n.wanted(counts) if exactly else n.right(counts)) for n in self.numbers]
             found += [(index.site, index.right(gone)) for index in self.indices]
         rows: dict[tuple[str, str], dict[int, dict[int, Number]]] = {}
         for site, number in found:

@@ -6,7 +6,6 @@ import operator
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from fedpress.calls import INDEXING, SIZED, Numbers, caller, indices_of, numbers_in, numbers_of, watch_
+from fedpress.calls import INDEXING, SIZED, caller, indices_of, numbers_of
 from fedpress.compress.approximate import check_names
 from fedpress.compress.graph import (
     ChannelGraph,
@@ -33,16 +32,15 @@ from fedpress.compress.graph import (
     WrittenIndex,
     export,
     inputs,
-    kept_indices,
 )
 from fedpress.compress.ids import REBUILT, Axis, Call, Ids, Ints, Value
 from fedpress.compress.ignoring import ignored
-from fedpress.compress.remove import cut_
 from fedpress.compress.rules import find_rule, parts_of, zero_stays
+from fedpress.compress.trials import layers_that_fail, without_followers
 from fedpress.errors import ModelError
-from fedpress.layers import copied
 
 TAG = "fedpress_call"
+TRIALS = 3  # layers are kept whole whose channels the code cannot run without, and what is left is tried again
 Owner = tuple[str, int, Ints]
 """A tensor's name, one of its axes, and the ids of that axis; a name of "" for an axis that is only counted."""
 
@@ -83,12 +81,20 @@ def trace(
     _freeze_named(ids, whole)
     _freeze_ignored(ids, owners, model, ignore)
     ids.settle()
-    graph = _graph(ids, owners, {name: tuple(p.shape) for name, p in model.named_parameters()}, unused, arguments)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     turns: dict[tuple[str, str], int] = {}
     for call in recorder.calls:  # of a module that runs several times, the run with the most calls at the place
         turns[call.module, call.place] = max(turns.get((call.module, call.place), 0), call.turn + 1)
-    graph = replace(graph, turns=turns, approximate=tuple(ids.approximated))
-    return _without_followers(model, graph, arguments)
+    for _ in range(TRIALS):
+        graph = _graph(ids, owners, shapes, unused, arguments)
+        graph = replace(graph, turns=turns, approximate=tuple(ids.approximated))
+        graph = without_followers(model, graph, arguments)
+        failing = layers_that_fail(model, graph, arguments)
+        if not failing:
+            break
+        for layer, reason in failing.items():
+            _freeze_layer(ids, owners, graph.layers[layer], reason)
+    return graph
 
 
 class Recorder(TorchFunctionMode):
@@ -460,6 +466,13 @@ def _freeze_unsaved(ids: Ids, owners: Sequence[Owner], model: nn.Module) -> None
             ids.freeze(axis, f"the buffer '{name}' goes with it and is not saved (persistent=False)")
 
 
+def _freeze_layer(ids: Ids, owners: Sequence[Owner], layer: Layer, reason: str) -> None:
+    axes = {(name, at): axis for name, at, axis in owners}
+    for part in layer.slices:
+        channels = axes[part.tensor, part.axis][part.index.flatten().numpy()]
+        ids.freeze(channels, f"the code does not run with fewer of its channels ({reason})")
+
+
 def _freeze_named(ids: Ids, whole: Sequence[str]) -> None:
     for name in whole:
         hits = [axis for axis, role, m in ids.roles if role == "write" and (m == name or m.startswith(name + "."))]
@@ -584,44 +597,3 @@ def _slices(
         if tensor:
             index = torch.from_numpy(table[:, columns == k].copy())
             yield Slice(tensor, axis, roles.get(int(own[0]), "follow"), index)
-
-
-@torch.no_grad()
-def _without_followers(model: nn.Module, graph: ChannelGraph, arguments: Sequence[Tensor]) -> ChannelGraph:
-    """Drops the numbers that follow the tensors by themselves (`x.shape[1] // 2`): found by running smaller copies.
-
-    A number that always is in proportion to the length of its axis becomes a multiple of it: what it counts besides
-    channels, examples say, may be another number at another time.
-    """
-    fixed = numbers_in(model)  # an earlier cut has put these right
-    wrong: set[Site] = {n.site for n in graph.numbers if n.site.position in _row(fixed, n.site)}
-    changed: set[Site] = set()  # a number that never had to change says nothing
-    partly: set[Site] = {n.site for n in graph.numbers if n.was != n.length.whole}
-    widths = [layer.channels for layer in graph.layers]
-    for step in (1, 2) if graph.numbers else ():
-        # At least one channel of each layer goes, of each another number.
-        counts = [1 + (step * i + step) % (n - 1) if n > 1 else 0 for i, n in enumerate(widths)]
-        gone = [torch.arange(n) for n in counts]
-        small = copied(model).eval()
-        cut_(small, kept_indices(model, graph, gone), graph.sizes(gone))
-        seen = watch_(small, sorted({number.site.module for number in graph.numbers}))
-        with suppress(Exception):  # the parity check of a real cut tells the user; what was noted so far is good
-            small(*arguments)
-        if any(number.site.call not in seen[number.site.module] for number in graph.numbers):
-            with suppress(Exception):  # code may take another path where it is exported
-                export(small, tuple(arguments))
-        for number in graph.numbers:
-            passed = seen[number.site.module].get(number.site.call, [])
-            if number.site.position < len(passed):
-                code, wanted = passed[number.site.position], number.wanted(counts)
-                wrong |= {number.site} if code != wanted else set()
-                changed |= {number.site} if wanted != number.was else set()
-                if code * number.length.at(counts) != wanted * number.length.whole:
-                    partly.add(number.site)
-    stay = [n for n in graph.numbers if n.site in wrong or (n.length.times and n.site not in changed)]
-    return replace(graph, numbers=tuple(replace(n, multiple=n.multiple or n.site not in partly) for n in stay))
-
-
-def _row(numbers: Numbers, site: Site) -> Mapping[int, Any]:
-    calls = numbers.get(site.module, {})
-    return calls.get(site.call) or calls.get(site.place) or {}

@@ -206,3 +206,50 @@ def test_a_spec_of_an_older_version_gives_the_same_network():
     again = ModelSpec.of_file(json.dumps(old), allow_code=spec.architecture).build().eval()
     again.load_state_dict(small.state_dict())
     assert torch.equal(again(x), small(x))
+
+
+class Copies(nn.Module):
+    """Divides the number of examples and heads by a number of heads that no call shows (DeBERTa does)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.q, self.places, self.o = 4, nn.Linear(24, 24), nn.Linear(3, 24), nn.Linear(24, 16)
+        self.register_buffer("far", torch.randn(5, 3))
+        self.last = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q = self.q(x).view(n, t, -1, 6).transpose(1, 2).reshape(-1, t, 6)
+        places = self.places(self.far).view(5, -1, 6).permute(1, 2, 0).repeat(q.size(0) // self.heads, 1, 1)
+        y = torch.bmm(q, places).softmax(-1) @ q
+        return self.last(self.o(y.view(n, -1, t, 6).transpose(1, 2).reshape(n, t, -1)).relu().mean(1))
+
+
+def test_layers_whose_channels_the_code_cannot_run_without_stay_whole_with_what_it_says():
+    torch.manual_seed(0)
+    model, x = Copies(), torch.randn(3, 5, 24)
+    graph, plan, small = halved(model, x)
+    assert [layer.name for layer in graph.layers] == ["o"]
+    assert "the code does not run with fewer of its channels" in plan.whole["q"]
+    assert check_parity(model, small, plan, x) <= 1e-5
+
+
+def test_numbers_that_follow_are_found_behind_others_that_count_examples_too():
+    class Chain(nn.Module):
+        """Each view's numbers follow by themselves; the last, far behind them, does not."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.o = nn.Linear(8, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            n, h = len(x), self.a(x)
+            for _ in range(3):
+                h = h.view(n, h.shape[1]).tanh().reshape(n * h.shape[1]).view(n, -1)
+            return self.o(h.reshape(n * 16).view(n, 16))
+
+    model, x = Chain(), torch.randn(2, 8)
+    _, plan, small = halved(model, x)
+    assert check_parity(model, small, plan, x) <= 1e-5
+    assert {n for call in plan.numbers[""].values() for n in call.values()} == {(8, 16)}
+    assert len(plan.numbers[""]) == 2

@@ -1,0 +1,106 @@
+"""Smaller copies of a model are run: which numbers in the code follow, and which layers its code cannot shrink."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedpress.calls import Numbers, numbers_in, watch_
+from fedpress.compress.graph import ChannelGraph, Site, export, kept_indices
+from fedpress.compress.remove import cut_
+from fedpress.layers import copied
+
+
+@torch.no_grad()
+def without_followers(model: nn.Module, graph: ChannelGraph, arguments: Sequence[Tensor]) -> ChannelGraph:
+    """Drops the numbers that follow the tensors by themselves (`x.shape[1] // 2`).
+
+    A number that always is in proportion to the length of its axis becomes a multiple of it: what it counts besides
+    channels, examples say, may be another number at another time.
+    """
+    fixed = numbers_in(model)  # an earlier cut has put these right
+    wrong: set[Site] = {n.site for n in graph.numbers if n.site.position in _row(fixed, n.site)}
+    changed: set[Site] = set()  # a number that never had to change says nothing
+    partly: set[Site] = {n.site for n in graph.numbers if n.was != n.length.whole}
+    for step in (1, 2) if graph.numbers else ():
+        counts = _counts(graph, step)
+        small = _smaller(model, graph, counts, exactly=True)
+        seen = watch_(small, sorted({number.site.module for number in graph.numbers}))
+        with suppress(Exception):  # what was noted so far is good; where the code fails is found out later
+            small(*arguments)
+        if any(number.site.call not in seen[number.site.module] for number in graph.numbers):
+            with suppress(Exception), _quiet():  # code may take another path where it is exported
+                export(small, tuple(arguments))
+        for number in graph.numbers:
+            passed = seen[number.site.module].get(number.site.call, [])
+            if number.site.position < len(passed):
+                code, wanted = passed[number.site.position], number.wanted(counts)
+                wrong |= {number.site} if code != wanted else set()
+                changed |= {number.site} if wanted != number.was else set()
+                if code * number.length.at(counts) != wanted * number.length.whole:
+                    partly.add(number.site)
+    stay = [n for n in graph.numbers if n.site in wrong or (n.length.times and n.site not in changed)]
+    return replace(graph, numbers=tuple(replace(n, multiple=n.multiple or n.site not in partly) for n in stay))
+
+
+@torch.no_grad()
+def layers_that_fail(model: nn.Module, graph: ChannelGraph, arguments: Sequence[Tensor]) -> dict[int, str]:
+    """Returns the layers without some of whose channels the model's code does not run, and what it says then.
+
+    Sizes that no call shows, `x.size(0) // self.num_heads` in the number of copies say, are wrong in a smaller model.
+    """
+    if _failure(model, graph, _counts(graph, 1), arguments) is None:
+        return {}
+    failing: dict[int, str] = {}
+    for i, layer in enumerate(graph.layers):
+        for count in sorted({1, layer.channels // 2}) if layer.channels > 1 else ():
+            alone = [count if j == i else 0 for j in range(len(graph.layers))]
+            reason = _failure(model, graph, alone, arguments)
+            if reason is not None:
+                failing[i] = reason
+                break
+    return failing
+
+
+def _failure(model: nn.Module, graph: ChannelGraph, counts: Sequence[int], arguments: Sequence[Tensor]) -> str | None:
+    """Returns what a copy without the first `counts[i]` channels of layer i says when it fails; None if it runs."""
+    try:
+        _smaller(model, graph, counts)(*arguments)
+    except Exception as error:  # the user's code may raise anything
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Holds back what torch logs of an export that fails, which here is no fault."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _counts(graph: ChannelGraph, step: int) -> list[int]:
+    """Returns how many channels of each layer go in a trial: at least one, and of each layer another number."""
+    widths = [layer.channels for layer in graph.layers]
+    return [1 + (step * i + step) % (n - 1) if n > 1 else 0 for i, n in enumerate(widths)]
+
+
+def _smaller(model: nn.Module, graph: ChannelGraph, counts: Sequence[int], *, exactly: bool = False) -> nn.Module:
+    gone = [torch.arange(n) for n in counts]
+    small = copied(model).eval()
+    cut_(small, kept_indices(model, graph, gone), graph.sizes(gone, exactly=exactly))
+    return small
+
+
+def _row(numbers: Numbers, site: Site) -> Mapping[int, Any]:
+    calls = numbers.get(site.module, {})
+    return calls.get(site.call) or calls.get(site.place) or {}
