@@ -1,23 +1,28 @@
 """From a trained model to a file that a device runs: export, parity with the model, latency."""
 
-from fedpress.deploy.artifact import Artifact, Job
+from fedpress.deploy.artifact import ROUNDING, TOLERANCE, Artifact, Job
 from fedpress.deploy.formats import FORMATS, Format, export, file_bytes, open_file, unknown_format
 from fedpress.deploy.measure import export_all, measure, peak_memory, time_in_turn
 from fedpress.deploy.ondevice import DeviceModel, export_training
 from fedpress.deploy.onnx import export_onnx
+from fedpress.deploy.processor import Processor, this_processor
 from fedpress.deploy.qdq import QuantizedProgram, quantized_program
-from fedpress.deploy.runtime import ROUNDING, Latency, Parity, accuracy, agreement, file_logits, latency, logits, parity
+from fedpress.deploy.runtime import Latency, Parity, accuracy, agreement, file_logits, latency, logits, parity
+from fedpress.deploy.session import Session
 
 __all__ = [
     "FORMATS",
     "ROUNDING",
+    "TOLERANCE",
     "Artifact",
     "DeviceModel",
     "Format",
     "Job",
     "Latency",
     "Parity",
+    "Processor",
     "QuantizedProgram",
+    "Session",
     "accuracy",
     "agreement",
     "export",
@@ -33,6 +38,7 @@ __all__ = [
     "parity",
     "peak_memory",
     "quantized_program",
+    "this_processor",
     "time_in_turn",
     "unknown_format",
 ]

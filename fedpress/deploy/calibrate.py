@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
+from fedpress.deploy.examples import Example, as_device, by_name
 from fedpress.errors import ExportError
 from fedpress.grids import InputGrid
 from fedpress.ranges import OBSERVERS, Histogram, Observer
@@ -39,34 +39,51 @@ class _Watch(fx.Interpreter):
         return value
 
 
-def ranges(graph: fx.GraphModule, batches: Sequence[Tensor], observer: Observer) -> dict[fx.Node, tuple[float, float]]:
+def ranges(graph: fx.GraphModule, batches: Sequence[Example], observer: Observer) -> dict[fx.Node, tuple[float, float]]:
     """Runs the graph on `batches` and returns the range of every float tensor in it; NaN where it is not finite.
 
     Raises:
         ExportError: if a batch does not fit or is not finite.
     """
     watch = _Watch(graph)
-    wanted = next(n.meta["val"].shape[1:] for n in graph.graph.nodes if n.op == "placeholder")
-    for batch in batches:
-        if batch.shape[1:] != wanted or not len(batch) or not batch.is_floating_point():
-            got = f"{str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}"
-            raise ExportError(
-                f"export: a calibration batch is {got}, expected float32 {['n', *wanted]} of at least one example; "
-                "give standardised examples with a batch dimension"
-            )
+    inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    seen = [by_name(as_device(batch), [n.name for n in inputs]) for batch in batches]
+    for batch in seen:
+        _check(batch, [n.meta["val"] for n in inputs])
     for watch.count in (False,) if observer == "minmax" else (False, True):
-        for batch in batches:
+        for batch in seen:
             _look(watch, batch)
     grid = InputGrid(bits=8)
     found = {n: OBSERVERS[observer](h, grid) if h.high > h.low else (h.low, h.high) for n, h in watch.seen.items()}
     return found | dict.fromkeys(watch.broken, (math.nan, math.nan))
 
 
-def _look(watch: _Watch, batch: Tensor) -> None:
-    if not bool(batch.isfinite().all()):
+def _check(batch: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    """Raises ExportError unless `batch` holds the tensors that the graph takes."""
+    if len(batch) != len(wanted):
+        raise ExportError(
+            f"export: a calibration batch holds {len(batch)} tensors, but the model takes {len(wanted)}; give batches "
+            "of the form of the example"
+        )
+    for got, want in zip(batch, wanted, strict=True):
+        fits = got.shape[1:] == want.shape[1:] and got.is_floating_point() == want.is_floating_point()
+        if not fits or not len(got):
+            said = f"{_name(got)} {list(got.shape)}"
+            raise ExportError(
+                f"export: a calibration batch is {said}, expected {_name(want)} {['n', *want.shape[1:]]} of at least "
+                f"one example; give {'standardised ' * want.is_floating_point()}examples with a batch dimension"
+            )
+
+
+def _name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def _look(watch: _Watch, tensors: Sequence[Tensor]) -> None:
+    if not all(bool(t.isfinite().all()) for t in tensors):
         raise ExportError("export: a calibration example holds NaN or infinite values; remove it from the data")
     try:
-        watch.run(batch.to("cpu", torch.float32))
+        watch.run(*tensors, enable_io_processing=False)
     except Exception as error:  # whatever the operations of the model raise
-        said, shape = str(error).strip().partition("\n")[0], list(batch.shape)
+        said, shape = str(error).strip().partition("\n")[0], list(tensors[0].shape)
         raise ExportError(f"export: the model does not take a calibration batch of shape {shape}: {said}") from error

@@ -8,12 +8,23 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from fedpress.deploy.examples import (
+    Example,
+    Given,
+    as_device,
+    batch_dims,
+    call_of,
+    example_of,
+    ordered,
+    take,
+    tensors_of,
+)
 from fedpress.errors import ExportError
 from fedpress.layers import copied
 
@@ -21,7 +32,10 @@ BATCH = "batch"
 
 _CURES = (  # what torch.export says, what it means, what helps
     (r"data-dependent", "its control flow depends on the values of its input; use torch.where in place of `if`"),
-    (r"specialized it to be a constant", "it fixes the batch size; use x.shape[0] or -1 in place of the number"),
+    (
+        r"specialized it to be a constant",
+        "it fixes the batch size; use x.shape[0] or -1 in place of the number (or of len(x))",
+    ),
 )
 
 
@@ -51,33 +65,47 @@ def require(*packages: str, install: str = "") -> dict[str, Any]:
         raise ExportError(f"export: the package {name!r} is missing; run `pip install {command}`") from error
 
 
-def capture(
-    model: nn.Module, input_shape: tuple[int, ...], *, batch: int | None = None
-) -> torch.export.ExportedProgram:
+def capture(model: nn.Module, given: Given, *, batch: int | None = None) -> torch.export.ExportedProgram:
     """Traces a float32 CPU copy of `model` in evaluation mode; the model itself is left as it was.
 
     Args:
-        model: maps float32 [N, *input_shape] to a tensor.
-        input_shape: shape of one example.
+        model: maps a batch to tensors, alone or in tuples and dictionaries.
+        given: shape of one float32 example, or a batch of inputs.
         batch: the batch size of the graph; None leaves it free.
 
     Raises:
         ExportError: if the model cannot be captured, naming the module, or if a parameter is not finite, naming it.
     """
     check_finite(model)
-    takes = f"[N, {', '.join(map(str, input_shape))}]"
     model = copied(model).to("cpu", torch.float32).eval()
-    example = torch.zeros(batch or 2, *input_shape)  # two, because torch.export takes a size of one for a constant
-    shapes = ({0: torch.export.Dim(BATCH)},) if batch is None else None
+    example = ordered(model, example_of(given))
+    example = take(as_device(example), batch or 2)  # torch.export takes a size of one for a constant
     try:
-        with torch.no_grad():
-            return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
+        return trace(model, example, free=batch is None)
     except Exception as error:  # torch.export raises what the model raises, and more than a dozen types of its own
         said = str(error)
         known = [cure for pattern, cure in _CURES if re.search(pattern, said)]
         first = said.strip().splitlines()[0].rstrip(".") if said.strip() else type(error).__name__
-        reason = known[0] if known else f"{first}; check that it takes a float32 batch {takes}"
+        reason = known[0] if known else f"{first}; check that it takes {_described(example)}"
         raise ExportError(f"export: {_blame(model, error)} cannot be captured: {reason}") from error
+
+
+def trace(model: nn.Module, example: Example, *, free: bool) -> torch.export.ExportedProgram:
+    """Captures `model` on a batch of two rows or more, whose size stays `free` or is that of the file."""
+    args, named = call_of(example)
+    shapes = batch_dims(model, example, {0: torch.export.Dim(BATCH)}) if free else None
+    with torch.no_grad():
+        return torch.export.export(model, args, named, dynamic_shapes=shapes, strict=False)
+
+
+def _described(example: Example) -> str:
+    """Says what a model is called with, such as `a float32 batch [N, 3, 8, 8]`."""
+    names = [f"'{name}' as " for name in example] if isinstance(example, Mapping) else [""] * len(tensors_of(example))
+    words = []
+    for name, t in zip(names, tensors_of(example), strict=True):
+        sizes = ", ".join(["N", *map(str, t.shape[1:])])
+        words.append(f"{name}a {str(t.dtype).removeprefix('torch.')} batch [{sizes}]")
+    return " and ".join(words)
 
 
 def check_finite(model: nn.Module) -> None:

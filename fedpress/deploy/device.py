@@ -31,12 +31,14 @@ class DeviceGraph:
         left: module -> why it computes in float, or why its weights take more room than their bits.
         rounded: the program in torch that says what comes out; None for a model without any rounding.
         integer: whether activations are rounded too.
+        rounds: whether some are, if only the inputs of layers that the quantize stage has put on grids.
     """
 
     graph: fx.GraphModule
     left: dict[str, str] = field(default_factory=dict)
     rounded: torch.export.ExportedProgram | None = None
     integer: bool = False
+    rounds: bool = False
 
     def program(self, input_shape: tuple[int, ...]) -> torch.export.ExportedProgram:
         """Returns the graph for one example of `input_shape`."""
@@ -44,16 +46,22 @@ class DeviceGraph:
             return torch.export.export(self.graph, (torch.zeros(1, *input_shape),), strict=False)
 
 
-def device_graph(model: nn.Module, job: Job) -> DeviceGraph:
+def device_graph(model: nn.Module, job: Job, format: str) -> DeviceGraph:
     """Captures `model`, rounded to int8 if `job` has batches to take ranges from.
+
+    Args:
+        model: takes one float32 tensor.
+        job: what is asked.
+        format: what the file is called in errors.
 
     Raises:
         ExportError: if the model cannot be captured, or a calibration batch does not fit or is not finite.
     """
+    shape = job.one_shape(format)
     if job.batches or any(True for _ in quantized_layers(model)):
         made = quantized_program(
             model,
-            job.input_shape,
+            shape,
             job.batches,
             activations="int8",
             observer=job.observer,
@@ -61,10 +69,10 @@ def device_graph(model: nn.Module, job: Job) -> DeviceGraph:
         )
         graph = made.program.module(check_guards=False)
         assert isinstance(graph, fx.GraphModule)
-        found = DeviceGraph(graph, dict(made.left), made.program, bool(job.batches))
+        found = DeviceGraph(graph, dict(made.left), made.program, bool(job.batches), made.rounds)
     else:
         with silence():
-            plain = capture(model, job.input_shape).module(check_guards=False)
+            plain = capture(model, shape).module(check_guards=False)
         assert isinstance(plain, fx.GraphModule)
         found = DeviceGraph(plain)
     outputs = next(len(n.all_input_nodes) for n in found.graph.graph.nodes if n.op == "output")

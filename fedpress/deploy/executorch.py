@@ -6,7 +6,6 @@ import json
 import operator
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from fedpress.deploy.artifact import Artifact, Job, write
 from fedpress.deploy.capture import require, silence
 from fedpress.deploy.device import DeviceGraph, device_graph, hush, make_plain_, read_alone_, said, small_weights
+from fedpress.deploy.session import Port, Session
 from fedpress.errors import ExportError
 
 INSTALL = "'fedpress[executorch]'"
@@ -35,7 +35,7 @@ def export_executorch(model: torch.nn.Module, path: str | Path, job: Job) -> Art
     """
     with silence(), hush():
         require("executorch.exir", install=INSTALL)
-    made = device_graph(model, job)
+    made = device_graph(model, job, "ExecuTorch")
     for groups in (True, False):
         for name, node in small_weights(made.graph, groups=groups):
             if groups or not made.integer:
@@ -46,10 +46,10 @@ def export_executorch(model: torch.nn.Module, path: str | Path, job: Job) -> Art
     read_alone_(made.graph)
     words = job.words()
     data, outside = _lower(made, job, words)
-    _try(data, job.input_shape)
+    _try(data, job.one_shape("ExecuTorch"))
     path = Path(path)
     write(path, data)
-    return Artifact(path, len(data), words, {**made.left, **outside}, made.rounded)
+    return Artifact(path, len(data), words, {**made.left, **outside}, made.rounded, made.rounds)
 
 
 def _lower(made: DeviceGraph, job: Job, words: dict[str, str]) -> tuple[bytes, dict[str, str]]:
@@ -60,7 +60,7 @@ def _lower(made: DeviceGraph, job: Job, words: dict[str, str]) -> tuple[bytes, d
     config = EdgeCompileConfig(_check_ir_validity=False)
     outside: dict[str, str] = {}
     while True:
-        program = made.program(job.input_shape)
+        program = made.program(job.one_shape("ExecuTorch"))
         try:
             with silence(), hush():
                 edge = to_edge_transform_and_lower(
@@ -137,15 +137,15 @@ def _place(node: torch.fx.Node) -> str:
     return f"{module} ({name})" if module else name
 
 
-def open_executorch(path: str | Path, threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
-    """Loads a program and returns a function from one float32 example [1, ...] to its first output.
+def open_executorch(path: str | Path, threads: int = 0) -> Session:
+    """Loads a program, which takes one float32 example [1, ...].
 
     Args:
         path: the file.
         threads: of XNNPACK's pool, which all programs of this process share; 0: one for each core.
 
     Raises:
-        ExportError: if the file cannot be loaded; the function, if it cannot be run.
+        ExportError: if the file cannot be loaded; the session, if it cannot be run.
     """
     with silence(), hush():
         runtime = require("executorch.runtime", install=INSTALL)["executorch.runtime"]
@@ -160,18 +160,18 @@ def open_executorch(path: str | Path, threads: int = 0) -> Callable[[np.ndarray]
         )
     sizes = tuple(method.metadata.input_tensor_meta(0).sizes())
 
-    def run(x: np.ndarray) -> np.ndarray:
+    def compute(arrays: list[np.ndarray]) -> list[np.ndarray]:
+        (x,) = arrays
         if x.shape != sizes:
             raise ExportError(f"export: {path} takes float32 {list(sizes)}, got {list(x.shape)}; give it one example")
         try:
-            given = torch.from_numpy(np.ascontiguousarray(x, np.float32))
-            found: np.ndarray = method.execute([given])[0].numpy()
+            return [out.numpy() for out in method.execute([torch.from_numpy(x)])]
         except RuntimeError as error:
             raise ExportError(f"export: ExecuTorch cannot run {path}: {said(error)}; export it again") from error
-        return found
 
-    run.program = program  # type: ignore[attr-defined]  # the method reads the program's memory
-    return run
+    compute.program = program  # type: ignore[attr-defined]  # the method reads the program's memory
+    inputs = (Port("input", sizes, np.dtype(np.float32)),)
+    return Session(str(path), "ExecuTorch", inputs, ("logits",), compute, threads=threads)
 
 
 def load(runtime: Any, path: str | Path, method: str) -> tuple[Any, Any]:

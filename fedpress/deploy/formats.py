@@ -1,7 +1,7 @@
 """The kinds of artifacts, a table: what writes each, what runs it, and what must be installed.
 
-To add one: a module beside this one with `export(model, path, job) -> Artifact` and `open(path, threads)`, which
-returns a function from float32 [n, ...] to logits; and one row below. Parity, accuracy, latency, the export stage and
+To add one: a module beside this one with `export(model, path, job) -> Artifact` and `open(path, threads) -> Session`,
+and one row below. Parity, accuracy, latency, the export stage and
 measure read the row.
 """
 
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
 from fedpress.deploy.artifact import Artifact, Job
@@ -20,9 +19,8 @@ from fedpress.deploy.executorch import export_executorch, open_executorch
 from fedpress.deploy.litert import export_litert, open_litert
 from fedpress.deploy.onnx import export_onnx, open_onnx
 from fedpress.deploy.openvino import export_openvino, open_openvino
+from fedpress.deploy.session import Session
 from fedpress.errors import ExportError, did_you_mean
-
-Runner = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Format:
     packages: tuple[str, ...]
     install: str
     export: Callable[[nn.Module, Path, Job], Artifact]
-    open: Callable[[Path, int], Runner]
+    open: Callable[[Path, int], Session]
     batch: int | None = None
 
     def missing(self) -> str | None:
@@ -119,8 +117,12 @@ def file_bytes(path: str | Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def open_file(path: str | Path, *, threads: int = 0) -> Runner:
-    """Loads an artifact and returns a function from float32 examples [n, *input_shape] to logits.
+def open_file(path: str | Path, *, threads: int = 0) -> Session:
+    """Loads an artifact; what is returned is called like the model, with arrays in the place of tensors.
+
+    Args:
+        path: the file.
+        threads: how many it computes on; 0: as the runtime likes.
 
     Raises:
         ExportError: if it cannot be loaded.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import fx, nn
 from fedpress.deploy.artifact import Artifact, Job, write
 from fedpress.deploy.capture import require, silence
 from fedpress.deploy.device import DeviceGraph, device_graph, held, hush, make_plain_, said, small_weights
+from fedpress.deploy.session import Port, Session
 from fedpress.errors import ExportError
 
 INSTALL = "'fedpress[litert]'"
@@ -37,7 +38,7 @@ def export_litert(model: nn.Module, path: str | Path, job: Job) -> Artifact:
     """
     with silence(), hush():
         require("litert_torch", "ai_edge_litert", install=INSTALL)
-    made = device_graph(model, job)
+    made = device_graph(model, job, "LiteRT")
     for name, node in small_weights(made.graph, groups=True):
         make_plain_(made.graph, node)
         made.left[name] = "LiteRT has one scale per output channel; its weights are stored as float"
@@ -49,7 +50,7 @@ def export_litert(model: nn.Module, path: str | Path, job: Job) -> Artifact:
         made.left.setdefault(name, "LiteRT computes it in float")
     path = Path(path)
     write(path, data)
-    return Artifact(path, len(data), words, made.left, made.rounded)
+    return Artifact(path, len(data), words, made.left, made.rounded, made.rounds)
 
 
 def _round_here_(graph: fx.GraphModule, node: fx.Node) -> None:
@@ -77,10 +78,10 @@ def _convert(made: DeviceGraph, job: Job) -> bytes:
     from litert_torch.quantize.quant_config import QuantConfig
 
     static = QuantConfig(pt2e_quantizer=PT2EQuantizer().set_global(get_symmetric_quantization_config()))
-    graph = made.program(job.input_shape).module(check_guards=False)
+    graph = made.program(job.one_shape("LiteRT")).module(check_guards=False)
     with silence(), hush() as printed:
         try:
-            example = (torch.zeros(1, *job.input_shape),)
+            example = (torch.zeros(1, *job.one_shape("LiteRT")),)
             made_file = litert_torch.convert(graph, example, quant_config=static if made.integer else None)
             found: bytes = made_file.model_content()
             return found
@@ -170,15 +171,15 @@ def _store_codes_(file: Any, graph: Any) -> None:
     graph.operators = kept
 
 
-def open_litert(path: str | Path, threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
-    """Loads the file and returns a function from one float32 example [1, ...] to its first output, as floats.
+def open_litert(path: str | Path, threads: int = 0) -> Session:
+    """Loads the file, which takes one float32 example [1, ...] and gives floats, wherever it rounds inside.
 
     Args:
         path: the file.
         threads: how many it computes on; 0: one for each core.
 
     Raises:
-        ExportError: if the file cannot be loaded; the function, if it cannot be run.
+        ExportError: if the file cannot be loaded; the session, if it cannot be run.
     """
     with silence(), hush():
         interpreter = require(RUNTIME, install=INSTALL)[RUNTIME].Interpreter
@@ -190,7 +191,8 @@ def open_litert(path: str | Path, threads: int = 0) -> Callable[[np.ndarray], np
             raise ExportError(f"export: LiteRT cannot load {path}: {said(error)}; export it again") from error
     sizes = tuple(int(size) for size in inside["shape"])
 
-    def run(x: np.ndarray) -> np.ndarray:
+    def compute(arrays: list[np.ndarray]) -> list[np.ndarray]:
+        (x,) = arrays
         if inside["quantization"][0] and np.isnan(x).any():
             raise ExportError(f"export: {path} computes on integers, which have no NaN; leave that example out")
         if x.shape != sizes:
@@ -198,11 +200,12 @@ def open_litert(path: str | Path, threads: int = 0) -> Callable[[np.ndarray], np
         try:
             file.set_tensor(inside["index"], _onto_grid(x, inside))
             file.invoke()
-            return _off_grid(file.get_tensor(outside["index"]), outside)
+            return [_off_grid(file.get_tensor(outside["index"]), outside)]
         except (RuntimeError, ValueError) as error:
             raise ExportError(f"export: LiteRT cannot run {path}: {said(error)}; export it again") from error
 
-    return run
+    inputs = (Port("input", sizes, np.dtype(np.float32)),)
+    return Session(str(path), "LiteRT", inputs, ("logits",), compute, threads=threads)
 
 
 def words(path: str | Path) -> dict[str, str]:

@@ -15,15 +15,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedpress.deploy.artifact import Job
 from fedpress.deploy.capture import capture, require, silence
-from fedpress.deploy.formats import FORMATS, Runner, export, file_bytes, of_file, open_file
+from fedpress.deploy.examples import Example, Given, call_of, random_rows
+from fedpress.deploy.formats import FORMATS, export, file_bytes, of_file, open_file
+from fedpress.deploy.processor import conditions
+from fedpress.deploy.runtime import array_call
 from fedpress.errors import ExportError
 
 Subject = nn.Module | Path
 """A model, which runs in eager torch, or an exported file, which runs in its own runtime."""
+
+Runner = Callable[[Example], object]
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def export_all(
     folder: Path,
     *,
     formats: Collection[str] | None = None,
-    calibration: Sequence[Tensor] = (),
+    calibration: Sequence[Example] = (),
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Exports a model to each format in float, and with `calibration` on integers too.
 
@@ -81,7 +86,7 @@ def export_all(
         job: how to export in float.
         folder: where the files go.
         formats: rows of `FORMATS`; None: all that are installed.
-        calibration: standardised examples [n, *input_shape] in batches, whose ranges the integers take.
+        calibration: standardised examples in batches, whose ranges the integers take.
 
     Returns:
         The files by "onnx float32", "onnx int8" and so on; and what a format cannot take -> why.
@@ -108,7 +113,7 @@ def export_all(
 
 def time_in_turn(
     subjects: Mapping[str, Subject],
-    input_shape: tuple[int, ...],
+    given: Given,
     *,
     batches: Collection[int] = (1, 64),
     threads: Collection[int] = (1, 2),
@@ -121,7 +126,7 @@ def time_in_turn(
 
     Args:
         subjects: name -> model or file.
-        input_shape: shape of one example; the examples are random.
+        given: shape of one float32 example, which is random then, or a batch of inputs.
         batches: sizes; a file that takes one size alone is run at that.
         threads: how many threads.
         seconds: for all runs of one subject at one batch size and number of threads, warming up not counted.
@@ -136,14 +141,14 @@ def time_in_turn(
             runners = {name: _runner(subject, count) for name, subject in subjects.items()}
             for size in batches:
                 here = {n: r for n, r in runners.items() if _takes(subjects[n], size)}
-                x = np.random.default_rng(0).standard_normal((size, *input_shape), np.float32)
+                x = random_rows(given, size)
                 for name, times in _rounds(here, x, seconds * len(here), min_runs).items():
                     found[name].append(_timing(size, count, times))
     return found
 
 
 def _rounds(
-    runners: Mapping[str, Runner], x: np.ndarray, seconds: float, min_runs: int
+    runners: Mapping[str, Runner], x: Example, seconds: float, min_runs: int
 ) -> dict[str, list[tuple[float, float]]]:
     """Runs all in turn and returns wall and processor seconds of each run."""
     for run in runners.values():
@@ -172,13 +177,21 @@ def _takes(subject: Subject, size: int) -> bool:
 
 def _runner(subject: Subject, threads: int) -> Runner:
     if not isinstance(subject, nn.Module):
-        return open_file(subject, threads=threads)
+        session = open_file(subject, threads=threads)
+        ready: dict[int, list[np.ndarray]] = {}
+
+        def run_file(x: Example) -> object:
+            if id(x) not in ready:  # turning tensors into arrays is no part of what is timed
+                ready[id(x)] = session.in_order(*array_call(x))
+            return session.compute(ready[id(x)])
+
+        return run_file
     model = subject.eval()
 
     @torch.inference_mode()
-    def run(x: np.ndarray) -> np.ndarray:
-        out: np.ndarray = model(torch.from_numpy(x)).numpy()
-        return out
+    def run(x: Example) -> object:
+        args, named = call_of(x)
+        return model(*args, **named)
 
     return run
 
@@ -193,7 +206,7 @@ def _torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def peak_memory(subject: Subject, input_shape: tuple[int, ...], *, batch: int = 1) -> int:
+def peak_memory(subject: Subject, given: Given, *, batch: int = 1) -> int:
     """Returns the bytes by which a fresh process grows at most while it loads the subject and runs one batch.
 
     The runtime itself is loaded before: it counts for nothing. A model runs as its captured graph, in eager torch.
@@ -205,12 +218,16 @@ def peak_memory(subject: Subject, input_shape: tuple[int, ...], *, batch: int = 
         if isinstance(subject, nn.Module):
             path = Path(folder) / "model.pt2"
             with silence():
-                torch.export.save(capture(subject, input_shape), path)
+                torch.export.save(capture(subject, given), path)
         else:
             path = Path(subject)
+        x = random_rows(given, batch)
+        args, named = array_call(x)
+        held = Path(folder) / "x.npz"
+        np.savez(held, *args, *named.values())
         # -P keeps the working folder out of the import path: a file onnxruntime.py there must not run.
-        home = str(Path(__file__).parents[2])
-        words = [sys.executable, "-P", "-c", _PROBE, str(path), json.dumps([batch, *input_shape]), home]
+        home, names = str(Path(__file__).parents[2]), json.dumps([*named] or None)
+        words = [sys.executable, "-P", "-c", _PROBE, str(path), str(held), names, home]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1][:200]
@@ -222,8 +239,10 @@ def peak_memory(subject: Subject, input_shape: tuple[int, ...], *, batch: int = 
 _PROBE = """
 import json, resource, sys
 import numpy as np
-path, shape = sys.argv[1], json.loads(sys.argv[2])
-sys.path.append(sys.argv[3])  # where fedpress lies, if it is not installed
+path, names = sys.argv[1], json.loads(sys.argv[3])
+sys.path.append(sys.argv[4])  # where fedpress lies, if it is not installed
+held = np.load(sys.argv[2])
+x = [held[name] for name in held.files]
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 def now():
@@ -232,7 +251,6 @@ def now():
 import torch
 torch.set_num_threads(1)
 from fedpress.deploy.formats import of_file, open_file
-x = np.zeros(shape, np.float32)
 if path.endswith(".pt2"):
     torch.nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))
 else:
@@ -255,10 +273,12 @@ def high():
         return peak()
 if path.endswith(".pt2"):
     program = torch.export.load(path).module(check_guards=False)
+    x = [torch.from_numpy(np.concatenate([part] * 2) if len(part) == 1 else part)[: len(part)] for part in x]
     with torch.inference_mode():
-        program(torch.from_numpy(np.concatenate([x] * 2) if len(x) == 1 else x)[: len(x)])
+        program(**dict(zip(names, x))) if names else program(*x)
 else:
-    open_file(path, threads=1)(x)
+    session = open_file(path, threads=1)
+    session.flat(**dict(zip(names, x))) if names else session.flat(*x)
 print(max(0, high() - before))
 """
 
@@ -340,7 +360,7 @@ def roofline(timing: Timing, peak: Peak, *, macs: int, weight_bytes: int, activa
 
 def measure(
     subjects: Mapping[str, Subject],
-    input_shape: tuple[int, ...],
+    given: Given,
     *,
     macs: Mapping[str, int],
     activations: Mapping[str, int],
@@ -352,11 +372,12 @@ def measure(
     """Measures every subject: one record each, of plain JSON values.
 
     Keys: name, runtime, file_bytes (of a model its parameters and buffers), peak_memory (batch 1; None of a model that
-    cannot be captured to run in another process), macs, and timings: a list of `Timing` with `Roofline` as dicts.
+    cannot be captured to run in another process), macs, conditions (version, options and processor), and timings: a
+    list of `Timing` with `Roofline` as dicts.
 
     Args:
         subjects: name -> model or file.
-        input_shape: shape of one example.
+        given: shape of one float32 example, or a batch of inputs.
         macs: multiply-adds of one example of each subject.
         activations: numbers that its layers give for one example.
         int8: names of those that compute on bytes.
@@ -368,7 +389,7 @@ def measure(
         ExportError: if one cannot be run.
     """
     top = peak(seconds=min(0.5, seconds))
-    times = time_in_turn(subjects, input_shape, batches=batches, threads=threads, seconds=seconds)
+    times = time_in_turn(subjects, given, batches=batches, threads=threads, seconds=seconds)
     records = []
     for name, subject in subjects.items():
         size = _bytes(subject)
@@ -383,24 +404,35 @@ def measure(
                 "name": name,
                 "runtime": "torch" if isinstance(subject, nn.Module) else of_file(subject).runtime,
                 "file_bytes": size,
-                "peak_memory": _memory(subject, input_shape),
+                "peak_memory": _memory(subject, given),
                 "macs": macs[name],
                 "machine": asdict(top),
+                "conditions": _conditions(subject),
                 "timings": [asdict(t) | {"roofline": asdict(roofline(t, top, **kind))} for t in times[name]],
             }
         )
     return records
 
 
-def _memory(subject: Subject, input_shape: tuple[int, ...]) -> int | None:
+def _conditions(subject: Subject) -> dict[str, Any]:
+    """Version, options and processor; the number of threads stands beside each timing."""
+    if isinstance(subject, nn.Module):
+        found = conditions("torch", threads=0, options={})
+    else:
+        found = open_file(subject, threads=1).conditions()
+    del found["threads"]
+    return found
+
+
+def _memory(subject: Subject, given: Given) -> int | None:
     if not isinstance(subject, nn.Module):
-        return peak_memory(subject, input_shape)
+        return peak_memory(subject, given)
     try:
         with silence():
-            capture(subject, input_shape)
+            capture(subject, given)
     except ExportError:
         return None
-    return peak_memory(subject, input_shape)
+    return peak_memory(subject, given)
 
 
 def _bytes(subject: Subject) -> int:

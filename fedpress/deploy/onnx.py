@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,57 +15,86 @@ from torch import nn
 
 from fedpress.deploy.artifact import Artifact, Job, write
 from fedpress.deploy.capture import BATCH, capture, require, silence
+from fedpress.deploy.examples import Structure, as_device, call_of, example_of, flatten, names_of, ordered, take
 from fedpress.deploy.onnx_integers import make_integer_
+from fedpress.deploy.processor import settings
 from fedpress.deploy.qdq import quantized_program
+from fedpress.deploy.session import Port, Session
 from fedpress.errors import ExportError
 from fedpress.quantized import quantized_layers
 
 OPSET = 18  # what torch's exporter is written against; every runtime of the last years reads it
 MAX_IR_VERSION = 13  # the newest file format that onnxruntime loads
-INPUT, OUTPUT = "input", "logits"
-WIDE = "wide_weights"  # in the metadata: weights of 8 bits, to be run with EXACT where products add up in 16 bits
-EXACT = "session.x64quantprecision"  # onnxruntime's option; without AVX2, or with VNNI, it changes nothing
+WIDE = "wide_weights"  # in the metadata: integer kernels read weights of 8 bits (see `deploy.processor`)
+OUTPUTS = "outputs"  # in the metadata: how several outputs stand together, as JSON
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model on its way into a file: the ONNX message and what is to be told of it."""
+
+    proto: Any
+    words: dict[str, str]
+    left: dict[str, str]
+    program: torch.export.ExportedProgram | None
+    rounds: bool
 
 
 def export_onnx(model: nn.Module, path: str | Path, job: Job) -> Artifact:
     """Writes `model` in evaluation mode as ONNX with a free batch size; the model itself is left as it was.
 
-    The file takes standardised float32 examples [N, *input_shape]. A file that was there before is replaced only by a
-    whole one. Weights of quantized layers are stored in as many bits as they have.
+    The file takes what forward takes, under the names of its arguments (one tensor alone is called `input`), and gives
+    what forward gives: one tensor is called `logits`, those of tuples and dictionaries are called by their keys and
+    places. A file that was there before is replaced only by a whole one. Weights of quantized layers are stored in as
+    many bits as they have.
 
     Raises:
         ExportError: if the model cannot be captured or converted (naming the module or the operation), or if
             the file cannot be written.
     """
-    onnx = require("onnx", "onnxscript")["onnx"]
-    left, program = {}, None
-    if job.batches or any(True for _ in quantized_layers(model)):
-        rounded = quantized_program(
-            model, job.input_shape, job.batches, observer=job.observer, weight_bits=job.weight_bits, float_output=True
-        )
-        left, program = rounded.left, rounded.program
-    with silence():
-        proto = _convert(program if program is not None else capture(model, job.input_shape))
-    _tidy_(proto)
-    words = job.words()
-    if program is not None and make_integer_(proto):
-        words[WIDE] = "true"
-    onnx.helper.set_model_props(proto, words)
-    data = proto.SerializeToString()
+    made = make_onnx(model, job)
+    data = made.proto.SerializeToString()
     path = Path(path)
     write(path, data)
-    return Artifact(path, len(data), words, left, program)
+    return Artifact(path, len(data), made.words, made.left, made.program, made.rounds)
 
 
-def open_onnx(path: str | Path, threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
-    """Loads the file into onnxruntime and returns a function from float32 examples [n, ...] to its first output.
+def make_onnx(model: nn.Module, job: Job, *, fewest_bits: int = 2) -> Made:
+    """Makes the ONNX message of `model`; codes take `fewest_bits` or more.
+
+    Raises:
+        ExportError: if the model cannot be captured or converted.
+    """
+    onnx = require("onnx", "onnxscript")["onnx"]
+    left, program, rounds = {}, None, False
+    if job.batches or any(True for _ in quantized_layers(model)):
+        rounded = quantized_program(
+            model, job.given, job.batches, observer=job.observer, weight_bits=job.weight_bits, float_output=True
+        )
+        left, program, rounds = rounded.left, rounded.program, rounded.rounds
+    structure, outputs = _outputs(model, job)
+    with silence():
+        captured = program if program is not None else capture(model, job.given)
+        proto = _convert(captured, names_of(model, ordered(model, example_of(job.given))), outputs)
+    _tidy_(proto)
+    words = job.words()
+    if structure != 0:
+        words[OUTPUTS] = json.dumps(structure)
+    if program is not None and make_integer_(proto, fewest_bits):
+        words[WIDE] = "true"
+    onnx.helper.set_model_props(proto, words)
+    return Made(proto, words, left, program, rounds)
+
+
+def open_onnx(path: str | Path, threads: int = 0) -> Session:
+    """Loads the file into onnxruntime, told what it needs on this processor.
 
     Args:
         path: the file.
         threads: how many it computes on; 0 lets onnxruntime choose.
 
     Raises:
-        ExportError: if the file cannot be loaded; the function, if it cannot be run.
+        ExportError: if the file cannot be loaded; the session, if it cannot be run.
     """
     ort = require("onnxruntime")["onnxruntime"]
     options = ort.SessionOptions()
@@ -73,27 +104,58 @@ def open_onnx(path: str | Path, threads: int = 0) -> Callable[[np.ndarray], np.n
     cpu = ["CPUExecutionProvider"]
     try:
         session = ort.InferenceSession(str(path), options, providers=cpu)
-        if session.get_modelmeta().custom_metadata_map.get(WIDE):
-            options.add_session_config_entry(EXACT, "1")
+        words = session.get_modelmeta().custom_metadata_map
+        told = settings("onnxruntime", wide=WIDE in words)
+        for name, value in told.items():
+            options.add_session_config_entry(name, value)
+        if told:
             session = ort.InferenceSession(str(path), options, providers=cpu)
     except Exception as error:  # onnxruntime has a dozen exception types without a common base
         raise ExportError(f"export: onnxruntime cannot load {path}: {_first_line(error)}; export it again") from error
-    name = session.get_inputs()[0].name
+    inputs = tuple(Port(i.name, tuple(i.shape), _dtype(i.type)) for i in session.get_inputs())
+    outputs = tuple(o.name for o in session.get_outputs())
 
-    def run(x: np.ndarray) -> np.ndarray:
+    def compute(arrays: list[np.ndarray]) -> list[np.ndarray]:
         try:
-            found: np.ndarray = session.run(None, {name: x})[0]
+            found: list[np.ndarray] = session.run(None, {i.name: x for i, x in zip(inputs, arrays, strict=True)})
         except Exception as error:
-            said, wanted = _first_line(error), session.get_inputs()[0].shape
+            shapes = ", ".join(str(list(x.shape)) for x in arrays)
+            wanted = ", ".join(str(i.shape) for i in session.get_inputs())
             raise ExportError(
-                f"export: onnxruntime cannot run {path} on {list(x.shape)}: {said}; the file takes {wanted}"
+                f"export: onnxruntime cannot run {path} on {shapes}: {_first_line(error)}; the file takes {wanted}"
             ) from error
         return found
 
-    return run
+    plain: Structure = 0 if len(outputs) == 1 else list(range(len(outputs)))
+    structure = json.loads(words[OUTPUTS]) if OUTPUTS in words else plain
+    return Session(str(path), "onnxruntime", inputs, outputs, compute, structure, threads, told)
 
 
-def _convert(program: torch.export.ExportedProgram) -> Any:
+def _dtype(type: str) -> np.dtype[Any]:
+    """The numpy type of `tensor(float)`, `tensor(int64)` and the like."""
+    name = type.removeprefix("tensor(").removesuffix(")")
+    return np.dtype({"float": "float32", "double": "float64"}.get(name, name))
+
+
+def _outputs(model: nn.Module, job: Job) -> tuple[Structure, list[str]]:
+    """Runs the model once and says how its outputs stand together, and what they are called.
+
+    A tensor that stands in several places is one output of the file for each.
+    """
+    copied = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    args, named = call_of(take(as_device(example_of(job.given)), 2))
+    try:
+        with torch.no_grad():
+            found = copied(*args, **named)
+    except Exception:  # the capture that comes says it better
+        return 0, ["logits"]
+    structure, _, names = flatten(found)
+    if not names:
+        raise ExportError("export: the model returns no tensor; make its forward return what a device should know")
+    return structure, names
+
+
+def _convert(program: torch.export.ExportedProgram, inputs: list[str], outputs: list[str]) -> Any:
     """Translates a captured graph to an ONNX model message."""
     try:
         converted = torch.onnx.export(
@@ -101,8 +163,8 @@ def _convert(program: torch.export.ExportedProgram) -> Any:
             (),
             dynamo=True,
             opset_version=OPSET,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
+            input_names=inputs,
+            output_names=outputs,
             verbose=False,
             custom_translation_table=_translations(),
         )
@@ -112,9 +174,11 @@ def _convert(program: torch.export.ExportedProgram) -> Any:
         cure = "write that part of the model with operations that ONNX has"
         raise ExportError(f"export: {name} has no ONNX counterpart; {cure}") from error
     assert converted is not None  # only torchscript exports return nothing
-    outputs = len(converted.model.graph.outputs)
-    if outputs != 1:
-        raise ExportError(f"export: the model returns {outputs} tensors; its forward must return the logits alone")
+    if len(converted.model.graph.outputs) != len(outputs):
+        raise ExportError(
+            f"export: the model returns {len(outputs)} tensors, but its graph {len(converted.model.graph.outputs)}; "
+            "make its forward return tensors in tuples and dictionaries alone"
+        )
     return converted.model_proto
 
 

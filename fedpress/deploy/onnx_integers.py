@@ -15,7 +15,7 @@ SMALL = (("INT2", 2, 25), ("INT4", 4, 21))
 NARROW = 63  # 2 * 255 * 63 < 2^15: two products of such codes with bytes add up in 16 bits
 
 
-def make_integer_(proto: Any) -> bool:
+def make_integer_(proto: Any, fewest_bits: int = 2) -> bool:
     """Rewrites `proto` (an ONNX ModelProto with quantize and dequantize nodes) in place; its values stay the same.
 
     Biases become int32 on the grid of the products, as the integer kernels add them. Means over the whole image
@@ -23,6 +23,10 @@ def make_integer_(proto: Any) -> bool:
     Weights that float arithmetic reads are written as a product, which onnxruntime computes once when it loads the
     file; a dequantized constant it would make anew on each run. Codes that fit are stored as INT4 or INT2 behind a
     Cast, which it computes once too: so 4-bit and ternary weights make the file small and still run on 8-bit kernels.
+
+    Args:
+        proto: the model.
+        fewest_bits: 4 for a reader that does not know INT2.
 
     Returns:
         Whether integer kernels read weights beyond 7 bits, which processors that add products in 16 bits get wrong.
@@ -32,7 +36,7 @@ def make_integer_(proto: Any) -> bool:
     _transpose_codes_(graph)
     _round_biases_(graph)
     wide = _multiply_out_(graph)
-    bits, opset = _shrink_codes_(graph)
+    bits, opset = _shrink_codes_(graph, fewest_bits)
     graph.write_()
     if bits:
         proto.opset_import[0].version = max(proto.opset_import[0].version, opset)
@@ -182,7 +186,7 @@ def _multiply_out_(graph: _Graph) -> bool:
     return wide
 
 
-def _shrink_codes_(graph: _Graph) -> tuple[int, int]:
+def _shrink_codes_(graph: _Graph, fewest: int) -> tuple[int, int]:
     """Stores int8 codes that fit in 2 or 4 bits so; returns the fewest bits and the opset that all need, or zeros."""
     used: list[tuple[int, int]] = []
     front = []
@@ -192,7 +196,8 @@ def _shrink_codes_(graph: _Graph) -> tuple[int, int]:
             continue
         codes = graph.onnx.numpy_helper.to_array(tensor)
         low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
-        fits = next((row for row in SMALL if -(2 ** (row[1] - 1)) <= low and high < 2 ** (row[1] - 1)), None)
+        rows = [row for row in SMALL if row[1] >= fewest]
+        fits = next((row for row in rows if -(2 ** (row[1] - 1)) <= low and high < 2 ** (row[1] - 1)), None)
         if fits is None or codes.size < 16:
             continue
         kind, bits, opset = fits

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import platform
+import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from fedpress.deploy.artifact import Artifact, Job, write
-from fedpress.deploy.capture import require, silence
+from fedpress.deploy.capture import BATCH, require, silence
 from fedpress.deploy.device import said
-from fedpress.deploy.onnx import WIDE, export_onnx
+from fedpress.deploy.examples import Structure
+from fedpress.deploy.onnx import OUTPUTS, WIDE, make_onnx
+from fedpress.deploy.processor import settings
+from fedpress.deploy.session import Port, Session
 from fedpress.errors import ExportError
 
 INSTALL = "'fedpress[openvino]'"
+FEWEST_BITS = 4  # its reader of ONNX files does not know INT2
 OVERFLOW = "overflow on x86 without VNNI, where they are computed in float; quantize to 7 bits (WeightGrid(bits=7))"
 
 
@@ -36,13 +38,14 @@ def export_openvino(model: nn.Module, path: str | Path, job: Job) -> Artifact:
     """
     openvino = require("openvino", install=INSTALL)["openvino"]
     path = Path(path)
+    made = make_onnx(model, replace(job, weight_bits=7), fewest_bits=FEWEST_BITS)
     with tempfile.TemporaryDirectory() as folder:
-        made = export_onnx(model, Path(folder) / "model.onnx", replace(job, weight_bits=7))
-        graph, weights = Path(folder) / "model.xml", Path(folder) / "model.bin"
+        source, graph, weights = (Path(folder) / f"model.{suffix}" for suffix in ("onnx", "xml", "bin"))
+        source.write_bytes(made.proto.SerializeToString())
         try:
             with silence():
-                found = openvino.Core().read_model(str(made.path))
-                for name, value in made.metadata.items():
+                found = openvino.Core().read_model(str(source))
+                for name, value in made.words.items():
                     found.set_rt_info(value, ["fedpress", name])
                 openvino.save_model(found, str(graph), compress_to_fp16=False)
         except Exception as error:  # OpenVINO raises RuntimeError and its own
@@ -50,50 +53,58 @@ def export_openvino(model: nn.Module, path: str | Path, job: Job) -> Artifact:
         write(path.with_suffix(".bin"), weights.read_bytes())
         write(path, graph.read_bytes())
     size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
-    wide = {"weights of 8 bits": OVERFLOW} if job.batches and WIDE in made.metadata else {}
-    return Artifact(path, size, made.metadata, made.left | wide, made.program)
+    wide = {"weights of 8 bits": OVERFLOW} if job.batches and WIDE in made.words else {}
+    return Artifact(path, size, made.words, made.left | wide, made.program, made.rounds)
 
 
-def open_openvino(path: str | Path, threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
-    """Loads a graph (.xml or .onnx) and returns a function from float32 examples [n, ...] to its first output.
+def open_openvino(path: str | Path, threads: int = 0) -> Session:
+    """Loads a graph (.xml or .onnx) into OpenVINO, told what it needs on this processor.
 
     Args:
         path: the file; the weights lie beside it.
         threads: how many it computes on; 0 lets OpenVINO choose.
 
     Raises:
-        ExportError: if the file cannot be loaded; the function, if it cannot be run.
+        ExportError: if the file cannot be loaded; the session, if it cannot be run.
     """
     openvino = require("openvino", install=INSTALL)["openvino"]
     core = openvino.Core()
-    how: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    if threads:
-        how["INFERENCE_NUM_THREADS"] = threads
     try:
         model = core.read_model(str(path))
-        wanted = model.inputs[0].get_partial_shape()
-        if model.has_rt_info(["fedpress", WIDE]) and _adds_in_16_bits():
-            how["LP_TRANSFORMS_MODE"] = "NO"  # integers become floats again: exact, and slower
+        told = settings("OpenVINO", wide=model.has_rt_info(["fedpress", WIDE]))
+        structure: Structure = None
+        if model.has_rt_info(["fedpress", OUTPUTS]):
+            structure = json.loads(model.get_rt_info(["fedpress", OUTPUTS]).astype(str))
+        inputs = tuple(_port(i) for i in model.inputs)
+        outputs = tuple(o.get_any_name() for o in model.outputs)
     except Exception as error:
         raise ExportError(f"export: OpenVINO cannot load {path}: {said(error)}; export it again") from error
-    compiled: dict[tuple[int, ...], Any] = {}
+    how: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", **told}
+    if threads:
+        how["INFERENCE_NUM_THREADS"] = threads
+    compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
 
-    def run(x: np.ndarray) -> np.ndarray:
+    def compute(arrays: list[np.ndarray]) -> list[np.ndarray]:
+        shapes = tuple(x.shape for x in arrays)
         try:
-            if x.shape not in compiled:  # a graph of fixed sizes is the faster one
+            if shapes not in compiled:  # a graph of fixed sizes is the faster one
                 fixed = model.clone()
-                fixed.reshape(list(x.shape))
-                compiled[x.shape] = core.compile_model(fixed, "CPU", how).create_infer_request()
-            found: np.ndarray = compiled[x.shape].infer([np.ascontiguousarray(x, np.float32)])[0]
+                fixed.reshape({i.name: list(shape) for i, shape in zip(inputs, shapes, strict=True)})
+                compiled[shapes] = core.compile_model(fixed, "CPU", how).create_infer_request()
+            found = compiled[shapes].infer([*arrays])
+            return [found[at] for at in range(len(outputs))]
         except Exception as error:
+            given = ", ".join(str(list(shape)) for shape in shapes)
+            wanted = ", ".join(str(i.get_partial_shape()) for i in model.inputs)
             raise ExportError(
-                f"export: OpenVINO cannot run {path} on {list(x.shape)}: {said(error)}; the file takes {wanted}"
+                f"export: OpenVINO cannot run {path} on {given}: {said(error)}; the file takes {wanted}"
             ) from error
-        return found
 
-    return run
+    if structure is None:
+        structure = 0 if len(outputs) == 1 else list(range(len(outputs)))
+    return Session(str(path), "OpenVINO", inputs, outputs, compute, structure, threads, told)
 
 
-def _adds_in_16_bits() -> bool:
-    """Whether this processor multiplies bytes by instructions whose sums overflow."""
-    return platform.machine().lower() in ("x86_64", "amd64") and not torch.cpu._is_vnni_supported()
+def _port(given: Any) -> Port:
+    shape = tuple(d.get_length() if d.is_static else BATCH for d in given.get_partial_shape())
+    return Port(given.get_any_name(), shape, np.dtype(given.get_element_type().to_dtype()))

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fedpress.deploy.calibrate import ranges
-from fedpress.deploy.capture import BATCH, capture, silence
+from fedpress.deploy.capture import capture, silence, trace
+from fedpress.deploy.examples import Example, Given, as_device, example_of, ordered, take
 from fedpress.errors import ExportError
 from fedpress.grids import InputGrid, affine
 from fedpress.layers import copied
@@ -63,10 +64,14 @@ LEAST_STEP = 1e-36  # of a product: a normal float32, also after it was divided 
 
 @dataclass(frozen=True)
 class QuantizedProgram:
-    """The graph, and what in it is computed in float: name of the module or operation -> reason."""
+    """The graph, and what in it is computed in float: name of the module or operation -> reason.
+
+    `rounds` says whether it rounds values that it computes, and not its weights alone.
+    """
 
     program: torch.export.ExportedProgram
     left: dict[str, str]
+    rounds: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,8 +110,8 @@ class _Work:
 
 def quantized_program(
     model: nn.Module,
-    input_shape: tuple[int, ...],
-    batches: Sequence[Tensor] = (),
+    given: Given,
+    batches: Sequence[Example] = (),
     *,
     activations: Activations = "uint8",
     observer: Observer = "minmax",
@@ -122,9 +127,9 @@ def quantized_program(
     batches. Without batches nothing is added: a model with 4-bit weights then keeps them small and computes in float.
 
     Args:
-        model: maps float32 [N, *input_shape] to one tensor or more; left as it was.
-        input_shape: shape of one example.
-        batches: standardised public examples [n, *input_shape] to take the ranges from.
+        model: maps a batch to one tensor or more; left as it was.
+        given: shape of one float32 example, or a batch of inputs.
+        batches: standardised public examples to take the ranges from, such as float32 [n, *input_shape].
         activations: "uint8" (onnxruntime) or "int8" (XNNPACK, LiteRT); the values are the same.
         observer: how ranges are taken from what was seen.
         weight_bits: 7 where the processor adds products of bytes in 16 bits (AVX2 without VNNI), which may overflow.
@@ -139,7 +144,7 @@ def quantized_program(
 
     copied, layers = _plain(model, activations)
     with silence(), torch.no_grad():
-        program = capture(copied, input_shape, batch=batch)
+        program = capture(copied, given, batch=batch)
         work = _Work(program.module(check_guards=False), layers, activations, bool(batches), weight_bits, float_output)
         for node in work.graph.graph.nodes:
             if node.op == "get_attr" and "val" not in node.meta:
@@ -148,10 +153,10 @@ def quantized_program(
         chosen = _choose_weights_(work)
         _insert_(work, chosen, ranges(work.graph, batches, observer))
         _tidy_(work.graph)
-        example = torch.zeros(batch or 2, *input_shape)
-        shapes = ({0: torch.export.Dim(BATCH)},) if batch is None else None
-        done = torch.export.export(work.graph, (example,), dynamic_shapes=shapes, strict=False)
-    return QuantizedProgram(done, work.left)
+        example = ordered(model, example_of(given))
+        done = trace(work.graph, take(as_device(example), batch or 2), free=batch is None)
+    own = (layer.grids.inputs for _, layer in quantized_layers(model))
+    return QuantizedProgram(done, work.left, rounds=bool(batches) or any(grid is not None for grid in own))
 
 
 def _plain(model: nn.Module, activations: Activations) -> tuple[nn.Module, dict[str, _Layer]]:

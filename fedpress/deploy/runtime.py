@@ -3,79 +3,129 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedpress.arrays import Preprocess
-from fedpress.deploy.formats import Runner, of_file, open_file
+from fedpress.deploy.artifact import ROUNDING, TOLERANCE
+from fedpress.deploy.examples import (
+    Example,
+    Given,
+    call_of,
+    flatten,
+    in_batches,
+    main_output,
+    random_rows,
+    rows_of,
+    tensors_of,
+    with_tensors,
+)
+from fedpress.deploy.formats import of_file, open_file
+from fedpress.deploy.session import Session
 from fedpress.errors import ExportError
 
-TOLERANCE = 1e-4  # of the largest logit, or absolute where all logits are below 1: float32 sums in another order
-ROUNDING = 0.05  # the same for integers: a value between two steps may fall to either side, and be carried on
 BATCH_SIZE = 256
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How near the file is to the model: largest difference of a logit, share of equal predictions, how many."""
+    """How near the file is to the model.
+
+    Attributes:
+        max_abs_error: the largest difference of an output.
+        same_argmax_share: the share of equal predictions, by the output `logits`, else the first.
+        examples: how many were compared.
+        relative_error: norm of the differences over that of the model's outputs.
+        conditions: runtime, version, threads, options and processor.
+    """
 
     max_abs_error: float
     same_argmax_share: float
     examples: int
+    relative_error: float = 0.0
+    conditions: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds for one example on one thread: median and the 10th and 90th percentile of `runs` runs."""
+    """Milliseconds for one example on one thread: median and the 10th and 90th percentile of `runs` runs.
+
+    `conditions` are runtime, version, threads, options and processor.
+    """
 
     median_ms: float
     p10_ms: float
     p90_ms: float
     runs: int
+    conditions: dict[str, Any] = field(default_factory=dict)
 
 
 def parity(
-    model: nn.Module | torch.export.ExportedProgram, path: str | Path, x: Tensor, *, tolerance: float = TOLERANCE
+    model: nn.Module | torch.export.ExportedProgram, path: str | Path, x: Example, *, tolerance: float = TOLERANCE
 ) -> Parity:
-    """Compares the logits of `model` and of the file on standardised float32 examples `x` [n, *input_shape].
+    """Compares the outputs of `model` and of the file on standardised examples `x`, such as float32 [n, *input_shape].
 
-    Examples on which the model itself gives no finite logits are left out: there is nothing to compare.
+    Examples on which the model itself gives no finite outputs are left out: there is nothing to compare.
 
     Args:
         model: the model, or the rounded graph that the file was made of (`Artifact.program`).
         path: the file.
         x: the examples.
-        tolerance: how far a logit may be off, times the largest logit if that is above 1; `ROUNDING` for integers.
+        tolerance: how far an output may be off, times the largest value of this output if that is above 1;
+            `Artifact.tolerance` is what suits a file.
 
     Raises:
-        ExportError: if a logit differs by more, if no example can be compared, or if the file cannot be run.
+        ExportError: if an output differs by more, if no example can be compared, or if the file cannot be run.
     """
-    expected = logits(model, x)
-    got = file_logits(path, x)
-    if got.shape != expected.shape:
-        shapes = f"{list(got.shape)} but the model's {list(expected.shape)}"
-        raise ExportError(f"export: the logits of {path} have shape {shapes}; export the same model again")
-    usable = torch.isfinite(expected).flatten(1).all(1)
-    expected, got = expected[usable], got[usable]
-    if not len(expected):
-        raise ExportError(f"export: the model gives finite logits on none of {len(x)} examples; train it again")
-    error = (got - expected).abs().nan_to_num(nan=torch.inf).max().item()
-    allowed = tolerance * max(1.0, expected.abs().max().item())
-    if error > allowed:
-        cure = (
-            "look for random or input-dependent parts in the model's forward, then export it again"
-            if tolerance < ROUNDING
-            else "if this processor adds products of bytes in 16 bits (AVX2), export with weight_bits = 7"
-        )
+    names, expected = _outputs(model, x)
+    session, got = _file_outputs(path, x)
+    told = [", ".join(str(list(t.shape)) for t in side) for side in (got, expected)]
+    if told[0] != told[1]:
         raise ExportError(
-            f"export: a logit of {path} differs from the model by {error:.2g}, allowed is {allowed:.2g}; {cure}"
+            f"export: the logits of {path} have shape {told[0]} but the model's {told[1]}; export the same model again"
         )
-    return Parity(error, agreement(expected, got), len(expected))
+    count = rows_of(x)
+    usable = torch.ones(count, dtype=torch.bool)
+    for out in (t for t in expected if t.dim() and len(t) == count):
+        usable &= torch.isfinite(out).reshape(count, -1).all(1)
+    if not bool(usable.any()):
+        raise ExportError(f"export: the model gives finite logits on none of {count} examples; train it again")
+    worst, square, whole = 0.0, 0.0, 0.0
+    for name, a, b in zip(names, expected, got, strict=True):
+        a, b = (t[usable] if t.dim() and len(t) == count else t for t in (a, b))
+        error = (b.double() - a.double()).abs().nan_to_num(nan=torch.inf)
+        most, allowed = error.max().item(), tolerance * max(1.0, a.abs().max().item())
+        if most > allowed:
+            raise ExportError(_too_far(path, name if len(names) > 1 else "logit", most, allowed, tolerance))
+        worst, square, whole = (
+            max(worst, most),
+            square + float(error.square().sum()),
+            whole + float(a.double().square().sum()),
+        )
+    at = main_output(names)
+    same = agreement(expected[at][usable], got[at][usable]) if _decides(expected[at], count) else 1.0
+    return Parity(worst, same, int(usable.sum()), (square / whole) ** 0.5 if whole else 0.0, session.conditions())
+
+
+def _too_far(path: str | Path, name: str, error: float, allowed: float, tolerance: float) -> str:
+    what = "a logit" if name == "logit" else f"the output '{name}'"
+    cure = (
+        "look for random or input-dependent parts in the model's forward, then export it again"
+        if tolerance < ROUNDING
+        else "look at the parts that left_float does not name, or export without int8"
+    )
+    return f"export: {what} of {path} differs from the model by {error:.2g}, allowed is {allowed:.2g}; {cure}"
+
+
+def _decides(out: Tensor, count: int) -> bool:
+    """Whether an output has numbers for classes along dimension 1."""
+    return out.dim() > 1 and len(out) == count
 
 
 def agreement(a: Tensor, b: Tensor) -> float:
@@ -83,23 +133,30 @@ def agreement(a: Tensor, b: Tensor) -> float:
     return (a.argmax(1) == b.argmax(1)).float().mean().item()
 
 
-def latency(path: str | Path, input_shape: tuple[int, ...], *, seconds: float = 2.0, max_runs: int = 200) -> Latency:
-    """Times the file on one random example on one thread, for about `seconds` and for 10 to `max_runs` runs.
+def latency(path: str | Path, given: Given, *, seconds: float = 2.0, max_runs: int = 200) -> Latency:
+    """Times the file on one example on one thread, for about `seconds` and for 10 to `max_runs` runs.
+
+    Args:
+        path: the file.
+        given: shape of one float32 example, which is random then, or a batch of inputs, whose first row is taken.
+        seconds: about how long.
+        max_runs: at most so many.
 
     Raises:
         ExportError: if the file cannot be run.
     """
-    run = open_file(path, threads=1)
-    x = np.random.default_rng(0).standard_normal((1, *input_shape), np.float32)
+    session = open_file(path, threads=1)
+    args, named = array_call(random_rows(given, 1))
+    x = session.in_order(args, named)
     for _ in range(3):  # the first runs allocate
-        run(x)
+        session.compute(x)
     times: list[float] = []
     while len(times) < 10 or (sum(times) < seconds and len(times) < max_runs):
         start = perf_counter()
-        run(x)
+        session.compute(x)
         times.append(perf_counter() - start)
     p10, median, p90 = (float(1000 * t) for t in np.percentile(times, [10, 50, 90]))
-    return Latency(median, p10, p90, len(times))
+    return Latency(median, p10, p90, len(times), session.conditions())
 
 
 def accuracy(path: str | Path, x: Tensor, y: Tensor, preprocess: Preprocess) -> float:
@@ -111,41 +168,69 @@ def accuracy(path: str | Path, x: Tensor, y: Tensor, preprocess: Preprocess) -> 
     if not len(y):
         raise ExportError(f"export: no example to measure the accuracy of {path} on; give at least one")
     size = of_file(path).batch or BATCH_SIZE
-    run, right = open_file(path), 0
+    session, right = open_file(path), 0
     for part, labels in zip(x.split(size), y.split(size), strict=True):
-        right += int((_run(run, preprocess(part)).argmax(1) == labels).sum())
+        found = torch.from_numpy(np.array(session.main(preprocess(part).numpy())))
+        right += int((found.argmax(1) == labels).sum())
     return right / len(y)
 
 
-def file_logits(path: str | Path, x: Tensor) -> Tensor:
-    """Runs float32 examples through the file, in batches of the size that it takes.
+def file_logits(path: str | Path, x: Example) -> Tensor:
+    """Runs examples through the file, in batches of the size that it takes; returns the output `logits`, or the first.
 
     Raises:
         ExportError: if the file cannot be run.
     """
-    size = of_file(path).batch or BATCH_SIZE
-    run = open_file(path)
-    return torch.cat([_run(run, part) for part in x.split(size)])
+    session, found = _file_outputs(path, x)
+    return found[main_output(session.outputs)]
 
 
-def _run(run: Runner, x: Tensor) -> Tensor:
-    return torch.from_numpy(np.array(run(x.cpu().numpy()), copy=True))
+def logits(model: nn.Module | torch.export.ExportedProgram, x: Example) -> Tensor:
+    """Runs examples through the model in evaluation mode, and puts its mode back; or through a graph.
+
+    Of several outputs it returns `logits`, or the first.
+    """
+    names, found = _outputs(model, x)
+    return found[main_output(names)]
 
 
-def logits(model: nn.Module | torch.export.ExportedProgram, x: Tensor) -> Tensor:
-    """Runs float32 examples through the model in evaluation mode, and puts its mode back; or through a graph."""
+def array_call(x: Example) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """Returns a batch as arguments of a `Session`, by position and by name."""
+    args, named = call_of(x)
+    return [t.detach().cpu().numpy() for t in args], {name: t.detach().cpu().numpy() for name, t in named.items()}
+
+
+def _file_outputs(path: str | Path, x: Example) -> tuple[Session, list[Tensor]]:
+    session = open_file(path)
+
+    def run(part: Example) -> list[Tensor]:
+        args, named = array_call(part)
+        return [torch.from_numpy(np.array(out)) for out in session.flat(*args, **named)]
+
+    return session, in_batches(run, x, of_file(path).batch or BATCH_SIZE)
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module | torch.export.ExportedProgram, x: Example) -> tuple[list[str], list[Tensor]]:
+    """Runs a model or graph on all rows: the names of its outputs, and the outputs."""
     if isinstance(model, torch.export.ExportedProgram):
-        return _batched(model.module(check_guards=False), x)
+        return _of(model.module(check_guards=False), x, torch.device("cpu"))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return _batched(lambda part: model(part.to(device)).cpu(), x)
+        return _of(model, x, device)
     finally:
         for module, training in modes:
             module.training = training
 
 
-@torch.no_grad()
-def _batched(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return torch.cat([model(part) for part in x.split(BATCH_SIZE)])
+def _of(model: Callable[..., Any], x: Example, device: torch.device) -> tuple[list[str], list[Tensor]]:
+    names: list[str] = []
+
+    def run(part: Example) -> list[Tensor]:
+        args, named = call_of(with_tensors(part, [t.to(device) for t in tensors_of(part)]))
+        _, found, names[:] = flatten(model(*args, **named))
+        return [t.cpu() for t in found]
+
+    return names, in_batches(run, x, BATCH_SIZE)

@@ -50,9 +50,9 @@ class MatrixExponential(nn.Module):
         return torch.linalg.matrix_exp(x)
 
 
-class TwoOutputs(nn.Module):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x.flatten(1), x + 1
+class Words(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, str]:
+        return x.flatten(1), "fine"
 
 
 def export(model: nn.Module, path: Path, shape: tuple[int, ...] = SHAPE):
@@ -105,7 +105,7 @@ def test_export_leaves_the_model_as_it_was_and_prints_nothing(tmp_path, capfd, r
         (nn.Sequential(nn.Conv2d(3, 3, 1), Branch()), ["'1' (Branch)", "torch.where"]),
         (FixedBatch(), ["FixedBatch", "batch size"]),
         (MatrixExponential(), ["linalg_matrix_exp", "ONNX"]),
-        (TwoOutputs(), ["2 tensors", "logits alone"]),
+        (Words(), ["returns a str", "leave it out"]),
         (nn.Sequential(nn.Flatten(), nn.Linear(7, 2)), ["'1' (Linear)", "[N, 3, 8, 8]"]),
     ],
     ids=lambda value: type(value).__name__,
