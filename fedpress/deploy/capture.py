@@ -34,7 +34,7 @@ _CURES = (  # what torch.export says, what it means, what helps
     (r"data-dependent", "its control flow depends on the values of its input; use torch.where in place of `if`"),
     (
         r"specialized it to be a constant",
-        "it fixes the batch size; use x.shape[0] or -1 in place of the number (or of len(x))",
+        "it fixes the batch size; use x.shape[0] or -1 in place of a number or of len(x)",
     ),
 )
 

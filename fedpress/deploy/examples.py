@@ -25,7 +25,7 @@ Structure = int | None | list["Structure"] | dict[str, "Structure"]
 def example_of(given: Given) -> Example:
     """Returns a batch: of a shape two rows of zeros, since `torch.export` takes a size of one for a constant."""
     if isinstance(given, tuple) and all(isinstance(size, int) for size in given):
-        return torch.zeros(2, *given)  # type: ignore[arg-type]
+        return torch.zeros(2, *given)
     check(given, "the example")
     return given  # type: ignore[return-value]
 
@@ -34,7 +34,7 @@ def random_rows(given: Given, rows: int) -> Example:
     """Returns `rows` rows to time a model on: noise of a shape, or those of a batch."""
     if isinstance(given, tuple) and all(isinstance(size, int) for size in given):
         chance = torch.Generator().manual_seed(0)
-        return torch.randn(rows, *given, generator=chance)  # type: ignore[arg-type]
+        return torch.randn(rows, *given, generator=chance)
     return take(as_device(example_of(given)), rows)
 
 

@@ -157,6 +157,7 @@ def _outputs(model: nn.Module, job: Job) -> tuple[Structure, list[str]]:
 
 def _convert(program: torch.export.ExportedProgram, inputs: list[str], outputs: list[str]) -> Any:
     """Translates a captured graph to an ONNX model message."""
+    _copy_before_views_(program)
     try:
         converted = torch.onnx.export(
             program,
@@ -180,6 +181,26 @@ def _convert(program: torch.export.ExportedProgram, inputs: list[str], outputs: 
             "make its forward return tensors in tuples and dictionaries alone"
         )
     return converted.model_proto
+
+
+def _copy_before_views_(program: torch.export.ExportedProgram) -> None:
+    """Lets a view of turned values read a copy of them, which no file will hold.
+
+    The capture writes `view` where the memory of attention's fused kernel allows it; torch's exporter takes attention
+    apart, after which the memory lies otherwise, and stops there.
+    """
+    aten = torch.ops.aten
+    for node in [n for n in program.graph.nodes if n.target in (aten.view.default, aten.reshape.default)]:
+        turned = node.args[0]
+        if turned.target not in (aten.transpose.int, aten.permute.default):
+            continue
+        with program.graph.inserting_before(node):
+            copied = program.graph.call_function(
+                aten.clone.default, (turned,), {"memory_format": torch.contiguous_format}
+            )
+        copied.meta = {**turned.meta, "val": turned.meta["val"].contiguous()}
+        node.replace_input_with(turned, copied)
+    program.graph_module.recompile()
 
 
 def _translations() -> dict[Any, Any]:

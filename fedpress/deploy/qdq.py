@@ -281,14 +281,15 @@ def _insert_(work: _Work, chosen: dict[fx.Node, _Layer], seen: dict[fx.Node, tup
         _round_(work, value, grid)
     for node, layer in chosen.items():
         given, weight = _given(node, 0), _given(node, 1)
-        grid = layer.grid or edges.get(_behind(given))
+        own = layer.grid or edges.get(_behind(given))
         if layer.grid is not None and edges.get(_behind(given)) != layer.grid:
             with work.graph.graph.inserting_before(node):
                 node.replace_input_with(given, _pair(work, given, layer.grid)[1])
         name = str(weight.target)
-        if grid is not None and layer.group is None:
+        if own is not None and layer.group is None:
             bias = node.args[2] if len(node.args) > 2 else None
-            products.setdefault(name, []).append((grid.scale, None if bias is None else _tensor(work, bias)))
+            added = _tensor(work, bias) if isinstance(bias, fx.Node) else None
+            products.setdefault(name, []).append((own.scale, added))
     for node, layer in chosen.items():
         weight = _given(node, 1)
         name = str(weight.target)

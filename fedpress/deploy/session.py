@@ -82,7 +82,7 @@ class Session:
             ExportError: if an input is missing, unknown or of another type.
         """
         if len(args) == 1 and isinstance(args[0], Mapping):
-            args, named = (), {**args[0], **named}
+            named, args = {**args[0], **named}, ()
         names = [port.name for port in self.inputs]
         given = {**dict(zip(names, args, strict=False)), **named}
         if len(args) > len(names) or given.keys() != set(names):
