@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from fedpress.deploy.processor import settings
 from fedpress.deploy.qdq import quantized_program
 from fedpress.deploy.session import Port, Session
 from fedpress.errors import ExportError
+from fedpress.layers import copied
 from fedpress.quantized import quantized_layers
 
 OPSET = 18  # what torch's exporter is written against; every runtime of the last years reads it
@@ -142,11 +142,11 @@ def _outputs(model: nn.Module, job: Job) -> tuple[Structure, list[str]]:
 
     A tensor that stands in several places is one output of the file for each.
     """
-    copied = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    runs = copied(model).to("cpu", torch.float32).eval()
     args, named = call_of(take(as_device(example_of(job.given)), 2))
     try:
         with torch.no_grad():
-            found = copied(*args, **named)
+            found = runs(*args, **named)
     except Exception:  # the capture that comes says it better
         return 0, ["logits"]
     structure, _, names = flatten(found)
