@@ -71,13 +71,40 @@ class WeightGrid(BaseModel):
 class InputGrid(BaseModel):
     """The values that a layer's inputs may take: (c - zero_point) * scale with whole c in 0 .. 2^bits - 1.
 
-    One bit is {-scale, scale}, the sign of the input (XNOR-Net). `dynamic` takes scale and zero point from each batch.
+    One bit is {middle - scale, middle + scale}, on which side of its channel's middle a value lies: behind a ReLU the
+    sign itself would always be +1. XNOR-Net takes the middle away by a norm before the sign (Rastegari et al. 2016,
+    arXiv:1603.05279, section 3.2), ReActNet learns it (Liu et al. 2020, arXiv:2003.03488, section 4.1), as is done
+    here. With `middle=False` one bit is {-scale, scale}, the sign alone.
+
+    `dynamic` takes scale and zero point from each batch; a middle is never taken from a batch.
+
+    >>> InputGrid(bits=1).middle, InputGrid(bits=8).middle
+    (True, False)
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bits: int = Field(8, ge=1, le=8)
     dynamic: bool = False
+    middle: bool = Field(False, description="one bit only, and true there by default: compare with a learned middle")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _middle_of_one_bit(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("bits") == 1 and "middle" not in given:
+            return {**given, "middle": True}
+        return given
+
+    @model_validator(mode="after")
+    def _fits(self) -> InputGrid:
+        if self.middle and self.bits != 1:
+            raise ValueError(f"a middle is for inputs of one bit, not of {self.bits}; leave middle out")
+        return self
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether something of it is taken from public examples before it is used."""
+        return not self.dynamic or self.middle
 
     @property
     def highest(self) -> int:

@@ -7,14 +7,20 @@ trains it is the latent weight, of which the layer uses the nearest grid point (
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedpress import forwards
 from fedpress.errors import ModelError
 from fedpress.grids import (
+    TINY,
+    InputGrid,
     LayerGrids,
     WeightGrid,
     affine,
@@ -30,37 +36,71 @@ from fedpress.grids import (
     value_of,
 )
 
+WINDOW = 1.25
+"""One-bit inputs: the gradient passes up to so many mean distances from the middle, of a Gaussian its deviation."""
+
 
 class QuantLayer(nn.Module):
     """What the quantized layers have in common; `quantize_layers_` makes them of plain ones.
 
+    A layer has one weight, `weight`, or several, such as `weight_ih_l0` and `weight_hh_l0`; `keys` are their names.
     Tensors, all in the state dict: `weight_scale` [out] or [out, groups], float32 (of a codebook with `centroid_bits`:
-    0-d), `codebook` [2^bits], `input_scale` and `input_zero_point` (0-d float32, the latter a whole number). Scales are
+    0-d), `codebook` [2^bits]; of another weight `KEY_scale` and `KEY_codebook`. Of the inputs: `input_scale` and
+    `input_zero_point` (0-d float32, the latter a whole number), `input_middle` [channels] (see `InputGrid`). Scales are
     parameters: training moves them by the learned step size (Esser et al. 2020, arXiv:1902.08153, section 2).
     """
 
     weight: Tensor
-    weight_scale: Tensor
-    codebook: Tensor
     input_scale: Tensor
     input_zero_point: Tensor
+    input_middle: Tensor
     grids: LayerGrids = LayerGrids()
+    plain: type[nn.Module] = nn.Module  # the class of the layer before it was quantized
+    channel_axis = -1  # of the inputs
 
-    def codes(self) -> Tensor:
-        """Returns the int8 code of every weight, in the shape of `weight`: its nearest grid point.
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names of the weights that lie on the grid."""
+        return weight_keys(self)
+
+    @property
+    def size(self) -> int:
+        """Number of entries of all its weights."""
+        return sum(getattr(self, key).numel() for key in self.keys)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """Returns `weight` with output channels first: the form in which a scale belongs to a row."""
+        return weight
+
+    def unrows(self, rows: Tensor) -> Tensor:
+        """Takes `rows` back to the form that the layer gives its weight."""
+        return rows
+
+    def scale(self, key: str = "weight") -> nn.Parameter:
+        """Returns the scales of a weight, as they are trained; `positive` of them are used."""
+        found: nn.Parameter = getattr(self, scale_name(key))
+        return found
+
+    def codebook_of(self, key: str = "weight") -> nn.Parameter:
+        """Returns the values that the entries of a weight share."""
+        found: nn.Parameter = getattr(self, codebook_name(key))
+        return found
+
+    def codes(self, key: str = "weight") -> Tensor:
+        """Returns the int8 code of every entry of a weight, in its shape: its nearest grid point.
 
         Raises:
             ModelError: if the weights are float, or one is not finite.
         """
         grid = self._grid()
-        weight = self.weight.detach().float()
+        weight = self.rows(getattr(self, key).detach().float())
         if not bool(weight.isfinite().all()):
             raise ModelError(
                 "a weight is NaN or infinite and has no code; load a checkpoint from before training broke"
             )
-        return nearest_codes(weight, self._spread(), grid).to(torch.int8)
+        return self.unrows(nearest_codes(weight, self._spread(key), grid)).to(torch.int8)
 
-    def dequantize(self, codes: Tensor) -> Tensor:
+    def dequantize(self, codes: Tensor, key: str = "weight") -> Tensor:
         """Returns the float32 weights of `codes`.
 
         Raises:
@@ -72,9 +112,9 @@ class QuantLayer(nn.Module):
                 f"codes are in {int(codes.min())}..{int(codes.max())}, but a grid of kind '{grid.kind}' with "
                 f"{grid.bits} bits has {grid.lowest}..{grid.highest}; they belong to another model"
             )
-        return value_of(codes.float(), self._spread(), grid).detach()
+        return self.unrows(value_of(self.rows(codes.float()), self._spread(key), grid)).detach()
 
-    def integers(self) -> tuple[Tensor, Tensor] | None:
+    def integers(self, key: str = "weight") -> tuple[Tensor, Tensor] | None:
         """Returns whole numbers (int8, as `weight`) and scales [out] or [out, groups] whose product the weights are.
 
         None if there are none: float weights, or a codebook of any values.
@@ -82,46 +122,62 @@ class QuantLayer(nn.Module):
         grid = self.grids.weights
         if grid is None or (grid.kind == "codebook" and grid.centroid_bits is None):
             return None
+        scale = positive(self.scale(key).detach())
         if grid.kind != "codebook":
-            return self.codes(), positive(self.weight_scale.detach())
-        scale = positive(self.weight_scale.detach())
-        return torch.round(self.dequantize(self.codes()) / scale).to(torch.int8), scale.expand(len(self.weight)).clone()
+            return self.codes(key), scale
+        whole = torch.round(self.dequantize(self.codes(key), key) / scale).to(torch.int8)
+        return whole, scale.expand(len(self.rows(whole))).clone()
 
-    def quantized_weight(self) -> Tensor:
-        """Returns the grid points of the weights, differentiable in weights, scales and codebook."""
+    def quantized_weight(self, key: str = "weight") -> Tensor:
+        """Returns the grid points of a weight, differentiable in weights, scales and codebook."""
         grid = self.grids.weights
         if grid is None:
-            return self.weight
-        weight = self.weight.float()
+            latent: Tensor = getattr(self, key)
+            return latent
+        weight = self.rows(getattr(self, key).float())
         if grid.kind == "codebook":
-            values = self._values()
+            values = self._values(key)
             code = nearest_codes(weight.detach(), values.detach(), grid)
-            # Both learn: the weight may change its cluster, and a centroid feels the mean of its weights' gradients.
+            # Both learn: the weight may change its cluster, and a centroid feels the sum of its weights' gradients
+            # (Han et al. 2016, section 3.3), here times clusters / weights: their mean, were all clusters as large.
             chosen = slowed(values, len(values) / weight.numel())[(code - grid.lowest).long()]
-            return chosen + (weight - weight.detach())
-        scale = self._spread(slow=True)
+            return self.unrows(chosen + (weight - weight.detach()))
+        scale = self._spread(key, slow=True)
         if grid.kind == "binary":
             sign = nearest_codes(weight.detach(), scale.detach(), grid)
-            return sign * scale + (weight - weight.detach())
+            return self.unrows(sign * scale + (weight - weight.detach()))
         steps = (weight / scale).clamp(grid.lowest, grid.highest)
-        return through(steps.detach().round(), steps) * scale
+        return self.unrows(through(steps.detach().round(), steps) * scale)
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """Returns the grid points of the inputs `x`, differentiable in `x` and the scale."""
+        """Returns the grid points of the inputs `x`, differentiable in `x`, the scale and the middle."""
         grid = self.grids.inputs
         if grid is None or x.numel() == 0:
             return x  # a batch of nothing has no range
         x = x.float()
         if grid.bits == 1:
-            size = x.detach().abs().mean() if grid.dynamic else slowed(positive(self.input_scale), pace(x, 1))
-            near = x.clamp(-1, 1)  # the gradient of the sign is that of hard tanh (XNOR-Net, section 3)
-            return through(torch.where(x.detach() >= 0, 1.0, -1.0), near) * size
+            return self._side(x, grid)
         if grid.dynamic:
             scale, zero = affine(x.detach().amin(), x.detach().amax(), grid)
         else:
             scale, zero = slowed(positive(self.input_scale), pace(x, grid.highest)), self.input_zero_point
         steps = (x / scale).clamp(-zero, grid.highest - zero)
         return through(steps.detach().round(), steps) * scale
+
+    def _side(self, x: Tensor, grid: InputGrid) -> Tensor:
+        """One bit: on which side of the middle a value lies, times the mean distance from it."""
+        middle = self.middle() if grid.middle else None
+        away = x if middle is None else x - middle
+        size = away.detach().abs().mean() if grid.dynamic else slowed(positive(self.input_scale), pace(x, 1))
+        # Without a middle the inputs are taken for normalised ones: the gradient passes where |x| <= 1, that of hard
+        # tanh (Hubara et al. 2016, arXiv:1602.02830, eq. 4). With one, `size` says how wide their spread is.
+        near = away.clamp(-1, 1) if middle is None else (away / (WINDOW * size.detach().clamp_min(TINY))).clamp(-1, 1)
+        side = through(torch.where(away.detach() >= 0, 1.0, -1.0), near) * size
+        return side if middle is None else side + middle
+
+    def middle(self) -> Tensor:
+        """Returns the middle of each channel of one-bit inputs, in a shape that is taken from inputs."""
+        return self.input_middle.view(-1, *[1] * (-1 - self.channel_axis))
 
     def extra_repr(self) -> str:
         """Adds the grids to what torch prints."""
@@ -135,31 +191,45 @@ class QuantLayer(nn.Module):
             )
         return self.grids.weights
 
-    def _values(self) -> Tensor:
+    def _values(self, key: str = "weight") -> Tensor:
         """The codebook, ascending; on its own grid if it has one."""
         grid = self._grid()
-        values = self.codebook.float().sort().values
+        values = self.codebook_of(key).float().sort().values
         values = values * (values.detach() != 0)  # no gradient: 0 stays, and with it the pruned weights
         if grid.centroid_bits is None:
             return values
-        most, scale = 2 ** (grid.centroid_bits - 1) - 1, positive(self.weight_scale).detach()
+        most, scale = 2 ** (grid.centroid_bits - 1) - 1, positive(self.scale(key)).detach()
         steps = (values / scale).clamp(-most, most)
         return through(steps.detach().round(), steps) * scale
 
-    def _spread(self, *, slow: bool = False) -> Tensor:
-        """The scale of every weight, to be broadcast, or the codebook; `slow` with the gradient of a learned step."""
+    def _spread(self, key: str = "weight", *, slow: bool = False) -> Tensor:
+        """The scale of every entry, to be broadcast over rows, or the codebook; `slow`: the gradient of a step size."""
         grid = self._grid()
         if grid.kind == "codebook":
-            return self._values()
-        scale = positive(self.weight_scale)
+            return self._values(key)
+        scale = positive(self.scale(key))
+        weight: Tensor = getattr(self, key)
         if slow:
-            pace = (scale.numel() / (max(1, self.weight.numel()) * grid.highest)) ** 0.5
+            pace = (scale.numel() / (max(1, weight.numel()) * grid.highest)) ** 0.5
             scale = slowed(scale, pace)
-        return spread(scale, self.weight, grid.group)
+        return spread(scale, self.rows(weight), grid.group)
+
+    def _twin(self, **instead: object) -> Any:
+        """Returns a plain layer of the same parts, with other attributes in the place of some.
+
+        Its forward is that of the class before quantization, which so reads the grid points of its weights. Nothing is
+        changed in this layer: a gradient, a trace or a copy of it never meets a half-quantized state.
+        """
+        twin = object.__new__(self.plain)
+        twin.__dict__.update(self.__dict__)
+        twin.__dict__.update(instead)
+        return twin
 
 
 class QuantLinear(QuantLayer, nn.Linear):
     """A linear layer on grids."""
+
+    plain = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps [..., in_features] to [..., out_features]."""
@@ -169,6 +239,8 @@ class QuantLinear(QuantLayer, nn.Linear):
 class QuantConv1d(QuantLayer, nn.Conv1d):
     """A convolution over sequences on grids."""
 
+    plain, channel_axis = nn.Conv1d, -2
+
     def forward(self, input: Tensor) -> Tensor:
         """Maps [n, in_channels, L] to [n, out_channels, L']."""
         return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
@@ -176,6 +248,8 @@ class QuantConv1d(QuantLayer, nn.Conv1d):
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
     """A convolution over images on grids."""
+
+    plain, channel_axis = nn.Conv2d, -3
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps [n, in_channels, H, W] to [n, out_channels, H', W']."""
@@ -185,9 +259,145 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 class QuantConv3d(QuantLayer, nn.Conv3d):
     """A convolution over volumes on grids."""
 
+    plain, channel_axis = nn.Conv3d, -4
+
     def forward(self, input: Tensor) -> Tensor:
         """Maps [n, in_channels, D, H, W] to [n, out_channels, D', H', W']."""
         return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
+class _QuantTransposed(QuantLayer):
+    """A transposed convolution on grids: weight [in, out / groups, ...], rows [out, in / groups, ...]."""
+
+    groups: int
+
+    @property
+    def size(self) -> int:
+        """Number of entries of all its weights."""
+        return sum(getattr(self, key).numel() for key in self.keys)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """Returns [out, in / groups, ...]."""
+        whole = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        return whole.flatten(0, 1)
+
+    def unrows(self, rows: Tensor) -> Tensor:
+        """Returns [in, out / groups, ...]."""
+        whole = rows.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        return whole.flatten(0, 1)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Maps [n, in_channels, ...] to [n, out_channels, ...]."""
+        twin = self._twin(weight=self.quantized_weight())
+        found: Tensor = twin.forward(self.quantized_input(input), output_size)
+        return found
+
+
+class QuantConvTranspose1d(_QuantTransposed, nn.ConvTranspose1d):
+    """A transposed convolution over sequences on grids."""
+
+    plain, channel_axis = nn.ConvTranspose1d, -2
+
+
+class QuantConvTranspose2d(_QuantTransposed, nn.ConvTranspose2d):
+    """A transposed convolution over images on grids."""
+
+    plain, channel_axis = nn.ConvTranspose2d, -3
+
+
+class QuantConvTranspose3d(_QuantTransposed, nn.ConvTranspose3d):
+    """A transposed convolution over volumes on grids."""
+
+    plain, channel_axis = nn.ConvTranspose3d, -4
+
+
+class QuantEmbedding(QuantLayer, nn.Embedding):
+    """A table of vectors on grids, a scale for each row."""
+
+    plain = nn.Embedding
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps ids [...] to vectors [..., embedding_dim]."""
+        return F.embedding(input, self.quantized_weight(), self.padding_idx)
+
+
+class _QuantRecurrent(QuantLayer):
+    """An LSTM, GRU or RNN whose weights are on grids; its inputs and states stay float."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Maps a sequence and a state to outputs and the last state, as the plain layer."""
+        weights = {key: self.quantized_weight(key) for key in self.keys}
+        flat = [weights[n] if n in weights else getattr(self, n) for n in self._flat_weights_names]
+        return self._twin(_flat_weights=flat, **weights).forward(input, hx)
+
+
+class QuantLSTM(_QuantRecurrent, nn.LSTM):
+    """An LSTM on grids."""
+
+    plain = nn.LSTM
+
+
+class QuantGRU(_QuantRecurrent, nn.GRU):
+    """A GRU on grids."""
+
+    plain = nn.GRU
+
+
+class QuantRNN(_QuantRecurrent, nn.RNN):
+    """An Elman network on grids."""
+
+    plain = nn.RNN
+
+
+class _QuantCell(QuantLayer):
+    """One step of a recurrent layer on grids."""
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """Maps an input and a state to the next state, as the plain cell."""
+        return self._twin(**{key: self.quantized_weight(key) for key in self.keys}).forward(input, hx)
+
+
+class QuantLSTMCell(_QuantCell, nn.LSTMCell):
+    """One step of an LSTM on grids."""
+
+    plain = nn.LSTMCell
+
+
+class QuantGRUCell(_QuantCell, nn.GRUCell):
+    """One step of a GRU on grids."""
+
+    plain = nn.GRUCell
+
+
+class QuantRNNCell(_QuantCell, nn.RNNCell):
+    """One step of an Elman network on grids."""
+
+    plain = nn.RNNCell
+
+
+class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
+    """Attention whose projections of queries, keys and values are on grids.
+
+    The output projection is a layer of its own in the table of grids. Attention reads its weight without calling it.
+    """
+
+    plain = nn.MultiheadAttention
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Attends as the plain layer does."""
+        parts: dict[str, object] = {key: self.quantized_weight(key) for key in self.keys}
+        if isinstance(self.out_proj, QuantLayer):
+            parts["out_proj"] = self.out_proj._twin(weight=self.out_proj.quantized_weight())
+        return self._twin(**parts).forward(*args, **kwargs)
+
+
+class _QuantSubclass(QuantLayer):
+    """A layer of a subclass whose forward is the plain one behind what it does to its input (see `forwards`)."""
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Maps what the plain layer maps."""
+        twin = self._twin(weight=self.quantized_weight())
+        return twin.forward(self.quantized_input(input), *args, **kwargs)
 
 
 KINDS: dict[type[nn.Module], type[QuantLayer]] = {
@@ -195,7 +405,88 @@ KINDS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
     nn.Conv3d: QuantConv3d,
+    nn.ConvTranspose1d: QuantConvTranspose1d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
+    nn.ConvTranspose3d: QuantConvTranspose3d,
+    nn.Embedding: QuantEmbedding,
+    nn.LSTM: QuantLSTM,
+    nn.GRU: QuantGRU,
+    nn.RNN: QuantRNN,
+    nn.LSTMCell: QuantLSTMCell,
+    nn.GRUCell: QuantGRUCell,
+    nn.RNNCell: QuantRNNCell,
+    nn.MultiheadAttention: QuantMultiheadAttention,
 }
+ROUND_INPUTS = (nn.Linear, nn.modules.conv._ConvNd)
+"""Layers that may have grids for their inputs; of the others only the weights are rounded."""
+
+
+@functools.cache
+def quantized_kind(kind: type[nn.Module]) -> type[QuantLayer]:
+    """Returns the quantized form of a kind of layer; that of a subclass is made here.
+
+    Raises:
+        KeyError: if there is none.
+    """
+    if kind in KINDS:
+        return KINDS[kind]
+    base = forwards.base_of(kind)
+    if base is None:
+        raise KeyError(kind)
+    parts = {"plain": kind, "channel_axis": KINDS[base].channel_axis, "__doc__": f"{kind.__name__} on grids."}
+    return type(f"Quant{kind.__name__}", (_QuantSubclass, kind), parts)
+
+
+def weight_keys(module: nn.Module) -> tuple[str, ...]:
+    """Returns the names of the weights of a layer, those that go on a grid."""
+    if isinstance(module, nn.RNNBase):
+        return tuple(name for name in module._flat_weights_names if name.startswith("weight"))
+    if isinstance(module, nn.RNNCellBase):
+        return ("weight_ih", "weight_hh")
+    if isinstance(module, nn.MultiheadAttention):
+        whole = module._qkv_same_embed_dim
+        return ("in_proj_weight",) if whole else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    return ("weight",)
+
+
+def scale_name(key: str) -> str:
+    """Returns the name of the scales of a weight."""
+    return f"{key}_scale"
+
+
+def codebook_name(key: str) -> str:
+    """Returns the name of the codebook of a weight."""
+    return "codebook" if key == "weight" else f"{key}_codebook"
+
+
+def zeros_name(key: str) -> str:
+    """Returns the name of the buffer that tells rounded zeros of a weight from pruned ones."""
+    return f"{key}_kept_zeros"
+
+
+def is_step(name: str) -> bool:
+    """Whether the tensor of this name belongs to a grid: a scale, a codebook, a zero point or a middle.
+
+    >>> is_step("gru.weight_hh_l0_scale"), is_step("conv.weight")
+    (True, False)
+    """
+    leaf = name.rpartition(".")[2]
+    return leaf in INPUT_TENSORS or bool(STEP.fullmatch(leaf))
+
+
+INPUT_TENSORS = ("input_scale", "input_zero_point", "input_middle")
+STEP = re.compile(r"codebook|\w*weight\w*_(scale|codebook)")
+
+
+def step_sizes(model: nn.Module) -> set[int]:
+    """Returns the ids of the parameters that are grids of quantized layers: no weight decay may pull at them.
+
+    A smaller step size is no smaller network: decay would only draw the grid away from where training put it.
+    """
+    found: set[int] = set()
+    for _, layer in quantized_layers(model):
+        found |= {id(p) for name, p in layer.named_parameters(recurse=False) if is_step(name)}
+    return found
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
@@ -206,21 +497,33 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
 
 
 def why_not(module: nn.Module) -> str | None:
-    """Says why `module`, which has weights, cannot be put on a grid; None if it can."""
+    """Says why `module`, which has weights, cannot be put on a grid; None if it can.
+
+    A subclass of a convolution or linear layer is run once on made-up inputs to see what it does with its weight.
+    """
     if isinstance(module, QuantLayer):
         return None
-    computed = "weight" not in module._parameters and (hasattr(module, "parametrizations") or type(module) in KINDS)
-    if computed:
+    keys = weight_keys(module)
+    known = type(module) in KINDS or forwards.base_of(type(module)) is not None
+    if any(key not in module._parameters for key in keys) and (hasattr(module, "parametrizations") or known):
         return (
             "its weight is computed from other parameters; make it plain first (remove_parametrizations, prune.remove)"
         )
-    if type(module) not in KINDS:
+    if "forward" in module.__dict__:
+        return "its forward was replaced by another function; quantize it before that"
+    if not known:
         base = next((k.__name__ for k in KINDS if isinstance(module, k)), None)
         return f"{type(module).__name__} computes in its own way" + (f", unlike {base}" if base else "")
-    kind = getattr(module.weight, "dtype", torch.float32)
-    return (
-        None if kind == torch.float32 else f"its weights are {kind}, but grids hold float32; call model.float() first"
-    )
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
+        return "it changes its rows itself (max_norm) or has sparse gradients, which grids do not take"
+    for key in keys:
+        kind = getattr(module._parameters[key], "dtype", torch.float32)
+        if kind != torch.float32:
+            return f"its weights are {kind}, but grids hold float32; call model.float() first"
+    if type(module) in KINDS:
+        return None
+    other = forwards.other_than_plain(module)
+    return other and f"{type(module).__name__} computes in its own way: {other}"
 
 
 @torch.no_grad()
@@ -241,11 +544,15 @@ def quantize_layers_(model: nn.Module, table: Mapping[str, LayerGrids]) -> None:
             ) from error
         if reason := why_not(module):
             raise ModelError(f"spec.quantized: '{name}' cannot be quantized: {reason}; leave it out")
-        for old in ("weight_scale", "codebook", "input_scale", "input_zero_point"):
-            module._parameters.pop(old, None)
-            module._buffers.pop(old, None)
-        module.__class__ = KINDS.get(type(module), type(module))  # the same object: whoever shares it goes along
+        _drop_grids_(module)
+        if not isinstance(module, QuantLayer):
+            module.__class__ = quantized_kind(type(module))  # the same object: whoever shares it goes along
         assert isinstance(module, QuantLayer)
+        if not issubclass(module.plain, ROUND_INPUTS) and grids.inputs is not None:
+            raise ModelError(
+                f"spec.quantized: '{name}' is a {module.plain.__name__}, whose weights alone can be rounded; "
+                "leave its inputs out"
+            )
         module.grids = grids
         _register_(module, grids)
     _close_shortcuts_(model)
@@ -262,19 +569,46 @@ def _close_shortcuts_(model: nn.Module) -> None:
             module.use_nested_tensor = False
 
 
+def make_plain_(layer: QuantLayer) -> nn.Module:
+    """Makes `layer` what it was before it was quantized, with the weights that it has now; returns it."""
+    _drop_grids_(layer)
+    layer.__dict__.pop("grids", None)
+    layer.__class__ = layer.plain  # type: ignore[assignment]
+    return layer
+
+
+def _drop_grids_(module: nn.Module) -> None:
+    if not isinstance(module, QuantLayer):
+        return
+    for table in (module._parameters, module._buffers):
+        for name in [name for name in table if is_step(name)]:
+            table.pop(name)
+
+
 def _register_(layer: QuantLayer, grids: LayerGrids) -> None:
-    weight = layer.weight.detach()
     if (grid := grids.weights) is not None:
-        if grid.kind == "codebook":
-            layer.register_parameter("codebook", nn.Parameter(even_codebook(weight, grid)))
-            if grid.centroid_bits is not None:
-                top = weight.detach().abs().amax().float() / (2 ** (grid.centroid_bits - 1) - 1)
-                layer.register_parameter("weight_scale", nn.Parameter(mended(top), requires_grad=False))
-        else:
-            layer.register_parameter("weight_scale", nn.Parameter(first_scale(weight, grid)))
-    if (inputs := grids.inputs) is not None and not inputs.dynamic:
-        layer.register_parameter("input_scale", nn.Parameter(weight.new_ones((), dtype=torch.float32)))
-        layer.register_buffer("input_zero_point", weight.new_zeros((), dtype=torch.float32))
+        for key in layer.keys:
+            _register_weight_(layer, key, grid)
+    if (inputs := grids.inputs) is None:
+        return
+    first = layer.weight.detach()
+    if not inputs.dynamic:
+        layer.register_parameter("input_scale", nn.Parameter(first.new_ones((), dtype=torch.float32)))
+        layer.register_buffer("input_zero_point", first.new_zeros((), dtype=torch.float32))
+    if inputs.middle:
+        channels = int(getattr(layer, "in_channels", first.shape[1]))
+        layer.register_parameter("input_middle", nn.Parameter(first.new_zeros(channels, dtype=torch.float32)))
+
+
+def _register_weight_(layer: QuantLayer, key: str, grid: WeightGrid) -> None:
+    weight = layer.rows(getattr(layer, key).detach())
+    if grid.kind != "codebook":
+        layer.register_parameter(scale_name(key), nn.Parameter(first_scale(weight, grid)))
+        return
+    layer.register_parameter(codebook_name(key), nn.Parameter(even_codebook(weight, grid)))
+    if grid.centroid_bits is not None:
+        top = weight.abs().amax().float() / (2 ** (grid.centroid_bits - 1) - 1)
+        layer.register_parameter(scale_name(key), nn.Parameter(mended(top), requires_grad=False))
 
 
 @torch.no_grad()
@@ -289,15 +623,16 @@ def settle_(model: nn.Module) -> nn.Module:
     for name, layer in quantized_layers(model):
         if layer.grids.weights is None:
             continue
-        try:
-            codes = layer.codes()
-        except ModelError as error:
-            raise ModelError(f"'{name}': {error}") from error
-        layer.weight.copy_(layer.dequantize(codes))
-        if layer.grids.weights.kind == "codebook":
-            layer.codebook.copy_(layer._values())
-        if "weight_scale" in layer._parameters:
-            layer.weight_scale.copy_(positive(layer.weight_scale))
+        for key in layer.keys:
+            try:
+                codes = layer.codes(key)
+            except ModelError as error:
+                raise ModelError(f"'{name}': {error}") from error
+            getattr(layer, key).copy_(layer.dequantize(codes, key))
+            if layer.grids.weights.kind == "codebook":
+                layer.codebook_of(key).copy_(layer._values(key))
+            if scale_name(key) in layer._parameters:
+                layer.scale(key).copy_(positive(layer.scale(key)))
     return model
 
 

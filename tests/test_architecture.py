@@ -27,6 +27,7 @@ FLOORS = {
         "masked",
         "grids",
         "quantized",
+        "forwards",
         "ranges",
         "muon",
         "atomic",

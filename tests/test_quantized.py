@@ -13,6 +13,16 @@ from fedpress.errors import ModelError
 from fedpress.grids import InputGrid, LayerGrids, WeightGrid, affine
 from fedpress.quantized import QuantConv2d, fold_layers_, quantize_layers_, quantized_layers, settle_
 
+
+class Same(nn.Conv2d):
+    """Pads as TensorFlow does, before the convolution."""
+
+    def forward(self, x):
+        return nn.functional.conv2d(
+            nn.functional.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride, 0, self.dilation, self.groups
+        )
+
+
 GRIDS = [
     WeightGrid(),
     WeightGrid(bits=4),
@@ -45,6 +55,20 @@ LAYERS = {
     "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, bias=False), (2, 4, 5, 5)),
     "conv3d": (lambda: nn.Conv3d(2, 3, 2), (2, 2, 3, 3, 3)),
     "one": (lambda: nn.Linear(1, 1), (1, 1)),
+    "transposed1d": (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2), (2, 4, 5)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), (2, 4, 5, 5)),
+    "transposed grouped": (lambda: nn.ConvTranspose2d(4, 6, 2, groups=2, bias=False), (2, 4, 5, 5)),
+    "transposed3d": (lambda: nn.ConvTranspose3d(2, 3, 2), (2, 2, 3, 3, 3)),
+    "subclass": (lambda: Same(3, 4, 3, stride=2), (2, 3, 5, 5)),
+}
+RECURRENT = {
+    "lstm": (lambda: nn.LSTM(5, 4, num_layers=2, bidirectional=True, batch_first=True), (3, 6, 5), 8),
+    "projected": (lambda: nn.LSTM(5, 4, proj_size=2), (6, 3, 5), 3),
+    "gru": (lambda: nn.GRU(5, 4, bias=False), (6, 3, 5), 2),
+    "rnn": (lambda: nn.RNN(5, 4, nonlinearity="relu"), (6, 3, 5), 2),
+    "lstm-cell": (lambda: nn.LSTMCell(5, 4), (3, 5), 2),
+    "gru-cell": (lambda: nn.GRUCell(5, 4), (3, 5), 2),
+    "rnn-cell": (lambda: nn.RNNCell(5, 4), (3, 5), 2),
 }
 
 
@@ -70,11 +94,76 @@ def test_settled_weights_lie_on_the_grid_and_compute_the_same_to_the_bit(kind, g
     before = model(x)
     settle_(model)
     layer = model[0]
+    plain = make()
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    assert torch.equal(plain.eval()(x), before)
     assert layer.codes().dtype == torch.int8
     assert layer.codes().shape == layer.weight.shape
     assert torch.equal(layer.dequantize(layer.codes()), layer.weight)
     assert torch.equal(model(x), before)
     assert torch.equal(model.train()(x), before)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=name_of)
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_every_weight_of_a_recurrent_layer_lies_on_the_grid_and_the_plain_layer_computes_the_same(kind, grid):
+    torch.manual_seed(0)
+    make, shape, weights = RECURRENT[kind]
+    layer = settle_(on_grid(make(), grid))[0]
+    x = torch.randn(shape)
+    assert len(layer.keys) == weights
+    for key in layer.keys:
+        assert torch.equal(layer.dequantize(layer.codes(key), key), getattr(layer, key))
+        if grid.group is None:
+            assert all(len(row.unique()) <= 2**grid.bits for row in getattr(layer, key))
+    plain = make()
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    given, wanted = layer(x), plain(x)
+    if not isinstance(given, tuple):
+        given, wanted = (given,), (wanted,)
+    assert torch.equal(given[0], wanted[0])
+    given[0].sum().backward()
+    assert all(p.grad is not None for n, p in layer.named_parameters() if p.requires_grad)
+
+
+def test_the_latent_weights_of_a_recurrent_layer_learn_on_the_grid():
+    torch.manual_seed(0)
+    layer = on_grid(nn.GRU(3, 8, batch_first=True), WeightGrid(bits=4))[0]
+    x, wanted = torch.randn(32, 5, 3), torch.randn(32, 8)
+    optimizer, losses = torch.optim.Adam(layer.parameters(), 0.02), []
+    for _ in range(60):
+        loss = (layer(x)[0][:, -1] - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_attention_reads_its_four_projections_from_the_grid():
+    torch.manual_seed(0)
+    for more in ({}, {"kdim": 4, "vdim": 6}):
+        plain = nn.MultiheadAttention(8, 2, batch_first=True, **more).eval()
+        model = nn.ModuleList([copy.deepcopy(plain)])
+        quantize_layers_(model, dict.fromkeys(["0", "0.out_proj"], LayerGrids(weights=WeightGrid(bits=3))))
+        x = torch.randn(2, 5, 8), torch.randn(2, 5, more.get("kdim", 8)), torch.randn(2, 5, more.get("vdim", 8))
+        before = model[0](*x)[0]
+        assert not torch.allclose(before, plain(*x)[0], atol=1e-3)
+        settle_(model)
+        plain.load_state_dict(model[0].state_dict(), strict=False)
+        for own in (model[0], model[0].train()):
+            torch.testing.assert_close(own(*x)[0], before)
+        torch.testing.assert_close(plain(*x)[0], before)
+
+
+def test_an_embedding_looks_its_rows_up_on_the_grid():
+    model = on_grid(nn.Embedding(6, 4, padding_idx=0), WeightGrid(bits=4))
+    ids = torch.tensor([[0, 5, 2]])
+    before = model(ids)
+    settle_(model)
+    assert torch.equal(model(ids), model[0].weight[ids])
+    assert torch.equal(model(ids), before)
+    assert not model[0].weight[0].any()
 
 
 @pytest.mark.parametrize("inputs", INPUTS[1:], ids=name_of)
@@ -205,11 +294,33 @@ def test_binary_weights_pass_the_gradient_straight_through():
 
 
 def test_the_sign_of_inputs_passes_the_gradient_of_hard_tanh():
-    layer = on_grid(nn.Linear(3, 1, bias=False), inputs=InputGrid(bits=1))[0]
+    """Hubara et al. 2016, eq. 4, for a sign without a middle: the gradient of what lies beyond 1 is cancelled."""
+    layer = on_grid(nn.Linear(3, 1, bias=False), inputs=InputGrid(bits=1, middle=False))[0]
     layer.weight.data.fill_(1.0)
     x = torch.tensor([[0.5, -3.0, 0.0]], requires_grad=True)
     layer(x).sum().backward()
     assert x.grad.tolist() == [[1, 0, 1]]
+
+
+def test_one_bit_is_the_side_of_the_middle_and_its_gradient_that_of_the_definition():
+    """The slow twin: middle + size * htanh(distance / (1.25 size)) in the place of the side."""
+    torch.manual_seed(0)
+    layer = on_grid(nn.Conv2d(2, 1, 1, bias=False), inputs=InputGrid(bits=1))[0]
+    layer.input_middle.data = torch.tensor([1.0, -2.0])
+    layer.input_scale.data.fill_(0.5)
+    x = (torch.randn(3, 2, 4, 4) + torch.tensor([1.0, -2.0]).view(1, 2, 1, 1)).requires_grad_()
+    seen = layer.quantized_input(x)
+    above = x >= layer.input_middle.view(1, 2, 1, 1)
+    assert torch.equal(seen, layer.input_middle.view(1, 2, 1, 1) + torch.where(above, 0.5, -0.5))
+    pull = torch.randn_like(seen)
+    (seen * pull).sum().backward()
+    twin, middle = x.detach().clone().requires_grad_(), layer.input_middle.detach().clone().requires_grad_()
+    away = (twin - middle.view(1, 2, 1, 1)) / (1.25 * 0.5)
+    ((middle.view(1, 2, 1, 1) + 0.5 * away.clamp(-1, 1)) * pull).sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad)
+    torch.testing.assert_close(layer.input_middle.grad, middle.grad)
+    sides = torch.where(above, 1.0, -1.0)
+    torch.testing.assert_close(layer.input_scale.grad, (sides * pull).sum() / math.sqrt(2 * 4 * 4))
 
 
 def test_centroids_learn_but_zero_stays():
@@ -334,7 +445,12 @@ def test_a_grid_that_there_is_not_is_refused(given, says):
 
 class Own(nn.Linear):
     def forward(self, x):
-        return super().forward(x) * 2
+        return nn.functional.linear(x, self.weight * 2, self.bias)
+
+
+def patched(layer):
+    layer.forward = lambda x: 2 * x
+    return layer
 
 
 def pruned(layer):
@@ -344,10 +460,11 @@ def pruned(layer):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: Own(2, 2), "Own computes in its own way, unlike Linear"),
-        (lambda: nn.LSTM(2, 2), "LSTM computes in its own way"),
+        (lambda: Own(2, 2), "Own computes in its own way: it reads its weight by 'mul'"),
+        (lambda: patched(nn.Linear(2, 2)), "its forward was replaced"),
+        (lambda: nn.Embedding(2, 2, max_norm=1.0), "max_norm"),
         (lambda: nn.ReLU(), "ReLU computes in its own way"),
-        (lambda: nn.ConvTranspose2d(2, 2, 2), "ConvTranspose2d computes"),
+        (lambda: nn.Bilinear(2, 2, 2), "Bilinear computes in its own way"),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), "make it plain first"),
         (lambda: pruned(nn.Linear(2, 2)), "computed from other parameters; make it plain first"),
     ],

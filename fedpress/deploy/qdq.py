@@ -23,7 +23,7 @@ from fedpress.deploy.examples import Example, Given, as_device, example_of, orde
 from fedpress.errors import ExportError
 from fedpress.grids import InputGrid, affine
 from fedpress.layers import copied
-from fedpress.quantized import KINDS, QuantLayer, quantized_layers, settle_
+from fedpress.quantized import QuantLayer, make_plain_, quantized_layers, settle_
 from fedpress.ranges import Observer
 
 Activations = Literal["uint8", "int8"]
@@ -37,6 +37,7 @@ LINEAR = {aten.linear.default}
 LAYERS = LINEAR | CONVOLUTIONS
 """Operations with a weight at argument 1, output channels first, and a bias at argument 2."""
 
+TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 MATRIX = {aten.matmul.default, aten.bmm.default}
 ELEMENTWISE = {aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor}
 MEANS = {
@@ -91,6 +92,7 @@ class _Layer:
     codes: Tensor | None = None
     scales: Tensor | None = None
     group: int | None = None
+    axis: int = 0  # of the codes, along which scales go
     grid: _Grid | None = None
     reason: str = ""
 
@@ -160,19 +162,15 @@ def quantized_program(
 
 
 def _plain(model: nn.Module, activations: Activations) -> tuple[nn.Module, dict[str, _Layer]]:
-    """Returns a copy with ordinary layers in the place of quantized ones, and what those bring along, by name."""
+    """Returns a copy with ordinary layers in the place of quantized ones, and what those bring along, by weight."""
     model = copied(model).to("cpu", torch.float32).eval()
     settle_(model)
     layers: dict[str, _Layer] = {}
     for name, layer in [*quantized_layers(model)]:
-        found = layers[name] = _Layer()
-        if layer.grids.weights is not None:
-            pair = layer.integers()
-            if pair is None:
-                found.reason = "its weights are a codebook of any values, which integers cannot multiply"
-            else:
-                found.codes, found.scales, found.group = *pair, layer.grids.weights.group
+        for key in layer.keys:
+            layers[f"{name}.{key}"] = _weights_of(layer, key)
         grid = layer.grids.inputs
+        found = layers.get(f"{name}.weight", _Layer())
         if grid is not None and (grid.dynamic or grid.bits == 1):
             found.reason = (
                 "its inputs are rounded by the values of each batch" if grid.dynamic else "its inputs are signs"
@@ -182,15 +180,25 @@ def _plain(model: nn.Module, activations: Activations) -> tuple[nn.Module, dict[
         elif grid is not None:
             scale, zero = float(layer.input_scale.detach().abs()), int(layer.input_zero_point)
             found.grid = _grid(scale, zero, grid.highest, activations)
-        _make_plain_(layer)
+        make_plain_(layer)
     return model, layers
 
 
-def _make_plain_(layer: QuantLayer) -> None:
-    for name in ("weight_scale", "codebook", "input_scale", "input_zero_point"):
-        layer._parameters.pop(name, None)
-        layer._buffers.pop(name, None)
-    layer.__class__ = next(plain for plain, quantized in KINDS.items() if type(layer) is quantized)  # type: ignore[assignment]
+def _weights_of(layer: QuantLayer, key: str) -> _Layer:
+    """Returns codes and scales of a weight, or why it has none."""
+    grid = layer.grids.weights
+    if grid is None:
+        return _Layer()
+    pair = layer.integers(key)
+    if pair is None:
+        return _Layer(reason="its weights are a codebook of any values, which integers cannot multiply")
+    codes, scales = pair
+    if type(layer).rows is QuantLayer.rows:
+        return _Layer(codes, scales, grid.group)
+    # Rows are not the first axis (a transposed convolution): one scale for each place of the second, or none at all.
+    if grid.group is not None or len(scales) != codes.shape[1]:
+        return _Layer()
+    return _Layer(codes, scales, axis=1)
 
 
 def _grid(scale: float, zero: int, highest: int, activations: Activations) -> _Grid:
@@ -217,7 +225,7 @@ def _fold_batch_norms_(work: _Work) -> None:
         old = _tensor(work, layer.args[2]) if len(layer.args) > 2 and layer.args[2] is not None else 0.0
         bias = (old - mean) * factor + (0.0 if beta is None else beta)
         _set_(work, name, weight * factor.view(-1, *[1] * (weight.dim() - 1)))
-        _scale_codes_(work.layers.get(_module_name(name)), factor)
+        _scale_codes_(work.layers.get(name), factor)
         with graph.inserting_before(layer):
             folded = graph.get_attr(_add_(work, name + "_folded_bias", bias))
         layer.args = (*layer.args[:2], folded, *layer.args[3:])
@@ -246,7 +254,7 @@ def _choose_weights_(work: _Work) -> dict[fx.Node, _Layer]:
             work.left[_where(node)] = "its weight is computed in forward; make it plain first (remove_parametrizations)"
             continue
         name = str(node.args[1].target)
-        layer = work.layers.get(_module_name(name))
+        layer = work.layers.get(name)
         if layer is None or (layer.codes is None and not layer.reason):
             layer = made.get(name) or _Layer(grid=layer.grid if layer else None)
             if work.integer:
@@ -299,6 +307,29 @@ def _insert_(work: _Work, chosen: dict[fx.Node, _Layer], seen: dict[fx.Node, tup
                 fitted = _with_whole_biases(fitted, input_scale, bias)
             written[name] = _weight(work, weight, fitted)
         node.replace_input_with(weight, written[name])
+    _insert_others_(work, written, edges)
+
+
+def _insert_others_(work: _Work, written: dict[str, fx.Node], edges: dict[fx.Node, _Grid]) -> None:
+    """Puts the weights of recurrent layers, embeddings and transposed convolutions on their codes.
+
+    No integer kernel computes with them, but the file holds them in few bits, and they are those of the simulation.
+    """
+    for weight in [n for n in work.graph.graph.nodes if n.op == "get_attr"]:
+        name = str(weight.target)
+        layer = work.layers.get(name)
+        if layer is None or not weight.users:
+            continue
+        readers = [*weight.users]
+        if layer.codes is not None:
+            weight.replace_all_uses_with(written.get(name) or _weight(work, weight, layer))
+        for node in readers:
+            if layer.grid is None or node.target not in TRANSPOSED:
+                continue
+            given = _given(node, 0)
+            if edges.get(_behind(given)) != layer.grid:
+                with work.graph.graph.inserting_before(node):
+                    node.replace_input_with(given, _pair(work, given, layer.grid)[1])
 
 
 def _with_whole_biases(layer: _Layer, input_scale: float, bias: Tensor | None) -> _Layer:
@@ -509,7 +540,7 @@ def _weight(work: _Work, weight: fx.Node, layer: _Layer) -> fx.Node:
         zero = graph.get_attr(_add_(work, name + "_zeros", zeros))
     with graph.inserting_after(zero):
         if layer.group is None:
-            how: tuple[Any, ...] = (held, scales, zero, 0, -127, 127, torch.int8)
+            how: tuple[Any, ...] = (held, scales, zero, layer.axis, -127, 127, torch.int8)
             return graph.call_function(ops.dequantize_per_channel.default, how)
         how = (held, scales, zero, -127, 127, torch.int8, layer.group, torch.float32)
         whole = graph.call_function(ops.dequantize_per_channel_group.default, how)
@@ -566,6 +597,7 @@ def _add_(work: _Work, name: str, value: Tensor) -> str:
 
 
 def _module_name(tensor: str) -> str:
+    """The layer whose weight this is."""
     return tensor.rpartition(".")[0]
 
 

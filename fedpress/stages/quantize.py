@@ -45,7 +45,9 @@ class QuantizeStage(TaughtSettings):
     inputs: Literal["static", "dynamic", "float"] | None = Field(
         None, description="ranges from public examples, or from each batch; static for 8-bit int, else float by default"
     )
-    input_bits: int = Field(8, ge=1, le=8, description="1 is the sign (XNOR-Net)")
+    input_bits: int = Field(
+        8, ge=1, le=8, description="1 tells on which side of its channel's learned middle a value lies"
+    )
     keep: tuple[str, ...] | None = Field(
         None, description="layers that stay float: names, 'first', 'last'; first and last for ternary and binary"
     )
@@ -131,9 +133,7 @@ class QuantizeStage(TaughtSettings):
             model = fit.result_()
         model = settle_(model.to("cpu"))
         layers: list[JsonValue] = [
-            {"name": n, "weights": m.weight.numel(), "bits": _bits(table[n])}
-            for n, m in quantized_layers(model)
-            if n in table
+            {"name": n, "weights": m.size, "bits": _bits(table[n])} for n, m in quantized_layers(model) if n in table
         ]
         folder.record(quantized=layers)
         facts = _facts(model, table, left) | ({"notes": notes} if notes else {})
@@ -176,15 +176,17 @@ class QuantizeStage(TaughtSettings):
 
     def _looks_at_data(self) -> bool:
         inputs = self._grids().inputs
-        seen = inputs is not None and not inputs.dynamic
+        seen = inputs is not None and inputs.calibrated
         return seen or bool(self.mixed) or self._corrects() or self._rounding() == "second-order"
 
     def _smallest(self, model: nn.Module, table: dict[str, LayerGrids]) -> dict[str, int]:
         """Returns the fewest bits for each layer, after looking whether they meet the budget."""
         sizes = {
-            n: [quantizing.Choice(b, quantizing.stored_bytes(m.weight, _whole(b)), 0.0) for b in self.mixed]
-            for n, m in ((n, model.get_submodule(n)) for n in table)
-            if isinstance(m.weight, Tensor)
+            name: [
+                quantizing.Choice(b, quantizing.layer_bytes(model.get_submodule(name), _whole(b)), 0.0)
+                for b in self.mixed
+            ]
+            for name in table
         }
         quantizing.choose_bits(sizes, self.max_bytes or 0)
         return dict.fromkeys(table, min(self.mixed))
@@ -208,7 +210,7 @@ def _bits(grids: LayerGrids) -> int:
 
 
 def _facts(model: nn.Module, table: dict[str, LayerGrids], left: dict[str, str]) -> dict[str, Any]:
-    sizes = {n: m.weight.numel() for n, m in quantized_layers(model) if n in table}
+    sizes = {n: m.size for n, m in quantized_layers(model) if n in table}
     total = sum(sizes.values())
     return {
         "bits_per_weight": sum(_bits(table[n]) * size for n, size in sizes.items()) / max(1, total),

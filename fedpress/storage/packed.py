@@ -174,14 +174,15 @@ def _fill_(model: nn.Module, table: Table, blobs: Mapping[str, bytes], place: st
         damaged(place, str(error).removeprefix("message."))
     tensors |= {name: tensors[first] for name, first in table.same.items() if first in tensors}
     model.load_state_dict(tensors, strict=False)  # all names were compared
-    layers = {f"{name}.weight": layer for name, layer in quantized_layers(model)}
+    layers = {f"{name}.{key}": (layer, key) for name, layer in quantized_layers(model) for key in layer.keys}
     for name, values in codes.items():
         try:
-            weight = layers[name].dequantize(values)  # scales and codebooks are in place by now
+            layer, key = layers[name]
+            weight = layer.dequantize(values, key)  # scales and codebooks are in place by now
         except (KeyError, ModelError) as error:
             damaged(place, f"the codes of '{name}': {error}")
         with torch.no_grad():
-            layers[name].weight.copy_(weight)
+            getattr(layer, key).copy_(weight)
 
 
 def _codes(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -190,15 +191,16 @@ def _codes(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, layer in quantized_layers(model):
         if layer.grids.weights is None:
             continue
-        try:
-            found = layer.codes()
-        except ModelError as error:
-            left[name] = str(error)
-            continue
-        if _same(layer.dequantize(found), layer.weight):
-            codes[f"{name}.weight"] = found.cpu()
-        else:
-            left[name] = "its weights are not on their grid; settle_ moves them there"
+        for key in layer.keys:
+            try:
+                found = layer.codes(key)
+            except ModelError as error:
+                left[name] = str(error)
+                continue
+            if _same(layer.dequantize(found, key), getattr(layer, key)):
+                codes[f"{name}.{key}"] = found.cpu()
+            else:
+                left[name] = "its weights are not on their grid; settle_ moves them there"
     return codes, left
 
 

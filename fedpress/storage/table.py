@@ -10,10 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from fedpress.errors import ModelError
-from fedpress.quantized import quantized_layers
+from fedpress.quantized import is_step, quantized_layers
 
 SMALL = 4096  # values: tensors up to this size share a blob with others of their kind
-SCALES = ("weight_scale", "codebook", "input_scale", "input_zero_point")
 Type = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 TYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Type)}
 Size = Annotated[int, Field(ge=0, lt=1 << 48, strict=True)]
@@ -61,7 +60,8 @@ class Table(BaseModel):
         tensors = model.state_dict()
         same = _shared(tensors)
         norms = {name for name, module in model.named_modules() if "Norm" in type(module).__name__}
-        grids = {f"{name}.weight": layer.grids.weights for name, layer in quantized_layers(model)}
+        layers = [*quantized_layers(model)]
+        grids = {f"{name}.{key}": layer.grids.weights for name, layer in layers for key in layer.keys}
         blobs: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {}
         for name, value in tensors.items():
             if name in same:
@@ -75,7 +75,7 @@ class Table(BaseModel):
             else:
                 of = (
                     "scales"
-                    if leaf in SCALES
+                    if is_step(leaf)
                     else "norm"
                     if owner in norms
                     else "weights"

@@ -2,7 +2,7 @@
 
 from fedpress.compress.quantize.cluster import shared_values
 from fedpress.compress.quantize.fold import find_folds, fold_
-from fedpress.compress.quantize.mixed import Choice, choose_bits, measure_choices, stored_bytes
+from fedpress.compress.quantize.mixed import Choice, choose_bits, layer_bytes, measure_choices, stored_bytes
 from fedpress.compress.quantize.ptq import fit_, quantizable, quantize_
 from fedpress.compress.quantize.ranges import calibrate_
 from fedpress.ranges import OBSERVERS, Observer
@@ -16,6 +16,7 @@ __all__ = [
     "find_folds",
     "fit_",
     "fold_",
+    "layer_bytes",
     "measure_choices",
     "quantizable",
     "quantize_",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from fedpress.compress.quantize.rounding import best_scale
 from fedpress.errors import DataError, RecipeError
 from fedpress.grids import LayerGrids, WeightGrid, grouped, rounded, spread
 from fedpress.layers import tensor
+from fedpress.quantized import quantized_kind, weight_keys
 
 CELLS = 4096  # steps that a budget is counted in: a choice is at most one step per layer below the best
 
@@ -66,19 +68,34 @@ def measure_choices(
         for name, grids in table.items():
             if grids.weights is None or grids.weights.kind != "int":
                 raise RecipeError(f"quantize.mixed: '{name}' is not on whole numbers, which mixed bits need; use int")
-            weight = tensor(model, f"{name}.weight")
-            before = weight.detach().clone()
+            layer = model.get_submodule(name)
+            weights = [tensor(model, f"{name}.{key}") for key in weight_keys(layer)]
+            before = [weight.detach().clone() for weight in weights]
             for each in sorted(set(bits)):
                 grid = grids.weights.model_copy(update={"bits": each})
-                scale = spread(best_scale(before, grid), before, grid.group)
-                weight.copy_(rounded(before, scale, grid))
-                size = stored_bytes(before, grid)
+                for weight, was in zip(weights, before, strict=True):
+                    weight.copy_(_rounded(layer, was, grid))
+                size = layer_bytes(layer, grid)
                 found.setdefault(name, []).append(Choice(each, size, _harm(model, batches, wanted)))
-                weight.copy_(before)
+                for weight, was in zip(weights, before, strict=True):
+                    weight.copy_(was)
     finally:
         for module, mode in modes.items():
             module.training = mode
     return found
+
+
+def layer_bytes(layer: nn.Module, grid: WeightGrid) -> int:
+    """Returns the bytes of all weights of a layer on `grid` (see `stored_bytes`)."""
+    to_rows = quantized_kind(type(layer)).rows
+    return sum(stored_bytes(to_rows(layer, getattr(layer, key)), grid) for key in weight_keys(layer))  # type: ignore[arg-type]
+
+
+def _rounded(layer: nn.Module, weight: Tensor, grid: WeightGrid) -> Tensor:
+    form: Any = quantized_kind(type(layer))
+    rows = form.rows(layer, weight)
+    scale = spread(best_scale(rows, grid), rows, grid.group)
+    return cast(Tensor, form.unrows(layer, rounded(rows, scale, grid)))
 
 
 def _harm(model: nn.Module, batches: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:

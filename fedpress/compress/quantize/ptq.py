@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fedpress import forwards
 from fedpress.compress.ignoring import ignored
 from fedpress.compress.quantize.cluster import shared_values
 from fedpress.compress.quantize.ranges import Batch, calibrate_, run_watched
@@ -15,7 +16,7 @@ from fedpress.compress.quantize.rounding import as_batch, best_scale, patches, r
 from fedpress.errors import DataError, ModelError, did_you_mean
 from fedpress.grids import LayerGrids
 from fedpress.layers import tensor
-from fedpress.quantized import QuantLayer, quantize_layers_, settle_, why_not
+from fedpress.quantized import ROUND_INPUTS, QuantLayer, quantize_layers_, settle_, weight_keys, why_not
 from fedpress.ranges import Observer
 
 Rounding = Literal["nearest", "second-order"]
@@ -48,24 +49,26 @@ def quantizable(
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), []).append(name)
+    projections = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is None and not _computes(module):
+        if not _has_weights(module):
             continue
-        if weight is not None and weight.dim() < 2:
-            if any(p.dim() > 1 for p in module._parameters.values() if p is not None):
-                left[name or type(module).__name__] = f"{type(module).__name__} computes in its own way"
-            continue  # norms and the like
         reason = why_not(module)
-        others = [f"'{n}'" for n in owners.get(id(weight), []) if n != name] if weight is not None else []
-        if reason is None and others:
-            reason = f"its weight is shared with {', '.join(others)}"
-        if reason is None and f"{name}.weight" in sparse and grids.weights and not grids.weights.has_zero:
-            reason = "its zeros are pruned weights, and a binary grid has no zero; use ternary"
-        if reason is None:
-            table[name] = grids
-        else:
+        keys = weight_keys(module) if reason is None else ()
+        for key in keys:
+            others = [f"'{n}'" for n in owners.get(id(module._parameters[key]), []) if n != name]
+            if others:
+                reason = f"its weight is shared with {', '.join(others)}"
+            elif f"{name}.{key}" in sparse and grids.weights and not grids.weights.has_zero:
+                reason = "its zeros are pruned weights, and a binary grid has no zero; use ternary"
+        if reason is not None:
             left[name or type(module).__name__] = reason
+            continue
+        # The input of attention's output projection is never seen: attention reads its weight without calling it.
+        seen = isinstance(module, ROUND_INPUTS) and id(module) not in projections
+        table[name] = grids if seen else grids.model_copy(update={"inputs": None})
+    if grids.weights is None:
+        table = {name: each for name, each in table.items() if each.inputs is not None}
     names = [*table]
     for name in sorted(ignored(model, ignore)):
         if table.pop(name, None) is not None:
@@ -85,11 +88,12 @@ def quantizable(
     return table, left
 
 
-def _computes(module: nn.Module) -> bool:
-    """Whether a module without a parameter `weight` has weights of its own: recurrent, attention, parametrized."""
+def _has_weights(module: nn.Module) -> bool:
+    """Whether a module multiplies by weights of its own: what has only one number for each channel does not."""
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
         return False  # a part of the module whose weight it computes
-    return any(p.dim() > 1 for p in module._parameters.values() if p is not None) or hasattr(module, "parametrizations")
+    matrix = any(p.dim() > 1 for p in module._parameters.values() if p is not None)
+    return matrix or hasattr(module, "parametrizations")
 
 
 @torch.no_grad()
@@ -127,8 +131,9 @@ def quantize_(
     if needs and not batches:
         raise DataError("quantize: this method needs public examples; give batches, or round weights to the nearest")
     layers = {n: model.get_submodule(n) for n, g in table.items() if g.weights is not None}
-    means, moments = _look(model, layers, batches, moments=rounding == "second-order") if needs else ({}, {})
-    before = {n: tensor(model, f"{n}.weight").detach().clone() for n in layers}
+    looked = {n: m for n, m in layers.items() if forwards.base_of(type(m)) is not None}
+    means, moments = _look(model, looked, batches, moments=rounding == "second-order") if needs else ({}, {})
+    before = {n: tensor(model, f"{n}.weight").detach().clone() for n in looked}
     quantize_layers_(model, table)
     notes: dict[str, str] = {}
     for name, layer in layers.items():
@@ -137,7 +142,8 @@ def quantize_(
         if name in moments:
             round_second_order_(layer, moments[name])
         elif rounding == "second-order":
-            notes[name] = "forward never calls it, so its weights are rounded to the nearest"
+            why = "forward never calls it" if name in looked else f"it is a {layer.plain.__name__}"
+            notes[name] = f"{why}, so its weights are rounded to the nearest"
     settle_(model)
     if correct_bias:
         biases = [module._parameters.get("bias") for module in model.modules()]
@@ -147,7 +153,7 @@ def quantize_(
                 continue
             if layer.bias is not None and sum(bias is layer.bias for bias in biases) > 1:
                 notes[name] = "its bias is shared, and does not make good for its rounding"
-            elif isinstance(layer.bias, Tensor):
+            elif isinstance(getattr(layer, "bias", None), Tensor):
                 layer.bias -= _shift(means[name], layer.weight.detach() - before[name])
             else:
                 notes[name] = "it has no bias that could make good for its rounding"
@@ -158,28 +164,35 @@ def quantize_(
 
 def fit_(layer: QuantLayer, *, scale: Literal["mse", "minmax"] = "mse") -> None:
     """Sets the scales or the codebook of `layer` to suit its weights as they are."""
-    grid, weight = layer.grids.weights, layer.weight.detach()
+    grid = layer.grids.weights
     if grid is None:
         return
     with torch.no_grad():
-        if grid.kind == "codebook":
-            layer.codebook.copy_(shared_values(weight, 2**grid.bits))
-            if grid.centroid_bits is not None:
-                top = layer.codebook.detach().abs().amax() / (2 ** (grid.centroid_bits - 1) - 1)
-                layer.weight_scale.copy_(torch.where(top > 0, top, 1.0))
-        elif scale == "mse":
-            layer.weight_scale.copy_(best_scale(weight, grid))
+        for key in layer.keys:
+            weight = layer.rows(getattr(layer, key).detach())
+            if grid.kind == "codebook":
+                values = layer.codebook_of(key)
+                values.copy_(shared_values(weight, 2**grid.bits))
+                if grid.centroid_bits is not None:
+                    top = values.detach().abs().amax() / (2 ** (grid.centroid_bits - 1) - 1)
+                    layer.scale(key).copy_(torch.where(top > 0, top, 1.0))
+            elif scale == "mse":
+                layer.scale(key).copy_(best_scale(weight, grid))
 
 
 def _static(grids: LayerGrids) -> bool:
-    return grids.inputs is not None and not grids.inputs.dynamic
+    return grids.inputs is not None and grids.inputs.calibrated
 
 
 def _finite(model: nn.Module, table: Mapping[str, LayerGrids]) -> None:
     for name in table:
-        weight = getattr(model.get_submodule(name), "weight", None)
-        if isinstance(weight, Tensor) and not bool(weight.isfinite().all()):
-            raise ModelError(f"quantize: '{name}' has NaN or infinite weights; load a checkpoint from before it broke")
+        module = model.get_submodule(name)
+        for key in weight_keys(module):
+            weight = getattr(module, key, None)
+            if isinstance(weight, Tensor) and not bool(weight.isfinite().all()):
+                raise ModelError(
+                    f"quantize: '{name}' has NaN or infinite weights; load a checkpoint from before it broke"
+                )
 
 
 def _look(
@@ -193,6 +206,8 @@ def _look(
         if not bool(x.isfinite().all()):
             raise DataError(f"quantize: '{name}' sees NaN or infinite values; check the public examples")
         layer, x = layers[name], x.detach().float()
+        if type(layer) not in forwards.OPERATIONS and not isinstance(layer, QuantLayer):
+            layer, x = forwards.as_plain(layer, x)
         x = as_batch(layer, x)
         whole = patches(layer, x.double().sum(0, keepdim=True))  # patches of a sum are the sum of patches
         total, count = means.get(name, (0.0, 0))

@@ -42,10 +42,39 @@ def test_calibration_sets_the_range_of_each_layers_inputs(observer):
 
 
 def test_the_sign_gets_the_mean_size_as_its_scale():
-    model = ready(InputGrid(bits=1), names=("0",))
+    model = ready(InputGrid(bits=1, middle=False), names=("0",))
     x = torch.randn(20, 2, 6, 6)
     calibrate_(model, [x[:13], x[13:]])
     torch.testing.assert_close(model[0].input_scale.data, x.abs().mean())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_one_bit_gets_the_middle_of_each_channel_and_both_sides_are_seen(dynamic):
+    model = ready(InputGrid(bits=1, dynamic=dynamic), names=("0",))
+    x = torch.randn(20, 2, 6, 6).relu() * torch.tensor([1.0, 9.0]).view(1, 2, 1, 1)
+    calibrate_(model, [x[:13], x[13:]])
+    middle = x.mean((0, 2, 3))
+    torch.testing.assert_close(model[0].input_middle.data, middle)
+    size = (x - middle.view(1, 2, 1, 1)).abs().mean()
+    if not dynamic:
+        torch.testing.assert_close(model[0].input_scale.data, size)
+    seen = model[0].quantized_input(x).detach()
+    assert len(seen[:, 0].unique()) == len(seen[:, 1].unique()) == 2
+    # of all pairs middle - s and middle + s this one is the nearest in squares
+    error = (seen - x).square().mean()
+    sides = torch.where(x >= middle.view(1, 2, 1, 1), 1.0, -1.0)
+    for other in (0.5, 0.9, 1.1, 2.0):
+        assert ((middle.view(1, 2, 1, 1) + other * size * sides - x).square().mean()) > error
+
+
+def test_one_bit_that_would_always_be_the_same_is_refused_by_name():
+    x = torch.randn(8, 2, 6, 6).relu()
+    with pytest.raises(DataError, match=r"'0' reads values of one sign only \(0 to .*middle"):
+        calibrate_(ready(InputGrid(bits=1, middle=False), names=("0",)), [x])
+    for constant in (torch.zeros(8, 2, 6, 6), torch.full((8, 2, 6, 6), 0.3), -torch.ones(8, 2, 6, 6)):
+        for dynamic in (False, True):
+            with pytest.raises(DataError, match="every channel that '0' reads is constant"):
+                calibrate_(ready(InputGrid(bits=1, dynamic=dynamic), names=("0",)), [constant])
 
 
 @pytest.mark.parametrize("observer", OBSERVERS)
