@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 from torch import Tensor
 
 TINY = torch.finfo(torch.float32).tiny
+FILE = "file"  # in the context of a validation: what is read was written by some fedpress
 BITS = {"int": 8, "ternary": 2, "binary": 1, "codebook": 4}
 
 
@@ -90,9 +91,10 @@ class InputGrid(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _middle_of_one_bit(cls, given: Any) -> Any:
+    def _middle_of_one_bit(cls, given: Any, info: ValidationInfo) -> Any:
         if isinstance(given, dict) and given.get("bits") == 1 and "middle" not in given:
-            return {**given, "middle": True}
+            # Files from before there was a middle hold the sign alone, and so they open.
+            return {**given, "middle": not (info.context or {}).get(FILE)}
         return given
 
     @model_validator(mode="after")

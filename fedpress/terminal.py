@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 
 from fedpress.report import units
+from fedpress.report.headline import stays_float
 from fedpress.report.table import Table as PlainTable
 from fedpress.report.table import as_rich, comparison_table, left_table
 
@@ -93,12 +94,16 @@ def follow(events: Iterable[Event], out: Console) -> None:
 
 def _outcome(result: Mapping[str, Any]) -> str:
     accuracy = f"test accuracy {units.percent(result['accuracy'])}, " if result["accuracy"] is not None else ""
-    return f"{accuracy}{units.count(result['parameters'])} parameters"
+    floats = stays_float(dict(result))
+    kept = f", {floats[0]} of them float ({floats[1]})" if floats else ""
+    return f"{accuracy}{units.count(result['parameters'])} parameters{kept}"
 
 
 def show_result(out: Console, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Prints what a command changed, and what it left as it was."""
     out.print(as_rich(comparison_table(before, after)))
+    if floats := stays_float(after):
+        out.print(f"{floats[0]} of the parameters stay float: {floats[1]}", style="yellow", markup=False)
     left = left_table([after])
     if left.rows:
         rows = [[names, why] for _, names, why in left.rows]

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from fedpress import consent, limits, own_modules
 from fedpress.calls import Numbers, numbers_in, set_numbers_
 from fedpress.errors import ModelError, did_you_mean
-from fedpress.grids import LayerGrids
+from fedpress.grids import FILE, LayerGrids
 from fedpress.layers import depthwise, replace_, set_groups_, tensor, weight_shape
 from fedpress.masked import take_in_
 from fedpress.models.plain import CNN, MLP
@@ -65,7 +65,7 @@ class ModelSpec(BaseModel):
             ModelError: if its architecture is no row of `ARCHITECTURES` and the user has not allowed it by name, or
                 if it declares sizes above `fedpress.limits`.
         """
-        spec = cls.model_validate_json(text)
+        spec = cls.model_validate_json(text, context={FILE: True})
         if ":" not in spec.architecture:
             _builder(spec.architecture)
         elif spec.architecture not in ARCHITECTURES:

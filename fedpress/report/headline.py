@@ -10,6 +10,8 @@ from fedpress.report import units
 from fedpress.report.protection import protects
 from fedpress.report.reading import Json
 
+MUCH_FLOAT = 0.1  # of the parameters: more than this is said in the headline, not in a list alone
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -27,12 +29,39 @@ def tiles(stages: list[Json]) -> list[Tile]:
     found = [
         _accuracy(_known(stages, "accuracy")),
         _cost("parameters", stages, "parameters", units.count),
+        _stays_float(stages),
         _cost("file size", stages, "file_bytes", _bytes),
         latency and Tile(latency.value, latency.name, latency.note and latency.note + _runtime(stages)),
         _privacy([stage for stage in stages if stage.get("kind") == "federate"]),
         _traffic(_known(stages, "bytes_up"), _known(stages, "bytes_down")),
     ]
     return [tile for tile in found if tile]
+
+
+def _stays_float(stages: list[Json]) -> Tile | None:
+    """Tells how much of a quantized network is no smaller than before, where that is more than a tenth."""
+    found = [stage for stage in stages if units.number(stage.get("float_share")) is not None]
+    said = stays_float(found[-1]) if found else None
+    if said is None:
+        return None
+    share, names = said
+    return Tile(share, "of the parameters stay float", names)
+
+
+def stays_float(stage: Json) -> tuple[str, str] | None:
+    """Returns the share of the parameters that a quantized network keeps in float and where most of them are.
+
+    None if it is at most a tenth, or the stage says nothing of it.
+
+    >>> stays_float({"float_share": 0.34, "mostly_float": ["embed"]})
+    ('34%', 'most in embed')
+    """
+    share = units.number(stage.get("float_share"))
+    if share is None or share <= MUCH_FLOAT:
+        return None
+    names = stage.get("mostly_float")
+    where = ", ".join(str(name) for name in names) if isinstance(names, list) else ""
+    return units.percent(share, 0), f"most in {where}" if where else ""
 
 
 def _known(stages: list[Json], key: str) -> list[float]:

@@ -17,7 +17,7 @@ from fedpress.folder import StageFolder
 from fedpress.grids import InputGrid, LayerGrids, WeightGrid
 from fedpress.layers import copied
 from fedpress.models import ModelSpec
-from fedpress.quantized import quantize_layers_, quantized_layers, settle_
+from fedpress.quantized import quantize_layers_, quantized_layers, settle_, step_sizes
 from fedpress.seeds import derive
 from fedpress.stages.public import calibration
 from fedpress.stages.teaching import TaughtSettings, train_
@@ -209,10 +209,33 @@ def _bits(grids: LayerGrids) -> int:
     return grids.weights.bits if grids.weights is not None else 32
 
 
+def _stays_float(model: nn.Module) -> tuple[float, list[str]]:
+    """Returns the share of the parameters that are on no grid, and the modules that hold most of them, largest first.
+
+    Scales and codebooks are part of the grids and count on neither side.
+    """
+    on_grid = {id(getattr(m, key)) for _, m in quantized_layers(model) if m.grids.weights for key in m.keys}
+    steps = step_sizes(model)
+    sizes: dict[str, int] = {}
+    total = 0
+    for name, p in model.named_parameters():
+        if id(p) in steps:
+            continue
+        total += p.numel()
+        if id(p) not in on_grid:
+            owner = name.rpartition(".")[0] or name
+            sizes[owner] = sizes.get(owner, 0) + p.numel()
+    order = sorted(sizes, key=lambda name: -sizes[name])
+    return sum(sizes.values()) / max(1, total), order[:3]
+
+
 def _facts(model: nn.Module, table: dict[str, LayerGrids], left: dict[str, str]) -> dict[str, Any]:
     sizes = {n: m.size for n, m in quantized_layers(model) if n in table}
     total = sum(sizes.values())
+    share, names = _stays_float(model)
     return {
+        "float_share": share,
+        "mostly_float": names,
         "bits_per_weight": sum(_bits(table[n]) * size for n, size in sizes.items()) / max(1, total),
         "quantized_layers": len(sizes),
         "left": left,

@@ -463,3 +463,13 @@ class Secretive(nn.Module):
 def test_what_no_file_could_hold_is_refused_when_it_is_built(kind, says):
     with pytest.raises(ModelError, match=says):
         ModelSpec(architecture=f"{__name__}:{kind.__name__}", input_shape=(3,)).build_dense()
+
+
+def test_a_file_from_before_one_bit_had_a_middle_opens_with_the_sign_alone(tmp_path):
+    grids = {"0": {"weights": {"kind": "binary", "bits": 1}, "inputs": {"bits": 1, "dynamic": False}}}
+    old = {"architecture": "mlp", "arguments": {"in_features": 3, "num_classes": 2}, "input_shape": [3]}
+    spec = ModelSpec.of_file(json.dumps({**old, "quantized": grids}))
+    assert spec.quantized["0"].inputs == InputGrid(bits=1, middle=False)
+    new = spec.model_copy(update={"quantized": {"0": LayerGrids(inputs=InputGrid(bits=1))}})
+    for text in (new.model_dump_json(), new.model_dump_json(exclude_defaults=True)):
+        assert ModelSpec.of_file(text).quantized["0"].inputs.middle

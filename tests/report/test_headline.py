@@ -34,3 +34,12 @@ def test_what_was_not_measured_has_no_tile():
     assert tiles([{"kind": "measure", "file_bytes": 44_000_000}])[0].value == "44.0 MB"
     assert [tile.name for tile in tiles([{"kind": "train", "accuracy": 0.5, "parameters": None}])] == ["test accuracy"]
     assert tiles([{"parameters": 0}, {"parameters": 5}])[0].note == ""
+
+
+def test_what_stays_float_is_a_tile_when_it_is_more_than_a_tenth():
+    line = {"kind": "quantize", "float_share": 0.337, "mostly_float": ["embed", "head"]}
+    assert [(t.value, t.name, t.note) for t in tiles([line, {"kind": "pack"}])] == [
+        ("34%", "of the parameters stay float", "most in embed, head")
+    ]
+    assert tiles([line | {"float_share": 0.1}]) == []
+    assert tiles([line, {"kind": "quantize", "float_share": 0.02}]) == []

@@ -80,6 +80,31 @@ def test_what_check_says_comes_out_and_little_accuracy_is_lost(trained, tmp_path
         assert torch.equal(layer.weight, layer.dequantize(layer.codes()))
 
 
+@pytest.mark.recipe
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_binary_inputs_are_within_ten_points_of_binary_weights_alone(tmp_path, seed):
+    """Behind a ReLU every value has the sign +1: without a middle such a network is no better than chance."""
+    dense = ["data.public_share=0.8", "stage.0.epochs=10", f"seed={seed}", "stage.1.lr=0.05", "stage.1.epochs=12"]
+    changes = [*dense, "stage.1.weights=binary", "stage.0.batch_size=64", "stage.1.batch_size=64"]
+    weights = finish(load(RECIPE, changes), tmp_path / "weights")[1][-1]["accuracy"]
+    earlier = RunFolder.open(tmp_path / "weights")
+    for inputs in ("static", "dynamic"):
+        more = [f"stage.1.inputs={inputs}", "stage.1.input_bits=1"]
+        both = finish(load(RECIPE, [*changes, *more]), tmp_path / inputs, earlier)[1][-1]
+        assert both["accuracy"] > weights - 0.1
+        _, model = load_model(tmp_path / inputs / "01-quantize")
+        assert all(layer.input_middle.abs().max() > 0 for _, layer in quantized_layers(model))
+
+
+def test_the_share_that_stays_float_is_said(trained, tmp_path):
+    keep = 'stage.1.keep=["stages.2.0.conv2"]'
+    told, lines = finish(load(RECIPE, [keep]), tmp_path / "run", trained)
+    assert 0.3 < told["float_share"] < 0.6
+    assert told["float_share"] == lines[-1]["float_share"]
+    assert lines[-1]["mostly_float"][0] == "stages.2.0.conv2"
+    assert finish(load(RECIPE), tmp_path / "all", trained)[1][-1]["float_share"] < 0.05
+
+
 def test_layers_that_stay_float_are_listed_with_the_reason(trained, tmp_path):
     told, results = finish(load(RECIPE, ["stage.1.weights=binary", 'stage.1.keep=["head"]']), tmp_path / "run", trained)
     assert told["left"] == results[-1]["left"] == {"head": "asked for by `keep`"}

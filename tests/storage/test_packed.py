@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedpress import storage
+from fedpress.compress.quantize import quantizable, quantize_
 from fedpress.errors import ModelError
 from fedpress.grids import InputGrid, LayerGrids, WeightGrid
-from fedpress.models import ModelSpec, save_model
+from fedpress.models import ARCHITECTURES, ModelSpec, load_model, save_model
 from fedpress.quantized import fold_layers_, quantize_layers_, settle_
 from fedpress.storage import container
 from fedpress.storage.packed import decode, encode
@@ -388,3 +389,44 @@ def test_a_buffer_that_would_come_back_as_another_is_refused(tmp_path):
         else:
             with pytest.raises(ModelError, match="the buffer 'noise' is not saved"):
                 storage.pack(spec, model, tmp_path / "m.packed.safetensors")
+
+
+class _Same(nn.Conv1d):
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (1, 1)))
+
+
+class _Everything(nn.Module):
+    """A layer of each kind that grids know beside plain ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.same, self.up = _Same(3, 8, 3), nn.ConvTranspose1d(8, 6, 2, stride=2, groups=2)
+        self.lstm, self.gru = nn.LSTM(6, 5, bidirectional=True, batch_first=True), nn.GRU(10, 8, batch_first=True)
+        self.cell, self.words = nn.GRUCell(8, 8), nn.Embedding(12, 8)
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.up(self.same(x)).transpose(1, 2)
+        x = self.gru(self.lstm(x)[0])[0] + self.words(torch.arange(x.shape[1], device=x.device) % 12)
+        x = self.attention(x, x, x, need_weights=False)[0].mean(1)
+        return self.head(self.cell(x))
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_every_kind_of_layer_on_a_grid_comes_back_from_a_packed_file_and_from_a_folder(grid, tmp_path, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "everything", _Everything)
+    torch.manual_seed(0)
+    model, x = _Everything().eval(), torch.randn(4, 3, 7)
+    table, left = quantizable(model, LayerGrids(weights=grid, inputs=InputGrid(bits=1)))
+    assert not left
+    quantize_(model, table, [x])
+    spec = ModelSpec(architecture="everything", input_shape=(3, 7), quantized=table)
+    data, packed = encode(spec, model)
+    assert not packed.left
+    assert packed.kinds["codes"] < sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1) * 1.3
+    _, twin = decode(data, "here")
+    assert_same_bits(twin, model)
+    assert torch.equal(twin.eval()(x), model(x))
+    save_model(tmp_path / "m", spec, model)
+    assert_same_bits(load_model(tmp_path / "m")[1], model)

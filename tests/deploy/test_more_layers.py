@@ -1,0 +1,114 @@
+"""What is on a grid beside convolutions and linear layers: the file computes what the network on the grid does."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fedpress import deploy
+from fedpress.compress.quantize import quantizable, quantize_
+from fedpress.grids import InputGrid, LayerGrids, WeightGrid
+
+
+class Last(nn.Module):
+    """A recurrent layer, and a linear one on its last output."""
+
+    def __init__(self, memory):
+        super().__init__()
+        self.memory, self.head = memory, nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.memory(x)[0][:, -1])
+
+
+class Steps(nn.Module):
+    """A cell, called step by step."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell, self.head = cell, nn.Linear(8, 3)
+
+    def forward(self, x):
+        state = None
+        for at in range(x.shape[1]):
+            state = self.cell(x[:, at], state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(64, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.words((x * 10).long().clamp(0, 63)).mean(1))
+
+
+class Same(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(nn.functional.pad(x, (0, 1, 0, 1)), self.weight, self.bias)
+
+
+def ups(groups):
+    up = nn.ConvTranspose2d(8, 6, 2, stride=2, groups=groups)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), up, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+
+
+NETS = {
+    "up": (lambda: ups(1), (3, 6, 6)),
+    "up in groups": (lambda: ups(2), (3, 6, 6)),
+    "padded": (lambda: nn.Sequential(Same(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3)), (3, 5, 5)),
+    "lstm": (lambda: Last(nn.LSTM(5, 8, batch_first=True)), (4, 5)),
+    "gru": (lambda: Last(nn.GRU(5, 4, batch_first=True, bidirectional=True)), (4, 5)),
+    "lstm cell": (lambda: Steps(nn.LSTMCell(5, 8)), (4, 5)),
+    "attention": (Attends, (4, 8)),
+    "words": (Words, (6,)),
+}
+GRIDS = {
+    "int8": LayerGrids(weights=WeightGrid()),
+    "ternary": LayerGrids(weights=WeightGrid(kind="ternary")),
+    "one bit": LayerGrids(weights=WeightGrid(kind="binary"), inputs=InputGrid(bits=1)),
+}
+
+
+@pytest.mark.parametrize("grids", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("net", NETS)
+def test_the_file_computes_what_the_network_on_its_grid_does(net, grids, tmp_path):
+    torch.manual_seed(0)
+    make, shape = NETS[net]
+    model, x = make().eval(), torch.randn(32, *shape)
+    table, left = quantizable(model, grids)
+    assert not left
+    quantize_(model, table, [x])
+    with torch.no_grad():
+        wanted = model(x)
+    job = deploy.Job(input_shape=shape)
+    artifact = deploy.export(copy.deepcopy(model), tmp_path / "m.onnx", "onnx", job)
+    got = torch.as_tensor(deploy.open_file(artifact.path, threads=1)(x.numpy()))
+    off = (got - wanted).abs().amax(1) > 1e-4 * float(wanted.abs().max())
+    # A value within the last bit of its middle may fall to the other side in another program.
+    assert int(off.sum()) <= (grids.weights.kind == "binary")
+
+
+@pytest.mark.parametrize("net", ["up", "lstm", "attention", "words"])
+def test_the_weights_lie_in_the_file_as_whole_numbers(net, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    make, shape = NETS[net]
+    model, x = make().eval(), torch.randn(8, *shape)
+    table, _ = quantizable(model, GRIDS["int8"])
+    quantize_(model, table, [x])
+    artifact = deploy.export(model, tmp_path / "m.onnx", "onnx", deploy.Job(input_shape=shape))
+    held = onnx.load(str(artifact.path)).graph.initializer
+    weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    codes = sum(onnx.numpy_helper.to_array(t).size for t in held if t.data_type == onnx.TensorProto.INT8)
+    assert codes == weights
