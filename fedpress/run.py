@@ -24,6 +24,7 @@ from fedpress import consent, storage
 from fedpress import data as data_sets
 from fedpress.compress import cost
 from fedpress.data.examples import Progress
+from fedpress.deploy.processor import as_json, conditions, this_processor
 from fedpress.errors import FedpressError, ModelError, RecipeError, RunError
 from fedpress.folder import Done, RunFolder, StageFolder, read_json, write_json
 from fedpress.models import ModelSpec
@@ -39,7 +40,7 @@ from fedpress.state import Event, Loader, StageFinished, StageStarted, State, Ti
 from fedpress.storage.packed import encode
 from fedpress.training import evaluate, place_
 
-MEASURED = ("accuracy", "loss", "parameters", "macs", "file_bytes", "latency_ms", "runtime")
+MEASURED = ("accuracy", "loss", "parameters", "macs", "file_bytes", "latency_ms", "runtime", "conditions")
 ADDED_TO_DATA = ("classes", "words", "public_words", "unknown", "encoding", "decimal")
 """Keys that older run folders do not know: left out of the settings where they say nothing, so that those resume."""
 LIBRARIES = ("torch", "numpy", "safetensors", "dp-accounting", "onnx", "onnxruntime", "pydantic")
@@ -266,6 +267,7 @@ def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
         speed = cost.latency(model, torch.zeros(1, *state.spec.input_shape))
         # What lies on grids is computed on floats here; integers run in an exported file.
         line |= {"latency_ms": speed.median_ms, "runtime": "torch, simulated" if state.spec.quantized else "torch"}
+        line["conditions"] = conditions("torch", threads=torch.get_num_threads(), options={})
     return line
 
 
@@ -285,6 +287,7 @@ def _write_result(recipe: Recipe, folder: RunFolder, results: list[dict[str, Any
     if results[-1].get("ledger"):
         write_json(folder.path / "ledger.json", results[-1]["ledger"])
     lines = [{k: v for k, v in r.items() if k != "ledger"} for r in results]
+    _take_accuracy_of_files_(lines)
     total = round(sum(line["seconds"] for line in lines), 2)
     final: dict[str, Any] = {}
     for line in lines:
@@ -301,6 +304,21 @@ def _write_result(recipe: Recipe, folder: RunFolder, results: list[dict[str, Any
             "final": final | {"seconds": total},
         },
     )
+
+
+def _take_accuracy_of_files_(lines: Sequence[dict[str, Any]]) -> None:
+    """Gives a quantize stage the accuracy of the file that was exported of its model: a device runs that.
+
+    What the simulation in torch reached stays as `accuracy_simulated`.
+    """
+    for at, line in enumerate(lines):
+        if line["kind"] != "export" or line.get("accuracy") is None:
+            continue
+        same_model = ("export", "measure", "pack")
+        source = next((x for x in reversed(lines[:at]) if x["kind"] not in same_model), None)
+        if source is not None and source["kind"] == "quantize":
+            source.setdefault("accuracy_simulated", source["accuracy"])
+            source["accuracy"] = line["accuracy"]
 
 
 def note_environment(folder: RunFolder, command: str, origin: Mapping[str, Any] | None = None) -> None:
@@ -328,6 +346,7 @@ def environment(command: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
         "machine": _machine(),
+        "processor": as_json(this_processor()),
         "threads": torch.get_num_threads(),
         "commit": _commit(),
         "command": command,

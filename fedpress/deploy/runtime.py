@@ -129,7 +129,12 @@ def _decides(out: Tensor, count: int) -> bool:
 
 
 def agreement(a: Tensor, b: Tensor) -> float:
-    """Returns the share of examples of which logits `a` and `b` [n, classes, ...] have their largest at one class."""
+    """Returns the share of examples of which logits `a` and `b` [n, classes, ...] have their largest at one class.
+
+    Numbers [n] name no class: they agree.
+    """
+    if a.dim() < 2:
+        return 1.0
     return (a.argmax(1) == b.argmax(1)).float().mean().item()
 
 

@@ -22,6 +22,7 @@ from fedpress.seeds import generator
 from fedpress.state import Name, State, Tick
 
 BATCH = 64
+APART, LOST = 0.02, 0.005  # of the outputs' norm, and of the accuracy: what is more is told in words
 
 
 class ExportStage(BaseModel):
@@ -78,15 +79,13 @@ class ExportStage(BaseModel):
         else:  # a model without data is compared on noise
             chance = generator(state.seed, "export", "noise")
             x = torch.randn(self.parity_examples, *state.spec.input_shape, generator=chance)
-        if artifact.program is None:
-            same = deploy.parity(model, path, x)
-        else:
-            same = deploy.parity(artifact.program, path, x, tolerance=deploy.ROUNDING)
-        share_of_model = deploy.agreement(deploy.logits(model, x), deploy.file_logits(path, x))
+        same = deploy.parity(artifact.program or model, path, x, tolerance=artifact.tolerance)
+        simulated, got = deploy.logits(model, x), deploy.file_logits(path, x)
+        apart = float((got - simulated).norm() / simulated.norm().clamp_min(1e-30))
         yield Tick(2, 4, "measuring accuracy")
         share = deploy.accuracy(path, test.x, test.y, state.data.preprocess) if len(test) else None
         yield Tick(3, 4, "measuring latency")
-        time = deploy.latency(path, state.spec.input_shape)
+        time = deploy.latency(path, x[:1])
         yield Tick(4, 4)
         facts: dict[str, Any] = {
             "artifact": f"artifacts/{path.name}",
@@ -98,17 +97,25 @@ class ExportStage(BaseModel):
             "latency_p10_ms": time.p10_ms,
             "latency_p90_ms": time.p90_ms,
             "runtime": row.runtime,
+            "conditions": time.conditions,
             "left_float": artifact.left,
             "parity": {
                 "max_abs_error": same.max_abs_error,
+                "relative_error": same.relative_error,
                 "same_argmax_share": same.same_argmax_share,
-                "same_argmax_as_model": share_of_model,
+                "same_argmax_as_model": deploy.agreement(simulated, got),
+                "relative_error_of_model": apart,
                 "examples": same.examples,
+                "conditions": same.conditions,
             },
         }
+        if words := _difference(apart, share, state.accuracy, simulated=bool(state.spec.quantized)):
+            facts["told"] = {path.name: words}
         return replace(state, model=model, facts=facts)
 
     def _export(self, state: State, path: Path, *, few: bool = False) -> Artifact:
+        examples = next((a.x for a in (state.data.test, state.data.public) if len(a)), None)
+        whole = None if examples is None else state.data.preprocess(examples[:2])
         job = Job(
             input_shape=state.spec.input_shape,
             preprocess=state.data.preprocess,
@@ -116,6 +123,7 @@ class ExportStage(BaseModel):
             batches=self._batches(state, few=few) if self.int8 else (),
             observer=self.observer,
             weight_bits=self.weight_bits,
+            example=None if whole is None or whole.is_floating_point() else whole,
         )
         return deploy.export(state.model, path, self.format, job)
 
@@ -130,3 +138,15 @@ class ExportStage(BaseModel):
         order = torch.randperm(len(public), generator=generator(state.seed, "export", self.name))
         taken = public.take(order[: 2 if few else self.calibration])
         return state.data.preprocess(taken.x).split(BATCH)
+
+
+def _difference(apart: float, file: float | None, model: float | None, *, simulated: bool) -> str:
+    """Says how far the file is from the network in torch; empty where that is too little to speak of."""
+    lost = 0.0 if file is None or model is None else model - file
+    if apart <= APART and abs(lost) <= LOST:
+        return ""
+    whose = "the network simulated in torch" if simulated else "the network in torch"
+    words = f"its outputs are {100 * apart:.1f}% off those of {whose}"
+    if file is not None and model is not None:
+        words += f"; accuracy {100 * file:.2f}% against {100 * model:.2f}%"
+    return words

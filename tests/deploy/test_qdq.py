@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedpress.compress.quantize import quantizable, quantize_
 from fedpress.deploy import logits, quantized_program
 from fedpress.errors import ExportError
 from fedpress.grids import InputGrid, LayerGrids, WeightGrid
@@ -196,3 +197,76 @@ def test_observers_cut_off_what_is_rare(x, observer):
     scales = [calls(program, OPS.quantize_per_tensor.default)[0].args[1] for program in (wide, cut)]
     assert scales[0] == pytest.approx((500 - float(far.min())) / 255, rel=1e-4)
     assert scales[1] < scales[0]
+
+
+class Block(nn.Module):
+    """A transformer block as it is usually written: attention and two linear layers beside a residual stream."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        q, k, v = self.qkv(self.norms[0](x)).view(n, length, 3, 4, width // 4).permute(2, 0, 3, 1, 4)
+        weights = torch.softmax(q @ k.transpose(-2, -1) * (width // 4) ** -0.5, -1)
+        x = x + self.out((weights @ v).transpose(1, 2).reshape(n, length, width))
+        return x + self.down(nn.functional.gelu(self.up(self.norms[1](x))))
+
+
+class Vision(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.place = nn.Conv2d(3, 32, 2, 2), nn.Parameter(torch.randn(1, 17, 32) * 0.1)
+        self.token = nn.Parameter(torch.randn(1, 1, 32))
+        self.blocks, self.norm, self.head = nn.Sequential(Block(), Block(), Block()), nn.LayerNorm(32), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.place
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+def test_the_file_of_a_transformer_is_as_near_as_its_simulation(x):
+    torch.manual_seed(0)
+    model = Vision().eval()
+    model.place.data[:, :, 3] += 12.0  # a channel far out, as the residual streams of transformers have
+    exact = logits(model, x)
+    table, _ = quantizable(model, LayerGrids(weights=WeightGrid(), inputs=InputGrid()))
+    quantize_(model, table, [x])
+    simulated = logits(model, x)
+    made = quantized_program(model, SHAPE, [x], float_output=True)
+    got = logits(made.program, x)
+    error, own = ((a - exact).norm() / exact.norm() for a in (got, simulated))
+    assert error < 1.5 * own + 0.002, (error, own)
+    assert "add stays float between float operations" in made.left["blocks.0"]
+    assert not calls(made.program, torch.ops.aten.layer_norm.default)[0].users.keys() - set(
+        calls(made.program, OPS.quantize_per_tensor.default)
+    ), "what a layer reads is rounded once, as in the simulation"
+
+
+def test_a_residual_stream_that_convolutions_read_stays_on_integers(x):
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b = (nn.Conv2d(c, 8, 3, padding=1) for c in (3, 8, 8))
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            x = x + self.a(torch.relu(x))
+            x = x + self.b(torch.relu(x))
+            return self.head(x.mean((2, 3)))
+
+    assert quantized_program(Stream().eval(), SHAPE, [x]).left == {}
+
+
+def test_only_what_rounds_values_counts_as_rounded(x):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5)).eval()
+    assert quantized_program(model, SHAPE, [x]).rounds
+    quantize_layers_(model, {"2": LayerGrids(weights=WeightGrid(bits=4))})
+    assert not quantized_program(model, SHAPE).rounds
+    quantize_layers_(model, {"2": LayerGrids(weights=WeightGrid(bits=4), inputs=InputGrid(dynamic=True))})
+    assert quantized_program(model, SHAPE).rounds

@@ -13,6 +13,8 @@ from fedpress.compress.cost import state_bytes
 from fedpress.errors import DataError, ExportError, ModelError, RecipeError
 from fedpress.folder import RunFolder
 from fedpress.grids import LayerGrids, WeightGrid
+from fedpress.run import _take_accuracy_of_files_
+from fedpress.stages.export import _difference
 from fedpress.stages.measure import measured
 
 RECIPE = """
@@ -114,3 +116,47 @@ def test_a_format_that_cannot_take_the_model_is_told_and_the_rest_measured():
     assert [r["name"] for r in found["runtimes"]] == ["torch"]
     assert "Branch" in found["left_out"]["onnx float32"]
     assert found["macs"] == 8
+
+
+def test_a_quantized_network_is_worth_what_its_file_is(tmp_path):
+    text = (
+        RECIPE
+        + '[[stage]]\nkind = "quantize"\nweights = "binary"\nkeep = []\ninputs = "static"\ncalibration = 64\n'
+        + EXPORT
+    )
+    recipe = recipes.load(text, ())
+    folder = RunFolder.create(tmp_path / "run", text, runs.settings(recipe))
+    for _ in runs.execute(recipe, folder, runs.load_data(recipe)):
+        pass
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    _, quantize, export = result["stages"]
+    assert quantize["accuracy"] == export["accuracy"] == result["final"]["accuracy"]
+    assert "accuracy_simulated" in quantize
+    for found in (export["conditions"], export["parity"]["conditions"]):
+        assert found["runtime"] == "onnxruntime"
+        assert found["version"]
+        assert found["processor"]
+        assert set(found["options"]) <= {"session.x64quantprecision"}
+    assert export["parity"]["relative_error_of_model"] < 0.2
+
+
+def test_the_accuracy_of_a_file_goes_to_the_quantize_stage_before_it_alone():
+    lines = [
+        {"kind": "quantize", "accuracy": 0.9},
+        {"kind": "pack", "accuracy": 0.9},
+        {"kind": "export", "accuracy": 0.8},
+        {"kind": "train", "accuracy": 0.7},
+        {"kind": "export", "accuracy": 0.6},
+    ]
+    _take_accuracy_of_files_(lines)
+    assert [line["accuracy"] for line in lines] == [0.8, 0.9, 0.8, 0.7, 0.6]
+    assert lines[0]["accuracy_simulated"] == 0.9
+    assert "accuracy_simulated" not in lines[3]
+
+
+def test_a_file_that_is_off_is_told_in_words():
+    assert _difference(0.01, 0.9, 0.904, simulated=True) == ""
+    told = _difference(0.072, 0.9, 0.92, simulated=True)
+    assert told == "its outputs are 7.2% off those of the network simulated in torch; accuracy 90.00% against 92.00%"
+    assert _difference(0.03, None, None, simulated=False) == "its outputs are 3.0% off those of the network in torch"
+    assert _difference(0.001, 0.8, 0.9, simulated=True)
