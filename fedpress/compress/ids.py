@@ -91,6 +91,7 @@ class Ids:
         self.count = 0
         self.operation = ""  # what is walked now, for reasons and errors
         self.target: Any = None  # the same as an overload of ATen, with the names of its arguments
+        self.ignored: frozenset[str] = frozenset()  # names of modules whose channels all stay
         self.approximate: frozenset[str] = frozenset()  # kinds of norms that may be cut through
         self.approximated: list[str] = []  # the modules in which one was, in order
         self.outer = ""  # what it is a part of, where an operation was taken apart

@@ -21,7 +21,7 @@ from fedpress.layers import copied
 
 Batch = list[Tensor]
 WHILE_TRAINING = 1e-3  # the least that is tolerated there: norms over few values enlarge what rounding leaves
-CURE = "a size written into its forward may be at fault: name that module in `whole`, or prune another way"
+CURE = "a size written into its forward may be at fault: keep that module whole by naming it in `ignore`"
 aten = torch.ops.aten
 
 

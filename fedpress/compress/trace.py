@@ -41,6 +41,7 @@ from fedpress.errors import ModelError
 
 TAG = "fedpress_call"
 TRIALS = 3  # layers are kept whole whose channels the code cannot run without, and what is left is tried again
+IGNORED = "asked for by `ignore`"
 Owner = tuple[str, int, Ints]
 """A tensor's name, one of its axes, and the ids of that axis; a name of "" for an axis that is only counted."""
 
@@ -74,12 +75,13 @@ def trace(
         exported = export(model, arguments)
     ids = Ids()
     ids.approximate = check_names(approximate)
+    ids.ignored = ignored(model, ignore)
     walk = Walk(exported, ids, _first_names(model), recorder.calls)
     owners, unused = walk.owners, walk.unused()
     _freeze_unsaved(ids, owners, model)
     ids.module = ids.operation = ""
     _freeze_named(ids, whole)
-    _freeze_ignored(ids, owners, model, ignore)
+    _freeze_ignored(ids, owners, model)
     ids.settle()
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     turns: dict[tuple[str, str], int] = {}
@@ -316,6 +318,9 @@ def _operate(node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], ids: Ids)
     counted = len(ids.products)
     outputs = node.meta.get("val")
     axes = _apply(node.target, ids, _shape(node), args, options, every)
+    if ids.module in ids.ignored:
+        for axis in [*(axis for value in every for axis in value.axes), *_flat_axes(axes)]:
+            ids.freeze(axis, IGNORED)
     weights = bool(given) and all(v.weights for v in given)
     dependent = any(v.given for v in every)
     if not dependent:
@@ -338,6 +343,11 @@ def _operate(node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], ids: Ids)
         known=_known(node, args, options, every),
         **common,
     )
+
+
+def _flat_axes(axes: Any) -> list[Axis]:
+    """Returns the axes that a rule gave, of one output or of several."""
+    return [axis for each in axes for axis in each] if isinstance(axes, list) else list(axes)
 
 
 def _pooled(node: torch.fx.Node, given: Sequence[Value]) -> bool:
@@ -483,12 +493,13 @@ def _freeze_named(ids: Ids, whole: Sequence[str]) -> None:
             ids.freeze(axis, "asked for by `whole`")
 
 
-def _freeze_ignored(ids: Ids, owners: Sequence[Owner], model: nn.Module, patterns: Sequence[str]) -> None:
+def _freeze_ignored(ids: Ids, owners: Sequence[Owner], model: nn.Module) -> None:
+    """Keeps the weights whole that are ignored themselves; what ignored modules touch has been frozen on the way."""
     first = _first_names(model)
-    names = {first[name] for name in ignored(model, patterns) if name in first}
+    names = {first[name] for name in ids.ignored if name in first}
     for name, _, axis in owners:
         if name in names:
-            ids.freeze(axis, "asked for by `ignore`")
+            ids.freeze(axis, IGNORED)
 
 
 def _graph(

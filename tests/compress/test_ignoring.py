@@ -7,7 +7,7 @@ from torch import nn
 from fedpress import commands
 from fedpress.compress import check_parity, plan, remove_, score, trace
 from fedpress.compress.ignoring import ignored
-from fedpress.errors import RecipeError
+from fedpress.errors import ModelError, RecipeError
 
 
 class Nested(nn.Module):
@@ -70,6 +70,22 @@ def test_nothing_of_an_ignored_module_is_cut(pattern):
     remove_(small, cut)
     assert check_parity(model, small, cut, x) <= 1e-5
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+class Share(nn.Module):
+    """Divides by a size that no call shows."""
+
+    def forward(self, x):
+        return x / x.shape[1]
+
+
+def test_the_cure_for_a_size_in_code_works_when_followed():
+    model = nn.Sequential(nn.Linear(8, 16), Share(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 5))
+    with pytest.raises(ModelError, match="keep that module whole by naming it in `ignore`"):
+        commands.prune(model, keep_params=0.6, round_to=1, input_shape=(8,))
+    small = commands.prune(model, keep_params=0.6, round_to=1, ignore=["1"], input_shape=(8,))
+    assert small.model[0].weight.shape == (16, 8)
+    assert small.model[4].weight.shape[1] < 12
 
 
 def test_commands_leave_ignored_modules_as_they_are():
