@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from fedpress.privacy.persample import LossFn, Measured, add_loop_, clip_factors, row_norms
+from fedpress.privacy.persample import LossFn, Measured, Sample, add_loop_, clip_factors, row_norms
 from fedpress.tree import trainable
 
 ROUNDING = 2.0**-23
@@ -78,7 +78,7 @@ def add_ghost_(
         by_parameter = {id(p): part.total(scale) for p, part in parts}
         for view, p in zip(views, trainable(model), strict=True):
             view.add_(by_parameter[id(p)])
-    return list(zip(losses.tolist(), norms.tolist(), strict=True))
+    return [Sample(*pair) for pair in zip(losses.tolist(), norms.tolist(), strict=True)]
 
 
 def _record(
@@ -126,7 +126,7 @@ def _split_(
     bad: Tensor, views: list[Tensor], model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, clip_norm: float
 ) -> Measured:
     """Takes the samples without a finite float32 norm one by one, in float64, and the others together."""
-    measured: Measured = [(0.0, 0.0)] * len(x)
+    measured: Measured = [Sample(0.0, 0.0)] * len(x)
     for rows, method in (((~bad).nonzero().flatten(), add_ghost_), (bad.nonzero().flatten(), add_loop_)):
         if len(rows):
             for i, pair in zip(rows.tolist(), method(views, model, loss_fn, x[rows], y[rows], clip_norm), strict=True):

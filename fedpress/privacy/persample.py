@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +16,51 @@ LossFn = Callable[[Tensor, Tensor], Tensor]
 
 BLOCK = 1024
 
-Measured = list[tuple[float, float]]
-"""Loss and gradient norm of each sample; not private."""
+
+class Sample(NamedTuple):
+    """What happened to one sample; not private. `problem` says why the network could not run on it, else empty."""
+
+    loss: float
+    norm: float
+    problem: str = ""
+
+
+Measured = list[Sample]
 
 
 def add_loop_(
     views: list[Tensor], model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, clip_norm: float
 ) -> Measured:
-    """Adds the clipped gradient of every sample to `views`, a backward pass each: slow, right for every network."""
-    params = trainable(model)
-    measured = []
-    for i in range(len(x)):
-        loss = loss_fn(model(x[i : i + 1]), y[i : i + 1])
-        grads = torch.autograd.grad(loss, params, allow_unused=True)
-        used = [(v, g) for v, g in zip(views, grads, strict=True) if g is not None]
-        measured.append((float(loss.detach()), _add_clipped_(used, clip_norm)))
-    return measured
+    """Adds the clipped gradient of every sample to `views`, a backward pass each: slow, right for every network.
+
+    A sample on which the network raises contributes zero, like one whose gradient is not finite. If it took the whole
+    batch with it, one sample could move the sum by more than `clip_norm`.
+    """
+    return [_add_one_(views, model, loss_fn, x[i : i + 1], y[i : i + 1], clip_norm) for i in range(len(x))]
+
+
+def _add_one_(views: list[Tensor], model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, clip_norm: float) -> Sample:
+    try:
+        loss, grads = _gradient(model, loss_fn, x, y)
+    except Exception as first:
+        # Some networks cannot take a batch of one (`squeeze()`). The mean loss of a sample and its copy has the same
+        # gradient, and no other sample is in it.
+        try:
+            loss, grads = _gradient(model, loss_fn, torch.cat([x, x]), torch.cat([y, y]))
+        except Exception:
+            return Sample(math.nan, math.nan, f"{type(first).__name__}: {str(first).partition(chr(10))[0]}")
+    used = [
+        (v, g if g.layout == torch.strided else g.to_dense())
+        for v, g in zip(views, grads, strict=True)
+        if g is not None
+    ]
+    return Sample(float(loss.detach()), _add_clipped_(used, clip_norm))
+
+
+def _gradient(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Returns the loss of a batch and the gradient of each trainable parameter, None where it is not used."""
+    loss = loss_fn(model(x), y)
+    return loss, torch.autograd.grad(loss, trainable(model), allow_unused=True)
 
 
 def add_vmap_(
@@ -46,14 +76,16 @@ def add_vmap_(
     each = torch.func.vmap(torch.func.grad(loss_of, has_aux=True), in_dims=(None, 0, 0), randomness="different")
     grads, losses = each(named, x, y)
     with torch.autocast(x.device.type, enabled=False):  # the norm is a promise: never in 16 bits
-        parts = [g.flatten(1) for g in grads.values()]
+        parts = [
+            g.reshape(len(g), math.prod(g.shape[1:])) for g in grads.values()
+        ]  # also of numbers without dimensions
         norms = torch.stack([row_norms(part) for part in parts]).norm(dim=0)
         scale = clip_factors(norms, clip_norm).float()
         for view, part in zip(views, parts, strict=True):
             if not torch.isfinite(norms).all():
                 part = part.where(torch.isfinite(norms)[:, None], 0.0)  # 0 * NaN would be NaN
             view.add_((scale @ part).view(view.shape))
-    measured = list(zip(losses.tolist(), norms.tolist(), strict=True))
+    measured = [Sample(*pair) for pair in zip(losses.tolist(), norms.tolist(), strict=True)]
     return _redo_bad_(measured, views, model, loss_fn, x, y, clip_norm)
 
 
@@ -83,8 +115,8 @@ def _redo_bad_(
     clip_norm: float,
 ) -> Measured:
     """Takes the samples that had no finite float32 norm once more, alone and in float64."""
-    for i, (_, norm) in enumerate(measured):
-        if not math.isfinite(norm):
+    for i, sample in enumerate(measured):
+        if not math.isfinite(sample.norm):
             measured[i] = add_loop_(views, model, loss_fn, x[i : i + 1], y[i : i + 1], clip_norm)[0]
     return measured
 

@@ -56,7 +56,8 @@ def private_steps(
         generator: draws batches and noise; a `Chance`, or a torch generator.
         momentum: of SGD, starting at rest; it only mixes noised gradients.
         prepare: raw batch [k, ...] -> network input; every example by itself (no mixup).
-        method: row of `gradients.METHODS`; chosen at the first batch unless given.
+        method: row of `gradients.METHODS`; chosen at the first batch unless given. It is compared with the loop on
+            real examples of every batch, and gives way to it for the rest of the steps where they differ.
         autocast: type of the forward and backward pass, for instance torch.bfloat16; norms and sums stay float32.
 
     Raises:
@@ -67,6 +68,7 @@ def private_steps(
         raise RecipeError(f"privacy.unit: private steps need unit 'sample', got {plan.unit!r}")
     params = trainable(model)
     velocity: Tensor | None = None
+    met = False
     for step, index in enumerate(poisson_batches(len(x), plan.sampling_prob, steps, generator), start=1):
         batch, labels = x[index], y[index]
         if prepare is not None and len(index):
@@ -75,8 +77,17 @@ def private_steps(
             method = choose_method(model, loss_fn, batch, labels)
         with torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
             total, raw = clipped_gradient_sum(
-                model, loss_fn, batch, labels, clip_norm=plan.clip_norm, method=method or "loop"
+                model,
+                loss_fn,
+                batch,
+                labels,
+                clip_norm=plan.clip_norm,
+                method=method or "loop",
+                verify="losses" if met else "gradients",
             )
+        met = met or len(index) > 0
+        if not raw.agreed:
+            method = "loop"
         gradient = noised_mean(total, plan, expected=plan.sampling_prob * len(x), generator=generator)
         velocity = gradient if velocity is None else velocity.mul_(momentum).add_(gradient)
         _step_(params, velocity, lr)
