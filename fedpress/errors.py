@@ -21,6 +21,10 @@ class TrainingError(FedpressError):
     """Training cannot go on, for instance because the loss is not finite."""
 
 
+class DivergedError(TrainingError):
+    """Numbers grew until they were not finite: the learning rate is too large, or the data holds wrong values."""
+
+
 class PrivacyError(FedpressError):
     """A privacy promise cannot be kept: no noise level reaches the budget, or the budget would be passed."""
 

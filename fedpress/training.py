@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fedpress.arrays import Arrays, Preprocess, resized
 from fedpress.augment import Augment, augment
-from fedpress.errors import TrainingError
+from fedpress.errors import DivergedError, TrainingError
 from fedpress.muon import Muon
 from fedpress.seeds import derive, generator
 from fedpress.tree import trainable
@@ -203,8 +204,13 @@ def check(model: nn.Module, settings: TrainSettings, train: Arrays, validation: 
         raise TrainingError("train: patience needs a validation set; set data.validation, or leave patience out")
     if settings.epochs and settings.bn_penalty:
         _batch_norm_scales(model)
-    if settings.epochs and settings.batch_size == 1 and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
-        raise TrainingError("train: batch_size = 1 leaves a batch norm nothing to average; take 2 or more")
+    if settings.epochs and min(settings.batch_size, len(train)) == 1 and _needs_two(model, preprocess(train.x[:1])):
+        if settings.batch_size == 1:
+            raise TrainingError("train: batch_size = 1 leaves a batch norm nothing to average; take 2 or more")
+        raise TrainingError(
+            "train: the public part has one example, which leaves a batch norm nothing to average; raise "
+            "data.public_share"
+        )
     if settings.epochs and not any(p.requires_grad for p in model.parameters()):
         raise TrainingError(NOTHING_TO_TRAIN)
     for side, _ in settings.image_sizes:
@@ -221,6 +227,26 @@ def check(model: nn.Module, settings: TrainSettings, train: Arrays, validation: 
                 f"train: the model cannot take images of {side} pixels ({str(error).splitlines()[0]}); "
                 "leave image_sizes out, or use a network that pools, such as resnet18"
             ) from error
+
+
+def averages_batches(model: nn.Module) -> bool:
+    """Says whether a batch norm of `model` takes its statistics from the batch, now that it is in this mode."""
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return any(norm.training or norm.running_mean is None for norm in norms)
+
+
+def _needs_two(model: nn.Module, x: Tensor) -> bool:
+    """Says whether a batch norm of `model` cannot train on the single example `x` [1, ...]: one value a channel."""
+    twin = copy.deepcopy(model).train()
+    if not averages_batches(twin):
+        return False
+    at = next((p.device for p in twin.parameters()), x.device)
+    try:
+        with torch.no_grad():
+            twin(x.to(at))
+    except ValueError as error:
+        return "more than 1 value per channel" in str(error)
+    return False
 
 
 @dataclass(frozen=True)
@@ -324,7 +350,8 @@ class Fit:
         """Trains epoch by epoch: yields every step, and a record after each epoch, when the state may be saved.
 
         Raises:
-            TrainingError: if the settings do not fit the data (see `check`), or the loss is not finite.
+            TrainingError: if the settings do not fit the data (see `check`).
+            DivergedError: if the loss or a weight is not finite.
         """
         check(self.model, self.settings, train, validation, preprocess)
         train = Arrays(train.x.to(device()), train.y.to(device()))
@@ -369,13 +396,23 @@ class Fit:
             x = augment(batch.x, s.augment, chance, flipped=mirrored[index])
             loss = self._step(preprocess(x.to(device())), batch.y.to(device()))
             if not math.isfinite(loss):
-                raise TrainingError(
-                    f"train: the loss is {loss} at epoch {self.epoch + 1}, step {step + 1}; lower stage.lr "
-                    f"(now {s.lr}) or check the data for wrong values; the last good checkpoint is kept"
-                )
+                raise self._diverged(f"the loss is {loss} at epoch {self.epoch + 1}, step {step + 1}")
             total += loss
             yield Step(self.epoch * steps + step + 1, s.epochs * steps)
+        weights = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        broken = next((name for name, p in weights if not torch.isfinite(p).all()), None)
+        if broken is not None:  # the last step may do this after the last loss was seen
+            raise self._diverged(f"'{broken}' is not finite after epoch {self.epoch + 1}")
         return total / steps
+
+    def _diverged(self, what: str) -> DivergedError:
+        s = self.settings
+        rates = f"stage.lr (now {s.lr})"
+        if s.optimizer == "muon":
+            rates += f" or stage.head_lr (now {s.head_lr})"
+        return DivergedError(
+            f"train: {what}; lower {rates} or check the data for wrong values; the last good checkpoint is kept"
+        )
 
     def _step(self, x: Tensor, y: Tensor) -> float:
         x = x.contiguous(memory_format=memory_format(x, self.model))

@@ -16,6 +16,7 @@ from fedpress.federate.exchange import ClientId, Transport
 from fedpress.federate.transforms import VALUES, Bound, Key, Transform
 from fedpress.privacy.mechanism import clip
 from fedpress.secure import Combiner, Part, SecurePlan
+from fedpress.wire.fields import check_header
 from fedpress.wire.message import JSON, Message
 
 Decode: TypeAlias = "Callable[[Mapping[str, Tensor], Key], Tensor]"
@@ -204,4 +205,5 @@ def check_additive(chain: Mapping[str, Transform]) -> None:
 def _ignore_faults(take: Callable[[ClientId, Part], None], client: ClientId, reply: Message) -> None:
     """A faulty message is as if none had come: the protocol goes on without this client."""
     with contextlib.suppress(WireError):
+        check_header(reply.kind, reply.header)
         take(client, Part(dict(reply.header), dict(reply.tensors)))

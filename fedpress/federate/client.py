@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Literal
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 
 from fedpress import seeds, tree
 from fedpress.arrays import Arrays
-from fedpress.errors import RecipeError, TrainingError, WireError
+from fedpress.errors import DivergedError, RecipeError, TrainingError, WireError
 from fedpress.federate.adders import SecureSum
 from fedpress.federate.downlink import LOST, SERVER, Downlink
 from fedpress.federate.exchange import ClientId
+from fedpress.federate.failures import Tally
 from fedpress.federate.local import (
     LocalSettings,
     LocalUpdate,
@@ -33,6 +33,7 @@ from fedpress.models.norms import freeze_batch_norm_
 from fedpress.privacy.mechanism import clip
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.secure import Member, Part
+from fedpress.wire.fields import check_header, need
 from fedpress.wire.message import JSON, Message, pack, unpack
 
 Norm = Literal["frozen", "batch"]
@@ -137,6 +138,7 @@ class Client:
             TrainingError: if the local update fails; under privacy without saying on what.
         """
         message = unpack(request)
+        check_header(message.kind, message.header)
         if self.member is not None and message.kind in ("join", "roster", "unmask"):
             return pack(self._secure(self.member, message))
         key = self._key(message)
@@ -146,6 +148,7 @@ class Client:
         update, measured = self._try_fit(params, key)
         unit = self._unit(message)
         header: dict[str, JSON] = {"round": key.round, **self.uplink.metrics(measured)}
+        header |= self._failures(measured, params, key)
         if not self.uplink.client_unit and self.member is None:
             header["examples"] = len(self.arrays)  # a public number, but under unit "client"
         if self.error_feedback and "residual" in before:
@@ -157,8 +160,7 @@ class Client:
         if self.error_feedback:
             after["residual"] = self._clipped(update, unit) - unit * self.uplink.decode(tensors, key)
         if self.member is not None:
-            cohort = message.header.get("cohort")
-            names = [name for name in cohort if isinstance(name, str)] if isinstance(cohort, list) else []
+            names: list[str] = need("fit", message.header, "cohort")
             part = self.member.mask(tensors[VALUES], round=key.round, cohort=names)
             header["secure"], tensors = dict(part.header), dict(part.tensors)
             self._remember(self.member)
@@ -167,17 +169,40 @@ class Client:
         return pack(Message("update", header, tensors))
 
     def _try_fit(self, params: Tensor, key: Key) -> tuple[Tensor, dict[str, JSON]]:
-        """Returns the local update; under privacy nobody may learn from a failure what is in the data."""
+        """Returns the local update; under privacy nobody may learn from a failure what is in the data.
+
+        Where noise, here or on the server, hides that an update is zero, a failure is one, and only counted.
+        """
         try:
             return self._fit(params, key)
         except Exception as problem:
             if self.uplink.privacy is None:
                 raise
-            if self.uplink.client_unit or self.uplink.joint:  # noise, here or on the server, hides that it is zero
-                return torch.zeros_like(params), {}
+            diverged = isinstance(problem, DivergedError)
+            if self.uplink.client_unit:
+                return torch.zeros_like(params), {"not_finite" if diverged else "failed": 1}
+            if self.uplink.joint:  # the same for every cause: the batch that was expected, a public number
+                assert self.plan is not None
+                return torch.zeros_like(params), {"failed": round(self.plan.sampling_prob * len(self.arrays))}
+            if diverged:  # it follows from noised steps alone, so it says nothing about the examples
+                raise
             raise TrainingError(
                 f"local update: failed with {type(problem).__name__}; what on stays private"
             ) from problem
+
+    def _failures(self, measured: dict[str, JSON], params: Tensor, key: Key) -> dict[str, JSON]:
+        """Returns what the header says of examples, or clients, that gave nothing: under privacy alone.
+
+        A trusted server gets the counts as they are and adds the noise; otherwise it is added here.
+        """
+        plan = self.plan or self.uplink.privacy
+        if plan is None:
+            return {}
+        tally = Tally.of(measured)
+        if self.uplink.trust == "central":
+            return {"failures": tally.to_json()} if tally.total else {}
+        steps = plan.steps_per_round if self.uplink.trust == "local" else 1
+        return {"failures": tally.noised(plan, key, steps=steps, hidden=seeds.fingerprint(params)).to_json()}
 
     def _answer_once(self, message: Message, round: int) -> None:
         """Holds the server to the planned rounds: under privacy every other question would cost more than was planned.
@@ -218,17 +243,12 @@ class Client:
     def _unit(self, message: Message) -> float:
         if self.uplink.adaptive is None:
             return 1.0
-        unit = message.header.get("clip_norm")
-        if not isinstance(unit, float) or not 0 < unit < math.inf:
-            raise WireError(f"fit.clip_norm: got {unit!r}, expected a finite number above 0; use the same recipe")
-        return unit
+        return float(need("fit", message.header, "clip_norm"))
 
     def _key(self, request: Message) -> Key:
         if request.kind != "fit":
             raise WireError(f"fit.kind: got {request.kind!r}, expected 'fit'; use the same fedpress on both sides")
-        round = request.header.get("round")
-        if not isinstance(round, int) or round < 1:
-            raise WireError(f"fit.round: got {round!r}, expected a whole number from 1")
+        round: int = need("fit", request.header, "round")
         agreed = agreement(tree.Layout.of(self.model), self.settings, self.uplink, self.downlink)
         if request.header.get("agreement") != agreed:
             raise WireError("fit.agreement: the server works with other settings or another model; use the same recipe")
@@ -241,8 +261,8 @@ class Client:
             if params is None or params.dtype != torch.float32 or not bool(torch.isfinite(params).all()):
                 raise WireError("fit.params: expected finite float32 values; send the server's parameters")
             return params, {}
-        version = request.header.get("from")
-        if not isinstance(version, int) or isinstance(version, bool) or not 0 <= version < key.round:
+        version: int = need("fit", request.header, "from")
+        if version >= key.round:
             raise WireError(f"fit.from: got {version!r}, expected a round before {key.round}; use the same recipe")
         state = self.memory.load(version + 1) if version else {}
         if version and ("held" not in state or int(state["version"]) != version):
@@ -272,7 +292,8 @@ class Client:
                     buffer.copy_(before)
         update = tree.flatten(self.model) - params if joint is None else joint
         if not bool(torch.isfinite(update).all()):
-            raise TrainingError(
-                f"local update: not finite in round {key.round}; lower federate.lr (now {self.settings.lr})"
+            raise DivergedError(
+                f"local update: after {measured.get('steps', 1)} steps it is not finite in round {key.round}; "
+                f"lower federate.lr (now {task.lr:g})"
             )
         return update, measured

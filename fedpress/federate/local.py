@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from fedpress import seeds, tree
 from fedpress.arrays import Arrays
-from fedpress.errors import RecipeError, TrainingError
+from fedpress.errors import DivergedError, RecipeError, TrainingError
 from fedpress.federate.transforms import Key
-from fedpress.privacy.gradients import choose_method, clipped_gradient_sum
+from fedpress.privacy.gradients import RawStats, Verify, choose_method, clipped_gradient_sum
 from fedpress.privacy.mechanism import poisson_batches
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.privacy.sgd import private_steps
-from fedpress.training import Precision, autocast, memory_format, uses_bf16
+from fedpress.training import Precision, autocast, averages_batches, memory_format, uses_bf16
 from fedpress.tree import trainable
 from fedpress.wire.message import JSON
 
@@ -75,14 +75,15 @@ def sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
     """Runs epochs of SGD over shuffled batches; with `proximal_mu` it is FedProx (Li et al. 2020, arXiv:1812.06127).
 
     Raises:
-        TrainingError: if the loss is not finite.
+        DivergedError: if the loss is not finite.
+        TrainingError: if there is one example only, which leaves a batch norm nothing to average.
     """
     s, params, shuffle, chance = task.settings, trainable(model), task.key.own("shuffle"), task.key.own("prepare")
     optimizer = torch.optim.SGD(params, task.lr, s.momentum, weight_decay=s.weight_decay)
     anchor = [p.detach().clone() for p in params] if s.proximal_mu else []
     total, steps = torch.zeros((), dtype=torch.float64), 0
     for _ in range(s.epochs):
-        for index in torch.randperm(len(task.arrays), generator=shuffle).split(s.batch_size):
+        for index in shuffled_batches(model, len(task.arrays), s.batch_size, shuffle):
             loss = _loss(model, task, task.arrays.take(index), chance)
             optimizer.zero_grad()
             loss.backward()
@@ -91,23 +92,46 @@ def sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
                     p.grad.add_(p.detach() - start, alpha=s.proximal_mu)
             optimizer.step()
             total, steps = total + loss.detach().double().cpu(), steps + 1
-    if not torch.isfinite(total):
-        raise TrainingError(
-            f"local update: the loss is not finite in round {task.key.round}; lower federate.lr (now {task.lr:g})"
-        )
+            if not torch.isfinite(total):
+                raise DivergedError(
+                    f"local update: after {steps} steps the loss is not finite in round {task.key.round}; "
+                    f"lower federate.lr (now {task.lr:g})"
+                )
     return {"loss": float(total) / steps, "steps": steps}
+
+
+def shuffled_batches(model: nn.Module, n: int, size: int, shuffle: torch.Generator) -> list[Tensor]:
+    """Returns one epoch over `n` examples: int64 index tensors of `size` examples, the last one with what is left.
+
+    A single example has no statistics for a batch norm in training mode: if the last batch holds one, it joins the
+    batch before.
+    """
+    batches = list(torch.randperm(n, generator=shuffle).split(size))
+    alone = size > 1 and len(batches) > 1 and len(batches[-1]) == 1
+    if alone and averages_batches(model):
+        return [*batches[:-2], torch.cat(batches[-2:])]
+    return batches
 
 
 def _loss(model: nn.Module, task: Task, batch: Arrays, chance: torch.Generator) -> Tensor:
     at = next(model.parameters()).device
     x = task.prepare(batch.x.to(at), chance)
     with autocast(model, task.settings.precision):
-        logits = model(x.contiguous(memory_format=memory_format(x, model)))
+        try:
+            logits = model(x.contiguous(memory_format=memory_format(x, model)))
+        except ValueError as problem:
+            if len(x) > 1 or not averages_batches(model):
+                raise
+            cure = "leave this client out" if len(task.arrays) == 1 else "take federate.batch_size = 2 or more"
+            raise TrainingError(
+                f"local update: a batch of one example leaves a batch norm nothing to average; {cure}, or set "
+                "federate.norm = 'frozen'"
+            ) from problem
     return F.cross_entropy(logits.float(), batch.y.to(at))
 
 
 def private_sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
-    """Takes the noised steps of the task's plan (DP-SGD) and measures nothing but their planned number.
+    """Takes the noised steps of the task's plan (DP-SGD); measures their planned number and what failed (see `Tally`).
 
     Raises:
         RecipeError: if there is no plan of unit "sample", or a setting that private steps do not know.
@@ -135,9 +159,8 @@ def private_sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
     )
     with torch.random.fork_rng():  # dropout draws from torch's global generators
         torch.manual_seed(task.key.own("dropout", question).initial_seed())
-        for _ in steps:  # what a step records is not noised: it ends here
-            pass
-    return {"steps": plan.steps_per_round}
+        raw = [record.raw for record in steps]
+    return {"steps": plan.steps_per_round, **_failures(raw)}
 
 
 def joint_gradient(model: nn.Module, task: Task) -> tuple[Tensor, dict[str, JSON]]:
@@ -158,12 +181,24 @@ def joint_gradient(model: nn.Module, task: Task) -> tuple[Tensor, dict[str, JSON
         x = task.prepare(x, task.key.hidden("prepare", question))
         x = x.contiguous(memory_format=memory_format(x, model))
     method = choose_method(model, _loss_of, x, y) if len(index) else "loop"
+    verify: Verify = "gradients" if task.key.round == 1 else "losses"
     with torch.random.fork_rng():  # dropout draws from torch's global generators
         torch.manual_seed(task.key.own("dropout", question).initial_seed())
         bf16 = uses_bf16(model, task.settings.precision)
         with torch.autocast(at.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16):
-            total, _ = clipped_gradient_sum(model, _loss_of, x, y, clip_norm=plan.clip_norm, method=method)
-    return -total.cpu(), {"steps": 1}
+            total, raw = clipped_gradient_sum(
+                model, _loss_of, x, y, clip_norm=plan.clip_norm, method=method, verify=verify
+            )
+    return -total.cpu(), {"steps": 1, **_failures([raw])}
+
+
+def _failures(raw: list[RawStats]) -> dict[str, JSON]:
+    """Returns how many examples gave nothing, by cause. NOT private: it leaves a client with noise or not at all."""
+    counts: dict[str, JSON] = {
+        "not_finite": sum(one.refused for one in raw),
+        "failed": sum(one.failed for one in raw),
+    }
+    return {cause: count for cause, count in counts.items() if count}
 
 
 def _loss_of(outputs: Tensor, labels: Tensor) -> Tensor:

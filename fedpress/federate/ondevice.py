@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 from torch import nn
 
 from fedpress.deploy.ondevice import DeviceModel
-from fedpress.errors import RecipeError, TrainingError
-from fedpress.federate.local import Task
+from fedpress.errors import DivergedError, RecipeError
+from fedpress.federate.local import Task, shuffled_batches
 from fedpress.wire.message import JSON
 
 
@@ -19,7 +20,7 @@ def device_sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
 
     Raises:
         RecipeError: if `model` is no `DeviceModel`, or the settings ask for another precision than float32.
-        TrainingError: if the loss is not finite.
+        DivergedError: if the loss is not finite.
     """
     if not isinstance(model, DeviceModel):
         raise RecipeError(
@@ -33,15 +34,16 @@ def device_sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
     anchor = {name: p.detach().clone() for name, p in params.items()} if s.proximal_mu else {}
     total, steps = 0.0, 0
     for _ in range(s.epochs):
-        for index in torch.randperm(len(task.arrays), generator=shuffle).split(s.batch_size):
+        for index in shuffled_batches(model, len(task.arrays), s.batch_size, shuffle):
             batch = task.arrays.take(index)
             loss, gradients = model.mean_gradient(task.prepare(batch.x, chance), batch.y)
             for name, start in anchor.items():
                 gradients[name] = gradients[name] + s.proximal_mu * (params[name].detach() - start)
             optimizer.step(gradients)
             total, steps = total + float(loss), steps + 1
-    if not torch.isfinite(torch.tensor(total)):
-        raise TrainingError(
-            f"local update: the loss is not finite in round {task.key.round}; lower federate.lr (now {task.lr:g})"
-        )
+            if not math.isfinite(total):
+                raise DivergedError(
+                    f"local update: after {steps} steps the loss is not finite in round {task.key.round}; "
+                    f"lower federate.lr (now {task.lr:g})"
+                )
     return {"loss": total / steps, "steps": steps}

@@ -9,10 +9,11 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from fedpress.errors import RecipeError
+from fedpress.errors import DivergedError, RecipeError
 from fedpress.federate.algorithms import Algorithm, ServerState
 from fedpress.federate.downlink import Broadcast, Downlink
 from fedpress.federate.exchange import ClientId, Transport, ordered
+from fedpress.federate.failures import Tally
 from fedpress.federate.uplink import Uplink
 from fedpress.wire.message import JSON, Message
 
@@ -31,6 +32,7 @@ class RoundRecord:
             as privacy allows; empty under unit "client".
         refused: clients that were drawn but do not count, with the reason.
         seconds: wall time.
+        failures: protected units that gave nothing, counted with noise; None without privacy.
     """
 
     round: int
@@ -41,6 +43,7 @@ class RoundRecord:
     clients: list[dict[str, JSON]]
     refused: dict[ClientId, str]
     seconds: float
+    failures: Tally | None = None
 
 
 def rounds(
@@ -139,14 +142,25 @@ class _Server:
                 parts["downlink"] = broadcast.state()
             if mean.update is not None:
                 parts["optimizer"], params = self.algorithm.server.step(parts["optimizer"], params, mean.update)
+                _check_finite(params, round, self.algorithm)
             state = _join(parts)
             traffic, seconds = self.transport.traffic - before, perf_counter() - began
-            yield RoundRecord(round, params, state, traffic.up, traffic.down, mean.rows, mean.refused, seconds)
+            yield RoundRecord(
+                round, params, state, traffic.up, traffic.down, mean.rows, mean.refused, seconds, mean.failures
+            )
             began, before = perf_counter(), self.transport.traffic
 
     def _header(self, round: int, invitation: dict[str, JSON], state: ServerState) -> dict[str, JSON]:
         clip: dict[str, JSON] = {} if self.uplink.adaptive is None else {"clip_norm": self.uplink.unit(state)}
         return {"round": round, "agreement": self.agreement, **invitation, **clip}
+
+
+def _check_finite(params: Tensor, round: int, algorithm: Algorithm) -> None:
+    if not bool(torch.isfinite(params).all()):
+        raise DivergedError(
+            f"federate: the server's model is not finite after round {round}; lower federate.lr, or federate.server.lr "
+            f"(the server is {algorithm.server!r}); the rounds before it are kept"
+        )
 
 
 def _requests(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -13,6 +13,7 @@ from fedpress import seeds
 from fedpress.errors import RecipeError, SecureError, WireError
 from fedpress.federate.adders import Adder, PlainSum, Sent, Session, Total
 from fedpress.federate.exchange import ClientId
+from fedpress.federate.failures import Tally
 from fedpress.federate.sampling import Cohort
 from fedpress.federate.servernoise import ServerNoise
 from fedpress.federate.transforms import (
@@ -30,11 +31,11 @@ from fedpress.federate.transforms import (
 from fedpress.privacy.adaptive import AdaptiveClip, share_below
 from fedpress.privacy.mechanism import noise_sum
 from fedpress.privacy.plan import PrivacyPlan
+from fedpress.wire.fields import check_header, need
 from fedpress.wire.message import JSON, Message
 
 Trust = Literal["local", "secure", "central"]
 METRICS = ("loss", "steps")
-MAX_EXAMPLES = 1 << 40
 SERVER = "server"
 
 
@@ -42,13 +43,24 @@ SERVER = "server"
 class Mean:
     """What a round learned: the mean update [d] float32 (None if nothing usable came), a row per client, refusals.
 
-    `state` is what the next round's noise and clip norm need.
+    `state` is what the next round's noise and clip norm need. `failures` counts, with noise, the protected units that
+    gave nothing; None without privacy, and where noise is correlated over the rounds.
     """
 
     update: Tensor | None
     rows: list[dict[str, JSON]]
     refused: dict[ClientId, str]
     state: dict[str, Tensor] = field(default_factory=dict)
+    failures: Tally | None = None
+
+
+@dataclass(eq=False)
+class _Heard:
+    """What the headers of a round's replies said, besides what goes into the sum."""
+
+    refused: dict[ClientId, str] = field(default_factory=dict)
+    below: list[bool] = field(default_factory=list)
+    failures: list[Tally] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -196,33 +208,43 @@ class Uplink:
             state: of the round before, or None before the first.
             secret: what the server's noise hangs on instead of the seed.
         """
-        state, refused, key = dict(state or self.init()), dict[ClientId, str](), Key(seed, round, SERVER, secret)
-        below: list[bool] = []
-        sent = self._sent(replies, refused, below, key)
+        state, heard, key = dict(state or self.init()), _Heard(), Key(seed, round, SERVER, secret)
+        sent = self._sent(replies, heard, key)
         try:
             total = (session or PlainSum()).add(sent, self.decode, self.promise, cohort, key)
         except SecureError as problem:
             for _ in sent:  # note why each of the others was refused
                 pass
-            return Mean(None, [], dict.fromkeys(cohort, str(problem)) | refused, state)
-        refused |= total.refused
+            return Mean(None, [], dict.fromkeys(cohort, str(problem)) | heard.refused, state)
+        heard.refused |= total.refused
         if self.privacy is None:
             update = (total.sum / total.weight).float() if total.weight > 0 else None
-            return Mean(update, total.rows, refused, state)
-        return self._private_mean(total, below, refused, state, key)
+            return Mean(update, total.rows, heard.refused, state)
+        return self._private_mean(total, heard, state, key)
 
-    def _private_mean(
-        self, total: Total, below: list[bool], refused: dict[ClientId, str], state: dict[str, Tensor], key: Key
-    ) -> Mean:
+    def _private_mean(self, total: Total, heard: _Heard, state: dict[str, Tensor], key: Key) -> Mean:
+        failures = self._count_failures(heard, key)
         if self.trust == "local" and not self.client_unit:  # every update is private by itself
             update = (total.sum / total.weight).float() if total.weight > 0 else None
-            return Mean(update, total.rows, refused, state)
+            return Mean(update, total.rows, heard.refused, state, failures)
         unit, noised = self.unit(state), total.sum
         if self.noise is not None:
             noised, state = self.noise.add(total.sum, state, key)
         if self.adaptive is not None:
-            state |= self._next_clip(below, state, key)
-        return Mean((noised.double() * (unit / self.divisor)).float(), [], refused, state)
+            state |= self._next_clip(heard.below, state, key)
+        update = (noised.double() * (unit / self.divisor)).float()
+        return Mean(update, [], heard.refused, state, failures)
+
+    def _count_failures(self, heard: _Heard, key: Key) -> Tally | None:
+        """Returns how many units gave nothing; noise is added here if it is the server's, else it is in the counts."""
+        counted = Tally.sum(heard.failures)
+        if self.noise is None:
+            return counted
+        if self.noise.factorization is not None:
+            return None
+        if self.client_unit:  # a client whose reply does not count is one that failed
+            counted = replace(counted, failed=counted.failed + len(heard.refused))
+        return counted.noised(self.noise.plan, key, steps=1, hidden="server")
 
     def _next_clip(self, below: list[bool], state: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:
         assert self.adaptive is not None
@@ -233,44 +255,34 @@ class Uplink:
         share = share_below(float(noise_sum(bits, count, chance)), self.cohort.size)
         return {"clip_norm": torch.tensor(self.adaptive.update(norm, share), dtype=torch.float64)}
 
-    def _sent(
-        self,
-        replies: Iterable[tuple[ClientId, Message | None]],
-        refused: dict[ClientId, str],
-        below: list[bool],
-        key: Key,
-    ) -> Iterator[Sent]:
-        """Yields what passes the checks of its header and notes the rest in `refused`, and each `below` bit."""
+    def _sent(self, replies: Iterable[tuple[ClientId, Message | None]], heard: _Heard, key: Key) -> Iterator[Sent]:
+        """Yields what passes the checks of its header, and notes in `heard` what else the replies say."""
         for client, reply in replies:
             try:
-                yield self._open(reply, Key(key.seed, key.round, client), below)
+                yield self._open(reply, Key(key.seed, key.round, client), heard)
             except WireError as problem:
-                refused[client] = str(problem)
+                heard.refused[client] = str(problem)
 
-    def _open(self, reply: Message | None, key: Key, below: list[bool]) -> Sent:
+    def _open(self, reply: Message | None, key: Key, heard: _Heard) -> Sent:
         if reply is None:
             raise WireError("no reply came; see whether the client is still running")
+        header = reply.header
+        check_header(reply.kind, header)
         if reply.kind == "error":
-            raise WireError(str(reply.header.get("reason", "the client failed and gave no reason"))[:500])
+            raise WireError(str(header.get("reason", "the client failed and gave no reason"))[:500])
         if reply.kind != "update":
             raise WireError(f"update.kind: got {reply.kind!r}, expected 'update'; answer the request that was sent")
-        if reply.header.get("round") != key.round:
-            raise WireError(
-                f"update.round: got {reply.header.get('round')!r}, expected {key.round}; answer the last request"
-            )
+        if need("update", header, "round") != key.round:
+            raise WireError(f"update.round: got {header['round']!r}, expected {key.round}; answer the last request")
+        plain = not (self.client_unit or self.joint) and isinstance(self.adder, PlainSum)
+        examples: int = need("update", header, "examples") if plain else 1
         if self.adaptive is not None:
-            bit = reply.header.get("below")
-            if not isinstance(bit, bool):
-                raise WireError(f"update.below: got {bit!r}, expected true or false; use the same recipe on both sides")
-            below.append(bit)
-        secure = reply.header.get("secure")
-        if self.client_unit or self.joint or not isinstance(self.adder, PlainSum):
-            return Sent(key, reply.tensors, 1.0, {}, secure if isinstance(secure, dict) else {})
-        examples = reply.header.get("examples")
-        if not isinstance(examples, int) or isinstance(examples, bool) or not 0 < examples <= MAX_EXAMPLES:
-            raise WireError(f"update.examples: got {examples!r}, expected a whole number from 1 to {MAX_EXAMPLES}")
-        measured = {name: value for name, value in reply.header.items() if isinstance(value, int | float)}
-        row = {"client": key.client, "examples": examples, **self.metrics(measured)}
+            heard.below.append(need("update", header, "below"))
+        if self.privacy is not None and "failures" in header:
+            heard.failures.append(Tally(*header["failures"]))
+        if not plain:
+            return Sent(key, reply.tensors, 1.0, {}, header.get("secure", {}))
+        row = {"client": key.client, "examples": examples, **self.metrics(header)}
         return Sent(key, reply.tensors, float(examples) if self.weights == "examples" else 1.0, row)
 
 

@@ -43,7 +43,9 @@ def test_without_privacy_an_update_says_examples_loss_and_steps():
 
 def test_under_sample_privacy_nothing_leaves_beside_the_noised_update_and_public_numbers():
     reply = answer(Federation(privacy=SAMPLE_PLAN))
-    assert reply.header == {"round": 1, "examples": 10, "steps": 4}
+    noised = reply.header["failures"]
+    assert reply.header == {"round": 1, "examples": 10, "steps": 4, "failures": noised}
+    assert all(count != round(count) for count in noised)
     assert list(reply.tensors) == ["values"]
 
 
@@ -148,9 +150,9 @@ def test_under_privacy_a_failure_does_not_tell_on_what_it_failed():
         answer(Federation(prepare=broken))
     with pytest.raises(TrainingError, match="failed with ValueError; what on stays private"):
         answer(Federation(prepare=broken, privacy=SAMPLE_PLAN))
-    # Where clients are protected not even that it failed may be seen: it sends an update of zero like any other.
+    # Where clients are protected it sends an update of zero, and a trusted server counts it, with noise.
     reply = answer(Federation(prepare=broken, privacy=client_plan(Cohort(4, 4)), weights="equal"))
-    assert reply.header == {"round": 1}
+    assert reply.header == {"round": 1, "failures": [0.0, 1.0]}
     assert not reply.tensors["values"].any()
 
 

@@ -1,0 +1,121 @@
+"""What the fields of each kind of message may hold: a table, so that every field is checked in one place.
+
+JSON knows `true`, `1`, `1.0` and `"1"`, and in Python the first three are equal and the same key of a dictionary. So a
+whole number is an int and nothing else, here and wherever a field is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from fedpress.errors import WireError
+
+MAX_WHOLE = 1 << 40
+"""Most that is counted: of rounds, steps and examples."""
+MAX_SIZE = 1 << 62
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a field may hold, in words and as a test."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and isfinite(value)
+
+
+def whole(low: int, high: int = MAX_WHOLE) -> Kind:
+    """A whole number from `low` to `high`."""
+    return Kind(f"a whole number from {low} to {high}", lambda value: _is_whole(value) and low <= value <= high)
+
+
+NUMBER = Kind("a finite number", _is_number)
+POSITIVE = Kind("a finite number above 0", lambda value: type(value) is float and isfinite(value) and value > 0)
+TEXT = Kind("text", lambda value: type(value) is str)
+FLAG = Kind("true or false", lambda value: type(value) is bool)
+NAMES = Kind("a list of names", lambda value: type(value) is list and all(type(name) is str for name in value))
+TABLE = Kind("a table", lambda value: type(value) is dict)
+COUNTS = Kind(
+    "two finite numbers", lambda value: type(value) is list and len(value) == 2 and all(map(_is_number, value))
+)
+
+FIELDS: Mapping[str, Mapping[str, Kind]] = {
+    "fit": {
+        "round": whole(1),
+        "agreement": TEXT,
+        "from": whole(0),
+        "cohort": NAMES,
+        "clip_norm": POSITIVE,
+    },
+    "update": {
+        "round": whole(1),
+        "examples": whole(1),
+        "loss": NUMBER,
+        "steps": whole(0),
+        "below": FLAG,
+        "failures": COUNTS,
+        "secure": TABLE,
+    },
+    "join": {"run": TEXT},
+    "roster": {"names": NAMES},
+    "unmask": {"round": whole(0), "size": whole(0, MAX_SIZE), "cohort": NAMES},
+    "shares": {"round": whole(0)},
+    "error": {"reason": TEXT},
+}
+"""Kind of message -> field -> what it may hold. A field that is not here is read by nobody."""
+
+REPORT: Mapping[str, Kind] = {"round": whole(0)}
+"""Fields of the table `secure` in an update."""
+
+
+def check_header(kind: str, header: Mapping[str, Any]) -> None:
+    """Checks every known field that `header` holds; one that is missing is the business of who needs it.
+
+    Raises:
+        WireError: naming message, field, what it held and what it must hold.
+
+    >>> check_header("fit", {"round": 3})
+    >>> check_header("fit", {"round": True})
+    Traceback (most recent call last):
+        ...
+    fedpress.errors.WireError: fit.round: got True, expected a whole number from 1 to 1099511627776; use the same \
+fedpress on both sides
+    """
+    _check(kind, FIELDS.get(kind, {}), header)
+    secure = header.get("secure")
+    if kind == "update" and isinstance(secure, dict):
+        _check(f"{kind}.secure", REPORT, secure)
+
+
+def need(kind: str, header: Mapping[str, Any], name: str) -> Any:
+    """Returns the field `name` of a `header`, checked.
+
+    Raises:
+        WireError: if it is missing, or holds something else than `FIELDS` says.
+    """
+    check_field(kind, name, header.get(name), FIELDS[kind][name])
+    return header[name]
+
+
+def check_field(place: str, name: str, value: Any, kind: Kind) -> None:
+    """Raises WireError unless `value` is what a field of this `kind` may hold."""
+    if not kind.holds(value):
+        shown = repr(value)
+        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+        raise WireError(f"{place}.{name}: got {shown}, expected {kind.expected}; use the same fedpress on both sides")
+
+
+def _check(place: str, fields: Mapping[str, Kind], header: Mapping[str, Any]) -> None:
+    for name, kind in fields.items():
+        if name in header:
+            check_field(place, name, header[name], kind)
