@@ -41,11 +41,15 @@ class State:
 
 @dataclass(frozen=True)
 class Tick:
-    """`done` of `total` steps of a stage are done; `note` is what a person wants to see beside the bar."""
+    """`done` of `total` steps of a stage are done; `note` is what a person wants to see beside the bar.
+
+    `warning` is a sentence that must stay on the screen.
+    """
 
     done: int
     total: int
     note: str = ""
+    warning: str = ""
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,8 @@ def follow(events: Iterable[Event], out: Console) -> None:
                 else:  # where a resumed stage goes on is no speed: time left is counted from here
                     shown.reset(task, completed=event.done, total=max(1, event.total), note=event.note)
                 moved = True
+                if event.warning:
+                    shown.console.print(f"{name}: {event.warning}", markup=False, soft_wrap=True)
             elif isinstance(event, StageFinished):
                 news = _outcome(event.result)
                 shown.update(task, total=1, completed=1, note=news)

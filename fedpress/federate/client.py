@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Literal
@@ -24,6 +26,7 @@ from fedpress.federate.local import (
     check_private,
     joint_gradient,
     private_sgd,
+    rehearse_private,
     sgd,
 )
 from fedpress.federate.memory import Memory, Recall, load_json, save_json
@@ -273,23 +276,13 @@ class Client:
     def _fit(self, params: Tensor, key: Key) -> tuple[Tensor, dict[str, JSON]]:
         """Returns the update [d] on the CPU and what the local update measured; the model's buffers are put back."""
         tree.assign_(self.model, params)
-        buffers = [b.clone() for b in self.model.buffers()]
         task = Task(self.arrays, self.settings, key, self.prepare, self.plan)
         joint: Tensor | None = None
-        self.model.train()
-        if self.norm == "frozen":
-            freeze_batch_norm_(self.model)
-        try:
-            with torch.random.fork_rng():  # dropout draws from torch's global generator
-                torch.manual_seed(seeds.derive(self.seed, "client", self.name, "round", key.round, "dropout"))
-                if self.uplink.joint:
-                    joint, measured = joint_gradient(self.model, task)
-                else:
-                    measured = self.local_update(self.model, task)
-        finally:  # whatever a module keeps of private examples must not reach the next request
-            with torch.no_grad():
-                for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-                    buffer.copy_(before)
+        with self._at_work(key):
+            if self.uplink.joint:
+                joint, measured = joint_gradient(self.model, task)
+            else:
+                measured = self.local_update(self.model, task)
         update = tree.flatten(self.model) - params if joint is None else joint
         if not bool(torch.isfinite(update).all()):
             raise DivergedError(
@@ -297,3 +290,38 @@ class Client:
                 f"lower federate.lr (now {task.lr:g})"
             )
         return update, measured
+
+    def rehearse(self, arrays: Arrays) -> None:
+        """Does one step of this client's work on `arrays`, which must be public; the model is left as it was.
+
+        Raises:
+            Exception: whatever the network raises on them.
+            TrainingError: if its gradients are of no use.
+        """
+        params, key = tree.flatten(self.model), Key(self.seed, 1, self.name)
+        settings = self.settings.model_copy(update={"epochs": 1, "batch_size": max(2, len(arrays))})
+        task = Task(arrays, settings, key, self.prepare, self.plan)
+        try:
+            with self._at_work(key):
+                if self.plan is None:
+                    self.local_update(self.model, task)
+                else:
+                    rehearse_private(self.model, task)
+        finally:
+            tree.assign_(self.model, params)
+
+    @contextmanager
+    def _at_work(self, key: Key) -> Iterator[None]:
+        """Puts the model into the modes of local training, with its own stream of dropout; buffers are put back."""
+        buffers = [b.clone() for b in self.model.buffers()]
+        self.model.train()
+        if self.norm == "frozen":
+            freeze_batch_norm_(self.model)
+        try:
+            with torch.random.fork_rng():  # dropout draws from torch's global generator
+                torch.manual_seed(seeds.derive(self.seed, "client", self.name, "round", key.round, "dropout"))
+                yield
+        finally:  # whatever a module keeps of private examples must not reach the next request
+            with torch.no_grad():
+                for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                    buffer.copy_(before)

@@ -163,6 +163,36 @@ def private_sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
     return {"steps": plan.steps_per_round, **_failures(raw)}
 
 
+def rehearse_private(model: nn.Module, task: Task) -> None:
+    """Takes the gradients of one private step over all examples of `task`, which must be public.
+
+    Raises:
+        TrainingError: if the network fails on some example, if a gradient is not finite, or if nothing has one.
+        RecipeError: see `clipped_gradient_sum`.
+    """
+    plan = check_private(task.settings, task.plan)
+    at = next(model.parameters()).device
+    x, y = task.arrays.x.to(at), task.arrays.y.to(at)
+    x = task.prepare(x, task.key.own("prepare"))
+    x = x.contiguous(memory_format=memory_format(x, model))
+    method, bf16 = choose_method(model, _loss_of, x, y), uses_bf16(model, task.settings.precision)
+    with torch.autocast(at.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16):
+        total, raw = clipped_gradient_sum(
+            model, _loss_of, x, y, clip_norm=plan.clip_norm, method=method, verify="gradients"
+        )
+        if not total.any() and not raw.failed:  # a layer of zeros may hide every gradient at the start
+            with torch.no_grad():
+                for p in trainable(model):
+                    p.add_(0.05 * torch.randn_like(p))
+            total, raw = clipped_gradient_sum(model, _loss_of, x, y, clip_norm=plan.clip_norm)
+    if raw.failed:
+        raise TrainingError(f"{raw.failed} of {raw.examples} examples failed alone: {raw.problem}")
+    if raw.refused:
+        raise TrainingError(f"the gradient of {raw.refused} of {raw.examples} examples is NaN or infinite")
+    if not total.any():
+        raise TrainingError("no trained parameter has a gradient, so only noise would move the model")
+
+
 def joint_gradient(model: nn.Module, task: Task) -> tuple[Tensor, dict[str, JSON]]:
     """Returns minus the sum [d] of clipped gradients of one Poisson batch, on the CPU: a part of a joint noised step.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -124,10 +124,13 @@ class Federation:
         names = list(self.clients)[:cohort]
         tensors = self.uplink.encode(change, Key(self.seed, 1, client))
         header: dict[str, JSON] = {"round": 1, "examples": 1, "loss": 1.0, "steps": 1}
+        counts: dict[str, JSON] = {}
+        if self.uplink.privacy is not None and self.uplink.trust != "central":
+            counts = {"failures": [0.123456789012345, 0.123456789012345]}
         if (member := self.clients[client].member) is not None:
             part = member.mask(tensors[VALUES], round=1, cohort=names)
             header, tensors = {"round": 1, "secure": dict(part.header)}, dict(part.tensors)
-        up = len(pack(Message("update", header, tensors)))
+        up = len(pack(Message("update", header | counts, tensors)))
         first = down = len(pack(Message("fit", self._said(session.invite(names)), {"params": params})))
         if self.downlink is not None:
             broadcast = Broadcast.open(self.downlink, self.seed, [client], {})
@@ -181,6 +184,23 @@ class Federation:
         who = [POPULATION] if POPULATION in planned.costs else clients
         name = self.stage.name
         return [Charge.of(w, name, repeated(planned.costs[w], count), first, last) for w in who]
+
+    def failure_noise(self, clients: Sequence[str]) -> tuple[float, float]:
+        """Returns how many protected units `clients` bring to a round, as planned, and the noise in their counts.
+
+        The noise is its variance in each count of what failed (see `federate.failures`).
+        """
+        plans = [self.protection.plans[name] for name in clients]
+        of = float(self.uplink.cohort.size)
+        if self._sample:
+            steps = [1 if self.uplink.joint else plan.steps_per_round for plan in plans]
+            sizes = [len(self.clients[name].arrays) for name in clients]
+            of = sum(plan.sampling_prob * n * k for plan, n, k in zip(plans, sizes, steps, strict=True))
+        else:
+            steps = [1] * len(plans)
+        if self.uplink.noise is not None:
+            return of, self.uplink.noise.plan.noise_multiplier**2
+        return of, sum(plan.noise_multiplier**2 * k for plan, k in zip(plans, steps, strict=True))
 
     def grid(self) -> dict[str, Any]:
         """Returns how a secure sum is planned; empty for a plain one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from fedpress.folder import StageFolder
 from fedpress.privacy.accounting import Spent
 from fedpress.privacy.ledger import Charge, Ledger
 from fedpress.stages.binding import PROMISE, Federation, bind
+from fedpress.stages.failures import Failures, in_words, told
 from fedpress.stages.protecting import steps_per_round
+from fedpress.stages.rehearsal import rehearse
 from fedpress.stages.settings import FederateSettings
 from fedpress.state import State, Tick
 from fedpress.training import Evaluation, evaluate
@@ -57,6 +59,8 @@ class FederateStage(FederateSettings):
             spent = ledger.spent(delta=self.privacy.delta)
             facts |= federation.promise() | {"epsilon": spent.epsilon}
             facts |= {"epsilon_is": spent.note} if spent.note else {}
+            if self.num_rounds:
+                rehearse(federation, state.data)
         return replace(state, ledger=ledger), facts
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
@@ -68,8 +72,11 @@ class FederateStage(FederateSettings):
         now = Progress.load(*saved) if saved[1] else Progress.begin(federation)
         if state.accuracy is None:
             state = replace(state, accuracy=evaluate(state.model, data.test, data.preprocess).accuracy)
+        if federation.hides:
+            _ = federation.planned_bytes  # of the model as it is bound: a later one may hold anything
         began = time.perf_counter() - now.seconds
         running = federation.rounds(now.params, start=now.round, server_state=now.server_state)
+        said = ""
         while not self._enough(now):
             # The round is charged before it touches data. One that is killed and done again draws the same noise
             # from the same seeds, so it gives the same reply and costs nothing more.
@@ -81,14 +88,23 @@ class FederateStage(FederateSettings):
             at = f"round {now.round + 1}/{self.num_rounds}"  # it may take minutes: say so before it begins
             yield Tick(now.round, self.num_rounds, f"{at}, {now.note}" if now.note else at)
             record = next(running)
+            drawn = federation.drawn(record.round)
             closed = self._closed(record, now, federation)
             record = self._public(record, federation)
             tree.assign_(federation.model, record.params)
             seen = self._look(federation.model, state)
-            now = replace(now.after(record, ledger, seen, time.perf_counter() - began), closed=closed)
-            folder.record(**self._line(record, now, seen))
+            failures = now.failures.after(record, drawn, federation)
+            now = replace(
+                now.after(record, ledger, seen, time.perf_counter() - began), closed=closed, failures=failures
+            )
+            folder.record(**self._line(record, now, seen, federation))
             folder.save_progress(now.tensors(), now.facts())
-        yield Tick(now.round, self.num_rounds, now.stopped or now.note)
+            self._stop_if_everything_fails(now)
+            warning = in_words(told(record.refused, federation), drawn, record.round)
+            if warning and warning.partition(":")[2] != said.partition(":")[2]:
+                yield Tick(now.round, self.num_rounds, now.note, warning)
+            said = warning
+        yield Tick(now.round, self.num_rounds, now.stopped or now.note, self._last_warning(now))
         tree.assign_(federation.model, now.params)
         facts = self._facts(state, federation, now)
         model = expand_(federation.model)
@@ -138,6 +154,30 @@ class FederateStage(FederateSettings):
             )
         return closed
 
+    def _stop_if_everything_fails(self, now: Progress) -> None:
+        """Does not spend more on noise: the round that was counted is saved and charged.
+
+        Raises:
+            TrainingError: if the noised count says that every protected unit fails.
+        """
+        if now.failures.everything:
+            assert self.privacy is not None
+            name = f"stage.{self.name}.lr (now {self.lr:g})"
+            raise TrainingError(
+                f"federate: {now.failures.estimate(self.privacy.unit)} gave nothing up to round {now.round}: "
+                f"{now.failures.cause(name)}; the rounds so far are kept, and charged"
+            )
+
+    def _last_warning(self, now: Progress) -> str:
+        unit = self.privacy.unit if self.privacy is not None else None
+        warning = now.failures.warning(unit)
+        if now.failures.sure and not warning.startswith("about"):
+            estimate = f"{now.failures.estimate(unit)} gave nothing"
+            warning = f"{warning}; {estimate}" if warning else estimate
+        if now.failures.sure:
+            warning += f": {now.failures.cause(f'stage.{self.name}.lr (now {self.lr:g})')}"
+        return warning
+
     def _public(self, record: RoundRecord, federation: Federation) -> RoundRecord:
         """Returns what may be written down of a round.
 
@@ -162,7 +202,10 @@ class FederateStage(FederateSettings):
         assert self.privacy is not None
         return now.ledger.spent(delta=self.privacy.delta)
 
-    def _line(self, record: RoundRecord, now: Progress, seen: Evaluation | None) -> dict[str, Any]:
+    def _line(
+        self, record: RoundRecord, now: Progress, seen: Evaluation | None, federation: Federation
+    ) -> dict[str, Any]:
+        failures = {} if record.failures is None else {"failures": asdict(record.failures)}
         return {
             "round": record.round,
             "num_rounds": self.num_rounds,
@@ -172,8 +215,8 @@ class FederateStage(FederateSettings):
             "bytes_down": record.bytes_down,
             "epsilon": self._epsilon(now),
             "clients": record.clients,
-            # Why a client failed is an exact word about its private data: under privacy nobody is told.
-            "refused": record.refused if self.privacy is None else dict.fromkeys(record.refused, "kept private"),
+            "refused": told(record.refused, federation),
+            **failures,
             "seconds": round(record.seconds, 2),
         }
 
@@ -201,6 +244,8 @@ class FederateStage(FederateSettings):
             "epsilon_is": self._spent(now).note or None if self.privacy is not None else None,
             "client_accuracy": own,
             "stopped": now.stopped or None,
+            "failures": now.failures.facts(self.privacy.unit if self.privacy is not None else None),
+            "warning": self._last_warning(now) or None,
         }
 
 
@@ -220,6 +265,7 @@ class Progress:
     note: str = ""
     stopped: str = ""
     closed: int = 0
+    failures: Failures = field(default_factory=Failures)
 
     @classmethod
     def begin(cls, federation: Federation) -> Progress:
@@ -250,13 +296,15 @@ class Progress:
     def facts(self) -> dict[str, Any]:
         """Returns the JSON part of a checkpoint."""
         plain = {f: getattr(self, f) for f in PLAIN}
-        return {**plain, "ledger": self.ledger.to_json()}
+        return {**plain, "ledger": self.ledger.to_json(), "failures": self.failures.to_json()}
 
     @classmethod
     def load(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Progress:
         """Reads what `tensors` and `facts` gave."""
         server = {k.removeprefix("server/"): v for k, v in tensors.items() if k.startswith("server/")}
-        return cls(tensors["params"], Ledger.from_json(facts["ledger"]), server, **{f: facts[f] for f in PLAIN})
+        plain = {f: facts[f] for f in PLAIN}
+        failures = Failures.from_json(facts.get("failures", {}))
+        return cls(tensors["params"], Ledger.from_json(facts["ledger"]), server, **plain, failures=failures)
 
 
 PLAIN = ("round", "best", "best_round", "bytes_up", "bytes_down", "seconds", "note", "stopped", "closed")

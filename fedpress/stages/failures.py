@@ -1,0 +1,153 @@
+"""Who failed in a federate stage so far: by name where that may be told, else as a count with noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fedpress.federate import RoundRecord
+from fedpress.federate.failures import Tally
+from fedpress.stages.binding import Federation
+
+PRIVATE = "kept private"
+SHOWN = 3
+"""Clients that are named in one line of the terminal; the report names them all."""
+SURE, CERTAIN = 4.0, 5.0
+"""Standard deviations of the noise above which failures are told, and above which a run stops."""
+ALL, MANY = 0.9, 1 / 3
+"""Share of failures that counts as all, so that a run stops; and share from which a run warns."""
+WORDS = {"client": "clients", "sample": "examples"}
+
+
+@dataclass(frozen=True)
+class Failures:
+    """What failed in all rounds so far.
+
+    Attributes:
+        asked: answers that were asked for: clients, summed over the rounds.
+        refused: by client, in how many rounds its answer did not count, and why the last time.
+        counted: protected units that gave nothing, with noise; None where nothing is counted.
+        of: how many units there were, as expected from the plan.
+        variance: of the noise in each count.
+    """
+
+    asked: int = 0
+    refused: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    counted: Tally | None = None
+    of: float = 0.0
+    variance: float = 0.0
+
+    def after(self, record: RoundRecord, drawn: Sequence[str], federation: Federation) -> Failures:
+        """Returns what failed up to and with the round of `record`, in which the clients `drawn` took part."""
+        refused = dict(self.refused)
+        for name, reason in told(record.refused, federation).items():
+            refused[name] = (refused.get(name, (0, ""))[0] + 1, reason)
+        now = replace(self, asked=self.asked + len(drawn), refused=refused)
+        if record.failures is None:
+            return now
+        of, variance = federation.failure_noise(drawn)
+        counted = Tally.sum([self.counted or Tally(), record.failures])
+        return replace(now, counted=counted, of=self.of + of, variance=self.variance + variance)
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the noise in the count of all causes."""
+        return math.sqrt(2 * self.variance)
+
+    @property
+    def sure(self) -> bool:
+        """Whether the noised count says that something failed at all."""
+        return self.counted is not None and self.counted.total > max(SURE * self.noise, 0.01 * self.of)
+
+    @property
+    def everything(self) -> bool:
+        """Whether the noised count says that all units fail, from one cause or from both together."""
+        if self.counted is None:
+            return False
+        one = max(self.counted.not_finite, self.counted.failed)
+        return self._all(one, math.sqrt(self.variance)) or self._all(self.counted.total, self.noise)
+
+    def _all(self, count: float, noise: float) -> bool:
+        return count >= ALL * self.of and count - CERTAIN * noise > self.of / 2
+
+    def warning(self, unit: str | None) -> str:
+        """Returns a sentence if a third or more failed, else nothing."""
+        lost = sum(rounds for rounds, _ in self.refused.values())
+        if lost and lost >= MANY * self.asked:
+            return f"{lost} of {self.asked} answers of clients did not count; see “failed” in the report"
+        if self.sure and self.counted is not None and self.counted.total >= MANY * self.of:
+            return f"{self.estimate(unit)} gave nothing"
+        return ""
+
+    def estimate(self, unit: str | None) -> str:
+        """Says the noised count in words: "about 4 of 6 clients (noise 0.4)"."""
+        assert self.counted is not None
+        count = min(max(self.counted.total, 0.0), self.of)
+        return f"about {count:.0f} of {self.of:.0f} {WORDS[unit or 'client']} (counted with noise of {self.noise:.2g})"
+
+    def cause(self, lr: str) -> str:
+        """Says what most of the counted failures were, and the cure; `lr` names the learning rate's setting."""
+        assert self.counted is not None
+        if self.counted.not_finite > self.counted.failed:
+            return f"their numbers were not finite; lower {lr}"
+        return (
+            "the model could not run on them; look for values that the public examples do not have, such as tokens "
+            "beyond the vocabulary or labels beyond the classes"
+        )
+
+    def facts(self, unit: str | None) -> dict[str, Any]:
+        """Returns what the result tells: clients by name, and the noised count by cause."""
+        lost = sum(rounds for rounds, _ in self.refused.values())
+        out: dict[str, Any] = {"asked": self.asked, "refused": lost}
+        out["clients"] = {name: {"rounds": rounds, "reason": why} for name, (rounds, why) in self.refused.items()}
+        if self.counted is not None:
+            out["counted"] = {
+                "unit": unit,
+                "not_finite": round(self.counted.not_finite, 2),
+                "failed": round(self.counted.failed, 2),
+                "of": round(self.of, 2),
+                "noise": round(self.noise, 3),
+                "sure": self.sure,
+            }
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns all fields, for a checkpoint."""
+        return {
+            "asked": self.asked,
+            "refused": {name: [*pair] for name, pair in self.refused.items()},
+            "counted": None if self.counted is None else self.counted.to_json(),
+            "of": self.of,
+            "variance": self.variance,
+        }
+
+    @classmethod
+    def from_json(cls, page: Mapping[str, Any]) -> Failures:
+        """Reads what `to_json` gave; nothing has failed in an empty page."""
+        if not page:
+            return cls()
+        refused = {name: (int(rounds), str(why)) for name, (rounds, why) in page["refused"].items()}
+        counted = None if page["counted"] is None else Tally(*page["counted"])
+        return cls(page["asked"], refused, counted, page["of"], page["variance"])
+
+
+def told(refused: Mapping[str, str], federation: Federation) -> dict[str, str]:
+    """Returns why clients do not count, as far as it may be written down.
+
+    Under privacy a reason is an exact word about private data, but for numbers that are not finite after noised steps:
+    those follow from the noise and the learning rate.
+    """
+    if federation.uplink.privacy is None:
+        return dict(refused)
+    return {name: why if why.startswith("DivergedError: ") else PRIVATE for name, why in refused.items()}
+
+
+def in_words(refused: Mapping[str, str], drawn: Sequence[str], round: int) -> str:
+    """Says in one line which clients of a round do not count; empty if all do."""
+    if not refused:
+        return ""
+    named = [f"{name} ({why})" for name, why in list(refused.items())[:SHOWN]]
+    more = [f"and {len(refused) - SHOWN} more"] if len(refused) > SHOWN else []
+    return f"round {round}: {len(refused)} of {len(drawn)} clients refused: {', '.join([*named, *more])}"
