@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from fedpress import tree
 from fedpress.compress.sparse.compact import expand_
 from fedpress.errors import PrivacyError, TrainingError
-from fedpress.federate import RoundRecord
+from fedpress.federate import Clip, RoundRecord, Settings
 from fedpress.folder import StageFolder
 from fedpress.privacy.accounting import Spent
 from fedpress.privacy.ledger import Charge, Ledger
 from fedpress.stages.binding import PROMISE, Federation, bind
 from fedpress.stages.failures import Failures, in_words, told
-from fedpress.stages.protecting import steps_per_round
+from fedpress.stages.protecting import is_secure, secure_list, steps_per_round
 from fedpress.stages.rehearsal import rehearse
 from fedpress.stages.settings import FederateSettings
 from fedpress.state import State, Tick
@@ -52,6 +52,8 @@ class FederateStage(FederateSettings):
             **{name: value for name, value in federation.sizes().items() if value is not None},
             **federation.grid(),
         }
+        if is_secure(self) and not self.uplink:
+            facts["uplink"] = f"by default: {', '.join(_short(one) for one in secure_list(self.privacy is not None))}"
         ledger = federation.ledger
         if self.privacy is not None:
             charges = federation.charges(list(clients), 1, self.num_rounds) if self.num_rounds else []
@@ -247,6 +249,10 @@ class FederateStage(FederateSettings):
             "failures": now.failures.facts(self.privacy.unit if self.privacy is not None else None),
             "warning": self._last_warning(now) or None,
         }
+
+
+def _short(transform: Settings) -> str:
+    return f"{transform.kind} {transform.clip_norm:g}" if isinstance(transform, Clip) else transform.kind
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,13 @@ from fedpress.stages.settings import FederateSettings, PrivacySettings
 
 BITS = 16
 """Bits of a secure sum without noise, where none are asked for: coarser than float32, finer than updates need."""
+CLIP_NORM = 10.0
+"""Longest update of a secure sum without privacy, where the recipe gives no list: longer than those of usual rounds."""
+NOISED_LIST = 'uplink = [{ kind = "rotate" }, { kind = "discretize" }]'
+PLAIN_LIST = (
+    f'uplink = [{{ kind = "clip", clip_norm = {CLIP_NORM} }}, {{ kind = "rotate" }}, {{ kind = "discretize" }}]'
+)
+"""What a secure sum needs, with privacy (which clips by itself) and without; as a line of a recipe."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ def protect(
         PrivacyError: if no noise keeps the budget.
     """
     private, secure = stage.privacy, is_secure(stage)
-    chain = tuple(stage.uplink) or ((Rotate(), Discretize()) if secure else ())
+    chain = tuple(stage.uplink) or (secure_list(private is not None) if secure else ())
     start = Bound(sum(math.prod(s) for s in shapes), shapes=tuple(shapes))
     _check_list(stage, secure, cohort)
     if private is None:
@@ -138,6 +145,12 @@ def _check_list(stage: FederateSettings, secure: bool, cohort: Cohort) -> None:
 def is_secure(stage: FederateSettings) -> bool:
     """Says whether the stage sums securely: it is asked for, or the noise rests on it."""
     return stage.sum == "secure" or (stage.privacy is not None and stage.privacy.trust == "secure")
+
+
+def secure_list(private: bool) -> tuple[Settings, ...]:
+    """Returns the transforms of a secure sum where the recipe names none; under privacy a clip comes before them."""
+    rest: tuple[Settings, ...] = (Rotate(), Discretize())
+    return rest if private else (Clip(clip_norm=CLIP_NORM), *rest)
 
 
 def noise_makers(plan: SecurePlan) -> int:
@@ -321,14 +334,18 @@ def _grid(
     before = chain[:at]
     transforms, bound = bind_chain(before, start)
     check_additive({one.kind: transform for one, transform in zip(before, transforms, strict=True)})
+    line = PLAIN_LIST if stage.privacy is None else NOISED_LIST
     if at is None:
         raise RecipeError(
-            'stage.uplink: a secure sum adds whole numbers; end the list with { kind = "discretize", bits = 18 }'
+            f'stage.uplink: a secure sum adds whole numbers; end the list with {{ kind = "discretize" }}, as in {line}'
         )
     discretize = chain[at]
     assert isinstance(discretize, Discretize)
     if not bound.l2 < math.inf:
-        discretize.model_copy(update={"scale": 1.0}).bind(bound)  # says what is missing
+        raise RecipeError(
+            "stage.uplink: a secure sum needs updates of bounded length, or it could overflow; put 'clip' before it, "
+            f"as in {line}"
+        )
     limit = discretize.limit or coordinate_limit(bound)
     private = stage.privacy
     if private is None:
