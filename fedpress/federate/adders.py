@@ -134,8 +134,8 @@ class SecureSum:
         check_additive(chain)
         if not bound.integer:
             raise RecipeError(
-                'uplink: a secure sum adds whole numbers; put { kind = "clip", clip_norm = 10.0 } and, last, '
-                '{ kind = "discretize" } into the list'
+                'uplink: a secure sum adds whole numbers; end the list with { kind = "clip", clip_norm = 10.0 }, '
+                '{ kind = "discretize" }'
             )
 
     def open(self, transport: Transport, run: str) -> SecureSession:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -74,7 +75,9 @@ def add_vmap_(
         return loss, loss.detach()
 
     each = torch.func.vmap(torch.func.grad(loss_of, has_aux=True), in_dims=(None, 0, 0), randomness="different")
-    grads, losses = each(named, x, y)
+    with warnings.catch_warnings():  # a layer without a rule of its own is slow there, but no user can mend that
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        grads, losses = each(named, x, y)
     with torch.autocast(x.device.type, enabled=False):  # the norm is a promise: never in 16 bits
         parts = [
             g.reshape(len(g), math.prod(g.shape[1:])) for g in grads.values()

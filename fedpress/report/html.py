@@ -21,7 +21,15 @@ from fedpress.report.headline import tiles
 from fedpress.report.plot import Figure, numbers_of
 from fedpress.report.protection import protections
 from fedpress.report.reading import Run, read_run
-from fedpress.report.table import Table, ledger_table, left_table, progress_table, runtime_table, stage_table
+from fedpress.report.table import (
+    Table,
+    failure_table,
+    ledger_table,
+    left_table,
+    progress_table,
+    runtime_table,
+    stage_table,
+)
 
 HERE = Path(__file__).parent
 
@@ -97,7 +105,7 @@ def render(run: Run) -> str:
     """Returns the page for a run that was read."""
     shown = figures(run)
     scripts, stages = _scripts(shown), run.stages
-    left, files = left_table(stages), runtime_table(stages)
+    left, files, failed = left_table(stages), runtime_table(stages), failure_table(stages, run.records)
     return (
         _environment()
         .get_template("template.html.j2")
@@ -108,6 +116,8 @@ def render(run: Run) -> str:
             tiles=tiles([*([run.before] if run.before else []), *stages]),
             protections=protections(stages),
             stopped=[f"{s.get('name')} stopped early: {s['stopped']}." for s in stages if s.get("stopped")],
+            warnings=[f"{s.get('name')}: {s['warning']}." for s in stages if s.get("warning")],
+            failed=failed if failed.rows else None,
             table=stage_table(run.result, before=run.before) if stages else None,
             left=left if left.rows else None,
             files=files if files.rows else None,

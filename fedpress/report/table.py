@@ -82,6 +82,42 @@ def left_table(stages: list[Json]) -> Table:
     return Table(header=["Stage", "Left as it was", "Why"], rows=rows)
 
 
+def failure_table(stages: list[Json], records: list[Json] | None = None) -> Table:
+    """Returns a row for each client whose answers did not count, and for each noised count of what failed.
+
+    `records` stand in for a stage that has no result yet, or that an earlier version ran.
+    """
+    rows: list[list[str]] = []
+    told = {_name(stage) for stage in stages if isinstance(stage.get("failures"), dict)}
+    for steps in records_by_stage(records or []):
+        if _name(steps[0]) not in told:
+            rows += _refused_rows(steps)
+    for stage in stages:
+        failures = stage.get("failures")
+        if not isinstance(failures, dict):
+            continue
+        clients = failures.get("clients")
+        for name, one in (clients if isinstance(clients, dict) else {}).items():
+            rows.append([_name(stage), str(name), f"{one.get('rounds')} refused", str(one.get("reason"))])
+        counted = failures.get("counted")
+        if isinstance(counted, dict) and counted.get("sure"):
+            who = "clients" if counted.get("unit") == "client" else "examples"
+            diverged = counted.get("not_finite", 0) > counted.get("failed", 0)
+            cause = "not finite" if diverged else "the model could not run on them"
+            rows.append([_name(stage), f"all {who}, counted with noise", _counted(counted), cause])
+    return Table(header=["Stage", "Who", "Failed", "Why"], rows=rows)
+
+
+def _refused_rows(rounds: list[Json]) -> list[list[str]]:
+    """A row for each client that a round of one stage refused, with the last reason."""
+    found: dict[str, tuple[int, str]] = {}
+    for one in rounds:
+        refused = one.get("refused")
+        for name, reason in (refused if isinstance(refused, dict) else {}).items():
+            found[name] = (found.get(name, (0, ""))[0] + 1, str(reason))
+    return [[_name(rounds[0]), name, f"{times} refused", why] for name, (times, why) in found.items()]
+
+
 def runtime_table(stages: list[Json]) -> Table:
     """Returns a row for each exported file, and for each runtime of a measure stage: size, latency, parity."""
     rows = []
@@ -166,6 +202,23 @@ def _epsilon(stage: Json, stages: list[Json]) -> str:
     return "none" if private == units.DASH and stage.get("kind") == "federate" else private
 
 
+def _failed(stage: Json, stages: list[Json]) -> str:
+    """How many answers of clients did not count, or about how many protected units gave nothing."""
+    failures = stage.get("failures")
+    if not isinstance(failures, dict):
+        return units.DASH
+    if failures.get("refused"):
+        return f"{failures['refused']} of {failures.get('asked')}"
+    counted = failures.get("counted")
+    return _counted(counted) if isinstance(counted, dict) and counted.get("sure") else units.DASH
+
+
+def _counted(counted: Json) -> str:
+    of = counted.get("of", 0.0)
+    count = min(max(counted.get("not_finite", 0.0) + counted.get("failed", 0.0), 0.0), of)
+    return f"≈{count:,.0f} of {of:,.0f}"
+
+
 def _plain(key: str, form: Callable[[Any], str]) -> Callable[[Json, list[Json]], str]:
     return lambda stage, stages: form(stage.get(key))
 
@@ -192,5 +245,6 @@ COLUMNS: tuple[tuple[str, Callable[[Json, list[Json]], str]], ...] = (
     ("Up", _plain("bytes_up", _bytes)),
     ("Down", _plain("bytes_down", _bytes)),
     ("ε", _epsilon),
+    ("Failed", _failed),
     ("Time", _plain("seconds", units.seconds)),
 )

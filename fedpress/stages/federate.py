@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -226,8 +227,9 @@ class FederateStage(FederateSettings):
         """Every key is given also without privacy, so that no promise of an earlier stage outlives an open one."""
         own: dict[str, Any] = {}
         if self.privacy is None:  # accuracy on private examples is a private number: under privacy nobody sees it
-            parts = state.data.clients.items()
-            own = {name: evaluate(federation.model, part, state.data.preprocess).accuracy for name, part in parts}
+            for name, part in state.data.clients.items():
+                with suppress(Exception):  # who cannot be evaluated could not train: `failures` says why
+                    own[name] = evaluate(federation.model, part, state.data.preprocess).accuracy
         promise = federation.promise() if self.privacy is not None else dict.fromkeys(PROMISE)
         return {
             "rounds": now.round,
