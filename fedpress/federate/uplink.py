@@ -279,9 +279,10 @@ class Uplink:
         if self.adaptive is not None:
             heard.below.append(need("update", header, "below"))
         if self.privacy is not None and "failures" in header:
-            heard.failures.append(Tally(*header["failures"]))
+            heard.failures.append(Tally(*need("update", header, "failures")))
         if not plain:
-            return Sent(key, reply.tensors, 1.0, {}, header.get("secure", {}))
+            secure: Mapping[str, JSON] = need("update", header, "secure") if "secure" in header else {}
+            return Sent(key, reply.tensors, 1.0, {}, secure)
         row = {"client": key.client, "examples": examples, **self.metrics(header)}
         return Sent(key, reply.tensors, float(examples) if self.weights == "examples" else 1.0, row)
 

@@ -59,7 +59,10 @@ class Failures:
     @property
     def sure(self) -> bool:
         """Whether the noised count says that something failed at all."""
-        return self.counted is not None and self.counted.total > max(SURE * self.noise, 0.01 * self.of)
+        if self.counted is None or self.counted.total < 0.01 * self.of:
+            return False
+        one = max(self.counted.not_finite, self.counted.failed)
+        return one > SURE * math.sqrt(self.variance) or self.counted.total > SURE * self.noise
 
     @property
     def everything(self) -> bool:

@@ -49,7 +49,7 @@ def rehearse(federation: Federation, data: FederatedData) -> None:
 
 
 def _one_of_each_kind(federation: Federation) -> list[Client]:
-    kinds = {}
+    kinds: dict[tuple[object, ...], Client] = {}
     for client in federation.clients.values():
         x, y = client.arrays.x, client.arrays.y
         kinds.setdefault((x.shape[1:], x.dtype, y.shape[1:], y.dtype), client)
