@@ -229,6 +229,10 @@ def check(model: nn.Module, settings: TrainSettings, train: Arrays, validation: 
             ) from error
 
 
+ONE_VALUE = "more than 1 value per channel"
+"""What torch says of a batch norm in training mode that has nothing to average."""
+
+
 def averages_batches(model: nn.Module) -> bool:
     """Says whether a batch norm of `model` takes its statistics from the batch, now that it is in this mode."""
     norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
@@ -245,7 +249,7 @@ def _needs_two(model: nn.Module, x: Tensor) -> bool:
         with torch.no_grad():
             twin(x.to(at))
     except ValueError as error:
-        return "more than 1 value per channel" in str(error)
+        return ONE_VALUE in str(error)
     return False
 
 

@@ -38,6 +38,19 @@ def test_a_log_file_gets_a_line_for_each_news():
     ]
 
 
+@pytest.mark.parametrize("in_terminal", [True, False])
+def test_a_warning_stays_on_the_screen_once_and_whole(in_terminal):
+    warning = "round 1: 2 of 6 clients refused: c2 ([red]why[/]), " + "and more " * 12
+
+    def told():
+        yield StageStarted(0, "federate", "rounds")
+        yield Tick(1, 3, "round 1", warning)
+        yield Tick(2, 3, "round 2")
+        yield StageFinished(0, RESULT)
+
+    assert shown(in_terminal, told()).count(f"rounds: {warning}") == 1
+
+
 def test_bars_fit_into_80_columns_and_say_the_accuracy():
     lines = shown(True, events()).replace("\r", "\n").splitlines()
     plain = [line.split("\x1b[")[0] for line in lines]

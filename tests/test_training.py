@@ -13,7 +13,7 @@ from torch import nn
 from fedpress import training
 from fedpress.arrays import Arrays, Preprocess
 from fedpress.augment import Augment
-from fedpress.errors import TrainingError
+from fedpress.errors import DivergedError, TrainingError
 from fedpress.models import freeze_batch_norm_
 from fedpress.models.plain import CNN, MLP
 from fedpress.models.resnet import resnet_small
@@ -397,6 +397,37 @@ def test_a_loss_that_is_no_number_says_where_it_happened():
     bad, events = Fit(network("mlp"), settings(), seed=2), []
     with pytest.raises(TrainingError, match=r"the loss is nan at epoch \d, step \d"):
         events.extend(bad.epochs(data, NONE, PREPROCESS))
+
+
+class Explodes(nn.Module):
+    """Its loss is finite, its gradient is not: only the weights show what the last step did."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(192, 10)
+
+    def forward(self, x):
+        return self.head(x.flatten(1)) + 0 * self.head.bias.sum().sub(self.head.bias.sum()).sqrt()
+
+
+def test_weights_that_are_not_finite_after_the_last_step_stop_the_training():
+    model = Explodes()
+    with pytest.raises(DivergedError, match=r"'head\.bias' is not finite after epoch 1; lower stage\.lr \(now 0\.05\)"):
+        fit_all(Fit(model, settings(epochs=1, batch_size=24), seed=0), images())
+
+
+def test_muon_names_both_of_its_rates_when_it_diverges():
+    with pytest.raises(DivergedError, match=r"lower stage\.lr \(now 1e\+38\) or stage\.head_lr \(now 0\.05\)"):
+        fit_all(Fit(network("mlp"), settings(lr=1e38, optimizer="muon", warmup=0.0), seed=0), images())
+
+
+def test_one_public_example_under_batch_norm_is_refused_only_where_nothing_can_be_averaged():
+    vectors = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+    for n, size, cure in ((1, 8, "raise data.public_share"), (4, 1, "take 2 or more")):
+        with pytest.raises(TrainingError, match=rf"leaves a batch norm nothing to average; {cure}"):
+            fit_all(Fit(vectors, settings(batch_size=size), seed=0), images(n))
+    assert fit_all(Fit(vectors, settings(epochs=1), seed=0), images(9))
+    assert fit_all(Fit(network("resnet"), settings(epochs=1), seed=0), images(1))  # 8 x 8 pixels have statistics
 
 
 def test_the_place_of_a_bad_loss_is_counted_from_one():

@@ -10,7 +10,16 @@ from torch import nn
 from fedpress import tree
 from fedpress.arrays import Arrays
 from fedpress.errors import RecipeError, TrainingError
-from fedpress.federate.local import LOCAL_UPDATES, LocalSettings, Task, joint_gradient, private_sgd, sgd
+from fedpress.federate.local import (
+    LOCAL_UPDATES,
+    LocalSettings,
+    Task,
+    joint_gradient,
+    private_sgd,
+    rehearse_private,
+    sgd,
+    shuffled_batches,
+)
 from fedpress.privacy.plan import PrivacyPlan
 from tests.federate.federation import SAMPLE_PLAN, examples, key, mlp, untouched
 
@@ -214,3 +223,70 @@ def test_a_joint_batch_has_the_expected_size_and_another_one_each_round():
     plan = PrivacyPlan("sample", 1e6, 0.25, 1.0)
     sums = [joint_gradient(model, replace(task(arrays, plan=plan), key=key(round=r)))[0] for r in range(1, 6)]
     assert len({tuple(s.tolist()) for s in sums}) == 5
+
+
+def sizes(model, n, size):
+    return [len(index) for index in shuffled_batches(model, n, size, torch.Generator().manual_seed(0))]
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d])
+def test_a_last_batch_of_one_joins_the_batch_before_under_batch_norm(norm):
+    model = nn.Sequential(nn.Linear(6, 3), norm(3))
+    assert sizes(model, 33, 8) == [8, 8, 8, 9]
+    assert sizes(model, 9, 8) == [9]
+    assert sizes(model, 34, 8) == [8, 8, 8, 8, 2]
+    assert sizes(model, 3, 1) == [1, 1, 1]
+    assert sizes(model, 1, 8) == [1]
+    assert sizes(model.eval(), 33, 8) == [8, 8, 8, 8, 1]
+    assert sizes(nn.Linear(6, 3), 33, 8) == [8, 8, 8, 8, 1]
+    assert sizes(nn.Sequential(norm(3, track_running_stats=False)).eval(), 33, 8) == [8, 8, 8, 9]
+
+
+def test_the_order_of_examples_is_that_of_torch():
+    index = shuffled_batches(mlp(), 20, 8, torch.Generator().manual_seed(4))
+    assert torch.equal(torch.cat(index), torch.randperm(20, generator=torch.Generator().manual_seed(4)))
+
+
+def test_a_lone_example_under_batch_norm_is_an_error_with_the_cure():
+    model = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3))
+    with pytest.raises(TrainingError, match=r"leaves a batch norm nothing to average; leave this client out, or set"):
+        sgd(model, task(examples(1)))
+    with pytest.raises(TrainingError, match=r"take federate\.batch_size = 2 or more"):
+        sgd(model, task(examples(4), batch_size=1))
+    sgd(model.eval(), task(examples(1)))
+    with pytest.raises(ValueError, match="mine"):
+        sgd(nn.Sequential(Raises(), nn.BatchNorm1d(6)), task(examples(1)))
+
+
+class Raises(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        if self.training:
+            raise ValueError("mine")
+        return x * self.w
+
+
+@pytest.mark.parametrize(
+    ("model", "arrays", "words"),
+    [
+        (nn.Sequential(Raises()), examples(3), "3 of 3 examples failed alone: ValueError: mine"),
+        (mlp(), Arrays(torch.full((2, 6), float("nan")), torch.zeros(2).long()), "of 2 of 2 examples is NaN"),
+    ],
+)
+def test_a_rehearsal_says_what_fails(model, arrays, words):
+    with pytest.raises(TrainingError, match=words):
+        rehearse_private(model, task(arrays, plan=SAMPLE_PLAN))
+
+
+def test_a_rehearsal_sees_a_network_that_only_noise_would_move():
+    with pytest.raises(TrainingError, match="no trained parameter has a gradient"):
+        rehearse_private(Silent(5), task(plan=SAMPLE_PLAN))
+    hidden = nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 3))
+    for p in hidden.parameters():
+        nn.init.zeros_(p)
+    hidden[2].requires_grad_(False)
+    with pytest.raises(TrainingError, match="no trained parameter has a gradient"):
+        rehearse_private(hidden, task(plan=SAMPLE_PLAN))

@@ -4,7 +4,7 @@ import pytest
 from folders import CLIENTS, federate, result, train
 from rich.console import Console
 
-from fedpress.report.table import ledger_table, progress_table, rich_table, stage_table
+from fedpress.report.table import failure_table, ledger_table, progress_table, rich_table, stage_table
 
 
 def test_the_table_has_a_line_per_stage_with_numbers_for_people():
@@ -73,3 +73,46 @@ def test_clients_with_the_same_charge_share_a_row_of_the_ledger():
         ["prune", "population", "–", "–", "1", "–"],
     ]
     assert ledger_table({}) is None
+
+
+def failing(**failures):
+    return {"kind": "federate", "name": "rounds", "accuracy": 0.5, "failures": failures}
+
+
+def test_answers_that_do_not_count_are_in_the_table_and_listed_by_client():
+    clients = {"c2": {"rounds": 3, "reason": "why [not]"}, "c4": {"rounds": 1, "reason": "other"}}
+    stage = failing(asked=12, refused=4, clients=clients)
+    table = stage_table({"stages": [stage]})
+    assert dict(zip(table.header, table.rows[0], strict=True))["Failed"] == "4 of 12"
+    assert failure_table([stage]).rows == [
+        ["rounds", "c2", "3 refused", "why [not]"],
+        ["rounds", "c4", "1 refused", "other"],
+    ]
+
+
+def test_a_noised_count_is_shown_where_it_is_surely_above_its_noise():
+    counted = {"unit": "sample", "not_finite": -0.5, "failed": 60.2, "of": 80.0, "noise": 0.4, "sure": True}
+    stage = failing(asked=12, refused=0, clients={}, counted=counted)
+    assert stage_table({"stages": [stage]}).rows[0][-1] == "≈60 of 80"
+    assert failure_table([stage]).rows == [
+        ["rounds", "all examples, counted with noise", "≈60 of 80", "the model could not run on them"]
+    ]
+    quiet = failing(asked=12, refused=0, clients={}, counted=counted | {"sure": False})
+    assert "Failed" not in stage_table({"stages": [quiet]}).header
+    assert failure_table([quiet]).rows == []
+
+
+def test_records_tell_who_was_refused_before_there_is_a_result():
+    records = [
+        {"stage": 0, "name": "rounds", "round": 1, "refused": {"c1": "first"}},
+        {"stage": 0, "name": "rounds", "round": 2, "refused": {"c1": "last"}},
+        {"stage": 1, "name": "more", "round": 1, "refused": {}},
+    ]
+    assert failure_table([], records).rows == [["rounds", "c1", "2 refused", "last"]]
+    done = [failing(asked=2, refused=0, clients={})]
+    assert failure_table(done, records).rows == []
+
+
+@pytest.mark.parametrize("failures", [None, [], "x", {}, {"clients": None, "counted": None}])
+def test_a_stage_that_says_nothing_of_failures_has_no_row(failures):
+    assert failure_table([{"name": "rounds", "kind": "federate", "failures": failures}]).rows == []

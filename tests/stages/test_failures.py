@@ -70,7 +70,7 @@ def test_under_privacy_failures_are_counted_with_noise_and_a_third_of_them_warns
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert not any(b"index out of range" in path.read_bytes() for path in files)
     assert "≈" in stage_table(result).rows[0][-2]
-    assert result["final"]["accuracy"] > 0.8
+    assert result["final"]["accuracy"] > 0.6
 
 
 @pytest.mark.parametrize(("unit", "trust"), TRUSTS)

@@ -1,6 +1,7 @@
 """What a stage plans is what happens: noise of the planned size wherever it is made, and charges that say so."""
 
 import math
+import tomllib
 from dataclasses import replace
 
 import pytest
@@ -193,3 +194,35 @@ def test_no_two_stages_of_the_same_name_share_noise():
     other = replace(one.noise, plan=replace(one.noise.plan, noise_multiplier=2.0))
     ratio = other.add(total, {}, Key(1, 1, "server"))[0] / noise[0]
     assert float(ratio.std()) > 0.1  # not the same draw, only larger
+
+
+def secure_line(words: str) -> dict:
+    """Reads the line that an error says to paste, as a recipe would."""
+    return tomllib.loads(words[words.index("uplink = [") :])
+
+
+def test_a_secure_sum_alone_has_all_that_it_needs():
+    assert [one.kind for one in planned(sum="secure").chain] == ["clip", "rotate", "discretize"]
+    keys = {"sum": "secure", "privacy": private("client", "secure", noise_multiplier=3.0)}
+    assert [one.kind for one in planned(**keys).chain][-3:] == ["rotate", "discretize", "noise"]
+
+
+@pytest.mark.parametrize("privacy", [None, private("client", "secure", noise_multiplier=3.0)])
+@pytest.mark.parametrize("uplink", [[{"kind": "rotate"}], [{"kind": "discretize"}], [{"kind": "clip", "clip_norm": 1}]])
+def test_the_line_that_an_error_says_to_paste_works(privacy, uplink):
+    keys = {"sum": "secure"} | ({} if privacy is None else {"privacy": privacy})
+    try:
+        planned(**keys, uplink=uplink)
+    except RecipeError as error:
+        line = secure_line(str(error))
+        assert planned(**keys, **line).grid is not None
+    else:
+        assert privacy is not None  # privacy clips by itself, so a list without a clip is whole
+        assert uplink == [{"kind": "discretize"}]
+
+
+@pytest.mark.parametrize("unit", ["client", "sample"])
+def test_noise_on_counts_of_failures_costs_no_more_than_the_planned_noise(unit):
+    plan = planned(privacy=private(unit, "secure", noise_multiplier=2.0))
+    one = next(iter(plan.plans.values()))
+    assert one.epsilon(num_rounds=20, delta=1e-4) <= spent(plan) * (1 + 1e-6)
