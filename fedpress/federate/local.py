@@ -19,7 +19,7 @@ from fedpress.privacy.gradients import RawStats, Verify, choose_method, clipped_
 from fedpress.privacy.mechanism import poisson_batches
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.privacy.sgd import private_steps
-from fedpress.training import Precision, autocast, averages_batches, memory_format, uses_bf16
+from fedpress.training import ONE_VALUE, Precision, autocast, averages_batches, memory_format, uses_bf16
 from fedpress.tree import trainable
 from fedpress.wire.message import JSON
 
