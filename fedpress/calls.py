@@ -126,6 +126,8 @@ SIZED: dict[Callable[..., Any], tuple[str, ...]] = {
 }
 """All functions whose calls are noted and put right."""
 
+SHAPED = tuple(function for function, names in SIZED.items() if {"size", "shape", "sizes"} & set(names))
+"""Functions to which -1 says "what is left"."""
 INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
 
 
@@ -179,7 +181,7 @@ def with_numbers(
         nonlocal at
         at += 1
         new = right.get(at)
-        if new is None or (isinstance(number, int) and number == -1 and function not in INDEXING):
+        if new is None or (isinstance(number, int) and number == -1 and function in SHAPED):
             return number
         return number * new[0] // new[1] if isinstance(new, tuple | list) else new
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -224,6 +226,7 @@ def export(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.Expo
         ModelError: if `torch.export` cannot, naming the module whose code it met last.
     """
     modes = {m: m.training for m in model.modules()}
+    held = [(m, _attributes(m)) for m in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # the fast path is one operation without channels
@@ -238,6 +241,30 @@ def export(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.Expo
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in modes.items():
             module.training = mode
+        for module, attributes in held:
+            _put_back_(module, attributes)
+
+
+REGISTERED = ("training", "_parameters", "_buffers", "_modules")
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Returns a module's plain attributes, and what is in those that are lists or dictionaries."""
+    plain = {key: value for key, value in module.__dict__.items() if key not in REGISTERED}
+    return {key: (value, copy(value) if type(value) in (list, dict) else None) for key, value in plain.items()}
+
+
+def _put_back_(module: nn.Module, attributes: Mapping[str, tuple[Any, Any]]) -> None:
+    """Undoes what forward kept in attributes while it was captured: tensors without values, of which no copy runs."""
+    for key in [key for key in module.__dict__ if key not in attributes and key not in REGISTERED]:
+        del module.__dict__[key]
+    for key, (value, inside) in attributes.items():
+        module.__dict__[key] = value
+        if isinstance(inside, list):
+            value[:] = inside
+        elif isinstance(inside, dict):
+            value.clear()
+            value.update(inside)
 
 
 def _where(model: nn.Module, error: BaseException | None) -> str:

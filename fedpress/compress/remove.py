@@ -15,6 +15,8 @@ from fedpress.compress.planning import PruningPlan
 from fedpress.errors import ModelError
 from fedpress.layers import replace_, tensor
 
+NEARLY = 1e-12  # its square, in a variance, is still a number of float32
+
 
 @torch.no_grad()
 def remove_(model: nn.Module, plan: PruningPlan) -> None:
@@ -37,8 +39,14 @@ def cut_(model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...]]], nu
 
 
 @torch.no_grad()
-def mask_(model: nn.Module, plan: PruningPlan) -> None:
+def mask_(model: nn.Module, plan: PruningPlan, *, nearly: bool = False) -> None:
     """Zeroes the channels of `plan` in all tensors of `model`, which keeps its size.
+
+    Args:
+        model: the model before the cut.
+        plan: what is cut.
+        nearly: leaves 1e-12 of the values. Code that divides weights by their own spread makes 0 / 0 of zeros; of
+            these it makes ordinary numbers, which are as good as zero to those that read them.
 
     Raises:
         ModelError: if the model does not have the tensors of the plan, with room for its indices.
@@ -52,7 +60,11 @@ def mask_(model: nn.Module, plan: PruningPlan) -> None:
                 continue
             gone = torch.ones(whole.shape[axis], dtype=torch.bool)
             gone[list(kept)] = False
-            whole.index_fill_(axis, gone.nonzero().flatten().to(whole.device), 0)
+            index = gone.nonzero().flatten().to(whole.device)
+            if nearly and whole.is_floating_point():
+                whole.index_copy_(axis, index, whole.index_select(axis, index) * NEARLY)
+            else:
+                whole.index_fill_(axis, index, 0)
 
 
 def _directions(model: nn.Module) -> dict[str, int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedpress import commands
 from fedpress.compress import check_parity, macs, parameters, plan, remove_, score, trace
 from fedpress.compress.planning import make_plan
+from fedpress.errors import ModelError
 from fedpress.layers import copied
 
 
@@ -183,6 +184,49 @@ def test_a_model_that_keeps_computed_tensors_is_copied_with_their_values_and_cut
     assert torch.equal(model(x), twin(x))
     result = commands.prune(model, keep_params=0.6, round_to=1, score="l1", input_shape=(8,))
     assert result.facts["parity_error"] <= 1e-5
+
+
+def test_what_forward_keeps_while_a_model_is_captured_does_not_stay_in_it():
+    model, x = Remembers(), torch.randn(2, 8)
+    model.seen["first"] = [torch.ones(1)]
+    trace(model, x)
+    assert not hasattr(model, "last")
+    assert list(model.seen) == ["first"]
+    assert torch.equal(copied(model)(x), model(x))
+
+
+def test_weights_divided_by_their_own_spread_without_an_epsilon_are_compared_all_the_same():
+    class Spread(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+            return F.conv2d(x, w / w.std((1, 2, 3), keepdim=True), self.bias)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Spread(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    graph, small = cut(model, x)
+    assert small[0].out_channels < 16
+    with torch.no_grad():
+        small[0].weight[0] += torch.randn(3, 3, 3)
+    kept = [small[0].out_channels]
+    chosen = make_plan(model, graph, [torch.rand(16, generator=torch.Generator().manual_seed(7))], kept)
+    with pytest.raises(ModelError, match="differs"):
+        check_parity(model, small, chosen, x)
+
+
+def test_a_split_into_a_number_and_the_rest_is_put_right():
+    class Rest(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.o = nn.Linear(8, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x).relu()
+            left, right = h.split([10, h.shape[1] - 10], 1)
+            return self.o(torch.cat([right, left], 1))
+
+    for seed in range(4):  # few are left of the one or the other, so that the rest comes out as -1
+        cut(Rest(), torch.randn(2, 8), seed)
 
 
 def test_a_frozen_part_under_no_grad_and_code_under_autocast_are_walked():

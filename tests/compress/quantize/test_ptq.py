@@ -226,12 +226,29 @@ def test_channels_on_whole_numbers_go_with_their_scales(grid):
         assert torch.equal(layer.weight, layer.dequantize(layer.codes()))
 
 
-@pytest.mark.parametrize("kind", ["binary", "codebook"])
-def test_grids_that_channel_pruning_cannot_follow_are_refused_by_name(kind):
-    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+def quantized_to(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
     quantize_(model, {"0": LayerGrids(weights=WeightGrid(kind=kind))}, correct_bias=False)
-    with pytest.raises(ModelError, match=r"no rule for aten.* of '0'"):
-        compress.trace(model, torch.zeros(2, 2, 2, 2))
+    return model, torch.randn(2, 2, 2, 2)
+
+
+def test_channels_of_a_codebook_stay_whole_with_the_reason():
+    graph = compress.trace(*quantized_to("codebook"))
+    assert not graph.layers
+    assert "of '0'" in graph.whole["0"]
+
+
+@pytest.mark.parametrize("kind", ["binary", "ternary", "int"])
+def test_channels_on_other_grids_are_cut_with_their_scales(kind):
+    model, x = quantized_to(kind)
+    graph = compress.trace(model, x)
+    plan = compress.plan(model, graph, compress.score(model, graph, "l1"), keep_params=0.5, round_to=1, tolerance=0.1)
+    small = copy.deepcopy(model)
+    compress.remove_(small, plan)
+    assert small[0].weight_scale.shape == (small[0].out_channels,)
+    assert compress.check_parity(model, small, plan, x) < 1e-5
+    assert (small(x) - model(x)).abs().max() > 1e-3
 
 
 def test_a_bias_of_two_layers_makes_good_for_neither_and_is_told():
