@@ -61,9 +61,9 @@ def test_a_network_that_cannot_run_while_it_trains_is_found():
             return self.o(h) + self.more(h) if self.training else self.o(h)
 
     x = torch.randn(2, 8)
-    with pytest.raises(ModelError, match=r"does not run in training mode.*`whole`"):
+    with pytest.raises(ModelError, match=r"does not run in training mode.*`ignore`"):
         check_parity(*halved(Auxiliary(), x), x)
-    cured = trace(Auxiliary(), x, whole=["a"])  # as the error says; there is nothing else to cut
+    cured = trace(Auxiliary(), x, ignore=["a"])  # as the error says; there is nothing else to cut
     assert not cured.layers
 
 
