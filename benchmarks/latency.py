@@ -27,6 +27,7 @@ from fedpress.arrays import Arrays
 from fedpress.data import DataSettings
 from fedpress.deploy import FORMATS, Job, file_bytes
 from fedpress.deploy.measure import Subject
+from fedpress.deploy.processor import as_json, settings, this_processor
 from fedpress.models import load_model
 from fedpress.models.resnet import resnet18
 from fedpress.run import _machine
@@ -105,7 +106,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="for all files together, in one repeat")
     parser.add_argument("--models", type=Path, nargs="+", default=[], help="saved models of this input to add")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--images", type=int, default=10_000, help="how many test images the accuracy is taken on")
+    parser.add_argument(
+        "--images", type=int, default=10_000, help="how many test images the accuracy is taken on; 0: none"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     batches: tuple[torch.Tensor, ...] = (torch.randn(32, *SHAPE),)
@@ -116,13 +119,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = subjects(batches, Path(folder), args.models)
         rows = measured(found, args)
-        if images:
+        if images and args.images:
             with_accuracy(rows, found, images.test.take(torch.arange(args.images)), images.preprocess)
     if args.json:
-        print(json.dumps({"machine": _machine(), "rows": rows}, indent=1))
+        here = as_json(this_processor())
+        print(json.dumps({"machine": _machine(), "processor": here, "rows": rows}, indent=1))
         return
+    here = this_processor()
+    print(f"{here.name} with {', '.join(here.features)}")
+    for runtime in sorted({row.runtime for row in FORMATS.values()}):
+        print(f"{runtime}: {settings(runtime, wide=True) or 'no options'} for 8-bit weights")
     print(f"{_machine()}; batch {args.batch}, one thread, median of {args.repeats} repeats (quartiles)")
-    if images:
+    if images and args.images:
         print(f"accuracy on the first {args.images} test images")
     for row in rows:
         size = f"{row['bytes'] / 1e6:7.3f} MB" if row["bytes"] else " " * 10

@@ -18,7 +18,16 @@ from fedpress.quantized import quantize_layers_
 
 onnx = pytest.importorskip("onnx")
 SHAPE = (3, 8, 8)
-INTEGER = {"QLinearConv", "QLinearAdd", "QLinearGlobalAveragePool", "QGemm", "QuantizeLinear", "Transpose", "Flatten"}
+INTEGER = {
+    "Pad",
+    "QLinearConv",
+    "QLinearAdd",
+    "QLinearGlobalAveragePool",
+    "QGemm",
+    "QuantizeLinear",
+    "Transpose",
+    "Flatten",
+}
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +124,15 @@ def test_four_bit_weights_run_on_integer_kernels(x, tmp_path):
     assert not found & {"Conv", "Gemm", "DequantizeLinear", "Cast"}
     assert made.file_bytes < (32 * 27 + 1152 * 24) / 2 + 3_000
     parity(made.program, made.path, x, tolerance=ROUNDING)
+
+
+def test_images_are_filled_up_to_four_channels(model, x, tmp_path):
+    made = export_onnx(model, tmp_path / "m.onnx", Job(SHAPE, batches=(x,)))
+    kinds = [n.op_type for n in onnx.load(made.path).graph.node]
+    assert kinds.count("Pad") == 1
+    shapes = {tuple(t.dims) for t in onnx.load(made.path).graph.initializer}
+    assert (16, 4, 3, 3) in shapes
+    assert (16, 3, 3, 3) not in shapes
 
 
 @given(st.lists(st.integers(-8, 7), max_size=9))
