@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -144,25 +143,27 @@ class SecureSum:
         Raises:
             SecureError: if too few clients took part.
         """
-        combiner = Combiner(self.plan, dict(self.identities), run)
-        for client, reply in transport.exchange(dict.fromkeys(transport.clients(), Message("join", {"run": run}))):
-            if reply.kind == "join":
-                _ignore_faults(combiner.join, client, reply)
-        roster = combiner.roster()
+        combiner, clients = Combiner(self.plan, dict(self.identities), run), transport.clients()
+        absent = dict.fromkeys(clients, "no reply came")
+        _collect(transport, dict.fromkeys(clients, Message("join", {"run": run})), "join", combiner.join, absent)
+        try:
+            roster = combiner.roster()
+        except SecureError as problem:
+            raise SecureError(f"{problem}{_named(absent, clients)}") from problem
         message = Message("roster", roster.header, roster.tensors)
-        for client, reply in transport.exchange(dict.fromkeys(transport.clients(), message)):
-            if reply.kind == "accepted":
-                _ignore_faults(combiner.accepted, client, reply)
-        return SecureSession(self, combiner, transport)
+        absent |= dict.fromkeys((name for name in clients if name not in absent), "no reply came")
+        _collect(transport, dict.fromkeys(clients, message), "accepted", combiner.accepted, absent)
+        return SecureSession(self, combiner, transport, absent)
 
 
 @dataclass(frozen=True, eq=False)
 class SecureSession:
-    """Secure sums of one run."""
+    """Secure sums of one run; `absent` says why clients are not in it."""
 
     adder: SecureSum
     combiner: Combiner
     transport: Transport
+    absent: Mapping[ClientId, str] = field(default_factory=dict)
 
     def invite(self, cohort: Sequence[ClientId]) -> dict[str, JSON]:
         """Every client must know with whom it shares masks."""
@@ -174,17 +175,19 @@ class SecureSession:
         try:
             opened = self.combiner.open(key.round, cohort, self.adder.size)
         except RecipeError as problem:  # a client of the cohort was not there when keys were handed round
-            raise SecureError(str(problem)) from problem
+            raise SecureError(f"{problem}{_named(self.absent, cohort)}") from problem
         for item in sent:
             try:
                 opened.add(item.key.client, Part(dict(item.secure), dict(item.tensors)))
             except WireError as problem:
                 refused[item.key.client] = str(problem)
         requests = {name: Message("unmask", part.header, part.tensors) for name, part in opened.requests().items()}
-        for client, reply in self.transport.exchange(requests):
-            if reply.kind == "shares":
-                _ignore_faults(opened.share, client, reply)
-        values = opened.sum()
+        silent = dict.fromkeys(requests, "no reply came")
+        _collect(self.transport, requests, "shares", opened.share, silent)
+        try:
+            values = opened.sum()
+        except SecureError as problem:
+            raise SecureError(f"{problem}{_named(silent, list(requests))}") from problem
         largest = int(values.abs().max()) if values.numel() else 0
         if largest > self.adder.limit:
             raise SecureError(
@@ -203,8 +206,33 @@ def check_additive(chain: Mapping[str, Transform]) -> None:
             raise RecipeError(f"uplink: a secure sum cannot decode a sum of '{kind}'; use {cure}")
 
 
-def _ignore_faults(take: Callable[[ClientId, Part], None], client: ClientId, reply: Message) -> None:
-    """A faulty message is as if none had come: the protocol goes on without this client."""
-    with contextlib.suppress(WireError):
-        check_header(reply.kind, reply.header)
-        take(client, Part(dict(reply.header), dict(reply.tensors)))
+def _collect(
+    transport: Transport,
+    requests: Mapping[ClientId, Message],
+    kind: str,
+    take: Callable[[ClientId, Part], None],
+    missing: dict[ClientId, str],
+) -> None:
+    """Gives each reply of `kind` to `take`; a faulty one is as if none had come, for the protocol goes on without it.
+
+    Who gave a good reply is taken out of `missing`; for the others it says why.
+    """
+    for client, reply in transport.exchange(requests):
+        try:
+            check_header(reply.kind, reply.header)
+            if reply.kind == "error":
+                raise WireError(str(reply.header.get("reason", "the client failed")))
+            if reply.kind != kind:
+                raise WireError(f"{kind}.kind: got {reply.kind!r}")
+            take(client, Part(dict(reply.header), dict(reply.tensors)))
+        except WireError as problem:
+            missing[client] = str(problem)
+        else:
+            missing.pop(client, None)
+
+
+def _named(missing: Mapping[ClientId, str], among: Sequence[ClientId]) -> str:
+    """Says for a few of the missing clients why; empty if none of `among` is missing."""
+    found = [f"{name} ({missing[name][:200]})" for name in among if name in missing]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"; missing: {', '.join(found[:3])}{more}" if found else ""

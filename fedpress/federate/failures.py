@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, replace
 
 import torch
+from torch import Tensor
 
 from fedpress import seeds
 from fedpress.federate.transforms import Key
@@ -44,6 +45,10 @@ class Tally:
         rows = [astuple(one) for one in tallies]
         return cls(*(math.fsum(column) for column in zip(*rows, strict=True))) if rows else cls()
 
+    def tensor(self) -> Tensor:
+        """Returns float64 [not_finite, failed]."""
+        return torch.tensor(astuple(self), dtype=torch.float64)
+
     def to_json(self) -> list[JSON]:
         """Returns the tally as it travels: [not_finite, failed]."""
         return [*astuple(self)]
@@ -53,6 +58,6 @@ class Tally:
         if plan.noise_multiplier == 0:
             return self
         count = replace(plan, clip_norm=1.0, noise_multiplier=plan.noise_multiplier * math.sqrt(steps))
-        values = torch.tensor(astuple(self), dtype=torch.float64)
+        values = self.tensor()
         chance = key.chance("failures", seeds.fingerprint(values, count, hidden))
         return Tally(*noise_sum(values, count, chance).double().tolist())

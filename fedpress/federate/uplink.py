@@ -44,7 +44,7 @@ class Mean:
     """What a round learned: the mean update [d] float32 (None if nothing usable came), a row per client, refusals.
 
     `state` is what the next round's noise and clip norm need. `failures` counts, with noise, the protected units that
-    gave nothing; None without privacy, and where noise is correlated over the rounds.
+    gave nothing; None without privacy.
     """
 
     update: Tensor | None
@@ -223,7 +223,7 @@ class Uplink:
         return self._private_mean(total, heard, state, key)
 
     def _private_mean(self, total: Total, heard: _Heard, state: dict[str, Tensor], key: Key) -> Mean:
-        failures = self._count_failures(heard, key)
+        failures, state = self._count_failures(heard, state, key)
         if self.trust == "local" and not self.client_unit:  # every update is private by itself
             update = (total.sum / total.weight).float() if total.weight > 0 else None
             return Mean(update, total.rows, heard.refused, state, failures)
@@ -235,16 +235,15 @@ class Uplink:
         update = (noised.double() * (unit / self.divisor)).float()
         return Mean(update, [], heard.refused, state, failures)
 
-    def _count_failures(self, heard: _Heard, key: Key) -> Tally | None:
+    def _count_failures(self, heard: _Heard, state: dict[str, Tensor], key: Key) -> tuple[Tally, dict[str, Tensor]]:
         """Returns how many units gave nothing; noise is added here if it is the server's, else it is in the counts."""
         counted = Tally.sum(heard.failures)
         if self.noise is None:
-            return counted
-        if self.noise.factorization is not None:
-            return None
+            return counted, state
         if self.client_unit:  # a client whose reply does not count is one that failed
             counted = replace(counted, failed=counted.failed + len(heard.refused))
-        return counted.noised(self.noise.plan, key, steps=1, hidden="server")
+        noised, state = self.noise.count(counted.tensor(), state, key, "server")
+        return Tally(*noised.double().tolist()), state
 
     def _next_clip(self, below: list[bool], state: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:
         assert self.adaptive is not None

@@ -199,7 +199,7 @@ class Federation:
         else:
             steps = [1] * len(plans)
         if self.uplink.noise is not None:
-            return of, self.uplink.noise.plan.noise_multiplier**2
+            return of, self.uplink.noise.multiplier**2
         return of, sum(plan.noise_multiplier**2 * k for plan, k in zip(plans, steps, strict=True))
 
     def grid(self) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from fedpress.arrays import Arrays
 from fedpress.federate import Cohort, LocalSettings
 from fedpress.federate.failures import Tally
 from fedpress.federate.local import joint_gradient, private_sgd
+from fedpress.federate.servernoise import KEYS, ServerNoise
+from fedpress.privacy.factorization import Factorization
 from fedpress.privacy.gradients import METHODS, clipped_gradient_sum
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.wire import pack, unpack
@@ -149,3 +151,31 @@ def test_divergence_under_client_privacy_is_counted_as_such():
     reply = unpack(federation.clients["c0"].handle(pack(federation.fit())))
     assert reply.header["failures"] == [1.0, 0.0]
     assert not reply.tensors["values"].any()
+
+
+def test_counts_under_correlated_noise_are_coordinates_of_the_same_mechanism():
+    factors = Factorization.plan(30, participations=30, bands=4)
+    noise = ServerNoise(PrivacyPlan("client", 0.5, 1.0, 2.0), factors)
+    state, seen, counts = {}, [], torch.zeros(400, dtype=torch.float64)
+    for round in range(1, 31):
+        noised, state = noise.count(counts, state, key("server", round), "")
+        seen.append(noised)
+    rounds = torch.stack(seen)
+    assert rounds[10:].std().item() == pytest.approx(noise.multiplier, rel=0.05)
+    prefix = rounds.cumsum(0).square().mean(1).mean().sqrt().item()
+    assert prefix == pytest.approx(2.0 * factors.rmse, rel=0.1)
+    plain = ServerNoise(noise.plan)
+    assert plain.multiplier == 2.0
+    assert plain.count(counts, {}, key("server"), "")[0].std().item() == pytest.approx(2.0, rel=0.1)
+
+
+def test_noise_on_counts_leaves_the_noise_on_updates_as_it_was():
+    for factors in (None, Factorization.plan(5, participations=5, bands=4)):
+        noise = ServerNoise(PrivacyPlan("client", 0.5, 1.0, 2.0), factors)
+        total, state = torch.arange(6.0), {}
+        for round in (1, 2):
+            alone, after = noise.add(total, {k: v for k, v in state.items() if k == KEYS}, key("server", round))
+            _, state = noise.count(torch.ones(2), state, key("server", round), "")
+            both, state = noise.add(total, state, key("server", round))
+            assert torch.equal(alone, both)
+            assert all(torch.equal(state[name], value) for name, value in after.items())
