@@ -26,6 +26,7 @@ class Value:
     weights: bool = False  # it is computed from parameters and buffers alone
     trained: bool = False  # a parameter is among them
     given: bool = False  # it depends on what the model is given
+    chosen: bool = False  # weights that are chosen by what the model is given: of its experts, say
     pooled: bool = False  # it holds a norm of each channel over space
     boolean: bool = False
     known: Any = None  # the tensor itself, of whole numbers or booleans that are the same for every input

@@ -41,6 +41,7 @@ from fedpress.errors import ModelError
 
 TAG = "fedpress_call"
 TRIALS = 3  # layers are kept whole whose channels the code cannot run without, and what is left is tried again
+LOOKUPS = (torch.ops.aten.index, torch.ops.aten.index_select)
 IGNORED = "asked for by `ignore`"
 Owner = tuple[str, int, Ints]
 """A tensor's name, one of its axes, and the ids of that axis; a name of "" for an axis that is only counted."""
@@ -331,6 +332,7 @@ def _operate(node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], ids: Ids)
         "trained": weights and any(v.trained for v in given),
         "given": dependent,
         "pooled": _pooled(node, given),
+        "chosen": _chosen(node, given),
     }
     if isinstance(outputs, list | tuple):
         shapes = [tuple(getattr(output, "shape", ())) for output in outputs]
@@ -354,6 +356,13 @@ def _pooled(node: torch.fx.Node, given: Sequence[Value]) -> bool:
     """Says whether the output is a norm of each channel, or made of one alone (its root)."""
     name = str(node.target).split(".")[1] if "." in str(node.target) else ""
     return name in ("linalg_vector_norm", "norm", "sum") or (len(given) == 1 and given[0].pooled)
+
+
+def _chosen(node: torch.fx.Node, given: Sequence[Value]) -> bool:
+    """Says whether the output is a choice of weights, such as those of the experts of each token, or a form of one."""
+    if getattr(node.target, "overloadpacket", None) in LOOKUPS:
+        return bool(given) and given[0].weights
+    return bool(given) and given[0].chosen and zero_stays(node.target, given)
 
 
 def _boolean(node: torch.fx.Node) -> bool:

@@ -106,8 +106,8 @@ def test_grouped_products_of_experts_lose_widths_that_the_kernel_takes():
     torch.manual_seed(0)
     model, x = Experts().eval(), torch.randn(8, 6)
     graph = trace(model, x)
-    assert [layer.channels for layer in graph.layers] == [16, 32]
-    cut = make_plan(model, graph, [torch.rand(16), torch.rand(32)], [8, 24])
+    assert [(layer.channels, layer.unit) for layer in graph.layers] == [(2, 8), (4, 8)]
+    cut = make_plan(model, graph, [torch.rand(2), torch.rand(4)], [1, 3])
     small, masked = deepcopy(model), deepcopy(model)
     remove_(small, cut)
     mask_(masked, cut)

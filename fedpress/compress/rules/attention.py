@@ -10,6 +10,7 @@ import numpy as np
 from fedpress.compress.ids import Axis, Ids, Value, sizes
 from fedpress.compress.rules.table import Axes, Shape, aten, elementwise, rule
 
+ALIGNED = 8  # numbers of 2 bytes in 16 bytes; of 4 bytes it is two rows of 16
 PRODUCT = "a product of activations, which may be scaled by its size"
 
 
@@ -19,16 +20,17 @@ def matmul(ids: Ids, shape: Shape, x: Value, y: Value) -> Axes:
     summed = y.axes[-2] if len(y.shape) > 1 else y.axes[0]
     row = x.axes[-2:-1]
     column = y.axes[-1:] if len(y.shape) > 1 else ()
-    if not _fixed(x) and _fixed(y) and x.axes:
+    left, right = _weights(x, y)
+    if right and not left:
         _read(ids, summed, x.axes[-1], column)
-    elif _fixed(x) and not _fixed(y):
+    elif left and not right:
         _read(ids, x.axes[-1], summed, row)
     elif ids.target is aten.mv.default and x.zero and y.zero:  # a masked weight adds nothing to the sum
         ids.unite(x.axes[-1], summed)
     else:
         for axis in (x.axes[-1], summed):
             ids.freeze(axis, PRODUCT)
-    if len(y.shape) <= 2 and _fixed(y):
+    if len(y.shape) <= 2 and right:
         out = (*x.axes[:-1], *column)
     else:
         batch = _heads(ids, shape[: len(shape) - len(row) - len(column)], _front(x), _front(y))
@@ -38,9 +40,10 @@ def matmul(ids: Ids, shape: Shape, x: Value, y: Value) -> Axes:
     return out
 
 
-def _fixed(x: Value) -> bool:
-    """Says whether `x` holds weights, also some that are chosen by what the model is given (those of experts)."""
-    return x.weights or x.zero
+def _weights(*values: Value) -> list[bool]:
+    """Says which factors are the weights of a product; weights that are chosen by the input are, beside activations."""
+    plain = [value.weights for value in values]
+    return plain if any(plain) else [value.chosen for value in values]
 
 
 def _read(ids: Ids, weight: Axis, source: Axis, out: Axes) -> None:
@@ -80,18 +83,28 @@ def bilinear(
 def grouped(ids: Ids, shape: Shape, x: Value, y: Value, offs: Value | None = None, *rest: Any, **options: Any) -> Axes:
     """Rows [n, in] by the weights [experts, in, out] of their expert: the experts' weights lose the same places.
 
-    Other forms (each expert with its own columns) are products of activations here.
+    The kernel takes rows of whole 16 bytes, so that neighbours go together. Other forms (each expert with its own
+    columns) are products of activations here.
     """
     if len(x.shape) != 2 or len(y.shape) != 3:
         return matmul(ids, shape, x, y) if len(x.shape) == len(y.shape) == 3 else _apart(ids, x, y)
     ids.freeze(y.axes[0], "experts are chosen by number")
-    if _fixed(y) and not _fixed(x):
+    for axis in (x.axes[1], *y.axes[1:]):
+        _in_blocks(ids, axis, ALIGNED)
+    if _weights(x, y) == [False, True]:
         _read(ids, y.axes[1], x.axes[1], y.axes[2:])
     else:
         for axis in (y.axes[1], x.axes[1]):
             ids.freeze(axis, PRODUCT)
     ids.multiply(x.shape[0], *sizes(y.shape[1:], y.axes[1:]))
     return (x.axes[0], y.axes[2])
+
+
+def _in_blocks(ids: Ids, axis: Axis, size: int) -> None:
+    if axis is not None and len(axis) % size:
+        ids.freeze(axis, f"the kernel takes multiples of {size}")
+    elif axis is not None:
+        ids.unite(axis, np.repeat(axis[::size], size))
 
 
 def _apart(ids: Ids, *values: Value) -> Axes:
@@ -166,7 +179,7 @@ def einsum(ids: Ids, shape: Shape, equation: str, values: list[Value], **options
                 ids.unite(known[letter], axis) if known[letter] is not None or axis is not None else None
             known[letter] = axis if known.get(letter) is None else known[letter]
     every = "".join(terms)
-    weights = [_fixed(value) for value in values]
+    weights = _weights(*values)
     read = set("".join(term for term, own in zip(terms, weights, strict=True) if own)) if not all(weights) else set()
     for term, value, own in zip(terms, values, weights, strict=True):
         for letter, axis in zip(term, value.axes, strict=True):
