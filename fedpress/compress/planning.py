@@ -161,7 +161,12 @@ def check_settings(graph: ChannelGraph, round_to: int, min_keep: float, scope: s
         raise RecipeError(f"prune.scope: got '{scope}', expected one of {', '.join(get_args(Scope))}")
     if not graph.layers:
         reasons = "; ".join(f"'{name}': {why}" for name, why in list(graph.whole.items())[:3]) or "it has no layers"
-        raise ModelError(f"no channel of this model can be removed ({reasons}); change these modules or do not prune")
+        cure = "change these modules or do not prune"
+        if any("asked for by `ignore`" in why for why in graph.whole.values()):
+            cure = "name fewer modules in ignore"
+        elif any("a mean over channels" in why for why in graph.whole.values()):
+            cure = 'allow approximate = ["layer_norm"], change these modules or do not prune'
+        raise ModelError(f"no channel of this model can be removed ({reasons}); {cure}")
 
 
 def _thresholds(order: Sequence[Tensor], allowed: Sequence[list[int]], target: Target) -> Iterator[list[int]]:
@@ -224,6 +229,7 @@ def _unreachable(graph: ChannelGraph, allowed: Sequence[list[int]], target: Targ
     least = target.cost([choice[0] for choice in allowed])
     stay = f" ({len(graph.whole)} modules must stay whole)" if graph.whole else ""
     kind = "size" if target.limit else "share"
+    place = f"{target.stage}.{target.key}"
 
     def shown(cost: float) -> str:
         return f"{cost:.0f}" if target.limit else f"{cost / full:.4g}"
@@ -231,10 +237,10 @@ def _unreachable(graph: ChannelGraph, allowed: Sequence[list[int]], target: Targ
     if least > target.wanted:
         smallest = shown(least if target.limit else ceil(least / full * 1e4) / 1e4 * full)
         return RecipeError(
-            f"prune.{target.key}: {shown(target.wanted)} cannot be reached, the smallest {kind} of this model is "
-            f"{smallest}{stay}; raise {target.key}, or lower prune.min_keep or prune.round_to"
+            f"{place}: {shown(target.wanted)} cannot be reached, the smallest {kind} of this model is "
+            f"{smallest}{stay}; raise {target.key}, or lower {target.stage}.min_keep or {target.stage}.round_to"
         )
     return RecipeError(
-        f"prune.{target.key}: {shown(target.wanted)} cannot be met within the tolerance, the nearest {kind} found is "
-        f"{shown(reached)}{stay}; lower prune.round_to, take that {kind}, or leave exact out"
+        f"{place}: {shown(target.wanted)} cannot be met within the tolerance, the nearest {kind} found is "
+        f"{shown(reached)}{stay}; lower {target.stage}.round_to, take that {kind}, or leave exact out"
     )

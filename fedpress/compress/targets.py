@@ -25,6 +25,7 @@ class Target:
         wanted: in units of the cost.
         limit: whether `wanted` is a limit.
         whole: the cost that shares are told of; None: that of the network before this cut.
+        stage: the kind of stage whose setting it is.
     """
 
     key: str
@@ -32,6 +33,7 @@ class Target:
     wanted: float
     limit: bool = False
     whole: float | None = None
+    stage: str = "prune"
 
     def miss(self, kept: Sequence[int]) -> float:
         """Returns how far from `wanted` the widths are; above a limit infinitely."""

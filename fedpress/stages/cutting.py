@@ -231,10 +231,10 @@ class Cutting:
         examples = sum(len(batch) for batch in batches)
         what = "public examples" if self.public is not None else "examples of noise"
         agreeing = "" if found.agreement is None else f", with the same answer for {found.agreement:.1%}"
-        told = (
-            f"{found.relative:.1%} off the outputs of the uncut network on {examples} {what}{agreeing}; "
-            f"{cut.relative:.1%} before the scales of {len(plan.approximate)} norms were fitted"
-        )
+        fitted = len(plan.approximate) - len(left)
+        told = f"{found.relative:.1%} off the outputs of the uncut network on {examples} {what}{agreeing}"
+        if fitted:
+            told += f"; {cut.relative:.1%} before the scales of {fitted} norms were fitted"
         record: dict[str, Any] = {"cut": cut.relative, "fitted": found.relative, "agreement": found.agreement}
         self.folder.record(approximate={**record, "norms": list(plan.approximate)})
         return {"parity_error": found.relative, "told": {"approximate": told}, **({"left": left} if left else {})}

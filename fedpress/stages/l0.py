@@ -29,6 +29,7 @@ from fedpress.compress.sparse import (
     masks_of,
 )
 from fedpress.compress.sparse.l0 import Controller, Gates, balance, channel_gates, open_probability, weight_gates
+from fedpress.compress.targets import whole
 from fedpress.errors import RecipeError
 from fedpress.folder import StageFolder, write_json
 from fedpress.layers import copied
@@ -187,7 +188,7 @@ class L0Stage(TrainSettings):
         folder.record(layers=widths)
         facts |= {"density": plan.parameters_after / plan.parameters_before, "whole_layers": dict(plan.whole)}
         if plan.told:
-            facts["told"] = {"density": plan.told["keep_params"]}
+            facts["told"] = dict(plan.told)
         spec = state.spec.model_copy(update=what_pruning_changed(pruned, state.spec.build_dense()))
         return replace(state, spec=spec, model=pruned, facts=facts)
 
@@ -207,11 +208,13 @@ class L0Stage(TrainSettings):
 
     def plan(self, model: nn.Module, graph: ChannelGraph, scores: list[Tensor]) -> PruningPlan:
         """Keeps the channels with the highest scores, until `density` of the parameters are left."""
+        wanted = self.density * graph.parameters(whole(graph))
+        target = compress.Target("density", graph.parameters, wanted, stage="l0")
         return compress.plan(
             model,
             graph,
             scores,
-            keep_params=self.density,
+            target=target,
             round_to=self.round_to,
             min_keep=self.min_keep,
             exact=self.exact,

@@ -76,7 +76,7 @@ def find_weights(
     for pattern in keep:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in [*found, *dense]):
             some = ", ".join(list(found)[:3])
-            raise RecipeError(f"sparsify.keep: no weight matches '{pattern}'; names look like {some}")
+            raise RecipeError(f"keep: no weight matches '{pattern}'; names look like {some}")
     names = list(found)
     reasons = {n: "asked for by `keep`" for n in names if any(fnmatch.fnmatchcase(n, each) for each in keep)}
     left = ignored(model, ignore)
