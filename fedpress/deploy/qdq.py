@@ -60,6 +60,7 @@ INTEGER = LAYERS | MATRIX | ELEMENTWISE | MEANS | CAT
 WEIGHT_HIGHEST = {8: 127, 7: 63}
 HIGHEST_BIAS = 2.0**30  # half of what int32 holds: the products of a layer are added to it
 BIAS_OF_DEAD = 2.0**24  # more steps than float32 tells apart
+STEP_OF_ZEROS = 2.0**-10  # where only zeros were seen: in coarser steps the bias of the layer that reads them is lost
 LEAST_STEP = 1e-36  # of a product: a normal float32, also after it was divided by the step of the output
 
 
@@ -389,7 +390,15 @@ def _edges(
             )
         if v in seen:
             spans[classes[v]] = min(low, seen[v][0]), max(high, seen[v][1])
-    return {v: fixed.get(classes[v]) or _calibrated(spans[classes[v]], work.activations) for v in members}
+    edges = {v: fixed.get(classes[v]) or _calibrated(spans[classes[v]], work.activations) for v in members}
+    for v in members:
+        if spans[classes[v]] == (0.0, 0.0):
+            edges[v] = replace(edges[v], scale=min(edges[v].scale, STEP_OF_ZEROS))
+    for node, layer in chosen.items():
+        given = _given(node, 0)
+        if layer.grid is not None and spans.get(classes[given]) == (0.0, 0.0):
+            layer.grid = edges.get(given, layer.grid)
+    return edges
 
 
 def _weights(chosen: dict[fx.Node, _Layer]) -> set[fx.Node]:

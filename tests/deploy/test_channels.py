@@ -114,6 +114,16 @@ def test_a_file_of_a_whole_layer_of_zeros_gives_the_biases(format, grid, x, tmp_
     assert farthest(deploy.file_logits(made.path, x), deploy.logits(model, x)) < 0.03
 
 
+@pytest.mark.parametrize("grid", [None, "ternary", "int8"], ids=str)
+def test_a_layer_that_sees_only_zeros_gives_its_bias(grid, x, tmp_path):
+    model = network(dead_layer=True)
+    nn.init.constant_(model[2].bias, -0.5)  # behind the ReLU all is 0
+    model[5].weight.data.mul_(20)
+    model = on_grids(model, grid and GRIDS[grid], InputGrid(), x)
+    made = deploy.export(model, tmp_path / "m.onnx", "onnx", Job(SHAPE, batches=(x,)))
+    assert farthest(deploy.file_logits(made.path, x), deploy.logits(model, x)) < 0.003
+
+
 @pytest.mark.parametrize("grid", ["int8", "groups", "binary", "codebook"])
 @pytest.mark.parametrize("format", FILES)
 def test_a_float_file_computes_what_the_network_does(format, grid, x, tmp_path):
