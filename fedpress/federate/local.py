@@ -93,11 +93,18 @@ def sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
             optimizer.step()
             total, steps = total + loss.detach().double().cpu(), steps + 1
             if not torch.isfinite(total):
-                raise DivergedError(
-                    f"local update: after {steps} steps the loss is not finite in round {task.key.round}; "
-                    f"lower federate.lr (now {task.lr:g})"
-                )
+                raise _diverged(task, index, steps)
     return {"loss": float(total) / steps, "steps": steps}
+
+
+def _diverged(task: Task, index: Tensor, steps: int) -> DivergedError:
+    """Returns the error of a loss that is not finite: because of the examples at `index`, or of the learning rate."""
+    broken = not bool(torch.isfinite(task.arrays.x[index]).all())
+    data = ", or rather mend the examples: they hold NaN or infinite values" if broken else ""
+    return DivergedError(
+        f"local update: after {steps} steps the loss is not finite in round {task.key.round}; "
+        f"lower federate.lr (now {task.lr:g}){data}"
+    )
 
 
 def shuffled_batches(model: nn.Module, n: int, size: int, shuffle: torch.Generator) -> list[Tensor]:

@@ -18,6 +18,8 @@ SURE, CERTAIN = 4.0, 5.0
 """Standard deviations of the noise above which failures are told, and above which a run stops."""
 ALL, MANY = 0.9, 1 / 3
 """Share of failures that counts as all, so that a run stops; and share from which a run warns."""
+RECENT = 32
+"""Rounds that are counted together before a run stops."""
 WORDS = {"client": "clients", "sample": "examples"}
 
 
@@ -31,6 +33,7 @@ class Failures:
         counted: protected units that gave nothing, with noise; None where nothing is counted.
         of: how many units there were, as expected from the plan.
         variance: of the noise in each count.
+        recent: the counts of the last rounds, newest last: not_finite, failed, of, variance.
     """
 
     asked: int = 0
@@ -38,6 +41,7 @@ class Failures:
     counted: Tally | None = None
     of: float = 0.0
     variance: float = 0.0
+    recent: tuple[tuple[float, float, float, float], ...] = ()
 
     def after(self, record: RoundRecord, drawn: Sequence[str], federation: Federation) -> Failures:
         """Returns what failed up to and with the round of `record`, in which the clients `drawn` took part."""
@@ -49,7 +53,8 @@ class Failures:
             return now
         of, variance = federation.failure_noise(drawn)
         counted = Tally.sum([self.counted or Tally(), record.failures])
-        return replace(now, counted=counted, of=self.of + of, variance=self.variance + variance)
+        recent = (*self.recent, (record.failures.not_finite, record.failures.failed, of, variance))[-RECENT:]
+        return replace(now, counted=counted, of=self.of + of, variance=self.variance + variance, recent=recent)
 
     @property
     def noise(self) -> float:
@@ -66,14 +71,17 @@ class Failures:
 
     @property
     def everything(self) -> bool:
-        """Whether the noised count says that all units fail, from one cause or from both together."""
-        if self.counted is None:
-            return False
-        one = max(self.counted.not_finite, self.counted.failed)
-        return self._all(one, math.sqrt(self.variance)) or self._all(self.counted.total, self.noise)
+        """Whether the noised counts say that all units fail, in the last round or in the last rounds together.
 
-    def _all(self, count: float, noise: float) -> bool:
-        return count >= ALL * self.of and count - CERTAIN * noise > self.of / 2
+        A run may go well at first, so the rounds before do not speak for it.
+        """
+        not_finite = failed = of = variance = 0.0
+        for one in reversed(self.recent):
+            not_finite, failed, of, variance = not_finite + one[0], failed + one[1], of + one[2], variance + one[3]
+            noise = math.sqrt(variance)
+            if _all(max(not_finite, failed), of, noise) or _all(not_finite + failed, of, math.sqrt(2) * noise):
+                return True
+        return False
 
     def warning(self, unit: str | None) -> str:
         """Returns a sentence if a third or more failed, else nothing."""
@@ -94,7 +102,7 @@ class Failures:
         """Says what most of the counted failures were, and the cure; `lr` names the learning rate's setting."""
         assert self.counted is not None
         if self.counted.not_finite > self.counted.failed:
-            return f"their numbers were not finite; lower {lr}"
+            return f"their numbers were not finite; lower {lr}, or look for NaN in the examples"
         return (
             "the model could not run on them; look for values that the public examples do not have, such as tokens "
             "beyond the vocabulary or labels beyond the classes"
@@ -124,6 +132,7 @@ class Failures:
             "counted": None if self.counted is None else self.counted.to_json(),
             "of": self.of,
             "variance": self.variance,
+            "recent": [[*one] for one in self.recent],
         }
 
     @classmethod
@@ -133,7 +142,12 @@ class Failures:
             return cls()
         refused = {name: (int(rounds), str(why)) for name, (rounds, why) in page["refused"].items()}
         counted = None if page["counted"] is None else Tally(*page["counted"])
-        return cls(page["asked"], refused, counted, page["of"], page["variance"])
+        recent = tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in page["recent"])
+        return cls(page["asked"], refused, counted, page["of"], page["variance"], recent)
+
+
+def _all(count: float, of: float, noise: float) -> bool:
+    return count >= ALL * of and count - CERTAIN * noise > of / 2
 
 
 def told(refused: Mapping[str, str], federation: Federation) -> dict[str, str]:

@@ -150,7 +150,10 @@ class FederateStage(FederateSettings):
         closed = now.closed + 1
         secure = federation.protection.grid is not None
         if not secure or closed >= CLOSED:
-            why = f", for instance {drawn[0]}: {record.refused[drawn[0]]}" if self.privacy is None or secure else ""
+            reason = record.refused[drawn[0]]
+            why = f", for instance {drawn[0]}: {reason}" if self.privacy is None or secure else ""
+            if why and reason.startswith("DivergedError: ") and self.server.lr > 1:
+                why += f", or stage.{self.name}.server.lr (now {self.server.lr:g})"
             raise TrainingError(
                 f"federate: no update counted in round {record.round}{why}; see whether the clients are running and "
                 "work with the same recipe; the rounds before it are kept"
@@ -165,11 +168,16 @@ class FederateStage(FederateSettings):
         """
         if now.failures.everything:
             assert self.privacy is not None
-            name = f"stage.{self.name}.lr (now {self.lr:g})"
+            many = f"{now.failures.estimate(self.privacy.unit)} gave nothing up to round {now.round}"
             raise TrainingError(
-                f"federate: {now.failures.estimate(self.privacy.unit)} gave nothing up to round {now.round}: "
-                f"{now.failures.cause(name)}; the rounds so far are kept, and charged"
+                f"federate: {many}, and nearly all in the last of them: {now.failures.cause(self._rates())}; the rounds "
+                "so far are kept, and charged"
             )
+
+    def _rates(self) -> str:
+        """Names the settings that make training diverge if they are too large."""
+        rates = f"stage.{self.name}.lr (now {self.lr:g})"
+        return rates if self.server.lr <= 1 else f"{rates} or stage.{self.name}.server.lr (now {self.server.lr:g})"
 
     def _last_warning(self, now: Progress) -> str:
         unit = self.privacy.unit if self.privacy is not None else None
@@ -178,7 +186,7 @@ class FederateStage(FederateSettings):
             estimate = f"{now.failures.estimate(unit)} gave nothing"
             warning = f"{warning}; {estimate}" if warning else estimate
         if now.failures.sure:
-            warning += f": {now.failures.cause(f'stage.{self.name}.lr (now {self.lr:g})')}"
+            warning += f": {now.failures.cause(self._rates())}"
         return warning
 
     def _public(self, record: RoundRecord, federation: Federation) -> RoundRecord:

@@ -9,7 +9,7 @@ from torch import nn
 
 from fedpress import tree
 from fedpress.arrays import Arrays
-from fedpress.errors import RecipeError, TrainingError
+from fedpress.errors import DivergedError, RecipeError, TrainingError
 from fedpress.federate.local import (
     LOCAL_UPDATES,
     LocalSettings,
@@ -279,6 +279,15 @@ class Raises(nn.Module):
 def test_a_rehearsal_says_what_fails(model, arrays, words):
     with pytest.raises(TrainingError, match=words):
         rehearse_private(model, task(arrays, plan=SAMPLE_PLAN))
+
+
+def test_examples_that_are_not_finite_are_told_from_a_rate_that_is_too_large():
+    arrays = examples(6)
+    arrays.x[3, 1] = float("inf")
+    with pytest.raises(DivergedError, match=r"not finite in round 1; .* mend the examples: they hold NaN"):
+        sgd(mlp(), task(arrays))
+    with pytest.raises(DivergedError, match=r"after \d steps the loss is not finite in round 1; .*\(now 1e\+30\)$"):
+        sgd(mlp(), task(epochs=9, lr=1e30))
 
 
 def test_a_rehearsal_sees_a_network_that_only_noise_would_move():

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -75,7 +76,7 @@ def test_under_privacy_failures_are_counted_with_noise_and_a_third_of_them_warns
 
 @pytest.mark.parametrize(("unit", "trust"), TRUSTS)
 def test_under_privacy_a_run_in_which_everything_fails_stops_and_says_so(unit, trust, tmp_path):
-    with pytest.raises(TrainingError, match=r"gave nothing up to round \d: the model could not run on them; look for"):
+    with pytest.raises(TrainingError, match=r"gave nothing up to round \d, .*: the model could not run on them"):
         warned(recipe("all_bad", stage=privacy(unit, trust), rounds=9), tmp_path / "run")
     assert 1 <= len(told(tmp_path / "run")) <= 6
 
@@ -85,6 +86,15 @@ def test_too_large_a_rate_under_client_privacy_names_its_setting(trust, tmp_path
     text = recipe(stage=privacy("client", trust), lr=1e30, rounds=9)
     with pytest.raises(TrainingError, match=r"numbers were not finite; lower stage\.federate\.lr \(now 1e\+30\)"):
         warned(text, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("unit", "trust"), [("sample", "local"), ("sample", "central"), ("client", "central")])
+def test_a_run_that_diverges_after_a_good_round_stops(unit, trust, tmp_path):
+    words = r"numbers were not finite; lower stage\.federate\.lr \(now 0\.5\) or stage\.federate\.server\.lr"
+    text = recipe(stage=f'{privacy(unit, trust)}\nserver = {{ kind = "average", lr = 1e38 }}', rounds=9)
+    with pytest.raises(TrainingError, match=words):
+        warned(text, tmp_path / "run")
+    assert len(told(tmp_path / "run")) < 9
 
 
 def test_too_large_a_rate_without_privacy_names_client_steps_and_setting(tmp_path):
@@ -128,14 +138,24 @@ def test_noise_alone_is_not_taken_for_failures():
     noise = Failures(counted=Tally(2.0, -1.5), of=4.0, variance=1.0)
     assert not noise.sure
     assert not noise.everything
+    assert not replace(noise, recent=((2.0, -1.5, 4.0, 1.0),)).everything
     assert noise.warning("client") == ""
-    assert Failures(counted=Tally(0, 100.0), of=100.0, variance=4.0).everything
-    assert not Failures(counted=Tally(0, 60.0), of=100.0, variance=4.0).everything
     assert Failures(counted=Tally(0, 60.0), of=100.0, variance=4.0).sure
 
 
+def test_a_run_stops_when_its_last_rounds_fail_also_if_the_first_went_well():
+    good, bad, half = (0.3, -0.2, 100.0, 4.0), (99.0, 1.5, 100.0, 4.0), (50.0, 0.0, 100.0, 4.0)
+    assert Failures(recent=(bad,)).everything
+    assert Failures(recent=(*[good] * 9, bad)).everything
+    assert not Failures(recent=(bad, good)).everything
+    assert not Failures(recent=(half,) * 9).everything
+    faint = (4.1, 0.5, 4.0, 4.0)  # 4 clients, noise of 2: no single round says enough
+    assert not Failures(recent=(faint,)).everything
+    assert Failures(recent=(faint,) * 30).everything
+
+
 def test_failures_are_read_back_as_they_were_written():
-    full = Failures(5, {"a": (2, "why")}, Tally(0.5, 1.5), 7.0, 2.0)
+    full = Failures(5, {"a": (2, "why")}, Tally(0.5, 1.5), 7.0, 2.0, ((0.5, 1.5, 7.0, 2.0),))
     assert Failures.from_json(json.loads(json.dumps(full.to_json()))) == full
     assert Failures.from_json({}) == Failures()
 
