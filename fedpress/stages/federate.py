@@ -169,9 +169,9 @@ class FederateStage(FederateSettings):
         if now.failures.everything:
             assert self.privacy is not None
             many = f"{now.failures.estimate(self.privacy.unit)} gave nothing up to round {now.round}"
+            cause = now.failures.cause(self._rates())
             raise TrainingError(
-                f"federate: {many}, and nearly all in the last of them: {now.failures.cause(self._rates())}; the rounds "
-                "so far are kept, and charged"
+                f"federate: {many}, and nearly all in the last of them: {cause}; the rounds so far are kept, and charged"
             )
 
     def _rates(self) -> str:
