@@ -171,7 +171,7 @@ class FederateStage(FederateSettings):
             many = f"{now.failures.estimate(self.privacy.unit)} gave nothing up to round {now.round}"
             cause = now.failures.cause(self._rates())
             raise TrainingError(
-                f"federate: {many}, and nearly all in the last of them: {cause}; the rounds so far are kept, and charged"
+                f"federate: {many}, and nearly all in the last of them: {cause}; the rounds so far are charged"
             )
 
     def _rates(self) -> str:
