@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -572,6 +572,7 @@ def _close_shortcuts_(model: nn.Module) -> None:
 def make_plain_(layer: QuantLayer) -> nn.Module:
     """Makes `layer` what it was before it was quantized, with the weights that it has now; returns it."""
     _drop_grids_(layer)
+    _drop_kept_zeros_(layer)
     layer.__dict__.pop("grids", None)
     layer.__class__ = layer.plain  # type: ignore[assignment]
     return layer
@@ -583,6 +584,11 @@ def _drop_grids_(module: nn.Module) -> None:
     for table in (module._parameters, module._buffers):
         for name in [name for name in table if is_step(name)]:
             table.pop(name)
+
+
+def _drop_kept_zeros_(layer: QuantLayer) -> None:
+    for key in layer.keys:
+        layer._buffers.pop(zeros_name(key), None)
 
 
 def _register_(layer: QuantLayer, grids: LayerGrids) -> None:
@@ -634,6 +640,67 @@ def settle_(model: nn.Module) -> nn.Module:
             if scale_name(key) in layer._parameters:
                 layer.scale(key).copy_(positive(layer.scale(key)))
     return model
+
+
+def kept_entries(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Returns which entries of the named sparse weights are kept: bool, of the weights' shapes.
+
+    A float weight keeps what is not 0. On a grid of few bits kept entries may be 0 too, since the grid has no nearer
+    point: a buffer of the layer says which, so that training may move them again (see `note_kept_zeros_`).
+
+    Raises:
+        ModelError: if the model lacks one of the names.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    found: dict[str, Tensor] = {}
+    for name in names:
+        if name not in parameters:
+            raise ModelError(f"spec.sparse: the model has no parameter '{name}'; the spec is of another model")
+        kept = parameters[name].detach() != 0
+        owner, _, key = name.rpartition(".")
+        zeros = buffers.get(f"{owner}.{zeros_name(key)}" if owner else zeros_name(key))
+        found[name] = kept if zeros is None else kept | zeros
+    return found
+
+
+def note_kept_zeros_(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Writes down which zeros of sparse weights on grids are kept entries that were rounded to 0.
+
+    Args:
+        model: gets a buffer in each layer where there are such zeros; elsewhere the zeros are the mask.
+        masks: the kept entries of each sparse weight, by name.
+
+    Returns:
+        The names of the weights with a buffer: `ModelSpec.kept_zeros`.
+    """
+    layers = {f"{name}.{key}": (layer, key) for name, layer in quantized_layers(model) for key in layer.keys}
+    noted = []
+    for name, mask in masks.items():
+        if name not in layers:
+            continue
+        layer, key = layers[name]
+        weight = getattr(layer, key).detach()
+        zeros = mask.to(weight.device) & (weight == 0)
+        layer._buffers.pop(zeros_name(key), None)
+        if bool(zeros.any()):
+            layer.register_buffer(zeros_name(key), zeros)
+            noted.append(name)
+    return tuple(noted)
+
+
+def register_kept_zeros_(model: nn.Module, names: Iterable[str]) -> None:
+    """Gives the layers of the named weights their buffers of kept zeros, empty, to be loaded.
+
+    Raises:
+        ModelError: if a name is no weight on a grid.
+    """
+    layers = {f"{name}.{key}": (layer, key) for name, layer in quantized_layers(model) for key in layer.keys}
+    for name in names:
+        if name not in layers:
+            raise ModelError(f"spec.kept_zeros: '{name}' is no weight on a grid; the spec is of another model")
+        layer, key = layers[name]
+        layer.register_buffer(zeros_name(key), torch.zeros_like(getattr(layer, key), dtype=torch.bool))
 
 
 @torch.no_grad()

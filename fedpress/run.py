@@ -30,7 +30,7 @@ from fedpress.folder import Done, RunFolder, StageFolder, read_json, write_json
 from fedpress.models import ModelSpec
 from fedpress.models.weights import load_weights_
 from fedpress.privacy.ledger import Ledger
-from fedpress.quantized import settle_
+from fedpress.quantized import kept_entries, note_kept_zeros_, settle_
 from fedpress.recipe import Recipe
 from fedpress.seeds import derive, fingerprint
 from fedpress.stages import Stage
@@ -218,7 +218,7 @@ def _do(
         raise
     except FedpressError as error:
         raise type(error)(_placed(str(error), place.index, stage)) from error
-    settle_(state.model)  # whoever trained a model on grids has left its weights beside them
+    state = _settled(state)
     seconds = before + time.perf_counter() - began
     if last and isinstance(stage, MeasureStage):  # it has changed nothing: the run is worth and costs what it did
         told = {key: value for key, value in last[0].items() if key in MEASURED}
@@ -226,6 +226,16 @@ def _do(
         yield Tick(1, 1, f"measuring on {len(state.data.test):,} test examples")
         told = measure(state, latency="latency_ms" not in state.facts)
     return place.finish(state.spec, state.model, _line(state, stage, seconds, told), key=key)
+
+
+def _settled(state: State) -> State:
+    """Moves weights onto their grids, beside which training left them; which of them are pruned stays known."""
+    kept = kept_entries(state.model, state.spec.sparse if state.spec.quantized else ())
+    settle_(state.model)
+    noted = note_kept_zeros_(state.model, kept)
+    if noted == state.spec.kept_zeros:
+        return state
+    return replace(state, spec=state.spec.model_copy(update={"kept_zeros": noted}))
 
 
 def _ledger(done: Done) -> Ledger | None:

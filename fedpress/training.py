@@ -19,6 +19,7 @@ from fedpress.arrays import Arrays, Preprocess, resized
 from fedpress.augment import Augment, augment
 from fedpress.errors import DivergedError, TrainingError
 from fedpress.muon import Muon
+from fedpress.quantized import kept_entries, step_sizes
 from fedpress.seeds import derive, generator
 from fedpress.tree import trainable
 
@@ -32,7 +33,7 @@ class TrainSettings(BaseModel):
 
     Optimizers: "sgd" with Nesterov momentum, or "muon" (orthogonalised momentum, Jordan 2024) for the hidden weights
     with SGD at `head_lr` for the rest. The learning rate rises linearly over `warmup` of the steps, then falls linearly
-    to 0. Weight decay acts on weights, never on biases and norms.
+    to 0. Weight decay acts on weights, never on biases, norms and step sizes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -289,7 +290,7 @@ class Fit:
         self.objective = objective or self._cross_entropy
         self.helpers = (helpers or nn.Module()).to(device())
         weights = dict(model.named_parameters(remove_duplicate=False))
-        self.zeros = [(weights[name], weights[name].detach() == 0) for name in sparse]
+        self.zeros = [(weights[name], ~kept) for name, kept in kept_entries(model, sparse).items()]
         self.scales = _batch_norm_scales(model) if settings.epochs and settings.bn_penalty else []
         self.average = None
         if settings.ema:
@@ -308,10 +309,13 @@ class Fit:
         rest = [p for p in (*trainable(self.model), *trainable(self.helpers)) if id(p) not in ids]
         if not rest and not hidden and s.epochs:
             raise TrainingError(NOTHING_TO_TRAIN)
-        # Decay acts on weights only: norms and biases have one dimension.
+        # Decay acts on weights only: norms and biases have one dimension, step sizes of groups have two.
+        spared = step_sizes(self.model)
+        decays = [p for p in rest if p.dim() > 1 and id(p) not in spared]
+        stays = [p for p in rest if p.dim() <= 1 or id(p) in spared]
         groups = [
-            {"params": [p for p in rest if p.dim() > 1], "weight_decay": 5e-4 if muon else s.weight_decay},
-            {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
+            {"params": decays, "weight_decay": 5e-4 if muon else s.weight_decay},
+            {"params": stays, "weight_decay": 0.0},
         ]
         optimizers: list[torch.optim.Optimizer] = []
         if rest:

@@ -28,6 +28,7 @@ FLOORS = {
         "grids",
         "quantized",
         "forwards",
+        "compact",
         "ranges",
         "muon",
         "atomic",

@@ -651,3 +651,26 @@ def test_a_penalty_on_scales_that_nobody_trains_is_refused():
     for model in (network("mlp"), frozen):
         with pytest.raises(TrainingError, match="bn_penalty pulls at batch-norm scales, but the model trains none"):
             fit_all(Fit(model, settings(bn_penalty=0.1), seed=0), images())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_step_sizes_get_no_weight_decay_also_where_weights_have_them_in_groups(optimizer):
+    from fedpress.grids import InputGrid, LayerGrids, WeightGrid
+    from fedpress.quantized import quantize_layers_
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)), nn.GRU(8, 4))
+    grids = {
+        "0": LayerGrids(weights=WeightGrid(bits=4, group=4), inputs=InputGrid()),
+        "1": LayerGrids(weights=WeightGrid(kind="codebook"), inputs=InputGrid(bits=1)),
+        "2": LayerGrids(weights=WeightGrid(kind="ternary", group=2)),
+        "4": LayerGrids(weights=WeightGrid(bits=4, group=2)),
+    }
+    quantize_layers_(model, grids)
+    fit = Fit(model, TrainSettings(epochs=1, optimizer=optimizer, weight_decay=0.1), seed=0)
+    decayed = {id(p) for o in fit.optimizers for g in o.param_groups if g["weight_decay"] for p in g["params"]}
+    decayed |= {id(p) for p, _ in fit.views}
+    names = {name for name, p in model.named_parameters() if id(p) in decayed}
+    assert names == {n for n, _ in model.named_parameters() if n.rpartition(".")[2].startswith("weight")} - {
+        n for n, _ in model.named_parameters() if n.endswith("_scale")
+    }

@@ -7,7 +7,7 @@ runtime's memory: what is written to them is what the program computes with.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fedpress.compact import compact_
 from fedpress.deploy.artifact import Artifact, write
 from fedpress.deploy.capture import check_finite, require, silence
 from fedpress.deploy.device import hush, said
 from fedpress.deploy.executorch import INSTALL, WORDS, refused_kernel
-from fedpress.errors import ExportError
+from fedpress.errors import ExportError, ModelError
 from fedpress.layers import copied
+from fedpress.quantized import is_step
 
 aten = torch.ops.aten
 RUNTIME = "executorch.extension.training"
@@ -48,11 +50,15 @@ def export_training(
     input_shape: tuple[int, ...],
     batch_size: int = 8,
     metadata: Mapping[str, str] | None = None,
+    sparse: Sequence[str] | None = None,
 ) -> Artifact:
     """Writes a program that computes loss, logits and the gradients of all trainable parameters of `model`.
 
     Batch norm keeps its statistics, as in a federated client with `norm = "frozen"`; group norm is as good as any. The
     program is run once here and its gradients compared with torch's, because kernels of training are young.
+
+    Of a sparse weight the program trains the kept values alone (see `fedpress.compact`): its zeros stay
+    zeros, and its parameters are those of the clients of a federated stage.
 
     Args:
         model: a classifier of float32 [N, *input_shape]; left as it was.
@@ -61,6 +67,8 @@ def export_training(
         batch_size: how many examples one run of the program takes; it bounds the memory on the device, not the batch
             of the training, which `DeviceModel` adds up.
         metadata: further words for the file.
+        sparse: names of the weights whose zeros are pruned (`ModelSpec.sparse`); by default every matrix or filter with
+            some zeros, but not zeros alone.
 
     Raises:
         ExportError: if the model draws at random, mixes examples or has parameters that are not float32, not finite,
@@ -77,7 +85,7 @@ def export_training(
                 f"export: module {name!r} ({type(module).__name__}) draws at random, which a program for devices "
                 "cannot; set its p to 0"
             )
-    net = _copy(model)
+    net = _compact_(_copy(model), sparse)
     example = _example(input_shape, batch_size, net)
     _check(net, example)
     words = {
@@ -107,6 +115,22 @@ def _copy(model: nn.Module) -> nn.Module:
     if not any(p.requires_grad for p in first):
         raise ExportError("export: no parameter of the model is trainable; set requires_grad = True on some")
     return net
+
+
+def _compact_(net: nn.Module, sparse: Sequence[str] | None) -> nn.Module:
+    """Lets only the kept values of sparse weights be parameters: a program that trained all would forget the zeros."""
+    named = dict(net.named_parameters())
+    if sparse is None:
+        sparse = [name for name, p in named.items() if p.dim() > 1 and p.requires_grad and _has_zeros(p.detach())]
+    try:
+        return compact_(net, sparse)
+    except ModelError as error:
+        raise ExportError(f"export: {error}") from error
+
+
+def _has_zeros(weight: Tensor) -> bool:
+    zeros = int((weight == 0).sum())
+    return 0 < zeros < weight.numel()
 
 
 def _check(net: nn.Module, example: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -376,9 +400,13 @@ class DeviceModel(nn.Module):
 
     def optimizer(self, lr: float, *, momentum: float = 0.0, weight_decay: float = 0.0) -> DeviceSGD:
         """Returns ExecuTorch's own SGD over the parameters."""
-        return DeviceSGD(
-            self._library.get_sgd_optimizer(self._module.named_parameters(), lr, momentum, 0, weight_decay)
-        )
+        held = self._module.named_parameters()
+        steps = {name: p for name, p in held.items() if is_step(name)}  # step sizes get no decay, as in `sgd`
+        groups = [({name: p for name, p in held.items() if name not in steps}, weight_decay), (steps, 0.0)]
+        made = [
+            (set(some), self._library.get_sgd_optimizer(some, lr, momentum, 0, decay)) for some, decay in groups if some
+        ]
+        return DeviceSGD(made)
 
     def _parts(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for part, labels in zip(x.split(self.batch_size), y.split(self.batch_size), strict=True):
@@ -394,13 +422,15 @@ class DeviceModel(nn.Module):
 class DeviceSGD:
     """SGD with momentum and weight decay that runs in ExecuTorch."""
 
-    def __init__(self, runtime: Any) -> None:
-        """Takes the runtime's own object."""
-        self._runtime = runtime
+    def __init__(self, groups: Sequence[tuple[Collection[str], Any]]) -> None:
+        """Takes the runtime's own objects, each with the names of the parameters that it moves."""
+        self._groups = groups
 
     def step(self, gradients: Mapping[str, Tensor]) -> None:
         """Changes the parameters by their `gradients`, given by name."""
-        self._runtime.step({NET + name: gradient.contiguous() for name, gradient in gradients.items()})
+        given = {NET + name: gradient.contiguous() for name, gradient in gradients.items()}
+        for names, runtime in self._groups:
+            runtime.step({name: gradient for name, gradient in given.items() if name in names})
 
 
 def _read(path: str | Path) -> bytes:

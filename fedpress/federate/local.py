@@ -19,6 +19,7 @@ from fedpress.privacy.gradients import RawStats, Verify, choose_method, clipped_
 from fedpress.privacy.mechanism import poisson_batches
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.privacy.sgd import private_steps
+from fedpress.quantized import step_sizes
 from fedpress.training import ONE_VALUE, Precision, autocast, averages_batches, memory_format, uses_bf16
 from fedpress.tree import trainable
 from fedpress.wire.message import JSON
@@ -79,7 +80,12 @@ def sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
         TrainingError: if there is one example only, which leaves a batch norm nothing to average.
     """
     s, params, shuffle, chance = task.settings, trainable(model), task.key.own("shuffle"), task.key.own("prepare")
-    optimizer = torch.optim.SGD(params, task.lr, s.momentum, weight_decay=s.weight_decay)
+    spared = step_sizes(model)  # the grids of quantized layers: decay would only draw them in
+    groups = [
+        {"params": [p for p in params if id(p) not in spared], "weight_decay": s.weight_decay},
+        {"params": [p for p in params if id(p) in spared], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD([g for g in groups if g["params"]], task.lr, s.momentum)
     anchor = [p.detach().clone() for p in params] if s.proximal_mu else []
     total, steps = torch.zeros((), dtype=torch.float64), 0
     for _ in range(s.epochs):

@@ -21,7 +21,7 @@ from fedpress.layers import depthwise, replace_, set_groups_, tensor, weight_sha
 from fedpress.masked import take_in_
 from fedpress.models.plain import CNN, MLP
 from fedpress.models.resnet import resnet18, resnet_small
-from fedpress.quantized import fold_layers_, quantize_layers_
+from fedpress.quantized import fold_layers_, quantize_layers_, register_kept_zeros_
 
 ARCHITECTURES: dict[str, Any] = {"resnet18": resnet18, "resnet-small": resnet_small, "cnn": CNN, "mlp": MLP}
 
@@ -32,7 +32,8 @@ class ModelSpec(BaseModel):
     `architecture` is a row of `ARCHITECTURES` or `package.module:function`. `resized` maps
     the name of every parameter or buffer that pruning changed to its new shape, `numbers` are the sizes in forward
     code that had to change with them, `groups` those of convolutions where shapes do not tell. `sparse` names
-    the parameters whose zeros are pruned weights: whoever trains them keeps them zero. `folded` maps a batch norm
+    the parameters whose zeros are pruned weights: whoever trains them keeps them zero. `kept_zeros` names those of
+    them with a buffer that tells kept entries, which a grid rounded to 0, from pruned ones. `folded` maps a batch norm
     to the layer that took it in, `quantized` a layer to the grids of its weights and inputs.
     """
 
@@ -44,6 +45,7 @@ class ModelSpec(BaseModel):
     numbers: Numbers = {}
     groups: dict[str, int] = {}
     sparse: tuple[str, ...] = ()
+    kept_zeros: tuple[str, ...] = ()
     folded: dict[str, str] = {}
     quantized: dict[str, LayerGrids] = {}
     input_shape: tuple[int, ...]
@@ -108,6 +110,7 @@ class ModelSpec(BaseModel):
         _regroup_(model, self.groups)
         fold_layers_(model, self.folded)
         quantize_layers_(model, self.quantized)
+        register_kept_zeros_(model, self.kept_zeros)
         self._keep_zeros()
         return model
 

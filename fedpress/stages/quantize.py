@@ -17,7 +17,14 @@ from fedpress.folder import StageFolder
 from fedpress.grids import InputGrid, LayerGrids, WeightGrid
 from fedpress.layers import copied
 from fedpress.models import ModelSpec
-from fedpress.quantized import quantize_layers_, quantized_layers, settle_, step_sizes
+from fedpress.quantized import (
+    kept_entries,
+    note_kept_zeros_,
+    quantize_layers_,
+    quantized_layers,
+    settle_,
+    step_sizes,
+)
 from fedpress.seeds import derive
 from fedpress.stages.public import calibration
 from fedpress.stages.teaching import TaughtSettings, train_
@@ -110,6 +117,7 @@ class QuantizeStage(TaughtSettings):
         seed = derive(state.seed, "stage", folder.index)
         yield Tick(0, 1, "rounding")
         model = copied(state.model).to("cpu").eval()
+        kept = kept_entries(model, state.spec.sparse)
         spec, table, left = self._prepare_(model, state)
         batches = self._batches(state, seed)
         if self.mixed:
@@ -126,12 +134,15 @@ class QuantizeStage(TaughtSettings):
             observer=self.observer,
             correct_bias=self._corrects(),
         )
-        spec = spec.model_copy(update={"quantized": {**spec.quantized, **table}})
+        # Which weights are pruned was decided before rounding: a kept one that rounds to 0 goes on learning.
+        noted = note_kept_zeros_(model, kept)
+        spec = spec.model_copy(update={"quantized": {**spec.quantized, **table}, "kept_zeros": noted})
         if self.epochs:
             lesson = self.objective(state, seed, student=model)
             fit = yield from train_(model, self, replace(state, spec=spec), folder, seed, lesson)
             model = fit.result_()
         model = settle_(model.to("cpu"))
+        spec = spec.model_copy(update={"kept_zeros": note_kept_zeros_(model, kept)})
         layers: list[JsonValue] = [
             {"name": n, "weights": m.size, "bits": _bits(table[n])} for n, m in quantized_layers(model) if n in table
         ]

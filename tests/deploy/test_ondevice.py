@@ -8,6 +8,7 @@ from torch import nn
 
 from fedpress import tree
 from fedpress.arrays import Arrays
+from fedpress.compact import compact_, expand_
 from fedpress.errors import ExportError, RecipeError
 
 pytest.importorskip("executorch.extension.training")
@@ -308,3 +309,40 @@ def test_device_sgd_wants_a_program_and_float32(program):
         device_sgd(network(), task)
     with pytest.raises(RecipeError, match=r"federate\.precision"):
         device_sgd(DeviceModel(program), task)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_zeros_of_a_sparse_model_stay_and_the_kept_values_train_as_in_torch(tmp_path, named):
+    """Three steps of a program that trained every entry made 13,350 zeros into 258."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+    names = ["0.weight", "3.weight"]
+    with torch.no_grad():
+        for name in names:
+            weight = model.get_parameter(name)
+            weight.masked_fill_(torch.rand_like(weight) < 0.9, 0)
+    before = copy.deepcopy(model)
+    sparse = names if named else None
+    export_training(model, tmp_path / "p.pte", input_shape=(1, 8, 8), batch_size=4, sparse=sparse)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    device, twin = DeviceModel(tmp_path / "p.pte"), compact_(copy.deepcopy(model), names)
+    assert tree.Layout.of(device) == tree.Layout.of(twin)
+    ours = device.optimizer(0.1, momentum=0.9, weight_decay=0.01)
+    theirs = torch.optim.SGD(twin.parameters(), 0.1, 0.9, weight_decay=0.01)
+    for _ in range(3):
+        x, y = torch.randn(4, 1, 8, 8), torch.randint(0, 10, (4,))
+        ours.step(device.mean_gradient(x, y)[1])
+        theirs.zero_grad()
+        nn.functional.cross_entropy(twin(x), y).backward()
+        theirs.step()
+    torch.testing.assert_close(tree.flatten(device), tree.flatten(twin), rtol=1e-4, atol=1e-5)
+    twin.load_state_dict(device.state_dict())
+    after = expand_(twin)
+    for name in names:
+        assert torch.equal(after.get_parameter(name) == 0, model.get_parameter(name) == 0)
+        assert not torch.equal(after.get_parameter(name), model.get_parameter(name))
+
+
+def test_a_sparse_name_that_the_model_lacks_is_refused(tmp_path):
+    with pytest.raises(ExportError, match="no parameter 'other'"):
+        export_training(nn.Linear(4, 3), tmp_path / "p.pte", input_shape=(4,), sparse=["other"])

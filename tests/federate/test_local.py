@@ -20,7 +20,9 @@ from fedpress.federate.local import (
     sgd,
     shuffled_batches,
 )
+from fedpress.grids import LayerGrids, WeightGrid
 from fedpress.privacy.plan import PrivacyPlan
+from fedpress.quantized import quantize_layers_
 from tests.federate.federation import SAMPLE_PLAN, examples, key, mlp, untouched
 
 
@@ -299,3 +301,19 @@ def test_a_rehearsal_sees_a_network_that_only_noise_would_move():
     hidden[2].requires_grad_(False)
     with pytest.raises(TrainingError, match="no trained parameter has a gradient"):
         rehearse_private(hidden, task(plan=SAMPLE_PLAN))
+
+
+def test_step_sizes_of_quantized_layers_get_no_weight_decay():
+    model = mlp()
+    name = next(n for n, m in model.named_modules() if isinstance(m, nn.Linear))
+    quantize_layers_(model, {name: LayerGrids(weights=WeightGrid(bits=4, group=2))})
+    twin = copy.deepcopy(model)
+    work = task(epochs=1, batch_size=10, lr=0.1, weight_decay=0.5)
+    sgd(model, work)
+    index = torch.randperm(10, generator=key().own("shuffle"))
+    loss = F.cross_entropy(twin(work.arrays.x[index]), work.arrays.y[index])
+    loss.backward()
+    for n, p in twin.named_parameters():
+        pull = 0.0 if n.endswith("weight_scale") else 0.5
+        p.data -= 0.1 * (p.grad + pull * p.data)
+        torch.testing.assert_close(dict(model.named_parameters())[n].data, p.data)

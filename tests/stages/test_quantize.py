@@ -7,13 +7,15 @@ import torch
 from pydantic import ValidationError
 
 from fedpress import run as runs
+from fedpress.compress.quantize import quantize_
 from fedpress.errors import FedpressError, ModelError, RecipeError
 from fedpress.folder import RunFolder
 from fedpress.models import load_model
-from fedpress.quantized import quantized_layers
+from fedpress.quantized import kept_entries, quantized_layers
 from fedpress.recipe import load
 from fedpress.stages.quantize import QuantizeStage
 from fedpress.state import StageFinished
+from fedpress.storage import pack, unpack
 
 RECIPE = """
 name = "bits"
@@ -92,7 +94,7 @@ def test_binary_inputs_are_within_ten_points_of_binary_weights_alone(tmp_path, s
         more = [f"stage.1.inputs={inputs}", "stage.1.input_bits=1"]
         both = finish(load(RECIPE, [*changes, *more]), tmp_path / inputs, earlier)[1][-1]
         assert both["accuracy"] > weights - 0.1
-        _, model = load_model(tmp_path / inputs / "01-quantize")
+        _, model = load_model(tmp_path / inputs / "stages" / "1-quantize")
         assert all(layer.input_middle.abs().max() > 0 for _, layer in quantized_layers(model))
 
 
@@ -103,6 +105,70 @@ def test_the_share_that_stays_float_is_said(trained, tmp_path):
     assert told["float_share"] == lines[-1]["float_share"]
     assert lines[-1]["mostly_float"][0] == "stages.2.0.conv2"
     assert finish(load(RECIPE), tmp_path / "all", trained)[1][-1]["float_share"] < 0.05
+
+
+SPARSE = """
+[[stage]]
+kind = "sparsify"
+density = 0.9
+[[stage]]
+kind = "quantize"
+calibration = 128
+bits = 2
+inputs = "float"
+"""
+
+
+MORE = '[[stage]]\nkind = "train"\nname = "more"\nepochs = 1\nlr = 0.02\n'
+
+
+def dense_first(more):
+    return RECIPE.partition('[[stage]]\nkind = "quantize"')[0] + more
+
+
+def test_training_moves_kept_weights_that_rounding_made_zero_and_no_pruned_ones(trained, tmp_path):
+    text = dense_first(
+        SPARSE + "epochs = 4\nlr = 0.2\n" + '[[stage]]\nkind = "train"\nname = "more"\nepochs = 1\nlr = 0.02\n'
+    )
+    finish(load(text), tmp_path / "run", trained)
+    _, cut = load_model(tmp_path / "run/stages/1-sparsify")
+    spec, rounded = load_model(tmp_path / "run/stages/2-quantize")
+    last, model = load_model(tmp_path / "run/stages/3-more")
+    first, after = dict(cut.named_parameters()), dict(model.named_parameters())
+    table = {n.removesuffix(".weight"): spec.quantized[n.removesuffix(".weight")] for n in spec.sparse}
+    quantize_(cut, table, correct_bias=False)
+    frozen = moved = 0
+    for name in spec.sparse:
+        pruned = ~kept_entries(model, [name])[name]
+        assert not after[name][pruned].any()
+        assert torch.equal(pruned, ~kept_entries(rounded, [name])[name])
+        at_first = (first[name] == 0) & ~pruned
+        frozen += int(at_first.sum())
+        moved += int((after[name][at_first] != 0).sum())
+    assert frozen > 3000  # kept entries that first became 0
+    assert moved > 0.02 * frozen
+    assert set(last.kept_zeros) <= set(spec.sparse)
+    assert last.kept_zeros
+    sizes = [int((~kept_entries(model, [n])[n]).sum()) for n in spec.sparse]
+    total = sum(after[n].numel() for n in spec.sparse)
+    assert sum(sizes) == total - round(0.9 * total)
+    # A packed file and the next stage know them too.
+    pack(last, model, tmp_path / "m.fpk")
+    back = unpack(tmp_path / "m.fpk")[1]
+    assert all(torch.equal(kept_entries(back, [n])[n], kept_entries(model, [n])[n]) for n in spec.sparse)
+
+
+def test_clients_train_the_kept_weights_of_a_sparse_network_on_two_bits(trained, tmp_path):
+    more = '[[stage]]\nkind = "federate"\nnum_rounds = 3\nlr = 0.5\nepochs = 2\nbatch_size = 16\nweight_decay = 1e-3\n'
+    told, lines = finish(load(dense_first(SPARSE + more)), tmp_path / "run", trained)
+    spec, rounded = load_model(tmp_path / "run/stages/2-quantize")
+    last, model = load_model(tmp_path / "run/stages/3-federate")
+    masks, after = kept_entries(rounded, spec.sparse), kept_entries(model, last.sparse)
+    assert all(torch.equal(masks[n], after[n]) for n in spec.sparse)
+    dense = sum(p.numel() for n, p in rounded.named_parameters() if n not in spec.sparse and p.requires_grad)
+    assert told["trained_values"] == lines[-1]["trained_values"] == dense + sum(int(m.sum()) for m in masks.values())
+    was, now = dict(rounded.named_parameters()), dict(model.named_parameters())
+    assert sum(int(((was[n] == 0) & masks[n] & (now[n] != 0)).sum()) for n in spec.sparse) > 0
 
 
 def test_layers_that_stay_float_are_listed_with_the_reason(trained, tmp_path):

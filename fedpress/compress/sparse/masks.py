@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedpress.compress.sparse.patterns import Pattern, n_of_m
 from fedpress.compress.sparse.weights import Weight
 from fedpress.errors import ModelError, RecipeError
+from fedpress.quantized import kept_entries
 
 Scope = Literal["global", "uniform", "erk"]
 Masks = dict[str, Tensor]
@@ -206,5 +207,4 @@ def density_of(masks: Mapping[str, Tensor]) -> float:
 
 def masks_of(model: nn.Module, names: Iterable[str]) -> Masks:
     """Reads the masks that the zeros of the named parameters are (see `ModelSpec.sparse`)."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {name: parameters[name].detach() != 0 for name in names}
+    return kept_entries(model, names)

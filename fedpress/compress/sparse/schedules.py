@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from fedpress.compress.sparse.masks import Masks, choose
@@ -65,8 +66,9 @@ def regrow(
 ) -> Masks:
     """Moves `share` of each layer's weights to where the loss is steepest; the count in each layer stays.
 
-    The smallest weights are dropped, and as many grow at the largest |gradient| among the others that were zero;
-    a weight that was just dropped may not come back at once (Evci et al. 2020, algorithm 1). Set the new ones to 0.
+    The smallest weights are dropped, and as many grow at the largest |gradient| among all that do not stay, also those
+    just dropped (Evci et al. 2020, arXiv:1911.11134, algorithm 1: i not in theta less I_active). One that is dropped
+    and grows at once never was away, and keeps its value, as in the authors' code. Set the new ones to 0.
 
     Args:
         weights: with masks.
@@ -82,14 +84,15 @@ def regrow(
     moved: Masks = {}
     for w in weights:
         mask = masks[w.name]
-        free = ~mask if within is None else ~mask & within[w.name]
+        may = torch.ones_like(mask) if within is None else within[w.name]
         kept = int(mask.sum())
-        stay = kept - min(int(share * kept), int(free.sum()))
+        stay = kept - int(share * kept)
         moved[w.name] = mask
         if stay == kept or stay < 1:
             continue
         one = {w.name: w.value.detach().abs()}
         left = choose([w], one, pattern, density=stay / w.size, within={w.name: mask})[w.name]
+        free = may & ~left
         count = min(kept - int(left.sum()), int(free.sum()))
         if count:
             steep = {w.name: gradients[w.name].abs()}

@@ -114,3 +114,38 @@ def test_names_of_another_model_and_empty_weights_are_refused():
         model[4].weight.zero_()
     with pytest.raises(ModelError, match=r"'4\.weight' has no value left"):
         compact_(model, ["4.weight"])
+
+
+def test_kept_entries_that_a_grid_rounds_to_zero_train_on():
+    from fedpress.grids import LayerGrids, WeightGrid
+    from fedpress.quantized import kept_entries, note_kept_zeros_, quantize_layers_, settle_
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 10), nn.ReLU(), nn.GRUCell(10, 6))
+    names = ["0.weight", "2.weight_hh"]
+    with torch.no_grad():
+        for name in names:
+            p = dict(model.named_parameters())[name]
+            p.masked_fill_(torch.rand_like(p) < 0.1, 0)
+    wanted = kept_entries(model, names)
+    quantize_layers_(model, dict.fromkeys(["0", "2"], LayerGrids(weights=WeightGrid(bits=2))))
+    settle_(model)
+    assert note_kept_zeros_(model, wanted) == tuple(names)
+    assert int((model[0].weight == 0).sum()) > 2 * int((~wanted["0.weight"]).sum())
+    for name, mask in kept_entries(model, names).items():
+        assert torch.equal(mask, wanted[name])
+    values = {n: int(m.sum()) for n, m in wanted.items()}
+    compact_(model, names)
+    sizes = {n: p.numel() for n, p in model.named_parameters() if "parametrizations" in n}
+    assert sorted(sizes.values()) == sorted(values.values())
+    x, state = torch.randn(8, 20), torch.randn(8, 6)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model[2](model[1](model[0](x)), state).square().sum().backward()
+        optimizer.step()
+    expand_(model)
+    for name, mask in wanted.items():
+        weight = dict(model.named_parameters())[name]
+        assert not weight[~mask].any()
+        assert int((weight[mask] != 0).sum()) > 0.9 * int(mask.sum())

@@ -37,11 +37,11 @@ def test_fewer_weights_move_as_training_goes_on():
 
 
 def plain_rigl(weight, mask, gradient, share):
-    """Algorithm 1 of the paper, entry by entry."""
+    """Algorithm 1 of the paper, entry by entry: what was just dropped may grow again."""
     w, m, g = (t.flatten().tolist() for t in (weight.abs(), mask, gradient.abs()))
-    count = min(int(share * sum(m)), len(m) - sum(m))
+    count = int(share * sum(m))
     kept = sorted((i for i in range(len(m)) if m[i]), key=lambda i: (-w[i], i))[: sum(m) - count]
-    grown = sorted((i for i in range(len(m)) if not m[i]), key=lambda i: (-g[i], i))[:count]
+    grown = sorted((i for i in range(len(m)) if i not in kept), key=lambda i: (-g[i], i))[:count]
     return torch.tensor([i in {*kept, *grown} for i in range(len(m))]).view(mask.shape)
 
 
@@ -56,6 +56,14 @@ def test_regrowth_is_that_of_the_papers_algorithm(seed, density, share):
     after = regrow([weight], mask, {"w": gradient}, Pattern.parse("unstructured"), share=share)["w"]
     assert torch.equal(after, plain_rigl(weight.value.detach(), mask["w"], gradient, share))
     assert after.sum() == mask["w"].sum()
+
+
+def test_a_dropped_weight_of_a_steep_gradient_stays_and_a_grown_one_was_zero():
+    weight = Weight("w", nn.Parameter(torch.tensor([[0.1, 0.2, 5.0, 0.0, 0.0, 0.0]])))
+    mask = {"w": torch.tensor([[True, True, True, False, False, False]])}
+    steep = {"w": torch.tensor([[9.0, 0.1, 0.1, 8.0, 0.2, 0.3]])}
+    after = regrow([weight], mask, steep, Pattern.parse("unstructured"), share=0.67)["w"]
+    assert after.tolist() == [[True, False, True, True, False, False]]
 
 
 def test_nothing_regrows_where_an_earlier_stage_has_cut():
