@@ -119,9 +119,6 @@ inputs = "float"
 """
 
 
-MORE = '[[stage]]\nkind = "train"\nname = "more"\nepochs = 1\nlr = 0.02\n'
-
-
 def dense_first(more):
     return RECIPE.partition('[[stage]]\nkind = "quantize"')[0] + more
 
