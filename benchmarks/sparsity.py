@@ -43,6 +43,10 @@ def arms(density: float, epochs: int) -> dict[str, str]:
         "dense": f"{TRAIN}epochs = {epochs}\n",
         "random, from the start": f"{SPARSE}{keep}epochs = {epochs}\nscore = 'random'\nscope = 'erk'\n",
         "SNIP, from the start": f"{SPARSE}{keep}epochs = {epochs}\nscore = 'snip'\n",
+        "uniform, one-shot": f"{TRAIN}epochs = {half}\n{SPARSE}{keep}epochs = {epochs - half}\nscope = 'uniform'\n",
+        "random, one-shot": f"{TRAIN}epochs = {half}\n{SPARSE}{keep}epochs = {epochs - half}\nscore = 'random'\n",
+        "sensitivity, one-shot": f"{TRAIN}epochs = {half}\n{SPARSE}{keep}epochs = {epochs - half}\n"
+        "scope = 'sensitivity'\n",
         "RigL": f"{SPARSE}{keep}epochs = {epochs}\nschedule = 'rigl'\nscore = 'random'\nscope = 'erk'\n",
         "magnitude, one-shot": f"{TRAIN}epochs = {half}\n{SPARSE}{keep}epochs = {epochs - half}\n",
         "LAMP, one-shot": f"{TRAIN}epochs = {half}\n{SPARSE}{keep}epochs = {epochs - half}\nscore = 'lamp'\n",
@@ -76,11 +80,14 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", help="only those whose name holds one of these words")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / "sparsity.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     chosen = arms(given.density, given.epochs)
+    if given.arms:
+        chosen = {arm: stages for arm, stages in chosen.items() if any(word in arm for word in given.arms)}
     for seed in given.seeds:
         for arm, stages in chosen.items():
             key = {"arm": arm, "wanted": given.density, "epochs": given.epochs, "seed": seed}

@@ -21,10 +21,29 @@ from fedpress.compress.scores import tensors_of
 from fedpress.errors import ModelError, RecipeError
 
 DENSITIES = (0.9, 0.7, 0.5, 0.3, 0.1)
+FURTHER = (0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.001)
+"""Below the usual densities: measured only where that little of a layer may be left."""
+
 TIE = 1e-9  # where a curve is flat, the share that is gone decides
 
 Measure = Callable[[], tuple[float, float | None]]
 """Runs the model and returns its loss and its accuracy, which may be None."""
+
+
+def densities_down_to(lowest: float, usual: Sequence[float] = DENSITIES) -> tuple[float, ...]:
+    """Returns the densities to measure where as little as `lowest` of a layer may be left, falling.
+
+    A curve that ends above says nothing of what lies below it: there a layer that seems free may be the one on which
+    everything hangs.
+
+    >>> densities_down_to(0.04)
+    (0.9, 0.7, 0.5, 0.3, 0.1, 0.05, 0.03)
+    """
+    found = list(usual)
+    for density in FURTHER:
+        if min(found) > lowest and density < min(found):
+            found.append(density)
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -152,23 +171,34 @@ def curves(points: Sequence[Point]) -> dict[str, tuple[list[float], list[float]]
     return found
 
 
+def to_nothing(curve: tuple[list[float], list[float]], most: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns densities and growth of the loss with a point at density 0, where a layer cuts the network in two.
+
+    Below the lowest measured density a curve goes on as it ended, but at 0 it reaches at least `most`, the largest
+    growth of any layer: a curve that was flat so far is no promise.
+    """
+    density, height = (np.array(line) for line in curve)
+    slope = (height[0] - height[1]) / (density[1] - density[0])
+    end = max(most, height[0] + slope * density[0])
+    return np.insert(density, 0, 0.0), np.insert(height, 0, end)
+
+
 def levels(graph: ChannelGraph, scores: Sequence[Tensor], points: Sequence[Point]) -> list[Tensor]:
     """Returns for each channel [channels] how much the loss grows when its layer is cut down to and without it.
 
     A threshold on these numbers is a water level: every layer goes as far as the same growth of the loss allows.
-    Between the measured densities the curves are straight, and below them they go on as they ended.
+    Between the measured densities the curves are straight; below them see `to_nothing`.
 
     Raises:
         RecipeError: if a layer has not been measured.
     """
     known = curves(points)
+    most = max((heights[0] for _, heights in known.values()), default=0.0)
     out = []
     for layer, values in zip(graph.layers, scores, strict=True):
         if layer.name not in known or len(known[layer.name][0]) < 2:
             raise RecipeError(f"the sensitivity of '{layer.name}' was not measured; give the points of all layers")
-        density, height = (np.array(line) for line in known[layer.name])
-        slope = (height[0] - height[1]) / (density[1] - density[0])
-        density, height = np.insert(density, 0, 0.0), np.insert(height, 0, height[0] + slope * density[0])
+        density, height = to_nothing(known[layer.name], most)
         best_first = values.argsort(descending=True, stable=True)
         left = np.arange(len(values)) / len(values)  # when the channel in this place goes, those before it are left
         level = torch.from_numpy(np.interp(left, density, height) + TIE * (1 + height.max()) * (1 - left))

@@ -15,6 +15,7 @@ from fedpress import compress, training
 from fedpress.arrays import Arrays
 from fedpress.compress import SCORES, ChannelGraph, Point, PruningPlan, Target
 from fedpress.compress.derivatives import differentiable
+from fedpress.compress.sensitivity import densities_down_to
 from fedpress.compress.targets import next_share, whole
 from fedpress.errors import RecipeError
 from fedpress.folder import StageFolder
@@ -195,14 +196,16 @@ class Cutting:
         assert public is not None
         some = public.take(torch.arange(len(public))[: self.stage.sensitivity_examples])
         units, known = compress.channel_units(model, graph, scores), list(self.points)
+        one_channel = 1 / max(layer.channels for layer in graph.layers)
+        densities = densities_down_to(max(self.stage.min_keep, one_channel), self.stage.densities)
         for point in compress.sensitivity(
-            units, lambda: _loss_and_accuracy(model, some, data.preprocess), self.stage.densities, known=known
+            units, lambda: _loss_and_accuracy(model, some, data.preprocess), densities, known=known
         ):
             if point in known:
                 continue
             self.points.append(point)
             self.folder.record(sensitivity=asdict(point))
-            if point.density == min(self.stage.densities):
+            if point.density == min(densities):
                 self.save()
             yield self.tick(0, f"sensitivity of '{point.layer}' at {point.density:.0%}: loss {point.loss:.3f}")
         self.model = model.to("cpu")

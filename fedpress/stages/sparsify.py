@@ -18,7 +18,7 @@ from fedpress.arrays import Arrays, Preprocess
 from fedpress.compress import restore_batch_norm_
 from fedpress.compress.derivatives import differentiable
 from fedpress.compress.ignoring import ignored
-from fedpress.compress.sensitivity import Point, sensitivity, weight_unit
+from fedpress.compress.sensitivity import Point, densities_down_to, sensitivity, weight_unit
 from fedpress.compress.sparse import (
     Masks,
     Movement,
@@ -37,7 +37,7 @@ from fedpress.compress.sparse import (
     score_weights,
     steps_down,
 )
-from fedpress.compress.sparse.levels import level_densities
+from fedpress.compress.sparse.levels import level_densities, lowest_densities
 from fedpress.compress.sparse.masks import Scope
 from fedpress.compress.sparse.scores import gradients
 from fedpress.errors import RecipeError, did_you_mean
@@ -304,7 +304,8 @@ class _Work:
         scores = score_weights(self.stage.score, evidence)
         if self.stage.scope == "sensitivity" and not self.points:
             units = [weight_unit(w.name, w.value, scores[w.name]) for w in self.weights.chosen]
-            self.points = list(sensitivity(units, self.measure))
+            lowest = min(lowest_densities(self.weights.chosen, self.density).values())
+            self.points = list(sensitivity(units, self.measure, densities_down_to(lowest)))
         self.keep_(self.stage.choose(self.weights.chosen, scores, density, self.masks, self.points))
 
     def measure(self) -> tuple[float, float]:

@@ -153,7 +153,8 @@ def test_widths_are_those_of_a_slow_search_for_the_water_level(traced, make, sha
 
     def increase(name, density):
         xs, ys = known[name]
-        xs, ys = [0.0, *xs], [ys[0] + (ys[0] - ys[1]) / (xs[1] - xs[0]) * xs[0], *ys]
+        most = max(heights[0] for _, heights in known.values())
+        xs, ys = [0.0, *xs], [max(most, ys[0] + (ys[0] - ys[1]) / (xs[1] - xs[0]) * xs[0]), *ys]
         i = next(i for i in range(1, len(xs)) if density <= xs[i])
         return ys[i - 1] + (ys[i] - ys[i - 1]) * (density - xs[i - 1]) / (xs[i] - xs[i - 1])
 
