@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fedpress.calls import Number, Numbers
 from fedpress.compress.ids import Ints
@@ -227,6 +228,7 @@ def export(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.Expo
     """
     modes = {m: m.training for m in model.modules()}
     held = [(m, _attributes(m)) for m in model.modules()]
+    hook = model.register_forward_hook(lambda module, given, output: tensors_in(output))
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # the fast path is one operation without channels
@@ -238,11 +240,33 @@ def export(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.Expo
             "remove data-dependent control flow from forward, or check the example input"
         ) from error
     finally:
+        hook.remove()
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in modes.items():
             module.training = mode
         for module, attributes in held:
             _put_back_(module, attributes)
+
+
+def tensors_in(output: object) -> list[Tensor]:
+    """Returns the tensors in what a model gives: in containers, and in objects that torch does not know.
+
+    >>> tensors_in({"a": torch.ones(1), "b": [torch.zeros(2), "words"]})
+    [tensor([1.]), tensor([0., 0.])]
+    """
+    found: list[Tensor] = []
+    seen: set[int] = set()
+
+    def search(value: object) -> None:
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                found.append(leaf)
+            elif id(leaf) not in seen and not isinstance(leaf, nn.Module | type) and hasattr(leaf, "__dict__"):
+                seen.add(id(leaf))
+                search(list(vars(leaf).values()))
+
+    search(output)
+    return found
 
 
 REGISTERED = ("training", "_parameters", "_buffers", "_modules")

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fedpress.compress.approximate import held
-from fedpress.compress.graph import Example, inputs
+from fedpress.compress.graph import Example, inputs, tensors_in
 from fedpress.compress.planning import PruningPlan
 from fedpress.compress.remove import mask_
 from fedpress.errors import ModelError
@@ -83,9 +82,8 @@ def _compare_training(masked: nn.Module, small: nn.Module, batch: Batch, toleran
 def _difference(wanted: Sequence[Tensor], small: nn.Module, batch: Batch, tolerance: float, when: str) -> float:
     """Returns how far the outputs of `small` are from those that are wanted, relative to the largest of each."""
     try:
-        pairs = list(zip(wanted, _outputs(small, batch), strict=True))
+        errors = [_error(a, b) for a, b in zip(wanted, _outputs(small, batch), strict=True) if a.numel()]
         # Of tensors, since the largest of Python's numbers is not always NaN where one of them is.
-        errors = [((a - b).abs().max() / a.abs().max().clamp_min(1e-6)).double() for a, b in pairs if a.numel()]
         worst = torch.stack(errors).max().item() if errors else 0.0
     except Exception as error:  # the user's code may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -97,11 +95,19 @@ def _difference(wanted: Sequence[Tensor], small: nn.Module, batch: Batch, tolera
     return worst
 
 
+def _error(wanted: Tensor, given: Tensor) -> Tensor:
+    """Returns the largest difference relative to the largest number; where both are no number, there is none."""
+    if wanted.shape != given.shape:
+        raise ValueError(f"an output of shape {tuple(wanted.shape)} has become {tuple(given.shape)}")
+    same = (wanted == given) | (wanted.isnan() & given.isnan())
+    largest = wanted[wanted.isfinite()].abs().max() if wanted.isfinite().any() else wanted.new_tensor(0.0)
+    return ((wanted - given).masked_fill(same, 0).abs().max() / largest.clamp_min(1e-6)).double()
+
+
 def _outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
     torch.manual_seed(0)
     given = [x.clone() for x in batch]  # forward may write into its inputs
-    leaves = [leaf for leaf in tree_leaves(model(*given)) if isinstance(leaf, Tensor)]
-    return [leaf if leaf.dtype == torch.float64 else leaf.float() for leaf in leaves]
+    return [each if each.dtype == torch.float64 else each.float() for each in tensors_in(model(*given))]
 
 
 def _finite(outputs: Sequence[Tensor]) -> bool:

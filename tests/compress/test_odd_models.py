@@ -2,6 +2,7 @@
 
 import warnings
 from copy import deepcopy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -245,6 +246,31 @@ def test_a_frozen_part_under_no_grad_and_code_under_autocast_are_walked():
 
     graph, _ = cut(Frozen(), torch.randn(2, 8))
     assert sorted(layer.channels for layer in graph.layers) == [4, 12, 24]
+
+
+@dataclass
+class Given:
+    """An output that torch knows nothing of, with a list inside, as caches of language models are."""
+
+    logits: Tensor
+    kept: list[Tensor]
+
+
+def test_tensors_in_objects_that_a_model_gives_are_outputs_and_empty_beginnings_are_none():
+    class Objects(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.o = nn.Linear(8, 16), nn.Linear(8, 12), nn.Linear(12, 10), nn.Linear(26, 3)
+
+        def forward(self, x: Tensor) -> Given:
+            a, b = self.a(x), self.b(x)
+            grown = torch.cat([torch.tensor([]), self.c(b.relu())], -1)  # a cache begins so
+            return Given(self.o(torch.cat([a, grown.relu()], 1)), [a])
+
+    model, x = Objects(), torch.randn(2, 8)
+    graph, _ = cut(model, x)
+    assert {layer.name for layer in graph.layers} == {"b", "c"}
+    assert "it is an output of the model" in graph.whole["a"]
 
 
 def test_what_a_branch_on_data_is_given_stays_whole():

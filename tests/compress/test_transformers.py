@@ -85,6 +85,19 @@ def test_a_language_model_is_cut_exactly_in_heads_and_hidden_units(name, how):
 
 
 @pytest.mark.recipe
+def test_a_model_that_gives_its_cache_keeps_the_heads_that_are_in_it():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=16, vocab_size=60)
+    model, words = transformers.GPT2LMHeadModel(config).eval(), torch.randint(60, (2, 7))
+    graph = trace(model, words)
+    assert [layer.name for layer in graph.layers] == ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"]
+    cut = plan(model, graph, score(model, graph, "l1"), keep_params=0.7, round_to=1, tolerance=0.05)
+    small = deepcopy(model)
+    remove_(small, cut)
+    assert check_parity(model, small, cut, words) <= 1e-5
+
+
+@pytest.mark.recipe
 @pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("name", MODELS)
 def test_any_choice_of_channels_of_a_language_model_is_exact_also_under_export(name, how):

@@ -17,10 +17,11 @@ from fedpress.compress.rules.table import Axes, Shape, elementwise, named, rule
 def concatenate(ids: Ids, shape: Shape, values: Sequence[Value], dim: int = 0) -> Axes:
     """Ids stand one after the other along `dim` and are tied along the other axes."""
     dim %= len(shape)
+    values = [v for v in values if v.shape != (0,) or len(shape) == 1]  # the empty beginning of a list: torch skips it
     axes = list(elementwise(ids, tuple(-1 if i == dim else n for i, n in enumerate(shape)), *_without(values, dim)))
     parts = [v.axes[dim] for v in values]
     if any(part is not None for part in parts):
-        axes[dim] = np.concatenate([_solid(ids, v, dim) for v in values if len(v.shape) == len(shape)])
+        axes[dim] = np.concatenate([_solid(ids, v, dim) for v in values])
     return tuple(axes)
 
 
