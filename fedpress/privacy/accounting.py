@@ -40,8 +40,8 @@ NOISE_RANGE = (1e-2, 1e5)
 SPLITS = (0.05, 0.2, 0.5, 0.8, 0.95)
 """Shares of delta that are tried for the Skellam part of a mixture."""
 
-LONGEST_TABLE = 250_000
-"""Most losses of one step, or of all, that dp-accounting is asked to handle: it needs about half a second for them."""
+LONGEST_TABLE = 100_000
+"""Most losses of one step, or of all, that dp-accounting is asked to handle: it needs up to half a second for them."""
 
 FEW_POINTS = 1 << 17
 """Points of `losses` while a noise is searched for: a tenth of a second for each question."""
@@ -172,7 +172,9 @@ def _quick(parts: list[Phase], delta: float) -> bool:
     grid = _grid(parts)
     widest = max(losses.span(p) for p in parts)
     total = math.sqrt(sum(p.steps * _loss_variance(p) for p in parts))
-    return max(widest, 16 * total) <= LONGEST_TABLE * grid
+    # A grid of more than a tenth of a step's losses, as rare samples have, makes long tables of loose bounds.
+    fine = grid <= 0.1 * total / math.sqrt(steps)
+    return fine and max(widest, 16 * total) <= LONGEST_TABLE * grid
 
 
 def _mu(phases: tuple[Phase, ...]) -> float:
@@ -298,18 +300,19 @@ def _smallest(spent: Callable[[float], float], target: float, guess: float) -> f
     least, most = NOISE_RANGE
     low = high = min(max(guess, least), most)
     at_low = at_high = spent(low)
+    strides = iter([1.1, 1.1, 1.1])  # the guess is seldom wrong by more; where samples are rare it may be far off
     while at_high > target:
         if high >= most:
             raise PrivacyError(
                 f"epsilon: even noise_multiplier {most:g} spends {at_high:.3g}, above {target:g}; "
                 "take fewer steps, a larger delta or a larger epsilon"
             )
-        low, at_low, high = high, at_high, min(high * 1.1, most)
+        low, at_low, high = high, at_high, min(high * next(strides, 3.0), most)
         at_high = spent(high)
     while at_low <= target:
         if low <= least:
             return low
-        high, at_high, low = low, at_low, max(low / 1.1, least)
+        high, at_high, low = low, at_low, max(low / next(strides, 3.0), least)
         at_low = spent(low)
     while high / low > 1 + 1e-4:
         middle = _between(low, high, at_low, at_high, target)
@@ -324,7 +327,8 @@ def _smallest(spent: Callable[[float], float], target: float, guess: float) -> f
 def _between(low: float, high: float, at_low: float, at_high: float, target: float) -> float:
     """Returns the noise where the line through both ends meets `target`, kept a little inside the bracket."""
     width = math.log(high / low)
-    share = 0.5 if at_high <= 0 or at_low == math.inf else math.log(at_low / target) / math.log(at_low / at_high)
+    curved = width > 0.2 or at_high <= 0 or at_low == math.inf  # too far from a line for false position
+    share = 0.5 if curved else math.log(at_low / target) / math.log(at_low / at_high)
     edge = min(0.25, 4e-5 / width)  # a step past the root closes the bracket from the other side
     share += edge if share < 0.5 else -edge
     return low * math.exp(width * min(max(share, edge), 1 - edge))
