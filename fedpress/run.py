@@ -9,7 +9,6 @@ import platform
 import subprocess
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -25,7 +24,7 @@ from fedpress import data as data_sets
 from fedpress.compress import cost
 from fedpress.data.examples import Progress
 from fedpress.deploy.processor import as_json, conditions, this_processor
-from fedpress.errors import FedpressError, ModelError, RecipeError, RunError
+from fedpress.errors import FedpressError, RecipeError, RunError
 from fedpress.folder import Done, RunFolder, StageFolder, read_json, write_json
 from fedpress.models import ModelSpec
 from fedpress.models.weights import load_weights_
@@ -37,10 +36,12 @@ from fedpress.stages import Stage
 from fedpress.stages.measure import MeasureStage
 from fedpress.stages.teaching import FROM_THE_RUN
 from fedpress.state import Event, Loader, StageFinished, StageStarted, State, Tick
-from fedpress.storage.packed import encode
 from fedpress.training import evaluate, place_
 
-MEASURED = ("accuracy", "loss", "parameters", "macs", "file_bytes", "latency_ms", "runtime", "conditions")
+MEASURED = (
+    "accuracy", "loss", "parameters", "nonzero_parameters", "macs", "file_bytes", "packed_file_bytes", "latency_ms",
+    "runtime", "conditions",
+)  # fmt: skip
 ADDED_TO_DATA = ("classes", "words", "public_words", "unknown", "encoding", "decimal")
 """Keys that older run folders do not know: left out of the settings where they say nothing, so that those resume."""
 LIBRARIES = ("torch", "numpy", "safetensors", "dp-accounting", "onnx", "onnxruntime", "pydantic")
@@ -271,21 +272,17 @@ def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
         "loss": found.loss if found else None,
         "parameters": cost.parameters(model),
         "macs": _macs(state),
-        "file_bytes": _file_bytes(state.spec, model),
+        "file_bytes": storage.file_bytes(state.spec, model),
     }
+    if state.spec.sparse or "density" in state.facts:  # what zeros are worth shows in these two alone
+        line["nonzero_parameters"] = storage.nonzero_parameters(model)
+        line["packed_file_bytes"] = storage.packed_file_bytes(state.spec, model)
     if latency:
         speed = cost.latency(model, torch.zeros(1, *state.spec.input_shape))
         # What lies on grids is computed on floats here; integers run in an exported file.
         line |= {"latency_ms": speed.median_ms, "runtime": "torch, simulated" if state.spec.quantized else "torch"}
         line["conditions"] = conditions("torch", threads=torch.get_num_threads(), options={})
     return line
-
-
-def _file_bytes(spec: ModelSpec, model: nn.Module) -> int:
-    if spec.quantized:
-        with suppress(ModelError):  # what cannot be packed is told by the stage that packs
-            return len(encode(spec, model)[0])
-    return cost.state_bytes(model)
 
 
 def _macs(state: State) -> int:

@@ -279,3 +279,40 @@ def test_a_model_that_torch_cannot_copy_names_the_way_round():
     model(torch.zeros(1, 64))
     with pytest.raises(FedpressError, match=r"cannot be copied.*parametrizations\.weight_norm"):
         commands.prune(model, keep_params=0.5, input_shape=(1, 8, 8))
+
+
+def test_a_model_has_one_size_in_every_command(trained, tmp_path):
+    small = commands.quantize(trained, bits=4, out=tmp_path / "quantized")
+    packed = commands.pack(small.folder, out=tmp_path / "packed")
+    found = commands.measure([small.folder, packed.artifact], formats=[], int8=False, batches=(1,), seconds=0.05)
+    sizes = {record["file_bytes"] for record in found["records"]}
+    assert sizes == {small.facts["file_bytes"]} == {packed.before["file_bytes"]} == {packed.artifact.stat().st_size}
+    again = commands.measure([trained], formats=[], int8=False, batches=(1,), seconds=0.05)["records"][0]
+    assert again["file_bytes"] == small.before["file_bytes"]
+
+
+def test_what_zeros_are_worth_is_shown_as_non_zeros_and_packed_bytes(fedpress, trained, tmp_path):
+    said = fedpress("sparsify", trained, "density=0.2", "--out", tmp_path / "sparse")
+    assert said.code == 0, said.err
+    assert "Non-zeros" in said.out
+    assert "Packed" in said.out
+    facts = json.loads((tmp_path / "sparse" / "result.json").read_text())["final"]
+    model = storage.load(tmp_path / "sparse")[1]
+    assert facts["nonzero_parameters"] == sum(int(p.count_nonzero()) for p in model.parameters())
+    packed = commands.pack(tmp_path / "sparse", out=tmp_path / "packed")
+    assert facts["packed_file_bytes"] == packed.artifact.stat().st_size < facts["file_bytes"]
+    gated = commands.l0(trained, density=0.5, epochs=1, out=tmp_path / "gated")
+    assert gated.facts["nonzero_parameters"] < gated.facts["parameters"]
+    assert gated.facts["packed_file_bytes"] < gated.facts["file_bytes"]
+
+
+def test_a_share_of_a_cut_model_says_of_what(fedpress, trained, tmp_path):
+    once = commands.prune(trained, keep_params=0.6, calibration=64, out=tmp_path / "once")
+    assert "dense" not in json.dumps(once.facts.get("told", {}))
+    twice = commands.prune(once.folder, keep_params=0.3, calibration=64, out=tmp_path / "twice")
+    dense, had, has = (facts["parameters"] for facts in (once.before, twice.before, twice.facts))
+    expected = f"{has / dense:.4g} of the {dense:,} dense parameters, {has / had:.4g} of the {had:,} that the model had"
+    assert twice.facts["told"]["keep_params"].endswith(expected)
+    said = fedpress("prune", twice.folder, "keep_params=0.5", "calibration=64")
+    assert said.code == 2
+    assert "share of the dense network: give less than" in said.err

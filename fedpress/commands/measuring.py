@@ -66,6 +66,7 @@ def measure(
     subjects: dict[str, nn.Module | Path] = {}
     counts: dict[str, tuple[int | None, int, int]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    sizes: dict[str, int] = {}
     with ExitStack() as stack:
         stack.enter_context(consent.allowing(allow_code))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -80,6 +81,8 @@ def measure(
             spec, model = _load(given, input_shape, checkpoint)
             model.eval()
             subjects[name], counts[name] = model, _counts(model, spec.input_shape)
+            file = Path(given)
+            sizes[name] = file.stat().st_size if file.is_file() else storage.file_bytes(spec, model)
             shapes[name] = spec.input_shape
             place = folder / str(number)
             place.mkdir()
@@ -99,6 +102,7 @@ def measure(
             macs={name: macs for name, (_, macs, _) in counts.items()},
             activations={name: numbers for name, (_, _, numbers) in counts.items()},
             int8={name for name, subject in subjects.items() if isinstance(subject, Path) and _on_integers(subject)},
+            sizes=sizes,
             batches=batches,
             threads=threads,
             seconds=seconds,

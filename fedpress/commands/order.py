@@ -156,6 +156,9 @@ class Order:
                 yield StageStarted(0, "model", "before")
                 yield Tick(0, 1, "measuring the model as it is")
                 before = {"kind": "model", "name": "before", **runs.measure(runs.start(self.recipe, data))}
+                checkpoint = self.recipe.model.checkpoint
+                if checkpoint is not None and Path(checkpoint).is_file():  # a packed file has the size of that file
+                    before["file_bytes"] = Path(checkpoint).stat().st_size
                 write_json(path, before)
                 yield StageFinished(0, before)
             yield from runs.execute(self.recipe, folder, data)

@@ -365,15 +365,16 @@ def measure(
     macs: Mapping[str, int],
     activations: Mapping[str, int],
     int8: Collection[str] = (),
+    sizes: Mapping[str, int] | None = None,
     batches: Collection[int] = (1, 64),
     threads: Collection[int] = (1, 2),
     seconds: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Measures every subject: one record each, of plain JSON values.
 
-    Keys: name, runtime, file_bytes (of a model its parameters and buffers), peak_memory (batch 1; None of a model that
-    cannot be captured to run in another process), macs, conditions (version, options and processor), and timings: a
-    list of `Timing` with `Roofline` as dicts.
+    Keys: name, runtime, file_bytes (of a model its `sizes`, or parameters and buffers), peak_memory (batch 1; None of a
+    model that cannot be captured to run in another process), macs, conditions (version, options and processor), and
+    timings: a list of `Timing` with `Roofline` as dicts.
 
     Args:
         subjects: name -> model or file.
@@ -381,6 +382,7 @@ def measure(
         macs: multiply-adds of one example of each subject.
         activations: numbers that its layers give for one example.
         int8: names of those that compute on bytes.
+        sizes: bytes of the file that keeps a model, where they are not those of its numbers in memory.
         batches: see `time_in_turn`.
         threads: see `time_in_turn`.
         seconds: see `time_in_turn`.
@@ -403,7 +405,7 @@ def measure(
             {
                 "name": name,
                 "runtime": "torch" if isinstance(subject, nn.Module) else of_file(subject).runtime,
-                "file_bytes": size,
+                "file_bytes": (sizes or {}).get(name, size),
                 "peak_memory": _memory(subject, given),
                 "macs": macs[name],
                 "machine": asdict(top),

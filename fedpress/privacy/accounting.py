@@ -43,6 +43,9 @@ SPLITS = (0.05, 0.2, 0.5, 0.8, 0.95)
 LONGEST_TABLE = 100_000
 """Most losses of one step, or of all, that dp-accounting is asked to handle: it needs up to half a second for them."""
 
+MANY_PHASES = 16
+"""dp-accounting composes more than these one by one, which takes long."""
+
 FEW_POINTS = 1 << 17
 """Points of `losses` while a noise is searched for: a tenth of a second for each question."""
 
@@ -83,8 +86,13 @@ def epsilon(phases: Iterable[AnyPhase], *, delta: float) -> float:
     return spent(phases, delta=delta).epsilon
 
 
-def spent(phases: Iterable[AnyPhase], *, delta: float) -> Spent:
+def spent(phases: Iterable[AnyPhase], *, delta: float, points: int = losses.POINTS) -> Spent:
     """Returns the smallest known epsilon of all `phases` together at `delta`, and whether it is a mere upper bound.
+
+    Args:
+        phases: the mechanisms and their steps.
+        delta: chance with which the promise may fail.
+        points: of the grid where tables are long; fewer are quicker and may raise epsilon, never lower it.
 
     Raises:
         RecipeError: if `delta` is not inside (0, 1).
@@ -93,7 +101,7 @@ def spent(phases: Iterable[AnyPhase], *, delta: float) -> Spent:
     False
     """
     check_delta(delta)
-    return _spent(merge(phases), delta)
+    return _spent(merge(phases), delta, points)
 
 
 def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, steps: int) -> float:
@@ -167,7 +175,7 @@ def _quick(parts: list[Phase], delta: float) -> bool:
     It rounds what a transform gives to about 1e-15 times the steps, whatever delta is, and cuts off tails of 1e-15.
     """
     steps = sum(p.steps for p in parts)
-    if delta < 1e-10 or 1e-16 * steps > 1e-4 * delta:
+    if len(parts) > MANY_PHASES or delta < 1e-10 or 1e-16 * steps > 1e-4 * delta:
         return False
     grid = _grid(parts)
     widest = max(losses.span(p) for p in parts)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from fedpress.errors import PrivacyError, RecipeError
-from fedpress.privacy import accounting
+from fedpress.privacy import accounting, losses
 from fedpress.privacy.phases import AnyPhase, Phase, SkellamPhase, gaussians, skellams
 
 POPULATION = "population"
@@ -129,8 +129,11 @@ class Ledger:
 
     def spent(self, *, delta: float) -> accounting.Spent:
         """Returns `epsilon`, and whether it is a mere upper bound."""
-        parties = [accounting.spent(phases, delta=delta) for phases in _undominated(set(self.phases()))]
-        return max(parties, key=lambda party: party.epsilon)
+        parties = _undominated(set(self.phases()))
+        # Many parties share the time of a few; fewer points only raise an epsilon.
+        points = max(1 << 14, 4 * losses.POINTS // max(4, len(parties)))
+        found = [accounting.spent(phases, delta=delta, points=points) for phases in parties]
+        return max(found, key=lambda party: party.epsilon)
 
     def would_pass(self, *charges: Charge, epsilon: float, delta: float) -> bool:
         """Says whether `charges` together would carry anybody beyond `epsilon`: ask before the data is touched."""

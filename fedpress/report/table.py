@@ -141,6 +141,8 @@ def comparison_table(before: Json, after: Json) -> Table:
     rows = []
     for title, key, form in COMPARED:
         old, new = units.number(before.get(key)), units.number(after.get(key))
+        if key == "nonzero_parameters" and old is None and new is not None:
+            old = units.number(before.get("parameters"))  # a network without zeros by design
         if old is None and new is None:
             continue
         change = ""
@@ -231,16 +233,20 @@ LEFT = ("told", "left", "whole_layers", "dense_weights", "float_layers", "left_f
 COMPARED: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("Accuracy", "accuracy", units.percent),
     ("Parameters", "parameters", units.count),
+    ("Non-zeros", "nonzero_parameters", units.count),
     ("MACs", "macs", units.count),
     ("File", "file_bytes", _bytes),
+    ("Packed", "packed_file_bytes", _bytes),
     ("Latency", "latency_ms", units.milliseconds),
 )
 COLUMNS: tuple[tuple[str, Callable[[Json, list[Json]], str]], ...] = (
     ("Stage", lambda stage, stages: _name(stage)),
     ("Accuracy", _accuracy),
     ("Params", _parameters),
+    ("Non-zeros", _plain("nonzero_parameters", units.count)),
     ("MACs", _plain("macs", units.count)),
     ("Size", _plain("file_bytes", _bytes)),
+    ("Packed", _plain("packed_file_bytes", _bytes)),
     ("Latency", _plain("latency_ms", units.milliseconds)),
     ("Up", _plain("bytes_up", _bytes)),
     ("Down", _plain("bytes_down", _bytes)),

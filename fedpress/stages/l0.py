@@ -35,6 +35,7 @@ from fedpress.folder import StageFolder, write_json
 from fedpress.layers import copied
 from fedpress.models import what_pruning_changed
 from fedpress.seeds import derive, generator
+from fedpress.stages.pruning import of_what
 from fedpress.stages.public import calibration
 from fedpress.state import Name, State, Tick
 from fedpress.training import Fit, Step, TrainSettings
@@ -187,8 +188,12 @@ class L0Stage(TrainSettings):
         widths: list[JsonValue] = [{"name": c.name, "before": c.before, "after": c.after} for c in plan.layers]
         folder.record(layers=widths)
         facts |= {"density": plan.parameters_after / plan.parameters_before, "whole_layers": dict(plan.whole)}
-        if plan.told:
-            facts["told"] = dict(plan.told)
+        told = dict(plan.told)
+        if plan.parameters_before < state.dense:
+            share = of_what(state.dense, plan.parameters_before, plan.parameters_after)
+            told["density"] = "; ".join([*([told["density"]] if "density" in told else []), share])
+        if told:
+            facts["told"] = told
         spec = state.spec.model_copy(update=what_pruning_changed(pruned, state.spec.build_dense()))
         return replace(state, spec=spec, model=pruned, facts=facts)
 

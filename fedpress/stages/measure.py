@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from fedpress import deploy
+from fedpress import deploy, storage
 from fedpress.compress import cost
 from fedpress.deploy import FORMATS, Job
 from fedpress.deploy.measure import Subject
@@ -47,6 +47,7 @@ class MeasureStage(BaseModel):
         found = measured(
             model,
             state.spec.input_shape,
+            file_bytes=storage.file_bytes(state.spec, model),
             calibration=(public,) if public is not None and len(public) else (),
             batches=self.batches,
             threads=self.threads,
@@ -61,6 +62,7 @@ def measured(
     model: nn.Module,
     input_shape: tuple[int, ...],
     *,
+    file_bytes: int | None = None,
     calibration: Sequence[Tensor] = (),
     batches: Sequence[int] = (1, 64),
     threads: Sequence[int] = (1, 2),
@@ -71,6 +73,7 @@ def measured(
     Args:
         model: in any mode; left as it was.
         input_shape: shape of one example.
+        file_bytes: of the file that keeps the model; by default those of its parameters and buffers.
         calibration: standardised examples [n, *input_shape] in batches; without any no integer files.
         batches: batch sizes.
         threads: numbers of threads.
@@ -92,6 +95,7 @@ def measured(
                 input_shape,
                 macs=dict.fromkeys(subjects, macs),
                 activations=dict.fromkeys(subjects, numbers),
+                sizes={} if file_bytes is None else {"torch": file_bytes},
                 int8=[label for label in subjects if label.endswith("int8")],
                 batches=batches,
                 threads=threads,

@@ -25,6 +25,7 @@ from fedpress.stages.pruning import (
     has_batch_norm,
     latency_target,
     milliseconds,
+    of_what,
     public_examples,
     traced,
 )
@@ -76,8 +77,8 @@ class PruneStage(PruneSettings):
         if self.keep_latency is not None:
             milliseconds(model, state, seconds=0.0)
         facts: dict[str, Any] = {"kept_parameters": plan.parameters_after / state.dense, "channels": _widths(plan)}
-        if plan.told:
-            facts["told"] = dict(plan.told)
+        if told := _told(state, [plan]):
+            facts["told"] = told
         return replace(state, spec=_spec(state, model), model=model.train()), facts
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
@@ -115,12 +116,22 @@ class PruneStage(PruneSettings):
             "whole_layers": dict(work.plans[0].whole),
             "restored_examples": restored,
         }
-        told = {**work.plans[-1].told, **inexact.pop("told", {})}
+        told = {**_told(state, work.plans), **inexact.pop("told", {})}
         left = inexact.pop("left", {})
         if not restored and has_batch_norm(work.model):
             left["batch norms"] = "their statistics are those of the uncut network: there was no data"
         facts |= {**inexact, **({"told": told} if told else {}), **({"left": left} if left else {})}
         return replace(state, spec=_spec(state, work.model), model=work.model, facts=facts)
+
+
+def _told(state: State, plans: Sequence[PruningPlan]) -> dict[str, str]:
+    """Returns what whoever asked for the cuts should know: how near they came, and of what a share is."""
+    told = dict(plans[-1].told)
+    before, after = plans[0].parameters_before, plans[-1].parameters_after
+    if before < state.dense:
+        words = [told["keep_params"]] if "keep_params" in told else []
+        told["keep_params"] = "; ".join([*words, of_what(state.dense, before, after)])
+    return told
 
 
 def _accuracy(model: nn.Module, state: State) -> float | None:

@@ -147,9 +147,19 @@ def check_left(key: str, value: float, left: float) -> None:
     if value > left * (1 + 1e-9):
         what = {"keep_params": "parameters", "keep_macs": "multiply-adds", "keep_latency": "time"}[key]
         raise RecipeError(
-            f"prune.{key}: got {value:g}, but an earlier stage has left {left:.4g} of the dense {what}; "
-            "give a smaller share"
+            f"prune.{key}: got {value:g}, but an earlier stage has left {left:.4g} of the dense {what}; {key} is a "
+            f"share of the dense network: give less than {left:.4g}, such as {left / 2:.2g} for half of what is left"
         )
+
+
+def of_what(dense: int, before: int, after: int) -> str:
+    """Says of what a share is, for a network that an earlier stage has cut.
+
+    >>> of_what(4000, 1200, 600)
+    '0.15 of the 4,000 dense parameters, 0.5 of the 1,200 that the model had'
+    """
+    of_dense = f"{after / dense:.4g} of the {dense:,} dense parameters"
+    return f"{of_dense}, {after / before:.4g} of the {before:,} that the model had"
 
 
 def milliseconds(model: nn.Module, state: State, *, seconds: float = 0.5) -> float:

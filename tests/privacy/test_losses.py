@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 
 import mpmath
 import pytest
@@ -151,6 +152,19 @@ def test_a_mixture_of_a_rare_phase_and_skellam_noise_is_at_least_each_part():
     both = epsilon([rare, other], delta=1e-7)
     parts = [epsilon([rare], delta=1e-7), epsilon([other], delta=1e-7)]
     assert max(parts) <= both <= 1.2 * sum(parts)
+
+
+def test_many_phases_and_many_parties_share_the_time_of_a_few():
+    phases = [Phase(1e-5 * (1 + 0.01 * i), 0.6 + 0.01 * i, 100 + i) for i in range(60)]
+    start = time.process_time()
+    together = spent(phases, delta=1e-7)
+    assert time.process_time() - start < 10
+    single = [spent([p], delta=1e-7, points=1 << 12).epsilon for p in phases[:3]]
+    assert max(single) <= together.epsilon <= renyi.epsilon(phases, delta=1e-7) * 1.001
+    book = Ledger("client").add(*[Charge(f"c{i}", "x", 1e-5 / (i + 1), 0.6, 1000 * (i + 1)) for i in range(30)])
+    start = time.process_time()
+    assert book.spent(delta=1e-7).epsilon > 0
+    assert time.process_time() - start < 10
 
 
 def test_hard_questions_take_seconds_and_little_memory():

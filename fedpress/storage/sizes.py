@@ -1,0 +1,42 @@
+"""One meaning for each size of a model: `file_bytes` is its saved file, `packed_file_bytes` its packed one."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from torch import nn
+
+from fedpress.compress import cost
+from fedpress.errors import ModelError
+from fedpress.models import ModelSpec
+from fedpress.storage.packed import encode
+
+
+def file_bytes(spec: ModelSpec | None, model: nn.Module) -> int:
+    """Returns the bytes of the numbers as a model is kept: float32, or packed where weights lie on grids.
+
+    Commands, reports and measurements all say this one; an exported file has the size of that file.
+    """
+    packed = packed_file_bytes(spec, model) if spec is not None and spec.quantized else None
+    return cost.state_bytes(model) if packed is None else packed
+
+
+def packed_file_bytes(spec: ModelSpec | None, model: nn.Module) -> int | None:
+    """Returns the bytes of the file that the pack stage would write, or None where it would say that it cannot."""
+    if spec is None:
+        return None
+    with suppress(ModelError):
+        return len(encode(spec, model)[0])
+    return None
+
+
+def nonzero_parameters(model: nn.Module) -> int:
+    """Counts the parameters that are not 0.
+
+    >>> from torch import nn
+    >>> layer = nn.Linear(3, 2, bias=False)
+    >>> _ = nn.init.zeros_(layer.weight[0])
+    >>> nonzero_parameters(layer)
+    3
+    """
+    return sum(int(parameter.count_nonzero()) for parameter in model.parameters())
