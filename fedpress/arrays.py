@@ -15,7 +15,7 @@ from fedpress.errors import DataError
 
 @dataclass(frozen=True)
 class Arrays:
-    """Examples `x` (uint8 images [n, C, H, W] or float32 features [n, ...]) with int64 labels `y` [n]."""
+    """Examples `x` with int64 labels `y` [n]: uint8 images [n, C, H, W], float32 features or int64 ids [n, ...]."""
 
     x: Tensor
     y: Tensor
@@ -56,11 +56,13 @@ class Preprocess:
             raise ValueError(f"mean {self.mean} and std {self.std}; give as many of each, and every std above 0")
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Returns float32 of the same shape as `x` [n, C, ...].
+        """Returns float32 of the same shape as `x` [n, C, ...]; whole numbers (token ids) stay what they are.
 
         Raises:
             DataError: if there are neither C statistics nor one for all channels.
         """
+        if x.dtype == torch.int64 and not self.mean:
+            return x
         scale = 255.0 if x.dtype == torch.uint8 else 1.0
         x = x.to(torch.float32)
         if not self.mean:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 
 from fedpress.data import DataSettings
 from fedpress.errors import RecipeError, did_you_mean
+from fedpress.models.memory import TEACHER
 from fedpress.stages import AnyStage
 from fedpress.stages.teaching import FROM_THE_RUN
 from fedpress.state import Name
@@ -149,7 +150,13 @@ def _anchor_(tree: dict[str, Any], folder: Path) -> None:
         if not isinstance(table, dict):
             continue
         value = table.get(key)
-        if not isinstance(value, str) or value in FROM_THE_RUN or value.startswith("~") or Path(value).is_absolute():
+        if (
+            not isinstance(value, str)
+            or value in FROM_THE_RUN
+            or value.startswith(TEACHER)
+            or value.startswith("~")
+            or Path(value).is_absolute()
+        ):
             continue
         beside, here = folder / value, Path.cwd() / value
         own_function = key == "path" and ":" in str(table.get("source", ""))  # its path may be anything

@@ -34,7 +34,7 @@ from fedpress.recipe import Recipe
 from fedpress.seeds import derive, fingerprint
 from fedpress.stages import Stage
 from fedpress.stages.measure import MeasureStage
-from fedpress.stages.teaching import FROM_THE_RUN
+from fedpress.stages.teaching import FROM_THE_RUN, saved_teacher
 from fedpress.state import Event, Loader, StageFinished, StageStarted, State, Tick
 from fedpress.training import evaluate, place_
 
@@ -68,7 +68,8 @@ def start(recipe: Recipe, data: data_sets.FederatedData) -> State:
         "input_shape": tuple(examples.x.shape[1:]),
         "mean": data.preprocess.mean,
         "std": data.preprocess.std,
-        "class_names": data.class_names,
+        **({"class_names": data.class_names} if data.labelled else {}),
+        "input_dtype": "int64" if examples.x.dtype == torch.int64 else "float32",
     }
     torch.manual_seed(derive(recipe.seed, "weights"))
     if recipe.model.checkpoint is not None:
@@ -90,8 +91,15 @@ def start(recipe: Recipe, data: data_sets.FederatedData) -> State:
             f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); fit recipe.model.arguments to the data"
         ) from error
     wanted = (min(2, len(examples)), data.num_classes)
-    if not isinstance(logits, Tensor) or logits.shape != wanted:
+    if data.labelled and not (isinstance(logits, Tensor) and logits.dim() == 2):
         got = list(logits.shape[1:]) if isinstance(logits, Tensor) else type(logits).__name__
+        raise RecipeError(
+            f"recipe.model: '{spec.architecture}' gives outputs {got} for one example, not [classes] as a "
+            "classifier does, and accuracy needs one; without labels (a command without data, or with inputs alone) it "
+            "can be cut, quantized and exported"
+        )
+    if data.labelled and logits.shape != wanted:
+        got = list(logits.shape[1:])
         raise RecipeError(
             f"recipe.model: '{spec.architecture}' gives outputs {got} for one example but the data has "
             f"{data.num_classes} classes; make it return {data.num_classes} numbers, for instance with "
@@ -162,7 +170,8 @@ def settings(recipe: Recipe) -> dict[str, Any]:
         tree["model"]["weights"] = hashlib.sha256(recipe.model.weights.read_bytes()).hexdigest()
     for stage in tree["stage"]:
         if stage.get("teacher") not in (None, *FROM_THE_RUN):
-            stage["teacher"] = fingerprint(*storage.load(Path(stage["teacher"]))[1].state_dict().values())
+            teacher = saved_teacher(stage["teacher"])[1]
+            stage["teacher"] = fingerprint(*teacher.state_dict().values())
     return tree
 
 
@@ -278,7 +287,7 @@ def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
         line["nonzero_parameters"] = storage.nonzero_parameters(model)
         line["packed_file_bytes"] = storage.packed_file_bytes(state.spec, model)
     if latency:
-        speed = cost.latency(model, torch.zeros(1, *state.spec.input_shape))
+        speed = cost.latency(model, state.spec.example(1))
         # What lies on grids is computed on floats here; integers run in an exported file.
         line |= {"latency_ms": speed.median_ms, "runtime": "torch, simulated" if state.spec.quantized else "torch"}
         line["conditions"] = conditions("torch", threads=torch.get_num_threads(), options={})
@@ -286,8 +295,7 @@ def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
 
 
 def _macs(state: State) -> int:
-    example = torch.zeros(1, *state.spec.input_shape)
-    return cost.macs(state.model.to("cpu"), example)
+    return cost.macs(state.model.to("cpu"), state.spec.example(1))
 
 
 def _write_result(recipe: Recipe, folder: RunFolder, results: list[dict[str, Any]], *, finished: bool) -> None:

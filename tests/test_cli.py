@@ -475,7 +475,7 @@ def test_resume_of_a_command_needs_nothing_but_the_folder(fedpress, plain):
         said = fedpress("sparsify", *words)
         assert said.code == 0, (words, said.err)
         assert "already done" in said.out
-    one_sentence(fedpress("quantize", "--resume", "s"), "this is no run of fedpress quantize", "run --resume s")
+    one_sentence(fedpress("quantize", "s", "--resume"), "there is no run to resume")
     assert fedpress("run", "--resume", "s").code == 0
 
 

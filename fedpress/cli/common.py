@@ -125,7 +125,7 @@ def allow_code(names: list[str] | None) -> None:
 
 def told(message: str) -> str:
     """Says an error as the command line knows its cures, in one line that a terminal shows as it is."""
-    from fedpress.consent import as_flags
+    from fedpress.commands.wording import as_flags
 
     return visible(" ".join(as_flags(message).split()))
 

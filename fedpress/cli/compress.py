@@ -55,6 +55,13 @@ Input = Annotated[str | None, typer.Option("--input", help="Shape of one example
 Weights = Annotated[Path | None, typer.Option("--checkpoint", help="State dict for a function, .safetensors or .pt.")]
 
 
+Mean = Annotated[
+    str | None,
+    typer.Option(help="How a model from elsewhere wants its inputs: 0.485,0.456,0.406, or none, or data."),
+]
+Std = Annotated[str | None, typer.Option(help="Likewise, to divide by: 0.229,0.224,0.225.")]
+
+
 def add_commands(app: typer.Typer) -> None:
     """Adds a command for each kind of stage, and those on several models."""
     for kind, words in STAGES.items():
@@ -72,6 +79,8 @@ def _command(kind: str) -> Callable[..., None]:
         out: Annotated[Path | None, typer.Option(help="Run folder; runs/ and the command's name by default.")] = None,
         input_shape: Input = None,
         checkpoint: Weights = None,
+        mean: Mean = None,
+        std: Std = None,
         resume: Annotated[
             bool, typer.Option("--resume", help="Go on with an interrupted run: --resume RUN alone.")
         ] = False,
@@ -92,6 +101,7 @@ def _command(kind: str) -> Callable[..., None]:
             with terminal.waiting(out_stream, "starting"):
                 from fedpress import run as runs
                 from fedpress.commands import Order, Result
+                from fedpress.commands.order import Given
                 from fedpress.commands.subject import Subject
                 from fedpress.folder import RunFolder
                 from fedpress.report.html import write_report
@@ -99,18 +109,23 @@ def _command(kind: str) -> Callable[..., None]:
                 find_modules([])
                 words = [*([model] if model is not None else []), *(keys or [])]
                 found, rest = run_to_resume(words) if resume and out is None else (out, words)
-                if resume and found is not None and not rest:  # all that was said then lies in the folder
-                    place, order = found, Order.of_folder(kind, found)
+                if resume and found is not None and not rest and Order.lies_in(kind, found):
+                    place, order = found, Order.of_folder(found)  # all that was said then lies there
                 else:
                     if model is None:
                         raise RecipeError(f"{kind}: give the model too, or --resume RUN alone")
                     subject = Subject.find(model, weights=checkpoint)
                     shape = shape_of(input_shape)
-                    order = Order.bind(kind, subject, keys or (), source=data, path=path, input_shape=shape)
+                    how = Given.of(_numbers(mean), _numbers(std))
+                    order = Order.bind(
+                        kind, subject, keys or (), source=data, path=path, input_shape=shape, preprocess=how
+                    )
                     place = out or default_folder(kind, resume)
                 folder = RunFolder.resume(place, runs.settings(order.recipe)) if resume else None
                 if folder is None:
                     RunFolder.check_free(place, order.text)
+            if order.asks:
+                out_stream.print(told(order.asks), markup=False, soft_wrap=True)
             with terminal.bars(out_stream) as bars:
                 loaded = order.load_data(terminal.Loading(bars))
             with terminal.waiting(out_stream, "checking that everything fits together"):
@@ -157,6 +172,16 @@ def shape_of(text: str | None) -> tuple[int, ...] | None:
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise RecipeError(f"--input: got '{text}', expected whole numbers above 0, such as 3,32,32")
     return tuple(int(part) for part in parts)
+
+
+def _numbers(text: str | None) -> object:
+    """Reads `0.5,0.4,0.3`; a word stays one."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        return text
 
 
 def _show_keys(kind: str) -> None:

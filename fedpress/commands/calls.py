@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from fedpress import consent
 from fedpress import run as runs
-from fedpress.commands.order import Order, Result, as_words
+from fedpress.arrays import Preprocess
+from fedpress.commands.given import in_memory
+from fedpress.commands.order import Given, Order, Result, as_words
 from fedpress.commands.subject import Subject, holding
+from fedpress.commands.wording import naming_arguments
 from fedpress.data import FederatedData
 from fedpress.errors import ModelError
 from fedpress.folder import RunFolder
+from fedpress.models import memory
 
 Model = str | Path | nn.Module
 
@@ -27,10 +33,12 @@ def call(
     kind: str,
     model: Model,
     *,
-    data: str | FederatedData | None = None,
+    data: Any = None,
     path: str | Path | None = None,
     checkpoint: str | Path | None = None,
     input_shape: tuple[int, ...] | None = None,
+    mean: Sequence[float] | Literal["none", "data"] | None = None,
+    std: Sequence[float] | None = None,
     out: str | Path | None = None,
     allow_code: Collection[str] | str = (),
     **settings: Any,
@@ -40,14 +48,23 @@ def call(
     Args:
         kind: of the stage.
         model: the folder of a model or of a run, a packed file, `module:function`, or a module, which is not changed.
-        data: a source such as "cifar10", or a loaded data set; by default that of the run that left the model.
+        data: a source such as "cifar10"; or what is in memory: a tensor of inputs [n, ...] to calibrate on, a pair
+            (inputs, labels [n]), a torch Dataset or DataLoader of one or the other, or a `FederatedData`. By default
+            the data of the run that left the model. Data in memory are taken as inputs of the network (images of bytes
+            as values from 0 to 1), except by a saved model, which standardises them as it was trained.
         path: where the source finds its files.
         checkpoint: a state dict for `module:function`.
         input_shape: of one example, for a module or function without data.
+        mean: of each channel, as a model that was trained elsewhere wants its inputs standardised (images as values
+            from 0 to 1); "none": as they are; "data": by the public part of the source.
+        std: of each channel.
         out: the run folder to write; without one the result lives in memory alone.
         allow_code: names `module:function` that the files of `model`, of its run or of a teacher may have called; a
             `model` that is given as `module:function` is allowed by that.
-        settings: the keys of the stage.
+        settings: the keys of the stage; a `teacher` may be a module, too.
+
+    Returns:
+        The result. Without `out` it holds what export and pack wrote as `files`, by name.
 
     Raises:
         FedpressError: if something does not fit, saying what; before any work where it can be known.
@@ -55,22 +72,36 @@ def call(
     if not isinstance(model, nn.Module | str | Path):
         raise ModelError(f"model: got {type(model).__name__}, expected a torch.nn.Module, a path or module:function")
     with ExitStack() as stack:
+        stack.enter_context(naming_arguments())
         stack.enter_context(consent.allowing(allow_code))
         stack.enter_context(torch.random.fork_rng(devices=[]))  # the caller's random numbers stay theirs
+        given = Given.of(mean, std)
         if isinstance(model, nn.Module):
-            subject = Subject(stack.enter_context(holding(model)))
+            if checkpoint is not None:
+                raise ModelError("checkpoint=: this module has weights of its own; load them into it, and leave it out")
+            named = memory.find_name(model)
+            _refuse_what_cannot_be_saved(kind, model, named, out)
+            subject = Subject(stack.enter_context(holding(model, named)), module=model)
+            if named is not None and ":" in named.architecture:  # its class is here already: nothing new is called
+                stack.enter_context(consent.allowing(named.architecture))
         else:
             subject = Subject.find(model, weights=Path(checkpoint) if checkpoint is not None else None)
-        shape = data.example_shape if isinstance(data, FederatedData) else input_shape
+        if isinstance(settings.get("teacher"), nn.Module):
+            settings["teacher"] = memory.TEACHER + stack.enter_context(memory.holding(settings["teacher"]))
+        held = None if data is None or isinstance(data, str) else _held(data, subject, given)
         order = Order.bind(
             kind,
             subject,
             as_words(settings),
             source=data if isinstance(data, str) else None,
             path=Path(path) if path is not None else None,
-            input_shape=shape,
+            input_shape=tuple(input_shape) if input_shape is not None else None,
+            held=held,
+            preprocess=given,
         )
-        loaded = data if isinstance(data, FederatedData) else order.load_data()
+        if order.asks:
+            warnings.warn(order.asks, stacklevel=3)
+        loaded = held if held is not None else order.load_data()
         order.check(loaded)
         place = Path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder = RunFolder.create(place, order.text, runs.settings(order.recipe))
@@ -78,11 +109,54 @@ def call(
         for _ in order.execute(folder, loaded):
             pass
         result = Result.read(folder, kind)
-        if out is not None and not isinstance(model, nn.Module):
-            return result
-        kept = {} if out is not None else {"folder": None, "artifact": None}
-        spec = None if isinstance(model, nn.Module) else result.spec
-        return Result(**{**result.__dict__, **kept, "spec": spec})
+        in_memory_alone = isinstance(model, nn.Module) and (out is None or named is None)
+        spec = None if in_memory_alone else result.spec
+        if out is not None:
+            return replace(result, spec=spec)
+        files: dict[str, bytes] = {}
+        if result.artifact is not None:
+            files = {file.name: file.read_bytes() for file in sorted(result.artifact.parent.iterdir())}
+        return replace(result, spec=spec, folder=None, artifact=None, files=files)
+
+
+def _held(data: Any, subject: Subject, given: Given | None) -> FederatedData:
+    """Makes a data set of what is in memory.
+
+    Raises:
+        DataError: if it is nothing that `call` takes.
+    """
+    if isinstance(data, FederatedData):
+        return data if given is None or given.mean is None else replace(data, preprocess=given.preprocess())
+    own = Preprocess(subject.spec.mean, subject.spec.std) if subject.spec is not None else Preprocess()
+    found = in_memory(
+        data,
+        given.preprocess() if given is not None and given.mean is not None else own,
+        class_names=subject.spec.class_names if subject.spec is not None else (),
+    )
+    if given is not None and given.mean is None:  # mean="data"
+        return replace(found, preprocess=Preprocess.fit(found.public.x))
+    return found
+
+
+def _refuse_what_cannot_be_saved(kind: str, model: nn.Module, named: memory.Named | None, out: object) -> None:
+    """Says before any work that the folder, or the packed file, of a module could not be opened again.
+
+    Raises:
+        ModelError: if that is so.
+    """
+    if named is not None or (out is None and kind != "pack"):
+        return
+    what = "out=: the folder" if kind != "pack" else "pack: the file"
+    said = (
+        f"{what} could not be opened again, since nothing is known that builds this {type(model).__name__}: it is not "
+        "made of torch.nn layers in sequences alone, and its class does not build it from arguments that it keeps; "
+        'give model="package.module:function", a function that returns it, and checkpoint="weights.pt" with its '
+        "state_dict()" + ("" if kind == "pack" else ", or leave out= away and keep the result in memory")
+    )
+    if kind == "export":  # the file of the device is what counts here
+        warnings.warn(said, stacklevel=4)
+        return
+    raise ModelError(said)
 
 
 def prune(model: Model, **settings: Any) -> Result:
@@ -111,7 +185,7 @@ def train(model: Model, **settings: Any) -> Result:
 
 
 def distill(model: Model, **settings: Any) -> Result:
-    """Trains with a `teacher`, the path of a saved model; see `call` and `fedpress.stages.TrainStage`."""
+    """Trains with a `teacher`, a saved model's path or a module; see `call` and `fedpress.stages.TrainStage`."""
     return call("distill", model, **settings)
 
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from fedpress import consent, deploy, storage
 from fedpress.arrays import Preprocess
-from fedpress.commands.subject import Subject
+from fedpress.commands.subject import Subject, holding
+from fedpress.commands.wording import naming_arguments
 from fedpress.compress import cost
 from fedpress.deploy import FORMATS, Job
 from fedpress.errors import ExportError, ModelError
@@ -23,7 +24,7 @@ from fedpress.seeds import generator
 
 
 def measure(
-    models: Sequence[str | Path],
+    models: Sequence[str | Path | nn.Module] | str | Path | nn.Module,
     *,
     formats: Sequence[str] | None = None,
     int8: bool = True,
@@ -37,7 +38,8 @@ def measure(
     """Measures every model in torch and, exported, in the runtime of each format; exported files in their own.
 
     Args:
-        models: folders of models or runs, packed files, `module:function`, or exported files.
+        models: folders of models or runs, packed files, `module:function`, exported files, or modules in memory; one
+            or several.
         formats: rows of `fedpress.deploy.FORMATS` to export each model to; None: all that are installed, and one that
             cannot take a model is left out.
         int8: export each also on integers, with ranges of random inputs: such files show size and time, not accuracy.
@@ -56,6 +58,8 @@ def measure(
         ExportError: if a format is unknown, its packages are missing, or a model cannot be exported or run.
         ModelError: if there is no model, or models take inputs of different shapes.
     """
+    if isinstance(models, str | Path | nn.Module):
+        models = [models]
     if not models:
         raise ModelError("measure: no model was given; give folders, packed or exported files, or module:function")
     if not seconds > 0 or not batches or not threads or min(*batches, *threads) < 1:
@@ -68,17 +72,28 @@ def measure(
     shapes: dict[str, tuple[int, ...]] = {}
     sizes: dict[str, int] = {}
     with ExitStack() as stack:
+        stack.enter_context(naming_arguments())
         stack.enter_context(consent.allowing(allow_code))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for number, given in enumerate(models):
-            name = str(given) if str(given) not in subjects else f"{given} ({number + 1})"
-            if Path(given).suffix in {row.suffix for row in FORMATS.values()} and Path(given).is_file():
+            title = type(given).__name__ if isinstance(given, nn.Module) else str(given)
+            name = title if title not in subjects else f"{title} ({number + 1})"
+            if (
+                not isinstance(given, nn.Module)
+                and Path(given).suffix in {row.suffix for row in FORMATS.values()}
+                and Path(given).is_file()
+            ):
                 near = _model_beside(Path(given))
                 shape = input_shape or (near[0].input_shape if near else None)
                 subjects[name], counts[name] = Path(given), _counts(near[1], shape) if near and shape else (None, 0, 0)
                 shapes[name] = _known(name, shape)
                 continue
-            spec, model = _load(given, input_shape, checkpoint)
+            if isinstance(given, nn.Module):
+                table = stack.enter_context(holding(given))
+                spec = ModelSpec(**table, input_shape=_known(name, input_shape))
+                spec, model = spec.take_in()
+            else:
+                spec, model = _load(given, input_shape, checkpoint)
             model.eval()
             subjects[name], counts[name] = model, _counts(model, spec.input_shape)
             file = Path(given)
@@ -124,7 +139,9 @@ def _load(given: str | Path, shape: tuple[int, ...] | None, weights: Path | None
 
 def _known(name: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
     if shape is None:
-        raise ModelError(f"--input: the shape of an example of '{name}' is not known; give it, such as --input 3,32,32")
+        raise ModelError(
+            f"input_shape=: the shape of an example of '{name}' is not known; give it, such as input_shape=(3, 32, 32)"
+        )
     return shape
 
 

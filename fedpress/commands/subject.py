@@ -17,12 +17,10 @@ from fedpress.arrays import Arrays, Preprocess
 from fedpress.data import FederatedData
 from fedpress.errors import DataError, ModelError, did_you_mean
 from fedpress.folder import read_json
-from fedpress.layers import copied
-from fedpress.models import ARCHITECTURES, ModelSpec
+from fedpress.models import ARCHITECTURES, ModelSpec, memory
+from fedpress.models.memory import Named
 
 NOTHING = "fedpress.commands.subject:no_data"
-HELD = "fedpress.commands.subject:held"
-_held: dict[str, nn.Module] = {}
 
 
 @dataclass(frozen=True)
@@ -33,11 +31,23 @@ class Subject:
         model: the `[model]` table of its recipe.
         spec: of a saved model, else None.
         run: the run that left it, None if it lies in none.
+        module: that it is, if it lives in memory.
     """
 
     model: dict[str, Any]
     spec: ModelSpec | None = None
     run: Path | None = None
+    module: nn.Module | None = None
+
+    @property
+    def name(self) -> str:
+        """What to call it in an error."""
+        return type(self.module).__name__ if self.module is not None else str(self.model.get("architecture", "it"))
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it brings weights from elsewhere, and with them a preprocessing that nobody has told."""
+        return self.spec is None and (self.module is not None or "weights" in self.model)
 
     @classmethod
     def find(cls, model: str | Path, *, weights: Path | None = None) -> Subject:
@@ -49,7 +59,7 @@ class Subject:
         path = Path(model)
         if path.exists():
             if weights is not None:
-                raise ModelError(f"--checkpoint: '{path}' has weights of its own; leave one of the two out")
+                raise ModelError(f"checkpoint=: '{path}' has weights of its own; leave one of the two out")
             return cls({"checkpoint": str(path.resolve())}, storage.load(path)[0], _run_of(path.resolve()))
         name = str(model)
         if ":" not in name and name not in ARCHITECTURES:
@@ -67,7 +77,7 @@ class Subject:
             return None
         settings = read_json(self.run / "settings.json")
         if not isinstance(settings.get("data"), dict) or "source" not in settings["data"]:
-            raise ModelError(f"{self.run / 'settings.json'}: it does not say what data the run had; give --data")
+            raise ModelError(f"{self.run / 'settings.json'}: it does not say what data the run had; give data=SOURCE")
         table = {key: value for key, value in settings["data"].items() if value is not None}
         if table["source"] == NOTHING:
             return None
@@ -76,7 +86,7 @@ class Subject:
             try:
                 consent.check(str(table["source"]), (), place)
             except ModelError as error:
-                raise ModelError(f"{error}, or give the data yourself with --data SOURCE") from error
+                raise ModelError(f"{error}, or give the data yourself with data=SOURCE") from error
         try:  # where the data lay is no setting, since it may differ between machines
             path = tomllib.loads((self.run / "recipe.toml").read_text("utf-8"))["data"].get("path")
         except (OSError, KeyError, tomllib.TOMLDecodeError):
@@ -89,39 +99,18 @@ def _run_of(path: Path) -> Path | None:
 
 
 @contextmanager
-def holding(module: nn.Module) -> Iterator[dict[str, Any]]:
-    """Gives the `[model]` table of a module in memory: while the block lasts, `held` builds copies of it."""
-    name = str(id(module))
-    _held[name] = module
-    try:
-        yield {"architecture": HELD, "arguments": {"name": name}}
-    finally:
-        del _held[name]
-
-
-def held(name: str) -> nn.Module:
-    """Builds a copy of the module in memory under `name`.
-
-    Raises:
-        ModelError: if it is not there any more: such a model lives as long as the process.
-    """
-    if name not in _held:
-        raise ModelError("model: this one lived in the memory of another program; give module:function in its place")
-    try:
-        return copied(_held[name])
-    except RuntimeError as error:  # torch copies no tensor that was computed from others
-        raise ModelError(
-            f"model: it cannot be copied ({str(error).splitlines()[0]}); "
-            "if the old torch.nn.utils.weight_norm is in it, take "
-            "torch.nn.utils.parametrizations.weight_norm"
-        ) from error
+def holding(module: nn.Module, named: Named | None = None) -> Iterator[dict[str, Any]]:
+    """Gives the `[model]` table of a module in memory, as long as the block lasts."""
+    with memory.holding(module, named) as name:
+        yield {"architecture": memory.HELD, "arguments": {"name": name}}
 
 
 def no_data(path: Path) -> FederatedData:
     """Stands in for data where a command needs none: one example of noise, and nothing to learn from or measure on.
 
     Args:
-        path: what the examples look like and the number of classes, such as `3x32x32:10`.
+        path: what the examples look like and the number of classes, such as `3x32x32:10`. No classes, `3x32x32:0`, is
+            what a model has that is no classifier; `16:0:int64` are token ids.
 
     Raises:
         DataError: if it says something else.
@@ -130,40 +119,53 @@ def no_data(path: Path) -> FederatedData:
     [3, 32, 32]
     """
     try:
-        sides, classes = str(path).split(":")
+        sides, classes, *kind = str(path).split(":")
         shape, count = tuple(int(side) for side in sides.split("x")), int(classes)
-        x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+        if kind not in ([], ["int64"]):
+            raise ValueError(kind)
+        x = torch.zeros(1, *shape, dtype=torch.int64)
+        if not kind:
+            x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     except (ValueError, RuntimeError) as error:
         raise DataError(
             f"no data: got '{path}', expected a shape and a number of classes such as 3x32x32:10"
         ) from error
-    one, none = Arrays(x, torch.zeros(1, dtype=torch.int64)), _none(shape)
-    names = tuple(str(i) for i in range(count))
-    return FederatedData("no data", {"nobody": one}, none, none, none, count, names, Preprocess())
+    one, none = Arrays(x, torch.zeros(1, dtype=torch.int64)), Arrays(x[:0], torch.zeros(0, dtype=torch.int64))
+    names = tuple(str(i) for i in range(max(1, count)))
+    about = Preprocess()
+    return FederatedData("no data", {"nobody": one}, none, none, none, len(names), names, about, labelled=count > 0)
 
 
-def _none(shape: tuple[int, ...]) -> Arrays:
-    return Arrays(torch.zeros(0, *shape), torch.zeros(0, dtype=torch.int64))
+@dataclass(frozen=True)
+class Outputs:
+    """What a model makes of noise: `classes` of a classifier, 0 if it is none; `tokens`: it takes token ids."""
+
+    classes: int
+    tokens: bool
 
 
 @torch.no_grad()
-def classes_of(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Runs the model on noise and returns how many numbers it gives for one example.
+def outputs_of(model: nn.Module, shape: tuple[int, ...]) -> Outputs:
+    """Runs the model on noise, and on token ids if it takes no noise.
 
     Raises:
-        ModelError: if it does not take such examples, or gives something else than [n, classes].
+        ModelError: if it takes no such examples.
     """
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
     if kinds:
         raise ModelError(f"model: it holds {', '.join(map(str, kinds))}, but examples are float32; call model.float()")
+    model = model.eval()
+    tokens = False
     try:
-        out = model.eval()(torch.randn(2, *shape))
+        out = model(torch.randn(2, *shape))
     except Exception as error:  # whatever somebody's own network raises
-        raise ModelError(
-            f"--input: the model does not take examples of shape {list(shape)} "
-            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); give the shape of one example"
-        ) from error
-    if not isinstance(out, Tensor) or out.dim() != 2:
-        got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ModelError(f"model: expected outputs [n, classes] of a classifier, got {got} for 2 examples")
-    return int(out.shape[1])
+        try:
+            out = model(torch.zeros(2, *shape, dtype=torch.int64))
+            tokens = True
+        except Exception:
+            raise ModelError(
+                f"input_shape=: the model does not take examples of shape {list(shape)} "
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); give the shape of one example"
+            ) from error
+    is_classifier = isinstance(out, Tensor) and out.dim() == 2 and out.shape[1] > 1
+    return Outputs(int(out.shape[1]) if is_classifier else 0, tokens)

@@ -28,6 +28,7 @@ class FederatedData:
         left_out: how many rows are in no part because their label or a word of theirs is unknown, by "public",
             "validation", "test", and "clients" for all clients together, which is a private number; empty where the
             source names all classes itself.
+        labelled: whether `y` means anything; False for inputs alone, which serve to calibrate and to compare.
     """
 
     name: str
@@ -39,6 +40,7 @@ class FederatedData:
     class_names: tuple[str, ...]
     preprocess: Preprocess
     left_out: Mapping[str, int] = field(default_factory=dict)
+    labelled: bool = True
 
     def __post_init__(self) -> None:
         if not self.clients:
@@ -100,8 +102,10 @@ class FederatedData:
 
 def _check_like(where: str, arrays: Arrays, first: Arrays, num_classes: int) -> None:
     """Checks that a part looks like the `first` client's: a network sees them all."""
-    if arrays.x.dtype not in (torch.uint8, torch.float32):
-        raise DataError(f"{where}: examples of type {arrays.x.dtype}; give uint8 images or float32 features")
+    if arrays.x.dtype not in (torch.uint8, torch.float32, torch.int64):
+        raise DataError(
+            f"{where}: examples of type {arrays.x.dtype}; give uint8 images, float32 features or int64 token ids"
+        )
     if arrays.x.shape[1:] != first.x.shape[1:] or arrays.x.dtype != first.x.dtype:
         raise DataError(
             f"{where}: examples of {tuple(arrays.x.shape[1:])} {arrays.x.dtype} where the first client has "

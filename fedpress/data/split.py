@@ -162,7 +162,7 @@ def _assemble(examples: Examples, settings: DataSettings, parts: Parts) -> Feder
 def _preprocess(public: Tensor, settings: DataSettings) -> Preprocess:
     if not settings.mean:
         return Preprocess.fit(public) if len(public) else Preprocess()
-    if len(settings.mean) != public.shape[1]:
+    if len(settings.mean) not in (1, public.shape[1]):
         raise DataError(
             f"data.mean: {len(settings.mean)} values for examples of {public.shape[1]} channels; give one of each"
         )

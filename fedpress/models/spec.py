@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fedpress import consent, limits, own_modules
@@ -19,11 +20,18 @@ from fedpress.errors import ModelError, did_you_mean
 from fedpress.grids import FILE, LayerGrids
 from fedpress.layers import depthwise, replace_, set_groups_, tensor, weight_shape
 from fedpress.masked import take_in_
+from fedpress.models import layer_list, memory
 from fedpress.models.plain import CNN, MLP
 from fedpress.models.resnet import resnet18, resnet_small
 from fedpress.quantized import fold_layers_, quantize_layers_, register_kept_zeros_
 
-ARCHITECTURES: dict[str, Any] = {"resnet18": resnet18, "resnet-small": resnet_small, "cnn": CNN, "mlp": MLP}
+ARCHITECTURES: dict[str, Any] = {
+    "resnet18": resnet18,
+    "resnet-small": resnet_small,
+    "cnn": CNN,
+    "mlp": MLP,
+    layer_list.NAME: layer_list.build,
+}
 
 
 class ModelSpec(BaseModel):
@@ -52,6 +60,15 @@ class ModelSpec(BaseModel):
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     class_names: tuple[str, ...] = ()
+    input_dtype: Literal["float32", "int64"] = "float32"
+
+    def example(self, n: int, chance: Generator | None = None) -> Tensor:
+        """Returns `n` examples [n, *input_shape]: zeros, or noise drawn with `chance`; token ids are always zeros."""
+        if self.input_dtype == "int64":
+            return torch.zeros(n, *self.input_shape, dtype=torch.int64)
+        if chance is None:
+            return torch.zeros(n, *self.input_shape)
+        return torch.randn(n, *self.input_shape, generator=chance)
 
     @classmethod
     def of_file(cls, text: str | bytes, allow_code: Collection[str] | str = ()) -> ModelSpec:
@@ -138,7 +155,9 @@ class ModelSpec(BaseModel):
         values = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
         limits.check("values", values, "model")
         limits.check("layers", sum(1 for _ in model.modules()) - 1, "model")
-        return self.model_copy(update={"sparse": masked}), model
+        named = memory.saved_as(self.architecture, self.arguments)
+        about = {"architecture": named.architecture, "arguments": named.arguments}
+        return self.model_copy(update={"sparse": masked} | about), model
 
     def _dense(self) -> tuple[nn.Module, tuple[str, ...]]:
         builder = _builder(self.architecture)

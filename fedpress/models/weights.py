@@ -50,7 +50,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         foreign = described(path) or ""
         if foreign and "state dict" not in foreign.partition(";")[0]:
-            raise ModelError(f"{foreign} (a checkpoint must be a state dict)") from error
+            raise ModelError(f"{path}: cannot be read as plain tensors, for {foreign}") from error
         raise ModelError(
             f"{path}: cannot be read as plain tensors ({str(error).splitlines()[0][:120]}); "
             "save model.state_dict() as .safetensors or with torch.save"

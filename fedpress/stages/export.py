@@ -78,7 +78,7 @@ class ExportStage(BaseModel):
             x = state.data.preprocess(test.x[: self.parity_examples])
         else:  # a model without data is compared on noise
             chance = generator(state.seed, "export", "noise")
-            x = torch.randn(self.parity_examples, *state.spec.input_shape, generator=chance)
+            x = state.spec.example(self.parity_examples, chance)
         same = deploy.parity(artifact.program or model, path, x, tolerance=artifact.tolerance)
         simulated, got = deploy.logits(model, x), deploy.file_logits(path, x)
         apart = float((got - simulated).norm() / simulated.norm().clamp_min(1e-30))
@@ -115,7 +115,7 @@ class ExportStage(BaseModel):
 
     def _export(self, state: State, path: Path, *, few: bool = False) -> Artifact:
         examples = next((a.x for a in (state.data.test, state.data.public) if len(a)), None)
-        whole = None if examples is None else state.data.preprocess(examples[:2])
+        whole = state.spec.example(2) if examples is None else state.data.preprocess(examples[:2])
         job = Job(
             input_shape=state.spec.input_shape,
             preprocess=state.data.preprocess,
@@ -123,7 +123,7 @@ class ExportStage(BaseModel):
             batches=self._batches(state, few=few) if self.int8 else (),
             observer=self.observer,
             weight_bits=self.weight_bits,
-            example=None if whole is None or whole.is_floating_point() else whole,
+            example=None if whole.is_floating_point() else whole,
         )
         return deploy.export(state.model, path, self.format, job)
 

@@ -306,7 +306,7 @@ def _sparse(state: State, masks: Masks) -> Any:
 
 
 def _example(state: State) -> Tensor:
-    return torch.zeros(2, *state.spec.input_shape)
+    return state.spec.example(2)
 
 
 def _trace(model: nn.Module, state: State, ignore: Sequence[str]) -> ChannelGraph:

@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
@@ -173,7 +172,7 @@ def milliseconds(model: nn.Module, state: State, *, seconds: float = 0.5) -> flo
 
 def example_input(state: State) -> Tensor:
     """Returns an input of zeros; of two examples, since torch.export takes a batch of one for a constant."""
-    return torch.zeros(2, *state.spec.input_shape)
+    return state.spec.example(2)
 
 
 def traced(model: nn.Module, state: State, how: PruneSettings) -> ChannelGraph:

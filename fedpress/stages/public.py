@@ -24,7 +24,7 @@ def calibration(state: State, n: int, seed: int) -> Arrays:
             "set data.public_share"
         )
     drawn = public.take(torch.randperm(len(public), generator=generator(seed, "calibration"))[:n])
-    if state.data.num_classes > 1 and len(drawn.y.unique()) == 1:
+    if state.data.labelled and state.data.num_classes > 1 and len(drawn.y.unique()) == 1:
         name = state.data.class_names[int(drawn.y[0])]
         raise DataError(
             f"stage.calibration: all {len(drawn)} public examples are of the one class '{name}', expected at least "

@@ -6,7 +6,6 @@ from collections.abc import Generator
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, JsonValue, model_validator
 from torch import Tensor, nn
 
@@ -156,7 +155,7 @@ class QuantizeStage(TaughtSettings):
         shared = {n: g.weights for n, g in spec.quantized.items() if g.weights and g.weights.kind == "codebook"}
         fold = self.weights == "int" and not shared if self.fold is None else self.fold
         if fold:
-            folds, unfolded = quantizing.find_folds(model, torch.zeros(2, *spec.input_shape), ignore=self.ignore)
+            folds, unfolded = quantizing.find_folds(model, spec.example(2), ignore=self.ignore)
             quantizing.fold_(model, folds)
             spec = spec.model_copy(update={"folded": {**spec.folded, **folds}})
             left |= {name: f"not folded: {why}" for name, why in unfolded.items()}

@@ -18,6 +18,7 @@ from fedpress.compress.distill import Distillation, DistillSettings
 from fedpress.errors import RecipeError, TrainingError
 from fedpress.folder import StageFolder
 from fedpress.layers import copied
+from fedpress.models import ModelSpec, memory
 from fedpress.state import State, Tick
 from fedpress.training import Fit, Step, TrainSettings
 
@@ -102,6 +103,17 @@ def train_(
     return fit
 
 
+def saved_teacher(where: str) -> tuple[ModelSpec | None, nn.Module]:
+    """Loads a teacher by its path; the one that a Python call was given as a module has no spec.
+
+    Raises:
+        ModelError: if it is not there, or its files are corrupt.
+    """
+    if where.startswith(memory.TEACHER):
+        return None, memory.held(where.removeprefix(memory.TEACHER))
+    return storage.load(Path(where))
+
+
 def _teacher(where: str, state: State) -> nn.Module:
     """Loads the teacher; one that is used to other statistics of its inputs gets them.
 
@@ -113,7 +125,8 @@ def _teacher(where: str, state: State) -> nn.Module:
     if where == "before":
         spec, model = state.spec, state.model
     elif where != "dense":
-        spec, model = storage.load(Path(where))
+        found, model = saved_teacher(where)
+        spec = found if found is not None else state.spec  # one from memory sees the same inputs
     elif state.parent is not None:
         spec, model = state.parent()
     else:
