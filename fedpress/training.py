@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fedpress.arrays import Arrays, Preprocess, resized
 from fedpress.augment import Augment, augment
 from fedpress.errors import DivergedError, TrainingError
+from fedpress.layers import copied
 from fedpress.muon import Muon
 from fedpress.quantized import kept_entries, step_sizes
 from fedpress.seeds import derive, generator
@@ -242,7 +242,7 @@ def averages_batches(model: nn.Module) -> bool:
 
 def _needs_two(model: nn.Module, x: Tensor) -> bool:
     """Says whether a batch norm of `model` cannot train on the single example `x` [1, ...]: one value a channel."""
-    twin = copy.deepcopy(model).train()
+    twin = copied(model).train()
     if not averages_batches(twin):
         return False
     at = next((p.device for p in twin.parameters()), x.device)

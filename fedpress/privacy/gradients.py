@@ -191,7 +191,10 @@ def choose_method(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> Me
     also where the network cannot run on random ones. A network whose samples mix fails the comparison for every
     batched method, so it falls to the loop, where they cannot; what mixes on rare inputs only is found by `verify`.
     """
-    twin = copied(model)  # in the modes of the real one: a network may mix samples only while it trains
+    try:
+        twin = copied(model)  # in the modes of the real one: a network may mix samples only while it trains
+    except Exception:  # what cannot be tried is not used
+        return "loop"
     for module in twin.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()  # its draws would differ between the methods

@@ -96,7 +96,7 @@ class FederateStage(FederateSettings):
             record = self._public(record, federation)
             tree.assign_(federation.model, record.params)
             seen = self._look(federation.model, state)
-            failures = now.failures.after(record, drawn, federation)
+            known, failures = now.failures.sure, now.failures.after(record, drawn, federation)
             now = replace(
                 now.after(record, ledger, seen, time.perf_counter() - began), closed=closed, failures=failures
             )
@@ -107,7 +107,10 @@ class FederateStage(FederateSettings):
             if warning and warning.partition(":")[2] != said.partition(":")[2]:
                 yield Tick(now.round, self.num_rounds, now.note, warning)
             said = warning
-        yield Tick(now.round, self.num_rounds, now.stopped or now.note, self._last_warning(now))
+            if failures.sure and not known:
+                yield Tick(now.round, self.num_rounds, now.note, self._last_warning(now))
+        last = self._last_warning(now)
+        yield Tick(now.round, self.num_rounds, now.stopped or now.note, f"warning: {last}" if last else "")
         tree.assign_(federation.model, now.params)
         facts = self._facts(state, federation, now)
         model = expand_(federation.model)

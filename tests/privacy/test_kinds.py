@@ -128,3 +128,12 @@ def test_a_forward_pass_that_changes_a_parameter_is_refused_by_name():
     _, x, y = make("embedding")
     with pytest.raises(RecipeError, match=r"model\.embed\.weight: .* leave it out"):
         clipped_gradient_sum(model, F.cross_entropy, x, y, clip_norm=0.5)
+
+
+def test_a_network_that_cannot_be_copied_gets_the_loop():
+    class Alone(nn.Linear):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("only leaf tensors can be copied")
+
+    _, x, y = make("rare")
+    assert choose_method(Alone(6, 3), F.cross_entropy, x, y) == "loop"

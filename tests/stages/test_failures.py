@@ -31,7 +31,7 @@ def test_who_is_refused_is_told_after_the_round_counted_in_the_table_and_listed_
     result, warnings = warned(recipe("some_bad"), tmp_path / "run")
     first, last = warnings
     assert first.startswith("round 1: 2 of 4 clients refused: c3 (IndexError: index out of range in self), c4 (")
-    assert last.startswith("6 of 12 answers of clients did not count")
+    assert last.startswith("warning: 6 of 12 answers of clients did not count")
     assert result["final"]["failures"]["clients"]["c3"] == {
         "rounds": 3,
         "reason": "IndexError: index out of range in self",
@@ -67,7 +67,9 @@ def test_under_privacy_failures_are_counted_with_noise_and_a_third_of_them_warns
     assert counted["failed"] == pytest.approx(counted["of"] / 2, rel=0.35)
     assert counted["failed"] != round(counted["failed"])
     assert counted["sure"]
-    assert "gave nothing: the model could not run on them" in warnings[-1]
+    assert all("gave nothing: the model could not run on them" in warning for warning in warnings)
+    assert len(warnings) == 2  # as soon as it is sure, and at the end
+    assert warnings[-1].startswith("warning: about")
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert not any(b"index out of range" in path.read_bytes() for path in files)
     assert "≈" in stage_table(result).rows[0][-2]
