@@ -14,6 +14,7 @@ from fedpress.report.plot import Axis, Figure, Note, Panel, Series
 CHARACTER = 7.4  # pixels that a character of a label takes at most on average, in the widest usual font
 LINE = 15.0  # pixels from one line of text to the next
 LONGEST_NAME = 22
+TINIEST = 1e-100  # numbers closer than this are drawn as equal
 HOVERED = 90  # so many points of a series answer the pointer
 VERTICES = 400  # so many points of a line are drawn; of more, the lowest and the highest of each stretch
 NARROW, NORMAL, WIDE = 330, 500, 980  # widths a figure is drawn at: phone, column, full page
@@ -133,8 +134,8 @@ def _range(axis: Axis, numbers: Iterable[float], *, tight: bool = False) -> tupl
     known = list(numbers)
     low = axis.low if axis.low is not None else min(known, default=0.0)
     high = axis.high if axis.high is not None else max(known, default=1.0)
-    if high - low <= 1e-6 * max(abs(low), abs(high)):
-        spread = abs(low) * 0.05 or 1.0
+    if high - low <= max(1e-6 * max(abs(low), abs(high)), TINIEST):
+        spread = abs(low) * 0.05 if abs(low) > TINIEST else 1.0
         low, high = (low if axis.low is not None else low - spread), low + spread
     air = 0.0 if tight else 0.06 * (high - low)
     return (low if axis.low is not None else low - air), (high if axis.high is not None else high + air)
@@ -150,8 +151,8 @@ def _content(figure: Figure, width: int) -> list[Markup]:
     known_x = [x for series in figure.series for x in series.x if x is not None]
     upright = any(series.kind == "bars" for series in figure.series)
     low, high = _range(figure.x, known_x, tight=not upright and not _scattered(figure))
-    if upright:
-        half = 0.5 * _distance(known_x)
+    if upright and known_x:
+        half = max(0.5 * _distance(known_x), 1e-6 * max(map(abs, known_x)))
         low, high = min(known_x) - half, max(known_x) + half
     shares = [1.0] if len(figure.panels) == 1 else [0.6, 0.4]
     room = figure.height - top - bottom - between * (len(figure.panels) - 1)
@@ -333,6 +334,8 @@ def _stack(panel: Panel, x: Scale, y: Scale) -> list[Markup]:
     drawn: list[Markup] = []
     for series in panel.series:
         own = [part for part in parts if part[0] is series]
+        if not own:
+            continue
         if series.kind == "areas":
             drawn.append(_area(own, x, y))
             every = -(-len(own) // HOVERED) or 1

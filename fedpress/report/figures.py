@@ -118,7 +118,7 @@ def channels_kept(name: str, record: Json) -> Figure | None:
     """Shows how many channels every layer kept."""
     found = record.get("layers")
     layers = [layer for layer in found if isinstance(layer, dict)] if isinstance(found, list) else []
-    layers = [layer for layer in layers if units.number(layer.get("before"))]
+    layers = [layer for layer in layers if (units.number(layer.get("before")) or 0.0) > 0]
     if not layers:
         return None
     names = [str(layer.get("name")) for layer in layers]

@@ -58,7 +58,8 @@ def records_by_stage(records: list[Json]) -> Iterator[list[Json]]:
 def _step(record: Json, at: int) -> tuple[Any, ...]:
     if "epoch" not in record and "round" not in record:
         return ("once", at)
-    return tuple(record.get(key) for key in ("step", "cut", "epoch", "round"))
+    # As text: a damaged record may hold a list there, which cannot be a key.
+    return tuple(str(record.get(key)) for key in ("step", "cut", "epoch", "round"))
 
 
 def _stage(record: Json) -> int:

@@ -122,6 +122,14 @@ def test_odd_numbers_are_drawn(y):
         assert "nan" not in ElementTree.tostring(picture, encoding="unicode")
 
 
+@pytest.mark.parametrize("x", [[None, None], [1e300, 1e300], [3.0, 3.0], [-1e300, 1.0]])
+@pytest.mark.parametrize("kind", ["bars", "areas", "line", "points"])
+def test_odd_places_are_drawn(kind, x):
+    series = Series(kind, "s", x, [1.0, 2.0], hover=["a", "b"])
+    for picture in pictures(Figure("t", "c", Axis("x"), [Panel(Axis("y"), [series], stacked=kind != "line")])):
+        assert not re.search("nan|inf", ElementTree.tostring(picture, encoding="unicode"))
+
+
 def test_a_wide_figure_is_drawn_at_three_widths_and_its_numbers_stand_in_a_table():
     series = Series("line", "l", [1.0, 2.0], [3.0, None], hover=["a", "b"])
     widths = [float(one.get("viewBox").split()[2]) for one in pictures(figure_of(series, wide=True))]
