@@ -62,7 +62,7 @@ def prune_single_channel(
     check_settings(graph, round_to, min_keep, "global")
     target = target or parameter_target(graph, keep_params)
     if every < 1:
-        raise RecipeError(f"every: got {every}, expected a whole number of at least 1; try 64")
+        raise RecipeError(f"prune.every: got {every}, expected a whole number of at least 1; try 64")
     floors = [allowed_widths(layer, round_to, min_keep)[0] for layer in graph.layers]
     with _scorer(model, graph, name, every, losses, generator) as scorer:
         order = _removal_order(graph, scorer, floors, target)
