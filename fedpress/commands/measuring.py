@@ -96,8 +96,11 @@ def measure(
                 spec, model = _load(given, input_shape, checkpoint)
             model.eval()
             subjects[name], counts[name] = model, _counts(model, spec.input_shape)
-            file = Path(given)
-            sizes[name] = file.stat().st_size if file.is_file() else storage.file_bytes(spec, model)
+            packed = None if isinstance(given, nn.Module) else Path(given)
+            if packed is not None and packed.is_file():
+                sizes[name] = packed.stat().st_size
+            else:
+                sizes[name] = storage.file_bytes(spec, model)
             shapes[name] = spec.input_shape
             place = folder / str(number)
             place.mkdir()
