@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from fedpress.errors import DataError
 
+ONE_VALUE = "more than 1 value per channel"
+"""What torch says of a batch norm that has nothing to average."""
+
 
 @torch.no_grad()
 def restore_batch_norm_(model: nn.Module, batches: Iterable[Tensor]) -> int:
@@ -20,7 +23,8 @@ def restore_batch_norm_(model: nn.Module, batches: Iterable[Tensor]) -> int:
         The number of batches seen.
 
     Raises:
-        DataError: if there are no batches; the model is then unchanged.
+        DataError: if there are no batches, or one of a single example that leaves nothing to average; the model is
+            then unchanged.
     """
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     stream = iter(batches)
@@ -38,6 +42,15 @@ def restore_batch_norm_(model: nn.Module, batches: Iterable[Tensor]) -> int:
         for batch in _chain(first, stream):
             model(batch)
             seen += 1
+    except ValueError as error:
+        if ONE_VALUE not in str(error):
+            raise
+        for m, old in zip(layers, before, strict=True):  # as if it had never begun
+            for key, value in old.items():
+                getattr(m, key).copy_(value)
+        raise DataError(
+            "batch-norm statistics cannot be taken from a batch of one example; give two or more public examples"
+        ) from error
     finally:
         for m, momentum, old in zip(layers, momenta, before, strict=True):
             m.momentum = momentum
