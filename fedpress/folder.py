@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedpress import atomic
+from fedpress import atomic, checksums, lock
 from fedpress.errors import RunError
 from fedpress.models import ModelSpec, load_model, save_model
 
 Json = Mapping[str, JsonValue]
+PROGRESS = "progress.safetensors"
+NEEDED = ("kind", "name", "seconds", "accuracy", "parameters")
+"""What the line of a finished stage has at least."""
+UNLISTED = (PROGRESS, "result.json")
+"""Files of a stage whose checksums are listed when they are written."""
+READ = (PROGRESS, "model.safetensors", "spec.json")
+"""Files that are compared with their checksums when a run that goes on reads them."""
+CURES = {
+    "recipe.toml": "move it away, and name the recipe with --resume",
+    "environment.json": "delete this file",
+    "before.json": "delete this file to measure the model again",
+    "result.json": "delete this file: a run that goes on with --resume writes it again",
+    "ledger.json": "delete this file: a run that goes on with --resume writes it again",
+    "records.jsonl": "delete this file to go on without the records so far (models and results do not need them)",
+}
+"""What helps against damage of a file of a run."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -55,10 +71,49 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
 
 
+@contextmanager
+def listed(path: Path, run: Path) -> Iterator[Path]:
+    """As `replacing`, and puts the checksum of what takes `path`'s place into the list of the folder `run`.
+
+    Raises:
+        RunError: if it cannot be written; what was at `path` is still there.
+    """
+    with replacing(path) as temporary:
+        yield temporary
+        checksums.note(path, temporary, folder=run)
+
+
+def check_whole(path: Path, cure: str, *, grows: bool = False, what: str = "corrupt") -> None:
+    """Compares a file with its checksum, if it has one; `what` begins the complaint.
+
+    Raises:
+        RunError: if it was damaged, with the cure.
+    """
+    if not path.exists():
+        return
+    try:
+        found = checksums.fault(path, grows=grows)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror}); {cure}") from error
+    if found:
+        own = f"or if you have changed it yourself, delete '{checksums.list_of(path)}'"
+        raise RunError(f"{path}: {what} ({found}); {cure}, {own}")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as JSON, atomically; NaN and infinity, which JSON does not know, become null."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n", "utf-8")
+        temporary.write_text(_as_json(value), "utf-8")
+
+
+def list_json(path: Path, value: Any, run: Path) -> None:
+    """As `write_json`, and puts the checksum of the file into the list of the folder `run`."""
+    with listed(path, run) as temporary:
+        temporary.write_text(_as_json(value), "utf-8")
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
@@ -73,13 +128,14 @@ def read_json(path: Path, *, cure: str = "delete the folder and run again") -> d
     """Reads a JSON object.
 
     Raises:
-        RunError: if the file is missing or holds something else.
+        RunError: if the file is missing, differs from its checksum, or holds something else.
     """
+    check_whole(path, cure)
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise RunError(f"{path}: no such file; is this the folder of a run?") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path}: not valid JSON ({error}); {cure}") from error
     if not isinstance(value, dict):
         raise RunError(f"{path}: expected a JSON object, got {type(value).__name__}; {cure}")
@@ -100,13 +156,22 @@ class RunFolder:
             RunError: if the folder already holds a run.
         """
         cls.check_free(path, recipe_text)
-        recipe = path / "recipe.toml"
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-        with replacing(recipe) as temporary:
-            temporary.write_text(recipe_text, "utf-8")
-        write_json(path / "settings.json", settings)
+        with lock.locked(path):
+            cls.check_free(path, recipe_text)  # again: somebody else may have begun a run here since
+            with listed(path / "recipe.toml", path) as temporary:
+                temporary.write_text(recipe_text, "utf-8")
+            list_json(path / "settings.json", settings, path)
         return cls(path)
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Holds the folder's lock while the block lasts: no other process may work in it.
+
+        Raises:
+            RunError: if another process does, naming it.
+        """
+        return lock.locked(self.path)
 
     @classmethod
     def check_free(cls, path: Path, recipe_text: str) -> None:
@@ -115,12 +180,15 @@ class RunFolder:
         Raises:
             RunError: if it holds a run or other files, or is no folder.
         """
+        lock.refuse(path)
         if (path / "settings.json").exists():
             raise RunError(f"{path}: this folder already holds a run; add --resume to go on, or give another --out")
         recipe = path / "recipe.toml"
         if path.exists() and not path.is_dir():
             raise RunError(f"{path}: this is a file; give a folder with --out")
-        if path.is_dir() and any(p != recipe or p.read_text("utf-8") != recipe_text for p in path.iterdir()):
+        own = (lock.NAME, checksums.NAME, f".{recipe.name}.part", ".settings.json.part")
+        found = [p for p in path.iterdir() if p.name not in own] if path.is_dir() else []
+        if any(p != recipe or p.read_text("utf-8") != recipe_text for p in found):
             raise RunError(f"{path}: this folder holds other files, which a run might replace; give a new --out")
 
     @classmethod
@@ -139,11 +207,14 @@ class RunFolder:
         """Opens the folder of an interrupted run.
 
         Raises:
-            RunError: if there is no run, or it was made by other settings.
+            RunError: if there is no run, it was made by other settings, another process works on it, or one of its
+                files was damaged.
         """
         if not (path / "settings.json").exists():
             raise RunError(f"{path}: there is no run to resume; leave out --resume to start one")
-        old = read_json(path / "settings.json")
+        lock.refuse(path)
+        cls(path).check_whole()
+        old = read_json(path / "settings.json", cure=_afresh(path))
         if old != settings:
             where = first_difference(old, settings)
             raise RunError(
@@ -151,6 +222,73 @@ class RunFolder:
                 f"start a new run with --out NEW --from {path}, which takes over the finished stages that are equal"
             )
         return cls(path)
+
+    def check_whole(self) -> None:
+        """Compares every file of the run with its checksum, then tidies the lists of checksums.
+
+        Raises:
+            RunError: naming the first file that was damaged, and the cure.
+        """
+        place = self.path / checksums.NAME
+        try:
+            names = list(dict.fromkeys(line.name for line in checksums.read(self.path)))
+        except checksums.DamagedList as error:
+            cure = "delete it, and what it lists is taken as it is"
+            raise RunError(f"{place}: corrupt ({error}); {cure}") from error
+        for path in (self.path / name for name in names):
+            if self._counts(path):
+                check_whole(path, self._cure(path), grows=path == self.records)
+        with writing(place):
+            checksums.tidy(self.path)
+
+    def _counts(self, path: Path) -> bool:
+        """Whether this file has to be whole, and nobody else will look.
+
+        What a stage has left before its end is made again.
+        """
+        if path.parent.name == "artifacts":
+            return any(path in _files_of(self.path / name) for name in self._artifacts())
+        if path.name in READ:
+            return False
+        return path.parent == self.path or (path.parent / "result.json").exists()
+
+    def _artifacts(self) -> Iterator[str]:
+        """The artifacts that the results of finished stages name."""
+        for path in (self.path / "stages").glob("*/result.json"):
+            with suppress(RunError):  # a damaged one is told by its own name
+                result = read_json(path).get("result")
+                if isinstance(result, dict) and isinstance(artifact := result.get("artifact"), str):
+                    yield artifact
+
+    def _cure(self, path: Path) -> str:
+        if path.parent == self.path:
+            return CURES.get(path.name) or _afresh(self.path)
+        if path.name == "result.json":
+            return "delete this file to do the stage again"
+        if path.parent.name == "artifacts":
+            return "delete the result.json of the stage that wrote it, to do that stage again"
+        return f"delete '{path.parent / 'result.json'}' to do the stage again"
+
+    def read_records(self, stage: int) -> list[dict[str, Any]]:
+        """Reads the records of one stage; half a record at the end, which a killed run has left, is none.
+
+        Raises:
+            RunError: if the file was damaged.
+        """
+        if not self.records.exists():
+            return []
+        check_whole(self.records, CURES["records.jsonl"], grows=True)
+        found = []
+        for number, line in enumerate(self.records.read_bytes().splitlines(keepends=True), start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise RunError(f"{self.records}: line {number} is damaged ({error}); delete that line") from error
+            if isinstance(record, dict) and record.get("stage") == stage:
+                found.append(record)
+        return found
 
     @property
     def records(self) -> Path:
@@ -163,19 +301,47 @@ class RunFolder:
 
     def record(self, facts: Json) -> None:
         """Appends one record and sees it to the disk."""
-        with writing(self.records), open(self.records, "a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(facts), allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with writing(self.records):
+            start = self.records.stat().st_size if self.records.exists() else 0
+            with open(self.records, "a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(facts), allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            checksums.note_growth(self.records, start)
 
     def cut_records(self, count: int) -> None:
-        """Drops all but the first `count` records, and half a record that a killed run left at the end."""
+        """Drops all but the first `count` records, and half a record that a killed run left at the end.
+
+        Raises:
+            RunError: if there are fewer, so that some were lost; a file that is missing altogether was removed by
+                somebody who was told so, and the run goes on without its records.
+        """
         if not self.records.exists():
             return
+        self.check_records(count)
         lines = self.records.read_bytes().splitlines(keepends=True)
         if len(lines) > count:
-            with replacing(self.records) as temporary:
+            with listed(self.records, self.path) as temporary:
                 temporary.write_bytes(b"".join(lines[:count]))
+
+    def check_records(self, count: int) -> None:
+        """Looks whether there are at least `count` records; a file that is missing was deleted by somebody.
+
+        Raises:
+            RunError: if there are fewer.
+        """
+        found = self.count_records()
+        if self.records.exists() and found < count:
+            raise RunError(f"{self.records}: corrupt (it holds {found} of {count} records); {CURES['records.jsonl']}")
+
+    def missing_records(self) -> list[str]:
+        """Says that the records are gone, where results tell that there were some."""
+        if self.records.exists():
+            return []
+        for path in (self.path / "stages").glob("*/result.json"):
+            if read_json(path, cure="delete this file to do the stage again").get("records"):
+                return [f"{self.records} is missing: the report will show nothing of what was recorded before"]
+        return []
 
     def stage(self, index: int, kind: str, name: str) -> StageFolder:
         """Opens the folder of one stage."""
@@ -211,7 +377,7 @@ class StageFolder:
 
         What they tell of will be done again. Returns the seconds that were spent until the checkpoint.
         """
-        facts = self.load_progress()[1] if self._progress.exists() else {}
+        facts = self.load_progress()[1]
         self.run.cut_records(facts.get("records", records))
         return float(facts.get("seconds", 0.0))
 
@@ -219,7 +385,7 @@ class StageFolder:
         """Saves a checkpoint inside the stage: named tensors and JSON facts in one file, replaced in one step."""
         plain = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
         about = json.dumps({**facts, "records": self.run.count_records()})
-        with replacing(self._progress) as temporary:
+        with listed(self._progress, self.run.path) as temporary:
             save_file(plain, temporary, metadata={"fedpress": about})
 
     def load_progress(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -230,18 +396,18 @@ class StageFolder:
         """
         if not self._progress.exists():
             return {}, {}
+        cure = "delete this file to do the stage again"
+        check_whole(self._progress, cure, what="corrupt checkpoint")
         try:
             with safe_open(self._progress, framework="pt") as file:
                 facts = json.loads(file.metadata()["fedpress"])
                 return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a mapping
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise RunError(
-                f"{self._progress}: corrupt checkpoint ({error}); delete this file to do the stage again"
-            ) from error
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise RunError(f"{self._progress}: corrupt checkpoint ({error}); {cure}") from error
 
     @property
     def _progress(self) -> Path:
-        return self.path / "progress.safetensors"
+        return self.path / PROGRESS
 
     def finish(self, spec: ModelSpec, model: nn.Module, result: Json, *, key: str) -> Done:
         """Saves the stage's model and result; the result file, written last, marks the stage as done."""
@@ -249,11 +415,21 @@ class StageFolder:
             save_model(self.path, spec, model)
             atomic.sync(self.path / "model.safetensors")
             atomic.sync(self.path / "spec.json")
+        self._list(dict(result).get("artifact"))
         done = Done(dict(result), self.run.count_records())
-        write_json(self._result, {"key": key, "records": done.records, "result": done.result})
+        list_json(self._result, {"key": key, "records": done.records, "result": done.result}, self.run.path)
         self._progress.unlink(missing_ok=True)
         self.forget()
         return done
+
+    def _list(self, artifact: object) -> None:
+        """Lists the checksums of all that the stage has left, the `artifact` among it."""
+        made = [path for path in sorted(self.path.iterdir()) if path.is_file() and path.name not in UNLISTED]
+        if artifact is not None:
+            made += _files_of(self.run.path / str(artifact))
+        with writing(self.run.path / checksums.NAME):
+            for path in made:
+                checksums.note(path, folder=self.run.path)
 
     @property
     def memory(self) -> Path:
@@ -268,8 +444,14 @@ class StageFolder:
         """Returns what the stage left if it is done under the same `key`, else None."""
         if not self._result.exists():
             return None
-        page = read_json(self._result, cure="delete this file to do the stage again")
-        return Done(page["result"], page["records"]) if page.get("key") == key else None
+        cure = "delete this file to do the stage again"
+        page = read_json(self._result, cure=cure)
+        result, records = page.get("result"), page.get("records")
+        lacks = [name for name in ("key", "records", "result") if name not in page]
+        lacks += [f"result.{name}" for name in NEEDED if not isinstance(result, dict) or name not in result]
+        if lacks or not isinstance(result, dict) or not isinstance(records, int):
+            raise RunError(f"{self._result}: damaged, it lacks {', '.join(lacks) or 'a number of records'}; {cure}")
+        return Done(result, records) if page["key"] == key else None
 
     @property
     def _result(self) -> Path:
@@ -291,18 +473,38 @@ class StageFolder:
         done = theirs.finished(key)
         if done is None:
             return None
+        for path in sorted(p for p in theirs.path.iterdir() if p.is_file()):
+            check_whole(path, f"delete '{theirs._result}', and the stage is done again here")
+        lines = other.read_records(self.index)
+        artifact = done.result.get("artifact")
+        if artifact is not None and not (other.path / str(artifact)).resolve().is_relative_to(other.path.resolve()):
+            said = str(artifact)[:80]
+            raise RunError(
+                f"{theirs._result}: its artifact {said!r} lies outside of the run; do not take over this run"
+            )
         self.run.cut_records(records)
         with writing(self.path):
             shutil.copytree(theirs.path, self.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("result.json"))
-            if artifact := done.result.get("artifact"):
-                (self.run.path / artifact).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(other.path / artifact, self.run.path / artifact)
-        for line in other.records.read_bytes().splitlines(keepends=True) if other.records.exists() else ():
-            if line.endswith(b"\n") and json.loads(line)["stage"] == self.index:
-                self.run.record(json.loads(line))
-        with replacing(self._result) as temporary:  # last, for it says that all is there
-            shutil.copyfile(theirs._result, temporary)
+            for path in _files_of(other.path / str(artifact)) if artifact is not None else ():
+                check_whole(path, f"delete '{theirs._result}', and the stage is done again here")
+                target = self.run.path / path.relative_to(other.path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+        self._list(artifact)
+        for line in lines:
+            self.run.record(line)
+        done = Done(done.result, self.run.count_records())
+        list_json(self._result, {"key": key, "records": done.records, "result": done.result}, self.run.path)  # last
         return done
+
+
+def _afresh(path: Path) -> str:
+    return f"start a new run with --out NEW --from {path}, which takes over the finished stages"
+
+
+def _files_of(artifact: Path) -> list[Path]:
+    """An artifact, and what lies beside it under the same name, such as the weights of an OpenVINO graph."""
+    return sorted(p for p in artifact.parent.iterdir() if p.is_file() and p.stem == artifact.stem)
 
 
 def first_difference(old: Any, new: Any, at: str = "recipe") -> str:

@@ -25,7 +25,7 @@ from fedpress.compress import cost
 from fedpress.data.examples import Progress
 from fedpress.deploy.processor import as_json, conditions, this_processor
 from fedpress.errors import FedpressError, RecipeError, RunError
-from fedpress.folder import Done, RunFolder, StageFolder, read_json, write_json
+from fedpress.folder import CURES, Done, RunFolder, StageFolder, list_json, read_json
 from fedpress.models import ModelSpec
 from fedpress.models.weights import load_weights_
 from fedpress.privacy.ledger import Ledger
@@ -44,6 +44,8 @@ MEASURED = (
 )  # fmt: skip
 ADDED_TO_DATA = ("classes", "words", "public_words", "unknown", "encoding", "decimal")
 """Keys that older run folders do not know: left out of the settings where they say nothing, so that those resume."""
+BITS = ("fedpress", "python", "torch", "numpy", "processor", "instructions", "device", "threads")
+"""What of the environment decides how sums are rounded: the same seed gives the same bits where these are the same."""
 LIBRARIES = ("torch", "numpy", "safetensors", "dp-accounting", "onnx", "onnxruntime", "pydantic")
 
 
@@ -187,8 +189,16 @@ def execute(
         reuse: another run, whose finished stages are taken over while their settings are equal.
 
     Raises:
+        RunError: if another process works in the folder.
         FedpressError: if a stage cannot go on; what was computed is saved.
     """
+    with folder.locked():
+        yield from _stages(recipe, folder, data, reuse)
+
+
+def _stages(
+    recipe: Recipe, folder: RunFolder, data: data_sets.FederatedData, reuse: RunFolder | None
+) -> Iterator[Event]:
     state, records = start(recipe, data), 0
     load: Loader | None = None
     if recipe.model.checkpoint is not None:
@@ -201,6 +211,8 @@ def execute(
         done = place.finished(key)
         if done is None and reuse is not None:
             done = place.adopt(reuse, key, records=records)
+        if done is not None:
+            folder.check_records(done.records)
         yield StageStarted(index, stage.kind, stage.name, reused=done is not None)
         if done is None:
             done = yield from _do(stage, replace(state, facts={}), place, key, records, results[-1:])
@@ -300,14 +312,14 @@ def _macs(state: State) -> int:
 
 def _write_result(recipe: Recipe, folder: RunFolder, results: list[dict[str, Any]], *, finished: bool) -> None:
     if results[-1].get("ledger"):
-        write_json(folder.path / "ledger.json", results[-1]["ledger"])
+        list_json(folder.path / "ledger.json", results[-1]["ledger"], folder.path)
     lines = [{k: v for k, v in r.items() if k != "ledger"} for r in results]
     _take_accuracy_of_files_(lines)
     total = round(sum(line["seconds"] for line in lines), 2)
     final: dict[str, Any] = {}
     for line in lines:
         final |= line
-    write_json(
+    list_json(
         folder.path / "result.json",
         {
             "recipe": recipe.name,
@@ -318,6 +330,7 @@ def _write_result(recipe: Recipe, folder: RunFolder, results: list[dict[str, Any
             "stages": lines,
             "final": final | {"seconds": total},
         },
+        folder.path,
     )
 
 
@@ -336,22 +349,61 @@ def _take_accuracy_of_files_(lines: Sequence[dict[str, Any]]) -> None:
             source["accuracy"] = line["accuracy"]
 
 
-def note_environment(folder: RunFolder, command: str, origin: Mapping[str, Any] | None = None) -> None:
+def note_environment(folder: RunFolder, command: str, origin: Mapping[str, Any] | None = None) -> list[str]:
     """Writes `environment.json`; when a run is resumed, adds what is different from its start, the command at least.
 
     Args:
         folder: of the run.
         command: that was given.
         origin: where the recipe came from and what was overridden in it, noted at the start alone.
+
+    Returns:
+        What a person must know who goes on: that the bits will differ from those of a run that was never stopped,
+        where processor, threads or versions are others, and that records are missing.
     """
     path, now = folder.path / "environment.json", environment(command)
+    told: list[str] = []
     if path.exists():
-        first = read_json(path, cure="delete this file")
+        first = read_json(path, cure=CURES[path.name])
         changed = {key: value for key, value in now.items() if first.get(key) != value}
-        now = {**first, "resumed": [*first.get("resumed", []), changed]}
+        if not read_finished(folder):
+            told = [*_other_bits(first, now), *folder.missing_records()]
+        now = {**first, "resumed": [*_list(first.get("resumed")), changed]}
     else:
         now |= origin or {}
-    write_json(path, now)
+    list_json(path, now, folder.path)
+    return told
+
+
+def read_finished(folder: RunFolder) -> bool:
+    """Whether the run has come to its end."""
+    path = folder.path / "result.json"
+    return path.exists() and bool(read_json(path, cure=CURES[path.name]).get("finished"))
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _other_bits(first: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Says how this process differs from any that worked on the run before, if sums may be rounded otherwise by it."""
+    earlier = [first, *(first | e for e in _list(first.get("resumed")) if isinstance(e, dict))]
+    differ = []
+    for key in BITS:
+        known = list(dict.fromkeys(_name(e[key]) for e in earlier if e.get(key) is not None))
+        if known and known != [_name(now.get(key))]:
+            differ.append(f"{key} {', '.join(known)} before, {_name(now.get(key))} now")
+    if not differ:
+        return []
+    return [
+        f"this run was begun elsewhere ({'; '.join(differ)}): it goes on, but its bits will differ from those of a run "
+        "that was never stopped"
+    ]
+
+
+def _name(value: Any) -> str:
+    """What a processor is called; anything else as it is."""
+    return str(value.get("name")) if isinstance(value, dict) else str(value)
 
 
 def environment(command: str) -> dict[str, Any]:
@@ -362,21 +414,25 @@ def environment(command: str) -> dict[str, Any]:
         **{name: version(name) for name in LIBRARIES},
         "machine": _machine(),
         "processor": as_json(this_processor()),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "commit": _commit(),
         "command": command,
     }
 
 
-def _machine() -> str:
-    name = platform.processor() or platform.machine()
+def _processor() -> str:
     try:
         cpu = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name"))
-        name = cpu.partition(":")[2].strip()
+        return cpu.partition(":")[2].strip()
     except (OSError, StopIteration):
-        pass
+        return platform.processor() or platform.machine()
+
+
+def _machine() -> str:
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {os.cpu_count()} cores{gpu}, {platform.system()}"
+    return f"{_processor()}, {os.cpu_count()} cores{gpu}, {platform.system()}"
 
 
 def _commit() -> str | None:

@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from fedpress import lock
 from fedpress import recipe as recipes
 from fedpress import run as runs
 from fedpress.data import FederatedData
@@ -33,10 +34,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class VariantStarted:
-    """A variant is about to run: `events` are to be followed to their end before the next event is asked for."""
+    """A variant is about to run: `events` are to be followed to their end before the next event is asked for.
+
+    `notes` are what a person must know of a variant that is resumed (see `fedpress.run.note_environment`).
+    """
 
     variant: Variant
     events: Iterator[Event]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,18 @@ def execute(
         extra: further overrides of all variants.
         command: noted in every run's environment.
 
+    Raises:
+        RunError: if another process works on the sweep.
     """
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+    with lock.locked(place):
+        yield from _variants(text, todo, place, extra, command)
+
+
+def _variants(
+    text: str, todo: Sequence[Variant], place: Path, extra: Sequence[str], command: str
+) -> Iterator[VariantStarted | VariantFinished]:
     loaded: dict[str, FederatedData] = {}
     done: list[tuple[Variant, Path, str | None]] = []
     earlier: list[tuple[list[str], RunFolder]] = []
@@ -141,11 +157,11 @@ def execute(
             if key not in loaded:
                 loaded = {key: runs.load_data(recipe)}
             runs.check(recipe, loaded[key])
-            runs.note_environment(folder, command)
+            notes = runs.note_environment(folder, command)
             keys = runs.stage_keys(recipe)
             reuse = _nearest(recipe, keys, earlier)
             earlier.append((keys, folder))
-            yield VariantStarted(variant, runs.execute(recipe, folder, loaded[key], reuse=reuse))
+            yield VariantStarted(variant, runs.execute(recipe, folder, loaded[key], reuse=reuse), tuple(notes))
             if not read_json(path / "result.json").get("finished"):
                 raise RecipeError("its events were not followed to the end; go on with the same sweep")
         except FedpressError as failure:
@@ -191,8 +207,6 @@ def _write(place: Path, done: Sequence[tuple[Variant, Path, str | None]], comman
     page: dict[str, Any] = {"command": command, "environment": runs.environment(command), "variants": entries}
     for cost in ("file_bytes", "latency_ms"):
         page[f"front_{cost}"] = front(page, cost)
-    with writing(place):
-        place.mkdir(parents=True, exist_ok=True)
     write_json(place / "sweep.json", page)
 
 

@@ -67,6 +67,7 @@ def test_a_run_leaves_everything_that_the_report_needs(exported):
     stages = ("0-train", "1-prune", "2-federate", "3-export")
     assert names == {
         "recipe.toml",
+        "checksums",
         "settings.json",
         "records.jsonl",
         "result.json",

@@ -22,11 +22,14 @@ from fedpress.cli.common import (
     allow_code,
     default_folder,
     given,
+    held,
+    hold,
     load,
     load_data,
     run_to_resume,
     take_up,
     told,
+    warn,
 )
 from fedpress.errors import FedpressError, RecipeError, RunError
 
@@ -96,6 +99,7 @@ def run(
             else:
                 text, wanted = load(_named(recipe, context), words, data)
                 place = out or default_folder(wanted.name, resume)
+            if folder is None:
                 RunFolder.check_free(place, text)
             earlier = RunFolder.open(reuse) if reuse is not None else None
         loaded = load_data(wanted, out_stream)
@@ -104,12 +108,14 @@ def run(
     except KeyboardInterrupt:
         typer.echo("stopped before the run began; nothing was changed", err=True)
         raise typer.Exit(130) from None
-    folder = folder or RunFolder.create(place, text, runs.settings(wanted))
+    if folder is None:
+        folder = RunFolder.create(place, text, runs.settings(wanted))
+        hold(place)
     try:
         is_file = recipe is not None and Path(recipe).is_file()
         origin = str(Path(str(recipe)).resolve()) if is_file else recipe
         about = {"recipe": origin, "overrides": given(words, data)}
-        runs.note_environment(folder, shlex.join(["fedpress", *sys.argv[1:]]), about)
+        warn(runs.note_environment(folder, shlex.join(["fedpress", *sys.argv[1:]]), about))
         out_stream.print(f"{wanted.name} into {place}", markup=False, soft_wrap=True)
         terminal.follow(runs.execute(wanted, folder, loaded, reuse=earlier), out_stream)
         with terminal.waiting(out_stream, "drawing the report"):
@@ -169,8 +175,11 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The file to write; report.html in the folder by default.")] = None,
 ) -> None:
     """Draws the report of a run, also of an old or unfinished one."""
+    from fedpress import lock
     from fedpress.report.html import write_report
 
+    if who := lock.holder(folder):
+        warn([f"{who} still works in {folder}; the report shows what is there so far"])
     typer.echo(write_report(folder, out))
 
 
@@ -323,6 +332,8 @@ def main() -> None:
             raise
         place, reason = error.filename or "a file", error.strerror or str(error)
         _stop(f"{place}: {reason}; correct that place or choose another, then run again (finished work is kept)")
+    finally:
+        held.close()
 
 
 def _stop(message: str) -> None:

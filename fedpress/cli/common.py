@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from fedpress.folder import RunFolder
     from fedpress.recipe import Recipe
 
+held = ExitStack()
+"""What the command has taken until its end; `main` gives it back."""
 AllowCode = Annotated[
     list[str] | None,
     typer.Option(
@@ -94,18 +98,26 @@ def take_up(place: Path, recipe: str | None, overrides: list[str], data: Path | 
 
     if not (place / "settings.json").exists():
         raise RunError(f"{place}: there is no run to resume; leave out --resume to start one")
+    hold(place)
+    RunFolder.open(place).check_whole()
     noted = read_json(place / "environment.json") if (place / "environment.json").exists() else {}
     source = Path(noted["recipe"]).parent if isinstance(noted.get("recipe"), str) else None
     find_modules([str(source)] if source is not None and source.is_dir() else [])
-    stored = recipes.load(recipes.effective((place / "recipe.toml").read_text("utf-8"), [*overrides, *_of_data(data)]))
-    if recipe is not None:
+    own = place / "recipe.toml"
+    if not own.exists() and recipe is None:
+        raise RunError(f"{own}: no such file; name the recipe of this run too, as it was when the run began")
+    words = [*overrides, *_of_data(data)]
+    stored = recipes.load(recipes.effective(own.read_text("utf-8"), words)) if own.exists() else None
+    if recipe is not None or stored is None:
+        assert recipe is not None
         wanted = load(recipe, overrides, data)[1]
         settings = read_json(place / "settings.json")
         if runs.settings(wanted) != settings and noted.get("overrides"):
             # Perhaps only what was overridden at the start is missing.
             wanted = load(recipe, [*map(str, noted["overrides"]), *overrides], data)[1]
         folder = RunFolder.resume(place, runs.settings(wanted))
-        return (stored if runs.settings(stored) == settings else wanted), folder
+        same = stored is not None and runs.settings(stored) == settings
+        return (stored if same and stored is not None else wanted), folder
     return stored, RunFolder.resume(place, runs.settings(stored))
 
 
@@ -137,6 +149,23 @@ def visible(text: str) -> str:
     'red \\x1b[31m'
     """
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def hold(place: Path) -> None:
+    """Takes the lock of a run folder until the command ends.
+
+    Raises:
+        RunError: if another process works in it, naming that.
+    """
+    from fedpress import lock
+
+    held.enter_context(lock.locked(place))
+
+
+def warn(notes: Iterable[str]) -> None:
+    """Tells what a person must know, on the error stream."""
+    for note in notes:
+        typer.echo(f"warning: {told(note)}", err=True)
 
 
 def load_data(recipe: Recipe, out_stream: Console) -> FederatedData:

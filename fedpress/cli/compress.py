@@ -18,9 +18,11 @@ from fedpress.cli.common import (
     allow_code,
     default_folder,
     find_modules,
+    hold,
     load,
     run_to_resume,
     told,
+    warn,
 )
 from fedpress.errors import RecipeError
 
@@ -121,6 +123,8 @@ def _command(kind: str) -> Callable[..., None]:
                         kind, subject, keys or (), source=data, path=path, input_shape=shape, preprocess=how
                     )
                     place = out or default_folder(kind, resume)
+                if resume and place.is_dir():
+                    hold(place)
                 folder = RunFolder.resume(place, runs.settings(order.recipe)) if resume else None
                 if folder is None:
                     RunFolder.check_free(place, order.text)
@@ -133,9 +137,11 @@ def _command(kind: str) -> Callable[..., None]:
         except KeyboardInterrupt:
             typer.echo("stopped before the work began; nothing was changed", err=True)
             raise typer.Exit(130) from None
-        folder = folder or RunFolder.create(place, order.text, runs.settings(order.recipe))
+        if folder is None:
+            folder = RunFolder.create(place, order.text, runs.settings(order.recipe))
+            hold(place)
         try:
-            runs.note_environment(folder, shlex.join(["fedpress", *sys.argv[1:]]))
+            warn(runs.note_environment(folder, shlex.join(["fedpress", *sys.argv[1:]])))
             terminal.follow(order.execute(folder, loaded), out_stream)
             with terminal.waiting(out_stream, "drawing the report"):
                 write_report(place)
@@ -304,6 +310,7 @@ def _follow(events: Iterable[VariantStarted | VariantFinished], out: Console, to
     for event in events:
         if isinstance(event, VariantStarted):
             number += 1
+            warn(event.notes)
             out.print(f"[bold]{number}/{total}[/] ", end="")
             out.print(event.variant.name, markup=False, soft_wrap=True)
             terminal.follow(event.events, out)

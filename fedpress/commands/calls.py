@@ -105,6 +105,7 @@ def call(
         order.check(loaded)
         place = Path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder = RunFolder.create(place, order.text, runs.settings(order.recipe))
+        stack.enter_context(folder.locked())
         runs.note_environment(folder, shlex.join([f"fedpress.commands.{kind}", str(model)[:200]]))
         for _ in order.execute(folder, loaded):
             pass

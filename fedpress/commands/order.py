@@ -19,8 +19,8 @@ from fedpress.commands.subject import NOTHING, Outputs, Subject, outputs_of
 from fedpress.compress.scores import SCORES
 from fedpress.data import FederatedData
 from fedpress.data.examples import Progress
-from fedpress.errors import DataError, FedpressError, ModelError, RecipeError
-from fedpress.folder import RunFolder, read_json, write_json
+from fedpress.errors import DataError, FedpressError, ModelError, RecipeError, RunError
+from fedpress.folder import CURES, RunFolder, list_json, read_json
 from fedpress.models import ModelSpec
 from fedpress.recipe import Recipe
 from fedpress.stages import AnyStage
@@ -190,7 +190,7 @@ class Order:
                 checkpoint = self.recipe.model.checkpoint
                 if checkpoint is not None and Path(checkpoint).is_file():  # a packed file has the size of that file
                     before["file_bytes"] = Path(checkpoint).stat().st_size
-                write_json(path, before)
+                list_json(path, before, folder.path)
                 yield StageFinished(0, before)
             yield from runs.execute(self.recipe, folder, data)
 
@@ -220,11 +220,14 @@ class Result:
     @classmethod
     def read(cls, run: RunFolder, kind: str) -> Result:
         """Reads what a finished command left in `run`."""
-        facts = read_json(run.path / "result.json")["final"]
+        facts = read_json(run.path / "result.json", cure=CURES["result.json"]).get("final")
+        if not isinstance(facts, dict) or "name" not in facts:
+            raise RunError(f"{run.path / 'result.json'}: corrupt (it has no final.name); {CURES['result.json']}")
         stage = run.stage(0, kind, facts["name"])
         spec, model = stage.load()
         artifact = run.path / facts["artifact"] if "artifact" in facts else None
-        return cls(spec, model, read_json(run.path / "before.json"), facts, stage.path, artifact)
+        before = read_json(run.path / "before.json", cure=CURES["before.json"])
+        return cls(spec, model, before, facts, stage.path, artifact)
 
 
 def _wants_labels(stage: AnyStage) -> str:

@@ -75,8 +75,9 @@ class Subject:
         """Returns the `[data]` table and the seed of the run that left the model; None if there is none."""
         if self.run is None:
             return None
-        settings = read_json(self.run / "settings.json")
-        if not isinstance(settings.get("data"), dict) or "source" not in settings["data"]:
+        settings = read_json(self.run / "settings.json", cure="give data=SOURCE")
+        data, seed = settings.get("data"), settings.get("seed")
+        if not isinstance(data, dict) or not isinstance(data.get("source"), str) or not isinstance(seed, int):
             raise ModelError(f"{self.run / 'settings.json'}: it does not say what data the run had; give data=SOURCE")
         table = {key: value for key, value in settings["data"].items() if value is not None}
         if table["source"] == NOTHING:

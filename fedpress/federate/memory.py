@@ -15,9 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedpress import checksums
 from fedpress.errors import RunError
 
 JSON_TENSOR = "json"
+LONG = 64  # rounds after which the list of checksums is made short again
 KEPT = 2
 """States that are kept: the last may belong to a round that the server never finished and asks for again."""
 
@@ -108,6 +110,8 @@ class Files:
         keep = [r for r in rounds if r <= round][-KEPT:]
         for gone in set(rounds) - set(keep):
             self._path(f"{gone}").unlink(missing_ok=True)
+        if round % LONG == 0:
+            checksums.tidy(self.folder)
 
     def note(self, name: str) -> dict[str, Tensor]:
         """See `Memory`."""
@@ -126,12 +130,13 @@ class Files:
 
     def _read(self, stem: str) -> dict[str, Tensor]:
         path = self._path(stem)
+        cure = "delete it, and the server sends the whole model"
         try:
+            if fault := checksums.fault(path):
+                raise RunError(f"{path}: this memory of a client is damaged ({fault}); {cure}")
             return load_file(path)
         except (OSError, SafetensorError) as error:
-            raise RunError(
-                f"{path}: this memory of a client is damaged ({error}); delete it, and the server sends the whole model"
-            ) from error
+            raise RunError(f"{path}: this memory of a client is damaged ({error}); {cure}") from error
 
     def _write(self, stem: str, state: Mapping[str, Tensor]) -> None:
         path = self._path(stem)
@@ -139,6 +144,7 @@ class Files:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file({name: t.contiguous().clone() for name, t in state.items()}, part)
+            checksums.note(path, part, sync=False)
             os.replace(part, path)
         except (OSError, SafetensorError) as error:
             raise RunError(f"{path}: cannot be written ({error}); free some space, then go on with --resume") from error

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fedpress import consent, limits, own_modules
+from fedpress import checksums, consent, limits, own_modules
 from fedpress.calls import Numbers, numbers_in, set_numbers_
 from fedpress.errors import ModelError, did_you_mean
 from fedpress.grids import FILE, LayerGrids
@@ -305,6 +305,12 @@ def load_model(folder: Path, allow_code: Collection[str] | str = ()) -> tuple[Mo
     except RuntimeError as error:
         last = str(error).splitlines()[-1].strip()
         raise ModelError(f"{folder}: model.safetensors does not fit spec.json ({last}); run the stage again") from error
+    for path in (described, numbers):  # of a finished stage; what is plainly wrong has been told more exactly by now
+        if fault := checksums.fault(path):
+            raise ModelError(
+                f"{path}: corrupt ({fault}); copy the folder anew, or delete its result.json and run the stage "
+                f"again, or if you have changed this file yourself, delete '{checksums.list_of(path)}'"
+            )
     return spec, model
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpress.errors import RunError
+from fedpress.folder import check_whole
 
 Json = dict[str, Any]
 
@@ -95,6 +96,7 @@ def read_run(path: Path) -> Run:
 
 
 def _text(path: Path) -> str:
+    check_whole(path, "restore the file or move it away")
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -109,7 +111,7 @@ def _table(path: Path) -> Json:
         return {}
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path}: damaged JSON ({error}); restore the file or move it away") from error
     if not isinstance(value, dict):
         raise RunError(f"{path}: a table was expected, got {type(value).__name__}; restore the file or move it away")
@@ -122,7 +124,7 @@ def _lines(path: Path) -> list[Json]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break  # the run was killed while it wrote this line, or is writing it now
             raise RunError(f"{path}: line {number} is damaged ({error}); delete that line") from error
@@ -133,6 +135,7 @@ def _lines(path: Path) -> list[Json]:
 
 def _text_of_records(path: Path) -> str:
     """The text of the records; a kill can cut a letter in two, so a torn end is no reason to fail."""
+    check_whole(path, "move it away to draw the report without its curves", grows=True)
     try:
         return path.read_bytes().decode("utf-8", errors="replace")
     except FileNotFoundError:
