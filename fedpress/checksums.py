@@ -90,6 +90,16 @@ def list_of(path: Path) -> Path:
     return next((folder / NAME for folder in folders if (folder / NAME).is_file()), path.parent / NAME)
 
 
+def knows(path: Path) -> bool:
+    """Whether the nearest list has a line for `path`.
+
+    Raises:
+        DamagedList: see `read`.
+    """
+    folder = list_of(path).parent
+    return any(line.name == _name(path, folder) for line in read(folder))
+
+
 def fault(path: Path, *, grows: bool = False) -> str | None:
     """Says in words how `path` differs from what the nearest list says; None if it does not, or is not listed.
 

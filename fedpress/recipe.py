@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from fedpress import limits
 from fedpress.data import DataSettings
 from fedpress.errors import RecipeError, did_you_mean
 from fedpress.models.memory import TEACHER
@@ -194,14 +195,25 @@ def tree(toml: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     try:
         found = tomllib.loads(toml)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError as error:
+        raise RecipeError(f"recipe: {NESTED}") from error
+    except ValueError as error:  # also a whole number of thousands of digits
         raise RecipeError(f"recipe: not valid TOML: {error}; {_cure(toml, str(error))}") from error
+    _check_depth(found)
     if isinstance(found.get("stage"), dict):
         raise RecipeError("recipe.stage: one [stage] in single brackets; stages are a list, so write [[stage]]")
     _name_stages_(found)
     found = overridden(found, overrides)
     _name_stages_(found)  # also those that an override has put in
     return found
+
+
+NESTED = "lists and tables lie too deep inside each other; no setting needs that, so close a bracket or shorten a key"
+
+
+def _check_depth(tree: Any) -> None:
+    if said := limits.above("depth", limits.depth(tree)):
+        raise RecipeError(f"recipe: {NESTED} ({said})")
 
 
 def _cure(toml: str, problem: str) -> str:
@@ -314,6 +326,8 @@ def _override_(tree: dict[str, Any], override: str) -> None:
     if not equals or not path:
         raise RecipeError(f"override '{override}': expected key=value, for instance stage.2.num_rounds=5 or seed=1")
     keys = path.split(".")
+    if limits.above("depth", len(keys)):
+        raise RecipeError(f"override '{override[:40]}...': {NESTED}")
     node: Any = tree
     for position, word in enumerate(keys):
         at = ".".join(keys[:position])
@@ -349,8 +363,11 @@ def _value(text: str) -> Any:
         return None
     try:
         found = tomllib.loads(f"x = {text}")
-    except tomllib.TOMLDecodeError:
+    except RecursionError as error:
+        raise RecipeError(f"override '{text[:40]}...': {NESTED}") from error
+    except ValueError:
         return text
+    _check_depth(found)
     return found["x"] if len(found) == 1 else text
 
 

@@ -196,3 +196,37 @@ def test_one_misspelt_key_of_a_stage_is_one_mistake():
         recipes.load(text + "keep_param = 0.5\n")
     with pytest.raises(RecipeError, match=r"\(1 more\)$"):
         recipes.load(text + "keep_param = 0.5\nscor = 'l1'\n")
+
+
+DEEP = {
+    "lists": "x = " + "[" * 10_000 + "]" * 10_000,
+    "open lists": "x = " + "[" * 10_000,
+    "tables": "x = " + "{a = " * 10_000 + "1" + "}" * 10_000,
+    "a long key": ".".join("a" * 10_000) + " = 1",
+    "a long header": "[" + ".".join("a" * 10_000) + "]",
+    "a hundred lists": "x = " + "[" * 100 + "]" * 100,
+}
+
+
+@pytest.mark.parametrize("extra", DEEP.values(), ids=DEEP)
+def test_a_recipe_that_is_nested_too_deep_is_one_sentence(tiny, extra):
+    with pytest.raises(RecipeError, match="recipe: lists and tables lie too deep inside each other"):
+        recipes.load(extra + "\n" + tiny if extra[0] != "[" else tiny + extra)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model.arguments.x=" + "[" * 10_000 + "]" * 10_000, "model.arguments.x=" + "{a=" * 100 + "1" + "}" * 100,
+     "model." + ".".join("a" * 10_000) + "=1"],
+)  # fmt: skip
+def test_an_override_that_is_nested_too_deep_is_one_sentence(tiny, override):
+    with pytest.raises(RecipeError, match="lie too deep inside each other") as caught:
+        recipes.load(tiny, [override])
+    assert len(str(caught.value)) < 300
+
+
+def test_a_number_without_end_is_no_traceback(tiny):
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        recipes.load(tiny.replace('name = "tiny"', f'name = "tiny"\nseed = {"9" * 5000}'))
+    with pytest.raises(RecipeError, match="seed"):
+        recipes.load(tiny, [f"seed={'9' * 5000}"])

@@ -90,7 +90,7 @@ class Subject:
                 raise ModelError(f"{error}, or give the data yourself with data=SOURCE") from error
         try:  # where the data lay is no setting, since it may differ between machines
             path = tomllib.loads((self.run / "recipe.toml").read_text("utf-8"))["data"].get("path")
-        except (OSError, KeyError, tomllib.TOMLDecodeError):
+        except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
             path = None
         return table | ({"path": path} if path else {}), int(settings["seed"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fedpress import limits
 from fedpress.data.examples import Progress
 from fedpress.errors import DataError
 
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "ICO", "TGA")
+"""Formats of pixels; pillow knows others too, such as EPS, for which it would start another program."""
 GREY = ("1", "L", "LA", "I;16")
 REPORT_EVERY = 500
 
@@ -36,7 +40,7 @@ def decode(
         progress: told how many are decoded.
 
     Raises:
-        DataError: if an image cannot be read, or differs in size.
+        DataError: if an image cannot be read, differs in size, or declares more pixels than `fedpress.limits` allow.
     """
     if not images:
         return torch.zeros(0, 3, size or 1, size or 1, dtype=torch.uint8)
@@ -59,10 +63,30 @@ def decode(
 
 def _decode_one(source: bytes | Path | None, where: str, mode: str | None, size: int | None) -> np.ndarray:
     try:
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source or b"")) as image:
+        with _opened(source) as image:
+            # The header says how large it is: a file of some kilobytes may ask for gigabytes.
+            if said := limits.above("pixels", image.width * image.height):
+                raise DataError(f"{where}: {image.width}x{image.height} are {said}, or shrink it before")
             pixels = image.convert(mode or ("L" if image.mode in GREY else "RGB"))
         if size is not None and pixels.size != (size, size):
             pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
         return np.asarray(pixels)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise DataError(f"{where}: not a readable image ({type(error).__name__}); replace or remove it") from error
+
+
+def _opened(source: bytes | Path | None) -> Image.Image:
+    """Reads the header of an image; pillow's own limit is lifted meanwhile, since ours is another."""
+    theirs = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        return Image.open(source if isinstance(source, Path) else io.BytesIO(source or b""), formats=_formats())
+    finally:
+        Image.MAX_IMAGE_PIXELS = theirs
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)

@@ -203,7 +203,7 @@ def _hub(path: Path, weights: str) -> tuple[str, str]:
         config = json.loads((path / "config.json").read_text("utf-8"))
         kinds = config.get("architectures") or ["AutoModel"]
         kind = str(kinds[0]) if isinstance(kinds, list) else "AutoModel"
-    except (ValueError, AttributeError, IndexError):
+    except (ValueError, AttributeError, IndexError, RecursionError):
         kind = "AutoModel"
     kind = kind if kind.isidentifier() else "AutoModel"
     return (

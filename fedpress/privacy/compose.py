@@ -38,7 +38,7 @@ def spent(text: str, *, delta: float, place: str = "phases") -> accounting.Spent
     """
     try:
         page = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{place}: not JSON ({error}); give a list of phases or a ledger.json") from error
     if isinstance(page, dict) and "charges" in page:
         accounting.check_delta(delta)

@@ -179,7 +179,7 @@ class Ledger:
                     f"ledger: got version {page['version']}, expected one of {READS}; use the fedpress of then"
                 )
             return cls(page["unit"], tuple(Charge(**c) for c in page["charges"]))
-        except (ValueError, KeyError, TypeError, RecipeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, RecipeError) as error:
             raise PrivacyError(f"ledger: not a ledger ({error!r}); restore ledger.json, or start a new run") from error
 
 

@@ -1,4 +1,5 @@
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -51,3 +52,47 @@ def test_progress_ends_at_the_number_of_images(monkeypatch):
 
 def test_no_images_are_an_empty_tensor():
     assert images.decode([], where=str).shape[0] == 0
+
+
+def bomb(kind, side):
+    """An image of some kilobytes that declares `side` x `side` pixels."""
+    buffer = io.BytesIO()
+    if kind == "PNG":  # the header alone: what follows it is never looked at
+        image = Image.new("L", (8, 8))
+        image.save(buffer, kind)
+        raw = bytearray(buffer.getvalue())
+        raw[16:24] = side.to_bytes(4, "big") * 2
+        raw[29:33] = zlib.crc32(raw[12:29]).to_bytes(4, "big")
+        return bytes(raw)
+    Image.new("1", (side, side)).save(buffer, kind, **({"compression": "group4"} if kind == "TIFF" else {}))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "side"), [("PNG", 8193), ("PNG", 20_000), ("PNG", 2_000_000_000), ("TIFF", 9000), ("BMP", 8200)]
+)
+@pytest.mark.parametrize("size", [None, 32])
+def test_an_image_that_declares_too_many_pixels_is_refused_before_it_is_decoded(kind, side, size, monkeypatch):
+    raw = bomb(kind, side)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
+    says = rf"photo 0: {side}x{side} are {side * side:,} pixels.*FEDPRESS_MAX_PIXELS={side * side}"
+    with pytest.raises(DataError, match=says):
+        images.decode([raw], where=lambda i: f"photo {i}", size=size)
+
+
+def test_the_limit_of_pixels_can_be_raised_and_lowered(monkeypatch):
+    buffer = io.BytesIO()
+    Image.new("L", (30, 20)).save(buffer, "PNG")
+    monkeypatch.setenv("FEDPRESS_MAX_PIXELS", "599")
+    with pytest.raises(DataError, match=r"x: 30x20 are 600 pixels .* limit is 599"):
+        images.decode([buffer.getvalue()], where=lambda i: "x")
+    monkeypatch.setenv("FEDPRESS_MAX_PIXELS", "600")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # pillow's own would refuse twice that already at the header
+    assert images.decode([buffer.getvalue()], where=lambda i: "x").shape == (1, 1, 20, 30)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_a_picture_that_is_a_program_is_none():
+    text = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(DataError, match="x: not a readable image"):
+        images.decode([text], where=lambda i: "x")
