@@ -482,9 +482,7 @@ class StageFolder:
         artifact = done.result.get("artifact")
         if artifact is not None and not (other.path / str(artifact)).resolve().is_relative_to(other.path.resolve()):
             said = str(artifact)[:80]
-            raise RunError(
-                f"{theirs._result}: its artifact {said!r} lies outside of the run; do not take over this run"
-            )
+            raise RunError(f"{theirs._result}: its artifact {said!r} lies outside of the run; leave out --from")
         self.run.cut_records(records)
         with writing(self.path):
             shutil.copytree(theirs.path, self.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("result.json"))

@@ -294,24 +294,28 @@ def load_model(folder: Path, allow_code: Collection[str] | str = ()) -> tuple[Mo
     except ModelError as error:
         raise ModelError(f"{described}: {error}") from error
     except (ValidationError, UnicodeDecodeError, OSError) as error:
-        raise ModelError(f"{described}: corrupt ({_first_line(error)}); run the stage again") from error
+        raise ModelError(f"{described}: corrupt ({_first_line(error)}); {_anew(folder)}") from error
     try:
         tensors = load_file(numbers)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{numbers}: corrupt ({_first_line(error)}); run the stage again") from error
+        raise ModelError(f"{numbers}: corrupt ({_first_line(error)}); {_anew(folder)}") from error
     model = spec.build_within_limits()
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         last = str(error).splitlines()[-1].strip()
-        raise ModelError(f"{folder}: model.safetensors does not fit spec.json ({last}); run the stage again") from error
+        raise ModelError(f"{folder}: model.safetensors does not fit spec.json ({last}); {_anew(folder)}") from error
     for path in (described, numbers):  # of a finished stage; what is plainly wrong has been told more exactly by now
         if fault := checksums.fault(path):
-            raise ModelError(
-                f"{path}: corrupt ({fault}); copy the folder anew, or delete its result.json and run the stage "
-                f"again, or if you have changed this file yourself, delete '{checksums.list_of(path)}'"
-            )
+            changed = f"or if you have changed this file yourself, delete '{checksums.list_of(path)}'"
+            raise ModelError(f"{path}: corrupt ({fault}); {_anew(path.parent)}, {changed}")
     return spec, model
+
+
+def _anew(folder: Path) -> str:
+    """What helps where a model's files are damaged."""
+    done = Path(folder) / "result.json"
+    return f"delete '{done}' to do the stage again" if done.exists() else "copy the folder anew or run the stage again"
 
 
 def _first_line(error: Exception) -> str:
