@@ -315,7 +315,7 @@ def load_model(folder: Path, allow_code: Collection[str] | str = ()) -> tuple[Mo
 def _anew(folder: Path) -> str:
     """What helps where a model's files are damaged."""
     done = Path(folder) / "result.json"
-    return f"delete '{done}' to do the stage again" if done.exists() else "copy the folder anew or run the stage again"
+    return f"delete '{done}' to do the stage again" if done.exists() else "run the stage again, or copy the folder anew"
 
 
 def _first_line(error: Exception) -> str:
