@@ -54,6 +54,19 @@ class Hidden(nn.Module):
 """
 
 
+class Several(nn.Module):
+    """Two inputs of different shapes, two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 16, 3), nn.Linear(5, 16)
+        self.c, self.d = nn.Linear(16, 3), nn.Linear(16, 1)
+
+    def forward(self, image, row):
+        h = torch.relu(self.a(image)).mean((2, 3)) + self.b(row)
+        return self.c(torch.relu(h)), self.d(h).flatten()
+
+
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """A module of the user's own networks, in a folder on the path."""
@@ -382,3 +395,35 @@ def test_the_commands_take_preprocessing_too(fedpress, tmp_path):
     said = fedpress(*words, "--mean", "0.5")
     assert said.code == 2
     assert "--std: got None" in said.err
+
+
+def test_models_of_several_inputs_are_cut_quantized_and_exported(tmp_path):
+    model, shapes = Several().eval(), [(1, 8, 8), (5,)]
+    inputs = [torch.rand(3, *shape) for shape in shapes]
+    made = commands.prune(model, keep_params=0.5, score="l1", round_to=1, input_shape=shapes)
+    assert made.facts["parameters"] < made.before["parameters"]
+    assert [out.shape for out in made.model(*inputs)] == [(3, 3), (3,)]
+    rounded = commands.quantize(made.model.eval(), input_shape=shapes)
+    assert rounded.model(*inputs)[0].shape == (3, 3)
+    files = commands.export(made.model.eval(), input_shape=shapes).files
+    (tmp_path / "m.onnx").write_bytes(files["model.onnx"])
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
+    got = session.run(None, dict(zip([i.name for i in session.get_inputs()], (x.numpy() for x in inputs), strict=True)))
+    for a, b in zip(got, made.model.eval()(*inputs), strict=True):
+        assert np.allclose(a, b.detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "settings", "message"),
+    [
+        (commands.train, {"epochs": 1}, "takes models of one input"),
+        (commands.prune, {"keep_params": 0.5, "data": X}, "data=: models of several inputs"),
+        (commands.prune, {"keep_params": 0.5, "out": "x"}, "out=: a model of several inputs"),
+        (commands.export, {"int8": True}, "int8=: export of a model of several inputs takes format= alone"),
+    ],
+)
+def test_what_models_of_several_inputs_cannot_have_is_refused(call, settings, message):
+    with pytest.raises(ModelError, match=message):
+        call(Several(), input_shape=[(1, 8, 8), (5,)], **settings)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from torch import nn
 from fedpress import consent
 from fedpress import run as runs
 from fedpress.arrays import Preprocess
+from fedpress.commands import several
 from fedpress.commands.given import in_memory
 from fedpress.commands.order import Given, Order, Result, as_words
 from fedpress.commands.subject import Subject, holding
@@ -36,7 +38,7 @@ def call(
     data: Any = None,
     path: str | Path | None = None,
     checkpoint: str | Path | None = None,
-    input_shape: tuple[int, ...] | None = None,
+    input_shape: Sequence[Any] | None = None,
     mean: Sequence[float] | Literal["none", "data"] | None = None,
     std: Sequence[float] | None = None,
     out: str | Path | None = None,
@@ -54,7 +56,8 @@ def call(
             as values from 0 to 1), except by a saved model, which standardises them as it was trained.
         path: where the source finds its files.
         checkpoint: a state dict for `module:function`.
-        input_shape: of one example, for a module or function without data.
+        input_shape: of one example, for a module or function without data. Of several inputs a list of shapes: then a
+            module in memory is cut, rounded or exported without data, and the result stays in memory.
         mean: of each channel, as a model that was trained elsewhere wants its inputs standardised (images as values
             from 0 to 1); "none": as they are; "data": by the public part of the source.
         std: of each channel.
@@ -71,6 +74,9 @@ def call(
     """
     if not isinstance(model, nn.Module | str | Path):
         raise ModelError(f"model: got {type(model).__name__}, expected a torch.nn.Module, a path or module:function")
+    if (shapes := several.several_shapes(input_shape)) is not None:
+        several.check(kind, model, data, out)
+        return _of_several(kind, model, shapes, settings)  # type: ignore[arg-type]
     with ExitStack() as stack:
         stack.enter_context(naming_arguments())
         stack.enter_context(consent.allowing(allow_code))
@@ -118,6 +124,19 @@ def call(
         if result.artifact is not None:
             files = {file.name: file.read_bytes() for file in sorted(result.artifact.parent.iterdir())}
         return replace(result, spec=spec, folder=None, artifact=None, files=files)
+
+
+def _of_several(kind: str, model: nn.Module, shapes: several.Shapes, settings: dict[str, Any]) -> Result:
+    """Runs a stage on a model of several inputs; see `fedpress.commands.several`."""
+    if kind == "export":
+        if odd := sorted(settings.keys() - {"format"}):
+            raise ModelError(f"{odd[0]}=: export of a model of several inputs takes format= alone; leave it out")
+        files, facts = several.export(model, shapes, **settings)
+        return Result(None, model, {}, facts, None, None, files)
+    joined = several.Joined(model, shapes)
+    result = call(kind, joined, input_shape=(sum(prod(shape) for shape in shapes),), **settings)
+    assert isinstance(result.model, several.Joined)
+    return replace(result, model=result.model.model)
 
 
 def _held(data: Any, subject: Subject, given: Given | None) -> FederatedData:

@@ -166,7 +166,8 @@ def outputs_of(model: nn.Module, shape: tuple[int, ...]) -> Outputs:
         except Exception:
             raise ModelError(
                 f"input_shape=: the model does not take examples of shape {list(shape)} "
-                f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); give the shape of one example"
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); give the shape of one example, "
+                "or in Python a list of shapes for several inputs"
             ) from error
     is_classifier = isinstance(out, Tensor) and out.dim() == 2 and out.shape[1] > 1
     return Outputs(int(out.shape[1]) if is_classifier else 0, tokens)

@@ -1,0 +1,90 @@
+"""Models of several inputs in the Python calls: the inputs go side by side in one row, and are parted again inside."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedpress import deploy
+from fedpress.deploy import FORMATS, Job
+from fedpress.errors import ModelError
+
+KINDS = ("prune", "sparsify", "quantize", "export")
+Shapes = tuple[tuple[int, ...], ...]
+
+
+def several_shapes(input_shape: Any) -> Shapes | None:
+    """Returns the shapes if `input_shape` lists those of several inputs; None if it is the shape of one.
+
+    >>> several_shapes([(3, 8, 8), (5,)])
+    ((3, 8, 8), (5,))
+    >>> several_shapes((3, 8, 8)) is None
+    True
+    """
+    if not isinstance(input_shape, tuple | list) or not any(isinstance(part, tuple | list) for part in input_shape):
+        return None
+    shapes = tuple(tuple(part) if isinstance(part, tuple | list) else () for part in input_shape)
+    if not all(shape and all(isinstance(n, int) and n > 0 for n in shape) for shape in shapes):
+        raise ModelError(
+            f"input_shape=: got {input_shape!r}, expected the shape of each input, such as "
+            "input_shape=[(3, 8, 8), (5,)]"
+        )
+    return shapes
+
+
+class Joined(nn.Module):
+    """A model of several inputs as one of a single row of numbers [n, d]."""
+
+    def __init__(self, model: nn.Module, shapes: Sequence[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.model = model
+        self.shapes = tuple(shapes)
+
+    def forward(self, x: Tensor) -> Any:
+        """Parts the rows and runs the model."""
+        sizes = [prod(shape) for shape in self.shapes]
+        parts = x.split(sizes, 1)
+        inputs = [part.reshape(x.shape[0], *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return self.model(*inputs)
+
+
+def check(kind: str, model: object, data: object, out: object) -> None:
+    """Refuses what models of several inputs cannot have here.
+
+    Raises:
+        ModelError: naming the argument.
+    """
+    if kind not in KINDS:
+        raise ModelError(f"{kind}: it takes models of one input; of several inputs take {', '.join(KINDS)}")
+    if not isinstance(model, nn.Module):
+        raise ModelError("input_shape=: several inputs are for a module in memory; build the model and give that")
+    if data is not None:
+        raise ModelError("data=: models of several inputs are cut and rounded without data here; leave data= out")
+    if out is not None:
+        raise ModelError("out=: a model of several inputs stays in memory; leave out= away and take result.model")
+
+
+def export(model: nn.Module, shapes: Shapes, *, format: str = "onnx") -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Writes the device file of a model of several inputs, and runs it back.
+
+    Returns:
+        The files by name, and `file_bytes`, the `format` and the largest error against torch.
+
+    Raises:
+        ExportError: if it cannot be exported.
+    """
+    chance = torch.Generator().manual_seed(0)
+    example = tuple(torch.randn(8, *shape, generator=chance) for shape in shapes)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"model{FORMATS[format].suffix if format in FORMATS else ''}"
+        artifact = deploy.export(model, path, format, Job(input_shape=shapes[0], example=example))
+        same = deploy.parity(model, path, example)
+        files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+    about = {"format": format, "file_bytes": artifact.file_bytes, "parity": {"max_abs_error": same.max_abs_error}}
+    return files, about
