@@ -48,7 +48,9 @@ class Failures:
         refused = dict(self.refused)
         for name, reason in told(record.refused, federation).items():
             refused[name] = (refused.get(name, (0, ""))[0] + 1, reason)
-        now = replace(self, asked=self.asked + len(drawn), refused=refused)
+        # How many take part is secret where a trusted server draws them: then the planned number stands for it.
+        asked = federation.uplink.cohort.size if federation.hides else len(drawn)
+        now = replace(self, asked=self.asked + asked, refused=refused)
         if record.failures is None:
             return now
         of, variance = federation.failure_noise(drawn)
@@ -93,7 +95,7 @@ class Failures:
         return ""
 
     def estimate(self, unit: str | None) -> str:
-        """Says the noised count in words: "about 4 of 6 clients (noise 0.4)"."""
+        """Says the noised count in words: "about 4 of 6 clients (counted with noise of 0.4)"."""
         assert self.counted is not None
         count = min(max(self.counted.total, 0.0), self.of)
         return f"about {count:.0f} of {self.of:.0f} {WORDS[unit or 'client']} (counted with noise of {self.noise:.2g})"

@@ -168,3 +168,12 @@ def test_a_line_names_a_few_clients_and_counts_the_rest():
         "round 2: 5 of 6 clients refused: c0 (why), c1 (why), c2 (why), and 2 more"
     )
     assert in_words({}, ["a"], 1) == ""
+
+
+def test_a_secret_cohort_is_not_counted_out(tmp_path):
+    stage = 'cohort = 2\nsampling = "poisson"\n' + privacy("client", "central")
+    result, _ = warned(recipe("some_bad", stage=stage, rounds=7), tmp_path / "run")
+    assert result["final"]["failures"]["asked"] == 14
+    assert result["final"]["failures"]["counted"]["of"] == 14
+    for line in told(tmp_path / "run"):
+        assert line["failures"]["failed"] != round(line["failures"]["failed"])
