@@ -87,7 +87,9 @@ class InputGrid(BaseModel):
 
     bits: int = Field(8, ge=1, le=8)
     dynamic: bool = False
-    middle: bool = Field(False, description="one bit only, and true there by default: compare with a learned middle")
+    middle: bool = Field(
+        default=False, description="one bit only, and true there by default: compare with a learned middle"
+    )
 
     @model_validator(mode="before")
     @classmethod

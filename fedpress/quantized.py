@@ -7,7 +7,6 @@ trains it is the latent weight, of which the layer uses the nearest grid point (
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -51,6 +50,9 @@ class QuantLayer(nn.Module):
     """
 
     weight: Tensor
+    weight_scale: Tensor
+    codebook: Tensor
+    bias: Tensor | None
     input_scale: Tensor
     input_zero_point: Tensor
     input_middle: Tensor
@@ -421,20 +423,25 @@ ROUND_INPUTS = (nn.Linear, nn.modules.conv._ConvNd)
 """Layers that may have grids for their inputs; of the others only the weights are rounded."""
 
 
-@functools.cache
 def quantized_kind(kind: type[nn.Module]) -> type[QuantLayer]:
     """Returns the quantized form of a kind of layer; that of a subclass is made here.
 
     Raises:
         KeyError: if there is none.
     """
-    if kind in KINDS:
-        return KINDS[kind]
+    found = KINDS.get(kind) or _SUBCLASSES.get(kind)
+    if found is not None:
+        return found
     base = forwards.base_of(kind)
     if base is None:
         raise KeyError(kind)
     parts = {"plain": kind, "channel_axis": KINDS[base].channel_axis, "__doc__": f"{kind.__name__} on grids."}
-    return type(f"Quant{kind.__name__}", (_QuantSubclass, kind), parts)
+    made = _SUBCLASSES[kind] = type(f"Quant{kind.__name__}", (_QuantSubclass, kind), parts)
+    return made
+
+
+_SUBCLASSES: dict[type[nn.Module], type[QuantLayer]] = {}
+"""What `quantized_kind` has made: two layers of one class stay of one class."""
 
 
 def weight_keys(module: nn.Module) -> tuple[str, ...]:

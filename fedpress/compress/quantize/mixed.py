@@ -87,8 +87,11 @@ def measure_choices(
 
 def layer_bytes(layer: nn.Module, grid: WeightGrid) -> int:
     """Returns the bytes of all weights of a layer on `grid` (see `stored_bytes`)."""
-    to_rows = quantized_kind(type(layer)).rows
-    return sum(stored_bytes(to_rows(layer, getattr(layer, key)), grid) for key in weight_keys(layer))  # type: ignore[arg-type]
+    form: Any = quantized_kind(type(layer))
+    total = 0
+    for key in weight_keys(layer):
+        total += stored_bytes(form.rows(layer, getattr(layer, key)), grid)
+    return total
 
 
 def _rounded(layer: nn.Module, weight: Tensor, grid: WeightGrid) -> Tensor:
