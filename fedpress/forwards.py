@@ -117,7 +117,9 @@ def as_plain(layer: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
     call = read(layer, x).calls[0]
     base, given = base_of(type(layer)), call["input"]
     assert base is not None
-    out, each, *kernel = layer.weight.shape
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    out, each, *kernel = weight.shape
     if base is nn.Linear:
         return nn.Linear(each, out, device="meta"), given
     groups = call.get("groups", 1)
@@ -128,6 +130,7 @@ def as_plain(layer: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
 
 def _made_up(layer: nn.Module) -> Tensor:
     chance = torch.Generator().manual_seed(0)
+    assert isinstance(layer.weight, Tensor)
     at = layer.weight.device
     if isinstance(layer, nn.Linear):
         return torch.randn(2, layer.in_features, generator=chance).to(at)

@@ -52,7 +52,6 @@ class QuantLayer(nn.Module):
     weight: Tensor
     weight_scale: Tensor
     codebook: Tensor
-    bias: Tensor | None
     input_scale: Tensor
     input_zero_point: Tensor
     input_middle: Tensor
@@ -329,7 +328,8 @@ class _QuantRecurrent(QuantLayer):
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Maps a sequence and a state to outputs and the last state, as the plain layer."""
         weights = {key: self.quantized_weight(key) for key in self.keys}
-        flat = [weights[n] if n in weights else getattr(self, n) for n in self._flat_weights_names]
+        names: list[str] = self._flat_weights_names  # type: ignore[assignment]
+        flat = [weights[n] if n in weights else getattr(self, n) for n in names]
         return self._twin(_flat_weights=flat, **weights).forward(input, hx)
 
 

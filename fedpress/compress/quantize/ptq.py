@@ -151,10 +151,11 @@ def quantize_(
             assert isinstance(layer, QuantLayer)
             if name not in means:
                 continue
-            if layer.bias is not None and sum(bias is layer.bias for bias in biases) > 1:
+            own = layer._parameters.get("bias")
+            if own is not None and sum(bias is own for bias in biases) > 1:
                 notes[name] = "its bias is shared, and does not make good for its rounding"
-            elif isinstance(getattr(layer, "bias", None), Tensor):
-                layer.bias -= _shift(means[name], layer.weight.detach() - before[name])
+            elif own is not None:
+                own -= _shift(means[name], layer.weight.detach() - before[name])
             else:
                 notes[name] = "it has no bias that could make good for its rounding"
     if any(_static(grids) for grids in table.values()):
