@@ -155,7 +155,7 @@ def quantize_(
             if own is not None and sum(bias is own for bias in biases) > 1:
                 notes[name] = "its bias is shared, and does not make good for its rounding"
             elif own is not None:
-                own -= _shift(means[name], layer.weight.detach() - before[name])
+                own.sub_(_shift(means[name], layer.weight.detach() - before[name]))
             else:
                 notes[name] = "it has no bias that could make good for its rounding"
     if any(_static(grids) for grids in table.values()):
