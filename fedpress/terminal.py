@@ -87,8 +87,9 @@ def follow(events: Iterable[Event], out: Console) -> None:
             elif isinstance(event, StageFinished):
                 news = _outcome(event.result)
                 shown.update(task, total=1, completed=1, note=news)
-                for key, sentence in (event.result.get("told") or {}).items():
-                    out.print(f"{name}: {key} is {sentence}", markup=False, soft_wrap=True)
+                told = event.result.get("told")
+                for key, sentence in told.items() if isinstance(told, dict) else ():
+                    shown.console.print(f"{name}: {key} is {sentence}", markup=False, soft_wrap=True)
             if shown.disable and news not in ("", said):
                 said = news
                 out.print(f"{name}: {news}", markup=False, soft_wrap=True)

@@ -108,7 +108,8 @@ def select(ids: Ids, shape: Shape, x: Value, dim: int = 0, *rest: Any) -> Axes |
 def gather(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
     """Looks places up along one axis, for each place of the others, which the two tensors share."""
     given = named(ids, [x, *args], options)
-    dim, index = given["dim"], given.get("index", given.get("indices"))
+    dim = given["dim"]
+    index: Value = given["index"] if "index" in given else given["indices"]
     if dim is None or not x.shape:
         for axis in x.axes:
             ids.freeze(axis, "channels are taken by number")
