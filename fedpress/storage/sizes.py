@@ -9,6 +9,7 @@ from torch import nn
 from fedpress.compress import cost
 from fedpress.errors import ModelError
 from fedpress.models import ModelSpec
+from fedpress.quantized import quantized_layers
 from fedpress.storage.packed import encode
 
 
@@ -17,7 +18,11 @@ def file_bytes(spec: ModelSpec | None, model: nn.Module) -> int:
 
     Commands, reports and measurements all say this one; an exported file has the size of that file.
     """
-    packed = packed_file_bytes(spec, model) if spec is not None and spec.quantized else None
+    grids = {name: layer.grids for name, layer in quantized_layers(model)}
+    if spec is None or not grids:
+        return cost.state_bytes(model)
+    # The spec of a module in memory may not know its grids; they are a part of the file.
+    packed = packed_file_bytes(spec.model_copy(update={"quantized": spec.quantized or grids}), model)
     return cost.state_bytes(model) if packed is None else packed
 
 
