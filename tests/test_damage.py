@@ -17,6 +17,7 @@ from fedpress.state import Tick
 KILLED = ["recipe.toml", "settings.json", "environment.json", "records.jsonl", "result.json"]
 KILLED += ["stages/2-federate/progress.safetensors", "stages/0-train/model.safetensors", "stages/0-train/spec.json"]
 KILLED += ["stages/0-train/result.json", "stages/1-prune/plan.json"]
+SLOW = [name for at, name in enumerate(KILLED) if at not in (3, 5)]
 DONE = ["ledger.json", "artifacts/model.onnx", "stages/2-federate/result.json", "stages/3-export/model.safetensors"]
 
 
@@ -82,8 +83,8 @@ def copied(run, tmp_path):
     return shutil.copytree(run, tmp_path / "run")
 
 
-@pytest.mark.parametrize("where", [0.3, 0.9999])
-@pytest.mark.parametrize("name", KILLED)
+@pytest.mark.parametrize("where", [pytest.param(0.3, marks=pytest.mark.recipe), 0.9999])
+@pytest.mark.parametrize("name", [KILLED[3], KILLED[5], *(pytest.param(x, marks=pytest.mark.recipe) for x in SLOW)])
 def test_a_flipped_bit_is_refused_by_name_and_the_cure_works(plain, killed, whole, tmp_path, left, name, where):
     path = copied(killed, tmp_path)
     flip(path / name, where)
@@ -106,6 +107,7 @@ def test_a_flipped_bit_is_refused_by_name_and_the_cure_works(plain, killed, whol
     finish(plain, path, resume=True)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("name", DONE)
 def test_a_flipped_bit_of_a_finished_run_is_refused_too(tiny_export, private, tmp_path, name):
     path = copied(private, tmp_path)
@@ -117,6 +119,7 @@ def test_a_flipped_bit_of_a_finished_run_is_refused_too(tiny_export, private, tm
         assert (path / name).exists()
 
 
+@pytest.mark.recipe
 def test_whoever_reads_a_damaged_file_says_so(private, tmp_path):
     path = copied(private, tmp_path)
     flip(path / "stages/3-export/model.safetensors")
@@ -178,6 +181,7 @@ def test_a_damaged_list_is_told_and_can_be_deleted(plain, killed, tmp_path):
     finish(plain, path, resume=True)
 
 
+@pytest.mark.recipe
 @pytest.mark.parametrize("name", ["../../outside", "/etc/hostname", "../other/artifacts/model.onnx"])
 def test_a_run_that_is_taken_over_writes_nothing_outside_of_the_new_one(tiny_export, private, tmp_path, name):
     path = copied(private, tmp_path)
