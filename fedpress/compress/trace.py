@@ -106,7 +106,8 @@ class Recorder(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self._names = {id(module): name for name, module in model.named_modules()}
+        # By what a module holds: `torch.export` may run a shallow copy of one.
+        self._names = {id(module._parameters): name for name, module in model.named_modules()}
         self._turns: dict[int, Counter[str]] = {}
         self._model, self._hooks = model, list[Any]()
 
@@ -124,7 +125,7 @@ class Recorder(TorchFunctionMode):
             hook.remove()
 
     def _begin(self, module: nn.Module, _: Any) -> None:
-        self._turns[id(module)] = Counter()
+        self._turns[id(module._parameters)] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls `func`."""
@@ -132,13 +133,13 @@ class Recorder(TorchFunctionMode):
             with traceback.annotate({TAG: -1}):
                 return func(*args, **(kwargs or {}))
         by = caller(func) if func in SIZED else None
-        if by is None or id(by.module) not in self._turns:
+        name = None if by is None else self._names.get(id(by.module._parameters))
+        if by is None or name is None or id(by.module._parameters) not in self._turns:
             return func(*args, **(kwargs or {}))
-        turns = self._turns[id(by.module)]
+        turns = self._turns[id(by.module._parameters)]
         slices = _slice_positions(*args[:2]) if func in INDEXING else []
         numbers = numbers_of(func, args, kwargs or {})
         indices = len(indices_of(func, args, kwargs or {}))
-        name = self._names[id(by.module)]
         self.calls.append(Call(name, by.place, turns[by.place], numbers, slices, indices))
         turns[by.place] += 1
         with traceback.annotate({TAG: len(self.calls) - 1}):
