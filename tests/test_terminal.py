@@ -113,3 +113,15 @@ def test_measured_models_stand_in_two_tables_that_fit_the_screen():
     assert all(len(line) <= 80 for line in lines)
     assert [line.split()[1] for line in lines[1:4]] == ["…-a-run/model", "as", "short"]
     assert "1234 ±120 ms" in lines[6]
+
+
+@pytest.mark.parametrize("in_terminal", [True, False])
+def test_what_a_stage_tells_beside_its_numbers_is_printed_once(in_terminal):
+    told = {"keep_params": "0.5066, the nearest to 0.5 that the widths allow"}
+
+    def events_of_a_cut():
+        yield StageStarted(0, "prune", "cut")
+        yield StageFinished(0, {**RESULT, "told": told})
+
+    lines = shown(in_terminal, events_of_a_cut())
+    assert lines.count("cut: keep_params is 0.5066, the nearest to 0.5 that the widths allow") == 1
