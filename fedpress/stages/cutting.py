@@ -196,8 +196,10 @@ class Cutting:
         assert public is not None
         some = public.take(torch.arange(len(public))[: self.stage.sensitivity_examples])
         units, known = compress.channel_units(model, graph, scores), list(self.points)
-        one_channel = 1 / max(layer.channels for layer in graph.layers)
-        densities = densities_down_to(max(self.stage.min_keep, one_channel), self.stage.densities)
+        densities = self.stage.densities
+        if "densities" not in self.stage.model_fields_set:  # those that a user names are measured as they are
+            one_channel = 1 / max(layer.channels for layer in graph.layers)
+            densities = densities_down_to(max(self.stage.min_keep, one_channel), densities)
         for point in compress.sensitivity(
             units, lambda: _loss_and_accuracy(model, some, data.preprocess), densities, known=known
         ):

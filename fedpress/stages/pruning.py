@@ -56,7 +56,9 @@ class PruneSettings(BaseModel):
         2048, ge=0, description="public examples for scores and batch-norm statistics; 0 leaves those as they were"
     )
     densities: tuple[float, ...] = Field(
-        DENSITIES, min_length=1, description="sensitivity: shares of its channels that each layer is tried with"
+        DENSITIES,
+        min_length=1,
+        description="sensitivity: shares of its channels that each layer is tried with, by default down to min_keep",
     )
     sensitivity_examples: int = Field(512, ge=2, description="sensitivity: public validation examples to measure on")
     steps: int = Field(1, ge=1, description="number of cuts, each by the same factor")
