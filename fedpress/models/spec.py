@@ -25,6 +25,7 @@ from fedpress.models.plain import CNN, MLP
 from fedpress.models.resnet import resnet18, resnet_small
 from fedpress.quantized import fold_layers_, quantize_layers_, register_kept_zeros_
 
+NO_SPEC = "fedpress wrote no such file: get it anew from where it came"
 ARCHITECTURES: dict[str, Any] = {
     "resnet18": resnet18,
     "resnet-small": resnet_small,
@@ -96,6 +97,10 @@ class ModelSpec(BaseModel):
         limits.check_tree(self.arguments, "spec.arguments")
         for name in ("resized", "numbers", "groups", "quantized", "input_shape"):
             limits.check_tree(self.model_dump(include={name})[name], f"spec.{name}", lists=False)
+        if min(self.input_shape, default=1) < 1:
+            raise ModelError(f"spec.input_shape: got {list(self.input_shape)[:8]}, expected sizes above 0; {NO_SPEC}")
+        if len(self.mean) != len(self.std) or min(self.std, default=1.0) <= 0:
+            raise ModelError(f"spec.std: expected as many numbers above 0 as spec.mean has; {NO_SPEC}")
         limits.check("input", prod(self.input_shape), "spec.input_shape")
         if self.architecture not in ARCHITECTURES:  # a user's function is watched while it builds
             return

@@ -416,6 +416,20 @@ def test_every_number_of_a_spec_has_a_limit(tmp_path, more, says):
         named_by_a_file_unbuilt(tmp_path, "mlp", more.pop("arguments", {"in_features": 6}), **more)
 
 
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"input_shape": [2, -3]}, "spec.input_shape: got .*above 0"),
+        ({"input_shape": [0]}, "spec.input_shape: got .*above 0"),
+        ({"mean": [0.5], "std": [0.0]}, "spec.std: expected"),
+        ({"mean": [0.5], "std": []}, "spec.std: expected"),
+    ],
+)
+def test_numbers_that_no_spec_has_are_refused_when_it_is_read(tmp_path, more, says):
+    with pytest.raises(ModelError, match=rf"spec.json: {says}"):
+        named_by_a_file_unbuilt(tmp_path, "mlp", {"in_features": 6}, **more)
+
+
 def test_a_limit_can_be_raised_as_the_error_says(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDPRESS_MAX_VALUES", "100")
     spec = ModelSpec(architecture="mlp", arguments={"in_features": 6, "hidden": [20]}, input_shape=(2, 3))
