@@ -78,7 +78,7 @@ def test_layers_of_fewer_bits_keep_their_values_on_integers_and_say_so_in_float(
     quantize_layers_(model, grids)
     made = export(model, tmp_path / "q.pte", "executorch", Job(SHAPE, batches=(x,)))
     assert made.left["head"] == "its weights have several scales per output channel"
-    assert all(name.startswith(("head", "mean")) for name in made.left), "what feeds a float layer stays float"
+    assert not made.left.keys() & {"stem", "conv"}, "what feeds the float head alone may stay float too"
     parity(made.program, made.path, x, tolerance=ROUNDING)
     made = export(model, tmp_path / "f.pte", "executorch", Job(SHAPE))
     assert {"conv", "head"} <= made.left.keys()
