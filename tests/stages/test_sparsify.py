@@ -296,3 +296,43 @@ def test_batches_are_of_nearly_equal_size_and_leave_nobody_alone(n):
     assert n <= 1 or min(sizes, default=2) > 1
     assert max(sizes, default=0) <= 128
     assert max(sizes, default=0) - min(sizes, default=0) <= 1
+
+
+DIGITS = """
+name = "shares"
+seed = {seed}
+[data]
+source = "digits"
+num_clients = 1
+examples_per_client = 1
+validation = 100
+[model]
+architecture = "resnet-small"
+arguments = {{ in_channels = 1, width = 8 }}
+[[stage]]
+kind = "train"
+epochs = 10
+batch_size = 64
+lr = 0.1
+[[stage]]
+kind = "sparsify"
+density = {density}
+epochs = 8
+batch_size = 64
+lr = 0.05
+"""
+
+
+@pytest.mark.recipe
+def test_shares_by_sensitivity_beat_uniform_and_random_ones_over_three_seeds(tmp_path):
+    found = {}
+    for more in ("scope = 'sensitivity'", "scope = 'uniform'", "score = 'random'"):
+        accuracy = [
+            finish(DIGITS.format(seed=seed, density=density) + more, tmp_path / f"{len(found)}-{density}-{seed}")
+            for density in (0.1, 0.05, 0.03)
+            for seed in (0, 1, 2)
+        ]
+        found[more] = sum(result["final"]["accuracy"] for result in accuracy) / len(accuracy)
+    best, *others = found.values()
+    assert best > max(others), found
+    assert best > 0.955
