@@ -36,6 +36,10 @@ LIMITS = {
 """2^31 values are 8 GiB of float32; 2^26 pixels are an image of 8192 x 8192, 201 MB in RGB."""
 
 
+COUNTS = {"num_layers", "n_layers", "layers", "depth", "num_blocks", "blocks"}
+"""Arguments that say how many layers there are."""
+
+
 def limit(name: str) -> int:
     """Returns the limit of this name, as its environment variable says it if that is set.
 
@@ -107,6 +111,9 @@ def check_tree(tree: Any, place: str, *, lists: bool = True) -> None:
     while todo:
         node, at = todo.pop()
         if isinstance(node, dict):
+            for key in node.keys() & COUNTS:  # a loop over them takes its time even if each is small
+                if isinstance(node[key], int):
+                    check("layers", node[key], f"{at}.{key}")
             todo.extend((value, f"{at}.{str(key)[:40]}") for key, value in node.items())
         elif isinstance(node, list | tuple):
             if lists:

@@ -122,6 +122,7 @@ def test_resizing_keeps_what_trains_and_what_is_a_buffer():
 
 def test_every_architecture_is_built_by_its_name():
     arguments = {"mlp": {"in_features": 12}, "cnn": {"image_size": 8}}
+    arguments["torch-layers"] = {"layers": {"": {"layer": "Linear", "in_features": 4, "out_features": 2}}}
     for name in ARCHITECTURES:
         model = ModelSpec(architecture=name, arguments=arguments.get(name, {}), input_shape=(3, 2, 2)).build()
         assert isinstance(model, nn.Module)
@@ -381,6 +382,11 @@ HUGE = {
         "mlp",
         {"in_features": 6, "hidden": [1] * 20_000},
         "spec.arguments.hidden: 20,000 .*",
+    ),
+    "many recurrent layers": (
+        "torch-layers",
+        {"layers": {"": {"layer": "RNN", "input_size": 1, "hidden_size": 1, "num_layers": 10**9}}},
+        r"spec.arguments.layers..num_layers: 1,000,000,000 ",
     ),
     "many classes": ("resnet18", {"num_classes": 10**8}, "spec.arguments: .* values"),
 }
