@@ -158,8 +158,9 @@ def _fill_input_channels_(graph: _Graph) -> None:
     """
     for conv in [n for n in graph.nodes if n.op_type == "Conv"]:
         x, w = (graph.made_by(name, "DequantizeLinear") for name in conv.input[:2])
-        codes = graph.array(w.input[0]) if w is not None else None
-        rounded = graph.made_by(x.input[0], "QuantizeLinear") if x is not None else None
+        if x is None or w is None:
+            continue
+        codes, rounded = graph.array(w.input[0]), graph.made_by(x.input[0], "QuantizeLinear")
         if codes is None or rounded is None or rounded.input[0] not in graph.inputs or _is_blocked(w):
             continue
         more = QUAD - codes.shape[1]
