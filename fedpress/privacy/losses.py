@@ -106,7 +106,7 @@ def epsilon(
         points: of the grids; more take more time and give a smaller bound where samples are rare and noise is low.
 
     >>> round(epsilon([Phase(0.01, 1.0, 100)], delta=1e-5).epsilon, 2)
-    0.77
+    0.72
     """
     # Every phase is transformed by itself: many phases share the time of a few.
     points = max(1 << 12, 4 * points // max(4, len(phases)))

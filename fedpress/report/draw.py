@@ -104,7 +104,7 @@ def ticks(low: float, high: float, most: int = 6, *, whole: bool = False) -> lis
     """Returns round numbers from `low` to `high`, at most about `most`.
 
     >>> ticks(0, 1), ticks(83.2, 94.9), ticks(1, 4, whole=True)
-    ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [84.0, 86.0, 88.0, 90.0, 92.0, 94.0], [1.0, 2.0, 3.0, 4.0])
+    ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [85.0, 87.5, 90.0, 92.5], [1.0, 2.0, 3.0, 4.0])
     """
     rough = (high - low) / max(1, most - 1)
     power = 10.0 ** math.floor(math.log10(rough))

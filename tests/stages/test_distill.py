@@ -205,7 +205,7 @@ def test_a_teacher_of_other_data_is_refused(state, tmp_path, change, error, mess
 
 
 def test_a_missing_teacher_is_named(state, tmp_path):
-    with pytest.raises(ModelError, match="no model here"):
+    with pytest.raises(ModelError, match="is an empty folder"):
         stage(teacher=str(tmp_path)).check(state)
 
 
