@@ -66,6 +66,11 @@ class Recipe(BaseModel):
     model: ModelSettings
     stage: tuple[Annotated[AnyStage, Field(discriminator="kind")], ...] = Field(min_length=1)
 
+    @property
+    def private(self) -> bool:
+        """Whether a stage promises something about the clients' rows."""
+        return any(getattr(stage, "privacy", None) is not None for stage in self.stage)
+
     @model_validator(mode="after")
     def _names_differ(self) -> Recipe:
         # Folders, streams of chance and charges go by the name: two stages that share it would share their noise.

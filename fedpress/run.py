@@ -225,7 +225,8 @@ def _stages(
         state, load = _with_parent(state, before, load), place.load
         records = done.records
         results.append(done.result)
-        _write_result(recipe, folder, results, finished=index + 1 == len(recipe.stage))
+        told = data.told_left_out(private=recipe.private)
+        _write_result(recipe, folder, results, finished=index + 1 == len(recipe.stage), left_out=told)
         yield StageFinished(index, done.result)
 
 
@@ -310,7 +311,9 @@ def _macs(state: State) -> int:
     return cost.macs(state.model.to("cpu"), state.spec.example(1))
 
 
-def _write_result(recipe: Recipe, folder: RunFolder, results: list[dict[str, Any]], *, finished: bool) -> None:
+def _write_result(
+    recipe: Recipe, folder: RunFolder, results: list[dict[str, Any]], *, finished: bool, left_out: str
+) -> None:
     if results[-1].get("ledger"):
         list_json(folder.path / "ledger.json", results[-1]["ledger"], folder.path)
     lines = [{k: v for k, v in r.items() if k != "ledger"} for r in results]
@@ -327,6 +330,7 @@ def _write_result(recipe: Recipe, folder: RunFolder, results: list[dict[str, Any
             "seed": recipe.seed,
             "seconds": total,
             "finished": finished,
+            **({"left_out": left_out} if left_out else {}),
             "stages": lines,
             "final": final | {"seconds": total},
         },

@@ -245,6 +245,27 @@ def test_a_check_is_told_to_people_and_to_programs(fedpress, tiny_file):
     assert page["data"]["private"] == 180
     assert [stage["name"] for stage in page["stages"]] == ["train", "prune", "federate"]
     assert 0 < page["stages"][2]["epsilon"] <= 8
+    assert all(set(client) == {"examples"} for client in page["data"]["clients"].values())  # labels are protected
+    page = json.loads(fedpress("check", tiny_file, TRAIN_ONLY, "--json").out)
+    assert all(sum(client["labels"]) == client["examples"] for client in page["data"]["clients"].values())
+
+
+def test_rows_of_an_unknown_class_are_told_in_the_report_too(fedpress, tmp_path):
+    rows = [f"{who},{i % 7},{i % 2}" for who in ("open", "a", "b") for i in range(30)]
+    (tmp_path / "d.csv").write_text("who,x,ill\n" + "\n".join([*rows, "a,3,secret"]))
+    (tmp_path / "r.toml").write_text(
+        '[data]\nsource = "csv"\npath = "d.csv"\nlabel_column = "ill"\nclient_column = "who"\ntest_share = 0\n'
+        'public_clients = ["open"]\ntest_clients = ["b"]\nvalidation = 0\n'
+        '[model]\narchitecture = "mlp"\narguments = { in_features = 1, hidden = [4], num_classes = 2 }\n'
+        '[[stage]]\nkind = "train"\nepochs = 1\n'
+    )
+    said = fedpress("run", "r.toml", "--out", "run")
+    assert said.code == 0, said.err
+    told = "rows of an unknown class or word are left out: 1 of the clients"
+    assert told in said.out
+    page = (tmp_path / "run/report.html").read_text()
+    assert f"data: {told}." in page
+    assert "secret" not in page
 
 
 def test_own_data_beside_the_recipe_is_found(fedpress, tiny_file, monkeypatch):

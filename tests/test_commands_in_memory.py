@@ -313,6 +313,46 @@ def test_a_class_that_does_not_build_the_same_network_is_not_named(own):
     assert memory.find_name(other) is None
 
 
+class Chosen(nn.Module):
+    """Computes what its constructor was told in a way that it does not keep under the argument's name."""
+
+    def __init__(self, how=None, way=None):
+        super().__init__()
+        self.how = self.way = None
+        self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 3)
+        self.act = {"f": how or torch.relu}
+        self.steps = way or Way()
+
+    def forward(self, x):
+        return self.b(self.act["f"](self.a(x))) * self.steps.factor
+
+
+class Way:
+    factor = 1.0
+
+
+def test_a_class_that_computes_something_else_is_not_named(tmp_path):
+    assert memory.find_name(Chosen()) is not None
+    assert memory.find_name(Chosen(how=torch.tanh)) is None
+    hooked = Chosen()
+    hooked.a.register_forward_hook(lambda module, inputs, out: out * 2)
+    assert memory.find_name(hooked) is None
+    forwarded = Chosen()
+    forwarded.forward = lambda x: forwarded.b(x[:, :1].expand(-1, 32))
+    assert memory.find_name(forwarded) is None
+    # What no comparison of attributes can see is seen in the outputs, before any work.
+    way = Way()
+    way.factor = 3.0
+    odd = Chosen(way=way).eval()
+    assert memory.find_name(odd) is not None
+    with pytest.raises(ModelError, match="could not be opened again"):
+        commands.quantize(odd, input_shape=(8,), out=tmp_path / "odd")
+    assert not (tmp_path / "odd").exists()
+    x = torch.rand(5, 8)
+    kept = commands.quantize(odd, input_shape=(8,)).model.eval()
+    assert torch.allclose(kept(x), odd(x), atol=0.1)
+
+
 def test_export_and_pack_without_out_return_what_they_made(tmp_path):
     made = commands.export(net(), input_shape=(1, 8, 8))
     assert (made.artifact, made.folder, list(made.files)) == (None, None, ["model.onnx"])

@@ -163,7 +163,9 @@ def check(
     with terminal.waiting(out_stream, "checking that everything fits together"):
         lines = runs.check(wanted, loaded)
     if as_json:
-        typer.echo(json.dumps({"recipe": wanted.name, "data": loaded.describe(), "stages": lines}))
+        typer.echo(
+            json.dumps({"recipe": wanted.name, "data": loaded.describe(private=wanted.private), "stages": lines})
+        )
         return
     terminal.show_check(out_stream, f"{wanted.name}: {wanted.description}", loaded.describe(), lines)
     out_stream.print(f"everything fits together; start it with: fedpress run {recipe}", markup=False)

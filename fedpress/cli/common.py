@@ -175,7 +175,7 @@ def load_data(recipe: Recipe, out_stream: Console) -> FederatedData:
 
     with terminal.bars(out_stream) as bars:
         loaded = runs.load_data(recipe, progress=terminal.Loading(bars))
-    said = loaded.told_left_out(private=any(getattr(stage, "privacy", None) for stage in recipe.stage))
+    said = loaded.told_left_out(private=recipe.private)
     if said:
         out_stream.print(said, markup=False, soft_wrap=True)
     return loaded

@@ -109,6 +109,12 @@ def call(
             warnings.warn(order.asks, stacklevel=3)
         loaded = held if held is not None else order.load_data()
         order.check(loaded)
+        if isinstance(model, nn.Module) and named is not None:
+            arrays = loaded.public if len(loaded.public) else next(iter(loaded.clients.values()))
+            name = subject.model["arguments"]["name"]
+            if not memory.check_name(model, name, loaded.preprocess(arrays.x[:2])):
+                named = None
+                _refuse_what_cannot_be_saved(kind, model, named, out)
         place = Path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder = RunFolder.create(place, order.text, runs.settings(order.recipe))
         stack.enter_context(folder.locked())

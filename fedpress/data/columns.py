@@ -296,7 +296,7 @@ class Features:
                 f'words = {{ "{name}" = ["WORD", "WORD"] }} to [data], or public_words = ["{name}"] if the list is no '
                 "secret, or public_share = 0.1"
             )
-        if len(values.unique()) > MOST_WORDS:
+        if len(seen.unique()) > MOST_WORDS:
             raise DataError(
                 f"feature column '{name}': more than {MOST_WORDS} different words, which is more than can be coded; "
                 "name it in drop_columns, or list those that matter with words = { ... }"

@@ -82,8 +82,12 @@ class FederatedData:
             said += "; how many of the clients' rows are among them is private"
         return said
 
-    def describe(self) -> dict[str, Any]:
-        """Returns sizes, classes and label counts per client as plain JSON values."""
+    def describe(self, *, private: bool = False) -> dict[str, Any]:
+        """Returns sizes, classes and label counts per client as plain JSON values.
+
+        Args:
+            private: whether something is promised about the clients' rows: then their labels are not counted.
+        """
         return {
             "name": self.name,
             "shape": list(self.example_shape),
@@ -94,7 +98,8 @@ class FederatedData:
             "left_out": {part: count for part, count in self.left_out.items() if count and part != "clients"},
             "private": sum(len(arrays) for arrays in self.clients.values()),
             "clients": {
-                name: {"examples": len(arrays), "labels": arrays.y.bincount(minlength=self.num_classes).tolist()}
+                name: {"examples": len(arrays)}
+                | ({} if private else {"labels": arrays.y.bincount(minlength=self.num_classes).tolist()})
                 for name, arrays in self.clients.items()
             },
         }

@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from pydantic import JsonValue
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fedpress.errors import ModelError
 from fedpress.layers import copied
@@ -99,13 +102,52 @@ def find_name(module: nn.Module) -> Named | None:
         arguments = _arguments(module)
         if found is not kind or arguments is None:
             return None
-        with torch.random.fork_rng(devices=[]):
-            again = kind(**arguments)
-            again.load_state_dict(module.state_dict())
+        again = _built(module, arguments)
+        same = repr(again) == repr(module) and _buffers(again) == _buffers(module)
+        same = same and _settings(again) == _settings(module)
     except Exception:  # whatever somebody's own constructor raises: then it is not built so
         return None
-    same = repr(again) == repr(module) and _buffers(again) == _buffers(module) and _settings(again) == _settings(module)
     return Named(f"{kind.__module__}:{kind.__name__}", arguments) if same else None
+
+
+def _built(module: nn.Module, arguments: dict[str, Any]) -> nn.Module:
+    """Builds what a file would: the class of `module` from these arguments, with the same numbers."""
+    with torch.random.fork_rng(devices=[]):
+        again = type(module)(**arguments)
+        again.load_state_dict(module.state_dict())
+    return again
+
+
+@torch.no_grad()
+def check_name(module: nn.Module, name: str, x: Tensor) -> bool:
+    """Runs a module and what its name builds on examples `x`; where they differ, takes the name under `name` away.
+
+    Attributes that `find_name` cannot compare may decide what a network computes. A module that does not run on `x` is
+    left to those who need it to.
+    """
+    found = _held[name]
+    if found.named is None or ":" not in found.named.architecture:
+        return True
+    try:
+        mine = _outputs(held(name), x)
+    except Exception:
+        return True
+    try:
+        theirs = _outputs(_built(module, found.named.arguments), x)
+        same = len(mine) == len(theirs) and all(
+            a.shape == b.shape and torch.allclose(a, b, equal_nan=True) for a, b in zip(mine, theirs, strict=True)
+        )
+    except Exception:  # it runs here, and not as a file would build it
+        same = False
+    if not same:
+        _held[name] = _Held(found.module, None)
+    return same
+
+
+def _outputs(module: nn.Module, x: Tensor) -> list[Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return [part for part in tree_leaves(module.eval()(x)) if isinstance(part, Tensor)]
 
 
 def _arguments(module: nn.Module) -> dict[str, Any] | None:
@@ -126,9 +168,36 @@ def _buffers(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _settings(module: nn.Module) -> list[tuple[str, dict[str, Any]]]:
-    """Returns the plain attributes of all modules: numbers that forward reads, and the constructor may have set."""
-    kinds = (bool, int, float, str, tuple, type(None))
-    return [
-        (name, {k: v for k, v in vars(part).items() if isinstance(v, kinds) and k != "training"})
-        for name, part in module.named_modules()
-    ]
+    """Returns what forward may read besides tensors and layers, and the constructor may have set; hooks besides."""
+    return [(name, {k: _known(v) for k, v in vars(part).items() if _is_setting(k, v)}) for name, part in _parts(module)]
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return module.named_modules(remove_duplicate=False)
+
+
+def _is_setting(name: str, value: object) -> bool:
+    """Whether an attribute says how a module computes: also a forward put in by hand, and hooks that are there."""
+    if name in ("training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        return False
+    return bool(value) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) else True
+
+
+def _known(value: Any) -> Any:
+    """Returns what is equal for two networks that were built alike: of functions their code and what they hold."""
+    if isinstance(value, Tensor):
+        return ("tensor", str(value.dtype), value.tolist())
+    if isinstance(value, MethodType):
+        return ("method", _known(value.__func__))
+    if isinstance(value, FunctionType):
+        cells = [_known(cell.cell_contents) for cell in value.__closure__ or ()]
+        return (value.__module__, value.__code__, _known(value.__defaults__), _known(value.__kwdefaults__), cells)
+    if isinstance(value, partial):
+        return ("partial", _known(value.func), _known(value.args), _known(value.keywords))
+    if isinstance(value, nn.Module):
+        return ("module", type(value), repr(value))
+    if isinstance(value, list | tuple):
+        return [_known(part) for part in value]
+    if isinstance(value, Mapping):
+        return {key: _known(part) for key, part in value.items()}
+    return value if type(value).__eq__ is not object.__eq__ or callable(value) else type(value)

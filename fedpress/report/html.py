@@ -116,7 +116,8 @@ def render(run: Run) -> str:
             tiles=tiles([*([run.before] if run.before else []), *stages]),
             protections=protections(stages),
             stopped=[f"{s.get('name')} stopped early: {s['stopped']}." for s in stages if s.get("stopped")],
-            warnings=[f"{s.get('name')}: {s['warning']}." for s in stages if s.get("warning")],
+            warnings=[f"{s.get('name')}: {s['warning']}." for s in stages if s.get("warning")]
+            + ([f"data: {run.result['left_out']}."] if run.result.get("left_out") else []),
             failed=failed if failed.rows else None,
             table=stage_table(run.result, before=run.before) if stages else None,
             left=left if left.rows else None,

@@ -172,7 +172,20 @@ def test_too_many_words_are_refused(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("name,ill\n" + "".join(f"n{i},{i % 2}\n" for i in range(200)))
     with pytest.raises(DataError, match=r"feature column 'name': more than 100 different words"):
-        load(ask(path, "csv", client_column=None), 0)
+        load(ask(path, "csv", client_column=None, public_share=0.7), 0)
+
+
+def test_words_of_private_rows_do_not_decide_whether_a_column_can_be_coded(tmp_path):
+    """Each private row has a word of its own: whether there are few or many of them must make no difference."""
+    public = "".join(f"open,{'ab'[i % 2]},{i % 2}\n" for i in range(20))
+    shapes = set()
+    for count in (20, 300):
+        private = "".join(f"closed,secret{i},{i % 2}\n" for i in range(count))
+        path = tmp_path / "a.csv"
+        path.write_text("who,name,ill\n" + public + private)
+        keys = {"client_column": "who", "public_share": None, "public_clients": ("open",)}
+        shapes.add(load(ask(path, "csv", **keys), 0).example_shape)
+    assert shapes == {(2,)}
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
