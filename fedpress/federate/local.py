@@ -230,7 +230,7 @@ def joint_gradient(model: nn.Module, task: Task) -> tuple[Tensor, dict[str, JSON
         bf16 = uses_bf16(model, task.settings.precision)
         with torch.autocast(at.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16):
             total, raw = clipped_gradient_sum(
-                model, _loss_of, x, y, clip_norm=plan.clip_norm, method=method, verify=verify
+                model, _loss_of, x, y, clip_norm=plan.clip_norm, method=method, verify=verify, contain=True
             )
     return -total.cpu(), {"steps": 1, **_failures([raw])}
 

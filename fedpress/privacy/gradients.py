@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fedpress.errors import RecipeError, did_you_mean
 from fedpress.layers import copied
 from fedpress.privacy import ghost
-from fedpress.privacy.persample import LossFn, Measured, Sample, add_loop_, add_vmap_
+from fedpress.privacy.guard import Guard
+from fedpress.privacy.persample import WRITTEN, LossFn, Measured, Sample, add_loop_, add_vmap_
 from fedpress.tree import trainable
 
 Method = Literal["ghost", "vmap", "loop"]
@@ -37,8 +38,8 @@ class RawStats:
         loss: mean loss over the samples with a finite one; nan if there are none.
         share_clipped: share of the samples whose gradient was longer than the clip norm.
         refused: samples with a NaN or infinite gradient; they contributed zero.
-        failed: samples on which the network raised; they contributed zero, too.
-        problem: what the network raised on the first of them, else empty.
+        failed: samples on which the network raised, or wrote into itself; they contributed zero, too.
+        problem: what went wrong on the first of them, else empty.
         agreed: False if the method that was asked for gave way to the loop.
     """
 
@@ -61,6 +62,7 @@ def clipped_gradient_sum(
     method: Method = "loop",
     chunk: int = 128,
     verify: Verify = "nothing",
+    contain: bool = False,
 ) -> tuple[Tensor, RawStats]:
     """Returns the sum over samples of gradient * min(1, clip_norm / norm), and statistics that are not private.
 
@@ -80,16 +82,19 @@ def clipped_gradient_sum(
         verify: what of every chunk is compared with the loop: "losses" of 2 samples, or "gradients" (their norms) of
             8. Where they differ, or the method raises, the loop does the chunk: a network may mix examples, or take
             another branch, on rare inputs only. With "nothing" the method may raise.
+        contain: whether a sample on which the forward pass changes a buffer or parameter, which would keep private
+            data without noise, contributes zero and is one that failed. Otherwise the whole batch is refused, which
+            must not happen where somebody sees the refusal: one sample would decide on it. The change is undone in
+            both cases.
 
     Raises:
         RecipeError: if a module mixes the samples of a batch (batch normalisation in training mode), or for an
-            unknown method; or if a forward pass changed a buffer or parameter, which would keep private data without
-            noise.
+            unknown method; or, unless `contain`, if a forward pass changed a buffer or parameter.
     """
     check_separable(model)
     if method not in METHODS:
         raise RecipeError(f"method: got {method!r}, expected one of {list(METHODS)}{did_you_mean(method, [*METHODS])}")
-    kept = _versions(model)
+    guard, written = Guard(model), ""
     params = trainable(model)
     total = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
     views = [part.view(p.shape) for part, p in zip(total.split([p.numel() for p in params]), params, strict=True)]
@@ -97,18 +102,23 @@ def clipped_gradient_sum(
     agreed = True
     for start in range(0, len(x), chunk):
         at = slice(start, start + chunk)
-        if method == "loop" or verify == "nothing":
-            measured += METHODS[method](views, model, loss_fn, x[at], y[at], clip_norm)
-            continue
-        before = total.clone()
-        found = _verified(views, model, loss_fn, x[at], y[at], clip_norm, method, verify)
-        if found is None:
-            agreed = False
-            total.copy_(before)
-            found = add_loop_(views, model, loss_fn, x[at], y[at], clip_norm)
-        measured += found
-    _check_unchanged(model, kept)
-    return total, _stats(measured, clip_norm, agreed)
+        found: Measured | None = None
+        if method != "loop":
+            before = total.clone()
+            if verify == "nothing":
+                found = METHODS[method](views, model, loss_fn, x[at], y[at], clip_norm)
+            else:
+                found = _verified(views, model, loss_fn, x[at], y[at], clip_norm, method, verify)
+            changed = guard.put_back_()
+            if changed or found is None:
+                agreed, written, found = False, written or changed, None
+                total.copy_(before)
+        measured += found or add_loop_(views, model, loss_fn, x[at], y[at], clip_norm, guard)
+    stats = _stats(measured, clip_norm, agreed)
+    written = written or next((one.problem for one in measured if one.problem.startswith(WRITTEN)), "")
+    if written and not contain:
+        raise RecipeError(written.removeprefix(WRITTEN))
+    return total, stats
 
 
 def _verified(
@@ -210,7 +220,7 @@ def choose_method(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> Me
     own, labels = torch.cat([x[:1], x[-1:]]), torch.zeros((2, *y.shape[1:]), dtype=y.dtype, device=y.device)
     made_up = [] if _takes_whole_numbers(model, x) else [torch.randn((2, *x.shape[1:]), generator=noise).to(x)]
     for inputs in (*made_up, own):
-        expected, raw = clipped_gradient_sum(twin, loss_fn, inputs, labels, clip_norm=1.0)
+        expected, raw = clipped_gradient_sum(twin, loss_fn, inputs, labels, clip_norm=1.0, contain=True)
         if not raw.failed:
             break
     for method in candidates:
@@ -240,27 +250,6 @@ def check_separable(model: nn.Module) -> None:
             )
         if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats and module.training:
             raise RecipeError(f"model.{name}: running statistics keep private data without noise; use norm = 'group'")
-
-
-def _versions(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
-    """Returns every buffer and parameter with the count of its changes in place."""
-    named = (*model.named_buffers(), *model.named_parameters())
-    return {name: (value, value._version) for name, value in named}
-
-
-def _check_unchanged(model: nn.Module, before: dict[str, tuple[Tensor, int]]) -> None:
-    for name, (now, version) in _versions(model).items():
-        if name in before and before[name][0] is now and before[name][1] == version:
-            continue
-        if isinstance(now, nn.Parameter):
-            raise RecipeError(
-                f"model.{name}: the forward pass changed this parameter during a private step, so it keeps private "
-                "data without noise; an embedding does so with max_norm: leave it out"
-            )
-        raise RecipeError(
-            f"model.{name}: this buffer changed during a private step, so it keeps private data without noise; "
-            "use a layer without running statistics"
-        )
 
 
 def _convolves(model: nn.Module) -> bool:

@@ -10,12 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fedpress.privacy.guard import Guard
 from fedpress.tree import trainable
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 """(outputs [n, ...], labels [n]) -> mean loss, a scalar; it is asked for one example at a time."""
 
 BLOCK = 1024
+WRITTEN = "RecipeError: "
+"""How the problem of a sample begins in whose forward pass the network wrote into itself."""
 
 
 class Sample(NamedTuple):
@@ -30,17 +33,43 @@ Measured = list[Sample]
 
 
 def add_loop_(
-    views: list[Tensor], model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, clip_norm: float
+    views: list[Tensor],
+    model: nn.Module,
+    loss_fn: LossFn,
+    x: Tensor,
+    y: Tensor,
+    clip_norm: float,
+    guard: Guard | None = None,
 ) -> Measured:
     """Adds the clipped gradient of every sample to `views`, a backward pass each: slow, right for every network.
 
-    A sample on which the network raises contributes zero, like one whose gradient is not finite. If it took the whole
-    batch with it, one sample could move the sum by more than `clip_norm`.
+    A sample on which the network raises contributes zero, like one whose gradient is not finite, or one in whose
+    forward pass the network wrote into itself, which `guard` takes back. If it took the whole batch with it, one sample
+    could move the sum by more than `clip_norm`.
     """
-    return [_add_one_(views, model, loss_fn, x[i : i + 1], y[i : i + 1], clip_norm) for i in range(len(x))]
+    return [_add_one_(views, model, loss_fn, x[i : i + 1], y[i : i + 1], clip_norm, guard) for i in range(len(x))]
 
 
-def _add_one_(views: list[Tensor], model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, clip_norm: float) -> Sample:
+def _add_one_(
+    views: list[Tensor],
+    model: nn.Module,
+    loss_fn: LossFn,
+    x: Tensor,
+    y: Tensor,
+    clip_norm: float,
+    guard: Guard | None,
+) -> Sample:
+    sample, used = _measure_one(views, model, loss_fn, x, y)
+    changed = guard.put_back_() if guard is not None else ""
+    if changed:
+        return Sample(math.nan, math.nan, f"{WRITTEN}{changed}")
+    return sample if sample.problem else sample._replace(norm=_add_clipped_(used, clip_norm))
+
+
+def _measure_one(
+    views: list[Tensor], model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor
+) -> tuple[Sample, list[tuple[Tensor, Tensor]]]:
+    """Returns the loss of one sample, and the gradient of each parameter that has one with its place in the sum."""
     try:
         loss, grads = _gradient(model, loss_fn, x, y)
     except Exception as first:
@@ -49,13 +78,13 @@ def _add_one_(views: list[Tensor], model: nn.Module, loss_fn: LossFn, x: Tensor,
         try:
             loss, grads = _gradient(model, loss_fn, torch.cat([x, x]), torch.cat([y, y]))
         except Exception:
-            return Sample(math.nan, math.nan, f"{type(first).__name__}: {str(first).partition(chr(10))[0]}")
+            return Sample(math.nan, math.nan, f"{type(first).__name__}: {str(first).partition(chr(10))[0]}"), []
     used = [
         (v, g if g.layout == torch.strided else g.to_dense())
         for v, g in zip(views, grads, strict=True)
         if g is not None
     ]
-    return Sample(float(loss.detach()), _add_clipped_(used, clip_norm))
+    return Sample(float(loss.detach()), math.nan), used
 
 
 def _gradient(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:

@@ -84,6 +84,7 @@ def private_steps(
                 clip_norm=plan.clip_norm,
                 method=method or "loop",
                 verify="losses" if met else "gradients",
+                contain=True,
             )
         met = met or len(index) > 0
         if not raw.agreed:

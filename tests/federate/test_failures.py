@@ -179,3 +179,56 @@ def test_noise_on_counts_leaves_the_noise_on_updates_as_it_was():
             both, state = noise.add(total, state, key("server", round))
             assert torch.equal(alone, both)
             assert all(torch.equal(state[name], value) for name, value in after.items())
+
+
+class Notes(Words):
+    """Writes into a buffer, a parameter or a new buffer, on rare words alone."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training and bool((x == 9).any()):
+            with torch.no_grad():
+                if self.how == "in place":
+                    self.seen += 1
+                elif self.how == "anew":
+                    self.seen = self.seen + 1
+                elif self.how == "new":
+                    self.register_buffer("last", x.clone())
+                else:
+                    next(self.parameters()).mul_(2)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("how", ["in place", "anew", "new", "parameter"])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_example_on_which_the_network_writes_into_itself_is_one_that_failed_and_takes_no_other_along(how, method):
+    model, arrays = Notes(how), words()
+    arrays.x.clamp_(max=8)
+    rare = arrays.x.clone()
+    rare[2, 0] = 9
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    keep = torch.tensor([0, 1, 3, 4, 5])
+    without, _ = clipped_gradient_sum(model, F.cross_entropy, rare[keep], arrays.y[keep], clip_norm=0.3)
+    got, raw = clipped_gradient_sum(
+        model, F.cross_entropy, rare, arrays.y, clip_norm=0.3, method=method, verify="gradients", contain=True
+    )
+    assert torch.equal(got, without)
+    assert (raw.failed, raw.refused) == (1, 0)
+    assert "during a private step" in raw.problem
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("step", [private_sgd, lambda model, work: joint_gradient(model, work)[1]])
+def test_one_example_that_makes_the_network_write_does_not_silence_its_client(step):
+    model, arrays = Notes("in place"), words(20)
+    arrays.x.clamp_(max=8)
+    arrays.x[3, 0] = 9
+    model.train()
+    assert step(model, task(arrays, plan=PrivacyPlan("sample", 0.3, 1.0, 1.0))) == {"steps": 1, "failed": 1}
+    assert not model.seen
