@@ -151,7 +151,7 @@ class Client:
         update, measured = self._try_fit(params, key)
         unit = self._unit(message)
         header: dict[str, JSON] = {"round": key.round, **self.uplink.metrics(measured)}
-        header |= self._failures(measured, params, key)
+        header |= self._failures(measured, (params, update), key)
         if not self.uplink.client_unit and self.member is None:
             header["examples"] = len(self.arrays)  # a public number, but under unit "client"
         if self.error_feedback and "residual" in before:
@@ -193,10 +193,12 @@ class Client:
                 f"local update: failed with {type(problem).__name__}; what on stays private"
             ) from problem
 
-    def _failures(self, measured: dict[str, JSON], params: Tensor, key: Key) -> dict[str, JSON]:
+    def _failures(self, measured: dict[str, JSON], hidden: tuple[Tensor, ...], key: Key) -> dict[str, JSON]:
         """Returns what the header says of examples, or clients, that gave nothing: under privacy alone.
 
-        A trusted server gets the counts as they are and adds the noise; otherwise it is added here.
+        A trusted server gets the counts as they are and adds the noise; otherwise it is added here. It is drawn for
+        these parameters, this update and these examples: were it the same for other examples, two answers could be
+        compared.
         """
         plan = self.plan or self.uplink.privacy
         if plan is None:
@@ -205,7 +207,8 @@ class Client:
         if self.uplink.trust == "central":
             return {"failures": tally.to_json()} if tally.total else {}
         steps = plan.steps_per_round if self.uplink.trust == "local" else 1
-        return {"failures": tally.noised(plan, key, steps=steps, hidden=seeds.fingerprint(params)).to_json()}
+        named = seeds.fingerprint(*hidden, self.arrays.x, self.arrays.y)
+        return {"failures": tally.noised(plan, key, steps=steps, hidden=named).to_json()}
 
     def _answer_once(self, message: Message, round: int) -> None:
         """Holds the server to the planned rounds: under privacy every other question would cost more than was planned.

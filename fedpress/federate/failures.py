@@ -21,6 +21,9 @@ from fedpress.privacy.mechanism import noise_sum
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.wire.message import JSON
 
+SURELY = 12.0
+"""Standard deviations that noise is never away from zero: once in 1e32 times."""
+
 
 @dataclass(frozen=True)
 class Tally:
@@ -44,6 +47,11 @@ class Tally:
         """Adds up `tallies`."""
         rows = [astuple(one) for one in tallies]
         return cls(*(math.fsum(column) for column in zip(*rows, strict=True))) if rows else cls()
+
+    def fits(self, most: float, noise: float) -> bool:
+        """Whether it may be the tally of `most` units, with noise of this standard deviation in each count."""
+        room = SURELY * noise
+        return min(self.not_finite, self.failed) >= -room and self.total <= most + 2 * room
 
     def tensor(self) -> Tensor:
         """Returns float64 [not_finite, failed]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -60,7 +61,7 @@ class _Heard:
 
     refused: dict[ClientId, str] = field(default_factory=dict)
     below: list[bool] = field(default_factory=list)
-    failures: list[Tally] = field(default_factory=list)
+    failures: dict[ClientId, Tally] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ class Uplink:
         return self._private_mean(total, heard, state, key)
 
     def _private_mean(self, total: Total, heard: _Heard, state: dict[str, Tensor], key: Key) -> Mean:
-        failures, state = self._count_failures(heard, state, key)
+        failures, state = self._count_failures(heard, state, key, total.sum)
         if self.trust == "local" and not self.client_unit:  # every update is private by itself
             update = (total.sum / total.weight).float() if total.weight > 0 else None
             return Mean(update, total.rows, heard.refused, state, failures)
@@ -235,15 +236,32 @@ class Uplink:
         update = (noised.double() * (unit / self.divisor)).float()
         return Mean(update, [], heard.refused, state, failures)
 
-    def _count_failures(self, heard: _Heard, state: dict[str, Tensor], key: Key) -> tuple[Tally, dict[str, Tensor]]:
+    def _count_failures(
+        self, heard: _Heard, state: dict[str, Tensor], key: Key, total: Tensor
+    ) -> tuple[Tally, dict[str, Tensor]]:
         """Returns how many units gave nothing; noise is added here if it is the server's, else it is in the counts."""
-        counted = Tally.sum(heard.failures)
+        # What a client says of itself and that it was refused would move two counts: only one of them may stand.
+        counted = Tally.sum(tally for name, tally in heard.failures.items() if name not in heard.refused)
         if self.noise is None:
             return counted, state
         if self.client_unit:  # a client whose reply does not count is one that failed
             counted = replace(counted, failed=counted.failed + len(heard.refused))
-        noised, state = self.noise.count(counted.tensor(), state, key, "server")
+        noised, state = self.noise.count(counted.tensor(), state, key, seeds.fingerprint(total))
         return Tally(*noised.double().tolist()), state
+
+    def _tally(self, header: Mapping[str, JSON]) -> Tally:
+        """Returns what a client says of its failures, held to what it may have: others pay for an invented count."""
+        assert self.privacy is not None
+        tally, most, steps = Tally(*need("update", header, "failures")), 1.0, 1
+        if not self.client_unit:
+            if "examples" not in header:  # in a secure sum nobody says how many there are
+                return tally
+            steps = need("update", header, "steps") if "steps" in header else 1
+            most = need("update", header, "examples") * max(1, steps)
+        noise = 0.0 if self.noise is not None else self.privacy.noise_multiplier * math.sqrt(max(1, steps))
+        if not tally.fits(most, noise):
+            raise WireError(f"update.failures: got {header['failures']!r}, more or less than can have failed")
+        return tally
 
     def _next_clip(self, below: list[bool], state: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:
         assert self.adaptive is not None
@@ -278,7 +296,7 @@ class Uplink:
         if self.adaptive is not None:
             heard.below.append(need("update", header, "below"))
         if self.privacy is not None and "failures" in header:
-            heard.failures.append(Tally(*need("update", header, "failures")))
+            heard.failures[key.client] = self._tally(header)
         if not plain:
             secure: Mapping[str, JSON] = need("update", header, "secure") if "secure" in header else {}
             return Sent(key, reply.tensors, 1.0, {}, secure)

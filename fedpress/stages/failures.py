@@ -33,7 +33,7 @@ class Failures:
         counted: protected units that gave nothing, with noise; None where nothing is counted.
         of: how many units there were, as expected from the plan.
         variance: of the noise in each count.
-        recent: the counts of the last rounds, newest last: not_finite, failed, of, variance.
+        recent: the counts of the last rounds, newest last: not_finite, failed, of, variance (also that of drawing).
     """
 
     asked: int = 0
@@ -55,7 +55,11 @@ class Failures:
             return now
         of, variance = federation.failure_noise(drawn)
         counted = Tally.sum([self.counted or Tally(), record.failures])
-        recent = (*self.recent, (record.failures.not_finite, record.failures.failed, of, variance))[-RECENT:]
+        # Units are drawn by chance: of few, all that fail may be drawn at once, and then not all of them fail.
+        assert federation.uplink.privacy is not None
+        drawing = of * (1 - federation.uplink.privacy.sampling_prob)
+        latest = (record.failures.not_finite, record.failures.failed, of, variance + drawing)
+        recent = (*self.recent, latest)[-RECENT:]
         return replace(now, counted=counted, of=self.of + of, variance=self.variance + variance, recent=recent)
 
     @property

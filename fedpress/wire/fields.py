@@ -46,7 +46,8 @@ FLAG = Kind("true or false", lambda value: type(value) is bool)
 NAMES = Kind("a list of names", lambda value: type(value) is list and all(type(name) is str for name in value))
 TABLE = Kind("a table", lambda value: type(value) is dict)
 COUNTS = Kind(
-    "two finite numbers", lambda value: type(value) is list and len(value) == 2 and all(map(_is_number, value))
+    f"two numbers from -{MAX_WHOLE} to {MAX_WHOLE}",
+    lambda value: type(value) is list and len(value) == 2 and all(_is_number(v) and abs(v) <= MAX_WHOLE for v in value),
 )
 
 FIELDS: Mapping[str, Mapping[str, Kind]] = {

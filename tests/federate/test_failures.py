@@ -12,6 +12,7 @@ from fedpress.arrays import Arrays
 from fedpress.federate import Cohort, LocalSettings
 from fedpress.federate.failures import Tally
 from fedpress.federate.local import joint_gradient, private_sgd
+from fedpress.federate.memory import Recall
 from fedpress.federate.servernoise import KEYS, ServerNoise
 from fedpress.privacy.factorization import Factorization
 from fedpress.privacy.gradients import METHODS, clipped_gradient_sum
@@ -232,3 +233,51 @@ def test_one_example_that_makes_the_network_write_does_not_silence_its_client(st
     model.train()
     assert step(model, task(arrays, plan=PrivacyPlan("sample", 0.3, 1.0, 1.0))) == {"steps": 1, "failed": 1}
     assert not model.seen
+
+
+def round_with(federation, change):
+    """Returns the mean of a round in which `change` may rewrite the header and tensors of c0's reply."""
+    replies = [(name, unpack(client.handle(pack(federation.fit())))) for name, client in federation.clients.items()]
+    reply = replies[0][1]
+    header, tensors = change({**reply.header}, {**reply.tensors})
+    replies[0] = ("c0", replace(reply, header=header, tensors=tensors))
+    return federation.uplink.mean(iter(replies), seed=1, round=1)
+
+
+CLIENTS = client_plan(Cohort(4, 4))
+INVENTED = [[1e9, 0], [0, 40 * 14 + 999], [-400, 0], [1e308, 1e308], [-1e308, 1e308], [True, 0], ["1", 0]]
+
+
+@pytest.mark.parametrize("counts", INVENTED)
+@pytest.mark.parametrize("plan", [SAMPLE_PLAN, CLIENTS])
+def test_an_invented_count_of_failures_is_refused_and_not_believed(plan, counts):
+    federation = Federation(privacy=plan, weights="equal")
+    mean = round_with(federation, lambda header, tensors: (header | {"failures": counts}, tensors))
+    assert "update.failures" in mean.refused["c0"]
+    assert abs(mean.failures.total) < 30
+
+
+def test_a_client_that_failed_and_is_refused_moves_one_count_by_one():
+    without = client_plan(Cohort(4, 4), noise=0.0)
+    federation = Federation(privacy=without, weights="equal")
+    nan = {"values": torch.full_like(federation.params, math.nan)}
+    mean = round_with(federation, lambda header, tensors: (header | {"failures": [1.0, 0.0]}, nan))
+    assert list(mean.refused) == ["c0"]
+    assert mean.failures == Tally(0.0, 1.0)
+    assert round_with(federation, lambda header, tensors: (header | {"failures": [1.0, 1.0]}, tensors)).refused
+
+
+def test_the_noise_on_equal_counts_of_other_examples_is_another():
+    answers = []
+    for _ in range(2):
+        federation = Federation(privacy=SAMPLE_PLAN)
+        client = federation.clients["c0"]
+        answers.append([unpack(client.handle(pack(federation.fit()))).header["failures"]])
+        client.arrays.x[0] += 1e-3
+        fresh = replace(client, memory=Recall())
+        answers[-1].append(unpack(fresh.handle(pack(federation.fit()))).header["failures"])
+    assert answers[0] == answers[1]
+    assert answers[0][0] != answers[0][1]
+    noise = ServerNoise(PrivacyPlan("client", 0.5, 1.0, 2.0))
+    one, other = (noise.count(torch.zeros(2), {}, key("server"), hidden)[0] for hidden in ("a", "b"))
+    assert not torch.equal(one, other)

@@ -32,7 +32,18 @@ WRONG = {
     "true or false": [0, 1, 1.0, "true", None, []],
     "a list of names": ["ab", 1, None, [1], ["a", 1], ["a", None], {"a": 1}, [["a"]]],
     "a table": [[], "x", 1, None, True],
-    "two finite numbers": [[], [1.0], [1.0, 2.0, 3.0], [1.0, "2"], [True, 1.0], "12", None, {}, [1.0, float("nan")]],
+    "two numbers": [
+        [],
+        [1.0],
+        [1.0, 2.0, 3.0],
+        [1.0, "2"],
+        [True, 1.0],
+        "12",
+        None,
+        {},
+        [1.0, float("nan")],
+        [1e308, 0],
+    ],
 }
 
 
