@@ -184,10 +184,35 @@ def evaluate(
     with evaluating(model), torch.inference_mode(), autocast(model, precision):
         for x, y in zip(arrays.x.split(batch_size), arrays.y.split(batch_size), strict=True):
             inputs = preprocess(x.to(at)).contiguous(memory_format=memory_format(x, model))
-            logits = model(inputs).float()
+            logits = outputs(model, inputs).float()
             right += int((logits.argmax(1) == y.to(at)).sum())
             loss += float(F.cross_entropy(logits, y.to(at), reduction="sum"))
     return Evaluation(right / len(arrays), loss / len(arrays), len(arrays))
+
+
+def outputs(model: nn.Module, x: Tensor) -> Tensor:
+    """Returns what `model` gives for the batch `x` [n, ...]: [n, ...], also where it cannot take a batch of one.
+
+    Code such as `squeeze()` drops the dimension of a batch of one, or fails: then the example runs beside its copy,
+    which changes nothing in a network that handles each example by itself.
+
+    Raises:
+        Exception: whatever the network raises; that of a batch norm with nothing to average is left as it is.
+    """
+    if len(x) != 1:
+        return model(x)
+    try:
+        alone = model(x)
+    except Exception as problem:
+        if ONE_VALUE in str(problem):
+            raise
+        try:
+            return model(torch.cat([x, x]))[:1]
+        except Exception:
+            raise problem from None
+    if alone.dim() and len(alone) == 1:
+        return alone
+    return model(torch.cat([x, x]))[:1]
 
 
 NOTHING_TO_TRAIN = "train: no parameter of the model has requires_grad, so there is nothing to train"

@@ -19,7 +19,7 @@ from fedpress.models.plain import CNN, MLP
 from fedpress.models.resnet import resnet_small
 from fedpress.muon import Muon
 from fedpress.seeds import generator
-from fedpress.training import Fit, Step, TrainSettings, evaluate, one_cycle, place_, uses_bf16
+from fedpress.training import Fit, Step, TrainSettings, evaluate, one_cycle, outputs, place_, uses_bf16
 
 PREPROCESS = Preprocess((0.5,), (0.25,))
 CHANGES = Augment(crop=0.25, flip="alternate", cutout=0.3)
@@ -674,3 +674,24 @@ def test_step_sizes_get_no_weight_decay_also_where_weights_have_them_in_groups(o
     assert names == {n for n, _ in model.named_parameters() if n.rpartition(".")[2].startswith("weight")} - {
         n for n, _ in model.named_parameters() if n.endswith("_scale")
     }
+
+
+class Squeezed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(x[..., None].squeeze())
+
+
+def test_a_batch_of_one_gives_what_it_gives_in_company_also_where_code_drops_its_dimension():
+    model, x = Squeezed(), torch.randn(3, 6)
+    torch.testing.assert_close(outputs(model, x[:1]), model(x)[:1])
+    assert torch.equal(outputs(model.head, x[:1]), model.head(x[:1]))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        outputs(nn.BatchNorm1d(6), x[:1])
+    arrays = Arrays(x, torch.tensor([0, 1, 2]))
+    plain = Preprocess((0.0,) * 6, (1.0,) * 6)
+    one_by_one = evaluate(model, arrays, plain, batch_size=1)
+    assert one_by_one.loss == pytest.approx(evaluate(model, arrays, plain).loss, rel=1e-5)

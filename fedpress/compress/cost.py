@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedpress.compress.graph import Example, inputs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,67 +64,103 @@ _UNCOUNTED = {  # what torch does not count on a CPU
 def macs(model: nn.Module, example: Example) -> int:
     """Counts the multiply-adds of convolutions and matrix products for `example` as given (batch 1: per example).
 
-    Counted by torch's FlopCounterMode on the operations that really run, at two FLOPs per multiply-add.
+    Counted by torch's FlopCounterMode on the operations that really run, at two FLOPs per multiply-add. If the model
+    fails on one example alone, it is half of what two cost.
 
     >>> macs(nn.Linear(3, 2), torch.zeros(1, 3))
     6
     """
-    modes = {m: m.training for m in model.modules()}
-    try:
-        model.eval()
+
+    def count(given: tuple[Tensor, ...]) -> int:
         with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
-            model(*inputs(example))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return counter.get_total_flops() // 2
+            model(*given)
+        return int(counter.get_total_flops())
+
+    with _evaluating(model):
+        flops, copies = _alone_or_twice(count, inputs(example))
+    return flops // (2 * copies)
 
 
 @torch.no_grad()
 def activations(model: nn.Module, example: Example) -> int:
     """Counts the numbers that the innermost modules of `model` give for `example` as given.
 
+    If the model fails on one example alone, it is half of what two give.
+
     >>> activations(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), torch.zeros(1, 3))
     4
     """
     counts: list[int] = []
 
-    def count(module: nn.Module, args: object, out: object) -> None:
+    def note(module: nn.Module, args: object, out: object) -> None:
         counts.extend(t.numel() for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor))
 
+    def count(given: tuple[Tensor, ...]) -> int:
+        counts.clear()
+        model(*given)
+        return sum(counts)
+
     inner = [m for m in model.modules() if not any(True for _ in m.children())]
-    hooks = [m.register_forward_hook(count) for m in inner]
-    modes = {m: m.training for m in model.modules()}
+    hooks = [m.register_forward_hook(note) for m in inner]
     try:
-        model.eval()
-        model(*inputs(example))
+        with _evaluating(model):
+            numbers, copies = _alone_or_twice(count, inputs(example))
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    return sum(counts)
+    return numbers // copies
 
 
 @torch.no_grad()
 def latency(model: nn.Module, example: Example, *, repeats: int = 30, warmup: int = 5) -> Latency:
     """Times `model` on one example (the first of `example`), in eager torch on one thread.
 
-    The number of threads and the model's modes are put back.
+    If the model fails on one example alone, it is half the time of two. The number of threads and the model's modes
+    are put back.
     """
-    one = tuple(x[:1] for x in inputs(example))
-    modes, threads = {m: m.training for m in model.modules()}, torch.get_num_threads()
-    times = []
-    try:
-        model.eval()
-        torch.set_num_threads(1)
+
+    def clock(given: tuple[Tensor, ...]) -> list[float]:
+        times = []
         for _ in range(warmup + repeats):
             start = perf_counter()
-            model(*one)
+            model(*given)
             times.append(1e3 * (perf_counter() - start))
+        return times
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with _evaluating(model):
+            times, copies = _alone_or_twice(clock, tuple(x[:1] for x in inputs(example)))
     finally:
         torch.set_num_threads(threads)
+    each = torch.tensor(times[warmup:]) / copies
+    low, median, high = each.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    return Latency(median, high - low)
+
+
+def _alone_or_twice(run: Callable[[tuple[Tensor, ...]], T], given: tuple[Tensor, ...]) -> tuple[T, int]:
+    """Returns what `run` gives for `given`, or for its one example twice if that alone fails; and how often it ran.
+
+    Some networks cannot take a batch of one, for instance after a `squeeze()`.
+    """
+    try:
+        return run(given), 1
+    except Exception as alone:
+        if any(x.dim() == 0 or len(x) != 1 for x in given):
+            raise
+        try:
+            return run(tuple(torch.cat([x, x]) for x in given)), 2
+        except Exception:
+            raise alone from None
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
         for module, mode in modes.items():
             module.training = mode
-    low, median, high = torch.tensor(times[warmup:]).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-    return Latency(median, high - low)

@@ -20,7 +20,7 @@ from fedpress.privacy.mechanism import poisson_batches
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.privacy.sgd import private_steps
 from fedpress.quantized import step_sizes
-from fedpress.training import ONE_VALUE, Precision, autocast, averages_batches, memory_format, uses_bf16
+from fedpress.training import ONE_VALUE, Precision, autocast, averages_batches, memory_format, outputs, uses_bf16
 from fedpress.tree import trainable
 from fedpress.wire.message import JSON
 
@@ -131,7 +131,7 @@ def _loss(model: nn.Module, task: Task, batch: Arrays, chance: torch.Generator) 
     x = task.prepare(batch.x.to(at), chance)
     with autocast(model, task.settings.precision):
         try:
-            logits = model(x.contiguous(memory_format=memory_format(x, model)))
+            logits = outputs(model, x.contiguous(memory_format=memory_format(x, model)))
         except ValueError as problem:
             if len(x) > 1 or ONE_VALUE not in str(problem):
                 raise

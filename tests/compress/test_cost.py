@@ -1,5 +1,6 @@
 from copy import deepcopy
 
+import pytest
 import torch
 from torch import nn
 
@@ -55,3 +56,24 @@ def test_activations_count_what_every_innermost_layer_gives():
     assert activations(model, torch.randn(2, 3, 8, 8)) == 2 * (128 + 128 + 128 + 5)
     assert model.training
     assert not model[0]._forward_hooks
+
+
+class Pair(nn.Module):
+    """Cannot take one example alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        if len(x) < 2:
+            raise RuntimeError("too few")
+        return self.head(x)
+
+
+def test_costs_of_a_network_that_takes_no_single_example_are_half_of_those_of_two():
+    assert macs(Pair(), torch.zeros(1, 6)) == macs(nn.Linear(6, 3), torch.zeros(1, 6)) == 18
+    assert activations(Pair(), torch.zeros(1, 6)) == 3
+    assert latency(Pair(), torch.zeros(1, 6), repeats=3, warmup=1).median_ms > 0
+    with pytest.raises(RuntimeError, match="shape"):
+        macs(nn.Linear(6, 3), torch.zeros(1, 5))

@@ -115,3 +115,23 @@ def recipe(data="good", model="Embeds", stage="", rounds=3, batch=20, lr=0.5, mo
 
 def privacy(unit: str, trust: str, noise=0.3) -> str:
     return f'privacy = {{ unit = "{unit}", trust = "{trust}", noise_multiplier = {noise}, delta = 1e-3 }}'
+
+
+class Squeezes(nn.Module):
+    """Drops the batch dimension of a batch of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.body(x)).unsqueeze(2).squeeze())
+
+
+class InPairs(Squeezes):
+    """Fails on a batch of one."""
+
+    def forward(self, x):
+        if len(x) == 1:
+            raise RuntimeError("one is too few")
+        return super().forward(x)

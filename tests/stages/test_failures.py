@@ -126,6 +126,16 @@ def test_a_last_batch_of_one_drops_no_client(tmp_path):
     assert result["final"]["failures"]["refused"] == 0
 
 
+@pytest.mark.parametrize("model", ["Squeezes", "InPairs"])
+@pytest.mark.parametrize("stage", ["", privacy("sample", "central")])
+def test_a_network_that_takes_no_batch_of_one_trains_and_is_measured(model, stage, tmp_path):
+    result, warnings = warned(recipe("odd", model, stage, batch=8, lr=0.2), tmp_path / "run")
+    assert warnings == []
+    assert result["final"]["failures"]["refused"] == 0
+    assert result["final"]["macs"] == 6 * 8 + 8 * 2
+    assert result["final"]["latency_ms"] > 0
+
+
 def test_a_client_with_one_example_under_batch_norm_is_told(tmp_path):
     _, warnings = warned(recipe("lone", "normed", 'norm = "batch"', batch=8), tmp_path / "run")
     assert (
