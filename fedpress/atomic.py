@@ -15,6 +15,8 @@ def replacing(path: Path) -> Iterator[Path]:
     The temporary path has one name, so what a killed process leaves is written over.
     """
     part = path.with_name(f".{path.name}.part")
+    if part.is_symlink():  # writing would go through it, into somebody's other file
+        part.unlink()
     try:
         yield part
         sync(part)

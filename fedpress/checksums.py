@@ -158,7 +158,7 @@ def tidy(folder: Path) -> None:
 
 def _append(log: Path, line: Line, sync: bool) -> None:
     text = str(line).encode()
-    with open(log, "ab+") as file:
+    with open(log, "ab+", opener=_no_link) as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":  # a kill has torn the last line: what it was about never happened
@@ -167,6 +167,11 @@ def _append(log: Path, line: Line, sync: bool) -> None:
         file.flush()
         if sync:
             os.fsync(file.fileno())
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Opens a file, but nothing that a symbolic link in its place leads to."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _last_newline(log: Path) -> int:

@@ -223,12 +223,28 @@ class RunFolder:
             )
         return cls(path)
 
+    def check_links(self) -> None:
+        """Looks whether something in the folder lies elsewhere: going on would write there.
+
+        Raises:
+            RunError: naming a symbolic link that leads out of the folder.
+        """
+        own = self.path.resolve()
+        for above, folders, names in os.walk(self.path):
+            for path in (Path(above) / name for name in (*folders, *names)):
+                if path.is_symlink() and not path.resolve().is_relative_to(own):
+                    raise RunError(
+                        f"{path}: a symbolic link out of the folder of the run, through which it would write to "
+                        f"'{path.resolve()}'; put what it leads to in its place, or delete it"
+                    )
+
     def check_whole(self) -> None:
         """Compares every file of the run with its checksum, then tidies the lists of checksums.
 
         Raises:
             RunError: naming the first file that was damaged, and the cure.
         """
+        self.check_links()
         place = self.path / checksums.NAME
         try:
             names = list(dict.fromkeys(line.name for line in checksums.read(self.path)))

@@ -59,7 +59,7 @@ def locked(folder: Path) -> Iterator[None]:
 def holder(folder: Path) -> str | None:
     """Returns who works in `folder` at this moment, in words; None if nobody does, or it is this thread."""
     path = folder / NAME
-    if (str(folder.resolve()), threading.get_ident()) in _mine or not path.exists():
+    if (str(folder.resolve()), threading.get_ident()) in _mine or path.is_symlink() or not path.is_file():
         return None
     try:
         handle = os.open(path, os.O_RDONLY)
@@ -94,8 +94,11 @@ def _take(folder: Path) -> int:
     asked = 0
     while True:
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            # A link that somebody has put there would have another file emptied and written.
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         except OSError as error:
+            if path.is_symlink():
+                raise RunError(f"{path}: a lock is no symbolic link; delete that link") from error
             reason = os.strerror(error.errno or 0)
             raise RunError(f"{path}: cannot be written ({reason}); choose another place with --out") from error
         kind = _try(handle)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import fedpress
-from fedpress import consent, storage
+from fedpress import consent, started, storage
 from fedpress import data as data_sets
 from fedpress.compress import cost
 from fedpress.data.examples import Progress
@@ -375,6 +375,9 @@ def note_environment(folder: RunFolder, command: str, origin: Mapping[str, Any] 
         now = {**first, "resumed": [*_list(first.get("resumed")), changed]}
     else:
         now |= origin or {}
+        text = folder.path / "recipe.toml"
+        if text.exists() and (names := started.functions_of(text.read_text("utf-8"))):
+            now["started_by"] = started.mark(names, now.get("recipe"))
     list_json(path, now, folder.path)
     return told
 

@@ -82,6 +82,14 @@ def tiny_file(tmp_path: Path, tiny: str) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _state_of_its_own(tmp_path_factory) -> Iterator[None]:
+    """Keeps the key of run folders out of the files of who tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture
 def fedpress(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., Said]]:
     """Runs the command line in this process, in an empty folder."""

@@ -37,6 +37,7 @@ FLOORS = {
         "lock",
         "limits",
         "own_modules",
+        "started",
     ],
 }
 FLOOR_OF = {place: floor for floor, places in FLOORS.items() for place in places}

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fedpress import commands, consent, storage
+from fedpress import commands, consent, started, storage
 from fedpress import recipe as recipes
 from fedpress import run as runs
 from fedpress.errors import ModelError
@@ -127,6 +127,56 @@ def test_a_recipe_is_consent_for_what_it_names_itself(here, fedpress):
     said = fedpress("sweep", "own.toml", "model={checkpoint='run'}", "stage.train.lr=0.1,0.2", "--out", "s")
     assert said.code == 2
     assert f"--allow-code {NET}" in said.out
+
+
+def test_the_recipe_in_a_run_folder_is_consent_only_for_who_started_the_run(here, fedpress, monkeypatch):
+    (here / "own.toml").write_text(OWN)
+    assert fedpress("run", "own.toml", "--out", "mine").code == 0
+    consent._for_the_process.clear()
+    said = fedpress("run", "--resume", "mine")
+    assert said.code == 0, said.err
+    consent._for_the_process.clear()
+    monkeypatch.setenv("XDG_STATE_HOME", str(here / "of-somebody-else"))
+    (here / "ran").unlink(missing_ok=True)
+    sys.modules.pop("nets_of_a_stranger", None)
+    said = fedpress("run", "--resume", "mine")
+    assert said.code == 2
+    assert f"add --allow-code {NET} --allow-code {DATA}, or name your own recipe file" in said.err
+    assert not (here / "ran").exists()
+    said = fedpress("run", "--resume", "mine", "--allow-code", DATA, "--allow-code", NET)
+    assert said.code == 0, said.err
+    consent._for_the_process.clear()
+    assert fedpress("run", "own.toml", "--out", "mine", "--resume").code == 0
+
+
+def test_the_mark_of_a_start_fits_no_other_function_and_no_other_place():
+    own = started.mark(["nets:Net"], "/a/own.toml")
+    assert started.fits(own, ["nets:Net"], "/a/own.toml")
+    assert not started.fits(own, ["os:system"], "/a/own.toml")
+    assert not started.fits(own, ["nets:Net"], "/b/own.toml")
+    assert not started.fits(None, ["nets:Net"], "/a/own.toml")
+
+
+def test_nothing_is_written_through_links_that_lie_in_a_run_folder(here, fedpress):
+    (here / "own.toml").write_text(OWN)
+    target = here / "precious"
+    target.write_text("as it was")
+    assert fedpress("run", "own.toml", "--out", "mine").code == 0
+    for name in ("lock", "records.jsonl", "checksums", "stages/0-train/model.safetensors"):
+        path = here / "mine" / name
+        kept = path.read_bytes() if path.exists() else None
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
+        said = fedpress("run", "--resume", "mine")
+        assert said.code == 2, name
+        assert f"mine/{name}: " in said.err
+        assert "link" in said.err
+        path.unlink()
+        if kept is not None:
+            path.write_bytes(kept)
+    (here / "mine" / ".report.html.part").symlink_to(target)
+    assert fedpress("report", "mine").code == 0
+    assert target.read_text() == "as it was"
 
 
 def test_a_model_given_by_name_is_consent_for_its_own_results(here, fedpress):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedpress.errors import RunError
+from fedpress.errors import ModelError, RunError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,9 +91,11 @@ def take_up(place: Path, recipe: str | None, overrides: list[str], data: Path | 
 
     Raises:
         RunError: if there is no run, or it was started with other settings.
+        ModelError: if the recipe in the folder alone names functions, and this user has not started the run.
     """
     from fedpress import recipe as recipes
     from fedpress import run as runs
+    from fedpress import started
     from fedpress.folder import RunFolder, read_json
 
     if not (place / "settings.json").exists():
@@ -101,11 +103,15 @@ def take_up(place: Path, recipe: str | None, overrides: list[str], data: Path | 
     hold(place)
     RunFolder.open(place).check_whole()
     noted = read_json(place / "environment.json") if (place / "environment.json").exists() else {}
-    source = Path(noted["recipe"]).parent if isinstance(noted.get("recipe"), str) else None
-    find_modules([str(source)] if source is not None and source.is_dir() else [])
     own = place / "recipe.toml"
+    functions = started.functions_of(own.read_text("utf-8")) if own.exists() else []
+    origin = noted["recipe"] if isinstance(noted.get("recipe"), str) else None
+    known = started.fits(noted.get("started_by"), functions, origin)
+    find_modules([str(Path(origin).parent)] if known and origin and Path(origin).parent.is_dir() else [])
     if not own.exists() and recipe is None:
         raise RunError(f"{own}: no such file; name the recipe of this run too, as it was when the run began")
+    if recipe is None and not known:
+        _refuse_functions(own, functions)
     words = [*overrides, *_of_data(data)]
     stored = recipes.load(recipes.effective(own.read_text("utf-8"), words)) if own.exists() else None
     if recipe is not None or stored is None:
@@ -119,6 +125,24 @@ def take_up(place: Path, recipe: str | None, overrides: list[str], data: Path | 
         same = stored is not None and runs.settings(stored) == settings
         return (stored if same and stored is not None else wanted), folder
     return stored, RunFolder.resume(place, runs.settings(stored))
+
+
+def _refuse_functions(recipe: Path, functions: list[str]) -> None:
+    """Refuses the recipe of a folder that somebody else may have made, if it names functions nobody has allowed.
+
+    Raises:
+        ModelError: with the words to add.
+    """
+    from fedpress import consent
+
+    asked = [name for name in functions if not consent.allowed(name)]
+    if asked:
+        flags = " ".join(f"--allow-code {shlex.quote(name)}" for name in asked)
+        raise ModelError(
+            f"{recipe}: it names {', '.join(map(repr, asked))[:200]}, which would be called, and nothing shows that "
+            "you have started this run yourself here; nothing was loaded. If you know that code and trust the folder, "
+            f"add {flags}, or name your own recipe file before --resume"
+        )
 
 
 def find_modules(beside: list[str]) -> None:
