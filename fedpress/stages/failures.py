@@ -20,6 +20,17 @@ ALL, MANY = 0.9, 1 / 3
 """Share of failures that counts as all, so that a run stops; and share from which a run warns."""
 RECENT = 32
 """Rounds that are counted together before a run stops."""
+OPEN = frozenset(
+    {
+        "DivergedError",
+        "WireError",
+        "SecureError",
+        "RunError",
+        "OSError",
+        *(kind.__name__ for kind in OSError.__subclasses__()),
+    }
+)
+"""Kinds of errors of a client whose words are about messages, keys, files or noised numbers, never about examples."""
 WORDS = {"client": "clients", "sample": "examples"}
 
 
@@ -159,12 +170,19 @@ def _all(count: float, of: float, noise: float) -> bool:
 def told(refused: Mapping[str, str], federation: Federation) -> dict[str, str]:
     """Returns why clients do not count, as far as it may be written down.
 
-    Under privacy a reason is an exact word about private data, but for numbers that are not finite after noised steps:
-    those follow from the noise and the learning rate.
+    Under privacy an error of the work on private examples is an exact word about them. What went wrong outside of it
+    says nothing of them and is told: a lost message, a damaged file, a full disk, keys. So are numbers that are not
+    finite after noised steps: those follow from the noise and the learning rate.
     """
     if federation.uplink.privacy is None:
         return dict(refused)
-    return {name: why if why.startswith("DivergedError: ") else PRIVATE for name, why in refused.items()}
+    return {name: why if _is_public(why) else PRIVATE for name, why in refused.items()}
+
+
+def _is_public(why: str) -> bool:
+    kind, colon, _ = why.partition(": ")
+    # A client's error begins with its kind, a word; what the server says itself begins with something else.
+    return not (colon and kind.isidentifier() and kind.endswith(("Error", "Exception"))) or kind in OPEN
 
 
 def in_words(refused: Mapping[str, str], drawn: Sequence[str], round: int) -> str:

@@ -18,7 +18,7 @@ from fedpress.folder import StageFolder
 from fedpress.privacy.accounting import Spent
 from fedpress.privacy.ledger import Charge, Ledger
 from fedpress.stages.binding import PROMISE, Federation, bind
-from fedpress.stages.failures import Failures, in_words, told
+from fedpress.stages.failures import PRIVATE, Failures, in_words, told
 from fedpress.stages.protecting import is_secure, secure_list, steps_per_round
 from fedpress.stages.rehearsal import rehearse
 from fedpress.stages.settings import FederateSettings
@@ -153,8 +153,9 @@ class FederateStage(FederateSettings):
         closed = now.closed + 1
         secure = federation.protection.grid is not None
         if not secure or closed >= CLOSED:
-            reason = record.refused[drawn[0]]
-            why = f", for instance {drawn[0]}: {reason}" if self.privacy is None or secure else ""
+            reason = told(record.refused, federation)[drawn[0]]
+            # Where the cohort is secret, no name may fall.
+            why = f", for instance {drawn[0]}: {reason}" if reason != PRIVATE and not federation.hides else ""
             if why and reason.startswith("DivergedError: ") and self.server.lr > 1:
                 why += f", or stage.{self.name}.server.lr (now {self.server.lr:g})"
             raise TrainingError(

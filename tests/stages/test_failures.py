@@ -5,13 +5,18 @@ import pytest
 
 from fedpress import recipe as recipes
 from fedpress import run as runs
+from fedpress import tree
 from fedpress.errors import TrainingError
 from fedpress.federate.failures import Tally
+from fedpress.federate.memory import Recall
 from fedpress.folder import RunFolder
 from fedpress.report import write_report
 from fedpress.report.table import failure_table, stage_table
-from fedpress.stages.failures import Failures, in_words
+from fedpress.stages.binding import bind
+from fedpress.stages.failures import PRIVATE, Failures, in_words
+from fedpress.stages.failures import told as told_of
 from fedpress.state import Tick
+from fedpress.transport import LocalTransport
 from tests.stages.own_data import privacy, recipe
 from tests.stages.recipes import finish, told
 
@@ -187,3 +192,35 @@ def test_a_secret_cohort_is_not_counted_out(tmp_path):
     assert result["final"]["failures"]["counted"]["of"] == 14
     for line in told(tmp_path / "run"):
         assert line["failures"]["failed"] != round(line["failures"]["failed"])
+
+
+class Full(Recall):
+    """A disk without room."""
+
+    def save_note(self, name, tensors):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(("unit", "trust"), [case for case in TRUSTS if case[1] != "central"])
+def test_a_fault_of_a_client_that_says_nothing_of_its_examples_is_told_also_under_privacy(unit, trust):
+    loaded = recipes.load(recipe(stage=privacy(unit, trust)), ())
+    state = runs.start(loaded, runs.load_data(loaded))
+    federation = bind(loaded.stage[0], state)
+    broken = {**federation.clients, "c3": replace(federation.clients["c3"], memory=Full())}
+    transport = LocalTransport({name: client.handle for name, client in broken.items()})
+    going = replace(federation, transport=transport).rounds(tree.flatten(federation.model), start=0, server_state=None)
+    reasons = told_of(next(going).refused, federation)
+    assert "No space left on device" in reasons["c3"]
+
+
+def test_what_went_wrong_on_private_examples_stays_private():
+    loaded = recipes.load(recipe(stage=privacy("sample", "local")), ())
+    federation = bind(loaded.stage[0], runs.start(loaded, runs.load_data(loaded)))
+    reasons = {
+        "a": "TrainingError: local update: failed with ValueError; what on stays private",
+        "b": "ValueError: 17 is no label",
+        "c": "no reply came; see whether the client is still running",
+        "d": "WireError: fit.agreement: the server works with other settings",
+        "e": "update.round: got 3, expected 2",
+    }
+    assert told_of(reasons, federation) == reasons | {"a": PRIVATE, "b": PRIVATE}
