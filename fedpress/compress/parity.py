@@ -64,9 +64,42 @@ def _compare(dense: nn.Module, pruned: nn.Module, plan: PruningPlan, example: Ex
     return worst
 
 
-def _compare_training(masked: nn.Module, small: nn.Module, batch: Batch, tolerance: float) -> None:
+def trial_batch(dense: nn.Module, example: Example) -> Batch:
+    """Returns inputs for `fault`: of one example more than `example`, if `dense` runs on so many."""
+    with torch.random.fork_rng(devices=[]):
+        model = copied(dense).eval()
+        batch, larger = _batches(model, inputs(example))
+        return batch if _attempt(model, larger) is None else larger
+
+
+@torch.no_grad()
+def fault(dense: nn.Module, pruned: nn.Module, plan: PruningPlan, batch: Batch, *, tolerance: float) -> str | None:
+    """Says what `check_parity` would find wrong on one batch, at a fraction of its cost; None if nothing is."""
+    with torch.random.fork_rng(devices=[]), held(plan):
+        masked, small = copied(dense).eval(), copied(pruned).eval()
+        mask_(masked, plan)
+        wanted = _attempt(masked, batch)
+        try:
+            if wanted is not None and _finite(wanted):
+                _difference(wanted, small, batch, tolerance, "")
+            try:
+                _compare_training(masked, small, batch, WHILE_TRAINING, precisions=(False,))
+            except ModelError:
+                _compare_training(masked, small, batch, WHILE_TRAINING)
+        except ModelError as error:
+            return str(error).removesuffix(f"; {CURE}")
+    return None
+
+
+def _compare_training(
+    masked: nn.Module,
+    small: nn.Module,
+    batch: Batch,
+    tolerance: float,
+    precisions: Sequence[bool] = (True, False),
+) -> None:
     """Compares in training mode, in float64 where the model can: batch norms by few examples enlarge errors."""
-    for wide in (True, False):
+    for wide in precisions:
         both = [copied(model).train() for model in (masked, small)]
         values = batch
         if wide:

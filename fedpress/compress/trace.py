@@ -490,7 +490,7 @@ def _freeze_layer(ids: Ids, owners: Sequence[Owner], layer: Layer, reason: str) 
     axes = {(name, at): axis for name, at, axis in owners}
     for part in layer.slices:
         channels = axes[part.tensor, part.axis][part.index.flatten().numpy()]
-        ids.freeze(channels, f"the code does not run with fewer of its channels ({reason})")
+        ids.freeze(channels, reason)
 
 
 def _freeze_named(ids: Ids, whole: Sequence[str]) -> None:

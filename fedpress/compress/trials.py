@@ -1,4 +1,4 @@
-"""Smaller copies of a model are run: which numbers in the code follow, and which layers its code cannot shrink."""
+"""Smaller copies of a model are run: which numbers in the code follow, and which layers cannot become smaller."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from torch import Tensor, nn
 
 from fedpress.calls import Numbers, numbers_in, watch_
 from fedpress.compress.graph import ChannelGraph, Site, export, kept_indices
+from fedpress.compress.parity import fault, trial_batch
+from fedpress.compress.planning import PruningPlan
 from fedpress.compress.remove import cut_
 from fedpress.layers import copied
+
+TOLERANCE = 1e-5  # as in `check_parity`
 
 
 @torch.no_grad()
@@ -51,30 +55,47 @@ def without_followers(model: nn.Module, graph: ChannelGraph, arguments: Sequence
 
 @torch.no_grad()
 def layers_that_fail(model: nn.Module, graph: ChannelGraph, arguments: Sequence[Tensor]) -> dict[int, str]:
-    """Returns the layers without some of whose channels the model's code does not run, and what it says then.
+    """Returns the layers without some of whose channels the model goes wrong, and how.
 
-    Sizes that no call shows, `x.size(0) // self.num_heads` in the number of copies say, are wrong in a smaller model.
+    Sizes that no call shows, `x.size(0) // self.num_heads` in the number of copies say, are wrong in a smaller model;
+    and what runs only in training, an auxiliary head say, has not become smaller. Copies are compared with the masked
+    model as `check_parity` does. What goes wrong only without channels of several layers at once is not found.
     """
-    if _failure(model, graph, _counts(graph, 1), arguments) is None:
-        return {}
     failing: dict[int, str] = {}
-    for i, layer in enumerate(graph.layers):
-        for count in sorted({1, layer.channels // 2}) if layer.channels > 1 else ():
-            alone = [count if j == i else 0 for j in range(len(graph.layers))]
-            reason = _failure(model, graph, alone, arguments)
-            if reason is not None:
-                failing[i] = reason
-                break
+    batch = trial_batch(model, tuple(arguments)) if graph.layers else []
+    groups = [list(range(len(graph.layers)))] if graph.layers else []
+    counts = _counts(graph, 1)
+    while groups:  # halves of a group that fails are tried by themselves, so that few culprits are soon found
+        group = groups.pop()
+        reason = _failure(model, graph, [n if i in group else 0 for i, n in enumerate(counts)], arguments, batch)
+        if len(group) > 1:
+            middle = len(group) // 2
+            groups += [group[middle:], group[:middle]] if reason else []
+            continue
+        at, channels = group[0], graph.layers[group[0]].channels
+        for count in sorted({1, channels // 2}) if channels > 1 else ():
+            alone = [count if i == at else 0 for i in range(len(graph.layers))]
+            reason = reason or _failure(model, graph, alone, arguments, batch)
+        if reason:
+            failing[at] = reason
     return failing
 
 
-def _failure(model: nn.Module, graph: ChannelGraph, counts: Sequence[int], arguments: Sequence[Tensor]) -> str | None:
-    """Returns what a copy without the first `counts[i]` channels of layer i says when it fails; None if it runs."""
+def _failure(
+    model: nn.Module, graph: ChannelGraph, counts: Sequence[int], arguments: Sequence[Tensor], batch: list[Tensor]
+) -> str | None:
+    """Says how a copy without the first `counts[i]` channels of layer i goes wrong; None if it does not."""
+    gone = [torch.arange(n) for n in counts]
+    small = _smaller(model, graph, counts)
     try:
-        _smaller(model, graph, counts)(*arguments)
+        small(*arguments)
     except Exception as error:  # the user's code may raise anything
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
-    return None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"the code does not run with fewer of its channels ({reason})"
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        return None  # whose rounding is larger than what is compared
+    wrong = fault(model, small, _plan(model, graph, gone), batch, tolerance=TOLERANCE)
+    return wrong and f"with fewer of its channels {wrong}"
 
 
 @contextmanager
@@ -99,6 +120,17 @@ def _smaller(model: nn.Module, graph: ChannelGraph, counts: Sequence[int], *, ex
     small = copied(model).eval()
     cut_(small, kept_indices(model, graph, gone), graph.sizes(gone, exactly=exactly))
     return small
+
+
+def _plan(model: nn.Module, graph: ChannelGraph, gone: Sequence[Tensor]) -> PruningPlan:
+    return PruningPlan(
+        keep=kept_indices(model, graph, gone),
+        layers=(),
+        whole={},
+        parameters_before=0,
+        parameters_after=0,
+        approximate=graph.approximate,
+    )
 
 
 def _row(numbers: Numbers, site: Site) -> Mapping[int, Any]:

@@ -48,23 +48,52 @@ def test_a_network_that_is_wrong_only_at_times_is_found(wrong, when):
         check_parity(model, small, plan, x)
 
 
-def test_a_network_that_cannot_run_while_it_trains_is_found():
-    class Auxiliary(nn.Module):
-        """A head that runs in training alone: no trace in evaluation mode shows that it reads the channels."""
+class Auxiliary(nn.Module):
+    """A head that runs in training alone: no trace in evaluation mode shows that it reads the channels of `a`."""
 
+    def __init__(self, late: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.o, self.more = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 3), nn.Linear(16, 3)
+        self.late = late
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        y = self.o(self.b(h).relu())
+        return y + self.more(h) if self.training and not self.late else y
+
+
+def test_a_network_that_cannot_run_while_it_trains_is_found():
+    x = torch.randn(2, 8)
+    model, small, plan = halved(Auxiliary(late=True), x)
+    model.late = small.late = False
+    with pytest.raises(ModelError, match=r"does not run in training mode.*`ignore`"):
+        check_parity(model, small, plan, x)
+
+
+def test_channels_that_a_head_reads_in_training_alone_stay_whole_and_the_others_go():
+    x = torch.randn(2, 8)
+    model, small, plan = halved(Auxiliary(), x)
+    assert [(layer.name, layer.after) for layer in plan.layers] == [("b", 6)]
+    assert "does not run in training mode" in plan.whole["a"]
+    assert check_parity(model, small, plan, x) <= 1e-5
+
+
+def test_channels_whose_number_scales_the_values_stay_whole_and_the_others_go():
+    class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.o, self.more = nn.Linear(8, 16), nn.Linear(16, 3), nn.Linear(16, 3)
+            self.a, self.b, self.o = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             h = self.a(x).relu()
-            return self.o(h) + self.more(h) if self.training else self.o(h)
+            return self.o(self.b(h * (h.shape[1] // 4) ** -0.5).relu())
 
+    torch.manual_seed(0)
     x = torch.randn(2, 8)
-    with pytest.raises(ModelError, match=r"does not run in training mode.*`ignore`"):
-        check_parity(*halved(Auxiliary(), x), x)
-    cured = trace(Auxiliary(), x, ignore=["a"])  # as the error says; there is nothing else to cut
-    assert not cured.layers
+    model, small, plan = halved(Scaled(), x)
+    assert [layer.name for layer in plan.layers] == ["b"]
+    assert "differs from the masked one" in plan.whole["a"]
+    assert check_parity(model, small, plan, x) <= 1e-5
 
 
 class Chance(nn.Module):
