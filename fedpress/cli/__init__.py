@@ -87,7 +87,7 @@ def run(
             from fedpress import run as runs
             from fedpress.folder import RunFolder
             from fedpress.report.html import write_report
-            from fedpress.report.table import rich_table
+            from fedpress.report.table import rich_table, runtimes_told
 
             words = [*([recipe] if recipe is not None else []), *(overrides or [])]
             found, words = run_to_resume(words) if resume and out is None else (out, words)
@@ -125,6 +125,8 @@ def run(
         raise typer.Exit(130) from None
     result = json.loads((place / "result.json").read_text("utf-8"))
     out_stream.print(rich_table(result))
+    if several := runtimes_told(result):
+        out_stream.print(several, style="dim", markup=False)
     out_stream.print(f"report: {report_file}", markup=False, soft_wrap=True)
     if as_json:
         typer.echo(json.dumps(result))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedpress.report import units
@@ -25,13 +25,12 @@ class Tile:
 def tiles(stages: list[Json]) -> list[Tile]:
     """Returns the tiles of a run; what no stage has measured is left out."""
     stages = [stage for stage in stages if stage.get("kind") != "measure"] or stages  # it changes nothing
-    latency = _cost("latency", stages, "latency_ms", units.milliseconds)
     found = [
         _accuracy(_known(stages, "accuracy")),
         _cost("parameters", stages, "parameters", units.count),
         _stays_float(stages),
         _cost("file size", stages, "file_bytes", _bytes),
-        latency and Tile(latency.value, latency.name, latency.note and latency.note + _runtime(stages)),
+        _latency(stages),
         _privacy([stage for stage in stages if stage.get("kind") == "federate"]),
         _traffic(_known(stages, "bytes_up"), _known(stages, "bytes_down")),
     ]
@@ -88,10 +87,19 @@ def _cost(name: str, stages: list[Json], key: str, form: Callable[[Any], str]) -
     return Tile(form(last), name, note)
 
 
-def _runtime(stages: list[Json]) -> str:
-    """Names the runtime of the first latency if the last one was measured in another: they are not quite comparable."""
-    runtimes = [str(stage["runtime"]) for stage in stages if stage.get("runtime")]
-    return f" in {runtimes[0]}" if runtimes and runtimes[0] != runtimes[-1] else ""
+def _latency(stages: list[Json]) -> Tile | None:
+    """Gives the last latency, as a share of the first one in the same runtime: no other can be compared with it."""
+    measured = [stage for stage in stages if units.number(stage.get("latency_ms")) is not None]
+    if not measured:
+        return None
+    first, runtime = measured[0], measured[-1].get("runtime")
+    tile = _cost("latency", [s for s in measured if s.get("runtime") == runtime], "latency_ms", units.milliseconds)
+    assert tile is not None
+    if first.get("runtime") == runtime:
+        return tile
+    share = f" ({tile.note})" if tile.note else ""
+    before = f"{units.milliseconds(first.get('latency_ms'))} in {first.get('runtime') or 'an unknown runtime'}"
+    return replace(tile, note=f"in {runtime or 'an unknown runtime'}{share}; the first stage: {before}")
 
 
 def _privacy(federated: list[Json]) -> Tile | None:

@@ -28,6 +28,7 @@ from fedpress.report.table import (
     left_table,
     progress_table,
     runtime_table,
+    runtimes_told,
     stage_table,
 )
 
@@ -120,6 +121,7 @@ def render(run: Run) -> str:
             + ([f"data: {run.result['left_out']}."] if run.result.get("left_out") else []),
             failed=failed if failed.rows else None,
             table=stage_table(run.result, before=run.before) if stages else None,
+            runtimes=runtimes_told(run.result, before=run.before),
             left=left if left.rows else None,
             files=files if files.rows else None,
             progress=None if run.finished else progress_table(run.records),

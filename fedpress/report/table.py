@@ -34,6 +34,23 @@ def stage_table(result: Json, *, before: Json | None = None) -> Table:
     )
 
 
+def runtimes_told(result: Json, *, before: Json | None = None) -> str:
+    """Returns which stage's latency is of which runtime, if there are several; else nothing.
+
+    >>> stage = {"name": "dense", "latency_ms": 2.0, "runtime": "torch"}
+    >>> runtimes_told({"stages": [stage, {"name": "export", "latency_ms": 1.0, "runtime": "onnxruntime"}]})
+    'Latencies compare within one runtime only: dense in torch; export in onnxruntime.'
+    """
+    names: dict[str, list[str]] = {}
+    for stage in [*([before] if before else []), *stages_of(result)]:
+        if units.number(stage.get("latency_ms")) is not None:
+            names.setdefault(str(stage.get("runtime") or "an unknown runtime"), []).append(_name(stage))
+    if len(names) < 2:
+        return ""
+    groups = "; ".join(f"{', '.join(stages)} in {runtime}" for runtime, stages in names.items())
+    return f"Latencies compare within one runtime only: {groups}."
+
+
 def progress_table(records: list[Json]) -> Table:
     """Returns a row per stage that has left records: how far it came; for a run that has no result yet."""
     rows = []
@@ -148,9 +165,9 @@ def comparison_table(before: Json, after: Json) -> Table:
         change = ""
         if key == "accuracy":
             change = f"{units.points(new, old)} points" if old is not None and new is not None else ""
-        elif old and new is not None:
-            change = f"{units.percent(new / old, 1)}"
         other = key == "latency_ms" and before.get("runtime") != after.get("runtime")
+        if old and new is not None and key != "accuracy" and not other:  # only one runtime's latencies compare
+            change = f"{units.percent(new / old, 1)}"
         runtime = f" ({before.get('runtime')} → {after.get('runtime')})" if other else ""
         rows.append([title + runtime, form(old), form(new), change])
     return Table(header=["", "Before", "After", ""], rows=rows)

@@ -11,10 +11,22 @@ def test_the_last_numbers_stand_beside_those_of_the_first_stage():
         "test accuracy": ("93.12%", "-0.73 points against the first stage"),
         "parameters": ("3.35 M", "30.0% of 11.2 M"),
         "file size": ("13.5 MB", "30.2% of 44.8 MB"),
-        "latency": ("2.1 ms", "15.9% of 13.2 ms in torch"),
+        "latency": ("2.1 ms", "in onnxruntime; the first stage: 13.2 ms in torch"),
         "privacy spent, ε": ("7.90", "at δ = 1e-5, per sample"),
         "bytes sent": ("5.36 GB", "2.68 GB up, 2.68 GB down"),
     }
+
+
+def test_a_latency_is_a_share_of_one_in_the_same_runtime_alone():
+    def note(*measured):
+        stages = [{"latency_ms": ms, "runtime": runtime} for ms, runtime in measured]
+        return next(tile.note for tile in tiles(stages) if tile.name == "latency")
+
+    assert note((8.0, "torch"), (4.0, "torch")) == "50.0% of 8.0 ms"
+    assert "%" not in note((8.0, "torch"), (4.0, "torch"), (1.0, "onnxruntime"))
+    assert "%" not in note((8.0, "torch"), (4.0, "torch, simulated"))
+    mixed = note((8.0, "torch"), (4.0, "onnxruntime"), (6.0, "torch"), (1.0, "onnxruntime"))
+    assert mixed == "in onnxruntime (25.0% of 4.0 ms); the first stage: 8.0 ms in torch"
 
 
 def test_one_open_stage_makes_the_privacy_of_the_run_none():
