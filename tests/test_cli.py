@@ -289,6 +289,16 @@ def test_privacy_questions_are_answered_in_words_and_json(fedpress):
     assert re.fullmatch(r"noise multiplier [\d.]+\n", fedpress("privacy", "noise", "--epsilon", 8, *mechanism).out)
 
 
+def test_printed_noise_keeps_the_budget_and_no_printed_epsilon_is_too_small(fedpress):
+    for budget, prob in ((8, 0.5), (2, 0.5), (1, 0.01)):
+        mechanism = ["--sampling-prob", prob, "--steps", 50, "--delta", 1e-3]
+        noise = fedpress("privacy", "noise", "--epsilon", budget, *mechanism).out.split()[-1]
+        spent = ["privacy", "epsilon", "--noise-multiplier", noise, *mechanism]
+        exact = json.loads(fedpress(*spent, "--json").out)["epsilon"]
+        assert exact <= budget
+        assert exact <= float(fedpress(*spent).out.split()[1]) < 1.002 * exact
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -324,7 +334,7 @@ def test_phases_in_a_file_and_a_ledger_are_composed(fedpress, tmp_path):
     phase = {"sampling_prob": 1, "noise_multiplier": 5, "steps": 50}
     file = tmp_path / "phases.json"
     file.write_text(json.dumps([phase]))
-    assert fedpress("privacy", "compose", file, "--delta", 1e-3).out == "epsilon 4.845 at delta 0.001\n"
+    assert fedpress("privacy", "compose", file, "--delta", 1e-3).out == "epsilon 4.846 at delta 0.001\n"
     charge = {"who": "population", "what": "federate", **phase}
     file.write_text(json.dumps({"version": 1, "unit": "client", "charges": [charge]}))
     said = fedpress("privacy", "compose", file, "--delta", 1e-3, "--json")

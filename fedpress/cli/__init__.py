@@ -233,13 +233,14 @@ def noise(
 ) -> None:
     """The smallest noise multiplier that keeps so many steps within epsilon."""
     from fedpress.privacy import accounting
+    from fedpress.report import units
 
     needed = accounting.noise_multiplier(epsilon=epsilon, delta=delta, sampling_prob=sampling_prob, steps=steps)
     spent = accounting.spent([accounting.Phase(sampling_prob, needed, steps)], delta=delta)
     if as_json:
         typer.echo(json.dumps({"noise_multiplier": needed} | _bound(spent)))
         return
-    typer.echo(f"noise multiplier {needed:.4g}")
+    typer.echo(f"noise multiplier {units.upward(needed)}")
     if spent.upper_bound:
         typer.echo("This follows from an upper bound on epsilon: somewhat less noise may do as well.")
 
@@ -254,8 +255,10 @@ def _tell_spent(spent: Spent, delta: float, as_json: bool) -> None:
         finite = spent.epsilon if math.isfinite(spent.epsilon) else None  # JSON knows no infinity
         typer.echo(json.dumps({"epsilon": finite} | _bound(spent)))
         return
+    from fedpress.report import units
+
     note = f" ({spent.note})" if spent.note else ""
-    typer.echo(f"epsilon {spent.epsilon:.4g} at delta {delta:g}{note}")
+    typer.echo(f"epsilon {units.upward(spent.epsilon)} at delta {delta:g}{note}")
 
 
 @privacy_app.command()
@@ -292,6 +295,7 @@ def skellam(
 ) -> None:
     """Distributed noise under secure sums: bits, grid, epsilon, and what each bit costs."""
     from fedpress.privacy import distributed
+    from fedpress.report import units
 
     plan = distributed.plan(
         size=size,
@@ -311,10 +315,10 @@ def skellam(
         table = [{"bits": bits, "epsilon": spent} for bits, spent in rows]
         typer.echo(json.dumps(told | {"epsilon": plan.epsilon, "table": table}))
         return
-    typer.echo(f"{plan.bits} bits, scale {plan.scale:.4g}, noise multiplier {plan.noise_multiplier:.4g}")
-    typer.echo(f"epsilon {plan.epsilon:.4g} at delta {delta:g}\n\nbits  epsilon with this noise")
+    typer.echo(f"{plan.bits} bits, scale {plan.scale:.4g}, noise multiplier {units.upward(plan.noise_multiplier)}")
+    typer.echo(f"epsilon {units.upward(plan.epsilon)} at delta {delta:g}\n\nbits  epsilon with this noise")
     for width, spent in rows:
-        typer.echo(f"{width:4}  {'does not fit' if spent is None else f'{spent:.4g}'}")
+        typer.echo(f"{width:4}  {'does not fit' if spent is None else units.upward(spent)}")
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -49,7 +49,7 @@ MANY_PHASES = 16
 FEW_POINTS = 1 << 17
 """Points of `losses` while a noise is searched for: a tenth of a second for each question."""
 
-UPPER_BOUND = "an upper bound: the truth may be more than 1% smaller"
+UPPER_BOUND = "an upper bound: the exact epsilon may be more than 1% smaller"
 
 __all__ = ["AnyPhase", "Phase", "SkellamPhase", "Spent", "check_delta", "epsilon", "merge", "noise_multiplier", "spent"]
 
@@ -152,13 +152,15 @@ def _spent(phases: tuple[AnyPhase, ...], delta: float, points: int = losses.POIN
         return Spent(_mixture(gaussian, skellam, delta), upper_bound=True)
     if all(p.sampling_prob == 1 for p in gaussian):
         return Spent(_gaussian_epsilon(_mu(gaussian), delta))
+    # Sampling never adds. Where nearly everybody takes part, a grid may say a little more than the closed form.
+    everybody = _gaussian_epsilon(_mu(tuple(replace(p, sampling_prob=1.0) for p in gaussian)), delta)
     parts = _parts(gaussian)
-    if _quick(parts, delta):
-        return Spent(float(_losses(parts)[0].get_epsilon_for_delta(delta)))
+    if table := _losses(parts, delta):
+        return Spent(min(everybody, float(table[0].get_epsilon_for_delta(delta))))
     bound = losses.epsilon(parts, delta=delta, points=points)
     if bound.fine:
-        return Spent(bound.epsilon)
-    return Spent(min(bound.epsilon, renyi.epsilon(gaussian, delta=delta)), upper_bound=True)
+        return Spent(min(everybody, bound.epsilon))
+    return Spent(min(everybody, bound.epsilon, renyi.epsilon(gaussian, delta=delta)), upper_bound=True)
 
 
 def _parts(phases: tuple[Phase, ...]) -> list[Phase]:
@@ -190,15 +192,20 @@ def _mu(phases: tuple[Phase, ...]) -> float:
     return math.sqrt(sum(p.steps / p.noise_multiplier**2 for p in phases if p.sampling_prob == 1))
 
 
-def _losses(parts: list[Phase]) -> tuple[PrivacyLossDistribution, float]:
-    """Returns the privacy losses of all `parts` together, and their grid."""
+def _losses(parts: list[Phase], delta: float) -> tuple[PrivacyLossDistribution, float] | None:
+    """Returns the privacy losses of all `parts` together, and their grid; None where dp-accounting is no help."""
+    if not _quick(parts, delta):
+        return None
     grid = _grid(parts)
     total = None
     for p in parts:
-        part = _step_losses(p.sampling_prob, p.noise_multiplier, grid).self_compose(p.steps)
+        try:
+            step = _step_losses(p.sampling_prob, p.noise_multiplier, grid)
+        except ValueError:  # its differences of logarithms do not stand a sampling probability next to 1
+            return None
+        part = step.self_compose(p.steps)
         total = part if total is None else total.compose(part, tail_mass_truncation=1e-15)
-    assert total is not None
-    return total, grid
+    return None if total is None else (total, grid)
 
 
 def _mixture(gaussian: tuple[Phase, ...], skellam: tuple[SkellamPhase, ...], delta: float) -> float:
@@ -227,10 +234,11 @@ def _split(gaussian: tuple[Phase, ...], skellam: tuple[SkellamPhase, ...], delta
     from dp_accounting.pld import common, privacy_loss_distribution
 
     parts = _parts(gaussian)
-    if not _quick(parts, delta):
+    table = _losses(parts, delta)
+    if table is None:
         promises = [(renyi.epsilon(skellam, delta=share * delta), share * delta) for share in SPLITS]
         return min(losses.epsilon(parts, delta=delta, promise=p, points=FEW_POINTS).epsilon for p in promises)
-    of_gaussian, grid = _losses(parts)
+    of_gaussian, grid = table
     found = math.inf
     for share in SPLITS:
         promise = renyi.epsilon(skellam, delta=share * delta)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 DASH = "–"
@@ -103,6 +104,19 @@ def epsilon(value: Any) -> str:
     """
     x = number(value)
     return DASH if x is None else f"{math.ceil(x * 100 - 1e-6) / 100:.2f}"
+
+
+def upward(value: float, digits: int = 4) -> str:
+    """Returns a number rounded up to so many digits: less noise, or a smaller epsilon, would promise too much.
+
+    >>> upward(3.39432), upward(8.0), upward(1.23e-7, 2), upward(123456.0), upward(math.inf)
+    ('3.395', '8', '1.3e-07', '1.235e+05', 'inf')
+    """
+    if not math.isfinite(value):
+        return f"{value}"
+    exact = Decimal(value)
+    up = exact.quantize(Decimal((0, (1,), exact.adjusted() - digits + 1)), ROUND_CEILING) if value else exact
+    return f"{float(up):.{digits}g}"
 
 
 def small(value: Any) -> str:

@@ -130,6 +130,14 @@ def test_fewer_points_never_answer_less():
         assert few.epsilon >= many.epsilon * (1 - 1e-6)
 
 
+@pytest.mark.parametrize(("noise", "steps"), [(0.3, 1), (27.0, 1), (1e4, 10**7), (0.85, 10**7)])
+@pytest.mark.parametrize("missing", [1e-12, 1e-6])
+def test_sampling_never_adds_where_nearly_everybody_takes_part(noise, steps, missing):
+    for delta in (1e-12, 1e-5, 0.1):
+        sampled = epsilon([Phase(1 - missing, noise, steps)], delta=delta)
+        assert sampled <= epsilon([Phase(1.0, noise, steps)], delta=delta)
+
+
 def test_a_coarse_answer_is_said_to_be_an_upper_bound():
     hard = spent([Phase(1e-9, 0.3, 1)], delta=1e-12)
     assert hard.upper_bound
