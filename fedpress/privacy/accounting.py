@@ -21,6 +21,7 @@ from fedpress.privacy.phases import (
     AnyPhase,
     Phase,
     SkellamPhase,
+    at_most,
     check_delta,
     check_sampling_prob,
     gaussians,
@@ -45,6 +46,12 @@ LONGEST_TABLE = 100_000
 
 MANY_PHASES = 16
 """dp-accounting composes more than these one by one, which takes long."""
+
+MOST_PHASES = 100
+"""Of more, neighbours are joined: each takes time, also where its grid is as coarse as can be."""
+
+MOST_BY_RENYI = 300
+"""The same where Renyi accounting answers, which takes some milliseconds for each."""
 
 FEW_POINTS = 1 << 17
 """Points of `losses` while a noise is searched for: a tenth of a second for each question."""
@@ -149,9 +156,13 @@ def _spent(phases: tuple[AnyPhase, ...], delta: float, points: int = losses.POIN
         return Spent(math.inf)
     gaussian = tuple(p for p in gaussian if p.noise_multiplier < math.inf)
     if skellam:
+        gaussian = at_most(gaussian, MOST_PHASES)
         return Spent(_mixture(gaussian, skellam, delta), upper_bound=True)
     if all(p.sampling_prob == 1 for p in gaussian):
         return Spent(_gaussian_epsilon(_mu(gaussian), delta))
+    if len(gaussian) > MOST_PHASES:
+        joined = _spent(at_most(gaussian, MOST_PHASES), delta, points).epsilon
+        return Spent(min(joined, renyi.epsilon(at_most(gaussian, MOST_BY_RENYI), delta=delta)), upper_bound=True)
     # Sampling never adds. Where nearly everybody takes part, a grid may say a little more than the closed form.
     everybody = _gaussian_epsilon(_mu(tuple(replace(p, sampling_prob=1.0) for p in gaussian)), delta)
     parts = _parts(gaussian)

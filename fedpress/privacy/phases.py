@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 from fedpress.errors import RecipeError
@@ -106,11 +106,42 @@ def skellams(phases: Iterable[AnyPhase]) -> tuple[SkellamPhase, ...]:
 def _merged(phases: tuple[P, ...]) -> list[P]:
     found: dict[tuple[float, ...], P] = {}
     for phase in phases:
-        kind = tuple(float(x) for x in astuple(replace(phase, steps=0)))
+        kind = tuple(float(getattr(phase, field.name)) for field in fields(phase) if field.name != "steps")
         earlier = found.get(kind)
         steps = int(phase.steps) + (earlier.steps if earlier is not None else 0)
         found[kind] = replace(phase, steps=steps)
     return sorted(p for p in found.values() if p.steps)
+
+
+def at_most(phases: tuple[Phase, ...], most: int) -> tuple[Phase, ...]:
+    """Returns at most `most` merged phases that together spend at least as much as `phases`.
+
+    Neighbours are joined: each sampling probability is rounded up and each noise down, by a factor that grows until few
+    are left.
+
+    >>> (one,) = at_most((Phase(0.1, 1.0, 2), Phase(0.1001, 1.0, 3)), 1)
+    >>> round(one.sampling_prob, 3), one.noise_multiplier, one.steps
+    (0.103, 1.0, 5)
+    """
+    steps = {(p.sampling_prob, p.noise_multiplier): p.steps for p in phases}
+    if len(steps) <= most:
+        return phases
+    step = 0.01  # of the decimal logarithm: 2.3%
+    while len(steps) > most:
+        joined: dict[tuple[float, float], int] = {}
+        for kind, times in steps.items():
+            rounded = _spending_more(*kind, step)
+            joined[rounded] = joined.get(rounded, 0) + times
+        step *= 2 if len(joined) > 4 * most else 1.3
+        steps = joined
+    return tuple(sorted(Phase(prob, noise, times) for (prob, noise), times in steps.items()))
+
+
+def _spending_more(prob: float, noise: float, step: float) -> tuple[float, float]:
+    up = math.ceil(math.log10(prob) / step) * step
+    down = math.floor(math.log10(noise) / step) * step
+    # What rounding of the logarithms loses must not make a phase spend less.
+    return min(1.0, max(prob, 10**up)), min(noise, 10**down)
 
 
 def check_delta(delta: float) -> None:

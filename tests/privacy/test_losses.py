@@ -1,5 +1,6 @@
 import json
 import math
+import random
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from fedpress.privacy import accounting, losses, renyi
 from fedpress.privacy.accounting import Phase, SkellamPhase, epsilon, noise_multiplier, spent
 from fedpress.privacy.ledger import Charge, Ledger
+from fedpress.privacy.phases import at_most, merge
 
 HARD = [
     (1e-9, 0.3, 10**7, 1e-12),
@@ -147,6 +149,24 @@ def test_a_coarse_answer_is_said_to_be_an_upper_bound():
     assert spent([SkellamPhase(10.0, 100.0, 4e4, 5)], delta=1e-5).upper_bound  # Renyi alone knows Skellam noise
     book = Ledger("client").add(Charge("a", "x", 1e-9, 0.3, 1), Charge("b", "x", 1.0, 1e9, 1))
     assert book.spent(delta=1e-12) == hard
+
+
+def test_many_different_phases_are_joined_to_few_that_spend_no_less():
+    chance = random.Random(0)
+    many = merge([Phase(10 ** chance.uniform(-3, -2), chance.uniform(0.8, 1.2), 5) for _ in range(2000)])
+    few = at_most(many, 60)
+    assert len(few) <= 60
+    assert sum(phase.steps for phase in few) == sum(phase.steps for phase in many)
+    for phase in many:
+        assert any(one.sampling_prob >= phase.sampling_prob and one.noise_multiplier <= phase.noise_multiplier
+                   for one in few)  # fmt: skip
+    assert at_most(many[:60], 60) == many[:60]
+    together = spent(many, delta=1e-5)
+    assert together.upper_bound
+    worst = Phase(max(p.sampling_prob for p in many), min(p.noise_multiplier for p in many), 10_000)
+    best = Phase(min(p.sampling_prob for p in many), max(p.noise_multiplier for p in many), 10_000)
+    assert epsilon([best], delta=1e-5) < together.epsilon < epsilon([worst], delta=1e-5)
+    assert together.epsilon >= spent(many[:60], delta=1e-5).epsilon
 
 
 @pytest.mark.parametrize(("q", "steps", "delta", "budget"), [(1e-6, 10**5, 1e-9, 1.0), (0.02, 10**7, 1e-12, 8.0)])
