@@ -15,6 +15,7 @@ from fedpress.arrays import Arrays, Preprocess
 from fedpress.data import FederatedData
 from fedpress.errors import DataError, FedpressError, ModelError, RunError
 from fedpress.models import layer_list, memory
+from fedpress.stages.measure import measured
 
 X = torch.rand(100, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(100) % 10
@@ -370,6 +371,44 @@ def test_modules_in_memory_teach_and_are_measured():
     assert [row["name"] for row in found["records"]] == ["Sequential", "Sequential (2)"]
     one = commands.measure(model, input_shape=(1, 8, 8), formats=[], seconds=0.01, batches=[1], threads=[1])
     assert one["records"][0]["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_token_ids_and_several_inputs_are_measured(own, tmp_path):
+    """In memory, saved, exported, and by the stage."""
+    quick: dict = {"seconds": 0.01, "batches": (1, 3), "threads": (1,), "formats": ["onnx"]}
+    ids = torch.randint(30, (40, 6), generator=torch.Generator().manual_seed(0))
+    commands.export(own.Tokens(), data=(ids, ids[:, 0] % 2), out=tmp_path / "ids")
+    kept = [tmp_path / "ids/stages/0-export", tmp_path / "ids/artifacts/model.onnx"]
+    for models in (own.Tokens(), kept):
+        found = commands.measure(models, input_shape=(6,), allow_code=f"{own.__name__}:Tokens", **quick)
+        assert {record["macs"] for record in found["records"]} == {24 * 32 + 32 * 2}
+        assert all(len(record["timings"]) == 2 for record in found["records"])
+    found = commands.measure(Several(), input_shape=[(1, 8, 8), (5,)], **quick)
+    assert [record["runtime"] for record in found["records"]][:2] == ["torch", "onnxruntime"]
+    assert len(measured(own.Tokens(), ids, batches=(1,), threads=(1,), seconds=0.01)["runtimes"]) >= 2
+
+
+@pytest.mark.parametrize(
+    ("models", "settings", "message"),
+    [
+        (5, {}, "^model: got int, expected a torch.nn.Module"),
+        ([nn.Linear], {}, "^model: got type, expected a torch.nn.Module"),
+        (nn.Linear(8, 3), {"checkpoint": "w.pt"}, "^checkpoint=: a module has weights of its own"),
+        (nn.Linear(8, 3), {"input_shape": (9,)}, r"^input_shape=: the model does not take examples of shape \[9\]"),
+        (nn.Linear(8, 3), {"input_shape": 8}, r"^input_shape=: got 8, expected .* such as input_shape=\(3, 32, 32\)"),
+        (nn.Linear(8, 3), {"input_shape": [(8,), (8,)]}, "^input_shape=: Linear does not take inputs of .* and .*"),
+        (nn.Linear(8, 3).half(), {}, "^model: it holds torch.float16"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(models, settings, message):
+    with pytest.raises(ModelError, match=message):
+        commands.measure(models, seconds=0.01, **{"input_shape": (8,), **settings})
+
+
+@pytest.mark.parametrize("shape", [8, "8", (0,), (8.0,), (), {"x": 8}])
+def test_what_is_no_shape_is_refused(shape):
+    with pytest.raises(ModelError, match=r"^input_shape=: got .*, expected .* such as input_shape=\(3, 32, 32\)"):
+        commands.quantize(nn.Linear(8, 3), input_shape=shape)
 
 
 def test_errors_name_arguments_in_python():

@@ -77,6 +77,7 @@ def call(
     if (shapes := several.several_shapes(input_shape)) is not None:
         several.check(kind, model, data, out)
         return _of_several(kind, model, shapes, settings)  # type: ignore[arg-type]
+    shape = several.one_shape(input_shape)
     with ExitStack() as stack:
         stack.enter_context(naming_arguments())
         stack.enter_context(consent.allowing(allow_code))
@@ -101,7 +102,7 @@ def call(
             as_words(settings),
             source=data if isinstance(data, str) else None,
             path=Path(path) if path is not None else None,
-            input_shape=tuple(input_shape) if input_shape is not None else None,
+            input_shape=shape,
             held=held,
             preprocess=given,
         )

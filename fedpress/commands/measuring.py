@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedpress import consent, deploy, storage
 from fedpress.arrays import Preprocess
-from fedpress.commands.subject import Subject, holding
+from fedpress.commands.several import Shapes, one_shape, several_shapes
+from fedpress.commands.subject import Subject, holding, outputs_of
 from fedpress.commands.wording import naming_arguments
 from fedpress.compress import cost
 from fedpress.deploy import FORMATS, Job
+from fedpress.deploy.examples import Example, Given, example_of, is_shape, take
 from fedpress.errors import ExportError, ModelError
 from fedpress.models import ModelSpec
 from fedpress.models.weights import load_weights_
@@ -31,7 +33,7 @@ def measure(
     batches: Sequence[int] = (1, 64),
     threads: Sequence[int] = (1, 2),
     seconds: float = 1.0,
-    input_shape: tuple[int, ...] | None = None,
+    input_shape: Sequence[Any] | None = None,
     checkpoint: Path | None = None,
     allow_code: Collection[str] | str = (),
 ) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def measure(
         batches: batch sizes.
         threads: numbers of threads.
         seconds: for each model, runtime, batch size and number of threads.
-        input_shape: of one example, for functions.
+        input_shape: of one example, for functions and modules; a list of shapes for modules of several inputs.
         checkpoint: a state dict for a function.
         allow_code: names `module:function` that the files of models may have called; see `fedpress.storage.load`.
 
@@ -56,10 +58,17 @@ def measure(
 
     Raises:
         ExportError: if a format is unknown, its packages are missing, or a model cannot be exported or run.
-        ModelError: if there is no model, or models take inputs of different shapes.
+        ModelError: if there is no model, one does not take inputs of its shape, or they take different ones.
     """
-    if isinstance(models, str | Path | nn.Module):
-        models = [models]
+    if not isinstance(models, list | tuple | None):
+        models = [models]  # type: ignore[list-item]
+    for one in models or ():
+        if not isinstance(one, str | Path | nn.Module):
+            raise ModelError(f"model: got {type(one).__name__}, expected a torch.nn.Module, a path or module:function")
+    if checkpoint is not None and any(isinstance(one, nn.Module) for one in models or ()):
+        raise ModelError("checkpoint=: a module has weights of its own; load them into it, and leave it out")
+    several = several_shapes(input_shape)
+    shape_given = one_shape(input_shape) if several is None else None
     if not models:
         raise ModelError("measure: no model was given; give folders, packed or exported files, or module:function")
     if not seconds > 0 or not batches or not threads or min(*batches, *threads) < 1:
@@ -69,11 +78,12 @@ def measure(
     left_out: dict[str, str] = {}
     subjects: dict[str, nn.Module | Path] = {}
     counts: dict[str, tuple[int | None, int, int]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    takes: dict[str, Given] = {}
     sizes: dict[str, int] = {}
     with ExitStack() as stack:
         stack.enter_context(naming_arguments())
         stack.enter_context(consent.allowing(allow_code))
+        stack.enter_context(torch.random.fork_rng(devices=[]))  # the caller's random numbers stay theirs
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for number, given in enumerate(models):
             title = type(given).__name__ if isinstance(given, nn.Module) else str(given)
@@ -84,39 +94,46 @@ def measure(
                 and Path(given).is_file()
             ):
                 near = _model_beside(Path(given))
-                shape = input_shape or (near[0].input_shape if near else None)
-                subjects[name], counts[name] = Path(given), _counts(near[1], shape) if near and shape else (None, 0, 0)
-                shapes[name] = _known(name, shape)
+                takes[name] = _several_inputs(several) or _given(near[0] if near else None, name, shape_given)
+                subjects[name], counts[name] = Path(given), _counts(near[1], takes[name]) if near else (None, 0, 0)
                 continue
             if isinstance(given, nn.Module):
                 table = stack.enter_context(holding(given))
-                spec = ModelSpec(**table, input_shape=_known(name, input_shape))
+                spec = ModelSpec(**table, input_shape=several[0] if several else _known(name, shape_given))
                 spec, model = spec.take_in()
+            elif several:
+                raise ModelError(
+                    "input_shape=: several inputs are for modules in memory; build the model and give that"
+                )
             else:
-                spec, model = _load(given, input_shape, checkpoint)
+                spec, model = _load(given, shape_given, checkpoint)
             model.eval()
-            subjects[name], counts[name] = model, _counts(model, spec.input_shape)
+            if several is None and not spec.class_names and outputs_of(model, spec.input_shape).tokens:
+                spec = spec.model_copy(update={"input_dtype": "int64"})
+            takes[name] = _several_inputs(several) or _given(spec, name, None)
+            subjects[name], counts[name] = model, _counts(model, takes[name])
             packed = None if isinstance(given, nn.Module) else Path(given)
             if packed is not None and packed.is_file():
                 sizes[name] = packed.stat().st_size
             else:
                 sizes[name] = storage.file_bytes(spec, model)
-            shapes[name] = spec.input_shape
             place = folder / str(number)
             place.mkdir()
-            job = Job(spec.input_shape, Preprocess(spec.mean, spec.std))
-            noise = [torch.randn(32, *spec.input_shape, generator=generator(0, "measure"))] if int8 else []
+            how = {"preprocess": Preprocess(spec.mean, spec.std)}
+            job = Job(takes[name], **how) if is_shape(takes[name]) else Job(example=example_of(takes[name]), **how)
+            noise = [_noise(takes[name])] if int8 else []
             files, left = deploy.export_all(model, job, place, formats=formats, calibration=noise)
             left_out |= {f"{name} as {label}": why for label, why in left.items()}
             for label, path in files.items():
                 other = f"{name} as {label}"
-                subjects[other], counts[other], shapes[other] = path, counts[name], spec.input_shape
-        if len(set(shapes.values())) > 1:
-            (a, first), (b, second) = next((p, q) for p in shapes.items() for q in shapes.items() if p[1] != q[1])
-            raise ModelError(f"measure: '{a}' takes {list(first)} and '{b}' takes {list(second)}; measure them apart")
+                subjects[other], counts[other], takes[other] = path, counts[name], takes[name]
+        told = {name: _told(what) for name, what in takes.items()}
+        if len(set(told.values())) > 1:
+            (a, first), (b, second) = next((p, q) for p in told.items() for q in told.items() if p[1] != q[1])
+            raise ModelError(f"measure: '{a}' takes {first} and '{b}' takes {second}; measure them apart")
         records = deploy.measure(
             subjects,
-            next(iter(shapes.values())),
+            next(iter(takes.values())),
             macs={name: macs for name, (_, macs, _) in counts.items()},
             activations={name: numbers for name, (_, _, numbers) in counts.items()},
             int8={name for name, subject in subjects.items() if isinstance(subject, Path) and _on_integers(subject)},
@@ -125,8 +142,8 @@ def measure(
             threads=threads,
             seconds=seconds,
         )
-    told = [record | {"parameters": counts[record["name"]][0]} for record in records]
-    return {"records": told, "left_out": left_out}
+    lines = [record | {"parameters": counts[record["name"]][0]} for record in records]
+    return {"records": lines, "left_out": left_out}
 
 
 def _load(given: str | Path, shape: tuple[int, ...] | None, weights: Path | None) -> tuple[ModelSpec, nn.Module]:
@@ -148,6 +165,32 @@ def _known(name: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
     return shape
 
 
+def _several_inputs(shapes: Shapes | None) -> Example | None:
+    """Returns a batch of noise for a module of several inputs; None for one input."""
+    chance = generator(0, "measure")
+    return tuple(torch.randn(32, *shape, generator=chance) for shape in shapes) if shapes else None
+
+
+def _given(spec: ModelSpec | None, name: str, shape: tuple[int, ...] | None) -> Given:
+    """Returns what a model takes: the shape of one example, or token ids."""
+    if spec is None:
+        return _known(name, shape)
+    return spec.example(2) if spec.input_dtype == "int64" else shape or spec.input_shape
+
+
+def _noise(given: Given) -> Example:
+    if is_shape(given):
+        return torch.randn(32, *given, generator=generator(0, "measure"))
+    return example_of(given)
+
+
+def _told(given: Given) -> str:
+    if is_shape(given):
+        return str(list(given))
+    parts = [given] if isinstance(given, Tensor) else list(example_of(given))
+    return " and ".join(f"{list(part.shape[1:])}{' token ids' if part.dtype == torch.int64 else ''}" for part in parts)
+
+
 def _model_beside(file: Path) -> tuple[ModelSpec, nn.Module] | None:
     """Returns the model of the run in whose artifacts/ an exported file lies."""
     run = file.resolve().parent.parent
@@ -158,7 +201,13 @@ def _on_integers(file: Path) -> bool:
     return b"QuantizeLinear" in file.read_bytes().replace(b"DequantizeLinear", b"")
 
 
-def _counts(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int, int]:
+def _counts(model: nn.Module, given: Given) -> tuple[int, int, int]:
     """Returns parameters, multiply-adds of one example, and the numbers that its layers give."""
-    example = torch.zeros(1, *shape)
-    return cost.parameters(model), cost.macs(model, example), cost.activations(model, example)
+    example = take(example_of(given), 1)
+    try:
+        return cost.parameters(model), cost.macs(model, example), cost.activations(model, example)
+    except Exception as error:  # whatever somebody's own network raises
+        raise ModelError(
+            f"input_shape=: {type(model).__name__} does not take inputs of {_told(given)} ({type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0]}); give the shape of one example, or a list of shapes"
+        ) from error

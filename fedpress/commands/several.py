@@ -38,6 +38,25 @@ def several_shapes(input_shape: Any) -> Shapes | None:
     return shapes
 
 
+def one_shape(input_shape: Any) -> tuple[int, ...] | None:
+    """Checks the shape of one example; None stays None.
+
+    Raises:
+        ModelError: if it is something else than whole numbers above 0.
+
+    >>> one_shape([3, 8, 8])
+    (3, 8, 8)
+    """
+    if input_shape is None:
+        return None
+    sizes = tuple(input_shape) if isinstance(input_shape, tuple | list) else ()
+    if not sizes or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
+        raise ModelError(
+            f"input_shape=: got {input_shape!r}, expected the shape of one example, such as input_shape=(3, 32, 32)"
+        )
+    return sizes
+
+
 class Joined(nn.Module):
     """A model of several inputs as one of a single row of numbers [n, d]."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,14 @@ Structure = int | None | list["Structure"] | dict[str, "Structure"]
 """How outputs stand together, as JSON: a number is the place of a tensor in the list of all of them."""
 
 
+def is_shape(given: Given) -> TypeGuard[tuple[int, ...]]:
+    """Says whether it is the shape of one float32 example, not a batch."""
+    return isinstance(given, tuple) and all(isinstance(size, int) for size in given)
+
+
 def example_of(given: Given) -> Example:
     """Returns a batch: of a shape two rows of zeros, since `torch.export` takes a size of one for a constant."""
-    if isinstance(given, tuple) and all(isinstance(size, int) for size in given):
+    if is_shape(given):
         return torch.zeros(2, *given)
     check(given, "the example")
     return given  # type: ignore[return-value]
@@ -32,7 +37,7 @@ def example_of(given: Given) -> Example:
 
 def random_rows(given: Given, rows: int) -> Example:
     """Returns `rows` rows to time a model on: noise of a shape, or those of a batch."""
-    if isinstance(given, tuple) and all(isinstance(size, int) for size in given):
+    if is_shape(given):
         chance = torch.Generator().manual_seed(0)
         return torch.randn(rows, *given, generator=chance)
     return take(as_device(example_of(given)), rows)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedpress import deploy, storage
 from fedpress.compress import cost
 from fedpress.deploy import FORMATS, Job
+from fedpress.deploy.examples import Given, example_of, is_shape, take
 from fedpress.deploy.measure import Subject
 from fedpress.folder import StageFolder, write_json
 from fedpress.seeds import generator
@@ -46,7 +47,7 @@ class MeasureStage(BaseModel):
         public = state.data.preprocess(state.data.public.take(order[:64]).x) if self.int8 else None
         found = measured(
             model,
-            state.spec.input_shape,
+            state.spec.input_shape if state.spec.input_dtype == "float32" else state.spec.example(2),
             file_bytes=storage.file_bytes(state.spec, model),
             calibration=(public,) if public is not None and len(public) else (),
             batches=self.batches,
@@ -60,7 +61,7 @@ class MeasureStage(BaseModel):
 
 def measured(
     model: nn.Module,
-    input_shape: tuple[int, ...],
+    given: Given,
     *,
     file_bytes: int | None = None,
     calibration: Sequence[Tensor] = (),
@@ -72,7 +73,7 @@ def measured(
 
     Args:
         model: in any mode; left as it was.
-        input_shape: shape of one example.
+        given: shape of one float32 example, or a batch of inputs such as token ids.
         file_bytes: of the file that keeps the model; by default those of its parameters and buffers.
         calibration: standardised examples [n, *input_shape] in batches; without any no integer files.
         batches: batch sizes.
@@ -83,16 +84,17 @@ def measured(
         parameters, macs, activations, `runtimes` (the records of `deploy.measure`), and `left_out`: what was not
         measured -> the reason.
     """
-    one = torch.zeros(1, *input_shape)
+    one = take(example_of(given), 1)
+    job = Job(given) if is_shape(given) else Job(example=example_of(given))
     macs, numbers = cost.macs(model, one), cost.activations(model, one)
     modes = [(module, module.training) for module in model.modules()]
     with tempfile.TemporaryDirectory() as folder:
-        files, left_out = deploy.export_all(model, Job(input_shape), Path(folder), calibration=calibration)
+        files, left_out = deploy.export_all(model, job, Path(folder), calibration=calibration)
         subjects: dict[str, Subject] = {"torch": model, **files}
         try:
             records = deploy.measure(
                 subjects,
-                input_shape,
+                given,
                 macs=dict.fromkeys(subjects, macs),
                 activations=dict.fromkeys(subjects, numbers),
                 sizes={} if file_bytes is None else {"torch": file_bytes},
