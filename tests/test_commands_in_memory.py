@@ -373,6 +373,32 @@ def test_modules_in_memory_teach_and_are_measured():
     assert one["records"][0]["parameters"] == sum(p.numel() for p in model.parameters())
 
 
+def test_a_few_examples_need_not_have_every_class(own):
+    few = (X[:5], Y[:5].clamp(max=3))
+    assert commands.quantize(net(), data=few).facts["accuracy"] is not None
+    assert commands.quantize(f"{own.__name__}:Hidden", data=(X[:5, 0, 0], Y[:5] % 2), **{
+        "model.arguments.size": 16,
+    }).facts["accuracy"] is not None  # fmt: skip
+    with pytest.raises(DataError, match=r"^data=: its labels go up to 12, but the model has 10 classes; .* 0 to 9"):
+        commands.quantize(net(), data=(X[:5], Y[:5] + 8))
+
+
+def test_examples_of_other_kinds_are_taken_as_the_model_takes_them(own):
+    whole = torch.randint(3, (30, 8))
+    module = own.Hidden(16).train()
+    assert commands.quantize(module, data=whole).model is not None  # numbers of a table, no token ids
+    assert commands.quantize(own.Tokens(), data=whole).model is not None
+    assert commands.quantize(module, data=whole.float().to_sparse()).model is not None
+    assert module.training
+    with pytest.raises(
+        FedpressError, match=r"does not take examples of shape \[9\].*; give examples as the model"
+    ) as got:
+        commands.quantize(module, data=torch.rand(5, 9))
+    assert "arguments" not in str(got.value)
+    with pytest.raises(FedpressError, match="source 'csv' needs a path; give path=PATH"):
+        commands.quantize(module, data="csv")
+
+
 def test_token_ids_and_several_inputs_are_measured(own, tmp_path):
     """In memory, saved, exported, and by the stage."""
     quick: dict = {"seconds": 0.01, "batches": (1, 3), "threads": (1,), "formats": ["onnx"]}

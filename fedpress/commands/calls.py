@@ -95,7 +95,7 @@ def call(
             subject = Subject.find(model, weights=Path(checkpoint) if checkpoint is not None else None)
         if isinstance(settings.get("teacher"), nn.Module):
             settings["teacher"] = memory.TEACHER + stack.enter_context(memory.holding(settings["teacher"]))
-        held = None if data is None or isinstance(data, str) else _held(data, subject, given)
+        held = None if data is None or isinstance(data, str) else _held(data, subject, given, as_words(settings))
         order = Order.bind(
             kind,
             subject,
@@ -146,7 +146,7 @@ def _of_several(kind: str, model: nn.Module, shapes: several.Shapes, settings: d
     return replace(result, model=result.model.model)
 
 
-def _held(data: Any, subject: Subject, given: Given | None) -> FederatedData:
+def _held(data: Any, subject: Subject, given: Given | None, keys: Sequence[str]) -> FederatedData:
     """Makes a data set of what is in memory.
 
     Raises:
@@ -159,6 +159,7 @@ def _held(data: Any, subject: Subject, given: Given | None) -> FederatedData:
         data,
         given.preprocess() if given is not None and given.mean is not None else own,
         class_names=subject.spec.class_names if subject.spec is not None else (),
+        model=subject.module if subject.module is not None else subject.fresh(keys),
     )
     if given is not None and given.mean is None:  # mean="data"
         return replace(found, preprocess=Preprocess.fit(found.public.x))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fedpress.arrays import Arrays, Preprocess
@@ -23,7 +23,14 @@ TEST_SHARE = 0.2
 VALIDATION_SHARE = 0.1
 
 
-def in_memory(data: Any, preprocess: Preprocess, *, class_names: tuple[str, ...] = (), seed: int = 0) -> FederatedData:
+def in_memory(
+    data: Any,
+    preprocess: Preprocess,
+    *,
+    class_names: tuple[str, ...] = (),
+    model: nn.Module | None = None,
+    seed: int = 0,
+) -> FederatedData:
     """Makes a data set of examples that the caller holds; all of them count as public.
 
     With labels, 20% of the examples are put aside for testing and 10% of the others for validation. Inputs without
@@ -34,6 +41,8 @@ def in_memory(data: Any, preprocess: Preprocess, *, class_names: tuple[str, ...]
             Dataset or DataLoader that gives one or the other.
         preprocess: from these inputs to those of the network.
         class_names: of the model, if it has any.
+        model: which tells by its outputs how many classes there are: some may be missing in a few examples. Whole
+            numbers become floats if it does not take them as token ids.
         seed: decides which examples are put aside.
 
     Raises:
@@ -42,6 +51,7 @@ def in_memory(data: Any, preprocess: Preprocess, *, class_names: tuple[str, ...]
     x, y = _pair(data)
     if not len(x):
         raise DataError("data=: there is no example in it; give some")
+    x, outputs = _as_taken(x, model, preprocess) if model is not None else (x, len(class_names))
     if y is None:
         return unlabelled(x, preprocess)
     if len(x) != len(y):
@@ -51,7 +61,12 @@ def in_memory(data: Any, preprocess: Preprocess, *, class_names: tuple[str, ...]
         return unlabelled(x, preprocess)
     if int(y.min()) < 0:
         raise DataError("data=: some labels are negative; give class numbers from 0 up")
-    count = max(int(y.max()) + 1, len(class_names), 2)
+    if outputs and int(y.max()) >= outputs:
+        raise DataError(
+            f"data=: its labels go up to {int(y.max())}, but the model has {outputs} classes; give class numbers "
+            f"from 0 to {outputs - 1}, or a model of more classes"
+        )
+    count = max(int(y.max()) + 1, outputs, 2)
     names = class_names if len(class_names) == count else tuple(str(number) for number in range(count))
     every = Arrays(x, y.to(torch.int64))
     order = torch.randperm(len(every), generator=generator(seed, "data in memory"))
@@ -68,6 +83,25 @@ def in_memory(data: Any, preprocess: Preprocess, *, class_names: tuple[str, ...]
         class_names=names,
         preprocess=preprocess,
     )
+
+
+@torch.no_grad()
+def _as_taken(x: Tensor, model: nn.Module, preprocess: Preprocess) -> tuple[Tensor, int]:
+    """Returns the inputs of the type that the model takes, and the number of its classes, 0 if it tells none."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for rows in (x, x.to(torch.float32)) if x.dtype == torch.int64 else (x,):
+            try:
+                out = model(preprocess(rows[:2]))
+            except Exception:  # whatever somebody's own network raises; what it does not take is told later
+                continue
+            is_classifier = isinstance(out, Tensor) and out.dim() == 2 and out.shape[1] > 1
+            return rows, int(out.shape[1]) if is_classifier else 0
+    finally:
+        for module, training in modes:
+            module.training = training
+    return x, 0
 
 
 def unlabelled(x: Tensor, preprocess: Preprocess) -> FederatedData:
@@ -94,7 +128,9 @@ def _pair(data: Any) -> tuple[Tensor, Tensor | None]:
     if isinstance(data, Dataset) and isinstance(data, Sized):
         return _joined((data[i] for i in range(len(data))), torch.stack)
     if isinstance(data, Dataset):
-        raise DataError("data=: this Dataset has no length; give it in a DataLoader, or as tensors")
+        raise DataError(
+            "data=: this Dataset has no length; give it a __len__, or an IterableDataset in a DataLoader, or tensors"
+        )
     raise DataError(f"data=: got {type(data).__name__}, expected {TAKEN}")
 
 
@@ -127,6 +163,7 @@ def _joined(items: Iterable[Any], join: Any) -> tuple[Tensor, Tensor | None]:
 
 def _inputs(x: Tensor | np.ndarray) -> Tensor:
     x = torch.as_tensor(x).detach().cpu()
+    x = x if x.layout == torch.strided else x.to_dense()
     if x.dim() < 2:
         raise DataError(f"data=: inputs of shape {list(x.shape)}; the first dimension counts examples: [n, ...]")
     if x.is_complex():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from fedpress.data.examples import Progress
 from fedpress.errors import DataError, FedpressError, ModelError, RecipeError, RunError
 from fedpress.folder import CURES, RunFolder, list_json, read_json
 from fedpress.models import ModelSpec
+from fedpress.models.memory import HELD
 from fedpress.recipe import Recipe
 from fedpress.stages import AnyStage
 from fedpress.stages.pruning import AIMS
@@ -176,12 +178,12 @@ class Order:
                 f"data=: {self.kind} with {why} looks at labels, and these inputs have no class numbers; give "
                 "data=(inputs, labels), or leave that out"
             )
-        with _spoken(self.kind, self.recipe.data.source):
+        with _spoken(self.kind, self.recipe.data.source, in_memory=self.recipe.model.architecture == HELD):
             runs.check(self.recipe, data)
 
     def execute(self, folder: RunFolder, data: FederatedData) -> Iterator[Event]:
         """Measures the model as it is, then does the work; yields what happens."""
-        with _spoken(self.kind, self.recipe.data.source):
+        with _spoken(self.kind, self.recipe.data.source, in_memory=self.recipe.model.architecture == HELD):
             path = folder.path / "before.json"
             if not path.exists():
                 yield StageStarted(0, "model", "before")
@@ -295,8 +297,8 @@ class Given:
 class _spoken:
     """Says errors as a command knows their places: `recipe.stage[0].keep_parms` is `prune.keep_parms`."""
 
-    def __init__(self, kind: str, source: str) -> None:
-        self.kind, self.source = kind, source
+    def __init__(self, kind: str, source: str, *, in_memory: bool = False) -> None:
+        self.kind, self.source, self.in_memory = kind, source, in_memory
 
     def __enter__(self) -> None:
         return None
@@ -306,6 +308,10 @@ class _spoken:
             return
         said = str(error).replace(f"recipe.stage[0] ({self.kind})", self.kind).replace("recipe.stage[0]", self.kind)
         said = said.replace("stage.0.", f"{self.kind}.").replace("recipe.data", "data").replace("recipe.model", "model")
+        said = said.replace("needs a path; set path, or --data on the command line", "needs a path; give path=PATH")
+        if self.in_memory:  # it has no arguments that could be changed
+            said = said.replace("; fit model.arguments to the data", "; give examples as the model takes them")
+            said = re.sub(r", for instance with model\.arguments\.num_classes = \d+", "", said)
         if self.source == NOTHING and isinstance(error, DataError):
             said = said.replace("set data.public_share", "give data=SOURCE, all of which counts as public")
         if said != str(error):
@@ -328,10 +334,7 @@ def _shape(subject: Subject, keys: Sequence[str], shape: tuple[int, ...] | None)
                 f"input_shape=: the shape of an example of '{subject.name}' is not known; "
                 "give it, such as input_shape=(3, 32, 32), or data with data=SOURCE"
             )
-        own = [key.removeprefix("model.") for key in keys if key.startswith("model.")]
-        table = recipes.overridden(subject.model, own)
-        spec = ModelSpec(architecture=table["architecture"], arguments=table.get("arguments", {}), input_shape=shape)
-        model = spec.take_in()[1]
+        model = subject.fresh(keys)
     if model is not None:
         found = outputs_of(model, shape)
     return f"{'x'.join(map(str, shape))}:{found.classes}{':int64' if found.tokens else ''}"

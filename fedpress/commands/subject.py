@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpress import consent, storage
+from fedpress import recipe as recipes
 from fedpress.arrays import Arrays, Preprocess
 from fedpress.data import FederatedData
 from fedpress.errors import DataError, ModelError, did_you_mean
@@ -70,6 +71,14 @@ class Subject:
             )
         extra = {"weights": str(Path(weights).resolve())} if weights is not None else {}
         return cls({"architecture": name, **extra})
+
+    def fresh(self, keys: Sequence[str]) -> nn.Module | None:
+        """Builds an architecture with fresh weights and the arguments in `keys`; None for a saved model."""
+        if self.spec is not None:
+            return None
+        table = recipes.overridden(self.model, [key.removeprefix("model.") for key in keys if key.startswith("model.")])
+        spec = ModelSpec(architecture=table["architecture"], arguments=table.get("arguments", {}), input_shape=(1,))
+        return spec.take_in()[1]
 
     def data(self) -> tuple[dict[str, Any], int] | None:
         """Returns the `[data]` table and the seed of the run that left the model; None if there is none."""

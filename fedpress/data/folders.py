@@ -10,7 +10,7 @@ from torch import Tensor
 from fedpress.arrays import Arrays
 from fedpress.data import images
 from fedpress.data.classes import known_classes
-from fedpress.data.examples import Classes, Examples, Progress
+from fedpress.data.examples import Classes, Examples, Inputs, Progress
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
@@ -18,12 +18,12 @@ ENDINGS = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", "
 
 
 def read(settings: DataSettings, progress: Progress | None) -> Examples:
-    """Returns uint8 images [n, C, H, W] in the order of their paths.
+    """Returns uint8 images [n, C, H, W], decoded when it is known which are public, in the order of their paths.
 
     They are not remembered in the cache folder: private images stay where their owner put them.
 
     Raises:
-        DataError: if there are no images, a client has none, or one cannot be read.
+        DataError: if there are no images, or a client has none; when they are decoded, if one cannot be read.
     """
     assert settings.path is not None  # checked by DataSettings
     if not settings.path.is_dir():
@@ -46,7 +46,11 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
         client = every[number].parent.parent
         return f"'{client / '*' / every[number].name}'"
 
-    x = images.decode(every, where=where, size=settings.image_size, progress=progress)
+    def inputs(public: Tensor) -> Inputs:
+        like = int(public.min()) if len(public) else 0
+        x = images.decode(every, where=where, size=settings.image_size, like=like, progress=progress)
+        return Inputs(x, torch.zeros(len(x), dtype=torch.bool))
+
     position = {label: i for i, label in enumerate(labels)}
     y = torch.tensor([position[file.parent.name] for file in every])
     owners = torch.tensor([i for i, own in enumerate(files.values()) for _ in own])
@@ -54,7 +58,9 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
     def classes(public: Tensor) -> Classes:
         return known_classes(y, labels, public, settings, f"images of '{settings.path}'")
 
-    return Examples(settings.path.name, Arrays(x, y), owners=owners, owner_names=tuple(files), classes=classes)
+    rows = Arrays(torch.arange(len(y))[:, None], y)
+    names = tuple(files)
+    return Examples(settings.path.name, rows, owners=owners, owner_names=names, classes=classes, inputs=inputs)
 
 
 def _images(client: Path) -> list[Path]:

@@ -27,9 +27,10 @@ def decode(
     *,
     where: Callable[[int], str],
     size: int | None = None,
+    like: int = 0,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Decodes images to uint8 [n, C, H, W]; C is 1 if the first image is grey, else 3.
+    """Decodes images to uint8 [n, C, H, W]; C is 1 if the image `like` is grey, else 3.
 
     One thread: pillow keeps Python's lock while it decodes, so a second one does not help (measured).
 
@@ -37,6 +38,8 @@ def decode(
         images: the content of each file, or its path.
         where: names image `i` in an error.
         size: height and width to resize to; None: all must be of one size.
+        like: position of the image that decides on channels and size: a public one, where there is any, since the
+            shape of the input must not tell what private images are.
         progress: told how many are decoded.
 
     Raises:
@@ -44,14 +47,15 @@ def decode(
     """
     if not images:
         return torch.zeros(0, 3, size or 1, size or 1, dtype=torch.uint8)
-    first = _decode_one(images[0], where(0), None, size)
+    first = _decode_one(images[like], where(like), None, size)
+    other = "the first" if like == 0 else where(like)
     mode = "L" if first.ndim == 2 else "RGB"
     out = np.empty((len(images), *first.shape), dtype=np.uint8)
     for i, image in enumerate(images):
         pixels = _decode_one(image, where(i), mode, size)
         if pixels.shape != first.shape:
             raise DataError(
-                f"{where(i)}: an image of {pixels.shape[0]}x{pixels.shape[1]} pixels where the first has "
+                f"{where(i)}: an image of {pixels.shape[0]}x{pixels.shape[1]} pixels where {other} has "
                 f"{first.shape[0]}x{first.shape[1]}; set image_size to resize them all"
             )
         out[i] = pixels

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedpress.arrays import Arrays
 from fedpress.data import columns, csv, images
 from fedpress.data.columns import Column
-from fedpress.data.examples import Examples, Progress
+from fedpress.data.examples import Examples, Inputs, Progress
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError, did_you_mean
 
@@ -49,8 +49,8 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
     rows = Arrays(torch.arange(len(y))[:, None], y)
     found = Examples(name, rows, owners=owners, owner_names=owner_names, classes=labels.classes)
     if len(names) == 1 and types.is_struct(table[names[0]].type):
-        x = _images(table[names[0]], names[0], settings, progress)
-        return replace(found, train=Arrays(x, y))
+        column = table[names[0]]
+        return replace(found, inputs=lambda public: _images(column, names[0], settings, public, progress))
     if settings.missing == "error":
         _refuse_gaps(table, names)
     features = columns.Features(tuple(Column.of(table, name, settings) for name in names), settings)
@@ -150,13 +150,20 @@ def _may_be_nan(column: Any) -> bool:
     return bool(types.is_floating(column.type))
 
 
-def _images(column: Any, name: str, settings: DataSettings, progress: Progress | None) -> Any:
+def _images(column: Any, name: str, settings: DataSettings, public: Tensor, progress: Progress | None) -> Inputs:
     """Decodes a column of images in the layout of the hub: a struct with `bytes`."""
     if column.type.get_field_index("bytes") < 0:
         raise DataError(f"feature column '{name}': holds {column.type}; expected numbers, words, or images as bytes")
     blobs = pc.struct_field(column, "bytes").to_pylist()
     where = f"'{settings.path}' column '{name}' row"
-    return images.decode(blobs, where=lambda i: f"{where} {i}", size=settings.image_size, progress=progress)
+    x = images.decode(
+        blobs,
+        where=lambda i: f"{where} {i}",
+        size=settings.image_size,
+        like=int(public.min()) if len(public) else 0,
+        progress=progress,
+    )
+    return Inputs(x, torch.zeros(len(x), dtype=torch.bool))
 
 
 def _brief(error: BaseException) -> str:

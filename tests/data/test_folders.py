@@ -45,6 +45,19 @@ def test_other_files_are_passed_over_and_other_sizes_resized(tmp_path):
     assert load(ask(root, image_size=6), 0).example_shape == (1, 6, 6)
 
 
+@pytest.mark.parametrize("private", ["L", "RGB"])
+@pytest.mark.parametrize("public", ["L", "RGB"])
+def test_public_images_decide_how_many_channels_there_are(tmp_path, private, public):
+    """The first image is private: whether it is grey must not show in the shape of the input."""
+    root = write(tmp_path)
+    for client, mode in (("ann", private), ("bob", public)):
+        for file in (root / client).rglob("*.png"):
+            Image.open(file).convert(mode).save(file)
+    data = load(ask(root, public_clients=["bob"], public_words=[], test_clients=[]), 0)
+    assert data.example_shape == (1 if public == "L" else 3, 4, 4)
+    assert data.clients["ann"].x.unique().tolist() == [0, 50]
+
+
 def test_private_images_are_not_copied_to_the_cache(tmp_path, cache_folder):
     load(ask(write(tmp_path / "zoo")), 0)
     assert not cache_folder.exists()
