@@ -113,6 +113,9 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise RecipeError(f"recipe: cannot read '{path}' ({error.strerror}); give the path of a TOML file") from error
     utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if not utf_16 and b"\0" in data:
+        what = "it looks like UTF-16" if data.count(0) > len(data) // 3 else "it holds bytes that are no text"
+        raise RecipeError(f"recipe: cannot read '{path}' ({what}); give a TOML file that is saved as UTF-8")
     try:
         return data.decode("utf-16" if utf_16 else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -207,6 +210,9 @@ def tree(toml: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     _check_depth(found)
     if isinstance(found.get("stage"), dict):
         raise RecipeError("recipe.stage: one [stage] in single brackets; stages are a list, so write [[stage]]")
+    for name in ("data", "model"):
+        if isinstance(found.get(name), list):
+            raise RecipeError(f"recipe.{name}: it is a list; there is one only, so write [{name}] with single brackets")
     _name_stages_(found)
     found = overridden(found, overrides)
     _name_stages_(found)  # also those that an override has put in
@@ -234,6 +240,14 @@ def _cure(toml: str, problem: str) -> str:
         return "stages are a list: write [[stage]] with two brackets each time"
     if re.search(r"=\s*(True|False|None)\b", line):
         return "write true and false in small letters, and leave out a key that has no value"
+    if re.search(r"=\s*-?\d+,\d+\s*(#.*)?$", line):
+        return "write decimals with a point"
+    if re.search(r"=\s*[A-Za-z_][\w./:-]*\s*(#.*)?$", line):
+        return "put words in quotes"
+    if toml.lstrip().startswith("{"):
+        return "this is JSON; write TOML: tables such as [data], and key = value"
+    if re.match(r"\s*[\w-]+:(\s|$)", line):
+        return "this looks like YAML; write TOML: tables such as [data], and key = value"
     return "correct that place"
 
 

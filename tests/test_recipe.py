@@ -230,3 +230,25 @@ def test_a_number_without_end_is_no_traceback(tiny):
         recipes.load(tiny.replace('name = "tiny"', f'name = "tiny"\nseed = {"9" * 5000}'))
     with pytest.raises(RecipeError, match="seed"):
         recipes.load(tiny, [f"seed={'9' * 5000}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "cure"),
+    [
+        ("[[data]]\nsource = 'digits'", r"recipe.data: .* write \[data\] with single brackets"),
+        ("[[model]]\narchitecture = 'mlp'", r"recipe.model: .* write \[model\] with single brackets"),
+        ("seed = 1\nlr = 0,1", "line 2.*; write decimals with a point"),
+        ("[data]\nsource = digits", "line 2.*; put words in quotes"),
+        ('{"name": "t"}', "this is JSON; write TOML"),
+        ("name: t\ndata:\n  source: digits", "this looks like YAML; write TOML"),
+    ],
+)
+def test_habits_of_other_formats_are_told_with_their_cure(text, cure):
+    with pytest.raises(RecipeError, match=cure):
+        recipes.load(text)
+
+
+def test_utf_16_without_its_mark_is_named(tmp_path):
+    (tmp_path / "r.toml").write_bytes("seed = 1".encode("utf-16-le"))
+    with pytest.raises(RecipeError, match=r"looks like UTF-16.*saved as UTF-8"):
+        recipes.text(str(tmp_path / "r.toml"))

@@ -18,7 +18,7 @@ from fedpress.commands.subject import Subject, holding, outputs_of
 from fedpress.commands.wording import naming_arguments
 from fedpress.compress import cost
 from fedpress.deploy import FORMATS, Job
-from fedpress.deploy.examples import Example, Given, example_of, is_shape, take
+from fedpress.deploy.examples import Example, Given, example_of, is_shape, take, tensors_of
 from fedpress.errors import ExportError, ModelError
 from fedpress.models import ModelSpec
 from fedpress.models.weights import load_weights_
@@ -119,9 +119,9 @@ def measure(
                 sizes[name] = storage.file_bytes(spec, model)
             place = folder / str(number)
             place.mkdir()
-            how = {"preprocess": Preprocess(spec.mean, spec.std)}
-            job = Job(takes[name], **how) if is_shape(takes[name]) else Job(example=example_of(takes[name]), **how)
-            noise = [_noise(takes[name])] if int8 else []
+            what, about = takes[name], Preprocess(spec.mean, spec.std)
+            job = Job(what, about) if is_shape(what) else Job(preprocess=about, example=example_of(what))
+            noise = [_noise(what)] if int8 else []
             files, left = deploy.export_all(model, job, place, formats=formats, calibration=noise)
             left_out |= {f"{name} as {label}": why for label, why in left.items()}
             for label, path in files.items():
@@ -203,7 +203,7 @@ def _on_integers(file: Path) -> bool:
 
 def _counts(model: nn.Module, given: Given) -> tuple[int, int, int]:
     """Returns parameters, multiply-adds of one example, and the numbers that its layers give."""
-    example = take(example_of(given), 1)
+    example = tuple(tensors_of(take(example_of(given), 1)))
     try:
         return cost.parameters(model), cost.macs(model, example), cost.activations(model, example)
     except Exception as error:  # whatever somebody's own network raises

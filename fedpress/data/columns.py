@@ -322,9 +322,10 @@ class Features:
         if not len(known) or column.decimal == ",":
             return
         if pc.all(pc.match_substring_regex(known, r"^\s*[+-]?(\d+,\d+|\d{1,3}(\.\d{3})+,\d+|\d+)\s*$")).as_py():
-            raise DataError(
-                f"feature column '{column.name}': its numbers have decimal commas; add decimal = \",\" to [data]"
-            )
+            cure = 'add decimal = "," to [data]'
+            if self.settings.delimiter == ",":  # which cannot be both
+                cure = "write them with points, or without commas if these divide thousands"
+            raise DataError(f"feature column '{column.name}': its numbers have decimal commas; {cure}")
 
 
 def _numbers(column: Any, name: str) -> np.ndarray:

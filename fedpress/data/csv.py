@@ -29,6 +29,16 @@ FOREIGN = (
 )
 """First bytes of files that are often given by mistake, what they are, and what helps."""
 
+_REMOVE = "remove it, so that the names of the columns come first"
+BEGINNINGS = {
+    "sep=": f"its first line tells Excel the delimiter; {_REMOVE}",
+    "#": f"its first line is a comment; {_REMOVE}",
+    "<": "this is HTML or XML, not CSV; save the table as CSV",
+    "{": "this is JSON, not CSV; save it as CSV",
+    "[": "this is JSON, not CSV; save it as CSV",
+}
+"""How text begins that cannot be read as it is, and what helps."""
+
 
 def read(path: Path, settings: DataSettings) -> Any:
     """Returns a `pyarrow.Table` whose columns are all text; cells without a value are null.
@@ -55,6 +65,9 @@ def read(path: Path, settings: DataSettings) -> Any:
         pass
     _refuse_encoding(path, encoding)
     line = head.decode(encoding, "replace").splitlines()
+    for beginning, said in BEGINNINGS.items():
+        if line and line[0].removeprefix("\ufeff").startswith(beginning):
+            raise DataError(f"'{path}': {said}")
     refuse_other_delimiter(settings, line[:1], path)
     raise DataError(f"'{path}': not a readable CSV file ({_brief(first)}); correct or remove it") from first
 
@@ -96,15 +109,28 @@ def _refuse_encoding(path: Path, encoding: str) -> None:
         )
     if any(byte < 32 and byte not in b"\t\n\v\f\r\x1a\x1b" for byte in data[:HEAD]):
         raise DataError(f"{why} and no text at all; is it a CSV file?")
+    if _is_other_script(data):
+        raise DataError(
+            f'{why}, and of another script than Latin; add its encoding to [data], such as encoding = "cp1251" '
+            '(Cyrillic), "gb18030" (Chinese), "shift_jis" (Japanese) or "euc-kr" (Korean), or save it as UTF-8'
+        )
     # Text that is not UTF-8 is mostly of Western Windows programs; 0x80 to 0x9f are letters there, not in Latin-1.
     likely = "cp1252" if re.search(rb"[\x80-\x9f]", data) else "latin-1"
     raise DataError(f'{why}; it looks like {likely}: add encoding = "{likely}" to [data], or save it as UTF-8')
+
+
+def _is_other_script(data: bytes) -> bool:
+    """Whether bytes above 127 mostly stand together: in Latin script they are single letters within words."""
+    runs = re.findall(rb"[\x80-\xff]+", data)
+    return 2 * sum(len(run) for run in runs if len(run) > 2) > sum(map(len, runs))
 
 
 def refuse_other_delimiter(settings: DataSettings, header: list[str], path: Path | None = None) -> None:
     """Says which delimiter the header of a file seems to have, if it is not that of the settings."""
     if len(header) != 1:
         return
+    if header[0].startswith("sep="):
+        raise DataError(f"'{path or settings.path}': {BEGINNINGS['sep=']}")
     counts = {mark: header[0].count(mark) for mark in DELIMITERS if mark != settings.delimiter}
     likely = max(counts, key=lambda mark: counts[mark])
     if counts[likely] > header[0].count(settings.delimiter):

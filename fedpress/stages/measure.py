@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedpress import deploy, storage
 from fedpress.compress import cost
 from fedpress.deploy import FORMATS, Job
-from fedpress.deploy.examples import Given, example_of, is_shape, take
+from fedpress.deploy.examples import Given, example_of, is_shape, take, tensors_of
 from fedpress.deploy.measure import Subject
 from fedpress.folder import StageFolder, write_json
 from fedpress.seeds import generator
@@ -84,7 +84,7 @@ def measured(
         parameters, macs, activations, `runtimes` (the records of `deploy.measure`), and `left_out`: what was not
         measured -> the reason.
     """
-    one = take(example_of(given), 1)
+    one = tuple(tensors_of(take(example_of(given), 1)))
     job = Job(given) if is_shape(given) else Job(example=example_of(given))
     macs, numbers = cost.macs(model, one), cost.activations(model, one)
     modes = [(module, module.training) for module in model.modules()]

@@ -128,3 +128,31 @@ def test_an_error_in_a_row_does_not_quote_the_row(tmp_path):
 def test_an_unknown_encoding_is_refused():
     with pytest.raises(ValueError, match="no encoding 'latin-x'; common ones are"):
         DataSettings(source="csv", path="t.csv", encoding="latin-x")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "word"), [("cp1251", "повар"), ("gb18030", "厨师医生"), ("shift_jis", "料理人"), ("euc-kr", "요리사")]
+)
+def test_other_scripts_are_not_taken_for_latin(tmp_path, encoding, word):
+    """Latin-1 reads any bytes: to name it would turn these words into others, silently."""
+    (tmp_path / "a.csv").write_bytes(("job,ill\n" + f"{word},0\nb,1\n" * 20).encode(encoding))
+    with pytest.raises(DataError, match="not UTF-8, and of another script than Latin") as caught:
+        load(DataSettings(source="csv", path=tmp_path / "a.csv", label_column="ill"), 0)
+    assert f'"{encoding}"' in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sep=;\na;b\n1;2\n", "its first line tells Excel the delimiter; remove it"),
+        ("# of 2024\na,ill\n1,2\n", "its first line is a comment; remove it"),
+        ('<!DOCTYPE html>\n<p>a, b</p>\n<p>"a", b, c</p>', "this is HTML or XML, not CSV"),
+        ('[{"a": 1, "ill": 0},\n{"a": 2}]', "this is JSON, not CSV"),
+        ('a,ill\n"1,234",0\n"2,345",1\n', "its numbers have decimal commas; write them with points, or without commas"),
+    ],
+)
+def test_what_cannot_be_read_is_told_with_a_cure(tmp_path, text, message):
+    head, _, rows = text.partition("\n")
+    (tmp_path / "a.csv").write_text(f"{head}\n{rows}" if "1,234" not in text else f"{head}\n{rows * 20}")
+    with pytest.raises(DataError, match=message):
+        load(DataSettings(source="csv", path=tmp_path / "a.csv", label_column="ill", public_share=0.5), 0)
