@@ -79,7 +79,7 @@ def clipped_gradient_sum(
         clip_norm: the L2 bound of one sample.
         method: row of `METHODS`; see `choose_method`.
         chunk: samples that are in memory together.
-        verify: what of every chunk is compared with the loop: "losses" of 2 samples, or "gradients" (their norms) of
+        verify: what of every chunk is compared with the loop: "losses" of 4 samples, or "gradients" (their norms) of
             8. Where they differ, or the method raises, the loop does the chunk: a network may mix examples, or take
             another branch, on rare inputs only. With "nothing" the method may raise.
         contain: whether a sample on which the forward pass changes a buffer or parameter, which would keep private
@@ -134,7 +134,7 @@ def _verified(
     """Adds a chunk by `method`; returns None if it raised, or if some samples differ from what they are alone."""
     try:
         measured = METHODS[method](views, model, loss_fn, x, y, clip_norm)
-        rows = _rows_to_verify(x, 8 if verify == "gradients" else 2)
+        rows = _rows_to_verify(x, 8 if verify == "gradients" else 4)
         with _without_dropout(model) as drew:
             # What was measured with dropout cannot be compared: losses without it can, at a third of the price.
             together = _losses(model, loss_fn, x, y, rows) if drew else [measured[row] for row in rows]
@@ -157,16 +157,18 @@ def _losses(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, rows: list[
 
 
 def _rows_to_verify(x: Tensor, count: int) -> list[int]:
-    """Returns up to `count` places in `x` [n, ...]: the largest and the smallest input, then evenly spread ones.
+    """Returns up to `count` places in `x` [n, ...]: the largest input, its neighbours, the smallest, then spread ones.
 
-    What a network does on rare inputs only it most likely does on extreme ones.
+    What a network does on rare inputs only it most likely does on extreme ones, or to those that lie beside them.
     """
     n = len(x)
     if n <= count:
         return list(range(n))
     size = x.reshape(n, -1).double().norm(dim=1).nan_to_num(math.inf)
     spread = torch.linspace(0, n - 1, count).long().tolist()
-    return list(dict.fromkeys([int(size.argmax()), int(size.argmin()), *spread]))[:count]
+    largest = int(size.argmax())
+    extreme = [largest, (largest + 1) % n, (largest - 1) % n, int(size.argmin())]
+    return list(dict.fromkeys([*extreme, *spread]))[:count]
 
 
 def _alike(a: Sample, b: Sample, room: float) -> bool:

@@ -137,3 +137,32 @@ def test_a_network_that_cannot_be_copied_gets_the_loop():
 
     _, x, y = make("rare")
     assert choose_method(Alone(6, 3), F.cross_entropy, x, y) == "loop"
+
+
+class Leaks(nn.Module):
+    """Adds a rare example to the one beside it, in company alone: by itself the example is as ever."""
+
+    def __init__(self, by):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.by = nn.Linear(6, 8), nn.Linear(8, 3), by
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        rare = (x.abs().amax(1, keepdim=True) > 20).float()
+        return self.head(h if len(x) == 1 else h + (rare * h).roll(self.by, 0))
+
+
+@pytest.mark.parametrize("by", [1, -1])
+@pytest.mark.parametrize("verify", ["gradients", "losses"])
+def test_a_rare_example_that_changes_only_its_neighbour_is_noticed(by, verify):
+    chance = torch.Generator().manual_seed(1)
+    x, y = torch.randn(40, 6, generator=chance), torch.randint(3, (40,), generator=chance)
+    for place in (0, 17, 39):
+        rare = x.clone()
+        rare[place] *= 60
+        model = Leaks(by)
+        got, raw = clipped_gradient_sum(model, F.cross_entropy, rare, y, clip_norm=0.5, method="ghost", verify=verify)
+        plain, _ = clipped_gradient_sum(model, F.cross_entropy, rare, y, clip_norm=0.5)
+        assert not raw.agreed
+        assert torch.equal(got, plain)
