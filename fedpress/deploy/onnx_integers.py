@@ -39,6 +39,7 @@ def make_integer_(proto: Any, fewest_bits: int = 2) -> bool:
     _round_biases_(graph)
     _fill_input_channels_(graph)
     wide = _multiply_out_(graph)
+    _keep_float_weights_(graph)
     bits, opset = _shrink_codes_(graph, fewest_bits)
     graph.write_()
     if bits:
@@ -214,6 +215,32 @@ def _multiply_out_(graph: _Graph) -> bool:
             steps.append(graph.node("Reshape", [f"{name}_grouped", whole], name))
         graph.put(made, steps)
     return wide
+
+
+def _keep_float_weights_(graph: _Graph) -> None:
+    """Dequantizes the inputs of layers with float weights by one number for each channel, all of them the same.
+
+    Behind a dequantization by one number for the whole tensor onnxruntime takes a layer for an integer one, and rounds
+    its float weights to bytes of one scale (its `WeightBiasQuantization`): those of transposed convolutions, groups and
+    codebooks would be others than in the model.
+    """
+    sizes = {v.name: v.type.tensor_type.shape.dim for v in graph.proto.value_info}
+    for layer in [n for n in graph.nodes if n.op_type in ("Conv", "ConvTranspose", "Gemm")]:
+        made = graph.made_by(layer.input[0], "DequantizeLinear")
+        if made is None or graph.made_by(layer.input[1], "DequantizeLinear") is not None:
+            continue
+        step, zero = (graph.array(name) for name in made.input[1:3])
+        if step is None or zero is None or step.size > 1:
+            continue
+        channels = sizes[made.output[0]][1].dim_value
+        parts = [
+            graph.add(f"{name}_{channels}", np.full(channels, value.reshape(-1)[0], value.dtype))
+            for name, value in zip(made.input[1:3], (step, zero), strict=True)
+        ]
+        name = f"{made.output[0]}_channels"
+        if name not in graph.makers:
+            graph.put(made, [made, graph.node("DequantizeLinear", [made.input[0], *parts], name, axis=1)])
+        layer.input[0] = name
 
 
 def _shrink_codes_(graph: _Graph, fewest: int) -> tuple[int, int]:

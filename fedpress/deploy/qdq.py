@@ -308,13 +308,16 @@ def _insert_(work: _Work, chosen: dict[fx.Node, _Layer], seen: dict[fx.Node, tup
                 fitted = _with_whole_biases(fitted, input_scale, bias)
             written[name] = _weight(work, weight, fitted)
         node.replace_input_with(weight, written[name])
-    _insert_others_(work, written, edges)
+    _insert_others_(work, chosen, written, edges)
 
 
-def _insert_others_(work: _Work, written: dict[str, fx.Node], edges: dict[fx.Node, _Grid]) -> None:
+def _insert_others_(
+    work: _Work, chosen: dict[fx.Node, _Layer], written: dict[str, fx.Node], edges: dict[fx.Node, _Grid]
+) -> None:
     """Puts the weights of recurrent layers, embeddings and transposed convolutions on their codes.
 
-    No integer kernel computes with them, but the file holds them in few bits, and they are those of the simulation.
+    No integer kernel computes with them, but the file holds them in few bits, and they are those of the simulation. So
+    are the inputs of layers that have an input grid, but weights that are no whole numbers.
     """
     for weight in [n for n in work.graph.graph.nodes if n.op == "get_attr"]:
         name = str(weight.target)
@@ -325,7 +328,7 @@ def _insert_others_(work: _Work, written: dict[str, fx.Node], edges: dict[fx.Nod
         if layer.codes is not None:
             weight.replace_all_uses_with(written.get(name) or _weight(work, weight, layer))
         for node in readers:
-            if layer.grid is None or node.target not in TRANSPOSED:
+            if layer.grid is None or node in chosen or node.target not in TRANSPOSED | LAYERS:
                 continue
             given = _given(node, 0)
             if edges.get(_behind(given)) != layer.grid:

@@ -112,3 +112,43 @@ def test_the_weights_lie_in_the_file_as_whole_numbers(net, tmp_path):
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     codes = sum(onnx.numpy_helper.to_array(t).size for t in held if t.data_type == onnx.TensorProto.INT8)
     assert codes == weights
+
+
+UNLIKE = {
+    "int8": WeightGrid(),
+    "groups": WeightGrid(bits=4, group=8),
+    "codebook": WeightGrid(kind="codebook", bits=3),
+    "float": None,
+}
+
+
+@pytest.mark.parametrize("weights", UNLIKE.values(), ids=UNLIKE)
+def test_a_file_with_rounded_inputs_holds_the_weights_of_the_network(weights, tmp_path):
+    """Channels of unlike sizes: onnxruntime would round float weights behind rounded inputs to one scale."""
+    torch.manual_seed(0)
+    up = nn.ConvTranspose2d(4, 4, 2, stride=2)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), up, nn.ReLU(), nn.Flatten(), nn.Linear(144, 6), nn.ReLU())
+    model.append(nn.Linear(6, 3)).eval()
+    with torch.no_grad():
+        for rows in (model[0].weight, up.weight.transpose(0, 1), model[5].weight):
+            rows[0] *= 50
+    x = torch.randn(32, 3, 5, 5)
+    table, _ = quantizable(model, LayerGrids(weights=weights, inputs=InputGrid()))
+    quantize_(model, table, [x])
+    with torch.no_grad():
+        wanted = model(x)
+    deploy.export(model, tmp_path / "m.onnx", "onnx", deploy.Job(input_shape=(3, 5, 5)))
+    got = deploy.file_logits(tmp_path / "m.onnx", x)
+    assert float((got - wanted).norm() / wanted.norm()) < 5e-3
+
+
+def test_inputs_rounded_by_each_batch_are_exported(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.randn(16, 6)
+    grids = LayerGrids(weights=WeightGrid(bits=4), inputs=InputGrid(dynamic=True))
+    quantize_(model, quantizable(model, grids)[0], [x])
+    with torch.no_grad():
+        wanted = model(x)
+    deploy.export(model, tmp_path / "m.onnx", "onnx", deploy.Job(input_shape=(6,)))
+    got = torch.as_tensor(deploy.open_file(tmp_path / "m.onnx")(x.numpy()))
+    assert (got - wanted).abs().max() < 1e-4 * wanted.abs().max()
