@@ -159,7 +159,8 @@ class QuantLayer(nn.Module):
         if grid.bits == 1:
             return self._side(x, grid)
         if grid.dynamic:
-            scale, zero = affine(x.detach().amin(), x.detach().amax(), grid)
+            whole = [*range(x.dim())]  # ONNX has no least value without axes
+            scale, zero = affine(x.detach().amin(whole), x.detach().amax(whole), grid)
         else:
             scale, zero = slowed(positive(self.input_scale), pace(x, grid.highest)), self.input_zero_point
         steps = (x / scale).clamp(-zero, grid.highest - zero)
@@ -432,13 +433,34 @@ def quantized_kind(kind: type[nn.Module]) -> type[QuantLayer]:
     found = KINDS.get(kind) or _SUBCLASSES.get(kind)
     if found is not None:
         return found
-    base = forwards.base_of(kind)
+    same = _same_as(kind)
+    base = same or forwards.base_of(kind)
     if base is None:
         raise KeyError(kind)
     parts = {"plain": kind, "channel_axis": KINDS[base].channel_axis, "__doc__": f"{kind.__name__} on grids."}
-    made = _SUBCLASSES[kind] = type(f"Quant{kind.__name__}", (_QuantSubclass, kind), parts)
+    own = KINDS[base] if same else _QuantSubclass
+    made = _SUBCLASSES[kind] = type(f"Quant{kind.__name__}", (own, kind), parts)
     return made
 
+
+def _same_as(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """Returns the layer that a subclass computes like, since it changes nothing but how it is made.
+
+    Only what the layer itself does not have may be added: a function of the layer that is replaced may be a part of its
+    forward.
+    """
+    base = next((k for k in KINDS if issubclass(kind, k)), None)
+    if base is None:
+        return None
+    own = {name for k in kind.__mro__[: kind.__mro__.index(base)] for name in vars(k)}
+    return base if own.isdisjoint({*dir(base)} - MADE_BY) else None
+
+
+MADE_BY = {
+    *("__init__", "__doc__", "__module__", "__annotations__", "__constants__"),
+    *("reset_parameters", "_reset_parameters", "extra_repr"),
+}
+"""What a subclass may replace and still compute the same."""
 
 _SUBCLASSES: dict[type[nn.Module], type[QuantLayer]] = {}
 """What `quantized_kind` has made: two layers of one class stay of one class."""
@@ -511,7 +533,8 @@ def why_not(module: nn.Module) -> str | None:
     if isinstance(module, QuantLayer):
         return None
     keys = weight_keys(module)
-    known = type(module) in KINDS or forwards.base_of(type(module)) is not None
+    same = type(module) in KINDS or _same_as(type(module)) is not None
+    known = same or forwards.base_of(type(module)) is not None
     if any(key not in module._parameters for key in keys) and (hasattr(module, "parametrizations") or known):
         return (
             "its weight is computed from other parameters; make it plain first (remove_parametrizations, prune.remove)"
@@ -527,7 +550,7 @@ def why_not(module: nn.Module) -> str | None:
         kind = getattr(module._parameters[key], "dtype", torch.float32)
         if kind != torch.float32:
             return f"its weights are {kind}, but grids hold float32; call model.float() first"
-    if type(module) in KINDS:
+    if same:
         return None
     other = forwards.other_than_plain(module)
     return other and f"{type(module).__name__} computes in its own way: {other}"

@@ -149,6 +149,57 @@ def test_a_subclass_that_uses_its_weight_in_another_way_stays_float_and_says_why
     assert says in left["1"]
 
 
+class Up(nn.ConvTranspose2d):
+    def __init__(self, i, o):
+        super().__init__(i, o, 2, stride=2)
+
+
+class Remembers(nn.GRU):
+    """Adds a function that its forward does not call."""
+
+    def state(self, n):
+        return torch.zeros(1, n, self.hidden_size)
+
+
+class Words(nn.Embedding):
+    def reset_parameters(self):
+        nn.init.normal_(self.weight, std=0.02)
+
+
+class Crops(nn.ConvTranspose2d):
+    def forward(self, x, output_size=None):
+        return super().forward(x)[..., 1:, 1:]
+
+
+class Steps(nn.GRU):
+    def check_forward_args(self, *args):
+        self.weight_ih_l0.data.mul_(2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [(Up(3, 4), torch.randn(2, 3, 4, 4)), (Remembers(3, 4), torch.randn(2, 5, 3)), (Words(7, 3), torch.arange(7))],
+)
+def test_a_subclass_that_is_only_made_in_another_way_goes_on_the_grid_like_its_base(layer, x):
+    model = nn.Sequential(copy.deepcopy(layer))
+    table, left = quantizable(model, LayerGrids(weights=WeightGrid(bits=4)))
+    assert [*table] == ["0"]
+    assert not left
+    quantize_(model, table, [x])
+    assert isinstance(model[0], type(layer))
+    twin = copy.deepcopy(layer)
+    twin.load_state_dict(model[0].state_dict(), strict=False)
+    first = [out[0] if isinstance(out, tuple) else out for out in (model(x), twin(x), layer(x))]
+    torch.testing.assert_close(first[0], first[1])
+    assert 0 < float((first[0] - first[2]).norm() / first[2].norm()) < 0.2
+
+
+@pytest.mark.parametrize("layer", [Crops(3, 4, 2), Steps(3, 4)])
+def test_a_subclass_that_replaces_a_part_of_its_base_stays_float(layer):
+    _, left = quantizable(nn.Sequential(nn.Linear(2, 2), layer), LayerGrids(weights=WeightGrid()))
+    assert "computes in its own way" in left["1"]
+
+
 def test_looking_into_a_forward_leaves_chance_alone():
     class Drops(nn.Linear):
         def forward(self, x):
