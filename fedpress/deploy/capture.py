@@ -30,10 +30,11 @@ from fedpress.layers import copied
 
 BATCH = "batch"
 
+FIXED = "specialized it to be a constant"
 _CURES = (  # what torch.export says, what it means, what helps
     (r"data-dependent", "its control flow depends on the values of its input; use torch.where in place of `if`"),
     (
-        r"specialized it to be a constant",
+        FIXED,
         "it fixes the batch size; use x.shape[0] or -1 in place of a number or of len(x)",
     ),
 )
@@ -84,18 +85,29 @@ def capture(model: nn.Module, given: Given, *, batch: int | None = None) -> torc
         return trace(model, example, free=batch is None)
     except Exception as error:  # torch.export raises what the model raises, and more than a dozen types of its own
         said = str(error)
+        if FIXED in said:  # `len(x)` is a number to Python; only who reads the code sees that it is the batch size
+            with contextlib.suppress(Exception):
+                return trace(model, example, free=batch is None, strict=True)
         known = [cure for pattern, cure in _CURES if re.search(pattern, said)]
         first = said.strip().splitlines()[0].rstrip(".") if said.strip() else type(error).__name__
         reason = known[0] if known else f"{first}; check that it takes {_described(example)}"
         raise ExportError(f"export: {_blame(model, error)} cannot be captured: {reason}") from error
 
 
-def trace(model: nn.Module, example: Example, *, free: bool) -> torch.export.ExportedProgram:
-    """Captures `model` on a batch of two rows or more, whose size stays `free` or is that of the file."""
+def trace(model: nn.Module, example: Example, *, free: bool, strict: bool = False) -> torch.export.ExportedProgram:
+    """Captures `model` on a batch of two rows or more, whose size stays `free` or is that of the file.
+
+    `strict` reads the code of forward in place of running it: it follows `len(x)`, but knows less of Python.
+    """
     args, named = call_of(example)
     shapes = batch_dims(model, example, {0: torch.export.Dim(BATCH)}) if free else None
-    with torch.no_grad():
-        return torch.export.export(model, args, named, dynamic_shapes=shapes, strict=False)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)  # one fused operation, which no file has
+        with torch.no_grad():
+            return torch.export.export(model, args, named, dynamic_shapes=shapes, strict=strict)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _described(example: Example) -> str:

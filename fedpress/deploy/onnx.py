@@ -75,7 +75,8 @@ def make_onnx(model: nn.Module, job: Job, *, fewest_bits: int = 2) -> Made:
     structure, outputs = _outputs(model, job)
     with silence():
         captured = program if program is not None else capture(model, job.given)
-        proto = _convert(captured, names_of(model, ordered(model, example_of(job.given))), outputs)
+        inputs = names_of(model, ordered(model, example_of(job.given)))
+        proto = _convert(captured, inputs, _unlike(inputs, outputs))
     _tidy_(proto)
     words = job.words()
     if structure != 0:
@@ -153,6 +154,22 @@ def _outputs(model: nn.Module, job: Job) -> tuple[Structure, list[str]]:
     if not names:
         raise ExportError("export: the model returns no tensor; make its forward return what a device should know")
     return structure, names
+
+
+def _unlike(inputs: list[str], outputs: list[str]) -> list[str]:
+    """Returns names of outputs that nothing else in the file has.
+
+    >>> _unlike(["logits"], ["logits", "a_b", "a_b"])
+    ['logits_1', 'a_b', 'a_b_1']
+    """
+    found: list[str] = []
+    for name in outputs:
+        number, own = 0, name
+        while own in inputs or own in found:
+            number += 1
+            own = f"{name}_{number}"
+        found.append(own)
+    return found
 
 
 def _convert(program: torch.export.ExportedProgram, inputs: list[str], outputs: list[str]) -> Any:

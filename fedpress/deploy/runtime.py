@@ -17,6 +17,7 @@ from fedpress.deploy.artifact import ROUNDING, TOLERANCE
 from fedpress.deploy.examples import (
     Example,
     Given,
+    as_device,
     call_of,
     flatten,
     in_batches,
@@ -99,6 +100,13 @@ def parity(
     worst, square, whole = 0.0, 0.0, 0.0
     for name, a, b in zip(names, expected, got, strict=True):
         a, b = (t[usable] if t.dim() and len(t) == count else t for t in (a, b))
+        if not a.is_floating_point():  # a class or a yes: another one is no nearer for being the next
+            if (apart := float((a != b).double().mean())) > tolerance:
+                raise ExportError(
+                    f"export: the output '{name}' of {path} is another than that of the model in {100 * apart:.0f}% of "
+                    f"its values, allowed is {100 * tolerance:g}%; {_cure(tolerance)}"
+                )
+            continue
         error = (b.double() - a.double()).abs().nan_to_num(nan=torch.inf)
         most, allowed = error.max().item(), tolerance * max(1.0, a.abs().max().item())
         if most > allowed:
@@ -115,12 +123,17 @@ def parity(
 
 def _too_far(path: str | Path, name: str, error: float, allowed: float, tolerance: float) -> str:
     what = "a logit" if name == "logit" else f"the output '{name}'"
-    cure = (
+    return (
+        f"export: {what} of {path} differs from the model by {error:.2g}, allowed is {allowed:.2g}; {_cure(tolerance)}"
+    )
+
+
+def _cure(tolerance: float) -> str:
+    return (
         "look for random or input-dependent parts in the model's forward, then export it again"
         if tolerance < ROUNDING
         else "look at the parts that left_float does not name, or export without int8"
     )
-    return f"export: {what} of {path} differs from the model by {error:.2g}, allowed is {allowed:.2g}; {cure}"
 
 
 def _decides(out: Tensor, count: int) -> bool:
@@ -219,7 +232,7 @@ def _file_outputs(path: str | Path, x: Example) -> tuple[Session, list[Tensor]]:
 def _outputs(model: nn.Module | torch.export.ExportedProgram, x: Example) -> tuple[list[str], list[Tensor]]:
     """Runs a model or graph on all rows: the names of its outputs, and the outputs."""
     if isinstance(model, torch.export.ExportedProgram):
-        return _of(model.module(check_guards=False), x, torch.device("cpu"))
+        return _of(model.module(check_guards=False), as_device(x), torch.device("cpu"))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -79,6 +79,7 @@ class ClassToken(nn.Module):
         x = self.patches(x).flatten(2).transpose(1, 2)
         token = {
             "expand": lambda: self.token.expand(x.shape[0], -1, -1),
+            "len": lambda: self.token.expand(len(x), -1, -1),
             "sizes": lambda: self.token.expand(x.size(0), 1, x.size(2)),
             "repeat": lambda: self.token.repeat(x.shape[0], 1, 1),
             "as": lambda: self.token.expand_as(x[:, :1]),
@@ -179,7 +180,7 @@ def test_a_named_tuple_comes_back_by_its_names(tmp_path):
     assert deploy.file_logits(made.path, torch.randn(5, 6)).shape == (5, 3)
 
 
-@pytest.mark.parametrize("how", ["expand", "sizes", "repeat", "as", "tile", "zeros"])
+@pytest.mark.parametrize("how", ["expand", "len", "sizes", "repeat", "as", "tile", "zeros"])
 def test_the_batch_of_a_spread_class_token_is_free(tmp_path, how):
     torch.manual_seed(0)
     model, x = ClassToken(how, depth=1).eval(), torch.randn(9, 3, 8, 8)
@@ -208,6 +209,34 @@ def test_models_of_token_ids_and_of_pairs_are_measured(tmp_path):
     assert [t["batch"] for t in found[1]["timings"]] == [1, 3]
     assert found[1]["conditions"]["runtime"] == "onnxruntime"
     assert deploy.latency(path, example, seconds=0.01).conditions["threads"] == 1
+
+
+class Decides(nn.Module):
+    """Names that meet each other in the file, and outputs of whole numbers and of yes and no."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, logits: Tensor, more: Tensor) -> dict[str, object]:
+        y = self.head(logits) - self.head(more)
+        return {"logits": y, "a": {"b": y.argmax(1)}, "a_b": y > 0}
+
+
+def test_outputs_of_any_name_and_type_are_exported_and_compared(tmp_path):
+    torch.manual_seed(0)
+    model, x = Decides().eval(), (torch.randn(8, 6), torch.randn(8, 6).half().float())
+    made = export_onnx(model, tmp_path / "m.onnx", Job(example=x))
+    assert parity(model, made.path, x).examples == 8
+    with torch.no_grad():
+        wanted = model(*x)
+    got = open_file(made.path)(*(t.numpy() for t in x))
+    assert torch.equal(torch.as_tensor(got["a"]["b"]), wanted["a"]["b"])
+    assert torch.equal(torch.as_tensor(got["a_b"]), wanted["a_b"])
+    model.head.weight.data.neg_()
+    model.forward = lambda *x: {**wanted, "a_b": ~wanted["a_b"]}
+    with pytest.raises(ExportError, match=r"'a_b' of .* is another than that of the model in 100%"):
+        parity(model, made.path, x)
 
 
 class Cached(nn.Module):
