@@ -1,6 +1,7 @@
 """Strangers' files through the command line and the calls: nothing runs that the user has not named, at any door."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -11,6 +12,7 @@ from fedpress import recipe as recipes
 from fedpress import run as runs
 from fedpress.errors import ModelError
 from fedpress.folder import RunFolder
+from fedpress.models import ModelSpec, save_model
 
 NETS = """
 from pathlib import Path
@@ -177,6 +179,16 @@ def test_nothing_is_written_through_links_that_lie_in_a_run_folder(here, fedpres
     (here / "mine" / ".report.html.part").symlink_to(target)
     assert fedpress("report", "mine").code == 0
     assert target.read_text() == "as it was"
+
+
+def test_a_model_that_does_not_take_what_its_file_declares_is_told_in_one_sentence(tmp_path, fedpress):
+    layers = {"": {"layer": "Sequential"}, "0": {"layer": "Linear", "in_features": 4, "out_features": 2}}
+    spec = ModelSpec(architecture="torch-layers", arguments={"layers": layers}, input_shape=(5,))
+    save_model(tmp_path / "odd", spec, spec.build())
+    for command in ("measure", "export", "pack", "quantize"):
+        said = fedpress(command, "odd")
+        assert said.code == 2, command
+        assert re.search(r"does not take (inputs|examples) of .*5", said.err), command
 
 
 def test_a_model_given_by_name_is_consent_for_its_own_results(here, fedpress):

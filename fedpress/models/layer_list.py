@@ -12,6 +12,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
+from fedpress import limits
 from fedpress.errors import ModelError
 
 NAME = "torch-layers"
@@ -30,6 +31,8 @@ RNN LSTM GRU
 """
 LAYERS = frozenset(_NAMES.split())
 RECURRENT = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
+PLACES = ("device", "dtype")
+"""Arguments of torch's layers that say where and in what type their numbers lie."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 
 
@@ -56,6 +59,7 @@ def build(layers: dict[str, dict[str, JsonValue]]) -> nn.Module:
     for name, about in layers.items():
         if not name:
             continue
+        limits.check("depth", name.count(".") + 1, f"model.arguments.layers['{name[:40]}']")
         above, _, last = name.rpartition(".")
         try:
             parent = root.get_submodule(above)
@@ -77,8 +81,17 @@ def _layer(name: str, about: dict[str, JsonValue]) -> nn.Module:
         return nn.Sequential()
     if kind not in LAYERS:
         raise ModelError(f"{place}: {str(kind)[:60]!r} is no layer of torch.nn that a file may name")
+    placed = next((key for key in arguments if key in PLACES), None)
+    if placed is not None:
+        raise ModelError(
+            f"{place}: '{placed}' is nothing that a file may say; a network is built in float32 on the CPU"
+        )
+    if isinstance(inside := arguments.get("num_layers"), int):  # torch takes the square of their number to make them
+        limits.check("recurrent", inside, f"{place}.num_layers")
     try:
         layer = getattr(nn, str(kind))(**arguments)
+    except limits.AboveLimit:
+        raise
     except Exception as error:  # whatever torch says of arguments
         raise ModelError(f"{place}: {kind} cannot be built ({str(error).splitlines()[0][:120]})") from error
     assert isinstance(layer, nn.Module)
@@ -144,7 +157,7 @@ def _parameters(module: nn.Module) -> list[tuple[str, Any]]:
             names.append("nonlinearity")
         return [(name, None) for name in names]
     found = inspect.signature(type(module).__init__).parameters
-    skipped = ("self", "device", "dtype")
+    skipped = ("self", *PLACES)
     return [
         (name, about.default)
         for name, about in found.items()

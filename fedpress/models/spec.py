@@ -106,6 +106,8 @@ class ModelSpec(BaseModel):
             return
         try:
             values = limits.declared(ARCHITECTURES[self.architecture], _arguments(self.arguments))
+        except limits.AboveLimit:
+            raise
         except Exception:  # arguments that do not fit: building says so, in words that name them
             return
         limits.check("values", values, "spec.arguments")
@@ -116,8 +118,12 @@ class ModelSpec(BaseModel):
         Raises:
             ModelError: besides, if it has more values or modules than `fedpress.limits` say.
         """
-        with limits.building(f"spec: '{self.architecture}'"):
-            return self.build()
+        place = f"spec: '{self.architecture}'"
+        with limits.building(place):
+            model = self.build()
+        if self.architecture in ARCHITECTURES:  # what a user's own function makes may not run without its numbers
+            limits.check_running(model, self.example(1), place)
+        return model
 
     def build(self) -> nn.Module:
         """Builds the network with the right shapes and fresh weights.
