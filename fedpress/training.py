@@ -450,7 +450,7 @@ class Fit:
     def _step(self, x: Tensor, y: Tensor) -> float:
         x = x.contiguous(memory_format=memory_format(x, self.model))
         with autocast(self.model, self.settings.precision):
-            logits = self.model(x)
+            logits = outputs(self.model, x)
         loss = self.objective(self.model, x, logits.float(), y)
         if self.scales:  # network slimming (Liu et al. 2017, arXiv:1708.06519, eq. 1)
             loss = loss + self.settings.bn_penalty * torch.stack([scale.abs().sum() for scale in self.scales]).sum()

@@ -695,3 +695,21 @@ def test_a_batch_of_one_gives_what_it_gives_in_company_also_where_code_drops_its
     plain = Preprocess((0.0,) * 6, (1.0,) * 6)
     one_by_one = evaluate(model, arrays, plain, batch_size=1)
     assert one_by_one.loss == pytest.approx(evaluate(model, arrays, plain).loss, rel=1e-5)
+
+
+def test_a_network_that_fails_on_one_example_trains_in_batches_of_one():
+    class InPairs(nn.Linear):
+        def forward(self, x):
+            if len(x) == 1:
+                raise RuntimeError("one is too few")
+            return super().forward(x)
+
+    arrays, plain = Arrays(torch.randn(3, 6), torch.tensor([0, 1, 2])), Preprocess((0.0,) * 6, (1.0,) * 6)
+    models = []
+    for kind in (InPairs, nn.Linear):
+        torch.manual_seed(0)
+        models.append(kind(6, 3))
+        fit = Fit(models[-1], TrainSettings(epochs=2, batch_size=1, lr=0.05), seed=0)
+        for _ in fit.epochs(arrays, arrays.take(torch.tensor([], dtype=torch.int64)), plain):
+            pass
+    torch.testing.assert_close(models[0].weight, models[1].weight)

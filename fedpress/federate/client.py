@@ -28,6 +28,7 @@ from fedpress.federate.local import (
     private_sgd,
     rehearse_private,
     sgd,
+    too_large,
 )
 from fedpress.federate.memory import Memory, Recall, load_json, save_json
 from fedpress.federate.transforms import VALUES, Clip, Key
@@ -290,7 +291,7 @@ class Client:
         if not bool(torch.isfinite(update).all()):
             raise DivergedError(
                 f"local update: after {measured.get('steps', 1)} steps it is not finite in round {key.round}; "
-                f"lower federate.lr (now {task.lr:g})"
+                f"lower {too_large(task.settings, task.lr)}"
             )
         return update, measured
 

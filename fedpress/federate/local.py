@@ -109,8 +109,19 @@ def _diverged(task: Task, index: Tensor, steps: int) -> DivergedError:
     data = ", or rather mend the examples: they hold NaN or infinite values" if broken else ""
     return DivergedError(
         f"local update: after {steps} steps the loss is not finite in round {task.key.round}; "
-        f"lower federate.lr (now {task.lr:g}){data}"
+        f"lower {too_large(task.settings, task.lr)}{data}"
     )
+
+
+def too_large(settings: LocalSettings, lr: float, place: str = "federate") -> str:
+    """Names the settings that make local training diverge: the rate, and each pull that overshoots at this rate.
+
+    >>> too_large(LocalSettings(lr=0.5, weight_decay=9.0), 0.5)
+    'federate.lr (now 0.5) or federate.weight_decay (now 9)'
+    """
+    pulls = [(name, getattr(settings, name)) for name in ("proximal_mu", "weight_decay")]
+    named = [("lr", lr), *((name, value) for name, value in pulls if lr * value >= 2)]
+    return " or ".join(f"{place}.{name} (now {value:g})" for name, value in named)
 
 
 def shuffled_batches(model: nn.Module, n: int, size: int, shuffle: torch.Generator) -> list[Tensor]:

@@ -14,10 +14,11 @@ from fedpress import tree
 from fedpress.compress.sparse.compact import expand_
 from fedpress.errors import PrivacyError, TrainingError
 from fedpress.federate import Clip, RoundRecord, Settings
+from fedpress.federate.local import too_large
 from fedpress.folder import StageFolder
 from fedpress.privacy.accounting import Spent
 from fedpress.privacy.ledger import Charge, Ledger
-from fedpress.stages.binding import PROMISE, Federation, bind
+from fedpress.stages.binding import PROMISE, Federation, bind, local_settings
 from fedpress.stages.failures import PRIVATE, Failures, in_words, told
 from fedpress.stages.protecting import is_secure, secure_list, steps_per_round
 from fedpress.stages.rehearsal import rehearse
@@ -180,7 +181,7 @@ class FederateStage(FederateSettings):
 
     def _rates(self) -> str:
         """Names the settings that make training diverge if they are too large."""
-        rates = f"stage.{self.name}.lr (now {self.lr:g})"
+        rates = too_large(local_settings(self), self.lr, f"stage.{self.name}")
         return rates if self.server.lr <= 1 else f"{rates} or stage.{self.name}.server.lr (now {self.server.lr:g})"
 
     def _last_warning(self, now: Progress) -> str:

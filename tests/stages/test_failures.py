@@ -110,6 +110,15 @@ def test_too_large_a_rate_without_privacy_names_client_steps_and_setting(tmp_pat
         warned(recipe(lr=1e30), tmp_path / "run")
 
 
+@pytest.mark.parametrize("trust", [None, "local", "central"])
+@pytest.mark.parametrize("setting", ["proximal_mu", "weight_decay"])
+def test_a_pull_that_is_too_strong_for_the_rate_is_named_too(setting, trust, tmp_path):
+    stage = f"{setting} = 1e30\n" + (privacy("client", trust) if trust else "")
+    words = rf"lower (stage\.)?federate\.lr \(now 0\.5\) or (stage\.)?federate\.{setting} \(now 1e\+30\)"
+    with pytest.raises(TrainingError, match=words):
+        warned(recipe(stage=stage, rounds=9, batch=5), tmp_path / "run")
+
+
 def test_counts_survive_a_kill_to_the_bit(tmp_path):
     text = recipe("some_bad", stage=privacy("sample", "local"), rounds=4)
     whole, _ = warned(text, tmp_path / "whole")
