@@ -80,3 +80,25 @@ def test_a_damaged_file_a_missing_one_and_other_shapes_are_refused(tmp_path):
         open_file(path)
     with pytest.raises(ExportError, match="no file"):
         open_file(tmp_path / "none.xml")
+
+
+class Captioned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.image, self.words, self.head = nn.Linear(8, 6), nn.Embedding(20, 6), nn.Linear(12, 3)
+
+    def forward(self, image, words):
+        seen = self.image(image)
+        out = self.head(torch.cat([seen, self.words(words).mean(1)], 1))
+        return {"logits": out, "more": (seen, [words.sum(1)])}
+
+
+@pytest.mark.parametrize("integer", [False, True])
+def test_several_inputs_by_name_give_outputs_in_their_places(tmp_path, integer):
+    torch.manual_seed(0)
+    model, example = Captioned().eval(), {"words": torch.randint(0, 20, (4, 5)), "image": torch.randn(4, 8)}
+    made = export(model, tmp_path / "m.xml", "openvino", Job(example=example, batches=(example,) if integer else ()))
+    assert parity(made.program or model, made.path, example, tolerance=made.tolerance).examples == 4
+    got = open_file(made.path)(words=example["words"].numpy(), image=example["image"].numpy())
+    assert got["logits"].shape == (4, 3)
+    assert got["more"][1][0].tolist() == example["words"].sum(1).tolist()
