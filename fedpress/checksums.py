@@ -1,7 +1,9 @@
 """Damage on a disk is noticed: a list `checksums` in a run folder says what the files in and below it hold.
 
-A line is the BLAKE2b digest of a stretch of bytes, where the stretch begins and ends, and the name of the file. A file
-that is replaced in one step has a line for the whole of it, written before the step: a process that is killed in
+A line is the BLAKE2b digest of a stretch of bytes with a checksum of the line itself, where the stretch begins and
+ends, and the name of the file. Without the second a flipped letter in a name would leave a file without its line.
+
+A file that is replaced in one step has a line for the whole of it, written before the step: a process that is killed in
 between leaves a line too many, so a file is whole if any of its lines fits. A file that grows has a line for each
 stretch, written after it: what lies behind the last line was appended by a process that was killed, and is not
 judged. A file without a line, such as one of an older fedpress, is not judged either. A digest finds damage; it is no
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,7 @@ from fedpress.atomic import replacing
 NAME = "checksums"
 ABOVE = 3  # folders above a file that may have the list: RUN/stages/0-train/model.safetensors
 CHUNK = 1 << 20
+DIGITS = 32  # of a digest in hex
 
 
 class DamagedList(ValueError):
@@ -42,8 +46,13 @@ class Line:
         end = content.stat().st_size
         return cls(digest(content, start, end), start, end, name)
 
+    @property
+    def own(self) -> str:
+        """The checksum of the line itself."""
+        return f"{zlib.crc32(f'{self.digest} {self.start} {self.end} {self.name}'.encode()):08x}"
+
     def __str__(self) -> str:
-        return f"{self.digest} {self.start} {self.end} {self.name}\n"
+        return f"{self.digest}-{self.own} {self.start} {self.end} {self.name}\n"
 
 
 def digest(path: Path, start: int, end: int) -> str:
@@ -135,9 +144,13 @@ def read(folder: Path) -> list[Line]:
     found = []
     for number, line in enumerate(raw.split(b"\n")[:-1], start=1):
         parts = line.decode("utf-8", "replace").split(" ", 3)
-        if len(parts) != 4 or len(parts[0]) != 32 or not (parts[1].isdecimal() and parts[2].isdecimal()):
+        if len(parts) != 4 or not all(part.isascii() and part.isdecimal() and len(part) < 20 for part in parts[1:3]):
             raise DamagedList(f"line {number}")
-        found.append(Line(parts[0], int(parts[1]), int(parts[2]), parts[3]))
+        made = Line(parts[0][:DIGITS], int(parts[1]), int(parts[2]), parts[3])
+        # Lists of an older fedpress have no checksum of the line.
+        if parts[0] not in (made.digest, f"{made.digest}-{made.own}") or len(made.digest) != DIGITS:
+            raise DamagedList(f"line {number}")
+        found.append(made)
     return found
 
 

@@ -1,4 +1,5 @@
 import os
+import re
 
 import pytest
 
@@ -114,4 +115,28 @@ def test_tidying_forgets_what_is_gone_and_keeps_what_is_damaged(tmp_path):
     assert [line.name for line in checksums.read(tmp_path)] == ["b", "b", "b", "c d"]
     assert checksums.fault(tmp_path / "b")
     assert checksums.fault(tmp_path / "c d") is None
-    assert str(Line("0" * 32, 0, 3, "c d")) == f"{'0' * 32} 0 3 c d\n"
+    assert re.fullmatch(r"0{32}-[0-9a-f]{8} 0 3 c d\n", str(Line("0" * 32, 0, 3, "c d")))
+
+
+def test_every_flipped_bit_of_the_list_itself_is_noticed(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("what it holds")
+    checksums.note(path)
+    whole = (tmp_path / "checksums").read_bytes()
+    for at in range(8 * (len(whole) - 1)):
+        damaged = bytearray(whole)
+        damaged[at // 8] ^= 1 << at % 8
+        (tmp_path / "checksums").write_bytes(damaged)
+        with pytest.raises(checksums.DamagedList):
+            checksums.read(tmp_path)
+
+
+def test_a_list_of_an_older_fedpress_has_lines_without_their_own_checksum(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("what it holds")
+    line = Line.of(path, path.name)
+    (tmp_path / "checksums").write_text(f"{line.digest} {line.start} {line.end} {line.name}\n")
+    assert checksums.read(tmp_path) == [line]
+    assert checksums.fault(path) is None
+    path.write_text("what it hold5")
+    assert "is not what was written" in str(checksums.fault(path))
