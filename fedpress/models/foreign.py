@@ -44,7 +44,7 @@ def described(path: Path) -> str | None:
     if found is None:
         return None
     what, way = found
-    return f"'{path}' is {what}; {way.format(path=shlex.quote(str(path)))}"
+    return f"'{path}' is {what}; {way.replace('{path}', shlex.quote(str(path)))}"
 
 
 def _file(path: Path) -> tuple[str, str] | None:
@@ -52,8 +52,11 @@ def _file(path: Path) -> tuple[str, str] | None:
         head = file.read(HEAD)
     if not head:
         return "an empty file", "copy it again"
-    if head.startswith(b"PK\x03\x04"):
-        return _zip(path)
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        try:
+            return _zip(path)
+        except zipfile.BadZipFile:
+            return "a damaged archive, as torch.save writes it", "copy it again"
     for matches, what, way in BY_HEAD:
         if matches(head):
             return what, way
@@ -61,7 +64,18 @@ def _file(path: Path) -> tuple[str, str] | None:
         return None if FORMAT in head else ("a state dict (safetensors)", WEIGHTS)
     if head[:1] == b"\x80" and head[1:2] in b"\x00\x01\x02\x03\x04\x05":
         return _pickle(path)
-    return BY_SUFFIX.get(path.suffix.lower())
+    if path.suffix.lower() in BY_SUFFIX:
+        return BY_SUFFIX[path.suffix.lower()]
+    if path.suffix.lower() == ".safetensors" or FORMAT in head:  # its own reader says what is damaged
+        return None
+    if path.name == "spec.json":
+        return "a part of a model's folder", f"give the folder: {shlex.quote(str(path.parent))}"
+    what = "text" if _is_text(head) else "of a kind that fedpress does not know"
+    return f"no model: it is {what}", f"give the folder of a model or of a run, or a packed file, or {BUILD}"
+
+
+def _is_text(head: bytes) -> bool:
+    return not any(byte < 32 and byte not in b"\t\n\r\f" for byte in head)
 
 
 def _is_safetensors(head: bytes) -> bool:
@@ -195,6 +209,8 @@ def _folder(path: Path) -> tuple[str, str] | None:
         return f"a folder with the file of weights '{weights[0]}'", WEIGHTS.format(
             path=shlex.quote(str(path / weights[0]))
         )
+    if not names & {"settings.json", "recipe.toml", "result.json"}:
+        return "a folder without a model", "give the folder of a model or of a run, or a packed file"
     return None
 
 

@@ -21,7 +21,8 @@ INSIDE = ("state_dict", "model_state_dict", "model")
 def load_weights_(model: nn.Module, path: Path) -> tuple[str, ...]:
     """Puts the state dict of `path` into `model`: safetensors, or what `torch.save` wrote, read without running code.
 
-    A pair `x_orig`, `x_mask` of `torch.nn.utils.prune` becomes `x`, the product.
+    Names may begin with the word of a wrapper, such as `module.` of DistributedDataParallel. A pair `x_orig`, `x_mask`
+    of `torch.nn.utils.prune` becomes `x`, the product.
 
     Returns:
         The names of the parameters that came with masks: what `ModelSpec.sparse` notes.
@@ -29,7 +30,8 @@ def load_weights_(model: nn.Module, path: Path) -> tuple[str, ...]:
     Raises:
         ModelError: if the file is missing, holds something else than tensors, or does not fit the model.
     """
-    tensors, masked = _unmasked(_read(Path(path)), set(model.state_dict()))
+    wanted = set(model.state_dict())
+    tensors, masked = _unmasked(_without_prefix(_read(Path(path)), wanted), wanted)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -60,6 +62,17 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ModelError(f"{path}: this is no state dict; save model.state_dict(), not the model")
     return dict(found)
+
+
+def _without_prefix(tensors: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+    """Takes the prefix off that all names share, where they are those of the model without it."""
+    first = next(iter(tensors), "")
+    for prefix in (first[: at + 1] for at, letter in enumerate(first) if letter == "."):
+        if all(name.startswith(prefix) for name in tensors):
+            bare = {name.removeprefix(prefix): value for name, value in tensors.items()}
+            if set(bare) == wanted != set(tensors):
+                return bare
+    return tensors
 
 
 def _unmasked(tensors: dict[str, Tensor], wanted: set[str]) -> tuple[dict[str, Tensor], tuple[str, ...]]:

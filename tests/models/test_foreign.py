@@ -168,3 +168,41 @@ def test_the_way_in_for_a_state_dict_works(tmp_path, fedpress):
     said = fedpress("sparsify", "own_net:build", "--checkpoint", tmp_path / "module.pt", "--input", "4", *keys)
     assert said.code == 2
     assert "is a pickled object" in said.err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("a.txt", b"hello", "no model: it is text"),
+        ("a.pt", b"<!DOCTYPE html><html>404</html>", "no model: it is text"),
+        ("a.png", b"\x89PNG\r\n\x1a\n" + bytes(40), "no model: it is of a kind that fedpress does not know"),
+        ("a.pt", b"PK\x03\x04" + bytes(400), "a damaged archive"),
+        ("spec.json", b"{}", "a part of a model's folder; give the folder"),
+        ("config.json", b"{}", "a folder without a model"),
+    ],
+)
+def test_what_is_no_model_at_all_is_not_called_a_damaged_one(tmp_path, name, content, what):
+    (tmp_path / name).write_bytes(content)
+    path = tmp_path if name == "config.json" else tmp_path / name
+    with pytest.raises(ModelError) as caught:
+        storage.load(path)
+    assert f"'{path}' is {what}" in str(caught.value)
+    assert "packed model is damaged" not in str(caught.value)
+
+
+def test_a_damaged_packed_file_is_still_called_one(tmp_path):
+    (tmp_path / "a.packed.safetensors").write_bytes(bytes(64))
+    with pytest.raises(ModelError, match="this packed model is damaged"):
+        storage.load(tmp_path / "a.packed.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.net."])
+def test_weights_under_the_name_of_a_wrapper_are_taken(tmp_path, prefix):
+    torch.save({"state_dict": {prefix + k: v for k, v in net().state_dict().items()}}, tmp_path / "w.pt")
+    model = net()
+    nn.init.zeros_(model[0].weight)
+    load_weights_(model, tmp_path / "w.pt")
+    saved = torch.load(tmp_path / "w.pt")["state_dict"]
+    assert torch.equal(model[0].weight, saved[f"{prefix}0.weight"])
+    with pytest.raises(ModelError, match="do not fit the model"):
+        load_weights_(nn.Linear(3, 3), tmp_path / "w.pt")
