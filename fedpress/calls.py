@@ -102,6 +102,8 @@ WRITES: dict[Callable[..., Any], tuple[str, ...]] = {
 }
 """Functions that write to places which a tensor of indices names."""
 
+CONVOLVED = ("weight", "bias", "stride", "padding", "dilation", "groups")
+
 SIZED: dict[Callable[..., Any], tuple[str, ...]] = {
     **COUNTED,
     **WRITES,
@@ -121,6 +123,9 @@ SIZED: dict[Callable[..., Any], tuple[str, ...]] = {
     torch.dsplit: ("indices_or_sections",),
     torch.unsafe_split: ("split_size", "dim"),
     Tensor.unsafe_split: ("split_size", "dim"),
+    F.conv1d: CONVOLVED,
+    F.conv2d: CONVOLVED,
+    F.conv3d: CONVOLVED,
     torch.empty: ("size",),
     Tensor.new_empty: ("size",),
 }

@@ -253,3 +253,30 @@ def test_numbers_that_follow_are_found_behind_others_that_count_examples_too():
     assert check_parity(model, small, plan, x) <= 1e-5
     assert {n for call in plan.numbers[""].values() for n in call.values()} == {(8, 16)}
     assert len(plan.numbers[""]) == 2
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_groups_of_a_filter_that_is_the_same_for_all_channels_follow_them(named):
+    class Blurred(nn.Module):
+        """Anti-aliased pooling: a buffer of one kernel a channel, and the stored number of channels."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.o, self.channels = nn.Conv2d(3, 24, 3), nn.Conv2d(24, 16, 1), nn.Linear(16, 3), 24
+            kernel = torch.tensor([1.0, 2.0, 1.0])
+            self.register_buffer("kernel", (kernel[:, None] * kernel / 16)[None, None].repeat(24, 1, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.pad(self.a(x).relu(), (1, 1, 1, 1), mode="reflect")
+            if named:
+                h = F.conv2d(h, self.kernel, stride=2, groups=self.channels)
+            else:
+                h = F.conv2d(h, self.kernel, None, (2, 2), 0, 1, self.channels)
+            return self.o(self.b(h).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, x = Blurred(), torch.randn(2, 3, 8, 8)
+    _, plan, small = halved(model, x)
+    assert [layer.name for layer in plan.layers] == ["a", "b"]
+    assert small.kernel.shape[0] == 12
+    assert check_parity(model, small, plan, x) <= 1e-5

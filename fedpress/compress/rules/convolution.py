@@ -32,6 +32,7 @@ def convolution(
     elif weight.shape[1] == 1:
         ids.freeze(read, "depthwise kernel")
         ids.unite(out, None if source is None else np.repeat(source, weight.shape[0] // groups))
+        _count_groups(ids, source, groups)
     else:
         _same_places(ids, source, groups, read)
         _same_places(ids, out, groups)
@@ -70,6 +71,13 @@ def transposed(
         ids.mark(write, "write")
     _multiply(ids, weight, shape[:at], x.shape[at + 1 :])
     return _written(ids, x, at, out, bias, shape)
+
+
+def _count_groups(ids: Ids, source: Axis, groups: int) -> None:
+    """Says that the last number of the call is the number of groups; a layer of torch's keeps it right by itself."""
+    numbers = [] if ids.call is None else ids.call.numbers
+    if numbers and numbers[-1] == groups:
+        ids.number(len(numbers) - 1, source)
 
 
 def _channel_axis(ids: Ids, x: Value, weight: Value) -> int:
