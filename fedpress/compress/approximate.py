@@ -35,6 +35,8 @@ def check_names(names: Sequence[str]) -> frozenset[str]:
         RecipeError: if there is no such kind.
     """
     known = list(get_args(Norm))
+    if isinstance(names, str):
+        raise RecipeError(f'prune.approximate: got "{names}", expected a list; give ["{names}"]')
     for name in names:
         if name not in known:
             hint = did_you_mean(name, known) or f"; give {' or '.join(known)}"

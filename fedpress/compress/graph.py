@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -269,13 +270,14 @@ def tensors_in(output: object) -> list[Tensor]:
     return found
 
 
+CONTAINERS = (list, dict, OrderedDict, set)  # hooks are in ordered dictionaries; forward may register some
 REGISTERED = ("training", "_parameters", "_buffers", "_modules")
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Returns a module's plain attributes, and what is in those that are lists or dictionaries."""
+    """Returns a module's plain attributes, its hooks too, and what is in those that are containers."""
     plain = {key: value for key, value in module.__dict__.items() if key not in REGISTERED}
-    return {key: (value, copy(value) if type(value) in (list, dict) else None) for key, value in plain.items()}
+    return {key: (value, copy(value) if type(value) in CONTAINERS else None) for key, value in plain.items()}
 
 
 def _put_back_(module: nn.Module, attributes: Mapping[str, tuple[Any, Any]]) -> None:
@@ -286,7 +288,7 @@ def _put_back_(module: nn.Module, attributes: Mapping[str, tuple[Any, Any]]) -> 
         module.__dict__[key] = value
         if isinstance(inside, list):
             value[:] = inside
-        elif isinstance(inside, dict):
+        elif inside is not None:
             value.clear()
             value.update(inside)
 

@@ -21,11 +21,14 @@ def ignored(model: nn.Module, patterns: Sequence[str], key: str = "ignore") -> f
         key: what the setting is called, for errors.
 
     Raises:
-        RecipeError: if a pattern matches nothing.
+        RecipeError: if a pattern matches nothing, or `patterns` is no list of texts.
 
     >>> sorted(ignored(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["0"]))
     ['0', '0.bias', '0.weight']
     """
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        one = patterns if isinstance(patterns, str) else "head"
+        raise RecipeError(f'{key}: got {patterns!r}, expected a list of names; give ["{one}"]')
     named = [
         *model.named_modules(remove_duplicate=False),
         *model.named_parameters(remove_duplicate=False),

@@ -92,12 +92,18 @@ def trace(
         graph = _graph(ids, owners, shapes, unused, arguments)
         graph = replace(graph, turns=turns, approximate=tuple(ids.approximated))
         graph = without_followers(model, graph, arguments)
-        failing = layers_that_fail(model, graph, arguments)
+        failing = layers_that_fail(model, graph, arguments, compare=not _coarse(exported))
         if not failing:
             break
         for layer, reason in failing.items():
             _freeze_layer(ids, owners, graph.layers[layer], reason)
     return graph
+
+
+def _coarse(exported: torch.export.ExportedProgram) -> bool:
+    """Says whether anything is computed in half precision."""
+    half = (torch.float16, torch.bfloat16)
+    return any(getattr(node.meta.get("val"), "dtype", None) in half for node in exported.graph.nodes)
 
 
 class Recorder(TorchFunctionMode):

@@ -54,15 +54,18 @@ def without_followers(model: nn.Module, graph: ChannelGraph, arguments: Sequence
 
 
 @torch.no_grad()
-def layers_that_fail(model: nn.Module, graph: ChannelGraph, arguments: Sequence[Tensor]) -> dict[int, str]:
+def layers_that_fail(
+    model: nn.Module, graph: ChannelGraph, arguments: Sequence[Tensor], *, compare: bool
+) -> dict[int, str]:
     """Returns the layers without some of whose channels the model goes wrong, and how.
 
     Sizes that no call shows, `x.size(0) // self.num_heads` in the number of copies say, are wrong in a smaller model;
     and what runs only in training, an auxiliary head say, has not become smaller. Copies are compared with the masked
-    model as `check_parity` does. What goes wrong only without channels of several layers at once is not found.
+    model as `check_parity` does, if `compare` says so; they need not where half precision rounds more than that allows.
+    What goes wrong only without channels of several layers at once is not found.
     """
     failing: dict[int, str] = {}
-    batch = trial_batch(model, tuple(arguments)) if graph.layers else []
+    batch = trial_batch(model, tuple(arguments)) if graph.layers and compare else None
     groups = [list(range(len(graph.layers)))] if graph.layers else []
     counts = _counts(graph, 1)
     while groups:  # halves of a group that fails are tried by themselves, so that few culprits are soon found
@@ -82,7 +85,11 @@ def layers_that_fail(model: nn.Module, graph: ChannelGraph, arguments: Sequence[
 
 
 def _failure(
-    model: nn.Module, graph: ChannelGraph, counts: Sequence[int], arguments: Sequence[Tensor], batch: list[Tensor]
+    model: nn.Module,
+    graph: ChannelGraph,
+    counts: Sequence[int],
+    arguments: Sequence[Tensor],
+    batch: list[Tensor] | None,
 ) -> str | None:
     """Says how a copy without the first `counts[i]` channels of layer i goes wrong; None if it does not."""
     gone = [torch.arange(n) for n in counts]
@@ -92,8 +99,8 @@ def _failure(
     except Exception as error:  # the user's code may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"the code does not run with fewer of its channels ({reason})"
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
-        return None  # whose rounding is larger than what is compared
+    if batch is None:
+        return None
     wrong = fault(model, small, _plan(model, graph, gone), batch, tolerance=TOLERANCE)
     return wrong and f"with fewer of its channels {wrong}"
 

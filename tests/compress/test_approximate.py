@@ -12,6 +12,7 @@ from zoo import ViT
 
 from fedpress import commands
 from fedpress.compress import PruningPlan, check_parity, difference, parameters, refit_norms_, remove_, score, trace
+from fedpress.compress.approximate import check_names
 from fedpress.compress.planning import make_plan
 from fedpress.errors import RecipeError
 from fedpress.models import ModelSpec, load_model, save_model, what_pruning_changed
@@ -229,3 +230,9 @@ def test_a_command_tells_how_far_an_approximate_cut_is_off():
     alone = commands.prune(Small(16), input_shape=(1, 8, 8), **how)
     assert "examples of noise" in alone.facts["told"]["approximate"]
     assert "there was no data" in alone.facts["left"]["norm"]
+
+
+def test_one_kind_that_is_no_list_is_told_with_the_list():
+    with pytest.raises(RecipeError, match=r'expected a list; give \["layer_norm"\]'):
+        check_names("layer_norm")
+    assert check_names(["layer_norm"]) == {"layer_norm"}

@@ -1,3 +1,4 @@
+from collections import OrderedDict
 from copy import deepcopy
 
 import pytest
@@ -115,3 +116,11 @@ def test_the_nearest_width_is_told_in_the_facts_and_refused_where_it_must_be_exa
     assert facts["told"] == {"keep_params": "0.5066, the nearest to 0.5 that the widths allow"}
     with pytest.raises(RecipeError, match=r"prune\.keep_params: 0\.5 cannot be met.*0\.5066"):
         commands.prune(model, keep_params=0.5, round_to=1, exact=True, input_shape=(20,))
+
+
+@pytest.mark.parametrize("given", ["head", [0]])
+def test_what_is_no_list_of_names_is_told_with_one_that_is(given):
+    model = nn.Sequential(OrderedDict(head=nn.Linear(2, 2)))
+    with pytest.raises(RecipeError, match=r'ignore: got .*, expected a list of names; give \["head"\]'):
+        ignored(model, given)
+    assert "head.weight" in ignored(model, ["head"])

@@ -306,3 +306,28 @@ def test_scores_plans_and_targets_work_for_a_network_with_an_operation_without_a
     assert small.a.out_features == 16
     assert small.b.out_features < 24
     assert check_parity(model, small, chosen, x) <= 1e-5
+
+
+def test_hooks_that_the_first_forward_registers_are_not_left_behind_by_a_trace():
+    class Collecting(nn.Module):
+        """Keeps what its layers give by hooks that its first forward registers, as language-model libraries do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.o = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(28, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(self, "seen"):
+                self.seen = []
+                for layer in (self.a, self.b):
+                    layer.register_forward_hook(lambda module, given, output: self.seen.append(output))
+            self.seen.clear()
+            self.b(self.a(x).relu())
+            return self.o(torch.cat(self.seen, -1).relu())
+
+    torch.manual_seed(0)
+    model, x = Collecting(), torch.randn(2, 8)
+    trace(model, x)
+    assert not hasattr(model, "seen")
+    assert not model.a._forward_hooks
+    assert model(x).shape == (2, 3)  # hooks that are there twice would give twice as many values
