@@ -53,6 +53,9 @@ MOST_PHASES = 100
 MOST_BY_RENYI = 300
 """The same where Renyi accounting answers, which takes some milliseconds for each."""
 
+RAREST_SAMPLE, LEAST_NOISE, MOST_NOISE = 1e-12, 1e-6, 1e12
+"""Rarer samples and more noise count as these; less noise promises nothing that could be said."""
+
 FEW_POINTS = 1 << 17
 """Points of `losses` while a noise is searched for: a tenth of a second for each question."""
 
@@ -111,6 +114,17 @@ def spent(phases: Iterable[AnyPhase], *, delta: float, points: int = losses.POIN
     return _spent(merge(phases), delta, points)
 
 
+def renyi_bound(phases: Iterable[AnyPhase], *, delta: float) -> float:
+    """Returns a quick upper bound on what all `phases` together spend at `delta`, larger than `epsilon` by a tenth.
+
+    It is inf where phases have no noise, or bounds that may fail.
+    """
+    merged = merge(phases)
+    if any(p.noise_multiplier == 0 for p in merged) or any(p.failure for p in skellams(merged)):
+        return math.inf
+    return renyi.epsilon(merged, delta=delta)
+
+
 def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, steps: int) -> float:
     """Returns the smallest noise multiplier with which `steps` sums spend at most `epsilon` at `delta`.
 
@@ -154,7 +168,9 @@ def _spent(phases: tuple[AnyPhase, ...], delta: float, points: int = losses.POIN
     gaussian, skellam = gaussians(phases), skellams(phases)
     if any(p.noise_multiplier == 0 for p in gaussian):
         return Spent(math.inf)
-    gaussian = tuple(p for p in gaussian if p.noise_multiplier < math.inf)
+    gaussian = tuple(_in_range(p) for p in gaussian if p.noise_multiplier < math.inf)
+    if any(p.noise_multiplier < LEAST_NOISE for p in gaussian):
+        return Spent(math.inf, upper_bound=True)
     if skellam:
         gaussian = at_most(gaussian, MOST_PHASES)
         return Spent(_mixture(gaussian, skellam, delta), upper_bound=True)
@@ -172,6 +188,12 @@ def _spent(phases: tuple[AnyPhase, ...], delta: float, points: int = losses.POIN
     if bound.fine:
         return Spent(min(everybody, bound.epsilon))
     return Spent(min(everybody, bound.epsilon, renyi.epsilon(gaussian, delta=delta)), upper_bound=True)
+
+
+def _in_range(phase: Phase) -> Phase:
+    """Returns a phase that spends no less, and whose numbers can be squared."""
+    prob = max(phase.sampling_prob, RAREST_SAMPLE)
+    return replace(phase, sampling_prob=prob, noise_multiplier=min(phase.noise_multiplier, MOST_NOISE))
 
 
 def _parts(phases: tuple[Phase, ...]) -> list[Phase]:

@@ -23,6 +23,10 @@ READS = (1, 2)
 """Version 1 knows no Skellam charges; it is read as it is."""
 
 
+FEW_PARTIES = 8
+"""So many parties are all asked about; of more, a quick bound picks those that may have spent most."""
+
+
 @dataclass(frozen=True)
 class Charge:
     """`steps` noised sums over the data of `who` (a client's name, or "population" for all), for the purpose `what`.
@@ -132,8 +136,18 @@ class Ledger:
         parties = _undominated(set(self.phases()))
         # Many parties share the time of a few; fewer points only raise an epsilon.
         points = max(1 << 14, 4 * losses.POINTS // max(4, len(parties)))
-        found = [accounting.spent(phases, delta=delta, points=points) for phases in parties]
-        return max(found, key=lambda party: party.epsilon)
+        if len(parties) <= FEW_PARTIES:
+            found = [accounting.spent(phases, delta=delta, points=points) for phases in parties]
+            return max(found, key=lambda party: party.epsilon)
+        # The party of the largest epsilon alone counts: who has a smaller Renyi bound than that is not asked about.
+        bounds = {phases: accounting.renyi_bound(phases, delta=delta) for phases in parties}
+        most = accounting.Spent(0.0)
+        for phases in sorted(bounds, key=lambda party: -bounds[party]):
+            if bounds[phases] <= most.epsilon:
+                break
+            one = accounting.spent(phases, delta=delta, points=points)
+            most = max(most, one, key=lambda party: party.epsilon)
+        return most
 
     def would_pass(self, *charges: Charge, epsilon: float, delta: float) -> bool:
         """Says whether `charges` together would carry anybody beyond `epsilon`: ask before the data is touched."""

@@ -9,6 +9,9 @@ from typing import TypeVar
 
 from fedpress.errors import RecipeError
 
+LEAST_DELTA = 1e-200
+MOST_STEPS = 10**10
+
 
 @dataclass(frozen=True, order=True)
 class Phase:
@@ -148,6 +151,8 @@ def check_delta(delta: float) -> None:
     """Raises RecipeError unless `delta` is inside (0, 1)."""
     if not 0 < delta < 1:
         raise RecipeError(f"delta: got {delta}, expected a number inside (0, 1), below one over the number of units")
+    if delta < LEAST_DELTA:
+        raise RecipeError(f"delta: got {delta}, expected {LEAST_DELTA:g} or more, such as 1e-9")
 
 
 def check_sampling_prob(sampling_prob: float) -> None:
@@ -157,5 +162,7 @@ def check_sampling_prob(sampling_prob: float) -> None:
 
 
 def _check_steps(steps: float) -> None:
-    if not steps >= 0 or steps != int(steps):
+    if not 0 <= steps < math.inf or steps != int(steps):
         raise RecipeError(f"steps: got {steps}, expected a whole number >= 0")
+    if steps > MOST_STEPS:
+        raise RecipeError(f"steps: got {steps}, expected {MOST_STEPS:,} or fewer")

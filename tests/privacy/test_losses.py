@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedpress.errors import RecipeError
 from fedpress.privacy import accounting, losses, renyi
 from fedpress.privacy.accounting import Phase, SkellamPhase, epsilon, noise_multiplier, spent
 from fedpress.privacy.ledger import Charge, Ledger
@@ -167,6 +168,31 @@ def test_many_different_phases_are_joined_to_few_that_spend_no_less():
     best = Phase(min(p.sampling_prob for p in many), max(p.noise_multiplier for p in many), 10_000)
     assert epsilon([best], delta=1e-5) < together.epsilon < epsilon([worst], delta=1e-5)
     assert together.epsilon >= spent(many[:60], delta=1e-5).epsilon
+
+
+@pytest.mark.parametrize("q", [5e-324, 1e-300, 0.5, 1.0])
+@pytest.mark.parametrize("noise", [1e-200, 1e-6, 1e12, 1e300])
+def test_numbers_that_cannot_be_squared_are_answered_too(q, noise):
+    found = epsilon([Phase(q, noise, 10)], delta=1e-5)
+    assert found >= 0
+    assert (found == math.inf) == (noise == 1e-200)
+
+
+def test_numbers_beyond_all_use_are_refused():
+    with pytest.raises(RecipeError, match=r"steps: got .*, expected 10,000,000,000 or fewer"):
+        Phase(0.1, 1.0, 10**15)
+    with pytest.raises(RecipeError, match="delta: got 5e-324, expected 1e-200 or more"):
+        epsilon([Phase(0.01, 1.0, 10)], delta=5e-324)
+
+
+def test_of_many_parties_the_one_that_spent_most_is_found_quickly(monkeypatch):
+    charges = [Charge(f"c{i}", "x", 0.001 + 0.1 * i / 40, 0.7 + i / 40, 1000) for i in range(40)]
+    asked = []
+    spending = accounting.spent
+    monkeypatch.setattr(accounting, "spent", lambda *args, **more: asked.append(args) or spending(*args, **more))
+    found = Ledger("client").add(*charges).spent(delta=1e-5)
+    assert len(asked) < 25
+    assert found.epsilon == max(epsilon([charge.phase], delta=1e-5) for charge in charges)
 
 
 @pytest.mark.parametrize(("q", "steps", "delta", "budget"), [(1e-6, 10**5, 1e-9, 1.0), (0.02, 10**7, 1e-12, 8.0)])
