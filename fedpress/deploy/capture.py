@@ -32,6 +32,10 @@ BATCH = "batch"
 
 FIXED = "specialized it to be a constant"
 _CURES = (  # what torch.export says, what it means, what helps
+    (
+        r"in output, which is not a known type",
+        "it returns a class of its own; return a tuple or a dictionary, or call torch.export.register_dataclass on it",
+    ),
     (r"data-dependent", "its control flow depends on the values of its input; use torch.where in place of `if`"),
     (
         FIXED,

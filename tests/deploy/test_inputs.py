@@ -1,6 +1,7 @@
 """Token ids, several inputs and outputs, dictionaries: exported, run back, compared and measured."""
 
 import json
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -237,6 +238,30 @@ def test_outputs_of_any_name_and_type_are_exported_and_compared(tmp_path):
     model.forward = lambda *x: {**wanted, "a_b": ~wanted["a_b"]}
     with pytest.raises(ExportError, match=r"'a_b' of .* is another than that of the model in 100%"):
         parity(model, made.path, x)
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+    more: Tensor | None = None
+
+
+class Answers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Answer:
+        return Answer(self.head(x))
+
+
+def test_a_dataclass_is_exported_once_torch_knows_it(tmp_path):
+    model, job = Answers().eval(), Job((6,))
+    with pytest.raises(ExportError, match=r"torch\.export\.register_dataclass"):
+        export_onnx(model, tmp_path / "m.onnx", job)
+    torch.export.register_dataclass(Answer)
+    made = export_onnx(model, tmp_path / "m.onnx", job)
+    assert parity(model, made.path, torch.randn(5, 6)).examples == 5
 
 
 class Cached(nn.Module):
