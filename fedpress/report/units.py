@@ -6,15 +6,19 @@ import math
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
+LARGEST = 1e150
 DASH = "–"
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def number(value: Any) -> float | None:
-    """Returns `value` as a finite float, or None if it is something else (missing, text, NaN, infinite)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """Returns `value` as a finite float, or None if it is something else (missing, text, NaN, infinite).
+
+    What is so large that drawing it overflows, as only a damaged file holds it, is no number either.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST < value < LARGEST:
         return None
-    return float(value) if math.isfinite(value) else None
+    return float(value)
 
 
 def count(value: Any, unit: str = "") -> str:

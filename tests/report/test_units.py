@@ -42,3 +42,9 @@ def test_epsilon_is_never_shown_smaller_than_it_is(value):
 )
 def test_time_spans_carry_over_at_their_borders(value, text):
     assert units.seconds(value) == text
+
+
+def test_what_is_too_large_to_be_drawn_is_no_number():
+    for value in (float("inf"), float("-inf"), float("nan"), 1e308, 10**400, -(10**400), True, "1"):
+        assert units.number(value) is None
+    assert units.number(-(10**30)) == -1e30
