@@ -79,6 +79,10 @@ def fault(dense: nn.Module, pruned: nn.Module, plan: PruningPlan, batch: Batch, 
         masked, small = copied(dense).eval(), copied(pruned).eval()
         mask_(masked, plan)
         wanted = _attempt(masked, batch)
+        if wanted is not None and not _finite(wanted):  # 0 / 0, as in `_compare`
+            masked = copied(dense).eval()
+            mask_(masked, plan, nearly=True)
+            wanted = _attempt(masked, batch)
         try:
             if wanted is not None and _finite(wanted):
                 _difference(wanted, small, batch, tolerance, "")
