@@ -287,6 +287,8 @@ def test_a_model_has_one_size_in_every_command(trained, tmp_path):
     found = commands.measure([small.folder, packed.artifact], formats=[], int8=False, batches=(1,), seconds=0.05)
     sizes = {record["file_bytes"] for record in found["records"]}
     assert sizes == {small.facts["file_bytes"]} == {packed.before["file_bytes"]} == {packed.artifact.stat().st_size}
+    kept = commands.measure(small.model, formats=[], int8=False, batches=(1,), seconds=0.05)["records"][0]
+    assert kept["file_bytes"] == small.facts["file_bytes"], "also as a module in memory"
     again = commands.measure([trained], formats=[], int8=False, batches=(1,), seconds=0.05)["records"][0]
     assert again["file_bytes"] == small.before["file_bytes"]
 

@@ -20,7 +20,8 @@ from fedpress.compress import cost
 from fedpress.deploy import FORMATS, Job
 from fedpress.deploy.examples import Example, Given, example_of, is_shape, take, tensors_of
 from fedpress.errors import ExportError, ModelError
-from fedpress.models import ModelSpec
+from fedpress.layers import copied
+from fedpress.models import ModelSpec, memory
 from fedpress.models.weights import load_weights_
 from fedpress.seeds import generator
 
@@ -97,7 +98,10 @@ def measure(
                 takes[name] = _several_inputs(several) or _given(near[0] if near else None, name, shape_given)
                 subjects[name], counts[name] = Path(given), _counts(near[1], takes[name]) if near else (None, 0, 0)
                 continue
-            if isinstance(given, nn.Module):
+            made = memory.spec_of(given) if isinstance(given, nn.Module) else None
+            if isinstance(given, nn.Module) and made is not None:
+                spec, model = made, copied(given)
+            elif isinstance(given, nn.Module):
                 table = stack.enter_context(holding(given))
                 spec = ModelSpec(**table, input_shape=several[0] if several else _known(name, shape_given))
                 spec, model = spec.take_in()

@@ -22,7 +22,7 @@ from fedpress.data import FederatedData
 from fedpress.data.examples import Progress
 from fedpress.errors import DataError, FedpressError, ModelError, RecipeError, RunError
 from fedpress.folder import CURES, RunFolder, list_json, read_json
-from fedpress.models import ModelSpec
+from fedpress.models import ModelSpec, memory
 from fedpress.models.memory import HELD
 from fedpress.recipe import Recipe
 from fedpress.stages import AnyStage
@@ -227,6 +227,7 @@ class Result:
             raise RunError(f"{run.path / 'result.json'}: corrupt (it has no final.name); {CURES['result.json']}")
         stage = run.stage(0, kind, facts["name"])
         spec, model = stage.load()
+        memory.remember_spec(model, spec)  # a later measurement says the same size
         artifact = run.path / facts["artifact"] if "artifact" in facts else None
         before = read_json(run.path / "before.json", cure=CURES["before.json"])
         return cls(spec, model, before, facts, stage.path, artifact)

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import count
 from types import FunctionType, MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import JsonValue
@@ -42,6 +43,7 @@ class _Held:
 
 _held: dict[str, _Held] = {}
 _numbers = count(1)
+_specs: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -76,6 +78,16 @@ def held(name: str) -> nn.Module:
             "if the old torch.nn.utils.weight_norm is in it, take "
             "torch.nn.utils.parametrizations.weight_norm"
         ) from error
+
+
+def remember_spec(module: nn.Module, spec: Any) -> None:
+    """Notes the spec of a network that a command gives back; it is forgotten with the network."""
+    _specs[module] = spec
+
+
+def spec_of(module: nn.Module) -> Any:
+    """Returns the spec of a network that a command gave back, None of any other."""
+    return _specs.get(module)
 
 
 def saved_as(architecture: str, arguments: dict[str, JsonValue]) -> Named:
