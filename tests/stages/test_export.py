@@ -13,9 +13,11 @@ from fedpress.compress.cost import state_bytes
 from fedpress.errors import DataError, ExportError, ModelError, RecipeError
 from fedpress.folder import RunFolder
 from fedpress.grids import LayerGrids, WeightGrid
+from fedpress.quantized import quantize_layers_
 from fedpress.run import _take_accuracy_of_files_
 from fedpress.stages.export import _difference
 from fedpress.stages.measure import measured
+from fedpress.storage import sizes
 
 RECIPE = """
 name = "small"
@@ -75,13 +77,15 @@ def test_clients_begin_with_the_model_and_not_with_its_file(tmp_path):
 def test_what_cannot_be_packed_is_measured_as_torch_holds_it(monkeypatch):
     recipe = recipes.load(RECIPE, ())
     state = runs.start(recipe, runs.load_data(recipe))
-    state = replace(state, spec=state.spec.model_copy(update={"quantized": {"head": LayerGrids(weights=WeightGrid())}}))
+    grids = {"head": LayerGrids(weights=WeightGrid())}
+    quantize_layers_(state.model, grids)
+    state = replace(state, spec=state.spec.model_copy(update={"quantized": grids}))
 
     def refuse(*_):
         raise ModelError("pack: a buffer is of type complex64")
 
     packed = runs.measure(state, latency=False)["file_bytes"]
-    monkeypatch.setattr(runs, "encode", refuse)
+    monkeypatch.setattr(sizes, "encode", refuse)
     assert runs.measure(state, latency=False)["file_bytes"] == state_bytes(state.model) != packed
 
 
