@@ -92,7 +92,7 @@ def trace(
         graph = _graph(ids, owners, shapes, unused, arguments)
         graph = replace(graph, turns=turns, approximate=tuple(ids.approximated))
         graph = without_followers(model, graph, arguments)
-        failing = layers_that_fail(model, graph, arguments, compare=not _coarse(exported))
+        failing = layers_that_fail(model, graph, arguments, compare=not (_coarse(exported) or _branches(exported)))
         if not failing:
             break
         for layer, reason in failing.items():
@@ -104,6 +104,11 @@ def _coarse(exported: torch.export.ExportedProgram) -> bool:
     """Says whether anything is computed in half precision."""
     half = (torch.float16, torch.bfloat16)
     return any(getattr(node.meta.get("val"), "dtype", None) in half for node in exported.graph.nodes)
+
+
+def _branches(exported: torch.export.ExportedProgram) -> bool:
+    """Says whether code is run by torch.cond or its like, which torch compiles anew for each way it is looked at."""
+    return any(node.target is torch.ops.higher_order.cond for node in exported.graph.nodes)
 
 
 class Recorder(TorchFunctionMode):
