@@ -107,7 +107,7 @@ def test_a_size_that_no_call_shows_is_found_by_the_trace_and_by_parity():
 
     model, x = Scaled(), torch.randn(2, 3, 8, 8)
     with pytest.raises(ModelError, match="'a': with fewer of its channels the pruned network differs"):
-        trace(model, x)
+        halved(model, trace(model, x))
     # What is cut all the same, by a plan for the network without that size, does not pass either.
     unscaled = Plain()
     choice, small = halved(unscaled, trace(unscaled, x)), deepcopy(model)
