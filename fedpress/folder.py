@@ -25,6 +25,8 @@ from fedpress.models import ModelSpec, load_model, save_model
 
 Json = Mapping[str, JsonValue]
 PROGRESS = "progress.safetensors"
+INPUTS = "inputs.json"
+"""In artifacts/: how raw rows of a table become the inputs of the files there."""
 NEEDED = ("kind", "name", "seconds", "accuracy", "parameters")
 """What the line of a finished stage has at least."""
 UNLISTED = (PROGRESS, "result.json")
@@ -520,8 +522,9 @@ def _afresh(path: Path) -> str:
 
 
 def _files_of(artifact: Path) -> list[Path]:
-    """An artifact, and what lies beside it under the same name, such as the weights of an OpenVINO graph."""
-    return sorted(p for p in artifact.parent.iterdir() if p.is_file() and p.stem == artifact.stem)
+    """An artifact, what says how to feed it, and what has its name, such as the weights of an OpenVINO graph."""
+    beside = (p for p in artifact.parent.iterdir() if p.is_file())
+    return sorted(p for p in beside if p.stem == artifact.stem or p.name == INPUTS)
 
 
 def first_difference(old: Any, new: Any, at: str = "recipe") -> str:

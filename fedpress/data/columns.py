@@ -7,7 +7,7 @@ must not add an input, a class or a word to what leaves the house.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,9 @@ from pyarrow import types
 from torch import Tensor
 
 from fedpress.data.classes import OTHER, checked, known_classes, rows_that_name
+from fedpress.data.csv import NO_VALUE
 from fedpress.data.examples import Classes, Inputs
+from fedpress.data.preparation import InputColumn, Kind, Preparation, Unknown
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
@@ -187,7 +189,7 @@ class Labels:
         if not usable[rows.numpy()].all():
             raise DataError(f"{self._where}: holds numbers that are not whole; expected whole numbers or words: cut it "
                             "into classes first")  # fmt: skip
-        words = _as_text(column)
+        words = as_text(column)
         positions = _positions(words, names)
         y = torch.from_numpy(np.where(usable, positions, -1))
         return known_classes(y, names, public, self.settings, self._where)
@@ -207,14 +209,14 @@ class Labels:
         elif {name.casefold() for name in wanted} <= {"true", "false"}:
             wanted = [name.casefold() for name in wanted]
             values = pc.utf8_lower(values if _is_word(values.type) else values.cast(pa.string()))
-        return Classes(torch.from_numpy(_positions(_as_text(values), wanted)), tuple(names))
+        return Classes(torch.from_numpy(_positions(as_text(values), wanted)), tuple(names))
 
 
 def _whole(name: str) -> bool:
     return name.removeprefix("-").isdecimal() and name.isascii()
 
 
-def _as_text(column: Any) -> Any:
+def as_text(column: Any) -> Any:
     """Returns the values as the names that classes have: `3`, `True`, `ill`; null stays null."""
     if types.is_boolean(column.type):
         return pc.if_else(column, "True", "False")
@@ -245,9 +247,11 @@ class Features:
         """
         rows = public.numpy()
         blocks: list[np.ndarray] = []
+        learned: list[InputColumn] = []
         left_out = np.zeros(len(self.columns[0].values), dtype=bool)
         for column in self.columns:
-            block, unknown = self._block(column, rows)
+            found, block, unknown = self._block(column, rows)
+            learned.append(found)
             blocks.append(block)
             left_out |= unknown
         x = torch.from_numpy(np.concatenate(blocks, axis=1))
@@ -258,21 +262,34 @@ class Features:
                 "public_clients, or set missing = 'drop'"
             )
         fill = torch.nan_to_num(x[public].nanmean(0))
-        return Inputs(torch.where(x.isnan(), fill, x), torch.from_numpy(left_out))
+        how = self._preparation(learned, fill if len(public) else None)
+        return Inputs(torch.where(x.isnan(), fill, x), torch.from_numpy(left_out), how)
 
-    def _block(self, column: Column, public: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns float32 [n, k] with NaN for gaps, and bool [n]: rows that are to be left out."""
+    def _preparation(self, learned: list[InputColumn], fill: Tensor | None) -> Preparation:
+        """Says how raw rows become inputs; `fill` [d] are the means of the public rows, if there are any."""
+        if self.settings.missing == "mean" and fill is not None:
+            parts = fill.split([column.width for column in learned])
+            learned = [replace(c, fill=tuple(part.tolist())) for c, part in zip(learned, parts, strict=True)]
+        gaps = tuple(NO_VALUE) if self.settings.source == "csv" else ()
+        return Preparation(tuple(learned), gaps, self.settings.decimal)
+
+    def _block(self, column: Column, public: np.ndarray) -> tuple[InputColumn, np.ndarray, np.ndarray]:
+        """Returns what was learned, float32 [n, k] with NaN for gaps, and bool [n]: rows that are to be left out."""
         listed = column.name in self.settings.words
         open_ = column.name in self.settings.public_words
         values = column.values if listed else column.typed(None if open_ else public)
         if listed and not _is_word(values.type):
-            values = _as_text(values)
+            values = as_text(values)
         if _is_word(values.type):
             if not listed and column.text:
                 self._refuse_decimal_commas(column, values if open_ else values.take(pa.array(public)))
             words = self._words(column.name, values, public)
-            return self._one_hot(values, words)
-        block = _numbers(values, column.name)
+            names, unknown = self._with_other(words)
+            block, odd = one_hot(values, names, unknown)
+            drop = odd if unknown == "refused" else np.zeros_like(odd)
+            return InputColumn(column.name, "words", tuple(names), unknown), block, drop
+        block = numbers(values, column.name)
+        kind: Kind = "truth" if types.is_boolean(values.type) else "number"
         # Text that is no number where the public rows have numbers.
         odd = values.is_null().to_numpy() & column.values.is_valid().to_numpy()
         if odd.any() and self.settings.missing == "error":
@@ -281,7 +298,7 @@ class Features:
                 "set missing = 'drop' or 'mean', or name it in drop_columns"
             )
         drop = odd if self.settings.missing == "drop" else np.zeros_like(odd)
-        return block, drop
+        return InputColumn(column.name, kind), block, drop
 
     def _words(self, name: str, values: Any, public: np.ndarray) -> list[str]:
         if name in self.settings.words:
@@ -303,19 +320,11 @@ class Features:
             )
         return sorted(seen.unique().drop_null().to_pylist())
 
-    def _one_hot(self, values: Any, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        missing = values.is_null().to_numpy()
-        positions = _positions(values, words)
-        unknown = (positions < 0) & ~missing
-        names = words if self.settings.unknown != OTHER or OTHER in words else [*words, OTHER]
+    def _with_other(self, words: list[str]) -> tuple[list[str], Unknown]:
+        """Returns the words that have inputs, and what others are."""
         if self.settings.unknown == OTHER:
-            positions = np.where(unknown, names.index(OTHER), positions)
-        block = np.zeros((len(positions), len(names)), dtype=np.float32)
-        known = np.flatnonzero(positions >= 0)
-        block[known, positions[known]] = 1.0
-        block[missing] = np.nan
-        drop = unknown if self.settings.unknown == "drop" else np.zeros_like(unknown)
-        return block, drop
+            return words if OTHER in words else [*words, OTHER], "other"
+        return words, "refused" if self.settings.unknown == "drop" else "zeros"
 
     def _refuse_decimal_commas(self, column: Column, seen: Any) -> None:
         known = seen.drop_null()
@@ -328,7 +337,26 @@ class Features:
             raise DataError(f"feature column '{column.name}': its numbers have decimal commas; {cure}")
 
 
-def _numbers(column: Any, name: str) -> np.ndarray:
+def one_hot(values: Any, words: Sequence[str], unknown: Unknown) -> tuple[np.ndarray, np.ndarray]:
+    """Returns float32 [n, k]: 1 where the input's word stands, NaN for gaps; and bool [n]: rows of an unknown word."""
+    missing = values.is_null().to_numpy()
+    positions = _positions(values, words)
+    odd = (positions < 0) & ~missing
+    if unknown == "other":
+        positions = np.where(odd, words.index(OTHER), positions)
+    block = np.zeros((len(positions), len(words)), dtype=np.float32)
+    known = np.flatnonzero(positions >= 0)
+    block[known, positions[known]] = 1.0
+    block[missing] = np.nan
+    return block, odd
+
+
+def numbers(column: Any, name: str) -> np.ndarray:
+    """Returns the numbers or truth values of a typed column as float32 [n, 1], with NaN for gaps.
+
+    Raises:
+        DataError: if it holds something else.
+    """
     kind = column.type
     if types.is_boolean(kind):
         column = column.cast(pa.uint8())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fedpress.arrays import Arrays, Preprocess
+from fedpress.data.preparation import Preparation
 from fedpress.errors import DataError
 
 
@@ -29,6 +30,8 @@ class FederatedData:
             "validation", "test", and "clients" for all clients together, which is a private number; empty where the
             source names all classes itself.
         labelled: whether `y` means anything; False for inputs alone, which serve to calibrate and to compare.
+        preparation: how raw rows of a table become inputs; None where the examples come from no table. It goes out
+            with files for devices, so it holds what was declared or learned from public rows alone.
     """
 
     name: str
@@ -41,6 +44,7 @@ class FederatedData:
     preprocess: Preprocess
     left_out: Mapping[str, int] = field(default_factory=dict)
     labelled: bool = True
+    preparation: Preparation | None = None
 
     def __post_init__(self) -> None:
         if not self.clients:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedpress.arrays import Arrays
+from fedpress.data.preparation import Preparation
 
 Progress = Callable[[str, int, int | None], None]
 """`progress(what, done, total)`: told now and then how far a long download or decoding is; total None if unknown."""
@@ -23,10 +24,14 @@ class Classes:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Examples `x` [n, ...] of all rows, and bool [n]: which of them cannot be used and are to be left out."""
+    """Examples `x` [n, ...] of all rows, and bool [n]: which of them cannot be used and are to be left out.
+
+    `preparation` says how the raw columns of a table became `x`; None for other sources.
+    """
 
     x: Tensor
     left_out: Tensor
+    preparation: Preparation | None = None
 
 
 @dataclass(frozen=True)

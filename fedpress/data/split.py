@@ -146,6 +146,7 @@ def _assemble(examples: Examples, settings: DataSettings, parts: Parts) -> Feder
                 'classes = [...] or words = {...}, set unknown = "other", or leave this client out'
             )
     declared = part("public", parts.public)
+    preprocess = _preprocess(declared.x, settings)
     data = FederatedData(
         name=examples.name,
         clients={name: part("clients", rows) for name, rows in parts.clients.items()},
@@ -154,7 +155,8 @@ def _assemble(examples: Examples, settings: DataSettings, parts: Parts) -> Feder
         test=part("test", parts.test),
         num_classes=len(found.names),
         class_names=found.names,
-        preprocess=_preprocess(declared.x, settings),
+        preprocess=preprocess,
+        preparation=inputs.preparation and inputs.preparation.followed_by(preprocess, found.names),
     )
     return data if examples.classes is None else replace(data, left_out=left_out)
 

@@ -19,6 +19,7 @@ from fedpress.errors import DataError
 from fedpress.folder import StageFolder
 from fedpress.ranges import Observer
 from fedpress.seeds import generator
+from fedpress.stages import inputs
 from fedpress.state import Name, State, Tick
 
 BATCH = 64
@@ -72,6 +73,7 @@ class ExportStage(BaseModel):
         path.parent.mkdir(exist_ok=True)
         model = state.model.to("cpu")
         artifact = self._export(state, path)
+        inputs.leave(state, folder)
         yield Tick(1, 4, "comparing with torch")
         test = state.data.test
         if len(test):

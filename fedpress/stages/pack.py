@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from fedpress import storage
 from fedpress.folder import StageFolder, writing
+from fedpress.stages import inputs
 from fedpress.state import Name, State, Tick
 
 
@@ -39,6 +40,7 @@ class PackStage(BaseModel):
         with writing(path):
             path.parent.mkdir(exist_ok=True)
             packed = storage.pack(state.spec, model, path)
+        inputs.leave(state, folder)
         yield Tick(1, 1)
         facts: dict[str, Any] = {
             "artifact": f"artifacts/{path.name}",

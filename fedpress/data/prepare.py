@@ -1,0 +1,109 @@
+"""Raw rows to the input of a network, as the training did it: one call on a device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from fedpress.arrays import Preprocess
+from fedpress.data import columns
+from fedpress.data.columns import Column
+from fedpress.data.preparation import InputColumn, Preparation
+from fedpress.errors import DataError
+
+
+def prepare(rows: Sequence[Mapping[str, Any]], preparation: Preparation) -> Tensor:
+    """Returns float32 [n, d], standardised: what the network and its exported file take.
+
+    Args:
+        rows: one dictionary for each row, by the names of the columns; others than those of `preparation` are ignored.
+            Values are text, as `csv.DictReader` gives it, or numbers, truth values and words; a gap is None, NaN, or
+            one of the texts in `preparation.gaps`.
+        preparation: from `Preparation.read("inputs.json")`, or of a loaded data set.
+
+    Raises:
+        DataError: if a row lacks a column, or has a gap or an unknown word where the training took none.
+
+    >>> age = InputColumn("age", "number", fill=(40.0,))
+    >>> job = InputColumn("job", "words", ("cook", "nurse"), fill=(0.5, 0.5))
+    >>> about = Preparation((age, job), ("",), mean=(30.0, 0.0, 0.0), std=(10.0, 1.0, 1.0))
+    >>> prepare([{"age": "", "job": "nurse"}, {"age": 20, "job": "cook"}], about).tolist()
+    [[1.0, 0.0, 1.0], [-1.0, 1.0, 0.0]]
+    """
+    blocks = []
+    for column in preparation.columns:
+        cells = [_cell(row, at, column, preparation) for at, row in enumerate(rows)]
+        blocks.append(_block(cells, column, preparation))
+    x = torch.from_numpy(np.concatenate(blocks, axis=1))
+    return Preprocess(preparation.mean, preparation.std)(x)
+
+
+def _cell(row: Mapping[str, Any], at: int, column: InputColumn, preparation: Preparation) -> Any:
+    """Returns the value of one cell; None for a gap."""
+    if column.name not in row:
+        raise DataError(f"row {at}: there is no column '{column.name}'; give it, with None where it has no value")
+    value = row[column.name]
+    if isinstance(value, float | np.floating) and math.isnan(value):
+        return None
+    if isinstance(value, str) and value in preparation.gaps:
+        return None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _block(cells: list[Any], column: InputColumn, preparation: Preparation) -> np.ndarray:
+    """Returns float32 [n, k] with all gaps filled."""
+    if column.kind == "words":
+        block, unknown = columns.one_hot(_words(cells, column.name), column.words, column.unknown)
+        if column.unknown == "refused" and unknown.any():
+            raise DataError(
+                f"row {int(unknown.argmax())}: column '{column.name}' has a word that is not on its list; the training "
+                "left such rows out"
+            )
+    else:
+        block = _numbers(cells, column, preparation.decimal)
+    gaps = np.isnan(block)
+    if gaps.any() and not column.fill:
+        raise DataError(
+            f"row {int(gaps.any(1).argmax())}: column '{column.name}' has no value of its kind ({column.kind}), and "
+            "nothing is known that fills the gap; fill it, or leave the row out"
+        )
+    return np.where(gaps, np.array(column.fill or (0.0,), dtype=np.float32), block)
+
+
+def _words(cells: list[Any], name: str) -> Any:
+    words: list[str | None] = []
+    for at, cell in enumerate(cells):
+        if cell is None or isinstance(cell, str):
+            words.append(cell)
+            continue
+        try:
+            words.append(columns.as_text(pa.array([cell]))[0].as_py())
+        except pa.ArrowException as error:
+            raise DataError(f"row {at}: column '{name}' holds {type(cell).__name__}; expected a word") from error
+    return pa.chunked_array([pa.array(words, pa.string())])
+
+
+def _numbers(cells: list[Any], column: InputColumn, decimal: str) -> np.ndarray:
+    """Returns float32 [n, 1]; NaN for gaps, and for text that is no number."""
+    text = pa.chunked_array([pa.array([cell if isinstance(cell, str) else None for cell in cells], pa.string())])
+    kind = pa.bool_() if column.kind == "truth" else pa.float64()
+    block = columns.numbers(Column(column.name, text, text=True, decimal=decimal).cast(kind), column.name)
+    for at, cell in enumerate(cells):
+        if cell is None or isinstance(cell, str):
+            continue
+        try:
+            with np.errstate(over="ignore"):  # told below
+                block[at] = np.float32(float(cell))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise DataError(
+                f"row {at}: column '{column.name}' holds {type(cell).__name__}; expected a number"
+            ) from error
+    if np.isinf(block).any():
+        raise DataError(f"row {int(np.isinf(block).argmax())}: column '{column.name}' is infinite; leave the row out")
+    return block

@@ -1,0 +1,16 @@
+"""What lies beside a file for a device where the data come from a table: how raw rows become its inputs."""
+
+from __future__ import annotations
+
+from fedpress.folder import INPUTS, StageFolder, list_json
+from fedpress.state import State
+
+
+def leave(state: State, folder: StageFolder) -> None:
+    """Writes `artifacts/inputs.json`; nothing where the data come from no table."""
+    data = state.data
+    if data.preparation is None:
+        return
+    # Commands may put another standardisation in the place of the data's own: that of the model counts.
+    used = data.preparation.followed_by(data.preprocess, data.class_names)
+    list_json(folder.run.path / "artifacts" / INPUTS, used.to_json(), folder.run.path)
