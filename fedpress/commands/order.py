@@ -208,7 +208,8 @@ class Result:
         facts: the same after, with what the stage says: what was left as it was, and why.
         folder: the new model's folder, to be given to the next command; None if nothing was kept.
         artifact: the file that export or pack wrote; None if nothing was kept.
-        files: what export or pack wrote, by name, where nothing was kept: the bytes of the file (of two for OpenVINO).
+        files: what export or pack wrote, by name, where nothing was kept: the bytes of the file (of two for OpenVINO;
+            `inputs.json` too where the data are a table).
     """
 
     spec: ModelSpec | None
