@@ -26,6 +26,7 @@ from fedpress.data.examples import Progress
 from fedpress.deploy.processor import as_json, conditions, this_processor
 from fedpress.errors import FedpressError, RecipeError, RunError
 from fedpress.folder import CURES, Done, RunFolder, StageFolder, list_json, read_json
+from fedpress.judged import JUDGED, judged
 from fedpress.models import ModelSpec
 from fedpress.models.weights import load_weights_
 from fedpress.privacy.ledger import Ledger
@@ -39,8 +40,8 @@ from fedpress.state import Event, Loader, StageFinished, StageStarted, State, Ti
 from fedpress.training import evaluate, place_
 
 MEASURED = (
-    "accuracy", "loss", "parameters", "nonzero_parameters", "macs", "file_bytes", "packed_file_bytes", "latency_ms",
-    "runtime", "conditions",
+    "accuracy", *JUDGED, "loss", "parameters", "nonzero_parameters", "macs", "file_bytes", "packed_file_bytes",
+    "latency_ms", "runtime", "conditions",
 )  # fmt: skip
 ADDED_TO_DATA = ("classes", "words", "public_words", "unknown", "encoding", "decimal")
 """Keys that older run folders do not know: left out of the settings where they say nothing, so that those resume."""
@@ -287,10 +288,15 @@ def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
     The file is that of its numbers in float32, or packed where weights lie on grids.
     """
     test = state.data.test
-    found = evaluate(place_(state.model), test, state.data.preprocess) if len(test) else None
+    found, beside = None, dict[str, Any](dict.fromkeys(JUDGED))
+    if len(test):
+        found = evaluate(place_(state.model), test, state.data.preprocess, keep_logits=True)
+        assert found.logits is not None, "they were asked for"
+        beside = judged(found.logits, test.y, state.data.class_names)
     model = state.model.to("cpu")
     line: dict[str, Any] = {
         "accuracy": found.accuracy if found else None,
+        **beside,
         "loss": found.loss if found else None,
         "parameters": cost.parameters(model),
         "macs": _macs(state),
@@ -341,7 +347,7 @@ def _write_result(
 def _take_accuracy_of_files_(lines: Sequence[dict[str, Any]]) -> None:
     """Gives a quantize stage the accuracy of the file that was exported of its model: a device runs that.
 
-    What the simulation in torch reached stays as `accuracy_simulated`.
+    With it goes what stands beside it. What the simulation in torch reached stays as `accuracy_simulated`.
     """
     for at, line in enumerate(lines):
         if line["kind"] != "export" or line.get("accuracy") is None:
@@ -350,7 +356,7 @@ def _take_accuracy_of_files_(lines: Sequence[dict[str, Any]]) -> None:
         source = next((x for x in reversed(lines[:at]) if x["kind"] not in same_model), None)
         if source is not None and source["kind"] == "quantize":
             source.setdefault("accuracy_simulated", source["accuracy"])
-            source["accuracy"] = line["accuracy"]
+            source.update({key: line[key] for key in ("accuracy", *JUDGED) if key in line})
 
 
 def note_environment(folder: RunFolder, command: str, origin: Mapping[str, Any] | None = None) -> list[str]:

@@ -13,9 +13,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 
 from fedpress.report import units
-from fedpress.report.headline import stays_float
+from fedpress.report.headline import accuracy_warning, stays_float
+from fedpress.report.reading import stages_of
 from fedpress.report.table import Table as PlainTable
-from fedpress.report.table import as_rich, comparison_table, left_table
+from fedpress.report.table import accuracy_table, as_rich, comparison_table, left_table
 
 if TYPE_CHECKING:
     from fedpress.state import Event
@@ -102,9 +103,25 @@ def _outcome(result: Mapping[str, Any]) -> str:
     return f"{accuracy}{units.count(result['parameters'])} parameters{kept}"
 
 
+def show_accuracy(out: Console, result: dict[str, Any]) -> None:
+    """Prints what stands beside the accuracy of each stage of a `result.json`; warns if the last one only guesses."""
+    stages = stages_of(result)
+    table = accuracy_table(stages)
+    if table.rows:
+        out.print()
+        out.print(as_rich(table))
+    _warn_of_accuracy(out, stages)
+
+
+def _warn_of_accuracy(out: Console, stages: list[dict[str, Any]]) -> None:
+    if warning := accuracy_warning(stages):
+        out.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+
+
 def show_result(out: Console, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Prints what a command changed, and what it left as it was."""
     out.print(as_rich(comparison_table(before, after)))
+    _warn_of_accuracy(out, [after])
     if floats := stays_float(after):
         out.print(f"{floats[0]} of the parameters stay float: {floats[1]}", style="yellow", markup=False)
     left = left_table([after])

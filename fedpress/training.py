@@ -85,11 +85,15 @@ class TrainSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Share of right answers (0..1) and mean cross-entropy in nats over `examples`."""
+    """Share of right answers (0..1) and mean cross-entropy in nats over `examples`.
+
+    `logits` [examples, classes] are what the model gave, on the CPU; None unless they were asked for.
+    """
 
     accuracy: float
     loss: float
     examples: int
+    logits: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -170,9 +174,17 @@ def place_(model: nn.Module) -> nn.Module:
 
 
 def evaluate(
-    model: nn.Module, arrays: Arrays, preprocess: Preprocess, *, precision: Precision = "float32", batch_size: int = 500
+    model: nn.Module,
+    arrays: Arrays,
+    preprocess: Preprocess,
+    *,
+    precision: Precision = "float32",
+    batch_size: int = 500,
+    keep_logits: bool = False,
 ) -> Evaluation:
     """Measures accuracy and loss of `model` on `arrays`; the modes of its modules are left as they were.
+
+    With `keep_logits` what the model gave comes with them.
 
     Raises:
         TrainingError: if there are no examples.
@@ -180,6 +192,7 @@ def evaluate(
     if not len(arrays):
         raise TrainingError("evaluate: there are no examples to measure on; give the data set a test part")
     right, loss = 0, 0.0
+    kept: list[Tensor] = []
     at = next((p.device for p in model.parameters()), torch.device("cpu"))
     with evaluating(model), torch.inference_mode(), autocast(model, precision):
         for x, y in zip(arrays.x.split(batch_size), arrays.y.split(batch_size), strict=True):
@@ -187,7 +200,9 @@ def evaluate(
             logits = outputs(model, inputs).float()
             right += int((logits.argmax(1) == y.to(at)).sum())
             loss += float(F.cross_entropy(logits, y.to(at), reduction="sum"))
-    return Evaluation(right / len(arrays), loss / len(arrays), len(arrays))
+            if keep_logits:
+                kept.append(logits.cpu())
+    return Evaluation(right / len(arrays), loss / len(arrays), len(arrays), torch.cat(kept) if kept else None)
 
 
 def outputs(model: nn.Module, x: Tensor) -> Tensor:

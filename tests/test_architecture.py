@@ -30,6 +30,7 @@ FLOORS = {
         "forwards",
         "compact",
         "ranges",
+        "judged",
         "muon",
         "atomic",
         "checksums",

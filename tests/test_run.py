@@ -16,6 +16,7 @@ from fedpress import recipe as recipes
 from fedpress import run as runs
 from fedpress.errors import FedpressError, ModelError, RecipeError, RunError, TrainingError
 from fedpress.folder import RunFolder, StageFolder
+from fedpress.judged import JUDGED
 from fedpress.models import load_model
 from fedpress.state import StageFinished, StageStarted, Tick
 
@@ -85,6 +86,10 @@ def test_the_result_has_a_line_per_stage_and_the_same_keys_at_the_end(exported):
     for line in result["stages"]:
         assert line.keys() >= LINE_KEYS
         assert 0 < line["accuracy"] <= 1
+        assert line.keys() >= set(JUDGED)
+        assert 0 < line["majority_share"] < 0.3
+        assert 0 < line["balanced_accuracy"] <= 1
+        assert 0 < line["auc"] <= 1
     assert result["stages"][2].keys() >= FEDERATE_KEYS
     assert result["stages"][3]["parity"]["same_argmax_share"] == 1.0
     assert result["final"].keys() >= LINE_KEYS | FEDERATE_KEYS | {"artifact", "parity"}

@@ -125,3 +125,33 @@ def test_what_a_stage_tells_beside_its_numbers_is_printed_once(in_terminal):
 
     lines = shown(in_terminal, events_of_a_cut())
     assert lines.count("cut: keep_params is 0.5066, the nearest to 0.5 that the widths allow") == 1
+
+
+GUESSER = {"kind": "train", "name": "train", "accuracy": 0.91, "majority_share": 0.91, "balanced_accuracy": 0.5}
+GUESSER |= {
+    "auc": 0.4871,
+    "accuracy_warning": "it is no better than always answering '[b]x[/]' (91.0% of the test examples)",
+}
+
+
+def test_the_end_of_a_run_says_what_its_accuracy_is_worth():
+    def ended(*stages) -> str:
+        out = io.StringIO()
+        terminal.show_accuracy(Console(file=out, width=80, color_system=None), {"stages": list(stages)})
+        return out.getvalue()
+
+    text = ended(GUESSER)
+    assert text.split("\n")[2].split() == ["train", "91.00%", "91.00%", "50.00%", "0.487"]
+    assert f"warning: {GUESSER['accuracy_warning']}" in text
+    better = GUESSER | {"accuracy": 0.95, "auc": None, "accuracy_warning": None}
+    assert "warning" not in ended(GUESSER, better), "a later stage has mended it"
+    assert ended(GUESSER, better).splitlines()[-1].split()[-1] == "–"
+    assert ended({"kind": "train", "accuracy": 0.5}) == "", "an older run folder"
+
+
+def test_a_command_warns_of_a_model_that_guesses():
+    out = io.StringIO()
+    terminal.show_result(Console(file=out, width=80, color_system=None), GUESSER, GUESSER)
+    text = out.getvalue()
+    assert "Balanced accuracy" in text
+    assert f"warning: {GUESSER['accuracy_warning']}" in text

@@ -512,6 +512,10 @@ def test_evaluation_equals_a_plain_loop(batch_size):
     measured = evaluate(model, data, PREPROCESS, batch_size=batch_size)
     assert (measured.accuracy, measured.examples) == (right / 20, 20)
     assert measured.loss == pytest.approx(loss / 20, rel=1e-5)
+    assert measured.logits is None
+    kept = evaluate(model, data, PREPROCESS, batch_size=batch_size, keep_logits=True)
+    assert (kept.accuracy, kept.loss) == (measured.accuracy, measured.loss)
+    torch.testing.assert_close(kept.logits, twin(PREPROCESS(data.x)).detach())
 
 
 def test_evaluation_leaves_every_mode_and_number_as_it_was():

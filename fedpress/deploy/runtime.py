@@ -185,12 +185,18 @@ def accuracy(path: str | Path, x: Tensor, y: Tensor, preprocess: Preprocess) -> 
     """
     if not len(y):
         raise ExportError(f"export: no example to measure the accuracy of {path} on; give at least one")
-    size = of_file(path).batch or BATCH_SIZE
-    session, right = open_file(path), 0
-    for part, labels in zip(x.split(size), y.split(size), strict=True):
-        found = torch.from_numpy(np.array(session.main(preprocess(part).numpy())))
-        right += int((found.argmax(1) == labels).sum())
-    return right / len(y)
+    return int((answers(path, x, preprocess).argmax(1) == y).sum()) / len(y)
+
+
+def answers(path: str | Path, x: Tensor, preprocess: Preprocess) -> Tensor:
+    """Returns the file's main output [n, ...] for raw examples `x` [n, ...], run in batches of a size that it takes.
+
+    Raises:
+        ExportError: if the file cannot be run.
+    """
+    size, session = of_file(path).batch or BATCH_SIZE, open_file(path)
+    found = [torch.from_numpy(np.array(session.main(preprocess(part).numpy()))) for part in x.split(size)]
+    return torch.cat(found)
 
 
 def file_logits(path: str | Path, x: Example) -> Tensor:

@@ -27,6 +27,7 @@ def tiles(stages: list[Json]) -> list[Tile]:
     stages = [stage for stage in stages if stage.get("kind") != "measure"] or stages  # it changes nothing
     found = [
         _accuracy(_known(stages, "accuracy")),
+        _balanced(stages),
         _cost("parameters", stages, "parameters", units.count),
         _stays_float(stages),
         _cost("file size", stages, "file_bytes", _bytes),
@@ -76,6 +77,34 @@ def _accuracy(accuracy: list[float]) -> Tile | None:
         return None
     note = f"{units.points(accuracy[-1], accuracy[0])} points against the first stage" if len(accuracy) > 1 else ""
     return Tile(units.percent(accuracy[-1]), "test accuracy", note)
+
+
+def _balanced(stages: list[Json]) -> Tile | None:
+    """Gives what a large class cannot make look good, of the last stage that was measured."""
+    stage = _judged(stages)
+    if units.number(stage.get("balanced_accuracy")) is None:
+        return None
+    auc = units.number(stage.get("auc"))
+    notes = [f"AUC {auc:.3f}"] if auc is not None else []
+    notes.append(f"largest class: {units.percent(stage.get('majority_share'), 1)} of the test examples")
+    return Tile(units.percent(stage["balanced_accuracy"]), "balanced accuracy", "; ".join(notes))
+
+
+def accuracy_warning(stages: list[Json]) -> str:
+    """Returns why the accuracy of the last measured stage is worth nothing, or an empty text.
+
+    Earlier stages do not count: a model that was just cut may guess until it is trained again.
+
+    >>> guesser = {"accuracy": 0.5, "accuracy_warning": "it guesses"}
+    >>> accuracy_warning([{"accuracy": 0.9}, guesser]), accuracy_warning([guesser, {"accuracy": 0.9}])
+    ('it guesses', '')
+    """
+    return str(_judged(stages).get("accuracy_warning") or "")
+
+
+def _judged(stages: list[Json]) -> Json:
+    """The last stage with an accuracy; an empty one if there is none."""
+    return next((stage for stage in reversed(stages) if units.number(stage.get("accuracy")) is not None), {})
 
 
 def _cost(name: str, stages: list[Json], key: str, form: Callable[[Any], str]) -> Tile | None:

@@ -17,12 +17,13 @@ from fedpress.errors import RunError
 from fedpress.report import units
 from fedpress.report.draw import svg
 from fedpress.report.figures import figures
-from fedpress.report.headline import tiles
+from fedpress.report.headline import accuracy_warning, tiles
 from fedpress.report.plot import Figure, numbers_of
 from fedpress.report.protection import protections
 from fedpress.report.reading import Run, read_run
 from fedpress.report.table import (
     Table,
+    accuracy_table,
     failure_table,
     ledger_table,
     left_table,
@@ -106,6 +107,8 @@ def render(run: Run) -> str:
     """Returns the page for a run that was read."""
     shown = figures(run)
     scripts, stages = _scripts(shown), run.stages
+    guesses = accuracy_warning(stages)
+    beside = accuracy_table(stages)
     left, files, failed = left_table(stages), runtime_table(stages), failure_table(stages, run.records)
     return (
         _environment()
@@ -118,10 +121,12 @@ def render(run: Run) -> str:
             protections=protections(stages),
             stopped=[f"{s.get('name')} stopped early: {s['stopped']}." for s in stages if s.get("stopped")],
             warnings=[f"{s.get('name')}: {s['warning']}." for s in stages if s.get("warning")]
-            + ([f"data: {run.result['left_out']}."] if run.result.get("left_out") else []),
+            + ([f"data: {run.result['left_out']}."] if run.result.get("left_out") else [])
+            + ([f"accuracy: {guesses}."] if guesses else []),
             failed=failed if failed.rows else None,
             table=stage_table(run.result, before=run.before) if stages else None,
             runtimes=runtimes_told(run.result, before=run.before),
+            beside=beside if beside.rows else None,
             left=left if left.rows else None,
             files=files if files.rows else None,
             progress=None if run.finished else progress_table(run.records),

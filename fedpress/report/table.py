@@ -69,6 +69,16 @@ def progress_table(records: list[Json]) -> Table:
     return Table(header=["Stage", "Came to", "Validation accuracy", "ε", "Time"], rows=rows)
 
 
+def accuracy_table(stages: list[Json]) -> Table:
+    """Returns a row for each stage whose test accuracy has its context: the largest class, balanced accuracy, AUC."""
+    rows = []
+    for stage in stages:
+        if units.number(stage.get("balanced_accuracy")) is not None:
+            shares = [units.percent(stage.get(key)) for key in ("accuracy", "majority_share", "balanced_accuracy")]
+            rows.append([_name(stage), *shares, _auc(stage.get("auc"))])
+    return Table(header=["Stage", "Accuracy", "Largest class", "Balanced accuracy", "AUC"], rows=rows)
+
+
 def ledger_table(ledger: Json) -> Table | None:
     """Returns what was charged to private data; clients with the same charge share a row."""
     found = ledger.get("charges")
@@ -242,6 +252,11 @@ def _plain(key: str, form: Callable[[Any], str]) -> Callable[[Json, list[Json]],
     return lambda stage, stages: form(stage.get(key))
 
 
+def _auc(value: Any) -> str:
+    x = units.number(value)
+    return units.DASH if x is None else f"{x:.3f}"
+
+
 def _bytes(value: Any) -> str:
     return units.count(value, "B")
 
@@ -249,6 +264,8 @@ def _bytes(value: Any) -> str:
 LEFT = ("told", "left", "whole_layers", "dense_weights", "float_layers", "left_float")
 COMPARED: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("Accuracy", "accuracy", units.percent),
+    ("Balanced accuracy", "balanced_accuracy", units.percent),
+    ("AUC", "auc", _auc),
     ("Parameters", "parameters", units.count),
     ("Non-zeros", "nonzero_parameters", units.count),
     ("MACs", "macs", units.count),

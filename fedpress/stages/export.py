@@ -17,6 +17,7 @@ from fedpress import deploy
 from fedpress.deploy import FORMATS, Artifact, Job
 from fedpress.errors import DataError
 from fedpress.folder import StageFolder
+from fedpress.judged import JUDGED, judged
 from fedpress.ranges import Observer
 from fedpress.seeds import generator
 from fedpress.stages import inputs
@@ -85,7 +86,11 @@ class ExportStage(BaseModel):
         simulated, got = deploy.logits(model, x), deploy.file_logits(path, x)
         apart = float((got - simulated).norm() / simulated.norm().clamp_min(1e-30))
         yield Tick(2, 4, "measuring accuracy")
-        share = deploy.accuracy(path, test.x, test.y, state.data.preprocess) if len(test) else None
+        share, beside = None, dict[str, Any](dict.fromkeys(JUDGED))
+        if len(test):
+            answers = deploy.answers(path, test.x, state.data.preprocess)
+            share = int((answers.argmax(1) == test.y).sum()) / len(test)
+            beside = judged(answers, test.y, state.data.class_names)
         yield Tick(3, 4, "measuring latency")
         time = deploy.latency(path, x[:1])
         yield Tick(4, 4)
@@ -95,6 +100,7 @@ class ExportStage(BaseModel):
             "int8": self.int8,
             "file_bytes": artifact.file_bytes,
             "accuracy": share,
+            **beside,
             "latency_ms": time.median_ms,
             "latency_p10_ms": time.p10_ms,
             "latency_p90_ms": time.p90_ms,

@@ -39,6 +39,14 @@ def test_one_open_stage_makes_the_privacy_of_the_run_none():
         assert "none" in [tile.value for tile in tiles(stages)]
 
 
+def test_balanced_accuracy_stands_beside_accuracy():
+    line = {"kind": "train", "accuracy": 0.91, "majority_share": 0.912, "balanced_accuracy": 0.5, "auc": 0.4871}
+    assert [(t.value, t.name, t.note) for t in tiles([line])][1] == (
+        "50.00%", "balanced accuracy", "AUC 0.487; largest class: 91.2% of the test examples"
+    )  # fmt: skip
+    assert tiles([line | {"auc": None}])[1].note == "largest class: 91.2% of the test examples"
+
+
 def test_what_was_not_measured_has_no_tile():
     assert tiles([]) == []
     line = {"kind": "export", "file_bytes": 3_400_000}

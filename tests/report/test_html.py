@@ -206,6 +206,21 @@ def test_a_run_with_some_stages_measured_shows_them_and_says_that_it_has_not_end
     assert "prune stopped early: no better for 3 rounds." in text
 
 
+def test_the_page_warns_of_a_model_that_guesses(tmp_path):
+    folder = write_run(tmp_path / "x")
+    warning = "it is no better than always answering '<b>x</b>' (91.0% of the test examples)"
+    line = {"kind": "train", "name": "train", "accuracy": 0.91, "majority_share": 0.91, "balanced_accuracy": 0.5}
+    line |= {"auc": 0.4871, "accuracy_warning": warning}
+    write_json(folder / "result.json", {"stages": [line], "finished": True, "final": line})
+    text = " ".join(draw(folder).texts)
+    assert f"accuracy: {warning}." in text
+    assert "What the accuracy is worth" in text
+    assert "0.487" in text
+    mended = line | {"accuracy_warning": None}
+    write_json(folder / "result.json", {"stages": [line, mended], "finished": True, "final": mended})
+    assert "no better than" not in " ".join(draw(folder).texts)
+
+
 def test_a_stage_of_unknown_kind_is_no_reason_to_fail(tmp_path):
     folder = write_run(tmp_path / "x")
     whole = result("x", CLIENTS, True)

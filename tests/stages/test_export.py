@@ -13,6 +13,7 @@ from fedpress.compress.cost import state_bytes
 from fedpress.errors import DataError, ExportError, ModelError, RecipeError
 from fedpress.folder import RunFolder
 from fedpress.grids import LayerGrids, WeightGrid
+from fedpress.judged import JUDGED
 from fedpress.quantized import quantize_layers_
 from fedpress.run import _take_accuracy_of_files_
 from fedpress.stages.export import _difference
@@ -59,7 +60,7 @@ def test_an_integer_export_is_compared_and_measured(tmp_path):
     names = [r["name"] for r in measure["measure"]["runtimes"]]
     assert {"torch", "onnx float32", "onnx int8"} <= set(names)
     assert measure["measure"]["parameters"] == train["parameters"]
-    kept = ("accuracy", "file_bytes", "latency_ms", "runtime")
+    kept = ("accuracy", *JUDGED, "file_bytes", "latency_ms", "runtime")
     assert [measure[key] for key in kept] == [export[key] for key in kept], "who only measures changes no worth"
     assert json.loads(next((tmp_path / "run").rglob("measure.json")).read_text()) == measure["measure"]
 
@@ -136,6 +137,8 @@ def test_a_quantized_network_is_worth_what_its_file_is(tmp_path):
     _, quantize, export = result["stages"]
     assert quantize["accuracy"] == export["accuracy"] == result["final"]["accuracy"]
     assert "accuracy_simulated" in quantize
+    assert [quantize[key] for key in JUDGED] == [export[key] for key in JUDGED]
+    assert 0 < export["balanced_accuracy"] <= 1
     for found in (export["conditions"], export["parity"]["conditions"]):
         assert found["runtime"] == "onnxruntime"
         assert found["version"]
