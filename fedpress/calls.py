@@ -74,33 +74,24 @@ COUNTED: dict[Callable[..., Any], tuple[str, ...]] = {
 Older files count the calls of exactly these: add others to `SIZED`, never here.
 """
 
-WRITES: dict[Callable[..., Any], tuple[str, ...]] = {
-    Tensor.index_put: ("indices", "values"),
-    Tensor.index_put_: ("indices", "values"),
-    torch.index_put: ("indices", "values"),
-    Tensor.index_copy: ("dim", "index", "source"),
-    Tensor.index_copy_: ("dim", "index", "source"),
-    torch.index_copy: ("dim", "index", "source"),
-    Tensor.index_add: ("dim", "index", "source"),
-    Tensor.index_add_: ("dim", "index", "source"),
-    torch.index_add: ("dim", "index", "source"),
-    Tensor.index_reduce: ("dim", "index", "source", "reduce"),
-    Tensor.index_reduce_: ("dim", "index", "source", "reduce"),
-    torch.index_reduce: ("dim", "index", "source", "reduce"),
-    Tensor.index_fill: ("dim", "index", "value"),
-    Tensor.index_fill_: ("dim", "index", "value"),
-    torch.index_fill: ("dim", "index", "value"),
-    Tensor.scatter: ("dim", "index", "src"),
-    Tensor.scatter_: ("dim", "index", "src"),
-    torch.scatter: ("dim", "index", "src"),
-    Tensor.scatter_add: ("dim", "index", "src"),
-    Tensor.scatter_add_: ("dim", "index", "src"),
-    torch.scatter_add: ("dim", "index", "src"),
-    Tensor.scatter_reduce: ("dim", "index", "src", "reduce"),
-    Tensor.scatter_reduce_: ("dim", "index", "src", "reduce"),
-    torch.scatter_reduce: ("dim", "index", "src", "reduce"),
+WRITTEN_AT = {
+    "index_put": ("indices", "values"),
+    "index_copy": ("dim", "index", "source"),
+    "index_add": ("dim", "index", "source"),
+    "index_reduce": ("dim", "index", "source", "reduce"),
+    "index_fill": ("dim", "index", "value"),
+    "scatter": ("dim", "index", "src"),
+    "scatter_add": ("dim", "index", "src"),
+    "scatter_reduce": ("dim", "index", "src", "reduce"),
 }
-"""Functions that write to places which a tensor of indices names."""
+"""Operations that write to places which a tensor of indices names, and their arguments."""
+
+WRITES: dict[Callable[..., Any], tuple[str, ...]] = {
+    function: arguments
+    for name, arguments in WRITTEN_AT.items()
+    for function in (getattr(Tensor, name), getattr(Tensor, f"{name}_"), getattr(torch, name))
+}
+"""The same by function: each is a method, a method that writes in place, and a function of torch."""
 
 CONVOLVED = ("weight", "bias", "stride", "padding", "dilation", "groups")
 
