@@ -12,8 +12,8 @@ import sys
 import time
 
 from fedpress.errors import PrivacyError
-from fedpress.privacy import renyi
-from fedpress.privacy.accounting import Phase, noise_multiplier, spent
+from fedpress.privacy.accounting import renyi
+from fedpress.privacy.accounting.accountant import Phase, noise_multiplier, spent
 
 PROBS = (1e-9, 1e-7, 1e-5, 1e-4, 1e-3, 0.03, 0.5, 1.0)
 NOISES = (0.3, 0.5, 0.8, 2.0, 50.0, 1e4)

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedpress import compress, data
+from fedpress.core.random import derive, generator
 from fedpress.data import FederatedData
-from fedpress.recipe import load
-from fedpress.seeds import derive, generator
-from fedpress.training import evaluate
+from fedpress.pipeline.recipe.settings import load
+from fedpress.training.fit import evaluate
 
 RECIPE = """
 [data]

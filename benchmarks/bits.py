@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from fedpress.compress.quantize import find_folds, fold_, quantizable, quantize_
 from fedpress.data import FederatedData
-from fedpress.grids import InputGrid, LayerGrids, WeightGrid
 from fedpress.models import ModelSpec
+from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
 from fedpress.storage.packed import encode
 
 CALIBRATION, BATCH = 512, 64

@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from eden import Eden, Nncodec, UniformZstd
 from torch import Tensor
 
-from fedpress.federate.transforms.base import Bound, Key, Settings, bind_chain, decode_chain, encode_chain
-from fedpress.federate.transforms.quantize import Quantize, Sign, Ternary
+from fedpress.codecs.base import Bound, Key, Settings, bind_chain, decode_chain, encode_chain
+from fedpress.codecs.quantize import Quantize, Sign, Ternary
 from fedpress.wire import Message, pack, unpack
 
 Row = dict[str, str | float]
@@ -125,11 +125,11 @@ def read_update(path: Path) -> Tensor:
 
 def make_update(data: Path, *, lr: float = 0.005, batch: int = 50, whole: bool = True) -> Tensor:
     """Trains the checkpoint for one epoch on the first client's 600 images; returns client minus server [d]."""
-    from fedpress.augment import Augment, augment
+    from fedpress.core.parameters import flatten, trainable
+    from fedpress.core.random import generator
     from fedpress.data import DataSettings, load
     from fedpress.models import freeze_batch_norm_, load_model
-    from fedpress.seeds import generator
-    from fedpress.tree import flatten, trainable
+    from fedpress.training.augment import Augment, augment
 
     _, model = load_model(Path(__file__).parent / "checkpoints" / "cifar10-cpu")
     settings = DataSettings(source="cifar10", path=str(data), num_clients=10, examples_per_client=600)

@@ -30,13 +30,14 @@ import torch_pruning as tp
 from pruned_resnet import cifar10, network
 from torch import Tensor, nn
 
-from fedpress import commands, compress
-from fedpress.arrays import Arrays
+from fedpress import compress
 from fedpress.compress.distill import logit_loss
-from fedpress.compress.targets import macs_target
+from fedpress.compress.prune.targets import macs_target
+from fedpress.core.examples import Arrays
 from fedpress.data import FederatedData
 from fedpress.models import ModelSpec, load_model, save_model, what_pruning_changed
-from fedpress.training import EpochRecord, Fit, Objective, TrainSettings, evaluate
+from fedpress.pipeline import commands
+from fedpress.training.fit import EpochRecord, Fit, Objective, TrainSettings, evaluate
 
 CALIBRATION, BATCH = 2048, 256
 

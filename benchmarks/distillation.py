@@ -18,11 +18,13 @@ from pathlib import Path
 
 import torch
 
-from fedpress import data, recipe, run
-from fedpress.arrays import Arrays, Preprocess
-from fedpress.augment import resized
+from fedpress import data
+from fedpress.core.examples import Arrays, Preprocess
 from fedpress.data import DataSettings, FederatedData
-from fedpress.folder import RunFolder
+from fedpress.pipeline import run
+from fedpress.pipeline.recipe import settings as recipe
+from fedpress.training.augment import resized
+from fedpress.workspace.folder import RunFolder
 
 RECIPE = """
 [data]

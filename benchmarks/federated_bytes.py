@@ -15,11 +15,11 @@ import statistics
 import sys
 from pathlib import Path
 
-from fedpress import recipe as recipes
-from fedpress import run as runs
-from fedpress.folder import RunFolder
-from fedpress.report.html import write_report
-from fedpress.state import StageFinished, Tick
+from fedpress.pipeline import run as runs
+from fedpress.pipeline.recipe import settings as recipes
+from fedpress.reports.html import write_report
+from fedpress.workspace.folder import RunFolder
+from fedpress.workspace.state import StageFinished, Tick
 
 HERE = Path(__file__).parent
 

@@ -23,14 +23,14 @@ import torch
 from torch import nn
 
 from fedpress import data, deploy, storage
-from fedpress.arrays import Arrays
+from fedpress.core.examples import Arrays
 from fedpress.data import DataSettings
 from fedpress.deploy import FORMATS, Job, file_bytes
 from fedpress.deploy.measure import Subject
 from fedpress.deploy.processor import as_json, settings, this_processor
 from fedpress.models import load_model
 from fedpress.models.resnet import resnet18
-from fedpress.run import _machine
+from fedpress.pipeline.run import _machine
 
 HERE = Path(__file__).parent
 SHAPE = (3, 32, 32)

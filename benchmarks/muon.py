@@ -16,8 +16,8 @@ from pruned_resnet import network
 from torch import nn
 
 from fedpress.models.resnet import resnet18
-from fedpress.muon import Muon
-from fedpress.training import Fit, TrainSettings
+from fedpress.training.fit import Fit, TrainSettings
+from fedpress.training.optimizers import Muon
 
 
 def main() -> None:

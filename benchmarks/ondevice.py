@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedpress.deploy import DeviceModel, export_training
-from fedpress.run import _machine
+from fedpress.pipeline.run import _machine
 
 SHAPE = (3, 32, 32)
 

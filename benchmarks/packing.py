@@ -26,9 +26,9 @@ from torch import nn
 
 from fedpress import compress, storage
 from fedpress.compress.quantize import find_folds, fit_, fold_
-from fedpress.grids import LayerGrids, WeightGrid
 from fedpress.models import ModelSpec, load_model, what_pruning_changed
-from fedpress.quantized import quantize_layers_, quantized_layers, settle_
+from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
+from fedpress.nn.quantized import quantize_layers_, quantized_layers, settle_
 
 RESNET18 = 11_173_962
 

@@ -22,8 +22,8 @@ from torch import nn
 
 from fedpress.models.norms import freeze_batch_norm_
 from fedpress.models.resnet import ResNet
+from fedpress.privacy.per_example.sgd import private_steps
 from fedpress.privacy.plan import PrivacyPlan
-from fedpress.privacy.sgd import private_steps
 
 Row = dict[str, str | float | int]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedpress import compress, data
-from fedpress.arrays import Arrays
 from fedpress.compress import SCORES
+from fedpress.core.examples import Arrays
+from fedpress.core.random import derive, generator
 from fedpress.data import FederatedData
 from fedpress.models.resnet import resnet_small
-from fedpress.recipe import load
-from fedpress.seeds import derive, generator
-from fedpress.training import Augment, Fit, TrainSettings, evaluate
+from fedpress.pipeline.recipe.settings import load
+from fedpress.training.fit import Augment, Fit, TrainSettings, evaluate
 
 RECIPE = """
 [data]

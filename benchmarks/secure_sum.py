@@ -22,8 +22,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from fedpress.secure import Combiner, Member, Part, SecurePlan, SecureRound, identity
-from fedpress.secure.masks import add_masks_, centred, word
+from fedpress.secagg import Combiner, Member, Part, SecurePlan, SecureRound, identity
+from fedpress.secagg.masks import add_masks_, centred, word
 
 Row = dict[str, str | float | int | bool]
 T = TypeVar("T")

@@ -16,9 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from fedpress import recipe as recipes
-from fedpress import run
-from fedpress.folder import RunFolder
+from fedpress.pipeline import run
+from fedpress.pipeline.recipe import settings as recipes
+from fedpress.workspace.folder import RunFolder
 
 HEAD = """
 [data]

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedpress.arrays import Arrays, Preprocess
+from fedpress.core.examples import Arrays, Preprocess
 from fedpress.models.resnet import resnet18
-from fedpress.training import Fit, TrainSettings, uses_bf16
+from fedpress.training.fit import Fit, TrainSettings, uses_bf16
 
 Row = dict[str, str | float | int]
 WARM = 2  # steps before the clock counts: kernels are chosen and memory is fetched in the first ones

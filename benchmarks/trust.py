@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedpress import data as data_sets
-from fedpress import recipe as recipes
-from fedpress import run as runs
-from fedpress.arrays import Arrays, Preprocess
+from fedpress.core.examples import Arrays, Preprocess
 from fedpress.data import FederatedData
 from fedpress.data.settings import DataSettings
-from fedpress.folder import RunFolder
 from fedpress.models import load_model
+from fedpress.pipeline import run as runs
+from fedpress.pipeline.recipe import settings as recipes
+from fedpress.workspace.folder import RunFolder
 
 HERE = Path(__file__).parent
 CHECKPOINT = HERE / "checkpoints" / "cifar10-cpu"

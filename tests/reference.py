@@ -1,4 +1,4 @@
-"""FedAvg as slowly and plainly as it can be written: the oracle of `fedpress.federate.rounds`."""
+"""FedAvg as slowly and plainly as it can be written: the oracle of `fedpress.federation.server`."""
 
 import copy
 

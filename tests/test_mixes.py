@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 
-from fedpress import recipe as recipes
-from fedpress import run as runs
 from fedpress.errors import TrainingError
-from fedpress.federate import Client
-from fedpress.folder import RunFolder
+from fedpress.federation import Client
+from fedpress.pipeline import run as runs
+from fedpress.pipeline.recipe import settings as recipes
 from fedpress.wire import unpack
+from fedpress.workspace.folder import RunFolder
 from tests.mixes import MIXES
 
 

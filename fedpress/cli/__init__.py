@@ -34,7 +34,7 @@ from fedpress.cli.common import (
 from fedpress.errors import FedpressError, RecipeError, RunError
 
 if TYPE_CHECKING:
-    from fedpress.privacy.accounting import Spent
+    from fedpress.privacy.accounting.accountant import Spent
 
 # Heavy imports (torch, pydantic models) stay inside the commands: `fedpress privacy` must answer at once.
 app = typer.Typer(
@@ -78,16 +78,16 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Runs a recipe into a run folder, with a report at the end."""
-    from fedpress import terminal
+    from fedpress.cli import terminal
 
     allow_code(code)
     out_stream = terminal.console(quiet=as_json)
     try:
         with terminal.waiting(out_stream, "starting"):
-            from fedpress import run as runs
-            from fedpress.folder import RunFolder
-            from fedpress.report.html import write_report
-            from fedpress.report.table import rich_table, runtimes_told
+            from fedpress.pipeline import run as runs
+            from fedpress.reports.html import write_report
+            from fedpress.reports.table import rich_table, runtimes_told
+            from fedpress.workspace.folder import RunFolder
 
             words = [*([recipe] if recipe is not None else []), *(overrides or [])]
             found, words = run_to_resume(words) if resume and out is None else (out, words)
@@ -149,15 +149,15 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Binds everything without training: sizes, bytes per round, noise, epsilon; exit code 2 if something is wrong."""
-    from fedpress import recipe as recipes
+    from fedpress.pipeline.recipe import settings as recipes
 
     if schema:
         typer.echo(recipes.schema())
         return
     if recipe is None:
         raise RecipeError("check: give the name of a recipe or a TOML file; fedpress recipes lists the names")
-    from fedpress import run as runs
-    from fedpress import terminal
+    from fedpress.cli import terminal
+    from fedpress.pipeline import run as runs
 
     allow_code(code)
     _, wanted = load(recipe, overrides, data)
@@ -180,8 +180,8 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The file to write; report.html in the folder by default.")] = None,
 ) -> None:
     """Draws the report of a run, also of an old or unfinished one."""
-    from fedpress import lock
-    from fedpress.report.html import write_report
+    from fedpress.reports.html import write_report
+    from fedpress.workspace import lock
 
     if who := lock.holder(folder):
         warn([f"{who} still works in {folder}; the report shows what is there so far"])
@@ -193,7 +193,7 @@ def list_recipes(
     copy: Annotated[str | None, typer.Option(help="Copy this recipe to NAME.toml here.")] = None,
 ) -> None:
     """Lists the shipped recipes; copies one to edit."""
-    from fedpress import recipe as recipes
+    from fedpress.pipeline.recipe import settings as recipes
 
     if copy is None:
         for name in recipes.names():
@@ -217,10 +217,10 @@ def epsilon(
     as_json: AsJson = False,
 ) -> None:
     """The epsilon that so many noised steps spend (add-or-remove, PLD)."""
-    from fedpress.privacy import accounting
+    from fedpress.privacy.accounting import accountant
 
     _tell_spent(
-        accounting.spent([accounting.Phase(sampling_prob, noise_multiplier, steps)], delta=delta), delta, as_json
+        accountant.spent([accountant.Phase(sampling_prob, noise_multiplier, steps)], delta=delta), delta, as_json
     )
 
 
@@ -233,11 +233,11 @@ def noise(
     as_json: AsJson = False,
 ) -> None:
     """The smallest noise multiplier that keeps so many steps within epsilon."""
-    from fedpress.privacy import accounting
-    from fedpress.report import units
+    from fedpress.privacy.accounting import accountant
+    from fedpress.reports import units
 
-    needed = accounting.noise_multiplier(epsilon=epsilon, delta=delta, sampling_prob=sampling_prob, steps=steps)
-    spent = accounting.spent([accounting.Phase(sampling_prob, needed, steps)], delta=delta)
+    needed = accountant.noise_multiplier(epsilon=epsilon, delta=delta, sampling_prob=sampling_prob, steps=steps)
+    spent = accountant.spent([accountant.Phase(sampling_prob, needed, steps)], delta=delta)
     if as_json:
         typer.echo(json.dumps({"noise_multiplier": needed} | _bound(spent)))
         return
@@ -256,7 +256,7 @@ def _tell_spent(spent: Spent, delta: float, as_json: bool) -> None:
         finite = spent.epsilon if math.isfinite(spent.epsilon) else None  # JSON knows no infinity
         typer.echo(json.dumps({"epsilon": finite} | _bound(spent)))
         return
-    from fedpress.report import units
+    from fedpress.reports import units
 
     note = f" ({spent.note})" if spent.note else ""
     typer.echo(f"epsilon {units.upward(spent.epsilon)} at delta {delta:g}{note}")
@@ -273,7 +273,7 @@ def compose(
     A phase is {"sampling_prob", "noise_multiplier", "steps"}, or {"kind": "skellam", "l2", "l1", "variance", "steps"}
     with "sampling_prob" and "failure" if they are not 1 and 0.
     """
-    from fedpress.privacy import compose as composing
+    from fedpress.privacy.accounting import compose as composing
 
     _tell_spent(composing.spent(file.read_text("utf-8"), delta=delta, place=str(file)), delta, as_json)
 
@@ -295,8 +295,8 @@ def skellam(
     as_json: AsJson = False,
 ) -> None:
     """Distributed noise under secure sums: bits, grid, epsilon, and what each bit costs."""
-    from fedpress.privacy import distributed
-    from fedpress.report import units
+    from fedpress.privacy.noise import distributed
+    from fedpress.reports import units
 
     plan = distributed.plan(
         size=size,

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fedpress.data import FederatedData
-    from fedpress.folder import RunFolder
-    from fedpress.recipe import Recipe
+    from fedpress.pipeline.recipe.settings import Recipe
+    from fedpress.workspace.folder import RunFolder
 
 held = ExitStack()
 """What the command has taken until its end; `main` gives it back."""
@@ -52,7 +52,7 @@ def again(place: Path) -> str:
 
 def load(recipe: str, overrides: list[str] | None, data: Path | None) -> tuple[str, Recipe]:
     """Returns the recipe as TOML that stands alone, overrides and data in it, and the checked recipe."""
-    from fedpress import recipe as recipes
+    from fedpress.pipeline.recipe import settings as recipes
 
     text = recipes.text(recipe)
     folder = Path(recipe).resolve().parent if Path(recipe).is_file() and recipe not in recipes.names() else None
@@ -93,10 +93,10 @@ def take_up(place: Path, recipe: str | None, overrides: list[str], data: Path | 
         RunError: if there is no run, or it was started with other settings.
         ModelError: if the recipe in the folder alone names functions, and this user has not started the run.
     """
-    from fedpress import recipe as recipes
-    from fedpress import run as runs
-    from fedpress import started
-    from fedpress.folder import RunFolder, read_json
+    from fedpress.pipeline import run as runs
+    from fedpress.pipeline.recipe import settings as recipes
+    from fedpress.workspace import started
+    from fedpress.workspace.folder import RunFolder, read_json
 
     if not (place / "settings.json").exists():
         raise RunError(f"{place}: there is no run to resume; leave out --resume to start one")
@@ -133,7 +133,7 @@ def _refuse_functions(recipe: Path, functions: list[str]) -> None:
     Raises:
         ModelError: with the words to add.
     """
-    from fedpress import consent
+    from fedpress.core import consent
 
     asked = [name for name in functions if not consent.allowed(name)]
     if asked:
@@ -147,21 +147,21 @@ def _refuse_functions(recipe: Path, functions: list[str]) -> None:
 
 def find_modules(beside: list[str]) -> None:
     """Lets own models and data, package.module:function, be found `beside` the recipe and in the present folder."""
-    from fedpress import own_modules
+    from fedpress.core import own_modules
 
     own_modules.look_in(*map(Path, beside), Path.cwd())
 
 
 def allow_code(names: list[str] | None) -> None:
     """Notes which functions the user lets the files of models name."""
-    from fedpress import consent
+    from fedpress.core import consent
 
     consent.allow(*(names or ()))
 
 
 def told(message: str) -> str:
     """Says an error as the command line knows its cures, in one line that a terminal shows as it is."""
-    from fedpress.commands.wording import as_flags
+    from fedpress.pipeline.commands.wording import as_flags
 
     return visible(" ".join(as_flags(message).split()))
 
@@ -181,7 +181,7 @@ def hold(place: Path) -> None:
     Raises:
         RunError: if another process works in it, naming that.
     """
-    from fedpress import lock
+    from fedpress.workspace import lock
 
     held.enter_context(lock.locked(place))
 
@@ -194,8 +194,8 @@ def warn(notes: Iterable[str]) -> None:
 
 def load_data(recipe: Recipe, out_stream: Console) -> FederatedData:
     """Loads the data of a recipe, with bars, and says how many rows are left out."""
-    from fedpress import run as runs
-    from fedpress import terminal
+    from fedpress.cli import terminal
+    from fedpress.pipeline import run as runs
 
     with terminal.bars(out_stream) as bars:
         loaded = runs.load_data(recipe, progress=terminal.Loading(bars))

@@ -29,7 +29,7 @@ from fedpress.errors import RecipeError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fedpress.sweep import VariantFinished, VariantStarted
+    from fedpress.pipeline.sweep import VariantFinished, VariantStarted
 
 # The table of stages itself is slow to import; a test holds the two together.
 STAGES = {
@@ -95,18 +95,18 @@ def _command(kind: str) -> Callable[..., None]:
             return
         if model is None and not (resume and out is not None):
             raise RecipeError(f"{kind}: give a model: the folder of a model or a run, or package.module:function")
-        from fedpress import terminal
+        from fedpress.cli import terminal
 
         allow_code(code)
         out_stream = terminal.console(quiet=as_json)
         try:
             with terminal.waiting(out_stream, "starting"):
-                from fedpress import run as runs
-                from fedpress.commands import Order, Result
-                from fedpress.commands.order import Given
-                from fedpress.commands.subject import Subject
-                from fedpress.folder import RunFolder
-                from fedpress.report.html import write_report
+                from fedpress.pipeline import run as runs
+                from fedpress.pipeline.commands import Order, Result
+                from fedpress.pipeline.commands.order import Given
+                from fedpress.pipeline.commands.subject import Subject
+                from fedpress.reports.html import write_report
+                from fedpress.workspace.folder import RunFolder
 
                 find_modules([])
                 words = [*([model] if model is not None else []), *(keys or [])]
@@ -191,8 +191,8 @@ def _numbers(text: str | None) -> object:
 
 
 def _show_keys(kind: str) -> None:
-    from fedpress import recipe as recipes
-    from fedpress import terminal
+    from fedpress.cli import terminal
+    from fedpress.pipeline.recipe import settings as recipes
 
     terminal.show_keys(terminal.console(quiet=False), recipes.keys(kind))
 
@@ -213,13 +213,13 @@ def measure(
     as_json: AsJson = False,
 ) -> None:
     """Measures models side by side: parameters, MACs, file, memory, latency in each runtime, distance to the peak."""
-    from fedpress import terminal
+    from fedpress.cli import terminal
 
     allow_code(code)
     out_stream = terminal.console(quiet=as_json)
     with terminal.waiting(out_stream, "measuring"):
-        from fedpress import commands
-        from fedpress.folder import write_json
+        from fedpress.pipeline import commands
+        from fedpress.workspace.folder import write_json
 
         find_modules([])
         found = commands.measure(
@@ -260,15 +260,15 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Runs a recipe for all combinations of values; equal stages are done once; draws accuracy against cost."""
-    from fedpress import terminal
+    from fedpress.cli import terminal
 
     allow_code(code)
     out_stream = terminal.console(quiet=as_json)
     with terminal.waiting(out_stream, "starting"):
-        from fedpress import recipe as recipes
-        from fedpress import sweep as sweeps
-        from fedpress.report.sweep import sweep_table, write_sweep
-        from fedpress.report.table import as_rich
+        from fedpress.pipeline import sweep as sweeps
+        from fedpress.pipeline.recipe import settings as recipes
+        from fedpress.reports.sweep import sweep_table, write_sweep
+        from fedpress.reports.table import as_rich
 
         text = load(recipe, None, None)[0]
         extra = [f"data.path={json.dumps(str(data), ensure_ascii=False)}"] if data is not None else []
@@ -303,8 +303,8 @@ def _whole_seeds(text: str | None) -> list[int]:
 
 
 def _follow(events: Iterable[VariantStarted | VariantFinished], out: Console, total: int) -> None:
-    from fedpress import terminal
-    from fedpress.sweep import VariantFinished, VariantStarted
+    from fedpress.cli import terminal
+    from fedpress.pipeline.sweep import VariantFinished, VariantStarted
 
     number = 0
     for event in events:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedpress.compress.graph import Example, inputs
+from fedpress.compress.prune.graph import Example, inputs
 
 T = TypeVar("T")
 

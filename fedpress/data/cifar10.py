@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from fedpress.arrays import Arrays
+from fedpress.core.examples import Arrays
 from fedpress.data import cache, cifar10_archive, cifar10_parquet
 from fedpress.data.examples import Examples, Progress
 from fedpress.data.settings import DataSettings

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fedpress.arrays import Arrays, Preprocess
+from fedpress.core.examples import Arrays, Preprocess
 from fedpress.data.preparation import Preparation
 from fedpress.errors import DataError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedpress.arrays import Arrays
+from fedpress.core.examples import Arrays
 from fedpress.data.examples import Examples
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedpress.arrays import Arrays
+from fedpress.core.examples import Arrays
 from fedpress.data.preparation import Preparation
 
 Progress = Callable[[str, int, int | None], None]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedpress.arrays import Arrays
+from fedpress.core.examples import Arrays
 from fedpress.data import images
 from fedpress.data.classes import known_classes
 from fedpress.data.examples import Classes, Examples, Inputs, Progress

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpress import own_modules
-from fedpress.arrays import Arrays
+from fedpress.core import own_modules
+from fedpress.core.examples import Arrays
 from fedpress.data.classes import checked, known_classes, rows_that_name
 from fedpress.data.dataset import FederatedData
 from fedpress.data.examples import Classes, Examples

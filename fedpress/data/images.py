@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fedpress import limits
+from fedpress.core import limits
 from fedpress.data.examples import Progress
 from fedpress.errors import DataError
 
@@ -43,7 +43,7 @@ def decode(
         progress: told how many are decoded.
 
     Raises:
-        DataError: if an image cannot be read, differs in size, or declares more pixels than `fedpress.limits` allow.
+        DataError: if an image cannot be read, differs in size, or declares more pixels than `core.limits` allow.
     """
     if not images:
         return torch.zeros(0, 3, size or 1, size or 1, dtype=torch.uint8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from fedpress.arrays import resized
+from fedpress.core.examples import resized
 from fedpress.data import cifar10, digits, folders, functions, tables
 from fedpress.data.dataset import FederatedData
 from fedpress.data.examples import Examples, Progress

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fedpress.arrays import Preprocess
+from fedpress.core.examples import Preprocess
 from fedpress.errors import DataError
 
 Kind = Literal["number", "truth", "words"]

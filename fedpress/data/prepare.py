@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from fedpress.arrays import Preprocess
+from fedpress.core.examples import Preprocess
 from fedpress.data import columns
 from fedpress.data.columns import Column
 from fedpress.data.preparation import InputColumn, Preparation

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedpress import seeds
-from fedpress.arrays import Arrays, Preprocess
+from fedpress.core import random
+from fedpress.core.examples import Arrays, Preprocess
 from fedpress.data.dataset import FederatedData
 from fedpress.data.dealing import Ask, Pool
 from fedpress.data.examples import Classes, Examples, Inputs
@@ -36,7 +36,7 @@ def split(examples: Examples, settings: DataSettings, seed: int) -> FederatedDat
         frozenset(settings.public_clients + settings.test_clients),
     )
     ask = Ask(settings.num_clients, settings.examples_per_client)
-    dealt = partition.deal(pool, ask, seeds.generator(seed, "data", "clients"))
+    dealt = partition.deal(pool, ask, random.generator(seed, "data", "clients"))
     if settings.public_share is None and not settings.public_clients and partition.rest_is_public:
         public = _without(rows, torch.cat(list(dealt.values())))
     validation, public = _validation(public, settings, seed)
@@ -92,7 +92,7 @@ def _share(examples: Examples, rows: Tensor, share: float, seed: int, word: str)
     for owner in owners.unique().tolist():
         own = torch.nonzero(owners == owner).flatten()
         name = examples.owner_names[owner] if examples.owner_names else ""
-        order = torch.randperm(len(own), generator=seeds.generator(seed, "data", word, name))
+        order = torch.randperm(len(own), generator=random.generator(seed, "data", word, name))
         drawn.append(own[order[: int(share * len(own) + 1e-9)]])
     taken = torch.cat(drawn)
     return rows[taken], _without(rows, taken)
@@ -106,7 +106,7 @@ def _validation(public: Tensor, settings: DataSettings, seed: int) -> tuple[Tens
             f"data.validation: asked for {count} rows of the public part, which has {len(public)}; lower validation, "
             "or declare more rows public with public_share or public_clients"
         )
-    order = public[torch.randperm(len(public), generator=seeds.generator(seed, "data", "validation"))]
+    order = public[torch.randperm(len(public), generator=random.generator(seed, "data", "validation"))]
     return order[:count], order[count:]
 
 

@@ -13,7 +13,7 @@ import torch
 from pyarrow import types
 from torch import Tensor
 
-from fedpress.arrays import Arrays
+from fedpress.core.examples import Arrays
 from fedpress.data import columns, csv, images
 from fedpress.data.columns import Column
 from fedpress.data.examples import Examples, Inputs, Progress

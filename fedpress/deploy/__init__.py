@@ -7,7 +7,17 @@ from fedpress.deploy.ondevice import DeviceModel, export_training
 from fedpress.deploy.onnx import export_onnx
 from fedpress.deploy.processor import Processor, this_processor
 from fedpress.deploy.qdq import QuantizedProgram, quantized_program
-from fedpress.deploy.runtime import Latency, Parity, accuracy, agreement, answers, file_logits, latency, logits, parity
+from fedpress.deploy.runtime import (
+    Latency,
+    Parity,
+    accuracy,
+    agreement,
+    answers,
+    file_logits,
+    latency,
+    logits,
+    parity,
+)
 from fedpress.deploy.session import Session
 
 __all__ = [

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import fedpress
-from fedpress.arrays import Preprocess
-from fedpress.atomic import replacing
+from fedpress.core.examples import Preprocess
+from fedpress.core.files import replacing
 from fedpress.deploy.examples import Example, Given, check
 from fedpress.errors import ExportError
-from fedpress.ranges import Observer
+from fedpress.nn.observers import Observer
 
 TOLERANCE = 1e-4  # of the largest logit, or absolute where all logits are below 1: float32 sums in another order
 ROUNDING = 0.05  # the same for integers: a value between two steps may fall to either side, and be carried on
@@ -36,7 +36,7 @@ class Job:
         batches: public inputs to take ranges from, of the form of `example` or standardised [n, *input_shape]: with
             them the file computes on 8-bit integers, without them in float (weights that the model holds in fewer bits
             stay small).
-        observer: how ranges are taken from what was seen (`fedpress.ranges`).
+        observer: how ranges are taken from what was seen (`fedpress.nn.observers`).
         weight_bits: of layers that are float in the model; 7 where 8 overflow (see docs/devices.md).
     """
 

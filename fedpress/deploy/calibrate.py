@@ -10,8 +10,8 @@ from torch import Tensor, fx
 
 from fedpress.deploy.examples import Example, as_device, by_name
 from fedpress.errors import ExportError
-from fedpress.grids import InputGrid
-from fedpress.ranges import OBSERVERS, Histogram, Observer
+from fedpress.nn.observers import OBSERVERS, Histogram, Observer
+from fedpress.nn.quant_scheme import InputGrid
 
 
 class _Watch(fx.Interpreter):

@@ -26,7 +26,7 @@ from fedpress.deploy.examples import (
     tensors_of,
 )
 from fedpress.errors import ExportError
-from fedpress.layers import copied
+from fedpress.nn.resize import copied
 
 BATCH = "batch"
 

@@ -17,7 +17,7 @@ from fedpress.deploy.artifact import Job
 from fedpress.deploy.capture import capture, silence
 from fedpress.deploy.qdq import quantized_program
 from fedpress.errors import ExportError
-from fedpress.quantized import quantized_layers
+from fedpress.nn.quantized import quantized_layers
 
 aten = torch.ops.aten
 

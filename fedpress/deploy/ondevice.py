@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fedpress.compact import compact_
 from fedpress.deploy.artifact import Artifact, write
 from fedpress.deploy.capture import check_finite, require, silence
 from fedpress.deploy.device import hush, said
 from fedpress.deploy.executorch import INSTALL, WORDS, refused_kernel
 from fedpress.errors import ExportError, ModelError
-from fedpress.layers import copied
-from fedpress.quantized import is_step
+from fedpress.nn.compact import compact_
+from fedpress.nn.quantized import is_step
+from fedpress.nn.resize import copied
 
 aten = torch.ops.aten
 RUNTIME = "executorch.extension.training"
@@ -57,7 +57,7 @@ def export_training(
     Batch norm keeps its statistics, as in a federated client with `norm = "frozen"`; group norm is as good as any. The
     program is run once here and its gradients compared with torch's, because kernels of training are young.
 
-    Of a sparse weight the program trains the kept values alone (see `fedpress.compact`): its zeros stay
+    Of a sparse weight the program trains the kept values alone (see `fedpress.nn.compact`): its zeros stay
     zeros, and its parameters are those of the clients of a federated stage.
 
     Args:
@@ -288,7 +288,7 @@ class DeviceModel(nn.Module):
     """The parameters of a training program, under the names of the model that it was made of.
 
     They are views of the runtime's memory: an ordinary model to whoever reads or overwrites parameters, such as
-    `fedpress.tree` and a federated client. It has no forward of its own; `loss` and `backward` run the program.
+    `core.parameters` and a federated client. It has no forward of its own; `loss` and `backward` run the program.
     """
 
     def __init__(self, program: bytes | str | Path) -> None:

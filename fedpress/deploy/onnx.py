@@ -20,8 +20,8 @@ from fedpress.deploy.processor import settings
 from fedpress.deploy.qdq import quantized_program
 from fedpress.deploy.session import Port, Session
 from fedpress.errors import ExportError
-from fedpress.layers import copied
-from fedpress.quantized import quantized_layers
+from fedpress.nn.quantized import quantized_layers
+from fedpress.nn.resize import copied
 
 OPSET = 18  # what torch's exporter is written against; every runtime of the last years reads it
 MAX_IR_VERSION = 13  # the newest file format that onnxruntime loads

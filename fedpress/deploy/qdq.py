@@ -21,10 +21,10 @@ from fedpress.deploy.calibrate import ranges
 from fedpress.deploy.capture import capture, silence, trace
 from fedpress.deploy.examples import Example, Given, as_device, example_of, ordered, take
 from fedpress.errors import ExportError
-from fedpress.grids import InputGrid, affine
-from fedpress.layers import copied
-from fedpress.quantized import QuantLayer, make_plain_, quantized_layers, settle_
-from fedpress.ranges import Observer
+from fedpress.nn.observers import Observer
+from fedpress.nn.quant_scheme import InputGrid, affine
+from fedpress.nn.quantized import QuantLayer, make_plain_, quantized_layers, settle_
+from fedpress.nn.resize import copied
 
 Activations = Literal["uint8", "int8"]
 aten = torch.ops.aten

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedpress.arrays import Preprocess
+from fedpress.core.examples import Preprocess
 from fedpress.deploy.artifact import ROUNDING, TOLERANCE
 from fedpress.deploy.examples import (
     Example,

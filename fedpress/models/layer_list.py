@@ -12,7 +12,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from fedpress import limits
+from fedpress.core import limits
 from fedpress.errors import ModelError
 
 NAME = "torch-layers"

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fedpress.errors import ModelError
-from fedpress.layers import copied
 from fedpress.models import layer_list
+from fedpress.nn.resize import copied
 
 HELD = "fedpress.models.memory:held"
 TEACHER = "memory:"

@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fedpress import checksums, consent, limits, own_modules
-from fedpress.calls import Numbers, numbers_in, set_numbers_
+from fedpress.core import checksums, consent, limits, own_modules
 from fedpress.errors import ModelError, did_you_mean
-from fedpress.grids import FILE, LayerGrids
-from fedpress.layers import depthwise, replace_, set_groups_, tensor, weight_shape
-from fedpress.masked import take_in_
 from fedpress.models import layer_list, memory
 from fedpress.models.plain import CNN, MLP
 from fedpress.models.resnet import resnet18, resnet_small
-from fedpress.quantized import fold_layers_, quantize_layers_, register_kept_zeros_
+from fedpress.nn.forward_sizes import Numbers, numbers_in, set_numbers_
+from fedpress.nn.masked import take_in_
+from fedpress.nn.quant_scheme import FILE, LayerGrids
+from fedpress.nn.quantized import fold_layers_, quantize_layers_, register_kept_zeros_
+from fedpress.nn.resize import depthwise, replace_, set_groups_, tensor, weight_shape
 
 NO_SPEC = "fedpress wrote no such file: get it anew from where it came"
 ARCHITECTURES: dict[str, Any] = {
@@ -78,12 +78,12 @@ class ModelSpec(BaseModel):
         Args:
             text: of the file.
             allow_code: names `module:function` that it may give as its architecture, besides those that the user of
-                this process has named already (see `fedpress.consent`).
+                this process has named already (see `fedpress.core.consent`).
 
         Raises:
             ValidationError: of pydantic, if it is no spec.
             ModelError: if its architecture is no row of `ARCHITECTURES` and the user has not allowed it by name, or
-                if it declares sizes above `fedpress.limits`.
+                if it declares sizes above `fedpress.core.limits`.
         """
         spec = cls.model_validate_json(text, context={FILE: True})
         if ":" not in spec.architecture:
@@ -116,7 +116,7 @@ class ModelSpec(BaseModel):
         """Builds a network that a file describes; see `build`.
 
         Raises:
-            ModelError: besides, if it has more values or modules than `fedpress.limits` say.
+            ModelError: besides, if it has more values or modules than `fedpress.core.limits` say.
         """
         place = f"spec: '{self.architecture}'"
         with limits.building(place):
@@ -292,7 +292,7 @@ def load_model(folder: Path, allow_code: Collection[str] | str = ()) -> tuple[Mo
 
     Raises:
         ModelError: if a file is missing or corrupt, the numbers do not fit the spec, or the spec names a function that
-            the user has not allowed, or sizes above `fedpress.limits`.
+            the user has not allowed, or sizes above `fedpress.core.limits`.
     """
     numbers, described = Path(folder) / "model.safetensors", Path(folder) / "spec.json"
     if not Path(folder).exists():

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from fedpress.errors import PrivacyError, RecipeError
-from fedpress.privacy import accounting, losses
-from fedpress.privacy.phases import AnyPhase, Phase, SkellamPhase, gaussians, skellams
+from fedpress.privacy.accounting import accountant, losses
+from fedpress.privacy.accounting.events import AnyPhase, Phase, SkellamPhase, gaussians, skellams
 
 POPULATION = "population"
 VERSION = 2
@@ -125,27 +125,27 @@ class Ledger:
         for charge in self.charges:
             if charge.who != POPULATION:
                 parties.setdefault(charge.who, []).append(charge.phase)
-        yield from {accounting.merge([*everybody, *own]) for own in parties.values()}
+        yield from {accountant.merge([*everybody, *own]) for own in parties.values()}
 
     def epsilon(self, *, delta: float) -> float:
         """Returns the epsilon spent so far by the party that was charged most, at `delta`."""
         return self.spent(delta=delta).epsilon
 
-    def spent(self, *, delta: float) -> accounting.Spent:
+    def spent(self, *, delta: float) -> accountant.Spent:
         """Returns `epsilon`, and whether it is a mere upper bound."""
         parties = _undominated(set(self.phases()))
         # Many parties share the time of a few; fewer points only raise an epsilon.
         points = max(1 << 14, 4 * losses.POINTS // max(4, len(parties)))
         if len(parties) <= FEW_PARTIES:
-            found = [accounting.spent(phases, delta=delta, points=points) for phases in parties]
+            found = [accountant.spent(phases, delta=delta, points=points) for phases in parties]
             return max(found, key=lambda party: party.epsilon)
         # The party of the largest epsilon alone counts: who has a smaller Renyi bound than that is not asked about.
-        bounds = {phases: accounting.renyi_bound(phases, delta=delta) for phases in parties}
-        most = accounting.Spent(0.0)
+        bounds = {phases: accountant.renyi_bound(phases, delta=delta) for phases in parties}
+        most = accountant.Spent(0.0)
         for phases in sorted(bounds, key=lambda party: -bounds[party]):
             if bounds[phases] <= most.epsilon:
                 break
-            one = accounting.spent(phases, delta=delta, points=points)
+            one = accountant.spent(phases, delta=delta, points=points)
             most = max(most, one, key=lambda party: party.epsilon)
         return most
 

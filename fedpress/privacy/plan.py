@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedpress.errors import RecipeError
-from fedpress.privacy import accounting
-from fedpress.privacy.accounting import Phase
+from fedpress.privacy.accounting import accountant
+from fedpress.privacy.accounting.accountant import Phase
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PrivacyPlan:
             raise RecipeError(f"privacy.noise_multiplier: got {self.noise_multiplier}, expected a finite number >= 0")
         if self.steps_per_round < 1:
             raise RecipeError(f"privacy.steps_per_round: got {self.steps_per_round}, expected a whole number >= 1")
-        accounting.check_delta(self.delta)
+        accountant.check_delta(self.delta)
         self.phase(num_rounds=1)  # checks the rest
 
     @property
@@ -63,7 +63,7 @@ class PrivacyPlan:
 
     def epsilon(self, *, num_rounds: int, delta: float | None = None) -> float:
         """Returns the epsilon that `num_rounds` rounds spend at `delta` (the plan's own unless given)."""
-        return accounting.epsilon([self.phase(num_rounds=num_rounds)], delta=self.delta if delta is None else delta)
+        return accountant.epsilon([self.phase(num_rounds=num_rounds)], delta=self.delta if delta is None else delta)
 
     def calibrate(self, *, epsilon: float, num_rounds: int, delta: float | None = None) -> PrivacyPlan:
         """Returns the plan with the smallest noise that keeps `num_rounds` rounds within `epsilon`.
@@ -73,7 +73,7 @@ class PrivacyPlan:
             PrivacyError: if no noise meets the budget.
         """
         delta = self.delta if delta is None else delta
-        noise = accounting.noise_multiplier(
+        noise = accountant.noise_multiplier(
             epsilon=epsilon,
             delta=delta,
             sampling_prob=self.sampling_prob,

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any, Protocol
 
-from fedpress.folder import StageFolder
 from fedpress.stages.export import ExportStage
-from fedpress.stages.federate import FederateStage
+from fedpress.stages.federate.stage import FederateStage
 from fedpress.stages.l0 import L0Stage
 from fedpress.stages.measure import MeasureStage
 from fedpress.stages.pack import PackStage
-from fedpress.stages.prune import PruneStage
+from fedpress.stages.prune.stage import PruneStage
 from fedpress.stages.quantize import QuantizeStage
 from fedpress.stages.sparsify import SparsifyStage
 from fedpress.stages.train import TrainStage
-from fedpress.state import State, Tick
+from fedpress.workspace.folder import StageFolder
+from fedpress.workspace.state import State, Tick
 
 
 class Stage(Protocol):

@@ -14,14 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from torch import Tensor
 
 from fedpress import deploy
+from fedpress.core.random import generator
 from fedpress.deploy import FORMATS, Artifact, Job
 from fedpress.errors import DataError
-from fedpress.folder import StageFolder
-from fedpress.judged import JUDGED, judged
-from fedpress.ranges import Observer
-from fedpress.seeds import generator
+from fedpress.nn.observers import Observer
 from fedpress.stages import inputs
-from fedpress.state import Name, State, Tick
+from fedpress.tasks.judged import JUDGED, judged
+from fedpress.workspace.folder import StageFolder
+from fedpress.workspace.state import Name, State, Tick
 
 BATCH = 64
 APART, LOST = 0.02, 0.005  # of the outputs' norm, and of the accuracy: what is more is told in words

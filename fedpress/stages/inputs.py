@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fedpress.folder import INPUTS, StageFolder, list_json
-from fedpress.state import State
+from fedpress.workspace.folder import INPUTS, StageFolder, list_json
+from fedpress.workspace.state import State
 
 
 def leave(state: State, folder: StageFolder) -> None:

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from pydantic import Field, JsonValue, model_validator
 from torch import Tensor, nn
 
-from fedpress import compress, training
+from fedpress import compress
 from fedpress.compress import ChannelGraph, PruningPlan
-from fedpress.compress.ignoring import ignored
+from fedpress.compress.prune.ignoring import ignored
+from fedpress.compress.prune.targets import whole
 from fedpress.compress.sparse import (
     Masks,
     Pattern,
@@ -29,16 +30,16 @@ from fedpress.compress.sparse import (
     masks_of,
 )
 from fedpress.compress.sparse.l0 import Controller, Gates, balance, channel_gates, open_probability, weight_gates
-from fedpress.compress.targets import whole
+from fedpress.core.random import derive, generator
 from fedpress.errors import RecipeError
-from fedpress.folder import StageFolder, write_json
-from fedpress.layers import copied
 from fedpress.models import what_pruning_changed
-from fedpress.seeds import derive, generator
-from fedpress.stages.pruning import of_what
+from fedpress.nn.resize import copied
+from fedpress.stages.prune.settings import of_what
 from fedpress.stages.public import calibration
-from fedpress.state import Name, State, Tick
-from fedpress.training import Fit, Step, TrainSettings
+from fedpress.training import fit as training
+from fedpress.training.fit import Fit, Step, TrainSettings
+from fedpress.workspace.folder import StageFolder, write_json
+from fedpress.workspace.state import Name, State, Tick
 
 BATCH = 256
 TRAVEL = 20.0  # how far a gate can go until the target is reached: from wide open to shut is half of it

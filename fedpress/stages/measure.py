@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from fedpress import deploy, storage
 from fedpress.compress import cost
+from fedpress.core.random import generator
 from fedpress.deploy import FORMATS, Job
 from fedpress.deploy.examples import Given, example_of, is_shape, take, tensors_of
 from fedpress.deploy.measure import Subject
-from fedpress.folder import StageFolder, write_json
-from fedpress.seeds import generator
-from fedpress.state import Name, State, Tick
+from fedpress.workspace.folder import StageFolder, write_json
+from fedpress.workspace.state import Name, State, Tick
 
 
 class MeasureStage(BaseModel):

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from fedpress import storage
-from fedpress.folder import StageFolder, writing
 from fedpress.stages import inputs
-from fedpress.state import Name, State, Tick
+from fedpress.workspace.folder import StageFolder, writing
+from fedpress.workspace.state import Name, State, Tick
 
 
 class PackStage(BaseModel):

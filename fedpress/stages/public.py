@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fedpress.arrays import Arrays
+from fedpress.core.examples import Arrays
+from fedpress.core.random import generator
 from fedpress.errors import DataError
-from fedpress.seeds import generator
-from fedpress.state import State
+from fedpress.workspace.state import State
 
 
 def calibration(state: State, n: int, seed: int) -> Arrays:

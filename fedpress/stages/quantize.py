@@ -9,14 +9,12 @@ from typing import Any, Literal
 from pydantic import Field, JsonValue, model_validator
 from torch import Tensor, nn
 
-from fedpress import training
 from fedpress.compress import quantize as quantizing
-from fedpress.compress.ignoring import ignored
-from fedpress.folder import StageFolder
-from fedpress.grids import InputGrid, LayerGrids, WeightGrid
-from fedpress.layers import copied
+from fedpress.compress.prune.ignoring import ignored
+from fedpress.core.random import derive
 from fedpress.models import ModelSpec
-from fedpress.quantized import (
+from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
+from fedpress.nn.quantized import (
     kept_entries,
     note_kept_zeros_,
     quantize_layers_,
@@ -24,10 +22,12 @@ from fedpress.quantized import (
     settle_,
     step_sizes,
 )
-from fedpress.seeds import derive
+from fedpress.nn.resize import copied
 from fedpress.stages.public import calibration
 from fedpress.stages.teaching import TaughtSettings, train_
-from fedpress.state import Name, State, Tick
+from fedpress.training import fit as training
+from fedpress.workspace.folder import StageFolder
+from fedpress.workspace.state import Name, State, Tick
 
 BATCH = 64
 

@@ -13,12 +13,10 @@ import torch.nn.functional as F
 from pydantic import Field, JsonValue, model_validator
 from torch import Tensor, nn
 
-from fedpress import training
-from fedpress.arrays import Arrays, Preprocess
 from fedpress.compress import restore_batch_norm_
-from fedpress.compress.derivatives import differentiable
-from fedpress.compress.ignoring import ignored
-from fedpress.compress.sensitivity import Point, densities_down_to, sensitivity, weight_unit
+from fedpress.compress.prune.derivatives import differentiable
+from fedpress.compress.prune.ignoring import ignored
+from fedpress.compress.prune.sensitivity import Point, densities_down_to, sensitivity, weight_unit
 from fedpress.compress.sparse import (
     Masks,
     Movement,
@@ -40,13 +38,15 @@ from fedpress.compress.sparse import (
 from fedpress.compress.sparse.levels import level_densities, lowest_densities
 from fedpress.compress.sparse.masks import Scope
 from fedpress.compress.sparse.scores import gradients
+from fedpress.core.examples import Arrays, Preprocess
+from fedpress.core.random import derive, generator
 from fedpress.errors import RecipeError, did_you_mean
-from fedpress.folder import StageFolder
-from fedpress.layers import copied
-from fedpress.seeds import derive, generator
+from fedpress.nn.resize import copied
 from fedpress.stages.public import calibration
-from fedpress.state import Name, State, Tick
-from fedpress.training import Fit, Step, TrainSettings
+from fedpress.training import fit as training
+from fedpress.training.fit import Fit, Step, TrainSettings
+from fedpress.workspace.folder import StageFolder
+from fedpress.workspace.state import Name, State, Tick
 
 BATCH = 128
 SENSITIVITY = 512  # public examples on which each layer's sensitivity is measured

@@ -12,15 +12,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from fedpress import storage, training
-from fedpress.arrays import Preprocess
+from fedpress import storage
 from fedpress.compress.distill import Distillation, DistillSettings
+from fedpress.core.examples import Preprocess
 from fedpress.errors import RecipeError, TrainingError
-from fedpress.folder import StageFolder
-from fedpress.layers import copied
 from fedpress.models import ModelSpec, memory
-from fedpress.state import State, Tick
-from fedpress.training import Fit, Step, TrainSettings
+from fedpress.nn.resize import copied
+from fedpress.training import fit as training
+from fedpress.training.fit import Fit, Step, TrainSettings
+from fedpress.workspace.folder import StageFolder
+from fedpress.workspace.state import State, Tick
 
 FROM_THE_RUN = ("dense", "before")
 

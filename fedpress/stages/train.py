@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from fedpress import training
-from fedpress.folder import StageFolder
-from fedpress.seeds import derive
+from fedpress.core.random import derive
 from fedpress.stages.teaching import TaughtSettings, train_
-from fedpress.state import Name, State, Tick
+from fedpress.training import fit as training
+from fedpress.workspace.folder import StageFolder
+from fedpress.workspace.state import Name, State, Tick
 
 
 class TrainStage(TaughtSettings):

@@ -11,10 +11,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from fedpress.atomic import replacing
+from fedpress.core.files import replacing
 from fedpress.errors import ModelError, WireError
 from fedpress.models import ModelSpec
-from fedpress.quantized import quantized_layers
+from fedpress.nn.quantized import quantized_layers
 from fedpress.storage import container
 from fedpress.storage.codes import expand_codes, shrink_codes
 from fedpress.storage.container import damaged

@@ -9,7 +9,7 @@ from torch import nn
 from fedpress.compress import cost
 from fedpress.errors import ModelError
 from fedpress.models import ModelSpec
-from fedpress.quantized import quantized_layers
+from fedpress.nn.quantized import quantized_layers
 from fedpress.storage.packed import encode
 
 

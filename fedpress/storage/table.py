@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from fedpress.errors import ModelError
-from fedpress.quantized import is_step, quantized_layers
+from fedpress.nn.quantized import is_step, quantized_layers
 
 SMALL = 4096  # values: tensors up to this size share a blob with others of their kind
 Type = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
+from fedpress.core.names import ClientId
 from fedpress.errors import WireError
-from fedpress.federate.exchange import ClientId, Traffic, error
+from fedpress.federation.exchange import Traffic, error
 from fedpress.wire.message import MAX_BYTES, Message, pack, unpack
 
 Handler: TypeAlias = Callable[[bytes], bytes]

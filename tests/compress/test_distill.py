@@ -20,7 +20,7 @@ from fedpress.compress.distill import (
 from fedpress.errors import TrainingError
 from fedpress.models.plain import MLP
 from fedpress.models.resnet import resnet_small
-from fedpress.training import Fit, TrainSettings
+from fedpress.training.fit import Fit, TrainSettings
 
 STAGES = ("stages.0", "stages.1", "stages.2")
 
@@ -180,7 +180,7 @@ def test_equal_widths_need_no_projection():
 
 
 def test_training_moves_the_projections_and_brings_student_and_teacher_together():
-    from fedpress.arrays import Arrays, Preprocess
+    from fedpress.core.examples import Arrays, Preprocess
 
     teacher, student = network(width=6), network(seed=1)
     distillation = lesson(teacher, student, weight=1.0, features=STAGES)

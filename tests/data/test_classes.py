@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fedpress.arrays import Arrays, Preprocess
+from fedpress.core.examples import Arrays, Preprocess
 from fedpress.data import DataSettings, FederatedData, load
 from fedpress.errors import DataError
 

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from fedpress.arrays import Arrays, Preprocess
+from fedpress.core.examples import Arrays, Preprocess
 from fedpress.data.dataset import FederatedData
 from fedpress.errors import DataError
 

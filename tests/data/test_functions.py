@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpress.arrays import Arrays, Preprocess
+from fedpress.core.examples import Arrays, Preprocess
 from fedpress.data import DataSettings, FederatedData, load
 from fedpress.errors import DataError
 

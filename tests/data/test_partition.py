@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from fedpress.core.random import generator
 from fedpress.data.dealing import Ask, Pool, apportion
 from fedpress.data.partition import Dirichlet, Iid, Natural, Partition, Quantity, Shards
 from fedpress.errors import DataError
-from fedpress.seeds import generator
 
 BY_LABEL = [
     Iid(),

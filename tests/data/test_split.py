@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fedpress.arrays import Arrays, Preprocess
+from fedpress.core.examples import Arrays, Preprocess
 from fedpress.data.examples import Examples
 from fedpress.data.settings import DataSettings
 from fedpress.data.split import split

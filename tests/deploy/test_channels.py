@@ -10,9 +10,9 @@ from torch import nn
 from fedpress import deploy
 from fedpress.compress.quantize import quantizable, quantize_
 from fedpress.deploy import FORMATS, Job, quantized_program
-from fedpress.grids import InputGrid, LayerGrids, WeightGrid
 from fedpress.models import ModelSpec
-from fedpress.quantized import quantized_layers
+from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
+from fedpress.nn.quantized import quantized_layers
 from fedpress.storage.packed import decode, encode
 
 SHAPE = (3, 8, 8)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from fedpress.arrays import Preprocess
+from fedpress.core.examples import Preprocess
 from fedpress.deploy import ROUNDING, Job, export, open_file, parity
 from fedpress.errors import ExportError
-from fedpress.grids import LayerGrids, WeightGrid
-from fedpress.quantized import quantize_layers_
+from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
+from fedpress.nn.quantized import quantize_layers_
 from tests.deploy.test_qdq import SHAPE, Residual, trained
 
 pytest.importorskip("executorch.exir")

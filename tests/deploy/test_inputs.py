@@ -14,7 +14,7 @@ from fedpress.compress.quantize import quantizable, quantize_
 from fedpress.deploy import Job, export_onnx, measure, open_file, parity
 from fedpress.deploy.examples import flatten, together
 from fedpress.errors import ExportError
-from fedpress.grids import InputGrid, LayerGrids, WeightGrid
+from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
 
 onnx = pytest.importorskip("onnx")
 

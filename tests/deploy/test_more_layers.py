@@ -8,7 +8,7 @@ from torch import nn
 
 from fedpress import deploy
 from fedpress.compress.quantize import quantizable, quantize_
-from fedpress.grids import InputGrid, LayerGrids, WeightGrid
+from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
 
 
 class Last(nn.Module):

@@ -6,19 +6,31 @@ import pytest
 import torch
 from torch import nn
 
-from fedpress import tree
-from fedpress.arrays import Arrays
-from fedpress.compact import compact_, expand_
+from fedpress.core import parameters
+from fedpress.core.examples import Arrays
 from fedpress.errors import ExportError, RecipeError
+from fedpress.nn.compact import compact_, expand_
 
 pytest.importorskip("executorch.extension.training")
 
+from fedpress.codecs import Key
 from fedpress.deploy import Job, export, open_file
 from fedpress.deploy.ondevice import DeviceModel, export_training
-from fedpress.federate import SERVERS, Algorithm, Client, Cohort, LocalSettings, Uplink, agreement, rounds, sgd
-from fedpress.federate.local import Task
-from fedpress.federate.ondevice import device_sgd
-from fedpress.federate.transforms import Key
+from fedpress.federation import (
+    SERVERS,
+    Algorithm,
+    Client,
+    Cohort,
+    LocalSettings,
+    Uplink,
+    agreement,
+    sgd,
+)
+from fedpress.federation import (
+    server as rounds,
+)
+from fedpress.federation.local import Task
+from fedpress.federation.ondevice import device_sgd
 from fedpress.models.plain import MLP
 from fedpress.transport import LocalTransport
 
@@ -106,8 +118,8 @@ def program(tmp_path_factory):
 
 def test_parameters_have_the_names_shapes_and_values_of_the_model(program):
     model, device = network(), DeviceModel(program)
-    assert tree.Layout.of(device) == tree.Layout.of(model)
-    assert torch.equal(tree.flatten(device), tree.flatten(model))
+    assert parameters.Layout.of(device) == parameters.Layout.of(model)
+    assert torch.equal(parameters.flatten(device), parameters.flatten(model))
 
 
 @pytest.mark.parametrize("n", [1, 3, 4, 9])
@@ -126,9 +138,9 @@ def test_loss_gradients_and_logits_of_a_batch_of_any_size_are_those_of_torch(pro
 def test_what_is_written_to_the_parameters_is_what_the_program_computes_with(program):
     device, model, batch = DeviceModel(program), network(), examples(4, 1)
     torch.manual_seed(5)
-    vector = torch.randn(tree.Layout.of(model).size)
-    tree.assign_(device, vector)
-    tree.assign_(model, vector)
+    vector = torch.randn(parameters.Layout.of(model).size)
+    parameters.assign_(device, vector)
+    parameters.assign_(model, vector)
     torch.testing.assert_close(device.logits(batch.x), model(batch.x).detach(), rtol=1e-4, atol=1e-4)
 
 
@@ -162,15 +174,15 @@ def test_local_training_agrees_with_torch_sgd(program, settings):
     expected, got = sgd(model, task()), device_sgd(device, task())
     assert got["steps"] == expected["steps"]
     assert got["loss"] == pytest.approx(expected["loss"], rel=1e-4)
-    moved = (tree.flatten(model) - tree.flatten(network())).abs().max()
+    moved = (parameters.flatten(model) - parameters.flatten(network())).abs().max()
     assert moved > 0.01
-    assert (tree.flatten(device) - tree.flatten(model)).abs().max() < 1e-4 * moved
+    assert (parameters.flatten(device) - parameters.flatten(model)).abs().max() < 1e-4 * moved
 
 
 def federation(program, device: bool):
     """Three clients, the first on a device if asked; rounds of averaging over messages as bytes."""
     model, settings = network(), LocalSettings(epochs=2, batch_size=4, lr=0.1, momentum=0.5)
-    params, layout = tree.flatten(model), tree.Layout.of(model)
+    params, layout = parameters.flatten(model), parameters.Layout.of(model)
     uplink = Uplink.bind(len(params), Cohort(3, 3))
     common = {"settings": settings, "uplink": uplink, "seed": 7, "prepare": untouched}
     kinds = {
@@ -300,7 +312,7 @@ def test_frozen_parameters_stay_out_of_the_layout(tmp_path):
     model = network()
     model.stem.requires_grad_(False)
     device = DeviceModel(export_training(model, tmp_path / "f.pte", input_shape=SHAPE, batch_size=4).path)
-    assert tree.Layout.of(device) == tree.Layout.of(model)
+    assert parameters.Layout.of(device) == parameters.Layout.of(model)
 
 
 def test_device_sgd_wants_a_program_and_float32(program):
@@ -326,7 +338,7 @@ def test_zeros_of_a_sparse_model_stay_and_the_kept_values_train_as_in_torch(tmp_
     export_training(model, tmp_path / "p.pte", input_shape=(1, 8, 8), batch_size=4, sparse=sparse)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     device, twin = DeviceModel(tmp_path / "p.pte"), compact_(copy.deepcopy(model), names)
-    assert tree.Layout.of(device) == tree.Layout.of(twin)
+    assert parameters.Layout.of(device) == parameters.Layout.of(twin)
     ours = device.optimizer(0.1, momentum=0.9, weight_decay=0.01)
     theirs = torch.optim.SGD(twin.parameters(), 0.1, 0.9, weight_decay=0.01)
     for _ in range(3):
@@ -335,7 +347,7 @@ def test_zeros_of_a_sparse_model_stay_and_the_kept_values_train_as_in_torch(tmp_
         theirs.zero_grad()
         nn.functional.cross_entropy(twin(x), y).backward()
         theirs.step()
-    torch.testing.assert_close(tree.flatten(device), tree.flatten(twin), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(parameters.flatten(device), parameters.flatten(twin), rtol=1e-4, atol=1e-5)
     twin.load_state_dict(device.state_dict())
     after = expand_(twin)
     for name in names:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fedpress
-from fedpress.arrays import Preprocess
+from fedpress.core.examples import Preprocess
 from fedpress.deploy import Job, export_onnx
 from fedpress.deploy.capture import require
 from fedpress.deploy.onnx import MAX_IR_VERSION, OPSET

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from fedpress.deploy import ROUNDING, Job, export_onnx, file_logits, logits, parity
 from fedpress.deploy.onnx import MAX_IR_VERSION, WIDE
 from fedpress.deploy.onnx_integers import packed
-from fedpress.grids import LayerGrids, WeightGrid
 from fedpress.models.resnet import ResNet
-from fedpress.quantized import quantize_layers_
+from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
+from fedpress.nn.quantized import quantize_layers_
 
 onnx = pytest.importorskip("onnx")
 SHAPE = (3, 8, 8)

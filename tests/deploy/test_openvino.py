@@ -6,8 +6,8 @@ from torch import nn
 
 from fedpress.deploy import ROUNDING, Job, export, file_bytes, open_file, parity
 from fedpress.errors import ExportError
-from fedpress.grids import LayerGrids, WeightGrid
-from fedpress.quantized import quantize_layers_
+from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
+from fedpress.nn.quantized import quantize_layers_
 from tests.deploy.test_qdq import SHAPE, Residual, trained
 
 pytest.importorskip("openvino")

@@ -70,8 +70,8 @@ def test_the_options_reach_the_session_and_stand_beside_latency_and_parity(tmp_p
 
 
 def test_a_float_file_with_small_weights_is_compared_like_a_float_file(tmp_path):
-    from fedpress.grids import LayerGrids, WeightGrid
-    from fedpress.quantized import quantize_layers_
+    from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
+    from fedpress.nn.quantized import quantize_layers_
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3)).eval()

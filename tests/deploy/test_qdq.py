@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from fedpress.compress.quantize import quantizable, quantize_
 from fedpress.deploy import logits, quantized_program
 from fedpress.errors import ExportError
-from fedpress.grids import InputGrid, LayerGrids, WeightGrid
-from fedpress.quantized import quantize_layers_, settle_
+from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
+from fedpress.nn.quantized import quantize_layers_, settle_
 
 SHAPE = (3, 8, 8)
 OPS = torch.ops.quantized_decomposed

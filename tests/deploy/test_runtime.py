@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedpress.arrays import Preprocess
+from fedpress.core.examples import Preprocess
 from fedpress.deploy import Job, accuracy, export_onnx, latency, parity
 from fedpress.errors import ExportError
 

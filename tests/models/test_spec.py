@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from fedpress.errors import ModelError
-from fedpress.grids import InputGrid, LayerGrids, WeightGrid
 from fedpress.models import ARCHITECTURES, ModelSpec, load_model, resize_, save_model, shapes_that_differ
-from fedpress.quantized import quantize_layers_, quantized_layers, settle_
+from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
+from fedpress.nn.quantized import quantize_layers_, quantized_layers, settle_
 
 SMALL = {"width": 8, "num_classes": 3}
 SPECS = [

@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
+from fedpress.core.random_source import Seeded
 from fedpress.errors import PrivacyError, RecipeError
-from fedpress.privacy.accounting import Phase, epsilon
+from fedpress.privacy.accounting.accountant import Phase, epsilon
 from fedpress.privacy.adaptive import AdaptiveClip, centred_bit, count_noise_for, share_below, split
-from fedpress.privacy.chance import Seeded
 
 
 def follow(how, start, norms, rounds, noise, chance):

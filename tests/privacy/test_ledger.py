@@ -4,7 +4,7 @@ import time
 import pytest
 
 from fedpress.errors import PrivacyError, RecipeError
-from fedpress.privacy.accounting import Phase, epsilon
+from fedpress.privacy.accounting.accountant import Phase, epsilon
 from fedpress.privacy.ledger import Charge, Ledger
 
 

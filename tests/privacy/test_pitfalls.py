@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from fedpress import tree
-from fedpress.privacy.accounting import Phase, epsilon, noise_multiplier
-from fedpress.privacy.chance import Cipher, Seeded
-from fedpress.privacy.mechanism import clip, noise_sum
+from fedpress.core import parameters
+from fedpress.core.random_source import Cipher, Seeded
+from fedpress.privacy.accounting.accountant import Phase, epsilon, noise_multiplier
+from fedpress.privacy.noise.mechanism import clip, noise_sum
 from fedpress.privacy.plan import PrivacyPlan
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ def test_pitfalls_are_numbered_and_none_is_missing():
 def test_a_parameter_without_dimensions_is_clipped_like_any_other():
     model = nn.Linear(3, 2)
     model.scale = nn.Parameter(torch.tensor(100.0))
-    update = clip(tree.flatten(model), 1.0)
+    update = clip(parameters.flatten(model), 1.0)
     assert update.shape == (9,)
     assert float(update.norm()) <= 1
     assert float(update.abs().max()) <= 1

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedpress import recipe as recipes
-from fedpress import run as runs
-from fedpress.folder import RunFolder
 from fedpress.models import load_model
+from fedpress.pipeline import run as runs
+from fedpress.pipeline.recipe import settings as recipes
+from fedpress.workspace.folder import RunFolder
 
 HEAD = """
 name = "sparse"

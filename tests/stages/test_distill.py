@@ -4,16 +4,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedpress import recipe as recipes
-from fedpress import run as runs
 from fedpress import storage
-from fedpress.arrays import Preprocess
+from fedpress.core.examples import Preprocess
 from fedpress.errors import ModelError, RecipeError, TrainingError
-from fedpress.folder import RunFolder
 from fedpress.models import load_model, save_model
+from fedpress.pipeline import run as runs
+from fedpress.pipeline.recipe import settings as recipes
 from fedpress.stages import TrainStage
 from fedpress.stages.teaching import _restandardised
-from fedpress.state import StageStarted, Tick
+from fedpress.workspace.folder import RunFolder
+from fedpress.workspace.state import StageStarted, Tick
 
 RECIPE = """
 [data]

@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from fedpress import recipe as recipes
-from fedpress import run as runs
 from fedpress.compress.cost import state_bytes
 from fedpress.errors import DataError, ExportError, ModelError, RecipeError
-from fedpress.folder import RunFolder
-from fedpress.grids import LayerGrids, WeightGrid
-from fedpress.judged import JUDGED
-from fedpress.quantized import quantize_layers_
-from fedpress.run import _take_accuracy_of_files_
+from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
+from fedpress.nn.quantized import quantize_layers_
+from fedpress.pipeline import run as runs
+from fedpress.pipeline.recipe import settings as recipes
+from fedpress.pipeline.run import _take_accuracy_of_files_
 from fedpress.stages.export import _difference
 from fedpress.stages.measure import measured
 from fedpress.storage import sizes
+from fedpress.tasks.judged import JUDGED
+from fedpress.workspace.folder import RunFolder
 
 RECIPE = """
 name = "small"

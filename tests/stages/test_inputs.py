@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fedpress import deploy, storage
-from fedpress import recipe as recipes
-from fedpress import run as runs
 from fedpress.data import Preparation, prepare
 from fedpress.errors import RunError
-from fedpress.folder import RunFolder
+from fedpress.pipeline import run as runs
+from fedpress.pipeline.recipe import settings as recipes
+from fedpress.workspace.folder import RunFolder
 
 RECIPE = """
 name = "tabular"

@@ -3,13 +3,13 @@ import json
 import pytest
 import torch
 
-from fedpress import recipe as recipes
-from fedpress import run as runs
 from fedpress import storage
 from fedpress.errors import ModelError
-from fedpress.folder import RunFolder
 from fedpress.models import load_model
+from fedpress.pipeline import run as runs
+from fedpress.pipeline.recipe import settings as recipes
 from fedpress.stages import PackStage
+from fedpress.workspace.folder import RunFolder
 
 RECIPE = """
 [data]

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedpress.arrays import Arrays, Preprocess
+from fedpress.core.examples import Arrays, Preprocess
 from fedpress.data import FederatedData
 from fedpress.errors import DataError
 from fedpress.models import ModelSpec
 from fedpress.stages.public import calibration
-from fedpress.state import State
+from fedpress.workspace.state import State
 
 
 def state(x, y):

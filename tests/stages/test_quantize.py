@@ -6,16 +6,16 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from fedpress import run as runs
 from fedpress.compress.quantize import quantize_
 from fedpress.errors import FedpressError, ModelError, RecipeError
-from fedpress.folder import RunFolder
 from fedpress.models import load_model
-from fedpress.quantized import kept_entries, quantized_layers
-from fedpress.recipe import load
+from fedpress.nn.quantized import kept_entries, quantized_layers
+from fedpress.pipeline import run as runs
+from fedpress.pipeline.recipe.settings import load
 from fedpress.stages.quantize import QuantizeStage
-from fedpress.state import StageFinished
 from fedpress.storage import pack, unpack
+from fedpress.workspace.folder import RunFolder
+from fedpress.workspace.state import StageFinished
 
 RECIPE = """
 name = "bits"

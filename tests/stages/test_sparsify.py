@@ -5,15 +5,15 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from fedpress.arrays import Arrays
 from fedpress.compress import restore_batch_norm_
 from fedpress.compress.sparse import find_weights
+from fedpress.core.examples import Arrays
 from fedpress.errors import DataError, FedpressError, RecipeError
 from fedpress.models import load_model
-from fedpress.recipe import load
-from fedpress.run import load_data
+from fedpress.pipeline.recipe.settings import load
+from fedpress.pipeline.run import load_data
 from fedpress.stages import SparsifyStage
-from fedpress.training import Fit, Step, TrainSettings
+from fedpress.training.fit import Fit, Step, TrainSettings
 from tests.stages.recipes import HEAD, TRAIN, Killed, begun, checked, finish, told, zeros
 
 SPARSIFY = '[[stage]]\nkind = "sparsify"\nkeep_first = false\nkeep_last = false\nbatch_size = 32\nlr = 0.05\n'
@@ -212,7 +212,7 @@ def test_settings_are_a_row_of_the_recipe():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 def test_training_forgets_the_momentum_of_given_entries(optimizer):
-    from fedpress.arrays import Arrays, Preprocess
+    from fedpress.core.examples import Arrays, Preprocess
     from fedpress.models.resnet import resnet_small
 
     torch.manual_seed(0)

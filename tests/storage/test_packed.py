@@ -12,9 +12,9 @@ from torch import nn
 from fedpress import storage
 from fedpress.compress.quantize import quantizable, quantize_
 from fedpress.errors import ModelError
-from fedpress.grids import InputGrid, LayerGrids, WeightGrid
 from fedpress.models import ARCHITECTURES, ModelSpec, load_model, save_model
-from fedpress.quantized import fold_layers_, quantize_layers_, settle_
+from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
+from fedpress.nn.quantized import fold_layers_, quantize_layers_, settle_
 from fedpress.storage import container
 from fedpress.storage.packed import decode, encode
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fedpress.federate.exchange import Traffic
+from fedpress.federation.exchange import Traffic
 from fedpress.transport import LocalTransport
 from fedpress.wire import Message, pack, unpack
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from fedpress.errors import WireError
-from fedpress.federate import Cohort, Uplink
+from fedpress.federation import Cohort, Uplink
 from fedpress.wire import Message, pack
 from fedpress.wire.fields import FIELDS, NAMES, NUMBER, REPORT, check_header, need, whole
-from tests.federate.federation import SAMPLE_PLAN, Federation, update
+from tests.federation.federation import SAMPLE_PLAN, Federation, update
 
 RIGHT = {
     "round": 3,

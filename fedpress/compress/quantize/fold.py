@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from fedpress.compress.graph import Example, export, inputs
-from fedpress.compress.ignoring import ignored
+from fedpress.compress.prune.graph import Example, export, inputs
+from fedpress.compress.prune.ignoring import ignored
 from fedpress.errors import ModelError
-from fedpress.grids import mended
-from fedpress.quantized import QuantLayer, fold_layers_, settle_
+from fedpress.nn.quant_scheme import mended
+from fedpress.nn.quantized import QuantLayer, fold_layers_, settle_
 
 TAKERS = {
     torch.ops.aten.linear.default,

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fedpress.compress.quantize.rounding import best_scale
 from fedpress.errors import DataError, RecipeError
-from fedpress.grids import LayerGrids, WeightGrid, grouped, rounded, spread
-from fedpress.layers import tensor
-from fedpress.quantized import quantized_kind, weight_keys
+from fedpress.nn.quant_scheme import LayerGrids, WeightGrid, grouped, rounded, spread
+from fedpress.nn.quantized import quantized_kind, weight_keys
+from fedpress.nn.resize import tensor
 
 CELLS = 4096  # steps that a budget is counted in: a choice is at most one step per layer below the best
 

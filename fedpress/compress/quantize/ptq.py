@@ -8,16 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedpress import forwards
-from fedpress.compress.ignoring import ignored
+from fedpress.compress.prune.ignoring import ignored
 from fedpress.compress.quantize.cluster import shared_values
 from fedpress.compress.quantize.ranges import Batch, calibrate_, run_watched
 from fedpress.compress.quantize.rounding import as_batch, best_scale, patches, round_second_order_, second_moment
 from fedpress.errors import DataError, ModelError, did_you_mean
-from fedpress.grids import LayerGrids
-from fedpress.layers import tensor
-from fedpress.quantized import ROUND_INPUTS, QuantLayer, quantize_layers_, settle_, weight_keys, why_not
-from fedpress.ranges import Observer
+from fedpress.nn import forwards
+from fedpress.nn.observers import Observer
+from fedpress.nn.quant_scheme import LayerGrids
+from fedpress.nn.quantized import ROUND_INPUTS, QuantLayer, quantize_layers_, settle_, weight_keys, why_not
+from fedpress.nn.resize import tensor
 
 Rounding = Literal["nearest", "second-order"]
 PATCHES = 4096  # of each batch, for the second moments

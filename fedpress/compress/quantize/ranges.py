@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fedpress.errors import DataError, ModelError
-from fedpress.grids import InputGrid, affine
-from fedpress.quantized import quantized_layers
-from fedpress.ranges import OBSERVERS, Histogram, Observer
+from fedpress.nn.observers import OBSERVERS, Histogram, Observer
+from fedpress.nn.quant_scheme import InputGrid, affine
+from fedpress.nn.quantized import quantized_layers
 
 ROUNDING = 1e-6  # of the largest value: what the mean of equal numbers may be off
 Batch = Tensor | tuple[Tensor, ...]  # a tuple: of a model with several inputs

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedpress.grids import WeightGrid, first_scale, grouped, mended, rounded
-from fedpress.quantized import QuantLayer
+from fedpress.nn.quant_scheme import WeightGrid, first_scale, grouped, mended, rounded
+from fedpress.nn.quantized import QuantLayer
 
 BLOCK = 128
 

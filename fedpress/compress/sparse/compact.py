@@ -1,5 +1,5 @@
-"""Sparse weights as vectors of their kept values; they live in `fedpress.compact`, where device programs find them."""
+"""Sparse weights as vectors of their kept values: see `fedpress.nn.compact`, where device programs find them."""
 
-from fedpress.compact import Scatter, compact_, expand_
+from fedpress.nn.compact import Scatter, compact_, expand_
 
 __all__ = ["Scatter", "compact_", "expand_"]

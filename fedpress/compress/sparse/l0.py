@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpress.compress.graph import ChannelGraph, Layer
-from fedpress.compress.scores import tensors_of
+from fedpress.compress.prune.graph import ChannelGraph, Layer
+from fedpress.compress.prune.scores import tensors_of
 from fedpress.compress.sparse.masks import Masks
 from fedpress.compress.sparse.weights import Weight
 from fedpress.errors import ModelError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fedpress.compress.sensitivity import Point, curves, to_nothing
+from fedpress.compress.prune.sensitivity import Point, curves, to_nothing
 from fedpress.compress.sparse.masks import share_out
 from fedpress.compress.sparse.weights import Weight
 from fedpress.errors import RecipeError

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedpress.compress.sparse.patterns import Pattern, n_of_m
 from fedpress.compress.sparse.weights import Weight
 from fedpress.errors import ModelError, RecipeError
-from fedpress.quantized import kept_entries
+from fedpress.nn.quantized import kept_entries
 
 Scope = Literal["global", "uniform", "erk"]
 Masks = dict[str, Tensor]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedpress.compress.derivatives import differentiable, gradient, hessian_gradient, mean
-from fedpress.compress.scores import Losses
+from fedpress.compress.prune.derivatives import differentiable, gradient, hessian_gradient, mean
+from fedpress.compress.prune.scores import Losses
 from fedpress.compress.sparse.weights import Weight
 from fedpress.errors import ModelError, RecipeError, did_you_mean
 
@@ -110,7 +110,7 @@ def movement(see: WeightEvidence) -> Values:
 def random(see: WeightEvidence) -> Values:
     """Uniform numbers: the control that every other score has to beat."""
     if see.generator is None:
-        raise ModelError("the score 'random' needs a `generator`; take one from fedpress.seeds")
+        raise ModelError("the score 'random' needs a `generator`; take one from fedpress.core.random")
     return [torch.rand(w.value.shape, generator=see.generator) for w in see.weights]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fedpress.compress.ignoring import ignored
+from fedpress.compress.prune.ignoring import ignored
 from fedpress.errors import ModelError, RecipeError
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)

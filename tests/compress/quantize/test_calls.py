@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedpress.compress.quantize import quantizable, quantize_
-from fedpress.grids import LayerGrids, WeightGrid
+from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
 
 
 class Scales(nn.Module):

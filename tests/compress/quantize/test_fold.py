@@ -7,9 +7,9 @@ from torch import nn
 
 from fedpress.compress.quantize import find_folds, fold_
 from fedpress.errors import ModelError
-from fedpress.grids import LayerGrids, WeightGrid
 from fedpress.models import ModelSpec
-from fedpress.quantized import fold_layers_, quantize_layers_, quantized_layers, settle_
+from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
+from fedpress.nn.quantized import fold_layers_, quantize_layers_, quantized_layers, settle_
 
 
 def seasoned(model):

@@ -8,8 +8,8 @@ from torch import nn
 
 from fedpress.compress.quantize import Choice, choose_bits, measure_choices, quantizable, stored_bytes
 from fedpress.errors import DataError, RecipeError
-from fedpress.grids import LayerGrids, WeightGrid
-from fedpress.quantized import quantize_layers_
+from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
+from fedpress.nn.quantized import quantize_layers_
 
 layers = st.lists(
     st.lists(st.tuples(st.integers(1, 60), st.integers(0, 100)), min_size=1, max_size=4), min_size=1, max_size=5

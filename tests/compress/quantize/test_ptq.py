@@ -9,9 +9,9 @@ from torch import nn
 from fedpress import compress
 from fedpress.compress.quantize import find_folds, fold_, quantizable, quantize_
 from fedpress.errors import DataError, ModelError
-from fedpress.grids import InputGrid, LayerGrids, WeightGrid
 from fedpress.models import ModelSpec, load_model, save_model
-from fedpress.quantized import quantized_layers
+from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
+from fedpress.nn.quantized import quantized_layers
 
 INT4, BYTES = LayerGrids(weights=WeightGrid(bits=4)), LayerGrids(weights=WeightGrid(), inputs=InputGrid())
 SPEC = ModelSpec(architecture="resnet-small", arguments={"width": 8}, input_shape=(3, 8, 8))

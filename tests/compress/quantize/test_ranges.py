@@ -6,9 +6,9 @@ from torch import nn
 
 from fedpress.compress.quantize import calibrate_
 from fedpress.errors import DataError, ModelError
-from fedpress.grids import InputGrid, LayerGrids, affine
-from fedpress.quantized import quantize_layers_
-from fedpress.ranges import OBSERVERS, Histogram
+from fedpress.nn.observers import OBSERVERS, Histogram
+from fedpress.nn.quant_scheme import InputGrid, LayerGrids, affine
+from fedpress.nn.quantized import quantize_layers_
 
 BYTE = InputGrid()
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedpress.compress.quantize.rounding import best_scale, patches, round_second_order_, second_moment
-from fedpress.grids import LayerGrids, WeightGrid, grouped
-from fedpress.quantized import quantize_layers_
+from fedpress.nn.quant_scheme import LayerGrids, WeightGrid, grouped
+from fedpress.nn.quantized import quantize_layers_
 
 
 def on_grid(layer, grid):

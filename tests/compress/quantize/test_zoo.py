@@ -8,8 +8,8 @@ import zoo
 
 from fedpress.compress.quantize import find_folds, fold_, quantizable, quantize_
 from fedpress.errors import ModelError
-from fedpress.grids import InputGrid, LayerGrids, WeightGrid
-from fedpress.quantized import KINDS, quantized_layers
+from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
+from fedpress.nn.quantized import KINDS, quantized_layers
 
 FOLDED = {
     "plain": 2,

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from fedpress import tree
 from fedpress.compress.sparse import apply_, choose, find_weights
 from fedpress.compress.sparse.compact import compact_, expand_
 from fedpress.compress.sparse.patterns import Pattern
+from fedpress.core import parameters
+from fedpress.core.random import generator
 from fedpress.errors import ModelError
-from fedpress.privacy.gradients import METHODS, choose_method, clipped_gradient_sum
-from fedpress.seeds import generator
+from fedpress.privacy.per_example.gradients import METHODS, choose_method, clipped_gradient_sum
 
 
 def sparse_network(density=0.3):
@@ -33,7 +33,7 @@ def test_a_compact_model_computes_the_same_with_fewer_parameters():
     plain = copy.deepcopy(model)
     compact_(model, names)
     zeros = sum(int((dict(plain.named_parameters())[n] == 0).sum()) for n in names)
-    assert tree.Layout.of(model).size == tree.Layout.of(plain).size - zeros
+    assert parameters.Layout.of(model).size == parameters.Layout.of(plain).size - zeros
     with torch.no_grad():
         assert torch.equal(model(X), plain(X))
 
@@ -98,7 +98,7 @@ def test_a_shared_weight_stays_shared():
         model[0].weight[:, ::2] = 0
     plain, x = copy.deepcopy(model), torch.ones(1, 4)
     compact_(model, ["0.weight"])
-    assert tree.Layout.of(model).size == 8 + 8
+    assert parameters.Layout.of(model).size == 8 + 8
     with torch.no_grad():
         torch.testing.assert_close(model(x), plain(x))
     expand_(model)
@@ -117,8 +117,8 @@ def test_names_of_another_model_and_empty_weights_are_refused():
 
 
 def test_kept_entries_that_a_grid_rounds_to_zero_train_on():
-    from fedpress.grids import LayerGrids, WeightGrid
-    from fedpress.quantized import kept_entries, note_kept_zeros_, quantize_layers_, settle_
+    from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
+    from fedpress.nn.quantized import kept_entries, note_kept_zeros_, quantize_layers_, settle_
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 10), nn.ReLU(), nn.GRUCell(10, 6))

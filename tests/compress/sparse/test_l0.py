@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedpress.compress import check_parity, parameters, plan, remove_, score, trace
-from fedpress.compress.planning import make_plan
+from fedpress.compress.prune.plan import make_plan
 from fedpress.compress.sparse import find_weights
 from fedpress.compress.sparse.l0 import (
     LEAST,
@@ -21,9 +21,9 @@ from fedpress.compress.sparse.l0 import (
     sample,
     weight_gates,
 )
+from fedpress.core.random import generator
 from fedpress.errors import ModelError
 from fedpress.models.resnet import resnet_small
-from fedpress.seeds import generator
 
 
 def network():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedpress.compress.sensitivity import DENSITIES, Point, densities_down_to, to_nothing
+from fedpress.compress.prune.sensitivity import DENSITIES, Point, densities_down_to, to_nothing
 from fedpress.compress.sparse import Weight
 from fedpress.compress.sparse.levels import level_densities, lowest_densities
 from fedpress.errors import RecipeError

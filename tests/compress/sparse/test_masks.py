@@ -7,8 +7,8 @@ from torch.nn.utils import prune
 
 from fedpress.compress.sparse import Pattern, Weight, apply_, choose, density_of, find_weights, masks_of
 from fedpress.compress.sparse.patterns import n_of_m
+from fedpress.core.random import generator
 from fedpress.errors import FedpressError, ModelError, RecipeError
-from fedpress.seeds import generator
 
 PATTERNS = ("unstructured", "2:4", "1:2", "4x1", "1x4", "2x3", "filter", "channel")
 

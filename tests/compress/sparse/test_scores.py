@@ -5,11 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedpress.compress.derivatives import differentiable
+from fedpress.compress.prune.derivatives import differentiable
 from fedpress.compress.sparse import WEIGHT_SCORES, Movement, Weight, WeightEvidence, find_weights, score_weights
 from fedpress.compress.sparse.scores import gradients
+from fedpress.core.random import generator
 from fedpress.errors import ModelError, RecipeError
-from fedpress.seeds import generator
 
 
 def network():

@@ -1,0 +1,230 @@
+"""What a person sees while a run goes on: bars in a terminal, lines in a log file, and the facts of a check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedpress.reports import units
+from fedpress.reports.headline import accuracy_warning, stays_float
+from fedpress.reports.reading import stages_of
+from fedpress.reports.table import Table as PlainTable
+from fedpress.reports.table import accuracy_table, as_rich, comparison_table, left_table
+
+if TYPE_CHECKING:
+    from fedpress.workspace.state import Event
+
+SPEED_OVER_SECONDS = 300  # a round may take minutes: a shorter look back would see no step at all
+
+
+def console(*, quiet: bool) -> Console:
+    """Returns where to print; with `quiet` on the error stream, since the other belongs to JSON."""
+    return Console(stderr=quiet, highlight=False)
+
+
+def bars(out: Console) -> Progress:
+    """Returns bars with time left and a note that fit into 80 columns; nothing where there is no terminal."""
+    return Progress(
+        SpinnerColumn(finished_text=" "),
+        TextColumn("{task.description:10.18}", markup=False),
+        BarColumn(bar_width=10),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeRemainingColumn(elapsed_when_finished=True, compact=True),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=out,
+        speed_estimate_period=SPEED_OVER_SECONDS,
+        disable=not out.is_terminal,
+    )
+
+
+@contextmanager
+def waiting(out: Console, what: str) -> Iterator[None]:
+    """Says what is being done while there is nothing to count."""
+    with out.status(what):
+        yield
+
+
+class Loading:
+    """Shows the progress of downloads and decoding; to be given to `fedpress.data.load`."""
+
+    def __init__(self, shown: Progress) -> None:
+        self.shown, self.tasks = shown, dict[str, Any]()
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        """Moves the bar of `what`."""
+        if what not in self.tasks:
+            self.tasks[what] = self.shown.add_task(what, total=total, note="")
+        self.shown.update(self.tasks[what], completed=done, total=total)
+
+
+def follow(events: Iterable[Event], out: Console) -> None:
+    """Shows the events of a run to their end: a bar for each stage, and without a terminal a line for each news."""
+    from fedpress.workspace.state import (  # loads torch: a waiting person sees a word before it
+        StageFinished,
+        StageStarted,
+        Tick,
+    )
+
+    with bars(out) as shown:
+        task, name, said, moved = shown.add_task("", visible=False, note=""), "", "", False
+        news = ""
+        for event in events:
+            if isinstance(event, StageStarted):
+                name, said, moved = event.name, "", False
+                news = "already done" if event.reused else "starting"
+                task = shown.add_task(name, total=None, note=news)
+            elif isinstance(event, Tick):
+                news = event.note
+                if moved:
+                    shown.update(task, completed=event.done, total=max(1, event.total), note=event.note)
+                else:  # where a resumed stage goes on is no speed: time left is counted from here
+                    shown.reset(task, completed=event.done, total=max(1, event.total), note=event.note)
+                moved = True
+                if event.warning:
+                    shown.console.print(f"{name}: {event.warning}", markup=False, soft_wrap=True)
+            elif isinstance(event, StageFinished):
+                news = _outcome(event.result)
+                shown.update(task, total=1, completed=1, note=news)
+                told = event.result.get("told")
+                for key, sentence in told.items() if isinstance(told, dict) else ():
+                    shown.console.print(f"{name}: {key} is {sentence}", markup=False, soft_wrap=True)
+            if shown.disable and news not in ("", said):
+                said = news
+                out.print(f"{name}: {news}", markup=False, soft_wrap=True)
+
+
+def _outcome(result: Mapping[str, Any]) -> str:
+    accuracy = f"test accuracy {units.percent(result['accuracy'])}, " if result["accuracy"] is not None else ""
+    floats = stays_float(dict(result))
+    kept = f", {floats[0]} of them float ({floats[1]})" if floats else ""
+    return f"{accuracy}{units.count(result['parameters'])} parameters{kept}"
+
+
+def show_accuracy(out: Console, result: dict[str, Any]) -> None:
+    """Prints what stands beside the accuracy of each stage of a `result.json`; warns if the last one only guesses."""
+    stages = stages_of(result)
+    table = accuracy_table(stages)
+    if table.rows:
+        out.print()
+        out.print(as_rich(table))
+    _warn_of_accuracy(out, stages)
+
+
+def _warn_of_accuracy(out: Console, stages: list[dict[str, Any]]) -> None:
+    if warning := accuracy_warning(stages):
+        out.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+
+
+def show_result(out: Console, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Prints what a command changed, and what it left as it was."""
+    out.print(as_rich(comparison_table(before, after)))
+    _warn_of_accuracy(out, [after])
+    if floats := stays_float(after):
+        out.print(f"{floats[0]} of the parameters stay float: {floats[1]}", style="yellow", markup=False)
+    left = left_table([after])
+    if left.rows:
+        rows = [[names, why] for _, names, why in left.rows]
+        out.print(as_rich(PlainTable(left.header[1:], rows), words=("Why",)))
+
+
+def show_keys(out: Console, rows: Iterable[tuple[str, str, str]]) -> None:
+    """Prints settings with their defaults and meanings."""
+    table = PlainTable(["Key", "Default", "Meaning"], [list(row) for row in rows])
+    out.print(as_rich(table, words=("Default", "Meaning")))
+
+
+def show_measures(out: Console, records: Iterable[Mapping[str, Any]]) -> None:
+    """Prints records of the command `measure`: a table of costs, one of times, and the machine's peak."""
+    records = list(records)
+    costs = [
+        [str(n), name, r["runtime"], units.count(r["parameters"]), units.count(r["macs"] or None),
+         units.count(r["file_bytes"], "B"), units.count(r["peak_memory"], "B"), _roof(r)]
+        for n, (name, r) in enumerate(zip(_short([r["name"] for r in records]), records, strict=True), 1)
+    ]  # fmt: skip
+    out.print(
+        as_rich(
+            PlainTable(["", "Model", "Runtime", "Params", "MACs", "Size", "Memory", "Of the roof"], costs),
+            words=("Model", "Runtime"),
+        )
+    )
+    places = list(dict.fromkeys((t["batch"], t["threads"]) for r in records for t in r["timings"]))
+    times = []
+    for n, r in enumerate(records, 1):
+        found = {(t["batch"], t["threads"]): t for t in r["timings"]}
+        times.append([str(n), *(_time(found.get(place)) for place in places)])
+    header = [f"batch {batch}, {threads} thr." for batch, threads in places]
+    out.print()
+    out.print(as_rich(PlainTable(["", *header], times)))
+    if records:
+        top = records[0]["machine"]
+        out.print(
+            "Latency is the median ± half of what the middle half of the runs spans. One thread here reaches "
+            f"{top['float_gmacs']:.1f} GMAC/s in float32, {top['int8_gmacs']:.1f} in int8, and copies "
+            f"{top['gigabytes']:.1f} GB/s: the roof.", style="dim",
+        )  # fmt: skip
+
+
+def _short(names: Sequence[str], room: int = 13) -> list[str]:
+    """Shows a file made from the model above as "as onnx int8", and of a long path the end."""
+    shown: list[str] = []
+    above = ""
+    for name in names:
+        if above and name.startswith(f"{above} as "):
+            shown.append(name.removeprefix(f"{above} "))
+        else:
+            above = name
+            shown.append(name if len(name) <= room else "…" + name[1 - room :])
+    return shown
+
+
+def _roof(record: Mapping[str, Any]) -> str:
+    if not record["macs"] or not record["timings"]:
+        return units.DASH
+    roof = record["timings"][0]["roofline"]
+    return f"{units.percent(roof['share'], 0)} {roof['bound']}"
+
+
+def _time(timing: Mapping[str, Any] | None) -> str:
+    if timing is None:
+        return units.DASH
+    median, half = timing["median_ms"], (timing["p75_ms"] - timing["p25_ms"]) / 2
+    return f"{units.milliseconds(median).removesuffix(' ms')} ±{float(f'{half:.2g}'):g} ms"
+
+
+def show_check(out: Console, title: str, data: Mapping[str, Any], lines: list[dict[str, Any]]) -> None:
+    """Prints what `fedpress.pipeline.run.check` found: the data, and a line with a list of facts for each stage."""
+    out.print(f"[bold]{escape(title)}[/]")
+    shape = "x".join(str(n) for n in data["shape"])
+    parts = ", ".join(f"{data[part]:,} {part}" for part in ("private", "public", "validation", "test"))
+    out.print(f"data: {len(data['clients'])} clients; {parts}; {shape}, {len(data['classes'])} classes", markup=False)
+    for at, line in enumerate(lines):
+        out.print(
+            f"[bold]{at} {escape(line['name'])}[/] ({line['kind']}): {units.count(line['parameters'])} parameters, "
+            f"{units.count(line['macs'], 'MAC')}"
+        )
+        facts = Table(box=None, show_header=False, pad_edge=False)
+        facts.add_column(style="dim")
+        facts.add_column()
+        for key, value in line.items():
+            if key not in ("kind", "name", "parameters", "macs"):
+                facts.add_row(key, escape(_fact(key, value)))
+        out.print(Padding(facts, (0, 0, 0, 2)))
+
+
+def _fact(key: str, value: Any) -> str:
+    if key == "epsilon":
+        return units.epsilon(value)
+    if "bytes" in key:
+        return units.count(value, "B")
+    if isinstance(value, list):
+        return " to ".join(_fact("", item) for item in value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

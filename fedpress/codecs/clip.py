@@ -1,0 +1,42 @@
+"""Clip: the L2 bound that sensitivity rests on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from fedpress.codecs.base import Bound, Encoded, Key
+from fedpress.privacy.noise.mechanism import clip
+
+
+class Clip(BaseModel):
+    """Scales an update down to L2 norm `clip_norm`.
+
+    >>> Clip(clip_norm=1.0).bind(Bound(size=3, l2=2.0))[1]
+    Bound(size=3, l2=1.0, linf=1.0, integer=False, spread=inf, shapes=())
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["clip"] = "clip"
+    clip_norm: float = Field(gt=0, allow_inf_nan=False)
+
+    @property
+    def additive(self) -> bool:
+        """Decoding changes nothing."""
+        return True
+
+    def bind(self, bound: Bound) -> tuple[Clip, Bound]:
+        """Promises norms of at most `clip_norm`."""
+        return self, replace(bound, l2=min(bound.l2, self.clip_norm), linf=min(bound.linf, self.clip_norm))
+
+    def encode(self, x: Tensor, key: Key) -> Encoded:
+        """Clips `x` [d]."""
+        return Encoded(clip(x, self.clip_norm))
+
+    def decode(self, x: Encoded, key: Key) -> Tensor:
+        """Returns the values as they are."""
+        return x.values

@@ -1,0 +1,307 @@
+"""The channels of a model that can go, and what goes with each: parameters, sizes in code, multiply-adds."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fedpress.compress.prune.ids import Ints
+from fedpress.errors import ModelError
+from fedpress.nn.forward_sizes import Number, Numbers
+
+Example = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Indices [channels, repeats] along one axis of a parameter or buffer, and what the tensor does with them."""
+
+    tensor: str
+    axis: int
+    role: str  # "write" (weights that compute the channel), "read" (weights that sum over it), "scale", "follow"
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Channels that touch the same tensors along the same axes, for instance the residual stream of a stage."""
+
+    name: str
+    slices: tuple[Slice, ...]
+
+    @property
+    def channels(self) -> int:
+        """Number of removable channels."""
+        return len(self.slices[0].index)
+
+    @property
+    def unit(self) -> int:
+        """Width that goes with one removable channel: 1, or more where channels are tied (groups, heads).
+
+        What reads the channel tells it: of a recurrent or gated layer several rows of weights write one unit.
+        """
+        return min((s.index.shape[1] for s in self.slices if s.role in ("write", "read")), default=1)
+
+    def role(self, role: str) -> list[Slice]:
+        """Returns the slices with this role."""
+        return [s for s in self.slices if s.role == role]
+
+
+@dataclass(frozen=True)
+class Length:
+    """The length of an axis: `whole`, less `times` for every channel of a layer that goes."""
+
+    whole: int
+    times: tuple[tuple[int, int], ...]  # (layer, times)
+
+    def at(self, gone: Sequence[int]) -> int:
+        """Returns the length when layer i has lost `gone[i]` channels."""
+        return self.whole - sum(times * gone[layer] for layer, times in self.times)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A position in a call in a module's forward code (see `fedpress.nn.forward_sizes.Numbers`)."""
+
+    module: str
+    place: str
+    turn: int  # 0 for the first call at this place in one forward, 1 for the second
+    position: int
+
+    @property
+    def call(self) -> str:
+        """The call as `fedpress.nn.forward_sizes` names it."""
+        return f"{self.place}#{self.turn}"
+
+
+@dataclass(frozen=True)
+class SizedNumber:
+    """A number in forward code that must be `length`, or count it as many times as it did before."""
+
+    site: Site
+    was: int
+    length: Length
+    multiple: bool
+
+    @property
+    def module(self) -> str:
+        """Name of the module in whose code it stands."""
+        return self.site.module
+
+    def right(self, gone: Sequence[int]) -> Number:
+        """Returns what it must be when layer i has lost `gone[i]` channels."""
+        new = self.length.at(gone)
+        return (new, self.length.whole) if self.multiple else new
+
+    def wanted(self, gone: Sequence[int]) -> int:
+        """Returns the number itself, in place of the one that it was when the model was traced."""
+        new = self.length.at(gone)
+        return self.was * new // self.length.whole if self.multiple else new
+
+
+@dataclass(frozen=True)
+class WrittenIndex:
+    """Indices in forward code that name, along their dimension `dim`, to which places of an axis a call writes."""
+
+    site: Site
+    dim: int
+    places: Ints
+    layer: Ints  # of each index of the axis, -1 where it stays
+    channel: Ints  # in that layer
+
+    def right(self, gone: Sequence[Tensor]) -> Number:
+        """Returns what they must be when layer i loses the channels `gone[i]`."""
+        stays = np.ones(len(self.layer), dtype=bool)
+        for i, channels in enumerate(gone):
+            stays &= ~((self.layer == i) & np.isin(self.channel, channels.cpu().numpy()))
+        new = np.cumsum(stays) - 1
+        return ("index", self.dim, tuple(new[self.places[stays[self.places]]].tolist()))
+
+
+@dataclass(frozen=True)
+class Product:
+    """Multiply-adds of one operation: `times` the product of the lengths."""
+
+    times: int
+    lengths: tuple[Length, ...]
+
+
+@dataclass(frozen=True)
+class ChannelGraph:
+    """The removable channels of a model, by layer, and the layers that stay whole with the reason."""
+
+    layers: tuple[Layer, ...]
+    shapes: Mapping[str, tuple[int, ...]]  # of every parameter, shared ones once
+    whole: Mapping[str, str]
+    products: tuple[Product, ...] = ()
+    examples: int = 1  # in the batch that was traced
+    numbers: tuple[SizedNumber, ...] = ()
+    approximate: tuple[str, ...] = ()  # modules with norms over channels that may go nevertheless
+    indices: tuple[WrittenIndex, ...] = ()
+    turns: Mapping[tuple[str, str], int] = field(default_factory=dict)  # calls at each place of a module
+
+    def parameters(self, kept: Sequence[int]) -> int:
+        """Returns the exact number of parameters when layer i keeps `kept[i]` of its channels."""
+        sizes = {name: list(shape) for name, shape in self.shapes.items()}
+        for layer, keep in zip(self.layers, kept, strict=True):
+            for s in layer.slices:
+                if s.tensor in sizes:
+                    sizes[s.tensor][s.axis] -= (layer.channels - keep) * s.index.shape[1]
+        return int(sum(np.prod(size, dtype=np.int64) for size in sizes.values()))
+
+    def macs(self, kept: Sequence[int]) -> int:
+        """Returns the multiply-adds for one example when layer i keeps `kept[i]` of its channels.
+
+        Counted are convolutions, linear and recurrent layers, matrix products and attention.
+        """
+        gone = [layer.channels - keep for layer, keep in zip(self.layers, kept, strict=True)]
+        known: dict[int, int] = {}
+        total = 0
+        for product in self.products:
+            count = product.times
+            for length in product.lengths:
+                if id(length) not in known:
+                    known[id(length)] = length.at(gone)
+                count *= known[id(length)]
+            total += count
+        return total // self.examples
+
+    def sizes(self, gone: Sequence[Tensor], *, exactly: bool = False) -> Numbers:
+        """Returns the numbers in forward code that must be others when layer i loses the channels `gone[i]`.
+
+        Args:
+            gone: channels of each layer.
+            exactly: no multiples, but the numbers themselves, which hold for the batch that was traced.
+        """
+        counts = [len(channels) for channels in gone]
+        found: list[tuple[Site, Number]] = []
+        if any(counts):
+            found += [(n.site, n.wanted(counts) if exactly else n.right(counts)) for n in self.numbers]
+            found += [(index.site, index.right(gone)) for index in self.indices]
+        rows: dict[tuple[str, str], dict[int, dict[int, Number]]] = {}
+        for site, number in found:
+            turns = rows.setdefault((site.module, site.place), {})
+            turns.setdefault(site.turn, {})[site.position] = number
+        wanted: Numbers = {}
+        for (module, place), turns in rows.items():
+            calls = wanted.setdefault(module, {})
+            first = next(iter(turns.values()))
+            if len(turns) == self.turns[module, place] and all(row == first for row in turns.values()):
+                calls[place] = first  # a loop that runs more often another time needs the same there
+            else:
+                calls |= {f"{place}#{turn}": row for turn, row in turns.items()}
+        return wanted
+
+
+def kept_indices(
+    model: nn.Module, graph: ChannelGraph, gone: Sequence[Tensor]
+) -> dict[str, dict[int, tuple[int, ...]]]:
+    """Returns what stays, tensor name -> axis -> indices, when layer i loses the channels `gone[i]`."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    sizes = {name: tensor.shape for name, tensor in named}
+    stays: dict[str, dict[int, Tensor]] = {}
+    for layer, channels in zip(graph.layers, gone, strict=True):
+        for s in layer.slices if len(channels) else ():
+            axes = stays.setdefault(s.tensor, {})
+            line = axes.setdefault(s.axis, torch.ones(sizes[s.tensor][s.axis], dtype=torch.bool))
+            line[s.index[channels].flatten()] = False
+    return {t: {a: tuple(m.nonzero().flatten().tolist()) for a, m in axes.items()} for t, axes in stays.items()}
+
+
+def inputs(example: Example) -> tuple[Tensor, ...]:
+    """Returns the example as a tuple of arguments."""
+    return (example,) if isinstance(example, Tensor) else tuple(example)
+
+
+def export(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """Captures `model` in evaluation mode as it runs on `arguments`; it is left in its mode.
+
+    Raises:
+        ModelError: if `torch.export` cannot, naming the module whose code it met last.
+    """
+    modes = {m: m.training for m in model.modules()}
+    held = [(m, _attributes(m)) for m in model.modules()]
+    hook = model.register_forward_hook(lambda module, given, output: tensors_in(output))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)  # the fast path is one operation without channels
+        return torch.export.export(model.eval(), arguments, strict=False)
+    except Exception as error:  # torch.export raises whatever the user's code meets
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"the model cannot be captured by torch.export ({reason}){_where(model, error)}; "
+            "remove data-dependent control flow from forward, or check the example input"
+        ) from error
+    finally:
+        hook.remove()
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, mode in modes.items():
+            module.training = mode
+        for module, attributes in held:
+            _put_back_(module, attributes)
+
+
+def tensors_in(output: object) -> list[Tensor]:
+    """Returns the tensors in what a model gives: in containers, and in objects that torch does not know.
+
+    >>> tensors_in({"a": torch.ones(1), "b": [torch.zeros(2), "words"]})
+    [tensor([1.]), tensor([0., 0.])]
+    """
+    found: list[Tensor] = []
+    seen: set[int] = set()
+
+    def search(value: object) -> None:
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                found.append(leaf)
+            elif id(leaf) not in seen and not isinstance(leaf, nn.Module | type) and hasattr(leaf, "__dict__"):
+                seen.add(id(leaf))
+                search(list(vars(leaf).values()))
+
+    search(output)
+    return found
+
+
+CONTAINERS = (list, dict, OrderedDict, set)  # hooks are in ordered dictionaries; forward may register some
+REGISTERED = ("training", "_parameters", "_buffers", "_modules")
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Returns a module's plain attributes, its hooks too, and what is in those that are containers."""
+    plain = {key: value for key, value in module.__dict__.items() if key not in REGISTERED}
+    return {key: (value, copy(value) if type(value) in CONTAINERS else None) for key, value in plain.items()}
+
+
+def _put_back_(module: nn.Module, attributes: Mapping[str, tuple[Any, Any]]) -> None:
+    """Undoes what forward kept in attributes while it was captured: tensors without values, of which no copy runs."""
+    for key in [key for key in module.__dict__ if key not in attributes and key not in REGISTERED]:
+        del module.__dict__[key]
+    for key, (value, inside) in attributes.items():
+        module.__dict__[key] = value
+        if isinstance(inside, list):
+            value[:] = inside
+        elif inside is not None:
+            value.clear()
+            value.update(inside)
+
+
+def _where(model: nn.Module, error: BaseException | None) -> str:
+    """Names the module in whose code the error arose: the innermost one in its traceback."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = None
+    while error is not None and found is None:
+        trace = error.__traceback__
+        while trace is not None:
+            owner = trace.tb_frame.f_locals.get("self")
+            found = names.get(id(owner), found) if isinstance(owner, nn.Module) else found
+            trace = trace.tb_next
+        error = error.__cause__ or error.__context__
+    return "" if found is None else f" in the forward of '{found or type(model).__name__}'"

@@ -1,0 +1,5 @@
+"""Names that travel through many rooms: who a client is."""
+
+from typing import TypeAlias
+
+ClientId: TypeAlias = str

@@ -1,0 +1,1 @@
+"""What clients and server do with the model: one row per algorithm."""

@@ -1,0 +1,104 @@
+"""Algorithms are a table: what a client does with the model, and what the server does with the mean update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, Protocol, TypeAlias
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from fedpress.federation.local import LocalUpdate, sgd
+
+ServerState: TypeAlias = dict[str, Tensor]
+
+
+class ServerOptimizer(Protocol):
+    """Takes the mean update as a step uphill: pure on flat float32 vectors, its state a dict of tensors."""
+
+    def init(self, params: Tensor) -> ServerState:
+        """Returns the state before the first round, for `params` [d]."""
+        ...
+
+    def step(self, state: ServerState, params: Tensor, mean_update: Tensor) -> tuple[ServerState, Tensor]:
+        """Returns the next state and the next params [d]; changes nothing that it was given."""
+        ...
+
+
+class Average(BaseModel):
+    """FedAvg: adds `lr` times the mean update (McMahan et al. 2017, arXiv:1602.05629).
+
+    >>> Average().step({}, torch.zeros(2), torch.ones(2))
+    ({}, tensor([1., 1.]))
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["average"] = "average"
+    lr: float = Field(default=1.0, gt=0)
+
+    def init(self, params: Tensor) -> ServerState:
+        """Needs no state."""
+        return {}
+
+    def step(self, state: ServerState, params: Tensor, mean_update: Tensor) -> tuple[ServerState, Tensor]:
+        """Returns params + lr x mean_update."""
+        return state, params + self.lr * mean_update
+
+
+class Momentum(BaseModel):
+    """FedAvgM: server momentum (Hsu, Qi & Brown 2019, arXiv:1909.06335): v = beta v + u; x = x + lr v."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["momentum"] = "momentum"
+    lr: float = Field(default=1.0, gt=0)
+    beta: float = Field(default=0.9, ge=0, lt=1)
+
+    def init(self, params: Tensor) -> ServerState:
+        """Starts at rest."""
+        return {"velocity": torch.zeros_like(params)}
+
+    def step(self, state: ServerState, params: Tensor, mean_update: Tensor) -> tuple[ServerState, Tensor]:
+        """Returns the new velocity and params."""
+        velocity = self.beta * state["velocity"] + mean_update
+        return {"velocity": velocity}, params + self.lr * velocity
+
+
+class Adam(BaseModel):
+    """FedAdam (Reddi et al. 2021, arXiv:2003.00295, algorithm 2): no bias correction, `tau` keeps the step bounded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["adam"] = "adam"
+    lr: float = Field(default=0.01, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    tau: float = Field(default=1e-3, gt=0)
+
+    def init(self, params: Tensor) -> ServerState:
+        """Starts with zero mean and a second moment of tau squared, the least that the paper allows."""
+        return {"mean": torch.zeros_like(params), "square": torch.full_like(params, self.tau**2)}
+
+    def step(self, state: ServerState, params: Tensor, mean_update: Tensor) -> tuple[ServerState, Tensor]:
+        """Returns the new moments and params."""
+        mean = self.beta1 * state["mean"] + (1 - self.beta1) * mean_update
+        square = self.beta2 * state["square"] + (1 - self.beta2) * mean_update**2
+        return {"mean": mean, "square": square}, params + self.lr * mean / (square.sqrt() + self.tau)
+
+
+Server = Annotated[Average | Momentum | Adam, Field(discriminator="kind")]
+SERVERS: dict[str, type[Average] | type[Momentum] | type[Adam]] = {
+    "average": Average,
+    "momentum": Momentum,
+    "adam": Adam,
+}
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One row: a local update and a server optimizer. FedProx is `sgd` with `proximal_mu`; FedAvg is the default."""
+
+    local_update: LocalUpdate = sgd
+    server: ServerOptimizer = field(default_factory=Average)

@@ -1,0 +1,333 @@
+"""A client: answers a "fit" message with its update, and lets nothing else out that the privacy plan does not allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedpress.codecs import VALUES, Clip, Key
+from fedpress.core import parameters, random
+from fedpress.core.examples import Arrays
+from fedpress.core.names import ClientId
+from fedpress.errors import DivergedError, RecipeError, TrainingError, WireError
+from fedpress.federation.aggregators.mean import SecureSum
+from fedpress.federation.client_state import Memory, Recall, load_json, save_json
+from fedpress.federation.downlink import LOST, SERVER, Downlink
+from fedpress.federation.failures import Tally
+from fedpress.federation.local import (
+    LocalSettings,
+    LocalUpdate,
+    Prepare,
+    Task,
+    check_private,
+    joint_gradient,
+    private_sgd,
+    rehearse_private,
+    sgd,
+    too_large,
+)
+from fedpress.federation.uplink import Uplink
+from fedpress.models.norms import freeze_batch_norm_
+from fedpress.privacy.noise.mechanism import clip
+from fedpress.privacy.plan import PrivacyPlan
+from fedpress.secagg import Member, Part
+from fedpress.wire.fields import check_header, need
+from fedpress.wire.message import JSON, Message, pack, unpack
+
+Norm = Literal["frozen", "batch"]
+
+
+def agreement(
+    layout: parameters.Layout, settings: LocalSettings, uplink: Uplink, downlink: Downlink | None = None
+) -> str:
+    """Returns a fingerprint of all that both sides must hold alike; a client refuses a request with another one."""
+    parts = (layout, settings, uplink, *([] if downlink is None else [downlink]))
+    return blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Client:
+    """One client, ready to answer.
+
+    Attributes:
+        name: under which the transport knows it.
+        arrays: its private examples.
+        model: a model to work in; its trainable parameters are overwritten by every request, so clients in one
+            process may share it. Buffers are as given before and after every round.
+        settings: how to train.
+        uplink: the agreed way home.
+        seed: of the run; all randomness is derived from it, the name and the round; private steps add what was asked.
+        prepare: raw examples [k, ...] and a generator -> network input; its `repr` tells its settings.
+        local_update: `sgd` or `private_sgd`.
+        plan: this client's plan under unit "sample".
+        downlink: the agreed code of the model on its way here, None if it travels whole.
+        error_feedback: adds what coding lost of one update to the next (Seide et al. 2014; Karimireddy et al. 2019,
+            arXiv:1901.09847).
+        memory: keeps what must outlive a round.
+        member: this client's part in a secure sum.
+        secret: 256 random bits of its own, on which its noise hangs instead of `seed`.
+        num_rounds: how many rounds privacy is planned for; without end if None.
+        norm: "frozen" fixes the statistics of batch norm (scale and bias train); "batch" uses those of each batch.
+
+    Raises:
+        RecipeError: if the parts do not fit together.
+    """
+
+    name: ClientId
+    arrays: Arrays
+    model: nn.Module
+    settings: LocalSettings
+    uplink: Uplink
+    seed: int
+    prepare: Prepare
+    local_update: LocalUpdate = sgd
+    plan: PrivacyPlan | None = None
+    downlink: Downlink | None = None
+    error_feedback: bool = False
+    memory: Memory = field(default_factory=Recall)
+    member: Member | None = None
+    secret: int | None = field(default=None, repr=False)
+    num_rounds: int | None = None
+    norm: Norm = "frozen"
+
+    def __post_init__(self) -> None:
+        if not len(self.arrays):
+            raise RecipeError(f"federate.client {self.name}: it has no examples; leave it out or partition differently")
+        if (
+            self.norm != "frozen"
+            and self.plan is not None
+            and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
+        ):
+            raise RecipeError(
+                "federate.norm: batch norm in training mode mixes examples, which breaks sample privacy; use 'frozen'"
+            )
+        planned = self.uplink.privacy is not None and self.uplink.privacy.unit == "sample"
+        alone = planned and not self.uplink.joint
+        if planned != (self.plan is not None) or alone != (self.local_update is private_sgd):
+            raise RecipeError(
+                "federate.privacy: unit 'sample' needs an uplink that knows it, a plan per client and private_sgd, "
+                "all three or none"
+            )
+        if self.uplink.joint and self.local_update is not sgd:
+            raise RecipeError(
+                "federate.privacy: clients that make noise together compute one gradient in torch and run no other "
+                "local update; leave local_update out"
+            )
+        if planned:
+            check_private(self.settings, self.plan)
+        if (self.member is not None) != isinstance(self.uplink.adder, SecureSum):
+            raise RecipeError("federate.sum: a secure sum needs a member with keys on every client; give both or none")
+        noisy = self.uplink.privacy is not None and self.uplink.client_unit and self.uplink.trust != "central"
+        if self.error_feedback and (noisy or self.uplink.joint):
+            raise RecipeError(
+                "federate.error_feedback: a client that adds noise would take it away again in the next round; "
+                "set error_feedback = false"
+            )
+        size = parameters.Layout.of(self.model).size
+        if size != self.uplink.promise.size:
+            raise RecipeError(
+                f"federate: the model trains {size} values but the uplink is for {self.uplink.promise.size}"
+            )
+
+    def handle(self, request: bytes) -> bytes:
+        """Answers the bytes of a "fit" message with those of an "update" message, and the questions of a secure sum.
+
+        Raises:
+            WireError: if the request is damaged or does not fit what was agreed.
+            SecureError: if it asks for what would open a single client's update.
+            TrainingError: if the local update fails; under privacy without saying on what.
+        """
+        message = unpack(request)
+        check_header(message.kind, message.header)
+        if self.member is not None and message.kind in ("join", "roster", "unmask"):
+            return pack(self._secure(self.member, message))
+        key = self._key(message)
+        before = self.memory.load(key.round)
+        params, held = self._receive(message, key)
+        self._answer_once(message, key.round)
+        update, measured = self._try_fit(params, key)
+        unit = self._unit(message)
+        header: dict[str, JSON] = {"round": key.round, **self.uplink.metrics(measured)}
+        header |= self._failures(measured, (params, update), key)
+        if not self.uplink.client_unit and self.member is None:
+            header["examples"] = len(self.arrays)  # a public number, but under unit "client"
+        if self.error_feedback and "residual" in before:
+            update = update + before["residual"]
+        if self.uplink.adaptive is not None:
+            header["below"] = float(update.double().norm()) <= unit
+        tensors = self.uplink.encode(update, key, unit=unit)
+        after = dict(held)
+        if self.error_feedback:
+            after["residual"] = self._clipped(update, unit) - unit * self.uplink.decode(tensors, key)
+        if self.member is not None:
+            names: list[str] = need("fit", message.header, "cohort")
+            part = self.member.mask(tensors[VALUES], round=key.round, cohort=names)
+            header["secure"], tensors = dict(part.header), dict(part.tensors)
+            self._remember(self.member)
+        if after:
+            self.memory.save(key.round, after)
+        return pack(Message("update", header, tensors))
+
+    def _try_fit(self, params: Tensor, key: Key) -> tuple[Tensor, dict[str, JSON]]:
+        """Returns the local update; under privacy nobody may learn from a failure what is in the data.
+
+        Where noise, here or on the server, hides that an update is zero, a failure is one, and only counted.
+        """
+        try:
+            return self._fit(params, key)
+        except Exception as problem:
+            if self.uplink.privacy is None:
+                raise
+            diverged = isinstance(problem, DivergedError)
+            if self.uplink.client_unit:
+                return torch.zeros_like(params), {"not_finite" if diverged else "failed": 1}
+            if self.uplink.joint:  # the same for every cause: the batch that was expected, a public number
+                assert self.plan is not None
+                return torch.zeros_like(params), {"failed": round(self.plan.sampling_prob * len(self.arrays))}
+            if diverged:  # it follows from noised steps alone, so it says nothing about the examples
+                raise
+            raise TrainingError(
+                f"local update: failed with {type(problem).__name__}; what on stays private"
+            ) from problem
+
+    def _failures(self, measured: dict[str, JSON], hidden: tuple[Tensor, ...], key: Key) -> dict[str, JSON]:
+        """Returns what the header says of examples, or clients, that gave nothing: under privacy alone.
+
+        A trusted server gets the counts as they are and adds the noise; otherwise it is added here. It is drawn for
+        these parameters, this update and these examples: were it the same for other examples, two answers could be
+        compared.
+        """
+        plan = self.plan or self.uplink.privacy
+        if plan is None:
+            return {}
+        tally = Tally.of(measured)
+        if self.uplink.trust == "central":
+            return {"failures": tally.to_json()} if tally.total else {}
+        steps = plan.steps_per_round if self.uplink.trust == "local" else 1
+        named = random.fingerprint(*hidden, self.arrays.x, self.arrays.y)
+        return {"failures": tally.noised(plan, key, steps=steps, hidden=named).to_json()}
+
+    def _answer_once(self, message: Message, round: int) -> None:
+        """Holds the server to the planned rounds: under privacy every other question would cost more than was planned.
+
+        The same question again gets the same answer, which costs nothing.
+        """
+        if self.uplink.privacy is None:
+            return
+        if self.num_rounds is not None and round > self.num_rounds:
+            raise WireError(f"fit.round: got {round}, but privacy is planned for {self.num_rounds} rounds; stop here")
+        asked = random.fingerprint(
+            sorted(message.header.items()), *(message.tensors[n] for n in sorted(message.tensors))
+        )
+        answered = load_json(self.memory, "answered")
+        if answered.get(str(round), asked[:16]) != asked[:16]:
+            raise WireError(f"fit.round: round {round} was answered to another question; go on with the next round")
+        if str(round) not in answered:
+            save_json(self.memory, "answered", {**answered, str(round): asked[:16]})
+
+    def _secure(self, member: Member, message: Message) -> Message:
+        part = Part(dict(message.header), dict(message.tensors))
+        if message.kind == "join":
+            answer = member.join()
+            return Message("join", answer.header, answer.tensors)
+        answer = member.accept(part) if message.kind == "roster" else member.unmask(part)
+        self._remember(member)
+        return Message("accepted" if message.kind == "roster" else "shares", answer.header, answer.tensors)
+
+    def _remember(self, member: Member) -> None:
+        """Keeps which rounds were answered: a client that starts again must not answer another question in one."""
+        save_json(self.memory, "member", member.state())
+
+    def _clipped(self, update: Tensor, unit: float) -> Tensor:
+        """What error feedback compares with: what a clip cuts off is lost on purpose."""
+        first = self.uplink.chain[0] if self.uplink.chain else None
+        return clip(update, unit * first.clip_norm) if isinstance(first, Clip) else update
+
+    def _unit(self, message: Message) -> float:
+        if self.uplink.adaptive is None:
+            return 1.0
+        return float(need("fit", message.header, "clip_norm"))
+
+    def _key(self, request: Message) -> Key:
+        if request.kind != "fit":
+            raise WireError(f"fit.kind: got {request.kind!r}, expected 'fit'; use the same fedpress on both sides")
+        round: int = need("fit", request.header, "round")
+        agreed = agreement(parameters.Layout.of(self.model), self.settings, self.uplink, self.downlink)
+        if request.header.get("agreement") != agreed:
+            raise WireError("fit.agreement: the server works with other settings or another model; use the same recipe")
+        return Key(self.seed, round, self.name, self.secret)
+
+    def _receive(self, request: Message, key: Key) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the server's parameters [d] and what to remember of them."""
+        if self.downlink is None:
+            params = request.tensors.get("params")
+            if params is None or params.dtype != torch.float32 or not bool(torch.isfinite(params).all()):
+                raise WireError("fit.params: expected finite float32 values; send the server's parameters")
+            return params, {}
+        version: int = need("fit", request.header, "from")
+        if version >= key.round:
+            raise WireError(f"fit.from: got {version!r}, expected a round before {key.round}; use the same recipe")
+        state = self.memory.load(version + 1) if version else {}
+        if version and ("held" not in state or int(state["version"]) != version):
+            raise WireError(f"fit.from: this client does not hold the model of round {version} any more; {LOST}")
+        held = self.downlink.decode(request.tensors, state.get("held"), Key(self.seed, key.round, SERVER))
+        return held, {"held": held, "version": torch.tensor(key.round)}
+
+    def _fit(self, params: Tensor, key: Key) -> tuple[Tensor, dict[str, JSON]]:
+        """Returns the update [d] on the CPU and what the local update measured; the model's buffers are put back."""
+        parameters.assign_(self.model, params)
+        task = Task(self.arrays, self.settings, key, self.prepare, self.plan)
+        joint: Tensor | None = None
+        with self._at_work(key):
+            if self.uplink.joint:
+                joint, measured = joint_gradient(self.model, task)
+            else:
+                measured = self.local_update(self.model, task)
+        update = parameters.flatten(self.model) - params if joint is None else joint
+        if not bool(torch.isfinite(update).all()):
+            raise DivergedError(
+                f"local update: after {measured.get('steps', 1)} steps it is not finite in round {key.round}; "
+                f"lower {too_large(task.settings, task.lr)}"
+            )
+        return update, measured
+
+    def rehearse(self, arrays: Arrays) -> None:
+        """Does one step of this client's work on `arrays`, which must be public; the model is left as it was.
+
+        Raises:
+            Exception: whatever the network raises on them.
+            TrainingError: if its gradients are of no use.
+        """
+        params, key = parameters.flatten(self.model), Key(self.seed, 1, self.name)
+        settings = self.settings.model_copy(update={"epochs": 1, "batch_size": max(2, len(arrays))})
+        task = Task(arrays, settings, key, self.prepare, self.plan)
+        try:
+            with self._at_work(key):
+                if self.plan is None:
+                    self.local_update(self.model, task)
+                else:
+                    rehearse_private(self.model, task)
+        finally:
+            parameters.assign_(self.model, params)
+
+    @contextmanager
+    def _at_work(self, key: Key) -> Iterator[None]:
+        """Puts the model into the modes of local training, with its own stream of dropout; buffers are put back."""
+        buffers = [b.clone() for b in self.model.buffers()]
+        self.model.train()
+        if self.norm == "frozen":
+            freeze_batch_norm_(self.model)
+        try:
+            with torch.random.fork_rng():  # dropout draws from torch's global generator
+                torch.manual_seed(random.derive(self.seed, "client", self.name, "round", key.round, "dropout"))
+                yield
+        finally:  # whatever a module keeps of private examples must not reach the next request
+            with torch.no_grad():
+                for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                    buffer.copy_(before)

@@ -1,0 +1,1 @@
+"""About torch layers: resizing them, masks, quantized layers, sizes written into forward code."""

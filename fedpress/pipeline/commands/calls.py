@@ -1,0 +1,227 @@
+"""The calls: `prune(MODEL, keep_params=0.3)` and its like; each runs one stage to its end and returns the result."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+import warnings
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fedpress.core import consent
+from fedpress.core.examples import Preprocess
+from fedpress.data import FederatedData
+from fedpress.errors import ModelError
+from fedpress.models import memory
+from fedpress.pipeline import run as runs
+from fedpress.pipeline.commands import several
+from fedpress.pipeline.commands.given import in_memory
+from fedpress.pipeline.commands.order import Given, Order, Result, as_words
+from fedpress.pipeline.commands.subject import Subject, holding
+from fedpress.pipeline.commands.wording import naming_arguments
+from fedpress.workspace.folder import RunFolder
+
+Model = str | Path | nn.Module
+
+
+def call(
+    kind: str,
+    model: Model,
+    *,
+    data: Any = None,
+    path: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    input_shape: Sequence[Any] | None = None,
+    mean: Sequence[float] | Literal["none", "data"] | None = None,
+    std: Sequence[float] | None = None,
+    out: str | Path | None = None,
+    allow_code: Collection[str] | str = (),
+    **settings: Any,
+) -> Result:
+    """Runs one stage on one model.
+
+    Args:
+        kind: of the stage.
+        model: the folder of a model or of a run, a packed file, `module:function`, or a module, which is not changed.
+        data: a source such as "cifar10"; or what is in memory: a tensor of inputs [n, ...] to calibrate on, a pair
+            (inputs, labels [n]), a torch Dataset or DataLoader of one or the other, or a `FederatedData`. By default
+            the data of the run that left the model. Data in memory are taken as inputs of the network (images of bytes
+            as values from 0 to 1), except by a saved model, which standardises them as it was trained.
+        path: where the source finds its files.
+        checkpoint: a state dict for `module:function`.
+        input_shape: of one example, for a module or function without data. Of several inputs a list of shapes: then a
+            module in memory is cut, rounded or exported without data, and the result stays in memory.
+        mean: of each channel, as a model that was trained elsewhere wants its inputs standardised (images as values
+            from 0 to 1); "none": as they are; "data": by the public part of the source.
+        std: of each channel.
+        out: the run folder to write; without one the result lives in memory alone.
+        allow_code: names `module:function` that the files of `model`, of its run or of a teacher may have called; a
+            `model` that is given as `module:function` is allowed by that.
+        settings: the keys of the stage; a `teacher` may be a module, too.
+
+    Returns:
+        The result. Without `out` it holds what export and pack wrote as `files`, by name.
+
+    Raises:
+        FedpressError: if something does not fit, saying what; before any work where it can be known.
+    """
+    if not isinstance(model, nn.Module | str | Path):
+        raise ModelError(f"model: got {type(model).__name__}, expected a torch.nn.Module, a path or module:function")
+    if (shapes := several.several_shapes(input_shape)) is not None:
+        several.check(kind, model, data, out)
+        return _of_several(kind, model, shapes, settings)  # type: ignore[arg-type]
+    shape = several.one_shape(input_shape)
+    with ExitStack() as stack:
+        stack.enter_context(naming_arguments())
+        stack.enter_context(consent.allowing(allow_code))
+        stack.enter_context(torch.random.fork_rng(devices=[]))  # the caller's random numbers stay theirs
+        given = Given.of(mean, std)
+        if isinstance(model, nn.Module):
+            if checkpoint is not None:
+                raise ModelError("checkpoint=: this module has weights of its own; load them into it, and leave it out")
+            named = memory.find_name(model)
+            _refuse_what_cannot_be_saved(kind, model, named, out)
+            subject = Subject(stack.enter_context(holding(model, named)), module=model)
+            if named is not None and ":" in named.architecture:  # its class is here already: nothing new is called
+                stack.enter_context(consent.allowing(named.architecture))
+        else:
+            subject = Subject.find(model, weights=Path(checkpoint) if checkpoint is not None else None)
+        if isinstance(settings.get("teacher"), nn.Module):
+            settings["teacher"] = memory.TEACHER + stack.enter_context(memory.holding(settings["teacher"]))
+        held = None if data is None or isinstance(data, str) else _held(data, subject, given, as_words(settings))
+        order = Order.bind(
+            kind,
+            subject,
+            as_words(settings),
+            source=data if isinstance(data, str) else None,
+            path=Path(path) if path is not None else None,
+            input_shape=shape,
+            held=held,
+            preprocess=given,
+        )
+        if order.asks:
+            warnings.warn(order.asks, stacklevel=3)
+        loaded = held if held is not None else order.load_data()
+        order.check(loaded)
+        if isinstance(model, nn.Module) and named is not None:
+            arrays = loaded.public if len(loaded.public) else next(iter(loaded.clients.values()))
+            name = subject.model["arguments"]["name"]
+            if not memory.check_name(model, name, loaded.preprocess(arrays.x[:2])):
+                named = None
+                _refuse_what_cannot_be_saved(kind, model, named, out)
+        place = Path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = RunFolder.create(place, order.text, runs.settings(order.recipe))
+        stack.enter_context(folder.locked())
+        runs.note_environment(folder, shlex.join([f"fedpress.pipeline.commands.{kind}", str(model)[:200]]))
+        for _ in order.execute(folder, loaded):
+            pass
+        result = Result.read(folder, kind)
+        in_memory_alone = isinstance(model, nn.Module) and (out is None or named is None)
+        spec = None if in_memory_alone else result.spec
+        if out is not None:
+            return replace(result, spec=spec)
+        files: dict[str, bytes] = {}
+        if result.artifact is not None:
+            files = {file.name: file.read_bytes() for file in sorted(result.artifact.parent.iterdir())}
+        return replace(result, spec=spec, folder=None, artifact=None, files=files)
+
+
+def _of_several(kind: str, model: nn.Module, shapes: several.Shapes, settings: dict[str, Any]) -> Result:
+    """Runs a stage on a model of several inputs; see `fedpress.pipeline.commands.several`."""
+    if kind == "export":
+        if odd := sorted(settings.keys() - {"format"}):
+            raise ModelError(f"{odd[0]}=: export of a model of several inputs takes format= alone; leave it out")
+        files, facts = several.export(model, shapes, **settings)
+        return Result(None, model, {}, facts, None, None, files)
+    joined = several.Joined(model, shapes)
+    result = call(kind, joined, input_shape=(sum(prod(shape) for shape in shapes),), **settings)
+    assert isinstance(result.model, several.Joined)
+    return replace(result, model=result.model.model)
+
+
+def _held(data: Any, subject: Subject, given: Given | None, keys: Sequence[str]) -> FederatedData:
+    """Makes a data set of what is in memory.
+
+    Raises:
+        DataError: if it is nothing that `call` takes.
+    """
+    if isinstance(data, FederatedData):
+        return data if given is None or given.mean is None else replace(data, preprocess=given.preprocess())
+    own = Preprocess(subject.spec.mean, subject.spec.std) if subject.spec is not None else Preprocess()
+    found = in_memory(
+        data,
+        given.preprocess() if given is not None and given.mean is not None else own,
+        class_names=subject.spec.class_names if subject.spec is not None else (),
+        model=subject.module if subject.module is not None else subject.fresh(keys),
+    )
+    if given is not None and given.mean is None:  # mean="data"
+        return replace(found, preprocess=Preprocess.fit(found.public.x))
+    return found
+
+
+def _refuse_what_cannot_be_saved(kind: str, model: nn.Module, named: memory.Named | None, out: object) -> None:
+    """Says before any work that the folder, or the packed file, of a module could not be opened again.
+
+    Raises:
+        ModelError: if that is so.
+    """
+    if named is not None or (out is None and kind != "pack"):
+        return
+    what = "out=: the folder" if kind != "pack" else "pack: the file"
+    said = (
+        f"{what} could not be opened again, since nothing is known that builds this {type(model).__name__}: it is not "
+        "made of torch.nn layers in sequences alone, and its class does not build it from arguments that it keeps; "
+        'give model="package.module:function", a function that returns it, and checkpoint="weights.pt" with its '
+        "state_dict()" + ("" if kind == "pack" else ", or leave out= away and keep the result in memory")
+    )
+    if kind == "export":  # the file of the device is what counts here
+        warnings.warn(said, stacklevel=4)
+        return
+    raise ModelError(said)
+
+
+def prune(model: Model, **settings: Any) -> Result:
+    """Removes whole channels; see `call` and `fedpress.stages.PruneStage`."""
+    return call("prune", model, **settings)
+
+
+def sparsify(model: Model, **settings: Any) -> Result:
+    """Sets weights to zero; see `call` and `fedpress.stages.SparsifyStage`."""
+    return call("sparsify", model, **settings)
+
+
+def l0(model: Model, **settings: Any) -> Result:
+    """Learns which weights or channels are needed; see `call` and `fedpress.stages.L0Stage`."""
+    return call("l0", model, **settings)
+
+
+def quantize(model: Model, **settings: Any) -> Result:
+    """Gives weights and inputs fewer bits; see `call` and `fedpress.stages.QuantizeStage`."""
+    return call("quantize", model, **settings)
+
+
+def train(model: Model, **settings: Any) -> Result:
+    """Trains on the public part; see `call` and `fedpress.stages.TrainStage`."""
+    return call("train", model, **settings)
+
+
+def distill(model: Model, **settings: Any) -> Result:
+    """Trains with a `teacher`, a saved model's path or a module; see `call` and `fedpress.stages.TrainStage`."""
+    return call("distill", model, **settings)
+
+
+def pack(model: Model, **settings: Any) -> Result:
+    """Writes one small file that gives the same bits back; see `call` and `fedpress.stages.PackStage`."""
+    return call("pack", model, **settings)
+
+
+def export(model: Model, **settings: Any) -> Result:
+    """Writes the file that a device runs, and runs it back; see `call` and `fedpress.stages.ExportStage`."""
+    return call("export", model, **settings)

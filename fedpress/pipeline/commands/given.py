@@ -1,0 +1,173 @@
+"""`data=` of the Python calls: tensors, a pair, a Dataset or a DataLoader in memory become a federated data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sized
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from fedpress.core.examples import Arrays, Preprocess
+from fedpress.core.random import generator
+from fedpress.data import FederatedData
+from fedpress.errors import DataError
+
+TAKEN = (
+    'a source such as "cifar10", a tensor of inputs, a pair (inputs, labels), a torch Dataset or DataLoader, or a '
+    "FederatedData"
+)
+TEST_SHARE = 0.2
+VALIDATION_SHARE = 0.1
+
+
+def in_memory(
+    data: Any,
+    preprocess: Preprocess,
+    *,
+    class_names: tuple[str, ...] = (),
+    model: nn.Module | None = None,
+    seed: int = 0,
+) -> FederatedData:
+    """Makes a data set of examples that the caller holds; all of them count as public.
+
+    With labels, 20% of the examples are put aside for testing and 10% of the others for validation. Inputs without
+    labels serve for calibration alone.
+
+    Args:
+        data: inputs [n, ...] as uint8 images, numbers or whole numbers (token ids); a pair (inputs, labels [n]); a
+            Dataset or DataLoader that gives one or the other.
+        preprocess: from these inputs to those of the network.
+        class_names: of the model, if it has any.
+        model: which tells by its outputs how many classes there are: some may be missing in a few examples. Whole
+            numbers become floats if it does not take them as token ids.
+        seed: decides which examples are put aside.
+
+    Raises:
+        DataError: if `data` is something else, or its labels are no class numbers.
+    """
+    x, y = _pair(data)
+    if not len(x):
+        raise DataError("data=: there is no example in it; give some")
+    x, outputs = _as_taken(x, model, preprocess) if model is not None else (x, len(class_names))
+    if y is None:
+        return unlabelled(x, preprocess)
+    if len(x) != len(y):
+        raise DataError(f"data=: {len(x)} inputs but {len(y)} labels; give one label for each input")
+    if y.dim() != 1 or y.is_floating_point() or y.is_complex():
+        # Targets of a regression or a segmentation: there is no accuracy in them.
+        return unlabelled(x, preprocess)
+    if int(y.min()) < 0:
+        raise DataError("data=: some labels are negative; give class numbers from 0 up")
+    if outputs and int(y.max()) >= outputs:
+        raise DataError(
+            f"data=: its labels go up to {int(y.max())}, but the model has {outputs} classes; give class numbers "
+            f"from 0 to {outputs - 1}, or a model of more classes"
+        )
+    count = max(int(y.max()) + 1, outputs, 2)
+    names = class_names if len(class_names) == count else tuple(str(number) for number in range(count))
+    every = Arrays(x, y.to(torch.int64))
+    order = torch.randperm(len(every), generator=generator(seed, "data in memory"))
+    tests = int(TEST_SHARE * len(every))
+    validation = int(VALIDATION_SHARE * (len(every) - tests))
+    test, checked, public = order[:tests], order[tests : tests + validation], order[tests + validation :]
+    return FederatedData(
+        name="data in memory",
+        clients={"nobody": every.take(public[:1])},
+        public=every.take(public),
+        validation=every.take(checked),
+        test=every.take(test),
+        num_classes=count,
+        class_names=names,
+        preprocess=preprocess,
+    )
+
+
+@torch.no_grad()
+def _as_taken(x: Tensor, model: nn.Module, preprocess: Preprocess) -> tuple[Tensor, int]:
+    """Returns the inputs of the type that the model takes, and the number of its classes, 0 if it tells none."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for rows in (x, x.to(torch.float32)) if x.dtype == torch.int64 else (x,):
+            try:
+                out = model(preprocess(rows[:2]))
+            except Exception:  # whatever somebody's own network raises; what it does not take is told later
+                continue
+            is_classifier = isinstance(out, Tensor) and out.dim() == 2 and out.shape[1] > 1
+            return rows, int(out.shape[1]) if is_classifier else 0
+    finally:
+        for module, training in modes:
+            module.training = training
+    return x, 0
+
+
+def unlabelled(x: Tensor, preprocess: Preprocess) -> FederatedData:
+    """Returns a data set of inputs alone, all in the public part."""
+    public = Arrays(x, torch.zeros(len(x), dtype=torch.int64))
+    none = Arrays(x[:0], public.y[:0])
+    one = public.take(torch.zeros(1, dtype=torch.int64))
+    return FederatedData(
+        "inputs in memory", {"nobody": one}, public, none, none, 1, ("unknown",), preprocess, labelled=False
+    )
+
+
+def _pair(data: Any) -> tuple[Tensor, Tensor | None]:
+    if isinstance(data, Tensor | np.ndarray):
+        return _inputs(data), None
+    if (
+        isinstance(data, tuple | list)
+        and len(data) == 2
+        and all(isinstance(part, Tensor | np.ndarray) for part in data)
+    ):
+        return _inputs(data[0]), torch.as_tensor(data[1])
+    if isinstance(data, DataLoader):
+        return _joined(data, torch.cat)
+    if isinstance(data, Dataset) and isinstance(data, Sized):
+        return _joined((data[i] for i in range(len(data))), torch.stack)
+    if isinstance(data, Dataset):
+        raise DataError(
+            "data=: this Dataset has no length; give it a __len__, or an IterableDataset in a DataLoader, or tensors"
+        )
+    raise DataError(f"data=: got {type(data).__name__}, expected {TAKEN}")
+
+
+def _joined(items: Iterable[Any], join: Any) -> tuple[Tensor, Tensor | None]:
+    """Joins what a Dataset or DataLoader gives: inputs, or inputs and labels."""
+    inputs: list[Tensor] = []
+    labels: list[Tensor] = []
+    for item in items:
+        if isinstance(item, Mapping):
+            raise DataError("data=: its items are dictionaries; give pairs (inputs, labels), or inputs alone")
+        parts = item if isinstance(item, tuple | list) else (item,)
+        if len(parts) not in (1, 2):
+            raise DataError(f"data=: an item has {len(parts)} parts; give pairs (inputs, labels), or inputs alone")
+        try:
+            inputs.append(torch.as_tensor(np.asarray(parts[0]) if not isinstance(parts[0], Tensor) else parts[0]))
+            labels += [torch.as_tensor(part) for part in parts[1:]]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(
+                f"data=: an item holds {type(parts[0]).__name__}, which is no tensor; add a transform that makes one"
+            ) from error
+    if labels and len(labels) != len(inputs):
+        raise DataError("data=: some items have labels and some have none; give all of them labels")
+    if not inputs:
+        raise DataError("data=: there is no example in it; give some")
+    try:
+        return _inputs(join(inputs)), join(labels) if labels else None
+    except RuntimeError as error:
+        raise DataError("data=: its items have different shapes; make them alike") from error
+
+
+def _inputs(x: Tensor | np.ndarray) -> Tensor:
+    x = torch.as_tensor(x).detach().cpu()
+    x = x if x.layout == torch.strided else x.to_dense()
+    if x.dim() < 2:
+        raise DataError(f"data=: inputs of shape {list(x.shape)}; the first dimension counts examples: [n, ...]")
+    if x.is_complex():
+        raise DataError("data=: inputs are complex numbers; give real ones")
+    if x.is_floating_point():
+        return x.to(torch.float32)
+    return x if x.dtype == torch.uint8 else x.to(torch.int64)

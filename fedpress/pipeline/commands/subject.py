@@ -1,0 +1,183 @@
+"""MODEL, what a command is given: a folder, a run, a packed file, `module:function`, or a module in memory."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedpress import storage
+from fedpress.core import consent
+from fedpress.core.examples import Arrays, Preprocess
+from fedpress.data import FederatedData
+from fedpress.errors import DataError, ModelError, did_you_mean
+from fedpress.models import ARCHITECTURES, ModelSpec, memory
+from fedpress.models.memory import Named
+from fedpress.pipeline.recipe import settings as recipes
+from fedpress.workspace.folder import read_json
+
+NOTHING = "fedpress.pipeline.commands.subject:no_data"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a command works on.
+
+    Attributes:
+        model: the `[model]` table of its recipe.
+        spec: of a saved model, else None.
+        run: the run that left it, None if it lies in none.
+        module: that it is, if it lives in memory.
+    """
+
+    model: dict[str, Any]
+    spec: ModelSpec | None = None
+    run: Path | None = None
+    module: nn.Module | None = None
+
+    @property
+    def name(self) -> str:
+        """What to call it in an error."""
+        return type(self.module).__name__ if self.module is not None else str(self.model.get("architecture", "it"))
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it brings weights from elsewhere, and with them a preprocessing that nobody has told."""
+        return self.spec is None and (self.module is not None or "weights" in self.model)
+
+    @classmethod
+    def find(cls, model: str | Path, *, weights: Path | None = None) -> Subject:
+        """Looks at the path first, then for an architecture.
+
+        Raises:
+            ModelError: if it is neither, or what lies there is no model.
+        """
+        path = Path(model)
+        if path.exists():
+            if weights is not None:
+                raise ModelError(f"checkpoint=: '{path}' has weights of its own; leave one of the two out")
+            return cls({"checkpoint": str(path.resolve())}, storage.load(path)[0], _run_of(path.resolve()))
+        name = str(model)
+        if ":" not in name and name not in ARCHITECTURES:
+            hint = did_you_mean(name, list(ARCHITECTURES))
+            raise ModelError(
+                f"model: there is no '{name}'{hint}; give the folder of a model or of a run, a packed file, "
+                f"package.module:function, or one of {', '.join(ARCHITECTURES)}"
+            )
+        extra = {"weights": str(Path(weights).resolve())} if weights is not None else {}
+        return cls({"architecture": name, **extra})
+
+    def fresh(self, keys: Sequence[str]) -> nn.Module | None:
+        """Builds an architecture with fresh weights and the arguments in `keys`; None for a saved model."""
+        if self.spec is not None:
+            return None
+        table = recipes.overridden(self.model, [key.removeprefix("model.") for key in keys if key.startswith("model.")])
+        spec = ModelSpec(architecture=table["architecture"], arguments=table.get("arguments", {}), input_shape=(1,))
+        return spec.take_in()[1]
+
+    def data(self) -> tuple[dict[str, Any], int] | None:
+        """Returns the `[data]` table and the seed of the run that left the model; None if there is none."""
+        if self.run is None:
+            return None
+        settings = read_json(self.run / "settings.json", cure="give data=SOURCE")
+        data, seed = settings.get("data"), settings.get("seed")
+        if not isinstance(data, dict) or not isinstance(data.get("source"), str) or not isinstance(seed, int):
+            raise ModelError(f"{self.run / 'settings.json'}: it does not say what data the run had; give data=SOURCE")
+        table = {key: value for key, value in settings["data"].items() if value is not None}
+        if table["source"] == NOTHING:
+            return None
+        if ":" in str(table["source"]):  # the folder may come from anybody, and its data would be a call
+            place = f"{self.run / 'settings.json'}: data.source"
+            try:
+                consent.check(str(table["source"]), (), place)
+            except ModelError as error:
+                raise ModelError(f"{error}, or give the data yourself with data=SOURCE") from error
+        try:  # where the data lay is no setting, since it may differ between machines
+            path = tomllib.loads((self.run / "recipe.toml").read_text("utf-8"))["data"].get("path")
+        except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
+            path = None
+        return table | ({"path": path} if path else {}), int(settings["seed"])
+
+
+def _run_of(path: Path) -> Path | None:
+    return next((p for p in (path, path.parent.parent, path.parent) if (p / "settings.json").is_file()), None)
+
+
+@contextmanager
+def holding(module: nn.Module, named: Named | None = None) -> Iterator[dict[str, Any]]:
+    """Gives the `[model]` table of a module in memory, as long as the block lasts."""
+    with memory.holding(module, named) as name:
+        yield {"architecture": memory.HELD, "arguments": {"name": name}}
+
+
+def no_data(path: Path) -> FederatedData:
+    """Stands in for data where a command needs none: one example of noise, and nothing to learn from or measure on.
+
+    Args:
+        path: what the examples look like and the number of classes, such as `3x32x32:10`. No classes, `3x32x32:0`, is
+            what a model has that is no classifier; `16:0:int64` are token ids.
+
+    Raises:
+        DataError: if it says something else.
+
+    >>> no_data(Path("3x32x32:10")).describe()["shape"]
+    [3, 32, 32]
+    """
+    try:
+        sides, classes, *kind = str(path).split(":")
+        shape, count = tuple(int(side) for side in sides.split("x")), int(classes)
+        if kind not in ([], ["int64"]):
+            raise ValueError(kind)
+        x = torch.zeros(1, *shape, dtype=torch.int64)
+        if not kind:
+            x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    except (ValueError, RuntimeError) as error:
+        raise DataError(
+            f"no data: got '{path}', expected a shape and a number of classes such as 3x32x32:10"
+        ) from error
+    one, none = Arrays(x, torch.zeros(1, dtype=torch.int64)), Arrays(x[:0], torch.zeros(0, dtype=torch.int64))
+    names = tuple(str(i) for i in range(max(1, count)))
+    about = Preprocess()
+    return FederatedData("no data", {"nobody": one}, none, none, none, len(names), names, about, labelled=count > 0)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model makes of noise: `classes` of a classifier, 0 if it is none; `tokens`: it takes token ids."""
+
+    classes: int
+    tokens: bool
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, shape: tuple[int, ...]) -> Outputs:
+    """Runs the model on noise, and on token ids if it takes no noise.
+
+    Raises:
+        ModelError: if it takes no such examples.
+    """
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    if kinds:
+        raise ModelError(f"model: it holds {', '.join(map(str, kinds))}, but examples are float32; call model.float()")
+    model = model.eval()
+    tokens = False
+    try:
+        out = model(torch.randn(2, *shape))
+    except Exception as error:  # whatever somebody's own network raises
+        try:
+            out = model(torch.zeros(2, *shape, dtype=torch.int64))
+            tokens = True
+        except Exception:
+            raise ModelError(
+                f"input_shape=: the model does not take examples of shape {list(shape)} "
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); give the shape of one example, "
+                "or in Python a list of shapes for several inputs"
+            ) from error
+    is_classifier = isinstance(out, Tensor) and out.dim() == 2 and out.shape[1] > 1
+    return Outputs(int(out.shape[1]) if is_classifier else 0, tokens)

@@ -1,0 +1,1 @@
+"""The recipe: TOML text becomes checked settings."""

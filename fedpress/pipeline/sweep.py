@@ -1,0 +1,245 @@
+"""A sweep: a recipe for all combinations of some values, equal stages done once, and the variants no other beats."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from fedpress.core.random import derive
+from fedpress.data import FederatedData
+from fedpress.errors import FedpressError, RecipeError
+from fedpress.pipeline import run as runs
+from fedpress.pipeline.recipe import settings as recipes
+from fedpress.pipeline.recipe.settings import Recipe
+from fedpress.workspace import lock
+from fedpress.workspace.folder import RunFolder, read_json, write_json, writing
+from fedpress.workspace.state import Event
+
+SHOWN = ("accuracy", "loss", "parameters", "macs", "file_bytes", "latency_ms", "runtime", "seconds")
+LONGEST = 80  # letters of a folder's name
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One combination: a short name for people, and the overrides that make it."""
+
+    name: str
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class VariantStarted:
+    """A variant is about to run: `events` are to be followed to their end before the next event is asked for.
+
+    `notes` are what a person must know of a variant that is resumed (see `fedpress.pipeline.run.note_environment`).
+    """
+
+    variant: Variant
+    events: Iterator[Event]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class VariantFinished:
+    """A variant has ended, with what stopped it if it failed."""
+
+    variant: Variant
+    error: str | None = None
+
+
+def split_values(text: str) -> list[str]:
+    """Splits at the commas that stand outside brackets, braces and quotes.
+
+    Raises:
+        RecipeError: if a value is empty, or a bracket or quote is not closed.
+
+    >>> split_values('0.5,[1, 2],{a = 1, b = 2},"x,y"')
+    ['0.5', '[1, 2]', '{a = 1, b = 2}', '"x,y"']
+    """
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'":
+            quote = letter
+        elif letter in "[{":
+            depth += 1
+        elif letter in "]}":
+            depth -= 1
+        elif letter == "," and not depth:
+            parts.append("")
+            continue
+        parts[-1] += letter
+    if quote or depth or not all(part.strip() for part in parts):
+        raise RecipeError(f"sweep: '{text}' is no list of values; write them as in 0.5,0.3 or [1, 2],[3, 4]")
+    return [part.strip() for part in parts]
+
+
+def variants(values: Sequence[str], seeds: Sequence[int] = ()) -> list[Variant]:
+    """Returns all combinations of `key=value,value`, the last key changing quickest, for every seed.
+
+    Raises:
+        RecipeError: if a key has no values or comes twice.
+
+    >>> [v.name for v in variants(["stage.1.keep_params=0.5,0.3", "stage.quantize.bits=8"])]
+    ['keep_params=0.5', 'keep_params=0.3']
+    """
+    lists: dict[str, list[str]] = {}
+    for entry in [*values, *([f"seed={','.join(map(str, seeds))}"] if seeds else [])]:
+        key, equals, text = entry.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"sweep: '{entry}': expected key=value,value, for instance stage.1.keep_params=0.5,0.3")
+        if key in lists:
+            raise RecipeError(f"sweep: '{key}' is given twice; give all its values at once, divided by commas")
+        lists[key] = list(dict.fromkeys(split_values(text)))
+    moving = [key for key, found in lists.items() if len(found) > 1]
+    short = {key: key.rpartition(".")[2] for key in moving}
+    names = {key: short[key] if list(short.values()).count(short[key]) == 1 else key for key in moving}
+    return [
+        Variant(
+            " ".join(f"{names[key]}={value}" for key, value in zip(lists, chosen, strict=True) if key in names)
+            or "all",
+            tuple(f"{key}={value}" for key, value in zip(lists, chosen, strict=True)),
+        )
+        for chosen in product(*lists.values())
+    ]
+
+
+def execute(
+    text: str, todo: Sequence[Variant], place: Path, *, extra: Sequence[str] = (), command: str = "fedpress sweep"
+) -> Iterator[VariantStarted | VariantFinished]:
+    """Runs every variant into a run folder of its own in `place`, and after each writes `sweep.json`.
+
+    What an earlier variant has done under equal settings is taken over; what was interrupted goes on. A variant that
+    fails is noted, and the others go on.
+
+    Args:
+        text: the recipe as TOML.
+        todo: the variants.
+        place: the folder of the sweep.
+        extra: further overrides of all variants.
+        command: noted in every run's environment.
+
+    Raises:
+        RunError: if another process works on the sweep.
+    """
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+    with lock.locked(place):
+        yield from _variants(text, todo, place, extra, command)
+
+
+def _variants(
+    text: str, todo: Sequence[Variant], place: Path, extra: Sequence[str], command: str
+) -> Iterator[VariantStarted | VariantFinished]:
+    loaded: dict[str, FederatedData] = {}
+    done: list[tuple[Variant, Path, str | None]] = []
+    earlier: list[tuple[list[str], RunFolder]] = []
+    taken: set[Path] = set()
+    for variant in todo:
+        path = _free(place / "variants", variant.name, taken)
+        error: str | None = None
+        try:
+            overrides = [*variant.overrides, *extra]
+            recipe, own = recipes.load(text, overrides), recipes.toml(recipes.tree(text, overrides))
+            settings = runs.settings(recipe)
+            if (path / "settings.json").exists():
+                folder = RunFolder.resume(path, settings)
+            else:
+                RunFolder.check_free(path, own)
+                folder = RunFolder.create(path, own, settings)
+            key = f"{recipe.data.model_dump_json()} {derive(recipe.seed, 'data')}"
+            if key not in loaded:
+                loaded = {key: runs.load_data(recipe)}
+            runs.check(recipe, loaded[key])
+            notes = runs.note_environment(folder, command)
+            keys = runs.stage_keys(recipe)
+            reuse = _nearest(recipe, keys, earlier)
+            earlier.append((keys, folder))
+            yield VariantStarted(variant, runs.execute(recipe, folder, loaded[key], reuse=reuse), tuple(notes))
+            if not read_json(path / "result.json").get("finished"):
+                raise RecipeError("its events were not followed to the end; go on with the same sweep")
+        except FedpressError as failure:
+            error = str(failure)
+        done.append((variant, path, error))
+        _write(place, done, command)
+        yield VariantFinished(variant, error)
+
+
+def _free(folder: Path, name: str, taken: set[Path]) -> Path:
+    plain = re.sub(r"[^\w.=+-]+", "_", name)[:LONGEST].strip("_.") or "variant"
+    path, number = folder / plain, 1
+    while path in taken:
+        number += 1
+        path = folder / f"{plain}-{number}"
+    taken.add(path)
+    return path
+
+
+def _nearest(recipe: Recipe, keys: Sequence[str], earlier: Sequence[tuple[list[str], RunFolder]]) -> RunFolder | None:
+    """Returns the earlier run that has the most first stages in common; the later of equals, None if none has any."""
+
+    def common(others: Sequence[str], folder: RunFolder) -> int:
+        pairs = [*zip(recipe.stage, keys, others, strict=False)]
+        for at, (stage, key, other) in enumerate(pairs):
+            if key != other or folder.stage(at, stage.kind, stage.name).finished(key) is None:
+                return at
+        return len(pairs)
+
+    best = max(((common(others, folder), at) for at, (others, folder) in enumerate(earlier)), default=(0, 0))
+    return earlier[best[1]][1] if best[0] else None
+
+
+def _write(place: Path, done: Sequence[tuple[Variant, Path, str | None]], command: str) -> None:
+    entries = []
+    for variant, path, error in done:
+        result = read_json(path / "result.json") if (path / "result.json").exists() else {"stages": []}
+        stages = [{key: s[key] for key in ("kind", "name", *SHOWN) if key in s} for s in result["stages"]]
+        entries.append(
+            {"name": variant.name, "overrides": list(variant.overrides), "folder": str(path.relative_to(place)),
+             "error": error, "stages": stages}
+        )  # fmt: skip
+    page: dict[str, Any] = {"command": command, "environment": runs.environment(command), "variants": entries}
+    for cost in ("file_bytes", "latency_ms"):
+        page[f"front_{cost}"] = front(page, cost)
+    write_json(place / "sweep.json", page)
+
+
+def front(page: dict[str, Any], cost: str) -> list[str]:
+    """Returns the names of the finished variants that no other beats in `cost` and accuracy.
+
+    Latencies are compared within one runtime only; each has its own front.
+    """
+    ends = [(v["name"], v["stages"][-1]) for v in page["variants"] if not v["error"] and v["stages"]]
+    groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for name, stage in ends:
+        if stage.get(cost) is not None and stage.get("accuracy") is not None:
+            runtime = str(stage.get("runtime")) if cost == "latency_ms" else ""
+            groups.setdefault(runtime, []).append((name, stage))
+    found: list[str] = []
+    for known in groups.values():
+        found += [known[at][0] for at in pareto([(stage[cost], stage["accuracy"]) for _, stage in known])]
+    return found
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Returns the positions of the points (cost, value) that no other beats, by rising cost.
+
+    One point beats another if it costs no more and is worth no less, and one of the two is better. Points with NaN are
+    never among them. Sorted once, so it takes n log n (Kung et al. 1975).
+
+    >>> pareto([(2.0, 0.9), (1.0, 0.8), (3.0, 0.85)])
+    [1, 0]
+    """
+    order = [at for at, pair in enumerate(points) if not any(math.isnan(x) for x in pair)]
+    order.sort(key=lambda at: (points[at][0], -points[at][1]))
+    kept: list[int] = []
+    for at in order:
+        if not kept or points[at][1] > points[kept[-1]][1] or points[at] == points[kept[-1]]:
+            kept.append(at)
+    return kept

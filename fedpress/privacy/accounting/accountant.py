@@ -1,0 +1,383 @@
+"""How much privacy a sequence of noised sums has spent, and how much noise a budget needs.
+
+Every step is a Gaussian or Skellam mechanism on a Poisson sample, under add-or-remove-one neighbours. Gaussian steps
+compose exactly up to a grid: privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022, "Connect the
+dots") from dp-accounting, whose discretisation only ever rounds epsilon up. Where its tables would be too long (rare
+samples, low noise, many steps, a tiny delta) `losses` answers in bounded time. Steps without subsampling use the closed
+form of Balle & Wang 2018. Skellam steps have a Renyi bound; a mixture takes the better of two sound ways to join both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from fedpress.errors import PrivacyError, RecipeError
+from fedpress.privacy.accounting import losses, renyi
+from fedpress.privacy.accounting.events import (
+    AnyPhase,
+    Phase,
+    SkellamPhase,
+    at_most,
+    check_delta,
+    check_sampling_prob,
+    gaussians,
+    merge,
+    skellams,
+)
+
+if TYPE_CHECKING:
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+
+# dp_accounting and scipy are imported where they are used: they cost a second, and most callers never get there.
+
+NOISE_RANGE = (1e-2, 1e5)
+"""Noise multipliers outside this range are not searched."""
+
+
+SPLITS = (0.05, 0.2, 0.5, 0.8, 0.95)
+"""Shares of delta that are tried for the Skellam part of a mixture."""
+
+LONGEST_TABLE = 100_000
+"""Most losses of one step, or of all, that dp-accounting is asked to handle: it needs up to half a second for them."""
+
+MANY_PHASES = 16
+"""dp-accounting composes more than these one by one, which takes long."""
+
+MOST_PHASES = 100
+"""Of more, neighbours are joined: each takes time, also where its grid is as coarse as can be."""
+
+MOST_BY_RENYI = 300
+"""The same where Renyi accounting answers, which takes some milliseconds for each."""
+
+RAREST_SAMPLE, LEAST_NOISE, MOST_NOISE = 1e-12, 1e-6, 1e12
+"""Rarer samples and more noise count as these; less noise promises nothing that could be said."""
+
+FEW_POINTS = 1 << 17
+"""Points of `losses` while a noise is searched for: a tenth of a second for each question."""
+
+UPPER_BOUND = "an upper bound: the exact epsilon may be more than 1% smaller"
+
+__all__ = ["AnyPhase", "Phase", "SkellamPhase", "Spent", "check_delta", "epsilon", "merge", "noise_multiplier", "spent"]
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What some phases spend: `epsilon` is never below the truth.
+
+    `upper_bound` says that it may lie more than a percent above it, as Renyi accounting and a coarse grid do.
+    """
+
+    epsilon: float
+    upper_bound: bool = False
+
+    @property
+    def note(self) -> str:
+        """What is to be said beside `epsilon`, if anything."""
+        return UPPER_BOUND if self.upper_bound else ""
+
+
+def epsilon(phases: Iterable[AnyPhase], *, delta: float) -> float:
+    """Returns the smallest known epsilon that all `phases` together spend at `delta` (inf without noise).
+
+    Never below the truth, and never below what it says of a part of `phases`.
+
+    Raises:
+        RecipeError: if `delta` is not inside (0, 1).
+
+    >>> round(epsilon([Phase(1.0, 5.0, 50)], delta=1e-3), 2)
+    4.85
+    >>> epsilon([Phase(1.0, 5.0, 0)], delta=1e-3)
+    0.0
+    """
+    return spent(phases, delta=delta).epsilon
+
+
+def spent(phases: Iterable[AnyPhase], *, delta: float, points: int = losses.POINTS) -> Spent:
+    """Returns the smallest known epsilon of all `phases` together at `delta`, and whether it is a mere upper bound.
+
+    Args:
+        phases: the mechanisms and their steps.
+        delta: chance with which the promise may fail.
+        points: of the grid where tables are long; fewer are quicker and may raise epsilon, never lower it.
+
+    Raises:
+        RecipeError: if `delta` is not inside (0, 1).
+
+    >>> spent([Phase(1.0, 5.0, 50)], delta=1e-3).upper_bound
+    False
+    """
+    check_delta(delta)
+    return _spent(merge(phases), delta, points)
+
+
+def renyi_bound(phases: Iterable[AnyPhase], *, delta: float) -> float:
+    """Returns a quick upper bound on what all `phases` together spend at `delta`, larger than `epsilon` by a tenth.
+
+    It is inf where phases have no noise, or bounds that may fail.
+    """
+    merged = merge(phases)
+    if any(p.noise_multiplier == 0 for p in merged) or any(p.failure for p in skellams(merged)):
+        return math.inf
+    return renyi.epsilon(merged, delta=delta)
+
+
+def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, steps: int) -> float:
+    """Returns the smallest noise multiplier with which `steps` sums spend at most `epsilon` at `delta`.
+
+    The answer is confirmed by `epsilon` itself, and at most 0.01% above the least that `epsilon` would confirm where
+    samples are not so rare, or the noise so low, that tables of losses are long; there it may be 1% above.
+
+    Raises:
+        RecipeError: if an argument is out of range.
+        PrivacyError: if no noise multiplier up to 1e5 meets the budget.
+
+    >>> round(noise_multiplier(epsilon=8, delta=1e-3, sampling_prob=1.0, steps=50), 3)
+    3.394
+    """
+    if not 0 < epsilon < math.inf:
+        raise RecipeError(f"epsilon: got {epsilon}, expected a finite number above 0, for instance 8")
+    check_delta(delta)
+    check_sampling_prob(sampling_prob)
+    if not steps >= 1 or steps != int(steps):
+        raise RecipeError(f"steps: got {steps}, expected a whole number >= 1")
+
+    def spending(noise: float) -> float:
+        return _spent((Phase(sampling_prob, noise, int(steps)),), delta, points=FEW_POINTS).epsilon
+
+    # The central limit of the composition (Bu et al. 2020, "Gaussian DP") is a good first guess, and exact for q = 1.
+    mu = _gaussian_mu(epsilon, delta)
+    if sampling_prob == 1:
+        guess = math.sqrt(steps) / mu
+    else:
+        guess = 1 / math.sqrt(math.log1p((mu / sampling_prob) ** 2 / steps))
+    found = _smallest(spending, epsilon, guess)
+    # More points may find a larger epsilon by the last digits of rounding.
+    more = 1e-5
+    while _spent((Phase(sampling_prob, found, int(steps)),), delta).epsilon > epsilon:
+        found *= 1 + more
+        more *= 2
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _spent(phases: tuple[AnyPhase, ...], delta: float, points: int = losses.POINTS) -> Spent:
+    gaussian, skellam = gaussians(phases), skellams(phases)
+    if any(p.noise_multiplier == 0 for p in gaussian):
+        return Spent(math.inf)
+    gaussian = tuple(_in_range(p) for p in gaussian if p.noise_multiplier < math.inf)
+    if any(p.noise_multiplier < LEAST_NOISE for p in gaussian):
+        return Spent(math.inf, upper_bound=True)
+    if skellam:
+        gaussian = at_most(gaussian, MOST_PHASES)
+        return Spent(_mixture(gaussian, skellam, delta), upper_bound=True)
+    if all(p.sampling_prob == 1 for p in gaussian):
+        return Spent(_gaussian_epsilon(_mu(gaussian), delta))
+    if len(gaussian) > MOST_PHASES:
+        joined = _spent(at_most(gaussian, MOST_PHASES), delta, points).epsilon
+        return Spent(min(joined, renyi.epsilon(at_most(gaussian, MOST_BY_RENYI), delta=delta)), upper_bound=True)
+    # Sampling never adds. Where nearly everybody takes part, a grid may say a little more than the closed form.
+    everybody = _gaussian_epsilon(_mu(tuple(replace(p, sampling_prob=1.0) for p in gaussian)), delta)
+    parts = _parts(gaussian)
+    if table := _losses(parts, delta):
+        return Spent(min(everybody, float(table[0].get_epsilon_for_delta(delta))))
+    bound = losses.epsilon(parts, delta=delta, points=points)
+    if bound.fine:
+        return Spent(min(everybody, bound.epsilon))
+    return Spent(min(everybody, bound.epsilon, renyi.epsilon(gaussian, delta=delta)), upper_bound=True)
+
+
+def _in_range(phase: Phase) -> Phase:
+    """Returns a phase that spends no less, and whose numbers can be squared."""
+    prob = max(phase.sampling_prob, RAREST_SAMPLE)
+    return replace(phase, sampling_prob=prob, noise_multiplier=min(phase.noise_multiplier, MOST_NOISE))
+
+
+def _parts(phases: tuple[Phase, ...]) -> list[Phase]:
+    """Returns phases that spend the same, with one step at most on everybody."""
+    parts, mu = [p for p in phases if p.sampling_prob < 1], _mu(phases)
+    if mu > 0:
+        parts.append(Phase(1.0, 1 / mu, 1))
+    return parts
+
+
+def _quick(parts: list[Phase], delta: float) -> bool:
+    """Says whether dp-accounting answers within about a second, and with enough digits.
+
+    It rounds what a transform gives to about 1e-15 times the steps, whatever delta is, and cuts off tails of 1e-15.
+    """
+    steps = sum(p.steps for p in parts)
+    if len(parts) > MANY_PHASES or delta < 1e-10 or 1e-16 * steps > 1e-4 * delta:
+        return False
+    grid = _grid(parts)
+    widest = max(losses.span(p) for p in parts)
+    total = math.sqrt(sum(p.steps * _loss_variance(p) for p in parts))
+    # A grid of more than a tenth of a step's losses, as rare samples have, makes long tables of loose bounds.
+    fine = grid <= 0.1 * total / math.sqrt(steps)
+    return fine and max(widest, 16 * total) <= LONGEST_TABLE * grid
+
+
+def _mu(phases: tuple[Phase, ...]) -> float:
+    """Gaussian mechanisms on everybody compose exactly into one: mu^2 = sum of steps / noise^2."""
+    return math.sqrt(sum(p.steps / p.noise_multiplier**2 for p in phases if p.sampling_prob == 1))
+
+
+def _losses(parts: list[Phase], delta: float) -> tuple[PrivacyLossDistribution, float] | None:
+    """Returns the privacy losses of all `parts` together, and their grid; None where dp-accounting is no help."""
+    if not _quick(parts, delta):
+        return None
+    grid = _grid(parts)
+    total = None
+    for p in parts:
+        try:
+            step = _step_losses(p.sampling_prob, p.noise_multiplier, grid)
+        except ValueError:  # its differences of logarithms do not stand a sampling probability next to 1
+            return None
+        part = step.self_compose(p.steps)
+        total = part if total is None else total.compose(part, tail_mass_truncation=1e-15)
+    return None if total is None else (total, grid)
+
+
+def _mixture(gaussian: tuple[Phase, ...], skellam: tuple[SkellamPhase, ...], delta: float) -> float:
+    """Returns the better of Renyi accounting for everything and `_split`; each is an upper bound on the truth.
+
+    Steps whose bound may fail are charged to delta. Let the other world's output stand in wherever a bound fails: that
+    mechanism keeps its bounds, and differs from the real one with chance at most `failure` a step.
+    """
+    left = delta - sum(p.failure * p.steps for p in skellam)
+    if left <= 0:
+        return math.inf
+    alone = renyi.epsilon(skellam, delta=left)
+    if not gaussian or alone == math.inf:
+        return alone
+    joined = min(renyi.epsilon([*gaussian, *skellam], delta=left), _split(gaussian, skellam, left))
+    # The truth about a mixture is at least that about its parts, so the larger bound is no loss.
+    return max(joined, alone, _spent(gaussian, delta).epsilon)
+
+
+def _split(gaussian: tuple[Phase, ...], skellam: tuple[SkellamPhase, ...], delta: float) -> float:
+    """Composes the Gaussian losses with the worst mechanism that has the Skellam part's epsilon at a part of `delta`.
+
+    That mechanism dominates every other with the same promise (Kairouz, Oh & Viswanath 2015), so the composition is
+    that of losses and not a sum of epsilons.
+    """
+    from dp_accounting.pld import common, privacy_loss_distribution
+
+    parts = _parts(gaussian)
+    table = _losses(parts, delta)
+    if table is None:
+        promises = [(renyi.epsilon(skellam, delta=share * delta), share * delta) for share in SPLITS]
+        return min(losses.epsilon(parts, delta=delta, promise=p, points=FEW_POINTS).epsilon for p in promises)
+    of_gaussian, grid = table
+    found = math.inf
+    for share in SPLITS:
+        promise = renyi.epsilon(skellam, delta=share * delta)
+        if promise > 1e6 * grid:  # a table of losses would be too long, and so large an epsilon promises nothing
+            continue
+        worst = privacy_loss_distribution.from_privacy_parameters(
+            common.DifferentialPrivacyParameters(promise, share * delta), value_discretization_interval=grid
+        )
+        found = min(found, float(of_gaussian.compose(worst, tail_mass_truncation=1e-15).get_epsilon_for_delta(delta)))
+    return found
+
+
+def _grid(phases: list[Phase]) -> float:
+    """Returns a grid of losses that raises epsilon by about 0.03% at most.
+
+    Connect-the-dots moves each loss to the two nearest grid points, which adds at most grid^2/6 to the variance of a
+    step on average: with grid = 0.06 standard deviations of a step that is 6e-4 of the variance.
+    """
+    steps = sum(p.steps for p in phases)
+    variance = sum(p.steps * _loss_variance(p) for p in phases) / steps
+    # Very low noise has losses of the order of 1/noise^2: keep the number of grid points near a million.
+    widest = max((1 + 20 * p.noise_multiplier) / p.noise_multiplier**2 for p in phases)
+    return min(max(0.06 * math.sqrt(variance), 1e-8), max(1e-3, 1e-6 * widest))
+
+
+def _loss_variance(phase: Phase) -> float:
+    inverse = phase.noise_multiplier**-2
+    return min(phase.sampling_prob**2 * math.expm1(min(inverse, 100.0)), inverse)
+
+
+@lru_cache(maxsize=32)
+def _step_losses(sampling_prob: float, noise: float, grid: float) -> PrivacyLossDistribution:
+    from dp_accounting.pld import privacy_loss_distribution
+
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        noise, sampling_prob=sampling_prob, value_discretization_interval=grid, use_connect_dots=True
+    )
+
+
+def _gaussian_log_delta(mu: float, epsilon: float) -> float:
+    """Returns log delta of the Gaussian mechanism with sensitivity / noise = `mu` (Balle & Wang 2018, Theorem 8)."""
+    from scipy.special import log_ndtr
+
+    first = float(log_ndtr(mu / 2 - epsilon / mu))
+    second = epsilon + float(log_ndtr(-mu / 2 - epsilon / mu))
+    return first + math.log(-math.expm1(second - first)) if second < first else -math.inf
+
+
+def _gaussian_epsilon(mu: float, delta: float) -> float:
+    if mu == 0 or _gaussian_log_delta(mu, 0.0) <= math.log(delta):
+        return 0.0
+    return _bisect(lambda e: _gaussian_log_delta(mu, e) <= math.log(delta), 1.0)
+
+
+def _gaussian_mu(epsilon: float, delta: float) -> float:
+    """Returns the largest `mu` whose Gaussian mechanism is (epsilon, delta)-private."""
+    return 1 / _bisect(lambda noise: _gaussian_log_delta(1 / noise, epsilon) <= math.log(delta), 1.0)
+
+
+def _bisect(holds: Callable[[float], bool], high: float) -> float:
+    """Returns the smallest positive number, up to rounding, for which a monotone condition holds."""
+    while not holds(high):
+        high *= 2
+    low = high / 2
+    while holds(low) and low > 1e-12:
+        low, high = low / 2, low
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _smallest(spent: Callable[[float], float], target: float, guess: float) -> float:
+    """Returns the smallest noise with `spent(noise) <= target`, within 0.01%, by false position in log-log."""
+    least, most = NOISE_RANGE
+    low = high = min(max(guess, least), most)
+    at_low = at_high = spent(low)
+    strides = iter([1.1, 1.1, 1.1])  # the guess is seldom wrong by more; where samples are rare it may be far off
+    while at_high > target:
+        if high >= most:
+            raise PrivacyError(
+                f"epsilon: even noise_multiplier {most:g} spends {at_high:.3g}, above {target:g}; "
+                "take fewer steps, a larger delta or a larger epsilon"
+            )
+        low, at_low, high = high, at_high, min(high * next(strides, 3.0), most)
+        at_high = spent(high)
+    while at_low <= target:
+        if low <= least:
+            return low
+        high, at_high, low = low, at_low, max(low / next(strides, 3.0), least)
+        at_low = spent(low)
+    while high / low > 1 + 1e-4:
+        middle = _between(low, high, at_low, at_high, target)
+        at = spent(middle)
+        if at > target:
+            low, at_low = middle, at
+        else:
+            high, at_high = middle, at
+    return high
+
+
+def _between(low: float, high: float, at_low: float, at_high: float, target: float) -> float:
+    """Returns the noise where the line through both ends meets `target`, kept a little inside the bracket."""
+    width = math.log(high / low)
+    curved = width > 0.2 or at_high <= 0 or at_low == math.inf  # too far from a line for false position
+    share = 0.5 if curved else math.log(at_low / target) / math.log(at_low / at_high)
+    edge = min(0.25, 4e-5 / width)  # a step past the root closes the bracket from the other side
+    share += edge if share < 0.5 else -edge
+    return low * math.exp(width * min(max(share, edge), 1 - edge))

@@ -1,0 +1,77 @@
+"""A JSON file of mechanisms, or a run's ledger, to the epsilon of all of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, fields
+from typing import Any
+
+from fedpress.errors import RecipeError, did_you_mean
+from fedpress.privacy.accounting import accountant
+from fedpress.privacy.accounting.events import AnyPhase, Phase, SkellamPhase
+from fedpress.privacy.ledger import Ledger
+
+KINDS: dict[str, type[Phase] | type[SkellamPhase]] = {"gaussian": Phase, "skellam": SkellamPhase}
+
+
+def epsilon(text: str, *, delta: float, place: str = "phases") -> float:
+    """Returns the epsilon that the mechanisms in `text` spend together at `delta`; see `spent`.
+
+    >>> round(epsilon('[{"sampling_prob": 1, "noise_multiplier": 5, "steps": 50}]', delta=1e-3), 2)
+    4.85
+    """
+    return spent(text, delta=delta, place=place).epsilon
+
+
+def spent(text: str, *, delta: float, place: str = "phases") -> accountant.Spent:
+    """Returns what the mechanisms in `text` spend together at `delta`.
+
+    Args:
+        text: a JSON list of phases, each with the fields of `Phase`, or with `"kind": "skellam"` those of
+            `SkellamPhase`; or the text of a ledger, whose most exposed party counts.
+        delta: chance with which the promise may fail.
+        place: what errors call the text, for instance its file.
+
+    Raises:
+        RecipeError: if the text is no such list, naming the place and the cure.
+        PrivacyError: if it is a damaged ledger.
+    """
+    try:
+        page = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{place}: not JSON ({error}); give a list of phases or a ledger.json") from error
+    if isinstance(page, dict) and "charges" in page:
+        accountant.check_delta(delta)
+        return Ledger.from_json(text).spent(delta=delta)
+    if not isinstance(page, list):
+        raise RecipeError(f"{place}: got {type(page).__name__}, expected a list of phases or a ledger.json")
+    return accountant.spent([_phase(entry, f"{place}[{i}]") for i, entry in enumerate(page)], delta=delta)
+
+
+def _phase(entry: Any, place: str) -> AnyPhase:
+    if not isinstance(entry, dict):
+        raise RecipeError(f"{place}: got {entry!r}, expected an object with {', '.join(_names(Phase))}")
+    given = dict(entry)
+    word = given.pop("kind", "gaussian")
+    kind = KINDS.get(word) if isinstance(word, str) else None
+    if kind is None:
+        raise RecipeError(f"{place}.kind: got {word!r}, expected one of {', '.join(KINDS)}")
+    for name, value in given.items():
+        if name not in _names(kind):
+            raise RecipeError(
+                f"{place}.{name}: no such key{did_you_mean(name, _names(kind))}; a {word} phase has "
+                f"{', '.join(_names(kind))}"
+            )
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise RecipeError(f"{place}.{name}: got {value!r}, expected a number")
+    for field in fields(kind):
+        if field.default is MISSING and field.name not in given:
+            raise RecipeError(f"{place}.{field.name}: is missing; give it a number")
+    try:
+        return kind(**given)
+    except RecipeError as error:
+        raise RecipeError(f"{place}.{error}") from error
+
+
+def _names(kind: type[Phase] | type[SkellamPhase]) -> list[str]:
+    return [field.name for field in fields(kind)]

@@ -1,0 +1,1 @@
+"""Gradients of single examples, clipped: by samples, by ghost norms, one by one."""

@@ -1,6 +1,0 @@
-"""A run folder becomes a table and one offline HTML page; nothing but the folder is read."""
-
-from fedpress.report.html import write_report
-from fedpress.report.table import rich_table
-
-__all__ = ["rich_table", "write_report"]

@@ -1,0 +1,143 @@
+"""The figures of a federated stage: accuracy and privacy over the rounds, bytes, and how each client fares."""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate
+
+from fedpress.reports import units
+from fedpress.reports.plot import (
+    BLUE,
+    ORANGE,
+    Axis,
+    Figure,
+    Panel,
+    Series,
+    bars,
+    from_to,
+    line,
+    lying_bars,
+    short,
+    total_of,
+    values,
+)
+from fedpress.reports.reading import Json
+
+MANY_CLIENTS = 40  # above this, bars with names cannot be read: show the distribution
+
+
+def accuracy_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
+    """Shows accuracy over the rounds with the epsilon that was spent for it."""
+    if not rounds:
+        return None
+    x, accuracy, spent = values(rounds, "round"), values(rounds, "accuracy", 100), values(rounds, "epsilon")
+    caption = f"Validation accuracy {from_to(accuracy)} over {len(rounds)} rounds"
+    top = Panel(Axis("validation accuracy (%)"), [line("accuracy", x, accuracy, unit="%", across="round")])
+    if all(e is None for e in spent):
+        said = f"{caption}, without differential privacy."
+        return Figure(f"Accuracy over rounds: {name}", said, Axis("round"), [top], together=True)
+    last = next(e for e in reversed(spent) if e is not None)
+    return Figure(
+        f"Accuracy and privacy spent: {name}",
+        f"{caption}; below it the privacy spent so far, ε = {units.epsilon(last)} at the end.",
+        Axis("round"),
+        [top, Panel(Axis("ε spent", low=0.0), [line("ε spent", x, spent, color=ORANGE, across="round")])],
+        height=380,
+        together=True,
+    )
+
+
+def bytes_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
+    """Shows bytes up and down per round, and their sum so far."""
+    up, down = values(rounds, "bytes_up"), values(rounds, "bytes_down")
+    if not any(up) and not any(down):
+        return None
+    prefix, size = units.scale(max(b or 0.0 for b in up + down))
+    total_prefix, total_size = units.scale(total_of(up + down))
+    x = values(rounds, "round")
+    each, so_far = [], []
+    for word, amounts, color in (("up", up, BLUE), ("down", down, ORANGE)):
+        scaled = [b and b / size for b in amounts]
+        each.append(bars(word, x, scaled, color=color, unit=f" {prefix}B", across="round"))
+        totals = [total / total_size for total in accumulate(b or 0.0 for b in amounts)]
+        hover = [f"{word}, so far {short(total)} {total_prefix}B" for total in totals]
+        so_far.append(Series("areas", f"{word}, so far", x, totals, color, hover, in_legend=False))
+    return Figure(
+        f"Bytes sent: {name}",
+        f"{units.count(total_of(up), 'B')} up to the server and {units.count(total_of(down), 'B')} down to the clients"
+        f" in {len(rounds)} rounds; each round above, the sum so far below.",
+        Axis("round"),
+        [
+            Panel(Axis(f"per round ({prefix}B)", low=0.0), each, stacked=True),
+            Panel(Axis(f"so far ({total_prefix}B)", low=0.0), so_far, stacked=True),
+        ],
+        height=380,
+        together=True,
+        legend=True,
+    )
+
+
+def accuracy_over_bytes(name: str, rounds: list[Json]) -> Figure | None:
+    """Shows accuracy over all bytes sent so far, up and down: what a connection costs is bytes, not rounds."""
+    accuracy = values(rounds, "accuracy", 100)
+    sent = [
+        (up or 0.0) + (down or 0.0)
+        for up, down in zip(values(rounds, "bytes_up"), values(rounds, "bytes_down"), strict=True)
+    ]
+    if not any(sent) or all(a is None for a in accuracy):
+        return None
+    prefix, size = units.scale(total_of(sent))
+    so_far = [total / size for total in accumulate(sent)]
+    hover = ["" if a is None else f"{a:.2f}% after {short(b)} {prefix}B" for a, b in zip(accuracy, so_far, strict=True)]
+    return Figure(
+        f"Accuracy over bytes: {name}",
+        f"Validation accuracy {from_to(accuracy)} for {units.count(total_of(sent), 'B')} up and down together.",
+        Axis(f"bytes sent, up and down ({prefix}B)", low=0.0),
+        [
+            Panel(
+                Axis("validation accuracy (%)"),
+                [Series("line", "accuracy", so_far, accuracy, hover=hover, marked=len(rounds) < 60)],
+            )
+        ],
+    )
+
+
+def client_accuracy(stage: Json) -> Figure | None:
+    """Shows how well the final model of a stage does for each client: bars, or a histogram of many."""
+    measured = stage.get("client_accuracy")
+    measured = measured.items() if isinstance(measured, dict) else ()
+    pairs = [(name, 100 * x) for name, x in ((n, units.number(a)) for n, a in measured) if x is not None]
+    if not pairs:
+        return None
+    numbers = sorted(x for _, x in pairs)
+    title = f"Accuracy per client: {stage.get('name') or stage.get('kind')}"
+    caption = (
+        f"{len(pairs)} clients, from {numbers[0]:.2f}% to {numbers[-1]:.2f}%, median {numbers[len(numbers) // 2]:.2f}%."
+    )
+    if len(pairs) > MANY_CLIENTS:
+        return Figure(title, caption, Axis("accuracy (%)"), [Panel(Axis("clients", low=0.0), [_histogram(numbers)])])
+    bar = lying_bars(
+        "accuracy",
+        [x for _, x in pairs],
+        hover=[f"{n}: {x:.2f}%" for n, x in pairs],
+        beside=[f"{x:.1f}%" for _, x in pairs],
+    )
+    panel = Panel(Axis("", names=[n for n, _ in pairs]), [bar])
+    return Figure(title, caption, Axis("accuracy (%)", low=0.0, high=100.0), [panel], height=110 + 24 * len(pairs))
+
+
+def _histogram(numbers: list[float]) -> Series:
+    """Returns how many of the sorted `numbers` lie in each of some equal bins; a bar stands in a bin's middle."""
+    low, high = numbers[0], numbers[-1]
+    if high - low < 1e-9:
+        low, high = low - 0.5, high + 0.5
+    count = min(30, max(8, round(math.sqrt(len(numbers)))))
+    width = (high - low) / count
+    counts = [0] * count
+    for number in numbers:
+        counts[min(count - 1, int((number - low) / width))] += 1
+    middles = [low + (i + 0.5) * width for i in range(count)]
+    hover = [
+        f"{n} clients from {m - width / 2:.2f}% to {m + width / 2:.2f}%" for n, m in zip(counts, middles, strict=True)
+    ]
+    return Series("bars", "clients", middles, [float(n) for n in counts], hover=hover)

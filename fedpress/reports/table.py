@@ -1,0 +1,290 @@
+"""The table of the end: a line per stage, the same for the terminal and for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from fedpress.reports import units
+from fedpress.reports.reading import Json, records_by_stage, stages_of
+
+
+@dataclass(frozen=True)
+class Table:
+    """A header and rows of text, all of one length; the first column holds names, the others numbers."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+
+def stage_table(result: Json, *, before: Json | None = None) -> Table:
+    """Returns a row per stage of a `result.json`, after one of the model `before`; an empty column is left out.
+
+    Accuracy stands with its change in percentage points, and parameters with their share, against the first stage.
+    """
+    stages = [*([before] if before else []), *stages_of(result)]
+    columns = [[title, *(cell(stage, stages) for stage in stages)] for title, cell in COLUMNS]
+    kept = [column for column in columns if column[0] == "Stage" or set(column[1:]) - {units.DASH}]
+    return Table(
+        header=[column[0] for column in kept], rows=[list(row) for row in zip(*(c[1:] for c in kept), strict=True)]
+    )
+
+
+def runtimes_told(result: Json, *, before: Json | None = None) -> str:
+    """Returns which stage's latency is of which runtime, if there are several; else nothing.
+
+    >>> stage = {"name": "dense", "latency_ms": 2.0, "runtime": "torch"}
+    >>> runtimes_told({"stages": [stage, {"name": "export", "latency_ms": 1.0, "runtime": "onnxruntime"}]})
+    'Latencies compare within one runtime only: dense in torch; export in onnxruntime.'
+    """
+    names: dict[str, list[str]] = {}
+    for stage in [*([before] if before else []), *stages_of(result)]:
+        if units.number(stage.get("latency_ms")) is not None:
+            names.setdefault(str(stage.get("runtime") or "an unknown runtime"), []).append(_name(stage))
+    if len(names) < 2:
+        return ""
+    groups = "; ".join(f"{', '.join(stages)} in {runtime}" for runtime, stages in names.items())
+    return f"Latencies compare within one runtime only: {groups}."
+
+
+def progress_table(records: list[Json]) -> Table:
+    """Returns a row per stage that has left records: how far it came; for a run that has no result yet."""
+    rows = []
+    for steps in records_by_stage(records):
+        last = steps[-1]
+        done = last.get("round", last.get("epoch"))
+        planned = last.get("num_rounds", last.get("epochs"))
+        word = "round" if "round" in last else "epoch"
+        far = units.DASH if done is None else f"{word} {done}" + ("" if planned is None else f" of {planned}")
+        accuracy = last.get("accuracy", last.get("accuracy_restored"))
+        seconds = [x for x in (units.number(step.get("seconds")) for step in steps) if x is not None]
+        so_far = last.get("seconds") if "epoch" in last else sum(seconds) if seconds else None  # epochs count on
+        rows.append(
+            [_name(last), far, units.percent(accuracy), units.epsilon(last.get("epsilon")), units.seconds(so_far)]
+        )
+    return Table(header=["Stage", "Came to", "Validation accuracy", "ε", "Time"], rows=rows)
+
+
+def accuracy_table(stages: list[Json]) -> Table:
+    """Returns a row for each stage whose test accuracy has its context: the largest class, balanced accuracy, AUC."""
+    rows = []
+    for stage in stages:
+        if units.number(stage.get("balanced_accuracy")) is not None:
+            shares = [units.percent(stage.get(key)) for key in ("accuracy", "majority_share", "balanced_accuracy")]
+            rows.append([_name(stage), *shares, _auc(stage.get("auc"))])
+    return Table(header=["Stage", "Accuracy", "Largest class", "Balanced accuracy", "AUC"], rows=rows)
+
+
+def ledger_table(ledger: Json) -> Table | None:
+    """Returns what was charged to private data; clients with the same charge share a row."""
+    found = ledger.get("charges")
+    charges = [c for c in found if isinstance(c, dict)] if isinstance(found, list) else []
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for charge in charges:
+        rounds = (
+            f"{charge.get('first_round')} to {charge.get('last_round')}" if charge.get("last_round") else units.DASH
+        )
+        numbers = [units.small(charge.get(key)) for key in ("sampling_prob", "noise_multiplier", "steps")]
+        groups.setdefault((str(charge.get("what")), *numbers, rounds), []).append(str(charge.get("who")))
+    rows = [
+        [what, who[0] if len(who) == 1 else f"{len(who)} clients", *numbers] for (what, *numbers), who in groups.items()
+    ]
+    header = ["For", "Whose data", "Sampling probability", "Noise multiplier", "Steps", "Rounds"]
+    return Table(header=header, rows=rows) if rows else None
+
+
+def left_table(stages: list[Json]) -> Table:
+    """Returns a row for everything that a stage left as it was, with the reason; many of one reason share a row."""
+    rows: list[list[str]] = []
+    for stage in stages:
+        found = [(n, str(why)) for key in LEFT if isinstance(stage.get(key), dict) for n, why in stage[key].items()]
+        for reason in dict.fromkeys(why for _, why in found):
+            names = [name for name, why in found if why == reason]
+            few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            rows.append([_name(stage), few, reason])
+    return Table(header=["Stage", "Left as it was", "Why"], rows=rows)
+
+
+def failure_table(stages: list[Json], records: list[Json] | None = None) -> Table:
+    """Returns a row for each client whose answers did not count, and for each noised count of what failed.
+
+    `records` stand in for a stage that has no result yet, or that an earlier version ran.
+    """
+    rows: list[list[str]] = []
+    told = {_name(stage) for stage in stages if isinstance(stage.get("failures"), dict)}
+    for steps in records_by_stage(records or []):
+        if _name(steps[0]) not in told:
+            rows += _refused_rows(steps)
+    for stage in stages:
+        failures = stage.get("failures")
+        if not isinstance(failures, dict):
+            continue
+        clients = failures.get("clients")
+        for name, one in (clients if isinstance(clients, dict) else {}).items():
+            rows.append([_name(stage), str(name), f"{one.get('rounds')} refused", str(one.get("reason"))])
+        counted = failures.get("counted")
+        if isinstance(counted, dict) and counted.get("sure"):
+            who = "clients" if counted.get("unit") == "client" else "examples"
+            diverged = counted.get("not_finite", 0) > counted.get("failed", 0)
+            cause = "not finite" if diverged else "the model could not run on them"
+            rows.append([_name(stage), f"all {who}, counted with noise", _counted(counted), cause])
+    return Table(header=["Stage", "Who", "Failed", "Why"], rows=rows)
+
+
+def _refused_rows(rounds: list[Json]) -> list[list[str]]:
+    """A row for each client that a round of one stage refused, with the last reason."""
+    found: dict[str, tuple[int, str]] = {}
+    for one in rounds:
+        refused = one.get("refused")
+        for name, reason in (refused if isinstance(refused, dict) else {}).items():
+            found[name] = (found.get(name, (0, ""))[0] + 1, str(reason))
+    return [[_name(rounds[0]), name, f"{times} refused", why] for name, (times, why) in found.items()]
+
+
+def runtime_table(stages: list[Json]) -> Table:
+    """Returns a row for each exported file, and for each runtime of a measure stage: size, latency, parity."""
+    rows = []
+    for stage in stages:
+        if stage.get("artifact"):
+            parity = stage["parity"] if isinstance(stage.get("parity"), dict) else {}
+            same = units.percent(parity.get("same_argmax_as_model", parity.get("same_argmax_share")))
+            runtime, latency = str(stage.get("runtime") or ""), stage.get("latency_ms")
+            cells = [_bytes(stage.get("file_bytes")), units.milliseconds(latency), same]
+            rows.append([_name(stage), str(stage["artifact"]), runtime, *cells])
+        found = stage["measure"].get("runtimes") if isinstance(stage.get("measure"), dict) else None
+        for record in found if isinstance(found, list) else ():
+            first: Json = next(iter(record.get("timings", ())), {})
+            cells = [_bytes(record.get("file_bytes")), units.milliseconds(first.get("median_ms")), units.DASH]
+            rows.append([_name(stage), str(record.get("name")), str(record.get("runtime")), *cells])
+    return Table(header=["Stage", "File", "Runtime", "Size", "Latency", "Same answers"], rows=rows)
+
+
+def comparison_table(before: Json, after: Json) -> Table:
+    """Returns a row for each number of one stage: before, after, and the change or share."""
+    rows = []
+    for title, key, form in COMPARED:
+        old, new = units.number(before.get(key)), units.number(after.get(key))
+        if key == "nonzero_parameters" and old is None and new is not None:
+            old = units.number(before.get("parameters"))  # a network without zeros by design
+        if old is None and new is None:
+            continue
+        change = ""
+        if key == "accuracy":
+            change = f"{units.points(new, old)} points" if old is not None and new is not None else ""
+        other = key == "latency_ms" and before.get("runtime") != after.get("runtime")
+        if old and new is not None and key != "accuracy" and not other:  # only one runtime's latencies compare
+            change = f"{units.percent(new / old, 1)}"
+        runtime = f" ({before.get('runtime')} → {after.get('runtime')})" if other else ""
+        rows.append([title + runtime, form(old), form(new), change])
+    return Table(header=["", "Before", "After", ""], rows=rows)
+
+
+def as_rich(table: Table, *, words: Collection[str] = ()) -> RichTable:
+    """Returns a table for a terminal; the columns `words` and the first hold text that may wrap."""
+    shown = RichTable(box=None, header_style="bold", pad_edge=False)
+    for at, title in enumerate(table.header):
+        text = at == 0 or title in words
+        shown.add_column(title, justify="left" if text else "right", no_wrap=not text, overflow="fold")
+    for row in table.rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    return shown
+
+
+def rich_table(result: Json) -> RichTable:
+    """Returns `stage_table` for a terminal."""
+    table = stage_table(result)
+    shown = RichTable(box=None, header_style="bold", pad_edge=False, collapse_padding=True)  # fits 80 columns
+    for title in table.header:
+        wraps = title in ("Stage", "Accuracy", "Params")  # a number and its bracket may stand in two lines
+        shown.add_column(title, justify="left" if title == "Stage" else "right", no_wrap=not wraps)
+    for row in table.rows:
+        shown.add_row(*(Text(cell) for cell in row))  # Text: a name with [brackets] is no markup
+    return shown
+
+
+def _name(stage: Json) -> str:
+    return str(stage.get("name") or stage.get("kind") or "?")
+
+
+def _first(stages: list[Json], key: str) -> float | None:
+    """The value of the first stage that has one."""
+    return next((x for x in (units.number(stage.get(key)) for stage in stages) if x is not None), None)
+
+
+def _accuracy(stage: Json, stages: list[Json]) -> str:
+    change = units.points(stage.get("accuracy"), _first(stages, "accuracy"))
+    return units.percent(stage.get("accuracy")) + (f" ({change})" if change and stage is not stages[0] else "")
+
+
+def _parameters(stage: Json, stages: list[Json]) -> str:
+    own, first = units.number(stage.get("parameters")), _first(stages, "parameters")
+    share = f" ({units.percent(own / first, 1)})" if own and first and own != first else ""
+    return units.count(own) + share
+
+
+def _epsilon(stage: Json, stages: list[Json]) -> str:
+    private = units.epsilon(stage.get("epsilon"))
+    return "none" if private == units.DASH and stage.get("kind") == "federate" else private
+
+
+def _failed(stage: Json, stages: list[Json]) -> str:
+    """How many answers of clients did not count, or about how many protected units gave nothing."""
+    failures = stage.get("failures")
+    if not isinstance(failures, dict):
+        return units.DASH
+    if failures.get("refused"):
+        return f"{failures['refused']} of {failures.get('asked')}"
+    counted = failures.get("counted")
+    return _counted(counted) if isinstance(counted, dict) and counted.get("sure") else units.DASH
+
+
+def _counted(counted: Json) -> str:
+    of = counted.get("of", 0.0)
+    count = min(max(counted.get("not_finite", 0.0) + counted.get("failed", 0.0), 0.0), of)
+    return f"≈{count:,.0f} of {of:,.0f}"
+
+
+def _plain(key: str, form: Callable[[Any], str]) -> Callable[[Json, list[Json]], str]:
+    return lambda stage, stages: form(stage.get(key))
+
+
+def _auc(value: Any) -> str:
+    x = units.number(value)
+    return units.DASH if x is None else f"{x:.3f}"
+
+
+def _bytes(value: Any) -> str:
+    return units.count(value, "B")
+
+
+LEFT = ("told", "left", "whole_layers", "dense_weights", "float_layers", "left_float")
+COMPARED: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("Accuracy", "accuracy", units.percent),
+    ("Balanced accuracy", "balanced_accuracy", units.percent),
+    ("AUC", "auc", _auc),
+    ("Parameters", "parameters", units.count),
+    ("Non-zeros", "nonzero_parameters", units.count),
+    ("MACs", "macs", units.count),
+    ("File", "file_bytes", _bytes),
+    ("Packed", "packed_file_bytes", _bytes),
+    ("Latency", "latency_ms", units.milliseconds),
+)
+COLUMNS: tuple[tuple[str, Callable[[Json, list[Json]], str]], ...] = (
+    ("Stage", lambda stage, stages: _name(stage)),
+    ("Accuracy", _accuracy),
+    ("Params", _parameters),
+    ("Non-zeros", _plain("nonzero_parameters", units.count)),
+    ("MACs", _plain("macs", units.count)),
+    ("Size", _plain("file_bytes", _bytes)),
+    ("Packed", _plain("packed_file_bytes", _bytes)),
+    ("Latency", _plain("latency_ms", units.milliseconds)),
+    ("Up", _plain("bytes_up", _bytes)),
+    ("Down", _plain("bytes_down", _bytes)),
+    ("ε", _epsilon),
+    ("Failed", _failed),
+    ("Time", _plain("seconds", units.seconds)),
+)

@@ -1,0 +1,287 @@
+"""The server of a secure sum: it adds hidden vectors, and sees nothing but their sum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpress.errors import RecipeError, SecureError, WireError
+from fedpress.secagg.client import list_digest, report_digest, wanted_rows
+from fedpress.secagg.keys import NONCE, SIGNATURE, TAG, unseal
+from fedpress.secagg.masks import add_masks_, centred, tensor_type, to_words, word
+from fedpress.secagg.parts import JSON, Part, read, read_bytes, read_number, tensor
+from fedpress.secagg.plan import SecurePlan
+from fedpress.secagg.public import SEED, Roster, Round, Setting, commitment
+from fedpress.secagg.shares import recover
+
+
+class Combiner:
+    """The server's side of the set-up; the same clients joining again give the same roster."""
+
+    def __init__(self, plan: SecurePlan, identities: Mapping[str, bytes], run: str) -> None:
+        self._setting = Setting(plan, dict(identities), run)
+        self._joined: dict[str, tuple[bytes, bytes]] = {}
+        self._roster: Roster | None = None
+        self._accepted: set[str] = set()
+
+    def join(self, name: str, part: Part) -> None:
+        """Takes a client's key; WireError if it is not signed by it, came twice, or came after the roster."""
+        key = read_bytes(part, "key", (32,), "join").tobytes()
+        signature = read_bytes(part, "signature", (SIGNATURE,), "join").tobytes()
+        if self._roster is not None or name in self._joined:
+            raise WireError(f"join: {name!r} joined twice or after the roster was made; join once before it")
+        if not self._setting.signed(name, signature, "join", name, key):
+            raise WireError(f"join.signature: not by {name!r}, or for another run or plan; use the same settings")
+        if any(key == other for other, _ in self._joined.values()):
+            raise WireError(f"join.key: {name!r} has the key of another client; send your own")
+        self._joined[name] = key, signature
+
+    def roster(self) -> Part:
+        """Returns everybody's keys, to be sent to all; nobody can join any more.
+
+        Raises:
+            SecureError: if fewer clients joined than a round needs.
+        """
+        if self._roster is None:
+            if len(self._joined) < self._setting.plan.cohort:
+                raise SecureError(
+                    f"{len(self._joined)} clients joined, a round needs {self._setting.plan.cohort}; wait for more"
+                )
+            names = tuple(sorted(self._joined))
+            keys, signatures = zip(*(self._joined[name] for name in names), strict=True)
+            self._roster = Roster(names, keys, signatures)
+        return self._roster.part()
+
+    def load_roster_(self, roster: Part) -> None:
+        """Takes over a roster made before the server was stopped; WireError if it is faulty."""
+        self._roster = Roster.read(roster, self._setting)
+
+    def accepted(self, name: str, part: Part) -> None:
+        """Notes that a client checked the roster; WireError if it does not say so about this one."""
+        signature = read_bytes(part, "signature", (SIGNATURE,), "accept").tobytes()
+        if self._roster is None or name not in self._roster.names:
+            raise WireError(f"accept: {name!r} is not in the roster; join first")
+        if not self._setting.signed(name, signature, "accept", name, self._roster.digest):
+            raise WireError(f"accept.signature: {name!r} signed no such roster; send it the same as all")
+        self._accepted.add(name)
+
+    def open(self, round: int, cohort: Sequence[str], size: int) -> SecureRound:
+        """Begins a round of vectors [size].
+
+        Raises:
+            RecipeError: if the cohort is not as planned or somebody in it did not accept the roster.
+        """
+        if self._roster is None or not self._accepted.issuperset(cohort) or size < 1:
+            raise RecipeError("secure.cohort: somebody in it did not accept the roster; choose among those who did")
+        try:
+            return SecureRound(self._setting, Round.of(self._setting, self._roster, round, cohort, size))
+        except WireError as error:
+            raise RecipeError(f"secure.{error}") from error
+
+
+class SecureRound:
+    """One sum: `add` reports as they come, send the `requests`, `share` the answers, then `sum`."""
+
+    def __init__(self, setting: Setting, facts: Round) -> None:
+        self._setting, self._facts, self._plan = setting, facts, setting.plan
+        self._number = {name: i for i, name in enumerate(facts.names)}
+        self._total = np.zeros(facts.size, word(self._plan.bits))
+        self._reports: dict[int, dict[str, np.ndarray]] = {}
+        self._asked: np.ndarray | None = None  # who reported, once that is settled
+        self._wanted: list[list[int]] = []  # which shares of each of them are opened
+        self._answers: dict[int, dict[str, np.ndarray]] = {}  # by the place in the committee
+
+    @property
+    def reported(self) -> list[str]:
+        """Names of those whose vectors are in the sum, in order."""
+        return [self._facts.names[i] for i in sorted(self._reports)]
+
+    def add(self, name: str, part: Part) -> None:
+        """Adds one client's hidden vector and keeps only its shares.
+
+        Raises:
+            WireError: if the report is faulty, not signed by the client, came twice or too late; it is not added.
+        """
+        place, facts = "report", self._facts
+        me = self._client(name, part, place)
+        if me in self._reports or self._asked is not None:
+            raise WireError(f"{place}: {name!r} reported twice or too late; report once per round")
+        masked = read(part, "masked", tensor_type(self._plan.bits), (facts.size,), place)
+        shapes = {
+            "nonce": (NONCE,),
+            "sealed": (len(facts.committee), facts.sealed_size(me)),
+            "commitments": (1 + len(facts.neighbours(me)), SEED),
+            "signature": (SIGNATURE,),
+        }
+        kept = {field: read_bytes(part, field, shape, place).copy() for field, shape in shapes.items()}
+        if int(masked.min()) < 0 or int(masked.max()) >> self._plan.bits:
+            raise WireError(f"{place}.masked: a value is not from 0 to 2^{self._plan.bits} - 1; send it unchanged")
+        made = report_digest({"masked": masked} | {field: torch.from_numpy(kept[field]) for field in shapes})
+        if not self._setting.signed(name, kept["signature"].tobytes(), "report", facts.context, name, made):
+            raise WireError(f"{place}.signature: not by {name!r} about this round and cohort; send it unchanged")
+        self._total += to_words(masked, self._plan.bits)
+        self._reports[me] = kept | {"digest": np.frombuffer(made, np.uint8)}
+
+    def requests(self) -> dict[str, Part]:
+        """Returns the question for each member of the committee who reported; nobody can report any more.
+
+        Raises:
+            SecureError: if too few reported for the plan, or two clients do not agree on their mask.
+        """
+        facts = self._facts
+        reported = np.zeros(len(facts.names), bool)
+        reported[list(self._reports)] = True
+        problem = facts.too_few(reported) if reported.any() else "nobody reported"
+        holders = [k for k, i in enumerate(facts.committee) if reported[i]]
+        if not problem and len(holders) < self._plan.threshold:
+            problem = f"{len(holders)} of the committee reported, and at least {self._plan.threshold} must"
+        problem = problem or self._disagreement()
+        if problem:
+            raise SecureError(f"round {facts.number}: {problem}; the sum stays closed")
+        self._asked = reported
+        self._wanted = [wanted_rows(facts, i, reported) for i in self._settled()]
+        reports = [self._reports[i] for i in self._settled()]
+        common = {
+            "reported": tensor(reported.astype(np.uint8)),
+            "nonces": tensor(np.stack([r["nonce"] for r in reports])),
+            "digests": tensor(np.stack([r["digest"] for r in reports])),
+            "signatures": tensor(np.stack([r["signature"] for r in reports])),
+        }
+        header: dict[str, JSON] = {"round": facts.number, "size": facts.size, "cohort": [*facts.names]}
+        return {
+            facts.names[facts.committee[k]]: Part(
+                header, common | {"sealed": tensor(np.concatenate([r["sealed"][k] for r in reports]))}
+            )
+            for k in holders
+        }
+
+    def share(self, name: str, part: Part) -> None:
+        """Takes one member's answer; WireError if it is faulty, which counts as none."""
+        place, facts = "shares", self._facts
+        me = self._client(name, part, place)
+        if self._asked is None or me not in facts.committee or not self._asked[me]:
+            raise WireError(f"{place}: {name!r} was not asked; answer only what was asked")
+        k = facts.committee.index(me)
+        if k in self._answers:
+            raise WireError(f"{place}: {name!r} answered twice; answer once")
+        clients = self._settled()
+        holders = sum(int(self._asked[i]) for i in facts.committee)
+        rows = sum(map(len, self._wanted))
+        shapes = {
+            "body": (len(clients) + rows * SEED + TAG,),
+            "commitment": (SEED,),
+            "locks": (holders, 32),
+            "opens": (holders, 32),
+        }
+        self._answers[k] = {field: read_bytes(part, field, shape, place).copy() for field, shape in shapes.items()}
+
+    def sum(self) -> Tensor:
+        """Returns the sum of those who reported, int64 [size] from -2^(bits-1) to 2^(bits-1) - 1.
+
+        Raises:
+            SecureError: if too few of the committee gave right answers.
+        """
+        if self._asked is None:
+            raise SecureError(f"round {self._facts.number}: nobody was asked to unmask; send the requests first")
+        bodies = self._bodies()
+        facts, clients = self._facts, self._settled()
+        starts = np.cumsum([0, *map(len, self._wanted)])
+        holders = np.array(sorted(bodies))
+        unread = np.stack([np.frombuffer(bodies[k], np.uint8, len(clients)) for k in holders])
+        shares = np.stack([np.frombuffer(bodies[k], np.uint8, offset=len(clients)) for k in holders])
+        shares = shares.reshape(len(holders), -1, SEED)
+        kept = np.concatenate(
+            [self._reports[i]["commitments"][rows] for i, rows in zip(clients, self._wanted, strict=True)]
+        )
+        seeds = np.zeros((starts[-1], SEED), np.uint8)
+        groups: dict[bytes, list[int]] = {}  # clients whose shares were readable for the same holders
+        for at in range(len(clients)):
+            groups.setdefault(unread[:, at].tobytes(), []).append(at)
+        for key, members in groups.items():
+            able = np.flatnonzero(np.frombuffer(key, np.uint8) == 0)
+            rows = np.concatenate([np.arange(starts[at], starts[at + 1]) for at in members])
+            name = facts.names[clients[members[0]]]
+            if len(able) < self._plan.threshold:
+                raise self._closed(f"only {len(able)} of the committee can read what {name!r} sent them")
+            expected = [row.tobytes() for row in kept[rows]]
+            found, lost = recover(
+                shares[np.ix_(able, rows)],
+                (holders[able] + 1).tolist(),
+                self._plan.threshold,
+                lambda number, seed, expected=expected: commitment(seed) == expected[number],  # type: ignore[misc]
+            )
+            if lost:
+                raise self._closed("the shares of the committee do not fit what clients committed to")
+            seeds[rows] = found
+        total = self._total.copy()
+        add_masks_(total, self._to_remove(seeds))
+        return centred(total, self._plan.bits)
+
+    def _settled(self) -> list[int]:
+        """Returns the numbers of those in the sum, once the requests were made."""
+        assert self._asked is not None
+        return [int(i) for i in np.flatnonzero(self._asked)]
+
+    def _client(self, name: str, part: Part, place: str) -> int:
+        if name not in self._number:
+            raise WireError(f"{place}: {name!r} is not in the cohort of round {self._facts.number}; stay away")
+        number = read_number(part, "round", place)
+        if number != self._facts.number:
+            raise WireError(f"{place}.round: got {number}, expected {self._facts.number}; answer the newest request")
+        return self._number[name]
+
+    def _disagreement(self) -> str:
+        """Says which client committed to other masks than its neighbours, so that the sum would be wrong."""
+        facts, size = self._facts, len(self._facts.names)
+        table = np.zeros((size, size, SEED // 8), np.uint64)
+        for i, report in self._reports.items():
+            table[i, facts.neighbours(i)] = report["commitments"][1:].view(np.uint64)
+        both = np.zeros(size, bool)
+        both[list(self._reports)] = True
+        wrong = (table != table.transpose(1, 0, 2)).any(2) & both[:, None] & both[None, :]
+        if not wrong.any():
+            return ""
+        return f"{facts.names[int(wrong.sum(1).argmax())]!r} and its neighbours do not agree on their masks"
+
+    def _bodies(self) -> dict[int, bytes]:
+        """Returns what the members answered, by place in the committee, as far as it can be opened."""
+        assert self._asked is not None
+        facts, threshold, places = self._facts, self._plan.threshold, sorted(self._answers)
+        if len(places) < threshold:
+            raise self._closed(f"{len(places)} of the committee answered, and at least {threshold} must")
+        rank = {k: at for at, k in enumerate(k for k, i in enumerate(facts.committee) if self._asked[i])}
+        owners = [rank[k] for k in places]
+        locks = np.stack([self._answers[k]["locks"][owners] for k in places])  # [owner, holder, 32]
+        opens = np.stack([self._answers[k]["opens"][owners] for k in places])  # [holder, owner, 32]
+        expected = [self._answers[k]["commitment"].tobytes() for k in places]
+        keys, lost = recover(
+            locks.transpose(1, 0, 2) ^ opens,
+            [k + 1 for k in places],
+            threshold,
+            lambda number, key: commitment(key) == expected[number],
+        )
+        digests = np.stack([self._reports[i]["digest"] for i in self._settled()])
+        label = list_digest(facts, self._asked, digests)
+        bodies = {}
+        for at, k in enumerate(places):
+            body = unseal(keys[at].tobytes(), bytes(NONCE), self._answers[k]["body"].tobytes(), label)
+            if at not in lost and body is not None:
+                bodies[k] = body
+        if len(bodies) < threshold:
+            raise self._closed(f"{len(bodies)} of the committee gave right answers, and at least {threshold} must")
+        return bodies
+
+    def _to_remove(self, seeds: np.ndarray) -> list[tuple[bytes, bool]]:
+        """Returns the masks left in the total, each with the opposite sign."""
+        left, rows = [], iter(seeds)
+        for i, opened in zip(self._settled(), self._wanted, strict=True):
+            neighbours = self._facts.neighbours(i)
+            left.append((next(rows).tobytes(), False))
+            left += [(next(rows).tobytes(), bool(i > neighbours[row - 1])) for row in opened[1:]]
+        return left
+
+    def _closed(self, problem: str) -> SecureError:
+        return SecureError(f"round {self._facts.number}: {problem}; the sum stays closed")

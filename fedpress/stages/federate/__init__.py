@@ -1,0 +1,1 @@
+"""The federate stage: settings, privacy, binding, the rounds."""

@@ -1,0 +1,395 @@
+"""Plans the privacy of a federate stage: who adds which noise, on which grid, and what each round costs whom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from fedpress.codecs import Bound, Clip, Discretize, Noise, Rotate, Settings, bind_chain
+from fedpress.codecs.discretize import coordinate_limit
+from fedpress.errors import RecipeError
+from fedpress.federation import Cohort
+from fedpress.federation.aggregators.mean import check_additive
+from fedpress.federation.servernoise import ServerNoise
+from fedpress.privacy.accounting.events import AnyPhase
+from fedpress.privacy.adaptive import AdaptiveClip, count_noise_for, split
+from fedpress.privacy.ledger import POPULATION
+from fedpress.privacy.noise import distributed
+from fedpress.privacy.noise.factorization import Factorization
+from fedpress.privacy.plan import PrivacyPlan
+from fedpress.secagg import SecurePlan
+from fedpress.stages.federate.settings import FederateSettings, PrivacySettings
+
+BITS = 16
+"""Bits of a secure sum without noise, where none are asked for: coarser than float32, finer than updates need."""
+CLIP_NORM = 10.0
+"""Longest update of a secure sum without privacy, where the recipe gives no list: longer than those of usual rounds."""
+NOISED_LIST = 'uplink = [{ kind = "rotate" }, { kind = "discretize" }]'
+PLAIN_LIST = (
+    f'uplink = [{{ kind = "clip", clip_norm = {CLIP_NORM} }}, {{ kind = "rotate" }}, {{ kind = "discretize" }}]'
+)
+"""What a secure sum needs, with privacy (which clips by itself) and without; as a line of a recipe."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid of a secure sum of `size` values by so many clients.
+
+    Attributes:
+        plan: of the secure sum.
+        size: values that every client sends.
+        scale: grid units per unit of the update.
+        coordinate_limit: where each value is clamped, in units of the update.
+        limit: no value of an honest sum is larger, in grid units.
+        noise: the privacy it was planned for, None without.
+    """
+
+    plan: SecurePlan
+    size: int
+    scale: float
+    coordinate_limit: float
+    limit: int
+    noise: distributed.DistributedPlan | None = None
+
+    def fill(self, chain: Sequence[Settings]) -> tuple[Settings, ...]:
+        """Returns `chain` with the plan in its `discretize`, and each client's share of the noise behind it."""
+        filled: list[Settings] = []
+        for transform in chain:
+            filled.append(transform)
+            if isinstance(transform, Discretize):
+                planned = {"bits": self.plan.bits, "scale": self.scale, "limit": self.coordinate_limit}
+                if self.noise is not None:
+                    planned["again"] = self.noise.rounds_again
+                filled[-1] = transform.model_copy(update=planned)
+                if self.noise is not None:
+                    filled.append(Noise(std=math.sqrt(self.noise.variance)))
+        return tuple(filled)
+
+
+@dataclass(frozen=True)
+class Protection:
+    """A stage's privacy, planned.
+
+    Attributes:
+        chain: the transforms of the uplink, with grid and noise filled in.
+        plans: each client's plan; the same one for all but under sample privacy of each client's own; empty without.
+        costs: what one round costs those who take part, by name, or "population"; `whole` if it is the cost of all
+            rounds together, charged before the first.
+        grid: of a secure sum, None for a plain one.
+        noise: what the server adds.
+        adaptive: how the clip norm moves, with the noise of its count.
+        divisor: of the private sum.
+        whole: see `costs`.
+    """
+
+    chain: tuple[Settings, ...]
+    plans: Mapping[str, PrivacyPlan] = field(default_factory=dict)
+    costs: Mapping[str, AnyPhase] = field(default_factory=dict)
+    grid: Grid | None = None
+    noise: ServerNoise | None = None
+    adaptive: AdaptiveClip | None = None
+    divisor: float | None = None
+    whole: bool = False
+
+
+def protect(
+    stage: FederateSettings, examples: Mapping[str, int], cohort: Cohort, shapes: Sequence[tuple[int, ...]]
+) -> Protection:
+    """Plans noise, grid and costs of `stage` for clients with so many `examples` and parameters of these `shapes`.
+
+    Raises:
+        RecipeError: if settings do not fit together.
+        PrivacyError: if no noise keeps the budget.
+    """
+    private, secure = stage.privacy, is_secure(stage)
+    chain = tuple(stage.uplink) or (secure_list(private is not None) if secure else ())
+    start = Bound(sum(math.prod(s) for s in shapes), shapes=tuple(shapes))
+    _check_list(stage, secure, cohort)
+    if private is None:
+        if not secure:
+            return Protection(chain)
+        grid = _grid(stage, chain, start, cohort)
+        return Protection(grid.fill(chain), grid=grid)
+    _check_promise(private, examples, cohort)
+    if secure and private.trust != "secure":
+        raise RecipeError(
+            f'stage.privacy.trust: got \'{private.trust}\' with sum = "secure"; set trust = "secure", so that the '
+            "clients make the noise of the sum together"
+        )
+    if private.unit == "sample" and private.trust != "local":
+        return _joint(_Case(stage, private, examples, cohort, chain, start))
+    if private.unit == "sample":
+        return _alone(stage, private, examples, chain)
+    return _client(_Case(stage, private, examples, cohort, chain, start))
+
+
+def _check_list(stage: FederateSettings, secure: bool, cohort: Cohort) -> None:
+    for transform in stage.uplink:
+        if stage.error_feedback and getattr(transform, "unbiased", False):
+            raise RecipeError(
+                f"stage.error_feedback: '{transform.kind}' is unbiased, so what it lost would grow from round to "
+                "round; set error_feedback = false, or unbiased = false"
+            )
+        if secure and transform.kind == "noise":
+            raise RecipeError("stage.uplink.noise: a secure sum plans its own noise; ask for it with stage.privacy")
+        if secure and isinstance(transform, Discretize) and transform.scale is not None:
+            raise RecipeError("stage.uplink.discretize.scale: a secure sum plans it; give bits, or leave both out")
+    if secure and (cohort.sampling == "poisson" or (cohort.sampling == "cyclic" and cohort.population % cohort.size)):
+        raise RecipeError(
+            f"stage.sampling: a secure sum needs cohorts of one size, whose noise and bits are planned; got "
+            f"'{cohort.sampling}' cohorts of {cohort.size} in {cohort.population}; use 'fixed', or 'cyclic' with a "
+            "cohort that divides the population"
+        )
+
+
+def is_secure(stage: FederateSettings) -> bool:
+    """Says whether the stage sums securely: it is asked for, or the noise rests on it."""
+    return stage.sum == "secure" or (stage.privacy is not None and stage.privacy.trust == "secure")
+
+
+def secure_list(private: bool) -> tuple[Settings, ...]:
+    """Returns the transforms of a secure sum where the recipe names none; under privacy a clip comes before them."""
+    rest: tuple[Settings, ...] = (Rotate(), Discretize())
+    return rest if private else (Clip(clip_norm=CLIP_NORM), *rest)
+
+
+def noise_makers(plan: SecurePlan) -> int:
+    """Returns how many clients' noise a promise may count on.
+
+    Of those who must stay, the corrupt ones tell their noise to others; and every client can take its own away.
+    """
+    return max(1, plan.survivors - max(plan.corrupt, 1))
+
+
+def repeated(phase: AnyPhase, count: int) -> AnyPhase:
+    """Returns `phase` so many times."""
+    return replace(phase, steps=phase.steps * count)
+
+
+def steps_per_round(stage: FederateSettings, examples: int) -> int:
+    """Returns the local steps of one round for a client of so many examples."""
+    if stage.privacy is not None and stage.privacy.unit == "sample" and stage.privacy.trust != "local":
+        return 1
+    return stage.epochs * math.ceil(examples / stage.batch_size)
+
+
+def _alone(
+    stage: FederateSettings, private: PrivacySettings, examples: Mapping[str, int], chain: tuple[Settings, ...]
+) -> Protection:
+    """Sample privacy of each client's own noise: all get the noise that the most exposed of them needs."""
+    base = PrivacyPlan("sample", private.clip_norm, 1.0, delta=private.delta)
+    plans = {
+        name: replace(base, sampling_prob=min(1.0, stage.batch_size / n), steps_per_round=steps_per_round(stage, n))
+        for name, n in examples.items()
+    }
+    noise = private.noise_multiplier
+    if noise is None:
+        assert private.epsilon is not None
+        budget, length = private.epsilon, max(1, stage.num_rounds)
+        noise = max(p.calibrate(epsilon=budget, num_rounds=length).noise_multiplier for p in set(plans.values()))
+    plans = {name: replace(plan, noise_multiplier=noise) for name, plan in plans.items()}
+    return Protection(chain, plans, {name: plan.phase(num_rounds=1) for name, plan in plans.items()})
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What there is to protect, by whom, in whose updates: the arguments of `protect` and what follows from them."""
+
+    stage: FederateSettings
+    private: PrivacySettings
+    examples: Mapping[str, int]
+    cohort: Cohort
+    chain: tuple[Settings, ...]
+    start: Bound
+
+
+def _joint(case: _Case) -> Protection:
+    """Sample privacy of one jointly noised gradient step a round, over the examples of the whole cohort."""
+    stage, private, examples, cohort, chain = case.stage, case.private, case.examples, case.cohort, case.chain
+    _check_joint(stage)
+    total = sum(examples.values())
+    share = min(1.0, stage.batch_size * len(examples) / total)
+    expected = share * total * cohort.size / cohort.population
+    plan = PrivacyPlan("sample", private.clip_norm, share, 1.0, delta=private.delta)
+    divisor = expected / stage.lr
+    if private.trust == "central":
+        plan = _calibrated(plan, private, max(1, stage.num_rounds))
+        step: AnyPhase = plan.phase(num_rounds=1)
+        return Protection(
+            chain,
+            dict.fromkeys(examples, plan),
+            dict.fromkeys(examples, step),
+            noise=ServerNoise(plan),
+            divisor=divisor,
+        )
+    # A client's sum is cut to what its usual batch can reach. Scaling into a ball is a projection: it brings no two
+    # vectors further apart, so one example still moves the sum by one clip norm.
+    longest = private.clip_norm * max(1.0, share * max(examples.values()))
+    chain = (Clip(clip_norm=longest), *chain)
+    grid = _grid(stage, chain, case.start, cohort, sensitivity=private.clip_norm, sampling_prob=share)
+    assert grid.noise is not None
+    plan = replace(plan, noise_multiplier=grid.noise.noise_multiplier)
+    phase: AnyPhase = grid.noise.phase(num_rounds=1)
+    costs = dict.fromkeys(examples, phase)
+    return Protection(grid.fill(chain), dict.fromkeys(examples, plan), costs, grid, divisor=divisor)
+
+
+def _check_joint(stage: FederateSettings) -> None:
+    for name, fine in (("epochs", 1), ("momentum", 0.0), ("lr_decay", 1.0)):
+        if getattr(stage, name) != fine:
+            raise RecipeError(
+                f"stage.{name}: got {getattr(stage, name):g}, but with this trust the clients of a cohort take one "
+                f"step together; set {name} = {fine:g}, and momentum in stage.server if wanted"
+            )
+    secure = stage.privacy is not None and stage.privacy.trust == "secure"
+    fine_here = ("clip", "randomk", "rotate", "discretize") if secure else ("clip", "randomk")
+    for transform in stage.uplink:
+        if transform.kind not in fine_here or getattr(transform, "unbiased", False):
+            raise RecipeError(
+                f"stage.uplink.{transform.kind}: it could let one example move a client's sum by more than the clip "
+                f'norm; use {" and ".join(repr(kind) for kind in fine_here)} here, or trust = "local"'
+            )
+
+
+def _client(case: _Case) -> Protection:
+    """Client privacy: by the server's noise, by the clients' together, or by each client's own."""
+    stage, private, examples, cohort, chain = case.stage, case.private, case.examples, case.cohort, case.chain
+    times = math.ceil(max(1, stage.num_rounds) / cohort.period)  # that one client takes part
+    everybody = cohort.sampling == "poisson" or cohort.size == cohort.population
+    if private.trust == "secure":
+        before = (Clip(clip_norm=private.clip_norm), *chain)
+        grid = _grid(stage, before, case.start, cohort, times=times)
+        assert grid.noise is not None
+        plan = PrivacyPlan("client", private.clip_norm, 1.0, grid.noise.noise_multiplier, delta=private.delta)
+        shared: AnyPhase = grid.noise.phase(num_rounds=1)
+        return Protection(grid.fill(chain), dict.fromkeys(examples, plan), dict.fromkeys(examples, shared), grid)
+    if private.trust == "local" and cohort.sampling == "poisson":
+        raise RecipeError(
+            "stage.sampling: with trust 'local' the server knows who takes part, so drawing by chance hides nothing; "
+            "use 'fixed' or 'cyclic'"
+        )
+    if private.trust == "local":  # whoever sees a client's update knows that it took part: sampling hides nothing
+        plan = _calibrated(PrivacyPlan("client", private.clip_norm, 1.0, 1.0, delta=private.delta), private, times)
+        return Protection(chain, dict.fromkeys(examples, plan), dict.fromkeys(examples, plan.phase(num_rounds=1)))
+    unit = 1.0 if private.adaptive is not None else private.clip_norm  # an adaptive clip's updates come in units of it
+    plan = PrivacyPlan("client", unit, cohort.sampling_prob, 1.0, delta=private.delta)
+    if private.correlated is not None:
+        return _correlated(case, plan, times)
+    plan = _calibrated(plan, private, times)
+    noise, moving = ServerNoise(plan), None
+    if private.adaptive is not None:
+        count = private.adaptive.count_noise or count_noise_for(plan.noise_multiplier, cohort.size)
+        moving = replace(private.adaptive, count_noise=count)
+        noise = ServerNoise(replace(plan, noise_multiplier=split(plan.noise_multiplier, count)))
+    phase: AnyPhase = plan.phase(num_rounds=1)
+    costs = {POPULATION: phase} if everybody else dict.fromkeys(examples, phase)
+    return Protection(chain, dict.fromkeys(examples, plan), costs, noise=noise, adaptive=moving)
+
+
+def _correlated(case: _Case, plan: PrivacyPlan, times: int) -> Protection:
+    """Noise that is correlated over the rounds: all of them together are one Gaussian mechanism."""
+    stage, private, cohort = case.stage, case.private, case.cohort
+    if cohort.sampling == "poisson":
+        raise RecipeError(
+            "stage.sampling: correlated noise is for populations without sampling; use 'cyclic', or all clients"
+        )
+    assert private.correlated is not None
+    rounds = max(1, stage.num_rounds)
+    mixed = Factorization.plan(
+        rounds, participations=times, min_separation=cohort.period, bands=min(private.correlated.bands, rounds)
+    )
+    plan = _calibrated(plan, private, 1)
+    return Protection(
+        case.chain,
+        dict.fromkeys(case.examples, plan),
+        {POPULATION: plan.phase(num_rounds=1)},
+        noise=ServerNoise(plan, mixed),
+        whole=True,
+    )
+
+
+def _calibrated(plan: PrivacyPlan, private: PrivacySettings, steps: int) -> PrivacyPlan:
+    if private.noise_multiplier is not None:
+        return replace(plan, noise_multiplier=private.noise_multiplier)
+    assert private.epsilon is not None
+    return plan.calibrate(epsilon=private.epsilon, num_rounds=steps)
+
+
+def _grid(
+    stage: FederateSettings,
+    chain: tuple[Settings, ...],
+    start: Bound,
+    cohort: Cohort,
+    *,
+    sensitivity: float | None = None,
+    sampling_prob: float = 1.0,
+    times: int | None = None,
+) -> Grid:
+    """Plans scale, bits and noise of the grid from what is promised just before it.
+
+    `sensitivity` is how much one protected unit moves a client's vector, its whole bound unless given; `times` how
+    often a unit takes part, every round unless given.
+    """
+    at = next((i for i, transform in enumerate(chain) if isinstance(transform, Discretize)), None)
+    before = chain[:at]
+    transforms, bound = bind_chain(before, start)
+    check_additive({one.kind: transform for one, transform in zip(before, transforms, strict=True)})
+    line = PLAIN_LIST if stage.privacy is None else NOISED_LIST
+    if at is None:
+        raise RecipeError(
+            f'stage.uplink: a secure sum adds whole numbers; end the list with {{ kind = "discretize" }}, as in {line}'
+        )
+    discretize = chain[at]
+    assert isinstance(discretize, Discretize)
+    if not bound.l2 < math.inf:
+        raise RecipeError(
+            "stage.uplink: a secure sum needs updates of bounded length, or it could overflow; put 'clip' before it, "
+            f"as in {line}"
+        )
+    limit = discretize.limit or coordinate_limit(bound)
+    private = stage.privacy
+    if private is None:
+        bits = discretize.bits or BITS
+        half = distributed.ROOM * 2 ** (bits - 1)
+        largest = math.floor(half / cohort.size)  # of one client's values: then no honest sum can overflow
+        if largest < 2:
+            least = math.ceil(math.log2(2 * cohort.size / distributed.ROOM)) + 1
+            raise RecipeError(
+                f"stage.uplink.discretize.bits: {bits} bits cannot hold the sum of {cohort.size} clients; take "
+                f"{least} or more"
+            )
+        secure = SecurePlan(cohort.size, bits, stage.max_dropout, bound=largest)
+        return Grid(secure, bound.size, (largest - 1) / limit, limit, math.floor(half))
+    planned = distributed.plan(
+        size=bound.size,
+        clip_norm=sensitivity or bound.l2,
+        coordinate_limit=limit,
+        clients=cohort.size,
+        survivors=noise_makers(SecurePlan(cohort.size, 2, stage.max_dropout)),
+        steps=times or max(1, stage.num_rounds),
+        delta=private.delta,
+        epsilon=private.epsilon,
+        noise_multiplier=private.noise_multiplier,
+        bits=discretize.bits,
+        unit=private.unit,
+        sampling_prob=sampling_prob,
+    )
+    secure = SecurePlan(cohort.size, planned.bits, stage.max_dropout)
+    return Grid(secure, bound.size, planned.scale, limit, math.floor(planned.limit), planned)
+
+
+def _check_promise(private: PrivacySettings, examples: Mapping[str, int], cohort: Cohort) -> None:
+    displaces = private.trust == "central" and cohort.sampling == "fixed" and cohort.size < cohort.population
+    if private.unit == "client" and displaces:
+        raise RecipeError(
+            f"stage.sampling: a fixed cohort of {cohort.size} in {cohort.population} clients breaks client privacy, "
+            "since a client that joins displaces another and moves the sum twice; set sampling = 'poisson', or take "
+            "all clients"
+        )
+    units = len(examples) if private.unit == "client" else sum(examples.values())
+    if private.delta >= 1 / units:
+        raise RecipeError(
+            f"stage.privacy.delta: got {private.delta:g}, which lets one of the {units} protected {private.unit}s be "
+            f"given away whole; take it well below {1 / units:.1g}"
+        )

@@ -1,0 +1,88 @@
+"""One private step of every kind of client on public or made-up examples, before any epsilon is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fedpress.core.examples import Arrays
+from fedpress.core.random import generator
+from fedpress.data import FederatedData
+from fedpress.errors import RecipeError
+from fedpress.federation import Client
+from fedpress.stages.federate.binding import Federation
+
+EXAMPLES = 4
+"""A tiny batch: the check must be cheap for a large network."""
+
+
+def rehearse(federation: Federation, data: FederatedData) -> None:
+    """Takes one private step for each kind of client: shape and type of its examples.
+
+    No private value is read. Without public examples of a kind they are made up, of values that its type may hold.
+
+    Raises:
+        RecipeError: if the step fails, with the cause.
+    """
+    for client in _one_of_each_kind(federation):
+        problems: list[tuple[str, Exception]] = []
+        for what, arrays in _examples(client.arrays, data, federation.model):
+            try:
+                client.rehearse(arrays)
+            except Exception as problem:  # whatever somebody's own network raises
+                problems.append((what, problem))
+            else:
+                break
+        else:
+            what, cause = problems[0]
+            kind = f"{what} examples of shape {list(client.arrays.x.shape[1:])} ({client.arrays.x.dtype})"
+            cure = "mend the model, so that it runs on single examples"
+            if what == "made-up":
+                cure += ", or give public examples of this kind (data.public_share) to try it on"
+            said = str(cause).partition("\n")[0]
+            raise RecipeError(
+                f"federate.privacy: a private step fails on {kind}: {type(cause).__name__}: {said}; no epsilon was "
+                f"spent; {cure}"
+            ) from cause
+
+
+def _one_of_each_kind(federation: Federation) -> list[Client]:
+    kinds: dict[tuple[object, ...], Client] = {}
+    for client in federation.clients.values():
+        x, y = client.arrays.x, client.arrays.y
+        kinds.setdefault((x.shape[1:], x.dtype, y.shape[1:], y.dtype), client)
+    return list(kinds.values())
+
+
+def _examples(like: Arrays, data: FederatedData, model: nn.Module) -> Iterator[tuple[str, Arrays]]:
+    """Yields examples of the kind of `like` to try, one after another until one works; only its type is looked at."""
+    for part in (data.public, data.validation, data.test):
+        same = part.x.shape[1:] == like.x.shape[1:] and part.x.dtype == like.x.dtype and part.y.dtype == like.y.dtype
+        if len(part) and same:
+            spread = torch.linspace(0, len(part) - 1, min(EXAMPLES, len(part))).long()
+            yield "public", part.take(spread)
+            return
+    chance, labels = generator(0, "rehearsal"), torch.arange(EXAMPLES) % data.num_classes
+    shape = (EXAMPLES, *like.x.shape[1:])
+    for x in _made_up(shape, like.x.dtype, _vocabulary(model), chance):
+        yield "made-up", Arrays(x, labels.to(like.y.dtype).reshape(-1, *[1] * (like.y.dim() - 1)))
+
+
+def _made_up(
+    shape: tuple[int, ...], dtype: torch.dtype, vocabulary: int | None, chance: torch.Generator
+) -> Iterator[Tensor]:
+    if dtype == torch.uint8:
+        yield torch.randint(256, shape, generator=chance, dtype=dtype)
+    elif dtype.is_floating_point and vocabulary is None:
+        yield torch.randn(shape, generator=chance).to(dtype)
+    # A number may be the name of something, such as a token: then a small whole one is valid.
+    high = min(vocabulary or 2, 256 if dtype == torch.uint8 else 1 << 31)
+    yield torch.randint(high, shape, generator=chance).to(dtype)
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Returns how many tokens every embedding of `model` knows, None if it has none."""
+    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    return min(sizes, default=None)

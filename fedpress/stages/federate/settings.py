@@ -1,0 +1,101 @@
+"""The `[[stage]] kind = "federate"` table of a recipe: its keys, their ranges and defaults."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fedpress.codecs import AnyTransform, Quantize
+from fedpress.federation import Average, LocalSettings
+from fedpress.federation.algorithms.fedopt import Server
+from fedpress.privacy.adaptive import AdaptiveClip
+from fedpress.training.augment import Augment
+from fedpress.workspace.state import Name
+
+
+class PrivacySettings(BaseModel):
+    """`[stage.privacy]`: what is protected and how well.
+
+    Give `epsilon` and the noise is calibrated before the run; or give `noise_multiplier` and epsilon is what comes out.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    unit: Literal["sample", "client"]
+    trust: Literal["local", "secure", "central"] | None = Field(
+        None, description="who adds the noise: each client, the clients together under a secure sum, or the server"
+    )
+    delta: float = Field(1e-5, gt=0, lt=1)
+    clip_norm: float = Field(1.0, gt=0)
+    epsilon: float | None = Field(None, gt=0)
+    noise_multiplier: float | None = Field(None, gt=0)
+    adaptive: AdaptiveClip | None = Field(None, description="the clip norm follows the updates (unit client)")
+    correlated: CorrelatedNoise | None = Field(
+        None, description="noise that cancels over the rounds, for populations without sampling (unit client)"
+    )
+    secure_noise: bool = Field(
+        False, description="noise from the operating system's randomness on a public grid; runs then differ"
+    )
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> PrivacySettings:
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("give either epsilon (the noise is calibrated) or noise_multiplier, one of the two")
+        if self.trust is None:  # the place where each unit's noise has always been
+            object.__setattr__(self, "trust", "central" if self.unit == "client" else "local")
+        for name in ("adaptive", "correlated"):
+            if getattr(self, name) is not None and (self.unit, self.trust) != ("client", "central"):
+                raise ValueError(f"{name} is for unit 'client' with trust 'central'; leave it out")
+        if self.adaptive is not None and self.correlated is not None:
+            raise ValueError("adaptive and correlated do not go together: correlated noise needs one clip norm")
+        return self
+
+
+class CorrelatedNoise(BaseModel):
+    """`[stage.privacy.correlated]`: matrix factorisation (Choquette-Choo et al. 2023, arXiv:2306.08153).
+
+    No two rounds of one client are closer than `min_separation`; all clients in all rounds is a separation of 1.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bands: int = Field(16, ge=2, le=64, description="draws that are mixed into one round")
+
+
+class FederateSettings(LocalSettings):
+    """How clients train together; the keys of local training stand beside.
+
+    `trainable` holds patterns of parameter names; only these train and travel (all by default).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["federate"]
+    name: Name = "federate"
+    num_rounds: int = Field(10, ge=0)
+    cohort: int | None = Field(None, ge=1, description="clients in a round; all by default")
+    sampling: Literal["fixed", "poisson", "cyclic"] = "fixed"
+    weights: Literal["examples", "equal"] | None = Field(
+        None, description="of the mean; examples by default, equal under client privacy"
+    )
+    server: Server = Average()
+    trainable: tuple[str, ...] = ("*",)
+    norm: Literal["frozen", "batch"] = "frozen"
+    augment: Augment = Augment()
+    privacy: PrivacySettings | None = None
+    uplink: tuple[AnyTransform, ...] = Field((), description="what makes an update small, in order")
+    downlink: tuple[AnyTransform, ...] = Field(
+        (), description="codes the difference to the model that clients hold; the whole model travels if empty"
+    )
+    first_downlink: tuple[AnyTransform, ...] = Field(
+        (Quantize(bits=8),), description="codes the model itself for clients that hold nothing yet"
+    )
+    error_feedback: bool = Field(False, description="clients add what coding lost of one update to the next")
+    sum: Literal["plain", "secure"] = Field("plain", description="secure: the server learns the sum alone")
+    secure_keys: bool = Field(
+        False, description="keys of a secure sum from the operating system's randomness; else they follow from the seed"
+    )
+    max_dropout: float = Field(1 / 3, ge=0, lt=0.5, description="share of a cohort that may vanish from a secure sum")
+    target_accuracy: float | None = Field(None, gt=0, le=1, description="stop when validation accuracy reaches this")
+    patience: int = Field(0, ge=0, description="stop after so many rounds without a better one; 0 = never")

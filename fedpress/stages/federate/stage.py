@@ -1,0 +1,332 @@
+"""The federate stage: rounds of local training on private data, with the promised privacy, evaluated as they go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedpress.codecs import Clip, Settings
+from fedpress.compress.sparse.compact import expand_
+from fedpress.core import parameters
+from fedpress.errors import PrivacyError, TrainingError
+from fedpress.federation import RoundRecord
+from fedpress.federation.local import too_large
+from fedpress.privacy.accounting.accountant import Spent
+from fedpress.privacy.ledger import Charge, Ledger
+from fedpress.stages.federate.binding import PROMISE, Federation, bind, local_settings
+from fedpress.stages.federate.failures import PRIVATE, Failures, in_words, told
+from fedpress.stages.federate.privacy import is_secure, secure_list, steps_per_round
+from fedpress.stages.federate.rehearsal import rehearse
+from fedpress.stages.federate.settings import FederateSettings
+from fedpress.training.fit import Evaluation, evaluate
+from fedpress.workspace.folder import StageFolder
+from fedpress.workspace.state import State, Tick
+
+CLOSED = 3
+"""Secure sums in a row that may stay closed before a run stops."""
+
+
+class FederateStage(FederateSettings):
+    """`[[stage]] kind = "federate"`: FedAvg over the clients of the data set."""
+
+    def check(self, state: State) -> tuple[State, dict[str, Any]]:
+        """Binds model, clients, uplink and privacy: says bytes, noise and epsilon before anything is trained.
+
+        Raises:
+            RecipeError: if the parts do not fit together.
+            PrivacyError: if the budget cannot be kept, also together with what earlier stages spend.
+        """
+        federation = bind(self, state)
+        clients = state.data.clients
+        examples = [len(a) for a in clients.values()]
+        facts: dict[str, Any] = {
+            "clients": len(examples),
+            "examples_per_client": [min(examples), max(examples)],
+            "cohort": federation.uplink.cohort.size,
+            "num_rounds": self.num_rounds,
+            "trained_values": federation.uplink.promise.size,
+            "batch_size": self.batch_size,
+            "steps_per_round": steps_per_round(self, max(examples)),
+            **{name: value for name, value in federation.sizes().items() if value is not None},
+            **federation.grid(),
+        }
+        if is_secure(self) and not self.uplink:
+            facts["uplink"] = f"by default: {', '.join(_short(one) for one in secure_list(self.privacy is not None))}"
+        ledger = federation.ledger
+        if self.privacy is not None:
+            charges = federation.charges(list(clients), 1, self.num_rounds) if self.num_rounds else []
+            ledger = self._spend(ledger, charges)
+            spent = ledger.spent(delta=self.privacy.delta)
+            facts |= federation.promise() | {"epsilon": spent.epsilon}
+            facts |= {"epsilon_is": spent.note} if spent.note else {}
+            if self.num_rounds:
+                rehearse(federation, state.data)
+        return replace(state, ledger=ledger), facts
+
+    def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
+        """Runs the rounds; yields a tick for each, and saves a checkpoint after each."""
+        saved = folder.load_progress()
+        if not saved[1]:  # what clients remember of a beginning that was lost has nothing to go on from
+            folder.forget()
+        federation, data = bind(self, state, folder.memory), state.data
+        now = Progress.load(*saved) if saved[1] else Progress.begin(federation)
+        if state.accuracy is None:
+            state = replace(state, accuracy=evaluate(state.model, data.test, data.preprocess).accuracy)
+        if federation.hides:
+            _ = federation.planned_bytes  # of the model as it is bound: a later one may hold anything
+        began = time.perf_counter() - now.seconds
+        running = federation.rounds(now.params, start=now.round, server_state=now.server_state)
+        said = ""
+        while not self._enough(now):
+            # The round is charged before it touches data. One that is killed and done again draws the same noise
+            # from the same seeds, so it gives the same reply and costs nothing more.
+            try:
+                ledger = self._charge(now, federation)
+            except PrivacyError:
+                now = replace(now, stopped="the next round would pass the privacy budget")
+                break
+            at = f"round {now.round + 1}/{self.num_rounds}"  # it may take minutes: say so before it begins
+            yield Tick(now.round, self.num_rounds, f"{at}, {now.note}" if now.note else at)
+            record = next(running)
+            drawn = federation.drawn(record.round)
+            closed = self._closed(record, now, federation)
+            record = self._public(record, federation)
+            parameters.assign_(federation.model, record.params)
+            seen = self._look(federation.model, state)
+            known, failures = now.failures.sure, now.failures.after(record, drawn, federation)
+            now = replace(
+                now.after(record, ledger, seen, time.perf_counter() - began), closed=closed, failures=failures
+            )
+            folder.record(**self._line(record, now, seen, federation))
+            folder.save_progress(now.tensors(), now.facts())
+            self._stop_if_everything_fails(now)
+            warning = in_words(told(record.refused, federation), drawn, record.round)
+            if warning and warning.partition(":")[2] != said.partition(":")[2]:
+                yield Tick(now.round, self.num_rounds, now.note, warning)
+            said = warning
+            if failures.sure and not known:
+                yield Tick(now.round, self.num_rounds, now.note, self._last_warning(now))
+        last = self._last_warning(now)
+        yield Tick(now.round, self.num_rounds, now.stopped or now.note, f"warning: {last}" if last else "")
+        parameters.assign_(federation.model, now.params)
+        facts = self._facts(state, federation, now)
+        model = expand_(federation.model)
+        for p in model.parameters():
+            p.requires_grad_(True)
+        return replace(state, model=model, ledger=now.ledger, facts=facts)
+
+    def _look(self, model: nn.Module, state: State) -> Evaluation | None:
+        """Measures on the public validation set; private data is never looked at without a charge."""
+        if not len(state.data.validation):
+            return None
+        return evaluate(model, state.data.validation, state.data.preprocess, precision=self.precision)
+
+    def _enough(self, now: Progress) -> bool:
+        if now.round >= self.num_rounds or now.stopped:
+            return True
+        if self.target_accuracy is not None and now.best >= self.target_accuracy:
+            return True
+        return bool(self.patience and now.round - now.best_round >= self.patience and now.best >= 0)
+
+    def _charge(self, now: Progress, federation: Federation) -> Ledger:
+        """Returns the ledger with the next round in it; PrivacyError if that would pass the budget."""
+        if self.privacy is None:
+            return now.ledger
+        number = now.round + 1
+        return self._spend(now.ledger, federation.charges(federation.drawn(number), number, number))
+
+    def _closed(self, record: RoundRecord, now: Progress, federation: Federation) -> int:
+        """Returns how many rounds in a row nothing came of, and refuses to go on in vain.
+
+        A secure sum may stay closed because clients vanished: that round is over, for its questions were answered, and
+        the next one may fare better. Otherwise the rounds would run to their end and learn nothing.
+
+        Raises:
+            TrainingError: if no client has done its work, under a secure sum in three rounds one after another.
+        """
+        drawn = federation.drawn(record.round)
+        if not drawn or set(drawn) != set(record.refused):
+            return 0
+        closed = now.closed + 1
+        secure = federation.protection.grid is not None
+        if not secure or closed >= CLOSED:
+            reason = told(record.refused, federation)[drawn[0]]
+            # Where the cohort is secret, no name may fall.
+            why = f", for instance {drawn[0]}: {reason}" if reason != PRIVATE and not federation.hides else ""
+            if why and reason.startswith("DivergedError: ") and self.server.lr > 1:
+                why += f", or stage.{self.name}.server.lr (now {self.server.lr:g})"
+            raise TrainingError(
+                f"federate: no update counted in round {record.round}{why}; see whether the clients are running and "
+                "work with the same recipe; the rounds before it are kept"
+            )
+        return closed
+
+    def _stop_if_everything_fails(self, now: Progress) -> None:
+        """Does not spend more on noise: the round that was counted is saved and charged.
+
+        Raises:
+            TrainingError: if the noised count says that every protected unit fails.
+        """
+        if now.failures.everything:
+            assert self.privacy is not None
+            many = f"{now.failures.estimate(self.privacy.unit)} gave nothing up to round {now.round}"
+            cause = now.failures.cause(self._rates())
+            raise TrainingError(
+                f"federate: {many}, and nearly all in the last of them: {cause}; the rounds so far are charged"
+            )
+
+    def _rates(self) -> str:
+        """Names the settings that make training diverge if they are too large."""
+        rates = too_large(local_settings(self), self.lr, f"stage.{self.name}")
+        return rates if self.server.lr <= 1 else f"{rates} or stage.{self.name}.server.lr (now {self.server.lr:g})"
+
+    def _last_warning(self, now: Progress) -> str:
+        unit = self.privacy.unit if self.privacy is not None else None
+        warning = now.failures.warning(unit)
+        if now.failures.sure and not warning.startswith("about"):
+            estimate = f"{now.failures.estimate(unit)} gave nothing"
+            warning = f"{warning}; {estimate}" if warning else estimate
+        if now.failures.sure:
+            warning += f": {now.failures.cause(self._rates())}"
+        return warning
+
+    def _public(self, record: RoundRecord, federation: Federation) -> RoundRecord:
+        """Returns what may be written down of a round.
+
+        Where the server is trusted with updates that no noise covers, it must not tell who took part or was refused,
+        nor bytes that depend on what they sent: then those of the plan stand in their place.
+        """
+        if not federation.hides:
+            return record
+        planned = federation.planned_bytes
+        return replace(record, bytes_up=planned[0], bytes_down=planned[1], refused={})
+
+    def _spend(self, ledger: Ledger, charges: list[Charge]) -> Ledger:
+        assert self.privacy is not None
+        if self.privacy.epsilon is None or not charges:
+            return ledger.add(*charges)
+        return ledger.spend(*charges, epsilon=self.privacy.epsilon * (1 + 1e-9), delta=self.privacy.delta)
+
+    def _epsilon(self, now: Progress) -> float | None:
+        return None if self.privacy is None else self._spent(now).epsilon
+
+    def _spent(self, now: Progress) -> Spent:
+        assert self.privacy is not None
+        return now.ledger.spent(delta=self.privacy.delta)
+
+    def _line(
+        self, record: RoundRecord, now: Progress, seen: Evaluation | None, federation: Federation
+    ) -> dict[str, Any]:
+        failures = {} if record.failures is None else {"failures": asdict(record.failures)}
+        return {
+            "round": record.round,
+            "num_rounds": self.num_rounds,
+            "accuracy": seen.accuracy if seen else None,
+            "loss": seen.loss if seen else None,
+            "bytes_up": record.bytes_up,
+            "bytes_down": record.bytes_down,
+            "epsilon": self._epsilon(now),
+            "clients": record.clients,
+            "refused": told(record.refused, federation),
+            **failures,
+            "seconds": round(record.seconds, 2),
+        }
+
+    def _facts(self, state: State, federation: Federation, now: Progress) -> dict[str, Any]:
+        """Every key is given also without privacy, so that no promise of an earlier stage outlives an open one."""
+        own: dict[str, Any] = {}
+        if self.privacy is None:  # accuracy on private examples is a private number: under privacy nobody sees it
+            for name, part in state.data.clients.items():
+                with suppress(Exception):  # who cannot be evaluated could not train: `failures` says why
+                    own[name] = evaluate(federation.model, part, state.data.preprocess).accuracy
+        promise = federation.promise() if self.privacy is not None else dict.fromkeys(PROMISE)
+        return {
+            "rounds": now.round,
+            "clients": len(state.data.clients),
+            "cohort": federation.uplink.cohort.size,
+            "trained_values": federation.uplink.promise.size,
+            "accuracy_before": state.accuracy,
+            "bytes_up": now.bytes_up,
+            "bytes_down": now.bytes_down,
+            **promise,
+            **federation.grid(),
+            "bytes": "planned" if federation.hides else "counted",
+            "sum": "secure" if federation.protection.grid is not None else "plain",
+            "keys": federation.keys,
+            "epsilon": self._epsilon(now),
+            "epsilon_is": self._spent(now).note or None if self.privacy is not None else None,
+            "client_accuracy": own,
+            "stopped": now.stopped or None,
+            "failures": now.failures.facts(self.privacy.unit if self.privacy is not None else None),
+            "warning": self._last_warning(now) or None,
+        }
+
+
+def _short(transform: Settings) -> str:
+    return f"{transform.kind} {transform.clip_norm:g}" if isinstance(transform, Clip) else transform.kind
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """Where the rounds stand: all that is needed to go on, and to stop early."""
+
+    params: Tensor
+    ledger: Ledger
+    server_state: dict[str, Tensor] | None = None
+    round: int = 0
+    best: float = -1.0
+    best_round: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    note: str = ""
+    stopped: str = ""
+    closed: int = 0
+    failures: Failures = field(default_factory=Failures)
+
+    @classmethod
+    def begin(cls, federation: Federation) -> Progress:
+        """Stands before the first round."""
+        return cls(parameters.flatten(federation.model), federation.ledger)
+
+    def after(self, record: RoundRecord, ledger: Ledger, seen: Evaluation | None, seconds: float) -> Progress:
+        """Stands after the round of `record`, whose validation was `seen`."""
+        accuracy = seen.accuracy if seen else -1.0
+        better = accuracy > self.best
+        return Progress(
+            params=record.params,
+            ledger=ledger,
+            server_state=record.server_state,
+            round=record.round,
+            best=accuracy if better else self.best,
+            best_round=record.round if better else self.best_round,
+            bytes_up=self.bytes_up + record.bytes_up,
+            bytes_down=self.bytes_down + record.bytes_down,
+            seconds=seconds,
+            note=f"validation {accuracy:.2%}" if seen else "",
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors of a checkpoint."""
+        return {"params": self.params, **{f"server/{k}": v for k, v in (self.server_state or {}).items()}}
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the JSON part of a checkpoint."""
+        plain = {f: getattr(self, f) for f in PLAIN}
+        return {**plain, "ledger": self.ledger.to_json(), "failures": self.failures.to_json()}
+
+    @classmethod
+    def load(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Progress:
+        """Reads what `tensors` and `facts` gave."""
+        server = {k.removeprefix("server/"): v for k, v in tensors.items() if k.startswith("server/")}
+        plain = {f: facts[f] for f in PLAIN}
+        failures = Failures.from_json(facts.get("failures", {}))
+        return cls(tensors["params"], Ledger.from_json(facts["ledger"]), server, **plain, failures=failures)
+
+
+PLAIN = ("round", "best", "best_round", "bytes_up", "bytes_down", "seconds", "note", "stopped", "closed")

@@ -1,0 +1,1 @@
+"""The prune stage: settings, and the cut at work."""

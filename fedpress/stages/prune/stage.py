@@ -1,0 +1,154 @@
+"""The prune stage: scores every channel, orders, removes, and restores the batch-norm statistics, once or in steps."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+from torch import nn
+
+from fedpress import compress
+from fedpress.compress import SCORES, PruningPlan
+from fedpress.compress.prune.ignoring import ignored
+from fedpress.errors import RecipeError
+from fedpress.models import what_pruning_changed
+from fedpress.nn.resize import copied
+from fedpress.stages.prune.cutting import Cutting
+from fedpress.stages.prune.settings import (
+    PruneSettings,
+    cut_target,
+    example_input,
+    has_batch_norm,
+    latency_target,
+    milliseconds,
+    of_what,
+    public_examples,
+    traced,
+)
+from fedpress.training import fit as training
+from fedpress.training.fit import evaluate
+from fedpress.workspace.folder import StageFolder, write_json
+from fedpress.workspace.state import State, Tick
+
+
+class PruneStage(PruneSettings):
+    """`[[stage]] kind = "prune"`: removes whole channels until `keep_params` of the parameters are left.
+
+    Or until `keep_macs` of the multiply-adds, `keep_latency` of the milliseconds in onnxruntime on this machine, or
+    `max_bytes` are. In `steps` cuts the network is trained between them as `finetune` says, and with `rewind` before
+    each; it then takes the surviving weights back to what they were when the stage began (Frankle & Carbin 2019).
+    """
+
+    def check(self, state: State) -> tuple[State, dict[str, Any]]:
+        """Plans the cut on the untrained model: the widths may come out otherwise, the sizes not by much.
+
+        Raises:
+            RecipeError: if the target cannot be reached.
+            ModelError: if the model cannot be traced, or its layers lack what the score looks at.
+            DataError: if there are no public examples to score or to restore the batch norm with.
+            ExportError: if a latency is wanted of what cannot be exported.
+        """
+        if state.spec.quantized:
+            raise RecipeError("prune: the model is quantized already; put this stage before the quantization")
+        ignored(state.model, self.ignore, "prune.ignore")
+        public_examples(self, state, 0)
+        if self.finetune is not None:
+            data = state.data
+            training.check(state.model, self.finetune, data.public, data.validation, data.preprocess)
+        model = copied(state.model)
+        graph = traced(model.eval(), state, self)
+        row = SCORES[self.score]
+        if row.scales:
+            compress.score(model, graph, self.score)
+        scores = compress.score(model, graph, "l2" if row.needs == "losses" or row.scales else self.score,
+                                generator=torch.Generator().manual_seed(0))  # fmt: skip
+        # What is measured in a trained network, or by the clock, is guessed here.
+        scope = "global" if self.scope == "sensitivity" else self.scope
+        how: dict[str, Any] = {"scope": scope, "round_to": self.round_to, "min_keep": self.min_keep,
+                               "exact": self.exact}  # fmt: skip
+        if self.keep_latency is not None:
+            guess = latency_target(self, graph, graph.macs, self.keep_latency)
+            plan = compress.plan(model, graph, scores, target=guess, **how)
+        else:
+            plan = compress.plan(model, graph, scores, target=cut_target(self, state, model, graph, 1.0), **how)
+        compress.remove_(model, plan)
+        if self.keep_latency is not None:
+            milliseconds(model, state, seconds=0.0)
+        facts: dict[str, Any] = {"kept_parameters": plan.parameters_after / state.dense, "channels": _widths(plan)}
+        if told := _told(state, [plan]):
+            facts["told"] = told
+        return replace(state, spec=_spec(state, model), model=model.train()), facts
+
+    def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
+        """Prunes; yields a tick for every part of the work. What takes long is saved after each part."""
+        work = Cutting.begin(self, state, folder)
+        while work.step < self.steps:
+            if (work.step or self.rewind) and not work.tuned:
+                yield from work.tune_()
+            yield work.tick(0, "tracing and scoring channels")
+            plan = yield from work.plan()
+            yield work.tick(1, "removing channels")
+            dense, pruned = work.model, copied(work.model)
+            compress.remove_(pruned, plan)
+            error = compress.check_parity(dense, pruned, plan, example_input(state))
+            work.plans.append(plan)
+            compress.remove_(work.early, plan)
+            work.model = copied(work.early) if self.rewind else pruned
+            inexact = {} if self.rewind else work.refit_(dense, plan)
+            yield work.tick(2, "restoring batch-norm statistics")
+            before = _accuracy(work.model, state)
+            restored = work.restore_()
+            yield work.tick(3, "measuring")
+            folder.record(**({"step": work.step + 1} if self.steps > 1 else {}), layers=_changes(work.plans),
+                          accuracy_cut=before, accuracy_restored=_accuracy(work.model, state))  # fmt: skip
+            work.step, work.tuned, work.points, work.tried = work.step + 1, False, [], []
+            if work.step < self.steps:
+                work.save()
+        for number, plan in enumerate(work.plans, 1):
+            name = "plan.json" if self.steps == 1 else f"plan-{number}.json"
+            write_json(folder.path / name, plan.model_dump(mode="json"))
+        yield work.tick(0)
+        facts: dict[str, Any] = {
+            "kept_parameters": work.plans[-1].parameters_after / state.dense,
+            "parity_error": error,
+            "whole_layers": dict(work.plans[0].whole),
+            "restored_examples": restored,
+        }
+        told = {**_told(state, work.plans), **inexact.pop("told", {})}
+        left = inexact.pop("left", {})
+        if not restored and has_batch_norm(work.model):
+            left["batch norms"] = "their statistics are those of the uncut network: there was no data"
+        facts |= {**inexact, **({"told": told} if told else {}), **({"left": left} if left else {})}
+        return replace(state, spec=_spec(state, work.model), model=work.model, facts=facts)
+
+
+def _told(state: State, plans: Sequence[PruningPlan]) -> dict[str, str]:
+    """Returns what whoever asked for the cuts should know: how near they came, and of what a share is."""
+    told = dict(plans[-1].told)
+    before, after = plans[0].parameters_before, plans[-1].parameters_after
+    if before < state.dense:
+        words = [told["keep_params"]] if "keep_params" in told else []
+        told["keep_params"] = "; ".join([*words, of_what(state.dense, before, after)])
+    return told
+
+
+def _accuracy(model: nn.Module, state: State) -> float | None:
+    validation = state.data.validation
+    return evaluate(model, validation, state.data.preprocess).accuracy if len(validation) else None
+
+
+def _spec(state: State, model: nn.Module) -> Any:
+    return state.spec.model_copy(update=what_pruning_changed(model, state.spec.build_dense()))
+
+
+def _changes(plans: Sequence[PruningPlan]) -> list[JsonValue]:
+    """The width of each layer when the stage began, and now."""
+    first = {change.name: change.before for change in plans[0].layers}
+    return [{"name": c.name, "before": first.get(c.name, c.before), "after": c.after} for c in plans[-1].layers]
+
+
+def _widths(plan: PruningPlan) -> str:
+    return ", ".join(f"{c.before}→{c.after}" for c in plan.layers)

@@ -1,0 +1,1 @@
+"""What is learned: how outputs become a loss, which metrics tell the result, which targets fit."""

@@ -1,0 +1,78 @@
+"""A small federation for the tests: an MLP, clients with random examples, and everything that binds them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fedpress.codecs import Key
+from fedpress.core import parameters
+from fedpress.core.examples import Arrays
+from fedpress.federation import Client, Cohort, LocalSettings, Uplink, agreement, private_sgd, sgd
+from fedpress.privacy.plan import PrivacyPlan
+from fedpress.transport import LocalTransport
+from fedpress.wire import Message
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def examples(n: int, seed: int = 0) -> Arrays:
+    gen = torch.Generator().manual_seed(seed)
+    return Arrays(torch.randn(n, 6, generator=gen), torch.randint(0, 3, (n,), generator=gen))
+
+
+def untouched(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return x
+
+
+def client_plan(cohort: Cohort, noise: float = 1.0, clip_norm: float = 0.5) -> PrivacyPlan:
+    return PrivacyPlan("client", clip_norm, cohort.sampling_prob, noise)
+
+
+SAMPLE_PLAN = PrivacyPlan("sample", 1.0, 0.2, 1.0, steps_per_round=4)
+
+
+class Federation:
+    """Clients c0, c1, ... with 10, 14, 18, ... examples; change what a test is about through keywords."""
+
+    def __init__(self, clients=4, *, cohort=None, privacy=None, weights="examples", settings=None, model=None, **more):
+        self.model = model or mlp()
+        self.settings = settings or LocalSettings(batch_size=4, momentum=0.5)
+        self.params, self.layout = parameters.flatten(self.model), parameters.Layout.of(self.model)
+        cohort = cohort or Cohort(clients, clients)
+        self.uplink = Uplink.bind(len(self.params), cohort, privacy=privacy, weights=weights)
+        self.data = [examples(10 + 4 * i, seed=i) for i in range(clients)]
+        sample = privacy is not None and privacy.unit == "sample"
+        private = {"plan": privacy, "local_update": private_sgd} if sample else {"local_update": sgd}
+        common = {
+            "model": self.model,
+            "settings": self.settings,
+            "uplink": self.uplink,
+            "seed": 7,
+            "prepare": untouched,
+        }
+        self.clients = {
+            f"c{i}": Client(f"c{i}", arrays, **(common | private | more)) for i, arrays in enumerate(self.data)
+        }
+
+    @property
+    def transport(self) -> LocalTransport:
+        return LocalTransport({name: client.handle for name, client in self.clients.items()})
+
+    @property
+    def agreement(self) -> str:
+        return agreement(self.layout, self.settings, self.uplink)
+
+    def fit(self, round: int = 1) -> Message:
+        return Message("fit", {"round": round, "agreement": self.agreement}, {"params": self.params})
+
+
+def key(client: str = "c0", round: int = 1) -> Key:
+    return Key(7, round, client)
+
+
+def update(values: torch.Tensor, round: int = 1, **header) -> Message:
+    return Message("update", {"round": round, "examples": 10} | header, {"values": values})

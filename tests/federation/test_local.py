@@ -1,0 +1,319 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import nn
+
+from fedpress.core import parameters
+from fedpress.core.examples import Arrays
+from fedpress.errors import DivergedError, RecipeError, TrainingError
+from fedpress.federation.local import (
+    LOCAL_UPDATES,
+    LocalSettings,
+    Task,
+    joint_gradient,
+    private_sgd,
+    rehearse_private,
+    sgd,
+    shuffled_batches,
+)
+from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
+from fedpress.nn.quantized import quantize_layers_
+from fedpress.privacy.plan import PrivacyPlan
+from tests.federation.federation import SAMPLE_PLAN, examples, key, mlp, untouched
+
+
+def task(arrays=None, *, plan=None, round=1, prepare=untouched, **settings):
+    return Task(arrays or examples(10), LocalSettings(**settings), key(round=round), prepare, plan)
+
+
+def test_sgd_equals_torch_sgd_over_the_same_batches():
+    model, work = mlp(), task(epochs=2, batch_size=4, lr=0.1, momentum=0.9, weight_decay=0.01)
+    twin = copy.deepcopy(model)
+    measured = sgd(model, work)
+    optimizer = torch.optim.SGD(twin.parameters(), 0.1, 0.9, weight_decay=0.01)
+    shuffle, losses = key().own("shuffle"), []
+    for _ in range(2):
+        order = torch.randperm(10, generator=shuffle)
+        for index in (order[:4], order[4:8], order[8:]):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(twin(work.arrays.x[index]), work.arrays.y[index])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert torch.equal(parameters.flatten(model), parameters.flatten(twin))
+    assert measured == {"loss": pytest.approx(sum(losses) / 6), "steps": 6}
+
+
+def test_the_proximal_pull_equals_its_penalty_in_the_loss():
+    mu, model = 0.7, mlp()
+    twin, start = copy.deepcopy(model), parameters.flatten(model)
+    sgd(model, task(epochs=3, batch_size=10, lr=0.2, proximal_mu=mu))
+    for _ in range(3):
+        flat = torch.cat([p.reshape(-1) for p in twin.parameters()])
+        loss = F.cross_entropy(twin(examples(10).x), examples(10).y) + mu / 2 * (flat - start).square().sum()
+        grads = torch.autograd.grad(loss, list(twin.parameters()))
+        with torch.no_grad():
+            for p, g in zip(twin.parameters(), grads, strict=True):
+                p -= 0.2 * g
+    assert torch.allclose(parameters.flatten(model), parameters.flatten(twin), atol=1e-6)
+
+
+def test_the_learning_rate_decays_by_round():
+    assert task(lr=0.1, lr_decay=0.5, round=1).lr == 0.1
+    assert task(lr=0.1, lr_decay=0.5, round=3).lr == pytest.approx(0.025)
+
+
+def test_frozen_parameters_stay():
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    before = model[0].weight.clone()
+    sgd(model, task(proximal_mu=0.1))
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_parameter_that_gets_no_gradient_stays():
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.spare = nn.Linear(6, 3), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Spare()
+    before = model.spare.weight.clone()
+    sgd(model, task(proximal_mu=0.1))
+    assert torch.equal(model.spare.weight, before)
+
+
+def test_a_loss_that_is_not_finite_is_an_error_with_the_cure():
+    bad = Arrays(torch.full((4, 6), float("nan")), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(TrainingError, match=r"not finite in round 1; lower federate\.lr"):
+        sgd(mlp(), task(bad))
+
+
+def test_prepare_sees_every_batch_and_its_own_stream():
+    seen = []
+
+    def noisy(x, generator):
+        seen.append(len(x))
+        return x + torch.rand(1, generator=generator)
+
+    one, two, plain = mlp(), mlp(), mlp()
+    sgd(one, task(batch_size=4, prepare=noisy))
+    assert seen == [4, 4, 2]
+    sgd(two, task(batch_size=4, prepare=noisy))
+    sgd(plain, task(batch_size=4))
+    assert torch.equal(parameters.flatten(one), parameters.flatten(two))
+    assert not torch.equal(parameters.flatten(one), parameters.flatten(plain))
+
+
+def test_private_steps_measure_only_their_planned_number():
+    model, work = mlp(), task(plan=SAMPLE_PLAN)
+    before = parameters.flatten(model)
+    assert private_sgd(model, work) == {"steps": 4}
+    assert not torch.equal(parameters.flatten(model), before)
+
+
+def test_private_steps_go_on_over_examples_that_break_plain_training():
+    bad = Arrays(torch.full((4, 6), float("nan")), torch.zeros(4, dtype=torch.int64))
+    model = mlp()
+    assert private_sgd(model, task(bad, plan=SAMPLE_PLAN)) == {"steps": 4}
+    assert torch.isfinite(parameters.flatten(model)).all()
+
+
+def test_private_steps_carry_noise_of_the_planned_size():
+    model = Silent(200_000)
+    private_sgd(model, task(examples(10), plan=SAMPLE_PLAN, lr=0.1))
+    expected = 0.1 * 1.0 * 1.0 / (0.2 * 10) * 4**0.5  # lr x noise x clip / expected batch x sqrt(steps)
+    assert model.w.std().item() == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("setting", [{"proximal_mu": 0.1}, {"weight_decay": 0.1}])
+def test_settings_that_private_steps_do_not_know_are_refused(setting):
+    with pytest.raises(RecipeError, match=next(iter(setting))):
+        private_sgd(mlp(), task(plan=SAMPLE_PLAN, **setting))
+
+
+def test_private_steps_without_a_sample_plan_are_refused():
+    with pytest.raises(RecipeError, match="unit 'sample'"):
+        private_sgd(mlp(), task())
+
+
+@pytest.mark.parametrize("bad", [{"lr": 0}, {"epochs": 0}, {"batch_size": 0}, {"lr_decay": 1.1}, {"leraning": 1}])
+def test_settings_out_of_range_are_refused(bad):
+    with pytest.raises(ValidationError):
+        LocalSettings(**bad)
+
+
+def test_the_table_names_both_local_updates():
+    assert {"sgd": sgd, "private_sgd": private_sgd} == LOCAL_UPDATES
+
+
+class Silent(nn.Module):
+    """Has no gradient, so that only noise moves it."""
+
+    def __init__(self, size, start=0.0):
+        super().__init__()
+        self.w = nn.Parameter(torch.full((size,), start))
+
+    def forward(self, x):
+        return x[:, :3] + 0 * self.w.sum()
+
+
+def test_private_noise_is_new_for_everything_asked_and_the_same_on_repeat():
+    def noise(start=0.0, arrays=None, plan=SAMPLE_PLAN, **settings):
+        model = Silent(20_000, start)
+        private_sgd(model, task(arrays, plan=plan, **settings))
+        return model.w.detach() - start
+
+    base = noise()
+    assert torch.equal(base, noise())
+    others = {
+        "plan": noise(plan=replace(SAMPLE_PLAN, noise_multiplier=2.0)),
+        "params": noise(start=0.5),
+        "settings": noise(lr=0.06),
+        "examples": noise(arrays=examples(10, seed=1)),
+        "prepare": noise(prepare=lambda x, generator: x),
+        "round": noise(round=2),
+    }
+    for what, other in others.items():
+        assert abs(float(torch.corrcoef(torch.stack([base, other]))[0, 1])) < 0.03, what
+
+
+def test_the_precision_setting_reaches_private_steps(monkeypatch):
+    monkeypatch.setattr("fedpress.federation.local.uses_bf16", lambda model, precision: precision == "bf16")
+    seen, model = set(), mlp()
+    model[0].register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    for precision, expected in (("bf16", torch.bfloat16), ("float32", torch.float32)):
+        seen.clear()
+        private_sgd(model, task(plan=SAMPLE_PLAN, precision=precision))
+        assert expected in seen
+        assert (torch.bfloat16 in seen) is (precision == "bf16")
+
+
+def test_a_joint_gradient_is_minus_the_sum_of_clipped_gradients_of_its_poisson_batch():
+    model, arrays = mlp(), examples(40)
+    plan = PrivacyPlan("sample", 0.3, 1.0, 1.0)
+    work = task(arrays, plan=plan)
+    total, measured = joint_gradient(model, work)
+    expected = torch.zeros_like(total)
+    for x, y in zip(arrays.x, arrays.y, strict=True):
+        loss = torch.nn.functional.cross_entropy(model(x[None]), y[None])
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        expected -= flat * min(1.0, 0.3 / float(flat.norm()))
+    assert torch.allclose(total, expected, atol=1e-5)
+    assert measured == {"steps": 1}
+
+
+def test_one_example_moves_a_joint_gradient_by_at_most_the_clip_norm():
+    model, plan = mlp(), PrivacyPlan("sample", 0.3, 1.0, 1.0)
+    for seed in range(30):
+        arrays = examples(12, seed=seed)
+        fewer = Arrays(arrays.x[1:], arrays.y[1:])
+        a, b = (joint_gradient(model, task(part, plan=plan))[0].double() for part in (arrays, fewer))
+        assert float((a - b).norm()) <= 0.3 * (1 + 1e-5)
+
+
+def test_a_joint_batch_has_the_expected_size_and_another_one_each_round():
+    model, arrays = mlp(), examples(200)
+    plan = PrivacyPlan("sample", 1e6, 0.25, 1.0)
+    sums = [joint_gradient(model, replace(task(arrays, plan=plan), key=key(round=r)))[0] for r in range(1, 6)]
+    assert len({tuple(s.tolist()) for s in sums}) == 5
+
+
+def sizes(model, n, size):
+    return [len(index) for index in shuffled_batches(model, n, size, torch.Generator().manual_seed(0))]
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d])
+def test_a_last_batch_of_one_joins_the_batch_before_under_batch_norm(norm):
+    model = nn.Sequential(nn.Linear(6, 3), norm(3))
+    assert sizes(model, 33, 8) == [8, 8, 8, 9]
+    assert sizes(model, 9, 8) == [9]
+    assert sizes(model, 34, 8) == [8, 8, 8, 8, 2]
+    assert sizes(model, 3, 1) == [1, 1, 1]
+    assert sizes(model, 1, 8) == [1]
+    assert sizes(model.eval(), 33, 8) == [8, 8, 8, 8, 1]
+    assert sizes(nn.Linear(6, 3), 33, 8) == [8, 8, 8, 8, 1]
+    assert sizes(nn.Sequential(norm(3, track_running_stats=False)).eval(), 33, 8) == [8, 8, 8, 9]
+
+
+def test_the_order_of_examples_is_that_of_torch():
+    index = shuffled_batches(mlp(), 20, 8, torch.Generator().manual_seed(4))
+    assert torch.equal(torch.cat(index), torch.randperm(20, generator=torch.Generator().manual_seed(4)))
+
+
+def test_a_lone_example_under_batch_norm_is_an_error_with_the_cure():
+    model = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3))
+    with pytest.raises(TrainingError, match=r"leaves a batch norm nothing to average; leave this client out, or set"):
+        sgd(model, task(examples(1)))
+    with pytest.raises(TrainingError, match=r"take federate\.batch_size = 2 or more"):
+        sgd(model, task(examples(4), batch_size=1))
+    sgd(model.eval(), task(examples(1)))
+    with pytest.raises(ValueError, match="mine"):
+        sgd(nn.Sequential(Raises(), nn.BatchNorm1d(6)), task(examples(1)))
+
+
+class Raises(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        if self.training:
+            raise ValueError("mine")
+        return x * self.w
+
+
+@pytest.mark.parametrize(
+    ("model", "arrays", "words"),
+    [
+        (nn.Sequential(Raises()), examples(3), "3 of 3 examples failed alone: ValueError: mine"),
+        (mlp(), Arrays(torch.full((2, 6), float("nan")), torch.zeros(2).long()), "of 2 of 2 examples is NaN"),
+    ],
+)
+def test_a_rehearsal_says_what_fails(model, arrays, words):
+    with pytest.raises(TrainingError, match=words):
+        rehearse_private(model, task(arrays, plan=SAMPLE_PLAN))
+
+
+def test_examples_that_are_not_finite_are_told_from_a_rate_that_is_too_large():
+    arrays = examples(6)
+    arrays.x[3, 1] = float("inf")
+    with pytest.raises(DivergedError, match=r"not finite in round 1; .* mend the examples: they hold NaN"):
+        sgd(mlp(), task(arrays))
+    with pytest.raises(DivergedError, match=r"after \d steps the loss is not finite in round 1; .*\(now 1e\+30\)$"):
+        sgd(mlp(), task(epochs=9, lr=1e30))
+
+
+def test_a_rehearsal_sees_a_network_that_only_noise_would_move():
+    with pytest.raises(TrainingError, match="no trained parameter has a gradient"):
+        rehearse_private(Silent(5), task(plan=SAMPLE_PLAN))
+    hidden = nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 3))
+    for p in hidden.parameters():
+        nn.init.zeros_(p)
+    hidden[2].requires_grad_(False)
+    with pytest.raises(TrainingError, match="no trained parameter has a gradient"):
+        rehearse_private(hidden, task(plan=SAMPLE_PLAN))
+
+
+def test_step_sizes_of_quantized_layers_get_no_weight_decay():
+    model = mlp()
+    name = next(n for n, m in model.named_modules() if isinstance(m, nn.Linear))
+    quantize_layers_(model, {name: LayerGrids(weights=WeightGrid(bits=4, group=2))})
+    twin = copy.deepcopy(model)
+    work = task(epochs=1, batch_size=10, lr=0.1, weight_decay=0.5)
+    sgd(model, work)
+    index = torch.randperm(10, generator=key().own("shuffle"))
+    loss = F.cross_entropy(twin(work.arrays.x[index]), work.arrays.y[index])
+    loss.backward()
+    for n, p in twin.named_parameters():
+        pull = 0.0 if n.endswith("weight_scale") else 0.5
+        p.data -= 0.1 * (p.grad + pull * p.data)
+        torch.testing.assert_close(dict(model.named_parameters())[n].data, p.data)
