@@ -13,7 +13,7 @@ import time
 
 from fedpress.errors import PrivacyError
 from fedpress.privacy.accounting import renyi
-from fedpress.privacy.accounting.accountant import Phase, noise_multiplier, spent
+from fedpress.privacy.accounting.accountant import GaussianEvent, noise_multiplier, spent
 
 PROBS = (1e-9, 1e-7, 1e-5, 1e-4, 1e-3, 0.03, 0.5, 1.0)
 NOISES = (0.3, 0.5, 0.8, 2.0, 50.0, 1e4)
@@ -30,19 +30,21 @@ def megabytes() -> float:
 def main() -> None:
     """Asks all questions."""
     every = int(sys.argv[1]) if len(sys.argv) > 1 else 1
-    spent([Phase(0.1, 1.0, 10)], delta=1e-5)  # imports
+    spent([GaussianEvent(0.1, 1.0, 10)], delta=1e-5)  # imports
     start, bounds, above = megabytes(), 0, 0
     times = []
     questions = list(itertools.product(PROBS, NOISES, STEPS, DELTAS))[::every]
     for q, z, steps, delta in questions:
         began = time.process_time()
-        answer = spent([Phase(q, z, steps)], delta=delta)
+        answer = spent([GaussianEvent(q, z, steps)], delta=delta)
         times.append((time.process_time() - began, (q, z, steps, delta), answer))
         bounds += answer.upper_bound
-        if answer.epsilon > renyi.epsilon([Phase(q, z, steps)], delta=delta) * 1.001:
+        if answer.epsilon > renyi.epsilon([GaussianEvent(q, z, steps)], delta=delta) * 1.001:
             above += 1
             print("above the Renyi bound:", (q, z, steps, delta), answer)
-    print(f"epsilon: {len(questions)} questions, {bounds} upper bounds, {above} above the Renyi bound")
+    print(
+        f"epsilon: {len(questions)} questions, {bounds} upper bounds, {above} above the Renyi bound"
+    )
     show(times)
     print(f"memory: {megabytes() - start:.0f} MB more than at the start")
     searches = []
@@ -50,7 +52,9 @@ def main() -> None:
     for epsilon, q, steps, delta in budgets:
         began = time.process_time()
         try:
-            noise: object = noise_multiplier(epsilon=epsilon, delta=delta, sampling_prob=q, steps=steps)
+            noise: object = noise_multiplier(
+                epsilon=epsilon, delta=delta, sampling_prob=q, steps=steps
+            )
         except PrivacyError as error:
             noise = str(error)
         searches.append((time.process_time() - began, (epsilon, q, steps, delta), noise))

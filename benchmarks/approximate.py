@@ -45,13 +45,19 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.heads, self.qkv, self.proj = (
+            heads,
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, tokens, width] -> the same."""
         n, tokens, _ = x.shape
         q, k, v = self.qkv(x).reshape(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, -1))
+        return self.proj(
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, -1)
+        )
 
 
 class ViT(nn.Module):
@@ -84,12 +90,17 @@ class GRN(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.gamma, self.beta = nn.Parameter(torch.zeros(1, 1, 1, width)), nn.Parameter(torch.zeros(1, 1, 1, width))
+        self.gamma, self.beta = (
+            nn.Parameter(torch.zeros(1, 1, 1, width)),
+            nn.Parameter(torch.zeros(1, 1, 1, width)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, h, w, width] -> the same."""
         lengths = torch.norm(x, p=2, dim=(1, 2), keepdim=True)
-        return self.gamma * (x * (lengths / (lengths.mean(-1, keepdim=True) + 1e-6))) + self.beta + x
+        return (
+            self.gamma * (x * (lengths / (lengths.mean(-1, keepdim=True) + 1e-6))) + self.beta + x
+        )
 
 
 class Block(nn.Module):
@@ -97,8 +108,15 @@ class Block(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.deep, self.norm = nn.Conv2d(width, width, 3, padding=1, groups=width), nn.LayerNorm(width)
-        self.up, self.grn, self.down = nn.Linear(width, 4 * width), GRN(4 * width), nn.Linear(4 * width, width)
+        self.deep, self.norm = (
+            nn.Conv2d(width, width, 3, padding=1, groups=width),
+            nn.LayerNorm(width),
+        )
+        self.up, self.grn, self.down = (
+            nn.Linear(width, 4 * width),
+            GRN(4 * width),
+            nn.Linear(4 * width, width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, width, h, w] -> the same."""
@@ -172,7 +190,12 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, object]]:
         for network, build in NETWORKS.items():
             torch.manual_seed(seed)
             dense = trained(build(), examples, options.train, seed)
-            yield {"seed": seed, "network": network, "arm": "dense", "accuracy": share(dense, examples)}
+            yield {
+                "seed": seed,
+                "network": network,
+                "arm": "dense",
+                "accuracy": share(dense, examples),
+            }
             for score in ("l1", "taylor", "random"):
                 for arm, small in arms(dense, examples, score, options.keep, seed):
                     yield {
@@ -205,7 +228,9 @@ def table(rows: list[dict[str, object]]) -> str:
 
 def main() -> None:
     """Runs the comparison and prints its table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--train", type=int, default=30, help="epochs of the dense network")

@@ -39,7 +39,11 @@ ARMS: dict[str, tuple[WeightGrid, InputGrid | None, dict[str, Any]]] = {
     "the same, percentile ranges": (WeightGrid(), BYTE, {"observer": "percentile"}),
     "the same, least-squares ranges": (WeightGrid(), BYTE, {"observer": "mse"}),
     "the same, dynamic ranges": (WeightGrid(), InputGrid(dynamic=True), {}),
-    "int4, span, nearest, biases as they are": (WeightGrid(bits=4), None, {"scale": "minmax", "correct_bias": False}),
+    "int4, span, nearest, biases as they are": (
+        WeightGrid(bits=4),
+        None,
+        {"scale": "minmax", "correct_bias": False},
+    ),
     "int4, nearest": (WeightGrid(bits=4), None, {}),
     "int4": (WeightGrid(bits=4), None, GPTQ),
     "int4, groups of 32": (WeightGrid(bits=4, group=32), None, GPTQ),
@@ -56,7 +60,9 @@ def ours(arm: str) -> Callable[[ModelSpec, nn.Module, list[Tensor]], tuple[nn.Mo
     """Returns an arm of `ARMS`: a model -> the quantized one and the bytes of its packed file."""
     weights, inputs, how = ARMS[arm]
 
-    def quantized(spec: ModelSpec, model: nn.Module, batches: list[Tensor]) -> tuple[nn.Module, int]:
+    def quantized(
+        spec: ModelSpec, model: nn.Module, batches: list[Tensor]
+    ) -> tuple[nn.Module, int]:
         folds, _ = find_folds(model, torch.zeros(2, 3, 32, 32))
         fold_(model, folds)
         keep = ("first", "last") if "first and last" in arm else ()
@@ -68,7 +74,9 @@ def ours(arm: str) -> Callable[[ModelSpec, nn.Module, list[Tensor]], tuple[nn.Mo
     return quantized
 
 
-def torchao_weights(spec: ModelSpec, model: nn.Module, batches: list[Tensor]) -> tuple[nn.Module, None]:
+def torchao_weights(
+    spec: ModelSpec, model: nn.Module, batches: list[Tensor]
+) -> tuple[nn.Module, None]:
     """`quantize_(model, Int8WeightOnlyConfig())` as its documentation shows it: it takes linear layers only."""
     from torchao.quantization import Int8WeightOnlyConfig
     from torchao.quantization import quantize_ as theirs
@@ -77,32 +85,43 @@ def torchao_weights(spec: ModelSpec, model: nn.Module, batches: list[Tensor]) ->
     return model, None
 
 
-def torchao_pt2e(spec: ModelSpec, model: nn.Module, batches: list[Tensor]) -> tuple[nn.Module, None]:
+def torchao_pt2e(
+    spec: ModelSpec, model: nn.Module, batches: list[Tensor]
+) -> tuple[nn.Module, None]:
     """Static int8 by PT2E with the x86 quantizer: weights per channel, inputs by histograms."""
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer as x86
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     shapes = ({0: torch.export.Dim("n", min=1, max=1024)},)
     program = torch.export.export(model, (batches[0],), dynamic_shapes=shapes).module()
-    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    quantizer = x86.X86InductorQuantizer().set_global(
+        x86.get_default_x86_inductor_quantization_config()
+    )
     prepared = prepare_pt2e(program, quantizer)
     for x in batches:
         prepared(x)
     return convert_pt2e(prepared), None
 
 
-RIVALS = {"torchao quantize_, int8 weights": torchao_weights, "torchao PT2E, static int8": torchao_pt2e}
+RIVALS = {
+    "torchao quantize_, int8 weights": torchao_weights,
+    "torchao PT2E, static int8": torchao_pt2e,
+}
 
 
 @torch.no_grad()
 def answers(model: nn.Module, parts: FederatedData, images: int) -> Tensor:
     """Returns the class [images] that `model` gives each of the first test images."""
-    return torch.cat([model(parts.preprocess(x)).argmax(1) for x in parts.test.x[:images].split(250)])
+    return torch.cat(
+        [model(parts.preprocess(x)).argmax(1) for x in parts.test.x[:images].split(250)]
+    )
 
 
 def main() -> None:
     """Runs what is not there yet, then prints the table."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     words.add_argument("--data", type=Path, required=True, help="CIFAR-10")
     words.add_argument("--out", type=Path, required=True)
     words.add_argument("--arms", nargs="+", default=[*ARMS, *RIVALS])
@@ -114,7 +133,9 @@ def main() -> None:
     parts = cifar10(chosen.data)
     spec, parent = network()
     parent.eval()
-    picked = torch.randperm(len(parts.public), generator=torch.Generator().manual_seed(0))[:CALIBRATION]
+    picked = torch.randperm(len(parts.public), generator=torch.Generator().manual_seed(0))[
+        :CALIBRATION
+    ]
     batches = [parts.preprocess(x) for x in parts.public.take(picked).x.split(BATCH)]
     labels = parts.test.y[: chosen.images]
     float_answers = answers(parent, parts, chosen.images)

@@ -36,11 +36,17 @@ from fedpress.wire import Message, pack, unpack
 Row = dict[str, str | float]
 RATES = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0)
 GOALS = {("ours", 1.0): 0.36, ("ours", 2.0): 0.090, ("ours", 4.0): 0.0058}
-GOALS |= {("ours unbiased", 1.0): 0.57, ("ours unbiased", 2.0): 0.10, ("ours unbiased", 4.0): 0.0058}
+GOALS |= {
+    ("ours unbiased", 1.0): 0.57,
+    ("ours unbiased", 2.0): 0.10,
+    ("ours unbiased", 4.0): 0.0058,
+}
 KEY = Key(seed=0, round=1, client="0")
 
 
-def ours(settings: Settings, size: int) -> tuple[Callable[[Tensor], bytes], Callable[[bytes], Tensor]]:
+def ours(
+    settings: Settings, size: int
+) -> tuple[Callable[[Tensor], bytes], Callable[[bytes], Tensor]]:
     """Returns encoder and decoder of a whole message."""
     chain, _ = bind_chain([settings], Bound(size=size))
     return (
@@ -60,7 +66,10 @@ def rival(
 
 
 def measured(
-    name: str, x: Tensor, codec: tuple[Callable[[Tensor], bytes], Callable[[bytes], Tensor]], repeats: int
+    name: str,
+    x: Tensor,
+    codec: tuple[Callable[[Tensor], bytes], Callable[[bytes], Tensor]],
+    repeats: int,
 ) -> Row:
     """Codes `x` [d] and reads it again, `repeats` times."""
     encode, decode = codec
@@ -97,7 +106,12 @@ def rows(x: Tensor, repeats: int) -> Iterator[Row]:
         if find_spec("nncodec"):
             for kind, trellis in (("nncodec", False), ("nncodec, trellis", True)):
                 yield measured(kind, x, rival(Nncodec(rate, trellis), size), 1) | {"wanted": rate}
-        yield {"codec": "Shannon, Gaussian", "bits": rate, "error": 2.0 ** (-2 * rate), "wanted": rate}
+        yield {
+            "codec": "Shannon, Gaussian",
+            "bits": rate,
+            "error": 2.0 ** (-2 * rate),
+            "wanted": rate,
+        }
     for name, settings in (
         ("sign", Sign()),
         ("ternary", Ternary()),
@@ -132,7 +146,9 @@ def make_update(data: Path, *, lr: float = 0.005, batch: int = 50, whole: bool =
     from fedpress.training.augment import Augment, augment
 
     _, model = load_model(Path(__file__).parent / "checkpoints" / "cifar10-cpu")
-    settings = DataSettings(source="cifar10", path=str(data), num_clients=10, examples_per_client=600)
+    settings = DataSettings(
+        source="cifar10", path=str(data), num_clients=10, examples_per_client=600
+    )
     federated = load(settings, seed=0)
     client = next(iter(federated.clients.values()))
     if not whole:
@@ -153,7 +169,9 @@ def make_update(data: Path, *, lr: float = 0.005, batch: int = 50, whole: bool =
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", type=int, default=3_300_000, help="values of the Gaussian vector")
     parser.add_argument("--update", type=Path, help="measure this update as well")
     parser.add_argument("--make-update", type=Path, help="make an update, write it there and stop")
@@ -174,7 +192,9 @@ def main() -> None:
         vectors[f"{arguments.update.name}, {update.numel()} values"] = update
     for name, x in vectors.items():
         if not arguments.json:
-            print(f"\n{name}\n{'codec':<28}{'bits':>8}{'error':>10}{'goal':>8}{'/ EDEN':>8}{'encode':>8}{'decode':>8}")
+            print(
+                f"\n{name}\n{'codec':<28}{'bits':>8}{'error':>10}{'goal':>8}{'/ EDEN':>8}{'encode':>8}{'decode':>8}"
+            )
         for row in rows(x, arguments.repeats):
             goal = GOALS.get((str(row["codec"]), float(row["wanted"]))) if x is gaussian else None
             show = (

@@ -42,7 +42,9 @@ from fedpress.training.fit import EpochRecord, Fit, Objective, TrainSettings, ev
 CALIBRATION, BATCH = 2048, 256
 
 
-def losses(model: nn.Module, public: Arrays, preprocess: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+def losses(
+    model: nn.Module, public: Arrays, preprocess: Callable[[Tensor], Tensor]
+) -> Iterator[Tensor]:
     """Yields the loss of each batch of the calibration images."""
     for x, y in zip(public.x.split(BATCH), public.y.split(BATCH), strict=True):
         yield F.cross_entropy(model(preprocess(x)), y)
@@ -51,7 +53,9 @@ def losses(model: nn.Module, public: Arrays, preprocess: Callable[[Tensor], Tens
 def ours(score: str, strategy: str = "one-shot", macs: bool = False) -> Callable[..., nn.Module]:
     """Returns an arm that cuts with fedpress."""
 
-    def cut(model: nn.Module, keep: float, public: Arrays, preprocess: Callable[[Tensor], Tensor]) -> nn.Module:
+    def cut(
+        model: nn.Module, keep: float, public: Arrays, preprocess: Callable[[Tensor], Tensor]
+    ) -> nn.Module:
         graph = compress.trace(model, torch.zeros(2, *public.x.shape[1:]))
         chance = torch.Generator().manual_seed(0)
         options = {"losses": lambda: losses(model, public, preprocess), "generator": chance}
@@ -70,7 +74,9 @@ def ours(score: str, strategy: str = "one-shot", macs: bool = False) -> Callable
 def theirs(importance: Callable[[], object], *, gradients: bool) -> Callable[..., nn.Module]:
     """Returns an arm that cuts with torch-pruning, its global ranking, at the ratio that leaves `keep`."""
 
-    def cut(model: nn.Module, keep: float, public: Arrays, preprocess: Callable[[Tensor], Tensor]) -> nn.Module:
+    def cut(
+        model: nn.Module, keep: float, public: Arrays, preprocess: Callable[[Tensor], Tensor]
+    ) -> nn.Module:
         total = compress.parameters(model)
         if gradients:
             for loss in losses(model, public, preprocess):
@@ -97,13 +103,17 @@ def theirs(importance: Callable[[], object], *, gradients: bool) -> Callable[...
         low, high = 0.0, 0.95
         for _ in range(12):
             middle = (low + high) / 2
-            low, high = (middle, high) if compress.parameters(at(middle)) > keep * total else (low, middle)
+            low, high = (
+                (middle, high) if compress.parameters(at(middle)) > keep * total else (low, middle)
+            )
         return at(high)
 
     return cut
 
 
-def whole(model: nn.Module, keep: float, public: Arrays, preprocess: Callable[[Tensor], Tensor]) -> nn.Module:
+def whole(
+    model: nn.Module, keep: float, public: Arrays, preprocess: Callable[[Tensor], Tensor]
+) -> nn.Module:
     """The arm that cuts nothing."""
     return model
 
@@ -152,7 +162,11 @@ def dense(parts: FederatedData, epochs: int, out: Path) -> tuple[ModelSpec, nn.M
         fit = Fit(spec.build(), settings(epochs, 0), seed=0)
         for event in fit.epochs(parts.public, parts.validation, parts.preprocess):
             if isinstance(event, EpochRecord):
-                print(f"parent: epoch {event.epoch}, validation {event.accuracy:.2%}", file=sys.stderr, flush=True)
+                print(
+                    f"parent: epoch {event.epoch}, validation {event.accuracy:.2%}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         save_model(place, spec, fit.result_())
     return load_model(place)
 
@@ -164,13 +178,20 @@ def soft(teacher: nn.Module, *, temperature: float = 2.0, weight: float = 0.9) -
     def objective(model: nn.Module, x: Tensor, logits: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = teacher(x).float()
-        return weight * logit_loss(logits, wanted, temperature) + (1 - weight) * F.cross_entropy(logits, y)
+        return weight * logit_loss(logits, wanted, temperature) + (1 - weight) * F.cross_entropy(
+            logits, y
+        )
 
     return objective
 
 
 def run(
-    arm: str, keep: float, seed: int, parts: FederatedData, parent: tuple[ModelSpec, nn.Module], how: TrainSettings
+    arm: str,
+    keep: float,
+    seed: int,
+    parts: FederatedData,
+    parent: tuple[ModelSpec, nn.Module],
+    how: TrainSettings,
 ) -> tuple[dict[str, object], ModelSpec, nn.Module]:
     """Cuts, restores, fine-tunes and measures one arm."""
     name, _, teacher = arm.partition("+")
@@ -181,7 +202,9 @@ def run(
         model, line = commands.sparsify(before, data=parts, **sparse, **training).model, {}
     else:
         began = time.perf_counter()
-        chosen = torch.randperm(len(parts.public), generator=torch.Generator().manual_seed(seed))[:CALIBRATION]
+        chosen = torch.randperm(len(parts.public), generator=torch.Generator().manual_seed(seed))[
+            :CALIBRATION
+        ]
         public = parts.public.take(chosen)
         model = ARMS[name](before, keep, public, parts.preprocess)
         cut = time.perf_counter() - began
@@ -207,16 +230,22 @@ def run(
 
 def main() -> None:
     """Runs what is not there yet, then prints the table."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     words.add_argument("--data", type=Path, required=True, help="CIFAR-10")
     words.add_argument("--out", type=Path, required=True)
     words.add_argument("--parent", choices=["checkpoint", "dense"], default="checkpoint")
     words.add_argument("--parent-epochs", type=int, default=6, help="with --parent dense")
-    words.add_argument("--arms", nargs="+", default=["taylor", "taylor+teacher", "tp-magnitude", "tp-taylor"])
+    words.add_argument(
+        "--arms", nargs="+", default=["taylor", "taylor+teacher", "tp-magnitude", "tp-taylor"]
+    )
     words.add_argument("--keep", type=float, nargs="+", default=[1 / 3])
     words.add_argument("--seeds", type=int, nargs="+", default=[0])
     words.add_argument("--epochs", type=int, default=4)
-    words.add_argument("--small", type=int, default=3, help="of them at 24 pixels; 0 with --parent dense")
+    words.add_argument(
+        "--small", type=int, default=3, help="of them at 24 pixels; 0 with --parent dense"
+    )
     chosen = words.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
     file = chosen.out / "compression.jsonl"
@@ -240,7 +269,9 @@ def main() -> None:
                 lines.append(key | line)
                 with file.open("a") as out:
                     out.write(json.dumps(lines[-1]) + "\n")
-    print("| arm | kept | parameters | MACs | after the cut | tuned | seeds |\n" + "| --- " * 7 + "|")
+    print(
+        "| arm | kept | parameters | MACs | after the cut | tuned | seeds |\n" + "| --- " * 7 + "|"
+    )
     for keep, arm in dict.fromkeys((line["keep"], line["arm"]) for line in lines):
         group = [line for line in lines if (line["keep"], line["arm"]) == (keep, arm)]
         tuned = [100 * line["accuracy"] for line in group]

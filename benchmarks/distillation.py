@@ -56,31 +56,52 @@ augment = { flip = "random" }
 ARMS: dict[str, tuple[str, ...]] = {
     "labels": (),
     "teacher": ("stage.tune.teacher=dense",),
-    "attention": ("stage.tune.teacher=dense", 'stage.tune.distill.attention=["stages.0", "stages.1", "stages.2"]'),
+    "attention": (
+        "stage.tune.teacher=dense",
+        'stage.tune.distill.attention=["stages.0", "stages.1", "stages.2"]',
+    ),
     "features": ("stage.tune.teacher=dense", 'stage.tune.distill.features=["stages.2"]'),
 }
 
 
 def halved(path: Path) -> FederatedData:
     """Returns CIFAR-10 at 16x16 pixels: 2,000 public images, no validation set, all test images."""
-    whole = data.load(DataSettings(source="cifar10", path=path, num_clients=1, examples_per_client=1, validation=0), 0)
+    whole = data.load(
+        DataSettings(
+            source="cifar10", path=path, num_clients=1, examples_per_client=1, validation=0
+        ),
+        0,
+    )
     public = whole.public.take(torch.arange(2_000))
-    parts = {part: Arrays(resized(a.x, 16), a.y) for part, a in [("public", public), ("test", whole.test)]}
+    parts = {
+        part: Arrays(resized(a.x, 16), a.y)
+        for part, a in [("public", public), ("test", whole.test)]
+    }
     client = {name: Arrays(resized(a.x, 16), a.y) for name, a in whole.clients.items()}
     validation = Arrays(parts["public"].x[:0], parts["public"].y[:0])
     return dataclasses.replace(
-        whole, clients=client, validation=validation, preprocess=Preprocess.fit(parts["public"].x), **parts
+        whole,
+        clients=client,
+        validation=validation,
+        preprocess=Preprocess.fit(parts["public"].x),
+        **parts,
     )
 
 
 def measure(keep: float, arm: str, seed: int, path: Path, out: Path) -> tuple[float, float]:
     """Runs one arm, with the stages that it shares with others taken from them; returns the dense and its accuracy."""
-    toml = recipe.load(RECIPE, (f"seed={seed}", f"data.path={path}", f"stage.prune.keep_params={keep}", *ARMS[arm]))
+    toml = recipe.load(
+        RECIPE, (f"seed={seed}", f"data.path={path}", f"stage.prune.keep_params={keep}", *ARMS[arm])
+    )
     place, shared = out / f"{seed}-{keep}-{arm}", out / f"{seed}-{keep}-labels"
     if not shared.exists():
         shared = next(iter(sorted(out.glob(f"{seed}-*-labels"))), shared)
     settings = run.settings(toml)
-    folder = RunFolder.resume(place, settings) if place.exists() else RunFolder.create(place, RECIPE, settings)
+    folder = (
+        RunFolder.resume(place, settings)
+        if place.exists()
+        else RunFolder.create(place, RECIPE, settings)
+    )
     other = RunFolder.open(shared) if shared != place and shared.exists() else None
     for _ in run.execute(toml, folder, run.load_data(toml), reuse=other):
         pass
@@ -90,7 +111,9 @@ def measure(keep: float, arm: str, seed: int, path: Path, out: Path) -> tuple[fl
 
 def main() -> None:
     """Prints a line for each run and the table at the end."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

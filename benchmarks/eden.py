@@ -118,7 +118,11 @@ class UniformZstd:
         del seed
         low, high = 1e-4, 16.0  # in standard deviations
         spread = float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
-        some = x if x.size < 1 << 19 else x[: x.size // 512 * 512].reshape(-1, 512)[:: x.size >> 18].reshape(-1)
+        some = (
+            x
+            if x.size < 1 << 19
+            else x[: x.size // 512 * 512].reshape(-1, 512)[:: x.size >> 18].reshape(-1)
+        )
         for _ in range(18):
             step = (low * high) ** 0.5
             if 8 * len(self._coded(some, step * spread)) > self.rate * some.size:
@@ -132,13 +136,18 @@ class UniformZstd:
         del seed
         step = np.frombuffer(data, "<f4", 1)[0]
         levels = zstandard.ZstdDecompressor().decompress(data[4:])
-        return np.frombuffer(levels, np.int8 if len(levels) == size else np.int16).astype(np.float32) * step
+        return (
+            np.frombuffer(levels, np.int8 if len(levels) == size else np.int16).astype(np.float32)
+            * step
+        )
 
     @staticmethod
     def _coded(x: Floats, step: float) -> bytes:
         levels = np.clip(np.rint(x / np.float32(step)), -32767, 32767)
         small = np.abs(levels).max(initial=0) < 128
-        coded = zstandard.ZstdCompressor(level=3).compress(levels.astype(np.int8 if small else np.int16).tobytes())
+        coded = zstandard.ZstdCompressor(level=3).compress(
+            levels.astype(np.int8 if small else np.int16).tobytes()
+        )
         return np.float32(step).astype("<f4").tobytes() + coded
 
 
@@ -193,6 +202,8 @@ class Nncodec:
         decoder = Decoder()
         decoder.setStream(np.frombuffer(data, np.uint8, offset=8).copy())
         decoder.initCtxModels(11)
-        decoder.decodeLayer(levels, self.trellis, 0, 0, 0, HdspMode.AlwaysOff, np.array([], np.int8), 0, 0)
+        decoder.decodeLayer(
+            levels, self.trellis, 0, 0, 0, HdspMode.AlwaysOff, np.array([], np.int8), 0, 0
+        )
         decoder.dequantLayer(read, levels, self.density, step, 0)
         return read.reshape(-1)[:size] * spread

@@ -81,17 +81,27 @@ TEXTS = {"cnn": (CNN, 150), "resnet": (RESNET, 4)}
 def run_arm(task: str, arm: str, seed: int, args: argparse.Namespace) -> list[dict[str, float]]:
     """Runs one arm, or takes up a finished one, and returns its records of rounds."""
     template, rounds = TEXTS[task]
-    text = template.format(rounds=args.rounds or rounds, checkpoint=HERE / "checkpoints" / "cifar10-cpu")
+    text = template.format(
+        rounds=args.rounds or rounds, checkpoint=HERE / "checkpoints" / "cifar10-cpu"
+    )
     overrides = [f"seed={seed}", f"data.path={json.dumps(str(args.data))}"]
     overrides += CODED[task] if arm == "coded" else []
     recipe = recipes.load(text, overrides + args.override)
     path, settings = Path(args.out) / f"{task}-{arm}-{seed}", runs.settings(recipe)
-    folder = RunFolder.resume(path, settings) if path.exists() else RunFolder.create(path, text, settings)
+    folder = (
+        RunFolder.resume(path, settings)
+        if path.exists()
+        else RunFolder.create(path, text, settings)
+    )
     for event in runs.execute(recipe, folder, runs.load_data(recipe)):
         if isinstance(event, Tick):
             print(f"{path.name}: {event.note}", file=sys.stderr, flush=True)
         elif isinstance(event, StageFinished):
-            print(f"{path.name}: test accuracy {event.result['accuracy']:.4f}", file=sys.stderr, flush=True)
+            print(
+                f"{path.name}: test accuracy {event.result['accuracy']:.4f}",
+                file=sys.stderr,
+                flush=True,
+            )
     write_report(path)
     lines = (json.loads(line) for line in folder.records.read_text("utf-8").splitlines())
     result = json.loads((path / "result.json").read_text("utf-8"))["stages"][-1]
@@ -114,14 +124,20 @@ def bytes_to(records: list[dict[str, float]], target: float) -> float | None:
 
 def main() -> None:
     """Runs both arms for every seed and prints what they came to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("task", choices=TEXTS)
     parser.add_argument("--data", required=True, type=Path, help="folder of CIFAR-10")
     parser.add_argument("--out", required=True, type=Path, help="folder for the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--arms", nargs="+", choices=["dense", "coded"], help="run only these, and print nothing")
-    parser.add_argument("--override", action="append", default=[], help="KEY=VALUE of the recipe, for both arms")
+    parser.add_argument(
+        "--arms", nargs="+", choices=["dense", "coded"], help="run only these, and print nothing"
+    )
+    parser.add_argument(
+        "--override", action="append", default=[], help="KEY=VALUE of the recipe, for both arms"
+    )
     args = parser.parse_args()
     sys.path.insert(0, str(HERE))
     rows = []

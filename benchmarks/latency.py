@@ -35,16 +35,22 @@ from fedpress.pipeline.run import _machine
 HERE = Path(__file__).parent
 SHAPE = (3, 32, 32)
 KINDS = {"float32": None, "int8": 8, "int8 (7-bit weights)": 7}
-ADD_IN_16_BITS = ("onnx",)  # whose kernels for AVX2 do so: seven bits are for it; OpenVINO gets them anyway
+ADD_IN_16_BITS = (
+    "onnx",
+)  # whose kernels for AVX2 do so: seven bits are for it; OpenVINO gets them anyway
 Row = dict[str, Any]
 
 
-def subjects(batches: tuple[torch.Tensor, ...], folder: Path, more: list[Path]) -> dict[str, Subject]:
+def subjects(
+    batches: tuple[torch.Tensor, ...], folder: Path, more: list[Path]
+) -> dict[str, Subject]:
     """Exports both networks, and the saved models `more`, every way; names are `format, network, kind`."""
     torch.manual_seed(0)
     networks = {"dense": resnet18(), "pruned": load_model(HERE / "checkpoints" / "cifar10-cpu")[1]}
     networks |= {path.name.partition(".")[0]: storage.load(path)[1] for path in more}
-    found: dict[str, Subject] = {f"torch, {name}, float32": model.eval() for name, model in networks.items()}
+    found: dict[str, Subject] = {
+        f"torch, {name}, float32": model.eval() for name, model in networks.items()
+    }
     for format, row in FORMATS.items():
         if command := row.missing():
             print(f"{format}: left out; {command}")
@@ -69,7 +75,9 @@ def measured(found: dict[str, Subject], args: argparse.Namespace) -> list[Row]:
     wall: list[dict[str, float]] = []
     cpu: list[dict[str, float]] = []
     for _ in range(args.repeats):
-        times = deploy.time_in_turn(found, SHAPE, batches=[args.batch], threads=[1], seconds=args.seconds / len(found))
+        times = deploy.time_in_turn(
+            found, SHAPE, batches=[args.batch], threads=[1], seconds=args.seconds / len(found)
+        )
         wall.append({name: t.median_ms for name, (t,) in times.items()})
         cpu.append({name: t.cpu_ms for name, (t,) in times.items()})
     rows = []
@@ -90,7 +98,9 @@ def measured(found: dict[str, Subject], args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def with_accuracy(rows: list[Row], found: dict[str, Subject], test: Arrays, preprocess: Any) -> None:
+def with_accuracy(
+    rows: list[Row], found: dict[str, Subject], test: Arrays, preprocess: Any
+) -> None:
     """Adds the accuracy of the files of trained networks."""
     for row in rows:
         subject = found[row["name"]]
@@ -100,27 +110,40 @@ def with_accuracy(rows: list[Row], found: dict[str, Subject], test: Arrays, prep
 
 def main() -> None:
     """Measures and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=0.5, help="for all files together, in one repeat")
-    parser.add_argument("--models", type=Path, nargs="+", default=[], help="saved models of this input to add")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="for all files together, in one repeat"
+    )
+    parser.add_argument(
+        "--models", type=Path, nargs="+", default=[], help="saved models of this input to add"
+    )
     parser.add_argument("--data", type=Path)
     parser.add_argument(
-        "--images", type=int, default=10_000, help="how many test images the accuracy is taken on; 0: none"
+        "--images",
+        type=int,
+        default=10_000,
+        help="how many test images the accuracy is taken on; 0: none",
     )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     batches: tuple[torch.Tensor, ...] = (torch.randn(32, *SHAPE),)
     images = None
     if args.data:
-        images = data.load(DataSettings(source="cifar10", path=args.data, num_clients=1, examples_per_client=10), 0)
+        images = data.load(
+            DataSettings(source="cifar10", path=args.data, num_clients=1, examples_per_client=10), 0
+        )
         batches = images.preprocess(images.public.x[:256]).split(64)
     with tempfile.TemporaryDirectory() as folder:
         found = subjects(batches, Path(folder), args.models)
         rows = measured(found, args)
         if images and args.images:
-            with_accuracy(rows, found, images.test.take(torch.arange(args.images)), images.preprocess)
+            with_accuracy(
+                rows, found, images.test.take(torch.arange(args.images)), images.preprocess
+            )
     if args.json:
         here = as_json(this_processor())
         print(json.dumps({"machine": _machine(), "processor": here, "rows": rows}, indent=1))
@@ -129,7 +152,9 @@ def main() -> None:
     print(f"{here.name} with {', '.join(here.features)}")
     for runtime in sorted({row.runtime for row in FORMATS.values()}):
         print(f"{runtime}: {settings(runtime, wide=True) or 'no options'} for 8-bit weights")
-    print(f"{_machine()}; batch {args.batch}, one thread, median of {args.repeats} repeats (quartiles)")
+    print(
+        f"{_machine()}; batch {args.batch}, one thread, median of {args.repeats} repeats (quartiles)"
+    )
     if images and args.images:
         print(f"accuracy on the first {args.images} test images")
     for row in rows:

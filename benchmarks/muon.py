@@ -22,14 +22,23 @@ from fedpress.training.optimizers import Muon
 
 def main() -> None:
     """Measures and prints."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--network", choices=["dense", "third"], default="third", help="of 11.17 or 3.36 M parameters")
+    words = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    words.add_argument(
+        "--network",
+        choices=["dense", "third"],
+        default="third",
+        help="of 11.17 or 3.36 M parameters",
+    )
     words.add_argument("--repeats", type=int, default=3)
     chosen = words.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = resnet18() if chosen.network == "dense" else network()[1]
-    matrices = [view for _, view in Fit(model, TrainSettings(epochs=1, optimizer="muon"), seed=0).views]
+    matrices = [
+        view for _, view in Fit(model, TrainSettings(epochs=1, optimizer="muon"), seed=0).views
+    ]
     for matrix in matrices:
         matrix.grad = torch.randn_like(matrix)
     sides: dict[str, torch.optim.Optimizer] = {
@@ -47,10 +56,14 @@ def main() -> None:
                 took[name].append(time.process_time() - began)
     ratios = sorted(a / b for a, b in zip(took["torch"], took["fedpress"], strict=True))
     fast = torch.cpu._is_avx512_bf16_supported()
-    print(f"{chosen.network}: {len(matrices)} matrices, bfloat16 instructions: {'yes' if fast else 'no'}")
+    print(
+        f"{chosen.network}: {len(matrices)} matrices, bfloat16 instructions: {'yes' if fast else 'no'}"
+    )
     for name, seconds in took.items():
         print(f"{name:<10}{statistics.median(seconds):8.3f} s a step")
-    print(f"torch takes {statistics.median(ratios):.1f} times as long ({ratios[0]:.1f}-{ratios[-1]:.1f})")
+    print(
+        f"torch takes {statistics.median(ratios):.1f} times as long ({ratios[0]:.1f}-{ratios[-1]:.1f})"
+    )
 
 
 if __name__ == "__main__":

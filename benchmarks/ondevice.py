@@ -29,7 +29,12 @@ def network() -> nn.Module:
     torch.manual_seed(0)
     blocks: list[nn.Module] = []
     for before, after in ((3, 16), (16, 32), (32, 64)):
-        blocks += [nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(4, after), nn.ReLU(), nn.MaxPool2d(2)]
+        blocks += [
+            nn.Conv2d(before, after, 3, padding=1),
+            nn.GroupNorm(4, after),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
@@ -42,7 +47,9 @@ def seconds(run: Callable[[], None]) -> float:
 
 def main() -> None:
     """Measures and prints two lines."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=200)
     args = parser.parse_args()
@@ -51,7 +58,9 @@ def main() -> None:
     x = torch.randn(args.batch, *SHAPE, generator=chance)
     y = torch.randint(0, 10, (args.batch,), generator=chance)
     with tempfile.TemporaryDirectory() as folder:
-        made = export_training(model, Path(folder) / "train.pte", input_shape=SHAPE, batch_size=args.batch)
+        made = export_training(
+            model, Path(folder) / "train.pte", input_shape=SHAPE, batch_size=args.batch
+        )
         device = DeviceModel(made.path)
     theirs, ours = torch.optim.SGD(model.parameters(), 0.01), device.optimizer(0.01)
 
@@ -63,7 +72,12 @@ def main() -> None:
     def program() -> None:
         ours.step(device.mean_gradient(x, y)[1])
 
-    times = np.array([(seconds(eager), seconds(program)) for _ in range(args.repeats)])[args.repeats // 10 :] * 1e3
+    times = (
+        np.array([(seconds(eager), seconds(program)) for _ in range(args.repeats)])[
+            args.repeats // 10 :
+        ]
+        * 1e3
+    )
     ratio = np.percentile(times[:, 1] / times[:, 0], [50, 25, 75])
     far = max(
         (p.detach() - q.detach()).abs().max().item()
@@ -72,7 +86,9 @@ def main() -> None:
     print(f"{_machine()}; batch {args.batch}; torch {np.median(times[:, 0]):.2f} ms, ExecuTorch "
           f"{np.median(times[:, 1]):.2f} ms; {ratio[0]:.2f} ({ratio[1]:.2f}-{ratio[2]:.2f}) times as long")  # fmt: skip
     size = sum(p.numel() for p in model.parameters())
-    print(f"{size:,} parameters, file {made.file_bytes:,} bytes; parameters differ by {far:.1g} after {args.repeats}")
+    print(
+        f"{size:,} parameters, file {made.file_bytes:,} bytes; parameters differ by {far:.1g} after {args.repeats}"
+    )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ def cut(spec: ModelSpec, model: nn.Module, share: float) -> tuple[ModelSpec, nn.
     model = copy.deepcopy(model).eval()
     graph = compress.trace(model, torch.zeros(2, *spec.input_shape))
     keep = share * RESNET18 / compress.parameters(model)
-    plan = compress.plan(model, graph, compress.score(model, graph, "l2"), keep_params=keep, round_to=4)
+    plan = compress.plan(
+        model, graph, compress.score(model, graph, "l2"), keep_params=keep, round_to=4
+    )
     compress.remove_(model, plan)
     return spec.model_copy(update=what_pruning_changed(model, spec.build_dense())), model
 
@@ -73,14 +75,18 @@ def rivals(model: nn.Module, bits: int) -> dict[str, int]:
         out[f"{name}zstd -19"] = len(zstandard.ZstdCompressor(level=19).compress(data))
         out[f"{name}xz -9"] = len(lzma.compress(data, preset=9))
     shares = [np.unique(c, return_counts=True)[1] / len(c) for c in codes]
-    out["entropy"] = round(sum(-(p * np.log2(p)).sum() * len(c) for p, c in zip(shares, codes, strict=True)) / 8)
+    out["entropy"] = round(
+        sum(-(p * np.log2(p)).sum() * len(c) for p, c in zip(shares, codes, strict=True)) / 8
+    )
     return out
 
 
 def main() -> None:
     """Prints a block for each model."""
     torch.set_num_threads(1)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="keep the packed files here")
     out = parser.parse_args().out or Path(tempfile.mkdtemp())
     spec, model = load_model(Path(__file__).parent / "checkpoints" / "cifar10-cpu")
@@ -102,7 +108,10 @@ def main() -> None:
         print(f"{name}: {compress.parameters(pair[1]):,} parameters, file {packed.file_bytes:,} bytes ({kinds}); "
               f"pack and verify {middle - start:.1f} s, unpack {end - middle:.1f} s")  # fmt: skip
         if bits < 32:
-            print("  codes under others: " + ", ".join(f"{k} {v:,}" for k, v in rivals(pair[1], bits).items()))
+            print(
+                "  codes under others: "
+                + ", ".join(f"{k} {v:,}" for k, v in rivals(pair[1], bits).items())
+            )
 
 
 if __name__ == "__main__":

@@ -111,7 +111,13 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     for autocast, method in ((None, "ghost"), (torch.bfloat16, "ghost"), (None, "loop")):
-        row = measure(batch=chosen.batch, repeats=chosen.repeats, autocast=autocast, method=method, clock=chosen.clock)
+        row = measure(
+            batch=chosen.batch,
+            repeats=chosen.repeats,
+            autocast=autocast,
+            method=method,
+            clock=chosen.clock,
+        )
         if chosen.json:
             print(json.dumps(row), flush=True)
         else:

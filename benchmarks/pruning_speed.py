@@ -66,7 +66,9 @@ def ours(model: nn.Module, x: Tensor) -> dict[str, float]:
     at.append(perf_counter())
     compress.remove_(model, plan)
     at.append(perf_counter())
-    return dict(zip(("trace", "score", "plan", "remove"), (b - a for a, b in pairwise(at)), strict=True))
+    return dict(
+        zip(("trace", "score", "plan", "remove"), (b - a for a, b in pairwise(at)), strict=True)
+    )
 
 
 def theirs(model: nn.Module, x: Tensor) -> dict[str, float]:
@@ -76,12 +78,16 @@ def theirs(model: nn.Module, x: Tensor) -> dict[str, float]:
     start = perf_counter()
     head = [m for m in model.modules() if isinstance(m, nn.Linear)]
     score = tp.importance.MagnitudeImportance(p=1)
-    pruner = tp.pruner.MagnitudePruner(model, x, importance=score, pruning_ratio=0.3, ignored_layers=head, round_to=8)
+    pruner = tp.pruner.MagnitudePruner(
+        model, x, importance=score, pruning_ratio=0.3, ignored_layers=head, round_to=8
+    )
     pruner.step()
     return {"all": perf_counter() - start}
 
 
-def timed(run: Callable[[nn.Module, Tensor], dict[str, float]], model: nn.Module, x: Tensor) -> dict[str, float]:
+def timed(
+    run: Callable[[nn.Module, Tensor], dict[str, float]], model: nn.Module, x: Tensor
+) -> dict[str, float]:
     """Runs on a copy; returns the seconds of the parts, their sum, and those of the processor."""
     copy, start = deepcopy(model).eval(), process_time()
     parts = run(copy, x)
@@ -100,7 +106,9 @@ def main() -> None:
         "resnet50": (resnet50(), torch.zeros(2, 3, 224, 224)),
     }
     once = timed(ours, nn.Sequential(nn.Linear(2, 64), nn.Linear(64, 2)), torch.zeros(2, 2))
-    print(f"once for each process torch.export is imported: wall {once['wall']:.2f} cpu {once['cpu']:.2f} s")
+    print(
+        f"once for each process torch.export is imported: wall {once['wall']:.2f} cpu {once['cpu']:.2f} s"
+    )
     for name, (model, x) in networks.items():
         rows: dict[str, list[dict[str, float]]] = {"fedpress": [], "torch-pruning": []}
         for _ in range(repeats):
@@ -108,7 +116,11 @@ def main() -> None:
             rows["torch-pruning"].append(timed(theirs, model, x))
         for who, runs in rows.items():
             medians = {key: median(run[key] for run in runs) for key in runs[0]}
-            print(f"{name:9} {who:14}", " ".join(f"{key} {value:.2f}" for key, value in medians.items()), "s")
+            print(
+                f"{name:9} {who:14}",
+                " ".join(f"{key} {value:.2f}" for key, value in medians.items()),
+                "s",
+            )
 
 
 if __name__ == "__main__":

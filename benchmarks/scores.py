@@ -45,9 +45,13 @@ EARLY = ("snip", "grasp")
 SCOPES = ("global", "layer", "sensitivity")
 
 
-def trained(model: nn.Module, examples: FederatedData, epochs: int, seed: int, **more: float) -> nn.Module:
+def trained(
+    model: nn.Module, examples: FederatedData, epochs: int, seed: int, **more: float
+) -> nn.Module:
     """Trains `model` on the public part."""
-    settings = TrainSettings(epochs=epochs, batch_size=64, lr=0.1, augment=Augment(crop=0.125), **more)
+    settings = TrainSettings(
+        epochs=epochs, batch_size=64, lr=0.1, augment=Augment(crop=0.125), **more
+    )
     fit = Fit(model, settings, seed=seed)
     empty = Arrays(examples.validation.x[:0], examples.validation.y[:0])
     for _ in fit.epochs(examples.public, empty, examples.preprocess):
@@ -55,7 +59,9 @@ def trained(model: nn.Module, examples: FederatedData, epochs: int, seed: int, *
     return fit.result_().eval()
 
 
-def cut(model: nn.Module, examples: FederatedData, name: str, scope: str, keep: float, seed: int) -> nn.Module:
+def cut(
+    model: nn.Module, examples: FederatedData, name: str, scope: str, keep: float, seed: int
+) -> nn.Module:
     """Removes channels of a copy of `model` and restores its batch-norm statistics."""
     model, public = copy.deepcopy(model).eval(), examples.public.take(torch.arange(512))
     size = 1 if SCORES[name].single else 256
@@ -75,7 +81,9 @@ def cut(model: nn.Module, examples: FederatedData, name: str, scope: str, keep: 
         if scope == "sensitivity"
         else []
     )
-    plan = compress.plan(model, graph, scores, keep_params=keep, scope=scope, points=points, round_to=2)
+    plan = compress.plan(
+        model, graph, scores, keep_params=keep, scope=scope, points=points, round_to=2
+    )
     compress.remove_(model, plan)
     compress.restore_batch_norm_(model, (examples.preprocess(x) for x in public.x.split(256)))
     return model
@@ -89,9 +97,13 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, object]]:
         torch.manual_seed(seed)
         fresh = resnet_small(in_channels=1, width=16)
         dense = trained(copy.deepcopy(fresh), examples, options.train, seed)
-        slim = trained(copy.deepcopy(fresh), examples, options.train, seed, bn_penalty=options.penalty)
+        slim = trained(
+            copy.deepcopy(fresh), examples, options.train, seed, bn_penalty=options.penalty
+        )
         yield {"seed": seed, "arm": "dense", "after": share(dense, examples)}
-        arms = [(name, "global") for name in SCORES] + [(name, s) for name in ("l1", "taylor") for s in SCOPES[1:]]
+        arms = [(name, "global") for name in SCORES] + [
+            (name, s) for name in ("l1", "taylor") for s in SCOPES[1:]
+        ]
         for name, scope in [*arms, ("bn_scale+penalty", "global")]:
             start, row = time.perf_counter(), name.partition("+")[0]
             parent = fresh if row in EARLY else slim if "+" in name else dense
@@ -100,7 +112,13 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, object]]:
             # What was cut untrained gets the training of the dense network besides.
             epochs = options.epochs + (options.train if row in EARLY else 0)
             after = share(trained(small, examples, epochs, seed + 1), examples)
-            yield {"seed": seed, "arm": f"{name}, {scope}", "before": before, "after": after, "seconds": seconds}
+            yield {
+                "seed": seed,
+                "arm": f"{name}, {scope}",
+                "before": before,
+                "after": after,
+                "seconds": seconds,
+            }
 
 
 def share(model: nn.Module, examples: FederatedData) -> float:
@@ -124,7 +142,9 @@ def table(rows: list[dict[str, object]]) -> str:
 
 def main() -> None:
     """Runs the comparison and prints its table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--keep", type=float, default=0.3)
     parser.add_argument("--train", type=int, default=12, help="epochs of the dense network")

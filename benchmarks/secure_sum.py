@@ -22,14 +22,23 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from fedpress.secagg import Combiner, Member, Part, SecurePlan, SecureRound, identity
+from fedpress.secagg import (
+    SecAggClient,
+    SecAggMessage,
+    SecAggServer,
+    SecurePlan,
+    SecureRound,
+    identity,
+)
 from fedpress.secagg.masks import add_masks_, centred, word
 
 Row = dict[str, str | float | int | bool]
 T = TypeVar("T")
 
 
-def measure(clients: int, dropout: float, *, values: int, bits: int, sample: int, small: int) -> Row:
+def measure(
+    clients: int, dropout: float, *, values: int, bits: int, sample: int, small: int
+) -> Row:
     """Returns one row: what a client and the server pay at this number of clients and share of drop-outs."""
     plan = SecurePlan(clients, bits)
     setup: list[float] = []
@@ -48,7 +57,9 @@ def measure(clients: int, dropout: float, *, values: int, bits: int, sample: int
         mask.append(took)
         add.append(timed(lambda name=name, part=part: big.add(name, part))[0])  # type: ignore[misc]
     words = np.zeros(values, word(bits))
-    expand = [timed(lambda k=k: add_masks_(words, [(bytes([k] * 16), True)]))[0] for k in range(sample)]  # type: ignore[misc]
+    expand = [
+        timed(lambda k=k: add_masks_(words, [(bytes([k] * 16), True)]))[0] for k in range(sample)
+    ]  # type: ignore[misc]
     centre = timed(lambda: centred(words, bits))[0]
 
     rows = torch.randint(-limit, limit + 1, (clients, small), generator=drawn)
@@ -94,20 +105,26 @@ def measure(clients: int, dropout: float, *, values: int, bits: int, sample: int
         "shares_up_bytes": round(statistics.mean(sent)) + round(statistics.mean(answered)),
         "unmask_down_bytes": round(statistics.mean(got)),
         "server_masks": masks,
-        "server_s": statistics.median(add) * alive + statistics.median(expand) * masks + centre + server,
+        "server_s": statistics.median(add) * alive
+        + statistics.median(expand) * masks
+        + centre
+        + server,
         "server_small_s": server,
         "plain_up_bytes": 4 * values,
         "plain_server_s": statistics.median(plain) * alive,
     }
 
 
-def group(plan: SecurePlan, setup: list[float]) -> tuple[Combiner, dict[str, Member]]:
+def group(plan: SecurePlan, setup: list[float]) -> tuple[SecAggServer, dict[str, SecAggClient]]:
     """Returns a server and its clients after the set-up, and notes how long each client's took."""
     names = [f"client-{i}" for i in range(plan.cohort)]
     secrets = {name: sha256(name.encode()).digest() for name in names}
     known = {name: identity(secret) for name, secret in secrets.items()}
-    members = {name: Member(name, secret, plan, known, "benchmark") for name, secret in secrets.items()}
-    combiner = Combiner(plan, known, "benchmark")
+    members = {
+        name: SecAggClient(name, secret, plan, known, "benchmark")
+        for name, secret in secrets.items()
+    }
+    combiner = SecAggServer(plan, known, "benchmark")
     for name, member in members.items():
         combiner.join(name, member.join())
     roster = combiner.roster()
@@ -125,7 +142,7 @@ def removed(secure: SecureRound) -> int:
     return int(inside.sum()) + int(facts.edges[inside][:, ~inside].sum())
 
 
-def size(part: Part, *, but: str = "") -> int:
+def size(part: SecAggMessage, *, but: str = "") -> int:
     """Returns the bytes of all tensors but one."""
     return sum(t.numel() * t.element_size() for name, t in part.tensors.items() if name != but)
 
@@ -180,7 +197,9 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
                 continue
             sizes = {"up": "up_bytes", "down": "unmask_down_bytes", "plain_up": "plain_up_bytes"}
-            print(line.format(**row, **{k: float(row[v]) / 1e6 for k, v in sizes.items()}), flush=True)
+            print(
+                line.format(**row, **{k: float(row[v]) / 1e6 for k, v in sizes.items()}), flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -75,7 +75,9 @@ def measure(stages: str, seed: int) -> dict[str, float]:
 
 def main() -> None:
     """Runs what is missing and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--epochs", type=int, default=30)
@@ -87,7 +89,9 @@ def main() -> None:
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     chosen = arms(given.density, given.epochs)
     if given.arms:
-        chosen = {arm: stages for arm, stages in chosen.items() if any(word in arm for word in given.arms)}
+        chosen = {
+            arm: stages for arm, stages in chosen.items() if any(word in arm for word in given.arms)
+        }
     for seed in given.seeds:
         for arm, stages in chosen.items():
             key = {"arm": arm, "wanted": given.density, "epochs": given.epochs, "seed": seed}
@@ -95,13 +99,21 @@ def main() -> None:
                 lines.append({**key, **measure(stages, seed)})
                 with path.open("a") as file:
                     file.write(json.dumps(lines[-1]) + "\n")
-    print(f"| {100 * (1 - given.density):g}% zeros, {given.epochs} epochs | test accuracy, mean ± deviation | kept |")
+    print(
+        f"| {100 * (1 - given.density):g}% zeros, {given.epochs} epochs | test accuracy, mean ± deviation | kept |"
+    )
     print("| --- | --- | --- |")
     for arm in chosen:
-        found = [x for x in lines if (x["arm"], x["wanted"], x["epochs"]) == (arm, given.density, given.epochs)]
+        found = [
+            x
+            for x in lines
+            if (x["arm"], x["wanted"], x["epochs"]) == (arm, given.density, given.epochs)
+        ]
         accuracy = [100 * line["accuracy"] for line in found]
         spread = statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0
-        print(f"| {arm} | {statistics.mean(accuracy):.2f} ± {spread:.2f} | {100 * found[0]['density']:.2f}% |")
+        print(
+            f"| {arm} | {statistics.mean(accuracy):.2f} ± {spread:.2f} | {100 * found[0]['density']:.2f}% |"
+        )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ from fedpress.models.resnet import resnet18
 from fedpress.training.fit import Fit, TrainSettings, uses_bf16
 
 Row = dict[str, str | float | int]
-WARM = 2  # steps before the clock counts: kernels are chosen and memory is fetched in the first ones
+WARM = (
+    2  # steps before the clock counts: kernels are chosen and memory is fetched in the first ones
+)
 PREPROCESS = Preprocess((0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
 GOALS = {"training": ("at least", 1.8), "private": ("at most", 2.0)}
 
@@ -43,7 +45,9 @@ def plain_steps(data: Arrays, batch: int) -> Iterator[Tensor]:
     """Yields the loss after each step of a loop as one would write it down: float32, NCHW, SGD with momentum."""
     torch.manual_seed(0)
     model = resnet18().train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (PREPROCESS.mean, PREPROCESS.std))
     for index in torch.randperm(len(data)).split(batch):
         x = (data.x[index].float() / 255 - mean) / std
@@ -70,7 +74,10 @@ def training_row(*, batch: int, repeats: int) -> Row:
     pairs = []
     for at in range(repeats + WARM):
         sides = [("plain", plain), ("ours", ours)]
-        took = {name: seconds(lambda steps=steps: next(steps)) for name, steps in (sides if at % 2 else sides[::-1])}
+        took = {
+            name: seconds(lambda steps=steps: next(steps))
+            for name, steps in (sides if at % 2 else sides[::-1])
+        }
         pairs.append((took["plain"], took["ours"]))
     pairs = pairs[WARM:]
     ratios = sorted(a / b for a, b in pairs)
@@ -90,16 +97,28 @@ def training_row(*, batch: int, repeats: int) -> Row:
 def private_row(*, batch: int, repeats: int, autocast: torch.dtype | None) -> Row:
     """Compares a private step of the network of 30% with a plain step of it, at the same precision."""
     row = private_step.measure(batch=batch, repeats=repeats, autocast=autocast)
-    speeds = {"plain_images_per_s": batch / float(row["plain_s"]), "images_per_s": batch / float(row["private_s"])}
+    speeds = {
+        "plain_images_per_s": batch / float(row["plain_s"]),
+        "images_per_s": batch / float(row["private_s"]),
+    }
     ratio = {name: row[name] for name in ("ratio", "ratio_low", "ratio_high")}
-    return {"what": "private", "precision": row["precision"], "batch": batch, "pairs": repeats, **speeds, **ratio}
+    return {
+        "what": "private",
+        "precision": row["precision"],
+        "batch": batch,
+        "pairs": repeats,
+        **speeds,
+        **ratio,
+    }
 
 
 def machine() -> Row:
     """Says what the numbers depend on."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    model = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""
+    )
     load = f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
     return {
         "machine": model or platform.processor() or platform.machine(),
@@ -114,7 +133,9 @@ def machine() -> Row:
 def table(about: Row, rows: list[Row]) -> str:
     """Lays the numbers out for a person."""
     lines = [
-        "{machine}, {threads} threads of {cores} cores, load before {load_before}, torch {torch}".format(**about),
+        "{machine}, {threads} threads of {cores} cores, load before {load_before}, torch {torch}".format(
+            **about
+        ),
         f"{'step':<19}{'batch':>6}{'plain':>12}{'fedpress':>12}   ratio (middle half of the pairs, their number)",
     ]
     for row in rows:
@@ -134,14 +155,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="batch 4 and one pair: only shows that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="batch 4 and one pair: only shows that it runs"
+    )
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args()
     batch, repeats = (4, 1) if chosen.quick else (chosen.batch, chosen.repeats)
     torch.set_num_threads(chosen.threads)
     about = machine()
     rows = [training_row(batch=batch, repeats=repeats)]
-    rows += [private_row(batch=batch, repeats=repeats, autocast=kind) for kind in (None, torch.bfloat16)]
+    rows += [
+        private_row(batch=batch, repeats=repeats, autocast=kind) for kind in (None, torch.bfloat16)
+    ]
     print(json.dumps({**about, "rows": rows}, indent=1) if chosen.json else table(about, rows))
 
 

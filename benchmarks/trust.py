@@ -49,7 +49,11 @@ privacy = {{ unit = "sample", trust = "{trust}", epsilon = {epsilon}, delta = 1e
 """
 KINDS = {
     "local": {"rounds": 10, "lr": 3.0, "more": ""},
-    "secure": {"rounds": 20, "lr": 3.0, "more": 'uplink = [{ kind = "rotate" }, { kind = "discretize", bits = 18 }]'},
+    "secure": {
+        "rounds": 20,
+        "lr": 3.0,
+        "more": 'uplink = [{ kind = "rotate" }, { kind = "discretize", bits = 18 }]',
+    },
     "central": {"rounds": 20, "lr": 3.0, "more": ""},
     "none": {"rounds": 10, "lr": 30.0, "more": ""},
 }
@@ -74,15 +78,24 @@ def prepare(data: Path, out: Path) -> Path:
     path = out / "features.safetensors"
     if path.exists():
         return path
-    settings = DataSettings(source="cifar10", path=data, num_clients=10, examples_per_client=600, validation=2000)
+    settings = DataSettings(
+        source="cifar10", path=data, num_clients=10, examples_per_client=600, validation=2000
+    )
     loaded = data_sets.load(settings, 0)
     network = Features(load_model(CHECKPOINT)[1])
     parts = {f"client/{name}": arrays for name, arrays in loaded.clients.items()}
-    parts |= {"public": loaded.public.take(torch.arange(2000)), "validation": loaded.validation, "test": loaded.test}
+    parts |= {
+        "public": loaded.public.take(torch.arange(2000)),
+        "validation": loaded.validation,
+        "test": loaded.test,
+    }
     tensors = {}
     for name, arrays in parts.items():
         print(f"features of {name}", file=sys.stderr, flush=True)
-        tensors[f"{name}/x"], tensors[f"{name}/y"] = network.of(arrays.x, loaded.preprocess), arrays.y
+        tensors[f"{name}/x"], tensors[f"{name}/y"] = (
+            network.of(arrays.x, loaded.preprocess),
+            arrays.y,
+        )
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
     return path
@@ -91,11 +104,21 @@ def prepare(data: Path, out: Path) -> Path:
 def features(path: Path) -> FederatedData:
     """Returns the data set of features in `path`; standardised with the public ones."""
     tensors = load_file(path)
-    parts = {name[:-2]: Arrays(x, tensors[f"{name[:-2]}/y"]) for name, x in tensors.items() if name.endswith("/x")}
-    clients = {name.removeprefix("client/"): part for name, part in parts.items() if name.startswith("client/")}
+    parts = {
+        name[:-2]: Arrays(x, tensors[f"{name[:-2]}/y"])
+        for name, x in tensors.items()
+        if name.endswith("/x")
+    }
+    clients = {
+        name.removeprefix("client/"): part
+        for name, part in parts.items()
+        if name.startswith("client/")
+    }
     public = parts["public"].x
     middle, spread = public.mean(0), public.std()
-    scale = spread * public.shape[1] ** 0.5  # examples of norm 1 on average: one clip norm fits every layer width
+    scale = (
+        spread * public.shape[1] ** 0.5
+    )  # examples of norm 1 on average: one clip norm fits every layer width
     parts = {name: Arrays((part.x - middle) / scale, part.y) for name, part in parts.items()}
     return FederatedData(
         name="features",
@@ -109,18 +132,26 @@ def features(path: Path) -> FederatedData:
     )
 
 
-def accuracy(kind: str, epsilon: float, seed: int, path: Path, out: Path, lr: float | None) -> tuple[float, float]:
+def accuracy(
+    kind: str, epsilon: float, seed: int, path: Path, out: Path, lr: float | None
+) -> tuple[float, float]:
     """Returns (validation, test) accuracy after one run."""
     how = KINDS[kind] | ({"lr": lr} if lr else {})
     width = load_file(path)["test/x"].shape[1]
-    text = TEXT.format(features=width, trust="local" if kind == "none" else kind, epsilon=epsilon, **how)
+    text = TEXT.format(
+        features=width, trust="local" if kind == "none" else kind, epsilon=epsilon, **how
+    )
     recipe = recipes.load(text, [f"seed={seed}", f"data.path={json.dumps(str(path))}"])
     if kind == "none":
         stage = recipe.stage[0].model_copy(update={"privacy": None, "epochs": 2, "batch_size": 60})
         recipe = recipe.model_copy(update={"stage": (stage,)})
     place = out / f"{kind}-{epsilon:g}-{how['lr']:g}-{seed}"
     settings = runs.settings(recipe)
-    folder = RunFolder.resume(place, settings) if place.exists() else RunFolder.create(place, text, settings)
+    folder = (
+        RunFolder.resume(place, settings)
+        if place.exists()
+        else RunFolder.create(place, text, settings)
+    )
     for _ in runs.execute(recipe, folder, runs.load_data(recipe)):
         pass
     records = [json.loads(line) for line in folder.records.read_text("utf-8").splitlines()]
@@ -130,12 +161,16 @@ def accuracy(kind: str, epsilon: float, seed: int, path: Path, out: Path, lr: fl
 
 def main() -> None:
     """Prints a table: a row for each kind of trust, a column for each epsilon."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True, type=Path, help="folder of CIFAR-10")
     parser.add_argument("--out", required=True, type=Path, help="folder for features and runs")
     parser.add_argument("--epsilon", type=float, nargs="+", default=[0.05, 0.1, 0.2, 1.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--lr", type=float, nargs="+", help="try these instead, and print validation accuracy")
+    parser.add_argument(
+        "--lr", type=float, nargs="+", help="try these instead, and print validation accuracy"
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     args = parser.parse_args()
     sys.path.insert(0, str(HERE))
@@ -143,7 +178,9 @@ def main() -> None:
     for kind in args.kinds:
         for epsilon in args.epsilon if kind != "none" else [0.0]:
             for lr in args.lr or [None]:
-                found = [accuracy(kind, epsilon or 1.0, seed, path, args.out, lr) for seed in args.seeds]
+                found = [
+                    accuracy(kind, epsilon or 1.0, seed, path, args.out, lr) for seed in args.seeds
+                ]
                 seen = [f[0 if args.lr else 1] for f in found]
                 spread = statistics.stdev(seen) if len(seen) > 1 else 0.0
                 print(json.dumps({"trust": kind, "epsilon": epsilon or None, "lr": lr or KINDS[kind]["lr"],

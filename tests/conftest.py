@@ -132,7 +132,11 @@ def left_in(folder: Path) -> dict[str, Any]:
 
 def _timeless(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _timeless(v) for k, v in value.items() if k != "seconds" and not k.startswith("latency")}
+        return {
+            k: _timeless(v)
+            for k, v in value.items()
+            if k != "seconds" and not k.startswith("latency")
+        }
     return [_timeless(v) for v in value] if isinstance(value, list) else value
 
 

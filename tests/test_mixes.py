@@ -46,7 +46,9 @@ def test_check_tells_bits_bytes_and_epsilon(mix, tiny):
     done = json.loads((path / "result.json").read_text())["stages"][2]
     assert told["bits_per_value_up"] > 0
     assert told["bits_per_value_down"] > 0
-    assert (told.get("epsilon") is None) == (name in ("nothing", "int8", "top-k and ANS both ways", "secure sum"))
+    assert (told.get("epsilon") is None) == (
+        name in ("nothing", "int8", "top-k and ANS both ways", "secure sum")
+    )
     # What was sent: three updates a round, and for a secure sum the keys and what opens it.
     up = done["bytes_up"] - 3 * told["bytes_up_per_round"]
     assert abs(up) < 0.25 * done["bytes_up"] + 12_000 * ("secure" in name)
@@ -112,7 +114,9 @@ SECURE_NOISE = {
 
 
 @pytest.mark.parametrize("mode", SECURE_NOISE)
-def test_secure_noise_differs_between_runs_and_not_between_a_run_and_its_resumption(mode, tiny, base, tmp_path):
+def test_secure_noise_differs_between_runs_and_not_between_a_run_and_its_resumption(
+    mode, tiny, base, tmp_path
+):
     overrides = [SECURE_NOISE[mode]]
     saved = {}
     for name in ("one", "two"):
@@ -122,10 +126,14 @@ def test_secure_noise_differs_between_runs_and_not_between_a_run_and_its_resumpt
                 saved[name] = (stage / "progress.safetensors").read_bytes()
             elif (stage / "memory").exists():
                 shutil.copytree(stage / "memory", tmp_path / f"memory-{name}", dirs_exist_ok=True)
-    weights = [(tmp_path / n / "stages/2-federate/model.safetensors").read_bytes() for n in ("one", "two")]
+    weights = [
+        (tmp_path / n / "stages/2-federate/model.safetensors").read_bytes() for n in ("one", "two")
+    ]
     assert weights[0] != weights[1]
     stage = tmp_path / "one" / "stages" / "2-federate"
-    (stage / "result.json").unlink()  # as if it had been killed in the last round, after the clients answered
+    (
+        stage / "result.json"
+    ).unlink()  # as if it had been killed in the last round, after the clients answered
     (stage / "progress.safetensors").write_bytes(saved["one"])
     assert not (stage / "memory").exists()  # secrets and private numbers go when the stage is done
     shutil.copytree(tmp_path / "memory-one", stage / "memory")
@@ -139,21 +147,35 @@ def finished(tiny, path, base, *overrides):
         pass
     records = [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
     result = json.loads((path / "result.json").read_text())["stages"][2]
-    return result, [r for r in records if r["kind"] == "federate"], json.loads((path / "ledger.json").read_text())
+    return (
+        result,
+        [r for r in records if r["kind"] == "federate"],
+        json.loads((path / "ledger.json").read_text()),
+    )
 
 
 def client_privacy(more=""):
-    return f'stage.2.privacy={{ unit = "client", epsilon = 8.0, delta = 1e-3, clip_norm = 1.0{more} }}'
+    return (
+        f'stage.2.privacy={{ unit = "client", epsilon = 8.0, delta = 1e-3, clip_norm = 1.0{more} }}'
+    )
 
 
 @pytest.mark.parametrize("trust", ["local", "secure", "central"])
 def test_clients_that_take_turns_are_charged_for_their_turns(trust, tiny, base, tmp_path):
     cohort = 1 if trust != "secure" else 3
-    overrides = [client_privacy(f', trust = "{trust}"'), "stage.2.sampling=cyclic", f"stage.2.cohort={cohort}"]
-    told = runs.check(recipes.load(tiny, overrides), runs.load_data(recipes.load(tiny, overrides)))[2]
+    overrides = [
+        client_privacy(f', trust = "{trust}"'),
+        "stage.2.sampling=cyclic",
+        f"stage.2.cohort={cohort}",
+    ]
+    told = runs.check(recipes.load(tiny, overrides), runs.load_data(recipes.load(tiny, overrides)))[
+        2
+    ]
     result, _, book = finished(tiny, tmp_path / "run", base, *overrides)
     assert 7.9 <= result["epsilon"] <= told["epsilon"] * (1 + 1e-9) <= 8.0001
-    assert sum(c["steps"] for c in book["charges"] if c["who"] in ("c0", "population")) == (1 if cohort == 1 else 3)
+    assert sum(c["steps"] for c in book["charges"] if c["who"] in ("c0", "population")) == (
+        1 if cohort == 1 else 3
+    )
 
 
 def test_correlated_noise_is_charged_once_for_all_rounds(tiny, base, tmp_path):
@@ -164,8 +186,15 @@ def test_correlated_noise_is_charged_once_for_all_rounds(tiny, base, tmp_path):
     assert 7.9 <= result["epsilon"] <= 8.0001
 
 
-def test_where_the_server_is_trusted_records_tell_neither_who_took_part_nor_what_was_sent(tiny, base, tmp_path):
-    overrides = [client_privacy(), "stage.2.sampling=poisson", "stage.2.cohort=2", "stage.2.num_rounds=6"]
+def test_where_the_server_is_trusted_records_tell_neither_who_took_part_nor_what_was_sent(
+    tiny, base, tmp_path
+):
+    overrides = [
+        client_privacy(),
+        "stage.2.sampling=poisson",
+        "stage.2.cohort=2",
+        "stage.2.num_rounds=6",
+    ]
     coded = 'stage.2.uplink=[{ kind = "topk" }, { kind = "quantize", bits = 4 }]'
     result, records, _ = finished(tiny, tmp_path / "run", base, *overrides, coded)
     assert len({(r["bytes_up"], r["bytes_down"]) for r in records}) == 1
@@ -173,7 +202,9 @@ def test_where_the_server_is_trusted_records_tell_neither_who_took_part_nor_what
     assert result["bytes"] == "planned"
 
 
-def test_a_secure_sum_that_stays_closed_is_a_lost_round_and_not_the_end(tiny, base, tmp_path, monkeypatch):
+def test_a_secure_sum_that_stays_closed_is_a_lost_round_and_not_the_end(
+    tiny, base, tmp_path, monkeypatch
+):
     handle = Client.handle
 
     def sometimes(self, request):
@@ -200,12 +231,20 @@ def test_three_closed_sums_in_a_row_end_the_run_with_the_reason(tiny, base, tmp_
 
     monkeypatch.setattr(Client, "handle", gone)
     with pytest.raises(TrainingError, match="no update counted in round 3"):
-        finished(tiny, tmp_path / "run", base, client_privacy(', trust = "secure"'), "stage.2.num_rounds=9")
+        finished(
+            tiny,
+            tmp_path / "run",
+            base,
+            client_privacy(', trust = "secure"'),
+            "stage.2.num_rounds=9",
+        )
 
 
 @pytest.mark.recipe
 @pytest.mark.parametrize("secure", [False, True])
-def test_digits_stay_accurate_under_codes_both_ways_and_under_a_jointly_noised_secure_sum(secure, tmp_path):
+def test_digits_stay_accurate_under_codes_both_ways_and_under_a_jointly_noised_secure_sum(
+    secure, tmp_path
+):
     """On real digits a thirtieth of the bytes, or a server that sees only a noised sum, costs next to nothing."""
     text = recipes.text("digits")
     text = text[: text.index('[[stage]]\nkind = "export"')]

@@ -48,7 +48,9 @@ privacy_app = typer.Typer(no_args_is_help=True, help="Ask the privacy accountant
 app.add_typer(privacy_app, name="privacy")
 compress.add_commands(app)
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. stage.2.num_rounds=5")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. stage.2.num_rounds=5")
+]
 Data = Annotated[Path | None, typer.Option(help="Folder or file of the data set; sets data.path.")]
 
 
@@ -66,14 +68,21 @@ def _root(
 @app.command()
 def run(
     context: typer.Context,
-    recipe: Annotated[str | None, typer.Argument(help="Name of a shipped recipe, or a TOML file.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="Name of a shipped recipe, or a TOML file.")
+    ] = None,
     overrides: Overrides = None,
     data: Data = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run: --resume RUN, nothing else is needed.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on with an interrupted run: --resume RUN, nothing else is needed."
+        ),
     ] = False,
-    reuse: Annotated[Path | None, typer.Option("--from", help="Take over equal finished stages of this run.")] = None,
+    reuse: Annotated[
+        Path | None, typer.Option("--from", help="Take over equal finished stages of this run.")
+    ] = None,
     code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
@@ -91,10 +100,16 @@ def run(
 
             words = [*([recipe] if recipe is not None else []), *(overrides or [])]
             found, words = run_to_resume(words) if resume and out is None else (out, words)
-            recipe = words.pop(0) if words and ("=" not in words[0] or Path(words[0]).is_file()) else None
+            recipe = (
+                words.pop(0)
+                if words and ("=" not in words[0] or Path(words[0]).is_file())
+                else None
+            )
             folder, text = None, ""
             if resume:
-                place = found or default_folder(load(_named(recipe, context), words, data)[1].name, resume)
+                place = found or default_folder(
+                    load(_named(recipe, context), words, data)[1].name, resume
+                )
                 wanted, folder = take_up(place, recipe, words, data)
             else:
                 text, wanted = load(_named(recipe, context), words, data)
@@ -121,7 +136,10 @@ def run(
         with terminal.waiting(out_stream, "drawing the report"):
             report_file = write_report(place)
     except KeyboardInterrupt:
-        typer.echo(f"\nstopped; all up to the last epoch or round is saved; go on with: {again(place)}", err=True)
+        typer.echo(
+            f"\nstopped; all up to the last epoch or round is saved; go on with: {again(place)}",
+            err=True,
+        )
         raise typer.Exit(130) from None
     result = json.loads((place / "result.json").read_text("utf-8"))
     out_stream.print(rich_table(result))
@@ -135,16 +153,22 @@ def run(
 
 def _named(recipe: str | None, context: typer.Context) -> str:
     if recipe is None:
-        raise typer.BadParameter("give the name of a recipe or a TOML file; fedpress recipes lists them", ctx=context)
+        raise typer.BadParameter(
+            "give the name of a recipe or a TOML file; fedpress recipes lists them", ctx=context
+        )
     return recipe
 
 
 @app.command()
 def check(
-    recipe: Annotated[str | None, typer.Argument(help="Name of a shipped recipe, or a TOML file.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="Name of a shipped recipe, or a TOML file.")
+    ] = None,
     overrides: Overrides = None,
     data: Data = None,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes.")] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of recipes.")
+    ] = False,
     code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
@@ -155,7 +179,9 @@ def check(
         typer.echo(recipes.schema())
         return
     if recipe is None:
-        raise RecipeError("check: give the name of a recipe or a TOML file; fedpress recipes lists the names")
+        raise RecipeError(
+            "check: give the name of a recipe or a TOML file; fedpress recipes lists the names"
+        )
     from fedpress.cli import terminal
     from fedpress.pipeline import run as runs
 
@@ -167,17 +193,29 @@ def check(
         lines = runs.check(wanted, loaded)
     if as_json:
         typer.echo(
-            json.dumps({"recipe": wanted.name, "data": loaded.describe(private=wanted.private), "stages": lines})
+            json.dumps(
+                {
+                    "recipe": wanted.name,
+                    "data": loaded.describe(private=wanted.private),
+                    "stages": lines,
+                }
+            )
         )
         return
-    terminal.show_check(out_stream, f"{wanted.name}: {wanted.description}", loaded.describe(), lines)
-    out_stream.print(f"everything fits together; start it with: fedpress run {recipe}", markup=False)
+    terminal.show_check(
+        out_stream, f"{wanted.name}: {wanted.description}", loaded.describe(), lines
+    )
+    out_stream.print(
+        f"everything fits together; start it with: fedpress run {recipe}", markup=False
+    )
 
 
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    out: Annotated[Path | None, typer.Option(help="The file to write; report.html in the folder by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; report.html in the folder by default.")
+    ] = None,
 ) -> None:
     """Draws the report of a run, also of an old or unfinished one."""
     from fedpress.reports.html import write_report
@@ -210,8 +248,12 @@ def list_recipes(
 
 @privacy_app.command()
 def epsilon(
-    sampling_prob: Annotated[float, typer.Option(help="Chance that one unit takes part in a step (1 = always).")],
-    noise_multiplier: Annotated[float, typer.Option(help="Noise standard deviation / sensitivity.")],
+    sampling_prob: Annotated[
+        float, typer.Option(help="Chance that one unit takes part in a step (1 = always).")
+    ],
+    noise_multiplier: Annotated[
+        float, typer.Option(help="Noise standard deviation / sensitivity.")
+    ],
     steps: Annotated[int, typer.Option(help="Number of noised sums.")],
     delta: Annotated[float, typer.Option(help="Chance that the promise fails.")],
     as_json: AsJson = False,
@@ -220,14 +262,20 @@ def epsilon(
     from fedpress.privacy.accounting import accountant
 
     _tell_spent(
-        accountant.spent([accountant.Phase(sampling_prob, noise_multiplier, steps)], delta=delta), delta, as_json
+        accountant.spent(
+            [accountant.GaussianEvent(sampling_prob, noise_multiplier, steps)], delta=delta
+        ),
+        delta,
+        as_json,
     )
 
 
 @privacy_app.command()
 def noise(
     epsilon: Annotated[float, typer.Option(help="The budget.")],
-    sampling_prob: Annotated[float, typer.Option(help="Chance that one unit takes part in a step (1 = always).")],
+    sampling_prob: Annotated[
+        float, typer.Option(help="Chance that one unit takes part in a step (1 = always).")
+    ],
     steps: Annotated[int, typer.Option(help="Number of noised sums.")],
     delta: Annotated[float, typer.Option(help="Chance that the promise fails.")],
     as_json: AsJson = False,
@@ -236,14 +284,18 @@ def noise(
     from fedpress.privacy.accounting import accountant
     from fedpress.reports import units
 
-    needed = accountant.noise_multiplier(epsilon=epsilon, delta=delta, sampling_prob=sampling_prob, steps=steps)
-    spent = accountant.spent([accountant.Phase(sampling_prob, needed, steps)], delta=delta)
+    needed = accountant.noise_multiplier(
+        epsilon=epsilon, delta=delta, sampling_prob=sampling_prob, steps=steps
+    )
+    spent = accountant.spent([accountant.GaussianEvent(sampling_prob, needed, steps)], delta=delta)
     if as_json:
         typer.echo(json.dumps({"noise_multiplier": needed} | _bound(spent)))
         return
     typer.echo(f"noise multiplier {units.upward(needed)}")
     if spent.upper_bound:
-        typer.echo("This follows from an upper bound on epsilon: somewhat less noise may do as well.")
+        typer.echo(
+            "This follows from an upper bound on epsilon: somewhat less noise may do as well."
+        )
 
 
 def _bound(spent: Spent) -> dict[str, bool]:
@@ -264,7 +316,9 @@ def _tell_spent(spent: Spent, delta: float, as_json: bool) -> None:
 
 @privacy_app.command()
 def compose(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A ledger.json, or a JSON list of phases.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A ledger.json, or a JSON list of phases.")
+    ],
     delta: Annotated[float, typer.Option(help="Chance that the promise fails.")],
     as_json: AsJson = False,
 ) -> None:
@@ -275,7 +329,9 @@ def compose(
     """
     from fedpress.privacy.accounting import compose as composing
 
-    _tell_spent(composing.spent(file.read_text("utf-8"), delta=delta, place=str(file)), delta, as_json)
+    _tell_spent(
+        composing.spent(file.read_text("utf-8"), delta=delta, place=str(file)), delta, as_json
+    )
 
 
 @privacy_app.command()
@@ -283,14 +339,23 @@ def skellam(
     size: Annotated[int, typer.Option(help="Number of values in the sum.")],
     clip_norm: Annotated[float, typer.Option(help="L2 norm by which one unit can move the sum.")],
     clients: Annotated[int, typer.Option(help="Clients in a round, at most.")],
-    survivors: Annotated[int, typer.Option(help="Clients whose sum is opened, at least; they make all the noise.")],
+    survivors: Annotated[
+        int, typer.Option(help="Clients whose sum is opened, at least; they make all the noise.")
+    ],
     rounds: Annotated[int, typer.Option(help="Sums in the whole run.")],
     delta: Annotated[float, typer.Option(help="Chance that the promise fails.")],
-    epsilon: Annotated[float | None, typer.Option(help="The budget; or give --noise-multiplier.")] = None,
-    noise_multiplier: Annotated[float | None, typer.Option(help="Noise standard deviation / clip norm.")] = None,
-    bits: Annotated[int | None, typer.Option(help="Width of a number; the fewest that are near the best.")] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="The budget; or give --noise-multiplier.")
+    ] = None,
+    noise_multiplier: Annotated[
+        float | None, typer.Option(help="Noise standard deviation / clip norm.")
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="Width of a number; the fewest that are near the best.")
+    ] = None,
     coordinate_limit: Annotated[
-        float | None, typer.Option(help="Each value is clamped to this; 6 clip norms / sqrt(size) by default.")
+        float | None,
+        typer.Option(help="Each value is clamped to this; 6 clip norms / sqrt(size) by default."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -301,7 +366,9 @@ def skellam(
     plan = distributed.plan(
         size=size,
         clip_norm=clip_norm,
-        coordinate_limit=6 * clip_norm / max(size, 1) ** 0.5 if coordinate_limit is None else coordinate_limit,
+        coordinate_limit=6 * clip_norm / max(size, 1) ** 0.5
+        if coordinate_limit is None
+        else coordinate_limit,
         clients=clients,
         survivors=survivors,
         steps=rounds,
@@ -310,14 +377,20 @@ def skellam(
         noise_multiplier=noise_multiplier,
         bits=bits,
     )
-    rows = [(cost.bits, cost.epsilon if math.isfinite(cost.epsilon) else None) for cost in plan.table()]
+    rows = [
+        (cost.bits, cost.epsilon if math.isfinite(cost.epsilon) else None) for cost in plan.table()
+    ]
     if as_json:
         told = {"bits": plan.bits, "scale": plan.scale, "noise_multiplier": plan.noise_multiplier}
         table = [{"bits": bits, "epsilon": spent} for bits, spent in rows]
         typer.echo(json.dumps(told | {"epsilon": plan.epsilon, "table": table}))
         return
-    typer.echo(f"{plan.bits} bits, scale {plan.scale:.4g}, noise multiplier {units.upward(plan.noise_multiplier)}")
-    typer.echo(f"epsilon {units.upward(plan.epsilon)} at delta {delta:g}\n\nbits  epsilon with this noise")
+    typer.echo(
+        f"{plan.bits} bits, scale {plan.scale:.4g}, noise multiplier {units.upward(plan.noise_multiplier)}"
+    )
+    typer.echo(
+        f"epsilon {units.upward(plan.epsilon)} at delta {delta:g}\n\nbits  epsilon with this noise"
+    )
     for width, spent in rows:
         typer.echo(f"{width:4}  {'does not fit' if spent is None else units.upward(spent)}")
 
@@ -340,7 +413,9 @@ def main() -> None:
         if debug:
             raise
         place, reason = error.filename or "a file", error.strerror or str(error)
-        _stop(f"{place}: {reason}; correct that place or choose another, then run again (finished work is kept)")
+        _stop(
+            f"{place}: {reason}; correct that place or choose another, then run again (finished work is kept)"
+        )
     finally:
         held.close()
 

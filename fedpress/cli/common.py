@@ -36,7 +36,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 
 def default_folder(name: str, resume: bool) -> Path:
     """`runs/NAME`, or the first number behind it that is free; the last one that is there to resume."""
-    numbered = [Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 1000)]
+    numbered = [
+        Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 1000)
+    ]
     taken = [path for path in numbered if path.exists()]
     if resume:
         return taken[-1] if taken else numbered[0]
@@ -55,7 +57,11 @@ def load(recipe: str, overrides: list[str] | None, data: Path | None) -> tuple[s
     from fedpress.pipeline.recipe import settings as recipes
 
     text = recipes.text(recipe)
-    folder = Path(recipe).resolve().parent if Path(recipe).is_file() and recipe not in recipes.names() else None
+    folder = (
+        Path(recipe).resolve().parent
+        if Path(recipe).is_file() and recipe not in recipes.names()
+        else None
+    )
     find_modules([str(folder)] if folder else [])
     words = [*(overrides or []), *_of_data(data)]
     recipes.load(text, words)  # says what is wrong in the places that the file has
@@ -80,7 +86,9 @@ def run_to_resume(words: list[str]) -> tuple[Path | None, list[str]]:
     return None, words
 
 
-def take_up(place: Path, recipe: str | None, overrides: list[str], data: Path | None) -> tuple[Recipe, RunFolder]:
+def take_up(
+    place: Path, recipe: str | None, overrides: list[str], data: Path | None
+) -> tuple[Recipe, RunFolder]:
     """Opens the run in `place`; what it was started with needs not be said again.
 
     Args:
@@ -107,13 +115,19 @@ def take_up(place: Path, recipe: str | None, overrides: list[str], data: Path | 
     functions = started.functions_of(own.read_text("utf-8")) if own.exists() else []
     origin = noted["recipe"] if isinstance(noted.get("recipe"), str) else None
     known = started.fits(noted.get("started_by"), functions, origin)
-    find_modules([str(Path(origin).parent)] if known and origin and Path(origin).parent.is_dir() else [])
+    find_modules(
+        [str(Path(origin).parent)] if known and origin and Path(origin).parent.is_dir() else []
+    )
     if not own.exists() and recipe is None:
-        raise RunError(f"{own}: no such file; name the recipe of this run too, as it was when the run began")
+        raise RunError(
+            f"{own}: no such file; name the recipe of this run too, as it was when the run began"
+        )
     if recipe is None and not known:
         _refuse_functions(own, functions)
     words = [*overrides, *_of_data(data)]
-    stored = recipes.load(recipes.effective(own.read_text("utf-8"), words)) if own.exists() else None
+    stored = (
+        recipes.load(recipes.effective(own.read_text("utf-8"), words)) if own.exists() else None
+    )
     if recipe is not None or stored is None:
         assert recipe is not None
         wanted = load(recipe, overrides, data)[1]

@@ -45,21 +45,35 @@ STAGES = {
 
 Model = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help="Folder of a model or a run, a packed file, or package.module:function."),
+    typer.Argument(
+        metavar="MODEL",
+        help="Folder of a model or a run, a packed file, or package.module:function.",
+    ),
 ]
-Keys = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings; --keys lists them.")]
+Keys = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings; --keys lists them.")
+]
 Source = Annotated[
     str | None,
-    typer.Option("--data", help="digits, cifar10, csv, ...; by default that of the run that left the model."),
+    typer.Option(
+        "--data", help="digits, cifar10, csv, ...; by default that of the run that left the model."
+    ),
 ]
 DataPath = Annotated[Path | None, typer.Option("--path", help="Folder or file of the data.")]
-Input = Annotated[str | None, typer.Option("--input", help="Shape of one example, such as 3,32,32.")]
-Weights = Annotated[Path | None, typer.Option("--checkpoint", help="State dict for a function, .safetensors or .pt.")]
+Input = Annotated[
+    str | None, typer.Option("--input", help="Shape of one example, such as 3,32,32.")
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option("--checkpoint", help="State dict for a function, .safetensors or .pt."),
+]
 
 
 Mean = Annotated[
     str | None,
-    typer.Option(help="How a model from elsewhere wants its inputs: 0.485,0.456,0.406, or none, or data."),
+    typer.Option(
+        help="How a model from elsewhere wants its inputs: 0.485,0.456,0.406, or none, or data."
+    ),
 ]
 Std = Annotated[str | None, typer.Option(help="Likewise, to divide by: 0.229,0.224,0.225.")]
 
@@ -78,15 +92,20 @@ def _command(kind: str) -> Callable[..., None]:
         keys: Keys = None,
         data: Source = None,
         path: DataPath = None,
-        out: Annotated[Path | None, typer.Option(help="Run folder; runs/ and the command's name by default.")] = None,
+        out: Annotated[
+            Path | None, typer.Option(help="Run folder; runs/ and the command's name by default.")
+        ] = None,
         input_shape: Input = None,
         checkpoint: Weights = None,
         mean: Mean = None,
         std: Std = None,
         resume: Annotated[
-            bool, typer.Option("--resume", help="Go on with an interrupted run: --resume RUN alone.")
+            bool,
+            typer.Option("--resume", help="Go on with an interrupted run: --resume RUN alone."),
         ] = False,
-        list_keys: Annotated[bool, typer.Option("--keys", help="List the settings and what they mean.")] = False,
+        list_keys: Annotated[
+            bool, typer.Option("--keys", help="List the settings and what they mean.")
+        ] = False,
         code: AllowCode = None,
         as_json: AsJson = False,
     ) -> None:
@@ -94,7 +113,9 @@ def _command(kind: str) -> Callable[..., None]:
             _show_keys(kind)
             return
         if model is None and not (resume and out is not None):
-            raise RecipeError(f"{kind}: give a model: the folder of a model or a run, or package.module:function")
+            raise RecipeError(
+                f"{kind}: give a model: the folder of a model or a run, or package.module:function"
+            )
         from fedpress.cli import terminal
 
         allow_code(code)
@@ -112,7 +133,10 @@ def _command(kind: str) -> Callable[..., None]:
                 words = [*([model] if model is not None else []), *(keys or [])]
                 found, rest = run_to_resume(words) if resume and out is None else (out, words)
                 if resume and found is not None and not rest and Order.lies_in(kind, found):
-                    place, order = found, Order.of_folder(found)  # all that was said then lies there
+                    place, order = (
+                        found,
+                        Order.of_folder(found),
+                    )  # all that was said then lies there
                 else:
                     if model is None:
                         raise RecipeError(f"{kind}: give the model too, or --resume RUN alone")
@@ -120,7 +144,13 @@ def _command(kind: str) -> Callable[..., None]:
                     shape = shape_of(input_shape)
                     how = Given.of(_numbers(mean), _numbers(std))
                     order = Order.bind(
-                        kind, subject, keys or (), source=data, path=path, input_shape=shape, preprocess=how
+                        kind,
+                        subject,
+                        keys or (),
+                        source=data,
+                        path=path,
+                        input_shape=shape,
+                        preprocess=how,
                     )
                     place = out or default_folder(kind, resume)
                 if resume and place.is_dir():
@@ -146,19 +176,25 @@ def _command(kind: str) -> Callable[..., None]:
             with terminal.waiting(out_stream, "drawing the report"):
                 write_report(place)
         except KeyboardInterrupt:
-            typer.echo(f"\nstopped; what was finished is saved; go on with: {again(place)}", err=True)
+            typer.echo(
+                f"\nstopped; what was finished is saved; go on with: {again(place)}", err=True
+            )
             raise typer.Exit(130) from None
         result = Result.read(folder, kind)
         terminal.show_result(out_stream, dict(result.before), dict(result.facts))
         if not len(loaded.test):
-            out_stream.print("no accuracy: there was no data; give --data SOURCE to measure it", markup=False)
+            out_stream.print(
+                "no accuracy: there was no data; give --data SOURCE to measure it", markup=False
+            )
         if result.artifact is not None:
             out_stream.print(f"file: {result.artifact}", markup=False, soft_wrap=True)
         out_stream.print(f"model: {result.folder}", markup=False, soft_wrap=True)
         out_stream.print(f"report: {place / 'report.html'}", markup=False, soft_wrap=True)
         if as_json:
             page = {"before": result.before, "after": result.facts, "model": str(result.folder)}
-            typer.echo(json.dumps(page | ({"file": str(result.artifact)} if result.artifact else {})))
+            typer.echo(
+                json.dumps(page | ({"file": str(result.artifact)} if result.artifact else {}))
+            )
 
     return command
 
@@ -198,14 +234,19 @@ def _show_keys(kind: str) -> None:
 
 
 def measure(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models, runs, packed or exported files.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Models, runs, packed or exported files."),
+    ],
     formats: Annotated[
         str | None, typer.Option(help="Export each model to these too; all installed by default.")
     ] = None,
     int8: Annotated[bool, typer.Option("--int8/--no-int8", help="Export on integers too.")] = True,
     batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,64",
     threads: Annotated[str, typer.Option(help="Numbers of threads.")] = "1,2",
-    seconds: Annotated[float, typer.Option(help="Time for each model, batch size and number of threads.")] = 1.0,
+    seconds: Annotated[
+        float, typer.Option(help="Time for each model, batch size and number of threads.")
+    ] = 1.0,
     input_shape: Input = None,
     checkpoint: Weights = None,
     out: Annotated[Path | None, typer.Option(help="Write the records to this JSON file.")] = None,
@@ -251,11 +292,19 @@ def sweep(
     recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a TOML file.")],
     values: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE,VALUE...]...", help="e.g. stage.prune.keep_params=0.5,0.3,0.1"),
+        typer.Argument(
+            metavar="[KEY=VALUE,VALUE...]...", help="e.g. stage.prune.keep_params=0.5,0.3,0.1"
+        ),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder or file of the data set; sets data.path.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder; sweeps/NAME by default. One that is there goes on.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Seeds, for mean and spread, such as 0,1,2.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder or file of the data set; sets data.path.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; sweeps/NAME by default. One that is there goes on.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Seeds, for mean and spread, such as 0,1,2.")
+    ] = None,
     code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
@@ -271,7 +320,9 @@ def sweep(
         from fedpress.reports.table import as_rich
 
         text = load(recipe, None, None)[0]
-        extra = [f"data.path={json.dumps(str(data), ensure_ascii=False)}"] if data is not None else []
+        extra = (
+            [f"data.path={json.dumps(str(data), ensure_ascii=False)}"] if data is not None else []
+        )
         variants = sweeps.variants(values or [], _whole_seeds(seeds))
         name = str(recipes.tree(text).get("name", "recipe"))
         place = out or Path("sweeps") / name
@@ -279,7 +330,10 @@ def sweep(
         _follow(sweeps.execute(text, variants, place, extra=extra, command=shlex.join(["fedpress", *sys.argv[1:]])),
                 out_stream, len(variants))  # fmt: skip
     except KeyboardInterrupt:
-        typer.echo(f"\nstopped; what was finished is saved; the same command goes on: --out {place}", err=True)
+        typer.echo(
+            f"\nstopped; what was finished is saved; the same command goes on: --out {place}",
+            err=True,
+        )
         raise typer.Exit(130) from None
     page = write_sweep(place)
     found = json.loads((place / "sweep.json").read_text("utf-8"))

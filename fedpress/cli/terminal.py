@@ -83,9 +83,13 @@ def follow(events: Iterable[Event], out: Console) -> None:
             elif isinstance(event, Tick):
                 news = event.note
                 if moved:
-                    shown.update(task, completed=event.done, total=max(1, event.total), note=event.note)
+                    shown.update(
+                        task, completed=event.done, total=max(1, event.total), note=event.note
+                    )
                 else:  # where a resumed stage goes on is no speed: time left is counted from here
-                    shown.reset(task, completed=event.done, total=max(1, event.total), note=event.note)
+                    shown.reset(
+                        task, completed=event.done, total=max(1, event.total), note=event.note
+                    )
                 moved = True
                 if event.warning:
                     shown.console.print(f"{name}: {event.warning}", markup=False, soft_wrap=True)
@@ -94,14 +98,20 @@ def follow(events: Iterable[Event], out: Console) -> None:
                 shown.update(task, total=1, completed=1, note=news)
                 told = event.result.get("told")
                 for key, sentence in told.items() if isinstance(told, dict) else ():
-                    shown.console.print(f"{name}: {key} is {sentence}", markup=False, soft_wrap=True)
+                    shown.console.print(
+                        f"{name}: {key} is {sentence}", markup=False, soft_wrap=True
+                    )
             if shown.disable and news not in ("", said):
                 said = news
                 out.print(f"{name}: {news}", markup=False, soft_wrap=True)
 
 
 def _outcome(result: Mapping[str, Any]) -> str:
-    accuracy = f"test accuracy {units.percent(result['accuracy'])}, " if result["accuracy"] is not None else ""
+    accuracy = (
+        f"test accuracy {units.percent(result['accuracy'])}, "
+        if result["accuracy"] is not None
+        else ""
+    )
     floats = stays_float(dict(result))
     kept = f", {floats[0]} of them float ({floats[1]})" if floats else ""
     return f"{accuracy}{units.count(result['parameters'])} parameters{kept}"
@@ -127,7 +137,9 @@ def show_result(out: Console, before: dict[str, Any], after: dict[str, Any]) -> 
     out.print(as_rich(comparison_table(before, after)))
     _warn_of_accuracy(out, [after])
     if floats := stays_float(after):
-        out.print(f"{floats[0]} of the parameters stay float: {floats[1]}", style="yellow", markup=False)
+        out.print(
+            f"{floats[0]} of the parameters stay float: {floats[1]}", style="yellow", markup=False
+        )
     left = left_table([after])
     if left.rows:
         rows = [[names, why] for _, names, why in left.rows]
@@ -150,7 +162,9 @@ def show_measures(out: Console, records: Iterable[Mapping[str, Any]]) -> None:
     ]  # fmt: skip
     out.print(
         as_rich(
-            PlainTable(["", "Model", "Runtime", "Params", "MACs", "Size", "Memory", "Of the roof"], costs),
+            PlainTable(
+                ["", "Model", "Runtime", "Params", "MACs", "Size", "Memory", "Of the roof"], costs
+            ),
             words=("Model", "Runtime"),
         )
     )
@@ -198,12 +212,19 @@ def _time(timing: Mapping[str, Any] | None) -> str:
     return f"{units.milliseconds(median).removesuffix(' ms')} ±{float(f'{half:.2g}'):g} ms"
 
 
-def show_check(out: Console, title: str, data: Mapping[str, Any], lines: list[dict[str, Any]]) -> None:
+def show_check(
+    out: Console, title: str, data: Mapping[str, Any], lines: list[dict[str, Any]]
+) -> None:
     """Prints what `fedpress.pipeline.run.check` found: the data, and a line with a list of facts for each stage."""
     out.print(f"[bold]{escape(title)}[/]")
     shape = "x".join(str(n) for n in data["shape"])
-    parts = ", ".join(f"{data[part]:,} {part}" for part in ("private", "public", "validation", "test"))
-    out.print(f"data: {len(data['clients'])} clients; {parts}; {shape}, {len(data['classes'])} classes", markup=False)
+    parts = ", ".join(
+        f"{data[part]:,} {part}" for part in ("private", "public", "validation", "test")
+    )
+    out.print(
+        f"data: {len(data['clients'])} clients; {parts}; {shape}, {len(data['classes'])} classes",
+        markup=False,
+    )
     for at, line in enumerate(lines):
         out.print(
             f"[bold]{at} {escape(line['name'])}[/] ({line['kind']}): {units.count(line['parameters'])} parameters, "

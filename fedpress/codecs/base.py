@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedpress.core import random
 from fedpress.core.names import ClientId
-from fedpress.core.random_source import Chance, Cipher, Seeded
+from fedpress.core.random_source import AesCtrRandom, RandomSource, TorchRandom
 from fedpress.errors import WireError
 
 
@@ -45,23 +45,31 @@ class Key:
     client: ClientId
     secret: int | None = field(default=None, repr=False)
 
-    def own(self, *words: str | int) -> torch.Generator:
+    def client_stream(self, *words: str | int) -> torch.Generator:
         """Returns the stream `words` of this client in this round."""
         return random.generator(self.seed, *self._words(words))
 
-    def hidden(self, *words: str | int) -> torch.Generator:
+    def private_stream(self, *words: str | int) -> torch.Generator:
         """Returns the stream `words` of this client in this round for what privacy rests on."""
-        return random.secret_generator(self.seed if self.secret is None else self.secret, *self._words(words))
+        return random.secret_generator(
+            self.seed if self.secret is None else self.secret, *self._words(words)
+        )
 
-    def hidden_key(self, *words: str | int) -> bytes:
+    def private_key(self, *words: str | int) -> bytes:
         """Returns the 32-byte name of the stream `words` of this client in this round, as secret as its noise."""
-        return random.secret_key(self.seed if self.secret is None else self.secret, *self._words(words))
+        return random.secret_key(
+            self.seed if self.secret is None else self.secret, *self._words(words)
+        )
 
-    def chance(self, *words: str | int) -> Chance:
+    def noise_source(self, *words: str | int) -> RandomSource:
         """Returns the stream `words` of this client in this round for noise: cryptographic if there is a `secret`."""
-        return Seeded(self.hidden(*words)) if self.secret is None else Cipher(self.hidden_key(*words))
+        return (
+            TorchRandom(self.private_stream(*words))
+            if self.secret is None
+            else AesCtrRandom(self.private_key(*words))
+        )
 
-    def shared(self, *words: str | int) -> torch.Generator:
+    def round_stream(self, *words: str | int) -> torch.Generator:
         """Returns the stream `words` that all clients of this round have in common."""
         return random.generator(self.seed, "shared", "round", self.round, *words)
 
@@ -84,11 +92,15 @@ def check_values(x: Encoded, name: str, size: int, *, integer: bool = False) -> 
         WireError: if there are side tensors, or the values are of another size or type.
     """
     if x.side:
-        raise WireError(f"{name}.{min(x.side)}: no such tensor is read; send only what the chain makes")
+        raise WireError(
+            f"{name}.{min(x.side)}: no such tensor is read; send only what the chain makes"
+        )
     if x.values.shape != (size,) or x.values.is_floating_point() == integer:
         kind = "whole numbers" if integer else "floating-point numbers"
         got = f"{x.values.dtype} {list(x.values.shape)}"
-        raise WireError(f"{name}.values: got {got}, expected {kind} [{size}]; use the same recipe on both sides")
+        raise WireError(
+            f"{name}.values: got {got}, expected {kind} [{size}]; use the same recipe on both sides"
+        )
     return x.values
 
 
@@ -176,12 +188,20 @@ def decode_chain(chain: Chain, tensors: Mapping[str, Tensor], key: Key) -> Tenso
     """
     left = dict(tensors)
     if VALUES not in left:
-        raise WireError(f"message.tensors: '{VALUES}' is missing; send the encoded update under this name")
+        raise WireError(
+            f"message.tensors: '{VALUES}' is missing; send the encoded update under this name"
+        )
     x = left.pop(VALUES)
     for at, transform in reversed(list(enumerate(chain))):
         prefix = f"{at}."
-        side = {name.removeprefix(prefix): left.pop(name) for name in list(left) if name.startswith(prefix)}
+        side = {
+            name.removeprefix(prefix): left.pop(name)
+            for name in list(left)
+            if name.startswith(prefix)
+        }
         x = transform.decode(Encoded(x, side), key)
     if left:
-        raise WireError(f"message.tensors.{min(left)}: no transform reads this tensor; send only what the chain makes")
+        raise WireError(
+            f"message.tensors.{min(left)}: no transform reads this tensor; send only what the chain makes"
+        )
     return x

@@ -31,7 +31,9 @@ class Clip(BaseModel):
 
     def bind(self, bound: Bound) -> tuple[Clip, Bound]:
         """Promises norms of at most `clip_norm`."""
-        return self, replace(bound, l2=min(bound.l2, self.clip_norm), linf=min(bound.linf, self.clip_norm))
+        return self, replace(
+            bound, l2=min(bound.l2, self.clip_norm), linf=min(bound.linf, self.clip_norm)
+        )
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
         """Clips `x` [d]."""

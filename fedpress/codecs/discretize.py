@@ -33,7 +33,9 @@ class Discretize(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["discretize"] = "discretize"
-    bits: int | None = Field(default=None, ge=2, le=31, description="of the sum of all clients; planned if left out")
+    bits: int | None = Field(
+        default=None, ge=2, le=31, description="of the sum of all clients; planned if left out"
+    )
     scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     limit: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     again: bool = Field(default=True, description="draw rounding again until the L2 bound holds")
@@ -45,17 +47,25 @@ class Discretize(BaseModel):
             RecipeError: without a bound on the input, or without a scale.
         """
         if bound.integer:
-            raise RecipeError("uplink.discretize: its input is whole already; take 'quantize' out of the list")
+            raise RecipeError(
+                "uplink.discretize: its input is whole already; take 'quantize' out of the list"
+            )
         if not bound.l2 < math.inf:
             raise RecipeError(
                 "uplink.discretize: the update has no bound, so its grid could overflow; put 'clip' before it, for "
                 'instance { kind = "clip", clip_norm = 1.0 }'
             )
         if self.scale is None:
-            raise RecipeError('uplink.discretize.scale: not planned; use it with sum = "secure", or give a scale')
+            raise RecipeError(
+                'uplink.discretize.scale: not planned; use it with sum = "secure", or give a scale'
+            )
         limit = self.limit or coordinate_limit(bound)
         root = math.sqrt(bound.size)
-        length = rounded_sensitivity(bound.l2 * self.scale, bound.size) if self.again else bound.l2 * self.scale + root
+        length = (
+            rounded_sensitivity(bound.l2 * self.scale, bound.size)
+            if self.again
+            else bound.l2 * self.scale + root
+        )
         largest = math.floor(limit * self.scale) + 1.0
         after = replace(bound, l2=length, linf=min(largest, length), integer=True, spread=math.inf)
         return BoundDiscretize(bound.size, self.scale, limit, length), after
@@ -81,15 +91,21 @@ class BoundDiscretize:
         down = exact.floor()
         share = exact - down
         for attempt in range(TRIES):
-            coins = torch.rand(self.size, generator=key.hidden("discretize", attempt), dtype=torch.float64)
+            coins = torch.rand(
+                self.size, generator=key.private_stream("discretize", attempt), dtype=torch.float64
+            )
             rounded = down + (coins < share)
             if float(torch.linalg.vector_norm(rounded)) <= self.length:
                 return Encoded(rounded.long())
-        raise PrivacyError("uplink.discretize: rounding never came within its bound; is the input within its own?")
+        raise PrivacyError(
+            "uplink.discretize: rounding never came within its bound; is the input within its own?"
+        )
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
         """Returns float32 [d], also for a sum."""
-        return (check_values(x, "discretize", self.size, integer=True).double() / self.scale).float()
+        return (
+            check_values(x, "discretize", self.size, integer=True).double() / self.scale
+        ).float()
 
 
 def coordinate_limit(bound: Bound) -> float:

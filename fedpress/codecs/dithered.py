@@ -60,7 +60,11 @@ class Dithered:
     @property
     def rows(self) -> int:
         """Number of phases: few where their tables would cost too much."""
-        return next(rows for rows, least in ((8, 1 << 15), (4, 1 << 13), (2, 1 << 10), (1, 0)) if self.kept >= least)
+        return next(
+            rows
+            for rows, least in ((8, 1 << 15), (4, 1 << 13), (2, 1 << 10), (1, 0))
+            if self.kept >= least
+        )
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
         """Returns levels in rows of one phase each with the steps of their blocks, or flat if most of `x` is zero."""
@@ -87,7 +91,9 @@ class Dithered:
             return estimate_bits(self._to_rows(q, key).reshape(-1), rows=self.rows, share=share)
 
         budget = bits_for(self.rate, self.size, SIDE_BYTES + int(estimate_bits(halves)) // 8)
-        noise = 1 / (4.0 ** max(self.rate * self.group - 0.25, 0.1) - 1)  # of a Gaussian, over its variance
+        noise = 1 / (
+            4.0 ** max(self.rate * self.group - 0.25, 0.1) - 1
+        )  # of a Gaussian, over its variance
         root = find_step(bits, budget * share, math.sqrt(noise * (noise + 1)), some.size, 1024.0)
         level = float(np.float32(root * root))
         steps = _steps(middle, level)[halves.astype(np.intp) + HALVES].astype(np.float32)
@@ -96,7 +102,10 @@ class Dithered:
             part = y[start:end] / step
             part += u[start:end]
             q[start:end] = np.rint(part, out=part)
-        side = {"scales": torch.from_numpy(halves), "grid": torch.tensor([peak, middle, level], dtype=torch.float32)}
+        side = {
+            "scales": torch.from_numpy(halves),
+            "grid": torch.tensor([peak, middle, level], dtype=torch.float32),
+        }
         return Encoded(torch.from_numpy(self._to_rows(q, key)), side)
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
@@ -109,7 +118,9 @@ class Dithered:
         grid = side_floats(x, "grid", 3)
         halves = x.side["scales"]
         if halves.dtype != torch.int8 or halves.shape != (-(-columns * phases // self.block),):
-            raise WireError(f"update.scales: got {halves.dtype} {tuple(halves.shape)}; expected int8, one for a block")
+            raise WireError(
+                f"update.scales: got {halves.dtype} {tuple(halves.shape)}; expected int8, one for a block"
+            )
         if int(halves.abs().max()) > HALVES or halves.min() < -HALVES:
             raise WireError(f"update.scales: expected -{HALVES} to {HALVES}")
         if grid.min() <= 0:
@@ -154,8 +165,13 @@ class Dithered:
         def bits(step: float) -> float:
             return estimate_bits(levels(step))
 
-        step = float(np.float32(find_step(bits, bits_for(self.rate, self.size), rms(y), self.size, 4.0)))
-        return Encoded(torch.from_numpy(levels(step)), {"grid": torch.tensor([width(step, peak)], dtype=torch.float32)})
+        step = float(
+            np.float32(find_step(bits, bits_for(self.rate, self.size), rms(y), self.size, 4.0))
+        )
+        return Encoded(
+            torch.from_numpy(levels(step)),
+            {"grid": torch.tensor([width(step, peak)], dtype=torch.float32)},
+        )
 
     def _decode_sparse(self, x: Encoded, key: Key) -> Floats:
         q = whole_levels(x, (self.size,), ("grid",))
@@ -166,7 +182,9 @@ class Dithered:
         level = q[full].astype(np.float64)
         level -= level > 0
         out = np.zeros(self.size, np.float32)
-        out[full] = np.clip((level - self._dither(self.size, key)[full]) * step, -FLOAT_MAX, FLOAT_MAX)
+        out[full] = np.clip(
+            (level - self._dither(self.size, key)[full]) * step, -FLOAT_MAX, FLOAT_MAX
+        )
         return out
 
     def _dither(self, size: int, key: Key) -> Floats:
@@ -186,7 +204,7 @@ class Dithered:
         return u
 
     def _shift(self, key: Key) -> int:
-        return int(torch.randint(self.rows, (1,), generator=key.own("dither", "shift")))
+        return int(torch.randint(self.rows, (1,), generator=key.client_stream("dither", "shift")))
 
     def _to_rows(self, q: Ints, key: Key) -> Ints:
         return np.ascontiguousarray(np.roll(q.reshape(-1, self.rows).T, self._shift(key), axis=0))

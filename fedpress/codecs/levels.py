@@ -39,7 +39,9 @@ def whole_levels(x: Encoded, shape: tuple[int, ...], side: tuple[str, ...]) -> I
             f"update.values: got {x.values.dtype} {tuple(x.values.shape)}; expected small whole numbers {shape}"
         )
     if set(x.side) != set(side):
-        raise WireError(f"update.{min(set(x.side) ^ set(side))}: expected exactly {', '.join(side)} beside the values")
+        raise WireError(
+            f"update.{min(set(x.side) ^ set(side))}: expected exactly {', '.join(side)} beside the values"
+        )
     values: Ints = x.values.contiguous().numpy()
     return values
 
@@ -47,8 +49,15 @@ def whole_levels(x: Encoded, shape: tuple[int, ...], side: tuple[str, ...]) -> I
 def side_floats(x: Encoded, name: str, size: int | None, least: int = 0) -> Floats:
     """Returns the floats that came beside the levels under `name` after checking type, number and finiteness."""
     tensor = x.side[name]
-    if tensor.dtype != torch.float32 or tensor.ndim != 1 or len(tensor) < least or size not in (None, len(tensor)):
-        raise WireError(f"update.{name}: got {tensor.dtype} {tuple(tensor.shape)}; expected float32 [{size or 'n'}]")
+    if (
+        tensor.dtype != torch.float32
+        or tensor.ndim != 1
+        or len(tensor) < least
+        or size not in (None, len(tensor))
+    ):
+        raise WireError(
+            f"update.{name}: got {tensor.dtype} {tuple(tensor.shape)}; expected float32 [{size or 'n'}]"
+        )
     values: Floats = tensor.numpy()
     if not np.isfinite(values).all():
         raise WireError(f"update.{name}: got a number that is not finite")
@@ -118,6 +127,10 @@ def uniform(key: Key, size: int) -> Floats:
 
 def random_words(key: Key, word: str, size: int) -> NDArray[np.uint16]:
     """Returns uniform 16-bit numbers of this client and round, equal on every machine."""
-    secret = torch.randint(256, (32,), generator=key.own(word), dtype=torch.uint8).numpy().tobytes()
+    secret = (
+        torch.randint(256, (32,), generator=key.client_stream(word), dtype=torch.uint8)
+        .numpy()
+        .tobytes()
+    )
     words: NDArray[np.uint16] = random.keystream(secret, 2 * size).view("<u2")
     return words

@@ -29,10 +29,14 @@ class LowRank(BaseModel):
     def bind(self, bound: Bound) -> tuple[BoundLowRank, Bound]:
         """Needs the shapes of the parameters, so it must come before anything that mixes or drops values."""
         if sum(prod(s) for s in bound.shapes) != bound.size:
-            raise RecipeError("uplink.lowrank: it needs whole layers; put it first in the list, behind 'clip' at most")
+            raise RecipeError(
+                "uplink.lowrank: it needs whole layers; put it first in the list, behind 'clip' at most"
+            )
         plan = tuple(_Layer(prod(s), *_sides(s, self.rank)) for s in bound.shapes)
         size = sum(layer.values for layer in plan)
-        return BoundLowRank(bound.size, plan), Bound(size)  # the values are factors: their norms promise nothing
+        return BoundLowRank(bound.size, plan), Bound(
+            size
+        )  # the values are factors: their norms promise nothing
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,10 @@ class BoundLowRank:
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
         """Returns the factors of all layers of `x` [d], one after another."""
-        chance, parts = key.own("lowrank"), []
-        for layer, part in zip(self.layers, x.split([layer.size for layer in self.layers]), strict=True):
+        chance, parts = key.client_stream("lowrank"), []
+        for layer, part in zip(
+            self.layers, x.split([layer.size for layer in self.layers]), strict=True
+        ):
             if not layer.rank:
                 parts.append(part)
                 continue
@@ -78,12 +84,18 @@ class BoundLowRank:
         """Multiplies the factors out."""
         values = check_values(x, "lowrank", sum(layer.values for layer in self.layers))
         if values.dtype != torch.float32:
-            raise WireError(f"lowrank: got {values.dtype}, expected torch.float32; use the same recipe on both sides")
+            raise WireError(
+                f"lowrank: got {values.dtype}, expected torch.float32; use the same recipe on both sides"
+            )
         parts = []
-        for layer, part in zip(self.layers, values.split([layer.values for layer in self.layers]), strict=True):
+        for layer, part in zip(
+            self.layers, values.split([layer.values for layer in self.layers]), strict=True
+        ):
             if layer.rank:
                 left, right = part.split([layer.rows * layer.rank, layer.rank * layer.columns])
-                part = (left.view(layer.rows, layer.rank) @ right.view(layer.rank, layer.columns)).reshape(-1)
+                part = (
+                    left.view(layer.rows, layer.rank) @ right.view(layer.rank, layer.columns)
+                ).reshape(-1)
             parts.append(part)
         return torch.cat(parts) if parts else values
 

@@ -51,10 +51,14 @@ class BoundNoise:
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
         """Returns `x` [d] plus noise that depends on the client's secret and on all that it hides."""
-        chance = key.chance("noise", random.fingerprint(x, self))
+        chance = key.noise_source("noise", random.fingerprint(x, self))
         if self.integer:
             return Encoded(x + skellam.sample(self.size, self.std**2, chance))
-        return Encoded(noise_sum(x, PrivacyPlan("client", self.clip_norm, 1.0, self.std / self.clip_norm), chance))
+        return Encoded(
+            noise_sum(
+                x, PrivacyPlan("client", self.clip_norm, 1.0, self.std / self.clip_norm), chance
+            )
+        )
 
     def decode(self, x: Encoded, key: Key) -> Tensor:
         """Returns the values as they are: noise stays."""

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from fedpress.codecs.base import Bound, Encoded, Key, Transform
 from fedpress.codecs.dithered import Dithered
-from fedpress.codecs.levels import as_array, block_means, chunks, over_blocks, scaled, smallest_type, uniform
+from fedpress.codecs.levels import (
+    as_array,
+    block_means,
+    chunks,
+    over_blocks,
+    scaled,
+    smallest_type,
+    uniform,
+)
 from fedpress.codecs.rate import Centroids
 from fedpress.errors import RecipeError
 
@@ -41,7 +49,9 @@ class Quantize(BaseModel):
     @model_validator(mode="after")
     def _one_of_two(self) -> Quantize:
         if (self.rate is None) == (self.bits is None):
-            raise ValueError("give either rate (bits per value after packing) or bits (levels of a fixed grid)")
+            raise ValueError(
+                "give either rate (bits per value after packing) or bits (levels of a fixed grid)"
+            )
         return self
 
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:
@@ -92,12 +102,16 @@ class Ternary(BaseModel):
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:
         """Promises whole numbers."""
         size, after = _bound(self.kind, bound)
-        return (_Grid(size, self.block, 1, True) if self.unbiased else _Ternary(size, self.block)), after
+        return (
+            _Grid(size, self.block, 1, True) if self.unbiased else _Ternary(size, self.block)
+        ), after
 
 
 def _bound(kind: str, bound: Bound) -> tuple[int, Bound]:
     if bound.integer:
-        raise RecipeError(f"transforms.{kind}: the values before it are whole numbers already; put '{kind}' first")
+        raise RecipeError(
+            f"transforms.{kind}: the values before it are whole numbers already; put '{kind}' first"
+        )
     return bound.size, Bound(size=bound.size, integer=True)
 
 
@@ -121,7 +135,9 @@ class _Grid:
         q = np.empty(self.size, smallest_type(self.top))
         noise = uniform(key, self.size) if self.unbiased else None
         for at, end, scale in chunks(self.size, self.block, scales):
-            part = np.divide(values[at:end], scale, out=np.zeros(end - at, np.float32), where=scale > 0)
+            part = np.divide(
+                values[at:end], scale, out=np.zeros(end - at, np.float32), where=scale > 0
+            )
             if noise is None:
                 np.rint(part, out=part)
             else:

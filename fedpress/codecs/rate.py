@@ -27,7 +27,9 @@ from fedpress.errors import WireError
 from fedpress.wire.packing import estimate_bits
 
 SAMPLE_RUN, SAMPLE_RUNS = 256, 1024
-ROUNDING = 0.48  # below 1/2: a few values more become zero, which saves more bits than it costs precision
+ROUNDING = (
+    0.48  # below 1/2: a few values more become zero, which saves more bits than it costs precision
+)
 FLOAT_MIN = float(np.finfo(np.float32).smallest_subnormal)
 LARGEST = 1 << 30  # largest level
 SLACK = 0.004  # bits a value below the target that are aimed at, since the search looks at a sample
@@ -58,7 +60,9 @@ class Centroids:
         step = find_step(bits, target, 4 * 2.0**-self.rate * rms(sample), sample.size)
         q = to_levels(values, width(step, peak), smallest_type(1 / step + 1))
         if self.rate < SPARSE_RATE and share < 1:
-            step = find_step(bits, target * bits(step) / (estimate_bits(q) * share), step, sample.size)
+            step = find_step(
+                bits, target * bits(step) / (estimate_bits(q) * share), step, sample.size
+            )
             q = to_levels(values, width(step, peak), smallest_type(1 / step + 1))
         levels = level_offsets(sample, step)
         grid = torch.tensor([width(step, peak), *levels], dtype=torch.float32)
@@ -70,13 +74,17 @@ class Centroids:
         levels = side_floats(x, "levels", None, least=1)
         step, offsets = levels[0], levels[1:]
         if step <= 0 or len(offsets) > 64 or np.abs(offsets).max(initial=0) > 1:
-            raise WireError(f"update.levels: got step {step} with offsets {offsets[:4]}; expected a positive step")
+            raise WireError(
+                f"update.levels: got step {step} with offsets {offsets[:4]}; expected a positive step"
+            )
         near = np.arange(len(offsets) + 1, dtype=np.float64)
         near[1:] -= offsets
         return torch.from_numpy(read_levels(q, float(step), near))
 
 
-def find_step(bits: Callable[[float], float], target: float, start: float, size: int, most: float = 2.0) -> float:
+def find_step(
+    bits: Callable[[float], float], target: float, start: float, size: int, most: float = 2.0
+) -> float:
     """Returns the step at which `bits` of `size` values, which fall as the step grows, come to just below `target`.
 
     The secant method until the target lies between two steps, then false position between them. At `most` all is
@@ -112,7 +120,9 @@ def _scan(bits: Callable[[float], float], target: float, start: float, most: flo
 
     So it is with values without tails, such as what an earlier rounding left: without this they would all become zero.
     """
-    steps = [most * 2.0 ** (-tries / 8) for tries in range(math.ceil(8 * math.log2(most / start)) + 16)]
+    steps = [
+        most * 2.0 ** (-tries / 8) for tries in range(math.ceil(8 * math.log2(most / start)) + 16)
+    ]
     found = [(spent, step) for step in steps if (spent := bits(step)) <= target]
     return max(found)[1] if found else most
 
@@ -148,7 +158,9 @@ def level_offsets(sample: Floats, step: float) -> list[float]:
     q = np.abs(to_levels(sample, step, np.int32))
     top = 8
     counts = np.bincount(np.minimum(q, top), minlength=top + 1)
-    sums = np.bincount(np.minimum(q, top), q - np.abs(sample, dtype=np.float64) / step, minlength=top + 1)
+    sums = np.bincount(
+        np.minimum(q, top), q - np.abs(sample, dtype=np.float64) / step, minlength=top + 1
+    )
     number = int(np.count_nonzero(counts[1:top] >= 32))
     means = sums / (counts + 1e-9)
     return [float(np.clip(m, -0.5, 0.5)) for m in means[1 : number + 1]]

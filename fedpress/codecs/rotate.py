@@ -29,9 +29,13 @@ class Rotate(BaseModel):
     def bind(self, bound: Bound) -> tuple[BoundRotate, Bound]:
         """Keeps the L2 norm; each value is spread over a block, as `spread` says."""
         if self.block & (self.block - 1):
-            raise RecipeError(f"uplink.rotate.block: got {self.block}, expected a power of two, for instance 65536")
+            raise RecipeError(
+                f"uplink.rotate.block: got {self.block}, expected a power of two, for instance 65536"
+            )
         if bound.integer:
-            raise RecipeError("uplink.rotate: it comes after whole numbers; put it before 'discretize' or 'quantize'")
+            raise RecipeError(
+                "uplink.rotate: it comes after whole numbers; put it before 'discretize' or 'quantize'"
+            )
         block = min(self.block, 1 << max(0, bound.size.bit_length() - 1))
         after = replace(bound, linf=bound.l2, spread=bound.l2 / block**0.5, shapes=())
         return BoundRotate(bound.size, block), after
@@ -63,12 +67,14 @@ class BoundRotate:
         values = check_values(x, "rotate", self.size).clone()
         whole = self.size - self.size % self.block
         if whole < self.size:
-            values[self.size - self.block :] = hadamard(values[self.size - self.block :], self.block)
+            values[self.size - self.block :] = hadamard(
+                values[self.size - self.block :], self.block
+            )
         values[:whole] = hadamard(values[:whole], self.block)
         return values.mul_(self._signs(key))
 
     def _signs(self, key: Key) -> Tensor:
-        chance = key.shared("rotate")
+        chance = key.round_stream("rotate")
         coins = torch.empty(self.size, dtype=torch.int8).random_(0, 2, generator=chance)
         return coins.float().mul_(2).sub_(1)
 

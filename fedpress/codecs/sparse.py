@@ -72,10 +72,19 @@ class RandomK(BaseModel):
     def bind(self, bound: Bound) -> tuple[BoundRandomK, Bound]:
         """Promises fewer values; norms grow by the scale if it is unbiased."""
         if bound.integer:
-            raise RecipeError("uplink.randomk: it comes after whole numbers; put it before 'quantize' or 'discretize'")
+            raise RecipeError(
+                "uplink.randomk: it comes after whole numbers; put it before 'quantize' or 'discretize'"
+            )
         kept = _count(self.density, bound.size)
         scale = bound.size / kept if self.unbiased else 1.0
-        after = replace(bound, size=kept, l2=bound.l2 * scale, linf=bound.linf * scale, spread=math.inf, shapes=())
+        after = replace(
+            bound,
+            size=kept,
+            l2=bound.l2 * scale,
+            linf=bound.linf * scale,
+            spread=math.inf,
+            shapes=(),
+        )
         return BoundRandomK(bound.size, kept, scale), after
 
 
@@ -104,7 +113,11 @@ class BoundRandomK:
         return full
 
     def _drawn(self, key: Key) -> Tensor:
-        return torch.randperm(self.size, generator=key.shared("randomk"))[: self.kept].sort().values
+        return (
+            torch.randperm(self.size, generator=key.round_stream("randomk"))[: self.kept]
+            .sort()
+            .values
+        )
 
 
 def _count(density: float, size: int) -> int:

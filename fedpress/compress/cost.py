@@ -93,7 +93,11 @@ def activations(model: nn.Module, example: Example) -> int:
     counts: list[int] = []
 
     def note(module: nn.Module, args: object, out: object) -> None:
-        counts.extend(t.numel() for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor))
+        counts.extend(
+            t.numel()
+            for t in (out if isinstance(out, tuple | list) else [out])
+            if isinstance(t, Tensor)
+        )
 
     def count(given: tuple[Tensor, ...]) -> int:
         counts.clear()
@@ -139,7 +143,9 @@ def latency(model: nn.Module, example: Example, *, repeats: int = 30, warmup: in
     return Latency(median, high - low)
 
 
-def _alone_or_twice(run: Callable[[tuple[Tensor, ...]], T], given: tuple[Tensor, ...]) -> tuple[T, int]:
+def _alone_or_twice(
+    run: Callable[[tuple[Tensor, ...]], T], given: tuple[Tensor, ...]
+) -> tuple[T, int]:
     """Returns what `run` gives for `given`, or for its one example twice if that alone fails; and how often it ran.
 
     Some networks cannot take a batch of one, for instance after a `squeeze()`.

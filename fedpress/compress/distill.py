@@ -25,7 +25,9 @@ class DistillSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     temperature: float = Field(default=4.0, gt=0, le=1e4)
-    weight: float = Field(default=0.9, ge=0, le=1, description="share of the teacher's outputs against the labels")
+    weight: float = Field(
+        default=0.9, ge=0, le=1, description="share of the teacher's outputs against the labels"
+    )
     features: tuple[Pair, ...] = Field(
         default=(), description="modules whose outputs the student imitates, value by value"
     )
@@ -93,7 +95,9 @@ def outputs(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tens
             if name not in modules:
                 hint = did_you_mean(name, list(modules)) or "; print(model) shows all names"
                 raise TrainingError(f"distill: {type(model).__name__} has no module '{name}'{hint}")
-            handles.append(modules[name].register_forward_hook(lambda _, __, out, name=name: keep(name, out)))
+            handles.append(
+                modules[name].register_forward_hook(lambda _, __, out, name=name: keep(name, out))
+            )
         yield found
     finally:
         for handle in handles:
@@ -157,9 +161,13 @@ class Distillation:
                 f"{list(logits.shape[1:])}; give a teacher of the same classes"
             )
         if not taught.isfinite().all():
-            raise TrainingError("distill: the teacher's outputs hold NaN or infinity; give a teacher that is trained")
+            raise TrainingError(
+                "distill: the teacher's outputs hold NaN or infinity; give a teacher that is trained"
+            )
         for mine, other in self.features:
-            self.helpers.append(_projection(mine, self.seen[mine].shape, theirs[other].shape, chance))
+            self.helpers.append(
+                _projection(mine, self.seen[mine].shape, theirs[other].shape, chance)
+            )
         for mine, other in self.attention:
             a, b = self.seen[mine].shape, theirs[other].shape
             if len(a) < 3 or a[2:] != b[2:]:
@@ -182,11 +190,17 @@ class Distillation:
         theirs, taught = self._teach(x)
         loss = s.weight * logit_loss(logits, taught, s.temperature)
         if s.weight < 1:
-            loss = loss + (1 - s.weight) * F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+            loss = loss + (1 - s.weight) * F.cross_entropy(
+                logits, y, label_smoothing=self.label_smoothing
+            )
         for (mine, other), project in zip(self.features, self.helpers, strict=True):
-            loss = loss + s.feature_weight * feature_loss(project(self.seen[mine].float()), theirs[other])
+            loss = loss + s.feature_weight * feature_loss(
+                project(self.seen[mine].float()), theirs[other]
+            )
         for mine, other in self.attention:
-            loss = loss + s.attention_weight * attention_loss(self.seen[mine].float(), theirs[other])
+            loss = loss + s.attention_weight * attention_loss(
+                self.seen[mine].float(), theirs[other]
+            )
         return loss
 
     @torch.no_grad()
@@ -201,7 +215,9 @@ class Distillation:
                     f"({str(error).splitlines()[0]}); give a teacher of the same inputs"
                 ) from error
         if not isinstance(logits, Tensor):
-            raise TrainingError(f"distill: the teacher returns {type(logits).__name__}; it must return logits")
+            raise TrainingError(
+                f"distill: the teacher returns {type(logits).__name__}; it must return logits"
+            )
         return {name: value.float() for name, value in theirs.items()}, logits.float()
 
 
@@ -221,7 +237,9 @@ def _pairs(names: tuple[Pair, ...]) -> tuple[tuple[str, str], ...]:
     return tuple((name, name) if isinstance(name, str) else name for name in names)
 
 
-def _projection(name: str, mine: torch.Size, theirs: torch.Size, chance: torch.Generator) -> nn.Module:
+def _projection(
+    name: str, mine: torch.Size, theirs: torch.Size, chance: torch.Generator
+) -> nn.Module:
     """What brings the student's features to the teacher's shape: at most one dimension differs, that of channels."""
     if mine == theirs:
         return nn.Identity()

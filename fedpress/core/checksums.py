@@ -71,7 +71,9 @@ def digest(path: Path, start: int, end: int) -> str:
     return found.hexdigest()
 
 
-def note(path: Path, content: Path | None = None, *, folder: Path | None = None, sync: bool = True) -> None:
+def note(
+    path: Path, content: Path | None = None, *, folder: Path | None = None, sync: bool = True
+) -> None:
     """Lists what `path` holds, or is about to hold: the bytes of `content`, which takes its place next.
 
     Args:
@@ -96,7 +98,9 @@ def _name(path: Path, folder: Path) -> str:
 def list_of(path: Path) -> Path:
     """Returns the nearest list that may say what `path` holds; one beside it if there is none."""
     folders = list(path.absolute().parents)[:ABOVE]
-    return next((folder / NAME for folder in folders if (folder / NAME).is_file()), path.parent / NAME)
+    return next(
+        (folder / NAME for folder in folders if (folder / NAME).is_file()), path.parent / NAME
+    )
 
 
 def knows(path: Path) -> bool:
@@ -118,7 +122,9 @@ def fault(path: Path, *, grows: bool = False) -> str | None:
     """
     log = list_of(path)
     folder, name = log.parent, _name(path, log.parent)
-    for _ in range(3):  # a run that goes on may change file and list while they are read: then they are read again
+    for _ in range(
+        3
+    ):  # a run that goes on may change file and list while they are read: then they are read again
         try:
             lines = [line for line in read(folder) if line.name == name]
         except DamagedList as error:
@@ -127,7 +133,11 @@ def fault(path: Path, *, grows: bool = False) -> str | None:
             return None
     size = path.stat().st_size
     end = lines[-1].end
-    what = f"it holds {size:,} of {end:,} bytes" if size < end else "what it holds is not what was written"
+    what = (
+        f"it holds {size:,} of {end:,} bytes"
+        if size < end
+        else "what it holds is not what was written"
+    )
     return f"{what}, by its checksum in '{log}'"
 
 
@@ -144,7 +154,9 @@ def read(folder: Path) -> list[Line]:
     found = []
     for number, line in enumerate(raw.split(b"\n")[:-1], start=1):
         parts = line.decode("utf-8", "replace").split(" ", 3)
-        if len(parts) != 4 or not all(part.isascii() and part.isdecimal() and len(part) < 20 for part in parts[1:3]):
+        if len(parts) != 4 or not all(
+            part.isascii() and part.isdecimal() and len(part) < 20 for part in parts[1:3]
+        ):
             raise DamagedList(f"line {number}")
         made = Line(parts[0][:DIGITS], int(parts[1]), int(parts[2]), parts[3])
         # Lists of an older fedpress have no checksum of the line.
@@ -174,7 +186,9 @@ def _append(log: Path, line: Line, sync: bool) -> None:
     with open(log, "ab+", opener=_no_link) as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a kill has torn the last line: what it was about never happened
+            if (
+                file.read(1) != b"\n"
+            ):  # a kill has torn the last line: what it was about never happened
                 file.truncate(_last_newline(log))
         file.write(text)
         file.flush()
@@ -205,4 +219,7 @@ def _grown(path: Path, lines: list[Line]) -> bool:
     """Whether every stretch since the file was last written as a whole is what it was."""
     since = max((at for at, line in enumerate(lines) if line.start == 0), default=0)
     size = path.stat().st_size
-    return all(line.end <= size and digest(path, line.start, line.end) == line.digest for line in lines[since:])
+    return all(
+        line.end <= size and digest(path, line.start, line.end) == line.digest
+        for line in lines[since:]
+    )

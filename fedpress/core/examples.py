@@ -22,7 +22,9 @@ class Arrays:
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
-            raise ValueError(f"{len(self.x)} examples but {len(self.y)} labels; give one label per example")
+            raise ValueError(
+                f"{len(self.x)} examples but {len(self.y)} labels; give one label per example"
+            )
 
     def __len__(self) -> int:
         return len(self.y)
@@ -37,7 +39,11 @@ class Arrays:
         A last batch of one would have no statistics for a batch norm.
         """
         parts = math.ceil(len(self) / size)
-        return zip(self.x.tensor_split(parts), self.y.tensor_split(parts), strict=True) if parts else iter(())
+        return (
+            zip(self.x.tensor_split(parts), self.y.tensor_split(parts), strict=True)
+            if parts
+            else iter(())
+        )
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,9 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not all(0 < s < math.inf for s in self.std):
-            raise ValueError(f"mean {self.mean} and std {self.std}; give as many of each, and every std above 0")
+            raise ValueError(
+                f"mean {self.mean} and std {self.std}; give as many of each, and every std above 0"
+            )
 
     def __call__(self, x: Tensor) -> Tensor:
         """Returns float32 of the same shape as `x` [n, C, ...]; whole numbers (token ids) stay what they are.
@@ -90,7 +98,9 @@ class Preprocess:
             )
         mean, std = _of_bytes(x) if x.dtype == torch.uint8 else _of_floats(x)
         if not (mean.isfinite() & std.isfinite()).all():
-            raise DataError("preprocess: the public examples hold NaN or infinite values; remove them from the data")
+            raise DataError(
+                "preprocess: the public examples hold NaN or infinite values; remove them from the data"
+            )
         return cls(tuple(mean.tolist()), tuple(std.tolist()))
 
 
@@ -102,14 +112,18 @@ def resized(x: Tensor, side: int) -> Tensor:
 
 
 def _small(x: Tensor, side: int) -> Tensor:
-    out = F.interpolate(x.float(), (side, side), mode="bilinear", antialias=True, align_corners=False)
+    out = F.interpolate(
+        x.float(), (side, side), mode="bilinear", antialias=True, align_corners=False
+    )
     return (out if x.is_floating_point() else out.round().clamp(0, 255)).to(x.dtype)
 
 
 def _of_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and std [C] of bytes, from how often each of the 256 levels occurs: exact, and quick."""
     level = Preprocess()(torch.arange(256, dtype=torch.uint8)).double()
-    count = torch.stack([torch.bincount(channel.reshape(-1), minlength=256) for channel in x.unbind(1)]).cpu()
+    count = torch.stack(
+        [torch.bincount(channel.reshape(-1), minlength=256) for channel in x.unbind(1)]
+    ).cpu()
     share = count.double() * x.shape[1] / x.numel()
     mean = share @ level
     std = (share * (level - mean.view(-1, 1)).square()).sum(1).sqrt()
@@ -124,4 +138,6 @@ def _of_floats(x: Tensor) -> tuple[Tensor, Tensor]:
     parts = [(part.double() - mean.view(shape)).square().sum(dims) for part in x.split(4096)]
     std = (torch.stack(parts).sum(0) * each).sqrt()
     # A spread below the smallest normal float32 would divide by zero there: it counts as constant.
-    return mean, torch.where((x.amax(dims) > x.amin(dims)) & (std > torch.finfo(torch.float32).tiny), std, 1.0)
+    return mean, torch.where(
+        (x.amax(dims) > x.amin(dims)) & (std > torch.finfo(torch.float32).tiny), std, 1.0
+    )

@@ -40,7 +40,9 @@ LIMITS = {
     "depth": Limit("FEDPRESS_MAX_DEPTH", 32, "lists and tables inside each other"),
     "input": Limit("FEDPRESS_MAX_INPUT", 2**27, "values of one example that a file declares"),
     "activations": Limit(
-        "FEDPRESS_MAX_ACTIVATIONS", 2**26, "values of one tensor inside a network that runs on one example"
+        "FEDPRESS_MAX_ACTIVATIONS",
+        2**26,
+        "values of one tensor inside a network that runs on one example",
     ),
     "pixels": Limit("FEDPRESS_MAX_PIXELS", 2**26, "pixels of one image"),
 }
@@ -67,7 +69,9 @@ def limit(name: str) -> int:
     if text is None:
         return row.default
     if not (text.isascii() and text.isdecimal()) or len(text) > 18 or int(text) < 1:
-        raise RecipeError(f"{row.variable}: got {text[:40]!r}, expected a whole number above 0, such as {row.default}")
+        raise RecipeError(
+            f"{row.variable}: got {text[:40]!r}, expected a whole number above 0, such as {row.default}"
+        )
     return int(text)
 
 
@@ -126,7 +130,9 @@ def check_tree(tree: Any, place: str, *, lists: bool = True) -> None:
         if isinstance(node, dict):
             if lists:
                 check("layers", len(node), at)
-            for key in node.keys() & COUNTS:  # a loop over them takes its time even if each is small
+            for key in (
+                node.keys() & COUNTS
+            ):  # a loop over them takes its time even if each is small
                 if isinstance(node[key], int):
                     check("layers", node[key], f"{at}.{key}")
             todo.extend((value, f"{at}.{str(key)[:40]}") for key, value in node.items())
@@ -146,8 +152,14 @@ class _Budget(TorchDispatchMode):
         self.place, self.made = place, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not any(isinstance(arg, Tensor) for arg in args):  # it makes something new, of a size that it is told
-            sizes = [arg for arg in args if isinstance(arg, list | tuple) and all(isinstance(n, int) for n in arg)]
+        if not any(
+            isinstance(arg, Tensor) for arg in args
+        ):  # it makes something new, of a size that it is told
+            sizes = [
+                arg
+                for arg in args
+                if isinstance(arg, list | tuple) and all(isinstance(n, int) for n in arg)
+            ]
             self.made += max((prod(size) for size in sizes), default=0)
             check("values", self.made, self.place, counting=True)
         return func(*args, **(kwargs or {}))
@@ -177,7 +189,10 @@ def check_running(model: nn.Module, example: Tensor, place: str) -> None:
     Raises:
         ModelError: if one has more values than the limit.
     """
-    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    tensors = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
     shapes = {name: value.detach().to("meta") for name, value in tensors}
     training = {module: module.training for module in model.modules()}
     try:
@@ -213,7 +228,10 @@ def building(place: str, *, meta: bool = False) -> Iterator[None]:
         own += 1
         check("layers", own // PARAMETERS, place, counting=True)
 
-    handles = (register_module_module_registration_hook(see), register_module_parameter_registration_hook(see_own))
+    handles = (
+        register_module_module_registration_hook(see),
+        register_module_parameter_registration_hook(see_own),
+    )
     try:
         with nullcontext() if meta else _Budget(place):
             yield

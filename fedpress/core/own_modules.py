@@ -19,6 +19,9 @@ from typing import Any
 
 from fedpress.errors import ModelError
 
+MOVED = {"fedpress.commands.subject": "fedpress.pipeline.commands.subject"}
+"""Modules of fedpress that files of earlier versions name, and where they lie now."""
+
 _wanted: set[str] = set()  # top modules that `module_of` is looking for
 _own: set[str] = set()  # top modules that were found in the user's folders
 
@@ -29,7 +32,9 @@ class OwnModules:
     def __init__(self, folders: Sequence[str]) -> None:
         self.folders = list(folders)
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: Any = None
+    ) -> ModuleSpec | None:
         """Finds a top module for `module_of`, or for code that was found here; see `importlib.abc.MetaPathFinder`."""
         if path is not None:  # a part of a package, which knows itself where its parts lie
             return None
@@ -64,6 +69,7 @@ def module_of(name: str) -> ModuleType:
         Exception: whatever importing raises.
     """
     module = name.partition(":")[0]
+    module = MOVED.get(module, module)
     top = module.partition(".")[0]
     _refuse_hidden(top)
     _wanted.add(top)
@@ -85,7 +91,12 @@ def _importer(frame: FrameType | None) -> str:
 
 def _refuse_hidden(top: str) -> None:
     """Refuses a name that means one thing among the installed modules and another in the user's folders."""
-    folders = [folder for finder in sys.meta_path if isinstance(finder, OwnModules) for folder in finder.folders]
+    folders = [
+        folder
+        for finder in sys.meta_path
+        if isinstance(finder, OwnModules)
+        for folder in finder.folders
+    ]
     try:
         installed = importlib.util.find_spec(top)
     except (ImportError, ValueError):
@@ -94,7 +105,9 @@ def _refuse_hidden(top: str) -> None:
         return
     for folder in folders:
         own = PathFinder.find_spec(top, [folder])
-        if own is None or own.origin is None:  # a folder without __init__.py is no module of its own
+        if (
+            own is None or own.origin is None
+        ):  # a folder without __init__.py is no module of its own
             continue
         if _real(own.origin) != _real(installed.origin or "built-in"):
             raise ModelError(

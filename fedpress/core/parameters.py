@@ -50,7 +50,9 @@ def assign_(model: nn.Module, vector: Tensor) -> None:
     params = trainable(model)
     size = sum(p.numel() for p in params)
     if vector.shape != (size,):
-        raise WireError(f"the vector has shape {tuple(vector.shape)} but the model trains {size} values; send [{size}]")
+        raise WireError(
+            f"the vector has shape {tuple(vector.shape)} but the model trains {size} values; send [{size}]"
+        )
     at = 0
     with torch.no_grad():
         for p in params:

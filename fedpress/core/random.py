@@ -38,9 +38,13 @@ def secret_generator(seed: int, *words: str | int) -> torch.Generator:
     """
     import torch
 
-    fresh = torch.Generator().manual_seed(0)  # counters of a generator that must make its first block
+    fresh = torch.Generator().manual_seed(
+        0
+    )  # counters of a generator that must make its first block
     state = fresh.get_state()
-    words_32 = torch.frombuffer(bytearray(shake_256(_name(seed, words)).digest(4 * 624)), dtype=torch.int32)
+    words_32 = torch.frombuffer(
+        bytearray(shake_256(_name(seed, words)).digest(4 * 624)), dtype=torch.int32
+    )
     state.view(torch.int64)[3:627] = words_32.long() & 0xFFFFFFFF
     return fresh.set_state(state)
 
@@ -70,7 +74,9 @@ def keystream(key: bytes, size: int, *, start: int = 0) -> np.ndarray:
     if start % 16:
         raise ValueError(f"start: got {start}, expected a multiple of 16")
     out = np.empty(size + 15, np.uint8)  # the cipher wants room for one more block
-    encryptor = Cipher(algorithms.AES(key), modes.CTR((start // 16).to_bytes(16, "big"))).encryptor()
+    encryptor = Cipher(
+        algorithms.AES(key), modes.CTR((start // 16).to_bytes(16, "big"))
+    ).encryptor()
     chunk = bytes(min(size, 1 << 20))
     for at in range(0, size, 1 << 20):
         part = chunk[: min(len(chunk), size - at)]

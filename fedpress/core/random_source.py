@@ -11,7 +11,7 @@ from torch import Tensor
 from fedpress.core.random import keystream
 
 
-class Chance(Protocol):
+class RandomSource(Protocol):
     """A stream of random numbers; every call goes on where the last one ended.
 
     `exact` asks mechanisms for outputs whose floating-point bits say nothing about the secret.
@@ -35,12 +35,12 @@ class Chance(Protocol):
         ...
 
 
-class Seeded:
+class TorchRandom:
     """The stream of a torch generator: the same bits from the same seed, on the generator's device.
 
     It is no cryptographic generator: good for experiments, not for data that somebody wants to see.
 
-    >>> Seeded(torch.Generator().manual_seed(1)).normal(2).dtype
+    >>> TorchRandom(torch.Generator().manual_seed(1)).normal(2).dtype
     torch.float64
     """
 
@@ -51,25 +51,31 @@ class Seeded:
 
     def normal(self, size: int) -> Tensor:
         """Returns standard normals [size]; a float32 normal would come from 24 bits and end at 5.8."""
-        return torch.randn(size, generator=self.generator, device=self.generator.device, dtype=torch.float64)
+        return torch.randn(
+            size, generator=self.generator, device=self.generator.device, dtype=torch.float64
+        )
 
     def uniform(self, size: int) -> Tensor:
         """Returns numbers [size]; the 24 bits of a float32 draw would bias small probabilities."""
-        return torch.rand(size, generator=self.generator, device=self.generator.device, dtype=torch.float64)
+        return torch.rand(
+            size, generator=self.generator, device=self.generator.device, dtype=torch.float64
+        )
 
     def words(self, size: int) -> np.ndarray:
         """Returns uint64 [size]."""
         at = self.generator.device
-        drawn = torch.empty(size, dtype=torch.int64, device=at).random_(-(2**63), None, generator=self.generator)
+        drawn = torch.empty(size, dtype=torch.int64, device=at).random_(
+            -(2**63), None, generator=self.generator
+        )
         return drawn.cpu().numpy().view(np.uint64)
 
 
-class Cipher:
+class AesCtrRandom:
     """The AES-256-CTR stream of a secret 32-byte `key`: who does not hold the key cannot tell it from coin flips.
 
     All draws are made of `words`, so two calls for 3 and 5 words give what one call for 8 gives.
 
-    >>> Cipher(bytes(32)).words(1).tolist() == Cipher(bytes(32)).words(2).tolist()[:1]
+    >>> AesCtrRandom(bytes(32)).words(1).tolist() == AesCtrRandom(bytes(32)).words(2).tolist()[:1]
     True
     """
 
@@ -77,7 +83,9 @@ class Cipher:
 
     def __init__(self, key: bytes) -> None:
         if len(key) != 32:
-            raise ValueError(f"key: got {len(key)} bytes, expected 32; make one with fedpress.core.random.secret_key")
+            raise ValueError(
+                f"key: got {len(key)} bytes, expected 32; make one with fedpress.core.random.secret_key"
+            )
         self._key = key
         self._drawn = 0
 
@@ -105,10 +113,10 @@ class Cipher:
         return stream.view("<u8")[skip:].astype(np.uint64, copy=False)
 
 
-Source: TypeAlias = "Chance | torch.Generator"
-"""What private functions draw from; a bare generator counts as `Seeded`."""
+Source: TypeAlias = "RandomSource | torch.Generator"
+"""What private functions draw from; a bare generator counts as `TorchRandom`."""
 
 
-def chance_of(source: Source) -> Chance:
-    """Returns `source` as a Chance."""
-    return Seeded(source) if isinstance(source, torch.Generator) else source
+def chance_of(source: Source) -> RandomSource:
+    """Returns `source` as a RandomSource."""
+    return TorchRandom(source) if isinstance(source, torch.Generator) else source

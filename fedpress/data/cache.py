@@ -18,7 +18,9 @@ def folder() -> Path:
     return Path(given).expanduser() if given else Path.home() / ".cache" / "fedpress"
 
 
-def decoded(name: str, files: Sequence[Path], decode: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def decoded(
+    name: str, files: Sequence[Path], decode: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
     """Returns `decode()`, remembered on disk under the path, size and change time of `files`.
 
     A cache that cannot be read or written is passed over: it saves time, nothing depends on it.

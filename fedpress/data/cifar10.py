@@ -31,9 +31,16 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
 
     def decode() -> dict[str, np.ndarray]:
         raw = layout.read(files, progress)
-        return {f"{part}_{key}": array for part in raw for key, array in zip("xy", _sorted(*raw[part]), strict=True)}
+        return {
+            f"{part}_{key}": array
+            for part in raw
+            for key, array in zip("xy", _sorted(*raw[part]), strict=True)
+        }
 
-    arrays = {name: torch.from_numpy(array) for name, array in cache.decoded("cifar10", files, decode).items()}
+    arrays = {
+        name: torch.from_numpy(array)
+        for name, array in cache.decoded("cifar10", files, decode).items()
+    }
     train, test = (Arrays(arrays[f"{part}_x"], arrays[f"{part}_y"]) for part in ("train", "test"))
     return Examples("cifar10", train, CLASSES, test=test)
 
@@ -42,9 +49,13 @@ def _locate(settings: DataSettings, progress: Progress | None) -> tuple[ModuleTy
     """Returns which layout the data has, and its files."""
     path = settings.path
     if path is None:
-        return cifar10_archive, cifar10_archive.fetch(cache.folder(), allowed=settings.download, progress=progress)
+        return cifar10_archive, cifar10_archive.fetch(
+            cache.folder(), allowed=settings.download, progress=progress
+        )
     if not path.exists():
-        raise DataError(f"source 'cifar10': no such path '{path}'; check it, or leave it out to download")
+        raise DataError(
+            f"source 'cifar10': no such path '{path}'; check it, or leave it out to download"
+        )
     for layout in LAYOUTS:
         if files := layout.find(path):
             return layout, files

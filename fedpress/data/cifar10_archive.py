@@ -36,7 +36,9 @@ def find(path: Path) -> list[Path]:
             files = [folder / name for names in BATCHES.values() for name in names]
             for file in files:
                 if not file.is_file():
-                    raise DataError(f"source 'cifar10': '{file}' is missing; unpack {ARCHIVE} again")
+                    raise DataError(
+                        f"source 'cifar10': '{file}' is missing; unpack {ARCHIVE} again"
+                    )
             return files
         if (folder / ARCHIVE).is_file():
             return [folder / ARCHIVE]
@@ -74,7 +76,10 @@ def read(files: list[Path], progress: Progress | None) -> dict[str, tuple[np.nda
     if missing:
         raise DataError(f"'{files[0]}': holds no {missing[0]}; download {URL} again")
     return {
-        part: (np.concatenate([batches[n][0] for n in names]), np.concatenate([batches[n][1] for n in names]))
+        part: (
+            np.concatenate([batches[n][0] for n in names]),
+            np.concatenate([batches[n][1] for n in names]),
+        )
         for part, names in BATCHES.items()
     }
 
@@ -87,7 +92,9 @@ def _members(files: list[Path]) -> Iterator[tuple[str, str, bytes]]:
             yield f"'{file}'", file.name, file.read_bytes()
         return
     if (got := download.md5_of(files[0])) != MD5:
-        raise DataError(f"'{files[0]}': md5 {got}, expected {MD5}; delete it and download {URL} again")
+        raise DataError(
+            f"'{files[0]}': md5 {got}, expected {MD5}; delete it and download {URL} again"
+        )
     try:
         with tarfile.open(files[0], "r:gz") as archive:
             for member in archive:
@@ -96,7 +103,9 @@ def _members(files: list[Path]) -> Iterator[tuple[str, str, bytes]]:
                 if content:
                     yield f"'{files[0]}' member {member.name}", name, content.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise DataError(f"'{files[0]}': not a readable archive ({error}); download {URL} again") from error
+        raise DataError(
+            f"'{files[0]}': not a readable archive ({error}); download {URL} again"
+        ) from error
 
 
 def _batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
@@ -107,7 +116,9 @@ def _batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
         if len(labels) != len(pixels) or not ((labels >= 0) & (labels < 10)).all():
             raise ValueError(f"{len(pixels)} images with {len(labels)} labels")
     except Exception as error:  # a damaged pickle may raise anything
-        raise DataError(f"{where}: not a batch of CIFAR-10 ({error}); download {URL} again") from error
+        raise DataError(
+            f"{where}: not a batch of CIFAR-10 ({error}); download {URL} again"
+        ) from error
     return pixels, labels
 
 
@@ -149,7 +160,13 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             return _Array
-        admitted = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Dtype, ("_codecs", "encode"): _latin1}
+        admitted = {
+            ("numpy", "ndarray"): _Array,
+            ("numpy", "dtype"): _Dtype,
+            ("_codecs", "encode"): _latin1,
+        }
         if (module, name) not in admitted:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a data file has no need of")
+            raise pickle.UnpicklingError(
+                f"it asks for {module}.{name}, which a data file has no need of"
+            )
         return admitted[module, name]

@@ -18,7 +18,13 @@ def find(path: Path) -> list[Path]:
     Raises:
         DataError: if one of several numbered files is missing.
     """
-    for folder in (path, path / "plain_text", path / "data", path / "cifar10", path / "cifar10" / "plain_text"):
+    for folder in (
+        path,
+        path / "plain_text",
+        path / "data",
+        path / "cifar10",
+        path / "cifar10" / "plain_text",
+    ):
         files = sorted([*folder.glob("train-*.parquet"), *folder.glob("test-*.parquet")])
         if files:
             _check_complete(folder, files)
@@ -30,14 +36,24 @@ def _check_complete(folder: Path, files: list[Path]) -> None:
     names = {file.name for file in files}
     for part in ("train", "test"):
         count = next(
-            (name.split("-of-")[1].split(".")[0] for name in sorted(names) if name.startswith(part) and "-of-" in name),
+            (
+                name.split("-of-")[1].split(".")[0]
+                for name in sorted(names)
+                if name.startswith(part) and "-of-" in name
+            ),
             None,
         )
-        wanted = [f"{part}-{i:05d}-of-{count}.parquet" for i in range(int(count))] if count and count.isdigit() else []
+        wanted = (
+            [f"{part}-{i:05d}-of-{count}.parquet" for i in range(int(count))]
+            if count and count.isdigit()
+            else []
+        )
         missing = [name for name in wanted if name not in names]
         if missing or not any(name.startswith(part) for name in names):
             name = missing[0] if missing else f"{part}-*.parquet"
-            raise DataError(f"source 'cifar10': '{folder / name}' is missing; copy the whole folder again")
+            raise DataError(
+                f"source 'cifar10': '{folder / name}' is missing; copy the whole folder again"
+            )
 
 
 def read(files: list[Path], progress: Progress | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -49,7 +65,10 @@ def read(files: list[Path], progress: Progress | None) -> dict[str, tuple[np.nda
     parts = {}
     for part in ("train", "test"):
         read_files = [_read_file(file, progress) for file in files if file.name.startswith(part)]
-        parts[part] = (np.concatenate([x for x, _ in read_files]), np.concatenate([y for _, y in read_files]))
+        parts[part] = (
+            np.concatenate([x for x, _ in read_files]),
+            np.concatenate([y for _, y in read_files]),
+        )
     return parts
 
 
@@ -64,5 +83,7 @@ def _read_file(file: Path, progress: Progress | None) -> tuple[np.ndarray, np.nd
     x = images.decode(blobs, where=lambda i: f"'{file}' row {i}", progress=progress).numpy()
     y = table["label"].to_numpy().astype(np.int64)
     if x.shape[1:] != (3, 32, 32) or not ((y >= 0) & (y < 10)).all():
-        raise DataError(f"'{file}': images of {x.shape[1:]} with labels {y.min()} to {y.max()}; is this CIFAR-10?")
+        raise DataError(
+            f"'{file}': images of {x.shape[1:]} with labels {y.min()} to {y.max()}; is this CIFAR-10?"
+        )
     return x, y

@@ -42,7 +42,9 @@ def rows_that_name(public: Tensor, total: int, settings: DataSettings, what: str
     return public
 
 
-def known_classes(codes: Tensor, words: Sequence[str], public: Tensor, settings: DataSettings, what: str) -> Classes:
+def known_classes(
+    codes: Tensor, words: Sequence[str], public: Tensor, settings: DataSettings, what: str
+) -> Classes:
     """Keeps the classes that are in the recipe, or that rows have which may name them.
 
     Args:
@@ -62,7 +64,9 @@ def known_classes(codes: Tensor, words: Sequence[str], public: Tensor, settings:
         seen = set(codes[rows].tolist())
         names = tuple(word for position, word in enumerate(words) if position in seen)
     number = {name: position for position, name in enumerate(names)}
-    table = torch.tensor([*(number.get(word, -1) for word in words), -1])  # the last one serves the code -1
+    table = torch.tensor(
+        [*(number.get(word, -1) for word in words), -1]
+    )  # the last one serves the code -1
     return checked(Classes(table[codes], names), settings, what)
 
 
@@ -79,7 +83,9 @@ def checked(found: Classes, settings: DataSettings, what: str) -> Classes:
         )
     if not bool((found.y >= 0).any()):
         named = ", ".join(found.names[:8])
-        raise DataError(f"data.classes: no row of the {what} is one of {named}; write them as they are in the data")
+        raise DataError(
+            f"data.classes: no row of the {what} is one of {named}; write them as they are in the data"
+        )
     if settings.unknown != OTHER:
         return found
     names = found.names if OTHER in found.names else (*found.names, OTHER)

@@ -72,7 +72,9 @@ class Column:
             return text.cast(kind)
         except pa.ArrowInvalid:  # some private cell is of another kind: look at each word once
             words = text.unique()
-            read = pa.chunked_array([pa.array([_read(word, kind) for word in words.to_pylist()], kind)])
+            read = pa.chunked_array(
+                [pa.array([_read(word, kind) for word in words.to_pylist()], kind)]
+            )
             return read.take(pc.index_in(text, words))
 
     def _kind(self, values: Any) -> Any:
@@ -94,7 +96,9 @@ class Column:
             # A point can only divide thousands here: 1.234,5 is 1234.5.
             text = pc.replace_substring(pc.replace_substring(text, ".", ""), ",", ".")
         elif self.decimal == "," and types.is_integer(kind):
-            text = pc.replace_substring(text, ",", "no number")  # 1,5 is no whole number in any notation
+            text = pc.replace_substring(
+                text, ",", "no number"
+            )  # 1,5 is no whole number in any notation
         return text
 
 
@@ -125,7 +129,9 @@ def codes(column: Any, name: str, role: str) -> tuple[Tensor, tuple[str, ...]]:
                 f"{where}: holds broken numbers; expected whole numbers or words: cut it into classes first"
             )
         column = pa.chunked_array([pa.array(values.astype(np.int64))])
-    if not (types.is_integer(column.type) or _is_word(column.type) or types.is_boolean(column.type)):
+    if not (
+        types.is_integer(column.type) or _is_word(column.type) or types.is_boolean(column.type)
+    ):
         raise DataError(f"{where}: holds {column.type}; expected whole numbers or words")
     values, positions = np.unique(column.to_numpy(), return_inverse=True)
     return torch.from_numpy(positions.astype(np.int64)), tuple(str(value) for value in values)
@@ -159,7 +165,9 @@ class Labels:
         try:
             values, positions = np.unique(column.to_numpy(), return_inverse=True)
         except (TypeError, pa.ArrowInvalid) as error:
-            raise DataError(f"{self._where}: holds {column.type}; expected whole numbers or words") from error
+            raise DataError(
+                f"{self._where}: holds {column.type}; expected whole numbers or words"
+            ) from error
         if self.settings.classes is None and len(values) > max(2, len(positions) // 2):
             raise DataError(
                 f"{self._where}: nearly all of the {len(positions)} rows have a label of their own; expected classes "
@@ -269,11 +277,16 @@ class Features:
         """Says how raw rows become inputs; `fill` [d] are the means of the public rows, if there are any."""
         if self.settings.missing == "mean" and fill is not None:
             parts = fill.split([column.width for column in learned])
-            learned = [replace(c, fill=tuple(part.tolist())) for c, part in zip(learned, parts, strict=True)]
+            learned = [
+                replace(c, fill=tuple(part.tolist()))
+                for c, part in zip(learned, parts, strict=True)
+            ]
         gaps = tuple(NO_VALUE) if self.settings.source == "csv" else ()
         return Preparation(tuple(learned), gaps, self.settings.decimal)
 
-    def _block(self, column: Column, public: np.ndarray) -> tuple[InputColumn, np.ndarray, np.ndarray]:
+    def _block(
+        self, column: Column, public: np.ndarray
+    ) -> tuple[InputColumn, np.ndarray, np.ndarray]:
         """Returns what was learned, float32 [n, k] with NaN for gaps, and bool [n]: rows that are to be left out."""
         listed = column.name in self.settings.words
         open_ = column.name in self.settings.public_words
@@ -282,7 +295,9 @@ class Features:
             values = as_text(values)
         if _is_word(values.type):
             if not listed and column.text:
-                self._refuse_decimal_commas(column, values if open_ else values.take(pa.array(public)))
+                self._refuse_decimal_commas(
+                    column, values if open_ else values.take(pa.array(public))
+                )
             words = self._words(column.name, values, public)
             names, unknown = self._with_other(words)
             block, odd = one_hot(values, names, unknown)
@@ -330,11 +345,15 @@ class Features:
         known = seen.drop_null()
         if not len(known) or column.decimal == ",":
             return
-        if pc.all(pc.match_substring_regex(known, r"^\s*[+-]?(\d+,\d+|\d{1,3}(\.\d{3})+,\d+|\d+)\s*$")).as_py():
+        if pc.all(
+            pc.match_substring_regex(known, r"^\s*[+-]?(\d+,\d+|\d{1,3}(\.\d{3})+,\d+|\d+)\s*$")
+        ).as_py():
             cure = 'add decimal = "," to [data]'
             if self.settings.delimiter == ",":  # which cannot be both
                 cure = "write them with points, or without commas if these divide thousands"
-            raise DataError(f"feature column '{column.name}': its numbers have decimal commas; {cure}")
+            raise DataError(
+                f"feature column '{column.name}': its numbers have decimal commas; {cure}"
+            )
 
 
 def one_hot(values: Any, words: Sequence[str], unknown: Unknown) -> tuple[np.ndarray, np.ndarray]:
@@ -360,8 +379,15 @@ def numbers(column: Any, name: str) -> np.ndarray:
     kind = column.type
     if types.is_boolean(kind):
         column = column.cast(pa.uint8())
-    elif not (types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind) or types.is_null(kind)):
-        raise DataError(f"feature column '{name}': holds {kind}; expected numbers or words: name it in drop_columns")
+    elif not (
+        types.is_integer(kind)
+        or types.is_floating(kind)
+        or types.is_decimal(kind)
+        or types.is_null(kind)
+    ):
+        raise DataError(
+            f"feature column '{name}': holds {kind}; expected numbers or words: name it in drop_columns"
+        )
     return column.cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float32)[:, None]
 
 

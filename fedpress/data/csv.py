@@ -50,7 +50,9 @@ def read(path: Path, settings: DataSettings) -> Any:
         with open(path, "rb") as file:
             head = file.read(HEAD)
     except OSError as error:
-        raise DataError(f"'{path}': cannot be read ({error.strerror}); check the path and its permissions") from error
+        raise DataError(
+            f"'{path}': cannot be read ({error.strerror}); check the path and its permissions"
+        ) from error
     for start, what, cure in FOREIGN:
         if head.startswith(start):
             raise DataError(f"'{path}': this is {what}, not CSV; {cure}")
@@ -69,7 +71,9 @@ def read(path: Path, settings: DataSettings) -> Any:
         if line and line[0].removeprefix("\ufeff").startswith(beginning):
             raise DataError(f"'{path}': {said}")
     refuse_other_delimiter(settings, line[:1], path)
-    raise DataError(f"'{path}': not a readable CSV file ({_brief(first)}); correct or remove it") from first
+    raise DataError(
+        f"'{path}': not a readable CSV file ({_brief(first)}); correct or remove it"
+    ) from first
 
 
 def _read(path: Path, delimiter: str, encoding: str, *, newlines: bool) -> Any:
@@ -82,7 +86,9 @@ def _read(path: Path, delimiter: str, encoding: str, *, newlines: bool) -> Any:
         strings_can_be_null=True,
         column_types={name: pa.string() for name in names},
     )
-    return pyarrow.csv.read_csv(path, read_options=reading, parse_options=parsing, convert_options=as_text)
+    return pyarrow.csv.read_csv(
+        path, read_options=reading, parse_options=parsing, convert_options=as_text
+    )
 
 
 def _declared(head: bytes) -> str:
@@ -116,7 +122,9 @@ def _refuse_encoding(path: Path, encoding: str) -> None:
         )
     # Text that is not UTF-8 is mostly of Western Windows programs; 0x80 to 0x9f are letters there, not in Latin-1.
     likely = "cp1252" if re.search(rb"[\x80-\x9f]", data) else "latin-1"
-    raise DataError(f'{why}; it looks like {likely}: add encoding = "{likely}" to [data], or save it as UTF-8')
+    raise DataError(
+        f'{why}; it looks like {likely}: add encoding = "{likely}" to [data], or save it as UTF-8'
+    )
 
 
 def _is_other_script(data: bytes) -> bool:
@@ -125,7 +133,9 @@ def _is_other_script(data: bytes) -> bool:
     return 2 * sum(len(run) for run in runs if len(run) > 2) > sum(map(len, runs))
 
 
-def refuse_other_delimiter(settings: DataSettings, header: list[str], path: Path | None = None) -> None:
+def refuse_other_delimiter(
+    settings: DataSettings, header: list[str], path: Path | None = None
+) -> None:
     """Says which delimiter the header of a file seems to have, if it is not that of the settings."""
     if len(header) != 1:
         return
@@ -146,4 +156,8 @@ def _brief(error: BaseException) -> str:
     found = re.search(r"(Row #\d+: )?Expected \d+ columns, got \d+", said)
     if found:
         return found[0]
-    return said.partition(": ")[0].rstrip(". ") if isinstance(error, pa.ArrowException) else "it cannot be decoded"
+    return (
+        said.partition(": ")[0].rstrip(". ")
+        if isinstance(error, pa.ArrowException)
+        else "it cannot be decoded"
+    )

@@ -57,12 +57,18 @@ class FederatedData:
         first = next(iter(self.clients.values()))
         for part, arrays in self._parts():
             if part.startswith("client") and len(arrays) == 0:
-                raise DataError(f"data '{self.name}': {part} has no examples; leave it out or give it some")
+                raise DataError(
+                    f"data '{self.name}': {part} has no examples; leave it out or give it some"
+                )
             _check_like(f"data '{self.name}': {part}", arrays, first, self.num_classes)
 
     def _parts(self) -> Iterator[tuple[str, Arrays]]:
         yield from ((f"client '{name}'", arrays) for name, arrays in self.clients.items())
-        yield from (("public part", self.public), ("validation part", self.validation), ("test part", self.test))
+        yield from (
+            ("public part", self.public),
+            ("validation part", self.validation),
+            ("test part", self.test),
+        )
 
     @property
     def example_shape(self) -> tuple[int, ...]:
@@ -99,11 +105,17 @@ class FederatedData:
             "public": len(self.public),
             "validation": len(self.validation),
             "test": len(self.test),
-            "left_out": {part: count for part, count in self.left_out.items() if count and part != "clients"},
+            "left_out": {
+                part: count for part, count in self.left_out.items() if count and part != "clients"
+            },
             "private": sum(len(arrays) for arrays in self.clients.values()),
             "clients": {
                 name: {"examples": len(arrays)}
-                | ({} if private else {"labels": arrays.y.bincount(minlength=self.num_classes).tolist()})
+                | (
+                    {}
+                    if private
+                    else {"labels": arrays.y.bincount(minlength=self.num_classes).tolist()}
+                )
                 for name, arrays in self.clients.items()
             },
         }
@@ -123,7 +135,11 @@ def _check_like(where: str, arrays: Arrays, first: Arrays, num_classes: int) -> 
     if arrays.x.is_floating_point() and not bool(arrays.x.isfinite().all()):
         raise DataError(f"{where}: some features are NaN or infinite; fill or leave out those rows")
     if arrays.y.dtype != torch.int64 or arrays.y.dim() != 1:
-        raise DataError(f"{where}: labels of type {arrays.y.dtype} and {arrays.y.dim()} dimensions; give int64 [n]")
+        raise DataError(
+            f"{where}: labels of type {arrays.y.dtype} and {arrays.y.dim()} dimensions; give int64 [n]"
+        )
     if len(arrays) and not bool(((arrays.y >= 0) & (arrays.y < num_classes)).all()):
         # The label itself may be private, so it is not told.
-        raise DataError(f"{where}: some labels are no class number; expected 0 to {num_classes - 1}")
+        raise DataError(
+            f"{where}: some labels are no class number; expected 0 to {num_classes - 1}"
+        )

@@ -61,7 +61,9 @@ def totals(available: int, ask: Ask) -> tuple[int, int]:
             "clients; lower num_clients, examples_per_client, public_share or test_share"
         )
     if clients > total:
-        raise DataError(f"asked for {clients} clients, but only {total} examples are left for them; lower num_clients")
+        raise DataError(
+            f"asked for {clients} clients, but only {total} examples are left for them; lower num_clients"
+        )
     return clients, total
 
 
@@ -85,7 +87,10 @@ def take(rows: list[Tensor], counts: np.ndarray) -> list[Tensor]:
     """Takes `counts` [clients, classes] rows from the front of each class, client after client."""
     ends = counts.cumsum(axis=0)
     starts = ends - counts
-    return [torch.cat([group[starts[i, c] : ends[i, c]] for c, group in enumerate(rows)]) for i in range(len(counts))]
+    return [
+        torch.cat([group[starts[i, c] : ends[i, c]] for c, group in enumerate(rows)])
+        for i in range(len(counts))
+    ]
 
 
 def within_supply(mixes: np.ndarray, each: int, supply: np.ndarray) -> np.ndarray:
@@ -94,7 +99,9 @@ def within_supply(mixes: np.ndarray, each: int, supply: np.ndarray) -> np.ndarra
     counts = np.zeros(mixes.shape, dtype=np.int64)
     for client, mix in enumerate(mixes):
         while (missing := each - counts[client].sum()) > 0:
-            weights = np.where(left > 0, mix + 1e-9 * supply / supply.sum(), 0.0)  # also if the mix has run dry
+            weights = np.where(
+                left > 0, mix + 1e-9 * supply / supply.sum(), 0.0
+            )  # also if the mix has run dry
             got = np.minimum(apportion(weights, missing), left)
             counts[client] += got
             left -= got

@@ -22,7 +22,9 @@ class _BrokenOff(Exception):
     """The connection failed or ended early; what arrived is kept."""
 
 
-def fetch(url: str, target: Path, *, md5: str, progress: Progress | None = None, wait: float = 1.0) -> Path:
+def fetch(
+    url: str, target: Path, *, md5: str, progress: Progress | None = None, wait: float = 1.0
+) -> Path:
     """Downloads `url` to `target` and returns it; a half file of an earlier try (`target.part`) is continued.
 
     Args:
@@ -41,10 +43,14 @@ def fetch(url: str, target: Path, *, md5: str, progress: Progress | None = None,
         _fetch_all(url, part, progress, wait)
         if (got := md5_of(part)) != md5:
             part.unlink()
-            raise DataError(f"'{url}': the download has md5 {got}, expected {md5}; try again, or set path to a copy")
+            raise DataError(
+                f"'{url}': the download has md5 {got}, expected {md5}; try again, or set path to a copy"
+            )
         part.replace(target)
     except OSError as error:
-        raise DataError(f"'{part}': cannot be written ({error}); free some space or set FEDPRESS_CACHE") from error
+        raise DataError(
+            f"'{part}': cannot be written ({error}); free some space or set FEDPRESS_CACHE"
+        ) from error
     return target
 
 
@@ -76,7 +82,9 @@ def _fetch_rest(url: str, part: Path, progress: Progress | None) -> None:
     try:
         response = urlopen(Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
     except HTTPError as error:
-        if error.code == 416:  # nothing is left: the part is whole, or wrong, and the checksum will tell
+        if (
+            error.code == 416
+        ):  # nothing is left: the part is whole, or wrong, and the checksum will tell
             return
         if error.code >= 500:
             raise _BrokenOff(f"the server says {error.code} {error.reason}") from error

@@ -31,7 +31,9 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
     clients = _folders(settings.path)
     files = {client.name: _images(client) for client in clients}
     if not files:
-        raise DataError(f"source 'folders': '{settings.path}' holds no folders; expected client/label/image.png")
+        raise DataError(
+            f"source 'folders': '{settings.path}' holds no folders; expected client/label/image.png"
+        )
     for name, own in files.items():
         if not own:
             raise DataError(
@@ -48,7 +50,9 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
 
     def inputs(public: Tensor) -> Inputs:
         like = int(public.min()) if len(public) else 0
-        x = images.decode(every, where=where, size=settings.image_size, like=like, progress=progress)
+        x = images.decode(
+            every, where=where, size=settings.image_size, like=like, progress=progress
+        )
         return Inputs(x, torch.zeros(len(x), dtype=torch.bool))
 
     position = {label: i for i, label in enumerate(labels)}
@@ -60,7 +64,9 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
 
     rows = Arrays(torch.arange(len(y))[:, None], y)
     names = tuple(files)
-    return Examples(settings.path.name, rows, owners=owners, owner_names=names, classes=classes, inputs=inputs)
+    return Examples(
+        settings.path.name, rows, owners=owners, owner_names=names, classes=classes, inputs=inputs
+    )
 
 
 def _images(client: Path) -> list[Path]:
@@ -73,4 +79,6 @@ def _images(client: Path) -> list[Path]:
 
 
 def _folders(path: Path) -> list[Path]:
-    return sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    return sorted(
+        folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")
+    )

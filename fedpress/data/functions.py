@@ -37,11 +37,15 @@ def read(settings: DataSettings, seed: int) -> FederatedData | Examples:
     except FedpressError:
         raise
     except Exception as error:
-        raise DataError(f"{where}: the function failed with {type(error).__name__}: {error}; correct it") from error
+        raise DataError(
+            f"{where}: the function failed with {type(error).__name__}: {error}; correct it"
+        ) from error
     if isinstance(found, FederatedData):
         return found
     if not isinstance(found, Mapping) or not found:
-        raise DataError(f"{where}: returned {type(found).__name__}; expected FederatedData or a dict client -> (x, y)")
+        raise DataError(
+            f"{where}: returned {type(found).__name__}; expected FederatedData or a dict client -> (x, y)"
+        )
     return _examples(settings, {str(name): pair for name, pair in found.items()}, where)
 
 
@@ -55,10 +59,14 @@ def _find(source: str, where: str) -> Callable[..., Any]:
     except FedpressError as error:
         raise DataError(f"{where}: {error}") from error
     except Exception as error:
-        raise DataError(f"{where}: importing it failed with {type(error).__name__}: {error}; correct it") from error
+        raise DataError(
+            f"{where}: importing it failed with {type(error).__name__}: {error}; correct it"
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise DataError(f"{where}: the module has no function '{name}'{did_you_mean(name, dir(module))}")
+        raise DataError(
+            f"{where}: the module has no function '{name}'{did_you_mean(name, dir(module))}"
+        )
     return function
 
 
@@ -66,7 +74,9 @@ def _examples(settings: DataSettings, pairs: dict[str, Any], where: str) -> Exam
     clients = {name: _client(pair, f"{where}: client '{name}'") for name, pair in pairs.items()}
     shapes = {(*x.shape[1:], str(x.dtype)) for x, _ in clients.values()}
     if len(shapes) > 1:
-        raise DataError(f"{where}: clients' examples differ: {' and '.join(map(str, sorted(shapes)))}; make them alike")
+        raise DataError(
+            f"{where}: clients' examples differ: {' and '.join(map(str, sorted(shapes)))}; make them alike"
+        )
     labels = np.concatenate([y for _, y in clients.values()])
     y, words = _numbered(labels, where)
     owners = torch.cat([torch.full((len(x),), i) for i, (x, _) in enumerate(clients.values())])
@@ -83,7 +93,9 @@ def _examples(settings: DataSettings, pairs: dict[str, Any], where: str) -> Exam
             names = tuple(str(number) for number in range(count))
         return checked(Classes(torch.where(y < len(names), y, -1), names), settings, where)
 
-    return Examples(settings.source, train, owners=owners, owner_names=tuple(clients), classes=classes)
+    return Examples(
+        settings.source, train, owners=owners, owner_names=tuple(clients), classes=classes
+    )
 
 
 def _client(pair: Any, where: str) -> tuple[Tensor, np.ndarray]:
@@ -91,7 +103,9 @@ def _client(pair: Any, where: str) -> tuple[Tensor, np.ndarray]:
         x, y = (pair.x, pair.y) if isinstance(pair, Arrays) else pair
         x, y = torch.as_tensor(np.asarray(x)), np.asarray(y)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: expected a pair of arrays (x, y), got {type(pair).__name__}") from error
+        raise DataError(
+            f"{where}: expected a pair of arrays (x, y), got {type(pair).__name__}"
+        ) from error
     if x.dtype != torch.uint8:
         x = x.to(torch.float32)
     if y.ndim != 1 or len(x) != len(y) or x.ndim < 2 or (x.dtype == torch.uint8 and x.ndim != 4):
@@ -111,5 +125,7 @@ def _numbered(y: np.ndarray, where: str) -> tuple[Tensor, tuple[str, ...]]:
         return torch.from_numpy(positions.astype(np.int64)), tuple(str(word) for word in words)
     if y.dtype.kind not in "iub" or y.min() < 0:
         kind = "negative numbers" if y.dtype.kind == "i" else str(y.dtype)
-        raise DataError(f"{where}: labels of type {kind}; expected whole numbers from 0 up, or words")
+        raise DataError(
+            f"{where}: labels of type {kind}; expected whole numbers from 0 up, or words"
+        )
     return torch.from_numpy(y.astype(np.int64)), ()

@@ -16,7 +16,20 @@ from fedpress.core import limits
 from fedpress.data.examples import Progress
 from fedpress.errors import DataError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "ICO", "TGA")
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "AVIF",
+    "BMP",
+    "DIB",
+    "GIF",
+    "TIFF",
+    "PPM",
+    "JPEG2000",
+    "ICO",
+    "TGA",
+)
 """Formats of pixels; pillow knows others too, such as EPS, for which it would start another program."""
 GREY = ("1", "L", "LA", "I;16")
 REPORT_EVERY = 500
@@ -65,18 +78,24 @@ def decode(
     return channels_last.permute(0, 3, 1, 2).contiguous()
 
 
-def _decode_one(source: bytes | Path | None, where: str, mode: str | None, size: int | None) -> np.ndarray:
+def _decode_one(
+    source: bytes | Path | None, where: str, mode: str | None, size: int | None
+) -> np.ndarray:
     try:
         with _opened(source) as image:
             # The header says how large it is: a file of some kilobytes may ask for gigabytes.
             if said := limits.above("pixels", image.width * image.height):
-                raise DataError(f"{where}: {image.width}x{image.height} are {said}, or shrink it before")
+                raise DataError(
+                    f"{where}: {image.width}x{image.height} are {said}, or shrink it before"
+                )
             pixels = image.convert(mode or ("L" if image.mode in GREY else "RGB"))
         if size is not None and pixels.size != (size, size):
             pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
         return np.asarray(pixels)
     except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{where}: not a readable image ({type(error).__name__}); replace or remove it") from error
+        raise DataError(
+            f"{where}: not a readable image ({type(error).__name__}); replace or remove it"
+        ) from error
 
 
 def _opened(source: bytes | Path | None) -> Image.Image:
@@ -84,7 +103,9 @@ def _opened(source: bytes | Path | None) -> Image.Image:
     theirs = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
-        return Image.open(source if isinstance(source, Path) else io.BytesIO(source or b""), formats=_formats())
+        return Image.open(
+            source if isinstance(source, Path) else io.BytesIO(source or b""), formats=_formats()
+        )
     finally:
         Image.MAX_IMAGE_PIXELS = theirs
 

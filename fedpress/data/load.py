@@ -36,9 +36,17 @@ def load(settings: DataSettings, seed: int, *, progress: Progress | None = None)
     600
     """
     if settings.source in SOURCES:
-        return split(_sized(SOURCES[settings.source](settings, progress), settings.image_size), settings, seed)
+        return split(
+            _sized(SOURCES[settings.source](settings, progress), settings.image_size),
+            settings,
+            seed,
+        )
     found = functions.read(settings, seed)
-    return found if isinstance(found, FederatedData) else split(_sized(found, settings.image_size), settings, seed)
+    return (
+        found
+        if isinstance(found, FederatedData)
+        else split(_sized(found, settings.image_size), settings, seed)
+    )
 
 
 def _sized(examples: Examples, side: int | None) -> Examples:

@@ -36,7 +36,9 @@ class Iid(_Settings, frozen=True):
     def deal(self, pool: Pool, ask: Ask, generator: torch.Generator) -> dict[str, Tensor]:
         """Returns row positions by client."""
         clients, total = totals(len(pool.labels), ask)
-        return named(torch.randperm(len(pool.labels), generator=generator)[:total].tensor_split(clients))
+        return named(
+            torch.randperm(len(pool.labels), generator=generator)[:total].tensor_split(clients)
+        )
 
 
 class Quantity(_Settings, frozen=True):
@@ -52,8 +54,12 @@ class Quantity(_Settings, frozen=True):
         """Returns row positions by client."""
         clients, total = totals(len(pool.labels), ask)
         weights = np.arange(1, clients + 1, dtype=np.float64) ** -self.skew
-        sizes = 1 + apportion(weights[torch.randperm(clients, generator=generator).numpy()], total - clients)
-        return named(torch.randperm(len(pool.labels), generator=generator)[:total].split(sizes.tolist()))
+        sizes = 1 + apportion(
+            weights[torch.randperm(clients, generator=generator).numpy()], total - clients
+        )
+        return named(
+            torch.randperm(len(pool.labels), generator=generator)[:total].split(sizes.tolist())
+        )
 
 
 class Dirichlet(_Settings, frozen=True):
@@ -73,11 +79,15 @@ class Dirichlet(_Settings, frozen=True):
         rng = numpy_generator(generator)
         rows = rows_by_class(pool.labels, generator)
         if ask.examples_per_client is None:
-            shares = [apportion(rng.dirichlet(np.full(clients, self.alpha)), len(group)) for group in rows]
+            shares = [
+                apportion(rng.dirichlet(np.full(clients, self.alpha)), len(group)) for group in rows
+            ]
             counts = np.stack(shares, axis=1)
         else:
             mixes = rng.dirichlet(np.full(len(rows), self.alpha), size=clients)
-            counts = within_supply(mixes, ask.examples_per_client, np.array([len(group) for group in rows]))
+            counts = within_supply(
+                mixes, ask.examples_per_client, np.array([len(group) for group in rows])
+            )
         return named(fill_empty(take(rows, counts)))
 
 
@@ -104,10 +114,14 @@ class Shards(_Settings, frozen=True):
                     f"{len(rows)} classes; raise classes_per_client or num_clients, or give examples_per_client"
                 )
             for label in range(len(rows)):
-                counts[holds[:, label], label] = apportion(np.ones(holds[:, label].sum()), supply[label])
+                counts[holds[:, label], label] = apportion(
+                    np.ones(holds[:, label].sum()), supply[label]
+                )
         else:
             for client in range(clients):
-                counts[client, holds[client]] = apportion(np.ones(holds[client].sum()), ask.examples_per_client)
+                counts[client, holds[client]] = apportion(
+                    np.ones(holds[client].sum()), ask.examples_per_client
+                )
         self._check(counts, holds, supply)
         return named(take(rows, counts))
 
@@ -125,7 +139,9 @@ class Shards(_Settings, frozen=True):
         return holds
 
     def _check(self, counts: np.ndarray, holds: np.ndarray, supply: np.ndarray) -> None:
-        demand = np.maximum(counts, holds).sum(axis=0)  # at least one row of every class a client is to hold
+        demand = np.maximum(counts, holds).sum(
+            axis=0
+        )  # at least one row of every class a client is to hold
         for label in np.flatnonzero(demand > supply)[:1]:
             raise DataError(
                 f"partition 'shards': {holds[:, label].sum()} clients need {demand[label]} examples of the class at "
@@ -161,13 +177,21 @@ class Natural(_Settings, frozen=True):
                 f"partition 'natural': asked for {ask.num_clients} clients but the data has only {len(names)}; "
                 "lower num_clients"
             )
-        chosen = torch.randperm(len(names), generator=generator)[: ask.num_clients].sort().values.tolist()
+        chosen = (
+            torch.randperm(len(names), generator=generator)[: ask.num_clients]
+            .sort()
+            .values.tolist()
+        )
         dealt = {}
         for name in (names[i] for i in chosen):
             rows = torch.nonzero(pool.owners == pool.owner_names.index(name)).flatten()
             if len(rows) == 0:
-                raise DataError(f"client '{name}' has no rows left for training; lower test_share or public_share")
-            dealt[name] = rows[torch.randperm(len(rows), generator=generator)][: ask.examples_per_client]
+                raise DataError(
+                    f"client '{name}' has no rows left for training; lower test_share or public_share"
+                )
+            dealt[name] = rows[torch.randperm(len(rows), generator=generator)][
+                : ask.examples_per_client
+            ]
         return dealt
 
 
@@ -177,10 +201,13 @@ def _from_word(value: object) -> object:
         value = {"kind": value}
     kinds = ["iid", "quantity", "dirichlet", "shards", "natural"]
     if isinstance(value, dict) and (kind := value.get("kind")) not in kinds:
-        raise ValueError(f"no partition of kind '{kind}' (known: {', '.join(kinds)}){did_you_mean(str(kind), kinds)}")
+        raise ValueError(
+            f"no partition of kind '{kind}' (known: {', '.join(kinds)}){did_you_mean(str(kind), kinds)}"
+        )
     return value
 
 
 Partition = Annotated[
-    Annotated[Iid | Quantity | Dirichlet | Shards | Natural, Field(discriminator="kind")], BeforeValidator(_from_word)
+    Annotated[Iid | Quantity | Dirichlet | Shards | Natural, Field(discriminator="kind")],
+    BeforeValidator(_from_word),
 ]

@@ -104,15 +104,21 @@ class Preparation:
         try:
             return cls._of(json.loads(Path(path).read_text("utf-8")))
         except OSError as error:
-            raise DataError(f"'{path}': cannot be read ({error.strerror}); check the path") from error
+            raise DataError(
+                f"'{path}': cannot be read ({error.strerror}); check the path"
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"'{path}': corrupt ({error}); copy it again from the run folder") from error
+            raise DataError(
+                f"'{path}': corrupt ({error}); copy it again from the run folder"
+            ) from error
 
     @classmethod
     def _of(cls, page: Mapping[str, Any]) -> Preparation:
         columns = tuple(_column(line) for line in page["columns"])
         mean, std = tuple(map(float, page["mean"])), tuple(map(float, page["std"]))
-        found = cls(columns, tuple(page["gaps"]), page["decimal"], mean, std, tuple(page["class_names"]))
+        found = cls(
+            columns, tuple(page["gaps"]), page["decimal"], mean, std, tuple(page["class_names"])
+        )
         Preprocess(mean, std)
         if len(mean) != found.width:
             raise ValueError(f"{len(mean)} means for {found.width} inputs")
@@ -122,11 +128,15 @@ class Preparation:
 def _column(line: Mapping[str, Any]) -> InputColumn:
     unknown = line.get("unknown", "zeros")
     if line["kind"] not in get_args(Kind) or unknown not in get_args(Unknown):
-        raise ValueError(f"column {line['name']!r} is of the kind {line['kind']!r}, unknown words {unknown!r}")
+        raise ValueError(
+            f"column {line['name']!r} is of the kind {line['kind']!r}, unknown words {unknown!r}"
+        )
     fill = tuple(map(float, line["fill"] or ()))
     found = InputColumn(line["name"], line["kind"], tuple(line.get("words", ())), unknown, fill)
     if fill and len(fill) != found.width:
-        raise ValueError(f"column {found.name!r} has {len(fill)} values to fill {found.width} inputs")
+        raise ValueError(
+            f"column {found.name!r} has {len(fill)} values to fill {found.width} inputs"
+        )
     if unknown == "other" and "other" not in found.words:
         raise ValueError(f"column {found.name!r} has no word 'other' for those that are not listed")
     return found

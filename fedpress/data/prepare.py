@@ -47,7 +47,9 @@ def prepare(rows: Sequence[Mapping[str, Any]], preparation: Preparation) -> Tens
 def _cell(row: Mapping[str, Any], at: int, column: InputColumn, preparation: Preparation) -> Any:
     """Returns the value of one cell; None for a gap."""
     if column.name not in row:
-        raise DataError(f"row {at}: there is no column '{column.name}'; give it, with None where it has no value")
+        raise DataError(
+            f"row {at}: there is no column '{column.name}'; give it, with None where it has no value"
+        )
     value = row[column.name]
     if isinstance(value, float | np.floating) and math.isnan(value):
         return None
@@ -85,15 +87,21 @@ def _words(cells: list[Any], name: str) -> Any:
         try:
             words.append(columns.as_text(pa.array([cell]))[0].as_py())
         except pa.ArrowException as error:
-            raise DataError(f"row {at}: column '{name}' holds {type(cell).__name__}; expected a word") from error
+            raise DataError(
+                f"row {at}: column '{name}' holds {type(cell).__name__}; expected a word"
+            ) from error
     return pa.chunked_array([pa.array(words, pa.string())])
 
 
 def _numbers(cells: list[Any], column: InputColumn, decimal: str) -> np.ndarray:
     """Returns float32 [n, 1]; NaN for gaps, and for text that is no number."""
-    text = pa.chunked_array([pa.array([cell if isinstance(cell, str) else None for cell in cells], pa.string())])
+    text = pa.chunked_array(
+        [pa.array([cell if isinstance(cell, str) else None for cell in cells], pa.string())]
+    )
     kind = pa.bool_() if column.kind == "truth" else pa.float64()
-    block = columns.numbers(Column(column.name, text, text=True, decimal=decimal).cast(kind), column.name)
+    block = columns.numbers(
+        Column(column.name, text, text=True, decimal=decimal).cast(kind), column.name
+    )
     for at, cell in enumerate(cells):
         if cell is None or isinstance(cell, str):
             continue
@@ -105,5 +113,7 @@ def _numbers(cells: list[Any], column: InputColumn, decimal: str) -> np.ndarray:
                 f"row {at}: column '{column.name}' holds {type(cell).__name__}; expected a number"
             ) from error
     if np.isinf(block).any():
-        raise DataError(f"row {int(np.isinf(block).argmax())}: column '{column.name}' is infinite; leave the row out")
+        raise DataError(
+            f"row {int(np.isinf(block).argmax())}: column '{column.name}' is infinite; leave the row out"
+        )
     return block

@@ -27,7 +27,9 @@ def _known_encoding(name: str) -> str:
     try:
         "".encode(name)
     except LookupError as error:
-        raise ValueError(f"no encoding '{name}'; common ones are utf-8, utf-16, latin-1 and cp1252") from error
+        raise ValueError(
+            f"no encoding '{name}'; common ones are utf-8, utf-16, latin-1 and cp1252"
+        ) from error
     return name
 
 
@@ -45,7 +47,9 @@ def _all_different(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_words), AfterValidator(_all_different), Field(min_length=1)]
+Names = Annotated[
+    tuple[str, ...], BeforeValidator(_as_words), AfterValidator(_all_different), Field(min_length=1)
+]
 """A list of different words; numbers may be written without quotes."""
 
 
@@ -121,15 +125,25 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if len(self.mean) != len(self.std):
-            raise ValueError(f"{len(self.mean)} values of mean but {len(self.std)} of std; give as many of each")
+            raise ValueError(
+                f"{len(self.mean)} values of mean but {len(self.std)} of std; give as many of each"
+            )
         if self.public_clients and self.public_share is not None:
             raise ValueError("public_clients and public_share are both given; give one of them")
         if both := set(self.public_clients) & set(self.test_clients):
-            raise ValueError(f"client '{min(both)}' is in public_clients and test_clients; leave it in one of them")
+            raise ValueError(
+                f"client '{min(both)}' is in public_clients and test_clients; leave it in one of them"
+            )
         if self.classes is not None and len(self.classes) < 2:
-            raise ValueError("classes: a single class leaves nothing to tell apart; list at least two")
+            raise ValueError(
+                "classes: a single class leaves nothing to tell apart; list at least two"
+            )
         if self.decimal == self.delimiter:
-            raise ValueError(f"decimal and delimiter are both '{self.decimal}'; set delimiter = ';' or what it is")
+            raise ValueError(
+                f"decimal and delimiter are both '{self.decimal}'; set delimiter = ';' or what it is"
+            )
         if self.path is None and self.source in ("csv", "parquet", "folders"):
-            raise ValueError(f"source '{self.source}' needs a path; set path, or --data on the command line")
+            raise ValueError(
+                f"source '{self.source}' needs a path; set path, or --data on the command line"
+            )
         return self

@@ -25,7 +25,9 @@ def split(examples: Examples, settings: DataSettings, seed: int) -> FederatedDat
         DataError: if there are too few rows for what is asked.
     """
     partition = settings.partition or (Iid() if examples.owners is None else Natural())
-    public, rows = _of_clients(examples, torch.arange(len(examples.train)), settings.public_clients, "public_clients")
+    public, rows = _of_clients(
+        examples, torch.arange(len(examples.train)), settings.public_clients, "public_clients"
+    )
     test, rows = _test(examples, rows, settings, seed)
     if settings.public_share is not None:
         public, rows = _share(examples, rows, settings.public_share, seed, "public")
@@ -54,7 +56,9 @@ class Parts:
     test: Arrays | Tensor
 
 
-def _test(examples: Examples, rows: Tensor, settings: DataSettings, seed: int) -> tuple[Arrays | Tensor, Tensor]:
+def _test(
+    examples: Examples, rows: Tensor, settings: DataSettings, seed: int
+) -> tuple[Arrays | Tensor, Tensor]:
     """Returns the source's own test set, or the rows set aside for testing; and the other rows."""
     if settings.test_clients:
         return _of_clients(examples, rows, settings.test_clients, "test_clients")
@@ -69,15 +73,21 @@ def _test(examples: Examples, rows: Tensor, settings: DataSettings, seed: int) -
     return test, rest
 
 
-def _of_clients(examples: Examples, rows: Tensor, names: Sequence[str], key: str) -> tuple[Tensor, Tensor]:
+def _of_clients(
+    examples: Examples, rows: Tensor, names: Sequence[str], key: str
+) -> tuple[Tensor, Tensor]:
     """Splits `rows` into those of the natural clients `names`, and the others."""
     if not names:
         return rows[:0], rows
     if examples.owners is None:
-        raise DataError(f"data.{key}: the data does not name its clients; use {key.split('_')[0]}_share instead")
+        raise DataError(
+            f"data.{key}: the data does not name its clients; use {key.split('_')[0]}_share instead"
+        )
     for name in names:
         if name not in examples.owner_names:
-            known = ", ".join(examples.owner_names[:8]) + (", ..." if len(examples.owner_names) > 8 else "")
+            known = ", ".join(examples.owner_names[:8]) + (
+                ", ..." if len(examples.owner_names) > 8 else ""
+            )
             near = did_you_mean(name, list(examples.owner_names))
             raise DataError(f"data.{key}: no client '{name}' in the data (it has {known}){near}")
     wanted = torch.tensor([examples.owner_names.index(name) for name in names])
@@ -85,7 +95,9 @@ def _of_clients(examples: Examples, rows: Tensor, names: Sequence[str], key: str
     return rows[taken], rows[~taken]
 
 
-def _share(examples: Examples, rows: Tensor, share: float, seed: int, word: str) -> tuple[Tensor, Tensor]:
+def _share(
+    examples: Examples, rows: Tensor, share: float, seed: int, word: str
+) -> tuple[Tensor, Tensor]:
     """Splits `rows` into a random share of each natural client's, rounded down, and the others."""
     owners = torch.zeros_like(rows) if examples.owners is None else examples.owners[rows]
     drawn = [torch.zeros(0, dtype=torch.int64)]
@@ -106,7 +118,9 @@ def _validation(public: Tensor, settings: DataSettings, seed: int) -> tuple[Tens
             f"data.validation: asked for {count} rows of the public part, which has {len(public)}; lower validation, "
             "or declare more rows public with public_share or public_clients"
         )
-    order = public[torch.randperm(len(public), generator=random.generator(seed, "data", "validation"))]
+    order = public[
+        torch.randperm(len(public), generator=random.generator(seed, "data", "validation"))
+    ]
     return order[:count], order[count:]
 
 
@@ -120,7 +134,9 @@ def _assemble(examples: Examples, settings: DataSettings, parts: Parts) -> Feder
     """Finds classes and inputs by the public rows, and encodes all rows so."""
     if examples.classes is None:
         if settings.classes is not None:
-            raise DataError(f"data.classes: source '{settings.source}' has classes of its own; leave classes out")
+            raise DataError(
+                f"data.classes: source '{settings.source}' has classes of its own; leave classes out"
+            )
         found = Classes(examples.train.y, examples.class_names)
     else:
         found = examples.classes(torch.cat([parts.public, parts.validation]))

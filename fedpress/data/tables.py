@@ -34,7 +34,11 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
     table = _together([_read_file(file, settings) for file in files], files)
     names = _feature_names(table, settings)
     if settings.missing == "drop":
-        used = [*names, settings.label_column, *([settings.client_column] if settings.client_column else [])]
+        used = [
+            *names,
+            settings.label_column,
+            *([settings.client_column] if settings.client_column else []),
+        ]
         table = table.filter(_complete(table, used))
     if table.num_rows == 0:
         raise DataError(f"'{settings.path}': there are no rows; check the path and data.missing")
@@ -50,7 +54,9 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
     found = Examples(name, rows, owners=owners, owner_names=owner_names, classes=labels.classes)
     if len(names) == 1 and types.is_struct(table[names[0]].type):
         column = table[names[0]]
-        return replace(found, inputs=lambda public: _images(column, names[0], settings, public, progress))
+        return replace(
+            found, inputs=lambda public: _images(column, names[0], settings, public, progress)
+        )
     if settings.missing == "error":
         _refuse_gaps(table, names)
     features = columns.Features(tuple(Column.of(table, name, settings) for name in names), settings)
@@ -86,7 +92,9 @@ def read_parquet(path: Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path).read()
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"'{path}': not a readable parquet file ({_brief(error)}); copy it again") from error
+        raise DataError(
+            f"'{path}': not a readable parquet file ({_brief(error)}); copy it again"
+        ) from error
 
 
 def _read_file(path: Path, settings: DataSettings) -> Any:
@@ -101,7 +109,9 @@ def _together(tables: list[Any], files: list[Path]) -> Any:
         names = table.column_names
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise DataError(f"'{file}': two columns are named '{twice}'; give each a name of its own")
+            raise DataError(
+                f"'{file}': two columns are named '{twice}'; give each a name of its own"
+            )
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
@@ -112,19 +122,34 @@ def _together(tables: list[Any], files: list[Path]) -> Any:
 
 
 def _feature_names(table: Any, settings: DataSettings) -> list[str]:
-    for key in ("label_column", "client_column", "feature_columns", "drop_columns", "words", "public_words"):
+    for key in (
+        "label_column",
+        "client_column",
+        "feature_columns",
+        "drop_columns",
+        "words",
+        "public_words",
+    ):
         given = getattr(settings, key) or ()
         for name in [given] if isinstance(given, str) else given:
             if name not in table.column_names:
-                known = ", ".join(table.column_names[:12]) + (", ..." if len(table.column_names) > 12 else "")
+                known = ", ".join(table.column_names[:12]) + (
+                    ", ..." if len(table.column_names) > 12 else ""
+                )
                 near = did_you_mean(name, table.column_names)
                 if settings.source == "csv":
                     csv.refuse_other_delimiter(settings, table.column_names)
-                raise DataError(f"data.{key}: no column '{name}' in '{settings.path}' (it has {known}){near}")
+                raise DataError(
+                    f"data.{key}: no column '{name}' in '{settings.path}' (it has {known}){near}"
+                )
     left_out = {settings.label_column, settings.client_column, *settings.drop_columns}
-    names = [name for name in settings.feature_columns or table.column_names if name not in left_out]
+    names = [
+        name for name in settings.feature_columns or table.column_names if name not in left_out
+    ]
     if not names:
-        raise DataError(f"'{settings.path}': no feature column is left; check feature_columns and drop_columns")
+        raise DataError(
+            f"'{settings.path}': no feature column is left; check feature_columns and drop_columns"
+        )
     return names
 
 
@@ -132,7 +157,9 @@ def _complete(table: Any, names: list[str]) -> Any:
     """Returns which rows have a value in every column of `names`."""
     kept = pa.array([True] * table.num_rows)
     for name in names:
-        kept = pc.and_(kept, pc.invert(pc.is_null(table[name], nan_is_null=_may_be_nan(table[name]))))
+        kept = pc.and_(
+            kept, pc.invert(pc.is_null(table[name], nan_is_null=_may_be_nan(table[name])))
+        )
     return kept
 
 
@@ -150,10 +177,14 @@ def _may_be_nan(column: Any) -> bool:
     return bool(types.is_floating(column.type))
 
 
-def _images(column: Any, name: str, settings: DataSettings, public: Tensor, progress: Progress | None) -> Inputs:
+def _images(
+    column: Any, name: str, settings: DataSettings, public: Tensor, progress: Progress | None
+) -> Inputs:
     """Decodes a column of images in the layout of the hub: a struct with `bytes`."""
     if column.type.get_field_index("bytes") < 0:
-        raise DataError(f"feature column '{name}': holds {column.type}; expected numbers, words, or images as bytes")
+        raise DataError(
+            f"feature column '{name}': holds {column.type}; expected numbers, words, or images as bytes"
+        )
     blobs = pc.struct_field(column, "bytes").to_pylist()
     where = f"'{settings.path}' column '{name}' row"
     x = images.decode(

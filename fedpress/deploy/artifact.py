@@ -50,7 +50,9 @@ class Job:
 
     def __post_init__(self) -> None:
         if isinstance(self.batches, Tensor):
-            raise ExportError("export: batches is one tensor; give a tuple of batches, such as x.split(64)")
+            raise ExportError(
+                "export: batches is one tensor; give a tuple of batches, such as x.split(64)"
+            )
         if self.example is None and not self.input_shape:
             raise ExportError(
                 "export: neither input_shape nor example says what the model takes; give the shape of one float32 "
@@ -74,20 +76,27 @@ class Job:
             return self.input_shape
         if isinstance(self.example, Tensor) and self.example.is_floating_point():
             return tuple(self.example.shape[1:])
-        raise ExportError(f"export: files of {format} take one float32 tensor; export as onnx or openvino")
+        raise ExportError(
+            f"export: files of {format} take one float32 tensor; export as onnx or openvino"
+        )
 
     def words(self) -> dict[str, str]:
         """Says in the file's own words what a device must do with a raw example."""
         how = "float32 [N, *input_shape]: bytes / 255 (floats as they are), then (x - mean) / std per channel if given"
         own = {**self.metadata, "fedpress_version": fedpress.__version__}
         if self.example is not None and not isinstance(self.example, Tensor):
-            return own | {"input": "the tensors that the file lists, each with the batch dimension first"}
+            return own | {
+                "input": "the tensors that the file lists, each with the batch dimension first"
+            }
         shape, kind = self.input_shape, torch.float32
         if isinstance(self.example, Tensor):
             shape, kind = tuple(self.example.shape[1:]), self.example.dtype
         if not kind.is_floating_point:
             name = str(kind).removeprefix("torch.")
-            return own | {"input": f"{name} [N, *input_shape]", "input_shape": json.dumps(list(shape))}
+            return own | {
+                "input": f"{name} [N, *input_shape]",
+                "input_shape": json.dumps(list(shape)),
+            }
         return {
             **own,
             "input": how,

@@ -39,7 +39,9 @@ class _Watch(fx.Interpreter):
         return value
 
 
-def ranges(graph: fx.GraphModule, batches: Sequence[Example], observer: Observer) -> dict[fx.Node, tuple[float, float]]:
+def ranges(
+    graph: fx.GraphModule, batches: Sequence[Example], observer: Observer
+) -> dict[fx.Node, tuple[float, float]]:
     """Runs the graph on `batches` and returns the range of every float tensor in it; NaN where it is not finite.
 
     Raises:
@@ -54,7 +56,10 @@ def ranges(graph: fx.GraphModule, batches: Sequence[Example], observer: Observer
         for batch in seen:
             _look(watch, batch)
     grid = InputGrid(bits=8)
-    found = {n: OBSERVERS[observer](h, grid) if h.high > h.low else (h.low, h.high) for n, h in watch.seen.items()}
+    found = {
+        n: OBSERVERS[observer](h, grid) if h.high > h.low else (h.low, h.high)
+        for n, h in watch.seen.items()
+    }
     return found | dict.fromkeys(watch.broken, (math.nan, math.nan))
 
 
@@ -66,7 +71,9 @@ def _check(batch: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
             "of the form of the example"
         )
     for got, want in zip(batch, wanted, strict=True):
-        fits = got.shape[1:] == want.shape[1:] and got.is_floating_point() == want.is_floating_point()
+        fits = (
+            got.shape[1:] == want.shape[1:] and got.is_floating_point() == want.is_floating_point()
+        )
         if not fits or not len(got):
             said = f"{_name(got)} {list(got.shape)}"
             raise ExportError(
@@ -81,9 +88,13 @@ def _name(x: Tensor) -> str:
 
 def _look(watch: _Watch, tensors: Sequence[Tensor]) -> None:
     if not all(bool(t.isfinite().all()) for t in tensors):
-        raise ExportError("export: a calibration example holds NaN or infinite values; remove it from the data")
+        raise ExportError(
+            "export: a calibration example holds NaN or infinite values; remove it from the data"
+        )
     try:
         watch.run(*tensors, enable_io_processing=False)
     except Exception as error:  # whatever the operations of the model raise
         said, shape = str(error).strip().partition("\n")[0], list(tensors[0].shape)
-        raise ExportError(f"export: the model does not take a calibration batch of shape {shape}: {said}") from error
+        raise ExportError(
+            f"export: the model does not take a calibration batch of shape {shape}: {said}"
+        ) from error

@@ -36,7 +36,10 @@ _CURES = (  # what torch.export says, what it means, what helps
         r"in output, which is not a known type",
         "it returns a class of its own; return a tuple or a dictionary, or call torch.export.register_dataclass on it",
     ),
-    (r"data-dependent", "its control flow depends on the values of its input; use torch.where in place of `if`"),
+    (
+        r"data-dependent",
+        "its control flow depends on the values of its input; use torch.where in place of `if`",
+    ),
     (
         FIXED,
         "it fixes the batch size; use x.shape[0] or -1 in place of a number or of len(x)",
@@ -67,10 +70,14 @@ def require(*packages: str, install: str = "") -> dict[str, Any]:
                 f"export: the package {name!r} is there but cannot be loaded ({error}); "
                 f"run `pip install --force-reinstall {command}`"
             ) from error
-        raise ExportError(f"export: the package {name!r} is missing; run `pip install {command}`") from error
+        raise ExportError(
+            f"export: the package {name!r} is missing; run `pip install {command}`"
+        ) from error
 
 
-def capture(model: nn.Module, given: Given, *, batch: int | None = None) -> torch.export.ExportedProgram:
+def capture(
+    model: nn.Module, given: Given, *, batch: int | None = None
+) -> torch.export.ExportedProgram:
     """Traces a float32 CPU copy of `model` in evaluation mode; the model itself is left as it was.
 
     Args:
@@ -84,12 +91,18 @@ def capture(model: nn.Module, given: Given, *, batch: int | None = None) -> torc
     check_finite(model)
     model = copied(model).to("cpu", torch.float32).eval()
     example = ordered(model, example_of(given))
-    example = take(as_device(example), batch or 2)  # torch.export takes a size of one for a constant
+    example = take(
+        as_device(example), batch or 2
+    )  # torch.export takes a size of one for a constant
     try:
         return trace(model, example, free=batch is None)
-    except Exception as error:  # torch.export raises what the model raises, and more than a dozen types of its own
+    except (
+        Exception
+    ) as error:  # torch.export raises what the model raises, and more than a dozen types of its own
         said = str(error)
-        if FIXED in said:  # `len(x)` is a number to Python; only who reads the code sees that it is the batch size
+        if (
+            FIXED in said
+        ):  # `len(x)` is a number to Python; only who reads the code sees that it is the batch size
             with contextlib.suppress(Exception):
                 return trace(model, example, free=batch is None, strict=True)
         known = [cure for pattern, cure in _CURES if re.search(pattern, said)]
@@ -98,7 +111,9 @@ def capture(model: nn.Module, given: Given, *, batch: int | None = None) -> torc
         raise ExportError(f"export: {_blame(model, error)} cannot be captured: {reason}") from error
 
 
-def trace(model: nn.Module, example: Example, *, free: bool, strict: bool = False) -> torch.export.ExportedProgram:
+def trace(
+    model: nn.Module, example: Example, *, free: bool, strict: bool = False
+) -> torch.export.ExportedProgram:
     """Captures `model` on a batch of two rows or more, whose size stays `free` or is that of the file.
 
     `strict` reads the code of forward in place of running it: it follows `len(x)`, but knows less of Python.
@@ -116,7 +131,11 @@ def trace(model: nn.Module, example: Example, *, free: bool, strict: bool = Fals
 
 def _described(example: Example) -> str:
     """Says what a model is called with, such as `a float32 batch [N, 3, 8, 8]`."""
-    names = [f"'{name}' as " for name in example] if isinstance(example, Mapping) else [""] * len(tensors_of(example))
+    names = (
+        [f"'{name}' as " for name in example]
+        if isinstance(example, Mapping)
+        else [""] * len(tensors_of(example))
+    )
     words = []
     for name, t in zip(names, tensors_of(example), strict=True):
         sizes = ", ".join(["N", *map(str, t.shape[1:])])
@@ -126,7 +145,11 @@ def _described(example: Example) -> str:
 
 def check_finite(model: nn.Module) -> None:
     """Raises ExportError, with the name, if a parameter is NaN or infinite, or a statistic of a batch norm is NaN."""
-    statistics = [(n, b) for n, b in model.named_buffers() if n.rpartition(".")[2] in ("running_mean", "running_var")]
+    statistics = [
+        (n, b)
+        for n, b in model.named_buffers()
+        if n.rpartition(".")[2] in ("running_mean", "running_var")
+    ]
     for name, tensor in [*model.named_parameters(), *statistics]:
         if not bool(torch.isfinite(tensor).all()):
             raise ExportError(
@@ -145,7 +168,11 @@ def _blame(model: nn.Module, error: BaseException) -> str:
             inner = owner
         trace = trace.tb_next
     name = names[id(inner)]
-    return f"module {name!r} ({type(inner).__name__})" if name else f"the model ({type(inner).__name__})"
+    return (
+        f"module {name!r} ({type(inner).__name__})"
+        if name
+        else f"the model ({type(inner).__name__})"
+    )
 
 
 @contextlib.contextmanager

@@ -77,7 +77,9 @@ def device_graph(model: nn.Module, job: Job, format: str) -> DeviceGraph:
         found = DeviceGraph(plain)
     outputs = next(len(n.all_input_nodes) for n in found.graph.graph.nodes if n.op == "output")
     if outputs != 1:
-        raise ExportError(f"export: the model returns {outputs} tensors; its forward must return the logits alone")
+        raise ExportError(
+            f"export: the model returns {outputs} tensors; its forward must return the logits alone"
+        )
     _keep_spatial_means_(found.graph)
     return found
 
@@ -91,13 +93,25 @@ def _keep_spatial_means_(graph: fx.GraphModule) -> None:
     for node in [n for n in graph.graph.nodes if n.target is aten.mean.dim]:
         source, dims, *keep = node.args
         value = source.meta.get("val")
-        if value is None or value.dim() != 4 or any(keep) or node.kwargs or {d % 4 for d in dims} != {2, 3}:
+        if (
+            value is None
+            or value.dim() != 4
+            or any(keep)
+            or node.kwargs
+            or {d % 4 for d in dims} != {2, 3}
+        ):
             continue
         with graph.graph.inserting_before(node):
             kept = graph.graph.call_function(aten.mean.dim, (source, [-1, -2], True))
-            for rounding in [u for u in node.users if u.target is ops.quantize_per_tensor.default][:1]:
-                codes = graph.graph.call_function(ops.quantize_per_tensor.default, (kept, *rounding.args[1:]))
-                kept = graph.graph.call_function(ops.dequantize_per_tensor.default, (codes, *rounding.args[1:]))
+            for rounding in [u for u in node.users if u.target is ops.quantize_per_tensor.default][
+                :1
+            ]:
+                codes = graph.graph.call_function(
+                    ops.quantize_per_tensor.default, (kept, *rounding.args[1:])
+                )
+                kept = graph.graph.call_function(
+                    ops.dequantize_per_tensor.default, (codes, *rounding.args[1:])
+                )
             flat = graph.graph.call_function(aten.view.default, (kept, [-1, value.shape[1]]))
         node.replace_all_uses_with(flat)
         graph.graph.erase_node(node)
@@ -117,7 +131,9 @@ def read_alone_(graph: fx.GraphModule) -> None:
 def small_weights(graph: fx.GraphModule, *, groups: bool = False) -> Iterator[tuple[str, fx.Node]]:
     """Yields module name and operation of every weight that is codes times scales; `groups`: several per channel."""
     ops = torch.ops.quantized_decomposed
-    wanted = ops.dequantize_per_channel_group.default if groups else ops.dequantize_per_channel.default
+    wanted = (
+        ops.dequantize_per_channel_group.default if groups else ops.dequantize_per_channel.default
+    )
     for node in list(graph.graph.nodes):
         if node.target is wanted:
             yield str(node.args[0].target).rpartition(".")[0], node
@@ -167,5 +183,7 @@ def hush() -> Iterator[Callable[[], str]]:
 def said(error: BaseException) -> str:
     """Returns the first line of an error that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith("Exception from")]  # a place in OpenVINO's sources
+    lines = [
+        line for line in lines if not line.startswith("Exception from")
+    ]  # a place in OpenVINO's sources
     return lines[0][:200].rstrip(".") if lines else type(error).__name__

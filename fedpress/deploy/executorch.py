@@ -14,7 +14,15 @@ import torch
 
 from fedpress.deploy.artifact import Artifact, Job, write
 from fedpress.deploy.capture import require, silence
-from fedpress.deploy.device import DeviceGraph, device_graph, hush, make_plain_, read_alone_, said, small_weights
+from fedpress.deploy.device import (
+    DeviceGraph,
+    device_graph,
+    hush,
+    make_plain_,
+    read_alone_,
+    said,
+    small_weights,
+)
 from fedpress.deploy.session import Port, Session
 from fedpress.errors import ExportError
 
@@ -41,7 +49,8 @@ def export_executorch(model: torch.nn.Module, path: str | Path, job: Job) -> Art
             if groups or not made.integer:
                 make_plain_(made.graph, node)
                 made.left.setdefault(
-                    name, "XNNPACK has no kernel for its weights without 8-bit inputs; stored as float"
+                    name,
+                    "XNNPACK has no kernel for its weights without 8-bit inputs; stored as float",
                 )
     read_alone_(made.graph)
     words = job.words()
@@ -70,21 +79,35 @@ def _lower(made: DeviceGraph, job: Job, words: dict[str, str]) -> tuple[bytes, d
                     constant_methods={WORDS: json.dumps(words)},
                 )
         except Exception as error:  # passes and partitioners have no common base
-            raise ExportError(f"export: ExecuTorch cannot lower the model: {said(error)}; export it as onnx") from error
+            raise ExportError(
+                f"export: ExecuTorch cannot lower the model: {said(error)}; export it as onnx"
+            ) from error
         lowered = edge.exported_program()
         left = [n for n in lowered.graph.nodes if n.op == "call_function" and _computes(n)]
-        weights = [lowered.graph_signature.inputs_to_buffers.get(a.name) for n in left for a in n.all_input_nodes]
-        stuck = {str(name).rpartition(".")[0] for name in weights if name and name.endswith("_codes")}
+        weights = [
+            lowered.graph_signature.inputs_to_buffers.get(a.name)
+            for n in left
+            for a in n.all_input_nodes
+        ]
+        stuck = {
+            str(name).rpartition(".")[0] for name in weights if name and name.endswith("_codes")
+        }
         if not stuck:
             break
         for name, node in small_weights(made.graph):
             if name in stuck:
                 make_plain_(made.graph, node)
                 outside[name] = "XNNPACK does not take it on integers; computes in float"
-    for part in (m for _, m in edge.exported_program().graph_module.named_children() if hasattr(m, "original_module")):
+    for part in (
+        m
+        for _, m in edge.exported_program().graph_module.named_children()
+        if hasattr(m, "original_module")
+    ):
         for node in part.original_module.graph.nodes if made.integer else ():
             if any(f".{name}." in str(node.target) for name in FLOAT_INSIDE):
-                outside.setdefault(_place(node), "XNNPACK has no integer kernel of it; computes in float")
+                outside.setdefault(
+                    _place(node), "XNNPACK has no integer kernel of it; computes in float"
+                )
     for node in left:
         outside.setdefault(_place(node), "not taken by XNNPACK; runs in a portable kernel")
     try:
@@ -107,7 +130,9 @@ def _try(data: bytes, input_shape: tuple[int, ...]) -> None:
     with silence(), hush() as printed:
         runtime = require("executorch.runtime", install=INSTALL)["executorch.runtime"]
         try:
-            runtime.Runtime.get().load_program(data).load_method("forward").execute([torch.zeros(1, *input_shape)])
+            runtime.Runtime.get().load_program(data).load_method("forward").execute(
+                [torch.zeros(1, *input_shape)]
+            )
             return
         except RuntimeError as error:
             what = refused_kernel(printed()) or f"refused it: {said(error)}"
@@ -127,7 +152,9 @@ def refused_kernel(printed: str) -> str | None:
 
 
 def _computes(node: torch.fx.Node) -> bool:
-    return node.target is not operator.getitem and "executorch_call_delegate" not in str(node.target)
+    return node.target is not operator.getitem and "executorch_call_delegate" not in str(
+        node.target
+    )
 
 
 def _place(node: torch.fx.Node) -> str:
@@ -151,7 +178,9 @@ def open_executorch(path: str | Path, threads: int = 0) -> Session:
         runtime = require("executorch.runtime", install=INSTALL)["executorch.runtime"]
         library = require("executorch.extension.pybindings.portable_lib", install=INSTALL)
     with hush():
-        library["executorch.extension.pybindings.portable_lib"]._unsafe_reset_threadpool(threads or os.cpu_count() or 1)
+        library["executorch.extension.pybindings.portable_lib"]._unsafe_reset_threadpool(
+            threads or os.cpu_count() or 1
+        )
     program, method = load(runtime, path, "forward")
     if method.metadata.num_inputs() != 1:
         raise ExportError(
@@ -163,11 +192,15 @@ def open_executorch(path: str | Path, threads: int = 0) -> Session:
     def compute(arrays: list[np.ndarray]) -> list[np.ndarray]:
         (x,) = arrays
         if x.shape != sizes:
-            raise ExportError(f"export: {path} takes float32 {list(sizes)}, got {list(x.shape)}; give it one example")
+            raise ExportError(
+                f"export: {path} takes float32 {list(sizes)}, got {list(x.shape)}; give it one example"
+            )
         try:
             return [out.numpy() for out in method.execute([torch.from_numpy(x)])]
         except RuntimeError as error:
-            raise ExportError(f"export: ExecuTorch cannot run {path}: {said(error)}; export it again") from error
+            raise ExportError(
+                f"export: ExecuTorch cannot run {path}: {said(error)}; export it again"
+            ) from error
 
     compute.program = program  # type: ignore[attr-defined]  # the method reads the program's memory
     inputs = (Port("input", sizes, np.dtype(np.float32)),)
@@ -187,7 +220,9 @@ def load(runtime: Any, path: str | Path, method: str) -> tuple[Any, Any]:
     except KeyError as error:
         raise ExportError(f"export: {path} has no method {error}; export it again") from error
     except (RuntimeError, OSError, ValueError) as error:
-        raise ExportError(f"export: ExecuTorch cannot load {path}: {said(error)}; export it again") from error
+        raise ExportError(
+            f"export: ExecuTorch cannot load {path}: {said(error)}; export it again"
+        ) from error
 
 
 def words(path: str | Path) -> dict[str, str]:

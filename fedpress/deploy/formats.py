@@ -85,7 +85,9 @@ def export(model: nn.Module, path: str | Path, format: str, job: Job) -> Artifac
         raise ExportError(f"export.format: {unknown_format(format)}")
     row = FORMATS[format]
     if command := row.missing():
-        raise ExportError(f"export.format: '{format}' needs packages that are missing; run `{command}`")
+        raise ExportError(
+            f"export.format: '{format}' needs packages that are missing; run `{command}`"
+        )
     return row.export(model, Path(path), job)
 
 
@@ -98,7 +100,9 @@ def of_file(path: str | Path) -> Format:
     row = next((row for row in FORMATS.values() if Path(path).suffix == row.suffix), None)
     if row is None:
         known = ", ".join(row.suffix for row in FORMATS.values())
-        raise ExportError(f"export: {path} is no file that can be run here; give one that ends in {known}")
+        raise ExportError(
+            f"export: {path} is no file that can be run here; give one that ends in {known}"
+        )
     if command := row.missing():
         raise ExportError(f"export: {row.runtime} is not installed to run {path}; run `{command}`")
     return row

@@ -13,7 +13,15 @@ from torch import fx, nn
 
 from fedpress.deploy.artifact import Artifact, Job, write
 from fedpress.deploy.capture import require, silence
-from fedpress.deploy.device import DeviceGraph, device_graph, held, hush, make_plain_, said, small_weights
+from fedpress.deploy.device import (
+    DeviceGraph,
+    device_graph,
+    held,
+    hush,
+    make_plain_,
+    said,
+    small_weights,
+)
 from fedpress.deploy.session import Port, Session
 from fedpress.errors import ExportError
 
@@ -21,7 +29,17 @@ INSTALL = "'fedpress[litert]'"
 RUNTIME = "ai_edge_litert.interpreter"
 EIGHT_BITS, FOUR_BITS = 9, 17  # TensorType.INT8 and INT4 of the file format
 FLOAT, QUANTIZE = 0, 114
-MOVES = {"DEQUANTIZE", "RESHAPE", "TRANSPOSE", "SLICE", "BROADCAST_TO", "CONCATENATION", "PAD", "GATHER_ND", "SELECT"}
+MOVES = {
+    "DEQUANTIZE",
+    "RESHAPE",
+    "TRANSPOSE",
+    "SLICE",
+    "BROADCAST_TO",
+    "CONCATENATION",
+    "PAD",
+    "GATHER_ND",
+    "SELECT",
+}
 READERS = {(3, 1), (4, 1), (9, 1), (6, 0)}
 """What reads weights of four bits: operation (CONV_2D, DEPTHWISE_CONV_2D, FULLY_CONNECTED, DEQUANTIZE) and argument."""
 
@@ -74,15 +92,22 @@ def _round_here_(graph: fx.GraphModule, node: fx.Node) -> None:
 def _convert(made: DeviceGraph, job: Job) -> bytes:
     """Returns the converter's file."""
     import litert_torch
-    from litert_torch.quantize.pt2e_quantizer import PT2EQuantizer, get_symmetric_quantization_config
+    from litert_torch.quantize.pt2e_quantizer import (
+        PT2EQuantizer,
+        get_symmetric_quantization_config,
+    )
     from litert_torch.quantize.quant_config import QuantConfig
 
-    static = QuantConfig(pt2e_quantizer=PT2EQuantizer().set_global(get_symmetric_quantization_config()))
+    static = QuantConfig(
+        pt2e_quantizer=PT2EQuantizer().set_global(get_symmetric_quantization_config())
+    )
     graph = made.program(job.one_shape("LiteRT")).module(check_guards=False)
     with silence(), hush() as printed:
         try:
             example = (torch.zeros(1, *job.one_shape("LiteRT")),)
-            made_file = litert_torch.convert(graph, example, quant_config=static if made.integer else None)
+            made_file = litert_torch.convert(
+                graph, example, quant_config=static if made.integer else None
+            )
             found: bytes = made_file.model_content()
             return found
         except Exception as error:  # passes, lowerings and MLIR have no common base
@@ -107,7 +132,12 @@ def _small(data: bytes, words: dict[str, str]) -> tuple[bytes, list[str]]:
         for tensor in _weights(file, graph):
             codes = np.asarray(file.buffers[tensor.buffer].data, np.uint8).view(np.int8)
             if len(codes) and codes.min() >= -8 and codes.max() <= 7:
-                pairs = np.append(codes, np.zeros(len(codes) % 2, np.int8)).view(np.uint8).reshape(-1, 2) & 15
+                pairs = (
+                    np.append(codes, np.zeros(len(codes) % 2, np.int8))
+                    .view(np.uint8)
+                    .reshape(-1, 2)
+                    & 15
+                )
                 file.buffers[tensor.buffer].data = pairs[:, 0] | (pairs[:, 1] << 4)
                 tensor.type = FOUR_BITS
     for name, value in words.items():
@@ -118,14 +148,20 @@ def _small(data: bytes, words: dict[str, str]) -> tuple[bytes, list[str]]:
         file.metadata = [*(file.metadata or []), entry]
     builder = flatbuffers.Builder(len(data))
     builder.Finish(file.Pack(builder), b"TFL3")
-    return bytes(builder.Output()), sorted({name for graph in file.subgraphs for name in _floats(file, graph)})
+    return bytes(builder.Output()), sorted(
+        {name for graph in file.subgraphs for name in _floats(file, graph)}
+    )
 
 
 def _floats(file: Any, graph: Any) -> Iterator[str]:
     """Yields the names of operations that give floats, but for those that only move or convert them."""
     from ai_edge_litert import schema_py_generated as schema
 
-    names = {value: name for name, value in vars(schema.BuiltinOperator).items() if isinstance(value, int)}
+    names = {
+        value: name
+        for name, value in vars(schema.BuiltinOperator).items()
+        if isinstance(value, int)
+    }
     for operator in graph.operators:
         name = names[_code(file, operator)]
         if name not in MOVES and any(graph.tensors[at].type == FLOAT for at in operator.outputs):
@@ -187,22 +223,34 @@ def open_litert(path: str | Path, threads: int = 0) -> Session:
             file = interpreter(str(path), num_threads=threads or os.cpu_count() or 1)
             file.allocate_tensors()
             inside, outside = file.get_input_details()[0], file.get_output_details()[0]
-        except (RuntimeError, ValueError, IndexError) as error:  # damaged names and empty signatures too
-            raise ExportError(f"export: LiteRT cannot load {path}: {said(error)}; export it again") from error
+        except (
+            RuntimeError,
+            ValueError,
+            IndexError,
+        ) as error:  # damaged names and empty signatures too
+            raise ExportError(
+                f"export: LiteRT cannot load {path}: {said(error)}; export it again"
+            ) from error
     sizes = tuple(int(size) for size in inside["shape"])
 
     def compute(arrays: list[np.ndarray]) -> list[np.ndarray]:
         (x,) = arrays
         if inside["quantization"][0] and np.isnan(x).any():
-            raise ExportError(f"export: {path} computes on integers, which have no NaN; leave that example out")
+            raise ExportError(
+                f"export: {path} computes on integers, which have no NaN; leave that example out"
+            )
         if x.shape != sizes:
-            raise ExportError(f"export: {path} takes float32 {list(sizes)}, got {list(x.shape)}; give it one example")
+            raise ExportError(
+                f"export: {path} takes float32 {list(sizes)}, got {list(x.shape)}; give it one example"
+            )
         try:
             file.set_tensor(inside["index"], _onto_grid(x, inside))
             file.invoke()
             return [_off_grid(file.get_tensor(outside["index"]), outside)]
         except (RuntimeError, ValueError) as error:
-            raise ExportError(f"export: LiteRT cannot run {path}: {said(error)}; export it again") from error
+            raise ExportError(
+                f"export: LiteRT cannot run {path}: {said(error)}; export it again"
+            ) from error
 
     inputs = (Port("input", sizes, np.dtype(np.float32)),)
     return Session(str(path), "LiteRT", inputs, ("logits",), compute, threads=threads)

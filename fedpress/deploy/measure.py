@@ -97,13 +97,19 @@ def export_all(
     """
     files: dict[str, Path] = {}
     left_out: dict[str, str] = {}
-    for name in formats if formats is not None else [name for name, row in FORMATS.items() if row.missing() is None]:
+    for name in (
+        formats
+        if formats is not None
+        else [name for name, row in FORMATS.items() if row.missing() is None]
+    ):
         for kind, batches in (("float32", ()), ("int8", tuple(calibration))):
             if kind == "int8" and not batches:
                 continue
             path = folder / f"{kind}{FORMATS[name].suffix}" if name in FORMATS else folder
             try:
-                files[f"{name} {kind}"] = export(model, path, name, replace(job, batches=batches)).path
+                files[f"{name} {kind}"] = export(
+                    model, path, name, replace(job, batches=batches)
+                ).path
             except ExportError as error:  # one file less is worth telling, not worth stopping
                 if formats is not None and kind == "float32":
                     raise
@@ -168,7 +174,9 @@ def _rounds(
 def _timing(batch: int, threads: int, times: Sequence[tuple[float, float]]) -> Timing:
     wall, cpu = 1e3 * np.array(times).T
     p25, median, p75 = (float(t) for t in np.percentile(wall, [25, 50, 75]))
-    return Timing(batch, threads, median, p25, p75, float(wall.min()), float(np.median(cpu)), len(times))
+    return Timing(
+        batch, threads, median, p25, p75, float(wall.min()), float(np.median(cpu)), len(times)
+    )
 
 
 def _takes(subject: Subject, size: int) -> bool:
@@ -231,7 +239,9 @@ def peak_memory(subject: Subject, given: Given, *, batch: int = 1) -> int:
         done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1][:200]
-        raise ExportError(f"measure: the memory of {path} cannot be measured: {said}; export it again")
+        raise ExportError(
+            f"measure: the memory of {path} cannot be measured: {said}; export it again"
+        )
     return int(done.stdout.splitlines()[-1])
 
 
@@ -325,12 +335,16 @@ def _int8_product(size: int) -> Callable[[], Any]:
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     x = np.ones((size, size), np.uint8)
     return lambda: session.run(None, {"x": x})
 
 
-def roofline(timing: Timing, peak: Peak, *, macs: int, weight_bytes: int, activations: int, int8: bool) -> Roofline:
+def roofline(
+    timing: Timing, peak: Peak, *, macs: int, weight_bytes: int, activations: int, int8: bool
+) -> Roofline:
     """Says how near `timing` is to the peak of its kind of arithmetic (Williams et al. 2009, section 3).
 
     The bytes are the least that must move: the weights once a batch, every activation written and read once.
@@ -350,7 +364,9 @@ def roofline(timing: Timing, peak: Peak, *, macs: int, weight_bytes: int, activa
     """
     moved = weight_bytes + timing.batch * 2 * activations * (1 if int8 else 4)
     work = macs * timing.batch / 1e9
-    alone = timing.cpu_ms if timing.threads == 1 else timing.median_ms  # what others took of the processor is not ours
+    alone = (
+        timing.cpu_ms if timing.threads == 1 else timing.median_ms
+    )  # what others took of the processor is not ours
     gmacs, intensity = work / (alone / 1e3), 1e9 * work / max(1, moved)
     arithmetic = (peak.int8_gmacs if int8 else peak.float_gmacs) * timing.threads
     memory = intensity * peak.gigabytes
@@ -410,7 +426,9 @@ def measure(
                 "macs": macs[name],
                 "machine": asdict(top),
                 "conditions": _conditions(subject),
-                "timings": [asdict(t) | {"roofline": asdict(roofline(t, top, **kind))} for t in times[name]],
+                "timings": [
+                    asdict(t) | {"roofline": asdict(roofline(t, top, **kind))} for t in times[name]
+                ],
             }
         )
     return records

@@ -40,7 +40,9 @@ class _Trained(nn.Module):
     def forward(self, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The logits come out as a copy: gradients flow through the loss alone."""
         logits = self.net(x)
-        return (F.cross_entropy(logits, y, reduction="none") * weights).sum(), logits.detach().clone()
+        return (
+            F.cross_entropy(logits, y, reduction="none") * weights
+        ).sum(), logits.detach().clone()
 
 
 def export_training(
@@ -111,9 +113,13 @@ def _copy(model: nn.Module) -> nn.Module:
                 "each module its own"
             )
         if p.dtype != torch.float32:
-            raise ExportError(f"export: parameter {name!r} is {p.dtype}, but devices train float32; convert the model")
+            raise ExportError(
+                f"export: parameter {name!r} is {p.dtype}, but devices train float32; convert the model"
+            )
     if not any(p.requires_grad for p in first):
-        raise ExportError("export: no parameter of the model is trainable; set requires_grad = True on some")
+        raise ExportError(
+            "export: no parameter of the model is trainable; set requires_grad = True on some"
+        )
     return net
 
 
@@ -121,7 +127,11 @@ def _compact_(net: nn.Module, sparse: Sequence[str] | None) -> nn.Module:
     """Lets only the kept values of sparse weights be parameters: a program that trained all would forget the zeros."""
     named = dict(net.named_parameters())
     if sparse is None:
-        sparse = [name for name, p in named.items() if p.dim() > 1 and p.requires_grad and _has_zeros(p.detach())]
+        sparse = [
+            name
+            for name, p in named.items()
+            if p.dim() > 1 and p.requires_grad and _has_zeros(p.detach())
+        ]
     try:
         return compact_(net, sparse)
     except ModelError as error:
@@ -158,13 +168,19 @@ def _check(net: nn.Module, example: tuple[Tensor, Tensor, Tensor]) -> None:
             "statistics?), but devices fill batches up; use group norm"
         )
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    gradients = torch.autograd.grad(_Trained(net)(*example)[0], [*named.values()], allow_unused=True)
+    gradients = torch.autograd.grad(
+        _Trained(net)(*example)[0], [*named.values()], allow_unused=True
+    )
     for name, gradient in zip(named, gradients, strict=True):
         if gradient is None:
-            raise ExportError(f"export: no gradient reaches parameter {name!r}; set its requires_grad = False")
+            raise ExportError(
+                f"export: no gradient reaches parameter {name!r}; set its requires_grad = False"
+            )
 
 
-def _example(input_shape: tuple[int, ...], batch_size: int, net: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+def _example(
+    input_shape: tuple[int, ...], batch_size: int, net: nn.Module
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draws examples, labels and weights, one of them 0 as in a batch that is filled up."""
     chance = torch.Generator().manual_seed(0)
     x = torch.randn(batch_size, *input_shape, generator=chance)
@@ -173,9 +189,13 @@ def _example(input_shape: tuple[int, ...], batch_size: int, net: nn.Module) -> t
             logits = net(x)
     except Exception as error:
         takes = [batch_size, *input_shape]
-        raise ExportError(f"export: the model does not take float32 {takes}: {said(error)}; fix input_shape") from error
+        raise ExportError(
+            f"export: the model does not take float32 {takes}: {said(error)}; fix input_shape"
+        ) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise ExportError("export: a program that trains needs a classifier with logits [n, classes]; reshape them")
+        raise ExportError(
+            "export: a program that trains needs a classifier with logits [n, classes]; reshape them"
+        )
     weights = torch.full((batch_size,), 1 / max(1, batch_size - 1))
     weights[batch_size - 1] *= batch_size == 1
     return x, torch.randint(0, logits.shape[1], (batch_size,), generator=chance), weights
@@ -223,7 +243,9 @@ def _replace_(graph: fx.GraphModule, node: fx.Node, twin: Callable[..., Tensor])
     from torch.fx.experimental.proxy_tensor import make_fx
 
     given = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
-    traced = make_fx(lambda *tensors: twin(*_fill(given, tensors)))(*[v for v in given if isinstance(v, Tensor)])
+    traced = make_fx(lambda *tensors: twin(*_fill(given, tensors)))(
+        *[v for v in given if isinstance(v, Tensor)]
+    )
     inputs = iter([a for a in node.args if isinstance(a, fx.Node)])
     copied: dict[fx.Node, fx.Node] = {}
     with graph.graph.inserting_before(node):
@@ -246,7 +268,9 @@ def _fill(values: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
 def _scattered(gradient: Tensor, x: Tensor, *others: Any) -> Tensor:
     planes = x.shape[:2]
     zeros = torch.zeros(*planes, x.shape[2] * x.shape[3])
-    return zeros.scatter_add(2, others[-1].reshape(*planes, -1), gradient.reshape(*planes, -1)).reshape(x.shape)
+    return zeros.scatter_add(
+        2, others[-1].reshape(*planes, -1), gradient.reshape(*planes, -1)
+    ).reshape(x.shape)
 
 
 def _covers(node: fx.Node) -> bool:
@@ -256,7 +280,13 @@ def _covers(node: fx.Node) -> bool:
     stride, padding = others[0] or size, others[1]
     inside = x.meta["val"].shape[2:]
     fits = all(length % step == 0 for length, step in zip(inside, size, strict=False))
-    return len(size) == 2 and list(stride) == list(size) and not any(padding) and fits and others[4] is None
+    return (
+        len(size) == 2
+        and list(stride) == list(size)
+        and not any(padding)
+        and fits
+        and others[4] is None
+    )
 
 
 def _spread(gradient: Tensor, x: Tensor, size: Sequence[int], *_: Any) -> Tensor:
@@ -273,7 +303,9 @@ def _compare(data: bytes, net: nn.Module, example: tuple[Tensor, Tensor, Tensor]
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(expected, [*named.values()])
     if not torch.allclose(loss, expected.detach(), rtol=TOLERANCE, atol=TOLERANCE):
-        raise ExportError(f"export: the program's loss is {loss.item():.4g}, torch's {expected.item():.4g}; report it")
+        raise ExportError(
+            f"export: the program's loss is {loss.item():.4g}, torch's {expected.item():.4g}; report it"
+        )
     for name, gradient in zip(named, gradients, strict=True):
         got = device.gradients().get(name)
         room = TOLERANCE * max(1e-3, gradient.abs().max().item())
@@ -298,7 +330,9 @@ class DeviceModel(nn.Module):
             ExportError: if it is damaged, or is no program that trains.
         """
         super().__init__()
-        self._data = data = program if isinstance(program, bytes) else _read(program)  # the runtime reads it in place
+        self._data = data = (
+            program if isinstance(program, bytes) else _read(program)
+        )  # the runtime reads it in place
         with silence(), hush() as printed:
             self._library = require(RUNTIME, install=INSTALL)[RUNTIME]
             try:
@@ -307,7 +341,9 @@ class DeviceModel(nn.Module):
                 self.batch_size = int(self.words["batch_size"])
                 self.input_shape = tuple(json.loads(self.words["input_shape"]))
                 names = json.loads(self.words["parameters"])
-                _, logits = self._run(*self._padded(torch.zeros(0, *self.input_shape), torch.zeros(0).long(), 1))
+                _, logits = self._run(
+                    *self._padded(torch.zeros(0, *self.input_shape), torch.zeros(0).long(), 1)
+                )
                 self.classes = logits.shape[1]
             except (RuntimeError, KeyError, ValueError) as error:
                 if refused := refused_kernel(printed()):
@@ -319,7 +355,9 @@ class DeviceModel(nn.Module):
         held = self._module.named_parameters()
         for name in names:
             if NET + name not in held:
-                raise ExportError(f"export: this program does not hold parameter {name!r}; write it again")
+                raise ExportError(
+                    f"export: this program does not hold parameter {name!r}; write it again"
+                )
             owner: nn.Module = self
             *parts, key = name.split(".")
             for part in parts:
@@ -364,7 +402,11 @@ class DeviceModel(nn.Module):
         return self._run(x, y, weights)
 
     def _run(self, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        given = [x.to(torch.float32).contiguous(), y.to(torch.int64).contiguous(), weights.contiguous()]
+        given = [
+            x.to(torch.float32).contiguous(),
+            y.to(torch.int64).contiguous(),
+            weights.contiguous(),
+        ]
         loss, logits = self._module.forward_backward("forward", given)
         return loss, logits
 
@@ -398,13 +440,22 @@ class DeviceModel(nn.Module):
         found = [self.backward(*part)[1] for part in self._parts(x, labels)]
         return torch.cat(found)[: len(x)]
 
-    def optimizer(self, lr: float, *, momentum: float = 0.0, weight_decay: float = 0.0) -> DeviceSGD:
+    def optimizer(
+        self, lr: float, *, momentum: float = 0.0, weight_decay: float = 0.0
+    ) -> DeviceSGD:
         """Returns ExecuTorch's own SGD over the parameters."""
         held = self._module.named_parameters()
-        steps = {name: p for name, p in held.items() if is_step(name)}  # step sizes get no decay, as in `sgd`
-        groups = [({name: p for name, p in held.items() if name not in steps}, weight_decay), (steps, 0.0)]
+        steps = {
+            name: p for name, p in held.items() if is_step(name)
+        }  # step sizes get no decay, as in `sgd`
+        groups = [
+            ({name: p for name, p in held.items() if name not in steps}, weight_decay),
+            (steps, 0.0),
+        ]
         made = [
-            (set(some), self._library.get_sgd_optimizer(some, lr, momentum, 0, decay)) for some, decay in groups if some
+            (set(some), self._library.get_sgd_optimizer(some, lr, momentum, 0, decay))
+            for some, decay in groups
+            if some
         ]
         return DeviceSGD(made)
 
@@ -416,7 +467,11 @@ class DeviceModel(nn.Module):
         """Fills a part of a batch of `n` up with zeros of weight 0."""
         lacks = self.batch_size - len(x)
         weights = torch.cat([torch.full((len(x),), 1 / n), torch.zeros(lacks)])
-        return torch.cat([x, x.new_zeros(lacks, *x.shape[1:])]), torch.cat([y, y.new_zeros(lacks)]), weights
+        return (
+            torch.cat([x, x.new_zeros(lacks, *x.shape[1:])]),
+            torch.cat([y, y.new_zeros(lacks)]),
+            weights,
+        )
 
 
 class DeviceSGD:
@@ -437,4 +492,6 @@ def _read(path: str | Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise ExportError(f"export: cannot read {path}: {error.strerror}; write it with export_training") from error
+        raise ExportError(
+            f"export: cannot read {path}: {error.strerror}; write it with export_training"
+        ) from error

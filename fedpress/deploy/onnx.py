@@ -14,7 +14,16 @@ from torch import nn
 
 from fedpress.deploy.artifact import Artifact, Job, write
 from fedpress.deploy.capture import BATCH, capture, require, silence
-from fedpress.deploy.examples import Structure, as_device, call_of, example_of, flatten, names_of, ordered, take
+from fedpress.deploy.examples import (
+    Structure,
+    as_device,
+    call_of,
+    example_of,
+    flatten,
+    names_of,
+    ordered,
+    take,
+)
 from fedpress.deploy.onnx_integers import make_integer_
 from fedpress.deploy.processor import settings
 from fedpress.deploy.qdq import quantized_program
@@ -69,7 +78,12 @@ def make_onnx(model: nn.Module, job: Job, *, fewest_bits: int = 2) -> Made:
     left, program, rounds = {}, None, False
     if job.batches or any(True for _ in quantized_layers(model)):
         rounded = quantized_program(
-            model, job.given, job.batches, observer=job.observer, weight_bits=job.weight_bits, float_output=True
+            model,
+            job.given,
+            job.batches,
+            observer=job.observer,
+            weight_bits=job.weight_bits,
+            float_output=True,
         )
         left, program, rounds = rounded.left, rounded.program, rounded.rounds
     structure, outputs = _outputs(model, job)
@@ -112,13 +126,17 @@ def open_onnx(path: str | Path, threads: int = 0) -> Session:
         if told:
             session = ort.InferenceSession(str(path), options, providers=cpu)
     except Exception as error:  # onnxruntime has a dozen exception types without a common base
-        raise ExportError(f"export: onnxruntime cannot load {path}: {_first_line(error)}; export it again") from error
+        raise ExportError(
+            f"export: onnxruntime cannot load {path}: {_first_line(error)}; export it again"
+        ) from error
     inputs = tuple(Port(i.name, tuple(i.shape), _dtype(i.type)) for i in session.get_inputs())
     outputs = tuple(o.name for o in session.get_outputs())
 
     def compute(arrays: list[np.ndarray]) -> list[np.ndarray]:
         try:
-            found: list[np.ndarray] = session.run(None, {i.name: x for i, x in zip(inputs, arrays, strict=True)})
+            found: list[np.ndarray] = session.run(
+                None, {i.name: x for i, x in zip(inputs, arrays, strict=True)}
+            )
         except Exception as error:
             shapes = ", ".join(str(list(x.shape)) for x in arrays)
             wanted = ", ".join(str(i.shape) for i in session.get_inputs())
@@ -152,7 +170,9 @@ def _outputs(model: nn.Module, job: Job) -> tuple[Structure, list[str]]:
         return 0, ["logits"]
     structure, _, names = flatten(found)
     if not names:
-        raise ExportError("export: the model returns no tensor; make its forward return what a device should know")
+        raise ExportError(
+            "export: the model returns no tensor; make its forward return what a device should know"
+        )
     return structure, names
 
 
@@ -207,7 +227,9 @@ def _copy_before_views_(program: torch.export.ExportedProgram) -> None:
     apart, after which the memory lies otherwise, and stops there.
     """
     aten = torch.ops.aten
-    for node in [n for n in program.graph.nodes if n.target in (aten.view.default, aten.reshape.default)]:
+    for node in [
+        n for n in program.graph.nodes if n.target in (aten.view.default, aten.reshape.default)
+    ]:
         turned = node.args[0]
         if turned.target not in (aten.transpose.int, aten.permute.default):
             continue
@@ -226,7 +248,9 @@ def _translations() -> dict[Any, Any]:
         return {}  # a float model
     require("onnxscript")
     from onnxscript import opset18, opset21
-    from onnxscript.function_libs.torch_lib.ops.quantized_decomposed import quantized_decomposed_quantize_per_tensor
+    from onnxscript.function_libs.torch_lib.ops.quantized_decomposed import (
+        quantized_decomposed_quantize_per_tensor,
+    )
 
     def quantize(x: Any, scale: float, zero: int, low: int, high: int, dtype: int) -> Any:
         if high - low < 255:  # ONNX saturates at the ends of the type alone
@@ -234,7 +258,16 @@ def _translations() -> dict[Any, Any]:
             x = opset18.Clip(x, *ends)
         return quantized_decomposed_quantize_per_tensor(x, scale, zero, low, high, dtype)
 
-    def groups(codes: Any, scales: Any, zeros: Any, low: int, high: int, dtype: int, group: int, to: int = 1) -> Any:
+    def groups(
+        codes: Any,
+        scales: Any,
+        zeros: Any,
+        low: int,
+        high: int,
+        dtype: int,
+        group: int,
+        to: int = 1,
+    ) -> Any:
         return opset21.DequantizeLinear(codes, scales, axis=1, block_size=group)
 
     ops = torch.ops.quantized_decomposed

@@ -70,7 +70,11 @@ class _Graph:
         return node if node is not None and node.op_type == op else None
 
     def array(self, name: str) -> np.ndarray | None:
-        return self.onnx.numpy_helper.to_array(self.constants[name]) if name in self.constants else None
+        return (
+            self.onnx.numpy_helper.to_array(self.constants[name])
+            if name in self.constants
+            else None
+        )
 
     def add(self, name: str, value: np.ndarray) -> str:
         self.constants[name] = self.onnx.numpy_helper.from_array(value, name)
@@ -104,7 +108,9 @@ def _pool_means_(graph: _Graph) -> None:
     for mean in [n for n in graph.nodes if n.op_type == "ReduceMean" and len(n.input) == 2]:
         axes = graph.array(mean.input[1])
         readers = [*graph.readers(mean.output[0])]
-        rounded = readers[0] if len(readers) == 1 and readers[0].op_type == "QuantizeLinear" else None
+        rounded = (
+            readers[0] if len(readers) == 1 and readers[0].op_type == "QuantizeLinear" else None
+        )
         known = axes is not None and sorted(axes.tolist()) in ([2, 3], [-2, -1])
         if rounded is None or not known or graph.made_by(mean.input[0], "DequantizeLinear") is None:
             continue
@@ -112,7 +118,9 @@ def _pool_means_(graph: _Graph) -> None:
             continue
         out, codes = mean.output[0], rounded.output[0]
         graph.put(mean, [graph.node("GlobalAveragePool", [mean.input[0]], out)])
-        if not _attribute(mean, "keepdims", 1):  # the codes are flattened: between pool and rounding it would hinder
+        if not _attribute(
+            mean, "keepdims", 1
+        ):  # the codes are flattened: between pool and rounding it would hinder
             wide = graph.node("QuantizeLinear", [out, *rounded.input[1:]], codes + "_wide")
             graph.put(rounded, [wide, graph.node("Flatten", [codes + "_wide"], codes)])
 
@@ -122,11 +130,20 @@ def _transpose_codes_(graph: _Graph) -> None:
     for turn in [n for n in graph.nodes if n.op_type == "Transpose"]:
         made = graph.made_by(turn.input[0], "DequantizeLinear")
         codes = graph.array(made.input[0]) if made is not None else None
-        if made is None or codes is None or codes.ndim != 2 or _is_blocked(made) or graph.reads[made.input[0]] > 1:
+        if (
+            made is None
+            or codes is None
+            or codes.ndim != 2
+            or _is_blocked(made)
+            or graph.reads[made.input[0]] > 1
+        ):
             continue
         held = graph.add(f"{made.input[0]}_turned", np.ascontiguousarray(codes.T))
         axis = 1 - _attribute(made, "axis", 1)
-        graph.put(turn, [graph.node("DequantizeLinear", [held, *made.input[1:]], turn.output[0], axis=axis)])
+        graph.put(
+            turn,
+            [graph.node("DequantizeLinear", [held, *made.input[1:]], turn.output[0], axis=axis)],
+        )
         graph.nodes.remove(made)
 
 
@@ -145,7 +162,10 @@ def _round_biases_(graph: _Graph) -> None:
         if np.abs(codes).max(initial=0) >= 2**31:
             continue
         name = gemm.input[2]
-        held, step = graph.add(f"{name}_codes", codes.astype(np.int32)), graph.add(f"{name}_scale", scale)
+        held, step = (
+            graph.add(f"{name}_codes", codes.astype(np.int32)),
+            graph.add(f"{name}_scale", scale),
+        )
         made = graph.node("DequantizeLinear", [held, step], f"{name}_{gemm.output[0]}", axis=0)
         gemm.input[2] = made.output[0]
         graph.put(gemm, [made, gemm])
@@ -162,7 +182,12 @@ def _fill_input_channels_(graph: _Graph) -> None:
         if x is None or w is None:
             continue
         codes, rounded = graph.array(w.input[0]), graph.made_by(x.input[0], "QuantizeLinear")
-        if codes is None or rounded is None or rounded.input[0] not in graph.inputs or _is_blocked(w):
+        if (
+            codes is None
+            or rounded is None
+            or rounded.input[0] not in graph.inputs
+            or _is_blocked(w)
+        ):
             continue
         more = QUAD - codes.shape[1]
         alone = graph.reads[x.output[0]] == 1 and graph.reads[w.output[0]] == 1
@@ -188,8 +213,12 @@ def _multiply_out_(graph: _Graph) -> bool:
         codes, scales = (graph.array(name) for name in made.input[:2])
         if codes is None or scales is None or codes.dtype != np.int8:
             continue
-        layers = [n for n in graph.readers(made.output[0]) if n.op_type in ("Conv", "Gemm", "MatMul")]
-        if not _is_blocked(made) and any(graph.made_by(n.input[0], "DequantizeLinear") for n in layers):
+        layers = [
+            n for n in graph.readers(made.output[0]) if n.op_type in ("Conv", "Gemm", "MatMul")
+        ]
+        if not _is_blocked(made) and any(
+            graph.made_by(n.input[0], "DequantizeLinear") for n in layers
+        ):
             del made.input[2:]  # zero points of zeros
             far = bool(np.abs(codes.astype(np.int16)).max(initial=0) > NARROW)
             if far or any(n.op_type != "Conv" for n in layers):
@@ -204,7 +233,9 @@ def _multiply_out_(graph: _Graph) -> bool:
             codes = codes.reshape(shape)
         else:
             axis = _attribute(made, "axis", 1)
-            rows = graph.add(f"{name}_step", scales.reshape([-1 if i == axis else 1 for i in range(codes.ndim)]))
+            rows = graph.add(
+                f"{name}_step", scales.reshape([-1 if i == axis else 1 for i in range(codes.ndim)])
+            )
         held = graph.add(made.input[0], np.ascontiguousarray(codes))
         steps = [
             graph.node("Cast", [held], f"{name}_float", to=graph.onnx.TensorProto.FLOAT),
@@ -239,7 +270,9 @@ def _keep_float_weights_(graph: _Graph) -> None:
         ]
         name = f"{made.output[0]}_channels"
         if name not in graph.makers:
-            graph.put(made, [made, graph.node("DequantizeLinear", [made.input[0], *parts], name, axis=1)])
+            graph.put(
+                made, [made, graph.node("DequantizeLinear", [made.input[0], *parts], name, axis=1)]
+            )
         layer.input[0] = name
 
 
@@ -254,7 +287,9 @@ def _shrink_codes_(graph: _Graph, fewest: int) -> tuple[int, int]:
         codes = graph.onnx.numpy_helper.to_array(tensor)
         low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
         rows = [row for row in SMALL if row[1] >= fewest]
-        fits = next((row for row in rows if -(2 ** (row[1] - 1)) <= low and high < 2 ** (row[1] - 1)), None)
+        fits = next(
+            (row for row in rows if -(2 ** (row[1] - 1)) <= low and high < 2 ** (row[1] - 1)), None
+        )
         if fits is None or codes.size < 16:
             continue
         kind, bits, opset = fits

@@ -40,7 +40,9 @@ def export_openvino(model: nn.Module, path: str | Path, job: Job) -> Artifact:
     path = Path(path)
     made = make_onnx(model, replace(job, weight_bits=7), fewest_bits=FEWEST_BITS)
     with tempfile.TemporaryDirectory() as folder:
-        source, graph, weights = (Path(folder) / f"model.{suffix}" for suffix in ("onnx", "xml", "bin"))
+        source, graph, weights = (
+            Path(folder) / f"model.{suffix}" for suffix in ("onnx", "xml", "bin")
+        )
         source.write_bytes(made.proto.SerializeToString())
         try:
             with silence():
@@ -49,7 +51,9 @@ def export_openvino(model: nn.Module, path: str | Path, job: Job) -> Artifact:
                     found.set_rt_info(value, ["fedpress", name])
                 openvino.save_model(found, str(graph), compress_to_fp16=False)
         except Exception as error:  # OpenVINO raises RuntimeError and its own
-            raise ExportError(f"export: OpenVINO cannot convert the model: {said(error)}; export it as onnx") from error
+            raise ExportError(
+                f"export: OpenVINO cannot convert the model: {said(error)}; export it as onnx"
+            ) from error
         write(path.with_suffix(".bin"), weights.read_bytes())
         write(path, graph.read_bytes())
     size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
@@ -78,7 +82,9 @@ def open_openvino(path: str | Path, threads: int = 0) -> Session:
         inputs = tuple(_port(i) for i in model.inputs)
         outputs = tuple(o.get_any_name() for o in model.outputs)
     except Exception as error:
-        raise ExportError(f"export: OpenVINO cannot load {path}: {said(error)}; export it again") from error
+        raise ExportError(
+            f"export: OpenVINO cannot load {path}: {said(error)}; export it again"
+        ) from error
     how: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", **told}
     if threads:
         how["INFERENCE_NUM_THREADS"] = threads
@@ -89,7 +95,9 @@ def open_openvino(path: str | Path, threads: int = 0) -> Session:
         try:
             if shapes not in compiled:  # a graph of fixed sizes is the faster one
                 fixed = model.clone()
-                fixed.reshape({i.name: list(shape) for i, shape in zip(inputs, shapes, strict=True)})
+                fixed.reshape(
+                    {i.name: list(shape) for i, shape in zip(inputs, shapes, strict=True)}
+                )
                 compiled[shapes] = core.compile_model(fixed, "CPU", how).create_infer_request()
             found = compiled[shapes].infer([*arrays])
             return [found[at] for at in range(len(outputs))]

@@ -172,7 +172,9 @@ def _features() -> set[str]:
     ask = getattr(torch.cpu, "get_capabilities", None)
     found: dict[str, Any] = ask() if ask is not None else {}
     flags = set(_cpuinfo("flags", "Features").split())
-    return {name for name, (torchs, linux) in FEATURES.items() if found.get(torchs) or linux in flags}
+    return {
+        name for name, (torchs, linux) in FEATURES.items() if found.get(torchs) or linux in flags
+    }
 
 
 def _name() -> str:
@@ -185,5 +187,7 @@ def _cpuinfo(*keys: str) -> str:
         lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
     except OSError:
         return ""
-    pairs = [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]
+    pairs = [
+        (key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)
+    ]
     return next((value for wanted in keys for key, value in pairs if key == wanted), "")

@@ -37,7 +37,11 @@ LINEAR = {aten.linear.default}
 LAYERS = LINEAR | CONVOLUTIONS
 """Operations with a weight at argument 1, output channels first, and a bias at argument 2."""
 
-TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
+TRANSPOSED = {
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+}
 MATRIX = {aten.matmul.default, aten.bmm.default}
 ELEMENTWISE = {aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor}
 MEANS = {
@@ -46,22 +50,54 @@ MEANS = {
 }
 CAT = {aten.cat.default}
 SAME_GRID = {  # what comes out is among what goes in (or 0): both share one grid
-    *(aten.max_pool1d.default, aten.max_pool2d.default, aten.adaptive_max_pool2d.default, aten.flatten.using_ints),
-    *(aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.squeeze.dim),
-    *(aten.squeeze.dims, aten.unsqueeze.default, aten.slice.Tensor, aten.select.int, aten.pixel_shuffle.default),
-    *(aten.upsample_nearest2d.vec, aten.channel_shuffle.default, aten.dropout.default, aten.clone.default),
+    *(
+        aten.max_pool1d.default,
+        aten.max_pool2d.default,
+        aten.adaptive_max_pool2d.default,
+        aten.flatten.using_ints,
+    ),
+    *(
+        aten.view.default,
+        aten.reshape.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.squeeze.dim,
+    ),
+    *(
+        aten.squeeze.dims,
+        aten.unsqueeze.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.pixel_shuffle.default,
+    ),
+    *(
+        aten.upsample_nearest2d.vec,
+        aten.channel_shuffle.default,
+        aten.dropout.default,
+        aten.clone.default,
+    ),
     *(aten.contiguous.default, aten.expand.default),
 }
 SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int}
-CLIPS = {aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default}
+CLIPS = {
+    aten.relu.default,
+    aten.relu_.default,
+    aten.hardtanh.default,
+    aten.hardtanh_.default,
+    aten.relu6.default,
+}
 """Runtimes do these while they round, so nothing is rounded between them and the layer before."""
 
 INTEGER = LAYERS | MATRIX | ELEMENTWISE | MEANS | CAT
 WEIGHT_HIGHEST = {8: 127, 7: 63}
 HIGHEST_BIAS = 2.0**30  # half of what int32 holds: the products of a layer are added to it
 BIAS_OF_DEAD = 2.0**24  # more steps than float32 tells apart
-STEP_OF_ZEROS = 2.0**-10  # where only zeros were seen: in coarser steps the bias of the layer that reads them is lost
-LEAST_STEP = 1e-36  # of a product: a normal float32, also after it was divided by the step of the output
+STEP_OF_ZEROS = (
+    2.0**-10
+)  # where only zeros were seen: in coarser steps the bias of the layer that reads them is lost
+LEAST_STEP = (
+    1e-36  # of a product: a normal float32, also after it was divided by the step of the output
+)
 
 
 @dataclass(frozen=True)
@@ -148,7 +184,14 @@ def quantized_program(
     copied, layers = _plain(model, activations)
     with silence(), torch.no_grad():
         program = capture(copied, given, batch=batch)
-        work = _Work(program.module(check_guards=False), layers, activations, bool(batches), weight_bits, float_output)
+        work = _Work(
+            program.module(check_guards=False),
+            layers,
+            activations,
+            bool(batches),
+            weight_bits,
+            float_output,
+        )
         for node in work.graph.graph.nodes:
             if node.op == "get_attr" and "val" not in node.meta:
                 node.meta["val"] = _tensor(work, node)
@@ -159,7 +202,9 @@ def quantized_program(
         example = ordered(model, example_of(given))
         done = trace(work.graph, take(as_device(example), batch or 2), free=batch is None)
     own = (layer.grids.inputs for _, layer in quantized_layers(model))
-    return QuantizedProgram(done, work.left, rounds=bool(batches) or any(grid is not None for grid in own))
+    return QuantizedProgram(
+        done, work.left, rounds=bool(batches) or any(grid is not None for grid in own)
+    )
 
 
 def _plain(model: nn.Module, activations: Activations) -> tuple[nn.Module, dict[str, _Layer]]:
@@ -174,10 +219,14 @@ def _plain(model: nn.Module, activations: Activations) -> tuple[nn.Module, dict[
         found = layers.get(f"{name}.weight", _Layer())
         if grid is not None and (grid.dynamic or grid.bits == 1):
             found.reason = (
-                "its inputs are rounded by the values of each batch" if grid.dynamic else "its inputs are signs"
+                "its inputs are rounded by the values of each batch"
+                if grid.dynamic
+                else "its inputs are signs"
             )
             twin = copied(layer)
-            layer.register_forward_pre_hook(lambda _, args, twin=twin: (twin.quantized_input(args[0]), *args[1:]))
+            layer.register_forward_pre_hook(
+                lambda _, args, twin=twin: (twin.quantized_input(args[0]), *args[1:])
+            )
         elif grid is not None:
             scale, zero = float(layer.input_scale.detach().abs()), int(layer.input_zero_point)
             found.grid = _grid(scale, zero, grid.highest, activations)
@@ -192,7 +241,9 @@ def _weights_of(layer: QuantLayer, key: str) -> _Layer:
         return _Layer()
     pair = layer.integers(key)
     if pair is None:
-        return _Layer(reason="its weights are a codebook of any values, which integers cannot multiply")
+        return _Layer(
+            reason="its weights are a codebook of any values, which integers cannot multiply"
+        )
     codes, scales = pair
     if type(layer).rows is QuantLayer.rows:
         return _Layer(codes, scales, grid.group)
@@ -223,7 +274,11 @@ def _fold_batch_norms_(work: _Work) -> None:
         factor = (var + norm.args[7]).rsqrt() * (1.0 if gamma is None else gamma)
         name = layer.args[1].target
         weight = _tensor(work, layer.args[1])
-        old = _tensor(work, layer.args[2]) if len(layer.args) > 2 and layer.args[2] is not None else 0.0
+        old = (
+            _tensor(work, layer.args[2])
+            if len(layer.args) > 2 and layer.args[2] is not None
+            else 0.0
+        )
         bias = (old - mean) * factor + (0.0 if beta is None else beta)
         _set_(work, name, weight * factor.view(-1, *[1] * (weight.dim() - 1)))
         _scale_codes_(work.layers.get(name), factor)
@@ -252,19 +307,25 @@ def _choose_weights_(work: _Work) -> dict[fx.Node, _Layer]:
         if node.target not in LAYERS:
             continue
         if not isinstance(node.args[1], fx.Node) or node.args[1].op != "get_attr":
-            work.left[_where(node)] = "its weight is computed in forward; make it plain first (remove_parametrizations)"
+            work.left[_where(node)] = (
+                "its weight is computed in forward; make it plain first (remove_parametrizations)"
+            )
             continue
         name = str(node.args[1].target)
         layer = work.layers.get(name)
         if layer is None or (layer.codes is None and not layer.reason):
             layer = made.get(name) or _Layer(grid=layer.grid if layer else None)
             if work.integer:
-                layer.codes, layer.scales = _round_weight(_tensor(work, node.args[1]), work.weight_bits, name)
+                layer.codes, layer.scales = _round_weight(
+                    _tensor(work, node.args[1]), work.weight_bits, name
+                )
                 made[name] = layer
         if layer.codes is not None:
             chosen[node] = layer
         if work.integer and (layer.reason or layer.group is not None):
-            work.left[_module_name(name)] = layer.reason or "its weights have several scales per output channel"
+            work.left[_module_name(name)] = (
+                layer.reason or "its weights have several scales per output channel"
+            )
     return chosen
 
 
@@ -281,7 +342,9 @@ def _round_weight(weight: Tensor, bits: Literal[7, 8], name: str) -> tuple[Tenso
     return (weight / rows).round().clamp(-highest, highest).to(torch.int8), scales
 
 
-def _insert_(work: _Work, chosen: dict[fx.Node, _Layer], seen: dict[fx.Node, tuple[float, float]]) -> None:
+def _insert_(
+    work: _Work, chosen: dict[fx.Node, _Layer], seen: dict[fx.Node, tuple[float, float]]
+) -> None:
     """Puts the weights of `chosen` layers on their codes, and every edge that integers need on its grid."""
     edges = _edges(work, chosen, seen)
     written: dict[str, fx.Node] = {}
@@ -312,7 +375,10 @@ def _insert_(work: _Work, chosen: dict[fx.Node, _Layer], seen: dict[fx.Node, tup
 
 
 def _insert_others_(
-    work: _Work, chosen: dict[fx.Node, _Layer], written: dict[str, fx.Node], edges: dict[fx.Node, _Grid]
+    work: _Work,
+    chosen: dict[fx.Node, _Layer],
+    written: dict[str, fx.Node],
+    edges: dict[fx.Node, _Grid],
 ) -> None:
     """Puts the weights of recurrent layers, embeddings and transposed convolutions on their codes.
 
@@ -351,10 +417,14 @@ def _with_whole_biases(layer: _Layer, input_scale: float, bias: Tensor | None) -
     # Nothing but the bias comes out of a dead channel: a fine step of its own keeps it to the last bit.
     fine = sizes / (input_scale * BIAS_OF_DEAD)
     scales = torch.where(dead & (sizes > 0), fine, scales)
-    least = torch.maximum(sizes / (input_scale * HIGHEST_BIAS), torch.full_like(scales, LEAST_STEP / input_scale))
+    least = torch.maximum(
+        sizes / (input_scale * HIGHEST_BIAS), torch.full_like(scales, LEAST_STEP / input_scale)
+    )
     small = scales < least
     rows = (scales / least).view(-1, *[1] * (codes.dim() - 1))
-    moved = torch.where(small.view_as(rows), (codes.double() * rows).round(), codes.double()).to(torch.int8)
+    moved = torch.where(small.view_as(rows), (codes.double() * rows).round(), codes.double()).to(
+        torch.int8
+    )
     return replace(layer, codes=moved, scales=torch.where(small, least, scales).float())
 
 
@@ -366,15 +436,23 @@ def _edges(
     if not work.integer:
         return {}
     runs, feeding = _integer_operations(nodes, chosen)
-    fused = {n.args[0] for n in nodes if n.target in CLIPS and n.args[0] in runs and len(n.args[0].users) == 1}
+    fused = {
+        n.args[0]
+        for n in nodes
+        if n.target in CLIPS and n.args[0] in runs and len(n.args[0].users) == 1
+    }
     # A linear layer or product hands on unrounded numbers where no integer kernel would read the rounded ones.
-    bare = {v for v in runs if work.float_output and v.target in LINEAR | MATRIX and v not in feeding}
+    bare = {
+        v for v in runs if work.float_output and v.target in LINEAR | MATRIX and v not in feeding
+    }
     classes = _classes(nodes, work.activations)
     needed = {
         classes[v]
         for v in nodes
         if _is_float(v) and v not in fused and v not in _weights(chosen)
-        if v in runs - bare or (v.target in CLIPS and v.args[0] in fused - bare) or any(u in runs for u in v.users)
+        if v in runs - bare
+        or (v.target in CLIPS and v.args[0] in fused - bare)
+        or any(u in runs for u in v.users)
     }
     members = [v for v in nodes if classes[v] in needed and _is_float(v) and v not in fused]
     members = [v for v in members if v not in _weights(chosen) and v not in bare]
@@ -393,7 +471,10 @@ def _edges(
             )
         if v in seen:
             spans[classes[v]] = min(low, seen[v][0]), max(high, seen[v][1])
-    edges = {v: fixed.get(classes[v]) or _calibrated(spans[classes[v]], work.activations) for v in members}
+    edges = {
+        v: fixed.get(classes[v]) or _calibrated(spans[classes[v]], work.activations)
+        for v in members
+    }
     for v in members:
         if spans[classes[v]] == (0.0, 0.0):
             edges[v] = replace(edges[v], scale=min(edges[v].scale, STEP_OF_ZEROS))
@@ -409,7 +490,9 @@ def _weights(chosen: dict[fx.Node, _Layer]) -> set[fx.Node]:
     return {a for node in chosen for a in node.args[1:3] if isinstance(a, fx.Node)}
 
 
-def _integer_operations(nodes: Sequence[fx.Node], chosen: dict[fx.Node, _Layer]) -> tuple[set[fx.Node], set[fx.Node]]:
+def _integer_operations(
+    nodes: Sequence[fx.Node], chosen: dict[fx.Node, _Layer]
+) -> tuple[set[fx.Node], set[fx.Node]]:
     """Decides what is computed on integers, and whose numbers an integer operation reads.
 
     Layers and matrix products are, since there integers save time. Additions, products, means and concatenations only
@@ -424,7 +507,9 @@ def _integer_operations(nodes: Sequence[fx.Node], chosen: dict[fx.Node, _Layer])
     for n in nodes:
         if n.op == "placeholder" or (_passes_on(n) and _given(n, 0) in whole):
             whole.add(n)
-        elif _can_run_on_integers(n, chosen) and (n.target in LAYERS | MATRIX or _reads_integers(n, whole)):
+        elif _can_run_on_integers(n, chosen) and (
+            n.target in LAYERS | MATRIX or _reads_integers(n, whole)
+        ):
             able.add(n)
             whole.add(n)
     runs: set[fx.Node] = set()
@@ -439,7 +524,9 @@ def _integer_operations(nodes: Sequence[fx.Node], chosen: dict[fx.Node, _Layer])
 
 def _passes_on(n: fx.Node) -> bool:
     """Whether what comes out of `n` are numbers that went in, moved or clipped."""
-    return n.target in SAME_GRID | CLIPS | SPLITS or (n.op == "call_function" and n.target is operator.getitem)
+    return n.target in SAME_GRID | CLIPS | SPLITS or (
+        n.op == "call_function" and n.target is operator.getitem
+    )
 
 
 def _reads_integers(n: fx.Node, whole: set[fx.Node]) -> bool:
@@ -447,7 +534,11 @@ def _reads_integers(n: fx.Node, whole: set[fx.Node]) -> bool:
     parts = n.args[0] if n.target in CAT else n.args
     operands = [a for a in parts if isinstance(a, fx.Node) and a.op != "get_attr"]  # type: ignore[union-attr]
     size = n.meta["val"].numel()
-    few = [a for a in operands if a not in whole and n.target in ELEMENTWISE and a.meta["val"].numel() < size]
+    few = [
+        a
+        for a in operands
+        if a not in whole and n.target in ELEMENTWISE and a.meta["val"].numel() < size
+    ]
     return any(a in whole for a in operands) and all(a in whole or a in few for a in operands)
 
 
@@ -481,9 +572,15 @@ def _classes(nodes: Sequence[fx.Node], activations: Activations) -> dict[fx.Node
 
     for n in nodes:
         first[n] = n
-        if n.target in SAME_GRID or n.target in SPLITS or (n.op == "call_function" and n.target is operator.getitem):
+        if (
+            n.target in SAME_GRID
+            or n.target in SPLITS
+            or (n.op == "call_function" and n.target is operator.getitem)
+        ):
             first[n] = find(_given(n, 0))
-        elif n.target in CAT and activations == "int8":  # XNNPACK and LiteRT concatenate values of one grid only
+        elif (
+            n.target in CAT and activations == "int8"
+        ):  # XNNPACK and LiteRT concatenate values of one grid only
             parts: Any = n.args[0]
             for part in parts:
                 first[find(part)] = n
@@ -501,7 +598,13 @@ def _is_computed_in_float(n: fx.Node, runs: set[fx.Node]) -> bool:
     value = n.meta.get("val")
     gives = value if isinstance(value, tuple | list) else [value]
     floats = any(isinstance(v, Tensor) and v.is_floating_point() for v in gives)
-    if n.op != "call_function" or not floats or not n.all_input_nodes or n in runs or n.target in LAYERS:
+    if (
+        n.op != "call_function"
+        or not floats
+        or not n.all_input_nodes
+        or n in runs
+        or n.target in LAYERS
+    ):
         return False
     return n.target not in SAME_GRID | CLIPS | SPLITS and n.target is not operator.getitem
 
@@ -509,7 +612,9 @@ def _is_computed_in_float(n: fx.Node, runs: set[fx.Node]) -> bool:
 def _float_reason(n: fx.Node) -> str:
     name = str(n.target).removeprefix("aten.").partition(".")[0].removesuffix("_")
     follows = n.target in ELEMENTWISE | MEANS | CAT
-    return f"{name} stays float between float operations" if follows else f"{name} has no integer form"
+    return (
+        f"{name} stays float between float operations" if follows else f"{name} has no integer form"
+    )
 
 
 def _round_(work: _Work, value: fx.Node, grid: _Grid) -> None:
@@ -525,7 +630,11 @@ def _pair(work: _Work, value: fx.Node, grid: _Grid) -> tuple[fx.Node, fx.Node]:
     how = (grid.scale, grid.zero, grid.low, grid.high, kind)
     graph = work.graph.graph
     rounded = graph.call_function(ops.quantize_per_tensor.default, (value, *how))
-    rounded.append(back := graph.create_node("call_function", ops.dequantize_per_tensor.default, (rounded, *how)))
+    rounded.append(
+        back := graph.create_node(
+            "call_function", ops.dequantize_per_tensor.default, (rounded, *how)
+        )
+    )
     return rounded, back
 
 
@@ -567,7 +676,10 @@ def _tidy_(graph: fx.GraphModule) -> None:
     """Drops tensors that nothing reads any more: the artifact must not hold a weight twice."""
     graph.graph.eliminate_dead_code()
     read = {n.target for n in graph.graph.nodes if n.op == "get_attr"}
-    for name, _ in [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]:
+    for name, _ in [
+        *graph.named_parameters(remove_duplicate=False),
+        *graph.named_buffers(remove_duplicate=False),
+    ]:
         if name not in read:
             owner, _, key = name.rpartition(".")
             delattr(graph.get_submodule(owner), key)

@@ -68,7 +68,11 @@ class Latency:
 
 
 def parity(
-    model: nn.Module | torch.export.ExportedProgram, path: str | Path, x: Example, *, tolerance: float = TOLERANCE
+    model: nn.Module | torch.export.ExportedProgram,
+    path: str | Path,
+    x: Example,
+    *,
+    tolerance: float = TOLERANCE,
 ) -> Parity:
     """Compares the outputs of `model` and of the file on standardised examples `x`, such as float32 [n, *input_shape].
 
@@ -96,11 +100,15 @@ def parity(
     for out in (t for t in expected if t.dim() and len(t) == count):
         usable &= torch.isfinite(out).reshape(count, -1).all(1)
     if not bool(usable.any()):
-        raise ExportError(f"export: the model gives finite logits on none of {count} examples; train it again")
+        raise ExportError(
+            f"export: the model gives finite logits on none of {count} examples; train it again"
+        )
     worst, square, whole = 0.0, 0.0, 0.0
     for name, a, b in zip(names, expected, got, strict=True):
         a, b = (t[usable] if t.dim() and len(t) == count else t for t in (a, b))
-        if not a.is_floating_point():  # a class or a yes: another one is no nearer for being the next
+        if (
+            not a.is_floating_point()
+        ):  # a class or a yes: another one is no nearer for being the next
             if (apart := float((a != b).double().mean())) > tolerance:
                 raise ExportError(
                     f"export: the output '{name}' of {path} is another than that of the model in {100 * apart:.0f}% of "
@@ -110,22 +118,31 @@ def parity(
         error = (b.double() - a.double()).abs().nan_to_num(nan=torch.inf)
         most, allowed = error.max().item(), tolerance * max(1.0, a.abs().max().item())
         if most > allowed:
-            raise ExportError(_too_far(path, name if len(names) > 1 else "logit", most, allowed, tolerance))
+            raise ExportError(
+                _too_far(path, name if len(names) > 1 else "logit", most, allowed, tolerance)
+            )
         worst, square, whole = (
             max(worst, most),
             square + float(error.square().sum()),
             whole + float(a.double().square().sum()),
         )
     at = main_output(names)
-    same = agreement(expected[at][usable], got[at][usable]) if _decides(expected[at], count) else 1.0
-    return Parity(worst, same, int(usable.sum()), (square / whole) ** 0.5 if whole else 0.0, session.conditions())
+    same = (
+        agreement(expected[at][usable], got[at][usable]) if _decides(expected[at], count) else 1.0
+    )
+    return Parity(
+        worst,
+        same,
+        int(usable.sum()),
+        (square / whole) ** 0.5 if whole else 0.0,
+        session.conditions(),
+    )
 
 
 def _too_far(path: str | Path, name: str, error: float, allowed: float, tolerance: float) -> str:
     what = "a logit" if name == "logit" else f"the output '{name}'"
-    return (
-        f"export: {what} of {path} differs from the model by {error:.2g}, allowed is {allowed:.2g}; {_cure(tolerance)}"
-    )
+    far = f"differs from the model by {error:.2g}, allowed is {allowed:.2g}"
+    return f"export: {what} of {path} {far}; {_cure(tolerance)}"
 
 
 def _cure(tolerance: float) -> str:
@@ -151,7 +168,9 @@ def agreement(a: Tensor, b: Tensor) -> float:
     return (a.argmax(1) == b.argmax(1)).float().mean().item()
 
 
-def latency(path: str | Path, given: Given, *, seconds: float = 2.0, max_runs: int = 200) -> Latency:
+def latency(
+    path: str | Path, given: Given, *, seconds: float = 2.0, max_runs: int = 200
+) -> Latency:
     """Times the file on one example on one thread, for about `seconds` and for 10 to `max_runs` runs.
 
     Args:
@@ -184,7 +203,9 @@ def accuracy(path: str | Path, x: Tensor, y: Tensor, preprocess: Preprocess) -> 
         ExportError: if there is no example, or if the file cannot be run.
     """
     if not len(y):
-        raise ExportError(f"export: no example to measure the accuracy of {path} on; give at least one")
+        raise ExportError(
+            f"export: no example to measure the accuracy of {path} on; give at least one"
+        )
     return int((answers(path, x, preprocess).argmax(1) == y).sum()) / len(y)
 
 
@@ -195,7 +216,9 @@ def answers(path: str | Path, x: Tensor, preprocess: Preprocess) -> Tensor:
         ExportError: if the file cannot be run.
     """
     size, session = of_file(path).batch or BATCH_SIZE, open_file(path)
-    found = [torch.from_numpy(np.array(session.main(preprocess(part).numpy()))) for part in x.split(size)]
+    found = [
+        torch.from_numpy(np.array(session.main(preprocess(part).numpy()))) for part in x.split(size)
+    ]
     return torch.cat(found)
 
 
@@ -221,7 +244,9 @@ def logits(model: nn.Module | torch.export.ExportedProgram, x: Example) -> Tenso
 def array_call(x: Example) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
     """Returns a batch as arguments of a `Session`, by position and by name."""
     args, named = call_of(x)
-    return [t.detach().cpu().numpy() for t in args], {name: t.detach().cpu().numpy() for name, t in named.items()}
+    return [t.detach().cpu().numpy() for t in args], {
+        name: t.detach().cpu().numpy() for name, t in named.items()
+    }
 
 
 def _file_outputs(path: str | Path, x: Example) -> tuple[Session, list[Tensor]]:
@@ -235,7 +260,9 @@ def _file_outputs(path: str | Path, x: Example) -> tuple[Session, list[Tensor]]:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module | torch.export.ExportedProgram, x: Example) -> tuple[list[str], list[Tensor]]:
+def _outputs(
+    model: nn.Module | torch.export.ExportedProgram, x: Example
+) -> tuple[list[str], list[Tensor]]:
     """Runs a model or graph on all rows: the names of its outputs, and the outputs."""
     if isinstance(model, torch.export.ExportedProgram):
         return _of(model.module(check_guards=False), as_device(x), torch.device("cpu"))
@@ -249,7 +276,9 @@ def _outputs(model: nn.Module | torch.export.ExportedProgram, x: Example) -> tup
             module.training = training
 
 
-def _of(model: Callable[..., Any], x: Example, device: torch.device) -> tuple[list[str], list[Tensor]]:
+def _of(
+    model: Callable[..., Any], x: Example, device: torch.device
+) -> tuple[list[str], list[Tensor]]:
     names: list[str] = []
 
     def run(part: Example) -> list[Tensor]:

@@ -86,7 +86,9 @@ class Session:
         names = [port.name for port in self.inputs]
         given = {**dict(zip(names, args, strict=False)), **named}
         if len(args) > len(names) or given.keys() != set(names):
-            extra = [f"{len(args)} by position"] * (len(args) > len(names)) + sorted(given.keys() - set(names))
+            extra = [f"{len(args)} by position"] * (len(args) > len(names)) + sorted(
+                given.keys() - set(names)
+            )
             lacks = [name for name in names if name not in given]
             wrong = f"lacks {', '.join(lacks)}" if lacks else f"has no {', '.join(extra)}"
             raise ExportError(f"export: the call {wrong}; {self.path} takes {', '.join(names)}")

@@ -2,9 +2,16 @@
 
 from fedpress.core.names import ClientId
 from fedpress.federation.aggregators.mean import Adder, PlainSum, SecureSum
-from fedpress.federation.algorithms.fedopt import SERVERS, Adam, Algorithm, Average, Momentum, Server
+from fedpress.federation.algorithms.fedopt import (
+    SERVERS,
+    Adam,
+    Algorithm,
+    Average,
+    Momentum,
+    Server,
+)
 from fedpress.federation.client import Client, agreement
-from fedpress.federation.client_state import Files, Memory, Recall
+from fedpress.federation.client_state import ClientState, DiskState, InMemoryState
 from fedpress.federation.downlink import Downlink
 from fedpress.federation.exchange import Traffic, Transport
 from fedpress.federation.local import LOCAL_UPDATES, LocalSettings, private_sgd, sgd
@@ -22,14 +29,14 @@ __all__ = [
     "Average",
     "Client",
     "ClientId",
+    "ClientState",
     "Cohort",
+    "DiskState",
     "Downlink",
-    "Files",
+    "InMemoryState",
     "LocalSettings",
-    "Memory",
     "Momentum",
     "PlainSum",
-    "Recall",
     "RoundRecord",
     "SecureSum",
     "Server",

@@ -17,7 +17,7 @@ from fedpress.core.examples import Arrays
 from fedpress.core.names import ClientId
 from fedpress.errors import DivergedError, RecipeError, TrainingError, WireError
 from fedpress.federation.aggregators.mean import SecureSum
-from fedpress.federation.client_state import Memory, Recall, load_json, save_json
+from fedpress.federation.client_state import ClientState, InMemoryState, load_json, save_json
 from fedpress.federation.downlink import LOST, SERVER, Downlink
 from fedpress.federation.failures import Tally
 from fedpress.federation.local import (
@@ -36,7 +36,7 @@ from fedpress.federation.uplink import Uplink
 from fedpress.models.norms import freeze_batch_norm_
 from fedpress.privacy.noise.mechanism import clip
 from fedpress.privacy.plan import PrivacyPlan
-from fedpress.secagg import Member, Part
+from fedpress.secagg import SecAggClient, SecAggMessage
 from fedpress.wire.fields import check_header, need
 from fedpress.wire.message import JSON, Message, pack, unpack
 
@@ -44,7 +44,10 @@ Norm = Literal["frozen", "batch"]
 
 
 def agreement(
-    layout: parameters.Layout, settings: LocalSettings, uplink: Uplink, downlink: Downlink | None = None
+    layout: parameters.Layout,
+    settings: LocalSettings,
+    uplink: Uplink,
+    downlink: Downlink | None = None,
 ) -> str:
     """Returns a fingerprint of all that both sides must hold alike; a client refuses a request with another one."""
     parts = (layout, settings, uplink, *([] if downlink is None else [downlink]))
@@ -90,15 +93,17 @@ class Client:
     plan: PrivacyPlan | None = None
     downlink: Downlink | None = None
     error_feedback: bool = False
-    memory: Memory = field(default_factory=Recall)
-    member: Member | None = None
+    memory: ClientState = field(default_factory=InMemoryState)
+    member: SecAggClient | None = None
     secret: int | None = field(default=None, repr=False)
     num_rounds: int | None = None
     norm: Norm = "frozen"
 
     def __post_init__(self) -> None:
         if not len(self.arrays):
-            raise RecipeError(f"federate.client {self.name}: it has no examples; leave it out or partition differently")
+            raise RecipeError(
+                f"federate.client {self.name}: it has no examples; leave it out or partition differently"
+            )
         if (
             self.norm != "frozen"
             and self.plan is not None
@@ -122,8 +127,14 @@ class Client:
         if planned:
             check_private(self.settings, self.plan)
         if (self.member is not None) != isinstance(self.uplink.adder, SecureSum):
-            raise RecipeError("federate.sum: a secure sum needs a member with keys on every client; give both or none")
-        noisy = self.uplink.privacy is not None and self.uplink.client_unit and self.uplink.trust != "central"
+            raise RecipeError(
+                "federate.sum: a secure sum needs a member with keys on every client; give both or none"
+            )
+        noisy = (
+            self.uplink.privacy is not None
+            and self.uplink.client_unit
+            and self.uplink.trust != "central"
+        )
         if self.error_feedback and (noisy or self.uplink.joint):
             raise RecipeError(
                 "federate.error_feedback: a client that adds noise would take it away again in the next round; "
@@ -164,7 +175,9 @@ class Client:
         tensors = self.uplink.encode(update, key, unit=unit)
         after = dict(held)
         if self.error_feedback:
-            after["residual"] = self._clipped(update, unit) - unit * self.uplink.decode(tensors, key)
+            after["residual"] = self._clipped(update, unit) - unit * self.uplink.decode(
+                tensors, key
+            )
         if self.member is not None:
             names: list[str] = need("fit", message.header, "cohort")
             part = self.member.mask(tensors[VALUES], round=key.round, cohort=names)
@@ -187,16 +200,24 @@ class Client:
             diverged = isinstance(problem, DivergedError)
             if self.uplink.client_unit:
                 return torch.zeros_like(params), {"not_finite" if diverged else "failed": 1}
-            if self.uplink.joint:  # the same for every cause: the batch that was expected, a public number
+            if (
+                self.uplink.joint
+            ):  # the same for every cause: the batch that was expected, a public number
                 assert self.plan is not None
-                return torch.zeros_like(params), {"failed": round(self.plan.sampling_prob * len(self.arrays))}
-            if diverged:  # it follows from noised steps alone, so it says nothing about the examples
+                return torch.zeros_like(params), {
+                    "failed": round(self.plan.sampling_prob * len(self.arrays))
+                }
+            if (
+                diverged
+            ):  # it follows from noised steps alone, so it says nothing about the examples
                 raise
             raise TrainingError(
                 f"local update: failed with {type(problem).__name__}; what on stays private"
             ) from problem
 
-    def _failures(self, measured: dict[str, JSON], hidden: tuple[Tensor, ...], key: Key) -> dict[str, JSON]:
+    def _failures(
+        self, measured: dict[str, JSON], hidden: tuple[Tensor, ...], key: Key
+    ) -> dict[str, JSON]:
         """Returns what the header says of examples, or clients, that gave nothing: under privacy alone.
 
         A trusted server gets the counts as they are and adds the noise; otherwise it is added here. It is drawn for
@@ -221,26 +242,32 @@ class Client:
         if self.uplink.privacy is None:
             return
         if self.num_rounds is not None and round > self.num_rounds:
-            raise WireError(f"fit.round: got {round}, but privacy is planned for {self.num_rounds} rounds; stop here")
+            raise WireError(
+                f"fit.round: got {round}, but privacy is planned for {self.num_rounds} rounds; stop here"
+            )
         asked = random.fingerprint(
             sorted(message.header.items()), *(message.tensors[n] for n in sorted(message.tensors))
         )
         answered = load_json(self.memory, "answered")
         if answered.get(str(round), asked[:16]) != asked[:16]:
-            raise WireError(f"fit.round: round {round} was answered to another question; go on with the next round")
+            raise WireError(
+                f"fit.round: round {round} was answered to another question; go on with the next round"
+            )
         if str(round) not in answered:
             save_json(self.memory, "answered", {**answered, str(round): asked[:16]})
 
-    def _secure(self, member: Member, message: Message) -> Message:
-        part = Part(dict(message.header), dict(message.tensors))
+    def _secure(self, member: SecAggClient, message: Message) -> Message:
+        part = SecAggMessage(dict(message.header), dict(message.tensors))
         if message.kind == "join":
             answer = member.join()
             return Message("join", answer.header, answer.tensors)
         answer = member.accept(part) if message.kind == "roster" else member.unmask(part)
         self._remember(member)
-        return Message("accepted" if message.kind == "roster" else "shares", answer.header, answer.tensors)
+        return Message(
+            "accepted" if message.kind == "roster" else "shares", answer.header, answer.tensors
+        )
 
-    def _remember(self, member: Member) -> None:
+    def _remember(self, member: SecAggClient) -> None:
         """Keeps which rounds were answered: a client that starts again must not answer another question in one."""
         save_json(self.memory, "member", member.state())
 
@@ -256,27 +283,45 @@ class Client:
 
     def _key(self, request: Message) -> Key:
         if request.kind != "fit":
-            raise WireError(f"fit.kind: got {request.kind!r}, expected 'fit'; use the same fedpress on both sides")
+            raise WireError(
+                f"fit.kind: got {request.kind!r}, expected 'fit'; use the same fedpress on both sides"
+            )
         round: int = need("fit", request.header, "round")
-        agreed = agreement(parameters.Layout.of(self.model), self.settings, self.uplink, self.downlink)
+        agreed = agreement(
+            parameters.Layout.of(self.model), self.settings, self.uplink, self.downlink
+        )
         if request.header.get("agreement") != agreed:
-            raise WireError("fit.agreement: the server works with other settings or another model; use the same recipe")
+            raise WireError(
+                "fit.agreement: the server works with other settings or another model; use the same recipe"
+            )
         return Key(self.seed, round, self.name, self.secret)
 
     def _receive(self, request: Message, key: Key) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the server's parameters [d] and what to remember of them."""
         if self.downlink is None:
             params = request.tensors.get("params")
-            if params is None or params.dtype != torch.float32 or not bool(torch.isfinite(params).all()):
-                raise WireError("fit.params: expected finite float32 values; send the server's parameters")
+            if (
+                params is None
+                or params.dtype != torch.float32
+                or not bool(torch.isfinite(params).all())
+            ):
+                raise WireError(
+                    "fit.params: expected finite float32 values; send the server's parameters"
+                )
             return params, {}
         version: int = need("fit", request.header, "from")
         if version >= key.round:
-            raise WireError(f"fit.from: got {version!r}, expected a round before {key.round}; use the same recipe")
+            raise WireError(
+                f"fit.from: got {version!r}, expected a round before {key.round}; use the same recipe"
+            )
         state = self.memory.load(version + 1) if version else {}
         if version and ("held" not in state or int(state["version"]) != version):
-            raise WireError(f"fit.from: this client does not hold the model of round {version} any more; {LOST}")
-        held = self.downlink.decode(request.tensors, state.get("held"), Key(self.seed, key.round, SERVER))
+            raise WireError(
+                f"fit.from: this client does not hold the model of round {version} any more; {LOST}"
+            )
+        held = self.downlink.decode(
+            request.tensors, state.get("held"), Key(self.seed, key.round, SERVER)
+        )
         return held, {"held": held, "version": torch.tensor(key.round)}
 
     def _fit(self, params: Tensor, key: Key) -> tuple[Tensor, dict[str, JSON]]:
@@ -325,7 +370,9 @@ class Client:
             freeze_batch_norm_(self.model)
         try:
             with torch.random.fork_rng():  # dropout draws from torch's global generator
-                torch.manual_seed(random.derive(self.seed, "client", self.name, "round", key.round, "dropout"))
+                torch.manual_seed(
+                    random.derive(self.seed, "client", self.name, "round", key.round, "dropout")
+                )
                 yield
         finally:  # whatever a module keeps of private examples must not reach the next request
             with torch.no_grad():

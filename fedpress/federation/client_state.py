@@ -24,7 +24,7 @@ KEPT = 2
 """States that are kept: the last may belong to a round that the server never finished and asks for again."""
 
 
-class Memory(Protocol):
+class ClientState(Protocol):
     """One client's memory: a state after each round, of which the last two can be asked for, and lasting notes."""
 
     def load(self, round: int) -> dict[str, Tensor]:
@@ -35,33 +35,33 @@ class Memory(Protocol):
         """Keeps the state after `round` and forgets later ones."""
         ...
 
-    def note(self, name: str) -> dict[str, Tensor]:
+    def entry(self, name: str) -> dict[str, Tensor]:
         """Returns what was last noted under `name`, whatever the round; empty at the beginning."""
         ...
 
-    def save_note(self, name: str, state: Mapping[str, Tensor]) -> None:
+    def save_entry(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Replaces the note `name`."""
         ...
 
 
-def load_json(memory: Memory, name: str) -> dict[str, Any]:
+def load_json(memory: ClientState, name: str) -> dict[str, Any]:
     """Returns the JSON object noted under `name`; empty at the beginning."""
-    note = memory.note(name)
+    note = memory.entry(name)
     found: dict[str, Any] = json.loads(bytes(note[JSON_TENSOR].tolist())) if note else {}
     return found
 
 
-def save_json(memory: Memory, name: str, value: Mapping[str, Any]) -> None:
+def save_json(memory: ClientState, name: str, value: Mapping[str, Any]) -> None:
     """Notes a JSON object under `name`."""
     text = bytearray(json.dumps(value).encode())
-    memory.save_note(name, {JSON_TENSOR: torch.frombuffer(text, dtype=torch.uint8)})
+    memory.save_entry(name, {JSON_TENSOR: torch.frombuffer(text, dtype=torch.uint8)})
 
 
 @dataclass(eq=False)
-class Recall:
+class InMemoryState:
     """A memory that ends with the process.
 
-    >>> memory = Recall()
+    >>> memory = InMemoryState()
     >>> memory.save(3, {})
     >>> memory.load(3), sorted(memory.rounds)
     ({}, [3])
@@ -71,31 +71,31 @@ class Recall:
     notes: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def load(self, round: int) -> dict[str, Tensor]:
-        """See `Memory`."""
+        """See `ClientState`."""
         return dict(self.rounds.get(max((r for r in self.rounds if r < round), default=0), {}))
 
     def save(self, round: int, state: Mapping[str, Tensor]) -> None:
-        """See `Memory`."""
+        """See `ClientState`."""
         before = sorted(r for r in self.rounds if r < round)[-(KEPT - 1) :]
         self.rounds = {r: self.rounds[r] for r in before} | {round: dict(state)}
 
-    def note(self, name: str) -> dict[str, Tensor]:
-        """See `Memory`."""
+    def entry(self, name: str) -> dict[str, Tensor]:
+        """See `ClientState`."""
         return dict(self.notes.get(name, {}))
 
-    def save_note(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """See `Memory`."""
+    def save_entry(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """See `ClientState`."""
         self.notes[name] = dict(state)
 
 
 @dataclass(frozen=True)
-class Files:
+class DiskState:
     """A memory in a folder, so that a client that starts again goes on; each file is replaced in one step."""
 
     folder: Path
 
     def load(self, round: int) -> dict[str, Tensor]:
-        """See `Memory`.
+        """See `ClientState`.
 
         Raises:
             RunError: if the file is damaged.
@@ -104,7 +104,7 @@ class Files:
         return self._read(f"{before[-1]}") if before else {}
 
     def save(self, round: int, state: Mapping[str, Tensor]) -> None:
-        """See `Memory`."""
+        """See `ClientState`."""
         self._write(f"{round}", state)
         rounds = self._rounds()
         keep = [r for r in rounds if r <= round][-KEPT:]
@@ -113,19 +113,21 @@ class Files:
         if round % LONG == 0:
             checksums.tidy(self.folder)
 
-    def note(self, name: str) -> dict[str, Tensor]:
-        """See `Memory`."""
+    def entry(self, name: str) -> dict[str, Tensor]:
+        """See `ClientState`."""
         return self._read(f"note-{name}") if self._path(f"note-{name}").exists() else {}
 
-    def save_note(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """See `Memory`."""
+    def save_entry(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """See `ClientState`."""
         self._write(f"note-{name}", state)
 
     def _path(self, stem: str) -> Path:
         return self.folder / f"{stem}.safetensors"
 
     def _rounds(self) -> list[int]:
-        names = (re.fullmatch(r"(\d+)\.safetensors", p.name) for p in self.folder.glob("*.safetensors"))
+        names = (
+            re.fullmatch(r"(\d+)\.safetensors", p.name) for p in self.folder.glob("*.safetensors")
+        )
         return sorted(int(found[1]) for found in names if found)
 
     def _read(self, stem: str) -> dict[str, Tensor]:
@@ -136,7 +138,9 @@ class Files:
                 raise RunError(f"{path}: this memory of a client is damaged ({fault}); {cure}")
             return load_file(path)
         except (OSError, SafetensorError) as error:
-            raise RunError(f"{path}: this memory of a client is damaged ({error}); {cure}") from error
+            raise RunError(
+                f"{path}: this memory of a client is damaged ({error}); {cure}"
+            ) from error
 
     def _write(self, stem: str, state: Mapping[str, Tensor]) -> None:
         path = self._path(stem)
@@ -147,4 +151,6 @@ class Files:
             checksums.note(path, part, sync=False)
             os.replace(part, path)
         except (OSError, SafetensorError) as error:
-            raise RunError(f"{path}: cannot be written ({error}); free some space, then go on with --resume") from error
+            raise RunError(
+                f"{path}: cannot be written ({error}); free some space, then go on with --resume"
+            ) from error

@@ -13,7 +13,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedpress.codecs import Bound, Chain, Key, Settings, bind_chain, check_float, decode_chain, encode_chain
+from fedpress.codecs import (
+    Bound,
+    Chain,
+    Key,
+    Settings,
+    bind_chain,
+    check_float,
+    decode_chain,
+    encode_chain,
+)
 from fedpress.core.names import ClientId
 
 SERVER = "server"
@@ -41,11 +50,15 @@ class Downlink:
         Raises:
             RecipeError: if its transforms do not fit together.
         """
-        return bind_chain(self.first if whole else self.chain, Bound(self.size, shapes=self.shapes))[0]
+        return bind_chain(
+            self.first if whole else self.chain, Bound(self.size, shapes=self.shapes)
+        )[0]
 
     def encode(self, params: Tensor, held: Tensor | None, key: Key) -> dict[str, Tensor]:
         """Returns the tensors that bring `params` [d] to a client that holds `held` [d], None for nothing."""
-        return encode_chain(self.bound(whole=held is None), params if held is None else params - held, key)
+        return encode_chain(
+            self.bound(whole=held is None), params if held is None else params - held, key
+        )
 
     def decode(self, tensors: Mapping[str, Tensor], held: Tensor | None, key: Key) -> Tensor:
         """Returns the model [d] that a client holds after it was sent `tensors`.
@@ -53,7 +66,9 @@ class Downlink:
         Raises:
             WireError: if that is not what the tensors hold.
         """
-        difference = check_float(decode_chain(self.bound(whole=held is None), tensors, key), self.size, "fit")
+        difference = check_float(
+            decode_chain(self.bound(whole=held is None), tensors, key), self.size, "fit"
+        )
         return check_float(difference if held is None else held + difference, self.size, "fit")
 
 
@@ -71,10 +86,14 @@ class Broadcast:
     sent: dict[ClientId, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, downlink: Downlink, seed: int, clients: Sequence[ClientId], state: Mapping[str, Tensor]) -> Broadcast:
+    def open(
+        cls, downlink: Downlink, seed: int, clients: Sequence[ClientId], state: Mapping[str, Tensor]
+    ) -> Broadcast:
         """Begins, or goes on from what `state` gave."""
         rows = state["holds"].tolist() if state else [NOTHING] * len(clients)
-        holds = {client: (int(row[0]), int(row[1])) for client, row in zip(clients, rows, strict=True)}
+        holds = {
+            client: (int(row[0]), int(row[1])) for client, row in zip(clients, rows, strict=True)
+        }
         copies = {}
         for name, tensor in state.items():
             if name != "holds":
@@ -117,4 +136,6 @@ class Broadcast:
         most = max(1, KEPT_BYTES // (4 * max(1, self.downlink.size)))
         kept = sorted(set(self.holds.values()) - {NOTHING})[-most:]
         self.copies = {name: copy for name, copy in self.copies.items() if name in kept}
-        self.holds = {client: copy if copy in kept else NOTHING for client, copy in self.holds.items()}
+        self.holds = {
+            client: copy if copy in kept else NOTHING for client, copy in self.holds.items()
+        }

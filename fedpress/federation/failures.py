@@ -65,7 +65,9 @@ class Tally:
         """Returns the sum of `steps` counts, each with noise of `plan`; `hidden` names all that the noise hides."""
         if plan.noise_multiplier == 0:
             return self
-        count = replace(plan, clip_norm=1.0, noise_multiplier=plan.noise_multiplier * math.sqrt(steps))
+        count = replace(
+            plan, clip_norm=1.0, noise_multiplier=plan.noise_multiplier * math.sqrt(steps)
+        )
         values = self.tensor()
-        chance = key.chance("failures", random.fingerprint(values, count, hidden))
+        chance = key.noise_source("failures", random.fingerprint(values, count, hidden))
         return Tally(*noise_sum(values, count, chance).double().tolist())

@@ -18,10 +18,23 @@ from fedpress.core.parameters import trainable
 from fedpress.errors import DivergedError, RecipeError, TrainingError
 from fedpress.nn.quantized import step_sizes
 from fedpress.privacy.noise.mechanism import poisson_batches
-from fedpress.privacy.per_example.gradients import RawStats, Verify, choose_method, clipped_gradient_sum
+from fedpress.privacy.per_example.gradients import (
+    RawStats,
+    Verify,
+    choose_method,
+    clipped_gradient_sum,
+)
 from fedpress.privacy.per_example.sgd import private_steps
 from fedpress.privacy.plan import PrivacyPlan
-from fedpress.training.fit import ONE_VALUE, Precision, autocast, averages_batches, memory_format, outputs, uses_bf16
+from fedpress.training.fit import (
+    ONE_VALUE,
+    Precision,
+    autocast,
+    averages_batches,
+    memory_format,
+    outputs,
+    uses_bf16,
+)
 from fedpress.wire.message import JSON
 
 Prepare: TypeAlias = "Callable[[Tensor, torch.Generator], Tensor]"
@@ -79,7 +92,12 @@ def sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
         DivergedError: if the loss is not finite.
         TrainingError: if there is one example only, which leaves a batch norm nothing to average.
     """
-    s, params, shuffle, chance = task.settings, trainable(model), task.key.own("shuffle"), task.key.own("prepare")
+    s, params, shuffle, chance = (
+        task.settings,
+        trainable(model),
+        task.key.client_stream("shuffle"),
+        task.key.client_stream("prepare"),
+    )
     spared = step_sizes(model)  # the grids of quantized layers: decay would only draw them in
     groups = [
         {"params": [p for p in params if id(p) not in spared], "weight_decay": s.weight_decay},
@@ -146,7 +164,11 @@ def _loss(model: nn.Module, task: Task, batch: Arrays, chance: torch.Generator) 
         except ValueError as problem:
             if len(x) > 1 or ONE_VALUE not in str(problem):
                 raise
-            cure = "leave this client out" if len(task.arrays) == 1 else "take federate.batch_size = 2 or more"
+            cure = (
+                "leave this client out"
+                if len(task.arrays) == 1
+                else "take federate.batch_size = 2 or more"
+            )
             raise TrainingError(
                 f"local update: a batch of one example leaves a batch norm nothing to average; {cure}, or set "
                 "federate.norm = 'frozen'"
@@ -162,7 +184,7 @@ def private_sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
     """
     plan = check_private(task.settings, task.plan)
     at, question = next(model.parameters()).device, _question(model, task)
-    chance = task.key.hidden("prepare", question)
+    chance = task.key.private_stream("prepare", question)
 
     def prepare(x: Tensor) -> Tensor:
         x = task.prepare(x, chance)
@@ -177,12 +199,12 @@ def private_sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
         steps=plan.steps_per_round,
         lr=task.lr,
         momentum=task.settings.momentum,
-        generator=task.key.chance("private", question),
+        generator=task.key.noise_source("private", question),
         prepare=prepare,
         autocast=torch.bfloat16 if uses_bf16(model, task.settings.precision) else None,
     )
     with torch.random.fork_rng():  # dropout draws from torch's global generators
-        torch.manual_seed(task.key.own("dropout", question).initial_seed())
+        torch.manual_seed(task.key.client_stream("dropout", question).initial_seed())
         raw = [record.raw for record in steps]
     return {"steps": plan.steps_per_round, **_failures(raw)}
 
@@ -197,14 +219,16 @@ def rehearse_private(model: nn.Module, task: Task) -> None:
     plan = check_private(task.settings, task.plan)
     at = next(model.parameters()).device
     x, y = task.arrays.x.to(at), task.arrays.y.to(at)
-    x = task.prepare(x, task.key.own("prepare"))
+    x = task.prepare(x, task.key.client_stream("prepare"))
     x = x.contiguous(memory_format=memory_format(x, model))
     method, bf16 = choose_method(model, _loss_of, x, y), uses_bf16(model, task.settings.precision)
     with torch.autocast(at.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16):
         total, raw = clipped_gradient_sum(
             model, _loss_of, x, y, clip_norm=plan.clip_norm, method=method, verify="gradients"
         )
-        if not total.any() and not raw.failed:  # a layer of zeros may hide every gradient at the start
+        if (
+            not total.any() and not raw.failed
+        ):  # a layer of zeros may hide every gradient at the start
             with torch.no_grad():
                 for p in trainable(model):
                     p.add_(0.05 * torch.randn_like(p))
@@ -212,9 +236,13 @@ def rehearse_private(model: nn.Module, task: Task) -> None:
     if raw.failed:
         raise TrainingError(f"{raw.failed} of {raw.examples} examples failed alone: {raw.problem}")
     if raw.refused:
-        raise TrainingError(f"the gradient of {raw.refused} of {raw.examples} examples is NaN or infinite")
+        raise TrainingError(
+            f"the gradient of {raw.refused} of {raw.examples} examples is NaN or infinite"
+        )
     if not total.any():
-        raise TrainingError("no trained parameter has a gradient, so only noise would move the model")
+        raise TrainingError(
+            "no trained parameter has a gradient, so only noise would move the model"
+        )
 
 
 def joint_gradient(model: nn.Module, task: Task) -> tuple[Tensor, dict[str, JSON]]:
@@ -228,20 +256,29 @@ def joint_gradient(model: nn.Module, task: Task) -> tuple[Tensor, dict[str, JSON
     """
     plan = check_private(task.settings, task.plan)
     at, question = next(model.parameters()).device, _question(model, task)
-    batches = poisson_batches(len(task.arrays), plan.sampling_prob, 1, task.key.chance("private", question))
+    batches = poisson_batches(
+        len(task.arrays), plan.sampling_prob, 1, task.key.noise_source("private", question)
+    )
     index = next(batches)
     x, y = task.arrays.x[index].to(at), task.arrays.y[index].to(at)
     if len(index):
-        x = task.prepare(x, task.key.hidden("prepare", question))
+        x = task.prepare(x, task.key.private_stream("prepare", question))
         x = x.contiguous(memory_format=memory_format(x, model))
     method = choose_method(model, _loss_of, x, y) if len(index) else "loop"
     verify: Verify = "gradients" if task.key.round == 1 else "losses"
     with torch.random.fork_rng():  # dropout draws from torch's global generators
-        torch.manual_seed(task.key.own("dropout", question).initial_seed())
+        torch.manual_seed(task.key.client_stream("dropout", question).initial_seed())
         bf16 = uses_bf16(model, task.settings.precision)
         with torch.autocast(at.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16):
             total, raw = clipped_gradient_sum(
-                model, _loss_of, x, y, clip_norm=plan.clip_norm, method=method, verify=verify, contain=True
+                model,
+                _loss_of,
+                x,
+                y,
+                clip_norm=plan.clip_norm,
+                method=method,
+                verify=verify,
+                contain=True,
             )
     return -total.cpu(), {"steps": 1, **_failures([raw])}
 
@@ -267,14 +304,25 @@ def _question(model: nn.Module, task: Task) -> str:
     again every round, so that the name holds also if somebody changed them.
     """
     state = model.state_dict()
-    settings = (model, parameters.Layout.of(model), task.settings, task.plan, task.prepare, [*state])
-    return random.fingerprint(*settings, *state.values(), *model.buffers(), task.arrays.x, task.arrays.y)
+    settings = (
+        model,
+        parameters.Layout.of(model),
+        task.settings,
+        task.plan,
+        task.prepare,
+        [*state],
+    )
+    return random.fingerprint(
+        *settings, *state.values(), *model.buffers(), task.arrays.x, task.arrays.y
+    )
 
 
 def check_private(settings: LocalSettings, plan: PrivacyPlan | None) -> PrivacyPlan:
     """Returns `plan`; RecipeError unless `settings` can run as private steps under it."""
     if plan is None or plan.unit != "sample":
-        raise RecipeError("federate.privacy: private_sgd needs a plan of unit 'sample'; give one or use sgd")
+        raise RecipeError(
+            "federate.privacy: private_sgd needs a plan of unit 'sample'; give one or use sgd"
+        )
     for name in ("proximal_mu", "weight_decay"):
         if getattr(settings, name):
             raise RecipeError(f"federate.{name}: not offered with sample privacy; set it to 0")

@@ -26,9 +26,15 @@ def device_sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
         raise RecipeError(
             "federate: device_sgd trains an ExecuTorch program; give the client model = deploy.DeviceModel(path)"
         )
-    s, shuffle, chance = task.settings, task.key.own("shuffle"), task.key.own("prepare")
+    s, shuffle, chance = (
+        task.settings,
+        task.key.client_stream("shuffle"),
+        task.key.client_stream("prepare"),
+    )
     if s.precision == "bf16":
-        raise RecipeError(f"federate.precision: devices train in float32, got {s.precision!r}; set 'float32'")
+        raise RecipeError(
+            f"federate.precision: devices train in float32, got {s.precision!r}; set 'float32'"
+        )
     optimizer = model.optimizer(task.lr, momentum=s.momentum, weight_decay=s.weight_decay)
     params = dict(model.named_parameters())
     anchor = {name: p.detach().clone() for name, p in params.items()} if s.proximal_mu else {}

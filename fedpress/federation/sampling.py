@@ -33,7 +33,9 @@ class Cohort:
 
     def __post_init__(self) -> None:
         if self.sampling not in ("fixed", "poisson", "cyclic"):
-            raise RecipeError(f"federate.sampling: got {self.sampling!r}, expected 'fixed', 'poisson' or 'cyclic'")
+            raise RecipeError(
+                f"federate.sampling: got {self.sampling!r}, expected 'fixed', 'poisson' or 'cyclic'"
+            )
         if not 1 <= self.size <= self.population:
             raise RecipeError(
                 f"federate.cohort: got {self.size}, expected between 1 and the population of {self.population} clients;"
@@ -78,7 +80,11 @@ class Cohort:
             return [clients[at] for at in turn.tolist()]
         gen = secret_generator(seed, "cohort", round)
         if self.sampling == "poisson":
-            joins = torch.rand(self.population, generator=gen, dtype=torch.float64) < self.sampling_prob
-            return [client for client, joined in zip(clients, joins.tolist(), strict=True) if joined]
+            joins = (
+                torch.rand(self.population, generator=gen, dtype=torch.float64) < self.sampling_prob
+            )
+            return [
+                client for client, joined in zip(clients, joins.tolist(), strict=True) if joined
+            ]
         chosen = torch.randperm(self.population, generator=gen)[: self.size].sort().values
         return [clients[at] for at in chosen.tolist()]

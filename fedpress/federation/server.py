@@ -97,7 +97,9 @@ def rounds(
 
 
 def _init(params: Tensor, uplink: Uplink, algorithm: Algorithm) -> ServerState:
-    return _join({"optimizer": algorithm.server.init(params), "uplink": uplink.init(), "downlink": {}})
+    return _join(
+        {"optimizer": algorithm.server.init(params), "uplink": uplink.init(), "downlink": {}}
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +120,9 @@ class _Server:
         clients = self.transport.clients()
         began, before = perf_counter(), self.transport.traffic
         session = self.uplink.adder.open(self.transport, self.agreement)
-        if todo.start > 1:  # the keys of a run count in its first round, not each time that it goes on
+        if (
+            todo.start > 1
+        ):  # the keys of a run count in its first round, not each time that it goes on
             began, before = perf_counter(), self.transport.traffic
         for round in todo:
             parts = _split(state)
@@ -142,17 +146,31 @@ class _Server:
                 broadcast.arrived(mean.refused)
                 parts["downlink"] = broadcast.state()
             if mean.update is not None:
-                parts["optimizer"], params = self.algorithm.server.step(parts["optimizer"], params, mean.update)
+                parts["optimizer"], params = self.algorithm.server.step(
+                    parts["optimizer"], params, mean.update
+                )
                 _check_finite(params, round, self.algorithm)
             state = _join(parts)
             traffic, seconds = self.transport.traffic - before, perf_counter() - began
             yield RoundRecord(
-                round, params, state, traffic.up, traffic.down, mean.rows, mean.refused, seconds, mean.failures
+                round,
+                params,
+                state,
+                traffic.up,
+                traffic.down,
+                mean.rows,
+                mean.refused,
+                seconds,
+                mean.failures,
             )
             began, before = perf_counter(), self.transport.traffic
 
-    def _header(self, round: int, invitation: dict[str, JSON], state: ServerState) -> dict[str, JSON]:
-        clip: dict[str, JSON] = {} if self.uplink.adaptive is None else {"clip_norm": self.uplink.unit(state)}
+    def _header(
+        self, round: int, invitation: dict[str, JSON], state: ServerState
+    ) -> dict[str, JSON]:
+        clip: dict[str, JSON] = (
+            {} if self.uplink.adaptive is None else {"clip_norm": self.uplink.unit(state)}
+        )
         return {"round": round, "agreement": self.agreement, **invitation, **clip}
 
 
@@ -165,7 +183,11 @@ def _check_finite(params: Tensor, round: int, algorithm: Algorithm) -> None:
 
 
 def _requests(
-    cohort: list[ClientId], header: dict[str, JSON], round: int, params: Tensor, broadcast: Broadcast | None
+    cohort: list[ClientId],
+    header: dict[str, JSON],
+    round: int,
+    params: Tensor,
+    broadcast: Broadcast | None,
 ) -> dict[ClientId, Message]:
     """Returns a message for each client; those that are sent the same share one object, which is packed once."""
     if broadcast is None:
@@ -181,7 +203,11 @@ def _requests(
 
 def _join(parts: Mapping[str, Mapping[str, Tensor]]) -> ServerState:
     """Returns one table of tensors, `<part>/<name>`."""
-    return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+    return {
+        f"{part}/{name}": tensor
+        for part, tensors in parts.items()
+        for name, tensor in tensors.items()
+    }
 
 
 def _split(state: Mapping[str, Tensor]) -> dict[str, ServerState]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedpress.codecs import Key
 from fedpress.core import random
-from fedpress.core.random_source import Cipher
+from fedpress.core.random_source import AesCtrRandom
 from fedpress.privacy.noise.factorization import Factorization
 from fedpress.privacy.noise.mechanism import add_noise, noise_sum
 from fedpress.privacy.plan import PrivacyPlan
@@ -42,10 +42,15 @@ class ServerNoise:
 
         `hidden` names all that the noise hides besides.
         """
-        plan, name = replace(self.plan, clip_norm=1.0), random.fingerprint(counts, self.plan, hidden)
+        plan, name = (
+            replace(self.plan, clip_norm=1.0),
+            random.fingerprint(counts, self.plan, hidden),
+        )
         return replace(self, plan=plan)._noised(counts, state, key, "failures", name, FAILURE_KEYS)
 
-    def add(self, total: Tensor, state: Mapping[str, Tensor], key: Key) -> tuple[Tensor, dict[str, Tensor]]:
+    def add(
+        self, total: Tensor, state: Mapping[str, Tensor], key: Key
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the noised `total` [d] and the state with what later rounds need of this draw.
 
         Noise is a function of a secret and of what it hides. Other sums, or the same one under another plan, get
@@ -55,16 +60,27 @@ class ServerNoise:
         return self._noised(total, state, key, "noise", random.fingerprint(total, self.plan), KEYS)
 
     def _noised(
-        self, total: Tensor, state: Mapping[str, Tensor], key: Key, word: str, hidden: str, keys_name: str
+        self,
+        total: Tensor,
+        state: Mapping[str, Tensor],
+        key: Key,
+        word: str,
+        hidden: str,
+        keys_name: str,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds noise from the stream `word`, named by what it hides; past draws have their keys in the state."""
         if self.factorization is None:
-            return noise_sum(total, self.plan, key.chance(word, hidden)), dict(state)
+            return noise_sum(total, self.plan, key.noise_source(word, hidden)), dict(state)
         # Past draws are made again from their keys: a few bytes each, where the draws would be vectors.
-        fresh = torch.frombuffer(bytearray(key.hidden_key(word, hidden)), dtype=torch.uint8).reshape(1, 32)
+        fresh = torch.frombuffer(
+            bytearray(key.private_key(word, hidden)), dtype=torch.uint8
+        ).reshape(1, 32)
         keys = fresh
         if keys_name in state:
             keys = torch.cat([fresh, state[keys_name]])[: len(self.factorization.coefficients)]
-        draws = [Cipher(bytes(past.tolist())).normal(total.numel()) for past in keys]
+        draws = [AesCtrRandom(bytes(past.tolist())).normal(total.numel()) for past in keys]
         mixed = self.factorization.sensitivity * self.factorization.noise(draws)
-        return add_noise(total, self.plan, mixed, exact=key.secret is not None), {**state, keys_name: keys}
+        return add_noise(total, self.plan, mixed, exact=key.secret is not None), {
+            **state,
+            keys_name: keys,
+        }

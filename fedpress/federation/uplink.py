@@ -137,13 +137,26 @@ class Uplink:
                 "federate.weights: got 'examples', but in a secure sum the server cannot see how many examples stand "
                 'behind an update; set weights = "equal"'
             )
-        adder.check({one.kind: bound_one for one, bound_one in zip(chain, bound_chain, strict=True)}, end)
+        adder.check(
+            {one.kind: bound_one for one, bound_one in zip(chain, bound_chain, strict=True)}, end
+        )
         if adaptive is not None and adaptive.count_noise is None:
-            raise RecipeError("privacy.adaptive.count_noise: not planned; give it, or bind with a planned one")
+            raise RecipeError(
+                "privacy.adaptive.count_noise: not planned; give it, or bind with a planned one"
+            )
         if privacy is not None and trust == "central":
             noise = noise or ServerNoise(privacy)
         return cls(
-            promise, cohort, bound_chain, adder, privacy, trust, weights, divisor or cohort.size, noise, adaptive
+            promise,
+            cohort,
+            bound_chain,
+            adder,
+            privacy,
+            trust,
+            weights,
+            divisor or cohort.size,
+            noise,
+            adaptive,
         )
 
     @property
@@ -178,7 +191,11 @@ class Uplink:
 
     def init(self) -> dict[str, Tensor]:
         """Returns the state before the first round."""
-        return {} if self.adaptive is None else {"clip_norm": torch.tensor(self.adaptive.initial, dtype=torch.float64)}
+        return (
+            {}
+            if self.adaptive is None
+            else {"clip_norm": torch.tensor(self.adaptive.initial, dtype=torch.float64)}
+        )
 
     def unit(self, state: Mapping[str, Tensor]) -> float:
         """Returns the unit of updates in the next round: the clip norm of an adaptive clip, else 1."""
@@ -223,7 +240,9 @@ class Uplink:
             return Mean(update, total.rows, heard.refused, state)
         return self._private_mean(total, heard, state, key)
 
-    def _private_mean(self, total: Total, heard: _Heard, state: dict[str, Tensor], key: Key) -> Mean:
+    def _private_mean(
+        self, total: Total, heard: _Heard, state: dict[str, Tensor], key: Key
+    ) -> Mean:
         failures, state = self._count_failures(heard, state, key, total.sum)
         if self.trust == "local" and not self.client_unit:  # every update is private by itself
             update = (total.sum / total.weight).float() if total.weight > 0 else None
@@ -241,7 +260,9 @@ class Uplink:
     ) -> tuple[Tally, dict[str, Tensor]]:
         """Returns how many units gave nothing; noise is added here if it is the server's, else it is in the counts."""
         # What a client says of itself and that it was refused would move two counts: only one of them may stand.
-        counted = Tally.sum(tally for name, tally in heard.failures.items() if name not in heard.refused)
+        counted = Tally.sum(
+            tally for name, tally in heard.failures.items() if name not in heard.refused
+        )
         if self.noise is None:
             return counted, state
         if self.client_unit:  # a client whose reply does not count is one that failed
@@ -258,21 +279,31 @@ class Uplink:
                 return tally
             steps = need("update", header, "steps") if "steps" in header else 1
             most = need("update", header, "examples") * max(1, steps)
-        noise = 0.0 if self.noise is not None else self.privacy.noise_multiplier * math.sqrt(max(1, steps))
+        noise = (
+            0.0
+            if self.noise is not None
+            else self.privacy.noise_multiplier * math.sqrt(max(1, steps))
+        )
         if not tally.fits(most, noise):
-            raise WireError(f"update.failures: got {header['failures']!r}, more or less than can have failed")
+            raise WireError(
+                f"update.failures: got {header['failures']!r}, more or less than can have failed"
+            )
         return tally
 
-    def _next_clip(self, below: list[bool], state: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:
+    def _next_clip(
+        self, below: list[bool], state: Mapping[str, Tensor], key: Key
+    ) -> dict[str, Tensor]:
         assert self.adaptive is not None
         norm = float(state["clip_norm"])
-        chance = key.chance("clip", random.fingerprint(below, norm, self.adaptive))
+        chance = key.noise_source("clip", random.fingerprint(below, norm, self.adaptive))
         count = PrivacyPlan("client", 0.5, 1.0, 2 * (self.adaptive.count_noise or 0.0))
         bits = torch.tensor([sum(0.5 if bit else -0.5 for bit in below)], dtype=torch.float64)
         share = share_below(float(noise_sum(bits, count, chance)), self.cohort.size)
         return {"clip_norm": torch.tensor(self.adaptive.update(norm, share), dtype=torch.float64)}
 
-    def _sent(self, replies: Iterable[tuple[ClientId, Message | None]], heard: _Heard, key: Key) -> Iterator[Sent]:
+    def _sent(
+        self, replies: Iterable[tuple[ClientId, Message | None]], heard: _Heard, key: Key
+    ) -> Iterator[Sent]:
         """Yields what passes the checks of its header, and notes in `heard` what else the replies say."""
         for client, reply in replies:
             try:
@@ -288,9 +319,13 @@ class Uplink:
         if reply.kind == "error":
             raise WireError(str(header.get("reason", "the client failed and gave no reason"))[:500])
         if reply.kind != "update":
-            raise WireError(f"update.kind: got {reply.kind!r}, expected 'update'; answer the request that was sent")
+            raise WireError(
+                f"update.kind: got {reply.kind!r}, expected 'update'; answer the request that was sent"
+            )
         if need("update", header, "round") != key.round:
-            raise WireError(f"update.round: got {header['round']!r}, expected {key.round}; answer the last request")
+            raise WireError(
+                f"update.round: got {header['round']!r}, expected {key.round}; answer the last request"
+            )
         plain = not (self.client_unit or self.joint) and isinstance(self.adder, PlainSum)
         examples: int = need("update", header, "examples") if plain else 1
         if self.adaptive is not None:
@@ -298,7 +333,9 @@ class Uplink:
         if self.privacy is not None and "failures" in header:
             heard.failures[key.client] = self._tally(header)
         if not plain:
-            secure: Mapping[str, JSON] = need("update", header, "secure") if "secure" in header else {}
+            secure: Mapping[str, JSON] = (
+                need("update", header, "secure") if "secure" in header else {}
+            )
             return Sent(key, reply.tensors, 1.0, {}, secure)
         row = {"client": key.client, "examples": examples, **self.metrics(header)}
         return Sent(key, reply.tensors, float(examples) if self.weights == "examples" else 1.0, row)
@@ -311,11 +348,15 @@ def _check_client_unit(privacy: PrivacyPlan, cohort: Cohort, weights: str) -> No
             ' set weights = "equal"'
         )
     if not 0 < privacy.clip_norm < float("inf"):
-        raise RecipeError(f"federate.privacy.clip_norm: got {privacy.clip_norm}, expected a finite bound above 0")
+        raise RecipeError(
+            f"federate.privacy.clip_norm: got {privacy.clip_norm}, expected a finite bound above 0"
+        )
     if privacy.sampling_prob != cohort.sampling_prob:
         raise RecipeError(
             f"federate.privacy.sampling_prob: the plan charges {privacy.sampling_prob} but a {cohort.sampling} cohort"
             f" of {cohort.size} in {cohort.population} is worth {cohort.sampling_prob}; plan with cohort.sampling_prob"
         )
     if privacy.steps_per_round != 1:
-        raise RecipeError(f"federate.privacy.steps_per_round: got {privacy.steps_per_round}; client privacy takes 1")
+        raise RecipeError(
+            f"federate.privacy.steps_per_round: got {privacy.steps_per_round}; client privacy takes 1"
+        )

@@ -22,7 +22,9 @@ OF_TENSORS = ("collections", "torch", "torch._utils", "torch.storage", "torch._t
               "__builtin__")  # fmt: skip
 """Modules that the pickle of a state dict may name; a pickled network names those of its classes."""
 
-WEIGHTS = "give what builds the network, with these weights: package.module:function --checkpoint {path}"
+WEIGHTS = (
+    "give what builds the network, with these weights: package.module:function --checkpoint {path}"
+)
 NO_WAY_BACK = (
     "it cannot be cut or trained any more: give the PyTorch model that it was exported from (fedpress measure takes "
     "the exported files that it can run)"
@@ -66,12 +68,17 @@ def _file(path: Path) -> tuple[str, str] | None:
         return _pickle(path)
     if path.suffix.lower() in BY_SUFFIX:
         return BY_SUFFIX[path.suffix.lower()]
-    if path.suffix.lower() == ".safetensors" or FORMAT in head:  # its own reader says what is damaged
+    if (
+        path.suffix.lower() == ".safetensors" or FORMAT in head
+    ):  # its own reader says what is damaged
         return None
     if path.name == "spec.json":
         return "a part of a model's folder", f"give the folder: {shlex.quote(str(path.parent))}"
     what = "text" if _is_text(head) else "of a kind that fedpress does not know"
-    return f"no model: it is {what}", f"give the folder of a model or of a run, or a packed file, or {BUILD}"
+    return (
+        f"no model: it is {what}",
+        f"give the folder of a model or of a run, or a packed file, or {BUILD}",
+    )
 
 
 def _is_text(head: bytes) -> bool:
@@ -85,7 +92,11 @@ def _is_safetensors(head: bytes) -> bool:
 
 def _is_onnx(head: bytes) -> bool:
     """Whether protobuf fields begin as those of ONNX: version 1 to 31, then a name, a domain, a graph or opsets."""
-    return head[:1] == b"\x08" and 0 < head[1] < 32 and head[2:3] in (b"\x12", b"\x1a", b"\x3a", b"\x42")
+    return (
+        head[:1] == b"\x08"
+        and 0 < head[1] < 32
+        and head[2:3] in (b"\x12", b"\x1a", b"\x3a", b"\x42")
+    )
 
 
 BY_HEAD: tuple[tuple[Callable[[bytes], bool], str, str], ...] = (
@@ -117,7 +128,10 @@ def _zip(path: Path) -> tuple[str, str]:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         inner = {name.partition("/")[2] or name for name in names}
-        if {"archive_format", "models/model.json"} & inner or "serialized_exported_program.json" in inner:
+        if {
+            "archive_format",
+            "models/model.json",
+        } & inner or "serialized_exported_program.json" in inner:
             return "a program of torch.export", f"it cannot be taken apart into layers: {BUILD}"
         if "constants.pkl" in inner and any(name.startswith("code/") for name in inner):
             return (
@@ -146,7 +160,10 @@ def _pickle(path: Path) -> tuple[str, str]:
         names = _named(file)
     if _own_classes(names):
         return _by_classes(names)
-    return "a Python pickle", f"save a state dict with torch.save(model.state_dict(), FILE); {WEIGHTS}"
+    return (
+        "a Python pickle",
+        f"save a state dict with torch.save(model.state_dict(), FILE); {WEIGHTS}",
+    )
 
 
 def _own_classes(names: set[str]) -> list[str]:
@@ -202,7 +219,9 @@ def _folder(path: Path) -> tuple[str, str] | None:
         return None
     if "saved_model.pb" in names:
         return "a TensorFlow SavedModel", BUILD_AGAIN
-    weights = sorted(name for name in names if Path(name).suffix in (".safetensors", ".bin", ".pt", ".pth"))
+    weights = sorted(
+        name for name in names if Path(name).suffix in (".safetensors", ".bin", ".pt", ".pth")
+    )
     if "config.json" in names and weights:
         return _hub(path, weights[0])
     if weights:
@@ -210,7 +229,10 @@ def _folder(path: Path) -> tuple[str, str] | None:
             path=shlex.quote(str(path / weights[0]))
         )
     if not names & {"settings.json", "recipe.toml", "result.json"}:
-        return "a folder without a model", "give the folder of a model or of a run, or a packed file"
+        return (
+            "a folder without a model",
+            "give the folder of a model or of a run, or a packed file",
+        )
     return None
 
 

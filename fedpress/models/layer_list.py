@@ -30,7 +30,16 @@ ReflectionPad3d ReplicationPad1d ReplicationPad2d ReplicationPad3d CircularPad1d
 RNN LSTM GRU
 """
 LAYERS = frozenset(_NAMES.split())
-RECURRENT = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
+RECURRENT = (
+    "input_size",
+    "hidden_size",
+    "num_layers",
+    "bias",
+    "batch_first",
+    "dropout",
+    "bidirectional",
+    "proj_size",
+)
 PLACES = ("device", "dtype")
 """Arguments of torch's layers that say where and in what type their numbers lie."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
@@ -66,7 +75,9 @@ def build(layers: dict[str, dict[str, JsonValue]]) -> nn.Module:
         except AttributeError:
             parent = None
         if not isinstance(parent, nn.Sequential):
-            raise ModelError(f"model.arguments.layers: '{name}' has no sequence above it; list that before it")
+            raise ModelError(
+                f"model.arguments.layers: '{name}' has no sequence above it; list that before it"
+            )
         parent.add_module(last, _layer(name, about))
     return root
 
@@ -80,20 +91,26 @@ def _layer(name: str, about: dict[str, JsonValue]) -> nn.Module:
     if kind == "Sequential" and not arguments:
         return nn.Sequential()
     if kind not in LAYERS:
-        raise ModelError(f"{place}: {str(kind)[:60]!r} is no layer of torch.nn that a file may name")
+        raise ModelError(
+            f"{place}: {str(kind)[:60]!r} is no layer of torch.nn that a file may name"
+        )
     placed = next((key for key in arguments if key in PLACES), None)
     if placed is not None:
         raise ModelError(
             f"{place}: '{placed}' is nothing that a file may say; a network is built in float32 on the CPU"
         )
-    if isinstance(inside := arguments.get("num_layers"), int):  # torch takes the square of their number to make them
+    if isinstance(
+        inside := arguments.get("num_layers"), int
+    ):  # torch takes the square of their number to make them
         limits.check("recurrent", inside, f"{place}.num_layers")
     try:
         layer = getattr(nn, str(kind))(**arguments)
     except limits.AboveLimit:
         raise
     except Exception as error:  # whatever torch says of arguments
-        raise ModelError(f"{place}: {kind} cannot be built ({str(error).splitlines()[0][:120]})") from error
+        raise ModelError(
+            f"{place}: {kind} cannot be built ({str(error).splitlines()[0][:120]})"
+        ) from error
     assert isinstance(layer, nn.Module)
     return layer
 
@@ -138,7 +155,11 @@ def _described(module: nn.Module) -> dict[str, JsonValue] | None:
         return None
     if kind is nn.Sequential:
         return {"layer": "Sequential"}
-    if kind.__name__ not in LAYERS or getattr(nn, kind.__name__) is not kind or list(module.children()):
+    if (
+        kind.__name__ not in LAYERS
+        or getattr(nn, kind.__name__) is not kind
+        or list(module.children())
+    ):
         return None
     about: dict[str, JsonValue] = {"layer": kind.__name__}
     for name, default in _parameters(module):
@@ -168,7 +189,9 @@ def _parameters(module: nn.Module) -> list[tuple[str, Any]]:
 def _read(module: nn.Module, name: str, default: Any) -> Any:
     """Reads an argument back from the attribute of its name."""
     value = getattr(module, name, NotImplemented)
-    if name == "bias" and not isinstance(value, bool):  # the parameter stands in the place of the flag
+    if name == "bias" and not isinstance(
+        value, bool
+    ):  # the parameter stands in the place of the flag
         return isinstance(value, Tensor)
     if isinstance(value, Tensor):
         return NotImplemented

@@ -69,7 +69,9 @@ def held(name: str) -> nn.Module:
         ModelError: if it is not there any more: such a model lives as long as the process.
     """
     if name not in _held:
-        raise ModelError("model: this one lived in the memory of another program; give module:function in its place")
+        raise ModelError(
+            "model: this one lived in the memory of another program; give module:function in its place"
+        )
     try:
         return copied(_held[name].module)
     except RuntimeError as error:  # torch copies no tensor that was computed from others
@@ -92,7 +94,11 @@ def spec_of(module: nn.Module) -> Any:
 
 def saved_as(architecture: str, arguments: dict[str, JsonValue]) -> Named:
     """Returns what files name: for a module in memory what builds it again, if anything does."""
-    if architecture == HELD and (found := _held.get(str(arguments.get("name")))) is not None and found.named:
+    if (
+        architecture == HELD
+        and (found := _held.get(str(arguments.get("name")))) is not None
+        and found.named
+    ):
         return found.named
     return Named(architecture, arguments)
 
@@ -110,7 +116,10 @@ def find_name(module: nn.Module) -> Named | None:
     if "." in kind.__qualname__ or kind.__module__ in ("__main__", "builtins"):
         return None
     try:
-        found = getattr(sys.modules.get(kind.__module__) or importlib.import_module(kind.__module__), kind.__name__)
+        found = getattr(
+            sys.modules.get(kind.__module__) or importlib.import_module(kind.__module__),
+            kind.__name__,
+        )
         arguments = _arguments(module)
         if found is not kind or arguments is None:
             return None
@@ -147,7 +156,8 @@ def check_name(module: nn.Module, name: str, x: Tensor) -> bool:
     try:
         theirs = _outputs(_built(module, found.named.arguments), x)
         same = len(mine) == len(theirs) and all(
-            a.shape == b.shape and torch.allclose(a, b, equal_nan=True) for a, b in zip(mine, theirs, strict=True)
+            a.shape == b.shape and torch.allclose(a, b, equal_nan=True)
+            for a, b in zip(mine, theirs, strict=True)
         )
     except Exception:  # it runs here, and not as a file would build it
         same = False
@@ -181,7 +191,10 @@ def _buffers(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
 
 def _settings(module: nn.Module) -> list[tuple[str, dict[str, Any]]]:
     """Returns what forward may read besides tensors and layers, and the constructor may have set; hooks besides."""
-    return [(name, {k: _known(v) for k, v in vars(part).items() if _is_setting(k, v)}) for name, part in _parts(module)]
+    return [
+        (name, {k: _known(v) for k, v in vars(part).items() if _is_setting(k, v)})
+        for name, part in _parts(module)
+    ]
 
 
 def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -192,7 +205,11 @@ def _is_setting(name: str, value: object) -> bool:
     """Whether an attribute says how a module computes: also a forward put in by hand, and hooks that are there."""
     if name in ("training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         return False
-    return bool(value) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) else True
+    return (
+        bool(value)
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
+        else True
+    )
 
 
 def _known(value: Any) -> Any:
@@ -203,7 +220,13 @@ def _known(value: Any) -> Any:
         return ("method", _known(value.__func__))
     if isinstance(value, FunctionType):
         cells = [_known(cell.cell_contents) for cell in value.__closure__ or ()]
-        return (value.__module__, value.__code__, _known(value.__defaults__), _known(value.__kwdefaults__), cells)
+        return (
+            value.__module__,
+            value.__code__,
+            _known(value.__defaults__),
+            _known(value.__kwdefaults__),
+            cells,
+        )
     if isinstance(value, partial):
         return ("partial", _known(value.func), _known(value.args), _known(value.keywords))
     if isinstance(value, nn.Module):

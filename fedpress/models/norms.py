@@ -19,7 +19,13 @@ class WSConv2d(nn.Conv2d):
         w = self.weight
         var, mean = torch.var_mean(w, dim=(1, 2, 3), keepdim=True, unbiased=False)
         return F.conv2d(
-            x, (w - mean) / (var + 1e-5).sqrt(), self.bias, self.stride, self.padding, self.dilation, self.groups
+            x,
+            (w - mean) / (var + 1e-5).sqrt(),
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
         )
 
 
@@ -39,7 +45,9 @@ def norm_layer(channels: int, norm: Norm) -> nn.Module:
         return nn.BatchNorm2d(channels)
     if norm != "group":
         raise ValueError(f"norm is {norm!r}; use 'batch' or 'group'")
-    return nn.GroupNorm(next(g for g in range(min(32, channels), 0, -1) if channels % g == 0), channels)
+    return nn.GroupNorm(
+        next(g for g in range(min(32, channels), 0, -1) if channels % g == 0), channels
+    )
 
 
 def freeze_batch_norm_(model: nn.Module) -> nn.Module:

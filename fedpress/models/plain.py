@@ -39,7 +39,9 @@ class CNN(nn.Module):
 class MLP(nn.Module):
     """Linear layers with ReLU between, on the flattened example."""
 
-    def __init__(self, *, in_features: int, hidden: tuple[int, ...] = (128, 64), num_classes: int = 10) -> None:
+    def __init__(
+        self, *, in_features: int, hidden: tuple[int, ...] = (128, 64), num_classes: int = 10
+    ) -> None:
         super().__init__()
         sizes = (in_features, *hidden, num_classes)
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))

@@ -19,7 +19,9 @@ class BasicBlock(nn.Module):
         self.norm2 = norm_layer(o, norm)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or i != o:
-            self.shortcut = nn.Sequential(conv(i, o, 1, stride=stride, norm=norm), norm_layer(o, norm))
+            self.shortcut = nn.Sequential(
+                conv(i, o, 1, stride=stride, norm=norm), norm_layer(o, norm)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [n, i, H, W] to [n, o, H / stride, W / stride]."""
@@ -31,7 +33,13 @@ class ResNet(nn.Module):
     """Stem, stages of basic blocks (each after the first halves the image), mean pooling, linear head."""
 
     def __init__(
-        self, *, widths: tuple[int, ...], blocks: int, num_classes: int, in_channels: int = 3, norm: Norm = "batch"
+        self,
+        *,
+        widths: tuple[int, ...],
+        blocks: int,
+        num_classes: int,
+        in_channels: int = 3,
+        norm: Norm = "batch",
     ) -> None:
         super().__init__()
         self.stem = conv(in_channels, widths[0], 3, norm=norm)
@@ -54,10 +62,20 @@ class ResNet(nn.Module):
 
 def resnet18(*, num_classes: int = 10, in_channels: int = 3, norm: Norm = "batch") -> ResNet:
     """ResNet-18 for 32x32 images: 11,173,962 parameters at 10 classes and batch norm."""
-    return ResNet(widths=(64, 128, 256, 512), blocks=2, num_classes=num_classes, in_channels=in_channels, norm=norm)
+    return ResNet(
+        widths=(64, 128, 256, 512),
+        blocks=2,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        norm=norm,
+    )
 
 
-def resnet_small(*, num_classes: int = 10, in_channels: int = 3, width: int = 16, norm: Norm = "batch") -> ResNet:
+def resnet_small(
+    *, num_classes: int = 10, in_channels: int = 3, width: int = 16, norm: Norm = "batch"
+) -> ResNet:
     """A small ResNet of three stages with one block each, `width` to 4 x `width` channels."""
     widths = (width, 2 * width, 4 * width)
-    return ResNet(widths=widths, blocks=1, num_classes=num_classes, in_channels=in_channels, norm=norm)
+    return ResNet(
+        widths=widths, blocks=1, num_classes=num_classes, in_channels=in_channels, norm=norm
+    )

@@ -98,9 +98,13 @@ class ModelSpec(BaseModel):
         for name in ("resized", "numbers", "groups", "quantized", "input_shape"):
             limits.check_tree(self.model_dump(include={name})[name], f"spec.{name}", lists=False)
         if min(self.input_shape, default=1) < 1:
-            raise ModelError(f"spec.input_shape: got {list(self.input_shape)[:8]}, expected sizes above 0; {NO_SPEC}")
+            raise ModelError(
+                f"spec.input_shape: got {list(self.input_shape)[:8]}, expected sizes above 0; {NO_SPEC}"
+            )
         if len(self.mean) != len(self.std) or min(self.std, default=1.0) <= 0:
-            raise ModelError(f"spec.std: expected as many numbers above 0 as spec.mean has; {NO_SPEC}")
+            raise ModelError(
+                f"spec.std: expected as many numbers above 0 as spec.mean has; {NO_SPEC}"
+            )
         limits.check("input", prod(self.input_shape), "spec.input_shape")
         if self.architecture not in ARCHITECTURES:  # a user's function is watched while it builds
             return
@@ -121,7 +125,9 @@ class ModelSpec(BaseModel):
         place = f"spec: '{self.architecture}'"
         with limits.building(place):
             model = self.build()
-        if self.architecture in ARCHITECTURES:  # what a user's own function makes may not run without its numbers
+        if (
+            self.architecture in ARCHITECTURES
+        ):  # what a user's own function makes may not run without its numbers
             limits.check_running(model, self.example(1), place)
         return model
 
@@ -177,9 +183,13 @@ class ModelSpec(BaseModel):
         except ModelError:
             raise
         except Exception as error:  # a user's function may raise anything
-            raise ModelError(f"model.arguments: '{self.architecture}' cannot be built: {error}") from error
+            raise ModelError(
+                f"model.arguments: '{self.architecture}' cannot be built: {error}"
+            ) from error
         if not isinstance(model, nn.Module):
-            raise ModelError(f"model: '{self.architecture}' returned {type(model).__name__}; return a torch.nn.Module")
+            raise ModelError(
+                f"model: '{self.architecture}' returned {type(model).__name__}; return a torch.nn.Module"
+            )
         _complete(model)
         return model, take_in_(model)
 
@@ -216,7 +226,11 @@ def _builder(name: str) -> Any:
     try:
         return getattr(own_modules.module_of(name), name.partition(":")[2])
     except Exception as error:  # importing runs the user's file, which may raise anything
-        cure = "" if isinstance(error, ModelError) else "; put its folder on PYTHONPATH, or its file beside the recipe"
+        cure = (
+            ""
+            if isinstance(error, ModelError)
+            else "; put its folder on PYTHONPATH, or its file beside the recipe"
+        )
         raise ModelError(f"model.architecture: cannot load '{name}': {error}{cure}") from error
 
 
@@ -231,21 +245,29 @@ def resize_(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
         try:
             old = tensor(model, name)
         except AttributeError as error:
-            raise ModelError(f"spec.resized: the model has no tensor '{name}'; the spec is of another model") from error
-        if len(shape) != old.dim() or not all(0 < n <= most for n, most in zip(shape, old.shape, strict=True)):
+            raise ModelError(
+                f"spec.resized: the model has no tensor '{name}'; the spec is of another model"
+            ) from error
+        if len(shape) != old.dim() or not all(
+            0 < n <= most for n, most in zip(shape, old.shape, strict=True)
+        ):
             raise ModelError(
                 f"spec.resized: '{name}' of shape {tuple(old.shape)} cannot become {tuple(shape)}; "
                 "the spec is of another model"
             )
         empty = old.detach().new_zeros(tuple(shape))
-        new[name] = nn.Parameter(empty, old.requires_grad) if isinstance(old, nn.Parameter) else empty
+        new[name] = (
+            nn.Parameter(empty, old.requires_grad) if isinstance(old, nn.Parameter) else empty
+        )
     replace_(model, new)
 
 
 def shapes_that_differ(model: nn.Module, dense: nn.Module) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every tensor of `model` that has another shape in `dense`."""
     old = {name: t.shape for name, t in dense.state_dict().items()}
-    return {n: tuple(t.shape) for n, t in model.state_dict().items() if n in old and t.shape != old[n]}
+    return {
+        n: tuple(t.shape) for n, t in model.state_dict().items() if n in old and t.shape != old[n]
+    }
 
 
 def _renumber_(model: nn.Module, numbers: Numbers) -> None:
@@ -261,17 +283,33 @@ def _renumber_(model: nn.Module, numbers: Numbers) -> None:
 def _regroup_(model: nn.Module, groups: dict[str, int]) -> None:
     for name, count in groups.items():
         module = dict(model.named_modules()).get(name)
-        if not isinstance(module, nn.modules.conv._ConvNd) or count < 1 or weight_shape(module)[0] % count:
-            raise ModelError(f"spec.groups: '{name}' cannot have {count} groups; the spec is of another model")
+        if (
+            not isinstance(module, nn.modules.conv._ConvNd)
+            or count < 1
+            or weight_shape(module)[0] % count
+        ):
+            raise ModelError(
+                f"spec.groups: '{name}' cannot have {count} groups; the spec is of another model"
+            )
         set_groups_(module, count)
 
 
 def what_pruning_changed(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
     """Returns the fields of a spec, `resized`, `numbers` and `groups`, that make `dense` as small as `model`."""
     were = {n: m for n, m in dense.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
-    now = {n: m for n, m in model.named_modules() if n in were and isinstance(m, nn.modules.conv._ConvNd)}
-    groups = {n: m.groups for n, m in now.items() if m.groups != were[n].groups and not depthwise(were[n])}
-    return {"resized": shapes_that_differ(model, dense), "numbers": numbers_in(model), "groups": groups}
+    now = {
+        n: m
+        for n, m in model.named_modules()
+        if n in were and isinstance(m, nn.modules.conv._ConvNd)
+    }
+    groups = {
+        n: m.groups for n, m in now.items() if m.groups != were[n].groups and not depthwise(were[n])
+    }
+    return {
+        "resized": shapes_that_differ(model, dense),
+        "numbers": numbers_in(model),
+        "groups": groups,
+    }
 
 
 def save_model(folder: Path, spec: ModelSpec, model: nn.Module) -> None:
@@ -296,10 +334,14 @@ def load_model(folder: Path, allow_code: Collection[str] | str = ()) -> tuple[Mo
     """
     numbers, described = Path(folder) / "model.safetensors", Path(folder) / "spec.json"
     if not Path(folder).exists():
-        raise ModelError(f"model: there is no '{folder}'; give the folder of a model or of a run, or a packed file")
+        raise ModelError(
+            f"model: there is no '{folder}'; give the folder of a model or of a run, or a packed file"
+        )
     for path in (described, numbers):
         if not path.is_file():
-            raise ModelError(f"{folder}: no model here ({path.name} is missing); run the stage again")
+            raise ModelError(
+                f"{folder}: no model here ({path.name} is missing); run the stage again"
+            )
     try:
         spec = ModelSpec.of_file(described.read_text("utf-8"), allow_code)
     except ModelError as error:
@@ -315,10 +357,17 @@ def load_model(folder: Path, allow_code: Collection[str] | str = ()) -> tuple[Mo
         model.load_state_dict(tensors)
     except RuntimeError as error:
         last = str(error).splitlines()[-1].strip()
-        raise ModelError(f"{folder}: model.safetensors does not fit spec.json ({last}); {_anew(folder)}") from error
-    for path in (described, numbers):  # of a finished stage; what is plainly wrong has been told more exactly by now
+        raise ModelError(
+            f"{folder}: model.safetensors does not fit spec.json ({last}); {_anew(folder)}"
+        ) from error
+    for path in (
+        described,
+        numbers,
+    ):  # of a finished stage; what is plainly wrong has been told more exactly by now
         if fault := checksums.fault(path):
-            changed = f"or if you have changed this file yourself, delete '{checksums.list_of(path)}'"
+            changed = (
+                f"or if you have changed this file yourself, delete '{checksums.list_of(path)}'"
+            )
             raise ModelError(f"{path}: corrupt ({fault}); {_anew(path.parent)}, {changed}")
     return spec, model
 
@@ -326,7 +375,11 @@ def load_model(folder: Path, allow_code: Collection[str] | str = ()) -> tuple[Mo
 def _anew(folder: Path) -> str:
     """What helps where a model's files are damaged."""
     done = Path(folder) / "result.json"
-    return f"delete '{done}' to do the stage again" if done.exists() else "run the stage again, or copy the folder anew"
+    return (
+        f"delete '{done}' to do the stage again"
+        if done.exists()
+        else "run the stage again, or copy the folder anew"
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -48,8 +48,20 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path}: {what}; give a state dict as .safetensors or .pt")
     found: Any
     try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        found = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, "cpu", weights_only=True)
+        )
+    except (
+        SafetensorError,
+        UnpicklingError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+    ) as error:
         foreign = described(path) or ""
         if foreign and "state dict" not in foreign.partition(";")[0]:
             raise ModelError(f"{path}: cannot be read as plain tensors, for {foreign}") from error
@@ -59,7 +71,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         ) from error
     if isinstance(found, Mapping):
         found = next((found[key] for key in INSIDE if isinstance(found.get(key), Mapping)), found)
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(found, Mapping) or not all(
+        isinstance(value, Tensor) for value in found.values()
+    ):
         raise ModelError(f"{path}: this is no state dict; save model.state_dict(), not the model")
     return dict(found)
 
@@ -75,7 +89,9 @@ def _without_prefix(tensors: dict[str, Tensor], wanted: set[str]) -> dict[str, T
     return tensors
 
 
-def _unmasked(tensors: dict[str, Tensor], wanted: set[str]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def _unmasked(
+    tensors: dict[str, Tensor], wanted: set[str]
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     pairs = {
         name: (f"{name}_orig", f"{name}_mask")
         for name in (key.removesuffix("_orig") for key in tensors if key.endswith("_orig"))

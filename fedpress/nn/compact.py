@@ -23,7 +23,9 @@ class Scatter(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """Maps values [k] to a weight."""
         assert isinstance(self.places, Tensor)
-        return values.new_zeros(self.shape.numel()).index_put((self.places,), values).view(self.shape)
+        return (
+            values.new_zeros(self.shape.numel()).index_put((self.places,), values).view(self.shape)
+        )
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Maps a weight to its values [k]; those of a shared weight may have been taken already."""
@@ -47,7 +49,9 @@ def compact_(model: nn.Module, sparse: Iterable[str]) -> nn.Module:
         if not weight.requires_grad:
             continue
         if not mask.any():
-            raise ModelError(f"spec.sparse: '{name}' has no value left that could train; keep a larger share")
+            raise ModelError(
+                f"spec.sparse: '{name}' has no value left that could train; keep a larger share"
+            )
         for module, key in _owners(model, weight):
             parametrize.register_parametrization(module, key, Scatter(mask), unsafe=True)
     return model
@@ -73,7 +77,12 @@ def expand_(model: nn.Module) -> nn.Module:
 
 
 def _owners(model: nn.Module, weight: nn.Parameter) -> list[tuple[nn.Module, str]]:
-    return [(m, key) for m in model.modules() for key, p in m.named_parameters(recurse=False) if p is weight]
+    return [
+        (m, key)
+        for m in model.modules()
+        for key, p in m.named_parameters(recurse=False)
+        if p is weight
+    ]
 
 
 def _to_front_(module: nn.Module, key: str) -> None:

@@ -122,12 +122,16 @@ SIZED: dict[Callable[..., Any], tuple[str, ...]] = {
 }
 """All functions whose calls are noted and put right."""
 
-SHAPED = tuple(function for function, names in SIZED.items() if {"size", "shape", "sizes"} & set(names))
+SHAPED = tuple(
+    function for function, names in SIZED.items() if {"size", "shape", "sizes"} & set(names)
+)
 """Functions to which -1 says "what is left"."""
 INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
 
 
-def numbers_of(function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> list[Any]:
+def numbers_of(
+    function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]
+) -> list[Any]:
     """Returns the numbers of a call in order; three for each slice, None where it has none.
 
     >>> numbers_of(Tensor.reshape, (torch.zeros(8), (2, 4)), {})
@@ -145,7 +149,9 @@ def numbers_of(function: Callable[..., Any], args: Sequence[Any], options: Mappi
     return found
 
 
-def indices_of(function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> list[Any]:
+def indices_of(
+    function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]
+) -> list[Any]:
     """Returns the tensors (or lists) of indices in the arguments of a call, in order; not those of what is written.
 
     >>> indices_of(Tensor.__setitem__, (torch.zeros(8), torch.tensor([1, 2]), 0.0), {})
@@ -162,7 +168,10 @@ def indices_of(function: Callable[..., Any], args: Sequence[Any], options: Mappi
 
 
 def with_numbers(
-    function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], right: Mapping[int, Number]
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    options: Mapping[str, Any],
+    right: Mapping[int, Number],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns the arguments of a call with the numbers at some positions replaced; -1 ("what is left") stays.
 
@@ -228,7 +237,9 @@ def _map(tree: Any, see: Callable[[Any], Any]) -> Any:
     return tree
 
 
-def _map_indices(function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], see: Any) -> Any:
+def _map_indices(
+    function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], see: Any
+) -> Any:
     """Maps the argument that holds indices: the second, or the one that is called `index` or `indices`."""
     names = SIZED[function]
     at = next((i for i, name in enumerate(names, 1) if name in ("index", "indices")), 1)
@@ -271,7 +282,9 @@ def caller(function: Callable[..., Any]) -> Caller | None:
     frame: FrameType | None = sys._getframe(1)
     module: nn.Module | None = None
     parts: list[str] = []
-    inner: FrameType | None = None  # a comprehension, which newer versions of Python run within its function
+    inner: FrameType | None = (
+        None  # a comprehension, which newer versions of Python run within its function
+    )
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module):
@@ -282,7 +295,9 @@ def caller(function: Callable[..., Any]) -> Caller | None:
         if module is not None and name == nn.Module.__module__:  # which called the module's forward
             break
         ours = name == __name__ or name.startswith("fedpress.compress.")
-        if not ours and (owner is module is not None or not name.startswith(("torch.", "contextlib"))):
+        if not ours and (
+            owner is module is not None or not name.startswith(("torch.", "contextlib"))
+        ):
             if frame.f_code.co_name in _COMPREHENSIONS:
                 inner = inner or frame
             else:
@@ -304,7 +319,9 @@ def _part(code: CodeType, at: FrameType) -> str:
         _, line, _, column = list(at.f_code.co_positions())[at.f_lasti // 2]
         # Lines count from the function's first, so that changes above it in the file do no harm.
         offset = (line or at.f_lineno) - code.co_firstlineno
-        _PARTS[key] = f"{os.path.basename(code.co_filename)}:{code.co_qualname}+{offset}:{column or 0}"
+        _PARTS[key] = (
+            f"{os.path.basename(code.co_filename)}:{code.co_qualname}+{offset}:{column or 0}"
+        )
     return _PARTS[key]
 
 
@@ -319,7 +336,9 @@ def has_place(module: nn.Module, place: str) -> bool:
         code
         for kind in type(module).__mro__
         for value in vars(kind).values()
-        for code in _codes(getattr(inspect.unwrap(value), "__code__", None) if callable(value) else None)
+        for code in _codes(
+            getattr(inspect.unwrap(value), "__code__", None) if callable(value) else None
+        )
         if f"{os.path.basename(code.co_filename)}:{code.co_qualname}" == named
     ]
     if not known or column == "0":
@@ -351,7 +370,12 @@ def _ends(code: CodeType) -> set[tuple[int, int]]:
 class Watch(TorchFunctionMode):
     """Passes the right numbers to the calls of one module while it is active, and may note what the code passed."""
 
-    def __init__(self, module: nn.Module, right: Mapping[str, Mapping[int, Number]], seen: dict[str, list[Any]] | None):
+    def __init__(
+        self,
+        module: nn.Module,
+        right: Mapping[str, Mapping[int, Number]],
+        seen: dict[str, list[Any]] | None,
+    ):
         super().__init__()
         self.module, self.right, self.seen = module, right, seen
         self.count, self.times = 0, Counter[str]()
@@ -369,7 +393,9 @@ class Watch(TorchFunctionMode):
             self.count += 1
         if self.seen is not None:
             self.seen[place] = numbers_of(func, args, options)
-        args, options = self._put_right(func, args, options, place if place in self.right else by.place)
+        args, options = self._put_right(
+            func, args, options, place if place in self.right else by.place
+        )
         return func(*args, **options)
 
     def _put_right(self, func: Any, args: Any, options: Any, key: str) -> Any:
@@ -417,7 +443,9 @@ def _active() -> list[Watch]:
     return watches
 
 
-def set_numbers_(model: nn.Module, numbers: Mapping[str, Mapping[Any, Mapping[int, Number]]]) -> None:
+def set_numbers_(
+    model: nn.Module, numbers: Mapping[str, Mapping[Any, Mapping[int, Number]]]
+) -> None:
     """Lets the named modules of `model` pass `numbers` in their calls, besides those that they already put right.
 
     Raises:
@@ -428,7 +456,9 @@ def set_numbers_(model: nn.Module, numbers: Mapping[str, Mapping[Any, Mapping[in
         gone = next((call for call in calls if not has_place(module, str(call))), None)
         if gone is not None:
             where = f"'{name}'" if name else "the model itself"
-            raise AttributeError(f"the code of {where} has changed: there is no call at {gone.split(' ')[0]} any more")
+            raise AttributeError(
+                f"the code of {where} has changed: there is no call at {gone.split(' ')[0]} any more"
+            )
         hook = next(_hooks(module), None)
         if hook is None:
             hook = Begin({})
@@ -441,7 +471,11 @@ def set_numbers_(model: nn.Module, numbers: Mapping[str, Mapping[Any, Mapping[in
 def numbers_in(model: nn.Module) -> Numbers:
     """Returns the numbers that the modules of `model` put right."""
     found = ((name, hook) for name, module in model.named_modules() for hook in _hooks(module))
-    return {name: {call: dict(right) for call, right in hook.right.items()} for name, hook in found if hook.right}
+    return {
+        name: {call: dict(right) for call, right in hook.right.items()}
+        for name, hook in found
+        if hook.right
+    }
 
 
 def watch_(model: nn.Module, names: Sequence[str]) -> dict[str, dict[str, list[Any]]]:

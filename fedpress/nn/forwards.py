@@ -20,7 +20,17 @@ OPERATIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
 }
 """The operation by which each kind of layer reads its weight."""
 
-PROPERTIES = ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout", "grad", "names")
+PROPERTIES = (
+    "shape",
+    "dtype",
+    "device",
+    "ndim",
+    "requires_grad",
+    "is_cuda",
+    "layout",
+    "grad",
+    "names",
+)
 """What may be asked about a weight without reading its values."""
 
 SIZES = ("size", "dim", "numel", "stride", "is_floating_point", "__len__", "is_contiguous")
@@ -37,11 +47,17 @@ class Watch(TorchFunctionMode):
     def __init__(self, layer: nn.Module, operation: Callable[..., Tensor]) -> None:
         super().__init__()
         self.layer, self.operation = layer, operation
-        self.calls: list[dict[str, Any]] = []  # the arguments of each call of the operation with the weight
+        self.calls: list[
+            dict[str, Any]
+        ] = []  # the arguments of each call of the operation with the weight
         self.others: list[str] = []  # what else read the weight
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Any = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Runs `func`, and notes it if it reads the weight."""
         kwargs = kwargs or {}
@@ -53,9 +69,14 @@ class Watch(TorchFunctionMode):
         named = _arguments(args, kwargs)
         if func is self.operation and named.get("weight") is weight:
             self.calls.append(named)
-        elif name == "__get__" and getattr(getattr(func, "__self__", None), "__name__", "") in PROPERTIES:
+        elif (
+            name == "__get__"
+            and getattr(getattr(func, "__self__", None), "__name__", "") in PROPERTIES
+        ):
             pass
-        elif name not in SIZES and result is not weight:  # `weight.to(x.dtype)` gives the very same tensor
+        elif (
+            name not in SIZES and result is not weight
+        ):  # `weight.to(x.dtype)` gives the very same tensor
             self.others.append(name)
         return result
 
@@ -123,7 +144,9 @@ def as_plain(layer: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
     if base is nn.Linear:
         return nn.Linear(each, out, device="meta"), given
     groups = call.get("groups", 1)
-    geometry = {key: call.get(key, usual) for key, usual in (("stride", 1), ("padding", 0), ("dilation", 1))}
+    geometry = {
+        key: call.get(key, usual) for key, usual in (("stride", 1), ("padding", 0), ("dilation", 1))
+    }
     plain = base(each * groups, out, tuple(kernel), groups=groups, device="meta", **geometry)
     return plain, given
 

@@ -80,7 +80,9 @@ def _parametrized(model: nn.Module) -> Iterator[_Site]:
                     f"model: '{path}.{key}' is masked and computed otherwise besides; "
                     "call torch.nn.utils.parametrize.remove_parametrizations on it, or leave the mask out"
                 )
-            mask = torch.stack([m.to(torch.float32).expand_as(steps.original) for m in masks]).prod(0)
+            mask = torch.stack([m.to(torch.float32).expand_as(steps.original) for m in masks]).prod(
+                0
+            )
             assert isinstance(steps.original, nn.Parameter)
             yield _Site(path, module, key, steps.original, mask, hooked=False)
 

@@ -57,7 +57,9 @@ def mse(seen: Histogram, grid: InputGrid) -> tuple[float, float]:
     best = (float("inf"), (seen.low, seen.high))
     for share in torch.linspace(0.01, 1, 100).tolist():
         low, high = seen.low * share, seen.high * share
-        error = float((seen.counts * (_rounded(seen.middles, low, high, grid) - seen.middles).square()).sum())
+        error = float(
+            (seen.counts * (_rounded(seen.middles, low, high, grid) - seen.middles).square()).sum()
+        )
         best = min(best, (error, (low, high)))
     return best[1]
 

@@ -29,9 +29,14 @@ class WeightGrid(BaseModel):
 
     kind: Literal["int", "ternary", "binary", "codebook"] = "int"
     bits: int = Field(8, ge=1, le=8)
-    group: int | None = Field(None, ge=1, description="one scale per so many input values; None: per output channel")
+    group: int | None = Field(
+        None, ge=1, description="one scale per so many input values; None: per output channel"
+    )
     centroid_bits: int | None = Field(
-        None, ge=2, le=8, description="codebook only: its values are whole numbers of so many bits times one scale"
+        None,
+        ge=2,
+        le=8,
+        description="codebook only: its values are whole numbers of so many bits times one scale",
     )
 
     @model_validator(mode="before")
@@ -46,17 +51,23 @@ class WeightGrid(BaseModel):
         if (self.kind == "int" and self.bits < 2) or (
             self.kind in ("ternary", "binary") and self.bits != BITS[self.kind]
         ):
-            raise ValueError(f"{self.bits} bits do not fit '{self.kind}'; int has 2 to 8, ternary 2, binary 1")
+            raise ValueError(
+                f"{self.bits} bits do not fit '{self.kind}'; int has 2 to 8, ternary 2, binary 1"
+            )
         if self.kind == "codebook" and self.group is not None:
             raise ValueError("a codebook is shared by the whole layer; leave group out")
         if self.kind != "codebook" and self.centroid_bits is not None:
-            raise ValueError(f"centroid_bits is for a codebook, not for '{self.kind}'; leave it out")
+            raise ValueError(
+                f"centroid_bits is for a codebook, not for '{self.kind}'; leave it out"
+            )
         return self
 
     @property
     def highest(self) -> int:
         """The largest code; of a codebook the last index less 2^(bits-1), so that every code fits into int8."""
-        return {"int": 2 ** (self.bits - 1) - 1, "codebook": 2 ** (self.bits - 1) - 1}.get(self.kind, 1)
+        return {"int": 2 ** (self.bits - 1) - 1, "codebook": 2 ** (self.bits - 1) - 1}.get(
+            self.kind, 1
+        )
 
     @property
     def lowest(self) -> int:
@@ -88,7 +99,8 @@ class InputGrid(BaseModel):
     bits: int = Field(8, ge=1, le=8)
     dynamic: bool = False
     middle: bool = Field(
-        default=False, description="one bit only, and true there by default: compare with a learned middle"
+        default=False,
+        description="one bit only, and true there by default: compare with a learned middle",
     )
 
     @model_validator(mode="before")
@@ -102,7 +114,9 @@ class InputGrid(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> InputGrid:
         if self.middle and self.bits != 1:
-            raise ValueError(f"a middle is for inputs of one bit, not of {self.bits}; leave middle out")
+            raise ValueError(
+                f"a middle is for inputs of one bit, not of {self.bits}; leave middle out"
+            )
         return self
 
     @property
@@ -164,7 +178,9 @@ def first_scale(weight: Tensor, grid: WeightGrid) -> Tensor:
         mean = size.sum(-1) / there.sum(-1).clamp_min(1)
         scale = mean if grid.kind == "binary" else _ternary(size, mean)
     scale = scale[:, 0] if grid.group is None else scale
-    return mended(scale) if grid.has_zero else scale.nan_to_num(1.0)  # without a 0, zeros need a scale of (nearly) 0
+    return (
+        mended(scale) if grid.has_zero else scale.nan_to_num(1.0)
+    )  # without a 0, zeros need a scale of (nearly) 0
 
 
 def _ternary(size: Tensor, mean: Tensor) -> Tensor:
@@ -186,7 +202,11 @@ def mended(scale: Tensor) -> Tensor:
 def even_codebook(weight: Tensor, grid: WeightGrid) -> Tensor:
     """Returns 2^bits values evenly over the span of the weights, the nearest to 0 replaced by 0: a first codebook."""
     flat = weight.detach().float().reshape(-1)
-    low, high = (flat.amin().clamp(max=0), flat.amax().clamp(min=0)) if flat.numel() else (flat.sum(), flat.sum())
+    low, high = (
+        (flat.amin().clamp(max=0), flat.amax().clamp(min=0))
+        if flat.numel()
+        else (flat.sum(), flat.sum())
+    )
     values = low + (high - low) * torch.linspace(0, 1, 2**grid.bits, device=flat.device)
     values[values.abs().argmin()] = 0
     return values
@@ -223,7 +243,9 @@ def slowed(x: Tensor, factor: float) -> Tensor:
 
 def pace(x: Tensor, levels: int) -> float:
     """The gradient scale 1 / sqrt(values * levels) of a learned step size, for the inputs of one example."""
-    return (max(1, math.prod(x.shape[1:])) * levels) ** -0.5  # not by the batch, whose size may be open in an export
+    return (
+        max(1, math.prod(x.shape[1:])) * levels
+    ) ** -0.5  # not by the batch, whose size may be open in an export
 
 
 def rounded(weight: Tensor, at: Tensor, grid: WeightGrid) -> Tensor:

@@ -162,7 +162,10 @@ class QuantLayer(nn.Module):
             whole = [*range(x.dim())]  # ONNX has no least value without axes
             scale, zero = affine(x.detach().amin(whole), x.detach().amax(whole), grid)
         else:
-            scale, zero = slowed(positive(self.input_scale), pace(x, grid.highest)), self.input_zero_point
+            scale, zero = (
+                slowed(positive(self.input_scale), pace(x, grid.highest)),
+                self.input_zero_point,
+            )
         steps = (x / scale).clamp(-zero, grid.highest - zero)
         return through(steps.detach().round(), steps) * scale
 
@@ -170,10 +173,18 @@ class QuantLayer(nn.Module):
         """One bit: on which side of the middle a value lies, times the mean distance from it."""
         middle = self.middle() if grid.middle else None
         away = x if middle is None else x - middle
-        size = away.detach().abs().mean() if grid.dynamic else slowed(positive(self.input_scale), pace(x, 1))
+        size = (
+            away.detach().abs().mean()
+            if grid.dynamic
+            else slowed(positive(self.input_scale), pace(x, 1))
+        )
         # Without a middle the inputs are taken for normalised ones: the gradient passes where |x| <= 1, that of hard
         # tanh (Hubara et al. 2016, arXiv:1602.02830, eq. 4). With one, `size` says how wide their spread is.
-        near = away.clamp(-1, 1) if middle is None else (away / (WINDOW * size.detach().clamp_min(TINY))).clamp(-1, 1)
+        near = (
+            away.clamp(-1, 1)
+            if middle is None
+            else (away / (WINDOW * size.detach().clamp_min(TINY))).clamp(-1, 1)
+        )
         side = through(torch.where(away.detach() >= 0, 1.0, -1.0), near) * size
         return side if middle is None else side + middle
 
@@ -183,7 +194,11 @@ class QuantLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """Adds the grids to what torch prints."""
-        told = [f"{k}={v.kind if isinstance(v, WeightGrid) else 'int'}{v.bits}" for k, v in self.grids if v is not None]
+        told = [
+            f"{k}={v.kind if isinstance(v, WeightGrid) else 'int'}{v.bits}"
+            for k, v in self.grids
+            if v is not None
+        ]
         return ", ".join([super().extra_repr(), *told])
 
     def _grid(self) -> WeightGrid:
@@ -197,7 +212,9 @@ class QuantLayer(nn.Module):
         """The codebook, ascending; on its own grid if it has one."""
         grid = self._grid()
         values = self.codebook_of(key).float().sort().values
-        values = values * (values.detach() != 0)  # no gradient: 0 stays, and with it the pruned weights
+        values = values * (
+            values.detach() != 0
+        )  # no gradient: 0 stays, and with it the pruned weights
         if grid.centroid_bits is None:
             return values
         most, scale = 2 ** (grid.centroid_bits - 1) - 1, positive(self.scale(key)).detach()
@@ -357,7 +374,9 @@ class _QuantCell(QuantLayer):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Maps an input and a state to the next state, as the plain cell."""
-        return self._twin(**{key: self.quantized_weight(key) for key in self.keys}).forward(input, hx)
+        return self._twin(**{key: self.quantized_weight(key) for key in self.keys}).forward(
+            input, hx
+        )
 
 
 class QuantLSTMCell(_QuantCell, nn.LSTMCell):
@@ -437,7 +456,11 @@ def quantized_kind(kind: type[nn.Module]) -> type[QuantLayer]:
     base = same or forwards.base_of(kind)
     if base is None:
         raise KeyError(kind)
-    parts = {"plain": kind, "channel_axis": KINDS[base].channel_axis, "__doc__": f"{kind.__name__} on grids."}
+    parts = {
+        "plain": kind,
+        "channel_axis": KINDS[base].channel_axis,
+        "__doc__": f"{kind.__name__} on grids.",
+    }
     own = KINDS[base] if same else _QuantSubclass
     made = _SUBCLASSES[kind] = type(f"Quant{kind.__name__}", (own, kind), parts)
     return made
@@ -535,17 +558,22 @@ def why_not(module: nn.Module) -> str | None:
     keys = weight_keys(module)
     same = type(module) in KINDS or _same_as(type(module)) is not None
     known = same or forwards.base_of(type(module)) is not None
-    if any(key not in module._parameters for key in keys) and (hasattr(module, "parametrizations") or known):
-        return (
-            "its weight is computed from other parameters; make it plain first (remove_parametrizations, prune.remove)"
-        )
+    if any(key not in module._parameters for key in keys) and (
+        hasattr(module, "parametrizations") or known
+    ):
+        cure = "make it plain first (remove_parametrizations, prune.remove)"
+        return f"its weight is computed from other parameters; {cure}"
     if "forward" in module.__dict__:
         return "its forward was replaced by another function; quantize it before that"
     if not known:
         base = next((k.__name__ for k in KINDS if isinstance(module, k)), None)
-        return f"{type(module).__name__} computes in its own way" + (f", unlike {base}" if base else "")
+        return f"{type(module).__name__} computes in its own way" + (
+            f", unlike {base}" if base else ""
+        )
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
-        return "it changes its rows itself (max_norm) or has sparse gradients, which grids do not take"
+        return (
+            "it changes its rows itself (max_norm) or has sparse gradients, which grids do not take"
+        )
     for key in keys:
         kind = getattr(module._parameters[key], "dtype", torch.float32)
         if kind != torch.float32:
@@ -573,10 +601,14 @@ def quantize_layers_(model: nn.Module, table: Mapping[str, LayerGrids]) -> None:
                 f"spec.quantized: the model has no layer '{name}'; the spec is of another model"
             ) from error
         if reason := why_not(module):
-            raise ModelError(f"spec.quantized: '{name}' cannot be quantized: {reason}; leave it out")
+            raise ModelError(
+                f"spec.quantized: '{name}' cannot be quantized: {reason}; leave it out"
+            )
         _drop_grids_(module)
         if not isinstance(module, QuantLayer):
-            module.__class__ = quantized_kind(type(module))  # the same object: whoever shares it goes along
+            module.__class__ = quantized_kind(
+                type(module)
+            )  # the same object: whoever shares it goes along
         assert isinstance(module, QuantLayer)
         if not issubclass(module.plain, ROUND_INPUTS) and grids.inputs is not None:
             raise ModelError(
@@ -594,7 +626,9 @@ def _close_shortcuts_(model: nn.Module) -> None:
         if not any(isinstance(m, QuantLayer) for m in module.modules()):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # as for any other activation; `activation` itself is what is used
+            module.activation_relu_or_gelu = (
+                0  # as for any other activation; `activation` itself is what is used
+            )
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
 
@@ -629,11 +663,15 @@ def _register_(layer: QuantLayer, grids: LayerGrids) -> None:
         return
     first = layer.weight.detach()
     if not inputs.dynamic:
-        layer.register_parameter("input_scale", nn.Parameter(first.new_ones((), dtype=torch.float32)))
+        layer.register_parameter(
+            "input_scale", nn.Parameter(first.new_ones((), dtype=torch.float32))
+        )
         layer.register_buffer("input_zero_point", first.new_zeros((), dtype=torch.float32))
     if inputs.middle:
         channels = int(getattr(layer, "in_channels", first.shape[1]))
-        layer.register_parameter("input_middle", nn.Parameter(first.new_zeros(channels, dtype=torch.float32)))
+        layer.register_parameter(
+            "input_middle", nn.Parameter(first.new_zeros(channels, dtype=torch.float32))
+        )
 
 
 def _register_weight_(layer: QuantLayer, key: str, grid: WeightGrid) -> None:
@@ -686,7 +724,9 @@ def kept_entries(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name in names:
         if name not in parameters:
-            raise ModelError(f"spec.sparse: the model has no parameter '{name}'; the spec is of another model")
+            raise ModelError(
+                f"spec.sparse: the model has no parameter '{name}'; the spec is of another model"
+            )
         kept = parameters[name].detach() != 0
         owner, _, key = name.rpartition(".")
         zeros = buffers.get(f"{owner}.{zeros_name(key)}" if owner else zeros_name(key))
@@ -704,7 +744,11 @@ def note_kept_zeros_(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[str
     Returns:
         The names of the weights with a buffer: `ModelSpec.kept_zeros`.
     """
-    layers = {f"{name}.{key}": (layer, key) for name, layer in quantized_layers(model) for key in layer.keys}
+    layers = {
+        f"{name}.{key}": (layer, key)
+        for name, layer in quantized_layers(model)
+        for key in layer.keys
+    }
     noted = []
     for name, mask in masks.items():
         if name not in layers:
@@ -725,12 +769,20 @@ def register_kept_zeros_(model: nn.Module, names: Iterable[str]) -> None:
     Raises:
         ModelError: if a name is no weight on a grid.
     """
-    layers = {f"{name}.{key}": (layer, key) for name, layer in quantized_layers(model) for key in layer.keys}
+    layers = {
+        f"{name}.{key}": (layer, key)
+        for name, layer in quantized_layers(model)
+        for key in layer.keys
+    }
     for name in names:
         if name not in layers:
-            raise ModelError(f"spec.kept_zeros: '{name}' is no weight on a grid; the spec is of another model")
+            raise ModelError(
+                f"spec.kept_zeros: '{name}' is no weight on a grid; the spec is of another model"
+            )
         layer, key = layers[name]
-        layer.register_buffer(zeros_name(key), torch.zeros_like(getattr(layer, key), dtype=torch.bool))
+        layer.register_buffer(
+            zeros_name(key), torch.zeros_like(getattr(layer, key), dtype=torch.bool)
+        )
 
 
 @torch.no_grad()
@@ -755,7 +807,9 @@ def fold_layers_(model: nn.Module, folded: Mapping[str, str]) -> None:
             ) from error
         weight = layer._parameters.get("weight")
         if not isinstance(inner, nn.modules.batchnorm._BatchNorm | nn.Identity) or weight is None:
-            raise ModelError(f"spec.folded: '{norm}' cannot be folded into '{into}'; the spec is of another model")
+            raise ModelError(
+                f"spec.folded: '{norm}' cannot be folded into '{into}'; the spec is of another model"
+            )
         if layer._parameters.get("bias") is None:
             outputs = getattr(layer, "out_channels", len(weight))
             layer.register_parameter("bias", nn.Parameter(weight.detach().new_zeros(outputs)))

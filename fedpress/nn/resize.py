@@ -81,7 +81,9 @@ def replace_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             _compute_(module)
             _mend_(module, shapes)
     for module in model.modules():  # nested tensors are for the attention of torch alone
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, NarrowAttention) for m in module.modules()):
+        if isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(m, NarrowAttention) for m in module.modules()
+        ):
             module.use_nested_tensor = False
 
 
@@ -106,7 +108,12 @@ def _shapes(module: nn.Module) -> Shapes:
 @torch.no_grad()
 def _telling(module: nn.Module) -> Iterator[Tensor | None]:
     if isinstance(module, nn.MultiheadAttention):
-        yield from (module.in_proj_weight, module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        yield from (
+            module.in_proj_weight,
+            module.q_proj_weight,
+            module.k_proj_weight,
+            module.v_proj_weight,
+        )
         yield module.out_proj.weight
     elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
         suffix = "_l0" if isinstance(module, nn.RNNBase) else ""
@@ -129,9 +136,13 @@ def _mend_(module: nn.Module, before: Shapes) -> None:
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = now
     elif isinstance(module, nn.modules.conv._ConvNd):
-        set_groups_(module, now[0] * module.groups // was[0] if depthwise(module) else module.groups)
+        set_groups_(
+            module, now[0] * module.groups // was[0] if depthwise(module) else module.groups
+        )
     elif isinstance(module, nn.GroupNorm):  # the channels of a group stay together
-        module.num_groups = max(1, module.num_groups * now[0] // was[0])  # one group may lose a part of itself
+        module.num_groups = max(
+            1, module.num_groups * now[0] // was[0]
+        )  # one group may lose a part of itself
         module.num_channels = now[0]
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         module.normalized_shape = now
@@ -190,7 +201,9 @@ class NarrowAttention(nn.MultiheadAttention):
         weights = None
         if need_weights:
             scores = (q * self.head_dim**-0.5) @ k.mT
-            weights = F.dropout(torch.softmax(scores if mask is None else scores + mask, -1), dropout)
+            weights = F.dropout(
+                torch.softmax(scores if mask is None else scores + mask, -1), dropout
+            )
             out = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
@@ -203,7 +216,11 @@ class NarrowAttention(nn.MultiheadAttention):
     def _heads(self, *inputs: Tensor) -> list[Tensor]:
         """Projects queries, keys and values to [n, heads, length, width], with the rows that `bias_k`, `bias_v` add."""
         packed = self.in_proj_weight
-        kernels = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if packed is None else packed.chunk(3)
+        kernels = (
+            (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            if packed is None
+            else packed.chunk(3)
+        )
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         rows = [F.linear(x, w, b) for x, w, b in zip(inputs, kernels, biases, strict=True)]
         for i, more in ((1, self.bias_k), (2, self.bias_v)):
@@ -213,14 +230,18 @@ class NarrowAttention(nn.MultiheadAttention):
                 rows[i] = F.pad(rows[i], (0, 0, 0, 1))
         return [x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in rows]
 
-    def _mask(self, q: Tensor, k: Tensor, padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    def _mask(
+        self, q: Tensor, k: Tensor, padding: Tensor | None, mask: Tensor | None
+    ) -> Tensor | None:
         """Adds up the masks [n or 1, heads or 1, queries, keys]; true or -inf is where not to look."""
         total = None
         if padding is not None:
             total = _added(padding, q).view(len(q), 1, 1, -1)
         if mask is not None:
             wide = _added(mask, q).view(
-                -1 if mask.dim() == 3 else 1, self.num_heads if mask.dim() == 3 else 1, *mask.shape[-2:]
+                -1 if mask.dim() == 3 else 1,
+                self.num_heads if mask.dim() == 3 else 1,
+                *mask.shape[-2:],
             )
             total = wide if total is None else total + wide
         more = 0 if total is None else k.shape[-2] - total.shape[-1]
@@ -243,4 +264,6 @@ def _narrow_(module: nn.MultiheadAttention) -> None:
         module.kdim, module.vdim = module.k_proj_weight.shape[1], module.v_proj_weight.shape[1]
     else:
         module.kdim = module.vdim = packed.shape[1]
-    module._qkv_same_embed_dim = False  # keeps nn.TransformerEncoderLayer from a fast path with sizes of its own
+    module._qkv_same_embed_dim = (
+        False  # keeps nn.TransformerEncoderLayer from a fast path with sizes of its own
+    )

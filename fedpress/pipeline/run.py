@@ -82,7 +82,9 @@ def start(recipe: Recipe, data: data_sets.FederatedData) -> State:
         spec = spec.model_copy(update=about)
     else:
         assert recipe.model.architecture is not None
-        spec = ModelSpec(architecture=recipe.model.architecture, arguments=recipe.model.arguments, **about)
+        spec = ModelSpec(
+            architecture=recipe.model.architecture, arguments=recipe.model.arguments, **about
+        )
         spec, model = spec.take_in()
         if recipe.model.weights is not None:
             masked = load_weights_(model, recipe.model.weights)
@@ -136,7 +138,11 @@ def check(recipe: Recipe, data: data_sets.FederatedData) -> list[dict[str, Any]]
 
 def _with_parent(state: State, before: State, load: Loader | None) -> State:
     """Notes how to `load` the model `before` the first stage that changed the spec; None for weights nobody trained."""
-    if state.parent is None and load is not None and state.spec.model_dump() != before.spec.model_dump():
+    if (
+        state.parent is None
+        and load is not None
+        and state.spec.model_dump() != before.spec.model_dump()
+    ):
         return replace(state, parent=load)
     return state
 
@@ -181,7 +187,11 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def execute(
-    recipe: Recipe, folder: RunFolder, data: data_sets.FederatedData, *, reuse: RunFolder | None = None
+    recipe: Recipe,
+    folder: RunFolder,
+    data: data_sets.FederatedData,
+    *,
+    reuse: RunFolder | None = None,
 ) -> Iterator[Event]:
     """Runs the stages that are not done yet; yields what happens, and leaves `result.json` in the folder.
 
@@ -218,23 +228,34 @@ def _stages(
             folder.check_records(done.records)
         yield StageStarted(index, stage.kind, stage.name, reused=done is not None)
         if done is None:
-            done = yield from _do(stage, replace(state, facts={}), place, key, records, results[-1:])
+            done = yield from _do(
+                stage, replace(state, facts={}), place, key, records, results[-1:]
+            )
         # On goes what was saved, not what is in memory: so a run that is resumed here has the same model to the bit.
         spec, model = place.load()
         before = state
         # The line of an export tells of the file; the model is still worth what it was.
-        accuracy = state.accuracy if stage.kind in ("export", "measure") else done.result["accuracy"]
+        accuracy = (
+            state.accuracy if stage.kind in ("export", "measure") else done.result["accuracy"]
+        )
         state = replace(state, spec=spec, model=model, ledger=_ledger(done), accuracy=accuracy)
         state, load = _with_parent(state, before, load), place.load
         records = done.records
         results.append(done.result)
         told = data.told_left_out(private=recipe.private)
-        _write_result(recipe, folder, results, finished=index + 1 == len(recipe.stage), left_out=told)
+        _write_result(
+            recipe, folder, results, finished=index + 1 == len(recipe.stage), left_out=told
+        )
         yield StageFinished(index, done.result)
 
 
 def _do(
-    stage: Stage, state: State, place: StageFolder, key: str, records: int, last: Sequence[dict[str, Any]]
+    stage: Stage,
+    state: State,
+    place: StageFolder,
+    key: str,
+    records: int,
+    last: Sequence[dict[str, Any]],
 ) -> Generator[Event, None, Done]:
     """Runs one stage from its last checkpoint, measures it, and saves it; `last` is the line before its own, if any."""
     began, before = time.perf_counter(), place.begin(records)
@@ -246,7 +267,9 @@ def _do(
         raise type(error)(_placed(str(error), place.index, stage)) from error
     state = _settled(state)
     seconds = before + time.perf_counter() - began
-    if last and isinstance(stage, MeasureStage):  # it has changed nothing: the run is worth and costs what it did
+    if last and isinstance(
+        stage, MeasureStage
+    ):  # it has changed nothing: the run is worth and costs what it did
         told = {key: value for key, value in last[0].items() if key in MEASURED}
     else:
         yield Tick(1, 1, f"measuring on {len(state.data.test):,} test examples")
@@ -273,7 +296,10 @@ def stage_keys(recipe: Recipe) -> list[str]:
     """Names the result of each stage: equal keys mean equal data, model, seed and stages up to there."""
     tree = settings(recipe)
     same = {key: tree[key] for key in ("seed", "data", "model")}
-    texts = (json.dumps({**same, "stage": tree["stage"][: at + 1]}, sort_keys=True) for at in range(len(tree["stage"])))
+    texts = (
+        json.dumps({**same, "stage": tree["stage"][: at + 1]}, sort_keys=True)
+        for at in range(len(tree["stage"]))
+    )
     return [hashlib.sha256(text.encode()).hexdigest() for text in texts]
 
 
@@ -304,13 +330,18 @@ def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
         "macs": _macs(state),
         "file_bytes": storage.file_bytes(state.spec, model),
     }
-    if state.spec.sparse or "density" in state.facts:  # what zeros are worth shows in these two alone
+    if (
+        state.spec.sparse or "density" in state.facts
+    ):  # what zeros are worth shows in these two alone
         line["nonzero_parameters"] = storage.nonzero_parameters(model)
         line["packed_file_bytes"] = storage.packed_file_bytes(state.spec, model)
     if latency:
         speed = cost.latency(model, state.spec.example(1))
         # What lies on grids is computed on floats here; integers run in an exported file.
-        line |= {"latency_ms": speed.median_ms, "runtime": "torch, simulated" if state.spec.quantized else "torch"}
+        line |= {
+            "latency_ms": speed.median_ms,
+            "runtime": "torch, simulated" if state.spec.quantized else "torch",
+        }
         line["conditions"] = conditions("torch", threads=torch.get_num_threads(), options={})
     return line
 
@@ -320,7 +351,12 @@ def _macs(state: State) -> int:
 
 
 def _write_result(
-    recipe: Recipe, folder: RunFolder, results: list[dict[str, Any]], *, finished: bool, left_out: str
+    recipe: Recipe,
+    folder: RunFolder,
+    results: list[dict[str, Any]],
+    *,
+    finished: bool,
+    left_out: str,
 ) -> None:
     if results[-1].get("ledger"):
         list_json(folder.path / "ledger.json", results[-1]["ledger"], folder.path)
@@ -361,7 +397,9 @@ def _take_accuracy_of_files_(lines: Sequence[dict[str, Any]]) -> None:
             source.update({key: line[key] for key in ("accuracy", *JUDGED) if key in line})
 
 
-def note_environment(folder: RunFolder, command: str, origin: Mapping[str, Any] | None = None) -> list[str]:
+def note_environment(
+    folder: RunFolder, command: str, origin: Mapping[str, Any] | None = None
+) -> list[str]:
     """Writes `environment.json`; when a run is resumed, adds what is different from its start, the command at least.
 
     Args:
@@ -439,7 +477,9 @@ def environment(command: str) -> dict[str, Any]:
 
 def _processor() -> str:
     try:
-        cpu = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name"))
+        cpu = next(
+            x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")
+        )
         return cpu.partition(":")[2].strip()
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

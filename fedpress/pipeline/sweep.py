@@ -76,7 +76,9 @@ def split_values(text: str) -> list[str]:
             continue
         parts[-1] += letter
     if quote or depth or not all(part.strip() for part in parts):
-        raise RecipeError(f"sweep: '{text}' is no list of values; write them as in 0.5,0.3 or [1, 2],[3, 4]")
+        raise RecipeError(
+            f"sweep: '{text}' is no list of values; write them as in 0.5,0.3 or [1, 2],[3, 4]"
+        )
     return [part.strip() for part in parts]
 
 
@@ -93,16 +95,26 @@ def variants(values: Sequence[str], seeds: Sequence[int] = ()) -> list[Variant]:
     for entry in [*values, *([f"seed={','.join(map(str, seeds))}"] if seeds else [])]:
         key, equals, text = entry.partition("=")
         if not equals or not key:
-            raise RecipeError(f"sweep: '{entry}': expected key=value,value, for instance stage.1.keep_params=0.5,0.3")
+            raise RecipeError(
+                f"sweep: '{entry}': expected key=value,value, for instance stage.1.keep_params=0.5,0.3"
+            )
         if key in lists:
-            raise RecipeError(f"sweep: '{key}' is given twice; give all its values at once, divided by commas")
+            raise RecipeError(
+                f"sweep: '{key}' is given twice; give all its values at once, divided by commas"
+            )
         lists[key] = list(dict.fromkeys(split_values(text)))
     moving = [key for key, found in lists.items() if len(found) > 1]
     short = {key: key.rpartition(".")[2] for key in moving}
-    names = {key: short[key] if list(short.values()).count(short[key]) == 1 else key for key in moving}
+    names = {
+        key: short[key] if list(short.values()).count(short[key]) == 1 else key for key in moving
+    }
     return [
         Variant(
-            " ".join(f"{names[key]}={value}" for key, value in zip(lists, chosen, strict=True) if key in names)
+            " ".join(
+                f"{names[key]}={value}"
+                for key, value in zip(lists, chosen, strict=True)
+                if key in names
+            )
             or "all",
             tuple(f"{key}={value}" for key, value in zip(lists, chosen, strict=True)),
         )
@@ -111,7 +123,12 @@ def variants(values: Sequence[str], seeds: Sequence[int] = ()) -> list[Variant]:
 
 
 def execute(
-    text: str, todo: Sequence[Variant], place: Path, *, extra: Sequence[str] = (), command: str = "fedpress sweep"
+    text: str,
+    todo: Sequence[Variant],
+    place: Path,
+    *,
+    extra: Sequence[str] = (),
+    command: str = "fedpress sweep",
 ) -> Iterator[VariantStarted | VariantFinished]:
     """Runs every variant into a run folder of its own in `place`, and after each writes `sweep.json`.
 
@@ -161,9 +178,13 @@ def _variants(
             keys = runs.stage_keys(recipe)
             reuse = _nearest(recipe, keys, earlier)
             earlier.append((keys, folder))
-            yield VariantStarted(variant, runs.execute(recipe, folder, loaded[key], reuse=reuse), tuple(notes))
+            yield VariantStarted(
+                variant, runs.execute(recipe, folder, loaded[key], reuse=reuse), tuple(notes)
+            )
             if not read_json(path / "result.json").get("finished"):
-                raise RecipeError("its events were not followed to the end; go on with the same sweep")
+                raise RecipeError(
+                    "its events were not followed to the end; go on with the same sweep"
+                )
         except FedpressError as failure:
             error = str(failure)
         done.append((variant, path, error))
@@ -181,7 +202,9 @@ def _free(folder: Path, name: str, taken: set[Path]) -> Path:
     return path
 
 
-def _nearest(recipe: Recipe, keys: Sequence[str], earlier: Sequence[tuple[list[str], RunFolder]]) -> RunFolder | None:
+def _nearest(
+    recipe: Recipe, keys: Sequence[str], earlier: Sequence[tuple[list[str], RunFolder]]
+) -> RunFolder | None:
     """Returns the earlier run that has the most first stages in common; the later of equals, None if none has any."""
 
     def common(others: Sequence[str], folder: RunFolder) -> int:
@@ -191,20 +214,31 @@ def _nearest(recipe: Recipe, keys: Sequence[str], earlier: Sequence[tuple[list[s
                 return at
         return len(pairs)
 
-    best = max(((common(others, folder), at) for at, (others, folder) in enumerate(earlier)), default=(0, 0))
+    best = max(
+        ((common(others, folder), at) for at, (others, folder) in enumerate(earlier)),
+        default=(0, 0),
+    )
     return earlier[best[1]][1] if best[0] else None
 
 
 def _write(place: Path, done: Sequence[tuple[Variant, Path, str | None]], command: str) -> None:
     entries = []
     for variant, path, error in done:
-        result = read_json(path / "result.json") if (path / "result.json").exists() else {"stages": []}
-        stages = [{key: s[key] for key in ("kind", "name", *SHOWN) if key in s} for s in result["stages"]]
+        result = (
+            read_json(path / "result.json") if (path / "result.json").exists() else {"stages": []}
+        )
+        stages = [
+            {key: s[key] for key in ("kind", "name", *SHOWN) if key in s} for s in result["stages"]
+        ]
         entries.append(
             {"name": variant.name, "overrides": list(variant.overrides), "folder": str(path.relative_to(place)),
              "error": error, "stages": stages}
         )  # fmt: skip
-    page: dict[str, Any] = {"command": command, "environment": runs.environment(command), "variants": entries}
+    page: dict[str, Any] = {
+        "command": command,
+        "environment": runs.environment(command),
+        "variants": entries,
+    }
     for cost in ("file_bytes", "latency_ms"):
         page[f"front_{cost}"] = front(page, cost)
     write_json(place / "sweep.json", page)
@@ -215,7 +249,9 @@ def front(page: dict[str, Any], cost: str) -> list[str]:
 
     Latencies are compared within one runtime only; each has its own front.
     """
-    ends = [(v["name"], v["stages"][-1]) for v in page["variants"] if not v["error"] and v["stages"]]
+    ends = [
+        (v["name"], v["stages"][-1]) for v in page["variants"] if not v["error"] and v["stages"]
+    ]
     groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for name, stage in ends:
         if stage.get(cost) is not None and stage.get("accuracy") is not None:
@@ -223,7 +259,9 @@ def front(page: dict[str, Any], cost: str) -> list[str]:
             groups.setdefault(runtime, []).append((name, stage))
     found: list[str] = []
     for known in groups.values():
-        found += [known[at][0] for at in pareto([(stage[cost], stage["accuracy"]) for _, stage in known])]
+        found += [
+            known[at][0] for at in pareto([(stage[cost], stage["accuracy"]) for _, stage in known])
+        ]
     return found
 
 

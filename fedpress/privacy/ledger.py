@@ -15,7 +15,13 @@ from typing import Literal
 
 from fedpress.errors import PrivacyError, RecipeError
 from fedpress.privacy.accounting import accountant, losses
-from fedpress.privacy.accounting.events import AnyPhase, Phase, SkellamPhase, gaussians, skellams
+from fedpress.privacy.accounting.events import (
+    GaussianEvent,
+    MechanismEvent,
+    SkellamEvent,
+    gaussians,
+    skellams,
+)
 
 POPULATION = "population"
 VERSION = 2
@@ -28,12 +34,12 @@ FEW_PARTIES = 8
 
 
 @dataclass(frozen=True)
-class Charge:
+class LedgerEntry:
     """`steps` noised sums over the data of `who` (a client's name, or "population" for all), for the purpose `what`.
 
     `first_round` and `last_round` say when; a charge outside rounds keeps 0. The noise is Gaussian unless `variance`
-    is above 0: then it is Skellam, `l2`, `l1`, `variance` and `failure` are those of `SkellamPhase`, and
-    `noise_multiplier` is only told for people. Make a charge of either kind with `Charge.of`.
+    is above 0: then it is Skellam, `l2`, `l1`, `variance` and `failure` are those of `SkellamEvent`, and
+    `noise_multiplier` is only told for people. Make a charge of either kind with `LedgerEntry.of`.
 
     Raises:
         RecipeError: if a number is out of range, or `noise_multiplier` is not that of the Skellam noise.
@@ -53,35 +59,55 @@ class Charge:
 
     def __post_init__(self) -> None:
         phase = self.phase  # checks the numbers
-        if isinstance(phase, Phase):
+        if isinstance(phase, GaussianEvent):
             if any((self.l2, self.l1, self.failure)):
-                raise RecipeError("charge.variance: got 0 beside l2, l1 or failure, expected the Skellam noise's")
+                raise RecipeError(
+                    "charge.variance: got 0 beside l2, l1 or failure, expected the Skellam noise's"
+                )
         elif not math.isclose(phase.noise_multiplier, self.noise_multiplier, rel_tol=1e-6):
             raise RecipeError(
                 f"charge.noise_multiplier: got {self.noise_multiplier}, expected {phase.noise_multiplier}, that of the "
-                "Skellam noise; make the charge with Charge.of"
+                "Skellam noise; make the charge with LedgerEntry.of"
             )
 
     @classmethod
-    def of(cls, who: str, what: str, phase: AnyPhase, first_round: int = 0, last_round: int = 0) -> Charge:
+    def of(
+        cls, who: str, what: str, phase: MechanismEvent, first_round: int = 0, last_round: int = 0
+    ) -> LedgerEntry:
         """Returns the charge of `phase`.
 
-        >>> Charge.of("population", "federate", SkellamPhase(10.0, 80.0, 400.0, 1), 3, 3).noise_multiplier
+        >>> LedgerEntry.of("population", "federate", SkellamEvent(10.0, 80.0, 400.0, 1), 3, 3).noise_multiplier
         2.0
         """
         own = {}
-        if isinstance(phase, SkellamPhase):
-            own = {"l2": phase.l2, "l1": phase.l1, "variance": phase.variance, "failure": phase.failure}
-        return cls(who, what, phase.sampling_prob, phase.noise_multiplier, phase.steps, first_round, last_round, **own)
+        if isinstance(phase, SkellamEvent):
+            own = {
+                "l2": phase.l2,
+                "l1": phase.l1,
+                "variance": phase.variance,
+                "failure": phase.failure,
+            }
+        return cls(
+            who,
+            what,
+            phase.sampling_prob,
+            phase.noise_multiplier,
+            phase.steps,
+            first_round,
+            last_round,
+            **own,
+        )
 
     @property
-    def phase(self) -> AnyPhase:
+    def phase(self) -> MechanismEvent:
         """What this charge is to the accountant."""
         if self.variance:
-            return SkellamPhase(self.l2, self.l1, self.variance, self.steps, self.sampling_prob, self.failure)
-        return Phase(self.sampling_prob, self.noise_multiplier, self.steps)
+            return SkellamEvent(
+                self.l2, self.l1, self.variance, self.steps, self.sampling_prob, self.failure
+            )
+        return GaussianEvent(self.sampling_prob, self.noise_multiplier, self.steps)
 
-    def joins(self, later: Charge) -> bool:
+    def joins(self, later: LedgerEntry) -> bool:
         """Says whether `later` continues this charge."""
         return _mechanism(self) == _mechanism(later)
 
@@ -92,36 +118,40 @@ class Ledger:
 
     >>> book = Ledger("sample")
     >>> for round in (1, 2, 3):
-    ...     book = book.add(Charge("c0", "federate", 0.1, 2.0, 10, round, round))
+    ...     book = book.add(LedgerEntry("c0", "federate", 0.1, 2.0, 10, round, round))
     >>> [(c.who, c.steps, c.first_round, c.last_round) for c in book.charges]
     [('c0', 30, 1, 3)]
-    >>> book.would_pass(Charge("c0", "federate", 0.1, 2.0, 1000), epsilon=2.0, delta=1e-5)
+    >>> book.would_pass(LedgerEntry("c0", "federate", 0.1, 2.0, 1000), epsilon=2.0, delta=1e-5)
     True
     """
 
     unit: Literal["sample", "client"]
-    charges: tuple[Charge, ...] = ()
+    charges: tuple[LedgerEntry, ...] = ()
 
     def __post_init__(self) -> None:
         if self.unit not in ("sample", "client"):
             raise RecipeError(f"ledger.unit: got {self.unit!r}, expected 'sample' or 'client'")
 
-    def add(self, *charges: Charge) -> Ledger:
+    def add(self, *charges: LedgerEntry) -> Ledger:
         """Returns the ledger with `charges` at its end; a charge that continues its client's last one is joined."""
         book = list(self.charges)
         for charge in charges:
-            last = next((i for i in range(len(book) - 1, -1, -1) if book[i].who == charge.who), None)
+            last = next(
+                (i for i in range(len(book) - 1, -1, -1) if book[i].who == charge.who), None
+            )
             if last is not None and book[last].joins(charge):
                 rounds = max(book[last].last_round, charge.last_round)
-                book[last] = replace(book[last], steps=book[last].steps + charge.steps, last_round=rounds)
+                book[last] = replace(
+                    book[last], steps=book[last].steps + charge.steps, last_round=rounds
+                )
             else:
                 book.append(charge)
         return replace(self, charges=tuple(book))
 
-    def phases(self) -> Iterator[tuple[AnyPhase, ...]]:
+    def phases(self) -> Iterator[tuple[MechanismEvent, ...]]:
         """Yields what each party was charged, merged; parties charged alike appear once."""
         everybody = [c.phase for c in self.charges if c.who == POPULATION]
-        parties: dict[str, list[AnyPhase]] = {POPULATION: []}
+        parties: dict[str, list[MechanismEvent]] = {POPULATION: []}
         for charge in self.charges:
             if charge.who != POPULATION:
                 parties.setdefault(charge.who, []).append(charge.phase)
@@ -149,11 +179,11 @@ class Ledger:
             most = max(most, one, key=lambda party: party.epsilon)
         return most
 
-    def would_pass(self, *charges: Charge, epsilon: float, delta: float) -> bool:
+    def would_pass(self, *charges: LedgerEntry, epsilon: float, delta: float) -> bool:
         """Says whether `charges` together would carry anybody beyond `epsilon`: ask before the data is touched."""
         return self.add(*charges).epsilon(delta=delta) > epsilon
 
-    def spend(self, *charges: Charge, epsilon: float, delta: float) -> Ledger:
+    def spend(self, *charges: LedgerEntry, epsilon: float, delta: float) -> Ledger:
         """Returns the ledger with `charges` added.
 
         Raises:
@@ -192,21 +222,23 @@ class Ledger:
                 raise PrivacyError(
                     f"ledger: got version {page['version']}, expected one of {READS}; use the fedpress of then"
                 )
-            return cls(page["unit"], tuple(Charge(**c) for c in page["charges"]))
+            return cls(page["unit"], tuple(LedgerEntry(**c) for c in page["charges"]))
         except (ValueError, KeyError, TypeError, RecursionError, RecipeError) as error:
-            raise PrivacyError(f"ledger: not a ledger ({error!r}); restore ledger.json, or start a new run") from error
+            raise PrivacyError(
+                f"ledger: not a ledger ({error!r}); restore ledger.json, or start a new run"
+            ) from error
 
 
-def _mechanism(charge: Charge) -> Charge:
+def _mechanism(charge: LedgerEntry) -> LedgerEntry:
     return replace(charge, steps=0, first_round=0, last_round=0)
 
 
-def _undominated(parties: set[tuple[AnyPhase, ...]]) -> list[tuple[AnyPhase, ...]]:
+def _undominated(parties: set[tuple[MechanismEvent, ...]]) -> list[tuple[MechanismEvent, ...]]:
     """Drops parties that spend no more than another by every number, so that 100 unequal clients cost one answer."""
     return [p for p in parties if not any(p != other and _covers(other, p) for other in parties)]
 
 
-def _covers(more: tuple[AnyPhase, ...], less: tuple[AnyPhase, ...]) -> bool:
+def _covers(more: tuple[MechanismEvent, ...], less: tuple[MechanismEvent, ...]) -> bool:
     """Says whether each phase of `less` has its own one in `more`, of the same kind, that spends at least as much."""
     gaussian, skellam = (gaussians(more), gaussians(less)), (skellams(more), skellams(less))
     if len(gaussian[1]) > len(gaussian[0]) or len(skellam[1]) > len(skellam[0]):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from fedpress.errors import RecipeError
 from fedpress.privacy.accounting import accountant
-from fedpress.privacy.accounting.accountant import Phase
+from fedpress.privacy.accounting.accountant import GaussianEvent
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,17 @@ class PrivacyPlan:
         if self.unit not in ("sample", "client"):
             raise RecipeError(f"privacy.unit: got {self.unit!r}, expected 'sample' or 'client'")
         if not 0 < self.clip_norm < math.inf:
-            raise RecipeError(f"privacy.clip_norm: got {self.clip_norm}, expected a finite number above 0")
+            raise RecipeError(
+                f"privacy.clip_norm: got {self.clip_norm}, expected a finite number above 0"
+            )
         if not self.noise_multiplier < math.inf:
-            raise RecipeError(f"privacy.noise_multiplier: got {self.noise_multiplier}, expected a finite number >= 0")
+            raise RecipeError(
+                f"privacy.noise_multiplier: got {self.noise_multiplier}, expected a finite number >= 0"
+            )
         if self.steps_per_round < 1:
-            raise RecipeError(f"privacy.steps_per_round: got {self.steps_per_round}, expected a whole number >= 1")
+            raise RecipeError(
+                f"privacy.steps_per_round: got {self.steps_per_round}, expected a whole number >= 1"
+            )
         accountant.check_delta(self.delta)
         self.phase(num_rounds=1)  # checks the rest
 
@@ -57,15 +63,21 @@ class PrivacyPlan:
         """Standard deviation of the noise on each value of the sum, before any division."""
         return self.noise_multiplier * self.clip_norm
 
-    def phase(self, *, num_rounds: int) -> Phase:
+    def phase(self, *, num_rounds: int) -> GaussianEvent:
         """Returns what `num_rounds` rounds are to the accountant."""
-        return Phase(self.sampling_prob, self.noise_multiplier, self.steps_per_round * num_rounds)
+        return GaussianEvent(
+            self.sampling_prob, self.noise_multiplier, self.steps_per_round * num_rounds
+        )
 
     def epsilon(self, *, num_rounds: int, delta: float | None = None) -> float:
         """Returns the epsilon that `num_rounds` rounds spend at `delta` (the plan's own unless given)."""
-        return accountant.epsilon([self.phase(num_rounds=num_rounds)], delta=self.delta if delta is None else delta)
+        return accountant.epsilon(
+            [self.phase(num_rounds=num_rounds)], delta=self.delta if delta is None else delta
+        )
 
-    def calibrate(self, *, epsilon: float, num_rounds: int, delta: float | None = None) -> PrivacyPlan:
+    def calibrate(
+        self, *, epsilon: float, num_rounds: int, delta: float | None = None
+    ) -> PrivacyPlan:
         """Returns the plan with the smallest noise that keeps `num_rounds` rounds within `epsilon`.
 
         Raises:

@@ -27,7 +27,10 @@ def sensitivity_curves(name: str, records: list[Json]) -> Figure | None:
     points = [point for record in records if isinstance(point := record.get("sensitivity"), dict)]
     curves: dict[str, list[Json]] = {}
     for point in points:
-        if units.number(point.get("density")) is not None and units.number(point.get("accuracy")) is not None:
+        if (
+            units.number(point.get("density")) is not None
+            and units.number(point.get("accuracy")) is not None
+        ):
             curves.setdefault(str(point.get("layer")), []).append(point)
     if not curves:
         return None
@@ -72,15 +75,22 @@ def density_over_epochs(name: str, epochs: list[Json]) -> Figure | None:
 
 def bits_per_layer(name: str, records: list[Json]) -> Figure | None:
     """Shows the bits of each layer's weights."""
-    found: list[Json] = next((r["quantized"] for r in reversed(records) if isinstance(r.get("quantized"), list)), [])
+    found: list[Json] = next(
+        (r["quantized"] for r in reversed(records) if isinstance(r.get("quantized"), list)), []
+    )
     layers = [x for x in found if isinstance(x, dict) and units.number(x.get("bits")) is not None]
     if not layers:
         return None
     names, bits = [str(x.get("name")) for x in layers], values(layers, "bits")
     sizes = [w or 0.0 for w in values(layers, "weights")]
     total = total_of([b and b * n for b, n in zip(bits, sizes, strict=True)])
-    notes = [f"{b:.0f} · {units.count(n)}" for b, n in zip(bits, sizes, strict=True) if b is not None]
-    hover = [f"{n}: {short(b)} bits, {units.count(w)} weights" for n, b, w in zip(names, bits, sizes, strict=True)]
+    notes = [
+        f"{b:.0f} · {units.count(n)}" for b, n in zip(bits, sizes, strict=True) if b is not None
+    ]
+    hover = [
+        f"{n}: {short(b)} bits, {units.count(w)} weights"
+        for n, b, w in zip(names, bits, sizes, strict=True)
+    ]
     mean = total / sum(sizes) if sum(sizes) else 0.0
     return Figure(
         f"Bits of the weights: {name}",
@@ -96,7 +106,11 @@ def bits_per_layer(name: str, records: list[Json]) -> Figure | None:
 def bytes_by_kind(stage: Json) -> Figure | None:
     """Shows what the bytes of a packed file are spent on."""
     found = stage.get("packed_bytes")
-    pairs = [(str(k), x) for k, v in found.items() if (x := units.number(v))] if isinstance(found, dict) else []
+    pairs = (
+        [(str(k), x) for k, v in found.items() if (x := units.number(v))]
+        if isinstance(found, dict)
+        else []
+    )
     if not pairs:
         return None
     pairs.sort(key=lambda pair: -pair[1])

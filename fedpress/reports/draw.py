@@ -11,12 +11,16 @@ from markupsafe import Markup, escape
 
 from fedpress.reports.plot import Axis, Figure, Note, Panel, Series
 
-CHARACTER = 7.4  # pixels that a character of a label takes at most on average, in the widest usual font
+CHARACTER = (
+    7.4  # pixels that a character of a label takes at most on average, in the widest usual font
+)
 LINE = 15.0  # pixels from one line of text to the next
 LONGEST_NAME = 22
 TINIEST = 1e-100  # numbers closer than this are drawn as equal
 HOVERED = 90  # so many points of a series answer the pointer
-VERTICES = 400  # so many points of a line are drawn; of more, the lowest and the highest of each stretch
+VERTICES = (
+    400  # so many points of a line are drawn; of more, the lowest and the highest of each stretch
+)
 NARROW, NORMAL, WIDE = 330, 500, 980  # widths a figure is drawn at: phone, column, full page
 
 
@@ -66,7 +70,9 @@ def svg(figure: Figure, name: str) -> Markup:
 
 
 def _picture(figure: Figure, width: int, name: str) -> Markup:
-    size = {NARROW: "narrow", NORMAL: "normal", WIDE: "broad"}[width] + ("" if figure.wide else " only")
+    size = {NARROW: "narrow", NORMAL: "normal", WIDE: "broad"}[width] + (
+        "" if figure.wide else " only"
+    )
     content = [
         tag("title", escape(figure.title), id=f"{name}-title"),
         tag("desc", escape(figure.caption), id=f"{name}-desc"),
@@ -138,7 +144,9 @@ def _range(axis: Axis, numbers: Iterable[float], *, tight: bool = False) -> tupl
         spread = abs(low) * 0.05 if abs(low) > TINIEST else 1.0
         low, high = (low if axis.low is not None else low - spread), low + spread
     air = 0.0 if tight else 0.06 * (high - low)
-    return (low if axis.low is not None else low - air), (high if axis.high is not None else high + air)
+    return (low if axis.low is not None else low - air), (
+        high if axis.high is not None else high + air
+    )
 
 
 def _content(figure: Figure, width: int) -> list[Markup]:
@@ -163,7 +171,9 @@ def _content(figure: Figure, width: int) -> list[Markup]:
     left = max(left, 12 + longest * CHARACTER)
     x = Scale(low, high, left, width - right)
     drawn: list[Markup] = []
-    for panel, share, (bottom_value, top_value), marks in zip(figure.panels, shares, ranges, steps, strict=True):
+    for panel, share, (bottom_value, top_value), marks in zip(
+        figure.panels, shares, ranges, steps, strict=True
+    ):
         y = Scale(bottom_value, top_value, top + share * room, top)
         high_title = bool(figure.notes) and panel is figure.panels[0]
         drawn += _upright_axis(panel.y, y, marks, x, above=11 + LINE if high_title else 11)
@@ -220,11 +230,17 @@ def _tick_texts(marks: Sequence[float]) -> list[str]:
     return [tick_text(mark, step) for mark in marks]
 
 
-def _upright_axis(axis: Axis, y: Scale, marks: Sequence[float], x: Scale, *, above: float) -> list[Markup]:
+def _upright_axis(
+    axis: Axis, y: Scale, marks: Sequence[float], x: Scale, *, above: float
+) -> list[Markup]:
     drawn = [tag("text", axis.title, x=2, y=y.end - above, class_="name")]
     for mark, text in zip(marks, _tick_texts(marks), strict=True):
-        drawn.append(tag("path", d=f"M{_pixels(x.start)} {_pixels(y(mark))}H{_pixels(x.end)}", class_="grid"))
-        drawn.append(tag("text", text, x=x.start - 6, y=y(mark) + 4, class_="tick", text_anchor="end"))
+        drawn.append(
+            tag("path", d=f"M{_pixels(x.start)} {_pixels(y(mark))}H{_pixels(x.end)}", class_="grid")
+        )
+        drawn.append(
+            tag("text", text, x=x.start - 6, y=y(mark) + 4, class_="tick", text_anchor="end")
+        )
     return drawn
 
 
@@ -235,10 +251,19 @@ def _lower_axis(figure: Figure, x: Scale, at: float, *, whole: bool) -> list[Mar
     for mark, text in zip(marks, _tick_texts(marks), strict=True):
         half = len(text) * CHARACTER / 2
         drawn.append(
-            tag("text", text, x=min(x(mark), x.end + 12 - half), y=at + 16, class_="tick", text_anchor="middle")
+            tag(
+                "text",
+                text,
+                x=min(x(mark), x.end + 12 - half),
+                y=at + 16,
+                class_="tick",
+                text_anchor="middle",
+            )
         )
     middle = (x.start + x.end) / 2
-    drawn.append(tag("text", figure.x.title, x=middle, y=at + 35, class_="name", text_anchor="middle"))
+    drawn.append(
+        tag("text", figure.x.title, x=middle, y=at + 35, class_="name", text_anchor="middle")
+    )
     return drawn
 
 
@@ -270,10 +295,24 @@ def _points_and_lines(series: Series, x: Scale, y: Scale) -> list[Markup]:
     if series.kind in ("line", "steps"):
         path = _path(places, stairs=series.kind == "steps")
         if path:
-            drawn.append(tag("path", d=path, class_=f"line {series.color}" + (" dotted" if series.dotted else "")))
-    radius = 5.0 if series.kind in ("points", "steps") or series.beside else 2.7 if series.marked else 1.0
+            drawn.append(
+                tag(
+                    "path",
+                    d=path,
+                    class_=f"line {series.color}" + (" dotted" if series.dotted else ""),
+                )
+            )
+    radius = (
+        5.0
+        if series.kind in ("points", "steps") or series.beside
+        else 2.7
+        if series.marked
+        else 1.0
+    )
     alone = [
-        place is not None and (at == 0 or places[at - 1] is None) and (at + 1 == len(places) or places[at + 1] is None)
+        place is not None
+        and (at == 0 or places[at - 1] is None)
+        and (at + 1 == len(places) or places[at + 1] is None)
         for at, place in enumerate(places)
     ]
     every = 1 if series.marked else -(-len(places) // HOVERED)
@@ -324,7 +363,10 @@ def _thinned(places: Sequence[tuple[float, float] | None]) -> Sequence[tuple[flo
     for begin in range(0, len(places), stretch):
         some = [place for place in places[begin : begin + stretch] if place is not None]
         ends = {0, len(some) - 1} if begin in (0, len(places) - 1) else set()
-        ends |= {min(range(len(some)), key=lambda i: some[i][1]), max(range(len(some)), key=lambda i: some[i][1])}
+        ends |= {
+            min(range(len(some)), key=lambda i: some[i][1]),
+            max(range(len(some)), key=lambda i: some[i][1]),
+        }
         kept += [some[i] for i in sorted(ends)]
     return [*kept, places[-1]]
 
@@ -351,24 +393,38 @@ def _stack(panel: Panel, x: Scale, y: Scale) -> list[Markup]:
 def _area(parts: Sequence[tuple[Series, int, float, float]], x: Scale, y: Scale) -> Markup:
     every = -(-len(parts) // VERTICES) or 1
     kept = [*parts[:-1:every], parts[-1]]
-    upper = [f"{_pixels(x(s.x[at] or 0.0))} {_pixels(y(base + height))}" for s, at, base, height in kept]
-    lower = [f"{_pixels(x(s.x[at] or 0.0))} {_pixels(y(base))}" for s, at, base, _ in reversed(kept)]
+    upper = [
+        f"{_pixels(x(s.x[at] or 0.0))} {_pixels(y(base + height))}" for s, at, base, height in kept
+    ]
+    lower = [
+        f"{_pixels(x(s.x[at] or 0.0))} {_pixels(y(base))}" for s, at, base, _ in reversed(kept)
+    ]
     return tag("path", d=f"M{'L'.join([*upper, *lower])}Z", class_=f"area {parts[0][0].color}")
 
 
-def _upright_bars(parts: Sequence[tuple[Series, int, float, float]], x: Scale, y: Scale) -> list[Markup]:
+def _upright_bars(
+    parts: Sequence[tuple[Series, int, float, float]], x: Scale, y: Scale
+) -> list[Markup]:
     known = [a for s, at, *_ in parts if (a := s.x[at]) is not None]
     thick = max(0.4, 0.75 * _distance(known) * (x.end - x.start) / (x.high - x.low))
     # Thinner bars than pixels cannot be told apart: of many, the highest of each stretch stands for it.
     every = -(-len(parts) // VERTICES) or 1
     drawn = []
     for begin in range(0, len(parts), every):
-        series, at, base, height = max(parts[begin : begin + every], key=lambda part: part[2] + part[3])
+        series, at, base, height = max(
+            parts[begin : begin + every], key=lambda part: part[2] + part[3]
+        )
         across = x(series.x[at] or 0.0)
-        title = tag("title", series.hover[at]) if series.hover and every * len(parts) <= VERTICES else ""
+        title = (
+            tag("title", series.hover[at])
+            if series.hover and every * len(parts) <= VERTICES
+            else ""
+        )
         box = {"x": across - every * thick / 2, "y": y(base + height), "width": every * thick}
         look = f"bar {series.color} mark"
-        drawn.append(tag("rect", title, **box, height=max(0.0, y(base) - y(base + height)), class_=look))
+        drawn.append(
+            tag("rect", title, **box, height=max(0.0, y(base) - y(base + height)), class_=look)
+        )
     return drawn
 
 
@@ -381,14 +437,20 @@ def _lying(figure: Figure, width: int, names: Sequence[str]) -> list[Markup]:
     beside = max((len(text) for series in panel.series for text in series.beside), default=0)
     left = min(12 + max(len(end) for end in ends) * CHARACTER, 0.55 * width)
     right = 12 + beside * CHARACTER
-    low, high = _range(figure.x, [0.0, *(n for series in panel.series for n in series.x if n is not None)], tight=True)
+    low, high = _range(
+        figure.x,
+        [0.0, *(n for series in panel.series for n in series.x if n is not None)],
+        tight=True,
+    )
     low = min(low, 0.0) if figure.x.low is None else figure.x.low
     x = Scale(low, high, left, width - right)
     top, bottom = 8.0, figure.height - 42.0
     row = (bottom - top) / len(names)
     drawn: list[Markup] = []
     for mark in ticks(x.low, x.high, 4 if width == NARROW else 6):
-        drawn.append(tag("path", d=f"M{_pixels(x(mark))} {_pixels(top)}V{_pixels(bottom)}", class_="grid"))
+        drawn.append(
+            tag("path", d=f"M{_pixels(x(mark))} {_pixels(top)}V{_pixels(bottom)}", class_="grid")
+        )
     for at, end in enumerate(ends):
         middle = top + (at + 0.5) * row
         drawn.append(tag("text", end, x=left - 6, y=middle + 4, class_="tick", text_anchor="end"))
@@ -397,10 +459,17 @@ def _lying(figure: Figure, width: int, names: Sequence[str]) -> list[Markup]:
             if length is None:
                 continue
             title = tag("title", series.hover[at]) if series.hover else ""
-            box = {"x": x(low), "y": middle - 0.33 * row, "width": max(0.0, x(length) - x(low)), "height": 0.66 * row}
+            box = {
+                "x": x(low),
+                "y": middle - 0.33 * row,
+                "width": max(0.0, x(length) - x(low)),
+                "height": 0.66 * row,
+            }
             drawn.append(tag("rect", title, **box, class_=f"bar {series.color} mark"))
             if series.beside:
-                drawn.append(tag("text", series.beside[at], x=x(length) + 5, y=middle + 4, class_="tick"))
+                drawn.append(
+                    tag("text", series.beside[at], x=x(length) + 5, y=middle + 4, class_="tick")
+                )
     return [*drawn, *_lower_axis(figure, x, bottom, whole=False)]
 
 
@@ -413,7 +482,11 @@ def _labels(figure: Figure, panel: Panel, x: Scale, y: Scale, frame: Box) -> lis
         (x(a), y(b), series.beside[at])
         for series in panel.series
         for at, (a, b) in enumerate(zip(series.x, series.y, strict=True))
-        if series.beside and series.beside[at] and a is not None and b is not None and y.low <= b <= y.high
+        if series.beside
+        and series.beside[at]
+        and a is not None
+        and b is not None
+        and y.low <= b <= y.high
     ]
     taken = [
         Box(x(a) - 5, y(b) - 5, x(a) + 5, y(b) + 5)
@@ -434,7 +507,9 @@ def _labels(figure: Figure, panel: Panel, x: Scale, y: Scale, frame: Box) -> lis
             # Widths are estimates: a text left of its point ends there, so that it stays beside it.
             left_of = box.right < across
             where = {"x": box.right if left_of else box.left, "y": box.top + (at + 0.8) * LINE}
-            drawn.append(tag("text", said, **where, class_="label", text_anchor="end" if left_of else None))
+            drawn.append(
+                tag("text", said, **where, class_="label", text_anchor="end" if left_of else None)
+            )
         if shift:  # too far from its point to be told without a line
             drawn.append(tag("path", d=_leader(across, down, box), class_="rule"))
     return drawn
@@ -442,7 +517,11 @@ def _labels(figure: Figure, panel: Panel, x: Scale, y: Scale, frame: Box) -> lis
 
 def _stairs(series: Series, x: Scale, y: Scale) -> list[Box]:
     """Returns the room that a staircase takes."""
-    known = [(x(a), y(b)) for a, b in zip(series.x, series.y, strict=True) if a is not None and b is not None]
+    known = [
+        (x(a), y(b))
+        for a, b in zip(series.x, series.y, strict=True)
+        if a is not None and b is not None
+    ]
     boxes = []
     for (left, begin), (right, end) in pairwise(known):
         boxes.append(Box(left, begin - 2, right, begin + 2))
@@ -453,7 +532,11 @@ def _stairs(series: Series, x: Scale, y: Scale) -> list[Box]:
 def _top_note(note: Note, x: Scale, y: Scale) -> Markup:
     half = len(note.text) * CHARACTER / 2
     return tag(
-        "text", note.text, x=min(max(x(note.x), x.start + half), x.end - half), y=y.end - 5, class_="label middle"
+        "text",
+        note.text,
+        x=min(max(x(note.x), x.start + half), x.end - half),
+        y=y.end - 5,
+        class_="label middle",
     )
 
 
@@ -462,7 +545,9 @@ def _fitted(lines: Sequence[str], frame: Box) -> list[str]:
     return [line if len(line) <= most else line[: most - 1] + "…" for line in lines]
 
 
-def _place(across: float, down: float, lines: Sequence[str], frame: Box, taken: Sequence[Box]) -> tuple[Box, bool]:
+def _place(
+    across: float, down: float, lines: Sequence[str], frame: Box, taken: Sequence[Box]
+) -> tuple[Box, bool]:
     """Returns where a label stands: the first of some places beside its point that is inside and free."""
     width, height = max(map(len, lines)) * CHARACTER, len(lines) * LINE
     middle = down - height / 2

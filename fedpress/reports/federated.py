@@ -30,9 +30,15 @@ def accuracy_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
     """Shows accuracy over the rounds with the epsilon that was spent for it."""
     if not rounds:
         return None
-    x, accuracy, spent = values(rounds, "round"), values(rounds, "accuracy", 100), values(rounds, "epsilon")
+    x, accuracy, spent = (
+        values(rounds, "round"),
+        values(rounds, "accuracy", 100),
+        values(rounds, "epsilon"),
+    )
     caption = f"Validation accuracy {from_to(accuracy)} over {len(rounds)} rounds"
-    top = Panel(Axis("validation accuracy (%)"), [line("accuracy", x, accuracy, unit="%", across="round")])
+    top = Panel(
+        Axis("validation accuracy (%)"), [line("accuracy", x, accuracy, unit="%", across="round")]
+    )
     if all(e is None for e in spent):
         said = f"{caption}, without differential privacy."
         return Figure(f"Accuracy over rounds: {name}", said, Axis("round"), [top], together=True)
@@ -41,7 +47,12 @@ def accuracy_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
         f"Accuracy and privacy spent: {name}",
         f"{caption}; below it the privacy spent so far, ε = {units.epsilon(last)} at the end.",
         Axis("round"),
-        [top, Panel(Axis("ε spent", low=0.0), [line("ε spent", x, spent, color=ORANGE, across="round")])],
+        [
+            top,
+            Panel(
+                Axis("ε spent", low=0.0), [line("ε spent", x, spent, color=ORANGE, across="round")]
+            ),
+        ],
         height=380,
         together=True,
     )
@@ -88,7 +99,10 @@ def accuracy_over_bytes(name: str, rounds: list[Json]) -> Figure | None:
         return None
     prefix, size = units.scale(total_of(sent))
     so_far = [total / size for total in accumulate(sent)]
-    hover = ["" if a is None else f"{a:.2f}% after {short(b)} {prefix}B" for a, b in zip(accuracy, so_far, strict=True)]
+    hover = [
+        "" if a is None else f"{a:.2f}% after {short(b)} {prefix}B"
+        for a, b in zip(accuracy, so_far, strict=True)
+    ]
     return Figure(
         f"Accuracy over bytes: {name}",
         f"Validation accuracy {from_to(accuracy)} for {units.count(total_of(sent), 'B')} up and down together.",
@@ -96,7 +110,11 @@ def accuracy_over_bytes(name: str, rounds: list[Json]) -> Figure | None:
         [
             Panel(
                 Axis("validation accuracy (%)"),
-                [Series("line", "accuracy", so_far, accuracy, hover=hover, marked=len(rounds) < 60)],
+                [
+                    Series(
+                        "line", "accuracy", so_far, accuracy, hover=hover, marked=len(rounds) < 60
+                    )
+                ],
             )
         ],
     )
@@ -106,16 +124,24 @@ def client_accuracy(stage: Json) -> Figure | None:
     """Shows how well the final model of a stage does for each client: bars, or a histogram of many."""
     measured = stage.get("client_accuracy")
     measured = measured.items() if isinstance(measured, dict) else ()
-    pairs = [(name, 100 * x) for name, x in ((n, units.number(a)) for n, a in measured) if x is not None]
+    pairs = [
+        (name, 100 * x) for name, x in ((n, units.number(a)) for n, a in measured) if x is not None
+    ]
     if not pairs:
         return None
     numbers = sorted(x for _, x in pairs)
     title = f"Accuracy per client: {stage.get('name') or stage.get('kind')}"
+    median = numbers[len(numbers) // 2]
     caption = (
-        f"{len(pairs)} clients, from {numbers[0]:.2f}% to {numbers[-1]:.2f}%, median {numbers[len(numbers) // 2]:.2f}%."
+        f"{len(pairs)} clients, from {numbers[0]:.2f}% to {numbers[-1]:.2f}%, median {median:.2f}%."
     )
     if len(pairs) > MANY_CLIENTS:
-        return Figure(title, caption, Axis("accuracy (%)"), [Panel(Axis("clients", low=0.0), [_histogram(numbers)])])
+        return Figure(
+            title,
+            caption,
+            Axis("accuracy (%)"),
+            [Panel(Axis("clients", low=0.0), [_histogram(numbers)])],
+        )
     bar = lying_bars(
         "accuracy",
         [x for _, x in pairs],
@@ -123,7 +149,13 @@ def client_accuracy(stage: Json) -> Figure | None:
         beside=[f"{x:.1f}%" for _, x in pairs],
     )
     panel = Panel(Axis("", names=[n for n, _ in pairs]), [bar])
-    return Figure(title, caption, Axis("accuracy (%)", low=0.0, high=100.0), [panel], height=110 + 24 * len(pairs))
+    return Figure(
+        title,
+        caption,
+        Axis("accuracy (%)", low=0.0, high=100.0),
+        [panel],
+        height=110 + 24 * len(pairs),
+    )
 
 
 def _histogram(numbers: list[float]) -> Series:
@@ -138,6 +170,7 @@ def _histogram(numbers: list[float]) -> Series:
         counts[min(count - 1, int((number - low) / width))] += 1
     middles = [low + (i + 0.5) * width for i in range(count)]
     hover = [
-        f"{n} clients from {m - width / 2:.2f}% to {m + width / 2:.2f}%" for n, m in zip(counts, middles, strict=True)
+        f"{n} clients from {m - width / 2:.2f}% to {m + width / 2:.2f}%"
+        for n, m in zip(counts, middles, strict=True)
     ]
     return Series("bars", "clients", middles, [float(n) for n in counts], hover=hover)

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from fedpress.reports import units
-from fedpress.reports.compression import bits_per_layer, bytes_by_kind, density_over_epochs, sensitivity_curves
-from fedpress.reports.federated import accuracy_over_bytes, accuracy_over_rounds, bytes_over_rounds, client_accuracy
+from fedpress.reports.compression import (
+    bits_per_layer,
+    bytes_by_kind,
+    density_over_epochs,
+    sensitivity_curves,
+)
+from fedpress.reports.federated import (
+    accuracy_over_bytes,
+    accuracy_over_rounds,
+    bytes_over_rounds,
+    client_accuracy,
+)
 from fedpress.reports.plot import (
     FAINT,
     ORANGE,
@@ -24,7 +34,9 @@ from fedpress.reports.reading import Json, Run, records_by_stage
 
 def figures(run: Run) -> list[Figure]:
     """Returns all figures that the folder has data for, in the order of the stages."""
-    found: list[Figure | None] = [accuracy_and_size([*([run.before] if run.before else []), *run.stages])]
+    found: list[Figure | None] = [
+        accuracy_and_size([*([run.before] if run.before else []), *run.stages])
+    ]
     for steps in records_by_stage(run.records):
         epochs, rounds = [s for s in steps if "epoch" in s], [s for s in steps if "round" in s]
         name = str(steps[-1].get("name") or steps[-1].get("kind"))
@@ -44,17 +56,29 @@ def figures(run: Run) -> list[Figure]:
 
 def accuracy_and_size(stages: list[Json]) -> Figure | None:
     """Shows what each stage did to accuracy and file size."""
-    shown = [s for s in stages if units.number(s.get("accuracy")) is not None and units.number(s.get("file_bytes"))]
+    shown = [
+        s
+        for s in stages
+        if units.number(s.get("accuracy")) is not None and units.number(s.get("file_bytes"))
+    ]
     if len(shown) < 2:
         return None
     prefix, unit = units.scale(max(s["file_bytes"] for s in shown))
     size, accuracy = [s["file_bytes"] / unit for s in shown], [s["accuracy"] * 100 for s in shown]
     names = [f"{i}. {s.get('name') or s.get('kind')}" for i, s in enumerate(shown, start=1)]
     hover = [
-        f"{n}: {units.count(s['file_bytes'], 'B')}, {a:.2f}%" for n, s, a in zip(names, shown, accuracy, strict=True)
+        f"{n}: {units.count(s['file_bytes'], 'B')}, {a:.2f}%"
+        for n, s, a in zip(names, shown, accuracy, strict=True)
     ]
     path = Series(
-        "line", "stage", size, accuracy, FAINT, hover, beside=_shared_labels(size, accuracy, names), dotted=True
+        "line",
+        "stage",
+        size,
+        accuracy,
+        FAINT,
+        hover,
+        beside=_shared_labels(size, accuracy, names),
+        dotted=True,
     )
     steps = ", ".join(
         f"{s.get('name') or s.get('kind')} {units.percent(s['accuracy'])} with {units.count(s['file_bytes'], 'B')}"
@@ -75,7 +99,9 @@ def _shared_labels(x: list[float], y: list[float], names: list[str]) -> list[str
     near_x, near_y = 0.05 * max(x), 0.08 * (max(y) - min(y)) + 1e-9
     labels = [""] * len(names)
     for at, name in enumerate(names):
-        leader = next(i for i in range(at + 1) if abs(x[i] - x[at]) < near_x and abs(y[i] - y[at]) < near_y)
+        leader = next(
+            i for i in range(at + 1) if abs(x[i] - x[at]) < near_x and abs(y[i] - y[at]) < near_y
+        )
         leader = next((i for i in range(at) if labels[i] and i == leader), at)
         labels[leader] = f"{labels[leader]}\n{name}" if labels[leader] else name
     return labels
@@ -94,8 +120,14 @@ def training_curve(name: str, epochs: list[Json]) -> Figure | None:
         f"Validation accuracy {from_to(accuracy)} over {len(epochs)} epochs{growth}; the loss is below.",
         Axis("epoch"),
         [
-            Panel(Axis("validation accuracy (%)"), [line("accuracy", x, accuracy, unit="%", across="epoch")]),
-            Panel(Axis("loss"), [line("loss", x, values(epochs, "loss"), color=ORANGE, across="epoch")]),
+            Panel(
+                Axis("validation accuracy (%)"),
+                [line("accuracy", x, accuracy, unit="%", across="epoch")],
+            ),
+            Panel(
+                Axis("loss"),
+                [line("loss", x, values(epochs, "loss"), color=ORANGE, across="epoch")],
+            ),
         ],
         notes=notes,
         rules=rules,
@@ -111,13 +143,17 @@ def _image_sizes(epochs: list[Json]) -> tuple[list[float], list[Note]]:
     starts = [(units.number(epochs[i].get("epoch")) or 0.0, sizes[i]) for i in changes]
     if len(starts) < 2:
         return [], []
-    return [at - 0.5 for at, _ in starts[1:]], [Note(at, None, f"{size:.0f} px") for at, size in starts]
+    return [at - 0.5 for at, _ in starts[1:]], [
+        Note(at, None, f"{size:.0f} px") for at, size in starts
+    ]
 
 
 def channels_kept(name: str, record: Json) -> Figure | None:
     """Shows how many channels every layer kept."""
     found = record.get("layers")
-    layers = [layer for layer in found if isinstance(layer, dict)] if isinstance(found, list) else []
+    layers = (
+        [layer for layer in found if isinstance(layer, dict)] if isinstance(found, list) else []
+    )
     layers = [layer for layer in layers if (units.number(layer.get("before")) or 0.0) > 0]
     if not layers:
         return None

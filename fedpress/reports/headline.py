@@ -24,7 +24,9 @@ class Tile:
 
 def tiles(stages: list[Json]) -> list[Tile]:
     """Returns the tiles of a run; what no stage has measured is left out."""
-    stages = [stage for stage in stages if stage.get("kind") != "measure"] or stages  # it changes nothing
+    stages = [
+        stage for stage in stages if stage.get("kind") != "measure"
+    ] or stages  # it changes nothing
     found = [
         _accuracy(_known(stages, "accuracy")),
         _balanced(stages),
@@ -75,7 +77,11 @@ def _bytes(value: Any) -> str:
 def _accuracy(accuracy: list[float]) -> Tile | None:
     if not accuracy:
         return None
-    note = f"{units.points(accuracy[-1], accuracy[0])} points against the first stage" if len(accuracy) > 1 else ""
+    note = (
+        f"{units.points(accuracy[-1], accuracy[0])} points against the first stage"
+        if len(accuracy) > 1
+        else ""
+    )
     return Tile(units.percent(accuracy[-1]), "test accuracy", note)
 
 
@@ -86,7 +92,9 @@ def _balanced(stages: list[Json]) -> Tile | None:
         return None
     auc = units.number(stage.get("auc"))
     notes = [f"AUC {auc:.3f}"] if auc is not None else []
-    notes.append(f"largest class: {units.percent(stage.get('majority_share'), 1)} of the test examples")
+    notes.append(
+        f"largest class: {units.percent(stage.get('majority_share'), 1)} of the test examples"
+    )
     return Tile(units.percent(stage["balanced_accuracy"]), "balanced accuracy", "; ".join(notes))
 
 
@@ -104,7 +112,9 @@ def accuracy_warning(stages: list[Json]) -> str:
 
 def _judged(stages: list[Json]) -> Json:
     """The last stage with an accuracy; an empty one if there is none."""
-    return next((stage for stage in reversed(stages) if units.number(stage.get("accuracy")) is not None), {})
+    return next(
+        (stage for stage in reversed(stages) if units.number(stage.get("accuracy")) is not None), {}
+    )
 
 
 def _cost(name: str, stages: list[Json], key: str, form: Callable[[Any], str]) -> Tile | None:
@@ -122,13 +132,20 @@ def _latency(stages: list[Json]) -> Tile | None:
     if not measured:
         return None
     first, runtime = measured[0], measured[-1].get("runtime")
-    tile = _cost("latency", [s for s in measured if s.get("runtime") == runtime], "latency_ms", units.milliseconds)
+    tile = _cost(
+        "latency",
+        [s for s in measured if s.get("runtime") == runtime],
+        "latency_ms",
+        units.milliseconds,
+    )
     assert tile is not None
     if first.get("runtime") == runtime:
         return tile
     share = f" ({tile.note})" if tile.note else ""
     before = f"{units.milliseconds(first.get('latency_ms'))} in {first.get('runtime') or 'an unknown runtime'}"
-    return replace(tile, note=f"in {runtime or 'an unknown runtime'}{share}; the first stage: {before}")
+    return replace(
+        tile, note=f"in {runtime or 'an unknown runtime'}{share}; the first stage: {before}"
+    )
 
 
 def _privacy(federated: list[Json]) -> Tile | None:
@@ -145,4 +162,6 @@ def _privacy(federated: list[Json]) -> Tile | None:
 def _traffic(up: list[float], down: list[float]) -> Tile | None:
     if not up + down:
         return None
-    return Tile(_bytes(sum(up + down)), "bytes sent", f"{_bytes(sum(up))} up, {_bytes(sum(down))} down")
+    return Tile(
+        _bytes(sum(up + down)), "bytes sent", f"{_bytes(sum(up))} up, {_bytes(sum(down))} down"
+    )

@@ -68,7 +68,9 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     Raises:
         RunError: if `run` is no run folder or damaged, or `out` cannot be written.
     """
-    return _write(render(read_run(run)), Path(out) if out is not None else Path(run) / "report.html")
+    return _write(
+        render(read_run(run)), Path(out) if out is not None else Path(run) / "report.html"
+    )
 
 
 def write_page(page: Page, target: Path) -> Path:
@@ -109,7 +111,11 @@ def render(run: Run) -> str:
     scripts, stages = _scripts(shown), run.stages
     guesses = accuracy_warning(stages)
     beside = accuracy_table(stages)
-    left, files, failed = left_table(stages), runtime_table(stages), failure_table(stages, run.records)
+    left, files, failed = (
+        left_table(stages),
+        runtime_table(stages),
+        failure_table(stages, run.records),
+    )
     return (
         _environment()
         .get_template("template.html.j2")
@@ -119,7 +125,11 @@ def render(run: Run) -> str:
             facts=_facts(run),
             tiles=tiles([*([run.before] if run.before else []), *stages]),
             protections=protections(stages),
-            stopped=[f"{s.get('name')} stopped early: {s['stopped']}." for s in stages if s.get("stopped")],
+            stopped=[
+                f"{s.get('name')} stopped early: {s['stopped']}."
+                for s in stages
+                if s.get("stopped")
+            ],
             warnings=[f"{s.get('name')}: {s['warning']}." for s in stages if s.get("warning")]
             + ([f"data: {run.result['left_out']}."] if run.result.get("left_out") else [])
             + ([f"accuracy: {guesses}."] if guesses else []),
@@ -131,7 +141,9 @@ def render(run: Run) -> str:
             files=files if files.rows else None,
             progress=None if run.finished else progress_table(run.records),
             figures=_drawn(shown),
-            scripts=[Markup(script) for script in scripts],  # ours; what comes from the folder is escaped
+            scripts=[
+                Markup(script) for script in scripts
+            ],  # ours; what comes from the folder is escaped
             hashes=[_hash(script) for script in scripts],
             details=details(run),
         )
@@ -140,7 +152,11 @@ def render(run: Run) -> str:
 
 def _environment() -> Environment:
     return Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 
@@ -169,7 +185,9 @@ def _legend(figure: Figure) -> list[tuple[str, str, str]]:
     if not figure.legend:
         return []
     shown = [series for series in figure.series if series.in_legend]
-    return [(series.color, "hollow" if series.hollow else "filled", series.name) for series in shown]
+    return [
+        (series.color, "hollow" if series.hollow else "filled", series.name) for series in shown
+    ]
 
 
 def facts_of(environment: dict[str, Any]) -> list[str]:
@@ -181,7 +199,11 @@ def facts_of(environment: dict[str, Any]) -> list[str]:
 
 def _facts(run: Run) -> list[str]:
     """The line under the title: how long, which seed, which version and commit."""
-    facts = [units.seconds(run.result["seconds"])] if units.number(run.result.get("seconds")) is not None else []
+    facts = (
+        [units.seconds(run.result["seconds"])]
+        if units.number(run.result.get("seconds")) is not None
+        else []
+    )
     seed = run.result.get("seed", run.settings.get("seed"))
     version = run.result.get("version", run.environment.get("fedpress"))
     commit = run.environment.get("commit")
@@ -206,8 +228,14 @@ def _rows(value: Any, name: str = "") -> list[tuple[str, str]]:
     """Flattens nested tables to rows like `stage.2.num_rounds`, the way overrides are written."""
     if isinstance(value, dict | list) and value and not _short(value):
         items = value.items() if isinstance(value, dict) else enumerate(value)
-        return [row for key, item in items for row in _rows(item, f"{name}.{key}" if name else str(key))]
-    return [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))] if name else []
+        return [
+            row for key, item in items for row in _rows(item, f"{name}.{key}" if name else str(key))
+        ]
+    return (
+        [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))]
+        if name
+        else []
+    )
 
 
 def _short(value: Any) -> bool:

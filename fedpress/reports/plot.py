@@ -123,20 +123,33 @@ def short(value: float | None) -> str:
     return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:g}"
 
 
-def line(name: str, x: Numbers, y: Numbers, *, color: Color = "blue", unit: str = "", across: str = "") -> Series:
+def line(
+    name: str, x: Numbers, y: Numbers, *, color: Color = "blue", unit: str = "", across: str = ""
+) -> Series:
     """Returns a line with a point for each of a few values; `across` names the lower axis for the pointer's words."""
-    hover = [f"{across} {short(a)}: {name} {short(b)}{unit}".strip() for a, b in zip(x, y, strict=True)]
+    hover = [
+        f"{across} {short(a)}: {name} {short(b)}{unit}".strip() for a, b in zip(x, y, strict=True)
+    ]
     return Series("line", name, x, y, color, hover, marked=len(x) < 60)
 
 
-def bars(name: str, x: Numbers, y: Numbers, *, color: Color = "blue", unit: str = "", across: str = "") -> Series:
+def bars(
+    name: str, x: Numbers, y: Numbers, *, color: Color = "blue", unit: str = "", across: str = ""
+) -> Series:
     """Returns upright bars."""
-    hover = [f"{across} {short(a)}: {name} {short(b)}{unit}".strip() for a, b in zip(x, y, strict=True)]
+    hover = [
+        f"{across} {short(a)}: {name} {short(b)}{unit}".strip() for a, b in zip(x, y, strict=True)
+    ]
     return Series("bars", name, x, y, color, hover)
 
 
 def lying_bars(
-    name: str, lengths: Numbers, *, hover: Sequence[str], beside: Sequence[str] = (), color: Color = "blue"
+    name: str,
+    lengths: Numbers,
+    *,
+    hover: Sequence[str],
+    beside: Sequence[str] = (),
+    color: Color = "blue",
 ) -> Series:
     """Returns bars that lie, so that long names can be read on a phone; the axis has the names."""
     return Series("lying", name, lengths, list(range(len(lengths))), color, hover, beside)
@@ -147,10 +160,16 @@ def numbers_of(figure: Figure, most: int = 200) -> Table:
     if figure.panels[0].y.names:
         return _by_name(figure)
     header = [figure.x.title]
-    if len({tuple(series.x) for series in figure.series}) > 1 or any(series.beside for series in figure.series):
+    if len({tuple(series.x) for series in figure.series}) > 1 or any(
+        series.beside for series in figure.series
+    ):
         points = [(series, i) for series in figure.series for i in range(len(series.x))]
         rows = [
-            [series.hover[i] if series.hover else series.name, short(series.x[i]), short(series.y[i])]
+            [
+                series.hover[i] if series.hover else series.name,
+                short(series.x[i]),
+                short(series.y[i]),
+            ]
             for series, i in _thin(points, most)
         ]
         return Table(["point", *header, figure.panels[0].y.title], rows)
@@ -163,7 +182,9 @@ def numbers_of(figure: Figure, most: int = 200) -> Table:
 def _by_name(figure: Figure) -> Table:
     names = figure.panels[0].y.names
     header = ["name", *(series.name for series in figure.series)]
-    return Table(header, [[name, *(short(s.x[i]) for s in figure.series)] for i, name in enumerate(names)])
+    return Table(
+        header, [[name, *(short(s.x[i]) for s in figure.series)] for i, name in enumerate(names)]
+    )
 
 
 def _thin(rows: list[Any], most: int) -> list[Any]:

@@ -8,6 +8,11 @@ from dataclasses import dataclass, replace
 from fedpress.reports import units
 from fedpress.reports.reading import Json
 
+OTHERS = (
+    "The other clients: so many of them must stay and be honest as the plan counts on for noise "
+    "and keys."
+)
+
 
 @dataclass(frozen=True)
 class Protection:
@@ -26,7 +31,9 @@ PUBLIC = [
     "Who the clients are, and how much each of them sends, is not hidden.",
 ]
 OWN_ACCURACY = "Accuracy per client is measured on the client's own examples; it is an exact number that no ε covers."
-SECRET_COHORTS = ["Secret cohorts: ε counts on it that only the server knows who took part in which round."]
+SECRET_COHORTS = [
+    "Secret cohorts: ε counts on it that only the server knows who took part in which round."
+]
 SEED = (
     "Whoever knows the seed. So that a run can be repeated, its noise follows from the seed, and with the seed it can"
     " be taken away again. In this simulation one seed makes all the noise, so ε holds for those who do not have it:"
@@ -56,19 +63,29 @@ def protections(stages: list[Json]) -> list[Protection]:
 
 def protects(stages: list[Json]) -> bool:
     """Says whether every federated stage has a finite epsilon; only then the last one's holds for the network."""
-    return all(units.number(stage.get("epsilon")) is not None for stage in stages if stage.get("kind") == "federate")
+    return all(
+        units.number(stage.get("epsilon")) is not None
+        for stage in stages
+        if stage.get("kind") == "federate"
+    )
 
 
 def _broken(it: Protection, broken: list[str]) -> Protection:
     names = ", ".join(f"“{name}”" for name in broken)
-    summary = f"{it.summary} But not in the run as a whole: {names} used private data without a promise."
+    summary = (
+        f"{it.summary} But not in the run as a whole: {names} used private data without a promise."
+    )
     return replace(it, summary=summary)
 
 
 def protection(stage: Json) -> Protection:
     """Returns what a federated `stage` of `result.json` promises, by its `unit`, `epsilon` and `delta`."""
     it = _by_unit(str(stage.get("name") or stage.get("kind")), stage)
-    return replace(it, unprotected=[*it.unprotected, OWN_ACCURACY]) if stage.get("client_accuracy") else it
+    return (
+        replace(it, unprotected=[*it.unprotected, OWN_ACCURACY])
+        if stage.get("client_accuracy")
+        else it
+    )
 
 
 def _by_unit(title: str, stage: Json) -> Protection:
@@ -89,7 +106,9 @@ def _by_unit(title: str, stage: Json) -> Protection:
 
 def _budget(stage: Json) -> str:
     sign = "≤" if stage.get("epsilon_is") else "="
-    return f"ε {sign} {units.epsilon(stage.get('epsilon'))} at δ = {units.small(stage.get('delta'))}"
+    return (
+        f"ε {sign} {units.epsilon(stage.get('epsilon'))} at δ = {units.small(stage.get('delta'))}"
+    )
 
 
 def _odds(stage: Json, what: str) -> str:
@@ -120,7 +139,10 @@ def _sample(title: str, stage: Json) -> Protection:
             " the updates that the server sees are covered, and with them every network that is made of them.",
             _odds(stage, "Adding or removing one example"),
         ],
-        trusted=["Each client's own software, which clips and adds the noise before anything leaves the client.", SEED],
+        trusted=[
+            "Each client's own software, which clips and adds the noise before anything leaves the client.",
+            SEED,
+        ],
         unprotected=[
             "Persons and clients as a whole: k examples of one person, or k clients with the same example, have"
             " together about k times the ε.",
@@ -139,7 +161,11 @@ def _keys(stage: Json) -> list[str]:
 
 def _joint(title: str, stage: Json, trust: str) -> Protection:
     secure = trust == "secure"
-    whom = "everybody, the server too, who lacks the noise's seed" if secure else "everybody except the server"
+    whom = (
+        "everybody, the server too, who lacks the noise's seed"
+        if secure
+        else "everybody except the server"
+    )
     return Protection(
         title=title,
         summary=f"Every private example is protected with {_budget(stage)}, against {whom}.",
@@ -154,9 +180,11 @@ def _joint(title: str, stage: Json, trust: str) -> Protection:
             "Each client's own software, which clips its gradients"
             + (", adds its share of the noise and hides the result." if secure else "."),
             *(
-                ["The other clients: so many of them must stay and be honest as the plan counts on for noise and keys."]
+                [OTHERS]
                 if secure
-                else ["The server. It sees every client's sum of gradients without noise, and adds the noise."]
+                else [
+                    "The server. It sees every client's sum of gradients without noise, and adds the noise."
+                ]
             ),
             SEED,
         ],
@@ -189,11 +217,7 @@ def _client_without_server(title: str, stage: Json, trust: str) -> Protection:
         trusted=[
             *_keys(stage),
             "Each client's own software, which clips and adds noise.",
-            *(
-                ["The other clients: so many of them must stay and be honest as the plan counts on for noise and keys."]
-                if secure
-                else []
-            ),
+            *([OTHERS] if secure else []),
             SEED,
         ],
         unprotected=["That a client takes part, and in which rounds.", *LIMITS, *PUBLIC],

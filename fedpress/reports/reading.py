@@ -47,7 +47,9 @@ class Run:
 def stages_of(result: Json) -> list[Json]:
     """Returns the stages of a `result.json`; anything that is not a table is left out."""
     stages = result.get("stages")
-    return [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    return (
+        [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    )
 
 
 def records_by_stage(records: list[Json]) -> Iterator[list[Json]]:
@@ -102,7 +104,9 @@ def _text(path: Path) -> str:
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{path}: cannot be read ({error}); restore the file or move it away") from error
+        raise RunError(
+            f"{path}: cannot be read ({error}); restore the file or move it away"
+        ) from error
 
 
 def _table(path: Path) -> Json:
@@ -112,9 +116,13 @@ def _table(path: Path) -> Json:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RunError(f"{path}: damaged JSON ({error}); restore the file or move it away") from error
+        raise RunError(
+            f"{path}: damaged JSON ({error}); restore the file or move it away"
+        ) from error
     if not isinstance(value, dict):
-        raise RunError(f"{path}: a table was expected, got {type(value).__name__}; restore the file or move it away")
+        raise RunError(
+            f"{path}: a table was expected, got {type(value).__name__}; restore the file or move it away"
+        )
     return value
 
 
@@ -127,7 +135,9 @@ def _lines(path: Path) -> list[Json]:
         except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break  # the run was killed while it wrote this line, or is writing it now
-            raise RunError(f"{path}: line {number} is damaged ({error}); delete that line") from error
+            raise RunError(
+                f"{path}: line {number} is damaged ({error}); delete that line"
+            ) from error
         if isinstance(record, dict):
             records.append(record)
     return records
@@ -141,4 +151,6 @@ def _text_of_records(path: Path) -> str:
     except FileNotFoundError:
         return ""
     except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error}); restore the file or move it away") from error
+        raise RunError(
+            f"{path}: cannot be read ({error}); restore the file or move it away"
+        ) from error

@@ -9,14 +9,27 @@ from typing import Any
 
 from fedpress.reports import units
 from fedpress.reports.html import Page, facts_of, write_page
-from fedpress.reports.plot import BLUE, FAINT, ORANGE, Axis, Color, Figure, Kind, Panel, Series, short
+from fedpress.reports.plot import (
+    BLUE,
+    FAINT,
+    ORANGE,
+    Axis,
+    Color,
+    Figure,
+    Kind,
+    Panel,
+    Series,
+    short,
+)
 from fedpress.reports.reading import Json
 from fedpress.reports.table import Table
 from fedpress.workspace.folder import read_json
 
 COSTS = (("file_bytes", "size"), ("latency_ms", "latency"))
 AVERAGED = ("accuracy", "parameters", "macs", "file_bytes", "latency_ms")
-NAMED = 12  # so many points of the front are named in the picture; the pointer and the table tell all
+NAMED = (
+    12  # so many points of the front are named in the picture; the pointer and the table tell all
+)
 
 
 def write_sweep(place: Path) -> Path:
@@ -54,7 +67,11 @@ def trade_offs(page: Json, cost: str, word: str) -> list[Figure]:
     measured = ends or [stage for v in page["variants"] for stage in v["stages"]]
     runtimes = dict.fromkeys(str(s["runtime"]) for s in measured if s.get("runtime"))
     found = [trade_off(page, cost, f"{word} in {name}", runtime=name) for name in runtimes]
-    return [figure for figure in found if figure] if runtimes else [f for f in [trade_off(page, cost, word)] if f]
+    return (
+        [figure for figure in found if figure]
+        if runtimes
+        else [f for f in [trade_off(page, cost, word)] if f]
+    )
 
 
 def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -> Figure | None:
@@ -70,18 +87,26 @@ def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -
         (variant["name"], stage, at + 1 == len(variant["stages"]) and not variant["error"])
         for variant in page["variants"]
         for at, stage in enumerate(variant["stages"])
-        if units.number(stage.get(cost)) is not None and units.number(stage.get("accuracy")) is not None
+        if units.number(stage.get(cost)) is not None
+        and units.number(stage.get("accuracy")) is not None
         if runtime is None or str(stage.get("runtime")) == runtime
     ]
     if not points:
         return None
-    front = [name for name in page.get(f"front_{cost}", []) if any(n == name and end for n, _, end in points)]
+    front = [
+        name
+        for name in page.get(f"front_{cost}", [])
+        if any(n == name and end for n, _, end in points)
+    ]
     latency = cost == "latency_ms"
-    prefix, size = ("ms", 1.0) if latency else units.scale(max(stage[cost] for _, stage, _ in points))
+    prefix, size = (
+        ("ms", 1.0) if latency else units.scale(max(stage[cost] for _, stage, _ in points))
+    )
     unit = "ms" if latency else f"{prefix}B"
     ends = {name: stage for name, stage, end in points if end}
     lowest = _lowest(
-        [100 * stage["accuracy"] for stage in ends.values()] or [100 * s["accuracy"] for _, s, _ in points]
+        [100 * stage["accuracy"] for stage in ends.values()]
+        or [100 * s["accuracy"] for _, s, _ in points]
     )
     within = _distinct([(name, stage) for name, stage, end in points if not end])
     beaten = [(name, stage) for name, stage in ends.items() if name not in front]
@@ -89,12 +114,20 @@ def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -
     shown = []
     if within:
         begins = [_first_label(stage, name, page) for name, stage in within]
-        shown.append(_points("stages on the way", within, cost, size, unit, color=FAINT, beside=begins))
+        shown.append(
+            _points("stages on the way", within, cost, size, unit, color=FAINT, beside=begins)
+        )
     if beaten:
-        shown.append(_points("beaten by another", beaten, cost, size, unit, color=BLUE, hollow=True))
+        shown.append(
+            _points("beaten by another", beaten, cost, size, unit, color=BLUE, hollow=True)
+        )
     if best:
         names = [name for name, _ in best] if len(best) <= NAMED else [""] * len(best)
-        shown.append(_points("Pareto front", best, cost, size, unit, color=ORANGE, kind="steps", beside=names))
+        shown.append(
+            _points(
+                "Pareto front", best, cost, size, unit, color=ORANGE, kind="steps", beside=names
+            )
+        )
     way = "; in grey the stages on its way" if within else ""
     named = ", ".join(front) or "none"
     below = sum(100 * stage["accuracy"] < lowest for _, stage in within)
@@ -124,7 +157,9 @@ def _lowest(ends: Sequence[float]) -> float:
 def _highest(points: Sequence[tuple[str, Json, bool]]) -> float:
     best = max(100 * stage["accuracy"] for _, stage, _ in points)
     return best + max(
-        0.5, 0.1 * (best - _lowest([100 * stage["accuracy"] for _, stage, end in points if end] or [best]))
+        0.5,
+        0.1
+        * (best - _lowest([100 * stage["accuracy"] for _, stage, end in points if end] or [best])),
     )
 
 
@@ -132,7 +167,9 @@ def _distinct(points: Sequence[tuple[str, Json]]) -> list[tuple[str, Json]]:
     """Leaves out stages that several variants share."""
     seen: dict[tuple[Any, ...], tuple[str, Json]] = {}
     for name, stage in points:
-        seen.setdefault((stage.get("name"), stage.get("accuracy"), stage.get("seconds")), (name, stage))
+        seen.setdefault(
+            (stage.get("name"), stage.get("accuracy"), stage.get("seconds")), (name, stage)
+        )
     return list(seen.values())
 
 
@@ -167,10 +204,19 @@ def averages(page: Json) -> list[Json]:
         groups.setdefault(" ".join(words) or "all seeds", []).append(variant)
     rows = []
     for name, members in groups.items():
-        ends = [member["stages"][-1] for member in members if not member["error"] and member["stages"]]
+        ends = [
+            member["stages"][-1] for member in members if not member["error"] and member["stages"]
+        ]
         error = next((member["error"] for member in members if member["error"]), None)
-        row: Json = {"name": name, "seeds": len(ends), "error": error, "members": [m["name"] for m in members]}
-        row["runtime"] = ", ".join(sorted({str(end["runtime"]) for end in ends if end.get("runtime")}))
+        row: Json = {
+            "name": name,
+            "seeds": len(ends),
+            "error": error,
+            "members": [m["name"] for m in members],
+        }
+        row["runtime"] = ", ".join(
+            sorted({str(end["runtime"]) for end in ends if end.get("runtime")})
+        )
         for key in AVERAGED:
             known = [x for end in ends if (x := units.number(end.get(key))) is not None]
             row[key] = mean(known) if known else None
@@ -190,8 +236,12 @@ def sweep_table(page: Json) -> Table:
     for row in rows:
         on = "".join(mark for mark, names in marks if set(row["members"]) & set(names))
         spread = row["accuracy_spread"]
-        latency = units.milliseconds(row["latency_ms"]) + (f" in {row['runtime']}" if mixed and row["runtime"] else "")
-        accuracy = units.percent(row["accuracy"]) + (f" ± {100 * spread:.2f}" if spread is not None else "")
+        latency = units.milliseconds(row["latency_ms"]) + (
+            f" in {row['runtime']}" if mixed and row["runtime"] else ""
+        )
+        accuracy = units.percent(row["accuracy"]) + (
+            f" ± {100 * spread:.2f}" if spread is not None else ""
+        )
         behind = units.points(row["accuracy"], best)
         cells.append(
             [row["name"], on, "failed" if row["seeds"] == 0 else accuracy, behind, units.count(row["parameters"]),

@@ -30,7 +30,8 @@ def stage_table(result: Json, *, before: Json | None = None) -> Table:
     columns = [[title, *(cell(stage, stages) for stage in stages)] for title, cell in COLUMNS]
     kept = [column for column in columns if column[0] == "Stage" or set(column[1:]) - {units.DASH}]
     return Table(
-        header=[column[0] for column in kept], rows=[list(row) for row in zip(*(c[1:] for c in kept), strict=True)]
+        header=[column[0] for column in kept],
+        rows=[list(row) for row in zip(*(c[1:] for c in kept), strict=True)],
     )
 
 
@@ -44,7 +45,9 @@ def runtimes_told(result: Json, *, before: Json | None = None) -> str:
     names: dict[str, list[str]] = {}
     for stage in [*([before] if before else []), *stages_of(result)]:
         if units.number(stage.get("latency_ms")) is not None:
-            names.setdefault(str(stage.get("runtime") or "an unknown runtime"), []).append(_name(stage))
+            names.setdefault(str(stage.get("runtime") or "an unknown runtime"), []).append(
+                _name(stage)
+            )
     if len(names) < 2:
         return ""
     groups = "; ".join(f"{', '.join(stages)} in {runtime}" for runtime, stages in names.items())
@@ -59,12 +62,26 @@ def progress_table(records: list[Json]) -> Table:
         done = last.get("round", last.get("epoch"))
         planned = last.get("num_rounds", last.get("epochs"))
         word = "round" if "round" in last else "epoch"
-        far = units.DASH if done is None else f"{word} {done}" + ("" if planned is None else f" of {planned}")
+        far = (
+            units.DASH
+            if done is None
+            else f"{word} {done}" + ("" if planned is None else f" of {planned}")
+        )
         accuracy = last.get("accuracy", last.get("accuracy_restored"))
-        seconds = [x for x in (units.number(step.get("seconds")) for step in steps) if x is not None]
-        so_far = last.get("seconds") if "epoch" in last else sum(seconds) if seconds else None  # epochs count on
+        seconds = [
+            x for x in (units.number(step.get("seconds")) for step in steps) if x is not None
+        ]
+        so_far = (
+            last.get("seconds") if "epoch" in last else sum(seconds) if seconds else None
+        )  # epochs count on
         rows.append(
-            [_name(last), far, units.percent(accuracy), units.epsilon(last.get("epsilon")), units.seconds(so_far)]
+            [
+                _name(last),
+                far,
+                units.percent(accuracy),
+                units.epsilon(last.get("epsilon")),
+                units.seconds(so_far),
+            ]
         )
     return Table(header=["Stage", "Came to", "Validation accuracy", "ε", "Time"], rows=rows)
 
@@ -74,9 +91,14 @@ def accuracy_table(stages: list[Json]) -> Table:
     rows = []
     for stage in stages:
         if units.number(stage.get("balanced_accuracy")) is not None:
-            shares = [units.percent(stage.get(key)) for key in ("accuracy", "majority_share", "balanced_accuracy")]
+            shares = [
+                units.percent(stage.get(key))
+                for key in ("accuracy", "majority_share", "balanced_accuracy")
+            ]
             rows.append([_name(stage), *shares, _auc(stage.get("auc"))])
-    return Table(header=["Stage", "Accuracy", "Largest class", "Balanced accuracy", "AUC"], rows=rows)
+    return Table(
+        header=["Stage", "Accuracy", "Largest class", "Balanced accuracy", "AUC"], rows=rows
+    )
 
 
 def ledger_table(ledger: Json) -> Table | None:
@@ -86,12 +108,19 @@ def ledger_table(ledger: Json) -> Table | None:
     groups: dict[tuple[str, ...], list[str]] = {}
     for charge in charges:
         rounds = (
-            f"{charge.get('first_round')} to {charge.get('last_round')}" if charge.get("last_round") else units.DASH
+            f"{charge.get('first_round')} to {charge.get('last_round')}"
+            if charge.get("last_round")
+            else units.DASH
         )
-        numbers = [units.small(charge.get(key)) for key in ("sampling_prob", "noise_multiplier", "steps")]
-        groups.setdefault((str(charge.get("what")), *numbers, rounds), []).append(str(charge.get("who")))
+        numbers = [
+            units.small(charge.get(key)) for key in ("sampling_prob", "noise_multiplier", "steps")
+        ]
+        groups.setdefault((str(charge.get("what")), *numbers, rounds), []).append(
+            str(charge.get("who"))
+        )
     rows = [
-        [what, who[0] if len(who) == 1 else f"{len(who)} clients", *numbers] for (what, *numbers), who in groups.items()
+        [what, who[0] if len(who) == 1 else f"{len(who)} clients", *numbers]
+        for (what, *numbers), who in groups.items()
     ]
     header = ["For", "Whose data", "Sampling probability", "Noise multiplier", "Steps", "Rounds"]
     return Table(header=header, rows=rows) if rows else None
@@ -101,7 +130,12 @@ def left_table(stages: list[Json]) -> Table:
     """Returns a row for everything that a stage left as it was, with the reason; many of one reason share a row."""
     rows: list[list[str]] = []
     for stage in stages:
-        found = [(n, str(why)) for key in LEFT if isinstance(stage.get(key), dict) for n, why in stage[key].items()]
+        found = [
+            (n, str(why))
+            for key in LEFT
+            if isinstance(stage.get(key), dict)
+            for n, why in stage[key].items()
+        ]
         for reason in dict.fromkeys(why for _, why in found):
             names = [name for name, why in found if why == reason]
             few = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -125,7 +159,9 @@ def failure_table(stages: list[Json], records: list[Json] | None = None) -> Tabl
             continue
         clients = failures.get("clients")
         for name, one in (clients if isinstance(clients, dict) else {}).items():
-            rows.append([_name(stage), str(name), f"{one.get('rounds')} refused", str(one.get("reason"))])
+            rows.append(
+                [_name(stage), str(name), f"{one.get('rounds')} refused", str(one.get("reason"))]
+            )
         counted = failures.get("counted")
         if isinstance(counted, dict) and counted.get("sure"):
             who = "clients" if counted.get("unit") == "client" else "examples"
@@ -142,7 +178,9 @@ def _refused_rows(rounds: list[Json]) -> list[list[str]]:
         refused = one.get("refused")
         for name, reason in (refused if isinstance(refused, dict) else {}).items():
             found[name] = (found.get(name, (0, ""))[0] + 1, str(reason))
-    return [[_name(rounds[0]), name, f"{times} refused", why] for name, (times, why) in found.items()]
+    return [
+        [_name(rounds[0]), name, f"{times} refused", why] for name, (times, why) in found.items()
+    ]
 
 
 def runtime_table(stages: list[Json]) -> Table:
@@ -151,14 +189,20 @@ def runtime_table(stages: list[Json]) -> Table:
     for stage in stages:
         if stage.get("artifact"):
             parity = stage["parity"] if isinstance(stage.get("parity"), dict) else {}
-            same = units.percent(parity.get("same_argmax_as_model", parity.get("same_argmax_share")))
+            same = units.percent(
+                parity.get("same_argmax_as_model", parity.get("same_argmax_share"))
+            )
             runtime, latency = str(stage.get("runtime") or ""), stage.get("latency_ms")
             cells = [_bytes(stage.get("file_bytes")), units.milliseconds(latency), same]
             rows.append([_name(stage), str(stage["artifact"]), runtime, *cells])
         found = stage["measure"].get("runtimes") if isinstance(stage.get("measure"), dict) else None
         for record in found if isinstance(found, list) else ():
             first: Json = next(iter(record.get("timings", ())), {})
-            cells = [_bytes(record.get("file_bytes")), units.milliseconds(first.get("median_ms")), units.DASH]
+            cells = [
+                _bytes(record.get("file_bytes")),
+                units.milliseconds(first.get("median_ms")),
+                units.DASH,
+            ]
             rows.append([_name(stage), str(record.get("name")), str(record.get("runtime")), *cells])
     return Table(header=["Stage", "File", "Runtime", "Size", "Latency", "Same answers"], rows=rows)
 
@@ -174,9 +218,13 @@ def comparison_table(before: Json, after: Json) -> Table:
             continue
         change = ""
         if key == "accuracy":
-            change = f"{units.points(new, old)} points" if old is not None and new is not None else ""
+            change = (
+                f"{units.points(new, old)} points" if old is not None and new is not None else ""
+            )
         other = key == "latency_ms" and before.get("runtime") != after.get("runtime")
-        if old and new is not None and key != "accuracy" and not other:  # only one runtime's latencies compare
+        if (
+            old and new is not None and key != "accuracy" and not other
+        ):  # only one runtime's latencies compare
             change = f"{units.percent(new / old, 1)}"
         runtime = f" ({before.get('runtime')} → {after.get('runtime')})" if other else ""
         rows.append([title + runtime, form(old), form(new), change])
@@ -188,7 +236,9 @@ def as_rich(table: Table, *, words: Collection[str] = ()) -> RichTable:
     shown = RichTable(box=None, header_style="bold", pad_edge=False)
     for at, title in enumerate(table.header):
         text = at == 0 or title in words
-        shown.add_column(title, justify="left" if text else "right", no_wrap=not text, overflow="fold")
+        shown.add_column(
+            title, justify="left" if text else "right", no_wrap=not text, overflow="fold"
+        )
     for row in table.rows:
         shown.add_row(*(Text(cell) for cell in row))
     return shown
@@ -197,9 +247,15 @@ def as_rich(table: Table, *, words: Collection[str] = ()) -> RichTable:
 def rich_table(result: Json) -> RichTable:
     """Returns `stage_table` for a terminal."""
     table = stage_table(result)
-    shown = RichTable(box=None, header_style="bold", pad_edge=False, collapse_padding=True)  # fits 80 columns
+    shown = RichTable(
+        box=None, header_style="bold", pad_edge=False, collapse_padding=True
+    )  # fits 80 columns
     for title in table.header:
-        wraps = title in ("Stage", "Accuracy", "Params")  # a number and its bracket may stand in two lines
+        wraps = title in (
+            "Stage",
+            "Accuracy",
+            "Params",
+        )  # a number and its bracket may stand in two lines
         shown.add_column(title, justify="left" if title == "Stage" else "right", no_wrap=not wraps)
     for row in table.rows:
         shown.add_row(*(Text(cell) for cell in row))  # Text: a name with [brackets] is no markup
@@ -212,12 +268,16 @@ def _name(stage: Json) -> str:
 
 def _first(stages: list[Json], key: str) -> float | None:
     """The value of the first stage that has one."""
-    return next((x for x in (units.number(stage.get(key)) for stage in stages) if x is not None), None)
+    return next(
+        (x for x in (units.number(stage.get(key)) for stage in stages) if x is not None), None
+    )
 
 
 def _accuracy(stage: Json, stages: list[Json]) -> str:
     change = units.points(stage.get("accuracy"), _first(stages, "accuracy"))
-    return units.percent(stage.get("accuracy")) + (f" ({change})" if change and stage is not stages[0] else "")
+    return units.percent(stage.get("accuracy")) + (
+        f" ({change})" if change and stage is not stages[0] else ""
+    )
 
 
 def _parameters(stage: Json, stages: list[Json]) -> str:

@@ -16,7 +16,11 @@ def number(value: Any) -> float | None:
 
     What is so large that drawing it overflows, as only a damaged file holds it, is no number either.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST < value < LARGEST:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not -LARGEST < value < LARGEST
+    ):
         return None
     return float(value)
 
@@ -119,7 +123,11 @@ def upward(value: float, digits: int = 4) -> str:
     if not math.isfinite(value):
         return f"{value}"
     exact = Decimal(value)
-    up = exact.quantize(Decimal((0, (1,), exact.adjusted() - digits + 1)), ROUND_CEILING) if value else exact
+    up = (
+        exact.quantize(Decimal((0, (1,), exact.adjusted() - digits + 1)), ROUND_CEILING)
+        if value
+        else exact
+    )
     return f"{float(up):.{digits}g}"
 
 

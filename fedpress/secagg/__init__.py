@@ -1,9 +1,9 @@
 """Secure sums: the server learns the sum of the clients' vectors and nothing else."""
 
-from fedpress.secagg.client import Member
+from fedpress.secagg.client import SecAggClient
 from fedpress.secagg.keys import identity
-from fedpress.secagg.parts import Part
+from fedpress.secagg.parts import SecAggMessage
 from fedpress.secagg.plan import SecurePlan
-from fedpress.secagg.server import Combiner, SecureRound
+from fedpress.secagg.server import SecAggServer, SecureRound
 
-__all__ = ["Combiner", "Member", "Part", "SecurePlan", "SecureRound", "identity"]
+__all__ = ["SecAggClient", "SecAggMessage", "SecAggServer", "SecurePlan", "SecureRound", "identity"]

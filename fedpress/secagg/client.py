@@ -23,15 +23,15 @@ from fedpress.secagg.keys import (
     unseal,
 )
 from fedpress.secagg.masks import add_masks_, to_tensor, to_words
-from fedpress.secagg.parts import JSON, Part, read_bytes, read_names, read_number, tensor
+from fedpress.secagg.parts import JSON, SecAggMessage, read_bytes, read_names, read_number, tensor
 from fedpress.secagg.plan import SecurePlan
-from fedpress.secagg.public import SEED, Roster, Round, Setting, commitment
+from fedpress.secagg.public import SEED, Roster, Round, SecAggSetup, commitment
 from fedpress.secagg.shares import split
 
 KEPT_ROUNDS = 2  # the newest ones, which may be asked again; older ones are refused
 
 
-class Member:
+class SecAggClient:
     """One client. The same question gets the same bytes; another question about the same step is refused.
 
     Args:
@@ -45,23 +45,31 @@ class Member:
         RecipeError: if the secret is not 32 bytes or the identities do not hold the client's own.
     """
 
-    def __init__(self, name: str, secret: bytes, plan: SecurePlan, identities: Mapping[str, bytes], run: str) -> None:
+    def __init__(
+        self, name: str, secret: bytes, plan: SecurePlan, identities: Mapping[str, bytes], run: str
+    ) -> None:
         if len(secret) != 32:
             raise RecipeError(f"secure.secret: got {len(secret)} bytes, expected 32 random ones")
         if identities.get(name) != identity(secret):
-            raise RecipeError(f"secure.identities: {name!r} has another identity than its secret; enter its own")
-        self.name, self._secret, self._setting = name, secret, Setting(plan, dict(identities), run)
+            raise RecipeError(
+                f"secure.identities: {name!r} has another identity than its secret; enter its own"
+            )
+        self.name, self._secret, self._setting = (
+            name,
+            secret,
+            SecAggSetup(plan, dict(identities), run),
+        )
         self._key = KeyPair(secret, run)
         self._roster: Roster | None = None
         self._pairs: dict[str, bytes] = {}
         self._answered: dict[int, dict[str, str]] = {}  # round -> step -> digest of the question
 
-    def join(self) -> Part:
+    def join(self) -> SecAggMessage:
         """Returns this client's public key for the run, signed: the first message of the set-up."""
         signature = self._sign("join", self.name, self._key.public)
-        return Part({}, {"key": tensor(self._key.public), "signature": tensor(signature)})
+        return SecAggMessage({}, {"key": tensor(self._key.public), "signature": tensor(signature)})
 
-    def accept(self, roster: Part) -> Part:
+    def accept(self, roster: SecAggMessage) -> SecAggMessage:
         """Checks everybody's keys, keeps them, and returns a signed digest: the second message of the set-up.
 
         Raises:
@@ -70,9 +78,11 @@ class Member:
         """
         self._keep(Roster.read(roster, self._setting))
         assert self._roster is not None
-        return Part({}, {"signature": tensor(self._sign("accept", self.name, self._roster.digest))})
+        return SecAggMessage(
+            {}, {"signature": tensor(self._sign("accept", self.name, self._roster.digest))}
+        )
 
-    def mask(self, values: Tensor, *, round: int, cohort: Sequence[str]) -> Part:
+    def mask(self, values: Tensor, *, round: int, cohort: Sequence[str]) -> SecAggMessage:
         """Returns `values` hidden, with sealed shares of what hides them: the first exchange of a round.
 
         Args:
@@ -90,19 +100,29 @@ class Member:
         me = facts.names.index(self.name)
         question = digest_all([b"values", facts.context, values.detach().contiguous().numpy()])
         self._answer_once(facts, "mask", question)
-        coin = derive(self._secret, "mask", facts.context, question)  # another question, another coin
+        coin = derive(
+            self._secret, "mask", facts.context, question
+        )  # another question, another coin
 
         own = derive(coin, "own", size=SEED)
         neighbours = facts.neighbours(me)
         shared = [self._shared_seed(facts, facts.names[j]) for j in neighbours]
-        add_masks_(words, [(own, True), *((s, bool(me < j)) for s, j in zip(shared, neighbours, strict=True))])
+        add_masks_(
+            words,
+            [(own, True), *((s, bool(me < j)) for s, j in zip(shared, neighbours, strict=True))],
+        )
 
         seeds = np.frombuffer(b"".join([own, *shared]), np.uint8).reshape(-1, SEED)
         points = range(1, 1 + len(facts.committee))
         shares = split(seeds, points, self._setting.plan.threshold, derive(coin, "polynomials"))
         nonce = derive(coin, "nonce", size=NONCE)
         sealed = [
-            seal(self._seal_key(facts, self.name, facts.names[k]), nonce, share.tobytes(), facts.context)
+            seal(
+                self._seal_key(facts, self.name, facts.names[k]),
+                nonce,
+                share.tobytes(),
+                facts.context,
+            )
             for k, share in zip(facts.committee, shares, strict=True)
         ]
         tensors = {
@@ -112,9 +132,9 @@ class Member:
             "commitments": tensor(b"".join(commitment(s) for s in (own, *shared))).view(-1, SEED),
         }
         signature = self._sign("report", facts.context, self.name, report_digest(tensors))
-        return Part({"round": round}, {**tensors, "signature": tensor(signature)})
+        return SecAggMessage({"round": round}, {**tensors, "signature": tensor(signature)})
 
-    def unmask(self, request: Part) -> Part:
+    def unmask(self, request: SecAggMessage) -> SecAggMessage:
         """Returns this client's shares for one list of those who reported: the second exchange of a round.
 
         They are sealed with a key of which `threshold` members must give a share, and a member's share of it can be
@@ -126,12 +146,18 @@ class Member:
         """
         place = "unmask"
         number = read_number(request, "round", place)
-        facts = self._round(number, read_names(request, "cohort", place), read_number(request, "size", place))
+        facts = self._round(
+            number, read_names(request, "cohort", place), read_number(request, "size", place)
+        )
         me, holders = facts.names.index(self.name), facts.committee
         if me not in holders:
-            raise WireError(f"{place}.cohort: {self.name!r} is not in the committee of round {number}; ask its members")
+            raise WireError(
+                f"{place}.cohort: {self.name!r} is not in the committee of round {number}; ask its members"
+            )
         if self._answered.get(number, {}).get("context") != facts.context.hex():
-            raise SecureError(f"round {number}: {self.name!r} masked no vector of this cohort; ask those who did")
+            raise SecureError(
+                f"round {number}: {self.name!r} masked no vector of this cohort; ask those who did"
+            )
         reported, label = self._reported(request, facts, me)
         clients: list[int] = np.flatnonzero(reported).tolist()
         sizes = [facts.sealed_size(i) for i in clients]
@@ -141,7 +167,9 @@ class Member:
         self._answer_once(facts, "unmask", question)
 
         unread, wanted = np.zeros(len(clients), np.uint8), []
-        for row, (i, blob) in enumerate(zip(clients, np.split(sealed, np.cumsum(sizes)[:-1]), strict=True)):
+        for row, (i, blob) in enumerate(
+            zip(clients, np.split(sealed, np.cumsum(sizes)[:-1]), strict=True)
+        ):
             key = self._seal_key(facts, facts.names[i], self.name)
             opened = unseal(key, nonces[row].tobytes(), blob.tobytes(), facts.context)
             unread[row] = opened is None
@@ -151,12 +179,14 @@ class Member:
         body_key = derive(coin, "body")
         points = range(1, 1 + len(holders))
         threshold = self._setting.plan.threshold
-        key_shares = split(np.frombuffer(body_key, np.uint8)[None], points, threshold, derive(coin, "polynomials"))
+        key_shares = split(
+            np.frombuffer(body_key, np.uint8)[None], points, threshold, derive(coin, "polynomials")
+        )
         present = [k for k in range(len(holders)) if reported[holders[k]]]
         locks = [self._lock(facts, label, self.name, facts.names[holders[k]]) for k in present]
         opens = [self._lock(facts, label, facts.names[holders[k]], self.name) for k in present]
         body = unread.tobytes() + b"".join(rows.tobytes() for rows in wanted)
-        return Part(
+        return SecAggMessage(
             {"round": number},
             {
                 "body": tensor(seal(body_key, bytes(NONCE), body, label)),
@@ -173,7 +203,9 @@ class Member:
         if roster is not None:
             rows = zip(roster.names, roster.keys, roster.signatures, strict=True)
             people = [[name, key.hex(), signature.hex()] for name, key, signature in rows]
-        answered: dict[str, JSON] = {str(n): dict(steps.items()) for n, steps in self._answered.items()}
+        answered: dict[str, JSON] = {
+            str(n): dict(steps.items()) for n, steps in self._answered.items()
+        }
         return {"roster": people, "answered": answered}
 
     def load_state_(self, state: Mapping[str, JSON]) -> None:
@@ -181,14 +213,26 @@ class Member:
         try:
             people: list[list[str]] = state["roster"]  # type: ignore[assignment]
             saved: dict[str, dict[str, str]] = state["answered"]  # type: ignore[assignment]
-            answered = {int(n): {str(k): str(v) for k, v in steps.items()} for n, steps in saved.items()}
+            answered = {
+                int(n): {str(k): str(v) for k, v in steps.items()} for n, steps in saved.items()
+            }
             if not all("context" in steps for steps in answered.values()):
                 raise KeyError("context")
             if people:
                 names, keys, signatures = zip(*people, strict=True)
-                made = Roster(names, tuple(map(bytes.fromhex, keys)), tuple(map(bytes.fromhex, signatures)))
+                made = Roster(
+                    names, tuple(map(bytes.fromhex, keys)), tuple(map(bytes.fromhex, signatures))
+                )
                 self._keep(Roster.read(made.part(), self._setting))
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, WireError, SecureError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RuntimeError,
+            WireError,
+            SecureError,
+        ) as error:
             raise RecipeError(
                 f"secure.state: not the state of {self.name!r} in run {self._setting.run!r} "
                 f"({type(error).__name__}); load what this run saved"
@@ -197,22 +241,37 @@ class Member:
 
     def _keep(self, roster: Roster) -> None:
         if self._roster is not None and self._roster.digest != roster.digest:
-            raise SecureError("another roster was accepted in this run; start a new run to change who takes part")
+            raise SecureError(
+                "another roster was accepted in this run; start a new run to change who takes part"
+            )
         mine = dict(zip(roster.names, roster.keys, strict=True)).get(self.name)
         if mine != self._key.public:
-            raise WireError(f"roster.keys: the key of {self.name!r} is missing or another; send what it sent to join")
+            raise WireError(
+                f"roster.keys: the key of {self.name!r} is missing or another; send what it sent to join"
+            )
         if self._roster is not None:
             return
-        pairs = {name: self._key.pair(key) for name, key in zip(roster.names, roster.keys, strict=True)}
+        pairs = {
+            name: self._key.pair(key) for name, key in zip(roster.names, roster.keys, strict=True)
+        }
         weak = [name for name, pair in pairs.items() if pair is None]
         if weak:
-            raise WireError(f"roster.keys: the key of {weak[0]!r} agrees on no secret; leave this client out")
+            raise WireError(
+                f"roster.keys: the key of {weak[0]!r} agrees on no secret; leave this client out"
+            )
         self._pairs = {name: pair for name, pair in pairs.items() if pair is not None}
         self._roster = roster
 
     def _words(self, values: Tensor) -> np.ndarray:
-        if not isinstance(values, Tensor) or values.dtype != torch.int64 or values.dim() != 1 or not len(values):
-            raise RecipeError("secure.values: expected an int64 vector of at least one whole number; discretize first")
+        if (
+            not isinstance(values, Tensor)
+            or values.dtype != torch.int64
+            or values.dim() != 1
+            or not len(values)
+        ):
+            raise RecipeError(
+                "secure.values: expected an int64 vector of at least one whole number; discretize first"
+            )
         bound = self._setting.plan.bound
         if bound is not None and not bool((values >= -bound).all() and (values <= bound).all()):
             raise RecipeError(
@@ -225,10 +284,12 @@ class Member:
             raise SecureError("no roster was accepted in this run; send the roster first")
         facts = Round.of(self._setting, self._roster, number, cohort, size)
         if self.name not in facts.names:
-            raise WireError(f"round.cohort: {self.name!r} was asked but is not in it; ask only the cohort")
+            raise WireError(
+                f"round.cohort: {self.name!r} was asked but is not in it; ask only the cohort"
+            )
         return facts
 
-    def _reported(self, request: Part, facts: Round, me: int) -> tuple[np.ndarray, bytes]:
+    def _reported(self, request: SecAggMessage, facts: Round, me: int) -> tuple[np.ndarray, bytes]:
         """Returns who reported (bool [cohort]) and the digest of the list, after checking that each of them did."""
         flags = read_bytes(request, "reported", (len(facts.names),), "unmask")
         if flags.max() > 1 or not flags[me]:
@@ -242,7 +303,9 @@ class Member:
         for i, made, signature in zip(np.flatnonzero(reported), digests, signatures, strict=True):
             words = ("report", facts.context, facts.names[i], made.tobytes())
             if not self._setting.signed(facts.names[i], signature.tobytes(), *words):
-                raise WireError(f"unmask.signatures: {facts.names[i]!r} signed no such report; list only who reported")
+                raise WireError(
+                    f"unmask.signatures: {facts.names[i]!r} signed no such report; list only who reported"
+                )
         problem = facts.too_few(reported)
         if problem:
             raise SecureError(f"round {facts.number}: {problem}; the sum stays closed")
@@ -251,9 +314,14 @@ class Member:
     def _answer_once(self, facts: Round, step: str, question: bytes) -> None:
         newest = max(self._answered, default=facts.number)
         if facts.number not in self._answered and facts.number < newest:
-            raise SecureError(f"round {facts.number} is over, round {newest} was answered; ask about a later one")
+            raise SecureError(
+                f"round {facts.number} is over, round {newest} was answered; ask about a later one"
+            )
         steps = self._answered.setdefault(facts.number, {"context": facts.context.hex()})
-        if steps["context"] != facts.context.hex() or steps.setdefault(step, question.hex()) != question.hex():
+        if (
+            steps["context"] != facts.context.hex()
+            or steps.setdefault(step, question.hex()) != question.hex()
+        ):
             raise SecureError(
                 f"round {facts.number}: {self.name!r} answered another {step} question; repeat the same one or go on"
             )

@@ -14,9 +14,13 @@ import numpy as np
 
 from fedpress.core.random import keystream
 
-RISK = 2.0**-64  # that a round's graph or committee is bad; after 2^24 tries of a server that is still 2^-40
+RISK = (
+    2.0**-64
+)  # that a round's graph or committee is bad; after 2^24 tries of a server that is still 2^-40
 SMALL = 32  # up to this cohort the complete graph costs little, and needs no argument
-MISS = 2.0**-10  # that a round stays closed by chance although no more clients vanished than planned
+MISS = (
+    2.0**-10
+)  # that a round stays closed by chance although no more clients vanished than planned
 
 
 @lru_cache(maxsize=4)
@@ -76,8 +80,14 @@ def risk(cohort: int, dropped: int, corrupt: int, edge_prob: float, least: int) 
     s = np.arange(1, honest // 2 + 1)[:, None]
     away = np.arange(dropped + 1)[None, :]
     rest = honest - s - away
-    ways = _log_factorial(honest)[honest] - _log_factorial(honest)[s] - _log_factorial(honest)[honest - s]
-    named = _log_factorial(honest)[honest - s] - _log_factorial(honest)[np.minimum(away, honest - s)]
+    ways = (
+        _log_factorial(honest)[honest]
+        - _log_factorial(honest)[s]
+        - _log_factorial(honest)[honest - s]
+    )
+    named = (
+        _log_factorial(honest)[honest - s] - _log_factorial(honest)[np.minimum(away, honest - s)]
+    )
     named = named - _log_factorial(honest)[np.maximum(rest, 0)]
     cut = np.where(rest >= s, named + s * rest * math.log1p(-edge_prob), -np.inf)
     cuts = ways[:, 0] + np.logaddexp.reduce(cut, axis=1)

@@ -16,7 +16,7 @@ JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | Non
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class SecAggMessage:
     """A `header` of JSON values and `tensors` by name, to be put into a message."""
 
     header: Mapping[str, JSON] = field(default_factory=dict)
@@ -25,10 +25,12 @@ class Part:
 
 def tensor(data: bytes | np.ndarray) -> Tensor:
     """Returns a fresh tensor of the same bytes or values."""
-    return torch.from_numpy(np.frombuffer(data, np.uint8).copy() if isinstance(data, bytes) else data.copy())
+    return torch.from_numpy(
+        np.frombuffer(data, np.uint8).copy() if isinstance(data, bytes) else data.copy()
+    )
 
 
-def read_bytes(part: Part, name: str, shape: Sequence[int], place: str) -> np.ndarray:
+def read_bytes(part: SecAggMessage, name: str, shape: Sequence[int], place: str) -> np.ndarray:
     """Returns the uint8 tensor `name` of exactly `shape`.
 
     Raises:
@@ -37,7 +39,9 @@ def read_bytes(part: Part, name: str, shape: Sequence[int], place: str) -> np.nd
     return read(part, name, torch.uint8, shape, place).numpy()
 
 
-def read(part: Part, name: str, dtype: torch.dtype, shape: Sequence[int], place: str) -> Tensor:
+def read(
+    part: SecAggMessage, name: str, dtype: torch.dtype, shape: Sequence[int], place: str
+) -> Tensor:
     """Returns the contiguous CPU tensor `name` of exactly `dtype` and `shape`, or raises WireError."""
     got = part.tensors.get(name)
     if not isinstance(got, Tensor):
@@ -49,7 +53,7 @@ def read(part: Part, name: str, dtype: torch.dtype, shape: Sequence[int], place:
     return got.detach().cpu().contiguous()
 
 
-def read_number(part: Part, name: str, place: str) -> int:
+def read_number(part: SecAggMessage, name: str, place: str) -> int:
     """Returns the whole number `name` >= 0 of the header, or raises WireError."""
     got = part.header.get(name)
     if not isinstance(got, int) or isinstance(got, bool) or not 0 <= got < 1 << 62:
@@ -57,7 +61,7 @@ def read_number(part: Part, name: str, place: str) -> int:
     return got
 
 
-def read_names(part: Part, name: str, place: str) -> list[str]:
+def read_names(part: SecAggMessage, name: str, place: str) -> list[str]:
     """Returns the list of strings `name` of the header, or raises WireError."""
     got = part.header.get(name)
     if not isinstance(got, list):

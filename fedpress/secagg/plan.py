@@ -41,12 +41,16 @@ class SecurePlan:
 
     def __post_init__(self) -> None:
         if not 2 <= self.cohort <= MAX_COHORT:
-            raise RecipeError(f"secure.cohort: got {self.cohort}, expected 2 to {MAX_COHORT} clients")
+            raise RecipeError(
+                f"secure.cohort: got {self.cohort}, expected 2 to {MAX_COHORT} clients"
+            )
         if not 2 <= self.bits <= 62:
             raise RecipeError(f"secure.bits: got {self.bits}, expected 2 to 62")
         for name in ("max_dropout", "max_corrupt"):
             if not 0 <= getattr(self, name) < 0.5:
-                raise RecipeError(f"secure.{name}: got {getattr(self, name)}, expected a share from 0 to below 0.5")
+                raise RecipeError(
+                    f"secure.{name}: got {getattr(self, name)}, expected a share from 0 to below 0.5"
+                )
         if self.bound is not None and not 0 < self.bound * self.cohort < 1 << (self.bits - 1):
             needed = (self.bound * self.cohort).bit_length() + 1
             raise RecipeError(
@@ -138,5 +142,7 @@ def _tail(cohort: int, marked: int, size: int, least: int) -> float:
     """Returns the probability that `least` or more of `size` drawn clients are among the `marked`."""
     if least <= 0:
         return 1.0
-    ways = sum(math.comb(marked, k) * math.comb(cohort - marked, size - k) for k in range(least, size + 1))
+    ways = sum(
+        math.comb(marked, k) * math.comb(cohort - marked, size - k) for k in range(least, size + 1)
+    )
     return ways / math.comb(cohort, size)

@@ -11,12 +11,12 @@ import numpy as np
 from fedpress.errors import WireError
 from fedpress.secagg import graph
 from fedpress.secagg.keys import SIGNATURE, derive, digest, verify
-from fedpress.secagg.parts import Part, read_bytes, read_names, tensor
+from fedpress.secagg.parts import SecAggMessage, read_bytes, read_names, tensor
 from fedpress.secagg.plan import SecurePlan
 
 
 @dataclass(frozen=True)
-class Setting:
+class SecAggSetup:
     """What is agreed before the run: the plan, everybody's identity key, and the name of the run."""
 
     plan: SecurePlan
@@ -42,7 +42,7 @@ class Roster:
     signatures: tuple[bytes, ...]
 
     @classmethod
-    def read(cls, part: Part, setting: Setting) -> Roster:
+    def read(cls, part: SecAggMessage, setting: SecAggSetup) -> Roster:
         """Reads and checks a roster.
 
         Raises:
@@ -50,7 +50,9 @@ class Roster:
         """
         names = read_names(part, "names", "roster")
         if sorted(set(names)) != names:
-            raise WireError("roster.names: expected different names in order; send each client once")
+            raise WireError(
+                "roster.names: expected different names in order; send each client once"
+            )
         keys = read_bytes(part, "keys", (len(names), 32), "roster")
         signatures = read_bytes(part, "signatures", (len(names), SIGNATURE), "roster")
         made = cls(
@@ -67,10 +69,10 @@ class Roster:
                 )
         return made
 
-    def part(self) -> Part:
+    def part(self) -> SecAggMessage:
         """Returns the roster as it travels."""
         keys, signatures = b"".join(self.keys), b"".join(self.signatures)
-        return Part(
+        return SecAggMessage(
             {"names": list(self.names)},
             {
                 "keys": tensor(keys).view(-1, 32),
@@ -95,7 +97,9 @@ class Round:
     plan: SecurePlan
 
     @classmethod
-    def of(cls, setting: Setting, roster: Roster, number: int, cohort: Sequence[str], size: int) -> Round:
+    def of(
+        cls, setting: SecAggSetup, roster: Roster, number: int, cohort: Sequence[str], size: int
+    ) -> Round:
         """Checks a cohort; WireError if it is not what was planned."""
         names = tuple(sorted(cohort))
         if len(names) != setting.plan.cohort or len(set(names)) != len(names):
@@ -104,7 +108,9 @@ class Round:
             )
         strangers = set(names).difference(roster.names)
         if strangers:
-            raise WireError(f"round.cohort: {min(strangers)!r} is not in the roster; ask only clients that joined")
+            raise WireError(
+                f"round.cohort: {min(strangers)!r} is not in the roster; ask only clients that joined"
+            )
         context = digest("round", *setting.words(), roster.digest, number, size, *names)
         return cls(number, names, size, context, setting.plan)
 

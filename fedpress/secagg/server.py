@@ -12,34 +12,38 @@ from fedpress.errors import RecipeError, SecureError, WireError
 from fedpress.secagg.client import list_digest, report_digest, wanted_rows
 from fedpress.secagg.keys import NONCE, SIGNATURE, TAG, unseal
 from fedpress.secagg.masks import add_masks_, centred, tensor_type, to_words, word
-from fedpress.secagg.parts import JSON, Part, read, read_bytes, read_number, tensor
+from fedpress.secagg.parts import JSON, SecAggMessage, read, read_bytes, read_number, tensor
 from fedpress.secagg.plan import SecurePlan
-from fedpress.secagg.public import SEED, Roster, Round, Setting, commitment
+from fedpress.secagg.public import SEED, Roster, Round, SecAggSetup, commitment
 from fedpress.secagg.shares import recover
 
 
-class Combiner:
+class SecAggServer:
     """The server's side of the set-up; the same clients joining again give the same roster."""
 
     def __init__(self, plan: SecurePlan, identities: Mapping[str, bytes], run: str) -> None:
-        self._setting = Setting(plan, dict(identities), run)
+        self._setting = SecAggSetup(plan, dict(identities), run)
         self._joined: dict[str, tuple[bytes, bytes]] = {}
         self._roster: Roster | None = None
         self._accepted: set[str] = set()
 
-    def join(self, name: str, part: Part) -> None:
+    def join(self, name: str, part: SecAggMessage) -> None:
         """Takes a client's key; WireError if it is not signed by it, came twice, or came after the roster."""
         key = read_bytes(part, "key", (32,), "join").tobytes()
         signature = read_bytes(part, "signature", (SIGNATURE,), "join").tobytes()
         if self._roster is not None or name in self._joined:
-            raise WireError(f"join: {name!r} joined twice or after the roster was made; join once before it")
+            raise WireError(
+                f"join: {name!r} joined twice or after the roster was made; join once before it"
+            )
         if not self._setting.signed(name, signature, "join", name, key):
-            raise WireError(f"join.signature: not by {name!r}, or for another run or plan; use the same settings")
+            raise WireError(
+                f"join.signature: not by {name!r}, or for another run or plan; use the same settings"
+            )
         if any(key == other for other, _ in self._joined.values()):
             raise WireError(f"join.key: {name!r} has the key of another client; send your own")
         self._joined[name] = key, signature
 
-    def roster(self) -> Part:
+    def roster(self) -> SecAggMessage:
         """Returns everybody's keys, to be sent to all; nobody can join any more.
 
         Raises:
@@ -55,17 +59,19 @@ class Combiner:
             self._roster = Roster(names, keys, signatures)
         return self._roster.part()
 
-    def load_roster_(self, roster: Part) -> None:
+    def load_roster_(self, roster: SecAggMessage) -> None:
         """Takes over a roster made before the server was stopped; WireError if it is faulty."""
         self._roster = Roster.read(roster, self._setting)
 
-    def accepted(self, name: str, part: Part) -> None:
+    def accepted(self, name: str, part: SecAggMessage) -> None:
         """Notes that a client checked the roster; WireError if it does not say so about this one."""
         signature = read_bytes(part, "signature", (SIGNATURE,), "accept").tobytes()
         if self._roster is None or name not in self._roster.names:
             raise WireError(f"accept: {name!r} is not in the roster; join first")
         if not self._setting.signed(name, signature, "accept", name, self._roster.digest):
-            raise WireError(f"accept.signature: {name!r} signed no such roster; send it the same as all")
+            raise WireError(
+                f"accept.signature: {name!r} signed no such roster; send it the same as all"
+            )
         self._accepted.add(name)
 
     def open(self, round: int, cohort: Sequence[str], size: int) -> SecureRound:
@@ -75,9 +81,13 @@ class Combiner:
             RecipeError: if the cohort is not as planned or somebody in it did not accept the roster.
         """
         if self._roster is None or not self._accepted.issuperset(cohort) or size < 1:
-            raise RecipeError("secure.cohort: somebody in it did not accept the roster; choose among those who did")
+            raise RecipeError(
+                "secure.cohort: somebody in it did not accept the roster; choose among those who did"
+            )
         try:
-            return SecureRound(self._setting, Round.of(self._setting, self._roster, round, cohort, size))
+            return SecureRound(
+                self._setting, Round.of(self._setting, self._roster, round, cohort, size)
+            )
         except WireError as error:
             raise RecipeError(f"secure.{error}") from error
 
@@ -85,7 +95,7 @@ class Combiner:
 class SecureRound:
     """One sum: `add` reports as they come, send the `requests`, `share` the answers, then `sum`."""
 
-    def __init__(self, setting: Setting, facts: Round) -> None:
+    def __init__(self, setting: SecAggSetup, facts: Round) -> None:
         self._setting, self._facts, self._plan = setting, facts, setting.plan
         self._number = {name: i for i, name in enumerate(facts.names)}
         self._total = np.zeros(facts.size, word(self._plan.bits))
@@ -99,7 +109,7 @@ class SecureRound:
         """Names of those whose vectors are in the sum, in order."""
         return [self._facts.names[i] for i in sorted(self._reports)]
 
-    def add(self, name: str, part: Part) -> None:
+    def add(self, name: str, part: SecAggMessage) -> None:
         """Adds one client's hidden vector and keeps only its shares.
 
         Raises:
@@ -116,16 +126,26 @@ class SecureRound:
             "commitments": (1 + len(facts.neighbours(me)), SEED),
             "signature": (SIGNATURE,),
         }
-        kept = {field: read_bytes(part, field, shape, place).copy() for field, shape in shapes.items()}
+        kept = {
+            field: read_bytes(part, field, shape, place).copy() for field, shape in shapes.items()
+        }
         if int(masked.min()) < 0 or int(masked.max()) >> self._plan.bits:
-            raise WireError(f"{place}.masked: a value is not from 0 to 2^{self._plan.bits} - 1; send it unchanged")
-        made = report_digest({"masked": masked} | {field: torch.from_numpy(kept[field]) for field in shapes})
-        if not self._setting.signed(name, kept["signature"].tobytes(), "report", facts.context, name, made):
-            raise WireError(f"{place}.signature: not by {name!r} about this round and cohort; send it unchanged")
+            raise WireError(
+                f"{place}.masked: a value is not from 0 to 2^{self._plan.bits} - 1; send it unchanged"
+            )
+        made = report_digest(
+            {"masked": masked} | {field: torch.from_numpy(kept[field]) for field in shapes}
+        )
+        if not self._setting.signed(
+            name, kept["signature"].tobytes(), "report", facts.context, name, made
+        ):
+            raise WireError(
+                f"{place}.signature: not by {name!r} about this round and cohort; send it unchanged"
+            )
         self._total += to_words(masked, self._plan.bits)
         self._reports[me] = kept | {"digest": np.frombuffer(made, np.uint8)}
 
-    def requests(self) -> dict[str, Part]:
+    def requests(self) -> dict[str, SecAggMessage]:
         """Returns the question for each member of the committee who reported; nobody can report any more.
 
         Raises:
@@ -150,15 +170,20 @@ class SecureRound:
             "digests": tensor(np.stack([r["digest"] for r in reports])),
             "signatures": tensor(np.stack([r["signature"] for r in reports])),
         }
-        header: dict[str, JSON] = {"round": facts.number, "size": facts.size, "cohort": [*facts.names]}
+        header: dict[str, JSON] = {
+            "round": facts.number,
+            "size": facts.size,
+            "cohort": [*facts.names],
+        }
         return {
-            facts.names[facts.committee[k]]: Part(
-                header, common | {"sealed": tensor(np.concatenate([r["sealed"][k] for r in reports]))}
+            facts.names[facts.committee[k]]: SecAggMessage(
+                header,
+                common | {"sealed": tensor(np.concatenate([r["sealed"][k] for r in reports]))},
             )
             for k in holders
         }
 
-    def share(self, name: str, part: Part) -> None:
+    def share(self, name: str, part: SecAggMessage) -> None:
         """Takes one member's answer; WireError if it is faulty, which counts as none."""
         place, facts = "shares", self._facts
         me = self._client(name, part, place)
@@ -176,7 +201,9 @@ class SecureRound:
             "locks": (holders, 32),
             "opens": (holders, 32),
         }
-        self._answers[k] = {field: read_bytes(part, field, shape, place).copy() for field, shape in shapes.items()}
+        self._answers[k] = {
+            field: read_bytes(part, field, shape, place).copy() for field, shape in shapes.items()
+        }
 
     def sum(self) -> Tensor:
         """Returns the sum of those who reported, int64 [size] from -2^(bits-1) to 2^(bits-1) - 1.
@@ -185,19 +212,28 @@ class SecureRound:
             SecureError: if too few of the committee gave right answers.
         """
         if self._asked is None:
-            raise SecureError(f"round {self._facts.number}: nobody was asked to unmask; send the requests first")
+            raise SecureError(
+                f"round {self._facts.number}: nobody was asked to unmask; send the requests first"
+            )
         bodies = self._bodies()
         facts, clients = self._facts, self._settled()
         starts = np.cumsum([0, *map(len, self._wanted)])
         holders = np.array(sorted(bodies))
         unread = np.stack([np.frombuffer(bodies[k], np.uint8, len(clients)) for k in holders])
-        shares = np.stack([np.frombuffer(bodies[k], np.uint8, offset=len(clients)) for k in holders])
+        shares = np.stack(
+            [np.frombuffer(bodies[k], np.uint8, offset=len(clients)) for k in holders]
+        )
         shares = shares.reshape(len(holders), -1, SEED)
         kept = np.concatenate(
-            [self._reports[i]["commitments"][rows] for i, rows in zip(clients, self._wanted, strict=True)]
+            [
+                self._reports[i]["commitments"][rows]
+                for i, rows in zip(clients, self._wanted, strict=True)
+            ]
         )
         seeds = np.zeros((starts[-1], SEED), np.uint8)
-        groups: dict[bytes, list[int]] = {}  # clients whose shares were readable for the same holders
+        groups: dict[
+            bytes, list[int]
+        ] = {}  # clients whose shares were readable for the same holders
         for at in range(len(clients)):
             groups.setdefault(unread[:, at].tobytes(), []).append(at)
         for key, members in groups.items():
@@ -205,7 +241,9 @@ class SecureRound:
             rows = np.concatenate([np.arange(starts[at], starts[at + 1]) for at in members])
             name = facts.names[clients[members[0]]]
             if len(able) < self._plan.threshold:
-                raise self._closed(f"only {len(able)} of the committee can read what {name!r} sent them")
+                raise self._closed(
+                    f"only {len(able)} of the committee can read what {name!r} sent them"
+                )
             expected = [row.tobytes() for row in kept[rows]]
             found, lost = recover(
                 shares[np.ix_(able, rows)],
@@ -214,7 +252,9 @@ class SecureRound:
                 lambda number, seed, expected=expected: commitment(seed) == expected[number],  # type: ignore[misc]
             )
             if lost:
-                raise self._closed("the shares of the committee do not fit what clients committed to")
+                raise self._closed(
+                    "the shares of the committee do not fit what clients committed to"
+                )
             seeds[rows] = found
         total = self._total.copy()
         add_masks_(total, self._to_remove(seeds))
@@ -225,12 +265,16 @@ class SecureRound:
         assert self._asked is not None
         return [int(i) for i in np.flatnonzero(self._asked)]
 
-    def _client(self, name: str, part: Part, place: str) -> int:
+    def _client(self, name: str, part: SecAggMessage, place: str) -> int:
         if name not in self._number:
-            raise WireError(f"{place}: {name!r} is not in the cohort of round {self._facts.number}; stay away")
+            raise WireError(
+                f"{place}: {name!r} is not in the cohort of round {self._facts.number}; stay away"
+            )
         number = read_number(part, "round", place)
         if number != self._facts.number:
-            raise WireError(f"{place}.round: got {number}, expected {self._facts.number}; answer the newest request")
+            raise WireError(
+                f"{place}.round: got {number}, expected {self._facts.number}; answer the newest request"
+            )
         return self._number[name]
 
     def _disagreement(self) -> str:
@@ -251,8 +295,12 @@ class SecureRound:
         assert self._asked is not None
         facts, threshold, places = self._facts, self._plan.threshold, sorted(self._answers)
         if len(places) < threshold:
-            raise self._closed(f"{len(places)} of the committee answered, and at least {threshold} must")
-        rank = {k: at for at, k in enumerate(k for k, i in enumerate(facts.committee) if self._asked[i])}
+            raise self._closed(
+                f"{len(places)} of the committee answered, and at least {threshold} must"
+            )
+        rank = {
+            k: at for at, k in enumerate(k for k, i in enumerate(facts.committee) if self._asked[i])
+        }
         owners = [rank[k] for k in places]
         locks = np.stack([self._answers[k]["locks"][owners] for k in places])  # [owner, holder, 32]
         opens = np.stack([self._answers[k]["opens"][owners] for k in places])  # [holder, owner, 32]
@@ -267,11 +315,15 @@ class SecureRound:
         label = list_digest(facts, self._asked, digests)
         bodies = {}
         for at, k in enumerate(places):
-            body = unseal(keys[at].tobytes(), bytes(NONCE), self._answers[k]["body"].tobytes(), label)
+            body = unseal(
+                keys[at].tobytes(), bytes(NONCE), self._answers[k]["body"].tobytes(), label
+            )
             if at not in lost and body is not None:
                 bodies[k] = body
         if len(bodies) < threshold:
-            raise self._closed(f"{len(bodies)} of the committee gave right answers, and at least {threshold} must")
+            raise self._closed(
+                f"{len(bodies)} of the committee gave right answers, and at least {threshold} must"
+            )
         return bodies
 
     def _to_remove(self, seeds: np.ndarray) -> list[tuple[bytes, bool]]:

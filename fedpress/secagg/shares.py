@@ -53,7 +53,11 @@ def split(secrets: np.ndarray, points: Sequence[int], threshold: int, coin: byte
     """
     exp, log = tables()
     constant = np.ascontiguousarray(secrets).view("<u2")
-    drawn = keystream(coin, secrets.size * (threshold - 1)).view("<u2").reshape(threshold - 1, *constant.shape)
+    drawn = (
+        keystream(coin, secrets.size * (threshold - 1))
+        .view("<u2")
+        .reshape(threshold - 1, *constant.shape)
+    )
     at = log.take(np.asarray(points, np.uint16))[:, None, None]
     value = np.zeros((len(points), *constant.shape), np.uint16)
     for coefficients in (*drawn, constant):  # Horner, highest power first
@@ -103,7 +107,11 @@ def recover(
         if fit is None:
             lost.append(wrong.pop(0))
             continue
-        liars = {k for k in order if k not in fit and (join(one[fit], place[fit], at=place[k]) != one[k]).any()}
+        liars = {
+            k
+            for k in order
+            if k not in fit and (join(one[fit], place[fit], at=place[k]) != one[k]).any()
+        }
         order = [k for k in order if k not in liars] + [k for k in order if k in liars]
         found[wrong[0]] = join(one[fit], place[fit])[0]
         wrong = wrong[1:]

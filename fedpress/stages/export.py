@@ -24,7 +24,10 @@ from fedpress.workspace.folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
 
 BATCH = 64
-APART, LOST = 0.02, 0.005  # of the outputs' norm, and of the accuracy: what is more is told in words
+APART, LOST = (
+    0.02,
+    0.005,
+)  # of the outputs' norm, and of the accuracy: what is more is told in words
 
 
 class ExportStage(BaseModel):
@@ -36,10 +39,16 @@ class ExportStage(BaseModel):
     name: Name = "export"
     format: str = Field("onnx", description=f"one of {', '.join(FORMATS)}")
     int8: bool = Field(False, description="compute on 8-bit integers; float layers are rounded too")
-    weight_bits: Literal[7, 8] = Field(8, description="of layers that are float till now; 7 on AVX2 without VNNI")
+    weight_bits: Literal[7, 8] = Field(
+        8, description="of layers that are float till now; 7 on AVX2 without VNNI"
+    )
     observer: Observer = Field("minmax", description="how the ranges of int8 are taken")
-    calibration: int = Field(256, ge=1, description="public examples that the ranges of int8 are taken from")
-    parity_examples: int = Field(256, ge=1, description="test images on which artifact and model are compared")
+    calibration: int = Field(
+        256, ge=1, description="public examples that the ranges of int8 are taken from"
+    )
+    parity_examples: int = Field(
+        256, ge=1, description="test images on which artifact and model are compared"
+    )
 
     @field_validator("format")
     @classmethod
@@ -51,7 +60,9 @@ class ExportStage(BaseModel):
     @model_validator(mode="after")
     def _rounds_something(self) -> ExportStage:
         if self.weight_bits == 7 and not self.int8:
-            raise ValueError("weight_bits = 7 says how float layers are rounded; give int8 = true with it")
+            raise ValueError(
+                "weight_bits = 7 says how float layers are rounded; give int8 = true with it"
+            )
         return self
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
@@ -62,8 +73,14 @@ class ExportStage(BaseModel):
             DataError: if int8 has no public examples to take ranges from.
         """
         with tempfile.TemporaryDirectory() as folder:
-            artifact = self._export(state, Path(folder) / f"model{FORMATS[self.format].suffix}", few=True)
-        return state, {"format": self.format, "file_bytes": artifact.file_bytes, "left_float": artifact.left}
+            artifact = self._export(
+                state, Path(folder) / f"model{FORMATS[self.format].suffix}", few=True
+            )
+        return state, {
+            "format": self.format,
+            "file_bytes": artifact.file_bytes,
+            "left_float": artifact.left,
+        }
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Exports, compares with torch on real images, and measures accuracy and latency in the file's runtime."""

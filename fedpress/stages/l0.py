@@ -29,7 +29,14 @@ from fedpress.compress.sparse import (
     geometric,
     masks_of,
 )
-from fedpress.compress.sparse.l0 import Controller, Gates, balance, channel_gates, open_probability, weight_gates
+from fedpress.compress.sparse.l0 import (
+    Controller,
+    Gates,
+    balance,
+    channel_gates,
+    open_probability,
+    weight_gates,
+)
 from fedpress.core.random import derive, generator
 from fedpress.errors import RecipeError
 from fedpress.models import what_pruning_changed
@@ -42,7 +49,9 @@ from fedpress.workspace.folder import StageFolder, write_json
 from fedpress.workspace.state import Name, State, Tick
 
 BATCH = 256
-TRAVEL = 20.0  # how far a gate can go until the target is reached: from wide open to shut is half of it
+TRAVEL = (
+    20.0  # how far a gate can go until the target is reached: from wide open to shut is half of it
+)
 FASTEST = 0.5  # a larger step would throw gates from one end to the other
 BETAS = (0.9, 0.99)
 EPSILON = 1e-16  # a single gate of ten million has a small gradient
@@ -60,29 +69,44 @@ class L0Stage(TrainSettings):
     name: Name = "l0"
     unit: Literal["weights", "channels"] = "weights"
     density: float = Field(
-        gt=0, le=1, description="share that stays: of the weights, or with channels of all parameters"
+        gt=0,
+        le=1,
+        description="share that stays: of the weights, or with channels of all parameters",
     )
-    until: float = Field(0.6, gt=0, le=1, description="share of the training in which the density falls")
+    until: float = Field(
+        0.6, gt=0, le=1, description="share of the training in which the density falls"
+    )
     gate_lr: float | None = Field(
         None, gt=0, description="Adam's rate for the gates; by default by the number of steps"
     )
     keep_first: bool = Field(True, description="weights: leave the first layer dense")
     keep_last: bool = Field(True, description="weights: leave the last layer dense")
-    keep: tuple[str, ...] = Field((), description="weights: names to leave dense, with * for anything")
-    ignore: tuple[str, ...] = Field((), description="modules or weights that stay as they are: names, * for anything")
+    keep: tuple[str, ...] = Field(
+        (), description="weights: names to leave dense, with * for anything"
+    )
+    ignore: tuple[str, ...] = Field(
+        (), description="modules or weights that stay as they are: names, * for anything"
+    )
     exact: bool = Field(
-        False, description="channels: refuse a density that no widths meet, in place of the nearest that they do"
+        False,
+        description="channels: refuse a density that no widths meet, in place of the nearest that they do",
     )
     round_to: int = Field(8, ge=1, description="channels: widths become multiples of this")
-    min_keep: float = Field(0.1, ge=0, le=1, description="channels: share of its channels that every layer keeps")
-    calibration: int = Field(2048, ge=1, description="public examples for the batch-norm statistics at the end")
+    min_keep: float = Field(
+        0.1, ge=0, le=1, description="channels: share of its channels that every layer keeps"
+    )
+    calibration: int = Field(
+        2048, ge=1, description="public examples for the batch-norm statistics at the end"
+    )
 
     @model_validator(mode="after")
     def _trains(self) -> L0Stage:
         if not self.epochs:
             raise ValueError("l0 learns its gates in training; give epochs")
         if self.patience:
-            raise ValueError("patience would take weights from before the density is reached; leave it out")
+            raise ValueError(
+                "patience would take weights from before the density is reached; leave it out"
+            )
         if self.ema:
             raise ValueError("ema would average weights that belong to other gates; leave it out")
         return self
@@ -96,16 +120,22 @@ class L0Stage(TrainSettings):
             DataError: if there are no public examples for the batch-norm statistics.
         """
         ignored(state.model, self.ignore, "l0.ignore")
-        training.check(state.model, self, state.data.public, state.data.validation, state.data.preprocess)
+        training.check(
+            state.model, self, state.data.public, state.data.validation, state.data.preprocess
+        )
         if state.spec.quantized:
-            raise RecipeError("l0: the model is quantized already; put this stage before the quantization")
+            raise RecipeError(
+                "l0: the model is quantized already; put this stage before the quantization"
+            )
         calibration(state, self.calibration, 0)
         model = copied(state.model)
         if self.unit == "channels":
             graph = _trace(model, state, self.ignore)
             plan = self.plan(model, graph, compress.score(model, graph, "l2"))
             compress.remove_(model, plan)
-            spec = state.spec.model_copy(update=what_pruning_changed(model, state.spec.build_dense()))
+            spec = state.spec.model_copy(
+                update=what_pruning_changed(model, state.spec.build_dense())
+            )
             return replace(state, spec=spec, model=model), {
                 "density": plan.parameters_after / plan.parameters_before,
                 "channels": ", ".join(f"{c.before}→{c.after}" for c in plan.layers),
@@ -153,7 +183,10 @@ class L0Stage(TrainSettings):
             note = f"epoch {event.epoch}/{event.epochs}, loss {event.loss:.3f}, expected density {density:.1%}"
         model = work.fit.result_()
         gates.settle_(model)
-        facts: dict[str, Any] = {"expected_density": float(gates.density().detach()), "lambda": work.pull}
+        facts: dict[str, Any] = {
+            "expected_density": float(gates.density().detach()),
+            "lambda": work.pull,
+        }
         if graph is not None:
             return self._removed(state, model, graph, gates, folder, facts)
         assert weights is not None
@@ -162,7 +195,8 @@ class L0Stage(TrainSettings):
         apply_(weights.chosen, masks)
         self._restore_norms_(model, state)
         layers: list[JsonValue] = [
-            {"name": w.name, "entries": w.size, "kept": int(masks[w.name].sum())} for w in weights.chosen
+            {"name": w.name, "entries": w.size, "kept": int(masks[w.name].sum())}
+            for w in weights.chosen
         ]
         folder.record(layers=layers)
         facts |= {"density": density_of(masks), "dense_weights": dict(weights.dense)}
@@ -186,9 +220,14 @@ class L0Stage(TrainSettings):
         facts["parity_error"] = compress.check_parity(dense, pruned, plan, _example(state))
         write_json(folder.path / "plan.json", plan.model_dump(mode="json"))
         self._restore_norms_(pruned, state)
-        widths: list[JsonValue] = [{"name": c.name, "before": c.before, "after": c.after} for c in plan.layers]
+        widths: list[JsonValue] = [
+            {"name": c.name, "before": c.before, "after": c.after} for c in plan.layers
+        ]
         folder.record(layers=widths)
-        facts |= {"density": plan.parameters_after / plan.parameters_before, "whole_layers": dict(plan.whole)}
+        facts |= {
+            "density": plan.parameters_after / plan.parameters_before,
+            "whole_layers": dict(plan.whole),
+        }
         told = dict(plan.told)
         if plan.parameters_before < state.dense:
             share = of_what(state.dense, plan.parameters_before, plan.parameters_after)
@@ -201,7 +240,11 @@ class L0Stage(TrainSettings):
     def weights(self, model: nn.Module, state: State) -> tuple[Weights, Masks]:
         """Returns the weights that get gates, and what earlier stages left of them."""
         weights = find_weights(
-            model, keep_first=self.keep_first, keep_last=self.keep_last, keep=self.keep, ignore=self.ignore
+            model,
+            keep_first=self.keep_first,
+            keep_last=self.keep_last,
+            keep=self.keep,
+            ignore=self.ignore,
         )
         old = masks_of(model, state.spec.sparse)
         full = {w.name: torch.ones_like(w.value, dtype=torch.bool) for w in weights.chosen}
@@ -210,7 +253,9 @@ class L0Stage(TrainSettings):
     def choose(self, weights: Weights, scores: list[Tensor], within: Masks) -> Masks:
         """Keeps the highest scores, exactly `density` of them."""
         by_name = {w.name: s for w, s in zip(weights.chosen, scores, strict=True)}
-        return choose(weights.chosen, by_name, Pattern("unstructured"), density=self.density, within=within)
+        return choose(
+            weights.chosen, by_name, Pattern("unstructured"), density=self.density, within=within
+        )
 
     def plan(self, model: nn.Module, graph: ChannelGraph, scores: list[Tensor]) -> PruningPlan:
         """Keeps the channels with the highest scores, until `density` of the parameters are left."""
@@ -231,7 +276,9 @@ class L0Stage(TrainSettings):
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
             at, prepare = next(model.parameters()).device, state.data.preprocess
             public = calibration(state, self.calibration, derive(state.seed, "l0", self.name))
-            compress.restore_batch_norm_(model, (prepare(x.to(at)) for x, _ in public.batches(BATCH)))
+            compress.restore_batch_norm_(
+                model, (prepare(x.to(at)) for x, _ in public.batches(BATCH))
+            )
 
 
 class _Work:
@@ -240,7 +287,10 @@ class _Work:
     def __init__(self, stage: L0Stage, state: State, gates: Gates, seed: int) -> None:
         self.stage, self.data, self.gates, self.seed = stage, state.data, gates, seed
         self.fit = Fit(state.model, stage, seed=seed, objective=self.loss, sparse=state.spec.sparse)
-        steps = max(1, round(stage.until * stage.epochs * max(1, len(state.data.public) // stage.batch_size)))
+        steps = max(
+            1,
+            round(stage.until * stage.epochs * max(1, len(state.data.public) // stage.batch_size)),
+        )
         self.steps, self.done = steps, 0
         self.optimizer = torch.optim.Adam(
             gates.parameters(), stage.gate_lr or min(TRAVEL / steps, FASTEST), BETAS, EPSILON
@@ -265,7 +315,10 @@ class _Work:
 
     def loss(self, model: nn.Module, x: Tensor, logits: Tensor, y: Tensor) -> Tensor:
         """The cross-entropy and what the controller makes of the expected density."""
-        loss, density = F.cross_entropy(logits, y, label_smoothing=self.stage.label_smoothing), self.gates.density()
+        loss, density = (
+            F.cross_entropy(logits, y, label_smoothing=self.stage.label_smoothing),
+            self.gates.density(),
+        )
         if self.controller is None:
             self.controller = Controller(balance(loss, density, self.gates))
         end = min(self.stage.density, self.begin)
@@ -283,7 +336,12 @@ class _Work:
     def facts(self) -> dict[str, Any]:
         """Returns the JSON part of a checkpoint."""
         assert self.controller is not None
-        return {"scale": self.controller.scale, "lambda": self.controller.lambda_, "pull": self.pull, "done": self.done}
+        return {
+            "scale": self.controller.scale,
+            "lambda": self.controller.lambda_,
+            "pull": self.pull,
+            "done": self.done,
+        }
 
     def load_(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Takes up what `tensors` and `facts` gave."""
@@ -302,7 +360,10 @@ class _Work:
 
 
 def _sparse(state: State, masks: Masks) -> Any:
-    names = [*state.spec.sparse, *(n for n, m in masks.items() if not m.all() and n not in state.spec.sparse)]
+    names = [
+        *state.spec.sparse,
+        *(n for n, m in masks.items() if not m.all() and n not in state.spec.sparse),
+    ]
     return state.spec.model_copy(update={"sparse": tuple(names)})
 
 

@@ -32,22 +32,33 @@ class MeasureStage(BaseModel):
     name: Name = "measure"
     batches: tuple[int, ...] = Field((1, 64), min_length=1)
     threads: tuple[int, ...] = Field((1, 2), min_length=1)
-    seconds: float = Field(1.0, gt=0, description="for each runtime at each batch size and number of threads")
+    seconds: float = Field(
+        1.0, gt=0, description="for each runtime at each batch size and number of threads"
+    )
     int8: bool = Field(True, description="also export on integers, with ranges of public examples")
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
         """Says which runtimes are there; measures nothing."""
-        return state, {"runtimes": ["torch", *(row.runtime for row in FORMATS.values() if row.missing() is None)]}
+        return state, {
+            "runtimes": [
+                "torch",
+                *(row.runtime for row in FORMATS.values() if row.missing() is None),
+            ]
+        }
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Exports to every format and measures all in turn."""
         yield Tick(0, 1, "measuring in every runtime")
         model = state.model.to("cpu")
-        order = torch.randperm(len(state.data.public), generator=generator(state.seed, "measure", self.name))
+        order = torch.randperm(
+            len(state.data.public), generator=generator(state.seed, "measure", self.name)
+        )
         public = state.data.preprocess(state.data.public.take(order[:64]).x) if self.int8 else None
         found = measured(
             model,
-            state.spec.input_shape if state.spec.input_dtype == "float32" else state.spec.example(2),
+            state.spec.input_shape
+            if state.spec.input_dtype == "float32"
+            else state.spec.example(2),
             file_bytes=storage.file_bytes(state.spec, model),
             calibration=(public,) if public is not None and len(public) else (),
             batches=self.batches,

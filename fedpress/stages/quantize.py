@@ -44,32 +44,55 @@ class QuantizeStage(TaughtSettings):
     epochs: int = Field(0, ge=0, description="0: rounded after training; more: trains on the grids")
     lr: float = Field(0.01, gt=0)
     weights: Literal["int", "ternary", "binary", "cluster"] = Field(
-        "int", description="whole numbers, {-s, 0, s}, {-s, s}, or a few values that a layer's weights share"
+        "int",
+        description="whole numbers, {-s, 0, s}, {-s, s}, or a few values that a layer's weights share",
     )
-    bits: int = Field(8, ge=1, le=8, description="of each weight; ternary and binary bring their own")
-    group: int | None = Field(None, ge=1, description="weights that share a scale; an output channel by default")
+    bits: int = Field(
+        8, ge=1, le=8, description="of each weight; ternary and binary bring their own"
+    )
+    group: int | None = Field(
+        None, ge=1, description="weights that share a scale; an output channel by default"
+    )
     inputs: Literal["static", "dynamic", "float"] | None = Field(
-        None, description="ranges from public examples, or from each batch; static for 8-bit int, else float by default"
+        None,
+        description="ranges from public examples, or from each batch; static for 8-bit int, else float by default",
     )
     input_bits: int = Field(
-        8, ge=1, le=8, description="1 tells on which side of its channel's learned middle a value lies"
+        8,
+        ge=1,
+        le=8,
+        description="1 tells on which side of its channel's learned middle a value lies",
     )
     keep: tuple[str, ...] | None = Field(
-        None, description="layers that stay float: names, 'first', 'last'; first and last for ternary and binary"
+        None,
+        description="layers that stay float: names, 'first', 'last'; first and last for ternary and binary",
     )
-    ignore: tuple[str, ...] = Field((), description="modules that stay as they are: names, * for anything")
-    mixed: tuple[int, ...] = Field((), description="bits to choose from for each layer, so that max_bytes is met")
-    max_bytes: int | None = Field(None, ge=1, description="mixed: bytes of all codes and scales, before coding")
-    scale: Literal["mse", "minmax"] = Field("mse", description="scales of least squared error, or those of the span")
+    ignore: tuple[str, ...] = Field(
+        (), description="modules that stay as they are: names, * for anything"
+    )
+    mixed: tuple[int, ...] = Field(
+        (), description="bits to choose from for each layer, so that max_bytes is met"
+    )
+    max_bytes: int | None = Field(
+        None, ge=1, description="mixed: bytes of all codes and scales, before coding"
+    )
+    scale: Literal["mse", "minmax"] = Field(
+        "mse", description="scales of least squared error, or those of the span"
+    )
     rounding: Literal["nearest", "second-order"] | None = Field(
         None, description="second-order is GPTQ's; the default below 8 bits when nothing is trained"
     )
-    observer: quantizing.Observer = Field("minmax", description="how the ranges of inputs are taken")
+    observer: quantizing.Observer = Field(
+        "minmax", description="how the ranges of inputs are taken"
+    )
     correct_bias: bool = Field(True, description="biases make good for the mean error of rounding")
     fold: bool | None = Field(
-        None, description="batch norms go into the layer before; not by default for ternary, binary and cluster"
+        None,
+        description="batch norms go into the layer before; not by default for ternary, binary and cluster",
     )
-    calibration: int = Field(512, ge=1, description="public examples for ranges, rounding and biases")
+    calibration: int = Field(
+        512, ge=1, description="public examples for ranges, rounding and biases"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> QuantizeStage:
@@ -79,9 +102,13 @@ class QuantizeStage(TaughtSettings):
         if self.weights == "int" and self.bits < 2:
             raise ValueError("whole numbers need 2 bits or more; use weights = 'binary' for 1")
         if self.weights == "cluster" and self.group is not None:
-            raise ValueError("clustered weights share their values in the whole layer; leave group out")
+            raise ValueError(
+                "clustered weights share their values in the whole layer; leave group out"
+            )
         if bool(self.mixed) != (self.max_bytes is not None):
-            raise ValueError("mixed and max_bytes go together: the bits to choose from, and the budget")
+            raise ValueError(
+                "mixed and max_bytes go together: the bits to choose from, and the budget"
+            )
         if self.mixed and (self.weights != "int" or not all(2 <= b <= 8 for b in self.mixed)):
             raise ValueError("mixed bits are for whole numbers of 2 to 8 bits; leave mixed out")
         if self.mixed and self.group is not None:
@@ -99,7 +126,9 @@ class QuantizeStage(TaughtSettings):
         """
         ignored(state.model, self.ignore, "quantize.ignore")
         if self.epochs:
-            training.check(state.model, self, state.data.public, state.data.validation, state.data.preprocess)
+            training.check(
+                state.model, self, state.data.public, state.data.validation, state.data.preprocess
+            )
             self.objective(state, 0)
         if self._looks_at_data():
             calibration(state, self.calibration, 0)
@@ -121,7 +150,8 @@ class QuantizeStage(TaughtSettings):
         batches = self._batches(state, seed)
         if self.mixed:
             chosen = quantizing.choose_bits(
-                quantizing.measure_choices(model, table, self.mixed, batches[:4]), self.max_bytes or 0
+                quantizing.measure_choices(model, table, self.mixed, batches[:4]),
+                self.max_bytes or 0,
             )
             table = _with_bits(table, chosen)
         notes = quantizing.quantize_(
@@ -135,7 +165,9 @@ class QuantizeStage(TaughtSettings):
         )
         # Which weights are pruned was decided before rounding: a kept one that rounds to 0 goes on learning.
         noted = note_kept_zeros_(model, kept)
-        spec = spec.model_copy(update={"quantized": {**spec.quantized, **table}, "kept_zeros": noted})
+        spec = spec.model_copy(
+            update={"quantized": {**spec.quantized, **table}, "kept_zeros": noted}
+        )
         if self.epochs:
             lesson = self.objective(state, seed, student=model)
             fit = yield from train_(model, self, replace(state, spec=spec), folder, seed, lesson)
@@ -143,16 +175,24 @@ class QuantizeStage(TaughtSettings):
         model = settle_(model.to("cpu"))
         spec = spec.model_copy(update={"kept_zeros": note_kept_zeros_(model, kept)})
         layers: list[JsonValue] = [
-            {"name": n, "weights": m.size, "bits": _bits(table[n])} for n, m in quantized_layers(model) if n in table
+            {"name": n, "weights": m.size, "bits": _bits(table[n])}
+            for n, m in quantized_layers(model)
+            if n in table
         ]
         folder.record(quantized=layers)
         facts = _facts(model, table, left) | ({"notes": notes} if notes else {})
         return replace(state, spec=spec, model=model, facts=facts)
 
-    def _prepare_(self, model: nn.Module, state: State) -> tuple[ModelSpec, dict[str, LayerGrids], dict[str, str]]:
+    def _prepare_(
+        self, model: nn.Module, state: State
+    ) -> tuple[ModelSpec, dict[str, LayerGrids], dict[str, str]]:
         """Folds batch norms; returns the spec with them, the grids of each layer, and what stays float and why."""
         spec, left = state.spec, dict[str, str]()
-        shared = {n: g.weights for n, g in spec.quantized.items() if g.weights and g.weights.kind == "codebook"}
+        shared = {
+            n: g.weights
+            for n, g in spec.quantized.items()
+            if g.weights and g.weights.kind == "codebook"
+        }
         fold = self.weights == "int" and not shared if self.fold is None else self.fold
         if fold:
             folds, unfolded = quantizing.find_folds(model, spec.example(2), ignore=self.ignore)
@@ -160,11 +200,23 @@ class QuantizeStage(TaughtSettings):
             spec = spec.model_copy(update={"folded": {**spec.folded, **folds}})
             left |= {name: f"not folded: {why}" for name, why in unfolded.items()}
         keep = (
-            self.keep if self.keep is not None else ("first", "last") if self.weights in ("ternary", "binary") else ()
+            self.keep
+            if self.keep is not None
+            else ("first", "last")
+            if self.weights in ("ternary", "binary")
+            else ()
         )
-        table, floats = quantizing.quantizable(model, self._grids(), keep=keep, ignore=self.ignore, sparse=spec.sparse)
-        if self.weights == "int":  # shared weights stay shared: their few values become whole numbers
-            own = {n: g.model_copy(update={"centroid_bits": self.bits}) for n, g in shared.items() if n in table}
+        table, floats = quantizing.quantizable(
+            model, self._grids(), keep=keep, ignore=self.ignore, sparse=spec.sparse
+        )
+        if (
+            self.weights == "int"
+        ):  # shared weights stay shared: their few values become whole numbers
+            own = {
+                n: g.model_copy(update={"centroid_bits": self.bits})
+                for n, g in shared.items()
+                if n in table
+            }
             table |= {n: table[n].model_copy(update={"weights": grid}) for n, grid in own.items()}
         return spec, table, left | floats
 
@@ -172,8 +224,13 @@ class QuantizeStage(TaughtSettings):
         kind: Any = "codebook" if self.weights == "cluster" else self.weights
         own = {} if self.weights in ("ternary", "binary") else {"bits": self.bits}
         how = self.inputs or ("static" if self.weights == "int" and self.bits == 8 else "float")
-        inputs = None if how == "float" else InputGrid(bits=self.input_bits, dynamic=how == "dynamic")
-        return LayerGrids(weights=WeightGrid.model_validate({"kind": kind, "group": self.group, **own}), inputs=inputs)
+        inputs = (
+            None if how == "float" else InputGrid(bits=self.input_bits, dynamic=how == "dynamic")
+        )
+        return LayerGrids(
+            weights=WeightGrid.model_validate({"kind": kind, "group": self.group, **own}),
+            inputs=inputs,
+        )
 
     def _rounding(self) -> Literal["nearest", "second-order"]:
         if self.rounding is not None:
@@ -193,7 +250,9 @@ class QuantizeStage(TaughtSettings):
         """Returns the fewest bits for each layer, after looking whether they meet the budget."""
         sizes = {
             name: [
-                quantizing.Choice(b, quantizing.layer_bytes(model.get_submodule(name), _whole(b)), 0.0)
+                quantizing.Choice(
+                    b, quantizing.layer_bytes(model.get_submodule(name), _whole(b)), 0.0
+                )
                 for b in self.mixed
             ]
             for name in table
@@ -204,11 +263,17 @@ class QuantizeStage(TaughtSettings):
     def _batches(self, state: State, seed: int) -> list[Tensor]:
         if not self._looks_at_data():
             return []
-        return [state.data.preprocess(x) for x in calibration(state, self.calibration, seed).x.split(BATCH)]
+        return [
+            state.data.preprocess(x)
+            for x in calibration(state, self.calibration, seed).x.split(BATCH)
+        ]
 
 
 def _with_bits(table: dict[str, LayerGrids], chosen: dict[str, int]) -> dict[str, LayerGrids]:
-    return {name: grids.model_copy(update={"weights": _whole(chosen[name])}) for name, grids in table.items()}
+    return {
+        name: grids.model_copy(update={"weights": _whole(chosen[name])})
+        for name, grids in table.items()
+    }
 
 
 def _whole(bits: int) -> WeightGrid:
@@ -224,7 +289,9 @@ def _stays_float(model: nn.Module) -> tuple[float, list[str]]:
 
     Scales and codebooks are part of the grids and count on neither side.
     """
-    on_grid = {id(getattr(m, key)) for _, m in quantized_layers(model) if m.grids.weights for key in m.keys}
+    on_grid = {
+        id(getattr(m, key)) for _, m in quantized_layers(model) if m.grids.weights for key in m.keys
+    }
     steps = step_sizes(model)
     sizes: dict[str, int] = {}
     total = 0

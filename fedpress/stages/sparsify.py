@@ -65,29 +65,52 @@ class SparsifyStage(TrainSettings):
     kind: Literal["sparsify"]
     name: Name = "sparsify"
     epochs: int = Field(0, ge=0)
-    density: float | None = Field(None, gt=0, le=1, description="share of the weights that stays; N:M brings its own")
-    pattern: str = Field(
-        "unstructured", description="'unstructured', N:M such as '2:4', a block such as '4x1', 'filter' or 'channel'"
+    density: float | None = Field(
+        None, gt=0, le=1, description="share of the weights that stays; N:M brings its own"
     )
-    score: Literal["magnitude", "lamp", "taylor", "fisher", "snip", "grasp", "movement", "random"] = "magnitude"
+    pattern: str = Field(
+        "unstructured",
+        description="'unstructured', N:M such as '2:4', a block such as '4x1', 'filter' or 'channel'",
+    )
+    score: Literal[
+        "magnitude", "lamp", "taylor", "fisher", "snip", "grasp", "movement", "random"
+    ] = "magnitude"
     scope: Literal["global", "uniform", "erk", "sensitivity"] = Field(
         "global",
         description="one ranking for all layers, one share for each, larger shares for small layers, or the shares at "
         "which every layer costs the same loss",
     )
-    densities: dict[str, float] = Field({}, description="instead of a scope: the density of each weight by name")
+    densities: dict[str, float] = Field(
+        {}, description="instead of a scope: the density of each weight by name"
+    )
     schedule: Literal["one-shot", "gradual", "rewind", "rigl"] = "one-shot"
-    begin: float = Field(0.0, ge=0, lt=1, description="gradual: share of the training before the first cut")
-    until: float = Field(0.75, gt=0, le=1, description="gradual, rigl: share of the training after which masks stay")
-    every: int = Field(100, ge=1, description="gradual, rigl: steps from one change of the masks to the next")
+    begin: float = Field(
+        0.0, ge=0, lt=1, description="gradual: share of the training before the first cut"
+    )
+    until: float = Field(
+        0.75, gt=0, le=1, description="gradual, rigl: share of the training after which masks stay"
+    )
+    every: int = Field(
+        100, ge=1, description="gradual, rigl: steps from one change of the masks to the next"
+    )
     rounds: int = Field(3, ge=1, description="rewind: number of cuts")
-    rewind_to: int = Field(0, ge=0, description="rewind: epoch whose weights come back after each cut")
-    drop: float = Field(0.3, gt=0, lt=1, description="rigl: share of each layer's weights that moves at first")
+    rewind_to: int = Field(
+        0, ge=0, description="rewind: epoch whose weights come back after each cut"
+    )
+    drop: float = Field(
+        0.3, gt=0, lt=1, description="rigl: share of each layer's weights that moves at first"
+    )
     keep_first: bool = Field(True, description="leave the first layer dense")
     keep_last: bool = Field(True, description="leave the last layer dense")
-    keep: tuple[str, ...] = Field((), description="names of weights to leave dense, with * for anything")
-    ignore: tuple[str, ...] = Field((), description="modules or weights that stay as they are: names, * for anything")
-    calibration: int = Field(2048, ge=1, description="public examples for scores that look at the loss")
+    keep: tuple[str, ...] = Field(
+        (), description="names of weights to leave dense, with * for anything"
+    )
+    ignore: tuple[str, ...] = Field(
+        (), description="modules or weights that stay as they are: names, * for anything"
+    )
+    calibration: int = Field(
+        2048, ge=1, description="public examples for scores that look at the loss"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> SparsifyStage:
@@ -97,7 +120,9 @@ class SparsifyStage(TrainSettings):
             raise ValueError(str(error).removeprefix("sparsify.pattern: ")) from error
         own = pattern.density
         if own is None and self.density is None and not self.densities:
-            raise ValueError("sparsify needs a density, the share of the weights that stays; try density = 0.1")
+            raise ValueError(
+                "sparsify needs a density, the share of the weights that stays; try density = 0.1"
+            )
         if own is not None and self.density not in (None, own):
             raise ValueError(
                 f"pattern '{self.pattern}' keeps {own:g}, not density = {self.density:g}; leave density out"
@@ -109,9 +134,13 @@ class SparsifyStage(TrainSettings):
         if own is not None and self.scope == "sensitivity":
             raise ValueError("N:M keeps as many in every group: leave scope = 'sensitivity' out")
         if self.score == "movement" and self.schedule not in ("gradual", "rewind"):
-            raise ValueError("the score 'movement' is summed up while the network trains; use schedule = 'gradual'")
+            raise ValueError(
+                "the score 'movement' is summed up while the network trains; use schedule = 'gradual'"
+            )
         if self.schedule != "one-shot" and not self.epochs:
-            raise ValueError(f"schedule '{self.schedule}' works while the network trains; give epochs")
+            raise ValueError(
+                f"schedule '{self.schedule}' works while the network trains; give epochs"
+            )
         if self.schedule in ("gradual", "rigl") and self.patience:
             raise ValueError(
                 f"patience would take weights from before the end of schedule '{self.schedule}'; leave it out"
@@ -131,7 +160,9 @@ class SparsifyStage(TrainSettings):
             DataError: if there are no public examples to score or train with.
         """
         ignored(state.model, self.ignore, "sparsify.ignore")
-        training.check(state.model, self, state.data.public, state.data.validation, state.data.preprocess)
+        training.check(
+            state.model, self, state.data.public, state.data.validation, state.data.preprocess
+        )
         if self.score in FROM_DATA or self.scope == "sensitivity":
             calibration(state, self.calibration, 0)
         model = copied(state.model)
@@ -140,7 +171,10 @@ class SparsifyStage(TrainSettings):
         within = _within(model, state, weights)
         masks = self.choose(weights.chosen, scores, self.target(weights), within)
         reached, wanted = density_of(masks), self.target(weights)
-        if Pattern.parse(self.pattern).density is None and abs(reached - wanted) > 0.01 + 0.1 * wanted:
+        if (
+            Pattern.parse(self.pattern).density is None
+            and abs(reached - wanted) > 0.01 + 0.1 * wanted
+        ):
             raise RecipeError(
                 f"sparsify.density: {wanted:g} cannot be reached with pattern '{self.pattern}', the nearest is "
                 f"{reached:.4g}; take that, or finer blocks"
@@ -178,13 +212,16 @@ class SparsifyStage(TrainSettings):
             )
             work.note_epoch_()
             folder.save_progress(work.tensors(), {"seconds": seconds, **work.facts()})
-            note = f"epoch {event.epoch}/{event.epochs}, loss {event.loss:.3f}, density {density:.1%}"
+            note = (
+                f"epoch {event.epoch}/{event.epochs}, loss {event.loss:.3f}, density {density:.1%}"
+            )
         model = work.fit.result_()
         apply_(work.weights.chosen, work.masks)
         if self.ema or not self.epochs:
             work.restore_norms_()
         layers: list[JsonValue] = [
-            {"name": w.name, "entries": w.size, "kept": int(work.masks[w.name].sum())} for w in work.weights.chosen
+            {"name": w.name, "entries": w.size, "kept": int(work.masks[w.name].sum())}
+            for w in work.weights.chosen
         ]
         folder.record(layers=layers)
         for point in work.points:
@@ -199,7 +236,9 @@ class SparsifyStage(TrainSettings):
             RecipeError: if none fits.
         """
         if state.spec.quantized:
-            raise RecipeError("sparsify: the model is quantized already; put this stage before the quantization")
+            raise RecipeError(
+                "sparsify: the model is quantized already; put this stage before the quantization"
+            )
         weights = find_weights(
             model,
             keep_first=self.keep_first,
@@ -215,7 +254,9 @@ class SparsifyStage(TrainSettings):
                 why = weights.dense.get(name)
                 hint = f" ({why})" if why else did_you_mean(name, known)
                 some = ", ".join(known[:3])
-                raise RecipeError(f"sparsify.densities: no weight '{name}' gets zeros here{hint}; use such as {some}")
+                raise RecipeError(
+                    f"sparsify.densities: no weight '{name}' gets zeros here{hint}; use such as {some}"
+                )
         chosen = tuple(w for w in weights.chosen if w.name not in misfits)
         if not chosen:
             name, why = next(iter(misfits.items()))
@@ -247,7 +288,14 @@ class SparsifyStage(TrainSettings):
             scope = level_densities(weights, points, density) if points else "global"
         else:
             scope = self.scope
-        return choose(weights, scores, Pattern.parse(self.pattern), density=density, scope=scope, within=within)
+        return choose(
+            weights,
+            scores,
+            Pattern.parse(self.pattern),
+            density=density,
+            scope=scope,
+            within=within,
+        )
 
 
 class _Work:
@@ -283,7 +331,11 @@ class _Work:
                 if self.round + 1 >= self.rounds:
                     return
                 self.round += 1
-                self.cut_(steps_down(self.round, self.rounds - 1, start=density_of(self.within), end=self.density))
+                self.cut_(
+                    steps_down(
+                        self.round, self.rounds - 1, start=density_of(self.within), end=self.density
+                    )
+                )
                 self.fit.load_(self.early)
                 self.keep_(self.masks)
 
@@ -317,12 +369,20 @@ class _Work:
     def regrow_(self, share: float, step: int) -> None:
         """Moves `share` of each layer's weights to where a fresh batch wants them; they start at 0 without momentum."""
         index = torch.randint(
-            len(self.data.public), (self.stage.batch_size,), generator=generator(self.seed, "regrow", step)
+            len(self.data.public),
+            (self.stage.batch_size,),
+            generator=generator(self.seed, "regrow", step),
         )
-        with differentiable(self.fit.model, [w.value for w in self.weights.chosen], batch_statistics=True):
-            steep = gradients(self._losses(self.data.public.take(index), len(index)), self.weights.chosen)
+        with differentiable(
+            self.fit.model, [w.value for w in self.weights.chosen], batch_statistics=True
+        ):
+            steep = gradients(
+                self._losses(self.data.public.take(index), len(index)), self.weights.chosen
+            )
         pattern = Pattern.parse(self.stage.pattern)
-        masks = regrow(self.weights.chosen, self.masks, steep, pattern, share=share, within=self.within)
+        masks = regrow(
+            self.weights.chosen, self.masks, steep, pattern, share=share, within=self.within
+        )
         for w in self.weights.chosen:
             self.fit.forget_(w.value, masks[w.name] & ~self.masks[w.name])
         self.keep_(masks)
@@ -349,17 +409,23 @@ class _Work:
 
         Without training nothing else would make up for the cut.
         """
-        norms = [m for m in self.fit.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [
+            m for m in self.fit.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        ]
         if norms and len(self.data.public):
             drawn = calibration(self.state, self.stage.calibration, self.seed)
             at, prepare = training.device(), self.data.preprocess
-            restore_batch_norm_(self.fit.model, (prepare(x.to(at)) for x, _ in drawn.batches(BATCH)))
+            restore_batch_norm_(
+                self.fit.model, (prepare(x.to(at)) for x, _ in drawn.batches(BATCH))
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors of a checkpoint."""
         out = self.fit.state() | {f"mask/{name}": mask for name, mask in self.masks.items()}
         out |= {f"early/{name}": value for name, value in self.early.items()}
-        return out | ({f"moved/{n}": v for n, v in self.movement.sums.items()} if self.movement else {})
+        return out | (
+            {f"moved/{n}": v for n, v in self.movement.sums.items()} if self.movement else {}
+        )
 
     def facts(self) -> dict[str, Any]:
         """Returns the JSON part of a checkpoint."""
@@ -423,7 +489,10 @@ def _within(model: nn.Module, state: State, weights: Weights) -> Masks:
 
 
 def _spec(state: State, masks: Masks) -> Any:
-    names = [*state.spec.sparse, *(n for n, m in masks.items() if not m.all() and n not in state.spec.sparse)]
+    names = [
+        *state.spec.sparse,
+        *(n for n, m in masks.items() if not m.all() and n not in state.spec.sparse),
+    ]
     return state.spec.model_copy(update={"sparse": tuple(names)})
 
 

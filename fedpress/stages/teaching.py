@@ -44,7 +44,9 @@ class TaughtSettings(TrainSettings):
             )
         return self
 
-    def objective(self, state: State, seed: int, *, student: nn.Module | None = None) -> Distillation | None:
+    def objective(
+        self, state: State, seed: int, *, student: nn.Module | None = None
+    ) -> Distillation | None:
         """Returns the loss with a teacher, bound to shapes on a few public examples; None without one.
 
         The `student` is the state's model by default; give another if that is what the teacher is taken from.
@@ -74,7 +76,9 @@ def train_(
 ) -> Generator[Tick, None, Fit]:
     """Trains `model` on the state's public part from the last checkpoint in `folder`; yields a tick for every step."""
     helpers = lesson.helpers if lesson else None
-    fit = Fit(model, settings, seed=seed, objective=lesson, helpers=helpers, sparse=state.spec.sparse)
+    fit = Fit(
+        model, settings, seed=seed, objective=lesson, helpers=helpers, sparse=state.spec.sparse
+    )
     tensors, saved = folder.load_progress()
     note = ""
     if saved:
@@ -150,7 +154,9 @@ def _teacher(where: str, state: State) -> nn.Module:
     model = training.place_(copied(model))
     mine, theirs = state.data.preprocess, Preprocess(spec.mean, spec.std)
     if mine != theirs:
-        model.register_forward_pre_hook(lambda _, inputs: (_restandardised(inputs[0], mine, theirs), *inputs[1:]))
+        model.register_forward_pre_hook(
+            lambda _, inputs: (_restandardised(inputs[0], mine, theirs), *inputs[1:])
+        )
     return model
 
 

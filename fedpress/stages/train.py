@@ -27,7 +27,9 @@ class TrainStage(TaughtSettings):
     @model_validator(mode="after")
     def _has_its_teacher(self) -> TrainStage:
         if self.teacher is None and self.kind == "distill":
-            raise ValueError("distill needs a teacher; give teacher = 'dense' or the path of a saved model")
+            raise ValueError(
+                "distill needs a teacher; give teacher = 'dense' or the path of a saved model"
+            )
         return self
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:

@@ -4,4 +4,13 @@ from fedpress.storage.load import load
 from fedpress.storage.packed import Packed, check, pack, unpack
 from fedpress.storage.sizes import file_bytes, nonzero_parameters, packed_file_bytes
 
-__all__ = ["Packed", "check", "file_bytes", "load", "nonzero_parameters", "pack", "packed_file_bytes", "unpack"]
+__all__ = [
+    "Packed",
+    "check",
+    "file_bytes",
+    "load",
+    "nonzero_parameters",
+    "pack",
+    "packed_file_bytes",
+    "unpack",
+]

@@ -74,10 +74,17 @@ def _shrink(cubes: Sequence[Codes], step: int) -> bytes:
     flat = np.concatenate([c.reshape(-1) for c in cubes] or [np.empty(0, np.int8)])
     table = _table(_ids(sums, low, np.arange(high - low + 1)), flat)
     every = _ids(sums, low, table)
-    order, counts = np.argsort(every, kind="stable"), np.bincount(every, minlength=int(table.max()) + 1)
-    streams = [shrink(torch.from_numpy(np.concatenate(part or [np.empty(0, np.int8)]))) for part in parts]
+    order, counts = (
+        np.argsort(every, kind="stable"),
+        np.bincount(every, minlength=int(table.max()) + 1),
+    )
+    streams = [
+        shrink(torch.from_numpy(np.concatenate(part or [np.empty(0, np.int8)]))) for part in parts
+    ]
     streams.append(shrink(torch.from_numpy(table)))
-    streams += [shrink(torch.from_numpy(run)) for run in np.split(flat[order], np.cumsum(counts)[:-1])]
+    streams += [
+        shrink(torch.from_numpy(run)) for run in np.split(flat[order], np.cumsum(counts)[:-1])
+    ]
     return b"".join(varint(len(stream)) + stream for stream in streams)
 
 
@@ -109,7 +116,8 @@ def _fit(cube: Codes, step: int) -> list[Codes]:
 def _sums(cubes: Sequence[Codes], parts: Sequence[Sequence[Codes]]) -> list[NDArray[np.int16]]:
     return [
         np.broadcast_to(
-            a.astype(np.int16)[:, None, None] + b.astype(np.int16)[:, None] + c.astype(np.int16), cube.shape
+            a.astype(np.int16)[:, None, None] + b.astype(np.int16)[:, None] + c.astype(np.int16),
+            cube.shape,
         )
         for cube, a, b, c in zip(cubes, *parts, strict=True)
     ]
@@ -123,7 +131,9 @@ def _span(sums: Sequence[NDArray[np.int16]]) -> tuple[int, int]:
 def _table(sums: NDArray[np.int64], codes: Codes) -> NDArray[np.uint8]:
     """The class of each sum, from 0 on: neighbours join as long as that saves more of tables than it costs of codes."""
     number = int(sums.max(initial=0)) + 1
-    counts = np.bincount(256 * sums + codes.view(np.uint8), minlength=256 * number).reshape(number, 256)
+    counts = np.bincount(256 * sums + codes.view(np.uint8), minlength=256 * number).reshape(
+        number, 256
+    )
     classes = [counts[at] for at in range(number)]
     widths = [1] * number
     bits = [_bits(c) for c in classes]

@@ -34,7 +34,9 @@ def write(blobs: Mapping[str, bytes], spec: str, table: str) -> bytes:
         at += len(blob)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *(blob for _, blob in sorted(blobs.items()))])
+    return b"".join(
+        [len(text).to_bytes(8, "little"), text, *(blob for _, blob in sorted(blobs.items()))]
+    )
 
 
 def read(data: bytes, place: str) -> tuple[dict[str, bytes], str, str]:
@@ -45,7 +47,9 @@ def read(data: bytes, place: str) -> tuple[dict[str, bytes], str, str]:
     """
     try:
         found = dict(deserialize(data))
-        about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+        about = (
+            json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+        )
     except (SafetensorError, ValueError, RecursionError) as error:
         damaged(place, str(error).partition("\n")[0])
     if about.get("format") != FORMAT:
@@ -58,7 +62,9 @@ def read(data: bytes, place: str) -> tuple[dict[str, bytes], str, str]:
             f"{place}: a packed model of version {str(about.get('version'))[:20]!r}, and this fedpress reads "
             f"version {VERSION}; install the fedpress that wrote it, or {CURE}"
         )
-    if not {"spec", "table", "checksum"} <= about.keys() or any(t["dtype"] != "U8" for t in found.values()):
+    if not {"spec", "table", "checksum"} <= about.keys() or any(
+        t["dtype"] != "U8" for t in found.values()
+    ):
         damaged(place, "a part of its header is missing")
     blobs = {name: bytes(t["data"]) for name, t in found.items()}
     if _checksum(blobs, about["spec"], about["table"]) != about["checksum"]:

@@ -66,9 +66,13 @@ def _words(values: Tensor) -> Words:
 
 def _planes(words: Words) -> bytes:
     """The bytes of each word turned left by one bit, so that the exponent fills the top byte, plane by plane."""
-    turned = np.ascontiguousarray(words << 1 | words >> (8 * words.itemsize - 1)).astype(f"<u{words.itemsize}")
+    turned = np.ascontiguousarray(words << 1 | words >> (8 * words.itemsize - 1)).astype(
+        f"<u{words.itemsize}"
+    )
     lanes = turned.view(np.uint8).reshape(-1, words.itemsize)
-    planes = [shrink(torch.from_numpy(np.ascontiguousarray(lanes[:, at]))) for at in range(words.itemsize)]
+    planes = [
+        shrink(torch.from_numpy(np.ascontiguousarray(lanes[:, at]))) for at in range(words.itemsize)
+    ]
     return b"".join(varint(len(plane)) + plane for plane in planes)
 
 

@@ -36,7 +36,13 @@ def load(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpec,
 
 
 def _last_stage(run: Path) -> Path:
-    finished = [p.parent for p in (run / "stages").glob("*-*/result.json") if p.parent.name.split("-")[0].isdecimal()]
+    finished = [
+        p.parent
+        for p in (run / "stages").glob("*-*/result.json")
+        if p.parent.name.split("-")[0].isdecimal()
+    ]
     if not finished:
-        raise ModelError(f"{run}: no stage of this run is finished; go on with --resume, or give another model")
+        raise ModelError(
+            f"{run}: no stage of this run is finished; go on with --resume, or give another model"
+        )
     return max(finished, key=lambda stage: int(stage.name.split("-")[0]))

@@ -70,7 +70,10 @@ def pack(spec: ModelSpec, model: nn.Module, path: Path) -> Packed:
             "the spec is of another model, or the model was changed after its spec was made"
         )
     theirs = dict(twin.named_buffers())
-    for name, value in model.named_buffers():  # those too that are not saved, since forward may read them
+    for (
+        name,
+        value,
+    ) in model.named_buffers():  # those too that are not saved, since forward may read them
         if name not in theirs or not _same(value, theirs[name]):
             raise ModelError(
                 f"pack: the buffer '{name}' is not saved (persistent=False), and a model built anew has another"
@@ -82,7 +85,9 @@ def pack(spec: ModelSpec, model: nn.Module, path: Path) -> Packed:
         with replacing(path) as part:
             part.write_bytes(data)
     except OSError as error:
-        raise ModelError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        raise ModelError(
+            f"{path}: cannot be written ({error.strerror}); choose another place"
+        ) from error
     return packed
 
 
@@ -99,7 +104,9 @@ def unpack(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpe
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}); give the path of a packed model") from error
+        raise ModelError(
+            f"{path}: cannot be read ({error.strerror}); give the path of a packed model"
+        ) from error
     return decode(data, str(path), allow_code)
 
 
@@ -115,15 +122,21 @@ def encode(spec: ModelSpec, model: nn.Module) -> tuple[bytes, Packed]:
         if kind == "codes":
             blobs[name] = shrink_codes([codes[n] for n in blob.tensors])
         else:
-            blobs[name] = _shrink(torch.cat([tensors[n].detach().cpu().reshape(-1) for n in blob.tensors]))
+            blobs[name] = _shrink(
+                torch.cat([tensors[n].detach().cpu().reshape(-1) for n in blob.tensors])
+            )
         kinds[kind] = kinds.get(kind, 0) + len(blobs[name])
     data = container.write(
-        blobs, spec.model_dump_json(exclude_defaults=True), table.model_dump_json(exclude_defaults=True)
+        blobs,
+        spec.model_dump_json(exclude_defaults=True),
+        table.model_dump_json(exclude_defaults=True),
     )
     return data, Packed(len(data), kinds | {"header": len(data) - sum(kinds.values())}, left)
 
 
-def decode(data: bytes, place: str, allow_code: Collection[str] | str = ()) -> tuple[ModelSpec, nn.Module]:
+def decode(
+    data: bytes, place: str, allow_code: Collection[str] | str = ()
+) -> tuple[ModelSpec, nn.Module]:
     """Rebuilds the model of the bytes that `encode` made; `place` names their file in errors.
 
     Raises:
@@ -135,7 +148,10 @@ def decode(data: bytes, place: str, allow_code: Collection[str] | str = ()) -> t
         spec, table = ModelSpec.of_file(described, allow_code), Table.model_validate_json(listed)
     except ValidationError as error:
         first = error.errors()[0]
-        damaged(place, f"{'.'.join(map(str, first['loc']))} {first['msg']}, or it is of a newer fedpress")
+        damaged(
+            place,
+            f"{'.'.join(map(str, first['loc']))} {first['msg']}, or it is of a newer fedpress",
+        )
     except ModelError as error:
         raise ModelError(f"{place}: {error}") from error
     if table.blobs.keys() != blobs.keys():
@@ -153,10 +169,14 @@ def decode(data: bytes, place: str, allow_code: Collection[str] | str = ()) -> t
     return spec, model
 
 
-def _differs(model: nn.Module, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str | None:
+def _differs(
+    model: nn.Module, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> str | None:
     """The first tensor that is not in both, or has another type or shape; None if there is none."""
     own = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
-    return min((n for n in own.keys() | entries.keys() if own.get(n) != entries.get(n)), default=None)
+    return min(
+        (n for n in own.keys() | entries.keys() if own.get(n) != entries.get(n)), default=None
+    )
 
 
 def _fill_(model: nn.Module, table: Table, blobs: Mapping[str, bytes], place: str) -> None:
@@ -174,7 +194,11 @@ def _fill_(model: nn.Module, table: Table, blobs: Mapping[str, bytes], place: st
         damaged(place, str(error).removeprefix("message."))
     tensors |= {name: tensors[first] for name, first in table.same.items() if first in tensors}
     model.load_state_dict(tensors, strict=False)  # all names were compared
-    layers = {f"{name}.{key}": (layer, key) for name, layer in quantized_layers(model) for key in layer.keys}
+    layers = {
+        f"{name}.{key}": (layer, key)
+        for name, layer in quantized_layers(model)
+        for key in layer.keys
+    }
     for name, values in codes.items():
         try:
             layer, key = layers[name]
@@ -224,7 +248,10 @@ def _expand(data: bytes, blob: Blob, place: str) -> Tensor:
 
 def _split(blob: Blob, flat: Tensor) -> dict[str, Tensor]:
     parts = flat.split([prod(shape) for shape in blob.tensors.values()])
-    return {name: part.reshape(shape) for (name, shape), part in zip(blob.tensors.items(), parts, strict=True)}
+    return {
+        name: part.reshape(shape)
+        for (name, shape), part in zip(blob.tensors.items(), parts, strict=True)
+    }
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -22,7 +22,9 @@ def file_bytes(spec: ModelSpec | None, model: nn.Module) -> int:
     if spec is None or not grids:
         return cost.state_bytes(model)
     # The spec of a module in memory may not know its grids; they are a part of the file.
-    packed = packed_file_bytes(spec.model_copy(update={"quantized": spec.quantized or grids}), model)
+    packed = packed_file_bytes(
+        spec.model_copy(update={"quantized": spec.quantized or grids}), model
+    )
     return cost.state_bytes(model) if packed is None else packed
 
 

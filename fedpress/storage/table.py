@@ -13,7 +13,9 @@ from fedpress.errors import ModelError
 from fedpress.nn.quantized import is_step, quantized_layers
 
 SMALL = 4096  # values: tensors up to this size share a blob with others of their kind
-Type = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+Type = Literal[
+    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"
+]
 TYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Type)}
 Size = Annotated[int, Field(ge=0, lt=1 << 48, strict=True)]
 
@@ -41,13 +43,19 @@ class Table(BaseModel):
     @model_validator(mode="after")
     def _each_once(self) -> Table:
         named = [name for blob in self.blobs.values() for name in blob.tensors]
-        if len({*named, *self.same}) != len(named) + len(self.same) or not {*self.same.values()} <= {*named}:
+        if len({*named, *self.same}) != len(named) + len(self.same) or not {
+            *self.same.values()
+        } <= {*named}:
             raise ValueError("a tensor stands twice in it, or nowhere")
         return self
 
     def entries(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Returns type and shape of every tensor."""
-        found = {n: (TYPES[blob.dtype], shape) for blob in self.blobs.values() for n, shape in blob.tensors.items()}
+        found = {
+            n: (TYPES[blob.dtype], shape)
+            for blob in self.blobs.values()
+            for n, shape in blob.tensors.items()
+        }
         return found | {name: found[first] for name, first in self.same.items()}
 
     @classmethod
@@ -61,14 +69,18 @@ class Table(BaseModel):
         same = _shared(tensors)
         norms = {name for name, module in model.named_modules() if "Norm" in type(module).__name__}
         layers = [*quantized_layers(model)]
-        grids = {f"{name}.{key}": layer.grids.weights for name, layer in layers for key in layer.keys}
+        grids = {
+            f"{name}.{key}": layer.grids.weights for name, layer in layers for key in layer.keys
+        }
         blobs: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {}
         for name, value in tensors.items():
             if name in same:
                 continue
             kind = str(value.dtype).removeprefix("torch.")
             if kind not in TYPES:
-                raise ModelError(f"pack: '{name}' is of type {kind}; turn it into one of {', '.join(TYPES)}")
+                raise ModelError(
+                    f"pack: '{name}' is of type {kind}; turn it into one of {', '.join(TYPES)}"
+                )
             owner, _, leaf = name.rpartition(".")
             if name in codes and (grid := grids[name]) is not None:
                 blob = f"codes:{grid.kind}{grid.bits}:{kind}"

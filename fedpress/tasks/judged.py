@@ -11,7 +11,9 @@ JUDGED = ("majority_share", "balanced_accuracy", "auc", "accuracy_warning")
 """The keys that stand beside `accuracy` wherever it is measured on the test set."""
 
 
-def judged(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> dict[str, float | str | None]:
+def judged(
+    logits: Tensor, labels: Tensor, class_names: Sequence[str]
+) -> dict[str, float | str | None]:
     """Returns the numbers of `JUDGED` of a classifier on a test set.
 
     Args:
@@ -66,12 +68,16 @@ def auc(logits: Tensor, labels: Tensor) -> float | None:
 def _area(score: Tensor, positive: Tensor) -> float:
     """The AUC of `score` [n] for the examples that are `positive` [n], of which there are some but not all."""
     _, place, counts = score.unique(return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts - 1) / 2)[place].double()  # equal scores share their mean rank
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[
+        place
+    ].double()  # equal scores share their mean rank
     of, rest = int(positive.sum()), int((~positive).sum())
     return (float(ranks[positive].sum()) - of * (of + 1) / 2) / (of * rest)
 
 
-def _warning(logits: Tensor, answers: Tensor, labels: Tensor, class_names: Sequence[str]) -> str | None:
+def _warning(
+    logits: Tensor, answers: Tensor, labels: Tensor, class_names: Sequence[str]
+) -> str | None:
     """Says why the accuracy is worth nothing, or None."""
     n, counts = len(labels), labels.bincount()
     name, share = class_names[int(counts.argmax())], int(counts.max()) / len(labels)
@@ -79,13 +85,17 @@ def _warning(logits: Tensor, answers: Tensor, labels: Tensor, class_names: Seque
     if broken:
         return f"the model's outputs are not numbers (NaN) on {broken:,} of {n:,} test examples"
     if int(counts.max()) == n:
-        return f"all {n:,} test examples are '{name}', so accuracy says nothing of the other classes"
+        return (
+            f"all {n:,} test examples are '{name}', so accuracy says nothing of the other classes"
+        )
     accuracy = int((answers == labels).sum()) / n
     error = math.sqrt(accuracy * (1 - accuracy) / n)
     always = f"always answering '{name}' ({100 * share:.1f}% of the test examples)"
     if len(answers.unique()) == 1:
         only = class_names[int(answers[0])]
-        return f"the model answers '{only}' to all {n:,} test examples: it is no better than {always}"
+        return (
+            f"the model answers '{only}' to all {n:,} test examples: it is no better than {always}"
+        )
     if accuracy - share <= error:
         measured = f"at {100 * accuracy:.1f}% ± {100 * error:.1f}"
         return f"{measured} accuracy the model is no better than {always}"

@@ -17,10 +17,18 @@ class Augment(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     crop: float = Field(
-        default=0.0, ge=0, le=0.5, description="largest shift, with reflected borders, as a share of the side"
+        default=0.0,
+        ge=0,
+        le=0.5,
+        description="largest shift, with reflected borders, as a share of the side",
     )
     flip: str = Field(default="none", pattern="^(none|random|alternate)$")
-    cutout: float = Field(default=0.0, ge=0, lt=1, description="side of the square set to grey, as a share of the side")
+    cutout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="side of the square set to grey, as a share of the side",
+    )
 
     @property
     def active(self) -> bool:
@@ -28,7 +36,9 @@ class Augment(BaseModel):
         return self.crop > 0 or self.flip != "none" or self.cutout > 0
 
 
-def augment(x: Tensor, how: Augment, generator: torch.Generator, *, flipped: Tensor | None = None) -> Tensor:
+def augment(
+    x: Tensor, how: Augment, generator: torch.Generator, *, flipped: Tensor | None = None
+) -> Tensor:
     """Returns a changed copy of the images `x` [n, C, H, W] of any type; other shapes are returned as they are.
 
     Args:

@@ -43,17 +43,24 @@ class TrainSettings(BaseModel):
     optimizer: Literal["sgd", "muon"] = "sgd"
     lr: float = Field(default=0.1, gt=0)
     head_lr: float = Field(
-        default=0.05, gt=0, description="muon only: learning rate of biases, norms, first and last layer"
+        default=0.05,
+        gt=0,
+        description="muon only: learning rate of biases, norms, first and last layer",
     )
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
     bn_penalty: float = Field(
-        default=0.0, ge=0, description="strength of the L1 penalty on batch-norm scales, for the score 'bn_scale'"
+        default=0.0,
+        ge=0,
+        description="strength of the L1 penalty on batch-norm scales, for the score 'bn_scale'",
     )
     warmup: float = Field(default=0.2, ge=0, lt=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     ema: float = Field(
-        default=0.0, ge=0, lt=1, description="decay per step of the averaged weights; 0 = the last weights"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="decay per step of the averaged weights; 0 = the last weights",
     )
     augment: Augment = Augment()
     image_sizes: tuple[tuple[int, int], ...] = Field(
@@ -159,7 +166,10 @@ def takes_channels_last(model: nn.Module) -> bool:
     if device().type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return True
     return not any(
-        isinstance(m, nn.Conv2d) and m.in_channels < 8 and m.kernel_size == (1, 1) and m.stride != (1, 1)
+        isinstance(m, nn.Conv2d)
+        and m.in_channels < 8
+        and m.kernel_size == (1, 1)
+        and m.stride != (1, 1)
         for m in model.modules()
     )
 
@@ -190,7 +200,9 @@ def evaluate(
         TrainingError: if there are no examples.
     """
     if not len(arrays):
-        raise TrainingError("evaluate: there are no examples to measure on; give the data set a test part")
+        raise TrainingError(
+            "evaluate: there are no examples to measure on; give the data set a test part"
+        )
     right, loss = 0, 0.0
     kept: list[Tensor] = []
     at = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -202,7 +214,9 @@ def evaluate(
             loss += float(F.cross_entropy(logits, y.to(at), reduction="sum"))
             if keep_logits:
                 kept.append(logits.cpu())
-    return Evaluation(right / len(arrays), loss / len(arrays), len(arrays), torch.cat(kept) if kept else None)
+    return Evaluation(
+        right / len(arrays), loss / len(arrays), len(arrays), torch.cat(kept) if kept else None
+    )
 
 
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
@@ -230,24 +244,42 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
     return model(torch.cat([x, x]))[:1]
 
 
-NOTHING_TO_TRAIN = "train: no parameter of the model has requires_grad, so there is nothing to train"
+NOTHING_TO_TRAIN = (
+    "train: no parameter of the model has requires_grad, so there is nothing to train"
+)
 
 
-def check(model: nn.Module, settings: TrainSettings, train: Arrays, validation: Arrays, preprocess: Preprocess) -> None:
+def check(
+    model: nn.Module,
+    settings: TrainSettings,
+    train: Arrays,
+    validation: Arrays,
+    preprocess: Preprocess,
+) -> None:
     """Finds what would stop a training of `model` later on: no examples, no validation set, wrong image sizes, no norm.
 
     Raises:
         TrainingError: saying which setting does not fit.
     """
     if settings.epochs and not len(train):
-        raise TrainingError("train: the public part has no examples; set data.public_share or lower data.validation")
+        raise TrainingError(
+            "train: the public part has no examples; set data.public_share or lower data.validation"
+        )
     if settings.epochs and settings.patience and not len(validation):
-        raise TrainingError("train: patience needs a validation set; set data.validation, or leave patience out")
+        raise TrainingError(
+            "train: patience needs a validation set; set data.validation, or leave patience out"
+        )
     if settings.epochs and settings.bn_penalty:
         _batch_norm_scales(model)
-    if settings.epochs and min(settings.batch_size, len(train)) == 1 and _needs_two(model, preprocess(train.x[:1])):
+    if (
+        settings.epochs
+        and min(settings.batch_size, len(train)) == 1
+        and _needs_two(model, preprocess(train.x[:1]))
+    ):
         if settings.batch_size == 1:
-            raise TrainingError("train: batch_size = 1 leaves a batch norm nothing to average; take 2 or more")
+            raise TrainingError(
+                "train: batch_size = 1 leaves a batch norm nothing to average; take 2 or more"
+            )
         raise TrainingError(
             "train: the public part has one example, which leaves a batch norm nothing to average; raise "
             "data.public_share"
@@ -334,7 +366,9 @@ class Fit:
         self.scales = _batch_norm_scales(model) if settings.epochs and settings.bn_penalty else []
         self.average = None
         if settings.ema:
-            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+            self.average = AveragedModel(
+                model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True
+            )
         self.views: list[tuple[nn.Parameter, nn.Parameter]] = []
         self.optimizers = self._optimizers()
         self.base = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
@@ -370,8 +404,12 @@ class Fit:
         s = self.settings
         # Muon takes matrices: each sees its filter through a view that shares the memory.
         self.views = [(p, nn.Parameter(_matrix(p.data, p))) for p in hidden]
-        assert all(p.data_ptr() == view.data_ptr() for p, view in self.views), "a view must share its weight's memory"
-        return Muon([view for _, view in self.views], s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
+        assert all(p.data_ptr() == view.data_ptr() for p, view in self.views), (
+            "a view must share its weight's memory"
+        )
+        return Muon(
+            [view for _, view in self.views], s.lr, momentum=s.momentum, weight_decay=s.weight_decay
+        )
 
     def result_(self) -> nn.Module:
         """Returns the model with its final weights: under `patience` the best on the validation set, else the last.
@@ -385,7 +423,11 @@ class Fit:
         return self.model
 
     def _current(self) -> nn.Module:
-        return self.average.module if self.average is not None and self.average.n_averaged > 0 else self.model
+        return (
+            self.average.module
+            if self.average is not None and self.average.n_averaged > 0
+            else self.model
+        )
 
     @property
     def finished(self) -> bool:
@@ -394,7 +436,9 @@ class Fit:
         ran_out = patience > 0 and self.best[1] >= 0 and waited >= patience
         return self.epoch >= self.settings.epochs or ran_out
 
-    def epochs(self, train: Arrays, validation: Arrays, preprocess: Preprocess) -> Iterator[Step | EpochRecord]:
+    def epochs(
+        self, train: Arrays, validation: Arrays, preprocess: Preprocess
+    ) -> Iterator[Step | EpochRecord]:
         """Trains epoch by epoch: yields every step, and a record after each epoch, when the state may be saved.
 
         Raises:
@@ -412,7 +456,9 @@ class Fit:
             accuracy = None
             if len(validation):
                 small = Arrays(resized(validation.x, side), validation.y) if side else validation
-                accuracy = evaluate(self._current(), small, preprocess, precision=self.settings.precision).accuracy
+                accuracy = evaluate(
+                    self._current(), small, preprocess, precision=self.settings.precision
+                ).accuracy
                 self._remember_(accuracy, full_size=side is None)
             self.epoch += 1
             size = images.shape[-1] if images.dim() == 4 else None
@@ -444,7 +490,9 @@ class Fit:
             x = augment(batch.x, s.augment, chance, flipped=mirrored[index])
             loss = self._step(preprocess(x.to(device())), batch.y.to(device()))
             if not math.isfinite(loss):
-                raise self._diverged(f"the loss is {loss} at epoch {self.epoch + 1}, step {step + 1}")
+                raise self._diverged(
+                    f"the loss is {loss} at epoch {self.epoch + 1}, step {step + 1}"
+                )
             total += loss
             yield Step(self.epoch * steps + step + 1, s.epochs * steps)
         weights = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -468,7 +516,11 @@ class Fit:
             logits = outputs(self.model, x)
         loss = self.objective(self.model, x, logits.float(), y)
         if self.scales:  # network slimming (Liu et al. 2017, arXiv:1708.06519, eq. 1)
-            loss = loss + self.settings.bn_penalty * torch.stack([scale.abs().sum() for scale in self.scales]).sum()
+            loss = (
+                loss
+                + self.settings.bn_penalty
+                * torch.stack([scale.abs().sum() for scale in self.scales]).sum()
+            )
         loss.backward()
         for parameter, view in self.views:
             view.grad = None if parameter.grad is None else _matrix(parameter.grad, parameter)
@@ -511,8 +563,12 @@ class Fit:
         out |= {f"best/{k}": v for k, v in self.best_weights.items()}
         for at, optimizer in enumerate(self.optimizers):
             for key, slot in optimizer.state_dict()["state"].items():
-                out |= {f"optimizer/{at}/{key}/{k}": v for k, v in slot.items() if isinstance(v, Tensor)}
-        out["progress"] = torch.tensor([self.epoch, self.best[1], self.best[0]], dtype=torch.float64)
+                out |= {
+                    f"optimizer/{at}/{key}/{k}": v for k, v in slot.items() if isinstance(v, Tensor)
+                }
+        out["progress"] = torch.tensor(
+            [self.epoch, self.best[1], self.best[0]], dtype=torch.float64
+        )
         return out
 
     def load_(self, state: dict[str, Tensor]) -> None:
@@ -559,7 +615,9 @@ def _batch_norm_scales(model: nn.Module) -> list[nn.Parameter]:
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     scales = [norm.weight for norm in norms if norm.affine and norm.weight.requires_grad]
     if not scales:
-        raise TrainingError("train: bn_penalty pulls at batch-norm scales, but the model trains none; leave it out")
+        raise TrainingError(
+            "train: bn_penalty pulls at batch-norm scales, but the model trains none; leave it out"
+        )
     return scales
 
 
@@ -570,7 +628,11 @@ def _hidden(model: nn.Module) -> list[nn.Parameter]:
     """
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     ends = {id(w) for w in (*weights[:1], *weights[-1:])}
-    inner = {id(w): w for w in weights if id(w) not in ends and isinstance(w, nn.Parameter) and w.requires_grad}
+    inner = {
+        id(w): w
+        for w in weights
+        if id(w) not in ends and isinstance(w, nn.Parameter) and w.requires_grad
+    }
     return list(inner.values())
 
 

@@ -27,7 +27,9 @@ CHUNK = 1 << 16  # symbols decoded at a time: bounds memory and stays in the cac
 ABSENT = 255  # the code of a symbol that does not occur
 ESCAPE_BYTES = 5  # about what an escaped value costs
 EIGHTHS = np.array([round(2 ** (30 - i / 8)) for i in range(8)], np.int64)
-WEIGHTS = np.array([max(int(EIGHTHS[c % 8]) >> (c // 8), 1) for c in range(ABSENT)] + [0], np.float64)
+WEIGHTS = np.array(
+    [max(int(EIGHTHS[c % 8]) >> (c // 8), 1) for c in range(ABSENT)] + [0], np.float64
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +108,9 @@ def estimate(values: Ints, rows: int = 1, share: float = 1.0) -> float:
     for row in matrix:
         whole = row.size // layout.width
         keyed = row.astype(np.intp)
-        keyed[: whole * layout.width].reshape(whole, -1)[:] += (layout.ids[:whole].astype(np.intp) * width)[:, None]
+        keyed[: whole * layout.width].reshape(whole, -1)[:] += (
+            layout.ids[:whole].astype(np.intp) * width
+        )[:, None]
         keyed[whole * layout.width :] += int(layout.ids[-1]) * width
         counts = np.bincount(keyed, minlength=width * layout.count).reshape(-1, width)
         bits += _bits_of(counts, share) + int(counts[:, window.size].sum()) * 8 * ESCAPE_BYTES
@@ -133,7 +137,10 @@ def decode(reader: Reader, out: Ints, nested: Callable[[Reader, Ints], None], pl
     """
     rows = reader.byte(f"{place}.rows")
     if not 1 <= rows <= MAX_ROWS or out.size % rows:
-        fail(f"{place}.rows", f"got {rows} for {out.size} values, expected a divisor of at most {MAX_ROWS}")
+        fail(
+            f"{place}.rows",
+            f"got {rows} for {out.size} values, expected a divisor of at most {MAX_ROWS}",
+        )
     matrix = out.reshape(rows, -1)
     layout = _read_ids(reader, *matrix.shape, nested, place)
     tables = [_read_table(reader, out.dtype, place) for _ in range(layout.count * rows)]
@@ -148,7 +155,9 @@ def decode(reader: Reader, out: Ints, nested: Callable[[Reader, Ints], None], pl
     groups = layout.groups(matrix.shape[1] // layout.width)
     for at, table in enumerate(tables):
         number = at // rows
-        used = _decode_part(coder, table, matrix[at % rows], layout, number, groups[number], escaped, used, place)
+        used = _decode_part(
+            coder, table, matrix[at % rows], layout, number, groups[number], escaped, used, place
+        )
     if used != len(escaped) or not coder.is_empty():
         fail(f"{place}.words", "the stream does not end where the values do; send it again")
 
@@ -171,7 +180,9 @@ def _window(values: Ints) -> _Window:
         kind = np.uint8 if high - low < 255 else np.uint16
         size = high - low + 1
         # wraps around within the type, where the difference is the same
-        symbols = values.view(f"u{values.itemsize}") - np.array(low).astype(values.dtype).view(f"u{values.itemsize}")
+        symbols = values.view(f"u{values.itemsize}") - np.array(low).astype(values.dtype).view(
+            f"u{values.itemsize}"
+        )
         return _Window(symbols.astype(kind), low, size, center - low)
     size = MAX_SYMBOLS - 1
     start = min(max(center - size // 2, low), high - size + 1)
@@ -188,7 +199,9 @@ def _parts(matrix: Ints, layout: Plan) -> list[Callable[[], Ints]]:
     def gather(row: Ints, number: int) -> Ints:
         if layout.count == 1:
             return row
-        blocks = row[: whole * layout.width].reshape(whole, layout.width)[groups[number]].reshape(-1)
+        blocks = (
+            row[: whole * layout.width].reshape(whole, layout.width)[groups[number]].reshape(-1)
+        )
         if len(layout.ids) > whole and layout.ids[-1] == number:
             blocks = np.concatenate([blocks, row[whole * layout.width :]])
         return blocks
@@ -243,7 +256,9 @@ def _coded_ids(layout: Plan, nested: Callable[[Ints], bytes]) -> bytes:
     return varint(2 * layout.width + smaller) + varint(len(options[smaller])) + options[smaller]
 
 
-def _read_ids(reader: Reader, rows: int, columns: int, nested: Callable[[Reader, Ints], None], place: str) -> Plan:
+def _read_ids(
+    reader: Reader, rows: int, columns: int, nested: Callable[[Reader, Ints], None], place: str
+) -> Plan:
     count = reader.byte(f"{place}.classes")
     if not 1 <= count <= MAX_CLASSES:
         fail(f"{place}.classes", f"got {count}, expected 1 to {MAX_CLASSES}")
@@ -329,5 +344,7 @@ def _decode_part(
 
 def _shifted(index: NDArray[np.int32], low: int, dtype: np.dtype) -> Ints:
     values = index.astype(dtype)
-    values += np.array(low).astype(dtype)  # wraps around within the type; the reader checked the range
+    values += np.array(low).astype(
+        dtype
+    )  # wraps around within the type; the reader checked the range
     return values

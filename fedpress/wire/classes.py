@@ -18,7 +18,11 @@ Floats = NDArray[np.float64]
 
 MAX_CLASSES = 64
 ACTIVITIES = 12
-SIDES = ((), (-0.25, 0.25), (-0.5, -0.15, 0.15, 0.5))  # where the mean over the mean absolute value is cut
+SIDES = (
+    (),
+    (-0.25, 0.25),
+    (-0.5, -0.15, 0.15, 0.5),
+)  # where the mean over the mean absolute value is cut
 BINS = 32  # activities on a logarithmic scale, from which the classes are cut
 SMALLEST = 32  # values in the smallest block
 DOUBLINGS = (1, 2, 3, 4, 6)  # block sizes that are tried: SMALLEST times two to this power
@@ -75,12 +79,20 @@ def plan(values: Ints, center: int, share: float = 1.0) -> Plan:
     if chosen is not one and chosen not in options:
         options.append(chosen)
     if options:
-        split = [_split(option, sums, leans, option.width // width, cuts) for option in options for cuts in SIDES]
+        split = [
+            _split(option, sums, leans, option.width // width, cuts)
+            for option in options
+            for cuts in SIDES
+        ]
         chosen = min(split, key=lambda layout: _measured_bits(values, layout, share))
     if chosen.count == 1:
         return one
-    missing = -(-columns // chosen.width) - len(chosen.ids)  # what the smallest block left over joins the last class
-    return Plan(chosen.width, chosen.count, np.concatenate([chosen.ids, chosen.ids[-1:].repeat(missing)]))
+    missing = -(-columns // chosen.width) - len(
+        chosen.ids
+    )  # what the smallest block left over joins the last class
+    return Plan(
+        chosen.width, chosen.count, np.concatenate([chosen.ids, chosen.ids[-1:].repeat(missing)])
+    )
 
 
 def _block_sums(values: Ints, center: int, width: int) -> tuple[Floats, Floats]:
@@ -150,7 +162,9 @@ def _cut(means: Floats, size: int, rows: int, share: float) -> tuple[float, NDAr
 def _split(layout: Plan, sums: Floats, leans: Floats, times: int, cuts: tuple[float, ...]) -> Plan:
     """Splits each class by the side to which its blocks, of `times` smallest blocks, lean."""
     lean = _grouped(leans, times) / np.maximum(_grouped(sums, times), 1e-9)
-    ids, count = _numbered(layout.ids.astype(np.intp) * (len(cuts) + 1) + np.searchsorted(cuts, lean))
+    ids, count = _numbered(
+        layout.ids.astype(np.intp) * (len(cuts) + 1) + np.searchsorted(cuts, lean)
+    )
     return Plan(layout.width, count, ids)
 
 
@@ -168,7 +182,9 @@ def _measured_bits(values: Ints, layout: Plan, share: float) -> float:
     blocks = values[:, : whole * layout.width].reshape(rows, whole, layout.width)[:, at]
     symbols = int(blocks.max()) + 1
     keys = layout.ids[at].astype(np.intp)[:, None] * symbols + blocks
-    counts = np.bincount(keys.reshape(-1), minlength=symbols * layout.count).reshape(layout.count, symbols)
+    counts = np.bincount(keys.reshape(-1), minlength=symbols * layout.count).reshape(
+        layout.count, symbols
+    )
     used = counts > 0
     frequencies = counts[used]
     totals = np.broadcast_to(counts.sum(1)[:, None], counts.shape)[used]

@@ -36,18 +36,30 @@ def _is_number(value: Any) -> bool:
 
 def whole(low: int, high: int = MAX_WHOLE) -> Kind:
     """A whole number from `low` to `high`."""
-    return Kind(f"a whole number from {low} to {high}", lambda value: _is_whole(value) and low <= value <= high)
+    return Kind(
+        f"a whole number from {low} to {high}",
+        lambda value: _is_whole(value) and low <= value <= high,
+    )
 
 
 NUMBER = Kind("a finite number", _is_number)
-POSITIVE = Kind("a finite number above 0", lambda value: type(value) is float and isfinite(value) and value > 0)
+POSITIVE = Kind(
+    "a finite number above 0", lambda value: type(value) is float and isfinite(value) and value > 0
+)
 TEXT = Kind("text", lambda value: type(value) is str)
 FLAG = Kind("true or false", lambda value: type(value) is bool)
-NAMES = Kind("a list of names", lambda value: type(value) is list and all(type(name) is str for name in value))
+NAMES = Kind(
+    "a list of names",
+    lambda value: type(value) is list and all(type(name) is str for name in value),
+)
 TABLE = Kind("a table", lambda value: type(value) is dict)
 COUNTS = Kind(
     f"two numbers from -{MAX_WHOLE} to {MAX_WHOLE}",
-    lambda value: type(value) is list and len(value) == 2 and all(_is_number(v) and abs(v) <= MAX_WHOLE for v in value),
+    lambda value: (
+        type(value) is list
+        and len(value) == 2
+        and all(_is_number(v) and abs(v) <= MAX_WHOLE for v in value)
+    ),
 )
 
 FIELDS: Mapping[str, Mapping[str, Kind]] = {
@@ -113,7 +125,9 @@ def check_field(place: str, name: str, value: Any, kind: Kind) -> None:
     if not kind.holds(value):
         shown = repr(value)
         shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-        raise WireError(f"{place}.{name}: got {shown}, expected {kind.expected}; use the same fedpress on both sides")
+        raise WireError(
+            f"{place}.{name}: got {shown}, expected {kind.expected}; use the same fedpress on both sides"
+        )
 
 
 def _check(place: str, fields: Mapping[str, Kind], header: Mapping[str, Any]) -> None:

@@ -65,9 +65,14 @@ def pack(message: Message) -> bytes:
     _check_json(dict(message.header), "message.header")
     for name, tensor in message.tensors.items():
         if tensor.dtype not in CODES:
-            fail(f"tensors.{name}", f"dtype {tensor.dtype} does not travel; use one of {', '.join(DTYPES)}")
+            fail(
+                f"tensors.{name}",
+                f"dtype {tensor.dtype} does not travel; use one of {', '.join(DTYPES)}",
+            )
     text = json.dumps(dict(message.header), sort_keys=True, separators=(",", ":")).encode()
-    payload = bytearray(_part(_utf8(message.kind, "kind")) + _part(text) + varint(len(message.tensors)))
+    payload = bytearray(
+        _part(_utf8(message.kind, "kind")) + _part(text) + varint(len(message.tensors))
+    )
     for name, tensor in sorted(message.tensors.items()):
         payload += _part(_utf8(name, "tensors"))
         payload += bytes([CODES[tensor.dtype], tensor.ndim]) + b"".join(map(varint, tensor.shape))
@@ -93,12 +98,18 @@ def unpack(data: bytes, *, max_bytes: int = MAX_BYTES) -> Message:
     try:
         header = json.loads(_text(reader, "header", MAX_HEADER_BYTES))
     except (ValueError, RecursionError) as error:
-        raise WireError(f"message.header: not JSON ({type(error).__name__}); send it again") from error
+        raise WireError(
+            f"message.header: not JSON ({type(error).__name__}); send it again"
+        ) from error
     if not isinstance(header, dict):
         fail("header", f"got {type(header).__name__}; expected an object")
     _check_json(header, "message.header")
     packed = _index(reader, max_bytes)
-    return Message(kind, header, {name: expand(p.data, p.dtype, p.shape, f"tensors.{name}") for name, p in packed})
+    return Message(
+        kind,
+        header,
+        {name: expand(p.data, p.dtype, p.shape, f"tensors.{name}") for name, p in packed},
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,16 +123,25 @@ class _Packed:
 
 def _payload(data: bytes, max_bytes: int) -> memoryview:
     if len(data) > max_bytes:
-        fail("length", f"{len(data)} bytes are more than the {max_bytes} that are accepted; raise max_bytes")
+        fail(
+            "length",
+            f"{len(data)} bytes are more than the {max_bytes} that are accepted; raise max_bytes",
+        )
     if len(data) < FRAME.size:
-        fail("length", f"{len(data)} bytes are fewer than the frame's {FRAME.size}; the message was cut off")
+        fail(
+            "length",
+            f"{len(data)} bytes are fewer than the frame's {FRAME.size}; the message was cut off",
+        )
     magic, version, length, crc = FRAME.unpack_from(data)
     if magic != MAGIC:
         fail("magic", f"got {magic!r}, expected {MAGIC!r}; this is no fedpress message")
     if version != VERSION:
         fail("version", f"got {version}, expected {VERSION}; use the same fedpress on both sides")
     if length != len(data) - FRAME.size:
-        fail("length", f"{length} payload bytes were announced but {len(data) - FRAME.size} came; send it again")
+        fail(
+            "length",
+            f"{length} payload bytes were announced but {len(data) - FRAME.size} came; send it again",
+        )
     payload = memoryview(data)[FRAME.size :]
     if crc != _crc(payload):
         fail("crc32", "the checksum differs; the message was damaged on its way, send it again")
@@ -150,7 +170,10 @@ def _index(reader: Reader, max_bytes: int) -> list[tuple[str, _Packed]]:
             fail(place, f"shape {shape} is out of range; at most {MAX_BYTES} values")
         total += prod(shape) * dtype.itemsize
         if total > max_bytes:
-            fail(place, f"the tensors unpack to {total} bytes, more than the {max_bytes} accepted; raise max_bytes")
+            fail(
+                place,
+                f"the tensors unpack to {total} bytes, more than the {max_bytes} accepted; raise max_bytes",
+            )
         packed[name] = _Packed(dtype, shape, reader.take(reader.varint(place, reader.left), place))
     if reader.left:
         fail("tensors", f"{reader.left} bytes are left over; send it again")
@@ -165,7 +188,9 @@ def _utf8(text: str, place: str) -> bytes:
     try:
         content = text.encode()
     except UnicodeEncodeError as error:
-        raise WireError(f"message.{place}: {text!r} is no UTF-8 text; use other characters") from error
+        raise WireError(
+            f"message.{place}: {text!r} is no UTF-8 text; use other characters"
+        ) from error
     if len(content) > MAX_NAME_BYTES:
         fail(place, f"a name of {len(content)} bytes; at most {MAX_NAME_BYTES}")
     return content
@@ -193,7 +218,9 @@ def _check_json(value: JSON, place: str) -> None:
     elif isinstance(value, int) and abs(value) >= 1 << 63:
         raise WireError(f"{place}: got an integer of more than 64 bits; send it as a string")
     elif not isinstance(value, str | int | float | None):
-        raise WireError(f"{place}: got {type(value).__name__}, which is not JSON; use numbers, strings, lists, objects")
+        raise WireError(
+            f"{place}: got {type(value).__name__}, which is not JSON; use numbers, strings, lists, objects"
+        )
 
 
 def _crc(payload: bytes | bytearray | memoryview) -> int:

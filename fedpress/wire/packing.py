@@ -111,7 +111,10 @@ def _expand(reader: Reader, out: Ints, place: str, depth: int = 0) -> None:
     elif form == SPARSE and depth < DEEPEST:
         _read_sparse(reader, out, nested, place)
     else:
-        fail(f"{place}.form", f"got {form} at depth {depth}, expected one of {RAW}, {NBIT}, {ANS}, {SPARSE}")
+        fail(
+            f"{place}.form",
+            f"got {form} at depth {depth}, expected one of {RAW}, {NBIT}, {ANS}, {SPARSE}",
+        )
     if reader.left:
         fail(place, f"{reader.left} bytes are left over; send it again")
 
@@ -129,13 +132,21 @@ def _nbit_bytes(count: int, bits: int) -> int:
 def _nbit(values: Ints, low: int, bits: int) -> bytes:
     """Byte planes, the low one first, then planes of single bits: each is one pass over contiguous memory."""
     unsigned = values.view(f"u{values.itemsize}")
-    unsigned = unsigned - np.array(low).astype(values.dtype).view(unsigned.dtype)  # wraps around, as it should
+    unsigned = unsigned - np.array(low).astype(values.dtype).view(
+        unsigned.dtype
+    )  # wraps around, as it should
     planes = [zigzag(low), bytes([bits])]
-    lanes = unsigned.astype(unsigned.dtype.newbyteorder("<"), copy=False).view(np.uint8).reshape(-1, values.itemsize)
+    lanes = (
+        unsigned.astype(unsigned.dtype.newbyteorder("<"), copy=False)
+        .view(np.uint8)
+        .reshape(-1, values.itemsize)
+    )
     planes += [np.ascontiguousarray(lanes[:, at]).tobytes() for at in range(bits // 8)]
     if bits % 8:
         top = np.ascontiguousarray(lanes[:, bits // 8])
-        planes += [np.packbits(top >> at & 1, bitorder="little").tobytes() for at in range(bits % 8)]
+        planes += [
+            np.packbits(top >> at & 1, bitorder="little").tobytes() for at in range(bits % 8)
+        ]
     return b"".join(planes)
 
 
@@ -183,7 +194,9 @@ def _sparse_pays(values: Ints, size: int) -> bool:
     density = full / len(values)
     if density >= 0.5:
         return False
-    positions = 0.0 if not full else -density * math.log2(density) - (1 - density) * math.log2(1 - density)
+    positions = (
+        0.0 if not full else -density * math.log2(density) - (1 - density) * math.log2(1 - density)
+    )
     return positions * len(values) / 8 + full * values.itemsize < size
 
 
@@ -196,7 +209,9 @@ def _sparse(values: Ints, floats: bool, nested: Callable[[Ints], bytes]) -> byte
     return varint(len(kept)) + varint(len(bitmap)) + bitmap + inner
 
 
-def _read_sparse(reader: Reader, out: Ints, nested: Callable[[Reader, Ints], None], place: str) -> None:
+def _read_sparse(
+    reader: Reader, out: Ints, nested: Callable[[Reader, Ints], None], place: str
+) -> None:
     count = reader.varint(f"{place}.nonzero", len(out) // 2)
     bitmap: NDArray[np.uint8] = np.empty(len(out), np.uint8)
     nested(reader.part(f"{place}.bitmap"), bitmap)

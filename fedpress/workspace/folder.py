@@ -56,11 +56,25 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        found = re.search(r"os error (\d+)|code: (\d+)", str(error))  # safetensors tells the number in words only
-        number = error.errno if isinstance(error, OSError) else int(found[1] or found[2]) if found else None
+        found = re.search(
+            r"os error (\d+)|code: (\d+)", str(error)
+        )  # safetensors tells the number in words only
+        number = (
+            error.errno
+            if isinstance(error, OSError)
+            else int(found[1] or found[2])
+            if found
+            else None
+        )
         reason = os.strerror(number) if number else str(error)
-        cure = "free some space, then go on with --resume" if number in FULL else "choose another place with --out"
-        raise RunError(f"{path}: cannot be written ({reason}); what was finished is kept: {cure}") from error
+        cure = (
+            "free some space, then go on with --resume"
+            if number in FULL
+            else "choose another place with --out"
+        )
+        raise RunError(
+            f"{path}: cannot be written ({reason}); what was finished is kept: {cure}"
+        ) from error
 
 
 @contextmanager
@@ -162,7 +176,9 @@ class RunFolder:
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         with lock.locked(path):
-            cls.check_free(path, recipe_text)  # again: somebody else may have begun a run here since
+            cls.check_free(
+                path, recipe_text
+            )  # again: somebody else may have begun a run here since
             with listed(path / "recipe.toml", path) as temporary:
                 temporary.write_text(recipe_text, "utf-8")
             list_json(path / "settings.json", settings, path)
@@ -185,14 +201,18 @@ class RunFolder:
         """
         lock.refuse(path)
         if (path / "settings.json").exists():
-            raise RunError(f"{path}: this folder already holds a run; add --resume to go on, or give another --out")
+            raise RunError(
+                f"{path}: this folder already holds a run; add --resume to go on, or give another --out"
+            )
         recipe = path / "recipe.toml"
         if path.exists() and not path.is_dir():
             raise RunError(f"{path}: this is a file; give a folder with --out")
         own = (lock.NAME, checksums.NAME, f".{recipe.name}.part", ".settings.json.part")
         found = [p for p in path.iterdir() if p.name not in own] if path.is_dir() else []
         if any(p != recipe or p.read_text("utf-8") != recipe_text for p in found):
-            raise RunError(f"{path}: this folder holds other files, which a run might replace; give a new --out")
+            raise RunError(
+                f"{path}: this folder holds other files, which a run might replace; give a new --out"
+            )
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -202,7 +222,9 @@ class RunFolder:
             RunError: if there is no run.
         """
         if not (path / "settings.json").exists():
-            raise RunError(f"{path}: there is no run in this folder; give the --out of an earlier run")
+            raise RunError(
+                f"{path}: there is no run in this folder; give the --out of an earlier run"
+            )
         return cls(path)
 
     @classmethod
@@ -304,7 +326,9 @@ class RunFolder:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise RunError(f"{self.records}: line {number} is damaged ({error}); delete that line") from error
+                raise RunError(
+                    f"{self.records}: line {number} is damaged ({error}); delete that line"
+                ) from error
             if isinstance(record, dict) and record.get("stage") == stage:
                 found.append(record)
         return found
@@ -354,7 +378,9 @@ class RunFolder:
         """
         found = self.count_records()
         if found < count and self.records.exists() and not checksums.knows(self.records):
-            raise RunError(f"{self.records}: corrupt (it holds {found} of {count} records); {CURES['records.jsonl']}")
+            raise RunError(
+                f"{self.records}: corrupt (it holds {found} of {count} records); {CURES['records.jsonl']}"
+            )
 
     def missing_records(self) -> list[str]:
         """Says that the records are gone, where results tell that there were some."""
@@ -362,7 +388,9 @@ class RunFolder:
             return []
         for path in (self.path / "stages").glob("*/result.json"):
             if read_json(path, cure="delete this file to do the stage again").get("records"):
-                return [f"{self.records} is missing: the report will show nothing of what was recorded before"]
+                return [
+                    f"{self.records} is missing: the report will show nothing of what was recorded before"
+                ]
         return []
 
     def stage(self, index: int, kind: str, name: str) -> StageFolder:
@@ -439,14 +467,22 @@ class StageFolder:
             files.sync(self.path / "spec.json")
         self._list(dict(result).get("artifact"))
         done = Done(dict(result), self.run.count_records())
-        list_json(self._result, {"key": key, "records": done.records, "result": done.result}, self.run.path)
+        list_json(
+            self._result,
+            {"key": key, "records": done.records, "result": done.result},
+            self.run.path,
+        )
         self._progress.unlink(missing_ok=True)
         self.forget()
         return done
 
     def _list(self, artifact: object) -> None:
         """Lists the checksums of all that the stage has left, the `artifact` among it."""
-        made = [path for path in sorted(self.path.iterdir()) if path.is_file() and path.name not in UNLISTED]
+        made = [
+            path
+            for path in sorted(self.path.iterdir())
+            if path.is_file() and path.name not in UNLISTED
+        ]
         if artifact is not None:
             made += _files_of(self.run.path / str(artifact))
         with writing(self.run.path / checksums.NAME):
@@ -470,9 +506,15 @@ class StageFolder:
         page = read_json(self._result, cure=cure)
         result, records = page.get("result"), page.get("records")
         lacks = [name for name in ("key", "records", "result") if name not in page]
-        lacks += [f"result.{name}" for name in NEEDED if not isinstance(result, dict) or name not in result]
+        lacks += [
+            f"result.{name}"
+            for name in NEEDED
+            if not isinstance(result, dict) or name not in result
+        ]
         if lacks or not isinstance(result, dict) or not isinstance(records, int):
-            raise RunError(f"{self._result}: damaged, it lacks {', '.join(lacks) or 'a number of records'}; {cure}")
+            raise RunError(
+                f"{self._result}: damaged, it lacks {', '.join(lacks) or 'a number of records'}; {cure}"
+            )
         return Done(result, records) if page["key"] == key else None
 
     @property
@@ -491,7 +533,9 @@ class StageFolder:
             key: see `finished`.
             records: how many records of earlier stages there are.
         """
-        theirs = StageFolder(other, other.path / "stages" / self.path.name, self.index, self.kind, self.name)
+        theirs = StageFolder(
+            other, other.path / "stages" / self.path.name, self.index, self.kind, self.name
+        )
         done = theirs.finished(key)
         if done is None:
             return None
@@ -499,12 +543,21 @@ class StageFolder:
             check_whole(path, f"delete '{theirs._result}', and the stage is done again here")
         lines = other.read_records(self.index)
         artifact = done.result.get("artifact")
-        if artifact is not None and not (other.path / str(artifact)).resolve().is_relative_to(other.path.resolve()):
+        if artifact is not None and not (other.path / str(artifact)).resolve().is_relative_to(
+            other.path.resolve()
+        ):
             said = str(artifact)[:80]
-            raise RunError(f"{theirs._result}: its artifact {said!r} lies outside of the run; leave out --from")
+            raise RunError(
+                f"{theirs._result}: its artifact {said!r} lies outside of the run; leave out --from"
+            )
         self.run.cut_records(records)
         with writing(self.path):
-            shutil.copytree(theirs.path, self.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("result.json"))
+            shutil.copytree(
+                theirs.path,
+                self.path,
+                dirs_exist_ok=True,
+                ignore=shutil.ignore_patterns("result.json"),
+            )
             for path in _files_of(other.path / str(artifact)) if artifact is not None else ():
                 check_whole(path, f"delete '{theirs._result}', and the stage is done again here")
                 target = self.run.path / path.relative_to(other.path)
@@ -514,7 +567,11 @@ class StageFolder:
         for line in lines:
             self.run.record(line)
         done = Done(done.result, self.run.count_records())
-        list_json(self._result, {"key": key, "records": done.records, "result": done.result}, self.run.path)  # last
+        list_json(
+            self._result,
+            {"key": key, "records": done.records, "result": done.result},
+            self.run.path,
+        )  # last
         return done
 
 

@@ -52,14 +52,20 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         del _mine[key]
         with suppress(OSError):
-            (folder / NAME).unlink(missing_ok=True)  # while it is held: nobody else's file is removed
+            (folder / NAME).unlink(
+                missing_ok=True
+            )  # while it is held: nobody else's file is removed
         os.close(handle)
 
 
 def holder(folder: Path) -> str | None:
     """Returns who works in `folder` at this moment, in words; None if nobody does, or it is this thread."""
     path = folder / NAME
-    if (str(folder.resolve()), threading.get_ident()) in _mine or path.is_symlink() or not path.is_file():
+    if (
+        (str(folder.resolve()), threading.get_ident()) in _mine
+        or path.is_symlink()
+        or not path.is_file()
+    ):
         return None
     try:
         handle = os.open(path, os.O_RDONLY)
@@ -67,7 +73,11 @@ def holder(folder: Path) -> str | None:
         return None
     try:
         kind = _try(handle)
-        return None if kind == "taken" or (kind == "unknown" and _dead(_who(path))) else _words(_who(path))
+        return (
+            None
+            if kind == "taken" or (kind == "unknown" and _dead(_who(path)))
+            else _words(_who(path))
+        )
     finally:
         os.close(handle)  # gives back what the question took
 
@@ -100,7 +110,9 @@ def _take(folder: Path) -> int:
             if path.is_symlink():
                 raise RunError(f"{path}: a lock is no symbolic link; delete that link") from error
             reason = os.strerror(error.errno or 0)
-            raise RunError(f"{path}: cannot be written ({reason}); choose another place with --out") from error
+            raise RunError(
+                f"{path}: cannot be written ({reason}); choose another place with --out"
+            ) from error
         kind = _try(handle)
         if kind == "held" and asked < ASKED:  # somebody may only be asking who holds it
             os.close(handle)
@@ -114,7 +126,9 @@ def _take(folder: Path) -> int:
         with suppress(OSError):
             if os.fstat(handle).st_ino == os.stat(path).st_ino:
                 break
-        os.close(handle)  # its holder has removed the file in the meantime: the lock of a file that is gone is none
+        os.close(
+            handle
+        )  # its holder has removed the file in the meantime: the lock of a file that is gone is none
     os.truncate(handle, 0)
     os.pwrite(handle, json.dumps(_self()).encode(), 0)
     return handle
@@ -137,7 +151,13 @@ def _self() -> dict[str, Any]:
     pid = os.getpid()
     command = shlex.join([Path(sys.argv[0] or "python").name, *sys.argv[1:]])
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return {"pid": pid, "host": socket.gethostname(), "since": since, "started": _started(pid), "command": command}
+    return {
+        "pid": pid,
+        "host": socket.gethostname(),
+        "since": since,
+        "started": _started(pid),
+        "command": command,
+    }
 
 
 def _who(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 KEY_BYTES = 32
-OWN = ("fedpress.pipeline.commands.subject:no_data", "fedpress.models.memory:held")
+OWN = ("fedpress.commands.subject:no_data", "fedpress.models.memory:held")
 """Functions of fedpress that its commands write into recipes."""
 
 
@@ -31,7 +31,11 @@ def functions_of(text: str) -> list[str]:
     except (ValueError, RecursionError):
         return []
     tables = [(tree.get("model"), "architecture"), (tree.get("data"), "source")]
-    named = [table[key] for table, key in tables if isinstance(table, dict) and isinstance(table.get(key), str)]
+    named = [
+        table[key]
+        for table, key in tables
+        if isinstance(table, dict) and isinstance(table.get(key), str)
+    ]
     return list(dict.fromkeys(name for name in named if ":" in name and name not in OWN))
 
 
@@ -52,7 +56,11 @@ def mark(names: Sequence[str], recipe: str | None) -> str | None:
 def fits(found: object, names: Sequence[str], recipe: str | None) -> bool:
     """Whether this user has made the mark `found` for these functions and this place."""
     right = mark(names, recipe)
-    return right is not None and isinstance(found, str) and hmac.compare_digest(found.encode(), right.encode())
+    return (
+        right is not None
+        and isinstance(found, str)
+        and hmac.compare_digest(found.encode(), right.encode())
+    )
 
 
 def _key() -> bytes | None:

@@ -22,7 +22,9 @@ def events():
 
 def shown(terminal_: bool, told) -> str:
     out = io.StringIO()
-    terminal.follow(told, Console(file=out, force_terminal=terminal_, width=80, color_system=None, _environ={}))
+    terminal.follow(
+        told, Console(file=out, force_terminal=terminal_, width=80, color_system=None, _environ={})
+    )
     return out.getvalue()
 
 
@@ -89,11 +91,25 @@ def test_a_check_shows_facts_without_reading_names_as_markup():
     console = Console(file=out, width=80, color_system=None)
     data = {"clients": {"c0": {}}, "shape": [3, 32, 32], "classes": ["a"] * 10}
     data |= {"private": 6000, "public": 42000, "validation": 2000, "test": 10000}
-    line = {"kind": "prune", "name": "cut", "parameters": 3_352_189, "macs": 10**8, "channels": "64→24, [bold]"}
-    facts = {"bytes_up_per_round": 15_100, "epsilon": 7.991, "examples_per_client": [600, 600], "share": 0.123456}
+    line = {
+        "kind": "prune",
+        "name": "cut",
+        "parameters": 3_352_189,
+        "macs": 10**8,
+        "channels": "64→24, [bold]",
+    }
+    facts = {
+        "bytes_up_per_round": 15_100,
+        "epsilon": 7.991,
+        "examples_per_client": [600, 600],
+        "share": 0.123456,
+    }
     terminal.show_check(console, "x [bold]", data, [line | facts])
     text = " ".join(out.getvalue().split())
-    assert "data: 1 clients; 6,000 private, 42,000 public, 2,000 validation, 10,000 test; 3x32x32, 10 classes" in text
+    assert (
+        "data: 1 clients; 6,000 private, 42,000 public, 2,000 validation, 10,000 test; 3x32x32, 10 classes"
+        in text
+    )
     assert "0 cut (prune): 3.35 M parameters, 100 MMAC" in text
     for part in ("x [bold]", "64→24, [bold]", "15.1 kB", "8.00", "600 to 600", "0.1235"):
         assert part in text
@@ -105,10 +121,21 @@ def test_measured_models_stand_in_two_tables_that_fit_the_screen():
     timing |= {"roofline": {"share": 0.5, "bound": "arithmetic"}}
     peak = {"float_gmacs": 40.0, "int8_gmacs": 80.0, "gigabytes": 10.0}
     long = "runs/a-very-long-name-of-a-run/model"
-    record = {"runtime": "onnxruntime", "parameters": 10, "macs": 20, "file_bytes": 30, "peak_memory": None}
-    record |= {"timings": [timing | {"batch": b, "threads": t} for b in (1, 64) for t in (1, 2)], "machine": peak}
+    record = {
+        "runtime": "onnxruntime",
+        "parameters": 10,
+        "macs": 20,
+        "file_bytes": 30,
+        "peak_memory": None,
+    }
+    record |= {
+        "timings": [timing | {"batch": b, "threads": t} for b in (1, 64) for t in (1, 2)],
+        "machine": peak,
+    }
     out = Console(file=io.StringIO(), width=80)
-    terminal.show_measures(out, [record | {"name": name} for name in (long, f"{long} as onnx int8", "short")])
+    terminal.show_measures(
+        out, [record | {"name": name} for name in (long, f"{long} as onnx int8", "short")]
+    )
     lines = out.file.getvalue().splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert [line.split()[1] for line in lines[1:4]] == ["…-a-run/model", "as", "short"]
@@ -127,7 +154,13 @@ def test_what_a_stage_tells_beside_its_numbers_is_printed_once(in_terminal):
     assert lines.count("cut: keep_params is 0.5066, the nearest to 0.5 that the widths allow") == 1
 
 
-GUESSER = {"kind": "train", "name": "train", "accuracy": 0.91, "majority_share": 0.91, "balanced_accuracy": 0.5}
+GUESSER = {
+    "kind": "train",
+    "name": "train",
+    "accuracy": 0.91,
+    "majority_share": 0.91,
+    "balanced_accuracy": 0.5,
+}
 GUESSER |= {
     "auc": 0.4871,
     "accuracy_warning": "it is no better than always answering '[b]x[/]' (91.0% of the test examples)",
@@ -137,7 +170,9 @@ GUESSER |= {
 def test_the_end_of_a_run_says_what_its_accuracy_is_worth():
     def ended(*stages) -> str:
         out = io.StringIO()
-        terminal.show_accuracy(Console(file=out, width=80, color_system=None), {"stages": list(stages)})
+        terminal.show_accuracy(
+            Console(file=out, width=80, color_system=None), {"stages": list(stages)}
+        )
         return out.getvalue()
 
     text = ended(GUESSER)

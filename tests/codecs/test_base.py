@@ -73,7 +73,13 @@ def test_keys_give_clients_own_and_shared_streams():
     def draw(gen):
         return torch.rand(3, generator=gen).tolist()
 
-    assert draw(key("a").own("x")) == draw(key("a").own("x"))
-    assert draw(key("a").shared("x")) == draw(key("b").shared("x"))
-    streams = [key("a").own("x"), key("b").own("x"), key("a", 2).own("x"), key("a").own("y"), key("a").shared("x")]
+    assert draw(key("a").client_stream("x")) == draw(key("a").client_stream("x"))
+    assert draw(key("a").round_stream("x")) == draw(key("b").round_stream("x"))
+    streams = [
+        key("a").client_stream("x"),
+        key("b").client_stream("x"),
+        key("a", 2).client_stream("x"),
+        key("a").client_stream("y"),
+        key("a").round_stream("x"),
+    ]
     assert len({tuple(draw(s)) for s in streams}) == len(streams)

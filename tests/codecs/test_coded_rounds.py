@@ -50,12 +50,21 @@ def test_the_whole_message_keeps_to_the_rate(rate, unbiased):
     loud = torch.exp(1.5 * gauss(401, 1)).repeat_interleave(500)[:200_000]
     for x in (gauss(), gauss() * loud):
         bits = travelled(Quantize(rate=rate, unbiased=unbiased), x)[1]
-        assert 0.97 * rate - 0.004 < bits <= 1.01 * rate + 640 / x.numel()  # about 80 bytes of frame and header
+        assert (
+            0.97 * rate - 0.004 < bits <= 1.01 * rate + 640 / x.numel()
+        )  # about 80 bytes of frame and header
 
 
 @pytest.mark.parametrize(
     ("rate", "unbiased", "most"),
-    [(1, False, 0.36), (2, False, 0.0905), (4, False, 0.0058), (1, True, 0.575), (2, True, 0.101), (4, True, 0.0058)],
+    [
+        (1, False, 0.36),
+        (2, False, 0.0905),
+        (4, False, 0.0058),
+        (1, True, 0.575),
+        (2, True, 0.101),
+        (4, True, 0.0058),
+    ],
 )
 def test_a_gaussian_comes_close_to_the_scalar_quantizers_line(rate, unbiased, most):
     x = gauss(400_000)
@@ -67,7 +76,9 @@ def test_layers_of_different_loudness_gain():
     for unbiased in (False, True):
         settings = Quantize(rate=1.0, unbiased=unbiased)
         x = gauss() * loud
-        assert error(x, travelled(settings, x)[0]) < 0.5 * error(gauss(), travelled(settings, gauss())[0])
+        assert error(x, travelled(settings, x)[0]) < 0.5 * error(
+            gauss(), travelled(settings, gauss())[0]
+        )
 
 
 @pytest.mark.parametrize("settings", UNBIASED, ids=str)
@@ -76,7 +87,9 @@ def test_the_mean_over_many_keys_is_the_update(settings):
     reads = [travelled(settings, x, Key(1, r, "c"))[0] for r in range(64)]
     single = sum(error(x, y) for y in reads) / len(reads)
     mean = error(x, torch.stack(reads).mean(0))
-    assert mean < 2.5 * single / len(reads)  # half of the error hangs on the phase, of which there are few
+    assert mean < 2.5 * single / len(
+        reads
+    )  # half of the error hangs on the phase, of which there are few
 
 
 @pytest.mark.parametrize("settings", EVERY, ids=str)
@@ -122,14 +135,18 @@ def test_constant_vectors_and_single_spikes_come_back(settings):
 
 @pytest.mark.parametrize("settings", [s for s in EVERY if not isinstance(s, Sign)], ids=str)
 def test_zeros_of_a_sparse_update_stay_zero(settings):
-    x = torch.where(torch.rand(50_000, generator=torch.Generator().manual_seed(3)) < 0.05, gauss(50_000), 0.0)
+    x = torch.where(
+        torch.rand(50_000, generator=torch.Generator().manual_seed(3)) < 0.05, gauss(50_000), 0.0
+    )
     y, _ = travelled(settings, x)
     assert (y[x == 0] == 0).all()
     assert (y != 0).any()
 
 
 def test_the_rate_of_a_sparse_update_counts_against_its_whole_size():
-    x = torch.where(torch.rand(50_000, generator=torch.Generator().manual_seed(3)) < 0.05, gauss(50_000), 0.0)
+    x = torch.where(
+        torch.rand(50_000, generator=torch.Generator().manual_seed(3)) < 0.05, gauss(50_000), 0.0
+    )
     for unbiased in (False, True):
         y, bits = travelled(Quantize(rate=0.5, unbiased=unbiased), x)
         assert bits <= 0.505 + 640 / x.numel()
@@ -142,7 +159,9 @@ def test_both_sides_need_only_the_key(settings):
     chain, _ = bind_chain([settings], Bound(size=5000))
     sent = encode_chain(chain, x, KEY)
     assert torch.equal(sent["values"], encode_chain(chain, x, KEY)["values"])
-    assert torch.equal(decode_chain(chain, sent, KEY), decode_chain(chain, sent, Key(1, 2, "c", secret=5)))
+    assert torch.equal(
+        decode_chain(chain, sent, KEY), decode_chain(chain, sent, Key(1, 2, "c", secret=5))
+    )
 
 
 @pytest.mark.parametrize("settings", EVERY, ids=str)
@@ -171,7 +190,9 @@ def test_sign_keeps_signs_and_mean_sizes():
 
 @pytest.mark.parametrize("settings", EVERY, ids=str)
 def test_whole_numbers_are_refused_before_the_run(settings):
-    with pytest.raises(RecipeError, match=rf"transforms\.{settings.kind}: .*put '{settings.kind}' first"):
+    with pytest.raises(
+        RecipeError, match=rf"transforms\.{settings.kind}: .*put '{settings.kind}' first"
+    ):
         settings.bind(Bound(size=3, integer=True))
 
 
@@ -194,7 +215,13 @@ def test_an_update_that_is_not_finite_is_never_encoded(settings, bad):
 
 def spoiled(tensor: torch.Tensor) -> list[torch.Tensor]:
     """What somebody else could send in its place."""
-    out = [tensor.double(), tensor[:-1], tensor.flatten().repeat(2), tensor.to(torch.int64), tensor[None]]
+    out = [
+        tensor.double(),
+        tensor[:-1],
+        tensor.flatten().repeat(2),
+        tensor.to(torch.int64),
+        tensor[None],
+    ]
     if tensor.is_floating_point():
         out += [torch.full_like(tensor, v) for v in (math.nan, math.inf, -1.0)]
     return out
@@ -209,13 +236,20 @@ def test_spoiled_tensors_are_wire_errors_that_name_the_field(settings):
             transform.decode(Encoded(values, sent.side), KEY)
     for name, tensor in sent.side.items():
         for bad in spoiled(tensor):
-            legal = bad.dtype == torch.float32 and bad.ndim == 1 and len(bad) > 0 and bool((bad.abs() < 9).all())
+            legal = (
+                bad.dtype == torch.float32
+                and bad.ndim == 1
+                and len(bad) > 0
+                and bool((bad.abs() < 9).all())
+            )
             if name == "levels" and legal and bad[0] > 0:
                 continue  # shorter and longer lists of levels are legal
             with pytest.raises(WireError, match=rf"^update\.{name}: "):
                 transform.decode(Encoded(sent.values, dict(sent.side) | {name: bad}), KEY)
         with pytest.raises(WireError, match=rf"^update\.{name}: "):
-            transform.decode(Encoded(sent.values, {k: v for k, v in sent.side.items() if k != name}), KEY)
+            transform.decode(
+                Encoded(sent.values, {k: v for k, v in sent.side.items() if k != name}), KEY
+            )
     with pytest.raises(WireError, match=r"^update\.more: "):
         transform.decode(Encoded(sent.values, dict(sent.side) | {"more": torch.ones(1)}), KEY)
 
@@ -239,5 +273,7 @@ def test_levels_out_of_range_are_refused_or_read_finite(settings):
 def test_the_dither_is_the_same_on_every_machine():
     x = torch.from_numpy((np.arange(4000) * 7919 % 4001 / 2000 - 1).astype(np.float32))
     transform, _ = Quantize(rate=2.0, unbiased=True).bind(Bound(size=4000))
-    assert transform._dither(8, KEY).tolist() == pytest.approx(transform._dither(4000, KEY)[:8].tolist(), abs=0)
+    assert transform._dither(8, KEY).tolist() == pytest.approx(
+        transform._dither(4000, KEY)[:8].tolist(), abs=0
+    )
     assert error(x, travelled(Quantize(rate=2.0, unbiased=True), x)[0]) < 0.15

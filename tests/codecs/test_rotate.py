@@ -24,7 +24,9 @@ def slow(x):
 def test_the_fast_transform_equals_the_butterfly_and_undoes_itself(order):
     x = torch.randn(3 * order, generator=torch.Generator().manual_seed(0))
     fast = hadamard(x, order)
-    assert torch.allclose(fast.double(), torch.cat([slow(part) for part in x.split(order)]), atol=1e-5)
+    assert torch.allclose(
+        fast.double(), torch.cat([slow(part) for part in x.split(order)]), atol=1e-5
+    )
     assert torch.allclose(hadamard(fast, order), x, atol=1e-5)
 
 

@@ -18,7 +18,9 @@ def test_topk_keeps_exactly_the_largest():
 def test_randomk_sends_the_same_places_for_all_clients_and_others_next_round():
     randomk, bound = RandomK(density=0.1).bind(Bound(1000))
     assert bound.size == 100
-    sent = [randomk.encode(torch.arange(1000.0), k).values for k in (key("a"), key("b"), key("a", 2))]
+    sent = [
+        randomk.encode(torch.arange(1000.0), k).values for k in (key("a"), key("b"), key("a", 2))
+    ]
     assert torch.equal(sent[0], sent[1])
     assert not torch.equal(sent[0], sent[2])
 
@@ -39,7 +41,9 @@ def test_low_rank_is_exact_on_a_low_rank_update_and_near_the_best_on_others():
     x = torch.cat([exact.reshape(-1), torch.ones(30)])
     assert torch.allclose(lowrank.decode(lowrank.encode(x, key()), key()), x, atol=1e-4)
     full = torch.randn(30, 36, generator=chance) * torch.logspace(0, -2, 36)
-    back = lowrank.decode(lowrank.encode(torch.cat([full.reshape(-1), torch.ones(30)]), key()), key())[:1080]
+    back = lowrank.decode(
+        lowrank.encode(torch.cat([full.reshape(-1), torch.ones(30)]), key()), key()
+    )[:1080]
     best = torch.linalg.svdvals(full)[3:].norm()
     assert float((back.view(30, 36) - full).norm()) <= 1.1 * float(best)
 
@@ -47,7 +51,9 @@ def test_low_rank_is_exact_on_a_low_rank_update_and_near_the_best_on_others():
 def test_discretize_is_right_on_average_and_draws_again_what_is_too_long():
     discretize, bound = Discretize(scale=3.0).bind(Bound(50, l2=1.0, linf=1.0))
     x = X[:50] / X[:50].norm()
-    rounds = torch.stack([discretize.encode(x, key(round=r)).values.double() for r in range(1, 4001)])
+    rounds = torch.stack(
+        [discretize.encode(x, key(round=r)).values.double() for r in range(1, 4001)]
+    )
     assert float(rounds.norm(dim=1).max()) <= bound.l2
     # Drawing again shortens a little: the bias stays far below one step of the grid.
     assert float((rounds.mean(0) - 3 * x).abs().max()) < 0.06

@@ -45,7 +45,9 @@ ROWS = {
     "topk-quantize": [{"kind": "topk", "density": 0.1}, {"kind": "quantize", "bits": 4}],
 }
 ADDITIVE = {
-    name for name in ROWS if not any(part in name for part in ("quantize", "sign", "ternary", "lowrank", "topk"))
+    name
+    for name in ROWS
+    if not any(part in name for part in ("quantize", "sign", "ternary", "lowrank", "topk"))
 }
 SHAPES = {1: ((1,),), 2: ((2,),), 7: ((7,),), 300: ((12, 20), (60,)), 1024: ((32, 2, 4, 4),)}
 
@@ -141,8 +143,16 @@ def test_a_hostile_message_is_a_wire_error_and_nothing_else(row):
         yield tensor.reshape(1, -1)
         yield torch.zeros(0)
         yield tensor.double() if not tensor.is_floating_point() else tensor.long()
-        yield torch.full_like(tensor, math.nan) if tensor.is_floating_point() else torch.full_like(tensor, -1)
-        yield torch.full_like(tensor, math.inf) if tensor.is_floating_point() else torch.full_like(tensor, 127)
+        yield (
+            torch.full_like(tensor, math.nan)
+            if tensor.is_floating_point()
+            else torch.full_like(tensor, -1)
+        )
+        yield (
+            torch.full_like(tensor, math.inf)
+            if tensor.is_floating_point()
+            else torch.full_like(tensor, 127)
+        )
         yield torch.randint(-128, 128, tensor.shape, generator=chance).to(tensor.dtype)
 
     for name, tensor in good.items():
@@ -164,16 +174,27 @@ def test_a_hostile_message_is_a_wire_error_and_nothing_else(row):
         ([{"kind": "quantize", "bits": 8}, {"kind": "rotate"}], "before"),
         ([CLIP, {"kind": "rotate", "block": 24}], "power of two"),
         ([{"kind": "topk"}, {"kind": "randomk"}, {"kind": "lowrank"}], "put it first"),
-        ([CLIP, {"kind": "discretize", "scale": 1.0}, {"kind": "discretize", "scale": 1.0}], "whole already"),
+        (
+            [CLIP, {"kind": "discretize", "scale": 1.0}, {"kind": "discretize", "scale": 1.0}],
+            "whole already",
+        ),
     ],
 )
 def test_transforms_in_a_wrong_order_are_refused_with_the_cure(chain, cure):
     with pytest.raises(RecipeError, match=cure):
-        bind_chain([TypeAdapter(AnyTransform).validate_python(s) for s in chain], Bound(300, shapes=SHAPES[300]))
+        bind_chain(
+            [TypeAdapter(AnyTransform).validate_python(s) for s in chain],
+            Bound(300, shapes=SHAPES[300]),
+        )
 
 
 @pytest.mark.parametrize(
-    "bad", [{"kind": "topk", "density": 0}, {"kind": "clip", "clip_norm": math.inf}, {"kind": "rotate", "blok": 4}]
+    "bad",
+    [
+        {"kind": "topk", "density": 0},
+        {"kind": "clip", "clip_norm": math.inf},
+        {"kind": "rotate", "blok": 4},
+    ],
 )
 def test_settings_out_of_range_are_refused(bad):
     with pytest.raises((ValidationError, FedpressError)):

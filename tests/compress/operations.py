@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-INPUTS = {"vector": (2, 6), "tokens": (2, 5, 6), "series": (2, 3, 8), "image": (2, 3, 8, 8), "volume": (2, 2, 4, 4, 4)}
+INPUTS = {
+    "vector": (2, 6),
+    "tokens": (2, 5, 6),
+    "series": (2, 3, 8),
+    "image": (2, 3, 8, 8),
+    "volume": (2, 2, 4, 4, 4),
+}
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "vector": lambda: nn.Linear(6, 16),
     "tokens": lambda: nn.Linear(6, 16),
@@ -24,7 +30,9 @@ Row = tuple[str, Form, tuple[int, ...] | None, str]
 TABLE: dict[str, Row] = {}
 
 
-def row(name: str, kind: str, form: Form, weight: tuple[int, ...] | None = None, wanted: str = "cut") -> None:
+def row(
+    name: str, kind: str, form: Form, weight: tuple[int, ...] | None = None, wanted: str = "cut"
+) -> None:
     assert name not in TABLE
     TABLE[name] = (kind, form, weight, wanted)
 
@@ -52,7 +60,11 @@ def aliases() -> None:
     row("threshold", "vector", lambda a, b: F.threshold(a, 0.1, 20) + F.threshold_(b * 1, 0.1, 0.0))
     row("where", "vector", lambda a, b: torch.where(a > 0, a, 0.1) + b)
     row("logical", "vector", lambda a, b: ((a > 0) & (b > 0)) * a)
-    row("broadcast_tensors", "image", lambda a, b: torch.broadcast_tensors(a.mean((2, 3), keepdim=True), b)[0])
+    row(
+        "broadcast_tensors",
+        "image",
+        lambda a, b: torch.broadcast_tensors(a.mean((2, 3), keepdim=True), b)[0],
+    )
     row("expand_as", "image", lambda a, b: a.mean((2, 3), keepdim=True).expand_as(b))
     row("view_as", "image", lambda a, b: a.flatten(1).view_as(b))
     row("moveaxis", "image", lambda a, b: (a + b).moveaxis(1, -1))
@@ -66,7 +78,13 @@ def aliases() -> None:
     row("hsplit at", "vector", lambda a, b: list(torch.hsplit(a + b, [4])))
     row("tensor_split", "image", lambda a, b: sum(torch.tensor_split(a + b, 2, 1)))
     row("tensor_split at", "vector", lambda a, b: list(torch.tensor_split(a + b, [4, 10], 1)))
-    row("tensor_split unequal", "vector", lambda a, b: list(torch.tensor_split(a + b, 3, 1)), None, "whole")
+    row(
+        "tensor_split unequal",
+        "vector",
+        lambda a, b: list(torch.tensor_split(a + b, 3, 1)),
+        None,
+        "whole",
+    )
     row("unsafe_chunk", "image", lambda a, b: sum(torch.unsafe_chunk(a + b, 2, 1)))
     row("flip", "image", lambda a, b: (a + b).flip(1))
     row("fliplr", "vector", lambda a, b: torch.fliplr(a + b))
@@ -84,8 +102,16 @@ def along_space() -> None:
     row("trilinear", "volume", lambda a, b: F.interpolate(a + b, scale_factor=2, mode="trilinear"))
     row("nearest 3d", "volume", lambda a, b: F.interpolate(a + b, scale_factor=2))
     row("nearest-exact", "image", lambda a, b: F.interpolate(a + b, size=5, mode="nearest-exact"))
-    row("antialias", "image", lambda a, b: F.interpolate(a + b, size=5, mode="bicubic", antialias=True))
-    row("unpool", "image", lambda a, b: F.max_unpool2d(*F.max_pool2d(a + b, 2, return_indices=True), 2))
+    row(
+        "antialias",
+        "image",
+        lambda a, b: F.interpolate(a + b, size=5, mode="bicubic", antialias=True),
+    )
+    row(
+        "unpool",
+        "image",
+        lambda a, b: F.max_unpool2d(*F.max_pool2d(a + b, 2, return_indices=True), 2),
+    )
     row("adaptive max 3d", "volume", lambda a, b: F.adaptive_max_pool3d(a + b, 2))
     row("lp pool", "image", lambda a, b: F.lp_pool2d(a + b, 2, 2))
     row("circular", "image", lambda a, b: F.pad(a + b, (1, 1, 1, 1), mode="circular"))
@@ -102,14 +128,32 @@ def along_space() -> None:
     row("unfold", "image", lambda a, b: F.unfold(a + b, 3))
     row("unfold blocks", "image", lambda a, b: F.unfold(a + b, 3, padding=1).view(
         a.shape[0], a.shape[1], 9, 8, 8).softmax(2))  # fmt: skip
-    row("unfold linear", "image", lambda a, b, w: F.linear(F.unfold(a + b, 3).transpose(1, 2), w), (7, 16 * 9))
-    row("unfold kernel", "image", lambda a, b, w: w.flatten(1) @ F.unfold(a + b, 3, padding=1), (7, 16, 3, 3))
-    row("fold", "image", lambda a, b: F.fold(F.unfold(a + b, 2, stride=2).relu(), (8, 8), 2, stride=2))
+    row(
+        "unfold linear",
+        "image",
+        lambda a, b, w: F.linear(F.unfold(a + b, 3).transpose(1, 2), w),
+        (7, 16 * 9),
+    )
+    row(
+        "unfold kernel",
+        "image",
+        lambda a, b, w: w.flatten(1) @ F.unfold(a + b, 3, padding=1),
+        (7, 16, 3, 3),
+    )
+    row(
+        "fold",
+        "image",
+        lambda a, b: F.fold(F.unfold(a + b, 2, stride=2).relu(), (8, 8), 2, stride=2),
+    )
     row("windows", "image", lambda a, b: (a + b).unfold(2, 3, 1).unfold(3, 3, 1))
     row("windows over channels", "image", lambda a, b: (a + b).unfold(1, 2, 2), None, "whole")
     row("fft space", "image", lambda a, b: torch.fft.irfft2(torch.fft.rfft2(a + b) * 0.5, s=(8, 8)))
     row("fft tokens", "tokens", lambda a, b: torch.fft.fft(a + b, dim=1).real)
-    row("fft shift", "image", lambda a, b: torch.fft.fftshift(torch.fft.fft2(a + b), dim=(2, 3)).abs())
+    row(
+        "fft shift",
+        "image",
+        lambda a, b: torch.fft.fftshift(torch.fft.fft2(a + b), dim=(2, 3)).abs(),
+    )
     row("fft filter", "image", lambda a, b, w: torch.fft.irfft2(
         torch.fft.rfft2(a + b, norm="ortho") * torch.view_as_complex(w), s=(8, 8), norm="ortho"),
         (16, 8, 5, 2))  # fmt: skip
@@ -133,7 +177,12 @@ def along_space() -> None:
 
 def products() -> None:
     """Products with weights, whichever way round, and of activations."""
-    row("bag", "vector", lambda a, b, w: a + b + F.embedding_bag(torch.tensor([[1, 2], [0, 3]]), w), (5, 16))
+    row(
+        "bag",
+        "vector",
+        lambda a, b, w: a + b + F.embedding_bag(torch.tensor([[1, 2], [0, 3]]), w),
+        (5, 16),
+    )
     row("bag of offsets", "vector", lambda a, b, w: a + b + F.embedding_bag(
         torch.tensor([1, 2, 0, 3]), w, torch.tensor([0, 2]), mode="sum"), (5, 16))  # fmt: skip
     row("largest of a bag", "vector", lambda a, b, w: a + b + F.embedding_bag(
@@ -141,7 +190,13 @@ def products() -> None:
     row("bilinear", "vector", lambda a, b, w: F.bilinear(a, b, w), (12, 16, 16))
     row("bilinear tokens", "tokens", lambda a, b, w: F.bilinear(a, b, w), (12, 16, 16))
     row("cosine over tokens", "tokens", lambda a, b: F.cosine_similarity(a, b, dim=1))
-    row("cosine over channels", "image", lambda a, b: F.cosine_similarity(a, b, dim=1), None, "whole")
+    row(
+        "cosine over channels",
+        "image",
+        lambda a, b: F.cosine_similarity(a, b, dim=1),
+        None,
+        "whole",
+    )
     row("distance", "tokens", lambda a, b: torch.cdist(a, b), None, "whole")
     row("mv", "vector", lambda a, b, w: torch.mv(a + b, w), (16,))
     row("matvec", "tokens", lambda a, b, w: (a + b) @ w, (16,))
@@ -151,12 +206,31 @@ def products() -> None:
     row("inner", "vector", lambda a, b, w: torch.inner(a + b, w), (7, 16))
     row("chain", "vector", lambda a, b, w: torch.linalg.multi_dot([a + b, w, w]), (16, 16))
     row("ellipsis", "tokens", lambda a, b, w: torch.einsum("...c,co->...o", a + b, w), (16, 7))
-    row("ellipsis last", "image", lambda a, b, w: torch.einsum("nc...,oc->no...", a + b, w), (7, 16))
+    row(
+        "ellipsis last", "image", lambda a, b, w: torch.einsum("nc...,oc->no...", a + b, w), (7, 16)
+    )
     row("implicit", "tokens", lambda a, b, w: torch.einsum("...c,co", a + b, w), (16, 7))
-    row("letters as numbers", "tokens", lambda a, b, w: torch.einsum(a + b, [0, 1, 2], w, [2, 3], [0, 1, 3]), (16, 7))
+    row(
+        "letters as numbers",
+        "tokens",
+        lambda a, b, w: torch.einsum(a + b, [0, 1, 2], w, [2, 3], [0, 1, 3]),
+        (16, 7),
+    )
     row("turned", "tokens", lambda a, b: torch.einsum("...ij->...ji", a + b))
-    row("pairs of tokens", "tokens", lambda a, b: torch.einsum("...ic,...jc->...ij", a, b), None, "whole")
-    row("three factors", "tokens", lambda a, b, w: torch.einsum("nlc,nmc,o->nlmo", a, b, w), (3,), "whole")
+    row(
+        "pairs of tokens",
+        "tokens",
+        lambda a, b: torch.einsum("...ic,...jc->...ij", a, b),
+        None,
+        "whole",
+    )
+    row(
+        "three factors",
+        "tokens",
+        lambda a, b, w: torch.einsum("nlc,nmc,o->nlmo", a, b, w),
+        (3,),
+        "whole",
+    )
     row("heads", "tokens", lambda a, b: torch.einsum("...ihd,...jhd->...hij", *(
         x.unflatten(-1, (4, -1)) for x in (a, b))))  # fmt: skip
 
@@ -166,8 +240,18 @@ def experts() -> None:
     row("experts bmm", "tokens", lambda a, b, w: torch.bmm(
         (a + b).flatten(0, 1).expand(3, 10, a.shape[-1]), w).sum(0), (3, 16, 8))  # fmt: skip
     row("experts matmul", "tokens", lambda a, b, w: (a + b)[:, None] @ w, (3, 16, 8))
-    row("experts einsum", "tokens", lambda a, b, w: torch.einsum("nlc,eco->nleo", a + b, w), (3, 16, 8))
-    row("experts by number", "tokens", lambda a, b, w: sum((a + b) @ w[i] for i in range(3)), (3, 16, 8))
+    row(
+        "experts einsum",
+        "tokens",
+        lambda a, b, w: torch.einsum("nlc,eco->nleo", a + b, w),
+        (3, 16, 8),
+    )
+    row(
+        "experts by number",
+        "tokens",
+        lambda a, b, w: sum((a + b) @ w[i] for i in range(3)),
+        (3, 16, 8),
+    )
     row("chosen experts", "tokens", lambda a, b, w: torch.bmm(
         w[torch.arange(10) % 3], (a + b).flatten(0, 1)[..., None]), (3, 8, 16))  # fmt: skip
     row("chosen by einsum", "tokens", lambda a, b, w: torch.einsum(
@@ -191,13 +275,19 @@ class Branch(nn.Module):
             self.head = nn.Linear(self.between(torch.zeros(INPUTS[kind])).shape[1], 3)
 
     def between(self, x: Tensor) -> Tensor:
-        given = (self.a(x), self.b(x), self.weight)[: self.count] if self.count > 1 else (self.a(x) + self.b(x),)
+        given = (
+            (self.a(x), self.b(x), self.weight)[: self.count]
+            if self.count > 1
+            else (self.a(x) + self.b(x),)
+        )
         found = self.form(*given)
         parts = [
             (torch.view_as_real(part) if part.is_complex() else part).float()
             for part in (found if isinstance(found, list | tuple) else [found])
         ]
-        return torch.cat([part.flatten(1) if part.dim() > 1 else part[:, None] for part in parts], 1)
+        return torch.cat(
+            [part.flatten(1) if part.dim() > 1 else part[:, None] for part in parts], 1
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.between(x))
@@ -211,6 +301,16 @@ class Branches(nn.Module):
         self.kinds = [TABLE[name][0] for name in names]
         self.parts = nn.ModuleDict({name: Branch(name) for name in names})
 
-    def forward(self, vector: Tensor, tokens: Tensor, series: Tensor, image: Tensor, volume: Tensor) -> list[Tensor]:
-        given = {"vector": vector, "tokens": tokens, "series": series, "image": image, "volume": volume}
-        return [part(given[kind]) for kind, part in zip(self.kinds, self.parts.values(), strict=True)]
+    def forward(
+        self, vector: Tensor, tokens: Tensor, series: Tensor, image: Tensor, volume: Tensor
+    ) -> list[Tensor]:
+        given = {
+            "vector": vector,
+            "tokens": tokens,
+            "series": series,
+            "image": image,
+            "volume": volume,
+        }
+        return [
+            part(given[kind]) for kind, part in zip(self.kinds, self.parts.values(), strict=True)
+        ]

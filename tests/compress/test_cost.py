@@ -9,7 +9,12 @@ from fedpress.compress.cost import activations
 
 
 def test_macs_of_convolutions_and_linear_layers_are_exact():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1, groups=4), nn.Flatten(), nn.Linear(128, 5))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.Conv2d(8, 8, 3, 1, 1, groups=4),
+        nn.Flatten(),
+        nn.Linear(128, 5),
+    )
     by_hand = 16 * 8 * 3 * 9 + 16 * 8 * 2 * 9 + 128 * 5
     assert macs(model, torch.randn(1, 3, 8, 8)) == by_hand
     assert macs(model, torch.randn(3, 3, 8, 8)) == 3 * by_hand
@@ -42,7 +47,9 @@ def test_shared_weights_are_counted_once(traced):
 def test_latency_is_measured_on_one_thread_and_puts_things_back():
     threads, seen = torch.get_num_threads(), []
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)).train()
-    model.register_forward_hook(lambda m, args, out: seen.append((torch.get_num_threads(), len(args[0]), m.training)))
+    model.register_forward_hook(
+        lambda m, args, out: seen.append((torch.get_num_threads(), len(args[0]), m.training))
+    )
     result = latency(model, torch.randn(4, 3), repeats=7, warmup=2)
     assert seen == [(1, 1, False)] * 9
     assert result.median_ms > 0
@@ -52,7 +59,9 @@ def test_latency_is_measured_on_one_thread_and_puts_things_back():
 
 
 def test_activations_count_what_every_innermost_layer_gives():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 5)).train()
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 5)
+    ).train()
     assert activations(model, torch.randn(2, 3, 8, 8)) == 2 * (128 + 128 + 128 + 5)
     assert model.training
     assert not model[0]._forward_hooks

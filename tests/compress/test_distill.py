@@ -32,7 +32,9 @@ def network(width=4, seed=0, classes=5):
 
 def batch(n=6, seed=0, classes=5):
     chance = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 3, 8, 8, generator=chance), torch.randint(0, classes, (n,), generator=chance)
+    return torch.randn(n, 3, 8, 8, generator=chance), torch.randint(
+        0, classes, (n,), generator=chance
+    )
 
 
 def lesson(teacher, student, **changes):
@@ -54,9 +56,16 @@ def softened(row, temperature):
 
 
 @settings(deadline=None, max_examples=50)
-@given(seed=st.integers(0, 1000), n=st.integers(1, 4), classes=st.integers(1, 5), temperature=st.floats(0.25, 20))
+@given(
+    seed=st.integers(0, 1000),
+    n=st.integers(1, 4),
+    classes=st.integers(1, 5),
+    temperature=st.floats(0.25, 20),
+)
 def test_logit_loss_is_the_divergence_summed_by_hand(seed, n, classes, temperature):
-    student, teacher = torch.randn(2, n, classes, generator=torch.Generator().manual_seed(seed)).double()
+    student, teacher = torch.randn(
+        2, n, classes, generator=torch.Generator().manual_seed(seed)
+    ).double()
     total = 0.0
     for mine, theirs in zip(student.tolist(), teacher.tolist(), strict=True):
         q, p = softened(mine, temperature), softened(theirs, temperature)
@@ -76,7 +85,11 @@ def test_at_high_temperature_centred_logits_are_matched_by_square():
 def test_attention_map_is_the_loop_over_positions():
     x = torch.randn(2, 3, 4, 5)
     for example, found in zip(x, attention_map(x), strict=True):
-        energy = [sum(float(example[c, i, j]) ** 2 for c in range(3)) / 3 for i in range(4) for j in range(5)]
+        energy = [
+            sum(float(example[c, i, j]) ** 2 for c in range(3)) / 3
+            for i in range(4)
+            for j in range(5)
+        ]
         length = math.sqrt(sum(e * e for e in energy))
         torch.testing.assert_close(found, torch.tensor([e / length for e in energy]))
 
@@ -84,7 +97,8 @@ def test_attention_map_is_the_loop_over_positions():
 def test_attention_loss_compares_networks_of_other_widths():
     student, teacher = torch.randn(3, 4, 5, 5), torch.randn(3, 9, 5, 5)
     distances = [
-        (a - b).square().sum() / 2 for a, b in zip(attention_map(student), attention_map(teacher), strict=True)
+        (a - b).square().sum() / 2
+        for a, b in zip(attention_map(student), attention_map(teacher), strict=True)
     ]
     torch.testing.assert_close(attention_loss(student, teacher), torch.stack(distances).mean())
 
@@ -99,10 +113,13 @@ def test_attention_of_dead_channels_is_no_nan():
 def test_feature_loss_is_free_of_the_scale_of_features(scale):
     student, teacher = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
     expected = 0.5 * sum(
-        (a - b) ** 2 for a, b in zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True)
+        (a - b) ** 2
+        for a, b in zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True)
     )
     expected /= sum(b**2 for b in teacher.flatten().tolist())
-    assert feature_loss(scale * student, scale * teacher).item() == pytest.approx(expected, rel=1e-5)
+    assert feature_loss(scale * student, scale * teacher).item() == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_a_student_that_equals_its_teacher_gets_no_gradient():
@@ -126,7 +143,11 @@ def test_the_whole_loss_is_the_sum_of_its_terms():
     how = {"temperature": 3.0, "weight": 0.7, "feature_weight": 2.0, "attention_weight": 5.0}
     pair = ("stages.0", "stages.0")
     distillation = Distillation(
-        teacher, student, DistillSettings(features=(pair,), attention=STAGES, **how), batch()[0], label_smoothing=0.1
+        teacher,
+        student,
+        DistillSettings(features=(pair,), attention=STAGES, **how),
+        batch()[0],
+        label_smoothing=0.1,
     )
     found = loss_of(distillation, student)
     x, y = batch()
@@ -148,7 +169,9 @@ def test_the_teacher_is_frozen_and_stays_as_it_was():
     assert not any(m.training for m in teacher.modules())
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters())
-    assert all(p.grad is not None for p in [*student.parameters(), *distillation.helpers.parameters()])
+    assert all(
+        p.grad is not None for p in [*student.parameters(), *distillation.helpers.parameters()]
+    )
 
 
 def test_binding_changes_neither_the_student_nor_its_modes():
@@ -163,7 +186,8 @@ def test_binding_changes_neither_the_student_nor_its_modes():
 
 
 @pytest.mark.parametrize(
-    ("mine", "theirs", "axis"), [((6, 3), (6, 5), 1), ((6, 3, 4, 4), (6, 5, 4, 4), 1), ((6, 7, 3), (6, 7, 5), 2)]
+    ("mine", "theirs", "axis"),
+    [((6, 3), (6, 5), 1), ((6, 3, 4, 4), (6, 5, 4, 4), 1), ((6, 7, 3), (6, 7, 5), 2)],
 )
 def test_projections_widen_the_dimension_of_channels(mine, theirs, axis):
     from fedpress.compress.distill import _projection
@@ -185,15 +209,21 @@ def test_training_moves_the_projections_and_brings_student_and_teacher_together(
     teacher, student = network(width=6), network(seed=1)
     distillation = lesson(teacher, student, weight=1.0, features=STAGES)
     first = [p.clone() for p in distillation.helpers.parameters()]
-    images = Arrays(torch.randint(0, 256, (32, 3, 8, 8), dtype=torch.uint8), torch.zeros(32, dtype=torch.int64))
+    images = Arrays(
+        torch.randint(0, 256, (32, 3, 8, 8), dtype=torch.uint8), torch.zeros(32, dtype=torch.int64)
+    )
     fit = Fit(student, TrainSettings(epochs=8, batch_size=16, lr=0.02), seed=0, objective=distillation,
               helpers=distillation.helpers)  # fmt: skip
     with distillation.watching(student):
         losses = [
-            e.loss for e in fit.epochs(images, images.take(slice(0)), Preprocess((0.5,), (0.25,))) if hasattr(e, "loss")
+            e.loss
+            for e in fit.epochs(images, images.take(slice(0)), Preprocess((0.5,), (0.25,)))
+            if hasattr(e, "loss")
         ]
     assert losses[-1] < 0.7 * losses[0]
-    assert not any(torch.equal(a, b) for a, b in zip(first, distillation.helpers.parameters(), strict=True))
+    assert not any(
+        torch.equal(a, b) for a, b in zip(first, distillation.helpers.parameters(), strict=True)
+    )
 
 
 class Odd(nn.Module):
@@ -214,13 +244,33 @@ TEACHERS = {
         {},
         r"outputs \[7\] .* the student \[5\]; give a teacher of the same classes",
     ),
-    "other inputs": (MLP(in_features=12, num_classes=5), {}, r"does not take inputs of shape \[3, 8, 8\]"),
+    "other inputs": (
+        MLP(in_features=12, num_classes=5),
+        {},
+        r"does not take inputs of shape \[3, 8, 8\]",
+    ),
     "NaN": (NAN, {}, "NaN or infinity"),
     "no logits": (Odd(lambda x: (x, x)), {}, "returns tuple; it must return logits"),
-    "no such module": (network(), {"features": ["stage.0"]}, r"no module 'stage.0'; did you mean 'stages.0'"),
-    "no tensor": (Odd(lambda x: x[:, 0, 0, :5]), {"features": [["stages.0", "inner"]]}, "puts out a tuple"),
-    "other positions": (network(), {"features": [["stages.0", "stages.1"]]}, r"\[4, 8, 8\], the teacher's \[8, 4, 4\]"),
-    "attention to other positions": (network(), {"attention": [["stages.0", "stages.1"]]}, "equal positions"),
+    "no such module": (
+        network(),
+        {"features": ["stage.0"]},
+        r"no module 'stage.0'; did you mean 'stages.0'",
+    ),
+    "no tensor": (
+        Odd(lambda x: x[:, 0, 0, :5]),
+        {"features": [["stages.0", "inner"]]},
+        "puts out a tuple",
+    ),
+    "other positions": (
+        network(),
+        {"features": [["stages.0", "stages.1"]]},
+        r"\[4, 8, 8\], the teacher's \[8, 4, 4\]",
+    ),
+    "attention to other positions": (
+        network(),
+        {"attention": [["stages.0", "stages.1"]]},
+        "equal positions",
+    ),
     "attention of a vector": (network(), {"attention": ["head"]}, "compares positions"),
 }
 
@@ -233,7 +283,14 @@ def test_a_teacher_that_does_not_fit_is_refused(name):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": 0}, {"temperature": math.inf}, {"weight": 1.1}, {"feature_weight": -1}, {"hints": ()}]
+    "wrong",
+    [
+        {"temperature": 0},
+        {"temperature": math.inf},
+        {"weight": 1.1},
+        {"feature_weight": -1},
+        {"hints": ()},
+    ],
 )
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValidationError):

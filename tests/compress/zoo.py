@@ -53,7 +53,9 @@ class Residual(nn.Module):
     def __init__(self, shortcut: str) -> None:
         super().__init__()
         self.stem, self.norm = nn.Conv2d(3, 16, 3, 1, 1), nn.BatchNorm2d(16)
-        self.blocks = nn.Sequential(Block(16, 16, 1, shortcut), Block(16, 32, 2, shortcut), Block(32, 32, 1, shortcut))
+        self.blocks = nn.Sequential(
+            Block(16, 16, 1, shortcut), Block(16, 32, 2, shortcut), Block(32, 32, 1, shortcut)
+        )
         self.head = nn.Linear(32, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +65,11 @@ class Residual(nn.Module):
 class Dense(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 16, 3, 1, 1), nn.Conv2d(16, 16, 3, 1, 1), nn.Conv2d(32, 16, 3, 1, 1)
+        self.a, self.b, self.c = (
+            nn.Conv2d(3, 16, 3, 1, 1),
+            nn.Conv2d(16, 16, 3, 1, 1),
+            nn.Conv2d(32, 16, 3, 1, 1),
+        )
         self.norm, self.head = nn.BatchNorm2d(48), nn.Linear(48, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,7 +83,10 @@ class Separable(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.na = nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16)
-        self.d, self.nd = nn.Conv2d(16, 32, 3, 1, 1, groups=16), nn.BatchNorm2d(32)  # two outputs per input
+        self.d, self.nd = (
+            nn.Conv2d(16, 32, 3, 1, 1, groups=16),
+            nn.BatchNorm2d(32),
+        )  # two outputs per input
         self.p, self.head = nn.Conv2d(32, 24, 1), nn.Linear(24, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +97,11 @@ class Separable(nn.Module):
 class Shuffle(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.g, self.h = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3, groups=2), nn.Conv2d(32, 16, 1, groups=2)
+        self.a, self.g, self.h = (
+            nn.Conv2d(3, 16, 3),
+            nn.Conv2d(16, 32, 3, groups=2),
+            nn.Conv2d(32, 16, 1, groups=2),
+        )
         self.head = nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,7 +146,13 @@ class Waves(nn.Module):
 
 def mlp() -> nn.Module:
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(12, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 5)
+        nn.Flatten(),
+        nn.Linear(12, 32),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(32, 32),
+        nn.GELU(),
+        nn.Linear(32, 5),
     )
 
 
@@ -142,14 +161,20 @@ class Inverted(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6()
+        )
         self.one, self.two, self.three = self.block(8, 12), self.block(12, 12), self.block(12, 16)
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(16, 5))
+        self.head = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(16, 5)
+        )
 
     def block(self, i: int, o: int) -> nn.Module:
         wide = nn.Sequential(nn.Conv2d(i, 4 * i, 1, bias=False), nn.BatchNorm2d(4 * i), nn.ReLU6())
         deep = nn.Sequential(
-            nn.Conv2d(4 * i, 4 * i, 3, padding=1, groups=4 * i, bias=False), nn.BatchNorm2d(4 * i), nn.Hardswish()
+            nn.Conv2d(4 * i, 4 * i, 3, padding=1, groups=4 * i, bias=False),
+            nn.BatchNorm2d(4 * i),
+            nn.Hardswish(),
         )
         return nn.Sequential(wide, deep, nn.Conv2d(4 * i, o, 1, bias=False), nn.BatchNorm2d(o))
 
@@ -164,7 +189,11 @@ class Parts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.sizes, self.width = (6, 10), 12
-        self.a, self.na, self.b = nn.Conv2d(3, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.Conv2d(12, 16, 3, 1, 1)
+        self.a, self.na, self.b = (
+            nn.Conv2d(3, 16, 3, 1, 1),
+            nn.BatchNorm2d(16),
+            nn.Conv2d(12, 16, 3, 1, 1),
+        )
         self.c, self.d, self.e = nn.Conv2d(6, 12, 1), nn.Conv2d(10, 12, 1), nn.Conv2d(12, 24, 1)
         self.f, self.head = nn.Conv2d(8, 16, 1), nn.Linear(20, 5)
 
@@ -228,11 +257,15 @@ class Attention(nn.Module):
             q, k, v = (part.view(split).transpose(1, 2) for part in self.qkv(x).split(width, dim=2))
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         elif self.how == "letters":
-            q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
+            q, k, v = (
+                layer(x).unflatten(-1, (self.num_heads, -1)) for layer in (self.q, self.k, self.v)
+            )
             weights = torch.softmax(torch.einsum("nihd,njhd->nhij", q, k) * self.scale, -1)
             return self.proj(torch.einsum("nhij,njhd->nihd", weights, v).flatten(2))
         else:
-            q, k, v = (layer(x).view(n, length, 4, width // 4) for layer in (self.q, self.k, self.v))
+            q, k, v = (
+                layer(x).view(n, length, 4, width // 4) for layer in (self.q, self.k, self.v)
+            )
             q, k, v = (t.permute(0, 2, 1, 3) for t in (q, k, v))
             scores = q @ k.transpose(-2, -1) / 8**0.5 + self.bias[self.index].permute(2, 0, 1)
             y = torch.matmul(scores.softmax(dim=-1), v)
@@ -287,7 +320,11 @@ class Words(nn.Module):
         super().__init__()
         self.words, self.out = nn.Embedding(11, 24), nn.Linear(24, 11, bias=False)
         self.out.weight = self.words.weight
-        self.a, self.b, self.attend = nn.Linear(24, 32), nn.Linear(32, 24), Attention(24, 4, "chunks")
+        self.a, self.b, self.attend = (
+            nn.Linear(24, 32),
+            nn.Linear(32, 24),
+            Attention(24, 4, "chunks"),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.words(x)
@@ -315,7 +352,11 @@ class Steps(nn.Module):
         self.cell, self.gate, self.head = nn.LSTMCell(3, 16), nn.GRUCell(16, 12), nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        h, c, g = torch.zeros(x.shape[0], 16), x.new_zeros(x.size(0), 16), torch.zeros(x.shape[0], 12)
+        h, c, g = (
+            torch.zeros(x.shape[0], 16),
+            x.new_zeros(x.size(0), 16),
+            torch.zeros(x.shape[0], 12),
+        )
         for t in range(4):
             h, c = self.cell(x[:, :, t], (h, c))
             g = self.gate(h, g)
@@ -328,9 +369,16 @@ class UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 16, 3, 1, 1), nn.Conv2d(16, 24, 3, 2, 1)
-        self.up, self.mix = nn.ConvTranspose2d(24, 16, 2, 2), nn.ConvTranspose2d(32, 16, 3, 1, 1, groups=2)
+        self.up, self.mix = (
+            nn.ConvTranspose2d(24, 16, 2, 2),
+            nn.ConvTranspose2d(32, 16, 3, 1, 1, groups=2),
+        )
         self.deep, self.wide = nn.ConvTranspose2d(16, 16, 3, 1, 1, groups=16), nn.Conv2d(16, 32, 1)
-        self.back, self.head, self.tell = nn.Conv2d(8, 12, 3, 2), nn.Conv2d(12, 3, 1), nn.Linear(24, 5)
+        self.back, self.head, self.tell = (
+            nn.Conv2d(8, 12, 3, 2),
+            nn.Conv2d(12, 3, 1),
+            nn.Linear(24, 5),
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         x = F.relu(self.a(x))
@@ -391,7 +439,9 @@ class Padded(nn.Module):
         super().__init__()
         self.a, self.na = nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o)
         self.b, self.nb = nn.Conv2d(o, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o)
-        self.short = (lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, o // 4, o // 4))) if i != o else None
+        self.short = (
+            (lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, o // 4, o // 4))) if i != o else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.nb(self.b(F.relu(self.na(self.a(x)))))
@@ -463,4 +513,8 @@ def outputs(model: nn.Module, x: Any) -> list[Tensor]:
 
 def repeated(x: Any, times: int) -> Any:
     """Returns the example several times over, as one batch."""
-    return tuple(repeated(each, times) for each in x) if isinstance(x, tuple) else torch.cat([x] * times)
+    return (
+        tuple(repeated(each, times) for each in x)
+        if isinstance(x, tuple)
+        else torch.cat([x] * times)
+    )

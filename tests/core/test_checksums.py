@@ -64,7 +64,9 @@ def test_every_change_of_a_growing_file_is_noticed_but_for_what_a_kill_has_added
     lines = content.splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:2] + lines[3:]))
     assert checksums.fault(path, grows=True)
-    path.write_bytes(content + b'{"n": 5}\n{"n"')  # appended by a killed process, which could not list it any more
+    path.write_bytes(
+        content + b'{"n": 5}\n{"n"'
+    )  # appended by a killed process, which could not list it any more
     assert checksums.fault(path, grows=True) is None
     replaced(path, content[:18])  # cut to the last checkpoint
     assert checksums.fault(path, grows=True) is None

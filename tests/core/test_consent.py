@@ -13,7 +13,11 @@ def test_consent_is_for_one_name_and_one_block():
         with consent.allowing("other:f"):
             assert consent.allowed(NAME)
         assert not consent.allowed("other:f")
-        for near in ("lab.nets_of_consent:Smal", "lab.nets_of_consent:Small2", "nets_of_consent:Small"):
+        for near in (
+            "lab.nets_of_consent:Smal",
+            "lab.nets_of_consent:Small2",
+            "nets_of_consent:Small",
+        ):
             with pytest.raises(ModelError, match="allow_code"):
                 consent.check(near, (), "spec.architecture")
     assert not consent.allowed(NAME)
@@ -25,7 +29,9 @@ def test_consent_ends_when_the_block_fails():
     assert not consent.allowed(NAME)
 
 
-@pytest.mark.parametrize("names", ["nets", ["nets"], ["a:b", ""], [3], ("a:b", "c:d "), "*:*", ["a:*"]])
+@pytest.mark.parametrize(
+    "names", ["nets", ["nets"], ["a:b", ""], [3], ("a:b", "c:d "), "*:*", ["a:*"]]
+)
 def test_only_whole_names_can_be_allowed(names):
     with (
         pytest.raises(ModelError, match=r"allow_code: got .*expected package\.module:function"),

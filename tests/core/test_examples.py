@@ -89,11 +89,15 @@ def test_one_statistic_serves_all_channels_and_another_number_is_refused():
     assert Preprocess((0.5,), (0.5,))(x).flatten().tolist() == [1] * 6
     with pytest.raises(DataError, match="3 channels, but 2 means"):
         Preprocess((0.5, 0.5), (1.0, 1.0))(x)
-    with pytest.raises(DataError, match="1 channels, but 3 means"):  # not a grey image made into three channels
+    with pytest.raises(
+        DataError, match="1 channels, but 3 means"
+    ):  # not a grey image made into three channels
         Preprocess((0.5,) * 3, (1.0,) * 3)(x[:, :1])
 
 
-@pytest.mark.parametrize(("mean", "std"), [((0.0,), ()), ((0.0,), (0.0,)), ((0.0,), (float("nan"),)), ((), (1.0,))])
+@pytest.mark.parametrize(
+    ("mean", "std"), [((0.0,), ()), ((0.0,), (0.0,)), ((0.0,), (float("nan"),)), ((), (1.0,))]
+)
 def test_statistics_that_cannot_be_are_refused(mean, std):
     with pytest.raises(ValueError, match="every std above 0"):
         Preprocess(mean, std)

@@ -9,16 +9,24 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LOADED = (
-    "import sys\nfrom fedpress import own_modules\nown_modules.look_in(*map(__import__('pathlib').Path, {folders}))\n"
+    "import sys\nfrom fedpress.core import own_modules\n"
+    "own_modules.look_in(*map(__import__('pathlib').Path, {folders}))\n"
 )
 
 
-def python(code: str, cwd: Path, *, folders=(".",), path: str = "", flags=("-P",)) -> subprocess.CompletedProcess[str]:
+def python(
+    code: str, cwd: Path, *, folders=(".",), path: str = "", flags=("-P",)
+) -> subprocess.CompletedProcess[str]:
     """Runs code with the folders of own modules named, fedpress importable, and the working folder given."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), path]))}
     text = LOADED.format(folders=[str(f) for f in folders]) + code
     return subprocess.run(
-        [sys.executable, *flags, "-c", text], cwd=cwd, env=env, capture_output=True, text=True, check=False
+        [sys.executable, *flags, "-c", text],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -39,7 +47,9 @@ def house(tmp_path):
     (tmp_path / "late_helper.py").write_text("WORD = 'late'\n")
     (tmp_path / "pack").mkdir()
     (tmp_path / "pack" / "__init__.py").write_text("")
-    (tmp_path / "pack" / "inner.py").write_text("from pack.other import WORD\nimport helper_of_nets\n")
+    (tmp_path / "pack" / "inner.py").write_text(
+        "from pack.other import WORD\nimport helper_of_nets\n"
+    )
     (tmp_path / "pack" / "other.py").write_text("WORD = 'inner'\n")
     for library in ("onnxruntime", "sklearn", "no_such_library", "wave"):
         (tmp_path / f"{library}.py").write_text("raise SystemExit('the working folder ran')\n")
@@ -58,7 +68,14 @@ for name in ("no_such_library", "late_helper2"):
 import wave
 print(wave.open.__module__)
 """
-    assert right(python(code, house, flags=flags)).split() == ["early", "late", "inner", "missing", "missing", "wave"]
+    assert right(python(code, house, flags=flags)).split() == [
+        "early",
+        "late",
+        "inner",
+        "missing",
+        "missing",
+        "wave",
+    ]
 
 
 def test_a_module_beside_the_recipe_goes_before_the_working_folder(house, tmp_path_factory):
@@ -77,7 +94,10 @@ def test_what_is_named_on_the_path_goes_first(house, tmp_path_factory):
     done = python("own_modules.module_of('nets:x')", house, path=str(given))
     assert done.returncode
     assert "has the name of the installed module" in done.stderr
-    assert right(python("print(own_modules.module_of('nets:x').build())", house, path=str(house))) == "early late"
+    assert (
+        right(python("print(own_modules.module_of('nets:x').build())", house, path=str(house)))
+        == "early late"
+    )
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "wave", "sklearn"])
@@ -96,13 +116,29 @@ def test_a_folder_without_code_hides_nothing(house):
 
 @pytest.mark.recipe
 def test_no_library_of_a_whole_run_is_taken_from_the_working_folder(house):
-    for library in ("onnx", "rich", "jinja2", "PIL", "pyarrow", "sklearn", "scipy", "typer", "pandas", "psutil"):
+    for library in (
+        "onnx",
+        "rich",
+        "jinja2",
+        "PIL",
+        "pyarrow",
+        "sklearn",
+        "scipy",
+        "typer",
+        "pandas",
+        "psutil",
+    ):
         (house / f"{library}.py").write_text("raise SystemExit('the working folder ran')\n")
     script = "import sys\nsys.argv[0] = 'fedpress'\nfrom fedpress.cli import main\nmain()\n"
     words = ["run", "digits", "stage.dense.epochs=1", "stage.fine-tune.epochs=1", "--out", "r"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", script, *words], cwd=house, env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", script, *words],
+        cwd=house,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     done = subprocess.run(

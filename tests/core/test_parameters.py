@@ -32,7 +32,9 @@ def test_assigning_a_vector_and_flattening_give_it_back(values):
     model, vector = network(), torch.from_numpy(values)
     frozen, mean = model[1].bias.clone(), model[1].running_mean.clone()
     assign_(model, vector)
-    assert torch.equal(flatten(model).view(torch.int32), vector.view(torch.int32))  # NaN and -0 too, bit by bit
+    assert torch.equal(
+        flatten(model).view(torch.int32), vector.view(torch.int32)
+    )  # NaN and -0 too, bit by bit
     assert torch.equal(model[1].bias, frozen)
     assert torch.equal(model[1].running_mean, mean)
 

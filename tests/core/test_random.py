@@ -25,7 +25,9 @@ def test_a_seed_is_one_that_every_generator_takes(seed, words):
     np.random.default_rng(derive(seed, *words))
 
 
-@pytest.mark.parametrize(("one", "two"), [(("a", "bc"), ("ab", "c")), (("1",), (1,)), ((), ("",)), (("a",), ("a", 0))])
+@pytest.mark.parametrize(
+    ("one", "two"), [(("a", "bc"), ("ab", "c")), (("1",), (1,)), ((), ("",)), (("a",), ("a", 0))]
+)
 def test_the_borders_and_types_of_words_count(one, two):
     assert derive(0, *one) != derive(0, *two)
 
@@ -37,7 +39,12 @@ def test_words_of_numpy_are_the_same_words():
 def test_streams_are_the_same_in_every_version():
     assert derive(0) == 2631537505891389924
     assert derive(1, "round", 2) == 4586561927009146609
-    assert torch.randint(0, 1000, (4,), generator=generator(0, "a")).tolist() == [271, 379, 262, 450]
+    assert torch.randint(0, 1000, (4,), generator=generator(0, "a")).tolist() == [
+        271,
+        379,
+        262,
+        450,
+    ]
 
 
 def test_generators_of_one_stream_start_alike_and_do_not_touch_the_global_one():
@@ -54,7 +61,10 @@ def test_a_secret_stream_is_filled_from_all_of_its_name():
 
     digest = shake_256(b"(3, 'noise', 1)").digest(4 * 624)
     twin = np.random.MT19937()  # an independent implementation of the generator
-    twin.state = {"bit_generator": "MT19937", "state": {"key": np.frombuffer(digest, np.uint32), "pos": 624}}
+    twin.state = {
+        "bit_generator": "MT19937",
+        "state": {"key": np.frombuffer(digest, np.uint32), "pos": 624},
+    }
     pairs = twin.random_raw(1400).reshape(-1, 2)
     assert draw(3, "noise", 1) == pairs[:, 1].tolist()
     assert draw(3, "noise", 2) != draw(3, "noise", 1) == draw(3, "noise", 1)
@@ -65,19 +75,34 @@ def test_secret_streams_differ_where_the_low_32_bits_of_their_seeds_are_equal(mo
         return torch.rand(4, generator=torch.Generator().manual_seed(seed))
 
     assert torch.equal(plain(5), plain(5 + 2**32))  # why there are secret streams
-    monkeypatch.setattr("fedpress.core.random.derive", lambda seed, *words: 5)  # no 63-bit seed is in the way
+    monkeypatch.setattr(
+        "fedpress.core.random.derive", lambda seed, *words: 5
+    )  # no 63-bit seed is in the way
     one, two = (torch.rand(4, generator=secret_generator(seed)) for seed in (5, 5 + 2**32))
     assert not torch.equal(one, two)
 
 
 def test_normals_of_secret_streams_are_normal():
-    normals = torch.cat([torch.randn(5000, generator=secret_generator(1, i), dtype=torch.float64) for i in range(10)])
+    normals = torch.cat(
+        [
+            torch.randn(5000, generator=secret_generator(1, i), dtype=torch.float64)
+            for i in range(10)
+        ]
+    )
     assert stats.kstest(normals.numpy(), "norm").pvalue > 0.001
 
 
 def test_a_fingerprint_knows_types_shapes_bytes_and_borders_but_no_addresses():
     a = torch.arange(6.0)
-    others = [a.view(2, 3), a.double(), a + 1, a.to(torch.bfloat16), a[:5], torch.tensor(0.0), torch.zeros(0)]
+    others = [
+        a.view(2, 3),
+        a.double(),
+        a + 1,
+        a.to(torch.bfloat16),
+        a[:5],
+        torch.tensor(0.0),
+        torch.zeros(0),
+    ]
     assert len({fingerprint(t) for t in [a, *others]}) == 8
     assert fingerprint(a.view(2, 3).T) == fingerprint(a.view(2, 3).T.contiguous())
     assert fingerprint(object(), 1) == fingerprint(object(), 1) != fingerprint(object(), 2)

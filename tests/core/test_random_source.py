@@ -3,11 +3,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher as Aes
+from cryptography.hazmat.primitives.ciphers import AesCtrRandom as Aes
 from cryptography.hazmat.primitives.ciphers import algorithms, modes
 from scipy import stats
 
-from fedpress.core.random_source import Cipher, Seeded, chance_of
+from fedpress.core.random_source import AesCtrRandom, TorchRandom, chance_of
 from fedpress.errors import PrivacyError
 from fedpress.privacy.noise.mechanism import noise_grid, noise_sum, noised_mean, poisson_batches
 from fedpress.privacy.per_example.sgd import private_steps
@@ -24,7 +24,7 @@ def plan(noise=1.5, clip_norm=0.4, unit="client"):
     return PrivacyPlan(unit, clip_norm=clip_norm, sampling_prob=1.0, noise_multiplier=noise)
 
 
-MODES = {"seeded": lambda: Seeded(seeded()), "cipher": lambda: Cipher(KEY)}
+MODES = {"seeded": lambda: TorchRandom(seeded()), "cipher": lambda: AesCtrRandom(KEY)}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -54,18 +54,18 @@ def test_a_stream_goes_on_and_is_the_same_again(mode):
 def test_a_cipher_stream_is_that_of_aes_counter_mode_however_it_is_asked():
     aes = Aes(algorithms.AES(KEY), modes.CTR(bytes(16))).encryptor()
     expected = np.frombuffer(aes.update(bytes(8 * 30)), "<u8")
-    chance = Cipher(KEY)
+    chance = AesCtrRandom(KEY)
     assert np.array_equal(np.concatenate([chance.words(n) for n in (1, 2, 5, 0, 3, 19)]), expected)
 
 
 def test_streams_of_other_keys_are_others():
-    assert not np.isin(Cipher(KEY).words(1000), Cipher(bytes(32)).words(1000)).any()
+    assert not np.isin(AesCtrRandom(KEY).words(1000), AesCtrRandom(bytes(32)).words(1000)).any()
     with pytest.raises(ValueError, match="expected 32"):
-        Cipher(b"short")
+        AesCtrRandom(b"short")
 
 
 def test_both_tails_of_a_cipher_normal_reach_nine_deviations():
-    chance = Cipher(KEY)
+    chance = AesCtrRandom(KEY)
     chance.words = lambda size: np.array([0, 1, 2**64 - 1, 2**64 - 2], np.uint64)
     low, high, middle, other = chance.normal(4).tolist()
     assert low == -high == pytest.approx(stats.norm.ppf(2.0**-65))
@@ -75,8 +75,10 @@ def test_both_tails_of_a_cipher_normal_reach_nine_deviations():
 
 def test_a_bare_generator_counts_as_seeded():
     total = torch.linspace(-1, 1, 1000)
-    assert torch.equal(noise_sum(total, plan(), seeded(3)), noise_sum(total, plan(), Seeded(seeded(3))))
-    cipher = Cipher(KEY)
+    assert torch.equal(
+        noise_sum(total, plan(), seeded(3)), noise_sum(total, plan(), TorchRandom(seeded(3)))
+    )
+    cipher = AesCtrRandom(KEY)
     assert chance_of(cipher) is cipher
 
 
@@ -90,14 +92,16 @@ def test_noise_has_the_planned_size_from_every_source(mode):
     assert float((mean - total / 10).std()) == pytest.approx(0.06, rel=0.01)
 
 
-@pytest.mark.parametrize("values", [[0.0], [1e-30, -1e30 * 1e-25, math.pi], [2.0**-149, 5e4], [-0.0] * 3])
+@pytest.mark.parametrize(
+    "values", [[0.0], [1e-30, -1e30 * 1e-25, math.pi], [2.0**-149, 5e4], [-0.0] * 3]
+)
 @pytest.mark.parametrize("noise", [0.3, 1.0, 77.7])
 def test_exact_noise_lies_on_the_public_grid_whatever_the_sum(values, noise):
     private, total = plan(noise), torch.tensor(values, dtype=torch.float64)
     grid = noise_grid(private)
     assert math.log2(grid) == math.floor(math.log2(private.noise_std)) - 30
     for number in range(50):
-        steps = noise_sum(total, private, Cipher(bytes([number]) * 32)).double() / grid
+        steps = noise_sum(total, private, AesCtrRandom(bytes([number]) * 32)).double() / grid
         assert torch.equal(steps, steps.round())
 
 
@@ -105,26 +109,33 @@ def test_exact_noise_depends_on_the_rounded_sum_alone():
     private = plan()
     grid = noise_grid(private)
     total = torch.tensor([0.1, -0.7, 3.0], dtype=torch.float64)
-    near = (total / grid).round() * grid + grid * torch.tensor([0.49, -0.49, 0.3], dtype=torch.float64)
+    near = (total / grid).round() * grid + grid * torch.tensor(
+        [0.49, -0.49, 0.3], dtype=torch.float64
+    )
     assert not torch.equal(total, near)
-    assert torch.equal(noise_sum(total, private, Cipher(KEY)), noise_sum(near, private, Cipher(KEY)))
+    assert torch.equal(
+        noise_sum(total, private, AesCtrRandom(KEY)), noise_sum(near, private, AesCtrRandom(KEY))
+    )
 
 
 def test_exact_noise_makes_up_for_the_rounding_of_the_sum():
-    private, size = plan(noise=2.0**20, clip_norm=1.0), 2**16  # so much noise that the grid is coarse: g sqrt(d) = 1/4
-    noise = noise_sum(torch.zeros(size), private, Cipher(KEY)).double()
-    plain = Cipher(KEY).normal(size) * private.noise_std
+    private, size = (
+        plan(noise=2.0**20, clip_norm=1.0),
+        2**16,
+    )  # so much noise that the grid is coarse: g sqrt(d) = 1/4
+    noise = noise_sum(torch.zeros(size), private, AesCtrRandom(KEY)).double()
+    plain = AesCtrRandom(KEY).normal(size) * private.noise_std
     assert float((noise / plain).median()) == pytest.approx(1.25, rel=1e-6)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
 def test_exact_noise_refuses_a_sum_that_was_not_clipped(value):
     with pytest.raises(PrivacyError, match="clip every contribution"):
-        noise_sum(torch.tensor([0.0, value]), plan(), Cipher(KEY))
+        noise_sum(torch.tensor([0.0, value]), plan(), AesCtrRandom(KEY))
 
 
 def test_batches_and_private_steps_draw_from_a_cipher():
-    batches = list(poisson_batches(1000, 0.3, 20, Cipher(KEY)))
+    batches = list(poisson_batches(1000, 0.3, 20, AesCtrRandom(KEY)))
     assert sum(map(len, batches)) == pytest.approx(6000, rel=0.05)
     x, y = torch.randn(40, 3, generator=seeded()), torch.randint(2, (40,), generator=seeded())
 
@@ -134,7 +145,14 @@ def test_batches_and_private_steps_draw_from_a_cipher():
         private = PrivacyPlan("sample", clip_norm=1.0, sampling_prob=0.5, noise_multiplier=1.0)
         list(
             private_steps(
-                model, torch.nn.functional.cross_entropy, x, y, plan=private, steps=3, lr=0.1, generator=Cipher(key)
+                model,
+                torch.nn.functional.cross_entropy,
+                x,
+                y,
+                plan=private,
+                steps=3,
+                lr=0.1,
+                generator=AesCtrRandom(key),
             )
         )
         return model.weight.detach()

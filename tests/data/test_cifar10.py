@@ -33,15 +33,23 @@ def write_parquet(folder: Path) -> Path:
             buffer = io.BytesIO()
             Image.fromarray(PIXELS[row].transpose(1, 2, 0)).save(buffer, "PNG")
             images.append({"bytes": buffer.getvalue(), "path": None})
-        pq.write_table(pa.table({"img": images, "label": LABELS[list(rows)]}), folder / f"{name}.parquet")
+        pq.write_table(
+            pa.table({"img": images, "label": LABELS[list(rows)]}), folder / f"{name}.parquet"
+        )
     return folder
 
 
 def write_batches(folder: Path) -> Path:
     folder.mkdir(parents=True)
-    for i, name in enumerate([name for names in cifar10_archive.BATCHES.values() for name in names]):
+    for i, name in enumerate(
+        [name for names in cifar10_archive.BATCHES.values() for name in names]
+    ):
         rows = slice(10 * i, 10 * i + 10)
-        batch = {b"data": PIXELS[rows].reshape(10, -1), b"labels": LABELS[rows].tolist(), b"batch_label": name.encode()}
+        batch = {
+            b"data": PIXELS[rows].reshape(10, -1),
+            b"labels": LABELS[rows].tolist(),
+            b"batch_label": name.encode(),
+        }
         (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
     return folder
 
@@ -56,7 +64,9 @@ def write_archive(path: Path, monkeypatch: pytest.MonkeyPatch, *, official: bool
 
 
 def ask(path: Path | None, **keys) -> DataSettings:
-    return DataSettings(source="cifar10", path=path, num_clients=2, examples_per_client=10, validation=5, **keys)
+    return DataSettings(
+        source="cifar10", path=path, num_clients=2, examples_per_client=10, validation=5, **keys
+    )
 
 
 def test_every_layout_gives_the_same_clients_for_the_same_seed(tmp_path, monkeypatch):
@@ -77,7 +87,9 @@ def test_the_images_are_those_that_were_written(tmp_path):
     x = torch.cat([part.x for part in (*private, data.public, data.validation)])
     y = torch.cat([part.y for part in (*private, data.public, data.validation)])
     found = {image.numpy().tobytes(): int(label) for image, label in zip(x, y, strict=True)}
-    assert found == {image.tobytes(): int(label) for image, label in zip(PIXELS[:50], LABELS[:50], strict=True)}
+    assert found == {
+        image.tobytes(): int(label) for image, label in zip(PIXELS[:50], LABELS[:50], strict=True)
+    }
 
 
 def test_the_second_load_comes_from_the_cache(tmp_path, cache_folder, monkeypatch):
@@ -99,7 +111,8 @@ def test_a_download_is_kept_in_the_cache_folder(tmp_path, cache_folder, monkeypa
 
 def test_without_path_and_download_the_cure_is_told():
     with pytest.raises(
-        DataError, match=r"no path is given and download is off; set path, or put https://www.cs.toronto"
+        DataError,
+        match=r"no path is given and download is off; set path, or put https://www.cs.toronto",
     ):
         load(ask(None, download=False), 0)
 
@@ -119,7 +132,9 @@ def test_a_path_without_the_data_is_named(tmp_path, path, message):
 def test_a_missing_parquet_file_of_several_is_named(tmp_path):
     folder = write_parquet(tmp_path / "hub")
     (folder / "train-00001-of-00002.parquet").unlink()
-    with pytest.raises(DataError, match=r"train-00001-of-00002.parquet' is missing; copy the whole folder"):
+    with pytest.raises(
+        DataError, match=r"train-00001-of-00002.parquet' is missing; copy the whole folder"
+    ):
         load(ask(folder), 0)
     (folder / "test-00000-of-00001.parquet").unlink()
     (folder / "train-00000-of-00002.parquet").rename(folder / "train-00000-of-00001.parquet")
@@ -130,7 +145,12 @@ def test_a_missing_parquet_file_of_several_is_named(tmp_path):
 def test_a_corrupt_parquet_file_is_named(tmp_path):
     file = write_parquet(tmp_path / "hub") / "train-00001-of-00002.parquet"
     content = file.read_bytes()
-    for broken in (content[:1000], b"", b"PAR1 no PAR1", content[:2000] + bytes(5000) + content[7000:]):
+    for broken in (
+        content[:1000],
+        b"",
+        b"PAR1 no PAR1",
+        content[:2000] + bytes(5000) + content[7000:],
+    ):
         file.write_bytes(broken)
         with pytest.raises(DataError, match=re.escape(f"'{file}'")):
             load(ask(file.parent), 0)
@@ -139,19 +159,27 @@ def test_a_corrupt_parquet_file_is_named(tmp_path):
 def test_a_parquet_file_of_other_data_is_refused(tmp_path):
     folder = write_parquet(tmp_path / "hub")
     pq.write_table(pa.table({"image": [1], "label": [2]}), folder / "test-00000-of-00001.parquet")
-    with pytest.raises(DataError, match=r"no column 'img' \(it has image, label\); is this CIFAR-10"):
+    with pytest.raises(
+        DataError, match=r"no column 'img' \(it has image, label\); is this CIFAR-10"
+    ):
         load(ask(folder), 0)
 
 
 def test_too_few_images_for_the_clients_are_counted(tmp_path):
     settings = ask(write_parquet(tmp_path / "hub")).model_copy(update={"examples_per_client": 6000})
-    with pytest.raises(DataError, match=r"asked for 2 clients of 6000 examples = 12000 examples, but only 50 are left"):
+    with pytest.raises(
+        DataError,
+        match=r"asked for 2 clients of 6000 examples = 12000 examples, but only 50 are left",
+    ):
         load(settings, 0)
 
 
 def test_an_archive_with_another_checksum_is_refused(tmp_path, monkeypatch):
     archive = write_archive(tmp_path / cifar10_archive.ARCHIVE, monkeypatch, official=False)
-    with pytest.raises(DataError, match=f"md5 {download.md5_of(archive)}, expected c58f30108f718f92721af3bbe74f3473"):
+    with pytest.raises(
+        DataError,
+        match=f"md5 {download.md5_of(archive)}, expected c58f30108f718f92721af3bbe74f3473",
+    ):
         load(ask(tmp_path), 0)
 
 
@@ -178,9 +206,15 @@ class Evil:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (pickle.dumps({b"data": Evil()}), "asks for posix.system, which a data file has no need of"),
+        (
+            pickle.dumps({b"data": Evil()}),
+            "asks for posix.system, which a data file has no need of",
+        ),
         (pickle.dumps({b"data": PIXELS[:2], b"labels": [1]}, protocol=2), "2 images with 1 labels"),
-        (pickle.dumps({b"data": PIXELS[:1], b"labels": [10]}, protocol=2), "1 images with 1 labels"),
+        (
+            pickle.dumps({b"data": PIXELS[:1], b"labels": [10]}, protocol=2),
+            "1 images with 1 labels",
+        ),
         (
             pickle.dumps({b"data": PIXELS[:1].astype(float), b"labels": [1]}, protocol=2),
             "an array of .* instead of bytes",
@@ -217,14 +251,21 @@ def real_data() -> Path:
 
 
 @pytest.mark.recipe
-@pytest.mark.skipif(not (real_data() / "cifar10").is_dir(), reason="needs CIFAR-10 in FEDPRESS_DATA")
+@pytest.mark.skipif(
+    not (real_data() / "cifar10").is_dir(), reason="needs CIFAR-10 in FEDPRESS_DATA"
+)
 def test_the_reference_experiment_holds_what_it_declares():
     settings = DataSettings(
         source="cifar10", path=real_data(), num_clients=10, examples_per_client=600, validation=2000
     )
     data = load(settings, 0)
     text = data.describe()
-    assert (text["private"], text["public"], text["validation"], text["test"]) == (6000, 42000, 2000, 10000)
+    assert (text["private"], text["public"], text["validation"], text["test"]) == (
+        6000,
+        42000,
+        2000,
+        10000,
+    )
     assert data.test.y.bincount().tolist() == [1000] * 10
     train = torch.cat([part.y for part in (*data.clients.values(), data.public, data.validation)])
     assert train.bincount().tolist() == [5000] * 10

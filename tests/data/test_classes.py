@@ -23,7 +23,12 @@ def rows(secret: bool) -> list[dict[str, object]]:
     table: list[dict[str, object]] = []
     for i in range(60):
         table.append(
-            {"site": SITES[i % 3], "age": 30 + i, "job": ["cook", "nurse"][i % 2], "diag": ["ill", "well"][i % 2]}
+            {
+                "site": SITES[i % 3],
+                "age": 30 + i,
+                "job": ["cook", "nurse"][i % 2],
+                "diag": ["ill", "well"][i % 2],
+            }
         )
     if secret:
         table.append({"site": "north", "age": 44, "job": "spy", "diag": SECRET})
@@ -33,12 +38,22 @@ def rows(secret: bool) -> list[dict[str, object]]:
 def write_csv(folder, secret):
     lines = [",".join(map(str, row.values())) for row in rows(secret)]
     (folder / "t.csv").write_text("\n".join(["site,age,job,diag", *lines]))
-    return {"source": "csv", "path": folder / "t.csv", "client_column": "site", "label_column": "diag"}
+    return {
+        "source": "csv",
+        "path": folder / "t.csv",
+        "client_column": "site",
+        "label_column": "diag",
+    }
 
 
 def write_parquet(folder, secret):
     pq.write_table(pa.Table.from_pylist(rows(secret)), folder / "t.parquet")
-    return {"source": "parquet", "path": folder / "t.parquet", "client_column": "site", "label_column": "diag"}
+    return {
+        "source": "parquet",
+        "path": folder / "t.parquet",
+        "client_column": "site",
+        "label_column": "diag",
+    }
 
 
 def write_folders(folder, secret):
@@ -111,7 +126,9 @@ def test_without_public_rows_the_error_names_lines_that_help_and_no_label(tmp_pa
     assert data.class_names == ("well", "ill")
     assert sum(data.left_out.values()) == 1
     every = [label, *(["job"] if "label_column" in keys else [])]
-    assert len(read(keys, public_words=every).class_names) == (10 if source is numbered_function else 3)
+    assert len(read(keys, public_words=every).class_names) == (
+        10 if source is numbered_function else 3
+    )
 
 
 @pytest.mark.parametrize("source", [write_csv, write_parquet])
@@ -121,7 +138,10 @@ def test_words_come_from_public_rows_or_the_recipe(tmp_path, source):
     assert read(keys | {"public_words": ["diag", "job"]}).example_shape == (4,)
     assert read(keys, words={"job": ["spy", "cook", "nurse"]}).example_shape == (4,)
     assert read(keys, unknown="other").example_shape == (4,)
-    assert read(keys, unknown="drop").left_out["clients"] + read(keys, unknown="drop").left_out["test"] == 1
+    assert (
+        read(keys, unknown="drop").left_out["clients"] + read(keys, unknown="drop").left_out["test"]
+        == 1
+    )
     nobody = keys | {"public_clients": [], "validation": 0}
     with pytest.raises(
         DataError, match=r"feature column 'job': it holds words, and no row is public .* words = \{"
@@ -135,7 +155,12 @@ def test_a_private_word_among_numbers_changes_no_column(tmp_path, odd):
     lines = [f"{SITES[i % 3]},{30 + i},{(2, 10)[i % 2]}" for i in range(60)]
     row = {"age": f"north,{SECRET},2", "diag": f"north,44,{SECRET}"}[odd]
     (tmp_path / "t.csv").write_text("\n".join(["site,age,diag", *lines, row]))
-    keys = {"source": "csv", "path": tmp_path / "t.csv", "client_column": "site", "label_column": "diag"}
+    keys = {
+        "source": "csv",
+        "path": tmp_path / "t.csv",
+        "client_column": "site",
+        "label_column": "diag",
+    }
     if odd == "age":
         with pytest.raises(DataError, match="some rows have something else there") as caught:
             read(keys)
@@ -146,12 +171,29 @@ def test_a_private_word_among_numbers_changes_no_column(tmp_path, odd):
 
 
 def test_classes_are_found_whatever_kind_the_file_gives_them(tmp_path):
-    for values, classes in ((("0", "1"), [1, 0]), (("true", "false"), ["False", "True"]), (("1.0", "2.0"), [2, 1])):
+    for values, classes in (
+        (("0", "1"), [1, 0]),
+        (("true", "false"), ["False", "True"]),
+        (("1.0", "2.0"), [2, 1]),
+    ):
         lines = [f"{SITES[i % 3]},{i},{values[i % 2]}" for i in range(60)]
         (tmp_path / "t.csv").write_text("\n".join(["site,age,diag", *lines]))
-        keys = {"source": "csv", "path": tmp_path / "t.csv", "client_column": "site", "label_column": "diag"}
-        assert read(keys, classes=classes).left_out == {"public": 0, "validation": 0, "test": 0, "clients": 0}
-    with pytest.raises(DataError, match=r"data.classes: no row .* is one of a, b; write them as they are in the data"):
+        keys = {
+            "source": "csv",
+            "path": tmp_path / "t.csv",
+            "client_column": "site",
+            "label_column": "diag",
+        }
+        assert read(keys, classes=classes).left_out == {
+            "public": 0,
+            "validation": 0,
+            "test": 0,
+            "clients": 0,
+        }
+    with pytest.raises(
+        DataError,
+        match=r"data.classes: no row .* is one of a, b; write them as they are in the data",
+    ):
         read(keys, classes=["a", "b"])
 
 
@@ -169,7 +211,9 @@ def test_one_class_is_refused_in_every_source(tmp_path):
     for site in SITES:
         (tmp_path / "images" / site / "cat").mkdir(parents=True)
         for i in range(10):
-            Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "images" / site / "cat" / f"{i}.png")
+            Image.fromarray(np.zeros((4, 4), np.uint8)).save(
+                tmp_path / "images" / site / "cat" / f"{i}.png"
+            )
     with pytest.raises(DataError, match="the public rows are all of one class, 'cat'"):
         read({"source": "folders", "path": tmp_path / "images"})
     with pytest.raises(DataError, match="the public rows are all of one class, '0'"):
@@ -179,21 +223,28 @@ def test_one_class_is_refused_in_every_source(tmp_path):
 
 
 def test_sources_with_classes_of_their_own_take_no_list():
-    with pytest.raises(DataError, match=r"data.classes: source 'digits' has classes of its own; leave classes out"):
+    with pytest.raises(
+        DataError, match=r"data.classes: source 'digits' has classes of its own; leave classes out"
+    ):
         load(DataSettings(source="digits", classes=["a", "b"]), 0)
 
 
 def test_a_label_outside_the_classes_of_own_data_is_not_told():
     one = Arrays(torch.zeros(2, 3), torch.tensor([0, 7]))
     none = Arrays(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
-    with pytest.raises(DataError, match="client 'a': some labels are no class number; expected 0 to 1") as caught:
+    with pytest.raises(
+        DataError, match="client 'a': some labels are no class number; expected 0 to 1"
+    ) as caught:
         FederatedData("mine", {"a": one}, none, none, none, 2, ("n", "y"), Preprocess())
     assert "7" not in str(caught.value)
 
 
 def test_how_many_private_rows_are_left_out_is_told_only_where_nothing_is_promised(tmp_path):
     data = read(write_csv(tmp_path, True), test_share=0.0, test_clients=["south"])
-    assert data.told_left_out(private=False) == "rows of an unknown class or word are left out: 1 of the clients"
+    assert (
+        data.told_left_out(private=False)
+        == "rows of an unknown class or word are left out: 1 of the clients"
+    )
     without = read(write_csv(tmp_path, False), test_share=0.0, test_clients=["south"])
     assert data.told_left_out(private=True) == without.told_left_out(private=True)
     assert without.told_left_out(private=False) == ""

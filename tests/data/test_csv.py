@@ -15,12 +15,21 @@ def text(delimiter=",", decimal=".", end="\n", quote="", site="köln") -> str:
     lines = [head]
     for i in range(ROWS):
         number = f"{i / 8:.3f}".replace(".", decimal)
-        lines.append(delimiter.join([number, str(i), site if i % 4 == 0 else f"s{i % 4}", str(1 + i % 2)]))
+        lines.append(
+            delimiter.join([number, str(i), site if i % 4 == 0 else f"s{i % 4}", str(1 + i % 2)])
+        )
     return end.join(lines) + end
 
 
 def read(path, **keys):
-    keys = {"source": "csv", "path": path, "client_column": "site", "label_column": "y", "public_share": 0.3, **keys}
+    keys = {
+        "source": "csv",
+        "path": path,
+        "client_column": "site",
+        "label_column": "y",
+        "public_share": 0.3,
+        **keys,
+    }
     return load(DataSettings(**keys), 0)
 
 
@@ -82,7 +91,9 @@ def test_decimal_commas_are_told_and_read_by_the_cure(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text(text(";", ","), "utf-8")
     assert same(cured(path, "its header is divided by ';'"), path)
-    with pytest.raises(DataError, match="feature column 'a': its numbers have decimal commas; add decimal"):
+    with pytest.raises(
+        DataError, match="feature column 'a': its numbers have decimal commas; add decimal"
+    ):
         read(path, delimiter=";")
     assert read(path, delimiter=";", decimal=",").example_shape == (2,)
 
@@ -120,7 +131,9 @@ def test_files_that_are_no_csv_are_named(tmp_path, content, message):
 
 def test_an_error_in_a_row_does_not_quote_the_row(tmp_path):
     (tmp_path / "t.csv").write_text(text(site="x") + "1,2,x,rare-disease,1\n")
-    with pytest.raises(DataError, match=r"not a readable CSV file \(.*Expected 4 columns, got 5\)") as caught:
+    with pytest.raises(
+        DataError, match=r"not a readable CSV file \(.*Expected 4 columns, got 5\)"
+    ) as caught:
         read(tmp_path / "t.csv")
     assert "rare" not in str(caught.value)
 
@@ -131,7 +144,8 @@ def test_an_unknown_encoding_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("encoding", "word"), [("cp1251", "повар"), ("gb18030", "厨师医生"), ("shift_jis", "料理人"), ("euc-kr", "요리사")]
+    ("encoding", "word"),
+    [("cp1251", "повар"), ("gb18030", "厨师医生"), ("shift_jis", "料理人"), ("euc-kr", "요리사")],
 )
 def test_other_scripts_are_not_taken_for_latin(tmp_path, encoding, word):
     """Latin-1 reads any bytes: to name it would turn these words into others, silently."""
@@ -148,11 +162,21 @@ def test_other_scripts_are_not_taken_for_latin(tmp_path, encoding, word):
         ("# of 2024\na,ill\n1,2\n", "its first line is a comment; remove it"),
         ('<!DOCTYPE html>\n<p>a, b</p>\n<p>"a", b, c</p>', "this is HTML or XML, not CSV"),
         ('[{"a": 1, "ill": 0},\n{"a": 2}]', "this is JSON, not CSV"),
-        ('a,ill\n"1,234",0\n"2,345",1\n', "its numbers have decimal commas; write them with points, or without commas"),
+        (
+            'a,ill\n"1,234",0\n"2,345",1\n',
+            "its numbers have decimal commas; write them with points, or without commas",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_told_with_a_cure(tmp_path, text, message):
     head, _, rows = text.partition("\n")
-    (tmp_path / "a.csv").write_text(f"{head}\n{rows}" if "1,234" not in text else f"{head}\n{rows * 20}")
+    (tmp_path / "a.csv").write_text(
+        f"{head}\n{rows}" if "1,234" not in text else f"{head}\n{rows * 20}"
+    )
     with pytest.raises(DataError, match=message):
-        load(DataSettings(source="csv", path=tmp_path / "a.csv", label_column="ill", public_share=0.5), 0)
+        load(
+            DataSettings(
+                source="csv", path=tmp_path / "a.csv", label_column="ill", public_share=0.5
+            ),
+            0,
+        )

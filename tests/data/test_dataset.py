@@ -29,7 +29,10 @@ def make(**changes) -> FederatedData:
 def test_describe_counts_labels_per_client_in_plain_json():
     text = make().describe()
     assert json.loads(json.dumps(text)) == text
-    assert text["clients"] == {"a": {"examples": 2, "labels": [2, 0]}, "b": {"examples": 3, "labels": [0, 3]}}
+    assert text["clients"] == {
+        "a": {"examples": 2, "labels": [2, 0]},
+        "b": {"examples": 3, "labels": [0, 3]},
+    }
     assert (text["private"], text["public"], text["test"], text["shape"]) == (5, 0, 1, [2])
 
 
@@ -39,14 +42,23 @@ def test_describe_counts_labels_per_client_in_plain_json():
         ({"clients": {}}, "there is no client"),
         ({"clients": {"a": arrays(0)}}, "client 'a' has no examples"),
         ({"class_names": ("no",)}, "2 classes but 1 class names"),
-        ({"test": arrays(1, label=2)}, "test part: some labels are no class number; expected 0 to 1"),
+        (
+            {"test": arrays(1, label=2)},
+            "test part: some labels are no class number; expected 0 to 1",
+        ),
         ({"test": arrays(1, shape=(3,))}, r"test part: examples of \(3,\)"),
         (
             {"public": Arrays(torch.tensor([[1.0, float("nan")]]), torch.tensor([0]))},
             "public part: some features are NaN",
         ),
-        ({"validation": Arrays(torch.zeros(1, 2, dtype=torch.int32), torch.tensor([0]))}, "torch.int32; give uint8"),
-        ({"public": Arrays(torch.zeros(1, 2), torch.tensor([0.5]))}, "labels of type torch.float32"),
+        (
+            {"validation": Arrays(torch.zeros(1, 2, dtype=torch.int32), torch.tensor([0]))},
+            "torch.int32; give uint8",
+        ),
+        (
+            {"public": Arrays(torch.zeros(1, 2), torch.tensor([0.5]))},
+            "labels of type torch.float32",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(changes, message):

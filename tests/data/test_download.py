@@ -98,14 +98,17 @@ def test_a_wrong_checksum_is_refused_and_nothing_is_left(server, tmp_path):
 
 def test_a_connection_that_brings_nothing_is_given_up_after_some_attempts(server, tmp_path):
     server.breaks, server.gives = 99, 0
-    with pytest.raises(DataError, match=r"cannot download .*ended after 0 of 1024000 bytes.*check the network"):
+    with pytest.raises(
+        DataError, match=r"cannot download .*ended after 0 of 1024000 bytes.*check the network"
+    ):
         fetch(server, tmp_path / "data.bin")
     assert len(server.ranges) == download.ATTEMPTS
 
 
 def test_without_a_network_the_error_says_so(tmp_path):
     with pytest.raises(
-        DataError, match=r"cannot download 'http://127.0.0.1:9/x' .*refused.*check the network, or set path"
+        DataError,
+        match=r"cannot download 'http://127.0.0.1:9/x' .*refused.*check the network, or set path",
     ):
         download.fetch("http://127.0.0.1:9/x", tmp_path / "x", md5=MD5, wait=0.0)
 
@@ -127,5 +130,7 @@ def test_a_folder_that_cannot_be_written_is_named(server, tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_told(server, tmp_path):
     (tmp_path / "data.bin.part").symlink_to("/dev/full")
-    with pytest.raises(DataError, match=r"cannot be written .*No space left on device.*; free some space"):
+    with pytest.raises(
+        DataError, match=r"cannot be written .*No space left on device.*; free some space"
+    ):
         fetch(server, tmp_path / "data.bin")

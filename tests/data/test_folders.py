@@ -15,13 +15,17 @@ def write(root: Path, *, size: int = 4) -> Path:
             folder = root / client / label
             folder.mkdir(parents=True)
             for i in range(5):
-                Image.fromarray(np.full((size, size), 100 * c + 50 * k, np.uint8)).save(folder / f"{i}.png")
+                Image.fromarray(np.full((size, size), 100 * c + 50 * k, np.uint8)).save(
+                    folder / f"{i}.png"
+                )
     return root
 
 
 def ask(path: Path, **keys) -> DataSettings:
     return DataSettings(
-        source="folders", path=path, **{"test_share": 0.2, "validation": 0, "public_words": ["label"], **keys}
+        source="folders",
+        path=path,
+        **{"test_share": 0.2, "validation": 0, "public_words": ["label"], **keys},
     )
 
 
@@ -40,7 +44,9 @@ def test_other_files_are_passed_over_and_other_sizes_resized(tmp_path):
     (root / "ann" / "cat" / "notes.txt").write_text("x")
     (root / ".hidden").mkdir()
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(root / "ann" / "cat" / "big.png")
-    with pytest.raises(DataError, match=r"big.png': an image of 9x9 pixels where the first has 4x4; set image_size"):
+    with pytest.raises(
+        DataError, match=r"big.png': an image of 9x9 pixels where the first has 4x4; set image_size"
+    ):
         load(ask(root), 0)
     assert load(ask(root, image_size=6), 0).example_shape == (1, 6, 6)
 

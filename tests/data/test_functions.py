@@ -19,7 +19,9 @@ def own(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 
 def ask(name: str = "make", **keys) -> DataSettings:
-    return DataSettings(source=f"own_module:{name}", **{"validation": 0, "public_words": ["label"], **keys})
+    return DataSettings(
+        source=f"own_module:{name}", **{"validation": 0, "public_words": ["label"], **keys}
+    )
 
 
 def test_a_dict_of_clients_is_shared_out_by_the_settings(own):
@@ -85,11 +87,14 @@ def test_what_a_function_returns_is_checked(own, returned, message):
 
 def test_missing_and_failing_functions_are_named(own):
     with pytest.raises(
-        DataError, match=r"source 'no_such_module:f': no module 'no_such_module'; put its folder on PYTHON"
+        DataError,
+        match=r"source 'no_such_module:f': no module 'no_such_module'; put its folder on PYTHON",
     ):
         load(DataSettings(source="no_such_module:f"), 0)
     own.make = lambda: 1 / 0
-    with pytest.raises(DataError, match=r"failed with ZeroDivisionError: division by zero; correct it"):
+    with pytest.raises(
+        DataError, match=r"failed with ZeroDivisionError: division by zero; correct it"
+    ):
         load(ask(), 0)
     with pytest.raises(DataError, match=r"no function 'mak'; did you mean 'make'"):
         load(ask("mak"), 0)

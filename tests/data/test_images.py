@@ -32,12 +32,16 @@ def test_grey_images_have_one_channel_and_a_later_colour_image_becomes_grey():
 
 def test_images_of_other_sizes_are_refused_or_resized():
     blobs = [encode(np.full((4, 4), 100, np.uint8)), encode(np.full((6, 8), 100, np.uint8))]
-    with pytest.raises(DataError, match=r"^1: an image of 6x8 pixels where the first has 4x4; set image_size"):
+    with pytest.raises(
+        DataError, match=r"^1: an image of 6x8 pixels where the first has 4x4; set image_size"
+    ):
         images.decode(blobs, where=str)
     assert images.decode(blobs, where=str, size=3).tolist() == [[[[100] * 3] * 3]] * 2
 
 
-@pytest.mark.parametrize("broken", [b"", None, b"no image", encode(RNG.integers(0, 256, (9, 9), dtype=np.uint8))[:70]])
+@pytest.mark.parametrize(
+    "broken", [b"", None, b"no image", encode(RNG.integers(0, 256, (9, 9), dtype=np.uint8))[:70]]
+)
 def test_a_corrupt_image_is_named(broken):
     with pytest.raises(DataError, match=r"^row 1: not a readable image"):
         images.decode([encode(np.zeros((9, 9), np.uint8)), broken], where=lambda i: f"row {i}")
@@ -46,7 +50,9 @@ def test_a_corrupt_image_is_named(broken):
 def test_progress_ends_at_the_number_of_images(monkeypatch):
     monkeypatch.setattr(images, "REPORT_EVERY", 2)
     told = []
-    images.decode([encode(np.zeros((1, 1), np.uint8))] * 5, where=str, progress=lambda *now: told.append(now))
+    images.decode(
+        [encode(np.zeros((1, 1), np.uint8))] * 5, where=str, progress=lambda *now: told.append(now)
+    )
     assert told == [("decoding images", done, 5) for done in (2, 4, 5)]
 
 
@@ -64,15 +70,20 @@ def bomb(kind, side):
         raw[16:24] = side.to_bytes(4, "big") * 2
         raw[29:33] = zlib.crc32(raw[12:29]).to_bytes(4, "big")
         return bytes(raw)
-    Image.new("1", (side, side)).save(buffer, kind, **({"compression": "group4"} if kind == "TIFF" else {}))
+    Image.new("1", (side, side)).save(
+        buffer, kind, **({"compression": "group4"} if kind == "TIFF" else {})
+    )
     return buffer.getvalue()
 
 
 @pytest.mark.parametrize(
-    ("kind", "side"), [("PNG", 8193), ("PNG", 20_000), ("PNG", 2_000_000_000), ("TIFF", 9000), ("BMP", 8200)]
+    ("kind", "side"),
+    [("PNG", 8193), ("PNG", 20_000), ("PNG", 2_000_000_000), ("TIFF", 9000), ("BMP", 8200)],
 )
 @pytest.mark.parametrize("size", [None, 32])
-def test_an_image_that_declares_too_many_pixels_is_refused_before_it_is_decoded(kind, side, size, monkeypatch):
+def test_an_image_that_declares_too_many_pixels_is_refused_before_it_is_decoded(
+    kind, side, size, monkeypatch
+):
     raw = bomb(kind, side)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
     says = rf"photo 0: {side}x{side} are {side * side:,} pixels.*FEDPRESS_MAX_PIXELS={side * side}"
@@ -87,7 +98,9 @@ def test_the_limit_of_pixels_can_be_raised_and_lowered(monkeypatch):
     with pytest.raises(DataError, match=r"x: 30x20 are 600 pixels .* limit is 599"):
         images.decode([buffer.getvalue()], where=lambda i: "x")
     monkeypatch.setenv("FEDPRESS_MAX_PIXELS", "600")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # pillow's own would refuse twice that already at the header
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", 100
+    )  # pillow's own would refuse twice that already at the header
     assert images.decode([buffer.getvalue()], where=lambda i: "x").shape == (1, 1, 20, 30)
     assert Image.MAX_IMAGE_PIXELS == 100
 

@@ -19,7 +19,8 @@ def test_digits_are_scikit_learns_digits_in_bytes():
     assert x.shape == (1797, 1, 8, 8)
     pixels, labels = load_digits(return_X_y=True)
     wanted = sorted(
-        (tuple(np.round(row * 255 / 16)), label) for row, label in zip(pixels, labels.tolist(), strict=True)
+        (tuple(np.round(row * 255 / 16)), label)
+        for row, label in zip(pixels, labels.tolist(), strict=True)
     )
     got = sorted(
         (tuple(image.flatten().tolist()), int(label))
@@ -31,7 +32,10 @@ def test_digits_are_scikit_learns_digits_in_bytes():
 
 
 def test_images_of_a_built_in_source_come_in_the_size_that_is_asked_for():
-    plain, small = (load(DataSettings(source="digits", examples_per_client=60, image_size=s), 0) for s in (None, 4))
+    plain, small = (
+        load(DataSettings(source="digits", examples_per_client=60, image_size=s), 0)
+        for s in (None, 4)
+    )
     assert small.example_shape == (1, 4, 4)
     assert small.test.x.shape == (359, 1, 4, 4)
     blocks = plain.public.x.float().unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2))
@@ -41,7 +45,9 @@ def test_images_of_a_built_in_source_come_in_the_size_that_is_asked_for():
 
 
 def test_loading_does_not_depend_on_what_was_drawn_before():
-    settings = DataSettings(source="digits", examples_per_client=60, partition={"kind": "dirichlet", "alpha": 0.3})
+    settings = DataSettings(
+        source="digits", examples_per_client=60, partition={"kind": "dirichlet", "alpha": 0.3}
+    )
     first = load(settings, 0)
     torch.manual_seed(99)
     torch.rand(5)

@@ -46,11 +46,14 @@ def test_all_rows_go_to_exactly_one_client_and_none_is_empty(partition, counts, 
 @pytest.mark.parametrize("partition", BY_LABEL, ids=repr)
 @settings(max_examples=30, deadline=None)
 @given(counts=counts, clients=st.integers(1, 8), each=st.integers(1, 20), seed=st.integers(0, 1000))
-def test_examples_per_client_is_met_or_refused_with_the_numbers(partition, counts, clients, each, seed):
+def test_examples_per_client_is_met_or_refused_with_the_numbers(
+    partition, counts, clients, each, seed
+):
     labels = labels_of(counts)
     if clients * each > len(labels):
         with pytest.raises(
-            DataError, match=f"{clients} clients of {each} examples = {clients * each} .* {len(labels)} "
+            DataError,
+            match=f"{clients} clients of {each} examples = {clients * each} .* {len(labels)} ",
         ):
             partition.deal(Pool(labels), Ask(clients, each), generator(seed))
         return
@@ -76,7 +79,11 @@ def test_shards_give_every_client_exactly_k_classes_or_say_why_not(classes, clie
     try:
         dealt = Shards(classes_per_client=k).deal(Pool(labels), Ask(clients, each), generator(seed))
     except DataError as error:
-        too_many = k > classes or (each is not None and each < k) or (each is None and clients * k < classes)
+        too_many = (
+            k > classes
+            or (each is not None and each < k)
+            or (each is None and clients * k < classes)
+        )
         holders = -(-clients * k // classes)  # of the most wanted class
         short = each is not None and (holders * -(-each // k) > 40 or clients * each > 40 * classes)
         assert too_many or short, error  # noqa: PT017
@@ -101,7 +108,9 @@ def test_small_alpha_means_few_classes_and_large_alpha_means_the_classes_of_all(
 
     def largest_share(alpha: float, each: int | None) -> float:
         dealt = Dirichlet(alpha=alpha).deal(pool, Ask(10, each), generator(0))
-        return float(np.mean([pool.labels[rows].bincount().max() / len(rows) for rows in dealt.values()]))
+        return float(
+            np.mean([pool.labels[rows].bincount().max() / len(rows) for rows in dealt.values()])
+        )
 
     for each in (None, 100):
         assert largest_share(0.01, each) > 0.6
@@ -110,21 +119,28 @@ def test_small_alpha_means_few_classes_and_large_alpha_means_the_classes_of_all(
 
 def test_quantity_skew_one_follows_zipf():
     sizes = sorted(
-        len(rows) for rows in Quantity(skew=1.0).deal(Pool(labels_of([1100])), Ask(4), generator(0)).values()
+        len(rows)
+        for rows in Quantity(skew=1.0).deal(Pool(labels_of([1100])), Ask(4), generator(0)).values()
     )
     assert np.allclose(sizes[::-1], np.array([12, 6, 4, 3]) / 25 * 1100, atol=3)
 
 
 def test_shards_without_room_for_all_classes_say_how_to_make_room():
-    with pytest.raises(DataError, match=r"3 clients of 2 classes cannot hold all 10 classes; raise"):
+    with pytest.raises(
+        DataError, match=r"3 clients of 2 classes cannot hold all 10 classes; raise"
+    ):
         Shards(classes_per_client=2).deal(Pool(labels_of([5] * 10)), Ask(3), generator(0))
     with pytest.raises(DataError, match=r"asked for 11 classes per client but there are only 10"):
         Shards(classes_per_client=11).deal(Pool(labels_of([50] * 10)), Ask(3), generator(0))
-    with pytest.raises(DataError, match=r"2 clients need 10 examples of the class .* there are only 8"):
+    with pytest.raises(
+        DataError, match=r"2 clients need 10 examples of the class .* there are only 8"
+    ):
         Shards(classes_per_client=2).deal(Pool(labels_of([8, 12])), Ask(2, 10), generator(0))
 
 
-NATURAL = Pool(torch.zeros(6, dtype=torch.int64), torch.tensor([2, 0, 2, 0, 1, 2]), ("ann", "bob", "cleo"))
+NATURAL = Pool(
+    torch.zeros(6, dtype=torch.int64), torch.tensor([2, 0, 2, 0, 1, 2]), ("ann", "bob", "cleo")
+)
 
 
 def test_natural_clients_hold_their_own_rows():
@@ -170,7 +186,9 @@ def test_a_partition_is_a_word_or_a_table_and_a_wrong_word_gets_a_suggestion():
     adapter = TypeAdapter(Partition)
     assert adapter.validate_python("iid") == Iid()
     assert adapter.validate_python({"kind": "dirichlet", "alpha": 0.1}) == Dirichlet(alpha=0.1)
-    with pytest.raises(ValidationError, match=r"no partition of kind 'dirichle' .* did you mean 'dirichlet'"):
+    with pytest.raises(
+        ValidationError, match=r"no partition of kind 'dirichle' .* did you mean 'dirichlet'"
+    ):
         adapter.validate_python("dirichle")
     with pytest.raises(ValidationError, match=r"greater than 0"):
         adapter.validate_python({"kind": "dirichlet", "alpha": 0})

@@ -26,7 +26,12 @@ def write(path, *, decimal=".", delimiter=",", gaps=True):
         site = f"s{i % 4}"
         age = f"{chance.uniform(20, 80):.3f}".replace(".", decimal)
         job = "diver" if site == "s3" and i % 3 == 0 else chance.choice(JOBS)
-        row = {"age": age, "job": job, "insured": chance.choice(["true", "false"]), "visits": str(chance.randrange(9))}
+        row = {
+            "age": age,
+            "job": job,
+            "insured": chance.choice(["true", "false"]),
+            "visits": str(chance.randrange(9)),
+        }
         if gaps and i % 5 == 0:
             row[chance.choice(["age", "job", "insured", "visits"])] = chance.choice(["", "NA"])
         rows.append(row | {"site": site, "y": chance.choice(["ill", "well"])})
@@ -41,7 +46,12 @@ def write(path, *, decimal=".", delimiter=",", gaps=True):
 def ask(path, **keys):
     keys = {"source": "csv", "missing": "mean", **keys}
     return DataSettings(
-        path=path, client_column="site", label_column="y", public_clients=["s0"], test_clients=["s3"], **keys
+        path=path,
+        client_column="site",
+        label_column="y",
+        public_clients=["s0"],
+        test_clients=["s3"],
+        **keys,
     )
 
 
@@ -59,13 +69,17 @@ def test_prepared_rows_are_those_of_the_training_to_the_bit(tmp_path, unknown, d
     assert torch.equal(got, data.preprocess(data.test.x))
 
 
-@pytest.mark.parametrize("keys", [{}, {"words": {"level": [1, 3, 2], "job": ["smith", "cook"]}, "unknown": "other"}])
+@pytest.mark.parametrize(
+    "keys", [{}, {"words": {"level": [1, 3, 2], "job": ["smith", "cook"]}, "unknown": "other"}]
+)
 def test_rows_of_a_parquet_file_are_given_as_they_are(tmp_path, keys):
     chance = np.random.default_rng(0)
     table = pa.table(
         {
             "job": chance.choice(JOBS, 80),
-            "dose": pa.array([None if i % 9 == 0 else float(i) / 7 for i in range(80)], pa.float32()),
+            "dose": pa.array(
+                [None if i % 9 == 0 else float(i) / 7 for i in range(80)], pa.float32()
+            ),
             "level": chance.integers(1, 5, 80),
             "old": chance.integers(0, 2, 80).astype(bool),
             "site": [f"s{i % 4}" for i in range(80)],
@@ -76,7 +90,12 @@ def test_rows_of_a_parquet_file_are_given_as_they_are(tmp_path, keys):
     data = load(ask(tmp_path / "t.parquet", source="parquet", **keys), 0)
     rows = [row for row in table.to_pylist() if row["site"] == "s3"]
     assert torch.equal(prepare(rows, data.preparation), data.preprocess(data.test.x))
-    assert [c.kind for c in data.preparation.columns] == ["words", "number", "words" if keys else "number", "truth"]
+    assert [c.kind for c in data.preparation.columns] == [
+        "words",
+        "number",
+        "words" if keys else "number",
+        "truth",
+    ]
 
 
 def test_what_leaves_holds_columns_words_fills_and_means_and_no_private_word(tmp_path):
@@ -91,7 +110,10 @@ def test_what_leaves_holds_columns_words_fills_and_means_and_no_private_word(tmp
     assert page["class_names"] == ["ill", "well", "other"]
     before = page
     text = (tmp_path / "t.csv").read_text().splitlines()
-    private = [line.replace(",s1,", "1,s1,").replace("cook", "baker") if ",s1," in line else line for line in text]
+    private = [
+        line.replace(",s1,", "1,s1,").replace("cook", "baker") if ",s1," in line else line
+        for line in text
+    ]
     (tmp_path / "t.csv").write_text("\n".join(private))
     assert load(ask(tmp_path / "t.csv", unknown="other"), 0).preparation.to_json() == before
 
@@ -104,7 +126,10 @@ def test_one_mean_for_all_inputs_is_written_for_each(tmp_path):
 
 
 ABOUT = Preparation(
-    (InputColumn("age", "number"), InputColumn("job", "words", JOBS, "refused")), ("",), mean=(0.0,) * 4, std=(1.0,) * 4
+    (InputColumn("age", "number"), InputColumn("job", "words", JOBS, "refused")),
+    ("",),
+    mean=(0.0,) * 4,
+    std=(1.0,) * 4,
 )
 
 
@@ -112,7 +137,10 @@ ABOUT = Preparation(
     ("row", "said"),
     [
         ({"age": "4"}, "row 1: there is no column 'job'"),
-        ({"age": "", "job": "cook"}, r"row 1: column 'age' has no value of its kind \(number\).* fill it"),
+        (
+            {"age": "", "job": "cook"},
+            r"row 1: column 'age' has no value of its kind \(number\).* fill it",
+        ),
         ({"age": "young", "job": "cook"}, "row 1: column 'age' has no value of its kind"),
         ({"age": float("nan"), "job": "cook"}, "row 1: column 'age' has no value"),
         ({"age": 1e60, "job": "cook"}, "row 1: column 'age' is infinite"),
@@ -135,7 +163,10 @@ def test_no_rows_give_no_inputs():
     [
         ({"mean": [1.0]}, "1 means for 4 inputs|give as many of each"),
         ({"columns": [{"name": "a", "kind": "colour", "fill": None}]}, "is of the kind 'colour'"),
-        ({"columns": [{"name": "a", "kind": "number", "fill": [1, 2]}]}, "2 values to fill 1 inputs"),
+        (
+            {"columns": [{"name": "a", "kind": "number", "fill": [1, 2]}]},
+            "2 values to fill 1 inputs",
+        ),
         ({"columns": 3}, "corrupt"),
     ],
 )

@@ -31,8 +31,14 @@ def test_validation_is_a_number_of_rows_or_a_share():
         ({"source": "csv"}, "source 'csv' needs a path"),
         ({"source": "digits", "mean": [0.5]}, "1 values of mean but 0 of std"),
         ({"source": "digits", "mean": [0.5], "std": [0.0]}, "greater than 0"),
-        ({"source": "digits", "public_share": 0.5, "public_clients": ["a"]}, "both given; give one"),
-        ({"source": "digits", "test_clients": ["a"], "public_clients": ["a"]}, "client 'a' is in public_clients and"),
+        (
+            {"source": "digits", "public_share": 0.5, "public_clients": ["a"]},
+            "both given; give one",
+        ),
+        (
+            {"source": "digits", "test_clients": ["a"], "public_clients": ["a"]},
+            "client 'a' is in public_clients and",
+        ),
         ({"source": "digits", "validation": -1}, "validation"),
         ({"source": "digits", "validation": 1.5}, "validation"),
         ({"source": "digits", "test_share": 1.0}, "less than 1"),

@@ -12,7 +12,10 @@ def numbered(n: int, *, own_test: bool = False, clients: int = 0) -> Examples:
     """Rows whose only feature is their number, so that a row can be followed to where it went."""
 
     def rows(start: int, count: int) -> Arrays:
-        return Arrays(torch.arange(start, start + count, dtype=torch.float32)[:, None], torch.arange(count) % 3)
+        return Arrays(
+            torch.arange(start, start + count, dtype=torch.float32)[:, None],
+            torch.arange(count) % 3,
+        )
 
     return Examples(
         "numbered",
@@ -25,7 +28,12 @@ def numbered(n: int, *, own_test: bool = False, clients: int = 0) -> Examples:
 
 
 def where_rows_went(data) -> dict[str, set[int]]:
-    parts = {**data.clients, "public": data.public, "validation": data.validation, "test": data.test}
+    parts = {
+        **data.clients,
+        "public": data.public,
+        "validation": data.validation,
+        "test": data.test,
+    }
     return {name: {int(v) for v in part.x.flatten()} for name, part in parts.items()}
 
 
@@ -46,14 +54,18 @@ def test_every_row_goes_to_one_place_when_the_rest_is_public():
 
 
 def test_a_source_with_its_own_test_set_keeps_it():
-    data = split(numbered(100, own_test=True), ask(num_clients=4, examples_per_client=25, validation=0), 0)
+    data = split(
+        numbered(100, own_test=True), ask(num_clients=4, examples_per_client=25, validation=0), 0
+    )
     assert where_rows_went(data)["test"] == set(range(1000, 1005))
     assert len(data.public) == 0
     assert data.preprocess == Preprocess()
 
 
 def test_the_same_seed_gives_the_same_rows_and_another_seed_does_not():
-    first, again, other = (where_rows_went(split(numbered(90), ask(examples_per_client=4), seed)) for seed in (3, 3, 4))
+    first, again, other = (
+        where_rows_went(split(numbered(90), ask(examples_per_client=4), seed)) for seed in (3, 3, 4)
+    )
     assert first == again
     assert all(first[name] != other[name] for name in first)
 
@@ -70,7 +82,9 @@ def test_natural_clients_give_the_asked_share_of_their_own_rows():
 
 
 def test_public_and_test_clients_give_all_their_rows_and_hold_none():
-    data = split(numbered(60, clients=4), ask(public_clients=["p1"], test_clients=["p3"], validation=3), 0)
+    data = split(
+        numbered(60, clients=4), ask(public_clients=["p1"], test_clients=["p3"], validation=3), 0
+    )
     went = where_rows_went(data)
     assert list(data.clients) == ["p0", "p2"]
     assert went["public"] | went["validation"] == {row for row in range(60) if row % 4 == 1}
@@ -93,10 +107,26 @@ def test_preprocessing_is_fitted_on_the_public_part_alone():
 @pytest.mark.parametrize(
     ("keys", "clients", "message"),
     [
-        ({"validation": 20, "examples_per_client": 6}, 0, r"asked for 20 rows of the public part, which has 20; lower"),
-        ({"validation": 5}, 0, r"asked for 5 rows of the public part, which has 0; .* declare more rows public"),
-        ({"examples_per_client": 60}, 0, r"10 clients of 60 examples = 600 examples, but only 80 are left"),
-        ({"public_clients": ["p1"]}, 0, r"data.public_clients: the data does not name its clients; use public_share"),
+        (
+            {"validation": 20, "examples_per_client": 6},
+            0,
+            r"asked for 20 rows of the public part, which has 20; lower",
+        ),
+        (
+            {"validation": 5},
+            0,
+            r"asked for 5 rows of the public part, which has 0; .* declare more rows public",
+        ),
+        (
+            {"examples_per_client": 60},
+            0,
+            r"10 clients of 60 examples = 600 examples, but only 80 are left",
+        ),
+        (
+            {"public_clients": ["p1"]},
+            0,
+            r"data.public_clients: the data does not name its clients; use public_share",
+        ),
         (
             {"test_clients": ["p11"]},
             3,

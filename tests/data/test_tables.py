@@ -37,7 +37,13 @@ def write(path: Path, content: pa.Table, kind: str) -> Path:
 
 
 def ask(path: Path, source: str = "parquet", **keys) -> DataSettings:
-    keys = {"label_column": "ill", "client_column": "hospital", "public_share": 0.3, "validation": 2, **keys}
+    keys = {
+        "label_column": "ill",
+        "client_column": "hospital",
+        "public_share": 0.3,
+        "validation": 2,
+        **keys,
+    }
     return DataSettings(source=source, path=path, **keys)
 
 
@@ -47,12 +53,18 @@ def test_numbers_and_words_become_features_and_clients_keep_their_rows(tmp_path,
     assert list(data.clients) == ["north", "south"]
     assert data.class_names == ("no", "yes")
     assert data.example_shape == (5,)  # age, dose, and a, b, c of ward
-    assert set(data.clients["north"].x[:, 2:].argmax(1).tolist()) == {0, 1}  # wards a and b are in the north
+    assert set(data.clients["north"].x[:, 2:].argmax(1).tolist()) == {
+        0,
+        1,
+    }  # wards a and b are in the north
     assert len(data.test) == 8
 
 
 def test_csv_and_parquet_of_the_same_rows_give_the_same_data(tmp_path):
-    one, two = (load(ask(write(tmp_path / f"a.{kind}", table(), kind), kind), 0) for kind in ("csv", "parquet"))
+    one, two = (
+        load(ask(write(tmp_path / f"a.{kind}", table(), kind), kind), 0)
+        for kind in ("csv", "parquet")
+    )
     assert all(torch.equal(one.clients[name].x, two.clients[name].x) for name in one.clients)
 
 
@@ -60,7 +72,9 @@ def test_features_are_standardised_by_public_rows_alone(tmp_path):
     """Private rows a thousand times as large leave the statistics as they are."""
     public = np.array([name == "south" for name in table()["hospital"].to_pylist()])
     small = table()["dose"].to_numpy()
-    path = write(tmp_path / "a.parquet", table(dose=np.where(public, small, 1000 * small)), "parquet")
+    path = write(
+        tmp_path / "a.parquet", table(dose=np.where(public, small, 1000 * small)), "parquet"
+    )
     data = load(ask(path, public_share=None, public_clients=["south"], validation=0), 0)
     own = small[public]
     assert data.preprocess.mean[1] == pytest.approx(own.mean(), abs=1e-5)
@@ -71,18 +85,25 @@ def test_a_word_that_only_private_rows_have_gets_no_column(tmp_path):
     ward = ["secret" if i == 0 else "a" for i in range(ROWS)]  # row 0 is in the north
     path = write(tmp_path / "a.parquet", table(ward=ward), "parquet")
     assert load(ask(path, public_share=None, public_clients=["south"]), 0).example_shape == (3,)
-    assert load(ask(path, public_share=None, public_clients=["north"], validation=0), 0).example_shape == (4,)
+    assert load(
+        ask(path, public_share=None, public_clients=["north"], validation=0), 0
+    ).example_shape == (4,)
 
 
 def test_one_file_per_client_and_coded_columns(tmp_path):
     for name in ("east", "west"):
-        coded = table(ward=pa.array(table()["ward"].to_pylist()).dictionary_encode()).drop_columns(["hospital"])
+        coded = table(ward=pa.array(table()["ward"].to_pylist()).dictionary_encode()).drop_columns(
+            ["hospital"]
+        )
         write(tmp_path / f"{name}.parquet", coded, "parquet")
     for path in (tmp_path, tmp_path / "*.parquet"):
         data = load(ask(path, client_column="file", num_clients=2), 0)
         assert list(data.clients) == ["east", "west"]
         assert data.example_shape == (5,)
-    data = load(ask(tmp_path, client_column="file", test_clients=["west"], partition="iid", num_clients=3), 0)
+    data = load(
+        ask(tmp_path, client_column="file", test_clients=["west"], partition="iid", num_clients=3),
+        0,
+    )
     assert (list(data.clients), len(data.test)) == (["c0", "c1", "c2"], ROWS)
 
 
@@ -94,7 +115,9 @@ def test_a_column_of_images_is_decoded(tmp_path):
         Image.fromarray(image).save(buffer, "PNG")
         blobs.append({"bytes": buffer.getvalue(), "path": None})
     path = write(
-        tmp_path / "a.parquet", pa.table({"img": blobs, "ill": [0, 1] * 20, "hospital": [1, 2] * 20}), "parquet"
+        tmp_path / "a.parquet",
+        pa.table({"img": blobs, "ill": [0, 1] * 20, "hospital": [1, 2] * 20}),
+        "parquet",
     )
     data = load(ask(path), 0)
     assert data.example_shape == (3, 4, 4)
@@ -110,19 +133,34 @@ def gaps() -> pa.Table:
 def test_missing_features_are_an_error_a_dropped_row_or_the_public_mean(tmp_path):
     path = write(tmp_path / "a.parquet", gaps(), "parquet")
     with pytest.raises(
-        DataError, match=r"feature column 'dose': 4 of 40 rows have no value \(first: row 0\); set missing"
+        DataError,
+        match=r"feature column 'dose': 4 of 40 rows have no value \(first: row 0\); set missing",
     ):
         load(ask(path), 0)
     dropped = load(ask(path, missing="drop"), 0)
     assert (
-        sum(len(part) for part in (*dropped.clients.values(), dropped.public, dropped.validation, dropped.test)) == 36
+        sum(
+            len(part)
+            for part in (
+                *dropped.clients.values(),
+                dropped.public,
+                dropped.validation,
+                dropped.test,
+            )
+        )
+        == 36
     )
-    filled = load(ask(path, missing="mean", public_share=None, public_clients=["south"], validation=0), 0)
+    filled = load(
+        ask(path, missing="mean", public_share=None, public_clients=["south"], validation=0), 0
+    )
     mean = np.mean(list(range(1, ROWS, 2)))  # the south has the odd rows, none of which is missing
     doses = torch.cat([filled.clients["north"].x, filled.test.x])[:, 1].tolist()
     assert doses.count(pytest.approx(mean)) == 4
     with pytest.raises(DataError, match=r"'mean' needs public rows to take the mean of"):
-        load(ask(path, missing="mean", public_share=0.0, validation=0, public_words=["ill", "ward"]), 0)
+        load(
+            ask(path, missing="mean", public_share=0.0, validation=0, public_words=["ill", "ward"]),
+            0,
+        )
 
 
 def test_a_question_mark_in_a_csv_file_is_a_missing_value(tmp_path):
@@ -140,18 +178,38 @@ def test_another_delimiter_can_be_given(tmp_path):
     ("changes", "keys", "message"),
     [
         ({}, {"label_column": "il"}, r"data.label_column: no column 'il' .* did you mean 'ill'"),
-        ({}, {"client_column": "hospitals"}, r"data.client_column: no column 'hospitals' .* did you mean 'hospital'"),
-        ({}, {"feature_columns": ["ages"]}, r"data.feature_columns: no column 'ages' .* did you mean 'age'"),
+        (
+            {},
+            {"client_column": "hospitals"},
+            r"data.client_column: no column 'hospitals' .* did you mean 'hospital'",
+        ),
+        (
+            {},
+            {"feature_columns": ["ages"]},
+            r"data.feature_columns: no column 'ages' .* did you mean 'age'",
+        ),
         ({}, {"drop_columns": ["age", "dose", "ward"]}, r"no feature column is left"),
         (
             {"ill": np.linspace(0, 1, ROWS)},
             {},
             r"label column 'ill': nearly all of the 40 rows have a label of their own",
         ),
-        ({"ill": pa.array([[1]] * ROWS)}, {}, r"label column 'ill': holds list<.*>; expected whole numbers or words"),
+        (
+            {"ill": pa.array([[1]] * ROWS)},
+            {},
+            r"label column 'ill': holds list<.*>; expected whole numbers or words",
+        ),
         ({"ill": [None, "a"] * 20}, {}, r"label column 'ill': row 0 has no value"),
-        ({"ill": ["a"] * ROWS}, {}, r"label column 'ill': the public rows are all of one class, 'a'"),
-        ({"ill": np.arange(ROWS)}, {}, r"label column 'ill': nearly all of the 40 rows have a label of their own"),
+        (
+            {"ill": ["a"] * ROWS},
+            {},
+            r"label column 'ill': the public rows are all of one class, 'a'",
+        ),
+        (
+            {"ill": np.arange(ROWS)},
+            {},
+            r"label column 'ill': nearly all of the 40 rows have a label of their own",
+        ),
         ({"hospital": [None, "a"] * 20}, {}, r"client column 'hospital': row 0 has no value"),
         (
             {"ward": pa.array([0] * ROWS, pa.timestamp("s"))},
@@ -204,5 +262,7 @@ def test_missing_and_corrupt_files_are_named(tmp_path, kind):
 def test_files_that_do_not_fit_together_are_named(tmp_path):
     write(tmp_path / "a.parquet", table(), "parquet")
     write(tmp_path / "b.parquet", table(age=["old"] * ROWS), "parquet")
-    with pytest.raises(DataError, match=r"the 2 files beside '.*a.parquet' have columns of different kinds \(.*age"):
+    with pytest.raises(
+        DataError, match=r"the 2 files beside '.*a.parquet' have columns of different kinds \(.*age"
+    ):
         load(ask(tmp_path), 0)

@@ -51,7 +51,13 @@ def spoil_(weight: torch.Tensor, bias: torch.Tensor) -> None:
 def network(*, dead_layer: bool = False) -> nn.Sequential:
     torch.manual_seed(0)
     width = len(KINDS)
-    layers = [nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3, stride=2), nn.ReLU(), nn.Flatten()]
+    layers = [
+        nn.Conv2d(3, width, 3),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+    ]
     model = nn.Sequential(*layers, nn.Linear(4 * width, width)).eval()
     for at in (0, 2, 5):
         spoil_(model[at].weight, model[at].bias)
@@ -65,7 +71,9 @@ def x() -> torch.Tensor:
     return torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(1))
 
 
-def on_grids(model: nn.Module, weights: WeightGrid | None, inputs: InputGrid | None, x: torch.Tensor) -> nn.Module:
+def on_grids(
+    model: nn.Module, weights: WeightGrid | None, inputs: InputGrid | None, x: torch.Tensor
+) -> nn.Module:
     """Returns a copy on grids; without any, the model itself: the export rounds it."""
     if weights is None:
         return model
@@ -99,7 +107,9 @@ def test_an_integer_file_computes_what_the_network_does(format, grid, x, tmp_pat
     if FORMATS[format].missing():
         pytest.skip(f"{format} is not installed")
     model = on_grids(network(), grid and GRIDS[grid], InputGrid(), x)
-    made = deploy.export(model, tmp_path / f"m{FORMATS[format].suffix}", format, Job(SHAPE, batches=(x,)))
+    made = deploy.export(
+        model, tmp_path / f"m{FORMATS[format].suffix}", format, Job(SHAPE, batches=(x,))
+    )
     # A channel without weights gives its bias and nothing else, whatever the others do.
     assert farthest(deploy.file_logits(made.path, x), deploy.logits(model, x)) < 0.03
 
@@ -110,7 +120,9 @@ def test_a_file_of_a_whole_layer_of_zeros_gives_the_biases(format, grid, x, tmp_
     if FORMATS[format].missing():
         pytest.skip(f"{format} is not installed")
     model = on_grids(network(dead_layer=True), GRIDS[grid], InputGrid(), x)
-    made = deploy.export(model, tmp_path / f"m{FORMATS[format].suffix}", format, Job(SHAPE, batches=(x,)))
+    made = deploy.export(
+        model, tmp_path / f"m{FORMATS[format].suffix}", format, Job(SHAPE, batches=(x,))
+    )
     assert farthest(deploy.file_logits(made.path, x), deploy.logits(model, x)) < 0.03
 
 

@@ -60,7 +60,9 @@ def test_a_float_program_gives_the_logits_of_torch_and_runs_on_xnnpack_alone(tmp
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_integer_program_gives_the_logits_of_the_rounded_graph_and_runs_on_xnnpack_alone(tmp_path, x):
+def test_an_integer_program_gives_the_logits_of_the_rounded_graph_and_runs_on_xnnpack_alone(
+    tmp_path, x
+):
     model = trained(Residual(32))
     whole = export(model, tmp_path / "f.pte", "executorch", Job(SHAPE))
     made = export(model, tmp_path / "q.pte", "executorch", Job(SHAPE, batches=(x,)))
@@ -78,7 +80,9 @@ def test_layers_of_fewer_bits_keep_their_values_on_integers_and_say_so_in_float(
     quantize_layers_(model, grids)
     made = export(model, tmp_path / "q.pte", "executorch", Job(SHAPE, batches=(x,)))
     assert made.left["head"] == "its weights have several scales per output channel"
-    assert not made.left.keys() & {"stem", "conv"}, "what feeds the float head alone may stay float too"
+    assert not made.left.keys() & {"stem", "conv"}, (
+        "what feeds the float head alone may stay float too"
+    )
     parity(made.program, made.path, x, tolerance=ROUNDING)
     made = export(model, tmp_path / "f.pte", "executorch", Job(SHAPE))
     assert {"conv", "head"} <= made.left.keys()
@@ -89,7 +93,9 @@ def test_layers_of_fewer_bits_keep_their_values_on_integers_and_say_so_in_float(
 def test_what_computes_in_float_or_outside_of_xnnpack_is_told(tmp_path, x):
     model = Softmax()
     made = export(model, tmp_path / "m.pte", "executorch", Job(SHAPE))
-    assert any("atan" in name and "portable" in reason for name, reason in made.left.items()), made.left
+    assert any("atan" in name and "portable" in reason for name, reason in made.left.items()), (
+        made.left
+    )
     assert parity(model, made.path, x).max_abs_error < 1e-4
     made = export(model, tmp_path / "q.pte", "executorch", Job(SHAPE, batches=(x,)))
     assert made.left["up"] == "conv_transpose2d has no integer form"
@@ -129,11 +135,16 @@ def test_a_value_read_on_both_sides_of_a_gate_stays_on_integers(tmp_path, x):
 def test_what_xnnpack_takes_but_computes_in_float_is_told(tmp_path, x):
     made = export(Product(), tmp_path / "p.pte", "executorch", Job(SHAPE, batches=(x,)))
     reason = "XNNPACK has no integer kernel of it; computes in float"
-    assert sorted(name for name, why in made.left.items() if why == reason) == ["aten::bmm", "pool (aten::avg_pool2d)"]
+    assert sorted(name for name, why in made.left.items() if why == reason) == [
+        "aten::bmm",
+        "pool (aten::avg_pool2d)",
+    ]
 
 
 def test_an_operation_without_a_kernel_is_named(tmp_path, capfd):
-    with pytest.raises(ExportError, match=r"no kernel that runs the operation 'aten::convolution'.*export as onnx"):
+    with pytest.raises(
+        ExportError, match=r"no kernel that runs the operation 'aten::convolution'.*export as onnx"
+    ):
         export(Volume(), tmp_path / "v.pte", "executorch", Job((1, 5, 5, 5)))
     assert not list(tmp_path.iterdir())
     assert capfd.readouterr() == ("", "")
@@ -141,7 +152,9 @@ def test_an_operation_without_a_kernel_is_named(tmp_path, capfd):
 
 @pytest.mark.parametrize("cut", [0, 100, 3000])
 def test_a_damaged_file_and_other_shapes_are_refused(tmp_path, cut):
-    path = export(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), tmp_path / "m.pte", "executorch", Job(SHAPE)).path
+    path = export(
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), tmp_path / "m.pte", "executorch", Job(SHAPE)
+    ).path
     with pytest.raises(ExportError, match=r"takes float32 \[1, 3, 8, 8\], got \[2, 3, 8, 8\]"):
         open_file(path)(torch.zeros(2, *SHAPE).numpy())
     path.write_bytes(path.read_bytes()[:cut])
@@ -150,7 +163,9 @@ def test_a_damaged_file_and_other_shapes_are_refused(tmp_path, cut):
 
 
 def test_a_damaged_name_of_a_method_is_told(tmp_path):
-    path = export(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), tmp_path / "m.pte", "executorch", Job(SHAPE)).path
+    path = export(
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), tmp_path / "m.pte", "executorch", Job(SHAPE)
+    ).path
     data = path.read_bytes()
     assert data.count(b"forward") == 1
     path.write_bytes(data.replace(b"forward", b"forwarp"))
@@ -161,6 +176,8 @@ def test_a_damaged_name_of_a_method_is_told(tmp_path):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_number_of_threads_is_as_asked(tmp_path, threads):
     library = pytest.importorskip("executorch.extension.pybindings.portable_lib")
-    path = export(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), tmp_path / "m.pte", "executorch", Job(SHAPE)).path
+    path = export(
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), tmp_path / "m.pte", "executorch", Job(SHAPE)
+    ).path
     open_file(path, threads=threads)
     assert library._threadpool_get_thread_count() == threads

@@ -17,7 +17,9 @@ def test_an_unknown_format_is_told_with_the_nearest(tmp_path):
 
 
 def test_a_missing_package_is_told_with_the_command(tmp_path, monkeypatch):
-    row = replace(FORMATS["onnx"], packages=("onnx", "no_such_package"), install="no-such-package==1.2")
+    row = replace(
+        FORMATS["onnx"], packages=("onnx", "no_such_package"), install="no-such-package==1.2"
+    )
     monkeypatch.setitem(FORMATS, "onnx", row)
     with pytest.raises(ExportError, match=r"run `pip install no-such-package==1\.2`"):
         export(nn.Linear(2, 2), tmp_path / "m.onnx", "onnx", Job((2,)))
@@ -31,11 +33,15 @@ def test_a_file_of_no_known_kind_is_refused(tmp_path):
 
 
 def test_a_package_that_cannot_be_loaded_is_told_apart_from_a_missing_one(tmp_path, monkeypatch):
-    (tmp_path / "broken_package.py").write_text("raise ImportError('libgone.so: cannot open', name='broken_package')")
+    (tmp_path / "broken_package.py").write_text(
+        "raise ImportError('libgone.so: cannot open', name='broken_package')"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ExportError, match=r"cannot be loaded \(libgone\.so.*--force-reinstall"):
         require("broken_package")
-    with pytest.raises(ExportError, match="'no_such_package' is missing; run `pip install no_such_package`"):
+    with pytest.raises(
+        ExportError, match="'no_such_package' is missing; run `pip install no_such_package`"
+    ):
         require("no_such_package")
 
 
@@ -51,7 +57,12 @@ def test_batches_that_are_one_tensor_are_refused():
 
 @pytest.mark.parametrize(
     "batch",
-    [torch.zeros(0, 3, 8, 8), torch.zeros(3, 8, 8), torch.zeros(2, 3, 8, 9), torch.zeros(2, 3, 8, 8).byte()],
+    [
+        torch.zeros(0, 3, 8, 8),
+        torch.zeros(3, 8, 8),
+        torch.zeros(2, 3, 8, 9),
+        torch.zeros(2, 3, 8, 8).byte(),
+    ],
     ids=["none", "one", "size", "bytes"],
 )
 def test_a_batch_that_is_no_calibration_batch_is_refused(tmp_path, batch):
@@ -64,7 +75,9 @@ def test_a_batch_that_is_no_calibration_batch_is_refused(tmp_path, batch):
 def test_a_model_with_nan_is_refused_by_name(tmp_path, name, batches):
     model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, 2))
     model.state_dict()[name][0] = float("nan")
-    with pytest.raises(ExportError, match=rf"'{name}' has NaN or infinite values; load a checkpoint"):
+    with pytest.raises(
+        ExportError, match=rf"'{name}' has NaN or infinite values; load a checkpoint"
+    ):
         export(model, tmp_path / "m.onnx", "onnx", Job((3, 4, 4), batches=batches))
 
 

@@ -31,7 +31,9 @@ class Tokens(nn.Module):
 class Masked(Tokens):
     """Two inputs by name, as the models of the transformers library take them; a dictionary comes out."""
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor | tuple[Tensor, ...] | None]:
+    def forward(
+        self, ids: Tensor, mask: Tensor | None = None
+    ) -> dict[str, Tensor | tuple[Tensor, ...] | None]:
         hidden = torch.relu(self.body(self.table(ids)))
         weight = torch.ones_like(ids) if mask is None else mask
         mean = (hidden * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
@@ -74,7 +76,10 @@ class ClassToken(nn.Module):
         self.patches, self.token = nn.Conv2d(3, 16, 4, 4), nn.Parameter(torch.randn(1, 1, 16))
         self.place = nn.Parameter(torch.randn(1, 5, 16))
         layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
-        self.body, self.head = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False), nn.Linear(16, 4)
+        self.body, self.head = (
+            nn.TransformerEncoder(layer, depth, enable_nested_tensor=False),
+            nn.Linear(16, 4),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
@@ -122,7 +127,9 @@ def test_token_ids_are_whole_numbers_in_the_file(tmp_path):
     assert open_file(made.path)(ids(2).int().numpy()).shape == (2, 4)
 
 
-@pytest.mark.parametrize("batches", [(), ({"mask": masks(), "ids": ids()},)], ids=["float", "integers"])
+@pytest.mark.parametrize(
+    "batches", [(), ({"mask": masks(), "ids": ids()},)], ids=["float", "integers"]
+)
 def test_inputs_by_name_and_a_dictionary_of_outputs_come_back_as_they_are(tmp_path, batches):
     torch.manual_seed(0)
     model = Masked().eval()
@@ -144,7 +151,10 @@ def test_inputs_by_name_and_a_dictionary_of_outputs_come_back_as_they_are(tmp_pa
             assert np.abs(got["logits"] - wanted["logits"].detach().numpy()).max() < near
             assert np.abs(got["hidden"][0] - wanted["hidden"][0].detach().numpy()).max() < 2 * near
         found = parity(
-            made.program or model, made.path, {"ids": ids(rows), "mask": masks(rows)}, tolerance=made.tolerance
+            made.program or model,
+            made.path,
+            {"ids": ids(rows), "mask": masks(rows)},
+            tolerance=made.tolerance,
         )
         assert found.examples == rows
     with pytest.raises(ExportError, match=r"lacks mask.*takes ids, mask"):
@@ -204,8 +214,13 @@ def test_models_of_token_ids_and_of_pairs_are_measured(tmp_path):
     model = Masked().eval()
     example = {"ids": ids(2), "mask": masks(2)}
     path = export_onnx(model, tmp_path / "m.onnx", Job(example=example)).path
-    costs = {"macs": dict.fromkeys(["torch", "file"], 10**6), "activations": dict.fromkeys(["torch", "file"], 10**4)}
-    found = measure({"torch": model, "file": path}, example, batches=(1, 3), threads=(1,), seconds=0.01, **costs)
+    costs = {
+        "macs": dict.fromkeys(["torch", "file"], 10**6),
+        "activations": dict.fromkeys(["torch", "file"], 10**4),
+    }
+    found = measure(
+        {"torch": model, "file": path}, example, batches=(1, 3), threads=(1,), seconds=0.01, **costs
+    )
     assert [record["peak_memory"] > 0 for record in found] == [True, True]
     assert [t["batch"] for t in found[1]["timings"]] == [1, 3]
     assert found[1]["conditions"]["runtime"] == "onnxruntime"
@@ -284,7 +299,10 @@ def test_what_was_taken_apart_is_put_together_again():
     one, two, three = torch.ones(1), torch.ones(2), torch.ones(3)
     structure, tensors, names = flatten({"a": one, "b": [two, None, {"c": three}]})
     assert names == ["a", "b_0", "b_2_c"]
-    assert together(json.loads(json.dumps(structure)), tensors) == {"a": one, "b": (two, None, {"c": three})}
+    assert together(json.loads(json.dumps(structure)), tensors) == {
+        "a": one,
+        "b": (two, None, {"c": three}),
+    }
 
 
 @pytest.mark.deploy
@@ -298,10 +316,14 @@ def test_models_of_the_transformers_library_are_exported(tmp_path, kind):
         config = transformers.BertConfig(**small, intermediate_size=64, num_labels=3)
         model, example = transformers.BertForSequenceClassification(config), tokens
     elif kind == "gpt2":
-        config = transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, use_cache=False)
+        config = transformers.GPT2Config(
+            vocab_size=50, n_embd=32, n_layer=2, n_head=4, use_cache=False
+        )
         model, example = transformers.GPT2LMHeadModel(config), tokens
     elif kind == "llama":
-        config = transformers.LlamaConfig(**small, intermediate_size=64, num_key_value_heads=2, use_cache=False)
+        config = transformers.LlamaConfig(
+            **small, intermediate_size=64, num_key_value_heads=2, use_cache=False
+        )
         model, example = transformers.LlamaForCausalLM(config), tokens
     elif kind == "t5":
         config = transformers.T5Config(
@@ -318,7 +340,10 @@ def test_models_of_the_transformers_library_are_exported(tmp_path, kind):
             image_size=16,
             patch_size=4,
         )
-        model, example = transformers.ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 16, 16)}
+        model, example = (
+            transformers.ViTForImageClassification(config),
+            {"pixel_values": torch.randn(2, 3, 16, 16)},
+        )
     model = model.eval()
     made = export_onnx(model, tmp_path / "m.onnx", Job(example=example))
     session = open_file(made.path)

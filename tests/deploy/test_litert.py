@@ -38,14 +38,18 @@ def operations(path) -> list[str]:
 
 def test_a_float_file_gives_the_logits_of_torch(tmp_path, x, capfd):
     model = trained(Residual())
-    made = export(model, tmp_path / "m.tflite", "litert", Job(SHAPE, metadata={"class_names": '["ä"]'}))
+    made = export(
+        model, tmp_path / "m.tflite", "litert", Job(SHAPE, metadata={"class_names": '["ä"]'})
+    )
     assert made.left == {}
     assert parity(model, made.path, x).max_abs_error < 1e-4
     assert made.metadata.items() <= words(made.path).items()
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_integer_file_gives_the_logits_of_the_rounded_graph_without_a_float_in_between(tmp_path, x):
+def test_an_integer_file_gives_the_logits_of_the_rounded_graph_without_a_float_in_between(
+    tmp_path, x
+):
     model = trained(Residual(32))
     whole = export(model, tmp_path / "f.tflite", "litert", Job(SHAPE))
     made = export(model, tmp_path / "q.tflite", "litert", Job(SHAPE, batches=(x,)))
@@ -60,12 +64,23 @@ def test_weights_of_four_bits_take_four_and_keep_their_values(tmp_path, x, integ
     model, sizes = trained(Residual(64)), []
     for bits in (8, 4):
         quantize_layers_(
-            model, {n: LayerGrids(weights=WeightGrid(kind="int", bits=bits)) for n in ("stem", "conv", "head")}
+            model,
+            {
+                n: LayerGrids(weights=WeightGrid(kind="int", bits=bits))
+                for n in ("stem", "conv", "head")
+            },
         )
-        made = export(model, tmp_path / f"{bits}.tflite", "litert", Job(SHAPE, batches=(x,) if integer else ()))
+        made = export(
+            model,
+            tmp_path / f"{bits}.tflite",
+            "litert",
+            Job(SHAPE, batches=(x,) if integer else ()),
+        )
         parity(made.program, made.path, x, tolerance=ROUNDING if integer else 1e-4)
         sizes.append(made.file_bytes)
-    weights = sum(p.numel() for n, p in model.named_parameters() if n.endswith("weight") and p.dim() > 1)
+    weights = sum(
+        p.numel() for n, p in model.named_parameters() if n.endswith("weight") and p.dim() > 1
+    )
     assert sizes[0] - sizes[1] == pytest.approx(weights / 2, abs=400)
 
 
@@ -86,7 +101,9 @@ def test_groups_of_scales_are_told(tmp_path, x):
 
 
 def test_operations_of_an_integer_file_on_floats_are_told(tmp_path, x):
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(72, 5))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(72, 5)
+    )
     made = export(model, tmp_path / "m.tflite", "litert", Job(SHAPE, batches=(x,)))
     assert made.left == {"ADD": "LiteRT computes it in float", "MUL": "LiteRT computes it in float"}
 
@@ -100,7 +117,9 @@ def test_nan_has_no_place_on_a_grid(tmp_path, x):
 def test_equal_weights_and_a_layer_used_twice_keep_their_values(tmp_path, x):
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 3, 3, padding=1)
-    model = nn.Sequential(conv, nn.ReLU(), conv, nn.ReLU(), copy.deepcopy(conv), nn.Flatten(), nn.Linear(192, 5))
+    model = nn.Sequential(
+        conv, nn.ReLU(), conv, nn.ReLU(), copy.deepcopy(conv), nn.Flatten(), nn.Linear(192, 5)
+    )
     made = export(model, tmp_path / "q.tflite", "litert", Job(SHAPE, batches=(x,)))
     parity(made.program, made.path, x, tolerance=ROUNDING)
     for name in ("0", "4"):
@@ -120,7 +139,9 @@ def test_an_operation_without_a_counterpart_is_named(tmp_path, capfd):
 
 @pytest.mark.parametrize("cut", [0, 100, 600])
 def test_a_damaged_file_and_other_shapes_are_refused(tmp_path, cut, capfd):
-    path = export(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), tmp_path / "m.tflite", "litert", Job(SHAPE)).path
+    path = export(
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), tmp_path / "m.tflite", "litert", Job(SHAPE)
+    ).path
     with pytest.raises(ExportError, match=r"takes float32 \[1, 3, 8, 8\], got \[2, 3, 8, 8\]"):
         open_file(path)(torch.zeros(2, *SHAPE).numpy())
     path.write_bytes(path.read_bytes()[:cut])
@@ -130,7 +151,9 @@ def test_a_damaged_file_and_other_shapes_are_refused(tmp_path, cut, capfd):
 
 
 def test_a_damaged_name_is_told_as_a_damaged_file(tmp_path):
-    path = export(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), tmp_path / "m.tflite", "litert", Job(SHAPE)).path
+    path = export(
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), tmp_path / "m.tflite", "litert", Job(SHAPE)
+    ).path
     data, name = path.read_bytes(), b"serving_default_args_0"
     assert name in data
     path.write_bytes(data.replace(name, b"\xff" * len(name)))

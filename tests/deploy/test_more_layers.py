@@ -61,13 +61,18 @@ class Same(nn.Conv2d):
 
 def ups(groups):
     up = nn.ConvTranspose2d(8, 6, 2, stride=2, groups=groups)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), up, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), up, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
+    )
 
 
 NETS = {
     "up": (lambda: ups(1), (3, 6, 6)),
     "up in groups": (lambda: ups(2), (3, 6, 6)),
-    "padded": (lambda: nn.Sequential(Same(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3)), (3, 5, 5)),
+    "padded": (
+        lambda: nn.Sequential(Same(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 3)),
+        (3, 5, 5),
+    ),
     "lstm": (lambda: Last(nn.LSTM(5, 8, batch_first=True)), (4, 5)),
     "gru": (lambda: Last(nn.GRU(5, 4, batch_first=True, bidirectional=True)), (4, 5)),
     "lstm cell": (lambda: Steps(nn.LSTMCell(5, 8)), (4, 5)),
@@ -110,7 +115,9 @@ def test_the_weights_lie_in_the_file_as_whole_numbers(net, tmp_path):
     artifact = deploy.export(model, tmp_path / "m.onnx", "onnx", deploy.Job(input_shape=shape))
     held = onnx.load(str(artifact.path)).graph.initializer
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    codes = sum(onnx.numpy_helper.to_array(t).size for t in held if t.data_type == onnx.TensorProto.INT8)
+    codes = sum(
+        onnx.numpy_helper.to_array(t).size for t in held if t.data_type == onnx.TensorProto.INT8
+    )
     assert codes == weights
 
 
@@ -127,7 +134,9 @@ def test_a_file_with_rounded_inputs_holds_the_weights_of_the_network(weights, tm
     """Channels of unlike sizes: onnxruntime would round float weights behind rounded inputs to one scale."""
     torch.manual_seed(0)
     up = nn.ConvTranspose2d(4, 4, 2, stride=2)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), up, nn.ReLU(), nn.Flatten(), nn.Linear(144, 6), nn.ReLU())
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), up, nn.ReLU(), nn.Flatten(), nn.Linear(144, 6), nn.ReLU()
+    )
     model.append(nn.Linear(6, 3)).eval()
     with torch.no_grad():
         for rows in (model[0].weight, up.weight.transpose(0, 1), model[5].weight):

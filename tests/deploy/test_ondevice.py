@@ -26,11 +26,9 @@ from fedpress.federation import (
     agreement,
     sgd,
 )
-from fedpress.federation import (
-    server as rounds,
-)
 from fedpress.federation.local import Task
 from fedpress.federation.ondevice import device_sgd
+from fedpress.federation.server import rounds
 from fedpress.models.plain import MLP
 from fedpress.transport import LocalTransport
 
@@ -99,7 +97,9 @@ def filled(value: float) -> nn.Module:
 
 def examples(n: int, seed: int) -> Arrays:
     chance = torch.Generator().manual_seed(seed)
-    return Arrays(torch.randn(n, *SHAPE, generator=chance), torch.randint(0, 3, (n,), generator=chance))
+    return Arrays(
+        torch.randn(n, *SHAPE, generator=chance), torch.randint(0, 3, (n,), generator=chance)
+    )
 
 
 def untouched(x, generator):
@@ -113,7 +113,9 @@ def network(norm: str = "group") -> Small:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    return export_training(network(), tmp_path_factory.mktemp("p") / "train.pte", input_shape=SHAPE, batch_size=4).path
+    return export_training(
+        network(), tmp_path_factory.mktemp("p") / "train.pte", input_shape=SHAPE, batch_size=4
+    ).path
 
 
 def test_parameters_have_the_names_shapes_and_values_of_the_model(program):
@@ -141,7 +143,9 @@ def test_what_is_written_to_the_parameters_is_what_the_program_computes_with(pro
     vector = torch.randn(parameters.Layout.of(model).size)
     parameters.assign_(device, vector)
     parameters.assign_(model, vector)
-    torch.testing.assert_close(device.logits(batch.x), model(batch.x).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        device.logits(batch.x), model(batch.x).detach(), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_copy_has_the_same_parameters_in_memory_of_its_own(program):
@@ -151,7 +155,9 @@ def test_a_copy_has_the_same_parameters_in_memory_of_its_own(program):
         next(device.parameters()).add_(1)
     twin, x = copy.deepcopy(device), examples(4, 1).x
     assert torch.equal(twin.logits(x), device.logits(x))
-    assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in device.parameters()]
+    assert [p.requires_grad for p in twin.parameters()] == [
+        p.requires_grad for p in device.parameters()
+    ]
     before = device.logits(x)
     with torch.no_grad():
         next(twin.parameters()).mul_(-1)
@@ -198,7 +204,13 @@ def federation(program, device: bool):
     agreed = agreement(layout, settings, uplink)
     return list(
         rounds(
-            params, uplink, Algorithm(server=SERVERS["average"]()), transport, num_rounds=3, seed=7, agreement=agreed
+            params,
+            uplink,
+            Algorithm(server=SERVERS["average"]()),
+            transport,
+            num_rounds=3,
+            seed=7,
+            agreement=agreed,
         )
     )
 
@@ -221,14 +233,18 @@ def test_batch_norm_keeps_its_statistics(tmp_path):
     device, batch = DeviceModel(path), examples(4, 2)
     assert model.training
     device.mean_gradient(batch.x * 5, batch.y)
-    torch.testing.assert_close(device.logits(batch.x), model.eval()(batch.x).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        device.logits(batch.x), model.eval()(batch.x).detach(), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1)], ids=str)
 def test_gradients_of_pooling_are_those_of_torch(tmp_path, pool):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(1, 2, 1), pool, nn.Flatten(), nn.Linear(32, 3))
-    device = DeviceModel(export_training(model, tmp_path / "p.pte", input_shape=SHAPE, batch_size=4).path)
+    device = DeviceModel(
+        export_training(model, tmp_path / "p.pte", input_shape=SHAPE, batch_size=4).path
+    )
     batch = examples(4, 3)
     _, gradients = device.mean_gradient(batch.x, batch.y)
     nn.functional.cross_entropy(model(batch.x), batch.y).backward()
@@ -238,7 +254,10 @@ def test_gradients_of_pooling_are_those_of_torch(tmp_path, pool):
 
 def test_a_batch_size_of_one_works(tmp_path):
     path = export_training(
-        MLP(in_features=64, hidden=(5,), num_classes=3), tmp_path / "m.pte", input_shape=SHAPE, batch_size=1
+        MLP(in_features=64, hidden=(5,), num_classes=3),
+        tmp_path / "m.pte",
+        input_shape=SHAPE,
+        batch_size=1,
     )
     assert DeviceModel(path.path).logits(examples(3, 0).x).shape == (3, 3)
 
@@ -246,8 +265,14 @@ def test_a_batch_size_of_one_works(tmp_path):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(64, 3)), ["'1' (Dropout)", "p to 0"]),
-        (nn.Sequential(nn.Conv2d(1, 2, 1), nn.AvgPool2d(3, 2), nn.Flatten(), nn.Linear(18, 3)), ["'aten::avg_pool2d_"]),
+        (
+            nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(64, 3)),
+            ["'1' (Dropout)", "p to 0"],
+        ),
+        (
+            nn.Sequential(nn.Conv2d(1, 2, 1), nn.AvgPool2d(3, 2), nn.Flatten(), nn.Linear(18, 3)),
+            ["'aten::avg_pool2d_"],
+        ),
         (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double(), ["'1.weight'", "float64"]),
         (nn.Sequential(nn.Flatten(), nn.Linear(7, 3)), ["[4, 1, 8, 8]", "input_shape"]),
         (nn.Conv2d(1, 3, 3), ["logits [n, classes]"]),
@@ -257,12 +282,27 @@ def test_a_batch_size_of_one_works(tmp_path):
         (Twins(), ["'first.weight' and 'second.weight'", "its own"]),
         (Drops(), ["otherwise in training", "dropout"]),
         (
-            nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2, track_running_stats=False), nn.Flatten(), *head()),
+            nn.Sequential(
+                nn.Conv2d(1, 2, 1),
+                nn.BatchNorm2d(2, track_running_stats=False),
+                nn.Flatten(),
+                *head(),
+            ),
             ["depend on the others", "group norm"],
         ),
     ],
     ids=[
-        *("dropout", "no kernel", "double", "shape", "no classifier", "nan", "unreached", "all frozen", "shared"),
+        *(
+            "dropout",
+            "no kernel",
+            "double",
+            "shape",
+            "no classifier",
+            "nan",
+            "unreached",
+            "all frozen",
+            "shared",
+        ),
         *("functional dropout", "batch norm without statistics"),
     ],
 )
@@ -286,7 +326,9 @@ def test_a_damaged_file_and_other_shapes_are_refused(program, tmp_path):
     with pytest.raises(ExportError, match=r"3 tensors.*open it with deploy\.DeviceModel"):
         open_file(program)
     with pytest.raises(ExportError, match=r"takes examples \[4, 1, 8, 8\]"):
-        DeviceModel(program).backward(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64), torch.ones(2))
+        DeviceModel(program).backward(
+            torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64), torch.ones(2)
+        )
 
 
 @pytest.mark.parametrize("label", [-100, -1, 3, 10**9])
@@ -311,12 +353,16 @@ def test_no_examples_have_no_gradient_and_no_logits(program):
 def test_frozen_parameters_stay_out_of_the_layout(tmp_path):
     model = network()
     model.stem.requires_grad_(False)
-    device = DeviceModel(export_training(model, tmp_path / "f.pte", input_shape=SHAPE, batch_size=4).path)
+    device = DeviceModel(
+        export_training(model, tmp_path / "f.pte", input_shape=SHAPE, batch_size=4).path
+    )
     assert parameters.Layout.of(device) == parameters.Layout.of(model)
 
 
 def test_device_sgd_wants_a_program_and_float32(program):
-    task = Task(examples(4, 0), LocalSettings(precision="bf16", batch_size=4), Key(7, 1, "c0"), untouched)
+    task = Task(
+        examples(4, 0), LocalSettings(precision="bf16", batch_size=4), Key(7, 1, "c0"), untouched
+    )
     with pytest.raises(RecipeError, match="DeviceModel"):
         device_sgd(network(), task)
     with pytest.raises(RecipeError, match=r"federate\.precision"):
@@ -336,7 +382,9 @@ def test_zeros_of_a_sparse_model_stay_and_the_kept_values_train_as_in_torch(tmp_
     before = copy.deepcopy(model)
     sparse = names if named else None
     export_training(model, tmp_path / "p.pte", input_shape=(1, 8, 8), batch_size=4, sparse=sparse)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True)
+    )
     device, twin = DeviceModel(tmp_path / "p.pte"), compact_(copy.deepcopy(model), names)
     assert parameters.Layout.of(device) == parameters.Layout.of(twin)
     ours = device.optimizer(0.1, momentum=0.9, weight_decay=0.01)
@@ -347,7 +395,9 @@ def test_zeros_of_a_sparse_model_stay_and_the_kept_values_train_as_in_torch(tmp_
         theirs.zero_grad()
         nn.functional.cross_entropy(twin(x), y).backward()
         theirs.step()
-    torch.testing.assert_close(parameters.flatten(device), parameters.flatten(twin), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        parameters.flatten(device), parameters.flatten(twin), rtol=1e-4, atol=1e-5
+    )
     twin.load_state_dict(device.state_dict())
     after = expand_(twin)
     for name in names:

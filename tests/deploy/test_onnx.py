@@ -25,8 +25,14 @@ class Residual(nn.Module):
 
     def __init__(self, width: int = 13) -> None:
         super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.norm2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv1, self.norm1 = (
+            nn.Conv2d(3, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+        self.conv2, self.norm2 = (
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
         self.head = nn.Linear(width, 5)
 
     def forward(self, x: Tensor) -> Tensor:

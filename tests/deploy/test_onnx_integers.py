@@ -45,7 +45,9 @@ def x() -> Tensor:
 
 @pytest.fixture(scope="module")
 def exported(model, x, tmp_path_factory):
-    return export_onnx(model, tmp_path_factory.mktemp("integers") / "model.onnx", Job(SHAPE, batches=(x,)))
+    return export_onnx(
+        model, tmp_path_factory.mktemp("integers") / "model.onnx", Job(SHAPE, batches=(x,))
+    )
 
 
 def test_onnxruntime_runs_a_residual_network_on_integers_alone(exported, tmp_path):
@@ -98,7 +100,9 @@ def test_seven_bits_need_no_exact_mode(model, x, tmp_path):
 )
 def test_weights_of_few_bits_make_the_file_small_and_compute_the_same(grid, bits, x, tmp_path):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 32, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(1152, 24), nn.ReLU())
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(1152, 24), nn.ReLU()
+    )
     quantize_layers_(model, {"0": LayerGrids(weights=grid), "3": LayerGrids(weights=grid)})
     made = export_onnx(model, tmp_path / "float.onnx", Job(SHAPE))
     weights = 32 * 27 + 1152 * 24
@@ -111,7 +115,9 @@ def test_weights_of_few_bits_make_the_file_small_and_compute_the_same(grid, bits
 def test_four_bit_weights_run_on_integer_kernels(x, tmp_path):
     import onnxruntime as ort
 
-    model = nn.Sequential(nn.Conv2d(3, 32, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(1152, 24))
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(1152, 24)
+    )
     grid = LayerGrids(weights=WeightGrid(kind="int", bits=4))
     quantize_layers_(model, {"0": grid, "3": grid})
     made = export_onnx(model, tmp_path / "m.onnx", Job(SHAPE, batches=(x,)))
@@ -138,7 +144,9 @@ def test_images_are_filled_up_to_four_channels(model, x, tmp_path):
 @given(st.lists(st.integers(-8, 7), max_size=9))
 def test_packed_codes_read_back(values):
     codes = np.array(values, np.int8)
-    tensor = onnx.TensorProto(dims=codes.shape, data_type=onnx.TensorProto.INT4, raw_data=packed(codes, 4))
+    tensor = onnx.TensorProto(
+        dims=codes.shape, data_type=onnx.TensorProto.INT4, raw_data=packed(codes, 4)
+    )
     assert onnx.numpy_helper.to_array(tensor).astype(np.int8).tolist() == values
 
 

@@ -23,7 +23,11 @@ def test_float_files_give_the_logits_of_torch_at_any_batch_size(tmp_path, x, cap
     model = trained(Residual())
     made = export(model, tmp_path / "m.xml", "openvino", Job(SHAPE))
     assert {p.name for p in tmp_path.iterdir()} == {"m.xml", "m.bin"}
-    assert file_bytes(made.path) == made.file_bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
+    assert (
+        file_bytes(made.path)
+        == made.file_bytes
+        == sum(p.stat().st_size for p in tmp_path.iterdir())
+    )
     assert parity(model, made.path, x).max_abs_error < 1e-4
     run = open_file(made.path, threads=1)
     assert [run(x[:n].numpy()).shape for n in (1, 5, 1)] == [(1, 5), (5, 5), (1, 5)]
@@ -40,12 +44,17 @@ def test_integer_files_give_the_logits_of_the_rounded_graph(tmp_path, x):
 
 def test_no_weights_of_eight_bits_overflow(tmp_path):
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 5)), torch.ones(8, *SHAPE)
+    model, x = (
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 5)),
+        torch.ones(8, *SHAPE),
+    )
     nn.init.constant_(model[1].weight, 0.01)
     made = export(model, tmp_path / "7.xml", "openvino", Job(SHAPE, batches=(x,)))
     assert made.left == {}
     parity(made.program, made.path, x, tolerance=0.01)
-    quantize_layers_(model, {name: LayerGrids(weights=WeightGrid(kind="int", bits=8)) for name in ("1", "3")})
+    quantize_layers_(
+        model, {name: LayerGrids(weights=WeightGrid(kind="int", bits=8)) for name in ("1", "3")}
+    )
     made = export(model, tmp_path / "8.xml", "openvino", Job(SHAPE, batches=(x,)))
     assert list(made.left) == ["weights of 8 bits"]
     parity(made.program, made.path, x, tolerance=0.01)
@@ -59,12 +68,16 @@ def test_weights_of_four_bits_take_four(tmp_path, x):
         made = export(model, tmp_path / f"{bits}.xml", "openvino", Job(SHAPE))
         assert parity(model, made.path, x).max_abs_error < 1e-4
         sizes.append(made.file_bytes)
-    weights = sum(p.numel() for n, p in model.named_parameters() if n.endswith("weight") and p.dim() > 1)
+    weights = sum(
+        p.numel() for n, p in model.named_parameters() if n.endswith("weight") and p.dim() > 1
+    )
     assert sizes[0] - sizes[1] == pytest.approx(weights / 2, rel=0.1)  # the graph grows
 
 
 def test_a_damaged_file_a_missing_one_and_other_shapes_are_refused(tmp_path):
-    path = export(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), tmp_path / "m.xml", "openvino", Job(SHAPE)).path
+    path = export(
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), tmp_path / "m.xml", "openvino", Job(SHAPE)
+    ).path
     with pytest.raises(ExportError, match=r"cannot run .* on \[2, 3, 8, 9\].*the file takes"):
         open_file(path)(torch.zeros(2, 3, 8, 9).numpy())
     whole = path.with_suffix(".bin").read_bytes()
@@ -96,8 +109,16 @@ class Captioned(nn.Module):
 @pytest.mark.parametrize("integer", [False, True])
 def test_several_inputs_by_name_give_outputs_in_their_places(tmp_path, integer):
     torch.manual_seed(0)
-    model, example = Captioned().eval(), {"words": torch.randint(0, 20, (4, 5)), "image": torch.randn(4, 8)}
-    made = export(model, tmp_path / "m.xml", "openvino", Job(example=example, batches=(example,) if integer else ()))
+    model, example = (
+        Captioned().eval(),
+        {"words": torch.randint(0, 20, (4, 5)), "image": torch.randn(4, 8)},
+    )
+    made = export(
+        model,
+        tmp_path / "m.xml",
+        "openvino",
+        Job(example=example, batches=(example,) if integer else ()),
+    )
     assert parity(made.program or model, made.path, example, tolerance=made.tolerance).examples == 4
     got = open_file(made.path)(words=example["words"].numpy(), image=example["image"].numpy())
     assert got["logits"].shape == (4, 3)

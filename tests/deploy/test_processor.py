@@ -13,7 +13,9 @@ OLD = Processor("x86_64", "Haswell", 4, ("avx2",))
 WIDE_OLD = Processor("x86_64", "Skylake-X", 4, ("avx2", "avx512"))
 VNNI = Processor("AMD64", "Ice Lake", 4, ("avx2", "avx512", "avx512_vnni"))
 CLIENT = Processor("x86_64", "Alder Lake", 4, ("avx2", "avx_vnni"))
-AMX = Processor("x86_64", "Sapphire Rapids", 4, ("avx2", "avx512", "amx_bf16", "amx_int8", "avx512_bf16"))
+AMX = Processor(
+    "x86_64", "Sapphire Rapids", 4, ("avx2", "avx512", "amx_bf16", "amx_int8", "avx512_bf16")
+)
 ARM = Processor("aarch64", "Graviton 3", 4, ("dotprod", "i8mm", "bf16"))
 EXACT = "session.x64quantprecision"
 
@@ -23,11 +25,15 @@ EXACT = "session.x64quantprecision"
 def test_exact_products_are_asked_for_where_they_would_overflow_and_only_there(processor, wide):
     overflows = processor in (OLD, WIDE_OLD)
     assert processor.overflows == overflows
-    assert settings("onnxruntime", wide=wide, processor=processor) == ({EXACT: "1"} if wide and overflows else {})
+    assert settings("onnxruntime", wide=wide, processor=processor) == (
+        {EXACT: "1"} if wide and overflows else {}
+    )
     told = settings("OpenVINO", wide=wide, processor=processor)
     assert ("LP_TRANSFORMS_MODE" in told) == (wide and overflows)
     assert told["INFERENCE_PRECISION_HINT"] == "f32", "else bfloat16 where the processor has it"
-    assert told["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == "0", "else the inputs of packed weights are rounded"
+    assert told["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == "0", (
+        "else the inputs of packed weights are rounded"
+    )
 
 
 def test_every_row_is_of_a_known_runtime_and_says_why():
@@ -49,7 +55,9 @@ def test_this_processor_is_asked():
 
 
 @pytest.mark.parametrize("processor", [OLD, VNNI], ids=lambda p: p.name)
-def test_the_options_reach_the_session_and_stand_beside_latency_and_parity(tmp_path, monkeypatch, processor):
+def test_the_options_reach_the_session_and_stand_beside_latency_and_parity(
+    tmp_path, monkeypatch, processor
+):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     x = torch.randn(64, 16)
@@ -78,5 +86,7 @@ def test_a_float_file_with_small_weights_is_compared_like_a_float_file(tmp_path)
     quantize_layers_(model, {"0": LayerGrids(weights=WeightGrid(bits=4))})
     made = deploy.export(model, tmp_path / "m.onnx", "onnx", Job((64,)))
     assert made.tolerance == deploy.TOLERANCE
-    made = deploy.export(model, tmp_path / "i.onnx", "onnx", Job((64,), batches=(torch.randn(8, 64),)))
+    made = deploy.export(
+        model, tmp_path / "i.onnx", "onnx", Job((64,), batches=(torch.randn(8, 64),))
+    )
     assert made.tolerance == deploy.ROUNDING

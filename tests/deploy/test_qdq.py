@@ -56,7 +56,11 @@ def test_every_operand_of_integer_arithmetic_is_rounded_and_the_logits_stay_near
     assert made.left == {}
     graph = made.program.graph
     back = {OPS.dequantize_per_tensor.default, OPS.dequantize_per_channel.default}
-    for target in (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default, torch.ops.aten.add.Tensor):
+    for target in (
+        torch.ops.aten.conv2d.default,
+        torch.ops.aten.linear.default,
+        torch.ops.aten.add.Tensor,
+    ):
         found = calls(made.program, target)
         assert found
         for node in found:
@@ -70,7 +74,9 @@ def test_every_operand_of_integer_arithmetic_is_rounded_and_the_logits_stay_near
 
 def test_uint8_and_int8_activations_are_the_same_numbers(x):
     model = trained(Residual())
-    a, b = (quantized_program(model, SHAPE, [x], activations=kind).program for kind in ("uint8", "int8"))
+    a, b = (
+        quantized_program(model, SHAPE, [x], activations=kind).program for kind in ("uint8", "int8")
+    )
     assert torch.equal(logits(a, x), logits(b, x))
 
 
@@ -99,7 +105,9 @@ def test_codes_scales_and_input_grids_of_a_quantized_model_go_in_unchanged(x):
     for name in ("0", "3"):
         layer = model.get_submodule(name)
         assert torch.equal(made.program.state_dict[f"{name}.weight_codes"], layer.codes())
-        assert torch.equal(made.program.state_dict[f"{name}.weight_scales"], layer.weight_scale.detach())
+        assert torch.equal(
+            made.program.state_dict[f"{name}.weight_scales"], layer.weight_scale.detach()
+        )
         assert f"{name}.weight" not in made.program.state_dict
     first, second = calls(made.program, OPS.quantize_per_tensor.default)[:2]
     assert first.args[1:3] == (pytest.approx(0.03), 120)
@@ -193,7 +201,9 @@ def test_observers_cut_off_what_is_rare(x, observer):
     far = x.repeat(8, 1, 1, 1)
     far[0, 0, 0, 0] = 500.0
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
-    wide, cut = (quantized_program(model, SHAPE, [far], observer=o).program for o in ("minmax", observer))
+    wide, cut = (
+        quantized_program(model, SHAPE, [far], observer=o).program for o in ("minmax", observer)
+    )
     scales = [calls(program, OPS.quantize_per_tensor.default)[0].args[1] for program in (wide, cut)]
     assert scales[0] == pytest.approx((500 - float(far.min())) / 255, rel=1e-4)
     assert scales[1] < scales[0]
@@ -210,7 +220,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, length, width = x.shape
-        q, k, v = self.qkv(self.norms[0](x)).view(n, length, 3, 4, width // 4).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(self.norms[0](x)).view(n, length, 3, 4, width // 4).permute(2, 0, 3, 1, 4)
+        )
         weights = torch.softmax(q @ k.transpose(-2, -1) * (width // 4) ** -0.5, -1)
         x = x + self.out((weights @ v).transpose(1, 2).reshape(n, length, width))
         return x + self.down(nn.functional.gelu(self.up(self.norms[1](x))))
@@ -219,9 +231,16 @@ class Block(nn.Module):
 class Vision(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.patches, self.place = nn.Conv2d(3, 32, 2, 2), nn.Parameter(torch.randn(1, 17, 32) * 0.1)
+        self.patches, self.place = (
+            nn.Conv2d(3, 32, 2, 2),
+            nn.Parameter(torch.randn(1, 17, 32) * 0.1),
+        )
         self.token = nn.Parameter(torch.randn(1, 1, 32))
-        self.blocks, self.norm, self.head = nn.Sequential(Block(), Block(), Block()), nn.LayerNorm(32), nn.Linear(32, 5)
+        self.blocks, self.norm, self.head = (
+            nn.Sequential(Block(), Block(), Block()),
+            nn.LayerNorm(32),
+            nn.Linear(32, 5),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
@@ -232,7 +251,9 @@ class Vision(nn.Module):
 def test_the_file_of_a_transformer_is_as_near_as_its_simulation(x):
     torch.manual_seed(0)
     model = Vision().eval()
-    model.place.data[:, :, 3] += 12.0  # a channel far out, as the residual streams of transformers have
+    model.place.data[:, :, 3] += (
+        12.0  # a channel far out, as the residual streams of transformers have
+    )
     exact = logits(model, x)
     table, _ = quantizable(model, LayerGrids(weights=WeightGrid(), inputs=InputGrid()))
     quantize_(model, table, [x])
@@ -268,5 +289,7 @@ def test_only_what_rounds_values_counts_as_rounded(x):
     assert quantized_program(model, SHAPE, [x]).rounds
     quantize_layers_(model, {"2": LayerGrids(weights=WeightGrid(bits=4))})
     assert not quantized_program(model, SHAPE).rounds
-    quantize_layers_(model, {"2": LayerGrids(weights=WeightGrid(bits=4), inputs=InputGrid(dynamic=True))})
+    quantize_layers_(
+        model, {"2": LayerGrids(weights=WeightGrid(bits=4), inputs=InputGrid(dynamic=True))}
+    )
     assert quantized_program(model, SHAPE).rounds

@@ -16,7 +16,12 @@ def small_net(width: int = 11) -> nn.Module:
     """Returns a net with used batch statistics, so that folding them wrongly shows."""
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4 * width, 4)
+        nn.Conv2d(1, width, 3),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(4 * width, 4),
     )
     net(torch.randn(64, *SHAPE) * 3 + 1)
     return net.eval()
@@ -95,7 +100,10 @@ def test_latency_is_an_ordered_spread_that_grows_with_the_work(exported, tmp_pat
             return x.mean(-1)
 
     export_onnx(Slow(), tmp_path / "slow.onnx", Job(SHAPE, PREPROCESS))
-    quick, slow = latency(exported[1], SHAPE, seconds=0.2), latency(tmp_path / "slow.onnx", SHAPE, seconds=0.2)
+    quick, slow = (
+        latency(exported[1], SHAPE, seconds=0.2),
+        latency(tmp_path / "slow.onnx", SHAPE, seconds=0.2),
+    )
     assert 0 < quick.p10_ms <= quick.median_ms <= quick.p90_ms
     assert quick.runs >= 10
     assert slow.median_ms > 2 * quick.median_ms
@@ -107,6 +115,8 @@ def test_a_file_that_is_missing_corrupt_or_wrongly_fed_is_a_clear_error(exported
     for bad in (tmp_path / "none.onnx", tmp_path / "corrupt.onnx"):
         with pytest.raises(ExportError, match=r"cannot load|there is no file"):
             parity(model, bad, torch.randn(2, *SHAPE))
-    with pytest.raises(ExportError, match=r"cannot run .* on \[1, 3, 6, 6\].*takes \['batch', 1, 6, 6\]"):
+    with pytest.raises(
+        ExportError, match=r"cannot run .* on \[1, 3, 6, 6\].*takes \['batch', 1, 6, 6\]"
+    ):
         latency(path, (3, 6, 6))
     assert capfd.readouterr() == ("", "")

@@ -38,7 +38,17 @@ SAMPLE_PLAN = PrivacyPlan("sample", 1.0, 0.2, 1.0, steps_per_round=4)
 class Federation:
     """Clients c0, c1, ... with 10, 14, 18, ... examples; change what a test is about through keywords."""
 
-    def __init__(self, clients=4, *, cohort=None, privacy=None, weights="examples", settings=None, model=None, **more):
+    def __init__(
+        self,
+        clients=4,
+        *,
+        cohort=None,
+        privacy=None,
+        weights="examples",
+        settings=None,
+        model=None,
+        **more,
+    ):
         self.model = model or mlp()
         self.settings = settings or LocalSettings(batch_size=4, momentum=0.5)
         self.params, self.layout = parameters.flatten(self.model), parameters.Layout.of(self.model)
@@ -46,7 +56,9 @@ class Federation:
         self.uplink = Uplink.bind(len(self.params), cohort, privacy=privacy, weights=weights)
         self.data = [examples(10 + 4 * i, seed=i) for i in range(clients)]
         sample = privacy is not None and privacy.unit == "sample"
-        private = {"plan": privacy, "local_update": private_sgd} if sample else {"local_update": sgd}
+        private = (
+            {"plan": privacy, "local_update": private_sgd} if sample else {"local_update": sgd}
+        )
         common = {
             "model": self.model,
             "settings": self.settings,
@@ -55,7 +67,8 @@ class Federation:
             "prepare": untouched,
         }
         self.clients = {
-            f"c{i}": Client(f"c{i}", arrays, **(common | private | more)) for i, arrays in enumerate(self.data)
+            f"c{i}": Client(f"c{i}", arrays, **(common | private | more))
+            for i, arrays in enumerate(self.data)
         }
 
     @property
@@ -67,7 +80,9 @@ class Federation:
         return agreement(self.layout, self.settings, self.uplink)
 
     def fit(self, round: int = 1) -> Message:
-        return Message("fit", {"round": round, "agreement": self.agreement}, {"params": self.params})
+        return Message(
+            "fit", {"round": round, "agreement": self.agreement}, {"params": self.params}
+        )
 
 
 def key(client: str = "c0", round: int = 1) -> Key:

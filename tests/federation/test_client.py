@@ -9,7 +9,7 @@ from fedpress.codecs import Key, Quantize, TopK
 from fedpress.core import parameters
 from fedpress.core.examples import Arrays
 from fedpress.errors import RecipeError, TrainingError, WireError
-from fedpress.federation import Cohort, Downlink, LocalSettings, Recall, Uplink, agreement
+from fedpress.federation import Cohort, Downlink, InMemoryState, LocalSettings, Uplink, agreement
 from fedpress.federation.downlink import SERVER
 from fedpress.federation.local import sgd
 from fedpress.wire import Message, pack, unpack
@@ -22,7 +22,9 @@ def answer(federation, message=None, name="c0"):
 
 def with_batch_norm():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3)
+    )
     model[1].running_mean += 0.5
     return model
 
@@ -31,7 +33,9 @@ def test_the_update_is_the_trained_client_minus_the_server():
     federation = Federation()
     reply = answer(federation)
     assert reply.kind == "update"
-    assert torch.equal(reply.tensors["values"], parameters.flatten(federation.model) - federation.params)
+    assert torch.equal(
+        reply.tensors["values"], parameters.flatten(federation.model) - federation.params
+    )
     assert reply.tensors["values"].norm() > 0
 
 
@@ -91,7 +95,10 @@ def test_buffers_are_the_same_before_and_after_and_never_travel(norm):
 
 def test_frozen_batch_norm_uses_fixed_statistics_and_trains_scale_and_bias():
     frozen, batch = with_batch_norm(), with_batch_norm()
-    updates = [answer(Federation(model=m, norm=n)).tensors["values"] for m, n in ((frozen, "frozen"), (batch, "batch"))]
+    updates = [
+        answer(Federation(model=m, norm=n)).tensors["values"]
+        for m, n in ((frozen, "frozen"), (batch, "batch"))
+    ]
     assert not torch.equal(*updates)
     assert not torch.equal(frozen[1].weight, torch.ones(8))
 
@@ -109,13 +116,25 @@ def test_only_trainable_parameters_travel():
     ("change", "field"),
     [
         (lambda m: Message("update", m.header, m.tensors), r"fit\.kind: got 'update'"),
-        (lambda m: Message("fit", {**m.header, "agreement": "other"}, m.tensors), r"fit\.agreement"),
+        (
+            lambda m: Message("fit", {**m.header, "agreement": "other"}, m.tensors),
+            r"fit\.agreement",
+        ),
         (lambda m: Message("fit", {**m.header, "round": 0}, m.tensors), r"fit\.round: got 0"),
         (lambda m: Message("fit", {**m.header, "round": "1"}, m.tensors), r"fit\.round: got '1'"),
         (lambda m: Message("fit", m.header), r"fit\.params"),
-        (lambda m: Message("fit", m.header, {"params": m.tensors["params"].double()}), r"fit\.params"),
-        (lambda m: Message("fit", m.header, {"params": m.tensors["params"] * float("nan")}), r"fit\.params"),
-        (lambda m: Message("fit", m.header, {"params": m.tensors["params"][1:]}), r"\[82\]|82 values|shape"),
+        (
+            lambda m: Message("fit", m.header, {"params": m.tensors["params"].double()}),
+            r"fit\.params",
+        ),
+        (
+            lambda m: Message("fit", m.header, {"params": m.tensors["params"] * float("nan")}),
+            r"fit\.params",
+        ),
+        (
+            lambda m: Message("fit", m.header, {"params": m.tensors["params"][1:]}),
+            r"\[82\]|82 values|shape",
+        ),
     ],
 )
 def test_a_request_that_does_not_fit_is_refused_by_field(change, field):
@@ -158,7 +177,9 @@ def test_under_privacy_a_failure_does_not_tell_on_what_it_failed():
 
 @pytest.mark.parametrize("privacy", [SAMPLE_PLAN, client_plan(Cohort(4, 4))])
 def test_under_privacy_a_client_answers_one_question_a_round_and_none_beyond_the_plan(privacy):
-    federation = Federation(privacy=privacy, weights="equal" if privacy.unit == "client" else "examples", num_rounds=2)
+    federation = Federation(
+        privacy=privacy, weights="equal" if privacy.unit == "client" else "examples", num_rounds=2
+    )
     first = federation.clients["c0"].handle(pack(federation.fit(1)))
     assert federation.clients["c0"].handle(pack(federation.fit(1))) == first
     other = replace(federation.fit(1), tensors={"params": federation.params + 1})
@@ -189,7 +210,9 @@ def test_parts_that_do_not_belong_together_are_refused():
     joint = Uplink.bind(len(private.params), Cohort(4, 4), privacy=SAMPLE_PLAN, trust="central")
     assert replace(private.clients["c0"], uplink=joint, local_update=sgd).uplink.joint
     with pytest.raises(RecipeError, match="run no other local update"):
-        replace(private.clients["c0"], uplink=joint, local_update=lambda model, task: sgd(model, task))
+        replace(
+            private.clients["c0"], uplink=joint, local_update=lambda model, task: sgd(model, task)
+        )
     with pytest.raises(RecipeError, match=r"trains 3 values but the uplink is for 83"):
         replace(federation.clients["c0"], model=nn.Linear(2, 1))
 
@@ -218,7 +241,9 @@ def test_what_a_module_remembers_is_forgotten_after_every_round_also_after_a_fai
         answer(diverging)
     assert torch.equal(model[0].mean, torch.zeros(6))
     private = Federation(model=nn.Sequential(Remembers(), *mlp()), privacy=SAMPLE_PLAN)
-    assert answer(private).header["failures"][1] == pytest.approx(8, abs=8)  # examples in four steps, with noise
+    assert answer(private).header["failures"][1] == pytest.approx(
+        8, abs=8
+    )  # examples in four steps, with noise
     assert torch.equal(private.model[0].mean, torch.zeros(6))
 
 
@@ -226,7 +251,9 @@ def coded():
     federation = Federation(clients=1)
     size = len(federation.params)
     downlink = Downlink(size, chain=(Quantize(bits=8),), first=(Quantize(bits=16),))
-    client = replace(federation.clients["c0"], downlink=downlink, error_feedback=True, memory=Recall())
+    client = replace(
+        federation.clients["c0"], downlink=downlink, error_feedback=True, memory=InMemoryState()
+    )
     return federation, downlink, client
 
 
@@ -254,15 +281,19 @@ def test_error_feedback_adds_what_the_last_update_lost():
     federation = Federation(clients=1)
     uplink = Uplink.bind(len(federation.params), Cohort(1, 1), chain=(TopK(density=0.1),))
     federation.uplink = uplink
-    memory = Recall()
+    memory = InMemoryState()
     client = replace(federation.clients["c0"], uplink=uplink, error_feedback=True, memory=memory)
     plain = replace(client, error_feedback=False)
-    sent = [unpack(client.handle(pack(federation.fit(round)))).tensors["values"] for round in (1, 2)]
+    sent = [
+        unpack(client.handle(pack(federation.fit(round)))).tensors["values"] for round in (1, 2)
+    ]
     whole = []
     for round in (1, 2):
         plain.handle(pack(federation.fit(round)))
         whole.append(parameters.flatten(federation.model) - federation.params)
     lost = whole[0] - sent[0]
     assert torch.allclose(memory.load(2)["residual"], lost)
-    kept = (whole[1] + lost).abs() >= (whole[1] + lost).abs().topk(int((sent[1] != 0).sum())).values[-1]
+    kept = (whole[1] + lost).abs() >= (whole[1] + lost).abs().topk(
+        int((sent[1] != 0).sum())
+    ).values[-1]
     assert torch.allclose(sent[1], torch.where(kept, whole[1] + lost, torch.zeros(())))

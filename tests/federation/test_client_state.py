@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from fedpress.errors import RunError
-from fedpress.federation import Files, Recall
+from fedpress.federation import DiskState, InMemoryState
 
 
 @pytest.fixture(params=["recall", "files"])
 def memory(request, tmp_path):
-    return Recall() if request.param == "recall" else Files(tmp_path / "client")
+    return InMemoryState() if request.param == "recall" else DiskState(tmp_path / "client")
 
 
 def state(value):
@@ -33,22 +33,22 @@ def test_only_two_states_are_kept_and_later_ones_are_forgotten_when_the_run_goes
 
 
 def test_notes_stay_whatever_the_round(memory):
-    assert memory.note("member") == {}
-    memory.save_note("member", {"json": torch.arange(4, dtype=torch.uint8)})
+    assert memory.entry("member") == {}
+    memory.save_entry("member", {"json": torch.arange(4, dtype=torch.uint8)})
     memory.save(5, state(5))
-    assert memory.note("member")["json"].tolist() == [0, 1, 2, 3]
+    assert memory.entry("member")["json"].tolist() == [0, 1, 2, 3]
 
 
 def test_files_outlive_the_process_and_a_damaged_one_is_named(tmp_path):
-    Files(tmp_path).save(2, state(2))
-    assert Files(tmp_path).load(3)["residual"].tolist() == [2.0, 2.0, 2.0]
+    DiskState(tmp_path).save(2, state(2))
+    assert DiskState(tmp_path).load(3)["residual"].tolist() == [2.0, 2.0, 2.0]
     (tmp_path / "2.safetensors").write_bytes(b"nonsense")
     with pytest.raises(RunError, match=r"2\.safetensors: this memory of a client is damaged"):
-        Files(tmp_path).load(3)
+        DiskState(tmp_path).load(3)
 
 
 def test_a_full_disk_is_an_error_with_the_cure(tmp_path):
     blocked = tmp_path / "client"
     blocked.write_text("a file where the folder should be")
     with pytest.raises(RunError, match="free some space"):
-        Files(blocked).save(1, state(1))
+        DiskState(blocked).save(1, state(1))

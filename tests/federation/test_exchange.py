@@ -8,7 +8,11 @@ from fedpress.federation.exchange import Traffic, error, ordered
 @pytest.mark.parametrize("order", list(itertools.permutations("abc")))
 def test_replies_are_put_into_client_order(order):
     got = list(ordered(["a", "b", "c"], iter([(name, error(name)) for name in order])))
-    assert [(name, reply.header["reason"]) for name, reply in got] == [("a", "a"), ("b", "b"), ("c", "c")]
+    assert [(name, reply.header["reason"]) for name, reply in got] == [
+        ("a", "a"),
+        ("b", "b"),
+        ("c", "c"),
+    ]
 
 
 def test_a_missing_reply_is_none():
@@ -19,7 +23,9 @@ def test_a_missing_reply_is_none():
 
 
 def test_replies_that_nobody_asked_for_and_second_replies_are_ignored():
-    replies = iter([("x", error("stranger")), ("b", error("first")), ("b", error("second")), ("a", error("a"))])
+    replies = iter(
+        [("x", error("stranger")), ("b", error("first")), ("b", error("second")), ("a", error("a"))]
+    )
     got = list(ordered(["a", "b"], replies))
     assert [(name, reply.header["reason"]) for name, reply in got] == [("a", "a"), ("b", "first")]
     assert next(replies, None) is None

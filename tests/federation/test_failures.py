@@ -10,7 +10,7 @@ from torch import nn
 
 from fedpress.core.examples import Arrays
 from fedpress.federation import Cohort, LocalSettings
-from fedpress.federation.client_state import Recall
+from fedpress.federation.client_state import InMemoryState
 from fedpress.federation.failures import Tally
 from fedpress.federation.local import joint_gradient, private_sgd
 from fedpress.federation.servernoise import KEYS, ServerNoise
@@ -51,7 +51,9 @@ def test_an_example_on_which_the_network_fails_gives_nothing_and_is_counted(meth
     got, raw = clipped_gradient_sum(
         model, F.cross_entropy, bad, arrays.y, clip_norm=0.3, method=method, verify="gradients"
     )
-    without, _ = clipped_gradient_sum(model, F.cross_entropy, bad[keep], arrays.y[keep], clip_norm=0.3)
+    without, _ = clipped_gradient_sum(
+        model, F.cross_entropy, bad[keep], arrays.y[keep], clip_norm=0.3
+    )
     assert torch.equal(got, without)
     assert (raw.failed, raw.refused) == (1, 0)
     assert "IndexError" in raw.problem
@@ -97,7 +99,9 @@ def test_equal_questions_get_equal_noise_and_others_another():
 
 
 def test_a_plan_without_noise_counts_exactly():
-    assert Tally(1, 2).noised(replace(PLAN, noise_multiplier=0.0), key(), steps=1, hidden="") == Tally(1, 2)
+    assert Tally(1, 2).noised(
+        replace(PLAN, noise_multiplier=0.0), key(), steps=1, hidden=""
+    ) == Tally(1, 2)
 
 
 def test_tallies_add_up():
@@ -137,8 +141,13 @@ def test_what_a_client_says_of_failures_is_noised_unless_the_server_is_trusted(f
 
 def test_a_trusted_server_adds_the_noise_and_counts_who_does_not_answer():
     cohort = Cohort(4, 4)
-    federation = Federation(privacy=client_plan(cohort, noise=0.2), weights="equal", prepare=failing)
-    replies = [(name, unpack(client.handle(pack(federation.fit())))) for name, client in federation.clients.items()]
+    federation = Federation(
+        privacy=client_plan(cohort, noise=0.2), weights="equal", prepare=failing
+    )
+    replies = [
+        (name, unpack(client.handle(pack(federation.fit()))))
+        for name, client in federation.clients.items()
+    ]
     replies[3] = ("c3", None)
     mean = federation.uplink.mean(iter(replies), seed=1, round=1)
     assert mean.failures.failed == pytest.approx(4, abs=1)
@@ -175,7 +184,9 @@ def test_noise_on_counts_leaves_the_noise_on_updates_as_it_was():
         noise = ServerNoise(PrivacyPlan("client", 0.5, 1.0, 2.0), factors)
         total, state = torch.arange(6.0), {}
         for round in (1, 2):
-            alone, after = noise.add(total, {k: v for k, v in state.items() if k == KEYS}, key("server", round))
+            alone, after = noise.add(
+                total, {k: v for k, v in state.items() if k == KEYS}, key("server", round)
+            )
             _, state = noise.count(torch.ones(2), state, key("server", round), "")
             both, state = noise.add(total, state, key("server", round))
             assert torch.equal(alone, both)
@@ -206,16 +217,27 @@ class Notes(Words):
 
 @pytest.mark.parametrize("how", ["in place", "anew", "new", "parameter"])
 @pytest.mark.parametrize("method", METHODS)
-def test_an_example_on_which_the_network_writes_into_itself_is_one_that_failed_and_takes_no_other_along(how, method):
+def test_an_example_on_which_the_network_writes_into_itself_is_one_that_failed_and_takes_no_other_along(
+    how, method
+):
     model, arrays = Notes(how), words()
     arrays.x.clamp_(max=8)
     rare = arrays.x.clone()
     rare[2, 0] = 9
     before = {name: value.clone() for name, value in model.state_dict().items()}
     keep = torch.tensor([0, 1, 3, 4, 5])
-    without, _ = clipped_gradient_sum(model, F.cross_entropy, rare[keep], arrays.y[keep], clip_norm=0.3)
+    without, _ = clipped_gradient_sum(
+        model, F.cross_entropy, rare[keep], arrays.y[keep], clip_norm=0.3
+    )
     got, raw = clipped_gradient_sum(
-        model, F.cross_entropy, rare, arrays.y, clip_norm=0.3, method=method, verify="gradients", contain=True
+        model,
+        F.cross_entropy,
+        rare,
+        arrays.y,
+        clip_norm=0.3,
+        method=method,
+        verify="gradients",
+        contain=True,
     )
     assert torch.equal(got, without)
     assert (raw.failed, raw.refused) == (1, 0)
@@ -231,13 +253,19 @@ def test_one_example_that_makes_the_network_write_does_not_silence_its_client(st
     arrays.x.clamp_(max=8)
     arrays.x[3, 0] = 9
     model.train()
-    assert step(model, task(arrays, plan=PrivacyPlan("sample", 0.3, 1.0, 1.0))) == {"steps": 1, "failed": 1}
+    assert step(model, task(arrays, plan=PrivacyPlan("sample", 0.3, 1.0, 1.0))) == {
+        "steps": 1,
+        "failed": 1,
+    }
     assert not model.seen
 
 
 def round_with(federation, change):
     """Returns the mean of a round in which `change` may rewrite the header and tensors of c0's reply."""
-    replies = [(name, unpack(client.handle(pack(federation.fit())))) for name, client in federation.clients.items()]
+    replies = [
+        (name, unpack(client.handle(pack(federation.fit()))))
+        for name, client in federation.clients.items()
+    ]
     reply = replies[0][1]
     header, tensors = change({**reply.header}, {**reply.tensors})
     replies[0] = ("c0", replace(reply, header=header, tensors=tensors))
@@ -245,7 +273,15 @@ def round_with(federation, change):
 
 
 CLIENTS = client_plan(Cohort(4, 4))
-INVENTED = [[1e9, 0], [0, 40 * 14 + 999], [-400, 0], [1e308, 1e308], [-1e308, 1e308], [True, 0], ["1", 0]]
+INVENTED = [
+    [1e9, 0],
+    [0, 40 * 14 + 999],
+    [-400, 0],
+    [1e308, 1e308],
+    [-1e308, 1e308],
+    [True, 0],
+    ["1", 0],
+]
 
 
 @pytest.mark.parametrize("counts", INVENTED)
@@ -264,7 +300,9 @@ def test_a_client_that_failed_and_is_refused_moves_one_count_by_one():
     mean = round_with(federation, lambda header, tensors: (header | {"failures": [1.0, 0.0]}, nan))
     assert list(mean.refused) == ["c0"]
     assert mean.failures == Tally(0.0, 1.0)
-    assert round_with(federation, lambda header, tensors: (header | {"failures": [1.0, 1.0]}, tensors)).refused
+    assert round_with(
+        federation, lambda header, tensors: (header | {"failures": [1.0, 1.0]}, tensors)
+    ).refused
 
 
 def test_the_noise_on_equal_counts_of_other_examples_is_another():
@@ -274,10 +312,12 @@ def test_the_noise_on_equal_counts_of_other_examples_is_another():
         client = federation.clients["c0"]
         answers.append([unpack(client.handle(pack(federation.fit()))).header["failures"]])
         client.arrays.x[0] += 1e-3
-        fresh = replace(client, memory=Recall())
+        fresh = replace(client, memory=InMemoryState())
         answers[-1].append(unpack(fresh.handle(pack(federation.fit()))).header["failures"])
     assert answers[0] == answers[1]
     assert answers[0][0] != answers[0][1]
     noise = ServerNoise(PrivacyPlan("client", 0.5, 1.0, 2.0))
-    one, other = (noise.count(torch.zeros(2), {}, key("server"), hidden)[0] for hidden in ("a", "b"))
+    one, other = (
+        noise.count(torch.zeros(2), {}, key("server"), hidden)[0] for hidden in ("a", "b")
+    )
     assert not torch.equal(one, other)

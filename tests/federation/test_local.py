@@ -35,7 +35,7 @@ def test_sgd_equals_torch_sgd_over_the_same_batches():
     twin = copy.deepcopy(model)
     measured = sgd(model, work)
     optimizer = torch.optim.SGD(twin.parameters(), 0.1, 0.9, weight_decay=0.01)
-    shuffle, losses = key().own("shuffle"), []
+    shuffle, losses = key().client_stream("shuffle"), []
     for _ in range(2):
         order = torch.randperm(10, generator=shuffle)
         for index in (order[:4], order[4:8], order[8:]):
@@ -54,7 +54,10 @@ def test_the_proximal_pull_equals_its_penalty_in_the_loss():
     sgd(model, task(epochs=3, batch_size=10, lr=0.2, proximal_mu=mu))
     for _ in range(3):
         flat = torch.cat([p.reshape(-1) for p in twin.parameters()])
-        loss = F.cross_entropy(twin(examples(10).x), examples(10).y) + mu / 2 * (flat - start).square().sum()
+        loss = (
+            F.cross_entropy(twin(examples(10).x), examples(10).y)
+            + mu / 2 * (flat - start).square().sum()
+        )
         grads = torch.autograd.grad(loss, list(twin.parameters()))
         with torch.no_grad():
             for p, g in zip(twin.parameters(), grads, strict=True):
@@ -129,7 +132,9 @@ def test_private_steps_go_on_over_examples_that_break_plain_training():
 def test_private_steps_carry_noise_of_the_planned_size():
     model = Silent(200_000)
     private_sgd(model, task(examples(10), plan=SAMPLE_PLAN, lr=0.1))
-    expected = 0.1 * 1.0 * 1.0 / (0.2 * 10) * 4**0.5  # lr x noise x clip / expected batch x sqrt(steps)
+    expected = (
+        0.1 * 1.0 * 1.0 / (0.2 * 10) * 4**0.5
+    )  # lr x noise x clip / expected batch x sqrt(steps)
     assert model.w.std().item() == pytest.approx(expected, rel=0.01)
 
 
@@ -144,7 +149,9 @@ def test_private_steps_without_a_sample_plan_are_refused():
         private_sgd(mlp(), task())
 
 
-@pytest.mark.parametrize("bad", [{"lr": 0}, {"epochs": 0}, {"batch_size": 0}, {"lr_decay": 1.1}, {"leraning": 1}])
+@pytest.mark.parametrize(
+    "bad", [{"lr": 0}, {"epochs": 0}, {"batch_size": 0}, {"lr_decay": 1.1}, {"leraning": 1}]
+)
 def test_settings_out_of_range_are_refused(bad):
     with pytest.raises(ValidationError):
         LocalSettings(**bad)
@@ -186,7 +193,9 @@ def test_private_noise_is_new_for_everything_asked_and_the_same_on_repeat():
 
 
 def test_the_precision_setting_reaches_private_steps(monkeypatch):
-    monkeypatch.setattr("fedpress.federation.local.uses_bf16", lambda model, precision: precision == "bf16")
+    monkeypatch.setattr(
+        "fedpress.federation.local.uses_bf16", lambda model, precision: precision == "bf16"
+    )
     seen, model = set(), mlp()
     model[0].register_forward_hook(lambda module, args, output: seen.add(output.dtype))
     for precision, expected in (("bf16", torch.bfloat16), ("float32", torch.float32)):
@@ -216,19 +225,26 @@ def test_one_example_moves_a_joint_gradient_by_at_most_the_clip_norm():
     for seed in range(30):
         arrays = examples(12, seed=seed)
         fewer = Arrays(arrays.x[1:], arrays.y[1:])
-        a, b = (joint_gradient(model, task(part, plan=plan))[0].double() for part in (arrays, fewer))
+        a, b = (
+            joint_gradient(model, task(part, plan=plan))[0].double() for part in (arrays, fewer)
+        )
         assert float((a - b).norm()) <= 0.3 * (1 + 1e-5)
 
 
 def test_a_joint_batch_has_the_expected_size_and_another_one_each_round():
     model, arrays = mlp(), examples(200)
     plan = PrivacyPlan("sample", 1e6, 0.25, 1.0)
-    sums = [joint_gradient(model, replace(task(arrays, plan=plan), key=key(round=r)))[0] for r in range(1, 6)]
+    sums = [
+        joint_gradient(model, replace(task(arrays, plan=plan), key=key(round=r)))[0]
+        for r in range(1, 6)
+    ]
     assert len({tuple(s.tolist()) for s in sums}) == 5
 
 
 def sizes(model, n, size):
-    return [len(index) for index in shuffled_batches(model, n, size, torch.Generator().manual_seed(0))]
+    return [
+        len(index) for index in shuffled_batches(model, n, size, torch.Generator().manual_seed(0))
+    ]
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d])
@@ -246,12 +262,17 @@ def test_a_last_batch_of_one_joins_the_batch_before_under_batch_norm(norm):
 
 def test_the_order_of_examples_is_that_of_torch():
     index = shuffled_batches(mlp(), 20, 8, torch.Generator().manual_seed(4))
-    assert torch.equal(torch.cat(index), torch.randperm(20, generator=torch.Generator().manual_seed(4)))
+    assert torch.equal(
+        torch.cat(index), torch.randperm(20, generator=torch.Generator().manual_seed(4))
+    )
 
 
 def test_a_lone_example_under_batch_norm_is_an_error_with_the_cure():
     model = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3))
-    with pytest.raises(TrainingError, match=r"leaves a batch norm nothing to average; leave this client out, or set"):
+    with pytest.raises(
+        TrainingError,
+        match=r"leaves a batch norm nothing to average; leave this client out, or set",
+    ):
         sgd(model, task(examples(1)))
     with pytest.raises(TrainingError, match=r"take federate\.batch_size = 2 or more"):
         sgd(model, task(examples(4), batch_size=1))
@@ -275,7 +296,11 @@ class Raises(nn.Module):
     ("model", "arrays", "words"),
     [
         (nn.Sequential(Raises()), examples(3), "3 of 3 examples failed alone: ValueError: mine"),
-        (mlp(), Arrays(torch.full((2, 6), float("nan")), torch.zeros(2).long()), "of 2 of 2 examples is NaN"),
+        (
+            mlp(),
+            Arrays(torch.full((2, 6), float("nan")), torch.zeros(2).long()),
+            "of 2 of 2 examples is NaN",
+        ),
     ],
 )
 def test_a_rehearsal_says_what_fails(model, arrays, words):
@@ -286,9 +311,13 @@ def test_a_rehearsal_says_what_fails(model, arrays, words):
 def test_examples_that_are_not_finite_are_told_from_a_rate_that_is_too_large():
     arrays = examples(6)
     arrays.x[3, 1] = float("inf")
-    with pytest.raises(DivergedError, match=r"not finite in round 1; .* mend the examples: they hold NaN"):
+    with pytest.raises(
+        DivergedError, match=r"not finite in round 1; .* mend the examples: they hold NaN"
+    ):
         sgd(mlp(), task(arrays))
-    with pytest.raises(DivergedError, match=r"after \d steps the loss is not finite in round 1; .*\(now 1e\+30\)$"):
+    with pytest.raises(
+        DivergedError, match=r"after \d steps the loss is not finite in round 1; .*\(now 1e\+30\)$"
+    ):
         sgd(mlp(), task(epochs=9, lr=1e30))
 
 
@@ -310,7 +339,7 @@ def test_step_sizes_of_quantized_layers_get_no_weight_decay():
     twin = copy.deepcopy(model)
     work = task(epochs=1, batch_size=10, lr=0.1, weight_decay=0.5)
     sgd(model, work)
-    index = torch.randperm(10, generator=key().own("shuffle"))
+    index = torch.randperm(10, generator=key().client_stream("shuffle"))
     loss = F.cross_entropy(twin(work.arrays.x[index]), work.arrays.y[index])
     loss.backward()
     for n, p in twin.named_parameters():

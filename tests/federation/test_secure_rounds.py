@@ -14,16 +14,14 @@ from fedpress.federation import (
     Algorithm,
     Client,
     Cohort,
+    InMemoryState,
     LocalSettings,
-    Recall,
     SecureSum,
     Uplink,
     agreement,
 )
-from fedpress.federation import (
-    server as rounds,
-)
-from fedpress.secagg import Member, SecurePlan, identity
+from fedpress.federation.server import rounds
+from fedpress.secagg import SecAggClient, SecurePlan, identity
 from fedpress.transport import LocalTransport
 from fedpress.wire import Message, pack, unpack
 from tests.federation.federation import examples, mlp, untouched
@@ -46,7 +44,7 @@ class SecureFederation:
         adder = SecureSum(plan, size, limit or 2 ** (bits - 1), identities) if secure else None
         self.uplink = Uplink.bind(size, Cohort(6, 6), chain=chain, adder=adder, weights="equal")
         self.agreement = agreement(layout, SETTINGS, self.uplink)
-        self.memories = memories or {name: Recall() for name in NAMES}
+        self.memories = memories or {name: InMemoryState() for name in NAMES}
         self.clients = {
             name: Client(
                 name,
@@ -57,13 +55,17 @@ class SecureFederation:
                 7,
                 untouched,
                 memory=self.memories[name],
-                member=Member(name, keys[name], plan, dict(identities), self.agreement) if secure else None,
+                member=SecAggClient(name, keys[name], plan, dict(identities), self.agreement)
+                if secure
+                else None,
             )
             for i, name in enumerate(NAMES)
         }
 
     def run(self, num_rounds=2, change=lambda name, handle: handle, **more):
-        transport = LocalTransport({name: change(name, client.handle) for name, client in self.clients.items()})
+        transport = LocalTransport(
+            {name: change(name, client.handle) for name, client in self.clients.items()}
+        )
         return list(
             rounds(
                 self.params,
@@ -105,7 +107,9 @@ def test_clients_may_vanish_at_any_step(at):
     gone = {"c1", "c4"}
     secure = SecureFederation().run(change=vanish(gone, at))
     plain = SecureFederation(secure=False).run(change=vanish(gone if at == "fit" else set(), "fit"))
-    assert all(torch.allclose(a.params, b.params, atol=1e-7) for a, b in zip(secure, plain, strict=True))
+    assert all(
+        torch.allclose(a.params, b.params, atol=1e-7) for a, b in zip(secure, plain, strict=True)
+    )
     assert all(set(r.refused) == (gone if at == "fit" else set()) for r in secure)
 
 
@@ -133,7 +137,9 @@ def test_what_leaves_a_client_is_masked():
     SecureFederation().run(1, change=watch)
     values = torch.stack([m.tensors["masked"].double() for m in seen.values()])
     assert 0 <= float(values.min()) <= float(values.max()) < 2**16
-    assert float(values.mean()) == pytest.approx(2**15, rel=0.05)  # uniform, where the update is a few hundred
+    assert float(values.mean()) == pytest.approx(
+        2**15, rel=0.05
+    )  # uniform, where the update is a few hundred
     assert float(values.std()) == pytest.approx(2**16 / math.sqrt(12), rel=0.05)
     assert all(m.header.keys() == {"round", "secure"} for m in seen.values())
 
@@ -160,7 +166,7 @@ def test_a_run_that_goes_on_with_kept_memories_gives_the_same_bits():
     head = first.run(2)
     again = SecureFederation(memories=first.memories)
     for name, client in again.clients.items():
-        note = first.memories[name].note("member")
+        note = first.memories[name].entry("member")
         client.member.load_state_(json.loads(bytes(note["json"].tolist())))
     tail = list(
         rounds(
@@ -183,7 +189,9 @@ def test_a_client_answers_one_question_a_round():
     federation.run(1)
     client = federation.clients["c0"]
     other = Message(
-        "fit", {"round": 1, "agreement": federation.agreement, "cohort": NAMES}, {"params": federation.params + 1}
+        "fit",
+        {"round": 1, "agreement": federation.agreement, "cohort": NAMES},
+        {"params": federation.params + 1},
     )
     with pytest.raises(Exception, match="round 1"):
         client.handle(pack(other))
@@ -192,7 +200,10 @@ def test_a_client_answers_one_question_a_round():
 @pytest.mark.parametrize(
     ("chain", "cure"),
     [
-        ((TopK(), Clip(clip_norm=1.0), Discretize(scale=1.0)), "cannot decode a sum of 'topk'; use 'randomk'"),
+        (
+            (TopK(), Clip(clip_norm=1.0), Discretize(scale=1.0)),
+            "cannot decode a sum of 'topk'; use 'randomk'",
+        ),
         ((Quantize(bits=8),), "cannot decode a sum of 'quantize'"),
         ((Clip(clip_norm=1.0),), "end the list with"),
         ((Discretize(scale=1.0),), "put 'clip' before it"),

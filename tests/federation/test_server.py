@@ -7,7 +7,7 @@ import torch
 from fedpress.core import parameters
 from fedpress.errors import RecipeError
 from fedpress.federation import SERVERS, Algorithm, Cohort, LocalSettings
-from fedpress.federation import server as rounds
+from fedpress.federation.server import rounds
 from fedpress.transport import LocalTransport
 from fedpress.wire import pack, unpack
 from tests.federation.federation import SAMPLE_PLAN, Federation, client_plan, key
@@ -26,12 +26,19 @@ def run(federation, num_rounds=4, *, server="average", transport=None, **more):
     params, algorithm = more.pop("params", federation.params), Algorithm(server=SERVERS[server]())
     more = {"seed": 7, "agreement": federation.agreement} | more
     return rounds(
-        params, federation.uplink, algorithm, transport or federation.transport, num_rounds=num_rounds, **more
+        params,
+        federation.uplink,
+        algorithm,
+        transport or federation.transport,
+        num_rounds=num_rounds,
+        **more,
     )
 
 
 def same(a, b):
-    return torch.equal(a.params, b.params) and all(torch.equal(t, b.server_state[n]) for n, t in a.server_state.items())
+    return torch.equal(a.params, b.params) and all(
+        torch.equal(t, b.server_state[n]) for n, t in a.server_state.items()
+    )
 
 
 @pytest.mark.parametrize("clients", [3, 5])
@@ -43,11 +50,18 @@ def test_rounds_equal_the_plain_twin(clients, weights):
     *_, last = run(federation, 5)
 
     def batches(client, round):
-        n, shuffle = len(federation.data[client]), key(f"c{client}", round).own("shuffle")
+        n, shuffle = len(federation.data[client]), key(f"c{client}", round).client_stream("shuffle")
         return [i for _ in range(2) for i in torch.randperm(n, generator=shuffle).split(4)]
 
     numbers = [len(d) if weights == "examples" else 1 for d in federation.data]
-    fedavg(twin, [(d.x, d.y) for d in federation.data], rounds=5, lr=0.2, batches=batches, weights=numbers)
+    fedavg(
+        twin,
+        [(d.x, d.y) for d in federation.data],
+        rounds=5,
+        lr=0.2,
+        batches=batches,
+        weights=numbers,
+    )
     assert (last.params - parameters.flatten(twin)).abs().max() < 1e-6
     assert (last.params - federation.params).abs().max() > 0.05
 
@@ -148,7 +162,14 @@ def test_rounds_without_a_usable_reply_leave_params_and_state_as_they_were():
         reply.tensors["values"][0] = float("nan")
         return pack(reply)
 
-    records = list(run(federation, 2, server="adam", transport=LocalTransport(dict.fromkeys(federation.clients, nan))))
+    records = list(
+        run(
+            federation,
+            2,
+            server="adam",
+            transport=LocalTransport(dict.fromkeys(federation.clients, nan)),
+        )
+    )
     assert all(torch.equal(r.params, federation.params) for r in records)
     assert all("NaN" in reason for r in records for reason in r.refused.values())
     assert [len(r.refused) for r in records] == [4, 4]
@@ -157,12 +178,16 @@ def test_rounds_without_a_usable_reply_leave_params_and_state_as_they_were():
 
 def test_under_client_privacy_a_round_without_replies_is_a_step_of_noise():
     cohort = Cohort(1, 5, "poisson")
-    federation = Federation(5, cohort=cohort, privacy=client_plan(cohort, noise=2.0), weights="equal")
+    federation = Federation(
+        5, cohort=cohort, privacy=client_plan(cohort, noise=2.0), weights="equal"
+    )
 
     def dead(request):
         raise OSError
 
-    record = next(run(federation, transport=LocalTransport(dict.fromkeys(federation.clients, dead))))
+    record = next(
+        run(federation, transport=LocalTransport(dict.fromkeys(federation.clients, dead)))
+    )
     step = record.params - federation.params
     assert step.std().item() == pytest.approx(2.0 * 0.5, rel=0.3)
 
@@ -179,7 +204,9 @@ def test_what_does_not_fit_is_an_error_before_the_first_round():
         run(federation, params=federation.params[1:])
     with pytest.raises(RecipeError, match=r"federate\.params"):
         run(federation, params=federation.params.double())
-    with pytest.raises(RecipeError, match=r"federate\.population: planned for 4 clients, there are 5"):
+    with pytest.raises(
+        RecipeError, match=r"federate\.population: planned for 4 clients, there are 5"
+    ):
         run(federation, transport=Federation(5).transport)
 
 

@@ -25,11 +25,17 @@ def private(size, cohort, noise=0.0):
 
 
 def named(updates):
-    return [(f"c{i}", None if u is None else u if isinstance(u, Message) else update(u)) for i, u in enumerate(updates)]
+    return [
+        (f"c{i}", None if u is None else u if isinstance(u, Message) else update(u))
+        for i, u in enumerate(updates)
+    ]
 
 
 def test_the_mean_weighs_by_examples_or_equally():
-    a, b = update(torch.tensor([1.0, 0.0]), examples=30), update(torch.tensor([0.0, 1.0]), examples=10)
+    a, b = (
+        update(torch.tensor([1.0, 0.0]), examples=30),
+        update(torch.tensor([0.0, 1.0]), examples=10),
+    )
     for weights, expected in [("examples", [0.75, 0.25]), ("equal", [0.5, 0.5])]:
         mean = Uplink.bind(2, Cohort(2, 2), weights=weights).mean(named([a, b]), seed=1, round=1)
         assert mean.update.tolist() == expected
@@ -45,7 +51,10 @@ def test_the_mean_weighs_by_examples_or_equally():
         (Message("error"), "gave no reason"),
         (Message("fit", {"round": 1}), r"update\.kind: got 'fit'"),
         (update(torch.ones(3), round=2), r"update\.round: got 2, expected 1"),
-        (Message("update", {"examples": 10}, {"values": torch.ones(3)}), r"update\.round: got None"),
+        (
+            Message("update", {"examples": 10}, {"values": torch.ones(3)}),
+            r"update\.round: got None",
+        ),
         (update(torch.ones(4)), r"update: got torch.float32 \[4\], expected torch.float32 \[3\]"),
         (update(torch.ones(3, 1)), r"update: got torch.float32 \[3, 1\]"),
         (update(torch.ones(())), r"update: got torch.float32 \[\]"),
@@ -58,7 +67,12 @@ def test_the_mean_weighs_by_examples_or_equally():
         (update(torch.ones(3), examples=True), r"update\.examples: got True"),
         (update(torch.ones(3), examples=1 << 60), r"update\.examples"),
         (Message("update", {"round": 1, "examples": 1}), "'values' is missing"),
-        (Message("update", {"round": 1, "examples": 1}, {"values": torch.ones(3), "x": torch.ones(1)}), "tensors.x"),
+        (
+            Message(
+                "update", {"round": 1, "examples": 1}, {"values": torch.ones(3), "x": torch.ones(1)}
+            ),
+            "tensors.x",
+        ),
     ],
 )
 def test_a_bad_reply_is_refused_with_its_reason_and_the_rest_counts(reply, reason):
@@ -71,7 +85,9 @@ def test_a_bad_reply_is_refused_with_its_reason_and_the_rest_counts(reply, reaso
 
 
 def test_a_zero_update_counts_like_any_other():
-    mean = Uplink.bind(2, Cohort(2, 2)).mean(named([torch.zeros(2), torch.ones(2)]), seed=1, round=1)
+    mean = Uplink.bind(2, Cohort(2, 2)).mean(
+        named([torch.zeros(2), torch.ones(2)]), seed=1, round=1
+    )
     assert mean.update.tolist() == [0.5, 0.5]
     assert not mean.refused
     alone = Uplink.bind(2, Cohort(1, 1)).mean(named([torch.zeros(2)]), seed=1, round=1)
@@ -108,7 +124,9 @@ def test_noise_differs_between_rounds_and_seeds_and_is_the_same_on_repeat():
 
 
 def test_under_client_privacy_the_divisor_is_the_cohort_and_not_the_replies():
-    mean = private(2, Cohort(4, 4)).mean(named([torch.tensor([0.3, 0.0]), None, None, None]), seed=1, round=1)
+    mean = private(2, Cohort(4, 4)).mean(
+        named([torch.tensor([0.3, 0.0]), None, None, None]), seed=1, round=1
+    )
     assert mean.update.tolist() == pytest.approx([0.3 / 4, 0.0])
 
 
@@ -118,8 +136,15 @@ def test_under_client_privacy_nothing_about_single_clients_is_recorded():
 
 
 def test_under_client_privacy_claimed_examples_have_no_weight():
-    replies = named([update(torch.tensor([0.4, 0.0]), examples=1 << 39), update(torch.tensor([0.0, 0.4]), examples=1)])
-    assert private(2, Cohort(2, 2)).mean(replies, seed=1, round=1).update.tolist() == pytest.approx([0.2, 0.2])
+    replies = named(
+        [
+            update(torch.tensor([0.4, 0.0]), examples=1 << 39),
+            update(torch.tensor([0.0, 0.4]), examples=1),
+        ]
+    )
+    assert private(2, Cohort(2, 2)).mean(replies, seed=1, round=1).update.tolist() == pytest.approx(
+        [0.2, 0.2]
+    )
 
 
 vectors = st.lists(st.floats(width=32), min_size=4, max_size=4).map(torch.tensor)
@@ -134,7 +159,9 @@ def test_one_client_moves_the_mean_by_at_most_the_clip_norm_over_the_cohort(mine
     uplink = private(4, Cohort(3, 3))
     rest = [torch.tensor([0.1, 0.0, -0.2, 0.3]), other]
     with_me = uplink.mean(named([*rest, mine]), seed=1, round=1).update.double()
-    without = uplink.mean(named([*rest, None if replaced else torch.zeros(4)]), seed=1, round=1).update.double()
+    without = uplink.mean(
+        named([*rest, None if replaced else torch.zeros(4)]), seed=1, round=1
+    ).update.double()
     assert torch.isfinite(with_me).all()
     assert (with_me - without).norm() <= C / 3 + 1e-7
 
@@ -149,7 +176,11 @@ def test_metrics_that_leave_a_client_are_those_that_the_unit_allows():
 
 def test_what_a_client_says_beyond_the_allowed_is_not_recorded():
     reply = update(torch.ones(2), loss=9.0, steps=4, secret=5)
-    row = Uplink.bind(2, Cohort(1, 1), privacy=SAMPLE_PLAN).mean(named([reply]), seed=1, round=1).rows[0]
+    row = (
+        Uplink.bind(2, Cohort(1, 1), privacy=SAMPLE_PLAN)
+        .mean(named([reply]), seed=1, round=1)
+        .rows[0]
+    )
     assert row.keys() == {"client", "examples", "steps", "update_norm"}
 
 
@@ -166,7 +197,9 @@ def test_unknown_weights_are_refused():
 def test_client_noise_without_a_clip_bound_cannot_be_planned():
     for bad in (0.0, math.inf, math.nan, -1.0):
         with pytest.raises(RecipeError, match="clip_norm"):
-            Uplink.bind(2, Cohort(2, 2), privacy=PrivacyPlan("client", bad, 1.0, 1.0), weights="equal")
+            Uplink.bind(
+                2, Cohort(2, 2), privacy=PrivacyPlan("client", bad, 1.0, 1.0), weights="equal"
+            )
 
 
 def test_a_plan_that_counts_on_another_sampler_is_refused():
@@ -206,7 +239,12 @@ def test_an_adaptive_clip_finds_the_median_norm_from_far_below_and_above(initial
         for at, norm in enumerate(norms):
             x = torch.tensor([float(norm), 0.0, 0.0, 0.0])
             tensors = uplink.encode(x, Key(1, round, f"c{at}"), unit=unit)
-            replies.append((f"c{at}", Message("update", {"round": round, "below": float(norm) <= unit}, tensors)))
+            replies.append(
+                (
+                    f"c{at}",
+                    Message("update", {"round": round, "below": float(norm) <= unit}, tensors),
+                )
+            )
         state = uplink.mean(replies, seed=1, round=round, state=state).state
     assert uplink.unit(state) == pytest.approx(2.0, rel=0.2)
 
@@ -214,10 +252,15 @@ def test_an_adaptive_clip_finds_the_median_norm_from_far_below_and_above(initial
 def test_under_an_adaptive_clip_updates_travel_in_units_of_it_and_come_back_whole():
     cohort = Cohort(2, 2)
     uplink = adaptive(2, cohort, noise=0.0, initial=10.0)
-    sent = [uplink.encode(torch.tensor(x), Key(1, 1, "c"), unit=10.0) for x in ([3.0, 4.0], [30.0, 40.0])]
+    sent = [
+        uplink.encode(torch.tensor(x), Key(1, 1, "c"), unit=10.0)
+        for x in ([3.0, 4.0], [30.0, 40.0])
+    ]
     assert sent[0]["values"].tolist() == pytest.approx([0.3, 0.4])
     assert sent[1]["values"].tolist() == pytest.approx([0.6, 0.8])  # clipped to one unit
-    replies = [(f"c{i}", Message("update", {"round": 1, "below": True}, t)) for i, t in enumerate(sent)]
+    replies = [
+        (f"c{i}", Message("update", {"round": 1, "below": True}, t)) for i, t in enumerate(sent)
+    ]
     mean = uplink.mean(replies, seed=1, round=1, state=uplink.init())
     assert mean.update.tolist() == pytest.approx([4.5, 6.0])
 
@@ -243,12 +286,21 @@ def test_noise_in_every_mode_has_its_size_and_shape(secret):
 
 @pytest.mark.parametrize("kind", ["quantize", "topk", "sign", "ternary"])
 def test_with_any_codec_one_client_moves_a_plain_private_sum_by_at_most_the_clip_norm(kind):
-    settings_ = {"quantize": Quantize(rate=1.0), "topk": TopK(density=0.3), "sign": Sign(), "ternary": Ternary()}[kind]
+    settings_ = {
+        "quantize": Quantize(rate=1.0),
+        "topk": TopK(density=0.3),
+        "sign": Sign(),
+        "ternary": Ternary(),
+    }[kind]
     cohort = Cohort(3, 3)
-    uplink = Uplink.bind(64, cohort, privacy=client_plan(cohort, 0.0, C), weights="equal", chain=(settings_,))
+    uplink = Uplink.bind(
+        64, cohort, privacy=client_plan(cohort, 0.0, C), weights="equal", chain=(settings_,)
+    )
     chance = torch.Generator().manual_seed(2)
     for round in range(1, 200):
         scale = 10 ** float(torch.empty(()).uniform_(-3, 3, generator=chance))
         sent = uplink.encode(scale * torch.randn(64, generator=chance), Key(1, round, "c0"))
-        moved = uplink.mean([("c0", Message("update", {"round": round}, sent))], seed=1, round=round).update
+        moved = uplink.mean(
+            [("c0", Message("update", {"round": round}, sent))], seed=1, round=round
+        ).update
         assert float(moved.double().norm()) <= C / 3 * (1 + 1e-6)

@@ -72,13 +72,22 @@ FILES = {
         "a state dict",
     ),
     "checkpoint.ckpt": (checkpoint, "a state dict, or a checkpoint that holds one"),
-    "weights.safetensors": (lambda path: save_file(net().state_dict(), path), "a state dict (safetensors)"),
-    "module.pt": (lambda path: torch.save(net(), path), "a pickled object of classes such as torch.nn"),
+    "weights.safetensors": (
+        lambda path: save_file(net().state_dict(), path),
+        "a state dict (safetensors)",
+    ),
+    "module.pt": (
+        lambda path: torch.save(net(), path),
+        "a pickled object of classes such as torch.nn",
+    ),
     "old-module.pt": (
         lambda path: torch.save(net(), path, _use_new_zipfile_serialization=False),
         "a pickled object of classes such as torch.nn",
     ),
-    "module.pkl": (lambda path: path.write_bytes(pickle.dumps(net())), "a pickled object of classes such as torch.nn"),
+    "module.pkl": (
+        lambda path: path.write_bytes(pickle.dumps(net())),
+        "a pickled object of classes such as torch.nn",
+    ),
     "plain.pkl": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "a Python pickle"),
     "script.pt": (torchscript, "a TorchScript archive"),
     "program.pt2": (program, "a program of torch.export"),
@@ -92,10 +101,16 @@ FILES = {
     "model.zip": (plain_zip, "a zip archive; unpack it"),
     "model.npy": (starts_with(b"\x93NUMPY"), "a numpy array"),
     "model.tar.gz": (starts_with(b"\x1f\x8b"), "packed with gzip"),
-    "model.xml": (lambda path: path.write_text('<?xml version="1.0"?><net name="m">'), "an OpenVINO file"),
+    "model.xml": (
+        lambda path: path.write_text('<?xml version="1.0"?><net name="m">'),
+        "an OpenVINO file",
+    ),
     "net.py": (lambda path: path.write_text("import torch"), "a Python file"),
     "recipe.toml": (lambda path: path.write_text("seed = 1"), "a recipe, not a model"),
-    "pointer.safetensors": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "Git LFS"),
+    "pointer.safetensors": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "Git LFS",
+    ),
     "empty.pt": (lambda path: path.write_bytes(b""), "an empty file"),
 }
 
@@ -107,7 +122,9 @@ def test_a_file_of_another_program_is_named_with_the_way_in(tmp_path, name):
     with pytest.raises(ModelError) as caught:
         storage.load(tmp_path / name)
     said = str(caught.value)
-    assert said.startswith(f"model: '{tmp_path / name}' is {what}" if "LFS" not in what else "model: ")
+    assert said.startswith(
+        f"model: '{tmp_path / name}' is {what}" if "LFS" not in what else "model: "
+    )
     assert what in said
     assert "; " in said
     assert "damaged" not in said
@@ -134,10 +151,22 @@ def hub(folder):
 
 
 FOLDERS = {
-    "hub": (hub, r"a model of the Hugging Face hub \(GPT2LMHeadModel, .*transformers.GPT2LMHeadModel.from_pretrained"),
-    "tensorflow": (lambda folder: (folder / "saved_model.pb").write_bytes(b""), "a TensorFlow SavedModel"),
-    "weights": (lambda folder: (folder / "w.pt").write_bytes(b""), r"the file of weights 'w.pt'.*--checkpoint .*w.pt"),
-    "sweep": (lambda folder: (folder / "sweep.json").write_text("{}"), "the folder of a sweep; give one of the runs"),
+    "hub": (
+        hub,
+        r"a model of the Hugging Face hub \(GPT2LMHeadModel, .*transformers.GPT2LMHeadModel.from_pretrained",
+    ),
+    "tensorflow": (
+        lambda folder: (folder / "saved_model.pb").write_bytes(b""),
+        "a TensorFlow SavedModel",
+    ),
+    "weights": (
+        lambda folder: (folder / "w.pt").write_bytes(b""),
+        r"the file of weights 'w.pt'.*--checkpoint .*w.pt",
+    ),
+    "sweep": (
+        lambda folder: (folder / "sweep.json").write_text("{}"),
+        "the folder of a sweep; give one of the runs",
+    ),
     "empty": (lambda folder: None, "an empty folder"),
 }
 
@@ -161,11 +190,21 @@ def test_the_way_in_for_a_state_dict_works(tmp_path, fedpress):
     way = said.err.partition("package.module:function ")[2].strip()
     assert way == f"--checkpoint '{tmp_path / 'my weights.pt'}'"
     keys = ("density=0.5", "keep_first=false")
-    said = fedpress("sparsify", "own_net:build", "--checkpoint", tmp_path / "my weights.pt", "--input", "4", *keys)
+    said = fedpress(
+        "sparsify",
+        "own_net:build",
+        "--checkpoint",
+        tmp_path / "my weights.pt",
+        "--input",
+        "4",
+        *keys,
+    )
     assert said.code == 0, said.err
     for name in ("state.pt", "module.pt"):
         FILES[name][0](tmp_path / name)
-    said = fedpress("sparsify", "own_net:build", "--checkpoint", tmp_path / "module.pt", "--input", "4", *keys)
+    said = fedpress(
+        "sparsify", "own_net:build", "--checkpoint", tmp_path / "module.pt", "--input", "4", *keys
+    )
     assert said.code == 2
     assert "is a pickled object" in said.err
 
@@ -175,7 +214,11 @@ def test_the_way_in_for_a_state_dict_works(tmp_path, fedpress):
     [
         ("a.txt", b"hello", "no model: it is text"),
         ("a.pt", b"<!DOCTYPE html><html>404</html>", "no model: it is text"),
-        ("a.png", b"\x89PNG\r\n\x1a\n" + bytes(40), "no model: it is of a kind that fedpress does not know"),
+        (
+            "a.png",
+            b"\x89PNG\r\n\x1a\n" + bytes(40),
+            "no model: it is of a kind that fedpress does not know",
+        ),
         ("a.pt", b"PK\x03\x04" + bytes(400), "a damaged archive"),
         ("spec.json", b"{}", "a part of a model's folder; give the folder"),
         ("config.json", b"{}", "a folder without a model"),
@@ -198,7 +241,9 @@ def test_a_damaged_packed_file_is_still_called_one(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.net."])
 def test_weights_under_the_name_of_a_wrapper_are_taken(tmp_path, prefix):
-    torch.save({"state_dict": {prefix + k: v for k, v in net().state_dict().items()}}, tmp_path / "w.pt")
+    torch.save(
+        {"state_dict": {prefix + k: v for k, v in net().state_dict().items()}}, tmp_path / "w.pt"
+    )
     model = net()
     nn.init.zeros_(model[0].weight)
     load_weights_(model, tmp_path / "w.pt")

@@ -15,7 +15,9 @@ def group_normed(x, groups, eps=1e-5):
     for n in range(len(x)):
         for g in range(groups):
             part = x[n, g * size : (g + 1) * size]
-            out[n, g * size : (g + 1) * size] = (part - part.mean()) / (part.var(unbiased=False) + eps).sqrt()
+            out[n, g * size : (g + 1) * size] = (part - part.mean()) / (
+                part.var(unbiased=False) + eps
+            ).sqrt()
     return out
 
 
@@ -28,7 +30,8 @@ def test_standardised_filters_have_mean_zero_and_variance_one():
 
 
 @pytest.mark.parametrize(
-    ("channels", "groups"), [(64, 32), (48, 24), (33, 11), (7, 7), (1, 1), (37, 1), (20, 20), (40, 20)]
+    ("channels", "groups"),
+    [(64, 32), (48, 24), (33, 11), (7, 7), (1, 1), (37, 1), (20, 20), (40, 20)],
 )
 def test_group_norm_has_at_most_32_groups_that_divide_the_channels(channels, groups):
     layer = norm_layer(channels, "group")
@@ -58,7 +61,9 @@ def test_batch_norm_comes_with_plain_convolutions():
 @pytest.mark.parametrize("word", ["grup", "frozen", None])
 def test_another_word_for_a_norm_is_refused(word):
     spec = ModelSpec(architecture="resnet18", arguments={"norm": word}, input_shape=(3, 32, 32))
-    with pytest.raises(ModelError, match=r"'resnet18' cannot be built: norm is .*; use 'batch' or 'group'"):
+    with pytest.raises(
+        ModelError, match=r"'resnet18' cannot be built: norm is .*; use 'batch' or 'group'"
+    ):
         spec.build()
 
 

@@ -29,7 +29,9 @@ def test_dropout_acts_in_training_only():
 def test_the_mlp_is_linear_layers_with_relu_between(hidden):
     model, x = MLP(in_features=12, hidden=hidden, num_classes=2), torch.randn(3, 3, 2, 2)
     sizes = [12, *hidden, 2]
-    assert sum(p.numel() for p in model.parameters()) == sum((i + 1) * o for i, o in pairwise(sizes))
+    assert sum(p.numel() for p in model.parameters()) == sum(
+        (i + 1) * o for i, o in pairwise(sizes)
+    )
     out = x.reshape(3, 12)
     for at in range(len(hidden) + 1):
         out = out @ model.layers[at].weight.T + model.layers[at].bias

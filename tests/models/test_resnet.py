@@ -9,7 +9,10 @@ from fedpress.models.resnet import BasicBlock, resnet18, resnet_small
 def test_resnet18_has_its_parameters_and_sees_small_images_whole():
     model = resnet18()
     assert sum(p.numel() for p in model.parameters()) == 11_173_962
-    assert len([m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]) == 17
+    assert (
+        len([m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)])
+        == 17
+    )
     with torch.inference_mode():
         features = model.stages(F.relu(model.norm(model.stem(torch.zeros(1, 3, 32, 32)))))
     assert features.shape == (1, 512, 4, 4)

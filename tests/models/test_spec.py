@@ -5,16 +5,37 @@ import torch
 from torch import nn
 
 from fedpress.errors import ModelError
-from fedpress.models import ARCHITECTURES, ModelSpec, load_model, resize_, save_model, shapes_that_differ
+from fedpress.models import (
+    ARCHITECTURES,
+    ModelSpec,
+    load_model,
+    resize_,
+    save_model,
+    shapes_that_differ,
+)
 from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
 from fedpress.nn.quantized import quantize_layers_, quantized_layers, settle_
 
 SMALL = {"width": 8, "num_classes": 3}
 SPECS = [
-    ModelSpec(architecture="resnet-small", arguments=SMALL, input_shape=(3, 8, 8), mean=(0.5,), std=(0.25,)),
-    ModelSpec(architecture="resnet-small", arguments={**SMALL, "norm": "group"}, input_shape=(3, 8, 8)),
-    ModelSpec(architecture="cnn", arguments={"image_size": 8, "dropout": [0.1, 0.2]}, input_shape=(3, 8, 8)),
-    ModelSpec(architecture="mlp", arguments={"in_features": 6, "hidden": [5, 4]}, input_shape=(2, 3)),
+    ModelSpec(
+        architecture="resnet-small",
+        arguments=SMALL,
+        input_shape=(3, 8, 8),
+        mean=(0.5,),
+        std=(0.25,),
+    ),
+    ModelSpec(
+        architecture="resnet-small", arguments={**SMALL, "norm": "group"}, input_shape=(3, 8, 8)
+    ),
+    ModelSpec(
+        architecture="cnn",
+        arguments={"image_size": 8, "dropout": [0.1, 0.2]},
+        input_shape=(3, 8, 8),
+    ),
+    ModelSpec(
+        architecture="mlp", arguments={"in_features": 6, "hidden": [5, 4]}, input_shape=(2, 3)
+    ),
 ]
 MLP = SPECS[3]
 
@@ -26,7 +47,10 @@ class Tied(nn.Module):
         super().__init__()
         self.stem, self.deep = nn.Conv2d(3, width, 1), nn.Conv2d(width, width, 3, groups=width)
         self.norm, self.drop = nn.BatchNorm2d(width, affine=False), nn.Dropout(0.1)
-        self.one, self.two = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.one, self.two = (
+            nn.Linear(width, width, bias=False),
+            nn.Linear(width, width, bias=False),
+        )
         self.two.weight = self.one.weight
 
     def forward(self, x):
@@ -47,7 +71,10 @@ def own(name):
 
 def halved(model):
     """Halves every dimension of every tensor that has more than 3 entries there."""
-    return {n: tuple(max(1, s // 2) if s > 3 else s for s in t.shape) for n, t in model.state_dict().items()}
+    return {
+        n: tuple(max(1, s // 2) if s > 3 else s for s in t.shape)
+        for n, t in model.state_dict().items()
+    }
 
 
 def filled_(model):
@@ -67,19 +94,27 @@ def test_a_model_comes_back_from_its_folder_to_the_same_bits(spec, tmp_path):
     assert again_spec == spec
     x = torch.randn(2, *spec.input_shape)
     assert torch.equal(again.eval()(x), model(x))
-    for (name, old), (_, new) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+    for (name, old), (_, new) in zip(
+        model.state_dict().items(), again.state_dict().items(), strict=True
+    ):
         assert torch.equal(old, new), name
     assert {p.name for p in (tmp_path / "m").iterdir()} == {"model.safetensors", "spec.json"}
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_a_cut_network_is_rebuilt_from_its_spec(norm, tmp_path):
-    dense = ModelSpec(architecture="resnet-small", arguments={"width": 16, "norm": norm}, input_shape=(3, 8, 8))
+    dense = ModelSpec(
+        architecture="resnet-small", arguments={"width": 16, "norm": norm}, input_shape=(3, 8, 8)
+    )
     model = dense.build()
     shapes = {
         "stages.1.0.conv1.weight": (24, 16, 3, 3),
         "stages.1.0.conv2.weight": (32, 24, 3, 3),
-        **{n: (24,) for n in model.state_dict() if n.startswith("stages.1.0.norm1.") and "num_batches" not in n},
+        **{
+            n: (24,)
+            for n in model.state_dict()
+            if n.startswith("stages.1.0.norm1.") and "num_batches" not in n
+        },
     }
     resize_(model, shapes)
     filled_(model)
@@ -91,7 +126,10 @@ def test_a_cut_network_is_rebuilt_from_its_spec(norm, tmp_path):
     assert torch.equal(again.eval()(x), model.to(memory_format=torch.contiguous_format)(x))
     assert again.stages[1][0].conv1.out_channels == again.stages[1][0].conv2.in_channels == 24
     if norm == "group":
-        assert (again.stages[1][0].norm1.num_groups, again.stages[1][0].norm1.num_channels) == (24, 24)
+        assert (again.stages[1][0].norm1.num_groups, again.stages[1][0].norm1.num_channels) == (
+            24,
+            24,
+        )
     else:
         assert again.stages[1][0].norm1.num_features == 24
 
@@ -122,23 +160,39 @@ def test_resizing_keeps_what_trains_and_what_is_a_buffer():
 
 def test_every_architecture_is_built_by_its_name():
     arguments = {"mlp": {"in_features": 12}, "cnn": {"image_size": 8}}
-    arguments["torch-layers"] = {"layers": {"": {"layer": "Linear", "in_features": 4, "out_features": 2}}}
+    arguments["torch-layers"] = {
+        "layers": {"": {"layer": "Linear", "in_features": 4, "out_features": 2}}
+    }
     for name in ARCHITECTURES:
-        model = ModelSpec(architecture=name, arguments=arguments.get(name, {}), input_shape=(3, 2, 2)).build()
+        model = ModelSpec(
+            architecture=name, arguments=arguments.get(name, {}), input_shape=(3, 2, 2)
+        ).build()
         assert isinstance(model, nn.Module)
 
 
 @pytest.mark.parametrize(
     ("architecture", "arguments", "message"),
     [
-        ("resnet-18", {}, r"no architecture 'resnet-18'; did you mean 'resnet18'\?; use one of resnet18, .*:function"),
+        (
+            "resnet-18",
+            {},
+            r"no architecture 'resnet-18'; did you mean 'resnet18'\?; use one of resnet18, .*:function",
+        ),
         ("vgg", {}, "no architecture 'vgg'; use one of"),
         ("", {}, "no architecture ''"),
-        ("resnet18", {"num_clases": 3}, "'resnet18' cannot be built: .*unexpected keyword argument 'num_clases'"),
+        (
+            "resnet18",
+            {"num_clases": 3},
+            "'resnet18' cannot be built: .*unexpected keyword argument 'num_clases'",
+        ),
         ("mlp", {}, "'mlp' cannot be built: .*missing 1 required"),
         ("mlp", {"in_features": -1}, "'mlp' cannot be built"),
         ("cnn", {"num_classes": "ten"}, "'cnn' cannot be built"),
-        ("no_such_module:net", {}, "cannot load 'no_such_module:net': No module named .*PYTHONPATH"),
+        (
+            "no_such_module:net",
+            {},
+            "cannot load 'no_such_module:net': No module named .*PYTHONPATH",
+        ),
         ("json:no_such_function", {}, "cannot load 'json:no_such_function'"),
         (":f", {}, "cannot load ':f'"),
         ("json:decoder", {}, "cannot be built: 'module' object is not callable"),
@@ -213,7 +267,10 @@ def test_a_truncated_file_is_corrupt(saved, name, share):
         ({"architecture": None}, "spec.json: corrupt .architecture"),
         ({"colour": "red"}, "spec.json: corrupt .colour Extra inputs"),
         ({"resized": {"layers.0.weight": ["x"]}}, "spec.json: corrupt .resized.layers.0.weight.0"),
-        ({"arguments": {"in_features": 7, "hidden": [5, 4]}}, "does not fit spec.json .*size mismatch"),
+        (
+            {"arguments": {"in_features": 7, "hidden": [5, 4]}},
+            "does not fit spec.json .*size mismatch",
+        ),
         ({"arguments": {"in_features": 6, "hidden": [5]}}, "does not fit spec.json"),
         ({"resized": {"layers.0.bias": [4]}}, "does not fit spec.json .*layers.0.bias"),
     ],
@@ -256,10 +313,17 @@ def on_grids():
             "resized": {
                 "stages.1.0.conv1.weight": (9, 8, 3, 3),
                 "stages.1.0.conv2.weight": (16, 9, 3, 3),
-                **{f"stages.1.0.norm1.{n}": (9,) for n in ("weight", "bias", "running_mean", "running_var")},
+                **{
+                    f"stages.1.0.norm1.{n}": (9,)
+                    for n in ("weight", "bias", "running_mean", "running_var")
+                },
             },
             "quantized": dict(
-                zip(["stem", "stages.1.0.conv1", "stages.1.0.conv2", "stages.0.0.conv1", "head"], grids, strict=True)
+                zip(
+                    ["stem", "stages.1.0.conv1", "stages.1.0.conv2", "stages.0.0.conv1", "head"],
+                    grids,
+                    strict=True,
+                )
             ),
         }
     )
@@ -291,7 +355,10 @@ def test_a_folded_and_quantized_network_comes_back_to_the_same_bits(tmp_path):
         ({"quantized": {"hed": LayerGrids()}}, "spec.quantized: the model has no layer 'hed'"),
         ({"quantized": {"norm": LayerGrids()}}, "spec.quantized: 'norm' cannot be quantized"),
         (
-            {"quantized": {"head": LayerGrids(weights=WeightGrid(kind="binary"))}, "sparse": ("head.weight",)},
+            {
+                "quantized": {"head": LayerGrids(weights=WeightGrid(kind="binary"))},
+                "sparse": ("head.weight",),
+            },
             "'head.weight' is sparse, but a binary grid has no zero to keep",
         ),
     ],
@@ -305,7 +372,9 @@ def test_folds_and_grids_of_another_model_are_refused(change, says):
 def test_scales_of_another_grid_do_not_fit(tmp_path):
     spec, model = on_grids()
     save_model(tmp_path, spec, model)
-    other = spec.model_copy(update={"quantized": spec.quantized | {"stem": LayerGrids(weights=WeightGrid(group=2))}})
+    other = spec.model_copy(
+        update={"quantized": spec.quantized | {"stem": LayerGrids(weights=WeightGrid(group=2))}}
+    )
     (tmp_path / "spec.json").write_text(other.model_dump_json())
     with pytest.raises(ModelError, match=r"does not fit spec.json"):
         load_model(tmp_path)
@@ -338,7 +407,9 @@ def test_a_file_has_no_function_called_that_the_user_did_not_name(tmp_path, name
      "nets:Net\x1b[2K", "1a:b", "mlp:", "a/b:c", "a;b:c"],
 )  # fmt: skip
 def test_what_is_no_name_of_a_function_is_refused_without_an_offer(tmp_path, name):
-    with pytest.raises(ModelError, match="neither an architecture of fedpress nor module:function") as caught:
+    with pytest.raises(
+        ModelError, match="neither an architecture of fedpress nor module:function"
+    ) as caught:
         named_by_a_file(tmp_path, name)
     assert "allow_code" not in str(caught.value)
     assert "\x1b" not in str(caught.value)
@@ -359,7 +430,9 @@ def test_nothing_is_imported_before_the_user_agrees(tmp_path, monkeypatch):
         named_by_a_file(tmp_path, name, allow_code=("mine_of_spec:other", "mine_of_spe:build"))
     assert not (tmp_path / "ran").exists()
     for agreed in ((name,), name, ["os:system", name]):
-        with pytest.raises(ModelError, match="does not fit"):  # it was built: the numbers are of another one
+        with pytest.raises(
+            ModelError, match="does not fit"
+        ):  # it was built: the numbers are of another one
             named_by_a_file(tmp_path, name, allow_code=agreed)
     with pytest.raises(ModelError, match="allow_code"):  # one call was allowed it, not the next
         named_by_a_file(tmp_path, name)
@@ -374,8 +447,16 @@ def test_what_the_user_named_as_a_model_may_be_called_by_its_files(tmp_path):
 
 
 HUGE = {
-    "a wide layer": ("mlp", {"in_features": 6, "hidden": [10**9]}, r"spec.arguments: 17,000,000,010 values"),
-    "a number": ("resnet-small", {"width": 10**12}, "spec.arguments.width: 1,000,000,000,000 values"),
+    "a wide layer": (
+        "mlp",
+        {"in_features": 6, "hidden": [10**9]},
+        r"spec.arguments: 17,000,000,010 values",
+    ),
+    "a number": (
+        "resnet-small",
+        {"width": 10**12},
+        "spec.arguments.width: 1,000,000,000,000 values",
+    ),
     "a wide network": ("resnet-small", {"width": 10**5}, "spec.arguments: .* values"),
     "a large image": ("cnn", {"image_size": 10**6}, "spec.arguments: .* values"),
     "many layers": (
@@ -393,7 +474,9 @@ HUGE = {
 
 
 @pytest.mark.parametrize(("name", "arguments", "says"), HUGE.values(), ids=HUGE)
-def test_declared_sizes_are_refused_before_anything_is_built(tmp_path, monkeypatch, name, arguments, says):
+def test_declared_sizes_are_refused_before_anything_is_built(
+    tmp_path, monkeypatch, name, arguments, says
+):
     built = []
     monkeypatch.setattr(ModelSpec, "build", lambda self: built.append(self))
     with pytest.raises(ModelError, match=rf"spec.json: {says}.*set FEDPRESS_MAX_\w+=\d+"):
@@ -411,10 +494,16 @@ def named_by_a_file_unbuilt(folder, architecture, arguments, **more):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"input_shape": [10**5, 10**5]}, r"spec.input_shape: 10,000,000,000 values of one example.*MAX_INPUT"),
+        (
+            {"input_shape": [10**5, 10**5]},
+            r"spec.input_shape: 10,000,000,000 values of one example.*MAX_INPUT",
+        ),
         ({"resized": {"layers.0.weight": [10**11, 6]}}, "spec.resized"),
         ({"groups": {"layers.0": 10**12}}, "spec.groups"),
-        ({"arguments": {"in_features": json.loads("[" * 40 + "6" + "]" * 40)}}, "spec.arguments: 41 lists and tables"),
+        (
+            {"arguments": {"in_features": json.loads("[" * 40 + "6" + "]" * 40)}},
+            "spec.arguments: 41 lists and tables",
+        ),
     ],
 )
 def test_every_number_of_a_spec_has_a_limit(tmp_path, more, says):
@@ -438,7 +527,9 @@ def test_numbers_that_no_spec_has_are_refused_when_it_is_read(tmp_path, more, sa
 
 def test_a_limit_can_be_raised_as_the_error_says(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDPRESS_MAX_VALUES", "100")
-    spec = ModelSpec(architecture="mlp", arguments={"in_features": 6, "hidden": [20]}, input_shape=(2, 3))
+    spec = ModelSpec(
+        architecture="mlp", arguments={"in_features": 6, "hidden": [20]}, input_shape=(2, 3)
+    )
     save_model(tmp_path, spec, spec.build())
     with pytest.raises(ModelError, match=r"350 values of a network.* set FEDPRESS_MAX_VALUES=350$"):
         load_model(tmp_path)
@@ -455,9 +546,12 @@ class Wide(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"), [({"width": 60_000}, "3,600,000,000 values"), ({"depth": 201}, "201 modules")]
+    ("arguments", "says"),
+    [({"width": 60_000}, "3,600,000,000 values"), ({"depth": 201}, "201 modules")],
 )
-def test_a_function_that_was_allowed_is_watched_while_it_builds(tmp_path, monkeypatch, arguments, says):
+def test_a_function_that_was_allowed_is_watched_while_it_builds(
+    tmp_path, monkeypatch, arguments, says
+):
     monkeypatch.setenv("FEDPRESS_MAX_LAYERS", "200")
     with pytest.raises(ModelError, match=says):
         named_by_a_file(tmp_path, own("Wide"), arguments, allow_code=own("Wide"))
@@ -486,8 +580,14 @@ def test_what_no_file_could_hold_is_refused_when_it_is_built(kind, says):
 
 
 def test_a_file_from_before_one_bit_had_a_middle_opens_with_the_sign_alone(tmp_path):
-    grids = {"0": {"weights": {"kind": "binary", "bits": 1}, "inputs": {"bits": 1, "dynamic": False}}}
-    old = {"architecture": "mlp", "arguments": {"in_features": 3, "num_classes": 2}, "input_shape": [3]}
+    grids = {
+        "0": {"weights": {"kind": "binary", "bits": 1}, "inputs": {"bits": 1, "dynamic": False}}
+    }
+    old = {
+        "architecture": "mlp",
+        "arguments": {"in_features": 3, "num_classes": 2},
+        "input_shape": [3],
+    }
     spec = ModelSpec.of_file(json.dumps({**old, "quantized": grids}))
     assert spec.quantized["0"].inputs == InputGrid(bits=1, middle=False)
     new = spec.model_copy(update={"quantized": {"0": LayerGrids(inputs=InputGrid(bits=1))}})

@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedpress.nn.forward_sizes import SIZED, numbers_in, numbers_of, set_numbers_, watch_, with_numbers
+from fedpress.nn.forward_sizes import (
+    SIZED,
+    numbers_in,
+    numbers_of,
+    set_numbers_,
+    watch_,
+    with_numbers,
+)
 
 X = torch.arange(24.0).view(2, 12)
 INDEX = (slice(None), slice(4, None), None, ..., slice(0, 8, 2), 3)
@@ -25,8 +32,12 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("function", "args", "options", "numbers"), CALLS, ids=lambda v: getattr(v, "__name__", ""))
-def test_the_numbers_of_a_call_come_in_the_order_of_its_signature_and_can_be_replaced(function, args, options, numbers):
+@pytest.mark.parametrize(
+    ("function", "args", "options", "numbers"), CALLS, ids=lambda v: getattr(v, "__name__", "")
+)
+def test_the_numbers_of_a_call_come_in_the_order_of_its_signature_and_can_be_replaced(
+    function, args, options, numbers
+):
     assert numbers_of(function, args, options) == numbers
     right = {i: n + 1 for i, n in enumerate(numbers) if n not in (None, -1)}
     changed = numbers_of(function, *with_numbers(function, args, options, right))
@@ -74,7 +85,9 @@ def test_only_calls_of_the_named_module_are_put_right_by_their_place():
     assert split.startswith("test_calls.py:Outer.forward+1:")
     assert split.endswith(" split#0")
     (view,) = seen["inner"]
-    set_numbers_(model, {"": {split: {0: 5, 1: 7}, pad: {1: 7}, cut: {4: -2}}, "inner": {view: {1: 2, 2: 6}}})
+    set_numbers_(
+        model, {"": {split: {0: 5, 1: 7}, pad: {1: 7}, cut: {4: -2}}, "inner": {view: {1: 2, 2: 6}}}
+    )
     expected = X.clone()
     expected[:, 5:] = 0
     assert torch.equal(model(X), expected[:, :10])
@@ -82,12 +95,16 @@ def test_only_calls_of_the_named_module_are_put_right_by_their_place():
 
 def test_files_that_name_the_index_of_a_call_still_open():
     model = Outer()
-    set_numbers_(model, {"": {0: {0: 5, 1: 7}, "2": {1: 7}, 3: {4: -2}}, "inner": {0: {1: 2, 2: 6}}})
+    set_numbers_(
+        model, {"": {0: {0: 5, 1: 7}, "2": {1: 7}, 3: {4: -2}}, "inner": {0: {1: 2, 2: 6}}}
+    )
     expected = X.clone()
     expected[:, 5:] = 0
     assert torch.equal(model(X), expected[:, :10])
     seen = places(Outer())
-    cut = next(call for call in seen[""] if call.endswith("__getitem__#0") and seen[""][call][-2] == 6)
+    cut = next(
+        call for call in seen[""] if call.endswith("__getitem__#0") and seen[""][call][-2] == 6
+    )
     set_numbers_(model, {"": {cut: {4: (1, 2)}}})  # by the index and then by the place: half of -2
     assert model(X).shape == (2, 11)
 
@@ -166,7 +183,9 @@ def test_corrections_hold_under_gradients_per_sample_and_export_with_a_free_batc
     grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
     (whole,) = torch.autograd.grad(model(x).square().sum(), [weights["a.weight"]])
     torch.testing.assert_close(grads["a.weight"].sum(0), whole)
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("n")},), strict=False)
+    program = torch.export.export(
+        model, (x,), dynamic_shapes=({0: torch.export.Dim("n")},), strict=False
+    )
     assert torch.equal(program.module()(x[:3]), model(x[:3]))
 
 

@@ -13,7 +13,15 @@ from fedpress.nn.quantized import settle_
 
 class PadsBefore(nn.Conv2d):
     def forward(self, x):
-        return F.conv2d(F.pad(x, (1, 2, 0, 1)), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return F.conv2d(
+            F.pad(x, (1, 2, 0, 1)),
+            self.weight,
+            self.bias,
+            self.stride,
+            0,
+            self.dilation,
+            self.groups,
+        )
 
 
 class Causal(nn.Conv1d):
@@ -26,7 +34,9 @@ class Causal(nn.Conv1d):
 
 class Mirrors(nn.Conv2d):
     def forward(self, x):
-        return self._conv_forward(F.pad(x, (1, 1, 1, 1), mode="reflect"), self.weight.to(x.dtype), self.bias)
+        return self._conv_forward(
+            F.pad(x, (1, 1, 1, 1), mode="reflect"), self.weight.to(x.dtype), self.bias
+        )
 
 
 class Activates(nn.Linear):
@@ -143,8 +153,12 @@ def test_a_subclass_that_uses_its_weight_in_another_way_stays_float_and_says_why
     layer, says = BAD[name]
     before = {n: p.clone() for n, p in layer.state_dict().items()}
     assert says in (other_than_plain(layer) or "")
-    assert all(torch.equal(p, before[n]) for n, p in layer.state_dict().items())  # the look changed nothing
-    table, left = quantizable(nn.Sequential(nn.Linear(2, 2), layer), LayerGrids(weights=WeightGrid()))
+    assert all(
+        torch.equal(p, before[n]) for n, p in layer.state_dict().items()
+    )  # the look changed nothing
+    table, left = quantizable(
+        nn.Sequential(nn.Linear(2, 2), layer), LayerGrids(weights=WeightGrid())
+    )
     assert "1" not in table
     assert says in left["1"]
 
@@ -178,7 +192,11 @@ class Steps(nn.GRU):
 
 @pytest.mark.parametrize(
     ("layer", "x"),
-    [(Up(3, 4), torch.randn(2, 3, 4, 4)), (Remembers(3, 4), torch.randn(2, 5, 3)), (Words(7, 3), torch.arange(7))],
+    [
+        (Up(3, 4), torch.randn(2, 3, 4, 4)),
+        (Remembers(3, 4), torch.randn(2, 5, 3)),
+        (Words(7, 3), torch.arange(7)),
+    ],
 )
 def test_a_subclass_that_is_only_made_in_another_way_goes_on_the_grid_like_its_base(layer, x):
     model = nn.Sequential(copy.deepcopy(layer))

@@ -30,7 +30,11 @@ def network():
 def plain(model):
     """Says whether nothing but parameters and modules is left."""
     hooks = any(m._forward_pre_hooks for m in model.modules())
-    return not hooks and not any(parametrize.is_parametrized(m) for m in model.modules()) and not list(model.buffers())
+    return (
+        not hooks
+        and not any(parametrize.is_parametrized(m) for m in model.modules())
+        and not list(model.buffers())
+    )
 
 
 def test_masks_of_torch_prune_become_zeros():
@@ -64,7 +68,9 @@ def test_global_pruning_and_other_parameter_names_are_taken_in():
 
     torch.manual_seed(0)
     model = nn.Sequential(Scaled(), nn.GRU(6, 4))
-    prune.global_unstructured([(model[0], "kernel"), (model[1], "weight_hh_l0")], prune.RandomUnstructured, amount=0.5)
+    prune.global_unstructured(
+        [(model[0], "kernel"), (model[1], "weight_hh_l0")], prune.RandomUnstructured, amount=0.5
+    )
     kernel = model[0].kernel.detach().clone()
     assert set(take_in_(model)) == {"0.kernel", "1.weight_hh_l0"}
     assert plain(model)
@@ -129,7 +135,9 @@ def test_a_plain_model_is_left_as_it_is():
     assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_a_function_that_gives_a_masked_model_is_saved_and_loaded_as_a_sparse_one(tmp_path, monkeypatch):
+def test_a_function_that_gives_a_masked_model_is_saved_and_loaded_as_a_sparse_one(
+    tmp_path, monkeypatch
+):
     (tmp_path / "mine_masked.py").write_text(
         "import torch\n"
         "from torch import nn\n"

@@ -17,10 +17,14 @@ def seen(x):
 
 def error(x, low, high, grid):
     scale, zero = affine(torch.tensor(low), torch.tensor(high), grid)
-    return float((((x / scale).round().clamp(-zero, grid.highest - zero)) * scale - x).square().mean())
+    return float(
+        (((x / scale).round().clamp(-zero, grid.highest - zero)) * scale - x).square().mean()
+    )
 
 
-@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=50), st.sampled_from([*OBSERVERS]))
+@given(
+    st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=50), st.sampled_from([*OBSERVERS])
+)
 @example([1.8504341058023753e-15], "percentile")
 def test_every_range_lies_inside_of_what_was_seen(values, observer):
     x = torch.tensor(values)
@@ -37,7 +41,9 @@ def test_a_histogram_in_parts_is_that_of_the_whole():
     assert torch.equal(whole.counts, parts.counts)
     assert whole.counts.sum() == 1000
     assert len(whole.counts) == BINS
-    assert float((whole.middles * whole.counts).sum() / 1000) == pytest.approx(float(x.mean()), abs=0.01)
+    assert float((whole.middles * whole.counts).sum() / 1000) == pytest.approx(
+        float(x.mean()), abs=0.01
+    )
 
 
 def test_percentiles_cut_outliers_off():
@@ -53,7 +59,10 @@ def test_least_squares_ranges_are_the_best_of_a_search(grid, kind):
     x = torch.randn(20_000, generator=torch.Generator().manual_seed(1))
     x = {"normal": x, "relu": x.relu(), "heavy": x.pow(3)}[kind]
     ours = error(x, *OBSERVERS["mse"](seen(x), grid), grid)
-    tried = [error(x, float(x.amin()) * t, float(x.amax()) * t, grid) for t in torch.linspace(0.02, 1, 197).tolist()]
+    tried = [
+        error(x, float(x.amin()) * t, float(x.amax()) * t, grid)
+        for t in torch.linspace(0.02, 1, 197).tolist()
+    ]
     assert ours <= 1.05 * min(tried)
 
 

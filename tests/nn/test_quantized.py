@@ -11,7 +11,13 @@ from torch.nn.utils import prune
 
 from fedpress.errors import ModelError
 from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid, affine
-from fedpress.nn.quantized import QuantConv2d, fold_layers_, quantize_layers_, quantized_layers, settle_
+from fedpress.nn.quantized import (
+    QuantConv2d,
+    fold_layers_,
+    quantize_layers_,
+    quantized_layers,
+    settle_,
+)
 
 
 class Same(nn.Conv2d):
@@ -19,7 +25,13 @@ class Same(nn.Conv2d):
 
     def forward(self, x):
         return nn.functional.conv2d(
-            nn.functional.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride, 0, self.dilation, self.groups
+            nn.functional.pad(x, (0, 1, 0, 1)),
+            self.weight,
+            self.bias,
+            self.stride,
+            0,
+            self.dilation,
+            self.groups,
         )
 
 
@@ -51,18 +63,28 @@ LAYERS = {
     "linear-3d": (lambda: nn.Linear(6, 4, bias=False), (2, 3, 6)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 5)),
     "conv2d": (lambda: nn.Conv2d(3, 4, 3, stride=2, padding="valid"), (2, 3, 5, 5)),
-    "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1, padding_mode="reflect"), (2, 4, 5, 5)),
+    "grouped": (
+        lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1, padding_mode="reflect"),
+        (2, 4, 5, 5),
+    ),
     "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4, bias=False), (2, 4, 5, 5)),
     "conv3d": (lambda: nn.Conv3d(2, 3, 2), (2, 2, 3, 3, 3)),
     "one": (lambda: nn.Linear(1, 1), (1, 1)),
     "transposed1d": (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2), (2, 4, 5)),
-    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), (2, 4, 5, 5)),
+    "transposed": (
+        lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1),
+        (2, 4, 5, 5),
+    ),
     "transposed grouped": (lambda: nn.ConvTranspose2d(4, 6, 2, groups=2, bias=False), (2, 4, 5, 5)),
     "transposed3d": (lambda: nn.ConvTranspose3d(2, 3, 2), (2, 2, 3, 3, 3)),
     "subclass": (lambda: Same(3, 4, 3, stride=2), (2, 3, 5, 5)),
 }
 RECURRENT = {
-    "lstm": (lambda: nn.LSTM(5, 4, num_layers=2, bidirectional=True, batch_first=True), (3, 6, 5), 8),
+    "lstm": (
+        lambda: nn.LSTM(5, 4, num_layers=2, bidirectional=True, batch_first=True),
+        (3, 6, 5),
+        8,
+    ),
     "projected": (lambda: nn.LSTM(5, 4, proj_size=2), (6, 3, 5), 3),
     "gru": (lambda: nn.GRU(5, 4, bias=False), (6, 3, 5), 2),
     "rnn": (lambda: nn.RNN(5, 4, nonlinearity="relu"), (6, 3, 5), 2),
@@ -74,7 +96,9 @@ RECURRENT = {
 
 def name_of(grid):
     return (
-        "float" if grid is None else "-".join(str(v) for v in grid.model_dump(exclude_defaults=True).values()) or "int8"
+        "float"
+        if grid is None
+        else "-".join(str(v) for v in grid.model_dump(exclude_defaults=True).values()) or "int8"
     )
 
 
@@ -106,7 +130,9 @@ def test_settled_weights_lie_on_the_grid_and_compute_the_same_to_the_bit(kind, g
 
 @pytest.mark.parametrize("grid", GRIDS, ids=name_of)
 @pytest.mark.parametrize("kind", RECURRENT)
-def test_every_weight_of_a_recurrent_layer_lies_on_the_grid_and_the_plain_layer_computes_the_same(kind, grid):
+def test_every_weight_of_a_recurrent_layer_lies_on_the_grid_and_the_plain_layer_computes_the_same(
+    kind, grid
+):
     torch.manual_seed(0)
     make, shape, weights = RECURRENT[kind]
     layer = settle_(on_grid(make(), grid))[0]
@@ -145,8 +171,14 @@ def test_attention_reads_its_four_projections_from_the_grid():
     for more in ({}, {"kdim": 4, "vdim": 6}):
         plain = nn.MultiheadAttention(8, 2, batch_first=True, **more).eval()
         model = nn.ModuleList([copy.deepcopy(plain)])
-        quantize_layers_(model, dict.fromkeys(["0", "0.out_proj"], LayerGrids(weights=WeightGrid(bits=3))))
-        x = torch.randn(2, 5, 8), torch.randn(2, 5, more.get("kdim", 8)), torch.randn(2, 5, more.get("vdim", 8))
+        quantize_layers_(
+            model, dict.fromkeys(["0", "0.out_proj"], LayerGrids(weights=WeightGrid(bits=3)))
+        )
+        x = (
+            torch.randn(2, 5, 8),
+            torch.randn(2, 5, more.get("kdim", 8)),
+            torch.randn(2, 5, more.get("vdim", 8)),
+        )
         before = model[0](*x)[0]
         assert not torch.allclose(before, plain(*x)[0], atol=1e-3)
         settle_(model)
@@ -193,12 +225,16 @@ def test_each_weight_takes_the_nearest_point_of_its_grid(grid):
     points = range(grid.lowest, grid.highest + 1)
     if grid.kind == "binary":
         points = (-1, 1)
-    values = torch.stack([layer.dequantize(torch.full((4, 9), c, dtype=torch.int8)) for c in points])
+    values = torch.stack(
+        [layer.dequantize(torch.full((4, 9), c, dtype=torch.int8)) for c in points]
+    )
     chosen = layer.dequantize(layer.codes())
     distances = (values - layer.weight).abs()
     assert torch.equal((chosen - layer.weight).abs(), distances.min(0).values)
     if grid.has_zero:
-        assert any(bool((v == 0).all()) for v in values) or (grid.kind == "codebook" and 0 in values)
+        assert any(bool((v == 0).all()) for v in values) or (
+            grid.kind == "codebook" and 0 in values
+        )
 
 
 @pytest.mark.parametrize("grid", [g for g in GRIDS if g.has_zero], ids=name_of)
@@ -314,7 +350,10 @@ def test_one_bit_is_the_side_of_the_middle_and_its_gradient_that_of_the_definiti
     assert torch.equal(seen, layer.input_middle.view(1, 2, 1, 1) + torch.where(above, 0.5, -0.5))
     pull = torch.randn_like(seen)
     (seen * pull).sum().backward()
-    twin, middle = x.detach().clone().requires_grad_(), layer.input_middle.detach().clone().requires_grad_()
+    twin, middle = (
+        x.detach().clone().requires_grad_(),
+        layer.input_middle.detach().clone().requires_grad_(),
+    )
     away = (twin - middle.view(1, 2, 1, 1)) / (1.25 * 0.5)
     ((middle.view(1, 2, 1, 1) + 0.5 * away.clamp(-1, 1)) * pull).sum().backward()
     torch.testing.assert_close(x.grad, twin.grad)
@@ -347,7 +386,9 @@ def test_training_reaches_what_the_grid_can_say():
             optimizer.step()
         assert loss.item() < 0.02
         settle_(model)
-        assert (model(x)[:, 0] - wanted).square().mean().item() == pytest.approx(loss.item(), abs=0.02)
+        assert (model(x)[:, 0] - wanted).square().mean().item() == pytest.approx(
+            loss.item(), abs=0.02
+        )
 
 
 @pytest.mark.parametrize("grid", [None, *GRIDS], ids=name_of)
@@ -383,7 +424,11 @@ def test_whole_numbers_times_scales_are_the_weights(grid):
         assert torch.equal(whole * scale.view(4, 1, 1, 1), layer.weight)
 
 
-@given(st.floats(-1e6, 1e6), st.floats(0, 1e6), st.sampled_from([InputGrid(), InputGrid(bits=4), InputGrid(bits=2)]))
+@given(
+    st.floats(-1e6, 1e6),
+    st.floats(0, 1e6),
+    st.sampled_from([InputGrid(), InputGrid(bits=4), InputGrid(bits=2)]),
+)
 def test_an_input_range_holds_zero_and_both_its_ends(low, width, grid):
     scale, zero = affine(torch.tensor(low), torch.tensor(low + width), grid)
     assert float(scale) > 0
@@ -410,7 +455,8 @@ def test_weights_that_are_not_finite_have_no_codes(grid, value):
 
 
 @pytest.mark.parametrize(
-    ("grid", "code"), [(WeightGrid(), -128), (WeightGrid(bits=4), 8), (WeightGrid(kind="ternary"), 2)]
+    ("grid", "code"),
+    [(WeightGrid(), -128), (WeightGrid(bits=4), 8), (WeightGrid(kind="ternary"), 2)],
 )
 def test_codes_of_another_grid_are_refused(grid, code):
     layer = on_grid(nn.Linear(2, 2), grid)[0]
@@ -505,13 +551,19 @@ def test_a_batch_of_nothing_comes_out_as_nothing():
 
 def test_a_layer_takes_its_input_by_name_as_that_of_torch_does():
     x = torch.randn(2, 3)
-    for layer in (on_grid(nn.Linear(3, 2), WeightGrid())[0], on_grid(nn.Conv1d(2, 2, 1), WeightGrid())[0]):
+    for layer in (
+        on_grid(nn.Linear(3, 2), WeightGrid())[0],
+        on_grid(nn.Conv1d(2, 2, 1), WeightGrid())[0],
+    ):
         assert torch.equal(layer(input=x), layer(x))
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
 def test_weights_that_are_not_float32_are_refused_with_the_way_out(kind):
-    with pytest.raises(ModelError, match=r"'0' cannot be quantized: its weights are torch.*call model.float\(\) first"):
+    with pytest.raises(
+        ModelError,
+        match=r"'0' cannot be quantized: its weights are torch.*call model.float\(\) first",
+    ):
         on_grid(nn.Linear(2, 2).to(kind), WeightGrid())
 
 
@@ -529,7 +581,9 @@ def test_the_fast_path_of_a_transformer_does_not_go_past_the_grids(whole):
     for how in ({}, {"src_key_padding_mask": hidden}):
         wanted = model(x, **how).detach()
         with torch.no_grad():
-            torch.testing.assert_close(model(x, **how), wanted)  # attention has a fast path of its own
+            torch.testing.assert_close(
+                model(x, **how), wanted
+            )  # attention has a fast path of its own
     assert float((model(x).detach() - plain).abs().max()) > 0.1
 
 

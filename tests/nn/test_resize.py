@@ -22,17 +22,66 @@ LAYERS = [
     (nn.Conv2d(6, 8, 3), ("weight", "bias"), 0, 5, nn.Conv2d(6, 5, 3), (2, 6, 4, 4)),
     (nn.Conv2d(6, 8, 3), ("weight",), 1, 4, nn.Conv2d(4, 8, 3), (2, 4, 4, 4)),
     (nn.Conv2d(6, 8, 3, groups=2), ("weight",), 1, 2, nn.Conv2d(4, 8, 3, groups=2), (2, 4, 4, 4)),
-    (nn.Conv2d(6, 8, 3, groups=2), ("weight", "bias"), 0, 4, nn.Conv2d(6, 4, 3, groups=2), (2, 6, 4, 4)),
-    (nn.Conv2d(8, 8, 3, groups=8), ("weight", "bias"), 0, 5, nn.Conv2d(5, 5, 3, groups=5), (2, 5, 4, 4)),
-    (nn.Conv2d(8, 16, 3, groups=8), ("weight", "bias"), 0, 6, nn.Conv2d(3, 6, 3, groups=3), (2, 3, 4, 4)),
+    (
+        nn.Conv2d(6, 8, 3, groups=2),
+        ("weight", "bias"),
+        0,
+        4,
+        nn.Conv2d(6, 4, 3, groups=2),
+        (2, 6, 4, 4),
+    ),
+    (
+        nn.Conv2d(8, 8, 3, groups=8),
+        ("weight", "bias"),
+        0,
+        5,
+        nn.Conv2d(5, 5, 3, groups=5),
+        (2, 5, 4, 4),
+    ),
+    (
+        nn.Conv2d(8, 16, 3, groups=8),
+        ("weight", "bias"),
+        0,
+        6,
+        nn.Conv2d(3, 6, 3, groups=3),
+        (2, 3, 4, 4),
+    ),
     (nn.Conv1d(6, 8, 3), ("weight", "bias"), 0, 5, nn.Conv1d(6, 5, 3), (2, 6, 4)),
     (nn.ConvTranspose2d(6, 8, 3), ("weight",), 0, 4, nn.ConvTranspose2d(4, 8, 3), (2, 4, 4, 4)),
-    (nn.ConvTranspose2d(6, 8, 3, bias=False), ("weight",), 1, 5, nn.ConvTranspose2d(6, 5, 3, bias=False), (2, 6, 4, 4)),
-    (nn.ConvTranspose1d(6, 2, 3, groups=2), ("weight",), 0, 4, nn.ConvTranspose1d(4, 2, 3, groups=2), (2, 4, 5)),
-    (nn.ConvTranspose1d(6, 6, 3, groups=6), ("weight", "bias"), 0, 4, nn.ConvTranspose1d(4, 4, 3, groups=4), (2, 4, 5)),
+    (
+        nn.ConvTranspose2d(6, 8, 3, bias=False),
+        ("weight",),
+        1,
+        5,
+        nn.ConvTranspose2d(6, 5, 3, bias=False),
+        (2, 6, 4, 4),
+    ),
+    (
+        nn.ConvTranspose1d(6, 2, 3, groups=2),
+        ("weight",),
+        0,
+        4,
+        nn.ConvTranspose1d(4, 2, 3, groups=2),
+        (2, 4, 5),
+    ),
+    (
+        nn.ConvTranspose1d(6, 6, 3, groups=6),
+        ("weight", "bias"),
+        0,
+        4,
+        nn.ConvTranspose1d(4, 4, 3, groups=4),
+        (2, 4, 5),
+    ),
     (nn.Linear(6, 8), ("weight", "bias"), 0, 5, nn.Linear(6, 5), (2, 6)),
     (nn.Linear(6, 8), ("weight",), 1, 5, nn.Linear(5, 8), (2, 5)),
-    (nn.BatchNorm2d(8), ("weight", "bias", "running_mean", "running_var"), 0, 5, nn.BatchNorm2d(5), (2, 5, 3, 3)),
+    (
+        nn.BatchNorm2d(8),
+        ("weight", "bias", "running_mean", "running_var"),
+        0,
+        5,
+        nn.BatchNorm2d(5),
+        (2, 5, 3, 3),
+    ),
     (
         nn.BatchNorm2d(8, affine=False),
         ("running_mean", "running_var"),
@@ -46,8 +95,12 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize(("layer", "names", "axis", "keep", "expected", "shape"), LAYERS, ids=lambda v: str(v)[:40])
-def test_a_smaller_layer_is_the_one_that_would_have_been_made(layer, names, axis, keep, expected, shape):
+@pytest.mark.parametrize(
+    ("layer", "names", "axis", "keep", "expected", "shape"), LAYERS, ids=lambda v: str(v)[:40]
+)
+def test_a_smaller_layer_is_the_one_that_would_have_been_made(
+    layer, names, axis, keep, expected, shape
+):
     small = cut(layer, *names, keep=keep, axis=axis)
     assert repr(small) == repr(expected)
     expected.load_state_dict(small.state_dict())
@@ -71,7 +124,9 @@ def test_layers_that_are_not_named_are_left_alone():
     assert model[1].out_features == 4
 
 
-@pytest.mark.parametrize("name", ["", "weight", "0", "0.weigth", "1.weight", "0.in_features", "0.bias"])
+@pytest.mark.parametrize(
+    "name", ["", "weight", "0", "0.weigth", "1.weight", "0.in_features", "0.bias"]
+)
 def test_only_tensors_have_names(name):
     model = nn.Sequential(nn.Linear(2, 2, bias=False))
     with pytest.raises(AttributeError):
@@ -92,7 +147,10 @@ def test_a_recurrent_layer_loses_hidden_units_and_inputs(kind):
 
 def test_a_cell_and_a_table_know_their_sizes():
     cell, words = nn.LSTMCell(3, 8), nn.Embedding(9, 8)
-    replace_(cell, {n: nn.Parameter(torch.randn(p.shape)) for n, p in nn.LSTMCell(3, 5).named_parameters()})
+    replace_(
+        cell,
+        {n: nn.Parameter(torch.randn(p.shape)) for n, p in nn.LSTMCell(3, 5).named_parameters()},
+    )
     cut(words, "weight", keep=5, axis=1)
     assert repr(cell) == repr(nn.LSTMCell(3, 5))
     assert cell(torch.randn(2, 3))[0].shape == (2, 5)
@@ -108,7 +166,8 @@ def test_a_layer_with_normed_weights_knows_its_sizes():
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize(
-    "options", [{}, {"kdim": 5, "vdim": 7}, {"bias": False}, {"add_bias_kv": True}, {"add_zero_attn": True}]
+    "options",
+    [{}, {"kdim": 5, "vdim": 7}, {"bias": False}, {"add_bias_kv": True}, {"add_zero_attn": True}],
 )
 @pytest.mark.parametrize("masked", [True, False])
 def test_narrow_attention_equals_torchs_own(options, batch_first, masked):
@@ -118,16 +177,27 @@ def test_narrow_attention_equals_torchs_own(options, batch_first, masked):
         parameter.data.normal_()
     ours = deepcopy(theirs)
     ours.__class__ = NarrowAttention
-    q, k, v = (torch.randn(3, n, w) for n, w in ((4, 8), (6, options.get("kdim", 8)), (6, options.get("vdim", 8))))
-    masks = {"key_padding_mask": torch.rand(3, 6) < 0.3, "attn_mask": torch.randn(4, 6)} if masked else {}
+    q, k, v = (
+        torch.randn(3, n, w)
+        for n, w in ((4, 8), (6, options.get("kdim", 8)), (6, options.get("vdim", 8)))
+    )
+    masks = (
+        {"key_padding_mask": torch.rand(3, 6) < 0.3, "attn_mask": torch.randn(4, 6)}
+        if masked
+        else {}
+    )
     if not batch_first:
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     for how in ({}, {"average_attn_weights": False}, {"need_weights": False}):
-        for a, b in zip(theirs(q, k, v, **masks, **how), ours(q, k, v, **masks, **how), strict=True):
+        for a, b in zip(
+            theirs(q, k, v, **masks, **how), ours(q, k, v, **masks, **how), strict=True
+        ):
             torch.testing.assert_close(a, b, equal_nan=True)
     if masked:
         masks["attn_mask"] = torch.rand(6, 4, 6) < 0.2
-        torch.testing.assert_close(theirs(q, k, v, **masks)[0], ours(q, k, v, **masks)[0], equal_nan=True)
+        torch.testing.assert_close(
+            theirs(q, k, v, **masks)[0], ours(q, k, v, **masks)[0], equal_nan=True
+        )
     elif not options:
         torch.testing.assert_close(theirs(q[0], q[0], q[0])[0], ours(q[0], q[0], q[0])[0])
 

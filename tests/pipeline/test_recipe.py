@@ -48,7 +48,11 @@ def test_settings_are_frozen(digits):
         ("stage.3.privacy.epsilon=2", lambda r: r.stage[3].privacy.epsilon, 2.0),
         ("stage.3.server={kind='momentum', beta=0.5}", lambda r: r.stage[3].server.beta, 0.5),
         ("stage.3.target_accuracy=0.9", lambda r: r.stage[3].target_accuracy, 0.9),
-        ("stage.0.image_sizes=[[8, 2], [4, 1]]", lambda r: r.stage[0].image_sizes, ((8, 2), (4, 1))),
+        (
+            "stage.0.image_sizes=[[8, 2], [4, 1]]",
+            lambda r: r.stage[0].image_sizes,
+            ((8, 2), (4, 1)),
+        ),
         ("stage.3.trainable=['*']", lambda r: r.stage[3].trainable, ("*",)),
         ("stage.3.trainable.0=*", lambda r: r.stage[3].trainable, ("*",)),
         ("stage.prune={kind='export'}", lambda r: r.stage[1].kind, "export"),
@@ -73,38 +77,77 @@ UNION = "choose one of adam, average, momentum"
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("stage.3.privacy.epsilom=1", "recipe.stage[3].privacy.epsilom: no such key; did you mean 'epsilon'?"),
+        (
+            "stage.3.privacy.epsilom=1",
+            "recipe.stage[3].privacy.epsilom: no such key; did you mean 'epsilon'?",
+        ),
         ("data.soruce=digits", "recipe.data.soruce: no such key; did you mean 'source'?"),
         ("sede=1", "recipe.sede: no such key; did you mean 'seed'?"),
         ("stage.1.lr=0.1", "recipe.stage[1].lr: no such key; see fedpress check --schema"),
-        ("stage.3.server={kind='adam', tua=1}", "recipe.stage[3].server.tua: no such key; did you mean 'tau'?"),
-        ("stage.0.augment.crp=0.1", "recipe.stage[0].augment.crp: no such key; did you mean 'crop'?"),
-        ("stage.3.privacy={unti='sample'}", "recipe.stage[3].privacy.unti: no such key; did you mean 'unit'? (1 more)"),
-        ("data.partition={kind='dirichlet', alfa=1}", "recipe.data.partition.alfa: no such key; did you mean 'alpha'?"),
+        (
+            "stage.3.server={kind='adam', tua=1}",
+            "recipe.stage[3].server.tua: no such key; did you mean 'tau'?",
+        ),
+        (
+            "stage.0.augment.crp=0.1",
+            "recipe.stage[0].augment.crp: no such key; did you mean 'crop'?",
+        ),
+        (
+            "stage.3.privacy={unti='sample'}",
+            "recipe.stage[3].privacy.unti: no such key; did you mean 'unit'? (1 more)",
+        ),
+        (
+            "data.partition={kind='dirichlet', alfa=1}",
+            "recipe.data.partition.alfa: no such key; did you mean 'alpha'?",
+        ),
         ("stage.1.kind=trian", "recipe.stage[1].kind: there is no 'trian'; did you mean 'train'?"),
         ("stage.3.server={kind='x'}", f"recipe.stage[3].server.kind: there is no 'x'; {UNION}"),
         ("stage.3.server={beta=1}", "recipe.stage[3].server.kind: this key is missing; add it"),
         ("stage.0={kind='train'}", "recipe.stage[0].epochs: this key is missing; add it"),
         ("stage.3.lr=fast", "recipe.stage[3].lr: input should be a valid number, unable to parse"),
         ("stage.3.momentum=2", "recipe.stage[3].momentum: input should be less than 1, got 2"),
-        ("stage.3.server={kind='momentum', beta=2}", "recipe.stage[3].server.beta: input should be less than 1, got 2"),
+        (
+            "stage.3.server={kind='momentum', beta=2}",
+            "recipe.stage[3].server.beta: input should be less than 1, got 2",
+        ),
         ("stage.0.epochs=1.5", "recipe.stage[0].epochs: input should be a valid integer"),
-        ("stage.1.keep_params=0", "recipe.stage[1].keep_params: input should be greater than 0, got 0"),
-        ("stage.1.keep_params=1.5", "recipe.stage[1].keep_params: input should be less than or equal to 1, got 1.5"),
-        ("stage.3.privacy.epsilon=-1", "recipe.stage[3].privacy.epsilon: input should be greater than 0, got -1"),
+        (
+            "stage.1.keep_params=0",
+            "recipe.stage[1].keep_params: input should be greater than 0, got 0",
+        ),
+        (
+            "stage.1.keep_params=1.5",
+            "recipe.stage[1].keep_params: input should be less than or equal to 1, got 1.5",
+        ),
+        (
+            "stage.3.privacy.epsilon=-1",
+            "recipe.stage[3].privacy.epsilon: input should be greater than 0, got -1",
+        ),
         ("stage.3.privacy.noise_multiplier=1", "recipe.stage[3].privacy: give either epsilon"),
         ("stage.1.score=taylr", "did you mean 'taylor'?"),
-        ("stage.0.image_sizes=[[8, 99]]", "recipe.stage[0]: image_sizes take more than the 15 epochs"),
+        (
+            "stage.0.image_sizes=[[8, 99]]",
+            "recipe.stage[0]: image_sizes take more than the 15 epochs",
+        ),
         ("stage.0.image_sizes=[[8]]", "recipe.stage[0].image_sizes[0][1]: this key is missing"),
         ("stage.0.lr=nan", "recipe.stage[0].lr: expected a finite number, got nan"),
-        ("stage.3.privacy.epsilon=inf", "recipe.stage[3].privacy.epsilon: expected a finite number, got inf"),
-        ("model.arguments.sizes=[1.0, inf]", "recipe.model.arguments.sizes[1]: expected a finite number, got inf"),
+        (
+            "stage.3.privacy.epsilon=inf",
+            "recipe.stage[3].privacy.epsilon: expected a finite number, got inf",
+        ),
+        (
+            "model.arguments.sizes=[1.0, inf]",
+            "recipe.model.arguments.sizes[1]: expected a finite number, got inf",
+        ),
         ("seed=1979-05-27", "recipe.seed: no setting is a date or time"),
         ("stage=5", "recipe.stage: input should be a valid tuple, got 5"),
         ("stage=[]", "recipe.stage: "),
         ("name=../elsewhere", "recipe.name: string should match"),
         ("stage.0.name=a/b", "recipe.stage[0].name: string should match"),
-        ("stage.1.name=dense", "recipe: two stages are named 'dense'; give every stage a name of its own"),
+        (
+            "stage.1.name=dense",
+            "recipe: two stages are named 'dense'; give every stage a name of its own",
+        ),
         ("data.source=digit", "did you mean 'digits'?"),
     ],
 )
@@ -129,7 +172,10 @@ def test_did_you_mean_proposes_only_keys_of_that_place(digits):
         ("seed", "override 'seed': expected key=value, for instance"),
         ("=1", "expected key=value"),
         ("seed.x=1", "seed is a single value, it has no key 'x'"),
-        ("stage.9.lr=1", "there is no stage.9; they are numbered from 0 to 4, or named dense, prune, fine-tune"),
+        (
+            "stage.9.lr=1",
+            "there is no stage.9; they are numbered from 0 to 4, or named dense, prune, fine-tune",
+        ),
         ("stage.-1.lr=1", "there is no stage.-1"),
         ("stage.².lr=1", "there is no stage.²"),
         ("stage.dnse.lr=1", "there is no stage.dnse"),
@@ -151,7 +197,10 @@ def test_a_name_goes_before_a_kind_in_an_override():
 
 
 def test_stages_without_a_name_get_different_ones():
-    text = '[data]\nsource="digits"\n[model]\narchitecture="mlp"\n' + '[[stage]]\nkind="train"\nepochs=1\n' * 3
+    text = (
+        '[data]\nsource="digits"\n[model]\narchitecture="mlp"\n'
+        + '[[stage]]\nkind="train"\nepochs=1\n' * 3
+    )
     assert [stage.name for stage in recipes.load(text).stage] == ["train", "train-2", "train-3"]
 
 
@@ -210,7 +259,9 @@ DEEP = {
 
 @pytest.mark.parametrize("extra", DEEP.values(), ids=DEEP)
 def test_a_recipe_that_is_nested_too_deep_is_one_sentence(tiny, extra):
-    with pytest.raises(RecipeError, match="recipe: lists and tables lie too deep inside each other"):
+    with pytest.raises(
+        RecipeError, match="recipe: lists and tables lie too deep inside each other"
+    ):
         recipes.load(extra + "\n" + tiny if extra[0] != "[" else tiny + extra)
 
 
@@ -236,7 +287,10 @@ def test_a_number_without_end_is_no_traceback(tiny):
     ("text", "cure"),
     [
         ("[[data]]\nsource = 'digits'", r"recipe.data: .* write \[data\] with single brackets"),
-        ("[[model]]\narchitecture = 'mlp'", r"recipe.model: .* write \[model\] with single brackets"),
+        (
+            "[[model]]\narchitecture = 'mlp'",
+            r"recipe.model: .* write \[model\] with single brackets",
+        ),
         ("seed = 1\nlr = 0,1", "line 2.*; write decimals with a point"),
         ("[data]\nsource = digits", "line 2.*; put words in quotes"),
         ('{"name": "t"}', "this is JSON; write TOML"),

@@ -20,8 +20,27 @@ from fedpress.tasks.judged import JUDGED
 from fedpress.workspace.folder import RunFolder, StageFolder
 from fedpress.workspace.state import StageFinished, StageStarted, Tick
 
-LINE_KEYS = {"kind", "name", "seconds", "accuracy", "loss", "parameters", "macs", "file_bytes", "latency_ms"}
-FEDERATE_KEYS = {"rounds", "clients", "accuracy_before", "bytes_up", "bytes_down", "unit", "epsilon", "delta"}
+LINE_KEYS = {
+    "kind",
+    "name",
+    "seconds",
+    "accuracy",
+    "loss",
+    "parameters",
+    "macs",
+    "file_bytes",
+    "latency_ms",
+}
+FEDERATE_KEYS = {
+    "rounds",
+    "clients",
+    "accuracy_before",
+    "bytes_up",
+    "bytes_down",
+    "unit",
+    "epsilon",
+    "delta",
+}
 FEDERATE_KEYS |= {"noise_multiplier", "clip_norm", "client_accuracy"}
 
 
@@ -75,7 +94,11 @@ def test_a_run_leaves_everything_that_the_report_needs(exported):
         "ledger.json",
         "artifacts/model.onnx",
         "stages/1-prune/plan.json",
-        *(f"stages/{stage}/{name}" for stage in stages for name in ("model.safetensors", "spec.json", "result.json")),
+        *(
+            f"stages/{stage}/{name}"
+            for stage in stages
+            for name in ("model.safetensors", "spec.json", "result.json")
+        ),
     }
 
 
@@ -126,7 +149,10 @@ def test_records_tell_of_every_epoch_cut_and_round(whole):
 def test_the_ledger_charges_every_step_of_every_client(whole):
     page = json.loads((whole / "ledger.json").read_text())
     assert page["unit"] == "sample"
-    charged = {c["who"]: (c["steps"], c["sampling_prob"], c["first_round"], c["last_round"]) for c in page["charges"]}
+    charged = {
+        c["who"]: (c["steps"], c["sampling_prob"], c["first_round"], c["last_round"])
+        for c in page["charges"]
+    }
     assert charged == dict.fromkeys(("c0", "c1", "c2"), (3 * 2, 0.5, 1, 3))
 
 
@@ -158,9 +184,12 @@ def test_a_run_killed_at_any_event_ends_in_the_same_bits(tiny, tmp_path, whole, 
 
 
 @pytest.mark.parametrize(
-    ("place", "time"), [("save_progress", 2), ("save_progress", 4), ("finish", 2), ("finish", 3), ("record", 2)]
+    ("place", "time"),
+    [("save_progress", 2), ("save_progress", 4), ("finish", 2), ("finish", 3), ("record", 2)],
 )
-def test_a_run_killed_while_it_writes_ends_in_the_same_bits(tiny, tmp_path, whole, left, monkeypatch, place, time):
+def test_a_run_killed_while_it_writes_ends_in_the_same_bits(
+    tiny, tmp_path, whole, left, monkeypatch, place, time
+):
     """Killed before the checkpoint that belongs to a record, before a stage is marked as done, and in a record."""
     path, calls, real = tmp_path / "killed", itertools.count(1), getattr(StageFolder, place)
 
@@ -210,7 +239,9 @@ def test_seconds_of_a_stopped_stage_are_counted_once(tiny, tmp_path):
     result = finish(tiny, path, resume=True)
     assert 1000 <= result["stages"][0]["seconds"] < 1060
     assert result["stages"][1]["seconds"] < 60
-    assert result["seconds"] == pytest.approx(sum(line["seconds"] for line in result["stages"]), abs=0.01)
+    assert result["seconds"] == pytest.approx(
+        sum(line["seconds"] for line in result["stages"]), abs=0.01
+    )
     assert [r["seconds"] > 1000 for r in records(path) if r["stage"] == 0] == [False, True]
 
 
@@ -220,7 +251,9 @@ def test_a_corrupt_checkpoint_is_named_and_can_be_deleted(tiny, tmp_path, whole,
     checkpoint = path / "stages" / "0-train" / "progress.safetensors"
     for damage in (b"", b"x" * 100, checkpoint.read_bytes()[:-10]):
         checkpoint.write_bytes(damage)
-        with pytest.raises(RunError, match=r"progress.safetensors: corrupt checkpoint .* delete this file"):
+        with pytest.raises(
+            RunError, match=r"progress.safetensors: corrupt checkpoint .* delete this file"
+        ):
             finish(tiny, path, resume=True)
     checkpoint.unlink()
     finish(tiny, path, resume=True)
@@ -236,7 +269,9 @@ def test_a_corrupt_model_of_a_finished_stage_is_named(tiny, tmp_path):
 
 
 def test_a_run_of_another_recipe_is_refused_with_the_difference(tiny, whole):
-    with pytest.raises(RunError, match=r"another recipe \(recipe.stage\[0\].lr was 0.05, now 0.1\).*--from"):
+    with pytest.raises(
+        RunError, match=r"another recipe \(recipe.stage\[0\].lr was 0.05, now 0.1\).*--from"
+    ):
         begun(tiny, whole, "stage.0.lr=0.1", resume=True)
     with pytest.raises(RunError, match=r"recipe.stage had 3 entries, now 1"):
         begun(tiny, whole, "stage=[{kind='train', epochs=1}]", resume=True)
@@ -246,7 +281,11 @@ def test_equal_stages_are_taken_over_from_another_run(tiny, tmp_path, whole, lef
     events = list(begun(tiny, tmp_path / "more", "stage.2.num_rounds=1", reuse=whole))
     assert [e.reused for e in events if isinstance(e, StageStarted)] == [True, True, False]
     mine, theirs = left(tmp_path / "more"), left(whole)
-    for name in ("stages/0-train/model.safetensors", "stages/1-prune/model.safetensors", "stages/1-prune/plan.json"):
+    for name in (
+        "stages/0-train/model.safetensors",
+        "stages/1-prune/model.safetensors",
+        "stages/1-prune/plan.json",
+    ):
         assert mine[name] == theirs[name]
     assert records(tmp_path / "more")[:3] == records(whole)[:3]
     assert len(records(tmp_path / "more")) == 4
@@ -279,30 +318,46 @@ def test_a_kill_while_stages_are_taken_over_does_no_harm(tiny, tmp_path, whole, 
     assert left(path) == left(whole)
 
 
-SECOND = "[[stage]]\nkind='federate'\nname='second'\nnum_rounds=6\nbatch_size=30\ntrainable=['head.*']\n"
-OPEN = "[[stage]]\nkind='federate'\nname='open'\nnum_rounds=1\nbatch_size=30\ntrainable=['head.*']\n"
+SECOND = (
+    "[[stage]]\nkind='federate'\nname='second'\nnum_rounds=6\nbatch_size=30\ntrainable=['head.*']\n"
+)
+OPEN = (
+    "[[stage]]\nkind='federate'\nname='open'\nnum_rounds=1\nbatch_size=30\ntrainable=['head.*']\n"
+)
 PRIVATE = "privacy={unit='sample', epsilon=12.0, delta=1e-3}\n"
 
 
 def test_a_second_budget_that_the_first_stage_has_spent_is_refused_before_the_run(tiny):
     recipe = recipes.load(tiny + SECOND + PRIVATE)
-    with pytest.raises(FedpressError, match=r"recipe.stage\[3\] \(second\): ledger: .* beyond the budget 12"):
+    with pytest.raises(
+        FedpressError, match=r"recipe.stage\[3\] \(second\): ledger: .* beyond the budget 12"
+    ):
         runs.check(recipe, runs.load_data(recipe))
 
 
 def test_rounds_stop_before_the_budget_is_passed(tiny, tmp_path, whole):
-    result = finish(tiny + SECOND + PRIVATE, tmp_path / "stopped", reuse=whole)  # not checked: the ledger must stop it
+    result = finish(
+        tiny + SECOND + PRIVATE, tmp_path / "stopped", reuse=whole
+    )  # not checked: the ledger must stop it
     first, second = result["stages"][2:]
     assert second["rounds"] < 6
     assert second["stopped"] == "the next round would pass the privacy budget"
     assert first["epsilon"] <= second["epsilon"] <= 12
-    steps = {c["what"]: c["steps"] for c in json.loads((tmp_path / "stopped" / "ledger.json").read_text())["charges"]}
-    assert steps == {"federate": 6, **({"second": 2 * second["rounds"]} if second["rounds"] else {})}
+    steps = {
+        c["what"]: c["steps"]
+        for c in json.loads((tmp_path / "stopped" / "ledger.json").read_text())["charges"]
+    }
+    assert steps == {
+        "federate": 6,
+        **({"second": 2 * second["rounds"]} if second["rounds"] else {}),
+    }
 
 
 def test_no_promise_can_follow_an_open_stage(tiny, tmp_path, whole):
     recipe = recipes.load(tiny + OPEN + SECOND + PRIVATE)
-    with pytest.raises(RecipeError, match=r"the earlier stage 'open' uses the same clients without privacy"):
+    with pytest.raises(
+        RecipeError, match=r"the earlier stage 'open' uses the same clients without privacy"
+    ):
         runs.check(recipe, runs.load_data(recipe))
     open_stage = finish(tiny + OPEN, tmp_path / "open", reuse=whole)["stages"][3]
     assert open_stage["epsilon"] is None
@@ -315,8 +370,14 @@ def test_no_promise_can_follow_an_open_stage(tiny, tmp_path, whole):
 @pytest.mark.parametrize(
     ("privacy", "words"),
     [
-        ("cohort=2\nprivacy={unit='client', epsilon=8.0, delta=1e-3}\n", "a fixed cohort of 2 in 3 clients"),
-        ("privacy={unit='sample', epsilon=8.0, delta=0.1}\n", "delta: got 0.1, which lets one of the"),
+        (
+            "cohort=2\nprivacy={unit='client', epsilon=8.0, delta=1e-3}\n",
+            "a fixed cohort of 2 in 3 clients",
+        ),
+        (
+            "privacy={unit='sample', epsilon=8.0, delta=0.1}\n",
+            "delta: got 0.1, which lets one of the",
+        ),
     ],
 )
 def test_a_promise_that_means_little_is_refused(tiny, privacy, words):
@@ -338,7 +399,10 @@ def test_a_second_cut_counts_from_the_dense_network(tiny, tmp_path, whole):
     dense, _, cut = finish(more, tmp_path / "twice", reuse=whole)["stages"]
     assert cut["parameters"] / dense["parameters"] == pytest.approx(0.3, abs=0.005)
     wrong = recipes.load(more, ["stage.again.keep_params=0.6"])
-    with pytest.raises(RecipeError, match=r"recipe.stage\[2\].keep_params: got 0.6, but an earlier stage has left 0.5"):
+    with pytest.raises(
+        RecipeError,
+        match=r"recipe.stage\[2\].keep_params: got 0.6, but an earlier stage has left 0.5",
+    ):
         runs.check(wrong, runs.load_data(wrong))
 
 
@@ -355,13 +419,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(tiny, 
 
 def test_rounds_in_which_nobody_counts_stop_the_run(tiny, tmp_path, whole):
     stage = "[[stage]]\nkind='federate'\nname='wild'\nlr=1e30\nmomentum=0.9\n"
-    with pytest.raises(TrainingError, match=r"recipe.stage\[3\]: no update counted in round 2.*c0.*lower"):
+    with pytest.raises(
+        TrainingError, match=r"recipe.stage\[3\]: no update counted in round 2.*c0.*lower"
+    ):
         finish(tiny + stage, tmp_path / "wild", reuse=whole)
 
 
 def test_a_model_of_other_outputs_is_refused(tiny):
     wrong = recipes.load(tiny, ["model.arguments.num_classes=7"])
-    with pytest.raises(RecipeError, match=r"gives outputs \[7\] for one example but the data has 10 classes"):
+    with pytest.raises(
+        RecipeError, match=r"gives outputs \[7\] for one example but the data has 10 classes"
+    ):
         runs.check(wrong, runs.load_data(wrong))
     wrong = recipes.load(tiny, ["model.arguments.image_size=32"])
     with pytest.raises(RecipeError, match=r"does not take examples of shape \[1, 8, 8\]"):
@@ -415,13 +483,21 @@ def test_a_residual_network_killed_at_every_event_ends_in_the_same_bits(tiny, tm
 
 @pytest.mark.recipe
 def test_processes_killed_at_random_moments_end_in_the_same_bits(tmp_path, left, tiny_file):
-    words = ["-c", "from fedpress.cli import main; main()", "run", str(tiny_file), "stage.0.epochs=60"]
+    words = [
+        "-c",
+        "from fedpress.cli import main; main()",
+        "run",
+        str(tiny_file),
+        "stage.0.epochs=60",
+    ]
     words += ["stage.2.num_rounds=20", "stage.2.batch_size=10"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def start(out: Path, *more: str) -> subprocess.Popen:
         command = [sys.executable, *words, "--out", str(out), *more]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
 
     began = time.monotonic()
     whole = start(tmp_path / "whole")
@@ -446,13 +522,24 @@ def test_a_run_may_begin_with_a_saved_model_wherever_it_lies(tiny, tmp_path, who
     stage = whole / "stages" / "1-prune"
     copy = tmp_path / "elsewhere"
     shutil.copytree(stage, copy)
-    text = tiny[: tiny.index("[model]")] + '[model]\ncheckpoint = "%s"\n' + tiny[tiny.rindex("[[stage]]") :]
-    results = [finish(text % place, tmp_path / f"run{at}") for at, place in enumerate((stage, copy))]
+    text = (
+        tiny[: tiny.index("[model]")]
+        + '[model]\ncheckpoint = "%s"\n'
+        + tiny[tiny.rindex("[[stage]]") :]
+    )
+    results = [
+        finish(text % place, tmp_path / f"run{at}") for at, place in enumerate((stage, copy))
+    ]
     pruned = json.loads((stage / "result.json").read_text())["result"]
     assert results[0]["stages"][0]["accuracy_before"] == pruned["accuracy"]
     recipes_ = [recipes.load(text % place) for place in (stage, copy)]
-    assert runs.settings(recipes_[0]) == runs.settings(recipes_[1])  # the content counts, not the place
-    assert runs.start(recipes_[0], runs.load_data(recipes_[0])).dense > results[0]["stages"][0]["parameters"]
+    assert runs.settings(recipes_[0]) == runs.settings(
+        recipes_[1]
+    )  # the content counts, not the place
+    assert (
+        runs.start(recipes_[0], runs.load_data(recipes_[0])).dense
+        > results[0]["stages"][0]["parameters"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -496,17 +583,29 @@ privacy = { unit = "sample", epsilon = 1.0, delta = 1e-4 }
 
 
 def test_nothing_that_only_a_private_row_says_is_in_the_run_folder(tmp_path):
-    rows = [f"{40 + i % 30},{('nurse', 'cook')[i % 3 > 1]},{('healthy', 'ill')[i % 2]},s{i % 5}" for i in range(300)]
-    (tmp_path / "t.csv").write_text("\n".join(["age,job,diag,site", *rows, "44,spy,rare-disease,s3"]))
+    rows = [
+        f"{40 + i % 30},{('nurse', 'cook')[i % 3 > 1]},{('healthy', 'ill')[i % 2]},s{i % 5}"
+        for i in range(300)
+    ]
+    (tmp_path / "t.csv").write_text(
+        "\n".join(["age,job,diag,site", *rows, "44,spy,rare-disease,s3"])
+    )
     text = PATIENTS.replace("PATH", str(tmp_path / "t.csv"))
     finish(text, tmp_path / "run")
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(files) > 5
-    assert not [path for path in files if b"rare-disease" in path.read_bytes() or b"spy" in path.read_bytes()]
+    assert not [
+        path
+        for path in files
+        if b"rare-disease" in path.read_bytes() or b"spy" in path.read_bytes()
+    ]
 
 
 def test_a_folder_of_an_older_version_without_newer_data_keys_still_resumes(tiny):
     settings = runs.settings(recipes.load(tiny))
-    assert not {"classes", "words", "public_words", "unknown", "encoding", "decimal"} & settings["data"].keys()
+    assert (
+        not {"classes", "words", "public_words", "unknown", "encoding", "decimal"}
+        & settings["data"].keys()
+    )
     named = runs.settings(recipes.load(tiny, ["data.unknown=other", "data.encoding=latin-1"]))
     assert (named["data"]["unknown"], named["data"]["encoding"]) == ("other", "latin-1")

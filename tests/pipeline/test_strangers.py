@@ -87,7 +87,14 @@ DOORS = {
     "l0": ["l0", "run/stages/0-train", "density=0.5", "epochs=1", *DIGITS],
     "quantize": ["quantize", "m.packed.safetensors", *DIGITS],
     "train": ["train", "run", "epochs=1", *DIGITS],
-    "distill": ["distill", "cnn", "teacher=run", "epochs=1", "model.arguments={in_channels=1,image_size=8}", *DIGITS],
+    "distill": [
+        "distill",
+        "cnn",
+        "teacher=run",
+        "epochs=1",
+        "model.arguments={in_channels=1,image_size=8}",
+        *DIGITS,
+    ],
     "pack": ["pack", "run", *DIGITS],
     "export": ["export", "run", *DIGITS],
     "measure": ["measure", "m.packed.safetensors", "--seconds", "0.01"],
@@ -129,12 +136,16 @@ def test_a_recipe_is_consent_for_what_it_names_itself(here, fedpress):
     said = fedpress("check", "own.toml", "model={checkpoint='run'}", "--allow-code", NET)
     assert said.code == 0, said.err
     consent._for_the_process.clear()
-    said = fedpress("sweep", "own.toml", "model={checkpoint='run'}", "stage.train.lr=0.1,0.2", "--out", "s")
+    said = fedpress(
+        "sweep", "own.toml", "model={checkpoint='run'}", "stage.train.lr=0.1,0.2", "--out", "s"
+    )
     assert said.code == 2
     assert f"--allow-code {NET}" in said.out
 
 
-def test_the_recipe_in_a_run_folder_is_consent_only_for_who_started_the_run(here, fedpress, monkeypatch):
+def test_the_recipe_in_a_run_folder_is_consent_only_for_who_started_the_run(
+    here, fedpress, monkeypatch
+):
     (here / "own.toml").write_text(OWN)
     assert fedpress("run", "own.toml", "--out", "mine").code == 0
     consent._for_the_process.clear()
@@ -184,8 +195,13 @@ def test_nothing_is_written_through_links_that_lie_in_a_run_folder(here, fedpres
     assert target.read_text() == "as it was"
 
 
-def test_a_model_that_does_not_take_what_its_file_declares_is_told_in_one_sentence(tmp_path, fedpress):
-    layers = {"": {"layer": "Sequential"}, "0": {"layer": "Linear", "in_features": 4, "out_features": 2}}
+def test_a_model_that_does_not_take_what_its_file_declares_is_told_in_one_sentence(
+    tmp_path, fedpress
+):
+    layers = {
+        "": {"layer": "Sequential"},
+        "0": {"layer": "Linear", "in_features": 4, "out_features": 2},
+    }
     spec = ModelSpec(architecture="torch-layers", arguments={"layers": layers}, input_shape=(5,))
     save_model(tmp_path / "odd", spec, spec.build())
     for command in ("measure", "export", "pack", "quantize"):

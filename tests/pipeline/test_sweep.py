@@ -21,7 +21,8 @@ def brute(points):
         a
         for a in sound
         if not any(
-            points[b][0] <= points[a][0] and points[b][1] >= points[a][1] and points[b] != points[a] for b in sound
+            points[b][0] <= points[a][0] and points[b][1] >= points[a][1] and points[b] != points[a]
+            for b in sound
         )
     }
 
@@ -35,7 +36,11 @@ def test_the_front_is_that_of_a_brute_search_by_rising_cost(points):
 
 
 @given(
-    st.lists(st.sampled_from(["0.5", "[1, 2]", "{a = 1, b = [2, 3]}", '"x,y"', "'a]'", "l2"]), min_size=1, max_size=6)
+    st.lists(
+        st.sampled_from(["0.5", "[1, 2]", "{a = 1, b = [2, 3]}", '"x,y"', "'a]'", "l2"]),
+        min_size=1,
+        max_size=6,
+    )
 )
 def test_values_that_are_joined_by_commas_are_split_again(values):
     assert sweep.split_values(",".join(values)) == values
@@ -48,10 +53,17 @@ def test_lists_that_are_none_are_refused(text):
 
 
 def test_variants_are_all_combinations_named_by_what_moves():
-    found = sweep.variants(["stage.1.keep_params=0.5,0.3", "stage.q.bits=8", "stage.0.lr=1,2"], seeds=(0, 1))
+    found = sweep.variants(
+        ["stage.1.keep_params=0.5,0.3", "stage.q.bits=8", "stage.0.lr=1,2"], seeds=(0, 1)
+    )
     assert len(found) == len({v.name for v in found}) == 8
     assert found[0].name == "keep_params=0.5 lr=1 seed=0"
-    assert found[-1].overrides == ("stage.1.keep_params=0.3", "stage.q.bits=8", "stage.0.lr=2", "seed=1")
+    assert found[-1].overrides == (
+        "stage.1.keep_params=0.3",
+        "stage.q.bits=8",
+        "stage.0.lr=2",
+        "seed=1",
+    )
     assert sweep.variants(["a.lr=1,2", "b.lr=1,2"])[0].name == "a.lr=1 b.lr=1"
     with pytest.raises(RecipeError, match="given twice"):
         sweep.variants(["seed=1,2"], seeds=(3,))
@@ -86,7 +98,9 @@ def test_a_sweep_trains_once_lists_what_fails_draws_and_goes_on(fedpress, tiny_f
 
 def test_a_variant_may_be_unreadable_and_the_others_go_on(fedpress, tiny_file):
     tiny_file.write_text(tiny_file.read_text().partition('[[stage]]\nkind = "prune"')[0])
-    said = fedpress("sweep", tiny_file, "stage.0.optimizer=sgb,sgd", "stage.0.epochs=1", "--out", "s")
+    said = fedpress(
+        "sweep", tiny_file, "stage.0.optimizer=sgb,sgd", "stage.0.epochs=1", "--out", "s"
+    )
     assert said.code == 2
     page = json.loads(Path("s/sweep.json").read_text())
     assert [v["error"] is None for v in page["variants"]] == [False, True]

@@ -3,16 +3,18 @@ import math
 import pytest
 import torch
 
-from fedpress.core.random_source import Seeded
+from fedpress.core.random_source import TorchRandom
 from fedpress.errors import PrivacyError, RecipeError
-from fedpress.privacy.accounting.accountant import Phase, epsilon
+from fedpress.privacy.accounting.accountant import GaussianEvent, epsilon
 from fedpress.privacy.adaptive import AdaptiveClip, centred_bit, count_noise_for, share_below, split
 
 
 def follow(how, start, norms, rounds, noise, chance):
     clip_norm, path = start, []
     for _ in range(rounds):
-        total = sum(centred_bit(norm, clip_norm) for norm in norms) + noise * float(chance.normal(1))
+        total = sum(centred_bit(norm, clip_norm) for norm in norms) + noise * float(
+            chance.normal(1)
+        )
         clip_norm = how.update(clip_norm, share_below(total, len(norms)))
         path.append(clip_norm)
     return path
@@ -21,7 +23,7 @@ def follow(how, start, norms, rounds, noise, chance):
 @pytest.mark.parametrize("quantile", [0.2, 0.5, 0.8])
 @pytest.mark.parametrize("factor", [100.0, 0.01])
 def test_the_clip_norm_reaches_the_true_quantile_from_far_above_and_below(quantile, factor):
-    chance = Seeded(torch.Generator().manual_seed(0))
+    chance = TorchRandom(torch.Generator().manual_seed(0))
     norms = (3 * chance.normal(200).exp()).tolist()
     true = float(torch.tensor(norms).quantile(quantile))
     how = AdaptiveClip(quantile=quantile, lr=0.2)
@@ -38,15 +40,23 @@ def test_too_many_below_lower_the_clip_norm_and_too_few_raise_it():
 
 
 def test_bits_are_centred_and_what_is_no_norm_counts_as_above():
-    assert [centred_bit(n, 1.0) for n in (0.0, 1.0, 1.1, math.inf, math.nan)] == [0.5, 0.5, -0.5, -0.5, -0.5]
+    assert [centred_bit(n, 1.0) for n in (0.0, 1.0, 1.1, math.inf, math.nan)] == [
+        0.5,
+        0.5,
+        -0.5,
+        -0.5,
+        -0.5,
+    ]
     assert share_below(sum([0.5] * 3 + [-0.5] * 1), 4) == 0.75
 
 
 @pytest.mark.parametrize(("z", "count_noise"), [(1.0, 0.6), (1.0, 2.5), (5.0, 12.5), (0.3, 50.0)])
 def test_both_queries_together_cost_what_was_planned(z, count_noise):
     update = split(z, count_noise)
-    both = epsilon([Phase(1.0, update, 30), Phase(1.0, 2 * count_noise, 30)], delta=1e-5)
-    assert both == pytest.approx(epsilon([Phase(1.0, z, 30)], delta=1e-5), rel=1e-6)
+    both = epsilon(
+        [GaussianEvent(1.0, update, 30), GaussianEvent(1.0, 2 * count_noise, 30)], delta=1e-5
+    )
+    assert both == pytest.approx(epsilon([GaussianEvent(1.0, z, 30)], delta=1e-5), rel=1e-6)
     assert update > z
 
 
@@ -67,7 +77,14 @@ def test_a_share_that_is_no_number_is_refused():
 
 
 @pytest.mark.parametrize(
-    "changed", [{"quantile": 0.0}, {"quantile": 1.0}, {"lr": 0.0}, {"initial": math.inf}, {"count_noise": -1.0}]
+    "changed",
+    [
+        {"quantile": 0.0},
+        {"quantile": 1.0},
+        {"lr": 0.0},
+        {"initial": math.inf},
+        {"count_noise": -1.0},
+    ],
 )
 def test_settings_out_of_range_are_refused_by_name(changed):
     with pytest.raises(RecipeError, match=f"^{next(iter(changed))}: got"):

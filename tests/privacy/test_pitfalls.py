@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fedpress.core import parameters
-from fedpress.core.random_source import Cipher, Seeded
-from fedpress.privacy.accounting.accountant import Phase, epsilon, noise_multiplier
+from fedpress.core.random_source import AesCtrRandom, TorchRandom
+from fedpress.privacy.accounting.accountant import GaussianEvent, epsilon, noise_multiplier
 from fedpress.privacy.noise.mechanism import clip, noise_sum
 from fedpress.privacy.plan import PrivacyPlan
 
@@ -35,17 +35,25 @@ def defined(path):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)
         if isinstance(node, ast.ClassDef):
-            found |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+            found |= {
+                f"{node.name}.{inner.name}"
+                for inner in node.body
+                if isinstance(inner, ast.FunctionDef)
+            }
     return found
 
 
-pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="the pages are not part of an installed package")
+pytestmark = pytest.mark.skipif(
+    not PAGE.exists(), reason="the pages are not part of an installed package"
+)
 
 
 @pytest.mark.parametrize(("title", "text"), entries())
 def test_every_pitfall_names_code_and_tests_that_exist(title, text):
     named = NAMED.findall(text)
-    assert any(path.startswith("fedpress/") for path, _ in named), f"{title}: which function stops it?"
+    assert any(path.startswith("fedpress/") for path, _ in named), (
+        f"{title}: which function stops it?"
+    )
     assert any(path.startswith("tests/") for path, _ in named), f"{title}: which test would fail?"
     for path, name in named:
         assert (ROOT / path).exists(), f"{title}: {path} does not exist"
@@ -69,7 +77,9 @@ def test_a_parameter_without_dimensions_is_clipped_like_any_other():
     assert float(update.abs().max()) <= 1
 
 
-@pytest.mark.parametrize("chance", [Seeded(torch.Generator().manual_seed(0)), Cipher(bytes(32))])
+@pytest.mark.parametrize(
+    "chance", [TorchRandom(torch.Generator().manual_seed(0)), AesCtrRandom(bytes(32))]
+)
 def test_noise_falls_on_every_value_also_where_no_client_sent_one(chance):
     total = torch.zeros(1000)
     total[3] = 5.0
@@ -80,8 +90,8 @@ def test_noise_falls_on_every_value_also_where_no_client_sent_one(chance):
 def test_the_classical_formula_would_break_the_budget_and_ours_does_not():
     budget, delta = 20.0, 1e-3
     classical = math.sqrt(2 * math.log(1.25 / delta)) / budget
-    assert epsilon([Phase(1.0, classical, 1)], delta=delta) > 1.4 * budget
+    assert epsilon([GaussianEvent(1.0, classical, 1)], delta=delta) > 1.4 * budget
     for steps in (1, 50):
         ours = noise_multiplier(epsilon=budget, delta=delta, sampling_prob=1.0, steps=steps)
-        assert epsilon([Phase(1.0, ours, steps)], delta=delta) <= budget
+        assert epsilon([GaussianEvent(1.0, ours, steps)], delta=delta) <= budget
         assert ours > classical

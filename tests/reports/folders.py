@@ -12,7 +12,12 @@ CLIENTS = [f"c{i}" for i in range(10)]
 
 
 def write_run(
-    path: Path, *, name: str = "cifar10-cpu", client: str = "c", clients: int = 10, private: bool = True
+    path: Path,
+    *,
+    name: str = "cifar10-cpu",
+    client: str = "c",
+    clients: int = 10,
+    private: bool = True,
 ) -> Path:
     """Writes a finished run: train, prune, train, federate, export."""
     ids = [f"{client}{i}" for i in range(clients)]
@@ -20,16 +25,30 @@ def write_run(
     (path / "recipe.toml").write_text(
         f'# {name}\nname = "cifar10"\n\n[[stage]]\nkind = "train"\nepochs = 7\n', encoding="utf-8"
     )
-    records = [*train(0, "train", 7, 0.941), prune(1), *train(2, "fine-tune", 10, 0.939), *federate(3, ids, private)]
+    records = [
+        *train(0, "train", 7, 0.941),
+        prune(1),
+        *train(2, "fine-tune", 10, 0.939),
+        *federate(3, ids, private),
+    ]
     write_json(
-        path / "settings.json", {"name": name, "seed": 1, "stage": [{"kind": "train", "epochs": 7}, {"kind": "prune"}]}
+        path / "settings.json",
+        {"name": name, "seed": 1, "stage": [{"kind": "train", "epochs": 7}, {"kind": "prune"}]},
     )
     write_json(path / "environment.json", environment(name))
     write_json(path / "result.json", result(name, ids, private))
-    charge = {"what": "federate", "sampling_prob": 0.1, "noise_multiplier": 1.02, "steps": 200, "first_round": 1}
+    charge = {
+        "what": "federate",
+        "sampling_prob": 0.1,
+        "noise_multiplier": 1.02,
+        "steps": 200,
+        "first_round": 1,
+    }
     charges = [{"who": c, **charge, "last_round": 20} for c in ids]
     write_json(path / "ledger.json", {"version": 1, "unit": "sample", "charges": charges})
-    (path / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    (path / "records.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in records), encoding="utf-8"
+    )
     return path
 
 
@@ -40,7 +59,12 @@ def write_json(path: Path, value: Any) -> None:
 def environment(name: str) -> dict[str, Any]:
     versions = {"fedpress": "0.1.0", "python": "3.11.9", "torch": "2.13.0+cpu"}
     command = f"fedpress run {name} --data data --out runs/x"
-    return {**versions, "machine": "Linux x86_64, 2 cores", "commit": "b7e1e51c0ffee", "command": command}
+    return {
+        **versions,
+        "machine": "Linux x86_64, 2 cores",
+        "commit": "b7e1e51c0ffee",
+        "command": command,
+    }
 
 
 def train(stage: int, name: str, epochs: int, last: float) -> list[dict[str, Any]]:
@@ -64,7 +88,9 @@ def train(stage: int, name: str, epochs: int, last: float) -> list[dict[str, Any
 def prune(stage: int) -> dict[str, Any]:
     widths = [64] + [64] * 4 + [128] * 4 + [256] * 4 + [512] * 4
     kept = [int(w * (0.85 - 0.03 * i)) // 8 * 8 for i, w in enumerate(widths)]
-    layers = [{"name": n, "before": b, "after": a} for n, b, a in zip(LAYERS, widths, kept, strict=True)]
+    layers = [
+        {"name": n, "before": b, "after": a} for n, b, a in zip(LAYERS, widths, kept, strict=True)
+    ]
     return {
         "stage": stage,
         "kind": "prune",
@@ -88,7 +114,9 @@ def federate(stage: int, ids: list[str], private: bool, rounds: int = 20) -> lis
             "bytes_up": 13_412_000 * len(ids),
             "bytes_down": 13_409_000 * len(ids),
             "epsilon": 1.4 + 6.5 * math.sqrt(r / rounds) if private else None,
-            "clients": [{"client": c, "examples": 600, "update_norm": 1.2, "steps": 10} for c in ids],
+            "clients": [
+                {"client": c, "examples": 600, "update_norm": 1.2, "steps": 10} for c in ids
+            ],
             "seconds": 61.5,
         }
         for r in range(1, rounds + 1)
@@ -112,22 +140,57 @@ def result(name: str, ids: list[str], private: bool) -> dict[str, Any]:
         "runtime": "torch",
     }
     small["runtime"] = "torch"
-    privacy = {"unit": "sample", "epsilon": 7.9, "delta": 1e-5, "noise_multiplier": 1.02, "clip_norm": 1.0}
-    none = {"unit": "none", "epsilon": None, "delta": None, "noise_multiplier": None, "clip_norm": None}
+    privacy = {
+        "unit": "sample",
+        "epsilon": 7.9,
+        "delta": 1e-5,
+        "noise_multiplier": 1.02,
+        "clip_norm": 1.0,
+    }
+    none = {
+        "unit": "none",
+        "epsilon": None,
+        "delta": None,
+        "noise_multiplier": None,
+        "clip_norm": None,
+    }
     federated = {
         "rounds": 20,
         "clients": len(ids),
         "accuracy_before": 0.9301,
         "bytes_up": 13_412_000 * len(ids) * 20,
         "bytes_down": 13_409_000 * len(ids) * 20,
-        "client_accuracy": {} if private else {c: 0.90 + 0.06 * (i * 7 % 10) / 10 for i, c in enumerate(ids)},
+        "client_accuracy": {}
+        if private
+        else {c: 0.90 + 0.06 * (i * 7 % 10) / 10 for i, c in enumerate(ids)},
         "stopped": None,
         **(privacy if private else none),
     }
     stages = [
-        {"kind": "train", "name": "train", "seconds": 2450.0, "accuracy": 0.9385, "loss": 0.24, **dense},
-        {"kind": "prune", "name": "prune", "seconds": 41.0, "accuracy": 0.7431, "loss": 0.91, **small},
-        {"kind": "train", "name": "fine-tune", "seconds": 1490.0, "accuracy": 0.9301, "loss": 0.27, **small},
+        {
+            "kind": "train",
+            "name": "train",
+            "seconds": 2450.0,
+            "accuracy": 0.9385,
+            "loss": 0.24,
+            **dense,
+        },
+        {
+            "kind": "prune",
+            "name": "prune",
+            "seconds": 41.0,
+            "accuracy": 0.7431,
+            "loss": 0.91,
+            **small,
+        },
+        {
+            "kind": "train",
+            "name": "fine-tune",
+            "seconds": 1490.0,
+            "accuracy": 0.9301,
+            "loss": 0.27,
+            **small,
+        },
         {
             "kind": "federate",
             "name": "federate",
@@ -146,6 +209,18 @@ def result(name: str, ids: list[str], private: bool) -> dict[str, Any]:
             **small,
             "file_bytes": 13_520_000,
         }
-        | {"latency_ms": 2.1, "runtime": "onnxruntime", "artifact": "artifacts/model.onnx", "parity": 3.1e-6},
+        | {
+            "latency_ms": 2.1,
+            "runtime": "onnxruntime",
+            "artifact": "artifacts/model.onnx",
+            "parity": 3.1e-6,
+        },
     ]
-    return {"recipe": name, "version": "0.1.0", "seed": 1, "seconds": 5220.3, "stages": stages, "final": stages[-1]}
+    return {
+        "recipe": name,
+        "version": "0.1.0",
+        "seed": 1,
+        "seconds": 5220.3,
+        "stages": stages,
+        "final": stages[-1],
+    }

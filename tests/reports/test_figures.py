@@ -85,7 +85,10 @@ def test_bytes_so_far_end_at_the_sum_of_the_rounds():
     figure = bytes_over_rounds("x", rounds)
     assert figure is not None
     ends = [series.y[-1] for series in figure.series if "so far" in series.name]
-    assert ends == [sum(r["bytes_up"] for r in rounds) / 1e9, sum(r["bytes_down"] for r in rounds) / 1e9]
+    assert ends == [
+        sum(r["bytes_up"] for r in rounds) / 1e9,
+        sum(r["bytes_down"] for r in rounds) / 1e9,
+    ]
 
 
 def test_many_clients_are_shown_as_a_distribution():

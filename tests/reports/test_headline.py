@@ -6,7 +6,9 @@ from fedpress.reports.headline import tiles
 
 
 def test_the_last_numbers_stand_beside_those_of_the_first_stage():
-    shown = {tile.name: (tile.value, tile.note) for tile in tiles(result("x", CLIENTS, True)["stages"])}
+    shown = {
+        tile.name: (tile.value, tile.note) for tile in tiles(result("x", CLIENTS, True)["stages"])
+    }
     assert shown == {
         "test accuracy": ("93.12%", "-0.73 points against the first stage"),
         "parameters": ("3.35 M", "30.0% of 11.2 M"),
@@ -40,7 +42,13 @@ def test_one_open_stage_makes_the_privacy_of_the_run_none():
 
 
 def test_balanced_accuracy_stands_beside_accuracy():
-    line = {"kind": "train", "accuracy": 0.91, "majority_share": 0.912, "balanced_accuracy": 0.5, "auc": 0.4871}
+    line = {
+        "kind": "train",
+        "accuracy": 0.91,
+        "majority_share": 0.912,
+        "balanced_accuracy": 0.5,
+        "auc": 0.4871,
+    }
     assert [(t.value, t.name, t.note) for t in tiles([line])][1] == (
         "50.00%", "balanced accuracy", "AUC 0.487; largest class: 91.2% of the test examples"
     )  # fmt: skip
@@ -52,7 +60,9 @@ def test_what_was_not_measured_has_no_tile():
     line = {"kind": "export", "file_bytes": 3_400_000}
     assert tiles([line, {"kind": "measure", "file_bytes": 44_000_000}])[0].value == "3.40 MB"
     assert tiles([{"kind": "measure", "file_bytes": 44_000_000}])[0].value == "44.0 MB"
-    assert [tile.name for tile in tiles([{"kind": "train", "accuracy": 0.5, "parameters": None}])] == ["test accuracy"]
+    assert [
+        tile.name for tile in tiles([{"kind": "train", "accuracy": 0.5, "parameters": None}])
+    ] == ["test accuracy"]
     assert tiles([{"parameters": 0}, {"parameters": 5}])[0].note == ""
 
 

@@ -79,7 +79,12 @@ def test_the_page_holds_headline_table_words_and_figures(tmp_path):
         "7.90",
         "at δ = 1e-5",
     ]
-    words = ["Every private example is protected", "Must be trusted", "Not protected", "Channels kept: prune"]
+    words = [
+        "Every private example is protected",
+        "Must be trusted",
+        "Not protected",
+        "Channels kept: prune",
+    ]
     made = [
         "fedpress run cifar10-cpu --data data --out runs/x",
         "commit b7e1e51c0f",
@@ -106,7 +111,9 @@ def test_the_page_loads_nothing(tmp_path):
 def test_the_policy_allows_the_script_of_the_page_and_no_other(tmp_path):
     page = draw(write_run(tmp_path / "x"))
     policy = next(
-        a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+        a["content"]
+        for t, a in page.tags
+        if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
     )
     assert policy is not None
     assert policy.startswith("default-src 'none'")
@@ -118,11 +125,20 @@ def test_the_policy_allows_the_script_of_the_page_and_no_other(tmp_path):
 def test_a_large_run_stays_below_a_megabyte(tmp_path):
     folder = write_run(tmp_path / "x", clients=30, private=False)
     layers = [{"name": f"block.{i}.conv", "before": 512, "after": 100 + i} for i in range(150)]
-    records = [*train(0, "train", 1000, 0.94), {**prune(1), "layers": layers}, *train(2, "fine-tune", 1000, 0.94)]
+    records = [
+        *train(0, "train", 1000, 0.94),
+        {**prune(1), "layers": layers},
+        *train(2, "fine-tune", 1000, 0.94),
+    ]
     records += federate(3, CLIENTS, False, rounds=3000)
     for at in range(60):
-        points = [{"layer": f"block.{at}", "density": d / 10, "accuracy": 0.9 - 0.1 / d} for d in range(1, 11)]
-        records += [{"stage": 1, "kind": "prune", "name": "prune", "sensitivity": point} for point in points]
+        points = [
+            {"layer": f"block.{at}", "density": d / 10, "accuracy": 0.9 - 0.1 / d}
+            for d in range(1, 11)
+        ]
+        records += [
+            {"stage": 1, "kind": "prune", "name": "prune", "sensitivity": point} for point in points
+        ]
     (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     whole = result("x", CLIENTS, False)
     whole["stages"][3]["client_accuracy"] = {f"client-{i}": i / 500 for i in range(500)}
@@ -140,7 +156,11 @@ def test_figures_have_names_and_numbers_for_those_who_cannot_see_them(tmp_path):
         assert picture["role"] == "img"
         assert set(picture["aria-labelledby"].split()) <= ids
     assert " ".join(page.texts).count("Numbers") == 7
-    regions = [attributes["aria-label"] for _, attributes in page.tags if attributes.get("role") == "region"]
+    regions = [
+        attributes["aria-label"]
+        for _, attributes in page.tags
+        if attributes.get("role") == "region"
+    ]
     assert all(regions)
     assert len(set(regions)) == len(regions)
 
@@ -159,7 +179,9 @@ def contrast(one, other):
 
 def test_words_have_contrast_enough_in_both_themes():
     style = (Path(html.__file__).parent / "page.css").read_text()
-    light, dark = (dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in style.split(":root {")[1:3])
+    light, dark = (
+        dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in style.split(":root {")[1:3]
+    )
     for colors in (light, dark):
         for word in ("text", "muted", "blue", "orange", "green", "red"):
             assert contrast(colors[word], colors["card"]) >= 4.5, word
@@ -168,8 +190,13 @@ def test_words_have_contrast_enough_in_both_themes():
 def test_hostile_names_stay_text(tmp_path):
     folder = write_run(tmp_path / "x", name=HOSTILE, client=HOSTILE, clients=3)
     stages = [{**stage, "name": HOSTILE} for stage in result(HOSTILE, CLIENTS, True)["stages"]]
-    write_json(folder / "result.json", {**result(HOSTILE, CLIENTS, True), "stages": stages, "seed": HOSTILE})
-    write_json(folder / "environment.json", {HOSTILE: HOSTILE, "command": HOSTILE, "commit": HOSTILE})
+    write_json(
+        folder / "result.json",
+        {**result(HOSTILE, CLIENTS, True), "stages": stages, "seed": HOSTILE},
+    )
+    write_json(
+        folder / "environment.json", {HOSTILE: HOSTILE, "command": HOSTILE, "commit": HOSTILE}
+    )
     write_json(folder / "ledger.json", {"charges": [{"who": HOSTILE, "what": HOSTILE}]})
     page = draw(folder)
     assert [tag for tag, _ in page.tags].count("script") == 1
@@ -209,7 +236,13 @@ def test_a_run_with_some_stages_measured_shows_them_and_says_that_it_has_not_end
 def test_the_page_warns_of_a_model_that_guesses(tmp_path):
     folder = write_run(tmp_path / "x")
     warning = "it is no better than always answering '<b>x</b>' (91.0% of the test examples)"
-    line = {"kind": "train", "name": "train", "accuracy": 0.91, "majority_share": 0.91, "balanced_accuracy": 0.5}
+    line = {
+        "kind": "train",
+        "name": "train",
+        "accuracy": 0.91,
+        "majority_share": 0.91,
+        "balanced_accuracy": 0.5,
+    }
     line |= {"auc": 0.4871, "accuracy_warning": warning}
     write_json(folder / "result.json", {"stages": [line], "finished": True, "final": line})
     text = " ".join(draw(folder).texts)
@@ -217,16 +250,23 @@ def test_the_page_warns_of_a_model_that_guesses(tmp_path):
     assert "What the accuracy is worth" in text
     assert "0.487" in text
     mended = line | {"accuracy_warning": None}
-    write_json(folder / "result.json", {"stages": [line, mended], "finished": True, "final": mended})
+    write_json(
+        folder / "result.json", {"stages": [line, mended], "finished": True, "final": mended}
+    )
     assert "no better than" not in " ".join(draw(folder).texts)
 
 
 def test_a_stage_of_unknown_kind_is_no_reason_to_fail(tmp_path):
     folder = write_run(tmp_path / "x")
     whole = result("x", CLIENTS, True)
-    write_json(folder / "result.json", {**whole, "stages": [*whole["stages"], {"kind": "teleport", "accuracy": 0.9}]})
+    write_json(
+        folder / "result.json",
+        {**whole, "stages": [*whole["stages"], {"kind": "teleport", "accuracy": 0.9}]},
+    )
     with (folder / "records.jsonl").open("a") as file:
-        file.write(json.dumps({"stage": 9, "kind": "teleport", "layers": 3, "clients": None}) + "\n")
+        file.write(
+            json.dumps({"stage": 9, "kind": "teleport", "layers": 3, "clients": None}) + "\n"
+        )
     assert "teleport" in " ".join(draw(folder).texts)
 
 
@@ -257,7 +297,9 @@ def test_a_report_that_cannot_be_written_says_where_and_leaves_nothing(tmp_path)
 def test_a_browser_draws_every_plot_without_overflow_errors_or_requests(tmp_path):
     drawn = write_report(write_run(tmp_path / "x"))
     hostile = write_report(
-        write_run(tmp_path / "y", name=HOSTILE + "x" * 300, client=HOSTILE + "y" * 90, private=False)
+        write_run(
+            tmp_path / "y", name=HOSTILE + "x" * 300, client=HOSTILE + "y" * 90, private=False
+        )
     )
     looks = [
         (drawn, 390, False),

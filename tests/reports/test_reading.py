@@ -9,14 +9,27 @@ from folders import write_run
 from fedpress.errors import RunError
 from fedpress.reports.reading import read_run, records_by_stage
 
-FILES = ["recipe.toml", "settings.json", "environment.json", "records.jsonl", "result.json", "ledger.json"]
+FILES = [
+    "recipe.toml",
+    "settings.json",
+    "environment.json",
+    "records.jsonl",
+    "result.json",
+    "ledger.json",
+]
 
 
 def test_a_finished_run_is_read_wholly(tmp_path):
     run = read_run(write_run(tmp_path / "x"))
     assert run.finished
     assert run.name == "cifar10-cpu"
-    assert [stage["name"] for stage in run.stages] == ["train", "prune", "fine-tune", "federate", "export"]
+    assert [stage["name"] for stage in run.stages] == [
+        "train",
+        "prune",
+        "fine-tune",
+        "federate",
+        "export",
+    ]
     assert [len(steps) for steps in records_by_stage(run.records)] == [7, 1, 10, 20]
     assert run.ledger["unit"] == "sample"
     assert run.recipe.startswith("# cifar10-cpu")
@@ -35,7 +48,9 @@ def test_a_torn_last_line_is_ignored(tmp_path):
     folder = write_run(tmp_path / "x")
     whole = read_run(folder).records
     data = (folder / "records.jsonl").read_bytes()
-    (folder / "records.jsonl").write_bytes(data + '{"stage": 3, "name": "é'.encode()[:-1])  # cut within a letter
+    (folder / "records.jsonl").write_bytes(
+        data + '{"stage": 3, "name": "é'.encode()[:-1]
+    )  # cut within a letter
     assert read_run(folder).records == whole
     (folder / "records.jsonl").write_bytes(data[:-30])
     assert read_run(folder).records == whole[:-1]
@@ -51,7 +66,9 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[1, 2]"])
-@pytest.mark.parametrize("file", ["settings.json", "environment.json", "result.json", "ledger.json"])
+@pytest.mark.parametrize(
+    "file", ["settings.json", "environment.json", "result.json", "ledger.json"]
+)
 def test_a_damaged_file_is_named(tmp_path, file, text):
     folder = write_run(tmp_path / "x")
     (folder / file).write_text(text)

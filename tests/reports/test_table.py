@@ -4,15 +4,41 @@ import pytest
 from folders import CLIENTS, federate, result, train
 from rich.console import Console
 
-from fedpress.reports.table import failure_table, ledger_table, progress_table, rich_table, stage_table
+from fedpress.reports.table import (
+    failure_table,
+    ledger_table,
+    progress_table,
+    rich_table,
+    stage_table,
+)
 
 
 def test_the_table_has_a_line_per_stage_with_numbers_for_people():
     table = stage_table(result("x", CLIENTS, private=True))
     header = ["Stage", "Accuracy", "Params", "MACs", "Size", "Latency", "Up", "Down", "ε", "Time"]
     assert table.header == header
-    assert table.rows[0] == ["train", "93.85%", "11.2 M", "557 M", "44.8 MB", "13.2 ms", "–", "–", "–", "41 min"]
-    federated = ["93.12% (-0.73)", "3.35 M (30.0%)", "168 M", "13.4 MB", "4.6 ms", "2.68 GB", "2.68 GB", "7.90"]
+    assert table.rows[0] == [
+        "train",
+        "93.85%",
+        "11.2 M",
+        "557 M",
+        "44.8 MB",
+        "13.2 ms",
+        "–",
+        "–",
+        "–",
+        "41 min",
+    ]
+    federated = [
+        "93.12% (-0.73)",
+        "3.35 M (30.0%)",
+        "168 M",
+        "13.4 MB",
+        "4.6 ms",
+        "2.68 GB",
+        "2.68 GB",
+        "7.90",
+    ]
     assert table.rows[3] == ["federate", *federated, "21 min"]
     assert len(table.rows) == 5
 
@@ -35,7 +61,14 @@ def test_a_result_without_stages_is_an_empty_table(stages):
 
 def test_a_stage_of_unknown_kind_has_its_row():
     known = {"kind": "train", "accuracy": 0.5, "parameters": 10}
-    table = stage_table({"stages": [known, {"kind": "teleport", "accuracy": "high", "parameters": 0, "seconds": -1}]})
+    table = stage_table(
+        {
+            "stages": [
+                known,
+                {"kind": "teleport", "accuracy": "high", "parameters": 0, "seconds": -1},
+            ]
+        }
+    )
     assert table.rows[1][:2] == ["teleport", "–"]
     assert table.rows[0][0] == "train"
 
@@ -58,15 +91,26 @@ def test_brackets_in_a_name_are_no_markup_in_a_terminal():
 
 def test_the_progress_of_an_unfinished_run_is_told_per_stage():
     table = progress_table([*train(0, "train", 7, 0.94), *federate(3, CLIENTS, True)[:5]])
-    assert [row[:2] for row in table.rows] == [["train", "epoch 7 of 7"], ["federate", "round 5 of 20"]]
+    assert [row[:2] for row in table.rows] == [
+        ["train", "epoch 7 of 7"],
+        ["federate", "round 5 of 20"],
+    ]
     assert table.rows[0][3:] == ["–", "35 min"]  # epochs say the time so far, rounds their own
     assert table.rows[1][3:] == ["4.65", "5 min 8 s"]
 
 
 def test_clients_with_the_same_charge_share_a_row_of_the_ledger():
-    charge = {"what": "federate", "sampling_prob": 0.1, "noise_multiplier": 1.02, "steps": 200, "last_round": 20}
+    charge = {
+        "what": "federate",
+        "sampling_prob": 0.1,
+        "noise_multiplier": 1.02,
+        "steps": 200,
+        "last_round": 20,
+    }
     others = [{"who": f"c{i}", "first_round": 1, **charge} for i in range(3)]
-    table = ledger_table({"unit": "sample", "charges": [*others, {"who": "population", "what": "prune", "steps": 1}]})
+    table = ledger_table(
+        {"unit": "sample", "charges": [*others, {"who": "population", "what": "prune", "steps": 1}]}
+    )
     assert table is not None
     assert table.rows == [
         ["federate", "3 clients", "0.1", "1.02", "200", "1 to 20"],
@@ -91,11 +135,23 @@ def test_answers_that_do_not_count_are_in_the_table_and_listed_by_client():
 
 
 def test_a_noised_count_is_shown_where_it_is_surely_above_its_noise():
-    counted = {"unit": "sample", "not_finite": -0.5, "failed": 60.2, "of": 80.0, "noise": 0.4, "sure": True}
+    counted = {
+        "unit": "sample",
+        "not_finite": -0.5,
+        "failed": 60.2,
+        "of": 80.0,
+        "noise": 0.4,
+        "sure": True,
+    }
     stage = failing(asked=12, refused=0, clients={}, counted=counted)
     assert stage_table({"stages": [stage]}).rows[0][-1] == "≈60 of 80"
     assert failure_table([stage]).rows == [
-        ["rounds", "all examples, counted with noise", "≈60 of 80", "the model could not run on them"]
+        [
+            "rounds",
+            "all examples, counted with noise",
+            "≈60 of 80",
+            "the model could not run on them",
+        ]
     ]
     quiet = failing(asked=12, refused=0, clients={}, counted=counted | {"sure": False})
     assert "Failed" not in stage_table({"stages": [quiet]}).header

@@ -38,7 +38,14 @@ def test_epsilon_is_never_shown_smaller_than_it_is(value):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0.0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (599.4, "9 min 59 s"), (599.6, "10 min"), (3599, "1 h 0 min")],
+    [
+        (0, "0.0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (599.4, "9 min 59 s"),
+        (599.6, "10 min"),
+        (3599, "1 h 0 min"),
+    ],
 )
 def test_time_spans_carry_over_at_their_borders(value, text):
     assert units.seconds(value) == text

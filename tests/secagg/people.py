@@ -4,7 +4,7 @@ import hashlib
 
 import torch
 
-from fedpress.secagg import Combiner, Member, Part, SecurePlan, identity
+from fedpress.secagg import SecAggClient, SecAggMessage, SecAggServer, SecurePlan, identity
 
 
 def secret(name):
@@ -16,8 +16,8 @@ def group(n, *, bits=18, run="run", extra=0, **plan):
     names = [f"c{i}" for i in range(n + extra)]
     known = {name: identity(secret(name)) for name in names}
     settings = SecurePlan(n, bits, **plan)
-    members = {name: Member(name, secret(name), settings, known, run) for name in names}
-    combiner = Combiner(settings, known, run)
+    members = {name: SecAggClient(name, secret(name), settings, known, run) for name in names}
+    combiner = SecAggServer(settings, known, run)
     for name, member in members.items():
         combiner.join(name, member.join())
     roster = combiner.roster()
@@ -44,4 +44,4 @@ def reported(combiner, members, values, *, round=1, silent=()):
 
 
 def changed(part, **tensors):
-    return Part(dict(part.header), {**part.tensors, **tensors})
+    return SecAggMessage(dict(part.header), {**part.tensors, **tensors})

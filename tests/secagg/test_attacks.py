@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedpress.errors import RecipeError, SecureError, WireError
-from fedpress.secagg import Combiner, Member, Part, SecurePlan, identity
+from fedpress.secagg import SecAggClient, SecAggMessage, SecAggServer, SecurePlan, identity
 from fedpress.secagg.keys import KeyPair, sign
 from fedpress.secagg.public import Round
 from tests.secagg.people import changed, group, numbers, reported, secret
@@ -75,7 +75,8 @@ def test_answers_about_different_lists_of_equal_length_open_nothing_together():
     lists = [reported(combiner, members, values, silent=[name]) for name in ("c7", "c8")]
     first, second = (secure.requests() for secure in lists)
     answers = {
-        name: members[name].unmask((first if at % 2 else second)[name]) for at, name in enumerate(list(first)[:7])
+        name: members[name].unmask((first if at % 2 else second)[name])
+        for at, name in enumerate(list(first)[:7])
     }
     for secure in lists:
         for name, answer in answers.items():
@@ -99,7 +100,8 @@ def test_clients_that_did_not_report_cannot_be_listed(people):
     secure = reported(combiner, members, numbers(6), silent=["c5"])
     request = secure.requests()["c0"]
     more = {
-        key: torch.cat([request.tensors[key], request.tensors[key][:1]]) for key in ("nonces", "digests", "signatures")
+        key: torch.cat([request.tensors[key], request.tensors[key][:1]])
+        for key in ("nonces", "digests", "signatures")
     }
     with pytest.raises(WireError, match="'c5' signed no such report"):
         members["c0"].unmask(changed(request, reported=torch.ones(6, dtype=torch.uint8), **more))
@@ -110,14 +112,16 @@ def test_a_report_of_another_round_cannot_be_listed(people):
     old = reported(combiner, members, numbers(6)).requests()["c0"]
     new = reported(combiner, members, numbers(6), round=2).requests()["c0"]
     with pytest.raises(WireError, match="signed no such report"):
-        members["c0"].unmask(changed(new, signatures=old.tensors["signatures"], digests=old.tensors["digests"]))
+        members["c0"].unmask(
+            changed(new, signatures=old.tensors["signatures"], digests=old.tensors["digests"])
+        )
 
 
 def test_who_masked_nothing_unmasks_nothing():
     combiner, members = group(6)
     request = reported(combiner, members, numbers(6)).requests()["c0"]
     known = {name: identity(secret(name)) for name in members}
-    fresh = Member("c0", secret("c0"), SecurePlan(6, 18), known, "run")
+    fresh = SecAggClient("c0", secret("c0"), SecurePlan(6, 18), known, "run")
     with pytest.raises(SecureError, match="no roster"):
         fresh.unmask(request)
     fresh.accept(combiner.roster())
@@ -131,10 +135,14 @@ def test_shares_addressed_to_another_cannot_be_read(people):
     requests = secure.requests()
     answer = members["c0"].unmask(changed(requests["c0"], sealed=requests["c1"].tensors["sealed"]))
     secure.share("c0", answer)
-    assert answer.tensors["body"].shape == members["c1"].unmask(requests["c1"]).tensors["body"].shape
+    assert (
+        answer.tensors["body"].shape == members["c1"].unmask(requests["c1"]).tensors["body"].shape
+    )
     for name in ("c1", "c2", "c3", "c4"):
         secure.share(name, members[name].unmask(requests[name]))
-    assert torch.equal(secure.sum(), numbers(6).sum(0))  # what c0 could not read came from the others
+    assert torch.equal(
+        secure.sum(), numbers(6).sum(0)
+    )  # what c0 could not read came from the others
 
 
 def test_a_client_that_seals_rubbish_closes_the_sum_and_is_named(people):
@@ -177,7 +185,7 @@ def test_a_report_of_another_client_round_run_or_plan_is_refused(people):
         secure.add("c0", members["c0"].mask(ONE, round=1, cohort=cohort))
     old = members["c0"].mask(ONE, round=1, cohort=cohort)
     with pytest.raises(WireError, match=r"report\.signature"):
-        secure.add("c0", Part({"round": 2}, old.tensors))
+        secure.add("c0", SecAggMessage({"round": 2}, old.tensors))
     for other in (group(6, run="other")[1], group(6, max_corrupt=0.0)[1]):
         with pytest.raises(WireError, match=r"report\.signature"):
             secure.add("c0", other["c0"].mask(ONE, round=2, cohort=cohort))
@@ -221,7 +229,7 @@ def test_a_swapped_key_a_double_and_a_missing_client_in_the_roster_are_refused()
     known = {name: identity(secret(name)) for name in members}
 
     def fresh(name="c0", run="run"):
-        return Member(name, secret(name), SecurePlan(3, 18), known, run)
+        return SecAggClient(name, secret(name), SecurePlan(3, 18), known, run)
 
     keys = roster.tensors["keys"].clone()
     keys[1] = torch.frombuffer(bytearray(KeyPair(bytes(32), "run").public), dtype=torch.uint8)
@@ -231,33 +239,43 @@ def test_a_swapped_key_a_double_and_a_missing_client_in_the_roster_are_refused()
         fresh().accept(changed(roster, keys=roster.tensors["keys"][:1].expand(3, 32)))
     for names in (["c0", "c1", "c1"], ["c1", "c0", "c2"]):
         with pytest.raises(WireError, match=r"roster\.names"):
-            fresh().accept(Part({"names": names}, roster.tensors))
+            fresh().accept(SecAggMessage({"names": names}, roster.tensors))
     with pytest.raises(WireError, match="'x' is not signed by it"):
-        fresh().accept(Part({"names": ["c0", "c1", "x"]}, roster.tensors))
+        fresh().accept(SecAggMessage({"names": ["c0", "c1", "x"]}, roster.tensors))
     rest = {key: tensor[1:] for key, tensor in roster.tensors.items()}
     with pytest.raises(WireError, match="the key of 'c0' is missing"):
-        fresh().accept(Part({"names": ["c1", "c2"]}, rest))
+        fresh().accept(SecAggMessage({"names": ["c1", "c2"]}, rest))
     with pytest.raises(WireError, match="is not signed by it"):
         fresh(run="other").accept(roster)
     member = fresh()
     member.accept(roster)
     with pytest.raises(SecureError, match="another roster"):
-        member.accept(Part({"names": ["c0", "c1"]}, {key: tensor[:2] for key, tensor in roster.tensors.items()}))
+        member.accept(
+            SecAggMessage(
+                {"names": ["c0", "c1"]}, {key: tensor[:2] for key, tensor in roster.tensors.items()}
+            )
+        )
 
 
 def test_a_key_that_agrees_on_no_secret_is_refused():
     names = ["c0", "c1"]
     plan = SecurePlan(2, 18)
     known = {name: identity(secret(name)) for name in names}
-    member, combiner = Member("c0", secret("c0"), plan, known, "run"), Combiner(plan, known, "run")
+    member, combiner = (
+        SecAggClient("c0", secret("c0"), plan, known, "run"),
+        SecAggServer(plan, known, "run"),
+    )
     combiner.join("c0", member.join())
     low = bytes(32)
     signature = sign(secret("c1"), "run", repr(plan), "join", "c1", low)
     combiner.join(
         "c1",
-        Part(
+        SecAggMessage(
             {},
-            {"key": torch.zeros(32, dtype=torch.uint8), "signature": torch.tensor(list(signature), dtype=torch.uint8)},
+            {
+                "key": torch.zeros(32, dtype=torch.uint8),
+                "signature": torch.tensor(list(signature), dtype=torch.uint8),
+            },
         ),
     )
     with pytest.raises(WireError, match="'c1' agrees on no secret"):
@@ -267,8 +285,10 @@ def test_a_key_that_agrees_on_no_secret_is_refused():
 def test_joining_with_a_forged_signature_twice_or_late_is_refused(people):
     names = ["c0", "c1"]
     known = {name: identity(secret(name)) for name in names}
-    members = {name: Member(name, secret(name), SecurePlan(2, 18), known, "run") for name in names}
-    combiner = Combiner(SecurePlan(2, 18), known, "run")
+    members = {
+        name: SecAggClient(name, secret(name), SecurePlan(2, 18), known, "run") for name in names
+    }
+    combiner = SecAggServer(SecurePlan(2, 18), known, "run")
     with pytest.raises(WireError, match=r"join\.signature: not by 'c0'"):
         combiner.join("c0", members["c1"].join())
     with pytest.raises(SecureError, match="0 clients joined"):
@@ -291,9 +311,9 @@ def test_joining_with_a_forged_signature_twice_or_late_is_refused(people):
 def test_wrong_identities_and_secrets_are_refused():
     known = {"c0": identity(secret("c0"))}
     with pytest.raises(RecipeError, match="expected 32 random ones"):
-        Member("c0", b"short", SecurePlan(2, 18), known, "run")
+        SecAggClient("c0", b"short", SecurePlan(2, 18), known, "run")
     with pytest.raises(RecipeError, match="another identity than its secret"):
-        Member("c0", secret("c1"), SecurePlan(2, 18), known, "run")
+        SecAggClient("c0", secret("c1"), SecurePlan(2, 18), known, "run")
 
 
 COMBINER, MEMBERS = group(3)
@@ -308,22 +328,26 @@ PARTS = {
     "share": MEMBERS["c0"].unmask(REQUESTS["c0"]),
 }
 JUNK = st.one_of(
-    st.none(), st.integers(), st.text(max_size=3), st.lists(st.text(max_size=2), max_size=4), st.booleans()
+    st.none(),
+    st.integers(),
+    st.text(max_size=3),
+    st.lists(st.text(max_size=2), max_size=4),
+    st.booleans(),
 )
 
 
 def receive(kind, part):
     known = {name: identity(secret(name)) for name in MEMBERS}
     if kind == "join":
-        Combiner(SecurePlan(3, 18), known, "run").join("c0", part)
+        SecAggServer(SecurePlan(3, 18), known, "run").join("c0", part)
     elif kind == "roster":
-        Member("c0", secret("c0"), SecurePlan(3, 18), known, "run").accept(part)
+        SecAggClient("c0", secret("c0"), SecurePlan(3, 18), known, "run").accept(part)
     elif kind == "accepted":
         COMBINER.accepted("c0", part)
     elif kind == "report":
         COMBINER.open(1, list(MEMBERS), 7).add("c0", part)
     elif kind == "request":
-        member = Member("c0", secret("c0"), SecurePlan(3, 18), known, "run")
+        member = SecAggClient("c0", secret("c0"), SecurePlan(3, 18), known, "run")
         member.load_state_(MEMBERS["c0"].state())
         member.unmask(part)
     else:
@@ -353,7 +377,9 @@ def test_no_mutated_part_raises_anything_but_our_errors(kind, data):
     elif what == "cut":
         tensors[name] = tensors[name][:-1]
     elif what == "type":
-        tensors[name] = tensors[name].to(data.draw(st.sampled_from([torch.float32, torch.int64, torch.int8])))
+        tensors[name] = tensors[name].to(
+            data.draw(st.sampled_from([torch.float32, torch.int64, torch.int8]))
+        )
     elif what == "flip":
         flat = tensors[name].clone().reshape(-1)
         flat[data.draw(st.integers(0, len(flat) - 1))] ^= data.draw(st.integers(1, 127))
@@ -361,7 +387,7 @@ def test_no_mutated_part_raises_anything_but_our_errors(kind, data):
     else:
         tensors[name] = tensors[name].reshape(-1)[None]
     with contextlib.suppress(WireError, SecureError):
-        receive(kind, Part(header, tensors))
+        receive(kind, SecAggMessage(header, tensors))
 
 
 def test_a_list_without_the_neighbours_of_one_client_is_refused_by_the_committee():

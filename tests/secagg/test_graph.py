@@ -89,7 +89,10 @@ def test_as_many_as_planned_may_vanish_from_the_committee(cohort):
         assert plan.threshold <= plan.survivors
     else:  # drawn at random: the threshold is reached but for MISS
         rng = np.random.default_rng(0)
-        alive = [rng.hypergeometric(plan.survivors, cohort - plan.survivors, plan.committee) for _ in range(2000)]
+        alive = [
+            rng.hypergeometric(plan.survivors, cohort - plan.survivors, plan.committee)
+            for _ in range(2000)
+        ]
         assert np.mean(np.array(alive) < plan.threshold) < 0.005
 
 

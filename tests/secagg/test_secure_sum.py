@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpress.errors import RecipeError, SecureError
-from fedpress.secagg import Combiner, Member, SecurePlan, identity
+from fedpress.secagg import SecAggClient, SecAggServer, SecurePlan, identity
 from fedpress.secagg.masks import word
 from tests.secagg.people import changed, group, numbers, reported, secret
 
@@ -30,10 +30,16 @@ def opened(secure, members, *, mute=0):
 def test_secure_sum_equals_plain_sum_whoever_vanishes_within_the_plan(n, bits, size, seed, data):
     combiner, members = group(n, bits=bits)
     gone = data.draw(
-        st.lists(st.sampled_from(sorted(members)), unique=True, max_size=n - SecurePlan(n, bits).survivors)
+        st.lists(
+            st.sampled_from(sorted(members)),
+            unique=True,
+            max_size=n - SecurePlan(n, bits).survivors,
+        )
     )
     before = data.draw(st.integers(0, len(gone)))
-    values = torch.randint(-(1 << 62), 1 << 62, (n, size), generator=torch.Generator().manual_seed(seed))
+    values = torch.randint(
+        -(1 << 62), 1 << 62, (n, size), generator=torch.Generator().manual_seed(seed)
+    )
     secure = reported(combiner, members, values, silent=gone[:before])
     requests = secure.requests()
     for name in requests:
@@ -41,7 +47,10 @@ def test_secure_sum_equals_plain_sum_whoever_vanishes_within_the_plan(n, bits, s
             secure.share(name, members[name].unmask(requests[name]))
     kept = [row for row, name in enumerate(members) if name not in gone[:before]]
     half = 1 << (bits - 1)
-    plain = [(sum(column) + half) % (2 * half) - half for column in zip(*values[kept].tolist(), strict=True)]
+    plain = [
+        (sum(column) + half) % (2 * half) - half
+        for column in zip(*values[kept].tolist(), strict=True)
+    ]
     assert secure.sum().tolist() == plain
     assert secure.reported == sorted(name for name in members if name not in gone[:before])
 
@@ -103,20 +112,23 @@ def test_the_same_question_gets_the_same_bytes_even_after_a_restart():
     combiner, members = group(4)
     values, cohort = numbers(4), list(members)
     secure = combiner.open(1, cohort, 7)
-    first = {name: m.mask(values[row], round=1, cohort=cohort) for row, (name, m) in enumerate(members.items())}
+    first = {
+        name: m.mask(values[row], round=1, cohort=cohort)
+        for row, (name, m) in enumerate(members.items())
+    }
     for name, part in first.items():
         secure.add(name, part)
     request = secure.requests()["c1"]
     answer = members["c1"].unmask(request)
 
     known = {name: identity(secret(name)) for name in members}
-    again = Member("c1", secret("c1"), SecurePlan(4, 18), known, "run")
+    again = SecAggClient("c1", secret("c1"), SecurePlan(4, 18), known, "run")
     again.load_state_(json.loads(json.dumps(members["c1"].state())))
     assert again.state() == members["c1"].state()
     for old, new in (
         (first["c1"], again.mask(values[1], round=1, cohort=cohort)),
         (answer, again.unmask(request)),
-        (combiner.roster(), Combiner.roster(combiner)),
+        (combiner.roster(), SecAggServer.roster(combiner)),
     ):
         assert old.header == new.header
         assert old.tensors.keys() == new.tensors.keys()
@@ -128,7 +140,7 @@ def test_the_same_question_gets_the_same_bytes_even_after_a_restart():
 def test_a_server_that_was_stopped_goes_on_with_its_roster():
     combiner, members = group(4)
     known = {name: identity(secret(name)) for name in members}
-    fresh = Combiner(SecurePlan(4, 18), known, "run")
+    fresh = SecAggServer(SecurePlan(4, 18), known, "run")
     fresh.load_roster_(combiner.roster())
     for name, member in members.items():
         fresh.accepted(name, member.accept(fresh.roster()))
@@ -136,7 +148,9 @@ def test_a_server_that_was_stopped_goes_on_with_its_roster():
     assert torch.equal(opened(reported(fresh, members, values), members), values.sum(0))
 
 
-@pytest.mark.parametrize("state", [{}, {"roster": 3, "answered": {}}, {"roster": [], "answered": {"1": {}}}])
+@pytest.mark.parametrize(
+    "state", [{}, {"roster": 3, "answered": {}}, {"roster": [], "answered": {"1": {}}}]
+)
 def test_a_broken_state_is_refused(state):
     _, members = group(2)
     with pytest.raises(RecipeError, match=r"secure\.state"):
@@ -159,7 +173,12 @@ def test_only_the_last_two_rounds_are_remembered():
 
 @pytest.mark.parametrize(
     "values",
-    [torch.zeros(3), torch.zeros(3, dtype=torch.int32), torch.zeros(0, dtype=torch.int64), torch.zeros(1, 1).long()],
+    [
+        torch.zeros(3),
+        torch.zeros(3, dtype=torch.int32),
+        torch.zeros(0, dtype=torch.int64),
+        torch.zeros(1, 1).long(),
+    ],
 )
 def test_values_that_are_no_whole_numbers_are_refused(values):
     _, members = group(2)
@@ -207,7 +226,9 @@ def test_too_many_wrong_answers_keep_the_sum_closed():
     for at, name in enumerate(requests):
         part = members[name].unmask(requests[name])
         secure.share(name, part if at > 2 else changed(part, body=part.tensors["body"] ^ 1))
-    with pytest.raises(SecureError, match="3 of the committee gave right answers, and at least 4 must"):
+    with pytest.raises(
+        SecureError, match="3 of the committee gave right answers, and at least 4 must"
+    ):
         secure.sum()
 
 

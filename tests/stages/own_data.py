@@ -35,7 +35,9 @@ def all_bad():
 def odd():
     """Clients whose last batch of 8 holds one example, beside others."""
     rows = {"c2": 33, "c3": 17, "c4": 40, "c5": 25}
-    return {name: (x[: rows.get(name, 40)], y[: rows.get(name, 40)]) for name, (x, y) in words().items()}
+    return {
+        name: (x[: rows.get(name, 40)], y[: rows.get(name, 40)]) for name, (x, y) in words().items()
+    }
 
 
 def lone():
@@ -48,7 +50,11 @@ class Embeds(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.head, self.heat = nn.Embedding(WORDS, 8), nn.Linear(8, 2), nn.Parameter(torch.tensor(1.0))
+        self.embed, self.head, self.heat = (
+            nn.Embedding(WORDS, 8),
+            nn.Linear(8, 2),
+            nn.Parameter(torch.tensor(1.0)),
+        )
 
     def forward(self, x):
         return self.heat * self.head(self.embed(x.long()).mean(1))
@@ -110,7 +116,9 @@ lr = {lr}
 
 
 def recipe(data="good", model="Embeds", stage="", rounds=3, batch=20, lr=0.5, more="") -> str:
-    return RECIPE.format(data=data, model=model, stage=stage, rounds=rounds, batch=batch, lr=lr, more=more)
+    return RECIPE.format(
+        data=data, model=model, stage=stage, rounds=rounds, batch=batch, lr=lr, more=more
+    )
 
 
 def privacy(unit: str, trust: str, noise=0.3) -> str:

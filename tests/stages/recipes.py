@@ -61,4 +61,6 @@ def zeros(path: Path) -> tuple[int, int]:
     """Counts the entries and the kept ones of the sparse weights of a saved model."""
     spec, model = load_model(path)
     weights = dict(model.named_parameters())
-    return sum(weights[n].numel() for n in spec.sparse), sum(int((weights[n] != 0).sum()) for n in spec.sparse)
+    return sum(weights[n].numel() for n in spec.sparse), sum(
+        int((weights[n] != 0).sum()) for n in spec.sparse
+    )

@@ -55,7 +55,9 @@ class Killed(BaseException):
 def begun(path, *overrides, resume=False, reuse=None):
     recipe = recipes.load(RECIPE, overrides)
     settings = runs.settings(recipe)
-    folder = RunFolder.resume(path, settings) if resume else RunFolder.create(path, RECIPE, settings)
+    folder = (
+        RunFolder.resume(path, settings) if resume else RunFolder.create(path, RECIPE, settings)
+    )
     other = RunFolder.open(reuse) if reuse else None
     return runs.execute(recipe, folder, runs.load_data(recipe), reuse=other)
 
@@ -84,16 +86,24 @@ def state(whole):
     recipe = recipes.load(RECIPE)
     spec, model = load_model(whole / "stages" / "1-prune")
     state = runs.start(recipe, runs.load_data(recipe))
-    return replace(state, spec=spec, model=model, parent=lambda: load_model(whole / "stages" / "0-train"))
+    return replace(
+        state, spec=spec, model=model, parent=lambda: load_model(whole / "stages" / "0-train")
+    )
 
 
 def stage(**changes):
-    return TrainStage(**{"kind": "train", "epochs": 1, "batch_size": 64, "teacher": "dense", **changes})
+    return TrainStage(
+        **{"kind": "train", "epochs": 1, "batch_size": 64, "teacher": "dense", **changes}
+    )
 
 
 def test_a_run_checks_and_distils_from_its_dense_parent(whole):
     recipe = recipes.load(RECIPE)
-    assert [line["kind"] for line in runs.check(recipe, runs.load_data(recipe))] == ["train", "prune", "train"]
+    assert [line["kind"] for line in runs.check(recipe, runs.load_data(recipe))] == [
+        "train",
+        "prune",
+        "train",
+    ]
     result = json.loads((whole / "result.json").read_text())
     assert result["finished"]
     names = load_model(whole / "stages" / "2-tune")[1].state_dict().keys()
@@ -101,9 +111,16 @@ def test_a_run_checks_and_distils_from_its_dense_parent(whole):
 
 
 def test_the_teacher_is_the_model_before_the_cut(whole, tmp_path):
-    told = finish(tmp_path / "told", f"stage.tune.teacher={whole / 'stages' / '0-train'}", reuse=whole)
+    told = finish(
+        tmp_path / "told", f"stage.tune.teacher={whole / 'stages' / '0-train'}", reuse=whole
+    )
     assert_same(told, load_model(whole / "stages" / "2-tune")[1].state_dict())
-    other = finish(tmp_path / "other", f"stage.tune.teacher={whole / 'stages' / '1-prune'}", *PLAIN, reuse=whole)
+    other = finish(
+        tmp_path / "other",
+        f"stage.tune.teacher={whole / 'stages' / '1-prune'}",
+        *PLAIN,
+        reuse=whole,
+    )
     assert not torch.equal(other["head.weight"], told["head.weight"])
 
 
@@ -141,7 +158,9 @@ def test_training_a_checkpoint_on_is_no_cut(whole, tmp_path):
 def test_fresh_weights_are_no_dense_parent():
     text = RECIPE.split("[[stage]]")
     recipe = recipes.load("[[stage]]".join([text[0], *text[2:]]))
-    with pytest.raises(RecipeError, match=r"recipe.stage\[1\].teacher: got 'dense', but no stage before"):
+    with pytest.raises(
+        RecipeError, match=r"recipe.stage\[1\].teacher: got 'dense', but no stage before"
+    ):
         runs.check(recipe, runs.load_data(recipe))
 
 
@@ -149,18 +168,26 @@ def test_the_first_cut_decides_the_dense_parent(whole):
     more = '[[stage]]\nkind = "prune"\nname = "again"\nkeep_params = 0.3\ncalibration = 64\nround_to = 1\n'
     before, _, after = RECIPE.rpartition("[[stage]]")
     recipe = recipes.load(f"{before}{more}[[stage]]{after}")
-    lines = runs.check(recipe, runs.load_data(recipe))  # the hints fit the widths of the dense network
+    lines = runs.check(
+        recipe, runs.load_data(recipe)
+    )  # the hints fit the widths of the dense network
     assert len(lines) == 4
 
 
 def test_a_student_of_another_architecture_learns_from_a_packed_file(whole, tmp_path):
     file = tmp_path / "teacher.safetensors"
     storage.pack(*storage.load(whole), file)
-    changes = ('model.architecture="mlp"', "model.arguments={in_features=64, hidden=[8]}", f"stage.tune.teacher={file}")
+    changes = (
+        'model.architecture="mlp"',
+        "model.arguments={in_features=64, hidden=[8]}",
+        f"stage.tune.teacher={file}",
+    )
     recipe = recipes.load(RECIPE, ("stage.tune.kind=distill", *changes, *PLAIN))
     only = recipe.model_copy(update={"stage": recipe.stage[2:]})
     assert runs.check(only, runs.load_data(only))[0]["kind"] == "distill"
-    for _ in runs.execute(only, RunFolder.create(tmp_path / "run", RECIPE, {}), runs.load_data(only)):
+    for _ in runs.execute(
+        only, RunFolder.create(tmp_path / "run", RECIPE, {}), runs.load_data(only)
+    ):
         pass
 
 
@@ -168,7 +195,10 @@ def test_a_teacher_counts_by_its_content(whole, tmp_path):
     spec, model = load_model(whole / "stages" / "0-train")
     save_model(tmp_path / "a", spec, model)
     save_model(tmp_path / "b", spec, model)
-    keys = [runs.stage_keys(recipes.load(RECIPE, (f"stage.tune.teacher={tmp_path / n}",)))[2] for n in "ab"]
+    keys = [
+        runs.stage_keys(recipes.load(RECIPE, (f"stage.tune.teacher={tmp_path / n}",)))[2]
+        for n in "ab"
+    ]
     with torch.no_grad():
         model.head.bias.add_(1)
     save_model(tmp_path / "b", spec, model)
@@ -177,7 +207,10 @@ def test_a_teacher_counts_by_its_content(whole, tmp_path):
 
 
 def test_distill_without_a_teacher_is_refused():
-    with pytest.raises(RecipeError, match=r"recipe.stage\[2\]\S*: distill needs a teacher; give teacher = 'dense' or"):
+    with pytest.raises(
+        RecipeError,
+        match=r"recipe.stage\[2\]\S*: distill needs a teacher; give teacher = 'dense' or",
+    ):
         recipes.load(RECIPE, ("stage.tune.kind=distill", "stage.tune.teacher=none"))
     with pytest.raises(
         RecipeError,
@@ -189,7 +222,11 @@ def test_distill_without_a_teacher_is_refused():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"class_names": ("a", "b")}, TrainingError, r"stage.teacher: '.*' knows other classes than the data"),
+        (
+            {"class_names": ("a", "b")},
+            TrainingError,
+            r"stage.teacher: '.*' knows other classes than the data",
+        ),
         (
             {"input_shape": (3, 8, 8)},
             TrainingError,
@@ -228,7 +265,9 @@ def test_the_teacher_in_memory_is_left_as_it_is(state):
 @pytest.mark.parametrize("mine", [Preprocess((0.4,), (0.3,)), Preprocess()])
 def test_a_teacher_of_other_statistics_sees_what_it_is_used_to(mine, theirs):
     raw = torch.randint(0, 256, (4, 3, 5, 5), dtype=torch.uint8)
-    torch.testing.assert_close(_restandardised(mine(raw), mine, theirs), theirs(raw), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        _restandardised(mine(raw), mine, theirs), theirs(raw), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_teacher_of_other_statistics_gives_the_same_answers(state):
@@ -238,5 +277,9 @@ def test_a_teacher_of_other_statistics_gives_the_same_answers(state):
     other = stage().objective(replace(state, parent=lambda: (moved, model)), 0)
     raw = state.data.public.x[:4]
     model.eval()
-    torch.testing.assert_close(mine._teach(state.data.preprocess(raw))[1], model(state.data.preprocess(raw)))
-    torch.testing.assert_close(other._teach(state.data.preprocess(raw))[1], model(Preprocess((0.0,), (1.0,))(raw)))
+    torch.testing.assert_close(
+        mine._teach(state.data.preprocess(raw))[1], model(state.data.preprocess(raw))
+    )
+    torch.testing.assert_close(
+        other._teach(state.data.preprocess(raw))[1], model(Preprocess((0.0,), (1.0,))(raw))
+    )

@@ -61,8 +61,12 @@ def test_an_integer_export_is_compared_and_measured(tmp_path):
     assert {"torch", "onnx float32", "onnx int8"} <= set(names)
     assert measure["measure"]["parameters"] == train["parameters"]
     kept = ("accuracy", *JUDGED, "file_bytes", "latency_ms", "runtime")
-    assert [measure[key] for key in kept] == [export[key] for key in kept], "who only measures changes no worth"
-    assert json.loads(next((tmp_path / "run").rglob("measure.json")).read_text()) == measure["measure"]
+    assert [measure[key] for key in kept] == [export[key] for key in kept], (
+        "who only measures changes no worth"
+    )
+    assert (
+        json.loads(next((tmp_path / "run").rglob("measure.json")).read_text()) == measure["measure"]
+    )
 
 
 def test_clients_begin_with_the_model_and_not_with_its_file(tmp_path):
@@ -117,7 +121,9 @@ class Branch(nn.Module):
 
 
 def test_a_format_that_cannot_take_the_model_is_told_and_the_rest_measured():
-    found = measured(nn.Sequential(Branch(), nn.Linear(4, 2)), (4,), batches=[1], threads=[1], seconds=0.001)
+    found = measured(
+        nn.Sequential(Branch(), nn.Linear(4, 2)), (4,), batches=[1], threads=[1], seconds=0.001
+    )
     assert [r["name"] for r in found["runtimes"]] == ["torch"]
     assert "Branch" in found["left_out"]["onnx float32"]
     assert found["macs"] == 8
@@ -164,6 +170,12 @@ def test_the_accuracy_of_a_file_goes_to_the_quantize_stage_before_it_alone():
 def test_a_file_that_is_off_is_told_in_words():
     assert _difference(0.01, 0.9, 0.904, simulated=True) == ""
     told = _difference(0.072, 0.9, 0.92, simulated=True)
-    assert told == "its outputs are 7.2% off those of the network simulated in torch; accuracy 90.00% against 92.00%"
-    assert _difference(0.03, None, None, simulated=False) == "its outputs are 3.0% off those of the network in torch"
+    assert (
+        told
+        == "its outputs are 7.2% off those of the network simulated in torch; accuracy 90.00% against 92.00%"
+    )
+    assert (
+        _difference(0.03, None, None, simulated=False)
+        == "its outputs are 3.0% off those of the network in torch"
+    )
     assert _difference(0.001, 0.8, 0.9, simulated=True)

@@ -44,7 +44,9 @@ kind = "pack"
 def execute(place, text, reuse=None, *, resume=False):
     recipe = recipes.load(text)
     settings = runs.settings(recipe)
-    folder = RunFolder.resume(place, settings) if resume else RunFolder.create(place, text, settings)
+    folder = (
+        RunFolder.resume(place, settings) if resume else RunFolder.create(place, text, settings)
+    )
     for _ in runs.execute(recipe, folder, runs.load_data(recipe), reuse=reuse):
         pass
     return place
@@ -59,7 +61,9 @@ def made(tmp_path_factory):
         lines.writerow(["age", "job", "site", "y"])
         for i in range(120):
             age = "" if i % 7 == 0 else round(chance.uniform(20, 80), 2)
-            job = "diver" if i % 4 == 3 and i % 3 == 0 else chance.choice(["cook", "nurse", "smith"])
+            job = (
+                "diver" if i % 4 == 3 and i % 3 == 0 else chance.choice(["cook", "nurse", "smith"])
+            )
             lines.writerow([age, job, f"s{i % 4}", chance.choice(["ill", "well"])])
     text = RECIPE.format(path=(place / "t.csv").as_posix())
     return place, text, execute(place / "run", text)
@@ -74,7 +78,9 @@ def test_raw_rows_give_the_outputs_of_the_run_in_its_files(made):
     _, model = storage.load(run)
     with torch.no_grad():
         wanted = model.eval()(data.preprocess(data.test.x))
-    np.testing.assert_allclose(deploy.open_file(run / "artifacts" / "model.onnx")(x), wanted, atol=1e-5)
+    np.testing.assert_allclose(
+        deploy.open_file(run / "artifacts" / "model.onnx")(x), wanted, atol=1e-5
+    )
     _, packed = storage.load(run / "artifacts" / "model.packed.safetensors")
     with torch.no_grad():
         assert torch.equal(packed.eval()(x), wanted)
@@ -86,5 +92,7 @@ def test_another_run_takes_it_over_and_damage_is_noticed(made, tmp_path):
     path = other / "artifacts" / "inputs.json"
     assert path.read_bytes() == (run / "artifacts" / "inputs.json").read_bytes()
     path.write_text(json.dumps(json.loads(path.read_text()) | {"mean": [0.0] * 5}))
-    with pytest.raises(RunError, match=r"inputs\.json.*delete the result\.json of the stage that wrote it"):
+    with pytest.raises(
+        RunError, match=r"inputs\.json.*delete the result\.json of the stage that wrote it"
+    ):
         execute(other, text, resume=True)

@@ -32,7 +32,9 @@ def test_the_expected_density_falls_and_lambda_is_told(tmp_path):
 def test_channels_are_gone_and_the_count_is_met(tmp_path):
     line = finish(HEAD + CHANNELS + "density = 0.4\n" + TRAIN, tmp_path / "run")["stages"][0]
     spec, model = load_model(tmp_path / "run" / "stages" / "0-l0")
-    left = sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in spec.build_dense().parameters())
+    left = sum(p.numel() for p in model.parameters()) / sum(
+        p.numel() for p in spec.build_dense().parameters()
+    )
     assert left == pytest.approx(0.4, abs=0.005)
     assert line["density"] == pytest.approx(left)
     assert line["parity_error"] < 1e-5
@@ -87,7 +89,9 @@ def test_checking_tells_what_will_be_left():
 def test_the_end_needs_public_examples():
     with pytest.raises(TrainingError, match="public part has no examples"):
         checked(
-            HEAD.replace("public_share = 0.3", "public_share = 0.0").replace("validation = 60", "validation = 0")
+            HEAD.replace("public_share = 0.3", "public_share = 0.0").replace(
+                "validation = 60", "validation = 0"
+            )
             + L0
             + "density = 0.4\n"
         )

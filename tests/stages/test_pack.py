@@ -54,11 +54,17 @@ def test_the_stage_leaves_a_packed_file_with_the_same_bits(run):
     spec, model = storage.load(file)
     known, twin = load_model(run / "stages" / "1-pack")
     assert spec == known
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True)
+    )
 
 
 def test_each_pack_stage_has_a_file_of_its_own(run):
-    files = [run / "artifacts" / name for name in ("model.packed.safetensors", "again.packed.safetensors")]
+    files = [
+        run / "artifacts" / name
+        for name in ("model.packed.safetensors", "again.packed.safetensors")
+    ]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -70,8 +76,14 @@ def test_another_run_takes_the_file_over(run, tmp_path):
 
 def test_what_cannot_be_rebuilt_is_refused_before_the_run():
     recipe = recipes.load(RECIPE)
-    assert [line["kind"] for line in runs.check(recipe, runs.load_data(recipe))] == ["train", "pack", "pack"]
+    assert [line["kind"] for line in runs.check(recipe, runs.load_data(recipe))] == [
+        "train",
+        "pack",
+        "pack",
+    ]
     state = runs.start(recipe, runs.load_data(recipe))
     state.model.register_buffer("extra", torch.zeros(3))
-    with pytest.raises(ModelError, match=r"pack: the spec builds another network \('extra' differs\)"):
+    with pytest.raises(
+        ModelError, match=r"pack: the spec builds another network \('extra' differs\)"
+    ):
         PackStage(kind="pack").check(state)

@@ -15,7 +15,9 @@ from fedpress.workspace.state import State
 
 def state(x, y):
     some = Arrays(torch.zeros(2, 3), torch.tensor([0, 1]))
-    data = FederatedData("tiny", {"a": some}, Arrays(x, y), some, some, 2, ("cat", "dog"), Preprocess())
+    data = FederatedData(
+        "tiny", {"a": some}, Arrays(x, y), some, some, 2, ("cat", "dog"), Preprocess()
+    )
     spec = ModelSpec(architecture="mlp", arguments={"in_features": 3}, input_shape=(3,))
     return State(spec, torch.nn.Linear(3, 2), data, 0, 8)
 
@@ -49,5 +51,7 @@ def test_one_class_is_refused_by_its_name_unless_there_is_only_one():
 
 
 def test_an_empty_public_part_is_refused_with_the_cure():
-    with pytest.raises(DataError, match=r"public part of the data is empty; set data\.public_share"):
+    with pytest.raises(
+        DataError, match=r"public part of the data is empty; set data\.public_share"
+    ):
         calibration(state(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)), 64, 0)

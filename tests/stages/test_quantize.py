@@ -51,7 +51,11 @@ def finish(recipe, folder, earlier=None):
     """Checks and runs; returns what check said of the last stage, and its result."""
     data = runs.load_data(recipe)
     told = runs.check(recipe, data)[-1]
-    events = [*runs.execute(recipe, RunFolder.create(folder, RECIPE, runs.settings(recipe)), data, reuse=earlier)]
+    events = [
+        *runs.execute(
+            recipe, RunFolder.create(folder, RECIPE, runs.settings(recipe)), data, reuse=earlier
+        )
+    ]
     return told, [e.result for e in events if isinstance(e, StageFinished)]
 
 
@@ -64,12 +68,32 @@ def finish(recipe, folder, earlier=None):
         (["stage.1.bits=4"], 4, 0.05),
         (["stage.1.bits=4", "stage.1.group=8"], 4, 0.05),
         (["stage.1.weights=cluster", "stage.1.bits=4"], 4, 0.05),
-        (["stage.1.weights=ternary", "stage.1.epochs=4", "stage.1.teacher=before", "stage.1.lr=0.05"], 2, 0.1),
-        (["stage.1.weights=binary", "stage.1.epochs=12", "stage.1.teacher=before", "stage.1.lr=0.1"], 1, 0.35),
+        (
+            [
+                "stage.1.weights=ternary",
+                "stage.1.epochs=4",
+                "stage.1.teacher=before",
+                "stage.1.lr=0.05",
+            ],
+            2,
+            0.1,
+        ),
+        (
+            [
+                "stage.1.weights=binary",
+                "stage.1.epochs=12",
+                "stage.1.teacher=before",
+                "stage.1.lr=0.1",
+            ],
+            1,
+            0.35,
+        ),
         (["stage.1.bits=3", "stage.1.epochs=2"], 3, 0.06),
     ],
 )
-def test_what_check_says_comes_out_and_little_accuracy_is_lost(trained, tmp_path, changes, bits, points):
+def test_what_check_says_comes_out_and_little_accuracy_is_lost(
+    trained, tmp_path, changes, bits, points
+):
     told, results = finish(load(RECIPE, changes), tmp_path / "run", trained)
     before, after = results
     assert told["bits_per_weight"] == after["bits_per_weight"] == bits
@@ -86,7 +110,13 @@ def test_what_check_says_comes_out_and_little_accuracy_is_lost(trained, tmp_path
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_binary_inputs_are_within_ten_points_of_binary_weights_alone(tmp_path, seed):
     """Behind a ReLU every value has the sign +1: without a middle such a network is no better than chance."""
-    dense = ["data.public_share=0.8", "stage.0.epochs=10", f"seed={seed}", "stage.1.lr=0.05", "stage.1.epochs=12"]
+    dense = [
+        "data.public_share=0.8",
+        "stage.0.epochs=10",
+        f"seed={seed}",
+        "stage.1.lr=0.05",
+        "stage.1.epochs=12",
+    ]
     changes = [*dense, "stage.1.weights=binary", "stage.0.batch_size=64", "stage.1.batch_size=64"]
     weights = finish(load(RECIPE, changes), tmp_path / "weights")[1][-1]["accuracy"]
     earlier = RunFolder.open(tmp_path / "weights")
@@ -125,14 +155,18 @@ def dense_first(more):
 
 def test_training_moves_kept_weights_that_rounding_made_zero_and_no_pruned_ones(trained, tmp_path):
     text = dense_first(
-        SPARSE + "epochs = 4\nlr = 0.2\n" + '[[stage]]\nkind = "train"\nname = "more"\nepochs = 1\nlr = 0.02\n'
+        SPARSE
+        + "epochs = 4\nlr = 0.2\n"
+        + '[[stage]]\nkind = "train"\nname = "more"\nepochs = 1\nlr = 0.02\n'
     )
     finish(load(text), tmp_path / "run", trained)
     _, cut = load_model(tmp_path / "run/stages/1-sparsify")
     spec, rounded = load_model(tmp_path / "run/stages/2-quantize")
     last, model = load_model(tmp_path / "run/stages/3-more")
     first, after = dict(cut.named_parameters()), dict(model.named_parameters())
-    table = {n.removesuffix(".weight"): spec.quantized[n.removesuffix(".weight")] for n in spec.sparse}
+    table = {
+        n.removesuffix(".weight"): spec.quantized[n.removesuffix(".weight")] for n in spec.sparse
+    }
     quantize_(cut, table, correct_bias=False)
     frozen = moved = 0
     for name in spec.sparse:
@@ -152,7 +186,9 @@ def test_training_moves_kept_weights_that_rounding_made_zero_and_no_pruned_ones(
     # A packed file and the next stage know them too.
     pack(last, model, tmp_path / "m.fpk")
     back = unpack(tmp_path / "m.fpk")[1]
-    assert all(torch.equal(kept_entries(back, [n])[n], kept_entries(model, [n])[n]) for n in spec.sparse)
+    assert all(
+        torch.equal(kept_entries(back, [n])[n], kept_entries(model, [n])[n]) for n in spec.sparse
+    )
 
 
 def test_clients_train_the_kept_weights_of_a_sparse_network_on_two_bits(trained, tmp_path):
@@ -162,14 +198,22 @@ def test_clients_train_the_kept_weights_of_a_sparse_network_on_two_bits(trained,
     last, model = load_model(tmp_path / "run/stages/3-federate")
     masks, after = kept_entries(rounded, spec.sparse), kept_entries(model, last.sparse)
     assert all(torch.equal(masks[n], after[n]) for n in spec.sparse)
-    dense = sum(p.numel() for n, p in rounded.named_parameters() if n not in spec.sparse and p.requires_grad)
-    assert told["trained_values"] == lines[-1]["trained_values"] == dense + sum(int(m.sum()) for m in masks.values())
+    dense = sum(
+        p.numel() for n, p in rounded.named_parameters() if n not in spec.sparse and p.requires_grad
+    )
+    assert (
+        told["trained_values"]
+        == lines[-1]["trained_values"]
+        == dense + sum(int(m.sum()) for m in masks.values())
+    )
     was, now = dict(rounded.named_parameters()), dict(model.named_parameters())
     assert sum(int(((was[n] == 0) & masks[n] & (now[n] != 0)).sum()) for n in spec.sparse) > 0
 
 
 def test_layers_that_stay_float_are_listed_with_the_reason(trained, tmp_path):
-    told, results = finish(load(RECIPE, ["stage.1.weights=binary", 'stage.1.keep=["head"]']), tmp_path / "run", trained)
+    told, results = finish(
+        load(RECIPE, ["stage.1.weights=binary", 'stage.1.keep=["head"]']), tmp_path / "run", trained
+    )
     assert told["left"] == results[-1]["left"] == {"head": "asked for by `keep`"}
 
 
@@ -216,7 +260,9 @@ def test_zeros_survive_clustering_and_eight_bits(trained, tmp_path):
     runs.check(recipe, data)
     folder = RunFolder.create(tmp_path / "run", text, runs.settings(recipe))
     assert [*runs.execute(recipe, folder, data, reuse=trained)]
-    sparse, shared, last = (load_model(next((tmp_path / "run" / "stages").glob(f"{i}*"))) for i in (1, 2, 3))
+    sparse, shared, last = (
+        load_model(next((tmp_path / "run" / "stages").glob(f"{i}*"))) for i in (1, 2, 3)
+    )
     assert sparse[0].sparse == shared[0].sparse == last[0].sparse != ()
     for name in sparse[0].sparse:
         weights = [dict(model.named_parameters())[name] for _, model in (sparse, shared, last)]
@@ -231,7 +277,11 @@ def test_training_after_it_stays_on_the_grids(trained, tmp_path):
     data = runs.load_data(recipe)
     runs.check(recipe, data)
     folder = RunFolder.create(tmp_path / "run", text, runs.settings(recipe))
-    results = [e.result for e in runs.execute(recipe, folder, data, reuse=trained) if isinstance(e, StageFinished)]
+    results = [
+        e.result
+        for e in runs.execute(recipe, folder, data, reuse=trained)
+        if isinstance(e, StageFinished)
+    ]
     _, model = load_model(next((tmp_path / "run" / "stages").glob("2*")))
     assert results[-1]["accuracy"] > 0.8
     assert results[2]["file_bytes"] == pytest.approx(results[1]["file_bytes"], rel=0.02)
@@ -291,16 +341,25 @@ lr = 0.05
         ),
     ],
 )
-def test_clients_train_the_weights_behind_the_grids_and_what_comes_out_lies_on_them(trained, tmp_path, changes, more):
+def test_clients_train_the_weights_behind_the_grids_and_what_comes_out_lies_on_them(
+    trained, tmp_path, changes, more
+):
     text = RECIPE + FEDERATE + more
     recipe = load(text, changes)
     data = runs.load_data(recipe)
     runs.check(recipe, data)
     folder = RunFolder.create(tmp_path / "run", text, runs.settings(recipe))
-    results = [e.result for e in runs.execute(recipe, folder, data, reuse=trained) if isinstance(e, StageFinished)]
+    results = [
+        e.result
+        for e in runs.execute(recipe, folder, data, reuse=trained)
+        if isinstance(e, StageFinished)
+    ]
     before, after = (load_model(next((tmp_path / "run" / "stages").glob(f"{i}*"))) for i in (1, 2))
     assert after[0] == before[0]
-    assert any(not torch.equal(a, b) for a, b in zip(after[1].parameters(), before[1].parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(after[1].parameters(), before[1].parameters(), strict=True)
+    )
     assert results[-1]["accuracy"] > 0.6
     for _, layer in quantized_layers(after[1]):
         assert torch.equal(layer.weight, layer.dequantize(layer.codes()))
@@ -308,5 +367,7 @@ def test_clients_train_the_weights_behind_the_grids_and_what_comes_out_lies_on_t
 
 def test_a_cut_after_it_is_refused(trained):
     recipe = load(RECIPE + '[[stage]]\nkind = "prune"\n')
-    with pytest.raises(RecipeError, match=r"recipe.stage\[2\]: .* quantized already; put this stage before"):
+    with pytest.raises(
+        RecipeError, match=r"recipe.stage\[2\]: .* quantized already; put this stage before"
+    ):
         runs.check(recipe, runs.load_data(recipe))

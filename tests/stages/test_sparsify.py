@@ -32,7 +32,9 @@ def settings(**changes):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_ends_at_the_exact_density_and_trains_on(tmp_path, schedule):
-    text = HEAD + TRAIN + SPARSIFY + f"density = 0.1\nschedule = '{schedule}'\n" + SCHEDULES[schedule]
+    text = (
+        HEAD + TRAIN + SPARSIFY + f"density = 0.1\nschedule = '{schedule}'\n" + SCHEDULES[schedule]
+    )
     result = finish(text, tmp_path / "run")["stages"][1]
     entries, kept = zeros(tmp_path / "run" / "stages" / "1-sparsify")
     assert kept == round(0.1 * entries)
@@ -44,7 +46,12 @@ def test_every_schedule_ends_at_the_exact_density_and_trains_on(tmp_path, schedu
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_killed_stage_goes_on_to_the_same_bits(tmp_path, left, schedule):
     score = "movement" if schedule in ("gradual", "rewind") else "magnitude"
-    text = HEAD + SPARSIFY + f"density = 0.2\nschedule = '{schedule}'\nscore = '{score}'\n" + SCHEDULES[schedule]
+    text = (
+        HEAD
+        + SPARSIFY
+        + f"density = 0.2\nschedule = '{schedule}'\nscore = '{score}'\n"
+        + SCHEDULES[schedule]
+    )
     finish(text, tmp_path / "whole")
     events = sum(1 for _ in begun(text, tmp_path / "counted"))
     for share in (0.4, 0.8):
@@ -59,10 +66,16 @@ def test_a_killed_stage_goes_on_to_the_same_bits(tmp_path, left, schedule):
 
 
 def test_the_density_falls_as_the_cubic_says(tmp_path):
-    text = HEAD + SPARSIFY + "density = 0.1\nschedule = 'gradual'\nepochs = 4\nevery = 1\nuntil = 0.75\n"
+    text = (
+        HEAD
+        + SPARSIFY
+        + "density = 0.1\nschedule = 'gradual'\nepochs = 4\nevery = 1\nuntil = 0.75\n"
+    )
     finish(text, tmp_path / "run")
     path = [r["density"] for r in told(tmp_path / "run") if "density" in r]
-    assert path == pytest.approx([0.1 + 0.9 * (1 - min(1, e / 3)) ** 3 for e in (1, 2, 3, 4)], abs=2e-3)
+    assert path == pytest.approx(
+        [0.1 + 0.9 * (1 - min(1, e / 3)) ** 3 for e in (1, 2, 3, 4)], abs=2e-3
+    )
 
 
 def test_averaged_weights_have_statistics_of_their_own(tmp_path):
@@ -84,11 +97,20 @@ def test_averaged_weights_have_statistics_of_their_own(tmp_path):
     restore_batch_norm_(twin, (data.preprocess(x) for x in public.split(len(public))))
     for (name, mine), other in zip(model.named_buffers(), twin.buffers(), strict=True):
         if name.endswith("running_mean"):
-            torch.testing.assert_close(mine, other, atol=0.05 * other.abs().max().item() + 1e-3, rtol=0.05)
+            torch.testing.assert_close(
+                mine, other, atol=0.05 * other.abs().max().item() + 1e-3, rtol=0.05
+            )
 
 
 def test_later_stages_keep_the_zeros(tmp_path):
-    text = HEAD + SPARSIFY + "density = 0.1\n" + TRAIN + PRUNE + TRAIN.replace("epochs = 1", "epochs = 2")
+    text = (
+        HEAD
+        + SPARSIFY
+        + "density = 0.1\n"
+        + TRAIN
+        + PRUNE
+        + TRAIN.replace("epochs = 1", "epochs = 2")
+    )
     finish(text, tmp_path / "run")
     spec, model = load_model(tmp_path / "run" / "stages" / "0-sparsify")
     _, trained = load_model(tmp_path / "run" / "stages" / "1-train")
@@ -103,9 +125,17 @@ def test_later_stages_keep_the_zeros(tmp_path):
 
 
 def test_a_second_cut_keeps_the_zeros_of_the_first(tmp_path):
-    text = HEAD + SPARSIFY + "density = 0.5\n" + SPARSIFY + "density = 0.2\nscore = 'random'\nscope = 'uniform'\n"
+    text = (
+        HEAD
+        + SPARSIFY
+        + "density = 0.5\n"
+        + SPARSIFY
+        + "density = 0.2\nscore = 'random'\nscope = 'uniform'\n"
+    )
     finish(text, tmp_path / "run")
-    one, two = (load_model(tmp_path / "run" / "stages" / name) for name in ("0-sparsify", "1-sparsify-2"))
+    one, two = (
+        load_model(tmp_path / "run" / "stages" / name) for name in ("0-sparsify", "1-sparsify-2")
+    )
     for name in one[0].sparse:
         a, b = (dict(m.named_parameters())[name] for _, m in (one, two))
         assert not ((a == 0) & (b != 0)).any()
@@ -134,14 +164,21 @@ def test_every_score_cuts_a_fresh_network(tmp_path, score):
 
 def test_densities_come_from_the_sensitivity_of_each_layer(tmp_path, left):
     text = (
-        HEAD + TRAIN + SPARSIFY + "density = 0.3\nscope = 'sensitivity'\nepochs = 2\nschedule = 'gradual'\nevery = 2\n"
+        HEAD
+        + TRAIN
+        + SPARSIFY
+        + "density = 0.3\nscope = 'sensitivity'\nepochs = 2\nschedule = 'gradual'\nevery = 2\n"
     )
     finish(text, tmp_path / "run")
     points = [r["sensitivity"] for r in told(tmp_path / "run") if "sensitivity" in r]
     layers = {p["layer"] for p in points}
     assert len(points) == len(layers) * (1 + len({p["density"] for p in points} - {1.0}))
     assert min(p["density"] for p in points) < 0.3 / 2
-    kept = {r["name"]: r["kept"] / r["entries"] for line in told(tmp_path / "run") for r in line.get("layers", ())}
+    kept = {
+        r["name"]: r["kept"] / r["entries"]
+        for line in told(tmp_path / "run")
+        for r in line.get("layers", ())
+    }
     assert len({round(share, 2) for share in kept.values()}) > 1
     entries, count = zeros(tmp_path / "run" / "stages" / "1-sparsify")
     assert count == round(0.3 * entries)
@@ -178,7 +215,9 @@ def test_what_cannot_be_is_found_before_the_run(text, kind, said):
 
 
 def test_scores_need_public_examples():
-    text = HEAD.replace("public_share = 0.3", "public_share = 0.0").replace("validation = 60", "validation = 0")
+    text = HEAD.replace("public_share = 0.3", "public_share = 0.0").replace(
+        "validation = 60", "validation = 0"
+    )
     with pytest.raises(DataError, match="public part of the data is empty"):
         checked(text + SPARSIFY + "density = 0.1\nscore = 'snip'\n")
 
@@ -206,7 +245,9 @@ def test_settings_that_do_not_fit_together_say_so(changes, said):
 
 
 def test_settings_are_a_row_of_the_recipe():
-    made = TypeAdapter(SparsifyStage).validate_json('{"kind": "sparsify", "pattern": "4x1", "density": 0.25}')
+    made = TypeAdapter(SparsifyStage).validate_json(
+        '{"kind": "sparsify", "pattern": "4x1", "density": 0.25}'
+    )
     assert made.epochs == 0
 
 
@@ -217,7 +258,11 @@ def test_training_forgets_the_momentum_of_given_entries(optimizer):
 
     torch.manual_seed(0)
     model = resnet_small(width=4)
-    fit = Fit(model, TrainSettings(epochs=1, batch_size=8, lr=0.01, optimizer=optimizer, precision="float32"), seed=0)
+    fit = Fit(
+        model,
+        TrainSettings(epochs=1, batch_size=8, lr=0.01, optimizer=optimizer, precision="float32"),
+        seed=0,
+    )
     train = Arrays(torch.zeros(16, 3, 8, 8, dtype=torch.uint8) + 9, torch.arange(16) % 10)
     steps = (
         e
@@ -232,8 +277,14 @@ def test_training_forgets_the_momentum_of_given_entries(optimizer):
         view = next((v for p, v in fit.views if p is weight), weight)
         found = next(o.state[view]["momentum_buffer"] for o in fit.optimizers if view in o.state)
         shape = weight.permute(0, 2, 3, 1).shape
-        channels_last = view is not weight and weight.is_contiguous(memory_format=torch.channels_last)
-        return found.view(shape).permute(0, 3, 1, 2).clone() if channels_last else found.view(weight.shape).clone()
+        channels_last = view is not weight and weight.is_contiguous(
+            memory_format=torch.channels_last
+        )
+        return (
+            found.view(shape).permute(0, 3, 1, 2).clone()
+            if channels_last
+            else found.view(weight.shape).clone()
+        )
 
     before = momentum()
     fit.forget_(weight, where)
@@ -258,8 +309,14 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_federated_rounds_keep_the_zeros_and_send_only_the_rest(tmp_path, left, way):
-    dense, sparse = HEAD + FEDERATE + WAYS[way], HEAD + SPARSIFY + "density = 0.1\n" + FEDERATE + WAYS[way]
-    one, two = finish(dense, tmp_path / "dense")["stages"][0], finish(sparse, tmp_path / "sparse")["stages"][1]
+    dense, sparse = (
+        HEAD + FEDERATE + WAYS[way],
+        HEAD + SPARSIFY + "density = 0.1\n" + FEDERATE + WAYS[way],
+    )
+    one, two = (
+        finish(dense, tmp_path / "dense")["stages"][0],
+        finish(sparse, tmp_path / "sparse")["stages"][1],
+    )
     _, cut = load_model(tmp_path / "sparse" / "stages" / "0-sparsify")
     spec, model = load_model(tmp_path / "sparse" / "stages" / "1-federate")
     before, after = dict(cut.named_parameters()), dict(model.named_parameters())
@@ -291,7 +348,9 @@ def test_a_weight_that_a_hook_computes_stays_dense_and_is_listed():
 
 @pytest.mark.parametrize("n", [0, 1, 5, 128, 129, 257])
 def test_batches_are_of_nearly_equal_size_and_leave_nobody_alone(n):
-    sizes = [len(x) for x, _ in Arrays(torch.zeros(n, 2), torch.zeros(n, dtype=torch.int64)).batches(128)]
+    sizes = [
+        len(x) for x, _ in Arrays(torch.zeros(n, 2), torch.zeros(n, dtype=torch.int64)).batches(128)
+    ]
     assert sum(sizes) == n
     assert n <= 1 or min(sizes, default=2) > 1
     assert max(sizes, default=0) <= 128
@@ -328,7 +387,10 @@ def test_shares_by_sensitivity_beat_uniform_and_random_ones_over_three_seeds(tmp
     found = {}
     for more in ("scope = 'sensitivity'", "scope = 'uniform'", "score = 'random'"):
         accuracy = [
-            finish(DIGITS.format(seed=seed, density=density) + more, tmp_path / f"{len(found)}-{density}-{seed}")
+            finish(
+                DIGITS.format(seed=seed, density=density) + more,
+                tmp_path / f"{len(found)}-{density}-{seed}",
+            )
             for density in (0.1, 0.05, 0.03)
             for seed in (0, 1, 2)
         ]

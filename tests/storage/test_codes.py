@@ -19,22 +19,31 @@ def again(tensors):
 def loud(outs, ins, *, seed=0, spread=1.0):
     """Codes of a layer whose channels and positions differ in size, as those of trained layers do."""
     chance = np.random.default_rng(seed)
-    scale = 12 * np.exp(spread * (chance.normal(size=(outs, 1, 1)) / 2 + chance.normal(size=(1, ins, 1))))
-    return torch.from_numpy(np.clip(np.rint(chance.normal(size=(outs, ins, 9)) * scale), -127, 127).astype(np.int8))
+    scale = 12 * np.exp(
+        spread * (chance.normal(size=(outs, 1, 1)) / 2 + chance.normal(size=(1, ins, 1)))
+    )
+    return torch.from_numpy(
+        np.clip(np.rint(chance.normal(size=(outs, ins, 9)) * scale), -127, 127).astype(np.int8)
+    )
 
 
 @settings(deadline=None, max_examples=30)
 @given(shapes=SHAPES, seed=st.integers(0, 99), most=st.sampled_from([0, 1, 7, 128]))
 def test_codes_of_any_shape_come_back(shapes, seed, most):
     chance = np.random.default_rng(seed)
-    tensors = [torch.from_numpy(chance.integers(-most, max(most, 1), shape).astype(np.int8)) for shape in shapes]
+    tensors = [
+        torch.from_numpy(chance.integers(-most, max(most, 1), shape).astype(np.int8))
+        for shape in shapes
+    ]
     for found, tensor in zip(again(tensors), tensors, strict=True):
         assert found.dtype == torch.int8
         assert torch.equal(found, tensor)
 
 
 def test_layers_with_loud_and_quiet_channels_come_back():
-    layers = [loud(96, 64, seed=seed).reshape(96, 64, 3, 3) for seed in range(2)] + [loud(10, 64)[..., 0]]
+    layers = [loud(96, 64, seed=seed).reshape(96, 64, 3, 3) for seed in range(2)] + [
+        loud(10, 64)[..., 0]
+    ]
     assert all(torch.equal(a, b) for a, b in zip(again(layers), layers, strict=True))
 
 

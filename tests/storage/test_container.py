@@ -45,7 +45,9 @@ def test_every_flipped_byte_is_found():
 
 def test_every_cut_is_found():
     for size in range(len(DATA)):
-        with pytest.raises(ModelError, match=r"^x: this packed model is damaged .*; copy or pack it again$"):
+        with pytest.raises(
+            ModelError, match=r"^x: this packed model is damaged .*; copy or pack it again$"
+        ):
             container.read(DATA[:size], "x")
 
 
@@ -68,7 +70,8 @@ def test_another_version_is_named():
     changed, rest = header(DATA)
     changed["__metadata__"]["version"] = "2"
     with pytest.raises(
-        ModelError, match=r"x: a packed model of version '2', and this fedpress reads version 1; install"
+        ModelError,
+        match=r"x: a packed model of version '2', and this fedpress reads version 1; install",
     ):
         container.read(with_header(changed, rest), "x")
 
@@ -90,7 +93,10 @@ def test_a_missing_part_of_the_header_is_damage(key):
 
 
 def test_equal_parts_give_equal_bytes_in_any_order():
-    assert container.write(dict(reversed(BLOBS.items())), '{"architecture":"mlp"}', '{"blobs":{}}') == DATA
+    assert (
+        container.write(dict(reversed(BLOBS.items())), '{"architecture":"mlp"}', '{"blobs":{}}')
+        == DATA
+    )
 
 
 def test_the_hex_example_of_the_page_is_the_file_it_describes():

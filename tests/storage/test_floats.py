@@ -17,7 +17,9 @@ def again(values):
 
 
 def same_bits(a, b):
-    return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    return a.dtype == b.dtype and torch.equal(
+        a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -31,7 +33,9 @@ def test_any_bits_come_back(kind, raw, zeros):
 
 
 def test_special_values_keep_their_bits():
-    values = torch.tensor([0.0, -0.0, float("nan"), -float("nan"), float("inf"), -float("inf"), 1e-45] * 9)
+    values = torch.tensor(
+        [0.0, -0.0, float("nan"), -float("nan"), float("inf"), -float("inf"), 1e-45] * 9
+    )
     assert same_bits(again(values), values)
 
 
@@ -42,7 +46,9 @@ def test_floats_of_one_scale_take_fewer_bytes_than_raw(kind):
     exponents = words << 1 >> 1 >> {torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}[kind]
     share = np.bincount(exponents) / len(values)
     entropy = -(share[share > 0] * np.log2(share[share > 0])).sum()
-    mantissa_and_sign = 8 * kind.itemsize - {torch.float32: 8, torch.float16: 5, torch.bfloat16: 8}[kind]
+    mantissa_and_sign = (
+        8 * kind.itemsize - {torch.float32: 8, torch.float16: 5, torch.bfloat16: 8}[kind]
+    )
     bits = 8 * len(shrink_floats(values)) / len(values)
     assert bits < entropy + mantissa_and_sign + 0.1
 

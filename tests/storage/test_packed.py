@@ -19,7 +19,11 @@ from fedpress.storage import container
 from fedpress.storage.packed import decode, encode
 
 IMAGE = (3, 8, 8)
-SMALL = {"architecture": "resnet-small", "arguments": {"width": 6, "num_classes": 3}, "input_shape": IMAGE}
+SMALL = {
+    "architecture": "resnet-small",
+    "arguments": {"width": 6, "num_classes": 3},
+    "input_shape": IMAGE,
+}
 GRIDS = {
     "int8": WeightGrid(bits=8),
     "int4": WeightGrid(bits=4),
@@ -58,7 +62,9 @@ def built(**changes):
 
 
 def convolutions(model):
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    return [
+        name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
 
 
 def quantized(kind, inputs=None, **changes):
@@ -70,7 +76,13 @@ def quantized(kind, inputs=None, **changes):
 
 def pruned():
     spec, _ = built()
-    channels = "conv1.weight", "norm1.weight", "norm1.bias", "norm1.running_mean", "norm1.running_var"
+    channels = (
+        "conv1.weight",
+        "norm1.weight",
+        "norm1.bias",
+        "norm1.running_mean",
+        "norm1.running_var",
+    )
     shapes = {f"stages.0.0.{name}": (4,) for name in channels}
     shapes |= {"stages.0.0.conv1.weight": (4, 6, 3, 3), "stages.0.0.conv2.weight": (6, 4, 3, 3)}
     spec = spec.model_copy(update={"resized": shapes})
@@ -96,7 +108,9 @@ def folded():
 MODELS = {
     "float": built,
     "group norm": lambda: built(arguments={"width": 8, "norm": "group", "num_classes": 3}),
-    "mlp": lambda: built(architecture="mlp", arguments={"in_features": 12, "hidden": [5], "num_classes": 2}),
+    "mlp": lambda: built(
+        architecture="mlp", arguments={"in_features": 12, "hidden": [5], "num_classes": 2}
+    ),
     "pruned": pruned,
     "sparse": sparse,
     "folded": folded,
@@ -113,7 +127,11 @@ def test_every_kind_of_model_comes_back_to_the_bit(name, tmp_path):
     assert back == spec
     assert_same_bits(model, twin)
     assert packed.left == {}
-    assert packed.file_bytes == (tmp_path / "m.safetensors").stat().st_size == sum(packed.kinds.values())
+    assert (
+        packed.file_bytes
+        == (tmp_path / "m.safetensors").stat().st_size
+        == sum(packed.kinds.values())
+    )
     x = torch.randn(2, *((12,) if name == "mlp" else IMAGE))
     assert torch.equal(model.eval()(x), twin.eval()(x))
 
@@ -143,8 +161,13 @@ def test_weights_off_their_grid_are_stored_as_floats_and_named(wrong):
 
 def test_codes_take_about_a_quarter_of_floats_and_four_bits_half_of_that():
     wide = {"arguments": {"width": 20, "num_classes": 3}}
-    sizes = [encode(*model)[1].kinds for model in (built(**wide), quantized("int8", **wide), quantized("int4", **wide))]
-    assert sizes[1]["codes"] < 0.31 * sizes[0]["weights"]  # the codes of uniform weights are uniform
+    sizes = [
+        encode(*model)[1].kinds
+        for model in (built(**wide), quantized("int8", **wide), quantized("int4", **wide))
+    ]
+    assert (
+        sizes[1]["codes"] < 0.31 * sizes[0]["weights"]
+    )  # the codes of uniform weights are uniform
     assert sizes[2]["codes"] < 0.55 * sizes[1]["codes"]
 
 
@@ -159,9 +182,17 @@ class Tied(nn.Module):
         super().__init__()
         self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
         self.b.weight = self.a.weight
-        for kind in (torch.float64, torch.bfloat16, torch.int32, torch.int16, torch.int8, torch.uint8):
+        for kind in (
+            torch.float64,
+            torch.bfloat16,
+            torch.int32,
+            torch.int16,
+            torch.int8,
+            torch.uint8,
+        ):
             self.register_buffer(
-                f"of_{kind.itemsize}_{kind.is_floating_point}_{kind.is_signed}", torch.arange(5).to(kind)
+                f"of_{kind.itemsize}_{kind.is_floating_point}_{kind.is_signed}",
+                torch.arange(5).to(kind),
             )
         self.register_buffer("mask", torch.tensor([True, False, True]))
         self.register_buffer("nothing", torch.zeros(0))
@@ -196,14 +227,18 @@ def test_a_shared_weight_on_a_grid_stays_shared(tied):
 def test_a_model_of_another_spec_is_refused(tmp_path):
     spec, model = built()
     other = spec.model_copy(update={"arguments": {"width": 4, "num_classes": 3}})
-    with pytest.raises(ModelError, match=r"pack: the spec builds another network \('.*' differs\); give the spec"):
+    with pytest.raises(
+        ModelError, match=r"pack: the spec builds another network \('.*' differs\); give the spec"
+    ):
         storage.pack(other, model, tmp_path / "m")
     assert not any(tmp_path.iterdir())
 
 
 def test_weights_that_only_seem_shared_are_refused_instead_of_lost(tmp_path):
     spec, model = built()
-    model.stages[0][0].norm2.weight = model.stages[0][0].norm1.weight  # not shared in what the spec builds
+    model.stages[0][0].norm2.weight = model.stages[0][
+        0
+    ].norm1.weight  # not shared in what the spec builds
     storage.pack(spec, model, tmp_path / "m")
     assert_same_bits(model, storage.unpack(tmp_path / "m")[1])
 
@@ -238,9 +273,11 @@ def test_an_architecture_that_changed_since_is_named(tied, monkeypatch):
 
 
 TINY = encode(*MODELS["mlp"]())[0]
-CODED = encode(*quantized("int4", architecture="mlp", arguments={"in_features": 12, "hidden": [5], "num_classes": 2}))[
-    0
-]
+CODED = encode(
+    *quantized(
+        "int4", architecture="mlp", arguments={"in_features": 12, "hidden": [5], "num_classes": 2}
+    )
+)[0]
 
 
 @settings(deadline=None, max_examples=30)
@@ -261,7 +298,9 @@ def test_damage_under_a_right_checksum_is_a_model_error_or_another_model(data, c
     name = data.draw(st.sampled_from(sorted(blobs)))
     blob = bytearray(blobs[name])
     blob[data.draw(st.integers(0, len(blob) - 1))] = data.draw(st.integers(0, 255))
-    blobs[name] = bytes(blob[: data.draw(st.integers(0, len(blob)))] if data.draw(st.booleans()) else blob)
+    blobs[name] = bytes(
+        blob[: data.draw(st.integers(0, len(blob)))] if data.draw(st.booleans()) else blob
+    )
     with suppress(ModelError):
         assert decode(container.write(blobs, spec, table), "the file")[0].architecture == "mlp"
 
@@ -288,7 +327,9 @@ def test_a_wrong_table_under_a_right_checksum_is_a_model_error(table):
             decode(container.write(blobs, spec, table), "the file")
 
 
-@pytest.mark.parametrize("spec", ["", "{}", '{"architecture": "mlp", "input_shape": [12], "later": 1}'])
+@pytest.mark.parametrize(
+    "spec", ["", "{}", '{"architecture": "mlp", "input_shape": [12], "later": 1}']
+)
 def test_a_wrong_spec_under_a_right_checksum_is_a_model_error(spec):
     blobs, _, table = container.read(TINY, "x")
     with pytest.raises(ModelError, match=r"^the file: "):
@@ -315,7 +356,9 @@ def test_load_takes_a_file_a_folder_and_a_run(tmp_path):
         if number == 10:
             save_model(stage, spec, model)
         else:
-            save_model(stage, *built(arguments={"width": width, "num_classes": 3}, mean=(0.5,), std=(1.0,)))
+            save_model(
+                stage, *built(arguments={"width": width, "num_classes": 3}, mean=(0.5,), std=(1.0,))
+            )
         if number != 11:  # the last one is not finished
             (stage / "result.json").write_text("{}")
     for place in ("m.safetensors", "folder", "run"):
@@ -340,7 +383,11 @@ def test_what_is_packed_is_not_changed():
 def test_the_checksum_is_blake2b_of_the_parts():
     blobs, spec, table = container.read(TINY, "x")
     digest = hashlib.blake2b(digest_size=16)
-    for part in [spec.encode(), table.encode(), *(x for n in sorted(blobs) for x in (n.encode(), blobs[n]))]:
+    for part in [
+        spec.encode(),
+        table.encode(),
+        *(x for n in sorted(blobs) for x in (n.encode(), blobs[n])),
+    ]:
         digest.update(len(part).to_bytes(8, "little") + part)
     assert digest.hexdigest().encode() in TINY
 
@@ -358,7 +405,9 @@ class Noisy(nn.Module):
 
 
 def test_a_packed_file_has_no_function_called_that_the_user_did_not_name(tmp_path):
-    spec = ModelSpec(architecture=f"{__name__}:Noisy", arguments={"persistent": True}, input_shape=(3,))
+    spec = ModelSpec(
+        architecture=f"{__name__}:Noisy", arguments={"persistent": True}, input_shape=(3,)
+    )
     path = tmp_path / "m.packed.safetensors"
     storage.pack(spec, spec.build(), path)
     for load in (storage.load, storage.unpack):
@@ -369,8 +418,12 @@ def test_a_packed_file_has_no_function_called_that_the_user_did_not_name(tmp_pat
 
 def test_a_packed_file_declares_no_sizes_above_the_limits():
     blobs = {"rest:bias:float32": b""}
-    table = '{"blobs": {"rest:bias:float32": {"dtype": "float32", "tensors": {"x": [1000000000000]}}}}'
-    spec = ModelSpec(architecture="mlp", arguments={"in_features": 10**7, "hidden": [10**7]}, input_shape=(3,))
+    table = (
+        '{"blobs": {"rest:bias:float32": {"dtype": "float32", "tensors": {"x": [1000000000000]}}}}'
+    )
+    spec = ModelSpec(
+        architecture="mlp", arguments={"in_features": 10**7, "hidden": [10**7]}, input_shape=(3,)
+    )
     with pytest.raises(ModelError, match=r"x: spec.arguments: .*set FEDPRESS_MAX_VALUES="):
         decode(container.write(blobs, spec.model_dump_json(), table), "x")
     spec = ModelSpec(architecture="mlp", arguments={"in_features": 3}, input_shape=(3,))
@@ -380,7 +433,9 @@ def test_a_packed_file_declares_no_sizes_above_the_limits():
 
 def test_a_buffer_that_would_come_back_as_another_is_refused(tmp_path):
     for persistent in (True, False):
-        spec = ModelSpec(architecture=f"{__name__}:Noisy", arguments={"persistent": persistent}, input_shape=(3,))
+        spec = ModelSpec(
+            architecture=f"{__name__}:Noisy", arguments={"persistent": persistent}, input_shape=(3,)
+        )
         model = spec.build()
         if persistent:
             storage.pack(spec, model, tmp_path / "m.packed.safetensors")
@@ -402,19 +457,26 @@ class _Everything(nn.Module):
     def __init__(self):
         super().__init__()
         self.same, self.up = _Same(3, 8, 3), nn.ConvTranspose1d(8, 6, 2, stride=2, groups=2)
-        self.lstm, self.gru = nn.LSTM(6, 5, bidirectional=True, batch_first=True), nn.GRU(10, 8, batch_first=True)
+        self.lstm, self.gru = (
+            nn.LSTM(6, 5, bidirectional=True, batch_first=True),
+            nn.GRU(10, 8, batch_first=True),
+        )
         self.cell, self.words = nn.GRUCell(8, 8), nn.Embedding(12, 8)
         self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
 
     def forward(self, x):
         x = self.up(self.same(x)).transpose(1, 2)
-        x = self.gru(self.lstm(x)[0])[0] + self.words(torch.arange(x.shape[1], device=x.device) % 12)
+        x = self.gru(self.lstm(x)[0])[0] + self.words(
+            torch.arange(x.shape[1], device=x.device) % 12
+        )
         x = self.attention(x, x, x, need_weights=False)[0].mean(1)
         return self.head(self.cell(x))
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-def test_every_kind_of_layer_on_a_grid_comes_back_from_a_packed_file_and_from_a_folder(grid, tmp_path, monkeypatch):
+def test_every_kind_of_layer_on_a_grid_comes_back_from_a_packed_file_and_from_a_folder(
+    grid, tmp_path, monkeypatch
+):
     monkeypatch.setitem(ARCHITECTURES, "everything", _Everything)
     torch.manual_seed(0)
     model, x = _Everything().eval(), torch.randn(4, 3, 7)
@@ -424,7 +486,10 @@ def test_every_kind_of_layer_on_a_grid_comes_back_from_a_packed_file_and_from_a_
     spec = ModelSpec(architecture="everything", input_shape=(3, 7), quantized=table)
     data, packed = encode(spec, model)
     assert not packed.left
-    assert packed.kinds["codes"] < sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1) * 1.3
+    assert (
+        packed.kinds["codes"]
+        < sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1) * 1.3
+    )
     _, twin = decode(data, "here")
     assert_same_bits(twin, model)
     assert torch.equal(twin.eval()(x), model(x))

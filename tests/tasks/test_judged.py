@@ -25,7 +25,11 @@ def test_the_numbers_are_those_of_scikit_learn(classes, ties):
     logits, labels = random_case(classes, ties=ties)
     found = judged(logits, labels, NAMES)
     p = logits.double().softmax(1).numpy()
-    kind = {"y_score": p[:, 1]} if classes == 2 else {"y_score": p, "multi_class": "ovr", "average": "macro"}
+    kind = (
+        {"y_score": p[:, 1]}
+        if classes == 2
+        else {"y_score": p, "multi_class": "ovr", "average": "macro"}
+    )
     assert found["auc"] == pytest.approx(roc_auc_score(labels.numpy(), **kind), abs=1e-12)
     expected = balanced_accuracy_score(labels.numpy(), logits.argmax(1).numpy())
     assert found["balanced_accuracy"] == pytest.approx(expected, abs=1e-12)
@@ -38,7 +42,9 @@ def test_classes_that_the_test_set_lacks_do_not_count():
     kept = labels != 3
     found = judged(logits[kept], labels[kept], NAMES)
     p, y = logits[kept].double().softmax(1).numpy(), labels[kept].numpy()
-    assert found["auc"] == pytest.approx(sum(roc_auc_score(y == c, p[:, c]) for c in (0, 1, 2, 4)) / 4, abs=1e-12)
+    assert found["auc"] == pytest.approx(
+        sum(roc_auc_score(y == c, p[:, c]) for c in (0, 1, 2, 4)) / 4, abs=1e-12
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = balanced_accuracy_score(y, p.argmax(1))
@@ -65,8 +71,12 @@ def test_a_model_with_one_answer_is_called_one(answered):
     assert (found["majority_share"], found["balanced_accuracy"], found["auc"]) == (0.91, 0.5, 0.5)
 
 
-@pytest.mark.parametrize(("right", "warned"), [(905, True), (910, True), (915, True), (917, True), (920, False)])
-def test_a_model_must_be_better_than_the_largest_class_by_more_than_its_standard_error(right, warned):
+@pytest.mark.parametrize(
+    ("right", "warned"), [(905, True), (910, True), (915, True), (917, True), (920, False)]
+)
+def test_a_model_must_be_better_than_the_largest_class_by_more_than_its_standard_error(
+    right, warned
+):
     labels = torch.tensor([1] * 910 + [0] * 90)
     said = labels.clone()
     said[: 1000 - right - 1] = 0
@@ -98,9 +108,14 @@ def test_outputs_that_are_no_numbers_do_not_stop_anything(classes, value):
     assert found["auc"] is None
     assert 0 <= found["balanced_accuracy"] <= 1
     if value != value:
-        assert found["accuracy_warning"] == "the model's outputs are not numbers (NaN) on 1 of 300 test examples"
+        assert (
+            found["accuracy_warning"]
+            == "the model's outputs are not numbers (NaN) on 1 of 300 test examples"
+        )
 
 
 def test_half_precision_outputs_are_taken():
     logits, labels = random_case(3)
-    assert judged(logits.bfloat16(), labels, NAMES)["auc"] == pytest.approx(auc(logits, labels), abs=0.02)
+    assert judged(logits.bfloat16(), labels, NAMES)["auc"] == pytest.approx(
+        auc(logits, labels), abs=0.02
+    )

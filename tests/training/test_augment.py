@@ -29,7 +29,12 @@ def slow_shift(x, most, chance):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.integers(1, 4), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(0, 12), st.integers(0, 99)
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 12),
+    st.integers(0, 99),
 )
 def test_the_shift_equals_padding_and_cutting_each_image(n, channels, height, width, most, seed):
     x = images(n, channels, height, width)
@@ -113,7 +118,9 @@ def test_the_generator_alone_decides():
     assert not torch.equal(augment(x, ALL, generator(2)), first)
 
 
-@pytest.mark.parametrize("wrong", [{"crop": 0.6}, {"crop": -0.1}, {"cutout": 1.0}, {"flip": "vertical"}, {"flop": 1}])
+@pytest.mark.parametrize(
+    "wrong", [{"crop": 0.6}, {"crop": -0.1}, {"cutout": 1.0}, {"flip": "vertical"}, {"flop": 1}]
+)
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValidationError):
         Augment(**wrong)
@@ -125,7 +132,9 @@ def test_halving_an_image_averages_it():
     inner = small[:, :, 1:-1, 1:-1]
     weights = torch.tensor([1, 3, 3, 1.0]) / 8  # the triangle filter of a factor of two
     kernel = (weights[:, None] * weights).expand(3, 1, 4, 4)
-    expected = torch.nn.functional.conv2d(x, kernel, stride=2, groups=3, padding=1)[:, :, 1:-1, 1:-1]
+    expected = torch.nn.functional.conv2d(x, kernel, stride=2, groups=3, padding=1)[
+        :, :, 1:-1, 1:-1
+    ]
     torch.testing.assert_close(inner, expected)
     assert torch.equal(resized(x.to(torch.uint8), 4), small.round().to(torch.uint8))
 

@@ -18,7 +18,16 @@ from fedpress.models.plain import CNN, MLP
 from fedpress.models.resnet import resnet_small
 from fedpress.training import fit as training
 from fedpress.training.augment import Augment
-from fedpress.training.fit import Fit, Step, TrainSettings, evaluate, one_cycle, outputs, place_, uses_bf16
+from fedpress.training.fit import (
+    Fit,
+    Step,
+    TrainSettings,
+    evaluate,
+    one_cycle,
+    outputs,
+    place_,
+    uses_bf16,
+)
 from fedpress.training.optimizers import Muon
 
 PREPROCESS = Preprocess((0.5,), (0.25,))
@@ -44,7 +53,9 @@ def network(kind="resnet", seed=0):
 
 
 def settings(**changes):
-    return TrainSettings(**{"epochs": 3, "batch_size": 8, "lr": 0.05, "precision": "float32", **changes})
+    return TrainSettings(
+        **{"epochs": 3, "batch_size": 8, "lr": 0.05, "precision": "float32", **changes}
+    )
 
 
 def fit_all(fit, train, validation=NONE):
@@ -67,13 +78,19 @@ def rates(s, n):
     """The learning-rate factor of every step, from the corners of its line."""
     steps = max(1, n // s.batch_size)
     at = np.arange(s.epochs * steps) / (s.epochs * steps)
-    return np.maximum(np.interp(at, [0, s.warmup, 1], [0 if s.warmup else 1, 1, 0]), np.where(at < s.warmup, 0.02, 0))
+    return np.maximum(
+        np.interp(at, [0, s.warmup, 1], [0 if s.warmup else 1, 1, 0]),
+        np.where(at < s.warmup, 0.02, 0),
+    )
 
 
 def batches(s, n, seed):
     for epoch in range(s.epochs):
         order = torch.randperm(n, generator=generator(seed, "epoch", epoch))
-        yield from (order[at : at + s.batch_size] for at in range(0, max(1, n - s.batch_size + 1), s.batch_size))
+        yield from (
+            order[at : at + s.batch_size]
+            for at in range(0, max(1, n - s.batch_size + 1), s.batch_size)
+        )
 
 
 def smoothed(logits, labels, smoothing):
@@ -120,7 +137,9 @@ def test_training_equals_a_plain_loop(kind, changes):
     assert_close(model, twin)
     means = np.reshape(losses, (s.epochs, -1)).mean(1)
     assert [r.loss for r in records] == pytest.approx(list(means), abs=1e-5)
-    assert [(r.epoch, r.epochs, r.accuracy, r.image_size) for r in records] == [(e, 3, None, 8) for e in (1, 2, 3)]
+    assert [(r.epoch, r.epochs, r.accuracy, r.image_size) for r in records] == [
+        (e, 3, None, 8) for e in (1, 2, 3)
+    ]
 
 
 def test_muon_equals_muon_on_copies_of_the_matrices():
@@ -129,7 +148,9 @@ def test_muon_equals_muon_on_copies_of_the_matrices():
     twin = place_(copy.deepcopy(model)).train()
     hidden = {"conv2": twin.conv2.weight, "hidden": twin.hidden.weight}
     matrices = {  # a filter's values in the order height, width, channel
-        "conv2": nn.Parameter(twin.conv2.weight.detach().permute(0, 2, 3, 1).reshape(64, -1).clone()),
+        "conv2": nn.Parameter(
+            twin.conv2.weight.detach().permute(0, 2, 3, 1).reshape(64, -1).clone()
+        ),
         "hidden": nn.Parameter(twin.hidden.weight.detach().clone()),
     }
     muon = Muon(matrices.values(), s.lr, momentum=0.8, weight_decay=0.1)
@@ -190,7 +211,12 @@ def test_a_network_without_hidden_weights_trains_at_the_head_rate_of_muon():
 def test_decay_acts_on_weights_and_never_on_biases_and_norms(optimizer):
     model = network("resnet")
     fit = Fit(model, settings(optimizer=optimizer, weight_decay=0.3), seed=0)
-    decay = {id(p): g["weight_decay"] for o in fit.optimizers for g in o.param_groups for p in g["params"]}
+    decay = {
+        id(p): g["weight_decay"]
+        for o in fit.optimizers
+        for g in o.param_groups
+        for p in g["params"]
+    }
     decay |= {id(p): decay[id(view)] for p, view in fit.views}
     for name, p in model.named_parameters():
         if "norm" in name or "bias" in name or "shortcut.1" in name:
@@ -227,7 +253,9 @@ def test_every_step_takes_the_rate_of_its_place():
     fit = Fit(network("cnn"), s, seed=0)
     for event in fit.epochs(images(), NONE, PREPROCESS):
         if isinstance(event, Step):
-            seen.append((event.done, event.total, *(o.param_groups[0]["lr"] for o in fit.optimizers)))
+            seen.append(
+                (event.done, event.total, *(o.param_groups[0]["lr"] for o in fit.optimizers))
+            )
     assert [row[:2] for row in seen] == [(at, 9) for at in range(1, 10)]
     np.testing.assert_allclose([row[2] for row in seen], 1e-3 * rates(s, 24))
     np.testing.assert_allclose([row[3] for row in seen], 2e-3 * rates(s, 24))
@@ -254,7 +282,9 @@ def test_validation_measures_the_averaged_weights():
     accuracies = []
     for event in fit.epochs(images(), validation, PREPROCESS):
         if not isinstance(event, Step):
-            accuracies.append((event.accuracy, evaluate(fit.average.module, validation, PREPROCESS).accuracy))
+            accuracies.append(
+                (event.accuracy, evaluate(fit.average.module, validation, PREPROCESS).accuracy)
+            )
     assert all(recorded == measured for recorded, measured in accuracies)
 
 
@@ -329,7 +359,9 @@ def test_what_was_on_disk_lies_in_memory_as_before():
     again.load_(on_disk(fit.state()))
     old, new = (f.optimizers[0].state_dict()["state"] for f in (fit, again))
     assert old.keys() == new.keys()
-    assert [old[k]["momentum_buffer"].stride() for k in old] == [new[k]["momentum_buffer"].stride() for k in old]
+    assert [old[k]["momentum_buffer"].stride() for k in old] == [
+        new[k]["momentum_buffer"].stride() for k in old
+    ]
 
 
 def test_a_finished_training_stays_finished_when_it_is_taken_up():
@@ -389,7 +421,8 @@ def test_no_epochs_change_nothing():
 
 def test_a_loss_that_is_no_number_says_where_it_happened():
     with pytest.raises(
-        TrainingError, match=r"the loss is (nan|inf) at epoch \d+, step \d+; lower stage.lr \(now 1e\+3"
+        TrainingError,
+        match=r"the loss is (nan|inf) at epoch \d+, step \d+; lower stage.lr \(now 1e\+3",
     ):
         fit_all(Fit(network("mlp"), settings(lr=1e30, warmup=0.0), seed=0), images())
     data = Arrays(torch.full((24, 192), 0.1), images().y)
@@ -412,13 +445,20 @@ class Explodes(nn.Module):
 
 def test_weights_that_are_not_finite_after_the_last_step_stop_the_training():
     model = Explodes()
-    with pytest.raises(DivergedError, match=r"'head\.bias' is not finite after epoch 1; lower stage\.lr \(now 0\.05\)"):
+    with pytest.raises(
+        DivergedError,
+        match=r"'head\.bias' is not finite after epoch 1; lower stage\.lr \(now 0\.05\)",
+    ):
         fit_all(Fit(model, settings(epochs=1, batch_size=24), seed=0), images())
 
 
 def test_muon_names_both_of_its_rates_when_it_diverges():
-    with pytest.raises(DivergedError, match=r"lower stage\.lr \(now 1e\+38\) or stage\.head_lr \(now 0\.05\)"):
-        fit_all(Fit(network("mlp"), settings(lr=1e38, optimizer="muon", warmup=0.0), seed=0), images())
+    with pytest.raises(
+        DivergedError, match=r"lower stage\.lr \(now 1e\+38\) or stage\.head_lr \(now 0\.05\)"
+    ):
+        fit_all(
+            Fit(network("mlp"), settings(lr=1e38, optimizer="muon", warmup=0.0), seed=0), images()
+        )
 
 
 def test_one_public_example_under_batch_norm_is_refused_only_where_nothing_can_be_averaged():
@@ -427,11 +467,15 @@ def test_one_public_example_under_batch_norm_is_refused_only_where_nothing_can_b
         with pytest.raises(TrainingError, match=rf"leaves a batch norm nothing to average; {cure}"):
             fit_all(Fit(vectors, settings(batch_size=size), seed=0), images(n))
     assert fit_all(Fit(vectors, settings(epochs=1), seed=0), images(9))
-    assert fit_all(Fit(network("resnet"), settings(epochs=1), seed=0), images(1))  # 8 x 8 pixels have statistics
+    assert fit_all(
+        Fit(network("resnet"), settings(epochs=1), seed=0), images(1)
+    )  # 8 x 8 pixels have statistics
 
 
 def test_the_place_of_a_bad_loss_is_counted_from_one():
-    chosen = torch.randperm(24, generator=generator(2, "epoch", 0))[17]  # in the third batch of eight
+    chosen = torch.randperm(24, generator=generator(2, "epoch", 0))[
+        17
+    ]  # in the third batch of eight
     data = Arrays(torch.full((24, 192), 0.1), images().y)
     data.x[chosen] = float("inf")
     with pytest.raises(TrainingError, match="the loss is nan at epoch 1, step 3; "):
@@ -443,12 +487,29 @@ def test_the_place_of_a_bad_loss_is_counted_from_one():
     [
         ({}, NONE, NONE, "the public part has no examples"),
         ({"patience": 1}, images(), NONE, "patience needs a validation set"),
-        ({"image_sizes": ((9, 1),)}, images(), NONE, r"images of 9 pixels, but examples are \(3, 8, 8\)"),
-        ({"image_sizes": ((4, 1),)}, Arrays(torch.zeros(9, 192), torch.zeros(9)), NONE, r"examples are \(192,\)"),
-        ({"image_sizes": ((6, 1),)}, images(), NONE, r"cannot take images of 6 pixels \(mat1 and mat2"),
+        (
+            {"image_sizes": ((9, 1),)},
+            images(),
+            NONE,
+            r"images of 9 pixels, but examples are \(3, 8, 8\)",
+        ),
+        (
+            {"image_sizes": ((4, 1),)},
+            Arrays(torch.zeros(9, 192), torch.zeros(9)),
+            NONE,
+            r"examples are \(192,\)",
+        ),
+        (
+            {"image_sizes": ((6, 1),)},
+            images(),
+            NONE,
+            r"cannot take images of 6 pixels \(mat1 and mat2",
+        ),
     ],
 )
-def test_what_cannot_be_trained_is_refused_before_the_first_step(changes, train, validation, message):
+def test_what_cannot_be_trained_is_refused_before_the_first_step(
+    changes, train, validation, message
+):
     model = network("cnn")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(TrainingError, match=message):
@@ -578,8 +639,12 @@ def test_images_and_filters_lie_channels_last():
     assert training.memory_format(torch.zeros(2, 5)) is torch.contiguous_format
 
 
-@pytest.mark.parametrize(("width", "capability", "fast"), [(4, "AVX2", False), (8, "AVX2", True), (4, "AVX512", True)])
-def test_a_format_in_which_torch_writes_beyond_its_memory_is_not_used(width, capability, fast, monkeypatch):
+@pytest.mark.parametrize(
+    ("width", "capability", "fast"), [(4, "AVX2", False), (8, "AVX2", True), (4, "AVX512", True)]
+)
+def test_a_format_in_which_torch_writes_beyond_its_memory_is_not_used(
+    width, capability, fast, monkeypatch
+):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(training, "device", lambda: torch.device("cpu"))
     model = training.place_(resnet_small(width=width))
@@ -619,7 +684,11 @@ def test_an_objective_takes_the_place_of_the_cross_entropy():
 
 
 def test_the_penalty_on_scales_equals_a_plain_loop_with_its_subgradient():
-    s, data, model = settings(bn_penalty=0.02, lr=0.01, precision="float32"), images(), network("resnet")
+    s, data, model = (
+        settings(bn_penalty=0.02, lr=0.01, precision="float32"),
+        images(),
+        network("resnet"),
+    )
     scales = {n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     twin = copy.deepcopy(model).train()
     fit_all(Fit(model, s, seed=4), data)
@@ -641,7 +710,9 @@ def test_the_penalty_on_scales_shrinks_them_and_nothing_else_is_needed():
     def total(penalty):
         model = network("resnet")
         fit_all(Fit(model, settings(bn_penalty=penalty, epochs=6), seed=1), images())
-        return sum(m.weight.abs().sum().item() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+        return sum(
+            m.weight.abs().sum().item() for m in model.modules() if isinstance(m, nn.BatchNorm2d)
+        )
 
     free, weak, strong = total(0.0), total(0.01), total(0.1)
     assert strong < weak < free
@@ -653,7 +724,9 @@ def test_a_penalty_on_scales_that_nobody_trains_is_refused():
     for parameter in frozen.parameters():
         parameter.requires_grad_(parameter.dim() > 1)
     for model in (network("mlp"), frozen):
-        with pytest.raises(TrainingError, match="bn_penalty pulls at batch-norm scales, but the model trains none"):
+        with pytest.raises(
+            TrainingError, match="bn_penalty pulls at batch-norm scales, but the model trains none"
+        ):
             fit_all(Fit(model, settings(bn_penalty=0.1), seed=0), images())
 
 
@@ -672,12 +745,18 @@ def test_step_sizes_get_no_weight_decay_also_where_weights_have_them_in_groups(o
     }
     quantize_layers_(model, grids)
     fit = Fit(model, TrainSettings(epochs=1, optimizer=optimizer, weight_decay=0.1), seed=0)
-    decayed = {id(p) for o in fit.optimizers for g in o.param_groups if g["weight_decay"] for p in g["params"]}
+    decayed = {
+        id(p)
+        for o in fit.optimizers
+        for g in o.param_groups
+        if g["weight_decay"]
+        for p in g["params"]
+    }
     decayed |= {id(p) for p, _ in fit.views}
     names = {name for name, p in model.named_parameters() if id(p) in decayed}
-    assert names == {n for n, _ in model.named_parameters() if n.rpartition(".")[2].startswith("weight")} - {
-        n for n, _ in model.named_parameters() if n.endswith("_scale")
-    }
+    assert names == {
+        n for n, _ in model.named_parameters() if n.rpartition(".")[2].startswith("weight")
+    } - {n for n, _ in model.named_parameters() if n.endswith("_scale")}
 
 
 class Squeezed(nn.Module):
@@ -708,7 +787,10 @@ def test_a_network_that_fails_on_one_example_trains_in_batches_of_one():
                 raise RuntimeError("one is too few")
             return super().forward(x)
 
-    arrays, plain = Arrays(torch.randn(3, 6), torch.tensor([0, 1, 2])), Preprocess((0.0,) * 6, (1.0,) * 6)
+    arrays, plain = (
+        Arrays(torch.randn(3, 6), torch.tensor([0, 1, 2])),
+        Preprocess((0.0,) * 6, (1.0,) * 6),
+    )
     models = []
     for kind in (InPairs, nn.Linear):
         torch.manual_seed(0)

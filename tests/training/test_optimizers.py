@@ -88,5 +88,7 @@ def test_a_run_that_torch_began_goes_on():
     ours.load_state_dict(theirs.state_dict())
     assert ours.param_groups[0]["lr"] == 0.02
     assert ours.param_groups[0]["momentum"] == 0.8
-    assert torch.equal(ours.state[weight]["momentum_buffer"], theirs.state[weight]["momentum_buffer"])
+    assert torch.equal(
+        ours.state[weight]["momentum_buffer"], theirs.state[weight]["momentum_buffer"]
+    )
     assert ours.step(lambda: 3.0) == 3.0

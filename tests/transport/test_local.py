@@ -80,6 +80,8 @@ def test_replies_come_one_by_one():
         asked.append(1)
         return echo(data)
 
-    replies = LocalTransport(dict.fromkeys("abc", noted)).exchange({name: Message("m") for name in "abc"})
+    replies = LocalTransport(dict.fromkeys("abc", noted)).exchange(
+        {name: Message("m") for name in "abc"}
+    )
     next(replies)
     assert len(asked) == 1

@@ -25,7 +25,22 @@ RIGHT = {
     "reason": "it failed",
 }
 WRONG = {
-    "a whole number": [True, False, 1.0, 3.5, "3", "", None, [], [3], {}, -1, -(1 << 62), 1 << 62, float("inf")],
+    "a whole number": [
+        True,
+        False,
+        1.0,
+        3.5,
+        "3",
+        "",
+        None,
+        [],
+        [3],
+        {},
+        -1,
+        -(1 << 62),
+        1 << 62,
+        float("inf"),
+    ],
     "a finite number": [True, "1", None, [1], {}, float("nan"), float("inf")],
     "a finite number above 0": [True, "1", None, [1], 0.0, -1.0, float("nan"), float("inf")],
     "text": [True, 1, 1.0, None, ["a"], {}],
@@ -48,13 +63,19 @@ WRONG = {
 
 
 def wrong_for(kind):
-    return next(values for words, values in WRONG.items() if kind.expected.split(" from ")[0] == words)
+    return next(
+        values for words, values in WRONG.items() if kind.expected.split(" from ")[0] == words
+    )
 
 
-CASES = [(message, name, kind) for message, fields in FIELDS.items() for name, kind in fields.items()]
+CASES = [
+    (message, name, kind) for message, fields in FIELDS.items() for name, kind in fields.items()
+]
 
 
-@pytest.mark.parametrize(("message", "name", "kind"), CASES, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("message", "name", "kind"), CASES, ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_every_field_of_every_message_takes_its_kind_and_nothing_else(message, name, kind):
     check_header(message, {name: RIGHT[name]})
     assert need(message, {name: RIGHT[name]}, name) == RIGHT[name]
@@ -90,7 +111,9 @@ def test_a_client_answers_only_rounds_that_are_whole_numbers(value):
     federation = Federation(privacy=SAMPLE_PLAN, num_rounds=2)
     fit = federation.fit()
     with pytest.raises(WireError, match=r"fit\.round: got"):
-        federation.clients["c0"].handle(pack(Message("fit", {**fit.header, "round": value}, fit.tensors)))
+        federation.clients["c0"].handle(
+            pack(Message("fit", {**fit.header, "round": value}, fit.tensors))
+        )
 
 
 @pytest.mark.parametrize("field", ["round", "examples", "steps"])

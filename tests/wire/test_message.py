@@ -46,7 +46,12 @@ def entry(name: bytes, code: int, shape: list[int], data: bytes = b"") -> bytes:
 
 
 def with_tensors(*entries: bytes, count: int | None = None) -> bytes:
-    return framed(part(b"m") + part(b"{}") + varint(len(entries) if count is None else count) + b"".join(entries))
+    return framed(
+        part(b"m")
+        + part(b"{}")
+        + varint(len(entries) if count is None else count)
+        + b"".join(entries)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
@@ -60,8 +65,12 @@ def test_every_tensor_comes_back_as_it_was_sent(dtype, shape):
 
 
 def test_not_a_number_and_infinity_survive_in_tensors():
-    got = unpack(pack(Message("m", {}, {"t": torch.tensor([math.nan, math.inf, -0.0])}))).tensors["t"]
-    assert torch.equal(got.view(torch.int32), torch.tensor([math.nan, math.inf, -0.0]).view(torch.int32))
+    got = unpack(pack(Message("m", {}, {"t": torch.tensor([math.nan, math.inf, -0.0])}))).tensors[
+        "t"
+    ]
+    assert torch.equal(
+        got.view(torch.int32), torch.tensor([math.nan, math.inf, -0.0]).view(torch.int32)
+    )
 
 
 def test_kind_and_header_come_back():
@@ -89,7 +98,11 @@ def test_the_hex_example_of_the_format_page_is_the_message_it_describes():
     data = bytes.fromhex(re.search(r"```hex\n(.*?)```", page, re.DOTALL)[1])
     assert data == pack(UPDATE)
     got = unpack(data)
-    assert (got.kind, got.header, got.tensors["values"].tolist()) == ("update", UPDATE.header, [1.0, -0.5])
+    assert (got.kind, got.header, got.tensors["values"].tolist()) == (
+        "update",
+        UPDATE.header,
+        [1.0, -0.5],
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,14 +145,22 @@ def test_damage_is_a_wire_error_that_names_the_field(damage, field):
 
 
 def test_types_and_shapes_that_do_not_travel_are_refused_by_name():
-    for code, shape in [(len(DTYPES), [1]), (255, [1]), (1, [1] * 9), (1, [0, 1 << 62]), (1, [0] + [1 << 20] * 4)]:
+    for code, shape in [
+        (len(DTYPES), [1]),
+        (255, [1]),
+        (1, [1] * 9),
+        (1, [0, 1 << 62]),
+        (1, [0] + [1 << 20] * 4),
+    ]:
         with pytest.raises(WireError, match=r"^message\.tensors\.t: "):
             unpack(with_tensors(entry(b"t", code, shape, bytes(5))))
 
 
 def test_the_first_version_is_refused_with_a_cure():
     old = struct.pack("<4sHQI", MAGIC, 1, 8, zlib.crc32(bytes(8))) + bytes(8)
-    with pytest.raises(WireError, match=r"message\.version: got 1, expected 2; use the same fedpress on both sides"):
+    with pytest.raises(
+        WireError, match=r"message\.version: got 1, expected 2; use the same fedpress on both sides"
+    ):
         unpack(old)
 
 
@@ -152,7 +173,10 @@ def test_a_message_that_would_unpack_to_too_much_is_refused_before_it_is_unpacke
     assert len(data) < 60
     assert unpack(data, max_bytes=4800).tensors["b"].shape == (600,)
     monkeypatch.setattr("fedpress.wire.message.expand", lambda *_: pytest.fail("was unpacked"))
-    with pytest.raises(WireError, match=r"message\.tensors\.b: the tensors unpack to 4800 bytes, more than the 4799"):
+    with pytest.raises(
+        WireError,
+        match=r"message\.tensors\.b: the tensors unpack to 4800 bytes, more than the 4799",
+    ):
         unpack(data, max_bytes=4799)
 
 
@@ -163,7 +187,9 @@ def test_a_message_above_the_limit_is_refused_before_it_is_read():
         unpack(data, max_bytes=len(data) - 1)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1 << 63, {1: 2}, b"x", [math.nan]], ids=repr)
+@pytest.mark.parametrize(
+    "bad", [math.nan, math.inf, -math.inf, 1 << 63, {1: 2}, b"x", [math.nan]], ids=repr
+)
 def test_what_json_cannot_carry_is_refused_when_packing(bad):
     with pytest.raises(WireError, match=r"message\.header\.loss"):
         pack(Message("m", {"loss": bad}))
@@ -180,7 +206,8 @@ def test_too_many_tensors_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "place"), [("\ud800", "t", "kind"), ("k", "\ud800", "tensors"), ("k" * 1025, "t", "kind")]
+    ("kind", "name", "place"),
+    [("\ud800", "t", "kind"), ("k", "\ud800", "tensors"), ("k" * 1025, "t", "kind")],
 )
 def test_names_that_cannot_be_sent_are_refused_when_packing(kind, name, place):
     with pytest.raises(WireError, match=rf"^message\.{place}: "):
@@ -216,7 +243,9 @@ def test_mutated_messages_raise_nothing_but_wire_errors(repair):
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-anything = st.recursive(leaves, lambda s: st.lists(s, max_size=3) | st.dictionaries(st.text(max_size=5), s, max_size=3))
+anything = st.recursive(
+    leaves, lambda s: st.lists(s, max_size=3) | st.dictionaries(st.text(max_size=5), s, max_size=3)
+)
 entries = st.builds(
     entry,
     st.binary(max_size=3),
@@ -231,4 +260,6 @@ entries = st.builds(
 @example({"a": "\ud800"}, [], b"")
 def test_invented_payloads_raise_nothing_but_wire_errors(header, tensors, rest):
     text = json.dumps(header).encode()
-    only_wire_errors(framed(part(b"m") + part(text) + varint(len(tensors)) + b"".join(tensors) + rest))
+    only_wire_errors(
+        framed(part(b"m") + part(text) + varint(len(tensors)) + b"".join(tensors) + rest)
+    )

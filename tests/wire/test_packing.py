@@ -38,7 +38,9 @@ def gauss(scale: float, dtype=torch.int8, n: int = N) -> torch.Tensor:
 
 
 def uneven(n: int = N) -> torch.Tensor:
-    loud = torch.exp(1.5 * torch.randn(n // 200 + 1, generator=chance(1))).repeat_interleave(200)[:n]
+    loud = torch.exp(1.5 * torch.randn(n // 200 + 1, generator=chance(1))).repeat_interleave(200)[
+        :n
+    ]
     return (torch.randn(n, generator=chance()) * loud).round().to(torch.int16)
 
 
@@ -54,7 +56,12 @@ TENSORS = {
     "secure": (torch.randint(0, 1 << 18, (N,), generator=chance(), dtype=torch.int32), NBIT),
     "constant": (torch.full((N,), -7, dtype=torch.int64), NBIT),
     "extremes": (torch.tensor([-(2**63), 2**63 - 1] * 50), ANS),
-    "top k": (torch.where(torch.rand(N, generator=chance()) < 0.01, torch.randn(N, generator=chance(3)), 0.0), SPARSE),
+    "top k": (
+        torch.where(
+            torch.rand(N, generator=chance()) < 0.01, torch.randn(N, generator=chance(3)), 0.0
+        ),
+        SPARSE,
+    ),
     "sparse halves": (torch.where(torch.arange(N) % 40 == 0, 1.5, 0.0).half(), SPARSE),
     "sparse integers": (torch.where(torch.arange(N) % 3 == 0, torch.arange(N) * 10**13, 0), ANS),
     "parameters": (torch.randn(N, generator=chance()), RAW),
@@ -87,7 +94,11 @@ def test_any_tensor_comes_back_to_the_bit(array):
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 255, 256, 257, 4095, 4096, 4097, 70_001])
 @pytest.mark.parametrize("scale", [0.3, 3, 3000])
 def test_every_size_comes_back(n, scale):
-    for tensor in (gauss(scale, torch.int16, n), uneven(n), gauss(scale, torch.int16, 4 * n).view(4, n)):
+    for tensor in (
+        gauss(scale, torch.int16, n),
+        uneven(n),
+        gauss(scale, torch.int16, 4 * n).view(4, n),
+    ):
         assert same_bits(back(shrink(tensor), tensor), tensor)
 
 
@@ -110,7 +121,9 @@ def test_classes_of_blocks_save_bits_where_the_activity_or_the_sign_changes(monk
     lean = torch.where(torch.rand(N // 200, generator=chance()) < 0.5, -1, 1).repeat_interleave(200)
     signs = (torch.randn(N, generator=chance(2)) * 0.7 + lean).round().to(torch.int8)
     apart = [len(shrink(t)) for t in (uneven(), signs)]
-    monkeypatch.setattr(ans, "plan", lambda v, *_: classes.Plan(v.shape[1], 1, np.zeros(1, np.uint8)))
+    monkeypatch.setattr(
+        ans, "plan", lambda v, *_: classes.Plan(v.shape[1], 1, np.zeros(1, np.uint8))
+    )
     together = [len(shrink(t)) for t in (uneven(), signs)]
     assert apart[0] < 0.85 * together[0]
     assert apart[1] < 0.9 * together[1]
@@ -135,7 +148,10 @@ def test_small_tensors_pay_for_no_tables_they_do_not_need():
 
 def test_the_coded_bytes_are_the_same_on_every_machine():
     # from whole numbers alone: no random generator, no float
-    q = torch.tensor([(i * i * 2654435761 >> 13) % 7 * (i // 500 % 3) // 3 - 1 for i in range(8000)], dtype=torch.int8)
+    q = torch.tensor(
+        [(i * i * 2654435761 >> 13) % 7 * (i // 500 % 3) // 3 - 1 for i in range(8000)],
+        dtype=torch.int8,
+    )
     data = shrink(q)
     assert data[0] == ANS
     assert hashlib.sha256(data).hexdigest()[:16] == "381c4ea07fafc25a"
@@ -204,7 +220,13 @@ ONE = zigzag(3) + varint(2)
         (bytes([SPARSE]) + varint(2) + varint(3) + bytes([NBIT, 0, 0]), "bitmap"),
         (bytes([SPARSE]) + varint(0) + varint(3) + bytes([NBIT, 4, 0]), "bitmap"),
         (bytes([SPARSE]) + varint(0) + varint(3) + bytes([NBIT, 0, 0, 9]), ""),
-        (bytes([SPARSE]) + varint(0) + varint(9) + bytes([SPARSE, 0, 6, SPARSE, 0, 3, SPARSE, 0, 0]), "form"),
+        (
+            bytes([SPARSE])
+            + varint(0)
+            + varint(9)
+            + bytes([SPARSE, 0, 6, SPARSE, 0, 3, SPARSE, 0, 0]),
+            "form",
+        ),
     ],
 )
 def test_every_fault_of_a_form_is_a_wire_error_that_names_the_field(data, field):
@@ -263,14 +285,17 @@ def mutated(payload: bytes, dice: random.Random) -> bytes:
     changed = bytearray(payload)
     for _ in range(dice.choice([1, 1, 2, 4])):
         at = dice.randrange(min(len(changed), dice.choice([40, 120, 4000])))
-        changed[at] = dice.choice([0, 1, 127, 128, 255, dice.randrange(256), changed[at] ^ 1 << dice.randrange(8)])
+        changed[at] = dice.choice(
+            [0, 1, 127, 128, 255, dice.randrange(256), changed[at] ^ 1 << dice.randrange(8)]
+        )
     cut = dice.choice([0, 0, 0, 0, -1, -4, 3])
     return bytes(changed[:cut] if cut < 0 else changed + bytes(cut))
 
 
 def small_messages() -> list[bytes]:
     tensors = {
-        name: (t.reshape(-1)[:600] if name != "rows" else t[:, :75].contiguous()) for name, (t, _) in TENSORS.items()
+        name: (t.reshape(-1)[:600] if name != "rows" else t[:, :75].contiguous())
+        for name, (t, _) in TENSORS.items()
     }
     tensors["classes"] = uneven(4000)
     tensors["more"] = torch.cat([gauss(0.3, n=2000), gauss(9, n=2000)])

@@ -15,10 +15,19 @@ from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import Tick
 
 KILLED = ["recipe.toml", "settings.json", "environment.json", "records.jsonl", "result.json"]
-KILLED += ["stages/2-federate/progress.safetensors", "stages/0-train/model.safetensors", "stages/0-train/spec.json"]
+KILLED += [
+    "stages/2-federate/progress.safetensors",
+    "stages/0-train/model.safetensors",
+    "stages/0-train/spec.json",
+]
 KILLED += ["stages/0-train/result.json", "stages/1-prune/plan.json"]
 SLOW = [name for at, name in enumerate(KILLED) if at not in (3, 5)]
-DONE = ["ledger.json", "artifacts/model.onnx", "stages/2-federate/result.json", "stages/3-export/model.safetensors"]
+DONE = [
+    "ledger.json",
+    "artifacts/model.onnx",
+    "stages/2-federate/result.json",
+    "stages/3-export/model.safetensors",
+]
 
 
 def begun(text, path, *, resume=False, reuse=None):
@@ -84,8 +93,12 @@ def copied(run, tmp_path):
 
 
 @pytest.mark.parametrize("where", [pytest.param(0.3, marks=pytest.mark.recipe), 0.9999])
-@pytest.mark.parametrize("name", [KILLED[3], KILLED[5], *(pytest.param(x, marks=pytest.mark.recipe) for x in SLOW)])
-def test_a_flipped_bit_is_refused_by_name_and_the_cure_works(plain, killed, whole, tmp_path, left, name, where):
+@pytest.mark.parametrize(
+    "name", [KILLED[3], KILLED[5], *(pytest.param(x, marks=pytest.mark.recipe) for x in SLOW)]
+)
+def test_a_flipped_bit_is_refused_by_name_and_the_cure_works(
+    plain, killed, whole, tmp_path, left, name, where
+):
     path = copied(killed, tmp_path)
     flip(path / name, where)
     said = refused(plain, path, name)
@@ -102,7 +115,10 @@ def test_a_flipped_bit_is_refused_by_name_and_the_cure_works(plain, killed, whol
     finish(plain, path, resume=True)
     mine, right = left(path), left(whole)
     for gone in ("recipe.toml", "records.jsonl", *(n for n in right if n.endswith("result.json"))):
-        mine.pop(gone, None), right.pop(gone, None)  # records begin again; results say how many there are
+        (
+            mine.pop(gone, None),
+            right.pop(gone, None),
+        )  # records begin again; results say how many there are
     assert mine == right
     finish(plain, path, resume=True)
 
@@ -123,7 +139,9 @@ def test_a_flipped_bit_of_a_finished_run_is_refused_too(tiny_export, private, tm
 def test_whoever_reads_a_damaged_file_says_so(private, tmp_path):
     path = copied(private, tmp_path)
     flip(path / "stages/3-export/model.safetensors")
-    with pytest.raises(FedpressError, match=r"3-export/model.safetensors: corrupt \(what it holds is not"):
+    with pytest.raises(
+        FedpressError, match=r"3-export/model.safetensors: corrupt \(what it holds is not"
+    ):
         storage.load(path)
     for name in ("records.jsonl", "result.json", "ledger.json", "settings.json"):
         path = shutil.copytree(private, tmp_path / name)
@@ -135,7 +153,9 @@ def test_whoever_reads_a_damaged_file_says_so(private, tmp_path):
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["with checksums", "of an older fedpress"])
-def test_lost_records_are_noticed_and_ones_too_many_are_not(plain, killed, whole, tmp_path, left, listed):
+def test_lost_records_are_noticed_and_ones_too_many_are_not(
+    plain, killed, whole, tmp_path, left, listed
+):
     path = copied(killed, tmp_path)
     if not listed:
         (path / "checksums").unlink()
@@ -150,7 +170,9 @@ def test_lost_records_are_noticed_and_ones_too_many_are_not(plain, killed, whole
     assert left(path) == left(whole)
 
 
-@pytest.mark.parametrize("key", ["key", "records", "result", "kind", "name", "seconds", "accuracy", "parameters"])
+@pytest.mark.parametrize(
+    "key", ["key", "records", "result", "kind", "name", "seconds", "accuracy", "parameters"]
+)
 def test_a_result_without_a_key_is_refused_also_of_an_older_fedpress(plain, killed, tmp_path, key):
     path = copied(killed, tmp_path)
     result = path / "stages/0-train/result.json"
@@ -159,7 +181,10 @@ def test_a_result_without_a_key_is_refused_also_of_an_older_fedpress(plain, kill
     result.write_text(json.dumps(page))
     refused(plain, path, "stages/0-train/result.json")
     (path / "checksums").unlink()
-    with pytest.raises(RunError, match=rf"0-train/result.json: damaged, it lacks (result\.)?{key}.*; delete this file"):
+    with pytest.raises(
+        RunError,
+        match=rf"0-train/result.json: damaged, it lacks (result\.)?{key}.*; delete this file",
+    ):
         finish(plain, path, resume=True)
 
 
@@ -182,8 +207,12 @@ def test_a_damaged_list_is_told_and_can_be_deleted(plain, killed, tmp_path):
 
 
 @pytest.mark.recipe
-@pytest.mark.parametrize("name", ["../../outside", "/etc/hostname", "../other/artifacts/model.onnx"])
-def test_a_run_that_is_taken_over_writes_nothing_outside_of_the_new_one(tiny_export, private, tmp_path, name):
+@pytest.mark.parametrize(
+    "name", ["../../outside", "/etc/hostname", "../other/artifacts/model.onnx"]
+)
+def test_a_run_that_is_taken_over_writes_nothing_outside_of_the_new_one(
+    tiny_export, private, tmp_path, name
+):
     path = copied(private, tmp_path)
     (path / "checksums").unlink()
     result = path / "stages/3-export/result.json"
@@ -195,13 +224,23 @@ def test_a_run_that_is_taken_over_writes_nothing_outside_of_the_new_one(tiny_exp
     assert not (tmp_path / "outside").exists()
 
 
-def test_whoever_goes_on_elsewhere_is_told_that_bits_will_differ(plain, killed, tmp_path, monkeypatch):
+def test_whoever_goes_on_elsewhere_is_told_that_bits_will_differ(
+    plain, killed, tmp_path, monkeypatch
+):
     path = copied(killed, tmp_path)
     folder = RunFolder.open(path)
     assert runs.note_environment(folder, "again") == []
     now = runs.environment("x")
-    for key, value in {"threads": 97, "processor": "Z80", "torch": "1.0", "numpy": "0", "fedpress": "0"}.items():
-        monkeypatch.setattr(runs, "environment", lambda command, k=key, v=value: now | {k: v, "command": command})
+    for key, value in {
+        "threads": 97,
+        "processor": "Z80",
+        "torch": "1.0",
+        "numpy": "0",
+        "fedpress": "0",
+    }.items():
+        monkeypatch.setattr(
+            runs, "environment", lambda command, k=key, v=value: now | {k: v, "command": command}
+        )
         [said] = runs.note_environment(folder, "again")
         was = now[key]["name"] if key == "processor" else now[key]
         assert f"{key} {was} before, {value} now" in said
@@ -211,7 +250,9 @@ def test_whoever_goes_on_elsewhere_is_told_that_bits_will_differ(plain, killed, 
         assert f"{key} {was}, {value} before, {was} now" in said
         shutil.copyfile(killed / "environment.json", path / "environment.json")
     first = json.loads((path / "environment.json").read_text())
-    (path / "environment.json").write_text(json.dumps({k: v for k, v in first.items() if k != "processor"}))
+    (path / "environment.json").write_text(
+        json.dumps({k: v for k, v in first.items() if k != "processor"})
+    )
     (path / "checksums").unlink()
     assert runs.note_environment(folder, "again") == []
     (path / "records.jsonl").unlink()

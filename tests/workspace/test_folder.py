@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from fedpress.errors import RunError
-from fedpress.workspace.folder import RunFolder, first_difference, read_json, replacing, write_json, writing
+from fedpress.workspace.folder import (
+    RunFolder,
+    first_difference,
+    read_json,
+    replacing,
+    write_json,
+    writing,
+)
 
 
 def half_written(path: Path, error: Exception) -> None:
@@ -34,7 +41,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, number):
     path = tmp_path / "x"
     path.write_text("old")
-    with pytest.raises(RunError, match=r"x: cannot be written \(.*\).*free some space, then go on with --resume"):
+    with pytest.raises(
+        RunError, match=r"x: cannot be written \(.*\).*free some space, then go on with --resume"
+    ):
         half_written(path, OSError(number, os.strerror(number)))
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["x"]
@@ -44,7 +53,10 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(tmp_path, small_files
     place = RunFolder(tmp_path).stage(0, "train", "train")
     place.save_progress({"x": torch.zeros(10)}, {"epoch": 1})
     small_files(10_000)
-    with pytest.raises(RunError, match=r"progress.safetensors: cannot be written \(File too large\).*free some space"):
+    with pytest.raises(
+        RunError,
+        match=r"progress.safetensors: cannot be written \(File too large\).*free some space",
+    ):
         place.save_progress({"x": torch.zeros(10_000)}, {"epoch": 2})
     small_files(-1)  # the tests' own output may be a long file
     assert place.load_progress()[1]["epoch"] == 1
@@ -53,19 +65,27 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(tmp_path, small_files
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOTDIR])
 def test_a_place_that_cannot_be_written_says_where_else_to_go(tmp_path, number):
-    with pytest.raises(RunError, match=f"{os.strerror(number)}.*choose another place with --out"), writing(tmp_path):
+    with (
+        pytest.raises(RunError, match=f"{os.strerror(number)}.*choose another place with --out"),
+        writing(tmp_path),
+    ):
         raise OSError(number, os.strerror(number))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_json_holds_null_for_what_it_cannot_say(tmp_path, value):
     write_json(tmp_path / "x.json", {"a": [value, {"b": (value, 1)}], "c": 0.5})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, {"b": [None, 1]}], "c": 0.5}
+    assert json.loads((tmp_path / "x.json").read_text()) == {
+        "a": [None, {"b": [None, 1]}],
+        "c": 0.5,
+    }
     RunFolder(tmp_path).record({"loss": value})
     assert (tmp_path / "records.jsonl").read_text() == '{"loss": null}\n'
 
 
-@pytest.mark.parametrize(("text", "said"), [("{", "not valid JSON"), ("[1]", "expected a JSON object"), ("", "JSON")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("{", "not valid JSON"), ("[1]", "expected a JSON object"), ("", "JSON")]
+)
 def test_damaged_json_is_named_with_its_cure(tmp_path, text, said):
     path = tmp_path / "x.json"
     path.write_text(text)
@@ -85,14 +105,20 @@ def test_records_are_cut_to_whole_ones(tmp_path, count):
         file.write('{"number": 2, "torn')
     assert folder.count_records() == 2
     folder.cut_records(min(count, folder.count_records()))
-    assert [json.loads(x)["number"] for x in folder.records.read_text().splitlines()] == list(range(min(count, 2)))
+    assert [json.loads(x)["number"] for x in folder.records.read_text().splitlines()] == list(
+        range(min(count, 2))
+    )
 
 
 def test_a_checkpoint_gives_back_tensors_facts_and_the_place_in_the_records(tmp_path):
     place = RunFolder(tmp_path).stage(0, "train", "train")
     assert place.load_progress() == ({}, {})
     place.record(epoch=1)
-    tensors = {"a": torch.arange(6).reshape(2, 3).t(), "b": torch.tensor(1.5, dtype=torch.float64), "e": torch.zeros(0)}
+    tensors = {
+        "a": torch.arange(6).reshape(2, 3).t(),
+        "b": torch.tensor(1.5, dtype=torch.float64),
+        "e": torch.zeros(0),
+    }
     place.save_progress(tensors, {"seconds": 2.5})
     place.record(epoch=2)
     assert place.begin(0) == 2.5

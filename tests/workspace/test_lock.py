@@ -26,7 +26,9 @@ with lock.locked(Path(sys.argv[1])):
 def other(tmp_path):
     """Another process that holds the folder."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True, env=env)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True, env=env
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()

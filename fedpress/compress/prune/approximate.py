@@ -74,7 +74,9 @@ def difference(dense: nn.Module, small: nn.Module, batches: Sequence[Example]) -
 
 
 @torch.no_grad()
-def refit_norms_(dense: nn.Module, small: nn.Module, plan: PruningPlan, batches: Sequence[Example]) -> dict[str, str]:
+def refit_norms_(
+    dense: nn.Module, small: nn.Module, plan: PruningPlan, batches: Sequence[Example]
+) -> dict[str, str]:
     """Fits scales and shifts of the norms that `plan` cut through, so that they give what the uncut ones give.
 
     One norm after the other, in the order of the network, each with those before it fitted already. For each channel
@@ -95,11 +97,16 @@ def refit_norms_(dense: nn.Module, small: nn.Module, plan: PruningPlan, batches:
     best = difference(dense, small, batches).relative
     with _evaluating(dense), _evaluating(small):
         for name in plan.approximate:
-            before = [parameter.clone() for parameter in small.get_submodule(name).parameters(recurse=False)]
+            before = [
+                parameter.clone()
+                for parameter in small.get_submodule(name).parameters(recurse=False)
+            ]
             why = _refit_(name, dense, small, plan, batches)
             now = difference(dense, small, batches).relative
             if why is None and now > best:  # later layers may lean on what the fit takes away
-                for parameter, value in zip(small.get_submodule(name).parameters(recurse=False), before, strict=True):
+                for parameter, value in zip(
+                    small.get_submodule(name).parameters(recurse=False), before, strict=True
+                ):
                     parameter.copy_(value)
                 why = "the network's outputs came no nearer"
             elif why is None:
@@ -109,7 +116,9 @@ def refit_norms_(dense: nn.Module, small: nn.Module, plan: PruningPlan, batches:
     return left
 
 
-def _refit_(name: str, dense: nn.Module, small: nn.Module, plan: PruningPlan, batches: Sequence[Example]) -> str | None:
+def _refit_(
+    name: str, dense: nn.Module, small: nn.Module, plan: PruningPlan, batches: Sequence[Example]
+) -> str | None:
     """Fits one norm; returns why not, if so."""
     norm = small.get_submodule(name)
     prefix = f"{name}." if name else ""
@@ -134,7 +143,9 @@ def _refit_(name: str, dense: nn.Module, small: nn.Module, plan: PruningPlan, ba
             dim = _channel_dim(target, real)
             if dim is None:
                 return "its outputs do not have its channels"
-            columns = torch.stack([_rows(slope, dim) for slope in slopes], -1)  # [channels, places, parameters]
+            columns = torch.stack(
+                [_rows(slope, dim) for slope in slopes], -1
+            )  # [channels, places, parameters]
             now = torch.stack([parameter.flatten().double() for parameter in parameters], -1)
             missed = (columns @ now[..., None])[..., 0] + _rows(base, dim) - _rows(real, dim)
             if missed.abs().max() > LINEAR * real.abs().max().clamp_min(1e-6):
@@ -186,7 +197,9 @@ def _channel_dim(whole: Tensor, cut: Tensor) -> int | None:
 def _outputs(model: nn.Module, name: str, batch: Example) -> list[Tensor]:
     """Returns what the module `name` gives, each time that it is called."""
     seen: list[Tensor] = []
-    hook = model.get_submodule(name).register_forward_hook(lambda _, __, output: seen.append(_first(output)))
+    hook = model.get_submodule(name).register_forward_hook(
+        lambda _, __, output: seen.append(_first(output))
+    )
     try:
         model(*inputs(batch))
     finally:
@@ -259,7 +272,16 @@ class _Held(TorchFunctionMode):
 
 
 _MEANS = frozenset(
-    [Tensor.mean, torch.mean, Tensor.var, torch.var, Tensor.std, torch.std, torch.var_mean, torch.std_mean]
+    [
+        Tensor.mean,
+        torch.mean,
+        Tensor.var,
+        torch.var,
+        Tensor.std,
+        torch.std,
+        torch.var_mean,
+        torch.std_mean,
+    ]
 )
 
 

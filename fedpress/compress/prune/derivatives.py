@@ -11,7 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
-def differentiable(model: nn.Module, weights: Sequence[Tensor], *, batch_statistics: bool = False) -> Iterator[None]:
+def differentiable(
+    model: nn.Module, weights: Sequence[Tensor], *, batch_statistics: bool = False
+) -> Iterator[None]:
     """Lets gradients reach `weights`, also frozen ones, of `model` in evaluation mode; puts all back afterwards.
 
     Args:

@@ -48,7 +48,9 @@ class Layer:
 
         What reads the channel tells it: of a recurrent or gated layer several rows of weights write one unit.
         """
-        return min((s.index.shape[1] for s in self.slices if s.role in ("write", "read")), default=1)
+        return min(
+            (s.index.shape[1] for s in self.slices if s.role in ("write", "read")), default=1
+        )
 
     def role(self, role: str) -> list[Slice]:
         """Returns the slices with this role."""
@@ -146,7 +148,9 @@ class ChannelGraph:
     numbers: tuple[SizedNumber, ...] = ()
     approximate: tuple[str, ...] = ()  # modules with norms over channels that may go nevertheless
     indices: tuple[WrittenIndex, ...] = ()
-    turns: Mapping[tuple[str, str], int] = field(default_factory=dict)  # calls at each place of a module
+    turns: Mapping[tuple[str, str], int] = field(
+        default_factory=dict
+    )  # calls at each place of a module
 
     def parameters(self, kept: Sequence[int]) -> int:
         """Returns the exact number of parameters when layer i keeps `kept[i]` of its channels."""
@@ -184,7 +188,9 @@ class ChannelGraph:
         counts = [len(channels) for channels in gone]
         found: list[tuple[Site, Number]] = []
         if any(counts):
-            found += [(n.site, n.wanted(counts) if exactly else n.right(counts)) for n in self.numbers]
+            found += [
+                (n.site, n.wanted(counts) if exactly else n.right(counts)) for n in self.numbers
+            ]
             found += [(index.site, index.right(gone)) for index in self.indices]
         rows: dict[tuple[str, str], dict[int, dict[int, Number]]] = {}
         for site, number in found:
@@ -194,8 +200,12 @@ class ChannelGraph:
         for (module, place), turns in rows.items():
             calls = wanted.setdefault(module, {})
             first = next(iter(turns.values()))
-            if len(turns) == self.turns[module, place] and all(row == first for row in turns.values()):
-                calls[place] = first  # a loop that runs more often another time needs the same there
+            if len(turns) == self.turns[module, place] and all(
+                row == first for row in turns.values()
+            ):
+                calls[place] = (
+                    first  # a loop that runs more often another time needs the same there
+                )
             else:
                 calls |= {f"{place}#{turn}": row for turn, row in turns.items()}
         return wanted
@@ -205,7 +215,10 @@ def kept_indices(
     model: nn.Module, graph: ChannelGraph, gone: Sequence[Tensor]
 ) -> dict[str, dict[int, tuple[int, ...]]]:
     """Returns what stays, tensor name -> axis -> indices, when layer i loses the channels `gone[i]`."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
     sizes = {name: tensor.shape for name, tensor in named}
     stays: dict[str, dict[int, Tensor]] = {}
     for layer, channels in zip(graph.layers, gone, strict=True):
@@ -213,7 +226,10 @@ def kept_indices(
             axes = stays.setdefault(s.tensor, {})
             line = axes.setdefault(s.axis, torch.ones(sizes[s.tensor][s.axis], dtype=torch.bool))
             line[s.index[channels].flatten()] = False
-    return {t: {a: tuple(m.nonzero().flatten().tolist()) for a, m in axes.items()} for t, axes in stays.items()}
+    return {
+        t: {a: tuple(m.nonzero().flatten().tolist()) for a, m in axes.items()}
+        for t, axes in stays.items()
+    }
 
 
 def inputs(example: Example) -> tuple[Tensor, ...]:
@@ -232,7 +248,9 @@ def export(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.Expo
     hook = model.register_forward_hook(lambda module, given, output: tensors_in(output))
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.backends.mha.set_fastpath_enabled(False)  # the fast path is one operation without channels
+        torch.backends.mha.set_fastpath_enabled(
+            False
+        )  # the fast path is one operation without channels
         return torch.export.export(model.eval(), arguments, strict=False)
     except Exception as error:  # torch.export raises whatever the user's code meets
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -262,7 +280,11 @@ def tensors_in(output: object) -> list[Tensor]:
         for leaf in tree_leaves(value):
             if isinstance(leaf, Tensor):
                 found.append(leaf)
-            elif id(leaf) not in seen and not isinstance(leaf, nn.Module | type) and hasattr(leaf, "__dict__"):
+            elif (
+                id(leaf) not in seen
+                and not isinstance(leaf, nn.Module | type)
+                and hasattr(leaf, "__dict__")
+            ):
                 seen.add(id(leaf))
                 search(list(vars(leaf).values()))
 
@@ -270,14 +292,22 @@ def tensors_in(output: object) -> list[Tensor]:
     return found
 
 
-CONTAINERS = (list, dict, OrderedDict, set)  # hooks are in ordered dictionaries; forward may register some
+CONTAINERS = (
+    list,
+    dict,
+    OrderedDict,
+    set,
+)  # hooks are in ordered dictionaries; forward may register some
 REGISTERED = ("training", "_parameters", "_buffers", "_modules")
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """Returns a module's plain attributes, its hooks too, and what is in those that are containers."""
     plain = {key: value for key, value in module.__dict__.items() if key not in REGISTERED}
-    return {key: (value, copy(value) if type(value) in CONTAINERS else None) for key, value in plain.items()}
+    return {
+        key: (value, copy(value) if type(value) in CONTAINERS else None)
+        for key, value in plain.items()
+    }
 
 
 def _put_back_(module: nn.Module, attributes: Mapping[str, tuple[Any, Any]]) -> None:

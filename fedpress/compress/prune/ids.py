@@ -29,7 +29,9 @@ class Value:
     chosen: bool = False  # weights that are chosen by what the model is given: of its experts, say
     pooled: bool = False  # it holds a norm of each channel over space
     boolean: bool = False
-    known: Any = None  # the tensor itself, of whole numbers or booleans that are the same for every input
+    known: Any = (
+        None  # the tensor itself, of whole numbers or booleans that are the same for every input
+    )
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class Call:
     place: str
     turn: int  # 0 for the first call at this place in one forward, 1 for the second
     numbers: list[Any]
-    slices: list[int]  # of an indexing: where the numbers of each slice begin that takes part of an axis
+    slices: list[
+        int
+    ]  # of an indexing: where the numbers of each slice begin that takes part of an axis
     indices: int = 0  # how many tensors of indices are among its arguments
 
 
@@ -106,14 +110,22 @@ class Ids:
         self.preferred: list[Ints] = []
         self.sized: list[Sized] = []
         self.written: list[Written] = []
-        self.ruleless: list[tuple[str, str, list[Ints]]] = []  # module, why an operation freezes what, and what
+        self.ruleless: list[
+            tuple[str, str, list[Ints]]
+        ] = []  # module, why an operation freezes what, and what
         self.products: list[Product] = []
-        self.alone: set[int] = set()  # products that no input has a part in: as many for a batch as for one example
+        self.alone: set[int] = (
+            set()
+        )  # products that no input has a part in: as many for a batch as for one example
 
     @property
     def place(self) -> str:
         """Names the operation that is walked now and the module it comes from."""
-        return f"{self.outer or self.operation} of '{self.module or 'the model itself'}'" if self.operation else ""
+        return (
+            f"{self.outer or self.operation} of '{self.module or 'the model itself'}'"
+            if self.operation
+            else ""
+        )
 
     def fresh(self, size: int) -> Ints:
         """Returns `size` new ids."""
@@ -126,7 +138,9 @@ class Ids:
             self.freeze(a if b is None else b, "it meets a size that cannot change")
             return
         if len(a) != len(b):
-            raise ModelError(f"{self.place}: {len(a)} and {len(b)} channels meet; report this graph as a bug")
+            raise ModelError(
+                f"{self.place}: {len(a)} and {len(b)} channels meet; report this graph as a bug"
+            )
         if a is not b:
             self.joined.append((a, b))
 
@@ -178,7 +192,9 @@ class Ids:
         """Counts multiply-adds: `times` for all combinations of the indices of `axes` (sizes, where fixed)."""
         fixed = [a for a in axes if isinstance(a, int)]
         self.products.append(
-            Product(int(np.prod([times, *fixed])), tuple(a for a in axes if isinstance(a, np.ndarray)))
+            Product(
+                int(np.prod([times, *fixed])), tuple(a for a in axes if isinstance(a, np.ndarray))
+            )
         )
 
     def next_slice(self) -> int | None:
@@ -206,9 +222,15 @@ class Ids:
         """Returns the axes of which at least one index could go with all its elements."""
         held = stuck[labels[grid.elements]]
         others = [tuple(d for d in range(held.ndim) if d != i) for i in range(held.ndim)]
-        return [i for i, axis in enumerate(grid.axes) if not (stuck[labels[axis]] | held.any(others[i])).all()]
+        return [
+            i
+            for i, axis in enumerate(grid.axes)
+            if not (stuck[labels[axis]] | held.any(others[i])).all()
+        ]
 
-    def _choose(self, choices: Sequence[tuple[Grid, list[int]]], labels: Ints) -> tuple[Grid, list[int]]:
+    def _choose(
+        self, choices: Sequence[tuple[Grid, list[int]]], labels: Ints
+    ) -> tuple[Grid, list[int]]:
         wanted = np.zeros(self.count, bool)
         for axis in self.preferred:
             wanted[labels[axis]] = True

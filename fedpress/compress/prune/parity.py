@@ -19,14 +19,21 @@ from fedpress.errors import ModelError
 from fedpress.nn.resize import copied
 
 Batch = list[Tensor]
-WHILE_TRAINING = 1e-3  # the least that is tolerated there: norms over few values enlarge what rounding leaves
+WHILE_TRAINING = (
+    1e-3  # the least that is tolerated there: norms over few values enlarge what rounding leaves
+)
 CURE = "a size written into its forward may be at fault: keep that module whole by naming it in `ignore`"
 aten = torch.ops.aten
 
 
 @torch.no_grad()
 def check_parity(
-    dense: nn.Module, pruned: nn.Module, plan: PruningPlan, example: Example, *, tolerance: float = 1e-5
+    dense: nn.Module,
+    pruned: nn.Module,
+    plan: PruningPlan,
+    example: Example,
+    *,
+    tolerance: float = 1e-5,
 ) -> float:
     """Checks that the pruned network computes what the dense one does with the same channels zeroed.
 
@@ -46,7 +53,9 @@ def check_parity(
         return _compare(dense, pruned, plan, example, tolerance)
 
 
-def _compare(dense: nn.Module, pruned: nn.Module, plan: PruningPlan, example: Example, tolerance: float) -> float:
+def _compare(
+    dense: nn.Module, pruned: nn.Module, plan: PruningPlan, example: Example, tolerance: float
+) -> float:
     masked, small = copied(dense).eval(), copied(pruned).eval()
     batch, larger = _batches(masked, inputs(example))
     mask_(masked, plan)
@@ -58,7 +67,9 @@ def _compare(dense: nn.Module, pruned: nn.Module, plan: PruningPlan, example: Ex
     worst = _difference(wanted, small, batch, tolerance, "")
     more = _attempt(masked, larger)
     if more is not None:
-        worst = max(worst, _difference(more, small, larger, tolerance, " on a batch of another size"))
+        worst = max(
+            worst, _difference(more, small, larger, tolerance, " on a batch of another size")
+        )
     for each in (batch, larger):
         _compare_training(masked, small, each, max(tolerance, WHILE_TRAINING))
     return worst
@@ -73,7 +84,9 @@ def trial_batch(dense: nn.Module, example: Example) -> Batch:
 
 
 @torch.no_grad()
-def fault(dense: nn.Module, pruned: nn.Module, plan: PruningPlan, batch: Batch, *, tolerance: float) -> str | None:
+def fault(
+    dense: nn.Module, pruned: nn.Module, plan: PruningPlan, batch: Batch, *, tolerance: float
+) -> str | None:
     """Says what `check_parity` would find wrong on one batch, at a fraction of its cost; None if nothing is."""
     with torch.random.fork_rng(devices=[]), held(plan):
         masked, small = copied(dense).eval(), copied(pruned).eval()
@@ -116,10 +129,14 @@ def _compare_training(
                 return
 
 
-def _difference(wanted: Sequence[Tensor], small: nn.Module, batch: Batch, tolerance: float, when: str) -> float:
+def _difference(
+    wanted: Sequence[Tensor], small: nn.Module, batch: Batch, tolerance: float, when: str
+) -> float:
     """Returns how far the outputs of `small` are from those that are wanted, relative to the largest of each."""
     try:
-        errors = [_error(a, b) for a, b in zip(wanted, _outputs(small, batch), strict=True) if a.numel()]
+        errors = [
+            _error(a, b) for a, b in zip(wanted, _outputs(small, batch), strict=True) if a.numel()
+        ]
         # Of tensors, since the largest of Python's numbers is not always NaN where one of them is.
         worst = torch.stack(errors).max().item() if errors else 0.0
     except Exception as error:  # the user's code may raise anything
@@ -135,16 +152,22 @@ def _difference(wanted: Sequence[Tensor], small: nn.Module, batch: Batch, tolera
 def _error(wanted: Tensor, given: Tensor) -> Tensor:
     """Returns the largest difference relative to the largest number; where both are no number, there is none."""
     if wanted.shape != given.shape:
-        raise ValueError(f"an output of shape {tuple(wanted.shape)} has become {tuple(given.shape)}")
+        raise ValueError(
+            f"an output of shape {tuple(wanted.shape)} has become {tuple(given.shape)}"
+        )
     same = (wanted == given) | (wanted.isnan() & given.isnan())
-    largest = wanted[wanted.isfinite()].abs().max() if wanted.isfinite().any() else wanted.new_tensor(0.0)
+    largest = (
+        wanted[wanted.isfinite()].abs().max() if wanted.isfinite().any() else wanted.new_tensor(0.0)
+    )
     return ((wanted - given).masked_fill(same, 0).abs().max() / largest.clamp_min(1e-6)).double()
 
 
 def _outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
     torch.manual_seed(0)
     given = [x.clone() for x in batch]  # forward may write into its inputs
-    return [each if each.dtype == torch.float64 else each.float() for each in tensors_in(model(*given))]
+    return [
+        each if each.dtype == torch.float64 else each.float() for each in tensors_in(model(*given))
+    ]
 
 
 def _finite(outputs: Sequence[Tensor]) -> bool:
@@ -164,10 +187,15 @@ def _batches(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[Batch, Batc
     draw = torch.Generator().manual_seed(0)
     words = _words(model, example)
     drawn = [_drawn(x, count, size, draw) for x, count in zip(example, words, strict=True)]
-    mixed = [_mixed(x, x.shape[0] + 1, draw) if x.dim() and x.shape[0] == size else x for x in example]
+    mixed = [
+        _mixed(x, x.shape[0] + 1, draw) if x.dim() and x.shape[0] == size else x for x in example
+    ]
     plain = [torch.cat([x, x[:1]]) if x.dim() and x.shape[0] == size else x for x in example]
     for larger in (drawn, mixed, plain):
-        batch = [x[:size] if y.dim() and y.shape[0] == size else x for x, y in zip(larger, example, strict=True)]
+        batch = [
+            x[:size] if y.dim() and y.shape[0] == size else x
+            for x, y in zip(larger, example, strict=True)
+        ]
         if larger is plain or _attempt(model, batch) is not None:
             break
     return batch, larger
@@ -197,7 +225,10 @@ def _whole(x: Tensor) -> bool:
 def _words(model: nn.Module, example: tuple[Tensor, ...]) -> list[int | None]:
     """Returns for each input the number of words of the smallest embedding that looks its values up, or None."""
     draw = torch.Generator().manual_seed(1)
-    may = [not x.is_complex() and x.dtype != torch.bool and x.numel() > 0 and _whole(x) for x in example]
+    may = [
+        not x.is_complex() and x.dtype != torch.bool and x.numel() > 0 and _whole(x)
+        for x in example
+    ]
     bits = [
         torch.randint(2, x.shape, generator=draw).to(x.device, x.dtype) if each else x
         for x, each in zip(example, may, strict=True)
@@ -207,7 +238,11 @@ def _words(model: nn.Module, example: tuple[Tensor, ...]) -> list[int | None]:
         _attempt(model, bits)
     found: list[int | None] = []
     for x, each in zip(bits, may, strict=True):
-        rows = [n for ids, n in lookups.seen if each and torch.equal(ids.flatten().double(), x.flatten().double())]
+        rows = [
+            n
+            for ids, n in lookups.seen
+            if each and torch.equal(ids.flatten().double(), x.flatten().double())
+        ]
         found.append(min(rows, default=None))
     return found
 
@@ -255,7 +290,10 @@ def _bernoulli(func: Any, args: Any, options: Any) -> Any:
 MEANS: dict[Any, Any] = {
     aten.bernoulli: _bernoulli,
     aten.bernoulli_: _bernoulli,
-    aten.native_dropout: lambda func, args, options: (args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)),
+    aten.native_dropout: lambda func, args, options: (
+        args[0].clone(),
+        torch.ones_like(args[0], dtype=torch.bool),
+    ),
     aten.rand: _filled(0.5),
     aten.rand_like: _filled(0.5),
     aten.randn: _filled(0.0),

@@ -99,7 +99,11 @@ def plan(
     if target.miss(best) == float("inf") or (missed and (exact or _far(allowed, target))):
         raise _unreachable(graph, allowed, target, target.cost(best))
     made = make_plan(model, graph, scores, best)
-    return made.model_copy(update={"told": _told(graph, target, target.cost(best))}) if missed else made
+    return (
+        made.model_copy(update={"told": _told(graph, target, target.cost(best))})
+        if missed
+        else made
+    )
 
 
 def _far(allowed: Sequence[list[int]], target: Target) -> bool:
@@ -109,10 +113,14 @@ def _far(allowed: Sequence[list[int]], target: Target) -> bool:
 def _told(graph: ChannelGraph, target: Target, reached: float) -> dict[str, str]:
     """Says by which share the wanted one was replaced."""
     full = target.whole or target.cost(whole(graph))
-    return {target.key: f"{reached / full:.4g}, the nearest to {target.wanted / full:.4g} that the widths allow"}
+    return {
+        target.key: f"{reached / full:.4g}, the nearest to {target.wanted / full:.4g} that the widths allow"
+    }
 
 
-def _order(graph: ChannelGraph, scores: Sequence[Tensor], scope: Scope, points: Sequence[Point]) -> list[Tensor]:
+def _order(
+    graph: ChannelGraph, scores: Sequence[Tensor], scope: Scope, points: Sequence[Point]
+) -> list[Tensor]:
     """Returns what one threshold cuts in all layers; within each it rises with the scores."""
     if scope == "sensitivity":
         return levels(graph, scores, points)
@@ -129,14 +137,19 @@ def allowed_widths(layer: Layer, round_to: int, min_keep: float) -> list[int]:
     return sorted({n for n in range(step, layer.channels, step) if n >= least} | {layer.channels})
 
 
-def make_plan(model: nn.Module, graph: ChannelGraph, scores: Sequence[Tensor], kept: Sequence[int]) -> PruningPlan:
+def make_plan(
+    model: nn.Module, graph: ChannelGraph, scores: Sequence[Tensor], kept: Sequence[int]
+) -> PruningPlan:
     """Keeps the `kept[i]` highest scores of layer i; of equal scores the first channel stays."""
     for layer, n in zip(graph.layers, kept, strict=True):
         if not 1 <= n <= layer.channels:
             raise ModelError(
                 f"the plan keeps {n} of the {layer.channels} channels of '{layer.name}'; keep at least one"
             )
-    gone = [values.argsort(descending=True, stable=True)[n:] for values, n in zip(scores, kept, strict=True)]
+    gone = [
+        values.argsort(descending=True, stable=True)[n:]
+        for values, n in zip(scores, kept, strict=True)
+    ]
     return PruningPlan(
         keep=kept_indices(model, graph, gone),
         numbers=graph.sizes(gone),
@@ -154,13 +167,22 @@ def make_plan(model: nn.Module, graph: ChannelGraph, scores: Sequence[Tensor], k
 def check_settings(graph: ChannelGraph, round_to: int, min_keep: float, scope: str) -> None:
     """Refuses settings out of range, and a graph in which nothing can go."""
     if round_to < 1:
-        raise RecipeError(f"prune.round_to: got {round_to}, expected a whole number of at least 1; try 8")
+        raise RecipeError(
+            f"prune.round_to: got {round_to}, expected a whole number of at least 1; try 8"
+        )
     if not 0 <= min_keep <= 1:
-        raise RecipeError(f"prune.min_keep: got {min_keep}, expected a share between 0 and 1; try 0.1")
+        raise RecipeError(
+            f"prune.min_keep: got {min_keep}, expected a share between 0 and 1; try 0.1"
+        )
     if scope not in get_args(Scope):
-        raise RecipeError(f"prune.scope: got '{scope}', expected one of {', '.join(get_args(Scope))}")
+        raise RecipeError(
+            f"prune.scope: got '{scope}', expected one of {', '.join(get_args(Scope))}"
+        )
     if not graph.layers:
-        reasons = "; ".join(f"'{name}': {why}" for name, why in list(graph.whole.items())[:3]) or "it has no layers"
+        reasons = (
+            "; ".join(f"'{name}': {why}" for name, why in list(graph.whole.items())[:3])
+            or "it has no layers"
+        )
         cure = "change these modules or do not prune"
         if any("asked for by `ignore`" in why for why in graph.whole.values()):
             cure = "name fewer modules in ignore"
@@ -169,7 +191,9 @@ def check_settings(graph: ChannelGraph, round_to: int, min_keep: float, scope: s
         raise ModelError(f"no channel of this model can be removed ({reasons}); {cure}")
 
 
-def _thresholds(order: Sequence[Tensor], allowed: Sequence[list[int]], target: Target) -> Iterator[list[int]]:
+def _thresholds(
+    order: Sequence[Tensor], allowed: Sequence[list[int]], target: Target
+) -> Iterator[list[int]]:
     """Yields the rounded widths at the threshold that comes nearly to `target`, then at ever farther ones."""
     rising = [values.sort().values for values in order]
     cuts = [-float("inf"), *torch.cat(rising).unique().tolist()]
@@ -193,7 +217,9 @@ def _nearest(n: int, choice: Sequence[int]) -> int:
     return min(reversed(choice), key=lambda width: abs(width - n))
 
 
-def _correct(kept: list[int], allowed: Sequence[list[int]], target: Target, tolerance: float) -> list[int]:
+def _correct(
+    kept: list[int], allowed: Sequence[list[int]], target: Target, tolerance: float
+) -> list[int]:
     """Moves layers by one step, always to the cost nearest to `target`, while that brings it nearer.
 
     One layer at a time until the error is a fifth of `tolerance`; two at once where the steps of one are too coarse.
@@ -224,7 +250,9 @@ def _ranks(values: Tensor) -> Tensor:
     return (values.argsort(stable=True).argsort().float() + 0.5) / len(values)
 
 
-def _unreachable(graph: ChannelGraph, allowed: Sequence[list[int]], target: Target, reached: float) -> RecipeError:
+def _unreachable(
+    graph: ChannelGraph, allowed: Sequence[list[int]], target: Target, reached: float
+) -> RecipeError:
     full = target.whole or target.cost(whole(graph))
     least = target.cost([choice[0] for choice in allowed])
     stay = f" ({len(graph.whole)} modules must stay whole)" if graph.whole else ""

@@ -32,7 +32,9 @@ def remove_(model: nn.Module, plan: PruningPlan) -> None:
 
 
 @torch.no_grad()
-def cut_(model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...]]], numbers: Numbers) -> None:
+def cut_(
+    model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...]]], numbers: Numbers
+) -> None:
     """Keeps these indices of these tensors, and lets the forward code of modules pass these numbers."""
     replace_(model, {name: _shrink(tensor(model, name), axes) for name, axes in keep.items()})
     set_numbers_(model, numbers)
@@ -76,7 +78,9 @@ def _directions(model: nn.Module) -> dict[str, int]:
             if type(norm).__name__ == "_WeightNorm":
                 found[f"{name}.original1"] = norm.dim
         for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, WeightNorm):  # of torch.nn.utils.weight_norm, which keeps it as `weight_v`
+            if isinstance(
+                hook, WeightNorm
+            ):  # of torch.nn.utils.weight_norm, which keeps it as `weight_v`
                 found[f"{name}.{hook.name}_v" if name else f"{hook.name}_v"] = hook.dim
     return found
 
@@ -86,16 +90,24 @@ def _check(model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...]]]) 
         try:
             shape = tensor(model, name).shape
         except AttributeError:
-            raise ModelError(f"the plan prunes '{name}', which this model lacks; use the plan's own model") from None
+            raise ModelError(
+                f"the plan prunes '{name}', which this model lacks; use the plan's own model"
+            ) from None
         for axis, kept in axes.items():
             if axis >= len(shape) or not kept or not 0 <= min(kept) <= max(kept) < shape[axis]:
-                raise ModelError(f"the plan does not fit '{name}' of shape {tuple(shape)}; use the plan's own model")
+                raise ModelError(
+                    f"the plan does not fit '{name}' of shape {tuple(shape)}; use the plan's own model"
+                )
 
 
 def _shrink(old: Tensor, axes: Mapping[int, tuple[int, ...]]) -> Tensor:
     new = old.detach()
     for axis, kept in axes.items():
         new = new.index_select(axis, torch.tensor(kept, device=old.device))
-    if old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous():
+    if (
+        old.dim() == 4
+        and old.is_contiguous(memory_format=torch.channels_last)
+        and not old.is_contiguous()
+    ):
         new = new.contiguous(memory_format=torch.channels_last)
     return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new

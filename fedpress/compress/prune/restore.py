@@ -26,11 +26,17 @@ def restore_batch_norm_(model: nn.Module, batches: Iterable[Tensor]) -> int:
         DataError: if there are no batches, or one of a single example that leaves nothing to average; the model is
             then unchanged.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    layers = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
     stream = iter(batches)
     first = next(stream, None)
     if first is None:
-        raise DataError("batch-norm statistics cannot be restored from no batches; give at least one batch of inputs")
+        raise DataError(
+            "batch-norm statistics cannot be restored from no batches; give at least one batch of inputs"
+        )
     before = [{k: v.clone() for k, v in m._buffers.items() if v is not None} for m in layers]
     modes, momenta = {m: m.training for m in model.modules()}, [m.momentum for m in layers]
     seen = 0
@@ -54,7 +60,9 @@ def restore_batch_norm_(model: nn.Module, batches: Iterable[Tensor]) -> int:
     finally:
         for m, momentum, old in zip(layers, momenta, before, strict=True):
             m.momentum = momentum
-            if m.num_batches_tracked is not None and not m.num_batches_tracked:  # it never took a statistic
+            if (
+                m.num_batches_tracked is not None and not m.num_batches_tracked
+            ):  # it never took a statistic
                 for key, value in old.items():
                     getattr(m, key).copy_(value)
             elif m.num_batches_tracked is not None:

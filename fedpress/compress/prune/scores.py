@@ -76,11 +76,16 @@ def effective_tensors(model: nn.Module) -> dict[str, Tensor]:
         if parametrize.is_parametrized(module):
             assert isinstance(module.parametrizations, nn.ModuleDict)
             for leaf, rule in module.parametrizations.items():
-                computed |= {f"parametrizations.{leaf}.{o}": getattr(module, leaf) for o, _ in rule.named_parameters()}
+                computed |= {
+                    f"parametrizations.{leaf}.{o}": getattr(module, leaf)
+                    for o, _ in rule.named_parameters()
+                }
         for hook in module._forward_pre_hooks.values():
             if hasattr(hook, "compute_weight"):  # torch.nn.utils.weight_norm and spectral_norm
                 leaf = hook.name
-                act = hook.compute_weight(module, **({"do_power_iteration": False} if hasattr(hook, "eps") else {}))
+                act = hook.compute_weight(
+                    module, **({"do_power_iteration": False} if hasattr(hook, "eps") else {})
+                )
                 computed |= {f"{leaf}_{ending}": act for ending in ("v", "orig")}
             elif hasattr(hook, "apply_mask"):  # torch.nn.utils.prune
                 computed[f"{hook._tensor_name}_orig"] = hook.apply_mask(module)
@@ -114,7 +119,9 @@ def bn_scale(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
     """
     for layer in graph.layers:
         if not layer.role("scale"):
-            raise ModelError(f"the score 'bn_scale' needs a batch norm after '{layer.name}', which has none; use 'l1'")
+            raise ModelError(
+                f"the score 'bn_scale' needs a batch norm after '{layer.name}', which has none; use 'l1'"
+            )
     return [_total(layer.role("scale"), see.tensors, Tensor.abs) for layer in graph.layers]
 
 
@@ -126,7 +133,10 @@ def fpgm(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
     """
     scores = []
     for layer in graph.layers:
-        parts = [see.tensors[s.tensor].double().movedim(s.axis, 0)[s.index].flatten(1).cpu() for s in writers(layer)]
+        parts = [
+            see.tensors[s.tensor].double().movedim(s.axis, 0)[s.index].flatten(1).cpu()
+            for s in writers(layer)
+        ]
         filters = torch.cat(parts, 1)
         scores.append(torch.cdist(filters, filters).sum(1))
     return scores
@@ -236,12 +246,18 @@ def raw_scores(
     """Scores like `score`, before the division by the mean of each layer."""
     if name not in SCORES:
         hint = did_you_mean(name, list(SCORES))
-        raise RecipeError(f"prune.score: no such score '{name}'{hint}; use one of {', '.join(SCORES)}")
+        raise RecipeError(
+            f"prune.score: no such score '{name}'{hint}; use one of {', '.join(SCORES)}"
+        )
     row, see = SCORES[name], Evidence(model, effective_tensors(model), losses, generator)
     if row.needs == "losses" and losses is None:
-        raise ModelError(f"the score '{name}' needs `losses`, the loss on some batches; give them or use 'l1'")
+        raise ModelError(
+            f"the score '{name}' needs `losses`, the loss on some batches; give them or use 'l1'"
+        )
     if row.needs == "generator" and generator is None:
-        raise ModelError(f"the score '{name}' needs a `generator`; take one from fedpress.core.random")
+        raise ModelError(
+            f"the score '{name}' needs a `generator`; take one from fedpress.core.random"
+        )
     raw = row.of(graph, see)
     for layer, values in zip(graph.layers, raw, strict=True):
         if not values.isfinite().all():
@@ -272,7 +288,9 @@ def readers(layer: Layer, model: nn.Module) -> Sequence[Slice]:
     for slices in (layer.role("read"), layer.role("write"), layer.slices):
         if owned := [s for s in slices if s.tensor in trained]:
             return owned
-    raise ModelError(f"no parameter has to do with the channels of '{layer.name}'; use a score of magnitudes, 'l1'")
+    raise ModelError(
+        f"no parameter has to do with the channels of '{layer.name}'; use a score of magnitudes, 'l1'"
+    )
 
 
 def _gates(
@@ -285,7 +303,9 @@ def _gates(
 ) -> Iterator[list[Tensor]]:
     """Yields for each loss the sum of w * derivative over the weights that read each channel."""
     read = [readers(layer, see.model) for layer in graph.layers]
-    for effects in _effects(graph, see, name, batch_statistics=batch_statistics, derivative=derivative):
+    for effects in _effects(
+        graph, see, name, batch_statistics=batch_statistics, derivative=derivative
+    ):
         yield [_total(slices, effects) for slices in read]
 
 
@@ -303,7 +323,9 @@ def _effects(
     """
     assert see.losses is not None
     owned = dict(see.model.named_parameters(remove_duplicate=False))
-    weights = {s.tensor: owned[s.tensor] for layer in graph.layers for s in readers(layer, see.model)}
+    weights = {
+        s.tensor: owned[s.tensor] for layer in graph.layers for s in readers(layer, see.model)
+    }
     count = 0
     with differentiable(see.model, list(weights.values()), batch_statistics=batch_statistics):
         for loss in see.losses():
@@ -315,6 +337,8 @@ def _effects(
 
 
 def _total(
-    slices: Iterable[Slice], tensors: Mapping[str, Tensor], of: Callable[[Tensor], Tensor] = Tensor.float
+    slices: Iterable[Slice],
+    tensors: Mapping[str, Tensor],
+    of: Callable[[Tensor], Tensor] = Tensor.float,
 ) -> Tensor:
     return torch.stack([channel_sums(of(tensors[s.tensor].float()), s) for s in slices]).sum(0)

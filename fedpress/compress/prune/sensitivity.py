@@ -65,7 +65,11 @@ class Point:
 
 
 def sensitivity(
-    units: Sequence[Unit], measure: Measure, densities: Sequence[float] = DENSITIES, *, known: Sequence[Point] = ()
+    units: Sequence[Unit],
+    measure: Measure,
+    densities: Sequence[float] = DENSITIES,
+    *,
+    known: Sequence[Point] = (),
 ) -> Iterator[Point]:
     """Yields for every unit what `measure` says at each of `densities`, the others whole; all tensors come back.
 
@@ -81,7 +85,9 @@ def sensitivity(
     """
     wrong = next((d for d in densities if not 0 < d < 1), None)
     if wrong is not None or not densities:
-        raise RecipeError(f"prune.densities: got {wrong}, expected numbers between 0 and 1; try {list(DENSITIES)}")
+        raise RecipeError(
+            f"prune.densities: got {wrong}, expected numbers between 0 and 1; try {list(DENSITIES)}"
+        )
     found = {(p.layer, p.density): p for p in known}
     base: tuple[float, float | None] | None = None
     for unit in units:
@@ -96,7 +102,9 @@ def sensitivity(
                 with unit.thinned(density):
                     point = Point(unit.name, density, *measure())
             if density == 1 and not np.isfinite(point.loss):
-                raise ModelError("the loss of the whole model is not finite; prune a model whose training went well")
+                raise ModelError(
+                    "the loss of the whole model is not finite; prune a model whose training went well"
+                )
             yield point
 
 
@@ -104,15 +112,23 @@ def channel_units(model: nn.Module, graph: ChannelGraph, scores: Sequence[Tensor
     """Returns a unit for every layer of `graph`: the channels with the lowest scores are zeroed, at least one stays."""
     tensors = tensors_of(model)
     return [
-        Unit(layer.name, partial(_thinned, tensors, layer, values.argsort(descending=True, stable=True)))
+        Unit(
+            layer.name,
+            partial(_thinned, tensors, layer, values.argsort(descending=True, stable=True)),
+        )
         for layer, values in zip(graph.layers, scores, strict=True)
     ]
 
 
 @contextmanager
-def _thinned(tensors: dict[str, Tensor], layer: Layer, best_first: Tensor, density: float) -> Iterator[None]:
+def _thinned(
+    tensors: dict[str, Tensor], layer: Layer, best_first: Tensor, density: float
+) -> Iterator[None]:
     gone = best_first[max(1, round(density * layer.channels)) :]
-    touched = [(tensors[s.tensor], s.axis, s.index[gone].flatten().to(tensors[s.tensor].device)) for s in layer.slices]
+    touched = [
+        (tensors[s.tensor], s.axis, s.index[gone].flatten().to(tensors[s.tensor].device))
+        for s in layer.slices
+    ]
     before = [tensor.index_select(axis, index) for tensor, axis, index in touched]
     try:
         with torch.no_grad():
@@ -120,9 +136,8 @@ def _thinned(tensors: dict[str, Tensor], layer: Layer, best_first: Tensor, densi
                 tensor.index_fill_(axis, index, 0)
         yield
     finally:
-        with (
-            torch.no_grad()
-        ):  # a tensor may be touched along two axes, whose crossing was read before either was zeroed
+        # A tensor may be touched along two axes, whose crossing was read before either was zeroed.
+        with torch.no_grad():
             for (tensor, axis, index), values in zip(touched, before, strict=True):
                 tensor.index_copy_(axis, index, values)
 
@@ -133,10 +148,14 @@ def weight_unit(name: str, weight: Tensor, scores: Tensor) -> Unit:
     @contextmanager
     def thinned(density: float) -> Iterator[None]:
         before = weight.detach().clone()
-        gone = scores.flatten().argsort(descending=True, stable=True)[max(1, round(density * scores.numel())) :]
+        gone = scores.flatten().argsort(descending=True, stable=True)[
+            max(1, round(density * scores.numel())) :
+        ]
         try:
             with torch.no_grad():
-                weight.copy_(before.flatten().index_fill(0, gone.to(weight.device), 0).view_as(before))
+                weight.copy_(
+                    before.flatten().index_fill(0, gone.to(weight.device), 0).view_as(before)
+                )
             yield
         finally:
             with torch.no_grad():
@@ -156,7 +175,9 @@ def curves(points: Sequence[Point]) -> dict[str, tuple[list[float], list[float]]
     dense = {p.layer: p.loss for p in points if p.density == 1}
     missing = next((p.layer for p in points if p.layer not in dense), None)
     if missing is not None:
-        raise RecipeError(f"the sensitivity of '{missing}' has no point at density 1; take all that `sensitivity` gave")
+        raise RecipeError(
+            f"the sensitivity of '{missing}' has no point at density 1; take all that `sensitivity` gave"
+        )
     grown = {(p.layer, p.density): p.loss - dense[p.layer] for p in points}
     most = max((g for g in grown.values() if np.isfinite(g)), default=0.0)
     found = {}
@@ -171,7 +192,9 @@ def curves(points: Sequence[Point]) -> dict[str, tuple[list[float], list[float]]
     return found
 
 
-def to_nothing(curve: tuple[list[float], list[float]], most: float) -> tuple[np.ndarray, np.ndarray]:
+def to_nothing(
+    curve: tuple[list[float], list[float]], most: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns densities and growth of the loss with a point at density 0, where a layer cuts the network in two.
 
     Below the lowest measured density a curve goes on as it ended, but at 0 it reaches at least `most`, the largest
@@ -197,10 +220,18 @@ def levels(graph: ChannelGraph, scores: Sequence[Tensor], points: Sequence[Point
     out = []
     for layer, values in zip(graph.layers, scores, strict=True):
         if layer.name not in known or len(known[layer.name][0]) < 2:
-            raise RecipeError(f"the sensitivity of '{layer.name}' was not measured; give the points of all layers")
+            raise RecipeError(
+                f"the sensitivity of '{layer.name}' was not measured; give the points of all layers"
+            )
         density, height = to_nothing(known[layer.name], most)
         best_first = values.argsort(descending=True, stable=True)
-        left = np.arange(len(values)) / len(values)  # when the channel in this place goes, those before it are left
-        level = torch.from_numpy(np.interp(left, density, height) + TIE * (1 + height.max()) * (1 - left))
-        out.append(torch.empty(len(values), dtype=torch.float64).scatter_(0, best_first.cpu(), level))
+        left = np.arange(len(values)) / len(
+            values
+        )  # when the channel in this place goes, those before it are left
+        level = torch.from_numpy(
+            np.interp(left, density, height) + TIE * (1 + height.max()) * (1 - left)
+        )
+        out.append(
+            torch.empty(len(values), dtype=torch.float64).scatter_(0, best_first.cpu(), level)
+        )
     return out

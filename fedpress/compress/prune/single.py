@@ -62,7 +62,9 @@ def prune_single_channel(
     check_settings(graph, round_to, min_keep, "global")
     target = target or parameter_target(graph, keep_params)
     if every < 1:
-        raise RecipeError(f"prune.every: got {every}, expected a whole number of at least 1; try 64")
+        raise RecipeError(
+            f"prune.every: got {every}, expected a whole number of at least 1; try 64"
+        )
     floors = [allowed_widths(layer, round_to, min_keep)[0] for layer in graph.layers]
     with _scorer(model, graph, name, every, losses, generator) as scorer:
         order = _removal_order(graph, scorer, floors, target)
@@ -82,7 +84,9 @@ Scorer = Callable[[list[Tensor], tuple[int, int] | None], dict[int, Tensor]]
 """Takes who is alive and who was just removed (layer, channel); returns the layers whose raw scores are new."""
 
 
-def _removal_order(graph: ChannelGraph, scorer: Scorer, floors: Sequence[int], target: Target) -> list[Tensor]:
+def _removal_order(
+    graph: ChannelGraph, scorer: Scorer, floors: Sequence[int], target: Target
+) -> list[Tensor]:
     """Removes until a little less than `target` is left; returns when each channel went, and the survivors after them.
 
     A layer's scores are taken relative to all its channels, removed ones with their last score: relative to the
@@ -99,7 +103,10 @@ def _removal_order(graph: ChannelGraph, scorer: Scorer, floors: Sequence[int], t
             raw[i] = torch.where(alive[i] | values.ne(0), values, raw[i])
         for i in {*news, *(i for i, _ in gone[-1:])}:
             least = relative(raw[i]).masked_fill(~alive[i], float("inf")).min(0)
-            worst[i] = (float(least.values) if kept[i] > floors[i] else float("inf"), int(least.indices))
+            worst[i] = (
+                float(least.values) if kept[i] > floors[i] else float("inf"),
+                int(least.indices),
+            )
         layer = min(range(len(worst)), key=lambda i: worst[i])
         if target.cost(kept) <= BEYOND * target.wanted or worst[layer][0] == float("inf"):
             break

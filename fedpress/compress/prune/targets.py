@@ -47,7 +47,11 @@ def parameter_target(graph: ChannelGraph, share: float) -> Target:
     Raises:
         RecipeError: if it is not above 0 and at most 1.
     """
-    return Target("keep_params", graph.parameters, _checked("keep_params", share) * graph.parameters(whole(graph)))
+    return Target(
+        "keep_params",
+        graph.parameters,
+        _checked("keep_params", share) * graph.parameters(whole(graph)),
+    )
 
 
 def macs_target(graph: ChannelGraph, share: float) -> Target:
@@ -141,5 +145,7 @@ def next_share(
 
 def _checked(key: str, share: float) -> float:
     if not 0 < share <= 1:
-        raise RecipeError(f"prune.{key}: got {share}, expected a share above 0 and at most 1; try 0.3")
+        raise RecipeError(
+            f"prune.{key}: got {share}, expected a share above 0 and at most 1; try 0.3"
+        )
     return share

@@ -72,7 +72,9 @@ def trace(
     arguments = inputs(example)
     recorder = Recorder(model)
     with recorder, traceback.preserve_node_meta(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*assigned during export.*")  # the flat weights of recurrent layers
+        warnings.filterwarnings(
+            "ignore", message=".*assigned during export.*"
+        )  # the flat weights of recurrent layers
         exported = export(model, arguments)
     ids = Ids()
     ids.approximate = check_names(approximate)
@@ -86,13 +88,17 @@ def trace(
     ids.settle()
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     turns: dict[tuple[str, str], int] = {}
-    for call in recorder.calls:  # of a module that runs several times, the run with the most calls at the place
+    for call in (
+        recorder.calls
+    ):  # of a module that runs several times, the run with the most calls at the place
         turns[call.module, call.place] = max(turns.get((call.module, call.place), 0), call.turn + 1)
     for _ in range(TRIALS):
         graph = _graph(ids, owners, shapes, unused, arguments)
         graph = replace(graph, turns=turns, approximate=tuple(ids.approximated))
         graph = without_followers(model, graph, arguments)
-        failing = layers_that_fail(model, graph, arguments, compare=not (_coarse(exported) or _branches(exported)))
+        failing = layers_that_fail(
+            model, graph, arguments, compare=not (_coarse(exported) or _branches(exported))
+        )
         if not failing:
             break
         for layer, reason in failing.items():
@@ -103,7 +109,9 @@ def trace(
 def _coarse(exported: torch.export.ExportedProgram) -> bool:
     """Says whether anything is computed in half precision."""
     half = (torch.float16, torch.bfloat16)
-    return any(getattr(node.meta.get("val"), "dtype", None) in half for node in exported.graph.nodes)
+    return any(
+        getattr(node.meta.get("val"), "dtype", None) in half for node in exported.graph.nodes
+    )
 
 
 def _branches(exported: torch.export.ExportedProgram) -> bool:
@@ -160,8 +168,15 @@ class Recorder(TorchFunctionMode):
 def _slice_positions(x: Tensor, index: Any) -> list[int]:
     """Returns at which of the numbers of an indexing each slice begins that takes only a part of its axis."""
     items = index if isinstance(index, tuple) else (index,)
-    indices = [item for item in items if item is not None and item is not Ellipsis and not isinstance(item, bool)]
-    wide = sum(item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1 for item in indices)
+    indices = [
+        item
+        for item in items
+        if item is not None and item is not Ellipsis and not isinstance(item, bool)
+    ]
+    wide = sum(
+        item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1
+        for item in indices
+    )
     positions, at, dim = [], 0, 0
     for item in items:
         if item is Ellipsis:
@@ -182,7 +197,10 @@ def _slice_positions(x: Tensor, index: Any) -> list[int]:
 def _first_names(model: nn.Module) -> dict[str, str]:
     """Maps every name of a parameter or buffer to its first one, because shared tensors have several."""
     first: dict[int, str] = {}
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
     return {name: first.setdefault(id(tensor), name) for name, tensor in named}
 
 
@@ -201,7 +219,12 @@ class Walk:
         calls: Sequence[Call],
     ) -> None:
         self.owners: list[Owner] = []
-        self._exported, self._ids, self._calls, self._first_names = exported, ids, calls, first_names
+        self._exported, self._ids, self._calls, self._first_names = (
+            exported,
+            ids,
+            calls,
+            first_names,
+        )
         self._used: dict[str, bool] = {}  # a shared parameter comes once for each of its names
         self._values: dict[torch.fx.Node, Any] = {}
         self._run(exported.graph_module, None, read=True)
@@ -233,7 +256,14 @@ class Walk:
 
     def _region(self, node: torch.fx.Node, module: torch.fx.GraphModule) -> Any:
         """Walks code under `torch.no_grad()` or `torch.autocast`; what other functions are given stays whole."""
-        at = next((i for i, a in enumerate(node.args) if isinstance(_part_of(module, a), torch.fx.GraphModule)), None)
+        at = next(
+            (
+                i
+                for i, a in enumerate(node.args)
+                if isinstance(_part_of(module, a), torch.fx.GraphModule)
+            ),
+            None,
+        )
         values = torch.fx.node.map_arg(node.args, self._values.get)
         if at is not None and str(node.target).startswith("wrap_with_"):
             return self._run(_part_of(module, node.args[at]), values[at + 1 :], read=self._ids.read)
@@ -242,8 +272,14 @@ class Walk:
         given = list(_values(values))
         _stay_whole(self._ids, given, "channels are not followed through it")
         outputs = node.meta.get("val")
-        shapes = [tuple(getattr(v, "shape", ())) for v in (outputs if isinstance(outputs, list | tuple) else [outputs])]
-        results = [Value(shape, (None,) * len(shape), given=any(v.given for v in given)) for shape in shapes]
+        shapes = [
+            tuple(getattr(v, "shape", ()))
+            for v in (outputs if isinstance(outputs, list | tuple) else [outputs])
+        ]
+        results = [
+            Value(shape, (None,) * len(shape), given=any(v.given for v in given))
+            for shape in shapes
+        ]
         return results if isinstance(outputs, list | tuple) else results[0]
 
     def _visit(self, node: torch.fx.Node) -> None:
@@ -270,14 +306,24 @@ class Walk:
         known = known if isinstance(known, Tensor) and _countable(known) else None
         if held is None:
             given = node.name in signature.user_inputs
-            return Value(shape, (None,) * len(shape), given=given, boolean=_boolean(node), known=known)
+            return Value(
+                shape, (None,) * len(shape), given=given, boolean=_boolean(node), known=known
+            )
         axes = tuple(self._ids.fresh(size) for size in shape)
         name = self._first_names[held]
         self.owners += [(name, i, axis) for i, axis in enumerate(axes)]
         trained = node.name in signature.inputs_to_parameters
         if trained:
             self._used[name] = self._used.get(name, False) or bool(node.users)
-        return Value(shape, axes, zero=True, weights=True, trained=trained, boolean=_boolean(node), known=known)
+        return Value(
+            shape,
+            axes,
+            zero=True,
+            weights=True,
+            trained=trained,
+            boolean=_boolean(node),
+            known=known,
+        )
 
 
 def _part_of(module: torch.fx.GraphModule, argument: Any) -> Any:
@@ -349,7 +395,9 @@ def _operate(node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], ids: Ids)
     if isinstance(outputs, list | tuple):
         shapes = [tuple(getattr(output, "shape", ())) for output in outputs]
         each = axes if isinstance(axes, list) else [axes] * len(shapes)  # one for all results
-        return [Value(shape, _filled(a, shape), **common) for shape, a in zip(shapes, each, strict=True)]
+        return [
+            Value(shape, _filled(a, shape), **common) for shape, a in zip(shapes, each, strict=True)
+        ]
     return Value(
         _shape(node),
         _filled(axes, _shape(node)),
@@ -381,7 +429,14 @@ def _boolean(node: torch.fx.Node) -> bool:
     return getattr(node.meta.get("val"), "dtype", None) == torch.bool
 
 
-def _apply(operation: Any, ids: Ids, shape: tuple[int, ...], args: Any, options: Any, given: Sequence[Value]) -> Any:
+def _apply(
+    operation: Any,
+    ids: Ids,
+    shape: tuple[int, ...],
+    args: Any,
+    options: Any,
+    given: Sequence[Value],
+) -> Any:
     """Returns the axes of the output by the operation's rule.
 
     Without one, or where that fails on what it is given, all that the operation touches stays whole.
@@ -416,7 +471,12 @@ MOST_KNOWN = 1 << 20  # values of a constant that are kept to see where channels
 
 
 def _countable(x: Tensor) -> bool:
-    return not x.is_floating_point() and not x.is_complex() and x.numel() <= MOST_KNOWN and x.device.type != "meta"
+    return (
+        not x.is_floating_point()
+        and not x.is_complex()
+        and x.numel() <= MOST_KNOWN
+        and x.device.type != "meta"
+    )
 
 
 @torch.no_grad()
@@ -494,7 +554,9 @@ def _freeze_unsaved(ids: Ids, owners: Sequence[Owner], model: nn.Module) -> None
     saved = model.state_dict().keys()
     for name, _, axis in owners:
         if name not in saved:
-            ids.freeze(axis, f"the buffer '{name}' goes with it and is not saved (persistent=False)")
+            ids.freeze(
+                axis, f"the buffer '{name}' goes with it and is not saved (persistent=False)"
+            )
 
 
 def _freeze_layer(ids: Ids, owners: Sequence[Owner], layer: Layer, reason: str) -> None:
@@ -506,10 +568,16 @@ def _freeze_layer(ids: Ids, owners: Sequence[Owner], layer: Layer, reason: str) 
 
 def _freeze_named(ids: Ids, whole: Sequence[str]) -> None:
     for name in whole:
-        hits = [axis for axis, role, m in ids.roles if role == "write" and (m == name or m.startswith(name + "."))]
+        hits = [
+            axis
+            for axis, role, m in ids.roles
+            if role == "write" and (m == name or m.startswith(name + "."))
+        ]
         if not hits:
             known = ", ".join(sorted({m for _, role, m in ids.roles if role == "write"}))
-            raise ModelError(f"no module '{name}' with channels to keep whole; the model has: {known}")
+            raise ModelError(
+                f"no module '{name}' with channels to keep whole; the model has: {known}"
+            )
         for axis in hits:
             ids.freeze(axis, "asked for by `whole`")
 
@@ -533,10 +601,14 @@ def _graph(
     """Groups classes of ids by the tensors and axes that they touch, and says what every axis becomes."""
     labels = ids.labels()
     known = {id(axis) for _, _, axis in owners}
-    counted = {id(axis): axis for p in ids.products for axis in p.axes} | {id(s.axis): s.axis for s in ids.sized}
+    counted = {id(axis): axis for p in ids.products for axis in p.axes} | {
+        id(s.axis): s.axis for s in ids.sized
+    }
     extra: list[Owner] = [("", 0, axis) for key, axis in counted.items() if key not in known]
     layers, whole, layer_of, channel_of = _layers(ids, labels, [*owners, *extra])
-    written = {int(i) for axis, role, _ in ids.roles if role == "write" for i in np.unique(labels[axis])}
+    written = {
+        int(i) for axis, role, _ in ids.roles if role == "write" for i in np.unique(labels[axis])
+    }
     for module, why, axes in ids.ruleless:
         if any(written.intersection(labels[axis].tolist()) for axis in axes):
             whole.setdefault(module or "the model itself", why)
@@ -547,7 +619,9 @@ def _graph(
         shapes=shapes,
         whole=whole | dict.fromkeys(unused, "forward does not use it"),
         products=tuple(
-            Product(p.times * (examples if i in ids.alone else 1), tuple(lengths[id(a)] for a in p.axes))
+            Product(
+                p.times * (examples if i in ids.alone else 1), tuple(lengths[id(a)] for a in p.axes)
+            )
             for i, p in enumerate(ids.products)
         ),
         examples=examples,
@@ -562,7 +636,13 @@ def _graph(
             if s.call.numbers[s.position] != -1 and len(s.axis)
         ),
         indices=tuple(
-            WrittenIndex(_site(w.call, -1), w.dim, w.places, layer_of[labels[w.axis]], channel_of[labels[w.axis]])
+            WrittenIndex(
+                _site(w.call, -1),
+                w.dim,
+                w.places,
+                layer_of[labels[w.axis]],
+                channel_of[labels[w.axis]],
+            )
             for w in ids.written
         ),
     )
@@ -579,7 +659,9 @@ def _length(labels: Ints, layer_of: Ints, layers: Sequence[Layer]) -> Length:
     return Length(len(labels), times)
 
 
-def _layers(ids: Ids, labels: Ints, owners: Sequence[Owner]) -> tuple[list[Layer], dict[str, str], Ints, Ints]:
+def _layers(
+    ids: Ids, labels: Ints, owners: Sequence[Owner]
+) -> tuple[list[Layer], dict[str, str], Ints, Ints]:
     """Returns the layers, the modules that stay whole, and of every class the layer (or -1) and its channel there."""
     frozen: dict[int, str] = {}
     for axis, why in ids.frozen:
@@ -592,7 +674,9 @@ def _layers(ids: Ids, labels: Ints, owners: Sequence[Owner]) -> tuple[list[Layer
             names.setdefault(label, module)
             if label in frozen:
                 whole.setdefault(module, frozen[label])
-    members: dict[int, list[tuple[int, int]]] = {label: [] for label in names if label not in frozen}
+    members: dict[int, list[tuple[int, int]]] = {
+        label: [] for label in names if label not in frozen
+    }
     for k, (_, _, axis) in enumerate(owners):
         for i, label in enumerate(labels[axis].tolist()):
             if label in members:

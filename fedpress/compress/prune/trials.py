@@ -22,7 +22,9 @@ TOLERANCE = 1e-5  # as in `check_parity`
 
 
 @torch.no_grad()
-def without_followers(model: nn.Module, graph: ChannelGraph, arguments: Sequence[Tensor]) -> ChannelGraph:
+def without_followers(
+    model: nn.Module, graph: ChannelGraph, arguments: Sequence[Tensor]
+) -> ChannelGraph:
     """Drops the numbers that follow the tensors by themselves (`x.shape[1] // 2`).
 
     A number that always is in proportion to the length of its axis becomes a multiple of it: what it counts besides
@@ -36,7 +38,9 @@ def without_followers(model: nn.Module, graph: ChannelGraph, arguments: Sequence
         counts = _counts(graph, step)
         small = _smaller(model, graph, counts, exactly=True)
         seen = watch_(small, sorted({number.site.module for number in graph.numbers}))
-        with suppress(Exception):  # what was noted so far is good; where the code fails is found out later
+        with suppress(
+            Exception
+        ):  # what was noted so far is good; where the code fails is found out later
             small(*arguments)
         if any(number.site.call not in seen[number.site.module] for number in graph.numbers):
             with suppress(Exception), _quiet():  # code may take another path where it is exported
@@ -49,8 +53,12 @@ def without_followers(model: nn.Module, graph: ChannelGraph, arguments: Sequence
                 changed |= {number.site} if wanted != number.was else set()
                 if code * number.length.at(counts) != wanted * number.length.whole:
                     partly.add(number.site)
-    stay = [n for n in graph.numbers if n.site in wrong or (n.length.times and n.site not in changed)]
-    return replace(graph, numbers=tuple(replace(n, multiple=n.multiple or n.site not in partly) for n in stay))
+    stay = [
+        n for n in graph.numbers if n.site in wrong or (n.length.times and n.site not in changed)
+    ]
+    return replace(
+        graph, numbers=tuple(replace(n, multiple=n.multiple or n.site not in partly) for n in stay)
+    )
 
 
 @torch.no_grad()
@@ -68,9 +76,13 @@ def layers_that_fail(
     batch = trial_batch(model, tuple(arguments)) if graph.layers and compare else None
     groups = [list(range(len(graph.layers)))] if graph.layers else []
     counts = _counts(graph, 1)
-    while groups:  # halves of a group that fails are tried by themselves, so that few culprits are soon found
+    while (
+        groups
+    ):  # halves of a group that fails are tried by themselves, so that few culprits are soon found
         group = groups.pop()
-        reason = _failure(model, graph, [n if i in group else 0 for i, n in enumerate(counts)], arguments, batch)
+        reason = _failure(
+            model, graph, [n if i in group else 0 for i, n in enumerate(counts)], arguments, batch
+        )
         if len(group) > 1:
             middle = len(group) // 2
             groups += [group[middle:], group[:middle]] if reason else []
@@ -122,7 +134,9 @@ def _counts(graph: ChannelGraph, step: int) -> list[int]:
     return [1 + (step * i + step) % (n - 1) if n > 1 else 0 for i, n in enumerate(widths)]
 
 
-def _smaller(model: nn.Module, graph: ChannelGraph, counts: Sequence[int], *, exactly: bool = False) -> nn.Module:
+def _smaller(
+    model: nn.Module, graph: ChannelGraph, counts: Sequence[int], *, exactly: bool = False
+) -> nn.Module:
     gone = [torch.arange(n) for n in counts]
     small = copied(model).eval()
     cut_(small, kept_indices(model, graph, gone), graph.sizes(gone, exactly=exactly))

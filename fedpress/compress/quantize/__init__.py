@@ -2,7 +2,13 @@
 
 from fedpress.compress.quantize.cluster import shared_values
 from fedpress.compress.quantize.fold import find_folds, fold_
-from fedpress.compress.quantize.mixed import Choice, choose_bits, layer_bytes, measure_choices, stored_bytes
+from fedpress.compress.quantize.mixed import (
+    Choice,
+    choose_bits,
+    layer_bytes,
+    measure_choices,
+    stored_bytes,
+)
 from fedpress.compress.quantize.ptq import fit_, quantizable, quantize_
 from fedpress.compress.quantize.ranges import calibrate_
 from fedpress.nn.observers import OBSERVERS, Observer

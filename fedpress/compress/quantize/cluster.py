@@ -24,7 +24,9 @@ def shared_values(weight: Tensor, count: int) -> Tensor:
     """
     flat = weight.detach().double().cpu().reshape(-1).sort().values
     if count < 1 or not bool(flat.isfinite().all()):
-        raise ValueError(f"cannot share {count} values among weights that must be finite; check the weights")
+        raise ValueError(
+            f"cannot share {count} values among weights that must be finite; check the weights"
+        )
     points, mass = torch.unique(flat, return_counts=True)
     few = len(points) <= POINTS
     if not few:
@@ -42,10 +44,15 @@ def _best(points: Tensor, mass: Tensor, count: int) -> Tensor:
     n = len(points)
     zero = points.new_zeros(1)
     m0, m1, m2 = (torch.cat([zero, (mass * points**k).cumsum(0)]) for k in range(3))
-    weight, first, second = (m[None, :] - m[:, None] for m in (m0, m1, m2))  # [i, j]: of points i..j-1
+    weight, first, second = (
+        m[None, :] - m[:, None] for m in (m0, m1, m2)
+    )  # [i, j]: of points i..j-1
     spread = (second - first.square() / weight.clamp_min(1e-300)).clamp_min(0)
     valid = weight >= 0
-    spread, around_zero = spread.where(valid & (weight > 0), torch.inf), second.where(valid, torch.inf)
+    spread, around_zero = (
+        spread.where(valid & (weight > 0), torch.inf),
+        second.where(valid, torch.inf),
+    )
     cost_plain = torch.full((n + 1,), torch.inf, dtype=torch.float64)
     cost_plain[0] = 0.0
     cost_zero, cuts = torch.full_like(cost_plain, torch.inf), []

@@ -42,12 +42,17 @@ def find_folds(
     Raises:
         ModelError: if the model cannot be captured.
     """
-    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    norms = {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    }
     if not norms:
         return {}, {}
     alone = ignored(model, ignore)
     program = export(model, inputs(example))
-    owned = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
+    owned = {
+        **program.graph_signature.inputs_to_parameters,
+        **program.graph_signature.inputs_to_buffers,
+    }
     folds: dict[str, str] = {}
     left: dict[str, str] = {}
     for node in program.graph.nodes:
@@ -65,7 +70,11 @@ def find_folds(
             folds[name] = str(layer)
         else:
             left[name] = reason
-    left |= {n: "forward does not use it, or it has no running statistics" for n in norms if n not in folds | left}
+    left |= {
+        n: "forward does not use it, or it has no running statistics"
+        for n in norms
+        if n not in folds | left
+    }
     return {n: into for n, into in folds.items() if n not in left}, left
 
 
@@ -82,7 +91,9 @@ def _why_kept(module: nn.Module, name: str, norm: fx.Node) -> str | None:
         return f"{type(module).__name__} may do more than a batch norm"
     if module._forward_hooks or module._forward_pre_hooks:
         return "its hook would go with it"
-    if _caller(norm) != name or any(len(a.users) > 1 for a in norm.args[1:5] if isinstance(a, fx.Node)):
+    if _caller(norm) != name or any(
+        len(a.users) > 1 for a in norm.args[1:5] if isinstance(a, fx.Node)
+    ):
         return "something else reads its numbers"
     return None
 
@@ -93,7 +104,9 @@ def _caller(node: fx.Node) -> str:
     return path[-1] if path else ""
 
 
-def _why_not(model: nn.Module, norm: fx.Node, taker: fx.Node, owned: Mapping[str, str]) -> str | None:
+def _why_not(
+    model: nn.Module, norm: fx.Node, taker: fx.Node, owned: Mapping[str, str]
+) -> str | None:
     if taker.target not in TAKERS:
         return f"what comes before it is {taker.target}, no convolution or linear layer"
     if len(taker.users) > 1:
@@ -114,7 +127,9 @@ def _why_not(model: nn.Module, norm: fx.Node, taker: fx.Node, owned: Mapping[str
             return f"something else reads the bias of '{name}'"
     if taker.target is torch.ops.aten.linear.default and taker.meta["val"].dim() != 2:
         return "it normalises another axis than the linear layer writes"
-    shared = [n for n, m in model.named_modules(remove_duplicate=False) if m is model.get_submodule(name)]
+    shared = [
+        n for n, m in model.named_modules(remove_duplicate=False) if m is model.get_submodule(name)
+    ]
     return f"'{name}' has several names" if len(shared) > 1 else None
 
 
@@ -137,7 +152,9 @@ def fold_(model: nn.Module, folds: Mapping[str, str]) -> None:
             raise ModelError(
                 f"fold: '{into}' shares weights between channels, which a batch norm would scale apart; fold it first"
             )
-    biases = {norm: getattr(model.get_submodule(into), "bias", None) for norm, into in folds.items()}
+    biases = {
+        norm: getattr(model.get_submodule(into), "bias", None) for norm, into in folds.items()
+    }
     fold_layers_(model, folds)
     for norm, into in folds.items():
         layer, (factor, shift) = model.get_submodule(into), factors[norm]
@@ -147,7 +164,9 @@ def fold_(model: nn.Module, folds: Mapping[str, str]) -> None:
         settle_(layer)
         layer.weight.copy_(layer.weight.double() * factor.view(shape))
         if isinstance(layer, QuantLayer) and (grid := layer.grids.weights) is not None:
-            scale = layer.weight_scale.double() * factor.abs().view(-1, *[1] * (layer.weight_scale.dim() - 1))
+            scale = layer.weight_scale.double() * factor.abs().view(
+                -1, *[1] * (layer.weight_scale.dim() - 1)
+            )
             layer.weight_scale.copy_(mended(scale) if grid.has_zero else scale)
             settle_(layer)
         old = biases[norm]
@@ -162,7 +181,12 @@ def _affine(name: str, norm: nn.Module) -> tuple[Tensor, Tensor]:
     factor = (norm.running_var.double() + norm.eps).rsqrt()
     shift = -norm.running_mean.double() * factor
     if norm.affine:
-        factor, shift = factor * norm.weight.double(), shift * norm.weight.double() + norm.bias.double()
+        factor, shift = (
+            factor * norm.weight.double(),
+            shift * norm.weight.double() + norm.bias.double(),
+        )
     if not (factor.isfinite() & shift.isfinite()).all():
-        raise ModelError(f"fold: '{name}' holds NaN or infinite numbers; load a checkpoint from before training broke")
+        raise ModelError(
+            f"fold: '{name}' holds NaN or infinite numbers; load a checkpoint from before training broke"
+        )
     return factor, shift

@@ -16,7 +16,9 @@ from fedpress.nn.quant_scheme import LayerGrids, WeightGrid, grouped, rounded, s
 from fedpress.nn.quantized import quantized_kind, weight_keys
 from fedpress.nn.resize import tensor
 
-CELLS = 4096  # steps that a budget is counted in: a choice is at most one step per layer below the best
+CELLS = (
+    4096  # steps that a budget is counted in: a choice is at most one step per layer below the best
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,10 @@ def stored_bytes(weight: Tensor, grid: WeightGrid) -> int:
 
 @torch.no_grad()
 def measure_choices(
-    model: nn.Module, table: Mapping[str, LayerGrids], bits: Sequence[int], batches: Sequence[Tensor]
+    model: nn.Module,
+    table: Mapping[str, LayerGrids],
+    bits: Sequence[int],
+    batches: Sequence[Tensor],
 ) -> dict[str, list[Choice]]:
     """Rounds the weights of one layer after the other to each number of bits, and measures what the outputs lose.
 
@@ -59,7 +64,9 @@ def measure_choices(
         RecipeError: if a grid is not of whole numbers.
     """
     if not batches:
-        raise DataError("quantize.mixed: the bits are chosen by public examples; give at least one batch")
+        raise DataError(
+            "quantize.mixed: the bits are chosen by public examples; give at least one batch"
+        )
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
@@ -67,7 +74,9 @@ def measure_choices(
         found: dict[str, list[Choice]] = {}
         for name, grids in table.items():
             if grids.weights is None or grids.weights.kind != "int":
-                raise RecipeError(f"quantize.mixed: '{name}' is not on whole numbers, which mixed bits need; use int")
+                raise RecipeError(
+                    f"quantize.mixed: '{name}' is not on whole numbers, which mixed bits need; use int"
+                )
             layer = model.get_submodule(name)
             weights = [tensor(model, f"{name}.{key}") for key in weight_keys(layer)]
             before = [weight.detach().clone() for weight in weights]

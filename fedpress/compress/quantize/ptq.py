@@ -11,12 +11,25 @@ from torch import Tensor, nn
 from fedpress.compress.prune.ignoring import ignored
 from fedpress.compress.quantize.cluster import shared_values
 from fedpress.compress.quantize.ranges import Batch, calibrate_, run_watched
-from fedpress.compress.quantize.rounding import as_batch, best_scale, patches, round_second_order_, second_moment
+from fedpress.compress.quantize.rounding import (
+    as_batch,
+    best_scale,
+    patches,
+    round_second_order_,
+    second_moment,
+)
 from fedpress.errors import DataError, ModelError, did_you_mean
 from fedpress.nn import forwards
 from fedpress.nn.observers import Observer
 from fedpress.nn.quant_scheme import LayerGrids
-from fedpress.nn.quantized import ROUND_INPUTS, QuantLayer, quantize_layers_, settle_, weight_keys, why_not
+from fedpress.nn.quantized import (
+    ROUND_INPUTS,
+    QuantLayer,
+    quantize_layers_,
+    settle_,
+    weight_keys,
+    why_not,
+)
 from fedpress.nn.resize import tensor
 
 Rounding = Literal["nearest", "second-order"]
@@ -83,7 +96,9 @@ def quantizable(
         if table.pop(name, None) is not None:
             left[name] = "asked for by `keep`"
     if not table:
-        told = "; ".join(f"'{n}': {why}" for n, why in left.items()) or "it has no layers with weights"
+        told = (
+            "; ".join(f"'{n}': {why}" for n, why in left.items()) or "it has no layers with weights"
+        )
         raise ModelError(f"quantize: no layer of this model can be quantized ({told})")
     return table, left
 
@@ -127,12 +142,20 @@ def quantize_(
         DataError: if there are no batches but they are needed, or they hold NaN.
     """
     _finite(model, table)
-    needs = rounding == "second-order" or correct_bias or any(_static(grids) for grids in table.values())
+    needs = (
+        rounding == "second-order"
+        or correct_bias
+        or any(_static(grids) for grids in table.values())
+    )
     if needs and not batches:
-        raise DataError("quantize: this method needs public examples; give batches, or round weights to the nearest")
+        raise DataError(
+            "quantize: this method needs public examples; give batches, or round weights to the nearest"
+        )
     layers = {n: model.get_submodule(n) for n, g in table.items() if g.weights is not None}
     looked = {n: m for n, m in layers.items() if forwards.base_of(type(m)) is not None}
-    means, moments = _look(model, looked, batches, moments=rounding == "second-order") if needs else ({}, {})
+    means, moments = (
+        _look(model, looked, batches, moments=rounding == "second-order") if needs else ({}, {})
+    )
     before = {n: tensor(model, f"{n}.weight").detach().clone() for n in looked}
     quantize_layers_(model, table)
     notes: dict[str, str] = {}
@@ -205,12 +228,16 @@ def _look(
 
     def see(name: str, x: Tensor) -> None:
         if not bool(x.isfinite().all()):
-            raise DataError(f"quantize: '{name}' sees NaN or infinite values; check the public examples")
+            raise DataError(
+                f"quantize: '{name}' sees NaN or infinite values; check the public examples"
+            )
         layer, x = layers[name], x.detach().float()
         if type(layer) not in forwards.OPERATIONS and not isinstance(layer, QuantLayer):
             layer, x = forwards.as_plain(layer, x)
         x = as_batch(layer, x)
-        whole = patches(layer, x.double().sum(0, keepdim=True))  # patches of a sum are the sum of patches
+        whole = patches(
+            layer, x.double().sum(0, keepdim=True)
+        )  # patches of a sum are the sum of patches
         total, count = means.get(name, (0.0, 0))
         means[name] = total + whole.sum(1), count + len(x) * whole.shape[1]
         if moments:

@@ -17,7 +17,9 @@ Batch = Tensor | tuple[Tensor, ...]  # a tuple: of a model with several inputs
 
 
 @torch.no_grad()
-def calibrate_(model: nn.Module, batches: Sequence[Batch], *, observer: Observer = "minmax") -> dict[str, str]:
+def calibrate_(
+    model: nn.Module, batches: Sequence[Batch], *, observer: Observer = "minmax"
+) -> dict[str, str]:
     """Sets scale and zero point of every input grid from what the layers see when `model` runs on `batches`.
 
     While it looks, inputs stay float. A range always holds 0. One-bit inputs get the mean of each channel as their
@@ -32,8 +34,14 @@ def calibrate_(model: nn.Module, batches: Sequence[Batch], *, observer: Observer
             tell nothing, naming it.
     """
     if not batches:
-        raise DataError("calibrate: there are no batches; give at least one batch of public examples")
-    layers = {n: m for n, m in quantized_layers(model) if m.grids.inputs is not None and m.grids.inputs.calibrated}
+        raise DataError(
+            "calibrate: there are no batches; give at least one batch of public examples"
+        )
+    layers = {
+        n: m
+        for n, m in quantized_layers(model)
+        if m.grids.inputs is not None and m.grids.inputs.calibrated
+    }
     grids = {n: m.grids.inputs for n, m in layers.items()}  # while it looks, inputs have none
     spans: dict[str, Histogram] = {}
     sizes: dict[str, tuple[float, int]] = {}
@@ -75,7 +83,9 @@ def calibrate_(model: nn.Module, batches: Sequence[Batch], *, observer: Observer
             if not grid.dynamic:
                 layers[name].input_scale.fill_(sizes[name][0] / sizes[name][1])
             continue
-        low, high = OBSERVERS[observer](seen, grid) if seen.high > seen.low else (seen.low, seen.high)
+        low, high = (
+            OBSERVERS[observer](seen, grid) if seen.high > seen.low else (seen.low, seen.high)
+        )
         scale, zero = affine(torch.tensor(low), torch.tensor(high), grid)
         layers[name].input_scale.copy_(scale)
         layers[name].input_zero_point.copy_(zero)
@@ -99,14 +109,18 @@ def _tells_something(name: str, grid: InputGrid, seen: Histogram, size: float) -
 
 @torch.no_grad()
 def run_watched(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch], see: Callable[[str, Tensor], None]
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    see: Callable[[str, Tensor], None],
 ) -> None:
     """Runs `model` in evaluation mode, inputs not rounded, and shows `see` what comes into each of `layers`."""
     modes = {m: m.training for m in model.modules()}
     grids = {m: m.grids for _, m in quantized_layers(model)}
     hooks = [
         layer.register_forward_pre_hook(
-            lambda _, args, named, name=name: see(name, args[0] if args else named["input"]), with_kwargs=True
+            lambda _, args, named, name=name: see(name, args[0] if args else named["input"]),
+            with_kwargs=True,
         )
         for name, layer in layers.items()
     ]
@@ -117,7 +131,9 @@ def run_watched(
         for batch in batches:
             model(*batch) if isinstance(batch, tuple) else model(batch)
     except RuntimeError as error:
-        raise ModelError(f"calibrate: the model cannot run on these examples ({str(error).splitlines()[0]})") from error
+        raise ModelError(
+            f"calibrate: the model cannot run on these examples ({str(error).splitlines()[0]})"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -55,8 +55,12 @@ def patches(layer: nn.Module, x: Tensor) -> Tensor:
         x = x.unfold(axis, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
     # [n, channels, *places, *kernel] -> [groups, n * places, channels per group * kernel]
     channels = x.shape[1]
-    x = x.movedim(1, 1 + dims).reshape(-1, layer.groups, channels // layer.groups, *layer.kernel_size)
-    return x.movedim(1, 0).reshape(layer.groups, -1, channels // layer.groups * layer.weight[0, 0].numel())
+    x = x.movedim(1, 1 + dims).reshape(
+        -1, layer.groups, channels // layer.groups, *layer.kernel_size
+    )
+    return x.movedim(1, 0).reshape(
+        layer.groups, -1, channels // layer.groups * layer.weight[0, 0].numel()
+    )
 
 
 def second_moment(layer: nn.Module, x: Tensor, *, most: int) -> tuple[Tensor, int]:
@@ -88,18 +92,29 @@ def round_second_order_(layer: QuantLayer, moment: Tensor, *, damping: float = 0
     weight = layer.weight.detach().reshape(out, -1).float()
     keep = weight == 0 if grid.has_zero else torch.zeros_like(weight, dtype=torch.bool)
     shared = grid.kind == "codebook"
-    at = layer._values().detach() if shared else layer._spread().detach().expand_as(layer.weight).reshape(out, -1)
+    at = (
+        layer._values().detach()
+        if shared
+        else layer._spread().detach().expand_as(layer.weight).reshape(out, -1)
+    )
     chosen = layer.dequantize(layer.codes()).reshape(out, -1)
     each = out // len(moment)
     for g, hessian in enumerate(moment):
         rows = slice(g * each, (g + 1) * each)
-        tried = _gptq(weight[rows], at if shared else at[rows], keep[rows], hessian.double(), grid, damping)
-        harms = [(e @ hessian * e).sum(1, keepdim=True) for e in (tried - weight[rows], chosen[rows] - weight[rows])]
+        tried = _gptq(
+            weight[rows], at if shared else at[rows], keep[rows], hessian.double(), grid, damping
+        )
+        harms = [
+            (e @ hessian * e).sum(1, keepdim=True)
+            for e in (tried - weight[rows], chosen[rows] - weight[rows])
+        ]
         chosen[rows] = torch.where(harms[0] <= harms[1], tried, chosen[rows])
     layer.weight.copy_(chosen.reshape(layer.weight.shape))
 
 
-def _gptq(weight: Tensor, at: Tensor, keep: Tensor, hessian: Tensor, grid: WeightGrid, damping: float) -> Tensor:
+def _gptq(
+    weight: Tensor, at: Tensor, keep: Tensor, hessian: Tensor, grid: WeightGrid, damping: float
+) -> Tensor:
     """Returns the grid points of `weight` [out, k]; `at` holds its scales [out, k], or the codebook."""
     k, shared = weight.shape[1], at.dim() == 1
     diagonal = hessian.diagonal().clone()

@@ -93,9 +93,15 @@ class Gates(nn.Module):
         gates = self  # a function is not copied with the model that holds it, a method would be
 
         def put(model: nn.Module, _: Any) -> None:
-            factors = gates.draw() if model.training else gates.factors([at_test(a) for a in gates.log_alphas])
+            factors = (
+                gates.draw()
+                if model.training
+                else gates.factors([at_test(a) for a in gates.log_alphas])
+            )
             stack = model.__dict__.setdefault("_ungated", [])
-            stack.append(_swap(model, lambda name, p: p * factors[name] if name in factors else None))
+            stack.append(
+                _swap(model, lambda name, p: p * factors[name] if name in factors else None)
+            )
 
         def put_back(model: nn.Module, *_: Any) -> None:
             before = model.__dict__["_ungated"].pop()
@@ -146,7 +152,9 @@ def _swap(model: nn.Module, new: Callable[[str, Tensor], Tensor | None]) -> dict
     return before
 
 
-def weight_gates(weights: Sequence[Weight], *, generator: torch.Generator, within: Masks | None = None) -> Gates:
+def weight_gates(
+    weights: Sequence[Weight], *, generator: torch.Generator, within: Masks | None = None
+) -> Gates:
     """Gives every entry of `weights` a gate; those that `within`, an earlier mask, lacks are closed for good."""
     closed = -1e4
     alphas = []
@@ -182,7 +190,9 @@ def channel_gates(model: nn.Module, graph: ChannelGraph, *, generator: torch.Gen
             for s in _gated(layer):
                 size = sizes[s.tensor]
                 index = s.index.to(gate.device)
-                line = gate.new_ones(size[s.axis]).index_put((index,), gate[:, None].expand(index.shape))
+                line = gate.new_ones(size[s.axis]).index_put(
+                    (index,), gate[:, None].expand(index.shape)
+                )
                 line = line.view([-1 if d == s.axis else 1 for d in range(len(size))])
                 out[s.tensor] = out[s.tensor] * line if s.tensor in out else line
         return out
@@ -202,9 +212,13 @@ def channel_gates(model: nn.Module, graph: ChannelGraph, *, generator: torch.Gen
             for axis, size in enumerate(shape):
                 count = count * (size - left[name].get(axis, zero))
             counts.append(count)
-        return torch.stack(counts).sum() / graph.parameters([layer.channels for layer in graph.layers])
+        return torch.stack(counts).sum() / graph.parameters(
+            [layer.channels for layer in graph.layers]
+        )
 
-    return Gates([_begin((layer.channels,), generator).to(at) for layer in graph.layers], factors, share)
+    return Gates(
+        [_begin((layer.channels,), generator).to(at) for layer in graph.layers], factors, share
+    )
 
 
 def _gated(layer: Layer) -> list[Any]:
@@ -229,7 +243,9 @@ class Controller:
         spring: gain of the error itself.
     """
 
-    def __init__(self, scale: float, lambda_: float | None = None, *, rate: float = 0.3, spring: float = 20.0) -> None:
+    def __init__(
+        self, scale: float, lambda_: float | None = None, *, rate: float = 0.3, spring: float = 20.0
+    ) -> None:
         self.scale, self.rate, self.spring = scale, rate, spring
         self.lambda_ = scale if lambda_ is None else lambda_
 

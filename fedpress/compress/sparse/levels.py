@@ -24,7 +24,9 @@ def lowest_densities(weights: Sequence[Weight], density: float) -> dict[str, flo
     return {w.name: max(FLOOR * count, 1) / w.size for w, count in zip(weights, even, strict=True)}
 
 
-def level_densities(weights: Sequence[Weight], points: Sequence[Point], density: float) -> dict[str, float]:
+def level_densities(
+    weights: Sequence[Weight], points: Sequence[Point], density: float
+) -> dict[str, float]:
     """Returns the density of each weight, by name, so that `density` of all entries stay at one level of the loss.
 
     The growth of the loss between measured densities is taken as straight; below them see `to_nothing`. Curves are of
@@ -45,7 +47,9 @@ def level_densities(weights: Sequence[Weight], points: Sequence[Point], density:
     lines = []
     for w in weights:
         if w.name not in known or len(known[w.name][0]) < 2:
-            raise RecipeError(f"the sensitivity of '{w.name}' was not measured; give the points of all weights")
+            raise RecipeError(
+                f"the sensitivity of '{w.name}' was not measured; give the points of all weights"
+            )
         lines.append(to_nothing(known[w.name], most))
     top = max(float(height[0]) for _, height in lines)
     sizes = np.array([w.size for w in weights], dtype=np.float64)
@@ -58,5 +62,9 @@ def level_densities(weights: Sequence[Weight], points: Sequence[Point], density:
     low, high = -1e-6 * (1 + top), top * (1 + 1e-6) + 1e-6
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if float(at_level(middle) @ sizes) > density * sizes.sum() else (low, middle)
+        low, high = (
+            (middle, high)
+            if float(at_level(middle) @ sizes) > density * sizes.sum()
+            else (low, middle)
+        )
     return {w.name: float(d) for w, d in zip(weights, at_level(high), strict=True)}

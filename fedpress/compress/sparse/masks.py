@@ -65,7 +65,10 @@ def choose(
     else:
         budgets = share_out(weights, allowed, wanted, scope)
         stays = [_fill(u.value, u.cost, budget) for u, budget in zip(units, budgets, strict=True)]
-    return {w.name: u.mask(kept, allowed[w.name]) for w, u, kept in zip(weights, units, stays, strict=True)}
+    return {
+        w.name: u.mask(kept, allowed[w.name])
+        for w, u, kept in zip(weights, units, stays, strict=True)
+    }
 
 
 def check_density(density: float, *, where: str = "sparsify.density") -> None:
@@ -75,11 +78,16 @@ def check_density(density: float, *, where: str = "sparsify.density") -> None:
         RecipeError: if it is out of range.
     """
     if not 0 < density <= 1:
-        raise RecipeError(f"{where}: got {density}, expected a share above 0 and at most 1; try 0.1")
+        raise RecipeError(
+            f"{where}: got {density}, expected a share above 0 and at most 1; try 0.1"
+        )
 
 
 def share_out(
-    weights: Sequence[Weight], allowed: Mapping[str, Tensor], wanted: int, scope: str | Mapping[str, float]
+    weights: Sequence[Weight],
+    allowed: Mapping[str, Tensor],
+    wanted: int,
+    scope: str | Mapping[str, float],
 ) -> list[int]:
     """Deals `wanted` entries to the weights: in proportion to the scope's densities, none above what it may keep.
 
@@ -106,7 +114,9 @@ def share_out(
     order = sorted(range(len(weights)), key=lambda i: (whole[i] - exact[i], i))
     for i in [i for i in order if whole[i] < room[i]][: wanted - sum(whole)]:
         whole[i] += 1
-    for i in [i for i, n in enumerate(whole) if n < min(1, room[i])]:  # a weight without entries would cut the network
+    for i in [
+        i for i, n in enumerate(whole) if n < min(1, room[i])
+    ]:  # a weight without entries would cut the network
         whole[i], whole[whole.index(max(whole))] = 1, max(whole) - 1
     return whole
 
@@ -118,7 +128,9 @@ def _erk(shape: Sequence[int]) -> float:
 
 def _given(densities: Mapping[str, float], name: str) -> float:
     if name not in densities:
-        raise RecipeError(f"sparsify.densities: '{name}' has none; give one for each weight that gets zeros")
+        raise RecipeError(
+            f"sparsify.densities: '{name}' has none; give one for each weight that gets zeros"
+        )
     check_density(densities[name], where=f"sparsify.densities.{name}")
     return densities[name]
 
@@ -132,12 +144,21 @@ class _Units:
     @classmethod
     def of(cls, weight: Weight, pattern: Pattern, scores: Tensor, allowed: Tensor) -> _Units:
         if pattern.kind == "unstructured":
-            return cls(None, scores.flatten().masked_fill(~allowed.flatten(), -torch.inf), allowed.flatten().long())
+            return cls(
+                None,
+                scores.flatten().masked_fill(~allowed.flatten(), -torch.inf),
+                allowed.flatten().long(),
+            )
         ids = pattern.units(weight).to(scores.device)
         flat, count, may = ids.flatten(), int(ids.max()) + 1, allowed.flatten()
-        cost = torch.zeros(count, dtype=torch.long, device=flat.device).index_add_(0, flat, may.long())
+        cost = torch.zeros(count, dtype=torch.long, device=flat.device).index_add_(
+            0, flat, may.long()
+        )
         kept = scores.flatten().double().masked_fill(~may, 0.0)
-        value = torch.zeros(count, dtype=torch.double, device=flat.device).index_add_(0, flat, kept) / cost
+        value = (
+            torch.zeros(count, dtype=torch.double, device=flat.device).index_add_(0, flat, kept)
+            / cost
+        )
         return cls(ids, value.masked_fill(cost == 0, -torch.inf), cost)
 
     def mask(self, stays: Tensor, allowed: Tensor) -> Tensor:
@@ -162,7 +183,9 @@ def _fill(value: Tensor, cost: Tensor, wanted: int) -> Tensor:
     """Keeps the most valuable units, as many as bring their cost nearest to `wanted`, at least one; bool [units]."""
     order = value.argsort(descending=True, stable=True)
     spent = cost[order].cumsum(0)
-    count = int(torch.searchsorted(spent, spent.new_tensor(wanted)))  # the first `count` cost less than wanted
+    count = int(
+        torch.searchsorted(spent, spent.new_tensor(wanted))
+    )  # the first `count` cost less than wanted
     before = int(spent[count - 1]) if count else 0
     if count < len(spent) and (not count or int(spent[count]) - wanted <= wanted - before):
         count += 1
@@ -202,7 +225,9 @@ def density_of(masks: Mapping[str, Tensor]) -> float:
     >>> density_of({"w": torch.tensor([True, False])})
     0.5
     """
-    return sum(int(m.sum()) for m in masks.values()) / max(1, sum(m.numel() for m in masks.values()))
+    return sum(int(m.sum()) for m in masks.values()) / max(
+        1, sum(m.numel() for m in masks.values())
+    )
 
 
 def masks_of(model: nn.Module, names: Iterable[str]) -> Masks:

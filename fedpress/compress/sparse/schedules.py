@@ -96,5 +96,8 @@ def regrow(
         count = min(kept - int(left.sum()), int(free.sum()))
         if count:
             steep = {w.name: gradients[w.name].abs()}
-            moved[w.name] = left | choose([w], steep, pattern, density=count / w.size, within={w.name: free})[w.name]
+            moved[w.name] = (
+                left
+                | choose([w], steep, pattern, density=count / w.size, within={w.name: free})[w.name]
+            )
     return moved

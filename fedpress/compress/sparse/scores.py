@@ -51,7 +51,9 @@ def lamp(see: WeightEvidence) -> Values:
         squares = w.value.detach().double().square().flatten()
         rising, order = squares.sort(stable=True)
         rest = rising.flip(0).cumsum(0).flip(0)
-        score = torch.empty_like(squares).scatter_(0, order, rising / rest.clamp_min(torch.finfo(torch.double).tiny))
+        score = torch.empty_like(squares).scatter_(
+            0, order, rising / rest.clamp_min(torch.finfo(torch.double).tiny)
+        )
         scores.append(score.view(w.value.shape))
     return scores
 
@@ -110,7 +112,9 @@ def movement(see: WeightEvidence) -> Values:
 def random(see: WeightEvidence) -> Values:
     """Uniform numbers: the control that every other score has to beat."""
     if see.generator is None:
-        raise ModelError("the score 'random' needs a `generator`; take one from fedpress.core.random")
+        raise ModelError(
+            "the score 'random' needs a `generator`; take one from fedpress.core.random"
+        )
     return [torch.rand(w.value.shape, generator=see.generator) for w in see.weights]
 
 
@@ -135,7 +139,9 @@ def score_weights(name: str, see: WeightEvidence) -> dict[str, Tensor]:
     """
     if name not in WEIGHT_SCORES:
         hint = did_you_mean(name, list(WEIGHT_SCORES))
-        raise RecipeError(f"sparsify.score: no such score '{name}'{hint}; use one of {', '.join(WEIGHT_SCORES)}")
+        raise RecipeError(
+            f"sparsify.score: no such score '{name}'{hint}; use one of {', '.join(WEIGHT_SCORES)}"
+        )
     values = WEIGHT_SCORES[name](see)
     for w, scores in zip(see.weights, values, strict=True):
         if not scores.isfinite().all():
@@ -177,7 +183,9 @@ def gradients(losses: Iterable[Tensor], weights: Sequence[Weight]) -> dict[str, 
     return {w.name: g for w, g in zip(weights, means, strict=True)}
 
 
-def _over_batches(see: WeightEvidence, name: str, effect: Callable[[Tensor, Tensor], Tensor]) -> Values:
+def _over_batches(
+    see: WeightEvidence, name: str, effect: Callable[[Tensor, Tensor], Tensor]
+) -> Values:
     """Returns the mean over batches of `effect(weight, gradient)`, in evaluation mode."""
     values = [w.value for w in see.weights]
     with differentiable(see.model, values):
@@ -187,7 +195,9 @@ def _over_batches(see: WeightEvidence, name: str, effect: Callable[[Tensor, Tens
 
 def _losses(see: WeightEvidence, name: str) -> Iterator[Tensor]:
     if see.losses is None:
-        raise ModelError(f"the score '{name}' needs `losses`, the loss on some batches; give them or use 'magnitude'")
+        raise ModelError(
+            f"the score '{name}' needs `losses`, the loss on some batches; give them or use 'magnitude'"
+        )
     count = 0
     for loss in see.losses():
         count += 1

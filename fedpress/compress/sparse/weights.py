@@ -78,7 +78,11 @@ def find_weights(
             some = ", ".join(list(found)[:3])
             raise RecipeError(f"keep: no weight matches '{pattern}'; names look like {some}")
     names = list(found)
-    reasons = {n: "asked for by `keep`" for n in names if any(fnmatch.fnmatchcase(n, each) for each in keep)}
+    reasons = {
+        n: "asked for by `keep`"
+        for n in names
+        if any(fnmatch.fnmatchcase(n, each) for each in keep)
+    }
     left = ignored(model, ignore)
     reasons |= {name: "asked for by `ignore`" for name in names if name in left}
     if names and keep_first:
@@ -108,11 +112,15 @@ def _all(model: nn.Module) -> tuple[dict[str, Weight], dict[str, str]]:
                 dense[name] = "its layer computes the weight from it (weight_norm or spectral_norm)"
             elif isinstance(module, LAYERS) and "weight" in key:
                 groups = getattr(module, "groups", 1)
-                found[name] = Weight(name, value, groups, bool(getattr(module, "transposed", False)))
+                found[name] = Weight(
+                    name, value, groups, bool(getattr(module, "transposed", False))
+                )
             elif ".parametrizations" in f".{path}":
                 dense[name] = "its layer computes the weight from it (a parametrization)"
             else:
-                dense[name] = f"{type(module).__name__} is no convolution, linear, attention or recurrent layer"
+                dense[name] = (
+                    f"{type(module).__name__} is no convolution, linear, attention or recurrent layer"
+                )
     for name in found:  # a tied embedding: the layer that multiplies by it decides
         dense.pop(name, None)
     return found, dense
@@ -121,9 +129,14 @@ def _all(model: nn.Module) -> tuple[dict[str, Weight], dict[str, str]]:
 def _computed(module: nn.Module) -> list[str]:
     """The weights that hooks of `torch.nn.utils.weight_norm` and `spectral_norm` compute before each forward."""
     return [
-        str(getattr(hook, "name", "")) for hook in module._forward_pre_hooks.values() if hasattr(hook, "compute_weight")
+        str(getattr(hook, "name", ""))
+        for hook in module._forward_pre_hooks.values()
+        if hasattr(hook, "compute_weight")
     ]
 
 
 def _some(reasons: Mapping[str, str]) -> str:
-    return "; ".join(f"'{name}': {why}" for name, why in list(reasons.items())[:3]) or "it has no such layer"
+    return (
+        "; ".join(f"'{name}': {why}" for name, why in list(reasons.items())[:3])
+        or "it has no such layer"
+    )

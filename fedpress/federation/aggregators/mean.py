@@ -15,7 +15,7 @@ from fedpress.core.names import ClientId
 from fedpress.errors import RecipeError, SecureError, WireError
 from fedpress.federation.exchange import Transport
 from fedpress.privacy.noise.mechanism import clip
-from fedpress.secagg import Combiner, Part, SecurePlan
+from fedpress.secagg import SecAggMessage, SecAggServer, SecurePlan
 from fedpress.wire.fields import check_header
 from fedpress.wire.message import JSON, Message
 
@@ -50,7 +50,14 @@ class Session(Protocol):
         """Returns what a request says besides, so that the clients of `cohort` can send what is summed here."""
         ...
 
-    def add(self, sent: Iterable[Sent], decode: Decode, promise: Bound, cohort: Sequence[ClientId], key: Key) -> Total:
+    def add(
+        self,
+        sent: Iterable[Sent],
+        decode: Decode,
+        promise: Bound,
+        cohort: Sequence[ClientId],
+        key: Key,
+    ) -> Total:
         """Sums the updates, each within `promise` whatever was sent; faulty ones are refused, not raised.
 
         Args:
@@ -96,7 +103,14 @@ class PlainSum:
         """Clients need not know of each other."""
         return {}
 
-    def add(self, sent: Iterable[Sent], decode: Decode, promise: Bound, cohort: Sequence[ClientId], key: Key) -> Total:
+    def add(
+        self,
+        sent: Iterable[Sent],
+        decode: Decode,
+        promise: Bound,
+        cohort: Sequence[ClientId],
+        key: Key,
+    ) -> Total:
         """Adds in the order of `sent`, in float64: the same order gives the same bits."""
         total = Total(torch.zeros(promise.size, dtype=torch.float64))
         for item in sent:
@@ -144,9 +158,15 @@ class SecureSum:
         Raises:
             SecureError: if too few clients took part.
         """
-        combiner, clients = Combiner(self.plan, dict(self.identities), run), transport.clients()
+        combiner, clients = SecAggServer(self.plan, dict(self.identities), run), transport.clients()
         absent = dict.fromkeys(clients, "no reply came")
-        _collect(transport, dict.fromkeys(clients, Message("join", {"run": run})), "join", combiner.join, absent)
+        _collect(
+            transport,
+            dict.fromkeys(clients, Message("join", {"run": run})),
+            "join",
+            combiner.join,
+            absent,
+        )
         try:
             roster = combiner.roster()
         except SecureError as problem:
@@ -162,7 +182,7 @@ class SecureSession:
     """Secure sums of one run; `absent` says why clients are not in it."""
 
     adder: SecureSum
-    combiner: Combiner
+    combiner: SecAggServer
     transport: Transport
     absent: Mapping[ClientId, str] = field(default_factory=dict)
 
@@ -170,19 +190,31 @@ class SecureSession:
         """Every client must know with whom it shares masks."""
         return {"cohort": list(cohort)}
 
-    def add(self, sent: Iterable[Sent], decode: Decode, promise: Bound, cohort: Sequence[ClientId], key: Key) -> Total:
+    def add(
+        self,
+        sent: Iterable[Sent],
+        decode: Decode,
+        promise: Bound,
+        cohort: Sequence[ClientId],
+        key: Key,
+    ) -> Total:
         """Adds the masked updates, asks the committee for what opens the sum, and decodes it: a second exchange."""
         refused: dict[ClientId, str] = {}
         try:
             opened = self.combiner.open(key.round, cohort, self.adder.size)
-        except RecipeError as problem:  # a client of the cohort was not there when keys were handed round
+        except (
+            RecipeError
+        ) as problem:  # a client of the cohort was not there when keys were handed round
             raise SecureError(f"{problem}{_named(self.absent, cohort)}") from problem
         for item in sent:
             try:
-                opened.add(item.key.client, Part(dict(item.secure), dict(item.tensors)))
+                opened.add(item.key.client, SecAggMessage(dict(item.secure), dict(item.tensors)))
             except WireError as problem:
                 refused[item.key.client] = str(problem)
-        requests = {name: Message("unmask", part.header, part.tensors) for name, part in opened.requests().items()}
+        requests = {
+            name: Message("unmask", part.header, part.tensors)
+            for name, part in opened.requests().items()
+        }
         silent = dict.fromkeys(requests, "no reply came")
         _collect(self.transport, requests, "shares", opened.share, silent)
         try:
@@ -203,7 +235,11 @@ def check_additive(chain: Mapping[str, Transform]) -> None:
     """Raises RecipeError unless sums of what `chain` makes, transforms by kind, can be decoded."""
     for kind, transform in chain.items():
         if not transform.additive:
-            cure = "'randomk' (one mask for all clients)" if kind == "topk" else "'discretize' (one grid for all)"
+            cure = (
+                "'randomk' (one mask for all clients)"
+                if kind == "topk"
+                else "'discretize' (one grid for all)"
+            )
             raise RecipeError(f"uplink: a secure sum cannot decode a sum of '{kind}'; use {cure}")
 
 
@@ -211,7 +247,7 @@ def _collect(
     transport: Transport,
     requests: Mapping[ClientId, Message],
     kind: str,
-    take: Callable[[ClientId, Part], None],
+    take: Callable[[ClientId, SecAggMessage], None],
     missing: dict[ClientId, str],
 ) -> None:
     """Gives each reply of `kind` to `take`; a faulty one is as if none had come, for the protocol goes on without it.
@@ -225,7 +261,7 @@ def _collect(
                 raise WireError(str(reply.header.get("reason", "the client failed")))
             if reply.kind != kind:
                 raise WireError(f"{kind}.kind: got {reply.kind!r}")
-            take(client, Part(dict(reply.header), dict(reply.tensors)))
+            take(client, SecAggMessage(dict(reply.header), dict(reply.tensors)))
         except WireError as problem:
             missing[client] = str(problem)
         else:

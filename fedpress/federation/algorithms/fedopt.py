@@ -21,7 +21,9 @@ class ServerOptimizer(Protocol):
         """Returns the state before the first round, for `params` [d]."""
         ...
 
-    def step(self, state: ServerState, params: Tensor, mean_update: Tensor) -> tuple[ServerState, Tensor]:
+    def step(
+        self, state: ServerState, params: Tensor, mean_update: Tensor
+    ) -> tuple[ServerState, Tensor]:
         """Returns the next state and the next params [d]; changes nothing that it was given."""
         ...
 
@@ -42,7 +44,9 @@ class Average(BaseModel):
         """Needs no state."""
         return {}
 
-    def step(self, state: ServerState, params: Tensor, mean_update: Tensor) -> tuple[ServerState, Tensor]:
+    def step(
+        self, state: ServerState, params: Tensor, mean_update: Tensor
+    ) -> tuple[ServerState, Tensor]:
         """Returns params + lr x mean_update."""
         return state, params + self.lr * mean_update
 
@@ -60,7 +64,9 @@ class Momentum(BaseModel):
         """Starts at rest."""
         return {"velocity": torch.zeros_like(params)}
 
-    def step(self, state: ServerState, params: Tensor, mean_update: Tensor) -> tuple[ServerState, Tensor]:
+    def step(
+        self, state: ServerState, params: Tensor, mean_update: Tensor
+    ) -> tuple[ServerState, Tensor]:
         """Returns the new velocity and params."""
         velocity = self.beta * state["velocity"] + mean_update
         return {"velocity": velocity}, params + self.lr * velocity
@@ -81,11 +87,15 @@ class Adam(BaseModel):
         """Starts with zero mean and a second moment of tau squared, the least that the paper allows."""
         return {"mean": torch.zeros_like(params), "square": torch.full_like(params, self.tau**2)}
 
-    def step(self, state: ServerState, params: Tensor, mean_update: Tensor) -> tuple[ServerState, Tensor]:
+    def step(
+        self, state: ServerState, params: Tensor, mean_update: Tensor
+    ) -> tuple[ServerState, Tensor]:
         """Returns the new moments and params."""
         mean = self.beta1 * state["mean"] + (1 - self.beta1) * mean_update
         square = self.beta2 * state["square"] + (1 - self.beta2) * mean_update**2
-        return {"mean": mean, "square": square}, params + self.lr * mean / (square.sqrt() + self.tau)
+        return {"mean": mean, "square": square}, params + self.lr * mean / (
+            square.sqrt() + self.tau
+        )
 
 
 Server = Annotated[Average | Momentum | Adam, Field(discriminator="kind")]

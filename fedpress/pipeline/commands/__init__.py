@@ -5,8 +5,29 @@
 >>> tiny = commands.quantize(small.folder, bits=4)                                # doctest: +SKIP
 """
 
-from fedpress.pipeline.commands.calls import distill, export, l0, pack, prune, quantize, sparsify, train
+from fedpress.pipeline.commands.calls import (
+    distill,
+    export,
+    l0,
+    pack,
+    prune,
+    quantize,
+    sparsify,
+    train,
+)
 from fedpress.pipeline.commands.measuring import measure
 from fedpress.pipeline.commands.order import Order, Result
 
-__all__ = ["Order", "Result", "distill", "export", "l0", "measure", "pack", "prune", "quantize", "sparsify", "train"]
+__all__ = [
+    "Order",
+    "Result",
+    "distill",
+    "export",
+    "l0",
+    "measure",
+    "pack",
+    "prune",
+    "quantize",
+    "sparsify",
+    "train",
+]

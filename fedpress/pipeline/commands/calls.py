@@ -73,7 +73,9 @@ def call(
         FedpressError: if something does not fit, saying what; before any work where it can be known.
     """
     if not isinstance(model, nn.Module | str | Path):
-        raise ModelError(f"model: got {type(model).__name__}, expected a torch.nn.Module, a path or module:function")
+        raise ModelError(
+            f"model: got {type(model).__name__}, expected a torch.nn.Module, a path or module:function"
+        )
     if (shapes := several.several_shapes(input_shape)) is not None:
         several.check(kind, model, data, out)
         return _of_several(kind, model, shapes, settings)  # type: ignore[arg-type]
@@ -81,21 +83,35 @@ def call(
     with ExitStack() as stack:
         stack.enter_context(naming_arguments())
         stack.enter_context(consent.allowing(allow_code))
-        stack.enter_context(torch.random.fork_rng(devices=[]))  # the caller's random numbers stay theirs
+        stack.enter_context(
+            torch.random.fork_rng(devices=[])
+        )  # the caller's random numbers stay theirs
         given = Given.of(mean, std)
         if isinstance(model, nn.Module):
             if checkpoint is not None:
-                raise ModelError("checkpoint=: this module has weights of its own; load them into it, and leave it out")
+                raise ModelError(
+                    "checkpoint=: this module has weights of its own; load them into it, and leave it out"
+                )
             named = memory.find_name(model)
             _refuse_what_cannot_be_saved(kind, model, named, out)
             subject = Subject(stack.enter_context(holding(model, named)), module=model)
-            if named is not None and ":" in named.architecture:  # its class is here already: nothing new is called
+            if (
+                named is not None and ":" in named.architecture
+            ):  # its class is here already: nothing new is called
                 stack.enter_context(consent.allowing(named.architecture))
         else:
-            subject = Subject.find(model, weights=Path(checkpoint) if checkpoint is not None else None)
+            subject = Subject.find(
+                model, weights=Path(checkpoint) if checkpoint is not None else None
+            )
         if isinstance(settings.get("teacher"), nn.Module):
-            settings["teacher"] = memory.TEACHER + stack.enter_context(memory.holding(settings["teacher"]))
-        held = None if data is None or isinstance(data, str) else _held(data, subject, given, as_words(settings))
+            settings["teacher"] = memory.TEACHER + stack.enter_context(
+                memory.holding(settings["teacher"])
+            )
+        held = (
+            None
+            if data is None or isinstance(data, str)
+            else _held(data, subject, given, as_words(settings))
+        )
         order = Order.bind(
             kind,
             subject,
@@ -116,10 +132,16 @@ def call(
             if not memory.check_name(model, name, loaded.preprocess(arrays.x[:2])):
                 named = None
                 _refuse_what_cannot_be_saved(kind, model, named, out)
-        place = Path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        place = (
+            Path(out)
+            if out is not None
+            else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        )
         folder = RunFolder.create(place, order.text, runs.settings(order.recipe))
         stack.enter_context(folder.locked())
-        runs.note_environment(folder, shlex.join([f"fedpress.pipeline.commands.{kind}", str(model)[:200]]))
+        runs.note_environment(
+            folder, shlex.join([f"fedpress.pipeline.commands.{kind}", str(model)[:200]])
+        )
         for _ in order.execute(folder, loaded):
             pass
         result = Result.read(folder, kind)
@@ -129,15 +151,21 @@ def call(
             return replace(result, spec=spec)
         files: dict[str, bytes] = {}
         if result.artifact is not None:
-            files = {file.name: file.read_bytes() for file in sorted(result.artifact.parent.iterdir())}
+            files = {
+                file.name: file.read_bytes() for file in sorted(result.artifact.parent.iterdir())
+            }
         return replace(result, spec=spec, folder=None, artifact=None, files=files)
 
 
-def _of_several(kind: str, model: nn.Module, shapes: several.Shapes, settings: dict[str, Any]) -> Result:
+def _of_several(
+    kind: str, model: nn.Module, shapes: several.Shapes, settings: dict[str, Any]
+) -> Result:
     """Runs a stage on a model of several inputs; see `fedpress.pipeline.commands.several`."""
     if kind == "export":
         if odd := sorted(settings.keys() - {"format"}):
-            raise ModelError(f"{odd[0]}=: export of a model of several inputs takes format= alone; leave it out")
+            raise ModelError(
+                f"{odd[0]}=: export of a model of several inputs takes format= alone; leave it out"
+            )
         files, facts = several.export(model, shapes, **settings)
         return Result(None, model, {}, facts, None, None, files)
     joined = several.Joined(model, shapes)
@@ -153,8 +181,16 @@ def _held(data: Any, subject: Subject, given: Given | None, keys: Sequence[str])
         DataError: if it is nothing that `call` takes.
     """
     if isinstance(data, FederatedData):
-        return data if given is None or given.mean is None else replace(data, preprocess=given.preprocess())
-    own = Preprocess(subject.spec.mean, subject.spec.std) if subject.spec is not None else Preprocess()
+        return (
+            data
+            if given is None or given.mean is None
+            else replace(data, preprocess=given.preprocess())
+        )
+    own = (
+        Preprocess(subject.spec.mean, subject.spec.std)
+        if subject.spec is not None
+        else Preprocess()
+    )
     found = in_memory(
         data,
         given.preprocess() if given is not None and given.mean is not None else own,
@@ -166,7 +202,9 @@ def _held(data: Any, subject: Subject, given: Given | None, keys: Sequence[str])
     return found
 
 
-def _refuse_what_cannot_be_saved(kind: str, model: nn.Module, named: memory.Named | None, out: object) -> None:
+def _refuse_what_cannot_be_saved(
+    kind: str, model: nn.Module, named: memory.Named | None, out: object
+) -> None:
     """Says before any work that the folder, or the packed file, of a module could not be opened again.
 
     Raises:
@@ -179,7 +217,8 @@ def _refuse_what_cannot_be_saved(kind: str, model: nn.Module, named: memory.Name
         f"{what} could not be opened again, since nothing is known that builds this {type(model).__name__}: it is not "
         "made of torch.nn layers in sequences alone, and its class does not build it from arguments that it keeps; "
         'give model="package.module:function", a function that returns it, and checkpoint="weights.pt" with its '
-        "state_dict()" + ("" if kind == "pack" else ", or leave out= away and keep the result in memory")
+        "state_dict()"
+        + ("" if kind == "pack" else ", or leave out= away and keep the result in memory")
     )
     if kind == "export":  # the file of the device is what counts here
         warnings.warn(said, stacklevel=4)

@@ -55,7 +55,9 @@ def in_memory(
     if y is None:
         return unlabelled(x, preprocess)
     if len(x) != len(y):
-        raise DataError(f"data=: {len(x)} inputs but {len(y)} labels; give one label for each input")
+        raise DataError(
+            f"data=: {len(x)} inputs but {len(y)} labels; give one label for each input"
+        )
     if y.dim() != 1 or y.is_floating_point() or y.is_complex():
         # Targets of a regression or a segmentation: there is no accuracy in them.
         return unlabelled(x, preprocess)
@@ -67,12 +69,18 @@ def in_memory(
             f"from 0 to {outputs - 1}, or a model of more classes"
         )
     count = max(int(y.max()) + 1, outputs, 2)
-    names = class_names if len(class_names) == count else tuple(str(number) for number in range(count))
+    names = (
+        class_names if len(class_names) == count else tuple(str(number) for number in range(count))
+    )
     every = Arrays(x, y.to(torch.int64))
     order = torch.randperm(len(every), generator=generator(seed, "data in memory"))
     tests = int(TEST_SHARE * len(every))
     validation = int(VALIDATION_SHARE * (len(every) - tests))
-    test, checked, public = order[:tests], order[tests : tests + validation], order[tests + validation :]
+    test, checked, public = (
+        order[:tests],
+        order[tests : tests + validation],
+        order[tests + validation :],
+    )
     return FederatedData(
         name="data in memory",
         clients={"nobody": every.take(public[:1])},
@@ -94,7 +102,9 @@ def _as_taken(x: Tensor, model: nn.Module, preprocess: Preprocess) -> tuple[Tens
         for rows in (x, x.to(torch.float32)) if x.dtype == torch.int64 else (x,):
             try:
                 out = model(preprocess(rows[:2]))
-            except Exception:  # whatever somebody's own network raises; what it does not take is told later
+            except (
+                Exception
+            ):  # whatever somebody's own network raises; what it does not take is told later
                 continue
             is_classifier = isinstance(out, Tensor) and out.dim() == 2 and out.shape[1] > 1
             return rows, int(out.shape[1]) if is_classifier else 0
@@ -110,7 +120,15 @@ def unlabelled(x: Tensor, preprocess: Preprocess) -> FederatedData:
     none = Arrays(x[:0], public.y[:0])
     one = public.take(torch.zeros(1, dtype=torch.int64))
     return FederatedData(
-        "inputs in memory", {"nobody": one}, public, none, none, 1, ("unknown",), preprocess, labelled=False
+        "inputs in memory",
+        {"nobody": one},
+        public,
+        none,
+        none,
+        1,
+        ("unknown",),
+        preprocess,
+        labelled=False,
     )
 
 
@@ -140,12 +158,20 @@ def _joined(items: Iterable[Any], join: Any) -> tuple[Tensor, Tensor | None]:
     labels: list[Tensor] = []
     for item in items:
         if isinstance(item, Mapping):
-            raise DataError("data=: its items are dictionaries; give pairs (inputs, labels), or inputs alone")
+            raise DataError(
+                "data=: its items are dictionaries; give pairs (inputs, labels), or inputs alone"
+            )
         parts = item if isinstance(item, tuple | list) else (item,)
         if len(parts) not in (1, 2):
-            raise DataError(f"data=: an item has {len(parts)} parts; give pairs (inputs, labels), or inputs alone")
+            raise DataError(
+                f"data=: an item has {len(parts)} parts; give pairs (inputs, labels), or inputs alone"
+            )
         try:
-            inputs.append(torch.as_tensor(np.asarray(parts[0]) if not isinstance(parts[0], Tensor) else parts[0]))
+            inputs.append(
+                torch.as_tensor(
+                    np.asarray(parts[0]) if not isinstance(parts[0], Tensor) else parts[0]
+                )
+            )
             labels += [torch.as_tensor(part) for part in parts[1:]]
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(
@@ -165,7 +191,9 @@ def _inputs(x: Tensor | np.ndarray) -> Tensor:
     x = torch.as_tensor(x).detach().cpu()
     x = x if x.layout == torch.strided else x.to_dense()
     if x.dim() < 2:
-        raise DataError(f"data=: inputs of shape {list(x.shape)}; the first dimension counts examples: [n, ...]")
+        raise DataError(
+            f"data=: inputs of shape {list(x.shape)}; the first dimension counts examples: [n, ...]"
+        )
     if x.is_complex():
         raise DataError("data=: inputs are complex numbers; give real ones")
     if x.is_floating_point():

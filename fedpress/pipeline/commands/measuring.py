@@ -66,13 +66,19 @@ def measure(
         models = [models]  # type: ignore[list-item]
     for one in models or ():
         if not isinstance(one, str | Path | nn.Module):
-            raise ModelError(f"model: got {type(one).__name__}, expected a torch.nn.Module, a path or module:function")
+            raise ModelError(
+                f"model: got {type(one).__name__}, expected a torch.nn.Module, a path or module:function"
+            )
     if checkpoint is not None and any(isinstance(one, nn.Module) for one in models or ()):
-        raise ModelError("checkpoint=: a module has weights of its own; load them into it, and leave it out")
+        raise ModelError(
+            "checkpoint=: a module has weights of its own; load them into it, and leave it out"
+        )
     several = several_shapes(input_shape)
     shape_given = one_shape(input_shape) if several is None else None
     if not models:
-        raise ModelError("measure: no model was given; give folders, packed or exported files, or module:function")
+        raise ModelError(
+            "measure: no model was given; give folders, packed or exported files, or module:function"
+        )
     if not seconds > 0 or not batches or not threads or min(*batches, *threads) < 1:
         raise ExportError("measure: seconds, batches and threads must be above 0")
     if wrong := [name for name in formats or () if name not in FORMATS]:
@@ -85,7 +91,9 @@ def measure(
     with ExitStack() as stack:
         stack.enter_context(naming_arguments())
         stack.enter_context(consent.allowing(allow_code))
-        stack.enter_context(torch.random.fork_rng(devices=[]))  # the caller's random numbers stay theirs
+        stack.enter_context(
+            torch.random.fork_rng(devices=[])
+        )  # the caller's random numbers stay theirs
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for number, given in enumerate(models):
             title = type(given).__name__ if isinstance(given, nn.Module) else str(given)
@@ -96,15 +104,22 @@ def measure(
                 and Path(given).is_file()
             ):
                 near = _model_beside(Path(given))
-                takes[name] = _several_inputs(several) or _given(near[0] if near else None, name, shape_given)
-                subjects[name], counts[name] = Path(given), _counts(near[1], takes[name]) if near else (None, 0, 0)
+                takes[name] = _several_inputs(several) or _given(
+                    near[0] if near else None, name, shape_given
+                )
+                subjects[name], counts[name] = (
+                    Path(given),
+                    _counts(near[1], takes[name]) if near else (None, 0, 0),
+                )
                 continue
             made = memory.spec_of(given) if isinstance(given, nn.Module) else None
             if isinstance(given, nn.Module) and made is not None:
                 spec, model = made, copied(given)
             elif isinstance(given, nn.Module):
                 table = stack.enter_context(holding(given))
-                spec = ModelSpec(**table, input_shape=several[0] if several else _known(name, shape_given))
+                spec = ModelSpec(
+                    **table, input_shape=several[0] if several else _known(name, shape_given)
+                )
                 spec, model = spec.take_in()
             elif several:
                 raise ModelError(
@@ -113,7 +128,11 @@ def measure(
             else:
                 spec, model = _load(given, shape_given, checkpoint)
             model.eval()
-            if several is None and not spec.class_names and outputs_of(model, spec.input_shape).tokens:
+            if (
+                several is None
+                and not spec.class_names
+                and outputs_of(model, spec.input_shape).tokens
+            ):
                 spec = spec.model_copy(update={"input_dtype": "int64"})
             takes[name] = _several_inputs(several) or _given(spec, name, None)
             subjects[name], counts[name] = model, _counts(model, takes[name])
@@ -125,7 +144,11 @@ def measure(
             place = folder / str(number)
             place.mkdir()
             what, about = takes[name], Preprocess(spec.mean, spec.std)
-            job = Job(what, about) if is_shape(what) else Job(preprocess=about, example=example_of(what))
+            job = (
+                Job(what, about)
+                if is_shape(what)
+                else Job(preprocess=about, example=example_of(what))
+            )
             noise = [_noise(what)] if int8 else []
             files, left = deploy.export_all(model, job, place, formats=formats, calibration=noise)
             left_out |= {f"{name} as {label}": why for label, why in left.items()}
@@ -134,14 +157,22 @@ def measure(
                 subjects[other], counts[other], takes[other] = path, counts[name], takes[name]
         told = {name: _told(what) for name, what in takes.items()}
         if len(set(told.values())) > 1:
-            (a, first), (b, second) = next((p, q) for p in told.items() for q in told.items() if p[1] != q[1])
-            raise ModelError(f"measure: '{a}' takes {first} and '{b}' takes {second}; measure them apart")
+            (a, first), (b, second) = next(
+                (p, q) for p in told.items() for q in told.items() if p[1] != q[1]
+            )
+            raise ModelError(
+                f"measure: '{a}' takes {first} and '{b}' takes {second}; measure them apart"
+            )
         records = deploy.measure(
             subjects,
             next(iter(takes.values())),
             macs={name: macs for name, (_, macs, _) in counts.items()},
             activations={name: numbers for name, (_, _, numbers) in counts.items()},
-            int8={name for name, subject in subjects.items() if isinstance(subject, Path) and _on_integers(subject)},
+            int8={
+                name
+                for name, subject in subjects.items()
+                if isinstance(subject, Path) and _on_integers(subject)
+            },
             sizes=sizes,
             batches=batches,
             threads=threads,
@@ -151,11 +182,15 @@ def measure(
     return {"records": lines, "left_out": left_out}
 
 
-def _load(given: str | Path, shape: tuple[int, ...] | None, weights: Path | None) -> tuple[ModelSpec, nn.Module]:
+def _load(
+    given: str | Path, shape: tuple[int, ...] | None, weights: Path | None
+) -> tuple[ModelSpec, nn.Module]:
     subject = Subject.find(given, weights=weights)
     if subject.spec is not None:
         return storage.load(Path(given))
-    spec = ModelSpec(architecture=subject.model["architecture"], input_shape=_known(str(given), shape))
+    spec = ModelSpec(
+        architecture=subject.model["architecture"], input_shape=_known(str(given), shape)
+    )
     spec, model = spec.take_in()
     if weights is not None:
         load_weights_(model, weights)
@@ -193,13 +228,20 @@ def _told(given: Given) -> str:
     if is_shape(given):
         return str(list(given))
     parts = [given] if isinstance(given, Tensor) else list(example_of(given))
-    return " and ".join(f"{list(part.shape[1:])}{' token ids' if part.dtype == torch.int64 else ''}" for part in parts)
+    return " and ".join(
+        f"{list(part.shape[1:])}{' token ids' if part.dtype == torch.int64 else ''}"
+        for part in parts
+    )
 
 
 def _model_beside(file: Path) -> tuple[ModelSpec, nn.Module] | None:
     """Returns the model of the run in whose artifacts/ an exported file lies."""
     run = file.resolve().parent.parent
-    return storage.load(run) if file.resolve().parent.name == "artifacts" and (run / "stages").is_dir() else None
+    return (
+        storage.load(run)
+        if file.resolve().parent.name == "artifacts" and (run / "stages").is_dir()
+        else None
+    )
 
 
 def _on_integers(file: Path) -> bool:

@@ -109,24 +109,43 @@ class Order:
         elif held is not None:
             kinds = ":int64" if held.public.x.dtype == torch.int64 else ""
             count = held.num_classes if held.labelled else 0
-            data = {"source": NOTHING, "path": f"{'x'.join(map(str, held.example_shape))}:{count}{kinds}"}
+            data = {
+                "source": NOTHING,
+                "path": f"{'x'.join(map(str, held.example_shape))}:{count}{kinds}",
+            }
             if held.preprocess.mean:
                 data |= {"mean": list(held.preprocess.mean), "std": list(held.preprocess.std)}
         else:
             data = {"source": NOTHING, "path": _shape(subject, keys, input_shape)}
-            stage |= {key: value for key, value in NO_STATISTICS.get(kind, {}).items() if not _given(keys, key)}
+            stage |= {
+                key: value
+                for key, value in NO_STATISTICS.get(kind, {}).items()
+                if not _given(keys, key)
+            }
         if path is not None and data["source"] != NOTHING:
             data["path"] = str(path.resolve())
         elif path is not None:
-            raise DataError('path=: there is no data= to be found there; name its source, such as data="cifar10"')
+            raise DataError(
+                'path=: there is no data= to be found there; name its source, such as data="cifar10"'
+            )
         tree = {"name": kind, "seed": seed, "data": data, "model": subject.model, "stage": [stage]}
-        overrides = [key if key.split("=")[0].split(".")[0] in TOP else f"stage.0.{key}" for key in keys]
+        overrides = [
+            key if key.split("=")[0].split(".")[0] in TOP else f"stage.0.{key}" for key in keys
+        ]
         with _spoken(kind, data["source"]):
             recipe = recipes.load(recipes.toml(tree), overrides)
             if kind == "prune" and not any(_given(keys, aim) for aim in AIMS):
                 aims = ", ".join(AIMS)
-                raise RecipeError(f"prune: say how much should stay: give one of {aims}, such as keep_params=0.5")
-            return cls(kind, recipes.toml(recipes.tree(recipes.toml(tree), overrides)), recipe, subject.spec, asks)
+                raise RecipeError(
+                    f"prune: say how much should stay: give one of {aims}, such as keep_params=0.5"
+                )
+            return cls(
+                kind,
+                recipes.toml(recipes.tree(recipes.toml(tree), overrides)),
+                recipe,
+                subject.spec,
+                asks,
+            )
 
     @staticmethod
     def lies_in(kind: str, folder: Path) -> bool:
@@ -135,7 +154,9 @@ class Order:
             stages = tomllib.loads((folder / "recipe.toml").read_text("utf-8")).get("stage", [])
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
             return False
-        return (folder / "before.json").exists() and [stage.get("kind") for stage in stages] == [kind]
+        return (folder / "before.json").exists() and [stage.get("kind") for stage in stages] == [
+            kind
+        ]
 
     @classmethod
     def of_folder(cls, folder: Path) -> Order:
@@ -143,7 +164,12 @@ class Order:
         text = (folder / "recipe.toml").read_text("utf-8")
         recipe = recipes.load(text)
         saved = recipe.model.checkpoint
-        return cls(recipe.stage[0].kind, text, recipe, storage.load(saved)[0] if saved is not None else None)
+        return cls(
+            recipe.stage[0].kind,
+            text,
+            recipe,
+            storage.load(saved)[0] if saved is not None else None,
+        )
 
     def load_data(self, progress: Progress | None = None) -> FederatedData:
         """Loads the data, and looks whether it is of the model's classes.
@@ -178,19 +204,29 @@ class Order:
                 f"data=: {self.kind} with {why} looks at labels, and these inputs have no class numbers; give "
                 "data=(inputs, labels), or leave that out"
             )
-        with _spoken(self.kind, self.recipe.data.source, in_memory=self.recipe.model.architecture == HELD):
+        with _spoken(
+            self.kind, self.recipe.data.source, in_memory=self.recipe.model.architecture == HELD
+        ):
             runs.check(self.recipe, data)
 
     def execute(self, folder: RunFolder, data: FederatedData) -> Iterator[Event]:
         """Measures the model as it is, then does the work; yields what happens."""
-        with _spoken(self.kind, self.recipe.data.source, in_memory=self.recipe.model.architecture == HELD):
+        with _spoken(
+            self.kind, self.recipe.data.source, in_memory=self.recipe.model.architecture == HELD
+        ):
             path = folder.path / "before.json"
             if not path.exists():
                 yield StageStarted(0, "model", "before")
                 yield Tick(0, 1, "measuring the model as it is")
-                before = {"kind": "model", "name": "before", **runs.measure(runs.start(self.recipe, data))}
+                before = {
+                    "kind": "model",
+                    "name": "before",
+                    **runs.measure(runs.start(self.recipe, data)),
+                }
                 checkpoint = self.recipe.model.checkpoint
-                if checkpoint is not None and Path(checkpoint).is_file():  # a packed file has the size of that file
+                if (
+                    checkpoint is not None and Path(checkpoint).is_file()
+                ):  # a packed file has the size of that file
                     before["file_bytes"] = Path(checkpoint).stat().st_size
                 list_json(path, before, folder.path)
                 yield StageFinished(0, before)
@@ -225,7 +261,9 @@ class Result:
         """Reads what a finished command left in `run`."""
         facts = read_json(run.path / "result.json", cure=CURES["result.json"]).get("final")
         if not isinstance(facts, dict) or "name" not in facts:
-            raise RunError(f"{run.path / 'result.json'}: corrupt (it has no final.name); {CURES['result.json']}")
+            raise RunError(
+                f"{run.path / 'result.json'}: corrupt (it has no final.name); {CURES['result.json']}"
+            )
         stage = run.stage(0, kind, facts["name"])
         spec, model = stage.load()
         memory.remember_spec(model, spec)  # a later measurement says the same size
@@ -245,7 +283,11 @@ def _wants_labels(stage: AnyStage) -> str:
     if getattr(stage, "scope", None) == "sensitivity":
         return 'scope = "sensitivity"'
     score = getattr(stage, "score", None)
-    needing = {name for name, row in SCORES.items() if row.needs == "losses"} if stage.kind == "prune" else FROM_DATA
+    needing = (
+        {name for name, row in SCORES.items() if row.needs == "losses"}
+        if stage.kind == "prune"
+        else FROM_DATA
+    )
     return f'score = "{score}"' if score in needing else ""
 
 
@@ -267,22 +309,31 @@ class Given:
             return None
         if mean in ("none", "data"):
             if std is not None:
-                raise DataError(f'std=: with mean="{mean}" there is nothing to divide by; leave std out')
+                raise DataError(
+                    f'std=: with mean="{mean}" there is nothing to divide by; leave std out'
+                )
             return cls((0.0,), (1.0,)) if mean == "none" else cls(None, None)
         pair: list[tuple[float, ...]] = []
         for name, values in (("mean", mean), ("std", std)):
             try:
-                row = tuple(float(v) for v in ((values,) if isinstance(values, int | float) else values))  # type: ignore
+                given: Any = (values,) if isinstance(values, int | float) else values
+                row = tuple(float(value) for value in given)
             except (TypeError, ValueError):
                 row = ()
-            if not row or not all(abs(v) < float("inf") for v in row) or (name == "std" and min(row) <= 0):
+            if (
+                not row
+                or not all(abs(v) < float("inf") for v in row)
+                or (name == "std" and min(row) <= 0)
+            ):
                 raise DataError(
                     f"{name}=: got {values!r}, expected one number for each channel, such as {name}=(0.5, 0.5, 0.5)"
                     + (" and above 0" if name == "std" else ', or mean="none"')
                 )
             pair.append(row)
         if len(pair[0]) != len(pair[1]):
-            raise DataError(f"std=: {len(pair[1])} values for {len(pair[0])} of mean; give as many of each")
+            raise DataError(
+                f"std=: {len(pair[1])} values for {len(pair[0])} of mean; give as many of each"
+            )
         return cls(*pair)
 
     def table(self) -> dict[str, Any]:
@@ -308,14 +359,28 @@ class _spoken:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if not isinstance(error, FedpressError):
             return
-        said = str(error).replace(f"recipe.stage[0] ({self.kind})", self.kind).replace("recipe.stage[0]", self.kind)
-        said = said.replace("stage.0.", f"{self.kind}.").replace("recipe.data", "data").replace("recipe.model", "model")
-        said = said.replace("needs a path; set path, or --data on the command line", "needs a path; give path=PATH")
+        said = (
+            str(error)
+            .replace(f"recipe.stage[0] ({self.kind})", self.kind)
+            .replace("recipe.stage[0]", self.kind)
+        )
+        said = (
+            said.replace("stage.0.", f"{self.kind}.")
+            .replace("recipe.data", "data")
+            .replace("recipe.model", "model")
+        )
+        said = said.replace(
+            "needs a path; set path, or --data on the command line", "needs a path; give path=PATH"
+        )
         if self.in_memory:  # it has no arguments that could be changed
-            said = said.replace("; fit model.arguments to the data", "; give examples as the model takes them")
+            said = said.replace(
+                "; fit model.arguments to the data", "; give examples as the model takes them"
+            )
             said = re.sub(r", for instance with model\.arguments\.num_classes = \d+", "", said)
         if self.source == NOTHING and isinstance(error, DataError):
-            said = said.replace("set data.public_share", "give data=SOURCE, all of which counts as public")
+            said = said.replace(
+                "set data.public_share", "give data=SOURCE, all of which counts as public"
+            )
         if said != str(error):
             raise type(error)(said) from error
 
@@ -348,4 +413,7 @@ def as_words(settings: Mapping[str, Any]) -> list[str]:
     >>> as_words({"keep_params": 0.3, "finetune": {"epochs": 2}, "score": "l2"})
     ['keep_params=0.3', 'finetune={epochs = 2}', 'score="l2"']
     """
-    return [f"{key}={'none' if value is None else recipes.toml_value(value)}" for key, value in settings.items()]
+    return [
+        f"{key}={'none' if value is None else recipes.toml_value(value)}"
+        for key, value in settings.items()
+    ]

@@ -27,7 +27,9 @@ def several_shapes(input_shape: Any) -> Shapes | None:
     >>> several_shapes((3, 8, 8)) is None
     True
     """
-    if not isinstance(input_shape, tuple | list) or not any(isinstance(part, tuple | list) for part in input_shape):
+    if not isinstance(input_shape, tuple | list) or not any(
+        isinstance(part, tuple | list) for part in input_shape
+    ):
         return None
     shapes = tuple(tuple(part) if isinstance(part, tuple | list) else () for part in input_shape)
     if not all(shape and all(isinstance(n, int) and n > 0 for n in shape) for shape in shapes):
@@ -50,7 +52,9 @@ def one_shape(input_shape: Any) -> tuple[int, ...] | None:
     if input_shape is None:
         return None
     sizes = tuple(input_shape) if isinstance(input_shape, tuple | list) else ()
-    if not sizes or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
+    if not sizes or not all(
+        isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes
+    ):
         raise ModelError(
             f"input_shape=: got {input_shape!r}, expected the shape of one example, such as input_shape=(3, 32, 32)"
         )
@@ -69,7 +73,9 @@ class Joined(nn.Module):
         """Parts the rows and runs the model."""
         sizes = [prod(shape) for shape in self.shapes]
         parts = x.split(sizes, 1)
-        inputs = [part.reshape(x.shape[0], *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        inputs = [
+            part.reshape(x.shape[0], *shape) for part, shape in zip(parts, self.shapes, strict=True)
+        ]
         return self.model(*inputs)
 
 
@@ -80,16 +86,26 @@ def check(kind: str, model: object, data: object, out: object) -> None:
         ModelError: naming the argument.
     """
     if kind not in KINDS:
-        raise ModelError(f"{kind}: it takes models of one input; of several inputs take {', '.join(KINDS)}")
+        raise ModelError(
+            f"{kind}: it takes models of one input; of several inputs take {', '.join(KINDS)}"
+        )
     if not isinstance(model, nn.Module):
-        raise ModelError("input_shape=: several inputs are for a module in memory; build the model and give that")
+        raise ModelError(
+            "input_shape=: several inputs are for a module in memory; build the model and give that"
+        )
     if data is not None:
-        raise ModelError("data=: models of several inputs are cut and rounded without data here; leave data= out")
+        raise ModelError(
+            "data=: models of several inputs are cut and rounded without data here; leave data= out"
+        )
     if out is not None:
-        raise ModelError("out=: a model of several inputs stays in memory; leave out= away and take result.model")
+        raise ModelError(
+            "out=: a model of several inputs stays in memory; leave out= away and take result.model"
+        )
 
 
-def export(model: nn.Module, shapes: Shapes, *, format: str = "onnx") -> tuple[dict[str, bytes], dict[str, Any]]:
+def export(
+    model: nn.Module, shapes: Shapes, *, format: str = "onnx"
+) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Writes the device file of a model of several inputs, and runs it back.
 
     Returns:
@@ -105,5 +121,9 @@ def export(model: nn.Module, shapes: Shapes, *, format: str = "onnx") -> tuple[d
         artifact = deploy.export(model, path, format, Job(input_shape=shapes[0], example=example))
         same = deploy.parity(model, path, example)
         files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
-    about = {"format": format, "file_bytes": artifact.file_bytes, "parity": {"max_abs_error": same.max_abs_error}}
+    about = {
+        "format": format,
+        "file_bytes": artifact.file_bytes,
+        "parity": {"max_abs_error": same.max_abs_error},
+    }
     return files, about

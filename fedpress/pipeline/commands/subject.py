@@ -22,7 +22,7 @@ from fedpress.models.memory import Named
 from fedpress.pipeline.recipe import settings as recipes
 from fedpress.workspace.folder import read_json
 
-NOTHING = "fedpress.pipeline.commands.subject:no_data"
+NOTHING = "fedpress.commands.subject:no_data"  # as files have it, see `own_modules.MOVED`
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,11 @@ class Subject:
     @property
     def name(self) -> str:
         """What to call it in an error."""
-        return type(self.module).__name__ if self.module is not None else str(self.model.get("architecture", "it"))
+        return (
+            type(self.module).__name__
+            if self.module is not None
+            else str(self.model.get("architecture", "it"))
+        )
 
     @property
     def foreign(self) -> bool:
@@ -61,8 +65,12 @@ class Subject:
         path = Path(model)
         if path.exists():
             if weights is not None:
-                raise ModelError(f"checkpoint=: '{path}' has weights of its own; leave one of the two out")
-            return cls({"checkpoint": str(path.resolve())}, storage.load(path)[0], _run_of(path.resolve()))
+                raise ModelError(
+                    f"checkpoint=: '{path}' has weights of its own; leave one of the two out"
+                )
+            return cls(
+                {"checkpoint": str(path.resolve())}, storage.load(path)[0], _run_of(path.resolve())
+            )
         name = str(model)
         if ":" not in name and name not in ARCHITECTURES:
             hint = did_you_mean(name, list(ARCHITECTURES))
@@ -77,8 +85,14 @@ class Subject:
         """Builds an architecture with fresh weights and the arguments in `keys`; None for a saved model."""
         if self.spec is not None:
             return None
-        table = recipes.overridden(self.model, [key.removeprefix("model.") for key in keys if key.startswith("model.")])
-        spec = ModelSpec(architecture=table["architecture"], arguments=table.get("arguments", {}), input_shape=(1,))
+        table = recipes.overridden(
+            self.model, [key.removeprefix("model.") for key in keys if key.startswith("model.")]
+        )
+        spec = ModelSpec(
+            architecture=table["architecture"],
+            arguments=table.get("arguments", {}),
+            input_shape=(1,),
+        )
         return spec.take_in()[1]
 
     def data(self) -> tuple[dict[str, Any], int] | None:
@@ -87,12 +101,20 @@ class Subject:
             return None
         settings = read_json(self.run / "settings.json", cure="give data=SOURCE")
         data, seed = settings.get("data"), settings.get("seed")
-        if not isinstance(data, dict) or not isinstance(data.get("source"), str) or not isinstance(seed, int):
-            raise ModelError(f"{self.run / 'settings.json'}: it does not say what data the run had; give data=SOURCE")
+        if (
+            not isinstance(data, dict)
+            or not isinstance(data.get("source"), str)
+            or not isinstance(seed, int)
+        ):
+            raise ModelError(
+                f"{self.run / 'settings.json'}: it does not say what data the run had; give data=SOURCE"
+            )
         table = {key: value for key, value in settings["data"].items() if value is not None}
         if table["source"] == NOTHING:
             return None
-        if ":" in str(table["source"]):  # the folder may come from anybody, and its data would be a call
+        if ":" in str(
+            table["source"]
+        ):  # the folder may come from anybody, and its data would be a call
             place = f"{self.run / 'settings.json'}: data.source"
             try:
                 consent.check(str(table["source"]), (), place)
@@ -106,7 +128,10 @@ class Subject:
 
 
 def _run_of(path: Path) -> Path | None:
-    return next((p for p in (path, path.parent.parent, path.parent) if (p / "settings.json").is_file()), None)
+    return next(
+        (p for p in (path, path.parent.parent, path.parent) if (p / "settings.json").is_file()),
+        None,
+    )
 
 
 @contextmanager
@@ -141,10 +166,15 @@ def no_data(path: Path) -> FederatedData:
         raise DataError(
             f"no data: got '{path}', expected a shape and a number of classes such as 3x32x32:10"
         ) from error
-    one, none = Arrays(x, torch.zeros(1, dtype=torch.int64)), Arrays(x[:0], torch.zeros(0, dtype=torch.int64))
+    one, none = (
+        Arrays(x, torch.zeros(1, dtype=torch.int64)),
+        Arrays(x[:0], torch.zeros(0, dtype=torch.int64)),
+    )
     names = tuple(str(i) for i in range(max(1, count)))
     about = Preprocess()
-    return FederatedData("no data", {"nobody": one}, none, none, none, len(names), names, about, labelled=count > 0)
+    return FederatedData(
+        "no data", {"nobody": one}, none, none, none, len(names), names, about, labelled=count > 0
+    )
 
 
 @dataclass(frozen=True)
@@ -164,7 +194,9 @@ def outputs_of(model: nn.Module, shape: tuple[int, ...]) -> Outputs:
     """
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
     if kinds:
-        raise ModelError(f"model: it holds {', '.join(map(str, kinds))}, but examples are float32; call model.float()")
+        raise ModelError(
+            f"model: it holds {', '.join(map(str, kinds))}, but examples are float32; call model.float()"
+        )
     model = model.eval()
     tokens = False
     try:

@@ -23,7 +23,9 @@ _ARGUMENT = re.compile(
     rf"(?<![\w.\"'-])({'|'.join(FLAGS)})="  # no part of a longer word, no key of a recipe
     r"(\((?P<numbers>[^()]*)\)|\"(?P<quoted>[^\"]*)\"|(?P<word>[A-Z]+\b))?"
 )
-_FLAG = re.compile(rf"(?<![\w-])({'|'.join(FLAGS.values())})(?![\w-])(?P<value> (?:\d+(?:,\d+)+|[A-Z]{{3,}}\b))?")
+_FLAG = re.compile(
+    rf"(?<![\w-])({'|'.join(FLAGS.values())})(?![\w-])(?P<value> (?:\d+(?:,\d+)+|[A-Z]{{3,}}\b))?"
+)
 
 
 def as_flags(message: str) -> str:

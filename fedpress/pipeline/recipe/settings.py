@@ -50,7 +50,9 @@ class ModelSettings(BaseModel):
         if (self.architecture is None) == (self.checkpoint is None):
             raise ValueError("give either architecture or checkpoint, one of the two")
         if self.checkpoint is not None and self.weights is not None:
-            raise ValueError("a checkpoint has weights of its own; leave weights out, or give architecture instead")
+            raise ValueError(
+                "a checkpoint has weights of its own; leave weights out, or give architecture instead"
+            )
         return self
 
 
@@ -83,7 +85,9 @@ class Recipe(BaseModel):
 
 def names() -> list[str]:
     """Returns the names of the recipes that come with fedpress."""
-    return sorted(p.name.removesuffix(".toml") for p in _shipped().iterdir() if p.name.endswith(".toml"))
+    return sorted(
+        p.name.removesuffix(".toml") for p in _shipped().iterdir() if p.name.endswith(".toml")
+    )
 
 
 def text(name_or_path: str) -> str:
@@ -103,7 +107,9 @@ def text(name_or_path: str) -> str:
             f"{path / 'recipe.toml'}"
         )
     hint = did_you_mean(name_or_path, names())
-    raise RecipeError(f"recipe: no recipe '{name_or_path}'{hint}; known are {', '.join(names())}, or give a .toml file")
+    raise RecipeError(
+        f"recipe: no recipe '{name_or_path}'{hint}; known are {', '.join(names())}, or give a .toml file"
+    )
 
 
 def _read(path: Path) -> str:
@@ -111,11 +117,19 @@ def _read(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise RecipeError(f"recipe: cannot read '{path}' ({error.strerror}); give the path of a TOML file") from error
+        raise RecipeError(
+            f"recipe: cannot read '{path}' ({error.strerror}); give the path of a TOML file"
+        ) from error
     utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     if not utf_16 and b"\0" in data:
-        what = "it looks like UTF-16" if data.count(0) > len(data) // 3 else "it holds bytes that are no text"
-        raise RecipeError(f"recipe: cannot read '{path}' ({what}); give a TOML file that is saved as UTF-8")
+        what = (
+            "it looks like UTF-16"
+            if data.count(0) > len(data) // 3
+            else "it holds bytes that are no text"
+        )
+        raise RecipeError(
+            f"recipe: cannot read '{path}' ({what}); give a TOML file that is saved as UTF-8"
+        )
     try:
         return data.decode("utf-16" if utf_16 else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -168,7 +182,9 @@ def _anchor_(tree: dict[str, Any], folder: Path) -> None:
         ):
             continue
         beside, here = folder / value, Path.cwd() / value
-        own_function = key == "path" and ":" in str(table.get("source", ""))  # its path may be anything
+        own_function = key == "path" and ":" in str(
+            table.get("source", "")
+        )  # its path may be anything
         if _exists(beside) or not (_exists(here) or own_function):
             table[key] = str(beside.resolve())
         elif _exists(here):  # as older versions counted
@@ -209,10 +225,14 @@ def tree(toml: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise RecipeError(f"recipe: not valid TOML: {error}; {_cure(toml, str(error))}") from error
     _check_depth(found)
     if isinstance(found.get("stage"), dict):
-        raise RecipeError("recipe.stage: one [stage] in single brackets; stages are a list, so write [[stage]]")
+        raise RecipeError(
+            "recipe.stage: one [stage] in single brackets; stages are a list, so write [[stage]]"
+        )
     for name in ("data", "model"):
         if isinstance(found.get(name), list):
-            raise RecipeError(f"recipe.{name}: it is a list; there is one only, so write [{name}] with single brackets")
+            raise RecipeError(
+                f"recipe.{name}: it is a list; there is one only, so write [{name}] with single brackets"
+            )
     _name_stages_(found)
     found = overridden(found, overrides)
     _name_stages_(found)  # also those that an override has put in
@@ -236,7 +256,9 @@ def _cure(toml: str, problem: str) -> str:
         return "write plain quotes, \" or ', in that line"
     if "escape" in problem or ("\\" in line and "Invalid hex" in problem):
         return "write that path in 'single quotes', or with / in place of \\"
-    if re.search(r"Cannot declare \('stage'", problem) or re.fullmatch(r"\s*\[stage\]\s*(#.*)?", line):
+    if re.search(r"Cannot declare \('stage'", problem) or re.fullmatch(
+        r"\s*\[stage\]\s*(#.*)?", line
+    ):
         return "stages are a list: write [[stage]] with two brackets each time"
     if re.search(r"=\s*(True|False|None)\b", line):
         return "write true and false in small letters, and leave out a key that has no value"
@@ -293,12 +315,18 @@ def toml_value(value: Any) -> str:
     '{kind = "iid", shares = [0.5, true]}'
     """
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_key(k)} = {toml_value(v)}" for k, v in value.items() if v is not None) + "}"
+        return (
+            "{"
+            + ", ".join(f"{_key(k)} = {toml_value(v)}" for k, v in value.items() if v is not None)
+            + "}"
+        )
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return json.dumps(value if isinstance(value, bool | int | float) else str(value), ensure_ascii=False)
+    return json.dumps(
+        value if isinstance(value, bool | int | float) else str(value), ensure_ascii=False
+    )
 
 
 def _key(name: str) -> str:
@@ -321,7 +349,9 @@ def keys(kind: str) -> list[tuple[str, str, str]]:
         default = toml_value(about["default"]) if about.get("default") is not None else ""
         choices = [x for part in (about, *about.get("anyOf", ())) for x in part.get("enum", ())]
         one_of = f"one of {', '.join(map(str, choices))}" if choices else ""
-        rows.append((name, default, "; ".join(filter(None, (about.get("description", ""), one_of)))))
+        rows.append(
+            (name, default, "; ".join(filter(None, (about.get("description", ""), one_of))))
+        )
     return rows
 
 
@@ -331,7 +361,9 @@ def _shipped() -> Any:
 
 def _name_stages_(tree: dict[str, Any]) -> None:
     stages = tree.get("stage")
-    tables = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    tables = (
+        [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    )
     taken = {stage.get("name") for stage in tables if isinstance(stage.get("name"), str)}
     for stage in tables:
         if "name" not in stage and isinstance(kind := stage.get("kind"), str):
@@ -343,7 +375,9 @@ def _name_stages_(tree: dict[str, Any]) -> None:
 def _override_(tree: dict[str, Any], override: str) -> None:
     path, equals, value = override.partition("=")
     if not equals or not path:
-        raise RecipeError(f"override '{override}': expected key=value, for instance stage.2.num_rounds=5 or seed=1")
+        raise RecipeError(
+            f"override '{override}': expected key=value, for instance stage.2.num_rounds=5 or seed=1"
+        )
     keys = path.split(".")
     if limits.above("depth", len(keys)):
         raise RecipeError(f"override '{override[:40]}...': {NESTED}")
@@ -351,7 +385,9 @@ def _override_(tree: dict[str, Any], override: str) -> None:
     for position, word in enumerate(keys):
         at = ".".join(keys[:position])
         if not isinstance(node, list | dict):
-            raise RecipeError(f"override '{override}': {at} is a single value, it has no key '{word}'")
+            raise RecipeError(
+                f"override '{override}': {at} is a single value, it has no key '{word}'"
+            )
         key: Any = _index(node, word, at, override) if isinstance(node, list) else word
         if position + 1 == len(keys):
             node[key] = _value(value)
@@ -366,13 +402,17 @@ def _index(items: list[Any], key: str, at: str, override: str) -> int:
         named = [i for i, item in tables if item.get(word) == key]
         if len(named) > 1:
             known = " or ".join(str(items[i].get("name", i)) for i in named)
-            raise RecipeError(f"override '{override}': {at}.{key} is more than one; write {known} in its place")
+            raise RecipeError(
+                f"override '{override}': {at}.{key} is more than one; write {known} in its place"
+            )
         if named:
             return named[0]
     if key.isascii() and key.isdigit() and int(key) < len(items):
         return int(key)
     words = [str(item["name"]) for _, item in tables if "name" in item]
-    known = f"numbered from 0 to {len(items) - 1}" + (f", or named {', '.join(words)}" if words else "")
+    known = f"numbered from 0 to {len(items) - 1}" + (
+        f", or named {', '.join(words)}" if words else ""
+    )
     raise RecipeError(f"override '{override}': there is no {at}.{key}; they are {known}")
 
 
@@ -408,7 +448,11 @@ def _sentence(error: ValidationError, tree: dict[str, Any]) -> str:
     first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
     # A list of which a part is wrong is also called too short: that follows from it, and is no mistake of its own.
     inner = [e["loc"] for e in found]
-    own = [e for e in found if not any(len(i) > len(e["loc"]) and i[: len(e["loc"])] == e["loc"] for i in inner)]
+    own = [
+        e
+        for e in found
+        if not any(len(i) > len(e["loc"]) and i[: len(e["loc"])] == e["loc"] for i in inner)
+    ]
     more = len({_place(e, tree) for e in own}) - 1
     return f"{_place(first, tree)}: {_complaint(first)}" + (f" ({more} more)" if more else "")
 
@@ -425,12 +469,18 @@ def _complaint(error: Any) -> str:
         if kind == "union_tag_not_found":
             return f"this key is missing; add it (one of {', '.join(known)})"
         tag = str(error["ctx"]["tag"])
-        return f"there is no '{tag}'" + (did_you_mean(tag, known) or f"; choose one of {', '.join(known)}")
+        return f"there is no '{tag}'" + (
+            did_you_mean(tag, known) or f"; choose one of {', '.join(known)}"
+        )
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if kind == "value_error":
         return message
-    near = did_you_mean(str(value), error["ctx"]["expected"].split("'")[1::2]) if kind == "literal_error" else ""
+    near = (
+        did_you_mean(str(value), error["ctx"]["expected"].split("'")[1::2])
+        if kind == "literal_error"
+        else ""
+    )
     return f"{message}, got {_short(value)}{near}"
 
 
@@ -450,7 +500,9 @@ def _place(error: Any, tree: Any) -> str:
         elif isinstance(node, dict) and (part in node or (kind == "missing" and part is last)):
             place += f".{part}"
             node = node.get(part)
-    return place + (f".{error['ctx']['discriminator'].strip(chr(39))}" if kind.startswith("union_tag") else "")
+    return place + (
+        f".{error['ctx']['discriminator'].strip(chr(39))}" if kind.startswith("union_tag") else ""
+    )
 
 
 def _schema_at(loc: tuple[int | str, ...]) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 from fedpress.errors import PrivacyError, RecipeError
 from fedpress.privacy.accounting import losses, renyi
 from fedpress.privacy.accounting.events import (
-    AnyPhase,
-    Phase,
-    SkellamPhase,
+    GaussianEvent,
+    MechanismEvent,
+    SkellamEvent,
     at_most,
     check_delta,
     check_sampling_prob,
@@ -61,7 +61,17 @@ FEW_POINTS = 1 << 17
 
 UPPER_BOUND = "an upper bound: the exact epsilon may be more than 1% smaller"
 
-__all__ = ["AnyPhase", "Phase", "SkellamPhase", "Spent", "check_delta", "epsilon", "merge", "noise_multiplier", "spent"]
+__all__ = [
+    "GaussianEvent",
+    "MechanismEvent",
+    "SkellamEvent",
+    "Spent",
+    "check_delta",
+    "epsilon",
+    "merge",
+    "noise_multiplier",
+    "spent",
+]
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ class Spent:
         return UPPER_BOUND if self.upper_bound else ""
 
 
-def epsilon(phases: Iterable[AnyPhase], *, delta: float) -> float:
+def epsilon(phases: Iterable[MechanismEvent], *, delta: float) -> float:
     """Returns the smallest known epsilon that all `phases` together spend at `delta` (inf without noise).
 
     Never below the truth, and never below what it says of a part of `phases`.
@@ -88,15 +98,15 @@ def epsilon(phases: Iterable[AnyPhase], *, delta: float) -> float:
     Raises:
         RecipeError: if `delta` is not inside (0, 1).
 
-    >>> round(epsilon([Phase(1.0, 5.0, 50)], delta=1e-3), 2)
+    >>> round(epsilon([GaussianEvent(1.0, 5.0, 50)], delta=1e-3), 2)
     4.85
-    >>> epsilon([Phase(1.0, 5.0, 0)], delta=1e-3)
+    >>> epsilon([GaussianEvent(1.0, 5.0, 0)], delta=1e-3)
     0.0
     """
     return spent(phases, delta=delta).epsilon
 
 
-def spent(phases: Iterable[AnyPhase], *, delta: float, points: int = losses.POINTS) -> Spent:
+def spent(phases: Iterable[MechanismEvent], *, delta: float, points: int = losses.POINTS) -> Spent:
     """Returns the smallest known epsilon of all `phases` together at `delta`, and whether it is a mere upper bound.
 
     Args:
@@ -107,14 +117,14 @@ def spent(phases: Iterable[AnyPhase], *, delta: float, points: int = losses.POIN
     Raises:
         RecipeError: if `delta` is not inside (0, 1).
 
-    >>> spent([Phase(1.0, 5.0, 50)], delta=1e-3).upper_bound
+    >>> spent([GaussianEvent(1.0, 5.0, 50)], delta=1e-3).upper_bound
     False
     """
     check_delta(delta)
     return _spent(merge(phases), delta, points)
 
 
-def renyi_bound(phases: Iterable[AnyPhase], *, delta: float) -> float:
+def renyi_bound(phases: Iterable[MechanismEvent], *, delta: float) -> float:
     """Returns a quick upper bound on what all `phases` together spend at `delta`, larger than `epsilon` by a tenth.
 
     It is inf where phases have no noise, or bounds that may fail.
@@ -139,14 +149,18 @@ def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, step
     3.394
     """
     if not 0 < epsilon < math.inf:
-        raise RecipeError(f"epsilon: got {epsilon}, expected a finite number above 0, for instance 8")
+        raise RecipeError(
+            f"epsilon: got {epsilon}, expected a finite number above 0, for instance 8"
+        )
     check_delta(delta)
     check_sampling_prob(sampling_prob)
     if not steps >= 1 or steps != int(steps):
         raise RecipeError(f"steps: got {steps}, expected a whole number >= 1")
 
     def spending(noise: float) -> float:
-        return _spent((Phase(sampling_prob, noise, int(steps)),), delta, points=FEW_POINTS).epsilon
+        return _spent(
+            (GaussianEvent(sampling_prob, noise, int(steps)),), delta, points=FEW_POINTS
+        ).epsilon
 
     # The central limit of the composition (Bu et al. 2020, "Gaussian DP") is a good first guess, and exact for q = 1.
     mu = _gaussian_mu(epsilon, delta)
@@ -157,14 +171,14 @@ def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, step
     found = _smallest(spending, epsilon, guess)
     # More points may find a larger epsilon by the last digits of rounding.
     more = 1e-5
-    while _spent((Phase(sampling_prob, found, int(steps)),), delta).epsilon > epsilon:
+    while _spent((GaussianEvent(sampling_prob, found, int(steps)),), delta).epsilon > epsilon:
         found *= 1 + more
         more *= 2
     return found
 
 
 @lru_cache(maxsize=4096)
-def _spent(phases: tuple[AnyPhase, ...], delta: float, points: int = losses.POINTS) -> Spent:
+def _spent(phases: tuple[MechanismEvent, ...], delta: float, points: int = losses.POINTS) -> Spent:
     gaussian, skellam = gaussians(phases), skellams(phases)
     if any(p.noise_multiplier == 0 for p in gaussian):
         return Spent(math.inf)
@@ -178,33 +192,42 @@ def _spent(phases: tuple[AnyPhase, ...], delta: float, points: int = losses.POIN
         return Spent(_gaussian_epsilon(_mu(gaussian), delta))
     if len(gaussian) > MOST_PHASES:
         joined = _spent(at_most(gaussian, MOST_PHASES), delta, points).epsilon
-        return Spent(min(joined, renyi.epsilon(at_most(gaussian, MOST_BY_RENYI), delta=delta)), upper_bound=True)
+        return Spent(
+            min(joined, renyi.epsilon(at_most(gaussian, MOST_BY_RENYI), delta=delta)),
+            upper_bound=True,
+        )
     # Sampling never adds. Where nearly everybody takes part, a grid may say a little more than the closed form.
-    everybody = _gaussian_epsilon(_mu(tuple(replace(p, sampling_prob=1.0) for p in gaussian)), delta)
+    everybody = _gaussian_epsilon(
+        _mu(tuple(replace(p, sampling_prob=1.0) for p in gaussian)), delta
+    )
     parts = _parts(gaussian)
     if table := _losses(parts, delta):
         return Spent(min(everybody, float(table[0].get_epsilon_for_delta(delta))))
     bound = losses.epsilon(parts, delta=delta, points=points)
     if bound.fine:
         return Spent(min(everybody, bound.epsilon))
-    return Spent(min(everybody, bound.epsilon, renyi.epsilon(gaussian, delta=delta)), upper_bound=True)
+    return Spent(
+        min(everybody, bound.epsilon, renyi.epsilon(gaussian, delta=delta)), upper_bound=True
+    )
 
 
-def _in_range(phase: Phase) -> Phase:
+def _in_range(phase: GaussianEvent) -> GaussianEvent:
     """Returns a phase that spends no less, and whose numbers can be squared."""
     prob = max(phase.sampling_prob, RAREST_SAMPLE)
-    return replace(phase, sampling_prob=prob, noise_multiplier=min(phase.noise_multiplier, MOST_NOISE))
+    return replace(
+        phase, sampling_prob=prob, noise_multiplier=min(phase.noise_multiplier, MOST_NOISE)
+    )
 
 
-def _parts(phases: tuple[Phase, ...]) -> list[Phase]:
+def _parts(phases: tuple[GaussianEvent, ...]) -> list[GaussianEvent]:
     """Returns phases that spend the same, with one step at most on everybody."""
     parts, mu = [p for p in phases if p.sampling_prob < 1], _mu(phases)
     if mu > 0:
-        parts.append(Phase(1.0, 1 / mu, 1))
+        parts.append(GaussianEvent(1.0, 1 / mu, 1))
     return parts
 
 
-def _quick(parts: list[Phase], delta: float) -> bool:
+def _quick(parts: list[GaussianEvent], delta: float) -> bool:
     """Says whether dp-accounting answers within about a second, and with enough digits.
 
     It rounds what a transform gives to about 1e-15 times the steps, whatever delta is, and cuts off tails of 1e-15.
@@ -220,12 +243,14 @@ def _quick(parts: list[Phase], delta: float) -> bool:
     return fine and max(widest, 16 * total) <= LONGEST_TABLE * grid
 
 
-def _mu(phases: tuple[Phase, ...]) -> float:
+def _mu(phases: tuple[GaussianEvent, ...]) -> float:
     """Gaussian mechanisms on everybody compose exactly into one: mu^2 = sum of steps / noise^2."""
     return math.sqrt(sum(p.steps / p.noise_multiplier**2 for p in phases if p.sampling_prob == 1))
 
 
-def _losses(parts: list[Phase], delta: float) -> tuple[PrivacyLossDistribution, float] | None:
+def _losses(
+    parts: list[GaussianEvent], delta: float
+) -> tuple[PrivacyLossDistribution, float] | None:
     """Returns the privacy losses of all `parts` together, and their grid; None where dp-accounting is no help."""
     if not _quick(parts, delta):
         return None
@@ -234,14 +259,18 @@ def _losses(parts: list[Phase], delta: float) -> tuple[PrivacyLossDistribution, 
     for p in parts:
         try:
             step = _step_losses(p.sampling_prob, p.noise_multiplier, grid)
-        except ValueError:  # its differences of logarithms do not stand a sampling probability next to 1
+        except (
+            ValueError
+        ):  # its differences of logarithms do not stand a sampling probability next to 1
             return None
         part = step.self_compose(p.steps)
         total = part if total is None else total.compose(part, tail_mass_truncation=1e-15)
     return None if total is None else (total, grid)
 
 
-def _mixture(gaussian: tuple[Phase, ...], skellam: tuple[SkellamPhase, ...], delta: float) -> float:
+def _mixture(
+    gaussian: tuple[GaussianEvent, ...], skellam: tuple[SkellamEvent, ...], delta: float
+) -> float:
     """Returns the better of Renyi accounting for everything and `_split`; each is an upper bound on the truth.
 
     Steps whose bound may fail are charged to delta. Let the other world's output stand in wherever a bound fails: that
@@ -258,7 +287,9 @@ def _mixture(gaussian: tuple[Phase, ...], skellam: tuple[SkellamPhase, ...], del
     return max(joined, alone, _spent(gaussian, delta).epsilon)
 
 
-def _split(gaussian: tuple[Phase, ...], skellam: tuple[SkellamPhase, ...], delta: float) -> float:
+def _split(
+    gaussian: tuple[GaussianEvent, ...], skellam: tuple[SkellamEvent, ...], delta: float
+) -> float:
     """Composes the Gaussian losses with the worst mechanism that has the Skellam part's epsilon at a part of `delta`.
 
     That mechanism dominates every other with the same promise (Kairouz, Oh & Viswanath 2015), so the composition is
@@ -269,22 +300,35 @@ def _split(gaussian: tuple[Phase, ...], skellam: tuple[SkellamPhase, ...], delta
     parts = _parts(gaussian)
     table = _losses(parts, delta)
     if table is None:
-        promises = [(renyi.epsilon(skellam, delta=share * delta), share * delta) for share in SPLITS]
-        return min(losses.epsilon(parts, delta=delta, promise=p, points=FEW_POINTS).epsilon for p in promises)
+        promises = [
+            (renyi.epsilon(skellam, delta=share * delta), share * delta) for share in SPLITS
+        ]
+        return min(
+            losses.epsilon(parts, delta=delta, promise=p, points=FEW_POINTS).epsilon
+            for p in promises
+        )
     of_gaussian, grid = table
     found = math.inf
     for share in SPLITS:
         promise = renyi.epsilon(skellam, delta=share * delta)
-        if promise > 1e6 * grid:  # a table of losses would be too long, and so large an epsilon promises nothing
+        if (
+            promise > 1e6 * grid
+        ):  # a table of losses would be too long, and so large an epsilon promises nothing
             continue
         worst = privacy_loss_distribution.from_privacy_parameters(
-            common.DifferentialPrivacyParameters(promise, share * delta), value_discretization_interval=grid
+            common.DifferentialPrivacyParameters(promise, share * delta),
+            value_discretization_interval=grid,
         )
-        found = min(found, float(of_gaussian.compose(worst, tail_mass_truncation=1e-15).get_epsilon_for_delta(delta)))
+        found = min(
+            found,
+            float(
+                of_gaussian.compose(worst, tail_mass_truncation=1e-15).get_epsilon_for_delta(delta)
+            ),
+        )
     return found
 
 
-def _grid(phases: list[Phase]) -> float:
+def _grid(phases: list[GaussianEvent]) -> float:
     """Returns a grid of losses that raises epsilon by about 0.03% at most.
 
     Connect-the-dots moves each loss to the two nearest grid points, which adds at most grid^2/6 to the variance of a
@@ -297,7 +341,7 @@ def _grid(phases: list[Phase]) -> float:
     return min(max(0.06 * math.sqrt(variance), 1e-8), max(1e-3, 1e-6 * widest))
 
 
-def _loss_variance(phase: Phase) -> float:
+def _loss_variance(phase: GaussianEvent) -> float:
     inverse = phase.noise_multiplier**-2
     return min(phase.sampling_prob**2 * math.expm1(min(inverse, 100.0)), inverse)
 
@@ -307,7 +351,10 @@ def _step_losses(sampling_prob: float, noise: float, grid: float) -> PrivacyLoss
     from dp_accounting.pld import privacy_loss_distribution
 
     return privacy_loss_distribution.from_gaussian_mechanism(
-        noise, sampling_prob=sampling_prob, value_discretization_interval=grid, use_connect_dots=True
+        noise,
+        sampling_prob=sampling_prob,
+        value_discretization_interval=grid,
+        use_connect_dots=True,
     )
 
 
@@ -328,7 +375,9 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
 
 def _gaussian_mu(epsilon: float, delta: float) -> float:
     """Returns the largest `mu` whose Gaussian mechanism is (epsilon, delta)-private."""
-    return 1 / _bisect(lambda noise: _gaussian_log_delta(1 / noise, epsilon) <= math.log(delta), 1.0)
+    return 1 / _bisect(
+        lambda noise: _gaussian_log_delta(1 / noise, epsilon) <= math.log(delta), 1.0
+    )
 
 
 def _bisect(holds: Callable[[float], bool], high: float) -> float:
@@ -349,7 +398,9 @@ def _smallest(spent: Callable[[float], float], target: float, guess: float) -> f
     least, most = NOISE_RANGE
     low = high = min(max(guess, least), most)
     at_low = at_high = spent(low)
-    strides = iter([1.1, 1.1, 1.1])  # the guess is seldom wrong by more; where samples are rare it may be far off
+    strides = iter(
+        [1.1, 1.1, 1.1]
+    )  # the guess is seldom wrong by more; where samples are rare it may be far off
     while at_high > target:
         if high >= most:
             raise PrivacyError(
@@ -376,7 +427,9 @@ def _smallest(spent: Callable[[float], float], target: float, guess: float) -> f
 def _between(low: float, high: float, at_low: float, at_high: float, target: float) -> float:
     """Returns the noise where the line through both ends meets `target`, kept a little inside the bracket."""
     width = math.log(high / low)
-    curved = width > 0.2 or at_high <= 0 or at_low == math.inf  # too far from a line for false position
+    curved = (
+        width > 0.2 or at_high <= 0 or at_low == math.inf
+    )  # too far from a line for false position
     share = 0.5 if curved else math.log(at_low / target) / math.log(at_low / at_high)
     edge = min(0.25, 4e-5 / width)  # a step past the root closes the bracket from the other side
     share += edge if share < 0.5 else -edge

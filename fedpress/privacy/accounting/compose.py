@@ -8,10 +8,13 @@ from typing import Any
 
 from fedpress.errors import RecipeError, did_you_mean
 from fedpress.privacy.accounting import accountant
-from fedpress.privacy.accounting.events import AnyPhase, Phase, SkellamPhase
+from fedpress.privacy.accounting.events import GaussianEvent, MechanismEvent, SkellamEvent
 from fedpress.privacy.ledger import Ledger
 
-KINDS: dict[str, type[Phase] | type[SkellamPhase]] = {"gaussian": Phase, "skellam": SkellamPhase}
+KINDS: dict[str, type[GaussianEvent] | type[SkellamEvent]] = {
+    "gaussian": GaussianEvent,
+    "skellam": SkellamEvent,
+}
 
 
 def epsilon(text: str, *, delta: float, place: str = "phases") -> float:
@@ -27,8 +30,8 @@ def spent(text: str, *, delta: float, place: str = "phases") -> accountant.Spent
     """Returns what the mechanisms in `text` spend together at `delta`.
 
     Args:
-        text: a JSON list of phases, each with the fields of `Phase`, or with `"kind": "skellam"` those of
-            `SkellamPhase`; or the text of a ledger, whose most exposed party counts.
+        text: a JSON list of phases, each with the fields of `GaussianEvent`, or with `"kind": "skellam"` those of
+            `SkellamEvent`; or the text of a ledger, whose most exposed party counts.
         delta: chance with which the promise may fail.
         place: what errors call the text, for instance its file.
 
@@ -39,18 +42,26 @@ def spent(text: str, *, delta: float, place: str = "phases") -> accountant.Spent
     try:
         page = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{place}: not JSON ({error}); give a list of phases or a ledger.json") from error
+        raise RecipeError(
+            f"{place}: not JSON ({error}); give a list of phases or a ledger.json"
+        ) from error
     if isinstance(page, dict) and "charges" in page:
         accountant.check_delta(delta)
         return Ledger.from_json(text).spent(delta=delta)
     if not isinstance(page, list):
-        raise RecipeError(f"{place}: got {type(page).__name__}, expected a list of phases or a ledger.json")
-    return accountant.spent([_phase(entry, f"{place}[{i}]") for i, entry in enumerate(page)], delta=delta)
+        raise RecipeError(
+            f"{place}: got {type(page).__name__}, expected a list of phases or a ledger.json"
+        )
+    return accountant.spent(
+        [_phase(entry, f"{place}[{i}]") for i, entry in enumerate(page)], delta=delta
+    )
 
 
-def _phase(entry: Any, place: str) -> AnyPhase:
+def _phase(entry: Any, place: str) -> MechanismEvent:
     if not isinstance(entry, dict):
-        raise RecipeError(f"{place}: got {entry!r}, expected an object with {', '.join(_names(Phase))}")
+        raise RecipeError(
+            f"{place}: got {entry!r}, expected an object with {', '.join(_names(GaussianEvent))}"
+        )
     given = dict(entry)
     word = given.pop("kind", "gaussian")
     kind = KINDS.get(word) if isinstance(word, str) else None
@@ -73,5 +84,5 @@ def _phase(entry: Any, place: str) -> AnyPhase:
         raise RecipeError(f"{place}.{error}") from error
 
 
-def _names(kind: type[Phase] | type[SkellamPhase]) -> list[str]:
+def _names(kind: type[GaussianEvent] | type[SkellamEvent]) -> list[str]:
     return [field.name for field in fields(kind)]

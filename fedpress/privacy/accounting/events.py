@@ -14,7 +14,7 @@ MOST_STEPS = 10**10
 
 
 @dataclass(frozen=True, order=True)
-class Phase:
+class GaussianEvent:
     """`steps` noised sums, each over a Poisson sample of the units with probability `sampling_prob`.
 
     `noise_multiplier` is the noise's standard deviation divided by the clip norm.
@@ -27,10 +27,12 @@ class Phase:
     def __post_init__(self) -> None:
         check_sampling_prob(self.sampling_prob)
         if not self.noise_multiplier >= 0:
-            raise RecipeError(f"noise_multiplier: got {self.noise_multiplier}, expected a number >= 0")
+            raise RecipeError(
+                f"noise_multiplier: got {self.noise_multiplier}, expected a number >= 0"
+            )
         _check_steps(self.steps)
 
-    def covers(self, other: Phase) -> bool:
+    def covers(self, other: GaussianEvent) -> bool:
         """Says whether this phase spends at least as much as `other`, number by number."""
         return (
             self.sampling_prob >= other.sampling_prob
@@ -40,7 +42,7 @@ class Phase:
 
 
 @dataclass(frozen=True, order=True)
-class SkellamPhase:
+class SkellamEvent:
     """`steps` sums of whole numbers with Skellam noise, each over a Poisson sample of the units.
 
     Attributes:
@@ -64,65 +66,73 @@ class SkellamPhase:
         _check_steps(self.steps)
         for name in ("l2", "l1", "variance"):
             if not 0 < getattr(self, name) < math.inf:
-                raise RecipeError(f"{name}: got {getattr(self, name)}, expected a finite number above 0")
+                raise RecipeError(
+                    f"{name}: got {getattr(self, name)}, expected a finite number above 0"
+                )
         if not 0 <= self.failure < 1:
-            raise RecipeError(f"failure: got {self.failure}, expected a chance of 0 or more, far below delta")
+            raise RecipeError(
+                f"failure: got {self.failure}, expected a chance of 0 or more, far below delta"
+            )
 
     @property
     def noise_multiplier(self) -> float:
         """Standard deviation of the noise divided by the sensitivity after rounding."""
         return math.sqrt(self.variance) / self.l2
 
-    def covers(self, other: SkellamPhase) -> bool:
+    def covers(self, other: SkellamEvent) -> bool:
         """Says whether this phase spends at least as much as `other`, number by number."""
         more = ("l2", "l1", "steps", "sampling_prob", "failure")
-        return self.variance <= other.variance and all(getattr(self, n) >= getattr(other, n) for n in more)
+        return self.variance <= other.variance and all(
+            getattr(self, n) >= getattr(other, n) for n in more
+        )
 
 
-AnyPhase = Phase | SkellamPhase
+MechanismEvent = GaussianEvent | SkellamEvent
 
-P = TypeVar("P", Phase, SkellamPhase)
+P = TypeVar("P", GaussianEvent, SkellamEvent)
 
 
-def merge(phases: Iterable[AnyPhase]) -> tuple[AnyPhase, ...]:
+def merge(phases: Iterable[MechanismEvent]) -> tuple[MechanismEvent, ...]:
     """Joins phases of the same mechanism and drops those without a step: the order of steps costs nothing.
 
     Gaussian phases come first.
 
-    >>> merge([Phase(0.5, 1.0, 2), Phase(1.0, 3.0, 0), Phase(0.5, 1.0, 3)])
-    (Phase(sampling_prob=0.5, noise_multiplier=1.0, steps=5),)
+    >>> merge([GaussianEvent(0.5, 1.0, 2), GaussianEvent(1.0, 3.0, 0), GaussianEvent(0.5, 1.0, 3)])
+    (GaussianEvent(sampling_prob=0.5, noise_multiplier=1.0, steps=5),)
     """
     listed = list(phases)
     return (*_merged(gaussians(listed)), *_merged(skellams(listed)))
 
 
-def gaussians(phases: Iterable[AnyPhase]) -> tuple[Phase, ...]:
+def gaussians(phases: Iterable[MechanismEvent]) -> tuple[GaussianEvent, ...]:
     """Returns the Gaussian ones of `phases`."""
-    return tuple(p for p in phases if isinstance(p, Phase))
+    return tuple(p for p in phases if isinstance(p, GaussianEvent))
 
 
-def skellams(phases: Iterable[AnyPhase]) -> tuple[SkellamPhase, ...]:
+def skellams(phases: Iterable[MechanismEvent]) -> tuple[SkellamEvent, ...]:
     """Returns the Skellam ones of `phases`."""
-    return tuple(p for p in phases if isinstance(p, SkellamPhase))
+    return tuple(p for p in phases if isinstance(p, SkellamEvent))
 
 
 def _merged(phases: tuple[P, ...]) -> list[P]:
     found: dict[tuple[float, ...], P] = {}
     for phase in phases:
-        kind = tuple(float(getattr(phase, field.name)) for field in fields(phase) if field.name != "steps")
+        kind = tuple(
+            float(getattr(phase, field.name)) for field in fields(phase) if field.name != "steps"
+        )
         earlier = found.get(kind)
         steps = int(phase.steps) + (earlier.steps if earlier is not None else 0)
         found[kind] = replace(phase, steps=steps)
     return sorted(p for p in found.values() if p.steps)
 
 
-def at_most(phases: tuple[Phase, ...], most: int) -> tuple[Phase, ...]:
+def at_most(phases: tuple[GaussianEvent, ...], most: int) -> tuple[GaussianEvent, ...]:
     """Returns at most `most` merged phases that together spend at least as much as `phases`.
 
     Neighbours are joined: each sampling probability is rounded up and each noise down, by a factor that grows until few
     are left.
 
-    >>> (one,) = at_most((Phase(0.1, 1.0, 2), Phase(0.1001, 1.0, 3)), 1)
+    >>> (one,) = at_most((GaussianEvent(0.1, 1.0, 2), GaussianEvent(0.1001, 1.0, 3)), 1)
     >>> round(one.sampling_prob, 3), one.noise_multiplier, one.steps
     (0.103, 1.0, 5)
     """
@@ -137,7 +147,9 @@ def at_most(phases: tuple[Phase, ...], most: int) -> tuple[Phase, ...]:
             joined[rounded] = joined.get(rounded, 0) + times
         step *= 2 if len(joined) > 4 * most else 1.3
         steps = joined
-    return tuple(sorted(Phase(prob, noise, times) for (prob, noise), times in steps.items()))
+    return tuple(
+        sorted(GaussianEvent(prob, noise, times) for (prob, noise), times in steps.items())
+    )
 
 
 def _spending_more(prob: float, noise: float, step: float) -> tuple[float, float]:
@@ -150,7 +162,9 @@ def _spending_more(prob: float, noise: float, step: float) -> tuple[float, float
 def check_delta(delta: float) -> None:
     """Raises RecipeError unless `delta` is inside (0, 1)."""
     if not 0 < delta < 1:
-        raise RecipeError(f"delta: got {delta}, expected a number inside (0, 1), below one over the number of units")
+        raise RecipeError(
+            f"delta: got {delta}, expected a number inside (0, 1), below one over the number of units"
+        )
     if delta < LEAST_DELTA:
         raise RecipeError(f"delta: got {delta}, expected {LEAST_DELTA:g} or more, such as 1e-9")
 
@@ -158,7 +172,9 @@ def check_delta(delta: float) -> None:
 def check_sampling_prob(sampling_prob: float) -> None:
     """Raises RecipeError unless `sampling_prob` is inside (0, 1]."""
     if not 0 < sampling_prob <= 1:
-        raise RecipeError(f"sampling_prob: got {sampling_prob}, expected a number inside (0, 1]; 1 means everybody")
+        raise RecipeError(
+            f"sampling_prob: got {sampling_prob}, expected a number inside (0, 1]; 1 means everybody"
+        )
 
 
 def _check_steps(steps: float) -> None:

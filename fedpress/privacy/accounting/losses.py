@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedpress.privacy.accounting.events import Phase
+from fedpress.privacy.accounting.events import GaussianEvent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,7 +95,11 @@ Steps = Sequence[tuple[Losses, int]]
 
 
 def epsilon(
-    phases: Sequence[Phase], *, delta: float, promise: tuple[float, float] | None = None, points: int = POINTS
+    phases: Sequence[GaussianEvent],
+    *,
+    delta: float,
+    promise: tuple[float, float] | None = None,
+    points: int = POINTS,
 ) -> Bound:
     """Returns an upper bound on what Gaussian `phases` spend together at `delta`.
 
@@ -105,7 +109,7 @@ def epsilon(
         promise: (epsilon, delta) of one more mechanism, of which nothing else is known.
         points: of the grids; more take more time and give a smaller bound where samples are rare and noise is low.
 
-    >>> round(epsilon([Phase(0.01, 1.0, 100)], delta=1e-5).epsilon, 2)
+    >>> round(epsilon([GaussianEvent(0.01, 1.0, 100)], delta=1e-5).epsilon, 2)
     0.72
     """
     # Every phase is transformed by itself: many phases share the time of a few.
@@ -115,7 +119,9 @@ def epsilon(
         if promise is not None and promise[0] > points * grid:
             return Bound(math.inf, fine=False)
         try:
-            found = max(_one_way(way, phases, promise, grid, delta, 2 * points) for way in ("remove", "add"))
+            found = max(
+                _one_way(way, phases, promise, grid, delta, 2 * points) for way in ("remove", "add")
+            )
         except _TooLong:
             grid, added = 2 * grid, 4 * added
             continue
@@ -127,7 +133,12 @@ class _TooLong(Exception):
 
 
 def _one_way(
-    way: Direction, phases: Sequence[Phase], promise: tuple[float, float] | None, grid: float, delta: float, most: int
+    way: Direction,
+    phases: Sequence[GaussianEvent],
+    promise: tuple[float, float] | None,
+    grid: float,
+    delta: float,
+    most: int,
 ) -> float:
     steps = [(_step(phase, way, grid, delta), phase.steps) for phase in phases]
     if promise is not None:
@@ -138,7 +149,7 @@ def _one_way(
 # The grid ------------------------------------------------------------------------------------------------------------
 
 
-def _grid(phases: Sequence[Phase], delta: float, points: int) -> tuple[float, float]:
+def _grid(phases: Sequence[GaussianEvent], delta: float, points: int) -> tuple[float, float]:
     """Returns the grid, and by what share it raises the variance of the losses: `ADDED`, or more for want of points.
 
     Rounding a loss to its two neighbours adds (loss - lower) * (upper - loss) to the variance: grid^2 / 6 on average,
@@ -169,13 +180,13 @@ def _grid(phases: Sequence[Phase], delta: float, points: int) -> tuple[float, fl
     return max(low, least), added(max(low, least))
 
 
-def span(phase: Phase, delta: float = 1e-15) -> float:
+def span(phase: GaussianEvent, delta: float = 1e-15) -> float:
     """Returns the distance between the smallest and the largest loss of a step that count at `delta`."""
     bottom, top = _reach(phase, delta)
     return top - bottom
 
 
-def _reach(phase: Phase, delta: float) -> tuple[float, float]:
+def _reach(phase: GaussianEvent, delta: float) -> tuple[float, float]:
     """Returns the smallest and the largest loss on the grid; what lies beyond costs `SPARED` of delta in all steps."""
     from scipy.special import ndtri
 
@@ -211,7 +222,7 @@ def _sum_at(loss: Array, q: float, z: float) -> Array:
 
 
 @lru_cache(maxsize=2)
-def _step(phase: Phase, way: Direction, grid: float, delta: float) -> Losses:
+def _step(phase: GaussianEvent, way: Direction, grid: float, delta: float) -> Losses:
     """Returns the losses of one step on the grid.
 
     Between two grid points lies an interval of sums, with a chance in each world. The first world's chance is moved to
@@ -225,7 +236,9 @@ def _step(phase: Phase, way: Direction, grid: float, delta: float) -> Losses:
     bottom, top = _reach(phase, delta)
     ends = np.arange(math.floor(bottom / grid), math.ceil(top / grid) + 1)
     edges = _sum_at(ends * grid, q, z)
-    out, out_error = _between(edges / z)  # the chance of each interval without the unit's clipped vector in the sum
+    out, out_error = _between(
+        edges / z
+    )  # the chance of each interval without the unit's clipped vector in the sum
     own, own_error = _between((edges - 1) / z)  # and with it
     first, last = float(edges[0]), float(edges[-1])
     chances = np.zeros(len(ends))
@@ -239,7 +252,9 @@ def _step(phase: Phase, way: Direction, grid: float, delta: float) -> Losses:
         up = np.where(np.abs(at) < LARGE, _upper_part(chance, excess + error, grid), chance)
         chances[1:] += up
         chances[:-1] += chance - up
-        chances[0] += (1 - q) * ndtr(first / z) + q * ndtr((first - 1) / z)  # smaller losses count as this one
+        chances[0] += (1 - q) * ndtr(first / z) + q * ndtr(
+            (first - 1) / z
+        )  # smaller losses count as this one
         lost = (1 - q) * ndtr(-last / z) + q * ndtr((1 - last) / z)
         start = int(ends[0])
     else:
@@ -328,7 +343,13 @@ def _doubt(steps: Steps) -> float:
 
 
 def _tilted_answer(
-    steps: Steps, tilt: float, log_moment: Callable[[float], float], grid: float, far: float, left: float, most: int
+    steps: Steps,
+    tilt: float,
+    log_moment: Callable[[float], float],
+    grid: float,
+    far: float,
+    left: float,
+    most: int,
 ) -> tuple[float, bool]:
     """Returns the smallest epsilon whose delta is at most `left`, and whether rounding errors show in it."""
     moment = log_moment(tilt)
@@ -348,7 +369,12 @@ def _tilted_answer(
 
 
 def _length(
-    log_moment: Callable[[float], float], tilt: float, moment: float, counted: float, grid: float, far: float
+    log_moment: Callable[[float], float],
+    tilt: float,
+    moment: float,
+    counted: float,
+    grid: float,
+    far: float,
 ) -> int:
     """Returns the points of a circle on which sums that come round to the wrong end cost next to nothing.
 
@@ -362,8 +388,13 @@ def _length(
     below = far / tilt
     for downward in (1.0, 10.0, 100.0, 1e3, 1e4, 1e5):
         below = min(below, high + max(0.0, log_moment(-downward) + far) / downward)
-    above = min((log_moment(more * tilt) - more * tilt * counted + far) / ((more - 1) * tilt) for more in HIGHER)
-    return int(fft.next_fast_len(math.ceil(max(below, above, high - counted) / grid) + 64, real=True))
+    above = min(
+        (log_moment(more * tilt) - more * tilt * counted + far) / ((more - 1) * tilt)
+        for more in HIGHER
+    )
+    return int(
+        fft.next_fast_len(math.ceil(max(below, above, high - counted) / grid) + 64, real=True)
+    )
 
 
 def _answer(

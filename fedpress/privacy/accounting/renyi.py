@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from fedpress.privacy.accounting.events import AnyPhase, SkellamPhase
+from fedpress.privacy.accounting.events import MechanismEvent, SkellamEvent
 from fedpress.privacy.noise import skellam
 
 if TYPE_CHECKING:
@@ -18,15 +18,15 @@ ORDERS = (*range(2, 301), 320, 352, 384, 448, 512, 640, 768, 1024, 1536, 2048)
 """The theorem on Skellam noise holds for whole orders; large ones serve small budgets."""
 
 
-def epsilon(phases: Iterable[AnyPhase], *, delta: float) -> float:
+def epsilon(phases: Iterable[MechanismEvent], *, delta: float) -> float:
     """Returns what `phases` spend together at `delta` by Renyi accounting; `failure` is the caller's to take off.
 
     Whole orders alone cost a little where the best order is small: 5.42 with all orders in the example.
 
     The step from Renyi divergence to epsilon is that of Canonne, Kamath & Steinke 2020 (arXiv:2004.00010, Prop. 12).
 
-    >>> from fedpress.privacy.accounting.events import Phase
-    >>> round(epsilon([Phase(1.0, 5.0, 50)], delta=1e-3), 2)
+    >>> from fedpress.privacy.accounting.events import GaussianEvent
+    >>> round(epsilon([GaussianEvent(1.0, 5.0, 50)], delta=1e-3), 2)
     5.5
     """
     import numpy as np
@@ -37,7 +37,7 @@ def epsilon(phases: Iterable[AnyPhase], *, delta: float) -> float:
 
 
 @lru_cache(maxsize=64)
-def _per_step(phase: AnyPhase) -> np.ndarray:
+def _per_step(phase: MechanismEvent) -> np.ndarray:
     """Returns the divergence of one step at each of `ORDERS`."""
     import numpy as np
 
@@ -47,10 +47,10 @@ def _per_step(phase: AnyPhase) -> np.ndarray:
     return _sampled(each, phase.sampling_prob)
 
 
-def _whole(phase: AnyPhase, orders: np.ndarray) -> np.ndarray:
+def _whole(phase: MechanismEvent, orders: np.ndarray) -> np.ndarray:
     import numpy as np
 
-    if isinstance(phase, SkellamPhase):
+    if isinstance(phase, SkellamEvent):
         return skellam.rdps(orders, l2=phase.l2, l1=phase.l1, variance=phase.variance)
     if phase.noise_multiplier == 0:
         return np.full(orders.shape, math.inf)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from fedpress.errors import PrivacyError, RecipeError
 from fedpress.privacy.accounting import accountant
-from fedpress.privacy.accounting.events import Phase, SkellamPhase, check_delta
+from fedpress.privacy.accounting.events import GaussianEvent, SkellamEvent, check_delta
 from fedpress.privacy.noise import skellam
 
 Unit = Literal["sample", "client"]
@@ -56,13 +56,17 @@ class Task:
                 raise RecipeError(f"{name}: got {value}, expected a whole number >= 1")
         for name in ("clip_norm", "coordinate_limit"):
             if not 0 < getattr(self, name) < math.inf:
-                raise RecipeError(f"{name}: got {getattr(self, name)}, expected a finite number above 0")
+                raise RecipeError(
+                    f"{name}: got {getattr(self, name)}, expected a finite number above 0"
+                )
         if self.survivors > self.clients:
-            raise RecipeError(f"survivors: got {self.survivors}, expected at most the {self.clients} clients")
+            raise RecipeError(
+                f"survivors: got {self.survivors}, expected at most the {self.clients} clients"
+            )
         if self.unit not in ("sample", "client"):
             raise RecipeError(f"unit: got {self.unit!r}, expected 'sample' or 'client'")
         check_delta(self.delta)
-        Phase(self.sampling_prob, 1.0, 1)  # checks sampling_prob
+        GaussianEvent(self.sampling_prob, 1.0, 1)  # checks sampling_prob
 
     @property
     def failure(self) -> float:
@@ -139,11 +143,11 @@ class DistributedPlan:
         """What all planned steps spend at the task's delta."""
         return accountant.epsilon([self.phase(num_rounds=self.task.steps)], delta=self.task.delta)
 
-    def phase(self, *, num_rounds: int) -> SkellamPhase:
+    def phase(self, *, num_rounds: int) -> SkellamEvent:
         """Returns what `num_rounds` sums are to the accountant, with the noise of `survivors` clients."""
         t = self.task
         noise = self.variance * t.survivors
-        return SkellamPhase(self.l2, self.l1, noise, num_rounds, t.sampling_prob, t.failure)
+        return SkellamEvent(self.l2, self.l1, noise, num_rounds, t.sampling_prob, t.failure)
 
     def table(self) -> list[Cost]:
         """Returns what each number of bits would cost with the same noise."""
@@ -190,18 +194,26 @@ def plan(
     >>> p.bits, round(p.epsilon, 2), p.limit <= 0.9 * 2 ** (p.bits - 1)
     (18, 5.6, True)
     """
-    task = Task(size, clip_norm, coordinate_limit, clients, survivors, steps, delta, unit, sampling_prob)
+    task = Task(
+        size, clip_norm, coordinate_limit, clients, survivors, steps, delta, unit, sampling_prob
+    )
     if (epsilon is None) == (noise_multiplier is None):
-        raise RecipeError("epsilon: give either epsilon (the noise is calibrated) or noise_multiplier, one of the two")
+        raise RecipeError(
+            "epsilon: give either epsilon (the noise is calibrated) or noise_multiplier, one of the two"
+        )
     if bits is not None and bits not in BITS:
         raise RecipeError(f"bits: got {bits}, expected {BITS.start} to {BITS.stop - 1}")
     if noise_multiplier is not None:
         if not 0 < noise_multiplier <= MAX_NOISE:
-            raise RecipeError(f"noise_multiplier: got {noise_multiplier}, expected a number in (0, {MAX_NOISE:g}]")
+            raise RecipeError(
+                f"noise_multiplier: got {noise_multiplier}, expected a number in (0, {MAX_NOISE:g}]"
+            )
         return _plan_with_noise(task, bits, noise_multiplier)
     assert epsilon is not None
     if not 0 < epsilon < math.inf:
-        raise RecipeError(f"epsilon: got {epsilon}, expected a finite number above 0, for instance 8")
+        raise RecipeError(
+            f"epsilon: got {epsilon}, expected a finite number above 0, for instance 8"
+        )
     alone = _least_noise(lambda z: _noise_alone(task, z), epsilon)
     if alone is None:
         raise PrivacyError(
@@ -211,7 +223,9 @@ def plan(
         bits = _plan_with_noise(task, None, alone).bits
     noise = _least_noise(lambda z: _cost(task, bits, z).epsilon, epsilon, alone)
     if noise is None:
-        raise PrivacyError(f"bits: {bits} cannot keep epsilon {epsilon:g}; {_cure(task, epsilon, alone)}")
+        raise PrivacyError(
+            f"bits: {bits} cannot keep epsilon {epsilon:g}; {_cure(task, epsilon, alone)}"
+        )
     return _fitted(task, bits, noise)
 
 
@@ -221,8 +235,14 @@ def _plan_with_noise(task: Task, bits: int | None, noise: float) -> DistributedP
         bits = next((b for b in BITS if _cost(task, b, noise).epsilon <= target), BITS[-1])
     if _scale(task, bits, noise) == 0:
         fits = next((b for b in BITS if _scale(task, b, noise) > 0), None)
-        cure = f"take at least {fits}" if fits else f"even {BITS[-1]} are too few for so many clients; take fewer"
-        raise PrivacyError(f"bits: a sum of {task.clients} clients does not fit into {bits}; {cure}")
+        cure = (
+            f"take at least {fits}"
+            if fits
+            else f"even {BITS[-1]} are too few for so many clients; take fewer"
+        )
+        raise PrivacyError(
+            f"bits: a sum of {task.clients} clients does not fit into {bits}; {cure}"
+        )
     return _fitted(task, bits, noise)
 
 
@@ -248,14 +268,18 @@ def _cost(task: Task, bits: int, noise: float) -> Cost:
 def _noise_alone(task: Task, noise: float) -> float:
     """Returns what the noise would cost on an infinitely fine grid, by the same accounting."""
     fine = 1e9  # grid units in a clip norm, in a vector of one value: rounding is nothing
-    phase = SkellamPhase(fine, fine, (noise * fine) ** 2, task.steps, task.sampling_prob, task.failure)
+    phase = SkellamEvent(
+        fine, fine, (noise * fine) ** 2, task.steps, task.sampling_prob, task.failure
+    )
     return accountant.epsilon([phase], delta=task.delta)
 
 
 def _limit(task: Task, scale: float, noise: float) -> float:
     """Returns the largest value that the sum can have: rounding moves a clamped value by less than one."""
     signal = task.clients * (task.coordinate_limit * scale + 1)
-    variance = (noise * scale * task.clip_norm) ** 2 * task.clients / task.survivors  # if nobody drops out
+    variance = (
+        (noise * scale * task.clip_norm) ** 2 * task.clients / task.survivors
+    )  # if nobody drops out
     return signal + skellam.tail(task.size, variance, OVERFLOW)
 
 
@@ -263,7 +287,10 @@ def _scale(task: Task, bits: int, noise: float) -> float:
     """Returns the largest scale whose sum fits into `bits`, or 0; the limit grows with the scale."""
     room = ROOM * 2.0 ** (bits - 1)
     # Beyond this the table that noise is drawn from would be too long, and the grid finer than anybody needs.
-    low, high = 0.0, (1 - 1e-9) * math.sqrt(skellam.MAX_VARIANCE * task.survivors) / (noise * task.clip_norm)
+    low, high = (
+        0.0,
+        (1 - 1e-9) * math.sqrt(skellam.MAX_VARIANCE * task.survivors) / (noise * task.clip_norm),
+    )
     if _limit(task, high, noise) <= room:
         return high
     low = high
@@ -277,7 +304,9 @@ def _scale(task: Task, bits: int, noise: float) -> float:
     return low
 
 
-def _least_noise(spent: Callable[[float], float], epsilon: float, start: float = 1e-2) -> float | None:
+def _least_noise(
+    spent: Callable[[float], float], epsilon: float, start: float = 1e-2
+) -> float | None:
     """Returns the least noise multiplier from `start` on with `spent(noise) <= epsilon`, or None.
 
     More noise in equal bits needs a coarser grid, so `spent` may rise again: the first step of 20% that keeps the

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from fedpress.errors import RecipeError
-from fedpress.privacy.accounting.events import Phase
+from fedpress.privacy.accounting.events import GaussianEvent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +48,9 @@ class Factorization:
     rmse: float
 
     @classmethod
-    def plan(cls, rounds: int, *, participations: int, min_separation: int = 1, bands: int = 16) -> Factorization:
+    def plan(
+        cls, rounds: int, *, participations: int, min_separation: int = 1, bands: int = 16
+    ) -> Factorization:
         """Returns the factorisation of `bands` coefficients with the least error of prefix sums at equal privacy.
 
         The search starts from the square root of the prefix-sum matrix and takes about a second at most.
@@ -60,12 +62,19 @@ class Factorization:
         >>> f.coefficients[0], len(f.coefficients), round(f.gain, 2)
         (1.0, 8, 0.33)
         """
-        checked = {"rounds": rounds, "participations": participations, "min_separation": min_separation, "bands": bands}
+        checked = {
+            "rounds": rounds,
+            "participations": participations,
+            "min_separation": min_separation,
+            "bands": bands,
+        }
         for name, value in checked.items():
             if value < 1 or value != int(value):
                 raise RecipeError(f"{name}: got {value}, expected a whole number >= 1")
         if bands > MAX_BANDS:
-            raise RecipeError(f"bands: got {bands}, expected at most {MAX_BANDS}; more gain nothing")
+            raise RecipeError(
+                f"bands: got {bands}, expected at most {MAX_BANDS}; more gain nothing"
+            )
         if participations > most_participations(rounds, min_separation):
             raise RecipeError(
                 f"participations: got {participations}, but {min_separation} rounds apart a client takes part at most "
@@ -98,9 +107,9 @@ class Factorization:
             total.add_(draw, alpha=weight)
         return total
 
-    def phase(self, noise_multiplier: float) -> Phase:
+    def phase(self, noise_multiplier: float) -> GaussianEvent:
         """Returns what the whole run is to the accountant: one Gaussian mechanism, charged before the first round."""
-        return Phase(1.0, noise_multiplier, 1)
+        return GaussianEvent(1.0, noise_multiplier, 1)
 
 
 def most_participations(rounds: int, min_separation: int) -> int:
@@ -112,7 +121,9 @@ def most_participations(rounds: int, min_separation: int) -> int:
     return -(-rounds // min_separation)
 
 
-def sensitivity(coefficients: Sequence[float], rounds: int, participations: int, min_separation: int) -> float:
+def sensitivity(
+    coefficients: Sequence[float], rounds: int, participations: int, min_separation: int
+) -> float:
     """Returns the largest L2 norm by which one client's contributions of norm 1 can move C g, with C = W^-1 Toeplitz.
 
     Where the first column of C falls and is nowhere negative, the worst pattern is the earliest and densest one, with
@@ -181,8 +192,13 @@ def _planned(rounds: int, participations: int, min_separation: int, bands: int) 
         half = _planned(rounds, participations, min_separation, bands // 2).coefficients[1:]
         starts = [np.array(square_root(bands)[1:]), np.pad(half, (0, bands - 1 - len(half)))]
         options = {"maxiter": 60, "maxfun": 6000}
-        ends = [*starts, *(minimize(log_error, s, method="L-BFGS-B", options=options).x for s in starts)]
+        ends = [
+            *starts,
+            *(minimize(log_error, s, method="L-BFGS-B", options=options).x for s in starts),
+        ]
     best = min(ends, key=log_error)
     w = (1.0, *(float(x) for x in best))
     moved = sensitivity(w, rounds, participations, min_separation)
-    return Factorization(rounds, participations, min_separation, w, moved, moved * prefix_rmse(w, rounds))
+    return Factorization(
+        rounds, participations, min_separation, w, moved, moved * prefix_rmse(w, rounds)
+    )

@@ -16,7 +16,9 @@ GRID_BITS = 30
 """Exact noise lies on a grid of 2^-30 to 2^-29 of its standard deviation."""
 
 
-def poisson_batches(n: int, sampling_prob: float, steps: int, generator: Source) -> Iterator[Tensor]:
+def poisson_batches(
+    n: int, sampling_prob: float, steps: int, generator: Source
+) -> Iterator[Tensor]:
     """Yields `steps` int64 index tensors [k]: each of `n` examples joins each batch by its own coin.
 
     The accountant's amplification holds for this sampler and not for shuffled batches (Chua et al. 2024, "How private
@@ -42,7 +44,9 @@ def clip(update: Tensor, clip_norm: float) -> Tensor:
         raise RecipeError(f"clip_norm: got {clip_norm}, expected a finite number above 0")
     exact = update.detach().double()
     if not torch.isfinite(exact).all():
-        raise PrivacyError("update: holds NaN or infinite values, expected finite ones; drop this contribution")
+        raise PrivacyError(
+            "update: holds NaN or infinite values, expected finite ones; drop this contribution"
+        )
     norm = float(torch.linalg.vector_norm(exact))
     if norm <= clip_norm:
         return update.detach().float()
@@ -51,14 +55,16 @@ def clip(update: Tensor, clip_norm: float) -> Tensor:
         clipped = (exact * (shrink * clip_norm / norm)).float()
         if float(torch.linalg.vector_norm(clipped.double())) <= clip_norm:
             return clipped
-        shrink = max(0.0, 2 * shrink - 1 - 2.0**-24)  # float32 rounding went up: step down, twice as far each time
+        shrink = max(
+            0.0, 2 * shrink - 1 - 2.0**-24
+        )  # float32 rounding went up: step down, twice as far each time
 
 
 def noise_sum(total: Tensor, plan: PrivacyPlan, generator: Source) -> Tensor:
     """Returns `total` (any shape), a sum of clipped contributions, plus noise of `plan.noise_std` on each value.
 
-    The result is float32. From an exact source (`Chance.exact`) it lies on a public grid, whatever `total` is: the
-    bits of a plain floating-point sum would say which totals can have led to it (Mironov 2012; Jin et al. 2022,
+    The result is float32. From an exact source (`RandomSource.exact`) it lies on a public grid, whatever `total` is:
+    the bits of a plain floating-point sum would say which totals can have led to it (Mironov 2012; Jin et al. 2022,
     arXiv:2112.05307). With the grid g = 2^(floor(log2 noise_std) - 30), `total` is rounded to g and a Gaussian rounded
     to g is added, in whole numbers. To round the noise costs nothing, since it is the Gaussian mechanism, rounded
     afterwards. To round a total [d] moves two neighbours apart by at most g sqrt(d) more than `clip_norm`; the noise is
@@ -70,7 +76,9 @@ def noise_sum(total: Tensor, plan: PrivacyPlan, generator: Source) -> Tensor:
     if plan.noise_std == 0:
         return total
     chance = chance_of(generator)
-    return add_noise(total, plan, chance.normal(total.numel()).view(total.shape), exact=chance.exact)
+    return add_noise(
+        total, plan, chance.normal(total.numel()).view(total.shape), exact=chance.exact
+    )
 
 
 def add_noise(total: Tensor, plan: PrivacyPlan, normal: Tensor, *, exact: bool) -> Tensor:
@@ -88,7 +96,9 @@ def add_noise(total: Tensor, plan: PrivacyPlan, normal: Tensor, *, exact: bool) 
     grid = noise_grid(plan)
     steps = total.detach().double().cpu().div(grid).round_()  # exact: the grid is a power of two
     if not bool((steps.abs() < 2.0**62).all()):
-        raise PrivacyError("sum: a value is not finite or beyond 2^32 times the noise; clip every contribution first")
+        raise PrivacyError(
+            "sum: a value is not finite or beyond 2^32 times the noise; clip every contribution first"
+        )
     std = plan.noise_std * (1 + grid * math.sqrt(total.numel()) / plan.clip_norm) / grid
     noise = normal.mul_(std).round_()
     return (steps.long() + noise.long().cpu()).double().mul_(grid).float().to(total.device)
@@ -108,5 +118,7 @@ def noised_mean(total: Tensor, plan: PrivacyPlan, *, expected: float, generator:
         PrivacyError: if `expected` is not above 0.
     """
     if not expected > 0:
-        raise PrivacyError(f"expected contributions: got {expected}, expected a number above 0; leave this client out")
+        raise PrivacyError(
+            f"expected contributions: got {expected}, expected a number above 0; leave this client out"
+        )
     return noise_sum(total, plan, generator) / expected

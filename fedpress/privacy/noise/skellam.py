@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from fedpress.core.random_source import Chance
+    from fedpress.core.random_source import RandomSource
 
 # numpy and torch are imported where noise is drawn: the accountant must answer without them.
 
@@ -104,10 +104,12 @@ def tail(size: int, variance: float, chance: float) -> float:
 def _chernoff(t: float, variance: float) -> float:
     """Returns -log of the bound on P(X >= t)."""
     root = math.hypot(t, variance)
-    return t * math.asinh(t / variance) - t**2 / (root + variance)  # root - variance, without cancellation
+    return t * math.asinh(t / variance) - t**2 / (
+        root + variance
+    )  # root - variance, without cancellation
 
 
-def sample(size: int, variance: float, chance: Chance) -> Tensor:
+def sample(size: int, variance: float, chance: RandomSource) -> Tensor:
     """Returns int64 Skellam noise [size] of `variance`, drawn from whole numbers alone.
 
     A sign and 63 random bits per value are looked up in a table of tail probabilities: no rounding of a random number
@@ -120,7 +122,9 @@ def sample(size: int, variance: float, chance: Chance) -> Tensor:
     import torch
 
     if not 0 <= variance <= MAX_VARIANCE:
-        raise PrivacyError(f"Skellam variance: got {variance:g}, expected 0 to 2^36; take fewer bits")
+        raise PrivacyError(
+            f"Skellam variance: got {variance:g}, expected 0 to 2^36; take fewer bits"
+        )
     out = np.zeros(size, np.int64)
     if variance > 0:
         table = _table(float(variance))
@@ -174,7 +178,9 @@ def _probabilities(variance: float) -> np.ndarray:
     """
     import numpy as np
 
-    last = math.ceil(9.5 * math.sqrt(variance)) + 40  # past 2^-64, also where the tails are those of a Poisson
+    last = (
+        math.ceil(9.5 * math.sqrt(variance)) + 40
+    )  # past 2^-64, also where the tails are those of a Poisson
     if variance < 1e4:
         v, ratio, ratios = np.longdouble(variance), np.longdouble(0), []
         # I_k / I_(k-1), downwards, where the recurrence is stable; it forgets its start by exp(-2 k/v) a step.
@@ -189,6 +195,7 @@ def _probabilities(variance: float) -> np.ndarray:
     series += s**2 * ((81 + t2 * (-462 + 385 * t2)) / 1152)
     series += s**3 * ((30375 + t2 * (-369603 + t2 * (765765 - 425425 * t2))) / 414720)
     series += s**4 * (
-        (4465125 + t2 * (-94121676 + t2 * (349922430 + t2 * (-446185740 + 185910725 * t2)))) / np.longdouble(39813120)
+        (4465125 + t2 * (-94121676 + t2 * (349922430 + t2 * (-446185740 + 185910725 * t2))))
+        / np.longdouble(39813120)
     )
     return np.exp(k * k / (1 / s + v) - k * np.arcsinh(k / v)) * np.sqrt(s) * series

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from fedpress.core.parameters import trainable
-from fedpress.privacy.per_example.persample import LossFn, Measured, Sample, add_loop_, clip_factors, row_norms
+from fedpress.privacy.per_example.persample import (
+    LossFn,
+    Measured,
+    Sample,
+    add_loop_,
+    clip_factors,
+    row_norms,
+)
 
 ROUNDING = 2.0**-23
 
@@ -91,7 +98,9 @@ def _record(
         # an edge, not the tensor: an in-place ReLU may overwrite the output
         seen.append((module, args[0].detach(), torch.autograd.graph.get_gradient_edge(output)))
 
-    owners = [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+    owners = [
+        m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))
+    ]
     handles = [module.register_forward_hook(see) for module in owners]
     try:
         outputs = model(x)
@@ -109,7 +118,9 @@ def _parts(module: nn.Module, a: Tensor, b: Tensor) -> list[tuple[nn.Parameter, 
     own = {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
     if not isinstance(module, nn.Conv2d):  # convolutions choose their precision
         a, b = a.float(), b.float()
-    return [(own[name], part) for name, part in RULES[type(module)](module, a, b).items() if name in own]
+    return [
+        (own[name], part) for name, part in RULES[type(module)](module, a, b).items() if name in own
+    ]
 
 
 def _norms(parts: list[Part], n: int, device: torch.device) -> Tensor:
@@ -123,13 +134,26 @@ def _norms(parts: list[Part], n: int, device: torch.device) -> Tensor:
 
 
 def _split_(
-    bad: Tensor, views: list[Tensor], model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, clip_norm: float
+    bad: Tensor,
+    views: list[Tensor],
+    model: nn.Module,
+    loss_fn: LossFn,
+    x: Tensor,
+    y: Tensor,
+    clip_norm: float,
 ) -> Measured:
     """Takes the samples without a finite float32 norm one by one, in float64, and the others together."""
     measured: Measured = [Sample(0.0, 0.0)] * len(x)
-    for rows, method in (((~bad).nonzero().flatten(), add_ghost_), (bad.nonzero().flatten(), add_loop_)):
+    for rows, method in (
+        ((~bad).nonzero().flatten(), add_ghost_),
+        (bad.nonzero().flatten(), add_loop_),
+    ):
         if len(rows):
-            for i, pair in zip(rows.tolist(), method(views, model, loss_fn, x[rows], y[rows], clip_norm), strict=True):
+            for i, pair in zip(
+                rows.tolist(),
+                method(views, model, loss_fn, x[rows], y[rows], clip_norm),
+                strict=True,
+            ):
                 measured[i] = pair
     return measured
 
@@ -159,7 +183,10 @@ def _conv(module: nn.Conv2d, a: Tensor, b: Tensor) -> dict[str, Part]:
     """Convolutions: a [n, i, H, W], b [n, o, H', W']."""
     shape = module.weight.shape
     if module.groups == 1 and _ghost_is_cheaper(module, a, b):
-        a, b = a.float(), b.float()  # the sum must not be rounded to 16 bits: its error would depend on everybody
+        a, b = (
+            a.float(),
+            b.float(),
+        )  # the sum must not be rounded to 16 bits: its error would depend on everybody
 
         def total(scale: Tensor) -> Tensor:
             return _weight_gradient(module, a, b * scale[:, None, None, None])[0]
@@ -169,7 +196,10 @@ def _conv(module: nn.Conv2d, a: Tensor, b: Tensor) -> dict[str, Part]:
         # a few samples as groups of one convolution: measured fastest while the weight is small
         together = 8 if shape.numel() < 2**16 else 1
         pairs = zip(a.to(b.dtype).split(together), b.split(together), strict=True)
-        weight = _explicit(torch.cat([_weight_gradient(module, *pair, samples=len(pair[0])) for pair in pairs]), shape)
+        weight = _explicit(
+            torch.cat([_weight_gradient(module, *pair, samples=len(pair[0])) for pair in pairs]),
+            shape,
+        )
     return {"weight": weight, "bias": _explicit(b.float().sum((2, 3)), shape[:1])}
 
 
@@ -203,7 +233,9 @@ def _conv_squares(module: nn.Conv2d, a: Tensor, b: Tensor) -> Tensor:
         for j in range(0, kw * dw, dw):
             rows, columns = slice(i, i + sh * (h - 1) + 1, sh), slice(j, j + sw * (w - 1) + 1, sw)
             patches += pixels[:, rows, columns, rows, columns]
-    return (patches.view(n, h * w, h * w) * _gram(b.flatten(2).transpose(1, 2).double())).sum((1, 2))
+    return (patches.view(n, h * w, h * w) * _gram(b.flatten(2).transpose(1, 2).double())).sum(
+        (1, 2)
+    )
 
 
 def _gram(rows: Tensor) -> Tensor:

@@ -16,7 +16,14 @@ from fedpress.errors import RecipeError, did_you_mean
 from fedpress.nn.resize import copied
 from fedpress.privacy.per_example import ghost
 from fedpress.privacy.per_example.guard import Guard
-from fedpress.privacy.per_example.persample import WRITTEN, LossFn, Measured, Sample, add_loop_, add_vmap_
+from fedpress.privacy.per_example.persample import (
+    WRITTEN,
+    LossFn,
+    Measured,
+    Sample,
+    add_loop_,
+    add_vmap_,
+)
 
 Method = Literal["ghost", "vmap", "loop"]
 
@@ -93,11 +100,16 @@ def clipped_gradient_sum(
     """
     check_separable(model)
     if method not in METHODS:
-        raise RecipeError(f"method: got {method!r}, expected one of {list(METHODS)}{did_you_mean(method, [*METHODS])}")
+        raise RecipeError(
+            f"method: got {method!r}, expected one of {list(METHODS)}{did_you_mean(method, [*METHODS])}"
+        )
     guard, written = Guard(model), ""
     params = trainable(model)
     total = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
-    views = [part.view(p.shape) for part, p in zip(total.split([p.numel() for p in params]), params, strict=True)]
+    views = [
+        part.view(p.shape)
+        for part, p in zip(total.split([p.numel() for p in params]), params, strict=True)
+    ]
     measured: Measured = []
     agreed = True
     for start in range(0, len(x), chunk):
@@ -115,7 +127,9 @@ def clipped_gradient_sum(
                 total.copy_(before)
         measured += found or add_loop_(views, model, loss_fn, x[at], y[at], clip_norm, guard)
     stats = _stats(measured, clip_norm, agreed)
-    written = written or next((one.problem for one in measured if one.problem.startswith(WRITTEN)), "")
+    written = written or next(
+        (one.problem for one in measured if one.problem.startswith(WRITTEN)), ""
+    )
     if written and not contain:
         raise RecipeError(written.removeprefix(WRITTEN))
     return total, stats
@@ -137,23 +151,40 @@ def _verified(
         rows = _rows_to_verify(x, 8 if verify == "gradients" else 4)
         with _without_dropout(model) as drew:
             # What was measured with dropout cannot be compared: losses without it can, at a third of the price.
-            together = _losses(model, loss_fn, x, y, rows) if drew else [measured[row] for row in rows]
+            together = (
+                _losses(model, loss_fn, x, y, rows) if drew else [measured[row] for row in rows]
+            )
             if verify == "gradients" and not drew:
-                alone = add_loop_([torch.zeros_like(v) for v in views], model, loss_fn, x[rows], y[rows], clip_norm)
+                alone = add_loop_(
+                    [torch.zeros_like(v) for v in views],
+                    model,
+                    loss_fn,
+                    x[rows],
+                    y[rows],
+                    clip_norm,
+                )
             else:
                 together = [one._replace(norm=0.0) for one in together]
-                alone = [_losses(model, loss_fn, x[row : row + 1], y[row : row + 1], [0])[0] for row in rows]
+                alone = [
+                    _losses(model, loss_fn, x[row : row + 1], y[row : row + 1], [0])[0]
+                    for row in rows
+                ]
     except Exception:  # torch.func or the rules do not know what this network did on these values
         return None
     room = 0.1 if torch.is_autocast_enabled(x.device.type) else 2e-3
-    return measured if all(_alike(a, b, room) for a, b in zip(together, alone, strict=True)) else None
+    return (
+        measured if all(_alike(a, b, room) for a, b in zip(together, alone, strict=True)) else None
+    )
 
 
 @torch.no_grad()
 def _losses(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, rows: list[int]) -> Measured:
     """Returns the loss of each of `rows` when the batch runs as a whole, with no norm."""
     outputs = model(x)
-    return [Sample(float(loss_fn(outputs[row : row + 1].float(), y[row : row + 1])), 0.0) for row in rows]
+    return [
+        Sample(float(loss_fn(outputs[row : row + 1].float(), y[row : row + 1])), 0.0)
+        for row in rows
+    ]
 
 
 def _rows_to_verify(x: Tensor, count: int) -> list[int]:
@@ -177,7 +208,8 @@ def _alike(a: Sample, b: Sample, room: float) -> bool:
         return False
     pairs = ((a.loss, b.loss), (a.norm, b.norm))
     return all(
-        abs(one - other) <= room * (1e-3 + abs(other)) or not (math.isfinite(one) or math.isfinite(other))
+        abs(one - other) <= room * (1e-3 + abs(other))
+        or not (math.isfinite(one) or math.isfinite(other))
         for one, other in pairs
     )
 
@@ -185,7 +217,11 @@ def _alike(a: Sample, b: Sample, room: float) -> bool:
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[bool]:
     """Switches dropout layers off; yields whether there were any that draw."""
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0]
+    layers = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0
+    ]
     for layer in layers:
         layer.training = False
     try:
@@ -204,7 +240,9 @@ def choose_method(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> Me
     batched method, so it falls to the loop, where they cannot; what mixes on rare inputs only is found by `verify`.
     """
     try:
-        twin = copied(model)  # in the modes of the real one: a network may mix samples only while it trains
+        twin = copied(
+            model
+        )  # in the modes of the real one: a network may mix samples only while it trains
     except Exception:  # what cannot be tried is not used
         return "loop"
     for module in twin.modules():
@@ -212,22 +250,35 @@ def choose_method(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> Me
             module.eval()  # its draws would differ between the methods
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in trainable(twin):  # away from zeros: a zero layer would hide that a gradient is wrong
+        for p in trainable(
+            twin
+        ):  # away from zeros: a zero layer would hide that a gradient is wrong
             p.add_(0.05 * torch.randn(p.shape, generator=noise).to(p))
     candidates: list[Method] = ["ghost"] if ghost.supports(model) else []
     small = sum(p.numel() for p in trainable(model)) < 1_000_000 and not _convolves(model)
     candidates += ["vmap"] if small or x.device.type != "cpu" else []
     if not candidates:
         return "loop"
-    own, labels = torch.cat([x[:1], x[-1:]]), torch.zeros((2, *y.shape[1:]), dtype=y.dtype, device=y.device)
-    made_up = [] if _takes_whole_numbers(model, x) else [torch.randn((2, *x.shape[1:]), generator=noise).to(x)]
+    own, labels = (
+        torch.cat([x[:1], x[-1:]]),
+        torch.zeros((2, *y.shape[1:]), dtype=y.dtype, device=y.device),
+    )
+    made_up = (
+        []
+        if _takes_whole_numbers(model, x)
+        else [torch.randn((2, *x.shape[1:]), generator=noise).to(x)]
+    )
     for inputs in (*made_up, own):
-        expected, raw = clipped_gradient_sum(twin, loss_fn, inputs, labels, clip_norm=1.0, contain=True)
+        expected, raw = clipped_gradient_sum(
+            twin, loss_fn, inputs, labels, clip_norm=1.0, contain=True
+        )
         if not raw.failed:
             break
     for method in candidates:
         try:
-            got, _ = clipped_gradient_sum(twin, loss_fn, inputs, labels, clip_norm=1.0, method=method)
+            got, _ = clipped_gradient_sum(
+                twin, loss_fn, inputs, labels, clip_norm=1.0, method=method
+            )
         except Exception:  # torch.func or the rules do not know this network
             continue
         if float((got - expected).norm()) <= 1e-3 * float(expected.norm()):
@@ -250,8 +301,14 @@ def check_separable(model: nn.Module) -> None:
                 f"model.{name}: batch normalisation in training mode mixes the samples of a batch, so no sample has a "
                 "gradient of its own; use norm = 'frozen' or 'group'"
             )
-        if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats and module.training:
-            raise RecipeError(f"model.{name}: running statistics keep private data without noise; use norm = 'group'")
+        if (
+            isinstance(module, nn.modules.instancenorm._InstanceNorm)
+            and module.track_running_stats
+            and module.training
+        ):
+            raise RecipeError(
+                f"model.{name}: running statistics keep private data without noise; use norm = 'group'"
+            )
 
 
 def _convolves(model: nn.Module) -> bool:

@@ -16,7 +16,9 @@ class Guard:
     def __init__(self, model: nn.Module) -> None:
         """Copies every buffer and parameter of `model`."""
         self._model = model
-        self._held = {name: (value, value.detach().clone()) for name, value in _named(model).items()}
+        self._held = {
+            name: (value, value.detach().clone()) for name, value in _named(model).items()
+        }
         self._versions = {name: value._version for name, value in _named(model).items()}
 
     def put_back_(self) -> str:
@@ -29,7 +31,11 @@ class Guard:
         return _said(changed[0], isinstance(now.get(changed[0]), nn.Parameter)) if changed else ""
 
     def _as_before(self, name: str, now: Tensor | None) -> bool:
-        return name in self._held and self._held[name][0] is now and self._versions[name] == now._version
+        return (
+            name in self._held
+            and self._held[name][0] is now
+            and self._versions[name] == now._version
+        )
 
     @torch.no_grad()
     def _put_back_(self, name: str) -> None:

@@ -47,7 +47,10 @@ def add_loop_(
     forward pass the network wrote into itself, which `guard` takes back. If it took the whole batch with it, one sample
     could move the sum by more than `clip_norm`.
     """
-    return [_add_one_(views, model, loss_fn, x[i : i + 1], y[i : i + 1], clip_norm, guard) for i in range(len(x))]
+    return [
+        _add_one_(views, model, loss_fn, x[i : i + 1], y[i : i + 1], clip_norm, guard)
+        for i in range(len(x))
+    ]
 
 
 def _add_one_(
@@ -78,7 +81,9 @@ def _measure_one(
         try:
             loss, grads = _gradient(model, loss_fn, torch.cat([x, x]), torch.cat([y, y]))
         except Exception:
-            return Sample(math.nan, math.nan, f"{type(first).__name__}: {str(first).partition(chr(10))[0]}"), []
+            return Sample(
+                math.nan, math.nan, f"{type(first).__name__}: {str(first).partition(chr(10))[0]}"
+            ), []
     used = [
         (v, g if g.layout == torch.strided else g.to_dense())
         for v, g in zip(views, grads, strict=True)
@@ -87,7 +92,9 @@ def _measure_one(
     return Sample(float(loss.detach()), math.nan), used
 
 
-def _gradient(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def _gradient(
+    model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Returns the loss of a batch and the gradient of each trainable parameter, None where it is not used."""
     loss = loss_fn(model(x), y)
     return loss, torch.autograd.grad(loss, trainable(model), allow_unused=True)
@@ -103,8 +110,12 @@ def add_vmap_(
         loss = loss_fn(torch.func.functional_call(model, params, (one[None],)), label[None])
         return loss, loss.detach()
 
-    each = torch.func.vmap(torch.func.grad(loss_of, has_aux=True), in_dims=(None, 0, 0), randomness="different")
-    with warnings.catch_warnings():  # a layer without a rule of its own is slow there, but no user can mend that
+    each = torch.func.vmap(
+        torch.func.grad(loss_of, has_aux=True), in_dims=(None, 0, 0), randomness="different"
+    )
+    with (
+        warnings.catch_warnings()
+    ):  # a layer without a rule of its own is slow there, but no user can mend that
         warnings.filterwarnings("ignore", message="There is a performance drop")
         grads, losses = each(named, x, y)
     with torch.autocast(x.device.type, enabled=False):  # the norm is a promise: never in 16 bits

@@ -12,7 +12,12 @@ from fedpress.core.parameters import trainable
 from fedpress.core.random_source import Source
 from fedpress.errors import RecipeError
 from fedpress.privacy.noise.mechanism import noised_mean, poisson_batches
-from fedpress.privacy.per_example.gradients import Method, RawStats, choose_method, clipped_gradient_sum
+from fedpress.privacy.per_example.gradients import (
+    Method,
+    RawStats,
+    choose_method,
+    clipped_gradient_sum,
+)
 from fedpress.privacy.per_example.persample import LossFn
 from fedpress.privacy.plan import PrivacyPlan
 
@@ -53,7 +58,7 @@ def private_steps(
         plan: of unit "sample".
         steps: how many steps.
         lr: learning rate of plain SGD.
-        generator: draws batches and noise; a `Chance`, or a torch generator.
+        generator: draws batches and noise; a `RandomSource`, or a torch generator.
         momentum: of SGD, starting at rest; it only mixes noised gradients.
         prepare: raw batch [k, ...] -> network input; every example by itself (no mixup).
         method: row of `gradients.METHODS`; chosen at the first batch unless given. It is compared with the loop on
@@ -69,7 +74,9 @@ def private_steps(
     params = trainable(model)
     velocity: Tensor | None = None
     met = False
-    for step, index in enumerate(poisson_batches(len(x), plan.sampling_prob, steps, generator), start=1):
+    for step, index in enumerate(
+        poisson_batches(len(x), plan.sampling_prob, steps, generator), start=1
+    ):
         batch, labels = x[index], y[index]
         if prepare is not None and len(index):
             batch = prepare(batch)
@@ -89,7 +96,9 @@ def private_steps(
         met = met or len(index) > 0
         if not raw.agreed:
             method = "loop"
-        gradient = noised_mean(total, plan, expected=plan.sampling_prob * len(x), generator=generator)
+        gradient = noised_mean(
+            total, plan, expected=plan.sampling_prob * len(x), generator=generator
+        )
         velocity = gradient if velocity is None else velocity.mul_(momentum).add_(gradient)
         _step_(params, velocity, lr)
         yield StepRecord(step, raw)

@@ -24,13 +24,13 @@ from fedpress.federation import (
     Adder,
     Algorithm,
     Client,
+    ClientState,
     Cohort,
+    DiskState,
     Downlink,
-    Files,
+    InMemoryState,
     LocalSettings,
-    Memory,
     PlainSum,
-    Recall,
     RoundRecord,
     SecureSum,
     Uplink,
@@ -38,14 +38,12 @@ from fedpress.federation import (
     private_sgd,
     sgd,
 )
-from fedpress.federation import (
-    server as rounds,
-)
 from fedpress.federation.client_state import load_json
 from fedpress.federation.downlink import Broadcast
+from fedpress.federation.server import rounds
 from fedpress.nn.resize import copied
-from fedpress.privacy.ledger import POPULATION, Charge, Ledger
-from fedpress.secagg import Member, identity
+from fedpress.privacy.ledger import POPULATION, Ledger, LedgerEntry
+from fedpress.secagg import SecAggClient, identity
 from fedpress.stages.federate.privacy import Protection, protect, repeated
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.training.augment import Augment, augment
@@ -89,9 +87,13 @@ class Federation:
     @property
     def agreement(self) -> str:
         """The fingerprint of what server and clients hold alike."""
-        return agreement(parameters.Layout.of(self.model), local_settings(self.stage), self.uplink, self.downlink)
+        return agreement(
+            parameters.Layout.of(self.model), local_settings(self.stage), self.uplink, self.downlink
+        )
 
-    def rounds(self, params: Tensor, *, start: int, server_state: dict[str, Tensor] | None) -> Iterator[RoundRecord]:
+    def rounds(
+        self, params: Tensor, *, start: int, server_state: dict[str, Tensor] | None
+    ) -> Iterator[RoundRecord]:
         """Returns the rounds after `start`, each computed when it is asked for."""
         return rounds(
             params,
@@ -117,7 +119,9 @@ class Federation:
         Updates of real training have heavier tails and become smaller. Clients are changed: bind again for a run.
         """
         params, chance = parameters.flatten(self.model), torch.Generator().manual_seed(0)
-        change = torch.randn(len(params), generator=chance) * (1e-3 * float(params.std()) if len(params) > 1 else 1e-3)
+        change = torch.randn(len(params), generator=chance) * (
+            1e-3 * float(params.std()) if len(params) > 1 else 1e-3
+        )
         client, cohort = next(iter(self.clients)), self.uplink.cohort.size
         before = self.transport.traffic
         session = self.uplink.adder.open(self.transport, self.agreement)
@@ -132,7 +136,9 @@ class Federation:
             part = member.mask(tensors[VALUES], round=1, cohort=names)
             header, tensors = {"round": 1, "secure": dict(part.header)}, dict(part.tensors)
         up = len(pack(Message("update", header | counts, tensors)))
-        first = down = len(pack(Message("fit", self._said(session.invite(names)), {"params": params})))
+        first = down = len(
+            pack(Message("fit", self._said(session.invite(names)), {"params": params}))
+        )
         if self.downlink is not None:
             broadcast = Broadcast.open(self.downlink, self.seed, [client], {})
             for round, model in ((1, params), (2, params + change)):
@@ -174,9 +180,11 @@ class Federation:
 
     def drawn(self, number: int) -> list[str]:
         """Returns the clients that take part in round `number`."""
-        return self.uplink.cohort.draw(self.transport.clients(), seed=self.secret or self.seed, round=number)
+        return self.uplink.cohort.draw(
+            self.transport.clients(), seed=self.secret or self.seed, round=number
+        )
 
-    def charges(self, clients: list[str], first: int, last: int) -> list[Charge]:
+    def charges(self, clients: list[str], first: int, last: int) -> list[LedgerEntry]:
         """Returns what rounds `first` to `last` cost: each of `clients` its own part, or the population as one."""
         planned = self.protection
         if planned.whole and first > 1:  # all rounds are one mechanism, charged before the first
@@ -184,7 +192,9 @@ class Federation:
         count = 1 if planned.whole else math.ceil((last - first + 1) / self.uplink.cohort.period)
         who = [POPULATION] if POPULATION in planned.costs else clients
         name = self.stage.name
-        return [Charge.of(w, name, repeated(planned.costs[w], count), first, last) for w in who]
+        return [
+            LedgerEntry.of(w, name, repeated(planned.costs[w], count), first, last) for w in who
+        ]
 
     def failure_noise(self, clients: Sequence[str]) -> tuple[float, float]:
         """Returns how many protected units `clients` bring to a round, as planned, and the noise in their counts.
@@ -196,7 +206,9 @@ class Federation:
         if self._sample:
             steps = [1 if self.uplink.joint else plan.steps_per_round for plan in plans]
             sizes = [len(self.clients[name].arrays) for name in clients]
-            of = sum(plan.sampling_prob * n * k for plan, n, k in zip(plans, sizes, steps, strict=True))
+            of = sum(
+                plan.sampling_prob * n * k for plan, n, k in zip(plans, sizes, steps, strict=True)
+            )
         else:
             steps = [1] * len(plans)
         if self.uplink.noise is not None:
@@ -206,7 +218,11 @@ class Federation:
     def grid(self) -> dict[str, Any]:
         """Returns how a secure sum is planned; empty for a plain one."""
         grid = self.protection.grid
-        return {} if grid is None else {"bits": grid.plan.bits, "scale": grid.scale, "sum_limit": grid.limit}
+        return (
+            {}
+            if grid is None
+            else {"bits": grid.plan.bits, "scale": grid.scale, "sum_limit": grid.limit}
+        )
 
     def promise(self) -> dict[str, Any]:
         """Returns the privacy settings of the client that is charged most."""
@@ -240,9 +256,15 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> F
     drawn = private is not None and private.secure_noise
     secrets = {name: secret_of(memory) if drawn else None for name, memory in memories.items()}
     own = owns_keys(stage)
-    keys = {n: random.secret_key(secret_of(memories[n]) if own else seed, "member", n) for n in clients}
+    keys = {
+        n: random.secret_key(secret_of(memories[n]) if own else seed, "member", n) for n in clients
+    }
     adder = _adder(stage, planned, cohort, keys)
-    equal = isinstance(adder, SecureSum) or (private is not None and private.unit == "client") or planned.divisor
+    equal = (
+        isinstance(adder, SecureSum)
+        or (private is not None and private.unit == "client")
+        or planned.divisor
+    )
     uplink = Uplink.bind(
         layout.size,
         cohort,
@@ -256,16 +278,32 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> F
         noise=planned.noise,
         adaptive=planned.adaptive,
     )
-    downlink = Downlink(layout.size, layout.shapes, stage.downlink, stage.first_downlink) if stage.downlink else None
+    downlink = (
+        Downlink(layout.size, layout.shapes, stage.downlink, stage.first_downlink)
+        if stage.downlink
+        else None
+    )
     if downlink is not None:
         _ = downlink.bound(whole=True), downlink.bound(whole=False)  # says what does not fit
     prepare = Prepare(state.data.preprocess, stage.augment)
     settings = local_settings(stage)
     sample = private is not None and private.unit == "sample"
     shared = Federation(
-        stage, model, uplink, {}, LocalTransport({}), planned, downlink, _ledger(stage, state), seed, None
+        stage,
+        model,
+        uplink,
+        {},
+        LocalTransport({}),
+        planned,
+        downlink,
+        _ledger(stage, state),
+        seed,
+        None,
     )
-    run, identities = shared.agreement, dict(adder.identities) if isinstance(adder, SecureSum) else {}
+    run, identities = (
+        shared.agreement,
+        dict(adder.identities) if isinstance(adder, SecureSum) else {},
+    )
     made = {
         name: Client(
             name=name,
@@ -291,16 +329,21 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> F
     return replace(shared, clients=made, transport=transport, secret=secrets[SERVER])
 
 
-def _memories(stage: FederateSettings, clients: list[str], folder: Path | None, seed: int) -> dict[str, Memory]:
+def _memories(
+    stage: FederateSettings, clients: list[str], folder: Path | None, seed: int
+) -> dict[str, ClientState]:
     """Returns where each client, and the server, keeps what must outlive a process.
 
-    Files are put aside by all settings: the memory of a stage that was run otherwise is not taken up.
+    DiskState are put aside by all settings: the memory of a stage that was run otherwise is not taken up.
     """
     names = [*clients, SERVER]
     if folder is None:
-        return {name: Recall() for name in names}
+        return {name: InMemoryState() for name in names}
     place = folder / random.fingerprint(stage, seed, clients)[:16]
-    return {name: Files(place / (name if name == SERVER else f"{at:05d}")) for at, name in enumerate(names)}
+    return {
+        name: DiskState(place / (name if name == SERVER else f"{at:05d}"))
+        for at, name in enumerate(names)
+    }
 
 
 def owns_keys(stage: FederateSettings) -> bool:
@@ -308,16 +351,18 @@ def owns_keys(stage: FederateSettings) -> bool:
     return stage.secure_keys or (stage.privacy is not None and stage.privacy.secure_noise)
 
 
-def secret_of(memory: Memory) -> int:
+def secret_of(memory: ClientState) -> int:
     """Returns the 256 secret bits in `memory`, drawn from the operating system the first time."""
-    note = memory.note("secret")
+    note = memory.entry("secret")
     if not note:
         note = {"bytes": torch.frombuffer(bytearray(os.urandom(32)), dtype=torch.uint8)}
-        memory.save_note("secret", note)
+        memory.save_entry("secret", note)
     return int.from_bytes(bytes(note["bytes"].tolist()), "little")
 
 
-def _adder(stage: FederateSettings, planned: Protection, cohort: Cohort, keys: dict[str, bytes]) -> Adder:
+def _adder(
+    stage: FederateSettings, planned: Protection, cohort: Cohort, keys: dict[str, bytes]
+) -> Adder:
     if planned.grid is None:
         return PlainSum()
     identities = tuple((name, identity(key)) for name, key in keys.items())
@@ -325,11 +370,11 @@ def _adder(stage: FederateSettings, planned: Protection, cohort: Cohort, keys: d
 
 
 def _member(
-    name: str, key: bytes, adder: Adder, identities: dict[str, bytes], run: str, memory: Memory
-) -> Member | None:
+    name: str, key: bytes, adder: Adder, identities: dict[str, bytes], run: str, memory: ClientState
+) -> SecAggClient | None:
     if not isinstance(adder, SecureSum):
         return None
-    member = Member(name, key, adder.plan, identities, run)
+    member = SecAggClient(name, key, adder.plan, identities, run)
     if noted := load_json(memory, "member"):
         member.load_state_(noted)
     return member
@@ -344,7 +389,9 @@ def _ledger(stage: FederateSettings, state: State) -> Ledger:
     private, book = stage.privacy, state.ledger
     if private is None:
         book = book if book is not None else Ledger("sample")
-        return book.add(Charge(POPULATION, stage.name, 1.0, 0.0, 1)) if stage.num_rounds else book
+        return (
+            book.add(LedgerEntry(POPULATION, stage.name, 1.0, 0.0, 1)) if stage.num_rounds else book
+        )
     book = book if book is not None else Ledger(private.unit)
     open_stage = next((c.what for c in book.charges if c.noise_multiplier == 0), None)
     if open_stage is not None:

@@ -71,7 +71,9 @@ class Failures:
         drawing = of * (1 - federation.uplink.privacy.sampling_prob)
         latest = (record.failures.not_finite, record.failures.failed, of, variance + drawing)
         recent = (*self.recent, latest)[-RECENT:]
-        return replace(now, counted=counted, of=self.of + of, variance=self.variance + variance, recent=recent)
+        return replace(
+            now, counted=counted, of=self.of + of, variance=self.variance + variance, recent=recent
+        )
 
     @property
     def noise(self) -> float:
@@ -94,9 +96,16 @@ class Failures:
         """
         not_finite = failed = of = variance = 0.0
         for one in reversed(self.recent):
-            not_finite, failed, of, variance = not_finite + one[0], failed + one[1], of + one[2], variance + one[3]
+            not_finite, failed, of, variance = (
+                not_finite + one[0],
+                failed + one[1],
+                of + one[2],
+                variance + one[3],
+            )
             noise = math.sqrt(variance)
-            if _all(max(not_finite, failed), of, noise) or _all(not_finite + failed, of, math.sqrt(2) * noise):
+            if _all(max(not_finite, failed), of, noise) or _all(
+                not_finite + failed, of, math.sqrt(2) * noise
+            ):
                 return True
         return False
 
@@ -129,7 +138,9 @@ class Failures:
         """Returns what the result tells: clients by name, and the noised count by cause."""
         lost = sum(rounds for rounds, _ in self.refused.values())
         out: dict[str, Any] = {"asked": self.asked, "refused": lost}
-        out["clients"] = {name: {"rounds": rounds, "reason": why} for name, (rounds, why) in self.refused.items()}
+        out["clients"] = {
+            name: {"rounds": rounds, "reason": why} for name, (rounds, why) in self.refused.items()
+        }
         if self.counted is not None:
             out["counted"] = {
                 "unit": unit,
@@ -182,7 +193,10 @@ def told(refused: Mapping[str, str], federation: Federation) -> dict[str, str]:
 def _is_public(why: str) -> bool:
     kind, colon, _ = why.partition(": ")
     # A client's error begins with its kind, a word; what the server says itself begins with something else.
-    return not (colon and kind.isidentifier() and kind.endswith(("Error", "Exception"))) or kind in OPEN
+    return (
+        not (colon and kind.isidentifier() and kind.endswith(("Error", "Exception")))
+        or kind in OPEN
+    )
 
 
 def in_words(refused: Mapping[str, str], drawn: Sequence[str], round: int) -> str:

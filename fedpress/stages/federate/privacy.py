@@ -12,7 +12,7 @@ from fedpress.errors import RecipeError
 from fedpress.federation import Cohort
 from fedpress.federation.aggregators.mean import check_additive
 from fedpress.federation.servernoise import ServerNoise
-from fedpress.privacy.accounting.events import AnyPhase
+from fedpress.privacy.accounting.events import MechanismEvent
 from fedpress.privacy.adaptive import AdaptiveClip, count_noise_for, split
 from fedpress.privacy.ledger import POPULATION
 from fedpress.privacy.noise import distributed
@@ -27,7 +27,8 @@ CLIP_NORM = 10.0
 """Longest update of a secure sum without privacy, where the recipe gives no list: longer than those of usual rounds."""
 NOISED_LIST = 'uplink = [{ kind = "rotate" }, { kind = "discretize" }]'
 PLAIN_LIST = (
-    f'uplink = [{{ kind = "clip", clip_norm = {CLIP_NORM} }}, {{ kind = "rotate" }}, {{ kind = "discretize" }}]'
+    f'uplink = [{{ kind = "clip", clip_norm = {CLIP_NORM} }}, {{ kind = "rotate" }}, '
+    '{ kind = "discretize" }]'
 )
 """What a secure sum needs, with privacy (which clips by itself) and without; as a line of a recipe."""
 
@@ -58,7 +59,11 @@ class Grid:
         for transform in chain:
             filled.append(transform)
             if isinstance(transform, Discretize):
-                planned = {"bits": self.plan.bits, "scale": self.scale, "limit": self.coordinate_limit}
+                planned = {
+                    "bits": self.plan.bits,
+                    "scale": self.scale,
+                    "limit": self.coordinate_limit,
+                }
                 if self.noise is not None:
                     planned["again"] = self.noise.rounds_again
                 filled[-1] = transform.model_copy(update=planned)
@@ -85,7 +90,7 @@ class Protection:
 
     chain: tuple[Settings, ...]
     plans: Mapping[str, PrivacyPlan] = field(default_factory=dict)
-    costs: Mapping[str, AnyPhase] = field(default_factory=dict)
+    costs: Mapping[str, MechanismEvent] = field(default_factory=dict)
     grid: Grid | None = None
     noise: ServerNoise | None = None
     adaptive: AdaptiveClip | None = None
@@ -94,7 +99,10 @@ class Protection:
 
 
 def protect(
-    stage: FederateSettings, examples: Mapping[str, int], cohort: Cohort, shapes: Sequence[tuple[int, ...]]
+    stage: FederateSettings,
+    examples: Mapping[str, int],
+    cohort: Cohort,
+    shapes: Sequence[tuple[int, ...]],
 ) -> Protection:
     """Plans noise, grid and costs of `stage` for clients with so many `examples` and parameters of these `shapes`.
 
@@ -132,10 +140,17 @@ def _check_list(stage: FederateSettings, secure: bool, cohort: Cohort) -> None:
                 "round; set error_feedback = false, or unbiased = false"
             )
         if secure and transform.kind == "noise":
-            raise RecipeError("stage.uplink.noise: a secure sum plans its own noise; ask for it with stage.privacy")
+            raise RecipeError(
+                "stage.uplink.noise: a secure sum plans its own noise; ask for it with stage.privacy"
+            )
         if secure and isinstance(transform, Discretize) and transform.scale is not None:
-            raise RecipeError("stage.uplink.discretize.scale: a secure sum plans it; give bits, or leave both out")
-    if secure and (cohort.sampling == "poisson" or (cohort.sampling == "cyclic" and cohort.population % cohort.size)):
+            raise RecipeError(
+                "stage.uplink.discretize.scale: a secure sum plans it; give bits, or leave both out"
+            )
+    if secure and (
+        cohort.sampling == "poisson"
+        or (cohort.sampling == "cyclic" and cohort.population % cohort.size)
+    ):
         raise RecipeError(
             f"stage.sampling: a secure sum needs cohorts of one size, whose noise and bits are planned; got "
             f"'{cohort.sampling}' cohorts of {cohort.size} in {cohort.population}; use 'fixed', or 'cyclic' with a "
@@ -162,34 +177,50 @@ def noise_makers(plan: SecurePlan) -> int:
     return max(1, plan.survivors - max(plan.corrupt, 1))
 
 
-def repeated(phase: AnyPhase, count: int) -> AnyPhase:
+def repeated(phase: MechanismEvent, count: int) -> MechanismEvent:
     """Returns `phase` so many times."""
     return replace(phase, steps=phase.steps * count)
 
 
 def steps_per_round(stage: FederateSettings, examples: int) -> int:
     """Returns the local steps of one round for a client of so many examples."""
-    if stage.privacy is not None and stage.privacy.unit == "sample" and stage.privacy.trust != "local":
+    if (
+        stage.privacy is not None
+        and stage.privacy.unit == "sample"
+        and stage.privacy.trust != "local"
+    ):
         return 1
     return stage.epochs * math.ceil(examples / stage.batch_size)
 
 
 def _alone(
-    stage: FederateSettings, private: PrivacySettings, examples: Mapping[str, int], chain: tuple[Settings, ...]
+    stage: FederateSettings,
+    private: PrivacySettings,
+    examples: Mapping[str, int],
+    chain: tuple[Settings, ...],
 ) -> Protection:
     """Sample privacy of each client's own noise: all get the noise that the most exposed of them needs."""
     base = PrivacyPlan("sample", private.clip_norm, 1.0, delta=private.delta)
     plans = {
-        name: replace(base, sampling_prob=min(1.0, stage.batch_size / n), steps_per_round=steps_per_round(stage, n))
+        name: replace(
+            base,
+            sampling_prob=min(1.0, stage.batch_size / n),
+            steps_per_round=steps_per_round(stage, n),
+        )
         for name, n in examples.items()
     }
     noise = private.noise_multiplier
     if noise is None:
         assert private.epsilon is not None
         budget, length = private.epsilon, max(1, stage.num_rounds)
-        noise = max(p.calibrate(epsilon=budget, num_rounds=length).noise_multiplier for p in set(plans.values()))
+        noise = max(
+            p.calibrate(epsilon=budget, num_rounds=length).noise_multiplier
+            for p in set(plans.values())
+        )
     plans = {name: replace(plan, noise_multiplier=noise) for name, plan in plans.items()}
-    return Protection(chain, plans, {name: plan.phase(num_rounds=1) for name, plan in plans.items()})
+    return Protection(
+        chain, plans, {name: plan.phase(num_rounds=1) for name, plan in plans.items()}
+    )
 
 
 @dataclass(frozen=True)
@@ -206,7 +237,13 @@ class _Case:
 
 def _joint(case: _Case) -> Protection:
     """Sample privacy of one jointly noised gradient step a round, over the examples of the whole cohort."""
-    stage, private, examples, cohort, chain = case.stage, case.private, case.examples, case.cohort, case.chain
+    stage, private, examples, cohort, chain = (
+        case.stage,
+        case.private,
+        case.examples,
+        case.cohort,
+        case.chain,
+    )
     _check_joint(stage)
     total = sum(examples.values())
     share = min(1.0, stage.batch_size * len(examples) / total)
@@ -215,7 +252,7 @@ def _joint(case: _Case) -> Protection:
     divisor = expected / stage.lr
     if private.trust == "central":
         plan = _calibrated(plan, private, max(1, stage.num_rounds))
-        step: AnyPhase = plan.phase(num_rounds=1)
+        step: MechanismEvent = plan.phase(num_rounds=1)
         return Protection(
             chain,
             dict.fromkeys(examples, plan),
@@ -227,10 +264,12 @@ def _joint(case: _Case) -> Protection:
     # vectors further apart, so one example still moves the sum by one clip norm.
     longest = private.clip_norm * max(1.0, share * max(examples.values()))
     chain = (Clip(clip_norm=longest), *chain)
-    grid = _grid(stage, chain, case.start, cohort, sensitivity=private.clip_norm, sampling_prob=share)
+    grid = _grid(
+        stage, chain, case.start, cohort, sensitivity=private.clip_norm, sampling_prob=share
+    )
     assert grid.noise is not None
     plan = replace(plan, noise_multiplier=grid.noise.noise_multiplier)
-    phase: AnyPhase = grid.noise.phase(num_rounds=1)
+    phase: MechanismEvent = grid.noise.phase(num_rounds=1)
     costs = dict.fromkeys(examples, phase)
     return Protection(grid.fill(chain), dict.fromkeys(examples, plan), costs, grid, divisor=divisor)
 
@@ -254,25 +293,43 @@ def _check_joint(stage: FederateSettings) -> None:
 
 def _client(case: _Case) -> Protection:
     """Client privacy: by the server's noise, by the clients' together, or by each client's own."""
-    stage, private, examples, cohort, chain = case.stage, case.private, case.examples, case.cohort, case.chain
+    stage, private, examples, cohort, chain = (
+        case.stage,
+        case.private,
+        case.examples,
+        case.cohort,
+        case.chain,
+    )
     times = math.ceil(max(1, stage.num_rounds) / cohort.period)  # that one client takes part
     everybody = cohort.sampling == "poisson" or cohort.size == cohort.population
     if private.trust == "secure":
         before = (Clip(clip_norm=private.clip_norm), *chain)
         grid = _grid(stage, before, case.start, cohort, times=times)
         assert grid.noise is not None
-        plan = PrivacyPlan("client", private.clip_norm, 1.0, grid.noise.noise_multiplier, delta=private.delta)
-        shared: AnyPhase = grid.noise.phase(num_rounds=1)
-        return Protection(grid.fill(chain), dict.fromkeys(examples, plan), dict.fromkeys(examples, shared), grid)
+        plan = PrivacyPlan(
+            "client", private.clip_norm, 1.0, grid.noise.noise_multiplier, delta=private.delta
+        )
+        shared: MechanismEvent = grid.noise.phase(num_rounds=1)
+        return Protection(
+            grid.fill(chain), dict.fromkeys(examples, plan), dict.fromkeys(examples, shared), grid
+        )
     if private.trust == "local" and cohort.sampling == "poisson":
         raise RecipeError(
             "stage.sampling: with trust 'local' the server knows who takes part, so drawing by chance hides nothing; "
             "use 'fixed' or 'cyclic'"
         )
-    if private.trust == "local":  # whoever sees a client's update knows that it took part: sampling hides nothing
-        plan = _calibrated(PrivacyPlan("client", private.clip_norm, 1.0, 1.0, delta=private.delta), private, times)
-        return Protection(chain, dict.fromkeys(examples, plan), dict.fromkeys(examples, plan.phase(num_rounds=1)))
-    unit = 1.0 if private.adaptive is not None else private.clip_norm  # an adaptive clip's updates come in units of it
+    if (
+        private.trust == "local"
+    ):  # whoever sees a client's update knows that it took part: sampling hides nothing
+        plan = _calibrated(
+            PrivacyPlan("client", private.clip_norm, 1.0, 1.0, delta=private.delta), private, times
+        )
+        return Protection(
+            chain, dict.fromkeys(examples, plan), dict.fromkeys(examples, plan.phase(num_rounds=1))
+        )
+    unit = (
+        1.0 if private.adaptive is not None else private.clip_norm
+    )  # an adaptive clip's updates come in units of it
     plan = PrivacyPlan("client", unit, cohort.sampling_prob, 1.0, delta=private.delta)
     if private.correlated is not None:
         return _correlated(case, plan, times)
@@ -282,7 +339,7 @@ def _client(case: _Case) -> Protection:
         count = private.adaptive.count_noise or count_noise_for(plan.noise_multiplier, cohort.size)
         moving = replace(private.adaptive, count_noise=count)
         noise = ServerNoise(replace(plan, noise_multiplier=split(plan.noise_multiplier, count)))
-    phase: AnyPhase = plan.phase(num_rounds=1)
+    phase: MechanismEvent = plan.phase(num_rounds=1)
     costs = {POPULATION: phase} if everybody else dict.fromkeys(examples, phase)
     return Protection(chain, dict.fromkeys(examples, plan), costs, noise=noise, adaptive=moving)
 
@@ -297,7 +354,10 @@ def _correlated(case: _Case, plan: PrivacyPlan, times: int) -> Protection:
     assert private.correlated is not None
     rounds = max(1, stage.num_rounds)
     mixed = Factorization.plan(
-        rounds, participations=times, min_separation=cohort.period, bands=min(private.correlated.bands, rounds)
+        rounds,
+        participations=times,
+        min_separation=cohort.period,
+        bands=min(private.correlated.bands, rounds),
     )
     plan = _calibrated(plan, private, 1)
     return Protection(
@@ -352,7 +412,9 @@ def _grid(
     if private is None:
         bits = discretize.bits or BITS
         half = distributed.ROOM * 2 ** (bits - 1)
-        largest = math.floor(half / cohort.size)  # of one client's values: then no honest sum can overflow
+        largest = math.floor(
+            half / cohort.size
+        )  # of one client's values: then no honest sum can overflow
         if largest < 2:
             least = math.ceil(math.log2(2 * cohort.size / distributed.ROOM)) + 1
             raise RecipeError(
@@ -380,7 +442,11 @@ def _grid(
 
 
 def _check_promise(private: PrivacySettings, examples: Mapping[str, int], cohort: Cohort) -> None:
-    displaces = private.trust == "central" and cohort.sampling == "fixed" and cohort.size < cohort.population
+    displaces = (
+        private.trust == "central"
+        and cohort.sampling == "fixed"
+        and cohort.size < cohort.population
+    )
     if private.unit == "client" and displaces:
         raise RecipeError(
             f"stage.sampling: a fixed cohort of {cohort.size} in {cohort.population} clients breaks client privacy, "

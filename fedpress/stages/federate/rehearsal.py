@@ -59,7 +59,11 @@ def _one_of_each_kind(federation: Federation) -> list[Client]:
 def _examples(like: Arrays, data: FederatedData, model: nn.Module) -> Iterator[tuple[str, Arrays]]:
     """Yields examples of the kind of `like` to try, one after another until one works; only its type is looked at."""
     for part in (data.public, data.validation, data.test):
-        same = part.x.shape[1:] == like.x.shape[1:] and part.x.dtype == like.x.dtype and part.y.dtype == like.y.dtype
+        same = (
+            part.x.shape[1:] == like.x.shape[1:]
+            and part.x.dtype == like.x.dtype
+            and part.y.dtype == like.y.dtype
+        )
         if len(part) and same:
             spread = torch.linspace(0, len(part) - 1, min(EXAMPLES, len(part))).long()
             yield "public", part.take(spread)
@@ -84,5 +88,7 @@ def _made_up(
 
 def _vocabulary(model: nn.Module) -> int | None:
     """Returns how many tokens every embedding of `model` knows, None if it has none."""
-    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    sizes = [
+        m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
+    ]
     return min(sizes, default=None)

@@ -24,31 +24,40 @@ class PrivacySettings(BaseModel):
 
     unit: Literal["sample", "client"]
     trust: Literal["local", "secure", "central"] | None = Field(
-        None, description="who adds the noise: each client, the clients together under a secure sum, or the server"
+        None,
+        description="who adds the noise: each client, the clients together under a secure sum, or the server",
     )
     delta: float = Field(1e-5, gt=0, lt=1)
     clip_norm: float = Field(1.0, gt=0)
     epsilon: float | None = Field(None, gt=0)
     noise_multiplier: float | None = Field(None, gt=0)
-    adaptive: AdaptiveClip | None = Field(None, description="the clip norm follows the updates (unit client)")
+    adaptive: AdaptiveClip | None = Field(
+        None, description="the clip norm follows the updates (unit client)"
+    )
     correlated: CorrelatedNoise | None = Field(
-        None, description="noise that cancels over the rounds, for populations without sampling (unit client)"
+        None,
+        description="noise that cancels over the rounds, for populations without sampling (unit client)",
     )
     secure_noise: bool = Field(
-        False, description="noise from the operating system's randomness on a public grid; runs then differ"
+        False,
+        description="noise from the operating system's randomness on a public grid; runs then differ",
     )
 
     @model_validator(mode="after")
     def _one_of_two(self) -> PrivacySettings:
         if (self.epsilon is None) == (self.noise_multiplier is None):
-            raise ValueError("give either epsilon (the noise is calibrated) or noise_multiplier, one of the two")
+            raise ValueError(
+                "give either epsilon (the noise is calibrated) or noise_multiplier, one of the two"
+            )
         if self.trust is None:  # the place where each unit's noise has always been
             object.__setattr__(self, "trust", "central" if self.unit == "client" else "local")
         for name in ("adaptive", "correlated"):
             if getattr(self, name) is not None and (self.unit, self.trust) != ("client", "central"):
                 raise ValueError(f"{name} is for unit 'client' with trust 'central'; leave it out")
         if self.adaptive is not None and self.correlated is not None:
-            raise ValueError("adaptive and correlated do not go together: correlated noise needs one clip norm")
+            raise ValueError(
+                "adaptive and correlated do not go together: correlated noise needs one clip norm"
+            )
         return self
 
 
@@ -86,16 +95,28 @@ class FederateSettings(LocalSettings):
     privacy: PrivacySettings | None = None
     uplink: tuple[AnyTransform, ...] = Field((), description="what makes an update small, in order")
     downlink: tuple[AnyTransform, ...] = Field(
-        (), description="codes the difference to the model that clients hold; the whole model travels if empty"
+        (),
+        description="codes the difference to the model that clients hold; the whole model travels if empty",
     )
     first_downlink: tuple[AnyTransform, ...] = Field(
         (Quantize(bits=8),), description="codes the model itself for clients that hold nothing yet"
     )
-    error_feedback: bool = Field(False, description="clients add what coding lost of one update to the next")
-    sum: Literal["plain", "secure"] = Field("plain", description="secure: the server learns the sum alone")
-    secure_keys: bool = Field(
-        False, description="keys of a secure sum from the operating system's randomness; else they follow from the seed"
+    error_feedback: bool = Field(
+        False, description="clients add what coding lost of one update to the next"
     )
-    max_dropout: float = Field(1 / 3, ge=0, lt=0.5, description="share of a cohort that may vanish from a secure sum")
-    target_accuracy: float | None = Field(None, gt=0, le=1, description="stop when validation accuracy reaches this")
-    patience: int = Field(0, ge=0, description="stop after so many rounds without a better one; 0 = never")
+    sum: Literal["plain", "secure"] = Field(
+        "plain", description="secure: the server learns the sum alone"
+    )
+    secure_keys: bool = Field(
+        False,
+        description="keys of a secure sum from the operating system's randomness; else they follow from the seed",
+    )
+    max_dropout: float = Field(
+        1 / 3, ge=0, lt=0.5, description="share of a cohort that may vanish from a secure sum"
+    )
+    target_accuracy: float | None = Field(
+        None, gt=0, le=1, description="stop when validation accuracy reaches this"
+    )
+    patience: int = Field(
+        0, ge=0, description="stop after so many rounds without a better one; 0 = never"
+    )

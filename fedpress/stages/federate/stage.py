@@ -17,7 +17,7 @@ from fedpress.errors import PrivacyError, TrainingError
 from fedpress.federation import RoundRecord
 from fedpress.federation.local import too_large
 from fedpress.privacy.accounting.accountant import Spent
-from fedpress.privacy.ledger import Charge, Ledger
+from fedpress.privacy.ledger import Ledger, LedgerEntry
 from fedpress.stages.federate.binding import PROMISE, Federation, bind, local_settings
 from fedpress.stages.federate.failures import PRIVATE, Failures, in_words, told
 from fedpress.stages.federate.privacy import is_secure, secure_list, steps_per_round
@@ -56,10 +56,14 @@ class FederateStage(FederateSettings):
             **federation.grid(),
         }
         if is_secure(self) and not self.uplink:
-            facts["uplink"] = f"by default: {', '.join(_short(one) for one in secure_list(self.privacy is not None))}"
+            facts["uplink"] = (
+                f"by default: {', '.join(_short(one) for one in secure_list(self.privacy is not None))}"
+            )
         ledger = federation.ledger
         if self.privacy is not None:
-            charges = federation.charges(list(clients), 1, self.num_rounds) if self.num_rounds else []
+            charges = (
+                federation.charges(list(clients), 1, self.num_rounds) if self.num_rounds else []
+            )
             ledger = self._spend(ledger, charges)
             spent = ledger.spent(delta=self.privacy.delta)
             facts |= federation.promise() | {"epsilon": spent.epsilon}
@@ -71,14 +75,20 @@ class FederateStage(FederateSettings):
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Runs the rounds; yields a tick for each, and saves a checkpoint after each."""
         saved = folder.load_progress()
-        if not saved[1]:  # what clients remember of a beginning that was lost has nothing to go on from
+        if not saved[
+            1
+        ]:  # what clients remember of a beginning that was lost has nothing to go on from
             folder.forget()
         federation, data = bind(self, state, folder.memory), state.data
         now = Progress.load(*saved) if saved[1] else Progress.begin(federation)
         if state.accuracy is None:
-            state = replace(state, accuracy=evaluate(state.model, data.test, data.preprocess).accuracy)
+            state = replace(
+                state, accuracy=evaluate(state.model, data.test, data.preprocess).accuracy
+            )
         if federation.hides:
-            _ = federation.planned_bytes  # of the model as it is bound: a later one may hold anything
+            _ = (
+                federation.planned_bytes
+            )  # of the model as it is bound: a later one may hold anything
         began = time.perf_counter() - now.seconds
         running = federation.rounds(now.params, start=now.round, server_state=now.server_state)
         said = ""
@@ -100,7 +110,9 @@ class FederateStage(FederateSettings):
             seen = self._look(federation.model, state)
             known, failures = now.failures.sure, now.failures.after(record, drawn, federation)
             now = replace(
-                now.after(record, ledger, seen, time.perf_counter() - began), closed=closed, failures=failures
+                now.after(record, ledger, seen, time.perf_counter() - began),
+                closed=closed,
+                failures=failures,
             )
             folder.record(**self._line(record, now, seen, federation))
             folder.save_progress(now.tensors(), now.facts())
@@ -112,7 +124,9 @@ class FederateStage(FederateSettings):
             if failures.sure and not known:
                 yield Tick(now.round, self.num_rounds, now.note, self._last_warning(now))
         last = self._last_warning(now)
-        yield Tick(now.round, self.num_rounds, now.stopped or now.note, f"warning: {last}" if last else "")
+        yield Tick(
+            now.round, self.num_rounds, now.stopped or now.note, f"warning: {last}" if last else ""
+        )
         parameters.assign_(federation.model, now.params)
         facts = self._facts(state, federation, now)
         model = expand_(federation.model)
@@ -124,7 +138,9 @@ class FederateStage(FederateSettings):
         """Measures on the public validation set; private data is never looked at without a charge."""
         if not len(state.data.validation):
             return None
-        return evaluate(model, state.data.validation, state.data.preprocess, precision=self.precision)
+        return evaluate(
+            model, state.data.validation, state.data.preprocess, precision=self.precision
+        )
 
     def _enough(self, now: Progress) -> bool:
         if now.round >= self.num_rounds or now.stopped:
@@ -157,7 +173,11 @@ class FederateStage(FederateSettings):
         if not secure or closed >= CLOSED:
             reason = told(record.refused, federation)[drawn[0]]
             # Where the cohort is secret, no name may fall.
-            why = f", for instance {drawn[0]}: {reason}" if reason != PRIVATE and not federation.hides else ""
+            why = (
+                f", for instance {drawn[0]}: {reason}"
+                if reason != PRIVATE and not federation.hides
+                else ""
+            )
             if why and reason.startswith("DivergedError: ") and self.server.lr > 1:
                 why += f", or stage.{self.name}.server.lr (now {self.server.lr:g})"
             raise TrainingError(
@@ -174,7 +194,9 @@ class FederateStage(FederateSettings):
         """
         if now.failures.everything:
             assert self.privacy is not None
-            many = f"{now.failures.estimate(self.privacy.unit)} gave nothing up to round {now.round}"
+            many = (
+                f"{now.failures.estimate(self.privacy.unit)} gave nothing up to round {now.round}"
+            )
             cause = now.failures.cause(self._rates())
             raise TrainingError(
                 f"federate: {many}, and nearly all in the last of them: {cause}; the rounds so far are charged"
@@ -183,7 +205,11 @@ class FederateStage(FederateSettings):
     def _rates(self) -> str:
         """Names the settings that make training diverge if they are too large."""
         rates = too_large(local_settings(self), self.lr, f"stage.{self.name}")
-        return rates if self.server.lr <= 1 else f"{rates} or stage.{self.name}.server.lr (now {self.server.lr:g})"
+        return (
+            rates
+            if self.server.lr <= 1
+            else f"{rates} or stage.{self.name}.server.lr (now {self.server.lr:g})"
+        )
 
     def _last_warning(self, now: Progress) -> str:
         unit = self.privacy.unit if self.privacy is not None else None
@@ -206,11 +232,13 @@ class FederateStage(FederateSettings):
         planned = federation.planned_bytes
         return replace(record, bytes_up=planned[0], bytes_down=planned[1], refused={})
 
-    def _spend(self, ledger: Ledger, charges: list[Charge]) -> Ledger:
+    def _spend(self, ledger: Ledger, charges: list[LedgerEntry]) -> Ledger:
         assert self.privacy is not None
         if self.privacy.epsilon is None or not charges:
             return ledger.add(*charges)
-        return ledger.spend(*charges, epsilon=self.privacy.epsilon * (1 + 1e-9), delta=self.privacy.delta)
+        return ledger.spend(
+            *charges, epsilon=self.privacy.epsilon * (1 + 1e-9), delta=self.privacy.delta
+        )
 
     def _epsilon(self, now: Progress) -> float | None:
         return None if self.privacy is None else self._spent(now).epsilon
@@ -240,9 +268,13 @@ class FederateStage(FederateSettings):
     def _facts(self, state: State, federation: Federation, now: Progress) -> dict[str, Any]:
         """Every key is given also without privacy, so that no promise of an earlier stage outlives an open one."""
         own: dict[str, Any] = {}
-        if self.privacy is None:  # accuracy on private examples is a private number: under privacy nobody sees it
+        if (
+            self.privacy is None
+        ):  # accuracy on private examples is a private number: under privacy nobody sees it
             for name, part in state.data.clients.items():
-                with suppress(Exception):  # who cannot be evaluated could not train: `failures` says why
+                with suppress(
+                    Exception
+                ):  # who cannot be evaluated could not train: `failures` says why
                     own[name] = evaluate(federation.model, part, state.data.preprocess).accuracy
         promise = federation.promise() if self.privacy is not None else dict.fromkeys(PROMISE)
         return {
@@ -268,7 +300,11 @@ class FederateStage(FederateSettings):
 
 
 def _short(transform: Settings) -> str:
-    return f"{transform.kind} {transform.clip_norm:g}" if isinstance(transform, Clip) else transform.kind
+    return (
+        f"{transform.kind} {transform.clip_norm:g}"
+        if isinstance(transform, Clip)
+        else transform.kind
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,7 +330,9 @@ class Progress:
         """Stands before the first round."""
         return cls(parameters.flatten(federation.model), federation.ledger)
 
-    def after(self, record: RoundRecord, ledger: Ledger, seen: Evaluation | None, seconds: float) -> Progress:
+    def after(
+        self, record: RoundRecord, ledger: Ledger, seen: Evaluation | None, seconds: float
+    ) -> Progress:
         """Stands after the round of `record`, whose validation was `seen`."""
         accuracy = seen.accuracy if seen else -1.0
         better = accuracy > self.best
@@ -313,7 +351,10 @@ class Progress:
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors of a checkpoint."""
-        return {"params": self.params, **{f"server/{k}": v for k, v in (self.server_state or {}).items()}}
+        return {
+            "params": self.params,
+            **{f"server/{k}": v for k, v in (self.server_state or {}).items()},
+        }
 
     def facts(self) -> dict[str, Any]:
         """Returns the JSON part of a checkpoint."""
@@ -323,10 +364,24 @@ class Progress:
     @classmethod
     def load(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Progress:
         """Reads what `tensors` and `facts` gave."""
-        server = {k.removeprefix("server/"): v for k, v in tensors.items() if k.startswith("server/")}
+        server = {
+            k.removeprefix("server/"): v for k, v in tensors.items() if k.startswith("server/")
+        }
         plain = {f: facts[f] for f in PLAIN}
         failures = Failures.from_json(facts.get("failures", {}))
-        return cls(tensors["params"], Ledger.from_json(facts["ledger"]), server, **plain, failures=failures)
+        return cls(
+            tensors["params"], Ledger.from_json(facts["ledger"]), server, **plain, failures=failures
+        )
 
 
-PLAIN = ("round", "best", "best_round", "bytes_up", "bytes_down", "seconds", "note", "stopped", "closed")
+PLAIN = (
+    "round",
+    "best",
+    "best_round",
+    "bytes_up",
+    "bytes_down",
+    "seconds",
+    "note",
+    "stopped",
+    "closed",
+)

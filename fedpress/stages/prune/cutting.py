@@ -75,7 +75,9 @@ class Cutting:
         if saved.get("fitting"):
             fit = tensors
         elif saved:
-            model.load_state_dict({name.removeprefix("model/"): value for name, value in tensors.items()})
+            model.load_state_dict(
+                {name.removeprefix("model/"): value for name, value in tensors.items()}
+            )
         return cls(
             stage, state, folder, public, model, early, fit, plans, saved.get("step", 0), saved.get("tuned", False),
             [Point(**point) for point in saved.get("points", [])], [(s, ms) for s, ms in saved.get("tried", [])],
@@ -112,7 +114,10 @@ class Cutting:
     def tune_(self) -> Iterator[Tick]:
         """Trains the model as `finetune` says, from the last checkpoint."""
         assert self.stage.finetune is not None
-        data, seed = self.state.data, derive(self.state.seed, "stage", self.folder.index, "step", self.step)
+        data, seed = (
+            self.state.data,
+            derive(self.state.seed, "stage", self.folder.index, "step", self.step),
+        )
         fit = Fit(self.model, self.stage.finetune, seed=seed, sparse=self.state.spec.sparse)
         if self.fit:
             fit.load_(dict(self.fit))
@@ -127,7 +132,10 @@ class Cutting:
             self.save(fit.state(), fitting=True)
             note = f"training before cut {self.step + 1}, epoch {event.epoch}/{event.epochs}, loss {event.loss:.3f}"
         self.model = fit.result_().to("cpu").eval()
-        for tensor in (*self.model.parameters(), *self.model.buffers()):  # laid out as after a checkpoint
+        for tensor in (
+            *self.model.parameters(),
+            *self.model.buffers(),
+        ):  # laid out as after a checkpoint
             tensor.data = tensor.data.contiguous()
         self.tuned = True
 
@@ -135,7 +143,11 @@ class Cutting:
         """Scores the channels and plans the present cut, with what has to be measured for it."""
         stage, state, model = self.stage, self.state, self.model
         graph, chance = traced(model, state, stage), generator(state.seed, "prune", "random")
-        how: dict[str, Any] = {"round_to": stage.round_to, "min_keep": stage.min_keep, "exact": stage.exact}
+        how: dict[str, Any] = {
+            "round_to": stage.round_to,
+            "min_keep": stage.min_keep,
+            "exact": stage.exact,
+        }
         scores: list[Tensor] = []
         if stage.strategy == "one-shot":
             scores = compress.score(model, graph, stage.score, losses=self.losses, generator=chance)
@@ -147,7 +159,9 @@ class Cutting:
             if stage.strategy == "single-channel":
                 return compress.prune_single_channel(model, graph, stage.score, target=target, losses=self.losses,
                                                      generator=chance, **how)  # fmt: skip
-            return compress.plan(model, graph, scores, target=target, scope=stage.scope, points=self.points, **how)
+            return compress.plan(
+                model, graph, scores, target=target, scope=stage.scope, points=self.points, **how
+            )
 
         if stage.keep_latency is None:
             if self.start is None:
@@ -182,7 +196,9 @@ class Cutting:
             self.tried = [(1.0, milliseconds(self.model, self.state))]
         if self.start is None:
             cut = self.plans or self.state.spec.resized
-            self.start = milliseconds(self.state.spec.build_dense(), self.state) if cut else self.tried[0][1]
+            self.start = (
+                milliseconds(self.state.spec.build_dense(), self.state) if cut else self.tried[0][1]
+            )
         if not self.plans:
             check_left("keep_latency", keep, self.tried[0][1] / self.start)
         # Down from the network as the last cut left it, whose share of the way lies behind already.
@@ -190,7 +206,9 @@ class Cutting:
         now, aim = self.tried[0][1], keep * self.start
         return now ** (1 - 1 / left) * aim ** (1 / left)
 
-    def _measure_sensitivity_(self, graph: ChannelGraph, scores: Sequence[Tensor]) -> Iterator[Tick]:
+    def _measure_sensitivity_(
+        self, graph: ChannelGraph, scores: Sequence[Tensor]
+    ) -> Iterator[Tick]:
         """Measures each layer alone; what is saved already is not measured again."""
         data, model = self.state.data, self.model.to(training.device())
         public = data.validation if len(data.validation) else self.public
@@ -198,7 +216,9 @@ class Cutting:
         some = public.take(torch.arange(len(public))[: self.stage.sensitivity_examples])
         units, known = compress.channel_units(model, graph, scores), list(self.points)
         densities = self.stage.densities
-        if "densities" not in self.stage.model_fields_set:  # those that a user names are measured as they are
+        if (
+            "densities" not in self.stage.model_fields_set
+        ):  # those that a user names are measured as they are
             one_channel = 1 / max(layer.channels for layer in graph.layers)
             densities = densities_down_to(max(self.stage.min_keep, one_channel), densities)
         for point in compress.sensitivity(
@@ -210,7 +230,9 @@ class Cutting:
             self.folder.record(sensitivity=asdict(point))
             if point.density == min(densities):
                 self.save()
-            yield self.tick(0, f"sensitivity of '{point.layer}' at {point.density:.0%}: loss {point.loss:.3f}")
+            yield self.tick(
+                0, f"sensitivity of '{point.layer}' at {point.density:.0%}: loss {point.loss:.3f}"
+            )
         self.model = model.to("cpu")
 
     def losses(self) -> Iterator[Tensor]:
@@ -236,20 +258,32 @@ class Cutting:
         found = compress.difference(dense, self.model, batches)
         examples = sum(len(batch) for batch in batches)
         what = "public examples" if self.public is not None else "examples of noise"
-        agreeing = "" if found.agreement is None else f", with the same answer for {found.agreement:.1%}"
+        agreeing = (
+            "" if found.agreement is None else f", with the same answer for {found.agreement:.1%}"
+        )
         fitted = len(plan.approximate) - len(left)
         told = f"{found.relative:.1%} off the outputs of the uncut network on {examples} {what}{agreeing}"
         if fitted:
             told += f"; {cut.relative:.1%} before the scales of {fitted} norms were fitted"
-        record: dict[str, Any] = {"cut": cut.relative, "fitted": found.relative, "agreement": found.agreement}
+        record: dict[str, Any] = {
+            "cut": cut.relative,
+            "fitted": found.relative,
+            "agreement": found.agreement,
+        }
         self.folder.record(approximate={**record, "norms": list(plan.approximate)})
-        return {"parity_error": found.relative, "told": {"approximate": told}, **({"left": left} if left else {})}
+        return {
+            "parity_error": found.relative,
+            "told": {"approximate": told},
+            **({"left": left} if left else {}),
+        }
 
     def restore_(self) -> int:
         """Restores the batch-norm statistics, and returns from how many examples; 0 where there is no batch norm."""
         if not has_batch_norm(self.model) or self.public is None:
             return 0
-        compress.restore_batch_norm_(self.model, (self.state.data.preprocess(x) for x, _ in self.public.batches(BATCH)))
+        compress.restore_batch_norm_(
+            self.model, (self.state.data.preprocess(x) for x, _ in self.public.batches(BATCH))
+        )
         return len(self.public)
 
 

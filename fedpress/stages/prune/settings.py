@@ -33,37 +33,64 @@ class PruneSettings(BaseModel):
     kind: Literal["prune"]
     name: Name = "prune"
     keep_params: float | None = Field(
-        None, gt=0, le=1, description="share of the dense parameters that stays; 0.3 if no target is given"
+        None,
+        gt=0,
+        le=1,
+        description="share of the dense parameters that stays; 0.3 if no target is given",
     )
-    keep_macs: float | None = Field(None, gt=0, le=1, description="share of the dense multiply-adds that stays")
+    keep_macs: float | None = Field(
+        None, gt=0, le=1, description="share of the dense multiply-adds that stays"
+    )
     keep_latency: float | None = Field(
-        None, gt=0, le=1, description="share of the dense network's time in onnxruntime, measured on this machine"
+        None,
+        gt=0,
+        le=1,
+        description="share of the dense network's time in onnxruntime, measured on this machine",
     )
-    max_bytes: int | None = Field(None, ge=1, description="bytes that parameters and buffers may take, as float32")
-    score: Literal["l1", "l2", "fpgm", "bn_scale", "taylor", "fisher", "obd", "snip", "grasp", "random"] = "l1"
+    max_bytes: int | None = Field(
+        None, ge=1, description="bytes that parameters and buffers may take, as float32"
+    )
+    score: Literal[
+        "l1", "l2", "fpgm", "bn_scale", "taylor", "fisher", "obd", "snip", "grasp", "random"
+    ] = "l1"
     strategy: Literal["one-shot", "single-channel"] = "one-shot"
     scope: Literal["global", "layer", "sensitivity"] = Field(
-        "global", description="one ranking for all layers, one ratio for each, or the same growth of the loss by each"
+        "global",
+        description="one ranking for all layers, one ratio for each, or the same growth of the loss by each",
     )
     round_to: int = Field(8, ge=1, description="widths become multiples of this")
-    min_keep: float = Field(0.1, ge=0, le=1, description="share of its channels that every layer keeps")
-    ignore: tuple[str, ...] = Field((), description="modules or weights that stay as they are: names, * for anything")
-    approximate: tuple[compress.Norm, ...] = Field(
-        (), description="norms to cut through though it is not exact; their scales are then fitted on public examples"
+    min_keep: float = Field(
+        0.1, ge=0, le=1, description="share of its channels that every layer keeps"
     )
-    exact: bool = Field(False, description="refuse a target that no widths meet, in place of the nearest that they do")
+    ignore: tuple[str, ...] = Field(
+        (), description="modules or weights that stay as they are: names, * for anything"
+    )
+    approximate: tuple[compress.Norm, ...] = Field(
+        (),
+        description="norms to cut through though it is not exact; their scales are then fitted on public examples",
+    )
+    exact: bool = Field(
+        False,
+        description="refuse a target that no widths meet, in place of the nearest that they do",
+    )
     calibration: int = Field(
-        2048, ge=0, description="public examples for scores and batch-norm statistics; 0 leaves those as they were"
+        2048,
+        ge=0,
+        description="public examples for scores and batch-norm statistics; 0 leaves those as they were",
     )
     densities: tuple[float, ...] = Field(
         DENSITIES,
         min_length=1,
         description="sensitivity: shares of its channels that each layer is tried with, by default down to min_keep",
     )
-    sensitivity_examples: int = Field(512, ge=2, description="sensitivity: public validation examples to measure on")
+    sensitivity_examples: int = Field(
+        512, ge=2, description="sensitivity: public validation examples to measure on"
+    )
     steps: int = Field(1, ge=1, description="number of cuts, each by the same factor")
     finetune: TrainSettings | None = Field(None, description="training between the cuts")
-    rewind: bool = Field(False, description="train before each cut, then take the surviving weights back")
+    rewind: bool = Field(
+        False, description="train before each cut, then take the surviving weights back"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -72,13 +99,17 @@ class PruneSettings(BaseModel):
             return data
         given = [key for key in AIMS if data.get(key) is not None]
         if len(given) > 1:
-            raise ValueError(f"prune has one target, but {' and '.join(given)} are given; leave all but one out")
+            raise ValueError(
+                f"prune has one target, but {' and '.join(given)} are given; leave all but one out"
+            )
         return data if given else {**data, "keep_params": 0.3}
 
     @model_validator(mode="after")
     def _fits_together(self) -> PruneSettings:
         if self.scope != "global" and self.strategy == "single-channel":
-            raise ValueError(f"strategy 'single-channel' ranks all layers together; leave scope = '{self.scope}' out")
+            raise ValueError(
+                f"strategy 'single-channel' ranks all layers together; leave scope = '{self.scope}' out"
+            )
         if not self.calibration and SCORES[self.score].needs == "losses":
             raise ValueError(
                 f"score '{self.score}' looks at public examples; give calibration, and data (a command: --data SOURCE)"
@@ -109,7 +140,12 @@ def public_examples(how: PruneSettings, state: State, seed: int) -> Arrays | Non
 
 
 def cut_target(
-    how: PruneSettings, state: State, model: nn.Module, graph: ChannelGraph, part: float, start: float | None = None
+    how: PruneSettings,
+    state: State,
+    model: nn.Module,
+    graph: ChannelGraph,
+    part: float,
+    start: float | None = None,
 ) -> Target:
     """Returns the target of the cut that goes `part` of the way from the cost `start` (now) to the aim.
 
@@ -130,7 +166,9 @@ def cut_target(
     now = start or cost(whole(graph))
     if key != "max_bytes":
         check_left(key, value, now * value / wanted)
-    return Target(key, cost, now ** (1 - part) * wanted**part, limit=key == "max_bytes", whole=dense)
+    return Target(
+        key, cost, now ** (1 - part) * wanted**part, limit=key == "max_bytes", whole=dense
+    )
 
 
 def latency_target(how: PruneSettings, graph: ChannelGraph, cost: Cost, share: float) -> Target:
@@ -146,7 +184,9 @@ def check_left(key: str, value: float, left: float) -> None:
         RecipeError: if so.
     """
     if value > left * (1 + 1e-9):
-        what = {"keep_params": "parameters", "keep_macs": "multiply-adds", "keep_latency": "time"}[key]
+        what = {"keep_params": "parameters", "keep_macs": "multiply-adds", "keep_latency": "time"}[
+            key
+        ]
         raise RecipeError(
             f"prune.{key}: got {value:g}, but an earlier stage has left {left:.4g} of the dense {what}; {key} is a "
             f"share of the dense network: give less than {left:.4g}, such as {left / 2:.2g} for half of what is left"
@@ -180,9 +220,14 @@ def example_input(state: State) -> Tensor:
 def traced(model: nn.Module, state: State, how: PruneSettings) -> ChannelGraph:
     """Returns the channels of `model` that may go."""
     with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints its graph before it fails
-        return compress.trace(model, example_input(state), ignore=how.ignore, approximate=how.approximate)
+        return compress.trace(
+            model, example_input(state), ignore=how.ignore, approximate=how.approximate
+        )
 
 
 def has_batch_norm(model: nn.Module) -> bool:
     """Says whether `model` keeps statistics of batches."""
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats for m in model.modules())
+    return any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+        for m in model.modules()
+    )

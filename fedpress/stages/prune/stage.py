@@ -52,12 +52,16 @@ class PruneStage(PruneSettings):
             ExportError: if a latency is wanted of what cannot be exported.
         """
         if state.spec.quantized:
-            raise RecipeError("prune: the model is quantized already; put this stage before the quantization")
+            raise RecipeError(
+                "prune: the model is quantized already; put this stage before the quantization"
+            )
         ignored(state.model, self.ignore, "prune.ignore")
         public_examples(self, state, 0)
         if self.finetune is not None:
             data = state.data
-            training.check(state.model, self.finetune, data.public, data.validation, data.preprocess)
+            training.check(
+                state.model, self.finetune, data.public, data.validation, data.preprocess
+            )
         model = copied(state.model)
         graph = traced(model.eval(), state, self)
         row = SCORES[self.score]
@@ -73,11 +77,16 @@ class PruneStage(PruneSettings):
             guess = latency_target(self, graph, graph.macs, self.keep_latency)
             plan = compress.plan(model, graph, scores, target=guess, **how)
         else:
-            plan = compress.plan(model, graph, scores, target=cut_target(self, state, model, graph, 1.0), **how)
+            plan = compress.plan(
+                model, graph, scores, target=cut_target(self, state, model, graph, 1.0), **how
+            )
         compress.remove_(model, plan)
         if self.keep_latency is not None:
             milliseconds(model, state, seconds=0.0)
-        facts: dict[str, Any] = {"kept_parameters": plan.parameters_after / state.dense, "channels": _widths(plan)}
+        facts: dict[str, Any] = {
+            "kept_parameters": plan.parameters_after / state.dense,
+            "channels": _widths(plan),
+        }
         if told := _told(state, [plan]):
             facts["told"] = told
         return replace(state, spec=_spec(state, model), model=model.train()), facts
@@ -120,7 +129,9 @@ class PruneStage(PruneSettings):
         told = {**_told(state, work.plans), **inexact.pop("told", {})}
         left = inexact.pop("left", {})
         if not restored and has_batch_norm(work.model):
-            left["batch norms"] = "their statistics are those of the uncut network: there was no data"
+            left["batch norms"] = (
+                "their statistics are those of the uncut network: there was no data"
+            )
         facts |= {**inexact, **({"told": told} if told else {}), **({"left": left} if left else {})}
         return replace(state, spec=_spec(state, work.model), model=work.model, facts=facts)
 
@@ -147,7 +158,10 @@ def _spec(state: State, model: nn.Module) -> Any:
 def _changes(plans: Sequence[PruningPlan]) -> list[JsonValue]:
     """The width of each layer when the stage began, and now."""
     first = {change.name: change.before for change in plans[0].layers}
-    return [{"name": c.name, "before": first.get(c.name, c.before), "after": c.after} for c in plans[-1].layers]
+    return [
+        {"name": c.name, "before": first.get(c.name, c.before), "after": c.after}
+        for c in plans[-1].layers
+    ]
 
 
 def _widths(plan: PruningPlan) -> str:

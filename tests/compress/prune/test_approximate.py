@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import nn
 from zoo import ViT
 
-from fedpress.compress import PruningPlan, check_parity, difference, parameters, refit_norms_, remove_, score, trace
+from fedpress.compress import (
+    PruningPlan,
+    check_parity,
+    difference,
+    parameters,
+    refit_norms_,
+    remove_,
+    score,
+    trace,
+)
 from fedpress.compress.prune.approximate import check_names
 from fedpress.compress.prune.plan import make_plan
 from fedpress.errors import RecipeError
@@ -28,7 +37,11 @@ class GRN(nn.Module):
 
     def forward(self, x):
         lengths = torch.norm(x, p=2, dim=(1, 2), keepdim=True)
-        return self.gamma * (x * (lengths / (lengths.mean(dim=-1, keepdim=True) + 1e-6))) + self.beta + x
+        return (
+            self.gamma * (x * (lengths / (lengths.mean(dim=-1, keepdim=True) + 1e-6)))
+            + self.beta
+            + x
+        )
 
 
 class ChannelsFirst(nn.Module):
@@ -36,7 +49,10 @@ class ChannelsFirst(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.rand(width) + 0.5), nn.Parameter(0.2 * torch.randn(width))
+        self.weight, self.bias = (
+            nn.Parameter(torch.rand(width) + 0.5),
+            nn.Parameter(0.2 * torch.randn(width)),
+        )
 
     def forward(self, x):
         mean = x.mean(1, keepdim=True)
@@ -48,7 +64,10 @@ class ChannelsFirst(nn.Module):
 class Functional(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.rand(width) + 0.5), nn.Parameter(0.2 * torch.randn(width))
+        self.weight, self.bias = (
+            nn.Parameter(torch.rand(width) + 0.5),
+            nn.Parameter(0.2 * torch.randn(width)),
+        )
         self.shape = (width,)
 
     def forward(self, x):
@@ -69,10 +88,16 @@ class Root(nn.Module):
 class ConvNeXt(nn.Module):
     def __init__(self):
         super().__init__()
-        self.stem, self.first, self.blocks = nn.Conv2d(3, 16, 2, 2), ChannelsFirst(16), nn.ModuleList()
+        self.stem, self.first, self.blocks = (
+            nn.Conv2d(3, 16, 2, 2),
+            ChannelsFirst(16),
+            nn.ModuleList(),
+        )
         for _ in range(2):
             deep, norm = nn.Conv2d(16, 16, 3, padding=1, groups=16), Functional(16)
-            self.blocks.append(nn.ModuleList([deep, norm, nn.Linear(16, 32), GRN(32), nn.Linear(32, 16)]))
+            self.blocks.append(
+                nn.ModuleList([deep, norm, nn.Linear(16, 32), GRN(32), nn.Linear(32, 16)])
+            )
         self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 5)
 
     def forward(self, x):
@@ -155,13 +180,17 @@ def cut(name, share=0.75):
 def test_all_but_the_norms_statistics_is_exact_and_the_width_is_cut(name, tmp_path):
     model, small, plan, x, count = cut(name)
     stem = next(n for n, p in model.named_parameters() if p.dim() == 4)
-    assert dict(small.named_parameters())[stem].shape[0] == int(0.75 * dict(model.named_parameters())[stem].shape[0])
+    assert dict(small.named_parameters())[stem].shape[0] == int(
+        0.75 * dict(model.named_parameters())[stem].shape[0]
+    )
     assert check_parity(model, small, plan, x[:2]) <= 1e-5
     assert parameters(small) == count
     assert plan.approximate
     with torch.no_grad():
         assert not torch.allclose(model(x), small(x), rtol=0.01)
-    spec = ModelSpec(architecture="test_approximate:build", arguments={"name": name}, input_shape=(3, 8, 8))
+    spec = ModelSpec(
+        architecture="test_approximate:build", arguments={"name": name}, input_shape=(3, 8, 8)
+    )
     save_model(tmp_path, spec.model_copy(update=what_pruning_changed(small, build(name))), small)
     again = load_model(tmp_path, allow_code=["test_approximate:build"])[1].eval()
     with torch.no_grad():
@@ -185,7 +214,9 @@ def test_a_fit_is_the_least_squares_solution():
     model, small, plan, x, _ = cut("rms of torch")
     refit_norms_(model, small, plan, [x])
     with torch.no_grad():
-        wanted = model.n(model.stem(x).flatten(2).transpose(1, 2))[..., list(plan.keep["n.weight"][0])]
+        wanted = model.n(model.stem(x).flatten(2).transpose(1, 2))[
+            ..., list(plan.keep["n.weight"][0])
+        ]
         seen = F.rms_norm(small.stem(x).flatten(2).transpose(1, 2), (12,)).flatten(0, 1)
         oracle = (seen * wanted.flatten(0, 1)).sum(0) / seen.square().sum(0)
     torch.testing.assert_close(small.n.weight.detach(), oracle, rtol=1e-4, atol=1e-5)
@@ -204,7 +235,10 @@ def test_without_the_word_the_stream_stays_whole():
 
 
 def test_an_exact_cut_is_checked_with_all_its_statistics():
-    model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.LayerNorm(12)), torch.randn(2, 8)
+    model, x = (
+        nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.LayerNorm(12)),
+        torch.randn(2, 8),
+    )
     graph = trace(model, x)
     plan = make_plan(model, graph, [torch.rand(16)], [9])
     assert plan.approximate == ()
@@ -225,7 +259,9 @@ def test_a_command_tells_how_far_an_approximate_cut_is_off():
     small = commands.prune(Small(16), data="digits", **how)
     off = small.facts["parity_error"]
     assert 0.01 < off < 2
-    assert small.facts["told"]["approximate"].startswith(f"{off:.1%} off the outputs of the uncut network on 512")
+    assert small.facts["told"]["approximate"].startswith(
+        f"{off:.1%} off the outputs of the uncut network on 512"
+    )
     assert small.model.stem.weight.shape[0] < 16
     alone = commands.prune(Small(16), input_shape=(1, 8, 8), **how)
     assert "examples of noise" in alone.facts["told"]["approximate"]

@@ -8,7 +8,17 @@ import pytest
 import torch
 from zoo import ZOO, make, outputs, repeated
 
-from fedpress.compress import SCORES, PruningPlan, check_parity, macs, parameters, plan, remove_, score, trace
+from fedpress.compress import (
+    SCORES,
+    PruningPlan,
+    check_parity,
+    macs,
+    parameters,
+    plan,
+    remove_,
+    score,
+    trace,
+)
 from fedpress.compress.prune.plan import make_plan
 from fedpress.errors import ModelError
 from fedpress.models import ModelSpec, load_model, save_model, what_pruning_changed
@@ -26,7 +36,9 @@ def build(name):
 
 
 def spec_of(name, model):
-    base = ModelSpec(architecture="test_architectures:build", arguments={"name": name}, input_shape=(3, 8, 8))
+    base = ModelSpec(
+        architecture="test_architectures:build", arguments={"name": name}, input_shape=(3, 8, 8)
+    )
     return base.model_copy(update=what_pruning_changed(model, base.build_dense()))
 
 
@@ -35,7 +47,11 @@ def first(x):
 
 
 def halved(model, graph, name, x):
-    losses = lambda: (sum(y.square().mean() for y in outputs(model, each)) for each in (first(x), first(x)))  # noqa: E731
+    def losses():
+        return (
+            sum(y.square().mean() for y in outputs(model, each)) for each in (first(x), first(x))
+        )
+
     scores = score(model, graph, name, losses=losses, generator=torch.Generator().manual_seed(0))
     return plan(model, graph, scores, keep_params=0.5, round_to=1, tolerance=0.05)
 
@@ -44,7 +60,10 @@ def trains(model, x):
     """Runs forward and backward in training mode; every parameter that is used gets a finite gradient."""
     sum(y.square().sum() for y in outputs(model.train(), repeated(x, 2))).backward()
     model.eval()
-    return all(p.grad is not None and p.grad.shape == p.shape and p.grad.isfinite().all() for p in model.parameters())
+    return all(
+        p.grad is not None and p.grad.shape == p.shape and p.grad.isfinite().all()
+        for p in model.parameters()
+    )
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -53,7 +72,9 @@ def test_any_choice_of_channels_can_be_removed_and_is_counted_exactly(traced, na
     model, x, graph = traced(name)
     draw = torch.Generator().manual_seed(seed)
     kept = [int(torch.randint(1, layer.channels + 1, (), generator=draw)) for layer in graph.layers]
-    choice = make_plan(model, graph, [torch.rand(layer.channels, generator=draw) for layer in graph.layers], kept)
+    choice = make_plan(
+        model, graph, [torch.rand(layer.channels, generator=draw) for layer in graph.layers], kept
+    )
     small = deepcopy(model)
     remove_(small, choice)
     assert check_parity(model, small, choice, x) <= 1e-5
@@ -63,7 +84,9 @@ def test_any_choice_of_channels_can_be_removed_and_is_counted_exactly(traced, na
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_half_of_every_architecture_goes_by_every_score_and_comes_back_from_a_file(traced, name, tmp_path):
+def test_half_of_every_architecture_goes_by_every_score_and_comes_back_from_a_file(
+    traced, name, tmp_path
+):
     model, x, graph = traced(name)
     for by in SCORES:
         if by == "bn_scale" and not all(layer.role("scale") for layer in graph.layers):
@@ -80,10 +103,14 @@ def test_half_of_every_architecture_goes_by_every_score_and_comes_back_from_a_fi
         save_model(tmp_path, spec_of(name, small), small)
         again = load_model(tmp_path, allow_code="test_architectures:build")[1].eval()
         with torch.no_grad():
-            assert all(torch.equal(a, b) for a, b in zip(outputs(small, x), outputs(again, x), strict=True))
+            assert all(
+                torch.equal(a, b) for a, b in zip(outputs(small, x), outputs(again, x), strict=True)
+            )
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.deploy) for n in EVERY])
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.deploy) for n in EVERY]
+)
 def test_a_pruned_network_runs_in_onnxruntime_with_a_free_batch(traced, name, tmp_path):
     model, x, graph = traced(name)
     small = deepcopy(model)
@@ -113,10 +140,15 @@ def test_a_pruned_network_runs_in_onnxruntime_with_a_free_batch(traced, name, tm
 def test_a_pruned_network_can_be_pruned_again(traced, name):
     model, x, graph = traced(name)
     small = deepcopy(model)
-    remove_(small, plan(model, graph, score(model, graph, "l1"), keep_params=0.75, round_to=1, tolerance=0.1))
+    remove_(
+        small,
+        plan(model, graph, score(model, graph, "l1"), keep_params=0.75, round_to=1, tolerance=0.1),
+    )
     again = trace(small, x)
     smaller = deepcopy(small)
-    choice = plan(small, again, score(small, again, "l1"), keep_params=0.75, round_to=1, tolerance=0.1)
+    choice = plan(
+        small, again, score(small, again, "l1"), keep_params=0.75, round_to=1, tolerance=0.1
+    )
     remove_(smaller, choice)
     assert check_parity(small, smaller, choice, x) <= 1e-5
 

@@ -18,7 +18,11 @@ class Net(nn.Module):
         super().__init__()
         self.a, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 5)
         self.q, self.k, self.v, self.p = (nn.Linear(16, 16) for _ in range(4))
-        self.one, self.two, self.wide = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 64, 1)
+        self.one, self.two, self.wide = (
+            nn.Conv2d(16, 16, 1),
+            nn.Conv2d(16, 16, 1),
+            nn.Conv2d(16, 64, 1),
+        )
 
     def forward(self, x):
         return self.head(self.between(F.relu(self.a(x))).mean((2, 3)))
@@ -31,7 +35,12 @@ class Windows(Net):
 
     def between(self, x):
         n, c, h, w = x.shape
-        x = x.permute(0, 2, 3, 1).view(n, h // 4, 4, w // 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, c)
+        x = (
+            x.permute(0, 2, 3, 1)
+            .view(n, h // 4, 4, w // 4, 4, c)
+            .permute(0, 1, 3, 2, 4, 5)
+            .reshape(-1, 16, c)
+        )
         q, k, v = self.qkv(x).reshape(-1, 16, 3, 4, c // 4).permute(2, 0, 3, 1, 4)
         y = ((q * 0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
         y = self.p(y.transpose(1, 2).reshape(-1, 16, c)).view(n, h // 4, w // 4, 4, 4, -1)
@@ -43,7 +52,8 @@ class HeadsInTheBatch(Net):
         n, _, h, w = x.shape
         x = x.flatten(2).transpose(1, 2)
         q, k, v = (
-            layer(x).view(n, -1, 4, 4).transpose(1, 2).reshape(n * 4, -1, 4) for layer in (self.q, self.k, self.v)
+            layer(x).view(n, -1, 4, 4).transpose(1, 2).reshape(n * 4, -1, 4)
+            for layer in (self.q, self.k, self.v)
         )
         y = torch.bmm(F.softmax(torch.bmm(q, k.transpose(1, 2)) / 2, dim=-1), v)
         y = y.view(n, 4, -1, 4).transpose(1, 2).reshape(n, h * w, 16)
@@ -58,7 +68,9 @@ class SharedKeys(Net):
     def between(self, x):
         n, _, h, w = x.shape
         x = x.flatten(2).mT
-        q, k, v = (layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
         k = k[:, :, None].expand(n, 4, 2, -1, 4).reshape(n, 8, -1, 4)
         y = F.scaled_dot_product_attention(q, k, v.repeat_interleave(2, 1))
         return self.p(y.transpose(1, 2).flatten(2)).mT.unflatten(2, (h, w))
@@ -68,7 +80,9 @@ class Grouped(SharedKeys):
     def between(self, x):
         n, _, h, w = x.shape
         x = x.flatten(2).mT
-        q, k, v = (layer(x).view(n, h * w, -1, 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            layer(x).view(n, h * w, -1, 4).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
         y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         return self.p(y.transpose(1, 2).flatten(2)).mT.unflatten(2, (h, w))
 
@@ -154,8 +168,15 @@ def test_what_is_written_by_hand_is_cut_exactly(build, removable):
     assert {layer.name: layer.channels for layer in graph.layers} == removable
     for seed in range(3):
         draw = torch.Generator().manual_seed(seed)
-        kept = [int(torch.randint(1, layer.channels + 1, (), generator=draw)) for layer in graph.layers]
-        plan = make_plan(model, graph, [torch.rand(layer.channels, generator=draw) for layer in graph.layers], kept)
+        kept = [
+            int(torch.randint(1, layer.channels + 1, (), generator=draw)) for layer in graph.layers
+        ]
+        plan = make_plan(
+            model,
+            graph,
+            [torch.rand(layer.channels, generator=draw) for layer in graph.layers],
+            kept,
+        )
         small = deepcopy(model)
         remove_(small, plan)
         assert check_parity(model, small, plan, x) <= 1e-5

@@ -59,7 +59,9 @@ def test_all_experts_lose_the_same_units_exactly(build, how):
     assert any(layer.name.endswith("experts") for layer in graph.layers), graph.whole
     draw = torch.Generator().manual_seed(0)
     kept = [max(1, layer.channels // 2) for layer in graph.layers]
-    cut = make_plan(model, graph, [torch.rand(layer.channels, generator=draw) for layer in graph.layers], kept)
+    cut = make_plan(
+        model, graph, [torch.rand(layer.channels, generator=draw) for layer in graph.layers], kept
+    )
     small = deepcopy(model)
     remove_(small, cut)
     assert check_parity(model, small, cut, words) <= 1e-5

@@ -48,12 +48,18 @@ def test_coupled_channels_are_those_of_torch_pruning(traced, name, root):
     layer, gone = by_name(graph, root), [1, 4, 5]
     theirs = deepcopy(model).eval()
     dependencies = tp.DependencyGraph().build_dependency(theirs, x)
-    dependencies.get_pruning_group(theirs.get_submodule(root), tp.prune_conv_out_channels, idxs=gone).prune()
-    scores = [torch.zeros(each.channels).index_fill_(0, torch.tensor(gone), -1) for each in graph.layers]
+    dependencies.get_pruning_group(
+        theirs.get_submodule(root), tp.prune_conv_out_channels, idxs=gone
+    ).prune()
+    scores = [
+        torch.zeros(each.channels).index_fill_(0, torch.tensor(gone), -1) for each in graph.layers
+    ]
     kept = [each.channels - (len(gone) if each is layer else 0) for each in graph.layers]
     ours = deepcopy(model).eval()
     remove_(ours, make_plan(model, graph, scores, kept))
-    assert {n: t.shape for n, t in ours.state_dict().items()} == {n: t.shape for n, t in theirs.state_dict().items()}
+    assert {n: t.shape for n, t in ours.state_dict().items()} == {
+        n: t.shape for n, t in theirs.state_dict().items()
+    }
     torch.testing.assert_close(ours(x), theirs(x))
 
 
@@ -72,7 +78,10 @@ def test_zero_padded_channels_go_too_with_other_numbers_in_the_code():
     model, x = make("padded")
     graph = trace(model, x)
     before, after = by_name(graph, "blocks.1.b"), by_name(graph, "blocks.1.b#2")
-    rows = [next(s.index for s in layer.slices if s.tensor == "blocks.1.b.weight") for layer in (before, after)]
+    rows = [
+        next(s.index for s in layer.slices if s.tensor == "blocks.1.b.weight")
+        for layer in (before, after)
+    ]
     assert [index.flatten().tolist() for index in rows] == [list(range(8)), list(range(24, 32))]
     assert [(n.module, n.was) for n in graph.numbers] == [("blocks.1", 8), ("blocks.1", 8)]
 
@@ -88,7 +97,10 @@ def test_a_group_norm_loses_whole_groups(traced):
     layer = by_name(graph, "c")
     assert (layer.channels, layer.unit) == (8, 4)
     small = deepcopy(model)
-    remove_(small, make_plan(model, graph, [torch.arange(each.channels) for each in graph.layers], [3] * 4))
+    remove_(
+        small,
+        make_plan(model, graph, [torch.arange(each.channels) for each in graph.layers], [3] * 4),
+    )
     assert (small.norm.num_groups, small.norm.num_channels) == (3, 12)
 
 
@@ -102,7 +114,10 @@ def test_a_group_norm_loses_whole_groups(traced):
         (lambda x: F.pad(x, (0, 0, 0, 0, 2, -2)), "cut or repeated"),
         (lambda x: torch.cat(x.split(5, 1), 1), "unequal parts"),
         (lambda x: x[:, torch.arange(15, -1, -1)], "taken by number"),
-        (lambda x: torch.matmul(x.flatten(2).mT, x.flatten(2))[:, :16, :, None], "product of activations"),
+        (
+            lambda x: torch.matmul(x.flatten(2).mT, x.flatten(2))[:, :16, :, None],
+            "product of activations",
+        ),
         (lambda x: x.flatten(1).view(-1, 1, 16, 36).transpose(1, 2), None),
     ],
 )
@@ -160,7 +175,9 @@ def test_an_operation_without_a_rule_keeps_what_reaches_it_whole_and_is_listed_w
     assert not graph.layers
     assert "no rule for it in fedpress_tests.limit" in graph.whole["a"]
     assert "no rule for it: fedpress_tests.limit.default of 'between'" in graph.whole["between"]
-    with pytest.raises(ModelError, match=r"no channel.*can be removed.*no rule.*fedpress_tests\.limit"):
+    with pytest.raises(
+        ModelError, match=r"no channel.*can be removed.*no rule.*fedpress_tests\.limit"
+    ):
         plan(Head(Limit()), graph, [])
 
 
@@ -168,7 +185,12 @@ def test_an_operation_without_a_rule_leaves_what_does_not_reach_it_free():
     class Beside(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.head, self.limit = nn.Linear(8, 16), nn.Linear(8, 12), nn.Linear(16, 5), Limit()
+            self.a, self.b, self.head, self.limit = (
+                nn.Linear(8, 16),
+                nn.Linear(8, 12),
+                nn.Linear(16, 5),
+                Limit(),
+            )
             self.last = nn.Linear(12, 5)
 
         def forward(self, x):
@@ -188,7 +210,9 @@ def test_an_operation_without_a_rule_leaves_what_does_not_reach_it_free():
 
 
 def test_a_rule_that_fails_on_its_arguments_keeps_what_it_touches_whole(monkeypatch):
-    monkeypatch.setitem(RULES, torch.ops.aten.glu.default, lambda ids, shape, x: x.axes)  # knows no dim
+    monkeypatch.setitem(
+        RULES, torch.ops.aten.glu.default, lambda ids, shape, x: x.axes
+    )  # knows no dim
     graph = graph_of(lambda x: F.glu(x, 1), width=8)
     assert not graph.layers
     assert "its rule does not cover this use" in graph.whole["a"]
@@ -199,7 +223,9 @@ def test_a_model_that_branches_on_data_is_refused_with_the_name_of_the_module():
         def forward(self, x):
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(ModelError, match=r"cannot be captured.*in the forward of 'between'; remove data-dependent"):
+    with pytest.raises(
+        ModelError, match=r"cannot be captured.*in the forward of 'between'; remove data-dependent"
+    ):
         graph_of(Branch())
     with pytest.raises(ModelError, match="in the forward of 'between'"):
         graph_of(nn.Linear(5, 5))
@@ -209,7 +235,9 @@ def test_a_plan_that_empties_a_layer_is_refused():
     model, x = make("plain")
     graph = trace(model, x)
     for kept in ([16, 0], [16, 25], [-1, 3]):
-        with pytest.raises(ModelError, match=r"the plan keeps (0|25|-1) of the (16|24) channels of '[ab]'"):
+        with pytest.raises(
+            ModelError, match=r"the plan keeps (0|25|-1) of the (16|24) channels of '[ab]'"
+        ):
             make_plan(model, graph, [torch.rand(16), torch.rand(24)], kept)
 
 
@@ -301,7 +329,9 @@ def test_products_that_no_input_has_a_part_in_are_counted_once_whatever_the_batc
     model = Biased().eval()
     for batch in (1, 2, 5):
         graph = trace(model, torch.randn(batch, 8))
-        assert graph.macs([layer.channels for layer in graph.layers]) == macs(model, torch.randn(1, 8))
+        assert graph.macs([layer.channels for layer in graph.layers]) == macs(
+            model, torch.randn(1, 8)
+        )
 
 
 class Times(nn.Module):
@@ -324,7 +354,9 @@ class Times(nn.Module):
 def test_a_weight_that_is_multiplied_is_what_writes_the_channels(first, shape, trained):
     torch.manual_seed(0)
     model = Head(nn.ReLU())
-    nn.utils.parametrize.register_parametrization(model.a, "weight", Times(torch.ones(shape), trained, first))
+    nn.utils.parametrize.register_parametrization(
+        model.a, "weight", Times(torch.ones(shape), trained, first)
+    )
     graph = trace(model, torch.randn(2, 3, 8, 8))
     (found,) = score(model, graph, "l1")
     wanted = model.a.weight.abs().sum((1, 2, 3))

@@ -17,7 +17,10 @@ class Nested(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(3, 16, 3, padding=1)
-        blocks = [nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()) for _ in range(4)]
+        blocks = [
+            nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+            for _ in range(4)
+        ]
         self.block, self.head = nn.ModuleList(blocks), nn.Linear(16, 5)
         self.same = self.head
 
@@ -44,13 +47,18 @@ def test_a_module_stands_for_all_that_lies_in_it_and_a_star_for_any_name():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "says"), [("haed", "did you mean 'head'"), ("zzzz.*", "it has such as stem, block, head"), ("", "")]
+    ("pattern", "says"),
+    [("haed", "did you mean 'head'"), ("zzzz.*", "it has such as stem, block, head"), ("", "")],
 )
 def test_a_pattern_that_matches_nothing_is_refused(pattern, says):
-    with pytest.raises(RecipeError, match=f"ignore: no module or weight of the model matches '.*{says}"):
+    with pytest.raises(
+        RecipeError, match=f"ignore: no module or weight of the model matches '.*{says}"
+    ):
         ignored(Nested(), [pattern])
     for command in (commands.prune, commands.sparsify, commands.l0, commands.quantize):
-        settings = {"keep_params": 0.5} if command is commands.prune else {"density": 0.5, "epochs": 1}
+        settings = (
+            {"keep_params": 0.5} if command is commands.prune else {"density": 0.5, "epochs": 1}
+        )
         if command is commands.quantize:
             settings = {}
         with pytest.raises(RecipeError, match=r"\.ignore: no module or weight"):
@@ -91,22 +99,30 @@ def test_a_size_in_code_keeps_its_layer_whole_with_and_without_ignore():
 
 def test_commands_leave_ignored_modules_as_they_are():
     model = Nested().eval()
-    small = commands.prune(model, keep_params=0.6, round_to=1, ignore=["block.3.*", "stem"], **MODEL)
+    small = commands.prune(
+        model, keep_params=0.6, round_to=1, ignore=["block.3.*", "stem"], **MODEL
+    )
     assert shapes(small.model, "block.3") == shapes(model, "block.3")
     assert shapes(small.model, "stem") == shapes(model, "stem")
     assert shapes(small.model, "block.1") != shapes(model, "block.1")
-    sparse = commands.sparsify(model, density=0.5, ignore=["block.3.*"], keep_first=False, keep_last=False, **MODEL)
+    sparse = commands.sparsify(
+        model, density=0.5, ignore=["block.3.*"], keep_first=False, keep_last=False, **MODEL
+    )
     assert (sparse.model.block[3][0].weight == model.block[3][0].weight).all()
     assert (sparse.model.block[2][0].weight == 0).any()
     assert sparse.facts["dense_weights"]["block.3.0.weight"] == "asked for by `ignore`"
-    tiny = commands.quantize(model, bits=4, rounding="nearest", ignore=["block.3.*", "head"], **MODEL)
+    tiny = commands.quantize(
+        model, bits=4, rounding="nearest", ignore=["block.3.*", "head"], **MODEL
+    )
     assert (tiny.model.block[3][0].weight == model.block[3][0].weight).all()
     assert (tiny.model.head.weight == model.head.weight).all()
     assert tiny.facts["left"]["head"] == "asked for by `ignore`"
 
 
 def test_a_command_without_a_target_asks_for_one():
-    with pytest.raises(RecipeError, match=r"prune: say how much should stay.*keep_params.*max_bytes"):
+    with pytest.raises(
+        RecipeError, match=r"prune: say how much should stay.*keep_params.*max_bytes"
+    ):
         commands.prune(Nested(), **MODEL)
 
 
@@ -121,6 +137,8 @@ def test_the_nearest_width_is_told_in_the_facts_and_refused_where_it_must_be_exa
 @pytest.mark.parametrize("given", ["head", [0]])
 def test_what_is_no_list_of_names_is_told_with_one_that_is(given):
     model = nn.Sequential(OrderedDict(head=nn.Linear(2, 2)))
-    with pytest.raises(RecipeError, match=r'ignore: got .*, expected a list of names; give \["head"\]'):
+    with pytest.raises(
+        RecipeError, match=r'ignore: got .*, expected a list of names; give \["head"\]'
+    ):
         ignored(model, given)
     assert "head.weight" in ignored(model, ["head"])

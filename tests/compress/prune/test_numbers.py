@@ -36,7 +36,11 @@ class Grouped(nn.Module):
     def __init__(self, d: int = 64, heads: int = 8, groups: int = 2, early: bool = False) -> None:
         super().__init__()
         self.h, self.kv, self.d, self.early = heads, groups, d // heads, early
-        self.q, self.k, self.v = nn.Linear(d, d), nn.Linear(d, groups * self.d), nn.Linear(d, groups * self.d)
+        self.q, self.k, self.v = (
+            nn.Linear(d, d),
+            nn.Linear(d, groups * self.d),
+            nn.Linear(d, groups * self.d),
+        )
         self.o = nn.Linear(d, d)
 
     def _repeat(self, x: Tensor) -> Tensor:
@@ -49,7 +53,9 @@ class Grouped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, _ = x.shape
-        q, k, v = (layer(x).view(b, t, -1, self.d).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            layer(x).view(b, t, -1, self.d).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
         if torch.compiler.is_exporting():
             repeat = self._follow if self.early else self._repeat
             y = F.scaled_dot_product_attention(q, repeat(k), repeat(v))
@@ -63,7 +69,9 @@ def test_code_may_take_another_path_when_it_is_exported(early):
     torch.manual_seed(0)
     model, x = Grouped(early=early).eval(), torch.randn(2, 5, 64)
     graph, plan, small = halved(model, x)
-    assert [layer.channels for layer in graph.layers] == [4]  # one head of each group goes with one of the other
+    assert [layer.channels for layer in graph.layers] == [
+        4
+    ]  # one head of each group goes with one of the other
     assert check_parity(model, small, plan, x) <= 1e-5
     free = ({0: torch.export.Dim("n")},)
     exported = torch.export.export(small.eval(), (x,), dynamic_shapes=free, strict=False).module()
@@ -128,7 +136,13 @@ def test_a_number_that_counts_examples_too_holds_for_any_batch(examples):
 
         def forward(self, x: Tensor) -> Tensor:
             n, t, _ = x.shape
-            q, k, v = self.qkv(x).view(n, t, 3, 4, 6).permute(2, 0, 3, 1, 4).reshape(3, n * 4, t, 6).unbind(0)
+            q, k, v = (
+                self.qkv(x)
+                .view(n, t, 3, 4, 6)
+                .permute(2, 0, 3, 1, 4)
+                .reshape(3, n * 4, t, 6)
+                .unbind(0)
+            )
             causal = torch.ones(t, t).tril().log()[None].expand(n * 4, t, t)
             y = torch.softmax(torch.baddbmm(causal, q, k.mT, alpha=6**-0.5), -1) @ v
             return self.o(y.view(n, 4, t, 6).transpose(1, 2).reshape(n, t, 24)).mean(1)
@@ -179,7 +193,10 @@ def test_code_that_changed_above_a_module_still_opens_and_other_code_is_told(tmp
         return load_model(tmp_path / "m", allow_code=name)[1].eval()
 
     assert torch.equal(again("# a new line" + CODE)(x), small(x))
-    with pytest.raises(ModelError, match=r"the code of the model itself has changed: .*Net\.forward.*or prune again"):
+    with pytest.raises(
+        ModelError,
+        match=r"the code of the model itself has changed: .*Net\.forward.*or prune again",
+    ):
         again(CODE.replace("        h = ", "        x = x * 1\n        h = "))
 
 
@@ -213,16 +230,28 @@ class Copies(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.heads, self.q, self.places, self.o = 4, nn.Linear(24, 24), nn.Linear(3, 24), nn.Linear(24, 16)
+        self.heads, self.q, self.places, self.o = (
+            4,
+            nn.Linear(24, 24),
+            nn.Linear(3, 24),
+            nn.Linear(24, 16),
+        )
         self.register_buffer("far", torch.randn(5, 3))
         self.last = nn.Linear(16, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, _ = x.shape
         q = self.q(x).view(n, t, -1, 6).transpose(1, 2).reshape(-1, t, 6)
-        places = self.places(self.far).view(5, -1, 6).permute(1, 2, 0).repeat(q.size(0) // self.heads, 1, 1)
+        places = (
+            self.places(self.far)
+            .view(5, -1, 6)
+            .permute(1, 2, 0)
+            .repeat(q.size(0) // self.heads, 1, 1)
+        )
         y = torch.bmm(q, places).softmax(-1) @ q
-        return self.last(self.o(y.view(n, -1, t, 6).transpose(1, 2).reshape(n, t, -1)).relu().mean(1))
+        return self.last(
+            self.o(y.view(n, -1, t, 6).transpose(1, 2).reshape(n, t, -1)).relu().mean(1)
+        )
 
 
 def test_layers_whose_channels_the_code_cannot_run_without_stay_whole_with_what_it_says():
@@ -262,9 +291,16 @@ def test_groups_of_a_filter_that_is_the_same_for_all_channels_follow_them(named)
 
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.o, self.channels = nn.Conv2d(3, 24, 3), nn.Conv2d(24, 16, 1), nn.Linear(16, 3), 24
+            self.a, self.b, self.o, self.channels = (
+                nn.Conv2d(3, 24, 3),
+                nn.Conv2d(24, 16, 1),
+                nn.Linear(16, 3),
+                24,
+            )
             kernel = torch.tensor([1.0, 2.0, 1.0])
-            self.register_buffer("kernel", (kernel[:, None] * kernel / 16)[None, None].repeat(24, 1, 1, 1))
+            self.register_buffer(
+                "kernel", (kernel[:, None] * kernel / 16)[None, None].repeat(24, 1, 1, 1)
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             h = F.pad(self.a(x).relu(), (1, 1, 1, 1), mode="reflect")

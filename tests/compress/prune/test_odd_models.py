@@ -21,7 +21,9 @@ def cut(model, x, seed=0):
     graph = trace(model, x)
     draw = torch.Generator().manual_seed(seed)
     kept = [int(torch.randint(1, layer.channels, (), generator=draw)) for layer in graph.layers]
-    chosen = make_plan(model, graph, [torch.rand(n.channels, generator=draw) for n in graph.layers], kept)
+    chosen = make_plan(
+        model, graph, [torch.rand(n.channels, generator=draw) for n in graph.layers], kept
+    )
     small = copied(model)
     remove_(small, chosen)
     assert parameters(small) == chosen.parameters_after
@@ -66,7 +68,9 @@ class ByBatchNorm(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight.reshape(1, self.out_channels, -1)
-        w = F.batch_norm(w, None, None, training=True, momentum=0.0, eps=1e-6).reshape_as(self.weight)
+        w = F.batch_norm(w, None, None, training=True, momentum=0.0, eps=1e-6).reshape_as(
+            self.weight
+        )
         return F.conv2d(x, w, self.bias, padding=self.padding)
 
 
@@ -75,7 +79,9 @@ class ByStatistics(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True)
-        return F.conv2d(x, (self.weight - mean) / torch.sqrt(var + 1e-6), self.bias, padding=self.padding)
+        return F.conv2d(
+            x, (self.weight - mean) / torch.sqrt(var + 1e-6), self.bias, padding=self.padding
+        )
 
 
 class ByLayerNorm(nn.Conv2d):
@@ -98,7 +104,9 @@ class ByGroupNorm(nn.Conv2d):
 def test_axes_that_a_standardisation_of_weights_averages_over_stay_whole(conv):
     torch.manual_seed(0)
     pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
-    model = nn.Sequential(conv(3, 16, 3, padding=1), nn.ReLU(), conv(16, 16, 3, padding=1), nn.ReLU(), *pool).eval()
+    model = nn.Sequential(
+        conv(3, 16, 3, padding=1), nn.ReLU(), conv(16, 16, 3, padding=1), nn.ReLU(), *pool
+    ).eval()
     graph, _ = cut(model, torch.randn(2, 3, 8, 8))
     assert [layer.name for layer in graph.layers] == ["2"]
     assert any(why in graph.whole["0"] for why in ("over channels", "no part of a cut axis"))
@@ -110,7 +118,12 @@ def test_channels_beside_those_that_a_batch_norm_counts_stay_whole():
 
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.norm, self.b, self.o = nn.Linear(8, 16), nn.BatchNorm1d(5), nn.Linear(16, 12), nn.Linear(12, 3)
+            self.a, self.norm, self.b, self.o = (
+                nn.Linear(8, 16),
+                nn.BatchNorm1d(5),
+                nn.Linear(16, 12),
+                nn.Linear(12, 3),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.o(self.b(self.norm(self.a(x))).relu().mean(1))
@@ -127,7 +140,14 @@ def old_norms(kind: str) -> nn.Module:
     pool = (nn.AdaptiveAvgPool1d(1), nn.Flatten())
     first = norm(nn.Conv1d(6, 24, 3, padding=1))
     return nn.Sequential(
-        first, nn.ReLU(), deep, nn.ReLU(), nn.Conv1d(24, 16, 3), nn.ReLU(), *pool, norm(nn.Linear(16, 4))
+        first,
+        nn.ReLU(),
+        deep,
+        nn.ReLU(),
+        nn.Conv1d(24, 16, 3),
+        nn.ReLU(),
+        *pool,
+        norm(nn.Linear(16, 4)),
     )
 
 
@@ -203,14 +223,18 @@ def test_weights_divided_by_their_own_spread_without_an_epsilon_are_compared_all
             return F.conv2d(x, w / w.std((1, 2, 3), keepdim=True), self.bias)
 
     torch.manual_seed(0)
-    model = nn.Sequential(Spread(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)).eval()
+    model = nn.Sequential(
+        Spread(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)
+    ).eval()
     x = torch.randn(2, 3, 8, 8)
     graph, small = cut(model, x)
     assert small[0].out_channels < 16
     with torch.no_grad():
         small[0].weight[0] += torch.randn(3, 3, 3)
     kept = [small[0].out_channels]
-    chosen = make_plan(model, graph, [torch.rand(16, generator=torch.Generator().manual_seed(7))], kept)
+    chosen = make_plan(
+        model, graph, [torch.rand(16, generator=torch.Generator().manual_seed(7))], kept
+    )
     with pytest.raises(ModelError, match="differs"):
         check_parity(model, small, chosen, x)
 
@@ -260,7 +284,12 @@ def test_tensors_in_objects_that_a_model_gives_are_outputs_and_empty_beginnings_
     class Objects(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.c, self.o = nn.Linear(8, 16), nn.Linear(8, 12), nn.Linear(12, 10), nn.Linear(26, 3)
+            self.a, self.b, self.c, self.o = (
+                nn.Linear(8, 16),
+                nn.Linear(8, 12),
+                nn.Linear(12, 10),
+                nn.Linear(26, 3),
+            )
 
         def forward(self, x: Tensor) -> Given:
             a, b = self.a(x), self.b(x)
@@ -299,7 +328,9 @@ def test_scores_plans_and_targets_work_for_a_network_with_an_operation_without_a
 
     model, x = Renormed().eval(), torch.randn(2, 8)
     graph = trace(model, x)
-    chosen = plan(model, graph, score(model, graph, "l1"), keep_params=0.7, round_to=1, tolerance=0.05)
+    chosen = plan(
+        model, graph, score(model, graph, "l1"), keep_params=0.7, round_to=1, tolerance=0.05
+    )
     assert "in aten.renorm" in chosen.whole["a"]
     small = copied(model)
     remove_(small, chosen)
@@ -320,7 +351,9 @@ def test_hooks_that_the_first_forward_registers_are_not_left_behind_by_a_trace()
             if not hasattr(self, "seen"):
                 self.seen = []
                 for layer in (self.a, self.b):
-                    layer.register_forward_hook(lambda module, given, output: self.seen.append(output))
+                    layer.register_forward_hook(
+                        lambda module, given, output: self.seen.append(output)
+                    )
             self.seen.clear()
             self.b(self.a(x).relu())
             return self.o(torch.cat(self.seen, -1).relu())

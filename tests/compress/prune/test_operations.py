@@ -72,11 +72,18 @@ def test_a_cut_through_every_operation_comes_back_from_a_file(everything, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm], ids=["parametrized", "old"]
+    "norm",
+    [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm],
+    ids=["parametrized", "old"],
 )
 def test_spectral_norm_loses_channels_with_its_vectors(norm):
     torch.manual_seed(0)
-    layers = [norm(nn.Conv2d(3, 16, 3, padding=1)), nn.ReLU(), norm(nn.Conv2d(16, 12, 3, padding=1)), nn.ReLU()]
+    layers = [
+        norm(nn.Conv2d(3, 16, 3, padding=1)),
+        nn.ReLU(),
+        norm(nn.Conv2d(16, 12, 3, padding=1)),
+        nn.ReLU(),
+    ]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), norm(nn.Linear(12, 5)))
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
@@ -96,7 +103,10 @@ def test_grouped_products_of_experts_lose_widths_that_the_kernel_takes():
         def __init__(self):
             super().__init__()
             self.a = nn.Linear(6, 16)
-            self.up, self.down = nn.Parameter(torch.randn(3, 16, 32)), nn.Parameter(torch.randn(3, 32, 8))
+            self.up, self.down = (
+                nn.Parameter(torch.randn(3, 16, 32)),
+                nn.Parameter(torch.randn(3, 32, 8)),
+            )
 
         def forward(self, x):
             ends = torch.tensor([2, 5, 8], dtype=torch.int32)
@@ -111,7 +121,9 @@ def test_grouped_products_of_experts_lose_widths_that_the_kernel_takes():
     small, masked = deepcopy(model), deepcopy(model)
     remove_(small, cut)
     mask_(masked, cut)
-    torch.testing.assert_close(small(x), masked(x), rtol=0.02, atol=0.02)  # bfloat16 sums in another order
+    torch.testing.assert_close(
+        small(x), masked(x), rtol=0.02, atol=0.02
+    )  # bfloat16 sums in another order
 
 
 def test_what_atens_decompositions_reach_needs_no_rule():
@@ -120,5 +132,7 @@ def test_what_atens_decompositions_reach_needs_no_rule():
         assert operation not in RULES
     x = torch.empty(2, 8, device="meta")
     graph = parts_of(aten.hstack.default, [[x, x]], {})
-    assert [str(node.target) for node in graph.nodes if node.op == "call_function"] == ["aten.cat.default"]
+    assert [str(node.target) for node in graph.nodes if node.op == "call_function"] == [
+        "aten.cat.default"
+    ]
     assert parts_of(aten.relu.default, [x], {}) is None or aten.relu.default in RULES

@@ -33,11 +33,15 @@ class Sized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.drop(self.norm(self.a(x)))
-        bad = (self.wrong == "batch" and len(x) != 2) or (self.wrong == "training" and self.training)
+        bad = (self.wrong == "batch" and len(x) != 2) or (
+            self.wrong == "training" and self.training
+        )
         return self.o(h * (2.0 if bad else 1.0))
 
 
-@pytest.mark.parametrize(("wrong", "when"), [("batch", "on a batch of another size"), ("training", "in training mode")])
+@pytest.mark.parametrize(
+    ("wrong", "when"), [("batch", "on a batch of another size"), ("training", "in training mode")]
+)
 def test_a_network_that_is_wrong_only_at_times_is_found(wrong, when):
     torch.manual_seed(0)
     x = torch.randn(2, 8)
@@ -53,7 +57,12 @@ class Auxiliary(nn.Module):
 
     def __init__(self, late: bool = False) -> None:
         super().__init__()
-        self.a, self.b, self.o, self.more = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 3), nn.Linear(16, 3)
+        self.a, self.b, self.o, self.more = (
+            nn.Linear(8, 16),
+            nn.Linear(16, 12),
+            nn.Linear(12, 3),
+            nn.Linear(16, 3),
+        )
         self.late = late
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,7 +105,7 @@ def test_channels_whose_number_scales_the_values_stay_whole_and_the_others_go():
     assert check_parity(model, small, plan, x) <= 1e-5
 
 
-class Chance(nn.Module):
+class RandomSource(nn.Module):
     """Everything that is drawn at random while training: dropout of values and channels, noise, stochastic depth."""
 
     def __init__(self) -> None:
@@ -126,7 +135,7 @@ class Chance(nn.Module):
 def test_chance_of_training_is_no_difference_and_leaves_the_generator_alone():
     torch.manual_seed(0)
     x = torch.randn(2, 8, 5)
-    model, small, plan = halved(Chance(), x)
+    model, small, plan = halved(RandomSource(), x)
     before = torch.get_rng_state()
     assert check_parity(model, small, plan, x) <= 1e-5
     assert torch.equal(before, torch.get_rng_state())
@@ -141,7 +150,11 @@ class Table(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.side, self.kind = nn.Embedding(50, 24), nn.Embedding(2, 24), nn.Embedding(3, 8)
+        self.words, self.side, self.kind = (
+            nn.Embedding(50, 24),
+            nn.Embedding(2, 24),
+            nn.Embedding(3, 8),
+        )
         self.o = nn.Linear(32, 3)
 
     def forward(self, words: Tensor, side: Tensor, row: Tensor) -> Tensor:

@@ -98,12 +98,18 @@ def test_of_a_share_between_two_steps_the_nearest_is_taken_and_told(traced):
     choice = plan(model, graph, scores, keep_params=0.9, round_to=16, tolerance=1e-4)
     reached = choice.parameters_after / choice.parameters_before
     widths = [allowed_widths(layer, 16, 0.1) for layer in graph.layers]
-    shares = [graph.parameters(kept) / choice.parameters_before for kept in itertools.product(*widths)]
+    shares = [
+        graph.parameters(kept) / choice.parameters_before for kept in itertools.product(*widths)
+    ]
     assert reached == min(shares, key=lambda share: abs(share - 0.9))
-    assert choice.told == {"keep_params": f"{reached:.4g}, the nearest to 0.9 that the widths allow"}
+    assert choice.told == {
+        "keep_params": f"{reached:.4g}, the nearest to 0.9 that the widths allow"
+    }
     assert PruningPlan.model_validate_json(choice.model_dump_json()) == choice
     assert not plan(model, graph, scores, keep_params=reached, round_to=16).told
-    with pytest.raises(RecipeError, match=r"cannot be met within the tolerance.*round_to.*leave exact out"):
+    with pytest.raises(
+        RecipeError, match=r"cannot be met within the tolerance.*round_to.*leave exact out"
+    ):
         plan(model, graph, scores, keep_params=0.9, round_to=16, tolerance=1e-4, exact=True)
 
 
@@ -129,7 +135,9 @@ def test_wrong_settings_are_refused_by_name(traced, setting):
 def test_a_model_in_which_nothing_can_go_is_refused_with_the_reason():
     model = nn.Sequential(nn.Linear(4, 4), nn.Softmax(1))
     graph = trace(model, torch.randn(2, 4))
-    with pytest.raises(ModelError, match=r"no channel of this model can be removed.*'0'.*mixed across channels"):
+    with pytest.raises(
+        ModelError, match=r"no channel of this model can be removed.*'0'.*mixed across channels"
+    ):
         plan(model, graph, [])
 
 

@@ -23,7 +23,9 @@ class Grouped(nn.Module):
 
 
 def halved(model, graph):
-    return plan(model, graph, score(model, graph, "l1"), keep_params=0.5, round_to=1, tolerance=0.05)
+    return plan(
+        model, graph, score(model, graph, "l1"), keep_params=0.5, round_to=1, tolerance=0.05
+    )
 
 
 def test_a_plan_survives_json_and_gives_the_same_network(traced):
@@ -43,7 +45,12 @@ def test_shared_weights_stay_shared(traced):
     remove_(small, halved(model, graph))
     assert small.one.weight is small.two.weight
     assert small.gain.shape == (small.a.out_channels, 1)
-    assert small.slope.num_parameters == small.a.out_channels == small.one.in_features == small.one.out_features
+    assert (
+        small.slope.num_parameters
+        == small.a.out_channels
+        == small.one.in_features
+        == small.one.out_features
+    )
 
 
 def test_module_sizes_follow_their_tensors(traced):
@@ -51,7 +58,12 @@ def test_module_sizes_follow_their_tensors(traced):
     small = deepcopy(model)
     remove_(small, halved(model, graph))
     assert small.d.in_channels == small.d.groups == small.a.out_channels
-    assert small.d.out_channels == small.nd.num_features == small.p.in_channels == 2 * small.a.out_channels
+    assert (
+        small.d.out_channels
+        == small.nd.num_features
+        == small.p.in_channels
+        == 2 * small.a.out_channels
+    )
     assert small.head.in_features == small.p.out_channels
 
 
@@ -73,7 +85,9 @@ def test_the_mask_zeroes_exactly_what_is_removed(traced):
     remove_(small, choice)
     for name, tensor in small.named_parameters():
         assert masked.get_parameter(name).count_nonzero() == tensor.count_nonzero()
-        torch.testing.assert_close(masked.get_parameter(name).sum(), tensor.sum(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            masked.get_parameter(name).sum(), tensor.sum(), atol=1e-4, rtol=0
+        )
 
 
 def test_parity_finds_a_wrong_network(traced):
@@ -106,7 +120,9 @@ def test_a_size_that_no_call_shows_is_found_by_the_trace_and_by_parity():
             return self.head(self.a(x).mean((2, 3)))
 
     model, x = Scaled(), torch.randn(2, 3, 8, 8)
-    with pytest.raises(ModelError, match="'a': with fewer of its channels the pruned network differs"):
+    with pytest.raises(
+        ModelError, match="'a': with fewer of its channels the pruned network differs"
+    ):
         halved(model, trace(model, x))
     # What is cut all the same, by a plan for the network without that size, does not pass either.
     unscaled = Plain()

@@ -9,7 +9,9 @@ from fedpress.errors import DataError
 
 
 def network():
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 4, 3))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 4, 3)
+    )
 
 
 def test_statistics_are_the_plain_mean_over_batches_and_nothing_else_changes():
@@ -21,12 +23,18 @@ def test_statistics_are_the_plain_mean_over_batches_and_nothing_else_changes():
     batches = [torch.randn(6, 3, 8, 8, generator=draw) for _ in range(4)]
     assert restore_batch_norm_(model, iter(batches)) == 4
     seen = [before[0](x).detach() for x in batches]
-    torch.testing.assert_close(model[1].running_mean, torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0))
-    torch.testing.assert_close(model[1].running_var, torch.stack([y.var((0, 2, 3)) for y in seen]).mean(0))
+    torch.testing.assert_close(
+        model[1].running_mean, torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0)
+    )
+    torch.testing.assert_close(
+        model[1].running_var, torch.stack([y.var((0, 2, 3)) for y in seen]).mean(0)
+    )
     assert model[1].momentum == 0.3
     assert model[1].num_batches_tracked == 17
     assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True)
+    )
 
 
 def test_no_batches_are_refused_and_change_nothing():
@@ -57,7 +65,9 @@ def test_a_batch_norm_that_never_runs_keeps_its_statistics():
 
 
 def test_a_batch_of_one_example_is_refused_and_changes_nothing():
-    model = nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(12, 3), nn.BatchNorm1d(3))
+    model = nn.Sequential(
+        nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(12, 3), nn.BatchNorm1d(3)
+    )
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(DataError, match="a batch of one example; give two or more public examples"):
         restore_batch_norm_(model, [torch.randn(5, 2, 4), torch.randn(1, 2, 4)])

@@ -15,7 +15,12 @@ from fedpress.compress.prune.plan import make_plan
 class Chunks(nn.Module):
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+        self.a, self.b, self.c, self.head = (
+            nn.Conv2d(3, 16, 3),
+            nn.Conv2d(8, 8, 1),
+            nn.Conv2d(8, 8, 1),
+            nn.Linear(8, 5),
+        )
 
     def forward(self, x):
         one, two = F.relu(self.a(x)).chunk(2, 1)
@@ -77,7 +82,11 @@ def theirs(model, x, seed):
     rows = torch.cat([gone + 16 * i for i in range(4)]) if isinstance(model.a, nn.LSTM) else gone
     for parameter in masked.a.parameters():
         parameter.data[rows] = 0
-    cut = tp.pruner.function.prune_lstm_out_channels if isinstance(model.a, nn.LSTM) else tp.prune_conv_out_channels
+    cut = (
+        tp.pruner.function.prune_lstm_out_channels
+        if isinstance(model.a, nn.LSTM)
+        else tp.prune_conv_out_channels
+    )
     try:
         graph = tp.DependencyGraph().build_dependency(small, example_inputs=x)
         graph.get_pruning_group(small.a, cut, idxs=gone.tolist()).prune()
@@ -96,7 +105,9 @@ def theirs(model, x, seed):
         (Remembering, SERIES, 0, "fails"),
     ],
 )
-def test_torch_pruning_is_wrong_in_most_cuts_and_ours_are_all_exact(build, shape, most_right, verdict):
+def test_torch_pruning_is_wrong_in_most_cuts_and_ours_are_all_exact(
+    build, shape, most_right, verdict
+):
     torch.manual_seed(0)
     model, x = build().eval(), torch.randn(shape)
     seeds = range(10)
@@ -107,7 +118,9 @@ def test_torch_pruning_is_wrong_in_most_cuts_and_ours_are_all_exact(build, shape
     for seed in seeds:
         draw = torch.Generator().manual_seed(seed)
         scores = [torch.rand(layer.channels, generator=draw) for layer in graph.layers]
-        choice = make_plan(model, graph, scores, [max(1, layer.channels * 5 // 8) for layer in graph.layers])
+        choice = make_plan(
+            model, graph, scores, [max(1, layer.channels * 5 // 8) for layer in graph.layers]
+        )
         small = deepcopy(model)
         remove_(small, choice)
         assert parameters(small) < 0.9 * parameters(model)

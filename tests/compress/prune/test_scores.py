@@ -7,7 +7,15 @@ from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 from torch.nn.utils.prune import custom_from_mask
 
-from fedpress.compress import SCORES, check_parity, plan, prune_single_channel, remove_, score, trace
+from fedpress.compress import (
+    SCORES,
+    check_parity,
+    plan,
+    prune_single_channel,
+    remove_,
+    score,
+    trace,
+)
 from fedpress.compress.prune.scores import raw_scores
 from fedpress.core.random import generator
 from fedpress.errors import ModelError, RecipeError
@@ -55,16 +63,22 @@ def test_magnitudes_sum_all_weights_that_write_the_channel(traced):
     torch.testing.assert_close(l1, sum(w.detach().abs().sum((1, 2, 3)) for w in weights))
     torch.testing.assert_close(l2, sum(w.detach().square().sum((1, 2, 3)) for w in weights).sqrt())
     scale = by_name(graph, raw_scores(model, graph, "bn_scale"), "stem")
-    torch.testing.assert_close(scale, (model.norm.weight.abs() + model.blocks[0].nb.weight.abs()).detach())
+    torch.testing.assert_close(
+        scale, (model.norm.weight.abs() + model.blocks[0].nb.weight.abs()).detach()
+    )
 
 
 def test_taylor_is_the_derivative_of_a_gate_on_the_channel(traced):
     model, x, graph = traced("plain")
-    ours = by_name(graph, raw_scores(model, graph, "taylor", losses=evidence(model, x)["losses"]), "a")
+    ours = by_name(
+        graph, raw_scores(model, graph, "taylor", losses=evidence(model, x)["losses"]), "a"
+    )
     gated, total = deepcopy(model).eval(), torch.zeros(16)
     for batch in (x, x.flip(0), -x):
         gate = torch.ones(16, requires_grad=True)
-        hook = gated.b.register_forward_pre_hook(lambda _, args, g=gate: args[0] * g.view(1, -1, 1, 1))
+        hook = gated.b.register_forward_pre_hook(
+            lambda _, args, g=gate: args[0] * g.view(1, -1, 1, 1)
+        )
         total += torch.autograd.grad(F.cross_entropy(gated(batch), LABELS), gate)[0].abs()
         hook.remove()
     torch.testing.assert_close(ours, total / 3)
@@ -83,7 +97,9 @@ def test_fisher_is_half_the_mean_square_of_a_gate_over_single_examples(traced):
     model, x, graph = traced("plain")
     gated = deepcopy(model).eval()
     slopes = [
-        gate_slopes(gated, gated.b, 16, lambda m, i=i: F.cross_entropy(m(x[i : i + 1]), LABELS[i : i + 1]))
+        gate_slopes(
+            gated, gated.b, 16, lambda m, i=i: F.cross_entropy(m(x[i : i + 1]), LABELS[i : i + 1])
+        )
         for i in (0, 1)
     ]
     ours = raw_scores(
@@ -100,7 +116,9 @@ def test_obd_sums_the_squares_of_single_weights_in_a_slow_loop(traced):
     for batch in (x, x.flip(0), -x):
         (g,) = torch.autograd.grad(F.cross_entropy(model.eval()(batch), LABELS), model.b.weight)
         for c in range(16):
-            slow[c] += sum(float(v) ** 2 for v in (model.b.weight * g).detach()[:, c].flatten()) / 2 / 3
+            slow[c] += (
+                sum(float(v) ** 2 for v in (model.b.weight * g).detach()[:, c].flatten()) / 2 / 3
+            )
     torch.testing.assert_close(ours, slow)
 
 
@@ -112,7 +130,9 @@ def test_obd_foretells_the_loss_of_a_removal_where_the_hessian_is_diagonal():
     graph, x = trace(model, torch.randn(2, 3).double()), torch.randn(400, 3).double()
     hidden = model[0](x).detach()
     noise = torch.randn(400, 1).double()
-    target = hidden @ model[1].weight.detach().T + noise  # Gauss-Newton: the Fisher is that of noise of variance 1
+    target = (
+        hidden @ model[1].weight.detach().T + noise
+    )  # Gauss-Newton: the Fisher is that of noise of variance 1
 
     def losses():
         return ((model(x[i]) - target[i]).square().sum() / 2 for i in range(400))
@@ -122,13 +142,19 @@ def test_obd_foretells_the_loss_of_a_removal_where_the_hessian_is_diagonal():
     for c in range(6):
         gone = (hidden[:, c] * model[1].weight[0, c]).detach()[:, None]
         rises.append(((noise + gone).square().mean() / 2 - whole - (noise * gone).mean()).item())
-    assert raw_scores(model, graph, "obd", losses=losses)[0].tolist() == pytest.approx(rises, rel=0.35)
+    assert raw_scores(model, graph, "obd", losses=losses)[0].tolist() == pytest.approx(
+        rises, rel=0.35
+    )
 
 
 def test_geometric_median_sums_distances_in_a_slow_loop(traced):
     model, _, graph = traced("residual")
     ours = by_name(graph, raw_scores(model, graph, "fpgm"), "stem")
-    rows = torch.cat([model.stem.weight.flatten(1), model.blocks[0].b.weight.flatten(1)], 1).detach().double()
+    rows = (
+        torch.cat([model.stem.weight.flatten(1), model.blocks[0].b.weight.flatten(1)], 1)
+        .detach()
+        .double()
+    )
     slow = [sum((a - b).square().sum().sqrt().item() for b in rows) for a in rows]
     assert ours.tolist() == pytest.approx(slow, rel=1e-6)
 
@@ -155,7 +181,10 @@ def test_snip_is_the_size_of_the_mean_slope_of_a_gate_at_initialisation(traced):
     before = {n: b.clone() for n, b in model.named_buffers()}
     ours = by_name(graph, raw_scores(model, graph, "snip", **evidence(model, x)), "a")
     twin = in_training(model)
-    slopes = [gate_slopes(twin, twin.b, 16, lambda m, b=b: F.cross_entropy(m(b), LABELS)) for b in (x, x.flip(0), -x)]
+    slopes = [
+        gate_slopes(twin, twin.b, 16, lambda m, b=b: F.cross_entropy(m(b), LABELS))
+        for b in (x, x.flip(0), -x)
+    ]
     torch.testing.assert_close(ours, (sum(slopes) / 3).abs())
     assert all(torch.equal(before[n], b) for n, b in model.named_buffers())
 
@@ -163,7 +192,9 @@ def test_snip_is_the_size_of_the_mean_slope_of_a_gate_at_initialisation(traced):
 def test_grasp_is_the_change_of_the_gradient_flow_when_a_channel_shrinks():
     """The finite difference of |g|^2 / 2 as the weights that read the channel shrink, in double."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+    model = nn.Sequential(
+        nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 5)
+    ).double()
     x = torch.randn(2, 6).double()
     graph = trace(model, x)
     reading = [s for layer in graph.layers for s in layer.role("read")]
@@ -182,10 +213,14 @@ def test_grasp_is_the_change_of_the_gradient_flow_when_a_channel_shrinks():
             keep, sides = weight.detach().clone(), []
             for step in (1e-4, -1e-4):
                 weight.data = keep.clone()
-                weight.data.index_copy_(s.axis, s.index[c], keep.index_select(s.axis, s.index[c]) * (1 + step))
+                weight.data.index_copy_(
+                    s.axis, s.index[c], keep.index_select(s.axis, s.index[c]) * (1 + step)
+                )
                 sides.append(flow())
             weight.data = keep
-            assert values[c].item() == pytest.approx((sides[0] - sides[1]) / 2e-4, rel=1e-3, abs=1e-7)
+            assert values[c].item() == pytest.approx(
+                (sides[0] - sides[1]) / 2e-4, rel=1e-3, abs=1e-7
+            )
 
 
 def test_taylor_comes_nearer_to_the_truth_than_chance(traced):
@@ -209,19 +244,29 @@ def test_taylor_comes_nearer_to_the_truth_than_chance(traced):
     assert torch.corrcoef(ranks)[0, 1] > 0.5
 
 
-@pytest.mark.parametrize("normalise", [parametrizations.weight_norm, weight_norm], ids=["parametrization", "hook"])
+@pytest.mark.parametrize(
+    "normalise", [parametrizations.weight_norm, weight_norm], ids=["parametrization", "hook"]
+)
 def test_magnitudes_of_a_computed_weight_are_those_of_what_acts(normalise):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 3))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 3)
+    )
     x = torch.randn(2, 3, 8, 8)
     plain_graph = trace(model, x)
     computed = deepcopy(model)
     normalise(computed[0]), normalise(computed[2])
-    direction = next(p for n, p in computed[0].named_parameters() if n.endswith(("original1", "weight_v")))
-    direction.data *= torch.linspace(1, 9, 8).view(8, 1, 1, 1)  # the direction's length means nothing
+    direction = next(
+        p for n, p in computed[0].named_parameters() if n.endswith(("original1", "weight_v"))
+    )
+    direction.data *= torch.linspace(1, 9, 8).view(
+        8, 1, 1, 1
+    )  # the direction's length means nothing
     graph = trace(computed, x)
     for name in ("l1", "l2", "fpgm"):
-        for a, b in zip(raw_scores(model, plain_graph, name), raw_scores(computed, graph, name), strict=True):
+        for a, b in zip(
+            raw_scores(model, plain_graph, name), raw_scores(computed, graph, name), strict=True
+        ):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     losses = {"losses": lambda: [computed(x).logsumexp(1).mean()]}
     for name, row in SCORES.items():
@@ -244,7 +289,9 @@ def test_taylor_works_on_frozen_weights_and_leaves_them_frozen(traced):
     model, x, graph = traced("plain")
     frozen = deepcopy(model).train().requires_grad_(False)
     scores = raw_scores(frozen, graph, "taylor", losses=evidence(frozen, x)["losses"])
-    for ours, theirs in zip(scores, raw_scores(model, graph, "taylor", **evidence(model, x)), strict=True):
+    for ours, theirs in zip(
+        scores, raw_scores(model, graph, "taylor", **evidence(model, x)), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
     assert frozen.training
     assert not any(p.requires_grad for p in frozen.parameters())

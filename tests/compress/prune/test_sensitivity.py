@@ -31,7 +31,9 @@ def measure_of(model, x):
     def measure():
         with torch.no_grad():
             logits = model.eval()(x)
-        return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
+        return F.cross_entropy(logits, labels).item(), (
+            logits.argmax(1) == labels
+        ).float().mean().item()
 
     return measure
 
@@ -41,12 +43,17 @@ def test_each_point_is_the_loss_of_a_copy_with_that_layer_masked(traced, name):
     model, x, graph = traced(name)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     scores = score(model, graph, "l1")
-    points = list(sensitivity(channel_units(model, graph, scores), measure_of(model, x), (0.25, 0.6)))
+    points = list(
+        sensitivity(channel_units(model, graph, scores), measure_of(model, x), (0.25, 0.6))
+    )
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
-    assert [(p.layer, p.density) for p in points] == [(la.name, d) for la in graph.layers for d in (1.0, 0.6, 0.25)]
+    assert [(p.layer, p.density) for p in points] == [
+        (la.name, d) for la in graph.layers for d in (1.0, 0.6, 0.25)
+    ]
     for point in points:
         widths = [
-            max(1, round(point.density * la.channels)) if la.name == point.layer else la.channels for la in graph.layers
+            max(1, round(point.density * la.channels)) if la.name == point.layer else la.channels
+            for la in graph.layers
         ]
         copy = deepcopy(model)
         mask_(copy, make_plan(model, graph, scores, widths))
@@ -55,7 +62,9 @@ def test_each_point_is_the_loss_of_a_copy_with_that_layer_masked(traced, name):
 
 def test_a_tensor_that_one_layer_touches_along_two_axes_comes_back(traced):
     model, _, graph = traced("waves")
-    assert any(len({s.tensor for s in la.slices}) < len(la.slices) for la in graph.layers)  # its tied weight
+    assert any(
+        len({s.tensor for s in la.slices}) < len(la.slices) for la in graph.layers
+    )  # its tied weight
     before = deepcopy(model.state_dict())
     for unit in channel_units(model, graph, score(model, graph, "l2")):
         with unit.thinned(0.1):
@@ -100,9 +109,14 @@ def test_weights_can_be_thinned_entry_by_entry():
     before = model.weight.detach().clone()
     with unit.thinned(0.25):
         assert int(model.weight.count_nonzero()) == 10
-        assert model.weight.abs()[model.weight != 0].min() >= before.abs().flatten().topk(10).values.min()
+        assert (
+            model.weight.abs()[model.weight != 0].min()
+            >= before.abs().flatten().topk(10).values.min()
+        )
     assert torch.equal(model.weight, before)
-    (one, half) = sensitivity([unit], lambda: (float(model.weight.detach().abs().sum()), None), (0.5,))
+    (one, half) = sensitivity(
+        [unit], lambda: (float(model.weight.detach().abs().sum()), None), (0.5,)
+    )
     assert one.density == 1
     assert half.loss < one.loss
 
@@ -117,14 +131,18 @@ def test_wrong_densities_and_a_broken_model_are_refused(traced):
         list(sensitivity(units, lambda: (float("nan"), None)))
 
 
-losses = st.lists(st.floats(0, 10) | st.just(float("nan")) | st.just(float("inf")), min_size=4, max_size=4)
+losses = st.lists(
+    st.floats(0, 10) | st.just(float("nan")) | st.just(float("inf")), min_size=4, max_size=4
+)
 
 
 @given(lines=st.lists(losses, min_size=1, max_size=4), base=st.floats(0.1, 3))
 def test_curves_never_fall_as_density_falls_and_begin_at_nothing(lines, base):
     points = [Point(str(i), 1.0, base) for i in range(len(lines))]
     points += [
-        Point(str(i), d, v) for i, line in enumerate(lines) for d, v in zip((0.2, 0.4, 0.6, 0.8), line, strict=True)
+        Point(str(i), d, v)
+        for i, line in enumerate(lines)
+        for d, v in zip((0.2, 0.4, 0.6, 0.8), line, strict=True)
     ]
     for density, height in curves(points).values():
         assert density == sorted(density)
@@ -163,13 +181,19 @@ def test_widths_are_those_of_a_slow_search_for_the_water_level(traced, make, sha
         level += 0.002
         widths = [
             min(
-                (n for n in range(1, la.channels + 1) if increase(la.name, n / la.channels) <= level),
+                (
+                    n
+                    for n in range(1, la.channels + 1)
+                    if increase(la.name, n / la.channels) <= level
+                ),
                 default=la.channels,
             )
             for la in graph.layers
         ]
         widths = [max(n, -(-la.channels // 10)) for n, la in zip(widths, graph.layers, strict=True)]
-    choice = plan(model, graph, scores, target=target, scope="sensitivity", points=points, round_to=1)
+    choice = plan(
+        model, graph, scores, target=target, scope="sensitivity", points=points, round_to=1
+    )
     for change, layer, n in zip(choice.layers, graph.layers, widths, strict=True):
         assert abs(change.after // layer.unit - n) <= 1, layer.name
 
@@ -194,9 +218,13 @@ def test_sensitive_layers_keep_more_and_the_best_channels_stay(traced):
 
 def test_levels_rise_with_the_scores_also_where_curves_are_flat(traced):
     _, _, graph = traced("plain")
-    scores = [torch.rand(la.channels, generator=torch.Generator().manual_seed(1)) for la in graph.layers]
+    scores = [
+        torch.rand(la.channels, generator=torch.Generator().manual_seed(1)) for la in graph.layers
+    ]
     for steepness in ([0.0, 0.0], [1.0, 0.0]):
-        for level, values in zip(levels(graph, scores, falling(graph, steepness)), scores, strict=True):
+        for level, values in zip(
+            levels(graph, scores, falling(graph, steepness)), scores, strict=True
+        ):
             assert torch.equal(level.argsort(), values.argsort())
             assert len(level.unique()) == len(level)
 
@@ -222,7 +250,10 @@ def test_a_unit_is_anything_with_a_context():
         yield
         dial[0] = 1.0
 
-    assert [p.loss for p in sensitivity([Unit("dial", thinned)], lambda: (2 - dial[0], None), (0.5, 0.25))] == [
+    assert [
+        p.loss
+        for p in sensitivity([Unit("dial", thinned)], lambda: (2 - dial[0], None), (0.5, 0.25))
+    ] == [
         1,
         1.5,
         1.75,

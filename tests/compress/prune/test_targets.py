@@ -13,10 +13,15 @@ from fedpress.errors import RecipeError
 @pytest.mark.parametrize("name", ["plain", "residual", "separable", "waves"])
 def test_bytes_of_widths_are_those_of_the_cut_model(traced, name):
     model, _, graph = traced(name)
-    choice = plan(model, graph, score(model, graph, "l1"), keep_params=0.6, round_to=2, tolerance=0.2)
+    choice = plan(
+        model, graph, score(model, graph, "l1"), keep_params=0.6, round_to=2, tolerance=0.2
+    )
     small = deepcopy(model)
     remove_(small, choice)
-    kept = [change.after // layer.unit for change, layer in zip(choice.layers, graph.layers, strict=True)]
+    kept = [
+        change.after // layer.unit
+        for change, layer in zip(choice.layers, graph.layers, strict=True)
+    ]
     assert bytes_of(model, graph)(whole(graph)) == compress.state_bytes(model)
     assert bytes_of(model, graph)(kept) == compress.state_bytes(small)
 
@@ -24,17 +29,27 @@ def test_bytes_of_widths_are_those_of_the_cut_model(traced, name):
 @pytest.mark.parametrize("share", [0.7, 0.4])
 def test_a_share_of_the_multiply_adds_is_reached_as_counted_on_the_cut_model(traced, share):
     model, x, graph = traced("residual")
-    choice = plan(model, graph, score(model, graph, "l1"), target=macs_target(graph, share), round_to=1)
+    choice = plan(
+        model, graph, score(model, graph, "l1"), target=macs_target(graph, share), round_to=1
+    )
     small = deepcopy(model)
     remove_(small, choice)
-    assert compress.macs(small, x[:1]) / compress.macs(model, x[:1]) == pytest.approx(share, abs=0.006)
+    assert compress.macs(small, x[:1]) / compress.macs(model, x[:1]) == pytest.approx(
+        share, abs=0.006
+    )
 
 
 @pytest.mark.parametrize("share", [0.25, 0.31, 0.5, 0.77, 0.999, 1.0, 1.5])
 def test_a_limit_of_bytes_is_never_passed_and_nearly_used(traced, share):
     model, _, graph = traced("residual")
     limit = int(share * compress.state_bytes(model))
-    choice = plan(model, graph, score(model, graph, "l1"), target=bytes_target(model, graph, limit), round_to=1)
+    choice = plan(
+        model,
+        graph,
+        score(model, graph, "l1"),
+        target=bytes_target(model, graph, limit),
+        round_to=1,
+    )
     small = deepcopy(model)
     remove_(small, choice)
     assert 0.985 * min(limit, compress.state_bytes(model)) <= compress.state_bytes(small) <= limit
@@ -43,7 +58,13 @@ def test_a_limit_of_bytes_is_never_passed_and_nearly_used(traced, share):
 def test_a_limit_that_coarse_widths_cannot_use_is_kept_all_the_same(traced):
     model, _, graph = traced("plain")
     limit = int(0.8 * compress.state_bytes(model))
-    choice = plan(model, graph, score(model, graph, "l1"), target=bytes_target(model, graph, limit), round_to=12)
+    choice = plan(
+        model,
+        graph,
+        score(model, graph, "l1"),
+        target=bytes_target(model, graph, limit),
+        round_to=12,
+    )
     small = deepcopy(model)
     remove_(small, choice)
     assert compress.state_bytes(small) <= limit
@@ -52,10 +73,16 @@ def test_a_limit_that_coarse_widths_cannot_use_is_kept_all_the_same(traced):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda _, graph: macs_target(graph, 1.5), r"^prune\.keep_macs: got 1\.5, expected a share .*try 0\.3"),
+        (
+            lambda _, graph: macs_target(graph, 1.5),
+            r"^prune\.keep_macs: got 1\.5, expected a share .*try 0\.3",
+        ),
         (lambda _, graph: parameter_target(graph, float("nan")), r"^prune\.keep_params: got nan"),
         (lambda model, graph: bytes_target(model, graph, 0), r"^prune\.max_bytes: got 0"),
-        (lambda _, graph: macs_target(graph, 0.001), r"^prune\.keep_macs: 0\.001 cannot be reached, .*share"),
+        (
+            lambda _, graph: macs_target(graph, 0.001),
+            r"^prune\.keep_macs: 0\.001 cannot be reached, .*share",
+        ),
         (
             lambda model, graph: bytes_target(model, graph, 400),
             r"^prune\.max_bytes: 400 cannot be reached, .*size .*\d",

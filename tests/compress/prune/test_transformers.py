@@ -27,7 +27,9 @@ class Logits(nn.Module):
 
 
 def gpt2(how: str) -> nn.Module:
-    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=16, attn_implementation=how, **SIZES)
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, n_positions=16, attn_implementation=how, **SIZES
+    )
     return transformers.GPT2LMHeadModel(config)
 
 
@@ -90,7 +92,10 @@ def test_a_model_that_gives_its_cache_keeps_the_heads_that_are_in_it():
     config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=16, vocab_size=60)
     model, words = transformers.GPT2LMHeadModel(config).eval(), torch.randint(60, (2, 7))
     graph = trace(model, words)
-    assert [layer.name for layer in graph.layers] == ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"]
+    assert [layer.name for layer in graph.layers] == [
+        "transformer.h.0.mlp.c_fc",
+        "transformer.h.1.mlp.c_fc",
+    ]
     cut = plan(model, graph, score(model, graph, "l1"), keep_params=0.7, round_to=1, tolerance=0.05)
     small = deepcopy(model)
     remove_(small, cut)
@@ -105,8 +110,12 @@ def test_any_choice_of_channels_of_a_language_model_is_exact_also_under_export(n
     graph = trace(model, words)
     for seed in range(4):
         draw = torch.Generator().manual_seed(seed)
-        kept = [int(torch.randint(1, layer.channels + 1, (), generator=draw)) for layer in graph.layers]
-        chosen = make_plan(model, graph, [torch.rand(n.channels, generator=draw) for n in graph.layers], kept)
+        kept = [
+            int(torch.randint(1, layer.channels + 1, (), generator=draw)) for layer in graph.layers
+        ]
+        chosen = make_plan(
+            model, graph, [torch.rand(n.channels, generator=draw) for n in graph.layers], kept
+        )
         small = deepcopy(model)
         remove_(small, chosen)
         assert check_parity(model, small, chosen, words) <= 1e-5

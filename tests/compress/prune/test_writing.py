@@ -89,7 +89,9 @@ def cut(model, x, seed, whole=()):
     graph = trace(model, x, whole=whole)
     draw = torch.Generator().manual_seed(seed)
     kept = [int(torch.randint(1, layer.channels + 1, (), generator=draw)) for layer in graph.layers]
-    plan = make_plan(model, graph, [torch.rand(layer.channels, generator=draw) for layer in graph.layers], kept)
+    plan = make_plan(
+        model, graph, [torch.rand(layer.channels, generator=draw) for layer in graph.layers], kept
+    )
     small = deepcopy(model)
     remove_(small, plan)
     assert parameters(small) == plan.parameters_after
@@ -104,7 +106,9 @@ def test_what_is_written_to_places_is_cut_exactly_or_stays_whole(form, own):
         cut(build(form, own), torch.randn(2, 16), seed)
 
 
-@pytest.mark.parametrize("form", ["index", "buffer", "mask", "list", "copy", "add", "scatter", "scatter reduce", "end"])
+@pytest.mark.parametrize(
+    "form", ["index", "buffer", "mask", "list", "copy", "add", "scatter", "scatter reduce", "end"]
+)
 def test_a_channel_and_the_place_that_it_is_written_to_are_one_layer(form):
     graph = trace(build(form, True), torch.randn(2, 16))
     written = next(layer for layer in graph.layers if layer.channels == 12)
@@ -126,7 +130,9 @@ def test_indices_that_follow_are_a_part_of_the_file_and_of_a_further_cut(form, t
     dense = build(form, True)
     _, small = cut(dense, x, 0)
     _, smaller = cut(small, x, 1)
-    spec = ModelSpec(architecture=f"{__name__}:build", arguments={"form": form, "own": True}, input_shape=(16,))
+    spec = ModelSpec(
+        architecture=f"{__name__}:build", arguments={"form": form, "own": True}, input_shape=(16,)
+    )
     changed = what_pruning_changed(smaller, dense)
     save_model(tmp_path, spec.model_copy(update=changed), smaller)
     again = load_model(tmp_path, allow_code=spec.architecture)[1].eval()

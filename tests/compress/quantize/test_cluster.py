@@ -55,7 +55,9 @@ def test_many_weights_end_where_nothing_moves():
 
 
 def test_zeros_are_a_value_of_their_own_in_sparse_weights():
-    weight = torch.randn(4000, generator=torch.Generator().manual_seed(2)) * (torch.arange(4000) % 10 == 0)
+    weight = torch.randn(4000, generator=torch.Generator().manual_seed(2)) * (
+        torch.arange(4000) % 10 == 0
+    )
     values = shared_values(weight, 4)
     assert 0 in values
     assert error(weight, values) < 0.2 * float(weight.square().sum())
@@ -63,7 +65,9 @@ def test_zeros_are_a_value_of_their_own_in_sparse_weights():
 
 def test_the_same_weights_give_the_same_values():
     weight = torch.randn(3000, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(shared_values(weight, 16), shared_values(weight.reshape(30, 100).clone(), 16))
+    assert torch.equal(
+        shared_values(weight, 16), shared_values(weight.reshape(30, 100).clone(), 16)
+    )
 
 
 @pytest.mark.parametrize("weight", [torch.zeros(1), torch.zeros(2000), torch.full((5,), 2.0)])

@@ -30,7 +30,10 @@ def seasoned(model):
 class Sequence(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.norm = nn.Conv1d(3, 4, 3, groups=1, bias=True), nn.BatchNorm1d(4, affine=False)
+        self.conv, self.norm = (
+            nn.Conv1d(3, 4, 3, groups=1, bias=True),
+            nn.BatchNorm1d(4, affine=False),
+        )
         self.deep, self.norm2 = nn.Conv1d(4, 8, 3, groups=4, bias=False), nn.BatchNorm1d(8)
         self.head, self.norm3 = nn.Linear(8, 5), nn.BatchNorm1d(5)
 
@@ -42,14 +45,20 @@ class Sequence(nn.Module):
 class Volume(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv3d(1, 3, 2, padding="same"), nn.BatchNorm3d(3), nn.ReLU())
+        self.layers = nn.Sequential(
+            nn.Conv3d(1, 3, 2, padding="same"), nn.BatchNorm3d(3), nn.ReLU()
+        )
 
     def forward(self, x):
         return self.layers(x).flatten(1)
 
 
 FOLDED = [
-    (ModelSpec(architecture="resnet-small", arguments={"width": 8}, input_shape=(3, 8, 8)).build, (2, 3, 8, 8), 9),
+    (
+        ModelSpec(architecture="resnet-small", arguments={"width": 8}, input_shape=(3, 8, 8)).build,
+        (2, 3, 8, 8),
+        9,
+    ),
     (Sequence, (2, 3, 9), 3),
     (Volume, (2, 1, 3, 3, 3), 1),
 ]
@@ -65,7 +74,9 @@ def test_a_folded_network_computes_the_same_with_one_operation_less(make, shape,
     fold_(folded, folds)
     x = torch.randn(5, *shape[1:])
     wanted = model(x)
-    torch.testing.assert_close(folded(x), wanted, rtol=1e-5, atol=1e-5 * float(wanted.detach().abs().max()))
+    torch.testing.assert_close(
+        folded(x), wanted, rtol=1e-5, atol=1e-5 * float(wanted.detach().abs().max())
+    )
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules())
     rebuilt = make()
     fold_layers_(rebuilt, folds)
@@ -73,7 +84,12 @@ def test_a_folded_network_computes_the_same_with_one_operation_less(make, shape,
     assert torch.equal(rebuilt.eval()(x), folded(x))
 
 
-GRIDS = [WeightGrid(bits=4), WeightGrid(bits=4, group=5), WeightGrid(kind="ternary"), WeightGrid(kind="binary")]
+GRIDS = [
+    WeightGrid(bits=4),
+    WeightGrid(bits=4, group=5),
+    WeightGrid(kind="ternary"),
+    WeightGrid(kind="binary"),
+]
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.kind}-{g.group}")
@@ -108,7 +124,10 @@ class Odd(nn.Module):
         self.first = nn.BatchNorm2d(2)
         self.read, self.read_norm = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
         self.twice, self.twice_norm = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
-        self.own, self.own_norm = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 1)), nn.BatchNorm2d(2)
+        self.own, self.own_norm = (
+            nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 1)),
+            nn.BatchNorm2d(2),
+        )
         self.unused, self.fresh = nn.BatchNorm2d(2), nn.BatchNorm2d(2, track_running_stats=False)
         self.rows, self.row_norm = nn.Linear(3, 3), nn.BatchNorm1d(2)
 
@@ -153,7 +172,9 @@ def test_a_norm_that_is_not_finite_is_named():
 def test_shared_weights_are_folded_first():
     model = seasoned(Volume())
     quantize_layers_(model, {"layers.0": LayerGrids(weights=WeightGrid(kind="codebook"))})
-    with pytest.raises(ModelError, match=r"'layers.0' shares weights between channels.*fold it first"):
+    with pytest.raises(
+        ModelError, match=r"'layers.0' shares weights between channels.*fold it first"
+    ):
         fold_(model, {"layers.1": "layers.0"})
     assert isinstance(model.layers[1], nn.BatchNorm3d)
 
@@ -191,7 +212,9 @@ class Leaned(nn.Module):
         return self.other(x + self.norm.bias[:, None, None] if self.kind == "shift read" else x)
 
 
-@pytest.mark.parametrize("kind", ["subclass", "hook", "shared bias", "shift read", "functional", "no module"])
+@pytest.mark.parametrize(
+    "kind", ["subclass", "hook", "shared bias", "shift read", "functional", "no module"]
+)
 def test_a_norm_that_something_else_leans_on_stays_and_says_why(kind):
     torch.manual_seed(0)
     model, x = seasoned(Leaned(kind)), torch.randn(2, 3, 6, 6)

@@ -6,13 +6,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedpress.compress.quantize import Choice, choose_bits, measure_choices, quantizable, stored_bytes
+from fedpress.compress.quantize import (
+    Choice,
+    choose_bits,
+    measure_choices,
+    quantizable,
+    stored_bytes,
+)
 from fedpress.errors import DataError, RecipeError
 from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
 from fedpress.nn.quantized import quantize_layers_
 
 layers = st.lists(
-    st.lists(st.tuples(st.integers(1, 60), st.integers(0, 100)), min_size=1, max_size=4), min_size=1, max_size=5
+    st.lists(st.tuples(st.integers(1, 60), st.integers(0, 100)), min_size=1, max_size=4),
+    min_size=1,
+    max_size=5,
 )
 
 
@@ -38,7 +46,10 @@ def test_large_budgets_are_met_and_nearly_used():
     chance = torch.Generator().manual_seed(0)
     sizes = torch.randint(1000, 400_000, (20,), generator=chance).tolist()
     choices = {
-        f"layer{i}": [Choice(b, n * b // 8, float(torch.rand((), generator=chance)) * 4.0**-b) for b in (2, 3, 4, 6, 8)]
+        f"layer{i}": [
+            Choice(b, n * b // 8, float(torch.rand((), generator=chance)) * 4.0**-b)
+            for b in (2, 3, 4, 6, 8)
+        ]
         for i, n in enumerate(sizes)
     }
     budget = sum(sizes) // 2
@@ -48,13 +59,17 @@ def test_large_budgets_are_met_and_nearly_used():
 
 
 @pytest.mark.parametrize(
-    "grid", [WeightGrid(), WeightGrid(bits=3), WeightGrid(bits=4, group=5), WeightGrid(kind="codebook")]
+    "grid",
+    [WeightGrid(), WeightGrid(bits=3), WeightGrid(bits=4, group=5), WeightGrid(kind="codebook")],
 )
 def test_the_bytes_are_those_of_codes_and_scales(grid):
     layer = nn.Conv2d(3, 5, 3)
     quantize_layers_(nn.Sequential(layer), {"0": LayerGrids(weights=grid)})
     own = layer.codebook if grid.kind == "codebook" else layer.weight_scale
-    assert stored_bytes(layer.weight, grid) == -(-layer.weight.numel() * grid.bits // 8) + 4 * own.numel()
+    assert (
+        stored_bytes(layer.weight, grid)
+        == -(-layer.weight.numel() * grid.bits // 8) + 4 * own.numel()
+    )
 
 
 def test_the_harm_is_the_divergence_of_one_layer_rounded_alone():
@@ -82,4 +97,6 @@ def test_no_examples_and_other_grids_are_refused():
     with pytest.raises(DataError, match=r"quantize.mixed: .* at least one batch"):
         measure_choices(model, quantizable(model, LayerGrids(weights=WeightGrid()))[0], (4,), [])
     with pytest.raises(RecipeError, match=r"quantize.mixed: '0' is not on whole numbers"):
-        measure_choices(model, {"0": LayerGrids(weights=WeightGrid(kind="ternary"))}, (4,), [torch.zeros(1, 2)])
+        measure_choices(
+            model, {"0": LayerGrids(weights=WeightGrid(kind="ternary"))}, (4,), [torch.zeros(1, 2)]
+        )

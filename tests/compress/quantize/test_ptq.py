@@ -13,7 +13,10 @@ from fedpress.models import ModelSpec, load_model, save_model
 from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
 from fedpress.nn.quantized import quantized_layers
 
-INT4, BYTES = LayerGrids(weights=WeightGrid(bits=4)), LayerGrids(weights=WeightGrid(), inputs=InputGrid())
+INT4, BYTES = (
+    LayerGrids(weights=WeightGrid(bits=4)),
+    LayerGrids(weights=WeightGrid(), inputs=InputGrid()),
+)
 SPEC = ModelSpec(architecture="resnet-small", arguments={"width": 8}, input_shape=(3, 8, 8))
 
 
@@ -87,7 +90,9 @@ def test_biases_make_good_for_the_mean_error_of_rounding(inner):
     layer = nn.Conv2d(3, 5, 3, padding=1, stride=2) if inner == "conv" else nn.Linear(6, 5)
     model = nn.Sequential(copy.deepcopy(layer))
     x = torch.rand(40, 3, 7, 7) if inner == "conv" else torch.rand(40, 4, 6)
-    quantize_(model, quantizable(model, LayerGrids(weights=WeightGrid(bits=2)))[0], [x[:23], x[23:]])
+    quantize_(
+        model, quantizable(model, LayerGrids(weights=WeightGrid(bits=2)))[0], [x[:23], x[23:]]
+    )
     error = (model(x) - layer(x)).detach()
     mean = error.mean((0, 2, 3)) if inner == "conv" else error.mean((0, 1))
     assert float(error.abs().mean()) > 0.01
@@ -111,7 +116,10 @@ class Zoo(nn.Module):
         self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
         self.two.weight = self.one.weight
         self.attention, self.memory = nn.MultiheadAttention(4, 2), nn.LSTM(4, 4)
-        self.normed, self.up = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.ConvTranspose1d(4, 4, 2)
+        self.normed, self.up = (
+            nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+            nn.ConvTranspose1d(4, 4, 2),
+        )
         self.norm, self.plain = nn.LayerNorm(4), nn.Linear(4, 4)
         self.head = nn.Linear(4, 3)
 
@@ -151,9 +159,13 @@ def test_first_and_last_can_stay_float_and_sparse_layers_are_not_made_binary():
 
 def test_a_wrong_name_and_a_network_without_layers_are_refused():
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    with pytest.raises(ModelError, match=r"quantize.keep: no layer '00'.*use 'first', 'last', or one of 0"):
+    with pytest.raises(
+        ModelError, match=r"quantize.keep: no layer '00'.*use 'first', 'last', or one of 0"
+    ):
         quantizable(model, INT4, keep=["00"])
-    with pytest.raises(ModelError, match=r"no layer of this model can be quantized .'0': asked for by `keep`"):
+    with pytest.raises(
+        ModelError, match=r"no layer of this model can be quantized .'0': asked for by `keep`"
+    ):
         quantizable(model, INT4, keep=["first"])
     with pytest.raises(ModelError, match="it has no layers with weights"):
         quantizable(nn.ReLU(), INT4)
@@ -183,7 +195,9 @@ def test_examples_are_asked_for_only_where_they_are_needed():
 def test_a_channel_of_zeros_and_a_constant_input_are_no_trouble():
     model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten(), nn.Linear(12, 2))
     model[0].weight.data[1] = 0
-    quantize_(model, quantizable(model, BYTES)[0], [torch.ones(4, 2, 2, 2)], rounding="second-order")
+    quantize_(
+        model, quantizable(model, BYTES)[0], [torch.ones(4, 2, 2, 2)], rounding="second-order"
+    )
     assert torch.isfinite(model(torch.ones(4, 2, 2, 2))).all()
     assert not model[0].weight[1].any()
 
@@ -195,29 +209,42 @@ def test_int8_weights_are_those_of_torchao():
     plain = nn.Sequential(nn.Linear(64, 16))
     theirs, ours = copy.deepcopy(plain), copy.deepcopy(plain)
     torchao.quantize_(theirs, torchao.Int8WeightOnlyConfig())
-    quantize_(ours, quantizable(ours, LayerGrids(weights=WeightGrid()))[0], scale="minmax", correct_bias=False)
+    quantize_(
+        ours,
+        quantizable(ours, LayerGrids(weights=WeightGrid()))[0],
+        scale="minmax",
+        correct_bias=False,
+    )
     step = ours[0].weight_scale.detach()[:, None]
     assert ((theirs[0].weight.dequantize() - ours[0].weight).abs() <= 1.01 * step).all()
     for model in (theirs, ours):
-        error = (model[0].weight.dequantize() if model is theirs else model[0].weight) - plain[0].weight
+        error = (model[0].weight.dequantize() if model is theirs else model[0].weight) - plain[
+            0
+        ].weight
         assert float(error.detach().abs().max()) <= 0.51 * float(step.max())
 
 
 def test_torchao_leaves_convolutions_float_without_a_word_and_we_do_not():
     torchao = pytest.importorskip("torchao.quantization")
-    theirs, ours = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)) for _ in range(2))
+    theirs, ours = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)) for _ in range(2)
+    )
     torchao.quantize_(theirs, torchao.Int8WeightOnlyConfig())
     assert type(theirs[0].weight) is nn.Parameter
     quantize_(ours, quantizable(ours, LayerGrids(weights=WeightGrid()))[0], correct_bias=False)
     assert ours[0].codes().unique().numel() > 20
 
 
-@pytest.mark.parametrize("grid", [WeightGrid(bits=4), WeightGrid(kind="ternary")], ids=lambda g: g.kind)
+@pytest.mark.parametrize(
+    "grid", [WeightGrid(bits=4), WeightGrid(kind="ternary")], ids=lambda g: g.kind
+)
 def test_channels_on_whole_numbers_go_with_their_scales(grid):
     model, batches, _ = net()
     quantize_(model, quantizable(model, LayerGrids(weights=grid, inputs=InputGrid()))[0], batches)
     graph = compress.trace(model, batches[0][:2])
-    plan = compress.plan(model, graph, compress.score(model, graph, "l2"), keep_params=0.6, round_to=1)
+    plan = compress.plan(
+        model, graph, compress.score(model, graph, "l2"), keep_params=0.6, round_to=1
+    )
     small = copy.deepcopy(model)
     compress.remove_(small, plan)
     assert compress.check_parity(model, small, plan, batches[0][:2]) < 1e-5
@@ -243,7 +270,9 @@ def test_channels_of_a_codebook_stay_whole_with_the_reason():
 def test_channels_on_other_grids_are_cut_with_their_scales(kind):
     model, x = quantized_to(kind)
     graph = compress.trace(model, x)
-    plan = compress.plan(model, graph, compress.score(model, graph, "l1"), keep_params=0.5, round_to=1, tolerance=0.1)
+    plan = compress.plan(
+        model, graph, compress.score(model, graph, "l1"), keep_params=0.5, round_to=1, tolerance=0.1
+    )
     small = copy.deepcopy(model)
     compress.remove_(small, plan)
     assert small[0].weight_scale.shape == (small[0].out_channels,)
@@ -292,5 +321,7 @@ def test_a_group_larger_than_a_channel_is_the_channel():
     model = nn.Sequential(nn.Linear(8, 8))
     whole = copy.deepcopy(model)
     for each, group in ((model, 10**9), (whole, None)):
-        quantize_(each, {"0": LayerGrids(weights=WeightGrid(bits=4, group=group))}, correct_bias=False)
+        quantize_(
+            each, {"0": LayerGrids(weights=WeightGrid(bits=4, group=group))}, correct_bias=False
+        )
     assert torch.equal(model[0].weight, whole[0].weight)

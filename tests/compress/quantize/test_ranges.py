@@ -71,7 +71,11 @@ def test_one_bit_that_would_always_be_the_same_is_refused_by_name():
     x = torch.randn(8, 2, 6, 6).relu()
     with pytest.raises(DataError, match=r"'0' reads values of one sign only \(0 to .*middle"):
         calibrate_(ready(InputGrid(bits=1, middle=False), names=("0",)), [x])
-    for constant in (torch.zeros(8, 2, 6, 6), torch.full((8, 2, 6, 6), 0.3), -torch.ones(8, 2, 6, 6)):
+    for constant in (
+        torch.zeros(8, 2, 6, 6),
+        torch.full((8, 2, 6, 6), 0.3),
+        -torch.ones(8, 2, 6, 6),
+    ):
         for dynamic in (False, True):
             with pytest.raises(DataError, match="every channel that '0' reads is constant"):
                 calibrate_(ready(InputGrid(bits=1, dynamic=dynamic), names=("0",)), [constant])

@@ -5,7 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fedpress.compress.quantize.rounding import best_scale, patches, round_second_order_, second_moment
+from fedpress.compress.quantize.rounding import (
+    best_scale,
+    patches,
+    round_second_order_,
+    second_moment,
+)
 from fedpress.nn.quant_scheme import LayerGrids, WeightGrid, grouped
 from fedpress.nn.quantized import quantize_layers_
 
@@ -15,7 +20,9 @@ def on_grid(layer, grid):
     return model[0]
 
 
-@pytest.mark.parametrize("grid", [WeightGrid(bits=2), WeightGrid(bits=4), WeightGrid(bits=3, group=10)])
+@pytest.mark.parametrize(
+    "grid", [WeightGrid(bits=2), WeightGrid(bits=4), WeightGrid(bits=3, group=10)]
+)
 def test_no_scale_of_a_fine_search_is_much_better(grid):
     weight = torch.randn(3, 30, generator=torch.Generator().manual_seed(0)).pow(3)
     scale = best_scale(weight, grid).reshape(3, -1, 1)
@@ -25,7 +32,10 @@ def test_no_scale_of_a_fine_search_is_much_better(grid):
         return ((rows / s).round().clamp(grid.lowest, grid.highest) * s - rows).square().sum(-1)
 
     least = torch.stack(
-        [error(rows.abs().amax(-1, keepdim=True) / grid.highest * t) for t in torch.linspace(0.1, 1.2, 3000)]
+        [
+            error(rows.abs().amax(-1, keepdim=True) / grid.highest * t)
+            for t in torch.linspace(0.1, 1.2, 3000)
+        ]
     )
     assert (error(scale) <= 1.1 * least.amin(0) + 1e-9).all()
 
@@ -44,7 +54,11 @@ def test_patches_times_weights_are_the_outputs(layer, shape):
     x = torch.randn(shape)
     rows = patches(layer, x)
     out = torch.cat(
-        [r @ w.reshape(len(w), -1).T for r, w in zip(rows, layer.weight.chunk(layer.groups), strict=True)], 1
+        [
+            r @ w.reshape(len(w), -1).T
+            for r, w in zip(rows, layer.weight.chunk(layer.groups), strict=True)
+        ],
+        1,
     )
     wanted = layer(x).movedim(1, -1).reshape(-1, layer.out_channels) - layer.bias
     torch.testing.assert_close(out, wanted)
@@ -110,7 +124,9 @@ def test_independent_inputs_leave_the_nearest_point():
     assert torch.equal(layer.weight, nearest)
 
 
-@pytest.mark.parametrize("grid", [g for g in GRIDS if g.has_zero], ids=lambda g: f"{g.kind}-{g.group}")
+@pytest.mark.parametrize(
+    "grid", [g for g in GRIDS if g.has_zero], ids=lambda g: f"{g.kind}-{g.group}"
+)
 def test_pruned_weights_stay_pruned(grid):
     torch.manual_seed(3)
     plain = nn.Conv2d(4, 6, 3, groups=2)

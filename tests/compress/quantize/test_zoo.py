@@ -31,7 +31,10 @@ BYTES = LayerGrids(weights=WeightGrid(), inputs=InputGrid())
 
 def error(model, wanted, x):
     given = [y.detach() for y in zoo.outputs(model, x)]
-    return max(float((a - b).square().mean() / b.square().mean()) for a, b in zip(given, wanted, strict=True))
+    return max(
+        float((a - b).square().mean() / b.square().mean())
+        for a, b in zip(given, wanted, strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", [*FOLDED, "dense"])
@@ -60,6 +63,8 @@ def test_eight_bits_come_near_to_the_float_network(name):
 def test_weights_under_a_parametrization_are_refused_with_the_way_out():
     model, _ = zoo.make("normed")
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ModelError, match=r"'a': its weight is computed from other parameters; make it plain first"):
+    with pytest.raises(
+        ModelError, match=r"'a': its weight is computed from other parameters; make it plain first"
+    ):
         quantizable(model, BYTES)
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())

@@ -16,7 +16,13 @@ from fedpress.privacy.per_example.gradients import METHODS, choose_method, clipp
 def sparse_network(density=0.3):
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, 3)
+        nn.Conv2d(2, 4, 3),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3),
+        nn.Flatten(),
+        nn.Linear(16, 6),
+        nn.Tanh(),
+        nn.Linear(6, 3),
     )
     chosen = find_weights(model).chosen
     scores = {w.name: w.value.detach().abs() for w in chosen}
@@ -58,7 +64,10 @@ def test_the_gradient_is_that_of_the_kept_values_and_zeros_stay():
     wanted = torch.cat([
         p.grad[masks[n]] if n in masks else p.grad.flatten() for n, p in plain.named_parameters()
     ])  # fmt: skip
-    by_layer = {n.replace("parametrizations.weight.original", "weight"): p.grad for n, p in model.named_parameters()}
+    by_layer = {
+        n.replace("parametrizations.weight.original", "weight"): p.grad
+        for n, p in model.named_parameters()
+    }
     got = torch.cat([by_layer[n].flatten() for n, _ in plain.named_parameters()])
     torch.testing.assert_close(got, wanted)
     with torch.no_grad():

@@ -125,7 +125,9 @@ def test_gates_in_training_are_those_drawn_and_get_their_gradient():
     twin = {w.name: w.value.detach() for w in chosen}
     alphas = [a.detach().clone().requires_grad_(True) for a in gates.log_alphas]
     uniform = [torch.rand(a.shape, generator=gates.chance) for a in alphas]
-    values = {w.name: twin[w.name] * sample(a, u) for w, a, u in zip(chosen, alphas, uniform, strict=True)}
+    values = {
+        w.name: twin[w.name] * sample(a, u) for w, a, u in zip(chosen, alphas, uniform, strict=True)
+    }
     wanted = torch.func.functional_call(model, values, (x,)).square().sum()
     wanted.backward()
     torch.testing.assert_close(loss, wanted)
@@ -150,7 +152,9 @@ def test_settled_gates_give_the_network_that_was_evaluated():
 def test_an_earlier_mask_stays_closed_whatever_is_learned():
     model = network().train()
     chosen = find_weights(model, keep_first=False, keep_last=False).chosen
-    within = {w.name: torch.rand(w.value.shape, generator=generator(0, w.name)) < 0.5 for w in chosen}
+    within = {
+        w.name: torch.rand(w.value.shape, generator=generator(0, w.name)) < 0.5 for w in chosen
+    }
     gates = weight_gates(chosen, generator=generator(0, "gates"), within=within)
     optimizer = torch.optim.Adam(gates.parameters(), 1.0)
     for _ in range(5):
@@ -206,7 +210,9 @@ def test_closed_channels_are_absent_channels(traced, name):
     model, x, graph = traced(name)
     model = copy.deepcopy(model).eval()
     gates = channel_gates(model, graph, generator=generator(0, "gates"))
-    scores = [torch.rand(layer.channels, generator=generator(0, layer.name)) for layer in graph.layers]
+    scores = [
+        torch.rand(layer.channels, generator=generator(0, layer.name)) for layer in graph.layers
+    ]
     kept = [max(1, layer.channels // 2) for layer in graph.layers]
     with torch.no_grad():
         for a, s, n in zip(gates.log_alphas, scores, kept, strict=True):
@@ -216,7 +222,9 @@ def test_closed_channels_are_absent_channels(traced, name):
     remove_(small, make_plan(model, graph, scores, kept))
     with gates.on(model), torch.no_grad():
         torch.testing.assert_close(model(x), small(x), rtol=1e-4, atol=1e-5)
-    assert float(gates.density().detach()) == pytest.approx(parameters(small) / parameters(model), rel=1e-5)
+    assert float(gates.density().detach()) == pytest.approx(
+        parameters(small) / parameters(model), rel=1e-5
+    )
 
 
 def test_a_channel_gate_scales_what_is_read_whatever_norm_comes_before():
@@ -251,10 +259,16 @@ def test_the_expected_parameters_of_channels_are_what_drawing_gives():
     with torch.no_grad():
         for a in gates.log_alphas:
             a.normal_(generator=generator(2, "alphas"))
-    chance, total = generator(0, "draw"), graph.parameters([layer.channels for layer in graph.layers])
+    chance, total = (
+        generator(0, "draw"),
+        graph.parameters([layer.channels for layer in graph.layers]),
+    )
     shares = []
     for _ in range(400):
-        open_ = [int((sample(a.detach(), torch.rand(a.shape, generator=chance)) > 0).sum()) for a in gates.log_alphas]
+        open_ = [
+            int((sample(a.detach(), torch.rand(a.shape, generator=chance)) > 0).sum())
+            for a in gates.log_alphas
+        ]
         shares.append(graph.parameters(open_) / total)
     spread = float(torch.tensor(shares).std()) / 20
     assert abs(sum(shares) / 400 - float(gates.density().detach())) < 5 * spread
@@ -276,7 +290,12 @@ def test_balance_is_where_both_pull_alike():
     lambda_ = balance(loss, density, gates)
     pulls = []
     for value in (loss, lambda_ * density):
-        pulls.append(sum(g.abs().sum() for g in torch.autograd.grad(value, list(gates.log_alphas), retain_graph=True)))
+        pulls.append(
+            sum(
+                g.abs().sum()
+                for g in torch.autograd.grad(value, list(gates.log_alphas), retain_graph=True)
+            )
+        )
     assert float(pulls[0]) == pytest.approx(float(pulls[1]), rel=1e-5)
 
 

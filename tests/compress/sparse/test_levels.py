@@ -22,14 +22,18 @@ def test_straight_curves_meet_at_one_level_of_the_loss(density):
     weights = [weight("a", 10, 10), weight("b", 10, 30)]
     found = level_densities(weights, line("a", 1.0) + line("b", 3.0), density)
     assert (100 * found["a"] + 300 * found["b"]) / 400 == pytest.approx(density, abs=4e-3)
-    if found["a"] > max(0.2, lowest_densities(weights, density)["a"] + 1e-6):  # as far as it was measured
+    if found["a"] > max(
+        0.2, lowest_densities(weights, density)["a"] + 1e-6
+    ):  # as far as it was measured
         assert 1 - found["a"] == pytest.approx(3 * (1 - found["b"]), abs=1e-3)
 
 
 def test_the_insensitive_weight_loses_more():
     weights = [weight("a", 10, 10), weight("b", 10, 10)]
     found = level_densities(weights, line("a", 0.0) + line("b", 1.0), 0.6)
-    assert found["a"] == pytest.approx(0.3, abs=1e-3)  # half of what an Erdos-Renyi kernel would give it
+    assert found["a"] == pytest.approx(
+        0.3, abs=1e-3
+    )  # half of what an Erdos-Renyi kernel would give it
     assert found["b"] > 0.89
 
 
@@ -41,7 +45,9 @@ def test_every_weight_keeps_half_of_an_erdos_renyi_kernel_however_flat_its_curve
         least = lowest_densities(weights, density)
         assert found["a"] >= least["a"] - 1e-9
         total = sum(w.size for w in weights)
-        assert sum(found[w.name] * w.size for w in weights) == pytest.approx(density * total, rel=0.02)
+        assert sum(found[w.name] * w.size for w in weights) == pytest.approx(
+            density * total, rel=0.02
+        )
         sides = {w.name: sum(w.value.shape) / w.size for w in weights}
         if least["b"] < 0.5:
             assert least["b"] / least["a"] == pytest.approx(sides["b"] / sides["a"], rel=0.1)

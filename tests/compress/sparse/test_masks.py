@@ -5,7 +5,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
-from fedpress.compress.sparse import Pattern, Weight, apply_, choose, density_of, find_weights, masks_of
+from fedpress.compress.sparse import (
+    Pattern,
+    Weight,
+    apply_,
+    choose,
+    density_of,
+    find_weights,
+    masks_of,
+)
 from fedpress.compress.sparse.patterns import n_of_m
 from fedpress.core.random import generator
 from fedpress.errors import FedpressError, ModelError, RecipeError
@@ -83,7 +91,9 @@ def test_n_of_m_keeps_the_largest_of_every_group_along_the_inputs():
 
 
 def test_n_of_m_of_a_transposed_weight_runs_along_its_inputs():
-    weight = Weight("w", nn.Parameter(torch.randn(4, 3, 2, generator=generator(0, "w"))), transposed=True)
+    weight = Weight(
+        "w", nn.Parameter(torch.randn(4, 3, 2, generator=generator(0, "w"))), transposed=True
+    )
     assert n_of_m(weight.value.abs(), weight, 1, 4).sum(0).eq(1).all()
 
 
@@ -101,7 +111,9 @@ def test_masks_are_those_of_torch_prune(density):
         nn.init.normal_(w.value)
     masks = choose(chosen, size_scores(chosen), Pattern.parse("unstructured"), density=density)
     total = sum(w.size for w in chosen)
-    pairs = [(m, "weight") for m in model if hasattr(m, "weight") and not isinstance(m, nn.BatchNorm2d)]
+    pairs = [
+        (m, "weight") for m in model if hasattr(m, "weight") and not isinstance(m, nn.BatchNorm2d)
+    ]
     prune.global_unstructured(pairs, prune.L1Unstructured, amount=total - round(density * total))
     for (module, _), w in zip(pairs, chosen, strict=True):
         assert torch.equal(masks[w.name], module.weight_mask.bool())
@@ -110,7 +122,9 @@ def test_masks_are_those_of_torch_prune(density):
 def test_uniform_masks_are_those_of_torch_prune_in_each_layer():
     model = network()
     chosen = find_weights(model, keep_first=False, keep_last=False).chosen
-    masks = choose(chosen, size_scores(chosen), Pattern.parse("unstructured"), density=0.25, scope="uniform")
+    masks = choose(
+        chosen, size_scores(chosen), Pattern.parse("unstructured"), density=0.25, scope="uniform"
+    )
     pairs = [m for m in model if hasattr(m, "weight") and not isinstance(m, nn.BatchNorm2d)]
     for module, w in zip(pairs, chosen, strict=True):
         prune.l1_unstructured(module, "weight", w.size - w.size // 4)
@@ -120,7 +134,9 @@ def test_uniform_masks_are_those_of_torch_prune_in_each_layer():
 def test_filters_that_stay_are_those_of_torch_prune():
     layer = nn.Conv2d(4, 10, 3)
     weight = Weight("weight", layer.weight)
-    masks = choose([weight], {"weight": layer.weight.detach().abs()}, Pattern.parse("filter"), density=0.3)
+    masks = choose(
+        [weight], {"weight": layer.weight.detach().abs()}, Pattern.parse("filter"), density=0.3
+    )
     prune.ln_structured(layer, "weight", 7, n=1, dim=0)
     assert torch.equal(masks["weight"], layer.weight_mask.bool())
 
@@ -135,23 +151,36 @@ def test_filters_that_stay_are_those_of_torch_prune():
 @example(density=0.01, scope="uniform", seed=0, shapes=[(9, 9), (1, 1), (2, 2)])
 def test_the_count_of_kept_weights_is_exact(density, scope, seed, shapes):
     chance = generator(seed, "weights")
-    chosen = [Weight(f"w{i}", nn.Parameter(torch.randn(s, generator=chance))) for i, s in enumerate(shapes)]
-    masks = choose(chosen, size_scores(chosen), Pattern.parse("unstructured"), density=density, scope=scope)
+    chosen = [
+        Weight(f"w{i}", nn.Parameter(torch.randn(s, generator=chance)))
+        for i, s in enumerate(shapes)
+    ]
+    masks = choose(
+        chosen, size_scores(chosen), Pattern.parse("unstructured"), density=density, scope=scope
+    )
     total = sum(w.size for w in chosen)
     assert sum(int(m.sum()) for m in masks.values()) == max(round(density * total), len(chosen))
     assert all(m.any() for m in masks.values())
 
 
 @given(
-    st.sampled_from(PATTERNS), st.floats(0.02, 1.0), st.sampled_from(["global", "uniform", "erk"]), st.integers(0, 3)
+    st.sampled_from(PATTERNS),
+    st.floats(0.02, 1.0),
+    st.sampled_from(["global", "uniform", "erk"]),
+    st.integers(0, 3),
 )
 def test_every_pattern_keeps_whole_units_as_near_as_they_come(text, density, scope, seed):
-    pattern, chosen = Pattern.parse(text), [w for w in weights(seed) if Pattern.parse(text).misfit(w) is None]
+    pattern, chosen = (
+        Pattern.parse(text),
+        [w for w in weights(seed) if Pattern.parse(text).misfit(w) is None],
+    )
     density = max(density, pattern.density or 0)
     masks = choose(chosen, size_scores(chosen), pattern, density=density, scope=scope)
     for w in chosen:
         if pattern.kind == "n:m":
-            groups = masks[w.name].movedim(0 if w.transposed else 1, -1).reshape(-1, pattern.b).sum(1)
+            groups = (
+                masks[w.name].movedim(0 if w.transposed else 1, -1).reshape(-1, pattern.b).sum(1)
+            )
             assert groups.eq(groups[0]).all()
             assert pattern.a <= groups[0] <= pattern.b
         else:
@@ -159,7 +188,10 @@ def test_every_pattern_keeps_whole_units_as_near_as_they_come(text, density, sco
                 assert len({bool(masks[w.name][entry]) for entry in unit}) == 1
     if pattern.kind != "n:m":
         largest = max(len(u) for w in chosen for u in plain_units(w, pattern))
-        total, slack = sum(w.size for w in chosen), largest * (1 if scope == "global" else len(chosen))
+        total, slack = (
+            sum(w.size for w in chosen),
+            largest * (1 if scope == "global" else len(chosen)),
+        )
         least = sum(min(len(u) for u in plain_units(w, pattern)) for w in chosen)
         count = sum(int(m.sum()) for m in masks.values())
         assert abs(count - density * total) <= slack or count <= least + slack
@@ -181,15 +213,25 @@ def test_zeros_of_an_earlier_cut_stay(text, scope):
 
 
 def test_erk_keeps_more_of_small_weights_and_never_more_than_all():
-    chosen = [Weight("small", nn.Parameter(torch.randn(4, 4))), Weight("large", nn.Parameter(torch.randn(64, 64)))]
-    masks = choose(chosen, size_scores(chosen), Pattern.parse("unstructured"), density=0.3, scope="erk")
+    chosen = [
+        Weight("small", nn.Parameter(torch.randn(4, 4))),
+        Weight("large", nn.Parameter(torch.randn(64, 64))),
+    ]
+    masks = choose(
+        chosen, size_scores(chosen), Pattern.parse("unstructured"), density=0.3, scope="erk"
+    )
     assert masks["small"].all()
     assert int(masks["large"].sum()) == round(0.3 * (16 + 64 * 64)) - 16
 
 
 def test_erk_densities_are_proportional_to_sides_over_their_product():
-    chosen = [Weight("a", nn.Parameter(torch.randn(40, 40))), Weight("b", nn.Parameter(torch.randn(80, 80)))]
-    masks = choose(chosen, size_scores(chosen), Pattern.parse("unstructured"), density=0.1, scope="erk")
+    chosen = [
+        Weight("a", nn.Parameter(torch.randn(40, 40))),
+        Weight("b", nn.Parameter(torch.randn(80, 80))),
+    ]
+    masks = choose(
+        chosen, size_scores(chosen), Pattern.parse("unstructured"), density=0.1, scope="erk"
+    )
     assert masks["a"].float().mean() / masks["b"].float().mean() == pytest.approx(2, rel=0.01)
 
 
@@ -197,7 +239,9 @@ def test_given_densities_are_kept_for_each_weight():
     chosen = weights()
     given_ = {w.name: 0.1 * (i + 1) for i, w in enumerate(chosen)}
     density = sum(given_[w.name] * w.size for w in chosen) / sum(w.size for w in chosen)
-    masks = choose(chosen, size_scores(chosen), Pattern.parse("unstructured"), density=density, scope=given_)
+    masks = choose(
+        chosen, size_scores(chosen), Pattern.parse("unstructured"), density=density, scope=given_
+    )
     for w in chosen:
         assert abs(int(masks[w.name].sum()) - given_[w.name] * w.size) <= 1
 
@@ -205,7 +249,13 @@ def test_given_densities_are_kept_for_each_weight():
 def test_a_density_for_a_weight_that_is_not_given_is_asked_for_by_name():
     chosen = weights()
     with pytest.raises(RecipeError, match=chosen[0].name):
-        choose(chosen, size_scores(chosen), Pattern.parse("unstructured"), density=0.5, scope={"x": 0.5})
+        choose(
+            chosen,
+            size_scores(chosen),
+            Pattern.parse("unstructured"),
+            density=0.5,
+            scope={"x": 0.5},
+        )
 
 
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.1, float("nan"), float("inf")])
@@ -219,7 +269,9 @@ def test_more_than_an_earlier_cut_left_is_refused():
     chosen = weights()
     first = choose(chosen, size_scores(chosen), Pattern.parse("unstructured"), density=0.2)
     with pytest.raises(RecipeError, match=r"only 0\.2"):
-        choose(chosen, size_scores(chosen), Pattern.parse("unstructured"), density=0.5, within=first)
+        choose(
+            chosen, size_scores(chosen), Pattern.parse("unstructured"), density=0.5, within=first
+        )
 
 
 def test_scores_that_are_no_numbers_are_refused_by_name():
@@ -272,7 +324,9 @@ def test_first_and_last_stay_dense_unless_asked_and_the_reason_is_told():
 
 
 def test_a_weight_kept_by_name_and_layers_that_are_none_are_told():
-    model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    model = nn.Sequential(
+        nn.Embedding(5, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+    )
     found = find_weights(model, keep=["2.*"])
     assert [w.name for w in found.chosen] == ["3.weight"]
     assert found.dense["2.weight"] == "asked for by `keep`"
@@ -303,7 +357,9 @@ def test_attention_recurrent_and_shared_weights_are_found_once():
 
 
 def test_a_computed_weight_stays_and_says_why():
-    model = nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4)
+    )
     found = find_weights(model, keep_first=False)
     assert any("parametrization" in why for why in found.dense.values())
 

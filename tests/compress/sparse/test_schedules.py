@@ -50,7 +50,12 @@ def test_regrowth_is_that_of_the_papers_algorithm(seed, density, share):
     chance = generator(seed, "rigl")
     weight = Weight("w", nn.Parameter(torch.randn(5, 7, generator=chance)))
     gradient = torch.randn(5, 7, generator=chance)
-    mask = choose([weight], {"w": torch.rand(5, 7, generator=chance)}, Pattern.parse("unstructured"), density=density)
+    mask = choose(
+        [weight],
+        {"w": torch.rand(5, 7, generator=chance)},
+        Pattern.parse("unstructured"),
+        density=density,
+    )
     with torch.no_grad():
         weight.value.masked_fill_(~mask["w"], 0)
     after = regrow([weight], mask, {"w": gradient}, Pattern.parse("unstructured"), share=share)["w"]
@@ -71,10 +76,16 @@ def test_nothing_regrows_where_an_earlier_stage_has_cut():
     weight = Weight("w", nn.Parameter(torch.randn(8, 8, generator=chance)))
     within = {"w": torch.rand(8, 8, generator=chance) < 0.5}
     mask = choose(
-        [weight], {"w": weight.value.detach().abs()}, Pattern.parse("unstructured"), density=0.2, within=within
+        [weight],
+        {"w": weight.value.detach().abs()},
+        Pattern.parse("unstructured"),
+        density=0.2,
+        within=within,
     )
     steep = {"w": torch.rand(8, 8, generator=chance)}
-    after = regrow([weight], mask, steep, Pattern.parse("unstructured"), share=0.5, within=within)["w"]
+    after = regrow([weight], mask, steep, Pattern.parse("unstructured"), share=0.5, within=within)[
+        "w"
+    ]
     assert not (after & ~within["w"]).any()
     assert after.sum() == mask["w"].sum()
     assert not torch.equal(after, mask["w"])
@@ -82,9 +93,14 @@ def test_nothing_regrows_where_an_earlier_stage_has_cut():
 
 def test_blocks_move_whole():
     chance = generator(0, "rigl")
-    weight, pattern = Weight("w", nn.Parameter(torch.randn(8, 8, generator=chance))), Pattern.parse("2x2")
+    weight, pattern = (
+        Weight("w", nn.Parameter(torch.randn(8, 8, generator=chance))),
+        Pattern.parse("2x2"),
+    )
     mask = choose([weight], {"w": weight.value.detach().abs()}, pattern, density=0.5)
-    after = regrow([weight], mask, {"w": torch.rand(8, 8, generator=chance)}, pattern, share=0.25)["w"]
+    after = regrow([weight], mask, {"w": torch.rand(8, 8, generator=chance)}, pattern, share=0.25)[
+        "w"
+    ]
     blocks = after.view(4, 2, 4, 2).transpose(1, 2).reshape(16, 4).sum(1)
     assert set(blocks.tolist()) == {0, 4}
     assert after.sum() == mask["w"].sum()
@@ -94,6 +110,10 @@ def test_blocks_move_whole():
 @pytest.mark.parametrize("density", [1.0, 1 / 16])
 def test_a_full_weight_and_a_single_entry_stay_as_they_are(density):
     weight = Weight("w", nn.Parameter(torch.randn(4, 4, generator=generator(0, "w"))))
-    mask = choose([weight], {"w": weight.value.detach().abs()}, Pattern.parse("unstructured"), density=density)
-    after = regrow([weight], mask, {"w": torch.ones(4, 4)}, Pattern.parse("unstructured"), share=0.9)
+    mask = choose(
+        [weight], {"w": weight.value.detach().abs()}, Pattern.parse("unstructured"), density=density
+    )
+    after = regrow(
+        [weight], mask, {"w": torch.ones(4, 4)}, Pattern.parse("unstructured"), share=0.9
+    )
     assert torch.equal(after["w"], mask["w"])

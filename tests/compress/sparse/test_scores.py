@@ -6,7 +6,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedpress.compress.prune.derivatives import differentiable
-from fedpress.compress.sparse import WEIGHT_SCORES, Movement, Weight, WeightEvidence, find_weights, score_weights
+from fedpress.compress.sparse import (
+    WEIGHT_SCORES,
+    Movement,
+    Weight,
+    WeightEvidence,
+    find_weights,
+    score_weights,
+)
 from fedpress.compress.sparse.scores import gradients
 from fedpress.core.random import generator
 from fedpress.errors import ModelError, RecipeError
@@ -15,7 +22,13 @@ from fedpress.errors import ModelError, RecipeError
 def network():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, 3)
+        nn.Conv2d(2, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16, 6),
+        nn.Tanh(),
+        nn.Linear(6, 3),
     )
 
 
@@ -27,7 +40,10 @@ def evidence(model, batch=4, **more):
     chosen = find_weights(model, keep_first=False, keep_last=False).chosen
 
     def losses():
-        return (F.cross_entropy(model(x), y) for x, y in zip(X.split(batch), Y.split(batch), strict=True))
+        return (
+            F.cross_entropy(model(x), y)
+            for x, y in zip(X.split(batch), Y.split(batch), strict=True)
+        )
 
     return WeightEvidence(model, chosen, losses, generator(0, "random"), **more)
 
@@ -46,23 +62,32 @@ def plain_gradients(model, batch, *, train=False):
 
 def assert_close(found, wanted):
     for name in found:
-        torch.testing.assert_close(found[name].double(), wanted[name].double(), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            found[name].double(), wanted[name].double(), rtol=1e-4, atol=1e-7
+        )
 
 
 def test_magnitude_is_the_absolute_value():
     model = network()
-    assert_close(score_weights("magnitude", evidence(model)), {n: p.abs() for n, p in model.named_parameters()})
+    assert_close(
+        score_weights("magnitude", evidence(model)),
+        {n: p.abs() for n, p in model.named_parameters()},
+    )
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=12), st.integers(0, 3))
 def test_lamp_is_what_two_loops_give(values, seed):
     one = Weight("w", nn.Parameter(torch.tensor([values])))
     found = score_weights("lamp", WeightEvidence(nn.Module(), [one]))["w"].flatten()
-    order = sorted(range(len(values)), key=lambda i: torch.tensor(values[i]).double().square().item())
+    order = sorted(
+        range(len(values)), key=lambda i: torch.tensor(values[i]).double().square().item()
+    )
     squares = one.value.detach().double().square().flatten().tolist()
     for place, i in enumerate(order):
         rest = sum(squares[j] for j in order[place:])
-        assert float(found[i]) == pytest.approx(squares[i] / rest if rest > 1e-300 else 0.0, rel=1e-9, abs=1e-12)
+        assert float(found[i]) == pytest.approx(
+            squares[i] / rest if rest > 1e-300 else 0.0, rel=1e-9, abs=1e-12
+        )
 
 
 def test_the_largest_weight_of_each_layer_has_a_lamp_score_of_one():
@@ -73,7 +98,10 @@ def test_the_largest_weight_of_each_layer_has_a_lamp_score_of_one():
 def test_taylor_is_the_mean_effect_of_the_batches():
     model = network()
     batches = plain_gradients(model, 4)
-    wanted = {n: torch.stack([(p.detach() * g[n]).abs() for g in batches]).mean(0) for n, p in model.named_parameters()}
+    wanted = {
+        n: torch.stack([(p.detach() * g[n]).abs() for g in batches]).mean(0)
+        for n, p in model.named_parameters()
+    }
     assert_close(score_weights("taylor", evidence(model)), wanted)
 
 
@@ -82,12 +110,16 @@ def test_taylor_tells_how_the_loss_changes_without_a_small_weight():
     layer = model[4]
     with torch.no_grad():
         layer.weight[2, 3] = 1e-4
-    see = WeightEvidence(model, [Weight("4.weight", layer.weight)], lambda: [F.cross_entropy(model(X.double()), Y)])
+    see = WeightEvidence(
+        model, [Weight("4.weight", layer.weight)], lambda: [F.cross_entropy(model(X.double()), Y)]
+    )
     told = float(score_weights("taylor", see)["4.weight"][2, 3])
     before = float(F.cross_entropy(model(X.double()), Y).detach())
     with torch.no_grad():
         layer.weight[2, 3] = 0
-    assert told == pytest.approx(abs(float(F.cross_entropy(model(X.double()), Y).detach()) - before), rel=1e-3)
+    assert told == pytest.approx(
+        abs(float(F.cross_entropy(model(X.double()), Y).detach()) - before), rel=1e-3
+    )
 
 
 def test_fisher_is_the_mean_square_of_single_gradients():
@@ -102,7 +134,10 @@ def test_fisher_is_the_mean_square_of_single_gradients():
 
 def test_fisher_of_a_linear_model_is_that_of_the_closed_form():
     layer = nn.Linear(3, 1, bias=False)
-    x, y = torch.randn(20, 3, generator=generator(0, "x")), torch.randn(20, generator=generator(0, "y"))
+    x, y = (
+        torch.randn(20, 3, generator=generator(0, "x")),
+        torch.randn(20, generator=generator(0, "y")),
+    )
     see = WeightEvidence(
         layer,
         [Weight("weight", layer.weight)],
@@ -116,17 +151,29 @@ def test_fisher_of_a_linear_model_is_that_of_the_closed_form():
 def test_snip_is_the_effect_of_the_mean_gradient_in_training_mode():
     model = network()
     batches = plain_gradients(model, 4, train=True)
-    wanted = {n: (p.detach() * torch.stack([g[n] for g in batches]).mean(0)).abs() for n, p in model.named_parameters()}
+    wanted = {
+        n: (p.detach() * torch.stack([g[n] for g in batches]).mean(0)).abs()
+        for n, p in model.named_parameters()
+    }
     assert_close(score_weights("snip", evidence(model)), wanted)
 
 
 def test_snip_is_the_derivative_by_a_gate_on_each_weight():
     model = network()
     with differentiable(model, (), batch_statistics=True):
-        gates = {n: torch.ones_like(p, requires_grad=True) for n, p in model.named_parameters() if p.dim() > 1}
-        values = {n: p.detach() * gates[n] if n in gates else p for n, p in model.named_parameters()}
+        gates = {
+            n: torch.ones_like(p, requires_grad=True)
+            for n, p in model.named_parameters()
+            if p.dim() > 1
+        }
+        values = {
+            n: p.detach() * gates[n] if n in gates else p for n, p in model.named_parameters()
+        }
         F.cross_entropy(torch.func.functional_call(model, values, (X,)), Y).backward()
-    assert_close(score_weights("snip", evidence(model, batch=12)), {n: g.grad.abs() for n, g in gates.items()})
+    assert_close(
+        score_weights("snip", evidence(model, batch=12)),
+        {n: g.grad.abs() for n, g in gates.items()},
+    )
 
 
 def test_grasp_of_a_square_is_the_closed_form():
@@ -135,7 +182,9 @@ def test_grasp_of_a_square_is_the_closed_form():
     a = half + half.T
     module = nn.Linear(4, 1, bias=False)
     see = WeightEvidence(
-        module, [Weight("weight", module.weight)], lambda: [(module.weight @ a @ module.weight.T).squeeze() / 2]
+        module,
+        [Weight("weight", module.weight)],
+        lambda: [(module.weight @ a @ module.weight.T).squeeze() / 2],
     )
     w = module.weight.detach()
     torch.testing.assert_close(score_weights("grasp", see)["weight"], w * (w @ a @ a))
@@ -163,12 +212,16 @@ def test_grasp_is_the_slope_of_the_gradient_norm():
 
 def evidence_of_all(model, name):
     weight = dict(model.named_parameters())[name]
-    return WeightEvidence(model, [Weight(name, weight)], lambda: [F.cross_entropy(model(X.double()), Y)])
+    return WeightEvidence(
+        model, [Weight(name, weight)], lambda: [F.cross_entropy(model(X.double()), Y)]
+    )
 
 
 def test_grasp_of_a_loss_without_curvature_is_zero():
     layer = nn.Linear(3, 1, bias=False)
-    see = WeightEvidence(layer, [Weight("weight", layer.weight)], lambda: [layer(torch.ones(3)).sum()])
+    see = WeightEvidence(
+        layer, [Weight("weight", layer.weight)], lambda: [layer(torch.ones(3)).sum()]
+    )
     assert score_weights("grasp", see)["weight"].eq(0).all()
 
 
@@ -222,7 +275,9 @@ def test_a_score_without_what_it_looks_at_says_so(name):
         score_weights(name, WeightEvidence(model, chosen, list))
 
 
-@pytest.mark.parametrize(("name", "missing"), [("random", "generator"), ("movement", "schedule 'gradual'")])
+@pytest.mark.parametrize(
+    ("name", "missing"), [("random", "generator"), ("movement", "schedule 'gradual'")]
+)
 def test_random_and_movement_say_what_they_need(name, missing):
     model = network()
     with pytest.raises(ModelError, match=missing):

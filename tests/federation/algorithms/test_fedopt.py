@@ -23,7 +23,9 @@ def test_average_adds_the_updates():
 def test_momentum_equals_its_closed_form():
     beta, n = 0.8, len(UPDATES)
     weights = [sum(beta**k for k in range(n - i)) for i in range(n)]
-    expected = START.double() + 0.3 * sum(w * u.double() for w, u in zip(weights, UPDATES, strict=True))
+    expected = START.double() + 0.3 * sum(
+        w * u.double() for w, u in zip(weights, UPDATES, strict=True)
+    )
     assert torch.allclose(after(Momentum(lr=0.3, beta=beta)).double(), expected, atol=1e-5)
 
 
@@ -41,7 +43,9 @@ def test_adam_equals_algorithm_2_of_its_paper():
     x, n = START.double(), len(UPDATES)
     for t in range(1, n + 1):
         m = sum((1 - b1) * b1 ** (t - 1 - i) * UPDATES[i].double() for i in range(t))
-        v = b2**t * tau**2 + sum((1 - b2) * b2 ** (t - 1 - i) * UPDATES[i].double() ** 2 for i in range(t))
+        v = b2**t * tau**2 + sum(
+            (1 - b2) * b2 ** (t - 1 - i) * UPDATES[i].double() ** 2 for i in range(t)
+        )
         x = x + lr * m / (v.sqrt() + tau)
     assert torch.allclose(after(Adam(lr=lr, beta1=b1, beta2=b2, tau=tau)).double(), x, atol=1e-5)
 

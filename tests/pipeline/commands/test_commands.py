@@ -42,7 +42,9 @@ def trained(tmp_path_factory, tiny):
 
 
 def test_every_kind_of_stage_is_a_command_and_a_call():
-    kinds = json.loads(recipes.schema())["properties"]["stage"]["items"]["discriminator"]["mapping"].keys()
+    kinds = json.loads(recipes.schema())["properties"]["stage"]["items"]["discriminator"][
+        "mapping"
+    ].keys()
     assert kinds - {"federate", "measure"} <= compress.STAGES.keys()
     assert all(callable(getattr(commands, kind)) for kind in compress.STAGES)
 
@@ -51,14 +53,20 @@ def test_the_result_of_one_command_is_the_model_of_the_next(fedpress, trained):
     said = fedpress("prune", trained, "keep_params=0.5", "calibration=64", "--json")
     assert said.code == 0, said.err
     page = json.loads(said.out)
-    assert page["after"]["parameters"] / page["before"]["parameters"] == pytest.approx(0.5, abs=0.02)
+    assert page["after"]["parameters"] / page["before"]["parameters"] == pytest.approx(
+        0.5, abs=0.02
+    )
     first = json.loads((trained / "result.json").read_text())["final"]
-    assert page["before"]["accuracy"] == first["accuracy"], "the data of the run that left the model"
+    assert page["before"]["accuracy"] == first["accuracy"], (
+        "the data of the run that left the model"
+    )
     assert page["after"]["whole_layers"]
     said = fedpress("pack", page["model"])
     assert said.code == 0, said.err
     assert "Accuracy" in said.out
-    packed = next(line.removeprefix("file: ") for line in said.out.splitlines() if line.startswith("file: "))
+    packed = next(
+        line.removeprefix("file: ") for line in said.out.splitlines() if line.startswith("file: ")
+    )
     said = fedpress("export", packed, "--json")  # a packed file in a run knows the data too
     assert said.code == 0, said.err
     exported = json.loads(said.out)
@@ -68,10 +76,17 @@ def test_the_result_of_one_command_is_the_model_of_the_next(fedpress, trained):
 
 
 def test_the_recipe_of_a_command_runs_again_to_the_same_numbers(fedpress, trained):
-    assert fedpress("prune", trained, "keep_params=0.6", "calibration=64", "score=taylor", "--out", "a").code == 0
+    assert (
+        fedpress(
+            "prune", trained, "keep_params=0.6", "calibration=64", "score=taylor", "--out", "a"
+        ).code
+        == 0
+    )
     assert fedpress("run", "a/recipe.toml", "--out", "b").code == 0
     a, b = (json.loads(Path(x, "result.json").read_text())["final"] for x in "ab")
-    assert [a[k] for k in ("accuracy", "loss", "parameters")] == [b[k] for k in ("accuracy", "loss", "parameters")]
+    assert [a[k] for k in ("accuracy", "loss", "parameters")] == [
+        b[k] for k in ("accuracy", "loss", "parameters")
+    ]
 
 
 def test_without_data_a_command_says_what_it_could_not_do(fedpress, trained, tmp_path):
@@ -85,17 +100,24 @@ def test_without_data_a_command_says_what_it_could_not_do(fedpress, trained, tmp
     assert json.loads(said.out)["after"]["parity"]["max_abs_error"] < 1e-3
     said = fedpress("prune", alone, "score=taylor")
     assert said.code == 2
-    assert "looks at public examples; give calibration, and data (a command: --data SOURCE)" in said.err
+    assert (
+        "looks at public examples; give calibration, and data (a command: --data SOURCE)"
+        in said.err
+    )
     said = fedpress("train", alone, "epochs=1")
     assert said.code == 2
     assert "no examples" in said.err
-    said = fedpress("prune", alone, "keep_params=0.5", "--data", "digits", "--json", "--out", "with")
+    said = fedpress(
+        "prune", alone, "keep_params=0.5", "--data", "digits", "--json", "--out", "with"
+    )
     assert json.loads(said.out)["after"]["accuracy"] > 0.05
 
 
 def test_a_batch_norm_without_data_keeps_its_statistics_and_that_is_said():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)
+    )
     result = commands.prune(net, input_shape=(1, 8, 8), keep_params=0.5, round_to=2)
     assert "there was no data" in result.facts["left"]["batch norms"]
     assert result.facts["restored_examples"] == 0
@@ -107,7 +129,9 @@ def test_a_batch_norm_without_data_keeps_its_statistics_and_that_is_said():
     assert again.model[0].out_channels == 2
 
 
-def test_a_function_takes_an_input_shape_and_weights_also_masked_ones(fedpress, tmp_path, monkeypatch):
+def test_a_function_takes_an_input_shape_and_weights_also_masked_ones(
+    fedpress, tmp_path, monkeypatch
+):
     (tmp_path / "own_nets.py").write_text(SOURCE)
     said = fedpress("prune", "own_nets:net", "keep_params=0.5", "round_to=2")
     assert (said.code, "--input 3,32,32" in said.err) == (2, True)
@@ -163,11 +187,20 @@ def test_weights_of_every_kind_of_file_go_in_and_others_are_refused(tmp_path):
         (["prune", "nowhere"], "there is no 'nowhere'"),
         (["prune", "resnet81"], "did you mean 'resnet18'?"),
         (["prune", "mlp", "--input", "3,x"], "--input: got '3,x'"),
-        (["prune", "TRAINED", "keep_parms=0.5"], "prune.keep_parms: no such key; did you mean 'keep_params'?"),
-        (["prune", "TRAINED", "keep_params=1.5"], "prune.keep_params: input should be less than or equal to 1"),
+        (
+            ["prune", "TRAINED", "keep_parms=0.5"],
+            "prune.keep_parms: no such key; did you mean 'keep_params'?",
+        ),
+        (
+            ["prune", "TRAINED", "keep_params=1.5"],
+            "prune.keep_params: input should be less than or equal to 1",
+        ),
         (["prune", "TRAINED", "keep_params"], "expected key=value"),
         (["prune", "TRAINED", "--checkpoint", "x.pt"], "has weights of its own"),
-        (["prune", "TRAINED", "data.sorce=digits"], "error: data.sorce: no such key; did you mean 'source'?"),
+        (
+            ["prune", "TRAINED", "data.sorce=digits"],
+            "error: data.sorce: no such key; did you mean 'source'?",
+        ),
         (["pack", "TRAINED", "--resume"], "there is no run to resume"),
         (["distill", "TRAINED", "epochs=1"], "distill needs a teacher"),
         (["measure", "nowhere"], "there is no 'nowhere'"),
@@ -178,7 +211,9 @@ def test_weights_of_every_kind_of_file_go_in_and_others_are_refused(tmp_path):
         (["sweep", "digits", "--seeds", "a"], "--seeds: got 'a'"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_sentence_by_the_names_of_the_command(fedpress, trained, words, said):
+def test_what_is_wrong_is_said_in_one_sentence_by_the_names_of_the_command(
+    fedpress, trained, words, said
+):
     found = fedpress(*[str(trained) if word == "TRAINED" else word for word in words])
     assert found.code == 2
     assert found.err.count("\n") == 1, found.err
@@ -218,21 +253,30 @@ def test_models_and_files_are_measured_side_by_side(fedpress, trained):
     assert records[2]["name"].endswith("as onnx int8")
     assert records[2]["file_bytes"] < records[1]["file_bytes"]
     result = json.loads((trained / "result.json").read_text())["final"]
-    assert all((r["parameters"], r["macs"]) == (result["parameters"], result["macs"]) for r in records)
+    assert all(
+        (r["parameters"], r["macs"]) == (result["parameters"], result["macs"]) for r in records
+    )
 
 
 def test_models_of_other_inputs_are_measured_apart(trained):
     with pytest.raises(FedpressError, match="measure them apart"):
-        commands.measure([trained, Path(__file__).parents[3] / "benchmarks/checkpoints/cifar10-cpu"], formats=[])
+        commands.measure(
+            [trained, Path(__file__).parents[3] / "benchmarks/checkpoints/cifar10-cpu"], formats=[]
+        )
 
 
 @pytest.mark.recipe
 def test_the_shipped_chain_loses_little_and_ends_small(tmp_path):
     text = recipes.text("compress")
     recipe = recipes.load(text)
-    assert recipe.stage[-1].kind == "measure"  # has tests of its own, and takes as long as all the others
+    assert (
+        recipe.stage[-1].kind == "measure"
+    )  # has tests of its own, and takes as long as all the others
     recipe = recipe.model_copy(update={"stage": recipe.stage[:-1]})
-    folder, data = RunFolder.create(tmp_path / "run", text, runs.settings(recipe)), runs.load_data(recipe)
+    folder, data = (
+        RunFolder.create(tmp_path / "run", text, runs.settings(recipe)),
+        runs.load_data(recipe),
+    )
     runs.check(recipe, data)
     for _ in runs.execute(recipe, folder, data):
         pass
@@ -243,14 +287,18 @@ def test_the_shipped_chain_loses_little_and_ends_small(tmp_path):
 
 
 def test_the_kind_of_weights_reaches_quantize_and_a_state_dict_is_a_checkpoint():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10))
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10)
+    )
     made = commands.quantize(model, weights="binary", data="digits", calibration=64)
     assert all(len(row.abs().unique()) == 1 for row in made.model[3].weight)
     with pytest.raises(FedpressError, match=r"model: got int"):
         commands.prune(3)
 
 
-@pytest.mark.parametrize("wrong", [{"models": []}, {"seconds": -1}, {"batches": [0]}, {"threads": []}])
+@pytest.mark.parametrize(
+    "wrong", [{"models": []}, {"seconds": -1}, {"batches": [0]}, {"threads": []}]
+)
 def test_what_cannot_be_measured_is_said_at_once(wrong):
     with pytest.raises(FedpressError, match="measure"):
         commands.measure(**{"models": ["resnet18"], **wrong})
@@ -266,7 +314,9 @@ def test_a_call_leaves_the_random_numbers_of_its_caller_alone():
 
 
 def test_a_frozen_model_takes_zeros_without_training():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)
+    )
     made = commands.sparsify(model.requires_grad_(False), density=0.5, input_shape=(1, 8, 8))
     assert int((made.model[3].weight == 0).sum()) == 512
     with pytest.raises(FedpressError, match="nothing to train"):
@@ -285,12 +335,23 @@ def test_a_model_that_torch_cannot_copy_is_cut():
 def test_a_model_has_one_size_in_every_command(trained, tmp_path):
     small = commands.quantize(trained, bits=4, out=tmp_path / "quantized")
     packed = commands.pack(small.folder, out=tmp_path / "packed")
-    found = commands.measure([small.folder, packed.artifact], formats=[], int8=False, batches=(1,), seconds=0.05)
+    found = commands.measure(
+        [small.folder, packed.artifact], formats=[], int8=False, batches=(1,), seconds=0.05
+    )
     sizes = {record["file_bytes"] for record in found["records"]}
-    assert sizes == {small.facts["file_bytes"]} == {packed.before["file_bytes"]} == {packed.artifact.stat().st_size}
-    kept = commands.measure(small.model, formats=[], int8=False, batches=(1,), seconds=0.05)["records"][0]
+    assert (
+        sizes
+        == {small.facts["file_bytes"]}
+        == {packed.before["file_bytes"]}
+        == {packed.artifact.stat().st_size}
+    )
+    kept = commands.measure(small.model, formats=[], int8=False, batches=(1,), seconds=0.05)[
+        "records"
+    ][0]
     assert kept["file_bytes"] == small.facts["file_bytes"], "also as a module in memory"
-    again = commands.measure([trained], formats=[], int8=False, batches=(1,), seconds=0.05)["records"][0]
+    again = commands.measure([trained], formats=[], int8=False, batches=(1,), seconds=0.05)[
+        "records"
+    ][0]
     assert again["file_bytes"] == small.before["file_bytes"]
 
 

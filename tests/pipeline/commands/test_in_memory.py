@@ -116,7 +116,9 @@ def test_pairs_in_memory_are_learned_from_and_measured_on(kind):
     made = commands.prune(net(), data=PAIRS[kind], keep_params=0.5, round_to=1, score="taylor")
     assert made.before["accuracy"] is not None
     count = 50 if kind == "own dataset" else 100
-    assert made.before["accuracy"] * count / 5 == pytest.approx(round(made.before["accuracy"] * count / 5))
+    assert made.before["accuracy"] * count / 5 == pytest.approx(
+        round(made.before["accuracy"] * count / 5)
+    )
 
 
 def test_scores_see_the_data_that_were_given():
@@ -124,12 +126,16 @@ def test_scores_see_the_data_that_were_given():
     half = X.clone()
     half[..., 4:] = 0
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 10))
-    a, b = (commands.quantize(model, data=x[:, 0, 0], bits=8, inputs="static") for x in (X, half + 3))
+    a, b = (
+        commands.quantize(model, data=x[:, 0, 0], bits=8, inputs="static") for x in (X, half + 3)
+    )
     grids = [made.model[0].state_dict() for made in (a, b)]
     assert any(not torch.equal(grids[0][name], grids[1][name]) for name in grids[0])
 
 
-@pytest.mark.parametrize("inputs", [X, X.numpy(), TensorDataset(X), DataLoader(TensorDataset(X), batch_size=8)])
+@pytest.mark.parametrize(
+    "inputs", [X, X.numpy(), TensorDataset(X), DataLoader(TensorDataset(X), batch_size=8)]
+)
 def test_inputs_alone_calibrate_and_do_not_score(inputs):
     made = commands.quantize(net(), data=inputs)
     assert made.before["accuracy"] is None
@@ -140,7 +146,9 @@ def test_inputs_alone_calibrate_and_do_not_score(inputs):
         (commands.quantize, {"epochs": 1}),
         (commands.sparsify, {"density": 0.5, "score": "snip", "keep_first": False}),
     ):
-        with pytest.raises(DataError, match=r"data=: .* looks at labels, .* give data=\(inputs, labels\)"):
+        with pytest.raises(
+            DataError, match=r"data=: .* looks at labels, .* give data=\(inputs, labels\)"
+        ):
             call(net(), data=inputs, **settings)
 
 
@@ -180,19 +188,26 @@ NO_CLASSIFIERS = {"segmentation": (segmentation, (3, 16, 16)), "regression": (re
 @pytest.mark.parametrize("name", NO_CLASSIFIERS)
 def test_models_that_are_no_classifiers_are_cut_quantized_and_packed(name, tmp_path):
     build, shape = NO_CLASSIFIERS[name]
-    made = commands.prune(build(), keep_params=0.5, score="l1", round_to=1, input_shape=shape, out=tmp_path / "cut")
+    made = commands.prune(
+        build(), keep_params=0.5, score="l1", round_to=1, input_shape=shape, out=tmp_path / "cut"
+    )
     assert made.facts["parameters"] < made.before["parameters"]
     again = commands.quantize(tmp_path / "cut", out=tmp_path / "small")
     assert again.facts["accuracy"] is None
     assert commands.pack(tmp_path / "small").files
     inputs = torch.rand(32, *shape)
     assert commands.quantize(build(), data=(inputs, torch.rand(32))).facts["accuracy"] is None
-    with pytest.raises(FedpressError, match=r"classifier does, and accuracy needs one|gives outputs"):
+    with pytest.raises(
+        FedpressError, match=r"classifier does, and accuracy needs one|gives outputs"
+    ):
         commands.prune(build(), data=(inputs, torch.arange(32) % 2), keep_params=0.5)
 
 
 def test_token_ids_and_dictionaries_are_cut_and_quantized(own, tmp_path):
-    for model, data in ((own.Tokens(), torch.randint(0, 30, (64, 6))), (own.Two(), torch.rand(64, 8))):
+    for model, data in (
+        (own.Tokens(), torch.randint(0, 30, (64, 6))),
+        (own.Two(), torch.rand(64, 8)),
+    ):
         shape = tuple(data.shape[1:])
         made = commands.prune(model, keep_params=0.5, score="l1", round_to=1, input_shape=shape)
         assert made.facts["parameters"] < made.before["parameters"]
@@ -202,7 +217,9 @@ def test_token_ids_and_dictionaries_are_cut_and_quantized(own, tmp_path):
         assert commands.pack(place, allow_code=name).files
         assert type(storage.load(place, name)[1]).__name__ == type(model).__name__
     labels = torch.randint(0, 2, (64,))
-    made = commands.prune(own.Tokens(), data=(torch.randint(0, 30, (64, 6)), labels), keep_params=0.5, score="taylor")
+    made = commands.prune(
+        own.Tokens(), data=(torch.randint(0, 30, (64, 6)), labels), keep_params=0.5, score="taylor"
+    )
     assert made.before["accuracy"] is not None
 
 
@@ -279,7 +296,9 @@ def test_a_list_of_layers_from_a_file_is_checked(layers, message):
 
 
 def test_a_folder_written_from_memory_opens_in_another_process_to_the_same_outputs(tmp_path):
-    made = commands.prune(net(), keep_params=0.5, round_to=1, score="l1", input_shape=(1, 8, 8), out=tmp_path / "r")
+    made = commands.prune(
+        net(), keep_params=0.5, round_to=1, score="l1", input_shape=(1, 8, 8), out=tmp_path / "r"
+    )
     torch.save((X, made.model.eval()(X)), tmp_path / "wanted.pt")
     code = (
         "import torch; from fedpress import storage\n"
@@ -290,18 +309,27 @@ def test_a_folder_written_from_memory_opens_in_another_process_to_the_same_outpu
 
 
 def test_a_class_of_ones_own_opens_with_consent_or_is_refused_before_any_work(own, tmp_path):
-    commands.prune(own.Two(), keep_params=0.5, round_to=1, score="l1", input_shape=(8,), out=tmp_path / "two")
+    commands.prune(
+        own.Two(), keep_params=0.5, round_to=1, score="l1", input_shape=(8,), out=tmp_path / "two"
+    )
     code = f"from fedpress import storage; storage.load({str(tmp_path / 'two')!r}"
     path = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[3]}", "PATH": ""}
-    refused = subprocess.run([sys.executable, "-c", f"{code})"], capture_output=True, text=True, env=path)
+    refused = subprocess.run(
+        [sys.executable, "-c", f"{code})"], capture_output=True, text=True, env=path
+    )
     assert f'add allow_code=("{own.__name__}:Two",)' in refused.stderr
     subprocess.run([sys.executable, "-c", f"{code}, '{own.__name__}:Two')"], check=True, env=path)
     for call in (commands.prune, commands.pack):
         settings = {"keep_params": 0.5} if call is commands.prune else {}
-        with pytest.raises(ModelError, match=r'could not be opened again.*give model="package.module:function"'):
+        with pytest.raises(
+            ModelError, match=r'could not be opened again.*give model="package.module:function"'
+        ):
             call(own.Hidden(32), input_shape=(8,), out=tmp_path / "hidden", **settings)
     assert not (tmp_path / "hidden").exists()
-    assert commands.prune(own.Hidden(32), input_shape=(8,), keep_params=0.5, round_to=1).model is not None
+    assert (
+        commands.prune(own.Hidden(32), input_shape=(8,), keep_params=0.5, round_to=1).model
+        is not None
+    )
 
 
 def test_a_class_that_does_not_build_the_same_network_is_not_named(own):
@@ -310,7 +338,9 @@ def test_a_class_that_does_not_build_the_same_network_is_not_named(own):
     other.c = nn.Linear(32, 2)
     assert memory.find_name(other) is None
     other = own.Tokens(vocab=12)
-    assert memory.find_name(other) == memory.Named(f"{own.__name__}:Tokens", {"vocab": 12, "width": 24})
+    assert memory.find_name(other) == memory.Named(
+        f"{own.__name__}:Tokens", {"vocab": 12, "width": 24}
+    )
     other.b = nn.Sequential(nn.Linear(32, 2))
     assert memory.find_name(other) is None
 
@@ -368,9 +398,13 @@ def test_modules_in_memory_teach_and_are_measured():
     model = net()
     made = commands.distill(model, data=(X, Y), teacher=model, epochs=1)
     assert made.facts["accuracy"] is not None
-    found = commands.measure([model, net(5)], input_shape=(1, 8, 8), formats=[], seconds=0.01, batches=[1], threads=[1])
+    found = commands.measure(
+        [model, net(5)], input_shape=(1, 8, 8), formats=[], seconds=0.01, batches=[1], threads=[1]
+    )
     assert [row["name"] for row in found["records"]] == ["Sequential", "Sequential (2)"]
-    one = commands.measure(model, input_shape=(1, 8, 8), formats=[], seconds=0.01, batches=[1], threads=[1])
+    one = commands.measure(
+        model, input_shape=(1, 8, 8), formats=[], seconds=0.01, batches=[1], threads=[1]
+    )
     assert one["records"][0]["parameters"] == sum(p.numel() for p in model.parameters())
 
 
@@ -380,14 +414,18 @@ def test_a_few_examples_need_not_have_every_class(own):
     assert commands.quantize(f"{own.__name__}:Hidden", data=(X[:5, 0, 0], Y[:5] % 2), **{
         "model.arguments.size": 16,
     }).facts["accuracy"] is not None  # fmt: skip
-    with pytest.raises(DataError, match=r"^data=: its labels go up to 12, but the model has 10 classes; .* 0 to 9"):
+    with pytest.raises(
+        DataError, match=r"^data=: its labels go up to 12, but the model has 10 classes; .* 0 to 9"
+    ):
         commands.quantize(net(), data=(X[:5], Y[:5] + 8))
 
 
 def test_examples_of_other_kinds_are_taken_as_the_model_takes_them(own):
     whole = torch.randint(3, (30, 8))
     module = own.Hidden(16).train()
-    assert commands.quantize(module, data=whole).model is not None  # numbers of a table, no token ids
+    assert (
+        commands.quantize(module, data=whole).model is not None
+    )  # numbers of a table, no token ids
     assert commands.quantize(own.Tokens(), data=whole).model is not None
     assert commands.quantize(module, data=whole.float().to_sparse()).model is not None
     assert module.training
@@ -407,12 +445,16 @@ def test_token_ids_and_several_inputs_are_measured(own, tmp_path):
     commands.export(own.Tokens(), data=(ids, ids[:, 0] % 2), out=tmp_path / "ids")
     kept = [tmp_path / "ids/stages/0-export", tmp_path / "ids/artifacts/model.onnx"]
     for models in (own.Tokens(), kept):
-        found = commands.measure(models, input_shape=(6,), allow_code=f"{own.__name__}:Tokens", **quick)
+        found = commands.measure(
+            models, input_shape=(6,), allow_code=f"{own.__name__}:Tokens", **quick
+        )
         assert {record["macs"] for record in found["records"]} == {24 * 32 + 32 * 2}
         assert all(len(record["timings"]) == 2 for record in found["records"])
     found = commands.measure(Several(), input_shape=[(1, 8, 8), (5,)], **quick)
     assert [record["runtime"] for record in found["records"]][:2] == ["torch", "onnxruntime"]
-    assert len(measured(own.Tokens(), ids, batches=(1,), threads=(1,), seconds=0.01)["runtimes"]) >= 2
+    assert (
+        len(measured(own.Tokens(), ids, batches=(1,), threads=(1,), seconds=0.01)["runtimes"]) >= 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -421,9 +463,21 @@ def test_token_ids_and_several_inputs_are_measured(own, tmp_path):
         (5, {}, "^model: got int, expected a torch.nn.Module"),
         ([nn.Linear], {}, "^model: got type, expected a torch.nn.Module"),
         (nn.Linear(8, 3), {"checkpoint": "w.pt"}, "^checkpoint=: a module has weights of its own"),
-        (nn.Linear(8, 3), {"input_shape": (9,)}, r"^input_shape=: the model does not take examples of shape \[9\]"),
-        (nn.Linear(8, 3), {"input_shape": 8}, r"^input_shape=: got 8, expected .* such as input_shape=\(3, 32, 32\)"),
-        (nn.Linear(8, 3), {"input_shape": [(8,), (8,)]}, "^input_shape=: Linear does not take inputs of .* and .*"),
+        (
+            nn.Linear(8, 3),
+            {"input_shape": (9,)},
+            r"^input_shape=: the model does not take examples of shape \[9\]",
+        ),
+        (
+            nn.Linear(8, 3),
+            {"input_shape": 8},
+            r"^input_shape=: got 8, expected .* such as input_shape=\(3, 32, 32\)",
+        ),
+        (
+            nn.Linear(8, 3),
+            {"input_shape": [(8,), (8,)]},
+            "^input_shape=: Linear does not take inputs of .* and .*",
+        ),
         (nn.Linear(8, 3).half(), {}, "^model: it holds torch.float16"),
     ],
 )
@@ -434,12 +488,16 @@ def test_what_cannot_be_measured_is_refused(models, settings, message):
 
 @pytest.mark.parametrize("shape", [8, "8", (0,), (8.0,), (), {"x": 8}])
 def test_what_is_no_shape_is_refused(shape):
-    with pytest.raises(ModelError, match=r"^input_shape=: got .*, expected .* such as input_shape=\(3, 32, 32\)"):
+    with pytest.raises(
+        ModelError, match=r"^input_shape=: got .*, expected .* such as input_shape=\(3, 32, 32\)"
+    ):
         commands.quantize(nn.Linear(8, 3), input_shape=shape)
 
 
 def test_errors_name_arguments_in_python():
-    with pytest.raises(ModelError, match=r"^input_shape=: .* input_shape=\(3, 32, 32\), or data with data=SOURCE"):
+    with pytest.raises(
+        ModelError, match=r"^input_shape=: .* input_shape=\(3, 32, 32\), or data with data=SOURCE"
+    ):
         commands.prune(net(), keep_params=0.5)
     with pytest.raises(ModelError, match=r"^input_shape=: .* such as input_shape=\(3, 32, 32\)"):
         commands.measure(net())
@@ -448,9 +506,13 @@ def test_errors_name_arguments_in_python():
 
 
 def test_no_error_of_a_call_names_a_flag(tmp_path):
-    commands.sparsify(net(), density=0.5, keep_first=False, input_shape=(1, 8, 8), out=tmp_path / "a")
+    commands.sparsify(
+        net(), density=0.5, keep_first=False, input_shape=(1, 8, 8), out=tmp_path / "a"
+    )
     with pytest.raises(RunError) as caught:
-        commands.sparsify(net(), density=0.5, keep_first=False, input_shape=(1, 8, 8), out=tmp_path / "a")
+        commands.sparsify(
+            net(), density=0.5, keep_first=False, input_shape=(1, 8, 8), out=tmp_path / "a"
+        )
     assert "--" not in str(caught.value)
     torch.save(net().state_dict(), tmp_path / "w.pt")
     with pytest.raises(ModelError, match='and checkpoint="') as told:
@@ -460,18 +522,24 @@ def test_no_error_of_a_call_names_a_flag(tmp_path):
 
 def test_the_preprocessing_of_a_model_from_elsewhere_is_asked_for_and_used():
     model = net()
-    with pytest.warns(UserWarning, match=r"mean=: 'Sequential' brings its own weights.*mean=\"none\""):
+    with pytest.warns(
+        UserWarning, match=r"mean=: 'Sequential' brings its own weights.*mean=\"none\""
+    ):
         fitted = commands.quantize(model, data="digits", calibration=32)
     plain = commands.quantize(model, data="digits", calibration=32, mean="none")
     given = commands.quantize(model, data="digits", calibration=32, mean=[0.5], std=[0.25])
     assert len({made.before["loss"] for made in (fitted, plain, given)}) == 3
-    assert commands.quantize(model, data="digits", calibration=32, mean="data").before["loss"] == fitted.before["loss"]
+    assert (
+        commands.quantize(model, data="digits", calibration=32, mean="data").before["loss"]
+        == fitted.before["loss"]
+    )
     with torch.no_grad():
         from sklearn.datasets import load_digits
 
         x = torch.from_numpy(np.float32(load_digits().images) / 16)[:, None]
     assert plain.before["accuracy"] == pytest.approx(
-        float((model(x).argmax(1) == torch.from_numpy(load_digits().target)).float().mean()), abs=0.15
+        float((model(x).argmax(1) == torch.from_numpy(load_digits().target)).float().mean()),
+        abs=0.15,
     )
     for settings, message in (
         ({"mean": "non"}, "mean=: got 'non'"),
@@ -490,7 +558,15 @@ def test_the_commands_take_preprocessing_too(fedpress, tmp_path):
         "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))\n"
     )
     torch.save(net().state_dict(), tmp_path / "w.pt")
-    words = ["quantize", "elsewhere:build", "--checkpoint", "w.pt", "--data", "digits", "calibration=32"]
+    words = [
+        "quantize",
+        "elsewhere:build",
+        "--checkpoint",
+        "w.pt",
+        "--data",
+        "digits",
+        "calibration=32",
+    ]
     said = fedpress(*words)
     assert said.code == 0, said.err
     assert "--mean: 'elsewhere:build' brings its own weights" in said.out
@@ -516,7 +592,10 @@ def test_models_of_several_inputs_are_cut_quantized_and_exported(tmp_path):
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
-    got = session.run(None, dict(zip([i.name for i in session.get_inputs()], (x.numpy() for x in inputs), strict=True)))
+    got = session.run(
+        None,
+        dict(zip([i.name for i in session.get_inputs()], (x.numpy() for x in inputs), strict=True)),
+    )
     for a, b in zip(got, made.model.eval()(*inputs), strict=True):
         assert np.allclose(a, b.detach().numpy(), atol=1e-5)
 
@@ -527,7 +606,11 @@ def test_models_of_several_inputs_are_cut_quantized_and_exported(tmp_path):
         (commands.train, {"epochs": 1}, "takes models of one input"),
         (commands.prune, {"keep_params": 0.5, "data": X}, "data=: models of several inputs"),
         (commands.prune, {"keep_params": 0.5, "out": "x"}, "out=: a model of several inputs"),
-        (commands.export, {"int8": True}, "int8=: export of a model of several inputs takes format= alone"),
+        (
+            commands.export,
+            {"int8": True},
+            "int8=: export of a model of several inputs takes format= alone",
+        ),
     ],
 )
 def test_what_models_of_several_inputs_cannot_have_is_refused(call, settings, message):

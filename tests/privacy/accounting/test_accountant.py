@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpress.errors import PrivacyError, RecipeError
-from fedpress.privacy.accounting.accountant import Phase, epsilon, merge, noise_multiplier
+from fedpress.privacy.accounting.accountant import GaussianEvent, epsilon, merge, noise_multiplier
 
 # sampling_prob, noise_multiplier, steps, delta, epsilon by PLD, by RDP, and by Opacus' PRV accountant (upper bound)
 REFERENCE = [
@@ -29,7 +29,7 @@ REFERENCE = [
 @pytest.mark.parametrize("row", REFERENCE)
 def test_epsilon_is_that_of_the_reference(row):
     q, z, steps, delta, pld, rdp, prv = row
-    got = epsilon([Phase(q, z, steps)], delta=delta)
+    got = epsilon([GaussianEvent(q, z, steps)], delta=delta)
     assert got == pytest.approx(pld, rel=0.0005)  # ten times closer than asked
     assert got <= rdp
     assert got == pytest.approx(prv, rel=0.012)
@@ -37,27 +37,38 @@ def test_epsilon_is_that_of_the_reference(row):
 
 @pytest.mark.parametrize(
     ("q", "steps", "delta", "expected"),
-    [(256 / 6000, 500, 1e-5, 0.891), (64 / 600, 500, 1e-5, 1.627), (1.0, 50, 1e-3, 3.394), (0.1, 500, 1e-5, 1.546)],
+    [
+        (256 / 6000, 500, 1e-5, 0.891),
+        (64 / 600, 500, 1e-5, 1.627),
+        (1.0, 50, 1e-3, 3.394),
+        (0.1, 500, 1e-5, 1.546),
+    ],
 )
 def test_noise_multiplier_is_that_of_the_reference_and_meets_the_budget(q, steps, delta, expected):
     noise = noise_multiplier(epsilon=8, delta=delta, sampling_prob=q, steps=steps)
     assert noise == pytest.approx(expected, abs=6e-4)
-    assert 7.99 < epsilon([Phase(q, noise, steps)], delta=delta) <= 8
+    assert 7.99 < epsilon([GaussianEvent(q, noise, steps)], delta=delta) <= 8
 
 
 def test_a_small_budget_with_rare_samples_is_calibrated_too():
     noise = noise_multiplier(epsilon=0.1, delta=1e-6, sampling_prob=0.001, steps=1000)
-    assert 0.099 < epsilon([Phase(0.001, noise, 1000)], delta=1e-6) <= 0.1
+    assert 0.099 < epsilon([GaussianEvent(0.001, noise, 1000)], delta=1e-6) <= 0.1
 
 
 def test_composition_of_unequal_phases_is_that_of_dp_accounting():
     from dp_accounting import dp_event
     from dp_accounting.pld import PLDAccountant
 
-    phases = [Phase(0.1, 2.0, 60), Phase(0.02, 1.0, 200), Phase(1.0, 30.0, 5)]
+    phases = [
+        GaussianEvent(0.1, 2.0, 60),
+        GaussianEvent(0.02, 1.0, 200),
+        GaussianEvent(1.0, 30.0, 5),
+    ]
     accountant = PLDAccountant()
     for p in phases:
-        event = dp_event.PoissonSampledDpEvent(p.sampling_prob, dp_event.GaussianDpEvent(p.noise_multiplier))
+        event = dp_event.PoissonSampledDpEvent(
+            p.sampling_prob, dp_event.GaussianDpEvent(p.noise_multiplier)
+        )
         accountant.compose(event, p.steps)
     assert epsilon(phases, delta=1e-5) == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-3)
     parts = sum(epsilon([p], delta=1e-5) for p in phases)
@@ -67,30 +78,40 @@ def test_composition_of_unequal_phases_is_that_of_dp_accounting():
 def test_steps_on_everybody_compose_like_one_gaussian_mechanism():
     from dp_accounting import get_epsilon_gaussian
 
-    got = epsilon([Phase(1, 4.0, 3), Phase(1, 2.0, 5)], delta=1e-6)
+    got = epsilon([GaussianEvent(1, 4.0, 3), GaussianEvent(1, 2.0, 5)], delta=1e-6)
     assert got == pytest.approx(get_epsilon_gaussian((3 / 16 + 5 / 4) ** -0.5, 1e-6), rel=1e-9)
 
 
-@given(q=st.floats(0.05, 0.99), z=st.floats(0.8, 8), steps=st.integers(1, 300), other=st.integers(1, 300))
+@given(
+    q=st.floats(0.05, 0.99),
+    z=st.floats(0.8, 8),
+    steps=st.integers(1, 300),
+    other=st.integers(1, 300),
+)
 @settings(max_examples=5, deadline=None)
 def test_epsilon_grows_with_steps_and_shrinks_with_noise(q, z, steps, other):
-    at = epsilon([Phase(q, z, steps)], delta=1e-5)
-    assert 0 <= at <= epsilon([Phase(q, z, steps), Phase(q, z, other)], delta=1e-5) * (1 + 1e-3)
-    assert epsilon([Phase(q, 1.2 * z, steps)], delta=1e-5) <= at * (1 + 1e-3)
+    at = epsilon([GaussianEvent(q, z, steps)], delta=1e-5)
+    assert (
+        0
+        <= at
+        <= epsilon([GaussianEvent(q, z, steps), GaussianEvent(q, z, other)], delta=1e-5)
+        * (1 + 1e-3)
+    )
+    assert epsilon([GaussianEvent(q, 1.2 * z, steps)], delta=1e-5) <= at * (1 + 1e-3)
 
 
 def test_no_steps_cost_nothing_and_no_noise_costs_everything():
     assert epsilon([], delta=1e-5) == 0
-    assert epsilon([Phase(0.1, 0.0, 0), Phase(0.5, 1.0, 0)], delta=1e-5) == 0
-    assert epsilon([Phase(0.1, 0.0, 1), Phase(0.5, 1.0, 9)], delta=1e-5) == math.inf
-    assert epsilon([Phase(0.1, math.inf, 10)], delta=1e-5) == 0
-    assert merge([Phase(0.1, 2.0, 0)]) == ()
+    assert epsilon([GaussianEvent(0.1, 0.0, 0), GaussianEvent(0.5, 1.0, 0)], delta=1e-5) == 0
+    assert epsilon([GaussianEvent(0.1, 0.0, 1), GaussianEvent(0.5, 1.0, 9)], delta=1e-5) == math.inf
+    assert epsilon([GaussianEvent(0.1, math.inf, 10)], delta=1e-5) == 0
+    assert merge([GaussianEvent(0.1, 2.0, 0)]) == ()
 
 
 @pytest.mark.parametrize("delta", [0, 1, -1e-5, 2, math.nan])
 def test_delta_outside_zero_and_one_is_refused(delta):
     with pytest.raises(RecipeError, match="delta: got"):
-        epsilon([Phase(0.1, 1.0, 1)], delta=delta)
+        epsilon([GaussianEvent(0.1, 1.0, 1)], delta=delta)
 
 
 @pytest.mark.parametrize(
@@ -110,13 +131,17 @@ def test_delta_outside_zero_and_one_is_refused(delta):
 )
 def test_wrong_arguments_of_the_noise_search_are_refused_by_name(changed, word):
     with pytest.raises(RecipeError, match=f"^{word}: got"):
-        noise_multiplier(**{"epsilon": 8, "delta": 1e-5, "sampling_prob": 0.1, "steps": 10, **changed})
+        noise_multiplier(
+            **{"epsilon": 8, "delta": 1e-5, "sampling_prob": 0.1, "steps": 10, **changed}
+        )
 
 
-@pytest.mark.parametrize("numbers", [(0.1, -1.0, 1), (0.1, math.nan, 1), (0.1, 1.0, -1), (0.0, 1.0, 1)])
+@pytest.mark.parametrize(
+    "numbers", [(0.1, -1.0, 1), (0.1, math.nan, 1), (0.1, 1.0, -1), (0.0, 1.0, 1)]
+)
 def test_a_phase_refuses_impossible_numbers(numbers):
     with pytest.raises(RecipeError, match="got"):
-        Phase(*numbers)
+        GaussianEvent(*numbers)
 
 
 def test_a_budget_that_no_noise_meets_is_a_privacy_error():
@@ -132,4 +157,6 @@ def test_an_answer_for_the_command_line_needs_no_torch_and_little_work():
         "print(time.process_time())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 6  # 1.5 s on an idle core; a grid that is ten times too fine would show
+    assert (
+        float(done.stdout) < 6
+    )  # 1.5 s on an idle core; a grid that is ten times too fine would show

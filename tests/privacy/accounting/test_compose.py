@@ -6,22 +6,27 @@ import pytest
 
 from fedpress.errors import PrivacyError, RecipeError
 from fedpress.privacy.accounting import accountant
-from fedpress.privacy.accounting.accountant import Phase, SkellamPhase
+from fedpress.privacy.accounting.accountant import GaussianEvent, SkellamEvent
 from fedpress.privacy.accounting.compose import epsilon
-from fedpress.privacy.ledger import Charge, Ledger
+from fedpress.privacy.ledger import Ledger, LedgerEntry
 
 GAUSSIAN = {"sampling_prob": 0.1, "noise_multiplier": 2.0, "steps": 30}
 SKELLAM = {"kind": "skellam", "l2": 10.0, "l1": 100.0, "variance": 4e4, "steps": 5}
 
 
 def test_a_list_of_phases_is_composed_by_the_accountant():
-    expected = accountant.epsilon([Phase(0.1, 2.0, 30), SkellamPhase(10.0, 100.0, 4e4, 5)], delta=1e-5)
+    expected = accountant.epsilon(
+        [GaussianEvent(0.1, 2.0, 30), SkellamEvent(10.0, 100.0, 4e4, 5)], delta=1e-5
+    )
     assert epsilon(json.dumps([GAUSSIAN | {"kind": "gaussian"}, SKELLAM]), delta=1e-5) == expected
     assert epsilon("[]", delta=1e-5) == 0
 
 
 def test_a_ledger_is_read_as_it_is():
-    book = Ledger("client").add(Charge("a", "x", 0.1, 2.0, 30), Charge.of("b", "x", SkellamPhase(10.0, 100.0, 4e4, 5)))
+    book = Ledger("client").add(
+        LedgerEntry("a", "x", 0.1, 2.0, 30),
+        LedgerEntry.of("b", "x", SkellamEvent(10.0, 100.0, 4e4, 5)),
+    )
     assert epsilon(book.to_json(), delta=1e-5) == book.epsilon(delta=1e-5)
     with pytest.raises(PrivacyError, match="ledger"):
         epsilon('{"charges": []}', delta=1e-5)
@@ -34,8 +39,14 @@ def test_a_ledger_is_read_as_it_is():
         ("3", "f.json: got int, expected a list"),
         ("{}", "f.json: got dict, expected a list"),
         ("[3]", "f.json[0]: got 3, expected an object"),
-        (json.dumps([GAUSSIAN | {"kind": "laplace"}]), "f.json[0].kind: got 'laplace', expected one of gaussian"),
-        (json.dumps([GAUSSIAN, GAUSSIAN | {"step": 3}]), "f.json[1].step: no such key; did you mean 'steps'?"),
+        (
+            json.dumps([GAUSSIAN | {"kind": "laplace"}]),
+            "f.json[0].kind: got 'laplace', expected one of gaussian",
+        ),
+        (
+            json.dumps([GAUSSIAN, GAUSSIAN | {"step": 3}]),
+            "f.json[1].step: no such key; did you mean 'steps'?",
+        ),
         (json.dumps([GAUSSIAN | {"steps": "3"}]), "f.json[0].steps: got '3', expected a number"),
         (json.dumps([GAUSSIAN | {"steps": True}]), "f.json[0].steps: got True"),
         (json.dumps([GAUSSIAN | {"sampling_prob": 2}]), "f.json[0].sampling_prob: got 2, expected"),

@@ -12,9 +12,15 @@ from hypothesis import strategies as st
 
 from fedpress.errors import RecipeError
 from fedpress.privacy.accounting import accountant, losses, renyi
-from fedpress.privacy.accounting.accountant import Phase, SkellamPhase, epsilon, noise_multiplier, spent
+from fedpress.privacy.accounting.accountant import (
+    GaussianEvent,
+    SkellamEvent,
+    epsilon,
+    noise_multiplier,
+    spent,
+)
 from fedpress.privacy.accounting.events import at_most, merge
-from fedpress.privacy.ledger import Charge, Ledger
+from fedpress.privacy.ledger import Ledger, LedgerEntry
 
 HARD = [
     (1e-9, 0.3, 10**7, 1e-12),
@@ -36,11 +42,17 @@ def one_step_delta(eps, q, z):
             return z * z * mpmath.log((likelihood - (1 - q)) / q) + 0.5
 
         x = sum_at(ratio)
-        removed = (1 - q) * mpmath.ncdf(-x / z) + q * mpmath.ncdf((1 - x) / z) - ratio * mpmath.ncdf(-x / z)
+        removed = (
+            (1 - q) * mpmath.ncdf(-x / z)
+            + q * mpmath.ncdf((1 - x) / z)
+            - ratio * mpmath.ncdf(-x / z)
+        )
         if 1 / ratio <= 1 - q:
             return max(removed, mpmath.mpf(0))
         x = sum_at(1 / ratio)
-        added = mpmath.ncdf(x / z) - ratio * ((1 - q) * mpmath.ncdf(x / z) + q * mpmath.ncdf((x - 1) / z))
+        added = mpmath.ncdf(x / z) - ratio * (
+            (1 - q) * mpmath.ncdf(x / z) + q * mpmath.ncdf((x - 1) / z)
+        )
         return max(removed, added)
 
 
@@ -61,44 +73,59 @@ def one_step_epsilon(q, z, delta):
 def test_one_step_is_never_below_the_closed_form_and_close_to_it_where_it_says_so(q, z):
     for delta in (1e-12, 1e-7, 1e-2):
         exact = one_step_epsilon(q, z, delta)
-        bound = losses.epsilon([Phase(q, z, 1)], delta=delta, points=1 << 17)
+        bound = losses.epsilon([GaussianEvent(q, z, 1)], delta=delta, points=1 << 17)
         assert bound.epsilon >= exact * (1 - 1e-9)
         if bound.fine:
             assert bound.epsilon <= exact * 1.01 + 1e-3 * q
 
 
 @pytest.mark.parametrize(
-    ("q", "z", "steps"), [(0.0427, 1.0, 500), (0.1, 4.0, 500), (0.5, 0.5, 10), (0.9, 2.0, 300), (0.001, 0.7, 1000)]
+    ("q", "z", "steps"),
+    [(0.0427, 1.0, 500), (0.1, 4.0, 500), (0.5, 0.5, 10), (0.9, 2.0, 300), (0.001, 0.7, 1000)],
 )
 @pytest.mark.parametrize("delta", [0.1, 1e-3, 1e-6, 1e-9])
 def test_compositions_are_those_of_dp_accounting(q, z, steps, delta):
     from dp_accounting.pld import privacy_loss_distribution
 
     step = privacy_loss_distribution.from_gaussian_mechanism(
-        z, sampling_prob=q, value_discretization_interval=0.02 * accountant._grid([Phase(q, z, steps)]) / 0.06
+        z,
+        sampling_prob=q,
+        value_discretization_interval=0.02 * accountant._grid([GaussianEvent(q, z, steps)]) / 0.06,
     )
     truth = step.self_compose(steps).get_epsilon_for_delta(delta)
-    assert truth * (1 - 1e-4) <= losses.epsilon([Phase(q, z, steps)], delta=delta).epsilon <= truth * 1.001
+    assert (
+        truth * (1 - 1e-4)
+        <= losses.epsilon([GaussianEvent(q, z, steps)], delta=delta).epsilon
+        <= truth * 1.001
+    )
 
 
 def test_phases_compose_like_those_of_dp_accounting():
-    phases = [Phase(0.1, 2.0, 60), Phase(0.02, 1.0, 200), Phase(1.0, 30.0, 5)]
-    assert losses.epsilon(phases, delta=1e-5).epsilon == pytest.approx(epsilon(phases, delta=1e-5), rel=1e-3)
+    phases = [
+        GaussianEvent(0.1, 2.0, 60),
+        GaussianEvent(0.02, 1.0, 200),
+        GaussianEvent(1.0, 30.0, 5),
+    ]
+    assert losses.epsilon(phases, delta=1e-5).epsilon == pytest.approx(
+        epsilon(phases, delta=1e-5), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize(("noise", "steps"), [(1e4, 10**7), (30.0, 1000), (0.3, 3)])
 def test_steps_on_everybody_are_those_of_the_closed_form(noise, steps):
     for delta in (1e-12, 1e-5, 1e-2):
-        exact = epsilon([Phase(1.0, noise, steps)], delta=delta)
-        bound = losses.epsilon([Phase(1.0, noise, steps)], delta=delta)
+        exact = epsilon([GaussianEvent(1.0, noise, steps)], delta=delta)
+        bound = losses.epsilon([GaussianEvent(1.0, noise, steps)], delta=delta)
         assert exact <= bound.epsilon <= exact * 1.002
         assert bound.fine
 
 
 def test_a_promise_of_nothing_costs_nothing_and_one_of_much_costs_that():
-    phases = [Phase(0.01, 1.0, 1000)]
+    phases = [GaussianEvent(0.01, 1.0, 1000)]
     alone = losses.epsilon(phases, delta=1e-5).epsilon
-    assert losses.epsilon(phases, delta=1e-5, promise=(0.0, 0.0)).epsilon == pytest.approx(alone, rel=2e-3)
+    assert losses.epsilon(phases, delta=1e-5, promise=(0.0, 0.0)).epsilon == pytest.approx(
+        alone, rel=2e-3
+    )
     with_much = losses.epsilon(phases, delta=1e-5, promise=(5.0, 1e-7)).epsilon
     assert alone < 5 < with_much < 5 + alone * 1.01
     assert losses.epsilon(phases, delta=1e-5, promise=(1.0, 1e-4)).epsilon == math.inf
@@ -113,23 +140,27 @@ def test_a_promise_of_nothing_costs_nothing_and_one_of_much_costs_that():
 @settings(max_examples=8, deadline=None)
 def test_every_question_of_the_whole_range_is_answered_below_renyi_and_in_order(q, z, steps, delta):
     def ask(q, z, steps, delta):
-        return losses.epsilon([Phase(q, z, steps)], delta=delta, points=1 << 15)
+        return losses.epsilon([GaussianEvent(q, z, steps)], delta=delta, points=1 << 15)
 
     at = ask(q, z, steps, delta)
     more = max(1e-9, 0.01 * at.epsilon) if at.fine else math.inf
     assert at.epsilon >= 0
     assert ask(q, 1.5 * z, steps, delta).epsilon <= at.epsilon + more
     assert ask(q, z, steps, min(2 * delta, 0.5)).epsilon <= at.epsilon + more
-    assert spent([Phase(q, z, steps)], delta=delta).epsilon <= renyi.epsilon([Phase(q, z, steps)], delta=delta) * 1.01
     assert (
-        spent([Phase(q, z, 2 * steps)], delta=delta).epsilon >= 0.99 * spent([Phase(q, z, steps)], delta=delta).epsilon
+        spent([GaussianEvent(q, z, steps)], delta=delta).epsilon
+        <= renyi.epsilon([GaussianEvent(q, z, steps)], delta=delta) * 1.01
+    )
+    assert (
+        spent([GaussianEvent(q, z, 2 * steps)], delta=delta).epsilon
+        >= 0.99 * spent([GaussianEvent(q, z, steps)], delta=delta).epsilon
     )
 
 
 def test_fewer_points_never_answer_less():
     for q, z, steps, delta in HARD[:4]:
-        few = losses.epsilon([Phase(q, z, steps)], delta=delta, points=1 << 13)
-        many = losses.epsilon([Phase(q, z, steps)], delta=delta, points=1 << 18)
+        few = losses.epsilon([GaussianEvent(q, z, steps)], delta=delta, points=1 << 13)
+        many = losses.epsilon([GaussianEvent(q, z, steps)], delta=delta, points=1 << 18)
         assert few.epsilon >= many.epsilon * (1 - 1e-6)
 
 
@@ -137,24 +168,33 @@ def test_fewer_points_never_answer_less():
 @pytest.mark.parametrize("missing", [1e-12, 1e-6])
 def test_sampling_never_adds_where_nearly_everybody_takes_part(noise, steps, missing):
     for delta in (1e-12, 1e-5, 0.1):
-        sampled = epsilon([Phase(1 - missing, noise, steps)], delta=delta)
-        assert sampled <= epsilon([Phase(1.0, noise, steps)], delta=delta)
+        sampled = epsilon([GaussianEvent(1 - missing, noise, steps)], delta=delta)
+        assert sampled <= epsilon([GaussianEvent(1.0, noise, steps)], delta=delta)
 
 
 def test_a_coarse_answer_is_said_to_be_an_upper_bound():
-    hard = spent([Phase(1e-9, 0.3, 1)], delta=1e-12)
+    hard = spent([GaussianEvent(1e-9, 0.3, 1)], delta=1e-12)
     assert hard.upper_bound
     assert "upper bound" in hard.note
-    easy = spent([Phase(0.1, 1.0, 100)], delta=1e-5)
+    easy = spent([GaussianEvent(0.1, 1.0, 100)], delta=1e-5)
     assert (easy.upper_bound, easy.note) == (False, "")
-    assert spent([SkellamPhase(10.0, 100.0, 4e4, 5)], delta=1e-5).upper_bound  # Renyi alone knows Skellam noise
-    book = Ledger("client").add(Charge("a", "x", 1e-9, 0.3, 1), Charge("b", "x", 1.0, 1e9, 1))
+    assert spent(
+        [SkellamEvent(10.0, 100.0, 4e4, 5)], delta=1e-5
+    ).upper_bound  # Renyi alone knows Skellam noise
+    book = Ledger("client").add(
+        LedgerEntry("a", "x", 1e-9, 0.3, 1), LedgerEntry("b", "x", 1.0, 1e9, 1)
+    )
     assert book.spent(delta=1e-12) == hard
 
 
 def test_many_different_phases_are_joined_to_few_that_spend_no_less():
     chance = random.Random(0)
-    many = merge([Phase(10 ** chance.uniform(-3, -2), chance.uniform(0.8, 1.2), 5) for _ in range(2000)])
+    many = merge(
+        [
+            GaussianEvent(10 ** chance.uniform(-3, -2), chance.uniform(0.8, 1.2), 5)
+            for _ in range(2000)
+        ]
+    )
     few = at_most(many, 60)
     assert len(few) <= 60
     assert sum(phase.steps for phase in few) == sum(phase.steps for phase in many)
@@ -164,8 +204,12 @@ def test_many_different_phases_are_joined_to_few_that_spend_no_less():
     assert at_most(many[:60], 60) == many[:60]
     together = spent(many, delta=1e-5)
     assert together.upper_bound
-    worst = Phase(max(p.sampling_prob for p in many), min(p.noise_multiplier for p in many), 10_000)
-    best = Phase(min(p.sampling_prob for p in many), max(p.noise_multiplier for p in many), 10_000)
+    worst = GaussianEvent(
+        max(p.sampling_prob for p in many), min(p.noise_multiplier for p in many), 10_000
+    )
+    best = GaussianEvent(
+        min(p.sampling_prob for p in many), max(p.noise_multiplier for p in many), 10_000
+    )
     assert epsilon([best], delta=1e-5) < together.epsilon < epsilon([worst], delta=1e-5)
     assert together.epsilon >= spent(many[:60], delta=1e-5).epsilon
 
@@ -173,49 +217,57 @@ def test_many_different_phases_are_joined_to_few_that_spend_no_less():
 @pytest.mark.parametrize("q", [5e-324, 1e-300, 0.5, 1.0])
 @pytest.mark.parametrize("noise", [1e-200, 1e-6, 1e12, 1e300])
 def test_numbers_that_cannot_be_squared_are_answered_too(q, noise):
-    found = epsilon([Phase(q, noise, 10)], delta=1e-5)
+    found = epsilon([GaussianEvent(q, noise, 10)], delta=1e-5)
     assert found >= 0
     assert (found == math.inf) == (noise == 1e-200)
 
 
 def test_numbers_beyond_all_use_are_refused():
     with pytest.raises(RecipeError, match=r"steps: got .*, expected 10,000,000,000 or fewer"):
-        Phase(0.1, 1.0, 10**15)
+        GaussianEvent(0.1, 1.0, 10**15)
     with pytest.raises(RecipeError, match="delta: got 5e-324, expected 1e-200 or more"):
-        epsilon([Phase(0.01, 1.0, 10)], delta=5e-324)
+        epsilon([GaussianEvent(0.01, 1.0, 10)], delta=5e-324)
 
 
 def test_of_many_parties_the_one_that_spent_most_is_found_quickly(monkeypatch):
-    charges = [Charge(f"c{i}", "x", 0.001 + 0.1 * i / 40, 0.7 + i / 40, 1000) for i in range(40)]
+    charges = [
+        LedgerEntry(f"c{i}", "x", 0.001 + 0.1 * i / 40, 0.7 + i / 40, 1000) for i in range(40)
+    ]
     asked = []
     spending = accountant.spent
-    monkeypatch.setattr(accountant, "spent", lambda *args, **more: asked.append(args) or spending(*args, **more))
+    monkeypatch.setattr(
+        accountant, "spent", lambda *args, **more: asked.append(args) or spending(*args, **more)
+    )
     found = Ledger("client").add(*charges).spent(delta=1e-5)
     assert len(asked) < 25
     assert found.epsilon == max(epsilon([charge.phase], delta=1e-5) for charge in charges)
 
 
-@pytest.mark.parametrize(("q", "steps", "delta", "budget"), [(1e-6, 10**5, 1e-9, 1.0), (0.02, 10**7, 1e-12, 8.0)])
+@pytest.mark.parametrize(
+    ("q", "steps", "delta", "budget"), [(1e-6, 10**5, 1e-9, 1.0), (0.02, 10**7, 1e-12, 8.0)]
+)
 def test_noise_is_found_where_tables_are_long_and_keeps_the_budget(q, steps, delta, budget):
     noise = noise_multiplier(epsilon=budget, delta=delta, sampling_prob=q, steps=steps)
-    assert 0.97 * budget < epsilon([Phase(q, noise, steps)], delta=delta) <= budget
+    assert 0.97 * budget < epsilon([GaussianEvent(q, noise, steps)], delta=delta) <= budget
 
 
 def test_a_mixture_of_a_rare_phase_and_skellam_noise_is_at_least_each_part():
-    rare, other = Phase(1e-5, 0.6, 10**4), SkellamPhase(1e4, 1e6, (1e4 * 20) ** 2, 10)
+    rare, other = GaussianEvent(1e-5, 0.6, 10**4), SkellamEvent(1e4, 1e6, (1e4 * 20) ** 2, 10)
     both = epsilon([rare, other], delta=1e-7)
     parts = [epsilon([rare], delta=1e-7), epsilon([other], delta=1e-7)]
     assert max(parts) <= both <= 1.2 * sum(parts)
 
 
 def test_many_phases_and_many_parties_share_the_time_of_a_few():
-    phases = [Phase(1e-5 * (1 + 0.01 * i), 0.6 + 0.01 * i, 100 + i) for i in range(60)]
+    phases = [GaussianEvent(1e-5 * (1 + 0.01 * i), 0.6 + 0.01 * i, 100 + i) for i in range(60)]
     start = time.process_time()
     together = spent(phases, delta=1e-7)
     assert time.process_time() - start < 10
     single = [spent([p], delta=1e-7, points=1 << 12).epsilon for p in phases[:3]]
     assert max(single) <= together.epsilon <= renyi.epsilon(phases, delta=1e-7) * 1.001
-    book = Ledger("client").add(*[Charge(f"c{i}", "x", 1e-5 / (i + 1), 0.6, 1000 * (i + 1)) for i in range(30)])
+    book = Ledger("client").add(
+        *[LedgerEntry(f"c{i}", "x", 1e-5 / (i + 1), 0.6, 1000 * (i + 1)) for i in range(30)]
+    )
     start = time.process_time()
     assert book.spent(delta=1e-7).epsilon > 0
     assert time.process_time() - start < 10
@@ -225,13 +277,15 @@ def test_hard_questions_take_seconds_and_little_memory():
     code = (
         "import json, resource, sys, time\n"
         "import scipy.fft, scipy.special\n"
-        "from fedpress.privacy.accounting.accountant import Phase, epsilon\n"
+        "from fedpress.privacy.accounting.accountant import GaussianEvent, epsilon\n"
         "start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for q, z, steps, delta in json.loads(sys.argv[1]):\n"
         "    began = time.process_time()\n"
-        "    assert epsilon([Phase(q, z, steps)], delta=delta) >= 0\n"
+        "    assert epsilon([GaussianEvent(q, z, steps)], delta=delta) >= 0\n"
         "    assert time.process_time() - began < 10\n"
         "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start < 2**20\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(HARD[::2])], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(HARD[::2])], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

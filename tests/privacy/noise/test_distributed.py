@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpress.core.random_source import Cipher
+from fedpress.core.random_source import AesCtrRandom
 from fedpress.errors import PrivacyError, RecipeError
 from fedpress.privacy.accounting import renyi
 from fedpress.privacy.accounting.accountant import epsilon
@@ -18,7 +18,13 @@ DENSE, PRUNED = 11_170_000, 3_350_000
 
 def asked(size=2**16, **more):
     limit = 6 / math.sqrt(size)
-    task = {"size": size, "clip_norm": 1.0, "coordinate_limit": limit, "clients": 10, "survivors": 10}
+    task = {
+        "size": size,
+        "clip_norm": 1.0,
+        "coordinate_limit": limit,
+        "clients": 10,
+        "survivors": 10,
+    }
     return {**task, "steps": 50, "delta": 1e-3, **more}
 
 
@@ -40,7 +46,7 @@ def test_a_plan_is_that_of_its_closed_forms():
 
 def test_bits_are_the_fewest_that_come_near_the_cost_of_the_noise_alone():
     got = plan(**asked(), noise_multiplier=5.0)
-    alone = renyi.epsilon([distributed.Phase(1.0, 5.0, 50)], delta=1e-3)
+    alone = renyi.epsilon([distributed.GaussianEvent(1.0, 5.0, 50)], delta=1e-3)
     costs = {cost.bits: cost.epsilon for cost in got.table()}
     assert list(costs) == list(BITS)
     assert got.epsilon == costs[got.bits] <= 1.05 * alone < costs[got.bits - 1]
@@ -55,14 +61,18 @@ def test_a_pruned_network_needs_fewer_bits_and_less_noise():
     assert max(dense.epsilon, pruned.epsilon) < 5.6
     at_16 = [plan(**asked(size), noise_multiplier=5.0, bits=16).epsilon for size in (DENSE, PRUNED)]
     assert at_16[0] > 1.8 * at_16[1]
-    noises = [plan(**asked(size), epsilon=8.0, bits=18).noise_multiplier for size in (DENSE, PRUNED)]
+    noises = [
+        plan(**asked(size), epsilon=8.0, bits=18).noise_multiplier for size in (DENSE, PRUNED)
+    ]
     assert noises[0] > 1.08 * noises[1]
 
 
 @pytest.mark.parametrize("bits", [None, 18, 22])
 @pytest.mark.parametrize("unit", ["client", "sample"])
 def test_a_budget_gets_the_smallest_noise_that_keeps_it(bits, unit):
-    got = plan(**asked(unit=unit, sampling_prob=1.0 if unit == "client" else 0.2), epsilon=6.0, bits=bits)
+    got = plan(
+        **asked(unit=unit, sampling_prob=1.0 if unit == "client" else 0.2), epsilon=6.0, bits=bits
+    )
     assert 5.999 < got.epsilon <= 6.0
     assert bits is None or got.bits == bits
     less = plan(**asked(unit=unit, sampling_prob=got.task.sampling_prob),
@@ -91,7 +101,9 @@ def test_fewer_survivors_are_given_more_noise_each_and_a_coarser_grid():
 
 
 def test_rounding_that_nobody_can_repeat_is_charged_to_delta():
-    client, sample = (plan(**asked(unit=unit), noise_multiplier=5.0, bits=18) for unit in ("client", "sample"))
+    client, sample = (
+        plan(**asked(unit=unit), noise_multiplier=5.0, bits=18) for unit in ("client", "sample")
+    )
     assert client.phase(num_rounds=50).failure == 0
     assert sample.phase(num_rounds=50).failure * 50 == pytest.approx(1e-3 / 1000)
     assert sample.l2 > client.l2
@@ -121,7 +133,9 @@ def test_rounding_again_would_part_two_neighbouring_sums():
     allowed = math.sqrt(size / 2)  # about half of all draws are that short
 
     def short(y, tries):
-        return next(z for z in ((y + coins).floor() for coins in tries) if float(z.norm()) <= allowed)
+        return next(
+            z for z in ((y + coins).floor() for coins in tries) if float(z.norm()) <= allowed
+        )
 
     for _ in range(100):
         tries = torch.rand(25, size, generator=gen, dtype=torch.float64)
@@ -129,7 +143,12 @@ def test_rounding_again_would_part_two_neighbouring_sums():
     assert most > 1.2 * skellam.rounded_sensitivity(0.13, size, 1e-6)
 
 
-@given(clients=st.integers(1, 12), survivors=st.integers(1, 12), bits=st.integers(10, 16), noise=st.floats(0.5, 9))
+@given(
+    clients=st.integers(1, 12),
+    survivors=st.integers(1, 12),
+    bits=st.integers(10, 16),
+    noise=st.floats(0.5, 9),
+)
 @settings(max_examples=15, deadline=None)
 def test_no_sum_passes_the_limit(clients, survivors, bits, noise):
     size = 2000
@@ -140,8 +159,10 @@ def test_no_sum_passes_the_limit(clients, survivors, bits, noise):
         return
     assert got.limit <= ROOM * 2 ** (bits - 1)
     total = torch.zeros(size, dtype=torch.int64)
-    for client in range(clients):  # the worst case: every value of every client at its limit, nobody drops out
-        chance = Cipher(bytes([client]) * 32)
+    for client in range(
+        clients
+    ):  # the worst case: every value of every client at its limit, nobody drops out
+        chance = AesCtrRandom(bytes([client]) * 32)
         total += (got.coordinate_limit + chance.uniform(size)).floor().long()
         total += skellam.sample(size, got.variance, chance)
     assert int(total.abs().max()) <= got.limit
@@ -151,7 +172,9 @@ def test_the_limit_is_met_about_as_rarely_as_planned():
     """With the promise loosened to 1 in 100 the limit is passed, but no more often than that."""
     got = plan(**asked(200, coordinate_limit=1e-3), noise_multiplier=5.0, bits=16)
     limit = skellam.tail(200, got.variance * 10, 1e-2)
-    noise = torch.stack([skellam.sample(200 * 3000, got.variance, Cipher(bytes([c]) * 32)) for c in range(10)]).sum(0)
+    noise = torch.stack(
+        [skellam.sample(200 * 3000, got.variance, AesCtrRandom(bytes([c]) * 32)) for c in range(10)]
+    ).sum(0)
     passed = float((noise.view(3000, 200).abs().amax(1) > limit).double().mean())
     assert 0 < passed <= 1e-2
 
@@ -180,7 +203,9 @@ def test_arguments_out_of_range_are_refused_by_name(changed):
         plan(**{**asked(), "noise_multiplier": 5.0, **changed})
 
 
-@pytest.mark.parametrize("changed", [{}, {"epsilon": 8.0, "noise_multiplier": 5.0}, {"epsilon": -1.0}])
+@pytest.mark.parametrize(
+    "changed", [{}, {"epsilon": 8.0, "noise_multiplier": 5.0}, {"epsilon": -1.0}]
+)
 def test_a_plan_needs_one_of_budget_and_noise(changed):
     with pytest.raises(RecipeError, match=r"^epsilon: "):
         plan(**asked(), **changed)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpress.core.random_source import Cipher, Seeded
+from fedpress.core.random_source import AesCtrRandom, TorchRandom
 from fedpress.errors import RecipeError
 from fedpress.privacy.accounting.accountant import epsilon, noise_multiplier
 from fedpress.privacy.noise.factorization import (
@@ -46,12 +46,16 @@ def test_sensitivity_is_the_maximum_over_all_patterns(rounds, participations, se
     root = square_root(bands)
     exact = brute_force(root, rounds, participations, separation)
     assert sensitivity(root, rounds, participations, separation) == pytest.approx(exact)
-    got = Factorization.plan(rounds, participations=participations, min_separation=separation, bands=bands)
+    got = Factorization.plan(
+        rounds, participations=participations, min_separation=separation, bands=bands
+    )
     exact = brute_force(got.coefficients, rounds, participations, separation)
     assert exact * (1 - 1e-12) <= got.sensitivity <= exact * 1.01
 
 
-@pytest.mark.parametrize("coefficients", [[1.0, 0.8], [1.0, -0.2, 0.7], [1.0, 0.3, -0.9, 0.5], [1.0, -1.3]])
+@pytest.mark.parametrize(
+    "coefficients", [[1.0, 0.8], [1.0, -0.2, 0.7], [1.0, 0.3, -0.9, 0.5], [1.0, -1.3]]
+)
 def test_sensitivity_is_never_below_the_maximum_for_any_coefficients(coefficients):
     for rounds, participations, separation in CASES:
         exact = brute_force(coefficients, rounds, participations, separation)
@@ -71,7 +75,10 @@ def test_the_inverse_and_the_error_are_those_of_the_matrices():
 def test_the_noise_of_all_rounds_has_the_planned_covariance():
     rounds, size = 6, 60_000
     got = Factorization.plan(rounds, participations=2, min_separation=3, bands=3)
-    chance, std = Seeded(torch.Generator().manual_seed(0)), got.fresh_std(noise_multiplier=2.0, clip_norm=0.5)
+    chance, std = (
+        TorchRandom(torch.Generator().manual_seed(0)),
+        got.fresh_std(noise_multiplier=2.0, clip_norm=0.5),
+    )
     draws, noises = [], []
     for _ in range(rounds):
         draws = [std * chance.normal(size), *draws]
@@ -89,10 +96,11 @@ def test_the_noise_of_all_rounds_has_the_planned_covariance():
 def test_correlated_noise_can_be_exact_as_well():
     got = Factorization.plan(10, participations=2, min_separation=5, bands=3)
     private = PrivacyPlan("client", clip_norm=0.5, sampling_prob=1.0, noise_multiplier=2.0)
-    draws = [Cipher(bytes([i]) * 32).normal(50_000) for i in range(3)]
+    draws = [AesCtrRandom(bytes([i]) * 32).normal(50_000) for i in range(3)]
     total = torch.linspace(-1, 1, 50_000)
     exact, plain = (
-        add_noise(total, private, got.sensitivity * got.noise(draws), exact=exact).double() for exact in (True, False)
+        add_noise(total, private, got.sensitivity * got.noise(draws), exact=exact).double()
+        for exact in (True, False)
     )
     steps = exact / noise_grid(private)
     assert torch.equal(steps, steps.round())
@@ -115,16 +123,23 @@ GAINS = [(100, 1, 0.34), (100, 10, 0.44), (500, 1, 0.20), (500, 10, 0.24)]
 @pytest.mark.parametrize(("rounds", "participations", "most"), GAINS)
 def test_correlated_noise_leaves_a_fraction_of_the_error(rounds, participations, most):
     start = time.process_time()
-    got = Factorization.plan(rounds, participations=participations, min_separation=rounds // participations)
+    got = Factorization.plan(
+        rounds, participations=participations, min_separation=rounds // participations
+    )
     assert time.process_time() - start < 8  # under a second on an idle core
     assert 0.1 < got.gain < most
     root = square_root(16)
-    plain = sensitivity(root, rounds, participations, rounds // participations) * prefix_rmse(root, rounds)
+    plain = sensitivity(root, rounds, participations, rounds // participations) * prefix_rmse(
+        root, rounds
+    )
     assert got.rmse <= plain
 
 
 def test_one_band_is_independent_noise_and_more_bands_are_never_worse():
-    gains = [Factorization.plan(20, participations=10, min_separation=2, bands=b).gain for b in (1, 2, 4, 8, 16)]
+    gains = [
+        Factorization.plan(20, participations=10, min_separation=2, bands=b).gain
+        for b in (1, 2, 4, 8, 16)
+    ]
     assert gains[0] == pytest.approx(1.0)
     assert all(b <= a for a, b in pairwise(gains))
 
@@ -141,7 +156,14 @@ def test_the_whole_run_is_one_gaussian_mechanism():
 
 
 @pytest.mark.parametrize(
-    "changed", [{"rounds": 0}, {"participations": 0}, {"participations": 4}, {"min_separation": 1.5}, {"bands": 65}]
+    "changed",
+    [
+        {"rounds": 0},
+        {"participations": 0},
+        {"participations": 4},
+        {"min_separation": 1.5},
+        {"bands": 65},
+    ],
 )
 def test_plans_that_cannot_be_are_refused_by_name(changed):
     settings = {"rounds": 9, "participations": 3, "min_separation": 3, **changed}

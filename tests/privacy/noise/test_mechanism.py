@@ -20,7 +20,9 @@ def plan(noise=1.5, clip_norm=0.4):
 
 
 @given(
-    values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40),
+    values=st.lists(
+        st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40
+    ),
     clip_norm=st.floats(1e-6, 1e6),
 )
 @settings(max_examples=300, deadline=None)
@@ -39,7 +41,9 @@ def test_long_updates_keep_their_direction_and_lose_only_rounding():
     assert 0.01 * (1 - 1e-6) < float(got.double().norm()) <= 0.01
     assert torch.allclose(got * float(update.double().norm() / 0.01), update, rtol=1e-4)
     assert torch.equal(clip(torch.zeros(3), 1.0), torch.zeros(3))
-    assert clip(torch.tensor(100.0), 1.0) <= 1.0  # a number without dimensions is clipped like any other
+    assert (
+        clip(torch.tensor(100.0), 1.0) <= 1.0
+    )  # a number without dimensions is clipped like any other
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -89,7 +93,9 @@ def test_every_example_joins_every_batch_by_its_own_coin():
         row[index] = 1
     sizes = joined.sum(1)
     assert float(sizes.mean()) == pytest.approx(n * q, rel=0.01)
-    assert float(sizes.var()) == pytest.approx(n * q * (1 - q), rel=0.1)  # a fixed batch size would have none
+    assert float(sizes.var()) == pytest.approx(
+        n * q * (1 - q), rel=0.1
+    )  # a fixed batch size would have none
     rates = joined.mean(0)
     assert float((rates - q).abs().max()) < 5 * math.sqrt(q * (1 - q) / steps)
     correlation = torch.corrcoef(joined[:, :2].T)[0, 1]
@@ -105,7 +111,9 @@ def test_empty_batches_are_steps_and_probability_one_takes_everybody():
 
 
 def test_noise_is_drawn_finer_than_a_float32_normal():
-    noise = noise_sum(torch.zeros(2**18, dtype=torch.float64), plan(noise=1.0, clip_norm=1.0), seeded(8))
+    noise = noise_sum(
+        torch.zeros(2**18, dtype=torch.float64), plan(noise=1.0, clip_norm=1.0), seeded(8)
+    )
     assert float(stats.kstest(noise[:100_000].double().numpy(), "norm").pvalue) > 0.001
     coarse = torch.randn(2**18, generator=seeded(8), dtype=torch.float32)
     assert not torch.isin(noise.float(), coarse).all()

@@ -6,12 +6,15 @@ import pytest
 import torch
 from scipy import special, stats
 
-from fedpress.core.random_source import Cipher, Seeded
+from fedpress.core.random_source import AesCtrRandom, TorchRandom
 from fedpress.errors import PrivacyError
 from fedpress.privacy.noise import skellam
 
 KEY = bytes(range(32))
-MODES = {"seeded": lambda: Seeded(torch.Generator().manual_seed(0)), "cipher": lambda: Cipher(KEY)}
+MODES = {
+    "seeded": lambda: TorchRandom(torch.Generator().manual_seed(0)),
+    "cipher": lambda: AesCtrRandom(KEY),
+}
 
 
 def reference_epsilon(bits, size, *, clients=10, rounds=50, noise=5.0, delta=1e-3):
@@ -20,9 +23,14 @@ def reference_epsilon(bits, size, *, clients=10, rounds=50, noise=5.0, delta=1e-
     scale = math.sqrt(2 ** (2 * bits) * size - clients * k**2 * size)
     scale /= 2 * k * math.sqrt(clients**2 + clients * size * each**2)
     l2 = skellam.rounded_sensitivity(scale, size)
-    spent = {"l2": l2, "l1": skellam.l1_sensitivity(l2, size), "variance": clients * (scale * each) ** 2}
+    spent = {
+        "l2": l2,
+        "l1": skellam.l1_sensitivity(l2, size),
+        "variance": clients * (scale * each) ** 2,
+    }
     return min(
-        rounds * skellam.rdp(a, **spent) + math.log1p(-1 / a) - math.log(delta * a) / (a - 1) for a in range(2, 301)
+        rounds * skellam.rdp(a, **spent) + math.log1p(-1 / a) - math.log(delta * a) / (a - 1)
+        for a in range(2, 301)
     )
 
 
@@ -44,7 +52,9 @@ def test_epsilon_of_a_secret_sum_is_that_of_the_reference(bits, size, expected):
 
 def test_much_noise_makes_a_skellam_sum_a_gaussian_one():
     for alpha in (2, 7, 100):
-        assert skellam.rdp(alpha, l2=1.0, l1=1.0, variance=1e8) == pytest.approx(alpha / 2e8, rel=1e-6)
+        assert skellam.rdp(alpha, l2=1.0, l1=1.0, variance=1e8) == pytest.approx(
+            alpha / 2e8, rel=1e-6
+        )
         assert skellam.rdp(alpha, l2=5.0, l1=9.0, variance=3.0) > alpha * 25 / 6
     assert skellam.rdp(2, l2=1.0, l1=1.0, variance=0.0) == math.inf
 
@@ -73,7 +83,12 @@ def test_rounding_is_rarely_longer_than_its_bound(norm, size):
     gen = torch.Generator().manual_seed(0)
     x = torch.randn(size, generator=gen, dtype=torch.float64)
     x *= norm / x.norm()
-    norms = torch.stack([(x + torch.rand(size, generator=gen, dtype=torch.float64)).floor().norm() for _ in range(400)])
+    norms = torch.stack(
+        [
+            (x + torch.rand(size, generator=gen, dtype=torch.float64)).floor().norm()
+            for _ in range(400)
+        ]
+    )
     for beta in (skellam.RETRY_BETA, 0.05):
         bound = skellam.rounded_sensitivity(norm, size, beta)
         assert bound <= norm + math.sqrt(size)
@@ -86,7 +101,9 @@ def test_the_table_of_probabilities_is_that_of_bessel_functions(variance):
     p = skellam._probabilities(variance)
     p = (p / (p[0] + 2 * p[1:].sum())).astype(float)
     k = np.flatnonzero(p > 1e-25)
-    assert p[k] == pytest.approx(special.ive(k, variance), rel=1e-11, abs=0)  # ive itself loses digits with variance
+    assert p[k] == pytest.approx(
+        special.ive(k, variance), rel=1e-11, abs=0
+    )  # ive itself loses digits with variance
     assert p[-1] < 2**-64
 
 
@@ -112,11 +129,13 @@ def test_samples_are_skellam_distributed(mode, variance):
 @pytest.mark.parametrize("clients", [1, 3, 10])
 def test_the_noise_of_clients_sums_to_the_calibrated_noise(clients):
     total, size = 5000.0, 100_000
-    parts = [skellam.sample(size, total / clients, Cipher(bytes([i]) * 32)) for i in range(clients)]
+    parts = [
+        skellam.sample(size, total / clients, AesCtrRandom(bytes([i]) * 32)) for i in range(clients)
+    ]
     noise = torch.stack(parts).sum(0)
     assert float(noise.double().var()) == pytest.approx(total, rel=0.015)  # 3 standard errors
     assert abs(float(noise.double().mean())) < 5 * math.sqrt(total / size)
-    smooth = noise.double() + Seeded(torch.Generator().manual_seed(1)).uniform(size) - 0.5
+    smooth = noise.double() + TorchRandom(torch.Generator().manual_seed(1)).uniform(size) - 0.5
     assert stats.kstest(smooth.numpy() / math.sqrt(total + 1 / 12), "norm").pvalue > 0.001
 
 
@@ -130,20 +149,22 @@ def test_a_tail_is_passed_more_rarely_than_promised():
                 else stats.norm.sf(t / math.sqrt(variance))
             )
             assert true <= chance
-            assert t < 1.6 * math.sqrt(2 * variance * math.log(200 / chance)) + math.log(200 / chance)
+            assert t < 1.6 * math.sqrt(2 * variance * math.log(200 / chance)) + math.log(
+                200 / chance
+            )
     assert skellam.tail(10, 0.0, 1e-9) == 0
 
 
 def test_no_variance_is_no_noise_and_a_wrong_one_is_refused():
-    assert skellam.sample(5, 0.0, Cipher(KEY)).tolist() == [0] * 5
-    assert skellam.sample(0, 3.0, Cipher(KEY)).shape == (0,)
+    assert skellam.sample(5, 0.0, AesCtrRandom(KEY)).tolist() == [0] * 5
+    assert skellam.sample(0, 3.0, AesCtrRandom(KEY)).shape == (0,)
     for variance in (-1.0, math.nan, 2.0**41):
         with pytest.raises(PrivacyError, match="fewer bits"):
-            skellam.sample(2, variance, Cipher(KEY))
+            skellam.sample(2, variance, AesCtrRandom(KEY))
 
 
 def test_drawing_is_fast_enough_for_millions_of_values():
-    chance = Cipher(KEY)
+    chance = AesCtrRandom(KEY)
     skellam.sample(10, 1e6, chance)
     start = time.process_time()
     skellam.sample(1_000_000, 1e6, chance)

@@ -48,7 +48,11 @@ class Tied(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed, self.out, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False), nn.Linear(20, 3)
+        self.embed, self.out, self.head = (
+            nn.Embedding(20, 8),
+            nn.Linear(8, 20, bias=False),
+            nn.Linear(20, 3),
+        )
         self.out.weight = self.embed.weight
 
     def forward(self, x):
@@ -138,7 +142,11 @@ class Unused(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a, self.idle, self.lone = nn.Linear(6, 3), nn.Linear(2, 2), nn.Parameter(torch.tensor(3.0))
+        self.a, self.idle, self.lone = (
+            nn.Linear(6, 3),
+            nn.Linear(2, 2),
+            nn.Parameter(torch.tensor(3.0)),
+        )
         self.fixed = nn.Parameter(torch.ones(3), requires_grad=False)
 
     def forward(self, x):

@@ -11,12 +11,19 @@ from fedpress.errors import RecipeError
 from fedpress.models.norms import freeze_batch_norm_
 from fedpress.models.resnet import ResNet
 from fedpress.privacy.per_example import ghost
-from fedpress.privacy.per_example.gradients import METHODS, check_separable, choose_method, clipped_gradient_sum
+from fedpress.privacy.per_example.gradients import (
+    METHODS,
+    check_separable,
+    choose_method,
+    clipped_gradient_sum,
+)
 from fedpress.privacy.per_example.persample import row_norms
 
 
 def mlp():
-    return nn.Sequential(nn.Flatten(), nn.Linear(48, 12), nn.Tanh(), nn.LayerNorm(12), nn.Linear(12, 5))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(48, 12), nn.Tanh(), nn.LayerNorm(12), nn.Linear(12, 5)
+    )
 
 
 def frozen_resnet():
@@ -43,7 +50,13 @@ def group_norm_net():
 
 def token_net():
     return nn.Sequential(
-        nn.Flatten(2), nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 6), nn.LayerNorm(6), nn.Flatten(), nn.Linear(18, 5)
+        nn.Flatten(2),
+        nn.Linear(16, 24),
+        nn.ReLU(),
+        nn.Linear(24, 6),
+        nn.LayerNorm(6),
+        nn.Flatten(),
+        nn.Linear(18, 5),
     )
 
 
@@ -52,7 +65,9 @@ NETWORKS = {"mlp": mlp, "frozen": frozen_resnet, "group": group_norm_net, "token
 
 def batch(n=6, size=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 3, size, size, generator=generator), torch.randint(5, (n,), generator=generator)
+    return torch.randn(n, 3, size, size, generator=generator), torch.randint(
+        5, (n,), generator=generator
+    )
 
 
 def make(name, seed=0):
@@ -64,19 +79,27 @@ def by_hand(model, x, y, clip_norm):
     """The slow plain twin: autograd sample by sample, clipped in float64."""
     total = torch.zeros(Layout.of(model).size, dtype=torch.float64)
     for one, label in zip(x, y, strict=True):
-        grads = torch.autograd.grad(F.cross_entropy(model(one[None]), label[None]), trainable(model))
+        grads = torch.autograd.grad(
+            F.cross_entropy(model(one[None]), label[None]), trainable(model)
+        )
         flat = torch.cat([g.flatten() for g in grads]).double()
         total += flat * min(1.0, clip_norm / float(flat.norm()))
     return total.float()
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("name", "size"), [("mlp", 4), ("token", 4), ("frozen", 4), ("frozen", 8), ("group", 8)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("mlp", 4), ("token", 4), ("frozen", 4), ("frozen", 8), ("group", 8)]
+)
 def test_every_method_gives_the_sum_of_clipped_gradients(name, size, method):
     model, (x, y) = make(name), batch(size=size)
-    norms = [float(by_hand(model, x[i : i + 1], y[i : i + 1], math.inf).norm()) for i in range(len(x))]
+    norms = [
+        float(by_hand(model, x[i : i + 1], y[i : i + 1], math.inf).norm()) for i in range(len(x))
+    ]
     clip_norm = sorted(norms)[3]  # some are clipped, some are not
-    got, raw = clipped_gradient_sum(model, F.cross_entropy, x, y, clip_norm=clip_norm, method=method, chunk=4)
+    got, raw = clipped_gradient_sum(
+        model, F.cross_entropy, x, y, clip_norm=clip_norm, method=method, chunk=4
+    )
     expected = by_hand(model, x, y, clip_norm)
     assert float((got - expected).norm()) <= 1e-5 * float(expected.norm())
     assert raw.examples == 6
@@ -108,7 +131,9 @@ def test_one_example_moves_the_sum_by_at_most_the_clip_norm(name, method, value)
     x[2] *= value
     with_it, raw = clipped_gradient_sum(model, F.cross_entropy, x, y, clip_norm=0.3, method=method)
     keep = torch.tensor([0, 1, 3, 4])
-    without, _ = clipped_gradient_sum(model, F.cross_entropy, x[keep], y[keep], clip_norm=0.3, method=method)
+    without, _ = clipped_gradient_sum(
+        model, F.cross_entropy, x[keep], y[keep], clip_norm=0.3, method=method
+    )
     assert torch.isfinite(with_it).all()
     moved = float((with_it.double() - without.double()).norm())
     # the loop alone keeps every other sample's bits; batched kernels round them anew
@@ -126,7 +151,9 @@ def test_a_gradient_whose_square_overflows_is_clipped_and_not_lost(method, scale
     x, y = torch.ones(2, 4), torch.tensor([0, 1])
     x[1] *= scale
     got, raw = clipped_gradient_sum(model, F.cross_entropy, x, y, clip_norm=0.5, method=method)
-    alone, _ = clipped_gradient_sum(model, F.cross_entropy, x[:1], y[:1], clip_norm=0.5, method=method)
+    alone, _ = clipped_gradient_sum(
+        model, F.cross_entropy, x[:1], y[:1], clip_norm=0.5, method=method
+    )
     assert raw.refused == 0
     moved = float((got - alone).norm())
     assert moved == pytest.approx(0.5, rel=1e-5) or moved == 0  # 0 if the loss is already exactly 0
@@ -135,10 +162,14 @@ def test_a_gradient_whose_square_overflows_is_clipped_and_not_lost(method, scale
 @pytest.mark.parametrize("method", METHODS)
 def test_empty_and_single_batches_are_fine(method):
     model, (x, y) = make("frozen"), batch()
-    empty, raw = clipped_gradient_sum(model, F.cross_entropy, x[:0], y[:0], clip_norm=1.0, method=method)
+    empty, raw = clipped_gradient_sum(
+        model, F.cross_entropy, x[:0], y[:0], clip_norm=1.0, method=method
+    )
     assert torch.equal(empty, torch.zeros(Layout.of(model).size))
     assert (raw.examples, raw.refused, raw.share_clipped) == (0, 0, 0.0)
-    one, _ = clipped_gradient_sum(model, F.cross_entropy, x[:1], y[:1], clip_norm=0.01, method=method)
+    one, _ = clipped_gradient_sum(
+        model, F.cross_entropy, x[:1], y[:1], clip_norm=0.01, method=method
+    )
     assert float(one.norm()) == pytest.approx(0.01, rel=1e-5)
 
 
@@ -161,16 +192,22 @@ def test_gradients_under_autocast_are_clipped_in_float32(method):
     assert got.dtype == torch.float32
     assert float(got.double().norm()) == pytest.approx(0.25, rel=1e-5)
     expected = by_hand(model, x, y, 0.25)
-    assert 1e-4 * 0.25 < float((got - expected).norm()) < 0.1 * 0.25  # 16 bits were used, and only in the passes
+    assert (
+        1e-4 * 0.25 < float((got - expected).norm()) < 0.1 * 0.25
+    )  # 16 bits were used, and only in the passes
 
 
 def test_batch_norm_in_training_mode_is_refused_by_name():
     model = ResNet(widths=(8, 16), blocks=1, num_classes=5)
-    with pytest.raises(RecipeError, match=r"model\.norm: batch normalisation .* use norm = 'frozen' or 'group'"):
+    with pytest.raises(
+        RecipeError, match=r"model\.norm: batch normalisation .* use norm = 'frozen' or 'group'"
+    ):
         clipped_gradient_sum(model, F.cross_entropy, *batch(), clip_norm=1.0)
     check_separable(model.eval())
     with pytest.raises(RecipeError, match=r"model\.1:"):
-        check_separable(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3, track_running_stats=False)).eval())
+        check_separable(
+            nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3, track_running_stats=False)).eval()
+        )
     with pytest.raises(RecipeError, match=r"model\.0: running statistics"):
         check_separable(nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True)))
 
@@ -247,7 +284,9 @@ def test_choosing_reads_no_private_value_and_changes_nothing():
 def test_dropout_is_allowed():
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(48, 5))
     for method in METHODS:
-        got, raw = clipped_gradient_sum(model, F.cross_entropy, *batch(), clip_norm=0.1, method=method)
+        got, raw = clipped_gradient_sum(
+            model, F.cross_entropy, *batch(), clip_norm=0.1, method=method
+        )
         assert float(got.norm()) <= 0.6 * (1 + 1e-5)
         assert raw.examples == 6
 
@@ -265,7 +304,9 @@ def test_a_network_that_mixes_only_while_training_is_not_given_to_the_batched_ru
     assert choose_method(copy.deepcopy(model).eval(), F.cross_entropy, x, y) == "ghost"
     method = choose_method(model, F.cross_entropy, x, y)
     with_it, _ = clipped_gradient_sum(model, F.cross_entropy, x, y, clip_norm=0.1, method=method)
-    without, _ = clipped_gradient_sum(model, F.cross_entropy, x[1:], y[1:], clip_norm=0.1, method=method)
+    without, _ = clipped_gradient_sum(
+        model, F.cross_entropy, x[1:], y[1:], clip_norm=0.1, method=method
+    )
     assert method != "ghost"
     assert float((with_it - without).norm()) <= 0.1 * (1 + 1e-5)
 

@@ -20,7 +20,10 @@ def by_hand(model, x, y, clip_norm):
         twice = [i, i]
         loss = F.cross_entropy(model(x[twice]), y[twice])
         grads = torch.autograd.grad(loss, trainable(model), allow_unused=True)
-        dense = [torch.zeros_like(p) if g is None else g for p, g in zip(trainable(model), grads, strict=True)]
+        dense = [
+            torch.zeros_like(p) if g is None else g
+            for p, g in zip(trainable(model), grads, strict=True)
+        ]
         flat = torch.cat([(g.to_dense() if g.is_sparse else g).flatten() for g in dense]).double()
         total += flat * min(1.0, clip_norm / float(flat.norm()))
     return total.float()
@@ -31,7 +34,9 @@ def test_gradients_of_every_kind_of_network_and_input_are_right(name):
     model, x, y = make(name)
     method = choose_method(model, F.cross_entropy, x, y)
     for verify in ("losses", "gradients"):
-        got, raw = clipped_gradient_sum(model, F.cross_entropy, x, y, clip_norm=0.5, method=method, verify=verify)
+        got, raw = clipped_gradient_sum(
+            model, F.cross_entropy, x, y, clip_norm=0.5, method=method, verify=verify
+        )
         expected = by_hand(model, x, y, 0.5)
         assert (raw.failed, raw.refused, raw.problem) == (0, 0, "")
         assert float((got - expected).norm()) <= 1e-5 * float(expected.norm())
@@ -52,7 +57,14 @@ def test_private_steps_learn_with_every_kind(name):
     plan = PrivacyPlan("sample", 1.0, 0.5, 0.05)
     before = F.cross_entropy(model(x), y).item()
     steps = private_steps(
-        model, F.cross_entropy, x, y, plan=plan, steps=40, lr=1.0, generator=torch.Generator().manual_seed(0)
+        model,
+        F.cross_entropy,
+        x,
+        y,
+        plan=plan,
+        steps=40,
+        lr=1.0,
+        generator=torch.Generator().manual_seed(0),
     )
     assert all(record.raw.failed == 0 for record in steps)
     assert F.cross_entropy(model(x), y).item() < 0.8 * before
@@ -65,7 +77,9 @@ def test_a_network_that_mixes_examples_on_rare_inputs_falls_back_to_the_loop(ver
     method = choose_method(model, F.cross_entropy, x, y)
     assert method == "ghost"
     wrong, _ = clipped_gradient_sum(model, F.cross_entropy, x, y, clip_norm=0.5, method=method)
-    got, raw = clipped_gradient_sum(model, F.cross_entropy, x, y, clip_norm=0.5, method=method, verify=verify)
+    got, raw = clipped_gradient_sum(
+        model, F.cross_entropy, x, y, clip_norm=0.5, method=method, verify=verify
+    )
     loop, _ = clipped_gradient_sum(model, F.cross_entropy, x, y, clip_norm=0.5)
     assert not torch.allclose(wrong, loop)
     assert torch.equal(got, loop)
@@ -84,7 +98,9 @@ def test_a_rare_branch_that_the_fast_method_cannot_take_falls_back_to_the_loop()
     model, (_, x, y) = Rare(), make("rare")
     assert choose_method(model, F.cross_entropy, x, y) == "ghost"
     x[0, 0] = 9.0
-    got, raw = clipped_gradient_sum(model, F.cross_entropy, x, y, clip_norm=0.5, method="ghost", verify="losses")
+    got, raw = clipped_gradient_sum(
+        model, F.cross_entropy, x, y, clip_norm=0.5, method="ghost", verify="losses"
+    )
     assert torch.equal(got, clipped_gradient_sum(model, F.cross_entropy, x, y, clip_norm=0.5)[0])
     assert not raw.agreed
 
@@ -100,7 +116,11 @@ def test_private_steps_stay_with_the_loop_after_a_mismatch_and_repeat_to_the_bit
     def train(twin, **how):
         plan = PrivacyPlan("sample", 0.5, 0.8, 0.0)
         generator = torch.Generator().manual_seed(0)
-        return list(private_steps(twin, F.cross_entropy, x, y, plan=plan, steps=6, lr=0.5, generator=generator, **how))
+        return list(
+            private_steps(
+                twin, F.cross_entropy, x, y, plan=plan, steps=6, lr=0.5, generator=generator, **how
+            )
+        )
 
     records = [train(twins[0]), train(twins[1]), train(twins[2], method="loop")]
     assert torch.equal(flatten(twins[0]), flatten(twins[1]))
@@ -117,7 +137,9 @@ def test_dropout_is_no_mismatch():
     torch.set_rng_state(before)
     for verify in ("losses", "gradients"):
         torch.set_rng_state(before)
-        got, raw = clipped_gradient_sum(model, F.cross_entropy, x, y, clip_norm=0.5, method="ghost", verify=verify)
+        got, raw = clipped_gradient_sum(
+            model, F.cross_entropy, x, y, clip_norm=0.5, method="ghost", verify=verify
+        )
         assert raw.agreed
         assert torch.equal(got, plain)
         assert all(m.training for m in model.modules())
@@ -162,7 +184,9 @@ def test_a_rare_example_that_changes_only_its_neighbour_is_noticed(by, verify):
         rare = x.clone()
         rare[place] *= 60
         model = Leaks(by)
-        got, raw = clipped_gradient_sum(model, F.cross_entropy, rare, y, clip_norm=0.5, method="ghost", verify=verify)
+        got, raw = clipped_gradient_sum(
+            model, F.cross_entropy, rare, y, clip_norm=0.5, method="ghost", verify=verify
+        )
         plain, _ = clipped_gradient_sum(model, F.cross_entropy, rare, y, clip_norm=0.5)
         assert not raw.agreed
         assert torch.equal(got, plain)

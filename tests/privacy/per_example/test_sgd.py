@@ -62,7 +62,9 @@ def test_the_noise_of_a_step_has_the_planned_size():
     quiet = copy.deepcopy(model)
     run(quiet, x, y, plan=plan(noise=0.0), steps=1, lr=1.0)
     run(model, x, y, plan=plan(noise=3.0), steps=1, lr=1.0)
-    noise = (flatten(model) - flatten(quiet)) * 0.2 * 50 / 0.5  # back to the sum, in units of the clip norm
+    noise = (
+        (flatten(model) - flatten(quiet)) * 0.2 * 50 / 0.5
+    )  # back to the sum, in units of the clip norm
     assert float(noise.std()) == pytest.approx(3.0, rel=0.01)
     assert float((flatten(quiet) - start).norm()) * 0.2 * 50 <= 50 * 0.5
 
@@ -82,7 +84,14 @@ def test_the_step_divides_by_the_expected_batch_and_not_by_the_drawn_one():
         model = net()
         list(
             private_steps(
-                model, F.cross_entropy, rows, y, plan=plan(clip_norm=1e-6), steps=1, lr=1.0, generator=seeded()
+                model,
+                F.cross_entropy,
+                rows,
+                y,
+                plan=plan(clip_norm=1e-6),
+                steps=1,
+                lr=1.0,
+                generator=seeded(),
             )
         )
         weights.append(flatten(model))

@@ -5,7 +5,7 @@ import pytest
 
 from fedpress.core import parameters
 from fedpress.errors import TrainingError
-from fedpress.federation.client_state import Recall
+from fedpress.federation.client_state import InMemoryState
 from fedpress.federation.failures import Tally
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.recipe import settings as recipes
@@ -20,7 +20,9 @@ from fedpress.workspace.state import Tick
 from tests.stages.own_data import privacy, recipe
 from tests.stages.recipes import finish, told
 
-TRUSTS = [(unit, trust) for unit in ("sample", "client") for trust in ("local", "secure", "central")]
+TRUSTS = [
+    (unit, trust) for unit in ("sample", "client") for trust in ("local", "secure", "central")
+]
 
 
 def warned(text, path):
@@ -32,10 +34,14 @@ def warned(text, path):
     return json.loads((path / "result.json").read_text()), warnings
 
 
-def test_who_is_refused_is_told_after_the_round_counted_in_the_table_and_listed_in_the_report(tmp_path):
+def test_who_is_refused_is_told_after_the_round_counted_in_the_table_and_listed_in_the_report(
+    tmp_path,
+):
     result, warnings = warned(recipe("some_bad"), tmp_path / "run")
     first, last = warnings
-    assert first.startswith("round 1: 2 of 4 clients refused: c3 (IndexError: index out of range in self), c4 (")
+    assert first.startswith(
+        "round 1: 2 of 4 clients refused: c3 (IndexError: index out of range in self), c4 ("
+    )
     assert last.startswith("warning: 6 of 12 answers of clients did not count")
     assert result["final"]["failures"]["clients"]["c3"] == {
         "rounds": 3,
@@ -66,7 +72,9 @@ def test_a_run_in_which_all_is_well_warns_of_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(("unit", "trust"), TRUSTS)
-def test_under_privacy_failures_are_counted_with_noise_and_a_third_of_them_warns(unit, trust, tmp_path):
+def test_under_privacy_failures_are_counted_with_noise_and_a_third_of_them_warns(
+    unit, trust, tmp_path
+):
     result, warnings = warned(recipe("some_bad", stage=privacy(unit, trust)), tmp_path / "run")
     counted = result["final"]["failures"]["counted"]
     assert counted["failed"] == pytest.approx(counted["of"] / 2, rel=0.35)
@@ -83,7 +91,9 @@ def test_under_privacy_failures_are_counted_with_noise_and_a_third_of_them_warns
 
 @pytest.mark.parametrize(("unit", "trust"), TRUSTS)
 def test_under_privacy_a_run_in_which_everything_fails_stops_and_says_so(unit, trust, tmp_path):
-    with pytest.raises(TrainingError, match=r"gave nothing up to round \d, .*: the model could not run on them"):
+    with pytest.raises(
+        TrainingError, match=r"gave nothing up to round \d, .*: the model could not run on them"
+    ):
         warned(recipe("all_bad", stage=privacy(unit, trust), rounds=9), tmp_path / "run")
     assert 1 <= len(told(tmp_path / "run")) <= 6
 
@@ -91,14 +101,20 @@ def test_under_privacy_a_run_in_which_everything_fails_stops_and_says_so(unit, t
 @pytest.mark.parametrize("trust", ["local", "central"])
 def test_too_large_a_rate_under_client_privacy_names_its_setting(trust, tmp_path):
     text = recipe(stage=privacy("client", trust), lr=1e30, rounds=9)
-    with pytest.raises(TrainingError, match=r"numbers were not finite; lower stage\.federate\.lr \(now 1e\+30\)"):
+    with pytest.raises(
+        TrainingError, match=r"numbers were not finite; lower stage\.federate\.lr \(now 1e\+30\)"
+    ):
         warned(text, tmp_path / "run")
 
 
-@pytest.mark.parametrize(("unit", "trust"), [("sample", "local"), ("sample", "central"), ("client", "central")])
+@pytest.mark.parametrize(
+    ("unit", "trust"), [("sample", "local"), ("sample", "central"), ("client", "central")]
+)
 def test_a_run_that_diverges_after_a_good_round_stops(unit, trust, tmp_path):
     words = r"numbers were not finite; lower stage\.federate\.lr \(now 0\.5\) or stage\.federate\.server\.lr"
-    text = recipe(stage=f'{privacy(unit, trust)}\nserver = {{ kind = "average", lr = 1e38 }}', rounds=9)
+    text = recipe(
+        stage=f'{privacy(unit, trust)}\nserver = {{ kind = "average", lr = 1e38 }}', rounds=9
+    )
     with pytest.raises(TrainingError, match=words):
         warned(text, tmp_path / "run")
     assert len(told(tmp_path / "run")) < 9
@@ -130,12 +146,16 @@ def test_counts_survive_a_kill_to_the_bit(tmp_path):
     resumed = finish(text, tmp_path / "killed", resume=True)
     assert resumed["final"]["failures"] == whole["final"]["failures"]
     assert resumed["final"]["accuracy"] == whole["final"]["accuracy"]
-    counts = [[record["failures"] for record in told(tmp_path / name)] for name in ("whole", "killed")]
+    counts = [
+        [record["failures"] for record in told(tmp_path / name)] for name in ("whole", "killed")
+    ]
     assert counts[0] == counts[1]
 
 
 def test_a_last_batch_of_one_drops_no_client(tmp_path):
-    result, warnings = warned(recipe("odd", "normed", 'norm = "batch"', batch=8, lr=0.01), tmp_path / "run")
+    result, warnings = warned(
+        recipe("odd", "normed", 'norm = "batch"', batch=8, lr=0.01), tmp_path / "run"
+    )
     assert warnings == []
     assert result["final"]["failures"]["refused"] == 0
 
@@ -153,10 +173,13 @@ def test_a_network_that_takes_no_batch_of_one_trains_and_is_measured(model, stag
 def test_a_client_with_one_example_under_batch_norm_is_told(tmp_path):
     _, warnings = warned(recipe("lone", "normed", 'norm = "batch"', batch=8), tmp_path / "run")
     assert (
-        "c3 (TrainingError: local update: a batch of one example leaves a batch norm nothing to average" in warnings[0]
+        "c3 (TrainingError: local update: a batch of one example leaves a batch norm nothing to average"
+        in warnings[0]
     )
     assert "norm = 'frozen'" in warnings[0]
-    _, warnings = warned(recipe("lone", "normed", 'norm = "frozen"', batch=8, lr=0.01), tmp_path / "frozen")
+    _, warnings = warned(
+        recipe("lone", "normed", 'norm = "frozen"', batch=8, lr=0.01), tmp_path / "frozen"
+    )
     assert warnings == []
 
 
@@ -203,15 +226,17 @@ def test_a_secret_cohort_is_not_counted_out(tmp_path):
         assert line["failures"]["failed"] != round(line["failures"]["failed"])
 
 
-class Full(Recall):
+class Full(InMemoryState):
     """A disk without room."""
 
-    def save_note(self, name, tensors):
+    def save_entry(self, name, tensors):
         raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize(("unit", "trust"), [case for case in TRUSTS if case[1] != "central"])
-def test_a_fault_of_a_client_that_says_nothing_of_its_examples_is_told_also_under_privacy(unit, trust):
+def test_a_fault_of_a_client_that_says_nothing_of_its_examples_is_told_also_under_privacy(
+    unit, trust
+):
     loaded = recipes.load(recipe(stage=privacy(unit, trust)), ())
     state = runs.start(loaded, runs.load_data(loaded))
     federation = bind(loaded.stage[0], state)

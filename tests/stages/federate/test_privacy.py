@@ -21,7 +21,9 @@ EVERYBODY = Cohort(10, 10)
 
 
 def stage(**keys):
-    return FederateStage.model_validate({"kind": "federate", "num_rounds": 20, "batch_size": 20, **keys})
+    return FederateStage.model_validate(
+        {"kind": "federate", "num_rounds": 20, "batch_size": 20, **keys}
+    )
 
 
 def private(unit, trust, **more):
@@ -60,7 +62,10 @@ def uplink_of(plan, trust, unit="client"):
 
 
 def sum_of_sent(uplink, vectors, key_of):
-    return sum(uplink.decode(uplink.encode(x, key_of(i)), key_of(i)).double() for i, x in enumerate(vectors))
+    return sum(
+        uplink.decode(uplink.encode(x, key_of(i)), key_of(i)).double()
+        for i, x in enumerate(vectors)
+    )
 
 
 def keys(i, round=1):
@@ -91,9 +96,14 @@ def test_under_central_trust_the_server_makes_it_once():
 
 @pytest.mark.parametrize("trust", ["secure", "central"])
 def test_a_joint_step_is_the_mean_gradient_of_the_expected_batch(trust):
-    plan = planned(privacy=private("sample", trust, noise_multiplier=1e-3 if trust == "central" else 2.0), lr=0.1)
+    plan = planned(
+        privacy=private("sample", trust, noise_multiplier=1e-3 if trust == "central" else 2.0),
+        lr=0.1,
+    )
     uplink = uplink_of(plan, trust, "sample")
-    assert uplink.divisor == pytest.approx(0.2 * 1000 / 0.1)  # expected batch over the learning rate
+    assert uplink.divisor == pytest.approx(
+        0.2 * 1000 / 0.1
+    )  # expected batch over the learning rate
     assert uplink.joint
 
 
@@ -129,7 +139,9 @@ def test_correlated_noise_is_one_charge_and_less_noise_in_the_sum_of_all_rounds(
     for one in (plan, fresh):
         total, state = torch.zeros(SIZE, dtype=torch.float64), {}
         for round in range(1, 21):
-            noised, state = one.noise.add(torch.zeros(SIZE, dtype=torch.float64), state, Key(1, round, "server"))
+            noised, state = one.noise.add(
+                torch.zeros(SIZE, dtype=torch.float64), state, Key(1, round, "server")
+            )
             total += noised.double()
         totals.append(float(total.std()))
     assert totals[0] < 0.6 * totals[1]
@@ -157,13 +169,31 @@ def test_fewer_values_need_less_epsilon_at_equal_bits():
     ("keys", "problem"),
     [
         ({"sum": "secure", "privacy": private("client", "central")}, 'set trust = "secure"'),
-        ({"privacy": private("sample", "central"), "uplink": [{"kind": "topk"}]}, "one example move"),
-        ({"privacy": private("sample", "central"), "uplink": [{"kind": "rotate"}]}, "one example move"),
+        (
+            {"privacy": private("sample", "central"), "uplink": [{"kind": "topk"}]},
+            "one example move",
+        ),
+        (
+            {"privacy": private("sample", "central"), "uplink": [{"kind": "rotate"}]},
+            "one example move",
+        ),
         ({"privacy": private("sample", "secure"), "epochs": 2}, "one step together"),
-        ({"privacy": private("client", "secure"), "uplink": [{"kind": "rotate"}]}, "end the list with"),
-        ({"sum": "secure", "uplink": [{"kind": "topk"}]}, "cannot decode a sum of 'topk'; use 'randomk'"),
+        (
+            {"privacy": private("client", "secure"), "uplink": [{"kind": "rotate"}]},
+            "end the list with",
+        ),
+        (
+            {"sum": "secure", "uplink": [{"kind": "topk"}]},
+            "cannot decode a sum of 'topk'; use 'randomk'",
+        ),
         ({"sum": "secure", "uplink": [{"kind": "discretize"}]}, "put 'clip' before it"),
-        ({"sum": "secure", "uplink": [{"kind": "clip", "clip_norm": 1}, {"kind": "discretize", "bits": 4}]}, "take 6"),
+        (
+            {
+                "sum": "secure",
+                "uplink": [{"kind": "clip", "clip_norm": 1}, {"kind": "discretize", "bits": 4}],
+            },
+            "take 6",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_with_the_cure(keys, problem):
@@ -208,7 +238,9 @@ def test_a_secure_sum_alone_has_all_that_it_needs():
 
 
 @pytest.mark.parametrize("privacy", [None, private("client", "secure", noise_multiplier=3.0)])
-@pytest.mark.parametrize("uplink", [[{"kind": "rotate"}], [{"kind": "discretize"}], [{"kind": "clip", "clip_norm": 1}]])
+@pytest.mark.parametrize(
+    "uplink", [[{"kind": "rotate"}], [{"kind": "discretize"}], [{"kind": "clip", "clip_norm": 1}]]
+)
 def test_the_line_that_an_error_says_to_paste_works(privacy, uplink):
     keys = {"sum": "secure"} | ({} if privacy is None else {"privacy": privacy})
     try:

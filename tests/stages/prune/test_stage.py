@@ -38,7 +38,9 @@ lr = 0.05
 """
 PRUNE = '[[stage]]\nkind = "prune"\nround_to = 2\ncalibration = 64\n'
 STEPS = "keep_params = 0.4\nsteps = 2\nfinetune = { epochs = 2, batch_size = 64, lr = 0.05 }\n"
-BARE = HEAD.replace("public_share = 0.2\n", "public_share = 0.0\n").replace("validation = 60\n", "validation = 0\n")
+BARE = HEAD.replace("public_share = 0.2\n", "public_share = 0.0\n").replace(
+    "validation = 60\n", "validation = 0\n"
+)
 MLP = 'architecture = "mlp"\narguments = { in_features = 64, hidden = [1600, 1600] }\n'
 CNN = 'architecture = "cnn"\narguments = { in_channels = 1, image_size = 8 }\n'
 MODEL = HEAD[HEAD.index("architecture") : HEAD.index("[[stage]]")]
@@ -89,7 +91,9 @@ def test_every_score_of_the_table_is_a_setting():
 
 @pytest.mark.parametrize("name", [name for name, row in SCORES.items() if row.needs == "losses"])
 def test_every_score_from_data_prunes_in_a_run(trained, tmp_path, name):
-    _, line = finish(HEAD + PRUNE + f'score = "{name}"\nkeep_params = 0.5\n', tmp_path / "run", reuse=trained)
+    _, line = finish(
+        HEAD + PRUNE + f'score = "{name}"\nkeep_params = 0.5\n', tmp_path / "run", reuse=trained
+    )
     assert line["kept_parameters"] == pytest.approx(0.5, abs=0.005)
     assert line["parity_error"] <= 1e-5
     assert line["restored_examples"] == 64
@@ -101,7 +105,10 @@ def test_every_score_from_data_prunes_in_a_run(trained, tmp_path, name):
     [
         ("keep_macs = 0.4\n", lambda dense, cut: cut["macs"] / dense["macs"]),
         ("max_bytes = 36000\n", lambda dense, cut: cut["file_bytes"] / 90_000),
-        ("keep_params = 0.4\nscore = 'taylor'\nstrategy = 'single-channel'\n", lambda _, cut: cut["kept_parameters"]),
+        (
+            "keep_params = 0.4\nscore = 'taylor'\nstrategy = 'single-channel'\n",
+            lambda _, cut: cut["kept_parameters"],
+        ),
         ("keep_params = 0.4\nscope = 'layer'\n", lambda _, cut: cut["kept_parameters"]),
     ],
 )
@@ -129,7 +136,8 @@ def test_latency_is_measured_until_a_cut_is_fast_enough(tmp_path):
 def test_what_cannot_be_that_fast_is_refused_with_the_fastest(tmp_path):
     text = WIDE + PRUNE + "min_keep = 0.9\nkeep_latency = 0.05\n"
     with pytest.raises(
-        RecipeError, match=r"keep_latency: got 0\.05, .*the fastest cut measured, .*% of the parameters, takes"
+        RecipeError,
+        match=r"keep_latency: got 0\.05, .*the fastest cut measured, .*% of the parameters, takes",
     ):
         finish(text, tmp_path / "run")
 
@@ -141,7 +149,9 @@ def test_sensitivity_is_recorded_layer_by_layer_and_decides_the_widths(trained, 
     points = [r["sensitivity"] for r in told(path) if "sensitivity" in r]
     plan = PruningPlan.model_validate_json((path / "stages" / "1-prune" / "plan.json").read_text())
     layers = [change.name for change in plan.layers]
-    assert [(p["layer"], p["density"]) for p in points] == [(n, d) for n in layers for d in (1.0, 0.75, 0.25)]
+    assert [(p["layer"], p["density"]) for p in points] == [
+        (n, d) for n in layers for d in (1.0, 0.75, 0.25)
+    ]
     assert all(0 <= p["accuracy"] <= 1 and p["loss"] > 0 for p in points)
     assert len({(p["loss"], p["accuracy"]) for p in points if p["density"] == 1}) == 1
     assert line["kept_parameters"] == pytest.approx(0.4, abs=0.005)
@@ -157,9 +167,13 @@ def test_several_cuts_go_down_by_equal_factors_and_train_between(trained, tmp_pa
         *([(1, 1), (1, 2)] if more else []), (1, None), (2, 1), (2, 2), (2, None)
     ]  # fmt: skip
     stage = path / "stages" / "1-prune"
-    plans = [PruningPlan.model_validate_json((stage / f"plan-{n}.json").read_text()) for n in (1, 2)]
+    plans = [
+        PruningPlan.model_validate_json((stage / f"plan-{n}.json").read_text()) for n in (1, 2)
+    ]
     assert plans[0].parameters_after == plans[1].parameters_before
-    assert plans[0].parameters_after / plans[0].parameters_before == pytest.approx(0.4**0.5, abs=0.006)
+    assert plans[0].parameters_after / plans[0].parameters_before == pytest.approx(
+        0.4**0.5, abs=0.006
+    )
     assert line["kept_parameters"] == pytest.approx(0.4, abs=0.006)
     assert cuts[1]["layers"][0]["before"] == plans[0].layers[0].before
     _, dense = load_model(path / "stages" / "0-train")
@@ -167,7 +181,9 @@ def test_several_cuts_go_down_by_equal_factors_and_train_between(trained, tmp_pa
         compress.remove_(dense, plan)
     _, model = load_model(stage)
     same = [torch.equal(a, b) for a, b in zip(dense.parameters(), model.parameters(), strict=True)]
-    assert all(same) if more else not any(same)  # rewound: the surviving weights are those of the beginning
+    assert (
+        all(same) if more else not any(same)
+    )  # rewound: the surviving weights are those of the beginning
 
 
 @pytest.mark.parametrize(
@@ -175,7 +191,11 @@ def test_several_cuts_go_down_by_equal_factors_and_train_between(trained, tmp_pa
     [
         (STEPS, 1),
         (STEPS + "rewind = true\n", 1),
-        (STEPS.replace("epochs = 2", "epochs = 1") + "scope = 'sensitivity'\ndensities = [0.5]\n", 7),
+        (
+            STEPS.replace("epochs = 2", "epochs = 1")
+            + "scope = 'sensitivity'\ndensities = [0.5]\n",
+            7,
+        ),
     ],
     ids=["finetune", "rewind", "sensitivity"],
 )
@@ -187,10 +207,17 @@ def test_a_killed_stage_goes_on_to_the_same_bits(trained, tmp_path, left, more, 
     for _ in range(40):
         try:
             before = len(told(killed)) if (killed / "records.jsonl").exists() else 0
-            for event in begun(text, killed, resume=killed.exists(), **({} if killed.exists() else {"reuse": trained})):
+            for event in begun(
+                text,
+                killed,
+                resume=killed.exists(),
+                **({} if killed.exists() else {"reuse": trained}),
+            ):
                 if isinstance(event, StageFinished):
                     continue
-                if len(told(killed)) >= max(before, 1) + gap:  # so many records more than at the last start: stop here
+                if (
+                    len(told(killed)) >= max(before, 1) + gap
+                ):  # so many records more than at the last start: stop here
                     raise Killed
             break
         except Killed:
@@ -205,15 +232,24 @@ def test_without_batch_norm_and_losses_no_public_examples_are_needed(tmp_path):
     (line,) = finish(text, tmp_path / "run")
     assert line["restored_examples"] == 0
     assert line["kept_parameters"] == pytest.approx(0.5, abs=0.01)
-    for needy in (text + 'score = "fisher"\n', text.replace(CNN, MODEL), text + 'scope = "sensitivity"\n'):
-        with pytest.raises(DataError, match=r"calibration: it needs public examples.*data\.public_share"):
+    for needy in (
+        text + 'score = "fisher"\n',
+        text.replace(CNN, MODEL),
+        text + 'scope = "sensitivity"\n',
+    ):
+        with pytest.raises(
+            DataError, match=r"calibration: it needs public examples.*data\.public_share"
+        ):
             checked(needy)
 
 
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"keep_params": 0.3, "keep_macs": 0.3}, "one target, but keep_params and keep_macs are given"),
+        (
+            {"keep_params": 0.3, "keep_macs": 0.3},
+            "one target, but keep_params and keep_macs are given",
+        ),
         ({"keep_macs": 0.0}, "greater than 0"),
         ({"max_bytes": 0}, "greater than or equal to 1"),
         ({"steps": 2}, "finetune"),
@@ -239,11 +275,27 @@ def test_the_target_is_a_share_of_the_parameters_unless_another_is_given():
 @pytest.mark.parametrize(
     ("text", "error", "says"),
     [
-        (HEAD + PRUNE + "max_bytes = 100\n", RecipeError, r"max_bytes: 100 cannot be reached, the smallest size"),
+        (
+            HEAD + PRUNE + "max_bytes = 100\n",
+            RecipeError,
+            r"max_bytes: 100 cannot be reached, the smallest size",
+        ),
         (HEAD + PRUNE + "keep_macs = 0.001\n", RecipeError, r"keep_macs: 0\.001 cannot be reached"),
-        (HEAD.replace(MODEL, CNN) + PRUNE + "score = 'bn_scale'\n", ModelError, "'bn_scale' needs a batch norm"),
-        (HEAD.replace(MODEL, CNN) + "bn_penalty = 0.1\n", TrainingError, "bn_penalty pulls at batch-norm scales"),
-        (HEAD + PRUNE + STEPS.replace("epochs = 2", "epochs = 2, image_sizes = [[99, 1]]"), TrainingError, "99 pixels"),
+        (
+            HEAD.replace(MODEL, CNN) + PRUNE + "score = 'bn_scale'\n",
+            ModelError,
+            "'bn_scale' needs a batch norm",
+        ),
+        (
+            HEAD.replace(MODEL, CNN) + "bn_penalty = 0.1\n",
+            TrainingError,
+            "bn_penalty pulls at batch-norm scales",
+        ),
+        (
+            HEAD + PRUNE + STEPS.replace("epochs = 2", "epochs = 2, image_sizes = [[99, 1]]"),
+            TrainingError,
+            "99 pixels",
+        ),
         (
             HEAD + PRUNE + "keep_macs = 0.5\n" + PRUNE + "name = 'again'\nkeep_macs = 0.8\n",
             RecipeError,
@@ -259,7 +311,9 @@ def test_what_cannot_work_is_found_before_the_run(text, error, says):
 def test_a_quantized_model_is_refused():
     recipe = recipes.load(HEAD, ())
     state = runs.start(recipe, runs.load_data(recipe))
-    rounded = state.spec.model_copy(update={"quantized": {"head": LayerGrids(weights=WeightGrid(kind="int", bits=8))}})
+    rounded = state.spec.model_copy(
+        update={"quantized": {"head": LayerGrids(weights=WeightGrid(kind="int", bits=8))}}
+    )
     with pytest.raises(RecipeError, match="quantized already; put this stage before"):
         prune().check(replace(state, spec=rounded))
 

@@ -25,7 +25,9 @@ def matmul(ids: Ids, shape: Shape, x: Value, y: Value) -> Axes:
         _read(ids, summed, x.axes[-1], column)
     elif left and not right:
         _read(ids, x.axes[-1], summed, row)
-    elif ids.target is aten.mv.default and x.zero and y.zero:  # a masked weight adds nothing to the sum
+    elif (
+        ids.target is aten.mv.default and x.zero and y.zero
+    ):  # a masked weight adds nothing to the sum
         ids.unite(x.axes[-1], summed)
     else:
         for axis in (x.axes[-1], summed):
@@ -66,7 +68,14 @@ def dot(ids: Ids, shape: Shape, x: Value, y: Value) -> Axes:
 
 @rule("bilinear")
 def bilinear(
-    ids: Ids, shape: Shape, x: Value, y: Value, weight: Value, bias: Value | None = None, *rest: Any, **options: Any
+    ids: Ids,
+    shape: Shape,
+    x: Value,
+    y: Value,
+    weight: Value,
+    bias: Value | None = None,
+    *rest: Any,
+    **options: Any,
 ) -> Axes:
     """`out[o] = x W[o] y`: reads two axes of the weight and writes the first."""
     out = weight.axes[0]
@@ -80,7 +89,15 @@ def bilinear(
 
 
 @rule("_grouped_mm", "transformers::grouped_mm_fallback")
-def grouped(ids: Ids, shape: Shape, x: Value, y: Value, offs: Value | None = None, *rest: Any, **options: Any) -> Axes:
+def grouped(
+    ids: Ids,
+    shape: Shape,
+    x: Value,
+    y: Value,
+    offs: Value | None = None,
+    *rest: Any,
+    **options: Any,
+) -> Axes:
     """Rows [n, in] by the weights [experts, in, out] of their expert: the experts' weights lose the same places.
 
     The kernel takes rows of whole 16 bytes, so that neighbours go together. Other forms (each expert with its own
@@ -123,7 +140,14 @@ def added(ids: Ids, shape: Shape, bias: Value, x: Value, y: Value, **options: An
 
 @rule("scaled_dot_product_attention.default")
 def attention(
-    ids: Ids, shape: Shape, q: Value, k: Value, v: Value, mask: Value | None = None, *rest: Any, **options: Any
+    ids: Ids,
+    shape: Shape,
+    q: Value,
+    k: Value,
+    v: Value,
+    mask: Value | None = None,
+    *rest: Any,
+    **options: Any,
 ) -> Axes:
     """[..., heads, length, width]: heads go, and what `v` carries; the width of `q` and `k` scales their product."""
     if q.shape[:-2] != k.shape[:-2] and len(q.shape) > 2:  # several heads of q share one of k and v
@@ -176,11 +200,17 @@ def einsum(ids: Ids, shape: Shape, equation: str, values: list[Value], **options
                 ids.freeze(axis, "one channel is spread over many")
                 continue
             if letter in known:
-                ids.unite(known[letter], axis) if known[letter] is not None or axis is not None else None
+                ids.unite(known[letter], axis) if known[
+                    letter
+                ] is not None or axis is not None else None
             known[letter] = axis if known.get(letter) is None else known[letter]
     every = "".join(terms)
     weights = _weights(*values)
-    read = set("".join(term for term, own in zip(terms, weights, strict=True) if own)) if not all(weights) else set()
+    read = (
+        set("".join(term for term, own in zip(terms, weights, strict=True) if own))
+        if not all(weights)
+        else set()
+    )
     for term, value, own in zip(terms, values, weights, strict=True):
         for letter, axis in zip(term, value.axes, strict=True):
             if letter not in out and letter not in read:
@@ -206,7 +236,9 @@ def letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
     left, arrow, out = equation.replace(" ", "").partition("->")
     written = left.split(",")
     free = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
-    longest = max((rank - len(t) + 3 for t, rank in zip(written, ranks, strict=True) if "..." in t), default=0)
+    longest = max(
+        (rank - len(t) + 3 for t, rank in zip(written, ranks, strict=True) if "..." in t), default=0
+    )
     stand_in = "".join(free[:longest])
     terms = []
     for term, rank in zip(written, ranks, strict=True):

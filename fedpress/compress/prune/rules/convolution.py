@@ -99,7 +99,9 @@ def _same_places(ids: Ids, axis: Axis, groups: int, first: Axis = None) -> None:
 
 
 def _multiply(ids: Ids, weight: Value, batch: Shape, space: Shape) -> None:
-    ids.multiply(prod((*batch, *space, *weight.shape[2:])), *sizes(weight.shape[:2], weight.axes[:2]))
+    ids.multiply(
+        prod((*batch, *space, *weight.shape[2:])), *sizes(weight.shape[:2], weight.axes[:2])
+    )
 
 
 def _written(ids: Ids, x: Value, at: int, out: Axis, bias: Value | None, shape: Shape) -> Axes:
@@ -159,7 +161,9 @@ def linear(ids: Ids, shape: Shape, x: Value, weight: Value, bias: Value | None =
 
 
 @rule("embedding.default")
-def embedding(ids: Ids, shape: Shape, weight: Value, indices: Value, *rest: Any, **options: Any) -> Axes:
+def embedding(
+    ids: Ids, shape: Shape, weight: Value, indices: Value, *rest: Any, **options: Any
+) -> Axes:
     """Writes axis 1 of the table; the words stay."""
     ids.freeze(weight.axes[0], "rows are looked up by number")
     ids.mark(weight.axes[1], "write")
@@ -168,7 +172,13 @@ def embedding(ids: Ids, shape: Shape, weight: Value, indices: Value, *rest: Any,
 
 @rule("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
 def embedding_bag(
-    ids: Ids, shape: Shape, weight: Value, indices: Value, offsets: Value | None = None, *rest: Any, **options: Any
+    ids: Ids,
+    shape: Shape,
+    weight: Value,
+    indices: Value,
+    offsets: Value | None = None,
+    *rest: Any,
+    **options: Any,
 ) -> list[Axes]:
     """Writes axis 1 of the table, summed or averaged over the words of a bag; the words stay.
 

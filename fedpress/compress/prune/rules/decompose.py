@@ -42,7 +42,9 @@ def parts_of(operation: Any, args: Sequence[Any], options: dict[str, Any]) -> to
 
     try:
         graph = make_fx(run, tracing_mode="real")(*tensors).graph
-    except Exception:  # whatever the decomposition raises: it needs values, say, or is not for these types
+    except (
+        Exception
+    ):  # whatever the decomposition raises: it needs values, say, or is not for these types
         return None
     itself = any(node.target is operation for node in graph.nodes)
     return None if itself else graph

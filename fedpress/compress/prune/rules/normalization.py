@@ -12,7 +12,9 @@ from fedpress.compress.prune.rules.table import Axes, Shape, rule
 
 
 @rule("batch_norm.default", "instance_norm.default")
-def batch_norm(ids: Ids, shape: Shape, x: Value, weight: Value | None, bias: Value | None, *rest: Any) -> Axes:
+def batch_norm(
+    ids: Ids, shape: Shape, x: Value, weight: Value | None, bias: Value | None, *rest: Any
+) -> Axes:
     """Each channel is normalised by its own numbers: parameters and statistics go with it.
 
     What else has channels is averaged over while it trains (weights that are standardised so, tokens): it stays.
@@ -30,7 +32,13 @@ def batch_norm(ids: Ids, shape: Shape, x: Value, weight: Value | None, bias: Val
 
 @rule("group_norm.default")
 def group_norm(
-    ids: Ids, shape: Shape, x: Value, groups: int, weight: Value | None = None, bias: Value | None = None, *rest: Any
+    ids: Ids,
+    shape: Shape,
+    x: Value,
+    groups: int,
+    weight: Value | None = None,
+    bias: Value | None = None,
+    *rest: Any,
 ) -> Axes:
     """Channels of one group share a mean and a variance: only whole groups can go without changing the others."""
     channels = x.axes[1]

@@ -52,11 +52,21 @@ def recurrent(
 
 
 @rule("lstm_cell.default", "gru_cell.default", "rnn_tanh_cell.default", "rnn_relu_cell.default")
-def cell(ids: Ids, shape: Shape, x: Value, start: Any, w_ih: Value, w_hh: Value, *biases: Any) -> Axes | list[Axes]:
+def cell(
+    ids: Ids, shape: Shape, x: Value, start: Any, w_ih: Value, w_hh: Value, *biases: Any
+) -> Axes | list[Axes]:
     """One step; an LSTM gives two states."""
     hidden = w_hh.axes[1]
     assert hidden is not None, "parameters have ids"
-    _cell(ids, int(np.prod(x.shape[:-1])), x.axes[-1], hidden, w_ih, w_hh, [b for b in biases if b is not None])
+    _cell(
+        ids,
+        int(np.prod(x.shape[:-1])),
+        x.axes[-1],
+        hidden,
+        w_ih,
+        w_hh,
+        [b for b in biases if b is not None],
+    )
     states = list(start) if isinstance(start, list | tuple) else [start]
     for state in states:
         ids.unite(state.axes[-1], hidden)
@@ -64,7 +74,15 @@ def cell(ids: Ids, shape: Shape, x: Value, start: Any, w_ih: Value, w_hh: Value,
     return [axes, axes] if len(states) > 1 else axes
 
 
-def _cell(ids: Ids, steps: int, source: Any, hidden: Any, w_ih: Value, w_hh: Value, biases: Sequence[Value]) -> None:
+def _cell(
+    ids: Ids,
+    steps: int,
+    source: Any,
+    hidden: Any,
+    w_ih: Value,
+    w_hh: Value,
+    biases: Sequence[Value],
+) -> None:
     gates = w_hh.shape[0] // w_hh.shape[1]
     ids.unite(w_ih.axes[1], source)
     ids.unite(w_hh.axes[1], hidden)

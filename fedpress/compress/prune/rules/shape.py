@@ -17,8 +17,14 @@ from fedpress.compress.prune.rules.table import Axes, Shape, elementwise, named,
 def concatenate(ids: Ids, shape: Shape, values: Sequence[Value], dim: int = 0) -> Axes:
     """Ids stand one after the other along `dim` and are tied along the other axes."""
     dim %= len(shape)
-    values = [v for v in values if v.shape != (0,) or len(shape) == 1]  # the empty beginning of a list: torch skips it
-    axes = list(elementwise(ids, tuple(-1 if i == dim else n for i, n in enumerate(shape)), *_without(values, dim)))
+    values = [
+        v for v in values if v.shape != (0,) or len(shape) == 1
+    ]  # the empty beginning of a list: torch skips it
+    axes = list(
+        elementwise(
+            ids, tuple(-1 if i == dim else n for i, n in enumerate(shape)), *_without(values, dim)
+        )
+    )
     parts = [v.axes[dim] for v in values]
     if any(part is not None for part in parts):
         axes[dim] = np.concatenate([_solid(ids, v, dim) for v in values])
@@ -57,7 +63,13 @@ def pad(ids: Ids, shape: Shape, x: Value, widths: Sequence[int], *rest: Any) -> 
 
 @rule("slice.Tensor")
 def take_slice(
-    ids: Ids, shape: Shape, x: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+    ids: Ids,
+    shape: Shape,
+    x: Value,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
 ) -> Axes:
     """A run of channels: where it begins and ends is put right. Every n-th channel: n neighbours go together."""
     if shape == x.shape:
@@ -165,14 +177,19 @@ def pick(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
 
 
 @rule("select_scatter", "slice_scatter")
-def written_part(ids: Ids, shape: Shape, x: Value, source: Value, dim: int = 0, *rest: Any, **options: Any) -> Axes:
+def written_part(
+    ids: Ids, shape: Shape, x: Value, source: Value, dim: int = 0, *rest: Any, **options: Any
+) -> Axes:
     """Puts `source` in the place of one index, or of a run of them, along an axis that must stay."""
     dim %= len(shape)
     ids.freeze(x.axes[dim], "channels are taken by number")
     left = Value((*shape[:dim], *shape[dim + 1 :]), (*x.axes[:dim], *x.axes[dim + 1 :]))
     if len(source.shape) == len(shape):
         ids.freeze(source.axes[dim], "channels are taken by number")
-        source = Value((*source.shape[:dim], *source.shape[dim + 1 :]), (*source.axes[:dim], *source.axes[dim + 1 :]))
+        source = Value(
+            (*source.shape[:dim], *source.shape[dim + 1 :]),
+            (*source.axes[:dim], *source.axes[dim + 1 :]),
+        )
     axes = elementwise(ids, left.shape, left, source)
     return (*axes[:dim], None, *axes[dim:])
 
@@ -216,14 +233,20 @@ def split_evenly(ids: Ids, shape: Shape, x: Value, parts: int, dim: int = 0) -> 
 def chunk(ids: Ids, shape: Shape, x: Value, *args: int) -> Axes | list[Axes]:
     """Equal parts stay equal when the same place goes in every part; unequal ones stay whole."""
     glu = "glu" in ids.operation
-    chunks, dim = (2, args[0] if args else -1) if glu else (args[0], args[1] if len(args) > 1 else 0)
+    chunks, dim = (
+        (2, args[0] if args else -1) if glu else (args[0], args[1] if len(args) > 1 else 0)
+    )
     dim %= len(x.shape)
     axis, size = x.axes[dim], -(-x.shape[dim] // chunks)
     if axis is not None and x.shape[dim] % chunks:
         ids.freeze(axis, "channels are cut into unequal parts")
     elif axis is not None:
         ids.unite(axis, np.tile(axis[:size], chunks))
-    parts = _split(x, dim, [size] * (x.shape[dim] // size) + ([x.shape[dim] % size] if x.shape[dim] % size else []))
+    parts = _split(
+        x,
+        dim,
+        [size] * (x.shape[dim] // size) + ([x.shape[dim] % size] if x.shape[dim] % size else []),
+    )
     return parts[0] if glu else parts
 
 
@@ -305,11 +328,15 @@ def repeat(ids: Ids, shape: Shape, x: Value, times: Sequence[int]) -> Axes:
     """Copies stand one after the other; a channel goes with its copies."""
     new = len(shape) - len(x.shape)
     old = (None,) * new + x.axes
-    return tuple(None if axis is None else np.tile(axis, n) for axis, n in zip(old, times, strict=True))
+    return tuple(
+        None if axis is None else np.tile(axis, n) for axis, n in zip(old, times, strict=True)
+    )
 
 
 @rule("repeat_interleave.self_int")
-def interleave(ids: Ids, shape: Shape, x: Value, times: int, dim: int | None = None, **options: Any) -> Axes:
+def interleave(
+    ids: Ids, shape: Shape, x: Value, times: int, dim: int | None = None, **options: Any
+) -> Axes:
     """Copies stand beside each other; a channel goes with its copies."""
     if dim is None:
         for axis in x.axes:
@@ -343,7 +370,15 @@ def shuffle_channels(ids: Ids, shape: Shape, x: Value, groups: int) -> Axes:
     return (x.axes[0], table.T.reshape(-1), *x.axes[2:])
 
 
-@rule("view.default", "reshape.default", "_unsafe_view.default", "flatten", "unflatten.int", "squeeze", "unsqueeze")
+@rule(
+    "view.default",
+    "reshape.default",
+    "_unsafe_view.default",
+    "flatten",
+    "unflatten.int",
+    "squeeze",
+    "unsqueeze",
+)
 @rule("view_as", "reshape_as", "ravel")
 def reshape(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
     """Of an axis that is cut into several, and of several that become one, one loses whole slices."""
@@ -358,7 +393,9 @@ def reshape(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axe
         for parts in atoms:
             axis, elements = _join(ids, parts)
             axes.append(axis)
-            sized.append(None if axis is None or elements is None else (elements, len(axis) != len(elements)))
+            sized.append(
+                None if axis is None or elements is None else (elements, len(axis) != len(elements))
+            )
     for like in (a for a in args if isinstance(a, Value)):  # `view_as`
         for axis, other in zip(axes, like.axes, strict=True):
             _tie(ids, axis, other)
@@ -387,10 +424,14 @@ def pairs_of_numbers(ids: Ids, shape: Shape, x: Value) -> Axes:
     return x.axes[: len(shape)]
 
 
-@rule("zeros", "ones", "full", "empty.memory_format", "new_zeros", "new_ones", "new_full", "new_empty")
+@rule(
+    "zeros", "ones", "full", "empty.memory_format", "new_zeros", "new_ones", "new_full", "new_empty"
+)
 def uniform(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
     """Makes a tensor whose sizes the code says; they are put right."""
-    axes: list[Axis] = [ids.fresh(size) if ids.call is not None and size > 1 else None for size in shape]
+    axes: list[Axis] = [
+        ids.fresh(size) if ids.call is not None and size > 1 else None for size in shape
+    ]
     for i, axis in enumerate(axes):
         ids.number(i, axis)
     return tuple(axes)
@@ -423,7 +464,10 @@ def _without(values: Sequence[Value], dim: int) -> list[Value]:
 
 def _split(x: Value, dim: int, sizes: Sequence[int]) -> list[Axes]:
     axis, ends = x.axes[dim], np.cumsum(sizes)
-    parts = [None if axis is None else axis[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    parts = [
+        None if axis is None else axis[end - size : end]
+        for size, end in zip(sizes, ends, strict=True)
+    ]
     return [(*x.axes[:dim], part, *x.axes[dim + 1 :]) for part in parts]
 
 

@@ -36,7 +36,9 @@ def pooling(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axe
     for value in meeting:
         for axis in value.axes[-space:]:
             ids.freeze(axis, "pooling runs over channels")
-    lead = elementwise(ids, x.shape[:-space], *(Value(v.shape[:-space], v.axes[:-space]) for v in meeting))
+    lead = elementwise(
+        ids, x.shape[:-space], *(Value(v.shape[:-space], v.axes[:-space]) for v in meeting)
+    )
     return lead
 
 
@@ -45,7 +47,9 @@ def grid_sampler(ids: Ids, shape: Shape, x: Value, grid: Value, *rest: Any, **op
     """Looks [n, channels, space] up at the places [n, new space, 2 or 3]."""
     for axis in (*x.axes[2:], *grid.axes[1:]):
         ids.freeze(axis, "places in space")
-    batch = elementwise(ids, shape[:1], Value(x.shape[:1], x.axes[:1]), Value(grid.shape[:1], grid.axes[:1]))
+    batch = elementwise(
+        ids, shape[:1], Value(x.shape[:1], x.axes[:1]), Value(grid.shape[:1], grid.axes[:1])
+    )
     return (*batch, x.axes[1], *[None] * (len(shape) - 2))
 
 
@@ -58,7 +62,9 @@ def affine_grid(ids: Ids, shape: Shape, theta: Value, *rest: Any, **options: Any
 
 
 @rule("im2col")
-def im2col(ids: Ids, shape: Shape, x: Value, kernel: Sequence[int], *rest: Any, **options: Any) -> Axes:
+def im2col(
+    ids: Ids, shape: Shape, x: Value, kernel: Sequence[int], *rest: Any, **options: Any
+) -> Axes:
     """[n, channels, h, w] -> [n, channels * kernel, places]: a channel is a whole block of rows."""
     for axis in x.axes[-2:]:
         ids.freeze(axis, "kernel or image size")
@@ -69,7 +75,13 @@ def im2col(ids: Ids, shape: Shape, x: Value, kernel: Sequence[int], *rest: Any, 
 
 @rule("col2im")
 def col2im(
-    ids: Ids, shape: Shape, x: Value, size: Sequence[int], kernel: Sequence[int], *rest: Any, **options: Any
+    ids: Ids,
+    shape: Shape,
+    x: Value,
+    size: Sequence[int],
+    kernel: Sequence[int],
+    *rest: Any,
+    **options: Any,
 ) -> Axes:
     """[n, channels * kernel, places] -> [n, channels, h, w]: the rows of a block go together."""
     ids.freeze(x.axes[-1], "kernel or image size")
@@ -92,7 +104,9 @@ def windows(ids: Ids, shape: Shape, x: Value, dim: int, size: int, step: int) ->
 
 
 @rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
-def fourier(ids: Ids, shape: Shape, x: Value, dims: Sequence[int], *rest: Any, **options: Any) -> Axes:
+def fourier(
+    ids: Ids, shape: Shape, x: Value, dims: Sequence[int], *rest: Any, **options: Any
+) -> Axes:
     """Frequencies along some axes take values from all over them; the other axes pass."""
     mixed = {d % len(x.shape) for d in dims}
     for d in mixed:

@@ -14,21 +14,72 @@ MEANS = ("mean", "var", "std", "var_mean", "std_mean")
 """Statistics that norms are written with."""
 
 
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp")
-@rule("roll", "argsort", "sort", "msort", "topk", "kthvalue", "argmax", "argmin", "max", "min", "aminmax")
-@rule("mean", "sum", "prod", "var", "std", "amax", "amin", "linalg_vector_norm", "norm", "var_mean", "std_mean")
-@rule("logsumexp", "median.dim", "nanmedian.dim", "mode", "any", "all", "nansum", "count_nonzero", "tril", "triu")
+@rule(
+    "softmax",
+    "log_softmax",
+    "_softmax",
+    "_log_softmax",
+    "cumsum",
+    "cumprod",
+    "cummax",
+    "cummin",
+    "logcumsumexp",
+)
+@rule(
+    "roll",
+    "argsort",
+    "sort",
+    "msort",
+    "topk",
+    "kthvalue",
+    "argmax",
+    "argmin",
+    "max",
+    "min",
+    "aminmax",
+)
+@rule(
+    "mean",
+    "sum",
+    "prod",
+    "var",
+    "std",
+    "amax",
+    "amin",
+    "linalg_vector_norm",
+    "norm",
+    "var_mean",
+    "std_mean",
+)
+@rule(
+    "logsumexp",
+    "median.dim",
+    "nanmedian.dim",
+    "mode",
+    "any",
+    "all",
+    "nansum",
+    "count_nonzero",
+    "tril",
+    "triu",
+)
 def along(ids: Ids, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
     """Values are mixed, counted or moved along some axes, of which no channel may go; a sum or norm of zeros may."""
     rank, name = len(x.shape), ids.operation.split(".")[1]
     dims = _dims(ids, x, rest, options)
-    if name in MEANS and len(shape) == rank and not x.weights:  # it keeps its axis: a norm written by hand
+    if (
+        name in MEANS and len(shape) == rank and not x.weights
+    ):  # it keeps its axis: a norm written by hand
         kind = "grn" if x.pooled else "layer_norm"
         if any(ids.pass_norm(kind, x.axes[d]) for d in dims):
             return tuple(None if d in dims else axis for d, axis in enumerate(x.axes))
-    one = len(shape) < rank or any(argument.name == "keepdim" for argument in ids.target._schema.arguments)
+    one = len(shape) < rank or any(
+        argument.name == "keepdim" for argument in ids.target._schema.arguments
+    )
     for d in dims if ids.read and not (x.zero and name in OF_ZEROS) else ():
-        ids.freeze(x.axes[d], "a statistic over channels" if one else "values are mixed across channels")
+        ids.freeze(
+            x.axes[d], "a statistic over channels" if one else "values are mixed across channels"
+        )
     kept = tuple(None if d in dims else axis for d, axis in enumerate(x.axes))
     if len(shape) < rank:
         kept = tuple(axis for d, axis in enumerate(kept) if d not in dims)
@@ -46,7 +97,9 @@ def _dims(ids: Ids, x: Value, rest: Any, options: Any) -> set[int]:
     dims = given.get("dim", given.get("dims"))
     if dims is None or dims == []:
         return set(range(rank))
-    return {d % rank for d in (dims if isinstance(dims, list | tuple) else [dims])} if rank else set()
+    return (
+        {d % rank for d in (dims if isinstance(dims, list | tuple) else [dims])} if rank else set()
+    )
 
 
 @rule("quantile", "nanquantile")
@@ -67,7 +120,9 @@ def pairs(ids: Ids, shape: Shape, x: Value, y: Value, *rest: Any, **options: Any
         at = dim - rank + len(value.shape)
         if at >= 0:
             ids.freeze(value.axes[at], "a statistic over channels")
-    wide = tuple(max(sizes) for sizes in zip(*(_to_rank(v.shape, rank) for v in (x, y)), strict=True))
+    wide = tuple(
+        max(sizes) for sizes in zip(*(_to_rank(v.shape, rank) for v in (x, y)), strict=True)
+    )
     axes = elementwise(ids, wide, x, y)
     return axes if len(shape) == rank else (*axes[:dim], *axes[dim + 1 :])
 
@@ -85,9 +140,29 @@ def distances(ids: Ids, shape: Shape, x: Value, y: Value, *rest: Any, **options:
     return (*lead, x.axes[-2], y.axes[-2])
 
 
-@rule("linalg_inv_ex", "linalg_cholesky_ex", "linalg_qr", "linalg_matrix_exp", "linalg_eigh", "linalg_eig")
-@rule("linalg_solve_triangular", "_linalg_svd", "_linalg_det", "_linalg_slogdet", "_linalg_solve_ex", "_linalg_eigh")
-@rule("linalg_lu_factor_ex", "linalg_ldl_factor_ex", "linalg_lstsq", "linalg_pinv.atol_rtol_tensor", "linalg_lu")
+@rule(
+    "linalg_inv_ex",
+    "linalg_cholesky_ex",
+    "linalg_qr",
+    "linalg_matrix_exp",
+    "linalg_eigh",
+    "linalg_eig",
+)
+@rule(
+    "linalg_solve_triangular",
+    "_linalg_svd",
+    "_linalg_det",
+    "_linalg_slogdet",
+    "_linalg_solve_ex",
+    "_linalg_eigh",
+)
+@rule(
+    "linalg_lu_factor_ex",
+    "linalg_ldl_factor_ex",
+    "linalg_lstsq",
+    "linalg_pinv.atol_rtol_tensor",
+    "linalg_lu",
+)
 @rule("cholesky_inverse", "cholesky_solve", "linalg_householder_product", "geqrf", "cholesky")
 def matrices(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
     """Linear algebra on the last two axes, which stay whole; the axes before them are a batch."""
@@ -105,7 +180,9 @@ def matrices(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
 def flip(ids: Ids, shape: Shape, x: Value, dims: Sequence[int]) -> Axes:
     """Channels stand the other way round, also those that are left."""
     turned = {d % len(x.shape) for d in dims}
-    return tuple(axis if axis is None or d not in turned else axis[::-1] for d, axis in enumerate(x.axes))
+    return tuple(
+        axis if axis is None or d not in turned else axis[::-1] for d, axis in enumerate(x.axes)
+    )
 
 
 @rule("histc", "histogram.bin_ct", "bincount", "put", "take", "as_strided", "_pdist_forward")

@@ -73,9 +73,43 @@ def named(ids: Ids, args: Sequence[Any], options: Mapping[str, Any]) -> dict[str
     return given
 
 
-@rule("relu", "relu_", "relu6", "relu6_", "hardswish", "hardswish_", "selu", "selu_", "dropout", "dropout_")
-@rule("feature_dropout", "alpha_dropout", "contiguous", "clone", "alias", "detach", "to.dtype", "to.device", "to.other")
-@rule("div", "div_", "add", "add_", "sub", "sub_", "mul", "mul_", "type_as", "_to_copy", "lift_fresh_copy", "celu")
+@rule(
+    "relu",
+    "relu_",
+    "relu6",
+    "relu6_",
+    "hardswish",
+    "hardswish_",
+    "selu",
+    "selu_",
+    "dropout",
+    "dropout_",
+)
+@rule(
+    "feature_dropout",
+    "alpha_dropout",
+    "contiguous",
+    "clone",
+    "alias",
+    "detach",
+    "to.dtype",
+    "to.device",
+    "to.other",
+)
+@rule(
+    "div",
+    "div_",
+    "add",
+    "add_",
+    "sub",
+    "sub_",
+    "mul",
+    "mul_",
+    "type_as",
+    "_to_copy",
+    "lift_fresh_copy",
+    "celu",
+)
 @rule(
     "copy",
     "copy_",
@@ -89,16 +123,47 @@ def named(ids: Ids, args: Sequence[Any], options: Mapping[str, Any]) -> dict[str
     "ones_like",
     "full_like",
 )
-@rule("empty_like", "exponential_", "normal_", "uniform_", "bernoulli_", "log_sigmoid", "threshold", "threshold_")
-@rule("_conj", "resolve_conj", "resolve_neg", "complex", "polar", "bucketize.Tensor", "rrelu", "rrelu_", "detach_")
-@rule("rand_like", "randn_like", "logical_and", "logical_or", "logical_not", "positive", "square", "square_", "where")
+@rule(
+    "empty_like",
+    "exponential_",
+    "normal_",
+    "uniform_",
+    "bernoulli_",
+    "log_sigmoid",
+    "threshold",
+    "threshold_",
+)
+@rule(
+    "_conj",
+    "resolve_conj",
+    "resolve_neg",
+    "complex",
+    "polar",
+    "bucketize.Tensor",
+    "rrelu",
+    "rrelu_",
+    "detach_",
+)
+@rule(
+    "rand_like",
+    "randn_like",
+    "logical_and",
+    "logical_or",
+    "logical_not",
+    "positive",
+    "square",
+    "square_",
+    "where",
+)
 def elementwise(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
     """Index by index, with broadcasting: axes that meet are one; an axis of size 1 is spread over the other."""
     axes: list[Axis] = [None] * len(shape)
     for i, size in enumerate(shape):
         meeting = []
         values = [a for a in (*args, *options.values()) if isinstance(a, Value)]
-        for value in sorted(values, key=lambda v: (v.shape != shape, not v.trained)):  # the ids are those of the weight
+        for value in sorted(
+            values, key=lambda v: (v.shape != shape, not v.trained)
+        ):  # the ids are those of the weight
             j = i - len(shape) + len(value.shape)
             if j < 0:
                 continue
@@ -114,7 +179,18 @@ def elementwise(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
     return tuple(axes)
 
 
-_SAME_VALUES = ("detach", "alias", "clone", "contiguous", "view", "reshape", "flatten", "transpose", "t", "permute")
+_SAME_VALUES = (
+    "detach",
+    "alias",
+    "clone",
+    "contiguous",
+    "view",
+    "reshape",
+    "flatten",
+    "transpose",
+    "t",
+    "permute",
+)
 _SOME_VALUES = ("expand", "select", "unbind", "index", "index_select", "to", "_to_copy")
 ZERO_STAYS = frozenset(("abs", "square", "pow", "mul", "mv", *_SAME_VALUES, *_SOME_VALUES))
 """Operations that give zero where their first input is zero: what norms of weights are computed with."""

@@ -16,7 +16,12 @@ BY_NUMBER = "channels are written by number"
 
 @rule("index_put", "index_put_")
 def index_put(
-    ids: Ids, shape: Shape, x: Value, indices: Sequence[Value | None], source: Value, accumulate: bool = False
+    ids: Ids,
+    shape: Shape,
+    x: Value,
+    indices: Sequence[Value | None],
+    source: Value,
+    accumulate: bool = False,
 ) -> Axes:
     """`x[:, index] = source`: place index[j] of `x` and channel j of `source` are one, and the indices follow.
 
@@ -32,7 +37,11 @@ def index_put(
     places = None
     if len(named) == 1 and len(named[0][2].shape) == 1:
         places = _line(named[0][2])
-    part = _looked_up(ids, x, named, source) if places is None else _placed(ids, 0, x, named[0][0], places)
+    part = (
+        _looked_up(ids, x, named, source)
+        if places is None
+        else _placed(ids, 0, x, named[0][0], places)
+    )
     elementwise(ids, part.shape, part, source)
     return x.axes
 
@@ -44,7 +53,9 @@ def _looked_up(ids: Ids, x: Value, named: Sequence[tuple[int, int, Value]], sour
         ids.freeze(x.axes[d], BY_NUMBER)
     rank = max(1 if index.boolean else len(index.shape) for _, _, index in named)
     together = taken == set(range(min(taken), max(taken) + 1))
-    first = min(taken) if together else 0  # torch puts the new axes first where others stand between
+    first = (
+        min(taken) if together else 0
+    )  # torch puts the new axes first where others stand between
     others = [d for d in range(len(x.shape)) if d not in taken]
     before, after = [d for d in others if d < first], [d for d in others if d >= first]
     end = len(source.shape) - len(after)
@@ -56,9 +67,18 @@ def _looked_up(ids: Ids, x: Value, named: Sequence[tuple[int, int, Value]], sour
 
 
 @rule(
-    "index_copy", "index_copy_", "index_add", "index_add_", "index_reduce", "index_reduce_", "index_fill", "index_fill_"
+    "index_copy",
+    "index_copy_",
+    "index_add",
+    "index_add_",
+    "index_reduce",
+    "index_reduce_",
+    "index_fill",
+    "index_fill_",
 )
-def index_copy(ids: Ids, shape: Shape, x: Value, dim: int, index: Value, source: Any, *rest: Any, **how: Any) -> Axes:
+def index_copy(
+    ids: Ids, shape: Shape, x: Value, dim: int, index: Value, source: Any, *rest: Any, **how: Any
+) -> Axes:
     """Slice j of `source` along `dim` goes to place index[j] of `x`: they are one, and the indices follow."""
     dim %= max(len(x.shape), 1)
     places = _line(index)
@@ -75,7 +95,14 @@ def index_copy(ids: Ids, shape: Shape, x: Value, dim: int, index: Value, source:
 
 @rule("scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_")
 def scatter(
-    ids: Ids, shape: Shape, x: Value, dim: int, index: Value, source: Any = None, *rest: Any, **how: Any
+    ids: Ids,
+    shape: Shape,
+    x: Value,
+    dim: int,
+    index: Value,
+    source: Any = None,
+    *rest: Any,
+    **how: Any,
 ) -> Axes:
     """`source` at [i, j] goes to [i, index[i, j]]: the two are one channel where the index is the same for every i.
 
@@ -96,7 +123,9 @@ def scatter(
         for value in (x, *parts):
             ids.freeze(value.axes[dim], BY_NUMBER)
         part = Value(_with(x.shape, dim, index.shape[dim]), _with(x.axes, dim, None))
-    plain = Value(index.shape, _with(index.axes, dim, part.axes[dim]))  # its own places are exchanged, not cut
+    plain = Value(
+        index.shape, _with(index.axes, dim, part.axes[dim])
+    )  # its own places are exchanged, not cut
     elementwise(ids, part.shape, part, plain, *([] if source is None else [source]))
     return x.axes
 
