@@ -24,7 +24,7 @@ from fedpress import compress, data
 from fedpress.core.random import derive, generator
 from fedpress.data import FederatedData
 from fedpress.pipeline.recipe.settings import load
-from fedpress.training.fit import evaluate
+from fedpress.training.evaluate import evaluate
 
 RECIPE = """
 [data]

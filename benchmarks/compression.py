@@ -37,7 +37,9 @@ from fedpress.core.examples import Arrays
 from fedpress.data import FederatedData
 from fedpress.models import ModelSpec, load_model, save_model, what_pruning_changed
 from fedpress.pipeline import commands
-from fedpress.training.fit import EpochRecord, Fit, Objective, TrainSettings, evaluate
+from fedpress.training.evaluate import evaluate
+from fedpress.training.fit import EpochRecord, Fit, Objective
+from fedpress.training.settings import TrainSettings
 
 CALIBRATION, BATCH = 2048, 256
 

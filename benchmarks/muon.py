@@ -16,8 +16,9 @@ from pruned_resnet import network
 from torch import nn
 
 from fedpress.models.resnet import resnet18
-from fedpress.training.fit import Fit, TrainSettings
+from fedpress.training.fit import Fit
 from fedpress.training.optimizers import Muon
+from fedpress.training.settings import TrainSettings
 
 
 def main() -> None:

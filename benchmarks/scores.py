@@ -28,7 +28,10 @@ from fedpress.core.random import derive, generator
 from fedpress.data import FederatedData
 from fedpress.models.resnet import resnet_small
 from fedpress.pipeline.recipe.settings import load
-from fedpress.training.fit import Augment, Fit, TrainSettings, evaluate
+from fedpress.training.augment import Augment
+from fedpress.training.evaluate import evaluate
+from fedpress.training.fit import Fit
+from fedpress.training.settings import TrainSettings
 
 RECIPE = """
 [data]

@@ -24,7 +24,9 @@ from torch import Tensor
 
 from fedpress.core.examples import Arrays, Preprocess
 from fedpress.models.resnet import resnet18
-from fedpress.training.fit import Fit, TrainSettings, uses_bf16
+from fedpress.training.device import uses_bf16
+from fedpress.training.fit import Fit
+from fedpress.training.settings import TrainSettings
 
 Row = dict[str, str | float | int]
 WARM = (

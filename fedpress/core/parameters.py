@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -58,3 +59,16 @@ def assign_(model: nn.Module, vector: Tensor) -> None:
         for p in params:
             p.copy_(vector[at : at + p.numel()].view(p.shape))
             at += p.numel()
+
+
+def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Returns the tensors whose names begin with `prefix`, by what follows it.
+
+    >>> part_of({"model/bias": torch.zeros(1), "mask/bias": torch.ones(1)}, "mask/")
+    {'bias': tensor([1.])}
+    """
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }

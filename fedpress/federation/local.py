@@ -16,6 +16,7 @@ from fedpress.core import parameters, random
 from fedpress.core.examples import Arrays
 from fedpress.core.parameters import trainable
 from fedpress.errors import DivergedError, RecipeError, TrainingError
+from fedpress.nn.batch_norm import ONE_VALUE, averages_batches
 from fedpress.nn.quantized import step_sizes
 from fedpress.privacy.noise.mechanism import poisson_batches
 from fedpress.privacy.per_example.gradients import (
@@ -26,15 +27,8 @@ from fedpress.privacy.per_example.gradients import (
 )
 from fedpress.privacy.per_example.sgd import private_steps
 from fedpress.privacy.plan import PrivacyPlan
-from fedpress.training.fit import (
-    ONE_VALUE,
-    Precision,
-    autocast,
-    averages_batches,
-    memory_format,
-    outputs,
-    uses_bf16,
-)
+from fedpress.training.device import Precision, autocast, memory_format, uses_bf16
+from fedpress.training.evaluate import outputs
 from fedpress.wire.message import JSON
 
 Prepare: TypeAlias = "Callable[[Tensor, torch.Generator], Tensor]"

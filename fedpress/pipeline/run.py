@@ -36,7 +36,8 @@ from fedpress.stages import Stage
 from fedpress.stages.measure import MeasureStage
 from fedpress.stages.teaching import FROM_THE_RUN, saved_teacher
 from fedpress.tasks.judged import JUDGED, judged
-from fedpress.training.fit import evaluate, place_
+from fedpress.training.device import place_
+from fedpress.training.evaluate import evaluate
 from fedpress.workspace import started
 from fedpress.workspace.folder import CURES, Done, RunFolder, StageFolder, list_json, read_json
 from fedpress.workspace.state import Event, Loader, StageFinished, StageStarted, State, Tick

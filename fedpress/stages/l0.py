@@ -43,8 +43,10 @@ from fedpress.models import what_pruning_changed
 from fedpress.nn.resize import copied
 from fedpress.stages.prune.settings import of_what
 from fedpress.stages.public import calibration
-from fedpress.training import fit as training
-from fedpress.training.fit import Fit, Step, TrainSettings
+from fedpress.training.checks import check_training
+from fedpress.training.device import place_
+from fedpress.training.fit import EpochRecord, Fit, Step
+from fedpress.training.settings import TrainSettings
 from fedpress.workspace.folder import StageFolder, write_json
 from fedpress.workspace.state import Name, State, Tick
 
@@ -120,7 +122,7 @@ class L0Stage(TrainSettings):
             DataError: if there are no public examples for the batch-norm statistics.
         """
         ignored(state.model, self.ignore, "l0.ignore")
-        training.check(
+        check_training(
             state.model, self, state.data.public, state.data.validation, state.data.preprocess
         )
         if state.spec.quantized:
@@ -149,11 +151,11 @@ class L0Stage(TrainSettings):
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Trains weights and gates; yields a tick for every step, saves after every epoch."""
         seed = derive(state.seed, "stage", folder.index)
-        training.place_(state.model)
+        place_(state.model)
         weights = within = graph = None
         if self.unit == "channels":
             graph = _trace(state.model.to("cpu"), state, self.ignore)
-            training.place_(state.model)
+            place_(state.model)
             gates = channel_gates(state.model, graph, generator=generator(seed, "gates"))
         else:
             weights, within = self.weights(state.model, state)
@@ -299,7 +301,7 @@ class _Work:
         self.controller: Controller | None = None
         self.pull = 0.0
 
-    def events(self) -> Iterator[Step | training.EpochRecord]:
+    def events(self) -> Iterator[Step | EpochRecord]:
         """Yields what the training does; the gates step where it does."""
         data = self.data
         with self.gates.on(self.fit.model):

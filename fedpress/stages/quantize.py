@@ -25,7 +25,7 @@ from fedpress.nn.quantized import (
 from fedpress.nn.resize import copied
 from fedpress.stages.public import calibration
 from fedpress.stages.teaching import TaughtSettings, train_
-from fedpress.training import fit as training
+from fedpress.training.checks import check_training
 from fedpress.workspace.folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
 
@@ -126,7 +126,7 @@ class QuantizeStage(TaughtSettings):
         """
         ignored(state.model, self.ignore, "quantize.ignore")
         if self.epochs:
-            training.check(
+            check_training(
                 state.model, self, state.data.public, state.data.validation, state.data.preprocess
             )
             self.objective(state, 0)

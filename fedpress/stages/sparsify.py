@@ -43,8 +43,11 @@ from fedpress.core.random import derive, generator
 from fedpress.errors import RecipeError, did_you_mean
 from fedpress.nn.resize import copied
 from fedpress.stages.public import calibration
-from fedpress.training import fit as training
-from fedpress.training.fit import Fit, Step, TrainSettings
+from fedpress.training.checks import check_training
+from fedpress.training.device import device
+from fedpress.training.evaluate import evaluate
+from fedpress.training.fit import EpochRecord, Fit, Step
+from fedpress.training.settings import TrainSettings
 from fedpress.workspace.folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
 
@@ -160,7 +163,7 @@ class SparsifyStage(TrainSettings):
             DataError: if there are no public examples to score or train with.
         """
         ignored(state.model, self.ignore, "sparsify.ignore")
-        training.check(
+        check_training(
             state.model, self, state.data.public, state.data.validation, state.data.preprocess
         )
         if self.score in FROM_DATA or self.scope == "sensitivity":
@@ -321,7 +324,7 @@ class _Work:
         """Steps of a whole training."""
         return self.stage.epochs * max(1, len(self.data.public) // self.stage.batch_size)
 
-    def events(self) -> Iterator[Step | training.EpochRecord]:
+    def events(self) -> Iterator[Step | EpochRecord]:
         """Yields what the training does; under "rewind" one training after the other, each from the early weights."""
         data = self.data
         with self.movement.watching() if self.movement else nullcontext():
@@ -363,7 +366,7 @@ class _Work:
     def measure(self) -> tuple[float, float]:
         """Returns the loss and the accuracy on public examples."""
         some = calibration(self.state, min(self.stage.calibration, SENSITIVITY), self.seed)
-        found = training.evaluate(self.fit.model, some, self.data.preprocess)
+        found = evaluate(self.fit.model, some, self.data.preprocess)
         return found.loss, found.accuracy
 
     def regrow_(self, share: float, step: int) -> None:
@@ -384,7 +387,7 @@ class _Work:
             self.weights.chosen, self.masks, steep, pattern, share=share, within=self.within
         )
         for w in self.weights.chosen:
-            self.fit.forget_(w.value, masks[w.name] & ~self.masks[w.name])
+            self.fit.optimizers.forget_(w.value, masks[w.name] & ~self.masks[w.name])
         self.keep_(masks)
 
     def keep_(self, masks: Masks) -> None:
@@ -401,7 +404,7 @@ class _Work:
     def _losses(self, examples: Arrays, batch: int) -> Iterator[Tensor]:
         prepare: Preprocess = self.data.preprocess
         for x, y in examples.batches(batch):
-            at = training.device()
+            at = device()
             yield F.cross_entropy(self.fit.model(prepare(x.to(at))), y.to(at))
 
     def restore_norms_(self) -> None:
@@ -414,7 +417,7 @@ class _Work:
         ]
         if norms and len(self.data.public):
             drawn = calibration(self.state, self.stage.calibration, self.seed)
-            at, prepare = training.device(), self.data.preprocess
+            at, prepare = device(), self.data.preprocess
             restore_batch_norm_(
                 self.fit.model, (prepare(x.to(at)) for x, _ in drawn.batches(BATCH))
             )
@@ -440,7 +443,7 @@ class _Work:
         self.fit.load_(tensors)
         self.round, self.early = facts["round"], part("early/")
         self.points = [Point(**point) for point in facts["points"]]
-        self.keep_({name: mask.to(training.device()) for name, mask in part("mask/").items()})
+        self.keep_({name: mask.to(device()) for name, mask in part("mask/").items()})
         if self.movement:
             for name, value in part("moved/").items():
                 self.movement.sums[name].copy_(value)

@@ -18,8 +18,9 @@ from fedpress.core.examples import Preprocess
 from fedpress.errors import RecipeError, TrainingError
 from fedpress.models import ModelSpec, memory
 from fedpress.nn.resize import copied
-from fedpress.training import fit as training
-from fedpress.training.fit import Fit, Step, TrainSettings
+from fedpress.training.device import autocast, device, place_
+from fedpress.training.fit import Fit, Step
+from fedpress.training.settings import TrainSettings
 from fedpress.workspace.folder import StageFolder
 from fedpress.workspace.state import State, Tick
 
@@ -59,9 +60,9 @@ class TaughtSettings(TrainSettings):
             return None
         data = state.data
         teacher = _teacher(self.teacher, state)
-        learns = training.place_(student if student is not None else state.model)
-        examples = data.preprocess(data.public.x[:64].to(training.device()))
-        context = partial(training.autocast, teacher, self.precision)
+        learns = place_(student if student is not None else state.model)
+        examples = data.preprocess(data.public.x[:64].to(device()))
+        context = partial(autocast, teacher, self.precision)
         return Distillation(teacher, learns, self.distill, examples, label_smoothing=self.label_smoothing,
                             context=context, seed=seed)  # fmt: skip
 
@@ -151,7 +152,7 @@ def _teacher(where: str, state: State) -> nn.Module:
             f"stage.teacher: '{where}' takes examples of shape {list(spec.input_shape)}, the data's have "
             f"{list(state.spec.input_shape)}; give a teacher of the same inputs"
         )
-    model = training.place_(copied(model))
+    model = place_(copied(model))
     mine, theirs = state.data.preprocess, Preprocess(spec.mean, spec.std)
     if mine != theirs:
         model.register_forward_pre_hook(

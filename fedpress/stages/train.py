@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from fedpress.core.random import derive
 from fedpress.stages.teaching import TaughtSettings, train_
-from fedpress.training import fit as training
+from fedpress.training.checks import check_training
 from fedpress.workspace.folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
 
@@ -41,7 +41,7 @@ class TrainStage(TaughtSettings):
             RecipeError: if there is no such teacher.
         """
         data = state.data
-        training.check(state.model, self, data.public, data.validation, data.preprocess)
+        check_training(state.model, self, data.public, data.validation, data.preprocess)
         self.objective(state, 0)
         examples = len(data.public)
         return state, {

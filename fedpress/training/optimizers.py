@@ -1,4 +1,4 @@
-"""The optimizer Muon, fast without bfloat16 instructions too."""
+"""Which optimizer takes which parameter, and Muon, fast without bfloat16 instructions too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,113 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+
+from fedpress.core.parameters import part_of, trainable
+from fedpress.errors import TrainingError
+from fedpress.nn.quantized import step_sizes
+from fedpress.training.checks import NOTHING_TO_TRAIN
+from fedpress.training.settings import TrainSettings
+
+SGD_BESIDE_MUON = {"momentum": 0.9, "weight_decay": 5e-4}
+"""What SGD does with the parameters that Muon leaves: these belong to its learning rate, `head_lr`."""
+
+
+class Optimizers:
+    """The optimizers of one training: SGD for all parameters, or Muon for the hidden weights and SGD for the rest.
+
+    Args:
+        model: its trainable parameters are taken.
+        helpers: a module whose parameters go to SGD besides.
+        settings: which optimizers, and their rates.
+
+    Attributes:
+        each: torch's optimizers, SGD first.
+        views: pairs of a filter and the matrix that Muon sees, which shares its memory.
+
+    Raises:
+        TrainingError: if there are epochs to train but nothing that trains.
+    """
+
+    def __init__(self, model: nn.Module, helpers: nn.Module, settings: TrainSettings) -> None:
+        hidden = hidden_weights(model) if settings.optimizer == "muon" else []
+        taken = {id(p) for p in hidden}
+        rest = [p for p in (*trainable(model), *trainable(helpers)) if id(p) not in taken]
+        if not rest and not hidden and settings.epochs:
+            raise TrainingError(NOTHING_TO_TRAIN)
+
+        self.each: list[torch.optim.Optimizer] = []
+        if rest:
+            self.each.append(_sgd(rest, settings, spared=step_sizes(model)))
+
+        self.views = [(p, nn.Parameter(as_matrix(p.data, p))) for p in hidden]
+        shared = all(p.data_ptr() == view.data_ptr() for p, view in self.views)
+        assert shared, "a view must share its weight's memory"
+        if self.views:
+            matrices = [view for _, view in self.views]
+            decay = settings.weight_decay
+            self.each.append(
+                Muon(matrices, settings.lr, momentum=settings.momentum, weight_decay=decay)
+            )
+        self._rates = [[group["lr"] for group in o.param_groups] for o in self.each]
+
+    def set_rate_(self, factor: float) -> None:
+        """Sets every learning rate to `factor` times that of the settings."""
+        for optimizer, rates in zip(self.each, self._rates, strict=True):
+            for group, lr in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = lr * factor
+
+    def step_(self) -> None:
+        """Takes one step along the gradients of the parameters."""
+        for parameter, view in self.views:
+            view.grad = None if parameter.grad is None else as_matrix(parameter.grad, parameter)
+        for optimizer in self.each:
+            optimizer.step()
+
+    @torch.no_grad()
+    def forget_(self, weight: nn.Parameter, where: Tensor) -> None:
+        """Zeroes the momentum of `weight` at the true entries of `where`, of its shape: they begin to train anew."""
+        view = next((view for p, view in self.views if p is weight), None)
+        key, entries = (weight, where) if view is None else (view, as_matrix(where, weight))
+        for optimizer in self.each:
+            momentum = optimizer.state.get(key, {}).get("momentum_buffer")
+            if momentum is not None:
+                momentum.masked_fill_(entries, 0)
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns the momenta as named tensors, the living ones."""
+        out: dict[str, Tensor] = {}
+        for at, optimizer in enumerate(self.each):
+            for key, slot in optimizer.state_dict()["state"].items():
+                for leaf, value in slot.items():
+                    if isinstance(value, Tensor):
+                        out[f"{at}/{key}/{leaf}"] = value
+        return out
+
+    def load_(self, state: dict[str, Tensor]) -> None:
+        """Takes up the `state()` of earlier optimizers of the same model and settings."""
+        for at, optimizer in enumerate(self.each):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            slots: dict[int, dict[str, Tensor]] = {}
+            for name, value in part_of(state, f"{at}/").items():
+                key, _, leaf = name.partition("/")
+                slots.setdefault(int(key), {})[leaf] = _laid_out_like(params[int(key)], value)
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+
+
+def _sgd(
+    parameters: list[nn.Parameter], settings: TrainSettings, *, spared: set[int]
+) -> torch.optim.Optimizer:
+    """SGD whose weight decay acts on weights alone: norms and biases have one dimension, `spared` are step sizes."""
+    lr, momentum, decay = settings.lr, settings.momentum, settings.weight_decay
+    if settings.optimizer == "muon":
+        lr, momentum = settings.head_lr, SGD_BESIDE_MUON["momentum"]
+        decay = SGD_BESIDE_MUON["weight_decay"]
+    # Step sizes of groups have two dimensions, so that the number of dimensions alone does not tell them from weights.
+    decays = [p for p in parameters if p.dim() > 1 and id(p) not in spared]
+    stays = [p for p in parameters if p.dim() <= 1 or id(p) in spared]
+    groups = [{"params": decays, "weight_decay": decay}, {"params": stays, "weight_decay": 0.0}]
+    used = [group for group in groups if group["params"]]
+    return torch.optim.SGD(used, lr, momentum, nesterov=momentum > 0)
 
 
 class Muon(torch.optim.Muon):
@@ -82,3 +189,33 @@ def _factor(gram: Tensor) -> Tensor:
     factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
     factor.diagonal().add_(a)
     return factor
+
+
+def hidden_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the weights that Muon takes: of all convolutions and linear layers but the first and the last, each once.
+
+    A computed weight (weight norm and the like) is not a parameter: what it is computed from goes the way of the rest.
+    """
+    weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    ends = {id(w) for w in (*weights[:1], *weights[-1:])}
+    inner = {
+        id(w): w
+        for w in weights
+        if id(w) not in ends and isinstance(w, nn.Parameter) and w.requires_grad
+    }
+    return list(inner.values())
+
+
+def as_matrix(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns a filter [o, i, h, w], or its gradient, as a matrix [o, h*w*i].
+
+    Its columns are in the order of `weight`'s memory. It is the same memory if `x` lies like `weight`, a copy else.
+    """
+    if x.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        x = x.permute(0, 2, 3, 1)
+    return x.reshape(len(x), -1) if x.dim() == 4 else x
+
+
+def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """Gives a saved momentum the memory layout of its parameter, which files do not keep."""
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value

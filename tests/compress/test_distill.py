@@ -20,7 +20,8 @@ from fedpress.compress.distill import (
 from fedpress.errors import TrainingError
 from fedpress.models.plain import MLP
 from fedpress.models.resnet import resnet_small
-from fedpress.training.fit import Fit, TrainSettings
+from fedpress.training.fit import Fit
+from fedpress.training.settings import TrainSettings
 
 STAGES = ("stages.0", "stages.1", "stages.2")
 

@@ -13,7 +13,8 @@ from fedpress.models import load_model
 from fedpress.pipeline.recipe.settings import load
 from fedpress.pipeline.run import load_data
 from fedpress.stages import SparsifyStage
-from fedpress.training.fit import Fit, Step, TrainSettings
+from fedpress.training.fit import Fit, Step
+from fedpress.training.settings import TrainSettings
 from tests.stages.recipes import HEAD, TRAIN, Killed, begun, checked, finish, told, zeros
 
 SPARSIFY = '[[stage]]\nkind = "sparsify"\nkeep_first = false\nkeep_last = false\nbatch_size = 32\nlr = 0.05\n'
@@ -274,8 +275,10 @@ def test_training_forgets_the_momentum_of_given_entries(optimizer):
     where = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
 
     def momentum():
-        view = next((v for p, v in fit.views if p is weight), weight)
-        found = next(o.state[view]["momentum_buffer"] for o in fit.optimizers if view in o.state)
+        view = next((v for p, v in fit.optimizers.views if p is weight), weight)
+        found = next(
+            o.state[view]["momentum_buffer"] for o in fit.optimizers.each if view in o.state
+        )
         shape = weight.permute(0, 2, 3, 1).shape
         channels_last = view is not weight and weight.is_contiguous(
             memory_format=torch.channels_last
@@ -287,7 +290,7 @@ def test_training_forgets_the_momentum_of_given_entries(optimizer):
         )
 
     before = momentum()
-    fit.forget_(weight, where)
+    fit.optimizers.forget_(weight, where)
     assert before[where].abs().sum() > 0
     assert torch.equal(momentum(), before.masked_fill(where, 0))
 

@@ -16,19 +16,13 @@ from fedpress.errors import DivergedError, TrainingError
 from fedpress.models import freeze_batch_norm_
 from fedpress.models.plain import CNN, MLP
 from fedpress.models.resnet import resnet_small
-from fedpress.training import fit as training
 from fedpress.training.augment import Augment
-from fedpress.training.fit import (
-    Fit,
-    Step,
-    TrainSettings,
-    evaluate,
-    one_cycle,
-    outputs,
-    place_,
-    uses_bf16,
-)
+from fedpress.training.device import memory_format, place_, takes_channels_last, uses_bf16
+from fedpress.training.evaluate import evaluate, outputs
+from fedpress.training.fit import Fit, Step
 from fedpress.training.optimizers import Muon
+from fedpress.training.schedule import one_cycle
+from fedpress.training.settings import TrainSettings
 
 PREPROCESS = Preprocess((0.5,), (0.25,))
 CHANGES = Augment(crop=0.25, flip="alternate", cutout=0.3)
@@ -179,12 +173,12 @@ def test_muon_sees_hidden_weights_through_views_that_share_their_memory():
     model = resnet_small(width=8)
     fit = Fit(model, settings(optimizer="muon"), seed=0)
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    assert [id(p) for p, _ in fit.views] == [id(w) for w in weights[1:-1]]
-    for weight, view in fit.views:
+    assert [id(p) for p, _ in fit.optimizers.views] == [id(w) for w in weights[1:-1]]
+    for weight, view in fit.optimizers.views:
         with torch.no_grad():
             view.copy_(torch.randn_like(view))
         assert torch.equal(weight.permute(0, 2, 3, 1).flatten(1), view)
-    taken = [p for o in fit.optimizers for group in o.param_groups for p in group["params"]]
+    taken = [p for o in fit.optimizers.each for group in o.param_groups for p in group["params"]]
     assert sum(p.numel() for p in taken) == sum(p.numel() for p in model.parameters())
 
 
@@ -194,7 +188,7 @@ def test_muon_takes_a_shared_weight_once_and_leaves_computed_ones_to_sgd():
     model[4].weight = model[5].weight  # the last layer's
     nn.utils.parametrizations.weight_norm(model[3])
     fit = Fit(model, settings(optimizer="muon"), seed=0)
-    assert [id(p) for p, _ in fit.views] == [id(model[1].weight)]
+    assert [id(p) for p, _ in fit.optimizers.views] == [id(model[1].weight)]
     data = Arrays(torch.randn(16, 4), torch.arange(16) % 4)
     before = model[3].weight.detach().clone()
     records = [e for e in fit.epochs(data, NONE, Preprocess()) if not isinstance(e, Step)]
@@ -204,7 +198,7 @@ def test_muon_takes_a_shared_weight_once_and_leaves_computed_ones_to_sgd():
 
 def test_a_network_without_hidden_weights_trains_at_the_head_rate_of_muon():
     fit = Fit(nn.Linear(4, 2), settings(optimizer="muon", lr=9.0, head_lr=0.25), seed=0)
-    assert [group["lr"] for o in fit.optimizers for group in o.param_groups] == [0.25, 0.25]
+    assert [group["lr"] for o in fit.optimizers.each for group in o.param_groups] == [0.25, 0.25]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
@@ -213,11 +207,11 @@ def test_decay_acts_on_weights_and_never_on_biases_and_norms(optimizer):
     fit = Fit(model, settings(optimizer=optimizer, weight_decay=0.3), seed=0)
     decay = {
         id(p): g["weight_decay"]
-        for o in fit.optimizers
+        for o in fit.optimizers.each
         for g in o.param_groups
         for p in g["params"]
     }
-    decay |= {id(p): decay[id(view)] for p, view in fit.views}
+    decay |= {id(p): decay[id(view)] for p, view in fit.optimizers.views}
     for name, p in model.named_parameters():
         if "norm" in name or "bias" in name or "shortcut.1" in name:
             assert decay[id(p)] == 0, name
@@ -254,7 +248,7 @@ def test_every_step_takes_the_rate_of_its_place():
     for event in fit.epochs(images(), NONE, PREPROCESS):
         if isinstance(event, Step):
             seen.append(
-                (event.done, event.total, *(o.param_groups[0]["lr"] for o in fit.optimizers))
+                (event.done, event.total, *(o.param_groups[0]["lr"] for o in fit.optimizers.each))
             )
     assert [row[:2] for row in seen] == [(at, 9) for at in range(1, 10)]
     np.testing.assert_allclose([row[2] for row in seen], 1e-3 * rates(s, 24))
@@ -606,7 +600,7 @@ def test_evaluation_of_nothing_is_refused_and_of_broken_weights_says_nan():
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_bf16_is_used_where_it_is_asked_for_or_faster(monkeypatch, fast):
-    monkeypatch.setattr(training, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("fedpress.training.device.device", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
     large, small = nn.Conv2d(500, 1000, 1), nn.Conv2d(499, 1000, 1, bias=False)
     assert uses_bf16(large, "auto") is fast
@@ -635,8 +629,8 @@ def test_images_and_filters_lie_channels_last():
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in convolutions)
-    assert training.memory_format(torch.zeros(2, 1, 4, 4)) is torch.contiguous_format
-    assert training.memory_format(torch.zeros(2, 5)) is torch.contiguous_format
+    assert memory_format(torch.zeros(2, 1, 4, 4)) is torch.contiguous_format
+    assert memory_format(torch.zeros(2, 5)) is torch.contiguous_format
 
 
 @pytest.mark.parametrize(
@@ -646,11 +640,11 @@ def test_a_format_in_which_torch_writes_beyond_its_memory_is_not_used(
     width, capability, fast, monkeypatch
 ):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(training, "device", lambda: torch.device("cpu"))
-    model = training.place_(resnet_small(width=width))
-    assert training.takes_channels_last(model) is fast
+    monkeypatch.setattr("fedpress.training.device.device", lambda: torch.device("cpu"))
+    model = place_(resnet_small(width=width))
+    assert takes_channels_last(model) is fast
     wanted = torch.channels_last if fast else torch.contiguous_format
-    assert training.memory_format(torch.zeros(2, 3, 8, 8), model) is wanted
+    assert memory_format(torch.zeros(2, 3, 8, 8), model) is wanted
     assert model.stem.weight.is_contiguous(memory_format=wanted)
 
 
@@ -747,12 +741,12 @@ def test_step_sizes_get_no_weight_decay_also_where_weights_have_them_in_groups(o
     fit = Fit(model, TrainSettings(epochs=1, optimizer=optimizer, weight_decay=0.1), seed=0)
     decayed = {
         id(p)
-        for o in fit.optimizers
+        for o in fit.optimizers.each
         for g in o.param_groups
         if g["weight_decay"]
         for p in g["params"]
     }
-    decayed |= {id(p) for p, _ in fit.views}
+    decayed |= {id(p) for p, _ in fit.optimizers.views}
     names = {name for name, p in model.named_parameters() if id(p) in decayed}
     assert names == {
         n for n, _ in model.named_parameters() if n.rpartition(".")[2].startswith("weight")

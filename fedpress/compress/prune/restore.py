@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpress.errors import DataError
-
-ONE_VALUE = "more than 1 value per channel"
-"""What torch says of a batch norm that has nothing to average."""
+from fedpress.nn.batch_norm import ONE_VALUE
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ from fedpress.secagg import SecAggClient, identity
 from fedpress.stages.federate.privacy import Protection, protect, repeated
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.training.augment import Augment, augment
-from fedpress.training.fit import place_
+from fedpress.training.device import place_
 from fedpress.transport import LocalTransport
 from fedpress.wire.message import JSON, Message, pack
 from fedpress.workspace.state import State

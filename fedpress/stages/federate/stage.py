@@ -23,7 +23,7 @@ from fedpress.stages.federate.failures import PRIVATE, Failures, in_words, told
 from fedpress.stages.federate.privacy import is_secure, secure_list, steps_per_round
 from fedpress.stages.federate.rehearsal import rehearse
 from fedpress.stages.federate.settings import FederateSettings
-from fedpress.training.fit import Evaluation, evaluate
+from fedpress.training.evaluate import Evaluation, evaluate
 from fedpress.workspace.folder import StageFolder
 from fedpress.workspace.state import State, Tick
 

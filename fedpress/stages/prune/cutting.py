@@ -30,7 +30,7 @@ from fedpress.stages.prune.settings import (
     public_examples,
     traced,
 )
-from fedpress.training import fit as training
+from fedpress.training.device import device
 from fedpress.training.fit import Fit, Step
 from fedpress.workspace.folder import StageFolder
 from fedpress.workspace.state import State, Tick
@@ -210,7 +210,7 @@ class Cutting:
         self, graph: ChannelGraph, scores: Sequence[Tensor]
     ) -> Iterator[Tick]:
         """Measures each layer alone; what is saved already is not measured again."""
-        data, model = self.state.data, self.model.to(training.device())
+        data, model = self.state.data, self.model.to(device())
         public = data.validation if len(data.validation) else self.public
         assert public is not None
         some = public.take(torch.arange(len(public))[: self.stage.sensitivity_examples])
@@ -289,7 +289,7 @@ class Cutting:
 
 def _loss_and_accuracy(model: nn.Module, examples: Arrays, preprocess: Any) -> tuple[float, float]:
     """Measures `model` while its norms take the statistics of each batch: as if they were restored, for one pass."""
-    loss, right, at = 0.0, 0, training.device()
+    loss, right, at = 0.0, 0, device()
     with differentiable(model, (), batch_statistics=True), torch.no_grad():
         for x, y in examples.batches(BATCH):
             logits, labels = model(preprocess(x.to(at))).float(), y.to(at)

@@ -19,7 +19,7 @@ from fedpress.compress.prune.targets import Cost, bytes_of, whole
 from fedpress.core.examples import Arrays
 from fedpress.errors import RecipeError
 from fedpress.stages.public import calibration
-from fedpress.training.fit import TrainSettings
+from fedpress.training.settings import TrainSettings
 from fedpress.workspace.state import Name, State
 
 AIMS = ("keep_params", "keep_macs", "keep_latency", "max_bytes")

@@ -28,8 +28,8 @@ from fedpress.stages.prune.settings import (
     public_examples,
     traced,
 )
-from fedpress.training import fit as training
-from fedpress.training.fit import evaluate
+from fedpress.training.checks import check_training
+from fedpress.training.evaluate import evaluate
 from fedpress.workspace.folder import StageFolder, write_json
 from fedpress.workspace.state import State, Tick
 
@@ -59,7 +59,7 @@ class PruneStage(PruneSettings):
         public_examples(self, state, 0)
         if self.finetune is not None:
             data = state.data
-            training.check(
+            check_training(
                 state.model, self.finetune, data.public, data.validation, data.preprocess
             )
         model = copied(state.model)

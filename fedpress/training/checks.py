@@ -1,0 +1,99 @@
+"""What would stop a training later on is found before it begins."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fedpress.core.examples import Arrays, Preprocess, resized
+from fedpress.errors import TrainingError
+from fedpress.nn.batch_norm import ONE_VALUE, averages_batches
+from fedpress.nn.resize import copied
+from fedpress.training.evaluate import evaluate
+from fedpress.training.settings import TrainSettings
+
+NOTHING_TO_TRAIN = (
+    "train: no parameter of the model has requires_grad, so there is nothing to train"
+)
+
+
+def check_training(
+    model: nn.Module,
+    settings: TrainSettings,
+    train: Arrays,
+    validation: Arrays,
+    preprocess: Preprocess,
+) -> None:
+    """Finds what would stop a training of `model` later on: no examples, no validation set, wrong image sizes, no norm.
+
+    Raises:
+        TrainingError: saying which setting does not fit.
+    """
+    if settings.epochs and not len(train):
+        raise TrainingError(
+            "train: the public part has no examples; set data.public_share or lower data.validation"
+        )
+    if settings.epochs and settings.patience and not len(validation):
+        raise TrainingError(
+            "train: patience needs a validation set; set data.validation, or leave patience out"
+        )
+    if settings.epochs and settings.bn_penalty:
+        batch_norm_scales(model)
+    if (
+        settings.epochs
+        and min(settings.batch_size, len(train)) == 1
+        and _needs_two(model, preprocess(train.x[:1]))
+    ):
+        if settings.batch_size == 1:
+            raise TrainingError(
+                "train: batch_size = 1 leaves a batch norm nothing to average; take 2 or more"
+            )
+        raise TrainingError(
+            "train: the public part has one example, which leaves a batch norm nothing to average; raise "
+            "data.public_share"
+        )
+    if settings.epochs and not any(p.requires_grad for p in model.parameters()):
+        raise TrainingError(NOTHING_TO_TRAIN)
+    for side, _ in settings.image_sizes:
+        if train.x.dim() != 4 or side > min(train.x.shape[2:]):
+            raise TrainingError(
+                f"train: image_sizes asks for images of {side} pixels, but examples are {tuple(train.x.shape[1:])}; "
+                "give smaller sides, or leave image_sizes out"
+            )
+        two = Arrays(resized(train.x[:2], side), train.y[:2])
+        try:
+            evaluate(model, two, preprocess)
+        except RuntimeError as error:
+            raise TrainingError(
+                f"train: the model cannot take images of {side} pixels ({str(error).splitlines()[0]}); "
+                "leave image_sizes out, or use a network that pools, such as resnet18"
+            ) from error
+
+
+def batch_norm_scales(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the scales of the batch norms that train.
+
+    Raises:
+        TrainingError: if there are none.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    scales = [norm.weight for norm in norms if norm.affine and norm.weight.requires_grad]
+    if not scales:
+        raise TrainingError(
+            "train: bn_penalty pulls at batch-norm scales, but the model trains none; leave it out"
+        )
+    return scales
+
+
+def _needs_two(model: nn.Module, x: Tensor) -> bool:
+    """Says whether a batch norm of `model` cannot train on the single example `x` [1, ...]: one value a channel."""
+    twin = copied(model).train()
+    if not averages_batches(twin):
+        return False
+    at = next((p.device for p in twin.parameters()), x.device)
+    try:
+        with torch.no_grad():
+            twin(x.to(at))
+    except ValueError as error:
+        return ONE_VALUE in str(error)
+    return False
