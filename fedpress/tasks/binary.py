@@ -1,0 +1,92 @@
+"""Binary classification: one logit for each example, judged by how well it ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from pydantic import JsonValue
+from torch import Tensor
+
+from fedpress.errors import DataError
+from fedpress.tasks.base import Metric, Reduction, Sums, Task, number
+from fedpress.tasks.classification import Classification
+
+
+@dataclass(frozen=True)
+class Binary(Task):
+    """Yes or no: targets int64 [n] of 0 and 1, outputs one logit [n, 1].
+
+    Attributes:
+        names: of class 0 and class 1.
+        threshold: the probability of class 1 from which on the answer is class 1.
+    """
+
+    names: tuple[str, ...]
+    threshold: float = 0.5
+
+    kind = "binary"
+    targets = "classes"
+    words = (
+        Metric("auc", "AUC"),
+        Metric("accuracy", "accuracy", share=True),
+        Metric("balanced_accuracy", "balanced accuracy", share=True),
+        Metric("f1", "F1"),
+        Metric("calibration_error", "calibration error", "lower"),
+        Metric("loss", "log loss", "lower"),
+    )
+    beside = ("majority_share", "accuracy_warning", "accuracy_error", "confusion")
+
+    def __post_init__(self) -> None:
+        if len(self.names) != 2:
+            raise DataError(
+                f"task 'binary': the data has {len(self.names)} classes; use task = 'classification'"
+            )
+
+    @property
+    def outputs(self) -> int:
+        """One: the logit of class 1."""
+        return 1
+
+    def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+        """Returns the log loss in nats."""
+        logits = outputs.float().reshape(len(targets))
+        return F.binary_cross_entropy_with_logits(logits, targets.float(), reduction=reduction)
+
+    def soft_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """Returns T^2 KL(teacher || student) of the two probabilities softened by T."""
+        return Classification(self.names).soft_loss(_both(outputs), _both(teacher), temperature)
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
+        """Returns the counts of a classification of two classes; those of its answers are at the threshold."""
+        logits = _both(outputs.detach().double())
+        sums = dict(Classification(self.names).metrics(logits, targets))
+        answers = (logits[:, 1] >= math.log(self.threshold / (1 - self.threshold))).long()
+        sums["answers"] = answers.bincount(minlength=2)
+        sums["right"] = targets[answers == targets].bincount(minlength=2)
+        sums["confusion"] = (2 * targets + answers).bincount(minlength=4).view(2, 2)
+        return sums
+
+    def summary(self, sums: Sums) -> dict[str, JsonValue]:
+        """Returns the metrics of `words`, and what stands beside them in a classification."""
+        found = Classification(self.names).summary(sums)
+        found.pop("macro_f1")
+        touched = sums["labels"][1] + sums["answers"][1]
+        f1 = number(2 * sums["right"][1] / touched)
+        return {"auc": found.pop("auc"), **found, "f1": f1}
+
+    def check_targets(self, targets: Tensor) -> None:
+        """Refuses targets that are not 0 or 1."""
+        Classification(self.names).check_targets(targets)
+        if targets.dim() != 1:
+            raise DataError(
+                f"labels of {targets.dim()} dimensions; the task binary needs int64 [n]"
+            )
+
+
+def _both(outputs: Tensor) -> Tensor:
+    """Returns logits [n, 2] of both classes: 0 for class 0."""
+    logits = outputs.reshape(len(outputs), 1)
+    return torch.cat([torch.zeros_like(logits), logits], 1)

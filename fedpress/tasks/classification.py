@@ -1,0 +1,207 @@
+"""Classification: one class of several, for each example or for each position of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from pydantic import JsonValue
+from torch import Tensor
+
+from fedpress.errors import DataError, ModelError
+from fedpress.tasks import ranking
+from fedpress.tasks.base import Metric, Reduction, Sums, Task, number, reduced
+
+IGNORED = -100
+"""The target of a position that counts for nothing, such as the padding of a short sequence."""
+
+MOST_RANKED = 1000
+"""Classes up to which the areas under the ROC curves are measured: each needs two histograms."""
+
+MOST_CONFUSED = 50
+"""Classes up to which the confusion matrix is kept."""
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """One class of `names`: targets int64 [n] or [n, ...], outputs are logits [n, classes] or [n, classes, ...].
+
+    Attributes:
+        names: of the classes, in the order of their numbers.
+        label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016, section 7).
+
+    >>> task = Classification(("no", "yes"))
+    >>> sums = task.metrics(torch.eye(2), torch.tensor([0, 1]))
+    >>> task.summary(sums)["accuracy"]
+    1.0
+    """
+
+    names: tuple[str, ...]
+    label_smoothing: float = 0.0
+
+    kind = "classification"
+    targets = "classes"
+    words = (
+        Metric("accuracy", "accuracy", share=True),
+        Metric("balanced_accuracy", "balanced accuracy", share=True),
+        Metric("macro_f1", "macro F1"),
+        Metric("auc", "AUC"),
+        Metric("calibration_error", "calibration error", "lower"),
+        Metric("loss", "log loss", "lower"),
+    )
+    beside = ("majority_share", "accuracy_warning", "accuracy_error", "confusion")
+
+    def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+        """Returns the cross-entropy in nats; that of an example with several positions is the mean over these."""
+        outputs = outputs.float()
+        smoothing = self.label_smoothing
+        if targets.dim() == 1:
+            return F.cross_entropy(outputs, targets, reduction=reduction, label_smoothing=smoothing)
+        each = F.cross_entropy(outputs, targets, reduction="none", label_smoothing=smoothing)
+        counted = (targets != IGNORED).flatten(1).sum(1).clamp_min(1)
+        return reduced(each.flatten(1).sum(1) / counted, reduction)
+
+    def soft_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """Returns T^2 KL(teacher || student) of logits softened by T, averaged over examples, in nats.
+
+        Hinton, Vinyals, Dean (2015, arXiv:1503.02531), section 2; T^2 keeps the gradient's size while T changes.
+        """
+        soft = (outputs / temperature).log_softmax(1)
+        target = (teacher / temperature).log_softmax(1)
+        positions = math.prod(outputs.shape[2:])
+        divergence = F.kl_div(soft, target, reduction="batchmean", log_target=True)
+        return divergence * temperature**2 / positions
+
+    def smoothed(self, amount: float) -> Classification:
+        """Returns the task with label smoothing."""
+        return replace(self, label_smoothing=amount) if amount else self
+
+    def score_sums(self, outputs: Tensor, targets: Tensor) -> Sums:
+        """Returns the number of right answers and of answers."""
+        counted = targets != IGNORED
+        right = ((outputs.argmax(1) == targets) & counted).sum()
+        return {"right": right, "examples": counted.sum()}
+
+    def score(self, sums: Sums) -> float:
+        """Returns the accuracy, 0..1."""
+        examples = int(sums["examples"])
+        return int(sums["right"]) / examples if examples else math.nan
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
+        """Returns counts: of labels, of answers and of right ones by class, and those of `fedpress.tasks.ranking`."""
+        logits = outputs.detach().double().movedim(1, -1).flatten(0, -2)
+        labels = targets.reshape(-1)
+        logits, labels = logits[labels != IGNORED], labels[labels != IGNORED]
+        classes = logits.shape[1]
+        answers = logits.argmax(1)
+        right = answers == labels
+        broken = logits.isnan().any(1)
+        confidence = logits.softmax(1).amax(1)
+        # Infinite logits may have no softmax either: they have no place among the others.
+        sure = confidence.isfinite()
+        sums = {
+            "labels": labels.bincount(minlength=classes),
+            "answers": answers.bincount(minlength=classes),
+            "right": labels[right].bincount(minlength=classes),
+            "broken": broken.sum(),
+            "unranked": (~sure).sum(),
+            "calibration": ranking.calibration_counts(confidence[sure], right[sure]),
+        }
+        if classes <= MOST_RANKED:
+            sums["scores"] = self._score_counts(logits[sure], labels[sure])
+        if classes <= MOST_CONFUSED:
+            pairs = labels * classes + answers
+            sums["confusion"] = pairs.bincount(minlength=classes**2).view(classes, classes)
+        return sums
+
+    def _score_counts(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Ranks each class against the rest by the logit of its probability; of two classes only the second."""
+        classes = logits.shape[1]
+        if classes == 2:
+            scores = logits[:, 1:] - logits[:, :1]
+            return ranking.score_counts(scores, labels[:, None] == 1)
+        log_p = logits.log_softmax(1)
+        log_rest = torch.log(-torch.expm1(log_p.clamp_max(-1e-300)))
+        return ranking.score_counts(log_p - log_rest, F.one_hot(labels, classes).bool())
+
+    def summary(self, sums: Sums) -> dict[str, JsonValue]:
+        """Returns the metrics of `words`, and what stands beside them.
+
+        `accuracy_error`, the standard error of the accuracy; `majority_share` (0..1) of the largest class;
+        `accuracy_warning`, a sentence where the accuracy is worth nothing, else None; `confusion`, for each class how
+        often each class was answered, None for many classes.
+        """
+        labels, answers, right = (sums[key].double() for key in ("labels", "answers", "right"))
+        n = float(labels.sum())
+        occurs, touched = labels > 0, labels + answers > 0
+        accuracy = float(right.sum()) / n if n else math.nan
+        f1 = 2 * right[touched] / (labels + answers)[touched]
+        auc: float | None = None
+        if "scores" in sums and not int(sums["unranked"]) and int(occurs.sum()) > 1:
+            area = ranking.areas(sums["scores"])
+            auc = number(area[~area.isnan()].mean())
+        calibration = None if int(sums["unranked"]) else sums["calibration"]
+        confusion = sums.get("confusion")
+        return {
+            "accuracy": number(accuracy),
+            "majority_share": number(labels.max() / n) if n else None,
+            "balanced_accuracy": number((right[occurs] / labels[occurs]).mean()),
+            "auc": auc,
+            "accuracy_warning": self._warning(sums) if n else None,
+            "accuracy_error": number(math.sqrt(accuracy * (1 - accuracy) / n)) if n else None,
+            "macro_f1": number(f1.mean()),
+            "calibration_error": None
+            if calibration is None
+            else number(ranking.calibration_error(calibration)),
+            "confusion": None if confusion is None else confusion.tolist(),
+        }
+
+    def _warning(self, sums: Sums) -> str | None:
+        """Says why the accuracy is worth nothing, or None."""
+        labels, answers = sums["labels"], sums["answers"]
+        n, largest = int(labels.sum()), int(labels.argmax())
+        name, share = self.names[largest], int(labels.max()) / n
+        if broken := int(sums["broken"]):
+            return f"the model's outputs are not numbers (NaN) on {broken:,} of {n:,} test examples"
+        if int(labels.max()) == n:
+            return f"all {n:,} test examples are '{name}', so accuracy says nothing of the other classes"
+        accuracy = int(sums["right"].sum()) / n
+        error = math.sqrt(accuracy * (1 - accuracy) / n)
+        always = f"always answering '{name}' ({100 * share:.1f}% of the test examples)"
+        if int((answers > 0).sum()) == 1:
+            only = self.names[int(answers.argmax())]
+            return f"the model answers '{only}' to all {n:,} test examples: it is no better than {always}"
+        if accuracy - share <= error:
+            measured = f"at {100 * accuracy:.1f}% ± {100 * error:.1f}"
+            return f"{measured} accuracy the model is no better than {always}"
+        return None
+
+    def check(self, outputs: object, targets: Tensor) -> None:
+        """Refuses outputs that are no logits of these classes, and targets that are no class numbers."""
+        self.check_targets(targets)
+        expected = [len(targets), len(self.names), *targets.shape[1:]]
+        got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        if got == expected:
+            return
+        of_one = got[1:] if isinstance(got, list) else got
+        if not isinstance(got, list) or len(got) != len(expected):
+            raise ModelError(
+                f"gives outputs {of_one} for one example, not [classes] as a classifier does, and accuracy needs one"
+            )
+        raise ModelError(
+            f"gives outputs {of_one} for one example but the data has {len(self.names)} classes; "
+            f"make it return {len(self.names)} numbers"
+        )
+
+    def check_targets(self, targets: Tensor) -> None:
+        """Refuses targets that are no class numbers."""
+        if targets.dtype != torch.int64 or targets.dim() < 1:
+            raise DataError(
+                f"labels of type {targets.dtype} and {targets.dim()} dimensions; give int64 [n]"
+            )
+        counted = targets[targets != IGNORED] if targets.dim() > 1 else targets
+        if not bool(((counted >= 0) & (counted < len(self.names))).all()):
+            # The label itself may be private, so it is not told.
+            raise DataError(f"some labels are no class number; expected 0 to {len(self.names) - 1}")

@@ -1,0 +1,93 @@
+"""Multilabel classification: any number of labels for each example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import JsonValue
+from torch import Tensor
+
+from fedpress.errors import DataError
+from fedpress.tasks import ranking
+from fedpress.tasks.base import Metric, Reduction, Sums, Task, check_numbers, number, reduced
+from fedpress.tasks.library import library_sums, library_values
+
+
+@dataclass(frozen=True)
+class Multilabel(Task):
+    """Each of `names` is there or not: targets float32 [n, labels] of 0 and 1, outputs logits [n, labels]."""
+
+    names: tuple[str, ...]
+
+    kind = "multilabel"
+    targets = "flags"
+    words = (
+        Metric("macro_f1", "macro F1"),
+        Metric("micro_f1", "micro F1"),
+        Metric("auc", "AUC"),
+        Metric("exact_match", "exact match", share=True),
+        Metric("loss", "log loss", "lower"),
+    )
+    beside = ("macro_f1_warning",)
+
+    def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+        """Returns the log loss in nats; that of an example is the mean over its labels."""
+        each = F.binary_cross_entropy_with_logits(outputs.float(), targets, reduction="none")
+        return reduced(each.mean(1), reduction)
+
+    def soft_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """Returns T^2 times the cross-entropy of each label's probability with the teacher's, softened by T."""
+        soft = (teacher / temperature).sigmoid()
+        loss = F.binary_cross_entropy_with_logits(outputs / temperature, soft)
+        return loss * temperature**2
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
+        """Returns the states of torchmetrics' F1 and exact match, and counts for the AUC and the warning."""
+        logits, flags = outputs.detach().double(), targets.long()
+        answers = logits > 0
+        broken = logits.isnan().any(1)
+        return {
+            **library_sums(self._rows, answers.long(), flags),
+            "scores": ranking.score_counts(logits, flags.bool()),
+            "answers": answers.sum(0),
+            "examples": torch.tensor(len(flags)),
+            "broken": broken.sum(),
+        }
+
+    def _rows(self) -> Mapping[str, Any]:
+        from torchmetrics.classification import MultilabelExactMatch, MultilabelF1Score
+
+        k = len(self.names)
+        return {
+            "macro_f1": MultilabelF1Score(k, average="macro"),
+            "micro_f1": MultilabelF1Score(k, average="micro"),
+            "exact_match": MultilabelExactMatch(k),
+        }
+
+    def summary(self, sums: Sums) -> dict[str, JsonValue]:
+        """Returns the metrics of `words`, and `macro_f1_warning` where all examples get the same answer."""
+        found: dict[str, JsonValue] = {**library_values(self._rows, sums)}
+        n, broken = int(sums["examples"]), int(sums["broken"])
+        area = ranking.areas(sums["scores"])
+        found["auc"] = None if broken else number(area[~area.isnan()].mean())
+        warning = None
+        answers = sums["answers"]
+        if broken:
+            warning = (
+                f"the model's outputs are not numbers (NaN) on {broken:,} of {n:,} test examples"
+            )
+        elif n > 1 and bool(((answers == 0) | (answers == n)).all()):
+            warning = f"the model gives the same labels to all {n:,} test examples"
+        return found | {"macro_f1_warning": warning}
+
+    def check_targets(self, targets: Tensor) -> None:
+        """Refuses targets that are not 0 or 1 for each label."""
+        check_numbers(targets, len(self.names), self.kind)
+        if targets.dim() != 2 or not bool(((targets == 0) | (targets == 1)).all()):
+            raise DataError(
+                f"targets of multilabel: expected 0 or 1 for each of {len(self.names)} labels, float32 [n, labels]"
+            )

@@ -1,0 +1,127 @@
+"""Regression: one number or several for each example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+
+from fedpress.errors import DataError
+from fedpress.tasks.base import Metric, Reduction, Sums, Task, number, reduced
+from fedpress.tasks.library import library_sums, library_values
+
+
+@dataclass(frozen=True)
+class Regression(Task):
+    """Numbers: targets float32 [n] or [n, k]; outputs [n, k] in standard deviations from the mean.
+
+    The network learns `(target - mean) / std`, so that one learning rate suits prices and shares alike; metrics are in
+    the units of the targets. `mean` and `std` come from public targets alone, for they go out with the model.
+
+    Attributes:
+        names: of the k numbers.
+        mean: of each number, on the public part.
+        std: likewise. Both are empty where no target is public; the outputs then are in the targets' own units.
+
+    >>> task = Regression(("price",), mean=(100.0,), std=(20.0,))
+    >>> task.to_targets(torch.tensor([[0.5]]))
+    tensor([[110.]])
+    """
+
+    names: tuple[str, ...]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    kind = "regression"
+    targets = "numbers"
+    words = (
+        Metric("mae", "MAE", "lower"),
+        Metric("rmse", "RMSE", "lower"),
+        Metric("r2", "R²"),
+        Metric("mae_of_mean", "MAE of the mean", "lower"),
+        Metric("loss", "loss", "lower"),
+    )
+    beside = ("mae_warning",)
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or len(self.mean) not in (0, len(self.names)):
+            raise DataError(
+                f"task 'regression': {len(self.names)} numbers but {len(self.mean)} means and {len(self.std)} "
+                "standard deviations; give one of each for every number"
+            )
+
+    @classmethod
+    def fit(cls, names: tuple[str, ...], public: Tensor) -> Regression:
+        """Takes mean and standard deviation of public targets [n] or [n, k]; a constant one gets 1."""
+        if not len(public):
+            return cls(names)
+        columns = public.double().reshape(len(public), len(names))
+        std = columns.std(0, correction=0)
+        std = torch.where(std > torch.finfo(torch.float32).tiny, std, 1.0)
+        return cls(names, tuple(columns.mean(0).tolist()), tuple(std.tolist()))
+
+    def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+        """Returns the squared error in squared standard deviations; that of an example is the mean over its numbers."""
+        columns = self._columns(targets)
+        if self.mean:
+            columns = (columns - columns.new_tensor(self.mean)) / columns.new_tensor(self.std)
+        each = (outputs.float().reshape(columns.shape) - columns).square()
+        return reduced(each.mean(1), reduction)
+
+    def _columns(self, targets: Tensor) -> Tensor:
+        return targets.reshape(len(targets), len(self.names))
+
+    def to_targets(self, outputs: Tensor) -> Tensor:
+        """Returns outputs [n, k] in the units of the targets."""
+        if not self.mean:
+            return outputs
+        return outputs * outputs.new_tensor(self.std) + outputs.new_tensor(self.mean)
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
+        """Returns the states of torchmetrics' errors, and the absolute error of always answering the mean."""
+        columns = self._columns(targets).double()
+        predicted = self.to_targets(self._columns(outputs.detach().double()))
+        sums = library_sums(self._rows, predicted, columns)
+        broken = ~predicted.isfinite().all(1)
+        mean = columns.new_tensor(self.mean or [0.0] * len(self.names))
+        return {
+            **sums,
+            "error_of_mean": (columns - mean).abs().mean(1).sum(),
+            "examples": torch.tensor(len(columns)),
+            "broken": broken.sum(),
+        }
+
+    @staticmethod
+    def _rows() -> Mapping[str, Any]:
+        from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
+
+        return {
+            "mae": MeanAbsoluteError(),
+            "rmse": MeanSquaredError(squared=False),
+            "r2": R2Score(),
+        }
+
+    def summary(self, sums: Sums) -> dict[str, JsonValue]:
+        """Returns the metrics of `words`, and `mae_warning` where the model is no better than the mean."""
+        values = library_values(self._rows, sums)
+        n, broken = int(sums["examples"]), int(sums["broken"])
+        of_mean = number(sums["error_of_mean"] / n) if n and self.mean else None
+        warning = None
+        if broken:
+            warning = f"the model's outputs are not finite on {broken:,} of {n:,} test examples"
+        elif of_mean is not None and values["mae"] is not None and values["mae"] >= of_mean:
+            warning = (
+                f"with a mean absolute error of {values['mae']:.4g} the model is no better than always answering "
+                f"the mean of the public part ({of_mean:.4g})"
+            )
+        elif values["r2"] is not None and values["r2"] <= 0:
+            warning = "R² is not above 0: the model is no better than always answering the mean"
+        return {**values, "mae_of_mean": of_mean, "mae_warning": warning}
+
+    def about(self) -> dict[str, JsonValue]:
+        """Returns the names, and mean and std that turn outputs into units: `output * std + mean`."""
+        return {**super().about(), "mean": list(self.mean), "std": list(self.std)}

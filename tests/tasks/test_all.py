@@ -1,0 +1,190 @@
+"""What holds for every task: one table of cases goes through all of them."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedpress import tasks
+from fedpress.errors import DataError, ModelError
+from fedpress.tasks import Task, merged
+from fedpress.tasks.classification import IGNORED, Classification
+
+
+def flags(n, k, chance):
+    return torch.randint(0, 2, (n, k), generator=chance).float()
+
+
+def classes(n, k, chance):
+    return torch.randint(0, k, (n,), generator=chance)
+
+
+def numbers(n, k, chance):
+    return 7 + 3 * torch.randn(n, k, generator=chance)
+
+
+TARGETS = {"flags": flags, "classes": classes, "numbers": numbers}
+NAMES = {
+    "classification": ("cat", "dog", "cow"),
+    "binary": ("no", "yes"),
+    "regression": ("price", "weight"),
+}
+"""Names that fit each task; three for one that is not here."""
+
+
+def made(kind: str, n: int, seed: int = 0) -> tuple[Task, torch.Tensor, torch.Tensor]:
+    """Returns a task, and outputs and targets of `n` examples."""
+    names = NAMES.get(kind, ("a", "b", "c"))
+    chance = torch.Generator().manual_seed(seed)
+    row = tasks.TASKS[kind]
+    targets = TARGETS[row.targets](n, len(names), chance)
+    task = row.fit(names, targets[: n // 2])
+    return task, torch.randn(n, task.outputs, generator=chance), targets
+
+
+def close(found, expected):
+    """Compares two summaries; sums of floats may differ by rounding."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, float):
+            assert found[key] == pytest.approx(value, rel=1e-9, abs=1e-12), key
+        else:
+            assert found[key] == value, key
+
+
+every = pytest.mark.parametrize("kind", tasks.TASKS)
+
+
+@every
+def test_the_loss_of_a_batch_is_the_mean_of_its_examples_alone(kind):
+    task, outputs, targets = made(kind, 7)
+    each = task.loss(outputs, targets, reduction="none")
+    assert each.shape == (7,)
+    alone = [task.loss(outputs[i : i + 1], targets[i : i + 1]) for i in range(7)]
+    torch.testing.assert_close(each, torch.stack(alone))
+    torch.testing.assert_close(task.loss(outputs, targets), each.mean())
+    torch.testing.assert_close(task.loss(outputs, targets, reduction="sum"), each.sum())
+
+
+@every
+def test_the_loss_has_a_gradient_that_lowers_it(kind):
+    task, outputs, targets = made(kind, 9)
+    outputs.requires_grad_()
+    before = task.loss(outputs, targets)
+    before.backward()
+    assert outputs.grad.isfinite().all()
+    assert task.loss(outputs.detach() - 0.1 * outputs.grad, targets) < before
+
+
+@every
+@given(cuts=st.lists(st.integers(0, 40), max_size=4), seed=st.integers(0, 5))
+def test_merged_sums_of_parts_give_the_metrics_of_the_whole(kind, cuts, seed):
+    task, outputs, targets = made(kind, 40, seed)
+    edges = [0, *sorted(cuts), 40]
+    parts = [task.metrics(outputs[a:b], targets[a:b]) for a, b in itertools.pairwise(edges)]
+    close(task.summary(merged(*parts)), task.summary(task.metrics(outputs, targets)))
+    quick = [task.score_sums(outputs[a:b], targets[a:b]) for a, b in itertools.pairwise(edges)]
+    assert task.score(merged(*quick)) == pytest.approx(
+        task.score(task.score_sums(outputs, targets))
+    )
+
+
+@every
+def test_the_score_is_the_primary_metric(kind):
+    task, outputs, targets = made(kind, 50)
+    found = task.summary(task.metrics(outputs, targets))
+    assert task.score(task.score_sums(outputs, targets)) == pytest.approx(found[task.primary])
+    assert task.words[0].key == task.primary
+    assert {*found} == {*task.keys}
+    assert {w.key for w in task.words} <= {*found, "loss"}
+
+
+@every
+def test_nothing_to_measure_on_gives_no_number(kind):
+    task, outputs, targets = made(kind, 4)
+    found = task.summary(task.metrics(outputs[:0], targets[:0]))
+    assert found[task.primary] in (None, 0.0)  # torchmetrics says 0 of the F1 of nothing
+    assert not any(isinstance(v, float) and math.isnan(v) for v in found.values())
+
+
+@every
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_outputs_that_are_no_numbers_stop_nothing_and_are_told(kind, value):
+    task, outputs, targets = made(kind, 30)
+    outputs[3] = value
+    found = task.summary(task.metrics(outputs, targets))
+    assert not any(isinstance(v, float) and not math.isfinite(v) for v in found.values())
+    if math.isnan(value):
+        warnings = [v for k, v in found.items() if k.endswith("_warning")]
+        assert "1 of 30 test examples" in warnings[0]
+
+
+@every
+def test_one_example_is_measured(kind):
+    task, outputs, targets = made(kind, 8)
+    found = task.summary(task.metrics(outputs[:1], targets[:1]))
+    assert {*found} == {*task.keys}
+
+
+@every
+def test_any_number_is_better_than_none_and_the_direction_is_kept(kind):
+    task, _, _ = made(kind, 4)
+    good, bad = (0.9, 0.1) if task.higher_is_better else (0.1, 0.9)
+    assert task.better(good, bad)
+    assert not task.better(bad, good)
+    assert not task.better(good, good)
+    assert task.better(bad, None)
+    assert not task.better(math.nan, bad)
+    assert task.better(bad, math.nan)
+
+
+@every
+def test_a_network_of_another_width_is_refused_with_the_number_that_fits(kind):
+    task, outputs, targets = made(kind, 4)
+    task.check(outputs, targets)
+    wrong = torch.cat([outputs, outputs], 1)
+    with pytest.raises(ModelError, match=f"make it return {task.outputs} numbers"):
+        task.check(wrong, targets)
+    with pytest.raises(ModelError, match="gives outputs list"):
+        task.check([outputs], targets)
+
+
+@every
+def test_targets_of_another_kind_are_refused(kind):
+    task, _, targets = made(kind, 4)
+    with pytest.raises(DataError):
+        task.check_targets(targets.double())
+    with pytest.raises(DataError):
+        task.check_targets(targets.reshape(4, -1, 1, 1).expand(4, -1, 2, 2).to(torch.complex64))
+
+
+@every
+def test_a_student_equal_to_its_teacher_has_the_least_soft_loss(kind):
+    task, outputs, _ = made(kind, 6)
+    equal = task.soft_loss(outputs, outputs, 2.0)
+    assert equal < task.soft_loss(outputs + torch.randn_like(outputs), outputs, 2.0)
+
+
+def test_positions_that_are_padding_count_for_nothing():
+    task = Classification(("a", "b"))
+    chance = torch.Generator().manual_seed(0)
+    outputs = torch.randn(3, 2, 5, generator=chance)
+    targets = torch.randint(0, 2, (3, 5), generator=chance)
+    targets[0, 2:] = IGNORED
+    other = outputs.clone()
+    other[0, :, 2:] += 100
+    task.check(outputs, targets)
+    torch.testing.assert_close(task.loss(outputs, targets), task.loss(other, targets))
+    assert task.summary(task.metrics(outputs, targets)) == task.summary(
+        task.metrics(other, targets)
+    )
+    alone = task.loss(outputs[:1, :, :2], targets[:1, :2])
+    torch.testing.assert_close(task.loss(outputs, targets, reduction="none")[0], alone)
+
+
+def test_a_line_without_a_task_is_of_a_classification():
+    assert tasks.task_of({"accuracy": 0.5}) is Classification
+    assert tasks.task_of({"task": "regression"}).words[0].key == "mae"

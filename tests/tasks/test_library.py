@@ -1,0 +1,119 @@
+"""The metrics that torchmetrics or scikit-learn know are what they say."""
+
+import warnings
+
+import pytest
+import torch
+import torchmetrics.classification as theirs
+from sklearn import metrics as sk
+from torchmetrics import CalibrationError, SpearmanCorrCoef
+from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
+
+from fedpress.tasks import Binary, Multilabel, Regression, ranking
+from fedpress.tasks.classification import Classification
+from fedpress.tasks.library import library_sums
+from tests.tasks.test_all import made
+
+
+def measured(task, outputs, targets):
+    return task.summary(task.metrics(outputs, targets))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_those_of_a_classification(classes):
+    chance = torch.Generator().manual_seed(classes)
+    labels = (torch.rand(500, generator=chance) ** 2 * classes).long()
+    logits = torch.randn(500, classes, generator=chance) * 2
+    logits[torch.arange(500), labels] += 1
+    found = measured(Classification(tuple("abcdefg"[:classes])), logits, labels)
+    f1 = theirs.MulticlassF1Score(classes, average="macro")(logits, labels)
+    assert found["macro_f1"] == pytest.approx(float(f1), abs=1e-6)
+    error = CalibrationError(task="multiclass", num_classes=classes, n_bins=15)(logits, labels)
+    assert found["calibration_error"] == pytest.approx(float(error), abs=1e-6)
+    said = sk.confusion_matrix(labels.numpy(), logits.argmax(1).numpy())
+    assert found["confusion"] == said.tolist()
+
+
+def test_those_of_a_binary_task_at_its_threshold():
+    chance = torch.Generator().manual_seed(3)
+    labels = (torch.rand(800, generator=chance) < 0.22).long()
+    logits = torch.randn(800, 1, generator=chance) + labels[:, None] - 1
+    for threshold in (0.5, 0.3):
+        found = measured(Binary(("no", "yes"), threshold), logits, labels)
+        p = logits[:, 0].sigmoid()
+        answers = (p >= threshold).long().numpy()
+        y = labels.numpy()
+        assert found["auc"] == pytest.approx(sk.roc_auc_score(y, p.numpy()), abs=2e-4)
+        assert found["accuracy"] == pytest.approx(sk.accuracy_score(y, answers))
+        assert found["f1"] == pytest.approx(sk.f1_score(y, answers))
+        assert found["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(y, answers))
+        loss = Binary(("no", "yes")).loss(logits, labels)
+        assert float(loss) == pytest.approx(sk.log_loss(y, p.numpy()), rel=1e-5)
+
+
+def test_those_of_a_multilabel_task():
+    task, logits, flags = made("multilabel", 300)
+    found = measured(task, logits, flags)
+    y, answers = flags.numpy(), (logits > 0).numpy()
+    assert found["macro_f1"] == pytest.approx(sk.f1_score(y, answers, average="macro"))
+    assert found["micro_f1"] == pytest.approx(sk.f1_score(y, answers, average="micro"))
+    assert found["exact_match"] == pytest.approx(sk.accuracy_score(y, answers))
+    assert found["auc"] == pytest.approx(sk.roc_auc_score(y, logits.numpy()), abs=2e-4)
+    assert Multilabel(("a", "b", "c")).targets == "flags"
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_those_of_a_regression_in_the_units_of_its_targets(width):
+    chance = torch.Generator().manual_seed(width)
+    y = 80 + 25 * torch.randn(200, width, generator=chance)
+    task = Regression.fit(("a", "b", "c")[:width], y[:100])
+    outputs = (y - 80) / 25 + 0.3 * torch.randn(200, width, generator=chance)
+    found = measured(task, outputs, y)
+    said = task.to_targets(outputs.double())
+    expected = {
+        "mae": MeanAbsoluteError(),
+        "r2": R2Score(),
+        "rmse": MeanSquaredError(squared=False),
+    }
+    for key, metric in expected.items():
+        metric.set_dtype(torch.float64)
+        assert found[key] == pytest.approx(float(metric(said, y.double())), rel=1e-9), key
+    assert found["r2"] == pytest.approx(sk.r2_score(y.numpy(), said.numpy()), rel=1e-6)
+    assert found["mae_warning"] is None
+
+
+def test_a_regression_that_answers_the_mean_is_told_so():
+    y = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    task = Regression.fit(("x",), y)
+    found = measured(task, torch.zeros(4, 1), y)
+    assert found["mae"] == found["mae_of_mean"] == 1.0
+    assert "no better than always answering the mean of the public part (1)" in found["mae_warning"]
+
+
+def test_a_regression_without_public_targets_learns_in_their_own_units():
+    task = Regression.fit(("x",), torch.zeros(0))
+    assert float(task.loss(torch.tensor([[3.0]]), torch.tensor([5.0]))) == 4.0
+    assert measured(task, torch.tensor([[3.0]]), torch.tensor([5.0]))["mae_of_mean"] is None
+
+
+def test_targets_that_are_all_equal_are_no_division_by_zero():
+    task = Regression.fit(("x",), torch.full((5,), 2.0))
+    assert (task.mean, task.std) == ((2.0,), (1.0,))
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 100.0])
+def test_the_area_in_bins_is_the_exact_one_but_for_ties(scale):
+    chance = torch.Generator().manual_seed(0)
+    positive = torch.rand(1000, 2, generator=chance) < 0.3
+    scores = (torch.randn(1000, 2, generator=chance) + positive) * scale
+    found = ranking.areas(ranking.score_counts(scores, positive))
+    for k in range(2):
+        exact = sk.roc_auc_score(positive[:, k].numpy(), scores[:, k].numpy())
+        assert float(found[k]) == pytest.approx(exact, abs=3e-4)
+
+
+def test_a_metric_whose_states_are_no_sums_is_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it keeps all examples
+        with pytest.raises(TypeError, match="is no sum"):
+            library_sums(lambda: {"rank": SpearmanCorrCoef()}, torch.ones(2), torch.ones(2))
