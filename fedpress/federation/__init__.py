@@ -2,6 +2,7 @@
 
 from fedpress.core.names import ClientId
 from fedpress.federation.aggregators.mean import Adder, PlainSum, SecureSum
+from fedpress.federation.agreement import Agreement, Terms
 from fedpress.federation.algorithms.fedopt import (
     SERVERS,
     Adam,
@@ -10,7 +11,7 @@ from fedpress.federation.algorithms.fedopt import (
     Momentum,
     Server,
 )
-from fedpress.federation.client import Client, agreement
+from fedpress.federation.client import Client, ClientPlan
 from fedpress.federation.client_state import ClientState, DiskState, InMemoryState
 from fedpress.federation.downlink import Downlink
 from fedpress.federation.exchange import Traffic, Transport
@@ -25,10 +26,12 @@ __all__ = [
     "SERVERS",
     "Adam",
     "Adder",
+    "Agreement",
     "Algorithm",
     "Average",
     "Client",
     "ClientId",
+    "ClientPlan",
     "ClientState",
     "Cohort",
     "DiskState",
@@ -40,10 +43,10 @@ __all__ = [
     "RoundRecord",
     "SecureSum",
     "Server",
+    "Terms",
     "Traffic",
     "Transport",
     "Uplink",
-    "agreement",
     "device_sgd",
     "private_sgd",
     "rounds",

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import blake2b
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +15,12 @@ from fedpress.core.examples import Arrays
 from fedpress.core.names import ClientId
 from fedpress.errors import DivergedError, RecipeError, TrainingError, WireError
 from fedpress.federation.aggregators.mean import SecureSum
+from fedpress.federation.agreement import Agreement, Terms
 from fedpress.federation.client_state import ClientState, InMemoryState, load_json, save_json
-from fedpress.federation.downlink import LOST, SERVER, Downlink
+from fedpress.federation.downlink import LOST, SERVER
 from fedpress.federation.failures import Tally
 from fedpress.federation.local import (
-    LocalSettings,
     LocalUpdate,
-    Prepare,
     Task,
     check_private,
     joint_gradient,
@@ -40,18 +37,71 @@ from fedpress.secagg import SecAggClient, SecAggMessage
 from fedpress.wire.fields import check_header, need
 from fedpress.wire.message import JSON, Message, pack, unpack
 
-Norm = Literal["frozen", "batch"]
 
+@dataclass(frozen=True, eq=False)
+class ClientPlan:
+    """What one client holds of a run: the terms, which are the server's too, and what follows for its own work.
 
-def agreement(
-    layout: parameters.Layout,
-    settings: LocalSettings,
-    uplink: Uplink,
-    downlink: Downlink | None = None,
-) -> str:
-    """Returns a fingerprint of all that both sides must hold alike; a client refuses a request with another one."""
-    parts = (layout, settings, uplink, *([] if downlink is None else [downlink]))
-    return blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+    Attributes:
+        terms: what was agreed.
+        local_update: `sgd` or `private_sgd`.
+        privacy: this client's own plan under unit "sample", None otherwise.
+    """
+
+    terms: Terms
+    local_update: LocalUpdate = sgd
+    privacy: PrivacyPlan | None = None
+
+    @classmethod
+    def bind(
+        cls,
+        terms: Terms,
+        model: nn.Module,
+        *,
+        local_update: LocalUpdate = sgd,
+        privacy: PrivacyPlan | None = None,
+    ) -> ClientPlan:
+        """Fits a client's work to the terms and to the model in which it is done.
+
+        Raises:
+            RecipeError: if the parts do not fit together.
+        """
+        uplink = terms.uplink
+        if (
+            terms.norm != "frozen"
+            and privacy is not None
+            and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+        ):
+            raise RecipeError(
+                "federate.norm: batch norm in training mode mixes examples, which breaks sample privacy; use 'frozen'"
+            )
+        planned = uplink.privacy is not None and uplink.privacy.unit == "sample"
+        alone = planned and not uplink.joint
+        if planned != (privacy is not None) or alone != (local_update is private_sgd):
+            raise RecipeError(
+                "federate.privacy: unit 'sample' needs an uplink that knows it, a plan per client and private_sgd, "
+                "all three or none"
+            )
+        if uplink.joint and local_update is not sgd:
+            raise RecipeError(
+                "federate.privacy: clients that make noise together compute one gradient in torch and run no other "
+                "local update; leave local_update out"
+            )
+        if planned:
+            check_private(terms.settings, privacy)
+        noisy = uplink.privacy is not None and uplink.client_unit and uplink.trust != "central"
+        if terms.error_feedback and (noisy or uplink.joint):
+            raise RecipeError(
+                "federate.error_feedback: a client that adds noise would take it away again in the next round; "
+                "set error_feedback = false"
+            )
+        layout = parameters.Layout.of(model)
+        if layout.size != uplink.promise.size or layout != terms.layout:
+            raise RecipeError(
+                f"federate: the model trains {layout.size} values but the uplink is for {uplink.promise.size}; "
+                "take the model and the patterns of trainable that were agreed"
+            )
+        return cls(terms, local_update, privacy)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,88 +113,42 @@ class Client:
         arrays: its private examples.
         model: a model to work in; its trainable parameters are overwritten by every request, so clients in one
             process may share it. Buffers are as given before and after every round.
-        settings: how to train.
-        uplink: the agreed way home.
-        seed: of the run; all randomness is derived from it, the name and the round; private steps add what was asked.
-        prepare: raw examples [k, ...] and a generator -> network input; its `repr` tells its settings.
-        local_update: `sgd` or `private_sgd`.
-        plan: this client's plan under unit "sample".
-        downlink: the agreed code of the model on its way here, None if it travels whole.
-        error_feedback: adds what coding lost of one update to the next (Seide et al. 2014; Karimireddy et al. 2019,
-            arXiv:1901.09847).
+        plan: what it does, see `ClientPlan.bind`.
         memory: keeps what must outlive a round.
         member: this client's part in a secure sum.
-        secret: 256 random bits of its own, on which its noise hangs instead of `seed`.
-        num_rounds: how many rounds privacy is planned for; without end if None.
-        norm: "frozen" fixes the statistics of batch norm (scale and bias train); "batch" uses those of each batch.
+        secret: 256 random bits of its own, on which its noise hangs instead of the seed.
 
     Raises:
-        RecipeError: if the parts do not fit together.
+        RecipeError: if it has no examples, or no part in a secure sum that was agreed.
     """
 
     name: ClientId
     arrays: Arrays
     model: nn.Module
-    settings: LocalSettings
-    uplink: Uplink
-    seed: int
-    prepare: Prepare
-    local_update: LocalUpdate = sgd
-    plan: PrivacyPlan | None = None
-    downlink: Downlink | None = None
-    error_feedback: bool = False
+    plan: ClientPlan
     memory: ClientState = field(default_factory=InMemoryState)
     member: SecAggClient | None = None
     secret: int | None = field(default=None, repr=False)
-    num_rounds: int | None = None
-    norm: Norm = "frozen"
 
     def __post_init__(self) -> None:
         if not len(self.arrays):
             raise RecipeError(
                 f"federate.client {self.name}: it has no examples; leave it out or partition differently"
             )
-        if (
-            self.norm != "frozen"
-            and self.plan is not None
-            and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
-        ):
-            raise RecipeError(
-                "federate.norm: batch norm in training mode mixes examples, which breaks sample privacy; use 'frozen'"
-            )
-        planned = self.uplink.privacy is not None and self.uplink.privacy.unit == "sample"
-        alone = planned and not self.uplink.joint
-        if planned != (self.plan is not None) or alone != (self.local_update is private_sgd):
-            raise RecipeError(
-                "federate.privacy: unit 'sample' needs an uplink that knows it, a plan per client and private_sgd, "
-                "all three or none"
-            )
-        if self.uplink.joint and self.local_update is not sgd:
-            raise RecipeError(
-                "federate.privacy: clients that make noise together compute one gradient in torch and run no other "
-                "local update; leave local_update out"
-            )
-        if planned:
-            check_private(self.settings, self.plan)
         if (self.member is not None) != isinstance(self.uplink.adder, SecureSum):
             raise RecipeError(
                 "federate.sum: a secure sum needs a member with keys on every client; give both or none"
             )
-        noisy = (
-            self.uplink.privacy is not None
-            and self.uplink.client_unit
-            and self.uplink.trust != "central"
-        )
-        if self.error_feedback and (noisy or self.uplink.joint):
-            raise RecipeError(
-                "federate.error_feedback: a client that adds noise would take it away again in the next round; "
-                "set error_feedback = false"
-            )
-        size = parameters.Layout.of(self.model).size
-        if size != self.uplink.promise.size:
-            raise RecipeError(
-                f"federate: the model trains {size} values but the uplink is for {self.uplink.promise.size}"
-            )
+
+    @property
+    def terms(self) -> Terms:
+        """What was agreed with the server."""
+        return self.plan.terms
+
+    @property
+    def uplink(self) -> Uplink:
+        """The agreed way home."""
+        return self.plan.terms.uplink
 
     def handle(self, request: bytes) -> bytes:
         """Answers the bytes of a "fit" message with those of an "update" message, and the questions of a secure sum.
@@ -156,6 +160,8 @@ class Client:
         """
         message = unpack(request)
         check_header(message.kind, message.header)
+        if message.kind == "agree":
+            return pack(self._agree(message))
         if self.member is not None and message.kind in ("join", "roster", "unmask"):
             return pack(self._secure(self.member, message))
         key = self._key(message)
@@ -168,13 +174,13 @@ class Client:
         header |= self._failures(measured, (params, update), key)
         if not self.uplink.client_unit and self.member is None:
             header["examples"] = len(self.arrays)  # a public number, but under unit "client"
-        if self.error_feedback and "residual" in before:
+        if self.terms.error_feedback and "residual" in before:
             update = update + before["residual"]
         if self.uplink.adaptive is not None:
             header["below"] = float(update.double().norm()) <= unit
         tensors = self.uplink.encode(update, key, unit=unit)
         after = dict(held)
-        if self.error_feedback:
+        if self.terms.error_feedback:
             after["residual"] = self._clipped(update, unit) - unit * self.uplink.decode(
                 tensors, key
             )
@@ -186,6 +192,19 @@ class Client:
         if after:
             self.memory.save(key.round, after)
         return pack(Message("update", header, tensors))
+
+    def _agree(self, message: Message) -> Message:
+        """Compares the server's agreement with this client's own, entry by entry.
+
+        Raises:
+            WireError: naming the first entry that differs, with both values.
+        """
+        text = message.tensors.get("agreement")
+        if text is None:
+            raise WireError("agree.agreement: it is missing; send the server's agreement as text")
+        if difference := Agreement.read(text).difference(self.terms.agreement):
+            raise WireError(difference)
+        return Message("agreed", {"agreement": self.terms.agreement.fingerprint})
 
     def _try_fit(self, params: Tensor, key: Key) -> tuple[Tensor, dict[str, JSON]]:
         """Returns the local update; under privacy nobody may learn from a failure what is in the data.
@@ -203,9 +222,9 @@ class Client:
             if (
                 self.uplink.joint
             ):  # the same for every cause: the batch that was expected, a public number
-                assert self.plan is not None
+                assert self.plan.privacy is not None
                 return torch.zeros_like(params), {
-                    "failed": round(self.plan.sampling_prob * len(self.arrays))
+                    "failed": round(self.plan.privacy.sampling_prob * len(self.arrays))
                 }
             if (
                 diverged
@@ -224,7 +243,7 @@ class Client:
         these parameters, this update and these examples: were it the same for other examples, two answers could be
         compared.
         """
-        plan = self.plan or self.uplink.privacy
+        plan = self.plan.privacy or self.uplink.privacy
         if plan is None:
             return {}
         tally = Tally.of(measured)
@@ -241,9 +260,9 @@ class Client:
         """
         if self.uplink.privacy is None:
             return
-        if self.num_rounds is not None and round > self.num_rounds:
+        if self.terms.num_rounds is not None and round > self.terms.num_rounds:
             raise WireError(
-                f"fit.round: got {round}, but privacy is planned for {self.num_rounds} rounds; stop here"
+                f"fit.round: got {round}, but privacy is planned for {self.terms.num_rounds} rounds; stop here"
             )
         asked = random.fingerprint(
             sorted(message.header.items()), *(message.tensors[n] for n in sorted(message.tensors))
@@ -287,18 +306,17 @@ class Client:
                 f"fit.kind: got {request.kind!r}, expected 'fit'; use the same fedpress on both sides"
             )
         round: int = need("fit", request.header, "round")
-        agreed = agreement(
-            parameters.Layout.of(self.model), self.settings, self.uplink, self.downlink
-        )
-        if request.header.get("agreement") != agreed:
+        agreed, said = self.terms.agreement.fingerprint, request.header.get("agreement")
+        if said != agreed:
             raise WireError(
-                "fit.agreement: the server works with other settings or another model; use the same recipe"
+                f"fit.agreement: the server works under agreement {said!r} and this client under {agreed!r}: other "
+                "settings, another seed or another model; use the same recipe"
             )
-        return Key(self.seed, round, self.name, self.secret)
+        return Key(self.terms.seed, round, self.name, self.secret)
 
     def _receive(self, request: Message, key: Key) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the server's parameters [d] and what to remember of them."""
-        if self.downlink is None:
+        if self.terms.downlink is None:
             params = request.tensors.get("params")
             if (
                 params is None
@@ -319,21 +337,21 @@ class Client:
             raise WireError(
                 f"fit.from: this client does not hold the model of round {version} any more; {LOST}"
             )
-        held = self.downlink.decode(
-            request.tensors, state.get("held"), Key(self.seed, key.round, SERVER)
+        held = self.terms.downlink.decode(
+            request.tensors, state.get("held"), Key(self.terms.seed, key.round, SERVER)
         )
         return held, {"held": held, "version": torch.tensor(key.round)}
 
     def _fit(self, params: Tensor, key: Key) -> tuple[Tensor, dict[str, JSON]]:
         """Returns the update [d] on the CPU and what the local update measured; the model's buffers are put back."""
         parameters.assign_(self.model, params)
-        task = Task(self.arrays, self.settings, key, self.prepare, self.plan)
+        task = Task(self.arrays, self.terms.settings, key, self.terms.prepare, self.plan.privacy)
         joint: Tensor | None = None
         with self._at_work(key):
             if self.uplink.joint:
                 joint, measured = joint_gradient(self.model, task)
             else:
-                measured = self.local_update(self.model, task)
+                measured = self.plan.local_update(self.model, task)
         update = parameters.flatten(self.model) - params if joint is None else joint
         if not bool(torch.isfinite(update).all()):
             raise DivergedError(
@@ -349,13 +367,15 @@ class Client:
             Exception: whatever the network raises on them.
             TrainingError: if its gradients are of no use.
         """
-        params, key = parameters.flatten(self.model), Key(self.seed, 1, self.name)
-        settings = self.settings.model_copy(update={"epochs": 1, "batch_size": max(2, len(arrays))})
-        task = Task(arrays, settings, key, self.prepare, self.plan)
+        params, key = parameters.flatten(self.model), Key(self.terms.seed, 1, self.name)
+        settings = self.terms.settings.model_copy(
+            update={"epochs": 1, "batch_size": max(2, len(arrays))}
+        )
+        task = Task(arrays, settings, key, self.terms.prepare, self.plan.privacy)
         try:
             with self._at_work(key):
-                if self.plan is None:
-                    self.local_update(self.model, task)
+                if self.plan.privacy is None:
+                    self.plan.local_update(self.model, task)
                 else:
                     rehearse_private(self.model, task)
         finally:
@@ -366,12 +386,14 @@ class Client:
         """Puts the model into the modes of local training, with its own stream of dropout; buffers are put back."""
         buffers = [b.clone() for b in self.model.buffers()]
         self.model.train()
-        if self.norm == "frozen":
+        if self.terms.norm == "frozen":
             freeze_batch_norm_(self.model)
         try:
             with torch.random.fork_rng():  # dropout draws from torch's global generator
                 torch.manual_seed(
-                    random.derive(self.seed, "client", self.name, "round", key.round, "dropout")
+                    random.derive(
+                        self.terms.seed, "client", self.name, "round", key.round, "dropout"
+                    )
                 )
                 yield
         finally:  # whatever a module keeps of private examples must not reach the next request

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import torch
@@ -72,6 +72,7 @@ class Uplink:
         promise: what holds for every decoded update in the sum; under unit "client" its `l2` is the sensitivity.
         cohort: the public plan of who takes part.
         chain: transforms, bound to each other.
+        codecs: the settings from which the chain was bound, for the agreement.
         adder: how the updates are summed.
         privacy: the plan, or None.
         trust: who adds the noise of the plan: "central" the server, to the sum; "secure" the clients together, so
@@ -93,6 +94,11 @@ class Uplink:
     divisor: float
     noise: ServerNoise | None = None
     adaptive: AdaptiveClip | None = None
+    codecs: tuple[Settings, ...] = ()
+
+    def agreed(self) -> dict[str, object]:
+        """Returns all fields but the bound transforms, which follow from `codecs`."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "chain"}
 
     @classmethod
     def bind(
@@ -157,6 +163,7 @@ class Uplink:
             divisor or cohort.size,
             noise,
             adaptive,
+            tuple(chain),
         )
 
     @property

@@ -20,10 +20,11 @@ from fedpress.federation import (
     SERVERS,
     Algorithm,
     Client,
+    ClientPlan,
     Cohort,
     LocalSettings,
+    Terms,
     Uplink,
-    agreement,
     sgd,
 )
 from fedpress.federation.local import Task
@@ -190,18 +191,22 @@ def federation(program, device: bool):
     model, settings = network(), LocalSettings(epochs=2, batch_size=4, lr=0.1, momentum=0.5)
     params, layout = parameters.flatten(model), parameters.Layout.of(model)
     uplink = Uplink.bind(len(params), Cohort(3, 3))
-    common = {"settings": settings, "uplink": uplink, "seed": 7, "prepare": untouched}
+    terms = Terms(layout, settings, uplink, 7, untouched)
     kinds = {
         "c0": (DeviceModel(program), device_sgd) if device else (model, sgd),
         "c1": (model, sgd),
         "c2": (model, sgd),
     }
     clients = [
-        Client(name, examples(10 + 3 * i, i), one, local_update=update, **common)
+        Client(
+            name,
+            examples(10 + 3 * i, i),
+            one,
+            ClientPlan.bind(terms, one, local_update=update),
+        )
         for i, (name, (one, update)) in enumerate(kinds.items())
     ]
     transport = LocalTransport({client.name: client.handle for client in clients})
-    agreed = agreement(layout, settings, uplink)
     return list(
         rounds(
             params,
@@ -210,7 +215,7 @@ def federation(program, device: bool):
             transport,
             num_rounds=3,
             seed=7,
-            agreement=agreed,
+            agreement=terms.agreement.fingerprint,
         )
     )
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import torch
 from torch import nn
 
 from fedpress.codecs import Key
 from fedpress.core import parameters
 from fedpress.core.examples import Arrays
-from fedpress.federation import Client, Cohort, LocalSettings, Uplink, agreement, private_sgd, sgd
+from fedpress.federation import (
+    Client,
+    ClientPlan,
+    Cohort,
+    LocalSettings,
+    Terms,
+    Uplink,
+    private_sgd,
+    sgd,
+)
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.transport import LocalTransport
 from fedpress.wire import Message
@@ -57,17 +68,17 @@ class Federation:
         self.data = [examples(10 + 4 * i, seed=i) for i in range(clients)]
         sample = privacy is not None and privacy.unit == "sample"
         private = (
-            {"plan": privacy, "local_update": private_sgd} if sample else {"local_update": sgd}
+            {"privacy": privacy, "local_update": private_sgd} if sample else {"local_update": sgd}
         )
-        common = {
-            "model": self.model,
-            "settings": self.settings,
-            "uplink": self.uplink,
-            "seed": 7,
-            "prepare": untouched,
-        }
+        mine = {one.name: more.pop(one.name) for one in fields(Terms) if one.name in more}
+        mine = {"seed": 7, "prepare": untouched} | mine
+        self.terms = Terms(self.layout, self.settings, **({"uplink": self.uplink} | mine))
+        if "plan" in more:  # of the client alone, whatever the uplink says
+            private["privacy"] = more.pop("plan")
+        own = {"local_update": more.pop("local_update")} if "local_update" in more else {}
+        plan = ClientPlan.bind(self.terms, self.model, **(private | own))
         self.clients = {
-            f"c{i}": Client(f"c{i}", arrays, **(common | private | more))
+            f"c{i}": Client(f"c{i}", arrays, self.model, plan, **more)
             for i, arrays in enumerate(self.data)
         }
 
@@ -77,12 +88,22 @@ class Federation:
 
     @property
     def agreement(self) -> str:
-        return agreement(self.layout, self.settings, self.uplink)
+        return self.terms.agreement.fingerprint
 
     def fit(self, round: int = 1) -> Message:
         return Message(
             "fit", {"round": round, "agreement": self.agreement}, {"params": self.params}
         )
+
+
+def rebound(client, model=None, **changes) -> Client:
+    """Returns `client` under other terms (fields of `Terms`), or with another plan or memory of its own."""
+    names = {one.name for one in fields(Terms)}
+    terms = replace(client.terms, **{n: changes.pop(n) for n in names & changes.keys()})
+    own = {"local_update": client.plan.local_update, "privacy": client.plan.privacy}
+    own |= {n: changes.pop(n) for n in own.keys() & changes.keys()}
+    model = client.model if model is None else model
+    return replace(client, model=model, plan=ClientPlan.bind(terms, model, **own), **changes)
 
 
 def key(client: str = "c0", round: int = 1) -> Key:

@@ -9,11 +9,11 @@ from fedpress.codecs import Key, Quantize, TopK
 from fedpress.core import parameters
 from fedpress.core.examples import Arrays
 from fedpress.errors import RecipeError, TrainingError, WireError
-from fedpress.federation import Cohort, Downlink, InMemoryState, LocalSettings, Uplink, agreement
+from fedpress.federation import Cohort, Downlink, InMemoryState, LocalSettings, Uplink
 from fedpress.federation.downlink import SERVER
 from fedpress.federation.local import sgd
 from fedpress.wire import Message, pack, unpack
-from tests.federation.federation import SAMPLE_PLAN, Federation, client_plan, mlp
+from tests.federation.federation import SAMPLE_PLAN, Federation, client_plan, mlp, rebound
 
 
 def answer(federation, message=None, name="c0"):
@@ -150,8 +150,10 @@ def test_settings_the_model_and_the_uplink_are_part_of_the_agreement():
         Federation(weights="equal"),
         Federation(privacy=SAMPLE_PLAN),
         Federation(model=nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))),
+        Federation(seed=8),
+        Federation(norm="batch"),
     ]
-    assert len({f.agreement for f in [plain, *others]}) == 5
+    assert len({f.agreement for f in [plain, *others]}) == 7
     assert plain.agreement == Federation().agreement
 
 
@@ -208,13 +210,13 @@ def test_parts_that_do_not_belong_together_are_refused():
         replace(federation.clients["c0"], arrays=nothing)
     private = Federation(privacy=SAMPLE_PLAN)
     joint = Uplink.bind(len(private.params), Cohort(4, 4), privacy=SAMPLE_PLAN, trust="central")
-    assert replace(private.clients["c0"], uplink=joint, local_update=sgd).uplink.joint
+    assert rebound(private.clients["c0"], uplink=joint, local_update=sgd).uplink.joint
     with pytest.raises(RecipeError, match="run no other local update"):
-        replace(
+        rebound(
             private.clients["c0"], uplink=joint, local_update=lambda model, task: sgd(model, task)
         )
     with pytest.raises(RecipeError, match=r"trains 3 values but the uplink is for 83"):
-        replace(federation.clients["c0"], model=nn.Linear(2, 1))
+        rebound(federation.clients["c0"], model=nn.Linear(2, 1))
 
 
 class Remembers(nn.Module):
@@ -251,14 +253,14 @@ def coded():
     federation = Federation(clients=1)
     size = len(federation.params)
     downlink = Downlink(size, chain=(Quantize(bits=8),), first=(Quantize(bits=16),))
-    client = replace(
+    client = rebound(
         federation.clients["c0"], downlink=downlink, error_feedback=True, memory=InMemoryState()
     )
     return federation, downlink, client
 
 
 def coded_fit(federation, downlink, client, round, version, held):
-    agreed = agreement(federation.layout, federation.settings, federation.uplink, downlink)
+    agreed = client.terms.agreement.fingerprint
     tensors = downlink.encode(federation.params, held, Key(7, round, SERVER))
     request = Message("fit", {"round": round, "agreement": agreed, "from": version}, tensors)
     return unpack(client.handle(pack(request)))
@@ -280,13 +282,14 @@ def test_a_client_says_when_it_does_not_hold_the_model_that_a_difference_is_to()
 def test_error_feedback_adds_what_the_last_update_lost():
     federation = Federation(clients=1)
     uplink = Uplink.bind(len(federation.params), Cohort(1, 1), chain=(TopK(density=0.1),))
-    federation.uplink = uplink
     memory = InMemoryState()
-    client = replace(federation.clients["c0"], uplink=uplink, error_feedback=True, memory=memory)
-    plain = replace(client, error_feedback=False)
+    client = rebound(federation.clients["c0"], uplink=uplink, error_feedback=True, memory=memory)
+    plain = rebound(client, error_feedback=False)
+    federation.terms = client.terms
     sent = [
         unpack(client.handle(pack(federation.fit(round)))).tensors["values"] for round in (1, 2)
     ]
+    federation.terms = plain.terms
     whole = []
     for round in (1, 2):
         plain.handle(pack(federation.fit(round)))

@@ -13,12 +13,13 @@ from fedpress.errors import RecipeError
 from fedpress.federation import (
     Algorithm,
     Client,
+    ClientPlan,
     Cohort,
     InMemoryState,
     LocalSettings,
     SecureSum,
+    Terms,
     Uplink,
-    agreement,
 )
 from fedpress.federation.server import rounds
 from fedpress.secagg import SecAggClient, SecurePlan, identity
@@ -43,17 +44,16 @@ class SecureFederation:
         size = len(self.params)
         adder = SecureSum(plan, size, limit or 2 ** (bits - 1), identities) if secure else None
         self.uplink = Uplink.bind(size, Cohort(6, 6), chain=chain, adder=adder, weights="equal")
-        self.agreement = agreement(layout, SETTINGS, self.uplink)
+        terms = Terms(layout, SETTINGS, self.uplink, 7, untouched)
+        self.agreement = terms.agreement.fingerprint
+        client_plan = ClientPlan.bind(terms, self.model)
         self.memories = memories or {name: InMemoryState() for name in NAMES}
         self.clients = {
             name: Client(
                 name,
                 examples(10 + i, seed=i),
                 self.model,
-                SETTINGS,
-                self.uplink,
-                7,
-                untouched,
+                client_plan,
                 memory=self.memories[name],
                 member=SecAggClient(name, keys[name], plan, dict(identities), self.agreement)
                 if secure

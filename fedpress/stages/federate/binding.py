@@ -24,6 +24,7 @@ from fedpress.federation import (
     Adder,
     Algorithm,
     Client,
+    ClientPlan,
     ClientState,
     Cohort,
     DiskState,
@@ -33,8 +34,8 @@ from fedpress.federation import (
     PlainSum,
     RoundRecord,
     SecureSum,
+    Terms,
     Uplink,
-    agreement,
     private_sgd,
     sgd,
 )
@@ -63,11 +64,10 @@ class Federation:
     Attributes:
         stage: the settings.
         model: a copy to work in, its trainable parameters marked.
-        uplink: how updates travel.
+        terms: what server and clients hold alike.
         clients: by name.
         transport: reaches them.
         protection: the planned privacy.
-        downlink: how the model travels to the clients, None if whole.
         ledger: what was spent before this stage; without end, if this stage is open.
         seed: of this stage.
         secret: on which the server's noise hangs instead of the seed.
@@ -75,11 +75,10 @@ class Federation:
 
     stage: FederateSettings
     model: nn.Module
-    uplink: Uplink
+    terms: Terms
     clients: dict[str, Client]
     transport: LocalTransport
     protection: Protection
-    downlink: Downlink | None
     ledger: Ledger
     seed: int
     secret: int | None
@@ -87,9 +86,17 @@ class Federation:
     @property
     def agreement(self) -> str:
         """The fingerprint of what server and clients hold alike."""
-        return agreement(
-            parameters.Layout.of(self.model), local_settings(self.stage), self.uplink, self.downlink
-        )
+        return self.terms.agreement.fingerprint
+
+    @property
+    def uplink(self) -> Uplink:
+        """How updates travel."""
+        return self.terms.uplink
+
+    @property
+    def downlink(self) -> Downlink | None:
+        """How the model travels to the clients, None if whole."""
+        return self.terms.downlink
 
     def rounds(
         self, params: Tensor, *, start: int, server_state: dict[str, Tensor] | None
@@ -285,43 +292,43 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> F
     )
     if downlink is not None:
         _ = downlink.bound(whole=True), downlink.bound(whole=False)  # says what does not fit
-    prepare = Prepare(state.data.preprocess, stage.augment)
-    settings = local_settings(stage)
+    terms = Terms(
+        layout=layout,
+        settings=local_settings(stage),
+        uplink=uplink,
+        seed=seed,
+        prepare=Prepare(state.data.preprocess, stage.augment),
+        downlink=downlink,
+        norm=stage.norm,
+        error_feedback=stage.error_feedback,
+        num_rounds=stage.num_rounds,
+    )
     sample = private is not None and private.unit == "sample"
     shared = Federation(
-        stage,
-        model,
-        uplink,
-        {},
-        LocalTransport({}),
-        planned,
-        downlink,
-        _ledger(stage, state),
-        seed,
-        None,
+        stage, model, terms, {}, LocalTransport({}), planned, _ledger(stage, state), seed, None
     )
     run, identities = (
         shared.agreement,
         dict(adder.identities) if isinstance(adder, SecureSum) else {},
     )
+    plans = {
+        name: ClientPlan.bind(
+            terms,
+            model,
+            local_update=private_sgd if sample and not uplink.joint else sgd,
+            privacy=planned.plans[name] if sample else None,
+        )
+        for name in clients
+    }
     made = {
         name: Client(
             name=name,
             arrays=arrays,
             model=model,
-            settings=settings,
-            uplink=uplink,
-            seed=seed,
-            prepare=prepare,
-            local_update=private_sgd if sample and not uplink.joint else sgd,
-            plan=planned.plans[name] if sample else None,
-            downlink=downlink,
-            error_feedback=stage.error_feedback,
+            plan=plans[name],
             memory=memories[name],
             member=_member(name, keys[name], adder, identities, run, memories[name]),
             secret=secrets[name],
-            num_rounds=stage.num_rounds,
-            norm=stage.norm,
         )
         for name, arrays in clients.items()
     }

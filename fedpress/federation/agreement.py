@@ -1,0 +1,189 @@
+"""What server and clients must hold alike: the terms of a run, and their agreement as versioned canonical JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from fedpress.core import parameters, random
+from fedpress.errors import WireError
+from fedpress.federation.downlink import Downlink
+from fedpress.federation.local import LocalSettings, Prepare
+from fedpress.federation.uplink import Uplink
+from fedpress.wire.message import JSON
+
+VERSION = 1
+"""Of the agreement's form. Raise it when an entry changes its meaning under the same name."""
+SHOWN = 120
+"""Characters of a value that a refusal shows: an entry may hold a whole list of names."""
+Norm = Literal["frozen", "batch"]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The entries of an agreement, by name; two sides hold it alike if their fingerprints are equal.
+
+    >>> ours, theirs = Agreement({"norm": "frozen"}), Agreement({"norm": "batch"})
+    >>> ours.fingerprint == theirs.fingerprint
+    False
+    >>> ours.difference(theirs)
+    "agreement.norm: the server says 'frozen', this client 'batch'; use the same recipe"
+    """
+
+    entries: dict[str, JSON]
+
+    def to_json(self) -> str:
+        """Returns the canonical text: sorted keys, no spaces, and every number as Python writes it."""
+        return json.dumps(self.entries, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the text, 16 hexadecimal digits: what travels with every request."""
+        return blake2b(self.to_json().encode(), digest_size=8).hexdigest()
+
+    def to_tensor(self) -> Tensor:
+        """Returns the text as it travels: uint8, since a list of many names is longer than a header may be."""
+        return torch.frombuffer(bytearray(self.to_json().encode()), dtype=torch.uint8)
+
+    @classmethod
+    def read(cls, text: Tensor) -> Agreement:
+        """Reads what `to_tensor` gave and anybody may have sent.
+
+        Raises:
+            WireError: if it is no table.
+        """
+        try:
+            entries = json.loads(bytes(text.to(torch.uint8).tolist()))
+        except (ValueError, RecursionError, RuntimeError) as error:
+            raise WireError(
+                f"agreement: not JSON ({type(error).__name__}); use the same fedpress on both sides"
+            ) from error
+        if not isinstance(entries, dict):
+            raise WireError(
+                f"agreement: got {type(entries).__name__}, expected a table; use the same fedpress on both sides"
+            )
+        return cls(entries)
+
+    def leaves(self) -> dict[str, JSON]:
+        """Returns every single entry by its whole name, such as `uplink.cohort.size`."""
+        return dict(_leaves("", self.entries))
+
+    def difference(self, client: Agreement) -> str:
+        """Returns one sentence that names the first entry that a `client` holds otherwise; empty if none."""
+        ours, theirs = self.leaves(), client.leaves()
+        for name in sorted(ours.keys() | theirs.keys()):
+            # By their text: 1, 1.0 and true are equal in Python, and not in a canonical text.
+            here, there = _text(ours, name), _text(theirs, name)
+            if here != there:
+                cure = "use the same fedpress" if name == "version" else "use the same recipe"
+                return f"agreement.{name}: the server says {_short(here)}, this client {_short(there)}; {cure}"
+        return ""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """All that server and clients must hold alike; whatever is added here is part of the agreement.
+
+    Attributes:
+        layout: names and shapes of the parameters that train.
+        settings: how a client trains.
+        uplink: how updates come home.
+        seed: of the run. The agreement holds a commitment to it: clients with another seed draw other masks and
+            rotations, so that the mean of their updates points anywhere.
+        prepare: raw examples [k, ...] and a generator -> network input; its fields tell its settings.
+        downlink: the agreed code of the model on its way to the clients, None if it travels whole.
+        norm: "frozen" fixes the statistics of batch norm (scale and bias train); "batch" uses those of each batch.
+        error_feedback: clients add what coding lost of one update to the next (Seide et al. 2014; Karimireddy et al.
+            2019, arXiv:1901.09847).
+        num_rounds: how many rounds are planned; without end if None.
+    """
+
+    layout: parameters.Layout
+    settings: LocalSettings
+    uplink: Uplink
+    seed: int
+    prepare: Prepare
+    downlink: Downlink | None = None
+    norm: Norm = "frozen"
+    error_feedback: bool = False
+    num_rounds: int | None = None
+
+    @cached_property
+    def agreement(self) -> Agreement:
+        """The agreement of all these, under the names of the fields."""
+        entries = {one.name: canonical(getattr(self, one.name)) for one in fields(self)}
+        entries["seed"] = commitment(self.seed)
+        return Agreement({"version": VERSION, **entries})
+
+
+def commitment(seed: int) -> str:
+    """Returns what lets two sides see that they hold the same `seed`, without saying it.
+
+    A small seed can be found by trying; what must stay secret hangs on 256 bits of the operating system instead.
+    """
+    return random.fingerprint("fedpress seed", seed)[:32]
+
+
+def canonical(value: Any) -> JSON:
+    """Returns `value` as JSON that names no class, so that a class may be renamed.
+
+    Of settings and dataclasses it takes the fields, and the `kind` where the class has one. A class whose fields are
+    not what must be alike says so by a method `agreed`, which returns a table.
+
+    Raises:
+        TypeError: if it is something of which nobody knows what must be alike.
+
+    >>> canonical((1, math.inf, b"key"))
+    [1, 'inf', '6b6579']
+    """
+    if hasattr(value, "agreed"):
+        return canonical(value.agreed())
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, list | tuple):
+        return [canonical(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): canonical(item) for key, item in value.items()}
+    if isinstance(value, BaseModel):
+        return {name: canonical(getattr(value, name)) for name in type(value).model_fields}
+    if is_dataclass(value):
+        kind = getattr(value, "kind", None)
+        named = {} if kind is None else {"kind": canonical(kind)}
+        return named | {one.name: canonical(getattr(value, one.name)) for one in fields(value)}
+    if callable(value):
+        return str(value.__name__)
+    raise TypeError(
+        f"agreement: {type(value).__name__} has no canonical JSON; give it a method `agreed`"
+    )
+
+
+def _leaves(name: str, value: JSON) -> Iterator[tuple[str, JSON]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(f"{name}.{key}" if name else key, item)
+    elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        for at, item in enumerate(value):
+            yield from _leaves(f"{name}[{at}]", item)
+    else:
+        yield name, value
+
+
+def _text(leaves: Mapping[str, JSON], name: str) -> str:
+    return repr(leaves[name]) if name in leaves else "nothing"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
