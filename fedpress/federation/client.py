@@ -29,12 +29,12 @@ from fedpress.federation.local import (
     sgd,
     too_large,
 )
+from fedpress.federation.protocol import check_header, need
 from fedpress.federation.uplink import Uplink
 from fedpress.models.norms import freeze_batch_norm_
 from fedpress.privacy.noise.mechanism import clip
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.secagg import SecAggClient, SecAggMessage
-from fedpress.wire.fields import check_header, need
 from fedpress.wire.message import JSON, Message, pack, unpack
 
 

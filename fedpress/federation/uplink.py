@@ -27,12 +27,12 @@ from fedpress.core.names import ClientId
 from fedpress.errors import RecipeError, SecureError, WireError
 from fedpress.federation.aggregators.mean import Adder, PlainSum, Sent, Session, Total
 from fedpress.federation.failures import Tally
+from fedpress.federation.protocol import check_header, need
 from fedpress.federation.sampling import Cohort
 from fedpress.federation.servernoise import ServerNoise
 from fedpress.privacy.adaptive import AdaptiveClip, share_below
 from fedpress.privacy.noise.mechanism import noise_sum
 from fedpress.privacy.plan import PrivacyPlan
-from fedpress.wire.fields import check_header, need
 from fedpress.wire.message import JSON, Message
 
 Trust = Literal["local", "secure", "central"]

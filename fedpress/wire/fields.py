@@ -1,4 +1,4 @@
-"""What the fields of each kind of message may hold: a table, so that every field is checked in one place.
+"""Kinds of fields: what a value in a header may be, in words and as a test, so that it is checked in one place.
 
 JSON knows `true`, `1`, `1.0` and `"1"`, and in Python the first three are equal and the same key of a dictionary. So a
 whole number is an int and nothing else, here and wherever a field is compared.
@@ -62,63 +62,6 @@ COUNTS = Kind(
     ),
 )
 
-FIELDS: Mapping[str, Mapping[str, Kind]] = {
-    "fit": {
-        "round": whole(1),
-        "agreement": TEXT,
-        "from": whole(0),
-        "cohort": NAMES,
-        "clip_norm": POSITIVE,
-    },
-    "update": {
-        "round": whole(1),
-        "examples": whole(1),
-        "loss": NUMBER,
-        "steps": whole(0),
-        "below": FLAG,
-        "failures": COUNTS,
-        "secure": TABLE,
-    },
-    "join": {"run": TEXT},
-    "roster": {"names": NAMES},
-    "unmask": {"round": whole(0), "size": whole(0, MAX_SIZE), "cohort": NAMES},
-    "shares": {"round": whole(0)},
-    "error": {"reason": TEXT},
-}
-"""Kind of message -> field -> what it may hold. A field that is not here is read by nobody."""
-
-REPORT: Mapping[str, Kind] = {"round": whole(0)}
-"""Fields of the table `secure` in an update."""
-
-
-def check_header(kind: str, header: Mapping[str, Any]) -> None:
-    """Checks every known field that `header` holds; one that is missing is the business of who needs it.
-
-    Raises:
-        WireError: naming message, field, what it held and what it must hold.
-
-    >>> check_header("fit", {"round": 3})
-    >>> check_header("fit", {"round": True})
-    Traceback (most recent call last):
-        ...
-    fedpress.errors.WireError: fit.round: got True, expected a whole number from 1 to 1099511627776; use the same \
-fedpress on both sides
-    """
-    _check(kind, FIELDS.get(kind, {}), header)
-    secure = header.get("secure")
-    if kind == "update" and isinstance(secure, dict):
-        _check(f"{kind}.secure", REPORT, secure)
-
-
-def need(kind: str, header: Mapping[str, Any], name: str) -> Any:
-    """Returns the field `name` of a `header`, checked.
-
-    Raises:
-        WireError: if it is missing, or holds something else than `FIELDS` says.
-    """
-    check_field(kind, name, header.get(name), FIELDS[kind][name])
-    return header[name]
-
 
 def check_field(place: str, name: str, value: Any, kind: Kind) -> None:
     """Raises WireError unless `value` is what a field of this `kind` may hold."""
@@ -130,7 +73,8 @@ def check_field(place: str, name: str, value: Any, kind: Kind) -> None:
         )
 
 
-def _check(place: str, fields: Mapping[str, Kind], header: Mapping[str, Any]) -> None:
+def check_fields(place: str, fields: Mapping[str, Kind], header: Mapping[str, Any]) -> None:
+    """Raises WireError unless every known field that `header` holds is of its kind; unknown ones are read by nobody."""
     for name, kind in fields.items():
         if name in header:
             check_field(place, name, header[name], kind)

@@ -14,9 +14,9 @@ from fedpress.codecs import VALUES, Bound, Key, Transform
 from fedpress.core.names import ClientId
 from fedpress.errors import RecipeError, SecureError, WireError
 from fedpress.federation.exchange import Transport
+from fedpress.federation.protocol import check_header
 from fedpress.privacy.noise.mechanism import clip
 from fedpress.secagg import SecAggMessage, SecAggServer, SecurePlan
-from fedpress.wire.fields import check_header
 from fedpress.wire.message import JSON, Message
 
 Decode: TypeAlias = "Callable[[Mapping[str, Tensor], Key], Tensor]"

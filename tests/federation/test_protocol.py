@@ -1,10 +1,13 @@
+import re
+
 import pytest
 import torch
 
 from fedpress.errors import WireError
-from fedpress.federation import Cohort, Uplink
+from fedpress.federation import Cohort, Uplink, protocol
+from fedpress.federation.protocol import FIELDS, REPORT, check_header, need
 from fedpress.wire import Message, pack
-from fedpress.wire.fields import FIELDS, NAMES, NUMBER, REPORT, check_header, need, whole
+from fedpress.wire.fields import NAMES, NUMBER, whole
 from tests.federation.federation import SAMPLE_PLAN, Federation, update
 
 RIGHT = {
@@ -23,6 +26,8 @@ RIGHT = {
     "names": [],
     "size": 7,
     "reason": "it failed",
+    "identity": "00ff",
+    "metrics": {"accuracy": 0.5},
 }
 WRONG = {
     "a whole number": [
@@ -130,3 +135,8 @@ def test_kinds_say_what_they_expect():
     assert not whole(1).holds(0)
     assert NUMBER.holds(1)
     assert NAMES.holds([])
+
+
+def test_every_answer_and_every_question_of_the_table_in_words_is_a_row():
+    told = set(re.findall(r"`(\w+)`", protocol.__doc__.partition("| --- |")[2])) & FIELDS.keys()
+    assert told == FIELDS.keys()

@@ -1,0 +1,104 @@
+"""The clients of a run as everybody may know them: names, public counts, public keys; none of their data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedpress.core.names import ClientId
+from fedpress.errors import DataError
+
+CURE = "take what the server of this run sent"
+
+
+@dataclass(frozen=True)
+class Population:
+    """Who can be asked, and what is public about them.
+
+    Attributes:
+        names: of all clients, always in the same order.
+        examples: how many each of them has; None where whole clients are protected, for then nobody may know.
+        identities: each client's public signing key (Ed25519, 32 bytes); empty unless sums are secure.
+
+    Raises:
+        DataError: if a name comes twice, or counts or keys are not those of the named clients.
+
+    >>> Population(("a", "b"), {"a": 3, "b": 5}).total
+    8
+    """
+
+    names: tuple[ClientId, ...]
+    examples: Mapping[ClientId, int] | None = None
+    identities: Mapping[ClientId, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.names or len(set(self.names)) != len(self.names):
+            raise DataError(
+                "population.names: expected at least one client, each by a name of its own; name each once"
+            )
+        for what, table in (("examples", self.examples), ("identities", self.identities)):
+            if table and table.keys() != set(self.names):
+                raise DataError(
+                    f"population.{what}: expected one entry for each of the {len(self.names)} clients; "
+                    "give all or none"
+                )
+        for name, count in (self.examples or {}).items():
+            if count < 1:
+                raise DataError(f"population.examples.{name}: got {count}; leave this client out")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def total(self) -> int:
+        """Examples of all clients together.
+
+        Raises:
+            DataError: if nobody may know them.
+        """
+        return sum(self.counts.values())
+
+    @property
+    def counts(self) -> Mapping[ClientId, int]:
+        """How many examples each client has, where that is public.
+
+        Raises:
+            DataError: if nobody may know them.
+        """
+        if self.examples is None:
+            raise DataError(
+                "population.examples: whole clients are protected here, so nobody may know how many examples one "
+                "has; ask for what does not need them"
+            )
+        return self.examples
+
+    def to_json(self) -> str:
+        """Returns all of it as one line of JSON."""
+        counts = None if self.examples is None else [self.examples[name] for name in self.names]
+        keys = [self.identities[name].hex() for name in self.names if self.identities]
+        table = {"names": list(self.names), "examples": counts, "identities": keys}
+        return json.dumps(table, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Population:
+        """Reads what `to_json` gave, from whomever it came.
+
+        Raises:
+            DataError: if it is something else.
+        """
+        try:
+            table: dict[str, Any] = json.loads(text)
+            names, counts, keys = table["names"], table["examples"], table["identities"]
+            if not all(type(name) is str for name in names):
+                raise TypeError("names")
+            if counts is not None and not all(type(count) is int for count in counts):
+                raise TypeError("examples")
+            examples = None if counts is None else dict(zip(names, counts, strict=True))
+            identities = dict(zip(names, map(bytes.fromhex, keys), strict=True)) if keys else {}
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise DataError(
+                f"population: not a table of clients ({type(error).__name__}: {error}); {CURE}"
+            ) from error
+        return cls(tuple(names), examples, identities)

@@ -1,0 +1,96 @@
+"""The messages of a federated run: every kind, and what each of its header fields may hold, in one table.
+
+| kind | from | answered by | what it is for |
+| --- | --- | --- | --- |
+| `register` | server | `registered` | a client's public facts: its count of examples, its signing key |
+| `agree` | server | `agreed` | each client binds its half and compares every entry |
+| `join`, `roster` | server | `join`, `accepted` | keys of a secure sum, once a run |
+| `fit` | server | `update` | one client's work in one round; the server's parameters ride along |
+| `unmask` | server | `shares` | what opens one secure sum |
+| `evaluate` | server | `evaluated` | worth of the model on a client's own examples; refused under privacy |
+| | | `error` | in place of any answer: the client's reason |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedpress.wire.fields import (
+    COUNTS,
+    FLAG,
+    MAX_SIZE,
+    NAMES,
+    NUMBER,
+    POSITIVE,
+    TABLE,
+    TEXT,
+    Kind,
+    check_field,
+    check_fields,
+    whole,
+)
+
+FIELDS: Mapping[str, Mapping[str, Kind]] = {
+    "fit": {
+        "round": whole(1),
+        "agreement": TEXT,
+        "from": whole(0),
+        "cohort": NAMES,
+        "clip_norm": POSITIVE,
+    },
+    "update": {
+        "round": whole(1),
+        "examples": whole(1),
+        "loss": NUMBER,
+        "steps": whole(0),
+        "below": FLAG,
+        "failures": COUNTS,
+        "secure": TABLE,
+    },
+    "evaluate": {"agreement": TEXT},
+    "evaluated": {"examples": whole(1), "metrics": TABLE},
+    "register": {},
+    "registered": {"examples": whole(1), "identity": TEXT},
+    "agree": {},
+    "agreed": {"agreement": TEXT},
+    "join": {"run": TEXT},
+    "accepted": {},
+    "roster": {"names": NAMES},
+    "unmask": {"round": whole(0), "size": whole(0, MAX_SIZE), "cohort": NAMES},
+    "shares": {"round": whole(0)},
+    "error": {"reason": TEXT},
+}
+"""Kind of message -> field -> what it may hold. A field that is not here is read by nobody."""
+
+REPORT: Mapping[str, Kind] = {"round": whole(0)}
+"""Fields of the table `secure` in an update."""
+
+
+def check_header(kind: str, header: Mapping[str, Any]) -> None:
+    """Checks every known field that `header` holds; one that is missing is the business of who needs it.
+
+    Raises:
+        WireError: naming message, field, what it held and what it must hold.
+
+    >>> check_header("fit", {"round": 3})
+    >>> check_header("fit", {"round": True})
+    Traceback (most recent call last):
+        ...
+    fedpress.errors.WireError: fit.round: got True, expected a whole number from 1 to 1099511627776; use the same \
+fedpress on both sides
+    """
+    check_fields(kind, FIELDS.get(kind, {}), header)
+    secure = header.get("secure")
+    if kind == "update" and isinstance(secure, dict):
+        check_fields(f"{kind}.secure", REPORT, secure)
+
+
+def need(kind: str, header: Mapping[str, Any], name: str) -> Any:
+    """Returns the field `name` of a `header`, checked.
+
+    Raises:
+        WireError: if it is missing, or holds something else than `FIELDS` says.
+    """
+    check_field(kind, name, header.get(name), FIELDS[kind][name])
+    return header[name]
