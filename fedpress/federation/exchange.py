@@ -1,13 +1,17 @@
-"""What the rounds ask of a transport: a list of clients, and an exchange of messages that may lose some."""
+"""What the rounds ask of a transport: to send a message to a client, and to wait for the answer to it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from fedpress.core.names import ClientId
 from fedpress.wire.message import Message
+
+RequestId: TypeAlias = int
+"""Names one message that was sent; no two of a transport are alike."""
+Answer: TypeAlias = "tuple[ClientId, RequestId, Message]"
 
 
 @dataclass(frozen=True)
@@ -17,15 +21,19 @@ class Traffic:
     up: int = 0
     down: int = 0
 
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.up + other.up, self.down + other.down)
+
     def __sub__(self, earlier: Traffic) -> Traffic:
         return Traffic(self.up - earlier.up, self.down - earlier.down)
 
 
 class Transport(Protocol):
-    """Carries messages to clients and back.
+    """Carries messages to clients and their answers back.
 
-    A client that fails is not an exception: its reply is a message of kind "error" with a `reason` in the header,
-    or does not come at all. Replies come in any order.
+    A client that fails is not an exception: its answer is a message of kind "error" with a `reason` in the header,
+    or does not come at all. Answers come in any order, each once, under the id of the request that it answers: so a
+    late update is never taken for the answer to another question.
     """
 
     @property
@@ -37,9 +45,46 @@ class Transport(Protocol):
         """Names of all clients that can be asked, always in the same order."""
         ...
 
-    def exchange(self, requests: Mapping[ClientId, Message]) -> Iterator[tuple[ClientId, Message]]:
-        """Sends each client its message and yields the replies as they come."""
+    def send(self, client: ClientId, message: Message) -> RequestId:
+        """Sends `message` and returns at once; one message object sent to many clients is packed once."""
         ...
+
+    def receive(
+        self, requests: Collection[RequestId], timeout: float | None = None
+    ) -> Answer | None:
+        """Waits for the next answer to one of `requests`; answers to others stay until they are asked for.
+
+        Returns:
+            The client, the request and its answer. None if none came within `timeout` seconds, or none of the
+            requests is open.
+        """
+        ...
+
+    def cancel(self, requests: Collection[RequestId]) -> None:
+        """Waits no longer for `requests`: their clients may stop, and an answer that still comes is dropped."""
+        ...
+
+
+def exchange(
+    transport: Transport, requests: Mapping[ClientId, Message], *, timeout: float | None = None
+) -> Iterator[tuple[ClientId, Message]]:
+    """Sends each client its message and yields the answers as they come.
+
+    Other requests may be open meanwhile; their answers stay with the transport.
+
+    Args:
+        transport: reaches the clients.
+        requests: a message for each client.
+        timeout: seconds to wait for one more answer; for all of them without one.
+    """
+    waiting = {transport.send(client, message) for client, message in requests.items()}
+    try:
+        while waiting and (answer := transport.receive(waiting, timeout)) is not None:
+            client, request, reply = answer
+            waiting.remove(request)
+            yield client, reply
+    finally:
+        transport.cancel(waiting)
 
 
 def error(reason: str) -> Message:

@@ -13,7 +13,7 @@ from fedpress.core.names import ClientId
 from fedpress.errors import DivergedError, RecipeError
 from fedpress.federation.algorithms.fedopt import Algorithm, ServerState
 from fedpress.federation.downlink import Broadcast, Downlink
-from fedpress.federation.exchange import Transport, ordered
+from fedpress.federation.exchange import Transport, exchange, ordered
 from fedpress.federation.failures import Tally
 from fedpress.federation.uplink import Uplink
 from fedpress.wire.message import JSON, Message
@@ -131,7 +131,7 @@ class _Server:
             if self.downlink is not None:
                 broadcast = Broadcast.open(self.downlink, self.seed, clients, parts["downlink"])
             header = self._header(round, session.invite(cohort), parts["uplink"])
-            replies = self.transport.exchange(_requests(cohort, header, round, params, broadcast))
+            replies = exchange(self.transport, _requests(cohort, header, round, params, broadcast))
             mean = self.uplink.mean(
                 ordered(cohort, replies),
                 seed=self.seed,

@@ -102,8 +102,10 @@ def test_a_record_is_not_changed_by_later_rounds():
 
 
 class Backwards(LocalTransport):
-    def exchange(self, requests):
-        return reversed(list(super().exchange(requests)))
+    """Answers the last of the requests first."""
+
+    def receive(self, requests, timeout=None):
+        return super().receive([max(r for r in requests if r in self._open)])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,8 +1,11 @@
+import gc
+
 import pytest
 import torch
 
-from fedpress.federation.exchange import Traffic
+from fedpress.federation.exchange import Traffic, exchange
 from fedpress.transport import LocalTransport
+from fedpress.transport import local as local_module
 from fedpress.wire import Message, pack, unpack
 
 
@@ -16,14 +19,50 @@ def broken(data: bytes) -> bytes:
 
 def test_messages_go_through_bytes_and_come_back():
     transport = LocalTransport({"a": echo, "b": echo})
-    replies = dict(transport.exchange({"b": Message("m", {"n": 1}, {"t": torch.ones(3)})}))
-    assert list(replies) == ["b"]
-    assert replies["b"].kind == "echo"
-    assert torch.equal(replies["b"].tensors["t"], torch.ones(3))
+    request = transport.send("b", Message("m", {"n": 1}, {"t": torch.ones(3)}))
+    client, answered, reply = transport.receive([request])
+    assert (client, answered) == ("b", request)
+    assert reply.kind == "echo"
+    assert torch.equal(reply.tensors["t"], torch.ones(3))
 
 
 def test_clients_are_listed_in_the_order_given():
     assert LocalTransport({"b": echo, "a": echo}).clients() == ["b", "a"]
+
+
+def test_an_answer_waits_until_its_own_request_is_asked_for():
+    transport = LocalTransport({"a": echo, "b": echo})
+    early = transport.send("a", Message("m", {"n": 1}))
+    late = transport.send("a", Message("m", {"n": 2}))
+    replies = dict(exchange(transport, {"b": Message("m", {"n": 3})}))
+    assert replies["b"].header == {"n": 3}
+    assert transport.receive([late])[2].header == {"n": 2}
+    assert transport.receive([early, late])[2].header == {"n": 1}
+    assert transport.receive([early, late]) is None
+
+
+def test_a_cancelled_request_is_never_answered_and_its_client_does_no_work():
+    asked = []
+    transport = LocalTransport({"a": lambda data: asked.append(data) or echo(data)})
+    request = transport.send("a", Message("m"))
+    transport.cancel([request])
+    assert transport.receive([request]) is None
+    assert asked == []
+    assert transport.traffic.down > 0
+
+
+def test_a_broadcast_is_packed_once_and_its_bytes_go_with_the_last_request(monkeypatch):
+    packed = []
+    monkeypatch.setattr(local_module, "pack", lambda m: packed.append(m.kind) or pack(m))
+    transport = LocalTransport(dict.fromkeys("abc", echo))
+    message = Message("m", {}, {"t": torch.ones(3)})
+    requests = {transport.send(client, message) for client in "abc"}
+    assert packed == ["m"]
+    assert len(transport._packed) == 1
+    while transport.receive(requests):
+        pass
+    gc.collect()
+    assert not transport._packed
 
 
 def test_traffic_is_the_length_of_the_real_messages():
@@ -32,19 +71,19 @@ def test_traffic_is_the_length_of_the_real_messages():
     def spy(data: bytes) -> bytes:
         nonlocal lengths
         reply = echo(data) if len(data) % 2 else pack(Message("short"))
-        lengths = Traffic(lengths.up + len(reply), lengths.down + len(data))
+        lengths += Traffic(len(reply), len(data))
         return reply
 
     transport = LocalTransport(dict.fromkeys("abc", spy))
-    list(transport.exchange({"a": Message("m", {"x": 1}), "b": Message("m", {"x": 10})}))
-    list(transport.exchange({"c": Message("m", {"x": 100}, {"t": torch.randn(1000)})}))
+    list(exchange(transport, {"a": Message("m", {"x": 1}), "b": Message("m", {"x": 10})}))
+    list(exchange(transport, {"c": Message("m", {"x": 100}, {"t": torch.randn(1000)})}))
     assert transport.traffic == lengths
     assert lengths.down > 4000
 
 
 def test_a_handler_that_raises_is_an_error_message_and_others_go_on():
     transport = LocalTransport({"a": echo, "b": broken, "c": echo})
-    replies = dict(transport.exchange({name: Message("m") for name in "abc"}))
+    replies = dict(exchange(transport, {name: Message("m") for name in "abc"}))
     assert [reply.kind for reply in replies.values()] == ["echo", "error", "echo"]
     assert replies["b"].header["reason"] == "ValueError: disk is gone"
 
@@ -59,7 +98,7 @@ def test_a_handler_that_raises_is_an_error_message_and_others_go_on():
 )
 def test_a_reply_that_cannot_be_read_is_an_error_message(reply, reason):
     transport = LocalTransport({"a": lambda data: reply}, max_bytes=1000)
-    ((_, got),) = transport.exchange({"a": Message("m")})
+    ((_, got),) = exchange(transport, {"a": Message("m")})
     assert got.kind == "error"
     assert reason in got.header["reason"]
     assert transport.traffic.up == len(reply)
@@ -70,7 +109,7 @@ def test_an_interrupt_is_not_swallowed():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(LocalTransport({"a": interrupted}).exchange({"a": Message("m")}))
+        list(exchange(LocalTransport({"a": interrupted}), {"a": Message("m")}))
 
 
 def test_replies_come_one_by_one():
@@ -80,8 +119,15 @@ def test_replies_come_one_by_one():
         asked.append(1)
         return echo(data)
 
-    replies = LocalTransport(dict.fromkeys("abc", noted)).exchange(
-        {name: Message("m") for name in "abc"}
-    )
+    transport = LocalTransport(dict.fromkeys("abc", noted))
+    replies = exchange(transport, {name: Message("m") for name in "abc"})
     next(replies)
     assert len(asked) == 1
+
+
+def test_an_exchange_that_is_left_early_leaves_nothing_open():
+    transport = LocalTransport(dict.fromkeys("abc", echo))
+    replies = exchange(transport, {name: Message("m") for name in "abc"})
+    next(replies)
+    replies.close()
+    assert transport.receive(range(10)) is None

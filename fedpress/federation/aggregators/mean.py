@@ -13,7 +13,7 @@ from torch import Tensor
 from fedpress.codecs import VALUES, Bound, Key, Transform
 from fedpress.core.names import ClientId
 from fedpress.errors import RecipeError, SecureError, WireError
-from fedpress.federation.exchange import Transport
+from fedpress.federation.exchange import Transport, exchange
 from fedpress.federation.protocol import check_header
 from fedpress.privacy.noise.mechanism import clip
 from fedpress.secagg import SecAggMessage, SecAggServer, SecurePlan
@@ -254,7 +254,7 @@ def _collect(
 
     Who gave a good reply is taken out of `missing`; for the others it says why.
     """
-    for client, reply in transport.exchange(requests):
+    for client, reply in exchange(transport, requests):
         try:
             check_header(reply.kind, reply.header)
             if reply.kind == "error":
