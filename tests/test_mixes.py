@@ -10,7 +10,6 @@ from fedpress.errors import TrainingError
 from fedpress.federation import Client
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.recipe import settings as recipes
-from fedpress.wire import unpack
 from fedpress.workspace.folder import RunFolder
 from tests.mixes import MIXES
 
@@ -205,15 +204,14 @@ def test_where_the_server_is_trusted_records_tell_neither_who_took_part_nor_what
 def test_a_secure_sum_that_stays_closed_is_a_lost_round_and_not_the_end(
     tiny, base, tmp_path, monkeypatch
 ):
-    handle = Client.handle
+    answer = Client.answer
 
-    def sometimes(self, request):
-        message = unpack(request)
+    def sometimes(self, message):
         if message.kind == "fit" and message.header["round"] == 2 and self.name != "c0":
             raise ConnectionError("gone")
-        return handle(self, request)
+        return answer(self, message)
 
-    monkeypatch.setattr(Client, "handle", sometimes)
+    monkeypatch.setattr(Client, "answer", sometimes)
     overrides = [client_privacy(', trust = "secure"'), "stage.2.num_rounds=4"]
     _, records, book = finished(tiny, tmp_path / "run", base, *overrides)
     assert [len(r["refused"]) for r in records] == [0, 3, 0, 0]
@@ -222,14 +220,14 @@ def test_a_secure_sum_that_stays_closed_is_a_lost_round_and_not_the_end(
 
 
 def test_three_closed_sums_in_a_row_end_the_run_with_the_reason(tiny, base, tmp_path, monkeypatch):
-    handle = Client.handle
+    answer = Client.answer
 
-    def gone(self, request):
-        if unpack(request).kind == "fit" and self.name != "c0":
+    def gone(self, message):
+        if message.kind == "fit" and self.name != "c0":
             raise ConnectionError("gone")
-        return handle(self, request)
+        return answer(self, message)
 
-    monkeypatch.setattr(Client, "handle", gone)
+    monkeypatch.setattr(Client, "answer", gone)
     with pytest.raises(TrainingError, match="no update counted in round 3"):
         finished(
             tiny,

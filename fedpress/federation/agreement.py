@@ -10,9 +10,7 @@ from functools import cached_property
 from hashlib import blake2b
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel
-from torch import Tensor
 
 from fedpress.core import parameters, random
 from fedpress.errors import WireError
@@ -50,20 +48,16 @@ class Agreement:
         """Digest of the text, 16 hexadecimal digits: what travels with every request."""
         return blake2b(self.to_json().encode(), digest_size=8).hexdigest()
 
-    def to_tensor(self) -> Tensor:
-        """Returns the text as it travels: uint8, since a list of many names is longer than a header may be."""
-        return torch.frombuffer(bytearray(self.to_json().encode()), dtype=torch.uint8)
-
     @classmethod
-    def read(cls, text: Tensor) -> Agreement:
-        """Reads what `to_tensor` gave and anybody may have sent.
+    def from_json(cls, text: str) -> Agreement:
+        """Reads what `to_json` gave and anybody may have sent.
 
         Raises:
             WireError: if it is no table.
         """
         try:
-            entries = json.loads(bytes(text.to(torch.uint8).tolist()))
-        except (ValueError, RecursionError, RuntimeError) as error:
+            entries = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise WireError(
                 f"agreement: not JSON ({type(error).__name__}); use the same fedpress on both sides"
             ) from error

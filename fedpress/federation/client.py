@@ -29,7 +29,7 @@ from fedpress.federation.local import (
     sgd,
     too_large,
 )
-from fedpress.federation.protocol import check_header, need
+from fedpress.federation.protocol import check_header, need, read_text
 from fedpress.federation.uplink import Uplink
 from fedpress.models.norms import freeze_batch_norm_
 from fedpress.privacy.noise.mechanism import clip
@@ -151,19 +151,22 @@ class Client:
         return self.plan.terms.uplink
 
     def handle(self, request: bytes) -> bytes:
-        """Answers the bytes of a "fit" message with those of an "update" message, and the questions of a secure sum.
+        """Answers the bytes of a message with those of another, see `answer`."""
+        return pack(self.answer(unpack(request)))
+
+    def answer(self, message: Message) -> Message:
+        """Answers "fit" with an "update", "agree" with "agreed", and the questions of a secure sum.
 
         Raises:
             WireError: if the request is damaged or does not fit what was agreed.
             SecureError: if it asks for what would open a single client's update.
             TrainingError: if the local update fails; under privacy without saying on what.
         """
-        message = unpack(request)
         check_header(message.kind, message.header)
         if message.kind == "agree":
-            return pack(self._agree(message))
+            return self._agree(message)
         if self.member is not None and message.kind in ("join", "roster", "unmask"):
-            return pack(self._secure(self.member, message))
+            return self._secure(self.member, message)
         key = self._key(message)
         before = self.memory.load(key.round)
         params, held = self._receive(message, key)
@@ -191,7 +194,7 @@ class Client:
             self._remember(self.member)
         if after:
             self.memory.save(key.round, after)
-        return pack(Message("update", header, tensors))
+        return Message("update", header, tensors)
 
     def _agree(self, message: Message) -> Message:
         """Compares the server's agreement with this client's own, entry by entry.
@@ -199,10 +202,8 @@ class Client:
         Raises:
             WireError: naming the first entry that differs, with both values.
         """
-        text = message.tensors.get("agreement")
-        if text is None:
-            raise WireError("agree.agreement: it is missing; send the server's agreement as text")
-        if difference := Agreement.read(text).difference(self.terms.agreement):
+        server = Agreement.from_json(read_text(message, "agreement"))
+        if difference := server.difference(self.terms.agreement):
             raise WireError(difference)
         return Message("agreed", {"agreement": self.terms.agreement.fingerprint})
 
@@ -276,15 +277,10 @@ class Client:
             save_json(self.memory, "answered", {**answered, str(round): asked[:16]})
 
     def _secure(self, member: SecAggClient, message: Message) -> Message:
-        part = SecAggMessage(dict(message.header), dict(message.tensors))
-        if message.kind == "join":
-            answer = member.join()
-            return Message("join", answer.header, answer.tensors)
-        answer = member.accept(part) if message.kind == "roster" else member.unmask(part)
-        self._remember(member)
-        return Message(
-            "accepted" if message.kind == "roster" else "shares", answer.header, answer.tensors
-        )
+        answer = answer_secure(member, message)
+        if message.kind != "join":  # which hangs on the keys alone
+            self._remember(member)
+        return answer
 
     def _remember(self, member: SecAggClient) -> None:
         """Keeps which rounds were answered: a client that starts again must not answer another question in one."""
@@ -306,27 +302,43 @@ class Client:
                 f"fit.kind: got {request.kind!r}, expected 'fit'; use the same fedpress on both sides"
             )
         round: int = need("fit", request.header, "round")
+        self.check_agreement(request)
+        return Key(self.terms.seed, round, self.name, self.secret)
+
+    def check_agreement(self, request: Message) -> None:
+        """Refuses work under another agreement than this client's own.
+
+        Raises:
+            WireError: if the fingerprints differ; "agree" tells which entry.
+        """
         agreed, said = self.terms.agreement.fingerprint, request.header.get("agreement")
         if said != agreed:
             raise WireError(
-                f"fit.agreement: the server works under agreement {said!r} and this client under {agreed!r}: other "
+                f"{request.kind}.agreement: the server works under {said!r} and this client under {agreed!r}: other "
                 "settings, another seed or another model; use the same recipe"
             )
-        return Key(self.terms.seed, round, self.name, self.secret)
+
+    def read_params(self, request: Message) -> Tensor:
+        """Returns the server's parameters [d] that `request` brings whole.
+
+        Raises:
+            WireError: if they are missing, no float32, or not finite.
+        """
+        params = request.tensors.get("params")
+        if (
+            params is None
+            or params.dtype != torch.float32
+            or not bool(torch.isfinite(params).all())
+        ):
+            raise WireError(
+                f"{request.kind}.params: expected finite float32 values; send the server's parameters"
+            )
+        return params
 
     def _receive(self, request: Message, key: Key) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the server's parameters [d] and what to remember of them."""
         if self.terms.downlink is None:
-            params = request.tensors.get("params")
-            if (
-                params is None
-                or params.dtype != torch.float32
-                or not bool(torch.isfinite(params).all())
-            ):
-                raise WireError(
-                    "fit.params: expected finite float32 values; send the server's parameters"
-                )
-            return params, {}
+            return self.read_params(request), {}
         version: int = need("fit", request.header, "from")
         if version >= key.round:
             raise WireError(
@@ -400,3 +412,21 @@ class Client:
             with torch.no_grad():
                 for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                     buffer.copy_(before)
+
+
+def answer_secure(member: SecAggClient, message: Message) -> Message:
+    """Answers a question of a secure sum, "join", "roster" or "unmask", for `member`.
+
+    Raises:
+        WireError: if the question is faulty.
+        SecureError: if it asks for what would open a single client's update.
+    """
+    part = SecAggMessage(dict(message.header), dict(message.tensors))
+    if message.kind == "join":
+        answer = member.join()
+        return Message("join", answer.header, answer.tensors)
+    if message.kind == "roster":
+        answer = member.accept(part)
+        return Message("accepted", answer.header, answer.tensors)
+    answer = member.unmask(part)
+    return Message("shares", answer.header, answer.tensors)

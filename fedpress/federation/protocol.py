@@ -16,6 +16,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from fedpress.errors import WireError
 from fedpress.wire.fields import (
     COUNTS,
     FLAG,
@@ -30,6 +34,7 @@ from fedpress.wire.fields import (
     check_fields,
     whole,
 )
+from fedpress.wire.message import Message
 
 FIELDS: Mapping[str, Mapping[str, Kind]] = {
     "fit": {
@@ -94,3 +99,25 @@ def need(kind: str, header: Mapping[str, Any], name: str) -> Any:
     """
     check_field(kind, name, header.get(name), FIELDS[kind][name])
     return header[name]
+
+
+def text_tensor(text: str) -> Tensor:
+    """Returns `text` as a tensor (uint8, UTF-8): what may be longer than a header, such as a list of all clients."""
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def read_text(message: Message, name: str) -> str:
+    """Returns the text in the tensor `name` of a message from anybody.
+
+    Raises:
+        WireError: if it is missing or no text.
+    """
+    tensor = message.tensors.get(name)
+    if tensor is None or tensor.dtype != torch.uint8 or tensor.dim() != 1:
+        raise WireError(
+            f"{message.kind}.{name}: expected text as uint8 [n]; use the same fedpress on both sides"
+        )
+    try:
+        return bytes(tensor.tolist()).decode()
+    except UnicodeDecodeError as error:
+        raise WireError(f"{message.kind}.{name}: not UTF-8; send it again") from error

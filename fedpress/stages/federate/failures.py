@@ -9,7 +9,7 @@ from typing import Any
 
 from fedpress.federation import RoundRecord
 from fedpress.federation.failures import Tally
-from fedpress.stages.federate.binding import Federation
+from fedpress.stages.federate.server import ServerPlan
 
 PRIVATE = "kept private"
 SHOWN = 3
@@ -54,21 +54,21 @@ class Failures:
     variance: float = 0.0
     recent: tuple[tuple[float, float, float, float], ...] = ()
 
-    def after(self, record: RoundRecord, drawn: Sequence[str], federation: Federation) -> Failures:
+    def after(self, record: RoundRecord, drawn: Sequence[str], server: ServerPlan) -> Failures:
         """Returns what failed up to and with the round of `record`, in which the clients `drawn` took part."""
         refused = dict(self.refused)
-        for name, reason in told(record.refused, federation).items():
+        for name, reason in told(record.refused, server).items():
             refused[name] = (refused.get(name, (0, ""))[0] + 1, reason)
         # How many take part is secret where a trusted server draws them: then the planned number stands for it.
-        asked = federation.uplink.cohort.size if federation.hides else len(drawn)
+        asked = server.uplink.cohort.size if server.hides else len(drawn)
         now = replace(self, asked=self.asked + asked, refused=refused)
         if record.failures is None:
             return now
-        of, variance = federation.failure_noise(drawn)
+        of, variance = server.failure_noise(drawn)
         counted = Tally.sum([self.counted or Tally(), record.failures])
         # Units are drawn by chance: of few, all that fail may be drawn at once, and then not all of them fail.
-        assert federation.uplink.privacy is not None
-        drawing = of * (1 - federation.uplink.privacy.sampling_prob)
+        assert server.uplink.privacy is not None
+        drawing = of * (1 - server.uplink.privacy.sampling_prob)
         latest = (record.failures.not_finite, record.failures.failed, of, variance + drawing)
         recent = (*self.recent, latest)[-RECENT:]
         return replace(
@@ -178,14 +178,14 @@ def _all(count: float, of: float, noise: float) -> bool:
     return count >= ALL * of and count - CERTAIN * noise > of / 2
 
 
-def told(refused: Mapping[str, str], federation: Federation) -> dict[str, str]:
+def told(refused: Mapping[str, str], server: ServerPlan) -> dict[str, str]:
     """Returns why clients do not count, as far as it may be written down.
 
     Under privacy an error of the work on private examples is an exact word about them. What went wrong outside of it
     says nothing of them and is told: a lost message, a damaged file, a full disk, keys. So are numbers that are not
     finite after noised steps: those follow from the noise and the learning rate.
     """
-    if federation.uplink.privacy is None:
+    if server.uplink.privacy is None:
         return dict(refused)
     return {name: why if _is_public(why) else PRIVATE for name, why in refused.items()}
 

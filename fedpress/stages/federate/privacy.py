@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from fedpress.codecs import Bound, Clip, Discretize, Noise, Rotate, Settings, bind_chain
 from fedpress.codecs.discretize import coordinate_limit
+from fedpress.data.population import Population
 from fedpress.errors import RecipeError
 from fedpress.federation import Cohort
 from fedpress.federation.aggregators.mean import check_additive
@@ -100,11 +101,11 @@ class Protection:
 
 def protect(
     stage: FederateSettings,
-    examples: Mapping[str, int],
+    population: Population,
     cohort: Cohort,
     shapes: Sequence[tuple[int, ...]],
 ) -> Protection:
-    """Plans noise, grid and costs of `stage` for clients with so many `examples` and parameters of these `shapes`.
+    """Plans noise, grid and costs of `stage` for a `population` and parameters of these `shapes`.
 
     Raises:
         RecipeError: if settings do not fit together.
@@ -119,17 +120,17 @@ def protect(
             return Protection(chain)
         grid = _grid(stage, chain, start, cohort)
         return Protection(grid.fill(chain), grid=grid)
-    _check_promise(private, examples, cohort)
+    _check_promise(private, population, cohort)
     if secure and private.trust != "secure":
         raise RecipeError(
             f'stage.privacy.trust: got \'{private.trust}\' with sum = "secure"; set trust = "secure", so that the '
             "clients make the noise of the sum together"
         )
     if private.unit == "sample" and private.trust != "local":
-        return _joint(_Case(stage, private, examples, cohort, chain, start))
+        return _joint(_Case(stage, private, population, cohort, chain, start))
     if private.unit == "sample":
-        return _alone(stage, private, examples, chain)
-    return _client(_Case(stage, private, examples, cohort, chain, start))
+        return _alone(stage, private, population, chain)
+    return _client(_Case(stage, private, population, cohort, chain, start))
 
 
 def _check_list(stage: FederateSettings, secure: bool, cohort: Cohort) -> None:
@@ -196,7 +197,7 @@ def steps_per_round(stage: FederateSettings, examples: int) -> int:
 def _alone(
     stage: FederateSettings,
     private: PrivacySettings,
-    examples: Mapping[str, int],
+    population: Population,
     chain: tuple[Settings, ...],
 ) -> Protection:
     """Sample privacy of each client's own noise: all get the noise that the most exposed of them needs."""
@@ -207,7 +208,7 @@ def _alone(
             sampling_prob=min(1.0, stage.batch_size / n),
             steps_per_round=steps_per_round(stage, n),
         )
-        for name, n in examples.items()
+        for name, n in population.counts.items()
     }
     noise = private.noise_multiplier
     if noise is None:
@@ -229,7 +230,7 @@ class _Case:
 
     stage: FederateSettings
     private: PrivacySettings
-    examples: Mapping[str, int]
+    population: Population
     cohort: Cohort
     chain: tuple[Settings, ...]
     start: Bound
@@ -237,16 +238,16 @@ class _Case:
 
 def _joint(case: _Case) -> Protection:
     """Sample privacy of one jointly noised gradient step a round, over the examples of the whole cohort."""
-    stage, private, examples, cohort, chain = (
+    stage, private, population, cohort, chain = (
         case.stage,
         case.private,
-        case.examples,
+        case.population,
         case.cohort,
         case.chain,
     )
     _check_joint(stage)
-    total = sum(examples.values())
-    share = min(1.0, stage.batch_size * len(examples) / total)
+    total = population.total
+    share = min(1.0, stage.batch_size * len(population) / total)
     expected = share * total * cohort.size / cohort.population
     plan = PrivacyPlan("sample", private.clip_norm, share, 1.0, delta=private.delta)
     divisor = expected / stage.lr
@@ -255,14 +256,14 @@ def _joint(case: _Case) -> Protection:
         step: MechanismEvent = plan.phase(num_rounds=1)
         return Protection(
             chain,
-            dict.fromkeys(examples, plan),
-            dict.fromkeys(examples, step),
+            dict.fromkeys(population.names, plan),
+            dict.fromkeys(population.names, step),
             noise=ServerNoise(plan),
             divisor=divisor,
         )
     # A client's sum is cut to what its usual batch can reach. Scaling into a ball is a projection: it brings no two
     # vectors further apart, so one example still moves the sum by one clip norm.
-    longest = private.clip_norm * max(1.0, share * max(examples.values()))
+    longest = private.clip_norm * max(1.0, share * max(population.counts.values()))
     chain = (Clip(clip_norm=longest), *chain)
     grid = _grid(
         stage, chain, case.start, cohort, sensitivity=private.clip_norm, sampling_prob=share
@@ -270,8 +271,10 @@ def _joint(case: _Case) -> Protection:
     assert grid.noise is not None
     plan = replace(plan, noise_multiplier=grid.noise.noise_multiplier)
     phase: MechanismEvent = grid.noise.phase(num_rounds=1)
-    costs = dict.fromkeys(examples, phase)
-    return Protection(grid.fill(chain), dict.fromkeys(examples, plan), costs, grid, divisor=divisor)
+    costs = dict.fromkeys(population.names, phase)
+    return Protection(
+        grid.fill(chain), dict.fromkeys(population.names, plan), costs, grid, divisor=divisor
+    )
 
 
 def _check_joint(stage: FederateSettings) -> None:
@@ -293,10 +296,10 @@ def _check_joint(stage: FederateSettings) -> None:
 
 def _client(case: _Case) -> Protection:
     """Client privacy: by the server's noise, by the clients' together, or by each client's own."""
-    stage, private, examples, cohort, chain = (
+    stage, private, population, cohort, chain = (
         case.stage,
         case.private,
-        case.examples,
+        case.population,
         case.cohort,
         case.chain,
     )
@@ -311,7 +314,10 @@ def _client(case: _Case) -> Protection:
         )
         shared: MechanismEvent = grid.noise.phase(num_rounds=1)
         return Protection(
-            grid.fill(chain), dict.fromkeys(examples, plan), dict.fromkeys(examples, shared), grid
+            grid.fill(chain),
+            dict.fromkeys(population.names, plan),
+            dict.fromkeys(population.names, shared),
+            grid,
         )
     if private.trust == "local" and cohort.sampling == "poisson":
         raise RecipeError(
@@ -325,7 +331,9 @@ def _client(case: _Case) -> Protection:
             PrivacyPlan("client", private.clip_norm, 1.0, 1.0, delta=private.delta), private, times
         )
         return Protection(
-            chain, dict.fromkeys(examples, plan), dict.fromkeys(examples, plan.phase(num_rounds=1))
+            chain,
+            dict.fromkeys(population.names, plan),
+            dict.fromkeys(population.names, plan.phase(num_rounds=1)),
         )
     unit = (
         1.0 if private.adaptive is not None else private.clip_norm
@@ -340,8 +348,10 @@ def _client(case: _Case) -> Protection:
         moving = replace(private.adaptive, count_noise=count)
         noise = ServerNoise(replace(plan, noise_multiplier=split(plan.noise_multiplier, count)))
     phase: MechanismEvent = plan.phase(num_rounds=1)
-    costs = {POPULATION: phase} if everybody else dict.fromkeys(examples, phase)
-    return Protection(chain, dict.fromkeys(examples, plan), costs, noise=noise, adaptive=moving)
+    costs = {POPULATION: phase} if everybody else dict.fromkeys(population.names, phase)
+    return Protection(
+        chain, dict.fromkeys(population.names, plan), costs, noise=noise, adaptive=moving
+    )
 
 
 def _correlated(case: _Case, plan: PrivacyPlan, times: int) -> Protection:
@@ -362,7 +372,7 @@ def _correlated(case: _Case, plan: PrivacyPlan, times: int) -> Protection:
     plan = _calibrated(plan, private, 1)
     return Protection(
         case.chain,
-        dict.fromkeys(case.examples, plan),
+        dict.fromkeys(case.population.names, plan),
         {POPULATION: plan.phase(num_rounds=1)},
         noise=ServerNoise(plan, mixed),
         whole=True,
@@ -441,7 +451,7 @@ def _grid(
     return Grid(secure, bound.size, planned.scale, limit, math.floor(planned.limit), planned)
 
 
-def _check_promise(private: PrivacySettings, examples: Mapping[str, int], cohort: Cohort) -> None:
+def _check_promise(private: PrivacySettings, population: Population, cohort: Cohort) -> None:
     displaces = (
         private.trust == "central"
         and cohort.sampling == "fixed"
@@ -453,7 +463,7 @@ def _check_promise(private: PrivacySettings, examples: Mapping[str, int], cohort
             "since a client that joins displaces another and moves the sum twice; set sampling = 'poisson', or take "
             "all clients"
         )
-    units = len(examples) if private.unit == "client" else sum(examples.values())
+    units = len(population) if private.unit == "client" else population.total
     if private.delta >= 1 / units:
         raise RecipeError(
             f"stage.privacy.delta: got {private.delta:g}, which lets one of the {units} protected {private.unit}s be "

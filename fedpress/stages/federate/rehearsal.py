@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fedpress.core.examples import Arrays
 from fedpress.core.random import generator
-from fedpress.data import FederatedData
 from fedpress.errors import RecipeError
-from fedpress.federation import Client
-from fedpress.stages.federate.binding import Federation
+from fedpress.stages.federate.client import ClientHalf
 
 EXAMPLES = 4
 """A tiny batch: the check must be cheap for a large network."""
 
 
-def rehearse(federation: Federation, data: FederatedData) -> None:
-    """Takes one private step for each kind of client: shape and type of its examples.
+def rehearse(clients: Sequence[ClientHalf], public: Sequence[Arrays], num_classes: int) -> None:
+    """Lets one client of each kind take a private step on examples of its kind: of their shape and type.
 
-    No private value is read. Without public examples of a kind they are made up, of values that its type may hold.
+    No private value is read. Without examples of a kind in the `public` parts they are made up, of values that its
+    type may hold.
 
     Raises:
         RecipeError: if the step fails, with the cause.
     """
-    for client in _one_of_each_kind(federation):
-        problems: list[tuple[str, Exception]] = []
-        for what, arrays in _examples(client.arrays, data, federation.model):
+    for client in _one_of_each_kind(clients):
+        like, problems = client.arrays, list[tuple[str, Exception]]()
+        for what, arrays in _examples(like, public, num_classes, client.beginning.model):
             try:
                 client.rehearse(arrays)
             except Exception as problem:  # whatever somebody's own network raises
@@ -37,7 +36,7 @@ def rehearse(federation: Federation, data: FederatedData) -> None:
                 break
         else:
             what, cause = problems[0]
-            kind = f"{what} examples of shape {list(client.arrays.x.shape[1:])} ({client.arrays.x.dtype})"
+            kind = f"{what} examples of shape {list(like.x.shape[1:])} ({like.x.dtype})"
             cure = "mend the model, so that it runs on single examples"
             if what == "made-up":
                 cure += ", or give public examples of this kind (data.public_share) to try it on"
@@ -48,17 +47,19 @@ def rehearse(federation: Federation, data: FederatedData) -> None:
             ) from cause
 
 
-def _one_of_each_kind(federation: Federation) -> list[Client]:
-    kinds: dict[tuple[object, ...], Client] = {}
-    for client in federation.clients.values():
+def _one_of_each_kind(clients: Sequence[ClientHalf]) -> list[ClientHalf]:
+    kinds: dict[tuple[object, ...], ClientHalf] = {}
+    for client in clients:
         x, y = client.arrays.x, client.arrays.y
         kinds.setdefault((x.shape[1:], x.dtype, y.shape[1:], y.dtype), client)
     return list(kinds.values())
 
 
-def _examples(like: Arrays, data: FederatedData, model: nn.Module) -> Iterator[tuple[str, Arrays]]:
+def _examples(
+    like: Arrays, public: Sequence[Arrays], num_classes: int, model: nn.Module
+) -> Iterator[tuple[str, Arrays]]:
     """Yields examples of the kind of `like` to try, one after another until one works; only its type is looked at."""
-    for part in (data.public, data.validation, data.test):
+    for part in public:
         same = (
             part.x.shape[1:] == like.x.shape[1:]
             and part.x.dtype == like.x.dtype
@@ -68,7 +69,7 @@ def _examples(like: Arrays, data: FederatedData, model: nn.Module) -> Iterator[t
             spread = torch.linspace(0, len(part) - 1, min(EXAMPLES, len(part))).long()
             yield "public", part.take(spread)
             return
-    chance, labels = generator(0, "rehearsal"), torch.arange(EXAMPLES) % data.num_classes
+    chance, labels = generator(0, "rehearsal"), torch.arange(EXAMPLES) % num_classes
     shape = (EXAMPLES, *like.x.shape[1:])
     for x in _made_up(shape, like.x.dtype, _vocabulary(model), chance):
         yield "made-up", Arrays(x, labels.to(like.y.dtype).reshape(-1, *[1] * (like.y.dim() - 1)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,10 +17,12 @@ from fedpress.federation import RoundRecord
 from fedpress.federation.local import too_large
 from fedpress.privacy.accounting.accountant import Spent
 from fedpress.privacy.ledger import Ledger, LedgerEntry
-from fedpress.stages.federate.binding import PROMISE, Federation, bind, local_settings
+from fedpress.stages.federate.binding import bind
+from fedpress.stages.federate.contract import local_settings
 from fedpress.stages.federate.failures import PRIVATE, Failures, in_words, told
 from fedpress.stages.federate.privacy import is_secure, secure_list, steps_per_round
 from fedpress.stages.federate.rehearsal import rehearse
+from fedpress.stages.federate.server import PROMISE, ServerPlan
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.training.evaluate import Evaluation, evaluate
 from fedpress.workspace.folder import StageFolder
@@ -42,35 +43,47 @@ class FederateStage(FederateSettings):
             PrivacyError: if the budget cannot be kept, also together with what earlier stages spend.
         """
         federation = bind(self, state)
-        clients = state.data.clients
-        examples = [len(a) for a in clients.values()]
+        server = federation.server
         facts: dict[str, Any] = {
-            "clients": len(examples),
-            "examples_per_client": [min(examples), max(examples)],
-            "cohort": federation.uplink.cohort.size,
+            "clients": len(server.population),
+            **self._counts(server),
+            "cohort": server.uplink.cohort.size,
             "num_rounds": self.num_rounds,
-            "trained_values": federation.uplink.promise.size,
+            "trained_values": server.uplink.promise.size,
             "batch_size": self.batch_size,
-            "steps_per_round": steps_per_round(self, max(examples)),
-            **{name: value for name, value in federation.sizes().items() if value is not None},
-            **federation.grid(),
+            **{name: value for name, value in server.sizes().items() if value is not None},
+            **server.grid(),
         }
         if is_secure(self) and not self.uplink:
             facts["uplink"] = (
                 f"by default: {', '.join(_short(one) for one in secure_list(self.privacy is not None))}"
             )
-        ledger = federation.ledger
+        ledger = server.ledger
         if self.privacy is not None:
             charges = (
-                federation.charges(list(clients), 1, self.num_rounds) if self.num_rounds else []
+                server.charges(server.population.names, 1, self.num_rounds)
+                if self.num_rounds
+                else []
             )
             ledger = self._spend(ledger, charges)
             spent = ledger.spent(delta=self.privacy.delta)
-            facts |= federation.promise() | {"epsilon": spent.epsilon}
+            facts |= server.promise() | {"epsilon": spent.epsilon}
             facts |= {"epsilon_is": spent.note} if spent.note else {}
             if self.num_rounds:
-                rehearse(federation, state.data)
+                data = state.data
+                parts = (data.public, data.validation, data.test)
+                rehearse(list(federation.clients.values()), parts, data.num_classes)
         return replace(state, ledger=ledger), facts
+
+    def _counts(self, server: ServerPlan) -> dict[str, Any]:
+        """Returns what follows from the clients' numbers of examples, where these are public."""
+        if server.population.examples is None:
+            return {}
+        counts = server.population.counts.values()
+        return {
+            "examples_per_client": [min(counts), max(counts)],
+            "steps_per_round": steps_per_round(self, max(counts)),
+        }
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Runs the rounds; yields a tick for each, and saves a checkpoint after each."""
@@ -79,45 +92,43 @@ class FederateStage(FederateSettings):
             1
         ]:  # what clients remember of a beginning that was lost has nothing to go on from
             folder.forget()
-        federation, data = bind(self, state, folder.memory), state.data
-        now = Progress.load(*saved) if saved[1] else Progress.begin(federation)
+        server, data = bind(self, state, folder.memory).server, state.data
+        now = Progress.load(*saved) if saved[1] else Progress.begin(server)
         if state.accuracy is None:
             state = replace(
                 state, accuracy=evaluate(state.model, data.test, data.preprocess).accuracy
             )
-        if federation.hides:
-            _ = (
-                federation.planned_bytes
-            )  # of the model as it is bound: a later one may hold anything
+        if server.hides:
+            _ = server.planned_bytes  # of the model as it is bound: a later one may hold anything
         began = time.perf_counter() - now.seconds
-        running = federation.rounds(now.params, start=now.round, server_state=now.server_state)
+        running = server.rounds(now.params, start=now.round, server_state=now.server_state)
         said = ""
         while not self._enough(now):
             # The round is charged before it touches data. One that is killed and done again draws the same noise
             # from the same seeds, so it gives the same reply and costs nothing more.
             try:
-                ledger = self._charge(now, federation)
+                ledger = self._charge(now, server)
             except PrivacyError:
                 now = replace(now, stopped="the next round would pass the privacy budget")
                 break
             at = f"round {now.round + 1}/{self.num_rounds}"  # it may take minutes: say so before it begins
             yield Tick(now.round, self.num_rounds, f"{at}, {now.note}" if now.note else at)
             record = next(running)
-            drawn = federation.drawn(record.round)
-            closed = self._closed(record, now, federation)
-            record = self._public(record, federation)
-            parameters.assign_(federation.model, record.params)
-            seen = self._look(federation.model, state)
-            known, failures = now.failures.sure, now.failures.after(record, drawn, federation)
+            drawn = server.drawn(record.round)
+            closed = self._closed(record, now, server)
+            record = self._public(record, server)
+            parameters.assign_(server.model, record.params)
+            seen = self._look(server.model, state)
+            known, failures = now.failures.sure, now.failures.after(record, drawn, server)
             now = replace(
                 now.after(record, ledger, seen, time.perf_counter() - began),
                 closed=closed,
                 failures=failures,
             )
-            folder.record(**self._line(record, now, seen, federation))
+            folder.record(**self._line(record, now, seen, server))
             folder.save_progress(now.tensors(), now.facts())
             self._stop_if_everything_fails(now)
-            warning = in_words(told(record.refused, federation), drawn, record.round)
+            warning = in_words(told(record.refused, server), drawn, record.round)
             if warning and warning.partition(":")[2] != said.partition(":")[2]:
                 yield Tick(now.round, self.num_rounds, now.note, warning)
             said = warning
@@ -127,9 +138,9 @@ class FederateStage(FederateSettings):
         yield Tick(
             now.round, self.num_rounds, now.stopped or now.note, f"warning: {last}" if last else ""
         )
-        parameters.assign_(federation.model, now.params)
-        facts = self._facts(state, federation, now)
-        model = expand_(federation.model)
+        parameters.assign_(server.model, now.params)
+        facts = self._facts(state, server, now)
+        model = expand_(server.model)
         for p in model.parameters():
             p.requires_grad_(True)
         return replace(state, model=model, ledger=now.ledger, facts=facts)
@@ -149,14 +160,14 @@ class FederateStage(FederateSettings):
             return True
         return bool(self.patience and now.round - now.best_round >= self.patience and now.best >= 0)
 
-    def _charge(self, now: Progress, federation: Federation) -> Ledger:
+    def _charge(self, now: Progress, server: ServerPlan) -> Ledger:
         """Returns the ledger with the next round in it; PrivacyError if that would pass the budget."""
         if self.privacy is None:
             return now.ledger
         number = now.round + 1
-        return self._spend(now.ledger, federation.charges(federation.drawn(number), number, number))
+        return self._spend(now.ledger, server.charges(server.drawn(number), number, number))
 
-    def _closed(self, record: RoundRecord, now: Progress, federation: Federation) -> int:
+    def _closed(self, record: RoundRecord, now: Progress, server: ServerPlan) -> int:
         """Returns how many rounds in a row nothing came of, and refuses to go on in vain.
 
         A secure sum may stay closed because clients vanished: that round is over, for its questions were answered, and
@@ -165,17 +176,17 @@ class FederateStage(FederateSettings):
         Raises:
             TrainingError: if no client has done its work, under a secure sum in three rounds one after another.
         """
-        drawn = federation.drawn(record.round)
+        drawn = server.drawn(record.round)
         if not drawn or set(drawn) != set(record.refused):
             return 0
         closed = now.closed + 1
-        secure = federation.protection.grid is not None
+        secure = server.protection.grid is not None
         if not secure or closed >= CLOSED:
-            reason = told(record.refused, federation)[drawn[0]]
+            reason = told(record.refused, server)[drawn[0]]
             # Where the cohort is secret, no name may fall.
             why = (
                 f", for instance {drawn[0]}: {reason}"
-                if reason != PRIVATE and not federation.hides
+                if reason != PRIVATE and not server.hides
                 else ""
             )
             if why and reason.startswith("DivergedError: ") and self.server.lr > 1:
@@ -221,15 +232,15 @@ class FederateStage(FederateSettings):
             warning += f": {now.failures.cause(self._rates())}"
         return warning
 
-    def _public(self, record: RoundRecord, federation: Federation) -> RoundRecord:
+    def _public(self, record: RoundRecord, server: ServerPlan) -> RoundRecord:
         """Returns what may be written down of a round.
 
         Where the server is trusted with updates that no noise covers, it must not tell who took part or was refused,
         nor bytes that depend on what they sent: then those of the plan stand in their place.
         """
-        if not federation.hides:
+        if not server.hides:
             return record
-        planned = federation.planned_bytes
+        planned = server.planned_bytes
         return replace(record, bytes_up=planned[0], bytes_down=planned[1], refused={})
 
     def _spend(self, ledger: Ledger, charges: list[LedgerEntry]) -> Ledger:
@@ -248,7 +259,7 @@ class FederateStage(FederateSettings):
         return now.ledger.spent(delta=self.privacy.delta)
 
     def _line(
-        self, record: RoundRecord, now: Progress, seen: Evaluation | None, federation: Federation
+        self, record: RoundRecord, now: Progress, seen: Evaluation | None, server: ServerPlan
     ) -> dict[str, Any]:
         failures = {} if record.failures is None else {"failures": asdict(record.failures)}
         return {
@@ -260,39 +271,30 @@ class FederateStage(FederateSettings):
             "bytes_down": record.bytes_down,
             "epsilon": self._epsilon(now),
             "clients": record.clients,
-            "refused": told(record.refused, federation),
+            "refused": told(record.refused, server),
             **failures,
             "seconds": round(record.seconds, 2),
         }
 
-    def _facts(self, state: State, federation: Federation, now: Progress) -> dict[str, Any]:
+    def _facts(self, state: State, server: ServerPlan, now: Progress) -> dict[str, Any]:
         """Every key is given also without privacy, so that no promise of an earlier stage outlives an open one."""
-        own: dict[str, Any] = {}
-        if (
-            self.privacy is None
-        ):  # accuracy on private examples is a private number: under privacy nobody sees it
-            for name, part in state.data.clients.items():
-                with suppress(
-                    Exception
-                ):  # who cannot be evaluated could not train: `failures` says why
-                    own[name] = evaluate(federation.model, part, state.data.preprocess).accuracy
-        promise = federation.promise() if self.privacy is not None else dict.fromkeys(PROMISE)
+        promise = server.promise() if self.privacy is not None else dict.fromkeys(PROMISE)
         return {
             "rounds": now.round,
-            "clients": len(state.data.clients),
-            "cohort": federation.uplink.cohort.size,
-            "trained_values": federation.uplink.promise.size,
+            "clients": len(server.population),
+            "cohort": server.uplink.cohort.size,
+            "trained_values": server.uplink.promise.size,
             "accuracy_before": state.accuracy,
             "bytes_up": now.bytes_up,
             "bytes_down": now.bytes_down,
             **promise,
-            **federation.grid(),
-            "bytes": "planned" if federation.hides else "counted",
-            "sum": "secure" if federation.protection.grid is not None else "plain",
-            "keys": federation.keys,
+            **server.grid(),
+            "bytes": "planned" if server.hides else "counted",
+            "sum": "secure" if server.protection.grid is not None else "plain",
+            "keys": server.keys,
             "epsilon": self._epsilon(now),
             "epsilon_is": self._spent(now).note or None if self.privacy is not None else None,
-            "client_accuracy": own,
+            "client_accuracy": server.client_accuracy(now.params),
             "stopped": now.stopped or None,
             "failures": now.failures.facts(self.privacy.unit if self.privacy is not None else None),
             "warning": self._last_warning(now) or None,
@@ -326,9 +328,9 @@ class Progress:
     failures: Failures = field(default_factory=Failures)
 
     @classmethod
-    def begin(cls, federation: Federation) -> Progress:
+    def begin(cls, server: ServerPlan) -> Progress:
         """Stands before the first round."""
-        return cls(parameters.flatten(federation.model), federation.ledger)
+        return cls(parameters.flatten(server.model), server.ledger)
 
     def after(
         self, record: RoundRecord, ledger: Ledger, seen: Evaluation | None, seconds: float

@@ -14,7 +14,6 @@ from fedpress.reports.table import failure_table, stage_table
 from fedpress.stages.federate.binding import bind
 from fedpress.stages.federate.failures import PRIVATE, Failures, in_words
 from fedpress.stages.federate.failures import told as told_of
-from fedpress.transport import LocalTransport
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import Tick
 from tests.stages.own_data import privacy, recipe
@@ -240,18 +239,16 @@ def test_a_fault_of_a_client_that_says_nothing_of_its_examples_is_told_also_unde
     loaded = recipes.load(recipe(stage=privacy(unit, trust)), ())
     state = runs.start(loaded, runs.load_data(loaded))
     federation = bind(loaded.stage[0], state)
-    broken = {**federation.clients, "c3": replace(federation.clients["c3"], memory=Full())}
-    transport = LocalTransport({name: client.handle for name, client in broken.items()})
-    going = replace(federation, transport=transport).rounds(
-        parameters.flatten(federation.model), start=0, server_state=None
-    )
-    reasons = told_of(next(going).refused, federation)
+    server, broken = federation.server, federation.clients["c3"]
+    broken.client = replace(broken.client, memory=Full())
+    going = server.rounds(parameters.flatten(server.model), start=0, server_state=None)
+    reasons = told_of(next(going).refused, server)
     assert "No space left on device" in reasons["c3"]
 
 
 def test_what_went_wrong_on_private_examples_stays_private():
     loaded = recipes.load(recipe(stage=privacy("sample", "local")), ())
-    federation = bind(loaded.stage[0], runs.start(loaded, runs.load_data(loaded)))
+    server = bind(loaded.stage[0], runs.start(loaded, runs.load_data(loaded))).server
     reasons = {
         "a": "TrainingError: local update: failed with ValueError; what on stays private",
         "b": "ValueError: 17 is no label",
@@ -259,4 +256,4 @@ def test_what_went_wrong_on_private_examples_stays_private():
         "d": "WireError: fit.agreement: the server works with other settings",
         "e": "update.round: got 3, expected 2",
     }
-    assert told_of(reasons, federation) == reasons | {"a": PRIVATE, "b": PRIVATE}
+    assert told_of(reasons, server) == reasons | {"a": PRIVATE, "b": PRIVATE}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fedpress.codecs import VALUES, Key
+from fedpress.data.population import Population
 from fedpress.errors import PrivacyError, RecipeError
 from fedpress.federation import Cohort, Uplink
 from fedpress.privacy.accounting import accountant
@@ -16,7 +17,8 @@ from fedpress.stages.federate.privacy import protect, repeated
 
 SIZE = 20_000
 SHAPES = ((SIZE,),)
-CLIENTS = {f"c{i}": 100 for i in range(10)}
+NAMES = tuple(f"c{i}" for i in range(10))
+CLIENTS = Population(NAMES, dict.fromkeys(NAMES, 100))
 EVERYBODY = Cohort(10, 10)
 
 
@@ -119,7 +121,7 @@ def test_a_client_vector_is_longer_than_what_one_example_moves_but_bounded():
 def test_sampling_is_not_counted_on_where_the_server_knows_who_takes_part(trust):
     plan = planned(Cohort(5, 10), privacy=private("client", trust, noise_multiplier=2.0))
     assert all(phase.sampling_prob == 1 for phase in plan.costs.values())
-    assert set(plan.costs) == set(CLIENTS)
+    assert set(plan.costs) == set(NAMES)
 
 
 def test_cyclic_cohorts_cost_a_client_only_its_own_rounds():

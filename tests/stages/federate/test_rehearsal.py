@@ -50,11 +50,15 @@ def without_public(text, **parts):
     return loaded, replace(data, public=none, validation=none, test=none, **parts)
 
 
+def public_of(data):
+    return data.public, data.validation, data.test
+
+
 @pytest.mark.parametrize("trust", TRUSTS)
 def test_made_up_tokens_stay_below_the_vocabulary(trust):
     loaded, data = without_public(recipe(stage=privacy("sample", trust)))
     assert runs.check(loaded, data)[0]["epsilon"] > 0
-    for what, arrays in _examples(data.clients["c2"], data, Embeds()):
+    for what, arrays in _examples(data.clients["c2"], public_of(data), 3, Embeds()):
         assert what == "made-up"
         if bool((arrays.x == arrays.x.round()).all()):
             assert 0 <= int(arrays.x.min()) <= int(arrays.x.max()) < 10
@@ -64,7 +68,7 @@ def test_made_up_tokens_stay_below_the_vocabulary(trust):
 def test_made_up_examples_have_the_shape_and_type_of_the_clients(dtype):
     data = without_public(recipe())[1]
     like = Arrays(torch.zeros(3, 2, 4, 4).to(dtype), torch.zeros(3, dtype=torch.int64))
-    made = list(_examples(like, data, torch.nn.Flatten()))
+    made = list(_examples(like, public_of(data), 3, torch.nn.Flatten()))
     assert made
     for _, arrays in made:
         assert arrays.x.shape[1:] == (2, 4, 4)

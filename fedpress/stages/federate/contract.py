@@ -1,0 +1,210 @@
+"""What server and clients of a federate stage compute alike: all of it follows from the recipe and public facts."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from fedpress.compress.sparse.compact import compact_
+from fedpress.core import parameters
+from fedpress.core.examples import Preprocess
+from fedpress.core.names import ClientId
+from fedpress.core.random import derive
+from fedpress.data.population import Population
+from fedpress.errors import RecipeError
+from fedpress.federation import (
+    Adder,
+    Cohort,
+    Downlink,
+    LocalSettings,
+    PlainSum,
+    SecureSum,
+    Terms,
+    Uplink,
+)
+from fedpress.models import ModelSpec
+from fedpress.nn.resize import copied
+from fedpress.privacy.plan import PrivacyPlan
+from fedpress.stages.federate.privacy import Protection, is_secure, protect
+from fedpress.stages.federate.settings import FederateSettings
+from fedpress.training.augment import Augment, augment
+from fedpress.training.device import place_
+
+
+@dataclass(frozen=True, eq=False)
+class Contract:
+    """A stage bound to a population; equal on both sides, for no client's data or secret is in it.
+
+    Attributes:
+        stage: the settings.
+        population: who can be asked, with the public counts and keys.
+        protection: the planned privacy.
+        terms: what server and clients must hold alike, whose agreement is compared before the first round.
+    """
+
+    stage: FederateSettings
+    population: Population
+    protection: Protection
+    terms: Terms
+
+    @property
+    def uplink(self) -> Uplink:
+        """How updates travel."""
+        return self.terms.uplink
+
+    def plan_of(self, name: ClientId) -> PrivacyPlan | None:
+        """Returns the own plan of a client where single examples are protected, which hangs on its public count."""
+        private = self.stage.privacy
+        alone = private is not None and private.unit == "sample"
+        return self.protection.plans[name] if alone else None
+
+
+@dataclass(frozen=True, eq=False)
+class Beginning:
+    """What everybody who takes part is given: the recipe's stage, the model as the stage begins, and the seed.
+
+    Attributes:
+        stage: the settings.
+        model: one to work in, its trainable parameters marked; whoever works makes a `copy` of the beginning.
+        preprocess: the fixed step from raw examples to the network's input, fitted on public data.
+        seed: of this stage.
+    """
+
+    stage: FederateSettings
+    model: nn.Module
+    preprocess: Preprocess
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        stage: FederateSettings,
+        spec: ModelSpec,
+        model: nn.Module,
+        *,
+        preprocess: Preprocess,
+        seed: int,
+    ) -> Beginning:
+        """Prepares `model`, which stays as it is, for `stage`; `seed` is that of the run.
+
+        Raises:
+            RecipeError: if no parameter would train.
+        """
+        work = compact_(_trainable(copied(model), stage.trainable), spec.sparse)
+        return cls(stage, place_(work), preprocess, derive(seed, "federate", stage.name))
+
+    def copy(self) -> Beginning:
+        """Returns the same with a model of its own: the server never looks into one in which clients train."""
+        return Beginning(self.stage, copied(self.model), self.preprocess, self.seed)
+
+    def contract(self, population: Population) -> Contract:
+        """Binds the stage to a population.
+
+        Raises:
+            RecipeError: naming the setting that does not fit, and the cure.
+            PrivacyError: if the budget cannot be kept.
+        """
+        layout = parameters.Layout.of(self.model)
+        return _contract(self.stage, layout, self.preprocess, self.seed, population.to_json())
+
+
+@lru_cache(maxsize=4)
+def _contract(
+    stage: FederateSettings, layout: parameters.Layout, preprocess: Preprocess, seed: int, text: str
+) -> Contract:
+    """Does the work of `Beginning.contract`, once for all who ask in one process: noise takes long to calibrate."""
+    population, private = Population.from_json(text), stage.privacy
+    cohort = Cohort(stage.cohort or len(population), len(population), stage.sampling)
+    planned = protect(stage, population, cohort, layout.shapes)
+    adder = _adder(planned, population)
+    equal = (
+        isinstance(adder, SecureSum)
+        or (private is not None and private.unit == "client")
+        or planned.divisor
+    )
+    uplink = Uplink.bind(
+        layout.size,
+        cohort,
+        chain=planned.chain,
+        shapes=layout.shapes,
+        adder=adder,
+        privacy=next(iter(planned.plans.values()), None),
+        trust=private.trust if private is not None else None,
+        weights=stage.weights or ("equal" if equal else "examples"),
+        divisor=planned.divisor,
+        noise=planned.noise,
+        adaptive=planned.adaptive,
+    )
+    downlink = None
+    if stage.downlink:
+        downlink = Downlink(layout.size, layout.shapes, stage.downlink, stage.first_downlink)
+        _ = downlink.bound(whole=True), downlink.bound(whole=False)  # says what does not fit
+    terms = Terms(
+        layout=layout,
+        settings=local_settings(stage),
+        uplink=uplink,
+        seed=seed,
+        prepare=Prepare(preprocess, stage.augment),
+        downlink=downlink,
+        norm=stage.norm,
+        error_feedback=stage.error_feedback,
+        num_rounds=stage.num_rounds,
+    )
+    return Contract(stage, population, planned, terms)
+
+
+def counts_are_public(stage: FederateSettings) -> bool:
+    """Says whether a client may tell how many examples it has.
+
+    Where single examples are protected their number is a public one, and the plan of the noise needs it. A secure sum
+    without privacy does not: there nobody is asked.
+    """
+    if stage.privacy is None:
+        return not is_secure(stage)
+    return stage.privacy.unit == "sample"
+
+
+def owns_keys(stage: FederateSettings) -> bool:
+    """Says whether every client draws its keys itself, so that nobody can compute them from the recipe."""
+    return stage.secure_keys or (stage.privacy is not None and stage.privacy.secure_noise)
+
+
+def _adder(planned: Protection, population: Population) -> Adder:
+    if planned.grid is None:
+        return PlainSum()
+    identities = tuple(population.identities.items())
+    return SecureSum(planned.grid.plan, planned.grid.size, planned.grid.limit, identities)
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Raw examples -> network input, each example by itself: augmentation, then standardisation."""
+
+    preprocess: Preprocess
+    how: Augment
+
+    def __call__(self, x: Tensor, chance: torch.Generator) -> Tensor:
+        """Maps raw examples [k, ...] to float32 [k, ...]."""
+        return self.preprocess(augment(x, self.how, chance) if self.how.active else x)
+
+
+def local_settings(stage: FederateSettings) -> LocalSettings:
+    """Returns the part of the stage that a client needs."""
+    return LocalSettings(**{name: getattr(stage, name) for name in LocalSettings.model_fields})
+
+
+def _trainable(model: nn.Module, patterns: tuple[str, ...]) -> nn.Module:
+    hit = 0
+    for name, p in model.named_parameters():
+        p.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+        hit += p.requires_grad
+    if not hit:
+        names = ", ".join(name for name, _ in list(model.named_parameters())[:3])
+        raise RecipeError(
+            f"federate.trainable: no parameter matches {list(patterns)}; names look like {names} and '*' matches all"
+        )
+    return model

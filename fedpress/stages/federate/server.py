@@ -1,0 +1,302 @@
+"""The server's half of a federate stage: bound from the recipe and a population, never from a client's data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedpress.core import parameters
+from fedpress.core.names import ClientId
+from fedpress.data.population import Population
+from fedpress.errors import DataError, RecipeError, TrainingError, WireError
+from fedpress.federation import (
+    Algorithm,
+    RoundRecord,
+    Transport,
+    Uplink,
+    private_sgd,
+    sgd,
+)
+from fedpress.federation.protocol import check_header, need, text_tensor
+from fedpress.federation.server import rounds
+from fedpress.privacy.ledger import POPULATION, Ledger, LedgerEntry
+from fedpress.stages.federate.contract import Beginning, Contract, owns_keys
+from fedpress.stages.federate.privacy import Protection, repeated
+from fedpress.stages.federate.settings import FederateSettings
+from fedpress.stages.federate.sizes import sizes
+from fedpress.wire.message import JSON, Message
+
+PROMISE = ("unit", "delta", "noise_multiplier", "clip_norm", "sampling_prob")
+
+
+@dataclass(frozen=True, eq=False)
+class ServerPlan:
+    """Everything that the server needs: only the rounds are missing.
+
+    Attributes:
+        beginning: the settings, the model to work in, the seed.
+        contract: the stage bound to the population; the clients' halves are bound from the same facts.
+        transport: reaches the clients.
+        ledger: what was spent before this stage; without end, if this stage is open.
+        secret: 256 bits on which the server's noise and draws hang instead of the seed.
+    """
+
+    beginning: Beginning
+    contract: Contract
+    transport: Transport
+    ledger: Ledger
+    secret: int | None = None
+
+    @classmethod
+    def bind(
+        cls,
+        beginning: Beginning,
+        transport: Transport,
+        *,
+        ledger: Ledger | None = None,
+        secret: int | None = None,
+    ) -> ServerPlan:
+        """Asks the clients for their public facts, binds the stage to them, and lets every client agree.
+
+        A client that does not agree, and says why, is refused in every round.
+
+        Raises:
+            RecipeError: if settings do not fit the population, or no client agrees.
+            PrivacyError: if the budget cannot be kept.
+            TrainingError: if a client does not say who it is.
+        """
+        contract = beginning.contract(register(transport))
+        plan = cls(beginning, contract, transport, _ledger(beginning.stage, ledger), secret)
+        refused = agree(transport, contract)
+        if len(refused) == len(contract.population):
+            name = contract.population.names[0]
+            raise RecipeError(f"federate: no client agrees, for instance {name}: {refused[name]}")
+        return plan
+
+    @property
+    def stage(self) -> FederateSettings:
+        """The settings."""
+        return self.beginning.stage
+
+    @property
+    def model(self) -> nn.Module:
+        """A model to work in: the server's parameters are put into it."""
+        return self.beginning.model
+
+    @property
+    def population(self) -> Population:
+        """Who can be asked."""
+        return self.contract.population
+
+    @property
+    def uplink(self) -> Uplink:
+        """How updates travel."""
+        return self.contract.terms.uplink
+
+    @property
+    def protection(self) -> Protection:
+        """The planned privacy."""
+        return self.contract.protection
+
+    def rounds(
+        self, params: Tensor, *, start: int, server_state: dict[str, Tensor] | None
+    ) -> Iterator[RoundRecord]:
+        """Returns the rounds after `start`, each computed when it is asked for."""
+        terms = self.contract.terms
+        return rounds(
+            params,
+            self.uplink,
+            Algorithm(private_sgd if self._sample else sgd, self.stage.server),
+            self.transport,
+            num_rounds=self.stage.num_rounds,
+            seed=terms.seed,
+            start=start,
+            server_state=server_state or None,
+            agreement=terms.agreement.fingerprint,
+            downlink=terms.downlink,
+            secret=self.secret,
+        )
+
+    @property
+    def _sample(self) -> bool:
+        return self.stage.privacy is not None and self.stage.privacy.unit == "sample"
+
+    def sizes(self) -> dict[str, Any]:
+        """Returns the bytes of real messages, and bits for each value, see `sizes.sizes`."""
+        return sizes(self.contract, parameters.flatten(self.model))
+
+    @property
+    def keys(self) -> str | None:
+        """Where the keys of a secure sum come from: "system" randomness or the "seed"; None for a plain sum."""
+        if self.protection.grid is None:
+            return None
+        return "system" if owns_keys(self.stage) else "seed"
+
+    @property
+    def hides(self) -> bool:
+        """Whether the server sees what nobody else may: updates without noise, and who sent them."""
+        return self.uplink.noise is not None
+
+    @cached_property
+    def planned_bytes(self) -> tuple[int, int]:
+        """Bytes up and down of a round with the planned cohort and an update of noise."""
+        sizes = self.sizes()
+        return sizes["bytes_up_per_round"], sizes["bytes_down_per_round"]
+
+    def drawn(self, number: int) -> list[ClientId]:
+        """Returns the clients that take part in round `number`."""
+        seed = self.secret or self.contract.terms.seed
+        return self.uplink.cohort.draw(self.population.names, seed=seed, round=number)
+
+    def charges(self, clients: Sequence[ClientId], first: int, last: int) -> list[LedgerEntry]:
+        """Returns what rounds `first` to `last` cost: each of `clients` its own part, or the population as one."""
+        planned = self.protection
+        if planned.whole and first > 1:  # all rounds are one mechanism, charged before the first
+            return []
+        count = 1 if planned.whole else math.ceil((last - first + 1) / self.uplink.cohort.period)
+        who = [POPULATION] if POPULATION in planned.costs else clients
+        name = self.stage.name
+        return [
+            LedgerEntry.of(w, name, repeated(planned.costs[w], count), first, last) for w in who
+        ]
+
+    def failure_noise(self, clients: Sequence[ClientId]) -> tuple[float, float]:
+        """Returns how many protected units `clients` bring to a round, as planned, and the noise in their counts.
+
+        The noise is its variance in each count of what failed (see `federation.failures`).
+        """
+        plans = [self.protection.plans[name] for name in clients]
+        of = float(self.uplink.cohort.size)
+        steps = [1] * len(plans)
+        if self._sample:
+            if not self.uplink.joint:
+                steps = [plan.steps_per_round for plan in plans]
+            counts = [self.population.counts[name] for name in clients]
+            of = sum(
+                plan.sampling_prob * n * k for plan, n, k in zip(plans, counts, steps, strict=True)
+            )
+        if self.uplink.noise is not None:
+            return of, self.uplink.noise.multiplier**2
+        return of, sum(plan.noise_multiplier**2 * k for plan, k in zip(plans, steps, strict=True))
+
+    def grid(self) -> dict[str, Any]:
+        """Returns how a secure sum is planned; empty for a plain one."""
+        grid = self.protection.grid
+        return (
+            {}
+            if grid is None
+            else {"bits": grid.plan.bits, "scale": grid.scale, "sum_limit": grid.limit}
+        )
+
+    def promise(self) -> dict[str, Any]:
+        """Returns the privacy settings of the client that is charged most."""
+        plans = self.protection.plans.values()
+        most = max(plans, key=lambda plan: (plan.sampling_prob, plan.steps_per_round))
+        told = {**{name: getattr(most, name) for name in PROMISE}, "trust": self.uplink.trust}
+        if self.uplink.adaptive is not None:  # the plan counts in units of a clip norm that moves
+            told["clip_norm"] = self.uplink.adaptive.initial
+        return told
+
+    def client_accuracy(self, params: Tensor) -> dict[ClientId, float]:
+        """Asks every client what the model of `params` [d] is worth on its own examples.
+
+        Under privacy that is a private number: nobody is asked. A client that cannot tell could not train either; the
+        records say why.
+        """
+        if self.uplink.privacy is not None:
+            return {}
+        header: dict[str, JSON] = {"agreement": self.contract.terms.agreement.fingerprint}
+        question = Message("evaluate", header, {"params": params})
+        found: dict[ClientId, float] = {}
+        for name, reply in self.transport.exchange(dict.fromkeys(self.population.names, question)):
+            if reply.kind == "evaluated":
+                check_header(reply.kind, reply.header)
+                found[name] = float(need(reply.kind, reply.header, "metrics")["accuracy"])
+        return found
+
+
+def register(transport: Transport) -> Population:
+    """Returns the clients that `transport` reaches with what each of them says of itself.
+
+    Raises:
+        TrainingError: if one of them says nothing, or something else.
+    """
+    names = tuple(transport.clients())
+    examples: dict[ClientId, int] = {}
+    identities: dict[ClientId, bytes] = {}
+    silent = dict.fromkeys(names, "no reply came")
+    for name, reply in transport.exchange(dict.fromkeys(names, Message("register"))):
+        try:
+            check_header(reply.kind, reply.header)
+            if reply.kind != "registered":
+                raise WireError(str(reply.header.get("reason", f"it sent {reply.kind!r}")))
+            if "examples" in reply.header:
+                examples[name] = need(reply.kind, reply.header, "examples")
+            if "identity" in reply.header:
+                identities[name] = bytes.fromhex(need(reply.kind, reply.header, "identity"))
+        except (WireError, ValueError) as problem:
+            silent[name] = str(problem)
+        else:
+            silent.pop(name, None)
+    for name, why in silent.items():
+        raise TrainingError(
+            f"federate.client {name}: it did not register ({why}); see whether it is running, or leave it out"
+        )
+    try:
+        return Population(names, examples or None, identities)
+    except DataError as problem:
+        raise RecipeError(
+            f"federate: the clients do not work with one recipe ({problem}); use the same recipe"
+        ) from problem
+
+
+def agree(transport: Transport, contract: Contract) -> dict[ClientId, str]:
+    """Sends every client the population and the agreement; returns who refuses, with the entry that differs."""
+    agreement, names = contract.terms.agreement, contract.population.names
+    question = Message(
+        "agree",
+        {},
+        {
+            "agreement": text_tensor(agreement.to_json()),
+            "population": text_tensor(contract.population.to_json()),
+        },
+    )
+    refused = dict.fromkeys(names, "no reply came")
+    for name, reply in transport.exchange(dict.fromkeys(names, question)):
+        if reply.kind == "agreed" and reply.header.get("agreement") == agreement.fingerprint:
+            refused.pop(name, None)
+        else:
+            refused[name] = str(reply.header.get("reason", f"it sent {reply.kind!r}"))
+    return refused
+
+
+def _ledger(stage: FederateSettings, book: Ledger | None) -> Ledger:
+    """Returns the book for this stage; one without privacy charges the clients without end before it touches them.
+
+    Raises:
+        RecipeError: if the book cannot carry this stage's promise.
+    """
+    private = stage.privacy
+    if private is None:
+        book = book if book is not None else Ledger("sample")
+        return (
+            book.add(LedgerEntry(POPULATION, stage.name, 1.0, 0.0, 1)) if stage.num_rounds else book
+        )
+    book = book if book is not None else Ledger(private.unit)
+    open_stage = next((c.what for c in book.charges if c.noise_multiplier == 0), None)
+    if open_stage is not None:
+        raise RecipeError(
+            f"stage.privacy: the earlier stage '{open_stage}' uses the same clients without privacy, so no promise "
+            "about them can hold; give that stage privacy too, or leave it out"
+        )
+    if book.unit != private.unit:
+        raise RecipeError(
+            f"stage.privacy.unit: an earlier stage protects unit '{book.unit}' and this one '{private.unit}'; "
+            "their budgets do not add up, so use one unit in the whole recipe"
+        )
+    return book

@@ -1,0 +1,96 @@
+"""The bytes of a stage's messages before it runs, from public facts: real messages, with keys that stand in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedpress.codecs import VALUES, Key
+from fedpress.core import random
+from fedpress.core.names import ClientId
+from fedpress.federation import Adder, SecureSum
+from fedpress.federation.client import answer_secure
+from fedpress.federation.downlink import Broadcast
+from fedpress.secagg import SecAggClient, identity
+from fedpress.stages.federate.contract import Contract
+from fedpress.transport import Handler, LocalTransport
+from fedpress.wire.message import JSON, Message, pack, unpack
+
+
+def sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
+    """Returns the bytes of real messages, and bits for each value, with an update of Gaussian noise.
+
+    Updates of real training have heavier tails and become smaller. `params` [d] are those of the model.
+    """
+    terms, uplink = contract.terms, contract.uplink
+    chance = torch.Generator().manual_seed(0)
+    change = torch.randn(len(params), generator=chance) * (
+        1e-3 * float(params.std()) if len(params) > 1 else 1e-3
+    )
+    names = list(contract.population.names)[: uplink.cohort.size]
+    key = Key(terms.seed, 1, names[0])
+    tensors = uplink.encode(change, key)
+    header: dict[str, JSON] = {"round": 1, "examples": 1, "loss": 1.0, "steps": 1}
+    if uplink.privacy is not None and uplink.trust != "central":
+        header["failures"] = [0.123456789012345, 0.123456789012345]
+    adder, members = _stand_ins(contract)
+    transport = LocalTransport({name: _answering(member) for name, member in members.items()})
+    session = adder.open(transport, terms.agreement.fingerprint)
+    if members:
+        part = members[names[0]].mask(tensors[VALUES], round=1, cohort=names)
+        # In a secure sum a client says nothing of its training, only what failed.
+        for name in ("examples", "loss", "steps"):
+            del header[name]
+        header["secure"] = dict(part.header)
+        tensors = dict(part.tensors)
+    up = len(pack(Message("update", header, tensors)))
+    first, down = _down(contract, params, change, session.invite(names))
+    size, cohort = max(1, len(params)), uplink.cohort.size
+    set_up = transport.traffic.up + transport.traffic.down
+    return {
+        "bits_per_value_up": 8 * up / size,
+        "bits_per_value_down": 8 * down / size,
+        "bytes_up_per_round": up * cohort,
+        "bytes_down_per_round": down * cohort,
+        "bytes_down_first_time": first if terms.downlink is not None else None,
+        "bytes_set_up": set_up or None,
+    }
+
+
+def _down(
+    contract: Contract, params: Tensor, change: Tensor, invitation: dict[str, JSON]
+) -> tuple[int, int]:
+    """Returns the bytes of the first message that brings a model, and those of each later one."""
+    terms = contract.terms
+    said: dict[str, JSON] = {"round": 1, "agreement": terms.agreement.fingerprint, **invitation}
+    whole = len(pack(Message("fit", said, {"params": params})))
+    if terms.downlink is None:
+        return whole, whole
+    client = contract.population.names[0]
+    broadcast, sent = Broadcast.open(terms.downlink, terms.seed, [client], {}), []
+    for round, model in ((1, params), (2, params + change)):
+        version, tensors = broadcast.code(round, model, [client])[client]
+        sent.append(len(pack(Message("fit", {**said, "from": version}, tensors))))
+        broadcast.arrived({})
+    return sent[0], sent[1]
+
+
+def _stand_ins(contract: Contract) -> tuple[Adder, dict[ClientId, SecAggClient]]:
+    """Returns the sum and its clients with keys that anybody could make: their messages are as long as the real ones.
+
+    A plain sum has no keys, so nobody stands in.
+    """
+    adder, grid = contract.uplink.adder, contract.protection.grid
+    if grid is None:
+        return adder, {}
+    keys = {name: random.secret_key(0, "stand-in", name) for name in contract.population.names}
+    known = {name: identity(key) for name, key in keys.items()}
+    run = contract.terms.agreement.fingerprint
+    members = {name: SecAggClient(name, key, grid.plan, known, run) for name, key in keys.items()}
+    return SecureSum(grid.plan, grid.size, grid.limit, tuple(known.items())), members
+
+
+def _answering(member: SecAggClient) -> Handler:
+    return lambda request: pack(answer_secure(member, unpack(request)))
