@@ -22,6 +22,7 @@ from fedpress.federation import (
     private_sgd,
     sgd,
 )
+from fedpress.federation.exchange import exchange
 from fedpress.federation.protocol import check_header, need, text_tensor
 from fedpress.federation.server import rounds
 from fedpress.privacy.ledger import POPULATION, Ledger, LedgerEntry
@@ -213,7 +214,7 @@ class ServerPlan:
         header: dict[str, JSON] = {"agreement": self.contract.terms.agreement.fingerprint}
         question = Message("evaluate", header, {"params": params})
         found: dict[ClientId, float] = {}
-        for name, reply in self.transport.exchange(dict.fromkeys(self.population.names, question)):
+        for name, reply in exchange(self.transport, dict.fromkeys(self.population.names, question)):
             if reply.kind == "evaluated":
                 check_header(reply.kind, reply.header)
                 found[name] = float(need(reply.kind, reply.header, "metrics")["accuracy"])
@@ -230,7 +231,7 @@ def register(transport: Transport) -> Population:
     examples: dict[ClientId, int] = {}
     identities: dict[ClientId, bytes] = {}
     silent = dict.fromkeys(names, "no reply came")
-    for name, reply in transport.exchange(dict.fromkeys(names, Message("register"))):
+    for name, reply in exchange(transport, dict.fromkeys(names, Message("register"))):
         try:
             check_header(reply.kind, reply.header)
             if reply.kind != "registered":
@@ -267,7 +268,7 @@ def agree(transport: Transport, contract: Contract) -> dict[ClientId, str]:
         },
     )
     refused = dict.fromkeys(names, "no reply came")
-    for name, reply in transport.exchange(dict.fromkeys(names, question)):
+    for name, reply in exchange(transport, dict.fromkeys(names, question)):
         if reply.kind == "agreed" and reply.header.get("agreement") == agreement.fingerprint:
             refused.pop(name, None)
         else:
