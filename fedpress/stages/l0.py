@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -37,16 +36,20 @@ from fedpress.compress.sparse.l0 import (
     open_probability,
     weight_gates,
 )
+from fedpress.core.parameters import part_of
 from fedpress.core.random import derive, generator
 from fedpress.errors import RecipeError
 from fedpress.models import what_pruning_changed
+from fedpress.nn.batch_norm import has_batch_norm
 from fedpress.nn.resize import copied
+from fedpress.stages.epochs import epochs_of, milestone, steps_of
 from fedpress.stages.prune.settings import of_what
-from fedpress.stages.public import calibration
+from fedpress.stages.public import calibration, restore_norms_
 from fedpress.training.checks import check_training
 from fedpress.training.device import place_
-from fedpress.training.fit import EpochRecord, Fit, Step
+from fedpress.training.fit import Fit, Step
 from fedpress.training.settings import TrainSettings
+from fedpress.workspace.drive import Milestone, Snapshot, drive
 from fedpress.workspace.folder import StageFolder, write_json
 from fedpress.workspace.state import Name, State, Tick
 
@@ -160,29 +163,8 @@ class L0Stage(TrainSettings):
         else:
             weights, within = self.weights(state.model, state)
             gates = weight_gates(weights.chosen, generator=generator(seed, "gates"), within=within)
-        work = _Work(self, state, gates, seed)
-        tensors, saved = folder.load_progress()
-        if saved:
-            work.load_(tensors, saved)
-        start, note = time.perf_counter() - saved.get("seconds", 0.0), ""
-        for event in work.events():
-            if isinstance(event, Step):
-                at = event
-                yield Tick(at.done, at.total, note)
-                continue
-            seconds = time.perf_counter() - start
-            density = float(gates.density().detach())
-            folder.record(
-                epoch=event.epoch,
-                epochs=event.epochs,
-                loss=event.loss,
-                accuracy=event.accuracy,
-                expected_density=density,
-                lambda_=work.pull,
-                seconds=round(seconds, 2),
-            )
-            folder.save_progress(work.tensors(), {"seconds": seconds, **work.facts()})
-            note = f"epoch {event.epoch}/{event.epochs}, loss {event.loss:.3f}, expected density {density:.1%}"
+        work = GatedTraining(self, state, gates, seed)
+        yield from drive(work, folder)
         model = work.fit.result_()
         gates.settle_(model)
         facts: dict[str, Any] = {
@@ -195,7 +177,7 @@ class L0Stage(TrainSettings):
         assert within is not None
         masks = self.choose(weights, [a.detach() for a in gates.log_alphas], within)
         apply_(weights.chosen, masks)
-        self._restore_norms_(model, state)
+        _restore_norms_(self, model, state)
         layers: list[JsonValue] = [
             {"name": w.name, "entries": w.size, "kept": int(masks[w.name].sum())}
             for w in weights.chosen
@@ -221,7 +203,7 @@ class L0Stage(TrainSettings):
         compress.remove_(pruned, plan)
         facts["parity_error"] = compress.check_parity(dense, pruned, plan, _example(state))
         write_json(folder.path / "plan.json", plan.model_dump(mode="json"))
-        self._restore_norms_(pruned, state)
+        _restore_norms_(self, pruned, state)
         widths: list[JsonValue] = [
             {"name": c.name, "before": c.before, "after": c.after} for c in plan.layers
         ]
@@ -273,26 +255,15 @@ class L0Stage(TrainSettings):
             exact=self.exact,
         )
 
-    def _restore_norms_(self, model: nn.Module, state: State) -> None:
-        """Takes the statistics of batch norms without chance in the gates."""
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-            at, prepare = next(model.parameters()).device, state.data.preprocess
-            public = calibration(state, self.calibration, derive(state.seed, "l0", self.name))
-            compress.restore_batch_norm_(
-                model, (prepare(x.to(at)) for x, _ in public.batches(BATCH))
-            )
 
-
-class _Work:
-    """A stage at work: the training, the gates with their own optimizer, and the controller of lambda."""
+class GatedTraining:
+    """A training with gates on what it may do without: their own optimizer, and the controller of lambda."""
 
     def __init__(self, stage: L0Stage, state: State, gates: Gates, seed: int) -> None:
-        self.stage, self.data, self.gates, self.seed = stage, state.data, gates, seed
+        self.stage, self.source, self.gates, self.seed = stage, state, gates, seed
         self.fit = Fit(state.model, stage, seed=seed, objective=self.loss, sparse=state.spec.sparse)
-        steps = max(
-            1,
-            round(stage.until * stage.epochs * max(1, len(state.data.public) // stage.batch_size)),
-        )
+        whole_training = steps_of(stage.epochs, stage.batch_size, state)
+        steps = max(1, round(stage.until * whole_training))
         self.steps, self.done = steps, 0
         self.optimizer = torch.optim.Adam(
             gates.parameters(), stage.gate_lr or min(TRAVEL / steps, FASTEST), BETAS, EPSILON
@@ -301,19 +272,21 @@ class _Work:
         self.controller: Controller | None = None
         self.pull = 0.0
 
-    def events(self) -> Iterator[Step | EpochRecord]:
-        """Yields what the training does; the gates step where it does."""
-        data = self.data
+    def events(self) -> Iterator[Tick | Milestone]:
+        """Trains; the gates step where the weights do."""
         with self.gates.on(self.fit.model):
             self.gates.chance = generator(self.seed, "gates", self.fit.epoch)
-            for event in self.fit.epochs(data.public, data.validation, data.preprocess):
+            for event in epochs_of(self.fit, self.source):
                 if isinstance(event, Step):
                     self.done = event.done
                     self.optimizer.step()
                     self.optimizer.zero_grad()
-                else:
-                    self.gates.chance = generator(self.seed, "gates", event.epoch)
-                yield event
+                    yield Tick(event.done, event.total)
+                    continue
+                self.gates.chance = generator(self.seed, "gates", event.epoch)
+                density = float(self.gates.density().detach())
+                more = f", expected density {density:.1%}"
+                yield milestone(event, more=more, expected_density=density, lambda_=self.pull)
 
     def loss(self, model: nn.Module, x: Tensor, logits: Tensor, y: Tensor) -> Tensor:
         """The cross-entropy and what the controller makes of the expected density."""
@@ -328,37 +301,44 @@ class _Work:
         self.pull = self.controller.pull_(float(density.detach()), target)
         return loss + self.pull * density
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Returns the tensors of a checkpoint."""
-        out = self.fit.state() | {f"gates/{i}": a for i, a in enumerate(self.gates.log_alphas)}
-        for key, slot in self.optimizer.state_dict()["state"].items():
-            out |= {f"adam/{key}/{leaf}": value for leaf, value in slot.items()}
-        return out
-
-    def facts(self) -> dict[str, Any]:
-        """Returns the JSON part of a checkpoint."""
+    def state(self) -> Snapshot:
+        """Returns where the training, the gates and the controller stand."""
         assert self.controller is not None
-        return {
+        tensors = self.fit.state()
+        for i, alpha in enumerate(self.gates.log_alphas):
+            tensors[f"gates/{i}"] = alpha
+        for key, slot in self.optimizer.state_dict()["state"].items():
+            for leaf, value in slot.items():
+                tensors[f"adam/{key}/{leaf}"] = value
+        facts: dict[str, JsonValue] = {
             "scale": self.controller.scale,
             "lambda": self.controller.lambda_,
             "pull": self.pull,
             "done": self.done,
         }
+        return Snapshot(tensors, facts)
 
-    def load_(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Takes up what `tensors` and `facts` gave."""
-        self.fit.load_(tensors)
-        slots: dict[int, dict[str, Tensor]] = {}
+    def load_(self, saved: Snapshot) -> None:
+        """Takes up a training of the same model, gates and settings."""
+        tensors, facts = saved.tensors, dict[str, Any](saved.facts)
+        self.fit.load_(dict(tensors))
         with torch.no_grad():
             for i, alpha in enumerate(self.gates.log_alphas):
                 alpha.copy_(tensors[f"gates/{i}"])
-        for name, value in tensors.items():
-            if name.startswith("adam/"):
-                _, key, leaf = name.split("/")
-                slots.setdefault(int(key), {})[leaf] = value
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in part_of(tensors, "adam/").items():
+            key, leaf = name.split("/")
+            slots.setdefault(int(key), {})[leaf] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
         self.controller = Controller(facts["scale"], facts["lambda"])
         self.pull, self.done = facts["pull"], facts["done"]
+
+
+def _restore_norms_(stage: L0Stage, model: nn.Module, state: State) -> None:
+    """Takes the statistics of batch norms without chance in the gates."""
+    if has_batch_norm(model):
+        seed = derive(state.seed, "l0", stage.name)
+        restore_norms_(model, state, calibration(state, stage.calibration, seed), batch=BATCH)
 
 
 def _sparse(state: State, masks: Masks) -> Any:

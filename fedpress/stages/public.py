@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from itertools import chain
 
+import torch
+from torch import nn
+
+from fedpress.compress import restore_batch_norm_
 from fedpress.core.examples import Arrays
 from fedpress.core.random import generator
 from fedpress.errors import DataError
+from fedpress.nn.batch_norm import has_batch_norm
 from fedpress.workspace.state import State
 
 
@@ -31,3 +36,17 @@ def calibration(state: State, n: int, seed: int) -> Arrays:
             f"2 of {state.data.num_classes}; raise calibration (now {n}), or give public data of more classes"
         )
     return drawn
+
+
+def restore_norms_(model: nn.Module, state: State, public: Arrays | None, *, batch: int) -> int:
+    """Takes the statistics of the batch norms of `model` anew, from `public` examples in batches of `batch`.
+
+    Returns:
+        From how many examples; 0 where there is no batch norm, or no example.
+    """
+    if public is None or not len(public) or not has_batch_norm(model):
+        return 0
+    at = next(chain(model.parameters(), model.buffers())).device
+    inputs = (state.data.preprocess(x.to(at)) for x, _ in public.batches(batch))
+    restore_batch_norm_(model, inputs)
+    return len(public)

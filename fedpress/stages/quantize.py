@@ -24,8 +24,9 @@ from fedpress.nn.quantized import (
 )
 from fedpress.nn.resize import copied
 from fedpress.stages.public import calibration
-from fedpress.stages.teaching import TaughtSettings, train_
+from fedpress.stages.teaching import TaughtSettings, Training
 from fedpress.training.checks import check_training
+from fedpress.workspace.drive import drive
 from fedpress.workspace.folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
 
@@ -170,8 +171,10 @@ class QuantizeStage(TaughtSettings):
         )
         if self.epochs:
             lesson = self.objective(state, seed, student=model)
-            fit = yield from train_(model, self, replace(state, spec=spec), folder, seed, lesson)
-            model = fit.result_()
+            on_grids = replace(state, spec=spec)
+            work = Training(model, self, on_grids, seed=seed, lesson=lesson)
+            yield from drive(work, folder)
+            model = work.fit.result_()
         model = settle_(model.to("cpu"))
         spec = spec.model_copy(update={"kept_zeros": note_kept_zeros_(model, kept)})
         layers: list[JsonValue] = [

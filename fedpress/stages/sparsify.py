@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 from pydantic import Field, JsonValue, model_validator
 from torch import Tensor, nn
 
-from fedpress.compress import restore_batch_norm_
 from fedpress.compress.prune.derivatives import differentiable
 from fedpress.compress.prune.ignoring import ignored
 from fedpress.compress.prune.sensitivity import Point, densities_down_to, sensitivity, weight_unit
@@ -39,15 +37,19 @@ from fedpress.compress.sparse.levels import level_densities, lowest_densities
 from fedpress.compress.sparse.masks import Scope
 from fedpress.compress.sparse.scores import gradients
 from fedpress.core.examples import Arrays, Preprocess
+from fedpress.core.parameters import part_of
 from fedpress.core.random import derive, generator
 from fedpress.errors import RecipeError, did_you_mean
+from fedpress.nn.batch_norm import has_batch_norm
 from fedpress.nn.resize import copied
-from fedpress.stages.public import calibration
+from fedpress.stages.epochs import epochs_of, milestone, steps_of
+from fedpress.stages.public import calibration, restore_norms_
 from fedpress.training.checks import check_training
 from fedpress.training.device import device
 from fedpress.training.evaluate import evaluate
-from fedpress.training.fit import EpochRecord, Fit, Step
+from fedpress.training.fit import Fit, Step
 from fedpress.training.settings import TrainSettings
+from fedpress.workspace.drive import Milestone, Snapshot, drive
 from fedpress.workspace.folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
 
@@ -189,35 +191,8 @@ class SparsifyStage(TrainSettings):
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Cuts and trains; yields a tick for every step, saves after every epoch."""
-        work = _Work(self, state, derive(state.seed, "stage", folder.index))
-        tensors, saved = folder.load_progress()
-        if saved:
-            work.load_(tensors, saved)
-        else:
-            SCHEDULES[self.schedule](work, 0)
-        start, note = time.perf_counter() - saved.get("seconds", 0.0), ""
-        for event in work.events():
-            if isinstance(event, Step):
-                at = event
-                SCHEDULES[self.schedule](work, event.done)
-                yield Tick(at.done + work.round * at.total, at.total * work.rounds, note)
-                continue
-            seconds = time.perf_counter() - start
-            density = density_of(work.masks)
-            folder.record(
-                cut=work.round,
-                epoch=event.epoch,
-                epochs=event.epochs,
-                loss=event.loss,
-                accuracy=event.accuracy,
-                density=density,
-                seconds=round(seconds, 2),
-            )
-            work.note_epoch_()
-            folder.save_progress(work.tensors(), {"seconds": seconds, **work.facts()})
-            note = (
-                f"epoch {event.epoch}/{event.epochs}, loss {event.loss:.3f}, density {density:.1%}"
-            )
+        work = MaskedTraining(self, state, derive(state.seed, "stage", folder.index))
+        yield from drive(work, folder)
         model = work.fit.result_()
         apply_(work.weights.chosen, work.masks)
         if self.ema or not self.epochs:
@@ -301,11 +276,11 @@ class SparsifyStage(TrainSettings):
         )
 
 
-class _Work:
-    """A stage at work: the training, the masks that it keeps, and what the schedule has to remember."""
+class MaskedTraining:
+    """A training, the masks that it keeps, and what the schedule has to remember."""
 
     def __init__(self, stage: SparsifyStage, state: State, seed: int) -> None:
-        self.stage, self.state, self.data, self.seed = stage, state, state.data, seed
+        self.stage, self.source, self.data, self.seed = stage, state, state.data, seed
         self.fit = Fit(state.model, stage, seed=seed, sparse=state.spec.sparse)
         self.weights = stage.weights(self.fit.model, state)
         self.density = stage.target(self.weights)
@@ -316,31 +291,46 @@ class _Work:
         self.movement = Movement(self.weights.chosen) if stage.score == "movement" else None
         self.rounds = 1 + stage.rounds if stage.schedule == "rewind" else 1
         self.round = 0
+        self.taken_up = False  # from a checkpoint, so that what comes before the first step is done
         self.early: dict[str, Tensor] = {}
         self.points: list[Point] = []  # the sensitivity, measured at the first cut
 
     @property
     def steps(self) -> int:
         """Steps of a whole training."""
-        return self.stage.epochs * max(1, len(self.data.public) // self.stage.batch_size)
+        return steps_of(self.stage.epochs, self.stage.batch_size, self.source)
 
-    def events(self) -> Iterator[Step | EpochRecord]:
-        """Yields what the training does; under "rewind" one training after the other, each from the early weights."""
-        data = self.data
+    def events(self) -> Iterator[Tick | Milestone]:
+        """Trains; under "rewind" one training after the other, each from the early weights."""
+        if not self.taken_up:
+            self.schedule_(0)
         with self.movement.watching() if self.movement else nullcontext():
             self.note_epoch_()
             while True:
-                yield from self.fit.epochs(data.public, data.validation, data.preprocess)
+                yield from self.train_()
                 if self.round + 1 >= self.rounds:
                     return
                 self.round += 1
-                self.cut_(
-                    steps_down(
-                        self.round, self.rounds - 1, start=density_of(self.within), end=self.density
-                    )
-                )
+                last, full = self.rounds - 1, density_of(self.within)
+                self.cut_(steps_down(self.round, last, start=full, end=self.density))
                 self.fit.load_(self.early)
                 self.keep_(self.masks)
+
+    def train_(self) -> Iterator[Tick | Milestone]:
+        """Trains to the last epoch, with what the schedule does after each step."""
+        for event in epochs_of(self.fit, self.source):
+            if isinstance(event, Step):
+                self.schedule_(event.done)
+                yield Tick(event.done + self.round * event.total, event.total * self.rounds)
+                continue
+            density = density_of(self.masks)
+            self.note_epoch_()
+            more = f", density {density:.1%}"
+            yield milestone(event, more=more, cut=self.round, density=density)
+
+    def schedule_(self, step: int) -> None:
+        """Does what the schedule wants before the first step (0), or after that many."""
+        SCHEDULES[self.stage.schedule](self, step)
 
     def note_epoch_(self) -> None:
         """Keeps the weights of the epoch to rewind to, with their momentum, when it comes by."""
@@ -365,7 +355,7 @@ class _Work:
 
     def measure(self) -> tuple[float, float]:
         """Returns the loss and the accuracy on public examples."""
-        some = calibration(self.state, min(self.stage.calibration, SENSITIVITY), self.seed)
+        some = calibration(self.source, min(self.stage.calibration, SENSITIVITY), self.seed)
         found = evaluate(self.fit.model, some, self.data.preprocess)
         return found.loss, found.accuracy
 
@@ -398,7 +388,7 @@ class _Work:
 
     def losses(self) -> Iterator[Tensor]:
         """Runs the model over public examples; one by one where the score wants the Fisher information of each."""
-        drawn = calibration(self.state, self.stage.calibration, self.seed)
+        drawn = calibration(self.source, self.stage.calibration, self.seed)
         return self._losses(drawn, 1 if self.stage.score == "fisher" else BATCH)
 
     def _losses(self, examples: Arrays, batch: int) -> Iterator[Tensor]:
@@ -412,49 +402,40 @@ class _Work:
 
         Without training nothing else would make up for the cut.
         """
-        norms = [
-            m for m in self.fit.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-        ]
-        if norms and len(self.data.public):
-            drawn = calibration(self.state, self.stage.calibration, self.seed)
-            at, prepare = device(), self.data.preprocess
-            restore_batch_norm_(
-                self.fit.model, (prepare(x.to(at)) for x, _ in drawn.batches(BATCH))
-            )
+        if has_batch_norm(self.fit.model) and len(self.data.public):
+            drawn = calibration(self.source, self.stage.calibration, self.seed)
+            restore_norms_(self.fit.model, self.source, drawn, batch=BATCH)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Returns the tensors of a checkpoint."""
-        out = self.fit.state() | {f"mask/{name}": mask for name, mask in self.masks.items()}
-        out |= {f"early/{name}": value for name, value in self.early.items()}
-        return out | (
-            {f"moved/{n}": v for n, v in self.movement.sums.items()} if self.movement else {}
-        )
-
-    def facts(self) -> dict[str, Any]:
-        """Returns the JSON part of a checkpoint."""
-        return {"round": self.round, "points": [asdict(point) for point in self.points]}
-
-    def load_(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Takes up what `tensors` and the facts gave."""
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-        self.fit.load_(tensors)
-        self.round, self.early = facts["round"], part("early/")
-        self.points = [Point(**point) for point in facts["points"]]
-        self.keep_({name: mask.to(device()) for name, mask in part("mask/").items()})
+    def state(self) -> Snapshot:
+        """Returns where the training stands, with its masks."""
+        tensors = self.fit.state()
+        tensors |= {f"mask/{name}": mask for name, mask in self.masks.items()}
+        tensors |= {f"early/{name}": value for name, value in self.early.items()}
         if self.movement:
-            for name, value in part("moved/").items():
+            tensors |= {f"moved/{name}": value for name, value in self.movement.sums.items()}
+        points: list[JsonValue] = [asdict(point) for point in self.points]
+        return Snapshot(tensors, {"round": self.round, "points": points})
+
+    def load_(self, saved: Snapshot) -> None:
+        """Takes up a training of the same model and settings."""
+        tensors, facts = saved.tensors, dict[str, Any](saved.facts)
+        self.fit.load_(dict(tensors))
+        self.taken_up = True
+        self.round, self.early = facts["round"], part_of(tensors, "early/")
+        self.points = [Point(**point) for point in facts["points"]]
+        masks = part_of(tensors, "mask/")
+        self.keep_({name: mask.to(device()) for name, mask in masks.items()})
+        if self.movement:
+            for name, value in part_of(tensors, "moved/").items():
                 self.movement.sums[name].copy_(value)
 
 
-def _one_shot(work: _Work, step: int) -> None:
+def _one_shot(work: MaskedTraining, step: int) -> None:
     if step == 0:
         work.cut_(work.density)
 
 
-def _gradual(work: _Work, step: int) -> None:
+def _gradual(work: MaskedTraining, step: int) -> None:
     first, last = round(work.stage.begin * work.steps), max(1, round(work.stage.until * work.steps))
     if first <= step <= last and ((step - first) % work.stage.every == 0 or step == last):
         start, progress = density_of(work.within), (step - first) / max(1, last - first)
@@ -463,11 +444,11 @@ def _gradual(work: _Work, step: int) -> None:
             work.cut_(density)
 
 
-def _rewind(work: _Work, step: int) -> None:
-    """Cuts come between the trainings (see `_Work.events`)."""
+def _rewind(work: MaskedTraining, step: int) -> None:
+    """Cuts come between the trainings (see `MaskedTraining.events`)."""
 
 
-def _rigl(work: _Work, step: int) -> None:
+def _rigl(work: MaskedTraining, step: int) -> None:
     last = work.stage.until * work.steps
     if step == 0:
         work.cut_(work.density)
@@ -475,7 +456,7 @@ def _rigl(work: _Work, step: int) -> None:
         work.regrow_(drop_share(step / last, work.stage.drop), step)
 
 
-SCHEDULES: dict[str, Callable[[_Work, int], None]] = {
+SCHEDULES: dict[str, Callable[[MaskedTraining, int], None]] = {
     "one-shot": _one_shot,
     "gradual": _gradual,
     "rewind": _rewind,

@@ -1,9 +1,8 @@
-"""Training with a teacher, as stages share it: where the teacher comes from, and the loop that saves every epoch."""
+"""Training with or without a teacher, as stages share it, and where the teacher comes from."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Generator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,10 +17,11 @@ from fedpress.core.examples import Preprocess
 from fedpress.errors import RecipeError, TrainingError
 from fedpress.models import ModelSpec, memory
 from fedpress.nn.resize import copied
+from fedpress.stages.epochs import epochs_of, milestone
 from fedpress.training.device import autocast, device, place_
 from fedpress.training.fit import Fit, Step
 from fedpress.training.settings import TrainSettings
-from fedpress.workspace.folder import StageFolder
+from fedpress.workspace.drive import Milestone, Snapshot
 from fedpress.workspace.state import State, Tick
 
 FROM_THE_RUN = ("dense", "before")
@@ -67,46 +67,46 @@ class TaughtSettings(TrainSettings):
                             context=context, seed=seed)  # fmt: skip
 
 
-def train_(
-    model: nn.Module,
-    settings: TaughtSettings,
-    state: State,
-    folder: StageFolder,
-    seed: int,
-    lesson: Distillation | None,
-) -> Generator[Tick, None, Fit]:
-    """Trains `model` on the state's public part from the last checkpoint in `folder`; yields a tick for every step."""
-    helpers = lesson.helpers if lesson else None
-    fit = Fit(
-        model, settings, seed=seed, objective=lesson, helpers=helpers, sparse=state.spec.sparse
-    )
-    tensors, saved = folder.load_progress()
-    note = ""
-    if saved:
-        fit.load_(tensors)
-        note = f"epoch {fit.epoch}/{settings.epochs}"
-    start = time.perf_counter() - saved.get("seconds", 0.0)
-    with lesson.watching(model) if lesson else nullcontext():
-        for event in fit.epochs(state.data.public, state.data.validation, state.data.preprocess):
-            if isinstance(event, Step):
-                at = event
-                yield Tick(at.done, at.total, note)
-                continue
-            seconds = time.perf_counter() - start
-            folder.record(
-                epoch=event.epoch,
-                epochs=event.epochs,
-                loss=event.loss,
-                accuracy=event.accuracy,
-                image_size=event.image_size,
-                seconds=round(seconds, 2),
-            )
-            folder.save_progress(fit.state(), {"seconds": seconds})
-            note = f"epoch {event.epoch}/{event.epochs}, loss {event.loss:.3f}"
-            if event.accuracy is not None:
-                note += f", validation {event.accuracy:.2%}"
-            yield Tick(at.done, at.total, note)
-    return fit
+class Training:
+    """A training of a stage: a model, and the teacher's loss if there is one."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TaughtSettings,
+        state: State,
+        *,
+        seed: int,
+        lesson: Distillation | None,
+    ) -> None:
+        self.model, self.source, self.lesson = model, state, lesson
+        self.fit = Fit(
+            model,
+            settings,
+            seed=seed,
+            objective=lesson,
+            helpers=lesson.helpers if lesson else None,
+            sparse=state.spec.sparse,
+        )
+
+    def events(self) -> Iterator[Tick | Milestone]:
+        """Trains to the end."""
+        with self.lesson.watching(self.model) if self.lesson else nullcontext():
+            for event in epochs_of(self.fit, self.source):
+                if isinstance(event, Step):
+                    yield Tick(event.done, event.total)
+                    continue
+                found = event.accuracy
+                more = "" if found is None else f", validation {found:.2%}"
+                yield milestone(event, more=more, image_size=event.image_size)
+
+    def state(self) -> Snapshot:
+        """Returns where the training stands."""
+        return Snapshot(self.fit.state())
+
+    def load_(self, saved: Snapshot) -> None:
+        """Takes up a training of the same model and settings."""
+        self.fit.load_(dict(saved.tensors))
 
 
 def saved_teacher(where: str) -> tuple[ModelSpec | None, nn.Module]:

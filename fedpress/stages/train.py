@@ -9,8 +9,10 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from fedpress.core.random import derive
-from fedpress.stages.teaching import TaughtSettings, train_
+from fedpress.stages.epochs import steps_of
+from fedpress.stages.teaching import TaughtSettings, Training
 from fedpress.training.checks import check_training
+from fedpress.workspace.drive import drive
 from fedpress.workspace.folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
 
@@ -47,11 +49,13 @@ class TrainStage(TaughtSettings):
         return state, {
             "examples": examples,
             "epochs": self.epochs,
-            "steps": self.epochs * max(1, examples // self.batch_size),
+            "steps": steps_of(self.epochs, self.batch_size, state),
         }
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Trains; yields a tick for every step."""
         seed = derive(state.seed, "stage", folder.index)
-        fit = yield from train_(state.model, self, state, folder, seed, self.objective(state, seed))
-        return replace(state, model=fit.result_(), facts={"epochs": fit.epoch})
+        lesson = self.objective(state, seed)
+        work = Training(state.model, self, state, seed=seed, lesson=lesson)
+        yield from drive(work, folder)
+        return replace(state, model=work.fit.result_(), facts={"epochs": work.fit.epoch})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import JsonValue
 from torch import Tensor, nn
 
 from fedpress import compress
@@ -17,131 +17,172 @@ from fedpress.compress.prune.derivatives import differentiable
 from fedpress.compress.prune.sensitivity import densities_down_to
 from fedpress.compress.prune.targets import next_share, whole
 from fedpress.core.examples import Arrays
+from fedpress.core.parameters import part_of
 from fedpress.core.random import derive, generator
 from fedpress.errors import RecipeError
 from fedpress.nn.resize import copied
+from fedpress.stages.epochs import epochs_of, milestone, steps_of
 from fedpress.stages.prune.settings import (
     PruneSettings,
     check_left,
     cut_target,
-    has_batch_norm,
+    example_input,
     latency_target,
     milliseconds,
     public_examples,
     traced,
 )
+from fedpress.stages.public import restore_norms_
 from fedpress.training.device import device
+from fedpress.training.evaluate import evaluate
 from fedpress.training.fit import Fit, Step
-from fedpress.workspace.folder import StageFolder
+from fedpress.workspace.drive import Milestone, Snapshot
 from fedpress.workspace.state import State, Tick
 
 BATCH = 256
 REFIT = 512  # public examples that norms are fitted on: two numbers for each channel need no more
 
 
-@dataclass
 class Cutting:
-    """A stage at work. `early` is what the model was when the stage began, with the same channels gone.
+    """A prune stage at work.
 
-    `tuned` says that the training before the present cut is done; `points` and `tried` are the sensitivities and the
-    latencies measured for it so far; `start` is the cost from which the steps go down.
+    Attributes:
+        model: the network as it is now, on the CPU.
+        early: what it was when the stage began, with the same channels gone.
+        plans: what was cut so far.
+        step: how many cuts are done.
+        tuned: whether the training before the present cut is done.
+        points: the sensitivities that were measured for the present cut so far.
+        tried: shares of the parameters and the milliseconds that they took, likewise.
+        start: the cost from which the steps go down; None until it is known.
+        error: the largest difference between the outputs before and after the last cut.
+        restored: from how many examples the batch norms have their statistics.
+        inexact: what has to be said of a last cut that was not exact.
     """
 
-    stage: PruneSettings
-    state: State
-    folder: StageFolder
-    public: Arrays | None
-    model: nn.Module
-    early: nn.Module
-    fit: Mapping[str, Tensor]
-    plans: list[PruningPlan]
-    step: int
-    tuned: bool
-    points: list[Point]
-    tried: list[tuple[float, float]]
-    start: float | None
-    began: float
+    def __init__(self, stage: PruneSettings, state: State, index: int) -> None:
+        self.stage, self.source, self.index = stage, state, index
+        self.public = public_examples(stage, state, derive(state.seed, "stage", index))
+        self.model: nn.Module = copied(state.model).to("cpu").eval()
+        self.early = copied(self.model)
+        self.fit: Fit | None = None  # while it trains
+        self.fit_state: dict[str, Tensor] = {}  # of an interrupted training
+        self.plans: list[PruningPlan] = []
+        self.step, self.tuned = 0, False
+        self.points: list[Point] = []
+        self.tried: list[tuple[float, float]] = []
+        self.start: float | None = None
+        self.error, self.restored = 0.0, 0
+        self.inexact: dict[str, Any] = {}
 
-    @classmethod
-    def begin(cls, stage: PruneSettings, state: State, folder: StageFolder) -> Cutting:
-        """Starts, or goes on from the last checkpoint in `folder`: cuts are made again from their plans."""
-        tensors, saved = folder.load_progress()
-        public = public_examples(stage, state, derive(state.seed, "stage", folder.index))
-        model = copied(state.model).to("cpu").eval()
-        plans = [PruningPlan.model_validate(plan) for plan in saved.get("plans", [])]
-        for plan in plans:
-            compress.remove_(model, plan)
-        early, fit = copied(model), {}
-        if saved.get("fitting"):
-            fit = tensors
-        elif saved:
-            model.load_state_dict(
-                {name.removeprefix("model/"): value for name, value in tensors.items()}
-            )
-        return cls(
-            stage, state, folder, public, model, early, fit, plans, saved.get("step", 0), saved.get("tuned", False),
-            [Point(**point) for point in saved.get("points", [])], [(s, ms) for s, ms in saved.get("tried", [])],
-            saved.get("start"), time.perf_counter() - saved.get("seconds", 0.0),
-        )  # fmt: skip
+    def state(self) -> Snapshot:
+        """Returns where the work stands, with the model or the training of it; cuts are made again from their plans."""
+        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        facts: dict[str, Any] = {
+            "fitting": self.fit is not None,
+            "plans": [plan.model_dump(mode="json") for plan in self.plans],
+            "step": self.step,
+            "tuned": self.tuned,
+            "points": [asdict(point) for point in self.points],
+            "tried": [list(pair) for pair in self.tried],
+            "start": self.start,
+        }
+        return Snapshot(self.fit.state() if self.fit else tensors, facts)
 
-    def save(self, tensors: Mapping[str, Tensor] | None = None, *, fitting: bool = False) -> None:
-        """Saves where the work stands, with the model or the training of it."""
-        self.folder.save_progress(
-            tensors or {f"model/{name}": value for name, value in self.model.state_dict().items()},
-            {
-                "fitting": fitting,
-                "plans": [plan.model_dump(mode="json") for plan in self.plans],
-                "step": self.step,
-                "tuned": self.tuned,
-                "points": [asdict(point) for point in self.points],
-                "tried": [list(pair) for pair in self.tried],
-                "start": self.start,
-                "seconds": time.perf_counter() - self.began,
-            },
-        )
+    def load_(self, saved: Snapshot) -> None:
+        """Takes up the work of the same stage on the same model."""
+        facts = dict[str, Any](saved.facts)
+        self.plans = [PruningPlan.model_validate(plan) for plan in facts["plans"]]
+        for plan in self.plans:
+            compress.remove_(self.model, plan)
+        self.early = copied(self.model)
+        if facts["fitting"]:
+            self.fit_state = dict(saved.tensors)
+        else:
+            self.model.load_state_dict(part_of(saved.tensors, "model/"))
+        self.step, self.tuned, self.start = facts["step"], facts["tuned"], facts["start"]
+        self.points = [Point(**point) for point in facts["points"]]
+        self.tried = [(share, ms) for share, ms in facts["tried"]]
+
+    def events(self) -> Iterator[Tick | Milestone]:
+        """Cuts until the target is reached, and trains between the cuts as the settings say."""
+        while self.step < self.stage.steps:
+            if (self.step or self.stage.rewind) and not self.tuned:
+                yield from self.tune_()
+            yield self.tick(0, "tracing and scoring channels")
+            plan = yield from self.plan()
+            yield self.tick(1, "removing channels")
+            yield from self.cut_(plan)
+        yield self.tick(0)
+
+    def cut_(self, plan: PruningPlan) -> Iterator[Tick | Milestone]:
+        """Removes the channels of `plan`, restores what statistics the norms hold, and measures."""
+        dense, pruned = self.model, copied(self.model)
+        compress.remove_(pruned, plan)
+        self.error = compress.check_parity(dense, pruned, plan, example_input(self.source))
+        self.plans.append(plan)
+        compress.remove_(self.early, plan)
+        self.inexact = {}
+        if self.stage.rewind:
+            self.model = copied(self.early)
+        else:
+            self.model = pruned
+            self.inexact = yield from self.refit_(dense, plan)
+
+        yield self.tick(2, "restoring batch-norm statistics")
+        before = self.accuracy()
+        self.restored = restore_norms_(self.model, self.source, self.public, batch=BATCH)
+        yield self.tick(3, "measuring")
+        record: dict[str, JsonValue] = {"step": self.step + 1} if self.stage.steps > 1 else {}
+        record["layers"] = _changes(self.plans)
+        record |= {"accuracy_cut": before, "accuracy_restored": self.accuracy()}
+
+        self.step, self.tuned, self.points, self.tried = self.step + 1, False, [], []
+        yield Milestone(record, saves=self.step < self.stage.steps)
+
+    def accuracy(self) -> float | None:
+        """Measures the model on the validation set; None without one."""
+        data = self.source.data
+        if not len(data.validation):
+            return None
+        return evaluate(self.model, data.validation, data.preprocess).accuracy
 
     @property
     def _tuning(self) -> int:
         """Steps of one training."""
         s = self.stage.finetune
-        return s.epochs * max(1, len(self.state.data.public) // s.batch_size) if s else 0
+        return steps_of(s.epochs, s.batch_size, self.source) if s else 0
 
     def tick(self, part: int, note: str = "") -> Tick:
         """Tells of the present cut; one has four parts beside its training."""
-        return Tick(self.step * (4 + self._tuning) + part + (self._tuning if self.step < self.stage.steps else 0),
-                    self.stage.steps * (4 + self._tuning), note)  # fmt: skip
+        of_one = 4 + self._tuning
+        trained = self._tuning if self.step < self.stage.steps else 0
+        return Tick(self.step * of_one + trained + part, self.stage.steps * of_one, note)
 
-    def tune_(self) -> Iterator[Tick]:
-        """Trains the model as `finetune` says, from the last checkpoint."""
+    def tune_(self) -> Iterator[Tick | Milestone]:
+        """Trains the model as `finetune` says, from where an interrupted training stood."""
         assert self.stage.finetune is not None
-        data, seed = (
-            self.state.data,
-            derive(self.state.seed, "stage", self.folder.index, "step", self.step),
-        )
-        fit = Fit(self.model, self.stage.finetune, seed=seed, sparse=self.state.spec.sparse)
-        if self.fit:
-            fit.load_(dict(self.fit))
-            self.fit = {}
-        note = ""
-        for event in fit.epochs(data.public, data.validation, data.preprocess):
+        seed = derive(self.source.seed, "stage", self.index, "step", self.step)
+        fit = Fit(self.model, self.stage.finetune, seed=seed, sparse=self.source.spec.sparse)
+        self.fit = fit
+        if self.fit_state:
+            fit.load_(self.fit_state)
+            self.fit_state = {}
+        for event in epochs_of(fit, self.source):
             if isinstance(event, Step):
-                yield replace(self.tick(event.done - self._tuning), note=note)
+                yield self.tick(event.done - self._tuning)
                 continue
-            self.folder.record(step=self.step + 1, epoch=event.epoch, epochs=event.epochs, loss=event.loss,
-                               accuracy=event.accuracy)  # fmt: skip
-            self.save(fit.state(), fitting=True)
-            note = f"training before cut {self.step + 1}, epoch {event.epoch}/{event.epochs}, loss {event.loss:.3f}"
+            before = f"training before cut {self.step + 1}, "
+            yield milestone(event, before=before, step=self.step + 1)
+        self.fit = None
         self.model = fit.result_().to("cpu").eval()
-        for tensor in (
-            *self.model.parameters(),
-            *self.model.buffers(),
-        ):  # laid out as after a checkpoint
-            tensor.data = tensor.data.contiguous()
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            tensor.data = tensor.data.contiguous()  # laid out as after a checkpoint
         self.tuned = True
 
-    def plan(self) -> Generator[Tick, None, PruningPlan]:
+    def plan(self) -> Generator[Tick | Milestone, None, PruningPlan]:
         """Scores the channels and plans the present cut, with what has to be measured for it."""
-        stage, state, model = self.stage, self.state, self.model
+        stage, state, model = self.stage, self.source, self.model
         graph, chance = traced(model, state, stage), generator(state.seed, "prune", "random")
         how: dict[str, Any] = {
             "round_to": stage.round_to,
@@ -178,8 +219,7 @@ class Cutting:
             small = copied(model)
             compress.remove_(small, cut(target))
             self.tried.append((share, milliseconds(small, state)))
-            self.folder.record(latency={"share": share, "ms": self.tried[-1][1]})
-            self.save()
+            yield Milestone({"latency": {"share": share, "ms": self.tried[-1][1]}})
         fast = [share for share, ms in self.tried if ms <= wanted]
         if not fast:
             share, ms = min(self.tried, key=lambda pair: pair[1])
@@ -193,11 +233,13 @@ class Cutting:
         """Measures the dense network, and the present one; returns the milliseconds that the present cut may take."""
         yield self.tick(0, "measuring the latency of the uncut network")
         if not self.tried:
-            self.tried = [(1.0, milliseconds(self.model, self.state))]
+            self.tried = [(1.0, milliseconds(self.model, self.source))]
         if self.start is None:
-            cut = self.plans or self.state.spec.resized
+            cut = self.plans or self.source.spec.resized
             self.start = (
-                milliseconds(self.state.spec.build_dense(), self.state) if cut else self.tried[0][1]
+                milliseconds(self.source.spec.build_dense(), self.source)
+                if cut
+                else self.tried[0][1]
             )
         if not self.plans:
             check_left("keep_latency", keep, self.tried[0][1] / self.start)
@@ -208,9 +250,9 @@ class Cutting:
 
     def _measure_sensitivity_(
         self, graph: ChannelGraph, scores: Sequence[Tensor]
-    ) -> Iterator[Tick]:
+    ) -> Iterator[Tick | Milestone]:
         """Measures each layer alone; what is saved already is not measured again."""
-        data, model = self.state.data, self.model.to(device())
+        data, model = self.source.data, self.model.to(device())
         public = data.validation if len(data.validation) else self.public
         assert public is not None
         some = public.take(torch.arange(len(public))[: self.stage.sensitivity_examples])
@@ -227,9 +269,7 @@ class Cutting:
             if point in known:
                 continue
             self.points.append(point)
-            self.folder.record(sensitivity=asdict(point))
-            if point.density == min(densities):
-                self.save()
+            yield Milestone({"sensitivity": asdict(point)}, saves=point.density == min(densities))
             yield self.tick(
                 0, f"sensitivity of '{point.layer}' at {point.density:.0%}: loss {point.loss:.3f}"
             )
@@ -239,18 +279,20 @@ class Cutting:
         """Runs the model over the public examples; one by one where the score wants the information of each."""
         assert self.public is not None
         for x, y in self.public.batches(1 if SCORES[self.stage.score].single else BATCH):
-            yield F.cross_entropy(self.model(self.state.data.preprocess(x)), y)
+            yield F.cross_entropy(self.model(self.source.data.preprocess(x)), y)
 
-    def refit_(self, dense: nn.Module, plan: PruningPlan) -> dict[str, Any]:
+    def refit_(
+        self, dense: nn.Module, plan: PruningPlan
+    ) -> Generator[Milestone, None, dict[str, Any]]:
         """Fits the norms that were cut through, and returns how far the outputs are from those of `dense`."""
         if not plan.approximate:
             return {}
         if self.public is None:
-            shape = (BATCH, *self.state.spec.input_shape)
+            shape = (BATCH, *self.source.spec.input_shape)
             batches = [torch.randn(shape, generator=torch.Generator().manual_seed(0))]
         else:
             some = self.public.take(torch.arange(min(len(self.public), REFIT)))
-            batches = [self.state.data.preprocess(x) for x, _ in some.batches(BATCH)]
+            batches = [self.source.data.preprocess(x) for x, _ in some.batches(BATCH)]
         cut = compress.difference(dense, self.model, batches)
         left = dict.fromkeys(plan.approximate, "its scale was not fitted: there was no data")
         if self.public is not None:
@@ -270,21 +312,13 @@ class Cutting:
             "fitted": found.relative,
             "agreement": found.agreement,
         }
-        self.folder.record(approximate={**record, "norms": list(plan.approximate)})
+        norms: list[JsonValue] = list(plan.approximate)
+        yield Milestone({"approximate": {**record, "norms": norms}}, saves=False)
         return {
             "parity_error": found.relative,
             "told": {"approximate": told},
             **({"left": left} if left else {}),
         }
-
-    def restore_(self) -> int:
-        """Restores the batch-norm statistics, and returns from how many examples; 0 where there is no batch norm."""
-        if not has_batch_norm(self.model) or self.public is None:
-            return 0
-        compress.restore_batch_norm_(
-            self.model, (self.state.data.preprocess(x) for x, _ in self.public.batches(BATCH))
-        )
-        return len(self.public)
 
 
 def _loss_and_accuracy(model: nn.Module, examples: Arrays, preprocess: Any) -> tuple[float, float]:
@@ -296,3 +330,12 @@ def _loss_and_accuracy(model: nn.Module, examples: Arrays, preprocess: Any) -> t
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             right += int((logits.argmax(1) == labels).sum())
     return loss / len(examples), right / len(examples)
+
+
+def _changes(plans: Sequence[PruningPlan]) -> list[JsonValue]:
+    """The width of each layer when the stage began, and now."""
+    first = {change.name: change.before for change in plans[0].layers}
+    return [
+        {"name": c.name, "before": first.get(c.name, c.before), "after": c.after}
+        for c in plans[-1].layers
+    ]

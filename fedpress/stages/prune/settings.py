@@ -18,6 +18,7 @@ from fedpress.compress.prune.sensitivity import DENSITIES
 from fedpress.compress.prune.targets import Cost, bytes_of, whole
 from fedpress.core.examples import Arrays
 from fedpress.errors import RecipeError
+from fedpress.nn.batch_norm import has_batch_norm
 from fedpress.stages.public import calibration
 from fedpress.training.settings import TrainSettings
 from fedpress.workspace.state import Name, State
@@ -223,11 +224,3 @@ def traced(model: nn.Module, state: State, how: PruneSettings) -> ChannelGraph:
         return compress.trace(
             model, example_input(state), ignore=how.ignore, approximate=how.approximate
         )
-
-
-def has_batch_norm(model: nn.Module) -> bool:
-    """Says whether `model` keeps statistics of batches."""
-    return any(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-        for m in model.modules()
-    )

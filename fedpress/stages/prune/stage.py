@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from pydantic import JsonValue
 from torch import nn
 
 from fedpress import compress
@@ -15,13 +14,12 @@ from fedpress.compress import SCORES, PruningPlan
 from fedpress.compress.prune.ignoring import ignored
 from fedpress.errors import RecipeError
 from fedpress.models import what_pruning_changed
+from fedpress.nn.batch_norm import has_batch_norm
 from fedpress.nn.resize import copied
 from fedpress.stages.prune.cutting import Cutting
 from fedpress.stages.prune.settings import (
     PruneSettings,
     cut_target,
-    example_input,
-    has_batch_norm,
     latency_target,
     milliseconds,
     of_what,
@@ -29,7 +27,7 @@ from fedpress.stages.prune.settings import (
     traced,
 )
 from fedpress.training.checks import check_training
-from fedpress.training.evaluate import evaluate
+from fedpress.workspace.drive import drive
 from fedpress.workspace.folder import StageFolder, write_json
 from fedpress.workspace.state import State, Tick
 
@@ -93,42 +91,21 @@ class PruneStage(PruneSettings):
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Prunes; yields a tick for every part of the work. What takes long is saved after each part."""
-        work = Cutting.begin(self, state, folder)
-        while work.step < self.steps:
-            if (work.step or self.rewind) and not work.tuned:
-                yield from work.tune_()
-            yield work.tick(0, "tracing and scoring channels")
-            plan = yield from work.plan()
-            yield work.tick(1, "removing channels")
-            dense, pruned = work.model, copied(work.model)
-            compress.remove_(pruned, plan)
-            error = compress.check_parity(dense, pruned, plan, example_input(state))
-            work.plans.append(plan)
-            compress.remove_(work.early, plan)
-            work.model = copied(work.early) if self.rewind else pruned
-            inexact = {} if self.rewind else work.refit_(dense, plan)
-            yield work.tick(2, "restoring batch-norm statistics")
-            before = _accuracy(work.model, state)
-            restored = work.restore_()
-            yield work.tick(3, "measuring")
-            folder.record(**({"step": work.step + 1} if self.steps > 1 else {}), layers=_changes(work.plans),
-                          accuracy_cut=before, accuracy_restored=_accuracy(work.model, state))  # fmt: skip
-            work.step, work.tuned, work.points, work.tried = work.step + 1, False, [], []
-            if work.step < self.steps:
-                work.save()
+        work = Cutting(self, state, folder.index)
+        yield from drive(work, folder)
         for number, plan in enumerate(work.plans, 1):
             name = "plan.json" if self.steps == 1 else f"plan-{number}.json"
             write_json(folder.path / name, plan.model_dump(mode="json"))
-        yield work.tick(0)
         facts: dict[str, Any] = {
             "kept_parameters": work.plans[-1].parameters_after / state.dense,
-            "parity_error": error,
+            "parity_error": work.error,
             "whole_layers": dict(work.plans[0].whole),
-            "restored_examples": restored,
+            "restored_examples": work.restored,
         }
+        inexact = dict(work.inexact)
         told = {**_told(state, work.plans), **inexact.pop("told", {})}
         left = inexact.pop("left", {})
-        if not restored and has_batch_norm(work.model):
+        if not work.restored and has_batch_norm(work.model):
             left["batch norms"] = (
                 "their statistics are those of the uncut network: there was no data"
             )
@@ -146,22 +123,8 @@ def _told(state: State, plans: Sequence[PruningPlan]) -> dict[str, str]:
     return told
 
 
-def _accuracy(model: nn.Module, state: State) -> float | None:
-    validation = state.data.validation
-    return evaluate(model, validation, state.data.preprocess).accuracy if len(validation) else None
-
-
 def _spec(state: State, model: nn.Module) -> Any:
     return state.spec.model_copy(update=what_pruning_changed(model, state.spec.build_dense()))
-
-
-def _changes(plans: Sequence[PruningPlan]) -> list[JsonValue]:
-    """The width of each layer when the stage began, and now."""
-    first = {change.name: change.before for change in plans[0].layers}
-    return [
-        {"name": c.name, "before": first.get(c.name, c.before), "after": c.after}
-        for c in plans[-1].layers
-    ]
 
 
 def _widths(plan: PruningPlan) -> str:

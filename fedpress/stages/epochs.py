@@ -1,0 +1,44 @@
+"""An epoch of a stage that trains, as a milestone of its work: one record, one note, one checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import JsonValue
+
+from fedpress.training.fit import EpochRecord, Fit, Step
+from fedpress.workspace.drive import Milestone
+from fedpress.workspace.state import State
+
+
+def epochs_of(fit: Fit, state: State) -> Iterator[Step | EpochRecord]:
+    """Trains on the public part of the state's data, from where `fit` stands."""
+    data = state.data
+    return fit.epochs(data.public, data.validation, data.preprocess)
+
+
+def steps_of(epochs: int, batch_size: int, state: State) -> int:
+    """Returns the number of steps of a whole training on the public part."""
+    return epochs * max(1, len(state.data.public) // batch_size)
+
+
+def milestone(
+    epoch: EpochRecord, *, more: str = "", before: str = "", **facts: JsonValue
+) -> Milestone:
+    """Returns the milestone after `epoch`.
+
+    Args:
+        epoch: what the training told.
+        more: what stands at the end of the note.
+        before: what stands at its beginning.
+        **facts: what the record holds besides.
+    """
+    record = {
+        "epoch": epoch.epoch,
+        "epochs": epoch.epochs,
+        "loss": epoch.loss,
+        "accuracy": epoch.accuracy,
+        **facts,
+    }
+    note = f"{before}epoch {epoch.epoch}/{epoch.epochs}, loss {epoch.loss:.3f}{more}"
+    return Milestone(record, note, timed=True)
