@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
+
+from fedpress.core.files import replacing
 
 
 def folder() -> Path:
@@ -32,18 +33,7 @@ def decoded(
         return dict(stored)
     arrays = decode()
     with contextlib.suppress(OSError):
-        _write(target, arrays)
-    return arrays
-
-
-def _write(target: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes beside the target and renames, so that a reader never sees half a file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target, durable=False, shared=True) as part, part.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    return arrays

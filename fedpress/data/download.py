@@ -10,6 +10,7 @@ from typing import BinaryIO
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+from fedpress.core.files import take_place, writing
 from fedpress.data.examples import Progress
 from fedpress.errors import DataError
 
@@ -38,7 +39,8 @@ def fetch(
         DataError: if there is no network, the server refuses, the disk is full, or the checksum differs.
     """
     part = target.with_name(target.name + ".part")
-    try:
+    cure = "free some space or set FEDPRESS_CACHE"
+    with writing(part, raises=DataError, full=cure, other=cure):
         target.parent.mkdir(parents=True, exist_ok=True)
         _fetch_all(url, part, progress, wait)
         if (got := md5_of(part)) != md5:
@@ -46,11 +48,7 @@ def fetch(
             raise DataError(
                 f"'{url}': the download has md5 {got}, expected {md5}; try again, or set path to a copy"
             )
-        part.replace(target)
-    except OSError as error:
-        raise DataError(
-            f"'{part}': cannot be written ({error}); free some space or set FEDPRESS_CACHE"
-        ) from error
+        take_place(part, target)
     return target
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fedpress
 from fedpress.core.examples import Preprocess
-from fedpress.core.files import replacing
+from fedpress.core.files import replacing, writing
 from fedpress.deploy.examples import Example, Given, check
 from fedpress.errors import ExportError
 from fedpress.nn.observers import Observer
@@ -138,12 +138,8 @@ def write(path: Path, data: bytes) -> None:
     Raises:
         ExportError: if the disk does not take it; the file that was there before stays.
     """
-    try:
+    cure = "free space or choose another --out"
+    with writing(path, raises=ExportError, full=cure, other=cure):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             part.write_bytes(data)
-    except OSError as error:
-        reason = error.strerror or error
-        raise ExportError(
-            f"export: cannot write {len(data)} bytes to {path}: {reason}; free space or choose another --out"
-        ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedpress.core import checksums
+from fedpress.core.files import replacing, writing
 from fedpress.errors import RunError
 
 JSON_TENSOR = "json"
@@ -144,13 +144,11 @@ class DiskState:
 
     def _write(self, stem: str, state: Mapping[str, Tensor]) -> None:
         path = self._path(stem)
-        part = path.with_suffix(".part")
-        try:
+        tensors = {name: t.contiguous().clone() for name, t in state.items()}
+        cure = "free some space, then go on with --resume"
+        with writing(path, full=cure, other=cure):
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: t.contiguous().clone() for name, t in state.items()}, part)
-            checksums.note(path, part, sync=False)
-            os.replace(part, path)
-        except (OSError, SafetensorError) as error:
-            raise RunError(
-                f"{path}: cannot be written ({error}); free some space, then go on with --resume"
-            ) from error
+            # A power cut may lose what a client has remembered, as it loses the client.
+            with replacing(path, durable=False) as part:
+                save_file(tensors, part)
+                checksums.note(path, part, sync=False)

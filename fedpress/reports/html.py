@@ -12,8 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from fedpress.core.files import replacing
-from fedpress.errors import RunError
+from fedpress.core.files import replacing, writing
 from fedpress.reports import units
 from fedpress.reports.draw import svg
 from fedpress.reports.figures import figures
@@ -94,14 +93,10 @@ def write_page(page: Page, target: Path) -> Path:
 
 
 def _write(page: str, target: Path) -> Path:
-    try:
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as part:
             part.write_text(page, "utf-8")
-    except OSError as error:
-        raise RunError(
-            f"{target}: the report cannot be written ({error.strerror}); free space or choose another place"
-        ) from error
     return target
 
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from fedpress.core.files import replacing
+from fedpress.core.files import replacing, writing
 from fedpress.errors import ModelError, WireError
 from fedpress.models import ModelSpec
 from fedpress.nn.quantized import quantized_layers
@@ -80,14 +80,10 @@ def pack(spec: ModelSpec, model: nn.Module, path: Path) -> Packed:
                 " one; make it persistent"
             )
     path = Path(path)
-    try:
+    with writing(path, raises=ModelError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             part.write_bytes(data)
-    except OSError as error:
-        raise ModelError(
-            f"{path}: cannot be written ({error.strerror}); choose another place"
-        ) from error
     return packed
 
 

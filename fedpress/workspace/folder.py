@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -43,38 +41,20 @@ CURES = {
     "records.jsonl": "delete this file to go on without the records so far (models and results do not need them)",
 }
 """What helps against damage of a file of a run."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns what can go wrong while `path` is written into an error that names the place and the cure.
+def writing(path: Path) -> AbstractContextManager[None]:
+    """Turns what can go wrong while `path` of a run is written into an error that names the place and the cure.
 
     Raises:
         RunError: if the disk is full, or the place cannot be written.
     """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        found = re.search(
-            r"os error (\d+)|code: (\d+)", str(error)
-        )  # safetensors tells the number in words only
-        number = (
-            error.errno
-            if isinstance(error, OSError)
-            else int(found[1] or found[2])
-            if found
-            else None
-        )
-        reason = os.strerror(number) if number else str(error)
-        cure = (
-            "free some space, then go on with --resume"
-            if number in FULL
-            else "choose another place with --out"
-        )
-        raise RunError(
-            f"{path}: cannot be written ({reason}); what was finished is kept: {cure}"
-        ) from error
+    kept = "what was finished is kept: "
+    return files.writing(
+        path,
+        full=f"{kept}free some space, then go on with --resume",
+        other=f"{kept}choose another place with --out",
+    )
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def test_a_server_error_is_told_with_its_number(server, tmp_path, status, reques
 
 def test_a_folder_that_cannot_be_written_is_named(server, tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(DataError, match=r"data.bin.part': cannot be written .* set FEDPRESS_CACHE"):
+    with pytest.raises(DataError, match=r"data.bin.part: cannot be written .* set FEDPRESS_CACHE"):
         fetch(server, tmp_path / "file" / "data.bin")
 
 

@@ -24,19 +24,6 @@ def half_written(path: Path, error: Exception) -> None:
         raise error
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "x"
-    path.write_text("old")
-    with pytest.raises(ValueError, match="stop"):
-        half_written(path, ValueError("stop"))
-    assert path.read_text() == "old"
-    with replacing(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
-    assert os.listdir(tmp_path) == ["x"]
-
-
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, number):
     path = tmp_path / "x"
