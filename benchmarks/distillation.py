@@ -21,8 +21,10 @@ import torch
 from fedpress import data
 from fedpress.core.examples import Arrays, Preprocess
 from fedpress.data import DataSettings, FederatedData
-from fedpress.pipeline import run
+from fedpress.pipeline import run as runs
+from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import settings as recipe
+from fedpress.pipeline.start import load_data
 from fedpress.training.augment import resized
 from fedpress.workspace.folder import RunFolder
 
@@ -96,14 +98,14 @@ def measure(keep: float, arm: str, seed: int, path: Path, out: Path) -> tuple[fl
     place, shared = out / f"{seed}-{keep}-{arm}", out / f"{seed}-{keep}-labels"
     if not shared.exists():
         shared = next(iter(sorted(out.glob(f"{seed}-*-labels"))), shared)
-    settings = run.settings(toml)
+    settings = settings_of(toml)
     folder = (
         RunFolder.resume(place, settings)
         if place.exists()
         else RunFolder.create(place, RECIPE, settings)
     )
     other = RunFolder.open(shared) if shared != place and shared.exists() else None
-    for _ in run.execute(toml, folder, run.load_data(toml), reuse=other):
+    for _ in runs.execute(toml, folder, load_data(toml), reuse=other):
         pass
     stages = json.loads((place / "result.json").read_text())["stages"]
     return stages[0]["accuracy"], stages[-1]["accuracy"]

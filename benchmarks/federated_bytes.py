@@ -16,7 +16,9 @@ import sys
 from pathlib import Path
 
 from fedpress.pipeline import run as runs
+from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import settings as recipes
+from fedpress.pipeline.start import load_data
 from fedpress.reports.html import write_report
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import StageFinished, Tick
@@ -87,13 +89,13 @@ def run_arm(task: str, arm: str, seed: int, args: argparse.Namespace) -> list[di
     overrides = [f"seed={seed}", f"data.path={json.dumps(str(args.data))}"]
     overrides += CODED[task] if arm == "coded" else []
     recipe = recipes.load(text, overrides + args.override)
-    path, settings = Path(args.out) / f"{task}-{arm}-{seed}", runs.settings(recipe)
+    path, settings = Path(args.out) / f"{task}-{arm}-{seed}", settings_of(recipe)
     folder = (
         RunFolder.resume(path, settings)
         if path.exists()
         else RunFolder.create(path, text, settings)
     )
-    for event in runs.execute(recipe, folder, runs.load_data(recipe)):
+    for event in runs.execute(recipe, folder, load_data(recipe)):
         if isinstance(event, Tick):
             print(f"{path.name}: {event.note}", file=sys.stderr, flush=True)
         elif isinstance(event, StageFinished):

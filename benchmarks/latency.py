@@ -30,7 +30,7 @@ from fedpress.deploy.measure import Subject
 from fedpress.deploy.processor import as_json, settings, this_processor
 from fedpress.models import load_model
 from fedpress.models.resnet import resnet18
-from fedpress.pipeline.run import _machine
+from fedpress.pipeline.environment import machine
 
 HERE = Path(__file__).parent
 SHAPE = (3, 32, 32)
@@ -146,14 +146,14 @@ def main() -> None:
             )
     if args.json:
         here = as_json(this_processor())
-        print(json.dumps({"machine": _machine(), "processor": here, "rows": rows}, indent=1))
+        print(json.dumps({"machine": machine(), "processor": here, "rows": rows}, indent=1))
         return
     here = this_processor()
     print(f"{here.name} with {', '.join(here.features)}")
     for runtime in sorted({row.runtime for row in FORMATS.values()}):
         print(f"{runtime}: {settings(runtime, wide=True) or 'no options'} for 8-bit weights")
     print(
-        f"{_machine()}; batch {args.batch}, one thread, median of {args.repeats} repeats (quartiles)"
+        f"{machine()}; batch {args.batch}, one thread, median of {args.repeats} repeats (quartiles)"
     )
     if images and args.images:
         print(f"accuracy on the first {args.images} test images")

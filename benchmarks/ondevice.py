@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedpress.deploy import DeviceModel, export_training
-from fedpress.pipeline.run import _machine
+from fedpress.pipeline.environment import machine
 
 SHAPE = (3, 32, 32)
 
@@ -83,7 +83,7 @@ def main() -> None:
         (p.detach() - q.detach()).abs().max().item()
         for p, q in zip(model.parameters(), device.parameters(), strict=True)
     )
-    print(f"{_machine()}; batch {args.batch}; torch {np.median(times[:, 0]):.2f} ms, ExecuTorch "
+    print(f"{machine()}; batch {args.batch}; torch {np.median(times[:, 0]):.2f} ms, ExecuTorch "
           f"{np.median(times[:, 1]):.2f} ms; {ratio[0]:.2f} ({ratio[1]:.2f}-{ratio[2]:.2f}) times as long")  # fmt: skip
     size = sum(p.numel() for p in model.parameters())
     print(

@@ -16,8 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from fedpress.pipeline import run
+from fedpress.pipeline import run as runs
+from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import settings as recipes
+from fedpress.pipeline.start import load_data
 from fedpress.workspace.folder import RunFolder
 
 HEAD = """
@@ -61,8 +63,8 @@ def measure(stages: str, seed: int) -> dict[str, float]:
     began = time.process_time()
     recipe = recipes.load(HEAD + stages, [f"seed={seed}"])
     with tempfile.TemporaryDirectory() as place:
-        folder = RunFolder.create(Path(place) / "run", HEAD + stages, run.settings(recipe))
-        for _ in run.execute(recipe, folder, run.load_data(recipe)):
+        folder = RunFolder.create(Path(place) / "run", HEAD + stages, settings_of(recipe))
+        for _ in runs.execute(recipe, folder, load_data(recipe)):
             pass
         result = json.loads((folder.path / "result.json").read_text())
     density = next((line["density"] for line in result["stages"] if "density" in line), 1.0)

@@ -26,7 +26,9 @@ from fedpress.data import FederatedData
 from fedpress.data.settings import DataSettings
 from fedpress.models import load_model
 from fedpress.pipeline import run as runs
+from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import settings as recipes
+from fedpress.pipeline.start import load_data
 from fedpress.workspace.folder import RunFolder
 
 HERE = Path(__file__).parent
@@ -146,13 +148,13 @@ def accuracy(
         stage = recipe.stage[0].model_copy(update={"privacy": None, "epochs": 2, "batch_size": 60})
         recipe = recipe.model_copy(update={"stage": (stage,)})
     place = out / f"{kind}-{epsilon:g}-{how['lr']:g}-{seed}"
-    settings = runs.settings(recipe)
+    settings = settings_of(recipe)
     folder = (
         RunFolder.resume(place, settings)
         if place.exists()
         else RunFolder.create(place, text, settings)
     )
-    for _ in runs.execute(recipe, folder, runs.load_data(recipe)):
+    for _ in runs.execute(recipe, folder, load_data(recipe)):
         pass
     records = [json.loads(line) for line in folder.records.read_text("utf-8").splitlines()]
     result = json.loads((place / "result.json").read_text("utf-8"))["stages"][-1]

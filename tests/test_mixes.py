@@ -9,16 +9,19 @@ import pytest
 from fedpress.errors import TrainingError
 from fedpress.federation import Client
 from fedpress.pipeline import run as runs
+from fedpress.pipeline.check import check_recipe
+from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import settings as recipes
+from fedpress.pipeline.start import load_data
 from fedpress.workspace.folder import RunFolder
 from tests.mixes import MIXES
 
 
 def begun(text, path, overrides, *, reuse=None, resume=False):
     recipe = recipes.load(text, overrides)
-    settings = runs.settings(recipe)
+    settings = settings_of(recipe)
     folder = RunFolder.resume(path, settings) if resume else RunFolder.create(path, text, settings)
-    return runs.execute(recipe, folder, runs.load_data(recipe), reuse=reuse)
+    return runs.execute(recipe, folder, load_data(recipe), reuse=reuse)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def mix(request, base, tiny, tmp_path_factory):
 def test_check_tells_bits_bytes_and_epsilon(mix, tiny):
     name, overrides, path = mix
     recipe = recipes.load(tiny, overrides)
-    told = runs.check(recipe, runs.load_data(recipe))[2]
+    told = check_recipe(recipe, load_data(recipe))[2]
     done = json.loads((path / "result.json").read_text())["stages"][2]
     assert told["bits_per_value_up"] > 0
     assert told["bits_per_value_down"] > 0
@@ -167,9 +170,7 @@ def test_clients_that_take_turns_are_charged_for_their_turns(trust, tiny, base, 
         "stage.2.sampling=cyclic",
         f"stage.2.cohort={cohort}",
     ]
-    told = runs.check(recipes.load(tiny, overrides), runs.load_data(recipes.load(tiny, overrides)))[
-        2
-    ]
+    told = check_recipe(recipes.load(tiny, overrides), load_data(recipes.load(tiny, overrides)))[2]
     result, _, book = finished(tiny, tmp_path / "run", base, *overrides)
     assert 7.9 <= result["epsilon"] <= told["epsilon"] * (1 + 1e-9) <= 8.0001
     assert sum(c["steps"] for c in book["charges"] if c["who"] in ("c0", "population")) == (

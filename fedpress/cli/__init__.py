@@ -94,6 +94,9 @@ def run(
     try:
         with terminal.waiting(out_stream, "starting"):
             from fedpress.pipeline import run as runs
+            from fedpress.pipeline.check import check_recipe
+            from fedpress.pipeline.environment import note_environment
+            from fedpress.pipeline.keys import settings_of
             from fedpress.reports.html import write_report
             from fedpress.reports.table import rich_table, runtimes_told
             from fedpress.workspace.folder import RunFolder
@@ -119,18 +122,18 @@ def run(
             earlier = RunFolder.open(reuse) if reuse is not None else None
         loaded = load_data(wanted, out_stream)
         with terminal.waiting(out_stream, "checking that everything fits together"):
-            runs.check(wanted, loaded)
+            check_recipe(wanted, loaded)
     except KeyboardInterrupt:
         typer.echo("stopped before the run began; nothing was changed", err=True)
         raise typer.Exit(130) from None
     if folder is None:
-        folder = RunFolder.create(place, text, runs.settings(wanted))
+        folder = RunFolder.create(place, text, settings_of(wanted))
         hold(place)
     try:
         is_file = recipe is not None and Path(recipe).is_file()
         origin = str(Path(str(recipe)).resolve()) if is_file else recipe
         about = {"recipe": origin, "overrides": given(words, data)}
-        warn(runs.note_environment(folder, shlex.join(["fedpress", *sys.argv[1:]]), about))
+        warn(note_environment(folder, shlex.join(["fedpress", *sys.argv[1:]]), about))
         out_stream.print(f"{wanted.name} into {place}", markup=False, soft_wrap=True)
         terminal.follow(runs.execute(wanted, folder, loaded, reuse=earlier), out_stream)
         with terminal.waiting(out_stream, "drawing the report"):
@@ -183,14 +186,14 @@ def check(
             "check: give the name of a recipe or a TOML file; fedpress recipes lists the names"
         )
     from fedpress.cli import terminal
-    from fedpress.pipeline import run as runs
+    from fedpress.pipeline.check import check_recipe
 
     allow_code(code)
     _, wanted = load(recipe, overrides, data)
     out_stream = terminal.console(quiet=as_json)
     loaded = load_data(wanted, out_stream)
     with terminal.waiting(out_stream, "checking that everything fits together"):
-        lines = runs.check(wanted, loaded)
+        lines = check_recipe(wanted, loaded)
     if as_json:
         typer.echo(
             json.dumps(

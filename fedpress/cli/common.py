@@ -101,7 +101,7 @@ def take_up(
         RunError: if there is no run, or it was started with other settings.
         ModelError: if the recipe in the folder alone names functions, and this user has not started the run.
     """
-    from fedpress.pipeline import run as runs
+    from fedpress.pipeline.keys import settings_of
     from fedpress.pipeline.recipe import settings as recipes
     from fedpress.workspace import started
     from fedpress.workspace.folder import RunFolder, read_json
@@ -132,13 +132,13 @@ def take_up(
         assert recipe is not None
         wanted = load(recipe, overrides, data)[1]
         settings = read_json(place / "settings.json")
-        if runs.settings(wanted) != settings and noted.get("overrides"):
+        if settings_of(wanted) != settings and noted.get("overrides"):
             # Perhaps only what was overridden at the start is missing.
             wanted = load(recipe, [*map(str, noted["overrides"]), *overrides], data)[1]
-        folder = RunFolder.resume(place, runs.settings(wanted))
-        same = stored is not None and runs.settings(stored) == settings
+        folder = RunFolder.resume(place, settings_of(wanted))
+        same = stored is not None and settings_of(stored) == settings
         return (stored if same and stored is not None else wanted), folder
-    return stored, RunFolder.resume(place, runs.settings(stored))
+    return stored, RunFolder.resume(place, settings_of(stored))
 
 
 def _refuse_functions(recipe: Path, functions: list[str]) -> None:
@@ -209,10 +209,10 @@ def warn(notes: Iterable[str]) -> None:
 def load_data(recipe: Recipe, out_stream: Console) -> FederatedData:
     """Loads the data of a recipe, with bars, and says how many rows are left out."""
     from fedpress.cli import terminal
-    from fedpress.pipeline import run as runs
+    from fedpress.pipeline import start
 
     with terminal.bars(out_stream) as bars:
-        loaded = runs.load_data(recipe, progress=terminal.Loading(bars))
+        loaded = start.load_data(recipe, progress=terminal.Loading(bars))
     said = loaded.told_left_out(private=recipe.private)
     if said:
         out_stream.print(said, markup=False, soft_wrap=True)

@@ -122,10 +122,11 @@ def _command(kind: str) -> Callable[..., None]:
         out_stream = terminal.console(quiet=as_json)
         try:
             with terminal.waiting(out_stream, "starting"):
-                from fedpress.pipeline import run as runs
                 from fedpress.pipeline.commands import Order, Result
                 from fedpress.pipeline.commands.order import Given
                 from fedpress.pipeline.commands.subject import Subject
+                from fedpress.pipeline.environment import note_environment
+                from fedpress.pipeline.keys import settings_of
                 from fedpress.reports.html import write_report
                 from fedpress.workspace.folder import RunFolder
 
@@ -155,7 +156,7 @@ def _command(kind: str) -> Callable[..., None]:
                     place = out or default_folder(kind, resume)
                 if resume and place.is_dir():
                     hold(place)
-                folder = RunFolder.resume(place, runs.settings(order.recipe)) if resume else None
+                folder = RunFolder.resume(place, settings_of(order.recipe)) if resume else None
                 if folder is None:
                     RunFolder.check_free(place, order.text)
             if order.asks:
@@ -168,10 +169,10 @@ def _command(kind: str) -> Callable[..., None]:
             typer.echo("stopped before the work began; nothing was changed", err=True)
             raise typer.Exit(130) from None
         if folder is None:
-            folder = RunFolder.create(place, order.text, runs.settings(order.recipe))
+            folder = RunFolder.create(place, order.text, settings_of(order.recipe))
             hold(place)
         try:
-            warn(runs.note_environment(folder, shlex.join(["fedpress", *sys.argv[1:]])))
+            warn(note_environment(folder, shlex.join(["fedpress", *sys.argv[1:]])))
             terminal.follow(order.execute(folder, loaded), out_stream)
             with terminal.waiting(out_stream, "drawing the report"):
                 write_report(place)

@@ -14,8 +14,12 @@ from fedpress.core.random import derive
 from fedpress.data import FederatedData
 from fedpress.errors import FedpressError, RecipeError
 from fedpress.pipeline import run as runs
+from fedpress.pipeline.check import check_recipe
+from fedpress.pipeline.environment import environment, note_environment
+from fedpress.pipeline.keys import settings_of, stage_keys
 from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.recipe.settings import Recipe
+from fedpress.pipeline.start import load_data
 from fedpress.workspace import lock
 from fedpress.workspace.folder import RunFolder, read_json, write_json, writing
 from fedpress.workspace.state import Event
@@ -164,7 +168,7 @@ def _variants(
         try:
             overrides = [*variant.overrides, *extra]
             recipe, own = recipes.load(text, overrides), recipes.toml(recipes.tree(text, overrides))
-            settings = runs.settings(recipe)
+            settings = settings_of(recipe)
             if (path / "settings.json").exists():
                 folder = RunFolder.resume(path, settings)
             else:
@@ -172,10 +176,10 @@ def _variants(
                 folder = RunFolder.create(path, own, settings)
             key = f"{recipe.data.model_dump_json()} {derive(recipe.seed, 'data')}"
             if key not in loaded:
-                loaded = {key: runs.load_data(recipe)}
-            runs.check(recipe, loaded[key])
-            notes = runs.note_environment(folder, command)
-            keys = runs.stage_keys(recipe)
+                loaded = {key: load_data(recipe)}
+            check_recipe(recipe, loaded[key])
+            notes = note_environment(folder, command)
+            keys = stage_keys(recipe)
             reuse = _nearest(recipe, keys, earlier)
             earlier.append((keys, folder))
             yield VariantStarted(
@@ -236,7 +240,7 @@ def _write(place: Path, done: Sequence[tuple[Variant, Path, str | None]], comman
         )  # fmt: skip
     page: dict[str, Any] = {
         "command": command,
-        "environment": runs.environment(command),
+        "environment": environment(command),
         "variants": entries,
     }
     for cost in ("file_bytes", "latency_ms"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import fedpress as package
-from fedpress.pipeline import run as runs
+from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import settings as recipes
 
 TRAIN_ONLY = "stage=[{kind='train', epochs=1, batch_size=64}]"
@@ -162,7 +162,7 @@ def test_a_run_is_told_drawn_and_given_as_json(fedpress, tiny_file):
     assert "report: " in said.err
     assert Path("new/report.html").stat().st_size > 10_000
     settings = json.loads(Path("new/settings.json").read_text())
-    assert runs.settings(recipes.load(Path("new/recipe.toml").read_text())) == settings, (
+    assert settings_of(recipes.load(Path("new/recipe.toml").read_text())) == settings, (
         "overrides are in it"
     )
     environment = json.loads(Path("new/environment.json").read_text())

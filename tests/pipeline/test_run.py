@@ -15,7 +15,11 @@ import torch
 from fedpress.errors import FedpressError, ModelError, RecipeError, RunError, TrainingError
 from fedpress.models import load_model
 from fedpress.pipeline import run as runs
+from fedpress.pipeline.check import check_recipe
+from fedpress.pipeline.environment import note_environment
+from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import settings as recipes
+from fedpress.pipeline.start import first_state, load_data
 from fedpress.tasks.judged import JUDGED
 from fedpress.workspace.folder import RunFolder, StageFolder
 from fedpress.workspace.state import StageFinished, StageStarted, Tick
@@ -50,10 +54,10 @@ class Killed(BaseException):
 
 def begun(text: str, path: Path, *overrides: str, resume: bool = False, reuse: Path | None = None):
     recipe = recipes.load(text, overrides)
-    settings = runs.settings(recipe)
+    settings = settings_of(recipe)
     folder = RunFolder.resume(path, settings) if resume else RunFolder.create(path, text, settings)
     other = RunFolder.open(reuse) if reuse is not None else None
-    return runs.execute(recipe, folder, runs.load_data(recipe), reuse=other)
+    return runs.execute(recipe, folder, load_data(recipe), reuse=other)
 
 
 def finish(text: str, path: Path, *overrides: str, **how) -> dict:
@@ -332,7 +336,7 @@ def test_a_second_budget_that_the_first_stage_has_spent_is_refused_before_the_ru
     with pytest.raises(
         FedpressError, match=r"recipe.stage\[3\] \(second\): ledger: .* beyond the budget 12"
     ):
-        runs.check(recipe, runs.load_data(recipe))
+        check_recipe(recipe, load_data(recipe))
 
 
 def test_rounds_stop_before_the_budget_is_passed(tiny, tmp_path, whole):
@@ -358,7 +362,7 @@ def test_no_promise_can_follow_an_open_stage(tiny, tmp_path, whole):
     with pytest.raises(
         RecipeError, match=r"the earlier stage 'open' uses the same clients without privacy"
     ):
-        runs.check(recipe, runs.load_data(recipe))
+        check_recipe(recipe, load_data(recipe))
     open_stage = finish(tiny + OPEN, tmp_path / "open", reuse=whole)["stages"][3]
     assert open_stage["epsilon"] is None
     assert set(open_stage["client_accuracy"]) == {"c0", "c1", "c2"}
@@ -383,7 +387,7 @@ def test_no_promise_can_follow_an_open_stage(tiny, tmp_path, whole):
 def test_a_promise_that_means_little_is_refused(tiny, privacy, words):
     recipe = recipes.load(tiny.partition('[[stage]]\nkind = "federate"')[0] + SECOND + privacy)
     with pytest.raises(RecipeError, match=words):
-        runs.check(recipe, runs.load_data(recipe))
+        check_recipe(recipe, load_data(recipe))
 
 
 def test_two_stages_never_share_their_noise(tiny):
@@ -403,7 +407,7 @@ def test_a_second_cut_counts_from_the_dense_network(tiny, tmp_path, whole):
         RecipeError,
         match=r"recipe.stage\[2\].keep_params: got 0.6, but an earlier stage has left 0.5",
     ):
-        runs.check(wrong, runs.load_data(wrong))
+        check_recipe(wrong, load_data(wrong))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(tiny, tmp_path):
@@ -430,15 +434,15 @@ def test_a_model_of_other_outputs_is_refused(tiny):
     with pytest.raises(
         RecipeError, match=r"gives outputs \[7\] for one example but the data has 10 classes"
     ):
-        runs.check(wrong, runs.load_data(wrong))
+        check_recipe(wrong, load_data(wrong))
     wrong = recipes.load(tiny, ["model.arguments.image_size=32"])
     with pytest.raises(RecipeError, match=r"does not take examples of shape \[1, 8, 8\]"):
-        runs.check(wrong, runs.load_data(wrong))
+        check_recipe(wrong, load_data(wrong))
 
 
 def test_a_check_says_sizes_bytes_noise_and_epsilon(tiny):
     recipe = recipes.load(tiny)
-    train, prune, federate = runs.check(recipe, runs.load_data(recipe))
+    train, prune, federate = check_recipe(recipe, load_data(recipe))
     assert train["steps"] == 2 * 3
     assert prune["parameters"] < train["parameters"]
     assert federate["clients"] == 3
@@ -450,8 +454,8 @@ def test_a_check_says_sizes_bytes_noise_and_epsilon(tiny):
 
 def test_the_environment_keeps_the_first_command_and_those_that_resumed(tmp_path):
     folder = RunFolder(tmp_path)
-    runs.note_environment(folder, "fedpress run x")
-    runs.note_environment(folder, "fedpress run x --resume")
+    note_environment(folder, "fedpress run x")
+    note_environment(folder, "fedpress run x --resume")
     page = json.loads((tmp_path / "environment.json").read_text())
     assert page["command"] == "fedpress run x"
     assert page["resumed"] == [{"command": "fedpress run x --resume"}]
@@ -533,11 +537,9 @@ def test_a_run_may_begin_with_a_saved_model_wherever_it_lies(tiny, tmp_path, who
     pruned = json.loads((stage / "result.json").read_text())["result"]
     assert results[0]["stages"][0]["accuracy_before"] == pruned["accuracy"]
     recipes_ = [recipes.load(text % place) for place in (stage, copy)]
-    assert runs.settings(recipes_[0]) == runs.settings(
-        recipes_[1]
-    )  # the content counts, not the place
+    assert settings_of(recipes_[0]) == settings_of(recipes_[1])  # the content counts, not the place
     assert (
-        runs.start(recipes_[0], runs.load_data(recipes_[0])).dense
+        first_state(recipes_[0], load_data(recipes_[0])).dense
         > results[0]["stages"][0]["parameters"]
     )
 
@@ -555,7 +557,7 @@ def test_a_model_comes_from_one_place(tiny, model, problem):
 
     def started():
         recipe = recipes.load(text)
-        return runs.start(recipe, runs.load_data(recipe))
+        return first_state(recipe, load_data(recipe))
 
     with pytest.raises(FedpressError, match=problem):
         started()
@@ -602,10 +604,10 @@ def test_nothing_that_only_a_private_row_says_is_in_the_run_folder(tmp_path):
 
 
 def test_a_folder_of_an_older_version_without_newer_data_keys_still_resumes(tiny):
-    settings = runs.settings(recipes.load(tiny))
+    settings = settings_of(recipes.load(tiny))
     assert (
         not {"classes", "words", "public_words", "unknown", "encoding", "decimal"}
         & settings["data"].keys()
     )
-    named = runs.settings(recipes.load(tiny, ["data.unknown=other", "data.encoding=latin-1"]))
+    named = settings_of(recipes.load(tiny, ["data.unknown=other", "data.encoding=latin-1"]))
     assert (named["data"]["unknown"], named["data"]["encoding"]) == ("other", "latin-1")

@@ -13,7 +13,9 @@ from fedpress.errors import ModelError
 from fedpress.models import ModelSpec, save_model
 from fedpress.pipeline import commands
 from fedpress.pipeline import run as runs
+from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import settings as recipes
+from fedpress.pipeline.start import load_data
 from fedpress.workspace import started
 from fedpress.workspace.folder import RunFolder
 
@@ -59,8 +61,8 @@ def made(tmp_path_factory):
         patch.syspath_prepend(home)
         patch.setattr(consent, "_for_the_process", set())
         recipe = recipes.load(OWN)
-        folder = RunFolder.create(home / "run", OWN, runs.settings(recipe))
-        for _ in runs.execute(recipe, folder, runs.load_data(recipe)):
+        folder = RunFolder.create(home / "run", OWN, settings_of(recipe))
+        for _ in runs.execute(recipe, folder, load_data(recipe)):
             pass
         storage.pack(*storage.load(home / "run"), home / "m.packed.safetensors")
     (home / "ran").unlink()

@@ -9,7 +9,10 @@ from typing import Any
 
 from fedpress.models import load_model
 from fedpress.pipeline import run as runs
+from fedpress.pipeline.check import check_recipe
+from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import settings as recipes
+from fedpress.pipeline.start import load_data
 from fedpress.workspace.folder import RunFolder
 
 HEAD = """
@@ -34,9 +37,9 @@ class Killed(BaseException):
 def begun(text: str, path: Path, *, resume: bool = False) -> Iterator[Any]:
     """Starts or resumes a run."""
     recipe = recipes.load(text, ())
-    settings = runs.settings(recipe)
+    settings = settings_of(recipe)
     folder = RunFolder.resume(path, settings) if resume else RunFolder.create(path, text, settings)
-    return runs.execute(recipe, folder, runs.load_data(recipe))
+    return runs.execute(recipe, folder, load_data(recipe))
 
 
 def finish(text: str, path: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -54,7 +57,7 @@ def told(path: Path) -> list[dict[str, Any]]:
 def checked(text: str) -> list[dict[str, Any]]:
     """Returns what checking a recipe tells of each stage."""
     recipe = recipes.load(text, ())
-    return runs.check(recipe, runs.load_data(recipe))
+    return check_recipe(recipe, load_data(recipe))
 
 
 def zeros(path: Path) -> tuple[int, int]:

@@ -9,7 +9,10 @@ from fedpress.core.examples import Preprocess
 from fedpress.errors import ModelError, RecipeError, TrainingError
 from fedpress.models import load_model, save_model
 from fedpress.pipeline import run as runs
+from fedpress.pipeline.check import check_recipe
+from fedpress.pipeline.keys import settings_of, stage_keys
 from fedpress.pipeline.recipe import settings as recipes
+from fedpress.pipeline.start import first_state, load_data, with_parent
 from fedpress.stages import TrainStage
 from fedpress.stages.teaching import _restandardised
 from fedpress.workspace.folder import RunFolder
@@ -54,12 +57,12 @@ class Killed(BaseException):
 
 def begun(path, *overrides, resume=False, reuse=None):
     recipe = recipes.load(RECIPE, overrides)
-    settings = runs.settings(recipe)
+    settings = settings_of(recipe)
     folder = (
         RunFolder.resume(path, settings) if resume else RunFolder.create(path, RECIPE, settings)
     )
     other = RunFolder.open(reuse) if reuse else None
-    return runs.execute(recipe, folder, runs.load_data(recipe), reuse=other)
+    return runs.execute(recipe, folder, load_data(recipe), reuse=other)
 
 
 def finish(path, *overrides, **how):
@@ -85,7 +88,7 @@ def state(whole):
     """The state before the last stage."""
     recipe = recipes.load(RECIPE)
     spec, model = load_model(whole / "stages" / "1-prune")
-    state = runs.start(recipe, runs.load_data(recipe))
+    state = first_state(recipe, load_data(recipe))
     return replace(
         state, spec=spec, model=model, parent=lambda: load_model(whole / "stages" / "0-train")
     )
@@ -99,7 +102,7 @@ def stage(**changes):
 
 def test_a_run_checks_and_distils_from_its_dense_parent(whole):
     recipe = recipes.load(RECIPE)
-    assert [line["kind"] for line in runs.check(recipe, runs.load_data(recipe))] == [
+    assert [line["kind"] for line in check_recipe(recipe, load_data(recipe))] == [
         "train",
         "prune",
         "train",
@@ -140,19 +143,19 @@ def test_a_checkpoint_that_is_cut_at_once_is_the_dense_parent(whole, tmp_path):
     checkpoint = f"model={{checkpoint = '{whole / 'stages' / '0-train'}'}}"
     text = RECIPE.split("[[stage]]")
     recipe = recipes.load("[[stage]]".join([text[0], *text[2:]]), (checkpoint,))
-    runs.check(recipe, runs.load_data(recipe))
-    folder = RunFolder.create(tmp_path / "run", RECIPE, runs.settings(recipe))
-    for _ in runs.execute(recipe, folder, runs.load_data(recipe)):
+    check_recipe(recipe, load_data(recipe))
+    folder = RunFolder.create(tmp_path / "run", RECIPE, settings_of(recipe))
+    for _ in runs.execute(recipe, folder, load_data(recipe)):
         pass
     assert json.loads((tmp_path / "run" / "result.json").read_text())["finished"]
 
 
 def test_training_a_checkpoint_on_is_no_cut(whole, tmp_path):
     recipe = recipes.load(RECIPE, (f"model={{checkpoint = '{whole / 'stages' / '0-train'}'}}",))
-    state = runs.start(recipe, runs.load_data(recipe))
+    state = first_state(recipe, load_data(recipe))
     save_model(tmp_path, state.spec, state.model)
     after = replace(state, spec=load_model(tmp_path)[0])
-    assert runs._with_parent(after, state, lambda: None).parent is None
+    assert with_parent(after, state, lambda: None).parent is None
 
 
 def test_fresh_weights_are_no_dense_parent():
@@ -161,16 +164,14 @@ def test_fresh_weights_are_no_dense_parent():
     with pytest.raises(
         RecipeError, match=r"recipe.stage\[1\].teacher: got 'dense', but no stage before"
     ):
-        runs.check(recipe, runs.load_data(recipe))
+        check_recipe(recipe, load_data(recipe))
 
 
 def test_the_first_cut_decides_the_dense_parent(whole):
     more = '[[stage]]\nkind = "prune"\nname = "again"\nkeep_params = 0.3\ncalibration = 64\nround_to = 1\n'
     before, _, after = RECIPE.rpartition("[[stage]]")
     recipe = recipes.load(f"{before}{more}[[stage]]{after}")
-    lines = runs.check(
-        recipe, runs.load_data(recipe)
-    )  # the hints fit the widths of the dense network
+    lines = check_recipe(recipe, load_data(recipe))  # the hints fit the widths of the dense network
     assert len(lines) == 4
 
 
@@ -184,10 +185,8 @@ def test_a_student_of_another_architecture_learns_from_a_packed_file(whole, tmp_
     )
     recipe = recipes.load(RECIPE, ("stage.tune.kind=distill", *changes, *PLAIN))
     only = recipe.model_copy(update={"stage": recipe.stage[2:]})
-    assert runs.check(only, runs.load_data(only))[0]["kind"] == "distill"
-    for _ in runs.execute(
-        only, RunFolder.create(tmp_path / "run", RECIPE, {}), runs.load_data(only)
-    ):
+    assert check_recipe(only, load_data(only))[0]["kind"] == "distill"
+    for _ in runs.execute(only, RunFolder.create(tmp_path / "run", RECIPE, {}), load_data(only)):
         pass
 
 
@@ -196,13 +195,12 @@ def test_a_teacher_counts_by_its_content(whole, tmp_path):
     save_model(tmp_path / "a", spec, model)
     save_model(tmp_path / "b", spec, model)
     keys = [
-        runs.stage_keys(recipes.load(RECIPE, (f"stage.tune.teacher={tmp_path / n}",)))[2]
-        for n in "ab"
+        stage_keys(recipes.load(RECIPE, (f"stage.tune.teacher={tmp_path / n}",)))[2] for n in "ab"
     ]
     with torch.no_grad():
         model.head.bias.add_(1)
     save_model(tmp_path / "b", spec, model)
-    keys.append(runs.stage_keys(recipes.load(RECIPE, (f"stage.tune.teacher={tmp_path / 'b'}",)))[2])
+    keys.append(stage_keys(recipes.load(RECIPE, (f"stage.tune.teacher={tmp_path / 'b'}",)))[2])
     assert keys[0] == keys[1] != keys[2]
 
 

@@ -12,8 +12,12 @@ from fedpress.errors import DataError, ExportError, ModelError, RecipeError
 from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
 from fedpress.nn.quantized import quantize_layers_
 from fedpress.pipeline import run as runs
+from fedpress.pipeline.check import check_recipe
+from fedpress.pipeline.keys import settings_of
+from fedpress.pipeline.measure import measure
 from fedpress.pipeline.recipe import settings as recipes
-from fedpress.pipeline.run import _take_accuracy_of_files_
+from fedpress.pipeline.result import _take_accuracy_of_files_
+from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.export import _difference
 from fedpress.stages.measure import measured
 from fedpress.storage import sizes
@@ -45,8 +49,8 @@ def test_an_integer_export_is_compared_and_measured(tmp_path):
         + 'observer = "percentile"\n[[stage]]\nkind = "measure"\nbatches = [1]\nthreads = [1]\nseconds = 0.01\n'
     )
     recipe = recipes.load(text, ())
-    data = runs.load_data(recipe)
-    folder = RunFolder.create(tmp_path / "run", text, runs.settings(recipe))
+    data = load_data(recipe)
+    folder = RunFolder.create(tmp_path / "run", text, settings_of(recipe))
     for _ in runs.execute(recipe, folder, data):
         pass
     train, export, measure = json.loads((tmp_path / "run" / "result.json").read_text())["stages"]
@@ -72,8 +76,8 @@ def test_an_integer_export_is_compared_and_measured(tmp_path):
 def test_clients_begin_with_the_model_and_not_with_its_file(tmp_path):
     text = RECIPE + EXPORT + '[[stage]]\nkind = "federate"\nnum_rounds = 1\nepochs = 1\nlr = 0.01\n'
     recipe = recipes.load(text, ("stage.1.weight_bits=7",))
-    folder = RunFolder.create(tmp_path / "run", text, runs.settings(recipe))
-    for _ in runs.execute(recipe, folder, runs.load_data(recipe)):
+    folder = RunFolder.create(tmp_path / "run", text, settings_of(recipe))
+    for _ in runs.execute(recipe, folder, load_data(recipe)):
         pass
     train, _, federate = json.loads((tmp_path / "run" / "result.json").read_text())["stages"]
     assert federate["accuracy_before"] == train["accuracy"]
@@ -81,7 +85,7 @@ def test_clients_begin_with_the_model_and_not_with_its_file(tmp_path):
 
 def test_what_cannot_be_packed_is_measured_as_torch_holds_it(monkeypatch):
     recipe = recipes.load(RECIPE, ())
-    state = runs.start(recipe, runs.load_data(recipe))
+    state = first_state(recipe, load_data(recipe))
     grids = {"head": LayerGrids(weights=WeightGrid())}
     quantize_layers_(state.model, grids)
     state = replace(state, spec=state.spec.model_copy(update={"quantized": grids}))
@@ -89,14 +93,14 @@ def test_what_cannot_be_packed_is_measured_as_torch_holds_it(monkeypatch):
     def refuse(*_):
         raise ModelError("pack: a buffer is of type complex64")
 
-    packed = runs.measure(state, latency=False)["file_bytes"]
+    packed = measure(state, latency=False)["file_bytes"]
     monkeypatch.setattr(sizes, "encode", refuse)
-    assert runs.measure(state, latency=False)["file_bytes"] == state_bytes(state.model) != packed
+    assert measure(state, latency=False)["file_bytes"] == state_bytes(state.model) != packed
 
 
 def checked(text: str) -> list[dict]:
     recipe = recipes.load(text, ())
-    return runs.check(recipe, runs.load_data(recipe))
+    return check_recipe(recipe, load_data(recipe))
 
 
 def test_check_refuses_what_cannot_be_exported_and_ranges_from_nothing():
@@ -105,8 +109,8 @@ def test_check_refuses_what_cannot_be_exported_and_ranges_from_nothing():
     with pytest.raises(RecipeError, match=r"weight_bits = 7 .* int8 = true"):
         checked(RECIPE + '[[stage]]\nkind = "export"\nweight_bits = 7\n')
     recipe = recipes.load(RECIPE + EXPORT, ())
-    data = runs.load_data(recipe)
-    state = runs.start(recipe, data)
+    data = load_data(recipe)
+    state = first_state(recipe, data)
     empty = replace(data, public=data.public.take(torch.arange(0)))
     with pytest.raises(DataError, match=r"int8.*public"):
         recipe.stage[1].check(replace(state, data=empty))
@@ -136,8 +140,8 @@ def test_a_quantized_network_is_worth_what_its_file_is(tmp_path):
         + EXPORT
     )
     recipe = recipes.load(text, ())
-    folder = RunFolder.create(tmp_path / "run", text, runs.settings(recipe))
-    for _ in runs.execute(recipe, folder, runs.load_data(recipe)):
+    folder = RunFolder.create(tmp_path / "run", text, settings_of(recipe))
+    for _ in runs.execute(recipe, folder, load_data(recipe)):
         pass
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     _, quantize, export = result["stages"]

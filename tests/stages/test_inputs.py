@@ -12,7 +12,9 @@ from fedpress import deploy, storage
 from fedpress.data import Preparation, prepare
 from fedpress.errors import RunError
 from fedpress.pipeline import run as runs
+from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import settings as recipes
+from fedpress.pipeline.start import load_data
 from fedpress.workspace.folder import RunFolder
 
 RECIPE = """
@@ -43,11 +45,11 @@ kind = "pack"
 
 def execute(place, text, reuse=None, *, resume=False):
     recipe = recipes.load(text)
-    settings = runs.settings(recipe)
+    settings = settings_of(recipe)
     folder = (
         RunFolder.resume(place, settings) if resume else RunFolder.create(place, text, settings)
     )
-    for _ in runs.execute(recipe, folder, runs.load_data(recipe), reuse=reuse):
+    for _ in runs.execute(recipe, folder, load_data(recipe), reuse=reuse):
         pass
     return place
 
@@ -74,7 +76,7 @@ def test_raw_rows_give_the_outputs_of_the_run_in_its_files(made):
     with open(place / "t.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["site"] == "s3"]
     x = prepare(rows, Preparation.read(run / "artifacts" / "inputs.json"))
-    data = runs.load_data(recipes.load(text))
+    data = load_data(recipes.load(text))
     _, model = storage.load(run)
     with torch.no_grad():
         wanted = model.eval()(data.preprocess(data.test.x))

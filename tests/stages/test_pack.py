@@ -7,7 +7,10 @@ from fedpress import storage
 from fedpress.errors import ModelError
 from fedpress.models import load_model
 from fedpress.pipeline import run as runs
+from fedpress.pipeline.check import check_recipe
+from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import settings as recipes
+from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages import PackStage
 from fedpress.workspace.folder import RunFolder
 
@@ -32,8 +35,8 @@ name = "again"
 
 def execute(path, reuse=None):
     recipe = recipes.load(RECIPE)
-    folder = RunFolder.create(path, RECIPE, runs.settings(recipe))
-    for _ in runs.execute(recipe, folder, runs.load_data(recipe), reuse=reuse):
+    folder = RunFolder.create(path, RECIPE, settings_of(recipe))
+    for _ in runs.execute(recipe, folder, load_data(recipe), reuse=reuse):
         pass
     return path
 
@@ -76,12 +79,12 @@ def test_another_run_takes_the_file_over(run, tmp_path):
 
 def test_what_cannot_be_rebuilt_is_refused_before_the_run():
     recipe = recipes.load(RECIPE)
-    assert [line["kind"] for line in runs.check(recipe, runs.load_data(recipe))] == [
+    assert [line["kind"] for line in check_recipe(recipe, load_data(recipe))] == [
         "train",
         "pack",
         "pack",
     ]
-    state = runs.start(recipe, runs.load_data(recipe))
+    state = first_state(recipe, load_data(recipe))
     state.model.register_buffer("extra", torch.zeros(3))
     with pytest.raises(
         ModelError, match=r"pack: the spec builds another network \('extra' differs\)"

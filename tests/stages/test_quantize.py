@@ -11,7 +11,10 @@ from fedpress.errors import FedpressError, ModelError, RecipeError
 from fedpress.models import load_model
 from fedpress.nn.quantized import kept_entries, quantized_layers
 from fedpress.pipeline import run as runs
+from fedpress.pipeline.check import check_recipe
+from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe.settings import load
+from fedpress.pipeline.start import load_data
 from fedpress.stages.quantize import QuantizeStage
 from fedpress.storage import pack, unpack
 from fedpress.workspace.folder import RunFolder
@@ -49,11 +52,11 @@ def trained(tmp_path_factory):
 
 def finish(recipe, folder, earlier=None):
     """Checks and runs; returns what check said of the last stage, and its result."""
-    data = runs.load_data(recipe)
-    told = runs.check(recipe, data)[-1]
+    data = load_data(recipe)
+    told = check_recipe(recipe, data)[-1]
     events = [
         *runs.execute(
-            recipe, RunFolder.create(folder, RECIPE, runs.settings(recipe)), data, reuse=earlier
+            recipe, RunFolder.create(folder, RECIPE, settings_of(recipe)), data, reuse=earlier
         )
     ]
     return told, [e.result for e in events if isinstance(e, StageFinished)]
@@ -238,13 +241,13 @@ def records(folder):
 def test_a_killed_stage_goes_on_to_the_same_bits(trained, tmp_path, left):
     recipe = load(RECIPE, ["stage.1.bits=4", "stage.1.epochs=3", "stage.1.teacher=before"])
     finish(recipe, tmp_path / "whole", trained)
-    folder = RunFolder.create(tmp_path / "killed", RECIPE, runs.settings(recipe))
-    data, seen = runs.load_data(recipe), 0
+    folder = RunFolder.create(tmp_path / "killed", RECIPE, settings_of(recipe))
+    data, seen = load_data(recipe), 0
     for event in runs.execute(recipe, folder, data, reuse=trained):
         seen += getattr(event, "note", "").startswith("epoch 2/3")
         if seen:
             break
-    folder = RunFolder.resume(tmp_path / "killed", runs.settings(recipe))
+    folder = RunFolder.resume(tmp_path / "killed", settings_of(recipe))
     assert [*runs.execute(recipe, folder, data, reuse=trained)]
     assert left(tmp_path / "killed" / "stages") == left(tmp_path / "whole" / "stages")
 
@@ -256,9 +259,9 @@ def test_zeros_survive_clustering_and_eight_bits(trained, tmp_path):
         'name = "shared"\nweights = "cluster"\nbits = 3\n[[stage]]\nkind = "quantize"',
     )
     recipe = load(text)
-    data = runs.load_data(recipe)
-    runs.check(recipe, data)
-    folder = RunFolder.create(tmp_path / "run", text, runs.settings(recipe))
+    data = load_data(recipe)
+    check_recipe(recipe, data)
+    folder = RunFolder.create(tmp_path / "run", text, settings_of(recipe))
     assert [*runs.execute(recipe, folder, data, reuse=trained)]
     sparse, shared, last = (
         load_model(next((tmp_path / "run" / "stages").glob(f"{i}*"))) for i in (1, 2, 3)
@@ -274,9 +277,9 @@ def test_zeros_survive_clustering_and_eight_bits(trained, tmp_path):
 def test_training_after_it_stays_on_the_grids(trained, tmp_path):
     text = RECIPE + '[[stage]]\nkind = "train"\nname = "tune"\nepochs = 1\nlr = 0.01\n'
     recipe = load(text, ["stage.1.bits=4"])
-    data = runs.load_data(recipe)
-    runs.check(recipe, data)
-    folder = RunFolder.create(tmp_path / "run", text, runs.settings(recipe))
+    data = load_data(recipe)
+    check_recipe(recipe, data)
+    folder = RunFolder.create(tmp_path / "run", text, settings_of(recipe))
     results = [
         e.result
         for e in runs.execute(recipe, folder, data, reuse=trained)
@@ -317,7 +320,7 @@ def test_settings_that_do_not_fit_together_are_refused(given, says):
 def test_what_would_stop_the_run_is_said_before_it(changes, error, says):
     recipe = load(RECIPE, changes)
     with pytest.raises(error, match=says):
-        runs.check(recipe, runs.load_data(recipe))
+        check_recipe(recipe, load_data(recipe))
 
 
 FEDERATE = """
@@ -346,9 +349,9 @@ def test_clients_train_the_weights_behind_the_grids_and_what_comes_out_lies_on_t
 ):
     text = RECIPE + FEDERATE + more
     recipe = load(text, changes)
-    data = runs.load_data(recipe)
-    runs.check(recipe, data)
-    folder = RunFolder.create(tmp_path / "run", text, runs.settings(recipe))
+    data = load_data(recipe)
+    check_recipe(recipe, data)
+    folder = RunFolder.create(tmp_path / "run", text, settings_of(recipe))
     results = [
         e.result
         for e in runs.execute(recipe, folder, data, reuse=trained)
@@ -370,4 +373,4 @@ def test_a_cut_after_it_is_refused(trained):
     with pytest.raises(
         RecipeError, match=r"recipe.stage\[2\]: .* quantized already; put this stage before"
     ):
-        runs.check(recipe, runs.load_data(recipe))
+        check_recipe(recipe, load_data(recipe))

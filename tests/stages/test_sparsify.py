@@ -11,7 +11,7 @@ from fedpress.core.examples import Arrays
 from fedpress.errors import DataError, FedpressError, RecipeError
 from fedpress.models import load_model
 from fedpress.pipeline.recipe.settings import load
-from fedpress.pipeline.run import load_data
+from fedpress.pipeline.start import load_data
 from fedpress.stages import SparsifyStage
 from fedpress.training.fit import Fit, Step
 from fedpress.training.settings import TrainSettings

@@ -9,7 +9,10 @@ import pytest
 from fedpress import storage
 from fedpress.errors import FedpressError, RunError
 from fedpress.pipeline import run as runs
+from fedpress.pipeline.environment import environment, note_environment
+from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import settings as recipes
+from fedpress.pipeline.start import load_data
 from fedpress.reports.html import write_report
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import Tick
@@ -32,10 +35,10 @@ DONE = [
 
 def begun(text, path, *, resume=False, reuse=None):
     recipe = recipes.load(text)
-    settings = runs.settings(recipe)
+    settings = settings_of(recipe)
     folder = RunFolder.resume(path, settings) if resume else RunFolder.create(path, text, settings)
-    runs.note_environment(folder, "test")
-    return runs.execute(recipe, folder, runs.load_data(recipe), reuse=reuse)
+    note_environment(folder, "test")
+    return runs.execute(recipe, folder, load_data(recipe), reuse=reuse)
 
 
 def finish(text, path, **how):
@@ -229,8 +232,8 @@ def test_whoever_goes_on_elsewhere_is_told_that_bits_will_differ(
 ):
     path = copied(killed, tmp_path)
     folder = RunFolder.open(path)
-    assert runs.note_environment(folder, "again") == []
-    now = runs.environment("x")
+    assert note_environment(folder, "again") == []
+    now = environment("x")
     for key, value in {
         "threads": 97,
         "processor": "Z80",
@@ -239,14 +242,15 @@ def test_whoever_goes_on_elsewhere_is_told_that_bits_will_differ(
         "fedpress": "0",
     }.items():
         monkeypatch.setattr(
-            runs, "environment", lambda command, k=key, v=value: now | {k: v, "command": command}
+            "fedpress.pipeline.environment.environment",
+            lambda command, k=key, v=value: now | {k: v, "command": command},
         )
-        [said] = runs.note_environment(folder, "again")
+        [said] = note_environment(folder, "again")
         was = now[key]["name"] if key == "processor" else now[key]
         assert f"{key} {was} before, {value} now" in said
         assert "its bits will differ" in said
-        monkeypatch.setattr(runs, "environment", lambda command: now)
-        [said] = runs.note_environment(folder, "again")  # a part of it was done elsewhere
+        monkeypatch.setattr("fedpress.pipeline.environment.environment", lambda command: now)
+        [said] = note_environment(folder, "again")  # a part of it was done elsewhere
         assert f"{key} {was}, {value} before, {was} now" in said
         shutil.copyfile(killed / "environment.json", path / "environment.json")
     first = json.loads((path / "environment.json").read_text())
@@ -254,9 +258,9 @@ def test_whoever_goes_on_elsewhere_is_told_that_bits_will_differ(
         json.dumps({k: v for k, v in first.items() if k != "processor"})
     )
     (path / "checksums").unlink()
-    assert runs.note_environment(folder, "again") == []
+    assert note_environment(folder, "again") == []
     (path / "records.jsonl").unlink()
-    [said] = runs.note_environment(folder, "again")
+    [said] = note_environment(folder, "again")
     assert "records.jsonl is missing" in said
 
 

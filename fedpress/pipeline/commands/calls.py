@@ -20,12 +20,13 @@ from fedpress.core.examples import Preprocess
 from fedpress.data import FederatedData
 from fedpress.errors import ModelError
 from fedpress.models import memory
-from fedpress.pipeline import run as runs
 from fedpress.pipeline.commands import several
 from fedpress.pipeline.commands.given import in_memory
 from fedpress.pipeline.commands.order import Given, Order, Result, as_words
 from fedpress.pipeline.commands.subject import Subject, holding
 from fedpress.pipeline.commands.wording import naming_arguments
+from fedpress.pipeline.environment import note_environment
+from fedpress.pipeline.keys import settings_of
 from fedpress.workspace.folder import RunFolder
 
 Model = str | Path | nn.Module
@@ -137,9 +138,9 @@ def call(
             if out is not None
             else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         )
-        folder = RunFolder.create(place, order.text, runs.settings(order.recipe))
+        folder = RunFolder.create(place, order.text, settings_of(order.recipe))
         stack.enter_context(folder.locked())
-        runs.note_environment(
+        note_environment(
             folder, shlex.join([f"fedpress.pipeline.commands.{kind}", str(model)[:200]])
         )
         for _ in order.execute(folder, loaded):

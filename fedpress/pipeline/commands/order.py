@@ -21,9 +21,12 @@ from fedpress.errors import DataError, FedpressError, ModelError, RecipeError, R
 from fedpress.models import ModelSpec, memory
 from fedpress.models.memory import HELD
 from fedpress.pipeline import run as runs
+from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.commands.subject import NOTHING, Outputs, Subject, outputs_of
+from fedpress.pipeline.measure import measure
 from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.recipe.settings import Recipe
+from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages import AnyStage
 from fedpress.stages.prune.settings import AIMS
 from fedpress.stages.sparsify import FROM_DATA
@@ -177,7 +180,7 @@ class Order:
         Raises:
             DataError: if it is of others, or cannot be read.
         """
-        data, spec = runs.load_data(self.recipe, progress=progress), self.spec
+        data, spec = load_data(self.recipe, progress=progress), self.spec
         if spec is None:
             return data
         if self.recipe.data.source == NOTHING:
@@ -207,7 +210,7 @@ class Order:
         with _spoken(
             self.kind, self.recipe.data.source, in_memory=self.recipe.model.architecture == HELD
         ):
-            runs.check(self.recipe, data)
+            check_recipe(self.recipe, data)
 
     def execute(self, folder: RunFolder, data: FederatedData) -> Iterator[Event]:
         """Measures the model as it is, then does the work; yields what happens."""
@@ -221,7 +224,7 @@ class Order:
                 before = {
                     "kind": "model",
                     "name": "before",
-                    **runs.measure(runs.start(self.recipe, data)),
+                    **measure(first_state(self.recipe, data)),
                 }
                 checkpoint = self.recipe.model.checkpoint
                 if (

@@ -16,8 +16,11 @@ from fedpress.errors import FedpressError, ModelError
 from fedpress.models.weights import load_weights_
 from fedpress.pipeline import commands
 from fedpress.pipeline import run as runs
+from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.commands.subject import Subject
+from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import settings as recipes
+from fedpress.pipeline.start import load_data
 from fedpress.workspace.folder import RunFolder
 
 SOURCE = """
@@ -35,8 +38,8 @@ def trained(tmp_path_factory, tiny):
     path = tmp_path_factory.mktemp("trained") / "run"
     text = tiny.partition('[[stage]]\nkind = "prune"')[0]
     recipe = recipes.load(text)
-    folder = RunFolder.create(path, text, runs.settings(recipe))
-    for _ in runs.execute(recipe, folder, runs.load_data(recipe)):
+    folder = RunFolder.create(path, text, settings_of(recipe))
+    for _ in runs.execute(recipe, folder, load_data(recipe)):
         pass
     return path
 
@@ -225,12 +228,12 @@ def test_a_killed_command_goes_on_where_it_was(fedpress, trained, left, tmp_path
     order = commands.Order.bind("train", subject, ["epochs=3", "batch_size=32"])
     data = order.load_data()
     for place, stop in (("whole", None), ("killed", 9)):
-        folder = RunFolder.create(tmp_path / place, order.text, runs.settings(order.recipe))
+        folder = RunFolder.create(tmp_path / place, order.text, settings_of(order.recipe))
         events = order.execute(folder, data)
         for _ in events if stop is None else range(stop):
             next(events) if stop is not None else None
         events.close()
-    folder = RunFolder.resume(tmp_path / "killed", runs.settings(order.recipe))
+    folder = RunFolder.resume(tmp_path / "killed", settings_of(order.recipe))
     for _ in order.execute(folder, data):
         pass
     assert left(tmp_path / "killed") == left(tmp_path / "whole")
@@ -274,10 +277,10 @@ def test_the_shipped_chain_loses_little_and_ends_small(tmp_path):
     )  # has tests of its own, and takes as long as all the others
     recipe = recipe.model_copy(update={"stage": recipe.stage[:-1]})
     folder, data = (
-        RunFolder.create(tmp_path / "run", text, runs.settings(recipe)),
-        runs.load_data(recipe),
+        RunFolder.create(tmp_path / "run", text, settings_of(recipe)),
+        load_data(recipe),
     )
-    runs.check(recipe, data)
+    check_recipe(recipe, data)
     for _ in runs.execute(recipe, folder, data):
         pass
     stages = {s["name"]: s for s in json.loads((folder.path / "result.json").read_text())["stages"]}

@@ -8,7 +8,9 @@ from fedpress.errors import TrainingError
 from fedpress.federation.client_state import InMemoryState
 from fedpress.federation.failures import Tally
 from fedpress.pipeline import run as runs
+from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import settings as recipes
+from fedpress.pipeline.start import first_state, load_data
 from fedpress.reports import write_report
 from fedpress.reports.table import failure_table, stage_table
 from fedpress.stages.federate.binding import bind
@@ -27,8 +29,8 @@ TRUSTS = [
 def warned(text, path):
     """Runs to the end; returns the result and every warning on the way."""
     loaded = recipes.load(text, ())
-    folder = RunFolder.create(path, text, runs.settings(loaded))
-    events = list(runs.execute(loaded, folder, runs.load_data(loaded)))
+    folder = RunFolder.create(path, text, settings_of(loaded))
+    events = list(runs.execute(loaded, folder, load_data(loaded)))
     warnings = [event.warning for event in events if isinstance(event, Tick) and event.warning]
     return json.loads((path / "result.json").read_text()), warnings
 
@@ -138,8 +140,8 @@ def test_counts_survive_a_kill_to_the_bit(tmp_path):
     text = recipe("some_bad", stage=privacy("sample", "local"), rounds=4)
     whole, _ = warned(text, tmp_path / "whole")
     loaded = recipes.load(text, ())
-    folder = RunFolder.create(tmp_path / "killed", text, runs.settings(loaded))
-    going = runs.execute(loaded, folder, runs.load_data(loaded))
+    folder = RunFolder.create(tmp_path / "killed", text, settings_of(loaded))
+    going = runs.execute(loaded, folder, load_data(loaded))
     next(event for event in going if isinstance(event, Tick) and event.done == 2)
     going.close()
     resumed = finish(text, tmp_path / "killed", resume=True)
@@ -237,7 +239,7 @@ def test_a_fault_of_a_client_that_says_nothing_of_its_examples_is_told_also_unde
     unit, trust
 ):
     loaded = recipes.load(recipe(stage=privacy(unit, trust)), ())
-    state = runs.start(loaded, runs.load_data(loaded))
+    state = first_state(loaded, load_data(loaded))
     federation = bind(loaded.stage[0], state)
     server, broken = federation.server, federation.clients["c3"]
     broken.client = replace(broken.client, memory=Full())
@@ -248,7 +250,7 @@ def test_a_fault_of_a_client_that_says_nothing_of_its_examples_is_told_also_unde
 
 def test_what_went_wrong_on_private_examples_stays_private():
     loaded = recipes.load(recipe(stage=privacy("sample", "local")), ())
-    server = bind(loaded.stage[0], runs.start(loaded, runs.load_data(loaded))).server
+    server = bind(loaded.stage[0], first_state(loaded, load_data(loaded))).server
     reasons = {
         "a": "TrainingError: local update: failed with ValueError; what on stays private",
         "b": "ValueError: 17 is no label",

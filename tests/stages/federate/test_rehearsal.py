@@ -5,8 +5,9 @@ import torch
 
 from fedpress.core.examples import Arrays
 from fedpress.errors import RecipeError
-from fedpress.pipeline import run as runs
+from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.recipe import settings as recipes
+from fedpress.pipeline.start import load_data
 from fedpress.stages.federate.rehearsal import _examples
 from tests.stages.own_data import Embeds, privacy, recipe
 from tests.stages.recipes import checked
@@ -45,7 +46,7 @@ def test_without_rounds_nothing_is_rehearsed():
 
 def without_public(text, **parts):
     loaded = recipes.load(text, ())
-    data = runs.load_data(loaded)
+    data = load_data(loaded)
     none = Arrays(data.public.x[:0], data.public.y[:0])
     return loaded, replace(data, public=none, validation=none, test=none, **parts)
 
@@ -57,7 +58,7 @@ def public_of(data):
 @pytest.mark.parametrize("trust", TRUSTS)
 def test_made_up_tokens_stay_below_the_vocabulary(trust):
     loaded, data = without_public(recipe(stage=privacy("sample", trust)))
-    assert runs.check(loaded, data)[0]["epsilon"] > 0
+    assert check_recipe(loaded, data)[0]["epsilon"] > 0
     for what, arrays in _examples(data.clients["c2"], public_of(data), 3, Embeds()):
         assert what == "made-up"
         if bool((arrays.x == arrays.x.round()).all()):
@@ -79,4 +80,4 @@ def test_made_up_examples_have_the_shape_and_type_of_the_clients(dtype):
 def test_the_cure_for_made_up_examples_names_public_ones():
     loaded, data = without_public(recipe(model="Breaks", stage=privacy("sample", "local")))
     with pytest.raises(RecipeError, match=r"made-up examples .*data\.public_share"):
-        runs.check(loaded, data)
+        check_recipe(loaded, data)

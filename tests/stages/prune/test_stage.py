@@ -14,7 +14,10 @@ from fedpress.errors import DataError, ModelError, RecipeError, TrainingError
 from fedpress.models import load_model
 from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
 from fedpress.pipeline import run as runs
+from fedpress.pipeline.check import check_recipe
+from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import settings as recipes
+from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages import PruneStage
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import StageFinished
@@ -53,9 +56,9 @@ class Killed(BaseException):
 
 def begun(text, path, *, resume=False, **how):
     recipe = recipes.load(text, ())
-    settings = runs.settings(recipe)
+    settings = settings_of(recipe)
     folder = RunFolder.resume(path, settings) if resume else RunFolder.create(path, text, settings)
-    return runs.execute(recipe, folder, runs.load_data(recipe), **how)
+    return runs.execute(recipe, folder, load_data(recipe), **how)
 
 
 def finish(text, path, **how):
@@ -70,7 +73,7 @@ def told(path):
 
 def checked(text):
     recipe = recipes.load(text, ())
-    return runs.check(recipe, runs.load_data(recipe))
+    return check_recipe(recipe, load_data(recipe))
 
 
 def prune(**fields):
@@ -310,7 +313,7 @@ def test_what_cannot_work_is_found_before_the_run(text, error, says):
 
 def test_a_quantized_model_is_refused():
     recipe = recipes.load(HEAD, ())
-    state = runs.start(recipe, runs.load_data(recipe))
+    state = first_state(recipe, load_data(recipe))
     rounded = state.spec.model_copy(
         update={"quantized": {"head": LayerGrids(weights=WeightGrid(kind="int", bits=8))}}
     )

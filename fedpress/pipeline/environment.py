@@ -1,0 +1,129 @@
+"""Where a run was done: versions, machine, commit and command, and what of it decides the bits."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fedpress
+from fedpress.deploy.processor import as_json, this_processor
+from fedpress.pipeline.result import read_finished
+from fedpress.workspace import started
+from fedpress.workspace.folder import CURES, RunFolder, list_json, read_json
+
+BITS = ("fedpress", "python", "torch", "numpy", "processor", "instructions", "device", "threads")
+"""What of the environment decides how sums are rounded: the same seed gives the same bits where these are the same."""
+LIBRARIES = ("torch", "numpy", "safetensors", "dp-accounting", "onnx", "onnxruntime", "pydantic")
+
+
+def note_environment(
+    folder: RunFolder, command: str, origin: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Writes `environment.json`; when a run is resumed, adds what is different from its start, the command at least.
+
+    Args:
+        folder: of the run.
+        command: that was given.
+        origin: where the recipe came from and what was overridden in it, noted at the start alone.
+
+    Returns:
+        What a person must know who goes on: that the bits will differ from those of a run that was never stopped,
+        where processor, threads or versions are others, and that records are missing.
+    """
+    path, now = folder.path / "environment.json", environment(command)
+    told: list[str] = []
+    if path.exists():
+        first = read_json(path, cure=CURES[path.name])
+        changed = {key: value for key, value in now.items() if first.get(key) != value}
+        if not read_finished(folder):
+            told = [*_other_bits(first, now), *folder.missing_records()]
+        now = {**first, "resumed": [*_list(first.get("resumed")), changed]}
+    else:
+        now |= origin or {}
+        text = folder.path / "recipe.toml"
+        if text.exists() and (names := started.functions_of(text.read_text("utf-8"))):
+            now["started_by"] = started.mark(names, now.get("recipe"))
+    list_json(path, now, folder.path)
+    return told
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _other_bits(first: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Says how this process differs from any that worked on the run before, if sums may be rounded otherwise by it."""
+    earlier = [first, *(first | e for e in _list(first.get("resumed")) if isinstance(e, dict))]
+    differ = []
+    for key in BITS:
+        known = list(dict.fromkeys(_name(e[key]) for e in earlier if e.get(key) is not None))
+        if known and known != [_name(now.get(key))]:
+            differ.append(f"{key} {', '.join(known)} before, {_name(now.get(key))} now")
+    if not differ:
+        return []
+    return [
+        f"this run was begun elsewhere ({'; '.join(differ)}): it goes on, but its bits will differ from those of a run "
+        "that was never stopped"
+    ]
+
+
+def _name(value: Any) -> str:
+    """What a processor is called; anything else as it is."""
+    return str(value.get("name")) if isinstance(value, dict) else str(value)
+
+
+def environment(command: str) -> dict[str, Any]:
+    """Returns versions, machine, commit and command: what a reader needs to judge the numbers."""
+    return {
+        "fedpress": fedpress.__version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in LIBRARIES},
+        "machine": machine(),
+        "processor": as_json(this_processor()),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "command": command,
+    }
+
+
+def _processor() -> str:
+    try:
+        cpu = next(
+            x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")
+        )
+        return cpu.partition(":")[2].strip()
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def machine() -> str:
+    """Says in words what this machine is: processor, cores, GPU, system."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{_processor()}, {os.cpu_count()} cores{gpu}, {platform.system()}"
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that runs, with a mark if it was changed; None outside a checkout."""
+    root = Path(fedpress.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        out = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out.stdout.strip()

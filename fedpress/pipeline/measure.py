@@ -1,0 +1,61 @@
+"""The one place that measures what a model is worth and what it costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fedpress import storage
+from fedpress.compress import cost
+from fedpress.deploy.processor import conditions
+from fedpress.tasks.judged import JUDGED, judged
+from fedpress.training.device import place_
+from fedpress.training.evaluate import evaluate
+from fedpress.workspace.state import State
+
+MEASURED = (
+    "accuracy", *JUDGED, "loss", "parameters", "nonzero_parameters", "macs", "file_bytes", "packed_file_bytes",
+    "latency_ms", "runtime", "conditions",
+)  # fmt: skip
+
+
+def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
+    """Returns what the model of `state` is worth and what it costs; accuracy is None without test examples.
+
+    The file is that of its numbers in float32, or packed where weights lie on grids.
+    """
+    test = state.data.test
+    found, beside = None, dict[str, Any](dict.fromkeys(JUDGED))
+    if len(test):
+        found = evaluate(place_(state.model), test, state.data.preprocess, keep_logits=True)
+        assert found.logits is not None, "they were asked for"
+        beside = judged(found.logits, test.y, state.data.class_names)
+    model = state.model.to("cpu")
+    line: dict[str, Any] = {
+        "accuracy": found.accuracy if found else None,
+        **beside,
+        "loss": found.loss if found else None,
+        "parameters": cost.parameters(model),
+        "macs": macs_of(state),
+        "file_bytes": storage.file_bytes(state.spec, model),
+    }
+    if (
+        state.spec.sparse or "density" in state.facts
+    ):  # what zeros are worth shows in these two alone
+        line["nonzero_parameters"] = storage.nonzero_parameters(model)
+        line["packed_file_bytes"] = storage.packed_file_bytes(state.spec, model)
+    if latency:
+        speed = cost.latency(model, state.spec.example(1))
+        # What lies on grids is computed on floats here; integers run in an exported file.
+        line |= {
+            "latency_ms": speed.median_ms,
+            "runtime": "torch, simulated" if state.spec.quantized else "torch",
+        }
+        line["conditions"] = conditions("torch", threads=torch.get_num_threads(), options={})
+    return line
+
+
+def macs_of(state: State) -> int:
+    """Returns the multiply-adds of one example."""
+    return cost.macs(state.model.to("cpu"), state.spec.example(1))

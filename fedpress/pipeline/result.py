@@ -1,0 +1,65 @@
+"""The result of a run: `result.json`, a line for each stage that is done, and what they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import fedpress
+from fedpress.pipeline.recipe.settings import Recipe
+from fedpress.tasks.judged import JUDGED
+from fedpress.workspace.folder import CURES, RunFolder, list_json, read_json
+
+
+def write_result(
+    recipe: Recipe,
+    folder: RunFolder,
+    results: list[dict[str, Any]],
+    *,
+    finished: bool,
+    left_out: str,
+) -> None:
+    """Writes `result.json`, and `ledger.json` where something was spent; `results` are the lines so far."""
+    if results[-1].get("ledger"):
+        list_json(folder.path / "ledger.json", results[-1]["ledger"], folder.path)
+    lines = [{k: v for k, v in r.items() if k != "ledger"} for r in results]
+    _take_accuracy_of_files_(lines)
+    total = round(sum(line["seconds"] for line in lines), 2)
+    final: dict[str, Any] = {}
+    for line in lines:
+        final |= line
+    list_json(
+        folder.path / "result.json",
+        {
+            "recipe": recipe.name,
+            "version": fedpress.__version__,
+            "seed": recipe.seed,
+            "seconds": total,
+            "finished": finished,
+            **({"left_out": left_out} if left_out else {}),
+            "stages": lines,
+            "final": final | {"seconds": total},
+        },
+        folder.path,
+    )
+
+
+def _take_accuracy_of_files_(lines: Sequence[dict[str, Any]]) -> None:
+    """Gives a quantize stage the accuracy of the file that was exported of its model: a device runs that.
+
+    With it goes what stands beside it. What the simulation in torch reached stays as `accuracy_simulated`.
+    """
+    for at, line in enumerate(lines):
+        if line["kind"] != "export" or line.get("accuracy") is None:
+            continue
+        same_model = ("export", "measure", "pack")
+        source = next((x for x in reversed(lines[:at]) if x["kind"] not in same_model), None)
+        if source is not None and source["kind"] == "quantize":
+            source.setdefault("accuracy_simulated", source["accuracy"])
+            source.update({key: line[key] for key in ("accuracy", *JUDGED) if key in line})
+
+
+def read_finished(folder: RunFolder) -> bool:
+    """Whether the run has come to its end."""
+    path = folder.path / "result.json"
+    return path.exists() and bool(read_json(path, cure=CURES[path.name]).get("finished"))

@@ -1,0 +1,112 @@
+"""A recipe and its data become the state before the first stage, and the model that later ones are compared with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedpress import data as data_sets
+from fedpress import storage
+from fedpress.compress import cost
+from fedpress.core import consent
+from fedpress.core.random import derive
+from fedpress.data.examples import Progress
+from fedpress.errors import RecipeError
+from fedpress.models import ModelSpec
+from fedpress.models.weights import load_weights_
+from fedpress.pipeline.recipe.settings import Recipe
+from fedpress.workspace.state import Loader, State
+
+
+def load_data(recipe: Recipe, *, progress: Progress | None = None) -> data_sets.FederatedData:
+    """Loads the recipe's data set, dealt to clients.
+
+    A source `module:function` is called; from now on the files of runs may name it too.
+    """
+    if consent.NAME.fullmatch(recipe.data.source):
+        consent.allow(recipe.data.source)
+    return data_sets.load(recipe.data, derive(recipe.seed, "data"), progress=progress)
+
+
+def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
+    """Returns the state before the first stage: fresh weights.
+
+    Raises:
+        RecipeError: if the model does not take the data's examples or has another number of classes.
+    """
+    examples = next(a for a in (data.public, data.test, *data.clients.values()) if len(a))
+    about: dict[str, Any] = {
+        "input_shape": tuple(examples.x.shape[1:]),
+        "mean": data.preprocess.mean,
+        "std": data.preprocess.std,
+        **({"class_names": data.class_names} if data.labelled else {}),
+        "input_dtype": "int64" if examples.x.dtype == torch.int64 else "float32",
+    }
+    torch.manual_seed(derive(recipe.seed, "weights"))
+    if recipe.model.checkpoint is not None:
+        spec, model = storage.load(recipe.model.checkpoint)
+        spec = spec.model_copy(update=about)
+    else:
+        assert recipe.model.architecture is not None
+        spec = ModelSpec(
+            architecture=recipe.model.architecture, arguments=recipe.model.arguments, **about
+        )
+        spec, model = spec.take_in()
+        if recipe.model.weights is not None:
+            masked = load_weights_(model, recipe.model.weights)
+            spec = spec.model_copy(update={"sparse": tuple(dict.fromkeys((*spec.sparse, *masked)))})
+    try:
+        with torch.inference_mode():
+            logits = model.eval()(data.preprocess(examples.x[:2]))
+    except Exception as error:  # whatever somebody's own network raises
+        raise RecipeError(
+            f"recipe.model: '{spec.architecture}' does not take examples of shape {list(spec.input_shape)} "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); fit recipe.model.arguments to the data"
+        ) from error
+    wanted = (min(2, len(examples)), data.num_classes)
+    if data.labelled and not (isinstance(logits, Tensor) and logits.dim() == 2):
+        got = list(logits.shape[1:]) if isinstance(logits, Tensor) else type(logits).__name__
+        raise RecipeError(
+            f"recipe.model: '{spec.architecture}' gives outputs {got} for one example, not [classes] as a "
+            "classifier does, and accuracy needs one; without labels (a command without data, or with inputs alone) it "
+            "can be cut, quantized and exported"
+        )
+    if data.labelled and logits.shape != wanted:
+        got = list(logits.shape[1:])
+        raise RecipeError(
+            f"recipe.model: '{spec.architecture}' gives outputs {got} for one example but the data has "
+            f"{data.num_classes} classes; make it return {data.num_classes} numbers, for instance with "
+            f"recipe.model.arguments.num_classes = {data.num_classes}"
+        )
+    return State(spec, model.train(), data, recipe.seed, cost.parameters(spec.build_dense()))
+
+
+def with_parent(state: State, before: State, load: Loader | None) -> State:
+    """Notes how to `load` the model `before` the first stage that changed the spec; None for weights nobody trained."""
+    if (
+        state.parent is None
+        and load is not None
+        and state.spec.model_dump() != before.spec.model_dump()
+    ):
+        return replace(state, parent=load)
+    return state
+
+
+def parent_of(recipe: Recipe, data: data_sets.FederatedData) -> Loader | None:
+    """Returns what loads the model that the recipe begins with; None for weights that nobody has trained."""
+    if recipe.model.checkpoint is not None:
+        return partial(storage.load, recipe.model.checkpoint)
+    return partial(_started, recipe, data) if recipe.model.trained else None
+
+
+def pair_of(state: State) -> tuple[ModelSpec, nn.Module]:
+    """Returns the model of `state` with its spec, as a `Loader` does."""
+    return state.spec, state.model
+
+
+def _started(recipe: Recipe, data: data_sets.FederatedData) -> tuple[ModelSpec, nn.Module]:
+    return pair_of(first_state(recipe, data))
