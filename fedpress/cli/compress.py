@@ -25,23 +25,12 @@ from fedpress.cli.common import (
     warn,
 )
 from fedpress.errors import RecipeError
+from fedpress.stages.table import commands
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fedpress.pipeline.sweep import VariantFinished, VariantStarted
-
-# The table of stages itself is slow to import; a test holds the two together.
-STAGES = {
-    "prune": "Removes whole channels, for instance keep_params=0.3.",
-    "sparsify": "Sets weights to zero, for instance density=0.1.",
-    "l0": "Learns which weights or channels are needed, for instance density=0.3 epochs=10.",
-    "quantize": "Gives weights and inputs fewer bits, for instance bits=4.",
-    "train": "Trains on the public part, for instance epochs=5.",
-    "distill": "Trains with a teacher, for instance teacher=runs/dense epochs=5.",
-    "pack": "Writes one small file that gives the same bits back.",
-    "export": "Writes the file that a device runs, for instance int8=true, and runs it back.",
-}
 
 Model = Annotated[
     str | None,
@@ -80,8 +69,8 @@ Std = Annotated[str | None, typer.Option(help="Likewise, to divide by: 0.229,0.2
 
 def add_commands(app: typer.Typer) -> None:
     """Adds a command for each kind of stage, and those on several models."""
-    for kind, words in STAGES.items():
-        app.command(name=kind, help=words)(_command(kind))
+    for row in commands().values():
+        app.command(name=row.kind, help=row.words)(_command(row.kind))
     app.command()(measure)
     app.command()(sweep)
 

@@ -11,7 +11,7 @@ from fedpress.errors import FedpressError
 from fedpress.pipeline.measure import macs_of
 from fedpress.pipeline.recipe.settings import Recipe
 from fedpress.pipeline.start import first_state, pair_of, with_parent
-from fedpress.stages import Stage
+from fedpress.stages.base import Stage
 
 
 def check_recipe(recipe: Recipe, data: FederatedData) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 from fedpress import storage
 from fedpress.core.random import fingerprint
 from fedpress.pipeline.recipe.settings import Recipe
-from fedpress.stages.teaching import FROM_THE_RUN, saved_teacher
+from fedpress.stages.teaching import saved_teacher
 
 ADDED_TO_DATA = ("classes", "words", "public_words", "unknown", "encoding", "decimal")
 """Keys that older run folders do not know: left out of the settings where they say nothing, so that those resume."""
@@ -30,10 +30,11 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
         tree["model"]["checkpoint"] = fingerprint(*model.state_dict().values())
     if recipe.model.weights is not None:
         tree["model"]["weights"] = hashlib.sha256(recipe.model.weights.read_bytes()).hexdigest()
-    for stage in tree["stage"]:
-        if stage.get("teacher") not in (None, *FROM_THE_RUN):
-            teacher = saved_teacher(stage["teacher"])[1]
-            stage["teacher"] = fingerprint(*teacher.state_dict().values())
+    for stage, table in zip(recipe.stage, tree["stage"], strict=True):
+        for key, words in stage.saved_models.items():
+            if table[key] not in (None, *words):
+                teacher = saved_teacher(table[key])[1]
+                table[key] = fingerprint(*teacher.state_dict().values())
     return tree
 
 

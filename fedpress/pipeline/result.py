@@ -7,6 +7,7 @@ from typing import Any
 
 import fedpress
 from fedpress.pipeline.recipe.settings import Recipe
+from fedpress.stages.base import Stage
 from fedpress.tasks.judged import JUDGED
 from fedpress.workspace.folder import CURES, RunFolder, list_json, read_json
 
@@ -23,7 +24,7 @@ def write_result(
     if results[-1].get("ledger"):
         list_json(folder.path / "ledger.json", results[-1]["ledger"], folder.path)
     lines = [{k: v for k, v in r.items() if k != "ledger"} for r in results]
-    _take_accuracy_of_files_(lines)
+    take_accuracy_of_files_(recipe.stage[: len(lines)], lines)
     total = round(sum(line["seconds"] for line in lines), 2)
     final: dict[str, Any] = {}
     for line in lines:
@@ -44,19 +45,25 @@ def write_result(
     )
 
 
-def _take_accuracy_of_files_(lines: Sequence[dict[str, Any]]) -> None:
-    """Gives a quantize stage the accuracy of the file that was exported of its model: a device runs that.
+def take_accuracy_of_files_(stages: Sequence[Stage], lines: Sequence[dict[str, Any]]) -> None:
+    """Gives a stage whose model torch only simulates the accuracy of the file that was exported of it.
 
-    With it goes what stands beside it. What the simulation in torch reached stays as `accuracy_simulated`.
+    A device runs that. With it goes what stands beside it. What the simulation reached stays as `accuracy_simulated`.
+
+    Args:
+        stages: of the recipe, as many as are done.
+        lines: theirs, which are changed.
     """
-    for at, line in enumerate(lines):
-        if line["kind"] != "export" or line.get("accuracy") is None:
+    source: dict[str, Any] | None = None  # the line of the stage that made the present model
+    simulated = False
+    for stage, line in zip(stages, lines, strict=True):
+        if stage.changes_model:
+            source, simulated = line, stage.simulates
+        if not (stage.tells_of_file and simulated and line.get("accuracy") is not None):
             continue
-        same_model = ("export", "measure", "pack")
-        source = next((x for x in reversed(lines[:at]) if x["kind"] not in same_model), None)
-        if source is not None and source["kind"] == "quantize":
-            source.setdefault("accuracy_simulated", source["accuracy"])
-            source.update({key: line[key] for key in ("accuracy", *JUDGED) if key in line})
+        assert source is not None
+        source.setdefault("accuracy_simulated", source["accuracy"])
+        source.update({key: line[key] for key in ("accuracy", *JUDGED) if key in line})
 
 
 def read_finished(folder: RunFolder) -> bool:

@@ -18,8 +18,7 @@ from fedpress.pipeline.recipe.settings import Recipe
 from fedpress.pipeline.result import write_result
 from fedpress.pipeline.start import first_state, parent_of, with_parent
 from fedpress.privacy.ledger import Ledger
-from fedpress.stages import Stage
-from fedpress.stages.measure import MeasureStage
+from fedpress.stages.base import Stage
 from fedpress.workspace.folder import Done, RunFolder, StageFolder
 from fedpress.workspace.state import Event, StageFinished, StageStarted, State, Tick
 
@@ -68,10 +67,9 @@ def _stages(
         # On goes what was saved, not what is in memory: so a run that is resumed here has the same model to the bit.
         spec, model = place.load()
         before = state
-        # The line of an export tells of the file; the model is still worth what it was.
-        accuracy = (
-            state.accuracy if stage.kind in ("export", "measure") else done.result["accuracy"]
-        )
+        # A line may tell of a file for a device; the model is still worth what it was.
+        of_model = not (stage.tells_of_file or stage.repeats_line)
+        accuracy = done.result["accuracy"] if of_model else state.accuracy
         state = replace(state, spec=spec, model=model, ledger=_ledger(done), accuracy=accuracy)
         state, load = with_parent(state, before, load), place.load
         records = done.records
@@ -101,9 +99,7 @@ def _do(
         raise type(error)(placed(str(error), place.index, stage)) from error
     state = _settled(state)
     seconds = before + time.perf_counter() - began
-    if last and isinstance(
-        stage, MeasureStage
-    ):  # it has changed nothing: the run is worth and costs what it did
+    if last and stage.repeats_line:
         told = {key: value for key, value in last[0].items() if key in MEASURED}
     else:
         yield Tick(1, 1, f"measuring on {len(state.data.test):,} test examples")

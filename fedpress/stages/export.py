@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -19,6 +19,7 @@ from fedpress.deploy import FORMATS, Artifact, Job
 from fedpress.errors import DataError
 from fedpress.nn.observers import Observer
 from fedpress.stages import inputs
+from fedpress.stages.base import Stage
 from fedpress.tasks.judged import JUDGED, judged
 from fedpress.workspace.folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
@@ -30,8 +31,12 @@ APART, LOST = (
 )  # of the outputs' norm, and of the accuracy: what is more is told in words
 
 
-class ExportStage(BaseModel):
+class ExportStage(BaseModel, Stage):
     """`[[stage]] kind = "export"`: a file that a device runs, compared with the model on real test images."""
+
+    changes_model: ClassVar = False
+    tells_of_file: ClassVar = True
+    several_inputs: ClassVar = True
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -42,6 +42,7 @@ from fedpress.errors import RecipeError
 from fedpress.models import what_pruning_changed
 from fedpress.nn.batch_norm import has_batch_norm
 from fedpress.nn.resize import copied
+from fedpress.stages.base import Stage
 from fedpress.stages.epochs import epochs_of, milestone, steps_of
 from fedpress.stages.prune.settings import of_what
 from fedpress.stages.public import calibration, restore_norms_
@@ -62,7 +63,7 @@ BETAS = (0.9, 0.99)
 EPSILON = 1e-16  # a single gate of ten million has a small gradient
 
 
-class L0Stage(TrainSettings):
+class L0Stage(TrainSettings, Stage):
     """`[[stage]] kind = "l0"`: minimises L(w; D) + lambda ||w||_0 by hard-concrete gates (Louizos et al. 2018).
 
     Lambda follows a controller, so that the expected density falls to `density` in the first `until` of the training
@@ -115,6 +116,10 @@ class L0Stage(TrainSettings):
         if self.ema:
             raise ValueError("ema would average weights that belong to other gates; leave it out")
         return self
+
+    def looks_at_labels(self) -> str:
+        """It trains."""
+        return "training"
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
         """Cuts by magnitude without training: what stays will be other weights or channels, but as many.

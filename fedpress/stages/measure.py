@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,12 +19,16 @@ from fedpress.core.random import generator
 from fedpress.deploy import FORMATS, Job
 from fedpress.deploy.examples import Given, example_of, is_shape, take, tensors_of
 from fedpress.deploy.measure import Subject
+from fedpress.stages.base import Stage
 from fedpress.workspace.folder import StageFolder, write_json
 from fedpress.workspace.state import Name, State, Tick
 
 
-class MeasureStage(BaseModel):
+class MeasureStage(BaseModel, Stage):
     """`[[stage]] kind = "measure"`: latency, memory and distance to this machine's peak, saved as measure.json."""
+
+    changes_model: ClassVar = False
+    repeats_line: ClassVar = True
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from fedpress import storage
 from fedpress.stages import inputs
+from fedpress.stages.base import Stage
 from fedpress.workspace.folder import StageFolder, writing
 from fedpress.workspace.state import Name, State, Tick
 
 
-class PackStage(BaseModel):
+class PackStage(BaseModel, Stage):
     """`[[stage]] kind = "pack"`: a packed file in artifacts/, checked by unpacking it (docs/packed-models.md)."""
+
+    changes_model: ClassVar = False
+    needs_rebuilding: ClassVar = True
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

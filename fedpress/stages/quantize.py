@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, JsonValue, model_validator
 from torch import Tensor, nn
@@ -23,8 +23,9 @@ from fedpress.nn.quantized import (
     step_sizes,
 )
 from fedpress.nn.resize import copied
+from fedpress.stages.base import Stage
 from fedpress.stages.public import calibration
-from fedpress.stages.teaching import TaughtSettings, Training
+from fedpress.stages.teaching import SAVED_MODELS, TaughtSettings, Training
 from fedpress.training.checks import check_training
 from fedpress.workspace.drive import drive
 from fedpress.workspace.folder import StageFolder
@@ -33,12 +34,17 @@ from fedpress.workspace.state import Name, State, Tick
 BATCH = 64
 
 
-class QuantizeStage(TaughtSettings):
+class QuantizeStage(TaughtSettings, Stage):
     """`[[stage]] kind = "quantize"`: fewer bits for weights, and for the inputs of layers.
 
     Without `epochs` the network is rounded after training; with them it trains on its grids, scales included (learned
     step size, Esser et al. 2020), from that rounding on.
     """
+
+    simulates: ClassVar = True
+    several_inputs: ClassVar = True
+    without_data: ClassVar = {"inputs": "dynamic", "correct_bias": False}
+    saved_models: ClassVar = SAVED_MODELS
 
     kind: Literal["quantize"]
     name: Name = "quantize"
@@ -115,6 +121,10 @@ class QuantizeStage(TaughtSettings):
         if self.mixed and self.group is not None:
             raise ValueError("mixed bits have one scale for each output channel; leave group out")
         return self
+
+    def looks_at_labels(self) -> str:
+        """It trains if it has epochs."""
+        return "epochs" if self.epochs else ""
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
         """Puts the untrained model on its grids: layers, bits and what stays float will be these.

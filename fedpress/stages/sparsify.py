@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,7 @@ from fedpress.core.random import derive, generator
 from fedpress.errors import RecipeError, did_you_mean
 from fedpress.nn.batch_norm import has_batch_norm
 from fedpress.nn.resize import copied
+from fedpress.stages.base import Stage
 from fedpress.stages.epochs import epochs_of, milestone, steps_of
 from fedpress.stages.public import calibration, restore_norms_
 from fedpress.training.checks import check_training
@@ -58,7 +59,7 @@ SENSITIVITY = 512  # public examples on which each layer's sensitivity is measur
 FROM_DATA = ("taylor", "fisher", "snip", "grasp")
 
 
-class SparsifyStage(TrainSettings):
+class SparsifyStage(TrainSettings, Stage):
     """`[[stage]] kind = "sparsify"`: keeps `density` of the weights, sets the others to zero, and trains what is left.
 
     The zeros stay through every later stage. Schedules: "one-shot" cuts before the first epoch; "gradual" from `begin`
@@ -66,6 +67,8 @@ class SparsifyStage(TrainSettings):
     `rewind_to`, in `rounds` rounds of `epochs` each (lottery tickets, Frankle et al. 2020); "rigl" cuts first and then
     moves weights until `until` (Evci et al. 2020).
     """
+
+    several_inputs: ClassVar = True
 
     kind: Literal["sparsify"]
     name: Name = "sparsify"
@@ -155,6 +158,14 @@ class SparsifyStage(TrainSettings):
         if self.schedule == "rewind" and self.rewind_to >= self.epochs:
             raise ValueError(f"rewind_to = {self.rewind_to} must be below epochs = {self.epochs}")
         return self
+
+    def looks_at_labels(self) -> str:
+        """By training, or by what it measures."""
+        if self.epochs:
+            return "epochs"
+        if self.scope == "sensitivity":
+            return 'scope = "sensitivity"'
+        return f'score = "{self.score}"' if self.score in FROM_DATA else ""
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
         """Cuts by magnitude without training: the zeros will lie elsewhere, their number will be this one.

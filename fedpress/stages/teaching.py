@@ -25,6 +25,8 @@ from fedpress.workspace.drive import Milestone, Snapshot
 from fedpress.workspace.state import State, Tick
 
 FROM_THE_RUN = ("dense", "before")
+SAVED_MODELS = {"teacher": FROM_THE_RUN}
+"""For a stage that learns from a teacher: see `Stage.saved_models`."""
 
 
 class TaughtSettings(TrainSettings):

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
 from fedpress.core.random import derive
+from fedpress.stages.base import Stage
 from fedpress.stages.epochs import steps_of
-from fedpress.stages.teaching import TaughtSettings, Training
+from fedpress.stages.teaching import SAVED_MODELS, TaughtSettings, Training
 from fedpress.training.checks import check_training
 from fedpress.workspace.drive import drive
 from fedpress.workspace.folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
 
 
-class TrainStage(TaughtSettings):
+class TrainStage(TaughtSettings, Stage):
     """`[[stage]] kind = "train"`: trains all weights on the public part, with a checkpoint after each epoch.
 
     With a `teacher` the model learns from it besides; `kind = "distill"` is the same and wants one.
     """
+
+    learns_from_data: ClassVar = True
+    saved_models: ClassVar = SAVED_MODELS
 
     kind: Literal["train", "distill"]
     name: Name = "train"
@@ -33,6 +37,10 @@ class TrainStage(TaughtSettings):
                 "distill needs a teacher; give teacher = 'dense' or the path of a saved model"
             )
         return self
+
+    def looks_at_labels(self) -> str:
+        """It trains."""
+        return "training"
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
         """Says how much there is to do, without doing it.

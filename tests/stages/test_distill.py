@@ -13,8 +13,8 @@ from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.keys import settings_of, stage_keys
 from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.start import first_state, load_data, with_parent
-from fedpress.stages import TrainStage
 from fedpress.stages.teaching import _restandardised
+from fedpress.stages.train import TrainStage
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import StageStarted, Tick
 

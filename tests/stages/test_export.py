@@ -16,10 +16,13 @@ from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.measure import measure
 from fedpress.pipeline.recipe import settings as recipes
-from fedpress.pipeline.result import _take_accuracy_of_files_
+from fedpress.pipeline.result import take_accuracy_of_files_
 from fedpress.pipeline.start import first_state, load_data
-from fedpress.stages.export import _difference
+from fedpress.stages.export import ExportStage, _difference
 from fedpress.stages.measure import measured
+from fedpress.stages.pack import PackStage
+from fedpress.stages.quantize import QuantizeStage
+from fedpress.stages.train import TrainStage
 from fedpress.storage import sizes
 from fedpress.tasks.judged import JUDGED
 from fedpress.workspace.folder import RunFolder
@@ -158,14 +161,15 @@ def test_a_quantized_network_is_worth_what_its_file_is(tmp_path):
 
 
 def test_the_accuracy_of_a_file_goes_to_the_quantize_stage_before_it_alone():
-    lines = [
-        {"kind": "quantize", "accuracy": 0.9},
-        {"kind": "pack", "accuracy": 0.9},
-        {"kind": "export", "accuracy": 0.8},
-        {"kind": "train", "accuracy": 0.7},
-        {"kind": "export", "accuracy": 0.6},
+    stages = [
+        QuantizeStage(kind="quantize"),
+        PackStage(kind="pack"),
+        ExportStage(kind="export"),
+        TrainStage(kind="train", epochs=1),
+        ExportStage(kind="export"),
     ]
-    _take_accuracy_of_files_(lines)
+    lines = [{"accuracy": accuracy} for accuracy in (0.9, 0.9, 0.8, 0.7, 0.6)]
+    take_accuracy_of_files_(stages, lines)
     assert [line["accuracy"] for line in lines] == [0.8, 0.9, 0.8, 0.7, 0.6]
     assert lines[0]["accuracy_simulated"] == 0.9
     assert "accuracy_simulated" not in lines[3]

@@ -11,7 +11,7 @@ from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.start import first_state, load_data
-from fedpress.stages import PackStage
+from fedpress.stages.pack import PackStage
 from fedpress.workspace.folder import RunFolder
 
 RECIPE = """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import tempfile
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from math import prod
@@ -27,6 +27,7 @@ from fedpress.pipeline.commands.subject import Subject, holding
 from fedpress.pipeline.commands.wording import naming_arguments
 from fedpress.pipeline.environment import note_environment
 from fedpress.pipeline.keys import settings_of
+from fedpress.stages.table import Row, commands
 from fedpress.workspace.folder import RunFolder
 
 Model = str | Path | nn.Module
@@ -162,10 +163,10 @@ def _of_several(
     kind: str, model: nn.Module, shapes: several.Shapes, settings: dict[str, Any]
 ) -> Result:
     """Runs a stage on a model of several inputs; see `fedpress.pipeline.commands.several`."""
-    if kind == "export":
+    if commands()[kind].load().tells_of_file:
         if odd := sorted(settings.keys() - {"format"}):
             raise ModelError(
-                f"{odd[0]}=: export of a model of several inputs takes format= alone; leave it out"
+                f"{odd[0]}=: {kind} of a model of several inputs takes format= alone; leave it out"
             )
         files, facts = several.export(model, shapes, **settings)
         return Result(None, model, {}, facts, None, None, files)
@@ -211,57 +212,36 @@ def _refuse_what_cannot_be_saved(
     Raises:
         ModelError: if that is so.
     """
-    if named is not None or (out is None and kind != "pack"):
+    row = commands()[kind].load()
+    if named is not None or (out is None and not row.needs_rebuilding):
         return
-    what = "out=: the folder" if kind != "pack" else "pack: the file"
+    what = f"{kind}: the file" if row.needs_rebuilding else "out=: the folder"
     said = (
         f"{what} could not be opened again, since nothing is known that builds this {type(model).__name__}: it is not "
         "made of torch.nn layers in sequences alone, and its class does not build it from arguments that it keeps; "
         'give model="package.module:function", a function that returns it, and checkpoint="weights.pt" with its '
         "state_dict()"
-        + ("" if kind == "pack" else ", or leave out= away and keep the result in memory")
+        + ("" if row.needs_rebuilding else ", or leave out= away and keep the result in memory")
     )
-    if kind == "export":  # the file of the device is what counts here
+    if row.tells_of_file:  # the file of the device is what counts here
         warnings.warn(said, stacklevel=4)
         return
     raise ModelError(said)
 
 
-def prune(model: Model, **settings: Any) -> Result:
-    """Removes whole channels; see `call` and `fedpress.stages.PruneStage`."""
-    return call("prune", model, **settings)
+def _call_of(row: Row) -> Callable[..., Result]:
+    """Returns the Python call of one kind of stage."""
+
+    def run(model: Model, **settings: Any) -> Result:
+        return call(row.kind, model, **settings)
+
+    run.__name__ = run.__qualname__ = row.kind
+    settings = row.settings.replace(":", ".")
+    run.__doc__ = (
+        f"{row.words}\n\nSee `call` for what all calls take, and `{settings}` for the settings."
+    )
+    return run
 
 
-def sparsify(model: Model, **settings: Any) -> Result:
-    """Sets weights to zero; see `call` and `fedpress.stages.SparsifyStage`."""
-    return call("sparsify", model, **settings)
-
-
-def l0(model: Model, **settings: Any) -> Result:
-    """Learns which weights or channels are needed; see `call` and `fedpress.stages.L0Stage`."""
-    return call("l0", model, **settings)
-
-
-def quantize(model: Model, **settings: Any) -> Result:
-    """Gives weights and inputs fewer bits; see `call` and `fedpress.stages.QuantizeStage`."""
-    return call("quantize", model, **settings)
-
-
-def train(model: Model, **settings: Any) -> Result:
-    """Trains on the public part; see `call` and `fedpress.stages.TrainStage`."""
-    return call("train", model, **settings)
-
-
-def distill(model: Model, **settings: Any) -> Result:
-    """Trains with a `teacher`, a saved model's path or a module; see `call` and `fedpress.stages.TrainStage`."""
-    return call("distill", model, **settings)
-
-
-def pack(model: Model, **settings: Any) -> Result:
-    """Writes one small file that gives the same bits back; see `call` and `fedpress.stages.PackStage`."""
-    return call("pack", model, **settings)
-
-
-def export(model: Model, **settings: Any) -> Result:
-    """Writes the file that a device runs, and runs it back; see `call` and `fedpress.stages.ExportStage`."""
-    return call("export", model, **settings)
+CALLS = {kind: _call_of(row) for kind, row in commands().items()}
+"""The Python call of each kind of stage that works on one model: `CALLS["prune"](model, keep_params=0.3)`."""

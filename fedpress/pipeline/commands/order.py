@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from fedpress import storage
-from fedpress.compress.prune.scores import SCORES
 from fedpress.core.examples import Preprocess
 from fedpress.data import FederatedData
 from fedpress.data.examples import Progress
@@ -27,19 +26,11 @@ from fedpress.pipeline.measure import measure
 from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.recipe.settings import Recipe
 from fedpress.pipeline.start import first_state, load_data
-from fedpress.stages import AnyStage
-from fedpress.stages.prune.settings import AIMS
-from fedpress.stages.sparsify import FROM_DATA
+from fedpress.stages.table import commands
 from fedpress.workspace.folder import CURES, RunFolder, list_json, read_json
 from fedpress.workspace.state import Event, StageFinished, StageStarted, Tick
 
-LEARNING = ("train", "distill")
 TOP = ("data", "model", "seed")
-NO_STATISTICS: dict[str, dict[str, Any]] = {
-    "prune": {"calibration": 0},
-    "quantize": {"inputs": "dynamic", "correct_bias": False},
-}
-"""What a stage does instead where there is no data to look at."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +80,7 @@ class Order:
             RecipeError: if a key is unknown or a value is wrong, by the name that it has here.
             ModelError: if the model cannot be built, or its input shape is not known.
         """
-        asks = ""
+        asks, row = "", commands()[kind].load()
         found = subject.data() if source is None and held is None else None
         stage: dict[str, Any] = {"kind": kind}
         seed = 0
@@ -101,7 +92,7 @@ class Order:
                 data |= {"mean": list(subject.spec.mean), "std": list(subject.spec.std)}
             if preprocess is not None:
                 data |= preprocess.table()
-            elif subject.foreign and kind not in LEARNING and not _given(keys, "data.mean"):
+            elif subject.foreign and not row.learns_from_data and not _given(keys, "data.mean"):
                 asks = (
                     f"mean=: '{subject.name}' brings its own weights, and its accuracy is measured on inputs "
                     "standardised by these data; if it was trained on others, give mean=(...) and std=(...) of each "
@@ -121,9 +112,7 @@ class Order:
         else:
             data = {"source": NOTHING, "path": _shape(subject, keys, input_shape)}
             stage |= {
-                key: value
-                for key, value in NO_STATISTICS.get(kind, {}).items()
-                if not _given(keys, key)
+                key: value for key, value in row.without_data.items() if not _given(keys, key)
             }
         if path is not None and data["source"] != NOTHING:
             data["path"] = str(path.resolve())
@@ -137,10 +126,11 @@ class Order:
         ]
         with _spoken(kind, data["source"]):
             recipe = recipes.load(recipes.toml(tree), overrides)
-            if kind == "prune" and not any(_given(keys, aim) for aim in AIMS):
-                aims = ", ".join(AIMS)
+            if row.wants_one_of and not any(_given(keys, key) for key in row.wants_one_of):
+                wanted = ", ".join(row.wants_one_of)
                 raise RecipeError(
-                    f"prune: say how much should stay: give one of {aims}, such as keep_params=0.5"
+                    f"{kind}: say how much should stay: give one of {wanted}, such as "
+                    f"{row.wants_one_of[0]}=0.5"
                 )
             return cls(
                 kind,
@@ -202,7 +192,11 @@ class Order:
             DataError: if it learns from labels, and there are none.
             FedpressError: what would stop it.
         """
-        if len(data.public) and not data.labelled and (why := _wants_labels(self.recipe.stage[0])):
+        if (
+            len(data.public)
+            and not data.labelled
+            and (why := self.recipe.stage[0].looks_at_labels())
+        ):
             raise DataError(
                 f"data=: {self.kind} with {why} looks at labels, and these inputs have no class numbers; give "
                 "data=(inputs, labels), or leave that out"
@@ -273,25 +267,6 @@ class Result:
         artifact = run.path / facts["artifact"] if "artifact" in facts else None
         before = read_json(run.path / "before.json", cure=CURES["before.json"])
         return cls(spec, model, before, facts, stage.path, artifact)
-
-
-def _wants_labels(stage: AnyStage) -> str:
-    """Says what of a stage looks at labels; empty if nothing does."""
-    if stage.kind in ("train", "distill", "l0"):
-        return "training"
-    if getattr(stage, "epochs", 0):
-        return "epochs"
-    if getattr(stage, "finetune", None):
-        return "finetune"
-    if getattr(stage, "scope", None) == "sensitivity":
-        return 'scope = "sensitivity"'
-    score = getattr(stage, "score", None)
-    needing = (
-        {name for name, row in SCORES.items() if row.needs == "losses"}
-        if stage.kind == "prune"
-        else FROM_DATA
-    )
-    return f'score = "{score}"' if score in needing else ""
 
 
 @dataclass(frozen=True)

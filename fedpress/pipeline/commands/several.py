@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fedpress import deploy
 from fedpress.deploy import FORMATS, Job
 from fedpress.errors import ModelError
+from fedpress.stages.table import commands
 
-KINDS = ("prune", "sparsify", "quantize", "export")
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -85,9 +85,10 @@ def check(kind: str, model: object, data: object, out: object) -> None:
     Raises:
         ModelError: naming the argument.
     """
-    if kind not in KINDS:
+    kinds = [row.kind for row in commands().values() if row.load().several_inputs]
+    if kind not in kinds:
         raise ModelError(
-            f"{kind}: it takes models of one input; of several inputs take {', '.join(KINDS)}"
+            f"{kind}: it takes models of one input; of several inputs take {', '.join(kinds)}"
         )
     if not isinstance(model, nn.Module):
         raise ModelError(

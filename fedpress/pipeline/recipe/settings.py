@@ -21,9 +21,12 @@ from fedpress.core import limits
 from fedpress.data import DataSettings
 from fedpress.errors import RecipeError, did_you_mean
 from fedpress.models.memory import TEACHER
-from fedpress.stages import AnyStage
-from fedpress.stages.teaching import FROM_THE_RUN
+from fedpress.stages.table import STAGES
+from fedpress.stages.union import AnyStage
 from fedpress.workspace.state import Name
+
+MODEL_KEYS = {key: words for row in STAGES for key, words in row.load().saved_models.items()}
+"""Keys of stages that may hold the path of a saved model, with the words that are none."""
 
 
 class ModelSettings(BaseModel):
@@ -71,7 +74,7 @@ class Recipe(BaseModel):
     @property
     def private(self) -> bool:
         """Whether a stage promises something about the clients' rows."""
-        return any(getattr(stage, "privacy", None) is not None for stage in self.stage)
+        return any(stage.private for stage in self.stage)
 
     @model_validator(mode="after")
     def _names_differ(self) -> Recipe:
@@ -168,14 +171,15 @@ def _anchor_(tree: dict[str, Any], folder: Path) -> None:
     """Makes relative paths absolute: of the data, of a saved model, of a teacher."""
     data, model, stages = tree.get("data"), tree.get("model"), tree.get("stage")
     places = [(model, "checkpoint"), (model, "weights")]
-    places += [(stage, "teacher") for stage in (stages if isinstance(stages, list) else [])]
+    for stage in stages if isinstance(stages, list) else []:
+        places += [(stage, key) for key in MODEL_KEYS]
     for table, key in [(data, "path"), *places]:
         if not isinstance(table, dict):
             continue
         value = table.get(key)
         if (
             not isinstance(value, str)
-            or value in FROM_THE_RUN
+            or value in MODEL_KEYS.get(key, ())
             or value.startswith(TEACHER)
             or value.startswith("~")
             or Path(value).is_absolute()

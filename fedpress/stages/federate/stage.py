@@ -17,6 +17,7 @@ from fedpress.federation import RoundRecord
 from fedpress.federation.local import too_large
 from fedpress.privacy.accounting.accountant import Spent
 from fedpress.privacy.ledger import Ledger, LedgerEntry
+from fedpress.stages.base import Stage
 from fedpress.stages.federate.binding import bind
 from fedpress.stages.federate.contract import local_settings
 from fedpress.stages.federate.failures import PRIVATE, Failures, in_words, told
@@ -32,8 +33,13 @@ CLOSED = 3
 """Secure sums in a row that may stay closed before a run stops."""
 
 
-class FederateStage(FederateSettings):
+class FederateStage(FederateSettings, Stage):
     """`[[stage]] kind = "federate"`: FedAvg over the clients of the data set."""
+
+    @property
+    def private(self) -> bool:
+        """Whether it promises something about the clients' rows."""
+        return self.privacy is not None
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
         """Binds model, clients, uplink and privacy: says bytes, noise and epsilon before anything is trained.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -16,8 +16,10 @@ from fedpress.errors import RecipeError
 from fedpress.models import what_pruning_changed
 from fedpress.nn.batch_norm import has_batch_norm
 from fedpress.nn.resize import copied
+from fedpress.stages.base import Stage
 from fedpress.stages.prune.cutting import Cutting
 from fedpress.stages.prune.settings import (
+    AIMS,
     PruneSettings,
     cut_target,
     latency_target,
@@ -32,13 +34,25 @@ from fedpress.workspace.folder import StageFolder, write_json
 from fedpress.workspace.state import State, Tick
 
 
-class PruneStage(PruneSettings):
+class PruneStage(PruneSettings, Stage):
     """`[[stage]] kind = "prune"`: removes whole channels until `keep_params` of the parameters are left.
 
     Or until `keep_macs` of the multiply-adds, `keep_latency` of the milliseconds in onnxruntime on this machine, or
     `max_bytes` are. In `steps` cuts the network is trained between them as `finetune` says, and with `rewind` before
     each; it then takes the surviving weights back to what they were when the stage began (Frankle & Carbin 2019).
     """
+
+    several_inputs: ClassVar = True
+    wants_one_of: ClassVar = AIMS
+    without_data: ClassVar = {"calibration": 0}
+
+    def looks_at_labels(self) -> str:
+        """By training between the cuts, or by what it measures."""
+        if self.finetune is not None:
+            return "finetune"
+        if self.scope == "sensitivity":
+            return 'scope = "sensitivity"'
+        return f'score = "{self.score}"' if SCORES[self.score].needs == "losses" else ""
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
         """Plans the cut on the untrained model: the widths may come out otherwise, the sizes not by much.

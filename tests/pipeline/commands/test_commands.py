@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from fedpress import storage
-from fedpress.cli import compress
 from fedpress.errors import FedpressError, ModelError
 from fedpress.models.weights import load_weights_
 from fedpress.pipeline import commands
@@ -21,6 +20,7 @@ from fedpress.pipeline.commands.subject import Subject
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.start import load_data
+from fedpress.stages.table import STAGES
 from fedpress.workspace.folder import RunFolder
 
 SOURCE = """
@@ -45,11 +45,11 @@ def trained(tmp_path_factory, tiny):
 
 
 def test_every_kind_of_stage_is_a_command_and_a_call():
-    kinds = json.loads(recipes.schema())["properties"]["stage"]["items"]["discriminator"][
-        "mapping"
-    ].keys()
-    assert kinds - {"federate", "measure"} <= compress.STAGES.keys()
-    assert all(callable(getattr(commands, kind)) for kind in compress.STAGES)
+    stages = json.loads(recipes.schema())["properties"]["stage"]["items"]
+    kinds = set(stages["discriminator"]["mapping"])
+    assert kinds == {row.kind for row in STAGES}
+    assert kinds - {"federate", "measure"} == set(commands.CALLS) <= set(dir(commands))
+    assert all(getattr(commands, kind) is call for kind, call in commands.CALLS.items())
 
 
 def test_the_result_of_one_command_is_the_model_of_the_next(fedpress, trained):

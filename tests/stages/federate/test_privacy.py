@@ -12,8 +12,8 @@ from fedpress.data.population import Population
 from fedpress.errors import PrivacyError, RecipeError
 from fedpress.federation import Cohort, Uplink
 from fedpress.privacy.accounting import accountant
-from fedpress.stages import FederateStage
 from fedpress.stages.federate.privacy import protect, repeated
+from fedpress.stages.federate.stage import FederateStage
 
 SIZE = 20_000
 SHAPES = ((SIZE,),)

@@ -18,7 +18,7 @@ from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.start import first_state, load_data
-from fedpress.stages import PruneStage
+from fedpress.stages.prune.stage import PruneStage
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import StageFinished
 

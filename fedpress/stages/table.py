@@ -1,0 +1,83 @@
+"""The table of stages: one row for each kind. It loads none of them, so that the command line answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedpress.stages.base import Stage
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of stage.
+
+    Attributes:
+        kind: the word in a recipe; the name of the command and of the Python call, too.
+        settings: where its settings class is, as `module:Class`.
+        words: what the command line says of it in one sentence; empty if it has no command of its own.
+    """
+
+    kind: str
+    settings: str
+    words: str = ""
+
+    def load(self) -> type[Stage]:
+        """Imports the settings class."""
+        module, _, name = self.settings.partition(":")
+        found: type[Stage] = getattr(import_module(module), name)
+        return found
+
+
+STAGES = (
+    Row(
+        "prune",
+        "fedpress.stages.prune.stage:PruneStage",
+        "Removes whole channels, for instance keep_params=0.3.",
+    ),
+    Row(
+        "sparsify",
+        "fedpress.stages.sparsify:SparsifyStage",
+        "Sets weights to zero, for instance density=0.1.",
+    ),
+    Row(
+        "l0",
+        "fedpress.stages.l0:L0Stage",
+        "Learns which weights or channels are needed, for instance density=0.3 epochs=10.",
+    ),
+    Row(
+        "quantize",
+        "fedpress.stages.quantize:QuantizeStage",
+        "Gives weights and inputs fewer bits, for instance bits=4.",
+    ),
+    Row(
+        "train",
+        "fedpress.stages.train:TrainStage",
+        "Trains on the public part, for instance epochs=5.",
+    ),
+    Row(
+        "distill",
+        "fedpress.stages.train:TrainStage",
+        "Trains with a teacher, for instance teacher=runs/dense epochs=5.",
+    ),
+    Row(
+        "pack",
+        "fedpress.stages.pack:PackStage",
+        "Writes one small file that gives the same bits back.",
+    ),
+    Row(
+        "export",
+        "fedpress.stages.export:ExportStage",
+        "Writes the file that a device runs, for instance int8=true, and runs it back.",
+    ),
+    Row("federate", "fedpress.stages.federate.stage:FederateStage"),
+    Row("measure", "fedpress.stages.measure:MeasureStage"),
+)
+"""All kinds of stages. A new one is a file with its settings class, and a row here."""
+
+
+def commands() -> dict[str, Row]:
+    """Returns the rows that have a command and a Python call of their own, by kind."""
+    return {row.kind: row for row in STAGES if row.words}

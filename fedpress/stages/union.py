@@ -1,0 +1,14 @@
+"""Any stage of the table, as the recipe's settings take it: told apart by `kind`."""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING
+
+from fedpress.stages.table import STAGES
+
+if TYPE_CHECKING:
+    from fedpress.stages.base import Stage as AnyStage
+else:
+    AnyStage = reduce(or_, dict.fromkeys(row.load() for row in STAGES))
