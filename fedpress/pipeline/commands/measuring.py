@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,124 +63,214 @@ def measure(
         ExportError: if a format is unknown, its packages are missing, or a model cannot be exported or run.
         ModelError: if there is no model, one does not take inputs of its shape, or they take different ones.
     """
-    if not isinstance(models, list | tuple | None):
-        models = [models]  # type: ignore[list-item]
-    for one in models or ():
-        if not isinstance(one, str | Path | nn.Module):
-            raise ModelError(
-                f"model: got {type(one).__name__}, expected a torch.nn.Module, a path or module:function"
-            )
-    if checkpoint is not None and any(isinstance(one, nn.Module) for one in models or ()):
-        raise ModelError(
-            "checkpoint=: a module has weights of its own; load them into it, and leave it out"
-        )
-    several = several_shapes(input_shape)
-    shape_given = one_shape(input_shape) if several is None else None
-    if not models:
-        raise ModelError(
-            "measure: no model was given; give folders, packed or exported files, or module:function"
-        )
+    inputs = Inputs.of(input_shape)
+    chosen = _chosen(models, checkpoint)
     if not seconds > 0 or not batches or not threads or min(*batches, *threads) < 1:
         raise ExportError("measure: seconds, batches and threads must be above 0")
     if wrong := [name for name in formats or () if name not in FORMATS]:
         raise ExportError(f"measure: {deploy.unknown_format(wrong[0])}")
-    left_out: dict[str, str] = {}
-    subjects: dict[str, nn.Module | Path] = {}
-    counts: dict[str, tuple[int | None, int, int]] = {}
-    takes: dict[str, Given] = {}
-    sizes: dict[str, int] = {}
+
     with ExitStack() as stack:
         stack.enter_context(naming_arguments())
         stack.enter_context(consent.allowing(allow_code))
-        stack.enter_context(
-            torch.random.fork_rng(devices=[])
-        )  # the caller's random numbers stay theirs
+        # The caller's random numbers stay theirs.
+        stack.enter_context(torch.random.fork_rng(devices=[]))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for number, given in enumerate(models):
-            title = type(given).__name__ if isinstance(given, nn.Module) else str(given)
-            name = title if title not in subjects else f"{title} ({number + 1})"
-            if (
-                not isinstance(given, nn.Module)
-                and Path(given).suffix in {row.suffix for row in FORMATS.values()}
-                and Path(given).is_file()
-            ):
-                near = _model_beside(Path(given))
-                takes[name] = _several_inputs(several) or _given(
-                    near[0] if near else None, name, shape_given
-                )
-                subjects[name], counts[name] = (
-                    Path(given),
-                    _counts(near[1], takes[name]) if near else (None, 0, 0),
-                )
-                continue
-            made = memory.spec_of(given) if isinstance(given, nn.Module) else None
-            if isinstance(given, nn.Module) and made is not None:
-                spec, model = made, copied(given)
-            elif isinstance(given, nn.Module):
-                table = stack.enter_context(holding(given))
-                spec = ModelSpec(
-                    **table, input_shape=several[0] if several else _known(name, shape_given)
-                )
-                spec, model = spec.take_in()
-            elif several:
-                raise ModelError(
-                    "input_shape=: several inputs are for modules in memory; build the model and give that"
-                )
-            else:
-                spec, model = _load(given, shape_given, checkpoint)
-            model.eval()
-            if (
-                several is None
-                and not spec.class_names
-                and outputs_of(model, spec.input_shape).tokens
-            ):
-                spec = spec.model_copy(update={"input_dtype": "int64"})
-            takes[name] = _several_inputs(several) or _given(spec, name, None)
-            subjects[name], counts[name] = model, _counts(model, takes[name])
-            packed = None if isinstance(given, nn.Module) else Path(given)
-            if packed is not None and packed.is_file():
-                sizes[name] = packed.stat().st_size
-            else:
-                sizes[name] = storage.file_bytes(spec, model)
-            place = folder / str(number)
-            place.mkdir()
-            what, about = takes[name], Preprocess(spec.mean, spec.std)
-            job = (
-                Job(what, about)
-                if is_shape(what)
-                else Job(preprocess=about, example=example_of(what))
-            )
-            noise = [_noise(what)] if int8 else []
-            files, left = deploy.export_all(model, job, place, formats=formats, calibration=noise)
-            left_out |= {f"{name} as {label}": why for label, why in left.items()}
-            for label, path in files.items():
-                other = f"{name} as {label}"
-                subjects[other], counts[other], takes[other] = path, counts[name], takes[name]
-        told = {name: _told(what) for name, what in takes.items()}
-        if len(set(told.values())) > 1:
-            (a, first), (b, second) = next(
-                (p, q) for p in told.items() for q in told.items() if p[1] != q[1]
-            )
-            raise ModelError(
-                f"measure: '{a}' takes {first} and '{b}' takes {second}; measure them apart"
-            )
+        found = Found(inputs, checkpoint, stack)
+        for number, given in enumerate(chosen):
+            found.add_(number, given, folder, formats=formats, int8=int8)
+        entries = found.entries
         records = deploy.measure(
-            subjects,
-            next(iter(takes.values())),
-            macs={name: macs for name, (_, macs, _) in counts.items()},
-            activations={name: numbers for name, (_, _, numbers) in counts.items()},
-            int8={
-                name
-                for name, subject in subjects.items()
-                if isinstance(subject, Path) and _on_integers(subject)
-            },
-            sizes=sizes,
+            {name: entry.subject for name, entry in entries.items()},
+            _same_inputs(entries),
+            macs={name: entry.macs for name, entry in entries.items()},
+            activations={name: entry.activations for name, entry in entries.items()},
+            int8={name for name, entry in entries.items() if entry.on_integers},
+            sizes={name: e.file_bytes for name, e in entries.items() if e.file_bytes is not None},
             batches=batches,
             threads=threads,
             seconds=seconds,
         )
-    lines = [record | {"parameters": counts[record["name"]][0]} for record in records]
-    return {"records": lines, "left_out": left_out}
+    lines = [record | {"parameters": entries[record["name"]].parameters} for record in records]
+    return {"records": lines, "left_out": found.left_out}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the user says that models take: the shapes of several inputs, the `shape` of one, or neither."""
+
+    several: Shapes | None
+    shape: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, input_shape: Sequence[Any] | None) -> Inputs:
+        """Checks `input_shape=`."""
+        several = several_shapes(input_shape)
+        return cls(several, one_shape(input_shape) if several is None else None)
+
+    def example(self) -> Example | None:
+        """Returns a batch of noise for a module of several inputs; None for one input."""
+        if self.several is None:
+            return None
+        chance = generator(0, "measure")
+        return tuple(torch.randn(32, *shape, generator=chance) for shape in self.several)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model or an exported file that is measured, what it takes, and what is known of it without a clock.
+
+    Attributes:
+        subject: the model, or the path of the file.
+        takes: the shape of one example, or a batch of inputs.
+        parameters: of the model; None for a file of which no model is known.
+        macs: multiply-adds of one example; 0 if unknown.
+        activations: numbers that the layers give for one example; 0 if unknown.
+        file_bytes: of the file that keeps the model; None: those of `subject`.
+    """
+
+    subject: nn.Module | Path
+    takes: Given
+    parameters: int | None = None
+    macs: int = 0
+    activations: int = 0
+    file_bytes: int | None = None
+
+    @property
+    def on_integers(self) -> bool:
+        """Whether it is a file that computes on integers."""
+        if not isinstance(self.subject, Path):
+            return False
+        return b"QuantizeLinear" in self.subject.read_bytes().replace(b"DequantizeLinear", b"")
+
+
+def _chosen(models: Any, checkpoint: Path | None) -> Sequence[str | Path | nn.Module]:
+    """Returns the models that were given, as a list."""
+    found = models if isinstance(models, list | tuple | None) else [models]
+    for one in found or ():
+        if not isinstance(one, str | Path | nn.Module):
+            raise ModelError(
+                f"model: got {type(one).__name__}, expected a torch.nn.Module, a path or module:function"
+            )
+    if checkpoint is not None and any(isinstance(one, nn.Module) for one in found or ()):
+        raise ModelError(
+            "checkpoint=: a module has weights of its own; load them into it, and leave it out"
+        )
+    if not found:
+        raise ModelError(
+            "measure: no model was given; give folders, packed or exported files, or module:function"
+        )
+    return found
+
+
+def _is_exported(path: Path) -> bool:
+    return path.suffix in {row.suffix for row in FORMATS.values()} and path.is_file()
+
+
+def _entry_of_file(file: Path, name: str, inputs: Inputs) -> Entry:
+    """Measures an exported file, with what is known of the model that it was exported of."""
+    near = _model_beside(file)
+    takes = inputs.example() or _given(near[0] if near else None, name, inputs.shape)
+    return Entry(file, takes, *_counts(near[1], takes)) if near else Entry(file, takes)
+
+
+def _entry_of_model(
+    spec: ModelSpec, model: nn.Module, name: str, inputs: Inputs, path: Path | None
+) -> Entry:
+    """Measures a model; if it comes from a packed file at `path`, it has the size of that."""
+    takes = inputs.example() or _given(spec, name, None)
+    size = path.stat().st_size if path and path.is_file() else storage.file_bytes(spec, model)
+    return Entry(model, takes, *_counts(model, takes), file_bytes=size)
+
+
+class Found:
+    """All that is measured: the models that were given, and the files that they were exported to.
+
+    Attributes:
+        entries: by the name in the table.
+        left_out: what could not be exported -> why.
+    """
+
+    def __init__(self, inputs: Inputs, checkpoint: Path | None, stack: ExitStack) -> None:
+        self.inputs, self.checkpoint = inputs, checkpoint
+        self.stack = stack  # holds what models need while they are measured
+        self.entries: dict[str, Entry] = {}
+        self.left_out: dict[str, str] = {}
+
+    def add_(
+        self,
+        number: int,
+        given: str | Path | nn.Module,
+        folder: Path,
+        *,
+        formats: Sequence[str] | None,
+        int8: bool,
+    ) -> None:
+        """Adds the `number`th thing that was given; a model is exported into `folder`, too."""
+        title = type(given).__name__ if isinstance(given, nn.Module) else str(given)
+        name = title if title not in self.entries else f"{title} ({number + 1})"
+        if not isinstance(given, nn.Module) and _is_exported(Path(given)):
+            self.entries[name] = _entry_of_file(Path(given), name, self.inputs)
+            return
+        spec, model = self._opened(given, name)
+        packed = None if isinstance(given, nn.Module) else Path(given)
+        entry = _entry_of_model(spec, model, name, self.inputs, packed)
+        self.entries[name] = entry
+
+        place = folder / str(number)
+        place.mkdir()
+        noise = [_noise(entry.takes)] if int8 else []
+        job = _job(spec, entry.takes)
+        files, left = deploy.export_all(model, job, place, formats=formats, calibration=noise)
+        self.left_out |= {f"{name} as {label}": why for label, why in left.items()}
+        for label, path in files.items():
+            self.entries[f"{name} as {label}"] = replace(entry, subject=path, file_bytes=None)
+
+    def _opened(self, given: str | Path | nn.Module, name: str) -> tuple[ModelSpec, nn.Module]:
+        """Returns the model in evaluation mode, with its spec."""
+        several = self.inputs.several
+        if isinstance(given, nn.Module):
+            made = memory.spec_of(given)
+            if made is not None:
+                spec, model = made, copied(given)
+            else:
+                table = self.stack.enter_context(holding(given))
+                shape = several[0] if several else _known(name, self.inputs.shape)
+                spec, model = ModelSpec(**table, input_shape=shape).take_in()
+        elif several:
+            raise ModelError(
+                "input_shape=: several inputs are for modules in memory; build the model and give that"
+            )
+        else:
+            spec, model = _load(given, self.inputs.shape, self.checkpoint)
+        model.eval()
+        unknown = several is None and not spec.class_names
+        if unknown and outputs_of(model, spec.input_shape).tokens:
+            spec = spec.model_copy(update={"input_dtype": "int64"})
+        return spec, model
+
+
+def _job(spec: ModelSpec, takes: Given) -> Job:
+    about = Preprocess(spec.mean, spec.std)
+    if is_shape(takes):
+        return Job(takes, about)
+    return Job(preprocess=about, example=example_of(takes))
+
+
+def _same_inputs(entries: Mapping[str, Entry]) -> Given:
+    """Returns what all `entries` take.
+
+    Raises:
+        ModelError: if they take different inputs.
+    """
+    (first, one), *others = entries.items()
+    for name, other in others:
+        if _told(other.takes) != _told(one.takes):
+            raise ModelError(
+                f"measure: '{first}' takes {_told(one.takes)} and '{name}' takes "
+                f"{_told(other.takes)}; measure them apart"
+            )
+    return one.takes
 
 
 def _load(
@@ -203,12 +294,6 @@ def _known(name: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
             f"input_shape=: the shape of an example of '{name}' is not known; give it, such as input_shape=(3, 32, 32)"
         )
     return shape
-
-
-def _several_inputs(shapes: Shapes | None) -> Example | None:
-    """Returns a batch of noise for a module of several inputs; None for one input."""
-    chance = generator(0, "measure")
-    return tuple(torch.randn(32, *shape, generator=chance) for shape in shapes) if shapes else None
 
 
 def _given(spec: ModelSpec | None, name: str, shape: tuple[int, ...] | None) -> Given:
@@ -242,10 +327,6 @@ def _model_beside(file: Path) -> tuple[ModelSpec, nn.Module] | None:
         if file.resolve().parent.name == "artifacts" and (run / "stages").is_dir()
         else None
     )
-
-
-def _on_integers(file: Path) -> bool:
-    return b"QuantizeLinear" in file.read_bytes().replace(b"DequantizeLinear", b"")
 
 
 def _counts(model: nn.Module, given: Given) -> tuple[int, int, int]:
