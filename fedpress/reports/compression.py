@@ -14,7 +14,6 @@ from fedpress.reports.plot import (
     line,
     lying_bars,
     short,
-    total_of,
     values,
 )
 from fedpress.reports.reading import Json
@@ -75,22 +74,17 @@ def density_over_epochs(name: str, epochs: list[Json]) -> Figure | None:
 
 def bits_per_layer(name: str, records: list[Json]) -> Figure | None:
     """Shows the bits of each layer's weights."""
-    found: list[Json] = next(
-        (r["quantized"] for r in reversed(records) if isinstance(r.get("quantized"), list)), []
-    )
-    layers = [x for x in found if isinstance(x, dict) and units.number(x.get("bits")) is not None]
+    layers = _quantized_layers(records)
     if not layers:
         return None
     names, bits = [str(x.get("name")) for x in layers], values(layers, "bits")
     sizes = [w or 0.0 for w in values(layers, "weights")]
-    total = total_of([b and b * n for b, n in zip(bits, sizes, strict=True)])
-    notes = [
-        f"{b:.0f} · {units.count(n)}" for b, n in zip(bits, sizes, strict=True) if b is not None
-    ]
-    hover = [
-        f"{n}: {short(b)} bits, {units.count(w)} weights"
-        for n, b, w in zip(names, bits, sizes, strict=True)
-    ]
+    total = 0.0
+    notes, hover = [], []
+    for layer, width, size in zip(names, bits, sizes, strict=True):
+        total += (width or 0.0) * size
+        notes.append(f"{width or 0.0:.0f} · {units.count(size)}")
+        hover.append(f"{layer}: {short(width)} bits, {units.count(size)} weights")
     mean = total / sum(sizes) if sum(sizes) else 0.0
     return Figure(
         f"Bits of the weights: {name}",
@@ -101,6 +95,16 @@ def bits_per_layer(name: str, records: list[Json]) -> Figure | None:
         height=110 + (24 if len(names) < 40 else 16) * len(names),
         wide=True,
     )
+
+
+def _quantized_layers(records: list[Json]) -> list[Json]:
+    """Returns what the last record about quantized layers says of each whose bits it tells."""
+    for record in reversed(records):
+        found = record.get("quantized")
+        if isinstance(found, list):
+            layers = [x for x in found if isinstance(x, dict)]
+            return [x for x in layers if units.number(x.get("bits")) is not None]
+    return []
 
 
 def bytes_by_kind(stage: Json) -> Figure | None:

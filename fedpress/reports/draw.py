@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -153,38 +153,50 @@ def _content(figure: Figure, width: int) -> list[Markup]:
     names = figure.panels[0].y.names
     if names:
         return _lying(figure, width, names)
-    left, right, top, bottom, between = 44.0, 14.0, 24.0, 42.0, 46.0
-    if figure.notes and any(note.y is None for note in figure.notes):
-        top += LINE
-    known_x = [x for series in figure.series for x in series.x if x is not None]
-    upright = any(series.kind == "bars" for series in figure.series)
-    low, high = _range(figure.x, known_x, tight=not upright and not _scattered(figure))
-    if upright and known_x:
-        half = max(0.5 * _distance(known_x), 1e-6 * max(map(abs, known_x)))
-        low, high = min(known_x) - half, max(known_x) + half
-    shares = [1.0] if len(figure.panels) == 1 else [0.6, 0.4]
-    room = figure.height - top - bottom - between * (len(figure.panels) - 1)
     # The labels of the upright axes are as wide as the longest of them.
     ranges = [_range(panel.y, _heights(panel)) for panel in figure.panels]
-    steps = [ticks(a, b, 6 if len(figure.panels) == 1 else 5) for a, b in ranges]
-    longest = max((len(text) for marks in steps for text in _tick_texts(marks)), default=1)
-    left = max(left, 12 + longest * CHARACTER)
-    x = Scale(low, high, left, width - right)
+    marks = [ticks(low, high, 6 if len(ranges) == 1 else 5) for low, high in ranges]
+    longest = max((len(text) for some in marks for text in _tick_texts(some)), default=1)
+    left = max(44.0, 12 + longest * CHARACTER)
+
+    known_x = [x for series in figure.series for x in series.x if x is not None]
+    x = Scale(*_across(figure, known_x), left, width - 14.0)
+    bottom = figure.height - 42.0
     drawn: list[Markup] = []
-    for panel, share, (bottom_value, top_value), marks in zip(
-        figure.panels, shares, ranges, steps, strict=True
-    ):
-        y = Scale(bottom_value, top_value, top + share * room, top)
-        high_title = bool(figure.notes) and panel is figure.panels[0]
-        drawn += _upright_axis(panel.y, y, marks, x, above=11 + LINE if high_title else 11)
-        drawn += [_rule(x(at), y) for at in figure.rules if low <= at <= high]
+    for number, y in enumerate(_uprights(figure, ranges, bottom)):
+        panel = figure.panels[number]
+        first = number == 0
+        title_above = 11 + LINE if figure.notes and first else 11
+        drawn += _upright_axis(panel.y, y, marks[number], x, above=title_above)
+        drawn += [_rule(x(at), y) for at in figure.rules if x.low <= at <= x.high]
         drawn += _panel(panel, x, y)
-        frame = Box(x.start, y.end - 8, width - 2, y.start)
-        if panel is figure.panels[0]:
+        if first:
+            frame = Box(x.start, y.end - 8, width - 2, y.start)
             drawn += _labels(figure, panel, x, y, frame)
-        top += share * room + between
-    drawn += _lower_axis(figure, x, figure.height - bottom, whole=_whole(known_x))
+    drawn += _lower_axis(figure, x, bottom, whole=_whole(known_x))
     return drawn
+
+
+def _uprights(
+    figure: Figure, ranges: Sequence[tuple[float, float]], bottom: float
+) -> Iterator[Scale]:
+    """Yields the upright scale of each panel, from the top of the figure down to the pixel `bottom`."""
+    shares = [1.0] if len(ranges) == 1 else [0.6, 0.4]
+    between = 46.0
+    top = 24.0 + (LINE if any(note.y is None for note in figure.notes) else 0.0)
+    room = bottom - top - between * (len(ranges) - 1)
+    for share, (low, high) in zip(shares, ranges, strict=True):
+        yield Scale(low, high, top + share * room, top)
+        top += share * room + between
+
+
+def _across(figure: Figure, known: Sequence[float]) -> tuple[float, float]:
+    """Returns the lowest and the highest value on the axis below; bars need half a bar more at both ends."""
+    upright = any(series.kind == "bars" for series in figure.series)
+    if not (upright and known):
+        return _range(figure.x, known, tight=not upright and not _scattered(figure))
+    half = max(0.5 * _distance(known), 1e-6 * max(map(abs, known)))
+    return min(known) - half, max(known) + half
 
 
 def _scattered(figure: Figure) -> bool:
@@ -286,57 +298,58 @@ def _panel(panel: Panel, x: Scale, y: Scale) -> list[Markup]:
     return drawn
 
 
+Place = tuple[float, float] | None
+"""A pixel in the picture; None for a point that is not shown."""
+
+
 def _points_and_lines(series: Series, x: Scale, y: Scale) -> list[Markup]:
-    places = [
-        None if a is None or b is None or not y.low <= b <= y.high else (x(a), y(b))
-        for a, b in zip(series.x, series.y, strict=True)
-    ]
+    places = [_shown(a, b, x, y) for a, b in zip(series.x, series.y, strict=True)]
     drawn: list[Markup] = []
     if series.kind in ("line", "steps"):
         path = _path(places, stairs=series.kind == "steps")
-        if path:
-            drawn.append(
-                tag(
-                    "path",
-                    d=path,
-                    class_=f"line {series.color}" + (" dotted" if series.dotted else ""),
-                )
-            )
-    radius = (
-        5.0
-        if series.kind in ("points", "steps") or series.beside
-        else 2.7
-        if series.marked
-        else 1.0
-    )
-    alone = [
-        place is not None
-        and (at == 0 or places[at - 1] is None)
-        and (at + 1 == len(places) or places[at + 1] is None)
-        for at, place in enumerate(places)
-    ]
+        look = f"line {series.color}" + (" dotted" if series.dotted else "")
+        drawn += [tag("path", d=path, class_=look)] if path else []
+
     every = 1 if series.marked else -(-len(places) // HOVERED)
-    look = "hollow " if series.hollow else ""
     for at, place in enumerate(places):
+        alone = _alone(places, at)
         last = at + 1 == len(places)
-        if place is None or not (at % every == 0 or last or alone[at]):
-            continue
-        color = "blue" if series.beside and series.dotted else series.color
-        shown = series.marked or alone[at]
-        drawn.append(
-            tag(
-                "circle",
-                tag("title", series.hover[at]) if series.hover else "",
-                cx=place[0],
-                cy=place[1],
-                r=radius if shown else 4.0,
-                class_=f"mark {look}{color}" if shown else f"mark unseen {color}",
-            )
-        )
+        if place is not None and (at % every == 0 or last or alone):
+            drawn.append(_mark(series, at, place, shown=series.marked or alone))
     return drawn
 
 
-def _path(places: Sequence[tuple[float, float] | None], *, stairs: bool) -> str:
+def _shown(a: float | None, b: float | None, x: Scale, y: Scale) -> Place:
+    if a is None or b is None or not y.low <= b <= y.high:
+        return None
+    return x(a), y(b)
+
+
+def _alone(places: Sequence[Place], at: int) -> bool:
+    """Says whether the point has no neighbour, so that no line shows it."""
+    before = places[at - 1] if at else None
+    after = places[at + 1] if at + 1 < len(places) else None
+    return places[at] is not None and before is None and after is None
+
+
+def _mark(series: Series, at: int, place: tuple[float, float], *, shown: bool) -> Markup:
+    """Returns the circle of one point; one that is not `shown` only answers the pointer."""
+    radius = 2.7 if series.marked else 1.0
+    if series.kind in ("points", "steps") or series.beside:
+        radius = 5.0
+    color = "blue" if series.beside and series.dotted else series.color
+    look = "hollow " if series.hollow else ""
+    return tag(
+        "circle",
+        tag("title", series.hover[at]) if series.hover else "",
+        cx=place[0],
+        cy=place[1],
+        r=radius if shown else 4.0,
+        class_=f"mark {look}{color}" if shown else f"mark unseen {color}",
+    )
+
+
+def _path(places: Sequence[Place], *, stairs: bool) -> str:
     parts: list[str] = []
     begun = False
     for place in _thinned(places):
@@ -354,12 +367,12 @@ def _path(places: Sequence[tuple[float, float] | None], *, stairs: bool) -> str:
     return "".join(parts)
 
 
-def _thinned(places: Sequence[tuple[float, float] | None]) -> Sequence[tuple[float, float] | None]:
+def _thinned(places: Sequence[Place]) -> Sequence[Place]:
     """Keeps the lowest and the highest point of each stretch of a long line, so that it looks the same."""
     if len(places) <= VERTICES or any(place is None for place in places):
         return places
     stretch = -(-2 * len(places) // VERTICES)
-    kept: list[tuple[float, float] | None] = []
+    kept: list[Place] = []
     for begin in range(0, len(places), stretch):
         some = [place for place in places[begin : begin + stretch] if place is not None]
         ends = {0, len(some) - 1} if begin in (0, len(places) - 1) else set()
@@ -437,40 +450,42 @@ def _lying(figure: Figure, width: int, names: Sequence[str]) -> list[Markup]:
     beside = max((len(text) for series in panel.series for text in series.beside), default=0)
     left = min(12 + max(len(end) for end in ends) * CHARACTER, 0.55 * width)
     right = 12 + beside * CHARACTER
-    low, high = _range(
-        figure.x,
-        [0.0, *(n for series in panel.series for n in series.x if n is not None)],
-        tight=True,
-    )
+    known = [n for series in panel.series for n in series.x if n is not None]
+    low, high = _range(figure.x, [0.0, *known], tight=True)
     low = min(low, 0.0) if figure.x.low is None else figure.x.low
     x = Scale(low, high, left, width - right)
     top, bottom = 8.0, figure.height - 42.0
     row = (bottom - top) / len(names)
+
     drawn: list[Markup] = []
     for mark in ticks(x.low, x.high, 4 if width == NARROW else 6):
-        drawn.append(
-            tag("path", d=f"M{_pixels(x(mark))} {_pixels(top)}V{_pixels(bottom)}", class_="grid")
-        )
+        line = f"M{_pixels(x(mark))} {_pixels(top)}V{_pixels(bottom)}"
+        drawn.append(tag("path", d=line, class_="grid"))
     for at, end in enumerate(ends):
         middle = top + (at + 0.5) * row
         drawn.append(tag("text", end, x=left - 6, y=middle + 4, class_="tick", text_anchor="end"))
         for series in panel.series:
-            length = series.x[at]
-            if length is None:
-                continue
-            title = tag("title", series.hover[at]) if series.hover else ""
-            box = {
-                "x": x(low),
-                "y": middle - 0.33 * row,
-                "width": max(0.0, x(length) - x(low)),
-                "height": 0.66 * row,
-            }
-            drawn.append(tag("rect", title, **box, class_=f"bar {series.color} mark"))
-            if series.beside:
-                drawn.append(
-                    tag("text", series.beside[at], x=x(length) + 5, y=middle + 4, class_="tick")
-                )
+            drawn += _lying_bar(series, at, x, middle, row)
     return [*drawn, *_lower_axis(figure, x, bottom, whole=False)]
+
+
+def _lying_bar(series: Series, at: int, x: Scale, middle: float, row: float) -> list[Markup]:
+    """Returns one bar around the height `middle`, with its text; nothing where there is no number."""
+    length = series.x[at]
+    if length is None:
+        return []
+    title = tag("title", series.hover[at]) if series.hover else ""
+    box = {
+        "x": x(x.low),
+        "y": middle - 0.33 * row,
+        "width": max(0.0, x(length) - x(x.low)),
+        "height": 0.66 * row,
+    }
+    drawn = [tag("rect", title, **box, class_=f"bar {series.color} mark")]
+    if series.beside:
+        text = series.beside[at]
+        drawn.append(tag("text", text, x=x(length) + 5, y=middle + 4, class_="tick"))
+    return drawn
 
 
 # Words in the picture ------------------------------------------------------------------------------------------------
@@ -478,40 +493,47 @@ def _lying(figure: Figure, width: int, names: Sequence[str]) -> list[Markup]:
 
 def _labels(figure: Figure, panel: Panel, x: Scale, y: Scale, frame: Box) -> list[Markup]:
     """Returns the notes and the names of points, each where it lies inside the picture and on no other."""
-    points = [
-        (x(a), y(b), series.beside[at])
-        for series in panel.series
-        for at, (a, b) in enumerate(zip(series.x, series.y, strict=True))
-        if series.beside
-        and series.beside[at]
-        and a is not None
-        and b is not None
-        and y.low <= b <= y.high
-    ]
-    taken = [
-        Box(x(a) - 5, y(b) - 5, x(a) + 5, y(b) + 5)
-        for series in panel.series
-        if series.kind in ("points", "steps") or series.beside
-        for a, b in zip(series.x, series.y, strict=True)
-        if a is not None and b is not None and y.low <= b <= y.high
-    ]
+    taken = _taken(panel, x, y)
+    drawn = [_top_note(note, x, y) for note in figure.notes if note.y is None]
+    for series in panel.series:
+        for text, a, b in zip(series.beside, series.x, series.y, strict=False):
+            place = _shown(a, b, x, y)
+            if place is not None and text:
+                drawn += _label(place, text, frame, taken)
+    return drawn
+
+
+def _taken(panel: Panel, x: Scale, y: Scale) -> list[Box]:
+    """Returns the room that points and staircases take."""
+    taken = []
+    for series in panel.series:
+        if series.kind not in ("points", "steps") and not series.beside:
+            continue
+        for a, b in zip(series.x, series.y, strict=True):
+            if (place := _shown(a, b, x, y)) is not None:
+                across, down = place
+                taken.append(Box(across - 5, down - 5, across + 5, down + 5))
     for series in panel.series:
         if series.kind == "steps":
             taken += _stairs(series, x, y)
-    drawn = [_top_note(note, x, y) for note in figure.notes if note.y is None]
-    for across, down, text in points:
-        lines = _fitted(text.split("\n"), frame)
-        box, shift = _place(across, down, lines, frame, taken)
-        taken.append(box)
-        for at, said in enumerate(lines):
-            # Widths are estimates: a text left of its point ends there, so that it stays beside it.
-            left_of = box.right < across
-            where = {"x": box.right if left_of else box.left, "y": box.top + (at + 0.8) * LINE}
-            drawn.append(
-                tag("text", said, **where, class_="label", text_anchor="end" if left_of else None)
-            )
-        if shift:  # too far from its point to be told without a line
-            drawn.append(tag("path", d=_leader(across, down, box), class_="rule"))
+    return taken
+
+
+def _label(place: tuple[float, float], text: str, frame: Box, taken: list[Box]) -> list[Markup]:
+    """Returns the name of the point at `place`, and adds its room to `taken`."""
+    across, down = place
+    lines = _fitted(text.split("\n"), frame)
+    box, far = _place(across, down, lines, frame, taken)
+    taken.append(box)
+    # Widths are estimates: a text left of its point ends there, so that it stays beside it.
+    left_of = box.right < across
+    drawn = []
+    for at, said in enumerate(lines):
+        where = {"x": box.right if left_of else box.left, "y": box.top + (at + 0.8) * LINE}
+        anchor = "end" if left_of else None
+        drawn.append(tag("text", said, **where, class_="label", text_anchor=anchor))
+    if far:  # from its point, so that it is not told without a line
+        drawn.append(tag("path", d=_leader(across, down, box), class_="rule"))
     return drawn
 
 

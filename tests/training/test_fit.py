@@ -351,7 +351,7 @@ def test_what_was_on_disk_lies_in_memory_as_before():
     fit_all(fit, images())
     again = Fit(network("resnet"), settings(epochs=1), seed=0)
     again.load_(on_disk(fit.state()))
-    old, new = (f.optimizers[0].state_dict()["state"] for f in (fit, again))
+    old, new = (f.optimizers.each[0].state_dict()["state"] for f in (fit, again))
     assert old.keys() == new.keys()
     assert [old[k]["momentum_buffer"].stride() for k in old] == [
         new[k]["momentum_buffer"].stride() for k in old
