@@ -29,21 +29,32 @@ def check_training(
     Raises:
         TrainingError: saying which setting does not fit.
     """
-    if settings.epochs and not len(train):
+    if settings.epochs:
+        _check_examples(model, settings, train, validation, preprocess)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise TrainingError(NOTHING_TO_TRAIN)
+    _check_image_sizes(model, settings, train, preprocess)
+
+
+def _check_examples(
+    model: nn.Module,
+    settings: TrainSettings,
+    train: Arrays,
+    validation: Arrays,
+    preprocess: Preprocess,
+) -> None:
+    if not len(train):
         raise TrainingError(
             "train: the public part has no examples; set data.public_share or lower data.validation"
         )
-    if settings.epochs and settings.patience and not len(validation):
+    if settings.patience and not len(validation):
         raise TrainingError(
             "train: patience needs a validation set; set data.validation, or leave patience out"
         )
-    if settings.epochs and settings.bn_penalty:
+    if settings.bn_penalty:
         batch_norm_scales(model)
-    if (
-        settings.epochs
-        and min(settings.batch_size, len(train)) == 1
-        and _needs_two(model, preprocess(train.x[:1]))
-    ):
+    alone = min(settings.batch_size, len(train)) == 1
+    if alone and _needs_two(model, preprocess(train.x[:1])):
         if settings.batch_size == 1:
             raise TrainingError(
                 "train: batch_size = 1 leaves a batch norm nothing to average; take 2 or more"
@@ -52,8 +63,11 @@ def check_training(
             "train: the public part has one example, which leaves a batch norm nothing to average; raise "
             "data.public_share"
         )
-    if settings.epochs and not any(p.requires_grad for p in model.parameters()):
-        raise TrainingError(NOTHING_TO_TRAIN)
+
+
+def _check_image_sizes(
+    model: nn.Module, settings: TrainSettings, train: Arrays, preprocess: Preprocess
+) -> None:
     for side, _ in settings.image_sizes:
         if train.x.dim() != 4 or side > min(train.x.shape[2:]):
             raise TrainingError(

@@ -41,19 +41,14 @@ class Optimizers:
         if not rest and not hidden and settings.epochs:
             raise TrainingError(NOTHING_TO_TRAIN)
 
-        self.each: list[torch.optim.Optimizer] = []
-        if rest:
-            self.each.append(_sgd(rest, settings, spared=step_sizes(model)))
-
         self.views = [(p, nn.Parameter(as_matrix(p.data, p))) for p in hidden]
         shared = all(p.data_ptr() == view.data_ptr() for p, view in self.views)
         assert shared, "a view must share its weight's memory"
-        if self.views:
-            matrices = [view for _, view in self.views]
-            decay = settings.weight_decay
-            self.each.append(
-                Muon(matrices, settings.lr, momentum=settings.momentum, weight_decay=decay)
-            )
+        self.each: list[torch.optim.Optimizer] = []
+        if rest:
+            self.each.append(_sgd(rest, settings, spared=step_sizes(model)))
+        if hidden:
+            self.each.append(_muon([view for _, view in self.views], settings))
         self._rates = [[group["lr"] for group in o.param_groups] for o in self.each]
 
     def set_rate_(self, factor: float) -> None:
@@ -98,6 +93,11 @@ class Optimizers:
                 key, _, leaf = name.partition("/")
                 slots.setdefault(int(key), {})[leaf] = _laid_out_like(params[int(key)], value)
             optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+
+
+def _muon(matrices: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+    momentum, decay = settings.momentum, settings.weight_decay
+    return Muon(matrices, settings.lr, momentum=momentum, weight_decay=decay)
 
 
 def _sgd(

@@ -73,24 +73,27 @@ def _shrink(values: Ints, floats: bool, rows: int = 1, depth: int = 0) -> bytes:
     def nested(inner: Ints) -> bytes:
         return _shrink(inner, False, depth=depth + 1)
 
-    size, plain = 1 + values.nbytes, RAW
     low, bits = (0, 0) if floats else _span(values)
-    if not floats and _nbit_bytes(len(values), bits) < size:
-        size, plain = _nbit_bytes(len(values), bits), NBIT
-    best = None
-    if bits and depth < DEEPEST and _ans_pays(values, bits, size):
-        coded = bytes([ANS]) + ans.encode(values, rows, nested)
-        if len(coded) < size:
-            size, best = len(coded), coded
-    if depth < DEEPEST and (floats or values.itemsize > 2) and _sparse_pays(values, size):
-        coded = bytes([SPARSE]) + _sparse(values, floats, nested)
-        if len(coded) < size:
-            best = coded
-    if best is not None:
+    raw = 1 + values.nbytes
+    nbit = raw if floats else _nbit_bytes(len(values), bits)
+    size, best = min(raw, nbit), b""
+    if depth < DEEPEST:
+        if bits and _ans_pays(values, bits, size):
+            coded = bytes([ANS]) + ans.encode(values, rows, nested)
+            size, best = _shorter(coded, size, best)
+        if (floats or values.itemsize > 2) and _sparse_pays(values, size):
+            coded = bytes([SPARSE]) + _sparse(values, floats, nested)
+            size, best = _shorter(coded, size, best)
+    if best:
         return best
-    if plain == NBIT:
+    if nbit < raw:
         return bytes([NBIT]) + _nbit(values, low, bits)
     return bytes([RAW]) + values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def _shorter(coded: bytes, size: int, best: bytes) -> tuple[int, bytes]:
+    """Returns what is shorter, with its size: `coded`, or what was the `best` of `size` bytes so far."""
+    return (len(coded), coded) if len(coded) < size else (size, best)
 
 
 def _expand(reader: Reader, out: Ints, place: str, depth: int = 0) -> None:
