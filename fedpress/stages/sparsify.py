@@ -121,26 +121,31 @@ class SparsifyStage(TrainSettings, Stage):
     )
 
     @model_validator(mode="after")
-    def _fits_together(self) -> SparsifyStage:
+    def _density_fits_pattern(self) -> SparsifyStage:
         try:
-            pattern = Pattern.parse(self.pattern)
+            own = Pattern.parse(self.pattern).density
         except RecipeError as error:
             raise ValueError(str(error).removeprefix("sparsify.pattern: ")) from error
-        own = pattern.density
-        if own is None and self.density is None and not self.densities:
-            raise ValueError(
-                "sparsify needs a density, the share of the weights that stays; try density = 0.1"
-            )
-        if own is not None and self.density not in (None, own):
+        if own is None:
+            if self.density is None and not self.densities:
+                raise ValueError(
+                    "sparsify needs a density, the share of the weights that stays; try density = 0.1"
+                )
+            return self
+        if self.density not in (None, own):
             raise ValueError(
                 f"pattern '{self.pattern}' keeps {own:g}, not density = {self.density:g}; leave density out"
             )
-        if own is not None and (self.schedule == "rigl" or self.densities):
+        if self.schedule == "rigl" or self.densities:
             raise ValueError(
                 "N:M keeps as many in every group: leave densities out and use another schedule than 'rigl'"
             )
-        if own is not None and self.scope == "sensitivity":
+        if self.scope == "sensitivity":
             raise ValueError("N:M keeps as many in every group: leave scope = 'sensitivity' out")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> SparsifyStage:
         if self.score == "movement" and self.schedule not in ("gradual", "rewind"):
             raise ValueError(
                 "the score 'movement' is summed up while the network trains; use schedule = 'gradual'"
