@@ -95,6 +95,19 @@ def variants(values: Sequence[str], seeds: Sequence[int] = ()) -> list[Variant]:
     >>> [v.name for v in variants(["stage.1.keep_params=0.5,0.3", "stage.quantize.bits=8"])]
     ['keep_params=0.5', 'keep_params=0.3']
     """
+    lists = _value_lists(values, seeds)
+    names = _short_names([key for key, found in lists.items() if len(found) > 1])
+    found = []
+    for chosen in product(*lists.values()):
+        pairs = list(zip(lists, chosen, strict=True))
+        words = [f"{names[key]}={value}" for key, value in pairs if key in names]
+        overrides = tuple(f"{key}={value}" for key, value in pairs)
+        found.append(Variant(" ".join(words) or "all", overrides))
+    return found
+
+
+def _value_lists(values: Sequence[str], seeds: Sequence[int]) -> dict[str, list[str]]:
+    """Returns the values of each key, in the order given."""
     lists: dict[str, list[str]] = {}
     for entry in [*values, *([f"seed={','.join(map(str, seeds))}"] if seeds else [])]:
         key, equals, text = entry.partition("=")
@@ -107,23 +120,14 @@ def variants(values: Sequence[str], seeds: Sequence[int] = ()) -> list[Variant]:
                 f"sweep: '{key}' is given twice; give all its values at once, divided by commas"
             )
         lists[key] = list(dict.fromkeys(split_values(text)))
-    moving = [key for key, found in lists.items() if len(found) > 1]
-    short = {key: key.rpartition(".")[2] for key in moving}
-    names = {
-        key: short[key] if list(short.values()).count(short[key]) == 1 else key for key in moving
-    }
-    return [
-        Variant(
-            " ".join(
-                f"{names[key]}={value}"
-                for key, value in zip(lists, chosen, strict=True)
-                if key in names
-            )
-            or "all",
-            tuple(f"{key}={value}" for key, value in zip(lists, chosen, strict=True)),
-        )
-        for chosen in product(*lists.values())
-    ]
+    return lists
+
+
+def _short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Returns the last word of each key where it is no other's, else the whole key."""
+    short = {key: key.rpartition(".")[2] for key in keys}
+    words = list(short.values())
+    return {key: word if words.count(word) == 1 else key for key, word in short.items()}
 
 
 def execute(

@@ -156,8 +156,7 @@ def _content(figure: Figure, width: int) -> list[Markup]:
     # The labels of the upright axes are as wide as the longest of them.
     ranges = [_range(panel.y, _heights(panel)) for panel in figure.panels]
     marks = [ticks(low, high, 6 if len(ranges) == 1 else 5) for low, high in ranges]
-    longest = max((len(text) for some in marks for text in _tick_texts(some)), default=1)
-    left = max(44.0, 12 + longest * CHARACTER)
+    left = max(44.0, 12 + _longest(marks) * CHARACTER)
 
     known_x = [x for series in figure.series for x in series.x if x is not None]
     x = Scale(*_across(figure, known_x), left, width - 14.0)
@@ -175,6 +174,10 @@ def _content(figure: Figure, width: int) -> list[Markup]:
             drawn += _labels(figure, panel, x, y, frame)
     drawn += _lower_axis(figure, x, bottom, whole=_whole(known_x))
     return drawn
+
+
+def _longest(marks: Sequence[Sequence[float]]) -> int:
+    return max((len(text) for some in marks for text in _tick_texts(some)), default=1)
 
 
 def _uprights(

@@ -44,11 +44,9 @@ class Optimizers:
         self.views = [(p, nn.Parameter(as_matrix(p.data, p))) for p in hidden]
         shared = all(p.data_ptr() == view.data_ptr() for p, view in self.views)
         assert shared, "a view must share its weight's memory"
-        self.each: list[torch.optim.Optimizer] = []
-        if rest:
-            self.each.append(_sgd(rest, settings, spared=step_sizes(model)))
-        if hidden:
-            self.each.append(_muon([view for _, view in self.views], settings))
+        matrices = [view for _, view in self.views]
+        found = (_sgd(rest, settings, spared=step_sizes(model)), _muon(matrices, settings))
+        self.each = [optimizer for optimizer in found if optimizer is not None]
         self._rates = [[group["lr"] for group in o.param_groups] for o in self.each]
 
     def set_rate_(self, factor: float) -> None:
@@ -95,15 +93,19 @@ class Optimizers:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
 
 
-def _muon(matrices: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+def _muon(matrices: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer | None:
+    if not matrices:
+        return None
     momentum, decay = settings.momentum, settings.weight_decay
     return Muon(matrices, settings.lr, momentum=momentum, weight_decay=decay)
 
 
 def _sgd(
     parameters: list[nn.Parameter], settings: TrainSettings, *, spared: set[int]
-) -> torch.optim.Optimizer:
+) -> torch.optim.Optimizer | None:
     """SGD whose weight decay acts on weights alone: norms and biases have one dimension, `spared` are step sizes."""
+    if not parameters:
+        return None
     lr, momentum, decay = settings.lr, settings.momentum, settings.weight_decay
     if settings.optimizer == "muon":
         lr, momentum = settings.head_lr, SGD_BESIDE_MUON["momentum"]
