@@ -41,9 +41,7 @@ class Optimizers:
         if not rest and not hidden and settings.epochs:
             raise TrainingError(NOTHING_TO_TRAIN)
 
-        self.views = [(p, nn.Parameter(as_matrix(p.data, p))) for p in hidden]
-        shared = all(p.data_ptr() == view.data_ptr() for p, view in self.views)
-        assert shared, "a view must share its weight's memory"
+        self.views = [(p, _view(p)) for p in hidden]
         matrices = [view for _, view in self.views]
         found = (_sgd(rest, settings, spared=step_sizes(model)), _muon(matrices, settings))
         self.each = [optimizer for optimizer in found if optimizer is not None]
@@ -91,6 +89,12 @@ class Optimizers:
                 key, _, leaf = name.partition("/")
                 slots.setdefault(int(key), {})[leaf] = _laid_out_like(params[int(key)], value)
             optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+
+
+def _view(weight: nn.Parameter) -> nn.Parameter:
+    view = nn.Parameter(as_matrix(weight.data, weight))
+    assert view.data_ptr() == weight.data_ptr(), "a view must share its weight's memory"
+    return view
 
 
 def _muon(matrices: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer | None:

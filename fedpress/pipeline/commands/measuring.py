@@ -65,11 +65,9 @@ def measure(
     """
     inputs = Inputs.of(input_shape)
     chosen = _chosen(models, checkpoint)
-    if not seconds > 0 or not batches or not threads or min(*batches, *threads) < 1:
-        raise ExportError("measure: seconds, batches and threads must be above 0")
+    _check_numbers(seconds, batches, threads)
     if wrong := [name for name in formats or () if name not in FORMATS]:
         raise ExportError(f"measure: {deploy.unknown_format(wrong[0])}")
-
     with ExitStack() as stack:
         stack.enter_context(naming_arguments())
         stack.enter_context(consent.allowing(allow_code))
@@ -83,10 +81,7 @@ def measure(
         records = deploy.measure(
             {name: entry.subject for name, entry in entries.items()},
             _same_inputs(entries),
-            macs={name: entry.macs for name, entry in entries.items()},
-            activations={name: entry.activations for name, entry in entries.items()},
-            int8={name for name, entry in entries.items() if entry.on_integers},
-            sizes={name: e.file_bytes for name, e in entries.items() if e.file_bytes is not None},
+            **_known_of(entries),
             batches=batches,
             threads=threads,
             seconds=seconds,
@@ -142,6 +137,11 @@ class Entry:
         if not isinstance(self.subject, Path):
             return False
         return b"QuantizeLinear" in self.subject.read_bytes().replace(b"DequantizeLinear", b"")
+
+
+def _check_numbers(seconds: float, batches: Sequence[int], threads: Sequence[int]) -> None:
+    if not seconds > 0 or not batches or not threads or min(*batches, *threads) < 1:
+        raise ExportError("measure: seconds, batches and threads must be above 0")
 
 
 def _chosen(models: Any, checkpoint: Path | None) -> Sequence[str | Path | nn.Module]:
@@ -248,6 +248,19 @@ class Found:
         if unknown and outputs_of(model, spec.input_shape).tokens:
             spec = spec.model_copy(update={"input_dtype": "int64"})
         return spec, model
+
+
+def _known_of(entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """Returns what is known of the entries without a clock, as `deploy.measure` takes it."""
+    known: dict[str, Any] = {"macs": {}, "activations": {}, "int8": set(), "sizes": {}}
+    for name, entry in entries.items():
+        known["macs"][name] = entry.macs
+        known["activations"][name] = entry.activations
+        if entry.on_integers:
+            known["int8"].add(name)
+        if entry.file_bytes is not None:
+            known["sizes"][name] = entry.file_bytes
+    return known
 
 
 def _job(spec: ModelSpec, takes: Given) -> Job:
