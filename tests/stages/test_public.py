@@ -9,7 +9,7 @@ from fedpress.core.examples import Arrays, Preprocess
 from fedpress.data import FederatedData
 from fedpress.errors import DataError
 from fedpress.models import ModelSpec
-from fedpress.stages.public import calibration
+from fedpress.stages.public import calibration, restore_norms_
 from fedpress.workspace.state import State
 
 
@@ -55,3 +55,22 @@ def test_an_empty_public_part_is_refused_with_the_cure():
         DataError, match=r"public part of the data is empty; set data\.public_share"
     ):
         calibration(state(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)), 64, 0)
+
+
+def test_norms_are_restored_to_the_mean_and_variance_of_the_examples():
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)) * 2 + 5
+    here = state(x, torch.arange(64) % 2)
+    norm = torch.nn.BatchNorm1d(3)
+    assert restore_norms_(torch.nn.Sequential(norm), here, here.data.public, batch=64) == 64
+    assert torch.allclose(norm.running_mean, x.mean(0))
+    assert torch.allclose(norm.running_var, x.var(0))
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_norms_stay_where_there_is_nothing_to_restore_them_from(empty):
+    here = state(torch.randn(8, 3), torch.arange(8) % 2)
+    norm = torch.nn.BatchNorm1d(3)
+    public = here.data.public.take(torch.arange(0)) if empty else None
+    assert restore_norms_(torch.nn.Sequential(norm), here, public, batch=4) == 0
+    assert restore_norms_(torch.nn.Linear(3, 2), here, here.data.public, batch=4) == 0
+    assert torch.equal(norm.running_mean, torch.zeros(3))
