@@ -1,8 +1,85 @@
-"""The errors of fedpress: each message is one sentence that names the place, what was got and the cure."""
+"""The errors of fedpress: each names a place, the problem there and a cure, and reads as one sentence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument that a cure tells to give; Python and the command line each write it in their own way.
+
+    Attributes:
+        name: of the argument in Python.
+        value: an example; a word in capitals stands for what the reader must choose. None: the name alone.
+    """
+
+    name: str
+    value: object = None
+
+    def __str__(self) -> str:
+        """Returns the argument as Python writes it.
+
+        >>> str(Argument("input_shape", (3, 32, 32))), str(Argument("data", "SOURCE")), str(Argument("out"))
+        ('input_shape=(3, 32, 32)', 'data=SOURCE', 'out=')
+        """
+        if self.value is None:
+            return f"{self.name}="
+        if isinstance(self.value, str) and not self.value.isupper():
+            return f'{self.name}="{self.value}"'
+        return f"{self.name}={self.value}"
+
+
+Words = str | Sequence[str | Argument]
+"""What a cure consists of: a sentence, or its parts where it names arguments."""
 
 
 class FedpressError(Exception):
-    """Base of every error that a user can act on; the command line shows it without a traceback and exits with 2."""
+    """Base of every error that a user can act on; the command line shows it without a traceback and exits with 2.
+
+    Attributes:
+        problem: what is wrong, with what was got and what was expected.
+        place: where: an argument, a key of a recipe, a field of a message or a file. Functions name their own
+            argument; whoever calls them for somebody else puts in its place what that person has written.
+        cure: what to do, such that it works when it is followed.
+
+    >>> error = FedpressError("got 0, expected a number above 0", place="clip_norm", cure="try 1.0")
+    >>> str(error)
+    'clip_norm: got 0, expected a number above 0; try 1.0'
+    >>> error.place = f"recipe.stage[2].privacy.{error.place}"
+    >>> str(error)
+    'recipe.stage[2].privacy.clip_norm: got 0, expected a number above 0; try 1.0'
+    """
+
+    def __init__(self, problem: str, *, place: str = "", cure: Words = "") -> None:
+        # Only `problem` goes to the base: pickle calls the class with it and then restores the fields from __dict__.
+        super().__init__(problem)
+        if not place and not cure:
+            place, problem, cure = _parts(problem)
+        self.place = place
+        self.problem = problem
+        self.cure = cure
+
+    def __str__(self) -> str:
+        """Returns the sentence `place: problem; cure`, with arguments as Python writes them."""
+        return self.told()
+
+    def told(self, write: Callable[[Argument], str] = str, *, place: str | None = None) -> str:
+        """Returns the sentence `place: problem; cure`.
+
+        Args:
+            write: how the reader writes an argument.
+            place: how the reader knows the place; None: as it is.
+        """
+        at = self.place if place is None else place
+        parts = [self.cure] if isinstance(self.cure, str) else self.cure
+        cure = "".join(write(part) if isinstance(part, Argument) else part for part in parts)
+        beginning = f"{at}: " if at else ""
+        end = f"; {cure}" if cure else ""
+        return f"{beginning}{self.problem}{end}"
 
 
 class RecipeError(FedpressError):
@@ -11,6 +88,10 @@ class RecipeError(FedpressError):
 
 class DataError(FedpressError):
     """Data is missing, corrupt, or too small for what was asked."""
+
+
+class PublicDataError(DataError):
+    """The public part of the data is empty or too small for what looks at it."""
 
 
 class ModelError(FedpressError):
@@ -45,13 +126,46 @@ class RunError(FedpressError):
     """A run folder is missing, belongs to another recipe, or cannot be written."""
 
 
-def did_you_mean(word: str, known: "list[str]") -> str:
+@contextmanager
+def renaming(keys: Mapping[str, str]) -> Iterator[None]:
+    """Puts what the caller's reader has written in the place of an argument, in errors that pass through.
+
+    Args:
+        keys: argument -> what the reader knows it by.
+
+    >>> with renaming({"clip_norm": "privacy.clip_norm"}):
+    ...     raise RecipeError("got 0", place="clip_norm", cure="try 1.0")
+    Traceback (most recent call last):
+        ...
+    fedpress.errors.RecipeError: privacy.clip_norm: got 0; try 1.0
+    """
+    try:
+        yield
+    except FedpressError as error:
+        word = re.split(r"[.\[]", error.place, maxsplit=1)[0]
+        if word in keys:
+            error.place = keys[word] + error.place[len(word) :]
+        raise
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
     """Returns `; did you mean 'x'?` for the nearest of the `known` words, or an empty string.
 
     >>> did_you_mean("epsilom", ["epsilon", "delta"])
     "; did you mean 'epsilon'?"
     """
-    from difflib import get_close_matches
+    from difflib import get_close_matches  # only a mistake needs it
 
     near = get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+_PLACE = re.compile(r"([\w.\[\]=-]+): ")
+
+
+def _parts(sentence: str) -> tuple[str, str, str]:
+    """Parts a sentence into place, problem and cure, for those who still raise one."""
+    at = _PLACE.match(sentence)
+    rest = sentence[at.end() :] if at else sentence
+    problem, _, cure = rest.partition("; ")
+    return (at[1] if at else ""), problem, cure

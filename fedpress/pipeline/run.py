@@ -9,11 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from fedpress.data import FederatedData
-from fedpress.errors import FedpressError, RunError
 from fedpress.nn.quantized import kept_entries, note_kept_zeros_, settle_
-from fedpress.pipeline.check import placed
 from fedpress.pipeline.keys import stage_keys
 from fedpress.pipeline.measure import MEASURED, measure
+from fedpress.pipeline.places import placed
 from fedpress.pipeline.recipe.settings import Recipe
 from fedpress.pipeline.result import write_result
 from fedpress.pipeline.start import first_state, parent_of, with_parent
@@ -91,12 +90,8 @@ def _do(
 ) -> Generator[Event, None, Done]:
     """Runs one stage from its last checkpoint, measures it, and saves it; `last` is the line before its own, if any."""
     began, before = time.perf_counter(), place.begin(records)
-    try:
+    with placed(place.index, stage):
         state = yield from stage.run(state, place)
-    except RunError:
-        raise
-    except FedpressError as error:
-        raise type(error)(placed(str(error), place.index, stage)) from error
     state = _settled(state)
     seconds = before + time.perf_counter() - began
     if last and stage.repeats_line:

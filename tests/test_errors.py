@@ -1,0 +1,75 @@
+"""Errors: fields that read as one sentence, survive a copy, and are renamed on the way up."""
+
+import copy
+import pickle
+
+import pytest
+
+from fedpress.errors import Argument, DivergedError, FedpressError, RecipeError, RunError, renaming
+from fedpress.pipeline.places import in_recipe, placed
+from fedpress.stages import FederateStage
+
+STAGE = FederateStage(kind="federate", name="tune", cohort=5)
+
+
+def test_fields_read_as_one_sentence():
+    error = RecipeError("got 0, expected a number above 0", place="clip_norm", cure="try 1.0")
+    assert str(error) == "clip_norm: got 0, expected a number above 0; try 1.0"
+    assert str(RecipeError("got 0", cure="try 1.0")) == "got 0; try 1.0"
+    assert str(RecipeError("got 0", place="clip_norm")) == "clip_norm: got 0"
+
+
+@pytest.mark.parametrize(
+    "again", [copy.copy, copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))]
+)
+def test_a_copy_keeps_class_and_fields(again):
+    cure = ("give ", Argument("data", "SOURCE"))
+    error = DivergedError("the loss is not finite", place="lr", cure=cure)
+    error.place = "recipe.stage[0].lr"
+    twin = again(error)
+    assert type(twin) is DivergedError
+    assert (twin.place, twin.problem, twin.cure) == (error.place, error.problem, cure)
+    assert str(twin) == "recipe.stage[0].lr: the loss is not finite; give data=SOURCE"
+
+
+def test_a_reader_writes_arguments_in_its_own_way():
+    error = RecipeError("not known", place="shape", cure=("such as ", Argument("shape", (3, 8))))
+    assert str(error) == "shape: not known; such as shape=(3, 8)"
+    told = error.told(lambda argument: f"--{argument.name}", place="--shape")
+    assert told == "--shape: not known; such as --shape"
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ("lr", "recipe.stage[1].lr"),
+        ("privacy.clip_norm", "recipe.stage[1].privacy.clip_norm"),
+        ("uplink[0].bits", "recipe.stage[1].uplink[0].bits"),
+        ("federate.lr", "recipe.stage[1].lr"),
+        ("stage.lr", "recipe.stage[1].lr"),
+        ("federate", "recipe.stage[1]"),
+        ("", "recipe.stage[1] (tune)"),
+        ("run/records.jsonl", "recipe.stage[1] (tune): run/records.jsonl"),
+        ("message.header", "recipe.stage[1] (tune): message.header"),
+    ],
+)
+def test_an_argument_becomes_the_key_of_its_stage(place, expected):
+    assert in_recipe(place, 1, STAGE) == expected
+
+
+def test_an_error_keeps_its_class_and_its_origin_when_it_is_placed():
+    keys = {"clip_norm": "privacy.clip_norm"}
+    with pytest.raises(DivergedError) as caught, placed(2, STAGE), renaming(keys):
+        raise DivergedError("got 0", place="clip_norm", cure="try 1.0")
+    assert caught.value.place == "recipe.stage[2].privacy.clip_norm"
+    assert caught.value.__cause__ is None
+
+
+def test_the_file_of_a_run_is_no_key_of_a_recipe():
+    with pytest.raises(RunError, match=r"^result.json: damaged"), placed(2, STAGE):
+        raise RunError("damaged", place="result.json", cure="delete it")
+
+
+def test_an_error_without_a_name_for_its_argument_is_left_alone():
+    with pytest.raises(FedpressError, match=r"^score: "), renaming({"clip_norm": "clip"}):
+        raise FedpressError("got 0", place="score", cure="try 'l1'")
