@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fedpress import compress, data
 from fedpress.core.random import derive, generator
 from fedpress.data import FederatedData
-from fedpress.pipeline.recipe.settings import load
+from fedpress.pipeline.recipe import load
 from fedpress.training.evaluate import evaluate
 
 RECIPE = """

@@ -15,9 +15,9 @@ import statistics
 import sys
 from pathlib import Path
 
+from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.keys import settings_of
-from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.start import load_data
 from fedpress.reports.html import write_report
 from fedpress.workspace.folder import RunFolder

@@ -10,7 +10,7 @@ from torch import nn
 from fedpress import data
 from fedpress.data import FederatedData
 from fedpress.models import ModelSpec, load_model
-from fedpress.pipeline.recipe.settings import load
+from fedpress.pipeline.recipe import load
 
 RECIPE = """
 [data]

@@ -27,7 +27,7 @@ from fedpress.core.examples import Arrays
 from fedpress.core.random import derive, generator
 from fedpress.data import FederatedData
 from fedpress.models.resnet import resnet_small
-from fedpress.pipeline.recipe.settings import load
+from fedpress.pipeline.recipe import load
 from fedpress.training.augment import Augment
 from fedpress.training.evaluate import evaluate
 from fedpress.training.fit import Fit

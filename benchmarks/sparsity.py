@@ -16,9 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.keys import settings_of
-from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.start import load_data
 from fedpress.workspace.folder import RunFolder
 

@@ -25,9 +25,9 @@ from fedpress.core.examples import Arrays, Preprocess
 from fedpress.data import FederatedData
 from fedpress.data.settings import DataSettings
 from fedpress.models import load_model
+from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.keys import settings_of
-from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.start import load_data
 from fedpress.workspace.folder import RunFolder
 

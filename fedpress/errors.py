@@ -148,16 +148,22 @@ def renaming(keys: Mapping[str, str]) -> Iterator[None]:
         raise
 
 
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """Returns `; did you mean 'x'?` for the nearest of the `known` words, or an empty string.
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """Returns `did you mean 'x'?` for the nearest of the `known` words, or an empty string.
 
-    >>> did_you_mean("epsilom", ["epsilon", "delta"])
-    "; did you mean 'epsilon'?"
+    >>> suggestion("epsilom", ["epsilon", "delta"])
+    "did you mean 'epsilon'?"
     """
     from difflib import get_close_matches  # only a mistake needs it
 
     near = get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    return f"did you mean '{near[0]}'?" if near else ""
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """Returns `; did you mean 'x'?`, to stand inside a sentence; see `suggestion`."""
+    near = suggestion(word, known)
+    return f"; {near}" if near else ""
 
 
 _PLACE = re.compile(r"([\w.\[\]=-]+): ")

@@ -8,10 +8,10 @@ import pytest
 
 from fedpress.errors import TrainingError
 from fedpress.federation import Client
+from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.keys import settings_of
-from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.start import load_data
 from fedpress.workspace.folder import RunFolder
 from tests.mixes import MIXES
@@ -245,7 +245,7 @@ def test_digits_stay_accurate_under_codes_both_ways_and_under_a_jointly_noised_s
     secure, tmp_path
 ):
     """On real digits a thirtieth of the bytes, or a server that sees only a noised sum, costs next to nothing."""
-    text = recipes.text("digits")
+    text = recipes.find("digits")
     text = text[: text.index('[[stage]]\nkind = "export"')]
     coded = [
         "stage.federate.privacy=none",

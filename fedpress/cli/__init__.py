@@ -176,7 +176,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Binds everything without training: sizes, bytes per round, noise, epsilon; exit code 2 if something is wrong."""
-    from fedpress.pipeline.recipe import settings as recipes
+    from fedpress.pipeline import recipe as recipes
 
     if schema:
         typer.echo(recipes.schema())
@@ -234,13 +234,13 @@ def list_recipes(
     copy: Annotated[str | None, typer.Option(help="Copy this recipe to NAME.toml here.")] = None,
 ) -> None:
     """Lists the shipped recipes; copies one to edit."""
-    from fedpress.pipeline.recipe import settings as recipes
+    from fedpress.pipeline import recipe as recipes
 
     if copy is None:
         for name in recipes.names():
-            typer.echo(f"{name}\n  {recipes.load(recipes.text(name)).description}")
+            typer.echo(f"{name}\n  {recipes.load(recipes.find(name)).description}")
         return
-    text, path = recipes.text(copy), Path(f"{copy}.toml")
+    text, path = recipes.find(copy), Path(f"{copy}.toml")
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fedpress.data import FederatedData
-    from fedpress.pipeline.recipe.settings import Recipe
+    from fedpress.pipeline.recipe import Recipe
     from fedpress.workspace.folder import RunFolder
 
 held = ExitStack()
@@ -54,9 +54,9 @@ def again(place: Path) -> str:
 
 def load(recipe: str, overrides: list[str] | None, data: Path | None) -> tuple[str, Recipe]:
     """Returns the recipe as TOML that stands alone, overrides and data in it, and the checked recipe."""
-    from fedpress.pipeline.recipe import settings as recipes
+    from fedpress.pipeline import recipe as recipes
 
-    text = recipes.text(recipe)
+    text = recipes.find(recipe)
     folder = (
         Path(recipe).resolve().parent
         if Path(recipe).is_file() and recipe not in recipes.names()
@@ -101,8 +101,8 @@ def take_up(
         RunError: if there is no run, or it was started with other settings.
         ModelError: if the recipe in the folder alone names functions, and this user has not started the run.
     """
+    from fedpress.pipeline import recipe as recipes
     from fedpress.pipeline.keys import settings_of
-    from fedpress.pipeline.recipe import settings as recipes
     from fedpress.workspace import started
     from fedpress.workspace.folder import RunFolder, read_json
 

@@ -116,6 +116,7 @@ def _command(kind: str) -> Callable[..., None]:
                 from fedpress.pipeline.commands.subject import Subject
                 from fedpress.pipeline.environment import note_environment
                 from fedpress.pipeline.keys import settings_of
+                from fedpress.pipeline.recipe import Override
                 from fedpress.reports.html import write_report
                 from fedpress.workspace.folder import RunFolder
 
@@ -136,7 +137,7 @@ def _command(kind: str) -> Callable[..., None]:
                     order = Order.bind(
                         kind,
                         subject,
-                        keys or (),
+                        [Override.parse(key) for key in keys or ()],
                         source=data,
                         path=path,
                         input_shape=shape,
@@ -218,7 +219,7 @@ def _numbers(text: str | None) -> object:
 
 def _show_keys(kind: str) -> None:
     from fedpress.cli import terminal
-    from fedpress.pipeline.recipe import settings as recipes
+    from fedpress.pipeline import recipe as recipes
 
     terminal.show_keys(terminal.console(quiet=False), recipes.keys(kind))
 
@@ -304,8 +305,8 @@ def sweep(
     allow_code(code)
     out_stream = terminal.console(quiet=as_json)
     with terminal.waiting(out_stream, "starting"):
+        from fedpress.pipeline import recipe as recipes
         from fedpress.pipeline import sweep as sweeps
-        from fedpress.pipeline.recipe import settings as recipes
         from fedpress.reports.sweep import sweep_table, write_sweep
         from fedpress.reports.table import as_rich
 

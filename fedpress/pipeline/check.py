@@ -9,7 +9,7 @@ from fedpress.compress import cost
 from fedpress.data import FederatedData
 from fedpress.pipeline.measure import macs_of
 from fedpress.pipeline.places import placed
-from fedpress.pipeline.recipe.settings import Recipe
+from fedpress.pipeline.recipe import Recipe
 from fedpress.pipeline.start import first_state, pair_of, with_parent
 
 

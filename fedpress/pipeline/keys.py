@@ -8,7 +8,7 @@ from typing import Any
 
 from fedpress import storage
 from fedpress.core.random import fingerprint
-from fedpress.pipeline.recipe.settings import Recipe
+from fedpress.pipeline.recipe import Recipe
 from fedpress.stages.teaching import saved_teacher
 
 ADDED_TO_DATA = ("classes", "words", "public_words", "unknown", "encoding", "decimal")

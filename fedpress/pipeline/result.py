@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import fedpress
-from fedpress.pipeline.recipe.settings import Recipe
+from fedpress.pipeline.recipe import Recipe
 from fedpress.stages.base import Stage
 from fedpress.tasks.judged import JUDGED
 from fedpress.workspace.folder import CURES, RunFolder, list_json, read_json

@@ -13,7 +13,7 @@ from fedpress.nn.quantized import kept_entries, note_kept_zeros_, settle_
 from fedpress.pipeline.keys import stage_keys
 from fedpress.pipeline.measure import MEASURED, measure
 from fedpress.pipeline.places import placed
-from fedpress.pipeline.recipe.settings import Recipe
+from fedpress.pipeline.recipe import Recipe
 from fedpress.pipeline.result import write_result
 from fedpress.pipeline.start import first_state, parent_of, with_parent
 from fedpress.privacy.ledger import Ledger

@@ -18,7 +18,7 @@ from fedpress.data.examples import Progress
 from fedpress.errors import RecipeError
 from fedpress.models import ModelSpec
 from fedpress.models.weights import load_weights_
-from fedpress.pipeline.recipe.settings import Recipe
+from fedpress.pipeline.recipe import Recipe
 from fedpress.workspace.state import Loader, State
 
 

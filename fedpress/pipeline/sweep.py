@@ -13,12 +13,12 @@ from typing import Any
 from fedpress.core.random import derive
 from fedpress.data import FederatedData
 from fedpress.errors import FedpressError, RecipeError
+from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.environment import environment, note_environment
 from fedpress.pipeline.keys import settings_of, stage_keys
-from fedpress.pipeline.recipe import settings as recipes
-from fedpress.pipeline.recipe.settings import Recipe
+from fedpress.pipeline.recipe import Recipe
 from fedpress.pipeline.start import load_data
 from fedpress.workspace import lock
 from fedpress.workspace.folder import RunFolder, read_json, write_json, writing
@@ -171,7 +171,10 @@ def _variants(
         error: str | None = None
         try:
             overrides = [*variant.overrides, *extra]
-            recipe, own = recipes.load(text, overrides), recipes.toml(recipes.tree(text, overrides))
+            recipe, own = (
+                recipes.load(text, overrides),
+                recipes.write(recipes.tree(text, overrides)),
+            )
             settings = settings_of(recipe)
             if (path / "settings.json").exists():
                 folder = RunFolder.resume(path, settings)

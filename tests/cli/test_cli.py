@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import fedpress as package
+from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.keys import settings_of
-from fedpress.pipeline.recipe import settings as recipes
 
 TRAIN_ONLY = "stage=[{kind='train', epochs=1, batch_size=64}]"
 COMMAND = [sys.executable, "-c", "from fedpress.cli import main; main()"]
@@ -454,7 +454,7 @@ def test_the_accountant_answers_without_loading_torch(tmp_path):
         "import sys; from fedpress import cli; sys.argv = sys.argv[1:]\n"
         "try: cli.main()\n"
         "except SystemExit as end: assert not end.code\n"
-        "heavy = {'torch', 'fedpress.pipeline.recipe.settings', 'fedpress.pipeline.run'}\n"
+        "heavy = {'torch', 'fedpress.pipeline.recipe', 'fedpress.pipeline.run'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     asked = "--sampling-prob 0.01 --noise-multiplier 1 --steps 100 --delta 1e-5 --json"

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from fedpress.errors import RecipeError
-from fedpress.pipeline.recipe import settings as recipes
+from fedpress.pipeline import recipe as recipes
 
 
 def said(text: str, *overrides: str) -> str:
@@ -14,12 +14,12 @@ def said(text: str, *overrides: str) -> str:
 
 @pytest.fixture(scope="module")
 def digits() -> str:
-    return recipes.text("digits")
+    return recipes.find("digits")
 
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_shipped_recipe_loads_under_its_own_name(name):
-    recipe = recipes.load(recipes.text(name))
+    recipe = recipes.load(recipes.find(name))
     assert recipe.name == name
     assert recipe.description
     assert [stage.kind for stage in recipe.stage].count("federate") == (name != "compress")
@@ -169,7 +169,7 @@ def test_did_you_mean_proposes_only_keys_of_that_place(digits):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("seed", "override 'seed': expected key=value, for instance"),
+        ("seed", "override 'seed': expected key=value; write for instance stage.2.num_rounds=5"),
         ("=1", "expected key=value"),
         ("seed.x=1", "seed is a single value, it has no key 'x'"),
         (
@@ -211,23 +211,23 @@ def test_text_that_is_no_toml_is_refused_with_its_line():
 
 def test_an_unknown_recipe_is_refused_with_the_nearest_name(tmp_path):
     with pytest.raises(RecipeError, match="no recipe 'digit'; did you mean 'digits'"):
-        recipes.text("digit")
+        recipes.find("digit")
     with pytest.raises(RecipeError, match=r"cannot read .*nowhere.toml.*No such file"):
-        recipes.text(str(tmp_path / "nowhere.toml"))
+        recipes.find(str(tmp_path / "nowhere.toml"))
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="cannot read"):
-        recipes.text(str(tmp_path / "bytes.toml"))
+        recipes.find(str(tmp_path / "bytes.toml"))
 
 
 def test_a_folder_of_the_same_name_does_not_hide_a_shipped_recipe(tmp_path, monkeypatch):
     (tmp_path / "digits").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert 'name = "digits"' in recipes.text("digits")
+    assert 'name = "digits"' in recipes.find("digits")
 
 
 def test_a_recipe_is_read_from_a_file_of_any_name(tmp_path):
     (tmp_path / "mine").write_text("x = 1")
-    assert recipes.text(str(tmp_path / "mine")) == "x = 1"
+    assert recipes.find(str(tmp_path / "mine")) == "x = 1"
 
 
 def test_the_schema_is_json_and_knows_every_stage():
@@ -305,4 +305,4 @@ def test_habits_of_other_formats_are_told_with_their_cure(text, cure):
 def test_utf_16_without_its_mark_is_named(tmp_path):
     (tmp_path / "r.toml").write_bytes("seed = 1".encode("utf-16-le"))
     with pytest.raises(RecipeError, match=r"looks like UTF-16.*saved as UTF-8"):
-        recipes.text(str(tmp_path / "r.toml"))
+        recipes.find(str(tmp_path / "r.toml"))

@@ -14,11 +14,11 @@ import torch
 
 from fedpress.errors import FedpressError, ModelError, RecipeError, RunError, TrainingError
 from fedpress.models import load_model
+from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.environment import note_environment
 from fedpress.pipeline.keys import settings_of
-from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.tasks.judged import JUDGED
 from fedpress.workspace.folder import RunFolder, StageFolder

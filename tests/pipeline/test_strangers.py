@@ -12,9 +12,9 @@ from fedpress.core import consent
 from fedpress.errors import ModelError
 from fedpress.models import ModelSpec, save_model
 from fedpress.pipeline import commands
+from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.keys import settings_of
-from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.start import load_data
 from fedpress.workspace import started
 from fedpress.workspace.folder import RunFolder

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fedpress.models import load_model
+from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.keys import settings_of
-from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.start import load_data
 from fedpress.workspace.folder import RunFolder
 

@@ -8,10 +8,10 @@ from fedpress import storage
 from fedpress.core.examples import Preprocess
 from fedpress.errors import ModelError, RecipeError, TrainingError
 from fedpress.models import load_model, save_model
+from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.keys import settings_of, stage_keys
-from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.start import first_state, load_data, with_parent
 from fedpress.stages.teaching import _restandardised
 from fedpress.stages.train import TrainStage

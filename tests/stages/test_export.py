@@ -11,11 +11,11 @@ from fedpress.compress.cost import state_bytes
 from fedpress.errors import DataError, ExportError, ModelError, RecipeError
 from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
 from fedpress.nn.quantized import quantize_layers_
+from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.measure import measure
-from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.result import take_accuracy_of_files_
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.export import ExportStage, _difference

@@ -11,9 +11,9 @@ import torch
 from fedpress import deploy, storage
 from fedpress.data import Preparation, prepare
 from fedpress.errors import RunError
+from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.keys import settings_of
-from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.start import load_data
 from fedpress.workspace.folder import RunFolder
 

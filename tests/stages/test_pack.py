@@ -6,10 +6,10 @@ import torch
 from fedpress import storage
 from fedpress.errors import ModelError
 from fedpress.models import load_model
+from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.keys import settings_of
-from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.pack import PackStage
 from fedpress.workspace.folder import RunFolder

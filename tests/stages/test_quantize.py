@@ -13,7 +13,7 @@ from fedpress.nn.quantized import kept_entries, quantized_layers
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.keys import settings_of
-from fedpress.pipeline.recipe.settings import load
+from fedpress.pipeline.recipe import load
 from fedpress.pipeline.start import load_data
 from fedpress.stages.quantize import QuantizeStage
 from fedpress.storage import pack, unpack

@@ -10,7 +10,7 @@ from fedpress.compress.sparse import find_weights
 from fedpress.core.examples import Arrays
 from fedpress.errors import DataError, FedpressError, RecipeError
 from fedpress.models import load_model
-from fedpress.pipeline.recipe.settings import load
+from fedpress.pipeline.recipe import load
 from fedpress.pipeline.start import load_data
 from fedpress.stages.sparsify import SparsifyStage
 from fedpress.training.fit import Fit, Step

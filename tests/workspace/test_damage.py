@@ -8,10 +8,10 @@ import pytest
 
 from fedpress import storage
 from fedpress.errors import FedpressError, RunError
+from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.environment import environment, note_environment
 from fedpress.pipeline.keys import settings_of
-from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.start import load_data
 from fedpress.reports.html import write_report
 from fedpress.workspace.folder import RunFolder

@@ -22,11 +22,12 @@ from fedpress.errors import ModelError
 from fedpress.models import memory
 from fedpress.pipeline.commands import several
 from fedpress.pipeline.commands.given import in_memory
-from fedpress.pipeline.commands.order import Given, Order, Result, as_words
+from fedpress.pipeline.commands.order import Given, Order, Result
 from fedpress.pipeline.commands.subject import Subject, holding
 from fedpress.pipeline.commands.wording import naming_arguments
 from fedpress.pipeline.environment import note_environment
 from fedpress.pipeline.keys import settings_of
+from fedpress.pipeline.recipe import Override
 from fedpress.stages.table import Row, commands
 from fedpress.workspace.folder import RunFolder
 
@@ -109,15 +110,12 @@ def call(
             settings["teacher"] = memory.TEACHER + stack.enter_context(
                 memory.holding(settings["teacher"])
             )
-        held = (
-            None
-            if data is None or isinstance(data, str)
-            else _held(data, subject, given, as_words(settings))
-        )
+        keys = [Override.of(key, value) for key, value in settings.items()]
+        held = None if data is None or isinstance(data, str) else _held(data, subject, given, keys)
         order = Order.bind(
             kind,
             subject,
-            as_words(settings),
+            keys,
             source=data if isinstance(data, str) else None,
             path=Path(path) if path is not None else None,
             input_shape=shape,
@@ -176,7 +174,9 @@ def _of_several(
     return replace(result, model=result.model.model)
 
 
-def _held(data: Any, subject: Subject, given: Given | None, keys: Sequence[str]) -> FederatedData:
+def _held(
+    data: Any, subject: Subject, given: Given | None, keys: Sequence[Override]
+) -> FederatedData:
     """Makes a data set of what is in memory.
 
     Raises:

@@ -19,12 +19,12 @@ from fedpress.data.examples import Progress
 from fedpress.errors import DataError, FedpressError, ModelError, RecipeError, RunError
 from fedpress.models import ModelSpec, memory
 from fedpress.models.memory import HELD
+from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.commands.subject import NOTHING, Outputs, Subject, outputs_of
 from fedpress.pipeline.measure import measure
-from fedpress.pipeline.recipe import settings as recipes
-from fedpress.pipeline.recipe.settings import Recipe
+from fedpress.pipeline.recipe import Override, Recipe
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.table import commands
 from fedpress.workspace.folder import CURES, RunFolder, list_json, read_json
@@ -56,7 +56,7 @@ class Order:
         cls,
         kind: str,
         subject: Subject,
-        keys: Sequence[str] = (),
+        keys: Sequence[Override] = (),
         *,
         source: str | None = None,
         path: Path | None = None,
@@ -69,7 +69,7 @@ class Order:
         Args:
             kind: of the stage.
             subject: the model.
-            keys: `key=value` of the stage, or of the recipe: `seed=1`, `data.validation=500`, `model.arguments.n=8`.
+            keys: of the stage, or of the recipe: `seed=1`, `data.validation=500`, `model.arguments.n=8`.
             source: of the data; by default that of the run that left the model, else none.
             path: of the data.
             input_shape: of one example, for an architecture without data.
@@ -122,10 +122,11 @@ class Order:
             )
         tree = {"name": kind, "seed": seed, "data": data, "model": subject.model, "stage": [stage]}
         overrides = [
-            key if key.split("=")[0].split(".")[0] in TOP else f"stage.0.{key}" for key in keys
+            key if key.key.split(".")[0] in TOP else replace(key, key=f"stage.0.{key.key}")
+            for key in keys
         ]
         with _spoken(kind, data["source"]):
-            recipe = recipes.load(recipes.toml(tree), overrides)
+            recipe = recipes.load(recipes.write(tree), overrides)
             if row.wants_one_of and not any(_given(keys, key) for key in row.wants_one_of):
                 wanted = ", ".join(row.wants_one_of)
                 raise RecipeError(
@@ -134,7 +135,7 @@ class Order:
                 )
             return cls(
                 kind,
-                recipes.toml(recipes.tree(recipes.toml(tree), overrides)),
+                recipes.write(recipes.tree(recipes.write(tree), overrides)),
                 recipe,
                 subject.spec,
                 asks,
@@ -363,11 +364,11 @@ class _spoken:
             raise type(error)(said) from error
 
 
-def _given(keys: Sequence[str], key: str) -> bool:
-    return any(word.partition("=")[0] == key for word in keys)
+def _given(keys: Sequence[Override], key: str) -> bool:
+    return any(override.key == key for override in keys)
 
 
-def _shape(subject: Subject, keys: Sequence[str], shape: tuple[int, ...] | None) -> str:
+def _shape(subject: Subject, keys: Sequence[Override], shape: tuple[int, ...] | None) -> str:
     """Says what an example of a model without data looks like, and the number of classes, as `no_data` takes them."""
     if subject.spec is not None:
         saved = subject.spec
@@ -383,15 +384,3 @@ def _shape(subject: Subject, keys: Sequence[str], shape: tuple[int, ...] | None)
     if model is not None:
         found = outputs_of(model, shape)
     return f"{'x'.join(map(str, shape))}:{found.classes}{':int64' if found.tokens else ''}"
-
-
-def as_words(settings: Mapping[str, Any]) -> list[str]:
-    """Returns Python values as the `key=value` of a command line.
-
-    >>> as_words({"keep_params": 0.3, "finetune": {"epochs": 2}, "score": "l2"})
-    ['keep_params=0.3', 'finetune={epochs = 2}', 'score="l2"']
-    """
-    return [
-        f"{key}={'none' if value is None else recipes.toml_value(value)}"
-        for key, value in settings.items()
-    ]

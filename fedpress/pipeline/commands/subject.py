@@ -19,7 +19,8 @@ from fedpress.data import FederatedData
 from fedpress.errors import DataError, ModelError, did_you_mean
 from fedpress.models import ARCHITECTURES, ModelSpec, memory
 from fedpress.models.memory import Named
-from fedpress.pipeline.recipe import settings as recipes
+from fedpress.pipeline import recipe as recipes
+from fedpress.pipeline.recipe import Override
 from fedpress.workspace.folder import read_json
 
 NOTHING = "fedpress.commands.subject:no_data"  # as files have it, see `own_modules.MOVED`
@@ -81,13 +82,12 @@ class Subject:
         extra = {"weights": str(Path(weights).resolve())} if weights is not None else {}
         return cls({"architecture": name, **extra})
 
-    def fresh(self, keys: Sequence[str]) -> nn.Module | None:
+    def fresh(self, keys: Sequence[Override]) -> nn.Module | None:
         """Builds an architecture with fresh weights and the arguments in `keys`; None for a saved model."""
         if self.spec is not None:
             return None
-        table = recipes.overridden(
-            self.model, [key.removeprefix("model.") for key in keys if key.startswith("model.")]
-        )
+        own = [key for key in keys if key.key.startswith("model.")]
+        table = recipes.overridden({"model": self.model}, own)["model"]
         spec = ModelSpec(
             architecture=table["architecture"],
             arguments=table.get("arguments", {}),

@@ -1,1 +1,22 @@
-"""The recipe: TOML text becomes checked settings."""
+"""The recipe: TOML text and overrides become frozen, checked settings; every mistake is one sentence with its cure."""
+
+from fedpress.pipeline.recipe.load import effective, load, tree
+from fedpress.pipeline.recipe.overrides import Override, overridden
+from fedpress.pipeline.recipe.settings import ModelSettings, Recipe, keys, schema
+from fedpress.pipeline.recipe.text import find, in_one_line, names, write
+
+__all__ = [
+    "ModelSettings",
+    "Override",
+    "Recipe",
+    "effective",
+    "find",
+    "in_one_line",
+    "keys",
+    "load",
+    "names",
+    "overridden",
+    "schema",
+    "tree",
+    "write",
+]

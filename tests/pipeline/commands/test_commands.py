@@ -14,11 +14,12 @@ from fedpress import storage
 from fedpress.errors import FedpressError, ModelError
 from fedpress.models.weights import load_weights_
 from fedpress.pipeline import commands
+from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.commands.subject import Subject
 from fedpress.pipeline.keys import settings_of
-from fedpress.pipeline.recipe import settings as recipes
+from fedpress.pipeline.recipe import Override
 from fedpress.pipeline.start import load_data
 from fedpress.stages.table import STAGES
 from fedpress.workspace.folder import RunFolder
@@ -225,7 +226,9 @@ def test_what_is_wrong_is_said_in_one_sentence_by_the_names_of_the_command(
 
 def test_a_killed_command_goes_on_where_it_was(fedpress, trained, left, tmp_path):
     subject = Subject.find(trained)
-    order = commands.Order.bind("train", subject, ["epochs=3", "batch_size=32"])
+    order = commands.Order.bind(
+        "train", subject, [Override.parse("epochs=3"), Override.parse("batch_size=32")]
+    )
     data = order.load_data()
     for place, stop in (("whole", None), ("killed", 9)):
         folder = RunFolder.create(tmp_path / place, order.text, settings_of(order.recipe))
@@ -270,7 +273,7 @@ def test_models_of_other_inputs_are_measured_apart(trained):
 
 @pytest.mark.recipe
 def test_the_shipped_chain_loses_little_and_ends_small(tmp_path):
-    text = recipes.text("compress")
+    text = recipes.find("compress")
     recipe = recipes.load(text)
     assert (
         recipe.stage[-1].kind == "measure"

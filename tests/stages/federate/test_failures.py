@@ -7,9 +7,9 @@ from fedpress.core import parameters
 from fedpress.errors import TrainingError
 from fedpress.federation.client_state import InMemoryState
 from fedpress.federation.failures import Tally
+from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.keys import settings_of
-from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.reports import write_report
 from fedpress.reports.table import failure_table, stage_table

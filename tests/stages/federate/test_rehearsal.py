@@ -5,8 +5,8 @@ import torch
 
 from fedpress.core.examples import Arrays
 from fedpress.errors import RecipeError
+from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.check import check_recipe
-from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.start import load_data
 from fedpress.stages.federate.rehearsal import _examples
 from tests.stages.own_data import Embeds, privacy, recipe

@@ -13,10 +13,10 @@ from fedpress.compress import SCORES, PruningPlan
 from fedpress.errors import DataError, ModelError, RecipeError, TrainingError
 from fedpress.models import load_model
 from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
+from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.keys import settings_of
-from fedpress.pipeline.recipe import settings as recipes
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.prune.stage import PruneStage
 from fedpress.workspace.folder import RunFolder

@@ -1,0 +1,71 @@
+"""From text and overrides to checked settings, and to the text that stands alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedpress.pipeline.recipe.mistakes import check_values, first_mistake
+from fedpress.pipeline.recipe.overrides import Override, name_stages_, overridden
+from fedpress.pipeline.recipe.settings import Recipe
+from fedpress.pipeline.recipe.text import anchor_, parse, write
+
+
+def load(toml: str, overrides: Sequence[str | Override] = ()) -> Recipe:
+    """Reads TOML text, applies `overrides` such as `stage.2.num_rounds=5`, and checks everything.
+
+    A stage without a name gets that of its kind, with a number behind if it is taken.
+
+    Raises:
+        RecipeError: if the text is no TOML, an override has no place, or a setting is wrong.
+    """
+    found = tree(toml, overrides)
+    check_values(found, "recipe")
+    try:
+        return Recipe.model_validate(found)
+    except ValidationError as error:
+        raise first_mistake(error, found) from error
+
+
+def tree(toml: str, overrides: Sequence[str | Override] = ()) -> dict[str, Any]:
+    """Reads TOML text and applies `overrides`; nothing is checked yet.
+
+    Raises:
+        RecipeError: if the text is no TOML, or an override has no place.
+    """
+    found = parse(toml)
+    name_stages_(found)
+    found = overridden(found, overrides)
+    name_stages_(found)  # also those that an override has put in
+    return found
+
+
+def effective(
+    text: str, overrides: Sequence[str | Override] = (), *, folder: Path | None = None
+) -> str:
+    """Returns the TOML that stands alone: with the overrides in it, and its relative paths counted from `folder`.
+
+    It is `text` itself, with its comments, if that says the same already.
+
+    Args:
+        text: of a recipe.
+        overrides: such as `stage.2.num_rounds=5`; paths in them count from the present folder.
+        folder: where the recipe file lies; None for one that came from no file.
+
+    Raises:
+        RecipeError: if the text is no TOML, or an override has no place.
+    """
+    plain = tree(text)
+    anchored = copy.deepcopy(plain)
+    if folder is not None:
+        anchor_(anchored, folder)
+    if anchored == plain and not overrides:
+        return text
+    changed = overridden(anchored, overrides)
+    anchor_(changed, Path.cwd())
+    name_stages_(changed)
+    return write(changed)

@@ -1,0 +1,124 @@
+"""Mistakes in a recipe: what pydantic found, said with its place and its cure."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedpress.errors import RecipeError, suggestion
+from fedpress.pipeline.recipe.settings import Recipe
+
+
+def check_values(node: Any, place: str) -> None:
+    """Refuses what TOML can say and a setting cannot be: inf, nan, and dates.
+
+    Raises:
+        RecipeError: naming the first such value below `place`.
+    """
+    if isinstance(node, float) and not math.isfinite(node):
+        raise RecipeError(
+            f"expected a finite number, got {node}", place=place, cure="write a number"
+        )
+    if isinstance(node, datetime.date | datetime.time):
+        raise RecipeError(
+            f"no setting is a date or time, got {node}", place=place, cure="put words in quotes"
+        )
+    if isinstance(node, dict):
+        for key, child in node.items():
+            check_values(child, f"{place}.{key}")
+    if isinstance(node, list):
+        for position, child in enumerate(node):
+            check_values(child, f"{place}[{position}]")
+
+
+def first_mistake(error: ValidationError, tree: dict[str, Any]) -> RecipeError:
+    """Returns the first mistake that pydantic found in `tree`, and how many more there are.
+
+    An unknown key goes before the rest, since a misspelt key is also missing.
+    """
+    found = error.errors(include_url=False)
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
+    # A list of which a part is wrong is also called too short: that follows from it, and is no mistake of its own.
+    own = [e for e in found if not any(_inside(other["loc"], e["loc"]) for other in found)]
+    more = len({_place(e, tree) for e in own}) - 1
+    problem, cure = _complaint(first)
+    if more and cure:
+        cure += f" ({more} more)"
+    elif more:
+        problem += f" ({more} more)"
+    return RecipeError(problem, place=_place(first, tree), cure=cure)
+
+
+def _inside(inner: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
+    return len(inner) > len(outer) and inner[: len(outer)] == outer
+
+
+def _complaint(error: Any) -> tuple[str, str]:
+    """Returns what is wrong, and the cure."""
+    kind, loc, value = error["type"], error["loc"], error["input"]
+    if kind == "extra_forbidden":
+        known = [key for key in _schema_at(loc[:-1]).get("properties", {}) if key != loc[-1]]
+        return "no such key", suggestion(str(loc[-1]), known) or "see fedpress check --schema"
+    if kind == "missing":
+        return "this key is missing", "add it (fedpress check --schema lists all keys)"
+    if kind.startswith("union_tag"):
+        known = list(_schema_at(loc)["discriminator"]["mapping"])
+        every = ", ".join(known)
+        if kind == "union_tag_not_found":
+            return "this key is missing", f"add it (one of {every})"
+        tag = str(error["ctx"]["tag"])
+        return f"there is no '{tag}'", suggestion(tag, known) or f"choose one of {every}"
+    if kind == "value_error":  # raised by our own validators, as `problem; cure`
+        problem, _, cure = str(error["ctx"]["error"]).partition("; ")
+        return problem[0].lower() + problem[1:], cure
+    message = error["msg"]
+    near = ""
+    if kind == "literal_error":
+        near = suggestion(str(value), error["ctx"]["expected"].split("'")[1::2])
+    return f"{message[0].lower()}{message[1:]}, got {_short(value)}", near
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def _place(error: Any, tree: Any) -> str:
+    """`("stage", 2, "federate", "lr")` -> `recipe.stage[2].lr`: the name of a union's row is no key of the recipe."""
+    place, node, kind = "recipe", tree, error["type"]
+    *above, last = error["loc"] or ("",)
+    for part in (*above, last):
+        if isinstance(part, int):
+            place += f"[{part}]"
+            node = node[part] if isinstance(node, list) and part < len(node) else None
+        elif isinstance(node, dict) and (part in node or (kind == "missing" and part is last)):
+            place += f".{part}"
+            node = node.get(part)
+    return place + (
+        f".{error['ctx']['discriminator'].strip(chr(39))}" if kind.startswith("union_tag") else ""
+    )
+
+
+def _schema_at(loc: tuple[int | str, ...]) -> dict[str, Any]:
+    """The part of the JSON schema that describes the place of an error; empty if there is none."""
+    full: dict[str, Any] = Recipe.model_json_schema()
+
+    def open_(node: dict[str, Any]) -> dict[str, Any]:
+        for part in node.get("anyOf", ()):  # a table or null
+            if "$ref" in part or "discriminator" in part:
+                node = part
+        return full["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
+
+    node = open_(full)
+    for part in loc:
+        mapping = node.get("discriminator", {}).get("mapping", {})
+        if part in mapping:
+            node = open_({"$ref": mapping[part]})
+        elif isinstance(part, int):
+            node = open_(node.get("items", {}))
+        else:
+            node = open_(node.get("properties", {}).get(part, {}))
+    return node

@@ -1,0 +1,155 @@
+"""Overrides: `stage.2.num_rounds=5` puts a value in its place of a recipe."""
+
+from __future__ import annotations
+
+import copy
+import tomllib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from fedpress.core import limits
+from fedpress.errors import RecipeError
+from fedpress.pipeline.recipe.text import SHORTEN, TOO_DEEP, check_depth, plain
+
+
+@dataclass(frozen=True)
+class Override:
+    """One key of a recipe and its new value.
+
+    Attributes:
+        key: where, such as `stage.2.num_rounds`; a stage by number, name, or a kind that only one has.
+        value: plain numbers, words, lists and tables; None unsets the key.
+        text: as the user wrote it.
+    """
+
+    key: str
+    value: Any
+    text: str
+
+    @classmethod
+    def parse(cls, text: str) -> Override:
+        """Reads `key=value`: values as in TOML, `none` unsets a key, anything else is a word.
+
+        Raises:
+            RecipeError: if there is no key, or the value is nested too deep.
+
+        >>> Override.parse("stage.2.lr=0.1").value, Override.parse("name=none").value
+        (0.1, None)
+        """
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise RecipeError(
+                "expected key=value",
+                place=f"override '{text}'",
+                cure="write for instance stage.2.num_rounds=5 or seed=1",
+            )
+        return cls(key, _value(value), text)
+
+    @classmethod
+    def of(cls, key: str, value: Any) -> Override:
+        """Returns the override for a value from Python.
+
+        >>> Override.of("keep", ("conv1", "fc")).value
+        ['conv1', 'fc']
+        """
+        return cls(key, None if value is None else plain(value), key)
+
+    @property
+    def place(self) -> str:
+        """How an error calls it."""
+        text = self.text
+        return f"override '{text}'" if len(text) < 100 else f"override '{text[:40]}...'"
+
+
+def overridden(tree: dict[str, Any], overrides: Sequence[str | Override]) -> dict[str, Any]:
+    """Returns a copy of `tree` with `overrides` such as `seed=1` in it.
+
+    Raises:
+        RecipeError: if one has no place.
+    """
+    tree = copy.deepcopy(tree)
+    for override in overrides:
+        _override_(tree, Override.parse(override) if isinstance(override, str) else override)
+    return tree
+
+
+def name_stages_(tree: dict[str, Any]) -> None:
+    """Names every stage without a name after its kind, with a number behind it where that is taken."""
+    stages = tree.get("stage")
+    if not isinstance(stages, list):
+        return
+    tables = [stage for stage in stages if isinstance(stage, dict)]
+    taken = {stage.get("name") for stage in tables if isinstance(stage.get("name"), str)}
+    for stage in tables:
+        kind = stage.get("kind")
+        if "name" not in stage and isinstance(kind, str):
+            stage["name"] = _free_name(kind, taken)
+            taken.add(stage["name"])
+
+
+def _free_name(kind: str, taken: Collection[str | None]) -> str:
+    if kind not in taken:
+        return kind
+    return next(f"{kind}-{i}" for i in count(2) if f"{kind}-{i}" not in taken)
+
+
+def _override_(tree: dict[str, Any], override: Override) -> None:
+    words = override.key.split(".")
+    if limits.above("depth", len(words)):
+        raise RecipeError(TOO_DEEP, place=override.place, cure=SHORTEN)
+    node: Any = tree
+    for position, word in enumerate(words):
+        at = ".".join(words[:position])
+        if not isinstance(node, list | dict):
+            raise RecipeError(
+                f"{at} is a single value, it has no key '{word}'",
+                place=override.place,
+                cure=f"set {at} itself",
+            )
+        key: Any = _index(node, word, at, override) if isinstance(node, list) else word
+        if position + 1 == len(words):
+            node[key] = override.value
+        elif isinstance(node, dict):
+            node = node.setdefault(key, {})
+        else:
+            node = node[key]
+
+
+def _index(items: list[Any], key: str, at: str, override: Override) -> int:
+    """The position in a list that `key` names: its number, the stage's name, or a kind that only one stage has."""
+    tables = [(i, item) for i, item in enumerate(items) if isinstance(item, dict)]
+    for word in ("name", "kind"):
+        named = [i for i, item in tables if item.get(word) == key]
+        if len(named) > 1:
+            known = " or ".join(str(items[i].get("name", i)) for i in named)
+            raise RecipeError(
+                f"{at}.{key} is more than one",
+                place=override.place,
+                cure=f"write {known} in its place",
+            )
+        if named:
+            return named[0]
+    if key.isascii() and key.isdigit() and int(key) < len(items):
+        return int(key)
+    known = f"numbered from 0 to {len(items) - 1}"
+    if words := [str(item["name"]) for _, item in tables if "name" in item]:
+        known += f", or named {', '.join(words)}"
+    raise RecipeError(f"there is no {at}.{key}", place=override.place, cure=f"they are {known}")
+
+
+def _value(text: str) -> Any:
+    """`5`, `0.1`, `true`, `[1, 2]` and `{a = 1}` as in TOML; `none` unsets a key; anything else is a word."""
+    if text == "none":
+        return None
+    try:
+        found = tomllib.loads(f"x = {text}")
+    except RecursionError as error:
+        place = f"override '{text[:40]}...'"
+        raise RecipeError(TOO_DEEP, place=place, cure=SHORTEN) from error
+    except ValueError:
+        return text
+    check_depth(found)
+    # A line break in the text could smuggle in a second key: then it is a word.
+    return found["x"] if len(found) == 1 else text

@@ -1,0 +1,251 @@
+"""The text of a recipe: where it lies, how it is read, and how it is written."""
+
+from __future__ import annotations
+
+import codecs
+import re
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedpress.core import limits
+from fedpress.errors import RecipeError, did_you_mean
+from fedpress.models.memory import TEACHER
+from fedpress.stages.table import STAGES
+
+MODEL_KEYS = {key: words for row in STAGES for key, words in row.load().saved_models.items()}
+"""Keys of stages that may hold the path of a saved model, with the words that are none."""
+
+TOO_DEEP = "lists and tables lie too deep inside each other"
+SHORTEN = "no setting needs that, so close a bracket or shorten a key"
+
+
+def names() -> list[str]:
+    """Returns the names of the recipes that come with fedpress."""
+    return sorted(
+        p.name.removesuffix(".toml") for p in _shipped().iterdir() if p.name.endswith(".toml")
+    )
+
+
+def find(name_or_path: str) -> str:
+    """Returns the TOML text of a shipped recipe or of a file; a shipped name goes first.
+
+    Raises:
+        RecipeError: if there is neither.
+    """
+    path = Path(name_or_path)
+    if name_or_path in names():
+        return (_shipped() / f"{name_or_path}.toml").read_text("utf-8")
+    if path.suffix == ".toml" or path.is_file():
+        return _read(path)
+    if (path / "settings.json").is_file():
+        raise RecipeError(
+            f"'{path}' is the folder of a run",
+            place="recipe",
+            cure=f"go on with it by --resume {path}, or run its recipe again: {path / 'recipe.toml'}",
+        )
+    hint = did_you_mean(name_or_path, names())
+    raise RecipeError(
+        f"no recipe '{name_or_path}'{hint}",
+        place="recipe",
+        cure=f"known are {', '.join(names())}, or give a .toml file",
+    )
+
+
+def _read(path: Path) -> str:
+    """Reads a file that is UTF-8, or says by its first bytes that it is UTF-16, as Windows editors write it."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(
+            f"cannot read '{path}' ({error.strerror})",
+            place="recipe",
+            cure="give the path of a TOML file",
+        ) from error
+    utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if not utf_16 and b"\0" in data:
+        what = (
+            "it looks like UTF-16"
+            if data.count(0) > len(data) // 3
+            else "it holds bytes that are no text"
+        )
+        raise RecipeError(
+            f"cannot read '{path}' ({what})",
+            place="recipe",
+            cure="give a TOML file that is saved as UTF-8",
+        )
+    try:
+        return data.decode("utf-16" if utf_16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise RecipeError(
+            f"cannot read '{path}' (line {line} is not UTF-8, which TOML must be)",
+            place="recipe",
+            cure="save it as UTF-8",
+        ) from error
+
+
+def parse(toml: str) -> dict[str, Any]:
+    """Reads TOML; what its keys mean is not looked at.
+
+    Raises:
+        RecipeError: if it is no TOML, saying what to do about frequent mistakes.
+    """
+    try:
+        found = tomllib.loads(toml)
+    except RecursionError as error:
+        raise RecipeError(TOO_DEEP, place="recipe", cure=SHORTEN) from error
+    except ValueError as error:  # also a whole number of thousands of digits
+        cure = _cure(toml, str(error))
+        raise RecipeError(f"not valid TOML: {error}", place="recipe", cure=cure) from error
+    check_depth(found)
+    if isinstance(found.get("stage"), dict):
+        raise RecipeError(
+            "one [stage] in single brackets",
+            place="recipe.stage",
+            cure="stages are a list, so write [[stage]]",
+        )
+    for name in ("data", "model"):
+        if isinstance(found.get(name), list):
+            raise RecipeError(
+                "it is a list",
+                place=f"recipe.{name}",
+                cure=f"there is one only, so write [{name}] with single brackets",
+            )
+    return found
+
+
+def check_depth(tree: Any) -> None:
+    """Refuses tables and lists that no setting needs.
+
+    Raises:
+        RecipeError: if they lie too deep inside each other.
+    """
+    if said := limits.above("depth", limits.depth(tree)):
+        raise RecipeError(TOO_DEEP, place="recipe", cure=f"{SHORTEN} ({said})")
+
+
+def _cure(toml: str, problem: str) -> str:
+    """Says what to do about frequent mistakes in TOML."""
+    at = re.search(r"at line (\d+)", problem)
+    lines = toml.splitlines()
+    line = lines[int(at[1]) - 1] if at and int(at[1]) <= len(lines) else ""
+    if re.search(r"[\u201c\u201d\u201e\u2018\u2019]", line):
+        return "write plain quotes, \" or ', in that line"
+    if "escape" in problem or ("\\" in line and "Invalid hex" in problem):
+        return "write that path in 'single quotes', or with / in place of \\"
+    if re.search(r"Cannot declare \('stage'", problem) or re.fullmatch(
+        r"\s*\[stage\]\s*(#.*)?", line
+    ):
+        return "stages are a list: write [[stage]] with two brackets each time"
+    if re.search(r"=\s*(True|False|None)\b", line):
+        return "write true and false in small letters, and leave out a key that has no value"
+    if re.search(r"=\s*-?\d+,\d+\s*(#.*)?$", line):
+        return "write decimals with a point"
+    if re.search(r"=\s*[A-Za-z_][\w./:-]*\s*(#.*)?$", line):
+        return "put words in quotes"
+    if toml.lstrip().startswith("{"):
+        return "this is JSON; write TOML: tables such as [data], and key = value"
+    if re.match(r"\s*[\w-]+:(\s|$)", line):
+        return "this looks like YAML; write TOML: tables such as [data], and key = value"
+    return "correct that place"
+
+
+def write(tree: dict[str, Any]) -> str:
+    """Writes plain values as TOML, one line for each key and one block for each stage; what is None is left out.
+
+    >>> print(write({"seed": 1, "data": {"source": "digits", "path": None}, "stage": [{"kind": "train"}]}))
+    seed = 1
+    <BLANKLINE>
+    [data]
+    source = "digits"
+    <BLANKLINE>
+    [[stage]]
+    kind = "train"
+    <BLANKLINE>
+    """
+    # tomli-w decides by the length of a list whether its tables become blocks; a stage always is one.
+    top: dict[str, Any] = {}
+    blocks: list[str] = []
+    for key, value in plain(tree).items():
+        if key == "stage":
+            blocks += [f"[[stage]]\n{_lines(stage)}" for stage in value]
+        elif isinstance(value, dict):
+            blocks.append(f"[{_key(key)}]\n{_lines(value)}")
+        else:
+            top[key] = value
+    return "\n".join([_lines(top), *blocks])
+
+
+def _lines(table: dict[str, Any]) -> str:
+    return "".join(f"{_key(key)} = {in_one_line(value)}\n" for key, value in table.items())
+
+
+def plain(value: Any) -> Any:
+    """Returns what TOML can hold of a value: tuples become lists, paths become words, and keys without value go.
+
+    >>> plain({"sides": (8, 16), "path": None})
+    {'sides': [8, 16]}
+    """
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return value if isinstance(value, bool | int | float) else str(value)
+
+
+def in_one_line(value: Any) -> str:
+    """Writes one value as TOML in one line, as it may stand behind `key=` on the command line.
+
+    >>> in_one_line({"kind": "iid", "shares": [0.5, True]})
+    '{kind = "iid", shares = [0.5, true]}'
+    """
+    if isinstance(value, dict):
+        pairs = [f"{_key(key)} = {in_one_line(inner)}" for key, inner in value.items()]
+        return "{" + ", ".join(pairs) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(in_one_line, value))}]"
+    return tomli_w.dumps({"x": value}).removeprefix("x = ").rstrip("\n")
+
+
+def _key(name: str) -> str:
+    return tomli_w.dumps({name: 0}).removesuffix(" = 0\n")
+
+
+def anchor_(tree: dict[str, Any], folder: Path) -> None:
+    """Makes relative paths absolute: of the data, of a saved model, of a teacher."""
+    data, model, stages = tree.get("data"), tree.get("model"), tree.get("stage")
+    places = [(model, "checkpoint"), (model, "weights")]
+    for stage in stages if isinstance(stages, list) else []:
+        places += [(stage, key) for key in MODEL_KEYS]
+    for table, key in [(data, "path"), *places]:
+        if not isinstance(table, dict):
+            continue
+        value = table.get(key)
+        if (
+            not isinstance(value, str)
+            or value in MODEL_KEYS.get(key, ())
+            or value.startswith(TEACHER)
+            or value.startswith("~")
+            or Path(value).is_absolute()
+        ):
+            continue
+        beside, here = folder / value, Path.cwd() / value
+        own_function = key == "path" and ":" in str(
+            table.get("source", "")
+        )  # its path may be anything
+        if _exists(beside) or not (_exists(here) or own_function):
+            table[key] = str(beside.resolve())
+        elif _exists(here):  # as older versions counted
+            table[key] = str(here.resolve())
+
+
+def _exists(path: Path) -> bool:
+    return any(path.parent.glob(path.name)) if "*" in path.name else path.exists()
+
+
+def _shipped() -> Any:
+    return files("fedpress.pipeline") / "recipes"
