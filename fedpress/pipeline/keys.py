@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from importlib.resources import files
 from typing import Any
+
+from pydantic import BaseModel
 
 from fedpress import storage
 from fedpress.core.random import fingerprint
 from fedpress.pipeline.recipe import Recipe
 from fedpress.stages.teaching import saved_teacher
 
-ADDED_TO_DATA = ("classes", "words", "public_words", "unknown", "encoding", "decimal")
-"""Keys that older run folders do not know: left out of the settings where they say nothing, so that those resume."""
+FIRST_KEYS = frozenset(files("fedpress.pipeline").joinpath("first_keys.txt").read_text().split())
+"""The keys of a recipe that every run folder knows, as `data.source` or `stage.prune.finetune.epochs`.
+
+A key that came later is left out of the settings where it has its default, and so says nothing: older folders go on.
+Its default can therefore never change; what must change needs another key.
+"""
+
+NAMES = ("kind", "name")
+"""Keys that tell tables apart: they always say something."""
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
@@ -22,9 +33,10 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     """
     tree: dict[str, Any] = json.loads(recipe.model_dump_json())
     tree["data"].pop("path", None)
-    for key in ADDED_TO_DATA:
-        if type(recipe.data).model_fields[key].default == getattr(recipe.data, key):
-            tree["data"].pop(key)
+    _leave_out_(tree["data"], recipe.data, "data")
+    _leave_out_(tree["model"], recipe.model, "model")
+    for stage, table in zip(recipe.stage, tree["stage"], strict=True):
+        _leave_out_(table, stage, f"stage.{stage.kind}")
     if recipe.model.checkpoint is not None:
         model = storage.load(recipe.model.checkpoint)[1]
         tree["model"]["checkpoint"] = fingerprint(*model.state_dict().values())
@@ -32,10 +44,28 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
         tree["model"]["weights"] = hashlib.sha256(recipe.model.weights.read_bytes()).hexdigest()
     for stage, table in zip(recipe.stage, tree["stage"], strict=True):
         for key, words in stage.saved_models.items():
-            if table[key] not in (None, *words):
-                teacher = saved_teacher(table[key])[1]
+            if (where := table.get(key)) not in (None, *words):
+                teacher = saved_teacher(where)[1]
                 table[key] = fingerprint(*teacher.state_dict().values())
     return tree
+
+
+def _leave_out_(table: dict[str, Any], settings: object, place: str) -> None:
+    """Removes keys from `table`, which is `settings` as JSON, that came later and have their default."""
+    if not isinstance(settings, BaseModel):
+        return
+    for key, field in type(settings).model_fields.items():
+        value, at = getattr(settings, key), f"{place}.{key}"
+        default = field.get_default(call_default_factory=True)
+        if key not in NAMES and at not in FIRST_KEYS and value == default:
+            table.pop(key, None)
+            continue
+        inner = table.get(key)
+        if isinstance(inner, dict):
+            _leave_out_(inner, value, at)
+        elif isinstance(inner, list) and isinstance(value, Sequence):
+            for one, part in zip(value, inner, strict=True):
+                _leave_out_(part, one, at)
 
 
 def stage_keys(recipe: Recipe) -> list[str]:
