@@ -22,7 +22,8 @@ class Bound:
 
     `spread` is the standard deviation of each value after a random rotation, whose tails are no heavier than a
     Gaussian's; infinite without one. `shapes` are those of the parameters that the vector [size] holds one after
-    another, empty once a transform has mixed or dropped values.
+    another, empty once a transform has mixed or dropped values. `decoded_l2` is the L2 norm of the longest update that
+    the chain up to here can decode to when an honest client encoded it: whoever decodes cuts longer ones back to it.
     """
 
     size: int
@@ -31,6 +32,7 @@ class Bound:
     integer: bool = False
     spread: float = math.inf
     shapes: tuple[tuple[int, ...], ...] = ()
+    decoded_l2: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,16 @@ class Key:
     def round_stream(self, *words: str | int) -> torch.Generator:
         """Returns the stream `words` that all clients of this round have in common."""
         return random.generator(self.seed, "shared", "round", self.round, *words)
+
+    def of_vector(self, name: str) -> Key:
+        """Returns the key of one further vector `name` of the same update: nothing it draws is drawn for another one.
+
+        Two vectors with the same noise would tell their difference, and with one rounding they would err alike.
+        """
+        secret = None
+        if self.secret is not None:
+            secret = int.from_bytes(random.secret_key(self.secret, "vector", name), "little")
+        return Key(random.derive(self.seed, "vector", name), self.round, self.client, secret)
 
     def _words(self, words: tuple[str | int, ...]) -> tuple[str | int, ...]:
         return ("client", self.client, "round", self.round, *words)

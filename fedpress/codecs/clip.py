@@ -16,7 +16,7 @@ class Clip(BaseModel):
     """Scales an update down to L2 norm `clip_norm`.
 
     >>> Clip(clip_norm=1.0).bind(Bound(size=3, l2=2.0))[1]
-    Bound(size=3, l2=1.0, linf=1.0, integer=False, spread=inf, shapes=())
+    Bound(size=3, l2=1.0, linf=1.0, integer=False, spread=inf, shapes=(), decoded_l2=1.0)
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,7 +32,10 @@ class Clip(BaseModel):
     def bind(self, bound: Bound) -> tuple[Clip, Bound]:
         """Promises norms of at most `clip_norm`."""
         return self, replace(
-            bound, l2=min(bound.l2, self.clip_norm), linf=min(bound.linf, self.clip_norm)
+            bound,
+            l2=min(bound.l2, self.clip_norm),
+            linf=min(bound.linf, self.clip_norm),
+            decoded_l2=min(bound.decoded_l2, self.clip_norm),
         )
 
     def encode(self, x: Tensor, key: Key) -> Encoded:

@@ -67,7 +67,14 @@ class Discretize(BaseModel):
             else bound.l2 * self.scale + root
         )
         largest = math.floor(limit * self.scale) + 1.0
-        after = replace(bound, l2=length, linf=min(largest, length), integer=True, spread=math.inf)
+        after = replace(
+            bound,
+            l2=length,
+            linf=min(largest, length),
+            integer=True,
+            spread=math.inf,
+            decoded_l2=max(bound.decoded_l2, length / self.scale),  # rounding may lengthen it
+        )
         return BoundDiscretize(bound.size, self.scale, limit, length), after
 
 

@@ -34,9 +34,8 @@ class LowRank(BaseModel):
             )
         plan = tuple(_Layer(prod(s), *_sides(s, self.rank)) for s in bound.shapes)
         size = sum(layer.values for layer in plan)
-        return BoundLowRank(bound.size, plan), Bound(
-            size
-        )  # the values are factors: their norms promise nothing
+        # The values are factors: their norms promise nothing.
+        return BoundLowRank(bound.size, plan), Bound(size, decoded_l2=bound.decoded_l2)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Noise(BaseModel):
 
     def bind(self, bound: Bound) -> tuple[BoundNoise, Bound]:
         """Gives up the bounds: noise has no largest value."""
-        after = replace(bound, l2=math.inf, linf=math.inf, spread=math.inf)
+        after = replace(bound, l2=math.inf, linf=math.inf, spread=math.inf, decoded_l2=math.inf)
         clip_norm = bound.l2 if bound.l2 < math.inf else 1.0
         return BoundNoise(bound.size, self.std, clip_norm, bound.integer), after
 

@@ -112,7 +112,7 @@ def _bound(kind: str, bound: Bound) -> tuple[int, Bound]:
         raise RecipeError(
             f"transforms.{kind}: the values before it are whole numbers already; put '{kind}' first"
         )
-    return bound.size, Bound(size=bound.size, integer=True)
+    return bound.size, Bound(bound.size, integer=True, decoded_l2=bound.decoded_l2)
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ class RandomK(BaseModel):
             size=kept,
             l2=bound.l2 * scale,
             linf=bound.linf * scale,
+            decoded_l2=bound.decoded_l2 * scale,
             spread=math.inf,
             shapes=(),
         )

@@ -1,7 +1,11 @@
 """Rounds of federated learning: who takes part, what clients do, how updates come home, what the server does."""
 
 from fedpress.core.names import ClientId
-from fedpress.federation.aggregators.mean import Adder, PlainSum, SecureSum
+from fedpress.federation.aggregators import AGGREGATORS, AnyAggregator
+from fedpress.federation.aggregators.base import Aggregator
+from fedpress.federation.aggregators.mean import Mean
+from fedpress.federation.aggregators.median import Median
+from fedpress.federation.aggregators.secure import SecureSum
 from fedpress.federation.agreement import Agreement, Terms
 from fedpress.federation.algorithms.fedopt import (
     SERVERS,
@@ -19,15 +23,18 @@ from fedpress.federation.local import LOCAL_UPDATES, LocalSettings, private_sgd,
 from fedpress.federation.ondevice import device_sgd
 from fedpress.federation.sampling import Cohort
 from fedpress.federation.server import RoundRecord, rounds
+from fedpress.federation.trust import Trust, trust_of
 from fedpress.federation.uplink import Uplink
 
 __all__ = [
+    "AGGREGATORS",
     "LOCAL_UPDATES",
     "SERVERS",
     "Adam",
-    "Adder",
+    "Aggregator",
     "Agreement",
     "Algorithm",
+    "AnyAggregator",
     "Average",
     "Client",
     "ClientId",
@@ -38,17 +45,20 @@ __all__ = [
     "Downlink",
     "InMemoryState",
     "LocalSettings",
+    "Mean",
+    "Median",
     "Momentum",
-    "PlainSum",
     "RoundRecord",
     "SecureSum",
     "Server",
     "Terms",
     "Traffic",
     "Transport",
+    "Trust",
     "Uplink",
     "device_sgd",
     "private_sgd",
     "rounds",
     "sgd",
+    "trust_of",
 ]

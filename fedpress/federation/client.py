@@ -13,12 +13,10 @@ from fedpress.codecs import VALUES, Clip, Key
 from fedpress.core import parameters, random
 from fedpress.core.examples import Arrays
 from fedpress.core.names import ClientId
-from fedpress.errors import DivergedError, RecipeError, TrainingError, WireError
-from fedpress.federation.aggregators.mean import SecureSum
+from fedpress.errors import DivergedError, RecipeError, WireError
 from fedpress.federation.agreement import Agreement, Terms
 from fedpress.federation.client_state import ClientState, InMemoryState, load_json, save_json
 from fedpress.federation.downlink import LOST, SERVER
-from fedpress.federation.failures import Tally
 from fedpress.federation.local import (
     LocalUpdate,
     Task,
@@ -31,6 +29,7 @@ from fedpress.federation.local import (
 )
 from fedpress.federation.protocol import check_header, need, read_text
 from fedpress.federation.uplink import Uplink
+from fedpress.federation.vectors import UPDATE
 from fedpress.models.norms import freeze_batch_norm_
 from fedpress.privacy.noise.mechanism import clip
 from fedpress.privacy.plan import PrivacyPlan
@@ -75,30 +74,30 @@ class ClientPlan:
             raise RecipeError(
                 "federate.norm: batch norm in training mode mixes examples, which breaks sample privacy; use 'frozen'"
             )
-        planned = uplink.privacy is not None and uplink.privacy.unit == "sample"
-        alone = planned and not uplink.joint
+        trust = uplink.trust
+        planned = trust.unit == "sample"
+        alone = trust.steps == "private"
         if planned != (privacy is not None) or alone != (local_update is private_sgd):
             raise RecipeError(
                 "federate.privacy: unit 'sample' needs an uplink that knows it, a plan per client and private_sgd, "
                 "all three or none"
             )
-        if uplink.joint and local_update is not sgd:
+        if trust.steps == "joint" and local_update is not sgd:
             raise RecipeError(
                 "federate.privacy: clients that make noise together compute one gradient in torch and run no other "
                 "local update; leave local_update out"
             )
         if planned:
             check_private(terms.settings, privacy)
-        noisy = uplink.privacy is not None and uplink.client_unit and uplink.trust != "central"
-        if terms.error_feedback and (noisy or uplink.joint):
+        if terms.error_feedback and not trust.keeps_residual:
             raise RecipeError(
                 "federate.error_feedback: a client that adds noise would take it away again in the next round; "
                 "set error_feedback = false"
             )
         layout = parameters.Layout.of(model)
-        if layout.size != uplink.promise.size or layout != terms.layout:
+        if layout.size != uplink.size or layout != terms.layout:
             raise RecipeError(
-                f"federate: the model trains {layout.size} values but the uplink is for {uplink.promise.size}; "
+                f"federate: the model trains {layout.size} values but the uplink is for {uplink.size}; "
                 "take the model and the patterns of trainable that were agreed"
             )
         return cls(terms, local_update, privacy)
@@ -135,9 +134,9 @@ class Client:
             raise RecipeError(
                 f"federate.client {self.name}: it has no examples; leave it out or partition differently"
             )
-        if (self.member is not None) != isinstance(self.uplink.adder, SecureSum):
+        if (self.member is None) != self.uplink.aggregator.sees_updates:
             raise RecipeError(
-                "federate.sum: a secure sum needs a member with keys on every client; give both or none"
+                "federate.aggregator: a secure sum needs a member with keys on every client; give both or none"
             )
 
     @property
@@ -173,20 +172,21 @@ class Client:
         self._answer_once(message, key.round)
         update, measured = self._try_fit(params, key)
         unit = self._unit(message)
-        header: dict[str, JSON] = {"round": key.round, **self.uplink.metrics(measured)}
-        header |= self._failures(measured, (params, update), key)
-        if not self.uplink.client_unit and self.member is None:
-            header["examples"] = len(self.arrays)  # a public number, but under unit "client"
+        trust, plan = self.uplink.trust, self.plan.privacy or self.uplink.privacy
+        header: dict[str, JSON] = {"round": key.round}
+        header |= trust.said(measured, len(self.arrays), seen=self.uplink.aggregator.sees_updates)
+        if plan is not None:
+            hidden = random.fingerprint(params, update, self.arrays.x, self.arrays.y)
+            header |= trust.failures(measured, plan, key, hidden)
         if self.terms.error_feedback and "residual" in before:
             update = update + before["residual"]
         if self.uplink.adaptive is not None:
             header["below"] = float(update.double().norm()) <= unit
-        tensors = self.uplink.encode(update, key, unit=unit)
+        tensors = self.uplink.encode({UPDATE: update}, key, unit=unit)
         after = dict(held)
         if self.terms.error_feedback:
-            after["residual"] = self._clipped(update, unit) - unit * self.uplink.decode(
-                tensors, key
-            )
+            arrived = unit * self.uplink.decode(tensors, key)[UPDATE]
+            after["residual"] = self._clipped(update, unit) - arrived
         if self.member is not None:
             names: list[str] = need("fit", message.header, "cohort")
             part = self.member.mask(tensors[VALUES], round=key.round, cohort=names)
@@ -208,51 +208,13 @@ class Client:
         return Message("agreed", {"agreement": self.terms.agreement.fingerprint})
 
     def _try_fit(self, params: Tensor, key: Key) -> tuple[Tensor, dict[str, JSON]]:
-        """Returns the local update; under privacy nobody may learn from a failure what is in the data.
-
-        Where noise, here or on the server, hides that an update is zero, a failure is one, and only counted.
-        """
+        """Returns the local update, zeros if the work fails where that may not be told."""
         try:
             return self._fit(params, key)
         except Exception as problem:
-            if self.uplink.privacy is None:
-                raise
-            diverged = isinstance(problem, DivergedError)
-            if self.uplink.client_unit:
-                return torch.zeros_like(params), {"not_finite" if diverged else "failed": 1}
-            if (
-                self.uplink.joint
-            ):  # the same for every cause: the batch that was expected, a public number
-                assert self.plan.privacy is not None
-                return torch.zeros_like(params), {
-                    "failed": round(self.plan.privacy.sampling_prob * len(self.arrays))
-                }
-            if (
-                diverged
-            ):  # it follows from noised steps alone, so it says nothing about the examples
-                raise
-            raise TrainingError(
-                f"local update: failed with {type(problem).__name__}; what on stays private"
-            ) from problem
-
-    def _failures(
-        self, measured: dict[str, JSON], hidden: tuple[Tensor, ...], key: Key
-    ) -> dict[str, JSON]:
-        """Returns what the header says of examples, or clients, that gave nothing: under privacy alone.
-
-        A trusted server gets the counts as they are and adds the noise; otherwise it is added here. It is drawn for
-        these parameters, this update and these examples: were it the same for other examples, two answers could be
-        compared.
-        """
-        plan = self.plan.privacy or self.uplink.privacy
-        if plan is None:
-            return {}
-        tally = Tally.of(measured)
-        if self.uplink.trust == "central":
-            return {"failures": tally.to_json()} if tally.total else {}
-        steps = plan.steps_per_round if self.uplink.trust == "local" else 1
-        named = random.fingerprint(*hidden, self.arrays.x, self.arrays.y)
-        return {"failures": tally.noised(plan, key, steps=steps, hidden=named).to_json()}
+            plan = self.plan.privacy
+            batch = 0.0 if plan is None else plan.sampling_prob * len(self.arrays)
+            return torch.zeros_like(params), self.uplink.trust.after_failure(problem, batch)
 
     def _answer_once(self, message: Message, round: int) -> None:
         """Holds the server to the planned rounds: under privacy every other question would cost more than was planned.
@@ -288,7 +250,8 @@ class Client:
 
     def _clipped(self, update: Tensor, unit: float) -> Tensor:
         """What error feedback compares with: what a clip cuts off is lost on purpose."""
-        first = self.uplink.chain[0] if self.uplink.chain else None
+        chain = self.uplink.ways[0].chain
+        first = chain[0] if chain else None
         return clip(update, unit * first.clip_norm) if isinstance(first, Clip) else update
 
     def _unit(self, message: Message) -> float:
@@ -360,7 +323,7 @@ class Client:
         task = Task(self.arrays, self.terms.settings, key, self.terms.prepare, self.plan.privacy)
         joint: Tensor | None = None
         with self._at_work(key):
-            if self.uplink.joint:
+            if self.uplink.trust.steps == "joint":
                 joint, measured = joint_gradient(self.model, task)
             else:
                 measured = self.plan.local_update(self.model, task)

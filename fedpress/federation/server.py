@@ -82,9 +82,9 @@ def rounds(
     Raises:
         RecipeError: if params or clients do not fit the uplink; at once, not in the first round.
     """
-    if params.dtype != torch.float32 or params.shape != (uplink.promise.size,):
+    if params.dtype != torch.float32 or params.shape != (uplink.size,):
         raise RecipeError(
-            f"federate.params: got {params.dtype} {list(params.shape)}, expected torch.float32 [{uplink.promise.size}]"
+            f"federate.params: got {params.dtype} {list(params.shape)}, expected torch.float32 [{uplink.size}]"
         )
     if len(transport.clients()) != uplink.cohort.population:
         raise RecipeError(
@@ -119,7 +119,7 @@ class _Server:
             return
         clients = self.transport.clients()
         began, before = perf_counter(), self.transport.traffic
-        session = self.uplink.adder.open(self.transport, self.agreement)
+        session = self.uplink.aggregator.open(self.transport, self.agreement)
         if (
             todo.start > 1
         ):  # the keys of a run count in its first round, not each time that it goes on

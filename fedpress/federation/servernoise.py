@@ -12,6 +12,7 @@ from torch import Tensor
 from fedpress.codecs import Key
 from fedpress.core import random
 from fedpress.core.random_source import AesCtrRandom
+from fedpress.federation.vectors import UPDATE
 from fedpress.privacy.noise.factorization import Factorization
 from fedpress.privacy.noise.mechanism import add_noise, noise_sum
 from fedpress.privacy.plan import PrivacyPlan
@@ -49,15 +50,17 @@ class ServerNoise:
         return replace(self, plan=plan)._noised(counts, state, key, "failures", name, FAILURE_KEYS)
 
     def add(
-        self, total: Tensor, state: Mapping[str, Tensor], key: Key
+        self, total: Tensor, state: Mapping[str, Tensor], key: Key, name: str = UPDATE
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the noised `total` [d] and the state with what later rounds need of this draw.
+        """Returns the noised `total` [d] of the vector `name`, and the state with what later rounds need of this draw.
 
         Noise is a function of a secret and of what it hides. Other sums, or the same one under another plan, get
         independent noise, so that two runs of one seed cannot be subtracted; equal ones get an equal answer, which
         says nothing new. To whom the secret is unknown each noise looks freshly drawn.
         """
-        return self._noised(total, state, key, "noise", random.fingerprint(total, self.plan), KEYS)
+        own = "" if name == UPDATE else f".{name}"  # two vectors of a round never share their noise
+        hidden = random.fingerprint(total, self.plan)
+        return self._noised(total, state, key, f"noise{own}", hidden, f"{KEYS}{own}")
 
     def _noised(
         self,

@@ -1,82 +1,75 @@
-"""How one update travels home: chain, sum, noise and division, all bound and checked before the run."""
+"""How updates travel home: codecs, aggregate, noise and division, all bound and checked before the run."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fedpress.codecs import (
-    Bound,
-    Chain,
-    Clip,
-    Key,
-    Noise,
-    Settings,
-    bind_chain,
-    check_float,
-    decode_chain,
-    encode_chain,
-)
+from fedpress.codecs import Bound, Key, Settings, bind_chain
 from fedpress.core import random
 from fedpress.core.names import ClientId
 from fedpress.errors import RecipeError, SecureError, WireError
-from fedpress.federation.aggregators.mean import Adder, PlainSum, Sent, Session, Total
+from fedpress.federation.aggregators.base import (
+    Aggregator,
+    Contribution,
+    Gathering,
+    Session,
+    Total,
+    Weights,
+)
+from fedpress.federation.aggregators.mean import Mean
 from fedpress.federation.failures import Tally
 from fedpress.federation.protocol import check_header, need
 from fedpress.federation.sampling import Cohort
 from fedpress.federation.servernoise import ServerNoise
+from fedpress.federation.trust import Trust, noise_of, trust_of
+from fedpress.federation.vectors import UPDATE, Extra, Vectors
+from fedpress.federation.way import Way, divide
 from fedpress.privacy.adaptive import AdaptiveClip, share_below
 from fedpress.privacy.noise.mechanism import noise_sum
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.wire.message import JSON, Message
 
-Trust = Literal["local", "secure", "central"]
-METRICS = ("loss", "steps")
 SERVER = "server"
 
 
 @dataclass(frozen=True, eq=False)
-class Mean:
-    """What a round learned: the mean update [d] float32 (None if nothing usable came), a row per client, refusals.
+class RoundMean:
+    """What a round learned.
 
-    `state` is what the next round's noise and clip norm need. `failures` counts, with noise, the protected units that
-    gave nothing; None without privacy.
+    Attributes:
+        vectors: the mean of each named vector, float32; empty if nothing usable came.
+        rows: one for each client, as far as it may be named.
+        refused: whose replies do not count, with the reason.
+        state: what the next round's noise and clip norm need.
+        failures: protected units that gave nothing, counted with noise; None without privacy.
     """
 
-    update: Tensor | None
+    vectors: Vectors
     rows: list[dict[str, JSON]]
     refused: dict[ClientId, str]
     state: dict[str, Tensor] = field(default_factory=dict)
     failures: Tally | None = None
 
-
-@dataclass(eq=False)
-class _Heard:
-    """What the headers of a round's replies said, besides what goes into the sum."""
-
-    refused: dict[ClientId, str] = field(default_factory=dict)
-    below: list[bool] = field(default_factory=list)
-    failures: dict[ClientId, Tally] = field(default_factory=dict)
+    @property
+    def update(self) -> Tensor | None:
+        """The mean update [d]; None if nothing usable came."""
+        return self.vectors.get(UPDATE)
 
 
 @dataclass(frozen=True)
 class Uplink:
-    """The agreed way of an update from client to mean; make it with `Uplink.bind`, on both sides alike.
+    """The agreed way of updates from clients to their mean; make it with `Uplink.bind`, on both sides alike.
 
     Attributes:
-        promise: what holds for every decoded update in the sum; under unit "client" its `l2` is the sensitivity.
+        ways: of the named vectors, the update first.
         cohort: the public plan of who takes part.
-        chain: transforms, bound to each other.
-        codecs: the settings from which the chain was bound, for the agreement.
-        adder: how the updates are summed.
+        aggregator: how the vectors of a round become one.
         privacy: the plan, or None.
-        trust: who adds the noise of the plan: "central" the server, to the sum; "secure" the clients together, so
-            that it has its full size in the secure sum only; "local" each client alone.
+        trust: who adds the noise of the plan, and all that follows from it.
         weights: "examples" weighs each client by its number of examples, "equal" by one.
         divisor: public number by which a private sum is divided, whoever replied.
         noise: what the server adds, with trust "central".
@@ -84,21 +77,15 @@ class Uplink:
             units of it.
     """
 
-    promise: Bound
+    ways: tuple[Way, ...]
     cohort: Cohort
-    chain: Chain
-    adder: Adder
+    aggregator: Aggregator
     privacy: PrivacyPlan | None
     trust: Trust
-    weights: Literal["examples", "equal"]
+    weights: Weights
     divisor: float
     noise: ServerNoise | None = None
     adaptive: AdaptiveClip | None = None
-    codecs: tuple[Settings, ...] = ()
-
-    def agreed(self) -> dict[str, object]:
-        """Returns all fields but the bound transforms, which follow from `codecs`."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "chain"}
 
     @classmethod
     def bind(
@@ -108,105 +95,127 @@ class Uplink:
         *,
         chain: Sequence[Settings] = (),
         shapes: tuple[tuple[int, ...], ...] = (),
-        adder: Adder | None = None,
+        extras: Mapping[str, Extra] | None = None,
+        aggregator: Aggregator | None = None,
         privacy: PrivacyPlan | None = None,
-        trust: Trust | None = None,
-        weights: Literal["examples", "equal"] = "examples",
+        trust: str | None = None,
+        weights: Weights = "examples",
         divisor: float | None = None,
         noise: ServerNoise | None = None,
         adaptive: AdaptiveClip | None = None,
     ) -> Uplink:
-        """Fits all parts to updates of `size` values.
+        """Fits all parts to updates of `size` values, and to the further vectors `extras` of an algorithm.
 
         Raises:
             RecipeError: if the parts do not fit together, or a privacy promise could not be kept.
         """
-        if weights not in ("examples", "equal"):
-            raise RecipeError(f"federate.weights: got {weights!r}, expected 'examples' or 'equal'")
-        adder, start = adder or PlainSum(), Bound(size, shapes=shapes)
-        promise = start
-        if privacy is None:
-            trust = "central"
-        elif privacy.unit == "client":
-            trust = trust or "central"
-            _check_client_unit(privacy, cohort, weights)
-            own = (Noise(std=privacy.noise_std),) if trust == "local" and privacy.noise_std else ()
-            chain = (Clip(clip_norm=privacy.clip_norm), *own, *chain)
-            promise = Bound(size, l2=privacy.clip_norm, linf=privacy.clip_norm)
-        else:
-            trust = trust or "local"
-        bound_chain, end = bind_chain(chain, start)
-        if trust == "local" and privacy is not None and privacy.unit == "client":
-            promise = start  # the noise is in the update: a second clip would shorten it
-        if weights == "examples" and not isinstance(adder, PlainSum):
-            raise RecipeError(
-                "federate.weights: got 'examples', but in a secure sum the server cannot see how many examples stand "
-                'behind an update; set weights = "equal"'
-            )
-        adder.check(
-            {one.kind: bound_one for one, bound_one in zip(chain, bound_chain, strict=True)}, end
-        )
+        aggregator, extras = aggregator or Mean(), extras or {}
+        row = trust_of(privacy.unit if privacy is not None else None, trust)
+        row.check(privacy, cohort, weights, aggregator)
+        row.check_vectors(privacy, extras)
         if adaptive is not None and adaptive.count_noise is None:
             raise RecipeError(
                 "privacy.adaptive.count_noise: not planned; give it, or bind with a planned one"
             )
-        if privacy is not None and trust == "central":
-            noise = noise or ServerNoise(privacy)
+        if adaptive is not None and extras:
+            raise RecipeError(
+                f"federate.privacy.adaptive: it moves the clip norm of the update alone, and the algorithm sends "
+                f"'{next(iter(extras))}' too; leave adaptive out, or take another algorithm"
+            )
+        noise = row.server_noise(privacy, noise, aggregator, cohort.size)
+        ways = []
+        for name, extra in {UPDATE: None, **extras}.items():
+            start = Bound(size, shapes=shapes)
+            if extra is not None and extra.size is not None:
+                start = Bound(extra.size)
+            codecs = tuple(chain) if extra is None else extra.codecs
+            codecs = (*row.codecs(privacy, extra, 1 + len(extras)), *codecs)
+            bound, end = bind_chain(codecs, start)
+            promise = row.promise(privacy, extra, start, end)
+            added = None if noise is None else noise_of(noise, extra, 1 + len(extras))
+            ways.append(Way(name, promise, bound, codecs, end, added))
+        aggregator.check(ways)
         return cls(
-            promise,
+            tuple(ways),
             cohort,
-            bound_chain,
-            adder,
+            aggregator,
             privacy,
-            trust,
+            row,
             weights,
             divisor or cohort.size,
             noise,
             adaptive,
-            tuple(chain),
         )
 
     @property
-    def client_unit(self) -> bool:
-        """Whether whole clients are protected, so that the sum is divided by the fixed cohort."""
-        return self.privacy is not None and self.privacy.unit == "client"
+    def size(self) -> int:
+        """Number of values of an update."""
+        return self.ways[0].size
 
-    @property
-    def joint(self) -> bool:
-        """Whether clients send sums of clipped gradients that only together carry enough noise for their examples."""
-        return self.privacy is not None and self.privacy.unit == "sample" and self.trust != "local"
+    def encode(self, vectors: Vectors, key: Key, *, unit: float = 1.0) -> dict[str, Tensor]:
+        """Returns the tensors that carry `vectors` to the server, in units of `unit`."""
+        tensors: dict[str, Tensor] = {}
+        for way in self.ways:
+            vector = vectors[way.name]
+            tensors |= way.encode(vector if unit == 1 else vector / unit, key)
+        return tensors
 
-    def encode(self, update: Tensor, key: Key, *, unit: float = 1.0) -> dict[str, Tensor]:
-        """Returns the tensors that carry `update` [d] to the server, in units of `unit`."""
-        return encode_chain(self.chain, update if unit == 1 else update / unit, key)
-
-    def decode(self, tensors: Mapping[str, Tensor], key: Key) -> Tensor:
-        """Returns the update [d] float32 in `tensors`, which may come from anybody.
+    def decode(self, tensors: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:
+        """Returns the vectors in `tensors`, which may come from anybody, each as it was encoded.
 
         Raises:
-            WireError: if it is not an update of the agreed size, or not finite.
+            WireError: if one is not of the agreed size, or not finite.
         """
-        return check_float(decode_chain(self.chain, tensors, key), self.promise.size, "update")
+        parts = divide(self.ways, tensors)
+        return {way.name: way.decode(parts[way.name], key) for way in self.ways}
 
-    def metrics(self, measured: Mapping[str, JSON]) -> dict[str, JSON]:
-        """Returns the part of `measured` that may leave a client: under privacy only the number of planned steps."""
-        secret = self.privacy is not None and (self.privacy.unit == "client" or self.joint)
-        if secret or not isinstance(self.adder, PlainSum):
-            return {}
-        allowed = METRICS if self.privacy is None else ("steps",)
-        return {name: measured[name] for name in allowed if name in measured}
+    def receive(self, tensors: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:
+        """Returns the vectors in `tensors`, each within its promise, whatever was sent.
+
+        Raises:
+            WireError: if one is not of the agreed size, or not finite.
+        """
+        parts = divide(self.ways, tensors)
+        return {way.name: way.receive(parts[way.name], key) for way in self.ways}
 
     def init(self) -> dict[str, Tensor]:
         """Returns the state before the first round."""
-        return (
-            {}
-            if self.adaptive is None
-            else {"clip_norm": torch.tensor(self.adaptive.initial, dtype=torch.float64)}
-        )
+        if self.adaptive is None:
+            return {}
+        return {"clip_norm": torch.tensor(self.adaptive.initial, dtype=torch.float64)}
 
     def unit(self, state: Mapping[str, Tensor]) -> float:
         """Returns the unit of updates in the next round: the clip norm of an adaptive clip, else 1."""
         return 1.0 if self.adaptive is None else float(state["clip_norm"])
+
+    def gather(
+        self,
+        *,
+        seed: int,
+        round: int,
+        session: Session | None = None,
+        cohort: Sequence[ClientId] = (),
+        state: Mapping[str, Tensor] | None = None,
+        secret: int | None = None,
+    ) -> Gatherer:
+        """Begins the mean of one round; give it the replies one by one, always in the same order.
+
+        Args:
+            seed: of the run.
+            round: of the replies.
+            session: the aggregator's server side; needed for a secure sum.
+            cohort: the clients asked; needed for a secure sum.
+            state: of the round before, or None before the first.
+            secret: what the server's noise hangs on instead of the seed.
+        """
+        key = Key(seed, round, SERVER, secret)
+        gatherer = Gatherer(self, key, tuple(cohort), dict(state or self.init()))
+        try:
+            begun = session or self.aggregator.open(None, "")
+            gatherer.gathering = begun.begin(self.ways, cohort, key)
+        except SecureError as problem:
+            gatherer.closed = str(problem)
+        return gatherer
 
     def mean(
         self,
@@ -218,107 +227,123 @@ class Uplink:
         cohort: Sequence[ClientId] = (),
         state: Mapping[str, Tensor] | None = None,
         secret: int | None = None,
-    ) -> Mean:
-        """Sums the `replies`, given in client order, adds the server's noise, and divides.
+    ) -> RoundMean:
+        """Returns the mean of `replies`, given in client order; for the rest see `gather`."""
+        gatherer = self.gather(
+            seed=seed, round=round, session=session, cohort=cohort, state=state, secret=secret
+        )
+        for client, reply in replies:
+            gatherer.take(client, reply)
+        return gatherer.close()
+
+
+@dataclass(eq=False)
+class Gatherer:
+    """The replies of one round on their way into a mean: `take` each, then `close`.
+
+    `closed` says why there can be no aggregate, empty while there can.
+    """
+
+    uplink: Uplink
+    key: Key
+    cohort: tuple[ClientId, ...]
+    state: dict[str, Tensor]
+    gathering: Gathering | None = None
+    closed: str = ""
+    rows: list[dict[str, JSON]] = field(default_factory=list)
+    refused: dict[ClientId, str] = field(default_factory=dict)
+    below: list[bool] = field(default_factory=list)
+    failures: dict[ClientId, Tally] = field(default_factory=dict)
+
+    def take(
+        self,
+        client: ClientId,
+        reply: Message | None,
+        *,
+        task: int | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        """Takes the reply of `client`, None if none came; one that does not fit is refused and moves nothing.
+
+        Args:
+            client: who was asked.
+            reply: what came.
+            task: the number that an update must name, the gatherer's round if None.
+            scale: how often its vectors count, at most once: more would pass the promise that the noise is measured
+                against. It does not change the weight that a sum is divided by.
+        """
+        if not 0 <= scale <= 1:
+            raise RecipeError(f"federate.scale: got {scale}, expected a number inside 0..1")
+        try:
+            named = self.key.round if task is None else task
+            self._take(Key(self.key.seed, named, client), reply, scale)
+        except WireError as problem:
+            self.refused[client] = str(problem)
+
+    def close(self) -> RoundMean:
+        """Closes the aggregate, adds the server's noise, and divides.
 
         Under privacy the divisor is public and never the number of replies, and noise is added even if nothing came:
         who replied is as private as what was sent.
-
-        Args:
-            replies: of the clients asked.
-            seed: of the run.
-            round: of the replies.
-            session: the sum's server side; needed for a secure sum.
-            cohort: the clients asked; needed for a secure sum.
-            state: of the round before, or None before the first.
-            secret: what the server's noise hangs on instead of the seed.
         """
-        state, heard, key = dict(state or self.init()), _Heard(), Key(seed, round, SERVER, secret)
-        sent = self._sent(replies, heard, key)
+        up = self.uplink
         try:
-            total = (session or PlainSum()).add(sent, self.decode, self.promise, cohort, key)
+            if self.gathering is None:
+                raise SecureError(self.closed)
+            total = self.gathering.close()
         except SecureError as problem:
-            for _ in sent:  # note why each of the others was refused
-                pass
-            return Mean(None, [], dict.fromkeys(cohort, str(problem)) | heard.refused, state)
-        heard.refused |= total.refused
-        if self.privacy is None:
-            update = (total.sum / total.weight).float() if total.weight > 0 else None
-            return Mean(update, total.rows, heard.refused, state)
-        return self._private_mean(total, heard, state, key)
+            refused = dict.fromkeys(self.cohort, str(problem)) | self.refused
+            return RoundMean({}, [], refused, self.state)
+        failures = self._count_failures(total)
+        if not up.trust.fixed_divisor:  # open, or every update is private by itself
+            weight = total.weight if up.aggregator.sums else 1.0
+            found = {} if total.weight <= 0 else total.vectors
+            means = {name: (vector / weight).float() for name, vector in found.items()}
+            return RoundMean(means, self.rows, self.refused, self.state, failures)
+        unit = up.unit(self.state)
+        divisor = up.divisor if up.aggregator.sums else 1.0
+        means = {}
+        for way in up.ways:
+            vector = total.vectors[way.name]
+            if way.noise is not None:
+                vector, self.state = way.noise.add(vector, self.state, self.key, way.name)
+            means[way.name] = (vector.double() * (unit / divisor)).float()
+        if up.adaptive is not None:
+            self.state |= self._next_clip(up.adaptive)
+        return RoundMean(means, self.rows, self.refused, self.state, failures)
 
-    def _private_mean(
-        self, total: Total, heard: _Heard, state: dict[str, Tensor], key: Key
-    ) -> Mean:
-        failures, state = self._count_failures(heard, state, key, total.sum)
-        if self.trust == "local" and not self.client_unit:  # every update is private by itself
-            update = (total.sum / total.weight).float() if total.weight > 0 else None
-            return Mean(update, total.rows, heard.refused, state, failures)
-        unit, noised = self.unit(state), total.sum
-        if self.noise is not None:
-            noised, state = self.noise.add(total.sum, state, key)
-        if self.adaptive is not None:
-            state |= self._next_clip(heard.below, state, key)
-        update = (noised.double() * (unit / self.divisor)).float()
-        return Mean(update, [], heard.refused, state, failures)
+    def _take(self, key: Key, reply: Message | None, scale: float) -> None:
+        up, client = self.uplink, key.client
+        header, tensors = self._open(reply, key.round)
+        seen = up.aggregator.sees_updates
+        examples: int = 1
+        if seen and up.trust.names_clients:
+            examples = need("update", header, "examples")
+        if up.adaptive is not None:
+            self.below.append(need("update", header, "below"))
+        if up.privacy is not None and "failures" in header:
+            self.failures[client] = up.trust.tally(header, up.privacy)
+        if self.gathering is None:  # there will be no aggregate
+            return
+        weight = float(examples) if up.weights == "examples" else 1.0
+        vectors = up.receive(tensors, key) if seen else {}
+        secure: Mapping[str, JSON] = need("update", header, "secure") if "secure" in header else {}
+        scaled = {name: v if scale == 1 else v * scale for name, v in vectors.items()}
+        self.gathering.add(Contribution(key, weight, scaled, tensors, secure))
+        if seen and up.trust.names_clients:
+            measured = {n: header[n] for n in up.trust.measures if n in header}
+            norm = float(vectors[UPDATE].double().norm())
+            row = {"client": client, "examples": examples, **measured, "update_norm": norm}
+            self.rows.append(row)
 
-    def _count_failures(
-        self, heard: _Heard, state: dict[str, Tensor], key: Key, total: Tensor
-    ) -> tuple[Tally, dict[str, Tensor]]:
-        """Returns how many units gave nothing; noise is added here if it is the server's, else it is in the counts."""
-        # What a client says of itself and that it was refused would move two counts: only one of them may stand.
-        counted = Tally.sum(
-            tally for name, tally in heard.failures.items() if name not in heard.refused
-        )
-        if self.noise is None:
-            return counted, state
-        if self.client_unit:  # a client whose reply does not count is one that failed
-            counted = replace(counted, failed=counted.failed + len(heard.refused))
-        noised, state = self.noise.count(counted.tensor(), state, key, random.fingerprint(total))
-        return Tally(*noised.double().tolist()), state
+    def _open(
+        self, reply: Message | None, task: int
+    ) -> tuple[Mapping[str, JSON], Mapping[str, Tensor]]:
+        """Returns header and tensors of an update that names `task`.
 
-    def _tally(self, header: Mapping[str, JSON]) -> Tally:
-        """Returns what a client says of its failures, held to what it may have: others pay for an invented count."""
-        assert self.privacy is not None
-        tally, most, steps = Tally(*need("update", header, "failures")), 1.0, 1
-        if not self.client_unit:
-            if "examples" not in header:  # in a secure sum nobody says how many there are
-                return tally
-            steps = need("update", header, "steps") if "steps" in header else 1
-            most = need("update", header, "examples") * max(1, steps)
-        noise = (
-            0.0
-            if self.noise is not None
-            else self.privacy.noise_multiplier * math.sqrt(max(1, steps))
-        )
-        if not tally.fits(most, noise):
-            raise WireError(
-                f"update.failures: got {header['failures']!r}, more or less than can have failed"
-            )
-        return tally
-
-    def _next_clip(
-        self, below: list[bool], state: Mapping[str, Tensor], key: Key
-    ) -> dict[str, Tensor]:
-        assert self.adaptive is not None
-        norm = float(state["clip_norm"])
-        chance = key.noise_source("clip", random.fingerprint(below, norm, self.adaptive))
-        count = PrivacyPlan("client", 0.5, 1.0, 2 * (self.adaptive.count_noise or 0.0))
-        bits = torch.tensor([sum(0.5 if bit else -0.5 for bit in below)], dtype=torch.float64)
-        share = share_below(float(noise_sum(bits, count, chance)), self.cohort.size)
-        return {"clip_norm": torch.tensor(self.adaptive.update(norm, share), dtype=torch.float64)}
-
-    def _sent(
-        self, replies: Iterable[tuple[ClientId, Message | None]], heard: _Heard, key: Key
-    ) -> Iterator[Sent]:
-        """Yields what passes the checks of its header, and notes in `heard` what else the replies say."""
-        for client, reply in replies:
-            try:
-                yield self._open(reply, Key(key.seed, key.round, client), heard)
-            except WireError as problem:
-                heard.refused[client] = str(problem)
-
-    def _open(self, reply: Message | None, key: Key, heard: _Heard) -> Sent:
+        Raises:
+            WireError: if `reply` is none.
+        """
         if reply is None:
             raise WireError("no reply came; see whether the client is still running")
         header = reply.header
@@ -329,41 +354,32 @@ class Uplink:
             raise WireError(
                 f"update.kind: got {reply.kind!r}, expected 'update'; answer the request that was sent"
             )
-        if need("update", header, "round") != key.round:
+        if need("update", header, "round") != task:
             raise WireError(
-                f"update.round: got {header['round']!r}, expected {key.round}; answer the last request"
+                f"update.round: got {header['round']!r}, expected {task}; answer the last request"
             )
-        plain = not (self.client_unit or self.joint) and isinstance(self.adder, PlainSum)
-        examples: int = need("update", header, "examples") if plain else 1
-        if self.adaptive is not None:
-            heard.below.append(need("update", header, "below"))
-        if self.privacy is not None and "failures" in header:
-            heard.failures[key.client] = self._tally(header)
-        if not plain:
-            secure: Mapping[str, JSON] = (
-                need("update", header, "secure") if "secure" in header else {}
-            )
-            return Sent(key, reply.tensors, 1.0, {}, secure)
-        row = {"client": key.client, "examples": examples, **self.metrics(header)}
-        return Sent(key, reply.tensors, float(examples) if self.weights == "examples" else 1.0, row)
+        return header, reply.tensors
 
+    def _count_failures(self, total: Total) -> Tally | None:
+        """Returns how many units gave nothing; noise is added here if it is the server's, else it is in the counts."""
+        up = self.uplink
+        if up.privacy is None:
+            return None
+        # What a client says of itself and that it was refused would move two counts: only one of them may stand.
+        heard = [tally for name, tally in self.failures.items() if name not in self.refused]
+        counted = up.trust.counted(Tally.sum(heard), len(self.refused))
+        if up.noise is None:
+            return counted
+        named = random.fingerprint(*total.vectors.values())
+        noised, self.state = up.noise.count(counted.tensor(), self.state, self.key, named)
+        return Tally(*noised.double().tolist())
 
-def _check_client_unit(privacy: PrivacyPlan, cohort: Cohort, weights: str) -> None:
-    if weights != "equal":
-        raise RecipeError(
-            "federate.weights: got 'examples' under client privacy, where a large client would exceed the sensitivity;"
-            ' set weights = "equal"'
-        )
-    if not 0 < privacy.clip_norm < float("inf"):
-        raise RecipeError(
-            f"federate.privacy.clip_norm: got {privacy.clip_norm}, expected a finite bound above 0"
-        )
-    if privacy.sampling_prob != cohort.sampling_prob:
-        raise RecipeError(
-            f"federate.privacy.sampling_prob: the plan charges {privacy.sampling_prob} but a {cohort.sampling} cohort"
-            f" of {cohort.size} in {cohort.population} is worth {cohort.sampling_prob}; plan with cohort.sampling_prob"
-        )
-    if privacy.steps_per_round != 1:
-        raise RecipeError(
-            f"federate.privacy.steps_per_round: got {privacy.steps_per_round}; client privacy takes 1"
-        )
+    def _next_clip(self, adaptive: AdaptiveClip) -> dict[str, Tensor]:
+        norm = float(self.state["clip_norm"])
+        named = random.fingerprint(self.below, norm, adaptive)
+        chance = self.key.noise_source("clip", named)
+        count = PrivacyPlan("client", 0.5, 1.0, 2 * (adaptive.count_noise or 0.0))
+        centred = sum(0.5 if bit else -0.5 for bit in self.below)
+        bits = torch.tensor([centred], dtype=torch.float64)
+        share = share_below(float(noise_sum(bits, count, chance)), self.uplink.cohort.size)
+        return {"clip_norm": torch.tensor(adaptive.update(norm, share), dtype=torch.float64)}

@@ -32,7 +32,7 @@ class Halve:
 def test_a_chain_binds_each_transform_to_the_bound_before_it():
     chain, end = bind_chain([Clip(clip_norm=2.0), Halve(), Halve()], Bound(8))
     assert [t.size for t in chain[1:]] == [8, 4]
-    assert end == Bound(2, l2=2.0, linf=2.0)
+    assert end == Bound(2, l2=2.0, linf=2.0, decoded_l2=2.0)
 
 
 def test_a_transform_that_does_not_fit_is_refused_when_bound():

@@ -210,7 +210,9 @@ def test_parts_that_do_not_belong_together_are_refused():
         replace(federation.clients["c0"], arrays=nothing)
     private = Federation(privacy=SAMPLE_PLAN)
     joint = Uplink.bind(len(private.params), Cohort(4, 4), privacy=SAMPLE_PLAN, trust="central")
-    assert rebound(private.clients["c0"], uplink=joint, local_update=sgd).uplink.joint
+    assert (
+        rebound(private.clients["c0"], uplink=joint, local_update=sgd).uplink.trust.steps == "joint"
+    )
     with pytest.raises(RecipeError, match="run no other local update"):
         rebound(
             private.clients["c0"], uplink=joint, local_update=lambda model, task: sgd(model, task)

@@ -42,8 +42,10 @@ class SecureFederation:
         plan = SecurePlan(cohort=6, bits=bits)
         identities = tuple((name, identity(key)) for name, key in keys.items())
         size = len(self.params)
-        adder = SecureSum(plan, size, limit or 2 ** (bits - 1), identities) if secure else None
-        self.uplink = Uplink.bind(size, Cohort(6, 6), chain=chain, adder=adder, weights="equal")
+        aggregator = SecureSum(plan, size, limit or 2 ** (bits - 1), identities) if secure else None
+        self.uplink = Uplink.bind(
+            size, Cohort(6, 6), chain=chain, aggregator=aggregator, weights="equal"
+        )
         terms = Terms(layout, SETTINGS, self.uplink, 7, untouched)
         self.agreement = terms.agreement.fingerprint
         client_plan = ClientPlan.bind(terms, self.model)
@@ -218,10 +220,10 @@ def test_a_random_part_of_the_values_sums_securely():
     chain = (Clip(clip_norm=1.0), RandomK(density=0.5), Discretize(scale=200.0))
     size = len(SecureFederation().params)
     federation = SecureFederation(secure=False, chain=chain)
-    assert federation.uplink.chain[-1].size == math.ceil(size / 2)
+    assert federation.uplink.ways[0].chain[-1].size == math.ceil(size / 2)
 
 
 def test_example_weights_are_refused_under_a_secure_sum():
-    adder = SecureSum(SecurePlan(cohort=6, bits=16), 3, 100, ())
+    aggregator = SecureSum(SecurePlan(cohort=6, bits=16), 3, 100, ())
     with pytest.raises(RecipeError, match='set weights = "equal"'):
-        Uplink.bind(3, Cohort(6, 6), chain=CHAIN, adder=adder, weights="examples")
+        Uplink.bind(3, Cohort(6, 6), chain=CHAIN, aggregator=aggregator, weights="examples")

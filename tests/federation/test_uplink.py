@@ -169,9 +169,18 @@ def test_one_client_moves_the_mean_by_at_most_the_clip_norm_over_the_cohort(mine
 def test_metrics_that_leave_a_client_are_those_that_the_unit_allows():
     measured = {"loss": 1.0, "steps": 4, "batch": 3}
     cohort = Cohort(2, 2)
-    assert Uplink.bind(2, cohort).metrics(measured) == {"loss": 1.0, "steps": 4}
-    assert Uplink.bind(2, cohort, privacy=SAMPLE_PLAN).metrics(measured) == {"steps": 4}
-    assert private(2, cohort).metrics(measured) == {}
+    said = {
+        "open": Uplink.bind(2, cohort).trust.said(measured, 9, seen=True),
+        "sample": Uplink.bind(2, cohort, privacy=SAMPLE_PLAN).trust.said(measured, 9, seen=True),
+        "client": private(2, cohort).trust.said(measured, 9, seen=True),
+        "secure": Uplink.bind(2, cohort).trust.said(measured, 9, seen=False),
+    }
+    assert said == {
+        "open": {"loss": 1.0, "steps": 4, "examples": 9},
+        "sample": {"steps": 4, "examples": 9},
+        "client": {},
+        "secure": {},
+    }
 
 
 def test_what_a_client_says_beyond_the_allowed_is_not_recorded():
@@ -206,7 +215,10 @@ def test_a_plan_that_counts_on_another_sampler_is_refused():
     plan = PrivacyPlan("client", 1.0, 0.1, 1.0)
     with pytest.raises(RecipeError, match=r"privacy\.sampling_prob: the plan charges 0\.1"):
         Uplink.bind(2, Cohort(10, 100, "fixed"), privacy=plan, weights="equal")
-    assert Uplink.bind(2, Cohort(10, 100, "poisson"), privacy=plan, weights="equal").client_unit
+    assert (
+        Uplink.bind(2, Cohort(10, 100, "poisson"), privacy=plan, weights="equal").trust.unit
+        == "client"
+    )
 
 
 def test_client_noise_is_new_for_every_sum_and_plan_and_the_same_on_repeat():
@@ -238,7 +250,7 @@ def test_an_adaptive_clip_finds_the_median_norm_from_far_below_and_above(initial
         replies = []
         for at, norm in enumerate(norms):
             x = torch.tensor([float(norm), 0.0, 0.0, 0.0])
-            tensors = uplink.encode(x, Key(1, round, f"c{at}"), unit=unit)
+            tensors = uplink.encode({"update": x}, Key(1, round, f"c{at}"), unit=unit)
             replies.append(
                 (
                     f"c{at}",
@@ -253,7 +265,7 @@ def test_under_an_adaptive_clip_updates_travel_in_units_of_it_and_come_back_whol
     cohort = Cohort(2, 2)
     uplink = adaptive(2, cohort, noise=0.0, initial=10.0)
     sent = [
-        uplink.encode(torch.tensor(x), Key(1, 1, "c"), unit=10.0)
+        uplink.encode({"update": torch.tensor(x)}, Key(1, 1, "c"), unit=10.0)
         for x in ([3.0, 4.0], [30.0, 40.0])
     ]
     assert sent[0]["values"].tolist() == pytest.approx([0.3, 0.4])
@@ -299,7 +311,9 @@ def test_with_any_codec_one_client_moves_a_plain_private_sum_by_at_most_the_clip
     chance = torch.Generator().manual_seed(2)
     for round in range(1, 200):
         scale = 10 ** float(torch.empty(()).uniform_(-3, 3, generator=chance))
-        sent = uplink.encode(scale * torch.randn(64, generator=chance), Key(1, round, "c0"))
+        sent = uplink.encode(
+            {"update": scale * torch.randn(64, generator=chance)}, Key(1, round, "c0")
+        )
         moved = uplink.mean(
             [("c0", Message("update", {"round": round}, sent))], seed=1, round=round
         ).update

@@ -122,11 +122,10 @@ class ClientHalf:
     def _bind(self, contract: Contract) -> Client:
         terms, stage = contract.terms, self.beginning.stage
         privacy = contract.plan_of(self.name)
-        alone = privacy is not None and not terms.uplink.joint
         plan = ClientPlan.bind(
             terms,
             self.beginning.model,
-            local_update=private_sgd if alone else sgd,
+            local_update=private_sgd if terms.uplink.trust.steps == "private" else sgd,
             privacy=privacy,
         )
         drawn = stage.privacy is not None and stage.privacy.secure_noise

@@ -17,11 +17,11 @@ from fedpress.core.random import derive
 from fedpress.data.population import Population
 from fedpress.errors import RecipeError
 from fedpress.federation import (
-    Adder,
+    Aggregator,
     Cohort,
     Downlink,
     LocalSettings,
-    PlainSum,
+    Mean,
     SecureSum,
     Terms,
     Uplink,
@@ -29,7 +29,7 @@ from fedpress.federation import (
 from fedpress.models import ModelSpec
 from fedpress.nn.resize import copied
 from fedpress.privacy.plan import PrivacyPlan
-from fedpress.stages.federate.privacy import Protection, is_secure, protect
+from fedpress.stages.federate.privacy import Protection, is_secure, protect, trust_of_stage
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.training.augment import Augment, augment
 from fedpress.training.device import place_
@@ -58,9 +58,7 @@ class Contract:
 
     def plan_of(self, name: ClientId) -> PrivacyPlan | None:
         """Returns the own plan of a client where single examples are protected, which hangs on its public count."""
-        private = self.stage.privacy
-        alone = private is not None and private.unit == "sample"
-        return self.protection.plans[name] if alone else None
+        return self.protection.plans[name] if self.uplink.trust.unit == "sample" else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,24 +115,19 @@ def _contract(
     stage: FederateSettings, layout: parameters.Layout, preprocess: Preprocess, seed: int, text: str
 ) -> Contract:
     """Does the work of `Beginning.contract`, once for all who ask in one process: noise takes long to calibrate."""
-    population, private = Population.from_json(text), stage.privacy
+    population, trust = Population.from_json(text), trust_of_stage(stage)
     cohort = Cohort(stage.cohort or len(population), len(population), stage.sampling)
     planned = protect(stage, population, cohort, layout.shapes)
-    adder = _adder(planned, population)
-    equal = (
-        isinstance(adder, SecureSum)
-        or (private is not None and private.unit == "client")
-        or planned.divisor
-    )
+    aggregator = _aggregator(planned, population)
     uplink = Uplink.bind(
         layout.size,
         cohort,
         chain=planned.chain,
         shapes=layout.shapes,
-        adder=adder,
+        aggregator=aggregator,
         privacy=next(iter(planned.plans.values()), None),
-        trust=private.trust if private is not None else None,
-        weights=stage.weights or ("equal" if equal else "examples"),
+        trust=trust.kind,
+        weights=stage.weights or ("equal" if trust.fixed_divisor else aggregator.weights),
         divisor=planned.divisor,
         noise=planned.noise,
         adaptive=planned.adaptive,
@@ -163,9 +156,8 @@ def counts_are_public(stage: FederateSettings) -> bool:
     Where single examples are protected their number is a public one, and the plan of the noise needs it. A secure sum
     without privacy does not: there nobody is asked.
     """
-    if stage.privacy is None:
-        return not is_secure(stage)
-    return stage.privacy.unit == "sample"
+    trust = trust_of_stage(stage)
+    return trust.unit == "sample" or (trust.unit is None and not is_secure(stage))
 
 
 def owns_keys(stage: FederateSettings) -> bool:
@@ -173,9 +165,9 @@ def owns_keys(stage: FederateSettings) -> bool:
     return stage.secure_keys or (stage.privacy is not None and stage.privacy.secure_noise)
 
 
-def _adder(planned: Protection, population: Population) -> Adder:
+def _aggregator(planned: Protection, population: Population) -> Aggregator:
     if planned.grid is None:
-        return PlainSum()
+        return Mean()
     identities = tuple(population.identities.items())
     return SecureSum(planned.grid.plan, planned.grid.size, planned.grid.limit, identities)
 

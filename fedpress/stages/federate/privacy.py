@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedpress.codecs import Bound, Clip, Discretize, Noise, Rotate, Settings, bind_chain
 from fedpress.codecs.discretize import coordinate_limit
 from fedpress.data.population import Population
 from fedpress.errors import RecipeError
-from fedpress.federation import Cohort
-from fedpress.federation.aggregators.mean import check_additive
+from fedpress.federation import Cohort, Trust, trust_of
+from fedpress.federation.aggregators.secure import check_additive
 from fedpress.federation.servernoise import ServerNoise
 from fedpress.privacy.accounting.events import MechanismEvent
 from fedpress.privacy.adaptive import AdaptiveClip, count_noise_for, split
@@ -120,17 +120,14 @@ def protect(
             return Protection(chain)
         grid = _grid(stage, chain, start, cohort)
         return Protection(grid.fill(chain), grid=grid)
-    _check_promise(private, population, cohort)
-    if secure and private.trust != "secure":
+    trust = trust_of_stage(stage)
+    _check_promise(private, trust, population, cohort)
+    if secure and trust.noise != "sum":
         raise RecipeError(
-            f'stage.privacy.trust: got \'{private.trust}\' with sum = "secure"; set trust = "secure", so that the '
-            "clients make the noise of the sum together"
+            f'stage.privacy.trust: got \'{private.trust}\' with sum = "secure"; set trust = "distributed", so that '
+            "the clients make the noise of the sum together"
         )
-    if private.unit == "sample" and private.trust != "local":
-        return _joint(_Case(stage, private, population, cohort, chain, start))
-    if private.unit == "sample":
-        return _alone(stage, private, population, chain)
-    return _client(_Case(stage, private, population, cohort, chain, start))
+    return PLANNERS[trust](_Case(stage, private, trust, population, cohort, chain, start))
 
 
 def _check_list(stage: FederateSettings, secure: bool, cohort: Cohort) -> None:
@@ -161,7 +158,13 @@ def _check_list(stage: FederateSettings, secure: bool, cohort: Cohort) -> None:
 
 def is_secure(stage: FederateSettings) -> bool:
     """Says whether the stage sums securely: it is asked for, or the noise rests on it."""
-    return stage.sum == "secure" or (stage.privacy is not None and stage.privacy.trust == "secure")
+    return stage.sum == "secure" or trust_of_stage(stage).noise == "sum"
+
+
+def trust_of_stage(stage: FederateSettings) -> Trust:
+    """Returns who adds which noise in `stage`."""
+    private = stage.privacy
+    return trust_of(None) if private is None else trust_of(private.unit, private.trust)
 
 
 def secure_list(private: bool) -> tuple[Settings, ...]:
@@ -185,22 +188,27 @@ def repeated(phase: MechanismEvent, count: int) -> MechanismEvent:
 
 def steps_per_round(stage: FederateSettings, examples: int) -> int:
     """Returns the local steps of one round for a client of so many examples."""
-    if (
-        stage.privacy is not None
-        and stage.privacy.unit == "sample"
-        and stage.privacy.trust != "local"
-    ):
+    if trust_of_stage(stage).steps == "joint":
         return 1
     return stage.epochs * math.ceil(examples / stage.batch_size)
 
 
-def _alone(
-    stage: FederateSettings,
-    private: PrivacySettings,
-    population: Population,
-    chain: tuple[Settings, ...],
-) -> Protection:
+@dataclass(frozen=True)
+class _Case:
+    """What there is to protect, by whom, in whose updates: the arguments of `protect` and what follows from them."""
+
+    stage: FederateSettings
+    private: PrivacySettings
+    trust: Trust
+    population: Population
+    cohort: Cohort
+    chain: tuple[Settings, ...]
+    start: Bound
+
+
+def _alone(case: _Case) -> Protection:
     """Sample privacy of each client's own noise: all get the noise that the most exposed of them needs."""
+    stage, private, population = case.stage, case.private, case.population
     base = PrivacyPlan("sample", private.clip_norm, 1.0, delta=private.delta)
     plans = {
         name: replace(
@@ -219,21 +227,8 @@ def _alone(
             for p in set(plans.values())
         )
     plans = {name: replace(plan, noise_multiplier=noise) for name, plan in plans.items()}
-    return Protection(
-        chain, plans, {name: plan.phase(num_rounds=1) for name, plan in plans.items()}
-    )
-
-
-@dataclass(frozen=True)
-class _Case:
-    """What there is to protect, by whom, in whose updates: the arguments of `protect` and what follows from them."""
-
-    stage: FederateSettings
-    private: PrivacySettings
-    population: Population
-    cohort: Cohort
-    chain: tuple[Settings, ...]
-    start: Bound
+    costs = {name: plan.phase(num_rounds=1) for name, plan in plans.items()}
+    return Protection(case.chain, plans, costs)
 
 
 def _joint(case: _Case) -> Protection:
@@ -251,7 +246,7 @@ def _joint(case: _Case) -> Protection:
     expected = share * total * cohort.size / cohort.population
     plan = PrivacyPlan("sample", private.clip_norm, share, 1.0, delta=private.delta)
     divisor = expected / stage.lr
-    if private.trust == "central":
+    if case.trust.noise == "server":
         plan = _calibrated(plan, private, max(1, stage.num_rounds))
         step: MechanismEvent = plan.phase(num_rounds=1)
         return Protection(
@@ -284,7 +279,7 @@ def _check_joint(stage: FederateSettings) -> None:
                 f"stage.{name}: got {getattr(stage, name):g}, but with this trust the clients of a cohort take one "
                 f"step together; set {name} = {fine:g}, and momentum in stage.server if wanted"
             )
-    secure = stage.privacy is not None and stage.privacy.trust == "secure"
+    secure = is_secure(stage)
     fine_here = ("clip", "randomk", "rotate", "discretize") if secure else ("clip", "randomk")
     for transform in stage.uplink:
         if transform.kind not in fine_here or getattr(transform, "unbiased", False):
@@ -305,7 +300,7 @@ def _client(case: _Case) -> Protection:
     )
     times = math.ceil(max(1, stage.num_rounds) / cohort.period)  # that one client takes part
     everybody = cohort.sampling == "poisson" or cohort.size == cohort.population
-    if private.trust == "secure":
+    if case.trust.noise == "sum":
         before = (Clip(clip_norm=private.clip_norm), *chain)
         grid = _grid(stage, before, case.start, cohort, times=times)
         assert grid.noise is not None
@@ -319,14 +314,13 @@ def _client(case: _Case) -> Protection:
             dict.fromkeys(population.names, shared),
             grid,
         )
-    if private.trust == "local" and cohort.sampling == "poisson":
+    if case.trust.noise == "vector" and cohort.sampling == "poisson":
         raise RecipeError(
             "stage.sampling: with trust 'local' the server knows who takes part, so drawing by chance hides nothing; "
             "use 'fixed' or 'cyclic'"
         )
-    if (
-        private.trust == "local"
-    ):  # whoever sees a client's update knows that it took part: sampling hides nothing
+    # Whoever sees a client's update knows that it took part: sampling hides nothing.
+    if case.trust.noise == "vector":
         plan = _calibrated(
             PrivacyPlan("client", private.clip_norm, 1.0, 1.0, delta=private.delta), private, times
         )
@@ -451,21 +445,32 @@ def _grid(
     return Grid(secure, bound.size, planned.scale, limit, math.floor(planned.limit), planned)
 
 
-def _check_promise(private: PrivacySettings, population: Population, cohort: Cohort) -> None:
+def _check_promise(
+    private: PrivacySettings, trust: Trust, population: Population, cohort: Cohort
+) -> None:
     displaces = (
-        private.trust == "central"
-        and cohort.sampling == "fixed"
-        and cohort.size < cohort.population
+        trust.hides_cohort and cohort.sampling == "fixed" and cohort.size < cohort.population
     )
-    if private.unit == "client" and displaces:
+    if trust.unit == "client" and displaces:
         raise RecipeError(
             f"stage.sampling: a fixed cohort of {cohort.size} in {cohort.population} clients breaks client privacy, "
             "since a client that joins displaces another and moves the sum twice; set sampling = 'poisson', or take "
             "all clients"
         )
-    units = len(population) if private.unit == "client" else population.total
+    units = len(population) if trust.unit == "client" else population.total
     if private.delta >= 1 / units:
         raise RecipeError(
             f"stage.privacy.delta: got {private.delta:g}, which lets one of the {units} protected {private.unit}s be "
             f"given away whole; take it well below {1 / units:.1g}"
         )
+
+
+PLANNERS: Mapping[Trust, Callable[[_Case], Protection]] = {
+    trust_of("sample", "local"): _alone,
+    trust_of("sample", "distributed"): _joint,
+    trust_of("sample", "central"): _joint,
+    trust_of("client", "local"): _client,
+    trust_of("client", "distributed"): _client,
+    trust_of("client", "central"): _client,
+}
+"""Who plans the noise, by who adds it."""

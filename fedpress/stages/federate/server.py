@@ -19,8 +19,6 @@ from fedpress.federation import (
     RoundRecord,
     Transport,
     Uplink,
-    private_sgd,
-    sgd,
 )
 from fedpress.federation.exchange import exchange
 from fedpress.federation.protocol import check_header, need, text_tensor
@@ -112,7 +110,7 @@ class ServerPlan:
         return rounds(
             params,
             self.uplink,
-            Algorithm(private_sgd if self._sample else sgd, self.stage.server),
+            Algorithm(server=self.stage.server),
             self.transport,
             num_rounds=self.stage.num_rounds,
             seed=terms.seed,
@@ -122,10 +120,6 @@ class ServerPlan:
             downlink=terms.downlink,
             secret=self.secret,
         )
-
-    @property
-    def _sample(self) -> bool:
-        return self.stage.privacy is not None and self.stage.privacy.unit == "sample"
 
     def sizes(self) -> dict[str, Any]:
         """Returns the bytes of real messages, and bits for each value, see `sizes.sizes`."""
@@ -141,7 +135,7 @@ class ServerPlan:
     @property
     def hides(self) -> bool:
         """Whether the server sees what nobody else may: updates without noise, and who sent them."""
-        return self.uplink.noise is not None
+        return self.uplink.trust.hides_cohort
 
     @cached_property
     def planned_bytes(self) -> tuple[int, int]:
@@ -173,10 +167,8 @@ class ServerPlan:
         """
         plans = [self.protection.plans[name] for name in clients]
         of = float(self.uplink.cohort.size)
-        steps = [1] * len(plans)
-        if self._sample:
-            if not self.uplink.joint:
-                steps = [plan.steps_per_round for plan in plans]
+        steps = [self.uplink.trust.steps_counted(plan) for plan in plans]
+        if self.uplink.trust.unit == "sample":
             counts = [self.population.counts[name] for name in clients]
             of = sum(
                 plan.sampling_prob * n * k for plan, n, k in zip(plans, counts, steps, strict=True)
@@ -198,7 +190,7 @@ class ServerPlan:
         """Returns the privacy settings of the client that is charged most."""
         plans = self.protection.plans.values()
         most = max(plans, key=lambda plan: (plan.sampling_prob, plan.steps_per_round))
-        told = {**{name: getattr(most, name) for name in PROMISE}, "trust": self.uplink.trust}
+        told = {**{name: getattr(most, name) for name in PROMISE}, "trust": self.uplink.trust.kind}
         if self.uplink.adaptive is not None:  # the plan counts in units of a clip norm that moves
             told["clip_norm"] = self.uplink.adaptive.initial
         return told

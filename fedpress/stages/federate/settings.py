@@ -23,7 +23,7 @@ class PrivacySettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     unit: Literal["sample", "client"]
-    trust: Literal["local", "secure", "central"] | None = Field(
+    trust: Literal["local", "distributed", "secure", "central"] | None = Field(
         None,
         description="who adds the noise: each client, the clients together under a secure sum, or the server",
     )

@@ -10,9 +10,10 @@ from torch import Tensor
 from fedpress.codecs import VALUES, Key
 from fedpress.core import random
 from fedpress.core.names import ClientId
-from fedpress.federation import Adder, SecureSum
+from fedpress.federation import Aggregator, SecureSum
 from fedpress.federation.client import answer_secure
 from fedpress.federation.downlink import Broadcast
+from fedpress.federation.vectors import UPDATE
 from fedpress.secagg import SecAggClient, identity
 from fedpress.stages.federate.contract import Contract
 from fedpress.transport import Handler, LocalTransport
@@ -31,13 +32,13 @@ def sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
     )
     names = list(contract.population.names)[: uplink.cohort.size]
     key = Key(terms.seed, 1, names[0])
-    tensors = uplink.encode(change, key)
+    tensors = uplink.encode({UPDATE: change}, key)
     header: dict[str, JSON] = {"round": 1, "examples": 1, "loss": 1.0, "steps": 1}
-    if uplink.privacy is not None and uplink.trust != "central":
+    if uplink.privacy is not None and not uplink.trust.hides_cohort:
         header["failures"] = [0.123456789012345, 0.123456789012345]
-    adder, members = _stand_ins(contract)
+    aggregator, members = _stand_ins(contract)
     transport = LocalTransport({name: _answering(member) for name, member in members.items()})
-    session = adder.open(transport, terms.agreement.fingerprint)
+    session = aggregator.open(transport, terms.agreement.fingerprint)
     if members:
         part = members[names[0]].mask(tensors[VALUES], round=1, cohort=names)
         # In a secure sum a client says nothing of its training, only what failed.
@@ -77,14 +78,14 @@ def _down(
     return sent[0], sent[1]
 
 
-def _stand_ins(contract: Contract) -> tuple[Adder, dict[ClientId, SecAggClient]]:
+def _stand_ins(contract: Contract) -> tuple[Aggregator, dict[ClientId, SecAggClient]]:
     """Returns the sum and its clients with keys that anybody could make: their messages are as long as the real ones.
 
     A plain sum has no keys, so nobody stands in.
     """
-    adder, grid = contract.uplink.adder, contract.protection.grid
+    aggregator, grid = contract.uplink.aggregator, contract.protection.grid
     if grid is None:
-        return adder, {}
+        return aggregator, {}
     keys = {name: random.secret_key(0, "stand-in", name) for name in contract.population.names}
     known = {name: identity(key) for name, key in keys.items()}
     run = contract.terms.agreement.fingerprint

@@ -10,7 +10,7 @@ import torch
 from fedpress.codecs import VALUES, Key
 from fedpress.data.population import Population
 from fedpress.errors import PrivacyError, RecipeError
-from fedpress.federation import Cohort, Uplink
+from fedpress.federation import Cohort, SecureSum, Uplink
 from fedpress.privacy.accounting import accountant
 from fedpress.stages.federate.privacy import protect, repeated
 from fedpress.stages.federate.stage import FederateStage
@@ -50,6 +50,8 @@ def test_every_kind_of_trust_spends_its_budget_and_no_more(unit, trust):
 
 
 def uplink_of(plan, trust, unit="client"):
+    grid = plan.grid
+    secure = None if grid is None else SecureSum(grid.plan, grid.size, grid.limit, ())
     return Uplink.bind(
         SIZE,
         EVERYBODY,
@@ -57,6 +59,7 @@ def uplink_of(plan, trust, unit="client"):
         shapes=SHAPES,
         privacy=next(iter(plan.plans.values())),
         trust=trust,
+        aggregator=secure,
         weights="equal",
         noise=plan.noise,
         divisor=plan.divisor,
@@ -65,7 +68,7 @@ def uplink_of(plan, trust, unit="client"):
 
 def sum_of_sent(uplink, vectors, key_of):
     return sum(
-        uplink.decode(uplink.encode(x, key_of(i)), key_of(i)).double()
+        uplink.decode(uplink.encode({"update": x}, key_of(i)), key_of(i))["update"].double()
         for i, x in enumerate(vectors)
     )
 
@@ -85,9 +88,9 @@ def test_under_secure_trust_the_guaranteed_survivors_make_the_planned_noise():
 def test_under_local_trust_every_update_carries_all_the_noise():
     plan = planned(privacy=private("client", "local", noise_multiplier=3.0))
     uplink = uplink_of(plan, "local")
-    sent = uplink.encode(torch.zeros(SIZE), keys(0))[VALUES]
+    sent = uplink.encode({"update": torch.zeros(SIZE)}, keys(0))[VALUES]
     assert float(sent.std()) == pytest.approx(3.0 * 0.5, rel=0.01)
-    assert uplink.promise.l2 == math.inf  # the noise must not be clipped away
+    assert uplink.ways[0].promise.l2 == math.inf  # the noise must not be clipped away
 
 
 def test_under_central_trust_the_server_makes_it_once():
@@ -106,7 +109,7 @@ def test_a_joint_step_is_the_mean_gradient_of_the_expected_batch(trust):
     assert uplink.divisor == pytest.approx(
         0.2 * 1000 / 0.1
     )  # expected batch over the learning rate
-    assert uplink.joint
+    assert uplink.trust.steps == "joint"
 
 
 def test_a_client_vector_is_longer_than_what_one_example_moves_but_bounded():
@@ -170,7 +173,7 @@ def test_fewer_values_need_less_epsilon_at_equal_bits():
 @pytest.mark.parametrize(
     ("keys", "problem"),
     [
-        ({"sum": "secure", "privacy": private("client", "central")}, 'set trust = "secure"'),
+        ({"sum": "secure", "privacy": private("client", "central")}, 'set trust = "distributed"'),
         (
             {"privacy": private("sample", "central"), "uplink": [{"kind": "topk"}]},
             "one example move",
