@@ -127,10 +127,15 @@ def _odds(stage: Json, what: str) -> str:
     )
 
 
+def _trust(stage: Json) -> str:
+    """Who adds the noise; results of version 0.1 call the clients together "secure"."""
+    trust = str(stage.get("trust"))
+    return "distributed" if trust == "secure" else trust
+
+
 def _sample(title: str, stage: Json) -> Protection:
-    trust = stage.get("trust")
-    if trust in ("secure", "central"):
-        return _joint(title, stage, str(trust))
+    if (trust := _trust(stage)) in ("distributed", "central"):
+        return _joint(title, stage, trust)
     return Protection(
         title=title,
         summary=f"Every private example is protected with {_budget(stage)}, against all who lack the noise's seed.",
@@ -160,7 +165,7 @@ def _keys(stage: Json) -> list[str]:
 
 
 def _joint(title: str, stage: Json, trust: str) -> Protection:
-    secure = trust == "secure"
+    secure = trust == "distributed"
     whom = (
         "everybody, the server too, who lacks the noise's seed"
         if secure
@@ -199,7 +204,7 @@ def _joint(title: str, stage: Json, trust: str) -> Protection:
 
 
 def _client_without_server(title: str, stage: Json, trust: str) -> Protection:
-    secure = trust == "secure"
+    secure = trust == "distributed"
     return Protection(
         title=title,
         summary=f"Each client as a whole is protected with {_budget(stage)}, the server included, against all who lack"
@@ -225,8 +230,8 @@ def _client_without_server(title: str, stage: Json, trust: str) -> Protection:
 
 
 def _client(title: str, stage: Json) -> Protection:
-    if (trust := stage.get("trust")) in ("secure", "local"):
-        return _client_without_server(title, stage, str(trust))
+    if (trust := _trust(stage)) in ("distributed", "local"):
+        return _client_without_server(title, stage, trust)
     return Protection(
         title=title,
         summary=f"Each client as a whole is protected with {_budget(stage)}, against everybody except the server.",
