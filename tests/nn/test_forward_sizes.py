@@ -82,7 +82,7 @@ def test_only_calls_of_the_named_module_are_put_right_by_their_place():
     assert list(seen[""].values()) == [[4, 8, 1], [0, 0], [0, 8], [None, None, None, None, 6, None]]
     assert list(seen["inner"].values()) == [[2, 3, 4]]
     split, _, pad, cut = seen[""]
-    assert split.startswith("test_calls.py:Outer.forward+1:")
+    assert split.startswith("test_forward_sizes.py:Outer.forward+1:")
     assert split.endswith(" split#0")
     (view,) = seen["inner"]
     set_numbers_(

@@ -15,7 +15,7 @@ from fedpress.workspace import lock
 HOLD = """
 import sys, time
 from pathlib import Path
-from fedpress import lock
+from fedpress.workspace import lock
 with lock.locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

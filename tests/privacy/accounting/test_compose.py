@@ -68,7 +68,9 @@ def test_delta_is_checked_first(page):
 
 def test_questions_about_mixtures_and_bits_are_answered_without_torch():
     code = (
-        "import sys; from fedpress.privacy import compose, distributed, factorization, adaptive;"
+        "import sys; from fedpress.privacy import adaptive;"
+        "from fedpress.privacy.accounting import compose;"
+        "from fedpress.privacy.noise import distributed, factorization;"
         f"compose.epsilon({json.dumps([GAUSSIAN, SKELLAM])!r}, delta=1e-5);"
         "distributed.plan(size=9, clip_norm=1, coordinate_limit=1, clients=3, survivors=2, steps=2, delta=1e-5,"
         "epsilon=8);"
