@@ -39,6 +39,7 @@ def make_integer_(proto: Any, fewest_bits: int = 2) -> bool:
     _round_biases_(graph)
     _fill_input_channels_(graph)
     wide = _multiply_out_(graph)
+    _part_shared_codes_(graph)
     _keep_float_weights_(graph)
     bits, opset = _shrink_codes_(graph, fewest_bits)
     graph.write_()
@@ -123,6 +124,33 @@ def _pool_means_(graph: _Graph) -> None:
         ):  # the codes are flattened: between pool and rounding it would hinder
             wide = graph.node("QuantizeLinear", [out, *rounded.input[1:]], codes + "_wide")
             graph.put(rounded, [wide, graph.node("Flatten", [codes + "_wide"], codes)])
+
+
+def _part_shared_codes_(graph: _Graph) -> None:
+    """Gives each reader of 8-bit weights codes of its own where layers share them.
+
+    On processors without VNNI onnxruntime 1.32 moves such codes from int8 to uint8, once for each
+    reader, and refuses to load the file when it meets the same ones again.
+    """
+    for made in [n for n in graph.nodes if n.op_type == "DequantizeLinear"]:
+        codes = graph.array(made.input[0])
+        if (
+            codes is None
+            or codes.dtype != np.int8
+            or np.abs(codes.astype(np.int16)).max() <= NARROW
+        ):
+            continue
+        for number, reader in enumerate([*graph.readers(made.output[0])][1:], start=2):
+            codes_name, scale_name, *zeros_name = made.input
+            inputs = [graph.add(f"{codes_name}_{number}", codes), scale_name]
+            for name in zeros_name:  # moved too
+                inputs.append(graph.add(f"{name}_{number}", graph.array(name)))
+            own = graph.node("DequantizeLinear", inputs, f"{made.output[0]}_{number}")
+            own.attribute.extend(made.attribute)
+            for at, name in enumerate(reader.input):
+                if name == made.output[0]:
+                    reader.input[at] = own.output[0]
+            graph.put(made, [made, own])
 
 
 def _transpose_codes_(graph: _Graph) -> None:

