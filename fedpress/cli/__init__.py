@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -18,19 +17,16 @@ from fedpress.cli import compress
 from fedpress.cli.common import (
     AllowCode,
     AsJson,
-    again,
+    Data,
+    Overrides,
     allow_code,
-    default_folder,
-    given,
     held,
-    hold,
     load,
     load_data,
-    run_to_resume,
-    take_up,
     told,
     warn,
 )
+from fedpress.cli.run import run
 from fedpress.errors import FedpressError, RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -46,12 +42,8 @@ app = typer.Typer(
 )
 privacy_app = typer.Typer(no_args_is_help=True, help="Ask the privacy accountant.")
 app.add_typer(privacy_app, name="privacy")
+app.command()(run)
 compress.add_commands(app)
-
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. stage.2.num_rounds=5")
-]
-Data = Annotated[Path | None, typer.Option(help="Folder or file of the data set; sets data.path.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -63,103 +55,6 @@ def _root(
     if version:
         typer.echo(f"fedpress {fedpress.__version__}")
         raise typer.Exit
-
-
-@app.command()
-def run(
-    context: typer.Context,
-    recipe: Annotated[
-        str | None, typer.Argument(help="Name of a shipped recipe, or a TOML file.")
-    ] = None,
-    overrides: Overrides = None,
-    data: Data = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on with an interrupted run: --resume RUN, nothing else is needed."
-        ),
-    ] = False,
-    reuse: Annotated[
-        Path | None, typer.Option("--from", help="Take over equal finished stages of this run.")
-    ] = None,
-    code: AllowCode = None,
-    as_json: AsJson = False,
-) -> None:
-    """Runs a recipe into a run folder, with a report at the end."""
-    from fedpress.cli import terminal
-
-    allow_code(code)
-    out_stream = terminal.console(quiet=as_json)
-    try:
-        with terminal.waiting(out_stream, "starting"):
-            from fedpress.pipeline import run as runs
-            from fedpress.pipeline.check import check_recipe
-            from fedpress.pipeline.environment import note_environment
-            from fedpress.pipeline.keys import settings_of
-            from fedpress.reports.html import write_report
-            from fedpress.reports.table import rich_table, runtimes_told
-            from fedpress.workspace.folder import RunFolder
-
-            words = [*([recipe] if recipe is not None else []), *(overrides or [])]
-            found, words = run_to_resume(words) if resume and out is None else (out, words)
-            recipe = (
-                words.pop(0)
-                if words and ("=" not in words[0] or Path(words[0]).is_file())
-                else None
-            )
-            folder, text = None, ""
-            if resume:
-                place = found or default_folder(
-                    load(_named(recipe, context), words, data)[1].name, resume
-                )
-                wanted, folder = take_up(place, recipe, words, data)
-            else:
-                text, wanted = load(_named(recipe, context), words, data)
-                place = out or default_folder(wanted.name, resume)
-            if folder is None:
-                RunFolder.check_free(place, text)
-            earlier = RunFolder.open(reuse) if reuse is not None else None
-        loaded = load_data(wanted, out_stream)
-        with terminal.waiting(out_stream, "checking that everything fits together"):
-            check_recipe(wanted, loaded)
-    except KeyboardInterrupt:
-        typer.echo("stopped before the run began; nothing was changed", err=True)
-        raise typer.Exit(130) from None
-    if folder is None:
-        folder = RunFolder.create(place, text, settings_of(wanted))
-        hold(place)
-    try:
-        is_file = recipe is not None and Path(recipe).is_file()
-        origin = str(Path(str(recipe)).resolve()) if is_file else recipe
-        about = {"recipe": origin, "overrides": given(words, data)}
-        warn(note_environment(folder, shlex.join(["fedpress", *sys.argv[1:]]), about))
-        out_stream.print(f"{wanted.name} into {place}", markup=False, soft_wrap=True)
-        terminal.follow(runs.execute(wanted, folder, loaded, reuse=earlier), out_stream)
-        with terminal.waiting(out_stream, "drawing the report"):
-            report_file = write_report(place)
-    except KeyboardInterrupt:
-        typer.echo(
-            f"\nstopped; all up to the last epoch or round is saved; go on with: {again(place)}",
-            err=True,
-        )
-        raise typer.Exit(130) from None
-    result = json.loads((place / "result.json").read_text("utf-8"))
-    out_stream.print(rich_table(result))
-    if several := runtimes_told(result):
-        out_stream.print(several, style="dim", markup=False)
-    terminal.show_accuracy(out_stream, result)
-    out_stream.print(f"report: {report_file}", markup=False, soft_wrap=True)
-    if as_json:
-        typer.echo(json.dumps(result))
-
-
-def _named(recipe: str | None, context: typer.Context) -> str:
-    if recipe is None:
-        raise typer.BadParameter(
-            "give the name of a recipe or a TOML file; fedpress recipes lists them", ctx=context
-        )
-    return recipe
 
 
 @app.command()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +32,23 @@ AllowCode = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. stage.2.num_rounds=5")
+]
+Data = Annotated[Path | None, typer.Option(help="Folder or file of the data set; sets data.path.")]
+
+
+def named(recipe: str | None, context: typer.Context) -> str:
+    """Returns the recipe that was named.
+
+    Raises:
+        typer.BadParameter: if there is none.
+    """
+    if recipe is None:
+        raise typer.BadParameter(
+            "give the name of a recipe or a TOML file; fedpress recipes lists them", ctx=context
+        )
+    return recipe
 
 
 def default_folder(name: str, resume: bool) -> Path:
@@ -103,7 +120,6 @@ def take_up(
     """
     from fedpress.pipeline import recipe as recipes
     from fedpress.pipeline.keys import settings_of
-    from fedpress.workspace import started
     from fedpress.workspace.folder import RunFolder, read_json
 
     if not (place / "settings.json").exists():
@@ -112,33 +128,52 @@ def take_up(
     RunFolder.open(place).check_whole()
     noted = read_json(place / "environment.json") if (place / "environment.json").exists() else {}
     own = place / "recipe.toml"
-    functions = started.functions_of(own.read_text("utf-8")) if own.exists() else []
-    origin = noted["recipe"] if isinstance(noted.get("recipe"), str) else None
-    known = started.fits(noted.get("started_by"), functions, origin)
-    find_modules(
-        [str(Path(origin).parent)] if known and origin and Path(origin).parent.is_dir() else []
-    )
     if not own.exists() and recipe is None:
         raise RunError(
             f"{own}: no such file; name the recipe of this run too, as it was when the run began"
         )
-    if recipe is None and not known:
-        _refuse_functions(own, functions)
-    words = [*overrides, *_of_data(data)]
-    stored = (
-        recipes.load(recipes.effective(own.read_text("utf-8"), words)) if own.exists() else None
-    )
-    if recipe is not None or stored is None:
-        assert recipe is not None
-        wanted = load(recipe, overrides, data)[1]
-        settings = read_json(place / "settings.json")
-        if settings_of(wanted) != settings and noted.get("overrides"):
-            # Perhaps only what was overridden at the start is missing.
-            wanted = load(recipe, [*map(str, noted["overrides"]), *overrides], data)[1]
-        folder = RunFolder.resume(place, settings_of(wanted))
-        same = stored is not None and settings_of(stored) == settings
-        return (stored if same and stored is not None else wanted), folder
-    return stored, RunFolder.resume(place, settings_of(stored))
+    _find_its_functions(own, noted, trusted=recipe is not None)
+
+    stored = None
+    if own.exists():
+        words = [*overrides, *_of_data(data)]
+        stored = recipes.load(recipes.effective(own.read_text("utf-8"), words))
+    if recipe is None:
+        assert stored is not None
+        return stored, RunFolder.resume(place, settings_of(stored))
+
+    wanted = load(recipe, overrides, data)[1]
+    settings = read_json(place / "settings.json")
+    if settings_of(wanted) != settings and noted.get("overrides"):
+        # Perhaps only what was overridden at the start is missing.
+        wanted = load(recipe, [*map(str, noted["overrides"]), *overrides], data)[1]
+    folder = RunFolder.resume(place, settings_of(wanted))
+    if stored is not None and settings_of(stored) == settings:
+        return stored, folder
+    return wanted, folder
+
+
+def _find_its_functions(recipe: Path, noted: Mapping[str, object], *, trusted: bool) -> None:
+    """Lets the functions that a run's recipe names be found beside the recipe that it was started with.
+
+    Args:
+        recipe: in the folder of the run; it may be missing.
+        noted: the environment of the run.
+        trusted: whether the user has named a recipe, and so does not rest on the one in the folder.
+
+    Raises:
+        ModelError: if it names functions that nobody has allowed, and this user has not started the run.
+    """
+    from fedpress.workspace import started
+
+    functions = started.functions_of(recipe.read_text("utf-8")) if recipe.exists() else []
+    told = noted.get("recipe")
+    origin = told if isinstance(told, str) else None
+    known = started.fits(noted.get("started_by"), functions, origin)
+    beside = [str(Path(origin).parent)] if known and origin else []
+    find_modules([folder for folder in beside if Path(folder).is_dir()])
+    if not (trusted or known):
+        _refuse_functions(recipe, functions)
 
 
 def _refuse_functions(recipe: Path, functions: list[str]) -> None:
@@ -157,6 +192,16 @@ def _refuse_functions(recipe: Path, functions: list[str]) -> None:
             "you have started this run yourself here; nothing was loaded. If you know that code and trust the folder, "
             f"add {flags}, or name your own recipe file before --resume"
         )
+
+
+@contextmanager
+def stopping(message: str) -> Iterator[None]:
+    """Ends the command with `message` and the status 130 when somebody presses Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(message, err=True)
+        raise typer.Exit(130) from None
 
 
 def find_modules(beside: list[str]) -> None:

@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +20,10 @@ from fedpress.core.examples import Preprocess
 from fedpress.data import FederatedData
 from fedpress.errors import ModelError
 from fedpress.models import memory
+from fedpress.pipeline.commands import given as given_data
 from fedpress.pipeline.commands import several
-from fedpress.pipeline.commands.given import in_memory
-from fedpress.pipeline.commands.order import Given, Order, Result
+from fedpress.pipeline.commands.examples import Examples, Given
+from fedpress.pipeline.commands.order import Order, Result
 from fedpress.pipeline.commands.subject import Subject, holding
 from fedpress.pipeline.commands.wording import naming_arguments
 from fedpress.pipeline.environment import note_environment
@@ -86,75 +87,105 @@ def call(
     with ExitStack() as stack:
         stack.enter_context(naming_arguments())
         stack.enter_context(consent.allowing(allow_code))
-        stack.enter_context(
-            torch.random.fork_rng(devices=[])
-        )  # the caller's random numbers stay theirs
+        # The caller's random numbers stay theirs.
+        stack.enter_context(torch.random.fork_rng(devices=[]))
         given = Given.of(mean, std)
-        if isinstance(model, nn.Module):
-            if checkpoint is not None:
-                raise ModelError(
-                    "checkpoint=: this module has weights of its own; load them into it, and leave it out"
-                )
-            named = memory.find_name(model)
-            _refuse_what_cannot_be_saved(kind, model, named, out)
-            subject = Subject(stack.enter_context(holding(model, named)), module=model)
-            if (
-                named is not None and ":" in named.architecture
-            ):  # its class is here already: nothing new is called
-                stack.enter_context(consent.allowing(named.architecture))
-        else:
-            subject = Subject.find(
-                model, weights=Path(checkpoint) if checkpoint is not None else None
-            )
-        if isinstance(settings.get("teacher"), nn.Module):
-            settings["teacher"] = memory.TEACHER + stack.enter_context(
-                memory.holding(settings["teacher"])
-            )
-        keys = [Override.of(key, value) for key, value in settings.items()]
-        held = None if data is None or isinstance(data, str) else _held(data, subject, given, keys)
-        order = Order.bind(
-            kind,
-            subject,
-            keys,
-            source=data if isinstance(data, str) else None,
-            path=Path(path) if path is not None else None,
-            input_shape=shape,
-            held=held,
-            preprocess=given,
-        )
+        opened = _opened(kind, model, checkpoint, out, stack)
+        keys = _keys(settings, stack)
+        source = data if isinstance(data, str) else None
+        in_memory = data is not None and source is None
+        held = _held(data, opened.subject, given, keys) if in_memory else None
+        where = Path(path) if path is not None else None
+        order = Order.bind(kind, opened.subject, keys, Examples(source, where, shape, held, given))
         if order.asks:
             warnings.warn(order.asks, stacklevel=3)
         loaded = held if held is not None else order.load_data()
         order.check(loaded)
-        if isinstance(model, nn.Module) and named is not None:
-            arrays = loaded.public if len(loaded.public) else next(iter(loaded.clients.values()))
-            name = subject.model["arguments"]["name"]
-            if not memory.check_name(model, name, loaded.preprocess(arrays.x[:2])):
-                named = None
-                _refuse_what_cannot_be_saved(kind, model, named, out)
-        place = (
-            Path(out)
-            if out is not None
-            else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        )
-        folder = RunFolder.create(place, order.text, settings_of(order.recipe))
-        stack.enter_context(folder.locked())
-        note_environment(
-            folder, shlex.join([f"fedpress.pipeline.commands.{kind}", str(model)[:200]])
-        )
-        for _ in order.execute(folder, loaded):
-            pass
-        result = Result.read(folder, kind)
-        in_memory_alone = isinstance(model, nn.Module) and (out is None or named is None)
-        spec = None if in_memory_alone else result.spec
+        opened = _checked(kind, opened, loaded, out)
+        place = out if out is not None else stack.enter_context(tempfile.TemporaryDirectory())
+        result = _executed(order, loaded, Path(place), str(model)[:200])
+        unknown = opened.module is not None and (out is None or opened.named is None)
+        result = replace(result, spec=None if unknown else result.spec)
         if out is not None:
-            return replace(result, spec=spec)
-        files: dict[str, bytes] = {}
-        if result.artifact is not None:
-            files = {
-                file.name: file.read_bytes() for file in sorted(result.artifact.parent.iterdir())
-            }
-        return replace(result, spec=spec, folder=None, artifact=None, files=files)
+            return result
+        return replace(result, folder=None, artifact=None, files=_files(result))
+
+
+def _keys(settings: dict[str, Any], stack: ExitStack) -> list[Override]:
+    """Returns the settings as keys of the stage; `stack` holds a teacher that is a module."""
+    if isinstance(teacher := settings.get("teacher"), nn.Module):
+        name = stack.enter_context(memory.holding(teacher))
+        settings = {**settings, "teacher": memory.TEACHER + name}
+    return [Override.of(key, value) for key, value in settings.items()]
+
+
+def _executed(order: Order, data: FederatedData, place: Path, model: str) -> Result:
+    """Does the work in a new run folder at `place`."""
+    folder = RunFolder.create(place, order.text, settings_of(order.recipe))
+    with folder.locked():
+        words = [f"fedpress.pipeline.commands.{order.kind}", model]
+        note_environment(folder, shlex.join(words))
+        for _ in order.execute(folder, data):
+            pass
+        return Result.read(folder, order.kind)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The model of a call.
+
+    Attributes:
+        subject: where it comes from, as a recipe says it.
+        module: itself, if it was given as a module.
+        named: how such a module can be built anew; None if that is not known, or it is none.
+    """
+
+    subject: Subject
+    module: nn.Module | None = None
+    named: memory.Named | None = None
+
+
+def _opened(
+    kind: str, model: Model, checkpoint: str | Path | None, out: object, stack: ExitStack
+) -> Opened:
+    """Finds the model; `stack` holds a module while the call lasts."""
+    if not isinstance(model, nn.Module):
+        weights = Path(checkpoint) if checkpoint is not None else None
+        return Opened(Subject.find(model, weights=weights))
+    if checkpoint is not None:
+        raise ModelError(
+            "checkpoint=: this module has weights of its own; load them into it, and leave it out"
+        )
+    named = memory.find_name(model)
+    _refuse_what_cannot_be_saved(kind, model, named, out)
+    subject = Subject(stack.enter_context(holding(model, named)), module=model)
+    if named is not None and ":" in named.architecture:
+        # Its class is here already: nothing new is called.
+        stack.enter_context(consent.allowing(named.architecture))
+    return Opened(subject, model, named)
+
+
+def _checked(kind: str, opened: Opened, data: FederatedData, out: object) -> Opened:
+    """Looks whether a module that is built anew computes the same; if not, it has no name.
+
+    Raises:
+        ModelError: if it must be built anew for what the call leaves.
+    """
+    if opened.module is None or opened.named is None:
+        return opened
+    arrays = data.public if len(data.public) else next(iter(data.clients.values()))
+    name = opened.subject.model["arguments"]["name"]
+    if memory.check_name(opened.module, name, data.preprocess(arrays.x[:2])):
+        return opened
+    _refuse_what_cannot_be_saved(kind, opened.module, None, out)
+    return replace(opened, named=None)
+
+
+def _files(result: Result) -> dict[str, bytes]:
+    """Returns what export and pack wrote, by name."""
+    if result.artifact is None:
+        return {}
+    return {file.name: file.read_bytes() for file in sorted(result.artifact.parent.iterdir())}
 
 
 def _of_several(
@@ -193,7 +224,7 @@ def _held(
         if subject.spec is not None
         else Preprocess()
     )
-    found = in_memory(
+    found = given_data.in_memory(
         data,
         given.preprocess() if given is not None and given.mean is not None else own,
         class_names=subject.spec.class_names if subject.spec is not None else (),

@@ -9,20 +9,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fedpress import storage
 from fedpress.core.examples import Preprocess
 from fedpress.data import FederatedData
 from fedpress.data.examples import Progress
-from fedpress.errors import DataError, FedpressError, ModelError, RecipeError, RunError
+from fedpress.errors import DataError, FedpressError, RecipeError, RunError
 from fedpress.models import ModelSpec, memory
 from fedpress.models.memory import HELD
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
-from fedpress.pipeline.commands.subject import NOTHING, Outputs, Subject, outputs_of
+from fedpress.pipeline.commands.examples import Examples
+from fedpress.pipeline.commands.subject import NOTHING, Subject
 from fedpress.pipeline.measure import measure
 from fedpress.pipeline.recipe import Override, Recipe
 from fedpress.pipeline.start import first_state, load_data
@@ -57,12 +57,7 @@ class Order:
         kind: str,
         subject: Subject,
         keys: Sequence[Override] = (),
-        *,
-        source: str | None = None,
-        path: Path | None = None,
-        input_shape: tuple[int, ...] | None = None,
-        held: FederatedData | None = None,
-        preprocess: Given | None = None,
+        examples: Examples | None = None,
     ) -> Order:
         """Puts the recipe together.
 
@@ -70,76 +65,33 @@ class Order:
             kind: of the stage.
             subject: the model.
             keys: of the stage, or of the recipe: `seed=1`, `data.validation=500`, `model.arguments.n=8`.
-            source: of the data; by default that of the run that left the model, else none.
-            path: of the data.
-            input_shape: of one example, for an architecture without data.
-            held: data in memory, in the place of a source.
-            preprocess: how the model wants its inputs; None: as it says itself, or as the public part has them.
+            examples: what was said of the data; by default those of the run that left the model, else none.
 
         Raises:
             RecipeError: if a key is unknown or a value is wrong, by the name that it has here.
             ModelError: if the model cannot be built, or its input shape is not known.
         """
-        asks, row = "", commands()[kind].load()
-        found = subject.data() if source is None and held is None else None
+        examples = examples or Examples()
+        row = commands()[kind].load()
+        given = {key.key for key in keys}
+        seed, data = examples.table(subject, keys)
         stage: dict[str, Any] = {"kind": kind}
-        seed = 0
-        if source is not None:
-            # What is given to a command is there to be looked at: all is public, but for the one client's example.
-            data: dict[str, Any] = {"source": source, "num_clients": 1, "examples_per_client": 1}
-            data |= {"partition": {"kind": "iid"}}
-            if subject.spec is not None and subject.spec.mean:
-                data |= {"mean": list(subject.spec.mean), "std": list(subject.spec.std)}
-            if preprocess is not None:
-                data |= preprocess.table()
-            elif subject.foreign and not row.learns_from_data and not _given(keys, "data.mean"):
-                asks = (
-                    f"mean=: '{subject.name}' brings its own weights, and its accuracy is measured on inputs "
-                    "standardised by these data; if it was trained on others, give mean=(...) and std=(...) of each "
-                    'channel (images as values from 0 to 1), or mean="none" if it takes them as they are'
-                )
-        elif found is not None:
-            data, seed = found
-        elif held is not None:
-            kinds = ":int64" if held.public.x.dtype == torch.int64 else ""
-            count = held.num_classes if held.labelled else 0
-            data = {
-                "source": NOTHING,
-                "path": f"{'x'.join(map(str, held.example_shape))}:{count}{kinds}",
-            }
-            if held.preprocess.mean:
-                data |= {"mean": list(held.preprocess.mean), "std": list(held.preprocess.std)}
-        else:
-            data = {"source": NOTHING, "path": _shape(subject, keys, input_shape)}
-            stage |= {
-                key: value for key, value in row.without_data.items() if not _given(keys, key)
-            }
-        if path is not None and data["source"] != NOTHING:
-            data["path"] = str(path.resolve())
-        elif path is not None:
-            raise DataError(
-                'path=: there is no data= to be found there; name its source, such as data="cifar10"'
-            )
+        if examples.of_nothing(subject):
+            stage |= {key: value for key, value in row.without_data.items() if key not in given}
         tree = {"name": kind, "seed": seed, "data": data, "model": subject.model, "stage": [stage]}
-        overrides = [
-            key if key.key.split(".")[0] in TOP else replace(key, key=f"stage.0.{key.key}")
-            for key in keys
-        ]
+        text = recipes.write(tree)
+        overrides = [_in_recipe(key) for key in keys]
         with _spoken(kind, data["source"]):
-            recipe = recipes.load(recipes.write(tree), overrides)
-            if row.wants_one_of and not any(_given(keys, key) for key in row.wants_one_of):
+            recipe = recipes.load(text, overrides)
+            if row.wants_one_of and not given & set(row.wants_one_of):
                 wanted = ", ".join(row.wants_one_of)
                 raise RecipeError(
                     f"{kind}: say how much should stay: give one of {wanted}, such as "
                     f"{row.wants_one_of[0]}=0.5"
                 )
-            return cls(
-                kind,
-                recipes.write(recipes.tree(recipes.write(tree), overrides)),
-                recipe,
-                subject.spec,
-                asks,
-            )
+            whole = recipes.write(recipes.tree(text, overrides))
+        asks = "" if row.learns_from_data else examples.question(subject, keys)
+        return cls(kind, whole, recipe, subject.spec, asks)
 
     @staticmethod
     def lies_in(kind: str, folder: Path) -> bool:
@@ -222,9 +174,8 @@ class Order:
                     **measure(first_state(self.recipe, data)),
                 }
                 checkpoint = self.recipe.model.checkpoint
-                if (
-                    checkpoint is not None and Path(checkpoint).is_file()
-                ):  # a packed file has the size of that file
+                if checkpoint is not None and Path(checkpoint).is_file():
+                    # A packed model has the size of its file.
                     before["file_bytes"] = Path(checkpoint).stat().st_size
                 list_json(path, before, folder.path)
                 yield StageFinished(0, before)
@@ -270,60 +221,11 @@ class Result:
         return cls(spec, model, before, facts, stage.path, artifact)
 
 
-@dataclass(frozen=True)
-class Given:
-    """The preprocessing that a user gives with a model that was trained elsewhere."""
-
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
-
-    @classmethod
-    def of(cls, mean: object, std: object) -> Given | None:
-        """Checks `mean=` and `std=`: numbers, "none" or "data"; None if neither is given.
-
-        Raises:
-            DataError: if they are something else.
-        """
-        if mean is None and std is None:
-            return None
-        if mean in ("none", "data"):
-            if std is not None:
-                raise DataError(
-                    f'std=: with mean="{mean}" there is nothing to divide by; leave std out'
-                )
-            return cls((0.0,), (1.0,)) if mean == "none" else cls(None, None)
-        pair: list[tuple[float, ...]] = []
-        for name, values in (("mean", mean), ("std", std)):
-            try:
-                given: Any = (values,) if isinstance(values, int | float) else values
-                row = tuple(float(value) for value in given)
-            except (TypeError, ValueError):
-                row = ()
-            if (
-                not row
-                or not all(abs(v) < float("inf") for v in row)
-                or (name == "std" and min(row) <= 0)
-            ):
-                raise DataError(
-                    f"{name}=: got {values!r}, expected one number for each channel, such as {name}=(0.5, 0.5, 0.5)"
-                    + (" and above 0" if name == "std" else ', or mean="none"')
-                )
-            pair.append(row)
-        if len(pair[0]) != len(pair[1]):
-            raise DataError(
-                f"std=: {len(pair[1])} values for {len(pair[0])} of mean; give as many of each"
-            )
-        return cls(*pair)
-
-    def table(self) -> dict[str, Any]:
-        """Returns the keys of `[data]`."""
-        if self.mean is None or self.std is None:
-            return {}
-        return {"mean": list(self.mean), "std": list(self.std)}
-
-    def preprocess(self) -> Preprocess:
-        """Returns the step itself, for data in memory."""
-        return Preprocess(self.mean or (), self.std or ())
+def _in_recipe(key: Override) -> Override:
+    """Returns the override of a command as one of its recipe: of the stage, if it is of no other table."""
+    if key.key.split(".")[0] in TOP:
+        return key
+    return replace(key, key=f"stage.0.{key.key}")
 
 
 class _spoken:
@@ -362,25 +264,3 @@ class _spoken:
             )
         if said != str(error):
             raise type(error)(said) from error
-
-
-def _given(keys: Sequence[Override], key: str) -> bool:
-    return any(override.key == key for override in keys)
-
-
-def _shape(subject: Subject, keys: Sequence[Override], shape: tuple[int, ...] | None) -> str:
-    """Says what an example of a model without data looks like, and the number of classes, as `no_data` takes them."""
-    if subject.spec is not None:
-        saved = subject.spec
-        shape, model = saved.input_shape, saved.build() if not saved.class_names else None
-        found = Outputs(len(saved.class_names), saved.input_dtype == "int64")
-    else:
-        if shape is None:
-            raise ModelError(
-                f"input_shape=: the shape of an example of '{subject.name}' is not known; "
-                "give it, such as input_shape=(3, 32, 32), or data with data=SOURCE"
-            )
-        model = subject.fresh(keys)
-    if model is not None:
-        found = outputs_of(model, shape)
-    return f"{'x'.join(map(str, shape))}:{found.classes}{':int64' if found.tokens else ''}"

@@ -1,0 +1,265 @@
+"""The commands on one model: a command for each row of the table of stages."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedpress.cli.common import (
+    AllowCode,
+    AsJson,
+    again,
+    allow_code,
+    default_folder,
+    find_modules,
+    hold,
+    run_to_resume,
+    stopping,
+    told,
+    warn,
+)
+from fedpress.errors import RecipeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedpress.data import FederatedData
+    from fedpress.pipeline.commands import Order, Result
+    from fedpress.workspace.folder import RunFolder
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="Folder of a model or a run, a packed file, or package.module:function.",
+    ),
+]
+Keys = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings; --keys lists them.")
+]
+Source = Annotated[
+    str | None,
+    typer.Option(
+        "--data", help="digits, cifar10, csv, ...; by default that of the run that left the model."
+    ),
+]
+DataPath = Annotated[Path | None, typer.Option("--path", help="Folder or file of the data.")]
+Input = Annotated[
+    str | None, typer.Option("--input", help="Shape of one example, such as 3,32,32.")
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option("--checkpoint", help="State dict for a function, .safetensors or .pt."),
+]
+
+
+Out = Annotated[
+    Path | None, typer.Option(help="Run folder; runs/ and the command's name by default.")
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with an interrupted run: --resume RUN alone.")
+]
+ListKeys = Annotated[bool, typer.Option("--keys", help="List the settings and what they mean.")]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        help="How a model from elsewhere wants its inputs: 0.485,0.456,0.406, or none, or data."
+    ),
+]
+Std = Annotated[str | None, typer.Option(help="Likewise, to divide by: 0.229,0.224,0.225.")]
+
+
+def command_of(kind: str) -> Callable[..., None]:
+    """Returns the command of one kind of stage."""
+
+    def command(
+        model: Model = None,
+        keys: Keys = None,
+        data: Source = None,
+        path: DataPath = None,
+        out: Out = None,
+        input_shape: Input = None,
+        checkpoint: Weights = None,
+        mean: Mean = None,
+        std: Std = None,
+        resume: Resume = False,
+        list_keys: ListKeys = False,
+        code: AllowCode = None,
+        as_json: AsJson = False,
+    ) -> None:
+        if list_keys:
+            _show_keys(kind)
+            return
+        if model is None and not (resume and out is not None):
+            raise RecipeError(
+                f"{kind}: give a model: the folder of a model or a run, or package.module:function"
+            )
+        from fedpress.cli import terminal
+
+        allow_code(code)
+        out_stream = terminal.console(quiet=as_json)
+        asked = Asked(
+            kind, model, keys or [], data, path, out, input_shape, checkpoint, mean, std, resume
+        )
+        with stopping("stopped before the work began; nothing was changed"):
+            ready = _made_ready(asked, out_stream)
+        result = _run(ready, out_stream)
+        _show(ready, result, out_stream, as_json=as_json)
+
+    return command
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user wrote behind the command."""
+
+    kind: str
+    model: str | None
+    keys: list[str]
+    data: str | None
+    path: Path | None
+    out: Path | None
+    input_shape: str | None
+    checkpoint: Path | None
+    mean: str | None
+    std: str | None
+    resume: bool
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A command that was checked: `folder` is that of the run that goes on, None for a new one in `place`."""
+
+    order: Order
+    data: FederatedData
+    place: Path
+    folder: RunFolder | None
+
+
+def _made_ready(asked: Asked, out_stream: Console) -> Ready:
+    """Binds the order, loads its data, and checks everything; writes nothing."""
+    from fedpress.cli import terminal
+
+    with terminal.waiting(out_stream, "starting"):
+        from fedpress.pipeline.keys import settings_of
+        from fedpress.workspace.folder import RunFolder
+
+        find_modules([])
+        place, order = _ordered(asked)
+        if asked.resume and place.is_dir():
+            hold(place)
+        folder = RunFolder.resume(place, settings_of(order.recipe)) if asked.resume else None
+        if folder is None:
+            RunFolder.check_free(place, order.text)
+    if order.asks:
+        out_stream.print(told(order.asks), markup=False, soft_wrap=True)
+    with terminal.bars(out_stream) as bars:
+        loaded = order.load_data(terminal.Loading(bars))
+    with terminal.waiting(out_stream, "checking that everything fits together"):
+        order.check(loaded)
+    return Ready(order, loaded, place, folder)
+
+
+def _ordered(asked: Asked) -> tuple[Path, Order]:
+    """Returns the run folder and the order: of a run that goes on, all that was said then lies there."""
+    from fedpress.pipeline.commands import Order
+    from fedpress.pipeline.commands.examples import Examples, Given
+    from fedpress.pipeline.commands.subject import Subject
+    from fedpress.pipeline.recipe import Override
+
+    if asked.resume:
+        words = [*([asked.model] if asked.model is not None else []), *asked.keys]
+        found, rest = run_to_resume(words) if asked.out is None else (asked.out, words)
+        if found is not None and not rest and Order.lies_in(asked.kind, found):
+            return found, Order.of_folder(found)
+    if asked.model is None:
+        raise RecipeError(f"{asked.kind}: give the model too, or --resume RUN alone")
+    subject = Subject.find(asked.model, weights=asked.checkpoint)
+    given = Given.of(_numbers(asked.mean), _numbers(asked.std))
+    examples = Examples(asked.data, asked.path, shape_of(asked.input_shape), given=given)
+    keys = [Override.parse(key) for key in asked.keys]
+    order = Order.bind(asked.kind, subject, keys, examples)
+    return asked.out or default_folder(asked.kind, asked.resume), order
+
+
+def _run(ready: Ready, out_stream: Console) -> Result:
+    """Does the work, and draws the report."""
+    from fedpress.cli import terminal
+    from fedpress.pipeline.commands import Result
+    from fedpress.pipeline.environment import note_environment
+    from fedpress.pipeline.keys import settings_of
+    from fedpress.reports.html import write_report
+    from fedpress.workspace.folder import RunFolder
+
+    order, place, folder = ready.order, ready.place, ready.folder
+    if folder is None:
+        folder = RunFolder.create(place, order.text, settings_of(order.recipe))
+        hold(place)
+    with stopping(f"\nstopped; what was finished is saved; go on with: {again(place)}"):
+        warn(note_environment(folder, shlex.join(["fedpress", *sys.argv[1:]])))
+        terminal.follow(order.execute(folder, ready.data), out_stream)
+        with terminal.waiting(out_stream, "drawing the report"):
+            write_report(place)
+    return Result.read(folder, order.kind)
+
+
+def _show(ready: Ready, result: Result, out_stream: Console, *, as_json: bool) -> None:
+    """Prints what came out, and where it lies."""
+    from fedpress.cli import terminal
+
+    terminal.show_result(out_stream, dict(result.before), dict(result.facts))
+    if not len(ready.data.test):
+        out_stream.print(
+            "no accuracy: there was no data; give --data SOURCE to measure it", markup=False
+        )
+    if result.artifact is not None:
+        out_stream.print(f"file: {result.artifact}", markup=False, soft_wrap=True)
+    out_stream.print(f"model: {result.folder}", markup=False, soft_wrap=True)
+    report = ready.place / "report.html"
+    out_stream.print(f"report: {report}", markup=False, soft_wrap=True)
+    if as_json:
+        page = {"before": result.before, "after": result.facts, "model": str(result.folder)}
+        if result.artifact is not None:
+            page["file"] = str(result.artifact)
+        typer.echo(json.dumps(page))
+
+
+def shape_of(text: str | None) -> tuple[int, ...] | None:
+    """Reads `3,32,32` or `3x32x32`.
+
+    Raises:
+        RecipeError: if it says something else.
+
+    >>> shape_of("3,32,32")
+    (3, 32, 32)
+    """
+    if text is None:
+        return None
+    parts = text.replace("x", ",").split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise RecipeError(f"--input: got '{text}', expected whole numbers above 0, such as 3,32,32")
+    return tuple(int(part) for part in parts)
+
+
+def _numbers(text: str | None) -> object:
+    """Reads `0.5,0.4,0.3`; a word stays one."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        return text
+
+
+def _show_keys(kind: str) -> None:
+    from fedpress.cli import terminal
+    from fedpress.pipeline import recipe as recipes
+
+    terminal.show_keys(terminal.console(quiet=False), recipes.keys(kind))

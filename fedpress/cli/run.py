@@ -1,0 +1,172 @@
+"""The command `fedpress run`: a recipe into a run folder, from the beginning or from where it stopped."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedpress.cli.common import (
+    AllowCode,
+    AsJson,
+    Data,
+    Overrides,
+    again,
+    allow_code,
+    default_folder,
+    given,
+    hold,
+    load,
+    load_data,
+    named,
+    run_to_resume,
+    stopping,
+    take_up,
+    warn,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedpress.data import FederatedData
+    from fedpress.pipeline.recipe import Recipe
+    from fedpress.workspace.folder import RunFolder
+
+
+def run(
+    context: typer.Context,
+    recipe: Annotated[
+        str | None, typer.Argument(help="Name of a shipped recipe, or a TOML file.")
+    ] = None,
+    overrides: Overrides = None,
+    data: Data = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with an interrupted run: --resume RUN, nothing else is needed."
+        ),
+    ] = False,
+    reuse: Annotated[
+        Path | None, typer.Option("--from", help="Take over equal finished stages of this run.")
+    ] = None,
+    code: AllowCode = None,
+    as_json: AsJson = False,
+) -> None:
+    """Runs a recipe into a run folder, with a report at the end."""
+    from fedpress.cli import terminal
+
+    allow_code(code)
+    out_stream = terminal.console(quiet=as_json)
+    with stopping("stopped before the run began; nothing was changed"):
+        with terminal.waiting(out_stream, "starting"):
+            from fedpress.pipeline.check import check_recipe
+            from fedpress.workspace.folder import RunFolder
+
+            words = [*([recipe] if recipe is not None else []), *(overrides or [])]
+            bind = _begun if resume else _new
+            begun = bind(context, words, data, out)
+            earlier = RunFolder.open(reuse) if reuse is not None else None
+        loaded = load_data(begun.recipe, out_stream)
+        with terminal.waiting(out_stream, "checking that everything fits together"):
+            check_recipe(begun.recipe, loaded)
+    report_file = _execute(begun, loaded, earlier, out_stream)
+    _show(begun.place, report_file, out_stream, as_json=as_json)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that was checked.
+
+    Attributes:
+        recipe: what is run.
+        text: the same as TOML, for a new run.
+        place: where everything goes.
+        folder: of the run that goes on; None for a new one.
+        about: where the recipe came from, and what was overridden in it.
+    """
+
+    recipe: Recipe
+    text: str
+    place: Path
+    folder: RunFolder | None
+    about: dict[str, object]
+
+
+def _new(context: typer.Context, words: list[str], data: Path | None, out: Path | None) -> Begun:
+    """Binds a new run, and looks whether its folder is free."""
+    from fedpress.workspace.folder import RunFolder
+
+    recipe, overrides = _parted(words)
+    text, wanted = load(named(recipe, context), overrides, data)
+    place = out or default_folder(wanted.name, False)
+    RunFolder.check_free(place, text)
+    return Begun(wanted, text, place, None, _about(recipe, overrides, data))
+
+
+def _begun(context: typer.Context, words: list[str], data: Path | None, out: Path | None) -> Begun:
+    """Opens a run that goes on; its folder may stand among the words, and the recipe may be left out."""
+    place, rest = run_to_resume(words) if out is None else (out, words)
+    recipe, overrides = _parted(rest)
+    if place is None:
+        place = default_folder(load(named(recipe, context), overrides, data)[1].name, True)
+    wanted, folder = take_up(place, recipe, overrides, data)
+    return Begun(wanted, "", place, folder, _about(recipe, overrides, data))
+
+
+def _parted(words: list[str]) -> tuple[str | None, list[str]]:
+    """Parts the recipe, if it comes first, from the overrides behind it."""
+    if words and ("=" not in words[0] or Path(words[0]).is_file()):
+        return words[0], words[1:]
+    return None, words
+
+
+def _about(recipe: str | None, words: list[str], data: Path | None) -> dict[str, object]:
+    """Returns where a recipe comes from: the path of a file, or the name of one that is shipped."""
+    is_file = recipe is not None and Path(recipe).is_file()
+    origin = str(Path(str(recipe)).resolve()) if is_file else recipe
+    return {"recipe": origin, "overrides": given(words, data)}
+
+
+def _execute(
+    begun: Begun, data: FederatedData, earlier: RunFolder | None, out_stream: Console
+) -> Path:
+    """Runs the stages and draws the report; returns where that is."""
+    from fedpress.cli import terminal
+    from fedpress.pipeline import run as runs
+    from fedpress.pipeline.environment import note_environment
+    from fedpress.pipeline.keys import settings_of
+    from fedpress.reports.html import write_report
+    from fedpress.workspace.folder import RunFolder
+
+    place, folder = begun.place, begun.folder
+    if folder is None:
+        folder = RunFolder.create(place, begun.text, settings_of(begun.recipe))
+        hold(place)
+    saved = "all up to the last epoch or round is saved"
+    with stopping(f"\nstopped; {saved}; go on with: {again(place)}"):
+        warn(note_environment(folder, shlex.join(["fedpress", *sys.argv[1:]]), begun.about))
+        out_stream.print(f"{begun.recipe.name} into {place}", markup=False, soft_wrap=True)
+        terminal.follow(runs.execute(begun.recipe, folder, data, reuse=earlier), out_stream)
+        with terminal.waiting(out_stream, "drawing the report"):
+            return write_report(place)
+
+
+def _show(place: Path, report_file: Path, out_stream: Console, *, as_json: bool) -> None:
+    """Prints what came out."""
+    from fedpress.cli import terminal
+    from fedpress.reports.table import rich_table, runtimes_told
+
+    result = json.loads((place / "result.json").read_text("utf-8"))
+    out_stream.print(rich_table(result))
+    if several := runtimes_told(result):
+        out_stream.print(several, style="dim", markup=False)
+    terminal.show_accuracy(out_stream, result)
+    out_stream.print(f"report: {report_file}", markup=False, soft_wrap=True)
+    if as_json:
+        typer.echo(json.dumps(result))

@@ -1,0 +1,172 @@
+"""What a command is told of its examples: a source, data in memory, a shape, and how the model wants its inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedpress.core.examples import Preprocess
+from fedpress.data import FederatedData
+from fedpress.errors import DataError, ModelError
+from fedpress.pipeline.commands.subject import NOTHING, Outputs, Subject, outputs_of
+from fedpress.pipeline.recipe import Override
+
+
+@dataclass(frozen=True)
+class Given:
+    """The preprocessing that a user gives with a model that was trained elsewhere.
+
+    `mean` and `std` of each channel; None for those of the data.
+    """
+
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+    @classmethod
+    def of(cls, mean: object, std: object) -> Given | None:
+        """Checks `mean=` and `std=`: numbers, "none" or "data"; None if neither is given.
+
+        Raises:
+            DataError: if they are something else.
+        """
+        if mean is None and std is None:
+            return None
+        if mean in ("none", "data"):
+            if std is not None:
+                raise DataError(
+                    f'std=: with mean="{mean}" there is nothing to divide by; leave std out'
+                )
+            return cls((0.0,), (1.0,)) if mean == "none" else cls(None, None)
+        means = _numbers("mean", mean, beside=', or mean="none"')
+        deviations = _numbers("std", std, above_0=True, beside=" and above 0")
+        if len(means) != len(deviations):
+            raise DataError(
+                f"std=: {len(deviations)} values for {len(means)} of mean; give as many of each"
+            )
+        return cls(means, deviations)
+
+    def table(self) -> dict[str, Any]:
+        """Returns the keys of `[data]`."""
+        if self.mean is None or self.std is None:
+            return {}
+        return {"mean": list(self.mean), "std": list(self.std)}
+
+    def preprocess(self) -> Preprocess:
+        """Returns the step itself, for data in memory."""
+        return Preprocess(self.mean or (), self.std or ())
+
+
+def _numbers(name: str, given: Any, *, above_0: bool = False, beside: str) -> tuple[float, ...]:
+    """Reads one number for each channel; one alone is taken as it is."""
+    try:
+        values = (given,) if isinstance(given, int | float) else given
+        row = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        row = ()
+    fine = row and all(math.isfinite(value) and (value > 0 or not above_0) for value in row)
+    if not fine:
+        raise DataError(
+            f"{name}=: got {given!r}, expected one number for each channel, such as "
+            f"{name}=(0.5, 0.5, 0.5){beside}"
+        )
+    return row
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a command is told of its examples.
+
+    Attributes:
+        source: of the data; None: that of the run that left the model, else none.
+        path: of the source.
+        shape: of one example, for an architecture without data.
+        held: data in memory, in the place of a source.
+        given: how the model wants its inputs; None: as it says itself, or as the public part has them.
+    """
+
+    source: str | None = None
+    path: Path | None = None
+    shape: tuple[int, ...] | None = None
+    held: FederatedData | None = None
+    given: Given | None = None
+
+    def of_nothing(self, subject: Subject) -> bool:
+        """Says whether there are no examples at all."""
+        return self.source is None and self.held is None and subject.data() is None
+
+    def table(self, subject: Subject, keys: Sequence[Override]) -> tuple[int, dict[str, Any]]:
+        """Returns the seed that the data are dealt by, and the recipe's table `[data]`.
+
+        Raises:
+            DataError: if there is a path but nothing to be found there.
+            ModelError: if the shape of an example is not known.
+        """
+        seed = 0
+        if self.source is not None:
+            table = self._of_source(self.source, subject)
+        elif self.held is not None:
+            table = _of_held(self.held)
+        elif (found := subject.data()) is not None:
+            table, seed = found
+        else:
+            table = {"source": NOTHING, "path": _shape(subject, keys, self.shape)}
+        if self.path is None:
+            return seed, table
+        if table["source"] == NOTHING:
+            raise DataError(
+                'path=: there is no data= to be found there; name its source, such as data="cifar10"'
+            )
+        return seed, {**table, "path": str(self.path.resolve())}
+
+    def _of_source(self, source: str, subject: Subject) -> dict[str, Any]:
+        # What is given to a command is there to be looked at: all is public, but for the one client's example.
+        table: dict[str, Any] = {"source": source, "num_clients": 1, "examples_per_client": 1}
+        table["partition"] = {"kind": "iid"}
+        if subject.spec is not None and subject.spec.mean:
+            table |= {"mean": list(subject.spec.mean), "std": list(subject.spec.std)}
+        return table | (self.given.table() if self.given is not None else {})
+
+    def question(self, subject: Subject, keys: Sequence[Override]) -> str:
+        """Returns what the user should say too of the inputs of a model from elsewhere; empty if nothing."""
+        said = self.given is not None or any(key.key == "data.mean" for key in keys)
+        if self.source is None or said or not subject.foreign:
+            return ""
+        return (
+            f"mean=: '{subject.name}' brings its own weights, and its accuracy is measured on inputs "
+            "standardised by these data; if it was trained on others, give mean=(...) and std=(...) of each "
+            'channel (images as values from 0 to 1), or mean="none" if it takes them as they are'
+        )
+
+
+def _of_held(held: FederatedData) -> dict[str, Any]:
+    """Returns the table of a data set in memory: what an example looks like, and the number of classes."""
+    kinds = ":int64" if held.public.x.dtype == torch.int64 else ""
+    count = held.num_classes if held.labelled else 0
+    shape = "x".join(map(str, held.example_shape))
+    table: dict[str, Any] = {"source": NOTHING, "path": f"{shape}:{count}{kinds}"}
+    if held.preprocess.mean:
+        table |= {"mean": list(held.preprocess.mean), "std": list(held.preprocess.std)}
+    return table
+
+
+def _shape(subject: Subject, keys: Sequence[Override], shape: tuple[int, ...] | None) -> str:
+    """Says what an example of a model without data looks like, and the number of classes, as `no_data` takes them."""
+    if subject.spec is not None:
+        saved = subject.spec
+        shape, model = saved.input_shape, saved.build() if not saved.class_names else None
+        found = Outputs(len(saved.class_names), saved.input_dtype == "int64")
+    else:
+        if shape is None:
+            raise ModelError(
+                f"input_shape=: the shape of an example of '{subject.name}' is not known; "
+                "give it, such as input_shape=(3, 32, 32), or data with data=SOURCE"
+            )
+        model = subject.fresh(keys)
+    if model is not None:
+        found = outputs_of(model, shape)
+    return f"{'x'.join(map(str, shape))}:{found.classes}{':int64' if found.tokens else ''}"
