@@ -102,15 +102,8 @@ def _write(page: str, target: Path) -> Path:
 
 def render(run: Run) -> str:
     """Returns the page for a run that was read."""
-    shown = figures(run)
-    scripts, stages = _scripts(shown), run.stages
-    guesses = accuracy_warning(stages)
-    beside = accuracy_table(stages)
-    left, files, failed = (
-        left_table(stages),
-        runtime_table(stages),
-        failure_table(stages, run.records),
-    )
+    shown, stages = figures(run), run.stages
+    scripts = _scripts(shown)
     return (
         _environment()
         .get_template("template.html.j2")
@@ -125,24 +118,36 @@ def render(run: Run) -> str:
                 for s in stages
                 if s.get("stopped")
             ],
-            warnings=[f"{s.get('name')}: {s['warning']}." for s in stages if s.get("warning")]
-            + ([f"data: {run.result['left_out']}."] if run.result.get("left_out") else [])
-            + ([f"accuracy: {guesses}."] if guesses else []),
-            failed=failed if failed.rows else None,
+            warnings=_warnings(run),
+            failed=_filled(failure_table(stages, run.records)),
             table=stage_table(run.result, before=run.before) if stages else None,
             runtimes=runtimes_told(run.result, before=run.before),
-            beside=beside if beside.rows else None,
-            left=left if left.rows else None,
-            files=files if files.rows else None,
+            beside=_filled(accuracy_table(stages)),
+            left=_filled(left_table(stages)),
+            files=_filled(runtime_table(stages)),
             progress=None if run.finished else progress_table(run.records),
             figures=_drawn(shown),
-            scripts=[
-                Markup(script) for script in scripts
-            ],  # ours; what comes from the folder is escaped
+            # Scripts are ours; what comes from the folder is escaped.
+            scripts=[Markup(script) for script in scripts],
             hashes=[_hash(script) for script in scripts],
             details=details(run),
         )
     )
+
+
+def _warnings(run: Run) -> list[str]:
+    """Returns what a reader must know, a sentence each."""
+    found = [f"{s.get('name')}: {s['warning']}." for s in run.stages if s.get("warning")]
+    if left_out := run.result.get("left_out"):
+        found.append(f"data: {left_out}.")
+    if guesses := accuracy_warning(run.stages):
+        found.append(f"accuracy: {guesses}.")
+    return found
+
+
+def _filled(table: Table) -> Table | None:
+    """Returns the table if it has rows."""
+    return table if table.rows else None
 
 
 def _environment() -> Environment:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -60,18 +61,56 @@ def write_sweep(place: Path) -> Path:
 
 def trade_offs(page: Json, cost: str, word: str) -> list[Figure]:
     """Returns the figure of accuracy against one cost; of latency one for each runtime, as only like compares."""
-    if cost != "latency_ms":
-        figure = trade_off(page, cost, word)
-        return [figure] if figure else []
+    runtimes = _runtimes(page) if cost == "latency_ms" else []
+    if runtimes:
+        found = [trade_off(page, cost, f"{word} in {name}", runtime=name) for name in runtimes]
+    else:
+        found = [trade_off(page, cost, word)]
+    return [figure for figure in found if figure]
+
+
+def _runtimes(page: Json) -> list[str]:
+    """Returns the runtimes in which the ends of variants were measured; where none has ended, all."""
     ends = [v["stages"][-1] for v in page["variants"] if v["stages"] and not v["error"]]
     measured = ends or [stage for v in page["variants"] for stage in v["stages"]]
-    runtimes = dict.fromkeys(str(s["runtime"]) for s in measured if s.get("runtime"))
-    found = [trade_off(page, cost, f"{word} in {name}", runtime=name) for name in runtimes]
-    return (
-        [figure for figure in found if figure]
-        if runtimes
-        else [f for f in [trade_off(page, cost, word)] if f]
-    )
+    return list(dict.fromkeys(str(s["runtime"]) for s in measured if s.get("runtime")))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A stage in the picture: the `variant` that it belongs to, and whether it is the end of that."""
+
+    variant: str
+    stage: Json
+    end: bool
+
+    @property
+    def percent(self) -> float:
+        """The accuracy in percent."""
+        return float(100 * self.stage["accuracy"])
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A cost on the lower axis: its key in a stage, and the unit that it is told in, of `size` of the stage's own."""
+
+    key: str
+    unit: str
+    size: float
+
+    @classmethod
+    def of(cls, key: str, points: Sequence[Point]) -> Cost:
+        """Chooses the unit by the largest of the `points`."""
+        if key == "latency_ms":
+            return cls(key, "ms", 1.0)
+        prefix, size = units.scale(max(point.stage[key] for point in points))
+        return cls(key, f"{prefix}B", size)
+
+    @property
+    def axis(self) -> str:
+        """What stands at the axis."""
+        what = "latency, batch 1, one thread" if self.key == "latency_ms" else "file"
+        return f"{what} ({self.unit})"
 
 
 def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -> Figure | None:
@@ -83,59 +122,22 @@ def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -
         word: the cost in words.
         runtime: only what was measured in this one.
     """
-    points = [
-        (variant["name"], stage, at + 1 == len(variant["stages"]) and not variant["error"])
-        for variant in page["variants"]
-        for at, stage in enumerate(variant["stages"])
-        if units.number(stage.get(cost)) is not None
-        and units.number(stage.get("accuracy")) is not None
-        if runtime is None or str(stage.get("runtime")) == runtime
-    ]
+    points = _points(page, cost, runtime)
     if not points:
         return None
-    front = [
-        name
-        for name in page.get(f"front_{cost}", [])
-        if any(n == name and end for n, _, end in points)
-    ]
-    latency = cost == "latency_ms"
-    prefix, size = (
-        ("ms", 1.0) if latency else units.scale(max(stage[cost] for _, stage, _ in points))
-    )
-    unit = "ms" if latency else f"{prefix}B"
-    ends = {name: stage for name, stage, end in points if end}
-    lowest = _lowest(
-        [100 * stage["accuracy"] for stage in ends.values()]
-        or [100 * s["accuracy"] for _, s, _ in points]
-    )
-    within = _distinct([(name, stage) for name, stage, end in points if not end])
-    beaten = [(name, stage) for name, stage in ends.items() if name not in front]
-    best = [(name, ends[name]) for name in front]
-    shown = []
-    if within:
-        begins = [_first_label(stage, name, page) for name, stage in within]
-        shown.append(
-            _points("stages on the way", within, cost, size, unit, color=FAINT, beside=begins)
-        )
-    if beaten:
-        shown.append(
-            _points("beaten by another", beaten, cost, size, unit, color=BLUE, hollow=True)
-        )
-    if best:
-        names = [name for name, _ in best] if len(best) <= NAMED else [""] * len(best)
-        shown.append(
-            _points(
-                "Pareto front", best, cost, size, unit, color=ORANGE, kind="steps", beside=names
-            )
-        )
-    way = "; in grey the stages on its way" if within else ""
-    named = ", ".join(front) or "none"
-    below = sum(100 * stage["accuracy"] < lowest for _, stage in within)
+    ends = {point.variant: point for point in points if point.end}
+    front = [ends[name] for name in page.get(f"front_{cost}", []) if name in ends]
+    beaten = [point for point in ends.values() if point not in front]
+    within = _distinct([point for point in points if not point.end])
+    lowest = _lowest([point.percent for point in ends.values() or points])
+
+    shown = _series(page, Cost.of(cost, points), within, beaten, front)
+    below = sum(point.percent < lowest for point in within)
     hidden = f" {below} stages on the way lie below the picture." if below else ""
     return Figure(
         f"Accuracy against {word}",
-        f"Each variant's end{way}. On the Pareto front, by rising {word}: {named}.{hidden}",
-        Axis(f"{'latency, batch 1, one thread' if latency else 'file'} ({unit})", low=0.0),
+        f"{_in_words(within, front, word)}{hidden}",
+        Axis(Cost.of(cost, points).axis, low=0.0),
         [Panel(Axis("test accuracy (%)", low=lowest, high=_highest(points)), shown)],
         height=460,
         wide=True,
@@ -143,10 +145,49 @@ def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -
     )
 
 
-def _first_label(stage: Json, variant: str, page: Json) -> str:
+def _in_words(within: Sequence[Point], front: Sequence[Point], word: str) -> str:
+    way = "; in grey the stages on its way" if within else ""
+    named = ", ".join(point.variant for point in front) or "none"
+    return f"Each variant's end{way}. On the Pareto front, by rising {word}: {named}."
+
+
+def _points(page: Json, cost: str, runtime: str | None) -> list[Point]:
+    """Returns the stages that have both numbers, in the order of the sweep."""
+    points = []
+    for variant in page["variants"]:
+        for stage in variant["stages"]:
+            if runtime is not None and str(stage.get("runtime")) != runtime:
+                continue
+            if None in (units.number(stage.get(cost)), units.number(stage.get("accuracy"))):
+                continue
+            end = stage is variant["stages"][-1] and not variant["error"]
+            points.append(Point(variant["name"], stage, end))
+    return points
+
+
+def _series(
+    page: Json,
+    cost: Cost,
+    within: Sequence[Point],
+    beaten: Sequence[Point],
+    front: Sequence[Point],
+) -> list[Series]:
+    shown = []
+    if within:
+        begins = [_first_label(point, page) for point in within]
+        shown.append(_marks("stages on the way", within, cost, color=FAINT, beside=begins))
+    if beaten:
+        shown.append(_marks("beaten by another", beaten, cost, color=BLUE, hollow=True))
+    if front:
+        names = [point.variant if len(front) <= NAMED else "" for point in front]
+        shown.append(_marks("Pareto front", front, cost, color=ORANGE, kind="steps", beside=names))
+    return shown
+
+
+def _first_label(point: Point, page: Json) -> str:
     """Returns the name of a stage that begins its variant: what all later ones are to be held against."""
-    stages = next(v["stages"] for v in page["variants"] if v["name"] == variant)
-    return f"first: {stage.get('name') or '?'}" if stage is stages[0] else ""
+    stages = next(v["stages"] for v in page["variants"] if v["name"] == point.variant)
+    return f"first: {point.stage.get('name') or '?'}" if point.stage is stages[0] else ""
 
 
 def _lowest(ends: Sequence[float]) -> float:
@@ -154,45 +195,39 @@ def _lowest(ends: Sequence[float]) -> float:
     return max(0.0, min(ends) - max(2.0, max(ends) - min(ends)))
 
 
-def _highest(points: Sequence[tuple[str, Json, bool]]) -> float:
-    best = max(100 * stage["accuracy"] for _, stage, _ in points)
-    return best + max(
-        0.5,
-        0.1
-        * (best - _lowest([100 * stage["accuracy"] for _, stage, end in points if end] or [best])),
-    )
+def _highest(points: Sequence[Point]) -> float:
+    best = max(point.percent for point in points)
+    lowest = _lowest([point.percent for point in points if point.end] or [best])
+    return best + max(0.5, 0.1 * (best - lowest))
 
 
-def _distinct(points: Sequence[tuple[str, Json]]) -> list[tuple[str, Json]]:
+def _distinct(points: Sequence[Point]) -> list[Point]:
     """Leaves out stages that several variants share."""
-    seen: dict[tuple[Any, ...], tuple[str, Json]] = {}
-    for name, stage in points:
-        seen.setdefault(
-            (stage.get("name"), stage.get("accuracy"), stage.get("seconds")), (name, stage)
-        )
+    seen: dict[tuple[Any, ...], Point] = {}
+    for point in points:
+        key = (point.stage.get("name"), point.stage.get("accuracy"), point.stage.get("seconds"))
+        seen.setdefault(key, point)
     return list(seen.values())
 
 
-def _points(
+def _marks(
     name: str,
-    points: Sequence[tuple[str, Json]],
-    cost: str,
-    size: float,
-    unit: str,
+    points: Sequence[Point],
+    cost: Cost,
     *,
     color: Color,
     kind: Kind = "points",
     beside: Sequence[str] = (),
     hollow: bool = False,
 ) -> Series:
-    x = [stage[cost] / size for _, stage in points]
-    y = [100 * stage["accuracy"] for _, stage in points]
-    hover = [
-        f"{variant}, after {stage.get('name')}"
-        + (f", in {stage['runtime']}" if cost == "latency_ms" and stage.get("runtime") else "")
-        + f": {short(a)} {unit}, {b:.2f}%"
-        for (variant, stage), a, b in zip(points, x, y, strict=True)
-    ]
+    x = [point.stage[cost.key] / cost.size for point in points]
+    y = [point.percent for point in points]
+    hover = []
+    for point, across in zip(points, x, strict=True):
+        runtime = point.stage.get("runtime") if cost.key == "latency_ms" else None
+        where = f", in {runtime}" if runtime else ""
+        told = f"{short(across)} {cost.unit}, {point.percent:.2f}%"
+        hover.append(f"{point.variant}, after {point.stage.get('name')}{where}: {told}")
     return Series(kind, name, x, y, color, hover, beside, hollow=hollow)
 
 
@@ -202,27 +237,24 @@ def averages(page: Json) -> list[Json]:
     for variant in page["variants"]:
         words = [word for word in variant["name"].split(" ") if not word.startswith("seed=")]
         groups.setdefault(" ".join(words) or "all seeds", []).append(variant)
-    rows = []
-    for name, members in groups.items():
-        ends = [
-            member["stages"][-1] for member in members if not member["error"] and member["stages"]
-        ]
-        error = next((member["error"] for member in members if member["error"]), None)
-        row: Json = {
-            "name": name,
-            "seeds": len(ends),
-            "error": error,
-            "members": [m["name"] for m in members],
-        }
-        row["runtime"] = ", ".join(
-            sorted({str(end["runtime"]) for end in ends if end.get("runtime")})
-        )
-        for key in AVERAGED:
-            known = [x for end in ends if (x := units.number(end.get(key))) is not None]
-            row[key] = mean(known) if known else None
-            row[f"{key}_spread"] = stdev(known) if len(known) > 1 else None
-        rows.append(row)
-    return rows
+    return [_average(name, members) for name, members in groups.items()]
+
+
+def _average(name: str, members: Sequence[Json]) -> Json:
+    """Returns the row of variants that differ by their seed alone."""
+    ends = [m["stages"][-1] for m in members if m["stages"] and not m["error"]]
+    row: Json = {
+        "name": name,
+        "seeds": len(ends),
+        "error": next((m["error"] for m in members if m["error"]), None),
+        "members": [m["name"] for m in members],
+        "runtime": ", ".join(sorted({str(e["runtime"]) for e in ends if e.get("runtime")})),
+    }
+    for key in AVERAGED:
+        known = [x for end in ends if (x := units.number(end.get(key))) is not None]
+        row[key] = mean(known) if known else None
+        row[f"{key}_spread"] = stdev(known) if len(known) > 1 else None
+    return row
 
 
 def sweep_table(page: Json) -> Table:
