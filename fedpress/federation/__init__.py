@@ -7,20 +7,23 @@ from fedpress.federation.aggregators.mean import Mean
 from fedpress.federation.aggregators.median import Median
 from fedpress.federation.aggregators.secure import SecureSum
 from fedpress.federation.agreement import Agreement, Terms
-from fedpress.federation.algorithms.fedopt import (
-    SERVERS,
-    Adam,
+from fedpress.federation.algorithms import (
+    ALGORITHMS,
     Algorithm,
-    Average,
-    Momentum,
-    Server,
+    AnyAlgorithm,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedProx,
+    Scaffold,
 )
+from fedpress.federation.algorithms.optimizers import SERVERS, Adam, Average, Momentum, Server
 from fedpress.federation.client import Client, ClientPlan
 from fedpress.federation.client_state import ClientState, DiskState, InMemoryState
 from fedpress.federation.downlink import Downlink
 from fedpress.federation.exchange import Traffic, Transport
-from fedpress.federation.local import LOCAL_UPDATES, LocalSettings, private_sgd, sgd
-from fedpress.federation.ondevice import device_sgd
+from fedpress.federation.local import LocalSettings, LocalWork
+from fedpress.federation.ondevice import device_steps
 from fedpress.federation.sampling import Cohort
 from fedpress.federation.server import RoundRecord, rounds
 from fedpress.federation.trust import Trust, trust_of
@@ -28,13 +31,14 @@ from fedpress.federation.uplink import Uplink
 
 __all__ = [
     "AGGREGATORS",
-    "LOCAL_UPDATES",
+    "ALGORITHMS",
     "SERVERS",
     "Adam",
     "Aggregator",
     "Agreement",
     "Algorithm",
     "AnyAggregator",
+    "AnyAlgorithm",
     "Average",
     "Client",
     "ClientId",
@@ -43,12 +47,18 @@ __all__ = [
     "Cohort",
     "DiskState",
     "Downlink",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedProx",
     "InMemoryState",
     "LocalSettings",
+    "LocalWork",
     "Mean",
     "Median",
     "Momentum",
     "RoundRecord",
+    "Scaffold",
     "SecureSum",
     "Server",
     "Terms",
@@ -56,9 +66,7 @@ __all__ = [
     "Transport",
     "Trust",
     "Uplink",
-    "device_sgd",
-    "private_sgd",
+    "device_steps",
     "rounds",
-    "sgd",
     "trust_of",
 ]

@@ -13,12 +13,14 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from fedpress.core import parameters, random
-from fedpress.errors import WireError
+from fedpress.errors import RecipeError, WireError
+from fedpress.federation.algorithms import Algorithm, FedAvg, check_fits
 from fedpress.federation.downlink import Downlink
 from fedpress.federation.local import LocalSettings, Prepare
 from fedpress.federation.uplink import Uplink
 from fedpress.wire.message import JSON
 
+FEDAVG = FedAvg()
 VERSION = 1
 """Of the agreement's form. Raise it when an entry changes its meaning under the same name."""
 SHOWN = 120
@@ -99,6 +101,10 @@ class Terms:
         error_feedback: clients add what coding lost of one update to the next (Seide et al. 2014; Karimireddy et al.
             2019, arXiv:1901.09847).
         num_rounds: how many rounds are planned; without end if None.
+        algorithm: what clients and server do with the model.
+
+    Raises:
+        RecipeError: if the algorithm does not fit the rest.
     """
 
     layout: parameters.Layout
@@ -110,6 +116,22 @@ class Terms:
     norm: Norm = "frozen"
     error_feedback: bool = False
     num_rounds: int | None = None
+    algorithm: Algorithm = FEDAVG
+
+    def __post_init__(self) -> None:
+        trust = self.uplink.trust
+        check_fits(self.algorithm, self.settings, steps=trust.steps, unit=trust.unit)
+        extras = tuple(way.name for way in self.uplink.ways[1:])
+        if extras != tuple(self.algorithm.extras_up):
+            raise RecipeError(
+                f"federate.algorithm: '{self.algorithm.kind}' sends {list(self.algorithm.extras_up)} beside the "
+                f"update, but the uplink is for {list(extras)}; bind it with extras = algorithm.extras_up"
+            )
+        if self.algorithm.equal_weights and self.uplink.weights != "equal":
+            raise RecipeError(
+                f"federate.weights: got '{self.uplink.weights}', but '{self.algorithm.kind}' holds only if every "
+                'client counts the same; set weights = "equal"'
+            )
 
     @cached_property
     def agreement(self) -> Agreement:

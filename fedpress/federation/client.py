@@ -16,25 +16,24 @@ from fedpress.core.names import ClientId
 from fedpress.errors import DivergedError, RecipeError, WireError
 from fedpress.federation.agreement import Agreement, Terms
 from fedpress.federation.client_state import ClientState, InMemoryState, load_json, save_json
+from fedpress.federation.counted import FORGOT
 from fedpress.federation.downlink import LOST, SERVER
-from fedpress.federation.local import (
-    LocalUpdate,
-    Task,
-    check_private,
-    joint_gradient,
-    private_sgd,
-    rehearse_private,
-    sgd,
-    too_large,
-)
+from fedpress.federation.local import LocalWork, Measures, Source, plain_steps, too_large
+from fedpress.federation.private import check_private, rehearse_private
 from fedpress.federation.protocol import check_header, need, read_text
+from fedpress.federation.sources import SOURCES
 from fedpress.federation.uplink import Uplink
-from fedpress.federation.vectors import UPDATE
+from fedpress.federation.vectors import PARAMS, UPDATE, Vectors
 from fedpress.models.norms import freeze_batch_norm_
 from fedpress.privacy.noise.mechanism import clip
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.secagg import SecAggClient, SecAggMessage
 from fedpress.wire.message import JSON, Message, pack, unpack
+
+STATE = "state."
+"""Before the names of an algorithm's state in the memory of a client."""
+TASK = "task"
+"""The round that left this state."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +42,12 @@ class ClientPlan:
 
     Attributes:
         terms: what was agreed.
-        local_update: `sgd` or `private_sgd`.
+        source: of the gradients of its local steps.
         privacy: this client's own plan under unit "sample", None otherwise.
     """
 
     terms: Terms
-    local_update: LocalUpdate = sgd
+    source: Source = plain_steps
     privacy: PrivacyPlan | None = None
 
     @classmethod
@@ -57,10 +56,12 @@ class ClientPlan:
         terms: Terms,
         model: nn.Module,
         *,
-        local_update: LocalUpdate = sgd,
+        source: Source | None = None,
         privacy: PrivacyPlan | None = None,
     ) -> ClientPlan:
         """Fits a client's work to the terms and to the model in which it is done.
+
+        `source` is that of a device, in place of torch; the one that the trust asks for if None.
 
         Raises:
             RecipeError: if the parts do not fit together.
@@ -75,19 +76,16 @@ class ClientPlan:
                 "federate.norm: batch norm in training mode mixes examples, which breaks sample privacy; use 'frozen'"
             )
         trust = uplink.trust
-        planned = trust.unit == "sample"
-        alone = trust.steps == "private"
-        if planned != (privacy is not None) or alone != (local_update is private_sgd):
+        if (trust.unit == "sample") != (privacy is not None):
             raise RecipeError(
-                "federate.privacy: unit 'sample' needs an uplink that knows it, a plan per client and private_sgd, "
-                "all three or none"
+                "federate.privacy: unit 'sample' needs an uplink that knows it and a plan for each client, both or none"
             )
-        if trust.steps == "joint" and local_update is not sgd:
+        if trust.steps != "plain" and source is not None:
             raise RecipeError(
-                "federate.privacy: clients that make noise together compute one gradient in torch and run no other "
-                "local update; leave local_update out"
+                "federate.privacy: private steps are taken in torch and run no other source of gradients; leave "
+                "source out"
             )
-        if planned:
+        if privacy is not None:
             check_private(terms.settings, privacy)
         if terms.error_feedback and not trust.keeps_residual:
             raise RecipeError(
@@ -100,7 +98,7 @@ class ClientPlan:
                 f"federate: the model trains {layout.size} values but the uplink is for {uplink.size}; "
                 "take the model and the patterns of trainable that were agreed"
             )
-        return cls(terms, local_update, privacy)
+        return cls(terms, source or SOURCES[trust.steps], privacy)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,26 +165,34 @@ class Client:
         if self.member is not None and message.kind in ("join", "roster", "unmask"):
             return self._secure(self.member, message)
         key = self._key(message)
-        before = self.memory.load(key.round)
-        params, held = self._receive(message, key)
+        down, held = self._receive(message, key)
         self._answer_once(message, key.round)
-        update, measured = self._try_fit(params, key)
+        state = self._state(message, key.round)
+        before = self.memory.load(key.round)
+        vectors, after_state, measured = self._try_fit(down, state, key)
+        update = vectors[UPDATE]
         unit = self._unit(message)
         trust, plan = self.uplink.trust, self.plan.privacy or self.uplink.privacy
         header: dict[str, JSON] = {"round": key.round}
         header |= trust.said(measured, len(self.arrays), seen=self.uplink.aggregator.sees_updates)
         if plan is not None:
-            hidden = random.fingerprint(params, update, self.arrays.x, self.arrays.y)
+            sent = [vectors[way.name] for way in self.uplink.ways]
+            hidden = random.fingerprint(down[PARAMS], *sent, self.arrays.x, self.arrays.y)
             header |= trust.failures(measured, plan, key, hidden)
         if self.terms.error_feedback and "residual" in before:
             update = update + before["residual"]
         if self.uplink.adaptive is not None:
             header["below"] = float(update.double().norm()) <= unit
-        tensors = self.uplink.encode({UPDATE: update}, key, unit=unit)
+        tensors = self.uplink.encode({**vectors, UPDATE: update}, key, unit=unit)
         after = dict(held)
+        if self.terms.algorithm.keeps_state:
+            arrived = self.uplink.receive(tensors, key)
+            kept = self.terms.algorithm.client_settle(state, after_state, arrived)
+            after |= {f"{STATE}{name}": tensor for name, tensor in kept.items()}
+            after[TASK] = torch.tensor(key.round)
         if self.terms.error_feedback:
-            arrived = unit * self.uplink.decode(tensors, key)[UPDATE]
-            after["residual"] = self._clipped(update, unit) - arrived
+            decoded = unit * self.uplink.decode(tensors, key)[UPDATE]
+            after["residual"] = self._clipped(update, unit) - decoded
         if self.member is not None:
             names: list[str] = need("fit", message.header, "cohort")
             part = self.member.mask(tensors[VALUES], round=key.round, cohort=names)
@@ -207,14 +213,43 @@ class Client:
             raise WireError(difference)
         return Message("agreed", {"agreement": self.terms.agreement.fingerprint})
 
-    def _try_fit(self, params: Tensor, key: Key) -> tuple[Tensor, dict[str, JSON]]:
-        """Returns the local update, zeros if the work fails where that may not be told."""
+    def _try_fit(
+        self, down: Vectors, state: Vectors, key: Key
+    ) -> tuple[Vectors, Vectors, Measures]:
+        """Returns what `_fit` does; zeros and the old state if the work fails where that may not be told."""
         try:
-            return self._fit(params, key)
+            return self._fit(down, state, key)
         except Exception as problem:
             plan = self.plan.privacy
             batch = 0.0 if plan is None else plan.sampling_prob * len(self.arrays)
-            return torch.zeros_like(params), self.uplink.trust.after_failure(problem, batch)
+            measured = self.uplink.trust.after_failure(problem, batch)
+            zeros = {way.name: torch.zeros(way.size) for way in self.uplink.ways}
+            return zeros, state, measured
+
+    def _state(self, message: Message, round: int) -> Vectors:
+        """Returns the algorithm's state of this client, as its last round left it whose answer counted.
+
+        An answer that was lost moved nothing on the server, so it must move nothing here. What came after the last one
+        that counted is forgotten.
+
+        Raises:
+            WireError: if this client does not hold that state any more.
+        """
+        algorithm = self.terms.algorithm
+        if not algorithm.keeps_state:
+            return {}
+        counted: int = need("fit", message.header, "counted")
+        if not counted:
+            return algorithm.client_init(self.uplink.size)
+        state = self.memory.load(counted + 1)
+        if TASK not in state or int(state[TASK]) != counted:
+            raise WireError(
+                f"fit.counted: this client does not hold its state of round {counted} any more; {FORGOT}"
+            )
+        latest = self.memory.load(round)
+        if int(latest[TASK]) != counted:
+            self.memory.save(counted, state)
+        return parameters.part_of(state, STATE)
 
     def _answer_once(self, message: Message, round: int) -> None:
         """Holds the server to the planned rounds: under privacy every other question would cost more than was planned.
@@ -287,53 +322,56 @@ class Client:
         Raises:
             WireError: if they are missing, no float32, or not finite.
         """
-        params = request.tensors.get("params")
-        if (
-            params is None
-            or params.dtype != torch.float32
-            or not bool(torch.isfinite(params).all())
-        ):
-            raise WireError(
-                f"{request.kind}.params: expected finite float32 values; send the server's parameters"
-            )
-        return params
+        return _finite(request, PARAMS)
 
-    def _receive(self, request: Message, key: Key) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the server's parameters [d] and what to remember of them."""
+    def _receive(self, request: Message, key: Key) -> tuple[Vectors, dict[str, Tensor]]:
+        """Returns the server's parameters [d] and further vectors by name, and what to remember of them."""
+        beside = {}
+        for name, extra in self.terms.algorithm.extras_down.items():
+            size = self.uplink.size if extra.size is None else extra.size
+            beside[name] = _finite(request, name, size)
         if self.terms.downlink is None:
-            return self.read_params(request), {}
+            return {PARAMS: self.read_params(request), **beside}, {}
         version: int = need("fit", request.header, "from")
         if version >= key.round:
             raise WireError(
                 f"fit.from: got {version!r}, expected a round before {key.round}; use the same recipe"
             )
         state = self.memory.load(version + 1) if version else {}
+        coded = {name: t for name, t in request.tensors.items() if name not in beside}
         if version and ("held" not in state or int(state["version"]) != version):
             raise WireError(
                 f"fit.from: this client does not hold the model of round {version} any more; {LOST}"
             )
         held = self.terms.downlink.decode(
-            request.tensors, state.get("held"), Key(self.terms.seed, key.round, SERVER)
+            coded, state.get("held"), Key(self.terms.seed, key.round, SERVER)
         )
-        return held, {"held": held, "version": torch.tensor(key.round)}
+        return {PARAMS: held, **beside}, {"held": held, "version": torch.tensor(key.round)}
 
-    def _fit(self, params: Tensor, key: Key) -> tuple[Tensor, dict[str, JSON]]:
-        """Returns the update [d] on the CPU and what the local update measured; the model's buffers are put back."""
+    def _fit(self, down: Vectors, state: Vectors, key: Key) -> tuple[Vectors, Vectors, Measures]:
+        """Returns the vectors on the CPU, the next state and what was measured; the model's buffers are put back."""
+        algorithm, params = self.terms.algorithm, down[PARAMS]
         parameters.assign_(self.model, params)
-        task = Task(self.arrays, self.terms.settings, key, self.terms.prepare, self.plan.privacy)
-        joint: Tensor | None = None
+        beside = {name: vector for name, vector in down.items() if name != PARAMS}
+        work = LocalWork(
+            self.arrays,
+            self.terms.settings,
+            key,
+            self.terms.prepare,
+            self.plan.privacy,
+            source=self.plan.source,
+            start=params,
+            beside=beside | {f"{STATE}{name}": vector for name, vector in state.items()},
+            pulls=algorithm.pulls,
+        )
         with self._at_work(key):
-            if self.uplink.trust.steps == "joint":
-                joint, measured = joint_gradient(self.model, task)
-            else:
-                measured = self.plan.local_update(self.model, task)
-        update = parameters.flatten(self.model) - params if joint is None else joint
-        if not bool(torch.isfinite(update).all()):
+            vectors, after, measured = algorithm.client_update(self.model, work, down, state)
+        if not all(bool(torch.isfinite(vector).all()) for vector in vectors.values()):
             raise DivergedError(
                 f"local update: after {measured.get('steps', 1)} steps it is not finite in round {key.round}; "
-                f"lower {too_large(task.settings, task.lr)}"
+                f"lower {too_large(work.settings, work.lr, pulls=work.pulls)}"
             )
-        return update, measured
+        return vectors, after, measured
 
     def rehearse(self, arrays: Arrays) -> None:
         """Does one step of this client's work on `arrays`, which must be public; the model is left as it was.
@@ -346,13 +384,20 @@ class Client:
         settings = self.terms.settings.model_copy(
             update={"epochs": 1, "batch_size": max(2, len(arrays))}
         )
-        task = Task(arrays, settings, key, self.terms.prepare, self.plan.privacy)
+        work = LocalWork(
+            arrays,
+            settings,
+            key,
+            self.terms.prepare,
+            self.plan.privacy,
+            source=self.plan.source,
+        )
         try:
             with self._at_work(key):
                 if self.plan.privacy is None:
-                    self.plan.local_update(self.model, task)
+                    work.begin(self.model).finish()
                 else:
-                    rehearse_private(self.model, task)
+                    rehearse_private(self.model, work)
         finally:
             parameters.assign_(self.model, params)
 
@@ -393,3 +438,22 @@ def answer_secure(member: SecAggClient, message: Message) -> Message:
         return Message("accepted", answer.header, answer.tensors)
     answer = member.unmask(part)
     return Message("shares", answer.header, answer.tensors)
+
+
+def _finite(request: Message, name: str, size: int | None = None) -> Tensor:
+    """Returns the vector `name` of a request, of `size` values if given.
+
+    Raises:
+        WireError: if it is missing, of another type or size, or not finite.
+    """
+    vector = request.tensors.get(name)
+    fits = vector is not None and vector.dtype == torch.float32
+    if vector is None or not fits or not bool(torch.isfinite(vector).all()):
+        raise WireError(
+            f"{request.kind}.{name}: expected finite float32 values; send the server's {name} with every request"
+        )
+    if size is not None and vector.shape != (size,):
+        raise WireError(
+            f"{request.kind}.{name}: got {list(vector.shape)}, expected [{size}]; use the same recipe on both sides"
+        )
+    return vector

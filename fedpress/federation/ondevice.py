@@ -8,15 +8,22 @@ from torch import nn
 
 from fedpress.deploy.ondevice import DeviceModel
 from fedpress.errors import DivergedError, RecipeError
-from fedpress.federation.local import Task, shuffled_batches
-from fedpress.wire.message import JSON
+from fedpress.federation.local import (
+    LocalWork,
+    Outcome,
+    Step,
+    Steps,
+    shuffled_batches,
+    too_large,
+)
 
 
-def device_sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
-    """Does what `sgd` does, over the same batches in the same order, in the runtime of a device.
+def device_steps(model: nn.Module, work: LocalWork) -> Steps:
+    """Does what `plain_steps` does, over the same batches in the same order, in the runtime of a device.
 
-    Give it to `Client(model=DeviceModel(program), local_update=device_sgd, ...)`. Batches larger than the program's are
-    added up from several runs, smaller ones are filled up with examples of weight 0: the step is the same.
+    Give it to `ClientPlan.bind(..., source=device_steps)` for a client whose model is `DeviceModel(program)`. Batches
+    larger than the program's are added up from several runs, smaller ones are filled up with examples of weight 0: the
+    step is the same.
 
     Raises:
         RecipeError: if `model` is no `DeviceModel`, or the settings ask for another precision than float32.
@@ -24,32 +31,29 @@ def device_sgd(model: nn.Module, task: Task) -> dict[str, JSON]:
     """
     if not isinstance(model, DeviceModel):
         raise RecipeError(
-            "federate: device_sgd trains an ExecuTorch program; give the client model = deploy.DeviceModel(path)"
+            "federate: device_steps trains an ExecuTorch program; give the client model = deploy.DeviceModel(path)"
         )
-    s, shuffle, chance = (
-        task.settings,
-        task.key.client_stream("shuffle"),
-        task.key.client_stream("prepare"),
-    )
+    s = work.settings
+    shuffle, chance = work.key.client_stream("shuffle"), work.key.client_stream("prepare")
     if s.precision == "bf16":
         raise RecipeError(
             f"federate.precision: devices train in float32, got {s.precision!r}; set 'float32'"
         )
-    optimizer = model.optimizer(task.lr, momentum=s.momentum, weight_decay=s.weight_decay)
+    optimizer = model.optimizer(work.lr, momentum=s.momentum, weight_decay=s.weight_decay)
     params = dict(model.named_parameters())
-    anchor = {name: p.detach().clone() for name, p in params.items()} if s.proximal_mu else {}
     total, steps = 0.0, 0
     for _ in range(s.epochs):
-        for index in shuffled_batches(model, len(task.arrays), s.batch_size, shuffle):
-            batch = task.arrays.take(index)
-            loss, gradients = model.mean_gradient(task.prepare(batch.x, chance), batch.y)
-            for name, start in anchor.items():
-                gradients[name] = gradients[name] + s.proximal_mu * (params[name].detach() - start)
+        for index in shuffled_batches(model, len(work.arrays), s.batch_size, shuffle):
+            batch = work.arrays.take(index)
+            loss, found = model.mean_gradient(work.prepare(batch.x, chance), batch.y)
+            # Of its own memory: the runtime's may be read only, and a correction is written in place.
+            gradients = {name: found[name].clone() for name in params}
+            yield Step([p.detach() for p in params.values()], [*gradients.values()])
             optimizer.step(gradients)
             total, steps = total + float(loss), steps + 1
             if not math.isfinite(total):
                 raise DivergedError(
-                    f"local update: after {steps} steps the loss is not finite in round {task.key.round}; "
-                    f"lower federate.lr (now {task.lr:g})"
+                    f"local update: after {steps} steps the loss is not finite in round {work.key.round}; "
+                    f"lower {too_large(s, work.lr, pulls=work.pulls)}"
                 )
-    return {"loss": total / steps, "steps": steps}
+    return Outcome({"loss": total / steps, "steps": steps})

@@ -41,6 +41,7 @@ FIELDS: Mapping[str, Mapping[str, Kind]] = {
         "round": whole(1),
         "agreement": TEXT,
         "from": whole(0),
+        "counted": whole(0),
         "cohort": NAMES,
         "clip_norm": POSITIVE,
     },

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from fedpress.core.names import ClientId
 from fedpress.errors import DivergedError, RecipeError
-from fedpress.federation.algorithms.fedopt import Algorithm, ServerState
+from fedpress.federation.algorithms import Algorithm, Seen
+from fedpress.federation.algorithms.base import ServerState
+from fedpress.federation.counted import Counted
 from fedpress.federation.downlink import Broadcast, Downlink
 from fedpress.federation.exchange import Transport, exchange, ordered
 from fedpress.federation.failures import Tally
 from fedpress.federation.uplink import Uplink
+from fedpress.federation.vectors import PARAMS, Vectors
 from fedpress.wire.message import JSON, Message
 
 
@@ -69,7 +72,7 @@ def rounds(
     Args:
         params: the server's trainable parameters [d] float32, see `fedpress.core.parameters`.
         uplink: how updates come home.
-        algorithm: its server optimizer is used here, its local update by the clients.
+        algorithm: its server's half is used here, the other one by the clients.
         transport: reaches the clients.
         num_rounds: the last round.
         seed: of the run.
@@ -98,7 +101,12 @@ def rounds(
 
 def _init(params: Tensor, uplink: Uplink, algorithm: Algorithm) -> ServerState:
     return _join(
-        {"optimizer": algorithm.server.init(params), "uplink": uplink.init(), "downlink": {}}
+        {
+            "optimizer": algorithm.server_init(params),
+            "uplink": uplink.init(),
+            "downlink": {},
+            "clients": {},
+        }
     )
 
 
@@ -130,8 +138,13 @@ class _Server:
             broadcast = None
             if self.downlink is not None:
                 broadcast = Broadcast.open(self.downlink, self.seed, clients, parts["downlink"])
+            counted = Counted.open(clients, parts["clients"])
             header = self._header(round, session.invite(cohort), parts["uplink"])
-            replies = exchange(self.transport, _requests(cohort, header, round, params, broadcast))
+            beside = self.algorithm.server_down(parts["optimizer"])
+            requests = _requests(cohort, header, round, {PARAMS: params, **beside}, broadcast)
+            if self.algorithm.keeps_state:
+                requests = _with_counted(requests, counted)
+            replies = exchange(self.transport, requests)
             mean = self.uplink.mean(
                 ordered(cohort, replies),
                 seed=self.seed,
@@ -145,9 +158,14 @@ class _Server:
             if broadcast is not None:
                 broadcast.arrived(mean.refused)
                 parts["downlink"] = broadcast.state()
-            if mean.update is not None:
-                parts["optimizer"], params = self.algorithm.server.step(
-                    parts["optimizer"], params, mean.update
+            if self.algorithm.keeps_state:
+                for client in cohort:
+                    counted.heard(client, round, refused=mean.refused.get(client, ""))
+                parts["clients"] = counted.state()
+            if mean.vectors:
+                seen = Seen(round, mean.cohort, self.uplink.cohort.population)
+                parts["optimizer"], params = self.algorithm.server_step(
+                    parts["optimizer"], params, mean.vectors, seen
                 )
                 _check_finite(params, round, self.algorithm)
             state = _join(parts)
@@ -178,7 +196,7 @@ def _check_finite(params: Tensor, round: int, algorithm: Algorithm) -> None:
     if not bool(torch.isfinite(params).all()):
         raise DivergedError(
             f"federate: the server's model is not finite after round {round}; lower federate.lr, or federate.server.lr "
-            f"(the server is {algorithm.server!r}); the rounds before it are kept"
+            f"(the server is {algorithm.optimizer!r}); the rounds before it are kept"
         )
 
 
@@ -186,19 +204,38 @@ def _requests(
     cohort: list[ClientId],
     header: dict[str, JSON],
     round: int,
-    params: Tensor,
+    down: Vectors,
     broadcast: Broadcast | None,
 ) -> dict[ClientId, Message]:
-    """Returns a message for each client; those that are sent the same share one object, which is packed once."""
+    """Returns a message for each client; those that are sent the same share one object, which is packed once.
+
+    `down` holds the parameters, which a downlink codes, and further vectors, which travel whole.
+    """
     if broadcast is None:
-        return dict.fromkeys(cohort, Message("fit", header, {"params": params}))
+        return dict.fromkeys(cohort, Message("fit", header, dict(down)))
+    beside = {name: vector for name, vector in down.items() if name != PARAMS}
     made: dict[int, Message] = {}
     requests = {}
-    for client, (version, tensors) in broadcast.code(round, params, cohort).items():
+    for client, (version, tensors) in broadcast.code(round, down[PARAMS], cohort).items():
         if id(tensors) not in made:
-            made[id(tensors)] = Message("fit", {**header, "from": version}, tensors)
+            made[id(tensors)] = Message("fit", {**header, "from": version}, {**tensors, **beside})
         requests[client] = made[id(tensors)]
     return requests
+
+
+def _with_counted(
+    requests: Mapping[ClientId, Message], counted: Counted
+) -> dict[ClientId, Message]:
+    """Tells every client which of its answers counted last; messages that stay alike still share one object."""
+    made: dict[tuple[int, int], Message] = {}
+    told = {}
+    for client, message in requests.items():
+        last = counted.last[client]
+        if (id(message), last) not in made:
+            header = {**message.header, "counted": last}
+            made[id(message), last] = Message("fit", header, message.tensors)
+        told[client] = made[id(message), last]
+    return told
 
 
 def _join(parts: Mapping[str, Mapping[str, Tensor]]) -> ServerState:
@@ -212,7 +249,12 @@ def _join(parts: Mapping[str, Mapping[str, Tensor]]) -> ServerState:
 
 def _split(state: Mapping[str, Tensor]) -> dict[str, ServerState]:
     """Undoes `_join`."""
-    parts: dict[str, ServerState] = {"optimizer": {}, "uplink": {}, "downlink": {}}
+    parts: dict[str, ServerState] = {
+        "optimizer": {},
+        "uplink": {},
+        "downlink": {},
+        "clients": {},
+    }
     for full, tensor in state.items():
         part, _, name = full.partition("/")
         parts[part][name] = tensor

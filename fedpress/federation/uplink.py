@@ -46,6 +46,7 @@ class RoundMean:
         refused: whose replies do not count, with the reason.
         state: what the next round's noise and clip norm need.
         failures: protected units that gave nothing, counted with noise; None without privacy.
+        cohort: clients behind the mean: those that came, or the planned cohort where who replied is secret.
     """
 
     vectors: Vectors
@@ -53,6 +54,7 @@ class RoundMean:
     refused: dict[ClientId, str]
     state: dict[str, Tensor] = field(default_factory=dict)
     failures: Tally | None = None
+    cohort: int = 0
 
     @property
     def update(self) -> Tensor | None:
@@ -241,7 +243,7 @@ class Uplink:
 class Gatherer:
     """The replies of one round on their way into a mean: `take` each, then `close`.
 
-    `closed` says why there can be no aggregate, empty while there can.
+    `closed` says why there can be no aggregate, empty while there can; `came` is how many were taken.
     """
 
     uplink: Uplink
@@ -254,6 +256,7 @@ class Gatherer:
     refused: dict[ClientId, str] = field(default_factory=dict)
     below: list[bool] = field(default_factory=list)
     failures: dict[ClientId, Tally] = field(default_factory=dict)
+    came: int = 0
 
     def take(
         self,
@@ -299,7 +302,7 @@ class Gatherer:
             weight = total.weight if up.aggregator.sums else 1.0
             found = {} if total.weight <= 0 else total.vectors
             means = {name: (vector / weight).float() for name, vector in found.items()}
-            return RoundMean(means, self.rows, self.refused, self.state, failures)
+            return RoundMean(means, self.rows, self.refused, self.state, failures, self.came)
         unit = up.unit(self.state)
         divisor = up.divisor if up.aggregator.sums else 1.0
         means = {}
@@ -310,7 +313,8 @@ class Gatherer:
             means[way.name] = (vector.double() * (unit / divisor)).float()
         if up.adaptive is not None:
             self.state |= self._next_clip(up.adaptive)
-        return RoundMean(means, self.rows, self.refused, self.state, failures)
+        planned = up.cohort.size
+        return RoundMean(means, self.rows, self.refused, self.state, failures, planned)
 
     def _take(self, key: Key, reply: Message | None, scale: float) -> None:
         up, client = self.uplink, key.client
@@ -330,6 +334,7 @@ class Gatherer:
         secure: Mapping[str, JSON] = need("update", header, "secure") if "secure" in header else {}
         scaled = {name: v if scale == 1 else v * scale for name, v in vectors.items()}
         self.gathering.add(Contribution(key, weight, scaled, tensors, secure))
+        self.came += 1
         if seen and up.trust.names_clients:
             measured = {n: header[n] for n in up.trust.measures if n in header}
             norm = float(vectors[UPDATE].double().norm())

@@ -1,6 +1,7 @@
 """Programs that train: gradients and steps are torch's, and a federated client that trains on a device fits in."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,21 +18,21 @@ from fedpress.codecs import Key
 from fedpress.deploy import Job, export, open_file
 from fedpress.deploy.ondevice import DeviceModel, export_training
 from fedpress.federation import (
-    SERVERS,
-    Algorithm,
     Client,
     ClientPlan,
     Cohort,
+    FedAvg,
+    FedProx,
     LocalSettings,
+    LocalWork,
     Terms,
     Uplink,
-    sgd,
 )
-from fedpress.federation.local import Task
-from fedpress.federation.ondevice import device_sgd
+from fedpress.federation.ondevice import device_steps
 from fedpress.federation.server import rounds
 from fedpress.models.plain import MLP
 from fedpress.transport import LocalTransport
+from tests.federation.federation import train
 
 pytestmark = pytest.mark.deploy
 SHAPE = (1, 8, 8)
@@ -167,18 +168,19 @@ def test_a_copy_has_the_same_parameters_in_memory_of_its_own(program):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "algorithm"),
     [
-        LocalSettings(epochs=3, batch_size=6, lr=0.1, momentum=0.9, weight_decay=0.01),
-        LocalSettings(epochs=2, batch_size=3, lr=0.1, lr_decay=0.5),
-        LocalSettings(epochs=2, batch_size=4, lr=0.1, proximal_mu=0.5),
+        (LocalSettings(epochs=3, batch_size=6, lr=0.1, momentum=0.9, weight_decay=0.01), FedAvg()),
+        (LocalSettings(epochs=2, batch_size=3, lr=0.1, lr_decay=0.5), FedAvg()),
+        (LocalSettings(epochs=2, batch_size=4, lr=0.1), FedProx(proximal_mu=0.5)),
     ],
     ids=["momentum and decay", "small batches", "proximal"],
 )
-def test_local_training_agrees_with_torch_sgd(program, settings):
+def test_local_training_agrees_with_torch_sgd(program, settings, algorithm):
     model, device = network(), DeviceModel(program)
-    task = lambda: Task(examples(14, 3), settings, Key(7, 2, "c0"), untouched)  # noqa: E731
-    expected, got = sgd(model, task()), device_sgd(device, task())
+    work = LocalWork(examples(14, 3), settings, Key(7, 2, "c0"), untouched)
+    expected = algorithm.client_update(model, work, {}, {})[2]
+    got = algorithm.client_update(device, replace(work, source=device_steps), {}, {})[2]
     assert got["steps"] == expected["steps"]
     assert got["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     moved = (parameters.flatten(model) - parameters.flatten(network())).abs().max()
@@ -193,25 +195,25 @@ def federation(program, device: bool):
     uplink = Uplink.bind(len(params), Cohort(3, 3))
     terms = Terms(layout, settings, uplink, 7, untouched)
     kinds = {
-        "c0": (DeviceModel(program), device_sgd) if device else (model, sgd),
-        "c1": (model, sgd),
-        "c2": (model, sgd),
+        "c0": (DeviceModel(program), device_steps) if device else (model, None),
+        "c1": (model, None),
+        "c2": (model, None),
     }
     clients = [
         Client(
             name,
             examples(10 + 3 * i, i),
             one,
-            ClientPlan.bind(terms, one, local_update=update),
+            ClientPlan.bind(terms, one, source=source),
         )
-        for i, (name, (one, update)) in enumerate(kinds.items())
+        for i, (name, (one, source)) in enumerate(kinds.items())
     ]
     transport = LocalTransport({client.name: client.handle for client in clients})
     return list(
         rounds(
             params,
             uplink,
-            Algorithm(server=SERVERS["average"]()),
+            FedAvg(),
             transport,
             num_rounds=3,
             seed=7,
@@ -364,14 +366,14 @@ def test_frozen_parameters_stay_out_of_the_layout(tmp_path):
     assert parameters.Layout.of(device) == parameters.Layout.of(model)
 
 
-def test_device_sgd_wants_a_program_and_float32(program):
-    task = Task(
+def test_device_steps_want_a_program_and_float32(program):
+    work = LocalWork(
         examples(4, 0), LocalSettings(precision="bf16", batch_size=4), Key(7, 1, "c0"), untouched
     )
     with pytest.raises(RecipeError, match="DeviceModel"):
-        device_sgd(network(), task)
+        train(network(), replace(work, source=device_steps))
     with pytest.raises(RecipeError, match=r"federate\.precision"):
-        device_sgd(DeviceModel(program), task)
+        train(DeviceModel(program), replace(work, source=device_steps))
 
 
 @pytest.mark.parametrize("named", [True, False])

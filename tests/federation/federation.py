@@ -17,9 +17,8 @@ from fedpress.federation import (
     LocalSettings,
     Terms,
     Uplink,
-    private_sgd,
-    sgd,
 )
+from fedpress.federation.private import joint_steps, private_steps
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.transport import LocalTransport
 from fedpress.wire import Message
@@ -67,15 +66,13 @@ class Federation:
         self.uplink = Uplink.bind(len(self.params), cohort, privacy=privacy, weights=weights)
         self.data = [examples(10 + 4 * i, seed=i) for i in range(clients)]
         sample = privacy is not None and privacy.unit == "sample"
-        private = (
-            {"privacy": privacy, "local_update": private_sgd} if sample else {"local_update": sgd}
-        )
+        private = {"privacy": privacy} if sample else {}
         mine = {one.name: more.pop(one.name) for one in fields(Terms) if one.name in more}
         mine = {"seed": 7, "prepare": untouched} | mine
         self.terms = Terms(self.layout, self.settings, **({"uplink": self.uplink} | mine))
         if "plan" in more:  # of the client alone, whatever the uplink says
             private["privacy"] = more.pop("plan")
-        own = {"local_update": more.pop("local_update")} if "local_update" in more else {}
+        own = {"source": more.pop("source")} if "source" in more else {}
         plan = ClientPlan.bind(self.terms, self.model, **(private | own))
         self.clients = {
             f"c{i}": Client(f"c{i}", arrays, self.model, plan, **more)
@@ -100,10 +97,26 @@ def rebound(client, model=None, **changes) -> Client:
     """Returns `client` under other terms (fields of `Terms`), or with another plan or memory of its own."""
     names = {one.name for one in fields(Terms)}
     terms = replace(client.terms, **{n: changes.pop(n) for n in names & changes.keys()})
-    own = {"local_update": client.plan.local_update, "privacy": client.plan.privacy}
+    own = {"source": None, "privacy": client.plan.privacy}
     own |= {n: changes.pop(n) for n in own.keys() & changes.keys()}
     model = client.model if model is None else model
     return replace(client, model=model, plan=ClientPlan.bind(terms, model, **own), **changes)
+
+
+def train(model, work) -> dict:
+    """Takes all local steps of `work`, whatever its source; returns what was measured."""
+    return work.begin(model).finish().measures
+
+
+def train_privately(model, work) -> dict:
+    """Takes the noised steps of the plan of `work`."""
+    return train(model, replace(work, source=private_steps))
+
+
+def joint_gradient(model, work) -> tuple[torch.Tensor, dict]:
+    """Returns a client's part of a joint step, and what was measured."""
+    run = replace(work, source=joint_steps).begin(model).finish()
+    return run.update(), run.measures
 
 
 def key(client: str = "c0", round: int = 1) -> Key:

@@ -11,7 +11,7 @@ from fedpress.core.examples import Arrays
 from fedpress.errors import RecipeError, TrainingError, WireError
 from fedpress.federation import Cohort, Downlink, InMemoryState, LocalSettings, Uplink
 from fedpress.federation.downlink import SERVER
-from fedpress.federation.local import sgd
+from fedpress.federation.local import plain_steps
 from fedpress.wire import Message, pack, unpack
 from tests.federation.federation import SAMPLE_PLAN, Federation, client_plan, mlp, rebound
 
@@ -199,9 +199,9 @@ def test_training_mode_batch_norm_under_sample_privacy_is_refused():
 
 
 def test_parts_that_do_not_belong_together_are_refused():
-    with pytest.raises(RecipeError, match="private_sgd"):
+    with pytest.raises(RecipeError, match="a plan for each client"):
         Federation(plan=SAMPLE_PLAN)
-    with pytest.raises(RecipeError, match="private_sgd"):
+    with pytest.raises(RecipeError, match="a plan for each client"):
         Federation(privacy=SAMPLE_PLAN, plan=None)
     with pytest.raises(RecipeError, match="weight_decay"):
         Federation(privacy=SAMPLE_PLAN, settings=LocalSettings(weight_decay=0.1))
@@ -211,11 +211,11 @@ def test_parts_that_do_not_belong_together_are_refused():
     private = Federation(privacy=SAMPLE_PLAN)
     joint = Uplink.bind(len(private.params), Cohort(4, 4), privacy=SAMPLE_PLAN, trust="central")
     assert (
-        rebound(private.clients["c0"], uplink=joint, local_update=sgd).uplink.trust.steps == "joint"
+        rebound(private.clients["c0"], uplink=joint).uplink.trust.steps == "joint"
     )
-    with pytest.raises(RecipeError, match="run no other local update"):
+    with pytest.raises(RecipeError, match="run no other source of gradients"):
         rebound(
-            private.clients["c0"], uplink=joint, local_update=lambda model, task: sgd(model, task)
+            private.clients["c0"], uplink=joint, source=plain_steps
         )
     with pytest.raises(RecipeError, match=r"trains 3 values but the uplink is for 83"):
         rebound(federation.clients["c0"], model=nn.Linear(2, 1))

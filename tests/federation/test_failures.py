@@ -12,13 +12,20 @@ from fedpress.core.examples import Arrays
 from fedpress.federation import Cohort, LocalSettings
 from fedpress.federation.client_state import InMemoryState
 from fedpress.federation.failures import Tally
-from fedpress.federation.local import joint_gradient, private_sgd
 from fedpress.federation.servernoise import KEYS, ServerNoise
 from fedpress.privacy.noise.factorization import Factorization
 from fedpress.privacy.per_example.gradients import METHODS, clipped_gradient_sum
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.wire import pack, unpack
-from tests.federation.federation import SAMPLE_PLAN, Federation, client_plan, key, mlp
+from tests.federation.federation import (
+    SAMPLE_PLAN,
+    Federation,
+    client_plan,
+    joint_gradient,
+    key,
+    mlp,
+    train_privately,
+)
 from tests.federation.test_local import task
 
 PLAN = PrivacyPlan("sample", 0.5, 1.0, 2.0)
@@ -110,7 +117,7 @@ def test_tallies_add_up():
     assert Tally.of({"failed": 3, "steps": 1}) == Tally(0, 3)
 
 
-@pytest.mark.parametrize("step", [private_sgd, lambda model, work: joint_gradient(model, work)[1]])
+@pytest.mark.parametrize("step", [train_privately, lambda model, work: joint_gradient(model, work)[1]])
 def test_private_local_updates_count_by_cause(step):
     plan = PrivacyPlan("sample", 0.3, 1.0, 1.0)
     arrays = words()
@@ -247,7 +254,7 @@ def test_an_example_on_which_the_network_writes_into_itself_is_one_that_failed_a
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize("step", [private_sgd, lambda model, work: joint_gradient(model, work)[1]])
+@pytest.mark.parametrize("step", [train_privately, lambda model, work: joint_gradient(model, work)[1]])
 def test_one_example_that_makes_the_network_write_does_not_silence_its_client(step):
     model, arrays = Notes("in place"), words(20)
     arrays.x.clamp_(max=8)

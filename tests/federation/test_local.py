@@ -10,30 +10,32 @@ from torch import nn
 from fedpress.core import parameters
 from fedpress.core.examples import Arrays
 from fedpress.errors import DivergedError, RecipeError, TrainingError
-from fedpress.federation.local import (
-    LOCAL_UPDATES,
-    LocalSettings,
-    Task,
-    joint_gradient,
-    private_sgd,
-    rehearse_private,
-    sgd,
-    shuffled_batches,
-)
+from fedpress.federation.local import LocalSettings, LocalWork, shuffled_batches
+from fedpress.federation.private import rehearse_private
+from fedpress.federation.sources import SOURCES
 from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
 from fedpress.nn.quantized import quantize_layers_
 from fedpress.privacy.plan import PrivacyPlan
-from tests.federation.federation import SAMPLE_PLAN, examples, key, mlp, untouched
+from tests.federation.federation import (
+    SAMPLE_PLAN,
+    examples,
+    joint_gradient,
+    key,
+    mlp,
+    train,
+    train_privately,
+    untouched,
+)
 
 
 def task(arrays=None, *, plan=None, round=1, prepare=untouched, **settings):
-    return Task(arrays or examples(10), LocalSettings(**settings), key(round=round), prepare, plan)
+    return LocalWork(arrays or examples(10), LocalSettings(**settings), key(round=round), prepare, plan)
 
 
 def test_sgd_equals_torch_sgd_over_the_same_batches():
     model, work = mlp(), task(epochs=2, batch_size=4, lr=0.1, momentum=0.9, weight_decay=0.01)
     twin = copy.deepcopy(model)
-    measured = sgd(model, work)
+    measured = train(model, work)
     optimizer = torch.optim.SGD(twin.parameters(), 0.1, 0.9, weight_decay=0.01)
     shuffle, losses = key().client_stream("shuffle"), []
     for _ in range(2):
@@ -48,23 +50,6 @@ def test_sgd_equals_torch_sgd_over_the_same_batches():
     assert measured == {"loss": pytest.approx(sum(losses) / 6), "steps": 6}
 
 
-def test_the_proximal_pull_equals_its_penalty_in_the_loss():
-    mu, model = 0.7, mlp()
-    twin, start = copy.deepcopy(model), parameters.flatten(model)
-    sgd(model, task(epochs=3, batch_size=10, lr=0.2, proximal_mu=mu))
-    for _ in range(3):
-        flat = torch.cat([p.reshape(-1) for p in twin.parameters()])
-        loss = (
-            F.cross_entropy(twin(examples(10).x), examples(10).y)
-            + mu / 2 * (flat - start).square().sum()
-        )
-        grads = torch.autograd.grad(loss, list(twin.parameters()))
-        with torch.no_grad():
-            for p, g in zip(twin.parameters(), grads, strict=True):
-                p -= 0.2 * g
-    assert torch.allclose(parameters.flatten(model), parameters.flatten(twin), atol=1e-6)
-
-
 def test_the_learning_rate_decays_by_round():
     assert task(lr=0.1, lr_decay=0.5, round=1).lr == 0.1
     assert task(lr=0.1, lr_decay=0.5, round=3).lr == pytest.approx(0.025)
@@ -74,7 +59,7 @@ def test_frozen_parameters_stay():
     model = mlp()
     model[0].weight.requires_grad_(False)
     before = model[0].weight.clone()
-    sgd(model, task(proximal_mu=0.1))
+    train(model, task())
     assert torch.equal(model[0].weight, before)
 
 
@@ -89,14 +74,14 @@ def test_a_parameter_that_gets_no_gradient_stays():
 
     model = Spare()
     before = model.spare.weight.clone()
-    sgd(model, task(proximal_mu=0.1))
+    train(model, task())
     assert torch.equal(model.spare.weight, before)
 
 
 def test_a_loss_that_is_not_finite_is_an_error_with_the_cure():
     bad = Arrays(torch.full((4, 6), float("nan")), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(TrainingError, match=r"not finite in round 1; lower federate\.lr"):
-        sgd(mlp(), task(bad))
+        train(mlp(), task(bad))
 
 
 def test_prepare_sees_every_batch_and_its_own_stream():
@@ -107,10 +92,10 @@ def test_prepare_sees_every_batch_and_its_own_stream():
         return x + torch.rand(1, generator=generator)
 
     one, two, plain = mlp(), mlp(), mlp()
-    sgd(one, task(batch_size=4, prepare=noisy))
+    train(one, task(batch_size=4, prepare=noisy))
     assert seen == [4, 4, 2]
-    sgd(two, task(batch_size=4, prepare=noisy))
-    sgd(plain, task(batch_size=4))
+    train(two, task(batch_size=4, prepare=noisy))
+    train(plain, task(batch_size=4))
     assert torch.equal(parameters.flatten(one), parameters.flatten(two))
     assert not torch.equal(parameters.flatten(one), parameters.flatten(plain))
 
@@ -118,35 +103,34 @@ def test_prepare_sees_every_batch_and_its_own_stream():
 def test_private_steps_measure_only_their_planned_number():
     model, work = mlp(), task(plan=SAMPLE_PLAN)
     before = parameters.flatten(model)
-    assert private_sgd(model, work) == {"steps": 4}
+    assert train_privately(model, work) == {"steps": 4}
     assert not torch.equal(parameters.flatten(model), before)
 
 
 def test_private_steps_go_on_over_examples_that_break_plain_training():
     bad = Arrays(torch.full((4, 6), float("nan")), torch.zeros(4, dtype=torch.int64))
     model = mlp()
-    assert private_sgd(model, task(bad, plan=SAMPLE_PLAN)) == {"steps": 4}
+    assert train_privately(model, task(bad, plan=SAMPLE_PLAN)) == {"steps": 4}
     assert torch.isfinite(parameters.flatten(model)).all()
 
 
 def test_private_steps_carry_noise_of_the_planned_size():
     model = Silent(200_000)
-    private_sgd(model, task(examples(10), plan=SAMPLE_PLAN, lr=0.1))
+    train_privately(model, task(examples(10), plan=SAMPLE_PLAN, lr=0.1))
     expected = (
         0.1 * 1.0 * 1.0 / (0.2 * 10) * 4**0.5
     )  # lr x noise x clip / expected batch x sqrt(steps)
     assert model.w.std().item() == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("setting", [{"proximal_mu": 0.1}, {"weight_decay": 0.1}])
-def test_settings_that_private_steps_do_not_know_are_refused(setting):
-    with pytest.raises(RecipeError, match=next(iter(setting))):
-        private_sgd(mlp(), task(plan=SAMPLE_PLAN, **setting))
+def test_settings_that_private_steps_do_not_know_are_refused():
+    with pytest.raises(RecipeError, match="weight_decay"):
+        train_privately(mlp(), task(plan=SAMPLE_PLAN, weight_decay=0.1))
 
 
 def test_private_steps_without_a_sample_plan_are_refused():
     with pytest.raises(RecipeError, match="unit 'sample'"):
-        private_sgd(mlp(), task())
+        train_privately(mlp(), task())
 
 
 @pytest.mark.parametrize(
@@ -157,8 +141,36 @@ def test_settings_out_of_range_are_refused(bad):
         LocalSettings(**bad)
 
 
-def test_the_table_names_both_local_updates():
-    assert {"sgd": sgd, "private_sgd": private_sgd} == LOCAL_UPDATES
+def test_what_came_out_is_asked_after_the_last_step():
+    run = task().begin(mlp())
+    with pytest.raises(TrainingError, match="loop over them to the end"):
+        run.update()
+    next(iter(run))
+    with pytest.raises(TrainingError, match="call finish"):
+        _ = run.measures
+
+
+@pytest.mark.parametrize("kind", ["plain", "private"])
+def test_what_is_added_to_a_gradient_is_part_of_the_step(kind):
+    plan = replace(SAMPLE_PLAN, steps_per_round=1) if kind == "private" else None
+    work = replace(task(plan=plan, lr=0.1, batch_size=10), source=SOURCES[kind])
+    drift = torch.linspace(-1, 1, parameters.Layout.of(mlp()).size)
+    moved = []
+    for factor in (0.0, 1.0):
+        run = work.begin(mlp())
+        for step in run:
+            for gradient, part in zip(step.gradients, step.split(drift), strict=True):
+                gradient.add_(part, alpha=factor)
+        moved.append(run.update())
+    torch.testing.assert_close(moved[1] - moved[0], -0.1 * drift, rtol=0, atol=1e-6)
+
+
+def test_the_loss_of_the_examples_is_their_mean_loss_and_kept_from_sample_privacy():
+    model, work = mlp(), task(examples(10), batch_size=4)
+    expected = F.cross_entropy(model(work.arrays.x), work.arrays.y)
+    assert work.loss(model) == pytest.approx(float(expected.detach()), rel=1e-6)
+    with pytest.raises(RecipeError, match="no noise covers"):
+        task(plan=SAMPLE_PLAN).loss(model)
 
 
 class Silent(nn.Module):
@@ -175,7 +187,7 @@ class Silent(nn.Module):
 def test_private_noise_is_new_for_everything_asked_and_the_same_on_repeat():
     def noise(start=0.0, arrays=None, plan=SAMPLE_PLAN, **settings):
         model = Silent(20_000, start)
-        private_sgd(model, task(arrays, plan=plan, **settings))
+        train_privately(model, task(arrays, plan=plan, **settings))
         return model.w.detach() - start
 
     base = noise()
@@ -194,13 +206,13 @@ def test_private_noise_is_new_for_everything_asked_and_the_same_on_repeat():
 
 def test_the_precision_setting_reaches_private_steps(monkeypatch):
     monkeypatch.setattr(
-        "fedpress.federation.local.uses_bf16", lambda model, precision: precision == "bf16"
+        "fedpress.federation.private.uses_bf16", lambda model, precision: precision == "bf16"
     )
     seen, model = set(), mlp()
     model[0].register_forward_hook(lambda module, args, output: seen.add(output.dtype))
     for precision, expected in (("bf16", torch.bfloat16), ("float32", torch.float32)):
         seen.clear()
-        private_sgd(model, task(plan=SAMPLE_PLAN, precision=precision))
+        train_privately(model, task(plan=SAMPLE_PLAN, precision=precision))
         assert expected in seen
         assert (torch.bfloat16 in seen) is (precision == "bf16")
 
@@ -273,12 +285,12 @@ def test_a_lone_example_under_batch_norm_is_an_error_with_the_cure():
         TrainingError,
         match=r"leaves a batch norm nothing to average; leave this client out, or set",
     ):
-        sgd(model, task(examples(1)))
+        train(model, task(examples(1)))
     with pytest.raises(TrainingError, match=r"take federate\.batch_size = 2 or more"):
-        sgd(model, task(examples(4), batch_size=1))
-    sgd(model.eval(), task(examples(1)))
+        train(model, task(examples(4), batch_size=1))
+    train(model.eval(), task(examples(1)))
     with pytest.raises(ValueError, match="mine"):
-        sgd(nn.Sequential(Raises(), nn.BatchNorm1d(6)), task(examples(1)))
+        train(nn.Sequential(Raises(), nn.BatchNorm1d(6)), task(examples(1)))
 
 
 class Raises(nn.Module):
@@ -314,11 +326,11 @@ def test_examples_that_are_not_finite_are_told_from_a_rate_that_is_too_large():
     with pytest.raises(
         DivergedError, match=r"not finite in round 1; .* mend the examples: they hold NaN"
     ):
-        sgd(mlp(), task(arrays))
+        train(mlp(), task(arrays))
     with pytest.raises(
         DivergedError, match=r"after \d steps the loss is not finite in round 1; .*\(now 1e\+30\)$"
     ):
-        sgd(mlp(), task(epochs=9, lr=1e30))
+        train(mlp(), task(epochs=9, lr=1e30))
 
 
 def test_a_rehearsal_sees_a_network_that_only_noise_would_move():
@@ -338,7 +350,7 @@ def test_step_sizes_of_quantized_layers_get_no_weight_decay():
     quantize_layers_(model, {name: LayerGrids(weights=WeightGrid(bits=4, group=2))})
     twin = copy.deepcopy(model)
     work = task(epochs=1, batch_size=10, lr=0.1, weight_decay=0.5)
-    sgd(model, work)
+    train(model, work)
     index = torch.randperm(10, generator=key().client_stream("shuffle"))
     loss = F.cross_entropy(twin(work.arrays.x[index]), work.arrays.y[index])
     loss.backward()

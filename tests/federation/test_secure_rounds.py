@@ -11,10 +11,10 @@ from fedpress.core import parameters
 from fedpress.core.random import secret_key
 from fedpress.errors import RecipeError
 from fedpress.federation import (
-    Algorithm,
     Client,
     ClientPlan,
     Cohort,
+    FedAvg,
     InMemoryState,
     LocalSettings,
     SecureSum,
@@ -72,7 +72,7 @@ class SecureFederation:
             rounds(
                 self.params,
                 self.uplink,
-                Algorithm(),
+                FedAvg(),
                 transport,
                 num_rounds=num_rounds,
                 seed=7,
@@ -174,7 +174,7 @@ def test_a_run_that_goes_on_with_kept_memories_gives_the_same_bits():
         rounds(
             head[-1].params,
             again.uplink,
-            Algorithm(),
+            FedAvg(),
             LocalTransport({n: c.handle for n, c in again.clients.items()}),
             num_rounds=3,
             seed=7,

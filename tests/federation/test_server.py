@@ -6,7 +6,7 @@ import torch
 
 from fedpress.core import parameters
 from fedpress.errors import RecipeError
-from fedpress.federation import SERVERS, Algorithm, Cohort, LocalSettings
+from fedpress.federation import SERVERS, Cohort, FedAvg, LocalSettings
 from fedpress.federation.server import rounds
 from fedpress.transport import LocalTransport
 from fedpress.wire import pack, unpack
@@ -23,7 +23,7 @@ KINDS = {
 
 
 def run(federation, num_rounds=4, *, server="average", transport=None, **more):
-    params, algorithm = more.pop("params", federation.params), Algorithm(server=SERVERS[server]())
+    params, algorithm = more.pop("params", federation.params), FedAvg(server=SERVERS[server]())
     more = {"seed": 7, "agreement": federation.agreement} | more
     return rounds(
         params,

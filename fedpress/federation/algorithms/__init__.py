@@ -1,1 +1,48 @@
 """What clients and server do with the model: one row per algorithm."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BeforeValidator, Field
+
+from fedpress.federation.algorithms.base import Algorithm, AlgorithmRow, Seen, check_fits
+from fedpress.federation.algorithms.fedadam import FedAdam
+from fedpress.federation.algorithms.fedavg import FedAvg
+from fedpress.federation.algorithms.fedavgm import FedAvgM
+from fedpress.federation.algorithms.fedprox import FedProx
+from fedpress.federation.algorithms.scaffold import Scaffold
+
+Row: TypeAlias = Annotated[
+    FedAvg | FedProx | FedAvgM | FedAdam | Scaffold,
+    Field(discriminator="kind"),
+]
+ALGORITHMS: Mapping[str, type[AlgorithmRow]] = {
+    "fedavg": FedAvg,
+    "fedprox": FedProx,
+    "fedavgm": FedAvgM,
+    "fedadam": FedAdam,
+    "scaffold": Scaffold,
+}
+
+
+def _named(value: Any) -> Any:
+    """A name alone is the row of this name with its defaults."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+AnyAlgorithm = Annotated[Row, BeforeValidator(_named, json_schema_input_type=str | Row)]
+"""What a recipe may say: `algorithm = "scaffold"`, or a table `{ kind = "fedprox", proximal_mu = 0.1 }`."""
+
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "AlgorithmRow",
+    "AnyAlgorithm",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedProx",
+    "Scaffold",
+    "Seen",
+    "check_fits",
+]

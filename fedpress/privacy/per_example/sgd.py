@@ -69,14 +69,49 @@ def private_steps(
         RecipeError: if the plan protects clients, or a module mixes the samples of a batch.
         PrivacyError: if there are no examples.
     """
+    params, velocity = trainable(model), None
+    noised = private_gradients(
+        model,
+        loss_fn,
+        x,
+        y,
+        plan=plan,
+        steps=steps,
+        generator=generator,
+        prepare=prepare,
+        method=method,
+        autocast=autocast,
+    )
+    for step, (gradient, raw) in enumerate(noised, start=1):
+        velocity = step_(params, gradient, velocity, lr=lr, momentum=momentum)
+        yield StepRecord(step, raw)
+
+
+def private_gradients(
+    model: nn.Module,
+    loss_fn: LossFn,
+    x: Tensor,
+    y: Tensor,
+    *,
+    plan: PrivacyPlan,
+    steps: int,
+    generator: Source,
+    prepare: Callable[[Tensor], Tensor] | None = None,
+    method: Method | None = None,
+    autocast: torch.dtype | None = None,
+) -> Iterator[tuple[Tensor, RawStats]]:
+    """Yields the noised mean gradient [d] of each private step, computed when it is asked for; takes no step.
+
+    For the arguments see `private_steps`. The noise is in it: whatever is made of it costs no more privacy.
+
+    Raises:
+        RecipeError: if the plan protects clients, or a module mixes the samples of a batch.
+        PrivacyError: if there are no examples.
+    """
     if plan.unit != "sample":
         raise RecipeError(f"privacy.unit: private steps need unit 'sample', got {plan.unit!r}")
-    params = trainable(model)
-    velocity: Tensor | None = None
     met = False
-    for step, index in enumerate(
-        poisson_batches(len(x), plan.sampling_prob, steps, generator), start=1
-    ):
+    for index in poisson_batches(len(x), plan.sampling_prob, steps, generator):
         batch, labels = x[index], y[index]
         if prepare is not None and len(index):
             batch = prepare(batch)
@@ -96,16 +131,22 @@ def private_steps(
         met = met or len(index) > 0
         if not raw.agreed:
             method = "loop"
-        gradient = noised_mean(
-            total, plan, expected=plan.sampling_prob * len(x), generator=generator
-        )
-        velocity = gradient if velocity is None else velocity.mul_(momentum).add_(gradient)
-        _step_(params, velocity, lr)
-        yield StepRecord(step, raw)
+        expected = plan.sampling_prob * len(x)
+        yield noised_mean(total, plan, expected=expected, generator=generator), raw
 
 
 @torch.no_grad()
-def _step_(params: list[nn.Parameter], direction: Tensor, lr: float) -> None:
+def step_(
+    params: list[nn.Parameter],
+    gradient: Tensor,
+    velocity: Tensor | None,
+    *,
+    lr: float,
+    momentum: float,
+) -> Tensor:
+    """Takes a step of SGD with momentum along minus `gradient` [d]; returns the velocity for the next one."""
+    direction = gradient if velocity is None else velocity.mul_(momentum).add_(gradient)
     parts = direction.split([p.numel() for p in params])
     for p, part in zip(params, parts, strict=True):
         p.add_(part.view(p.shape).to(p), alpha=-lr)
+    return direction

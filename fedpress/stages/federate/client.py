@@ -12,7 +12,7 @@ from fedpress.core.examples import Arrays
 from fedpress.core.names import ClientId
 from fedpress.data.population import Population
 from fedpress.errors import FedpressError, RecipeError, WireError
-from fedpress.federation import Client, ClientPlan, ClientState, private_sgd, sgd
+from fedpress.federation import Client, ClientPlan, ClientState
 from fedpress.federation.client_state import load_json
 from fedpress.federation.protocol import check_header, read_text
 from fedpress.secagg import SecAggClient, identity
@@ -125,7 +125,6 @@ class ClientHalf:
         plan = ClientPlan.bind(
             terms,
             self.beginning.model,
-            local_update=private_sgd if terms.uplink.trust.steps == "private" else sgd,
             privacy=privacy,
         )
         drawn = stage.privacy is not None and stage.privacy.secure_noise

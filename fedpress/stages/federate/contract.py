@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,11 @@ from fedpress.data.population import Population
 from fedpress.errors import RecipeError
 from fedpress.federation import (
     Aggregator,
+    Algorithm,
     Cohort,
     Downlink,
+    FedAvg,
+    FedProx,
     LocalSettings,
     Mean,
     SecureSum,
@@ -118,16 +122,18 @@ def _contract(
     population, trust = Population.from_json(text), trust_of_stage(stage)
     cohort = Cohort(stage.cohort or len(population), len(population), stage.sampling)
     planned = protect(stage, population, cohort, layout.shapes)
-    aggregator = _aggregator(planned, population)
+    aggregator, algorithm = _aggregator(stage, planned, population), algorithm_of(stage)
+    usual = "equal" if trust.fixed_divisor or algorithm.equal_weights else aggregator.weights
     uplink = Uplink.bind(
         layout.size,
         cohort,
         chain=planned.chain,
         shapes=layout.shapes,
+        extras=algorithm.extras_up,
         aggregator=aggregator,
         privacy=next(iter(planned.plans.values()), None),
         trust=trust.kind,
-        weights=stage.weights or ("equal" if trust.fixed_divisor else aggregator.weights),
+        weights=stage.weights or usual,
         divisor=planned.divisor,
         noise=planned.noise,
         adaptive=planned.adaptive,
@@ -139,6 +145,7 @@ def _contract(
     terms = Terms(
         layout=layout,
         settings=local_settings(stage),
+        algorithm=algorithm,
         uplink=uplink,
         seed=seed,
         prepare=Prepare(preprocess, stage.augment),
@@ -165,9 +172,11 @@ def owns_keys(stage: FederateSettings) -> bool:
     return stage.secure_keys or (stage.privacy is not None and stage.privacy.secure_noise)
 
 
-def _aggregator(planned: Protection, population: Population) -> Aggregator:
+def _aggregator(
+    stage: FederateSettings, planned: Protection, population: Population
+) -> Aggregator:
     if planned.grid is None:
-        return Mean()
+        return cast(Aggregator, stage.aggregator or Mean())  # every row but the secure one is whole
     identities = tuple(population.identities.items())
     return SecureSum(planned.grid.plan, planned.grid.size, planned.grid.limit, identities)
 
@@ -182,6 +191,15 @@ class Prepare:
     def __call__(self, x: Tensor, chance: torch.Generator) -> Tensor:
         """Maps raw examples [k, ...] to float32 [k, ...]."""
         return self.preprocess(augment(x, self.how, chance) if self.how.active else x)
+
+
+def algorithm_of(stage: FederateSettings) -> Algorithm:
+    """Returns what clients and server do with the model; without a table of its own, the keys of version 0.1 say it."""
+    if stage.algorithm is not None:
+        return stage.algorithm
+    if stage.proximal_mu:
+        return FedProx(proximal_mu=stage.proximal_mu, server=stage.server)
+    return FedAvg(server=stage.server)
 
 
 def local_settings(stage: FederateSettings) -> LocalSettings:

@@ -15,7 +15,6 @@ from fedpress.core.names import ClientId
 from fedpress.data.population import Population
 from fedpress.errors import DataError, RecipeError, TrainingError, WireError
 from fedpress.federation import (
-    Algorithm,
     RoundRecord,
     Transport,
     Uplink,
@@ -110,7 +109,7 @@ class ServerPlan:
         return rounds(
             params,
             self.uplink,
-            Algorithm(server=self.stage.server),
+            terms.algorithm,
             self.transport,
             num_rounds=self.stage.num_rounds,
             seed=terms.seed,

@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedpress.codecs import AnyTransform, Quantize
-from fedpress.federation import Average, LocalSettings
-from fedpress.federation.algorithms.fedopt import Server
+from fedpress.federation import AnyAggregator, AnyAlgorithm, Average, LocalSettings
+from fedpress.federation.algorithms.optimizers import Server
 from fedpress.privacy.adaptive import AdaptiveClip
 from fedpress.training.augment import Augment
 from fedpress.workspace.state import Name
@@ -89,6 +89,12 @@ class FederateSettings(LocalSettings):
         None, description="of the mean; examples by default, equal under client privacy"
     )
     server: Server = Average()
+    algorithm: AnyAlgorithm | None = Field(
+        None, description="what clients and server do with the model; FedAvg with `server` if left out"
+    )
+    proximal_mu: float = Field(
+        0.0, ge=0, description="FedProx: strength of the pull back to the server's model"
+    )
     trainable: tuple[str, ...] = ("*",)
     norm: Literal["frozen", "batch"] = "frozen"
     augment: Augment = Augment()
@@ -103,6 +109,9 @@ class FederateSettings(LocalSettings):
     )
     error_feedback: bool = Field(
         False, description="clients add what coding lost of one update to the next"
+    )
+    aggregator: AnyAggregator | None = Field(
+        None, description="how the server makes one update of many; the mean if left out"
     )
     sum: Literal["plain", "secure"] = Field(
         "plain", description="secure: the server learns the sum alone"
@@ -120,3 +129,15 @@ class FederateSettings(LocalSettings):
     patience: int = Field(
         0, ge=0, description="stop after so many rounds without a better one; 0 = never"
     )
+
+    @model_validator(mode="after")
+    def _said_once(self) -> FederateSettings:
+        if self.algorithm is not None:
+            for key, unset in (("server", Average()), ("proximal_mu", 0.0)):
+                if getattr(self, key) != unset:
+                    raise ValueError(
+                        f"{key} stands beside algorithm; write it into the table of the algorithm"
+                    )
+        if self.aggregator is not None and self.sum == "secure":
+            raise ValueError('sum = "secure" stands beside aggregator; leave sum out')
+        return self

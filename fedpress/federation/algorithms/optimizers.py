@@ -1,15 +1,12 @@
-"""Algorithms are a table: what a client does with the model, and what the server does with the mean update."""
+"""Server optimizers, a table: how the mean update becomes a step of the server's model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Annotated, Literal, Protocol, TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-
-from fedpress.federation.local import LocalUpdate, sgd
 
 ServerState: TypeAlias = dict[str, Tensor]
 
@@ -104,11 +101,3 @@ SERVERS: dict[str, type[Average] | type[Momentum] | type[Adam]] = {
     "momentum": Momentum,
     "adam": Adam,
 }
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    """One row: a local update and a server optimizer. FedProx is `sgd` with `proximal_mu`; FedAvg is the default."""
-
-    local_update: LocalUpdate = sgd
-    server: ServerOptimizer = field(default_factory=Average)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from fedpress.federation.algorithms.fedopt import SERVERS, Adam, Average, Momentum, Server
+from fedpress.federation.algorithms.optimizers import SERVERS, Adam, Average, Momentum, Server
 
 G = torch.Generator().manual_seed(0)
 UPDATES = [torch.randn(50, generator=G) for _ in range(6)]

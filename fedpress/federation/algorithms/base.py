@@ -1,0 +1,228 @@
+"""What an algorithm is: what a client does, what the server does with the mean, and all that both need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from fedpress.errors import RecipeError
+from fedpress.federation.algorithms.optimizers import Average, Server
+from fedpress.federation.local import LocalSettings, LocalWork, Measures
+from fedpress.federation.vectors import UPDATE, Extra, Vectors
+
+ClientState: TypeAlias = Vectors
+"""What a client keeps from one of its rounds to the next."""
+ServerState: TypeAlias = "dict[str, Tensor]"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the server may know of a round when it takes a step; all of it is public.
+
+    Attributes:
+        round: number of the server step, from 1.
+        cohort: clients behind the mean: those whose vectors came, or the planned cohort where who replied is secret.
+        population: all clients.
+    """
+
+    round: int
+    cohort: int
+    population: int
+
+
+class Algorithm(Protocol):
+    """One row of the table; frozen, and alike on both sides. `AlgorithmRow` has an answer to each, for FedAvg."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the row."""
+        ...
+
+    @property
+    def optimizer(self) -> Server:
+        """The server optimizer of the update; its `lr` is named where a run diverges."""
+        ...
+
+    @property
+    def extras_up(self) -> Mapping[str, Extra]:
+        """Further vectors from clients, by name; each is aggregated like the update and may be charged."""
+        ...
+
+    @property
+    def extras_down(self) -> Mapping[str, Extra]:
+        """Further vectors to clients, by name."""
+        ...
+
+    @property
+    def corrects(self) -> bool:
+        """Whether it changes gradients of several local steps; a joint step has none to change."""
+        ...
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether clients keep something from round to round."""
+        ...
+
+    @property
+    def equal_weights(self) -> bool:
+        """Whether it holds only if every client counts the same."""
+        ...
+
+    @property
+    def reads_loss(self) -> bool:
+        """Whether it asks for the loss of a client's examples, which sample privacy does not allow."""
+        ...
+
+    @property
+    def pulls(self) -> Mapping[str, float]:
+        """Strengths of its corrections by recipe key: a strong one at a large rate overshoots."""
+        ...
+
+    def check(self, settings: LocalSettings) -> None:
+        """Raises RecipeError if it does not hold with these local settings."""
+        ...
+
+    def client_init(self, size: int) -> ClientState:
+        """Returns the state of a client that was never asked, for a model of `size` values."""
+        ...
+
+    def client_update(
+        self, model: nn.Module, work: LocalWork, down: Vectors, state: ClientState
+    ) -> tuple[Vectors, ClientState, Measures]:
+        """Trains `model` in place, beginning with the server's parameters.
+
+        Args:
+            model: holds `down["params"]`.
+            work: yields the local steps; see `LocalWork.begin`.
+            down: what the server sent: "params", and every name of `extras_down`.
+            state: of this client, as its last round that counted left it.
+
+        Returns:
+            The "update" and every name of `extras_up`, float32 on the CPU; the next state; what was measured.
+        """
+        ...
+
+    def client_settle(
+        self, before: ClientState, after: ClientState, arrived: Vectors
+    ) -> ClientState:
+        """Returns the state that is kept, when the server decodes `arrived` from what was sent."""
+        ...
+
+    def server_init(self, params: Tensor) -> ServerState:
+        """Returns the state before the first round, for `params` [d]."""
+        ...
+
+    def server_down(self, state: ServerState) -> Vectors:
+        """Returns every name of `extras_down`, to be sent beside the parameters."""
+        ...
+
+    def server_step(
+        self, state: ServerState, params: Tensor, mean: Vectors, seen: Seen
+    ) -> tuple[ServerState, Tensor]:
+        """Returns the next state and the next params [d]; changes nothing that it was given."""
+        ...
+
+
+class AlgorithmRow(BaseModel):
+    """The answers of FedAvg to all that an algorithm is asked; a row of the table gives its own where it differs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def optimizer(self) -> Server:
+        """Adds the mean update."""
+        return Average()
+
+    @property
+    def extras_up(self) -> Mapping[str, Extra]:
+        """None."""
+        return {}
+
+    @property
+    def extras_down(self) -> Mapping[str, Extra]:
+        """None."""
+        return {}
+
+    @property
+    def corrects(self) -> bool:
+        """Leaves gradients as they are."""
+        return False
+
+    @property
+    def keeps_state(self) -> bool:
+        """Keeps nothing."""
+        return False
+
+    @property
+    def equal_weights(self) -> bool:
+        """Any weights."""
+        return False
+
+    @property
+    def reads_loss(self) -> bool:
+        """Looks at nothing but gradients."""
+        return False
+
+    @property
+    def pulls(self) -> Mapping[str, float]:
+        """None."""
+        return {}
+
+    def check(self, settings: LocalSettings) -> None:
+        """Any settings."""
+
+    def client_init(self, size: int) -> ClientState:
+        """Nothing."""
+        return {}
+
+    def client_update(
+        self, model: nn.Module, work: LocalWork, down: Vectors, state: ClientState
+    ) -> tuple[Vectors, ClientState, Measures]:
+        """Takes the local steps as they are."""
+        run = work.begin(model).finish()
+        return {UPDATE: run.update()}, state, run.measures
+
+    def client_settle(
+        self, before: ClientState, after: ClientState, arrived: Vectors
+    ) -> ClientState:
+        """Keeps what the client computed."""
+        return after
+
+    def server_init(self, params: Tensor) -> ServerState:
+        """The state of the server optimizer."""
+        return self.optimizer.init(params)
+
+    def server_down(self, state: ServerState) -> Vectors:
+        """Nothing."""
+        return {}
+
+    def server_step(
+        self, state: ServerState, params: Tensor, mean: Vectors, seen: Seen
+    ) -> tuple[ServerState, Tensor]:
+        """Takes a step of the server optimizer along the mean update."""
+        return self.optimizer.step(state, params, mean[UPDATE])
+
+
+def check_fits(
+    algorithm: Algorithm, settings: LocalSettings, *, steps: str, unit: str | None
+) -> None:
+    """Checks that an algorithm holds with these settings, this source of gradients and this protected unit.
+
+    Raises:
+        RecipeError: naming what does not fit, and the cure.
+    """
+    algorithm.check(settings)
+    if steps == "joint" and algorithm.corrects:
+        raise RecipeError(
+            f"federate.algorithm: '{algorithm.kind}' corrects several local steps, but with unit 'sample' and this "
+            'trust the clients take one step together; set trust = "local", or algorithm = "fedavg"'
+        )
+    if unit == "sample" and algorithm.reads_loss:
+        raise RecipeError(
+            f"federate.algorithm: '{algorithm.kind}' asks for the loss of a client's examples, which no noise covers "
+            'under unit \'sample\'; take unit = "client", or algorithm = "fedavg"'
+        )

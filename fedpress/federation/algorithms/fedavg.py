@@ -1,0 +1,20 @@
+"""FedAvg: local steps as they are, and their mean (McMahan et al. 2017, arXiv:1602.05629)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedpress.federation.algorithms.base import AlgorithmRow
+from fedpress.federation.algorithms.optimizers import Average, Server
+
+
+class FedAvg(AlgorithmRow):
+    """`algorithm = "fedavg"`, the default; `server` may be any server optimizer."""
+
+    kind: Literal["fedavg"] = "fedavg"
+    server: Server = Average()
+
+    @property
+    def optimizer(self) -> Server:
+        """The one that was asked for."""
+        return self.server

@@ -1,0 +1,134 @@
+"""SCAFFOLD: each client corrects its drift by what it knows of its own and of everybody's gradient.
+
+Karimireddy et al. 2020, arXiv:1910.06378, algorithm 1 with option II. With x the server's parameters, y those of a
+client, K local steps of rate lr, and control variates c (server) and c_i (client):
+
+    K times:  y <- y - lr (g_i(y) - c_i + c)
+    then      c_i' = c_i - c + (x - y) / (K lr),   sent: update y - x, control c_i' - c_i
+    server    x <- x + step of its optimizer along the mean update,   c <- c + |S| / N mean control
+
+So c stays the mean of all c_i, and the clients' steps agree where their mean gradient is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fedpress.codecs import AnyTransform
+from fedpress.errors import RecipeError
+from fedpress.federation.algorithms.base import AlgorithmRow, ClientState, Seen, ServerState
+from fedpress.federation.algorithms.optimizers import Average, Server
+from fedpress.federation.local import LocalSettings, LocalWork, Measures
+from fedpress.federation.vectors import UPDATE, Extra, Vectors
+
+CONTROL = "control"
+
+
+class Scaffold(AlgorithmRow):
+    """`algorithm = "scaffold"`.
+
+    The state is moved by the control that arrives, after clip, codec and noise, on both sides alike: what a codec loses
+    of one control is part of the next one, and c stays the mean of all c_i.
+
+    Under client privacy `clip_norm` bounds the control of one client. It is of the size of a gradient, the update of
+    size K lr times a gradient: clip_norm of the update / (K lr) treats both alike.
+
+    Under sample privacy the control is made of noised steps and the server's vectors alone, so it costs nothing more.
+    """
+
+    kind: Literal["scaffold"] = "scaffold"
+    server: Server = Average()
+    uplink: tuple[AnyTransform, ...] = Field((), description="codecs of the control, in order")
+    clip_norm: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="of the control; needed under client privacy"
+    )
+
+    @property
+    def optimizer(self) -> Server:
+        """The one that was asked for."""
+        return self.server
+
+    @property
+    def extras_up(self) -> Mapping[str, Extra]:
+        """How far the client's control moved."""
+        return {CONTROL: Extra(codecs=self.uplink, clip_norm=self.clip_norm)}
+
+    @property
+    def extras_down(self) -> Mapping[str, Extra]:
+        """The server's control."""
+        return {CONTROL: Extra()}
+
+    @property
+    def corrects(self) -> bool:
+        """Every local step."""
+        return True
+
+    @property
+    def keeps_state(self) -> bool:
+        """The client's control."""
+        return True
+
+    @property
+    def equal_weights(self) -> bool:
+        """With other weights c would not stay the mean of the c_i, and the rounds would settle in a wrong place."""
+        return True
+
+    def check(self, settings: LocalSettings) -> None:
+        """Local momentum is refused: (x - y) / (K lr) would not be the mean gradient of the local steps."""
+        if settings.momentum:
+            raise RecipeError(
+                f"federate.momentum: got {settings.momentum:g}, but 'scaffold' takes how far a client moved for its "
+                'mean gradient; set momentum = 0, and server = { kind = "momentum" } in its table if wanted'
+            )
+
+    def client_init(self, size: int) -> ClientState:
+        """Starts at zero, as c does."""
+        return {CONTROL: torch.zeros(size)}
+
+    def client_update(
+        self, model: nn.Module, work: LocalWork, down: Vectors, state: ClientState
+    ) -> tuple[Vectors, ClientState, Measures]:
+        """Adds c - c_i to every gradient."""
+        drift = down[CONTROL] - state[CONTROL]
+        run, steps = work.begin(model), 0
+        correction: list[Tensor] = []
+        for step in run:
+            correction = correction or step.split(drift)
+            for gradient, part in zip(step.gradients, correction, strict=True):
+                gradient.add_(part)
+            steps += 1
+        moved = run.update()
+        control = -drift - moved / (steps * work.lr)
+        return (
+            {UPDATE: moved, CONTROL: control - state[CONTROL]},
+            {CONTROL: control},
+            run.measures,
+        )
+
+    def client_settle(
+        self, before: ClientState, after: ClientState, arrived: Vectors
+    ) -> ClientState:
+        """Moves the client's control by what the server got of it."""
+        return {CONTROL: before[CONTROL] + arrived[CONTROL]}
+
+    def server_init(self, params: Tensor) -> ServerState:
+        """Beside the server optimizer's state, c at zero."""
+        return {**self.server.init(params), CONTROL: torch.zeros_like(params)}
+
+    def server_down(self, state: ServerState) -> Vectors:
+        """Sends c."""
+        return {CONTROL: state[CONTROL]}
+
+    def server_step(
+        self, state: ServerState, params: Tensor, mean: Vectors, seen: Seen
+    ) -> tuple[ServerState, Tensor]:
+        """Moves the parameters by the optimizer, and c by the share of clients that were seen."""
+        own = {name: tensor for name, tensor in state.items() if name != CONTROL}
+        own, params = self.server.step(own, params, mean[UPDATE])
+        control = state[CONTROL] + mean[CONTROL] * (seen.cohort / seen.population)
+        return {**own, CONTROL: control}, params

@@ -1,0 +1,46 @@
+"""Which of its answers counted last, for each client: from the state after that one a client goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedpress.core.names import ClientId
+
+FORGOT = "let it begin anew"
+"""What a client says that lost its state: it is then a client that was never asked."""
+
+
+@dataclass(eq=False)
+class Counted:
+    """The last task of each client whose answer counted, 0 for none; for algorithms whose clients keep a state.
+
+    Server and client move together: what a lost or refused answer would have changed is changed on neither side.
+
+    >>> counted = Counted.open(["a", "b"], {})
+    >>> counted.heard("a", 3, refused="")
+    >>> counted.last, counted.state()["tasks"].tolist()
+    ({'a': 3, 'b': 0}, [3, 0])
+    """
+
+    last: dict[ClientId, int]
+
+    @classmethod
+    def open(cls, clients: Sequence[ClientId], state: Mapping[str, Tensor]) -> Counted:
+        """Begins, or goes on from what `state` gave."""
+        tasks = state["tasks"].tolist() if state else [0] * len(clients)
+        return cls(dict(zip(clients, tasks, strict=True)))
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns all that is needed to go on."""
+        return {"tasks": torch.tensor(list(self.last.values()), dtype=torch.int64)}
+
+    def heard(self, client: ClientId, task: int, *, refused: str) -> None:
+        """Notes that the answer to `task` counted, or why it was `refused`."""
+        if not refused:
+            self.last[client] = task
+        elif FORGOT in refused:
+            self.last[client] = 0

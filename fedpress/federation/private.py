@@ -1,0 +1,195 @@
+"""Local steps under sample privacy: noised steps of each client's own, or one gradient sum that is noised elsewhere."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedpress.core import parameters, random
+from fedpress.core.parameters import trainable
+from fedpress.errors import RecipeError, TrainingError
+from fedpress.federation.local import LocalSettings, LocalWork, Measures, Outcome, Step, Steps
+from fedpress.privacy.noise.mechanism import poisson_batches
+from fedpress.privacy.per_example.gradients import (
+    RawStats,
+    Verify,
+    choose_method,
+    clipped_gradient_sum,
+)
+from fedpress.privacy.per_example.sgd import private_gradients, step_
+from fedpress.privacy.plan import PrivacyPlan
+from fedpress.training.device import memory_format, uses_bf16
+from fedpress.wire.message import JSON
+
+
+def private_steps(model: nn.Module, work: LocalWork) -> Steps:
+    """The noised steps of the plan (DP-SGD); measures their planned number and what failed (see `Tally`).
+
+    What an algorithm adds to a gradient is added to the noised one, so a correction made of the server's vectors and of
+    earlier noised steps costs no privacy.
+
+    Raises:
+        RecipeError: if there is no plan of unit "sample", or a setting that private steps do not know.
+    """
+    plan = check_private(work.settings, work.plan)
+    params, at, question = trainable(model), next(model.parameters()).device, _question(model, work)
+    chance = work.key.private_stream("prepare", question)
+
+    def prepare(x: Tensor) -> Tensor:
+        x = work.prepare(x, chance)
+        return x.contiguous(memory_format=memory_format(x, model))
+
+    # Dropout draws from torch's global generator; the client that called puts it back afterwards.
+    torch.manual_seed(work.key.client_stream("dropout", question).initial_seed())
+    noised = private_gradients(
+        model,
+        _loss_of,
+        work.arrays.x.to(at),
+        work.arrays.y.to(at),
+        plan=plan,
+        steps=plan.steps_per_round,
+        generator=work.key.noise_source("private", question),
+        prepare=prepare,
+        autocast=torch.bfloat16 if uses_bf16(model, work.settings.precision) else None,
+    )
+    raw: list[RawStats] = []
+    velocity: Tensor | None = None
+    detached = [p.detach() for p in params]
+    for gradient, record in noised:
+        raw.append(record)
+        parts = gradient.split([p.numel() for p in params])
+        yield Step(detached, [part.view(p.shape) for p, part in zip(params, parts, strict=True)])
+        velocity = step_(params, gradient, velocity, lr=work.lr, momentum=work.settings.momentum)
+    return Outcome({"steps": plan.steps_per_round, **_failures(raw)})
+
+
+def joint_steps(model: nn.Module, work: LocalWork) -> Steps:
+    """Minus the sum [d] of clipped gradients of one Poisson batch: a client's part of a joint noised step.
+
+    No step is taken here, so there is none to correct. One example moves the sum by at most the plan's clip norm. No
+    noise is in it: it must leave the client in a secure sum with noise, or to a server that is trusted to add it.
+
+    Raises:
+        RecipeError: if there is no plan of unit "sample", or a setting that private steps do not know.
+    """
+    yield from ()
+    plan = check_private(work.settings, work.plan)
+    at, question = next(model.parameters()).device, _question(model, work)
+    batches = poisson_batches(
+        len(work.arrays), plan.sampling_prob, 1, work.key.noise_source("private", question)
+    )
+    index = next(batches)
+    x, y = work.arrays.x[index].to(at), work.arrays.y[index].to(at)
+    if len(index):
+        x = work.prepare(x, work.key.private_stream("prepare", question))
+        x = x.contiguous(memory_format=memory_format(x, model))
+    method = choose_method(model, _loss_of, x, y) if len(index) else "loop"
+    verify: Verify = "gradients" if work.key.round == 1 else "losses"
+    # Dropout draws from torch's global generator; the client that called puts it back afterwards.
+    torch.manual_seed(work.key.client_stream("dropout", question).initial_seed())
+    bf16 = uses_bf16(model, work.settings.precision)
+    with torch.autocast(at.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16):
+        total, raw = clipped_gradient_sum(
+            model,
+            _loss_of,
+            x,
+            y,
+            clip_norm=plan.clip_norm,
+            method=method,
+            verify=verify,
+            contain=True,
+        )
+    return Outcome({"steps": 1, **_failures([raw])}, -total.cpu())
+
+
+def rehearse_private(model: nn.Module, work: LocalWork) -> None:
+    """Takes the gradients of one private step over all examples of `work`, which must be public.
+
+    Raises:
+        TrainingError: if the network fails on some example, if a gradient is not finite, or if nothing has one.
+        RecipeError: see `clipped_gradient_sum`.
+    """
+    plan = check_private(work.settings, work.plan)
+    at = next(model.parameters()).device
+    x, y = work.arrays.x.to(at), work.arrays.y.to(at)
+    x = work.prepare(x, work.key.client_stream("prepare"))
+    x = x.contiguous(memory_format=memory_format(x, model))
+    method, bf16 = choose_method(model, _loss_of, x, y), uses_bf16(model, work.settings.precision)
+    with torch.autocast(at.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16):
+        total, raw = clipped_gradient_sum(
+            model, _loss_of, x, y, clip_norm=plan.clip_norm, method=method, verify="gradients"
+        )
+        if (
+            not total.any() and not raw.failed
+        ):  # a layer of zeros may hide every gradient at the start
+            with torch.no_grad():
+                for p in trainable(model):
+                    p.add_(0.05 * torch.randn_like(p))
+            total, raw = clipped_gradient_sum(model, _loss_of, x, y, clip_norm=plan.clip_norm)
+    if raw.failed:
+        raise TrainingError(f"{raw.failed} of {raw.examples} examples failed alone: {raw.problem}")
+    if raw.refused:
+        raise TrainingError(
+            f"the gradient of {raw.refused} of {raw.examples} examples is NaN or infinite"
+        )
+    if not total.any():
+        raise TrainingError(
+            "no trained parameter has a gradient, so only noise would move the model"
+        )
+
+
+def _failures(raw: list[RawStats]) -> Measures:
+    """Returns how many examples gave nothing, by cause. NOT private: it leaves a client with noise or not at all."""
+    counts: dict[str, JSON] = {
+        "not_finite": sum(one.refused for one in raw),
+        "failed": sum(one.failed for one in raw),
+    }
+    return {cause: count for cause, count in counts.items() if count}
+
+
+def _loss_of(outputs: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.float(), labels)
+
+
+def _question(model: nn.Module, work: LocalWork) -> str:
+    """Names all that a private answer depends on; as part of the noise's key it keeps one noise from hiding two things.
+
+    The same question gets the same answer, bit by bit, which costs no privacy. Any other one, such as other parameters
+    in the same round or another noise multiplier under the same seed, gets independent noise. The examples are read
+    again every round, so that the name holds also if somebody changed them.
+    """
+    state = model.state_dict()
+    settings = (
+        model,
+        parameters.Layout.of(model),
+        _Named(work.settings),
+        work.plan,
+        work.prepare,
+        [*state],
+    )
+    beside = [part for name in sorted(work.beside) for part in (name, work.beside[name])]
+    return random.fingerprint(
+        *settings, *state.values(), *model.buffers(), work.arrays.x, work.arrays.y, *beside
+    )
+
+
+class _Named:
+    """Settings under their name of version 0.1, where the strength of FedProx was one of them, 0 under privacy."""
+
+    def __init__(self, settings: LocalSettings) -> None:
+        self.settings = settings
+
+    def __repr__(self) -> str:
+        return repr(self.settings).replace(", precision=", ", proximal_mu=0.0, precision=")
+
+
+def check_private(settings: LocalSettings, plan: PrivacyPlan | None) -> PrivacyPlan:
+    """Returns `plan`; RecipeError unless `settings` can run as private steps under it."""
+    if plan is None or plan.unit != "sample":
+        raise RecipeError(
+            "federate.privacy: private steps need a plan of unit 'sample'; give one, or leave privacy out"
+        )
+    if settings.weight_decay:
+        raise RecipeError("federate.weight_decay: not offered with sample privacy; set it to 0")
+    return plan

@@ -1,0 +1,94 @@
+"""Clients whose loss is a quadratic of their own: optimum and every local step are known in closed form."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fedpress.core import parameters
+from fedpress.core.examples import Arrays
+from fedpress.federation import Client, ClientPlan, Cohort, LocalSettings, Terms, Uplink
+from fedpress.federation.client_state import InMemoryState
+from fedpress.federation.local import Outcome, Step
+from fedpress.federation.server import rounds
+from fedpress.transport import LocalTransport
+from tests.federation.federation import untouched
+
+SIZE = 5
+
+
+def quadratic_steps(model, work):
+    """Gradients of 1/2 sum a (w - b)^2, where a client's one example holds a and b."""
+    (w,) = model.parameters()
+    a, b = work.arrays.x[0].split(SIZE)
+    for _ in range(work.settings.epochs):
+        gradient = (a * (w.detach()[0] - b))[None].clone()
+        yield Step([w.detach()], [gradient])
+        with torch.no_grad():
+            w.sub_(work.lr * gradient)
+    return Outcome({"loss": 0.0, "steps": work.settings.epochs})
+
+
+class Quadratics:
+    """Clients c0, c1, ... with uneven curvatures and optima; the server begins at zero."""
+
+    def __init__(self, algorithm, *, clients=4, cohort=None, settings=None, memories=None, **more):
+        gen = torch.Generator().manual_seed(3)
+        self.a = 0.2 + 2 * torch.rand(clients, SIZE, generator=gen)
+        self.b = 3 * torch.randn(clients, SIZE, generator=gen)
+        model = nn.Linear(SIZE, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        self.params = parameters.flatten(model)
+        self.algorithm = algorithm
+        self.settings = settings or LocalSettings(epochs=10, lr=0.1)
+        self.cohort = cohort or Cohort(clients, clients)
+        bind = {
+            name: more.pop(name) for name in ("privacy", "trust", "aggregator") if name in more
+        }
+        self.uplink = Uplink.bind(
+            SIZE, self.cohort, extras=algorithm.extras_up, weights="equal", **bind
+        )
+        self.terms = Terms(
+            parameters.Layout.of(model),
+            self.settings,
+            self.uplink,
+            7,
+            untouched,
+            algorithm=algorithm,
+            **more,
+        )
+        plan = ClientPlan.bind(self.terms, model, source=quadratic_steps)
+        self.names = [f"c{i}" for i in range(clients)]
+        self.memories = memories or {name: InMemoryState() for name in self.names}
+        self.clients = {
+            name: Client(
+                name,
+                Arrays(torch.cat([a, b])[None], torch.zeros(1, dtype=torch.int64)),
+                model,
+                plan,
+                memory=self.memories[name],
+            )
+            for name, a, b in zip(self.names, self.a, self.b, strict=True)
+        }
+
+    @property
+    def optimum(self) -> torch.Tensor:
+        """Where the mean of all losses is least."""
+        return (self.a * self.b).sum(0) / self.a.sum(0)
+
+    def run(self, num_rounds, change=lambda name, handle: handle, **more):
+        handlers = {name: change(name, client.handle) for name, client in self.clients.items()}
+        begin = {"params": self.params} | more
+        return list(
+            rounds(
+                begin.pop("params"),
+                self.uplink,
+                self.algorithm,
+                LocalTransport(handlers),
+                num_rounds=num_rounds,
+                seed=7,
+                agreement=self.terms.agreement.fingerprint,
+                downlink=self.terms.downlink,
+                **begin,
+            )
+        )
