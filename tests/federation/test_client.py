@@ -210,13 +210,9 @@ def test_parts_that_do_not_belong_together_are_refused():
         replace(federation.clients["c0"], arrays=nothing)
     private = Federation(privacy=SAMPLE_PLAN)
     joint = Uplink.bind(len(private.params), Cohort(4, 4), privacy=SAMPLE_PLAN, trust="central")
-    assert (
-        rebound(private.clients["c0"], uplink=joint).uplink.trust.steps == "joint"
-    )
+    assert rebound(private.clients["c0"], uplink=joint).uplink.trust.steps == "joint"
     with pytest.raises(RecipeError, match="run no other source of gradients"):
-        rebound(
-            private.clients["c0"], uplink=joint, source=plain_steps
-        )
+        rebound(private.clients["c0"], uplink=joint, source=plain_steps)
     with pytest.raises(RecipeError, match=r"trains 3 values but the uplink is for 83"):
         rebound(federation.clients["c0"], model=nn.Linear(2, 1))
 

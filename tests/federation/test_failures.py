@@ -117,7 +117,9 @@ def test_tallies_add_up():
     assert Tally.of({"failed": 3, "steps": 1}) == Tally(0, 3)
 
 
-@pytest.mark.parametrize("step", [train_privately, lambda model, work: joint_gradient(model, work)[1]])
+@pytest.mark.parametrize(
+    "step", [train_privately, lambda model, work: joint_gradient(model, work)[1]]
+)
 def test_private_local_updates_count_by_cause(step):
     plan = PrivacyPlan("sample", 0.3, 1.0, 1.0)
     arrays = words()
@@ -254,7 +256,9 @@ def test_an_example_on_which_the_network_writes_into_itself_is_one_that_failed_a
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize("step", [train_privately, lambda model, work: joint_gradient(model, work)[1]])
+@pytest.mark.parametrize(
+    "step", [train_privately, lambda model, work: joint_gradient(model, work)[1]]
+)
 def test_one_example_that_makes_the_network_write_does_not_silence_its_client(step):
     model, arrays = Notes("in place"), words(20)
     arrays.x.clamp_(max=8)

@@ -29,7 +29,9 @@ from tests.federation.federation import (
 
 
 def task(arrays=None, *, plan=None, round=1, prepare=untouched, **settings):
-    return LocalWork(arrays or examples(10), LocalSettings(**settings), key(round=round), prepare, plan)
+    return LocalWork(
+        arrays or examples(10), LocalSettings(**settings), key(round=round), prepare, plan
+    )
 
 
 def test_sgd_equals_torch_sgd_over_the_same_batches():

@@ -172,9 +172,7 @@ def owns_keys(stage: FederateSettings) -> bool:
     return stage.secure_keys or (stage.privacy is not None and stage.privacy.secure_noise)
 
 
-def _aggregator(
-    stage: FederateSettings, planned: Protection, population: Population
-) -> Aggregator:
+def _aggregator(stage: FederateSettings, planned: Protection, population: Population) -> Aggregator:
     if planned.grid is None:
         return cast(Aggregator, stage.aggregator or Mean())  # every row but the secure one is whole
     identities = tuple(population.identities.items())

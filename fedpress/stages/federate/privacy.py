@@ -121,6 +121,12 @@ def protect(
         grid = _grid(stage, chain, start, cohort)
         return Protection(grid.fill(chain), grid=grid)
     trust = trust_of_stage(stage)
+    if trust.noise == "sum" and not secure:
+        assert stage.aggregator is not None
+        raise RecipeError(
+            f"stage.aggregator: got '{stage.aggregator.kind}' with trust '{trust.kind}', where only a secure sum "
+            'carries all of the noise; leave aggregator out, or set trust = "local"'
+        )
     _check_promise(private, trust, population, cohort)
     if secure and trust.noise != "sum":
         raise RecipeError(

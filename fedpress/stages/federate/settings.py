@@ -90,7 +90,8 @@ class FederateSettings(LocalSettings):
     )
     server: Server = Average()
     algorithm: AnyAlgorithm | None = Field(
-        None, description="what clients and server do with the model; FedAvg with `server` if left out"
+        None,
+        description="what clients and server do with the model; FedAvg with `server` if left out",
     )
     proximal_mu: float = Field(
         0.0, ge=0, description="FedProx: strength of the pull back to the server's model"

@@ -13,7 +13,7 @@ from fedpress.core.names import ClientId
 from fedpress.federation import Aggregator, SecureSum
 from fedpress.federation.client import answer_secure
 from fedpress.federation.downlink import Broadcast
-from fedpress.federation.vectors import UPDATE
+from fedpress.federation.vectors import PARAMS, UPDATE
 from fedpress.secagg import SecAggClient, identity
 from fedpress.stages.federate.contract import Contract
 from fedpress.transport import Handler, LocalTransport
@@ -32,7 +32,8 @@ def sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
     )
     names = list(contract.population.names)[: uplink.cohort.size]
     key = Key(terms.seed, 1, names[0])
-    tensors = uplink.encode({UPDATE: change}, key)
+    vectors = {way.name: torch.randn(way.size, generator=chance) for way in uplink.ways}
+    tensors = uplink.encode(vectors | {UPDATE: change}, key)
     header: dict[str, JSON] = {"round": 1, "examples": 1, "loss": 1.0, "steps": 1}
     if uplink.privacy is not None and not uplink.trust.hides_cohort:
         header["failures"] = [0.123456789012345, 0.123456789012345]
@@ -66,14 +67,17 @@ def _down(
     """Returns the bytes of the first message that brings a model, and those of each later one."""
     terms = contract.terms
     said: dict[str, JSON] = {"round": 1, "agreement": terms.agreement.fingerprint, **invitation}
-    whole = len(pack(Message("fit", said, {"params": params})))
+    if terms.algorithm.keeps_state:
+        said["counted"] = 0
+    beside = terms.algorithm.server_down(terms.algorithm.server_init(params))
+    whole = len(pack(Message("fit", said, {PARAMS: params, **beside})))
     if terms.downlink is None:
         return whole, whole
     client = contract.population.names[0]
     broadcast, sent = Broadcast.open(terms.downlink, terms.seed, [client], {}), []
     for round, model in ((1, params), (2, params + change)):
         version, tensors = broadcast.code(round, model, [client])[client]
-        sent.append(len(pack(Message("fit", {**said, "from": version}, tensors))))
+        sent.append(len(pack(Message("fit", {**said, "from": version}, {**tensors, **beside}))))
         broadcast.arrived({})
     return sent[0], sent[1]
 

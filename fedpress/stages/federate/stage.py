@@ -19,7 +19,7 @@ from fedpress.privacy.accounting.accountant import Spent
 from fedpress.privacy.ledger import Ledger, LedgerEntry
 from fedpress.stages.base import Stage
 from fedpress.stages.federate.binding import bind
-from fedpress.stages.federate.contract import local_settings
+from fedpress.stages.federate.contract import algorithm_of, local_settings
 from fedpress.stages.federate.failures import PRIVATE, Failures, in_words, told
 from fedpress.stages.federate.privacy import is_secure, secure_list, steps_per_round
 from fedpress.stages.federate.rehearsal import rehearse
@@ -195,8 +195,9 @@ class FederateStage(FederateSettings, Stage):
                 if reason != PRIVATE and not server.hides
                 else ""
             )
-            if why and reason.startswith("DivergedError: ") and self.server.lr > 1:
-                why += f", or stage.{self.name}.server.lr (now {self.server.lr:g})"
+            lr = algorithm_of(self).optimizer.lr
+            if why and reason.startswith("DivergedError: ") and lr > 1:
+                why += f", or stage.{self.name}.server.lr (now {lr:g})"
             raise TrainingError(
                 f"federate: no update counted in round {record.round}{why}; see whether the clients are running and "
                 "work with the same recipe; the rounds before it are kept"
@@ -221,12 +222,10 @@ class FederateStage(FederateSettings, Stage):
 
     def _rates(self) -> str:
         """Names the settings that make training diverge if they are too large."""
-        rates = too_large(local_settings(self), self.lr, f"stage.{self.name}")
-        return (
-            rates
-            if self.server.lr <= 1
-            else f"{rates} or stage.{self.name}.server.lr (now {self.server.lr:g})"
-        )
+        algorithm = algorithm_of(self)
+        place, lr = f"stage.{self.name}", algorithm.optimizer.lr
+        rates = too_large(local_settings(self), self.lr, place, pulls=algorithm.pulls)
+        return rates if lr <= 1 else f"{rates} or {place}.server.lr (now {lr:g})"
 
     def _last_warning(self, now: Progress) -> str:
         unit = self.privacy.unit if self.privacy is not None else None

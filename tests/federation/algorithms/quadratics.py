@@ -42,9 +42,7 @@ class Quadratics:
         self.algorithm = algorithm
         self.settings = settings or LocalSettings(epochs=10, lr=0.1)
         self.cohort = cohort or Cohort(clients, clients)
-        bind = {
-            name: more.pop(name) for name in ("privacy", "trust", "aggregator") if name in more
-        }
+        bind = {name: more.pop(name) for name in ("privacy", "trust", "aggregator") if name in more}
         self.uplink = Uplink.bind(
             SIZE, self.cohort, extras=algorithm.extras_up, weights="equal", **bind
         )

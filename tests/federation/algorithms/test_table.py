@@ -1,0 +1,173 @@
+"""What holds for every algorithm of the table."""
+
+import math
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from fedpress.errors import RecipeError
+from fedpress.federation import (
+    ALGORITHMS,
+    Adam,
+    AnyAlgorithm,
+    Cohort,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedProx,
+    LocalSettings,
+    Momentum,
+)
+from fedpress.federation.algorithms import Seen, check_fits
+from fedpress.privacy.plan import PrivacyPlan
+from fedpress.wire import Message, pack, unpack
+from tests.federation.algorithms.quadratics import SIZE, Quadratics
+
+ROWS = [row() for row in ALGORITHMS.values()]
+KINDS = [row.kind for row in ROWS]
+
+
+@pytest.fixture(params=ROWS, ids=KINDS)
+def row(request):
+    return request.param
+
+
+def test_a_recipe_names_every_row_alone_or_in_a_table(row):
+    read = TypeAdapter(AnyAlgorithm).validate_python
+    assert read(row.kind) == read({"kind": row.kind}) == row
+    with pytest.raises(ValidationError, match="fedavg"):
+        read("fedsgd")
+    with pytest.raises(ValidationError, match="colour"):
+        read({"kind": row.kind, "colour": 1})
+
+
+def test_two_runs_give_the_same_bits(row):
+    one, two = (Quadratics(row, cohort=Cohort(2, 4)).run(4) for _ in range(2))
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a.params, b.params)
+        assert a.server_state.keys() == b.server_state.keys()
+    assert not torch.equal(one[0].params, one[-1].params)
+
+
+def test_going_on_from_a_record_gives_the_bits_of_an_uninterrupted_run(row):
+    whole = Quadratics(row).run(6)
+    first = Quadratics(row)
+    head = first.run(3)[-1]
+    again = Quadratics(row, memories=first.memories)
+    tail = again.run(6, params=head.params, start=3, server_state=head.server_state)
+    assert all(torch.equal(a.params, b.params) for a, b in zip(whole[3:], tail, strict=True))
+
+
+def test_every_vector_that_is_announced_comes_with_its_size(row):
+    going, seen = Quadratics(row), []
+
+    def watch(name, handle):
+        def answer(request):
+            reply = handle(request)
+            seen.append((unpack(request).tensors, unpack(reply).tensors))
+            return reply
+
+        return answer
+
+    going.run(2, change=watch)
+    for down, up in seen:
+        assert set(down) == {"params", *row.extras_down}
+        assert set(up) == {"values", *(f"{name}/values" for name in row.extras_up)}
+        for name, extra in row.extras_down.items():
+            assert down[name].shape == (extra.size or SIZE,)
+        for name, extra in row.extras_up.items():
+            assert up[f"{name}/values"].shape == (extra.size or SIZE,)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e30])
+def test_a_server_step_changes_nothing_that_it_was_given(row, size, value):
+    params = torch.linspace(-1, 1, size)
+    mean = {name: torch.full((size,), value) for name in ("update", *row.extras_up)}
+    state = row.server_init(params)
+    kept = {n: t.clone() for n, t in state.items()}, params.clone()
+    after, moved = row.server_step(state, params, mean, Seen(1, 2, 4))
+    assert all(torch.equal(state[n], t) for n, t in kept[0].items())
+    assert torch.equal(params, kept[1])
+    assert after.keys() == state.keys()
+    assert moved.shape == params.shape
+    assert torch.equal(moved, params) is (value == 0)
+
+
+def test_an_update_of_zero_moves_nothing(row):
+    params = torch.ones(4)
+    mean = {name: torch.zeros(4) for name in ("update", *row.extras_up)}
+    _, moved = row.server_step(row.server_init(params), params, mean, Seen(1, 1, 1))
+    assert torch.equal(moved, params)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_vectors_that_are_not_finite_are_refused_and_the_rest_counts(row, bad):
+    going = Quadratics(row)
+
+    def spoil(name, handle):
+        def answer(request):
+            message = unpack(handle(request))
+            last = sorted(message.tensors)[0 if row.extras_up else -1]
+            tensors = {**message.tensors, last: torch.full((SIZE,), bad)}
+            return pack(Message("update", message.header, tensors))
+
+        return answer if name == "c1" else handle
+
+    (record,) = going.run(1, change=spoil)
+    assert set(record.refused) == {"c1"}
+    assert "NaN or infinity" in record.refused["c1"]
+    assert torch.isfinite(record.params).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: {n: t for n, t in tensors.items() if "/" not in n},
+        lambda tensors: {**tensors, "other/values": torch.zeros(SIZE)},
+        lambda tensors: {n: torch.zeros(2) for n in tensors},
+    ],
+    ids=["missing", "unknown", "short"],
+)
+def test_a_message_with_other_vectors_than_announced_is_refused(row, change):
+    going = Quadratics(row)
+
+    def changed(name, handle):
+        def answer(request):
+            message = unpack(handle(request))
+            return pack(Message("update", message.header, change(message.tensors)))
+
+        return answer if name == "c0" else handle
+
+    (record,) = going.run(1, change=changed)
+    same = change({"values": 1}) == {"values": 1} and not row.extras_up
+    assert set(record.refused) == (set() if same else {"c0"})
+
+
+def test_a_row_with_further_vectors_needs_a_bound_for_each_under_client_privacy(row):
+    plan = PrivacyPlan("client", 1.0, 1.0, 1.0)
+    if row.extras_up:
+        with pytest.raises(RecipeError, match="give it a clip_norm"):
+            Quadratics(row, privacy=plan)
+    else:
+        assert len(Quadratics(row, privacy=plan).uplink.ways) == 1
+
+
+def test_a_row_that_corrects_several_steps_is_refused_for_a_joint_one(row):
+    if row.corrects:
+        with pytest.raises(RecipeError, match="take one step together"):
+            check_fits(row, LocalSettings(), steps="joint", unit="sample")
+    else:
+        check_fits(row, LocalSettings(), steps="joint", unit="sample")
+
+
+def test_what_is_equal_to_another_row_gives_its_bits():
+    pairs = [
+        (FedAvgM(lr=0.5, beta=0.8), FedAvg(server=Momentum(lr=0.5, beta=0.8))),
+        (FedAdam(lr=0.1), FedAvg(server=Adam(lr=0.1))),
+        (FedProx(proximal_mu=0.0), FedAvg()),
+    ]
+    for one, other in pairs:
+        a, b = (Quadratics(row).run(4)[-1].params for row in (one, other))
+        assert torch.equal(a, b), one
