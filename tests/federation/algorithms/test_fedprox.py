@@ -15,7 +15,8 @@ from tests.federation.test_local import task
 def test_the_proximal_pull_equals_its_penalty_in_the_loss():
     mu, model = 0.7, mlp()
     twin, start = copy.deepcopy(model), parameters.flatten(model)
-    train(model, task(epochs=3, batch_size=10, lr=0.2, proximal_mu=mu))
+    work = task(epochs=3, batch_size=10, lr=0.2)
+    vectors, _, _ = FedProx(proximal_mu=mu).client_update(model, work, {}, {})
     for _ in range(3):
         flat = torch.cat([p.reshape(-1) for p in twin.parameters()])
         loss = (

@@ -1,9 +1,13 @@
 """SCAFFOLD against a plain twin, on quadratics whose optimum is known, with codecs, drop-outs, kills and privacy."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
-from fedpress.codecs import Quantize, TopK
+from fedpress.codecs import Clip, Discretize, Key, Quantize, TopK
+from fedpress.core import parameters
 from fedpress.errors import RecipeError
 from fedpress.federation import (
     Cohort,
