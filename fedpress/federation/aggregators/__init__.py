@@ -1,7 +1,7 @@
 """How the server makes one vector of what the clients of a round sent: one row per aggregator."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field
 
@@ -10,11 +10,11 @@ from fedpress.federation.aggregators.median import Median
 from fedpress.federation.aggregators.secure import Secure
 
 Row: TypeAlias = Mean | Secure | Median
+"""The table: a new aggregator is a file beside this one and its name here."""
 AGGREGATORS: Mapping[str, type[BaseModel]] = {
-    "mean": Mean,
-    "secure": Secure,
-    "median": Median,
+    row.model_fields["kind"].default: row for row in get_args(Row)
 }
+_Table: TypeAlias = Annotated[Row, Field(discriminator="kind")]
 
 
 def _named(value: Any) -> Any:
@@ -22,10 +22,5 @@ def _named(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
-AnyAggregator = Annotated[
-    Annotated[Row, Field(discriminator="kind")],
-    BeforeValidator(
-        _named, json_schema_input_type=str | Annotated[Row, Field(discriminator="kind")]
-    ),
-]
+AnyAggregator = Annotated[_Table, BeforeValidator(_named, json_schema_input_type=str | _Table)]
 """What a recipe may say: `aggregator = "median"`, or a table `{ kind = "median" }`."""

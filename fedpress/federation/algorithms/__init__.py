@@ -1,7 +1,7 @@
 """What clients and server do with the model: one row per algorithm."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, get_args
 
 from pydantic import BeforeValidator, Field
 
@@ -12,17 +12,12 @@ from fedpress.federation.algorithms.fedavgm import FedAvgM
 from fedpress.federation.algorithms.fedprox import FedProx
 from fedpress.federation.algorithms.scaffold import Scaffold
 
-Row: TypeAlias = Annotated[
-    FedAvg | FedProx | FedAvgM | FedAdam | Scaffold,
-    Field(discriminator="kind"),
-]
+Row: TypeAlias = FedAvg | FedProx | FedAvgM | FedAdam | Scaffold
+"""The table: a new algorithm is a file beside this one and its name here."""
 ALGORITHMS: Mapping[str, type[AlgorithmRow]] = {
-    "fedavg": FedAvg,
-    "fedprox": FedProx,
-    "fedavgm": FedAvgM,
-    "fedadam": FedAdam,
-    "scaffold": Scaffold,
+    row.model_fields["kind"].default: row for row in get_args(Row)
 }
+_Table: TypeAlias = Annotated[Row, Field(discriminator="kind")]
 
 
 def _named(value: Any) -> Any:
@@ -30,7 +25,7 @@ def _named(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
-AnyAlgorithm = Annotated[Row, BeforeValidator(_named, json_schema_input_type=str | Row)]
+AnyAlgorithm = Annotated[_Table, BeforeValidator(_named, json_schema_input_type=str | _Table)]
 """What a recipe may say: `algorithm = "scaffold"`, or a table `{ kind = "fedprox", proximal_mu = 0.1 }`."""
 
 __all__ = [
