@@ -63,7 +63,10 @@ class Federation:
         self.settings = settings or LocalSettings(batch_size=4, momentum=0.5)
         self.params, self.layout = parameters.flatten(self.model), parameters.Layout.of(self.model)
         cohort = cohort or Cohort(clients, clients)
-        self.uplink = Uplink.bind(len(self.params), cohort, privacy=privacy, weights=weights)
+        extras = more["algorithm"].extras_up if "algorithm" in more else {}
+        self.uplink = Uplink.bind(
+            len(self.params), cohort, privacy=privacy, weights=weights, extras=extras
+        )
         self.data = [examples(10 + 4 * i, seed=i) for i in range(clients)]
         sample = privacy is not None and privacy.unit == "sample"
         private = {"privacy": privacy} if sample else {}

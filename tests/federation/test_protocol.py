@@ -14,6 +14,7 @@ RIGHT = {
     "round": 3,
     "agreement": "abc",
     "from": 0,
+    "counted": 0,
     "cohort": ["a", "b"],
     "clip_norm": 0.5,
     "examples": 10,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from fedpress.codecs import Bound, Clip, Discretize, Noise, Rotate, Settings, bind_chain
 from fedpress.codecs.discretize import coordinate_limit
@@ -22,6 +23,7 @@ from fedpress.privacy.plan import PrivacyPlan
 from fedpress.secagg import SecurePlan
 from fedpress.stages.federate.settings import FederateSettings, PrivacySettings
 
+T = TypeVar("T")
 BITS = 16
 """Bits of a secure sum without noise, where none are asked for: coarser than float32, finer than updates need."""
 CLIP_NORM = 10.0
@@ -213,6 +215,15 @@ class _Case:
     chain: tuple[Settings, ...]
     start: Bound
 
+    @property
+    def times(self) -> int:
+        """How often one client takes part."""
+        return math.ceil(max(1, self.stage.num_rounds) / self.cohort.period)
+
+    def each(self, value: T) -> dict[str, T]:
+        """Returns the same `value` for every client."""
+        return dict.fromkeys(self.population.names, value)
+
 
 def _alone(case: _Case) -> Protection:
     """Sample privacy of each client's own noise: all get the noise that the most exposed of them needs."""
@@ -239,45 +250,49 @@ def _alone(case: _Case) -> Protection:
     return Protection(case.chain, plans, costs)
 
 
-def _joint(case: _Case) -> Protection:
-    """Sample privacy of one jointly noised gradient step a round, over the examples of the whole cohort."""
-    stage, private, population, cohort, chain = (
-        case.stage,
-        case.private,
-        case.population,
-        case.cohort,
+def _joint_central(case: _Case) -> Protection:
+    """Sample privacy of one joint gradient step a round, noised by the server."""
+    plan, divisor = _joint_step(case)
+    plan = _calibrated(plan, case.private, max(1, case.stage.num_rounds))
+    return Protection(
         case.chain,
+        case.each(plan),
+        case.each(plan.phase(num_rounds=1)),
+        noise=ServerNoise(plan),
+        divisor=divisor,
     )
-    _check_joint(stage)
-    total = population.total
-    share = min(1.0, stage.batch_size * len(population) / total)
-    expected = share * total * cohort.size / cohort.population
-    plan = PrivacyPlan("sample", private.clip_norm, share, 1.0, delta=private.delta)
-    divisor = expected / stage.lr
-    if case.trust.noise == "server":
-        plan = _calibrated(plan, private, max(1, stage.num_rounds))
-        step: MechanismEvent = plan.phase(num_rounds=1)
-        return Protection(
-            chain,
-            dict.fromkeys(population.names, plan),
-            dict.fromkeys(population.names, step),
-            noise=ServerNoise(plan),
-            divisor=divisor,
-        )
+
+
+def _joint_distributed(case: _Case) -> Protection:
+    """Sample privacy of one joint gradient step a round, noised by the clients together."""
+    plan, divisor = _joint_step(case)
     # A client's sum is cut to what its usual batch can reach. Scaling into a ball is a projection: it brings no two
     # vectors further apart, so one example still moves the sum by one clip norm.
-    longest = private.clip_norm * max(1.0, share * max(population.counts.values()))
-    chain = (Clip(clip_norm=longest), *chain)
+    usual = plan.sampling_prob * max(case.population.counts.values())
+    chain = (Clip(clip_norm=plan.clip_norm * max(1.0, usual)), *case.chain)
     grid = _grid(
-        stage, chain, case.start, cohort, sensitivity=private.clip_norm, sampling_prob=share
+        case.stage,
+        chain,
+        case.start,
+        case.cohort,
+        sensitivity=plan.clip_norm,
+        sampling_prob=plan.sampling_prob,
     )
     assert grid.noise is not None
     plan = replace(plan, noise_multiplier=grid.noise.noise_multiplier)
-    phase: MechanismEvent = grid.noise.phase(num_rounds=1)
-    costs = dict.fromkeys(population.names, phase)
-    return Protection(
-        grid.fill(chain), dict.fromkeys(population.names, plan), costs, grid, divisor=divisor
-    )
+    costs = case.each(grid.noise.phase(num_rounds=1))
+    return Protection(grid.fill(chain), case.each(plan), costs, grid, divisor=divisor)
+
+
+def _joint_step(case: _Case) -> tuple[PrivacyPlan, float]:
+    """Returns the plan of a step over the examples of the whole cohort, without noise yet, and what divides its sum."""
+    stage, cohort, total = case.stage, case.cohort, case.population.total
+    _check_joint(stage)
+    share = min(1.0, stage.batch_size * len(case.population) / total)
+    expected = share * total * cohort.size / cohort.population
+    private = case.private
+    plan = PrivacyPlan("sample", private.clip_norm, share, 1.0, delta=private.delta)
+    return plan, expected / stage.lr
 
 
 def _check_joint(stage: FederateSettings) -> None:
@@ -297,66 +312,53 @@ def _check_joint(stage: FederateSettings) -> None:
             )
 
 
-def _client(case: _Case) -> Protection:
-    """Client privacy: by the server's noise, by the clients' together, or by each client's own."""
-    stage, private, population, cohort, chain = (
-        case.stage,
-        case.private,
-        case.population,
-        case.cohort,
-        case.chain,
-    )
-    times = math.ceil(max(1, stage.num_rounds) / cohort.period)  # that one client takes part
-    everybody = cohort.sampling == "poisson" or cohort.size == cohort.population
-    if case.trust.noise == "sum":
-        before = (Clip(clip_norm=private.clip_norm), *chain)
-        grid = _grid(stage, before, case.start, cohort, times=times)
-        assert grid.noise is not None
-        plan = PrivacyPlan(
-            "client", private.clip_norm, 1.0, grid.noise.noise_multiplier, delta=private.delta
-        )
-        shared: MechanismEvent = grid.noise.phase(num_rounds=1)
-        return Protection(
-            grid.fill(chain),
-            dict.fromkeys(population.names, plan),
-            dict.fromkeys(population.names, shared),
-            grid,
-        )
-    if case.trust.noise == "vector" and cohort.sampling == "poisson":
+def _client_local(case: _Case) -> Protection:
+    """Client privacy by each client's own noise."""
+    if case.cohort.sampling == "poisson":
         raise RecipeError(
             "stage.sampling: with trust 'local' the server knows who takes part, so drawing by chance hides nothing; "
             "use 'fixed' or 'cyclic'"
         )
+    private = case.private
     # Whoever sees a client's update knows that it took part: sampling hides nothing.
-    if case.trust.noise == "vector":
-        plan = _calibrated(
-            PrivacyPlan("client", private.clip_norm, 1.0, 1.0, delta=private.delta), private, times
-        )
-        return Protection(
-            chain,
-            dict.fromkeys(population.names, plan),
-            dict.fromkeys(population.names, plan.phase(num_rounds=1)),
-        )
-    unit = (
-        1.0 if private.adaptive is not None else private.clip_norm
-    )  # an adaptive clip's updates come in units of it
+    plan = PrivacyPlan("client", private.clip_norm, 1.0, 1.0, delta=private.delta)
+    plan = _calibrated(plan, private, case.times)
+    return Protection(case.chain, case.each(plan), case.each(plan.phase(num_rounds=1)))
+
+
+def _client_distributed(case: _Case) -> Protection:
+    """Client privacy by noise that the clients make together."""
+    private = case.private
+    before = (Clip(clip_norm=private.clip_norm), *case.chain)
+    grid = _grid(case.stage, before, case.start, case.cohort, times=case.times)
+    assert grid.noise is not None
+    multiplier = grid.noise.noise_multiplier
+    plan = PrivacyPlan("client", private.clip_norm, 1.0, multiplier, delta=private.delta)
+    costs = case.each(grid.noise.phase(num_rounds=1))
+    return Protection(grid.fill(case.chain), case.each(plan), costs, grid)
+
+
+def _client_central(case: _Case) -> Protection:
+    """Client privacy by the server's noise."""
+    private, cohort = case.private, case.cohort
+    # An adaptive clip's updates come in units of it.
+    unit = 1.0 if private.adaptive is not None else private.clip_norm
     plan = PrivacyPlan("client", unit, cohort.sampling_prob, 1.0, delta=private.delta)
     if private.correlated is not None:
-        return _correlated(case, plan, times)
-    plan = _calibrated(plan, private, times)
+        return _correlated(case, plan)
+    plan = _calibrated(plan, private, case.times)
     noise, moving = ServerNoise(plan), None
     if private.adaptive is not None:
         count = private.adaptive.count_noise or count_noise_for(plan.noise_multiplier, cohort.size)
         moving = replace(private.adaptive, count_noise=count)
         noise = ServerNoise(replace(plan, noise_multiplier=split(plan.noise_multiplier, count)))
     phase: MechanismEvent = plan.phase(num_rounds=1)
-    costs = {POPULATION: phase} if everybody else dict.fromkeys(population.names, phase)
-    return Protection(
-        chain, dict.fromkeys(population.names, plan), costs, noise=noise, adaptive=moving
-    )
+    everybody = cohort.sampling == "poisson" or cohort.size == cohort.population
+    costs = {POPULATION: phase} if everybody else case.each(phase)
+    return Protection(case.chain, case.each(plan), costs, noise=noise, adaptive=moving)
 
 
-def _correlated(case: _Case, plan: PrivacyPlan, times: int) -> Protection:
+def _correlated(case: _Case, plan: PrivacyPlan) -> Protection:
     """Noise that is correlated over the rounds: all of them together are one Gaussian mechanism."""
     stage, private, cohort = case.stage, case.private, case.cohort
     if cohort.sampling == "poisson":
@@ -367,7 +369,7 @@ def _correlated(case: _Case, plan: PrivacyPlan, times: int) -> Protection:
     rounds = max(1, stage.num_rounds)
     mixed = Factorization.plan(
         rounds,
-        participations=times,
+        participations=case.times,
         min_separation=cohort.period,
         bands=min(private.correlated.bands, rounds),
     )
@@ -475,10 +477,10 @@ def _check_promise(
 
 PLANNERS: Mapping[Trust, Callable[[_Case], Protection]] = {
     trust_of("sample", "local"): _alone,
-    trust_of("sample", "distributed"): _joint,
-    trust_of("sample", "central"): _joint,
-    trust_of("client", "local"): _client,
-    trust_of("client", "distributed"): _client,
-    trust_of("client", "central"): _client,
+    trust_of("sample", "distributed"): _joint_distributed,
+    trust_of("sample", "central"): _joint_central,
+    trust_of("client", "local"): _client_local,
+    trust_of("client", "distributed"): _client_distributed,
+    trust_of("client", "central"): _client_central,
 }
 """Who plans the noise, by who adds it."""

@@ -48,12 +48,12 @@ def test_the_algorithm_of_the_page_is_charged_under_client_privacy():
 def test_the_aggregator_of_the_page_takes_the_nearest_update():
     uplink = Uplink.bind(
         2,
-        Cohort(4, 4),
+        Cohort(6, 6),
         aggregator=example("Medoid")(),
         chain=(Clip(clip_norm=9.0),),
         weights="equal",
     )
-    sent = [[1.0, 1.0], [1.1, 1.0], [1.0, 1.2], [1e9, 0.0]]
+    sent = [[1.1, 1.0], [0.9, 1.0], [1.0, 1.0], [1.0, 1.1], [1.0, 0.9], [1e9, 0.0]]
     replies = [
         (f"c{i}", Message("update", {"round": 1, "examples": 1}, {"values": torch.tensor(x)}))
         for i, x in enumerate(sent)

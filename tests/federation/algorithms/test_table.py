@@ -81,7 +81,7 @@ def test_every_vector_that_is_announced_comes_with_its_size(row):
 
 
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("value", [0.0, 1.0, 1e30])
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e6])
 def test_a_server_step_changes_nothing_that_it_was_given(row, size, value):
     params = torch.linspace(-1, 1, size)
     mean = {name: torch.full((size,), value) for name in ("update", *row.extras_up)}
@@ -122,15 +122,15 @@ def test_vectors_that_are_not_finite_are_refused_and_the_rest_counts(row, bad):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "always"),
     [
-        lambda tensors: {n: t for n, t in tensors.items() if "/" not in n},
-        lambda tensors: {**tensors, "other/values": torch.zeros(SIZE)},
-        lambda tensors: {n: torch.zeros(2) for n in tensors},
+        (lambda tensors: {n: t for n, t in tensors.items() if "/" not in n}, False),
+        (lambda tensors: {**tensors, "other/values": torch.zeros(SIZE)}, True),
+        (lambda tensors: {n: torch.zeros(2) for n in tensors}, True),
     ],
     ids=["missing", "unknown", "short"],
 )
-def test_a_message_with_other_vectors_than_announced_is_refused(row, change):
+def test_a_message_with_other_vectors_than_announced_is_refused(row, change, always):
     going = Quadratics(row)
 
     def changed(name, handle):
@@ -141,8 +141,7 @@ def test_a_message_with_other_vectors_than_announced_is_refused(row, change):
         return answer if name == "c0" else handle
 
     (record,) = going.run(1, change=changed)
-    same = change({"values": 1}) == {"values": 1} and not row.extras_up
-    assert set(record.refused) == (set() if same else {"c0"})
+    assert set(record.refused) == ({"c0"} if always or row.extras_up else set())
 
 
 def test_a_row_with_further_vectors_needs_a_bound_for_each_under_client_privacy(row):
