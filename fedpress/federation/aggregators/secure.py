@@ -72,17 +72,17 @@ class SecureSum:
     def check(self, ways: Sequence[Way]) -> None:
         """Needs one vector, codecs whose sums decode, and whole numbers at their end."""
         for way in ways:
+            if way.name != UPDATE:
+                raise RecipeError(
+                    f"federate.aggregator: a secure sum is planned for one vector, and the algorithm sends "
+                    f"'{way.name}' too; take aggregator = \"mean\", or another algorithm"
+                )
             kinds = [one.kind for one in way.codecs]
             check_additive(dict(zip(kinds, way.chain, strict=True)))
             if not way.end.integer:
                 raise RecipeError(
                     'uplink: a secure sum adds whole numbers; end the list with { kind = "clip", clip_norm = 10.0 }, '
                     '{ kind = "discretize" }'
-                )
-            if way.name != UPDATE:
-                raise RecipeError(
-                    f"federate.aggregator: a secure sum is planned for one vector, and the algorithm sends "
-                    f"'{way.name}' too; take aggregator = \"mean\", or another algorithm"
                 )
 
     def open(self, transport: Transport | None, run: str) -> SecureSession:

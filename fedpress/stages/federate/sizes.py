@@ -69,7 +69,9 @@ def _down(
     said: dict[str, JSON] = {"round": 1, "agreement": terms.agreement.fingerprint, **invitation}
     if terms.algorithm.keeps_state:
         said["counted"] = 0
-    beside = terms.algorithm.server_down(terms.algorithm.server_init(params))
+    # As full of numbers as in later rounds: what is zero at the beginning packs to nothing.
+    sizes = {name: extra.size for name, extra in terms.algorithm.extras_down.items()}
+    beside = {name: change[:size].clone() for name, size in sizes.items()}
     whole = len(pack(Message("fit", said, {PARAMS: params, **beside})))
     if terms.downlink is None:
         return whole, whole

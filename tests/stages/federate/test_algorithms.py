@@ -39,6 +39,12 @@ def text(*lines: str) -> str:
     return "\n".join([HEAD, *lines])
 
 
+def model_of(path) -> dict[str, torch.Tensor]:
+    """Returns the tensors of the model that a run left."""
+    (place,) = (path / "stages").iterdir()
+    return load_model(place)[1].state_dict()
+
+
 def stage(**keys) -> FederateSettings:
     return FederateSettings(kind="federate", **keys)
 
@@ -81,7 +87,7 @@ def test_scaffold_on_a_recipe_runs_is_killed_and_goes_on_to_the_same_bits(tmp_pa
     next(event for event in going if isinstance(event, Tick) and event.done == 2)
     going.close()
     result = finish(recipe, tmp_path / "killed", resume=True)
-    one, two = (load_model(tmp_path / name)[1].state_dict() for name in ("whole", "killed"))
+    one, two = (model_of(tmp_path / name) for name in ("whole", "killed"))
     assert all(torch.equal(t, two[n]) for n, t in one.items())
     assert result["final"]["accuracy"] > 0.3
 
