@@ -27,32 +27,32 @@ from torch import Tensor, nn
 from fedpress.compress.quantize import find_folds, fold_, quantizable, quantize_
 from fedpress.data import FederatedData
 from fedpress.models import ModelSpec
-from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
+from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
 from fedpress.storage.packed import encode
 
 CALIBRATION, BATCH = 512, 64
 GPTQ: dict[str, Any] = {"rounding": "second-order"}
-BYTE = InputGrid()
-ARMS: dict[str, tuple[WeightGrid, InputGrid | None, dict[str, Any]]] = {
-    "int8 weights and inputs": (WeightGrid(), BYTE, {}),
-    "the same, entropy ranges": (WeightGrid(), BYTE, {"observer": "entropy"}),
-    "the same, percentile ranges": (WeightGrid(), BYTE, {"observer": "percentile"}),
-    "the same, least-squares ranges": (WeightGrid(), BYTE, {"observer": "mse"}),
-    "the same, dynamic ranges": (WeightGrid(), InputGrid(dynamic=True), {}),
+BYTE = InputQuantization()
+ARMS: dict[str, tuple[WeightQuantization, InputQuantization | None, dict[str, Any]]] = {
+    "int8 weights and inputs": (WeightQuantization(), BYTE, {}),
+    "the same, entropy ranges": (WeightQuantization(), BYTE, {"observer": "entropy"}),
+    "the same, percentile ranges": (WeightQuantization(), BYTE, {"observer": "percentile"}),
+    "the same, least-squares ranges": (WeightQuantization(), BYTE, {"observer": "mse"}),
+    "the same, dynamic ranges": (WeightQuantization(), InputQuantization(dynamic=True), {}),
     "int4, span, nearest, biases as they are": (
-        WeightGrid(bits=4),
+        WeightQuantization(bits=4),
         None,
         {"scale": "minmax", "correct_bias": False},
     ),
-    "int4, nearest": (WeightGrid(bits=4), None, {}),
-    "int4": (WeightGrid(bits=4), None, GPTQ),
-    "int4, groups of 32": (WeightGrid(bits=4, group=32), None, GPTQ),
-    "int4, inputs of 8 bits": (WeightGrid(bits=4), BYTE, GPTQ),
-    "int3": (WeightGrid(bits=3), None, GPTQ),
-    "int3, groups of 32": (WeightGrid(bits=3, group=32), None, GPTQ),
-    "ternary, first and last float": (WeightGrid(kind="ternary"), None, GPTQ),
-    "16 shared values": (WeightGrid(kind="codebook", bits=4), None, GPTQ),
-    "8 shared values": (WeightGrid(kind="codebook", bits=3), None, GPTQ),
+    "int4, nearest": (WeightQuantization(bits=4), None, {}),
+    "int4": (WeightQuantization(bits=4), None, GPTQ),
+    "int4, groups of 32": (WeightQuantization(bits=4, group=32), None, GPTQ),
+    "int4, inputs of 8 bits": (WeightQuantization(bits=4), BYTE, GPTQ),
+    "int3": (WeightQuantization(bits=3), None, GPTQ),
+    "int3, groups of 32": (WeightQuantization(bits=3, group=32), None, GPTQ),
+    "ternary, first and last float": (WeightQuantization(kind="ternary"), None, GPTQ),
+    "16 shared values": (WeightQuantization(kind="codebook", bits=4), None, GPTQ),
+    "8 shared values": (WeightQuantization(kind="codebook", bits=3), None, GPTQ),
 }
 
 
@@ -66,7 +66,7 @@ def ours(arm: str) -> Callable[[ModelSpec, nn.Module, list[Tensor]], tuple[nn.Mo
         folds, _ = find_folds(model, torch.zeros(2, 3, 32, 32))
         fold_(model, folds)
         keep = ("first", "last") if "first and last" in arm else ()
-        table, _ = quantizable(model, LayerGrids(weights=weights, inputs=inputs), keep=keep)
+        table, _ = quantizable(model, QuantizationScheme(weights=weights, inputs=inputs), keep=keep)
         quantize_(model, table, batches, **how)
         spec = spec.model_copy(update={"folded": folds, "quantized": table})
         return model, len(encode(spec, model)[0])

@@ -27,8 +27,8 @@ from torch import nn
 from fedpress import compress, storage
 from fedpress.compress.quantize import find_folds, fit_, fold_
 from fedpress.models import ModelSpec, load_model, what_pruning_changed
-from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
-from fedpress.nn.quantized import quantize_layers_, quantized_layers, settle_
+from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
+from fedpress.nn.quantized import materialize_, quantize_layers_, quantized_layers
 
 RESNET18 = 11_173_962
 
@@ -53,16 +53,16 @@ def quantized(
     folds = find_folds(model, torch.zeros(2, *spec.input_shape))[0] if folded else {}
     fold_(model, folds)
     layers = (n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear))
-    table = {name: LayerGrids(weights=WeightGrid(bits=bits)) for name in layers}
+    table = {name: QuantizationScheme(weights=WeightQuantization(bits=bits)) for name in layers}
     quantize_layers_(model, table)
     for _, layer in quantized_layers(model):
         fit_(layer, scale=scale)
-    return spec.model_copy(update={"folded": folds, "quantized": table}), settle_(model)
+    return spec.model_copy(update={"folded": folds, "quantized": table}), materialize_(model)
 
 
 def rivals(model: nn.Module, bits: int) -> dict[str, int]:
     """Bytes of all codes under general compressors, and their entropy."""
-    codes = [layer.codes().numpy().reshape(-1) for _, layer in quantized_layers(model)]
+    codes = [layer.quantize().numpy().reshape(-1) for _, layer in quantized_layers(model)]
     raw = b"".join(c.tobytes() for c in codes)
     forms = {"": raw}
     if bits == 4:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from fedpress.deploy.examples import Example, as_device, by_name
 from fedpress.errors import ExportError
 from fedpress.nn.observers import OBSERVERS, Histogram, Observer
-from fedpress.nn.quant_scheme import InputGrid
+from fedpress.nn.quant_scheme import InputQuantization
 
 
 class _Watch(fx.Interpreter):
@@ -55,7 +55,7 @@ def ranges(
     for watch.count in (False,) if observer == "minmax" else (False, True):
         for batch in seen:
             _look(watch, batch)
-    grid = InputGrid(bits=8)
+    grid = InputQuantization(bits=8)
     found = {
         n: OBSERVERS[observer](h, grid) if h.high > h.low else (h.low, h.high)
         for n, h in watch.seen.items()

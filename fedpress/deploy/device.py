@@ -139,7 +139,7 @@ def small_weights(graph: fx.GraphModule, *, groups: bool = False) -> Iterator[tu
             yield str(node.args[0].target).rpartition(".")[0], node
 
 
-def make_plain_(graph: fx.GraphModule, node: fx.Node) -> None:
+def unquantize_(graph: fx.GraphModule, node: fx.Node) -> None:
     """Puts the float weight in the place of the operation `node` on codes and scales."""
     arguments = [held(graph, a) if isinstance(a, fx.Node) else a for a in node.args]
     target: Any = node.target

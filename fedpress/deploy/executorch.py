@@ -18,10 +18,10 @@ from fedpress.deploy.device import (
     DeviceGraph,
     device_graph,
     hush,
-    make_plain_,
     read_alone_,
     said,
     small_weights,
+    unquantize_,
 )
 from fedpress.deploy.session import Port, Session
 from fedpress.errors import ExportError
@@ -47,7 +47,7 @@ def export_executorch(model: torch.nn.Module, path: str | Path, job: Job) -> Art
     for groups in (True, False):
         for name, node in small_weights(made.graph, groups=groups):
             if groups or not made.integer:
-                make_plain_(made.graph, node)
+                unquantize_(made.graph, node)
                 made.left.setdefault(
                     name,
                     "XNNPACK has no kernel for its weights without 8-bit inputs; stored as float",
@@ -96,7 +96,7 @@ def _lower(made: DeviceGraph, job: Job, words: dict[str, str]) -> tuple[bytes, d
             break
         for name, node in small_weights(made.graph):
             if name in stuck:
-                make_plain_(made.graph, node)
+                unquantize_(made.graph, node)
                 outside[name] = "XNNPACK does not take it on integers; computes in float"
     for part in (
         m

@@ -18,9 +18,9 @@ from fedpress.deploy.device import (
     device_graph,
     held,
     hush,
-    make_plain_,
     said,
     small_weights,
+    unquantize_,
 )
 from fedpress.deploy.session import Port, Session
 from fedpress.errors import ExportError
@@ -58,7 +58,7 @@ def export_litert(model: nn.Module, path: str | Path, job: Job) -> Artifact:
         require("litert_torch", "ai_edge_litert", install=INSTALL)
     made = device_graph(model, job, "LiteRT")
     for name, node in small_weights(made.graph, groups=True):
-        make_plain_(made.graph, node)
+        unquantize_(made.graph, node)
         made.left[name] = "LiteRT has one scale per output channel; its weights are stored as float"
     for _, node in small_weights(made.graph):
         _round_here_(made.graph, node)

@@ -21,7 +21,7 @@ from fedpress.deploy.device import hush, said
 from fedpress.deploy.executorch import INSTALL, WORDS, refused_kernel
 from fedpress.errors import ExportError, ModelError
 from fedpress.nn.compact import compact_
-from fedpress.nn.quantized import is_step
+from fedpress.nn.quantized import is_qparam
 from fedpress.nn.resize import copied
 
 aten = torch.ops.aten
@@ -446,7 +446,7 @@ class DeviceModel(nn.Module):
         """Returns ExecuTorch's own SGD over the parameters."""
         held = self._module.named_parameters()
         steps = {
-            name: p for name, p in held.items() if is_step(name)
+            name: p for name, p in held.items() if is_qparam(name)
         }  # step sizes get no decay, as in `sgd`
         groups = [
             ({name: p for name, p in held.items() if name not in steps}, weight_decay),

@@ -22,7 +22,10 @@ from fedpress.errors import ExportError
 
 INSTALL = "'fedpress[openvino]'"
 FEWEST_BITS = 4  # its reader of ONNX files does not know INT2
-OVERFLOW = "overflow on x86 without VNNI, where they are computed in float; quantize to 7 bits (WeightGrid(bits=7))"
+OVERFLOW = (
+    "overflow on x86 without VNNI, where they are computed in float; "
+    "quantize to 7 bits (WeightQuantization(bits=7))"
+)
 
 
 def export_openvino(model: nn.Module, path: str | Path, job: Job) -> Artifact:

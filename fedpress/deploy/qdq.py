@@ -22,8 +22,8 @@ from fedpress.deploy.capture import capture, silence, trace
 from fedpress.deploy.examples import Example, Given, as_device, example_of, ordered, take
 from fedpress.errors import ExportError
 from fedpress.nn.observers import Observer
-from fedpress.nn.quant_scheme import InputGrid, affine
-from fedpress.nn.quantized import QuantLayer, make_plain_, quantized_layers, settle_
+from fedpress.nn.quant_scheme import InputQuantization, calculate_qparams
+from fedpress.nn.quantized import QuantLayer, materialize_, quantized_layers, remove_quantization_
 from fedpress.nn.resize import copied
 
 Activations = Literal["uint8", "int8"]
@@ -201,7 +201,7 @@ def quantized_program(
         _tidy_(work.graph)
         example = ordered(model, example_of(given))
         done = trace(work.graph, take(as_device(example), batch or 2), free=batch is None)
-    own = (layer.grids.inputs for _, layer in quantized_layers(model))
+    own = (layer.scheme.inputs for _, layer in quantized_layers(model))
     return QuantizedProgram(
         done, work.left, rounds=bool(batches) or any(grid is not None for grid in own)
     )
@@ -210,12 +210,12 @@ def quantized_program(
 def _plain(model: nn.Module, activations: Activations) -> tuple[nn.Module, dict[str, _Layer]]:
     """Returns a copy with ordinary layers in the place of quantized ones, and what those bring along, by weight."""
     model = copied(model).to("cpu", torch.float32).eval()
-    settle_(model)
+    materialize_(model)
     layers: dict[str, _Layer] = {}
     for name, layer in [*quantized_layers(model)]:
         for key in layer.keys:
             layers[f"{name}.{key}"] = _weights_of(layer, key)
-        grid = layer.grids.inputs
+        grid = layer.scheme.inputs
         found = layers.get(f"{name}.weight", _Layer())
         if grid is not None and (grid.dynamic or grid.bits == 1):
             found.reason = (
@@ -230,13 +230,13 @@ def _plain(model: nn.Module, activations: Activations) -> tuple[nn.Module, dict[
         elif grid is not None:
             scale, zero = float(layer.input_scale.detach().abs()), int(layer.input_zero_point)
             found.grid = _grid(scale, zero, grid.highest, activations)
-        make_plain_(layer)
+        remove_quantization_(layer)
     return model, layers
 
 
 def _weights_of(layer: QuantLayer, key: str) -> _Layer:
     """Returns codes and scales of a weight, or why it has none."""
-    grid = layer.grids.weights
+    grid = layer.scheme.weights
     if grid is None:
         return _Layer()
     pair = layer.integers(key)
@@ -588,8 +588,8 @@ def _classes(nodes: Sequence[fx.Node], activations: Activations) -> dict[fx.Node
 
 
 def _calibrated(span: tuple[float, float], activations: Activations) -> _Grid:
-    grid = InputGrid(bits=8)
-    scale, zero = affine(torch.tensor(span[0]), torch.tensor(span[1]), grid)
+    grid = InputQuantization(bits=8)
+    scale, zero = calculate_qparams(torch.tensor(span[0]), torch.tensor(span[1]), grid)
     return _grid(float(scale), int(zero), grid.highest, activations)
 
 

@@ -19,10 +19,11 @@ from fedpress.errors import ModelError, did_you_mean
 from fedpress.models import layer_list, memory
 from fedpress.models.plain import CNN, MLP
 from fedpress.models.resnet import resnet18, resnet_small
+from fedpress.nn.folded import apply_folds_
 from fedpress.nn.forward_sizes import Numbers, numbers_in, set_numbers_
-from fedpress.nn.masked import take_in_
-from fedpress.nn.quant_scheme import FILE, LayerGrids
-from fedpress.nn.quantized import fold_layers_, quantize_layers_, register_kept_zeros_
+from fedpress.nn.masked import absorb_masks_
+from fedpress.nn.quant_scheme import FILE, QuantizationScheme
+from fedpress.nn.quantized import quantize_layers_, register_kept_zeros_
 from fedpress.nn.resize import depthwise, replace_, set_groups_, tensor, weight_shape
 
 NO_SPEC = "fedpress wrote no such file: get it anew from where it came"
@@ -56,7 +57,7 @@ class ModelSpec(BaseModel):
     sparse: tuple[str, ...] = ()
     kept_zeros: tuple[str, ...] = ()
     folded: dict[str, str] = {}
-    quantized: dict[str, LayerGrids] = {}
+    quantized: dict[str, QuantizationScheme] = {}
     input_shape: tuple[int, ...]
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -142,7 +143,7 @@ class ModelSpec(BaseModel):
         resize_(model, self.resized)
         _renumber_(model, self.numbers)
         _regroup_(model, self.groups)
-        fold_layers_(model, self.folded)
+        apply_folds_(model, self.folded)
         quantize_layers_(model, self.quantized)
         register_kept_zeros_(model, self.kept_zeros)
         self._keep_zeros()
@@ -191,7 +192,7 @@ class ModelSpec(BaseModel):
                 f"model: '{self.architecture}' returned {type(model).__name__}; return a torch.nn.Module"
             )
         _complete(model)
-        return model, take_in_(model)
+        return model, absorb_masks_(model)
 
 
 def _arguments(given: dict[str, JsonValue]) -> dict[str, Any]:

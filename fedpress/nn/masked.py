@@ -27,14 +27,14 @@ class _Site:
     def name(self) -> str:
         return f"{self.path}.{self.key}" if self.path else self.key
 
-    def settle_(self) -> None:
+    def materialize_(self) -> None:
         if self.hooked:
             prune.remove(self.module, self.key)
         else:
             parametrize.remove_parametrizations(self.module, self.key, leave_parametrized=True)
 
 
-def take_in_(model: nn.Module) -> tuple[str, ...]:
+def absorb_masks_(model: nn.Module) -> tuple[str, ...]:
     """Makes every masked weight of `model` a plain parameter, original * mask, without hooks or parametrizations.
 
     Known are the hooks of `torch.nn.utils.prune`, under whatever parameter name, and parametrizations whose steps all
@@ -49,7 +49,7 @@ def take_in_(model: nn.Module) -> tuple[str, ...]:
     sites = [*_hooked(model), *_parametrized(model)]
     _check_shared(model, sites)
     for site in sites:
-        site.settle_()
+        site.materialize_()
     masked = {id(getattr(site.module, site.key)) for site in sites}
     return tuple(name for name, p in model.named_parameters() if id(p) in masked)
 

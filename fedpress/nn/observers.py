@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedpress.nn.quant_scheme import InputGrid, affine
+from fedpress.nn.quant_scheme import InputQuantization, calculate_qparams
 
 BINS = 2048
 Observer = Literal["minmax", "percentile", "mse", "entropy"]
@@ -36,12 +36,14 @@ class Histogram:
         return self.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * (high - self.low) / BINS
 
 
-def minmax(seen: Histogram, grid: InputGrid) -> tuple[float, float]:
+def minmax(seen: Histogram, quantization: InputQuantization) -> tuple[float, float]:
     """Everything that was seen."""
     return seen.low, seen.high
 
 
-def percentile(seen: Histogram, grid: InputGrid, *, share: float = 0.9999) -> tuple[float, float]:
+def percentile(
+    seen: Histogram, quantization: InputQuantization, *, share: float = 0.9999
+) -> tuple[float, float]:
     """The shortest tails cut off: `share` of the values stay, the rest is split evenly between both ends."""
     edge = (1 - share) / 2 * seen.counts.sum()
     below = seen.counts.cumsum(0)
@@ -52,19 +54,22 @@ def percentile(seen: Histogram, grid: InputGrid, *, share: float = 0.9999) -> tu
     return min(max(low, seen.low), seen.high), max(min(high, seen.high), seen.low)
 
 
-def mse(seen: Histogram, grid: InputGrid) -> tuple[float, float]:
+def mse(seen: Histogram, quantization: InputQuantization) -> tuple[float, float]:
     """The part of the span, of 100, whose grid has the least mean squared error on what was seen."""
     best = (float("inf"), (seen.low, seen.high))
     for share in torch.linspace(0.01, 1, 100).tolist():
         low, high = seen.low * share, seen.high * share
         error = float(
-            (seen.counts * (_rounded(seen.middles, low, high, grid) - seen.middles).square()).sum()
+            (
+                seen.counts
+                * (_rounded(seen.middles, low, high, quantization) - seen.middles).square()
+            ).sum()
         )
         best = min(best, (error, (low, high)))
     return best[1]
 
 
-def entropy(seen: Histogram, grid: InputGrid) -> tuple[float, float]:
+def entropy(seen: Histogram, quantization: InputQuantization) -> tuple[float, float]:
     """The clipping whose grid loses the least information, by Kullback-Leibler divergence (TensorRT).
 
     S. Migacz, 8-bit inference with TensorRT, GTC 2017: P is the distribution with what is outside added to its last
@@ -74,7 +79,7 @@ def entropy(seen: Histogram, grid: InputGrid) -> tuple[float, float]:
     """
     middles = seen.middles
     counts = seen.counts.where(middles.abs() > (middles[1] - middles[0]) / 2 * (1 + 1e-9), 0.0)
-    levels = grid.highest + 1
+    levels = quantization.highest + 1
     reach = max(-seen.low, seen.high)
     best = (float("inf"), (seen.low, seen.high))
     for share in torch.linspace(0.05, 1, 96).tolist():
@@ -97,7 +102,7 @@ def entropy(seen: Histogram, grid: InputGrid) -> tuple[float, float]:
     return best[1]
 
 
-OBSERVERS: Mapping[str, Callable[[Histogram, InputGrid], tuple[float, float]]] = {
+OBSERVERS: Mapping[str, Callable[[Histogram, InputQuantization], tuple[float, float]]] = {
     "minmax": minmax,
     "percentile": percentile,
     "mse": mse,
@@ -105,7 +110,7 @@ OBSERVERS: Mapping[str, Callable[[Histogram, InputGrid], tuple[float, float]]] =
 }
 
 
-def _rounded(x: Tensor, low: float, high: float, grid: InputGrid) -> Tensor:
-    scale, zero = affine(torch.tensor(low), torch.tensor(high), grid)
+def _rounded(x: Tensor, low: float, high: float, quantization: InputQuantization) -> Tensor:
+    scale, zero = calculate_qparams(torch.tensor(low), torch.tensor(high), quantization)
     scale, zero = scale.double(), zero.double()
-    return ((x / scale).round().clamp(-zero, grid.highest - zero)) * scale
+    return ((x / scale).round().clamp(-zero, quantization.highest - zero)) * scale

@@ -1,4 +1,8 @@
-"""Grids of a few bits: which values weights and inputs may take, their scales, and rounding to them."""
+"""Quantization schemes: which values weights and inputs may take, their scales, quantize and dequantize.
+
+The words are those of compressed-tensors. A *grid* is the set of values that can be represented, a *code* the whole
+number that stands for one of them: value = code * scale, for inputs (code - zero_point) * scale.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,13 @@ FILE = "file"  # in the context of a validation: what is read was written by som
 BITS = {"int": 8, "ternary": 2, "binary": 1, "codebook": 4}
 
 
-class WeightGrid(BaseModel):
+class WeightQuantization(BaseModel):
     """The values that weights may take.
 
     "int": c * scale with whole c in -(2^(bits-1) - 1) .. 2^(bits-1) - 1; "ternary": {-scale, 0, scale}; "binary":
     {-scale, scale}; "codebook": one of 2^bits values that the layer's weights share. All but binary hold 0 exactly.
 
-    >>> WeightGrid(kind="int", bits=4).highest
+    >>> WeightQuantization(kind="int", bits=4).highest
     7
     """
 
@@ -47,7 +51,7 @@ class WeightGrid(BaseModel):
         return given
 
     @model_validator(mode="after")
-    def _fits(self) -> WeightGrid:
+    def _fits(self) -> WeightQuantization:
         if (self.kind == "int" and self.bits < 2) or (
             self.kind in ("ternary", "binary") and self.bits != BITS[self.kind]
         ):
@@ -80,7 +84,7 @@ class WeightGrid(BaseModel):
         return self.kind != "binary"
 
 
-class InputGrid(BaseModel):
+class InputQuantization(BaseModel):
     """The values that a layer's inputs may take: (c - zero_point) * scale with whole c in 0 .. 2^bits - 1.
 
     One bit is {middle - scale, middle + scale}, on which side of its channel's middle a value lies: behind a ReLU the
@@ -90,7 +94,7 @@ class InputGrid(BaseModel):
 
     `dynamic` takes scale and zero point from each batch; a middle is never taken from a batch.
 
-    >>> InputGrid(bits=1).middle, InputGrid(bits=8).middle
+    >>> InputQuantization(bits=1).middle, InputQuantization(bits=8).middle
     (True, False)
     """
 
@@ -112,7 +116,7 @@ class InputGrid(BaseModel):
         return given
 
     @model_validator(mode="after")
-    def _fits(self) -> InputGrid:
+    def _fits(self) -> InputQuantization:
         if self.middle and self.bits != 1:
             raise ValueError(
                 f"a middle is for inputs of one bit, not of {self.bits}; leave middle out"
@@ -130,30 +134,34 @@ class InputGrid(BaseModel):
         return 2**self.bits - 1
 
 
-class LayerGrids(BaseModel):
-    """What is on a grid in one layer; None stays float."""
+class QuantizationScheme(BaseModel):
+    """How one layer is quantized; None stays float.
+
+    >>> QuantizationScheme(weights=WeightQuantization(bits=4)).inputs is None
+    True
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    weights: WeightGrid | None = None
-    inputs: InputGrid | None = None
+    weights: WeightQuantization | None = None
+    inputs: InputQuantization | None = None
 
 
-def spread(scale: Tensor, weight: Tensor, group: int | None) -> Tensor:
+def expand_scale(scale: Tensor, weight: Tensor, group: int | None) -> Tensor:
     """Returns the scales [out] or [out, groups] in a shape that multiplies `weight` [out, ...].
 
     Groups run over the weights of an output channel as they lie flat; the last one may be shorter.
     """
     if group is None:
         return scale.reshape(-1, *[1] * (weight.dim() - 1))
-    each = weight[0].numel()
-    return scale.repeat_interleave(min(group, each), dim=1)[:, :each].reshape(weight.shape)
+    values = weight[0].numel()  # of one output channel
+    return scale.repeat_interleave(min(group, values), dim=1)[:, :values].reshape(weight.shape)
 
 
-def grouped(weight: Tensor, group: int | None) -> Tensor:
+def in_groups(weight: Tensor, group: int | None) -> Tensor:
     """Returns `weight` [out, ...] as [out, groups, values]; a shorter last group is filled up with zeros.
 
-    >>> grouped(torch.ones(2, 5), 3).shape
+    >>> in_groups(torch.ones(2, 5), 3).shape
     torch.Size([2, 2, 3])
     """
     flat = weight.reshape(len(weight), -1)
@@ -162,7 +170,7 @@ def grouped(weight: Tensor, group: int | None) -> Tensor:
     return F.pad(flat, (0, -flat.shape[1] % group)).reshape(len(weight), -1, group)
 
 
-def first_scale(weight: Tensor, grid: WeightGrid) -> Tensor:
+def initial_scale(weight: Tensor, quantization: WeightQuantization) -> Tensor:
     """Returns scales [out] or [out, groups]: the span for "int", the best in L2 for "ternary" and "binary".
 
     Ternary alternates threshold and scale as Lloyd does, from the threshold 0.7 mean |w| of Ternary Weight Networks
@@ -170,17 +178,18 @@ def first_scale(weight: Tensor, grid: WeightGrid) -> Tensor:
     Binary is the mean |w| of XNOR-Net (Rastegari et al. 2016, arXiv:1603.05279, section 3.1). A shorter last group
     counts its own weights only. NaN weights give scales of 1.
     """
-    size = grouped(weight.detach().float().abs(), grid.group)
-    if grid.kind == "int":
-        scale = size.amax(-1) / grid.highest
+    size = in_groups(weight.detach().float().abs(), quantization.group)
+    if quantization.kind == "int":
+        scale = size.amax(-1) / quantization.highest
     else:
-        there = grouped(torch.ones_like(weight, dtype=torch.float32), grid.group)
+        there = in_groups(torch.ones_like(weight, dtype=torch.float32), quantization.group)
         mean = size.sum(-1) / there.sum(-1).clamp_min(1)
-        scale = mean if grid.kind == "binary" else _ternary(size, mean)
-    scale = scale[:, 0] if grid.group is None else scale
-    return (
-        mended(scale) if grid.has_zero else scale.nan_to_num(1.0)
-    )  # without a 0, zeros need a scale of (nearly) 0
+        scale = mean if quantization.kind == "binary" else _ternary(size, mean)
+    scale = scale[:, 0] if quantization.group is None else scale
+    if quantization.has_zero:
+        return fill_zero_scales(scale)
+    # Without a 0 among the values, weights of nothing but zeros need a scale of (nearly) 0.
+    return scale.nan_to_num(1.0)
 
 
 def _ternary(size: Tensor, mean: Tensor) -> Tensor:
@@ -193,81 +202,90 @@ def _ternary(size: Tensor, mean: Tensor) -> Tensor:
     return scale
 
 
-def mended(scale: Tensor) -> Tensor:
+def fill_zero_scales(scale: Tensor) -> Tensor:
     """Returns scales without zeros: those of nothing but zeros become the largest of the layer, or 1 if all are 0."""
     top = scale.detach().amax() if scale.numel() else scale.new_ones(())
     return torch.where(scale > 0, scale, torch.where(top > 0, top, torch.ones_like(top)))
 
 
-def even_codebook(weight: Tensor, grid: WeightGrid) -> Tensor:
+def initial_codebook(weight: Tensor, quantization: WeightQuantization) -> Tensor:
     """Returns 2^bits values evenly over the span of the weights, the nearest to 0 replaced by 0: a first codebook."""
     flat = weight.detach().float().reshape(-1)
-    low, high = (
-        (flat.amin().clamp(max=0), flat.amax().clamp(min=0))
-        if flat.numel()
-        else (flat.sum(), flat.sum())
-    )
-    values = low + (high - low) * torch.linspace(0, 1, 2**grid.bits, device=flat.device)
+    if flat.numel():
+        low, high = flat.amin().clamp(max=0), flat.amax().clamp(min=0)
+    else:
+        low = high = flat.new_zeros(())
+    values = low + (high - low) * torch.linspace(0, 1, 2**quantization.bits, device=flat.device)
     values[values.abs().argmin()] = 0
     return values
 
 
-def affine(low: Tensor, high: Tensor, grid: InputGrid) -> tuple[Tensor, Tensor]:
+def calculate_qparams(
+    low: Tensor, high: Tensor, quantization: InputQuantization
+) -> tuple[Tensor, Tensor]:
     """Returns scale and zero point (0-d float32) of an input grid that spans low..high and holds 0 exactly.
 
     A span of zero width gets the scale 1.
 
-    >>> affine(torch.tensor(-1.0), torch.tensor(4.1), InputGrid())
+    >>> calculate_qparams(torch.tensor(-1.0), torch.tensor(4.1), InputQuantization())
     (tensor(0.0200), tensor(50.))
     """
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
-    width = (high - low) / grid.highest
+    width = (high - low) / quantization.highest
     scale = torch.where(width > TINY, width, torch.ones_like(width))
-    return scale, (-low / scale).round().clamp(0, grid.highest)
+    return scale, (-low / scale).round().clamp(0, quantization.highest)
 
 
-def positive(scale: Tensor) -> Tensor:
+def positive_scale(scale: Tensor) -> Tensor:
     """Returns the scale that is used: training may push it through zero, the grid is the same with -scale."""
     return scale.abs().clamp_min(TINY)
 
 
-def through(value: Tensor, x: Tensor) -> Tensor:
+def straight_through(value: Tensor, x: Tensor) -> Tensor:
     """Returns `value` to the bit with the gradient of `x` (straight-through, Bengio et al. 2013, arXiv:1308.3432)."""
     return value.detach() + (x - x.detach())
 
 
-def slowed(x: Tensor, factor: float) -> Tensor:
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """Returns `x` to the bit; its gradient is multiplied by `factor`."""
     return x.detach() + (x - x.detach()) * factor
 
 
-def pace(x: Tensor, levels: int) -> float:
+def gradient_scale(x: Tensor, levels: int) -> float:
     """The gradient scale 1 / sqrt(values * levels) of a learned step size, for the inputs of one example."""
-    return (
-        max(1, math.prod(x.shape[1:])) * levels
-    ) ** -0.5  # not by the batch, whose size may be open in an export
+    # The batch does not count: its size may be open in an export.
+    return (max(1, math.prod(x.shape[1:])) * levels) ** -0.5
 
 
-def rounded(weight: Tensor, at: Tensor, grid: WeightGrid) -> Tensor:
-    """Returns the nearest grid points of `weight` for scales `at` that broadcast, or the ascending codebook `at`.
+def fake_quantize(weight: Tensor, scale: Tensor, quantization: WeightQuantization) -> Tensor:
+    """Returns the nearest grid point of every entry of `weight`.
 
-    >>> rounded(torch.tensor([0.4, -9.0]), torch.tensor(0.5), WeightGrid(bits=3))
+    Args:
+        weight: any shape.
+        scale: broadcasts with `weight`; of a codebook its values, ascending.
+        quantization: which values there are.
+
+    >>> fake_quantize(torch.tensor([0.4, -9.0]), torch.tensor(0.5), WeightQuantization(bits=3))
     tensor([ 0.5000, -1.5000])
     """
-    return value_of(nearest_codes(weight, at, grid), at, grid)
+    return dequantize(quantize(weight, scale, quantization), scale, quantization)
 
 
-def nearest_codes(weight: Tensor, at: Tensor, grid: WeightGrid) -> Tensor:
-    """The codes, as float, of `weight` for the broadcast scale or the ascending codebook `at`."""
-    if grid.kind == "binary":
+def quantize(weight: Tensor, scale: Tensor, quantization: WeightQuantization) -> Tensor:
+    """Returns the codes of `weight`, as float; the arguments are those of `fake_quantize`."""
+    if quantization.kind == "binary":
         return torch.where(weight >= 0, 1.0, -1.0)
-    if grid.kind != "codebook":
-        return (weight / at).round().clamp(grid.lowest, grid.highest)
-    above = torch.searchsorted(at, weight.contiguous()).clamp(1, len(at) - 1)
-    nearer = above - (weight - at[above - 1] < at[above] - weight).long()
-    return nearer.float() + grid.lowest
+    if quantization.kind != "codebook":
+        return (weight / scale).round().clamp(quantization.lowest, quantization.highest)
+    values = scale
+    above = torch.searchsorted(values, weight.contiguous()).clamp(1, len(values) - 1)
+    is_below_nearer = weight - values[above - 1] < values[above] - weight
+    index = above - is_below_nearer.long()
+    return index.float() + quantization.lowest
 
 
-def value_of(codes: Tensor, at: Tensor, grid: WeightGrid) -> Tensor:
-    """Returns the values of `codes`; `at` are the scales, spread over the weights, or the codebook."""
-    return at[(codes - grid.lowest).long()] if grid.kind == "codebook" else codes * at
+def dequantize(codes: Tensor, scale: Tensor, quantization: WeightQuantization) -> Tensor:
+    """Returns the values of `codes`; `scale` is that of `fake_quantize`."""
+    if quantization.kind == "codebook":
+        return scale[(codes - quantization.lowest).long()]
+    return codes * scale

@@ -105,7 +105,7 @@ def _do(
 def _settled(state: State) -> State:
     """Moves weights onto their grids, beside which training left them; which of them are pruned stays known."""
     kept = kept_entries(state.model, state.spec.sparse if state.spec.quantized else ())
-    settle_(state.model)
+    materialize_(state.model)
     noted = note_kept_zeros_(state.model, kept)
     if noted == state.spec.kept_zeros:
         return state

@@ -171,7 +171,7 @@ class L0Stage(TrainSettings, Stage):
         work = GatedTraining(self, state, gates, seed)
         yield from drive(work, folder)
         model = work.fit.result_()
-        gates.settle_(model)
+        gates.materialize_(model)
         facts: dict[str, Any] = {
             "expected_density": float(gates.density().detach()),
             "lambda": work.pull,

@@ -13,14 +13,14 @@ from fedpress.compress import quantize as quantizing
 from fedpress.compress.prune.ignoring import ignored
 from fedpress.core.random import derive
 from fedpress.models import ModelSpec
-from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
+from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import (
     kept_entries,
+    materialize_,
     note_kept_zeros_,
+    qparam_ids,
     quantize_layers_,
     quantized_layers,
-    settle_,
-    step_sizes,
 )
 from fedpress.nn.resize import copied
 from fedpress.stages.base import Stage
@@ -198,7 +198,7 @@ class QuantizeStage(TaughtSettings, Stage):
 
     def _prepare_(
         self, model: nn.Module, state: State
-    ) -> tuple[ModelSpec, dict[str, LayerGrids], dict[str, str]]:
+    ) -> tuple[ModelSpec, dict[str, QuantizationScheme], dict[str, str]]:
         """Folds batch norms; returns the spec with them, the grids of each layer, and what stays float and why."""
         spec, left = state.spec, dict[str, str]()
         shared = {
@@ -233,15 +233,17 @@ class QuantizeStage(TaughtSettings, Stage):
             table |= {n: table[n].model_copy(update={"weights": grid}) for n, grid in own.items()}
         return spec, table, left | floats
 
-    def _grids(self) -> LayerGrids:
+    def _grids(self) -> QuantizationScheme:
         kind: Any = "codebook" if self.weights == "cluster" else self.weights
         own = {} if self.weights in ("ternary", "binary") else {"bits": self.bits}
         how = self.inputs or ("static" if self.weights == "int" and self.bits == 8 else "float")
         inputs = (
-            None if how == "float" else InputGrid(bits=self.input_bits, dynamic=how == "dynamic")
+            None
+            if how == "float"
+            else InputQuantization(bits=self.input_bits, dynamic=how == "dynamic")
         )
-        return LayerGrids(
-            weights=WeightGrid.model_validate({"kind": kind, "group": self.group, **own}),
+        return QuantizationScheme(
+            weights=WeightQuantization.model_validate({"kind": kind, "group": self.group, **own}),
             inputs=inputs,
         )
 
@@ -259,7 +261,7 @@ class QuantizeStage(TaughtSettings, Stage):
         seen = inputs is not None and inputs.calibrated
         return seen or bool(self.mixed) or self._corrects() or self._rounding() == "second-order"
 
-    def _smallest(self, model: nn.Module, table: dict[str, LayerGrids]) -> dict[str, int]:
+    def _smallest(self, model: nn.Module, table: dict[str, QuantizationScheme]) -> dict[str, int]:
         """Returns the fewest bits for each layer, after looking whether they meet the budget."""
         sizes = {
             name: [
@@ -282,18 +284,20 @@ class QuantizeStage(TaughtSettings, Stage):
         ]
 
 
-def _with_bits(table: dict[str, LayerGrids], chosen: dict[str, int]) -> dict[str, LayerGrids]:
+def _with_bits(
+    table: dict[str, QuantizationScheme], chosen: dict[str, int]
+) -> dict[str, QuantizationScheme]:
     return {
         name: grids.model_copy(update={"weights": _whole(chosen[name])})
         for name, grids in table.items()
     }
 
 
-def _whole(bits: int) -> WeightGrid:
-    return WeightGrid.model_validate({"bits": bits})
+def _whole(bits: int) -> WeightQuantization:
+    return WeightQuantization.model_validate({"bits": bits})
 
 
-def _bits(grids: LayerGrids) -> int:
+def _bits(grids: QuantizationScheme) -> int:
     return grids.weights.bits if grids.weights is not None else 32
 
 
@@ -303,9 +307,12 @@ def _stays_float(model: nn.Module) -> tuple[float, list[str]]:
     Scales and codebooks are part of the grids and count on neither side.
     """
     on_grid = {
-        id(getattr(m, key)) for _, m in quantized_layers(model) if m.grids.weights for key in m.keys
+        id(getattr(m, key))
+        for _, m in quantized_layers(model)
+        if m.scheme.weights
+        for key in m.keys
     }
-    steps = step_sizes(model)
+    steps = qparam_ids(model)
     sizes: dict[str, int] = {}
     total = 0
     for name, p in model.named_parameters():
@@ -319,7 +326,9 @@ def _stays_float(model: nn.Module) -> tuple[float, list[str]]:
     return sum(sizes.values()) / max(1, total), order[:3]
 
 
-def _facts(model: nn.Module, table: dict[str, LayerGrids], left: dict[str, str]) -> dict[str, Any]:
+def _facts(
+    model: nn.Module, table: dict[str, QuantizationScheme], left: dict[str, str]
+) -> dict[str, Any]:
     sizes = {n: m.size for n, m in quantized_layers(model) if n in table}
     total = sum(sizes.values())
     share, names = _stays_float(model)

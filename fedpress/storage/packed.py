@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedpress.core.files import replacing, writing
 from fedpress.errors import ModelError, WireError
 from fedpress.models import ModelSpec
-from fedpress.nn.quantized import quantized_layers
+from fedpress.nn.quantized import quantized_layers, quantized_weights
 from fedpress.storage import container
 from fedpress.storage.codes import expand_codes, shrink_codes
 from fedpress.storage.container import damaged
@@ -190,14 +190,10 @@ def _fill_(model: nn.Module, table: Table, blobs: Mapping[str, bytes], place: st
         damaged(place, str(error).removeprefix("message."))
     tensors |= {name: tensors[first] for name, first in table.same.items() if first in tensors}
     model.load_state_dict(tensors, strict=False)  # all names were compared
-    layers = {
-        f"{name}.{key}": (layer, key)
-        for name, layer in quantized_layers(model)
-        for key in layer.keys
-    }
+    weights = quantized_weights(model)
     for name, values in codes.items():
         try:
-            layer, key = layers[name]
+            layer, key = weights[name]
             weight = layer.dequantize(values, key)  # scales and codebooks are in place by now
         except (KeyError, ModelError) as error:
             damaged(place, f"the codes of '{name}': {error}")
@@ -209,18 +205,18 @@ def _codes(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The codes of quantized weights by name, and the layers whose weights they cannot stand for, with the reason."""
     codes, left = {}, {}
     for name, layer in quantized_layers(model):
-        if layer.grids.weights is None:
+        if layer.scheme.weights is None:
             continue
         for key in layer.keys:
             try:
-                found = layer.codes(key)
+                found = layer.quantize(key)
             except ModelError as error:
                 left[name] = str(error)
                 continue
             if _same(layer.dequantize(found, key), getattr(layer, key)):
                 codes[f"{name}.{key}"] = found.cpu()
             else:
-                left[name] = "its weights are not on their grid; settle_ moves them there"
+                left[name] = "its weights are not on their grid; materialize_ moves them there"
     return codes, left
 
 

@@ -18,7 +18,7 @@ def file_bytes(spec: ModelSpec | None, model: nn.Module) -> int:
 
     Commands, reports and measurements all say this one; an exported file has the size of that file.
     """
-    grids = {name: layer.grids for name, layer in quantized_layers(model)}
+    grids = {name: layer.scheme for name, layer in quantized_layers(model)}
     if spec is None or not grids:
         return cost.state_bytes(model)
     # The spec of a module in memory may not know its grids; they are a part of the file.

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from fedpress.errors import ModelError
-from fedpress.nn.quantized import is_step, quantized_layers
+from fedpress.nn.quantized import is_qparam, quantized_layers
 
 SMALL = 4096  # values: tensors up to this size share a blob with others of their kind
 Type = Literal[
@@ -70,7 +70,7 @@ class Table(BaseModel):
         norms = {name for name, module in model.named_modules() if "Norm" in type(module).__name__}
         layers = [*quantized_layers(model)]
         grids = {
-            f"{name}.{key}": layer.grids.weights for name, layer in layers for key in layer.keys
+            f"{name}.{key}": layer.scheme.weights for name, layer in layers for key in layer.keys
         }
         blobs: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {}
         for name, value in tensors.items():
@@ -87,7 +87,7 @@ class Table(BaseModel):
             else:
                 of = (
                     "scales"
-                    if is_step(leaf)
+                    if is_qparam(leaf)
                     else "norm"
                     if owner in norms
                     else "weights"

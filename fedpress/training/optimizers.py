@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedpress.core.parameters import part_of, trainable
 from fedpress.errors import TrainingError
-from fedpress.nn.quantized import step_sizes
+from fedpress.nn.quantized import qparam_ids
 from fedpress.training.checks import NOTHING_TO_TRAIN
 from fedpress.training.settings import TrainSettings
 

@@ -11,20 +11,20 @@ from fedpress import deploy
 from fedpress.compress.quantize import quantizable, quantize_
 from fedpress.deploy import FORMATS, Job, quantized_program
 from fedpress.models import ModelSpec
-from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
+from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import quantized_layers
 from fedpress.storage.packed import decode, encode
 
 SHAPE = (3, 8, 8)
 GRIDS = {
-    "int8": WeightGrid(),
-    "int4": WeightGrid(bits=4),
-    "int2": WeightGrid(bits=2),
-    "groups": WeightGrid(bits=4, group=9),
-    "ternary": WeightGrid(kind="ternary"),
-    "binary": WeightGrid(kind="binary"),
-    "codebook": WeightGrid(kind="codebook", bits=3),
-    "whole codebook": WeightGrid(kind="codebook", bits=3, centroid_bits=8),
+    "int8": WeightQuantization(),
+    "int4": WeightQuantization(bits=4),
+    "int2": WeightQuantization(bits=2),
+    "groups": WeightQuantization(bits=4, group=9),
+    "ternary": WeightQuantization(kind="ternary"),
+    "binary": WeightQuantization(kind="binary"),
+    "codebook": WeightQuantization(kind="codebook", bits=3),
+    "whole codebook": WeightQuantization(kind="codebook", bits=3, centroid_bits=8),
 }
 KINDS = ("zero", "constant", "1e-5", "1e-12", "1e-30", "1e-40", "one weight", "plain")
 FILES = [pytest.param(name, marks=() if name == "onnx" else pytest.mark.deploy) for name in FORMATS]
@@ -72,13 +72,16 @@ def x() -> torch.Tensor:
 
 
 def on_grids(
-    model: nn.Module, weights: WeightGrid | None, inputs: InputGrid | None, x: torch.Tensor
+    model: nn.Module,
+    weights: WeightQuantization | None,
+    inputs: InputQuantization | None,
+    x: torch.Tensor,
 ) -> nn.Module:
     """Returns a copy on grids; without any, the model itself: the export rounds it."""
     if weights is None:
         return model
     made = copy.deepcopy(model)
-    table, _ = quantizable(made, LayerGrids(weights=weights, inputs=inputs))
+    table, _ = quantizable(made, QuantizationScheme(weights=weights, inputs=inputs))
     quantize_(made, table, [x], correct_bias=False)
     return made
 
@@ -90,7 +93,7 @@ def farthest(got: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize("dead_layer", [False, True], ids=["channels", "a whole layer"])
 @pytest.mark.parametrize("grid", [None, *GRIDS], ids=str)
 def test_the_rounded_graph_computes_what_the_network_does(grid, dead_layer, x):
-    model = on_grids(network(dead_layer=dead_layer), grid and GRIDS[grid], InputGrid(), x)
+    model = on_grids(network(dead_layer=dead_layer), grid and GRIDS[grid], InputQuantization(), x)
     wanted = deploy.logits(model, x)
     assert wanted.isfinite().all()
     made = quantized_program(model, SHAPE, [x], float_output=True)
@@ -106,7 +109,7 @@ def test_the_rounded_graph_computes_what_the_network_does(grid, dead_layer, x):
 def test_an_integer_file_computes_what_the_network_does(format, grid, x, tmp_path):
     if FORMATS[format].missing():
         pytest.skip(f"{format} is not installed")
-    model = on_grids(network(), grid and GRIDS[grid], InputGrid(), x)
+    model = on_grids(network(), grid and GRIDS[grid], InputQuantization(), x)
     made = deploy.export(
         model, tmp_path / f"m{FORMATS[format].suffix}", format, Job(SHAPE, batches=(x,))
     )
@@ -119,7 +122,7 @@ def test_an_integer_file_computes_what_the_network_does(format, grid, x, tmp_pat
 def test_a_file_of_a_whole_layer_of_zeros_gives_the_biases(format, grid, x, tmp_path):
     if FORMATS[format].missing():
         pytest.skip(f"{format} is not installed")
-    model = on_grids(network(dead_layer=True), GRIDS[grid], InputGrid(), x)
+    model = on_grids(network(dead_layer=True), GRIDS[grid], InputQuantization(), x)
     made = deploy.export(
         model, tmp_path / f"m{FORMATS[format].suffix}", format, Job(SHAPE, batches=(x,))
     )
@@ -131,7 +134,7 @@ def test_a_layer_that_sees_only_zeros_gives_its_bias(grid, x, tmp_path):
     model = network(dead_layer=True)
     nn.init.constant_(model[2].bias, -0.5)  # behind the ReLU all is 0
     model[5].weight.data.mul_(20)
-    model = on_grids(model, grid and GRIDS[grid], InputGrid(), x)
+    model = on_grids(model, grid and GRIDS[grid], InputQuantization(), x)
     made = deploy.export(model, tmp_path / "m.onnx", "onnx", Job(SHAPE, batches=(x,)))
     assert farthest(deploy.file_logits(made.path, x), deploy.logits(model, x)) < 0.003
 
@@ -168,8 +171,8 @@ def test_a_packed_file_gives_back_the_weights_to_the_bit(grid):
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
     for layer in layers:
         spoil_(layer.weight, layer.bias)
-    model = on_grids(model, GRIDS[grid], InputGrid(), torch.randn(64, 27))
-    table = {name: layer.grids for name, layer in quantized_layers(model)}
+    model = on_grids(model, GRIDS[grid], InputQuantization(), torch.randn(64, 27))
+    table = {name: layer.scheme for name, layer in quantized_layers(model)}
     data, _ = encode(spec.model_copy(update={"quantized": table}), model)
     _, again = decode(data, "the file")
     for name, value in model.state_dict().items():

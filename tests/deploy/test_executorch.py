@@ -9,7 +9,7 @@ from torch import nn
 from fedpress.core.examples import Preprocess
 from fedpress.deploy import ROUNDING, Job, export, open_file, parity
 from fedpress.errors import ExportError
-from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
+from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import quantize_layers_
 from tests.deploy.test_qdq import SHAPE, Residual, trained
 
@@ -74,8 +74,8 @@ def test_an_integer_program_gives_the_logits_of_the_rounded_graph_and_runs_on_xn
 def test_layers_of_fewer_bits_keep_their_values_on_integers_and_say_so_in_float(tmp_path, x):
     model = trained(Residual())
     grids = {
-        "conv": LayerGrids(weights=WeightGrid(kind="int", bits=4)),
-        "head": LayerGrids(weights=WeightGrid(kind="int", bits=4, group=4)),
+        "conv": QuantizationScheme(weights=WeightQuantization(kind="int", bits=4)),
+        "head": QuantizationScheme(weights=WeightQuantization(kind="int", bits=4, group=4)),
     }
     quantize_layers_(model, grids)
     made = export(model, tmp_path / "q.pte", "executorch", Job(SHAPE, batches=(x,)))

@@ -14,7 +14,7 @@ from fedpress.compress.quantize import quantizable, quantize_
 from fedpress.deploy import Job, export_onnx, measure, open_file, parity
 from fedpress.deploy.examples import flatten, together
 from fedpress.errors import ExportError
-from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
+from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
 
 onnx = pytest.importorskip("onnx")
 
@@ -203,7 +203,9 @@ def test_the_batch_of_a_spread_class_token_is_free(tmp_path, how):
 def test_the_batch_of_a_class_token_is_free_on_integers(tmp_path):
     torch.manual_seed(0)
     model, x = ClassToken().eval(), torch.randn(32, 3, 8, 8)
-    table, _ = quantizable(model, LayerGrids(weights=WeightGrid(), inputs=InputGrid()))
+    table, _ = quantizable(
+        model, QuantizationScheme(weights=WeightQuantization(), inputs=InputQuantization())
+    )
     quantize_(model, table, [x])
     made = export_onnx(model, tmp_path / "m.onnx", Job((3, 8, 8), batches=(x,)))
     for rows in (1, 2, 9):

@@ -8,7 +8,7 @@ from torch import nn
 
 from fedpress.deploy import ROUNDING, Job, export, open_file, parity
 from fedpress.errors import ExportError
-from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
+from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import quantize_layers_
 from tests.deploy.test_qdq import SHAPE, Residual, trained
 
@@ -66,7 +66,7 @@ def test_weights_of_four_bits_take_four_and_keep_their_values(tmp_path, x, integ
         quantize_layers_(
             model,
             {
-                n: LayerGrids(weights=WeightGrid(kind="int", bits=bits))
+                n: QuantizationScheme(weights=WeightQuantization(kind="int", bits=bits))
                 for n in ("stem", "conv", "head")
             },
         )
@@ -87,14 +87,18 @@ def test_weights_of_four_bits_take_four_and_keep_their_values(tmp_path, x, integ
 def test_an_odd_number_of_weights_of_four_bits_is_kept(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(9, 3))
-    quantize_layers_(model, {"1": LayerGrids(weights=WeightGrid(kind="ternary", bits=2))})
+    quantize_layers_(
+        model, {"1": QuantizationScheme(weights=WeightQuantization(kind="ternary", bits=2))}
+    )
     made = export(model, tmp_path / "m.tflite", "litert", Job((1, 3, 3)))
     assert parity(model, made.path, torch.randn(8, 1, 3, 3)).max_abs_error < 1e-5
 
 
 def test_groups_of_scales_are_told(tmp_path, x):
     model = trained(Residual())
-    quantize_layers_(model, {"head": LayerGrids(weights=WeightGrid(kind="int", bits=4, group=4))})
+    quantize_layers_(
+        model, {"head": QuantizationScheme(weights=WeightQuantization(kind="int", bits=4, group=4))}
+    )
     made = export(model, tmp_path / "m.tflite", "litert", Job(SHAPE, batches=(x,)))
     assert list(made.left) == ["head", "FULLY_CONNECTED"]
     parity(made.program, made.path, x, tolerance=ROUNDING)
@@ -123,7 +127,9 @@ def test_equal_weights_and_a_layer_used_twice_keep_their_values(tmp_path, x):
     made = export(model, tmp_path / "q.tflite", "litert", Job(SHAPE, batches=(x,)))
     parity(made.program, made.path, x, tolerance=ROUNDING)
     for name in ("0", "4"):
-        quantize_layers_(model, {name: LayerGrids(weights=WeightGrid(kind="int", bits=4))})
+        quantize_layers_(
+            model, {name: QuantizationScheme(weights=WeightQuantization(kind="int", bits=4))}
+        )
     model[2] = model[0]
     for batches in ((), (x,)):
         made = export(model, tmp_path / "m.tflite", "litert", Job(SHAPE, batches=batches))

@@ -8,7 +8,7 @@ from torch import nn
 
 from fedpress import deploy
 from fedpress.compress.quantize import quantizable, quantize_
-from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
+from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
 
 
 class Last(nn.Module):
@@ -80,9 +80,11 @@ NETS = {
     "words": (Words, (6,)),
 }
 GRIDS = {
-    "int8": LayerGrids(weights=WeightGrid()),
-    "ternary": LayerGrids(weights=WeightGrid(kind="ternary")),
-    "one bit": LayerGrids(weights=WeightGrid(kind="binary"), inputs=InputGrid(bits=1)),
+    "int8": QuantizationScheme(weights=WeightQuantization()),
+    "ternary": QuantizationScheme(weights=WeightQuantization(kind="ternary")),
+    "one bit": QuantizationScheme(
+        weights=WeightQuantization(kind="binary"), inputs=InputQuantization(bits=1)
+    ),
 }
 
 
@@ -122,9 +124,9 @@ def test_the_weights_lie_in_the_file_as_whole_numbers(net, tmp_path):
 
 
 UNLIKE = {
-    "int8": WeightGrid(),
-    "groups": WeightGrid(bits=4, group=8),
-    "codebook": WeightGrid(kind="codebook", bits=3),
+    "int8": WeightQuantization(),
+    "groups": WeightQuantization(bits=4, group=8),
+    "codebook": WeightQuantization(kind="codebook", bits=3),
     "float": None,
 }
 
@@ -142,7 +144,7 @@ def test_a_file_with_rounded_inputs_holds_the_weights_of_the_network(weights, tm
         for rows in (model[0].weight, up.weight.transpose(0, 1), model[5].weight):
             rows[0] *= 50
     x = torch.randn(32, 3, 5, 5)
-    table, _ = quantizable(model, LayerGrids(weights=weights, inputs=InputGrid()))
+    table, _ = quantizable(model, QuantizationScheme(weights=weights, inputs=InputQuantization()))
     quantize_(model, table, [x])
     with torch.no_grad():
         wanted = model(x)
@@ -154,7 +156,9 @@ def test_a_file_with_rounded_inputs_holds_the_weights_of_the_network(weights, tm
 def test_inputs_rounded_by_each_batch_are_exported(tmp_path):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.randn(16, 6)
-    grids = LayerGrids(weights=WeightGrid(bits=4), inputs=InputGrid(dynamic=True))
+    grids = QuantizationScheme(
+        weights=WeightQuantization(bits=4), inputs=InputQuantization(dynamic=True)
+    )
     quantize_(model, quantizable(model, grids)[0], [x])
     with torch.no_grad():
         wanted = model(x)

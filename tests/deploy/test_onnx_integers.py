@@ -13,7 +13,7 @@ from fedpress.deploy import ROUNDING, Job, export_onnx, file_logits, logits, par
 from fedpress.deploy.onnx import MAX_IR_VERSION, WIDE
 from fedpress.deploy.onnx_integers import packed
 from fedpress.models.resnet import ResNet
-from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
+from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import quantize_layers_
 
 onnx = pytest.importorskip("onnx")
@@ -91,10 +91,10 @@ def test_seven_bits_need_no_exact_mode(model, x, tmp_path):
 @pytest.mark.parametrize(
     ("grid", "bits"),
     [
-        (WeightGrid(kind="int", bits=4), 4),
-        (WeightGrid(kind="int", bits=4, group=16), 4),
-        (WeightGrid(kind="ternary"), 2),
-        (WeightGrid(kind="binary"), 2),
+        (WeightQuantization(kind="int", bits=4), 4),
+        (WeightQuantization(kind="int", bits=4, group=16), 4),
+        (WeightQuantization(kind="ternary"), 2),
+        (WeightQuantization(kind="binary"), 2),
     ],
     ids=["int4", "groups", "ternary", "binary"],
 )
@@ -103,7 +103,9 @@ def test_weights_of_few_bits_make_the_file_small_and_compute_the_same(grid, bits
     model = nn.Sequential(
         nn.Conv2d(3, 32, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(1152, 24), nn.ReLU()
     )
-    quantize_layers_(model, {"0": LayerGrids(weights=grid), "3": LayerGrids(weights=grid)})
+    quantize_layers_(
+        model, {"0": QuantizationScheme(weights=grid), "3": QuantizationScheme(weights=grid)}
+    )
     made = export_onnx(model, tmp_path / "float.onnx", Job(SHAPE))
     weights = 32 * 27 + 1152 * 24
     scales = 4 * weights / grid.group if grid.group else 4 * 56
@@ -118,7 +120,7 @@ def test_four_bit_weights_run_on_integer_kernels(x, tmp_path):
     model = nn.Sequential(
         nn.Conv2d(3, 32, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(1152, 24)
     )
-    grid = LayerGrids(weights=WeightGrid(kind="int", bits=4))
+    grid = QuantizationScheme(weights=WeightQuantization(kind="int", bits=4))
     quantize_layers_(model, {"0": grid, "3": grid})
     made = export_onnx(model, tmp_path / "m.onnx", Job(SHAPE, batches=(x,)))
     options = ort.SessionOptions()

@@ -6,7 +6,7 @@ from torch import nn
 
 from fedpress.deploy import ROUNDING, Job, export, file_bytes, open_file, parity
 from fedpress.errors import ExportError
-from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
+from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import quantize_layers_
 from tests.deploy.test_qdq import SHAPE, Residual, trained
 
@@ -53,7 +53,11 @@ def test_no_weights_of_eight_bits_overflow(tmp_path):
     assert made.left == {}
     parity(made.program, made.path, x, tolerance=0.01)
     quantize_layers_(
-        model, {name: LayerGrids(weights=WeightGrid(kind="int", bits=8)) for name in ("1", "3")}
+        model,
+        {
+            name: QuantizationScheme(weights=WeightQuantization(kind="int", bits=8))
+            for name in ("1", "3")
+        },
     )
     made = export(model, tmp_path / "8.xml", "openvino", Job(SHAPE, batches=(x,)))
     assert list(made.left) == ["weights of 8 bits"]
@@ -63,7 +67,7 @@ def test_no_weights_of_eight_bits_overflow(tmp_path):
 def test_weights_of_four_bits_take_four(tmp_path, x):
     model, sizes = trained(Residual(64)), []
     for bits in (8, 4):
-        grid = LayerGrids(weights=WeightGrid(kind="int", bits=bits))
+        grid = QuantizationScheme(weights=WeightQuantization(kind="int", bits=bits))
         quantize_layers_(model, dict.fromkeys(("stem", "conv", "head"), grid))
         made = export(model, tmp_path / f"{bits}.xml", "openvino", Job(SHAPE))
         assert parity(model, made.path, x).max_abs_error < 1e-4

@@ -83,12 +83,12 @@ def test_the_options_reach_the_session_and_stand_beside_latency_and_parity(
 
 
 def test_a_float_file_with_small_weights_is_compared_like_a_float_file(tmp_path):
-    from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
+    from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
     from fedpress.nn.quantized import quantize_layers_
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3)).eval()
-    quantize_layers_(model, {"0": LayerGrids(weights=WeightGrid(bits=4))})
+    quantize_layers_(model, {"0": QuantizationScheme(weights=WeightQuantization(bits=4))})
     made = deploy.export(model, tmp_path / "m.onnx", "onnx", Job((64,)))
     assert made.tolerance == deploy.TOLERANCE
     made = deploy.export(

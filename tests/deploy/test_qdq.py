@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from fedpress.compress.quantize import quantizable, quantize_
 from fedpress.deploy import logits, quantized_program
 from fedpress.errors import ExportError
-from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
-from fedpress.nn.quantized import quantize_layers_, settle_
+from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
+from fedpress.nn.quantized import materialize_, quantize_layers_
 
 SHAPE = (3, 8, 8)
 OPS = torch.ops.quantized_decomposed
@@ -95,16 +95,18 @@ def test_max_pooling_keeps_the_grid_of_its_input(x):
 
 def test_codes_scales_and_input_grids_of_a_quantized_model_go_in_unchanged(x):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
-    four = LayerGrids(weights=WeightGrid(kind="int", bits=4), inputs=InputGrid(bits=8))
+    four = QuantizationScheme(
+        weights=WeightQuantization(kind="int", bits=4), inputs=InputQuantization(bits=8)
+    )
     quantize_layers_(model, {"0": four, "3": four})
     model[0].input_scale.data.fill_(0.03)
     model[0].input_zero_point.fill_(120)
     model[3].input_scale.data.fill_(0.02)
-    settle_(model)
+    materialize_(model)
     made = quantized_program(model, SHAPE, [x], float_output=True)
     for name in ("0", "3"):
         layer = model.get_submodule(name)
-        assert torch.equal(made.program.state_dict[f"{name}.weight_codes"], layer.codes())
+        assert torch.equal(made.program.state_dict[f"{name}.weight_codes"], layer.quantize())
         assert torch.equal(
             made.program.state_dict[f"{name}.weight_scales"], layer.weight_scale.detach()
         )
@@ -118,7 +120,10 @@ def test_codes_scales_and_input_grids_of_a_quantized_model_go_in_unchanged(x):
 @pytest.mark.parametrize("group", [None, 9, 10])
 def test_without_batches_small_weights_stay_small_and_nothing_else_is_rounded(x, group):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5))
-    quantize_layers_(model, {"0": LayerGrids(weights=WeightGrid(kind="int", bits=4, group=group))})
+    quantize_layers_(
+        model,
+        {"0": QuantizationScheme(weights=WeightQuantization(kind="int", bits=4, group=group))},
+    )
     made = quantized_program(model, SHAPE)
     assert made.program.state_dict["0.weight_codes"].dtype is torch.int8
     assert not calls(made.program, OPS.quantize_per_tensor.default)
@@ -127,7 +132,9 @@ def test_without_batches_small_weights_stay_small_and_nothing_else_is_rounded(x,
 
 def test_a_batch_norm_after_quantized_weights_moves_into_their_scales(x):
     model = trained(Residual())
-    quantize_layers_(model, {"stem": LayerGrids(weights=WeightGrid(kind="ternary"))})
+    quantize_layers_(
+        model, {"stem": QuantizationScheme(weights=WeightQuantization(kind="ternary"))}
+    )
     made = quantized_program(model, SHAPE)
     assert made.program.state_dict["stem.weight_codes"].unique().tolist() == [-1, 0, 1]
     assert (logits(made.program, x) - logits(model, x)).abs().max() < 1e-4
@@ -143,7 +150,13 @@ def test_two_readers_with_different_grids_each_get_their_own(x):
             return (self.a(x) + self.b(x)).mean((2, 3))
 
     model = Fork()
-    quantize_layers_(model, {n: LayerGrids(weights=WeightGrid(), inputs=InputGrid()) for n in "ab"})
+    quantize_layers_(
+        model,
+        {
+            n: QuantizationScheme(weights=WeightQuantization(), inputs=InputQuantization())
+            for n in "ab"
+        },
+    )
     for layer, scale in ((model.a, 0.03), (model.b, 0.05)):
         layer.input_scale.data.fill_(scale)
         layer.input_zero_point.fill_(100)
@@ -163,7 +176,9 @@ def test_what_stays_float_is_listed_with_the_reason(x):
             return self.head(self.norm(self.inner(x.mean((1, 2)))))
 
     model = Soft()
-    quantize_layers_(model, {"inner": LayerGrids(weights=WeightGrid(kind="codebook"))})
+    quantize_layers_(
+        model, {"inner": QuantizationScheme(weights=WeightQuantization(kind="codebook"))}
+    )
     made = quantized_program(model, SHAPE, [x])
     assert "codebook" in made.left["inner"]
     assert "layer_norm" in made.left["norm"]
@@ -255,7 +270,9 @@ def test_the_file_of_a_transformer_is_as_near_as_its_simulation(x):
         12.0  # a channel far out, as the residual streams of transformers have
     )
     exact = logits(model, x)
-    table, _ = quantizable(model, LayerGrids(weights=WeightGrid(), inputs=InputGrid()))
+    table, _ = quantizable(
+        model, QuantizationScheme(weights=WeightQuantization(), inputs=InputQuantization())
+    )
     quantize_(model, table, [x])
     simulated = logits(model, x)
     made = quantized_program(model, SHAPE, [x], float_output=True)
@@ -287,9 +304,14 @@ def test_a_residual_stream_that_convolutions_read_stays_on_integers(x):
 def test_only_what_rounds_values_counts_as_rounded(x):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5)).eval()
     assert quantized_program(model, SHAPE, [x]).rounds
-    quantize_layers_(model, {"2": LayerGrids(weights=WeightGrid(bits=4))})
+    quantize_layers_(model, {"2": QuantizationScheme(weights=WeightQuantization(bits=4))})
     assert not quantized_program(model, SHAPE).rounds
     quantize_layers_(
-        model, {"2": LayerGrids(weights=WeightGrid(bits=4), inputs=InputGrid(dynamic=True))}
+        model,
+        {
+            "2": QuantizationScheme(
+                weights=WeightQuantization(bits=4), inputs=InputQuantization(dynamic=True)
+            )
+        },
     )
     assert quantized_program(model, SHAPE).rounds

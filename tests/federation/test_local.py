@@ -349,7 +349,7 @@ def test_a_rehearsal_sees_a_network_that_only_noise_would_move():
 def test_step_sizes_of_quantized_layers_get_no_weight_decay():
     model = mlp()
     name = next(n for n, m in model.named_modules() if isinstance(m, nn.Linear))
-    quantize_layers_(model, {name: LayerGrids(weights=WeightGrid(bits=4, group=2))})
+    quantize_layers_(model, {name: QuantizationScheme(weights=WeightQuantization(bits=4, group=2))})
     twin = copy.deepcopy(model)
     work = task(epochs=1, batch_size=10, lr=0.1, weight_decay=0.5)
     train(model, work)

@@ -13,8 +13,8 @@ from fedpress.models import (
     save_model,
     shapes_that_differ,
 )
-from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
-from fedpress.nn.quantized import quantize_layers_, quantized_layers, settle_
+from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
+from fedpress.nn.quantized import materialize_, quantize_layers_, quantized_layers
 
 SMALL = {"width": 8, "num_classes": 3}
 SPECS = [
@@ -301,11 +301,15 @@ def on_grids():
     """A spec with folded batch norms, layers on grids of every kind, and a cut, and its model."""
     dense = ModelSpec(architecture="resnet-small", arguments=SMALL, input_shape=(3, 8, 8))
     grids = [
-        LayerGrids(weights=WeightGrid(bits=4), inputs=InputGrid()),
-        LayerGrids(weights=WeightGrid(bits=3, group=10)),
-        LayerGrids(weights=WeightGrid(kind="ternary"), inputs=InputGrid(dynamic=True)),
-        LayerGrids(weights=WeightGrid(kind="binary"), inputs=InputGrid(bits=1)),
-        LayerGrids(weights=WeightGrid(kind="codebook", centroid_bits=8)),
+        QuantizationScheme(weights=WeightQuantization(bits=4), inputs=InputQuantization()),
+        QuantizationScheme(weights=WeightQuantization(bits=3, group=10)),
+        QuantizationScheme(
+            weights=WeightQuantization(kind="ternary"), inputs=InputQuantization(dynamic=True)
+        ),
+        QuantizationScheme(
+            weights=WeightQuantization(kind="binary"), inputs=InputQuantization(bits=1)
+        ),
+        QuantizationScheme(weights=WeightQuantization(kind="codebook", centroid_bits=8)),
     ]
     spec = dense.model_copy(
         update={
@@ -332,7 +336,7 @@ def on_grids():
         if isinstance(getattr(layer, "weight", None), nn.Parameter):
             nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(0))
     quantize_layers_(model, spec.quantized)
-    return spec, settle_(model).eval()
+    return spec, materialize_(model).eval()
 
 
 def test_a_folded_and_quantized_network_comes_back_to_the_same_bits(tmp_path):
@@ -344,7 +348,7 @@ def test_a_folded_and_quantized_network_comes_back_to_the_same_bits(tmp_path):
     assert torch.equal(again.eval()(x), model(x))
     assert isinstance(again.norm, nn.Identity)
     assert again.stages[1][0].conv1.bias.shape == (9,)
-    assert {n: m.grids for n, m in quantized_layers(again)} == spec.quantized
+    assert {n: m.scheme for n, m in quantized_layers(again)} == spec.quantized
 
 
 @pytest.mark.parametrize(
@@ -352,11 +356,19 @@ def test_a_folded_and_quantized_network_comes_back_to_the_same_bits(tmp_path):
     [
         ({"folded": {"norm": "head.2"}}, "spec.folded: the model lacks 'norm' or 'head.2'"),
         ({"folded": {"head": "stem"}}, "spec.folded: 'head' cannot be folded into 'stem'"),
-        ({"quantized": {"hed": LayerGrids()}}, "spec.quantized: the model has no layer 'hed'"),
-        ({"quantized": {"norm": LayerGrids()}}, "spec.quantized: 'norm' cannot be quantized"),
+        (
+            {"quantized": {"hed": QuantizationScheme()}},
+            "spec.quantized: the model has no layer 'hed'",
+        ),
+        (
+            {"quantized": {"norm": QuantizationScheme()}},
+            "spec.quantized: 'norm' cannot be quantized",
+        ),
         (
             {
-                "quantized": {"head": LayerGrids(weights=WeightGrid(kind="binary"))},
+                "quantized": {
+                    "head": QuantizationScheme(weights=WeightQuantization(kind="binary"))
+                },
                 "sparse": ("head.weight",),
             },
             "'head.weight' is sparse, but a binary grid has no zero to keep",
@@ -373,7 +385,10 @@ def test_scales_of_another_grid_do_not_fit(tmp_path):
     spec, model = on_grids()
     save_model(tmp_path, spec, model)
     other = spec.model_copy(
-        update={"quantized": spec.quantized | {"stem": LayerGrids(weights=WeightGrid(group=2))}}
+        update={
+            "quantized": spec.quantized
+            | {"stem": QuantizationScheme(weights=WeightQuantization(group=2))}
+        }
     )
     (tmp_path / "spec.json").write_text(other.model_dump_json())
     with pytest.raises(ModelError, match=r"does not fit spec.json"):
@@ -589,7 +604,9 @@ def test_a_file_from_before_one_bit_had_a_middle_opens_with_the_sign_alone(tmp_p
         "input_shape": [3],
     }
     spec = ModelSpec.of_file(json.dumps({**old, "quantized": grids}))
-    assert spec.quantized["0"].inputs == InputGrid(bits=1, middle=False)
-    new = spec.model_copy(update={"quantized": {"0": LayerGrids(inputs=InputGrid(bits=1))}})
+    assert spec.quantized["0"].inputs == InputQuantization(bits=1, middle=False)
+    new = spec.model_copy(
+        update={"quantized": {"0": QuantizationScheme(inputs=InputQuantization(bits=1))}}
+    )
     for text in (new.model_dump_json(), new.model_dump_json(exclude_defaults=True)):
         assert ModelSpec.of_file(text).quantized["0"].inputs.middle

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from fedpress.errors import ModelError
 from fedpress.models import ModelSpec, load_model, save_model
-from fedpress.nn.masked import take_in_
+from fedpress.nn.masked import absorb_masks_
 
 X = torch.linspace(-1, 1, 12).view(2, 6)
 
@@ -46,7 +46,7 @@ def test_masks_of_torch_prune_become_zeros():
     with torch.no_grad():
         wanted = model(X)
     zeros = {"0.weight": model[0].weight == 0, "2.weight": model[2].weight == 0}
-    names = take_in_(model)
+    names = absorb_masks_(model)
     assert set(names) == {"0.weight", "2.weight", "2.bias"}
     assert plain(model)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_global_pruning_and_other_parameter_names_are_taken_in():
         [(model[0], "kernel"), (model[1], "weight_hh_l0")], prune.RandomUnstructured, amount=0.5
     )
     kernel = model[0].kernel.detach().clone()
-    assert set(take_in_(model)) == {"0.kernel", "1.weight_hh_l0"}
+    assert set(absorb_masks_(model)) == {"0.kernel", "1.weight_hh_l0"}
     assert plain(model)
     assert torch.equal(model[0].kernel, kernel)
     model(X[:, None])
@@ -87,7 +87,7 @@ def test_masks_that_are_parametrizations_become_zeros():
     parametrize.register_parametrization(model[0], "weight", Masked(mask))
     parametrize.register_parametrization(model[0], "weight", Masked(mask.T.contiguous()))
     wanted = model(X).detach()
-    assert take_in_(model) == ("0.weight",)
+    assert absorb_masks_(model) == ("0.weight",)
     assert plain(model)
     assert torch.equal(model(X).detach(), wanted)
     assert torch.equal(model[0].weight != 0, (mask * mask.T).bool())
@@ -100,7 +100,7 @@ def test_a_shared_weight_with_one_mask_stays_shared():
     for layer in (model[0], model[2]):
         prune.custom_from_mask(layer, "weight", mask)
     wanted = model(X).detach()
-    assert take_in_(model) == ("0.weight",)
+    assert absorb_masks_(model) == ("0.weight",)
     assert model[0].weight is model[2].weight
     assert torch.equal(model(X).detach(), wanted)
 
@@ -114,24 +114,24 @@ def test_a_shared_weight_with_two_masks_is_refused(second):
         prune.random_unstructured(model[2], "weight", 0.5)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ModelError, match=r"'\d\.weight' is masked"):
-        take_in_(model)
+        absorb_masks_(model)
     assert before.keys() == model.state_dict().keys()
 
 
 def test_other_computed_weights_stay_and_mixtures_are_refused():
     model = network()
     parametrizations.weight_norm(model[0])
-    assert take_in_(model) == ()
+    assert absorb_masks_(model) == ()
     assert parametrize.is_parametrized(model[0])
     parametrize.register_parametrization(model[0], "weight", Masked(torch.ones(6, 6)))
     with pytest.raises(ModelError, match="computed otherwise"):
-        take_in_(model)
+        absorb_masks_(model)
 
 
 def test_a_plain_model_is_left_as_it_is():
     model = network()
     before = list(model.parameters())
-    assert take_in_(model) == ()
+    assert absorb_masks_(model) == ()
     assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
 
 

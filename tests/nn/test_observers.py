@@ -4,9 +4,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedpress.nn.observers import BINS, OBSERVERS, Histogram
-from fedpress.nn.quant_scheme import InputGrid, affine
+from fedpress.nn.quant_scheme import InputQuantization, calculate_qparams
 
-BYTE = InputGrid()
+BYTE = InputQuantization()
 
 
 def seen(x):
@@ -16,7 +16,7 @@ def seen(x):
 
 
 def error(x, low, high, grid):
-    scale, zero = affine(torch.tensor(low), torch.tensor(high), grid)
+    scale, zero = calculate_qparams(torch.tensor(low), torch.tensor(high), grid)
     return float(
         (((x / scale).round().clamp(-zero, grid.highest - zero)) * scale - x).square().mean()
     )
@@ -53,7 +53,7 @@ def test_percentiles_cut_outliers_off():
     assert high == pytest.approx(1, abs=0.05)
 
 
-@pytest.mark.parametrize("grid", [InputGrid(bits=2), InputGrid(bits=4), BYTE])
+@pytest.mark.parametrize("grid", [InputQuantization(bits=2), InputQuantization(bits=4), BYTE])
 @pytest.mark.parametrize("kind", ["normal", "relu", "heavy"])
 def test_least_squares_ranges_are_the_best_of_a_search(grid, kind):
     x = torch.randn(20_000, generator=torch.Generator().manual_seed(1))
@@ -70,14 +70,14 @@ def test_entropy_gives_up_outliers_where_bits_are_few_and_keeps_a_plain_range():
     chance = torch.Generator().manual_seed(2)
     relu = torch.randn(50_000, generator=chance).abs()
     outliers = torch.cat([relu, torch.full((20,), 60.0)])
-    low, high = OBSERVERS["entropy"](seen(outliers), InputGrid(bits=4))
+    low, high = OBSERVERS["entropy"](seen(outliers), InputQuantization(bits=4))
     assert low == pytest.approx(0, abs=1e-3)
     assert 2 < high < 20
     even = torch.rand(50_000, generator=chance)
     assert OBSERVERS["entropy"](seen(even), BYTE)[1] > 0.9
 
 
-@pytest.mark.parametrize("grid", [InputGrid(bits=4), BYTE])
+@pytest.mark.parametrize("grid", [InputQuantization(bits=4), BYTE])
 def test_the_many_zeros_of_a_relu_do_not_move_the_range(grid):
     chance = torch.Generator().manual_seed(3)
     x = torch.randn(50_000, generator=chance).abs()

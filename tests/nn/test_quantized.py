@@ -10,14 +10,15 @@ from torch import nn
 from torch.nn.utils import prune
 
 from fedpress.errors import ModelError
-from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid, affine
-from fedpress.nn.quantized import (
-    QuantConv2d,
-    fold_layers_,
-    quantize_layers_,
-    quantized_layers,
-    settle_,
+from fedpress.nn.folded import apply_folds_
+from fedpress.nn.quant_scheme import (
+    InputQuantization,
+    QuantizationScheme,
+    WeightQuantization,
+    calculate_qparams,
 )
+from fedpress.nn.quantized import materialize_, quantize_layers_, quantized_layers
+from fedpress.nn.quantized.layers import QuantConv2d
 
 
 class Same(nn.Conv2d):
@@ -36,27 +37,27 @@ class Same(nn.Conv2d):
 
 
 GRIDS = [
-    WeightGrid(),
-    WeightGrid(bits=4),
-    WeightGrid(bits=2),
-    WeightGrid(bits=4, group=4),
-    WeightGrid(bits=3, group=1000),
-    WeightGrid(kind="ternary"),
-    WeightGrid(kind="ternary", group=5),
-    WeightGrid(kind="binary"),
-    WeightGrid(kind="binary", group=7),
-    WeightGrid(kind="codebook", bits=1),
-    WeightGrid(kind="codebook"),
-    WeightGrid(kind="codebook", bits=8),
-    WeightGrid(kind="codebook", bits=3, centroid_bits=8),
+    WeightQuantization(),
+    WeightQuantization(bits=4),
+    WeightQuantization(bits=2),
+    WeightQuantization(bits=4, group=4),
+    WeightQuantization(bits=3, group=1000),
+    WeightQuantization(kind="ternary"),
+    WeightQuantization(kind="ternary", group=5),
+    WeightQuantization(kind="binary"),
+    WeightQuantization(kind="binary", group=7),
+    WeightQuantization(kind="codebook", bits=1),
+    WeightQuantization(kind="codebook"),
+    WeightQuantization(kind="codebook", bits=8),
+    WeightQuantization(kind="codebook", bits=3, centroid_bits=8),
 ]
 INPUTS = [
     None,
-    InputGrid(),
-    InputGrid(bits=4),
-    InputGrid(bits=1),
-    InputGrid(dynamic=True),
-    InputGrid(bits=1, dynamic=True),
+    InputQuantization(),
+    InputQuantization(bits=4),
+    InputQuantization(bits=1),
+    InputQuantization(dynamic=True),
+    InputQuantization(bits=1, dynamic=True),
 ]
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 4), (3, 6)),
@@ -104,7 +105,7 @@ def name_of(grid):
 
 def on_grid(layer, weights=None, inputs=None):
     model = nn.Sequential(layer)
-    quantize_layers_(model, {"0": LayerGrids(weights=weights, inputs=inputs)})
+    quantize_layers_(model, {"0": QuantizationScheme(weights=weights, inputs=inputs)})
     return model
 
 
@@ -116,14 +117,14 @@ def test_settled_weights_lie_on_the_grid_and_compute_the_same_to_the_bit(kind, g
     model = on_grid(make(), grid).eval()
     x = torch.randn(shape)
     before = model(x)
-    settle_(model)
+    materialize_(model)
     layer = model[0]
     plain = make()
     plain.load_state_dict(layer.state_dict(), strict=False)
     assert torch.equal(plain.eval()(x), before)
-    assert layer.codes().dtype == torch.int8
-    assert layer.codes().shape == layer.weight.shape
-    assert torch.equal(layer.dequantize(layer.codes()), layer.weight)
+    assert layer.quantize().dtype == torch.int8
+    assert layer.quantize().shape == layer.weight.shape
+    assert torch.equal(layer.dequantize(layer.quantize()), layer.weight)
     assert torch.equal(model(x), before)
     assert torch.equal(model.train()(x), before)
 
@@ -135,11 +136,11 @@ def test_every_weight_of_a_recurrent_layer_lies_on_the_grid_and_the_plain_layer_
 ):
     torch.manual_seed(0)
     make, shape, weights = RECURRENT[kind]
-    layer = settle_(on_grid(make(), grid))[0]
+    layer = materialize_(on_grid(make(), grid))[0]
     x = torch.randn(shape)
     assert len(layer.keys) == weights
     for key in layer.keys:
-        assert torch.equal(layer.dequantize(layer.codes(key), key), getattr(layer, key))
+        assert torch.equal(layer.dequantize(layer.quantize(key), key), getattr(layer, key))
         if grid.group is None:
             assert all(len(row.unique()) <= 2**grid.bits for row in getattr(layer, key))
     plain = make()
@@ -154,7 +155,7 @@ def test_every_weight_of_a_recurrent_layer_lies_on_the_grid_and_the_plain_layer_
 
 def test_the_latent_weights_of_a_recurrent_layer_learn_on_the_grid():
     torch.manual_seed(0)
-    layer = on_grid(nn.GRU(3, 8, batch_first=True), WeightGrid(bits=4))[0]
+    layer = on_grid(nn.GRU(3, 8, batch_first=True), WeightQuantization(bits=4))[0]
     x, wanted = torch.randn(32, 5, 3), torch.randn(32, 8)
     optimizer, losses = torch.optim.Adam(layer.parameters(), 0.02), []
     for _ in range(60):
@@ -172,7 +173,10 @@ def test_attention_reads_its_four_projections_from_the_grid():
         plain = nn.MultiheadAttention(8, 2, batch_first=True, **more).eval()
         model = nn.ModuleList([copy.deepcopy(plain)])
         quantize_layers_(
-            model, dict.fromkeys(["0", "0.out_proj"], LayerGrids(weights=WeightGrid(bits=3)))
+            model,
+            dict.fromkeys(
+                ["0", "0.out_proj"], QuantizationScheme(weights=WeightQuantization(bits=3))
+            ),
         )
         x = (
             torch.randn(2, 5, 8),
@@ -181,7 +185,7 @@ def test_attention_reads_its_four_projections_from_the_grid():
         )
         before = model[0](*x)[0]
         assert not torch.allclose(before, plain(*x)[0], atol=1e-3)
-        settle_(model)
+        materialize_(model)
         plain.load_state_dict(model[0].state_dict(), strict=False)
         for own in (model[0], model[0].train()):
             torch.testing.assert_close(own(*x)[0], before)
@@ -189,10 +193,10 @@ def test_attention_reads_its_four_projections_from_the_grid():
 
 
 def test_an_embedding_looks_its_rows_up_on_the_grid():
-    model = on_grid(nn.Embedding(6, 4, padding_idx=0), WeightGrid(bits=4))
+    model = on_grid(nn.Embedding(6, 4, padding_idx=0), WeightQuantization(bits=4))
     ids = torch.tensor([[0, 5, 2]])
     before = model(ids)
-    settle_(model)
+    materialize_(model)
     assert torch.equal(model(ids), model[0].weight[ids])
     assert torch.equal(model(ids), before)
     assert not model[0].weight[0].any()
@@ -211,7 +215,7 @@ def test_inputs_lie_on_their_grid_before_the_layer_sees_them(kind, inputs):
     seen = layer.quantized_input(x)
     assert len(seen.unique()) <= 2**inputs.bits
     same = copy.deepcopy(layer)
-    same.grids = LayerGrids()
+    same.scheme = QuantizationScheme()
     assert torch.equal(model(x), same(seen))
     if inputs.bits == 1:
         assert torch.equal(seen.sign(), torch.where(x >= 0, 1.0, -1.0))
@@ -228,7 +232,7 @@ def test_each_weight_takes_the_nearest_point_of_its_grid(grid):
     values = torch.stack(
         [layer.dequantize(torch.full((4, 9), c, dtype=torch.int8)) for c in points]
     )
-    chosen = layer.dequantize(layer.codes())
+    chosen = layer.dequantize(layer.quantize())
     distances = (values - layer.weight).abs()
     assert torch.equal((chosen - layer.weight).abs(), distances.min(0).values)
     if grid.has_zero:
@@ -243,8 +247,8 @@ def test_zeros_stay_zeros(grid):
     model = on_grid(nn.Conv2d(3, 8, 3), grid)
     zero = torch.rand_like(model[0].weight) < 0.5
     model[0].weight.data[zero] = 0
-    quantize_layers_(model, {"0": LayerGrids(weights=grid)})
-    settle_(model)
+    quantize_layers_(model, {"0": QuantizationScheme(weights=grid)})
+    materialize_(model)
     assert not model[0].weight[zero].any()
 
 
@@ -255,20 +259,20 @@ def test_zeros_stay_zeros(grid):
 def test_any_finite_weights_settle_and_stay_settled(values, grid):
     layer = nn.Linear(1, len(values), bias=False)
     layer.weight.data = torch.tensor(values)[:, None]
-    model = settle_(on_grid(layer, grid))
-    once, codes = layer.weight.clone(), layer.codes()
+    model = materialize_(on_grid(layer, grid))
+    once, codes = layer.weight.clone(), layer.quantize()
     assert once.isfinite().all()
     assert torch.equal(layer.dequantize(codes), once)
-    settle_(model)
+    materialize_(model)
     assert torch.equal(layer.weight, once)
-    assert torch.equal(layer.codes(), codes)
+    assert torch.equal(layer.quantize(), codes)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=name_of)
 def test_a_layer_of_zeros_stays_usable(grid):
     layer = nn.Linear(4, 3)
     layer.weight.data.zero_()
-    model = settle_(on_grid(layer, grid))
+    model = materialize_(on_grid(layer, grid))
     assert float(layer.weight.detach().abs().max()) <= torch.finfo(torch.float32).tiny
     assert torch.isfinite(model(torch.ones(1, 4))).all()
 
@@ -276,7 +280,7 @@ def test_a_layer_of_zeros_stays_usable(grid):
 def test_one_channel_of_zeros_takes_a_scale_of_its_layer():
     layer = nn.Linear(2, 3)
     layer.weight.data = torch.tensor([[0.0, 0.0], [1.0, -2.0], [4.0, 0.5]])
-    on_grid(layer, WeightGrid(bits=4))
+    on_grid(layer, WeightQuantization(bits=4))
     torch.testing.assert_close(layer.weight_scale.data, torch.tensor([4.0, 2.0, 4.0]) / 7)
 
 
@@ -285,7 +289,7 @@ def test_the_ternary_scale_is_the_best_of_all_that_there_are():
     weight = torch.randn(1, 200)
     layer = nn.Linear(200, 1)
     layer.weight.data = weight
-    on_grid(layer, WeightGrid(kind="ternary"))
+    on_grid(layer, WeightQuantization(kind="ternary"))
 
     def error(scale):
         return float(((weight / scale).round().clamp(-1, 1) * scale - weight).square().sum())
@@ -298,7 +302,7 @@ def test_the_gradient_of_a_step_size_is_that_of_the_paper():
     """Esser et al. 2020, equation 3: round(v) - v inside, the clip outside; scaled by 1 / sqrt(N Q)."""
     layer = nn.Linear(5, 1, bias=False)
     layer.weight.data = torch.tensor([[0.3, -0.9, 2.4, 9.0, -9.0]])
-    on_grid(layer, WeightGrid(bits=3))
+    on_grid(layer, WeightQuantization(bits=3))
     layer.weight_scale.data.fill_(1.0)
     layer(torch.eye(5)).sum().backward()
     each = torch.tensor([0 - 0.3, -1 + 0.9, 2 - 2.4, 3.0, -3.0])
@@ -307,7 +311,7 @@ def test_the_gradient_of_a_step_size_is_that_of_the_paper():
 
 
 def test_the_gradient_of_an_input_step_is_that_of_the_paper():
-    layer = on_grid(nn.Linear(4, 1, bias=False), inputs=InputGrid(bits=2))[0]
+    layer = on_grid(nn.Linear(4, 1, bias=False), inputs=InputQuantization(bits=2))[0]
     layer.weight.data.fill_(1.0)
     layer.input_zero_point.fill_(1.0)
     x = torch.tensor([[-5.0, -0.4, 0.7, 5.0]], requires_grad=True)
@@ -318,7 +322,7 @@ def test_the_gradient_of_an_input_step_is_that_of_the_paper():
 
 
 def test_binary_weights_pass_the_gradient_straight_through():
-    layer = on_grid(nn.Linear(3, 1, bias=False), WeightGrid(kind="binary"))[0]
+    layer = on_grid(nn.Linear(3, 1, bias=False), WeightQuantization(kind="binary"))[0]
     layer.weight.data = torch.tensor([[0.5, -3.0, 0.0]])
     layer.weight_scale.data.fill_(2.0)
     x = torch.tensor([[1.0, 10.0, 100.0]])
@@ -331,7 +335,7 @@ def test_binary_weights_pass_the_gradient_straight_through():
 
 def test_the_sign_of_inputs_passes_the_gradient_of_hard_tanh():
     """Hubara et al. 2016, eq. 4, for a sign without a middle: the gradient of what lies beyond 1 is cancelled."""
-    layer = on_grid(nn.Linear(3, 1, bias=False), inputs=InputGrid(bits=1, middle=False))[0]
+    layer = on_grid(nn.Linear(3, 1, bias=False), inputs=InputQuantization(bits=1, middle=False))[0]
     layer.weight.data.fill_(1.0)
     x = torch.tensor([[0.5, -3.0, 0.0]], requires_grad=True)
     layer(x).sum().backward()
@@ -341,7 +345,7 @@ def test_the_sign_of_inputs_passes_the_gradient_of_hard_tanh():
 def test_one_bit_is_the_side_of_the_middle_and_its_gradient_that_of_the_definition():
     """The slow twin: middle + size * htanh(distance / (1.25 size)) in the place of the side."""
     torch.manual_seed(0)
-    layer = on_grid(nn.Conv2d(2, 1, 1, bias=False), inputs=InputGrid(bits=1))[0]
+    layer = on_grid(nn.Conv2d(2, 1, 1, bias=False), inputs=InputQuantization(bits=1))[0]
     layer.input_middle.data = torch.tensor([1.0, -2.0])
     layer.input_scale.data.fill_(0.5)
     x = (torch.randn(3, 2, 4, 4) + torch.tensor([1.0, -2.0]).view(1, 2, 1, 1)).requires_grad_()
@@ -364,7 +368,7 @@ def test_one_bit_is_the_side_of_the_middle_and_its_gradient_that_of_the_definiti
 
 def test_centroids_learn_but_zero_stays():
     torch.manual_seed(5)
-    layer = on_grid(nn.Linear(64, 8, bias=False), WeightGrid(kind="codebook", bits=3))[0]
+    layer = on_grid(nn.Linear(64, 8, bias=False), WeightQuantization(kind="codebook", bits=3))[0]
     assert 0 in layer.codebook
     layer(torch.randn(16, 64)).square().sum().backward()
     zero = layer.codebook.data == 0
@@ -376,7 +380,7 @@ def test_training_reaches_what_the_grid_can_say():
     torch.manual_seed(6)
     x = torch.randn(256, 6)
     wanted = x @ torch.tensor([1.0, -1.0, 0.0, 1.0, 0.0, -1.0])
-    for grid in (WeightGrid(kind="ternary"), WeightGrid(bits=3)):
+    for grid in (WeightQuantization(kind="ternary"), WeightQuantization(bits=3)):
         model = on_grid(nn.Linear(6, 1, bias=False), grid)
         optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
         for _ in range(150):
@@ -385,7 +389,7 @@ def test_training_reaches_what_the_grid_can_say():
             loss.backward()
             optimizer.step()
         assert loss.item() < 0.02
-        settle_(model)
+        materialize_(model)
         assert (model(x)[:, 0] - wanted).square().mean().item() == pytest.approx(
             loss.item(), abs=0.02
         )
@@ -394,7 +398,7 @@ def test_training_reaches_what_the_grid_can_say():
 @pytest.mark.parametrize("grid", [None, *GRIDS], ids=name_of)
 def test_gradients_of_single_samples_come_out_of_torch_func(grid):
     torch.manual_seed(7)
-    model = on_grid(nn.Conv2d(2, 3, 2), grid, InputGrid(bits=4))
+    model = on_grid(nn.Conv2d(2, 3, 2), grid, InputQuantization(bits=4))
     x = torch.randn(4, 2, 3, 3)
     named = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
@@ -413,7 +417,7 @@ def test_gradients_of_single_samples_come_out_of_torch_func(grid):
 @pytest.mark.parametrize("grid", GRIDS, ids=name_of)
 def test_whole_numbers_times_scales_are_the_weights(grid):
     torch.manual_seed(8)
-    layer = settle_(on_grid(nn.Conv2d(3, 4, 3), grid))[0]
+    layer = materialize_(on_grid(nn.Conv2d(3, 4, 3), grid))[0]
     if grid.kind == "codebook" and grid.centroid_bits is None:
         assert layer.integers() is None
         return
@@ -427,10 +431,10 @@ def test_whole_numbers_times_scales_are_the_weights(grid):
 @given(
     st.floats(-1e6, 1e6),
     st.floats(0, 1e6),
-    st.sampled_from([InputGrid(), InputGrid(bits=4), InputGrid(bits=2)]),
+    st.sampled_from([InputQuantization(), InputQuantization(bits=4), InputQuantization(bits=2)]),
 )
 def test_an_input_range_holds_zero_and_both_its_ends(low, width, grid):
-    scale, zero = affine(torch.tensor(low), torch.tensor(low + width), grid)
+    scale, zero = calculate_qparams(torch.tensor(low), torch.tensor(low + width), grid)
     assert float(scale) > 0
     assert float(zero) == int(zero)
     assert 0 <= zero <= grid.highest
@@ -439,7 +443,7 @@ def test_an_input_range_holds_zero_and_both_its_ends(low, width, grid):
 
 
 def test_a_dynamic_range_of_nothing_is_no_division_by_zero():
-    model = on_grid(nn.Linear(3, 2), inputs=InputGrid(dynamic=True))
+    model = on_grid(nn.Linear(3, 2), inputs=InputQuantization(dynamic=True))
     assert torch.equal(model(torch.zeros(2, 3)), model[0].bias.expand(2, 2))
 
 
@@ -449,14 +453,18 @@ def test_weights_that_are_not_finite_have_no_codes(grid, value):
     model = on_grid(nn.Linear(3, 2), grid)
     model[0].weight.data[1, 1] = value
     with pytest.raises(ModelError, match="'0': a weight is NaN or infinite"):
-        settle_(model)
+        materialize_(model)
     if math.isnan(value):
         assert model(torch.ones(1, 3)).isnan().any(), "training must see it"
 
 
 @pytest.mark.parametrize(
     ("grid", "code"),
-    [(WeightGrid(), -128), (WeightGrid(bits=4), 8), (WeightGrid(kind="ternary"), 2)],
+    [
+        (WeightQuantization(), -128),
+        (WeightQuantization(bits=4), 8),
+        (WeightQuantization(kind="ternary"), 2),
+    ],
 )
 def test_codes_of_another_grid_are_refused(grid, code):
     layer = on_grid(nn.Linear(2, 2), grid)[0]
@@ -465,8 +473,8 @@ def test_codes_of_another_grid_are_refused(grid, code):
 
 
 def test_a_layer_of_float_weights_has_no_codes():
-    layer = on_grid(nn.Linear(2, 2), inputs=InputGrid())[0]
-    for ask in (layer.codes, lambda: layer.dequantize(torch.zeros(2, 2))):
+    layer = on_grid(nn.Linear(2, 2), inputs=InputQuantization())[0]
+    for ask in (layer.quantize, lambda: layer.dequantize(torch.zeros(2, 2))):
         with pytest.raises(ModelError, match="float and have no codes"):
             ask()
 
@@ -486,7 +494,7 @@ def test_a_layer_of_float_weights_has_no_codes():
 )
 def test_a_grid_that_there_is_not_is_refused(given, says):
     with pytest.raises(ValidationError, match=says):
-        WeightGrid(**given)
+        WeightQuantization(**given)
 
 
 class Own(nn.Linear):
@@ -518,21 +526,21 @@ def pruned(layer):
 def test_a_layer_that_cannot_be_quantized_is_named_with_the_reason(make, says):
     model = nn.Sequential(nn.Linear(2, 2), make())
     with pytest.raises(ModelError, match=rf"spec.quantized: '1' cannot be quantized: .*{says}"):
-        quantize_layers_(model, {"1": LayerGrids(weights=WeightGrid())})
+        quantize_layers_(model, {"1": QuantizationScheme(weights=WeightQuantization())})
     with pytest.raises(ModelError, match="no layer '7'"):
-        quantize_layers_(model, {"7": LayerGrids()})
+        quantize_layers_(model, {"7": QuantizationScheme()})
 
 
 def test_a_layer_on_a_grid_is_the_same_object_and_takes_another_grid():
     layer = nn.Conv2d(2, 3, 1)
-    model = on_grid(layer, WeightGrid(kind="codebook"), InputGrid())
+    model = on_grid(layer, WeightQuantization(kind="codebook"), InputQuantization())
     assert model[0] is layer
     assert isinstance(layer, QuantConv2d)
     assert [n for n, _ in quantized_layers(model)] == ["0"]
     assert {*model.state_dict()} == {
         "0." + n for n in ("weight", "bias", "codebook", "input_scale", "input_zero_point")
     }
-    quantize_layers_(model, {"0": LayerGrids(weights=WeightGrid())})
+    quantize_layers_(model, {"0": QuantizationScheme(weights=WeightQuantization())})
     assert {*model.state_dict()} == {"0.weight", "0.bias", "0.weight_scale"}
     assert "weights=int8" in repr(model)
 
@@ -541,19 +549,22 @@ def test_a_layer_on_a_grid_is_the_same_object_and_takes_another_grid():
 def test_a_fold_of_another_model_is_refused(norm, into):
     model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.ReLU())
     with pytest.raises(ModelError, match=r"spec.folded: .* the spec is of another model"):
-        fold_layers_(model, {norm: into})
+        apply_folds_(model, {norm: into})
 
 
 def test_a_batch_of_nothing_comes_out_as_nothing():
     for inputs in INPUTS:
-        assert on_grid(nn.Linear(3, 2), WeightGrid(), inputs)(torch.zeros(0, 3)).shape == (0, 2)
+        assert on_grid(nn.Linear(3, 2), WeightQuantization(), inputs)(torch.zeros(0, 3)).shape == (
+            0,
+            2,
+        )
 
 
 def test_a_layer_takes_its_input_by_name_as_that_of_torch_does():
     x = torch.randn(2, 3)
     for layer in (
-        on_grid(nn.Linear(3, 2), WeightGrid())[0],
-        on_grid(nn.Conv1d(2, 2, 1), WeightGrid())[0],
+        on_grid(nn.Linear(3, 2), WeightQuantization())[0],
+        on_grid(nn.Conv1d(2, 2, 1), WeightQuantization())[0],
     ):
         assert torch.equal(layer(input=x), layer(x))
 
@@ -564,7 +575,7 @@ def test_weights_that_are_not_float32_are_refused_with_the_way_out(kind):
         ModelError,
         match=r"'0' cannot be quantized: its weights are torch.*call model.float\(\) first",
     ):
-        on_grid(nn.Linear(2, 2).to(kind), WeightGrid())
+        on_grid(nn.Linear(2, 2).to(kind), WeightQuantization())
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["layer", "encoder"])
@@ -574,7 +585,9 @@ def test_the_fast_path_of_a_transformer_does_not_go_past_the_grids(whole):
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = (nn.TransformerEncoder(layer, 1) if whole else layer).eval()
     at = "layers.0." if whole else ""
-    grids = LayerGrids(weights=WeightGrid(bits=2), inputs=InputGrid(bits=2, dynamic=True))
+    grids = QuantizationScheme(
+        weights=WeightQuantization(bits=2), inputs=InputQuantization(bits=2, dynamic=True)
+    )
     plain = model(x := torch.randn(3, 4, 8)).detach()
     quantize_layers_(model, {f"{at}linear1": grids, f"{at}linear2": grids})
     hidden = torch.tensor([[False] * 4, [False] * 3 + [True], [False] * 4])
@@ -590,7 +603,7 @@ def test_the_fast_path_of_a_transformer_does_not_go_past_the_grids(whole):
 @pytest.mark.parametrize("inputs", [i for i in INPUTS if i], ids=str)
 def test_the_batch_stays_open_in_an_export(inputs):
     torch.manual_seed(9)
-    model = settle_(on_grid(nn.Linear(3, 2), WeightGrid(), inputs)).eval()
+    model = materialize_(on_grid(nn.Linear(3, 2), WeightQuantization(), inputs)).eval()
     shapes = ({0: torch.export.Dim("n", min=1, max=64)},)
     program = torch.export.export(model, (torch.randn(4, 3),), dynamic_shapes=shapes).module()
     x = torch.randn(7, 3)

@@ -9,7 +9,7 @@ from torch import nn
 
 from fedpress.compress.cost import state_bytes
 from fedpress.errors import DataError, ExportError, ModelError, RecipeError
-from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
+from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import quantize_layers_
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs

@@ -106,7 +106,7 @@ def test_what_check_says_comes_out_and_little_accuracy_is_lost(
     spec, model = load_model(RunFolder.open(tmp_path / "run").stage(1, "quantize", "quantize").path)
     assert set(spec.quantized) == {name for name, _ in quantized_layers(model)}
     for _, layer in quantized_layers(model):
-        assert torch.equal(layer.weight, layer.dequantize(layer.codes()))
+        assert torch.equal(layer.weight, layer.dequantize(layer.quantize()))
 
 
 @pytest.mark.recipe
@@ -290,7 +290,7 @@ def test_training_after_it_stays_on_the_grids(trained, tmp_path):
     assert results[2]["file_bytes"] == pytest.approx(results[1]["file_bytes"], rel=0.02)
     assert results[2]["file_bytes"] < results[0]["file_bytes"] / 3, "4 bits a weight, in torch too"
     for _, layer in quantized_layers(model):
-        assert torch.equal(layer.weight, layer.dequantize(layer.codes()))
+        assert torch.equal(layer.weight, layer.dequantize(layer.quantize()))
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def test_clients_train_the_weights_behind_the_grids_and_what_comes_out_lies_on_t
     )
     assert results[-1]["accuracy"] > 0.6
     for _, layer in quantized_layers(after[1]):
-        assert torch.equal(layer.weight, layer.dequantize(layer.codes()))
+        assert torch.equal(layer.weight, layer.dequantize(layer.quantize()))
 
 
 def test_a_cut_after_it_is_refused(trained):

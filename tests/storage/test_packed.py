@@ -13,8 +13,9 @@ from fedpress import storage
 from fedpress.compress.quantize import quantizable, quantize_
 from fedpress.errors import ModelError
 from fedpress.models import ARCHITECTURES, ModelSpec, load_model, save_model
-from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
-from fedpress.nn.quantized import fold_layers_, quantize_layers_, settle_
+from fedpress.nn.folded import apply_folds_
+from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
+from fedpress.nn.quantized import materialize_, quantize_layers_
 from fedpress.storage import container
 from fedpress.storage.packed import decode, encode
 
@@ -25,13 +26,13 @@ SMALL = {
     "input_shape": IMAGE,
 }
 GRIDS = {
-    "int8": WeightGrid(bits=8),
-    "int4": WeightGrid(bits=4),
-    "int4 in groups": WeightGrid(bits=4, group=32),
-    "ternary": WeightGrid(kind="ternary"),
-    "binary": WeightGrid(kind="binary"),
-    "codebook": WeightGrid(kind="codebook", bits=3),
-    "codebook of 4 bits": WeightGrid(kind="codebook", bits=3, centroid_bits=4),
+    "int8": WeightQuantization(bits=8),
+    "int4": WeightQuantization(bits=4),
+    "int4 in groups": WeightQuantization(bits=4, group=32),
+    "ternary": WeightQuantization(kind="ternary"),
+    "binary": WeightQuantization(kind="binary"),
+    "codebook": WeightQuantization(kind="codebook", bits=3),
+    "codebook of 4 bits": WeightQuantization(kind="codebook", bits=3, centroid_bits=4),
 }
 
 
@@ -69,9 +70,11 @@ def convolutions(model):
 
 def quantized(kind, inputs=None, **changes):
     spec, model = built(**changes)
-    table = {name: LayerGrids(weights=GRIDS[kind], inputs=inputs) for name in convolutions(model)}
+    table = {
+        name: QuantizationScheme(weights=GRIDS[kind], inputs=inputs) for name in convolutions(model)
+    }
     quantize_layers_(model, table)
-    return spec.model_copy(update={"quantized": table}), settle_(model)
+    return spec.model_copy(update={"quantized": table}), materialize_(model)
 
 
 def pruned():
@@ -100,8 +103,8 @@ def sparse():
 
 
 def folded():
-    spec, model = quantized("int8", InputGrid())
-    fold_layers_(model, {"norm": "stem"})
+    spec, model = quantized("int8", InputQuantization())
+    apply_folds_(model, {"norm": "stem"})
     return spec.model_copy(update={"folded": {"norm": "stem"}}), model
 
 
@@ -114,7 +117,7 @@ MODELS = {
     "pruned": pruned,
     "sparse": sparse,
     "folded": folded,
-    "inputs too": lambda: quantized("int8", InputGrid()),
+    "inputs too": lambda: quantized("int8", InputQuantization()),
     **{kind: lambda kind=kind: quantized(kind) for kind in GRIDS},
 }
 
@@ -155,7 +158,7 @@ def test_weights_off_their_grid_are_stored_as_floats_and_named(wrong):
         model.head.weight[0, 0] = float("nan") if wrong == "nan" else model.head.weight[0, 0] + 1e-6
     data, packed = encode(spec, model)
     assert packed.left.keys() == {"head"}
-    assert {"latent": "settle_", "nan": "NaN"}[wrong] in packed.left["head"]
+    assert {"latent": "materialize_", "nan": "NaN"}[wrong] in packed.left["head"]
     assert_same_bits(model, decode(data, "x")[1])
 
 
@@ -217,9 +220,9 @@ def test_a_shared_weight_is_stored_once_and_stays_shared(tied):
 
 
 def test_a_shared_weight_on_a_grid_stays_shared(tied):
-    table = {"a": LayerGrids(weights=WeightGrid(bits=4))}
+    table = {"a": QuantizationScheme(weights=WeightQuantization(bits=4))}
     spec = tied.model_copy(update={"quantized": table})
-    model = settle_(spec.build())
+    model = materialize_(spec.build())
     twin = decode(encode(spec, model)[0], "x")[1]
     assert_same_bits(model, twin)
 
@@ -480,7 +483,9 @@ def test_every_kind_of_layer_on_a_grid_comes_back_from_a_packed_file_and_from_a_
     monkeypatch.setitem(ARCHITECTURES, "everything", _Everything)
     torch.manual_seed(0)
     model, x = _Everything().eval(), torch.randn(4, 3, 7)
-    table, left = quantizable(model, LayerGrids(weights=grid, inputs=InputGrid(bits=1)))
+    table, left = quantizable(
+        model, QuantizationScheme(weights=grid, inputs=InputQuantization(bits=1))
+    )
     assert not left
     quantize_(model, table, [x])
     spec = ModelSpec(architecture="everything", input_shape=(3, 7), quantized=table)

@@ -726,16 +726,20 @@ def test_a_penalty_on_scales_that_nobody_trains_is_refused():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 def test_step_sizes_get_no_weight_decay_also_where_weights_have_them_in_groups(optimizer):
-    from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
+    from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
     from fedpress.nn.quantized import quantize_layers_
 
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)), nn.GRU(8, 4))
     grids = {
-        "0": LayerGrids(weights=WeightGrid(bits=4, group=4), inputs=InputGrid()),
-        "1": LayerGrids(weights=WeightGrid(kind="codebook"), inputs=InputGrid(bits=1)),
-        "2": LayerGrids(weights=WeightGrid(kind="ternary", group=2)),
-        "4": LayerGrids(weights=WeightGrid(bits=4, group=2)),
+        "0": QuantizationScheme(
+            weights=WeightQuantization(bits=4, group=4), inputs=InputQuantization()
+        ),
+        "1": QuantizationScheme(
+            weights=WeightQuantization(kind="codebook"), inputs=InputQuantization(bits=1)
+        ),
+        "2": QuantizationScheme(weights=WeightQuantization(kind="ternary", group=2)),
+        "4": QuantizationScheme(weights=WeightQuantization(bits=4, group=2)),
     }
     quantize_layers_(model, grids)
     fit = Fit(model, TrainSettings(epochs=1, optimizer=optimizer, weight_decay=0.1), seed=0)

@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 from fedpress.compress.prune.graph import Example, export, inputs
 from fedpress.compress.prune.ignoring import ignored
 from fedpress.errors import ModelError
-from fedpress.nn.quant_scheme import mended
-from fedpress.nn.quantized import QuantLayer, fold_layers_, settle_
+from fedpress.nn.folded import apply_folds_
+from fedpress.nn.quant_scheme import fill_zero_scales
+from fedpress.nn.quantized import QuantLayer, materialize_
 
 TAKERS = {
     torch.ops.aten.linear.default,
@@ -147,28 +148,28 @@ def fold_(model: nn.Module, folds: Mapping[str, str]) -> None:
     for norm, into in folds.items():
         factors[norm] = _affine(norm, model.get_submodule(norm))
         layer = model.get_submodule(into)
-        grid = layer.grids.weights if isinstance(layer, QuantLayer) else None
-        if grid is not None and grid.kind == "codebook":
+        quantization = layer.scheme.weights if isinstance(layer, QuantLayer) else None
+        if quantization is not None and quantization.kind == "codebook":
             raise ModelError(
                 f"fold: '{into}' shares weights between channels, which a batch norm would scale apart; fold it first"
             )
     biases = {
         norm: getattr(model.get_submodule(into), "bias", None) for norm, into in folds.items()
     }
-    fold_layers_(model, folds)
+    apply_folds_(model, folds)
     for norm, into in folds.items():
         layer, (factor, shift) = model.get_submodule(into), factors[norm]
         assert isinstance(layer.weight, Tensor)
         assert isinstance(layer.bias, Tensor)
         shape = (-1, *[1] * (layer.weight.dim() - 1))
-        settle_(layer)
+        materialize_(layer)
         layer.weight.copy_(layer.weight.double() * factor.view(shape))
-        if isinstance(layer, QuantLayer) and (grid := layer.grids.weights) is not None:
+        if isinstance(layer, QuantLayer) and (quantization := layer.scheme.weights) is not None:
             scale = layer.weight_scale.double() * factor.abs().view(
                 -1, *[1] * (layer.weight_scale.dim() - 1)
             )
-            layer.weight_scale.copy_(mended(scale) if grid.has_zero else scale)
-            settle_(layer)
+            layer.weight_scale.copy_(fill_zero_scales(scale) if quantization.has_zero else scale)
+            materialize_(layer)
         old = biases[norm]
         layer.bias.copy_(shift if old is None else old.double() * factor + shift)
 

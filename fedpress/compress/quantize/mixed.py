@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,13 +13,18 @@ from torch import Tensor, nn
 
 from fedpress.compress.quantize.rounding import best_scale
 from fedpress.errors import DataError, RecipeError
-from fedpress.nn.quant_scheme import LayerGrids, WeightGrid, grouped, rounded, spread
-from fedpress.nn.quantized import quantized_kind, weight_keys
+from fedpress.nn.quant_scheme import (
+    QuantizationScheme,
+    WeightQuantization,
+    expand_scale,
+    fake_quantize,
+    in_groups,
+)
+from fedpress.nn.quantized import quantized_class, weight_keys
 from fedpress.nn.resize import tensor
 
-CELLS = (
-    4096  # steps that a budget is counted in: a choice is at most one step per layer below the best
-)
+CELLS = 4096
+"""Steps that a budget is counted in: a choice is at most one step per layer below the best."""
 
 
 @dataclass(frozen=True)
@@ -30,21 +36,23 @@ class Choice:
     harm: float
 
 
-def stored_bytes(weight: Tensor, grid: WeightGrid) -> int:
+def stored_bytes(weight: Tensor, quantization: WeightQuantization) -> int:
     """Returns the bytes of codes at `bits` each, without entropy coding, and float32 scales.
 
-    >>> stored_bytes(torch.zeros(8, 16), WeightGrid(bits=4))
+    >>> stored_bytes(torch.zeros(8, 16), WeightQuantization(bits=4))
     96
     """
-    shared = grid.kind == "codebook"
-    scales = 2**grid.bits if shared else len(weight) * grouped(weight, grid.group).shape[1]
-    return math.ceil(weight.numel() * grid.bits / 8) + 4 * scales
+    if quantization.kind == "codebook":
+        scales = 2**quantization.bits
+    else:
+        scales = len(weight) * in_groups(weight, quantization.group).shape[1]
+    return math.ceil(weight.numel() * quantization.bits / 8) + 4 * scales
 
 
 @torch.no_grad()
 def measure_choices(
     model: nn.Module,
-    table: Mapping[str, LayerGrids],
+    table: Mapping[str, QuantizationScheme],
     bits: Sequence[int],
     batches: Sequence[Tensor],
 ) -> dict[str, list[Choice]]:
@@ -72,42 +80,52 @@ def measure_choices(
     try:
         wanted = [model(x).float().log_softmax(1) for x in batches]
         found: dict[str, list[Choice]] = {}
-        for name, grids in table.items():
-            if grids.weights is None or grids.weights.kind != "int":
+        for name, scheme in table.items():
+            if scheme.weights is None or scheme.weights.kind != "int":
                 raise RecipeError(
                     f"quantize.mixed: '{name}' is not on whole numbers, which mixed bits need; use int"
                 )
             layer = model.get_submodule(name)
-            weights = [tensor(model, f"{name}.{key}") for key in weight_keys(layer)]
-            before = [weight.detach().clone() for weight in weights]
+            found[name] = []
             for each in sorted(set(bits)):
-                grid = grids.weights.model_copy(update={"bits": each})
-                for weight, was in zip(weights, before, strict=True):
-                    weight.copy_(_rounded(layer, was, grid))
-                size = layer_bytes(layer, grid)
-                found.setdefault(name, []).append(Choice(each, size, _harm(model, batches, wanted)))
-                for weight, was in zip(weights, before, strict=True):
-                    weight.copy_(was)
+                quantization = scheme.weights.model_copy(update={"bits": each})
+                with _rounded_weights(layer, quantization):
+                    harm = _harm(model, batches, wanted)
+                found[name].append(Choice(each, layer_bytes(layer, quantization), harm))
     finally:
         for module, mode in modes.items():
             module.training = mode
     return found
 
 
-def layer_bytes(layer: nn.Module, grid: WeightGrid) -> int:
-    """Returns the bytes of all weights of a layer on `grid` (see `stored_bytes`)."""
-    form: Any = quantized_kind(type(layer))
+@contextmanager
+def _rounded_weights(layer: nn.Module, quantization: WeightQuantization) -> Iterator[None]:
+    """Lets the weights of `layer` be rounded for a while."""
+    weights = [tensor(layer, key) for key in weight_keys(layer)]
+    before = [weight.detach().clone() for weight in weights]
+    for weight in weights:
+        weight.copy_(_rounded(layer, weight, quantization))
+    try:
+        yield
+    finally:
+        for weight, old in zip(weights, before, strict=True):
+            weight.copy_(old)
+
+
+def layer_bytes(layer: nn.Module, quantization: WeightQuantization) -> int:
+    """Returns the bytes of all weights of a layer (see `stored_bytes`)."""
+    quantized: Any = quantized_class(type(layer))
     total = 0
     for key in weight_keys(layer):
-        total += stored_bytes(form.rows(layer, getattr(layer, key)), grid)
+        total += stored_bytes(quantized.rows(layer, getattr(layer, key)), quantization)
     return total
 
 
-def _rounded(layer: nn.Module, weight: Tensor, grid: WeightGrid) -> Tensor:
-    form: Any = quantized_kind(type(layer))
-    rows = form.rows(layer, weight)
-    scale = spread(best_scale(rows, grid), rows, grid.group)
-    return cast(Tensor, form.unrows(layer, rounded(rows, scale, grid)))
+def _rounded(layer: nn.Module, weight: Tensor, quantization: WeightQuantization) -> Tensor:
+    quantized: Any = quantized_class(type(layer))
+    rows = quantized.rows(layer, weight)
+    scale = expand_scale(best_scale(rows, quantization), rows, quantization.group)
+    return cast(Tensor, quantized.unrows(layer, fake_quantize(rows, scale, quantization)))
 
 
 def _harm(model: nn.Module, batches: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:

@@ -6,28 +6,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedpress.nn.quant_scheme import WeightGrid, first_scale, grouped, mended, rounded
+from fedpress.nn.quant_scheme import (
+    WeightQuantization,
+    fake_quantize,
+    fill_zero_scales,
+    in_groups,
+    initial_scale,
+)
 from fedpress.nn.quantized import QuantLayer
 
 BLOCK = 128
 
 
-def best_scale(weight: Tensor, grid: WeightGrid) -> Tensor:
+def best_scale(weight: Tensor, quantization: WeightQuantization) -> Tensor:
     """Returns scales [out] or [out, groups]: of "int" the part of the span, of 80, with the least squared error.
 
-    Those of "ternary" and "binary" are the best already (see `first_scale`).
+    Those of "ternary" and "binary" are the best already (see `initial_scale`).
     """
-    first = first_scale(weight, grid)
-    if grid.kind != "int":
+    first = initial_scale(weight, quantization)
+    if quantization.kind != "int":
         return first
-    values = grouped(weight.detach().float(), grid.group)
+    values = in_groups(weight.detach().float(), quantization.group)
     full = first.reshape(len(weight), -1, 1)
     best, least = full, torch.full_like(full, torch.inf)
     for share in torch.linspace(1, 0.2, 80).tolist():
         scale = full * share
-        error = (rounded(values, scale, grid) - values).square().sum(-1, keepdim=True)
+        error = (fake_quantize(values, scale, quantization) - values).square().sum(-1, keepdim=True)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return mended(best.reshape(first.shape))
+    return fill_zero_scales(best.reshape(first.shape))
 
 
 def as_batch(layer: nn.Module, x: Tensor) -> Tensor:
@@ -87,50 +93,63 @@ def round_second_order_(layer: QuantLayer, moment: Tensor, *, damping: float = 0
         moment: the second moment of its inputs, [groups, k, k].
         damping: share of the mean diagonal that is added to it.
     """
-    grid = layer._grid()
+    quantization = layer.weight_quantization()
     out = len(layer.weight)
     weight = layer.weight.detach().reshape(out, -1).float()
-    keep = weight == 0 if grid.has_zero else torch.zeros_like(weight, dtype=torch.bool)
-    shared = grid.kind == "codebook"
-    at = (
-        layer._values().detach()
-        if shared
-        else layer._spread().detach().expand_as(layer.weight).reshape(out, -1)
-    )
-    chosen = layer.dequantize(layer.codes()).reshape(out, -1)
-    each = out // len(moment)
-    for g, hessian in enumerate(moment):
-        rows = slice(g * each, (g + 1) * each)
+    pruned = weight == 0 if quantization.has_zero else torch.zeros_like(weight, dtype=torch.bool)
+    shared = quantization.kind == "codebook"
+    scale = layer.expanded_scale().detach()
+    if not shared:
+        scale = scale.expand_as(layer.weight).reshape(out, -1)
+    chosen = layer.dequantize(layer.quantize()).reshape(out, -1)
+    channels = out // len(moment)  # of each group
+    for group, hessian in enumerate(moment):
+        rows = slice(group * channels, (group + 1) * channels)
         tried = _gptq(
-            weight[rows], at if shared else at[rows], keep[rows], hessian.double(), grid, damping
+            weight[rows],
+            scale if shared else scale[rows],
+            pruned[rows],
+            hessian.double(),
+            quantization,
+            damping,
         )
-        harms = [
-            (e @ hessian * e).sum(1, keepdim=True)
-            for e in (tried - weight[rows], chosen[rows] - weight[rows])
-        ]
-        chosen[rows] = torch.where(harms[0] <= harms[1], tried, chosen[rows])
+        harm_tried = _harm(tried - weight[rows], hessian)
+        harm_nearest = _harm(chosen[rows] - weight[rows], hessian)
+        chosen[rows] = torch.where(harm_tried <= harm_nearest, tried, chosen[rows])
     layer.weight.copy_(chosen.reshape(layer.weight.shape))
 
 
+def _harm(error: Tensor, hessian: Tensor) -> Tensor:
+    """The squared error [out, 1] of the outputs when the weights [out, k] are off by `error`."""
+    return (error @ hessian * error).sum(1, keepdim=True)
+
+
 def _gptq(
-    weight: Tensor, at: Tensor, keep: Tensor, hessian: Tensor, grid: WeightGrid, damping: float
+    weight: Tensor,
+    scale: Tensor,
+    pruned: Tensor,
+    hessian: Tensor,
+    quantization: WeightQuantization,
+    damping: float,
 ) -> Tensor:
-    """Returns the grid points of `weight` [out, k]; `at` holds its scales [out, k], or the codebook."""
-    k, shared = weight.shape[1], at.dim() == 1
+    """Returns the grid points of `weight` [out, k]; `scale` holds its scales [out, k], or the codebook."""
+    columns, shared = weight.shape[1], scale.dim() == 1
     diagonal = hessian.diagonal().clone()
-    hessian = hessian + torch.diag(damping * diagonal.mean() + (diagonal <= 0) * 1.0 + 1e-12)
     order = diagonal.argsort(descending=True, stable=True)
+    # Without damping the matrix may not be invertible; a column that no example touches has no diagonal at all.
+    hessian = hessian + torch.diag(damping * diagonal.mean() + (diagonal <= 0) * 1.0 + 1e-12)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
-    w, keep = weight[:, order].clone(), keep[:, order]
-    at = at if shared else at[:, order]
-    for start in range(0, k, BLOCK):
-        stop = min(k, start + BLOCK)
+    w, pruned = weight[:, order].clone(), pruned[:, order]
+    scale = scale if shared else scale[:, order]
+    # Errors within a block are passed on at once, to later blocks in one product: the same sums, far faster.
+    for start in range(0, columns, BLOCK):
+        stop = min(columns, start + BLOCK)
         errors = torch.zeros_like(w[:, start:stop])
         for j in range(start, stop):
             now = w[:, j]
-            point = rounded(now, at if shared else at[:, j], grid)
-            point = point.masked_fill(keep[:, j], 0.0)
+            point = fake_quantize(now, scale if shared else scale[:, j], quantization)
+            point = point.masked_fill(pruned[:, j], 0.0)
             error = (now - point) / upper[j, j]
             w[:, j + 1 : stop] -= error[:, None] * upper[j, j + 1 : stop]
             errors[:, j - start], w[:, j] = error, point

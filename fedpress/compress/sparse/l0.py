@@ -120,7 +120,7 @@ class Gates(nn.Module):
                 handle.remove()
 
     @torch.no_grad()
-    def settle_(self, model: nn.Module) -> None:
+    def materialize_(self, model: nn.Module) -> None:
         """Multiplies the parameters of `model` by their gates for good; none is closed more than to `LEAST`."""
         factors = self.factors([at_test(a).clamp_min(LEAST) for a in self.log_alphas])
         parameters = dict(model.named_parameters())

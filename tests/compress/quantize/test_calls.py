@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedpress.compress.quantize import quantizable, quantize_
-from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
+from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
 
 
 class Scales(nn.Module):
@@ -46,7 +46,7 @@ def test_mean_outputs_stay_where_they_were(name, rounding):
     make, batches = CALLS[name]
     model = make()
     plain = copy.deepcopy(model)
-    table, left = quantizable(model, LayerGrids(weights=WeightGrid(bits=2)))
+    table, left = quantizable(model, QuantizationScheme(weights=WeightQuantization(bits=2)))
     assert (len(table), left) == (1, {})
     assert quantize_(model, table, batches, rounding=rounding) == {}
     errors = [(model(x) - plain(x)).detach() for x in batches]

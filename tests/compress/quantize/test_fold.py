@@ -8,8 +8,9 @@ from torch import nn
 from fedpress.compress.quantize import find_folds, fold_
 from fedpress.errors import ModelError
 from fedpress.models import ModelSpec
-from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
-from fedpress.nn.quantized import fold_layers_, quantize_layers_, quantized_layers, settle_
+from fedpress.nn.folded import apply_folds_
+from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
+from fedpress.nn.quantized import materialize_, quantize_layers_, quantized_layers
 
 
 def seasoned(model):
@@ -79,16 +80,16 @@ def test_a_folded_network_computes_the_same_with_one_operation_less(make, shape,
     )
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules())
     rebuilt = make()
-    fold_layers_(rebuilt, folds)
+    apply_folds_(rebuilt, folds)
     rebuilt.load_state_dict(folded.state_dict())
     assert torch.equal(rebuilt.eval()(x), folded(x))
 
 
 GRIDS = [
-    WeightGrid(bits=4),
-    WeightGrid(bits=4, group=5),
-    WeightGrid(kind="ternary"),
-    WeightGrid(kind="binary"),
+    WeightQuantization(bits=4),
+    WeightQuantization(bits=4, group=5),
+    WeightQuantization(kind="ternary"),
+    WeightQuantization(kind="binary"),
 ]
 
 
@@ -97,16 +98,16 @@ def test_a_layer_on_a_grid_stays_there_when_it_takes_in_its_norm(grid):
     torch.manual_seed(0)
     model = seasoned(FOLDED[0][0]())
     folds, _ = find_folds(model, torch.zeros(2, 3, 8, 8))
-    quantize_layers_(model, {into: LayerGrids(weights=grid) for into in folds.values()})
-    settle_(model)
-    codes = {n: m.codes().abs() for n, m in quantized_layers(model)}
+    quantize_layers_(model, {into: QuantizationScheme(weights=grid) for into in folds.values()})
+    materialize_(model)
+    codes = {n: m.quantize().abs() for n, m in quantized_layers(model)}
     folded = copy.deepcopy(model)
     fold_(folded, folds)
     x = torch.randn(5, 3, 8, 8)
     torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
     for name, layer in quantized_layers(folded):
-        assert torch.equal(layer.codes().abs(), codes[name])
-        assert torch.equal(layer.dequantize(layer.codes()), layer.weight)
+        assert torch.equal(layer.quantize().abs(), codes[name])
+        assert torch.equal(layer.dequantize(layer.quantize()), layer.weight)
 
 
 def test_zeros_stay_zeros():
@@ -171,7 +172,9 @@ def test_a_norm_that_is_not_finite_is_named():
 
 def test_shared_weights_are_folded_first():
     model = seasoned(Volume())
-    quantize_layers_(model, {"layers.0": LayerGrids(weights=WeightGrid(kind="codebook"))})
+    quantize_layers_(
+        model, {"layers.0": QuantizationScheme(weights=WeightQuantization(kind="codebook"))}
+    )
     with pytest.raises(
         ModelError, match=r"'layers.0' shares weights between channels.*fold it first"
     ):

@@ -14,7 +14,7 @@ from fedpress.compress.quantize import (
     stored_bytes,
 )
 from fedpress.errors import DataError, RecipeError
-from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
+from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import quantize_layers_
 
 layers = st.lists(
@@ -60,11 +60,16 @@ def test_large_budgets_are_met_and_nearly_used():
 
 @pytest.mark.parametrize(
     "grid",
-    [WeightGrid(), WeightGrid(bits=3), WeightGrid(bits=4, group=5), WeightGrid(kind="codebook")],
+    [
+        WeightQuantization(),
+        WeightQuantization(bits=3),
+        WeightQuantization(bits=4, group=5),
+        WeightQuantization(kind="codebook"),
+    ],
 )
 def test_the_bytes_are_those_of_codes_and_scales(grid):
     layer = nn.Conv2d(3, 5, 3)
-    quantize_layers_(nn.Sequential(layer), {"0": LayerGrids(weights=grid)})
+    quantize_layers_(nn.Sequential(layer), {"0": QuantizationScheme(weights=grid)})
     own = layer.codebook if grid.kind == "codebook" else layer.weight_scale
     assert (
         stored_bytes(layer.weight, grid)
@@ -75,7 +80,7 @@ def test_the_bytes_are_those_of_codes_and_scales(grid):
 def test_the_harm_is_the_divergence_of_one_layer_rounded_alone():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    table, _ = quantizable(model, LayerGrids(weights=WeightGrid()))
+    table, _ = quantizable(model, QuantizationScheme(weights=WeightQuantization()))
     before = {n: p.clone() for n, p in model.named_parameters()}
     x = torch.randn(40, 6)
     found = measure_choices(model, table, (2, 4, 8), [x[:25], x[25:]])
@@ -95,8 +100,13 @@ def test_the_harm_is_the_divergence_of_one_layer_rounded_alone():
 def test_no_examples_and_other_grids_are_refused():
     model = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(DataError, match=r"quantize.mixed: .* at least one batch"):
-        measure_choices(model, quantizable(model, LayerGrids(weights=WeightGrid()))[0], (4,), [])
+        measure_choices(
+            model, quantizable(model, QuantizationScheme(weights=WeightQuantization()))[0], (4,), []
+        )
     with pytest.raises(RecipeError, match=r"quantize.mixed: '0' is not on whole numbers"):
         measure_choices(
-            model, {"0": LayerGrids(weights=WeightGrid(kind="ternary"))}, (4,), [torch.zeros(1, 2)]
+            model,
+            {"0": QuantizationScheme(weights=WeightQuantization(kind="ternary"))},
+            (4,),
+            [torch.zeros(1, 2)],
         )

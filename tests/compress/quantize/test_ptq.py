@@ -10,12 +10,12 @@ from fedpress import compress
 from fedpress.compress.quantize import find_folds, fold_, quantizable, quantize_
 from fedpress.errors import DataError, ModelError
 from fedpress.models import ModelSpec, load_model, save_model
-from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
+from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import quantized_layers
 
 INT4, BYTES = (
-    LayerGrids(weights=WeightGrid(bits=4)),
-    LayerGrids(weights=WeightGrid(), inputs=InputGrid()),
+    QuantizationScheme(weights=WeightQuantization(bits=4)),
+    QuantizationScheme(weights=WeightQuantization(), inputs=InputQuantization()),
 )
 SPEC = ModelSpec(architecture="resnet-small", arguments={"width": 8}, input_shape=(3, 8, 8))
 
@@ -43,12 +43,14 @@ def net():
     [
         BYTES,
         INT4,
-        LayerGrids(weights=WeightGrid(), inputs=InputGrid(dynamic=True)),
-        LayerGrids(weights=WeightGrid(bits=4, group=16)),
-        LayerGrids(weights=WeightGrid(kind="ternary")),
-        LayerGrids(weights=WeightGrid(kind="binary"), inputs=InputGrid(bits=1)),
-        LayerGrids(weights=WeightGrid(kind="codebook", bits=3)),
-        LayerGrids(inputs=InputGrid(bits=4)),
+        QuantizationScheme(weights=WeightQuantization(), inputs=InputQuantization(dynamic=True)),
+        QuantizationScheme(weights=WeightQuantization(bits=4, group=16)),
+        QuantizationScheme(weights=WeightQuantization(kind="ternary")),
+        QuantizationScheme(
+            weights=WeightQuantization(kind="binary"), inputs=InputQuantization(bits=1)
+        ),
+        QuantizationScheme(weights=WeightQuantization(kind="codebook", bits=3)),
+        QuantizationScheme(inputs=InputQuantization(bits=4)),
     ],
     ids=str,
 )
@@ -62,9 +64,9 @@ def test_a_quantized_network_comes_back_from_its_folder_to_the_same_bits(grids, 
     assert again_spec.quantized == table
     assert torch.equal(again.eval()(batches[0]), model(batches[0]))
     for name, layer in quantized_layers(again):
-        assert layer.grids == table[name]
+        assert layer.scheme == table[name]
         if grids.weights is not None:
-            assert torch.equal(layer.weight, layer.dequantize(layer.codes()))
+            assert torch.equal(layer.weight, layer.dequantize(layer.quantize()))
 
 
 def test_more_bits_and_more_care_come_nearer_to_the_float_network():
@@ -80,8 +82,8 @@ def test_more_bits_and_more_care_come_nearer_to_the_float_network():
     assert eight < four / 10
     assert four < 0.1
     assert error(INT4, rounding="second-order") < four
-    assert error(LayerGrids(weights=WeightGrid(bits=4, group=8))) < four
-    assert error(LayerGrids(weights=WeightGrid(bits=3))) > four
+    assert error(QuantizationScheme(weights=WeightQuantization(bits=4, group=8))) < four
+    assert error(QuantizationScheme(weights=WeightQuantization(bits=3))) > four
 
 
 @pytest.mark.parametrize("inner", ["conv", "linear"])
@@ -91,7 +93,9 @@ def test_biases_make_good_for_the_mean_error_of_rounding(inner):
     model = nn.Sequential(copy.deepcopy(layer))
     x = torch.rand(40, 3, 7, 7) if inner == "conv" else torch.rand(40, 4, 6)
     quantize_(
-        model, quantizable(model, LayerGrids(weights=WeightGrid(bits=2)))[0], [x[:23], x[23:]]
+        model,
+        quantizable(model, QuantizationScheme(weights=WeightQuantization(bits=2)))[0],
+        [x[:23], x[23:]],
     )
     error = (model(x) - layer(x)).detach()
     mean = error.mean((0, 2, 3)) if inner == "conv" else error.mean((0, 1))
@@ -150,7 +154,7 @@ def test_what_stays_float_is_listed_with_the_reason():
 
 def test_first_and_last_can_stay_float_and_sparse_layers_are_not_made_binary():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
-    binary = LayerGrids(weights=WeightGrid(kind="binary"))
+    binary = QuantizationScheme(weights=WeightQuantization(kind="binary"))
     table, left = quantizable(model, binary, keep=["first", "last"], sparse=["1.weight"])
     assert [*table] == ["2"]
     assert "has no zero; use ternary" in left["1"]
@@ -211,7 +215,7 @@ def test_int8_weights_are_those_of_torchao():
     torchao.quantize_(theirs, torchao.Int8WeightOnlyConfig())
     quantize_(
         ours,
-        quantizable(ours, LayerGrids(weights=WeightGrid()))[0],
+        quantizable(ours, QuantizationScheme(weights=WeightQuantization()))[0],
         scale="minmax",
         correct_bias=False,
     )
@@ -231,16 +235,24 @@ def test_torchao_leaves_convolutions_float_without_a_word_and_we_do_not():
     )
     torchao.quantize_(theirs, torchao.Int8WeightOnlyConfig())
     assert type(theirs[0].weight) is nn.Parameter
-    quantize_(ours, quantizable(ours, LayerGrids(weights=WeightGrid()))[0], correct_bias=False)
-    assert ours[0].codes().unique().numel() > 20
+    quantize_(
+        ours,
+        quantizable(ours, QuantizationScheme(weights=WeightQuantization()))[0],
+        correct_bias=False,
+    )
+    assert ours[0].quantize().unique().numel() > 20
 
 
 @pytest.mark.parametrize(
-    "grid", [WeightGrid(bits=4), WeightGrid(kind="ternary")], ids=lambda g: g.kind
+    "grid", [WeightQuantization(bits=4), WeightQuantization(kind="ternary")], ids=lambda g: g.kind
 )
 def test_channels_on_whole_numbers_go_with_their_scales(grid):
     model, batches, _ = net()
-    quantize_(model, quantizable(model, LayerGrids(weights=grid, inputs=InputGrid()))[0], batches)
+    quantize_(
+        model,
+        quantizable(model, QuantizationScheme(weights=grid, inputs=InputQuantization()))[0],
+        batches,
+    )
     graph = compress.trace(model, batches[0][:2])
     plan = compress.plan(
         model, graph, compress.score(model, graph, "l2"), keep_params=0.6, round_to=1
@@ -250,13 +262,15 @@ def test_channels_on_whole_numbers_go_with_their_scales(grid):
     assert compress.check_parity(model, small, plan, batches[0][:2]) < 1e-5
     for _, layer in quantized_layers(small):
         assert layer.weight_scale.shape == (len(layer.weight),)
-        assert torch.equal(layer.weight, layer.dequantize(layer.codes()))
+        assert torch.equal(layer.weight, layer.dequantize(layer.quantize()))
 
 
 def quantized_to(kind):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
-    quantize_(model, {"0": LayerGrids(weights=WeightGrid(kind=kind))}, correct_bias=False)
+    quantize_(
+        model, {"0": QuantizationScheme(weights=WeightQuantization(kind=kind))}, correct_bias=False
+    )
     return model, torch.randn(2, 2, 2, 2)
 
 
@@ -285,7 +299,7 @@ def test_a_bias_of_two_layers_makes_good_for_neither_and_is_told():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     model[2].bias = model[0].bias
     bias = model[0].bias.detach().clone()
-    table, _ = quantizable(model, LayerGrids(weights=WeightGrid(bits=3)))
+    table, _ = quantizable(model, QuantizationScheme(weights=WeightQuantization(bits=3)))
     notes = quantize_(model, table, [torch.randn(64, 8)])
     assert set(notes) == {"0", "2"}
     assert all("its bias is shared" in why for why in notes.values())
@@ -298,7 +312,9 @@ def test_a_matrix_beside_a_vector_named_weight_is_listed():
             super().__init__()
             self.weight, self.matrix = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4, 4))
 
-    _, left = quantizable(nn.Sequential(nn.Linear(4, 4), Both()), LayerGrids(weights=WeightGrid()))
+    _, left = quantizable(
+        nn.Sequential(nn.Linear(4, 4), Both()), QuantizationScheme(weights=WeightQuantization())
+    )
     assert left == {"1": "Both computes in its own way"}
 
 
@@ -312,7 +328,7 @@ def test_a_module_of_two_names_keeps_its_bias_correction():
         def forward(self, x):
             return self.head(self.other(x).relu())
 
-    table = {"one": LayerGrids(weights=WeightGrid(bits=3))}
+    table = {"one": QuantizationScheme(weights=WeightQuantization(bits=3))}
     assert quantize_(Named(), table, [torch.randn(64, 8)]) == {}
 
 
@@ -322,6 +338,8 @@ def test_a_group_larger_than_a_channel_is_the_channel():
     whole = copy.deepcopy(model)
     for each, group in ((model, 10**9), (whole, None)):
         quantize_(
-            each, {"0": LayerGrids(weights=WeightGrid(bits=4, group=group))}, correct_bias=False
+            each,
+            {"0": QuantizationScheme(weights=WeightQuantization(bits=4, group=group))},
+            correct_bias=False,
         )
     assert torch.equal(model[0].weight, whole[0].weight)

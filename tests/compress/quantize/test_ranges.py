@@ -7,10 +7,10 @@ from torch import nn
 from fedpress.compress.quantize import calibrate_
 from fedpress.errors import DataError, ModelError
 from fedpress.nn.observers import OBSERVERS, Histogram
-from fedpress.nn.quant_scheme import InputGrid, LayerGrids, affine
+from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, calculate_qparams
 from fedpress.nn.quantized import quantize_layers_
 
-BYTE = InputGrid()
+BYTE = InputQuantization()
 
 
 def seen(x):
@@ -22,7 +22,7 @@ def seen(x):
 def ready(inputs, *, names=("0", "2")):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.Flatten())
-    quantize_layers_(model, {n: LayerGrids(inputs=inputs) for n in names})
+    quantize_layers_(model, {n: QuantizationScheme(inputs=inputs) for n in names})
     return model
 
 
@@ -34,15 +34,15 @@ def test_calibration_sets_the_range_of_each_layers_inputs(observer):
     assert all(m.training for m in model.modules())
     plain = nn.functional.conv2d(torch.cat(batches), model[0].weight, model[0].bias).relu()
     low, high = OBSERVERS[observer](seen(plain), BYTE)
-    scale, zero = affine(torch.tensor(low), torch.tensor(high), BYTE)
+    scale, zero = calculate_qparams(torch.tensor(low), torch.tensor(high), BYTE)
     torch.testing.assert_close(model[2].input_scale.data, scale, rtol=1e-3, atol=0)
     assert model[2].input_zero_point == zero == 0
     assert 100 < model[0].input_zero_point < 156
-    assert model[0].grids.inputs == BYTE
+    assert model[0].scheme.inputs == BYTE
 
 
 def test_the_sign_gets_the_mean_size_as_its_scale():
-    model = ready(InputGrid(bits=1, middle=False), names=("0",))
+    model = ready(InputQuantization(bits=1, middle=False), names=("0",))
     x = torch.randn(20, 2, 6, 6)
     calibrate_(model, [x[:13], x[13:]])
     torch.testing.assert_close(model[0].input_scale.data, x.abs().mean())
@@ -50,7 +50,7 @@ def test_the_sign_gets_the_mean_size_as_its_scale():
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_one_bit_gets_the_middle_of_each_channel_and_both_sides_are_seen(dynamic):
-    model = ready(InputGrid(bits=1, dynamic=dynamic), names=("0",))
+    model = ready(InputQuantization(bits=1, dynamic=dynamic), names=("0",))
     x = torch.randn(20, 2, 6, 6).relu() * torch.tensor([1.0, 9.0]).view(1, 2, 1, 1)
     calibrate_(model, [x[:13], x[13:]])
     middle = x.mean((0, 2, 3))
@@ -70,7 +70,7 @@ def test_one_bit_gets_the_middle_of_each_channel_and_both_sides_are_seen(dynamic
 def test_one_bit_that_would_always_be_the_same_is_refused_by_name():
     x = torch.randn(8, 2, 6, 6).relu()
     with pytest.raises(DataError, match=r"'0' reads values of one sign only \(0 to .*middle"):
-        calibrate_(ready(InputGrid(bits=1, middle=False), names=("0",)), [x])
+        calibrate_(ready(InputQuantization(bits=1, middle=False), names=("0",)), [x])
     for constant in (
         torch.zeros(8, 2, 6, 6),
         torch.full((8, 2, 6, 6), 0.3),
@@ -78,7 +78,9 @@ def test_one_bit_that_would_always_be_the_same_is_refused_by_name():
     ):
         for dynamic in (False, True):
             with pytest.raises(DataError, match="every channel that '0' reads is constant"):
-                calibrate_(ready(InputGrid(bits=1, dynamic=dynamic), names=("0",)), [constant])
+                calibrate_(
+                    ready(InputQuantization(bits=1, dynamic=dynamic), names=("0",)), [constant]
+                )
 
 
 @pytest.mark.parametrize("observer", OBSERVERS)
@@ -105,13 +107,13 @@ def test_no_batches_and_wrong_batches_are_refused():
     model = ready(BYTE)
     with pytest.raises(ModelError, match="cannot run on these examples"):
         calibrate_(model, [torch.zeros(2, 5, 6, 6)])
-    assert model[0].grids.inputs == BYTE
+    assert model[0].scheme.inputs == BYTE
     assert not model[0]._forward_pre_hooks
 
 
 def test_a_layer_that_never_runs_is_listed():
     model = ready(BYTE, names=("0",))
     model.add_module("idle", nn.Linear(2, 2))
-    quantize_layers_(model, {"idle": LayerGrids(inputs=BYTE)})
+    quantize_layers_(model, {"idle": QuantizationScheme(inputs=BYTE)})
     model.forward = lambda x: model[0](x)
     assert calibrate_(model, [torch.randn(2, 2, 6, 6)]) == {"idle": "forward never calls it"}

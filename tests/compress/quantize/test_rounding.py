@@ -11,22 +11,23 @@ from fedpress.compress.quantize.rounding import (
     round_second_order_,
     second_moment,
 )
-from fedpress.nn.quant_scheme import LayerGrids, WeightGrid, grouped
+from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization, in_groups
 from fedpress.nn.quantized import quantize_layers_
 
 
 def on_grid(layer, grid):
-    quantize_layers_(model := nn.Sequential(layer), {"0": LayerGrids(weights=grid)})
+    quantize_layers_(model := nn.Sequential(layer), {"0": QuantizationScheme(weights=grid)})
     return model[0]
 
 
 @pytest.mark.parametrize(
-    "grid", [WeightGrid(bits=2), WeightGrid(bits=4), WeightGrid(bits=3, group=10)]
+    "grid",
+    [WeightQuantization(bits=2), WeightQuantization(bits=4), WeightQuantization(bits=3, group=10)],
 )
 def test_no_scale_of_a_fine_search_is_much_better(grid):
     weight = torch.randn(3, 30, generator=torch.Generator().manual_seed(0)).pow(3)
     scale = best_scale(weight, grid).reshape(3, -1, 1)
-    rows = grouped(weight, grid.group)
+    rows = in_groups(weight, grid.group)
 
     def error(s):
         return ((rows / s).round().clamp(grid.lowest, grid.highest) * s - rows).square().sum(-1)
@@ -74,11 +75,11 @@ def test_the_second_moment_is_that_of_the_patches():
 
 
 GRIDS = [
-    WeightGrid(bits=3),
-    WeightGrid(bits=3, group=4),
-    WeightGrid(kind="ternary"),
-    WeightGrid(kind="binary"),
-    WeightGrid(kind="codebook", bits=2),
+    WeightQuantization(bits=3),
+    WeightQuantization(bits=3, group=4),
+    WeightQuantization(kind="ternary"),
+    WeightQuantization(kind="binary"),
+    WeightQuantization(kind="codebook", bits=2),
 ]
 
 
@@ -88,9 +89,9 @@ def test_second_order_rounding_hurts_the_outputs_less_and_lies_on_the_grid(grid)
     layer = on_grid(nn.Linear(24, 16), grid)
     x = torch.randn(400, 24) @ torch.randn(24, 24)  # correlated inputs
     before = layer.weight.detach().clone()
-    nearest = layer.dequantize(layer.codes())
+    nearest = layer.dequantize(layer.quantize())
     round_second_order_(layer, (x.T @ x)[None] / 400)
-    assert torch.equal(layer.dequantize(layer.codes()), layer.weight)
+    assert torch.equal(layer.dequantize(layer.quantize()), layer.weight)
 
     def harm(weight):
         return F.linear(x, weight - before).square().mean(0)
@@ -103,14 +104,14 @@ def test_second_order_rounding_hurts_the_outputs_less_and_lies_on_the_grid(grid)
 def test_the_rounding_comes_close_to_the_best_of_all_roundings():
     """All 2^8 ways to round 8 weights up or down, tried out."""
     torch.manual_seed(1)
-    layer = on_grid(nn.Linear(8, 4, bias=False), WeightGrid(bits=3))
+    layer = on_grid(nn.Linear(8, 4, bias=False), WeightQuantization(bits=3))
     x = torch.randn(100, 8) @ torch.randn(8, 8)
     before, scale = layer.weight.detach().clone(), layer.weight_scale.detach()[:, None]
     low = (before / scale).floor()
     ways = torch.tensor([*product((0.0, 1.0), repeat=8)])
     tried = ((low[:, None] + ways).clamp(-3, 3) * scale[:, None] - before[:, None]) @ x.T
     best = tried.square().mean(-1).amin(1)
-    nearest = F.linear(x, layer.dequantize(layer.codes()) - before).square().mean(0)
+    nearest = F.linear(x, layer.dequantize(layer.quantize()) - before).square().mean(0)
     round_second_order_(layer, (x.T @ x)[None], damping=1e-6)
     ours = F.linear(x, layer.weight.detach() - before).square().mean(0)
     assert float((ours / best).log().mean()) < 0.5 * float((nearest / best).log().mean())
@@ -118,8 +119,8 @@ def test_the_rounding_comes_close_to_the_best_of_all_roundings():
 
 def test_independent_inputs_leave_the_nearest_point():
     torch.manual_seed(2)
-    layer = on_grid(nn.Linear(6, 5), WeightGrid(bits=4))
-    nearest = layer.dequantize(layer.codes())
+    layer = on_grid(nn.Linear(6, 5), WeightQuantization(bits=4))
+    nearest = layer.dequantize(layer.quantize())
     round_second_order_(layer, torch.eye(6)[None])
     assert torch.equal(layer.weight, nearest)
 
@@ -140,7 +141,7 @@ def test_pruned_weights_stay_pruned(grid):
 
 
 def test_inputs_that_are_always_zero_are_no_division_by_zero():
-    layer = on_grid(nn.Linear(4, 3), WeightGrid(bits=4))
-    nearest = layer.dequantize(layer.codes())
+    layer = on_grid(nn.Linear(4, 3), WeightQuantization(bits=4))
+    nearest = layer.dequantize(layer.quantize())
     round_second_order_(layer, torch.zeros(1, 4, 4))
     assert torch.equal(layer.weight, nearest)

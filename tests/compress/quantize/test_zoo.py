@@ -8,8 +8,8 @@ import zoo
 
 from fedpress.compress.quantize import find_folds, fold_, quantizable, quantize_
 from fedpress.errors import ModelError
-from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
-from fedpress.nn.quantized import KINDS, quantized_layers
+from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
+from fedpress.nn.quantized import QUANTIZED_CLASSES, quantized_layers
 
 FOLDED = {
     "plain": 2,
@@ -26,7 +26,7 @@ FLOAT = {
     "vit-torch": "ViT computes in its own way",
     "words": "its weight is shared with 'out'",
 }
-BYTES = LayerGrids(weights=WeightGrid(), inputs=InputGrid())
+BYTES = QuantizationScheme(weights=WeightQuantization(), inputs=InputQuantization())
 
 
 def error(model, wanted, x):
@@ -54,7 +54,9 @@ def test_eight_bits_come_near_to_the_float_network(name):
     wanted = [y.detach() for y in zoo.outputs(model.eval(), x)]
     table, left = quantizable(model, BYTES)
     assert FLOAT.get(name, "") in " ".join(left.values())
-    assert {n for n, m in model.named_modules() if type(m) in KINDS} <= table.keys() | left.keys()
+    assert {
+        n for n, m in model.named_modules() if type(m) in QUANTIZED_CLASSES
+    } <= table.keys() | left.keys()
     assert quantize_(model, table, [x], correct_bias=False) == {}
     assert [*table] == [n for n, _ in quantized_layers(model)]
     assert 0 < error(model, wanted, x) < 2e-3

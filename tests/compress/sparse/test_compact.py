@@ -126,8 +126,8 @@ def test_names_of_another_model_and_empty_weights_are_refused():
 
 
 def test_kept_entries_that_a_grid_rounds_to_zero_train_on():
-    from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
-    from fedpress.nn.quantized import kept_entries, note_kept_zeros_, quantize_layers_, settle_
+    from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
+    from fedpress.nn.quantized import kept_entries, materialize_, note_kept_zeros_, quantize_layers_
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 10), nn.ReLU(), nn.GRUCell(10, 6))
@@ -137,8 +137,10 @@ def test_kept_entries_that_a_grid_rounds_to_zero_train_on():
             p = dict(model.named_parameters())[name]
             p.masked_fill_(torch.rand_like(p) < 0.1, 0)
     wanted = kept_entries(model, names)
-    quantize_layers_(model, dict.fromkeys(["0", "2"], LayerGrids(weights=WeightGrid(bits=2))))
-    settle_(model)
+    quantize_layers_(
+        model, dict.fromkeys(["0", "2"], QuantizationScheme(weights=WeightQuantization(bits=2)))
+    )
+    materialize_(model)
     assert note_kept_zeros_(model, wanted) == tuple(names)
     assert int((model[0].weight == 0).sum()) > 2 * int((~wanted["0.weight"]).sum())
     for name, mask in kept_entries(model, names).items():

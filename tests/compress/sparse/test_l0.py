@@ -145,7 +145,7 @@ def test_settled_gates_give_the_network_that_was_evaluated():
     x = torch.randn(5, 6, generator=generator(0, "x"))
     with gates.on(model), torch.inference_mode():
         wanted = model(x)
-    gates.settle_(model)
+    gates.materialize_(model)
     torch.testing.assert_close(model(x), wanted)
 
 
@@ -233,7 +233,7 @@ def test_a_channel_gate_scales_what_is_read_whatever_norm_comes_before():
         for a in gates.log_alphas:
             a.uniform_(-1, 1, generator=generator(0, "alphas"))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    gates.settle_(model)
+    gates.materialize_(model)
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     read = {s.tensor for layer in graph.layers for s in layer.role("read")}
     assert changed == read
@@ -245,7 +245,7 @@ def test_settled_channels_are_removed_without_a_change():
     with torch.no_grad():
         for a in gates.log_alphas:
             a.uniform_(-3, 3, generator=generator(0, "alphas"))
-    gates.settle_(model)
+    gates.materialize_(model)
     scores = [open_probability(a.detach()) for a in gates.log_alphas]
     cut = plan(model, graph, scores, keep_params=0.4, round_to=1)
     small = copy.deepcopy(model)

@@ -315,7 +315,11 @@ def test_a_quantized_model_is_refused():
     recipe = recipes.load(HEAD, ())
     state = first_state(recipe, load_data(recipe))
     rounded = state.spec.model_copy(
-        update={"quantized": {"head": LayerGrids(weights=WeightGrid(kind="int", bits=8))}}
+        update={
+            "quantized": {
+                "head": QuantizationScheme(weights=WeightQuantization(kind="int", bits=8))
+            }
+        }
     )
     with pytest.raises(RecipeError, match="quantized already; put this stage before"):
         prune().check(replace(state, spec=rounded))

@@ -36,12 +36,12 @@ PROPERTIES = (
 SIZES = ("size", "dim", "numel", "stride", "is_floating_point", "__len__", "is_contiguous")
 
 
-def base_of(kind: type[nn.Module]) -> type[nn.Module] | None:
+def base_layer(kind: type[nn.Module]) -> type[nn.Module] | None:
     """Returns the layer that `kind` is a subclass of, if a subclass of it may be looked into."""
     return next((base for base in OPERATIONS if issubclass(kind, base)), None)
 
 
-class Watch(TorchFunctionMode):
+class WeightReads(TorchFunctionMode):
     """Notes how a layer's weight is read while its forward runs."""
 
     def __init__(self, layer: nn.Module, operation: Callable[..., Tensor]) -> None:
@@ -49,7 +49,7 @@ class Watch(TorchFunctionMode):
         self.layer, self.operation = layer, operation
         self.calls: list[
             dict[str, Any]
-        ] = []  # the arguments of each call of the operation with the weight
+        ] = []  # arguments of each call of the operation on the weight
         self.others: list[str] = []  # what else read the weight
 
     def __torch_function__(
@@ -67,16 +67,14 @@ class Watch(TorchFunctionMode):
             return result
         name = str(getattr(func, "__name__", func))
         named = _arguments(args, kwargs)
-        if func is self.operation and named.get("weight") is weight:
-            self.calls.append(named)
-        elif (
+        asks_property = (
             name == "__get__"
             and getattr(getattr(func, "__self__", None), "__name__", "") in PROPERTIES
-        ):
-            pass
-        elif (
-            name not in SIZES and result is not weight
-        ):  # `weight.to(x.dtype)` gives the very same tensor
+        )
+        if func is self.operation and named.get("weight") is weight:
+            self.calls.append(named)
+        elif not asks_property and name not in SIZES and result is not weight:
+            # A result that is the weight itself tells nothing: `weight.to(x.dtype)` gives the very same tensor.
             self.others.append(name)
         return result
 
@@ -88,40 +86,40 @@ def _arguments(args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def read(layer: nn.Module, x: Tensor) -> Watch:
+def _probe(layer: nn.Module, x: Tensor) -> WeightReads:
     """Runs a copy of `layer` in evaluation mode on `x` and returns how its weight was read."""
-    base = base_of(type(layer))
+    base = base_layer(type(layer))
     assert base is not None
     own = copy.deepcopy(layer).eval()
-    with torch.random.fork_rng(devices=[]), Watch(own, OPERATIONS[base]) as watch:
+    with torch.random.fork_rng(devices=[]), WeightReads(own, OPERATIONS[base]) as reads:
         own.forward(x)  # not its hooks: whoever watches the layer must not be called again
-    return watch
+    return reads
 
 
-def other_than_plain(layer: nn.Module) -> str | None:
+def why_not_plain(layer: nn.Module) -> str | None:
     """Says what the forward of a subclass does beyond the plain one; None if it only prepares its input.
 
     Its weight may be read once, by the layer's own operation, together with its own bias; and what the operation gets
     must be made of values of the input and zeros (padding before a convolution), so that rounding the input before
     or after that is the same.
     """
-    base = base_of(type(layer))
+    base = base_layer(type(layer))
     assert base is not None
     more = [n for n, p in layer.named_parameters() if n not in ("weight", "bias") and p.dim() > 1]
     if more:
         return f"it has weights beside its own ('{more[0]}')"
     x = _made_up(layer)
     try:
-        watch = read(layer, x)
-        coarse = read(layer, _coarse(x))
+        reads = _probe(layer, x)
+        coarse = _probe(layer, _coarse(x))
     except Exception as problem:  # a stranger's forward may want anything
         first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         return f"it does not run on an ordinary input ({first[:120]})"
-    if watch.others:
-        return f"it reads its weight by '{watch.others[0]}'"
-    if len(watch.calls) != 1 or len(coarse.calls) != 1:
-        return f"it uses its weight {len(watch.calls)} times in one forward"
-    call = watch.calls[0]
+    if reads.others:
+        return f"it reads its weight by '{reads.others[0]}'"
+    if len(reads.calls) != 1 or len(coarse.calls) != 1:
+        return f"it uses its weight {len(reads.calls)} times in one forward"
+    call = reads.calls[0]
     if (call.get("bias") is None) != (layer._parameters.get("bias") is None):
         return "it adds its bias in its own way"
     given, rounded = call["input"], coarse.calls[0]["input"]
@@ -130,13 +128,13 @@ def other_than_plain(layer: nn.Module) -> str | None:
     return None
 
 
-def as_plain(layer: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
+def plain_equivalent(layer: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
     """Returns a plain layer and the input that give what a subclass's operation gives for its input `x`.
 
     The weight of the plain layer has no values, only a shape.
     """
-    call = read(layer, x).calls[0]
-    base, given = base_of(type(layer)), call["input"]
+    call = _probe(layer, x).calls[0]
+    base, given = base_layer(type(layer)), call["input"]
     assert base is not None
     weight = layer.weight
     assert isinstance(weight, Tensor)
@@ -152,14 +150,14 @@ def as_plain(layer: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
 
 
 def _made_up(layer: nn.Module) -> Tensor:
-    chance = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     assert isinstance(layer.weight, Tensor)
-    at = layer.weight.device
+    device = layer.weight.device
     if isinstance(layer, nn.Linear):
-        return torch.randn(2, layer.in_features, generator=chance).to(at)
+        return torch.randn(2, layer.in_features, generator=generator).to(device)
     assert isinstance(layer, nn.modules.conv._ConvNd)
     sides = [(k - 1) * d + 4 + k for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
-    return torch.randn(2, layer.in_channels, *sides, generator=chance).to(at)
+    return torch.randn(2, layer.in_channels, *sides, generator=generator).to(device)
 
 
 def _coarse(x: Tensor) -> Tensor:

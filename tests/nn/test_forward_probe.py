@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedpress.compress.quantize import quantizable, quantize_
-from fedpress.nn.forwards import other_than_plain
-from fedpress.nn.quant_scheme import InputGrid, LayerGrids, WeightGrid
-from fedpress.nn.quantized import settle_
+from fedpress.nn.forward_probe import why_not_plain
+from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
+from fedpress.nn.quantized import materialize_
 
 
 class PadsBefore(nn.Conv2d):
@@ -118,10 +118,12 @@ BAD = {
 def test_a_subclass_that_only_prepares_its_input_goes_on_the_grid(name, rounding):
     torch.manual_seed(0)
     layer, shape = GOOD[name]
-    assert other_than_plain(layer) is None
+    assert why_not_plain(layer) is None
     model, x = nn.Sequential(copy.deepcopy(layer)), torch.randn(shape)
     kind = type(model[0])
-    table, left = quantizable(model, LayerGrids(weights=WeightGrid(bits=4), inputs=InputGrid()))
+    table, left = quantizable(
+        model, QuantizationScheme(weights=WeightQuantization(bits=4), inputs=InputQuantization())
+    )
     assert [*table] == ["0"]
     assert not left
     quantize_(model, table, [x], rounding=rounding)
@@ -135,7 +137,7 @@ def test_a_subclass_that_only_prepares_its_input_goes_on_the_grid(name, rounding
     assert torch.equal(model(x), twin(rounded))
     wanted = layer(x)
     assert 0 < float((model(x) - wanted).square().mean() / wanted.square().mean()) < 0.05
-    assert torch.equal(settle_(model)(x), model(x))
+    assert torch.equal(materialize_(model)(x), model(x))
 
 
 def test_a_bias_makes_good_for_rounding_behind_the_padding_that_the_subclass_makes():
@@ -143,7 +145,7 @@ def test_a_bias_makes_good_for_rounding_behind_the_padding_that_the_subclass_mak
     layer = PadsBefore(3, 6, 3)
     model, x = nn.Sequential(copy.deepcopy(layer)), torch.randn(64, 3, 6, 6) + 2
     wanted = layer(x).mean((0, 2, 3))
-    table, _ = quantizable(model, LayerGrids(weights=WeightGrid(bits=3)))
+    table, _ = quantizable(model, QuantizationScheme(weights=WeightQuantization(bits=3)))
     quantize_(model, table, [x], rounding="nearest")
     torch.testing.assert_close(model(x).mean((0, 2, 3)), wanted, rtol=1e-4, atol=1e-4)
 
@@ -152,12 +154,12 @@ def test_a_bias_makes_good_for_rounding_behind_the_padding_that_the_subclass_mak
 def test_a_subclass_that_uses_its_weight_in_another_way_stays_float_and_says_why(name):
     layer, says = BAD[name]
     before = {n: p.clone() for n, p in layer.state_dict().items()}
-    assert says in (other_than_plain(layer) or "")
+    assert says in (why_not_plain(layer) or "")
     assert all(
         torch.equal(p, before[n]) for n, p in layer.state_dict().items()
     )  # the look changed nothing
     table, left = quantizable(
-        nn.Sequential(nn.Linear(2, 2), layer), LayerGrids(weights=WeightGrid())
+        nn.Sequential(nn.Linear(2, 2), layer), QuantizationScheme(weights=WeightQuantization())
     )
     assert "1" not in table
     assert says in left["1"]
@@ -200,7 +202,7 @@ class Steps(nn.GRU):
 )
 def test_a_subclass_that_is_only_made_in_another_way_goes_on_the_grid_like_its_base(layer, x):
     model = nn.Sequential(copy.deepcopy(layer))
-    table, left = quantizable(model, LayerGrids(weights=WeightGrid(bits=4)))
+    table, left = quantizable(model, QuantizationScheme(weights=WeightQuantization(bits=4)))
     assert [*table] == ["0"]
     assert not left
     quantize_(model, table, [x])
@@ -214,7 +216,9 @@ def test_a_subclass_that_is_only_made_in_another_way_goes_on_the_grid_like_its_b
 
 @pytest.mark.parametrize("layer", [Crops(3, 4, 2), Steps(3, 4)])
 def test_a_subclass_that_replaces_a_part_of_its_base_stays_float(layer):
-    _, left = quantizable(nn.Sequential(nn.Linear(2, 2), layer), LayerGrids(weights=WeightGrid()))
+    _, left = quantizable(
+        nn.Sequential(nn.Linear(2, 2), layer), QuantizationScheme(weights=WeightQuantization())
+    )
     assert "computes in its own way" in left["1"]
 
 
@@ -227,6 +231,6 @@ def test_looking_into_a_forward_leaves_chance_alone():
     wanted = torch.rand(2)
     layer = Drops(4, 4).train()
     torch.manual_seed(3)
-    assert other_than_plain(layer) is None  # it drops nothing in evaluation mode
+    assert why_not_plain(layer) is None  # it drops nothing in evaluation mode
     assert layer.training
     assert torch.equal(torch.rand(2), wanted)

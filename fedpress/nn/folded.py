@@ -1,0 +1,41 @@
+"""Models whose batch norms were folded into the layers before them are given that shape again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from fedpress.errors import ModelError
+
+
+@torch.no_grad()
+def apply_folds_(model: nn.Module, folded: Mapping[str, str]) -> None:
+    """Gives the layers that took in a batch norm a bias of zeros where they have none, and empties the batch norms.
+
+    Args:
+        model: changed in place.
+        folded: the name of each batch norm -> the name of the convolution or linear layer before it.
+
+    Raises:
+        ModelError: if a name is not in the model, or its module is of another kind.
+    """
+    for norm, into in folded.items():
+        owner, _, key = norm.rpartition(".")
+        try:
+            parent, layer = model.get_submodule(owner), model.get_submodule(into)
+            inner = model.get_submodule(norm)
+        except AttributeError as error:
+            raise ModelError(
+                f"spec.folded: the model lacks '{norm}' or '{into}'; the spec is of another model"
+            ) from error
+        weight = layer._parameters.get("weight")
+        if not isinstance(inner, nn.modules.batchnorm._BatchNorm | nn.Identity) or weight is None:
+            raise ModelError(
+                f"spec.folded: '{norm}' cannot be folded into '{into}'; the spec is of another model"
+            )
+        if layer._parameters.get("bias") is None:
+            outputs = getattr(layer, "out_channels", len(weight))
+            layer.register_parameter("bias", nn.Parameter(weight.detach().new_zeros(outputs)))
+        parent._modules[key] = nn.Identity()

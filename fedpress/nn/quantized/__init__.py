@@ -1,0 +1,35 @@
+"""Layers whose weights, and if wanted inputs, are quantized to a few bits: the quantized model on the torch side.
+
+A `QuantizationScheme` says how values are rounded; the scales are tensors of the layer. `weight` stays a float tensor:
+while a model trains it is the latent weight, and the layer computes with the nearest grid point of every entry (the
+gradient passes straight through the rounding). `materialize_` writes the grid points into `weight`; then every entry
+is a whole number times its scale, to the bit.
+"""
+
+from fedpress.nn.quantized.classes import quantized_class, why_not_quantizable
+from fedpress.nn.quantized.convert import materialize_, quantize_layers_, remove_quantization_
+from fedpress.nn.quantized.kept_zeros import kept_entries, note_kept_zeros_, register_kept_zeros_
+from fedpress.nn.quantized.layer import QuantLayer, qparam_ids, quantized_layers, quantized_weights
+from fedpress.nn.quantized.layers import INPUT_QUANTIZED, QUANTIZED_CLASSES
+from fedpress.nn.quantized.names import codebook_name, is_qparam, scale_name, weight_keys
+
+__all__ = [
+    "INPUT_QUANTIZED",
+    "QUANTIZED_CLASSES",
+    "QuantLayer",
+    "codebook_name",
+    "is_qparam",
+    "kept_entries",
+    "materialize_",
+    "note_kept_zeros_",
+    "qparam_ids",
+    "quantize_layers_",
+    "quantized_class",
+    "quantized_layers",
+    "quantized_weights",
+    "register_kept_zeros_",
+    "remove_quantization_",
+    "scale_name",
+    "weight_keys",
+    "why_not_quantizable",
+]

@@ -1,0 +1,152 @@
+"""Turns layers into quantized ones and back, and moves weights to the grid points that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from fedpress.errors import ModelError
+from fedpress.nn.quant_scheme import (
+    InputQuantization,
+    QuantizationScheme,
+    WeightQuantization,
+    fill_zero_scales,
+    initial_codebook,
+    initial_scale,
+    positive_scale,
+)
+from fedpress.nn.quantized.classes import quantized_class, why_not_quantizable
+from fedpress.nn.quantized.layer import QuantLayer, quantized_layers
+from fedpress.nn.quantized.layers import INPUT_QUANTIZED
+from fedpress.nn.quantized.names import codebook_name, is_qparam, kept_zeros_name, scale_name
+
+
+@torch.no_grad()
+def quantize_layers_(model: nn.Module, table: Mapping[str, QuantizationScheme]) -> None:
+    """Quantizes the named layers; weights stay as they are, new scales span what the weights are now.
+
+    A layer that is quantized already takes the new scheme. Make the optimizer afterwards.
+
+    Raises:
+        ModelError: if a name is not in the model, or its layer cannot be quantized.
+    """
+    for name, scheme in table.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError as error:
+            raise ModelError(
+                f"spec.quantized: the model has no layer '{name}'; the spec is of another model"
+            ) from error
+        if reason := why_not_quantizable(module):
+            raise ModelError(
+                f"spec.quantized: '{name}' cannot be quantized: {reason}; leave it out"
+            )
+        _drop_qparams_(module)
+        if not isinstance(module, QuantLayer):
+            # It stays the same object, so whoever shares the layer has the quantized one too.
+            module.__class__ = quantized_class(type(module))
+        assert isinstance(module, QuantLayer)
+        if not issubclass(module.plain, INPUT_QUANTIZED) and scheme.inputs is not None:
+            raise ModelError(
+                f"spec.quantized: '{name}' is a {module.plain.__name__}, whose weights alone can be rounded; "
+                "leave its inputs out"
+            )
+        module.scheme = scheme
+        _register_(module, scheme)
+    _close_shortcuts_(model)
+
+
+def _close_shortcuts_(model: nn.Module) -> None:
+    """Lets torch's transformer encoders call their layers: their fast path reads the weights past a layer's forward."""
+    for module in model.modules():
+        if not any(isinstance(m, QuantLayer) for m in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # 0 stands for any other activation; `activation` itself is what is used.
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
+def remove_quantization_(layer: QuantLayer) -> nn.Module:
+    """Makes `layer` what it was before it was quantized, with the weights that it has now; returns it."""
+    _drop_qparams_(layer)
+    _drop_kept_zeros_(layer)
+    layer.__dict__.pop("scheme", None)
+    layer.__class__ = layer.plain  # type: ignore[assignment]
+    return layer
+
+
+def _drop_qparams_(module: nn.Module) -> None:
+    if not isinstance(module, QuantLayer):
+        return
+    for table in (module._parameters, module._buffers):
+        for name in [name for name in table if is_qparam(name)]:
+            table.pop(name)
+
+
+def _drop_kept_zeros_(layer: QuantLayer) -> None:
+    for key in layer.keys:
+        layer._buffers.pop(kept_zeros_name(key), None)
+
+
+def _register_(layer: QuantLayer, scheme: QuantizationScheme) -> None:
+    """Gives the layer the tensors of its scheme: scales, codebooks, zero point, middle."""
+    if scheme.weights is not None:
+        for key in layer.keys:
+            _register_weight_(layer, key, scheme.weights)
+    if scheme.inputs is not None:
+        _register_inputs_(layer, scheme.inputs)
+
+
+def _register_weight_(layer: QuantLayer, key: str, quantization: WeightQuantization) -> None:
+    weight = layer.rows(getattr(layer, key).detach())
+    if quantization.kind != "codebook":
+        scale = nn.Parameter(initial_scale(weight, quantization))
+        layer.register_parameter(scale_name(key), scale)
+        return
+    codebook = nn.Parameter(initial_codebook(weight, quantization))
+    layer.register_parameter(codebook_name(key), codebook)
+    if quantization.centroid_bits is not None:
+        top = weight.abs().amax().float() / (2 ** (quantization.centroid_bits - 1) - 1)
+        scale = nn.Parameter(fill_zero_scales(top), requires_grad=False)
+        layer.register_parameter(scale_name(key), scale)
+
+
+def _register_inputs_(layer: QuantLayer, quantization: InputQuantization) -> None:
+    weight = layer.weight.detach()
+    if not quantization.dynamic:
+        scale = nn.Parameter(weight.new_ones((), dtype=torch.float32))
+        layer.register_parameter("input_scale", scale)
+        layer.register_buffer("input_zero_point", weight.new_zeros((), dtype=torch.float32))
+    if quantization.middle:
+        channels = int(getattr(layer, "in_channels", weight.shape[1]))
+        middle = nn.Parameter(weight.new_zeros(channels, dtype=torch.float32))
+        layer.register_parameter("input_middle", middle)
+
+
+@torch.no_grad()
+def materialize_(model: nn.Module) -> nn.Module:
+    """Moves every quantized weight to its grid point: then `weight == dequantize(quantize())` to the bit.
+
+    What the model computes stays the same to the bit. Returns the model.
+
+    Raises:
+        ModelError: if a weight is not finite, naming the layer.
+    """
+    for name, layer in quantized_layers(model):
+        if layer.scheme.weights is None:
+            continue
+        for key in layer.keys:
+            try:
+                codes = layer.quantize(key)
+            except ModelError as error:
+                raise ModelError(f"'{name}': {error}") from error
+            getattr(layer, key).copy_(layer.dequantize(codes, key))
+            if layer.scheme.weights.kind == "codebook":
+                layer.codebook_of(key).copy_(layer.codebook_values(key))
+            if scale_name(key) in layer._parameters:
+                layer.scale(key).copy_(positive_scale(layer.scale(key)))
+    return model

@@ -1,0 +1,78 @@
+"""Sparse weights on few values: which zeros are pruned entries, and which are kept ones that were rounded to 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedpress.errors import ModelError
+from fedpress.nn.quantized.layer import quantized_weights
+from fedpress.nn.quantized.names import kept_zeros_name
+
+
+def kept_entries(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Returns which entries of the named sparse weights are kept: bool, of the weights' shapes.
+
+    A float weight keeps what is not 0. Of a quantized one kept entries may be 0 too, since its grid has no nearer
+    point: a buffer of the layer says which, so that training may move them again (see `note_kept_zeros_`).
+
+    Raises:
+        ModelError: if the model lacks one of the names.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    found: dict[str, Tensor] = {}
+    for name in names:
+        if name not in parameters:
+            raise ModelError(
+                f"spec.sparse: the model has no parameter '{name}'; the spec is of another model"
+            )
+        kept = parameters[name].detach() != 0
+        owner, dot, key = name.rpartition(".")
+        zeros = buffers.get(f"{owner}{dot}{kept_zeros_name(key)}")
+        found[name] = kept if zeros is None else kept | zeros
+    return found
+
+
+def note_kept_zeros_(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Writes down which zeros of sparse quantized weights are kept entries that were rounded to 0.
+
+    Args:
+        model: gets a buffer in each layer where there are such zeros; elsewhere the zeros are the mask.
+        masks: the kept entries of each sparse weight, by name.
+
+    Returns:
+        The names of the weights with a buffer: `ModelSpec.kept_zeros`.
+    """
+    weights = quantized_weights(model)
+    noted = []
+    for name, mask in masks.items():
+        if name not in weights:
+            continue
+        layer, key = weights[name]
+        weight = getattr(layer, key).detach()
+        zeros = mask.to(weight.device) & (weight == 0)
+        layer._buffers.pop(kept_zeros_name(key), None)
+        if bool(zeros.any()):
+            layer.register_buffer(kept_zeros_name(key), zeros)
+            noted.append(name)
+    return tuple(noted)
+
+
+def register_kept_zeros_(model: nn.Module, names: Iterable[str]) -> None:
+    """Gives the layers of the named weights their buffers of kept zeros, empty, to be loaded.
+
+    Raises:
+        ModelError: if a name is no quantized weight.
+    """
+    weights = quantized_weights(model)
+    for name in names:
+        if name not in weights:
+            raise ModelError(
+                f"spec.kept_zeros: '{name}' is no quantized weight; the spec is of another model"
+            )
+        layer, key = weights[name]
+        zeros = torch.zeros_like(getattr(layer, key), dtype=torch.bool)
+        layer.register_buffer(kept_zeros_name(key), zeros)

@@ -1,0 +1,277 @@
+"""What all quantized layers have in common: their tensors, rounding, and the gradient that passes through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedpress.errors import ModelError
+from fedpress.nn.quant_scheme import (
+    TINY,
+    InputQuantization,
+    QuantizationScheme,
+    WeightQuantization,
+    calculate_qparams,
+    dequantize,
+    expand_scale,
+    gradient_scale,
+    positive_scale,
+    quantize,
+    scale_gradient,
+    straight_through,
+)
+from fedpress.nn.quantized.names import codebook_name, is_qparam, scale_name, weight_keys
+
+WINDOW = 1.25
+"""One-bit inputs: the gradient passes up to so many mean distances from the middle.
+
+Of a Gaussian this is the standard deviation: its mean distance is sqrt(2 / pi) of that.
+"""
+
+
+class QuantLayer(nn.Module):
+    """What the quantized layers have in common; `quantize_layers_` makes them of plain ones.
+
+    A layer has one weight, `weight`, or several, such as `weight_ih_l0` and `weight_hh_l0`; `keys` are their names.
+    Tensors, all in the state dict: `weight_scale` [out] or [out, groups], float32 (of a codebook with `centroid_bits`:
+    0-d), `codebook` [2^bits]; of another weight `KEY_scale` and `KEY_codebook`. Of the inputs: `input_scale` and
+    `input_zero_point` (0-d float32, the latter a whole number), `input_middle` [channels] (see `InputQuantization`).
+    Scales are parameters: training moves them as learned step sizes (Esser et al. 2020, arXiv:1902.08153, section 2).
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    codebook: Tensor
+    input_scale: Tensor
+    input_zero_point: Tensor
+    input_middle: Tensor
+    scheme: QuantizationScheme = QuantizationScheme()
+    plain: type[nn.Module] = nn.Module  # the class of the layer before it was quantized
+    channel_axis = -1  # of the inputs
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names of the weights that are quantized."""
+        return weight_keys(self)
+
+    @property
+    def size(self) -> int:
+        """Number of entries of all its weights."""
+        return sum(getattr(self, key).numel() for key in self.keys)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """Returns `weight` with output channels first: the form in which a scale belongs to a row."""
+        return weight
+
+    def unrows(self, rows: Tensor) -> Tensor:
+        """Takes `rows` back to the form that the layer gives its weight."""
+        return rows
+
+    def scale(self, key: str = "weight") -> nn.Parameter:
+        """Returns the scales of a weight, as they are trained; `positive_scale` of them is used."""
+        found: nn.Parameter = getattr(self, scale_name(key))
+        return found
+
+    def codebook_of(self, key: str = "weight") -> nn.Parameter:
+        """Returns the values that the entries of a weight share."""
+        found: nn.Parameter = getattr(self, codebook_name(key))
+        return found
+
+    def quantize(self, key: str = "weight") -> Tensor:
+        """Returns the int8 code of every entry of a weight, in its shape: that of its nearest grid point.
+
+        Raises:
+            ModelError: if the weights are float, or one is not finite.
+        """
+        quantization = self.weight_quantization()
+        weight = self.rows(getattr(self, key).detach().float())
+        if not bool(weight.isfinite().all()):
+            raise ModelError(
+                "a weight is NaN or infinite and has no code; load a checkpoint from before training broke"
+            )
+        return self.unrows(quantize(weight, self.expanded_scale(key), quantization)).to(torch.int8)
+
+    def dequantize(self, codes: Tensor, key: str = "weight") -> Tensor:
+        """Returns the float32 weights of `codes`.
+
+        Raises:
+            ModelError: if the weights are float, or a code is outside of the grid.
+        """
+        quantization = self.weight_quantization()
+        lowest, highest = quantization.lowest, quantization.highest
+        if codes.numel() and (int(codes.min()) < lowest or int(codes.max()) > highest):
+            raise ModelError(
+                f"codes are in {int(codes.min())}..{int(codes.max())}, but weights of kind '{quantization.kind}' with "
+                f"{quantization.bits} bits have {lowest}..{highest}; they belong to another model"
+            )
+        values = dequantize(self.rows(codes.float()), self.expanded_scale(key), quantization)
+        return self.unrows(values).detach()
+
+    def integers(self, key: str = "weight") -> tuple[Tensor, Tensor] | None:
+        """Returns whole numbers (int8, as `weight`) and scales [out] or [out, groups] whose product the weights are.
+
+        None if there are none: float weights, or a codebook of any values.
+        """
+        quantization = self.scheme.weights
+        if quantization is None:
+            return None
+        if quantization.kind == "codebook" and quantization.centroid_bits is None:
+            return None
+        scale = positive_scale(self.scale(key).detach())
+        if quantization.kind != "codebook":
+            return self.quantize(key), scale
+        integers = torch.round(self.dequantize(self.quantize(key), key) / scale).to(torch.int8)
+        return integers, scale.expand(len(self.rows(integers))).clone()
+
+    def quantized_weight(self, key: str = "weight") -> Tensor:
+        """Returns the grid points of a weight, differentiable in weights, scales and codebook."""
+        quantization = self.scheme.weights
+        if quantization is None:
+            latent: Tensor = getattr(self, key)
+            return latent
+        weight = self.rows(getattr(self, key).float())
+        if quantization.kind == "codebook":
+            values = self.codebook_values(key)
+            code = quantize(weight.detach(), values.detach(), quantization)
+            # Both learn: the weight may change its cluster, and a centroid feels the sum of its weights' gradients
+            # (Han et al. 2016, section 3.3), here times clusters / weights: their mean, were all clusters as large.
+            centroids = scale_gradient(values, len(values) / weight.numel())
+            chosen = centroids[(code - quantization.lowest).long()]
+            return self.unrows(chosen + (weight - weight.detach()))
+        scale = self.expanded_scale(key, slow_gradient=True)
+        if quantization.kind == "binary":
+            sign = quantize(weight.detach(), scale.detach(), quantization)
+            return self.unrows(sign * scale + (weight - weight.detach()))
+        steps = (weight / scale).clamp(quantization.lowest, quantization.highest)
+        return self.unrows(straight_through(steps.detach().round(), steps) * scale)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """Returns the grid points of the inputs `x`, differentiable in `x`, the scale and the middle."""
+        quantization = self.scheme.inputs
+        if quantization is None or x.numel() == 0:
+            return x  # a batch of nothing has no range
+        x = x.float()
+        if quantization.bits == 1:
+            return self._one_bit_input(x, quantization)
+        if quantization.dynamic:
+            all_axes = [*range(x.dim())]  # ONNX has no least value without axes
+            low, high = x.detach().amin(all_axes), x.detach().amax(all_axes)
+            scale, zero = calculate_qparams(low, high, quantization)
+        else:
+            factor = gradient_scale(x, quantization.highest)
+            scale = scale_gradient(positive_scale(self.input_scale), factor)
+            zero = self.input_zero_point
+        steps = (x / scale).clamp(-zero, quantization.highest - zero)
+        return straight_through(steps.detach().round(), steps) * scale
+
+    def _one_bit_input(self, x: Tensor, quantization: InputQuantization) -> Tensor:
+        """One bit: on which side of the middle a value lies, times the mean distance from it."""
+        middle = self.middle() if quantization.middle else None
+        distance = x if middle is None else x - middle
+        if quantization.dynamic:
+            scale = distance.detach().abs().mean()
+        else:
+            scale = scale_gradient(positive_scale(self.input_scale), gradient_scale(x, 1))
+        # Without a middle the inputs are taken for normalised ones: the gradient passes where |x| <= 1, that of hard
+        # tanh (Hubara et al. 2016, arXiv:1602.02830, eq. 4). With one, `scale` says how far they lie from it.
+        if middle is None:
+            near = distance.clamp(-1, 1)
+        else:
+            near = (distance / (WINDOW * scale.detach().clamp_min(TINY))).clamp(-1, 1)
+        sign = torch.where(distance.detach() >= 0, 1.0, -1.0)
+        side = straight_through(sign, near) * scale
+        return side if middle is None else side + middle
+
+    def middle(self) -> Tensor:
+        """Returns the middle of each channel of one-bit inputs, in a shape that is taken from inputs."""
+        return self.input_middle.view(-1, *[1] * (-1 - self.channel_axis))
+
+    def extra_repr(self) -> str:
+        """Adds the scheme to what torch prints."""
+        shown = [
+            f"{k}={v.kind if isinstance(v, WeightQuantization) else 'int'}{v.bits}"
+            for k, v in self.scheme
+            if v is not None
+        ]
+        return ", ".join([super().extra_repr(), *shown])
+
+    def weight_quantization(self) -> WeightQuantization:
+        """Returns how the weights are quantized.
+
+        Raises:
+            ModelError: if they are float.
+        """
+        if self.scheme.weights is None:
+            raise ModelError(
+                "the weights of this layer are float and have no codes; ask only layers with scheme.weights"
+            )
+        return self.scheme.weights
+
+    def codebook_values(self, key: str = "weight") -> Tensor:
+        """Returns the codebook, ascending; with `centroid_bits` its values are quantized themselves."""
+        quantization = self.weight_quantization()
+        values = self.codebook_of(key).float().sort().values
+        # The value 0 gets no gradient: it stays, and with it the pruned weights.
+        values = values * (values.detach() != 0)
+        if quantization.centroid_bits is None:
+            return values
+        most = 2 ** (quantization.centroid_bits - 1) - 1
+        scale = positive_scale(self.scale(key)).detach()
+        steps = (values / scale).clamp(-most, most)
+        return straight_through(steps.detach().round(), steps) * scale
+
+    def expanded_scale(self, key: str = "weight", *, slow_gradient: bool = False) -> Tensor:
+        """Returns the scale of every entry, to be broadcast over rows; of a codebook its values.
+
+        With `slow_gradient` the scale's gradient is that of a learned step size (LSQ, section 2.2).
+        """
+        quantization = self.weight_quantization()
+        if quantization.kind == "codebook":
+            return self.codebook_values(key)
+        scale = positive_scale(self.scale(key))
+        weight: Tensor = getattr(self, key)
+        if slow_gradient:
+            factor = (scale.numel() / (max(1, weight.numel()) * quantization.highest)) ** 0.5
+            scale = scale_gradient(scale, factor)
+        return expand_scale(scale, self.rows(weight), quantization.group)
+
+    def plain_twin(self, **instead: object) -> Any:
+        """Returns a plain layer of the same parts, with other attributes in the place of some.
+
+        Its forward is that of the class before quantization, which so reads the grid points of its weights. Nothing is
+        changed in this layer: a gradient, a trace or a copy of it never meets a half-quantized state.
+        """
+        twin = object.__new__(self.plain)
+        twin.__dict__.update(self.__dict__)
+        twin.__dict__.update(instead)
+        return twin
+
+
+def qparam_ids(model: nn.Module) -> set[int]:
+    """Returns the ids of the parameters that are scales, codebooks or middles: no weight decay may pull at them.
+
+    A smaller step size is no smaller network: decay would only draw the grid away from where training put it.
+    """
+    found: set[int] = set()
+    for _, layer in quantized_layers(model):
+        found |= {id(p) for name, p in layer.named_parameters(recurse=False) if is_qparam(name)}
+    return found
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
+    """Yields every quantized layer with its name, a shared one once."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLayer):
+            yield name, module
+
+
+def quantized_weights(model: nn.Module) -> dict[str, tuple[QuantLayer, str]]:
+    """Returns the weights of quantized layers by their dotted name: the layer, and the weight's name in it."""
+    found = {}
+    for name, layer in quantized_layers(model):
+        for key in layer.keys:
+            found[f"{name}.{key}"] = layer, key
+    return found

@@ -1,0 +1,194 @@
+"""The quantized form of each kind of layer, and the table of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedpress.nn.quantized.layer import QuantLayer
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    """A quantized linear layer."""
+
+    plain = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps [..., in_features] to [..., out_features]."""
+        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
+class QuantConv1d(QuantLayer, nn.Conv1d):
+    """A quantized convolution over sequences."""
+
+    plain, channel_axis = nn.Conv1d, -2
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps [n, in_channels, L] to [n, out_channels, L']."""
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    """A quantized convolution over images."""
+
+    plain, channel_axis = nn.Conv2d, -3
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps [n, in_channels, H, W] to [n, out_channels, H', W']."""
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
+class QuantConv3d(QuantLayer, nn.Conv3d):
+    """A quantized convolution over volumes."""
+
+    plain, channel_axis = nn.Conv3d, -4
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps [n, in_channels, D, H, W] to [n, out_channels, D', H', W']."""
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
+class _QuantTransposed(QuantLayer):
+    """A quantized transposed convolution: weight [in, out / groups, ...], rows [out, in / groups, ...]."""
+
+    groups: int
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """Returns [out, in / groups, ...]."""
+        by_group = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        return by_group.flatten(0, 1)
+
+    def unrows(self, rows: Tensor) -> Tensor:
+        """Returns [in, out / groups, ...]."""
+        by_group = rows.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        return by_group.flatten(0, 1)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Maps [n, in_channels, ...] to [n, out_channels, ...]."""
+        twin = self.plain_twin(weight=self.quantized_weight())
+        found: Tensor = twin.forward(self.quantized_input(input), output_size)
+        return found
+
+
+class QuantConvTranspose1d(_QuantTransposed, nn.ConvTranspose1d):
+    """A quantized transposed convolution over sequences."""
+
+    plain, channel_axis = nn.ConvTranspose1d, -2
+
+
+class QuantConvTranspose2d(_QuantTransposed, nn.ConvTranspose2d):
+    """A quantized transposed convolution over images."""
+
+    plain, channel_axis = nn.ConvTranspose2d, -3
+
+
+class QuantConvTranspose3d(_QuantTransposed, nn.ConvTranspose3d):
+    """A quantized transposed convolution over volumes."""
+
+    plain, channel_axis = nn.ConvTranspose3d, -4
+
+
+class QuantEmbedding(QuantLayer, nn.Embedding):
+    """A table of vectors, quantized, with a scale for each row."""
+
+    plain = nn.Embedding
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps ids [...] to vectors [..., embedding_dim]."""
+        return F.embedding(input, self.quantized_weight(), self.padding_idx)
+
+
+class _QuantRecurrent(QuantLayer):
+    """An LSTM, GRU or RNN with quantized weights; its inputs and states stay float."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Maps a sequence and a state to outputs and the last state, as the plain layer."""
+        weights = {key: self.quantized_weight(key) for key in self.keys}
+        names: list[str] = self._flat_weights_names  # type: ignore[assignment]
+        flat = [weights[n] if n in weights else getattr(self, n) for n in names]
+        return self.plain_twin(_flat_weights=flat, **weights).forward(input, hx)
+
+
+class QuantLSTM(_QuantRecurrent, nn.LSTM):
+    """A quantized LSTM."""
+
+    plain = nn.LSTM
+
+
+class QuantGRU(_QuantRecurrent, nn.GRU):
+    """A quantized GRU."""
+
+    plain = nn.GRU
+
+
+class QuantRNN(_QuantRecurrent, nn.RNN):
+    """A quantized Elman network."""
+
+    plain = nn.RNN
+
+
+class _QuantCell(QuantLayer):
+    """One step of a quantized recurrent layer."""
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """Maps an input and a state to the next state, as the plain cell."""
+        return self.plain_twin(**{key: self.quantized_weight(key) for key in self.keys}).forward(
+            input, hx
+        )
+
+
+class QuantLSTMCell(_QuantCell, nn.LSTMCell):
+    """One step of a quantized LSTM."""
+
+    plain = nn.LSTMCell
+
+
+class QuantGRUCell(_QuantCell, nn.GRUCell):
+    """One step of a quantized GRU."""
+
+    plain = nn.GRUCell
+
+
+class QuantRNNCell(_QuantCell, nn.RNNCell):
+    """One step of a quantized Elman network."""
+
+    plain = nn.RNNCell
+
+
+class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
+    """Attention whose projections of queries, keys and values are quantized.
+
+    The output projection is a layer of its own in the table of schemes. Attention reads its weight without calling it.
+    """
+
+    plain = nn.MultiheadAttention
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Attends as the plain layer does."""
+        parts: dict[str, object] = {key: self.quantized_weight(key) for key in self.keys}
+        if isinstance(self.out_proj, QuantLayer):
+            parts["out_proj"] = self.out_proj.plain_twin(weight=self.out_proj.quantized_weight())
+        return self.plain_twin(**parts).forward(*args, **kwargs)
+
+
+QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantLayer]] = {
+    nn.Linear: QuantLinear,
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
+    nn.ConvTranspose1d: QuantConvTranspose1d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
+    nn.ConvTranspose3d: QuantConvTranspose3d,
+    nn.Embedding: QuantEmbedding,
+    nn.LSTM: QuantLSTM,
+    nn.GRU: QuantGRU,
+    nn.RNN: QuantRNN,
+    nn.LSTMCell: QuantLSTMCell,
+    nn.GRUCell: QuantGRUCell,
+    nn.RNNCell: QuantRNNCell,
+    nn.MultiheadAttention: QuantMultiheadAttention,
+}
+INPUT_QUANTIZED = (nn.Linear, nn.modules.conv._ConvNd)
+"""Layers whose inputs can be quantized; of the others only the weights are rounded."""

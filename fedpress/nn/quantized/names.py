@@ -1,0 +1,50 @@
+"""Names of a quantized layer's tensors: its weights, and what belongs to each of them."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+
+def weight_keys(module: nn.Module) -> tuple[str, ...]:
+    """Returns the names of the weights of a layer that are quantized."""
+    if isinstance(module, nn.RNNBase):
+        return tuple(name for name in module._flat_weights_names if name.startswith("weight"))
+    if isinstance(module, nn.RNNCellBase):
+        return ("weight_ih", "weight_hh")
+    if isinstance(module, nn.MultiheadAttention):
+        packed = module._qkv_same_embed_dim
+        return (
+            ("in_proj_weight",) if packed else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        )
+    return ("weight",)
+
+
+def scale_name(key: str) -> str:
+    """Returns the name of the scales of a weight."""
+    return f"{key}_scale"
+
+
+def codebook_name(key: str) -> str:
+    """Returns the name of the codebook of a weight."""
+    return "codebook" if key == "weight" else f"{key}_codebook"
+
+
+def kept_zeros_name(key: str) -> str:
+    """Returns the name of the buffer that tells rounded zeros of a weight from pruned ones."""
+    return f"{key}_kept_zeros"
+
+
+def is_qparam(name: str) -> bool:
+    """Whether the tensor of this name says how values are quantized: a scale, codebook, zero point or middle.
+
+    >>> is_qparam("gru.weight_hh_l0_scale"), is_qparam("conv.weight")
+    (True, False)
+    """
+    leaf = name.rpartition(".")[2]
+    return leaf in INPUT_QPARAMS or bool(WEIGHT_QPARAM.fullmatch(leaf))
+
+
+INPUT_QPARAMS = ("input_scale", "input_zero_point", "input_middle")
+WEIGHT_QPARAM = re.compile(r"codebook|\w*weight\w*_(scale|codebook)")
