@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedpress import compress
 from fedpress.compress import ChannelGraph, PruningPlan
 from fedpress.compress.prune.ignoring import ignored
-from fedpress.compress.prune.targets import whole
+from fedpress.compress.prune.targets import full_widths
 from fedpress.compress.sparse import (
     Masks,
     Pattern,
@@ -215,9 +215,9 @@ class L0Stage(TrainSettings, Stage):
         folder.record(layers=widths)
         facts |= {
             "density": plan.parameters_after / plan.parameters_before,
-            "whole_layers": dict(plan.whole),
+            "whole_layers": dict(plan.unprunable),
         }
-        told = dict(plan.told)
+        told = dict(plan.notes)
         if plan.parameters_before < state.dense:
             share = of_what(state.dense, plan.parameters_before, plan.parameters_after)
             told["density"] = "; ".join([*([told["density"]] if "density" in told else []), share])
@@ -248,7 +248,7 @@ class L0Stage(TrainSettings, Stage):
 
     def plan(self, model: nn.Module, graph: ChannelGraph, scores: list[Tensor]) -> PruningPlan:
         """Keeps the channels with the highest scores, until `density` of the parameters are left."""
-        wanted = self.density * graph.parameters(whole(graph))
+        wanted = self.density * graph.parameters(full_widths(graph))
         target = compress.Target("density", graph.parameters, wanted, stage="l0")
         return compress.plan(
             model,

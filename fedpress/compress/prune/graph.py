@@ -1,4 +1,4 @@
-"""The channels of a model that can go, and what goes with each: parameters, sizes in code, multiply-adds."""
+"""The channels of a model that can be pruned, and what goes with each: parameters, sizes in code, multiply-adds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Layer:
+class ChannelGroup:
     """Channels that touch the same tensors along the same axes, for instance the residual stream of a stage."""
 
     name: str
@@ -39,18 +39,17 @@ class Layer:
 
     @property
     def channels(self) -> int:
-        """Number of removable channels."""
+        """Number of channels that can be pruned."""
         return len(self.slices[0].index)
 
     @property
     def unit(self) -> int:
-        """Width that goes with one removable channel: 1, or more where channels are tied (groups, heads).
+        """Width that goes with one channel: 1, or more where channels are tied (groups, heads).
 
         What reads the channel tells it: of a recurrent or gated layer several rows of weights write one unit.
         """
-        return min(
-            (s.index.shape[1] for s in self.slices if s.role in ("write", "read")), default=1
-        )
+        widths = (s.index.shape[1] for s in self.slices if s.role in ("write", "read"))
+        return min(widths, default=1)
 
     def role(self, role: str) -> list[Slice]:
         """Returns the slices with this role."""
@@ -59,18 +58,18 @@ class Layer:
 
 @dataclass(frozen=True)
 class Length:
-    """The length of an axis: `whole`, less `times` for every channel of a layer that goes."""
+    """The length of an axis: `full`, less `times` for every channel of a group that is pruned."""
 
-    whole: int
-    times: tuple[tuple[int, int], ...]  # (layer, times)
+    full: int
+    times: tuple[tuple[int, int], ...]  # (group, times)
 
-    def at(self, gone: Sequence[int]) -> int:
-        """Returns the length when layer i has lost `gone[i]` channels."""
-        return self.whole - sum(times * gone[layer] for layer, times in self.times)
+    def without(self, pruned: Sequence[int]) -> int:
+        """Returns the length when group i has lost `pruned[i]` channels."""
+        return self.full - sum(times * pruned[group] for group, times in self.times)
 
 
 @dataclass(frozen=True)
-class Site:
+class NumberSite:
     """A position in a call in a module's forward code (see `fedpress.nn.forward_sizes.Numbers`)."""
 
     module: str
@@ -88,48 +87,43 @@ class Site:
 class SizedNumber:
     """A number in forward code that must be `length`, or count it as many times as it did before."""
 
-    site: Site
+    site: NumberSite
     was: int
     length: Length
     multiple: bool
 
-    @property
-    def module(self) -> str:
-        """Name of the module in whose code it stands."""
-        return self.site.module
+    def correction(self, pruned: Sequence[int]) -> Number:
+        """Returns what stands for it in the model's corrections when group i has lost `pruned[i]` channels."""
+        new = self.length.without(pruned)
+        return (new, self.length.full) if self.multiple else new
 
-    def right(self, gone: Sequence[int]) -> Number:
-        """Returns what it must be when layer i has lost `gone[i]` channels."""
-        new = self.length.at(gone)
-        return (new, self.length.whole) if self.multiple else new
-
-    def wanted(self, gone: Sequence[int]) -> int:
+    def corrected(self, pruned: Sequence[int]) -> int:
         """Returns the number itself, in place of the one that it was when the model was traced."""
-        new = self.length.at(gone)
-        return self.was * new // self.length.whole if self.multiple else new
+        new = self.length.without(pruned)
+        return self.was * new // self.length.full if self.multiple else new
 
 
 @dataclass(frozen=True)
 class WrittenIndex:
     """Indices in forward code that name, along their dimension `dim`, to which places of an axis a call writes."""
 
-    site: Site
+    site: NumberSite
     dim: int
     places: Ints
-    layer: Ints  # of each index of the axis, -1 where it stays
-    channel: Ints  # in that layer
+    group: Ints  # of each index of the axis, -1 where it is kept
+    channel: Ints  # in that group
 
-    def right(self, gone: Sequence[Tensor]) -> Number:
-        """Returns what they must be when layer i loses the channels `gone[i]`."""
-        stays = np.ones(len(self.layer), dtype=bool)
-        for i, channels in enumerate(gone):
-            stays &= ~((self.layer == i) & np.isin(self.channel, channels.cpu().numpy()))
-        new = np.cumsum(stays) - 1
-        return ("index", self.dim, tuple(new[self.places[stays[self.places]]].tolist()))
+    def correction(self, pruned: Sequence[Tensor]) -> Number:
+        """Returns what they must be when group i loses the channels `pruned[i]`."""
+        kept = np.ones(len(self.group), dtype=bool)
+        for i, channels in enumerate(pruned):
+            kept &= ~((self.group == i) & np.isin(self.channel, channels.cpu().numpy()))
+        new = np.cumsum(kept) - 1
+        return ("index", self.dim, tuple(new[self.places[kept[self.places]]].tolist()))
 
 
 @dataclass(frozen=True)
-class Product:
+class MacTerm:
     """Multiply-adds of one operation: `times` the product of the lengths."""
 
     times: int
@@ -138,97 +132,111 @@ class Product:
 
 @dataclass(frozen=True)
 class ChannelGraph:
-    """The removable channels of a model, by layer, and the layers that stay whole with the reason."""
+    """The channels of a model that can be pruned, by group.
 
-    layers: tuple[Layer, ...]
-    shapes: Mapping[str, tuple[int, ...]]  # of every parameter, shared ones once
-    whole: Mapping[str, str]
-    products: tuple[Product, ...] = ()
-    examples: int = 1  # in the batch that was traced
+    Attributes:
+        groups: of channels.
+        shapes: of every parameter, shared ones once.
+        unprunable: modules whose channels are all kept, and why.
+        products: multiply-adds of the operations.
+        examples: in the batch that was traced.
+        numbers: sizes in forward code that depend on channels.
+        approximate: modules with norms over channels that may be cut through.
+        indices: tensors of indices in forward code that depend on channels.
+        turns: how many calls one forward of a module makes at each place, (module, place) -> calls.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    unprunable: Mapping[str, str]
+    products: tuple[MacTerm, ...] = ()
+    examples: int = 1
     numbers: tuple[SizedNumber, ...] = ()
-    approximate: tuple[str, ...] = ()  # modules with norms over channels that may go nevertheless
+    approximate: tuple[str, ...] = ()
     indices: tuple[WrittenIndex, ...] = ()
-    turns: Mapping[tuple[str, str], int] = field(
-        default_factory=dict
-    )  # calls at each place of a module
+    turns: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
     def parameters(self, kept: Sequence[int]) -> int:
-        """Returns the exact number of parameters when layer i keeps `kept[i]` of its channels."""
+        """Returns the exact number of parameters when group i keeps `kept[i]` of its channels."""
         sizes = {name: list(shape) for name, shape in self.shapes.items()}
-        for layer, keep in zip(self.layers, kept, strict=True):
-            for s in layer.slices:
+        for group, keep in zip(self.groups, kept, strict=True):
+            for s in group.slices:
                 if s.tensor in sizes:
-                    sizes[s.tensor][s.axis] -= (layer.channels - keep) * s.index.shape[1]
+                    sizes[s.tensor][s.axis] -= (group.channels - keep) * s.index.shape[1]
         return int(sum(np.prod(size, dtype=np.int64) for size in sizes.values()))
 
     def macs(self, kept: Sequence[int]) -> int:
-        """Returns the multiply-adds for one example when layer i keeps `kept[i]` of its channels.
+        """Returns the multiply-adds for one example when group i keeps `kept[i]` of its channels.
 
         Counted are convolutions, linear and recurrent layers, matrix products and attention.
         """
-        gone = [layer.channels - keep for layer, keep in zip(self.layers, kept, strict=True)]
-        known: dict[int, int] = {}
+        pruned = [group.channels - keep for group, keep in zip(self.groups, kept, strict=True)]
+        known: dict[int, int] = {}  # many products share a length
         total = 0
         for product in self.products:
             count = product.times
             for length in product.lengths:
                 if id(length) not in known:
-                    known[id(length)] = length.at(gone)
+                    known[id(length)] = length.without(pruned)
                 count *= known[id(length)]
             total += count
         return total // self.examples
 
-    def sizes(self, gone: Sequence[Tensor], *, exactly: bool = False) -> Numbers:
-        """Returns the numbers in forward code that must be others when layer i loses the channels `gone[i]`.
+    def sizes(self, pruned: Sequence[Tensor], *, exactly: bool = False) -> Numbers:
+        """Returns the numbers in forward code that must be others when group i loses the channels `pruned[i]`.
 
         Args:
-            gone: channels of each layer.
+            pruned: channels of each group.
             exactly: no multiples, but the numbers themselves, which hold for the batch that was traced.
         """
-        counts = [len(channels) for channels in gone]
-        found: list[tuple[Site, Number]] = []
-        if any(counts):
-            found += [
-                (n.site, n.wanted(counts) if exactly else n.right(counts)) for n in self.numbers
-            ]
-            found += [(index.site, index.right(gone)) for index in self.indices]
+        counts = [len(channels) for channels in pruned]
         rows: dict[tuple[str, str], dict[int, dict[int, Number]]] = {}
-        for site, number in found:
+
+        def add(site: NumberSite, number: Number) -> None:
             turns = rows.setdefault((site.module, site.place), {})
             turns.setdefault(site.turn, {})[site.position] = number
-        wanted: Numbers = {}
+
+        if any(counts):
+            for each in self.numbers:
+                add(each.site, each.corrected(counts) if exactly else each.correction(counts))
+            for indices in self.indices:
+                add(indices.site, indices.correction(pruned))
+        found: Numbers = {}
         for (module, place), turns in rows.items():
-            calls = wanted.setdefault(module, {})
-            first = next(iter(turns.values()))
-            if len(turns) == self.turns[module, place] and all(
-                row == first for row in turns.values()
-            ):
-                calls[place] = (
-                    first  # a loop that runs more often another time needs the same there
-                )
-            else:
-                calls |= {f"{place}#{turn}": row for turn, row in turns.items()}
-        return wanted
+            found.setdefault(module, {}).update(self._calls(module, place, turns))
+        return found
+
+    def _calls(
+        self, module: str, place: str, turns: Mapping[int, dict[int, Number]]
+    ) -> dict[str, dict[int, Number]]:
+        """Names the calls at a place: together where all need the same, else each by its turn."""
+        first = next(iter(turns.values()))
+        # Together they hold also for a loop that runs more often another time.
+        if len(turns) == self.turns[module, place] and all(
+            numbers == first for numbers in turns.values()
+        ):
+            return {place: first}
+        return {f"{place}#{turn}": numbers for turn, numbers in turns.items()}
 
 
 def kept_indices(
-    model: nn.Module, graph: ChannelGraph, gone: Sequence[Tensor]
+    model: nn.Module, graph: ChannelGraph, pruned: Sequence[Tensor]
 ) -> dict[str, dict[int, tuple[int, ...]]]:
-    """Returns what stays, tensor name -> axis -> indices, when layer i loses the channels `gone[i]`."""
+    """Returns what is kept, tensor name -> axis -> indices, when group i loses the channels `pruned[i]`."""
     named = [
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]
     sizes = {name: tensor.shape for name, tensor in named}
-    stays: dict[str, dict[int, Tensor]] = {}
-    for layer, channels in zip(graph.layers, gone, strict=True):
-        for s in layer.slices if len(channels) else ():
-            axes = stays.setdefault(s.tensor, {})
-            line = axes.setdefault(s.axis, torch.ones(sizes[s.tensor][s.axis], dtype=torch.bool))
-            line[s.index[channels].flatten()] = False
+    masks: dict[str, dict[int, Tensor]] = {}
+    for group, channels in zip(graph.groups, pruned, strict=True):
+        for s in group.slices if len(channels) else ():
+            axes = masks.setdefault(s.tensor, {})
+            mask = axes.setdefault(s.axis, torch.ones(sizes[s.tensor][s.axis], dtype=torch.bool))
+            mask[s.index[channels].flatten()] = False
     return {
-        t: {a: tuple(m.nonzero().flatten().tolist()) for a, m in axes.items()}
-        for t, axes in stays.items()
+        name: {axis: tuple(mask.nonzero().flatten().tolist()) for axis, mask in axes.items()}
+        for name, axes in masks.items()
     }
 
 

@@ -6,21 +6,25 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice, zip_longest
 from math import ceil, gcd
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 from torch import Tensor, nn
 
-from fedpress.compress.prune.graph import ChannelGraph, Layer, kept_indices
+from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup, kept_indices
 from fedpress.compress.prune.sensitivity import Point, levels
-from fedpress.compress.prune.targets import Target, parameter_target, whole
+from fedpress.compress.prune.targets import Target, full_widths, parameter_target
 from fedpress.errors import ModelError, RecipeError
 from fedpress.nn.forward_sizes import Numbers
 
 Scope = Literal["global", "layer", "sensitivity"]
 FAR = 2.0  # a target is refused where the smallest share that widths allow is more than so many times as large
 TRIES = 20  # thresholds to correct from, before a share counts as out of reach; the first nearly always does
+
+
+OLD_WORDS = {"whole": "unprunable", "told": "notes"}
+"""What fields of a plan were called in version 0.1, whose files are still read."""
 
 
 class LayerChange(BaseModel, frozen=True):
@@ -32,16 +36,34 @@ class LayerChange(BaseModel, frozen=True):
 
 
 class PruningPlan(BaseModel, frozen=True):
-    """The indices to keep, tensor name -> axis -> indices; plain numbers, so a plan travels as JSON."""
+    """The indices to keep, tensor name -> axis -> indices; plain numbers, so a plan travels as JSON.
+
+    Attributes:
+        keep: the indices; tensors that lose nothing are left out.
+        layers: the width of each group of channels before and after.
+        unprunable: modules whose channels are all kept, and why ("whole" in files of version 0.1).
+        numbers: sizes in forward code that do not follow by themselves.
+        parameters_before: of the model.
+        parameters_after: of the pruned model.
+        approximate: modules with norms that were cut through, in order.
+        notes: what whoever asked for the pruning should know, by setting ("told" in files of version 0.1).
+    """
 
     keep: dict[str, dict[int, tuple[int, ...]]]
     layers: tuple[LayerChange, ...]
-    whole: dict[str, str]  # modules whose channels all stay, and why
-    numbers: Numbers = {}  # sizes in forward code that do not follow by themselves
+    unprunable: dict[str, str]
+    numbers: Numbers = {}
     parameters_before: int
     parameters_after: int
-    approximate: tuple[str, ...] = ()  # modules with norms that were cut through, in order
-    told: dict[str, str] = {}  # what whoever asked for the cut should know, by setting
+    approximate: tuple[str, ...] = ()
+    notes: dict[str, str] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _words_of_version_0_1(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {OLD_WORDS.get(key, key): value for key, value in given.items()}
 
 
 def plan(
@@ -62,7 +84,7 @@ def plan(
 
     One threshold is searched for all layers; every width goes to the nearest multiple of `round_to`, and then single
     steps in the layers that bring the count nearest correct what rounding did. Where no widths come within
-    `tolerance`, the nearest found are taken and `told` says so: "0.5066, the nearest to 0.5".
+    `tolerance`, the nearest found are taken and `notes` says so: "0.5066, the nearest to 0.5".
 
     Args:
         model: the traced model.
@@ -86,9 +108,9 @@ def plan(
     """
     check_settings(graph, round_to, min_keep, scope)
     target = target or parameter_target(graph, keep_params)
-    full = target.cost(whole(graph))
-    allowed = [allowed_widths(layer, round_to, min_keep) for layer in graph.layers]
-    best = whole(graph)
+    full = target.cost(full_widths(graph))
+    allowed = [allowed_widths(layer, round_to, min_keep) for layer in graph.groups]
+    best = full_widths(graph)
     for start in islice(_thresholds(_order(graph, scores, scope, points), allowed, target), TRIES):
         kept = _correct(start, allowed, target, tolerance * full)
         if target.miss(kept) < target.miss(best):
@@ -99,20 +121,19 @@ def plan(
     if target.miss(best) == float("inf") or (missed and (exact or _far(allowed, target))):
         raise _unreachable(graph, allowed, target, target.cost(best))
     made = make_plan(model, graph, scores, best)
-    return (
-        made.model_copy(update={"told": _told(graph, target, target.cost(best))})
-        if missed
-        else made
-    )
+    if not missed:
+        return made
+    notes = _nearest_share(graph, target, target.cost(best))
+    return made.model_copy(update={"notes": notes})
 
 
 def _far(allowed: Sequence[list[int]], target: Target) -> bool:
     return target.cost([choice[0] for choice in allowed]) > FAR * target.wanted
 
 
-def _told(graph: ChannelGraph, target: Target, reached: float) -> dict[str, str]:
+def _nearest_share(graph: ChannelGraph, target: Target, reached: float) -> dict[str, str]:
     """Says by which share the wanted one was replaced."""
-    full = target.whole or target.cost(whole(graph))
+    full = target.full_cost or target.cost(full_widths(graph))
     return {
         target.key: f"{reached / full:.4g}, the nearest to {target.wanted / full:.4g} that the widths allow"
     }
@@ -127,7 +148,7 @@ def _order(
     return [_ranks(s) for s in scores] if scope == "layer" else list(scores)
 
 
-def allowed_widths(layer: Layer, round_to: int, min_keep: float) -> list[int]:
+def allowed_widths(layer: ChannelGroup, round_to: int, min_keep: float) -> list[int]:
     """Returns the numbers of channels, rising, that a layer may keep: whole, or a rounded width.
 
     The whole width is always among them, so a width of 12 may stay 12 or become 8.
@@ -141,25 +162,25 @@ def make_plan(
     model: nn.Module, graph: ChannelGraph, scores: Sequence[Tensor], kept: Sequence[int]
 ) -> PruningPlan:
     """Keeps the `kept[i]` highest scores of layer i; of equal scores the first channel stays."""
-    for layer, n in zip(graph.layers, kept, strict=True):
+    for layer, n in zip(graph.groups, kept, strict=True):
         if not 1 <= n <= layer.channels:
             raise ModelError(
                 f"the plan keeps {n} of the {layer.channels} channels of '{layer.name}'; keep at least one"
             )
-    gone = [
+    pruned = [
         values.argsort(descending=True, stable=True)[n:]
         for values, n in zip(scores, kept, strict=True)
     ]
     return PruningPlan(
-        keep=kept_indices(model, graph, gone),
-        numbers=graph.sizes(gone),
+        keep=kept_indices(model, graph, pruned),
+        numbers=graph.sizes(pruned),
         layers=tuple(
             LayerChange(name=layer.name, before=layer.channels * layer.unit, after=n * layer.unit)
-            for layer, n in zip(graph.layers, kept, strict=True)
+            for layer, n in zip(graph.groups, kept, strict=True)
         ),
-        whole=dict(graph.whole),
-        approximate=graph.approximate if any(len(channels) for channels in gone) else (),
-        parameters_before=graph.parameters([layer.channels for layer in graph.layers]),
+        unprunable=dict(graph.unprunable),
+        approximate=graph.approximate if any(len(channels) for channels in pruned) else (),
+        parameters_before=graph.parameters([layer.channels for layer in graph.groups]),
         parameters_after=graph.parameters(kept),
     )
 
@@ -178,15 +199,15 @@ def check_settings(graph: ChannelGraph, round_to: int, min_keep: float, scope: s
         raise RecipeError(
             f"prune.scope: got '{scope}', expected one of {', '.join(get_args(Scope))}"
         )
-    if not graph.layers:
+    if not graph.groups:
         reasons = (
-            "; ".join(f"'{name}': {why}" for name, why in list(graph.whole.items())[:3])
+            "; ".join(f"'{name}': {why}" for name, why in list(graph.unprunable.items())[:3])
             or "it has no layers"
         )
         cure = "change these modules or do not prune"
-        if any("asked for by `ignore`" in why for why in graph.whole.values()):
+        if any("asked for by `ignore`" in why for why in graph.unprunable.values()):
             cure = "name fewer modules in ignore"
-        elif any("a mean over channels" in why for why in graph.whole.values()):
+        elif any("a mean over channels" in why for why in graph.unprunable.values()):
             cure = 'allow approximate = ["layer_norm"], change these modules or do not prune'
         raise ModelError(f"no channel of this model can be removed ({reasons}); {cure}")
 
@@ -253,9 +274,9 @@ def _ranks(values: Tensor) -> Tensor:
 def _unreachable(
     graph: ChannelGraph, allowed: Sequence[list[int]], target: Target, reached: float
 ) -> RecipeError:
-    full = target.whole or target.cost(whole(graph))
+    full = target.full_cost or target.cost(full_widths(graph))
     least = target.cost([choice[0] for choice in allowed])
-    stay = f" ({len(graph.whole)} modules must stay whole)" if graph.whole else ""
+    stay = f" ({len(graph.unprunable)} modules must stay whole)" if graph.unprunable else ""
     kind = "size" if target.limit else "share"
     place = f"{target.stage}.{target.key}"
 

@@ -28,11 +28,11 @@ def remove_(model: nn.Module, plan: PruningPlan) -> None:
         ModelError: if the model does not have the tensors of the plan, with room for its indices.
     """
     _check(model, plan.keep)
-    cut_(model, plan.keep, plan.numbers)
+    keep_indices_(model, plan.keep, plan.numbers)
 
 
 @torch.no_grad()
-def cut_(
+def keep_indices_(
     model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...]]], numbers: Numbers
 ) -> None:
     """Keeps these indices of these tensors, and lets the forward code of modules pass these numbers."""
@@ -60,9 +60,9 @@ def mask_(model: nn.Module, plan: PruningPlan, *, nearly: bool = False) -> None:
         for axis, kept in axes.items():
             if directions.get(name) == axis:
                 continue
-            gone = torch.ones(whole.shape[axis], dtype=torch.bool)
-            gone[list(kept)] = False
-            index = gone.nonzero().flatten().to(whole.device)
+            pruned = torch.ones(whole.shape[axis], dtype=torch.bool)
+            pruned[list(kept)] = False
+            index = pruned.nonzero().flatten().to(whole.device)
             if nearly and whole.is_floating_point():
                 whole.index_copy_(axis, index, whole.index_select(axis, index) * NEARLY)
             else:

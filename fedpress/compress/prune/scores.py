@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fedpress.compress.prune.derivatives import differentiable, gradient, hessian_gradient, mean
-from fedpress.compress.prune.graph import ChannelGraph, Layer, Slice
+from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup, Slice
 from fedpress.errors import ModelError, RecipeError, did_you_mean
 
 Losses = Callable[[], Iterable[Tensor]]
@@ -104,12 +104,12 @@ def channel_sums(tensor: Tensor, where: Slice) -> Tensor:
 
 def l1(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
     """Sum of |w| over the weights that write the channel (Li et al. 2017, section 3.1)."""
-    return [_total(writers(layer), see.tensors, Tensor.abs) for layer in graph.layers]
+    return [_total(writers(group), see.tensors, Tensor.abs) for group in graph.groups]
 
 
 def l2(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
     """Euclidean norm of the weights that write the channel."""
-    return [_total(writers(layer), see.tensors, Tensor.square).sqrt() for layer in graph.layers]
+    return [_total(writers(group), see.tensors, Tensor.square).sqrt() for group in graph.groups]
 
 
 def bn_scale(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
@@ -117,12 +117,12 @@ def bn_scale(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
 
     It means something after a training that pulled the scales to zero: `bn_penalty` of `train`.
     """
-    for layer in graph.layers:
-        if not layer.role("scale"):
+    for group in graph.groups:
+        if not group.role("scale"):
             raise ModelError(
-                f"the score 'bn_scale' needs a batch norm after '{layer.name}', which has none; use 'l1'"
+                f"the score 'bn_scale' needs a batch norm after '{group.name}', which has none; use 'l1'"
             )
-    return [_total(layer.role("scale"), see.tensors, Tensor.abs) for layer in graph.layers]
+    return [_total(group.role("scale"), see.tensors, Tensor.abs) for group in graph.groups]
 
 
 def fpgm(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
@@ -132,10 +132,10 @@ def fpgm(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
     arXiv:1811.00250, eq. 5): small weights alone are no reason.
     """
     scores = []
-    for layer in graph.layers:
+    for group in graph.groups:
         parts = [
             see.tensors[s.tensor].double().movedim(s.axis, 0)[s.index].flatten(1).cpu()
-            for s in writers(layer)
+            for s in writers(group)
         ]
         filters = torch.cat(parts, 1)
         scores.append(torch.cdist(filters, filters).sum(1))
@@ -167,7 +167,7 @@ def obd(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
     Optimal Brain Damage (LeCun et al. 1990, eq. 5) with the diagonal Fisher for the Hessian: unlike "fisher" it takes
     the weights of a channel for independent of each other. About single examples the same holds as there.
     """
-    read = [readers(layer, see.model) for layer in graph.layers]
+    read = [readers(group, see.model) for group in graph.groups]
     return mean(
         [_total(slices, effects, lambda effect: effect.square() / 2) for slices in read]
         for effects in _effects(graph, see, "obd")
@@ -194,7 +194,7 @@ def grasp(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
 def random(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
     """Uniform numbers: the control that every other score has to beat."""
     assert see.generator is not None
-    return [torch.rand(layer.channels, generator=see.generator) for layer in graph.layers]
+    return [torch.rand(group.channels, generator=see.generator) for group in graph.groups]
 
 
 SCORES: dict[str, Score] = {
@@ -259,10 +259,10 @@ def raw_scores(
             f"the score '{name}' needs a `generator`; take one from fedpress.core.random"
         )
     raw = row.of(graph, see)
-    for layer, values in zip(graph.layers, raw, strict=True):
+    for group, values in zip(graph.groups, raw, strict=True):
         if not values.isfinite().all():
             raise ModelError(
-                f"the score '{name}' of '{layer.name}' is not finite; prune a model whose training went well"
+                f"the score '{name}' of '{group.name}' is not finite; prune a model whose training went well"
             )
     return raw
 
@@ -277,19 +277,19 @@ def relative(values: Tensor) -> Tensor:
     return values / mean_size if mean_size > 0 else values
 
 
-def writers(layer: Layer) -> Sequence[Slice]:
+def writers(group: ChannelGroup) -> Sequence[Slice]:
     """Returns the slices of the weights that compute the channels; all slices where no weight does."""
-    return layer.role("write") or layer.slices
+    return group.role("write") or group.slices
 
 
-def readers(layer: Layer, model: nn.Module) -> Sequence[Slice]:
+def readers(group: ChannelGroup, model: nn.Module) -> Sequence[Slice]:
     """Returns the slices of the parameters that sum over the channels, or else of those that compute them."""
     trained = dict(model.named_parameters(remove_duplicate=False))
-    for slices in (layer.role("read"), layer.role("write"), layer.slices):
+    for slices in (group.role("read"), group.role("write"), group.slices):
         if owned := [s for s in slices if s.tensor in trained]:
             return owned
     raise ModelError(
-        f"no parameter has to do with the channels of '{layer.name}'; use a score of magnitudes, 'l1'"
+        f"no parameter has to do with the channels of '{group.name}'; use a score of magnitudes, 'l1'"
     )
 
 
@@ -302,7 +302,7 @@ def _gates(
     derivative: Callable[[Tensor, Sequence[Tensor]], list[Tensor]] = gradient,
 ) -> Iterator[list[Tensor]]:
     """Yields for each loss the sum of w * derivative over the weights that read each channel."""
-    read = [readers(layer, see.model) for layer in graph.layers]
+    read = [readers(group, see.model) for group in graph.groups]
     for effects in _effects(
         graph, see, name, batch_statistics=batch_statistics, derivative=derivative
     ):
@@ -324,7 +324,7 @@ def _effects(
     assert see.losses is not None
     owned = dict(see.model.named_parameters(remove_duplicate=False))
     weights = {
-        s.tensor: owned[s.tensor] for layer in graph.layers for s in readers(layer, see.model)
+        s.tensor: owned[s.tensor] for group in graph.groups for s in readers(group, see.model)
     }
     count = 0
     with differentiable(see.model, list(weights.values()), batch_statistics=batch_statistics):

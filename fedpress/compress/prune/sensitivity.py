@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedpress.compress.prune.graph import ChannelGraph, Layer
+from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup
 from fedpress.compress.prune.scores import tensors_of
 from fedpress.errors import ModelError, RecipeError
 
@@ -116,17 +116,17 @@ def channel_units(model: nn.Module, graph: ChannelGraph, scores: Sequence[Tensor
             layer.name,
             partial(_thinned, tensors, layer, values.argsort(descending=True, stable=True)),
         )
-        for layer, values in zip(graph.layers, scores, strict=True)
+        for layer, values in zip(graph.groups, scores, strict=True)
     ]
 
 
 @contextmanager
 def _thinned(
-    tensors: dict[str, Tensor], layer: Layer, best_first: Tensor, density: float
+    tensors: dict[str, Tensor], layer: ChannelGroup, best_first: Tensor, density: float
 ) -> Iterator[None]:
-    gone = best_first[max(1, round(density * layer.channels)) :]
+    pruned = best_first[max(1, round(density * layer.channels)) :]
     touched = [
-        (tensors[s.tensor], s.axis, s.index[gone].flatten().to(tensors[s.tensor].device))
+        (tensors[s.tensor], s.axis, s.index[pruned].flatten().to(tensors[s.tensor].device))
         for s in layer.slices
     ]
     before = [tensor.index_select(axis, index) for tensor, axis, index in touched]
@@ -148,13 +148,13 @@ def weight_unit(name: str, weight: Tensor, scores: Tensor) -> Unit:
     @contextmanager
     def thinned(density: float) -> Iterator[None]:
         before = weight.detach().clone()
-        gone = scores.flatten().argsort(descending=True, stable=True)[
+        pruned = scores.flatten().argsort(descending=True, stable=True)[
             max(1, round(density * scores.numel())) :
         ]
         try:
             with torch.no_grad():
                 weight.copy_(
-                    before.flatten().index_fill(0, gone.to(weight.device), 0).view_as(before)
+                    before.flatten().index_fill(0, pruned.to(weight.device), 0).view_as(before)
                 )
             yield
         finally:
@@ -218,7 +218,7 @@ def levels(graph: ChannelGraph, scores: Sequence[Tensor], points: Sequence[Point
     known = curves(points)
     most = max((heights[0] for _, heights in known.values()), default=0.0)
     out = []
-    for layer, values in zip(graph.layers, scores, strict=True):
+    for layer, values in zip(graph.groups, scores, strict=True):
         if layer.name not in known or len(known[layer.name][0]) < 2:
             raise RecipeError(
                 f"the sensitivity of '{layer.name}' was not measured; give the points of all layers"

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedpress.compress.prune.graph import ChannelGraph, Layer
+from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup
 from fedpress.compress.prune.plan import PruningPlan, allowed_widths, check_settings, plan
 from fedpress.compress.prune.scores import Losses, channel_sums, raw_scores, relative, tensors_of
 from fedpress.compress.prune.targets import Target, parameter_target
@@ -65,7 +65,7 @@ def prune_single_channel(
         raise RecipeError(
             f"prune.every: got {every}, expected a whole number of at least 1; try 64"
         )
-    floors = [allowed_widths(layer, round_to, min_keep)[0] for layer in graph.layers]
+    floors = [allowed_widths(group, round_to, min_keep)[0] for group in graph.groups]
     with _scorer(model, graph, name, every, losses, generator) as scorer:
         order = _removal_order(graph, scorer, floors, target)
     return plan(
@@ -92,32 +92,32 @@ def _removal_order(
     A layer's scores are taken relative to all its channels, removed ones with their last score: relative to the
     survivors alone, a layer whose scores lie close together would never be touched.
     """
-    alive = [torch.ones(layer.channels, dtype=torch.bool) for layer in graph.layers]
-    kept = [layer.channels for layer in graph.layers]
-    raw: list[Tensor] = [torch.zeros(layer.channels) for layer in graph.layers]
-    gone: list[tuple[int, int]] = []
+    alive = [torch.ones(group.channels, dtype=torch.bool) for group in graph.groups]
+    kept = [group.channels for group in graph.groups]
+    raw: list[Tensor] = [torch.zeros(group.channels) for group in graph.groups]
+    pruned: list[tuple[int, int]] = []
     worst: list[tuple[float, int]] = [(float("inf"), 0)] * len(kept)
     news = scorer(alive, None)
     while True:
         for i, values in news.items():
             raw[i] = torch.where(alive[i] | values.ne(0), values, raw[i])
-        for i in {*news, *(i for i, _ in gone[-1:])}:
+        for i in {*news, *(i for i, _ in pruned[-1:])}:
             least = relative(raw[i]).masked_fill(~alive[i], float("inf")).min(0)
             worst[i] = (
                 float(least.values) if kept[i] > floors[i] else float("inf"),
                 int(least.indices),
             )
-        layer = min(range(len(worst)), key=lambda i: worst[i])
-        if target.cost(kept) <= BEYOND * target.wanted or worst[layer][0] == float("inf"):
+        group = min(range(len(worst)), key=lambda i: worst[i])
+        if target.cost(kept) <= BEYOND * target.wanted or worst[group][0] == float("inf"):
             break
-        gone.append((layer, worst[layer][1]))
-        kept[layer] -= 1
-        alive[layer][worst[layer][1]] = False
-        news = scorer(alive, gone[-1])
+        pruned.append((group, worst[group][1]))
+        kept[group] -= 1
+        alive[group][worst[group][1]] = False
+        news = scorer(alive, pruned[-1])
     last = [relative(values) for values in raw]
     least_left = min(float(values.min()) for values in last)  # some scores have signs
-    order = [len(gone) + values - least_left for values in last]
-    for at, (i, channel) in enumerate(gone):
+    order = [len(pruned) + values - least_left for values in last]
+    for at, (i, channel) in enumerate(pruned):
         order[i][channel] = at
     return [values.double() for values in order]
 
@@ -136,13 +136,13 @@ def _scorer(
         yield _magnitudes(model, graph, power=1 if name == "l1" else 2)
         return
     tensors = tensors_of(model)
-    saved = {s.tensor: tensors[s.tensor].clone() for layer in graph.layers for s in layer.slices}
+    saved = {s.tensor: tensors[s.tensor].clone() for group in graph.groups for s in group.slices}
     since = 0
 
     def again(alive: list[Tensor], removed: tuple[int, int] | None) -> dict[int, Tensor]:
         nonlocal since
         if removed is not None:
-            _zero_(tensors, graph.layers[removed[0]], removed[1])
+            _zero_(tensors, graph.groups[removed[0]], removed[1])
             since += 1
             if since < every or name == "random":
                 return {}
@@ -159,32 +159,32 @@ def _scorer(
 def _magnitudes(model: nn.Module, graph: ChannelGraph, *, power: Literal[1, 2]) -> Scorer:
     """Keeps sums of |w|^power over kernels [out, in], and adds up only the layers that a removal touches."""
     tensors, tables = tensors_of(model), {}
-    axes = {(s.tensor, s.axis) for layer in graph.layers for s in layer.slices}
-    for tensor in {s.tensor for layer in graph.layers for s in layer.role("write")}:
+    axes = {(s.tensor, s.axis) for group in graph.groups for s in group.slices}
+    for tensor in {s.tensor for group in graph.groups for s in group.role("write")}:
         values = tensors[tensor].float().cpu().abs() ** power
         fixed = [d for d in range(values.dim()) if (tensor, d) not in axes]
         tables[tensor] = values.sum(fixed, keepdim=True) if fixed else values
     writers: dict[str, set[int]] = {}
-    for i, layer in enumerate(graph.layers):
-        for s in layer.role("write"):
+    for i, group in enumerate(graph.groups):
+        for s in group.role("write"):
             writers.setdefault(s.tensor, set()).add(i)
 
-    def total(layer: Layer) -> Tensor:
-        sums = torch.stack([channel_sums(tables[s.tensor], s) for s in layer.role("write")]).sum(0)
+    def total(group: ChannelGroup) -> Tensor:
+        sums = torch.stack([channel_sums(tables[s.tensor], s) for s in group.role("write")]).sum(0)
         return sums if power == 1 else sums.sqrt()
 
     def again(alive: list[Tensor], removed: tuple[int, int] | None) -> dict[int, Tensor]:
-        touched = set(range(len(graph.layers)))
+        touched = set(range(len(graph.groups)))
         if removed is not None:
-            layer = graph.layers[removed[0]]
-            _zero_(tables, layer, removed[1], but="write")
-            touched = {i for s in layer.slices for i in writers.get(s.tensor, ())}
-        return {i: total(graph.layers[i]) for i in touched}
+            group = graph.groups[removed[0]]
+            _zero_(tables, group, removed[1], but="write")
+            touched = {i for s in group.slices for i in writers.get(s.tensor, ())}
+        return {i: total(graph.groups[i]) for i in touched}
 
     return again
 
 
-def _zero_(tensors: dict[str, Tensor], layer: Layer, channel: int, *, but: str = "") -> None:
-    for s in layer.slices:
+def _zero_(tensors: dict[str, Tensor], group: ChannelGroup, channel: int, *, but: str = "") -> None:
+    for s in group.slices:
         if s.tensor in tensors and s.role != but:
             tensors[s.tensor].index_fill_(s.axis, s.index[channel].to(tensors[s.tensor].device), 0)

@@ -24,7 +24,7 @@ class Target:
         cost: of the widths.
         wanted: in units of the cost.
         limit: whether `wanted` is a limit.
-        whole: the cost that shares are told of; None: that of the network before this cut.
+        full_cost: the cost that shares are told of; None: that of the network before this cut.
         stage: the kind of stage whose setting it is.
     """
 
@@ -32,7 +32,7 @@ class Target:
     cost: Cost
     wanted: float
     limit: bool = False
-    whole: float | None = None
+    full_cost: float | None = None
     stage: str = "prune"
 
     def miss(self, kept: Sequence[int]) -> float:
@@ -50,7 +50,7 @@ def parameter_target(graph: ChannelGraph, share: float) -> Target:
     return Target(
         "keep_params",
         graph.parameters,
-        _checked("keep_params", share) * graph.parameters(whole(graph)),
+        _checked("keep_params", share) * graph.parameters(full_widths(graph)),
     )
 
 
@@ -60,7 +60,9 @@ def macs_target(graph: ChannelGraph, share: float) -> Target:
     Raises:
         RecipeError: if it is not above 0 and at most 1.
     """
-    return Target("keep_macs", graph.macs, _checked("keep_macs", share) * graph.macs(whole(graph)))
+    return Target(
+        "keep_macs", graph.macs, _checked("keep_macs", share) * graph.macs(full_widths(graph))
+    )
 
 
 def bytes_target(model: nn.Module, graph: ChannelGraph, limit: int) -> Target:
@@ -84,21 +86,21 @@ def bytes_of(model: nn.Module, graph: ChannelGraph) -> Cost:
         if id(tensor) not in seen:
             seen.add(id(tensor))
             shapes[name], width[name] = tuple(tensor.shape), tensor.element_size()
-    slices = [[s for s in layer.slices if s.tensor in shapes] for layer in graph.layers]
+    slices = [[s for s in group.slices if s.tensor in shapes] for group in graph.groups]
 
     def cost(kept: Sequence[int]) -> float:
         sizes = {name: list(shape) for name, shape in shapes.items()}
-        for layer, own, keep in zip(graph.layers, slices, kept, strict=True):
+        for group, own, keep in zip(graph.groups, slices, kept, strict=True):
             for s in own:
-                sizes[s.tensor][s.axis] -= (layer.channels - keep) * s.index.shape[1]
+                sizes[s.tensor][s.axis] -= (group.channels - keep) * s.index.shape[1]
         return sum(prod(size) * width[name] for name, size in sizes.items())
 
     return cost
 
 
-def whole(graph: ChannelGraph) -> list[int]:
+def full_widths(graph: ChannelGraph) -> list[int]:
     """Returns the widths of the uncut network."""
-    return [layer.channels for layer in graph.layers]
+    return [group.channels for group in graph.groups]
 
 
 def next_share(

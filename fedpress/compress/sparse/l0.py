@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpress.compress.prune.graph import ChannelGraph, Layer
+from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup
 from fedpress.compress.prune.scores import tensors_of
 from fedpress.compress.sparse.masks import Masks
 from fedpress.compress.sparse.weights import Weight
@@ -178,7 +178,7 @@ def channel_gates(model: nn.Module, graph: ChannelGraph, *, generator: torch.Gen
     Raises:
         ModelError: if the model has no channels to gate.
     """
-    if not graph.layers:
+    if not graph.groups:
         raise ModelError("l0: no channel of this model can be removed; use unit = 'weights'")
     tensors = tensors_of(model)
     sizes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -186,7 +186,7 @@ def channel_gates(model: nn.Module, graph: ChannelGraph, *, generator: torch.Gen
 
     def factors(z: list[Tensor]) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
-        for layer, gate in zip(graph.layers, z, strict=True):
+        for layer, gate in zip(graph.groups, z, strict=True):
             for s in _gated(layer):
                 size = sizes[s.tensor]
                 index = s.index.to(gate.device)
@@ -199,7 +199,7 @@ def channel_gates(model: nn.Module, graph: ChannelGraph, *, generator: torch.Gen
 
     def share(p: list[Tensor]) -> Tensor:
         left: dict[str, dict[int, Tensor]] = {name: {} for name in graph.shapes}
-        for layer, probability in zip(graph.layers, p, strict=True):
+        for layer, probability in zip(graph.groups, p, strict=True):
             gone = (1 - probability).sum()
             for s in layer.slices:
                 if s.tensor in left:
@@ -213,15 +213,15 @@ def channel_gates(model: nn.Module, graph: ChannelGraph, *, generator: torch.Gen
                 count = count * (size - left[name].get(axis, zero))
             counts.append(count)
         return torch.stack(counts).sum() / graph.parameters(
-            [layer.channels for layer in graph.layers]
+            [layer.channels for layer in graph.groups]
         )
 
     return Gates(
-        [_begin((layer.channels,), generator).to(at) for layer in graph.layers], factors, share
+        [_begin((layer.channels,), generator).to(at) for layer in graph.groups], factors, share
     )
 
 
-def _gated(layer: Layer) -> list[Any]:
+def _gated(layer: ChannelGroup) -> list[Any]:
     return layer.role("read") or layer.role("write")
 
 

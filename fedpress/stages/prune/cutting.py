@@ -15,7 +15,7 @@ from fedpress import compress
 from fedpress.compress import SCORES, ChannelGraph, Point, PruningPlan, Target
 from fedpress.compress.prune.derivatives import differentiable
 from fedpress.compress.prune.sensitivity import densities_down_to
-from fedpress.compress.prune.targets import next_share, whole
+from fedpress.compress.prune.targets import full_widths, next_share
 from fedpress.core.examples import Arrays
 from fedpress.core.parameters import part_of
 from fedpress.core.random import derive, generator
@@ -212,7 +212,7 @@ class Cutting:
         wanted = yield from self._wanted_latency(stage.keep_latency)
         while (share := next_share(self.tried, wanted)) is not None:
             target = latency_target(stage, graph, graph.parameters, share)
-            share = target.wanted / graph.parameters(whole(graph))
+            share = target.wanted / graph.parameters(full_widths(graph))
             if any(share == before for before, _ in self.tried):
                 break
             yield self.tick(0, f"measuring the latency at {share:.1%} of the parameters")
@@ -261,7 +261,7 @@ class Cutting:
         if (
             "densities" not in self.stage.model_fields_set
         ):  # those that a user names are measured as they are
-            one_channel = 1 / max(layer.channels for layer in graph.layers)
+            one_channel = 1 / max(layer.channels for layer in graph.groups)
             densities = densities_down_to(max(self.stage.min_keep, one_channel), densities)
         for point in compress.sensitivity(
             units, lambda: _loss_and_accuracy(model, some, data.preprocess), densities, known=known

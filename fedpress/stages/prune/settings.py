@@ -15,7 +15,7 @@ from fedpress import compress, deploy
 from fedpress.compress import SCORES, ChannelGraph, Target
 from fedpress.compress.prune.plan import allowed_widths
 from fedpress.compress.prune.sensitivity import DENSITIES
-from fedpress.compress.prune.targets import Cost, bytes_of, whole
+from fedpress.compress.prune.targets import Cost, bytes_of, full_widths
 from fedpress.core.examples import Arrays
 from fedpress.errors import RecipeError
 from fedpress.nn.batch_norm import has_batch_norm
@@ -164,18 +164,18 @@ def cut_target(
     else:
         cost, dense = graph.parameters, state.dense
         wanted = value * dense
-    now = start or cost(whole(graph))
+    now = start or cost(full_widths(graph))
     if key != "max_bytes":
         check_left(key, value, now * value / wanted)
     return Target(
-        key, cost, now ** (1 - part) * wanted**part, limit=key == "max_bytes", whole=dense
+        key, cost, now ** (1 - part) * wanted**part, limit=key == "max_bytes", full_cost=dense
     )
 
 
 def latency_target(how: PruneSettings, graph: ChannelGraph, cost: Cost, share: float) -> Target:
     """Returns the target to come as near as the widths allow to `share` of the cost now, from below."""
-    least = cost([allowed_widths(layer, how.round_to, how.min_keep)[0] for layer in graph.layers])
-    return Target("keep_latency", cost, max(least, share * cost(whole(graph))), limit=True)
+    least = cost([allowed_widths(layer, how.round_to, how.min_keep)[0] for layer in graph.groups])
+    return Target("keep_latency", cost, max(least, share * cost(full_widths(graph))), limit=True)
 
 
 def check_left(key: str, value: float, left: float) -> None:

@@ -129,7 +129,7 @@ class PruneStage(PruneSettings, Stage):
 
 def _told(state: State, plans: Sequence[PruningPlan]) -> dict[str, str]:
     """Returns what whoever asked for the cuts should know: how near they came, and of what a share is."""
-    told = dict(plans[-1].told)
+    told = dict(plans[-1].notes)
     before, after = plans[0].parameters_before, plans[-1].parameters_after
     if before < state.dense:
         words = [told["keep_params"]] if "keep_params" in told else []

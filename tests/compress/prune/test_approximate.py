@@ -169,7 +169,7 @@ def build(name):
 def cut(name, share=0.75):
     model, x = build(name).eval(), torch.randn(64, 3, 8, 8)
     graph = trace(model, x[:2], approximate=BOTH)
-    kept = [max(1, int(layer.channels * share)) for layer in graph.layers]
+    kept = [max(1, int(layer.channels * share)) for layer in graph.groups]
     plan = make_plan(model, graph, score(model, graph, "l1"), kept)
     small = deepcopy(model)
     remove_(small, plan)
@@ -224,11 +224,11 @@ def test_a_fit_is_the_least_squares_solution():
 
 def test_without_the_word_the_stream_stays_whole():
     model, x = build("convnext"), torch.randn(2, 3, 8, 8)
-    assert {layer.name for layer in trace(model, x).layers} == set()
+    assert {layer.name for layer in trace(model, x).groups} == set()
     some = trace(model, x, approximate=["layer_norm"])
-    assert [layer.name for layer in some.layers] == ["stem"]
+    assert [layer.name for layer in some.groups] == ["stem"]
     others = trace(model, x, approximate=["grn"])
-    assert [layer.name for layer in others.layers] == ["blocks.0.2", "blocks.1.2"]
+    assert [layer.name for layer in others.groups] == ["blocks.0.2", "blocks.1.2"]
     assert others.approximate == ("blocks.0.3", "blocks.1.3")
     with pytest.raises(RecipeError, match="did you mean 'layer_norm'"):
         trace(model, x, approximate=["layernorm"])

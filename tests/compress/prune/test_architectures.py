@@ -71,9 +71,9 @@ def trains(model, x):
 def test_any_choice_of_channels_can_be_removed_and_is_counted_exactly(traced, name, seed):
     model, x, graph = traced(name)
     draw = torch.Generator().manual_seed(seed)
-    kept = [int(torch.randint(1, layer.channels + 1, (), generator=draw)) for layer in graph.layers]
+    kept = [int(torch.randint(1, layer.channels + 1, (), generator=draw)) for layer in graph.groups]
     choice = make_plan(
-        model, graph, [torch.rand(layer.channels, generator=draw) for layer in graph.layers], kept
+        model, graph, [torch.rand(layer.channels, generator=draw) for layer in graph.groups], kept
     )
     small = deepcopy(model)
     remove_(small, choice)
@@ -89,7 +89,7 @@ def test_half_of_every_architecture_goes_by_every_score_and_comes_back_from_a_fi
 ):
     model, x, graph = traced(name)
     for by in SCORES:
-        if by == "bn_scale" and not all(layer.role("scale") for layer in graph.layers):
+        if by == "bn_scale" and not all(layer.role("scale") for layer in graph.groups):
             with pytest.raises(ModelError, match="needs a batch norm after"):
                 halved(model, graph, by, x)
             continue

@@ -165,16 +165,16 @@ def test_what_is_written_by_hand_is_cut_exactly(build, removable):
     torch.manual_seed(0)
     model, x = build(), torch.randn(2, 3, 8, 8)
     graph = trace(model, x)
-    assert {layer.name: layer.channels for layer in graph.layers} == removable
+    assert {layer.name: layer.channels for layer in graph.groups} == removable
     for seed in range(3):
         draw = torch.Generator().manual_seed(seed)
         kept = [
-            int(torch.randint(1, layer.channels + 1, (), generator=draw)) for layer in graph.layers
+            int(torch.randint(1, layer.channels + 1, (), generator=draw)) for layer in graph.groups
         ]
         plan = make_plan(
             model,
             graph,
-            [torch.rand(layer.channels, generator=draw) for layer in graph.layers],
+            [torch.rand(layer.channels, generator=draw) for layer in graph.groups],
             kept,
         )
         small = deepcopy(model)
@@ -201,8 +201,8 @@ def test_recurrent_states_whose_size_others_say_stay_whole(build, reason):
             return self.head(y[0][:, -1, :8])
 
     graph = trace(Series(), (torch.randn(2, 4, 6), torch.randn(1, 2, 16)))
-    assert not graph.layers
-    assert any(reason in why for name, why in graph.whole.items() if name.startswith("r"))
+    assert not graph.groups
+    assert any(reason in why for name, why in graph.unprunable.items() if name.startswith("r"))
 
 
 class Given(nn.Module):

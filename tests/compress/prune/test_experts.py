@@ -56,11 +56,11 @@ def test_all_experts_lose_the_same_units_exactly(build, how):
     torch.manual_seed(0)
     model, words = Logits(build(how)).eval(), torch.randint(64, (2, 7))
     graph = trace(model, words)
-    assert any(layer.name.endswith("experts") for layer in graph.layers), graph.whole
+    assert any(layer.name.endswith("experts") for layer in graph.groups), graph.unprunable
     draw = torch.Generator().manual_seed(0)
-    kept = [max(1, layer.channels // 2) for layer in graph.layers]
+    kept = [max(1, layer.channels // 2) for layer in graph.groups]
     cut = make_plan(
-        model, graph, [torch.rand(layer.channels, generator=draw) for layer in graph.layers], kept
+        model, graph, [torch.rand(layer.channels, generator=draw) for layer in graph.groups], kept
     )
     small = deepcopy(model)
     remove_(small, cut)

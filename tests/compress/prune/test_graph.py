@@ -29,7 +29,7 @@ def graph_of(between, width=16):
 
 
 def by_name(graph, name):
-    return next(layer for layer in graph.layers if layer.name == name)
+    return next(layer for layer in graph.groups if layer.name == name)
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,9 @@ def test_coupled_channels_are_those_of_torch_pruning(traced, name, root):
         theirs.get_submodule(root), tp.prune_conv_out_channels, idxs=gone
     ).prune()
     scores = [
-        torch.zeros(each.channels).index_fill_(0, torch.tensor(gone), -1) for each in graph.layers
+        torch.zeros(each.channels).index_fill_(0, torch.tensor(gone), -1) for each in graph.groups
     ]
-    kept = [each.channels - (len(gone) if each is layer else 0) for each in graph.layers]
+    kept = [each.channels - (len(gone) if each is layer else 0) for each in graph.groups]
     ours = deepcopy(model).eval()
     remove_(ours, make_plan(model, graph, scores, kept))
     assert {n: t.shape for n, t in ours.state_dict().items()} == {
@@ -83,7 +83,7 @@ def test_zero_padded_channels_go_too_with_other_numbers_in_the_code():
         for layer in (before, after)
     ]
     assert [index.flatten().tolist() for index in rows] == [list(range(8)), list(range(24, 32))]
-    assert [(n.module, n.was) for n in graph.numbers] == [("blocks.1", 8), ("blocks.1", 8)]
+    assert [(n.site.module, n.was) for n in graph.numbers] == [("blocks.1", 8), ("blocks.1", 8)]
 
 
 def test_flattening_repeats_the_channel_over_the_image(traced):
@@ -99,7 +99,7 @@ def test_a_group_norm_loses_whole_groups(traced):
     small = deepcopy(model)
     remove_(
         small,
-        make_plan(model, graph, [torch.arange(each.channels) for each in graph.layers], [3] * 4),
+        make_plan(model, graph, [torch.arange(each.channels) for each in graph.groups], [3] * 4),
     )
     assert (small.norm.num_groups, small.norm.num_channels) == (3, 12)
 
@@ -124,15 +124,15 @@ def test_a_group_norm_loses_whole_groups(traced):
 def test_what_cannot_be_removed_exactly_stays_whole_with_a_reason(between, reason):
     graph = graph_of(between)
     if reason is None:
-        assert all(layer.channels == 1 or layer.name == "a" for layer in graph.layers)
+        assert all(layer.channels == 1 or layer.name == "a" for layer in graph.groups)
     else:
-        assert not graph.layers
-        assert reason in graph.whole["a"]
+        assert not graph.groups
+        assert reason in graph.unprunable["a"]
 
 
 def test_unequal_chunks_stay_whole():
     graph = graph_of(lambda x: torch.cat(x.chunk(3, 1), 1))
-    assert "unequal parts" in graph.whole["a"]
+    assert "unequal parts" in graph.unprunable["a"]
 
 
 def test_weight_standardised_convolutions_keep_their_inputs():
@@ -145,8 +145,8 @@ def test_weight_standardised_convolutions_keep_their_inputs():
     model.append(nn.AdaptiveAvgPool1d(1)).append(nn.Flatten()).append(nn.Linear(16, 5))
     x = torch.randn(2, 3, 8, 8)
     graph = trace(model, x)
-    assert "statistic over channels in aten.var_mean" in graph.whole["0"]
-    (last,) = graph.layers
+    assert "statistic over channels in aten.var_mean" in graph.unprunable["0"]
+    (last,) = graph.groups
     plan = make_plan(model, graph, [torch.rand(16)], [5])
     small = deepcopy(model)
     remove_(small, plan)
@@ -172,9 +172,11 @@ class Limit(nn.Module):
 
 def test_an_operation_without_a_rule_keeps_what_reaches_it_whole_and_is_listed_with_its_module():
     graph = graph_of(Limit())
-    assert not graph.layers
-    assert "no rule for it in fedpress_tests.limit" in graph.whole["a"]
-    assert "no rule for it: fedpress_tests.limit.default of 'between'" in graph.whole["between"]
+    assert not graph.groups
+    assert "no rule for it in fedpress_tests.limit" in graph.unprunable["a"]
+    assert (
+        "no rule for it: fedpress_tests.limit.default of 'between'" in graph.unprunable["between"]
+    )
     with pytest.raises(
         ModelError, match=r"no channel.*can be removed.*no rule.*fedpress_tests\.limit"
     ):
@@ -200,13 +202,13 @@ def test_an_operation_without_a_rule_leaves_what_does_not_reach_it_free():
 
     model, x = Beside(), torch.randn(3, 8)
     graph = trace(model, x)
-    assert [layer.name for layer in graph.layers] == ["a"]
-    assert set(graph.whole) == {"b", "limit", "head", "last"}
+    assert [layer.name for layer in graph.groups] == ["a"]
+    assert set(graph.unprunable) == {"b", "limit", "head", "last"}
     cut = make_plan(model, graph, [torch.rand(16)], [7])
     small = deepcopy(model)
     remove_(small, cut)
     assert check_parity(model, small, cut, x) <= 1e-5
-    assert "limit" in cut.whole
+    assert "limit" in cut.unprunable
 
 
 def test_a_rule_that_fails_on_its_arguments_keeps_what_it_touches_whole(monkeypatch):
@@ -214,8 +216,8 @@ def test_a_rule_that_fails_on_its_arguments_keeps_what_it_touches_whole(monkeypa
         RULES, torch.ops.aten.glu.default, lambda ids, shape, x: x.axes
     )  # knows no dim
     graph = graph_of(lambda x: F.glu(x, 1), width=8)
-    assert not graph.layers
-    assert "its rule does not cover this use" in graph.whole["a"]
+    assert not graph.groups
+    assert "its rule does not cover this use" in graph.unprunable["a"]
 
 
 def test_a_model_that_branches_on_data_is_refused_with_the_name_of_the_module():
@@ -243,7 +245,7 @@ def test_a_plan_that_empties_a_layer_is_refused():
 
 def test_numbers_that_follow_by_themselves_are_left_to_the_code():
     assert not trace(*make("halves")).numbers
-    assert {(n.module, n.was) for n in trace(*make("vit-fused")).numbers} == {
+    assert {(n.site.module, n.was) for n in trace(*make("vit-fused")).numbers} == {
         (f"blocks.{i}.1", was) for i in range(2) for was in (4, 24)
     }
 
@@ -254,11 +256,11 @@ def test_heads_go_whole_and_the_normalised_stream_stays():
     assert (heads.channels, heads.unit) == (4, 6)
     rows = next(s.index for s in heads.slices if s.tensor.endswith("in_proj_weight"))
     assert rows[1].tolist() == [24 * part + 6 + i for part in range(3) for i in range(6)]
-    assert "a mean over channels in aten.layer_norm" in graph.whole["patch"]
+    assert "a mean over channels in aten.layer_norm" in graph.unprunable["patch"]
 
 
 def test_a_hidden_unit_is_the_same_place_in_all_gates_layers_and_directions():
-    (_, units) = trace(*make("lstm-deep")).layers
+    (_, units) = trace(*make("lstm-deep")).groups
     index = {s.tensor: s.index[3].tolist() for s in units.slices if s.axis == 0}
     assert len(index) == 16
     assert all(rows == [3, 19, 35, 51] for rows in index.values())
@@ -267,26 +269,26 @@ def test_a_hidden_unit_is_the_same_place_in_all_gates_layers_and_directions():
 def test_multiply_adds_of_any_widths_are_those_of_the_network():
     model, x = make("unet")
     graph = trace(model, x)
-    whole = [layer.channels for layer in graph.layers]
+    whole = [layer.channels for layer in graph.groups]
     assert graph.macs(whole) == macs(model, x[:1])
     assert graph.macs([1] * len(whole)) < graph.macs([2] * len(whole)) < graph.macs(whole)
 
 
 def test_a_module_can_be_kept_whole_by_name_and_its_stream_with_it():
     model, x = make("residual")
-    graph = trace(model, x, whole=("blocks.0.b",))
-    assert "stem" not in {layer.name for layer in graph.layers}
-    assert "asked for" in graph.whole["stem"]
+    graph = trace(model, x, unprunable=("blocks.0.b",))
+    assert "stem" not in {layer.name for layer in graph.groups}
+    assert "asked for" in graph.unprunable["stem"]
     with pytest.raises(ModelError, match="no module 'blok'"):
-        trace(model, x, whole=("blok",))
+        trace(model, x, unprunable=("blok",))
 
 
 def test_a_parameter_without_use_is_reported():
     model = Plain()
     model.spare = nn.Parameter(torch.zeros(7))
     graph = trace(model, torch.randn(2, 3, 8, 8))
-    assert graph.whole["spare"] == "forward does not use it"
-    assert graph.parameters([layer.channels for layer in graph.layers]) == parameters(model)
+    assert graph.unprunable["spare"] == "forward does not use it"
+    assert graph.parameters([layer.channels for layer in graph.groups]) == parameters(model)
 
 
 def test_tracing_leaves_modes_and_numbers_alone():
@@ -310,9 +312,9 @@ def test_channels_that_an_unsaved_buffer_follows_stay_whole():
             return self.head(self.b(self.a(x).relu() * self.scale).relu())
 
     free, bound = (trace(Scaled(persistent), torch.randn(2, 8)) for persistent in (True, False))
-    assert [layer.name for layer in free.layers] == ["a", "b"]
-    assert [layer.name for layer in bound.layers] == ["b"]
-    assert "buffer 'scale'" in bound.whole["a"]
+    assert [layer.name for layer in free.groups] == ["a", "b"]
+    assert [layer.name for layer in bound.groups] == ["b"]
+    assert "buffer 'scale'" in bound.unprunable["a"]
 
 
 def test_products_that_no_input_has_a_part_in_are_counted_once_whatever_the_batch():
@@ -329,7 +331,7 @@ def test_products_that_no_input_has_a_part_in_are_counted_once_whatever_the_batc
     model = Biased().eval()
     for batch in (1, 2, 5):
         graph = trace(model, torch.randn(batch, 8))
-        assert graph.macs([layer.channels for layer in graph.layers]) == macs(
+        assert graph.macs([layer.channels for layer in graph.groups]) == macs(
             model, torch.randn(1, 8)
         )
 

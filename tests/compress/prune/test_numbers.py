@@ -19,8 +19,8 @@ from fedpress.models import ModelSpec, load_model, save_model, what_pruning_chan
 def halved(model, x, seed=0):
     graph = trace(model, x)
     draw = torch.Generator().manual_seed(seed)
-    scores = [torch.rand(layer.channels, generator=draw) for layer in graph.layers]
-    plan = make_plan(model, graph, scores, [(layer.channels + 1) // 2 for layer in graph.layers])
+    scores = [torch.rand(layer.channels, generator=draw) for layer in graph.groups]
+    plan = make_plan(model, graph, scores, [(layer.channels + 1) // 2 for layer in graph.groups])
     small = deepcopy(model)
     remove_(small, PruningPlan.model_validate_json(plan.model_dump_json()))
     return graph, plan, small
@@ -69,7 +69,7 @@ def test_code_may_take_another_path_when_it_is_exported(early):
     torch.manual_seed(0)
     model, x = Grouped(early=early).eval(), torch.randn(2, 5, 64)
     graph, plan, small = halved(model, x)
-    assert [layer.channels for layer in graph.layers] == [
+    assert [layer.channels for layer in graph.groups] == [
         4
     ]  # one head of each group goes with one of the other
     assert check_parity(model, small, plan, x) <= 1e-5
@@ -150,7 +150,7 @@ def test_a_number_that_counts_examples_too_holds_for_any_batch(examples):
     torch.manual_seed(0)
     model, x = Batched(), torch.randn(examples, 5, 24)
     graph, plan, small = halved(model, x)
-    assert [layer.channels for layer in graph.layers] == [4]
+    assert [layer.channels for layer in graph.groups] == [4]
     assert check_parity(model, small, plan, x) <= 1e-5
     wide = [value for call in plan.numbers[""].values() for value in call.values()]
     assert wide
@@ -258,8 +258,8 @@ def test_layers_whose_channels_the_code_cannot_run_without_stay_whole_with_what_
     torch.manual_seed(0)
     model, x = Copies(), torch.randn(3, 5, 24)
     graph, plan, small = halved(model, x)
-    assert [layer.name for layer in graph.layers] == ["o"]
-    assert "the code does not run with fewer of its channels" in plan.whole["q"]
+    assert [layer.name for layer in graph.groups] == ["o"]
+    assert "the code does not run with fewer of its channels" in plan.unprunable["q"]
     assert check_parity(model, small, plan, x) <= 1e-5
 
 

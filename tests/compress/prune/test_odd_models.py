@@ -20,9 +20,9 @@ def cut(model, x, seed=0):
     """Cuts random channels and compares; returns the graph and the small network."""
     graph = trace(model, x)
     draw = torch.Generator().manual_seed(seed)
-    kept = [int(torch.randint(1, layer.channels, (), generator=draw)) for layer in graph.layers]
+    kept = [int(torch.randint(1, layer.channels, (), generator=draw)) for layer in graph.groups]
     chosen = make_plan(
-        model, graph, [torch.rand(n.channels, generator=draw) for n in graph.layers], kept
+        model, graph, [torch.rand(n.channels, generator=draw) for n in graph.groups], kept
     )
     small = copied(model)
     remove_(small, chosen)
@@ -59,7 +59,7 @@ def test_branches_that_no_output_reads_are_cut_along():
     torch.manual_seed(0)
     for seed in range(2):
         graph, small = cut(Unread().eval(), torch.randn(2, 4, 5), seed)
-        assert {s.tensor for s in graph.layers[0].slices} >= {"aux.weight", "b.weight", "o.weight"}
+        assert {s.tensor for s in graph.groups[0].slices} >= {"aux.weight", "b.weight", "o.weight"}
         assert small.aux.in_channels == small.a.out_channels == small.b.out_channels
 
 
@@ -108,8 +108,8 @@ def test_axes_that_a_standardisation_of_weights_averages_over_stay_whole(conv):
         conv(3, 16, 3, padding=1), nn.ReLU(), conv(16, 16, 3, padding=1), nn.ReLU(), *pool
     ).eval()
     graph, _ = cut(model, torch.randn(2, 3, 8, 8))
-    assert [layer.name for layer in graph.layers] == ["2"]
-    assert any(why in graph.whole["0"] for why in ("over channels", "no part of a cut axis"))
+    assert [layer.name for layer in graph.groups] == ["2"]
+    assert any(why in graph.unprunable["0"] for why in ("over channels", "no part of a cut axis"))
 
 
 def test_channels_beside_those_that_a_batch_norm_counts_stay_whole():
@@ -129,8 +129,8 @@ def test_channels_beside_those_that_a_batch_norm_counts_stay_whole():
             return self.o(self.b(self.norm(self.a(x))).relu().mean(1))
 
     graph, _ = cut(Rows().eval(), torch.randn(4, 5, 8))
-    assert [layer.name for layer in graph.layers] == ["b"]
-    assert "a mean over channels in aten.batch_norm" in graph.whole["a"]
+    assert [layer.name for layer in graph.groups] == ["b"]
+    assert "a mean over channels in aten.batch_norm" in graph.unprunable["a"]
 
 
 def old_norms(kind: str) -> nn.Module:
@@ -162,11 +162,11 @@ def test_the_old_norms_of_torch_are_cut_as_they_are(kind, ran):
             deepcopy(model)
     graph, small = cut(model, x)
     if kind == "weight":
-        assert [layer.channels for layer in graph.layers] == [24, 16]
+        assert [layer.channels for layer in graph.groups] == [24, 16]
         assert small[2].groups == small[0].out_channels < 24
         assert small[2].weight.shape == small[2].weight_v.shape
     else:
-        assert 16 in [layer.channels for layer in graph.layers]
+        assert 16 in [layer.channels for layer in graph.groups]
 
 
 def test_the_old_weight_norm_with_a_dead_channel_is_cut_by_the_command():
@@ -269,7 +269,7 @@ def test_a_frozen_part_under_no_grad_and_code_under_autocast_are_walked():
             return self.o(h.relu())
 
     graph, _ = cut(Frozen(), torch.randn(2, 8))
-    assert sorted(layer.channels for layer in graph.layers) == [4, 12, 24]
+    assert sorted(layer.channels for layer in graph.groups) == [4, 12, 24]
 
 
 @dataclass
@@ -298,8 +298,8 @@ def test_tensors_in_objects_that_a_model_gives_are_outputs_and_empty_beginnings_
 
     model, x = Objects(), torch.randn(2, 8)
     graph, _ = cut(model, x)
-    assert {layer.name for layer in graph.layers} == {"b", "c"}
-    assert "it is an output of the model" in graph.whole["a"]
+    assert {layer.name for layer in graph.groups} == {"b", "c"}
+    assert "it is an output of the model" in graph.unprunable["a"]
 
 
 def test_what_a_branch_on_data_is_given_stays_whole():
@@ -313,8 +313,8 @@ def test_what_a_branch_on_data_is_given_stays_whole():
             return self.o(self.b(h).relu())
 
     graph, _ = cut(Branch(), torch.randn(2, 8))
-    assert [layer.name for layer in graph.layers] == ["b"]
-    assert "channels are not followed through it in cond" in graph.whole["a"]
+    assert [layer.name for layer in graph.groups] == ["b"]
+    assert "channels are not followed through it in cond" in graph.unprunable["a"]
 
 
 def test_scores_plans_and_targets_work_for_a_network_with_an_operation_without_a_rule():
@@ -331,7 +331,7 @@ def test_scores_plans_and_targets_work_for_a_network_with_an_operation_without_a
     chosen = plan(
         model, graph, score(model, graph, "l1"), keep_params=0.7, round_to=1, tolerance=0.05
     )
-    assert "in aten.renorm" in chosen.whole["a"]
+    assert "in aten.renorm" in chosen.unprunable["a"]
     small = copied(model)
     remove_(small, chosen)
     assert small.a.out_features == 16

@@ -28,17 +28,17 @@ def everything():
 
 def random_cut(model, graph, seed):
     draw = torch.Generator().manual_seed(seed)
-    kept = [int(torch.randint(1, layer.channels + 1, (), generator=draw)) for layer in graph.layers]
-    scores = [torch.rand(layer.channels, generator=draw) for layer in graph.layers]
+    kept = [int(torch.randint(1, layer.channels + 1, (), generator=draw)) for layer in graph.groups]
+    scores = [torch.rand(layer.channels, generator=draw) for layer in graph.groups]
     return make_plan(model, graph, scores, kept), kept
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_channels_before_an_operation_go_or_stay_as_they_must(everything, name):
     _, _, graph = everything
-    touched = {s.tensor for layer in graph.layers for s in layer.slices}
+    touched = {s.tensor for layer in graph.groups for s in layer.slices}
     cut = f"parts.{name}.a.weight" in touched or f"parts.{name}.b.weight" in touched
-    assert cut == (TABLE[name][3] == "cut"), graph.whole.get(f"parts.{name}.a")
+    assert cut == (TABLE[name][3] == "cut"), graph.unprunable.get(f"parts.{name}.a")
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -89,7 +89,7 @@ def test_spectral_norm_loses_channels_with_its_vectors(norm):
     with torch.no_grad():
         model.train()(x)
     graph = trace(model.eval(), x)
-    assert [layer.channels for layer in graph.layers] == [16, 12]
+    assert [layer.channels for layer in graph.groups] == [16, 12]
     cut, _ = random_cut(model, graph, 0)
     small = deepcopy(model)
     remove_(small, cut)
@@ -116,7 +116,7 @@ def test_grouped_products_of_experts_lose_widths_that_the_kernel_takes():
     torch.manual_seed(0)
     model, x = Experts().eval(), torch.randn(8, 6)
     graph = trace(model, x)
-    assert [(layer.channels, layer.unit) for layer in graph.layers] == [(2, 8), (4, 8)]
+    assert [(layer.channels, layer.unit) for layer in graph.groups] == [(2, 8), (4, 8)]
     cut = make_plan(model, graph, [torch.rand(2), torch.rand(4)], [1, 3])
     small, masked = deepcopy(model), deepcopy(model)
     remove_(small, cut)

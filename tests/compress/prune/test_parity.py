@@ -16,8 +16,8 @@ from fedpress.errors import ModelError
 def halved(model, x):
     """Returns the model, its copy without the first half of each layer's channels, and the plan."""
     graph = trace(model, x)
-    scores = [torch.arange(float(layer.channels)) for layer in graph.layers]
-    plan = make_plan(model, graph, scores, [(layer.channels + 1) // 2 for layer in graph.layers])
+    scores = [torch.arange(float(layer.channels)) for layer in graph.groups]
+    plan = make_plan(model, graph, scores, [(layer.channels + 1) // 2 for layer in graph.groups])
     small = deepcopy(model)
     remove_(small, plan)
     return model, small, plan
@@ -83,7 +83,7 @@ def test_channels_that_a_head_reads_in_training_alone_stay_whole_and_the_others_
     x = torch.randn(2, 8)
     model, small, plan = halved(Auxiliary(), x)
     assert [(layer.name, layer.after) for layer in plan.layers] == [("b", 6)]
-    assert "does not run in training mode" in plan.whole["a"]
+    assert "does not run in training mode" in plan.unprunable["a"]
     assert check_parity(model, small, plan, x) <= 1e-5
 
 
@@ -101,7 +101,7 @@ def test_channels_whose_number_scales_the_values_stay_whole_and_the_others_go():
     x = torch.randn(2, 8)
     model, small, plan = halved(Scaled(), x)
     assert [layer.name for layer in plan.layers] == ["b"]
-    assert "differs from the masked one" in plan.whole["a"]
+    assert "differs from the masked one" in plan.unprunable["a"]
     assert check_parity(model, small, plan, x) <= 1e-5
 
 

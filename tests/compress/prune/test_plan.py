@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedpress.compress import ChannelGraph, PruningPlan, plan, score, trace
-from fedpress.compress.prune.graph import Layer, Slice
+from fedpress.compress.prune.graph import ChannelGroup, Slice
 from fedpress.compress.prune.plan import allowed_widths
 from fedpress.errors import ModelError, RecipeError
 from fedpress.models.resnet import resnet18
@@ -38,7 +38,7 @@ def test_coarse_widths_of_a_small_network_still_meet_the_share(traced, share):
     model, _, graph = traced("residual")
     for seed in range(10):
         draw = torch.Generator().manual_seed(seed)
-        scores = [torch.rand(layer.channels, generator=draw) for layer in graph.layers]
+        scores = [torch.rand(layer.channels, generator=draw) for layer in graph.groups]
         choice = plan(model, graph, scores, keep_params=share, round_to=4)
         assert abs(choice.parameters_after / choice.parameters_before - share) <= 0.005
 
@@ -67,7 +67,9 @@ def test_per_layer_scope_takes_the_same_share_of_each_layer(big):
 )
 def test_allowed_widths_are_whole_or_rounded_and_never_zero(channels, unit, round_to, least):
     index = torch.arange(channels * unit).view(channels, unit)
-    widths = allowed_widths(Layer("a", (Slice("a.weight", 0, "write", index),)), round_to, least)
+    widths = allowed_widths(
+        ChannelGroup("a", (Slice("a.weight", 0, "write", index),)), round_to, least
+    )
     assert widths[-1] == channels
     assert widths[0] >= max(1, least * channels)
     assert all(width * unit % round_to == 0 for width in widths[:-1])
@@ -97,16 +99,16 @@ def test_of_a_share_between_two_steps_the_nearest_is_taken_and_told(traced):
     scores = score(model, graph, "l1")
     choice = plan(model, graph, scores, keep_params=0.9, round_to=16, tolerance=1e-4)
     reached = choice.parameters_after / choice.parameters_before
-    widths = [allowed_widths(layer, 16, 0.1) for layer in graph.layers]
+    widths = [allowed_widths(layer, 16, 0.1) for layer in graph.groups]
     shares = [
         graph.parameters(kept) / choice.parameters_before for kept in itertools.product(*widths)
     ]
     assert reached == min(shares, key=lambda share: abs(share - 0.9))
-    assert choice.told == {
+    assert choice.notes == {
         "keep_params": f"{reached:.4g}, the nearest to 0.9 that the widths allow"
     }
     assert PruningPlan.model_validate_json(choice.model_dump_json()) == choice
-    assert not plan(model, graph, scores, keep_params=reached, round_to=16).told
+    assert not plan(model, graph, scores, keep_params=reached, round_to=16).notes
     with pytest.raises(
         RecipeError, match=r"cannot be met within the tolerance.*round_to.*leave exact out"
     ):
@@ -118,7 +120,7 @@ def test_the_smallest_width_is_the_nearest_to_a_share_a_little_below_it(traced):
     scores = score(model, graph, "l1")
     least = graph.parameters([16, 16]) / graph.parameters([32, 32])
     choice = plan(model, graph, scores, keep_params=0.8 * least, round_to=16)
-    assert f"{least:.4g}, the nearest to" in choice.told["keep_params"]
+    assert f"{least:.4g}, the nearest to" in choice.notes["keep_params"]
     for wrong in ({"keep_params": 0.8 * least, "exact": True}, {"keep_params": 0.4 * least}):
         with pytest.raises(RecipeError, match="the smallest share of this model is"):
             plan(model, graph, scores, round_to=16, **wrong)

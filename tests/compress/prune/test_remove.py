@@ -154,8 +154,8 @@ def test_groups_of_one_input_each_that_were_wider_come_back_from_the_spec(tmp_pa
     small = deepcopy(dense)
     for keep in ({"a": 1}, {"a": 2, "g": 8}):  # to one channel a group, then groups too
         graph = trace(small, x)
-        kept = [min(layer.channels, keep.get(layer.name, layer.channels)) for layer in graph.layers]
-        plan = make_plan(small, graph, [torch.rand(layer.channels) for layer in graph.layers], kept)
+        kept = [min(layer.channels, keep.get(layer.name, layer.channels)) for layer in graph.groups]
+        plan = make_plan(small, graph, [torch.rand(layer.channels) for layer in graph.groups], kept)
         before = deepcopy(small)
         remove_(small, plan)
         check_parity(before, small, plan, x)

@@ -117,9 +117,9 @@ def test_torch_pruning_is_wrong_in_most_cuts_and_ours_are_all_exact(
     graph = trace(model, x)
     for seed in seeds:
         draw = torch.Generator().manual_seed(seed)
-        scores = [torch.rand(layer.channels, generator=draw) for layer in graph.layers]
+        scores = [torch.rand(layer.channels, generator=draw) for layer in graph.groups]
         choice = make_plan(
-            model, graph, scores, [max(1, layer.channels * 5 // 8) for layer in graph.layers]
+            model, graph, scores, [max(1, layer.channels * 5 // 8) for layer in graph.groups]
         )
         small = deepcopy(model)
         remove_(small, choice)

@@ -31,7 +31,7 @@ def evidence(model, x):
 
 
 def by_name(graph, values, name):
-    return next(v for layer, v in zip(graph.layers, values, strict=True) if layer.name == name)
+    return next(v for layer, v in zip(graph.groups, values, strict=True) if layer.name == name)
 
 
 @pytest.mark.parametrize("name", sorted(SCORES))
@@ -40,7 +40,7 @@ def test_every_score_prunes_one_shot_and_one_by_one(traced, name):
     before = {n: t.clone() for n, t in model.state_dict().items()}
     more = evidence(model, x)
     scores = score(model, graph, name, **more)
-    assert all(v.shape == (layer.channels,) for v, layer in zip(scores, graph.layers, strict=True))
+    assert all(v.shape == (layer.channels,) for v, layer in zip(scores, graph.groups, strict=True))
     assert all(v.abs().mean() == pytest.approx(1, abs=1e-5) for v in scores)
     settings = {"keep_params": 0.4, "round_to": 1, "tolerance": 0.01}
     plans = [
@@ -197,7 +197,7 @@ def test_grasp_is_the_change_of_the_gradient_flow_when_a_channel_shrinks():
     ).double()
     x = torch.randn(2, 6).double()
     graph = trace(model, x)
-    reading = [s for layer in graph.layers for s in layer.role("read")]
+    reading = [s for layer in graph.groups for s in layer.role("read")]
     owned = dict(model.named_parameters())
     weights = list({s.tensor: owned[s.tensor] for s in reading}.values())
 
@@ -206,7 +206,7 @@ def test_grasp_is_the_change_of_the_gradient_flow_when_a_channel_shrinks():
         return sum(g.square().sum() for g in grads).item() / 2
 
     ours = raw_scores(model, graph, "grasp", losses=lambda: [F.cross_entropy(model(x), LABELS)])
-    for layer, values in zip(graph.layers, ours, strict=True):
+    for layer, values in zip(graph.groups, ours, strict=True):
         (s,) = layer.role("read")
         weight = owned[s.tensor]
         for c in range(0, layer.channels, 7):
@@ -299,12 +299,12 @@ def test_taylor_works_on_frozen_weights_and_leaves_them_frozen(traced):
 
 def slow_single_channel(model, graph, target):
     """The plain twin: mask, count, score everything again, for each single channel."""
-    alive = [torch.ones(layer.channels, dtype=torch.bool) for layer in graph.layers]
+    alive = [torch.ones(layer.channels, dtype=torch.bool) for layer in graph.groups]
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     gone = []
     while graph.parameters([int(a.sum()) for a in alive]) > target:
         best = None
-        for i, layer in enumerate(graph.layers):
+        for i, layer in enumerate(graph.groups):
             sums = sum(
                 weights[s.tensor].abs().transpose(0, s.axis).flatten(1).sum(1)[s.index].sum(1)
                 for s in layer.role("write")
@@ -315,7 +315,7 @@ def slow_single_channel(model, graph, target):
         _, i, c = best
         alive[i][c] = False
         gone.append((i, c))
-        for s in graph.layers[i].role("read"):
+        for s in graph.groups[i].role("read"):
             weights[s.tensor].index_fill_(s.axis, s.index[c], 0)
     return alive
 
@@ -326,7 +326,7 @@ def test_single_channel_removes_what_its_slow_twin_removes(traced, name):
     settings = {"round_to": 1, "min_keep": 0.0, "tolerance": 0.05}
     choice = prune_single_channel(model, graph, "l1", keep_params=0.5, **settings)
     alive = slow_single_channel(model, graph, choice.parameters_after)
-    for layer, on in zip(graph.layers, alive, strict=True):
+    for layer, on in zip(graph.groups, alive, strict=True):
         s = layer.role("write")[0]
         kept = choice.keep[s.tensor][s.axis]
         difference = set(kept) ^ set(on.nonzero().flatten().tolist())

@@ -48,12 +48,12 @@ def test_each_point_is_the_loss_of_a_copy_with_that_layer_masked(traced, name):
     )
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     assert [(p.layer, p.density) for p in points] == [
-        (la.name, d) for la in graph.layers for d in (1.0, 0.6, 0.25)
+        (la.name, d) for la in graph.groups for d in (1.0, 0.6, 0.25)
     ]
     for point in points:
         widths = [
             max(1, round(point.density * la.channels)) if la.name == point.layer else la.channels
-            for la in graph.layers
+            for la in graph.groups
         ]
         copy = deepcopy(model)
         mask_(copy, make_plan(model, graph, scores, widths))
@@ -63,7 +63,7 @@ def test_each_point_is_the_loss_of_a_copy_with_that_layer_masked(traced, name):
 def test_a_tensor_that_one_layer_touches_along_two_axes_comes_back(traced):
     model, _, graph = traced("waves")
     assert any(
-        len({s.tensor for s in la.slices}) < len(la.slices) for la in graph.layers
+        len({s.tensor for s in la.slices}) < len(la.slices) for la in graph.groups
     )  # its tied weight
     before = deepcopy(model.state_dict())
     for unit in channel_units(model, graph, score(model, graph, "l2")):
@@ -155,7 +155,7 @@ def falling(graph, steepness):
     """Made-up curves: the loss of layer i grows as steepness[i] * (1 - density)^2."""
     return [
         Point(layer.name, d, 1 + s * (1 - d) ** 2)
-        for layer, s in zip(graph.layers, steepness, strict=True)
+        for layer, s in zip(graph.groups, steepness, strict=True)
         for d in (1.0, 0.8, 0.6, 0.4, 0.2)
     ]
 
@@ -166,7 +166,7 @@ def test_widths_are_those_of_a_slow_search_for_the_water_level(traced, make, sha
     """The twin: raise the level in small steps, give each layer its least width, stop at the target."""
     model, _, graph = traced("residual")
     scores = score(model, graph, "l1")
-    points = falling(graph, [0.2 + i for i in range(len(graph.layers))])
+    points = falling(graph, [0.2 + i for i in range(len(graph.groups))])
     known, target = curves(points), make(graph, share)
 
     def increase(name, density):
@@ -176,7 +176,7 @@ def test_widths_are_those_of_a_slow_search_for_the_water_level(traced, make, sha
         i = next(i for i in range(1, len(xs)) if density <= xs[i])
         return ys[i - 1] + (ys[i] - ys[i - 1]) * (density - xs[i - 1]) / (xs[i] - xs[i - 1])
 
-    level, widths = 0.0, [la.channels for la in graph.layers]
+    level, widths = 0.0, [la.channels for la in graph.groups]
     while target.cost(widths) > target.wanted:
         level += 0.002
         widths = [
@@ -188,13 +188,13 @@ def test_widths_are_those_of_a_slow_search_for_the_water_level(traced, make, sha
                 ),
                 default=la.channels,
             )
-            for la in graph.layers
+            for la in graph.groups
         ]
-        widths = [max(n, -(-la.channels // 10)) for n, la in zip(widths, graph.layers, strict=True)]
+        widths = [max(n, -(-la.channels // 10)) for n, la in zip(widths, graph.groups, strict=True)]
     choice = plan(
         model, graph, scores, target=target, scope="sensitivity", points=points, round_to=1
     )
-    for change, layer, n in zip(choice.layers, graph.layers, widths, strict=True):
+    for change, layer, n in zip(choice.layers, graph.groups, widths, strict=True):
         assert abs(change.after // layer.unit - n) <= 1, layer.name
 
 
@@ -219,7 +219,7 @@ def test_sensitive_layers_keep_more_and_the_best_channels_stay(traced):
 def test_levels_rise_with_the_scores_also_where_curves_are_flat(traced):
     _, _, graph = traced("plain")
     scores = [
-        torch.rand(la.channels, generator=torch.Generator().manual_seed(1)) for la in graph.layers
+        torch.rand(la.channels, generator=torch.Generator().manual_seed(1)) for la in graph.groups
     ]
     for steepness in ([0.0, 0.0], [1.0, 0.0]):
         for level, values in zip(

@@ -20,7 +20,7 @@ def test_bytes_of_widths_are_those_of_the_cut_model(traced, name):
     remove_(small, choice)
     kept = [
         change.after // layer.unit
-        for change, layer in zip(choice.layers, graph.layers, strict=True)
+        for change, layer in zip(choice.layers, graph.groups, strict=True)
     ]
     assert bytes_of(model, graph)(whole(graph)) == compress.state_bytes(model)
     assert bytes_of(model, graph)(kept) == compress.state_bytes(small)

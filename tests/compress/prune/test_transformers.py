@@ -80,10 +80,10 @@ def test_a_language_model_is_cut_exactly_in_heads_and_hidden_units(name, how):
     assert (small(*words) - model(*words)).abs().max() > 1e-3  # something is gone
     longer = tuple(torch.cat([x, x.flip(1)[:, :2]], 1).repeat(3, 1) for x in words)
     assert check_parity(model, small, cut, longer) <= 1e-5
-    heads = [layer for layer in graph.layers if "attn" in layer.name or "Attention" in layer.name]
-    assert 2 <= len(heads) < len(graph.layers)
+    heads = [layer for layer in graph.groups if "attn" in layer.name or "Attention" in layer.name]
+    assert 2 <= len(heads) < len(graph.groups)
     reasons = ("layer_norm", "statistic over channels", "looked up", "output of the model")
-    assert all(any(reason in why for reason in reasons) for why in graph.whole.values())
+    assert all(any(reason in why for reason in reasons) for why in graph.unprunable.values())
 
 
 @pytest.mark.recipe
@@ -92,7 +92,7 @@ def test_a_model_that_gives_its_cache_keeps_the_heads_that_are_in_it():
     config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=16, vocab_size=60)
     model, words = transformers.GPT2LMHeadModel(config).eval(), torch.randint(60, (2, 7))
     graph = trace(model, words)
-    assert [layer.name for layer in graph.layers] == [
+    assert [layer.name for layer in graph.groups] == [
         "transformer.h.0.mlp.c_fc",
         "transformer.h.1.mlp.c_fc",
     ]
@@ -111,10 +111,10 @@ def test_any_choice_of_channels_of_a_language_model_is_exact_also_under_export(n
     for seed in range(4):
         draw = torch.Generator().manual_seed(seed)
         kept = [
-            int(torch.randint(1, layer.channels + 1, (), generator=draw)) for layer in graph.layers
+            int(torch.randint(1, layer.channels + 1, (), generator=draw)) for layer in graph.groups
         ]
         chosen = make_plan(
-            model, graph, [torch.rand(n.channels, generator=draw) for n in graph.layers], kept
+            model, graph, [torch.rand(n.channels, generator=draw) for n in graph.groups], kept
         )
         small = deepcopy(model)
         remove_(small, chosen)

@@ -85,12 +85,12 @@ def build(form: str, own: bool) -> nn.Module:
     return Written(form, own)
 
 
-def cut(model, x, seed, whole=()):
-    graph = trace(model, x, whole=whole)
+def cut(model, x, seed, unprunable=()):
+    graph = trace(model, x, unprunable=unprunable)
     draw = torch.Generator().manual_seed(seed)
-    kept = [int(torch.randint(1, layer.channels + 1, (), generator=draw)) for layer in graph.layers]
+    kept = [int(torch.randint(1, layer.channels + 1, (), generator=draw)) for layer in graph.groups]
     plan = make_plan(
-        model, graph, [torch.rand(layer.channels, generator=draw) for layer in graph.layers], kept
+        model, graph, [torch.rand(layer.channels, generator=draw) for layer in graph.groups], kept
     )
     small = deepcopy(model)
     remove_(small, plan)
@@ -111,17 +111,17 @@ def test_what_is_written_to_places_is_cut_exactly_or_stays_whole(form, own):
 )
 def test_a_channel_and_the_place_that_it_is_written_to_are_one_layer(form):
     graph = trace(build(form, True), torch.randn(2, 16))
-    written = next(layer for layer in graph.layers if layer.channels == 12)
+    written = next(layer for layer in graph.groups if layer.channels == 12)
     tensors = {s.tensor for s in written.slices}
     assert tensors >= {"a.weight", "a.bias", "b.weight", "b.bias", "o.weight"}
-    assert {layer.channels for layer in graph.layers} == {12, 20}
+    assert {layer.channels for layer in graph.groups} == {12, 20}
 
 
 @pytest.mark.parametrize("form", ["put", "masked", "where"])
 def test_places_that_cannot_follow_keep_what_is_written_whole_with_a_reason(form):
     graph = trace(build(form, True), torch.randn(2, 16))
-    assert not graph.layers
-    assert {"a", "b"} <= set(graph.whole)
+    assert not graph.groups
+    assert {"a", "b"} <= set(graph.unprunable)
 
 
 @pytest.mark.parametrize("form", ["index", "buffer", "mask", "scatter", "add"])
@@ -171,4 +171,4 @@ class Tokens(nn.Module):
 def test_channels_pass_where_rows_of_them_are_written_by_number(how):
     torch.manual_seed(0)
     graph, _ = cut(Tokens(how), torch.randn(2, 5, 8), 0)
-    assert 24 in {layer.channels for layer in graph.layers}
+    assert 24 in {layer.channels for layer in graph.groups}

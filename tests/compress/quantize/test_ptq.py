@@ -276,8 +276,8 @@ def quantized_to(kind):
 
 def test_channels_of_a_codebook_stay_whole_with_the_reason():
     graph = compress.trace(*quantized_to("codebook"))
-    assert not graph.layers
-    assert "of '0'" in graph.whole["0"]
+    assert not graph.groups
+    assert "of '0'" in graph.unprunable["0"]
 
 
 @pytest.mark.parametrize("kind", ["binary", "ternary", "int"])

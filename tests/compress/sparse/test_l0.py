@@ -211,9 +211,9 @@ def test_closed_channels_are_absent_channels(traced, name):
     model = copy.deepcopy(model).eval()
     gates = channel_gates(model, graph, generator=generator(0, "gates"))
     scores = [
-        torch.rand(layer.channels, generator=generator(0, layer.name)) for layer in graph.layers
+        torch.rand(layer.channels, generator=generator(0, layer.name)) for layer in graph.groups
     ]
-    kept = [max(1, layer.channels // 2) for layer in graph.layers]
+    kept = [max(1, layer.channels // 2) for layer in graph.groups]
     with torch.no_grad():
         for a, s, n in zip(gates.log_alphas, scores, kept, strict=True):
             a.fill_(-1e4)
@@ -235,7 +235,7 @@ def test_a_channel_gate_scales_what_is_read_whatever_norm_comes_before():
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     gates.materialize_(model)
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    read = {s.tensor for layer in graph.layers for s in layer.role("read")}
+    read = {s.tensor for layer in graph.groups for s in layer.role("read")}
     assert changed == read
     assert all("weight" in n for n in changed)
 
@@ -261,7 +261,7 @@ def test_the_expected_parameters_of_channels_are_what_drawing_gives():
             a.normal_(generator=generator(2, "alphas"))
     chance, total = (
         generator(0, "draw"),
-        graph.parameters([layer.channels for layer in graph.layers]),
+        graph.parameters([layer.channels for layer in graph.groups]),
     )
     shares = []
     for _ in range(400):

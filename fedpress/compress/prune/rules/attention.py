@@ -31,7 +31,7 @@ def matmul(ids: Ids, shape: Shape, x: Value, y: Value) -> Axes:
         ids.unite(x.axes[-1], summed)
     else:
         for axis in (x.axes[-1], summed):
-            ids.freeze(axis, PRODUCT)
+            ids.keep(axis, PRODUCT)
     if len(y.shape) <= 2 and right:
         out = (*x.axes[:-1], *column)
     else:
@@ -45,7 +45,7 @@ def matmul(ids: Ids, shape: Shape, x: Value, y: Value) -> Axes:
 def _weights(*values: Value) -> list[bool]:
     """Says which factors are the weights of a product; weights that are chosen by the input are, beside activations."""
     plain = [value.weights for value in values]
-    return plain if any(plain) else [value.chosen for value in values]
+    return plain if any(plain) else [value.selected for value in values]
 
 
 def _read(ids: Ids, weight: Axis, source: Axis, out: Axes) -> None:
@@ -62,7 +62,7 @@ def dot(ids: Ids, shape: Shape, x: Value, y: Value) -> Axes:
         ids.unite(x.axes[0], y.axes[0])
     else:
         for value in (x, y):
-            ids.freeze(value.axes[0], PRODUCT)
+            ids.keep(value.axes[0], PRODUCT)
     return ()
 
 
@@ -105,21 +105,21 @@ def grouped(
     """
     if len(x.shape) != 2 or len(y.shape) != 3:
         return matmul(ids, shape, x, y) if len(x.shape) == len(y.shape) == 3 else _apart(ids, x, y)
-    ids.freeze(y.axes[0], "experts are chosen by number")
+    ids.keep(y.axes[0], "experts are chosen by number")
     for axis in (x.axes[1], *y.axes[1:]):
         _in_blocks(ids, axis, ALIGNED)
     if _weights(x, y) == [False, True]:
         _read(ids, y.axes[1], x.axes[1], y.axes[2:])
     else:
         for axis in (y.axes[1], x.axes[1]):
-            ids.freeze(axis, PRODUCT)
+            ids.keep(axis, PRODUCT)
     ids.multiply(x.shape[0], *sizes(y.shape[1:], y.axes[1:]))
     return (x.axes[0], y.axes[2])
 
 
 def _in_blocks(ids: Ids, axis: Axis, size: int) -> None:
     if axis is not None and len(axis) % size:
-        ids.freeze(axis, f"the kernel takes multiples of {size}")
+        ids.keep(axis, f"the kernel takes multiples of {size}")
     elif axis is not None:
         ids.unite(axis, np.repeat(axis[::size], size))
 
@@ -127,7 +127,7 @@ def _in_blocks(ids: Ids, axis: Axis, size: int) -> None:
 def _apart(ids: Ids, *values: Value) -> Axes:
     for value in values:
         for axis in value.axes:
-            ids.freeze(axis, PRODUCT)
+            ids.keep(axis, PRODUCT)
     return ()
 
 
@@ -154,9 +154,9 @@ def attention(
         k, v = (_repeated(x, q.shape[-3] // x.shape[-3]) for x in (k, v))
     batch = _heads(ids, shape[:-2], *(_front(x) for x in (q, k, v)))
     for axis in (q.axes[-1], k.axes[-1]):
-        ids.freeze(axis, PRODUCT)
+        ids.keep(axis, PRODUCT)
     for axis in (q.axes[-2], k.axes[-2], v.axes[-2]):
-        ids.freeze(axis, "values are mixed across channels")
+        ids.keep(axis, "values are mixed across channels")
     if mask is not None and len(mask.shape) > 2:
         elementwise(ids, shape[:-2], Value(shape[:-2], batch), _front(mask))
     heads = sizes(shape[:-2], batch)
@@ -197,7 +197,7 @@ def einsum(ids: Ids, shape: Shape, equation: str, values: list[Value], **options
     for term, value in zip(terms, values, strict=True):
         for letter, n, axis in zip(term, value.shape, value.axes, strict=True):
             if n < size[letter]:
-                ids.freeze(axis, "one channel is spread over many")
+                ids.keep(axis, "one channel is spread over many")
                 continue
             if letter in known:
                 ids.unite(known[letter], axis) if known[
@@ -214,7 +214,7 @@ def einsum(ids: Ids, shape: Shape, equation: str, values: list[Value], **options
     for term, value, own in zip(terms, values, weights, strict=True):
         for letter, axis in zip(term, value.axes, strict=True):
             if letter not in out and letter not in read:
-                ids.freeze(axis, PRODUCT)
+                ids.keep(axis, PRODUCT)
             elif own and read:
                 ids.mark(axis, "write" if letter in out else "read")
             elif every.count(letter) > 1 and letter in out:

@@ -30,7 +30,7 @@ def convolution(
         ids.unite(read, source)
         ids.mark(read, "read")
     elif weight.shape[1] == 1:
-        ids.freeze(read, "depthwise kernel")
+        ids.keep(read, "depthwise kernel")
         ids.unite(out, None if source is None else np.repeat(source, weight.shape[0] // groups))
         _count_groups(ids, source, groups)
     else:
@@ -60,7 +60,7 @@ def transposed(
     ids.unite(read, source)
     out = write
     if groups == weight.shape[0] > 1:  # depthwise
-        ids.freeze(write, "depthwise kernel")
+        ids.keep(write, "depthwise kernel")
         out = None if source is None else np.repeat(source, weight.shape[1])
         ids.mark(read, "write")
     elif groups > 1:
@@ -77,21 +77,21 @@ def _count_groups(ids: Ids, source: Axis, groups: int) -> None:
     """Says that the last number of the call is the number of groups; a layer of torch's keeps it right by itself."""
     numbers = [] if ids.call is None else ids.call.numbers
     if numbers and numbers[-1] == groups:
-        ids.number(len(numbers) - 1, source)
+        ids.note_size(len(numbers) - 1, source)
 
 
 def _channel_axis(ids: Ids, x: Value, weight: Value) -> int:
     """Returns where the channels of `x` are, with or without a batch axis; kernel and image keep their sizes."""
     at = len(x.shape) - len(weight.shape) + 1
     for axis in (*weight.axes[2:], *x.axes[at + 1 :]):
-        ids.freeze(axis, "kernel or image size")
+        ids.keep(axis, "kernel or image size")
     return at
 
 
 def _same_places(ids: Ids, axis: Axis, groups: int, first: Axis = None) -> None:
     """Ties the same place of every group, because groups must stay equally large."""
     if axis is None:
-        ids.freeze(first, "it meets a size that cannot change")
+        ids.keep(first, "it meets a size that cannot change")
         return
     parts = list(axis.reshape(groups, -1))
     for part in parts if first is not None else parts[1:]:
@@ -136,7 +136,7 @@ def general_convolution(
 def time_first(ids: Ids, shape: Shape, x: Value, weight: Value, bias: Value, *rest: Any) -> Axes:
     """[time, n, in] with weights [kernel, in, out]."""
     for axis in (x.axes[0], weight.axes[0]):
-        ids.freeze(axis, "kernel or image size")
+        ids.keep(axis, "kernel or image size")
     read, out = weight.axes[1:]
     ids.unite(read, x.axes[2])
     ids.mark(read, "read")
@@ -165,7 +165,7 @@ def embedding(
     ids: Ids, shape: Shape, weight: Value, indices: Value, *rest: Any, **options: Any
 ) -> Axes:
     """Writes axis 1 of the table; the words stay."""
-    ids.freeze(weight.axes[0], "rows are looked up by number")
+    ids.keep(weight.axes[0], "rows are looked up by number")
     ids.mark(weight.axes[1], "write")
     return (*indices.axes, weight.axes[1])
 
@@ -184,6 +184,6 @@ def embedding_bag(
 
     The other results say where the words came from; the last one only for the largest (mode 2), with that axis.
     """
-    ids.freeze(weight.axes[0], "rows are looked up by number")
+    ids.keep(weight.axes[0], "rows are looked up by number")
     ids.mark(weight.axes[1], "write")
     return [(None, weight.axes[1]), (), (), ()]

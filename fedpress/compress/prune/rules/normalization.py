@@ -21,7 +21,7 @@ def batch_norm(
     """
     for d, axis in enumerate(x.axes):
         if d != 1:
-            ids.freeze(axis, "a mean over channels")
+            ids.keep(axis, "a mean over channels")
     for vector in (weight, bias, *rest[:2]):
         if isinstance(vector, Value):
             ids.unite(x.axes[1], vector.axes[0])
@@ -43,11 +43,11 @@ def group_norm(
     """Channels of one group share a mean and a variance: only whole groups can go without changing the others."""
     channels = x.axes[1]
     for axis in x.axes[2:]:  # of weights that are standardised so, say
-        ids.freeze(axis, "a mean over channels")
+        ids.keep(axis, "a mean over channels")
     if channels is not None and not (groups == 1 and ids.pass_norm("layer_norm", channels)):
         size = len(channels) // groups
         ids.unite(channels, np.repeat(channels[::size], size))
-        ids.number(0, channels[::size])
+        ids.note_size(0, channels[::size])
     for vector in (weight, bias):
         if vector is not None:
             ids.unite(channels, vector.axes[0])
@@ -63,16 +63,16 @@ def layer_norm(ids: Ids, shape: Shape, x: Value, normalized: Sequence[int], *res
     Unless that is asked for (`ids.approximate`): then channels go, and the mean is of those that are left.
     """
     if len(normalized) == 1 and ids.pass_norm("layer_norm", x.axes[-1]):
-        ids.number(0, x.axes[-1])
+        ids.note_size(0, x.axes[-1])
         for vector in rest[:2]:
             if isinstance(vector, Value):
                 ids.unite(x.axes[-1], vector.axes[0])
         return x.axes
     for axis in x.axes[-len(normalized) :]:
-        ids.freeze(axis, "a mean over channels")
+        ids.keep(axis, "a mean over channels")
     for vector in rest[:2]:
         for axis in vector.axes if isinstance(vector, Value) else ():
-            ids.freeze(axis, "a mean over channels")
+            ids.keep(axis, "a mean over channels")
     return x.axes
 
 
@@ -85,7 +85,7 @@ def weight_norm(ids: Ids, shape: Shape, v: Value, g: Value, dim: int = 0) -> Axe
         if d == dim % len(v.shape):
             ids.unite(axis, v.axes[d])
         else:
-            ids.freeze(axis, "one length for all")
+            ids.keep(axis, "one length for all")
     return v.axes
 
 
@@ -95,5 +95,5 @@ def prelu(ids: Ids, shape: Shape, x: Value, weight: Value) -> Axes:
     if weight.shape[0] > 1:
         ids.unite(x.axes[1], weight.axes[0])
     else:
-        ids.freeze(weight.axes[0], "one slope for all channels")
+        ids.keep(weight.axes[0], "one slope for all channels")
     return x.axes

@@ -33,7 +33,7 @@ def recurrent(
     if per != (4 if bias else 2):
         for value in (*weights, x, *states):
             for axis in value.axes if isinstance(value, Value) else ():
-                ids.freeze(axis, "a projected state")
+                ids.keep(axis, "a projected state")
         for matrix in (w for w in weights if len(w.shape) == 2):
             ids.mark(matrix.axes[0], "write")
             ids.multiply(steps, *matrix.shape)

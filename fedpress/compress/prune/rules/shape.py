@@ -22,12 +22,12 @@ def concatenate(ids: Ids, shape: Shape, values: Sequence[Value], dim: int = 0) -
     ]  # the empty beginning of a list: torch skips it
     axes = list(
         elementwise(
-            ids, tuple(-1 if i == dim else n for i, n in enumerate(shape)), *_without(values, dim)
+            ids, tuple(-1 if i == dim else n for i, n in enumerate(shape)), *_hide_axis(values, dim)
         )
     )
     parts = [v.axes[dim] for v in values]
     if any(part is not None for part in parts):
-        axes[dim] = np.concatenate([_solid(ids, v, dim) for v in values])
+        axes[dim] = np.concatenate([_ids_or_new(ids, v, dim) for v in values])
     return tuple(axes)
 
 
@@ -49,14 +49,14 @@ def pad(ids: Ids, shape: Shape, x: Value, widths: Sequence[int], *rest: Any) -> 
         if axis is None or before == after == 0:
             axes.append(axis)
         elif before < 0 or after < 0 or (rest and rest[0] not in ("constant", 0, 0.0)):
-            ids.freeze(axis, "channels are cut or repeated by a fixed number")
+            ids.keep(axis, "channels are cut or repeated by a fixed number")
             axes.append(None)
         else:
             new = ids.fresh(before + after)
             if ids.call is None:
-                ids.freeze(new, "channels are added by a fixed number")
-            ids.number(k, new[:before])
-            ids.number(k + 1, new[before:])
+                ids.keep(new, "channels are added by a fixed number")
+            ids.note_size(k, new[:before])
+            ids.note_size(k + 1, new[before:])
             axes.append(np.concatenate([new[:before], axis, new[before:]]))
     return tuple(axes)
 
@@ -82,13 +82,13 @@ def take_slice(
     first, last, _ = slice(start, end, step).indices(len(axis))
     axes[dim] = axis[first:last:step]
     if step == 1 and at is not None:
-        ids.number(at, axis[:first] if start else None)
-        ids.number(at + 1, axis[:last] if last < len(axis) else None)
+        ids.note_size(at, axis[:first] if start else None)
+        ids.note_size(at + 1, axis[:last] if last < len(axis) else None)
     elif first < step and last == len(axis) and len(axis) % step == 0:
         for column in axis.reshape(-1, step).T[1:]:
             ids.unite(axis[::step], column)
     else:
-        ids.freeze(axis, "channels are sliced by number")
+        ids.keep(axis, "channels are sliced by number")
     return tuple(axes)
 
 
@@ -101,9 +101,9 @@ def narrow(ids: Ids, shape: Shape, x: Value, dim: int, start: int, length: int) 
         return x.axes
     start %= len(axis)
     if ids.call is None:
-        ids.freeze(axis, "channels are sliced by number")
-    ids.number(1, axis[:start])
-    ids.number(2, axis[start : start + length])
+        ids.keep(axis, "channels are sliced by number")
+    ids.note_size(1, axis[:start])
+    ids.note_size(2, axis[start : start + length])
     return (*x.axes[:dim], axis[start : start + length], *x.axes[dim + 1 :])
 
 
@@ -111,7 +111,7 @@ def narrow(ids: Ids, shape: Shape, x: Value, dim: int, start: int, length: int) 
 def select(ids: Ids, shape: Shape, x: Value, dim: int = 0, *rest: Any) -> Axes | list[Axes]:
     """Takes one index, or each by itself, and drops the axis, which must stay; the others pass."""
     dim %= len(x.shape)
-    ids.freeze(x.axes[dim], "channels are taken by number")
+    ids.keep(x.axes[dim], "channels are taken by number")
     axes = (*x.axes[:dim], *x.axes[dim + 1 :])
     return [axes] * x.shape[dim] if "unbind" in ids.operation else axes
 
@@ -124,7 +124,7 @@ def gather(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes
     index: Value = given["index"] if "index" in given else given["indices"]
     if dim is None or not x.shape:
         for axis in x.axes:
-            ids.freeze(axis, "channels are taken by number")
+            ids.keep(axis, "channels are taken by number")
         return ()
     axes: list[Axis] = []
     for d, (axis, other) in enumerate(zip(x.axes, index.axes, strict=True)):
@@ -135,7 +135,7 @@ def gather(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes
             axes.append(axis)
             continue
         for each in (axis, other):
-            ids.freeze(each, "channels are taken by number")
+            ids.keep(each, "channels are taken by number")
         axes.append(None)
     return tuple(axes)
 
@@ -150,10 +150,10 @@ def one_hot(ids: Ids, shape: Shape, x: Value, *rest: Any) -> Axes:
 def searched(ids: Ids, shape: Shape, edges: Value, x: Value, *rest: Any, **options: Any) -> Axes:
     """Says between which edges each value lies; edges of its own are looked up along the last axis."""
     for axis in edges.axes:
-        ids.freeze(axis, "channels are taken by number")
+        ids.keep(axis, "channels are taken by number")
     if len(edges.shape) > 1:
         for axis in x.axes:
-            ids.freeze(axis, "channels are taken by number")
+            ids.keep(axis, "channels are taken by number")
         return (None,) * len(shape)
     return x.axes
 
@@ -170,7 +170,7 @@ def pick(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
     else:
         where, rank = list(range(len(x.shape))), -1
     for d in where:
-        ids.freeze(x.axes[d], "channels are taken by number")
+        ids.keep(x.axes[d], "channels are taken by number")
     if rank < 0 or len(shape) != len(x.shape) - 1 + rank:
         return (None,) * len(shape)
     return (*x.axes[: where[0]], *[None] * rank, *x.axes[where[0] + 1 :])
@@ -182,10 +182,10 @@ def written_part(
 ) -> Axes:
     """Puts `source` in the place of one index, or of a run of them, along an axis that must stay."""
     dim %= len(shape)
-    ids.freeze(x.axes[dim], "channels are taken by number")
+    ids.keep(x.axes[dim], "channels are taken by number")
     left = Value((*shape[:dim], *shape[dim + 1 :]), (*x.axes[:dim], *x.axes[dim + 1 :]))
     if len(source.shape) == len(shape):
-        ids.freeze(source.axes[dim], "channels are taken by number")
+        ids.keep(source.axes[dim], "channels are taken by number")
         source = Value(
             (*source.shape[:dim], *source.shape[dim + 1 :]),
             (*source.axes[:dim], *source.axes[dim + 1 :]),
@@ -201,11 +201,11 @@ def split_at(ids: Ids, shape: Shape, x: Value, ends: Sequence[int], dim: int = 0
     axis, size = x.axes[dim], x.shape[dim]
     places = [min(size, end if end >= 0 else max(0, end + size)) for end in ends]
     if ids.call is None or places != sorted(places):
-        ids.freeze(axis, "channels are split by number")
+        ids.keep(axis, "channels are split by number")
     for i, place in enumerate(places):
-        ids.number(i, None if axis is None or ends[i] < 0 else axis[:place])
+        ids.note_size(i, None if axis is None or ends[i] < 0 else axis[:place])
         if ends[i] < 0:
-            ids.freeze(axis, "channels are split by number")
+            ids.keep(axis, "channels are split by number")
     return _split(x, dim, [b - a for a, b in pairwise([0, *places, size])])
 
 
@@ -223,7 +223,7 @@ def split_evenly(ids: Ids, shape: Shape, x: Value, parts: int, dim: int = 0) -> 
     dim = _split_axis(ids, x, dim)
     axis, (size, more) = x.axes[dim], divmod(x.shape[dim], parts)
     if axis is not None and more:
-        ids.freeze(axis, "channels are cut into unequal parts")
+        ids.keep(axis, "channels are cut into unequal parts")
     elif axis is not None:
         ids.unite(axis, np.tile(axis[:size], parts))
     return _split(x, dim, [size + 1] * more + [size] * (parts - more))
@@ -239,7 +239,7 @@ def chunk(ids: Ids, shape: Shape, x: Value, *args: int) -> Axes | list[Axes]:
     dim %= len(x.shape)
     axis, size = x.axes[dim], -(-x.shape[dim] // chunks)
     if axis is not None and x.shape[dim] % chunks:
-        ids.freeze(axis, "channels are cut into unequal parts")
+        ids.keep(axis, "channels are cut into unequal parts")
     elif axis is not None:
         ids.unite(axis, np.tile(axis[:size], chunks))
     parts = _split(
@@ -258,16 +258,16 @@ def split(ids: Ids, shape: Shape, x: Value, sizes: int | Sequence[int], dim: int
     if isinstance(sizes, int):
         whole, rest = divmod(x.shape[dim], sizes)
         if axis is not None and rest:
-            ids.freeze(axis, "channels are cut into unequal parts")
+            ids.keep(axis, "channels are cut into unequal parts")
         elif axis is not None and whole > 1:
             ids.unite(axis, np.tile(axis[:sizes], whole))
-        ids.number(0, None if axis is None else axis[:sizes])
+        ids.note_size(0, None if axis is None else axis[:sizes])
         return _split(x, dim, [sizes] * whole + ([rest] if rest else []))
     if ids.call is None:
-        ids.freeze(axis, "channels are split by number")
+        ids.keep(axis, "channels are split by number")
     parts = _split(x, dim, sizes)
     for i, part in enumerate(parts):
-        ids.number(i, part[dim])
+        ids.note_size(i, part[dim])
     return parts
 
 
@@ -305,9 +305,9 @@ def expand(ids: Ids, shape: Shape, x: Value, sizes: Any = (), **options: Any) ->
         elif old[i] == 1 < size:
             axes[i] = ids.fresh(size)
             if ids.call is None:
-                ids.freeze(axes[i], "its size is that of another tensor")
+                ids.keep(axes[i], "its size is that of another tensor")
         if isinstance(sizes, list | tuple):
-            ids.number(i, axes[i])
+            ids.note_size(i, axes[i])
     return tuple(axes)
 
 
@@ -340,7 +340,7 @@ def interleave(
     """Copies stand beside each other; a channel goes with its copies."""
     if dim is None:
         for axis in x.axes:
-            ids.freeze(axis, "channels are taken by number")
+            ids.keep(axis, "channels are taken by number")
         return (None,) * len(shape)
     dim %= len(x.shape)
     axis = x.axes[dim]
@@ -403,7 +403,9 @@ def reshape(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axe
     first = args[0] % len(x.shape) if "unflatten" in ids.operation else 0
     for j in range(len(sizes) if "squeeze" not in ids.operation else 0):
         if (known := sized[first + j]) is not None:
-            ids.number(j + (1 if "unflatten" in ids.operation else 0), known[0], multiple=known[1])
+            ids.note_size(
+                j + (1 if "unflatten" in ids.operation else 0), known[0], multiple=known[1]
+            )
     return tuple(axes)
 
 
@@ -412,7 +414,7 @@ def reinterpret(ids: Ids, shape: Shape, x: Value, kind: Any) -> Axes:
     """The same bits as another type; of another width they are other numbers along the last axis."""
     if shape == x.shape:
         return x.axes
-    ids.freeze(x.axes[-1], "bits become other numbers")
+    ids.keep(x.axes[-1], "bits become other numbers")
     return x.axes[:-1]
 
 
@@ -420,7 +422,7 @@ def reinterpret(ids: Ids, shape: Shape, x: Value, kind: Any) -> Axes:
 def pairs_of_numbers(ids: Ids, shape: Shape, x: Value) -> Axes:
     """The real and the imaginary part stand in a last axis, or become one number."""
     if len(shape) < len(x.shape):
-        ids.freeze(x.axes[-1], "real and imaginary parts")
+        ids.keep(x.axes[-1], "real and imaginary parts")
     return x.axes[: len(shape)]
 
 
@@ -433,7 +435,7 @@ def uniform(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
         ids.fresh(size) if ids.call is not None and size > 1 else None for size in shape
     ]
     for i, axis in enumerate(axes):
-        ids.number(i, axis)
+        ids.note_size(i, axis)
     return tuple(axes)
 
 
@@ -443,16 +445,16 @@ def constant(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
     return (None,) * len(shape)
 
 
-def _solid(ids: Ids, value: Value, dim: int) -> Ints:
+def _ids_or_new(ids: Ids, value: Value, dim: int) -> Ints:
     """Returns the ids of an axis, new frozen ones where it never changes."""
     axis = value.axes[dim]
     if axis is None:
         axis = ids.fresh(value.shape[dim])
-        ids.freeze(axis, "it stands beside channels")
+        ids.keep(axis, "it stands beside channels")
     return axis
 
 
-def _without(values: Sequence[Value], dim: int) -> list[Value]:
+def _hide_axis(values: Sequence[Value], dim: int) -> list[Value]:
     """Hides axis `dim`, so that the other axes can be tied like those of a sum."""
 
     def hide(v: Value) -> Value:
@@ -504,14 +506,14 @@ def _atoms(ids: Ids, old: Sequence[Atom], new: Sequence[int]) -> list[list[Atom]
     ends = sorted({1, *np.cumprod([size for size, _ in old]).tolist(), *np.cumprod(new).tolist()})
     if any(b % a for a, b in pairwise(ends)):
         for _, axis in old:
-            ids.freeze(axis, "channels are cut across each other")
+            ids.keep(axis, "channels are cut across each other")
         return [[(size, None)] for size in new]
     pieces: dict[int, Atom] = {}  # where a piece ends -> the piece
     done = 1
     for size, axis in old:
         inside = [b // a for a, b in pairwise(e for e in ends if done <= e <= done * size)]
         if size == 1:
-            ids.freeze(axis, "its only channel")
+            ids.keep(axis, "its only channel")
         for n, part in zip(inside, _cut(ids, inside, axis), strict=True):
             done *= n
             pieces[done] = (n, part)
@@ -532,7 +534,7 @@ def _cut(ids: Ids, shape: Sequence[int], axis: Axis) -> list[Axis]:
     if len(varies) == 1:
         return [elements if d in varies else None for d in range(table.ndim)]
     axes = {d: ids.fresh(shape[d]) for d in varies}
-    ids.grid(elements, list(axes.values()))
+    ids.split_axis(elements, list(axes.values()))
     return [axes.get(d) for d in range(table.ndim)]
 
 
@@ -545,6 +547,6 @@ def _join(ids: Ids, parts: Sequence[Atom]) -> tuple[Axis, Ints | None]:
     if len(known) > 1:
         shape = tuple(len(axis) for axis in known)
         elements = ids.fresh(prod(shape)).reshape(shape)
-        ids.grid(elements, known)
+        ids.split_axis(elements, known)
     wide = elements.reshape([1 if axis is None else n for n, axis in parts])
     return np.broadcast_to(wide, [n for n, _ in parts]).ravel(), elements.ravel()

@@ -32,10 +32,10 @@ def pooling(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axe
         if isinstance(value, Value) and len(value.shape) == len(x.shape):  # where the maxima were
             meeting.append(value)
         elif isinstance(value, Value):  # random samples [n, channels, 2 or 3]
-            ids.freeze(x.axes[-space - 1], "samples are drawn for each channel")
+            ids.keep(x.axes[-space - 1], "samples are drawn for each channel")
     for value in meeting:
         for axis in value.axes[-space:]:
-            ids.freeze(axis, "pooling runs over channels")
+            ids.keep(axis, "pooling runs over channels")
     lead = elementwise(
         ids, x.shape[:-space], *(Value(v.shape[:-space], v.axes[:-space]) for v in meeting)
     )
@@ -46,7 +46,7 @@ def pooling(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axe
 def grid_sampler(ids: Ids, shape: Shape, x: Value, grid: Value, *rest: Any, **options: Any) -> Axes:
     """Looks [n, channels, space] up at the places [n, new space, 2 or 3]."""
     for axis in (*x.axes[2:], *grid.axes[1:]):
-        ids.freeze(axis, "places in space")
+        ids.keep(axis, "places in space")
     batch = elementwise(
         ids, shape[:1], Value(x.shape[:1], x.axes[:1]), Value(grid.shape[:1], grid.axes[:1])
     )
@@ -57,7 +57,7 @@ def grid_sampler(ids: Ids, shape: Shape, x: Value, grid: Value, *rest: Any, **op
 def affine_grid(ids: Ids, shape: Shape, theta: Value, *rest: Any, **options: Any) -> Axes:
     """Makes places [n, space, 2 or 3] from matrices [n, 2, 3] or [n, 3, 4]."""
     for axis in theta.axes[1:]:
-        ids.freeze(axis, "a matrix of coordinates")
+        ids.keep(axis, "a matrix of coordinates")
     return (theta.axes[0], *[None] * (len(shape) - 1))
 
 
@@ -67,7 +67,7 @@ def im2col(
 ) -> Axes:
     """[n, channels, h, w] -> [n, channels * kernel, places]: a channel is a whole block of rows."""
     for axis in x.axes[-2:]:
-        ids.freeze(axis, "kernel or image size")
+        ids.keep(axis, "kernel or image size")
     channels = x.axes[-3]
     block: Axis = None if channels is None else np.repeat(channels, prod(kernel))
     return (*x.axes[:-3], block, None)
@@ -84,7 +84,7 @@ def col2im(
     **options: Any,
 ) -> Axes:
     """[n, channels * kernel, places] -> [n, channels, h, w]: the rows of a block go together."""
-    ids.freeze(x.axes[-1], "kernel or image size")
+    ids.keep(x.axes[-1], "kernel or image size")
     rows = x.axes[-2]
     if rows is None:
         return (*x.axes[:-2], None, None, None)
@@ -99,7 +99,7 @@ def windows(ids: Ids, shape: Shape, x: Value, dim: int, size: int, step: int) ->
     if not x.shape:
         return (None,)
     dim %= len(x.shape)
-    ids.freeze(x.axes[dim], "windows run over channels")
+    ids.keep(x.axes[dim], "windows run over channels")
     return (*x.axes[:dim], None, *x.axes[dim + 1 :], None)
 
 
@@ -110,7 +110,7 @@ def fourier(
     """Frequencies along some axes take values from all over them; the other axes pass."""
     mixed = {d % len(x.shape) for d in dims}
     for d in mixed:
-        ids.freeze(x.axes[d], "values are mixed across channels")
+        ids.keep(x.axes[d], "values are mixed across channels")
     return tuple(None if d in mixed else axis for d, axis in enumerate(x.axes))
 
 
@@ -120,7 +120,7 @@ def short_fourier(ids: Ids, shape: Shape, x: Value, *rest: Any, **options: Any) 
     ends = 1 if ids.operation.startswith("aten.stft") else 2
     for value in (x, *rest, *options.values()):
         for axis in value.axes[-ends if value is x else 0 :] if isinstance(value, Value) else ():
-            ids.freeze(axis, "values are mixed across channels")
+            ids.keep(axis, "values are mixed across channels")
     lead = x.axes[:-ends]
     return (*lead, *[None] * (len(shape) - len(lead)))
 
@@ -131,5 +131,5 @@ def diagonal(ids: Ids, shape: Shape, x: Value, *rest: Any, **options: Any) -> Ax
     given = named(ids, [x, *rest], options)
     pair = {given["dim1"] % len(x.shape), given["dim2"] % len(x.shape)}
     for d in pair:
-        ids.freeze(x.axes[d], "channels are taken by number")
+        ids.keep(x.axes[d], "channels are taken by number")
     return (*(axis for d, axis in enumerate(x.axes) if d not in pair), None)

@@ -76,8 +76,8 @@ def along(ids: Ids, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
     one = len(shape) < rank or any(
         argument.name == "keepdim" for argument in ids.target._schema.arguments
     )
-    for d in dims if ids.read and not (x.zero and name in OF_ZEROS) else ():
-        ids.freeze(
+    for d in dims if ids.is_used and not (x.zero and name in OF_ZEROS) else ():
+        ids.keep(
             x.axes[d], "a statistic over channels" if one else "values are mixed across channels"
         )
     kept = tuple(None if d in dims else axis for d, axis in enumerate(x.axes))
@@ -119,7 +119,7 @@ def pairs(ids: Ids, shape: Shape, x: Value, y: Value, *rest: Any, **options: Any
     for value in (x, y):
         at = dim - rank + len(value.shape)
         if at >= 0:
-            ids.freeze(value.axes[at], "a statistic over channels")
+            ids.keep(value.axes[at], "a statistic over channels")
     wide = tuple(
         max(sizes) for sizes in zip(*(_to_rank(v.shape, rank) for v in (x, y)), strict=True)
     )
@@ -135,7 +135,7 @@ def _to_rank(shape: Shape, rank: int) -> Shape:
 def distances(ids: Ids, shape: Shape, x: Value, y: Value, *rest: Any, **options: Any) -> Axes:
     """Every row of `x` meets every row of `y`; a distance is a statistic over the last axis."""
     for value in (x, y):
-        ids.freeze(value.axes[-1], "a statistic over channels")
+        ids.keep(value.axes[-1], "a statistic over channels")
     lead = elementwise(ids, shape[:-2], *(Value(v.shape[:-2], v.axes[:-2]) for v in (x, y)))
     return (*lead, x.axes[-2], y.axes[-2])
 
@@ -170,7 +170,7 @@ def matrices(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
     fronts = []
     for value in values:
         for axis in value.axes[-2:]:
-            ids.freeze(axis, "values are mixed across channels")
+            ids.keep(axis, "values are mixed across channels")
         fronts.append(Value(value.shape[:-2], value.axes[:-2]))
     lead = elementwise(ids, values[0].shape[:-2], *fronts)
     return lead
@@ -190,5 +190,5 @@ def mixed(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
     """Any value may go anywhere: all axes stay."""
     for value in args:
         for axis in value.axes if isinstance(value, Value) else ():
-            ids.freeze(axis, "values are mixed across channels")
+            ids.keep(axis, "values are mixed across channels")
     return ()

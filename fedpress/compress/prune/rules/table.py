@@ -170,7 +170,7 @@ def elementwise(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
             if value.shape[j] == size:
                 meeting.append(value.axes[j])
             else:
-                ids.freeze(value.axes[j], "one channel is spread over many")
+                ids.keep(value.axes[j], "one channel is spread over many")
         known = [a for a in meeting if a is not None]
         axes[i] = known[0] if known else None
         for other in meeting if known else []:

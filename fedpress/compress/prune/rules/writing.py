@@ -50,7 +50,7 @@ def _looked_up(ids: Ids, x: Value, named: Sequence[tuple[int, int, Value]], sour
     """Returns what several indices, or unknown ones, take of `x`: their own axes come where the first of them is."""
     taken = {at + d for at, width, _ in named for d in range(width)}
     for d in taken:
-        ids.freeze(x.axes[d], BY_NUMBER)
+        ids.keep(x.axes[d], BY_NUMBER)
     rank = max(1 if index.boolean else len(index.shape) for _, _, index in named)
     together = taken == set(range(min(taken), max(taken) + 1))
     first = (
@@ -84,7 +84,7 @@ def index_copy(
     places = _line(index)
     written = source if isinstance(source, Value) else Value((), ())
     if places is None:
-        ids.freeze(x.axes[dim], BY_NUMBER)
+        ids.keep(x.axes[dim], BY_NUMBER)
         size = written.shape[dim] if written.shape else 1
         part = Value(_with(x.shape, dim, size), _with(x.axes, dim, None))
     else:
@@ -114,14 +114,14 @@ def scatter(
     if any(part.shape[d] != x.shape[d] for part in parts for d in range(len(x.shape)) if d != dim):
         for value in (x, *parts):  # a part of the other axes, by number
             for axis in value.axes:
-                ids.freeze(axis, BY_NUMBER)
+                ids.keep(axis, BY_NUMBER)
         return x.axes
     places = _line(index, dim)
     if places is not None and (source is None or source.shape[dim] == len(places)):
         part = _placed(ids, dim, x, dim, places)
     else:
         for value in (x, *parts):
-            ids.freeze(value.axes[dim], BY_NUMBER)
+            ids.keep(value.axes[dim], BY_NUMBER)
         part = Value(_with(x.shape, dim, index.shape[dim]), _with(x.axes, dim, None))
     plain = Value(
         index.shape, _with(index.axes, dim, part.axes[dim])
@@ -136,7 +136,7 @@ def masked_scatter(ids: Ids, shape: Shape, x: Value, mask: Value, source: Value)
     rows = bool(mask.shape) and mask.shape[-1] == 1 and source.shape[-1:] == x.shape[-1:]
     for value in (x, mask, source):
         for axis in value.axes[:-1] if rows else value.axes:
-            ids.freeze(axis, BY_NUMBER)
+            ids.keep(axis, BY_NUMBER)
     if rows and (x.axes[-1] is not None or source.axes[-1] is not None):
         ids.unite(x.axes[-1], source.axes[-1])
     return x.axes
@@ -147,7 +147,7 @@ def _placed(ids: Ids, dim: int, x: Value, at: int, places: Ints) -> Value:
     axis: Axis = x.axes[at]
     if axis is not None:
         places = np.where(places < 0, places + len(axis), places)
-        ids.write(dim, axis, places)
+        ids.note_indices(dim, axis, places)
         axis = axis[places]
     return Value(_with(x.shape, at, len(places)), _with(x.axes, at, axis))
 
