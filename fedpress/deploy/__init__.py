@@ -6,7 +6,7 @@ from fedpress.deploy.measure import export_all, measure, peak_memory, time_in_tu
 from fedpress.deploy.ondevice import DeviceModel, export_training
 from fedpress.deploy.onnx import export_onnx
 from fedpress.deploy.processor import Processor, this_processor
-from fedpress.deploy.qdq import QuantizedProgram, quantized_program
+from fedpress.deploy.qdq import IntegerFormat, QuantizedProgram, quantized_program
 from fedpress.deploy.runtime import (
     Latency,
     Parity,
@@ -27,6 +27,7 @@ __all__ = [
     "Artifact",
     "DeviceModel",
     "Format",
+    "IntegerFormat",
     "Job",
     "Latency",
     "Parity",

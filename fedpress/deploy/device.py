@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from fedpress.deploy.artifact import Job
 from fedpress.deploy.capture import capture, silence
-from fedpress.deploy.qdq import quantized_program
+from fedpress.deploy.qdq import IntegerFormat, quantized_program
 from fedpress.errors import ExportError
 from fedpress.nn.quantized import quantized_layers
 
@@ -63,9 +63,8 @@ def device_graph(model: nn.Module, job: Job, format: str) -> DeviceGraph:
             model,
             shape,
             job.batches,
-            activations="int8",
             observer=job.observer,
-            weight_bits=job.weight_bits,
+            format=IntegerFormat("int8", weight_bits=job.weight_bits),
         )
         graph = made.program.module(check_guards=False)
         assert isinstance(graph, fx.GraphModule)

@@ -26,7 +26,7 @@ from fedpress.deploy.examples import (
 )
 from fedpress.deploy.onnx_integers import make_integer_
 from fedpress.deploy.processor import settings
-from fedpress.deploy.qdq import quantized_program
+from fedpress.deploy.qdq import IntegerFormat, quantized_program
 from fedpress.deploy.session import Port, Session
 from fedpress.errors import ExportError
 from fedpress.nn.quantized import quantized_layers
@@ -82,8 +82,7 @@ def make_onnx(model: nn.Module, job: Job, *, fewest_bits: int = 2) -> Made:
             job.given,
             job.batches,
             observer=job.observer,
-            weight_bits=job.weight_bits,
-            float_output=True,
+            format=IntegerFormat(weight_bits=job.weight_bits, float_output=True),
         )
         left, program, rounds = rounded.left, rounded.program, rounded.rounds
     structure, outputs = _outputs(model, job)

@@ -9,7 +9,7 @@ from torch import nn
 
 from fedpress import deploy
 from fedpress.compress.quantize import quantizable, quantize_
-from fedpress.deploy import FORMATS, Job, quantized_program
+from fedpress.deploy import FORMATS, IntegerFormat, Job, quantized_program
 from fedpress.models import ModelSpec
 from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import quantized_layers
@@ -96,7 +96,7 @@ def test_the_rounded_graph_computes_what_the_network_does(grid, dead_layer, x):
     model = on_grids(network(dead_layer=dead_layer), grid and GRIDS[grid], InputQuantization(), x)
     wanted = deploy.logits(model, x)
     assert wanted.isfinite().all()
-    made = quantized_program(model, SHAPE, [x], float_output=True)
+    made = quantized_program(model, SHAPE, [x], format=IntegerFormat(float_output=True))
     for name, scales in made.program.state_dict.items():
         if name.endswith("_scales"):
             normal = torch.finfo(torch.float32).tiny

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedpress.compress.quantize import quantizable, quantize_
-from fedpress.deploy import logits, quantized_program
+from fedpress.deploy import IntegerFormat, logits, quantized_program
 from fedpress.errors import ExportError
 from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import materialize_, quantize_layers_
@@ -52,7 +52,7 @@ def calls(program: torch.export.ExportedProgram, target: object) -> list[torch.f
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
 def test_every_operand_of_integer_arithmetic_is_rounded_and_the_logits_stay_near(x, activations):
     model = trained(Residual())
-    made = quantized_program(model, SHAPE, [x], activations=activations)
+    made = quantized_program(model, SHAPE, [x], format=IntegerFormat(activations))
     assert made.left == {}
     graph = made.program.graph
     back = {OPS.dequantize_per_tensor.default, OPS.dequantize_per_channel.default}
@@ -75,7 +75,8 @@ def test_every_operand_of_integer_arithmetic_is_rounded_and_the_logits_stay_near
 def test_uint8_and_int8_activations_are_the_same_numbers(x):
     model = trained(Residual())
     a, b = (
-        quantized_program(model, SHAPE, [x], activations=kind).program for kind in ("uint8", "int8")
+        quantized_program(model, SHAPE, [x], format=IntegerFormat(kind)).program
+        for kind in ("uint8", "int8")
     )
     assert torch.equal(logits(a, x), logits(b, x))
 
@@ -103,7 +104,7 @@ def test_codes_scales_and_input_grids_of_a_quantized_model_go_in_unchanged(x):
     model[0].input_zero_point.fill_(120)
     model[3].input_scale.data.fill_(0.02)
     materialize_(model)
-    made = quantized_program(model, SHAPE, [x], float_output=True)
+    made = quantized_program(model, SHAPE, [x], format=IntegerFormat(float_output=True))
     for name in ("0", "3"):
         layer = model.get_submodule(name)
         assert torch.equal(made.program.state_dict[f"{name}.weight_codes"], layer.quantize())
@@ -206,7 +207,7 @@ def test_the_model_is_left_as_it_was(x):
 
 
 def test_seven_bits_are_at_most_63(x):
-    made = quantized_program(trained(Residual()), SHAPE, [x], weight_bits=7)
+    made = quantized_program(trained(Residual()), SHAPE, [x], format=IntegerFormat(weight_bits=7))
     codes = made.program.state_dict["conv.weight_codes"]
     assert codes.abs().max() == 63
 
@@ -275,7 +276,7 @@ def test_the_file_of_a_transformer_is_as_near_as_its_simulation(x):
     )
     quantize_(model, table, [x])
     simulated = logits(model, x)
-    made = quantized_program(model, SHAPE, [x], float_output=True)
+    made = quantized_program(model, SHAPE, [x], format=IntegerFormat(float_output=True))
     got = logits(made.program, x)
     error, own = ((a - exact).norm() / exact.norm() for a in (got, simulated))
     assert error < 1.5 * own + 0.002, (error, own)
