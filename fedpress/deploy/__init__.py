@@ -1,9 +1,10 @@
 """From a trained model to a file that a device runs: export, parity with the model, latency."""
 
 from fedpress.deploy.artifact import ROUNDING, TOLERANCE, Artifact, Job
+from fedpress.deploy.device_model import DeviceModel
 from fedpress.deploy.formats import FORMATS, Format, export, file_bytes, open_file, unknown_format
 from fedpress.deploy.measure import export_all, measure, peak_memory, time_in_turn
-from fedpress.deploy.ondevice import DeviceModel, export_training
+from fedpress.deploy.ondevice import export_training
 from fedpress.deploy.onnx import export_onnx
 from fedpress.deploy.processor import Processor, this_processor
 from fedpress.deploy.qdq import IntegerFormat, QuantizedProgram, quantized_program

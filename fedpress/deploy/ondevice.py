@@ -1,33 +1,29 @@
 """A program that trains on a device: forward, loss and backward in one ExecuTorch file, without Python or autograd.
 
-`export_training` writes it, `DeviceModel` runs it here in the runtime that phones have. Its parameters lie in the
-runtime's memory: what is written to them is what the program computes with.
+`export_training` writes it; `fedpress.deploy.device_model` runs it here, in the runtime that phones have.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fedpress.deploy.artifact import Artifact, write
 from fedpress.deploy.capture import check_finite, require, silence
 from fedpress.deploy.device import hush, said
-from fedpress.deploy.executorch import INSTALL, WORDS, refused_kernel
+from fedpress.deploy.device_model import RUNTIME, DeviceModel
+from fedpress.deploy.executorch import INSTALL, WORDS
+from fedpress.deploy.pooling import rewrite_pooling_
 from fedpress.errors import ExportError, ModelError
 from fedpress.nn.compact import compact_
-from fedpress.nn.quantized import is_qparam
 from fedpress.nn.resize import copied
 
-aten = torch.ops.aten
-RUNTIME = "executorch.extension.training"
 TOLERANCE = 1e-3  # of a parameter's largest gradient: float32 sums in another order
-NET = "net."
 
 
 class _Trained(nn.Module):
@@ -182,8 +178,8 @@ def _example(
     input_shape: tuple[int, ...], batch_size: int, net: nn.Module
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draws examples, labels and weights, one of them 0 as in a batch that is filled up."""
-    chance = torch.Generator().manual_seed(0)
-    x = torch.randn(batch_size, *input_shape, generator=chance)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch_size, *input_shape, generator=generator)
     try:
         with torch.no_grad():
             logits = net(x)
@@ -198,7 +194,7 @@ def _example(
         )
     weights = torch.full((batch_size,), 1 / max(1, batch_size - 1))
     weights[batch_size - 1] *= batch_size == 1
-    return x, torch.randint(0, logits.shape[1], (batch_size,), generator=chance), weights
+    return x, torch.randint(0, logits.shape[1], (batch_size,), generator=generator), weights
 
 
 def _lower(trained: _Trained, example: tuple[Tensor, ...], words: dict[str, str]) -> bytes:
@@ -209,7 +205,7 @@ def _lower(trained: _Trained, example: tuple[Tensor, ...], words: dict[str, str]
     try:
         with silence(), hush():
             joint = _export_forward_backward(torch.export.export(trained, example, strict=False))
-            _mend_(joint.graph_module)
+            rewrite_pooling_(joint.graph_module)
             edge = to_edge(
                 joint,
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
@@ -222,77 +218,6 @@ def _lower(trained: _Trained, example: tuple[Tensor, ...], words: dict[str, str]
             f"export: the model cannot become a program that trains: {said(error)}; use convolutions, linear layers, "
             "ReLU, max pooling, means and group norm"
         ) from error
-
-
-def _mend_(graph: fx.GraphModule) -> None:
-    """Writes the gradients of pooling with kernels that ExecuTorch 1.5 has right.
-
-    Its kernel of max pooling adds to memory that it does not clear: each value is scattered to where its maximum came
-    from. It has none of average pooling: without overlap, each value is spread over its window.
-    """
-    for node in list(graph.graph.nodes):
-        if node.target is aten.max_pool2d_with_indices_backward.default:
-            _replace_(graph, node, _scattered)
-        elif node.target is aten.avg_pool2d_backward.default and _covers(node):
-            _replace_(graph, node, _spread)
-    graph.recompile()
-
-
-def _replace_(graph: fx.GraphModule, node: fx.Node, twin: Callable[..., Tensor]) -> None:
-    """Puts the operations of the function `twin` in the place of `node`."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    given = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
-    traced = make_fx(lambda *tensors: twin(*_fill(given, tensors)))(
-        *[v for v in given if isinstance(v, Tensor)]
-    )
-    inputs = iter([a for a in node.args if isinstance(a, fx.Node)])
-    copied: dict[fx.Node, fx.Node] = {}
-    with graph.graph.inserting_before(node):
-        for inner in traced.graph.nodes:
-            if inner.op == "placeholder":
-                copied[inner] = next(inputs)
-            elif inner.op == "call_function":
-                copied[inner] = graph.graph.node_copy(inner, copied.__getitem__)
-            else:
-                node.replace_all_uses_with(copied[inner.args[0]])
-    graph.graph.erase_node(node)
-
-
-def _fill(values: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
-    """Puts `tensors` in the places of the tensors among `values`."""
-    given = iter(tensors)
-    return [next(given) if isinstance(v, Tensor) else v for v in values]
-
-
-def _scattered(gradient: Tensor, x: Tensor, *others: Any) -> Tensor:
-    planes = x.shape[:2]
-    zeros = torch.zeros(*planes, x.shape[2] * x.shape[3])
-    return zeros.scatter_add(
-        2, others[-1].reshape(*planes, -1), gradient.reshape(*planes, -1)
-    ).reshape(x.shape)
-
-
-def _covers(node: fx.Node) -> bool:
-    """Whether windows of an average lie side by side and leave nothing out."""
-    arguments: list[Any] = list(node.args)
-    _, x, size, *others = arguments
-    stride, padding = others[0] or size, others[1]
-    inside = x.meta["val"].shape[2:]
-    fits = all(length % step == 0 for length, step in zip(inside, size, strict=False))
-    return (
-        len(size) == 2
-        and list(stride) == list(size)
-        and not any(padding)
-        and fits
-        and others[4] is None
-    )
-
-
-def _spread(gradient: Tensor, x: Tensor, size: Sequence[int], *_: Any) -> Tensor:
-    n, c, h, w = gradient.shape
-    windows = (gradient / (size[0] * size[1])).reshape(n, c, h, 1, w, 1)
-    return windows.expand(n, c, h, size[0], w, size[1]).reshape(x.shape)
 
 
 def _compare(data: bytes, net: nn.Module, example: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -314,184 +239,3 @@ def _compare(data: bytes, net: nn.Module, example: tuple[Tensor, Tensor, Tensor]
                 f"export: ExecuTorch computes a wrong gradient of {name!r}; replace the operations behind it, "
                 "such as overlapping pooling"
             )
-
-
-class DeviceModel(nn.Module):
-    """The parameters of a training program, under the names of the model that it was made of.
-
-    They are views of the runtime's memory: an ordinary model to whoever reads or overwrites parameters, such as
-    `core.parameters` and a federated client. It has no forward of its own; `loss` and `backward` run the program.
-    """
-
-    def __init__(self, program: bytes | str | Path) -> None:
-        """Loads a file or its bytes.
-
-        Raises:
-            ExportError: if it is damaged, or is no program that trains.
-        """
-        super().__init__()
-        self._data = data = (
-            program if isinstance(program, bytes) else _read(program)
-        )  # the runtime reads it in place
-        with silence(), hush() as printed:
-            self._library = require(RUNTIME, install=INSTALL)[RUNTIME]
-            try:
-                self._module = self._library._load_for_executorch_for_training_from_buffer(data)
-                self.words: dict[str, str] = json.loads(self._module.model.run_method(WORDS, ())[0])
-                self.batch_size = int(self.words["batch_size"])
-                self.input_shape = tuple(json.loads(self.words["input_shape"]))
-                names = json.loads(self.words["parameters"])
-                _, logits = self._run(
-                    *self._padded(torch.zeros(0, *self.input_shape), torch.zeros(0).long(), 1)
-                )
-                self.classes = logits.shape[1]
-            except (RuntimeError, KeyError, ValueError) as error:
-                if refused := refused_kernel(printed()):
-                    raise ExportError(f"export: ExecuTorch has {refused}; replace it") from error
-                reason = "it has no batch size" if isinstance(error, KeyError) else said(error)
-                raise ExportError(
-                    f"export: this is no program that trains: {reason}; write one with export_training"
-                ) from error
-        held = self._module.named_parameters()
-        for name in names:
-            if NET + name not in held:
-                raise ExportError(
-                    f"export: this program does not hold parameter {name!r}; write it again"
-                )
-            owner: nn.Module = self
-            *parts, key = name.split(".")
-            for part in parts:
-                if part not in owner._modules:
-                    owner.add_module(part, nn.Module())
-                owner = owner._modules[part]  # type: ignore[assignment]
-            owner.register_parameter(key, nn.Parameter(held[NET + name]))
-
-    def __deepcopy__(self, memo: dict[int, object]) -> DeviceModel:
-        """Loads the program again, in memory of its own, with the parameters as they are now."""
-        twin = memo[id(self)] = type(self)(self._data)
-        twin.load_state_dict(self.state_dict())
-        for mine, other in zip(self.parameters(), twin.parameters(), strict=True):
-            other.requires_grad_(mine.requires_grad)
-        return twin
-
-    def backward(self, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Runs the program once.
-
-        Args:
-            x: float32 [batch_size, *input_shape].
-            y: int64 [batch_size].
-            weights: float32 [batch_size], 0 where an example only fills the batch.
-
-        Returns:
-            The weighted sum of losses, and logits [batch_size, classes]; `gradients` has the gradients of the sum.
-
-        Raises:
-            ExportError: if the shapes are others, or a label is no class.
-        """
-        wanted = (self.batch_size, *self.input_shape)
-        if tuple(x.shape) != wanted or y.shape != weights.shape or y.shape != (self.batch_size,):
-            raise ExportError(
-                f"export: the program takes examples {list(wanted)} and labels and weights [{self.batch_size}], got "
-                f"{list(x.shape)}, {list(y.shape)} and {list(weights.shape)}; fill the batch up with weights of 0"
-            )
-        if int(y.min()) < 0 or int(y.max()) >= self.classes:
-            raise ExportError(
-                f"export: labels are {int(y.min())}..{int(y.max())}, but the program has classes "
-                f"0..{self.classes - 1}; give the labels that it was exported for"
-            )
-        return self._run(x, y, weights)
-
-    def _run(self, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        given = [
-            x.to(torch.float32).contiguous(),
-            y.to(torch.int64).contiguous(),
-            weights.contiguous(),
-        ]
-        loss, logits = self._module.forward_backward("forward", given)
-        return loss, logits
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Returns the gradients of the last run by parameter name."""
-        return {name.removeprefix(NET): g for name, g in self._module.named_gradients().items()}
-
-    def mean_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the mean loss over a batch [n, ...] of any size and its gradients, added up over runs of the program.
-
-        Raises:
-            ExportError: if examples have another shape or are not as many as labels, are none, or a label is no class.
-        """
-        if not len(x) or len(x) != len(y):
-            raise ExportError(
-                f"export: got {len(x)} examples and {len(y)} labels; give one label each, and at least one"
-            )
-        total, gradients = torch.zeros(()), dict[str, Tensor]()
-        for part in self._parts(x, y):
-            loss, _ = self.backward(*part)
-            total = total + loss
-            for name, gradient in self.gradients().items():
-                gradients[name] = gradients[name] + gradient if name in gradients else gradient
-        return total, gradients
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Returns the logits [n, classes] of examples [n, *input_shape]."""
-        if not len(x):
-            return torch.zeros(0, self.classes)
-        labels = torch.zeros(len(x), dtype=torch.int64)
-        found = [self.backward(*part)[1] for part in self._parts(x, labels)]
-        return torch.cat(found)[: len(x)]
-
-    def optimizer(
-        self, lr: float, *, momentum: float = 0.0, weight_decay: float = 0.0
-    ) -> DeviceSGD:
-        """Returns ExecuTorch's own SGD over the parameters."""
-        held = self._module.named_parameters()
-        steps = {
-            name: p for name, p in held.items() if is_qparam(name)
-        }  # step sizes get no decay, as in `sgd`
-        groups = [
-            ({name: p for name, p in held.items() if name not in steps}, weight_decay),
-            (steps, 0.0),
-        ]
-        made = [
-            (set(some), self._library.get_sgd_optimizer(some, lr, momentum, 0, decay))
-            for some, decay in groups
-            if some
-        ]
-        return DeviceSGD(made)
-
-    def _parts(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for part, labels in zip(x.split(self.batch_size), y.split(self.batch_size), strict=True):
-            yield self._padded(part, labels, len(x))
-
-    def _padded(self, x: Tensor, y: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Fills a part of a batch of `n` up with zeros of weight 0."""
-        lacks = self.batch_size - len(x)
-        weights = torch.cat([torch.full((len(x),), 1 / n), torch.zeros(lacks)])
-        return (
-            torch.cat([x, x.new_zeros(lacks, *x.shape[1:])]),
-            torch.cat([y, y.new_zeros(lacks)]),
-            weights,
-        )
-
-
-class DeviceSGD:
-    """SGD with momentum and weight decay that runs in ExecuTorch."""
-
-    def __init__(self, groups: Sequence[tuple[Collection[str], Any]]) -> None:
-        """Takes the runtime's own objects, each with the names of the parameters that it moves."""
-        self._groups = groups
-
-    def step(self, gradients: Mapping[str, Tensor]) -> None:
-        """Changes the parameters by their `gradients`, given by name."""
-        given = {NET + name: gradient.contiguous() for name, gradient in gradients.items()}
-        for names, runtime in self._groups:
-            runtime.step({name: gradient for name, gradient in given.items() if name in names})
-
-
-def _read(path: str | Path) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ExportError(
-            f"export: cannot read {path}: {error.strerror}; write it with export_training"
-        ) from error

@@ -6,7 +6,7 @@ import math
 
 from torch import nn
 
-from fedpress.deploy.ondevice import DeviceModel
+from fedpress.deploy.device_model import DeviceModel
 from fedpress.errors import DivergedError, RecipeError
 from fedpress.federation.local import (
     LocalWork,

@@ -16,7 +16,8 @@ pytest.importorskip("executorch.extension.training")
 
 from fedpress.codecs import Key
 from fedpress.deploy import Job, export, open_file
-from fedpress.deploy.ondevice import DeviceModel, export_training
+from fedpress.deploy.device_model import DeviceModel
+from fedpress.deploy.ondevice import export_training
 from fedpress.federation import (
     Client,
     ClientPlan,

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fedpress import compress
 from fedpress.compress import bytes_target, macs_target, parameter_target, plan, remove_, score
-from fedpress.compress.prune.targets import bytes_of, next_share, whole
+from fedpress.compress.prune.targets import bytes_of, full_widths, next_share
 from fedpress.errors import RecipeError
 
 
@@ -22,7 +22,7 @@ def test_bytes_of_widths_are_those_of_the_cut_model(traced, name):
         change.after // layer.unit
         for change, layer in zip(choice.layers, graph.groups, strict=True)
     ]
-    assert bytes_of(model, graph)(whole(graph)) == compress.state_bytes(model)
+    assert bytes_of(model, graph)(full_widths(graph)) == compress.state_bytes(model)
     assert bytes_of(model, graph)(kept) == compress.state_bytes(small)
 
 
