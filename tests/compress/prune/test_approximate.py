@@ -189,10 +189,10 @@ def test_all_but_the_norms_statistics_is_exact_and_the_width_is_cut(name, tmp_pa
     with torch.no_grad():
         assert not torch.allclose(model(x), small(x), rtol=0.01)
     spec = ModelSpec(
-        architecture="test_approximate:build", arguments={"name": name}, input_shape=(3, 8, 8)
+        architecture=f"{__name__}:build", arguments={"name": name}, input_shape=(3, 8, 8)
     )
     save_model(tmp_path, spec.model_copy(update=what_pruning_changed(small, build(name))), small)
-    again = load_model(tmp_path, allow_code=["test_approximate:build"])[1].eval()
+    again = load_model(tmp_path, allow_code=[f"{__name__}:build"])[1].eval()
     with torch.no_grad():
         assert torch.equal(again(x), small(x))
 
