@@ -37,7 +37,7 @@ def build(name):
 
 def spec_of(name, model):
     base = ModelSpec(
-        architecture="test_architectures:build", arguments={"name": name}, input_shape=(3, 8, 8)
+        architecture=f"{__name__}:build", arguments={"name": name}, input_shape=(3, 8, 8)
     )
     return base.model_copy(update=what_pruning_changed(model, base.build_dense()))
 
@@ -101,7 +101,7 @@ def test_half_of_every_architecture_goes_by_every_score_and_comes_back_from_a_fi
         assert check_parity(model, small, choice, x) <= 1e-5
         assert trains(small, x)
         save_model(tmp_path, spec_of(name, small), small)
-        again = load_model(tmp_path, allow_code="test_architectures:build")[1].eval()
+        again = load_model(tmp_path, allow_code=f"{__name__}:build")[1].eval()
         with torch.no_grad():
             assert all(
                 torch.equal(a, b) for a, b in zip(outputs(small, x), outputs(again, x), strict=True)

@@ -63,9 +63,9 @@ def test_a_cut_through_every_operation_comes_back_from_a_file(everything, tmp_pa
     cut, _ = random_cut(model, graph, 2)
     small = deepcopy(model)
     remove_(small, cut)
-    base = ModelSpec(architecture="test_operations:build", arguments={}, input_shape=(6,))
+    base = ModelSpec(architecture=f"{__name__}:build", arguments={}, input_shape=(6,))
     save_model(tmp_path, base.model_copy(update=what_pruning_changed(small, build())), small)
-    again = load_model(tmp_path, allow_code=["test_operations:build"])[1].eval()
+    again = load_model(tmp_path, allow_code=[f"{__name__}:build"])[1].eval()
     with torch.no_grad():
         for a, b in zip(small.eval()(*x), again(*x), strict=True):
             assert torch.equal(a, b)
