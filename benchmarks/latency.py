@@ -25,8 +25,7 @@ from torch import nn
 from fedpress import data, deploy, storage
 from fedpress.core.examples import Arrays
 from fedpress.data import DataSettings
-from fedpress.deploy import FORMATS, Job, file_bytes
-from fedpress.deploy.measure import Subject
+from fedpress.deploy import FORMATS, Job, Runnable, file_bytes
 from fedpress.deploy.processor import as_json, settings, this_processor
 from fedpress.models import load_model
 from fedpress.models.resnet import resnet18
@@ -43,12 +42,12 @@ Row = dict[str, Any]
 
 def subjects(
     batches: tuple[torch.Tensor, ...], folder: Path, more: list[Path]
-) -> dict[str, Subject]:
+) -> dict[str, Runnable]:
     """Exports both networks, and the saved models `more`, every way; names are `format, network, kind`."""
     torch.manual_seed(0)
     networks = {"dense": resnet18(), "pruned": load_model(HERE / "checkpoints" / "cifar10-cpu")[1]}
     networks |= {path.name.partition(".")[0]: storage.load(path)[1] for path in more}
-    found: dict[str, Subject] = {
+    found: dict[str, Runnable] = {
         f"torch, {name}, float32": model.eval() for name, model in networks.items()
     }
     for format, row in FORMATS.items():
@@ -70,7 +69,7 @@ def ratios(times: list[dict[str, float]], name: str, base: str) -> list[float]:
     return np.percentile([t[base] / t[name] for t in times], [50, 25, 75]).round(2).tolist()
 
 
-def measured(found: dict[str, Subject], args: argparse.Namespace) -> list[Row]:
+def measured(found: dict[str, Runnable], args: argparse.Namespace) -> list[Row]:
     """Runs everything in turn and returns one row for each."""
     wall: list[dict[str, float]] = []
     cpu: list[dict[str, float]] = []
@@ -99,7 +98,7 @@ def measured(found: dict[str, Subject], args: argparse.Namespace) -> list[Row]:
 
 
 def with_accuracy(
-    rows: list[Row], found: dict[str, Subject], test: Arrays, preprocess: Any
+    rows: list[Row], found: dict[str, Runnable], test: Arrays, preprocess: Any
 ) -> None:
     """Adds the accuracy of the files of trained networks."""
     for row in rows:

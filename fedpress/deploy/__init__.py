@@ -3,7 +3,8 @@
 from fedpress.deploy.artifact import ROUNDING, TOLERANCE, Artifact, Job
 from fedpress.deploy.device_model import DeviceModel
 from fedpress.deploy.formats import FORMATS, Format, export, file_bytes, open_file, unknown_format
-from fedpress.deploy.measure import export_all, measure, peak_memory, time_in_turn
+from fedpress.deploy.measure import Candidate, export_all, measure
+from fedpress.deploy.memory import peak_memory
 from fedpress.deploy.ondevice import export_training
 from fedpress.deploy.onnx import export_onnx
 from fedpress.deploy.processor import Processor, this_processor
@@ -20,12 +21,14 @@ from fedpress.deploy.runtime import (
     parity,
 )
 from fedpress.deploy.session import Session
+from fedpress.deploy.timing import Runnable, time_in_turn
 
 __all__ = [
     "FORMATS",
     "ROUNDING",
     "TOLERANCE",
     "Artifact",
+    "Candidate",
     "DeviceModel",
     "Format",
     "IntegerFormat",
@@ -34,6 +37,7 @@ __all__ = [
     "Parity",
     "Processor",
     "QuantizedProgram",
+    "Runnable",
     "Session",
     "accuracy",
     "agreement",

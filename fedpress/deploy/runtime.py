@@ -90,53 +90,66 @@ def parity(
     """
     names, expected = _outputs(model, x)
     session, got = _file_outputs(path, x)
-    told = [", ".join(str(list(t.shape)) for t in side) for side in (got, expected)]
-    if told[0] != told[1]:
+    theirs, ours = (", ".join(str(list(t.shape)) for t in side) for side in (got, expected))
+    if theirs != ours:
         raise ExportError(
-            f"export: the logits of {path} have shape {told[0]} but the model's {told[1]}; export the same model again"
+            f"export: the logits of {path} have shape {theirs} but the model's {ours}; export the same model again"
         )
     count = rows_of(x)
-    usable = torch.ones(count, dtype=torch.bool)
-    for out in (t for t in expected if t.dim() and len(t) == count):
-        usable &= torch.isfinite(out).reshape(count, -1).all(1)
+    usable = _finite_rows(expected, count)
     if not bool(usable.any()):
         raise ExportError(
             f"export: the model gives finite logits on none of {count} examples; train it again"
         )
-    worst, square, whole = 0.0, 0.0, 0.0
-    for name, a, b in zip(names, expected, got, strict=True):
-        a, b = (t[usable] if t.dim() and len(t) == count else t for t in (a, b))
-        if (
-            not a.is_floating_point()
-        ):  # a class or a yes: another one is no nearer for being the next
-            if (apart := float((a != b).double().mean())) > tolerance:
-                raise ExportError(
-                    f"export: the output '{name}' of {path} is another than that of the model in {100 * apart:.0f}% of "
-                    f"its values, allowed is {100 * tolerance:g}%; {_cure(tolerance)}"
-                )
+    largest, error, norm = 0.0, 0.0, 0.0
+    for name, wanted, given in zip(names, expected, got, strict=True):
+        if wanted.dim() and len(wanted) == count:
+            wanted, given = wanted[usable], given[usable]
+        if not wanted.is_floating_point():
+            _check_equal(path, name, wanted, given, tolerance)
             continue
-        error = (b.double() - a.double()).abs().nan_to_num(nan=torch.inf)
-        most, allowed = error.max().item(), tolerance * max(1.0, a.abs().max().item())
-        if most > allowed:
-            raise ExportError(
-                _too_far(path, name if len(names) > 1 else "logit", most, allowed, tolerance)
-            )
-        worst, square, whole = (
-            max(worst, most),
-            square + float(error.square().sum()),
-            whole + float(a.double().square().sum()),
+        shown = name if len(names) > 1 else "logit"
+        largest = max(largest, _largest_error(path, shown, wanted, given, tolerance))
+        error += float((given.double() - wanted.double()).square().sum())
+        norm += float(wanted.double().square().sum())
+    main = main_output(names)
+    same = 1.0
+    if _decides(expected[main], count):
+        same = agreement(expected[main][usable], got[main][usable])
+    relative = (error / norm) ** 0.5 if norm else 0.0
+    return Parity(largest, same, int(usable.sum()), relative, session.conditions())
+
+
+def _finite_rows(outputs: list[Tensor], count: int) -> Tensor:
+    """Returns for which of `count` examples all outputs are finite."""
+    usable = torch.ones(count, dtype=torch.bool)
+    for out in outputs:
+        if out.dim() and len(out) == count:
+            usable &= torch.isfinite(out).reshape(count, -1).all(1)
+    return usable
+
+
+def _check_equal(
+    path: str | Path, name: str, wanted: Tensor, given: Tensor, tolerance: float
+) -> None:
+    """Refuses other whole numbers or truths: a wrong class is no nearer for being the next."""
+    apart = float((wanted != given).double().mean())
+    if apart > tolerance:
+        raise ExportError(
+            f"export: the output '{name}' of {path} is another than that of the model in {100 * apart:.0f}% of "
+            f"its values, allowed is {100 * tolerance:g}%; {_cure(tolerance)}"
         )
-    at = main_output(names)
-    same = (
-        agreement(expected[at][usable], got[at][usable]) if _decides(expected[at], count) else 1.0
-    )
-    return Parity(
-        worst,
-        same,
-        int(usable.sum()),
-        (square / whole) ** 0.5 if whole else 0.0,
-        session.conditions(),
-    )
+
+
+def _largest_error(
+    path: str | Path, name: str, wanted: Tensor, given: Tensor, tolerance: float
+) -> float:
+    """Returns the largest difference, and refuses one that is too large."""
+    error = (given.double() - wanted.double()).abs().nan_to_num(nan=torch.inf)
+    largest, allowed = error.max().item(), tolerance * max(1.0, wanted.abs().max().item())
+    if largest > allowed:
+        raise ExportError(_too_far(path, name, largest, allowed, tolerance))
+    return float(largest)
 
 
 def _too_far(path: str | Path, name: str, error: float, allowed: float, tolerance: float) -> str:

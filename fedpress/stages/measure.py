@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedpress import deploy, storage
 from fedpress.compress import cost
 from fedpress.core.random import generator
-from fedpress.deploy import FORMATS, Job
+from fedpress.deploy import FORMATS, Candidate, Job
 from fedpress.deploy.examples import Given, example_of, is_shape, take, tensors_of
 from fedpress.deploy.measure import Subject
 from fedpress.stages.base import Stage
@@ -105,18 +105,12 @@ def measured(
     modes = [(module, module.training) for module in model.modules()]
     with tempfile.TemporaryDirectory() as folder:
         files, left_out = deploy.export_all(model, job, Path(folder), calibration=calibration)
-        subjects: dict[str, Subject] = {"torch": model, **files}
+        candidates = {"torch": Candidate(model, macs, numbers, file_bytes=file_bytes)}
+        for label, path in files.items():
+            candidates[label] = Candidate(path, macs, numbers, int8=label.endswith("int8"))
         try:
             records = deploy.measure(
-                subjects,
-                given,
-                macs=dict.fromkeys(subjects, macs),
-                activations=dict.fromkeys(subjects, numbers),
-                sizes={} if file_bytes is None else {"torch": file_bytes},
-                int8=[label for label in subjects if label.endswith("int8")],
-                batches=batches,
-                threads=threads,
-                seconds=seconds,
+                candidates, given, batches=batches, threads=threads, seconds=seconds
             )
         finally:
             for module, training in modes:

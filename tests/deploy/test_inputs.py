@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedpress import deploy
 from fedpress.compress.quantize import quantizable, quantize_
-from fedpress.deploy import Job, export_onnx, measure, open_file, parity
+from fedpress.deploy import Candidate, Job, export_onnx, measure, open_file, parity
 from fedpress.deploy.examples import flatten, together
 from fedpress.errors import ExportError
 from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
@@ -216,13 +216,11 @@ def test_models_of_token_ids_and_of_pairs_are_measured(tmp_path):
     model = Masked().eval()
     example = {"ids": ids(2), "mask": masks(2)}
     path = export_onnx(model, tmp_path / "m.onnx", Job(example=example)).path
-    costs = {
-        "macs": dict.fromkeys(["torch", "file"], 10**6),
-        "activations": dict.fromkeys(["torch", "file"], 10**4),
+    candidates = {
+        "torch": Candidate(model, macs=10**6, activations=10**4),
+        "file": Candidate(path, macs=10**6, activations=10**4),
     }
-    found = measure(
-        {"torch": model, "file": path}, example, batches=(1, 3), threads=(1,), seconds=0.01, **costs
-    )
+    found = measure(candidates, example, batches=(1, 3), threads=(1,), seconds=0.01)
     assert [record["peak_memory"] > 0 for record in found] == [True, True]
     assert [t["batch"] for t in found[1]["timings"]] == [1, 3]
     assert found[1]["conditions"]["runtime"] == "onnxruntime"

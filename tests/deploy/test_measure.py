@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedpress.deploy import Job, export_onnx, measure, peak_memory
-from fedpress.deploy.measure import Peak, Timing, peak, roofline
+from fedpress.deploy import Candidate, Job, export_onnx, measure, peak_memory
+from fedpress.deploy.roofline import Peak, peak, roofline
+from fedpress.deploy.timing import Timing
 from fedpress.errors import ExportError
 
 
@@ -13,12 +14,11 @@ def test_a_model_and_its_file_are_measured_in_turn(tmp_path):
     model = nn.Linear(2000, 4000)
     path = export_onnx(model, tmp_path / "m.onnx", Job((2000,))).path
     threads = torch.get_num_threads()
-    macs, numbers = (
-        dict.fromkeys(["torch", "file"], 8_000_000),
-        dict.fromkeys(["torch", "file"], 4000),
-    )
-    subjects = {"torch": model, "file": path}
-    found = measure(subjects, (2000,), macs=macs, activations=numbers, batches=(1, 3), seconds=0.01)
+    candidates = {
+        name: Candidate(runs, macs=8_000_000, activations=4000)
+        for name, runs in (("torch", model), ("file", path))
+    }
+    found = measure(candidates, (2000,), batches=(1, 3), seconds=0.01)
     assert [(r["name"], r["runtime"]) for r in found] == [
         ("torch", "torch"),
         ("file", "onnxruntime"),

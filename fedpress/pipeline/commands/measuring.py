@@ -17,7 +17,7 @@ from fedpress.compress import cost
 from fedpress.core import consent
 from fedpress.core.examples import Preprocess
 from fedpress.core.random import generator
-from fedpress.deploy import FORMATS, Job
+from fedpress.deploy import FORMATS, Candidate, Job
 from fedpress.deploy.examples import Example, Given, example_of, is_shape, take, tensors_of
 from fedpress.errors import ExportError, ModelError
 from fedpress.models import ModelSpec, memory

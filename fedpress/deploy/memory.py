@@ -1,0 +1,98 @@
+"""The memory that a model or file needs: how far a fresh process grows while it runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedpress.deploy.capture import capture, silence
+from fedpress.deploy.examples import Given, random_rows
+from fedpress.deploy.runtime import array_call
+from fedpress.deploy.timing import Runnable
+from fedpress.errors import ExportError
+
+
+def peak_memory(runnable: Runnable, given: Given, *, batch: int = 1) -> int:
+    """Returns the bytes by which a fresh process grows at most while it loads it and runs one batch.
+
+    The runtime itself is loaded before: it counts for nothing. A model runs as its captured graph, in eager torch.
+
+    Raises:
+        ExportError: if it cannot be run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(runnable, nn.Module):
+            path = Path(folder) / "model.pt2"
+            with silence():
+                torch.export.save(capture(runnable, given), path)
+        else:
+            path = Path(runnable)
+        x = random_rows(given, batch)
+        args, named = array_call(x)
+        arrays = Path(folder) / "x.npz"
+        np.savez(arrays, *args, *named.values())
+        # -P keeps the working folder out of the import path: a file onnxruntime.py there must not run.
+        home, names = str(Path(__file__).parents[2]), json.dumps([*named] or None)
+        words = [sys.executable, "-P", "-c", _PROBE, str(path), str(arrays), names, home]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1][:200]
+        raise ExportError(
+            f"measure: the memory of {path} cannot be measured: {said}; export it again"
+        )
+    return int(done.stdout.splitlines()[-1])
+
+
+# Peaks of a process never fall, so what importing and a first small run need is raised out of the way first.
+_PROBE = """
+import json, resource, sys
+import numpy as np
+path, names = sys.argv[1], json.loads(sys.argv[3])
+sys.path.append(sys.argv[4])  # where fedpress lies, if it is not installed
+arrays = np.load(sys.argv[2])
+x = [arrays[name] for name in arrays.files]
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def now():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+import torch
+torch.set_num_threads(1)
+from fedpress.deploy.formats import of_file, open_file
+if path.endswith(".pt2"):
+    torch.nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))
+else:
+    for name in of_file(path).packages:
+        __import__(name)
+try:
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak so far is forgotten
+except OSError:
+    pass
+try:
+    before = now()
+except OSError:
+    before = peak()
+def high():
+    try:
+        with open("/proc/self/status") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+    except OSError:
+        return peak()
+if path.endswith(".pt2"):
+    program = torch.export.load(path).module(check_guards=False)
+    x = [torch.from_numpy(np.concatenate([part] * 2) if len(part) == 1 else part)[: len(part)] for part in x]
+    with torch.inference_mode():
+        program(**dict(zip(names, x))) if names else program(*x)
+else:
+    session = open_file(path, threads=1)
+    session.flat(**dict(zip(names, x))) if names else session.flat(*x)
+print(max(0, high() - before))
+"""
