@@ -28,7 +28,7 @@ from fedpress.compress.quantize import find_folds, fold_, quantizable, quantize_
 from fedpress.data import FederatedData
 from fedpress.models import ModelSpec
 from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
-from fedpress.storage.packed import encode
+from fedpress.storage.packed import to_bytes
 
 CALIBRATION, BATCH = 512, 64
 GPTQ: dict[str, Any] = {"rounding": "second-order"}
@@ -69,7 +69,7 @@ def ours(arm: str) -> Callable[[ModelSpec, nn.Module, list[Tensor]], tuple[nn.Mo
         table, _ = quantizable(model, QuantizationScheme(weights=weights, inputs=inputs), keep=keep)
         quantize_(model, table, batches, **how)
         spec = spec.model_copy(update={"folded": folds, "quantized": table})
-        return model, len(encode(spec, model)[0])
+        return model, len(to_bytes(spec, model)[0])
 
     return quantized
 

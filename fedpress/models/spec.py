@@ -44,7 +44,7 @@ class ModelSpec(BaseModel):
     code that had to change with them, `groups` those of convolutions where shapes do not tell. `sparse` names
     the parameters whose zeros are pruned weights: whoever trains them keeps them zero. `kept_zeros` names those of
     them with a buffer that tells kept entries, which a grid rounded to 0, from pruned ones. `folded` maps a batch norm
-    to the layer that took it in, `quantized` a layer to the grids of its weights and inputs.
+    to the layer that took it in, `quantized` a layer to the scheme of its weights and inputs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -151,8 +151,8 @@ class ModelSpec(BaseModel):
 
     def _keep_zeros(self) -> None:
         for name in self.sparse:
-            grids = self.quantized.get(name.removesuffix(".weight"))
-            if grids is not None and grids.weights is not None and not grids.weights.has_zero:
+            scheme = self.quantized.get(name.removesuffix(".weight"))
+            if scheme is not None and scheme.weights is not None and not scheme.weights.has_zero:
                 raise ModelError(
                     f"spec: '{name}' is sparse, but a binary grid has no zero to keep; quantize it to ternary instead"
                 )

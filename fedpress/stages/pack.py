@@ -32,7 +32,7 @@ class PackStage(BaseModel, Stage):
         Raises:
             ModelError: if it cannot.
         """
-        storage.check(state.spec, state.model)
+        storage.check_packable(state.spec, state.model)
         return state, {}
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:

@@ -1,4 +1,4 @@
-"""The quantize stage: weights and inputs go onto grids of a few bits, and may learn there what rounding took."""
+"""The quantize stage: weights and inputs are quantized to a few bits, and may learn to make good for the rounding."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class QuantizeStage(TaughtSettings, Stage):
         return "epochs" if self.epochs else ""
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Puts the untrained model on its grids: layers, bits and what stays float will be these.
+        """Quantizes the untrained model: layers, bits and what stays float will be these.
 
         Raises:
             ModelError: if no layer can be quantized.
@@ -199,7 +199,7 @@ class QuantizeStage(TaughtSettings, Stage):
     def _prepare_(
         self, model: nn.Module, state: State
     ) -> tuple[ModelSpec, dict[str, QuantizationScheme], dict[str, str]]:
-        """Folds batch norms; returns the spec with them, the grids of each layer, and what stays float and why."""
+        """Folds batch norms; returns the spec with them, the scheme of each layer, and what stays float and why."""
         spec, left = state.spec, dict[str, str]()
         shared = {
             n: g.weights
@@ -220,7 +220,7 @@ class QuantizeStage(TaughtSettings, Stage):
             else ()
         )
         table, floats = quantizing.quantizable(
-            model, self._grids(), keep=keep, ignore=self.ignore, sparse=spec.sparse
+            model, self._scheme(), keep=keep, ignore=self.ignore, sparse=spec.sparse
         )
         if (
             self.weights == "int"
@@ -233,7 +233,7 @@ class QuantizeStage(TaughtSettings, Stage):
             table |= {n: table[n].model_copy(update={"weights": grid}) for n, grid in own.items()}
         return spec, table, left | floats
 
-    def _grids(self) -> QuantizationScheme:
+    def _scheme(self) -> QuantizationScheme:
         kind: Any = "codebook" if self.weights == "cluster" else self.weights
         own = {} if self.weights in ("ternary", "binary") else {"bits": self.bits}
         how = self.inputs or ("static" if self.weights == "int" and self.bits == 8 else "float")
@@ -257,7 +257,7 @@ class QuantizeStage(TaughtSettings, Stage):
         return self.correct_bias and not self.epochs
 
     def _looks_at_data(self) -> bool:
-        inputs = self._grids().inputs
+        inputs = self._scheme().inputs
         seen = inputs is not None and inputs.calibrated
         return seen or bool(self.mixed) or self._corrects() or self._rounding() == "second-order"
 
@@ -266,7 +266,7 @@ class QuantizeStage(TaughtSettings, Stage):
         sizes = {
             name: [
                 quantizing.Choice(
-                    b, quantizing.layer_bytes(model.get_submodule(name), _whole(b)), 0.0
+                    b, quantizing.layer_bytes(model.get_submodule(name), _int_weights(b)), 0.0
                 )
                 for b in self.mixed
             ]
@@ -288,25 +288,25 @@ def _with_bits(
     table: dict[str, QuantizationScheme], chosen: dict[str, int]
 ) -> dict[str, QuantizationScheme]:
     return {
-        name: grids.model_copy(update={"weights": _whole(chosen[name])})
-        for name, grids in table.items()
+        name: scheme.model_copy(update={"weights": _int_weights(chosen[name])})
+        for name, scheme in table.items()
     }
 
 
-def _whole(bits: int) -> WeightQuantization:
+def _int_weights(bits: int) -> WeightQuantization:
     return WeightQuantization.model_validate({"bits": bits})
 
 
-def _bits(grids: QuantizationScheme) -> int:
-    return grids.weights.bits if grids.weights is not None else 32
+def _bits(scheme: QuantizationScheme) -> int:
+    return scheme.weights.bits if scheme.weights is not None else 32
 
 
 def _stays_float(model: nn.Module) -> tuple[float, list[str]]:
-    """Returns the share of the parameters that are on no grid, and the modules that hold most of them, largest first.
+    """Returns the share of the parameters that are not quantized, and the modules that hold most of them.
 
-    Scales and codebooks are part of the grids and count on neither side.
+    Scales and codebooks are part of the quantization and count on neither side.
     """
-    on_grid = {
+    quantized = {
         id(getattr(m, key))
         for _, m in quantized_layers(model)
         if m.scheme.weights
@@ -319,7 +319,7 @@ def _stays_float(model: nn.Module) -> tuple[float, list[str]]:
         if id(p) in steps:
             continue
         total += p.numel()
-        if id(p) not in on_grid:
+        if id(p) not in quantized:
             owner = name.rpartition(".")[0] or name
             sizes[owner] = sizes.get(owner, 0) + p.numel()
     order = sorted(sizes, key=lambda name: -sizes[name])

@@ -21,7 +21,7 @@ def damaged(place: str, problem: str) -> NoReturn:
     raise ModelError(f"{place}: this packed model is damaged ({problem}); {CURE}")
 
 
-def write(blobs: Mapping[str, bytes], spec: str, table: str) -> bytes:
+def to_bytes(blobs: Mapping[str, bytes], spec: str, table: str) -> bytes:
     """Returns the bytes of a safetensors file: a U8 tensor for every blob, the rest in the header's metadata.
 
     Equal arguments give equal bytes.
@@ -39,8 +39,8 @@ def write(blobs: Mapping[str, bytes], spec: str, table: str) -> bytes:
     )
 
 
-def read(data: bytes, place: str) -> tuple[dict[str, bytes], str, str]:
-    """Returns the blobs, the spec and the table of what `write` made; `place` names the file in errors.
+def from_bytes(data: bytes, place: str) -> tuple[dict[str, bytes], str, str]:
+    """Returns the blobs, the spec and the table of what `to_bytes` made; `place` names the file in errors.
 
     Raises:
         ModelError: if it is no packed model, of another version, or damaged.
@@ -75,7 +75,7 @@ def read(data: bytes, place: str) -> tuple[dict[str, bytes], str, str]:
 def _checksum(blobs: Mapping[str, bytes], spec: str, table: str) -> str:
     """BLAKE2b of 16 bytes over all parts in order, each behind its length: finds damage, is no signature."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in (spec, table, *(x for pair in sorted(blobs.items()) for x in pair)):
-        raw = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+    for piece in (spec, table, *(x for pair in sorted(blobs.items()) for x in pair)):
+        raw = piece.encode("utf-8", "surrogatepass") if isinstance(piece, str) else piece
         digest.update(len(raw).to_bytes(8, "little") + raw)
     return digest.hexdigest()

@@ -19,7 +19,7 @@ from fedpress.storage import container
 from fedpress.storage.codes import expand_codes, shrink_codes
 from fedpress.storage.container import damaged
 from fedpress.storage.floats import expand_floats, shrink_floats
-from fedpress.storage.table import TYPES, Blob, Table
+from fedpress.storage.table import TYPES, Blob, TensorTable
 from fedpress.wire.packing import expand, shrink
 
 
@@ -38,13 +38,13 @@ class Packed:
     left: Mapping[str, str]
 
 
-def check(spec: ModelSpec, model: nn.Module) -> None:
+def check_packable(spec: ModelSpec, model: nn.Module) -> None:
     """Looks whether `spec` builds a network with the tensors of `model`.
 
     Raises:
         ModelError: naming a tensor that differs.
     """
-    entries = Table.of(model, {}).entries()
+    entries = TensorTable.of(model, {}).entries()
     odd = _differs(spec.build(), entries)
     if odd is not None:
         raise ModelError(
@@ -58,10 +58,10 @@ def pack(spec: ModelSpec, model: nn.Module, path: Path) -> Packed:
     Raises:
         ModelError: if the model cannot be rebuilt from `spec` and its tensors, or `path` cannot be written.
     """
-    check(spec, model)
-    data, packed = encode(spec, model)
+    check_packable(spec, model)
+    data, packed = to_bytes(spec, model)
     own = (spec.architecture,) if ":" in spec.architecture else ()
-    back, twin = decode(data, "pack", own)
+    back, twin = from_bytes(data, "pack", own)
     ours, theirs = model.state_dict(), twin.state_dict()
     odd = [name for name, value in ours.items() if not _same(value, theirs[name])]
     if odd or back.model_dump() != spec.model_dump():
@@ -70,10 +70,8 @@ def pack(spec: ModelSpec, model: nn.Module, path: Path) -> Packed:
             "the spec is of another model, or the model was changed after its spec was made"
         )
     theirs = dict(twin.named_buffers())
-    for (
-        name,
-        value,
-    ) in model.named_buffers():  # those too that are not saved, since forward may read them
+    # Those too that are not saved, since forward may read them.
+    for name, value in model.named_buffers():
         if name not in theirs or not _same(value, theirs[name]):
             raise ModelError(
                 f"pack: the buffer '{name}' is not saved (persistent=False), and a model built anew has another"
@@ -103,14 +101,14 @@ def unpack(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpe
         raise ModelError(
             f"{path}: cannot be read ({error.strerror}); give the path of a packed model"
         ) from error
-    return decode(data, str(path), allow_code)
+    return from_bytes(data, str(path), allow_code)
 
 
-def encode(spec: ModelSpec, model: nn.Module) -> tuple[bytes, Packed]:
+def to_bytes(spec: ModelSpec, model: nn.Module) -> tuple[bytes, Packed]:
     """Returns the bytes of a packed file, and what they are; equal models give equal bytes."""
     codes, left = _codes(model)
     tensors = model.state_dict()
-    table = Table.of(model, codes)
+    table = TensorTable.of(model, codes)
     blobs: dict[str, bytes] = {}
     kinds: dict[str, int] = {}
     for name, blob in table.blobs.items():
@@ -122,7 +120,7 @@ def encode(spec: ModelSpec, model: nn.Module) -> tuple[bytes, Packed]:
                 torch.cat([tensors[n].detach().cpu().reshape(-1) for n in blob.tensors])
             )
         kinds[kind] = kinds.get(kind, 0) + len(blobs[name])
-    data = container.write(
+    data = container.to_bytes(
         blobs,
         spec.model_dump_json(exclude_defaults=True),
         table.model_dump_json(exclude_defaults=True),
@@ -130,18 +128,21 @@ def encode(spec: ModelSpec, model: nn.Module) -> tuple[bytes, Packed]:
     return data, Packed(len(data), kinds | {"header": len(data) - sum(kinds.values())}, left)
 
 
-def decode(
+def from_bytes(
     data: bytes, place: str, allow_code: Collection[str] | str = ()
 ) -> tuple[ModelSpec, nn.Module]:
-    """Rebuilds the model of the bytes that `encode` made; `place` names their file in errors.
+    """Rebuilds the model of the bytes that `to_bytes` made; `place` names their file in errors.
 
     Raises:
         ModelError: if they are of another version, damaged, of a model that cannot be built here, or name a function
             that neither `allow_code` nor the user of this process has allowed.
     """
-    blobs, described, listed = container.read(data, place)
+    blobs, described, listed = container.from_bytes(data, place)
     try:
-        spec, table = ModelSpec.of_file(described, allow_code), Table.model_validate_json(listed)
+        spec, table = (
+            ModelSpec.of_file(described, allow_code),
+            TensorTable.model_validate_json(listed),
+        )
     except ValidationError as error:
         first = error.errors()[0]
         damaged(
@@ -175,7 +176,7 @@ def _differs(
     )
 
 
-def _fill_(model: nn.Module, table: Table, blobs: Mapping[str, bytes], place: str) -> None:
+def _fill_(model: nn.Module, table: TensorTable, blobs: Mapping[str, bytes], place: str) -> None:
     """Puts what lies in `blobs` into `model`, whose tensors have the types and shapes of `table`."""
     tensors: dict[str, Tensor] = {}
     codes: dict[str, Tensor] = {}
@@ -185,7 +186,7 @@ def _fill_(model: nn.Module, table: Table, blobs: Mapping[str, bytes], place: st
                 found = expand_codes(memoryview(blobs[name]), list(blob.tensors.values()), name)
                 codes |= dict(zip(blob.tensors, found, strict=True))
             else:
-                tensors |= _split(blob, _expand(blobs[name], blob, name))
+                tensors |= _tensors_in(blob, _expand(blobs[name], blob, name))
     except WireError as error:
         damaged(place, str(error).removeprefix("message."))
     tensors |= {name: tensors[first] for name, first in table.same.items() if first in tensors}
@@ -238,7 +239,7 @@ def _expand(data: bytes, blob: Blob, place: str) -> Tensor:
     return flat.view(torch.bool)
 
 
-def _split(blob: Blob, flat: Tensor) -> dict[str, Tensor]:
+def _tensors_in(blob: Blob, flat: Tensor) -> dict[str, Tensor]:
     parts = flat.split([prod(shape) for shape in blob.tensors.values()])
     return {
         name: part.reshape(shape)

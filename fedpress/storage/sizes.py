@@ -10,21 +10,20 @@ from fedpress.compress import cost
 from fedpress.errors import ModelError
 from fedpress.models import ModelSpec
 from fedpress.nn.quantized import quantized_layers
-from fedpress.storage.packed import encode
+from fedpress.storage.packed import to_bytes
 
 
 def file_bytes(spec: ModelSpec | None, model: nn.Module) -> int:
-    """Returns the bytes of the numbers as a model is kept: float32, or packed where weights lie on grids.
+    """Returns the bytes of the numbers as a model is kept: float32, or packed where weights are quantized.
 
     Commands, reports and measurements all say this one; an exported file has the size of that file.
     """
-    grids = {name: layer.scheme for name, layer in quantized_layers(model)}
-    if spec is None or not grids:
+    schemes = {name: layer.scheme for name, layer in quantized_layers(model)}
+    if spec is None or not schemes:
         return cost.state_bytes(model)
-    # The spec of a module in memory may not know its grids; they are a part of the file.
-    packed = packed_file_bytes(
-        spec.model_copy(update={"quantized": spec.quantized or grids}), model
-    )
+    # The spec of a module in memory may not know its schemes; they are a part of the file.
+    complete = spec.model_copy(update={"quantized": spec.quantized or schemes})
+    packed = packed_file_bytes(complete, model)
     return cost.state_bytes(model) if packed is None else packed
 
 
@@ -33,7 +32,7 @@ def packed_file_bytes(spec: ModelSpec | None, model: nn.Module) -> int | None:
     if spec is None:
         return None
     with suppress(ModelError):
-        return len(encode(spec, model)[0])
+        return len(to_bytes(spec, model)[0])
     return None
 
 

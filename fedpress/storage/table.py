@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from fedpress.errors import ModelError
-from fedpress.nn.quantized import is_qparam, quantized_layers
+from fedpress.nn.quantized import is_qparam, quantized_weights
 
 SMALL = 4096  # values: tensors up to this size share a blob with others of their kind
 Type = Literal[
@@ -29,10 +29,10 @@ class Blob(BaseModel):
     tensors: dict[str, tuple[Size, ...]] = Field(min_length=1)
 
 
-class Table(BaseModel):
+class TensorTable(BaseModel):
     """Every tensor of a model: in one of the `blobs`, or the `same` as another one, its name -> the other's.
 
-    The name of a blob is `kind:what:type`; the kind "codes" means codes of quantized weights, of the grid `what`.
+    The name of a blob is `kind:what:type`; the kind "codes" means codes of quantized weights, quantized as `what` says.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,7 +41,7 @@ class Table(BaseModel):
     same: dict[str, str] = {}
 
     @model_validator(mode="after")
-    def _each_once(self) -> Table:
+    def _each_once(self) -> TensorTable:
         named = [name for blob in self.blobs.values() for name in blob.tensors]
         if len({*named, *self.same}) != len(named) + len(self.same) or not {
             *self.same.values()
@@ -59,8 +59,10 @@ class Table(BaseModel):
         return found | {name: found[first] for name, first in self.same.items()}
 
     @classmethod
-    def of(cls, model: nn.Module, codes: Mapping[str, Tensor]) -> Table:
-        """Lays out the tensors of `model`; those in `codes` as codes: by grid; large ones alone, small ones by kind.
+    def of(cls, model: nn.Module, codes: Mapping[str, Tensor]) -> TensorTable:
+        """Lays out the tensors of `model`; those in `codes` by how they are quantized.
+
+        Large ones lie alone, small ones with others of their kind.
 
         Raises:
             ModelError: if a tensor is of a type that has no name here.
@@ -68,11 +70,8 @@ class Table(BaseModel):
         tensors = model.state_dict()
         same = _shared(tensors)
         norms = {name for name, module in model.named_modules() if "Norm" in type(module).__name__}
-        layers = [*quantized_layers(model)]
-        grids = {
-            f"{name}.{key}": layer.scheme.weights for name, layer in layers for key in layer.keys
-        }
-        blobs: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {}
+        weights = quantized_weights(model)
+        blobs: dict[str, dict[str, Any]] = {}
         for name, value in tensors.items():
             if name in same:
                 continue
@@ -81,24 +80,25 @@ class Table(BaseModel):
                 raise ModelError(
                     f"pack: '{name}' is of type {kind}; turn it into one of {', '.join(TYPES)}"
                 )
-            owner, _, leaf = name.rpartition(".")
-            if name in codes and (grid := grids[name]) is not None:
-                blob = f"codes:{grid.kind}{grid.bits}:{kind}"
+            if name in codes:
+                quantization = weights[name][0].weight_quantization()
+                blob = f"codes:{quantization.kind}{quantization.bits}:{kind}"
             else:
-                of = (
-                    "scales"
-                    if is_qparam(leaf)
-                    else "norm"
-                    if owner in norms
-                    else "weights"
-                    if value.dim() > 1
-                    else "rest"
-                )
-                blob = f"{of}:{name if value.numel() > SMALL else leaf}:{kind}"
-            blobs.setdefault(blob, (kind, {}))[1][name] = tuple(value.shape)
-        return cls.model_validate(
-            {"blobs": {n: {"dtype": d, "tensors": t} for n, (d, t) in blobs.items()}, "same": same}
-        )
+                owner, _, leaf = name.rpartition(".")
+                what = name if value.numel() > SMALL else leaf
+                blob = f"{_kind_of(leaf, value, norm=owner in norms)}:{what}:{kind}"
+            row = blobs.setdefault(blob, {"dtype": kind, "tensors": {}})
+            row["tensors"][name] = tuple(value.shape)
+        return cls.model_validate({"blobs": blobs, "same": same})
+
+
+def _kind_of(leaf: str, value: Tensor, *, norm: bool) -> str:
+    """Returns the first word of a blob's name: values of one kind are alike, so they are coded together."""
+    if is_qparam(leaf):
+        return "scales"
+    if norm:
+        return "norm"
+    return "weights" if value.dim() > 1 else "rest"
 
 
 def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from fedpress.deploy import FORMATS, IntegerFormat, Job, quantized_program
 from fedpress.models import ModelSpec
 from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import quantized_layers
-from fedpress.storage.packed import decode, encode
+from fedpress.storage.packed import from_bytes, to_bytes
 
 SHAPE = (3, 8, 8)
 GRIDS = {
@@ -173,7 +173,7 @@ def test_a_packed_file_gives_back_the_weights_to_the_bit(grid):
         spoil_(layer.weight, layer.bias)
     model = on_grids(model, GRIDS[grid], InputQuantization(), torch.randn(64, 27))
     table = {name: layer.scheme for name, layer in quantized_layers(model)}
-    data, _ = encode(spec.model_copy(update={"quantized": table}), model)
-    _, again = decode(data, "the file")
+    data, _ = to_bytes(spec.model_copy(update={"quantized": table}), model)
+    _, again = from_bytes(data, "the file")
     for name, value in model.state_dict().items():
         assert np.array_equal(again.state_dict()[name].numpy(), value.numpy()), name

@@ -17,7 +17,7 @@ from fedpress.nn.folded import apply_folds_
 from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import materialize_, quantize_layers_
 from fedpress.storage import container
-from fedpress.storage.packed import decode, encode
+from fedpress.storage.packed import from_bytes, to_bytes
 
 IMAGE = (3, 8, 8)
 SMALL = {
@@ -141,14 +141,14 @@ def test_every_kind_of_model_comes_back_to_the_bit(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["float", "int4"])
 def test_the_same_model_gives_the_same_file(name):
-    assert encode(*MODELS[name]())[0] == encode(*MODELS[name]())[0]
+    assert to_bytes(*MODELS[name]())[0] == to_bytes(*MODELS[name]())[0]
 
 
 def test_nan_infinity_and_minus_zero_come_back():
     spec, model = built()
     with torch.no_grad():
         model.head.weight[0, :4] = torch.tensor([float("nan"), float("-inf"), -0.0, 1e-44])
-    assert_same_bits(model, decode(encode(spec, model)[0], "x")[1])
+    assert_same_bits(model, from_bytes(to_bytes(spec, model)[0], "x")[1])
 
 
 @pytest.mark.parametrize("wrong", ["latent", "nan"])
@@ -156,16 +156,16 @@ def test_weights_off_their_grid_are_stored_as_floats_and_named(wrong):
     spec, model = quantized("int8")
     with torch.no_grad():
         model.head.weight[0, 0] = float("nan") if wrong == "nan" else model.head.weight[0, 0] + 1e-6
-    data, packed = encode(spec, model)
+    data, packed = to_bytes(spec, model)
     assert packed.left.keys() == {"head"}
     assert {"latent": "materialize_", "nan": "NaN"}[wrong] in packed.left["head"]
-    assert_same_bits(model, decode(data, "x")[1])
+    assert_same_bits(model, from_bytes(data, "x")[1])
 
 
 def test_codes_take_about_a_quarter_of_floats_and_four_bits_half_of_that():
     wide = {"arguments": {"width": 20, "num_classes": 3}}
     sizes = [
-        encode(*model)[1].kinds
+        to_bytes(*model)[1].kinds
         for model in (built(**wide), quantized("int8", **wide), quantized("int4", **wide))
     ]
     assert (
@@ -175,7 +175,7 @@ def test_codes_take_about_a_quarter_of_floats_and_four_bits_half_of_that():
 
 
 def test_sparse_weights_take_less_than_a_fifth():
-    assert encode(*sparse())[1].kinds["weights"] < 0.2 * encode(*built())[1].kinds["weights"]
+    assert to_bytes(*sparse())[1].kinds["weights"] < 0.2 * to_bytes(*built())[1].kinds["weights"]
 
 
 class Tied(nn.Module):
@@ -212,9 +212,9 @@ def tied(monkeypatch):
 
 def test_a_shared_weight_is_stored_once_and_stays_shared(tied):
     model = tied.build()
-    data = encode(tied, model)[0]
-    assert json.loads(container.read(data, "x")[2])["same"] == {"b.weight": "a.weight"}
-    twin = decode(data, "x")[1]
+    data = to_bytes(tied, model)[0]
+    assert json.loads(container.from_bytes(data, "x")[2])["same"] == {"b.weight": "a.weight"}
+    twin = from_bytes(data, "x")[1]
     assert twin.a.weight is twin.b.weight
     assert_same_bits(model, twin)
 
@@ -223,7 +223,7 @@ def test_a_shared_weight_on_a_grid_stays_shared(tied):
     table = {"a": QuantizationScheme(weights=WeightQuantization(bits=4))}
     spec = tied.model_copy(update={"quantized": table})
     model = materialize_(spec.build())
-    twin = decode(encode(spec, model)[0], "x")[1]
+    twin = from_bytes(to_bytes(spec, model)[0], "x")[1]
     assert_same_bits(model, twin)
 
 
@@ -250,7 +250,7 @@ def test_a_type_that_has_no_name_is_refused():
     spec, model = built()
     model.register_buffer("odd", torch.zeros(2, dtype=torch.complex64))
     with pytest.raises(ModelError, match=r"'odd' is of type complex64"):
-        encode(spec, model)
+        to_bytes(spec, model)
 
 
 @pytest.mark.parametrize("place", ["missing.safetensors", "."])
@@ -266,17 +266,17 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_an_architecture_that_changed_since_is_named(tied, monkeypatch):
-    data = encode(tied, tied.build())[0]
+    data = to_bytes(tied, tied.build())[0]
     monkeypatch.setattr("fedpress.models.spec.ARCHITECTURES", {"tied": lambda: nn.Linear(6, 6)})
     with pytest.raises(ModelError, match=r"x: its tensors do not fit its spec .* changed since"):
-        decode(data, "x")
+        from_bytes(data, "x")
     monkeypatch.setattr("fedpress.models.spec.ARCHITECTURES", {})
     with pytest.raises(ModelError, match=r"x: .*no architecture 'tied'"):
-        decode(data, "x")
+        from_bytes(data, "x")
 
 
-TINY = encode(*MODELS["mlp"]())[0]
-CODED = encode(
+TINY = to_bytes(*MODELS["mlp"]())[0]
+CODED = to_bytes(
     *quantized(
         "int4", architecture="mlp", arguments={"in_features": 12, "hidden": [5], "num_classes": 2}
     )
@@ -291,13 +291,13 @@ def test_damage_is_a_model_error_that_names_the_file(at, byte, cut, coded):
     bad = good[:at] + (b"" if cut else bytes([byte]) + good[at + 1 :])
     if bad != good:
         with pytest.raises(ModelError, match=r"^the file: "):
-            decode(bad, "the file")
+            from_bytes(bad, "the file")
 
 
 @settings(deadline=None, max_examples=30)
 @given(data=st.data(), coded=st.booleans())
 def test_damage_under_a_right_checksum_is_a_model_error_or_another_model(data, coded):
-    blobs, spec, table = container.read(CODED if coded else TINY, "x")
+    blobs, spec, table = container.from_bytes(CODED if coded else TINY, "x")
     name = data.draw(st.sampled_from(sorted(blobs)))
     blob = bytearray(blobs[name])
     blob[data.draw(st.integers(0, len(blob) - 1))] = data.draw(st.integers(0, 255))
@@ -305,7 +305,9 @@ def test_damage_under_a_right_checksum_is_a_model_error_or_another_model(data, c
         blob[: data.draw(st.integers(0, len(blob)))] if data.draw(st.booleans()) else blob
     )
     with suppress(ModelError):
-        assert decode(container.write(blobs, spec, table), "the file")[0].architecture == "mlp"
+        assert (
+            from_bytes(container.to_bytes(blobs, spec, table), "the file")[0].architecture == "mlp"
+        )
 
 
 WRONG_TABLES = [
@@ -324,30 +326,30 @@ WRONG_TABLES = [
 
 @pytest.mark.parametrize("table", WRONG_TABLES)
 def test_a_wrong_table_under_a_right_checksum_is_a_model_error(table):
-    spec = container.read(TINY, "x")[1]
+    spec = container.from_bytes(TINY, "x")[1]
     for blobs in ({}, {"a": b"\x00"}):
         with pytest.raises(ModelError, match=r"^the file: "):
-            decode(container.write(blobs, spec, table), "the file")
+            from_bytes(container.to_bytes(blobs, spec, table), "the file")
 
 
 @pytest.mark.parametrize(
     "spec", ["", "{}", '{"architecture": "mlp", "input_shape": [12], "later": 1}']
 )
 def test_a_wrong_spec_under_a_right_checksum_is_a_model_error(spec):
-    blobs, _, table = container.read(TINY, "x")
+    blobs, _, table = container.from_bytes(TINY, "x")
     with pytest.raises(ModelError, match=r"^the file: "):
-        decode(container.write(blobs, spec, table), "the file")
+        from_bytes(container.to_bytes(blobs, spec, table), "the file")
 
 
 def test_codes_of_a_layer_that_is_not_quantized_are_refused():
-    blobs, spec, table = container.read(CODED, "x")
+    blobs, spec, table = container.from_bytes(CODED, "x")
     plain = json.loads(spec)
     del plain["quantized"]
     wrong = json.loads(table)
     for name in [n for n in wrong["blobs"] if n.startswith("scales")]:
         del wrong["blobs"][name], blobs[name]
     with pytest.raises(ModelError, match=r"the codes of 'layers.0.weight'"):
-        decode(container.write(blobs, json.dumps(plain), json.dumps(wrong)), "the file")
+        from_bytes(container.to_bytes(blobs, json.dumps(plain), json.dumps(wrong)), "the file")
 
 
 def test_load_takes_a_file_a_folder_and_a_run(tmp_path):
@@ -379,12 +381,12 @@ def test_a_run_without_a_finished_stage_is_named(tmp_path):
 def test_what_is_packed_is_not_changed():
     spec, model = quantized("int4")
     before = copy.deepcopy(model)
-    encode(spec, model)
+    to_bytes(spec, model)
     assert_same_bits(model, before)
 
 
 def test_the_checksum_is_blake2b_of_the_parts():
-    blobs, spec, table = container.read(TINY, "x")
+    blobs, spec, table = container.from_bytes(TINY, "x")
     digest = hashlib.blake2b(digest_size=16)
     for part in [
         spec.encode(),
@@ -428,10 +430,10 @@ def test_a_packed_file_declares_no_sizes_above_the_limits():
         architecture="mlp", arguments={"in_features": 10**7, "hidden": [10**7]}, input_shape=(3,)
     )
     with pytest.raises(ModelError, match=r"x: spec.arguments: .*set FEDPRESS_MAX_VALUES="):
-        decode(container.write(blobs, spec.model_dump_json(), table), "x")
+        from_bytes(container.to_bytes(blobs, spec.model_dump_json(), table), "x")
     spec = ModelSpec(architecture="mlp", arguments={"in_features": 3}, input_shape=(3,))
     with pytest.raises(ModelError, match="its tensors do not fit its spec"):
-        decode(container.write(blobs, spec.model_dump_json(), table), "x")
+        from_bytes(container.to_bytes(blobs, spec.model_dump_json(), table), "x")
 
 
 def test_a_buffer_that_would_come_back_as_another_is_refused(tmp_path):
@@ -489,13 +491,13 @@ def test_every_kind_of_layer_on_a_grid_comes_back_from_a_packed_file_and_from_a_
     assert not left
     quantize_(model, table, [x])
     spec = ModelSpec(architecture="everything", input_shape=(3, 7), quantized=table)
-    data, packed = encode(spec, model)
+    data, packed = to_bytes(spec, model)
     assert not packed.left
     assert (
         packed.kinds["codes"]
         < sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1) * 1.3
     )
-    _, twin = decode(data, "here")
+    _, twin = from_bytes(data, "here")
     assert_same_bits(twin, model)
     assert torch.equal(twin.eval()(x), model(x))
     save_model(tmp_path / "m", spec, model)
