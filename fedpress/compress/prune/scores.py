@@ -102,17 +102,19 @@ def channel_sums(tensor: Tensor, where: Slice) -> Tensor:
     return line[where.index.to(line.device)].sum(1).cpu()
 
 
-def l1(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
+def l1(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
     """Sum of |w| over the weights that write the channel (Li et al. 2017, section 3.1)."""
-    return [_total(writers(group), see.tensors, Tensor.abs) for group in graph.groups]
+    return [_total(writers(group), evidence.tensors, Tensor.abs) for group in graph.groups]
 
 
-def l2(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
+def l2(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
     """Euclidean norm of the weights that write the channel."""
-    return [_total(writers(group), see.tensors, Tensor.square).sqrt() for group in graph.groups]
+    return [
+        _total(writers(group), evidence.tensors, Tensor.square).sqrt() for group in graph.groups
+    ]
 
 
-def bn_scale(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
+def bn_scale(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
     """Sum of |gamma| over the normalisations of the channel (Liu et al. 2017, network slimming).
 
     It means something after a training that pulled the scales to zero: `bn_penalty` of `train`.
@@ -122,10 +124,10 @@ def bn_scale(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
             raise ModelError(
                 f"the score 'bn_scale' needs a batch norm after '{group.name}', which has none; use 'l1'"
             )
-    return [_total(group.role("scale"), see.tensors, Tensor.abs) for group in graph.groups]
+    return [_total(group.role("scale"), evidence.tensors, Tensor.abs) for group in graph.groups]
 
 
-def fpgm(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
+def fpgm(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
     """Sum of the distances from the channel's writing weights to those of each other channel of its layer.
 
     The channel nearest to the geometric median of all can best be replaced by others, and goes first (He et al. 2019,
@@ -134,7 +136,7 @@ def fpgm(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
     scores = []
     for group in graph.groups:
         parts = [
-            see.tensors[s.tensor].double().movedim(s.axis, 0)[s.index].flatten(1).cpu()
+            evidence.tensors[s.tensor].double().movedim(s.axis, 0)[s.index].flatten(1).cpu()
             for s in writers(group)
         ]
         filters = torch.cat(parts, 1)
@@ -142,59 +144,63 @@ def fpgm(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
     return scores
 
 
-def taylor(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
+def taylor(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
     """Mean over batches of |sum w * dL/dw| over the weights that read the channel.
 
     That sum is exactly the derivative of the loss by a gate on the channel where it is read, so its size is the
     first-order change of the loss if the channel went (Molchanov et al. 2017). The model is in evaluation mode.
     """
-    return mean([gate.abs() for gate in gates] for gates in _gates(graph, see, "taylor"))
+    return mean([gate.abs() for gate in gates] for gates in _gates(graph, evidence, "taylor"))
 
 
-def fisher(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
+def fisher(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
     """Mean over losses of (sum w * dL/dw)^2 / 2: the second-order change of the loss if the channel went.
 
     The diagonal Fisher information of a gate on the channel stands for its second derivative (Theis et al. 2018,
     arXiv:1801.05787, eq. 6; with coupled layers Liu et al. 2021, arXiv:2108.00708). It is that of single examples if
     each loss is that of one example; of the losses of batches of n it takes about one n-th, besides the mean's square.
     """
-    return mean([gate.square() / 2 for gate in gates] for gates in _gates(graph, see, "fisher"))
+    return mean(
+        [gate.square() / 2 for gate in gates] for gates in _gates(graph, evidence, "fisher")
+    )
 
 
-def obd(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
+def obd(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
     """Sum over the reading weights of w^2 F / 2, with F the mean square of dL/dw of each weight by itself.
 
     Optimal Brain Damage (LeCun et al. 1990, eq. 5) with the diagonal Fisher for the Hessian: unlike "fisher" it takes
     the weights of a channel for independent of each other. About single examples the same holds as there.
     """
-    read = [readers(group, see.model) for group in graph.groups]
+    read = [readers(group, evidence.model) for group in graph.groups]
     return mean(
         [_total(slices, effects, lambda effect: effect.square() / 2) for slices in read]
-        for effects in _effects(graph, see, "obd")
+        for effects in _effects(graph, evidence, "obd")
     )
 
 
-def snip(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
+def snip(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
     """|sum w * dL/dw| with the gradient of all batches together (Lee et al. 2019, arXiv:1810.02340, of a gate).
 
     For networks at their initialisation: norms take the statistics of the batch.
     """
-    return [gate.abs() for gate in mean(_gates(graph, see, "snip", batch_statistics=True))]
+    return [gate.abs() for gate in mean(_gates(graph, evidence, "snip", batch_statistics=True))]
 
 
-def grasp(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
+def grasp(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
     """Sum of w * (H g) over the reading weights: what the channel adds to the flow of gradients.
 
     Wang et al. 2020 (arXiv:2002.07376, eq. 8) take the negative and remove the highest. H g is that of each batch, and
     their mean is taken. For networks at their initialisation: norms take the statistics of the batch.
     """
-    return mean(_gates(graph, see, "grasp", batch_statistics=True, derivative=hessian_gradient))
+    return mean(
+        _gates(graph, evidence, "grasp", batch_statistics=True, derivative=hessian_gradient)
+    )
 
 
-def random(graph: ChannelGraph, see: Evidence) -> list[Tensor]:
+def random(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
     """Uniform numbers: the control that every other score has to beat."""
-    assert see.generator is not None
-    return [torch.rand(group.channels, generator=see.generator) for group in graph.groups]
+    assert evidence.generator is not None
+    return [torch.rand(group.channels, generator=evidence.generator) for group in graph.groups]
 
 
 SCORES: dict[str, Score] = {
@@ -249,7 +255,7 @@ def raw_scores(
         raise RecipeError(
             f"prune.score: no such score '{name}'{hint}; use one of {', '.join(SCORES)}"
         )
-    row, see = SCORES[name], Evidence(model, effective_tensors(model), losses, generator)
+    row, evidence = SCORES[name], Evidence(model, effective_tensors(model), losses, generator)
     if row.needs == "losses" and losses is None:
         raise ModelError(
             f"the score '{name}' needs `losses`, the loss on some batches; give them or use 'l1'"
@@ -258,7 +264,7 @@ def raw_scores(
         raise ModelError(
             f"the score '{name}' needs a `generator`; take one from fedpress.core.random"
         )
-    raw = row.of(graph, see)
+    raw = row.of(graph, evidence)
     for group, values in zip(graph.groups, raw, strict=True):
         if not values.isfinite().all():
             raise ModelError(
@@ -295,23 +301,23 @@ def readers(group: ChannelGroup, model: nn.Module) -> Sequence[Slice]:
 
 def _gates(
     graph: ChannelGraph,
-    see: Evidence,
+    evidence: Evidence,
     name: str,
     *,
     batch_statistics: bool = False,
     derivative: Callable[[Tensor, Sequence[Tensor]], list[Tensor]] = gradient,
 ) -> Iterator[list[Tensor]]:
     """Yields for each loss the sum of w * derivative over the weights that read each channel."""
-    read = [readers(group, see.model) for group in graph.groups]
+    read = [readers(group, evidence.model) for group in graph.groups]
     for effects in _effects(
-        graph, see, name, batch_statistics=batch_statistics, derivative=derivative
+        graph, evidence, name, batch_statistics=batch_statistics, derivative=derivative
     ):
         yield [_total(slices, effects) for slices in read]
 
 
 def _effects(
     graph: ChannelGraph,
-    see: Evidence,
+    evidence: Evidence,
     name: str,
     *,
     batch_statistics: bool = False,
@@ -321,14 +327,14 @@ def _effects(
 
     Of a weight that is computed from others these are the others: they are what a cut sets to zero.
     """
-    assert see.losses is not None
-    owned = dict(see.model.named_parameters(remove_duplicate=False))
+    assert evidence.losses is not None
+    owned = dict(evidence.model.named_parameters(remove_duplicate=False))
     weights = {
-        s.tensor: owned[s.tensor] for group in graph.groups for s in readers(group, see.model)
+        s.tensor: owned[s.tensor] for group in graph.groups for s in readers(group, evidence.model)
     }
     count = 0
-    with differentiable(see.model, list(weights.values()), batch_statistics=batch_statistics):
-        for loss in see.losses():
+    with differentiable(evidence.model, list(weights.values()), batch_statistics=batch_statistics):
+        for loss in evidence.losses():
             slopes = derivative(loss, list(weights.values()))
             yield {n: w.detach() * g for (n, w), g in zip(weights.items(), slopes, strict=True)}
             count += 1

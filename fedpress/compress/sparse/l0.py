@@ -68,7 +68,7 @@ class Gates(nn.Module):
         super().__init__()
         self.log_alphas = nn.ParameterList([nn.Parameter(a) for a in log_alphas])
         self.factors, self.share = factors, share
-        self.chance = torch.Generator()
+        self.generator = torch.Generator()
 
     def density(self) -> Tensor:
         """Returns the expected share of parameters, differentiable, in closed form."""
@@ -79,7 +79,9 @@ class Gates(nn.Module):
         tiny = torch.finfo(torch.float32).tiny
         return self.factors(
             [
-                sample(a, torch.rand(a.shape, generator=self.chance).clamp_min(tiny).to(a.device))
+                sample(
+                    a, torch.rand(a.shape, generator=self.generator).clamp_min(tiny).to(a.device)
+                )
                 for a in self.log_alphas
             ]
         )
@@ -186,8 +188,8 @@ def channel_gates(model: nn.Module, graph: ChannelGraph, *, generator: torch.Gen
 
     def factors(z: list[Tensor]) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
-        for layer, gate in zip(graph.groups, z, strict=True):
-            for s in _gated(layer):
+        for group, gate in zip(graph.groups, z, strict=True):
+            for s in _gated(group):
                 size = sizes[s.tensor]
                 index = s.index.to(gate.device)
                 line = gate.new_ones(size[s.axis]).index_put(
@@ -199,9 +201,9 @@ def channel_gates(model: nn.Module, graph: ChannelGraph, *, generator: torch.Gen
 
     def share(p: list[Tensor]) -> Tensor:
         left: dict[str, dict[int, Tensor]] = {name: {} for name in graph.shapes}
-        for layer, probability in zip(graph.groups, p, strict=True):
+        for group, probability in zip(graph.groups, p, strict=True):
             gone = (1 - probability).sum()
-            for s in layer.slices:
+            for s in group.slices:
                 if s.tensor in left:
                     axes = left[s.tensor]
                     axes[s.axis] = axes.get(s.axis, gone.new_tensor(0.0)) + gone * s.index.shape[1]
@@ -213,16 +215,16 @@ def channel_gates(model: nn.Module, graph: ChannelGraph, *, generator: torch.Gen
                 count = count * (size - left[name].get(axis, zero))
             counts.append(count)
         return torch.stack(counts).sum() / graph.parameters(
-            [layer.channels for layer in graph.groups]
+            [group.channels for group in graph.groups]
         )
 
     return Gates(
-        [_begin((layer.channels,), generator).to(at) for layer in graph.groups], factors, share
+        [_begin((group.channels,), generator).to(at) for group in graph.groups], factors, share
     )
 
 
-def _gated(layer: ChannelGroup) -> list[Any]:
-    return layer.role("read") or layer.role("write")
+def _gated(group: ChannelGroup) -> list[Any]:
+    return group.role("read") or group.role("write")
 
 
 def _begin(shape: Sequence[int], generator: torch.Generator) -> Tensor:

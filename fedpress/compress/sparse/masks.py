@@ -16,7 +16,7 @@ from fedpress.nn.quantized import kept_entries
 
 Scope = Literal["global", "uniform", "erk"]
 Masks = dict[str, Tensor]
-"""Weight name -> bool of its shape, true where it stays."""
+"""Weight name -> bool of its shape, true where it is kept."""
 
 
 def choose(
@@ -61,14 +61,14 @@ def choose(
         return {w.name: _n_of_m(w, flat[w.name], allowed[w.name], n, pattern.b) for w in weights}
     units = [_Units.of(w, pattern, flat[w.name], allowed[w.name]) for w in weights]
     if scope == "global":
-        stays = _global(units, wanted)
+        kept = _global(units, wanted)
     else:
         budgets = share_out(weights, allowed, wanted, scope)
-        stays = [_fill(u.value, u.cost, budget) for u, budget in zip(units, budgets, strict=True)]
-    return {
-        w.name: u.mask(kept, allowed[w.name])
-        for w, u, kept in zip(weights, units, stays, strict=True)
-    }
+        kept = [_fill(u.value, u.cost, budget) for u, budget in zip(units, budgets, strict=True)]
+    masks: Masks = {}
+    for weight, own, best in zip(weights, units, kept, strict=True):
+        masks[weight.name] = own.mask(best, allowed[weight.name])
+    return masks
 
 
 def check_density(density: float, *, where: str = "sparsify.density") -> None:
@@ -96,29 +96,38 @@ def share_out(
     if isinstance(scope, str):
         density = {w.name: 1.0 if scope == "uniform" else _erk(w.value.shape) for w in weights}
     else:
-        density = {w.name: _given(scope, w.name) for w in weights}
-    share = [density[w.name] * w.size for w in weights]
+        density = {w.name: _density_given(scope, w.name) for w in weights}
+    shares = [density[w.name] * w.size for w in weights]
     room = [int(allowed[w.name].sum()) for w in weights]
-    exact, full = [0.0] * len(weights), [False] * len(weights)
+    return _whole_numbers(_in_proportion(shares, room, wanted), room, wanted)
+
+
+def _in_proportion(shares: Sequence[float], room: Sequence[int], wanted: int) -> list[float]:
+    """Deals `wanted` in proportion to `shares`; what goes beyond the room of one is dealt to the others."""
+    full: set[int] = set()
     while True:
-        free = [i for i, f in enumerate(full) if not f]
-        left = wanted - sum(r for r, f in zip(room, full, strict=True) if f)
-        scale = left / sum(share[i] for i in free) if free else 0.0
-        exact = [float(room[i]) if full[i] else share[i] * scale for i in range(len(weights))]
-        over = [i for i in free if exact[i] > room[i]]
+        free = [i for i in range(len(shares)) if i not in full]
+        left = wanted - sum(room[i] for i in full)
+        scale = left / sum(shares[i] for i in free) if free else 0.0
+        dealt = [float(room[i]) if i in full else shares[i] * scale for i in range(len(shares))]
+        over = [i for i in free if dealt[i] > room[i]]
         if not over:
-            break
-        for i in over:
-            full[i] = True
-    whole = [int(x) for x in exact]
-    order = sorted(range(len(weights)), key=lambda i: (whole[i] - exact[i], i))
-    for i in [i for i in order if whole[i] < room[i]][: wanted - sum(whole)]:
-        whole[i] += 1
-    for i in [
-        i for i, n in enumerate(whole) if n < min(1, room[i])
-    ]:  # a weight without entries would cut the network
-        whole[i], whole[whole.index(max(whole))] = 1, max(whole) - 1
-    return whole
+            return dealt
+        full.update(over)
+
+
+def _whole_numbers(exact: Sequence[float], room: Sequence[int], wanted: int) -> list[int]:
+    """Rounds to whole numbers by largest remainder, so that their sum is `wanted`."""
+    counts = [int(x) for x in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    open_ = [i for i in by_remainder if counts[i] < room[i]]
+    for i in open_[: wanted - sum(counts)]:
+        counts[i] += 1
+    # A weight without any entry would cut the network: it takes one from the largest.
+    for i in [i for i, n in enumerate(counts) if n < min(1, room[i])]:
+        largest = counts.index(max(counts))
+        counts[i], counts[largest] = 1, max(counts) - 1
+    return counts
 
 
 def _erk(shape: Sequence[int]) -> float:
@@ -126,7 +135,7 @@ def _erk(shape: Sequence[int]) -> float:
     return sum(shape) / prod(shape)
 
 
-def _given(densities: Mapping[str, float], name: str) -> float:
+def _density_given(densities: Mapping[str, float], name: str) -> float:
     if name not in densities:
         raise RecipeError(
             f"sparsify.densities: '{name}' has none; give one for each weight that gets zeros"
@@ -144,25 +153,19 @@ class _Units:
     @classmethod
     def of(cls, weight: Weight, pattern: Pattern, scores: Tensor, allowed: Tensor) -> _Units:
         if pattern.kind == "unstructured":
-            return cls(
-                None,
-                scores.flatten().masked_fill(~allowed.flatten(), -torch.inf),
-                allowed.flatten().long(),
-            )
+            value = scores.flatten().masked_fill(~allowed.flatten(), -torch.inf)
+            return cls(None, value, allowed.flatten().long())
         ids = pattern.units(weight).to(scores.device)
         flat, count, may = ids.flatten(), int(ids.max()) + 1, allowed.flatten()
-        cost = torch.zeros(count, dtype=torch.long, device=flat.device).index_add_(
-            0, flat, may.long()
-        )
-        kept = scores.flatten().double().masked_fill(~may, 0.0)
-        value = (
-            torch.zeros(count, dtype=torch.double, device=flat.device).index_add_(0, flat, kept)
-            / cost
-        )
-        return cls(ids, value.masked_fill(cost == 0, -torch.inf), cost)
+        cost = torch.zeros(count, dtype=torch.long, device=flat.device)
+        cost.index_add_(0, flat, may.long())
+        total = torch.zeros(count, dtype=torch.double, device=flat.device)
+        total.index_add_(0, flat, scores.flatten().double().masked_fill(~may, 0.0))
+        return cls(ids, (total / cost).masked_fill(cost == 0, -torch.inf), cost)
 
-    def mask(self, stays: Tensor, allowed: Tensor) -> Tensor:
-        return (stays.view(allowed.shape) if self.ids is None else stays[self.ids]) & allowed
+    def mask(self, kept: Tensor, allowed: Tensor) -> Tensor:
+        entries = kept.view(allowed.shape) if self.ids is None else kept[self.ids]
+        return entries & allowed
 
 
 def _global(units: Sequence[_Units], wanted: int) -> list[Tensor]:
@@ -174,8 +177,8 @@ def _global(units: Sequence[_Units], wanted: int) -> list[Tensor]:
         value[best] = torch.inf
         least += int(one.cost[best])
         values.append(value)
-    stays = _fill(torch.cat(values), torch.cat([u.cost.cpu() for u in units]), max(wanted, least))
-    parts = stays.split([len(u.value) for u in units])
+    kept = _fill(torch.cat(values), torch.cat([u.cost.cpu() for u in units]), max(wanted, least))
+    parts = kept.split([len(u.value) for u in units])
     return [part.to(u.value.device) for part, u in zip(parts, units, strict=True)]
 
 
@@ -183,15 +186,14 @@ def _fill(value: Tensor, cost: Tensor, wanted: int) -> Tensor:
     """Keeps the most valuable units, as many as bring their cost nearest to `wanted`, at least one; bool [units]."""
     order = value.argsort(descending=True, stable=True)
     spent = cost[order].cumsum(0)
-    count = int(
-        torch.searchsorted(spent, spent.new_tensor(wanted))
-    )  # the first `count` cost less than wanted
+    # The first `count` cost less than wanted.
+    count = int(torch.searchsorted(spent, spent.new_tensor(wanted)))
     before = int(spent[count - 1]) if count else 0
     if count < len(spent) and (not count or int(spent[count]) - wanted <= wanted - before):
         count += 1
-    stays = torch.zeros_like(value, dtype=torch.bool)
-    stays[order[:count]] = True
-    return stays
+    kept = torch.zeros_like(value, dtype=torch.bool)
+    kept[order[:count]] = True
+    return kept
 
 
 def _n_of_m(weight: Weight, scores: Tensor, allowed: Tensor, n: int, m: int) -> Tensor:

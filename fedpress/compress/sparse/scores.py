@@ -36,18 +36,18 @@ class WeightEvidence:
     moved: Mapping[str, Tensor] | None = None
 
 
-def magnitude(see: WeightEvidence) -> Values:
+def magnitude(evidence: WeightEvidence) -> Values:
     """|w|."""
-    return [w.value.detach().abs() for w in see.weights]
+    return [w.value.detach().abs() for w in evidence.weights]
 
 
-def lamp(see: WeightEvidence) -> Values:
+def lamp(evidence: WeightEvidence) -> Values:
     """w^2 over the sum of the squares in its layer that are not smaller (Lee et al. 2021, arXiv:2010.07611, eq. 3).
 
     It makes the weights of layers comparable, and the largest of each layer scores 1, so that none is cut off.
     """
     scores = []
-    for w in see.weights:
+    for w in evidence.weights:
         squares = w.value.detach().double().square().flatten()
         rising, order = squares.sort(stable=True)
         rest = rising.flip(0).cumsum(0).flip(0)
@@ -58,64 +58,64 @@ def lamp(see: WeightEvidence) -> Values:
     return scores
 
 
-def taylor(see: WeightEvidence) -> Values:
+def taylor(evidence: WeightEvidence) -> Values:
     """Mean over batches of |w dL/dw|: how much the loss changes, to first order, if the weight goes.
 
     Molchanov et al. 2017, arXiv:1611.06440. The model is in evaluation mode.
     """
-    return _over_batches(see, "taylor", lambda w, g: (w * g).abs())
+    return _over_batches(evidence, "taylor", lambda w, g: (w * g).abs())
 
 
-def fisher(see: WeightEvidence) -> Values:
+def fisher(evidence: WeightEvidence) -> Values:
     """w^2 F / 2 with F the mean square of dL/dw: Optimal Brain Damage (LeCun et al. 1990) with the diagonal Fisher.
 
     F is that of single examples if each loss is that of one example; the model is in evaluation mode.
     """
-    return _over_batches(see, "fisher", lambda w, g: (w * g).square() / 2)
+    return _over_batches(evidence, "fisher", lambda w, g: (w * g).square() / 2)
 
 
-def snip(see: WeightEvidence) -> Values:
+def snip(evidence: WeightEvidence) -> Values:
     """|w dL/dw| with the gradient of all batches together (Lee et al. 2019, arXiv:1810.02340, eq. 4).
 
     For networks at their initialisation, whose norms take the statistics of the batch.
     """
-    values = [w.value for w in see.weights]
-    with differentiable(see.model, values, batch_statistics=True):
-        slopes = mean(gradient(loss, values) for loss in _losses(see, "snip"))
+    values = [w.value for w in evidence.weights]
+    with differentiable(evidence.model, values, batch_statistics=True):
+        slopes = mean(gradient(loss, values) for loss in _losses(evidence, "snip"))
     return [(v.detach() * g).abs() for v, g in zip(values, slopes, strict=True)]
 
 
-def grasp(see: WeightEvidence) -> Values:
+def grasp(evidence: WeightEvidence) -> Values:
     """What the weight adds to the flow of gradients, w (H g) (Wang et al. 2020, arXiv:2002.07376, eq. 8).
 
     Their score is its negative, of which they remove the highest. H g is that of each batch, and their mean is taken.
     For networks at their initialisation, whose norms take the statistics of the batch.
     """
-    values = [w.value for w in see.weights]
-    with differentiable(see.model, values, batch_statistics=True):
-        products = mean(hessian_gradient(loss, values) for loss in _losses(see, "grasp"))
+    values = [w.value for w in evidence.weights]
+    with differentiable(evidence.model, values, batch_statistics=True):
+        products = mean(hessian_gradient(loss, values) for loss in _losses(evidence, "grasp"))
     return [v.detach() * h for v, h in zip(values, products, strict=True)]
 
 
-def movement(see: WeightEvidence) -> Values:
+def movement(evidence: WeightEvidence) -> Values:
     """Minus the sum of w dL/dw over the training so far (Sanh et al. 2020, arXiv:2005.07683): what moves away from 0.
 
     There a pruned weight may come back; here its zero stays, and so does its score.
     """
-    if see.moved is None:
+    if evidence.moved is None:
         raise ModelError(
             "the score 'movement' is summed up while the network trains; take schedule 'gradual' or 'rewind'"
         )
-    return [see.moved[w.name] for w in see.weights]
+    return [evidence.moved[w.name] for w in evidence.weights]
 
 
-def random(see: WeightEvidence) -> Values:
+def random(evidence: WeightEvidence) -> Values:
     """Uniform numbers: the control that every other score has to beat."""
-    if see.generator is None:
+    if evidence.generator is None:
         raise ModelError(
             "the score 'random' needs a `generator`; take one from fedpress.core.random"
         )
-    return [torch.rand(w.value.shape, generator=see.generator) for w in see.weights]
+    return [torch.rand(w.value.shape, generator=evidence.generator) for w in evidence.weights]
 
 
 WEIGHT_SCORES: dict[str, Callable[[WeightEvidence], Values]] = {
@@ -130,7 +130,7 @@ WEIGHT_SCORES: dict[str, Callable[[WeightEvidence], Values]] = {
 }
 
 
-def score_weights(name: str, see: WeightEvidence) -> dict[str, Tensor]:
+def score_weights(name: str, evidence: WeightEvidence) -> dict[str, Tensor]:
     """Scores every entry of the weights: a tensor of its shape for each, by name.
 
     Raises:
@@ -142,13 +142,13 @@ def score_weights(name: str, see: WeightEvidence) -> dict[str, Tensor]:
         raise RecipeError(
             f"sparsify.score: no such score '{name}'{hint}; use one of {', '.join(WEIGHT_SCORES)}"
         )
-    values = WEIGHT_SCORES[name](see)
-    for w, scores in zip(see.weights, values, strict=True):
+    values = WEIGHT_SCORES[name](evidence)
+    for w, scores in zip(evidence.weights, values, strict=True):
         if not scores.isfinite().all():
             raise ModelError(
                 f"the score '{name}' of '{w.name}' is not finite; sparsify a model whose training went well"
             )
-    return {w.name: scores for w, scores in zip(see.weights, values, strict=True)}
+    return {w.name: scores for w, scores in zip(evidence.weights, values, strict=True)}
 
 
 class Movement:
@@ -184,22 +184,24 @@ def gradients(losses: Iterable[Tensor], weights: Sequence[Weight]) -> dict[str, 
 
 
 def _over_batches(
-    see: WeightEvidence, name: str, effect: Callable[[Tensor, Tensor], Tensor]
+    evidence: WeightEvidence, name: str, effect: Callable[[Tensor, Tensor], Tensor]
 ) -> Values:
     """Returns the mean over batches of `effect(weight, gradient)`, in evaluation mode."""
-    values = [w.value for w in see.weights]
-    with differentiable(see.model, values):
-        pairs = (zip(values, gradient(loss, values), strict=True) for loss in _losses(see, name))
+    values = [w.value for w in evidence.weights]
+    with differentiable(evidence.model, values):
+        pairs = (
+            zip(values, gradient(loss, values), strict=True) for loss in _losses(evidence, name)
+        )
         return mean([effect(v.detach(), g) for v, g in pair] for pair in pairs)
 
 
-def _losses(see: WeightEvidence, name: str) -> Iterator[Tensor]:
-    if see.losses is None:
+def _losses(evidence: WeightEvidence, name: str) -> Iterator[Tensor]:
+    if evidence.losses is None:
         raise ModelError(
             f"the score '{name}' needs `losses`, the loss on some batches; give them or use 'magnitude'"
         )
     count = 0
-    for loss in see.losses():
+    for loss in evidence.losses():
         count += 1
         yield loss
     if not count:

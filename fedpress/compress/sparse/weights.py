@@ -74,16 +74,13 @@ def find_weights(
     """
     found, dense = _all(model)
     for pattern in keep:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in [*found, *dense]):
+        if not _matching([*found, *dense], pattern):
             some = ", ".join(list(found)[:3])
             raise RecipeError(f"keep: no weight matches '{pattern}'; names look like {some}")
     names = list(found)
-    reasons = {
-        n: "asked for by `keep`"
-        for n in names
-        if any(fnmatch.fnmatchcase(n, each) for each in keep)
-    }
+    kept = {name for pattern in keep for name in _matching(names, pattern)}
     left = ignored(model, ignore)
+    reasons = {name: "asked for by `keep`" for name in names if name in kept}
     reasons |= {name: "asked for by `ignore`" for name in names if name in left}
     if names and keep_first:
         reasons[names[0]] = "the first layer (keep_first)"
@@ -96,6 +93,10 @@ def find_weights(
             "set keep_first = false or keep_last = false, name less in keep and ignore, or use a larger model"
         )
     return Weights(chosen, dense | reasons)
+
+
+def _matching(names: Sequence[str], pattern: str) -> list[str]:
+    return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
 
 
 def _all(model: nn.Module) -> tuple[dict[str, Weight], dict[str, str]]:

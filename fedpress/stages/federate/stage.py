@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedpress.codecs import Clip, Settings
-from fedpress.compress.sparse.compact import expand_
 from fedpress.core import parameters
 from fedpress.errors import PrivacyError, TrainingError
 from fedpress.federation import RoundRecord
 from fedpress.federation.local import too_large
+from fedpress.nn.compact import expand_
 from fedpress.privacy.accounting.accountant import Spent
 from fedpress.privacy.ledger import Ledger, LedgerEntry
 from fedpress.stages.base import Stage

@@ -78,7 +78,7 @@ def test_the_expected_density_is_what_drawing_gives():
     with torch.no_grad():
         for a in gates.log_alphas:
             a.normal_(generator=generator(1, "alphas"))
-    gates.chance = generator(0, "draw")
+    gates.generator = generator(0, "draw")
     total = sum(w.size for w in chosen)
     shares = [sum(int((f > 0).sum()) for f in gates.draw().values()) / total for _ in range(400)]
     spread = torch.tensor(shares).std() / 20
@@ -117,14 +117,14 @@ def test_gates_in_training_are_those_drawn_and_get_their_gradient():
     model = network().train()
     chosen, gates = gates_for(model)
     x = torch.randn(5, 6, generator=generator(0, "x"))
-    gates.chance = generator(3, "step")
+    gates.generator = generator(3, "step")
     with gates.on(model):
         loss = model(x).square().sum()
     loss.backward()
-    gates.chance = generator(3, "step")
+    gates.generator = generator(3, "step")
     twin = {w.name: w.value.detach() for w in chosen}
     alphas = [a.detach().clone().requires_grad_(True) for a in gates.log_alphas]
-    uniform = [torch.rand(a.shape, generator=gates.chance) for a in alphas]
+    uniform = [torch.rand(a.shape, generator=gates.generator) for a in alphas]
     values = {
         w.name: twin[w.name] * sample(a, u) for w, a, u in zip(chosen, alphas, uniform, strict=True)
     }
@@ -283,7 +283,7 @@ def test_a_model_without_channels_is_told_to_use_weights():
 def test_balance_is_where_both_pull_alike():
     model = network().train()
     _, gates = gates_for(model)
-    gates.chance = generator(0, "step")
+    gates.generator = generator(0, "step")
     with gates.on(model):
         logits = model(torch.randn(8, 6, generator=generator(0, "x")))
     loss, density = F.cross_entropy(logits, torch.arange(8) % 3), gates.density()
@@ -305,7 +305,7 @@ def test_the_controller_leads_a_network_to_the_wanted_density(wanted):
     x = torch.randn(64, 6, generator=generator(0, "x"))
     y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
     _, gates = gates_for(model)
-    gates.chance = generator(0, "steps")
+    gates.generator = generator(0, "steps")
     steps, controller = 300, None
     weights_ = torch.optim.SGD(model.parameters(), 0.1, 0.9)
     optimizer = torch.optim.Adam(gates.parameters(), 20 / (0.6 * steps), (0.9, 0.99), 1e-16)

@@ -110,10 +110,10 @@ def test_taylor_tells_how_the_loss_changes_without_a_small_weight():
     layer = model[4]
     with torch.no_grad():
         layer.weight[2, 3] = 1e-4
-    see = WeightEvidence(
+    evidence = WeightEvidence(
         model, [Weight("4.weight", layer.weight)], lambda: [F.cross_entropy(model(X.double()), Y)]
     )
-    told = float(score_weights("taylor", see)["4.weight"][2, 3])
+    told = float(score_weights("taylor", evidence)["4.weight"][2, 3])
     before = float(F.cross_entropy(model(X.double()), Y).detach())
     with torch.no_grad():
         layer.weight[2, 3] = 0
@@ -138,14 +138,14 @@ def test_fisher_of_a_linear_model_is_that_of_the_closed_form():
         torch.randn(20, 3, generator=generator(0, "x")),
         torch.randn(20, generator=generator(0, "y")),
     )
-    see = WeightEvidence(
+    evidence = WeightEvidence(
         layer,
         [Weight("weight", layer.weight)],
         lambda: ((layer(a[None]).squeeze() - b).square() / 2 for a, b in zip(x, y, strict=True)),
     )
     errors = (x @ layer.weight.detach()[0] - y)[:, None]
     wanted = layer.weight.detach().square() * (errors * x).square().mean(0) / 2
-    torch.testing.assert_close(score_weights("fisher", see)["weight"], wanted)
+    torch.testing.assert_close(score_weights("fisher", evidence)["weight"], wanted)
 
 
 def test_snip_is_the_effect_of_the_mean_gradient_in_training_mode():
@@ -181,20 +181,20 @@ def test_grasp_of_a_square_is_the_closed_form():
     half = torch.randn(4, 4, generator=generator(0, "a"))
     a = half + half.T
     module = nn.Linear(4, 1, bias=False)
-    see = WeightEvidence(
+    evidence = WeightEvidence(
         module,
         [Weight("weight", module.weight)],
         lambda: [(module.weight @ a @ module.weight.T).squeeze() / 2],
     )
     w = module.weight.detach()
-    torch.testing.assert_close(score_weights("grasp", see)["weight"], w * (w @ a @ a))
+    torch.testing.assert_close(score_weights("grasp", evidence)["weight"], w * (w @ a @ a))
 
 
 def test_grasp_is_the_slope_of_the_gradient_norm():
     model = network().double()
     layer, name = model[4], "4.weight"
-    see = evidence_of_all(model, name)
-    told = score_weights("grasp", see)[name][1, 2]
+    evidence = evidence_of_all(model, name)
+    told = score_weights("grasp", evidence)[name][1, 2]
 
     def flow():
         with differentiable(model, (), batch_statistics=True):
@@ -219,10 +219,10 @@ def evidence_of_all(model, name):
 
 def test_grasp_of_a_loss_without_curvature_is_zero():
     layer = nn.Linear(3, 1, bias=False)
-    see = WeightEvidence(
+    evidence = WeightEvidence(
         layer, [Weight("weight", layer.weight)], lambda: [layer(torch.ones(3)).sum()]
     )
-    assert score_weights("grasp", see)["weight"].eq(0).all()
+    assert score_weights("grasp", evidence)["weight"].eq(0).all()
 
 
 def test_movement_sums_what_plain_steps_give():
