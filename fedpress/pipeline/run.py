@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from fedpress.data import FederatedData
-from fedpress.nn.quantized import kept_entries, note_kept_zeros_, settle_
+from fedpress.nn.quantized import kept_entries, materialize_, note_kept_zeros_
 from fedpress.pipeline.keys import stage_keys
 from fedpress.pipeline.measure import MEASURED, measure
 from fedpress.pipeline.places import placed

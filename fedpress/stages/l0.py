@@ -280,7 +280,7 @@ class GatedTraining:
     def events(self) -> Iterator[Tick | Milestone]:
         """Trains; the gates step where the weights do."""
         with self.gates.on(self.fit.model):
-            self.gates.chance = generator(self.seed, "gates", self.fit.epoch)
+            self.gates.generator = generator(self.seed, "gates", self.fit.epoch)
             for event in epochs_of(self.fit, self.source):
                 if isinstance(event, Step):
                     self.done = event.done
@@ -288,7 +288,7 @@ class GatedTraining:
                     self.optimizer.zero_grad()
                     yield Tick(event.done, event.total)
                     continue
-                self.gates.chance = generator(self.seed, "gates", event.epoch)
+                self.gates.generator = generator(self.seed, "gates", event.epoch)
                 density = float(self.gates.density().detach())
                 more = f", expected density {density:.1%}"
                 yield milestone(event, more=more, expected_density=density, lambda_=self.pull)

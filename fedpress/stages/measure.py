@@ -18,7 +18,6 @@ from fedpress.compress import cost
 from fedpress.core.random import generator
 from fedpress.deploy import FORMATS, Candidate, Job
 from fedpress.deploy.examples import Given, example_of, is_shape, take, tensors_of
-from fedpress.deploy.measure import Subject
 from fedpress.stages.base import Stage
 from fedpress.workspace.folder import StageFolder, write_json
 from fedpress.workspace.state import Name, State, Tick

@@ -185,7 +185,7 @@ class QuantizeStage(TaughtSettings, Stage):
             work = Training(model, self, on_grids, seed=seed, lesson=lesson)
             yield from drive(work, folder)
             model = work.fit.result_()
-        model = settle_(model.to("cpu"))
+        model = materialize_(model.to("cpu"))
         spec = spec.model_copy(update={"kept_zeros": note_kept_zeros_(model, kept)})
         layers: list[JsonValue] = [
             {"name": n, "weights": m.size, "bits": _bits(table[n])}

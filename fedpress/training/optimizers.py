@@ -43,7 +43,7 @@ class Optimizers:
 
         self.views = [(p, _view(p)) for p in hidden]
         matrices = [view for _, view in self.views]
-        found = (_sgd(rest, settings, spared=step_sizes(model)), _muon(matrices, settings))
+        found = (_sgd(rest, settings, spared=qparam_ids(model)), _muon(matrices, settings))
         self.each = [optimizer for optimizer in found if optimizer is not None]
         self._rates = [[group["lr"] for group in o.param_groups] for o in self.each]
 

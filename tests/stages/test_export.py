@@ -89,7 +89,7 @@ def test_clients_begin_with_the_model_and_not_with_its_file(tmp_path):
 def test_what_cannot_be_packed_is_measured_as_torch_holds_it(monkeypatch):
     recipe = recipes.load(RECIPE, ())
     state = first_state(recipe, load_data(recipe))
-    grids = {"head": LayerGrids(weights=WeightGrid())}
+    grids = {"head": QuantizationScheme(weights=WeightQuantization())}
     quantize_layers_(state.model, grids)
     state = replace(state, spec=state.spec.model_copy(update={"quantized": grids}))
 

@@ -79,9 +79,8 @@ def measure(
             found.add_(number, given, folder, formats=formats, int8=int8)
         entries = found.entries
         records = deploy.measure(
-            {name: entry.subject for name, entry in entries.items()},
+            {name: entry.candidate() for name, entry in entries.items()},
             _same_inputs(entries),
-            **_known_of(entries),
             batches=batches,
             threads=threads,
             seconds=seconds,
@@ -137,6 +136,12 @@ class Entry:
         if not isinstance(self.subject, Path):
             return False
         return b"QuantizeLinear" in self.subject.read_bytes().replace(b"DequantizeLinear", b"")
+
+    def candidate(self) -> Candidate:
+        """Returns what `deploy.measure` takes."""
+        return Candidate(
+            self.subject, self.macs, self.activations, self.on_integers, self.file_bytes
+        )
 
 
 def _check_numbers(seconds: float, batches: Sequence[int], threads: Sequence[int]) -> None:
@@ -248,19 +253,6 @@ class Found:
         if unknown and outputs_of(model, spec.input_shape).tokens:
             spec = spec.model_copy(update={"input_dtype": "int64"})
         return spec, model
-
-
-def _known_of(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """Returns what is known of the entries without a clock, as `deploy.measure` takes it."""
-    known: dict[str, Any] = {"macs": {}, "activations": {}, "int8": set(), "sizes": {}}
-    for name, entry in entries.items():
-        known["macs"][name] = entry.macs
-        known["activations"][name] = entry.activations
-        if entry.on_integers:
-            known["int8"].add(name)
-        if entry.file_bytes is not None:
-            known["sizes"][name] = entry.file_bytes
-    return known
 
 
 def _job(spec: ModelSpec, takes: Given) -> Job:

@@ -10,7 +10,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fedpress.compress.sparse.compact import compact_
 from fedpress.core import parameters
 from fedpress.core.examples import Preprocess
 from fedpress.core.names import ClientId
@@ -31,6 +30,7 @@ from fedpress.federation import (
     Uplink,
 )
 from fedpress.models import ModelSpec
+from fedpress.nn.compact import compact_
 from fedpress.nn.resize import copied
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.stages.federate.privacy import Protection, is_secure, protect, trust_of_stage

@@ -113,7 +113,7 @@ class PruneStage(PruneSettings, Stage):
         facts: dict[str, Any] = {
             "kept_parameters": work.plans[-1].parameters_after / state.dense,
             "parity_error": work.error,
-            "whole_layers": dict(work.plans[0].whole),
+            "whole_layers": dict(work.plans[0].unprunable),
             "restored_examples": work.restored,
         }
         inexact = dict(work.inexact)

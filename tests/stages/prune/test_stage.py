@@ -12,7 +12,7 @@ from fedpress import compress
 from fedpress.compress import SCORES, PruningPlan
 from fedpress.errors import DataError, ModelError, RecipeError, TrainingError
 from fedpress.models import load_model
-from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
+from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
