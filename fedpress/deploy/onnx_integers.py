@@ -144,7 +144,9 @@ def _part_shared_codes_(graph: _Graph) -> None:
             codes_name, scale_name, *zeros_name = made.input
             inputs = [graph.add(f"{codes_name}_{number}", codes), scale_name]
             for name in zeros_name:  # moved too
-                inputs.append(graph.add(f"{name}_{number}", graph.array(name)))
+                zeros = graph.array(name)
+                assert zeros is not None, "zero points of weights are constants"
+                inputs.append(graph.add(f"{name}_{number}", zeros))
             own = graph.node("DequantizeLinear", inputs, f"{made.output[0]}_{number}")
             own.attribute.extend(made.attribute)
             for at, name in enumerate(reader.input):
