@@ -18,7 +18,7 @@ from fedpress.core.parameters import trainable
 from fedpress.errors import DivergedError, RecipeError, TrainingError
 from fedpress.federation.vectors import Vectors
 from fedpress.nn.batch_norm import ONE_VALUE, averages_batches
-from fedpress.nn.quantized import step_sizes
+from fedpress.nn.quantized import qparam_ids
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.training.device import Precision, autocast, memory_format
 from fedpress.training.evaluate import evaluating, outputs
@@ -179,7 +179,7 @@ def plain_steps(model: nn.Module, work: LocalWork) -> Steps:
     """
     s, params = work.settings, trainable(model)
     shuffle, chance = work.key.client_stream("shuffle"), work.key.client_stream("prepare")
-    spared = step_sizes(model)  # the grids of quantized layers: decay would only draw them in
+    spared = qparam_ids(model)  # the grids of quantized layers: decay would only draw them in
     groups = [
         {"params": [p for p in params if id(p) not in spared], "weight_decay": s.weight_decay},
         {"params": [p for p in params if id(p) in spared], "weight_decay": 0.0},

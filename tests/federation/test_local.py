@@ -13,7 +13,7 @@ from fedpress.errors import DivergedError, RecipeError, TrainingError
 from fedpress.federation.local import LocalSettings, LocalWork, shuffled_batches
 from fedpress.federation.private import rehearse_private
 from fedpress.federation.sources import SOURCES
-from fedpress.nn.quant_scheme import LayerGrids, WeightGrid
+from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import quantize_layers_
 from fedpress.privacy.plan import PrivacyPlan
 from tests.federation.federation import (
