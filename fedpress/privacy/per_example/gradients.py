@@ -103,36 +103,60 @@ def clipped_gradient_sum(
         raise RecipeError(
             f"method: got {method!r}, expected one of {list(METHODS)}{did_you_mean(method, [*METHODS])}"
         )
-    guard, written = Guard(model), ""
-    params = trainable(model)
-    total = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
-    views = [
-        part.view(p.shape)
-        for part, p in zip(total.split([p.numel() for p in params]), params, strict=True)
-    ]
-    measured: Measured = []
-    agreed = True
+    running = _Sum(model, loss_fn, clip_norm)
     for start in range(0, len(x), chunk):
         at = slice(start, start + chunk)
-        found: Measured | None = None
-        if method != "loop":
-            before = total.clone()
-            if verify == "nothing":
-                found = METHODS[method](views, model, loss_fn, x[at], y[at], clip_norm)
-            else:
-                found = _verified(views, model, loss_fn, x[at], y[at], clip_norm, method, verify)
-            changed = guard.put_back_()
-            if changed or found is None:
-                agreed, written, found = False, written or changed, None
-                total.copy_(before)
-        measured += found or add_loop_(views, model, loss_fn, x[at], y[at], clip_norm, guard)
-    stats = _stats(measured, clip_norm, agreed)
-    written = written or next(
-        (one.problem for one in measured if one.problem.startswith(WRITTEN)), ""
-    )
-    if written and not contain:
-        raise RecipeError(written.removeprefix(WRITTEN))
-    return total, stats
+        if method == "loop" or not running.add_by_(method, x[at], y[at], verify):
+            running.add_alone_(x[at], y[at])
+    if running.written and not contain:
+        raise RecipeError(running.written.removeprefix(WRITTEN))
+    return running.total, _stats(running.measured, clip_norm, running.agreed)
+
+
+class _Sum:
+    """The sum of clipped gradients so far.
+
+    Attributes:
+        total: the sum [d].
+        measured: what was seen of each sample.
+        agreed: whether no chunk that was tried by another method gave way to the loop.
+        written: what a forward pass has changed in the model first, and the cure; empty if nothing.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, clip_norm: float) -> None:
+        self.model, self.loss_fn, self.clip_norm = model, loss_fn, clip_norm
+        self.guard = Guard(model)
+        params = trainable(model)
+        self.total = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
+        parts = self.total.split([p.numel() for p in params])
+        self.views = [part.view(p.shape) for part, p in zip(parts, params, strict=True)]
+        self.measured: Measured = []
+        self.agreed, self.written = True, ""
+
+    def add_by_(self, method: Method, x: Tensor, y: Tensor, verify: Verify) -> bool:
+        """Adds a chunk by `method`; returns False, with nothing added, if that cannot be trusted with it."""
+        before = self.total.clone()
+        model, loss_fn, clip_norm = self.model, self.loss_fn, self.clip_norm
+        found: Measured | None
+        if verify == "nothing":
+            found = METHODS[method](self.views, model, loss_fn, x, y, clip_norm)
+        else:
+            found = _verified(self.views, model, loss_fn, x, y, clip_norm, method, verify)
+        changed = self.guard.put_back_()
+        if not changed and found is not None:
+            self.measured += found
+            return True
+        self.total.copy_(before)
+        self.agreed = False
+        self.written = self.written or changed
+        return False
+
+    def add_alone_(self, x: Tensor, y: Tensor) -> None:
+        """Adds a chunk sample by sample, where none can touch another."""
+        found = add_loop_(self.views, self.model, self.loss_fn, x, y, self.clip_norm, self.guard)
+        self.measured += found
+        problems = [one.problem for one in found if one.problem.startswith(WRITTEN)]
+        self.written = self.written or next(iter(problems), "")
 
 
 def _verified(
@@ -239,36 +263,23 @@ def choose_method(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> Me
     also where the network cannot run on random ones. A network whose samples mix fails the comparison for every
     batched method, so it falls to the loop, where they cannot; what mixes on rare inputs only is found by `verify`.
     """
-    try:
-        twin = copied(
-            model
-        )  # in the modes of the real one: a network may mix samples only while it trains
-    except Exception:  # what cannot be tried is not used
-        return "loop"
-    for module in twin.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.eval()  # its draws would differ between the methods
-    noise = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in trainable(
-            twin
-        ):  # away from zeros: a zero layer would hide that a gradient is wrong
-            p.add_(0.05 * torch.randn(p.shape, generator=noise).to(p))
     candidates: list[Method] = ["ghost"] if ghost.supports(model) else []
     small = sum(p.numel() for p in trainable(model)) < 1_000_000 and not _convolves(model)
     candidates += ["vmap"] if small or x.device.type != "cpu" else []
     if not candidates:
         return "loop"
-    own, labels = (
-        torch.cat([x[:1], x[-1:]]),
-        torch.zeros((2, *y.shape[1:]), dtype=y.dtype, device=y.device),
-    )
-    made_up = (
-        []
-        if _takes_whole_numbers(model, x)
-        else [torch.randn((2, *x.shape[1:]), generator=noise).to(x)]
-    )
-    for inputs in (*made_up, own):
+    noise = torch.Generator().manual_seed(0)
+    try:
+        twin = _twin(model, noise)
+    except Exception:  # what cannot be tried is not used
+        return "loop"
+
+    labels = torch.zeros((2, *y.shape[1:]), dtype=y.dtype, device=y.device)
+    tries = [torch.cat([x[:1], x[-1:]])]
+    if not _takes_whole_numbers(model, x):
+        made_up = torch.randn((2, *x.shape[1:]), generator=noise).to(x)
+        tries.insert(0, made_up)
+    for inputs in tries:
         expected, raw = clipped_gradient_sum(
             twin, loss_fn, inputs, labels, clip_norm=1.0, contain=True
         )
@@ -284,6 +295,19 @@ def choose_method(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> Me
         if float((got - expected).norm()) <= 1e-3 * float(expected.norm()):
             return method
     return "loop"
+
+
+def _twin(model: nn.Module, noise: torch.Generator) -> nn.Module:
+    """Returns a copy to try methods on, in the modes of the real one: a network may mix samples only in training."""
+    twin = copied(model)
+    for module in twin.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()  # its draws would differ between the methods
+    with torch.no_grad():
+        # Away from zeros: a zero layer would hide that a gradient is wrong.
+        for p in trainable(twin):
+            p.add_(0.05 * torch.randn(p.shape, generator=noise).to(p))
+    return twin
 
 
 def _takes_whole_numbers(model: nn.Module, x: Tensor) -> bool:
