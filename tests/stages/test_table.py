@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,37 +13,8 @@ from fedpress.stages.base import Stage
 from fedpress.stages.table import STAGES, commands
 from fedpress.stages.union import AnyStage
 
-SHRINK = '''
-from dataclasses import replace
-from typing import Literal
-
-import torch
-from pydantic import BaseModel, ConfigDict, Field
-
-from fedpress.stages.base import Stage
-from fedpress.workspace.state import Name, Tick
-
-
-class ShrinkStage(BaseModel, Stage):
-    """`[[stage]] kind = "shrink"`: multiplies every weight."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["shrink"]
-    name: Name = "shrink"
-    factor: float = Field(0.5, gt=0, description="what weights are multiplied by")
-
-    def check(self, state):
-        return state, {"factor": self.factor}
-
-    def run(self, state, folder):
-        yield Tick(0, 1, "shrinking")
-        with torch.no_grad():
-            for parameter in state.model.parameters():
-                parameter.mul_(self.factor)
-        yield Tick(1, 1)
-        return replace(state, facts={"factor": self.factor})
-'''
+PAGE = Path(__file__).parents[2] / "docs" / "adding-a-stage.md"
+SHRINK = re.search(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)[1]
 
 BESIDE = """
 import json
