@@ -217,30 +217,28 @@ def _key(name: str) -> str:
 
 def anchor_(tree: dict[str, Any], folder: Path) -> None:
     """Makes relative paths absolute: of the data, of a saved model, of a teacher."""
-    data, model, stages = tree.get("data"), tree.get("model"), tree.get("stage")
-    places = [(model, "checkpoint"), (model, "weights")]
+    stages = tree.get("stage")
+    places = [(tree.get("data"), "path")]
+    places += [(tree.get("model"), key) for key in ("checkpoint", "weights")]
     for stage in stages if isinstance(stages, list) else []:
         places += [(stage, key) for key in MODEL_KEYS]
-    for table, key in [(data, "path"), *places]:
-        if not isinstance(table, dict):
+    for table, key in places:
+        if not isinstance(table, dict) or not _is_relative(key, table.get(key)):
             continue
-        value = table.get(key)
-        if (
-            not isinstance(value, str)
-            or value in MODEL_KEYS.get(key, ())
-            or value.startswith(TEACHER)
-            or value.startswith("~")
-            or Path(value).is_absolute()
-        ):
-            continue
-        beside, here = folder / value, Path.cwd() / value
-        own_function = key == "path" and ":" in str(
-            table.get("source", "")
-        )  # its path may be anything
+        beside, here = folder / table[key], Path.cwd() / table[key]
+        # The path of a function of one's own may be anything.
+        own_function = key == "path" and ":" in str(table.get("source", ""))
         if _exists(beside) or not (_exists(here) or own_function):
             table[key] = str(beside.resolve())
         elif _exists(here):  # as older versions counted
             table[key] = str(here.resolve())
+
+
+def _is_relative(key: str, value: object) -> bool:
+    """Says whether `value` of the key `key` is a path that depends on where one is, and not a word."""
+    if not isinstance(value, str) or value in MODEL_KEYS.get(key, ()):
+        return False
+    return not (value.startswith((TEACHER, "~")) or Path(value).is_absolute())
 
 
 def _exists(path: Path) -> bool:
