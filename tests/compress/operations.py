@@ -235,6 +235,23 @@ def products() -> None:
         x.unflatten(-1, (4, -1)) for x in (a, b))))  # fmt: skip
 
 
+def rounding() -> None:
+    """What a network that was trained for few bits does to its values."""
+    row(
+        "fake quantize",
+        "vector",
+        lambda a, b: torch.fake_quantize_per_tensor_affine(a + b, 0.02, 128, 0, 255),
+    )
+    row(
+        "fake quantize channels",
+        "image",
+        lambda a, b, w: torch.fake_quantize_per_channel_affine(
+            a + b, w.abs() + 0.05, torch.zeros(16, dtype=torch.int32), 1, -128, 127
+        ),
+        (16,),
+    )
+
+
 def experts() -> None:
     """Mixtures of experts: stacked weights [experts, in, out] as they are multiplied."""
     row("experts bmm", "tokens", lambda a, b, w: torch.bmm(
@@ -258,7 +275,7 @@ def experts() -> None:
         "nlc,nlco->nlo", a + b, w[torch.arange(10).view(2, 5) % 3]), (3, 16, 8))  # fmt: skip
 
 
-for part in (aliases, along_space, products, experts):
+for part in (aliases, along_space, products, experts, rounding):
     part()
 
 

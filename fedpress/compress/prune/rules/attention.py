@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fedpress.compress.prune.ids import Axis, Ids, Value, sizes
-from fedpress.compress.prune.rules.table import Axes, Shape, aten, elementwise, rule
+from fedpress.compress.prune.rules.table import Axes, Shape, aten, elementwise, rule, tie
 
 ALIGNED = 8  # numbers of 2 bytes in 16 bytes; of 4 bytes it is two rows of 16
 PRODUCT = "a product of activations, which may be scaled by its size"
@@ -22,9 +23,9 @@ def matmul(ids: Ids, shape: Shape, x: Value, y: Value) -> Axes:
     column = y.axes[-1:] if len(y.shape) > 1 else ()
     left, right = _weights(x, y)
     if right and not left:
-        _read(ids, summed, x.axes[-1], column)
+        _contract(ids, summed, x.axes[-1], column)
     elif left and not right:
-        _read(ids, x.axes[-1], summed, row)
+        _contract(ids, x.axes[-1], summed, row)
     elif (
         ids.target is aten.mv.default and x.zero and y.zero
     ):  # a masked weight adds nothing to the sum
@@ -48,7 +49,7 @@ def _weights(*values: Value) -> list[bool]:
     return plain if any(plain) else [value.selected for value in values]
 
 
-def _read(ids: Ids, weight: Axis, source: Axis, out: Axes) -> None:
+def _contract(ids: Ids, weight: Axis, source: Axis, out: Axes) -> None:
     ids.unite(weight, source)
     ids.mark(weight, "read")
     for axis in out:
@@ -80,7 +81,7 @@ def bilinear(
     """`out[o] = x W[o] y`: reads two axes of the weight and writes the first."""
     out = weight.axes[0]
     for axis, source in ((weight.axes[1], x.axes[-1]), (weight.axes[2], y.axes[-1])):
-        _read(ids, axis, source, ())
+        _contract(ids, axis, source, ())
     ids.mark(out, "write")
     if bias is not None:
         ids.unite(out, bias.axes[0])
@@ -109,7 +110,7 @@ def grouped(
     for axis in (x.axes[1], *y.axes[1:]):
         _in_blocks(ids, axis, ALIGNED)
     if _weights(x, y) == [False, True]:
-        _read(ids, y.axes[1], x.axes[1], y.axes[2:])
+        _contract(ids, y.axes[1], x.axes[1], y.axes[2:])
     else:
         for axis in (y.axes[1], x.axes[1]):
             ids.keep(axis, PRODUCT)
@@ -189,39 +190,43 @@ def _repeated(x: Value, times: int) -> Value:
 def einsum(ids: Ids, shape: Shape, equation: str, values: list[Value], **options: Any) -> Axes:
     """A product by letters: one letter is one axis; a letter that is summed over must stay, unless weights read it."""
     terms, out = letters(equation, [len(value.shape) for value in values])
-    known: dict[str, Axis] = {}
-    size: dict[str, int] = {}
-    for term, value in zip(terms, values, strict=True):
-        for letter, n in zip(term, value.shape, strict=True):
-            size[letter] = max(n, size.get(letter, 1))
-    for term, value in zip(terms, values, strict=True):
-        for letter, n, axis in zip(term, value.shape, value.axes, strict=True):
-            if n < size[letter]:
-                ids.keep(axis, "one channel is spread over many")
-                continue
-            if letter in known:
-                ids.unite(known[letter], axis) if known[
-                    letter
-                ] is not None or axis is not None else None
-            known[letter] = axis if known.get(letter) is None else known[letter]
-    every = "".join(terms)
+    size, known = _letter_axes(ids, terms, values)
     weights = _weights(*values)
-    read = (
-        set("".join(term for term, own in zip(terms, weights, strict=True) if own))
-        if not all(weights)
-        else set()
-    )
+    read: set[str] = set()  # letters of the weights, beside activations
+    if not all(weights):
+        read = {letter for term, own in zip(terms, weights, strict=True) if own for letter in term}
+    uses = Counter("".join(terms))
     for term, value, own in zip(terms, values, weights, strict=True):
         for letter, axis in zip(term, value.axes, strict=True):
             if letter not in out and letter not in read:
                 ids.keep(axis, PRODUCT)
             elif own and read:
                 ids.mark(axis, "write" if letter in out else "read")
-            elif every.count(letter) > 1 and letter in out:
+            elif uses[letter] > 1 and letter in out:
                 ids.prefer(axis)
     if len(values) > 1:
-        ids.multiply(1, *sizes([size[c] for c in known], list(known.values())))
-    return tuple(known[c] for c in out)
+        ids.multiply(1, *sizes([size[letter] for letter in known], list(known.values())))
+    return tuple(known[letter] for letter in out)
+
+
+def _letter_axes(
+    ids: Ids, terms: Sequence[str], values: Sequence[Value]
+) -> tuple[dict[str, int], dict[str, Axis]]:
+    """Returns the size and the ids of each letter, whose axes are one; an axis of size 1 is spread over the others."""
+    size: dict[str, int] = {}
+    for term, value in zip(terms, values, strict=True):
+        for letter, n in zip(term, value.shape, strict=True):
+            size[letter] = max(n, size.get(letter, 1))
+    known: dict[str, Axis] = {}
+    for term, value in zip(terms, values, strict=True):
+        for letter, n, axis in zip(term, value.shape, value.axes, strict=True):
+            if n < size[letter]:
+                ids.keep(axis, "one channel is spread over many")
+                continue
+            if letter in known:
+                tie(ids, known[letter], axis)
+            known[letter] = axis if known.get(letter) is None else known[letter]
+    return size, known
 
 
 def letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:

@@ -67,23 +67,25 @@ def along(ids: Ids, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
     """Values are mixed, counted or moved along some axes, of which no channel may go; a sum or norm of zeros may."""
     rank, name = len(x.shape), ids.operation.split(".")[1]
     dims = _dims(ids, x, rest, options)
-    if (
-        name in MEANS and len(shape) == rank and not x.weights
-    ):  # it keeps its axis: a norm written by hand
+    passed = tuple(None if d in dims else axis for d, axis in enumerate(x.axes))
+    # A mean that keeps its axis: a norm written by hand.
+    if name in MEANS and len(shape) == rank and not x.weights:
         kind = "grn" if x.pooled else "layer_norm"
         if any(ids.pass_norm(kind, x.axes[d]) for d in dims):
-            return tuple(None if d in dims else axis for d, axis in enumerate(x.axes))
-    one = len(shape) < rank or any(
-        argument.name == "keepdim" for argument in ids.target._schema.arguments
-    )
-    for d in dims if ids.is_used and not (x.zero and name in OF_ZEROS) else ():
-        ids.keep(
-            x.axes[d], "a statistic over channels" if one else "values are mixed across channels"
-        )
-    kept = tuple(None if d in dims else axis for d, axis in enumerate(x.axes))
-    if len(shape) < rank:
-        kept = tuple(axis for d, axis in enumerate(kept) if d not in dims)
-    return kept
+            return passed
+    adds_nothing = x.zero and name in OF_ZEROS
+    if ids.is_used and not adds_nothing:
+        reduces = len(shape) < rank or _has_argument(ids, "keepdim")
+        why = "a statistic over channels" if reduces else "values are mixed across channels"
+        for d in dims:
+            ids.keep(x.axes[d], why)
+    if len(shape) == rank:
+        return passed
+    return tuple(axis for d, axis in enumerate(passed) if d not in dims)
+
+
+def _has_argument(ids: Ids, name: str) -> bool:
+    return any(argument.name == name for argument in ids.target._schema.arguments)
 
 
 def _dims(ids: Ids, x: Value, rest: Any, options: Any) -> set[int]:
@@ -97,9 +99,9 @@ def _dims(ids: Ids, x: Value, rest: Any, options: Any) -> set[int]:
     dims = given.get("dim", given.get("dims"))
     if dims is None or dims == []:
         return set(range(rank))
-    return (
-        {d % rank for d in (dims if isinstance(dims, list | tuple) else [dims])} if rank else set()
-    )
+    if not rank:
+        return set()
+    return {d % rank for d in (dims if isinstance(dims, list | tuple) else [dims])}
 
 
 @rule("quantile", "nanquantile")

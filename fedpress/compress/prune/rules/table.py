@@ -62,6 +62,12 @@ def _plain(operation: Any) -> Any:
     return next((each for each in like if [a.name for a in each._schema.arguments] == wanted), None)
 
 
+def tie(ids: Ids, a: Axis, b: Axis) -> None:
+    """Says that two axes are one; two that never change need no word."""
+    if a is not None or b is not None:
+        ids.unite(a, b)
+
+
 def named(ids: Ids, args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of the present operation by name, with its defaults."""
     given = dict(options)

@@ -52,17 +52,16 @@ def _looked_up(ids: Ids, x: Value, named: Sequence[tuple[int, int, Value]], sour
     for d in taken:
         ids.keep(x.axes[d], BY_NUMBER)
     rank = max(1 if index.boolean else len(index.shape) for _, _, index in named)
+    # torch puts the new axes first where others stand between those that are looked up.
     together = taken == set(range(min(taken), max(taken) + 1))
-    first = (
-        min(taken) if together else 0
-    )  # torch puts the new axes first where others stand between
-    others = [d for d in range(len(x.shape)) if d not in taken]
-    before, after = [d for d in others if d < first], [d for d in others if d >= first]
+    first = min(taken) if together else 0
+    before = [d for d in range(len(x.shape)) if d not in taken and d < first]
+    after = [d for d in range(len(x.shape)) if d not in taken and d >= first]
     end = len(source.shape) - len(after)
     new = [source.shape[d] if d >= 0 else 1 for d in range(end - rank, end)]
     return Value(
-        (*[x.shape[d] for d in before], *new, *[x.shape[d] for d in after]),
-        (*[x.axes[d] for d in before], *[None] * rank, *[x.axes[d] for d in after]),
+        (*(x.shape[d] for d in before), *new, *(x.shape[d] for d in after)),
+        (*(x.axes[d] for d in before), *[None] * rank, *(x.axes[d] for d in after)),
     )
 
 
