@@ -1,0 +1,250 @@
+"""The numbers among the arguments of a call, in order, and the call with others in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BeforeValidator
+from torch import SymInt, Tensor
+
+Indices = tuple[Literal["index"], int, tuple[int, ...]]
+"""What stands in the place of a tensor of indices: these, along one of its dimensions."""
+Number = int | tuple[int, int] | Indices
+"""What stands in the place of a number: another one, or (new, old): as many times `new` as it was times `old`."""
+
+
+def _as_text(calls: Any) -> Any:
+    return {str(call): row for call, row in calls.items()} if isinstance(calls, dict) else calls
+
+
+Calls = Annotated[dict[str, dict[int, Number]], BeforeValidator(_as_text)]
+Numbers = dict[str, Calls]
+"""Module -> place of the call -> position in the call -> number.
+
+A place is `file:function+line:column:operation`, with those of the callers before it, and `#2` after it where only the
+third call at that place in one forward is meant. Files of older versions have the index of the call in its place ("3"
+is the fourth call of a function of `COUNTED` in one forward); they are still read.
+"""
+
+COUNTED: dict[Callable[..., Any], tuple[str, ...]] = {
+    Tensor.view: ("size",),
+    Tensor.reshape: ("shape",),
+    torch.reshape: ("shape",),
+    Tensor.unflatten: ("dim", "sizes"),
+    torch.unflatten: ("dim", "sizes"),
+    Tensor.split: ("split_size", "dim"),
+    torch.split: ("split_size_or_sections", "dim"),
+    Tensor.split_with_sizes: ("split_sizes", "dim"),
+    torch.split_with_sizes: ("split_sizes", "dim"),
+    Tensor.narrow: ("dim", "start", "length"),
+    torch.narrow: ("dim", "start", "length"),
+    Tensor.expand: ("size",),
+    Tensor.__getitem__: (),
+    Tensor.__setitem__: (),
+    F.pad: ("pad", "mode", "value"),
+    F.group_norm: ("num_groups",),
+    torch.zeros: ("size",),
+    torch.ones: ("size",),
+    torch.full: ("size", "fill_value"),
+    Tensor.new_zeros: ("size",),
+    Tensor.new_ones: ("size",),
+    Tensor.new_full: ("size", "fill_value"),
+}
+"""Functions whose numbers may be sizes of channel axes, with the names of their arguments in order.
+
+Older files count the calls of exactly these: add others to `SIZED`, never here.
+"""
+
+WRITTEN_AT = {
+    "index_put": ("indices", "values"),
+    "index_copy": ("dim", "index", "source"),
+    "index_add": ("dim", "index", "source"),
+    "index_reduce": ("dim", "index", "source", "reduce"),
+    "index_fill": ("dim", "index", "value"),
+    "scatter": ("dim", "index", "src"),
+    "scatter_add": ("dim", "index", "src"),
+    "scatter_reduce": ("dim", "index", "src", "reduce"),
+}
+"""Operations that write to places which a tensor of indices names, and their arguments."""
+
+WRITES: dict[Callable[..., Any], tuple[str, ...]] = {
+    function: arguments
+    for name, arguments in WRITTEN_AT.items()
+    for function in (getattr(Tensor, name), getattr(Tensor, f"{name}_"), getattr(torch, name))
+}
+"""The same by function: each is a method, a method that writes in place, and a function of torch."""
+
+CONVOLVED = ("weight", "bias", "stride", "padding", "dilation", "groups")
+
+SIZED: dict[Callable[..., Any], tuple[str, ...]] = {
+    **COUNTED,
+    **WRITES,
+    Tensor.broadcast_to: ("size",),
+    torch.broadcast_to: ("size",),
+    F.layer_norm: ("normalized_shape",),
+    torch.layer_norm: ("normalized_shape",),
+    F.rms_norm: ("normalized_shape",),
+    torch.rms_norm: ("normalized_shape",),
+    Tensor.tensor_split: ("indices_or_sections", "dim"),
+    torch.tensor_split: ("indices_or_sections", "dim"),
+    Tensor.hsplit: ("indices_or_sections",),
+    torch.hsplit: ("indices_or_sections",),
+    Tensor.vsplit: ("indices_or_sections",),
+    torch.vsplit: ("indices_or_sections",),
+    Tensor.dsplit: ("indices_or_sections",),
+    torch.dsplit: ("indices_or_sections",),
+    torch.unsafe_split: ("split_size", "dim"),
+    Tensor.unsafe_split: ("split_size", "dim"),
+    F.conv1d: CONVOLVED,
+    F.conv2d: CONVOLVED,
+    F.conv3d: CONVOLVED,
+    torch.empty: ("size",),
+    Tensor.new_empty: ("size",),
+}
+"""All functions whose calls are noted and put right."""
+
+SHAPED = tuple(
+    function for function, names in SIZED.items() if {"size", "shape", "sizes"} & set(names)
+)
+"""Functions to which -1 says "what is left"."""
+INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
+
+
+def numbers_of(
+    function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]
+) -> list[Any]:
+    """Returns the numbers of a call in order; three for each slice, None where it has none.
+
+    >>> numbers_of(Tensor.reshape, (torch.zeros(8), (2, 4)), {})
+    [2, 4]
+    >>> numbers_of(Tensor.__getitem__, (torch.zeros(2, 8), (0, slice(4, None))), {})
+    [0, 4, None, None]
+    """
+    found: list[Any] = []
+
+    def visit(number: Any) -> Any:
+        found.append(number)
+        return number
+
+    _map_numbers(_arranged(function, args, options), visit)
+    return found
+
+
+def indices_of(
+    function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]
+) -> list[Any]:
+    """Returns the tensors (or lists) of indices in the arguments of a call, in order; not those of what is written.
+
+    >>> indices_of(Tensor.__setitem__, (torch.zeros(8), torch.tensor([1, 2]), 0.0), {})
+    [tensor([1, 2])]
+    """
+    found: list[Any] = []
+
+    def visit(index: Any) -> Any:
+        found.append(index)
+        return index
+
+    _map_indices(function, args, options, visit)
+    return found
+
+
+def with_numbers(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    options: Mapping[str, Any],
+    right: Mapping[int, Number],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments of a call with the numbers at some positions replaced; -1 ("what is left") stays.
+
+    Position -1 is the first tensor of indices among the arguments, -2 the second.
+
+    >>> with_numbers(Tensor.reshape, (torch.zeros(12), (2, 8)), {}, {1: 6})[0][1]
+    (2, 6)
+    """
+    position = -1
+
+    def corrected(number: Any) -> Any:
+        nonlocal position
+        position += 1
+        new = right.get(position)
+        if new is None or (isinstance(number, int) and number == -1 and function in SHAPED):
+            return number
+        return number * new[0] // new[1] if isinstance(new, tuple | list) else new
+
+    first, rest, named = _arranged(function, args, options)
+    first, rest, named = _map_numbers((first, rest, named), corrected)
+    args, options = (*first, *rest), dict(named)
+    if not any(number < 0 for number in right):
+        return args, options
+    count = 0
+
+    def exchanged(index: Any) -> Any:
+        nonlocal count
+        count += 1
+        new = right.get(-count)
+        return index if new is None else _in_shape_of(index, new)
+
+    return _map_indices(function, args, options, exchanged)
+
+
+def _in_shape_of(index: Any, new: Any) -> Tensor:
+    """Returns the new indices in the shape of the old ones, which are the same for all but one dimension."""
+    _, dim, places = new
+    device = index.device if isinstance(index, Tensor) else None
+    line = torch.tensor(places, dtype=torch.int64, device=device)
+    if not isinstance(index, Tensor) or index.dtype == torch.bool or index.dim() < 2:
+        return line
+    shape = list(index.shape)
+    shape[dim] = len(places)
+    return line.view([-1 if d == dim else 1 for d in range(index.dim())]).expand(shape)
+
+
+def _arranged(function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    """Returns (tensors, other arguments, named ones in the order of the signature)."""
+    tensors = 1 if args and isinstance(args[0], Tensor) else 0
+    order = {name: i for i, name in enumerate(SIZED[function])}
+    named = sorted(options.items(), key=lambda item: order.get(item[0], len(order)))
+    return tuple(args[:tensors]), tuple(args[tensors:]), tuple(named)
+
+
+def _map_numbers(value: Any, visit: Callable[[Any], Any]) -> Any:
+    """Puts what `visit` returns in the place of every number in nested arguments, in order."""
+    if isinstance(value, slice):
+        return slice(visit(value.start), visit(value.stop), visit(value.step))
+    if isinstance(value, tuple | list):
+        items = [_map_numbers(item, visit) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, int | SymInt) and not isinstance(value, bool):
+        return visit(value)
+    return value
+
+
+def _map_indices(
+    function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], visit: Any
+) -> Any:
+    """Maps the argument that holds indices: the second, or the one that is called `index` or `indices`."""
+    names = SIZED[function]
+    at = next((i for i, name in enumerate(names, 1) if name in ("index", "indices")), 1)
+    if function not in INDEXING and function not in WRITES:
+        return tuple(args), dict(options)
+    changed = list(args)
+    if len(changed) > at:
+        changed[at] = _map_index(changed[at], visit)
+    named = {
+        k: _map_index(v, visit) if k in ("index", "indices") else v for k, v in options.items()
+    }
+    return tuple(changed), named
+
+
+def _map_index(index: Any, visit: Callable[[Any], Any]) -> Any:
+    if isinstance(index, Tensor):
+        return visit(index)
+    if isinstance(index, list) and index and all(isinstance(i, int) for i in index):
+        return visit(index)
+    if isinstance(index, tuple | list):
+        items = [_map_index(item, visit) for item in index]
+        return items if isinstance(index, list) else tuple(items)
+    return index
