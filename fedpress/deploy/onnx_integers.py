@@ -246,36 +246,39 @@ def _multiply_out_(graph: _Graph) -> bool:
         layers = [
             n for n in graph.readers(made.output[0]) if n.op_type in ("Conv", "Gemm", "MatMul")
         ]
-        if not _is_blocked(made) and any(
-            graph.made_by(n.input[0], "DequantizeLinear") for n in layers
-        ):
-            del made.input[2:]  # zero points of zeros
-            far = bool(np.abs(codes.astype(np.int16)).max(initial=0) > NARROW)
-            if far or any(n.op_type != "Conv" for n in layers):
-                # onnxruntime's way round the overflow, and its QGemm, need zero points, of each weight its own.
-                made.input.append(graph.add(f"{made.input[0]}_0", np.zeros(scales.shape, np.int8)))
-            wide |= far
+        integer = any(graph.made_by(n.input[0], "DequantizeLinear") for n in layers)
+        if _is_blocked(made) or not integer:
+            graph.put(made, _product(graph, made, codes, scales))
             continue
-        name, block = made.output[0], _attribute(made, "block_size", 0)
-        if block:
-            shape = [len(codes), -1, block]
-            rows = graph.add(f"{name}_step", scales[:, :, None])
-            codes = codes.reshape(shape)
-        else:
-            axis = _attribute(made, "axis", 1)
-            rows = graph.add(
-                f"{name}_step", scales.reshape([-1 if i == axis else 1 for i in range(codes.ndim)])
-            )
-        held = graph.add(made.input[0], np.ascontiguousarray(codes))
-        steps = [
-            graph.node("Cast", [held], f"{name}_float", to=graph.onnx.TensorProto.FLOAT),
-            graph.node("Mul", [f"{name}_float", rows], f"{name}_grouped" if block else name),
-        ]
-        if block:
-            whole = graph.add(f"{name}_shape", np.array([len(codes), -1], np.int64))
-            steps.append(graph.node("Reshape", [f"{name}_grouped", whole], name))
-        graph.put(made, steps)
+        del made.input[2:]  # zero points of zeros
+        far = bool(np.abs(codes.astype(np.int16)).max(initial=0) > NARROW)
+        if far or any(n.op_type != "Conv" for n in layers):
+            # onnxruntime's way round the overflow, and its QGemm, need zero points, of each weight its own.
+            made.input.append(graph.add(f"{made.input[0]}_0", np.zeros(scales.shape, np.int8)))
+        wide |= far
     return wide
+
+
+def _product(graph: _Graph, made: Any, codes: np.ndarray, scales: np.ndarray) -> list[Any]:
+    """Returns the nodes that compute a dequantized weight as a product: Cast, Mul and, of groups, Reshape."""
+    name, block = made.output[0], _attribute(made, "block_size", 0)
+    if block:
+        steps = graph.add(f"{name}_step", scales[:, :, None])
+        codes = codes.reshape([len(codes), -1, block])
+    else:
+        axis = _attribute(made, "axis", 1)
+        shape = [-1 if i == axis else 1 for i in range(codes.ndim)]
+        steps = graph.add(f"{name}_step", scales.reshape(shape))
+    held = graph.add(made.input[0], np.ascontiguousarray(codes))
+    product = f"{name}_grouped" if block else name
+    nodes = [
+        graph.node("Cast", [held], f"{name}_float", to=graph.onnx.TensorProto.FLOAT),
+        graph.node("Mul", [f"{name}_float", steps], product),
+    ]
+    if block:
+        rows = graph.add(f"{name}_shape", np.array([len(codes), -1], np.int64))
+        nodes.append(graph.node("Reshape", [product, rows], name))
+    return nodes
 
 
 def _keep_float_weights_(graph: _Graph) -> None:

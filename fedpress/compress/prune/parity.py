@@ -22,7 +22,7 @@ Batch = list[Tensor]
 WHILE_TRAINING = (
     1e-3  # the least that is tolerated there: norms over few values enlarge what rounding leaves
 )
-CURE = "a size written into its forward may be at fault: keep that module whole by naming it in `ignore`"
+CURE = "a size written into its forward may be at fault: keep that module as it is by naming it in `ignore`"
 aten = torch.ops.aten
 
 
@@ -185,8 +185,11 @@ def _batches(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[Batch, Batc
     """Returns a batch like `example` and one with one more, of the first values on which `model` runs."""
     size = next((x.shape[0] for x in example if x.dim()), 0)
     draw = torch.Generator().manual_seed(0)
-    words = _words(model, example)
-    drawn = [_drawn(x, count, size, draw) for x, count in zip(example, words, strict=True)]
+    vocabularies = _vocabularies(model, example)
+    drawn = [
+        _drawn(x, vocabulary, size, draw)
+        for x, vocabulary in zip(example, vocabularies, strict=True)
+    ]
     mixed = [
         _mixed(x, x.shape[0] + 1, draw) if x.dim() and x.shape[0] == size else x for x in example
     ]
@@ -201,12 +204,12 @@ def _batches(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[Batch, Batc
     return batch, larger
 
 
-def _drawn(x: Tensor, words: int | None, size: int, draw: torch.Generator) -> Tensor:
+def _drawn(x: Tensor, vocabulary: int | None, size: int, draw: torch.Generator) -> Tensor:
     """Returns random values of the kind of `x`, one example more if its first axis counts `size` examples."""
     more = x.dim() > 0 and x.shape[0] == size
     shape = (x.shape[0] + 1, *x.shape[1:]) if more else tuple(x.shape)
-    if words is not None:
-        return torch.randint(words, shape, generator=draw).to(x.device, x.dtype)
+    if vocabulary is not None:
+        return torch.randint(vocabulary, shape, generator=draw).to(x.device, x.dtype)
     if x.is_floating_point() and not (_whole(x) and bool((x != x.flatten()[:1]).any())):
         return torch.randn(shape, generator=draw).to(x.device, x.dtype)
     return _mixed(x, shape[0], draw) if more else x
@@ -222,7 +225,7 @@ def _whole(x: Tensor) -> bool:
     return not x.is_floating_point() or bool((x == x.round()).all())
 
 
-def _words(model: nn.Module, example: tuple[Tensor, ...]) -> list[int | None]:
+def _vocabularies(model: nn.Module, example: tuple[Tensor, ...]) -> list[int | None]:
     """Returns for each input the number of words of the smallest embedding that looks its values up, or None."""
     draw = torch.Generator().manual_seed(1)
     may = [

@@ -14,7 +14,7 @@ from fedpress.nn.folded import apply_folds_
 from fedpress.nn.quant_scheme import fill_zero_scales
 from fedpress.nn.quantized import QuantLayer, materialize_
 
-TAKERS = {
+FOLDED_INTO = {
     torch.ops.aten.linear.default,
     torch.ops.aten.conv1d.default,
     torch.ops.aten.conv2d.default,
@@ -62,21 +62,22 @@ def find_folds(
         name = _owner(node.args[3], owned)
         if name is None or name not in norms:
             continue
-        taker = node.args[0]
-        reason = _why_kept(norms[name], name, node) or _why_not(model, node, taker, owned)
-        layer = None if reason else str(_owner(taker.args[1], owned))
+        before = node.args[0]
+        reason = _why_norm_stays(norms[name], name, node) or _why_not_into(
+            model, node, before, owned
+        )
+        layer = None if reason else str(_owner(before.args[1], owned))
         if name in alone or layer in alone:
             reason = "asked for by `ignore`"
         if reason is None:
             folds[name] = str(layer)
         else:
             left[name] = reason
-    left |= {
-        n: "forward does not use it, or it has no running statistics"
-        for n in norms
-        if n not in folds | left
-    }
-    return {n: into for n, into in folds.items() if n not in left}, left
+    for name in norms:
+        if name not in folds and name not in left:
+            left[name] = "forward does not use it, or it has no running statistics"
+    # A norm that is called twice may be foldable in one place only: then it stays.
+    return {name: layer for name, layer in folds.items() if name not in left}, left
 
 
 def _owner(node: object, owned: Mapping[str, str]) -> str | None:
@@ -86,7 +87,7 @@ def _owner(node: object, owned: Mapping[str, str]) -> str | None:
     return owned[node.name].rpartition(".")[0]
 
 
-def _why_kept(module: nn.Module, name: str, norm: fx.Node) -> str | None:
+def _why_norm_stays(module: nn.Module, name: str, norm: fx.Node) -> str | None:
     """Says why the module cannot give way to one that hands its input on."""
     if type(module) not in PLAIN:
         return f"{type(module).__name__} may do more than a batch norm"
@@ -105,41 +106,53 @@ def _caller(node: fx.Node) -> str:
     return path[-1] if path else ""
 
 
-def _why_not(
-    model: nn.Module, norm: fx.Node, taker: fx.Node, owned: Mapping[str, str]
+def _why_not_into(
+    model: nn.Module, norm: fx.Node, before: fx.Node, owned: Mapping[str, str]
 ) -> str | None:
-    if taker.target not in TAKERS:
-        return f"what comes before it is {taker.target}, no convolution or linear layer"
-    if len(taker.users) > 1:
+    """Says why the operation `before` a batch norm cannot take it in."""
+    if before.target not in FOLDED_INTO:
+        return f"what comes before it is {before.target}, no convolution or linear layer"
+    if len(before.users) > 1:
         return "something else reads the same convolution"
-    name = _owner(taker.args[1], owned)
+    name = _owner(before.args[1], owned)
     if name is None:
         return "the weight before it is computed"
-    if any(isinstance(a, fx.Node) and len(a.users) > 1 for a in (taker.args[1], norm.args[3])):
+    tensors = (before.args[1], norm.args[3])
+    if any(isinstance(tensor, fx.Node) and len(tensor.users) > 1 for tensor in tensors):
         return f"it, or '{name}' before it, is used more than once"
-    if _caller(taker) != name:
+    if _caller(before) != name:
         return f"something else reads the weight of '{name}'"
-    if len(taker.args) > 2 and isinstance(bias := taker.args[2], fx.Node):
-        if _owner(bias, owned) is None:
-            return "the bias before it is computed"
-        same = model.get_submodule(name)._parameters.get("bias")
-        owners = [n for n, p in model.named_parameters(remove_duplicate=False) if p is same]
-        if len(bias.users) > 1 or len(owners) > 1:
-            return f"something else reads the bias of '{name}'"
-    if taker.target is torch.ops.aten.linear.default and taker.meta["val"].dim() != 2:
+    if (reason := _why_not_bias(model, before, name, owned)) is not None:
+        return reason
+    if before.target is torch.ops.aten.linear.default and before.meta["val"].dim() != 2:
         return "it normalises another axis than the linear layer writes"
-    shared = [
-        n for n, m in model.named_modules(remove_duplicate=False) if m is model.get_submodule(name)
-    ]
-    return f"'{name}' has several names" if len(shared) > 1 else None
+    layer = model.get_submodule(name)
+    names = [n for n, m in model.named_modules(remove_duplicate=False) if m is layer]
+    return f"'{name}' has several names" if len(names) > 1 else None
+
+
+def _why_not_bias(
+    model: nn.Module, before: fx.Node, name: str, owned: Mapping[str, str]
+) -> str | None:
+    """Says why the bias of layer `name` cannot take the norm's shift."""
+    bias = before.args[2] if len(before.args) > 2 else None
+    if not isinstance(bias, fx.Node):
+        return None
+    if _owner(bias, owned) is None:
+        return "the bias before it is computed"
+    own = model.get_submodule(name)._parameters.get("bias")
+    owners = [n for n, p in model.named_parameters(remove_duplicate=False) if p is own]
+    if len(bias.users) > 1 or len(owners) > 1:
+        return f"something else reads the bias of '{name}'"
+    return None
 
 
 @torch.no_grad()
 def fold_(model: nn.Module, folds: Mapping[str, str]) -> None:
     """Takes the batch norms into their layers, which compute the same as in evaluation mode; the norms become empty.
 
-    A layer on a grid is settled and keeps its codes, since its scales take the factor (a negative one turns the codes
-    around; a factor of 0 makes them 0).
+    A quantized layer is materialized and keeps its codes, since its scales take the factor (a negative one turns the
+    codes around; a factor of 0 makes them 0).
 
     Raises:
         ModelError: if a layer is on a grid of a codebook, or a running variance is not finite.
@@ -147,9 +160,7 @@ def fold_(model: nn.Module, folds: Mapping[str, str]) -> None:
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for norm, into in folds.items():
         factors[norm] = _affine(norm, model.get_submodule(norm))
-        layer = model.get_submodule(into)
-        quantization = layer.scheme.weights if isinstance(layer, QuantLayer) else None
-        if quantization is not None and quantization.kind == "codebook":
+        if _weights_of(model.get_submodule(into)) == "codebook":
             raise ModelError(
                 f"fold: '{into}' shares weights between channels, which a batch norm would scale apart; fold it first"
             )
@@ -159,19 +170,29 @@ def fold_(model: nn.Module, folds: Mapping[str, str]) -> None:
     apply_folds_(model, folds)
     for norm, into in folds.items():
         layer, (factor, shift) = model.get_submodule(into), factors[norm]
-        assert isinstance(layer.weight, Tensor)
         assert isinstance(layer.bias, Tensor)
-        shape = (-1, *[1] * (layer.weight.dim() - 1))
-        materialize_(layer)
-        layer.weight.copy_(layer.weight.double() * factor.view(shape))
-        if isinstance(layer, QuantLayer) and (quantization := layer.scheme.weights) is not None:
-            scale = layer.weight_scale.double() * factor.abs().view(
-                -1, *[1] * (layer.weight_scale.dim() - 1)
-            )
-            layer.weight_scale.copy_(fill_zero_scales(scale) if quantization.has_zero else scale)
-            materialize_(layer)
+        _scale_weight_(layer, factor)
         old = biases[norm]
         layer.bias.copy_(shift if old is None else old.double() * factor + shift)
+
+
+def _weights_of(layer: nn.Module) -> str | None:
+    """Returns the kind of a layer's quantized weights; None if they are float."""
+    quantization = layer.scheme.weights if isinstance(layer, QuantLayer) else None
+    return None if quantization is None else quantization.kind
+
+
+def _scale_weight_(layer: nn.Module, factor: Tensor) -> None:
+    """Multiplies each output channel of a weight; of a quantized one the scale takes the factor's size."""
+    assert isinstance(layer.weight, Tensor)
+    materialize_(layer)
+    layer.weight.copy_(layer.weight.double() * factor.view(-1, *[1] * (layer.weight.dim() - 1)))
+    if isinstance(layer, QuantLayer) and layer.scheme.weights is not None:
+        rows = factor.abs().view(-1, *[1] * (layer.weight_scale.dim() - 1))
+        scale = layer.weight_scale.double() * rows
+        has_zero = layer.scheme.weights.has_zero
+        layer.weight_scale.copy_(fill_zero_scales(scale) if has_zero else scale)
+        materialize_(layer)
 
 
 def _affine(name: str, norm: nn.Module) -> tuple[Tensor, Tensor]:
