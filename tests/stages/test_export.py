@@ -97,7 +97,7 @@ def test_what_cannot_be_packed_is_measured_as_torch_holds_it(monkeypatch):
         raise ModelError("pack: a buffer is of type complex64")
 
     packed = measure(state, latency=False)["file_bytes"]
-    monkeypatch.setattr(sizes, "encode", refuse)
+    monkeypatch.setattr(sizes, "to_bytes", refuse)
     assert measure(state, latency=False)["file_bytes"] == state_bytes(state.model) != packed
 
 
