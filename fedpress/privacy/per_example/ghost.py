@@ -22,8 +22,8 @@ from torch.nn.grad import conv2d_weight
 
 from fedpress.core.parameters import trainable
 from fedpress.privacy.per_example.persample import (
-    LossFn,
     Measured,
+    Query,
     Sample,
     add_loop_,
     clip_factors,
@@ -66,32 +66,30 @@ def supports(model: nn.Module) -> bool:
     return plain and static and all(count == 1 for count in owners.values())
 
 
-def add_ghost_(
-    views: list[Tensor], model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, clip_norm: float
-) -> Measured:
+def add_ghost_(views: list[Tensor], query: Query) -> Measured:
     """Adds the clipped gradient of every sample to `views`, in one pass over the batch.
 
     Raises:
         NotImplementedError: if a layer ran more than once or not at all in the forward pass.
     """
-    losses, layers = _record(model, loss_fn, x, y)
+    x = query.x
+    losses, layers = _record(query)
     with torch.autocast(x.device.type, enabled=False):  # the norm is a promise: never in 16 bits
         parts = [part for module, a, b in layers for part in _parts(module, a, b)]
         norms = _norms([part for _, part in parts], len(x), x.device)
         bad = ~torch.isfinite(norms)
         if bad.any():
-            return _split_(bad, views, model, loss_fn, x, y, clip_norm)
-        scale = clip_factors(norms, clip_norm).float()
+            return _split_(bad, views, query)
+        scale = clip_factors(norms, query.clip_norm).float()
         by_parameter = {id(p): part.total(scale) for p, part in parts}
-        for view, p in zip(views, trainable(model), strict=True):
+        for view, p in zip(views, trainable(query.model), strict=True):
             view.add_(by_parameter[id(p)])
     return [Sample(*pair) for pair in zip(losses.tolist(), norms.tolist(), strict=True)]
 
 
-def _record(
-    model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor
-) -> tuple[Tensor, list[tuple[nn.Module, Tensor, Tensor]]]:
+def _record(query: Query) -> tuple[Tensor, list[tuple[nn.Module, Tensor, Tensor]]]:
     """Runs the batch; returns the losses [n] and module, input and output gradient of each layer that trains."""
+    model, loss_fn = query.model, query.loss_fn
     seen: list[tuple[nn.Module, Tensor, Any]] = []
 
     def see(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -103,13 +101,13 @@ def _record(
     ]
     handles = [module.register_forward_hook(see) for module in owners]
     try:
-        outputs = model(x)
+        outputs = model(query.x)
     finally:
         for handle in handles:
             handle.remove()
     if sorted(id(m) for m, _, _ in seen) != sorted(id(m) for m in owners):
         raise NotImplementedError("a layer ran more than once, or not at all")
-    losses = torch.func.vmap(lambda o, t: loss_fn(o[None], t[None]))(outputs.float(), y)
+    losses = torch.func.vmap(lambda o, t: loss_fn(o[None], t[None]))(outputs.float(), query.y)
     grads = torch.autograd.grad(losses.sum(), [edge for _, _, edge in seen])
     return losses.detach(), [(m, a, b) for (m, a, _), b in zip(seen, grads, strict=True)]
 
@@ -133,28 +131,15 @@ def _norms(parts: list[Part], n: int, device: torch.device) -> Tensor:
     return squares.sqrt() * (1 + 4 * ROUNDING) + rounding.sqrt()
 
 
-def _split_(
-    bad: Tensor,
-    views: list[Tensor],
-    model: nn.Module,
-    loss_fn: LossFn,
-    x: Tensor,
-    y: Tensor,
-    clip_norm: float,
-) -> Measured:
+def _split_(bad: Tensor, views: list[Tensor], query: Query) -> Measured:
     """Takes the samples without a finite float32 norm one by one, in float64, and the others together."""
-    measured: Measured = [Sample(0.0, 0.0)] * len(x)
-    for rows, method in (
-        ((~bad).nonzero().flatten(), add_ghost_),
-        (bad.nonzero().flatten(), add_loop_),
-    ):
-        if len(rows):
-            for i, pair in zip(
-                rows.tolist(),
-                method(views, model, loss_fn, x[rows], y[rows], clip_norm),
-                strict=True,
-            ):
-                measured[i] = pair
+    measured: Measured = [Sample(0.0, 0.0)] * len(query.x)
+    good, others = (~bad).nonzero().flatten(), bad.nonzero().flatten()
+    if len(good):
+        for row, sample in zip(good.tolist(), add_ghost_(views, query.take(good)), strict=True):
+            measured[row] = sample
+    for row, sample in zip(others.tolist(), add_loop_(views, query.take(others)), strict=True):
+        measured[row] = sample
     return measured
 
 

@@ -20,6 +20,7 @@ from fedpress.privacy.per_example.persample import (
     WRITTEN,
     LossFn,
     Measured,
+    Query,
     Sample,
     add_loop_,
     add_vmap_,
@@ -29,7 +30,7 @@ Method = Literal["ghost", "vmap", "loop"]
 
 Verify = Literal["nothing", "losses", "gradients"]
 
-METHODS: dict[str, Callable[[list[Tensor], nn.Module, LossFn, Tensor, Tensor, float], Measured]] = {
+METHODS: dict[str, Callable[[list[Tensor], Query], Measured]] = {
     "ghost": ghost.add_ghost_,
     "vmap": add_vmap_,
     "loop": add_loop_,
@@ -103,11 +104,11 @@ def clipped_gradient_sum(
         raise RecipeError(
             f"method: got {method!r}, expected one of {list(METHODS)}{did_you_mean(method, [*METHODS])}"
         )
-    running = _Sum(model, loss_fn, clip_norm)
+    query, running = Query(model, loss_fn, x, y, clip_norm), _Sum(model)
     for start in range(0, len(x), chunk):
-        at = slice(start, start + chunk)
-        if method == "loop" or not running.add_by_(method, x[at], y[at], verify):
-            running.add_alone_(x[at], y[at])
+        part = query.take(slice(start, start + chunk))
+        if method == "loop" or not running.add_by_(method, part, verify):
+            running.add_alone_(part)
     if running.written and not contain:
         raise RecipeError(running.written.removeprefix(WRITTEN))
     return running.total, _stats(running.measured, clip_norm, running.agreed)
@@ -123,8 +124,7 @@ class _Sum:
         written: what a forward pass has changed in the model first, and the cure; empty if nothing.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, clip_norm: float) -> None:
-        self.model, self.loss_fn, self.clip_norm = model, loss_fn, clip_norm
+    def __init__(self, model: nn.Module) -> None:
         self.guard = Guard(model)
         params = trainable(model)
         self.total = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
@@ -133,15 +133,14 @@ class _Sum:
         self.measured: Measured = []
         self.agreed, self.written = True, ""
 
-    def add_by_(self, method: Method, x: Tensor, y: Tensor, verify: Verify) -> bool:
-        """Adds a chunk by `method`; returns False, with nothing added, if that cannot be trusted with it."""
+    def add_by_(self, method: Method, query: Query, verify: Verify) -> bool:
+        """Adds the samples of a chunk by `method`; returns False, with nothing added, if it cannot be trusted here."""
         before = self.total.clone()
-        model, loss_fn, clip_norm = self.model, self.loss_fn, self.clip_norm
         found: Measured | None
         if verify == "nothing":
-            found = METHODS[method](self.views, model, loss_fn, x, y, clip_norm)
+            found = METHODS[method](self.views, query)
         else:
-            found = _verified(self.views, model, loss_fn, x, y, clip_norm, method, verify)
+            found = _verified(self.views, query, method, verify)
         changed = self.guard.put_back_()
         if not changed and found is not None:
             self.measured += found
@@ -151,64 +150,42 @@ class _Sum:
         self.written = self.written or changed
         return False
 
-    def add_alone_(self, x: Tensor, y: Tensor) -> None:
-        """Adds a chunk sample by sample, where none can touch another."""
-        found = add_loop_(self.views, self.model, self.loss_fn, x, y, self.clip_norm, self.guard)
+    def add_alone_(self, query: Query) -> None:
+        """Adds the samples of a chunk one by one, where none can touch another."""
+        found = add_loop_(self.views, query, self.guard)
         self.measured += found
         problems = [one.problem for one in found if one.problem.startswith(WRITTEN)]
         self.written = self.written or next(iter(problems), "")
 
 
-def _verified(
-    views: list[Tensor],
-    model: nn.Module,
-    loss_fn: LossFn,
-    x: Tensor,
-    y: Tensor,
-    clip_norm: float,
-    method: Method,
-    verify: Verify,
-) -> Measured | None:
+def _verified(views: list[Tensor], query: Query, method: Method, verify: Verify) -> Measured | None:
     """Adds a chunk by `method`; returns None if it raised, or if some samples differ from what they are alone."""
     try:
-        measured = METHODS[method](views, model, loss_fn, x, y, clip_norm)
-        rows = _rows_to_verify(x, 8 if verify == "gradients" else 4)
-        with _without_dropout(model) as drew:
+        measured = METHODS[method](views, query)
+        rows = _rows_to_verify(query.x, 8 if verify == "gradients" else 4)
+        with _without_dropout(query.model) as drew:
             # What was measured with dropout cannot be compared: losses without it can, at a third of the price.
-            together = (
-                _losses(model, loss_fn, x, y, rows) if drew else [measured[row] for row in rows]
-            )
+            together = _losses(query, rows) if drew else [measured[row] for row in rows]
             if verify == "gradients" and not drew:
-                alone = add_loop_(
-                    [torch.zeros_like(v) for v in views],
-                    model,
-                    loss_fn,
-                    x[rows],
-                    y[rows],
-                    clip_norm,
-                )
+                alone = add_loop_([torch.zeros_like(v) for v in views], query.take(rows))
             else:
                 together = [one._replace(norm=0.0) for one in together]
-                alone = [
-                    _losses(model, loss_fn, x[row : row + 1], y[row : row + 1], [0])[0]
-                    for row in rows
-                ]
+                alone = [_losses(query.one(row), [0])[0] for row in rows]
     except Exception:  # torch.func or the rules do not know what this network did on these values
         return None
-    room = 0.1 if torch.is_autocast_enabled(x.device.type) else 2e-3
-    return (
-        measured if all(_alike(a, b, room) for a, b in zip(together, alone, strict=True)) else None
-    )
+    room = 0.1 if torch.is_autocast_enabled(query.x.device.type) else 2e-3
+    alike = all(_alike(a, b, room) for a, b in zip(together, alone, strict=True))
+    return measured if alike else None
 
 
 @torch.no_grad()
-def _losses(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, rows: list[int]) -> Measured:
+def _losses(query: Query, rows: list[int]) -> Measured:
     """Returns the loss of each of `rows` when the batch runs as a whole, with no norm."""
-    outputs = model(x)
-    return [
-        Sample(float(loss_fn(outputs[row : row + 1].float(), y[row : row + 1])), 0.0)
-        for row in rows
-    ]
+    outputs, found = query.model(query.x), []
+    for row in rows:
+        at = slice(row, row + 1)
+        found.append(Sample(float(query.loss_fn(outputs[at].float(), query.y[at])), 0.0))
+    return found
 
 
 def _rows_to_verify(x: Tensor, count: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -32,54 +33,53 @@ class Sample(NamedTuple):
 Measured = list[Sample]
 
 
-def add_loop_(
-    views: list[Tensor],
-    model: nn.Module,
-    loss_fn: LossFn,
-    x: Tensor,
-    y: Tensor,
-    clip_norm: float,
-    guard: Guard | None = None,
-) -> Measured:
+@dataclass(frozen=True)
+class Query:
+    """What is asked of the samples `x` [n, ...] with labels `y` [n, ...]: the sum of their clipped gradients."""
+
+    model: nn.Module
+    loss_fn: LossFn
+    x: Tensor
+    y: Tensor
+    clip_norm: float
+
+    def take(self, rows: slice | Tensor | list[int]) -> Query:
+        """Asks the same of some of the samples."""
+        return replace(self, x=self.x[rows], y=self.y[rows])
+
+    def one(self, row: int) -> Query:
+        """Asks the same of one sample."""
+        return self.take(slice(row, row + 1))
+
+
+def add_loop_(views: list[Tensor], query: Query, guard: Guard | None = None) -> Measured:
     """Adds the clipped gradient of every sample to `views`, a backward pass each: slow, right for every network.
 
     A sample on which the network raises contributes zero, like one whose gradient is not finite, or one in whose
     forward pass the network wrote into itself, which `guard` takes back. If it took the whole batch with it, one sample
     could move the sum by more than `clip_norm`.
     """
-    return [
-        _add_one_(views, model, loss_fn, x[i : i + 1], y[i : i + 1], clip_norm, guard)
-        for i in range(len(x))
-    ]
+    return [_add_one_(views, query.one(row), guard) for row in range(len(query.x))]
 
 
-def _add_one_(
-    views: list[Tensor],
-    model: nn.Module,
-    loss_fn: LossFn,
-    x: Tensor,
-    y: Tensor,
-    clip_norm: float,
-    guard: Guard | None,
-) -> Sample:
-    sample, used = _measure_one(views, model, loss_fn, x, y)
+def _add_one_(views: list[Tensor], query: Query, guard: Guard | None) -> Sample:
+    sample, used = _measure_one(views, query)
     changed = guard.put_back_() if guard is not None else ""
     if changed:
         return Sample(math.nan, math.nan, f"{WRITTEN}{changed}")
-    return sample if sample.problem else sample._replace(norm=_add_clipped_(used, clip_norm))
+    return sample if sample.problem else sample._replace(norm=_add_clipped_(used, query.clip_norm))
 
 
-def _measure_one(
-    views: list[Tensor], model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor
-) -> tuple[Sample, list[tuple[Tensor, Tensor]]]:
+def _measure_one(views: list[Tensor], query: Query) -> tuple[Sample, list[tuple[Tensor, Tensor]]]:
     """Returns the loss of one sample, and the gradient of each parameter that has one with its place in the sum."""
+    x, y = query.x, query.y
     try:
-        loss, grads = _gradient(model, loss_fn, x, y)
+        loss, grads = _gradient(query, x, y)
     except Exception as first:
         # Some networks cannot take a batch of one (`squeeze()`). The mean loss of a sample and its copy has the same
         # gradient, and no other sample is in it.
         try:
-            loss, grads = _gradient(model, loss_fn, torch.cat([x, x]), torch.cat([y, y]))
+            loss, grads = _gradient(query, torch.cat([x, x]), torch.cat([y, y]))
         except Exception:
             return Sample(
                 math.nan, math.nan, f"{type(first).__name__}: {str(first).partition(chr(10))[0]}"
@@ -92,22 +92,20 @@ def _measure_one(
     return Sample(float(loss.detach()), math.nan), used
 
 
-def _gradient(
-    model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def _gradient(query: Query, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Returns the loss of a batch and the gradient of each trainable parameter, None where it is not used."""
-    loss = loss_fn(model(x), y)
-    return loss, torch.autograd.grad(loss, trainable(model), allow_unused=True)
+    loss = query.loss_fn(query.model(x), y)
+    return loss, torch.autograd.grad(loss, trainable(query.model), allow_unused=True)
 
 
-def add_vmap_(
-    views: list[Tensor], model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor, clip_norm: float
-) -> Measured:
+def add_vmap_(views: list[Tensor], query: Query) -> Measured:
     """Adds the clipped gradients by `torch.func`, which keeps n gradients in memory: for GPUs and small nets."""
+    model, x = query.model, query.x
     named = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     def loss_of(params: dict[str, Tensor], one: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        loss = loss_fn(torch.func.functional_call(model, params, (one[None],)), label[None])
+        outputs = torch.func.functional_call(model, params, (one[None],))
+        loss = query.loss_fn(outputs, label[None])
         return loss, loss.detach()
 
     each = torch.func.vmap(
@@ -117,19 +115,19 @@ def add_vmap_(
         warnings.catch_warnings()
     ):  # a layer without a rule of its own is slow there, but no user can mend that
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        grads, losses = each(named, x, y)
+        grads, losses = each(named, x, query.y)
     with torch.autocast(x.device.type, enabled=False):  # the norm is a promise: never in 16 bits
         parts = [
             g.reshape(len(g), math.prod(g.shape[1:])) for g in grads.values()
         ]  # also of numbers without dimensions
         norms = torch.stack([row_norms(part) for part in parts]).norm(dim=0)
-        scale = clip_factors(norms, clip_norm).float()
+        scale = clip_factors(norms, query.clip_norm).float()
         for view, part in zip(views, parts, strict=True):
             if not torch.isfinite(norms).all():
                 part = part.where(torch.isfinite(norms)[:, None], 0.0)  # 0 * NaN would be NaN
             view.add_((scale @ part).view(view.shape))
     measured = [Sample(*pair) for pair in zip(losses.tolist(), norms.tolist(), strict=True)]
-    return _redo_bad_(measured, views, model, loss_fn, x, y, clip_norm)
+    return _redo_bad_(measured, views, query)
 
 
 def row_norms(rows: Tensor) -> Tensor:
@@ -148,19 +146,11 @@ def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
     return torch.where(torch.isfinite(norms), clip_norm / norms.clamp_min(clip_norm), 0.0)
 
 
-def _redo_bad_(
-    measured: Measured,
-    views: list[Tensor],
-    model: nn.Module,
-    loss_fn: LossFn,
-    x: Tensor,
-    y: Tensor,
-    clip_norm: float,
-) -> Measured:
+def _redo_bad_(measured: Measured, views: list[Tensor], query: Query) -> Measured:
     """Takes the samples that had no finite float32 norm once more, alone and in float64."""
     for i, sample in enumerate(measured):
         if not math.isfinite(sample.norm):
-            measured[i] = add_loop_(views, model, loss_fn, x[i : i + 1], y[i : i + 1], clip_norm)[0]
+            measured[i] = add_loop_(views, query.one(i))[0]
     return measured
 
 

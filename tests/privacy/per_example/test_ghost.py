@@ -4,6 +4,7 @@ from torch import nn
 from torch.nn.grad import conv2d_weight
 
 from fedpress.privacy.per_example import ghost
+from fedpress.privacy.per_example.persample import Query
 
 
 @pytest.mark.parametrize(
@@ -60,8 +61,8 @@ def test_a_layer_that_runs_twice_is_refused_while_running():
     layer = nn.Linear(3, 3)
     model = nn.Sequential(layer, nn.ReLU(), layer)
     views = [torch.zeros_like(p) for p in model.parameters()]
+    x, y = torch.randn(2, 3), torch.tensor([0, 1])
+    query = Query(model, nn.functional.cross_entropy, x, y, clip_norm=1.0)
     with pytest.raises(NotImplementedError, match="more than once"):
-        ghost.add_ghost_(
-            views, model, nn.functional.cross_entropy, torch.randn(2, 3), torch.tensor([0, 1]), 1.0
-        )
+        ghost.add_ghost_(views, query)
     assert not layer._forward_hooks
