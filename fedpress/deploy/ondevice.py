@@ -20,6 +20,7 @@ from fedpress.deploy.device_model import RUNTIME, DeviceModel
 from fedpress.deploy.executorch import INSTALL, WORDS
 from fedpress.deploy.pooling import rewrite_pooling_
 from fedpress.errors import ExportError, ModelError
+from fedpress.nn.batch_norm import BatchNorm
 from fedpress.nn.compact import compact_
 from fedpress.nn.resize import copied
 
@@ -148,7 +149,7 @@ def _check(net: nn.Module, example: tuple[Tensor, Tensor, Tensor]) -> None:
     with torch.no_grad():
         logits = net(x)
         for module in net.modules():
-            module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)
+            module.training = not isinstance(module, BatchNorm)
         training = net(x)
         net.eval()
         others = net(torch.cat([x[:1], 3 * x[1:] + 1]))

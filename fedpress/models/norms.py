@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedpress.nn.batch_norm import BatchNorm
+
 Norm = Literal["batch", "group"]
 
 
@@ -56,6 +58,6 @@ def freeze_batch_norm_(model: nn.Module) -> nn.Module:
     Valid under both privacy units, since no example influences another's output, and free of client drift.
     """
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BatchNorm):
             module.eval()
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # of any number of dimensions
 
 ONE_VALUE = "more than 1 value per channel"
 """What torch says of a batch norm in training mode that has nothing to average."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fedpress.errors import ModelError
+from fedpress.nn.batch_norm import BatchNorm
 
 
 @torch.no_grad()
@@ -31,7 +32,7 @@ def apply_folds_(model: nn.Module, folded: Mapping[str, str]) -> None:
                 f"spec.folded: the model lacks '{norm}' or '{into}'; the spec is of another model"
             ) from error
         weight = layer._parameters.get("weight")
-        if not isinstance(inner, nn.modules.batchnorm._BatchNorm | nn.Identity) or weight is None:
+        if not isinstance(inner, BatchNorm | nn.Identity) or weight is None:
             raise ModelError(
                 f"spec.folded: '{norm}' cannot be folded into '{into}'; the spec is of another model"
             )

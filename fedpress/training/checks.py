@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fedpress.core.examples import Arrays, Preprocess, resized
 from fedpress.errors import TrainingError
-from fedpress.nn.batch_norm import ONE_VALUE, averages_batches
+from fedpress.nn.batch_norm import ONE_VALUE, BatchNorm, averages_batches
 from fedpress.nn.resize import copied
 from fedpress.training.evaluate import evaluate
 from fedpress.training.settings import TrainSettings
@@ -90,7 +90,7 @@ def batch_norm_scales(model: nn.Module) -> list[nn.Parameter]:
     Raises:
         TrainingError: if there are none.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm)]
     scales = [norm.weight for norm in norms if norm.affine and norm.weight.requires_grad]
     if not scales:
         raise TrainingError(

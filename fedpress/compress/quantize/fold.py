@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from fedpress.compress.prune.graph import Example, export, inputs
 from fedpress.compress.prune.ignoring import ignored
 from fedpress.errors import ModelError
+from fedpress.nn.batch_norm import BatchNorm
 from fedpress.nn.folded import apply_folds_
 from fedpress.nn.quant_scheme import fill_zero_scales
 from fedpress.nn.quantized import QuantLayer, materialize_
@@ -43,9 +44,7 @@ def find_folds(
     Raises:
         ModelError: if the model cannot be captured.
     """
-    norms = {
-        n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-    }
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, BatchNorm)}
     if not norms:
         return {}, {}
     alone = ignored(model, ignore)
@@ -197,7 +196,7 @@ def _scale_weight_(layer: nn.Module, factor: Tensor) -> None:
 
 def _affine(name: str, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Factor and shift [channels], float64, that a batch norm applies in evaluation mode."""
-    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    assert isinstance(norm, BatchNorm)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     factor = (norm.running_var.double() + norm.eps).rsqrt()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedpress.core.parameters import trainable
 from fedpress.errors import RecipeError, did_you_mean
+from fedpress.nn.batch_norm import BatchNorm
 from fedpress.nn.resize import copied
 from fedpress.privacy.per_example import ghost
 from fedpress.privacy.per_example.guard import Guard
@@ -296,7 +297,7 @@ def _takes_whole_numbers(model: nn.Module, x: Tensor) -> bool:
 def check_separable(model: nn.Module) -> None:
     """Raises RecipeError if a module of `model` would let one sample change the gradient of another."""
     for name, module in model.named_modules():
-        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        batch_norm = isinstance(module, BatchNorm)
         if batch_norm and (module.training or module.running_mean is None):
             raise RecipeError(
                 f"model.{name}: batch normalisation in training mode mixes the samples of a batch, so no sample has a "
