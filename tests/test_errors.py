@@ -7,7 +7,7 @@ import pytest
 
 from fedpress.errors import Argument, DivergedError, FedpressError, RecipeError, RunError, renaming
 from fedpress.pipeline.places import in_recipe, placed
-from fedpress.stages import FederateStage
+from fedpress.stages.federate.stage import FederateStage
 
 STAGE = FederateStage(kind="federate", name="tune", cohort=5)
 

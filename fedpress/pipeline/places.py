@@ -21,7 +21,7 @@ def in_recipe(place: str, index: int, stage: Stage) -> str:
         index: of the stage in the recipe.
         stage: its settings. Where arguments below have other names than its keys, the stage itself renames them.
 
-    >>> from fedpress.stages import FederateStage
+    >>> from fedpress.stages.federate.stage import FederateStage
     >>> stage = FederateStage(kind="federate", cohort=5, num_rounds=3)
     >>> in_recipe("privacy.clip_norm", 2, stage), in_recipe("stage.lr", 2, stage), in_recipe("", 2, stage)
     ('recipe.stage[2].privacy.clip_norm', 'recipe.stage[2].lr', 'recipe.stage[2] (federate)')
