@@ -9,12 +9,14 @@ Alghamdi et al. 2023, arXiv:2208.09595). A grid that had to be coarse makes the 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedpress.privacy.accounting.events import GaussianEvent
+from fedpress.privacy.roots import safe_root
 
 if TYPE_CHECKING:
     import numpy as np
@@ -173,11 +175,18 @@ def _grid(phases: Sequence[GaussianEvent], delta: float, points: int) -> tuple[f
         return float(np.sum(weight * np.minimum(size * grid, grid**2 / 6))) / variance
 
     low, high = 1e-3 * math.sqrt(variance / float(weight.sum())), float(size.max())
-    for _ in range(60):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if added(middle) <= ADDED else (low, middle)
     least = sum(span(phase, delta) for phase in phases) / points
-    return max(low, least), added(max(low, least))
+    grid = max(least, _widest(lambda grid: math.log(added(grid) / ADDED), low, high))
+    return grid, added(grid)
+
+
+def _widest(excess: Callable[[float], float], low: float, high: float) -> float:
+    """Returns the largest grid from `low` to `high` with an `excess` of at most 0; `low` if there is none."""
+    if excess(high) <= 0:
+        return high
+    if excess(low) > 0:
+        return low
+    return safe_root(excess, unsafe=high, safe=low, rtol=1e-9)
 
 
 def span(phase: GaussianEvent, delta: float = 1e-15) -> float:
@@ -432,9 +441,9 @@ def _answer(
         return 0.0, False
     if spent(low) <= left:
         return (0.0, False) if first <= 0 else None
-    while high - low > 1:
-        between = (low + high) // 2
-        low, high = (between, high) if spent(between) > left else (low, between)
+    inner = range(low + 1, high)
+    high = low + 1 + bisect_left(inner, True, key=lambda index: spent(index) <= left)
+    low = high - 1
     # Between the points, delta falls from spent(low) to spent(high) as a line in e^epsilon.
     above, below = spent(low), spent(high)
     share = (above - left) / (above - below) if above > below else 1.0

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from fedpress.errors import PrivacyError, RecipeError
 from fedpress.privacy.accounting import accountant
 from fedpress.privacy.accounting.events import GaussianEvent, SkellamEvent, check_delta
 from fedpress.privacy.noise import skellam
+from fedpress.privacy.roots import safe_root
 
 Unit = Literal["sample", "client"]
 
@@ -298,10 +300,7 @@ def _scale(task: Task, bits: int, noise: float) -> float:
         low, high = low / 2, low
         if low < 1e-30:
             return 0.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _limit(task, middle, noise) <= room else (low, middle)
-    return low
+    return safe_root(lambda scale: _limit(task, scale, noise) / room - 1, unsafe=high, safe=low)
 
 
 def _least_noise(
@@ -310,14 +309,16 @@ def _least_noise(
     """Returns the least noise multiplier from `start` on with `spent(noise) <= epsilon`, or None.
 
     More noise in equal bits needs a coarser grid, so `spent` may rise again: the first step of 20% that keeps the
-    budget is found by walking, and only inside it the answer by halving.
+    budget is found by walking, and only inside it the crossing.
     """
+
+    @cache
+    def excess(noise: float) -> float:
+        return math.log(max(spent(noise), 1e-300) / epsilon)
+
     low = high = start
-    while spent(high) > epsilon:
+    while excess(high) > 0:
         if high >= MAX_NOISE:
             return None
         low, high = high, min(1.2 * high, MAX_NOISE)
-    for _ in range(30):
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if spent(middle) <= epsilon else (middle, high)
-    return high
+    return safe_root(excess, unsafe=low, safe=high, rtol=1e-9)

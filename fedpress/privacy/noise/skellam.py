@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedpress.errors import PrivacyError
+from fedpress.privacy.roots import bracket, safe_root
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,13 +93,13 @@ def tail(size: int, variance: float, chance: float) -> float:
     if variance <= 0:
         return 0.0
     needed = math.log(2 * size / chance)
-    low, high = 0.0, math.sqrt(2 * variance * needed) + needed
-    while _chernoff(high, variance) < needed:
-        high *= 2
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (low, middle) if _chernoff(middle, variance) >= needed else (middle, high)
-    return high
+
+    def excess(t: float) -> float:
+        return needed - _chernoff(t, variance)
+
+    ends = bracket(excess, math.sqrt(2 * variance * needed) + needed)
+    assert ends is not None, "the bound falls without end"
+    return safe_root(excess, unsafe=ends[0], safe=ends[1])
 
 
 def _chernoff(t: float, variance: float) -> float:
