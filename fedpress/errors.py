@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,12 @@ class FedpressError(Exception):
     'recipe.stage[2].privacy.clip_norm: got 0, expected a number above 0; try 1.0'
     """
 
-    def __init__(self, problem: str, *, place: str = "", cure: Words = "") -> None:
+    def __init__(self, problem: str, *, place: str | Path = "", cure: Words = "") -> None:
         # Only `problem` goes to the base: pickle calls the class with it and then restores the fields from __dict__.
         super().__init__(problem)
         if not place and not cure:
             place, problem, cure = _parts(problem)
-        self.place = place
+        self.place = str(place)
         self.problem = problem
         self.cure = cure
 

@@ -78,7 +78,9 @@ def check(
         return
     if recipe is None:
         raise RecipeError(
-            "check: give the name of a recipe or a TOML file; fedpress recipes lists the names"
+            "give the name of a recipe or a TOML file",
+            place="check",
+            cure="fedpress recipes lists the names",
         )
     from fedpress.cli import terminal
     from fedpress.pipeline.check import check_recipe
@@ -140,7 +142,7 @@ def list_recipes(
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:
-        raise RunError(f"{path}: this file exists; move it away first") from error
+        raise RunError("this file exists", place=path, cure="move it away first") from error
     typer.echo(f"{path}: edit it, then: fedpress run {path}")
 
 

@@ -123,14 +123,18 @@ def take_up(
     from fedpress.workspace.folder import RunFolder, read_json
 
     if not (place / "settings.json").exists():
-        raise RunError(f"{place}: there is no run to resume; leave out --resume to start one")
+        raise RunError(
+            "there is no run to resume", place=place, cure="leave out --resume to start one"
+        )
     hold(place)
     RunFolder.open(place).check_whole()
     noted = read_json(place / "environment.json") if (place / "environment.json").exists() else {}
     own = place / "recipe.toml"
     if not own.exists() and recipe is None:
         raise RunError(
-            f"{own}: no such file; name the recipe of this run too, as it was when the run began"
+            "no such file",
+            place=own,
+            cure="name the recipe of this run too, as it was when the run began",
         )
     _find_its_functions(own, noted, trusted=recipe is not None)
 
@@ -188,9 +192,15 @@ def _refuse_functions(recipe: Path, functions: list[str]) -> None:
     if asked:
         flags = " ".join(f"--allow-code {shlex.quote(name)}" for name in asked)
         raise ModelError(
-            f"{recipe}: it names {', '.join(map(repr, asked))[:200]}, which would be called, and nothing shows that "
-            "you have started this run yourself here; nothing was loaded. If you know that code and trust the folder, "
-            f"add {flags}, or name your own recipe file before --resume"
+            (
+                f"it names {', '.join(map(repr, asked))[:200]}, which would be called, and "
+                "nothing shows that you have started this run yourself here"
+            ),
+            place=recipe,
+            cure=(
+                f"nothing was loaded. If you know that code and trust the folder, add {flags}, "
+                "or name your own recipe file before --resume"
+            ),
         )
 
 

@@ -90,7 +90,7 @@ def measure(
 
 def _whole(name: str, text: str) -> list[int]:
     if not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")):
-        raise RecipeError(f"{name}: got '{text}', expected whole numbers above 0, such as 1,64")
+        raise RecipeError(f"got '{text}', expected whole numbers above 0, such as 1,64", place=name)
     return [int(part) for part in text.split(",")]
 
 
@@ -146,7 +146,9 @@ def sweep(
     failed = [variant["name"] for variant in found["variants"] if variant["error"]]
     if failed:
         raise RecipeError(
-            f"sweep: {len(failed)} of {len(variants)} variants failed ({', '.join(failed)}); see the table"
+            f"{len(failed)} of {len(variants)} variants failed ({', '.join(failed)})",
+            place="sweep",
+            cure="see the table",
         )
 
 
@@ -154,7 +156,7 @@ def _whole_seeds(text: str | None) -> list[int]:
     if text is None:
         return []
     if not all(part.strip().isdecimal() for part in text.split(",")):
-        raise RecipeError(f"--seeds: got '{text}', expected whole numbers, such as 0,1,2")
+        raise RecipeError(f"got '{text}', expected whole numbers, such as 0,1,2", place="--seeds")
     return [int(part) for part in text.split(",")]
 
 

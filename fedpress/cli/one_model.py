@@ -99,7 +99,8 @@ def command_of(kind: str) -> Callable[..., None]:
             return
         if model is None and not (resume and out is not None):
             raise RecipeError(
-                f"{kind}: give a model: the folder of a model or a run, or package.module:function"
+                "give a model: the folder of a model or a run, or package.module:function",
+                place=kind,
             )
         from fedpress.cli import terminal
 
@@ -180,7 +181,7 @@ def _ordered(asked: Asked) -> tuple[Path, Order]:
         if found is not None and not rest and Order.lies_in(asked.kind, found):
             return found, Order.of_folder(found)
     if asked.model is None:
-        raise RecipeError(f"{asked.kind}: give the model too, or --resume RUN alone")
+        raise RecipeError("give the model too, or --resume RUN alone", place=asked.kind)
     subject = Subject.find(asked.model, weights=asked.checkpoint)
     given = Given.of(_numbers(asked.mean), _numbers(asked.std))
     examples = Examples(asked.data, asked.path, shape_of(asked.input_shape), given=given)
@@ -244,7 +245,9 @@ def shape_of(text: str | None) -> tuple[int, ...] | None:
         return None
     parts = text.replace("x", ",").split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise RecipeError(f"--input: got '{text}', expected whole numbers above 0, such as 3,32,32")
+        raise RecipeError(
+            f"got '{text}', expected whole numbers above 0, such as 3,32,32", place="--input"
+        )
     return tuple(int(part) for part in parts)
 
 

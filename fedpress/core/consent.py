@@ -54,7 +54,8 @@ def checked(names: Collection[str] | str) -> frozenset[str]:
     for name in found:
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ModelError(
-                f"allow_code: got {str(name)[:80]!r}, expected package.module:function, such as 'nets:Net'"
+                f"got {str(name)[:80]!r}, expected package.module:function, such as 'nets:Net'",
+                place="allow_code",
             )
     return found
 
@@ -77,14 +78,20 @@ def check(name: str, allow_code: Collection[str] | str, what: str) -> None:
     """
     if not NAME.fullmatch(name):
         raise ModelError(
-            f"{what} names {name[:80]!r}, which is neither an architecture of fedpress nor module:function; "
-            "do not use this file, or get it anew from where it came"
+            (
+                f"{what} names {name[:80]!r}, which is neither an architecture of fedpress nor "
+                "module:function"
+            ),
+            cure="do not use this file, or get it anew from where it came",
         )
     if allowed(name) or name in checked(allow_code):
         return
     raise ModelError(
-        f"{what} names the function '{name}', which would be called with what the file says; nothing was loaded. "
-        f'If you know this function and trust the file, add allow_code=("{name}",)'
+        f"{what} names the function '{name}', which would be called with what the file says",
+        cure=(
+            "nothing was loaded. If you know this function and trust the file, add "
+            f'allow_code=("{name}",)'
+        ),
     )
 
 

@@ -77,8 +77,9 @@ class Preprocess:
             return x / scale
         if len(self.mean) not in (1, x.shape[1]):
             raise DataError(
-                f"preprocess: the examples have {x.shape[1]} channels, but {len(self.mean)} means are given; "
-                "give one for each channel in data.mean and data.std"
+                f"the examples have {x.shape[1]} channels, but {len(self.mean)} means are given",
+                place="preprocess",
+                cure="give one for each channel in data.mean and data.std",
             )
         shape = (1, -1, *[1] * (x.dim() - 2))
         mean = torch.tensor(self.mean, device=x.device).view(shape) * scale
@@ -94,12 +95,16 @@ class Preprocess:
         """
         if not x.numel():
             raise DataError(
-                "preprocess: there are no public examples to take mean and std from; give data.mean and std"
+                "there are no public examples to take mean and std from",
+                place="preprocess",
+                cure="give data.mean and std",
             )
         mean, std = _of_bytes(x) if x.dtype == torch.uint8 else _of_floats(x)
         if not (mean.isfinite() & std.isfinite()).all():
             raise DataError(
-                "preprocess: the public examples hold NaN or infinite values; remove them from the data"
+                "the public examples hold NaN or infinite values",
+                place="preprocess",
+                cure="remove them from the data",
             )
         return cls(tuple(mean.tolist()), tuple(std.tolist()))
 

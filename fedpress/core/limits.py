@@ -70,7 +70,8 @@ def limit(name: str) -> int:
         return row.default
     if not (text.isascii() and text.isdecimal()) or len(text) > 18 or int(text) < 1:
         raise RecipeError(
-            f"{row.variable}: got {text[:40]!r}, expected a whole number above 0, such as {row.default}"
+            f"got {text[:40]!r}, expected a whole number above 0, such as {row.default}",
+            place=row.variable,
         )
     return int(text)
 

@@ -111,8 +111,15 @@ def _refuse_hidden(top: str) -> None:
             continue
         if _real(own.origin) != _real(installed.origin or "built-in"):
             raise ModelError(
-                f"'{top}': {own.origin} has the name of the installed module {installed.origin or top}, which goes "
-                f"first; rename your file, for instance to my_{top}{Path(own.origin).suffix}, and name that"
+                (
+                    f"{own.origin} has the name of the installed module {installed.origin or top}, "
+                    "which goes first"
+                ),
+                place=f"'{top}'",
+                cure=(
+                    f"rename your file, for instance to my_{top}{Path(own.origin).suffix}, and name "
+                    "that"
+                ),
             )
 
 

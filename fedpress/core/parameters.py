@@ -52,7 +52,8 @@ def assign_(model: nn.Module, vector: Tensor) -> None:
     size = sum(p.numel() for p in params)
     if vector.shape != (size,):
         raise WireError(
-            f"the vector has shape {tuple(vector.shape)} but the model trains {size} values; send [{size}]"
+            f"the vector has shape {tuple(vector.shape)} but the model trains {size} values",
+            cure=f"send [{size}]",
         )
     at = 0
     with torch.no_grad():

@@ -54,14 +54,20 @@ def _locate(settings: DataSettings, progress: Progress | None) -> tuple[ModuleTy
         )
     if not path.exists():
         raise DataError(
-            f"source 'cifar10': no such path '{path}'; check it, or leave it out to download"
+            f"no such path '{path}'",
+            place="source 'cifar10'",
+            cure="check it, or leave it out to download",
         )
     for layout in LAYOUTS:
         if files := layout.find(path):
             return layout, files
     raise DataError(
-        f"source 'cifar10': neither train-*.parquet nor {cifar10_archive.ARCHIVE} nor {cifar10_archive.FOLDER} "
-        f"in '{path}'; check the path, or leave it out to download"
+        (
+            f"neither train-*.parquet nor {cifar10_archive.ARCHIVE} nor "
+            f"{cifar10_archive.FOLDER} in '{path}'"
+        ),
+        place="source 'cifar10'",
+        cure="check the path, or leave it out to download",
     )
 
 

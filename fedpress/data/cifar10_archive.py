@@ -37,7 +37,9 @@ def find(path: Path) -> list[Path]:
             for file in files:
                 if not file.is_file():
                     raise DataError(
-                        f"source 'cifar10': '{file}' is missing; unpack {ARCHIVE} again"
+                        f"'{file}' is missing",
+                        place="source 'cifar10'",
+                        cure=f"unpack {ARCHIVE} again",
                     )
             return files
         if (folder / ARCHIVE).is_file():
@@ -55,7 +57,9 @@ def fetch(folder: Path, *, allowed: bool, progress: Progress | None) -> list[Pat
     if not target.exists():
         if not allowed:
             raise DataError(
-                f"source 'cifar10': no path is given and download is off; set path, or put {URL} in '{folder}'"
+                "no path is given and download is off",
+                place="source 'cifar10'",
+                cure=f"set path, or put {URL} in '{folder}'",
             )
         download.fetch(URL, target, md5=MD5, progress=progress)
     return [target]
@@ -74,7 +78,9 @@ def read(files: list[Path], progress: Progress | None) -> dict[str, tuple[np.nda
             progress("reading CIFAR-10", len(batches), 6)
     missing = [name for names in BATCHES.values() for name in names if name not in batches]
     if missing:
-        raise DataError(f"'{files[0]}': holds no {missing[0]}; download {URL} again")
+        raise DataError(
+            f"holds no {missing[0]}", place=f"'{files[0]}'", cure=f"download {URL} again"
+        )
     return {
         part: (
             np.concatenate([batches[n][0] for n in names]),
@@ -93,7 +99,9 @@ def _members(files: list[Path]) -> Iterator[tuple[str, str, bytes]]:
         return
     if (got := download.md5_of(files[0])) != MD5:
         raise DataError(
-            f"'{files[0]}': md5 {got}, expected {MD5}; delete it and download {URL} again"
+            f"md5 {got}, expected {MD5}",
+            place=f"'{files[0]}'",
+            cure=f"delete it and download {URL} again",
         )
     try:
         with tarfile.open(files[0], "r:gz") as archive:
@@ -104,7 +112,7 @@ def _members(files: list[Path]) -> Iterator[tuple[str, str, bytes]]:
                     yield f"'{files[0]}' member {member.name}", name, content.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise DataError(
-            f"'{files[0]}': not a readable archive ({error}); download {URL} again"
+            f"not a readable archive ({error})", place=f"'{files[0]}'", cure=f"download {URL} again"
         ) from error
 
 
@@ -117,7 +125,7 @@ def _batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
             raise ValueError(f"{len(pixels)} images with {len(labels)} labels")
     except Exception as error:  # a damaged pickle may raise anything
         raise DataError(
-            f"{where}: not a batch of CIFAR-10 ({error}); download {URL} again"
+            f"not a batch of CIFAR-10 ({error})", place=where, cure=f"download {URL} again"
         ) from error
     return pixels, labels
 

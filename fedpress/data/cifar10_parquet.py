@@ -52,7 +52,9 @@ def _check_complete(folder: Path, files: list[Path]) -> None:
         if missing or not any(name.startswith(part) for name in names):
             name = missing[0] if missing else f"{part}-*.parquet"
             raise DataError(
-                f"source 'cifar10': '{folder / name}' is missing; copy the whole folder again"
+                f"'{folder / name}' is missing",
+                place="source 'cifar10'",
+                cure="copy the whole folder again",
             )
 
 
@@ -77,13 +79,17 @@ def _read_file(file: Path, progress: Progress | None) -> tuple[np.ndarray, np.nd
     for column in ("img", "label"):
         if column not in table.column_names:
             raise DataError(
-                f"'{file}': no column '{column}' (it has {', '.join(table.column_names)}); is this CIFAR-10?"
+                f"no column '{column}' (it has {', '.join(table.column_names)})",
+                place=f"'{file}'",
+                cure="is this CIFAR-10?",
             )
     blobs = [image["bytes"] for image in table["img"].to_pylist()]
     x = images.decode(blobs, where=lambda i: f"'{file}' row {i}", progress=progress).numpy()
     y = table["label"].to_numpy().astype(np.int64)
     if x.shape[1:] != (3, 32, 32) or not ((y >= 0) & (y < 10)).all():
         raise DataError(
-            f"'{file}': images of {x.shape[1:]} with labels {y.min()} to {y.max()}; is this CIFAR-10?"
+            f"images of {x.shape[1:]} with labels {y.min()} to {y.max()}",
+            place=f"'{file}'",
+            cure="is this CIFAR-10?",
         )
     return x, y

@@ -35,9 +35,16 @@ def rows_that_name(public: Tensor, total: int, settings: DataSettings, what: str
         return torch.arange(total)
     if not len(public):
         raise DataError(
-            f"{what}: no row is public, and the labels of private rows must not decide which classes there are; add "
-            f'classes = ["NAME", "NAME"] to [data], or public_words = ["{settings.label_column}"] if the names of '
-            "the classes are no secret, or public_share = 0.1"
+            (
+                "no row is public, and the labels of private rows must not decide which "
+                "classes there are"
+            ),
+            place=what,
+            cure=(
+                'add classes = ["NAME", "NAME"] to [data], or public_words = '
+                f'["{settings.label_column}"] if the names of the classes are no secret, or '
+                "public_share = 0.1"
+            ),
         )
     return public
 
@@ -78,13 +85,19 @@ def checked(found: Classes, settings: DataSettings, what: str) -> Classes:
     """
     if len(found.names) < 2:
         raise DataError(
-            f"{what}: the public rows are all of one class, '{found.names[0]}'; "
-            'declare rows of other classes public, or name all classes with classes = ["NAME", "NAME"]'
+            f"the public rows are all of one class, '{found.names[0]}'",
+            place=what,
+            cure=(
+                "declare rows of other classes public, or name all classes with classes = "
+                '["NAME", "NAME"]'
+            ),
         )
     if not bool((found.y >= 0).any()):
         named = ", ".join(found.names[:8])
         raise DataError(
-            f"data.classes: no row of the {what} is one of {named}; write them as they are in the data"
+            f"no row of the {what} is one of {named}",
+            place="data.classes",
+            cure="write them as they are in the data",
         )
     if settings.unknown != OTHER:
         return found

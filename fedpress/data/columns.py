@@ -126,13 +126,15 @@ def codes(column: Any, name: str, role: str) -> tuple[Tensor, tuple[str, ...]]:
         values = column.to_numpy()
         if not (np.isfinite(values) & (values == np.round(values))).all():
             raise DataError(
-                f"{where}: holds broken numbers; expected whole numbers or words: cut it into classes first"
+                "holds broken numbers",
+                place=where,
+                cure="expected whole numbers or words: cut it into classes first",
             )
         column = pa.chunked_array([pa.array(values.astype(np.int64))])
     if not (
         types.is_integer(column.type) or _is_word(column.type) or types.is_boolean(column.type)
     ):
-        raise DataError(f"{where}: holds {column.type}; expected whole numbers or words")
+        raise DataError(f"holds {column.type}", place=where, cure="expected whole numbers or words")
     values, positions = np.unique(column.to_numpy(), return_inverse=True)
     return torch.from_numpy(positions.astype(np.int64)), tuple(str(value) for value in values)
 
@@ -140,7 +142,9 @@ def codes(column: Any, name: str, role: str) -> tuple[Tensor, tuple[str, ...]]:
 def _refuse_missing(column: Any, where: str) -> None:
     if column.null_count:
         row = pc.index(column.is_null(), True).as_py()
-        raise DataError(f"{where}: row {row} has no value; fill it, or set missing = 'drop'")
+        raise DataError(
+            f"row {row} has no value", place=where, cure="fill it, or set missing = 'drop'"
+        )
 
 
 @dataclass(frozen=True)
@@ -166,12 +170,15 @@ class Labels:
             values, positions = np.unique(column.to_numpy(), return_inverse=True)
         except (TypeError, pa.ArrowInvalid) as error:
             raise DataError(
-                f"{self._where}: holds {column.type}; expected whole numbers or words"
+                f"holds {column.type}",
+                place=self._where,
+                cure="expected whole numbers or words",
             ) from error
         if self.settings.classes is None and len(values) > max(2, len(positions) // 2):
             raise DataError(
-                f"{self._where}: nearly all of the {len(positions)} rows have a label of their own; expected classes "
-                "of some rows each: cut numbers into classes first"
+                f"nearly all of the {len(positions)} rows have a label of their own",
+                place=self._where,
+                cure="expected classes of some rows each: cut numbers into classes first",
             )
         return torch.from_numpy(positions.astype(np.int64))
 
@@ -195,8 +202,11 @@ class Labels:
             column = pa.chunked_array([pa.array(np.where(whole, numbers, 0).astype(np.int64))])
         _, names = codes(column.take(pa.array(rows.numpy())), self.column.name, "label")
         if not usable[rows.numpy()].all():
-            raise DataError(f"{self._where}: holds numbers that are not whole; expected whole numbers or words: cut it "
-                            "into classes first")  # fmt: skip
+            raise DataError(
+                "holds numbers that are not whole",
+                place=self._where,
+                cure="expected whole numbers or words: cut it into classes first",
+            )
         words = as_text(column)
         positions = _positions(words, names)
         y = torch.from_numpy(np.where(usable, positions, -1))
@@ -266,8 +276,9 @@ class Features:
         gaps = x.isnan() & ~torch.from_numpy(left_out)[:, None]
         if not len(public) and bool(gaps.any()):
             raise DataError(
-                "data.missing: 'mean' needs public rows to take the mean of; give public_share or "
-                "public_clients, or set missing = 'drop'"
+                "'mean' needs public rows to take the mean of",
+                place="data.missing",
+                cure="give public_share or public_clients, or set missing = 'drop'",
             )
         fill = torch.nan_to_num(x[public].nanmean(0))
         how = self._preparation(learned, fill if len(public) else None)
@@ -309,8 +320,9 @@ class Features:
         odd = values.is_null().to_numpy() & column.values.is_valid().to_numpy()
         if odd.any() and self.settings.missing == "error":
             raise DataError(
-                f"feature column '{column.name}': it holds numbers, but some rows have something else there; "
-                "set missing = 'drop' or 'mean', or name it in drop_columns"
+                "it holds numbers, but some rows have something else there",
+                place=f"feature column '{column.name}'",
+                cure="set missing = 'drop' or 'mean', or name it in drop_columns",
             )
         drop = odd if self.settings.missing == "drop" else np.zeros_like(odd)
         return InputColumn(column.name, kind), block, drop
@@ -324,14 +336,18 @@ class Features:
             seen = values.take(pa.array(public))
         else:
             raise DataError(
-                f"feature column '{name}': it holds words, and no row is public to take the list of words from; add "
-                f'words = {{ "{name}" = ["WORD", "WORD"] }} to [data], or public_words = ["{name}"] if the list is no '
-                "secret, or public_share = 0.1"
+                "it holds words, and no row is public to take the list of words from",
+                place=f"feature column '{name}'",
+                cure=(
+                    f'add words = {{ "{name}" = ["WORD", "WORD"] }} to [data], or public_words = '
+                    f'["{name}"] if the list is no secret, or public_share = 0.1'
+                ),
             )
         if len(seen.unique()) > MOST_WORDS:
             raise DataError(
-                f"feature column '{name}': more than {MOST_WORDS} different words, which is more than can be coded; "
-                "name it in drop_columns, or list those that matter with words = { ... }"
+                f"more than {MOST_WORDS} different words, which is more than can be coded",
+                place=f"feature column '{name}'",
+                cure="name it in drop_columns, or list those that matter with words = { ... }",
             )
         return sorted(seen.unique().drop_null().to_pylist())
 
@@ -352,7 +368,9 @@ class Features:
             if self.settings.delimiter == ",":  # which cannot be both
                 cure = "write them with points, or without commas if these divide thousands"
             raise DataError(
-                f"feature column '{column.name}': its numbers have decimal commas; {cure}"
+                "its numbers have decimal commas",
+                place=f"feature column '{column.name}'",
+                cure=cure,
             )
 
 
@@ -386,7 +404,9 @@ def numbers(column: Any, name: str) -> np.ndarray:
         or types.is_null(kind)
     ):
         raise DataError(
-            f"feature column '{name}': holds {kind}; expected numbers or words: name it in drop_columns"
+            f"holds {kind}",
+            place=f"feature column '{name}'",
+            cure="expected numbers or words: name it in drop_columns",
         )
     return column.cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float32)[:, None]
 

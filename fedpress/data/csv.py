@@ -51,11 +51,13 @@ def read(path: Path, settings: DataSettings) -> Any:
             head = file.read(HEAD)
     except OSError as error:
         raise DataError(
-            f"'{path}': cannot be read ({error.strerror}); check the path and its permissions"
+            f"cannot be read ({error.strerror})",
+            place=f"'{path}'",
+            cure="check the path and its permissions",
         ) from error
     for start, what, cure in FOREIGN:
         if head.startswith(start):
-            raise DataError(f"'{path}': this is {what}, not CSV; {cure}")
+            raise DataError(f"this is {what}, not CSV", place=f"'{path}'", cure=cure)
     encoding = settings.encoding or _declared(head)
     try:
         return _read(path, settings.delimiter, encoding, newlines=False)
@@ -69,10 +71,10 @@ def read(path: Path, settings: DataSettings) -> Any:
     line = head.decode(encoding, "replace").splitlines()
     for beginning, said in BEGINNINGS.items():
         if line and line[0].removeprefix("\ufeff").startswith(beginning):
-            raise DataError(f"'{path}': {said}")
+            raise DataError(f"{said}", place=f"'{path}'")
     refuse_other_delimiter(settings, line[:1], path)
     raise DataError(
-        f"'{path}': not a readable CSV file ({_brief(first)}); correct or remove it"
+        f"not a readable CSV file ({_brief(first)})", place=f"'{path}'", cure="correct or remove it"
     ) from first
 
 
@@ -111,19 +113,27 @@ def _refuse_encoding(path: Path, encoding: str) -> None:
     if data.count(0) > len(data) // 4:
         even, odd = data[::2].count(0), data[1::2].count(0)
         raise DataError(
-            f'{why}; it looks like UTF-16: add encoding = "utf-16-{"be" if even > odd else "le"}" to [data]'
+            f"{why}",
+            cure=(
+                "it looks like UTF-16: add encoding = "
+                f'"utf-16-{("be" if even > odd else "le")}" to [data]'
+            ),
         )
     if any(byte < 32 and byte not in b"\t\n\v\f\r\x1a\x1b" for byte in data[:HEAD]):
-        raise DataError(f"{why} and no text at all; is it a CSV file?")
+        raise DataError(f"{why} and no text at all", cure="is it a CSV file?")
     if _is_other_script(data):
         raise DataError(
-            f'{why}, and of another script than Latin; add its encoding to [data], such as encoding = "cp1251" '
-            '(Cyrillic), "gb18030" (Chinese), "shift_jis" (Japanese) or "euc-kr" (Korean), or save it as UTF-8'
+            f"{why}, and of another script than Latin",
+            cure=(
+                'add its encoding to [data], such as encoding = "cp1251" (Cyrillic), "gb18030" '
+                '(Chinese), "shift_jis" (Japanese) or "euc-kr" (Korean), or save it as UTF-8'
+            ),
         )
     # Text that is not UTF-8 is mostly of Western Windows programs; 0x80 to 0x9f are letters there, not in Latin-1.
     likely = "cp1252" if re.search(rb"[\x80-\x9f]", data) else "latin-1"
     raise DataError(
-        f'{why}; it looks like {likely}: add encoding = "{likely}" to [data], or save it as UTF-8'
+        f"{why}",
+        cure=(f'it looks like {likely}: add encoding = "{likely}" to [data], or save it as UTF-8'),
     )
 
 
@@ -140,13 +150,14 @@ def refuse_other_delimiter(
     if len(header) != 1:
         return
     if header[0].startswith("sep="):
-        raise DataError(f"'{path or settings.path}': {BEGINNINGS['sep=']}")
+        raise DataError(f"{BEGINNINGS['sep=']}", place=f"'{path or settings.path}'")
     counts = {mark: header[0].count(mark) for mark in DELIMITERS if mark != settings.delimiter}
     likely = max(counts, key=lambda mark: counts[mark])
     if counts[likely] > header[0].count(settings.delimiter):
         raise DataError(
-            f"'{path or settings.path}': its header is divided by '{DELIMITERS[likely]}'; "
-            f'add delimiter = "{DELIMITERS[likely]}" to [data]'
+            f"its header is divided by '{DELIMITERS[likely]}'",
+            place=f"'{path or settings.path}'",
+            cure=f'add delimiter = "{DELIMITERS[likely]}" to [data]',
         )
 
 

@@ -48,17 +48,22 @@ class FederatedData:
 
     def __post_init__(self) -> None:
         if not self.clients:
-            raise DataError(f"data '{self.name}': there is no client; give at least one")
+            raise DataError(
+                "there is no client", place=f"data '{self.name}'", cure="give at least one"
+            )
         if self.num_classes != len(self.class_names):
             raise DataError(
-                f"data '{self.name}': {self.num_classes} classes but {len(self.class_names)} class names; "
-                "give one name per class"
+                f"{self.num_classes} classes but {len(self.class_names)} class names",
+                place=f"data '{self.name}'",
+                cure="give one name per class",
             )
         first = next(iter(self.clients.values()))
         for part, arrays in self._parts():
             if part.startswith("client") and len(arrays) == 0:
                 raise DataError(
-                    f"data '{self.name}': {part} has no examples; leave it out or give it some"
+                    f"{part} has no examples",
+                    place=f"data '{self.name}'",
+                    cure="leave it out or give it some",
                 )
             _check_like(f"data '{self.name}': {part}", arrays, first, self.num_classes)
 
@@ -125,21 +130,31 @@ def _check_like(where: str, arrays: Arrays, first: Arrays, num_classes: int) -> 
     """Checks that a part looks like the `first` client's: a network sees them all."""
     if arrays.x.dtype not in (torch.uint8, torch.float32, torch.int64):
         raise DataError(
-            f"{where}: examples of type {arrays.x.dtype}; give uint8 images, float32 features or int64 token ids"
+            f"examples of type {arrays.x.dtype}",
+            place=where,
+            cure="give uint8 images, float32 features or int64 token ids",
         )
     if arrays.x.shape[1:] != first.x.shape[1:] or arrays.x.dtype != first.x.dtype:
         raise DataError(
-            f"{where}: examples of {tuple(arrays.x.shape[1:])} {arrays.x.dtype} where the first client has "
-            f"{tuple(first.x.shape[1:])} {first.x.dtype}; make them all alike"
+            (
+                f"examples of {tuple(arrays.x.shape[1:])} {arrays.x.dtype} where the first "
+                f"client has {tuple(first.x.shape[1:])} {first.x.dtype}"
+            ),
+            place=where,
+            cure="make them all alike",
         )
     if arrays.x.is_floating_point() and not bool(arrays.x.isfinite().all()):
-        raise DataError(f"{where}: some features are NaN or infinite; fill or leave out those rows")
+        raise DataError(
+            "some features are NaN or infinite", place=where, cure="fill or leave out those rows"
+        )
     if arrays.y.dtype != torch.int64 or arrays.y.dim() != 1:
         raise DataError(
-            f"{where}: labels of type {arrays.y.dtype} and {arrays.y.dim()} dimensions; give int64 [n]"
+            f"labels of type {arrays.y.dtype} and {arrays.y.dim()} dimensions",
+            place=where,
+            cure="give int64 [n]",
         )
     if len(arrays) and not bool(((arrays.y >= 0) & (arrays.y < num_classes)).all()):
         # The label itself may be private, so it is not told.
         raise DataError(
-            f"{where}: some labels are no class number; expected 0 to {num_classes - 1}"
+            "some labels are no class number", place=where, cure=f"expected 0 to {num_classes - 1}"
         )

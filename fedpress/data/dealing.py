@@ -57,12 +57,16 @@ def totals(available: int, ask: Ask) -> tuple[int, int]:
     total = available if each is None else clients * each
     if total > available:
         raise DataError(
-            f"asked for {clients} clients of {each} examples = {total} examples, but only {available} are left for "
-            "clients; lower num_clients, examples_per_client, public_share or test_share"
+            (
+                f"asked for {clients} clients of {each} examples = {total} examples, but only "
+                f"{available} are left for clients"
+            ),
+            cure="lower num_clients, examples_per_client, public_share or test_share",
         )
     if clients > total:
         raise DataError(
-            f"asked for {clients} clients, but only {total} examples are left for them; lower num_clients"
+            f"asked for {clients} clients, but only {total} examples are left for them",
+            cure="lower num_clients",
         )
     return clients, total
 

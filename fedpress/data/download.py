@@ -46,7 +46,9 @@ def fetch(
         if (got := md5_of(part)) != md5:
             part.unlink()
             raise DataError(
-                f"'{url}': the download has md5 {got}, expected {md5}; try again, or set path to a copy"
+                f"the download has md5 {got}, expected {md5}",
+                place=f"'{url}'",
+                cure="try again, or set path to a copy",
             )
         take_place(part, target)
     return target
@@ -69,7 +71,8 @@ def _fetch_all(url: str, part: Path, progress: Progress | None, wait: float) -> 
             fruitless = 0 if _size(part) > before else fruitless + 1
             if fruitless == ATTEMPTS:
                 raise DataError(
-                    f"cannot download '{url}' ({error}); check the network, or set path to a copy of the file"
+                    f"cannot download '{url}' ({error})",
+                    cure="check the network, or set path to a copy of the file",
                 ) from error
             time.sleep(wait * 2 ** max(fruitless - 1, 0))
 
@@ -87,7 +90,8 @@ def _fetch_rest(url: str, part: Path, progress: Progress | None) -> None:
         if error.code >= 500:
             raise _BrokenOff(f"the server says {error.code} {error.reason}") from error
         raise DataError(
-            f"cannot download '{url}' (the server says {error.code} {error.reason}); set path to a copy of the file"
+            f"cannot download '{url}' (the server says {error.code} {error.reason})",
+            cure="set path to a copy of the file",
         ) from error
     except (URLError, http.client.HTTPException, OSError) as error:
         raise _BrokenOff(str(getattr(error, "reason", error))) from error

@@ -27,18 +27,23 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
     """
     assert settings.path is not None  # checked by DataSettings
     if not settings.path.is_dir():
-        raise DataError(f"source 'folders': no folder '{settings.path}'; check the path")
+        raise DataError(
+            f"no folder '{settings.path}'", place="source 'folders'", cure="check the path"
+        )
     clients = _folders(settings.path)
     files = {client.name: _images(client) for client in clients}
     if not files:
         raise DataError(
-            f"source 'folders': '{settings.path}' holds no folders; expected client/label/image.png"
+            f"'{settings.path}' holds no folders",
+            place="source 'folders'",
+            cure="expected client/label/image.png",
         )
     for name, own in files.items():
         if not own:
             raise DataError(
-                f"source 'folders': client '{name}' has no images in '{settings.path / name}'; expected "
-                f"{name}/label/image.png, or remove the folder"
+                f"client '{name}' has no images in '{settings.path / name}'",
+                place="source 'folders'",
+                cure=f"expected {name}/label/image.png, or remove the folder",
             )
     every = [file for own in files.values() for file in own]
     labels = sorted({file.parent.name for file in every})

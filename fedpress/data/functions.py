@@ -38,13 +38,17 @@ def read(settings: DataSettings, seed: int) -> FederatedData | Examples:
         raise
     except Exception as error:
         raise DataError(
-            f"{where}: the function failed with {type(error).__name__}: {error}; correct it"
+            f"the function failed with {type(error).__name__}: {error}",
+            place=where,
+            cure="correct it",
         ) from error
     if isinstance(found, FederatedData):
         return found
     if not isinstance(found, Mapping) or not found:
         raise DataError(
-            f"{where}: returned {type(found).__name__}; expected FederatedData or a dict client -> (x, y)"
+            f"returned {type(found).__name__}",
+            place=where,
+            cure="expected FederatedData or a dict client -> (x, y)",
         )
     return _examples(settings, {str(name): pair for name, pair in found.items()}, where)
 
@@ -55,17 +59,19 @@ def _find(source: str, where: str) -> Callable[..., Any]:
         module = own_modules.module_of(source)
     except ModuleNotFoundError as error:
         cure = "put its folder on PYTHONPATH, or its file beside the recipe"
-        raise DataError(f"{where}: no module '{error.name}'; {cure}") from error
+        raise DataError(f"no module '{error.name}'", place=where, cure=cure) from error
     except FedpressError as error:
-        raise DataError(f"{where}: {error}") from error
+        raise DataError(str(error), place=where) from error
     except Exception as error:
         raise DataError(
-            f"{where}: importing it failed with {type(error).__name__}: {error}; correct it"
+            f"importing it failed with {type(error).__name__}: {error}",
+            place=where,
+            cure="correct it",
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
         raise DataError(
-            f"{where}: the module has no function '{name}'{did_you_mean(name, dir(module))}"
+            f"the module has no function '{name}'{did_you_mean(name, dir(module))}", place=where
         )
     return function
 
@@ -75,7 +81,9 @@ def _examples(settings: DataSettings, pairs: dict[str, Any], where: str) -> Exam
     shapes = {(*x.shape[1:], str(x.dtype)) for x, _ in clients.values()}
     if len(shapes) > 1:
         raise DataError(
-            f"{where}: clients' examples differ: {' and '.join(map(str, sorted(shapes)))}; make them alike"
+            f"clients' examples differ: {' and '.join(map(str, sorted(shapes)))}",
+            place=where,
+            cure="make them alike",
         )
     labels = np.concatenate([y for _, y in clients.values()])
     y, words = _numbered(labels, where)
@@ -104,17 +112,18 @@ def _client(pair: Any, where: str) -> tuple[Tensor, np.ndarray]:
         x, y = torch.as_tensor(np.asarray(x)), np.asarray(y)
     except (TypeError, ValueError) as error:
         raise DataError(
-            f"{where}: expected a pair of arrays (x, y), got {type(pair).__name__}"
+            f"expected a pair of arrays (x, y), got {type(pair).__name__}", place=where
         ) from error
     if x.dtype != torch.uint8:
         x = x.to(torch.float32)
     if y.ndim != 1 or len(x) != len(y) or x.ndim < 2 or (x.dtype == torch.uint8 and x.ndim != 4):
         raise DataError(
-            f"{where}: x of shape {list(x.shape)} and y of shape {list(y.shape)}; expected uint8 images [n, C, H, W] "
-            "or numbers [n, d], and y [n]"
+            f"x of shape {list(x.shape)} and y of shape {list(y.shape)}",
+            place=where,
+            cure="expected uint8 images [n, C, H, W] or numbers [n, d], and y [n]",
         )
     if len(y) == 0:
-        raise DataError(f"{where}: no examples; leave it out or give it some")
+        raise DataError("no examples", place=where, cure="leave it out or give it some")
     return x, y
 
 
@@ -126,6 +135,6 @@ def _numbered(y: np.ndarray, where: str) -> tuple[Tensor, tuple[str, ...]]:
     if y.dtype.kind not in "iub" or y.min() < 0:
         kind = "negative numbers" if y.dtype.kind == "i" else str(y.dtype)
         raise DataError(
-            f"{where}: labels of type {kind}; expected whole numbers from 0 up, or words"
+            f"labels of type {kind}", place=where, cure="expected whole numbers from 0 up, or words"
         )
     return torch.from_numpy(y.astype(np.int64)), ()

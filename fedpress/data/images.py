@@ -68,8 +68,12 @@ def decode(
         pixels = _decode_one(image, where(i), mode, size)
         if pixels.shape != first.shape:
             raise DataError(
-                f"{where(i)}: an image of {pixels.shape[0]}x{pixels.shape[1]} pixels where {other} has "
-                f"{first.shape[0]}x{first.shape[1]}; set image_size to resize them all"
+                (
+                    f"an image of {pixels.shape[0]}x{pixels.shape[1]} pixels where {other} has "
+                    f"{first.shape[0]}x{first.shape[1]}"
+                ),
+                place=f"{where(i)}",
+                cure="set image_size to resize them all",
             )
         out[i] = pixels
         if progress and ((i + 1) % REPORT_EVERY == 0 or i + 1 == len(images)):
@@ -86,7 +90,7 @@ def _decode_one(
             # The header says how large it is: a file of some kilobytes may ask for gigabytes.
             if said := limits.above("pixels", image.width * image.height):
                 raise DataError(
-                    f"{where}: {image.width}x{image.height} are {said}, or shrink it before"
+                    f"{image.width}x{image.height} are {said}, or shrink it before", place=where
                 )
             pixels = image.convert(mode or ("L" if image.mode in GREY else "RGB"))
         if size is not None and pixels.size != (size, size):
@@ -94,7 +98,9 @@ def _decode_one(
         return np.asarray(pixels)
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(
-            f"{where}: not a readable image ({type(error).__name__}); replace or remove it"
+            f"not a readable image ({type(error).__name__})",
+            place=where,
+            cure="replace or remove it",
         ) from error
 
 

@@ -110,8 +110,12 @@ class Shards(_Settings, frozen=True):
         if ask.examples_per_client is None:
             if not holds.any(axis=0).all():
                 raise DataError(
-                    f"partition 'shards': {clients} clients of {self.classes_per_client} classes cannot hold all "
-                    f"{len(rows)} classes; raise classes_per_client or num_clients, or give examples_per_client"
+                    (
+                        f"{clients} clients of {self.classes_per_client} classes cannot hold all "
+                        f"{len(rows)} classes"
+                    ),
+                    place="partition 'shards'",
+                    cure="raise classes_per_client or num_clients, or give examples_per_client",
                 )
             for label in range(len(rows)):
                 counts[holds[:, label], label] = apportion(
@@ -129,8 +133,12 @@ class Shards(_Settings, frozen=True):
         """Returns bool [clients, classes]: each client takes the least used classes, ties broken at random."""
         if self.classes_per_client > classes:
             raise DataError(
-                f"partition 'shards': asked for {self.classes_per_client} classes per client but there are only "
-                f"{classes}; lower classes_per_client"
+                (
+                    f"asked for {self.classes_per_client} classes per client but there are only "
+                    f"{classes}"
+                ),
+                place="partition 'shards'",
+                cure="lower classes_per_client",
             )
         holds = np.zeros((clients, classes), dtype=bool)
         for client in range(clients):
@@ -144,13 +152,21 @@ class Shards(_Settings, frozen=True):
         )  # at least one row of every class a client is to hold
         for label in np.flatnonzero(demand > supply)[:1]:
             raise DataError(
-                f"partition 'shards': {holds[:, label].sum()} clients need {demand[label]} examples of the class at "
-                f"place {label} but there are only {supply[label]}; lower examples_per_client or num_clients"
+                (
+                    f"{holds[:, label].sum()} clients need {demand[label]} examples of the class at "
+                    f"place {label} but there are only {supply[label]}"
+                ),
+                place="partition 'shards'",
+                cure="lower examples_per_client or num_clients",
             )
         if (counts.sum(axis=1) < self.classes_per_client).any():
             raise DataError(
-                f"partition 'shards': {counts.sum(axis=1).min()} examples cannot show {self.classes_per_client} "
-                "classes; raise examples_per_client"
+                (
+                    f"{counts.sum(axis=1).min()} examples cannot show {self.classes_per_client} "
+                    "classes"
+                ),
+                place="partition 'shards'",
+                cure="raise examples_per_client",
             )
 
 
@@ -168,14 +184,16 @@ class Natural(_Settings, frozen=True):
         """Returns row positions by client, in the order of `pool.owner_names`."""
         if pool.owners is None:
             raise DataError(
-                "partition 'natural': the data does not name its clients; give client_column, or choose 'iid', "
-                "'dirichlet', 'shards' or 'quantity'"
+                "the data does not name its clients",
+                place="partition 'natural'",
+                cure="give client_column, or choose 'iid', 'dirichlet', 'shards' or 'quantity'",
             )
         names = [name for name in pool.owner_names if name not in pool.closed]
         if ask.num_clients is not None and ask.num_clients > len(names):
             raise DataError(
-                f"partition 'natural': asked for {ask.num_clients} clients but the data has only {len(names)}; "
-                "lower num_clients"
+                f"asked for {ask.num_clients} clients but the data has only {len(names)}",
+                place="partition 'natural'",
+                cure="lower num_clients",
             )
         chosen = (
             torch.randperm(len(names), generator=generator)[: ask.num_clients]
@@ -187,7 +205,8 @@ class Natural(_Settings, frozen=True):
             rows = torch.nonzero(pool.owners == pool.owner_names.index(name)).flatten()
             if len(rows) == 0:
                 raise DataError(
-                    f"client '{name}' has no rows left for training; lower test_share or public_share"
+                    f"client '{name}' has no rows left for training",
+                    cure="lower test_share or public_share",
                 )
             dealt[name] = rows[torch.randperm(len(rows), generator=generator)][
                 : ask.examples_per_client

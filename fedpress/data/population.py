@@ -36,17 +36,24 @@ class Population:
     def __post_init__(self) -> None:
         if not self.names or len(set(self.names)) != len(self.names):
             raise DataError(
-                "population.names: expected at least one client, each by a name of its own; name each once"
+                "expected at least one client, each by a name of its own",
+                place="population.names",
+                cure="name each once",
             )
         for what, table in (("examples", self.examples), ("identities", self.identities)):
             if table and table.keys() != set(self.names):
                 raise DataError(
-                    f"population.{what}: expected one entry for each of the {len(self.names)} clients; "
-                    "give all or none"
+                    f"expected one entry for each of the {len(self.names)} clients",
+                    place=f"population.{what}",
+                    cure="give all or none",
                 )
         for name, count in (self.examples or {}).items():
             if count < 1:
-                raise DataError(f"population.examples.{name}: got {count}; leave this client out")
+                raise DataError(
+                    f"got {count}",
+                    place=f"population.examples.{name}",
+                    cure="leave this client out",
+                )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -69,8 +76,9 @@ class Population:
         """
         if self.examples is None:
             raise DataError(
-                "population.examples: whole clients are protected here, so nobody may know how many examples one "
-                "has; ask for what does not need them"
+                "whole clients are protected here, so nobody may know how many examples one has",
+                place="population.examples",
+                cure="ask for what does not need them",
             )
         return self.examples
 
@@ -99,6 +107,8 @@ class Population:
             identities = dict(zip(names, map(bytes.fromhex, keys), strict=True)) if keys else {}
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise DataError(
-                f"population: not a table of clients ({type(error).__name__}: {error}); {CURE}"
+                f"not a table of clients ({type(error).__name__}: {error})",
+                place="population",
+                cure=CURE,
             ) from error
         return cls(tuple(names), examples, identities)

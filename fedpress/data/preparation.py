@@ -105,11 +105,11 @@ class Preparation:
             return cls._of(json.loads(Path(path).read_text("utf-8")))
         except OSError as error:
             raise DataError(
-                f"'{path}': cannot be read ({error.strerror}); check the path"
+                f"cannot be read ({error.strerror})", place=f"'{path}'", cure="check the path"
             ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"'{path}': corrupt ({error}); copy it again from the run folder"
+                f"corrupt ({error})", place=f"'{path}'", cure="copy it again from the run folder"
             ) from error
 
     @classmethod

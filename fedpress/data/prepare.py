@@ -48,7 +48,9 @@ def _cell(row: Mapping[str, Any], at: int, column: InputColumn, preparation: Pre
     """Returns the value of one cell; None for a gap."""
     if column.name not in row:
         raise DataError(
-            f"row {at}: there is no column '{column.name}'; give it, with None where it has no value"
+            f"there is no column '{column.name}'",
+            place=f"row {at}",
+            cure="give it, with None where it has no value",
         )
     value = row[column.name]
     if isinstance(value, float | np.floating) and math.isnan(value):
@@ -64,16 +66,21 @@ def _block(cells: list[Any], column: InputColumn, preparation: Preparation) -> n
         block, unknown = columns.one_hot(_words(cells, column.name), column.words, column.unknown)
         if column.unknown == "refused" and unknown.any():
             raise DataError(
-                f"row {int(unknown.argmax())}: column '{column.name}' has a word that is not on its list; the training "
-                "left such rows out"
+                f"column '{column.name}' has a word that is not on its list",
+                place=f"row {int(unknown.argmax())}",
+                cure="the training left such rows out",
             )
     else:
         block = _numbers(cells, column, preparation.decimal)
     gaps = np.isnan(block)
     if gaps.any() and not column.fill:
         raise DataError(
-            f"row {int(gaps.any(1).argmax())}: column '{column.name}' has no value of its kind ({column.kind}), and "
-            "nothing is known that fills the gap; fill it, or leave the row out"
+            (
+                f"column '{column.name}' has no value of its kind ({column.kind}), and nothing "
+                "is known that fills the gap"
+            ),
+            place=f"row {int(gaps.any(1).argmax())}",
+            cure="fill it, or leave the row out",
         )
     return np.where(gaps, np.array(column.fill or (0.0,), dtype=np.float32), block)
 
@@ -88,7 +95,9 @@ def _words(cells: list[Any], name: str) -> Any:
             words.append(columns.as_text(pa.array([cell]))[0].as_py())
         except pa.ArrowException as error:
             raise DataError(
-                f"row {at}: column '{name}' holds {type(cell).__name__}; expected a word"
+                f"column '{name}' holds {type(cell).__name__}",
+                place=f"row {at}",
+                cure="expected a word",
             ) from error
     return pa.chunked_array([pa.array(words, pa.string())])
 
@@ -110,10 +119,14 @@ def _numbers(cells: list[Any], column: InputColumn, decimal: str) -> np.ndarray:
                 block[at] = np.float32(float(cell))
         except (TypeError, ValueError, OverflowError) as error:
             raise DataError(
-                f"row {at}: column '{column.name}' holds {type(cell).__name__}; expected a number"
+                f"column '{column.name}' holds {type(cell).__name__}",
+                place=f"row {at}",
+                cure="expected a number",
             ) from error
     if np.isinf(block).any():
         raise DataError(
-            f"row {int(np.isinf(block).argmax())}: column '{column.name}' is infinite; leave the row out"
+            f"column '{column.name}' is infinite",
+            place=f"row {int(np.isinf(block).argmax())}",
+            cure="leave the row out",
         )
     return block

@@ -67,8 +67,9 @@ def _test(
     test, rest = _share(examples, rows, settings.test_share, seed, "test")
     if len(test) == 0:
         raise DataError(
-            f"data.test_share: {settings.test_share:g} of {len(rows)} rows leaves no test set; "
-            "raise it, or name test_clients"
+            f"{settings.test_share:g} of {len(rows)} rows leaves no test set",
+            place="data.test_share",
+            cure="raise it, or name test_clients",
         )
     return test, rest
 
@@ -81,7 +82,9 @@ def _of_clients(
         return rows[:0], rows
     if examples.owners is None:
         raise DataError(
-            f"data.{key}: the data does not name its clients; use {key.split('_')[0]}_share instead"
+            "the data does not name its clients",
+            place=f"data.{key}",
+            cure=f"use {key.split('_')[0]}_share instead",
         )
     for name in names:
         if name not in examples.owner_names:
@@ -89,7 +92,9 @@ def _of_clients(
                 ", ..." if len(examples.owner_names) > 8 else ""
             )
             near = did_you_mean(name, list(examples.owner_names))
-            raise DataError(f"data.{key}: no client '{name}' in the data (it has {known}){near}")
+            raise DataError(
+                f"no client '{name}' in the data (it has {known}){near}", place=f"data.{key}"
+            )
     wanted = torch.tensor([examples.owner_names.index(name) for name in names])
     taken = torch.isin(examples.owners[rows], wanted)
     return rows[taken], rows[~taken]
@@ -115,8 +120,11 @@ def _validation(public: Tensor, settings: DataSettings, seed: int) -> tuple[Tens
     count = asked if isinstance(asked, int) else int(asked * len(public))
     if count and count >= len(public):
         raise DataError(
-            f"data.validation: asked for {count} rows of the public part, which has {len(public)}; lower validation, "
-            "or declare more rows public with public_share or public_clients"
+            f"asked for {count} rows of the public part, which has {len(public)}",
+            place="data.validation",
+            cure=(
+                "lower validation, or declare more rows public with public_share or public_clients"
+            ),
         )
     order = public[
         torch.randperm(len(public), generator=random.generator(seed, "data", "validation"))
@@ -135,7 +143,9 @@ def _assemble(examples: Examples, settings: DataSettings, parts: Parts) -> Feder
     if examples.classes is None:
         if settings.classes is not None:
             raise DataError(
-                f"data.classes: source '{settings.source}' has classes of its own; leave classes out"
+                f"source '{settings.source}' has classes of its own",
+                place="data.classes",
+                cure="leave classes out",
             )
         found = Classes(examples.train.y, examples.class_names)
     else:
@@ -158,8 +168,12 @@ def _assemble(examples: Examples, settings: DataSettings, parts: Parts) -> Feder
     for name, rows in parts.clients.items():
         if len(rows) and not bool(usable[rows].any()):
             raise DataError(
-                f"client '{name}': no row is left, since their classes or words are on no list; name all of them with "
-                'classes = [...] or words = {...}, set unknown = "other", or leave this client out'
+                "no row is left, since their classes or words are on no list",
+                place=f"client '{name}'",
+                cure=(
+                    "name all of them with classes = [...] or words = {...}, set unknown = "
+                    '"other", or leave this client out'
+                ),
             )
     declared = part("public", parts.public)
     preprocess = _preprocess(declared.x, settings)
@@ -182,6 +196,8 @@ def _preprocess(public: Tensor, settings: DataSettings) -> Preprocess:
         return Preprocess.fit(public) if len(public) else Preprocess()
     if len(settings.mean) not in (1, public.shape[1]):
         raise DataError(
-            f"data.mean: {len(settings.mean)} values for examples of {public.shape[1]} channels; give one of each"
+            f"{len(settings.mean)} values for examples of {public.shape[1]} channels",
+            place="data.mean",
+            cure="give one of each",
         )
     return Preprocess(settings.mean, settings.std)

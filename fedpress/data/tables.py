@@ -41,7 +41,9 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
         ]
         table = table.filter(_complete(table, used))
     if table.num_rows == 0:
-        raise DataError(f"'{settings.path}': there are no rows; check the path and data.missing")
+        raise DataError(
+            "there are no rows", place=f"'{settings.path}'", cure="check the path and data.missing"
+        )
     labels = columns.Labels(Column.of(table, settings.label_column, settings), settings)
     y = labels.dealing()
     owners: Tensor | None = None
@@ -75,11 +77,8 @@ def find(path: Path, kind: str) -> list[Path]:
     folder = path.parent if "*" in path.name else path
     files = sorted(file for file in folder.glob(pattern) if file.is_file())
     if not files:
-        raise DataError(
-            f"source '{kind}': no file '{folder / pattern}'; check the path"
-            if folder.is_dir()
-            else f"source '{kind}': no such path '{path}'; check it"
-        )
+        missing = f"no file '{folder / pattern}'" if folder.is_dir() else f"no such path '{path}'"
+        raise DataError(missing, place=f"source '{kind}'", cure="check the path")
     return files
 
 
@@ -93,7 +92,9 @@ def read_parquet(path: Path) -> Any:
         return pyarrow.parquet.ParquetFile(path).read()
     except (OSError, pa.ArrowException) as error:
         raise DataError(
-            f"'{path}': not a readable parquet file ({_brief(error)}); copy it again"
+            f"not a readable parquet file ({_brief(error)})",
+            place=f"'{path}'",
+            cure="copy it again",
         ) from error
 
 
@@ -110,14 +111,19 @@ def _together(tables: list[Any], files: list[Path]) -> Any:
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise DataError(
-                f"'{file}': two columns are named '{twice}'; give each a name of its own"
+                f"two columns are named '{twice}'",
+                place=f"'{file}'",
+                cure="give each a name of its own",
             )
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise DataError(
-            f"the {len(files)} files beside '{files[0]}' have columns of different kinds ({_brief(error)}); "
-            "make them alike"
+            (
+                f"the {len(files)} files beside '{files[0]}' have columns of different kinds "
+                f"({_brief(error)})"
+            ),
+            cure="make them alike",
         ) from error
 
 
@@ -140,7 +146,8 @@ def _feature_names(table: Any, settings: DataSettings) -> list[str]:
                 if settings.source == "csv":
                     csv.refuse_other_delimiter(settings, table.column_names)
                 raise DataError(
-                    f"data.{key}: no column '{name}' in '{settings.path}' (it has {known}){near}"
+                    f"no column '{name}' in '{settings.path}' (it has {known}){near}",
+                    place=f"data.{key}",
                 )
     left_out = {settings.label_column, settings.client_column, *settings.drop_columns}
     names = [
@@ -148,7 +155,9 @@ def _feature_names(table: Any, settings: DataSettings) -> list[str]:
     ]
     if not names:
         raise DataError(
-            f"'{settings.path}': no feature column is left; check feature_columns and drop_columns"
+            "no feature column is left",
+            place=f"'{settings.path}'",
+            cure="check feature_columns and drop_columns",
         )
     return names
 
@@ -168,8 +177,12 @@ def _refuse_gaps(table: Any, names: list[str]) -> None:
         gaps = pc.is_null(table[name], nan_is_null=_may_be_nan(table[name]))
         if count := pc.sum(gaps).as_py():
             raise DataError(
-                f"feature column '{name}': {count} of {table.num_rows} rows have no value (first: row "
-                f"{pc.index(gaps, True).as_py()}); set missing = 'drop' or 'mean', or name it in drop_columns"
+                (
+                    f"{count} of {table.num_rows} rows have no value (first: row "
+                    f"{pc.index(gaps, True).as_py()})"
+                ),
+                place=f"feature column '{name}'",
+                cure="set missing = 'drop' or 'mean', or name it in drop_columns",
             )
 
 
@@ -183,7 +196,9 @@ def _images(
     """Decodes a column of images in the layout of the hub: a struct with `bytes`."""
     if column.type.get_field_index("bytes") < 0:
         raise DataError(
-            f"feature column '{name}': holds {column.type}; expected numbers, words, or images as bytes"
+            f"holds {column.type}",
+            place=f"feature column '{name}'",
+            cure="expected numbers, words, or images as bytes",
         )
     blobs = pc.struct_field(column, "bytes").to_pylist()
     where = f"'{settings.path}' column '{name}' row"

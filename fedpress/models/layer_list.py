@@ -62,7 +62,8 @@ def build(layers: dict[str, dict[str, JsonValue]]) -> nn.Module:
     """
     if not isinstance(layers, dict) or "" not in layers:
         raise ModelError(
-            f"model.arguments.layers: got {str(layers)[:60]!r}, expected layers by name, and '' among them"
+            f"got {str(layers)[:60]!r}, expected layers by name, and '' among them",
+            place="model.arguments.layers",
         )
     root = _layer("", layers[""])
     for name, about in layers.items():
@@ -76,7 +77,9 @@ def build(layers: dict[str, dict[str, JsonValue]]) -> nn.Module:
             parent = None
         if not isinstance(parent, nn.Sequential):
             raise ModelError(
-                f"model.arguments.layers: '{name}' has no sequence above it; list that before it"
+                f"'{name}' has no sequence above it",
+                place="model.arguments.layers",
+                cure="list that before it",
             )
         parent.add_module(last, _layer(name, about))
     return root
@@ -85,19 +88,23 @@ def build(layers: dict[str, dict[str, JsonValue]]) -> nn.Module:
 def _layer(name: str, about: dict[str, JsonValue]) -> nn.Module:
     place = f"model.arguments.layers['{name}']"
     if not isinstance(about, dict):
-        raise ModelError(f"{place}: got {str(about)[:60]!r}, expected a table with the key 'layer'")
+        raise ModelError(
+            f"got {str(about)[:60]!r}, expected a table with the key 'layer'", place=place
+        )
     arguments = {key: _tuples(value) for key, value in about.items() if key != "layer"}
     kind = about.get("layer")
     if kind == "Sequential" and not arguments:
         return nn.Sequential()
     if kind not in LAYERS:
         raise ModelError(
-            f"{place}: {str(kind)[:60]!r} is no layer of torch.nn that a file may name"
+            f"{str(kind)[:60]!r} is no layer of torch.nn that a file may name", place=place
         )
     placed = next((key for key in arguments if key in PLACES), None)
     if placed is not None:
         raise ModelError(
-            f"{place}: '{placed}' is nothing that a file may say; a network is built in float32 on the CPU"
+            f"'{placed}' is nothing that a file may say",
+            place=place,
+            cure="a network is built in float32 on the CPU",
         )
     if isinstance(
         inside := arguments.get("num_layers"), int
@@ -109,7 +116,7 @@ def _layer(name: str, about: dict[str, JsonValue]) -> nn.Module:
         raise
     except Exception as error:  # whatever torch says of arguments
         raise ModelError(
-            f"{place}: {kind} cannot be built ({str(error).splitlines()[0][:120]})"
+            f"{kind} cannot be built ({str(error).splitlines()[0][:120]})", place=place
         ) from error
     assert isinstance(layer, nn.Module)
     return layer

@@ -70,15 +70,20 @@ def held(name: str) -> nn.Module:
     """
     if name not in _held:
         raise ModelError(
-            "model: this one lived in the memory of another program; give module:function in its place"
+            "this one lived in the memory of another program",
+            place="model",
+            cure="give module:function in its place",
         )
     try:
         return copied(_held[name].module)
     except RuntimeError as error:  # torch copies no tensor that was computed from others
         raise ModelError(
-            f"model: it cannot be copied ({str(error).splitlines()[0]}); "
-            "if the old torch.nn.utils.weight_norm is in it, take "
-            "torch.nn.utils.parametrizations.weight_norm"
+            f"it cannot be copied ({str(error).splitlines()[0]})",
+            place="model",
+            cure=(
+                "if the old torch.nn.utils.weight_norm is in it, take "
+                "torch.nn.utils.parametrizations.weight_norm"
+            ),
         ) from error
 
 

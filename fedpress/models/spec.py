@@ -100,11 +100,15 @@ class ModelSpec(BaseModel):
             limits.check_tree(self.model_dump(include={name})[name], f"spec.{name}", lists=False)
         if min(self.input_shape, default=1) < 1:
             raise ModelError(
-                f"spec.input_shape: got {list(self.input_shape)[:8]}, expected sizes above 0; {NO_SPEC}"
+                f"got {list(self.input_shape)[:8]}, expected sizes above 0",
+                place="spec.input_shape",
+                cure=NO_SPEC,
             )
         if len(self.mean) != len(self.std) or min(self.std, default=1.0) <= 0:
             raise ModelError(
-                f"spec.std: expected as many numbers above 0 as spec.mean has; {NO_SPEC}"
+                "expected as many numbers above 0 as spec.mean has",
+                place="spec.std",
+                cure=NO_SPEC,
             )
         limits.check("input", prod(self.input_shape), "spec.input_shape")
         if self.architecture not in ARCHITECTURES:  # a user's function is watched while it builds
@@ -154,7 +158,9 @@ class ModelSpec(BaseModel):
             scheme = self.quantized.get(name.removesuffix(".weight"))
             if scheme is not None and scheme.weights is not None and not scheme.weights.has_zero:
                 raise ModelError(
-                    f"spec: '{name}' is sparse, but a binary grid has no zero to keep; quantize it to ternary instead"
+                    f"'{name}' is sparse, but a binary grid has no zero to keep",
+                    place="spec",
+                    cure="quantize it to ternary instead",
                 )
 
     def build_dense(self) -> nn.Module:
@@ -185,11 +191,13 @@ class ModelSpec(BaseModel):
             raise
         except Exception as error:  # a user's function may raise anything
             raise ModelError(
-                f"model.arguments: '{self.architecture}' cannot be built: {error}"
+                f"'{self.architecture}' cannot be built: {error}", place="model.arguments"
             ) from error
         if not isinstance(model, nn.Module):
             raise ModelError(
-                f"model: '{self.architecture}' returned {type(model).__name__}; return a torch.nn.Module"
+                f"'{self.architecture}' returned {type(model).__name__}",
+                place="model",
+                cure="return a torch.nn.Module",
             )
         _complete(model)
         return model, absorb_masks_(model)
@@ -205,13 +213,18 @@ def _complete(model: nn.Module) -> None:
         for value in (*module._parameters.values(), *module._buffers.values()):
             if is_lazy(value):
                 raise ModelError(
-                    f"model: {where} is a {type(module).__name__}, whose size comes from its first input; run the "
-                    "model once on an example where it is built"
+                    f"{where} is a {type(module).__name__}, whose size comes from its first input",
+                    place="model",
+                    cure="run the model once on an example where it is built",
                 )
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ModelError(
-                f"model: {where} has an extra state (get_extra_state), but files of fedpress hold tensors alone; keep "
-                "it in buffers"
+                (
+                    f"{where} has an extra state (get_extra_state), but files of fedpress hold "
+                    "tensors alone"
+                ),
+                place="model",
+                cure="keep it in buffers",
             )
 
 
@@ -222,7 +235,9 @@ def _builder(name: str) -> Any:
         hint = did_you_mean(name, list(ARCHITECTURES))
         known = ", ".join(ARCHITECTURES)
         raise ModelError(
-            f"model.architecture: no architecture {name[:80]!r}{hint}; use one of {known} or 'package.module:function'"
+            f"no architecture {name[:80]!r}{hint}",
+            place="model.architecture",
+            cure=f"use one of {known} or 'package.module:function'",
         )
     try:
         return getattr(own_modules.module_of(name), name.partition(":")[2])
@@ -232,7 +247,9 @@ def _builder(name: str) -> Any:
             if isinstance(error, ModelError)
             else "; put its folder on PYTHONPATH, or its file beside the recipe"
         )
-        raise ModelError(f"model.architecture: cannot load '{name}': {error}{cure}") from error
+        raise ModelError(
+            f"cannot load '{name}': {error}{cure}", place="model.architecture"
+        ) from error
 
 
 def resize_(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -247,14 +264,17 @@ def resize_(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
             old = tensor(model, name)
         except AttributeError as error:
             raise ModelError(
-                f"spec.resized: the model has no tensor '{name}'; the spec is of another model"
+                f"the model has no tensor '{name}'",
+                place="spec.resized",
+                cure="the spec is of another model",
             ) from error
         if len(shape) != old.dim() or not all(
             0 < n <= most for n, most in zip(shape, old.shape, strict=True)
         ):
             raise ModelError(
-                f"spec.resized: '{name}' of shape {tuple(old.shape)} cannot become {tuple(shape)}; "
-                "the spec is of another model"
+                f"'{name}' of shape {tuple(old.shape)} cannot become {tuple(shape)}",
+                place="spec.resized",
+                cure="the spec is of another model",
             )
         empty = old.detach().new_zeros(tuple(shape))
         new[name] = (
@@ -276,8 +296,12 @@ def _renumber_(model: nn.Module, numbers: Numbers) -> None:
         set_numbers_(model, numbers)
     except AttributeError as error:
         raise ModelError(
-            f"spec.numbers: {error}; the spec is of another model, or of its code as it was: take the code that was "
-            "pruned, or prune again"
+            str(error),
+            place="spec.numbers",
+            cure=(
+                "the spec is of another model, or of its code as it was: take the code that "
+                "was pruned, or prune again"
+            ),
         ) from error
 
 
@@ -290,7 +314,9 @@ def _regroup_(model: nn.Module, groups: dict[str, int]) -> None:
             or weight_shape(module)[0] % count
         ):
             raise ModelError(
-                f"spec.groups: '{name}' cannot have {count} groups; the spec is of another model"
+                f"'{name}' cannot have {count} groups",
+                place="spec.groups",
+                cure="the spec is of another model",
             )
         set_groups_(module, count)
 
@@ -336,30 +362,40 @@ def load_model(folder: Path, allow_code: Collection[str] | str = ()) -> tuple[Mo
     numbers, described = Path(folder) / "model.safetensors", Path(folder) / "spec.json"
     if not Path(folder).exists():
         raise ModelError(
-            f"model: there is no '{folder}'; give the folder of a model or of a run, or a packed file"
+            f"there is no '{folder}'",
+            place="model",
+            cure="give the folder of a model or of a run, or a packed file",
         )
     for path in (described, numbers):
         if not path.is_file():
             raise ModelError(
-                f"{folder}: no model here ({path.name} is missing); run the stage again"
+                f"no model here ({path.name} is missing)",
+                place=folder,
+                cure="run the stage again",
             )
     try:
         spec = ModelSpec.of_file(described.read_text("utf-8"), allow_code)
     except ModelError as error:
-        raise ModelError(f"{described}: {error}") from error
+        raise ModelError(str(error), place=described) from error
     except (ValidationError, UnicodeDecodeError, OSError) as error:
-        raise ModelError(f"{described}: corrupt ({_first_line(error)}); {_anew(folder)}") from error
+        raise ModelError(
+            f"corrupt ({_first_line(error)})", place=described, cure=_anew(folder)
+        ) from error
     try:
         tensors = load_file(numbers)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{numbers}: corrupt ({_first_line(error)}); {_anew(folder)}") from error
+        raise ModelError(
+            f"corrupt ({_first_line(error)})", place=numbers, cure=_anew(folder)
+        ) from error
     model = spec.build_within_limits()
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         last = str(error).splitlines()[-1].strip()
         raise ModelError(
-            f"{folder}: model.safetensors does not fit spec.json ({last}); {_anew(folder)}"
+            f"model.safetensors does not fit spec.json ({last})",
+            place=folder,
+            cure=_anew(folder),
         ) from error
     for path in (
         described,
@@ -369,7 +405,9 @@ def load_model(folder: Path, allow_code: Collection[str] | str = ()) -> tuple[Mo
             changed = (
                 f"or if you have changed this file yourself, delete '{checksums.list_of(path)}'"
             )
-            raise ModelError(f"{path}: corrupt ({fault}); {_anew(path.parent)}, {changed}")
+            raise ModelError(
+                f"corrupt ({fault})", place=path, cure=f"{_anew(path.parent)}, {changed}"
+            )
     return spec, model
 
 

@@ -37,7 +37,9 @@ def load_weights_(model: nn.Module, path: Path) -> tuple[str, ...]:
     except RuntimeError as error:
         last = str(error).splitlines()[-1].strip()
         raise ModelError(
-            f"{path}: these weights do not fit the model ({last}); give those of this model, or set model.arguments"
+            f"these weights do not fit the model ({last})",
+            place=path,
+            cure="give those of this model, or set model.arguments",
         ) from error
     return masked
 
@@ -45,7 +47,7 @@ def load_weights_(model: nn.Module, path: Path) -> tuple[str, ...]:
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         what = "this is a folder" if path.is_dir() else "no such file"
-        raise ModelError(f"{path}: {what}; give a state dict as .safetensors or .pt")
+        raise ModelError(f"{what}", place=path, cure="give a state dict as .safetensors or .pt")
     found: Any
     try:
         found = (
@@ -64,17 +66,22 @@ def _read(path: Path) -> dict[str, Tensor]:
     ) as error:
         foreign = described(path) or ""
         if foreign and "state dict" not in foreign.partition(";")[0]:
-            raise ModelError(f"{path}: cannot be read as plain tensors, for {foreign}") from error
+            raise ModelError(
+                f"cannot be read as plain tensors, for {foreign}", place=path
+            ) from error
         raise ModelError(
-            f"{path}: cannot be read as plain tensors ({str(error).splitlines()[0][:120]}); "
-            "save model.state_dict() as .safetensors or with torch.save"
+            f"cannot be read as plain tensors ({str(error).splitlines()[0][:120]})",
+            place=path,
+            cure="save model.state_dict() as .safetensors or with torch.save",
         ) from error
     if isinstance(found, Mapping):
         found = next((found[key] for key in INSIDE if isinstance(found.get(key), Mapping)), found)
     if not isinstance(found, Mapping) or not all(
         isinstance(value, Tensor) for value in found.values()
     ):
-        raise ModelError(f"{path}: this is no state dict; save model.state_dict(), not the model")
+        raise ModelError(
+            "this is no state dict", place=path, cure="save model.state_dict(), not the model"
+        )
     return dict(found)
 
 

@@ -64,23 +64,40 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
             logits = model.eval()(data.preprocess(examples.x[:2]))
     except Exception as error:  # whatever somebody's own network raises
         raise RecipeError(
-            f"recipe.model: '{spec.architecture}' does not take examples of shape {list(spec.input_shape)} "
-            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); fit recipe.model.arguments to the data"
+            (
+                f"'{spec.architecture}' does not take examples of shape "
+                f"{list(spec.input_shape)} ({type(error).__name__}: "
+                f"{str(error).partition(chr(10))[0]})"
+            ),
+            place="recipe.model",
+            cure="fit recipe.model.arguments to the data",
         ) from error
     wanted = (min(2, len(examples)), data.num_classes)
     if data.labelled and not (isinstance(logits, Tensor) and logits.dim() == 2):
         got = list(logits.shape[1:]) if isinstance(logits, Tensor) else type(logits).__name__
         raise RecipeError(
-            f"recipe.model: '{spec.architecture}' gives outputs {got} for one example, not [classes] as a "
-            "classifier does, and accuracy needs one; without labels (a command without data, or with inputs alone) it "
-            "can be cut, quantized and exported"
+            (
+                f"'{spec.architecture}' gives outputs {got} for one example, not [classes] as a "
+                "classifier does, and accuracy needs one"
+            ),
+            place="recipe.model",
+            cure=(
+                "without labels (a command without data, or with inputs alone) it can be cut, "
+                "quantized and exported"
+            ),
         )
     if data.labelled and logits.shape != wanted:
         got = list(logits.shape[1:])
         raise RecipeError(
-            f"recipe.model: '{spec.architecture}' gives outputs {got} for one example but the data has "
-            f"{data.num_classes} classes; make it return {data.num_classes} numbers, for instance with "
-            f"recipe.model.arguments.num_classes = {data.num_classes}"
+            (
+                f"'{spec.architecture}' gives outputs {got} for one example but the data has "
+                f"{data.num_classes} classes"
+            ),
+            place="recipe.model",
+            cure=(
+                f"make it return {data.num_classes} numbers, for instance with "
+                f"recipe.model.arguments.num_classes = {data.num_classes}"
+            ),
         )
     return State(spec, model.train(), data, recipe.seed, cost.parameters(spec.build_dense()))
 

@@ -81,7 +81,9 @@ def split_values(text: str) -> list[str]:
         parts[-1] += letter
     if quote or depth or not all(part.strip() for part in parts):
         raise RecipeError(
-            f"sweep: '{text}' is no list of values; write them as in 0.5,0.3 or [1, 2],[3, 4]"
+            f"'{text}' is no list of values",
+            place="sweep",
+            cure="write them as in 0.5,0.3 or [1, 2],[3, 4]",
         )
     return [part.strip() for part in parts]
 
@@ -113,11 +115,14 @@ def _value_lists(values: Sequence[str], seeds: Sequence[int]) -> dict[str, list[
         key, equals, text = entry.partition("=")
         if not equals or not key:
             raise RecipeError(
-                f"sweep: '{entry}': expected key=value,value, for instance stage.1.keep_params=0.5,0.3"
+                f"'{entry}': expected key=value,value, for instance stage.1.keep_params=0.5,0.3",
+                place="sweep",
             )
         if key in lists:
             raise RecipeError(
-                f"sweep: '{key}' is given twice; give all its values at once, divided by commas"
+                f"'{key}' is given twice",
+                place="sweep",
+                cure="give all its values at once, divided by commas",
             )
         lists[key] = list(dict.fromkeys(split_values(text)))
     return lists
@@ -194,7 +199,7 @@ def _variants(
             )
             if not read_json(path / "result.json").get("finished"):
                 raise RecipeError(
-                    "its events were not followed to the end; go on with the same sweep"
+                    "its events were not followed to the end", cure="go on with the same sweep"
                 )
         except FedpressError as failure:
             error = str(failure)

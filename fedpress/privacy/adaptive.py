@@ -33,7 +33,9 @@ class AdaptiveClip:
         for name in ("initial", "lr"):
             _check_positive(name, getattr(self, name))
         if not 0 < self.quantile < 1:
-            raise RecipeError(f"quantile: got {self.quantile}, expected a number inside (0, 1)")
+            raise RecipeError(
+                f"got {self.quantile}, expected a number inside (0, 1)", place="quantile"
+            )
         if self.count_noise is not None:
             _check_positive("count_noise", self.count_noise)
 
@@ -51,7 +53,9 @@ class AdaptiveClip:
         """
         if not math.isfinite(below):
             raise PrivacyError(
-                f"share below the clip norm: got {below}, expected a finite number; check the sum of bits"
+                f"got {below}, expected a finite number",
+                place="share below the clip norm",
+                cure="check the sum of bits",
             )
         return clip_norm * math.exp(-self.lr * (below - self.quantile))
 
@@ -103,12 +107,18 @@ def split(noise_multiplier: float, count_noise: float) -> float:
     left = noise_multiplier**-2 - (2 * count_noise) ** -2 if noise_multiplier > 0 else math.inf
     if left <= 0:
         raise PrivacyError(
-            f"count_noise: got {count_noise:g}, so little that the bits alone cost noise_multiplier "
-            f"{noise_multiplier:g}; take more than {noise_multiplier / 2:g}, for instance {2.5 * noise_multiplier:g}"
+            (
+                f"got {count_noise:g}, so little that the bits alone cost noise_multiplier "
+                f"{noise_multiplier:g}"
+            ),
+            place="count_noise",
+            cure=(
+                f"take more than {noise_multiplier / 2:g}, for instance {2.5 * noise_multiplier:g}"
+            ),
         )
     return left**-0.5
 
 
 def _check_positive(name: str, value: float) -> None:
     if not 0 < value < math.inf:
-        raise RecipeError(f"{name}: got {value}, expected a finite number above 0")
+        raise RecipeError(f"got {value}, expected a finite number above 0", place=name)

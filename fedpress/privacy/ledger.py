@@ -62,12 +62,17 @@ class LedgerEntry:
         if isinstance(phase, GaussianEvent):
             if any((self.l2, self.l1, self.failure)):
                 raise RecipeError(
-                    "charge.variance: got 0 beside l2, l1 or failure, expected the Skellam noise's"
+                    "got 0 beside l2, l1 or failure, expected the Skellam noise's",
+                    place="charge.variance",
                 )
         elif not math.isclose(phase.noise_multiplier, self.noise_multiplier, rel_tol=1e-6):
             raise RecipeError(
-                f"charge.noise_multiplier: got {self.noise_multiplier}, expected {phase.noise_multiplier}, that of the "
-                "Skellam noise; make the charge with LedgerEntry.of"
+                (
+                    f"got {self.noise_multiplier}, expected {phase.noise_multiplier}, that of the "
+                    "Skellam noise"
+                ),
+                place="charge.noise_multiplier",
+                cure="make the charge with LedgerEntry.of",
             )
 
     @classmethod
@@ -130,7 +135,9 @@ class Ledger:
 
     def __post_init__(self) -> None:
         if self.unit not in ("sample", "client"):
-            raise RecipeError(f"ledger.unit: got {self.unit!r}, expected 'sample' or 'client'")
+            raise RecipeError(
+                f"got {self.unit!r}, expected 'sample' or 'client'", place="ledger.unit"
+            )
 
     def add(self, *charges: LedgerEntry) -> Ledger:
         """Returns the ledger with `charges` at its end; a charge that continues its client's last one is joined."""
@@ -194,8 +201,12 @@ class Ledger:
         if spent > epsilon:
             what = charges[0].what if charges else "nothing"
             raise PrivacyError(
-                f"ledger: {what} would bring epsilon to {spent:.4g}, beyond the budget {epsilon:g} at delta {delta:g}; "
-                "stop here, or plan fewer steps or more noise from the start"
+                (
+                    f"{what} would bring epsilon to {spent:.4g}, beyond the budget {epsilon:g} at "
+                    f"delta {delta:g}"
+                ),
+                place="ledger",
+                cure="stop here, or plan fewer steps or more noise from the start",
             )
         return after
 
@@ -220,12 +231,16 @@ class Ledger:
             page = json.loads(text)
             if page["version"] not in READS:
                 raise PrivacyError(
-                    f"ledger: got version {page['version']}, expected one of {READS}; use the fedpress of then"
+                    f"got version {page['version']}, expected one of {READS}",
+                    place="ledger",
+                    cure="use the fedpress of then",
                 )
             return cls(page["unit"], tuple(LedgerEntry(**c) for c in page["charges"]))
         except (ValueError, KeyError, TypeError, RecursionError, RecipeError) as error:
             raise PrivacyError(
-                f"ledger: not a ledger ({error!r}); restore ledger.json, or start a new run"
+                f"not a ledger ({error!r})",
+                place="ledger",
+                cure="restore ledger.json, or start a new run",
             ) from error
 
 

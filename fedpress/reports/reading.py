@@ -78,7 +78,11 @@ def read_run(path: Path) -> Run:
     """
     path = Path(path)
     if not path.is_dir():
-        raise RunError(f"{path}: no such folder; give the folder that `fedpress run --out` wrote")
+        raise RunError(
+            "no such folder",
+            place=path,
+            cure="give the folder that `fedpress run --out` wrote",
+        )
     run = Run(
         path=path.resolve(),
         recipe=_text(path / "recipe.toml"),
@@ -91,8 +95,12 @@ def read_run(path: Path) -> Run:
     )
     if not (run.recipe or run.settings or run.records or run.result):
         raise RunError(
-            f"{path}: not a run folder, it holds none of recipe.toml, settings.json, records.jsonl and result.json;"
-            " give the folder that `fedpress run --out` wrote"
+            (
+                "not a run folder, it holds none of recipe.toml, settings.json, records.jsonl "
+                "and result.json"
+            ),
+            place=path,
+            cure="give the folder that `fedpress run --out` wrote",
         )
     return run
 
@@ -105,7 +113,7 @@ def _text(path: Path) -> str:
         return ""
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(
-            f"{path}: cannot be read ({error}); restore the file or move it away"
+            f"cannot be read ({error})", place=path, cure="restore the file or move it away"
         ) from error
 
 
@@ -117,11 +125,13 @@ def _table(path: Path) -> Json:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RunError(
-            f"{path}: damaged JSON ({error}); restore the file or move it away"
+            f"damaged JSON ({error})", place=path, cure="restore the file or move it away"
         ) from error
     if not isinstance(value, dict):
         raise RunError(
-            f"{path}: a table was expected, got {type(value).__name__}; restore the file or move it away"
+            f"a table was expected, got {type(value).__name__}",
+            place=path,
+            cure="restore the file or move it away",
         )
     return value
 
@@ -136,7 +146,7 @@ def _lines(path: Path) -> list[Json]:
             if number == len(lines):
                 break  # the run was killed while it wrote this line, or is writing it now
             raise RunError(
-                f"{path}: line {number} is damaged ({error}); delete that line"
+                f"line {number} is damaged ({error})", place=path, cure="delete that line"
             ) from error
         if isinstance(record, dict):
             records.append(record)
@@ -152,5 +162,5 @@ def _text_of_records(path: Path) -> str:
         return ""
     except OSError as error:
         raise RunError(
-            f"{path}: cannot be read ({error}); restore the file or move it away"
+            f"cannot be read ({error})", place=path, cure="restore the file or move it away"
         ) from error

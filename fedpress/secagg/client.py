@@ -49,10 +49,14 @@ class SecAggClient:
         self, name: str, secret: bytes, plan: SecurePlan, identities: Mapping[str, bytes], run: str
     ) -> None:
         if len(secret) != 32:
-            raise RecipeError(f"secure.secret: got {len(secret)} bytes, expected 32 random ones")
+            raise RecipeError(
+                f"got {len(secret)} bytes, expected 32 random ones", place="secure.secret"
+            )
         if identities.get(name) != identity(secret):
             raise RecipeError(
-                f"secure.identities: {name!r} has another identity than its secret; enter its own"
+                f"{name!r} has another identity than its secret",
+                place="secure.identities",
+                cure="enter its own",
             )
         self.name, self._secret, self._setting = (
             name,
@@ -152,11 +156,15 @@ class SecAggClient:
         me, holders = facts.names.index(self.name), facts.committee
         if me not in holders:
             raise WireError(
-                f"{place}.cohort: {self.name!r} is not in the committee of round {number}; ask its members"
+                f"{self.name!r} is not in the committee of round {number}",
+                place=f"{place}.cohort",
+                cure="ask its members",
             )
         if self._answered.get(number, {}).get("context") != facts.context.hex():
             raise SecureError(
-                f"round {number}: {self.name!r} masked no vector of this cohort; ask those who did"
+                f"{self.name!r} masked no vector of this cohort",
+                place=f"round {number}",
+                cure="ask those who did",
             )
         reported, label = self._reported(request, facts, me)
         clients: list[int] = np.flatnonzero(reported).tolist()
@@ -234,20 +242,27 @@ class SecAggClient:
             SecureError,
         ) as error:
             raise RecipeError(
-                f"secure.state: not the state of {self.name!r} in run {self._setting.run!r} "
-                f"({type(error).__name__}); load what this run saved"
+                (
+                    f"not the state of {self.name!r} in run {self._setting.run!r} "
+                    f"({type(error).__name__})"
+                ),
+                place="secure.state",
+                cure="load what this run saved",
             ) from error
         self._answered = answered
 
     def _keep(self, roster: Roster) -> None:
         if self._roster is not None and self._roster.digest != roster.digest:
             raise SecureError(
-                "another roster was accepted in this run; start a new run to change who takes part"
+                "another roster was accepted in this run",
+                cure="start a new run to change who takes part",
             )
         mine = dict(zip(roster.names, roster.keys, strict=True)).get(self.name)
         if mine != self._key.public:
             raise WireError(
-                f"roster.keys: the key of {self.name!r} is missing or another; send what it sent to join"
+                f"the key of {self.name!r} is missing or another",
+                place="roster.keys",
+                cure="send what it sent to join",
             )
         if self._roster is not None:
             return
@@ -257,7 +272,9 @@ class SecAggClient:
         weak = [name for name, pair in pairs.items() if pair is None]
         if weak:
             raise WireError(
-                f"roster.keys: the key of {weak[0]!r} agrees on no secret; leave this client out"
+                f"the key of {weak[0]!r} agrees on no secret",
+                place="roster.keys",
+                cure="leave this client out",
             )
         self._pairs = {name: pair for name, pair in pairs.items() if pair is not None}
         self._roster = roster
@@ -270,22 +287,28 @@ class SecAggClient:
             or not len(values)
         ):
             raise RecipeError(
-                "secure.values: expected an int64 vector of at least one whole number; discretize first"
+                "expected an int64 vector of at least one whole number",
+                place="secure.values",
+                cure="discretize first",
             )
         bound = self._setting.plan.bound
         if bound is not None and not bool((values >= -bound).all() and (values <= bound).all()):
             raise RecipeError(
-                f"secure.values: a value is beyond the bound of {bound}, so sums could overflow; clip first"
+                f"a value is beyond the bound of {bound}, so sums could overflow",
+                place="secure.values",
+                cure="clip first",
             )
         return to_words(values, self._setting.plan.bits)
 
     def _round(self, number: int, cohort: Sequence[str], size: int) -> Round:
         if self._roster is None:
-            raise SecureError("no roster was accepted in this run; send the roster first")
+            raise SecureError("no roster was accepted in this run", cure="send the roster first")
         facts = Round.of(self._setting, self._roster, number, cohort, size)
         if self.name not in facts.names:
             raise WireError(
-                f"round.cohort: {self.name!r} was asked but is not in it; ask only the cohort"
+                f"{self.name!r} was asked but is not in it",
+                place="round.cohort",
+                cure="ask only the cohort",
             )
         return facts
 
@@ -294,7 +317,9 @@ class SecAggClient:
         flags = read_bytes(request, "reported", (len(facts.names),), "unmask")
         if flags.max() > 1 or not flags[me]:
             raise WireError(
-                "unmask.reported: expected 0 or 1 per client, and 1 for who is asked; send what was reported"
+                "expected 0 or 1 per client, and 1 for who is asked",
+                place="unmask.reported",
+                cure="send what was reported",
             )
         reported = flags.astype(bool)
         shape = (int(reported.sum()),)
@@ -304,18 +329,23 @@ class SecAggClient:
             words = ("report", facts.context, facts.names[i], made.tobytes())
             if not self._setting.signed(facts.names[i], signature.tobytes(), *words):
                 raise WireError(
-                    f"unmask.signatures: {facts.names[i]!r} signed no such report; list only who reported"
+                    f"{facts.names[i]!r} signed no such report",
+                    place="unmask.signatures",
+                    cure="list only who reported",
                 )
         problem = facts.too_few(reported)
         if problem:
-            raise SecureError(f"round {facts.number}: {problem}; the sum stays closed")
+            raise SecureError(
+                f"{problem}", place=f"round {facts.number}", cure="the sum stays closed"
+            )
         return reported, list_digest(facts, reported, digests)
 
     def _answer_once(self, facts: Round, step: str, question: bytes) -> None:
         newest = max(self._answered, default=facts.number)
         if facts.number not in self._answered and facts.number < newest:
             raise SecureError(
-                f"round {facts.number} is over, round {newest} was answered; ask about a later one"
+                f"round {facts.number} is over, round {newest} was answered",
+                cure="ask about a later one",
             )
         steps = self._answered.setdefault(facts.number, {"context": facts.context.hex()})
         if (
@@ -323,7 +353,9 @@ class SecAggClient:
             or steps.setdefault(step, question.hex()) != question.hex()
         ):
             raise SecureError(
-                f"round {facts.number}: {self.name!r} answered another {step} question; repeat the same one or go on"
+                f"{self.name!r} answered another {step} question",
+                place=f"round {facts.number}",
+                cure="repeat the same one or go on",
             )
         for old in sorted(self._answered)[:-KEPT_ROUNDS]:
             del self._answered[old]

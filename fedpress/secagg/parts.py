@@ -45,10 +45,14 @@ def read(
     """Returns the contiguous CPU tensor `name` of exactly `dtype` and `shape`, or raises WireError."""
     got = part.tensors.get(name)
     if not isinstance(got, Tensor):
-        raise WireError(f"{place}.{name}: this tensor is missing; send what the secure sum made")
+        raise WireError(
+            "this tensor is missing", place=f"{place}.{name}", cure="send what the secure sum made"
+        )
     if got.dtype != dtype or tuple(got.shape) != tuple(shape) or got.layout != torch.strided:
         raise WireError(
-            f"{place}.{name}: got {got.dtype} {list(got.shape)}, expected {dtype} {list(shape)}; send it unchanged"
+            f"got {got.dtype} {list(got.shape)}, expected {dtype} {list(shape)}",
+            place=f"{place}.{name}",
+            cure="send it unchanged",
         )
     return got.detach().cpu().contiguous()
 
@@ -57,7 +61,9 @@ def read_number(part: SecAggMessage, name: str, place: str) -> int:
     """Returns the whole number `name` >= 0 of the header, or raises WireError."""
     got = part.header.get(name)
     if not isinstance(got, int) or isinstance(got, bool) or not 0 <= got < 1 << 62:
-        raise WireError(f"{place}.{name}: expected a whole number from 0 on; send it unchanged")
+        raise WireError(
+            "expected a whole number from 0 on", place=f"{place}.{name}", cure="send it unchanged"
+        )
     return got
 
 
@@ -65,8 +71,10 @@ def read_names(part: SecAggMessage, name: str, place: str) -> list[str]:
     """Returns the list of strings `name` of the header, or raises WireError."""
     got = part.header.get(name)
     if not isinstance(got, list):
-        raise WireError(f"{place}.{name}: expected a list of names; send it unchanged")
+        raise WireError(
+            "expected a list of names", place=f"{place}.{name}", cure="send it unchanged"
+        )
     names = [item for item in got if isinstance(item, str)]
     if len(names) != len(got):
-        raise WireError(f"{place}.{name}: expected names only; send it unchanged")
+        raise WireError("expected names only", place=f"{place}.{name}", cure="send it unchanged")
     return names

@@ -42,29 +42,42 @@ class SecurePlan:
     def __post_init__(self) -> None:
         if not 2 <= self.cohort <= MAX_COHORT:
             raise RecipeError(
-                f"secure.cohort: got {self.cohort}, expected 2 to {MAX_COHORT} clients"
+                f"got {self.cohort}, expected 2 to {MAX_COHORT} clients", place="secure.cohort"
             )
         if not 2 <= self.bits <= 62:
-            raise RecipeError(f"secure.bits: got {self.bits}, expected 2 to 62")
+            raise RecipeError(f"got {self.bits}, expected 2 to 62", place="secure.bits")
         for name in ("max_dropout", "max_corrupt"):
             if not 0 <= getattr(self, name) < 0.5:
                 raise RecipeError(
-                    f"secure.{name}: got {getattr(self, name)}, expected a share from 0 to below 0.5"
+                    f"got {getattr(self, name)}, expected a share from 0 to below 0.5",
+                    place=f"secure.{name}",
                 )
         if self.bound is not None and not 0 < self.bound * self.cohort < 1 << (self.bits - 1):
             needed = (self.bound * self.cohort).bit_length() + 1
             raise RecipeError(
-                f"secure.bits: got {self.bits}, and {self.cohort} values up to {self.bound} need {needed} bits"
+                (
+                    f"got {self.bits}, and {self.cohort} values up to {self.bound} need {needed} "
+                    "bits"
+                ),
+                place="secure.bits",
             )
         if self.survivors - self.corrupt < 2:
             raise RecipeError(
-                f"secure.max_dropout: with {self.cohort} clients a sum may hold {self.survivors - self.corrupt} honest "
-                "ones, which hides nobody; take a larger cohort or a lower max_dropout"
+                (
+                    f"with {self.cohort} clients a sum may hold {self.survivors - self.corrupt} "
+                    "honest ones, which hides nobody"
+                ),
+                place="secure.max_dropout",
+                cure="take a larger cohort or a lower max_dropout",
             )
         if not all(_committee(self.cohort, self.dropped, self.corrupt)):
             raise RecipeError(
-                f"secure.max_corrupt: {self.corrupt} corrupt and twice {self.dropped} vanishing clients are not fewer "
-                f"than the cohort of {self.cohort}; lower max_dropout or max_corrupt"
+                (
+                    f"{self.corrupt} corrupt and twice {self.dropped} vanishing clients are not "
+                    f"fewer than the cohort of {self.cohort}"
+                ),
+                place="secure.max_corrupt",
+                cure="lower max_dropout or max_corrupt",
             )
 
     @property

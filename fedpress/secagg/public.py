@@ -51,7 +51,9 @@ class Roster:
         names = read_names(part, "names", "roster")
         if sorted(set(names)) != names:
             raise WireError(
-                "roster.names: expected different names in order; send each client once"
+                "expected different names in order",
+                place="roster.names",
+                cure="send each client once",
             )
         keys = read_bytes(part, "keys", (len(names), 32), "roster")
         signatures = read_bytes(part, "signatures", (len(names), SIGNATURE), "roster")
@@ -61,11 +63,15 @@ class Roster:
             tuple(row.tobytes() for row in signatures),
         )
         if len(set(made.keys)) != len(names):
-            raise WireError("roster.keys: two clients have the same key; send each client's own")
+            raise WireError(
+                "two clients have the same key", place="roster.keys", cure="send each client's own"
+            )
         for name, key, signature in zip(names, made.keys, made.signatures, strict=True):
             if not setting.signed(name, signature, "join", name, key):
                 raise WireError(
-                    f"roster.signatures: the key of {name!r} is not signed by it; send what it sent to join"
+                    f"the key of {name!r} is not signed by it",
+                    place="roster.signatures",
+                    cure="send what it sent to join",
                 )
         return made
 
@@ -104,12 +110,15 @@ class Round:
         names = tuple(sorted(cohort))
         if len(names) != setting.plan.cohort or len(set(names)) != len(names):
             raise WireError(
-                f"round.cohort: got {len(set(names))} clients, expected {setting.plan.cohort} different ones"
+                f"got {len(set(names))} clients, expected {setting.plan.cohort} different ones",
+                place="round.cohort",
             )
         strangers = set(names).difference(roster.names)
         if strangers:
             raise WireError(
-                f"round.cohort: {min(strangers)!r} is not in the roster; ask only clients that joined"
+                f"{min(strangers)!r} is not in the roster",
+                place="round.cohort",
+                cure="ask only clients that joined",
             )
         context = digest("round", *setting.words(), roster.digest, number, size, *names)
         return cls(number, names, size, context, setting.plan)

@@ -33,14 +33,20 @@ class SecAggServer:
         signature = read_bytes(part, "signature", (SIGNATURE,), "join").tobytes()
         if self._roster is not None or name in self._joined:
             raise WireError(
-                f"join: {name!r} joined twice or after the roster was made; join once before it"
+                f"{name!r} joined twice or after the roster was made",
+                place="join",
+                cure="join once before it",
             )
         if not self._setting.signed(name, signature, "join", name, key):
             raise WireError(
-                f"join.signature: not by {name!r}, or for another run or plan; use the same settings"
+                f"not by {name!r}, or for another run or plan",
+                place="join.signature",
+                cure="use the same settings",
             )
         if any(key == other for other, _ in self._joined.values()):
-            raise WireError(f"join.key: {name!r} has the key of another client; send your own")
+            raise WireError(
+                f"{name!r} has the key of another client", place="join.key", cure="send your own"
+            )
         self._joined[name] = key, signature
 
     def roster(self) -> SecAggMessage:
@@ -52,7 +58,8 @@ class SecAggServer:
         if self._roster is None:
             if len(self._joined) < self._setting.plan.cohort:
                 raise SecureError(
-                    f"{len(self._joined)} clients joined, a round needs {self._setting.plan.cohort}; wait for more"
+                    f"{len(self._joined)} clients joined, a round needs {self._setting.plan.cohort}",
+                    cure="wait for more",
                 )
             names = tuple(sorted(self._joined))
             keys, signatures = zip(*(self._joined[name] for name in names), strict=True)
@@ -67,10 +74,12 @@ class SecAggServer:
         """Notes that a client checked the roster; WireError if it does not say so about this one."""
         signature = read_bytes(part, "signature", (SIGNATURE,), "accept").tobytes()
         if self._roster is None or name not in self._roster.names:
-            raise WireError(f"accept: {name!r} is not in the roster; join first")
+            raise WireError(f"{name!r} is not in the roster", place="accept", cure="join first")
         if not self._setting.signed(name, signature, "accept", name, self._roster.digest):
             raise WireError(
-                f"accept.signature: {name!r} signed no such roster; send it the same as all"
+                f"{name!r} signed no such roster",
+                place="accept.signature",
+                cure="send it the same as all",
             )
         self._accepted.add(name)
 
@@ -82,7 +91,9 @@ class SecAggServer:
         """
         if self._roster is None or not self._accepted.issuperset(cohort) or size < 1:
             raise RecipeError(
-                "secure.cohort: somebody in it did not accept the roster; choose among those who did"
+                "somebody in it did not accept the roster",
+                place="secure.cohort",
+                cure="choose among those who did",
             )
         try:
             return SecureRound(
@@ -118,7 +129,9 @@ class SecureRound:
         place, facts = "report", self._facts
         me = self._client(name, part, place)
         if me in self._reports or self._asked is not None:
-            raise WireError(f"{place}: {name!r} reported twice or too late; report once per round")
+            raise WireError(
+                f"{name!r} reported twice or too late", place=place, cure="report once per round"
+            )
         masked = read(part, "masked", tensor_type(self._plan.bits), (facts.size,), place)
         shapes = {
             "nonce": (NONCE,),
@@ -131,7 +144,9 @@ class SecureRound:
         }
         if int(masked.min()) < 0 or int(masked.max()) >> self._plan.bits:
             raise WireError(
-                f"{place}.masked: a value is not from 0 to 2^{self._plan.bits} - 1; send it unchanged"
+                f"a value is not from 0 to 2^{self._plan.bits} - 1",
+                place=f"{place}.masked",
+                cure="send it unchanged",
             )
         made = report_digest(
             {"masked": masked} | {field: torch.from_numpy(kept[field]) for field in shapes}
@@ -140,7 +155,9 @@ class SecureRound:
             name, kept["signature"].tobytes(), "report", facts.context, name, made
         ):
             raise WireError(
-                f"{place}.signature: not by {name!r} about this round and cohort; send it unchanged"
+                f"not by {name!r} about this round and cohort",
+                place=f"{place}.signature",
+                cure="send it unchanged",
             )
         self._total += to_words(masked, self._plan.bits)
         self._reports[me] = kept | {"digest": np.frombuffer(made, np.uint8)}
@@ -160,7 +177,9 @@ class SecureRound:
             problem = f"{len(holders)} of the committee reported, and at least {self._plan.threshold} must"
         problem = problem or self._disagreement()
         if problem:
-            raise SecureError(f"round {facts.number}: {problem}; the sum stays closed")
+            raise SecureError(
+                f"{problem}", place=f"round {facts.number}", cure="the sum stays closed"
+            )
         self._asked = reported
         self._wanted = [wanted_rows(facts, i, reported) for i in self._settled()]
         reports = [self._reports[i] for i in self._settled()]
@@ -188,10 +207,12 @@ class SecureRound:
         place, facts = "shares", self._facts
         me = self._client(name, part, place)
         if self._asked is None or me not in facts.committee or not self._asked[me]:
-            raise WireError(f"{place}: {name!r} was not asked; answer only what was asked")
+            raise WireError(
+                f"{name!r} was not asked", place=place, cure="answer only what was asked"
+            )
         k = facts.committee.index(me)
         if k in self._answers:
-            raise WireError(f"{place}: {name!r} answered twice; answer once")
+            raise WireError(f"{name!r} answered twice", place=place, cure="answer once")
         clients = self._settled()
         holders = sum(int(self._asked[i]) for i in facts.committee)
         rows = sum(map(len, self._wanted))
@@ -213,7 +234,9 @@ class SecureRound:
         """
         if self._asked is None:
             raise SecureError(
-                f"round {self._facts.number}: nobody was asked to unmask; send the requests first"
+                "nobody was asked to unmask",
+                place=f"round {self._facts.number}",
+                cure="send the requests first",
             )
         bodies = self._bodies()
         facts, clients = self._facts, self._settled()
@@ -268,12 +291,16 @@ class SecureRound:
     def _client(self, name: str, part: SecAggMessage, place: str) -> int:
         if name not in self._number:
             raise WireError(
-                f"{place}: {name!r} is not in the cohort of round {self._facts.number}; stay away"
+                f"{name!r} is not in the cohort of round {self._facts.number}",
+                place=place,
+                cure="stay away",
             )
         number = read_number(part, "round", place)
         if number != self._facts.number:
             raise WireError(
-                f"{place}.round: got {number}, expected {self._facts.number}; answer the newest request"
+                f"got {number}, expected {self._facts.number}",
+                place=f"{place}.round",
+                cure="answer the newest request",
             )
         return self._number[name]
 
@@ -336,4 +363,6 @@ class SecureRound:
         return left
 
     def _closed(self, problem: str) -> SecureError:
-        return SecureError(f"round {self._facts.number}: {problem}; the sum stays closed")
+        return SecureError(
+            f"{problem}", place=f"round {self._facts.number}", cure="the sum stays closed"
+        )

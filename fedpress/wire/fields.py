@@ -69,7 +69,9 @@ def check_field(place: str, name: str, value: Any, kind: Kind) -> None:
         shown = repr(value)
         shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
         raise WireError(
-            f"{place}.{name}: got {shown}, expected {kind.expected}; use the same fedpress on both sides"
+            f"got {shown}, expected {kind.expected}",
+            place=f"{place}.{name}",
+            cure="use the same fedpress on both sides",
         )
 
 

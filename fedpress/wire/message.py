@@ -99,7 +99,7 @@ def unpack(data: bytes, *, max_bytes: int = MAX_BYTES) -> Message:
         header = json.loads(_text(reader, "header", MAX_HEADER_BYTES))
     except (ValueError, RecursionError) as error:
         raise WireError(
-            f"message.header: not JSON ({type(error).__name__}); send it again"
+            f"not JSON ({type(error).__name__})", place="message.header", cure="send it again"
         ) from error
     if not isinstance(header, dict):
         fail("header", f"got {type(header).__name__}; expected an object")
@@ -189,7 +189,7 @@ def _utf8(text: str, place: str) -> bytes:
         content = text.encode()
     except UnicodeEncodeError as error:
         raise WireError(
-            f"message.{place}: {text!r} is no UTF-8 text; use other characters"
+            f"{text!r} is no UTF-8 text", place=f"message.{place}", cure="use other characters"
         ) from error
     if len(content) > MAX_NAME_BYTES:
         fail(place, f"a name of {len(content)} bytes; at most {MAX_NAME_BYTES}")
@@ -200,7 +200,7 @@ def _text(reader: Reader, place: str, most: int) -> str:
     try:
         return str(reader.take(reader.varint(place, most), place), "utf-8")
     except UnicodeDecodeError as error:
-        raise WireError(f"message.{place}: not UTF-8; send it again") from error
+        raise WireError("not UTF-8", place=f"message.{place}", cure="send it again") from error
 
 
 def _check_json(value: JSON, place: str) -> None:
@@ -208,18 +208,24 @@ def _check_json(value: JSON, place: str) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise WireError(f"{place}: the key {key!r} is no string; use strings as keys")
+                raise WireError(
+                    f"the key {key!r} is no string", place=place, cure="use strings as keys"
+                )
             _check_json(item, f"{place}.{key}")
     elif isinstance(value, list):
         for at, item in enumerate(value):
             _check_json(item, f"{place}[{at}]")
     elif isinstance(value, float) and not isfinite(value):
-        raise WireError(f"{place}: got {value}, expected a finite number; leave it out")
+        raise WireError(f"got {value}, expected a finite number", place=place, cure="leave it out")
     elif isinstance(value, int) and abs(value) >= 1 << 63:
-        raise WireError(f"{place}: got an integer of more than 64 bits; send it as a string")
+        raise WireError(
+            "got an integer of more than 64 bits", place=place, cure="send it as a string"
+        )
     elif not isinstance(value, str | int | float | None):
         raise WireError(
-            f"{place}: got {type(value).__name__}, which is not JSON; use numbers, strings, lists, objects"
+            f"got {type(value).__name__}, which is not JSON",
+            place=place,
+            cure="use numbers, strings, lists, objects",
         )
 
 

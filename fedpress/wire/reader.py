@@ -9,7 +9,7 @@ from fedpress.errors import WireError
 
 def fail(place: str, problem: str) -> NoReturn:
     """Raises the WireError of the field `place`."""
-    raise WireError(f"message.{place}: {problem}")
+    raise WireError(f"{problem}", place=f"message.{place}")
 
 
 def varint(value: int) -> bytes:

@@ -91,10 +91,10 @@ def check_whole(path: Path, cure: str, *, grows: bool = False, what: str = "corr
     try:
         found = checksums.fault(path, grows=grows)
     except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error.strerror}); {cure}") from error
+        raise RunError(f"cannot be read ({error.strerror})", place=path, cure=cure) from error
     if found:
         own = f"or if you have changed it yourself, delete '{checksums.list_of(path)}'"
-        raise RunError(f"{path}: {what} ({found}); {cure}, {own}")
+        raise RunError(f"{what} ({found})", place=path, cure=f"{cure}, {own}")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -131,11 +131,15 @@ def read_json(path: Path, *, cure: str = "delete the folder and run again") -> d
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
-        raise RunError(f"{path}: no such file; is this the folder of a run?") from error
+        raise RunError("no such file", place=path, cure="is this the folder of a run?") from error
     except (ValueError, RecursionError) as error:
-        raise RunError(f"{path}: not valid JSON ({error}); {cure}") from error
+        raise RunError(f"not valid JSON ({error})", place=path, cure=cure) from error
     if not isinstance(value, dict):
-        raise RunError(f"{path}: expected a JSON object, got {type(value).__name__}; {cure}")
+        raise RunError(
+            f"expected a JSON object, got {type(value).__name__}",
+            place=path,
+            cure=cure,
+        )
     return value
 
 
@@ -182,16 +186,20 @@ class RunFolder:
         lock.refuse(path)
         if (path / "settings.json").exists():
             raise RunError(
-                f"{path}: this folder already holds a run; add --resume to go on, or give another --out"
+                "this folder already holds a run",
+                place=path,
+                cure="add --resume to go on, or give another --out",
             )
         recipe = path / "recipe.toml"
         if path.exists() and not path.is_dir():
-            raise RunError(f"{path}: this is a file; give a folder with --out")
+            raise RunError("this is a file", place=path, cure="give a folder with --out")
         own = (lock.NAME, checksums.NAME, f".{recipe.name}.part", ".settings.json.part")
         found = [p for p in path.iterdir() if p.name not in own] if path.is_dir() else []
         if any(p != recipe or p.read_text("utf-8") != recipe_text for p in found):
             raise RunError(
-                f"{path}: this folder holds other files, which a run might replace; give a new --out"
+                "this folder holds other files, which a run might replace",
+                place=path,
+                cure="give a new --out",
             )
 
     @classmethod
@@ -203,7 +211,9 @@ class RunFolder:
         """
         if not (path / "settings.json").exists():
             raise RunError(
-                f"{path}: there is no run in this folder; give the --out of an earlier run"
+                "there is no run in this folder",
+                place=path,
+                cure="give the --out of an earlier run",
             )
         return cls(path)
 
@@ -216,15 +226,21 @@ class RunFolder:
                 files was damaged.
         """
         if not (path / "settings.json").exists():
-            raise RunError(f"{path}: there is no run to resume; leave out --resume to start one")
+            raise RunError(
+                "there is no run to resume", place=path, cure="leave out --resume to start one"
+            )
         lock.refuse(path)
         cls(path).check_whole()
         old = read_json(path / "settings.json", cure=_afresh(path))
         if old != settings:
             where = first_difference(old, settings)
             raise RunError(
-                f"{path}: this run belongs to another recipe ({where}); use the settings it was started with, or "
-                f"start a new run with --out NEW --from {path}, which takes over the finished stages that are equal"
+                f"this run belongs to another recipe ({where})",
+                place=path,
+                cure=(
+                    "use the settings it was started with, or start a new run with --out NEW "
+                    f"--from {path}, which takes over the finished stages that are equal"
+                ),
             )
         return cls(path)
 
@@ -239,8 +255,12 @@ class RunFolder:
             for path in (Path(above) / name for name in (*folders, *names)):
                 if path.is_symlink() and not path.resolve().is_relative_to(own):
                     raise RunError(
-                        f"{path}: a symbolic link out of the folder of the run, through which it would write to "
-                        f"'{path.resolve()}'; put what it leads to in its place, or delete it"
+                        (
+                            "a symbolic link out of the folder of the run, through which it would write to "
+                            f"'{path.resolve()}'"
+                        ),
+                        place=path,
+                        cure="put what it leads to in its place, or delete it",
                     )
 
     def check_whole(self) -> None:
@@ -255,7 +275,7 @@ class RunFolder:
             names = list(dict.fromkeys(line.name for line in checksums.read(self.path)))
         except checksums.DamagedList as error:
             cure = "delete it, and what it lists is taken as it is"
-            raise RunError(f"{place}: corrupt ({error}); {cure}") from error
+            raise RunError(f"corrupt ({error})", place=place, cure=cure) from error
         for path in (self.path / name for name in names):
             if self._counts(path):
                 check_whole(path, self._cure(path), grows=path == self.records)
@@ -307,7 +327,9 @@ class RunFolder:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise RunError(
-                    f"{self.records}: line {number} is damaged ({error}); delete that line"
+                    f"line {number} is damaged ({error})",
+                    place=self.records,
+                    cure="delete that line",
                 ) from error
             if isinstance(record, dict) and record.get("stage") == stage:
                 found.append(record)
@@ -359,7 +381,9 @@ class RunFolder:
         found = self.count_records()
         if found < count and self.records.exists() and not checksums.knows(self.records):
             raise RunError(
-                f"{self.records}: corrupt (it holds {found} of {count} records); {CURES['records.jsonl']}"
+                f"corrupt (it holds {found} of {count} records)",
+                place=self.records,
+                cure=f"{CURES['records.jsonl']}",
             )
 
     def missing_records(self) -> list[str]:
@@ -433,7 +457,9 @@ class StageFolder:
                 facts = json.loads(file.metadata()["fedpress"])
                 return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a mapping
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise RunError(f"{self._progress}: corrupt checkpoint ({error}); {cure}") from error
+            raise RunError(
+                f"corrupt checkpoint ({error})", place=self._progress, cure=cure
+            ) from error
 
     @property
     def _progress(self) -> Path:
@@ -493,7 +519,9 @@ class StageFolder:
         ]
         if lacks or not isinstance(result, dict) or not isinstance(records, int):
             raise RunError(
-                f"{self._result}: damaged, it lacks {', '.join(lacks) or 'a number of records'}; {cure}"
+                f"damaged, it lacks {', '.join(lacks) or 'a number of records'}",
+                place=self._result,
+                cure=cure,
             )
         return Done(result, records) if page["key"] == key else None
 
@@ -528,7 +556,9 @@ class StageFolder:
         ):
             said = str(artifact)[:80]
             raise RunError(
-                f"{theirs._result}: its artifact {said!r} lies outside of the run; leave out --from"
+                f"its artifact {said!r} lies outside of the run",
+                place=theirs._result,
+                cure="leave out --from",
             )
         self.run.cut_records(records)
         with writing(self.path):

@@ -94,8 +94,9 @@ def refuse(folder: Path) -> None:
 
 def _held(folder: Path, found: str) -> RunError:
     return RunError(
-        f"{folder}: {found} works in this folder; wait for its end, or stop it and go on with --resume, "
-        "or give another --out"
+        f"{found} works in this folder",
+        place=folder,
+        cure="wait for its end, or stop it and go on with --resume, or give another --out",
     )
 
 
@@ -108,10 +109,14 @@ def _take(folder: Path) -> int:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         except OSError as error:
             if path.is_symlink():
-                raise RunError(f"{path}: a lock is no symbolic link; delete that link") from error
+                raise RunError(
+                    "a lock is no symbolic link", place=path, cure="delete that link"
+                ) from error
             reason = os.strerror(error.errno or 0)
             raise RunError(
-                f"{path}: cannot be written ({reason}); choose another place with --out"
+                f"cannot be written ({reason})",
+                place=path,
+                cure="choose another place with --out",
             ) from error
         kind = _try(handle)
         if kind == "held" and asked < ASKED:  # somebody may only be asking who holds it

@@ -78,7 +78,8 @@ def call(
     """
     if not isinstance(model, nn.Module | str | Path):
         raise ModelError(
-            f"model: got {type(model).__name__}, expected a torch.nn.Module, a path or module:function"
+            (f"got {type(model).__name__}, expected a torch.nn.Module, a path or module:function"),
+            place="model",
         )
     if (shapes := several.several_shapes(input_shape)) is not None:
         several.check(kind, model, data, out)
@@ -154,7 +155,9 @@ def _opened(
         return Opened(Subject.find(model, weights=weights))
     if checkpoint is not None:
         raise ModelError(
-            "checkpoint=: this module has weights of its own; load them into it, and leave it out"
+            "this module has weights of its own",
+            place="checkpoint=",
+            cure="load them into it, and leave it out",
         )
     named = memory.find_name(model)
     _refuse_what_cannot_be_saved(kind, model, named, out)
@@ -195,7 +198,9 @@ def _of_several(
     if commands()[kind].load().tells_of_file:
         if odd := sorted(settings.keys() - {"format"}):
             raise ModelError(
-                f"{odd[0]}=: {kind} of a model of several inputs takes format= alone; leave it out"
+                f"{kind} of a model of several inputs takes format= alone",
+                place=f"{odd[0]}=",
+                cure="leave it out",
             )
         files, facts = several.export(model, shapes, **settings)
         return Result(None, model, {}, facts, None, None, files)

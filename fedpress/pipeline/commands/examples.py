@@ -39,14 +39,18 @@ class Given:
         if mean in ("none", "data"):
             if std is not None:
                 raise DataError(
-                    f'std=: with mean="{mean}" there is nothing to divide by; leave std out'
+                    f'with mean="{mean}" there is nothing to divide by',
+                    place="std=",
+                    cure="leave std out",
                 )
             return cls((0.0,), (1.0,)) if mean == "none" else cls(None, None)
         means = _numbers("mean", mean, beside=', or mean="none"')
         deviations = _numbers("std", std, above_0=True, beside=" and above 0")
         if len(means) != len(deviations):
             raise DataError(
-                f"std=: {len(deviations)} values for {len(means)} of mean; give as many of each"
+                f"{len(deviations)} values for {len(means)} of mean",
+                place="std=",
+                cure="give as many of each",
             )
         return cls(means, deviations)
 
@@ -71,8 +75,11 @@ def _numbers(name: str, given: Any, *, above_0: bool = False, beside: str) -> tu
     fine = row and all(math.isfinite(value) and (value > 0 or not above_0) for value in row)
     if not fine:
         raise DataError(
-            f"{name}=: got {given!r}, expected one number for each channel, such as "
-            f"{name}=(0.5, 0.5, 0.5){beside}"
+            (
+                f"got {given!r}, expected one number for each channel, such as {name}=(0.5, "
+                f"0.5, 0.5){beside}"
+            ),
+            place=f"{name}=",
         )
     return row
 
@@ -119,7 +126,9 @@ class Examples:
             return seed, table
         if table["source"] == NOTHING:
             raise DataError(
-                'path=: there is no data= to be found there; name its source, such as data="cifar10"'
+                "there is no data= to be found there",
+                place="path=",
+                cure='name its source, such as data="cifar10"',
             )
         return seed, {**table, "path": str(self.path.resolve())}
 
@@ -163,8 +172,9 @@ def _shape(subject: Subject, keys: Sequence[Override], shape: tuple[int, ...] | 
     else:
         if shape is None:
             raise ModelError(
-                f"input_shape=: the shape of an example of '{subject.name}' is not known; "
-                "give it, such as input_shape=(3, 32, 32), or data with data=SOURCE"
+                f"the shape of an example of '{subject.name}' is not known",
+                place="input_shape=",
+                cure="give it, such as input_shape=(3, 32, 32), or data with data=SOURCE",
             )
         model = subject.fresh(keys)
     if model is not None:

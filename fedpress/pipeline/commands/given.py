@@ -50,23 +50,28 @@ def in_memory(
     """
     x, y = _pair(data)
     if not len(x):
-        raise DataError("data=: there is no example in it; give some")
+        raise DataError("there is no example in it", place="data=", cure="give some")
     x, outputs = _as_taken(x, model, preprocess) if model is not None else (x, len(class_names))
     if y is None:
         return unlabelled(x, preprocess)
     if len(x) != len(y):
         raise DataError(
-            f"data=: {len(x)} inputs but {len(y)} labels; give one label for each input"
+            f"{len(x)} inputs but {len(y)} labels",
+            place="data=",
+            cure="give one label for each input",
         )
     if y.dim() != 1 or y.is_floating_point() or y.is_complex():
         # Targets of a regression or a segmentation: there is no accuracy in them.
         return unlabelled(x, preprocess)
     if int(y.min()) < 0:
-        raise DataError("data=: some labels are negative; give class numbers from 0 up")
+        raise DataError(
+            "some labels are negative", place="data=", cure="give class numbers from 0 up"
+        )
     if outputs and int(y.max()) >= outputs:
         raise DataError(
-            f"data=: its labels go up to {int(y.max())}, but the model has {outputs} classes; give class numbers "
-            f"from 0 to {outputs - 1}, or a model of more classes"
+            f"its labels go up to {int(y.max())}, but the model has {outputs} classes",
+            place="data=",
+            cure=f"give class numbers from 0 to {outputs - 1}, or a model of more classes",
         )
     count = max(int(y.max()) + 1, outputs, 2)
     names = (
@@ -147,9 +152,11 @@ def _pair(data: Any) -> tuple[Tensor, Tensor | None]:
         return _joined((data[i] for i in range(len(data))), torch.stack)
     if isinstance(data, Dataset):
         raise DataError(
-            "data=: this Dataset has no length; give it a __len__, or an IterableDataset in a DataLoader, or tensors"
+            "this Dataset has no length",
+            place="data=",
+            cure="give it a __len__, or an IterableDataset in a DataLoader, or tensors",
         )
-    raise DataError(f"data=: got {type(data).__name__}, expected {TAKEN}")
+    raise DataError(f"got {type(data).__name__}, expected {TAKEN}", place="data=")
 
 
 def _joined(items: Iterable[Any], join: Any) -> tuple[Tensor, Tensor | None]:
@@ -159,12 +166,16 @@ def _joined(items: Iterable[Any], join: Any) -> tuple[Tensor, Tensor | None]:
     for item in items:
         if isinstance(item, Mapping):
             raise DataError(
-                "data=: its items are dictionaries; give pairs (inputs, labels), or inputs alone"
+                "its items are dictionaries",
+                place="data=",
+                cure="give pairs (inputs, labels), or inputs alone",
             )
         parts = item if isinstance(item, tuple | list) else (item,)
         if len(parts) not in (1, 2):
             raise DataError(
-                f"data=: an item has {len(parts)} parts; give pairs (inputs, labels), or inputs alone"
+                f"an item has {len(parts)} parts",
+                place="data=",
+                cure="give pairs (inputs, labels), or inputs alone",
             )
         try:
             inputs.append(
@@ -175,16 +186,24 @@ def _joined(items: Iterable[Any], join: Any) -> tuple[Tensor, Tensor | None]:
             labels += [torch.as_tensor(part) for part in parts[1:]]
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(
-                f"data=: an item holds {type(parts[0]).__name__}, which is no tensor; add a transform that makes one"
+                f"an item holds {type(parts[0]).__name__}, which is no tensor",
+                place="data=",
+                cure="add a transform that makes one",
             ) from error
     if labels and len(labels) != len(inputs):
-        raise DataError("data=: some items have labels and some have none; give all of them labels")
+        raise DataError(
+            "some items have labels and some have none",
+            place="data=",
+            cure="give all of them labels",
+        )
     if not inputs:
-        raise DataError("data=: there is no example in it; give some")
+        raise DataError("there is no example in it", place="data=", cure="give some")
     try:
         return _inputs(join(inputs)), join(labels) if labels else None
     except RuntimeError as error:
-        raise DataError("data=: its items have different shapes; make them alike") from error
+        raise DataError(
+            "its items have different shapes", place="data=", cure="make them alike"
+        ) from error
 
 
 def _inputs(x: Tensor | np.ndarray) -> Tensor:
@@ -192,10 +211,12 @@ def _inputs(x: Tensor | np.ndarray) -> Tensor:
     x = x if x.layout == torch.strided else x.to_dense()
     if x.dim() < 2:
         raise DataError(
-            f"data=: inputs of shape {list(x.shape)}; the first dimension counts examples: [n, ...]"
+            f"inputs of shape {list(x.shape)}",
+            place="data=",
+            cure="the first dimension counts examples: [n, ...]",
         )
     if x.is_complex():
-        raise DataError("data=: inputs are complex numbers; give real ones")
+        raise DataError("inputs are complex numbers", place="data=", cure="give real ones")
     if x.is_floating_point():
         return x.to(torch.float32)
     return x if x.dtype == torch.uint8 else x.to(torch.int64)

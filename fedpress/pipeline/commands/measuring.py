@@ -67,7 +67,7 @@ def measure(
     chosen = _chosen(models, checkpoint)
     _check_numbers(seconds, batches, threads)
     if wrong := [name for name in formats or () if name not in FORMATS]:
-        raise ExportError(f"measure: {deploy.unknown_format(wrong[0])}")
+        raise ExportError(f"{deploy.unknown_format(wrong[0])}", place="measure")
     with ExitStack() as stack:
         stack.enter_context(naming_arguments())
         stack.enter_context(consent.allowing(allow_code))
@@ -146,7 +146,7 @@ class Entry:
 
 def _check_numbers(seconds: float, batches: Sequence[int], threads: Sequence[int]) -> None:
     if not seconds > 0 or not batches or not threads or min(*batches, *threads) < 1:
-        raise ExportError("measure: seconds, batches and threads must be above 0")
+        raise ExportError("seconds, batches and threads must be above 0", place="measure")
 
 
 def _chosen(models: Any, checkpoint: Path | None) -> Sequence[str | Path | nn.Module]:
@@ -155,15 +155,23 @@ def _chosen(models: Any, checkpoint: Path | None) -> Sequence[str | Path | nn.Mo
     for one in found or ():
         if not isinstance(one, str | Path | nn.Module):
             raise ModelError(
-                f"model: got {type(one).__name__}, expected a torch.nn.Module, a path or module:function"
+                (
+                    f"got {type(one).__name__}, expected a torch.nn.Module, a path or "
+                    "module:function"
+                ),
+                place="model",
             )
     if checkpoint is not None and any(isinstance(one, nn.Module) for one in found or ()):
         raise ModelError(
-            "checkpoint=: a module has weights of its own; load them into it, and leave it out"
+            "a module has weights of its own",
+            place="checkpoint=",
+            cure="load them into it, and leave it out",
         )
     if not found:
         raise ModelError(
-            "measure: no model was given; give folders, packed or exported files, or module:function"
+            "no model was given",
+            place="measure",
+            cure="give folders, packed or exported files, or module:function",
         )
     return found
 
@@ -244,7 +252,9 @@ class Found:
                 spec, model = ModelSpec(**table, input_shape=shape).take_in()
         elif several:
             raise ModelError(
-                "input_shape=: several inputs are for modules in memory; build the model and give that"
+                "several inputs are for modules in memory",
+                place="input_shape=",
+                cure="build the model and give that",
             )
         else:
             spec, model = _load(given, self.inputs.shape, self.checkpoint)
@@ -272,8 +282,9 @@ def _same_inputs(entries: Mapping[str, Entry]) -> Given:
     for name, other in others:
         if _told(other.takes) != _told(one.takes):
             raise ModelError(
-                f"measure: '{first}' takes {_told(one.takes)} and '{name}' takes "
-                f"{_told(other.takes)}; measure them apart"
+                f"'{first}' takes {_told(one.takes)} and '{name}' takes {_told(other.takes)}",
+                place="measure",
+                cure="measure them apart",
             )
     return one.takes
 
@@ -296,7 +307,9 @@ def _load(
 def _known(name: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
     if shape is None:
         raise ModelError(
-            f"input_shape=: the shape of an example of '{name}' is not known; give it, such as input_shape=(3, 32, 32)"
+            f"the shape of an example of '{name}' is not known",
+            place="input_shape=",
+            cure="give it, such as input_shape=(3, 32, 32)",
         )
     return shape
 
@@ -341,6 +354,10 @@ def _counts(model: nn.Module, given: Given) -> tuple[int, int, int]:
         return cost.parameters(model), cost.macs(model, example), cost.activations(model, example)
     except Exception as error:  # whatever somebody's own network raises
         raise ModelError(
-            f"input_shape=: {type(model).__name__} does not take inputs of {_told(given)} ({type(error).__name__}: "
-            f"{str(error).partition(chr(10))[0]}); give the shape of one example, or a list of shapes"
+            (
+                f"{type(model).__name__} does not take inputs of {_told(given)} "
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+            ),
+            place="input_shape=",
+            cure="give the shape of one example, or a list of shapes",
         ) from error

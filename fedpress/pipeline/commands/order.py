@@ -86,8 +86,11 @@ class Order:
             if row.wants_one_of and not given & set(row.wants_one_of):
                 wanted = ", ".join(row.wants_one_of)
                 raise RecipeError(
-                    f"{kind}: say how much should stay: give one of {wanted}, such as "
-                    f"{row.wants_one_of[0]}=0.5"
+                    (
+                        f"say how much should stay: give one of {wanted}, such as "
+                        f"{row.wants_one_of[0]}=0.5"
+                    ),
+                    place=kind,
                 )
             whole = recipes.write(recipes.tree(text, overrides))
         asks = "" if row.learns_from_data else examples.question(subject, keys)
@@ -133,8 +136,9 @@ class Order:
             odd = sorted(set(spec.class_names) ^ set(data.class_names))[:3]
             what = f"{', '.join(odd)} differ" if odd else "their order differs"
             raise DataError(
-                f"{self.kind}: the data '{data.name}' has other classes than the model ({what}); "
-                "give the data that the model was trained for"
+                f"the data '{data.name}' has other classes than the model ({what})",
+                place=self.kind,
+                cure="give the data that the model was trained for",
             )
         return data
 
@@ -151,8 +155,9 @@ class Order:
             and (why := self.recipe.stage[0].looks_at_labels())
         ):
             raise DataError(
-                f"data=: {self.kind} with {why} looks at labels, and these inputs have no class numbers; give "
-                "data=(inputs, labels), or leave that out"
+                f"{self.kind} with {why} looks at labels, and these inputs have no class numbers",
+                place="data=",
+                cure="give data=(inputs, labels), or leave that out",
             )
         with _spoken(
             self.kind, self.recipe.data.source, in_memory=self.recipe.model.architecture == HELD
@@ -211,7 +216,9 @@ class Result:
         facts = read_json(run.path / "result.json", cure=CURES["result.json"]).get("final")
         if not isinstance(facts, dict) or "name" not in facts:
             raise RunError(
-                f"{run.path / 'result.json'}: corrupt (it has no final.name); {CURES['result.json']}"
+                "corrupt (it has no final.name)",
+                place=f"{run.path / 'result.json'}",
+                cure=f"{CURES['result.json']}",
             )
         stage = run.stage(0, kind, facts["name"])
         spec, model = stage.load()

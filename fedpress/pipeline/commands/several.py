@@ -34,8 +34,11 @@ def several_shapes(input_shape: Any) -> Shapes | None:
     shapes = tuple(tuple(part) if isinstance(part, tuple | list) else () for part in input_shape)
     if not all(shape and all(isinstance(n, int) and n > 0 for n in shape) for shape in shapes):
         raise ModelError(
-            f"input_shape=: got {input_shape!r}, expected the shape of each input, such as "
-            "input_shape=[(3, 8, 8), (5,)]"
+            (
+                f"got {input_shape!r}, expected the shape of each input, such as "
+                "input_shape=[(3, 8, 8), (5,)]"
+            ),
+            place="input_shape=",
         )
     return shapes
 
@@ -56,7 +59,11 @@ def one_shape(input_shape: Any) -> tuple[int, ...] | None:
         isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes
     ):
         raise ModelError(
-            f"input_shape=: got {input_shape!r}, expected the shape of one example, such as input_shape=(3, 32, 32)"
+            (
+                f"got {input_shape!r}, expected the shape of one example, such as "
+                "input_shape=(3, 32, 32)"
+            ),
+            place="input_shape=",
         )
     return sizes
 
@@ -88,19 +95,27 @@ def check(kind: str, model: object, data: object, out: object) -> None:
     kinds = [row.kind for row in commands().values() if row.load().several_inputs]
     if kind not in kinds:
         raise ModelError(
-            f"{kind}: it takes models of one input; of several inputs take {', '.join(kinds)}"
+            "it takes models of one input",
+            place=kind,
+            cure=f"of several inputs take {', '.join(kinds)}",
         )
     if not isinstance(model, nn.Module):
         raise ModelError(
-            "input_shape=: several inputs are for a module in memory; build the model and give that"
+            "several inputs are for a module in memory",
+            place="input_shape=",
+            cure="build the model and give that",
         )
     if data is not None:
         raise ModelError(
-            "data=: models of several inputs are cut and rounded without data here; leave data= out"
+            "models of several inputs are cut and rounded without data here",
+            place="data=",
+            cure="leave data= out",
         )
     if out is not None:
         raise ModelError(
-            "out=: a model of several inputs stays in memory; leave out= away and take result.model"
+            "a model of several inputs stays in memory",
+            place="out=",
+            cure="leave out= away and take result.model",
         )
 
 

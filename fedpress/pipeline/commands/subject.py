@@ -67,7 +67,9 @@ class Subject:
         if path.exists():
             if weights is not None:
                 raise ModelError(
-                    f"checkpoint=: '{path}' has weights of its own; leave one of the two out"
+                    f"'{path}' has weights of its own",
+                    place="checkpoint=",
+                    cure="leave one of the two out",
                 )
             return cls(
                 {"checkpoint": str(path.resolve())}, storage.load(path)[0], _run_of(path.resolve())
@@ -76,8 +78,12 @@ class Subject:
         if ":" not in name and name not in ARCHITECTURES:
             hint = did_you_mean(name, list(ARCHITECTURES))
             raise ModelError(
-                f"model: there is no '{name}'{hint}; give the folder of a model or of a run, a packed file, "
-                f"package.module:function, or one of {', '.join(ARCHITECTURES)}"
+                f"there is no '{name}'{hint}",
+                place="model",
+                cure=(
+                    "give the folder of a model or of a run, a packed file, "
+                    f"package.module:function, or one of {', '.join(ARCHITECTURES)}"
+                ),
             )
         extra = {"weights": str(Path(weights).resolve())} if weights is not None else {}
         return cls({"architecture": name, **extra})
@@ -107,7 +113,9 @@ class Subject:
             or not isinstance(seed, int)
         ):
             raise ModelError(
-                f"{self.run / 'settings.json'}: it does not say what data the run had; give data=SOURCE"
+                "it does not say what data the run had",
+                place=f"{self.run / 'settings.json'}",
+                cure="give data=SOURCE",
             )
         table = {key: value for key, value in settings["data"].items() if value is not None}
         if table["source"] == NOTHING:
@@ -164,7 +172,8 @@ def no_data(path: Path) -> FederatedData:
             x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     except (ValueError, RuntimeError) as error:
         raise DataError(
-            f"no data: got '{path}', expected a shape and a number of classes such as 3x32x32:10"
+            f"got '{path}', expected a shape and a number of classes such as 3x32x32:10",
+            place="no data",
         ) from error
     one, none = (
         Arrays(x, torch.zeros(1, dtype=torch.int64)),
@@ -195,7 +204,9 @@ def outputs_of(model: nn.Module, shape: tuple[int, ...]) -> Outputs:
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
     if kinds:
         raise ModelError(
-            f"model: it holds {', '.join(map(str, kinds))}, but examples are float32; call model.float()"
+            f"it holds {', '.join(map(str, kinds))}, but examples are float32",
+            place="model",
+            cure="call model.float()",
         )
     model = model.eval()
     tokens = False
@@ -207,9 +218,15 @@ def outputs_of(model: nn.Module, shape: tuple[int, ...]) -> Outputs:
             tokens = True
         except Exception:
             raise ModelError(
-                f"input_shape=: the model does not take examples of shape {list(shape)} "
-                f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); give the shape of one example, "
-                "or in Python a list of shapes for several inputs"
+                (
+                    f"the model does not take examples of shape {list(shape)} "
+                    f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+                ),
+                place="input_shape=",
+                cure=(
+                    "give the shape of one example, or in Python a list of shapes for several "
+                    "inputs"
+                ),
             ) from error
     is_classifier = isinstance(out, Tensor) and out.dim() == 2 and out.shape[1] > 1
     return Outputs(int(out.shape[1]) if is_classifier else 0, tokens)

@@ -151,12 +151,12 @@ def noise_multiplier(*, epsilon: float, delta: float, sampling_prob: float, step
     """
     if not 0 < epsilon < math.inf:
         raise RecipeError(
-            f"epsilon: got {epsilon}, expected a finite number above 0, for instance 8"
+            f"got {epsilon}, expected a finite number above 0, for instance 8", place="epsilon"
         )
     check_delta(delta)
     check_sampling_prob(sampling_prob)
     if not steps >= 1 or steps != int(steps):
-        raise RecipeError(f"steps: got {steps}, expected a whole number >= 1")
+        raise RecipeError(f"got {steps}, expected a whole number >= 1", place="steps")
 
     def spending(noise: float) -> float:
         return _spent(

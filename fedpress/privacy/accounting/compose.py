@@ -43,14 +43,14 @@ def spent(text: str, *, delta: float, place: str = "phases") -> accountant.Spent
         page = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RecipeError(
-            f"{place}: not JSON ({error}); give a list of phases or a ledger.json"
+            f"not JSON ({error})", place=place, cure="give a list of phases or a ledger.json"
         ) from error
     if isinstance(page, dict) and "charges" in page:
         accountant.check_delta(delta)
         return Ledger.from_json(text).spent(delta=delta)
     if not isinstance(page, list):
         raise RecipeError(
-            f"{place}: got {type(page).__name__}, expected a list of phases or a ledger.json"
+            f"got {type(page).__name__}, expected a list of phases or a ledger.json", place=place
         )
     return accountant.spent(
         [_phase(entry, f"{place}[{i}]") for i, entry in enumerate(page)], delta=delta
@@ -60,24 +60,28 @@ def spent(text: str, *, delta: float, place: str = "phases") -> accountant.Spent
 def _phase(entry: Any, place: str) -> MechanismEvent:
     if not isinstance(entry, dict):
         raise RecipeError(
-            f"{place}: got {entry!r}, expected an object with {', '.join(_names(GaussianEvent))}"
+            f"got {entry!r}, expected an object with {', '.join(_names(GaussianEvent))}",
+            place=place,
         )
     given = dict(entry)
     word = given.pop("kind", "gaussian")
     kind = KINDS.get(word) if isinstance(word, str) else None
     if kind is None:
-        raise RecipeError(f"{place}.kind: got {word!r}, expected one of {', '.join(KINDS)}")
+        raise RecipeError(
+            f"got {word!r}, expected one of {', '.join(KINDS)}", place=f"{place}.kind"
+        )
     for name, value in given.items():
         if name not in _names(kind):
             raise RecipeError(
-                f"{place}.{name}: no such key{did_you_mean(name, _names(kind))}; a {word} phase has "
-                f"{', '.join(_names(kind))}"
+                f"no such key{did_you_mean(name, _names(kind))}",
+                place=f"{place}.{name}",
+                cure=f"a {word} phase has {', '.join(_names(kind))}",
             )
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise RecipeError(f"{place}.{name}: got {value!r}, expected a number")
+            raise RecipeError(f"got {value!r}, expected a number", place=f"{place}.{name}")
     for field in fields(kind):
         if field.default is MISSING and field.name not in given:
-            raise RecipeError(f"{place}.{field.name}: is missing; give it a number")
+            raise RecipeError("is missing", place=f"{place}.{field.name}", cure="give it a number")
     try:
         return kind(**given)
     except RecipeError as error:

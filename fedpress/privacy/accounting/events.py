@@ -28,7 +28,7 @@ class GaussianEvent:
         check_sampling_prob(self.sampling_prob)
         if not self.noise_multiplier >= 0:
             raise RecipeError(
-                f"noise_multiplier: got {self.noise_multiplier}, expected a number >= 0"
+                f"got {self.noise_multiplier}, expected a number >= 0", place="noise_multiplier"
             )
         _check_steps(self.steps)
 
@@ -67,11 +67,12 @@ class SkellamEvent:
         for name in ("l2", "l1", "variance"):
             if not 0 < getattr(self, name) < math.inf:
                 raise RecipeError(
-                    f"{name}: got {getattr(self, name)}, expected a finite number above 0"
+                    f"got {getattr(self, name)}, expected a finite number above 0", place=name
                 )
         if not 0 <= self.failure < 1:
             raise RecipeError(
-                f"failure: got {self.failure}, expected a chance of 0 or more, far below delta"
+                f"got {self.failure}, expected a chance of 0 or more, far below delta",
+                place="failure",
             )
 
     @property
@@ -163,22 +164,27 @@ def check_delta(delta: float) -> None:
     """Raises RecipeError unless `delta` is inside (0, 1)."""
     if not 0 < delta < 1:
         raise RecipeError(
-            f"delta: got {delta}, expected a number inside (0, 1), below one over the number of units"
+            f"got {delta}, expected a number inside (0, 1), below one over the number of units",
+            place="delta",
         )
     if delta < LEAST_DELTA:
-        raise RecipeError(f"delta: got {delta}, expected {LEAST_DELTA:g} or more, such as 1e-9")
+        raise RecipeError(
+            f"got {delta}, expected {LEAST_DELTA:g} or more, such as 1e-9", place="delta"
+        )
 
 
 def check_sampling_prob(sampling_prob: float) -> None:
     """Raises RecipeError unless `sampling_prob` is inside (0, 1]."""
     if not 0 < sampling_prob <= 1:
         raise RecipeError(
-            f"sampling_prob: got {sampling_prob}, expected a number inside (0, 1]; 1 means everybody"
+            f"got {sampling_prob}, expected a number inside (0, 1]",
+            place="sampling_prob",
+            cure="1 means everybody",
         )
 
 
 def _check_steps(steps: float) -> None:
     if not 0 <= steps < math.inf or steps != int(steps):
-        raise RecipeError(f"steps: got {steps}, expected a whole number >= 0")
+        raise RecipeError(f"got {steps}, expected a whole number >= 0", place="steps")
     if steps > MOST_STEPS:
-        raise RecipeError(f"steps: got {steps}, expected {MOST_STEPS:,} or fewer")
+        raise RecipeError(f"got {steps}, expected {MOST_STEPS:,} or fewer", place="steps")

@@ -55,18 +55,19 @@ class Task:
         for name in ("size", "clients", "survivors", "steps"):
             value = getattr(self, name)
             if value < 1 or value != int(value):
-                raise RecipeError(f"{name}: got {value}, expected a whole number >= 1")
+                raise RecipeError(f"got {value}, expected a whole number >= 1", place=name)
         for name in ("clip_norm", "coordinate_limit"):
             if not 0 < getattr(self, name) < math.inf:
                 raise RecipeError(
-                    f"{name}: got {getattr(self, name)}, expected a finite number above 0"
+                    f"got {getattr(self, name)}, expected a finite number above 0", place=name
                 )
         if self.survivors > self.clients:
             raise RecipeError(
-                f"survivors: got {self.survivors}, expected at most the {self.clients} clients"
+                f"got {self.survivors}, expected at most the {self.clients} clients",
+                place="survivors",
             )
         if self.unit not in ("sample", "client"):
-            raise RecipeError(f"unit: got {self.unit!r}, expected 'sample' or 'client'")
+            raise RecipeError(f"got {self.unit!r}, expected 'sample' or 'client'", place="unit")
         check_delta(self.delta)
         GaussianEvent(self.sampling_prob, 1.0, 1)  # checks sampling_prob
 
@@ -201,32 +202,38 @@ def plan(
     )
     if (epsilon is None) == (noise_multiplier is None):
         raise RecipeError(
-            "epsilon: give either epsilon (the noise is calibrated) or noise_multiplier, one of the two"
+            "give either epsilon (the noise is calibrated) or noise_multiplier, one of the two",
+            place="epsilon",
         )
     if bits is not None and bits not in BITS:
-        raise RecipeError(f"bits: got {bits}, expected {BITS.start} to {BITS.stop - 1}")
+        raise RecipeError(f"got {bits}, expected {BITS.start} to {BITS.stop - 1}", place="bits")
     if noise_multiplier is not None:
         if not 0 < noise_multiplier <= MAX_NOISE:
             raise RecipeError(
-                f"noise_multiplier: got {noise_multiplier}, expected a number in (0, {MAX_NOISE:g}]"
+                f"got {noise_multiplier}, expected a number in (0, {MAX_NOISE:g}]",
+                place="noise_multiplier",
             )
         return _plan_with_noise(task, bits, noise_multiplier)
     assert epsilon is not None
     if not 0 < epsilon < math.inf:
         raise RecipeError(
-            f"epsilon: got {epsilon}, expected a finite number above 0, for instance 8"
+            f"got {epsilon}, expected a finite number above 0, for instance 8", place="epsilon"
         )
     alone = _least_noise(lambda z: _noise_alone(task, z), epsilon)
     if alone is None:
         raise PrivacyError(
-            f"epsilon: even noise_multiplier {MAX_NOISE:g} spends more than {epsilon:g}; take fewer steps or more delta"
+            f"even noise_multiplier {MAX_NOISE:g} spends more than {epsilon:g}",
+            place="epsilon",
+            cure="take fewer steps or more delta",
         )
     if bits is None:
         bits = _plan_with_noise(task, None, alone).bits
     noise = _least_noise(lambda z: _cost(task, bits, z).epsilon, epsilon, alone)
     if noise is None:
         raise PrivacyError(
-            f"bits: {bits} cannot keep epsilon {epsilon:g}; {_cure(task, epsilon, alone)}"
+            f"{bits} cannot keep epsilon {epsilon:g}",
+            place="bits",
+            cure=_cure(task, epsilon, alone),
         )
     return _fitted(task, bits, noise)
 
@@ -243,7 +250,9 @@ def _plan_with_noise(task: Task, bits: int | None, noise: float) -> DistributedP
             else f"even {BITS[-1]} are too few for so many clients; take fewer"
         )
         raise PrivacyError(
-            f"bits: a sum of {task.clients} clients does not fit into {bits}; {cure}"
+            f"a sum of {task.clients} clients does not fit into {bits}",
+            place="bits",
+            cure=cure,
         )
     return _fitted(task, bits, noise)
 

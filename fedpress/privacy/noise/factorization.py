@@ -70,15 +70,21 @@ class Factorization:
         }
         for name, value in checked.items():
             if value < 1 or value != int(value):
-                raise RecipeError(f"{name}: got {value}, expected a whole number >= 1")
+                raise RecipeError(f"got {value}, expected a whole number >= 1", place=name)
         if bands > MAX_BANDS:
             raise RecipeError(
-                f"bands: got {bands}, expected at most {MAX_BANDS}; more gain nothing"
+                f"got {bands}, expected at most {MAX_BANDS}",
+                place="bands",
+                cure="more gain nothing",
             )
         if participations > most_participations(rounds, min_separation):
             raise RecipeError(
-                f"participations: got {participations}, but {min_separation} rounds apart a client takes part at most "
-                f"{most_participations(rounds, min_separation)} times in {rounds}; lower one of them"
+                (
+                    f"got {participations}, but {min_separation} rounds apart a client takes part "
+                    f"at most {most_participations(rounds, min_separation)} times in {rounds}"
+                ),
+                place="participations",
+                cure="lower one of them",
             )
         return _planned(rounds, participations, min_separation, min(bands, rounds))
 

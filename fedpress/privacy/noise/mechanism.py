@@ -41,11 +41,13 @@ def clip(update: Tensor, clip_norm: float) -> Tensor:
     tensor([0.6000, 0.8000])
     """
     if not 0 < clip_norm < math.inf:
-        raise RecipeError(f"clip_norm: got {clip_norm}, expected a finite number above 0")
+        raise RecipeError(f"got {clip_norm}, expected a finite number above 0", place="clip_norm")
     exact = update.detach().double()
     if not torch.isfinite(exact).all():
         raise PrivacyError(
-            "update: holds NaN or infinite values, expected finite ones; drop this contribution"
+            "holds NaN or infinite values, expected finite ones",
+            place="update",
+            cure="drop this contribution",
         )
     norm = float(torch.linalg.vector_norm(exact))
     if norm <= clip_norm:
@@ -97,7 +99,9 @@ def add_noise(total: Tensor, plan: PrivacyPlan, normal: Tensor, *, exact: bool) 
     steps = total.detach().double().cpu().div(grid).round_()  # exact: the grid is a power of two
     if not bool((steps.abs() < 2.0**62).all()):
         raise PrivacyError(
-            "sum: a value is not finite or beyond 2^32 times the noise; clip every contribution first"
+            "a value is not finite or beyond 2^32 times the noise",
+            place="sum",
+            cure="clip every contribution first",
         )
     std = plan.noise_std * (1 + grid * math.sqrt(total.numel()) / plan.clip_norm) / grid
     noise = normal.mul_(std).round_()
@@ -119,6 +123,7 @@ def noised_mean(total: Tensor, plan: PrivacyPlan, *, expected: float, generator:
     """
     if not expected > 0:
         raise PrivacyError(
-            f"expected contributions: got {expected}, expected a number above 0; leave this client out"
+            f"expected contributions: got {expected}, expected a number above 0",
+            cure="leave this client out",
         )
     return noise_sum(total, plan, generator) / expected

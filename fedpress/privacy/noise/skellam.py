@@ -124,7 +124,9 @@ def sample(size: int, variance: float, chance: RandomSource) -> Tensor:
 
     if not 0 <= variance <= MAX_VARIANCE:
         raise PrivacyError(
-            f"Skellam variance: got {variance:g}, expected 0 to 2^36; take fewer bits"
+            f"got {variance:g}, expected 0 to 2^36",
+            place="Skellam variance",
+            cure="take fewer bits",
         )
     out = np.zeros(size, np.int64)
     if variance > 0:

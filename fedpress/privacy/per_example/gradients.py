@@ -103,7 +103,8 @@ def clipped_gradient_sum(
     check_separable(model)
     if method not in METHODS:
         raise RecipeError(
-            f"method: got {method!r}, expected one of {list(METHODS)}{did_you_mean(method, [*METHODS])}"
+            f"got {method!r}, expected one of {list(METHODS)}{did_you_mean(method, [*METHODS])}",
+            place="method",
         )
     query, running = Query(model, loss_fn, x, y, clip_norm), _Sum(model)
     for start in range(0, len(x), chunk):
@@ -300,8 +301,12 @@ def check_separable(model: nn.Module) -> None:
         batch_norm = isinstance(module, BatchNorm)
         if batch_norm and (module.training or module.running_mean is None):
             raise RecipeError(
-                f"model.{name}: batch normalisation in training mode mixes the samples of a batch, so no sample has a "
-                "gradient of its own; use norm = 'frozen' or 'group'"
+                (
+                    "batch normalisation in training mode mixes the samples of a batch, so no "
+                    "sample has a gradient of its own"
+                ),
+                place=f"model.{name}",
+                cure="use norm = 'frozen' or 'group'",
             )
         if (
             isinstance(module, nn.modules.instancenorm._InstanceNorm)
@@ -309,7 +314,9 @@ def check_separable(model: nn.Module) -> None:
             and module.training
         ):
             raise RecipeError(
-                f"model.{name}: running statistics keep private data without noise; use norm = 'group'"
+                "running statistics keep private data without noise",
+                place=f"model.{name}",
+                cure="use norm = 'group'",
             )
 
 

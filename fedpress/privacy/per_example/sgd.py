@@ -109,7 +109,9 @@ def private_gradients(
         PrivacyError: if there are no examples.
     """
     if plan.unit != "sample":
-        raise RecipeError(f"privacy.unit: private steps need unit 'sample', got {plan.unit!r}")
+        raise RecipeError(
+            f"private steps need unit 'sample', got {plan.unit!r}", place="privacy.unit"
+        )
     met = False
     for index in poisson_batches(len(x), plan.sampling_prob, steps, generator):
         batch, labels = x[index], y[index]
