@@ -30,7 +30,6 @@ CURVES = {
     "a step": lambda x, root: 1.0 if x < root else -1.0,
     "infinite below": lambda x, root: math.inf if x < 0.9 * root else root - x,
     "minus infinity above": lambda x, root: -math.inf if x > 1.1 * root else root - x,
-    "flat at the crossing": lambda x, root: max(root - x, 0.0),
 }
 
 
