@@ -164,35 +164,30 @@ class Client:
             return self._agree(message)
         if self.member is not None and message.kind in ("join", "roster", "unmask"):
             return self._secure(self.member, message)
-        key = self._key(message)
-        down, held = self._receive(message, key)
+        return self._update(message, self._key(message))
+
+    def _update(self, message: Message, key: Key) -> Message:
+        """Returns the "update" to a "fit", and keeps what this client needs in its next one."""
+        down, after = self._receive(message, key)
         self._answer_once(message, key.round)
         state = self._state(message, key.round)
         before = self.memory.load(key.round)
-        vectors, after_state, measured = self._try_fit(down, state, key)
-        update = vectors[UPDATE]
+        vectors, next_state, measured = self._try_fit(down, state, key)
+        header = self._header(down, vectors, measured, key)
         unit = self._unit(message)
-        trust, plan = self.uplink.trust, self.plan.privacy or self.uplink.privacy
-        header: dict[str, JSON] = {"round": key.round}
-        header |= trust.said(measured, len(self.arrays), seen=self.uplink.aggregator.sees_updates)
-        if plan is not None:
-            sent = [vectors[way.name] for way in self.uplink.ways]
-            hidden = random.fingerprint(down[PARAMS], *sent, self.arrays.x, self.arrays.y)
-            header |= trust.failures(measured, plan, key, hidden)
         if self.terms.error_feedback and "residual" in before:
-            update = update + before["residual"]
+            vectors = {**vectors, UPDATE: vectors[UPDATE] + before["residual"]}
         if self.uplink.adaptive is not None:
-            header["below"] = float(update.double().norm()) <= unit
-        tensors = self.uplink.encode({**vectors, UPDATE: update}, key, unit=unit)
-        after = dict(held)
+            header["below"] = float(vectors[UPDATE].double().norm()) <= unit
+        tensors = self.uplink.encode(vectors, key, unit=unit)
         if self.terms.algorithm.keeps_state:
             arrived = self.uplink.receive(tensors, key)
-            kept = self.terms.algorithm.client_settle(state, after_state, arrived)
+            kept = self.terms.algorithm.client_settle(state, next_state, arrived)
             after |= {f"{STATE}{name}": tensor for name, tensor in kept.items()}
             after[TASK] = torch.tensor(key.round)
         if self.terms.error_feedback:
             decoded = unit * self.uplink.decode(tensors, key)[UPDATE]
-            after["residual"] = self._clipped(update, unit) - decoded
+            after["residual"] = self._clipped(vectors[UPDATE], unit) - decoded
         if self.member is not None:
             names: list[str] = need("fit", message.header, "cohort")
             part = self.member.mask(tensors[VALUES], round=key.round, cohort=names)
@@ -201,6 +196,19 @@ class Client:
         if after:
             self.memory.save(key.round, after)
         return Message("update", header, tensors)
+
+    def _header(
+        self, down: Vectors, vectors: Vectors, measured: Measures, key: Key
+    ) -> dict[str, JSON]:
+        """Returns what an update says beside its vectors: what the trust allows, and what failed."""
+        trust, plan = self.uplink.trust, self.plan.privacy or self.uplink.privacy
+        header: dict[str, JSON] = {"round": key.round}
+        header |= trust.said(measured, len(self.arrays), seen=self.uplink.aggregator.sees_updates)
+        if plan is not None:
+            sent = [vectors[way.name] for way in self.uplink.ways]
+            hidden = random.fingerprint(down[PARAMS], *sent, self.arrays.x, self.arrays.y)
+            header |= trust.failures(measured, plan, key, hidden)
+        return header
 
     def _agree(self, message: Message) -> Message:
         """Compares the server's agreement with this client's own, entry by entry.

@@ -179,12 +179,7 @@ def plain_steps(model: nn.Module, work: LocalWork) -> Steps:
     """
     s, params = work.settings, trainable(model)
     shuffle, chance = work.key.client_stream("shuffle"), work.key.client_stream("prepare")
-    spared = qparam_ids(model)  # the grids of quantized layers: decay would only draw them in
-    groups = [
-        {"params": [p for p in params if id(p) not in spared], "weight_decay": s.weight_decay},
-        {"params": [p for p in params if id(p) in spared], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.SGD([g for g in groups if g["params"]], work.lr, s.momentum)
+    optimizer = _optimizer(model, work)
     total, steps = torch.zeros((), dtype=torch.float64), 0
     for _ in range(s.epochs):
         for index in shuffled_batches(model, len(work.arrays), s.batch_size, shuffle):
@@ -193,9 +188,7 @@ def plain_steps(model: nn.Module, work: LocalWork) -> Steps:
             loss.backward()
             unused = [p for p in params if p.grad is None]
             yield Step([p.detach() for p in params], _gradients(params))
-            for p in unused:  # unless something was added: then weight decay would draw it in, too
-                if p.grad is not None and not p.grad.any():
-                    p.grad = None
+            _forget_(unused)
             optimizer.step()
             total, steps = total + loss.detach().double().cpu(), steps + 1
             if not torch.isfinite(total):
@@ -211,6 +204,24 @@ def _gradients(params: list[nn.Parameter]) -> list[Tensor]:
             p.grad = torch.zeros_like(p)
         found.append(p.grad)
     return found
+
+
+def _optimizer(model: nn.Module, work: LocalWork) -> torch.optim.SGD:
+    """Returns SGD with the settings of `work`."""
+    s, params = work.settings, trainable(model)
+    spared = qparam_ids(model)  # the grids of quantized layers: decay would only draw them in
+    groups = [
+        {"params": [p for p in params if id(p) not in spared], "weight_decay": s.weight_decay},
+        {"params": [p for p in params if id(p) in spared], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD([g for g in groups if g["params"]], work.lr, s.momentum)
+
+
+def _forget_(params: list[nn.Parameter]) -> None:
+    """Takes the zeros away that `_gradients` made, unless an algorithm added to them: decay would draw them in, too."""
+    for p in params:
+        if p.grad is not None and not p.grad.any():
+            p.grad = None
 
 
 def _diverged(work: LocalWork, index: Tensor, steps: int) -> DivergedError:

@@ -74,52 +74,37 @@ class Trust:
         return self.noise in ("sum", "server")
 
     def codecs(
-        self, plan: PrivacyPlan | None, extra: Extra | None, vectors: int
+        self, plan: PrivacyPlan | None, clip_norm: float | None, vectors: int
     ) -> tuple[Settings, ...]:
         """Returns what stands before the codecs of a vector: the clip of its promise, and noise where it is in each.
 
-        `extra` describes a further vector, None the update; `vectors` is how many travel, see `share`.
+        `vectors` is how many travel, see `share`.
         """
-        if plan is None or self.unit != "client":
-            bound = None if extra is None else extra.clip_norm
-            return () if bound is None else (Clip(clip_norm=bound),)
-        clip_norm = plan.clip_norm if extra is None else extra.clip_norm
-        assert clip_norm is not None  # see `check_vectors`
-        std = share(plan.noise_multiplier, vectors) * clip_norm
-        if self.noise == "vector" and std:
-            return Clip(clip_norm=clip_norm), Noise(std=std)
-        return (Clip(clip_norm=clip_norm),)
+        if clip_norm is None:
+            return ()
+        clip = Clip(clip_norm=clip_norm)
+        if plan is None or self.noise != "vector" or not plan.noise_multiplier:
+            return (clip,)
+        return clip, Noise(std=share(plan.noise_multiplier, vectors) * clip_norm)
 
-    def promise(
-        self, plan: PrivacyPlan | None, extra: Extra | None, start: Bound, end: Bound
-    ) -> Bound:
+    def promise(self, clip_norm: float | None, start: Bound, end: Bound) -> Bound:
         """Returns what the server holds every decoded vector to; `end` is the bound of the chain that encodes it.
 
-        Where noise is in the vector itself there is no promise: a second clip would shorten the noise.
+        Where noise is in the vector itself there is no promise: a second clip would shorten the noise. Where the noise
+        is on the aggregate it is measured against the clip, so not even a codec may lengthen a vector.
         """
-        if plan is not None and self.unit == "client" and self.noise != "vector":
-            l2 = plan.clip_norm if extra is None else extra.clip_norm
-            assert l2 is not None
-            return replace(start, l2=l2, linf=l2, shapes=())
-        return replace(start, l2=end.decoded_l2, linf=end.decoded_l2)
+        l2 = end.decoded_l2
+        if self.unit == "client" and self.on_aggregate and clip_norm is not None:
+            l2 = clip_norm
+        return replace(start, l2=l2, linf=l2, shapes=())
 
     def server_noise(
-        self,
-        plan: PrivacyPlan | None,
-        planned: ServerNoise | None,
-        aggregator: Aggregator,
-        cohort: int,
+        self, plan: PrivacyPlan | None, planned: ServerNoise | None
     ) -> ServerNoise | None:
-        """Returns what a trusted server adds to an aggregate: what was `planned`, or the noise of the plan.
-
-        Both are meant for a sum, which one unit moves by the clip norm; what moves more gets more noise in proportion.
-        """
+        """Returns what a trusted server adds to a sum: what was `planned`, or the noise of the plan."""
         if self.noise != "server" or plan is None:
             return None
-        noise = planned or ServerNoise(plan)
-        moved = aggregator.sensitivity(Bound(1, l2=noise.plan.clip_norm), cohort)
-        assert moved is not None  # see `check`
-        return replace(noise, plan=replace(noise.plan, clip_norm=moved))
+        return planned or ServerNoise(plan)
 
     def check(
         self, plan: PrivacyPlan | None, cohort: Cohort, weights: Weights, aggregator: Aggregator
@@ -256,17 +241,6 @@ def share(noise_multiplier: float, vectors: int) -> float:
     (1.5, 3.0)
     """
     return noise_multiplier * math.sqrt(vectors) if vectors > 1 else noise_multiplier
-
-
-def noise_of(planned: ServerNoise, extra: Extra | None, vectors: int) -> ServerNoise:
-    """Returns the server's noise on one of so many vectors; `extra` describes a further one, None the update."""
-    if vectors == 1:
-        return planned
-    clip_norm = planned.plan.clip_norm if extra is None else extra.clip_norm
-    assert clip_norm is not None  # see `Trust.check_vectors`
-    multiplier = share(planned.plan.noise_multiplier, vectors)
-    plan = replace(planned.plan, clip_norm=clip_norm, noise_multiplier=multiplier)
-    return replace(planned, plan=plan)
 
 
 TRUSTS: tuple[Trust, ...] = (

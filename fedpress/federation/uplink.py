@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from fedpress.federation.failures import Tally
 from fedpress.federation.protocol import check_header, need
 from fedpress.federation.sampling import Cohort
 from fedpress.federation.servernoise import ServerNoise
-from fedpress.federation.trust import Trust, noise_of, trust_of
+from fedpress.federation.trust import Trust, share, trust_of
 from fedpress.federation.vectors import UPDATE, Extra, Vectors
 from fedpress.federation.way import Way, divide
 from fedpress.privacy.adaptive import AdaptiveClip, share_below
@@ -124,18 +124,14 @@ class Uplink:
                 f"federate.privacy.adaptive: it moves the clip norm of the update alone, and the algorithm sends "
                 f"'{next(iter(extras))}' too; leave adaptive out, or take another algorithm"
             )
-        noise = row.server_noise(privacy, noise, aggregator, cohort.size)
+        noise = row.server_noise(privacy, noise)
+        clip_norm = privacy.clip_norm if privacy is not None and row.unit == "client" else None
+        vectors = {UPDATE: Extra(codecs=tuple(chain), clip_norm=clip_norm), **extras}
+        binder = _Binder(row, privacy, aggregator, cohort.size, noise, len(vectors))
         ways = []
-        for name, extra in {UPDATE: None, **extras}.items():
-            start = Bound(size, shapes=shapes)
-            if extra is not None and extra.size is not None:
-                start = Bound(extra.size)
-            codecs = tuple(chain) if extra is None else extra.codecs
-            codecs = (*row.codecs(privacy, extra, 1 + len(extras)), *codecs)
-            bound, end = bind_chain(codecs, start)
-            promise = row.promise(privacy, extra, start, end)
-            added = None if noise is None else noise_of(noise, extra, 1 + len(extras))
-            ways.append(Way(name, promise, bound, codecs, end, added))
+        for name, one in vectors.items():
+            start = Bound(size, shapes=shapes) if one.size is None else Bound(one.size)
+            ways.append(binder.way(name, one, start))
         aggregator.check(ways)
         return cls(
             tuple(ways),
@@ -239,6 +235,40 @@ class Uplink:
         return gatherer.close()
 
 
+@dataclass(frozen=True)
+class _Binder:
+    """What all ways of an uplink have in common; `vectors` is how many there are."""
+
+    trust: Trust
+    plan: PrivacyPlan | None
+    aggregator: Aggregator
+    cohort: int
+    noise: ServerNoise | None
+    vectors: int
+
+    def way(self, name: str, one: Extra, start: Bound) -> Way:
+        """Binds the codecs of a vector of `start`; RecipeError if they do not fit together."""
+        codecs = (*self.trust.codecs(self.plan, one.clip_norm, self.vectors), *one.codecs)
+        chain, end = bind_chain(codecs, start)
+        promise = self.trust.promise(one.clip_norm, start, end)
+        return Way(name, promise, chain, codecs, end, self._noise(one.clip_norm))
+
+    def _noise(self, clip_norm: float | None) -> ServerNoise | None:
+        """Returns the server's noise on the aggregate of a vector that a client moves by `clip_norm`.
+
+        None: a client is not bounded as a whole, but one example moves its vector by the clip norm of the plan.
+        """
+        if self.noise is None:
+            return None
+        plan = self.noise.plan
+        moved = plan.clip_norm if clip_norm is None else clip_norm
+        sensitivity = self.aggregator.sensitivity(Bound(1, l2=moved), self.cohort)
+        assert sensitivity is not None  # see `Trust.check`
+        multiplier = share(plan.noise_multiplier, self.vectors)
+        plan = replace(plan, clip_norm=sensitivity, noise_multiplier=multiplier)
+        return replace(self.noise, plan=plan)
+
+
 @dataclass(eq=False)
 class Gatherer:
     """The replies of one round on their way into a mean: `take` each, then `close`.
@@ -317,29 +347,33 @@ class Gatherer:
         return RoundMean(means, self.rows, self.refused, self.state, failures, planned)
 
     def _take(self, key: Key, reply: Message | None, scale: float) -> None:
-        up, client = self.uplink, key.client
+        up = self.uplink
         header, tensors = self._open(reply, key.round)
-        seen = up.aggregator.sees_updates
-        examples: int = 1
-        if seen and up.trust.names_clients:
-            examples = need("update", header, "examples")
+        named = up.aggregator.sees_updates and up.trust.names_clients
+        examples: int = need("update", header, "examples") if named else 1
+        self._note(key.client, header)
+        if self.gathering is None:  # there will be no aggregate
+            return
+        vectors = up.receive(tensors, key) if up.aggregator.sees_updates else {}
+        scaled = {name: v if scale == 1 else v * scale for name, v in vectors.items()}
+        weight = float(examples) if up.weights == "examples" else 1.0
+        secure: Mapping[str, JSON] = need("update", header, "secure") if "secure" in header else {}
+        self.gathering.add(Contribution(key, weight, scaled, tensors, secure))
+        self.came += 1
+        if named:
+            measured = {n: header[n] for n in up.trust.measures if n in header}
+            norm = float(vectors[UPDATE].double().norm())
+            self.rows.append(
+                {"client": key.client, "examples": examples, **measured, "update_norm": norm}
+            )
+
+    def _note(self, client: ClientId, header: Mapping[str, JSON]) -> None:
+        """Notes what else a header says: the bit of an adaptive clip, and the counts of what failed."""
+        up = self.uplink
         if up.adaptive is not None:
             self.below.append(need("update", header, "below"))
         if up.privacy is not None and "failures" in header:
             self.failures[client] = up.trust.tally(header, up.privacy)
-        if self.gathering is None:  # there will be no aggregate
-            return
-        weight = float(examples) if up.weights == "examples" else 1.0
-        vectors = up.receive(tensors, key) if seen else {}
-        secure: Mapping[str, JSON] = need("update", header, "secure") if "secure" in header else {}
-        scaled = {name: v if scale == 1 else v * scale for name, v in vectors.items()}
-        self.gathering.add(Contribution(key, weight, scaled, tensors, secure))
-        self.came += 1
-        if seen and up.trust.names_clients:
-            measured = {n: header[n] for n in up.trust.measures if n in header}
-            norm = float(vectors[UPDATE].double().norm())
-            row = {"client": client, "examples": examples, **measured, "update_norm": norm}
-            self.rows.append(row)
 
     def _open(
         self, reply: Message | None, task: int
