@@ -1,8 +1,9 @@
 """The transforms of an update, a table: clip first, then what makes it small, in the order of the recipe."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, TypeAlias, get_args
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from fedpress.codecs.base import (
     VALUES,
@@ -25,14 +26,14 @@ from fedpress.codecs.quantize import Quantize, Sign, Ternary
 from fedpress.codecs.rotate import Rotate
 from fedpress.codecs.sparse import RandomK, TopK
 
-AnyTransform = Annotated[
-    Clip | TopK | RandomK | Rotate | LowRank | Quantize | Sign | Ternary | Discretize | Noise,
-    Field(discriminator="kind"),
-]
-TRANSFORMS = {
-    row.model_fields["kind"].default: row
-    for row in (Clip, TopK, RandomK, Rotate, LowRank, Quantize, Sign, Ternary, Discretize, Noise)
+Row: TypeAlias = (
+    Clip | TopK | RandomK | Rotate | LowRank | Quantize | Sign | Ternary | Discretize | Noise
+)
+"""The table: a new transform is a file beside this one and its name here."""
+TRANSFORMS: Mapping[str, type[BaseModel]] = {
+    row.model_fields["kind"].default: row for row in get_args(Row)
 }
+AnyTransform = Annotated[Row, Field(discriminator="kind")]
 
 __all__ = [
     "TRANSFORMS",
