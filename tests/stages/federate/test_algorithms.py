@@ -9,6 +9,8 @@ from fedpress.federation import Adam, FedAdam, FedAvg, FedProx, Median, Momentum
 from fedpress.models import load_model
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.keys import settings_of
+from fedpress.pipeline.start import first_state, load_data
+from fedpress.stages.federate.binding import bind
 from fedpress.stages.federate.contract import algorithm_of
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.workspace.state import Tick
@@ -108,6 +110,11 @@ def test_the_promise_is_the_same_with_a_second_vector_and_its_noise_is_not():
     algorithm = 'algorithm = { kind = "scaffold", clip_norm = 0.5 }'
     one, two = (checked(text(CLIENT % "", *lines))[0] for lines in ((), (algorithm,)))
     assert two["epsilon"] == one["epsilon"]
+    loaded = recipes.load(text(CLIENT % "", algorithm), ())
+    uplink = bind(loaded.stage[0], first_state(loaded, load_data(loaded))).server.uplink
+    noises = [way.noise.plan for way in uplink.ways]
+    assert [n.noise_multiplier for n in noises] == [pytest.approx(2.0 * 2**0.5)] * 2
+    assert [n.clip_norm for n in noises] == [1.0, 0.5]
 
 
 @pytest.mark.parametrize(
