@@ -26,3 +26,32 @@ def fedavg(model, clients, *, rounds, lr, batches, weights):
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(mean[name])
+
+
+def fedbuff(params, local_update, *, steps, buffer, concurrency, choose, delay, weight):
+    """Returns the parameters after each server step; `local_update(client, version, params)` -> float64 update.
+
+    `choose(busy)` -> the next client, `delay(client, version)` -> seconds, `weight(staleness)` -> a factor.
+    """
+    now, versions, out = 0.0, [params.double()], []
+    working = []  # (when the answer comes, order of sending, client, version)
+    arrived = []  # in the buffer: (client, update)
+    sent = 0
+    while len(out) < steps:
+        while len(working) < concurrency:
+            busy = {client for _, _, client, _ in working} | {client for client, _ in arrived}
+            client = choose(busy)
+            if client is None:
+                break
+            version = len(versions) - 1
+            working.append((now + delay(client, version), sent, client, version))
+            sent += 1
+        working.sort()
+        now, _, client, version = working.pop(0)
+        update = local_update(client, version, versions[version])
+        arrived.append((client, weight(len(versions) - 1 - version) * update))
+        if len(arrived) == buffer:
+            versions.append(versions[-1] + sum(update for _, update in arrived) / buffer)
+            out.append(versions[-1])
+            arrived = []
+    return out

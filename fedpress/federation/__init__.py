@@ -25,6 +25,7 @@ from fedpress.federation.exchange import Traffic, Transport
 from fedpress.federation.local import LocalSettings, LocalWork
 from fedpress.federation.ondevice import device_steps
 from fedpress.federation.sampling import Cohort
+from fedpress.federation.schedules import SCHEDULES, Buffered, Synchronous
 from fedpress.federation.server import RoundRecord, rounds
 from fedpress.federation.trust import Trust, trust_of
 from fedpress.federation.uplink import Uplink
@@ -32,6 +33,7 @@ from fedpress.federation.uplink import Uplink
 __all__ = [
     "AGGREGATORS",
     "ALGORITHMS",
+    "SCHEDULES",
     "SERVERS",
     "Adam",
     "Aggregator",
@@ -40,6 +42,7 @@ __all__ = [
     "AnyAggregator",
     "AnyAlgorithm",
     "Average",
+    "Buffered",
     "Client",
     "ClientId",
     "ClientPlan",
@@ -61,6 +64,7 @@ __all__ = [
     "Scaffold",
     "SecureSum",
     "Server",
+    "Synchronous",
     "Terms",
     "Traffic",
     "Transport",

@@ -17,6 +17,7 @@ from fedpress.errors import RecipeError, WireError
 from fedpress.federation.algorithms import Algorithm, FedAvg, check_fits
 from fedpress.federation.downlink import Downlink
 from fedpress.federation.local import LocalSettings, Prepare
+from fedpress.federation.schedules import Schedule
 from fedpress.federation.uplink import Uplink
 from fedpress.wire.message import JSON
 
@@ -102,6 +103,8 @@ class Terms:
             2019, arXiv:1901.09847).
         num_rounds: how many rounds are planned; without end if None.
         algorithm: what clients and server do with the model.
+        max_tasks: how often one client may be asked in the rounds, where that is planned too.
+        schedule: when the server asks whom; None for plain rounds.
 
     Raises:
         RecipeError: if the algorithm does not fit the rest.
@@ -117,6 +120,8 @@ class Terms:
     error_feedback: bool = False
     num_rounds: int | None = None
     algorithm: Algorithm = FEDAVG
+    max_tasks: int | None = None
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         trust = self.uplink.trust

@@ -260,9 +260,10 @@ class Client:
         return parameters.part_of(state, STATE)
 
     def _answer_once(self, message: Message, round: int) -> None:
-        """Holds the server to the planned rounds: under privacy every other question would cost more than was planned.
+        """Holds the server to the planned tasks: under privacy every other question would cost more than was planned.
 
-        The same question again gets the same answer, which costs nothing.
+        A task is named by the number of the round whose model it starts from. The same question again gets the same
+        answer, which costs nothing.
         """
         if self.uplink.privacy is None:
             return
@@ -277,6 +278,12 @@ class Client:
         if answered.get(str(round), asked[:16]) != asked[:16]:
             raise WireError(
                 f"fit.round: round {round} was answered to another question; go on with the next round"
+            )
+        most = self.terms.max_tasks
+        if most is not None and str(round) not in answered and len(answered) >= most:
+            raise WireError(
+                f"fit.round: this client has answered {len(answered)} tasks, and privacy is planned for {most}; "
+                "stop here"
             )
         if str(round) not in answered:
             save_json(self.memory, "answered", {**answered, str(round): asked[:16]})

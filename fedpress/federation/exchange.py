@@ -90,27 +90,3 @@ def exchange(
 def error(reason: str) -> Message:
     """Returns the message that stands for a reply that failed."""
     return Message("error", {"reason": reason})
-
-
-def ordered(
-    clients: Sequence[ClientId], replies: Iterator[tuple[ClientId, Message]]
-) -> Iterator[tuple[ClientId, Message | None]]:
-    """Yields (client, reply) in the order of `clients`, with None where none came; other clients' replies are ignored.
-
-    Only replies that came too early are held, so a transport that keeps the order needs the memory of one.
-
-    >>> list(ordered(["a", "b", "c"], iter([("b", error("x")), ("a", error("y"))])))[2]
-    ('c', None)
-    """
-    wanted, early = set(clients), dict[ClientId, Message]()
-    for client in clients:
-        while client not in early:
-            name, reply = next(replies, (None, None))
-            if name is None or reply is None:
-                break
-            if name in wanted:  # only the first reply of each client counts
-                wanted.discard(name)
-                early[name] = reply
-        yield client, early.pop(client, None)
-    for _ in replies:  # let the transport finish: what comes now was not asked for, or came twice
-        pass

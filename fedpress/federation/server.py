@@ -1,9 +1,9 @@
-"""The loop of federated learning as a generator: draw a cohort, send, sum, step, yield. No evaluation, no files."""
+"""The loop of federated learning as a generator: ask, gather, sum, step, yield. No evaluation, no files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
@@ -11,14 +11,27 @@ from torch import Tensor
 
 from fedpress.core.names import ClientId
 from fedpress.errors import DivergedError, RecipeError
+from fedpress.federation.aggregators.base import Session
 from fedpress.federation.algorithms import Algorithm, Seen
 from fedpress.federation.algorithms.base import ServerState
 from fedpress.federation.counted import Counted
+from fedpress.federation.delays import Delays
 from fedpress.federation.downlink import Broadcast, Downlink
-from fedpress.federation.exchange import Transport, exchange, ordered
+from fedpress.federation.exchange import Transport, error
 from fedpress.federation.failures import Tally
-from fedpress.federation.uplink import Uplink
-from fedpress.federation.vectors import PARAMS, Vectors
+from fedpress.federation.outbox import Outbox
+from fedpress.federation.protocol import need
+from fedpress.federation.schedules import (
+    Assignment,
+    Enrolment,
+    Schedule,
+    Scheduler,
+    Synchronous,
+    Timing,
+)
+from fedpress.federation.schedules.check import Needs, check_schedule
+from fedpress.federation.uplink import RoundMean, Uplink
+from fedpress.federation.vectors import PARAMS
 from fedpress.wire.message import JSON, Message
 
 
@@ -37,6 +50,7 @@ class RoundRecord:
         refused: clients that were drawn but do not count, with the reason.
         seconds: wall time.
         failures: protected units that gave nothing, counted with noise; None without privacy.
+        timing: whose answers were how stale, and the time of the virtual clock.
     """
 
     round: int
@@ -48,6 +62,11 @@ class RoundRecord:
     refused: dict[ClientId, str]
     seconds: float
     failures: Tally | None = None
+    timing: Timing = field(default_factory=Timing)
+
+
+PARTS = ("optimizer", "uplink", "downlink", "clients", "schedule", "outbox")
+"""What the state of a server is made of."""
 
 
 def rounds(
@@ -63,6 +82,8 @@ def rounds(
     agreement: str = "",
     downlink: Downlink | None = None,
     secret: int | None = None,
+    schedule: Schedule | None = None,
+    delays: Delays | None = None,
 ) -> Iterator[RoundRecord]:
     """Runs rounds `start` + 1 to `num_rounds`, each when the caller asks for it.
 
@@ -72,7 +93,7 @@ def rounds(
     Args:
         params: the server's trainable parameters [d] float32, see `fedpress.core.parameters`.
         uplink: how updates come home.
-        algorithm: its server's half is used here, the other one by the clients.
+        algorithm: its server optimizer is used here, its local update by the clients.
         transport: reaches the clients.
         num_rounds: the last round.
         seed: of the run.
@@ -81,9 +102,11 @@ def rounds(
         agreement: fingerprint that the clients compare with theirs, see `client.agreement`.
         downlink: how the model travels to the clients; whole in every round without one.
         secret: 256 random bits on which the server's noise hangs instead of `seed`.
+        schedule: when whom is asked, and when a step is taken; synchronous rounds without one.
+        delays: how long clients take, on a virtual clock; without them answers come at once.
 
     Raises:
-        RecipeError: if params or clients do not fit the uplink; at once, not in the first round.
+        RecipeError: if params, clients or schedule do not fit the uplink; at once, not in the first round.
     """
     if params.dtype != torch.float32 or params.shape != (uplink.size,):
         raise RecipeError(
@@ -95,24 +118,22 @@ def rounds(
         )
     state = _init(params, uplink, algorithm) if server_state is None else dict(server_state)
     todo = range(start + 1, num_rounds + 1)
-    server = _Server(uplink, algorithm, transport, seed, agreement, downlink, secret)
+    schedule = schedule or Synchronous()
+    schedule.check(uplink.cohort)
+    check_schedule(schedule, Needs.of(uplink, downlink, algorithm))
+    server = _Server(
+        uplink, algorithm, transport, seed, agreement, downlink, secret, schedule, delays
+    )
     return server.rounds(params, state, todo)
 
 
 def _init(params: Tensor, uplink: Uplink, algorithm: Algorithm) -> ServerState:
-    return _join(
-        {
-            "optimizer": algorithm.server_init(params),
-            "uplink": uplink.init(),
-            "downlink": {},
-            "clients": {},
-        }
-    )
+    return _join({"optimizer": algorithm.server_init(params), "uplink": uplink.init()})
 
 
 @dataclass(frozen=True, eq=False)
 class _Server:
-    """What stays the same from round to round."""
+    """What stays the same from step to step."""
 
     uplink: Uplink
     algorithm: Algorithm
@@ -121,75 +142,144 @@ class _Server:
     agreement: str
     downlink: Downlink | None
     secret: int | None
+    schedule: Schedule
+    delays: Delays | None
 
     def rounds(self, params: Tensor, state: ServerState, todo: range) -> Iterator[RoundRecord]:
         if not todo:
             return
-        clients = self.transport.clients()
         began, before = perf_counter(), self.transport.traffic
-        session = self.uplink.aggregator.open(self.transport, self.agreement)
-        if (
-            todo.start > 1
-        ):  # the keys of a run count in its first round, not each time that it goes on
+        run = _Run.begin(self, params, state)
+        if todo.start > 1:
+            # What sets up a run, and what is sent again to clients that were at work, counts once: in the round in
+            # which it was sent first, not each time that the run goes on.
             began, before = perf_counter(), self.transport.traffic
-        for round in todo:
-            parts = _split(state)
-            cohort = self.uplink.cohort.draw(clients, seed=self.secret or self.seed, round=round)
-            broadcast = None
-            if self.downlink is not None:
-                broadcast = Broadcast.open(self.downlink, self.seed, clients, parts["downlink"])
-            counted = Counted.open(clients, parts["clients"])
-            header = self._header(round, session.invite(cohort), parts["uplink"])
-            beside = self.algorithm.server_down(parts["optimizer"])
-            requests = _requests(cohort, header, round, {PARAMS: params, **beside}, broadcast)
-            if self.algorithm.keeps_state:
-                requests = _with_counted(requests, counted)
-            replies = exchange(self.transport, requests)
-            mean = self.uplink.mean(
-                ordered(cohort, replies),
-                seed=self.seed,
-                round=round,
-                session=session,
-                cohort=cohort,
-                state=parts["uplink"],
-                secret=self.secret,
-            )
-            parts["uplink"] = mean.state
-            if broadcast is not None:
-                broadcast.arrived(mean.refused)
-                parts["downlink"] = broadcast.state()
-            if self.algorithm.keeps_state:
-                for client in cohort:
-                    counted.heard(client, round, refused=mean.refused.get(client, ""))
-                parts["clients"] = counted.state()
-            if mean.vectors:
-                seen = Seen(round, mean.cohort, self.uplink.cohort.population)
-                parts["optimizer"], params = self.algorithm.server_step(
-                    parts["optimizer"], params, mean.vectors, seen
-                )
-                _check_finite(params, round, self.algorithm)
-            state = _join(parts)
-            traffic, seconds = self.transport.traffic - before, perf_counter() - began
-            yield RoundRecord(
-                round,
-                params,
-                state,
-                traffic.up,
-                traffic.down,
-                mean.rows,
-                mean.refused,
-                seconds,
-                mean.failures,
-            )
-            began, before = perf_counter(), self.transport.traffic
+        try:
+            for number in todo:
+                record = run.step(number)
+                traffic, seconds = self.transport.traffic - before, perf_counter() - began
+                yield replace(record, bytes_up=traffic.up, bytes_down=traffic.down, seconds=seconds)
+                began, before = perf_counter(), self.transport.traffic
+        finally:
+            run.outbox.cancel_all_but([])
 
-    def _header(
-        self, round: int, invitation: dict[str, JSON], state: ServerState
-    ) -> dict[str, JSON]:
-        clip: dict[str, JSON] = (
-            {} if self.uplink.adaptive is None else {"clip_norm": self.uplink.unit(state)}
+
+@dataclass(eq=False)
+class _Run:
+    """A run between two server steps; `latest` is the message that brings the newest model."""
+
+    server: _Server
+    params: Tensor
+    parts: dict[str, ServerState]
+    session: Session
+    scheduler: Scheduler
+    outbox: Outbox
+    latest: Message | None = None
+
+    @classmethod
+    def begin(cls, server: _Server, params: Tensor, state: ServerState) -> _Run:
+        """Begins, or goes on from `state`: then those who were at work are sent the same tasks again."""
+        parts = _split(state)
+        session = server.uplink.aggregator.open(server.transport, server.agreement)
+        enrolled = Enrolment(
+            server.transport.clients(),
+            server.uplink.cohort,
+            server.seed,
+            server.secret or server.seed,
+            server.delays,
         )
-        return {"round": round, "agreement": self.agreement, **invitation, **clip}
+        scheduler = server.schedule.open(enrolled, parts["schedule"])
+        outbox = Outbox(server.transport)
+        outbox.load_(scheduler.at_work, parts["outbox"])
+        return cls(server, params, parts, session, scheduler, outbox)
+
+    def step(self, number: int) -> RoundRecord:
+        """Gathers the updates of server step `number`, and takes it."""
+        server = self.server
+        self.scheduler.begin(number)
+        asked = self.scheduler.ask()
+        broadcast = None
+        if server.downlink is not None:
+            clients = server.transport.clients()
+            broadcast = Broadcast.open(
+                server.downlink, server.seed, clients, self.parts["downlink"]
+            )
+        gatherer = server.uplink.gather(
+            seed=server.seed,
+            round=number,
+            session=self.session,
+            cohort=[one.client for one in asked],
+            state=self.parts["uplink"],
+            secret=server.secret,
+        )
+        self._send(asked, number, broadcast)
+        while waiting := self.scheduler.wait():
+            task, reply = self.outbox.receive(waiting, self.scheduler.patience)
+            weight = server.schedule.weight(number - task.task)
+            gatherer.take(task.client, reply, task=task.task, scale=weight)
+            self.scheduler.take(task)
+            self._send(self.scheduler.ask(), number, broadcast)
+        timing, late = self.scheduler.end()
+        for client, reason in late.items():
+            gatherer.take(client, error(reason), task=number)
+        stopped = self.outbox.cancel_all_but(self.scheduler.at_work)
+        mean = gatherer.close()
+        self.parts["uplink"] = mean.state
+        if broadcast is not None:
+            broadcast.arrived({**dict.fromkeys(stopped, "told to stop"), **mean.refused})
+            self.parts["downlink"] = broadcast.state()
+        if server.algorithm.keeps_state:
+            counted = Counted.open(server.transport.clients(), self.parts["clients"])
+            for client in timing.answered:
+                counted.heard(client, number, refused=mean.refused.get(client, ""))
+            self.parts["clients"] = counted.state()
+        self._take_step(mean, number)
+        self.parts["schedule"] = self.scheduler.state()
+        self.parts["outbox"] = self.outbox.state(self.scheduler.at_work)
+        return RoundRecord(
+            round=number,
+            params=self.params,
+            server_state=_join(self.parts),
+            bytes_up=0,
+            bytes_down=0,
+            clients=mean.rows,
+            refused=mean.refused,
+            seconds=0.0,
+            failures=mean.failures,
+            timing=timing,
+        )
+
+    def _take_step(self, mean: RoundMean, number: int) -> None:
+        if not mean.vectors:
+            return
+        algorithm = self.server.algorithm
+        seen = Seen(number, mean.cohort, self.server.uplink.cohort.population)
+        self.parts["optimizer"], self.params = algorithm.server_step(
+            self.parts["optimizer"], self.params, mean.vectors, seen
+        )
+        _check_finite(self.params, number, algorithm)
+
+    def _send(self, asked: list[Assignment], number: int, broadcast: Broadcast | None) -> None:
+        """Sends the model to those who are `asked`; messages that are alike share one object, which is packed once."""
+        if not asked:
+            return
+        server, names = self.server, [one.client for one in asked]
+        header: dict[str, JSON] = {
+            "round": number,
+            "agreement": server.agreement,
+            **self.session.invite(names),
+        }
+        if server.uplink.adaptive is not None:
+            header["clip_norm"] = server.uplink.unit(self.parts["uplink"])
+        if self.latest is None or self.latest.header != header:
+            beside = server.algorithm.server_down(self.parts["optimizer"])
+            self.latest = Message("fit", header, {PARAMS: self.params, **beside})
+        requests = _requests(names, self.latest, broadcast)
+        if server.algorithm.keeps_state:
+            counted = Counted.open(server.transport.clients(), self.parts["clients"])
+            requests = _with_counted(requests, counted)
+        for one in asked:
+            self.outbox.send(one, requests[one.client])
 
 
 def _check_finite(params: Tensor, round: int, algorithm: Algorithm) -> None:
@@ -201,22 +291,19 @@ def _check_finite(params: Tensor, round: int, algorithm: Algorithm) -> None:
 
 
 def _requests(
-    cohort: list[ClientId],
-    header: dict[str, JSON],
-    round: int,
-    down: Vectors,
-    broadcast: Broadcast | None,
+    cohort: list[ClientId], whole: Message, broadcast: Broadcast | None
 ) -> dict[ClientId, Message]:
     """Returns a message for each client; those that are sent the same share one object, which is packed once.
 
-    `down` holds the parameters, which a downlink codes, and further vectors, which travel whole.
+    `whole` holds the parameters, which a downlink codes, and further vectors, which travel whole.
     """
     if broadcast is None:
-        return dict.fromkeys(cohort, Message("fit", header, dict(down)))
-    beside = {name: vector for name, vector in down.items() if name != PARAMS}
+        return dict.fromkeys(cohort, whole)
+    header, round = whole.header, need("fit", whole.header, "round")
+    beside = {name: vector for name, vector in whole.tensors.items() if name != PARAMS}
     made: dict[int, Message] = {}
     requests = {}
-    for client, (version, tensors) in broadcast.code(round, down[PARAMS], cohort).items():
+    for client, (version, tensors) in broadcast.code(round, whole.tensors[PARAMS], cohort).items():
         if id(tensors) not in made:
             made[id(tensors)] = Message("fit", {**header, "from": version}, {**tensors, **beside})
         requests[client] = made[id(tensors)]
@@ -249,12 +336,7 @@ def _join(parts: Mapping[str, Mapping[str, Tensor]]) -> ServerState:
 
 def _split(state: Mapping[str, Tensor]) -> dict[str, ServerState]:
     """Undoes `_join`."""
-    parts: dict[str, ServerState] = {
-        "optimizer": {},
-        "uplink": {},
-        "downlink": {},
-        "clients": {},
-    }
+    parts: dict[str, ServerState] = {part: {} for part in PARTS}
     for full, tensor in state.items():
         part, _, name = full.partition("/")
         parts[part][name] = tensor

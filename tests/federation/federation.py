@@ -57,6 +57,7 @@ class Federation:
         weights="examples",
         settings=None,
         model=None,
+        chain=(),
         **more,
     ):
         self.model = model or mlp()
@@ -65,7 +66,12 @@ class Federation:
         cohort = cohort or Cohort(clients, clients)
         extras = more["algorithm"].extras_up if "algorithm" in more else {}
         self.uplink = Uplink.bind(
-            len(self.params), cohort, privacy=privacy, weights=weights, extras=extras
+            len(self.params),
+            cohort,
+            chain=chain,
+            privacy=privacy,
+            weights=weights,
+            extras=extras,
         )
         self.data = [examples(10 + 4 * i, seed=i) for i in range(clients)]
         sample = privacy is not None and privacy.unit == "sample"

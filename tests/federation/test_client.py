@@ -298,3 +298,13 @@ def test_error_feedback_adds_what_the_last_update_lost():
         int((sent[1] != 0).sum())
     ).values[-1]
     assert torch.allclose(sent[1], torch.where(kept, whole[1] + lost, torch.zeros(())))
+
+
+def test_a_client_answers_no_more_tasks_than_are_planned():
+    plan = client_plan(Cohort(1, 1))
+    federation = Federation(1, privacy=plan, weights="equal", num_rounds=9, max_tasks=2)
+    client = federation.clients["c0"]
+    for task in (2, 5, 2):  # the same question again is no other task
+        assert unpack(client.handle(pack(federation.fit(task)))).kind == "update"
+    with pytest.raises(WireError, match="has answered 2 tasks, and privacy is planned for 2"):
+        client.handle(pack(federation.fit(7)))

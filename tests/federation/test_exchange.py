@@ -1,48 +1,50 @@
-import itertools
-
 import pytest
 
-from fedpress.federation.exchange import Traffic, error, ordered
+from fedpress.federation.exchange import Traffic, exchange
+from fedpress.transport import LocalTransport
+from fedpress.wire import Message, pack, unpack
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations("abc")))
-def test_replies_are_put_into_client_order(order):
-    got = list(ordered(["a", "b", "c"], iter([(name, error(name)) for name in order])))
-    assert [(name, reply.header["reason"]) for name, reply in got] == [
-        ("a", "a"),
-        ("b", "b"),
-        ("c", "c"),
-    ]
+def echo(data):
+    return pack(unpack(data))
 
 
-def test_a_missing_reply_is_none():
-    got = dict(ordered(["a", "b", "c"], iter([("c", error("late"))])))
-    assert got["a"] is None
-    assert got["b"] is None
-    assert got["c"].header["reason"] == "late"
+def test_every_client_is_sent_its_own_message():
+    transport = LocalTransport(dict.fromkeys("abc", echo))
+    replies = dict(exchange(transport, {name: Message("m", {"to": name}) for name in "cab"}))
+    assert {name: reply.header["to"] for name, reply in replies.items()} == {n: n for n in "abc"}
 
 
-def test_replies_that_nobody_asked_for_and_second_replies_are_ignored():
-    replies = iter(
-        [("x", error("stranger")), ("b", error("first")), ("b", error("second")), ("a", error("a"))]
-    )
-    got = list(ordered(["a", "b"], replies))
-    assert [(name, reply.header["reason"]) for name, reply in got] == [("a", "a"), ("b", "first")]
-    assert next(replies, None) is None
+def test_an_answer_to_an_earlier_question_is_never_taken_for_one_to_this():
+    transport = LocalTransport({"a": echo})
+    old = transport.send("a", Message("m", {"question": 1}))
+    ((_, reply),) = exchange(transport, {"a": Message("m", {"question": 2})})
+    assert reply.header["question"] == 2
+    assert transport.receive([old])[2].header["question"] == 1
 
 
-def test_only_what_came_too_early_is_held():
-    taken = []
+class Silent(LocalTransport):
+    """Loses what "b" is sent."""
 
-    def arriving():
-        for name in "abc":
-            taken.append(name)
-            yield name, error(name)
-
-    replies = ordered(["a", "b", "c"], arriving())
-    next(replies)
-    assert taken == ["a"]
+    def receive(self, requests, timeout=None):
+        self.waited = timeout
+        heard = [r for r in requests if r in self._open and self._open[r][0] != "b"]
+        return super().receive(heard, timeout)
 
 
-def test_traffic_is_a_difference_of_counters():
+def test_an_exchange_ends_when_nothing_more_comes_and_drops_what_is_late():
+    transport = Silent(dict.fromkeys("abc", echo))
+    replies = dict(exchange(transport, {n: Message("m") for n in "abc"}, timeout=2.5))
+    assert list(replies) == ["a", "c"]
+    assert transport.waited == 2.5
+    assert LocalTransport.receive(transport, range(10)) is None
+
+
+@pytest.mark.parametrize("clients", ["", "a"])
+def test_an_exchange_with_nobody_is_empty(clients):
+    assert dict(exchange(LocalTransport(dict.fromkeys(clients, echo)), {})) == {}
+
+
+def test_traffic_is_a_sum_and_a_difference_of_counters():
     assert Traffic(10, 7) - Traffic(4, 2) == Traffic(6, 5)
+    assert Traffic(4, 2) + Traffic(up=1) == Traffic(5, 2)

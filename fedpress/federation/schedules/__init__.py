@@ -1,0 +1,37 @@
+"""Schedules are a table: when whom is asked for an update, and when the server takes a step."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+from pydantic import Field
+
+from fedpress.federation.schedules.base import (
+    Assignment,
+    Enrolment,
+    Participation,
+    Schedule,
+    Scheduler,
+    Timing,
+)
+from fedpress.federation.schedules.buffered import Buffered
+from fedpress.federation.schedules.synchronous import Synchronous
+
+AnySchedule: TypeAlias = Annotated[Synchronous | Buffered, Field(discriminator="kind")]
+SCHEDULES: dict[str, type[Synchronous] | type[Buffered]] = {
+    "synchronous": Synchronous,
+    "buffered": Buffered,
+}
+
+__all__ = [
+    "SCHEDULES",
+    "AnySchedule",
+    "Assignment",
+    "Buffered",
+    "Enrolment",
+    "Participation",
+    "Schedule",
+    "Scheduler",
+    "Synchronous",
+    "Timing",
+]

@@ -1,0 +1,104 @@
+"""What a schedule cannot give to the other parts of a run is refused with the reason, before the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedpress.errors import RecipeError
+from fedpress.federation.algorithms import Algorithm
+from fedpress.federation.downlink import Downlink
+from fedpress.federation.schedules.base import Schedule
+from fedpress.federation.uplink import Uplink
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the other parts of a run ask of its schedule.
+
+    Attributes:
+        secure: no single update is seen, only a sum over clients that are named before.
+        downlink: models travel as differences to what each client holds.
+        adaptive: the clip norm follows the updates.
+        correlated: noise is mixed over the steps.
+        client_state: clients keep what an algorithm needs from task to task.
+        hides_clients: noise on a sum must hide that any one client was in it.
+    """
+
+    secure: bool = False
+    downlink: bool = False
+    adaptive: bool = False
+    correlated: bool = False
+    client_state: bool = False
+    hides_clients: bool = False
+
+    @classmethod
+    def of(cls, uplink: Uplink, downlink: Downlink | None, algorithm: Algorithm) -> Needs:
+        """Reads them from the bound parts."""
+        return cls(
+            secure=not uplink.aggregator.sees_updates,
+            downlink=downlink is not None,
+            adaptive=uplink.adaptive is not None,
+            correlated=uplink.noise is not None and uplink.noise.factorization is not None,
+            client_state=algorithm.keeps_state,
+            hides_clients=uplink.trust.unit == "client" and uplink.trust.on_aggregate,
+        )
+
+
+def check_schedule(schedule: Schedule, needs: Needs) -> None:
+    """Checks that the parts of a run can work with `schedule`.
+
+    Raises:
+        RecipeError: if one of them needs what the schedule cannot give.
+    """
+    if not schedule.one_model:
+        _check_many_models(schedule, needs)
+    if schedule.drops and needs.secure:
+        raise RecipeError(
+            "federate.schedule.over_selection: a secure sum plans noise and bits for everybody that it asks, and "
+            "survives max_dropout of them; leave over_selection out and make the cohort larger"
+        )
+    if schedule.drops and needs.hides_clients:
+        raise RecipeError(
+            "federate.schedule.over_selection: a client that is faster displaces another from the sum, so one client "
+            "moves it twice as far as the noise hides; leave over_selection out, or set privacy.trust = 'local'"
+        )
+
+
+def _check_many_models(schedule: Schedule, needs: Needs) -> None:
+    """Refuses what needs all clients of a step to start from one model, or to be known before it."""
+    reasons = {
+        "secure": (
+            "a secure sum",
+            "masks cancel only among clients that are named to each other before they answer, and nobody knows who "
+            "will be in a sum",
+            'set aggregator = "mean"',
+        ),
+        "downlink": (
+            "coded differences (downlink)",
+            "nearly every client holds another version, so the server would keep and code one model for each",
+            "leave downlink out",
+        ),
+        "adaptive": (
+            "an adaptive clip norm",
+            "updates on their way come in units of an older clip norm, so their sum has no one bound",
+            "leave privacy.adaptive out",
+        ),
+        "correlated": (
+            "correlated noise",
+            "it is planned for a least number of steps between two updates of a client, and a fast client may be in "
+            "every step",
+            "leave privacy.correlated out",
+        ),
+        "client_state": (
+            "an algorithm whose clients keep a state",
+            "what a client learned against an older model would correct steps from a newer one, for which nobody has "
+            "shown that it converges",
+            'take algorithm = "fedavg"',
+        ),
+    }
+    for name, (what, why, cure) in reasons.items():
+        if getattr(needs, name):
+            raise RecipeError(
+                f"federate.schedule: {what} does not go with a '{schedule.kind}' schedule: {why}; take the synchronous "
+                f"schedule, or {cure}"
+            )

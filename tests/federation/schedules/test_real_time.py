@@ -1,0 +1,152 @@
+"""The schedules without a virtual clock, over a transport whose clients really work at the same time."""
+
+import copy
+import threading
+import time
+
+import torch
+
+from fedpress.federation import Cohort, FedAvg
+from fedpress.federation.exchange import Traffic, error, exchange
+from fedpress.federation.schedules import Buffered, Synchronous
+from fedpress.federation.server import rounds
+from fedpress.wire import Message, pack, unpack
+from tests.federation.federation import Federation, rebound
+
+
+class Threads:
+    """A thread for each request; answers come when they come."""
+
+    def __init__(self, handlers):
+        self._handlers, self._changed = handlers, threading.Condition()
+        self._open, self._answers, self._sent, self.traffic = set(), {}, 0, Traffic()
+        self.threads = []
+
+    def clients(self):
+        return list(self._handlers)
+
+    def send(self, client, message):
+        data = pack(message)
+        with self._changed:
+            self._sent += 1
+            self._open.add(self._sent)
+            self.traffic += Traffic(down=len(data))
+        self.threads.append(threading.Thread(target=self._work, args=(self._sent, client, data)))
+        self.threads[-1].start()
+        return self._sent
+
+    def _work(self, request, client, data):
+        try:
+            reply = self._handlers[client](data)
+        except Exception as problem:
+            reply = pack(error(f"{type(problem).__name__}: {problem}"))
+        with self._changed:
+            self.traffic += Traffic(up=len(reply))
+            if request in self._open:
+                self._answers[request] = client, unpack(reply)
+            self._changed.notify_all()
+
+    def receive(self, requests, timeout=None):
+        def first():
+            return next((r for r in self._answers if r in requests), None)
+
+        with self._changed:
+            self._changed.wait_for(lambda: first() or not self._open & set(requests), timeout)
+            request = first()
+            if request is None:
+                return None
+            self._open.discard(request)
+            client, reply = self._answers.pop(request)
+            return client, request, reply
+
+    def cancel(self, requests):
+        with self._changed:
+            self._open -= set(requests)
+            for request in requests:
+                self._answers.pop(request, None)
+
+
+def slowed(made, seconds):
+    """Returns a transport to the clients of `made`, each with a model of its own, that take so long for a task."""
+
+    def handler(name, client):
+        def handle(request):
+            if unpack(request).kind == "fit":
+                time.sleep(seconds.get(name, 0.0))
+            return client.handle(request)
+
+        return handle
+
+    own = {n: rebound(c, model=copy.deepcopy(c.model)) for n, c in made.clients.items()}
+    return Threads({name: handler(name, client) for name, client in own.items()})
+
+
+def run(made, transport, num_rounds, schedule):
+    return rounds(
+        made.params,
+        made.uplink,
+        FedAvg(),
+        transport,
+        num_rounds=num_rounds,
+        seed=7,
+        agreement=made.agreement,
+        schedule=schedule,
+    )
+
+
+def ended(transport):
+    for thread in transport.threads:
+        thread.join()
+
+
+def test_rounds_over_a_real_transport_give_the_bits_of_the_simulation():
+    made = Federation(5, cohort=Cohort(3, 5))
+    transport = slowed(made, {"c0": 0.05, "c3": 0.02})
+    real = list(run(made, transport, 3, Synchronous()))
+    ended(transport)
+    simulated = list(run(made, made.transport, 3, Synchronous()))
+    for a, b in zip(real, simulated, strict=True):
+        assert torch.equal(a.params, b.params)
+        assert (a.clients, a.bytes_up, a.bytes_down) == (b.clients, b.bytes_up, b.bytes_down)
+
+
+def test_a_late_update_is_never_taken_for_the_answer_of_another_round():
+    made = Federation(3)
+    transport = slowed(made, {"c1": 1.0})
+    first, second = list(run(made, transport, 2, Synchronous(deadline=0.6)))
+    assert list(first.refused) == ["c1"]
+    assert "no reply came" in first.refused["c1"]
+    assert list(second.refused) == ["c1"]  # what it did for round 1 came in round 2
+    assert [row["client"] for row in second.clients] == ["c0", "c2"]
+    ended(transport)
+    assert transport.receive(range(99)) is None
+
+
+def test_over_selection_takes_whoever_is_first():
+    made = Federation(4, cohort=Cohort(2, 4))
+    transport = slowed(made, {"c0": 1.5, "c2": 1.5})
+    (record,) = run(made, transport, 1, Synchronous(over_selection=2.0))
+    assert sorted(row["client"] for row in record.clients) == ["c1", "c3"]
+    assert record.timing.spare == ("c0", "c2")
+    assert not record.refused
+    ended(transport)
+
+
+def test_a_slow_client_holds_nobody_up_in_a_buffer():
+    made = Federation(4, cohort=Cohort(2, 4), weights="equal")
+    transport = slowed(made, {"c0": 1.0})
+    records = list(run(made, transport, 6, Buffered(buffer=2, concurrency=4)))
+    assert len(records) == 6
+    assert sum(record.timing.answered.count("c0") for record in records) <= 2
+    assert not any(record.refused for record in records)
+    ended(transport)
+
+
+def test_other_questions_go_through_while_clients_are_at_work():
+    made = Federation(2)
+    transport = slowed(made, {"c0": 0.3, "c1": 0.3})
+    fits = [transport.send(name, made.fit()) for name in made.clients]
+    asked = dict(exchange(transport, {name: Message("hello") for name in made.clients}))
+    assert all(reply.kind == "error" for reply in asked.values())
+    assert all(transport.receive(fits)[2].kind == "update" for _ in fits)
+    ended(transport)
