@@ -39,6 +39,10 @@ SEED = (
     " be taken away again. In this simulation one seed makes all the noise, so ε holds for those who do not have it:"
     " with truly private data choose your own seed, and keep it and this page to yourself."
 )
+LISTED = (
+    "That a client is on the list, and when it was asked: in a buffered schedule who is asked next hangs on who is"
+    " back. On real devices the time of a task may tell how much data there is."
+)
 SECURE_SUM = (
     "The server learned only the sum of the updates of those who reported (a secure sum), as long as it worked together"
     " with no more than the planned few of the clients."
@@ -125,6 +129,17 @@ def _odds(stage: Json, what: str) -> str:
         f"{what} makes any conclusion from it at most {factor} times (e^ε) likelier or less likely, up to a failure"
         f" probability of δ = {units.small(stage.get('delta'))}. That is the worst case; smaller ε is stronger."
     )
+
+
+def _one_client(stage: Json) -> str:
+    """What the definition compares: with a client more on the list, a buffered schedule would ask others, too."""
+    if stage.get("schedule") == "buffered":
+        return "Whether one client sends its updates, or nothing in their place,"
+    return "Adding or removing one client"
+
+
+def _listed(stage: Json) -> list[str]:
+    return [LISTED] if stage.get("schedule") == "buffered" else []
 
 
 def _trust(stage: Json) -> str:
@@ -216,7 +231,7 @@ def _client_without_server(title: str, stage: Json, trust: str) -> Protection:
                 if secure
                 else " and noise of its own is added inside the client."
             ),
-            _odds(stage, "Adding or removing one client"),
+            _odds(stage, _one_client(stage)),
             *([SECURE_SUM] if secure else []),
         ],
         trusted=[
@@ -225,7 +240,12 @@ def _client_without_server(title: str, stage: Json, trust: str) -> Protection:
             *([OTHERS] if secure else []),
             SEED,
         ],
-        unprotected=["That a client takes part, and in which rounds.", *LIMITS, *PUBLIC],
+        unprotected=[
+            "That a client takes part, and in which rounds.",
+            *_listed(stage),
+            *LIMITS,
+            *PUBLIC,
+        ],
     )
 
 
@@ -238,7 +258,7 @@ def _client(title: str, stage: Json) -> Protection:
         protected=[
             "All data of a client together: its update is clipped and noise is added to the sum, so that other clients"
             " and users of the network learn little about any one client.",
-            _odds(stage, "Adding or removing one client"),
+            _odds(stage, _one_client(stage)),
         ],
         trusted=[
             "The server. It sees every client's update without noise (no secure sum was used), adds the noise, and must"
@@ -248,6 +268,7 @@ def _client(title: str, stage: Json) -> Protection:
         ],
         unprotected=[
             "Nothing is hidden from the server: a client's update can reveal its examples.",
+            *_listed(stage),
             *LIMITS,
             *PUBLIC,
         ],

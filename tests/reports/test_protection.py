@@ -22,6 +22,16 @@ def test_sample_privacy_protects_examples_against_the_server():
     assert any("secure sum" in line for line in it.unprotected)
 
 
+@pytest.mark.parametrize("trust", ["central", "local"])
+def test_a_buffered_schedule_hides_what_a_client_sends_and_not_that_it_is_listed(trust):
+    stage = {**SAMPLE, "unit": "client", "trust": trust}
+    rounds, buffered = protection(stage), protection({**stage, "schedule": "buffered"})
+    assert "Adding or removing one client" in everything(rounds)
+    assert "is on the list" not in everything(rounds)
+    assert "Whether one client sends its updates, or nothing" in everything(buffered)
+    assert "is on the list, and when it was asked" in everything(buffered)
+
+
 def test_client_privacy_with_central_noise_trusts_the_server():
     it = protection({**SAMPLE, "unit": "client"})
     assert "everybody except the server" in it.summary

@@ -45,6 +45,11 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> S
     """
     if not state.data.clients:
         raise RecipeError("federate: the data set has no clients; set data.num_clients")
+    if stage.schedule.timed and stage.delays is None:
+        raise RecipeError(
+            "federate.schedule.deadline: in a simulation nobody is late without a clock; set delays, for instance "
+            'delays = { kind = "lognormal", median = 10.0 }, or leave deadline out'
+        )
     beginning = Beginning.of(
         stage, state.spec, state.model, preprocess=state.data.preprocess, seed=state.seed
     )

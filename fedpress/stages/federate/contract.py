@@ -19,7 +19,6 @@ from fedpress.errors import RecipeError
 from fedpress.federation import (
     Aggregator,
     Algorithm,
-    Cohort,
     Downlink,
     FedAvg,
     FedProx,
@@ -29,6 +28,8 @@ from fedpress.federation import (
     Terms,
     Uplink,
 )
+from fedpress.federation.schedules import Enrolment, Participation
+from fedpress.federation.schedules.check import Needs, check_schedule
 from fedpress.models import ModelSpec
 from fedpress.nn.compact import compact_
 from fedpress.nn.resize import copied
@@ -47,12 +48,16 @@ class Contract:
         stage: the settings.
         population: who can be asked, with the public counts and keys.
         protection: the planned privacy.
+        enrolled: what the schedule works with.
+        participation: who is asked how often; draws that a secret hides are the server's alone.
         terms: what server and clients must hold alike, whose agreement is compared before the first round.
     """
 
     stage: FederateSettings
     population: Population
     protection: Protection
+    enrolled: Enrolment
+    participation: Participation
     terms: Terms
 
     @property
@@ -120,8 +125,11 @@ def _contract(
 ) -> Contract:
     """Does the work of `Beginning.contract`, once for all who ask in one process: noise takes long to calibrate."""
     population, trust = Population.from_json(text), trust_of_stage(stage)
-    cohort = Cohort(stage.cohort or len(population), len(population), stage.sampling)
-    planned = protect(stage, population, cohort, layout.shapes)
+    check_schedule(stage.schedule, needs_of(stage))
+    cohort = stage.schedule.cohort(stage.cohort, len(population), stage.sampling)
+    enrolled = Enrolment(population.names, cohort, seed, seed, stage.delays)
+    participation = stage.schedule.foresee(enrolled, stage.num_rounds)
+    planned = protect(stage, population, participation, cohort, layout.shapes)
     aggregator, algorithm = _aggregator(stage, planned, population), algorithm_of(stage)
     usual = "equal" if trust.fixed_divisor or algorithm.equal_weights else aggregator.weights
     uplink = Uplink.bind(
@@ -153,8 +161,23 @@ def _contract(
         norm=stage.norm,
         error_feedback=stage.error_feedback,
         num_rounds=stage.num_rounds,
+        max_tasks=participation.most,
+        schedule=stage.schedule,
     )
-    return Contract(stage, population, planned, terms)
+    return Contract(stage, population, planned, enrolled, participation, terms)
+
+
+def needs_of(stage: FederateSettings) -> Needs:
+    """Returns what a stage asks of its schedule."""
+    private, trust = stage.privacy, trust_of_stage(stage)
+    return Needs(
+        secure=is_secure(stage),
+        client_state=algorithm_of(stage).keeps_state,
+        downlink=bool(stage.downlink),
+        adaptive=private is not None and private.adaptive is not None,
+        correlated=private is not None and private.correlated is not None,
+        hides_clients=trust.unit == "client" and trust.on_aggregate,
+    )
 
 
 def counts_are_public(stage: FederateSettings) -> bool:

@@ -13,6 +13,7 @@ from fedpress.data.population import Population
 from fedpress.errors import RecipeError
 from fedpress.federation import Cohort, Trust, trust_of
 from fedpress.federation.aggregators.secure import check_additive
+from fedpress.federation.schedules import Participation
 from fedpress.federation.servernoise import ServerNoise
 from fedpress.privacy.accounting.events import MechanismEvent
 from fedpress.privacy.adaptive import AdaptiveClip, count_noise_for, split
@@ -104,6 +105,7 @@ class Protection:
 def protect(
     stage: FederateSettings,
     population: Population,
+    participation: Participation,
     cohort: Cohort,
     shapes: Sequence[tuple[int, ...]],
 ) -> Protection:
@@ -129,13 +131,14 @@ def protect(
             f"stage.aggregator: got '{stage.aggregator.kind}' with trust '{trust.kind}', where only a secure sum "
             'carries all of the noise; leave aggregator out, or set trust = "local"'
         )
-    _check_promise(private, trust, population, cohort)
+    _check_promise(stage, trust, population, cohort)
     if secure and trust.noise != "sum":
         raise RecipeError(
             f'stage.privacy.trust: got \'{private.trust}\' with sum = "secure"; set trust = "distributed", so that '
             "the clients make the noise of the sum together"
         )
-    return PLANNERS[trust](_Case(stage, private, trust, population, cohort, chain, start))
+    case = _Case(stage, private, trust, population, participation, cohort, chain, start)
+    return PLANNERS[trust](case)
 
 
 def _check_list(stage: FederateSettings, secure: bool, cohort: Cohort) -> None:
@@ -211,6 +214,7 @@ class _Case:
     private: PrivacySettings
     trust: Trust
     population: Population
+    participation: Participation
     cohort: Cohort
     chain: tuple[Settings, ...]
     start: Bound
@@ -218,7 +222,7 @@ class _Case:
     @property
     def times(self) -> int:
         """How often one client takes part."""
-        return math.ceil(max(1, self.stage.num_rounds) / self.cohort.period)
+        return max(1, self.participation.most)
 
     def each(self, value: T) -> dict[str, T]:
         """Returns the same `value` for every client."""
@@ -227,7 +231,7 @@ class _Case:
 
 def _alone(case: _Case) -> Protection:
     """Sample privacy of each client's own noise: all get the noise that the most exposed of them needs."""
-    stage, private, population = case.stage, case.private, case.population
+    stage, private = case.stage, case.private
     base = PrivacyPlan("sample", private.clip_norm, 1.0, delta=private.delta)
     plans = {
         name: replace(
@@ -235,12 +239,12 @@ def _alone(case: _Case) -> Protection:
             sampling_prob=min(1.0, stage.batch_size / n),
             steps_per_round=steps_per_round(stage, n),
         )
-        for name, n in population.counts.items()
+        for name, n in case.population.counts.items()
     }
     noise = private.noise_multiplier
     if noise is None:
         assert private.epsilon is not None
-        budget, length = private.epsilon, max(1, stage.num_rounds)
+        budget, length = private.epsilon, max(1, case.participation.length)
         noise = max(
             p.calibrate(epsilon=budget, num_rounds=length).noise_multiplier
             for p in set(plans.values())
@@ -253,7 +257,7 @@ def _alone(case: _Case) -> Protection:
 def _joint_central(case: _Case) -> Protection:
     """Sample privacy of one joint gradient step a round, noised by the server."""
     plan, divisor = _joint_step(case)
-    plan = _calibrated(plan, case.private, max(1, case.stage.num_rounds))
+    plan = _calibrated(plan, case.private, max(1, case.participation.length))
     return Protection(
         case.chain,
         case.each(plan),
@@ -353,7 +357,9 @@ def _client_central(case: _Case) -> Protection:
         moving = replace(private.adaptive, count_noise=count)
         noise = ServerNoise(replace(plan, noise_multiplier=split(plan.noise_multiplier, count)))
     phase: MechanismEvent = plan.phase(num_rounds=1)
-    everybody = cohort.sampling == "poisson" or cohort.size == cohort.population
+    everybody = case.stage.schedule.one_model and (
+        cohort.sampling == "poisson" or cohort.size == cohort.population
+    )
     costs = {POPULATION: phase} if everybody else case.each(phase)
     return Protection(case.chain, case.each(plan), costs, noise=noise, adaptive=moving)
 
@@ -456,10 +462,17 @@ def _grid(
 
 
 def _check_promise(
-    private: PrivacySettings, trust: Trust, population: Population, cohort: Cohort
+    stage: FederateSettings, trust: Trust, population: Population, cohort: Cohort
 ) -> None:
+    private = stage.privacy
+    assert private is not None
+    # In a buffered schedule the list of clients and the order of asking are the same in neighbouring runs, which differ
+    # in what one client sends; see docs/schedules.md.
     displaces = (
-        trust.hides_cohort and cohort.sampling == "fixed" and cohort.size < cohort.population
+        stage.schedule.one_model
+        and trust.hides_cohort
+        and cohort.sampling == "fixed"
+        and cohort.size < cohort.population
     )
     if trust.unit == "client" and displaces:
         raise RecipeError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ from fedpress.federation import (
 )
 from fedpress.federation.exchange import exchange
 from fedpress.federation.protocol import check_header, need, text_tensor
+from fedpress.federation.schedules import Participation
 from fedpress.federation.server import rounds
 from fedpress.privacy.ledger import POPULATION, Ledger, LedgerEntry
 from fedpress.stages.federate.contract import Beginning, Contract, owns_keys
@@ -118,6 +119,8 @@ class ServerPlan:
             agreement=terms.agreement.fingerprint,
             downlink=terms.downlink,
             secret=self.secret,
+            schedule=self.stage.schedule,
+            delays=self.stage.delays,
         )
 
     def sizes(self) -> dict[str, Any]:
@@ -142,22 +145,37 @@ class ServerPlan:
         sizes = self.sizes()
         return sizes["bytes_up_per_round"], sizes["bytes_down_per_round"]
 
-    def drawn(self, number: int) -> list[ClientId]:
-        """Returns the clients that take part in round `number`."""
-        seed = self.secret or self.contract.terms.seed
-        return self.uplink.cohort.draw(self.population.names, seed=seed, round=number)
+    @cached_property
+    def participation(self) -> Participation:
+        """Who is asked in which round, known before anybody is."""
+        if self.secret is None:
+            return self.contract.participation
+        enrolled = replace(self.contract.enrolled, draw_seed=self.secret)
+        return self.stage.schedule.foresee(enrolled, self.stage.num_rounds)
 
-    def charges(self, clients: Sequence[ClientId], first: int, last: int) -> list[LedgerEntry]:
-        """Returns what rounds `first` to `last` cost: each of `clients` its own part, or the population as one."""
-        planned = self.protection
+    def planned_tasks(self) -> dict[ClientId, int]:
+        """Returns how often each client may be asked in all rounds together."""
+        return {name: self.participation.tasks(name) for name in self.population.names}
+
+    def charges(self, tasks: Mapping[ClientId, int], first: int, last: int) -> list[LedgerEntry]:
+        """Returns what `tasks` of clients in rounds `first` to `last` cost: each its own, or the population as one."""
+        planned, name = self.protection, self.stage.name
         if planned.whole and first > 1:  # all rounds are one mechanism, charged before the first
             return []
-        count = 1 if planned.whole else math.ceil((last - first + 1) / self.uplink.cohort.period)
-        who = [POPULATION] if POPULATION in planned.costs else clients
-        name = self.stage.name
+        if POPULATION in planned.costs:
+            rounds = math.ceil((last - first + 1) / self.uplink.cohort.period)
+            tasks = {POPULATION: 1 if planned.whole else rounds}
         return [
-            LedgerEntry.of(w, name, repeated(planned.costs[w], count), first, last) for w in who
+            LedgerEntry.of(who, name, repeated(planned.costs[who], count), first, last)
+            for who, count in tasks.items()
+            if count
         ]
+
+    def foreseen(self) -> dict[str, Any]:
+        """Returns what is known of the schedule before the run, where it is not that of plain rounds."""
+        if self.stage.schedule.one_model:
+            return {}
+        return {"schedule": self.stage.schedule.kind, "most_tasks": self.participation.most}
 
     def failure_noise(self, clients: Sequence[ClientId]) -> tuple[float, float]:
         """Returns how many protected units `clients` bring to a round, as planned, and the noise in their counts.

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from fedpress.codecs import AnyTransform, Quantize
 from fedpress.federation import AnyAggregator, AnyAlgorithm, Average, LocalSettings
 from fedpress.federation.algorithms.optimizers import Server
+from fedpress.federation.delays import AnyDelays
+from fedpress.federation.schedules import AnySchedule, Synchronous
 from fedpress.privacy.adaptive import AdaptiveClip
 from fedpress.training.augment import Augment
 from fedpress.workspace.state import Name
@@ -85,6 +87,12 @@ class FederateSettings(LocalSettings):
     num_rounds: int = Field(10, ge=0)
     cohort: int | None = Field(None, ge=1, description="clients in a round; all by default")
     sampling: Literal["fixed", "poisson", "cyclic"] = "fixed"
+    schedule: AnySchedule = Field(
+        Synchronous(), description="when whom is asked, and when the server takes a step"
+    )
+    delays: AnyDelays | None = Field(
+        None, description="how long clients take, on a virtual clock; at once without it"
+    )
     weights: Literal["examples", "equal"] | None = Field(
         None, description="of the mean; examples by default, equal under client privacy"
     )

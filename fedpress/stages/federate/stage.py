@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -55,6 +56,7 @@ class FederateStage(FederateSettings, Stage):
             **self._counts(server),
             "cohort": server.uplink.cohort.size,
             "num_rounds": self.num_rounds,
+            **server.foreseen(),
             "trained_values": server.uplink.size,
             "batch_size": self.batch_size,
             **{name: value for name, value in server.sizes().items() if value is not None},
@@ -67,7 +69,7 @@ class FederateStage(FederateSettings, Stage):
         ledger = server.ledger
         if self.privacy is not None:
             charges = (
-                server.charges(server.population.names, 1, self.num_rounds)
+                server.charges(server.planned_tasks(), 1, self.num_rounds)
                 if self.num_rounds
                 else []
             )
@@ -120,12 +122,12 @@ class FederateStage(FederateSettings, Stage):
             at = f"round {now.round + 1}/{self.num_rounds}"  # it may take minutes: say so before it begins
             yield Tick(now.round, self.num_rounds, f"{at}, {now.note}" if now.note else at)
             record = next(running)
-            drawn = server.drawn(record.round)
+            waited = record.timing.answered
             closed = self._closed(record, now, server)
             record = self._public(record, server)
             parameters.assign_(server.model, record.params)
             seen = self._look(server.model, state)
-            known, failures = now.failures.sure, now.failures.after(record, drawn, server)
+            known, failures = now.failures.sure, now.failures.after(record, waited, server)
             now = replace(
                 now.after(record, ledger, seen, time.perf_counter() - began),
                 closed=closed,
@@ -134,7 +136,7 @@ class FederateStage(FederateSettings, Stage):
             folder.record(**self._line(record, now, seen, server))
             folder.save_progress(now.tensors(), now.facts())
             self._stop_if_everything_fails(now)
-            warning = in_words(told(record.refused, server), drawn, record.round)
+            warning = in_words(told(record.refused, server), waited, record.round)
             if warning and warning.partition(":")[2] != said.partition(":")[2]:
                 yield Tick(now.round, self.num_rounds, now.note, warning)
             said = warning
@@ -171,30 +173,35 @@ class FederateStage(FederateSettings, Stage):
         if self.privacy is None:
             return now.ledger
         number = now.round + 1
-        return self._spend(now.ledger, server.charges(server.drawn(number), number, number))
+        tasks = Counter(server.participation.asked(number))
+        return self._spend(now.ledger, server.charges(tasks, number, number))
 
     def _closed(self, record: RoundRecord, now: Progress, server: ServerPlan) -> int:
         """Returns how many rounds in a row nothing came of, and refuses to go on in vain.
 
         A secure sum may stay closed because clients vanished: that round is over, for its questions were answered, and
-        the next one may fare better. Otherwise the rounds would run to their end and learn nothing.
+        the next one may fare better. So it is where all were late. Otherwise the rounds would run to their end and
+        learn nothing.
 
         Raises:
-            TrainingError: if no client has done its work, under a secure sum in three rounds one after another.
+            TrainingError: if no client has done its work; under a secure sum, or if they were late, in three rounds one
+                after another.
         """
-        drawn = server.drawn(record.round)
-        if not drawn or set(drawn) != set(record.refused):
+        waited, late = record.timing.answered, record.timing.late
+        if not waited or set(waited) != set(record.refused):
             return 0
         closed = now.closed + 1
-        secure = server.protection.grid is not None
-        if not secure or closed >= CLOSED:
-            reason = told(record.refused, server)[drawn[0]]
+        may_fare_better = server.protection.grid is not None or len(late) == len(waited)
+        if not may_fare_better or closed >= CLOSED:
+            reason = told(record.refused, server)[waited[0]]
             # Where the cohort is secret, no name may fall.
             why = (
-                f", for instance {drawn[0]}: {reason}"
+                f", for instance {waited[0]}: {reason}"
                 if reason != PRIVATE and not server.hides
                 else ""
             )
+            if late:
+                why += f"; raise stage.{self.name}.schedule.deadline"
             lr = algorithm_of(self).optimizer.lr
             if why and reason.startswith("DivergedError: ") and lr > 1:
                 why += f", or stage.{self.name}.server.lr (now {lr:g})"
@@ -245,8 +252,15 @@ class FederateStage(FederateSettings, Stage):
         """
         if not server.hides:
             return record
-        planned = server.planned_bytes
-        return replace(record, bytes_up=planned[0], bytes_down=planned[1], refused={})
+        planned, timing = (
+            server.planned_bytes,
+            replace(record.timing, answered=(), spare=(), late=()),
+        )
+        if self.sampling == "poisson":  # how long a round took tells which clients were drawn
+            timing = replace(timing, simulated_seconds=None)
+        return replace(
+            record, bytes_up=planned[0], bytes_down=planned[1], refused={}, timing=timing
+        )
 
     def _spend(self, ledger: Ledger, charges: list[LedgerEntry]) -> Ledger:
         assert self.privacy is not None
@@ -279,7 +293,20 @@ class FederateStage(FederateSettings, Stage):
             "refused": told(record.refused, server),
             **failures,
             "seconds": round(record.seconds, 2),
+            **self._times(record),
         }
+
+    def _times(self, record: RoundRecord) -> dict[str, Any]:
+        """Returns what a record says of the clock and of clients at different speeds; nothing of plain rounds."""
+        timing = record.timing
+        told: dict[str, Any] = {}
+        if timing.simulated_seconds is not None:
+            told["simulated_seconds"] = timing.simulated_seconds
+        if not self.schedule.one_model:
+            told["staleness"] = list(timing.staleness)
+        if timing.spare:
+            told["spare"] = list(timing.spare)
+        return told
 
     def _facts(self, state: State, server: ServerPlan, now: Progress) -> dict[str, Any]:
         """Every key is given also without privacy, so that no promise of an earlier stage outlives an open one."""
@@ -288,6 +315,7 @@ class FederateStage(FederateSettings, Stage):
             "rounds": now.round,
             "clients": len(server.population),
             "cohort": server.uplink.cohort.size,
+            "schedule": self.schedule.kind,
             "trained_values": server.uplink.size,
             "accuracy_before": state.accuracy,
             "bytes_up": now.bytes_up,

@@ -11,6 +11,7 @@ from fedpress.codecs import VALUES, Key
 from fedpress.data.population import Population
 from fedpress.errors import PrivacyError, RecipeError
 from fedpress.federation import Cohort, SecureSum, Uplink
+from fedpress.federation.schedules import Enrolment
 from fedpress.privacy.accounting import accountant
 from fedpress.stages.federate.privacy import protect, repeated
 from fedpress.stages.federate.stage import FederateStage
@@ -33,8 +34,13 @@ def private(unit, trust, **more):
     return {"unit": unit, "trust": trust, "delta": 1e-4, "clip_norm": 0.5, **budget, **more}
 
 
+def plan_of(made, cohort=EVERYBODY, shapes=SHAPES):
+    participation = made.schedule.foresee(Enrolment(NAMES, cohort, 5, 5), made.num_rounds)
+    return protect(made, CLIENTS, participation, cohort, shapes)
+
+
 def planned(cohort=EVERYBODY, **keys):
-    return protect(stage(**keys), CLIENTS, cohort, SHAPES)
+    return plan_of(stage(**keys), cohort)
 
 
 def spent(planned, rounds=20):
@@ -165,7 +171,7 @@ def test_fewer_values_need_less_epsilon_at_equal_bits():
     def epsilon(size):
         chain = [{"kind": "rotate"}, {"kind": "discretize", "bits": 14}]
         keys = stage(privacy=private("client", "secure", noise_multiplier=5.0), uplink=chain)
-        return spent(protect(keys, CLIENTS, EVERYBODY, ((size,),)))
+        return spent(plan_of(keys, shapes=((size,),)))
 
     assert epsilon(300_000) < 0.8 * epsilon(1_000_000)
 
