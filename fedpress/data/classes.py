@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedpress.data.examples import Classes
+from fedpress.data.examples import TargetRows
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
@@ -51,7 +51,7 @@ def rows_that_name(public: Tensor, total: int, settings: DataSettings, what: str
 
 def known_classes(
     codes: Tensor, words: Sequence[str], public: Tensor, settings: DataSettings, what: str
-) -> Classes:
+) -> TargetRows:
     """Keeps the classes that are in the recipe, or that rows have which may name them.
 
     Args:
@@ -74,10 +74,10 @@ def known_classes(
     table = torch.tensor(
         [*(number.get(word, -1) for word in words), -1]
     )  # the last one serves the code -1
-    return checked(Classes(table[codes], names), settings, what)
+    return checked(TargetRows.of_classes(table[codes], names), settings, what)
 
 
-def checked(found: Classes, settings: DataSettings, what: str) -> Classes:
+def checked(found: TargetRows, settings: DataSettings, what: str) -> TargetRows:
     """Adds the class "other" where it is asked for, and refuses what cannot be learned.
 
     Raises:
@@ -102,4 +102,4 @@ def checked(found: Classes, settings: DataSettings, what: str) -> Classes:
     if settings.unknown != OTHER:
         return found
     names = found.names if OTHER in found.names else (*found.names, OTHER)
-    return Classes(torch.where(found.y < 0, names.index(OTHER), found.y), names)
+    return TargetRows.of_classes(torch.where(found.y < 0, names.index(OTHER), found.y), names)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedpress.data.classes import OTHER, checked, known_classes, rows_that_name
 from fedpress.data.csv import NO_VALUE
-from fedpress.data.examples import Classes, Inputs
+from fedpress.data.examples import Inputs, TargetRows
 from fedpress.data.preparation import InputColumn, Kind, Preparation, Unknown
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
@@ -121,7 +121,7 @@ def codes(column: Any, name: str, role: str) -> tuple[Tensor, tuple[str, ...]]:
         DataError: if a value is missing, or is neither a whole number nor a word.
     """
     where = f"{role} column '{name}'"
-    _refuse_missing(column, where)
+    refuse_missing(column, where)
     if types.is_floating(column.type):
         values = column.to_numpy()
         if not (np.isfinite(values) & (values == np.round(values))).all():
@@ -139,7 +139,8 @@ def codes(column: Any, name: str, role: str) -> tuple[Tensor, tuple[str, ...]]:
     return torch.from_numpy(positions.astype(np.int64)), tuple(str(value) for value in values)
 
 
-def _refuse_missing(column: Any, where: str) -> None:
+def refuse_missing(column: Any, where: str) -> None:
+    """Raises DataError if a value is missing in a column of labels or clients."""
     if column.null_count:
         row = pc.index(column.is_null(), True).as_py()
         raise DataError(
@@ -165,7 +166,7 @@ class Labels:
             DataError: if a label is missing, or nearly every row has its own.
         """
         column = self.column.typed()
-        _refuse_missing(column, self._where)
+        refuse_missing(column, self._where)
         try:
             values, positions = np.unique(column.to_numpy(), return_inverse=True)
         except (TypeError, pa.ArrowInvalid) as error:
@@ -178,11 +179,12 @@ class Labels:
             raise DataError(
                 f"nearly all of the {len(positions)} rows have a label of their own",
                 place=self._where,
-                cure="expected classes of some rows each: cut numbers into classes first",
+                cure="expected classes of some rows each: cut numbers into classes first, or set "
+                "task = 'regression'",
             )
         return torch.from_numpy(positions.astype(np.int64))
 
-    def classes(self, public: Tensor) -> Classes:
+    def targets(self, public: Tensor) -> TargetRows:
         """Returns the classes and every row's number; -1 for labels that are none of them.
 
         Raises:
@@ -194,7 +196,7 @@ class Labels:
         column = self.column.typed(rows.numpy())
         usable = column.is_valid().to_numpy()
         if not usable[rows.numpy()].all():  # public rows, so that it may be told
-            _refuse_missing(column.take(pa.array(rows.numpy())), self._where)
+            refuse_missing(column.take(pa.array(rows.numpy())), self._where)
         if types.is_floating(column.type):
             numbers = column.fill_null(np.nan).to_numpy()
             whole = np.isfinite(numbers) & (numbers == np.round(numbers))
@@ -205,14 +207,15 @@ class Labels:
             raise DataError(
                 "holds numbers that are not whole",
                 place=self._where,
-                cure="expected whole numbers or words: cut it into classes first",
+                cure="expected whole numbers or words: cut it into classes first, or set "
+                "task = 'regression'",
             )
         words = as_text(column)
         positions = _positions(words, names)
         y = torch.from_numpy(np.where(usable, positions, -1))
         return known_classes(y, names, public, self.settings, self._where)
 
-    def _listed(self, names: Sequence[str]) -> Classes:
+    def _listed(self, names: Sequence[str]) -> TargetRows:
         """Finds every row's label in the list of the recipe, whatever kind the file gives it."""
         column, wanted = self.column, list(names)
         values = column.values
@@ -227,7 +230,8 @@ class Labels:
         elif {name.casefold() for name in wanted} <= {"true", "false"}:
             wanted = [name.casefold() for name in wanted]
             values = pc.utf8_lower(values if _is_word(values.type) else values.cast(pa.string()))
-        return Classes(torch.from_numpy(_positions(as_text(values), wanted)), tuple(names))
+        y = torch.from_numpy(_positions(as_text(values), wanted))
+        return TargetRows.of_classes(y, tuple(names))
 
 
 def _whole(name: str) -> bool:

@@ -11,6 +11,7 @@ import torch
 from fedpress.core.examples import Arrays, Preprocess
 from fedpress.data.preparation import Preparation
 from fedpress.errors import DataError
+from fedpress.tasks import Classification, Regression, Task
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class FederatedData:
         public: training examples declared public (may have no rows), without the validation set.
         validation: a part taken from the public one; every choice is made on it.
         test: used once at the end of each stage.
-        num_classes: labels are 0 .. num_classes - 1.
+        num_classes: labels are 0 .. num_classes - 1; 0 where the task has no classes.
         class_names: one name per class.
         preprocess: from raw examples to the input of a network; fitted on `public` only, never on private data.
         left_out: how many rows are in no part because their label or a word of theirs is unknown, by "public",
@@ -32,6 +33,8 @@ class FederatedData:
         labelled: whether `y` means anything; False for inputs alone, which serve to calibrate and to compare.
         preparation: how raw rows of a table become inputs; None where the examples come from no table. It goes out
             with files for devices, so it holds what was declared or learned from public rows alone.
+        task: what is learned; by default a classification if there are classes, and a regression of float targets in
+            their own units.
     """
 
     name: str
@@ -39,18 +42,21 @@ class FederatedData:
     public: Arrays
     validation: Arrays
     test: Arrays
-    num_classes: int
-    class_names: tuple[str, ...]
-    preprocess: Preprocess
+    num_classes: int = 0
+    class_names: tuple[str, ...] = ()
+    preprocess: Preprocess = field(default_factory=Preprocess)
     left_out: Mapping[str, int] = field(default_factory=dict)
     labelled: bool = True
     preparation: Preparation | None = None
+    task: Task = None  # type: ignore[assignment]  # __post_init__ gives it one
 
     def __post_init__(self) -> None:
         if not self.clients:
             raise DataError(
                 "there is no client", place=f"data '{self.name}'", cure="give at least one"
             )
+        if self.task is None:
+            object.__setattr__(self, "task", self._default_task())
         if self.num_classes != len(self.class_names):
             raise DataError(
                 f"{self.num_classes} classes but {len(self.class_names)} class names",
@@ -65,7 +71,21 @@ class FederatedData:
                     place=f"data '{self.name}'",
                     cure="leave it out or give it some",
                 )
-            _check_like(f"data '{self.name}': {part}", arrays, first, self.num_classes)
+            where = f"data '{self.name}': {part}"
+            _check_like(where, arrays, first)
+            try:
+                self.task.check_targets(arrays.y)
+            except DataError as error:
+                raise DataError(error.told(), place=where) from error
+
+    def _default_task(self) -> Task:
+        y = next(iter(self.clients.values())).y
+        if self.class_names or not y.is_floating_point():
+            return Classification(self.class_names)
+        width = 1 if y.dim() == 1 else y.shape[1]
+        return Regression(
+            tuple(f"target {at}" for at in range(width)) if width > 1 else ("target",)
+        )
 
     def _parts(self) -> Iterator[tuple[str, Arrays]]:
         yield from ((f"client '{name}'", arrays) for name, arrays in self.clients.items())
@@ -106,6 +126,7 @@ class FederatedData:
         return {
             "name": self.name,
             "shape": list(self.example_shape),
+            "task": self.task.kind,
             "classes": list(self.class_names),
             "public": len(self.public),
             "validation": len(self.validation),
@@ -115,18 +136,19 @@ class FederatedData:
             },
             "private": sum(len(arrays) for arrays in self.clients.values()),
             "clients": {
-                name: {"examples": len(arrays)}
-                | (
-                    {}
-                    if private
-                    else {"labels": arrays.y.bincount(minlength=self.num_classes).tolist()}
-                )
+                name: {"examples": len(arrays)} | ({} if private else self._counted(arrays))
                 for name, arrays in self.clients.items()
             },
         }
 
+    def _counted(self, arrays: Arrays) -> dict[str, Any]:
+        """Says how often each class occurs; nothing where targets are no class numbers."""
+        if self.task.targets != "classes":
+            return {}
+        return {"labels": arrays.y.bincount(minlength=self.num_classes).tolist()}
 
-def _check_like(where: str, arrays: Arrays, first: Arrays, num_classes: int) -> None:
+
+def _check_like(where: str, arrays: Arrays, first: Arrays) -> None:
     """Checks that a part looks like the `first` client's: a network sees them all."""
     if arrays.x.dtype not in (torch.uint8, torch.float32, torch.int64):
         raise DataError(
@@ -146,15 +168,4 @@ def _check_like(where: str, arrays: Arrays, first: Arrays, num_classes: int) -> 
     if arrays.x.is_floating_point() and not bool(arrays.x.isfinite().all()):
         raise DataError(
             "some features are NaN or infinite", place=where, cure="fill or leave out those rows"
-        )
-    if arrays.y.dtype != torch.int64 or arrays.y.dim() != 1:
-        raise DataError(
-            f"labels of type {arrays.y.dtype} and {arrays.y.dim()} dimensions",
-            place=where,
-            cure="give int64 [n]",
-        )
-    if len(arrays) and not bool(((arrays.y >= 0) & (arrays.y < num_classes)).all()):
-        # The label itself may be private, so it is not told.
-        raise DataError(
-            "some labels are no class number", place=where, cure=f"expected 0 to {num_classes - 1}"
         )

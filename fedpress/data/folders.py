@@ -10,7 +10,7 @@ from torch import Tensor
 from fedpress.core.examples import Arrays
 from fedpress.data import images
 from fedpress.data.classes import known_classes
-from fedpress.data.examples import Classes, Examples, Inputs, Progress
+from fedpress.data.examples import Examples, Inputs, Progress, TargetRows
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
@@ -64,13 +64,13 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
     y = torch.tensor([position[file.parent.name] for file in every])
     owners = torch.tensor([i for i, own in enumerate(files.values()) for _ in own])
 
-    def classes(public: Tensor) -> Classes:
+    def targets(public: Tensor) -> TargetRows:
         return known_classes(y, labels, public, settings, f"images of '{settings.path}'")
 
     rows = Arrays(torch.arange(len(y))[:, None], y)
     names = tuple(files)
     return Examples(
-        settings.path.name, rows, owners=owners, owner_names=names, classes=classes, inputs=inputs
+        settings.path.name, rows, owners=owners, owner_names=names, targets=targets, inputs=inputs
     )
 
 

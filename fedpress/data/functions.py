@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedpress import tasks
 from fedpress.core import own_modules
 from fedpress.core.examples import Arrays
 from fedpress.data.classes import checked, known_classes, rows_that_name
 from fedpress.data.dataset import FederatedData
-from fedpress.data.examples import Classes, Examples
+from fedpress.data.examples import Examples, TargetRows
 from fedpress.data.settings import DataSettings
+from fedpress.data.targets import dealing_of_flags, dealing_of_numbers
 from fedpress.errors import DataError, FedpressError, did_you_mean
 
 
@@ -23,7 +26,8 @@ def read(settings: DataSettings, seed: int) -> FederatedData | Examples:
     """Calls the function, with `path` and `seed` if it takes them, and checks what it returns.
 
     It returns a `FederatedData`, which is used as it is, or a dict of client name -> (x, y), which is shared out as
-    the settings say. x is uint8 images [n, C, H, W] or numbers [n, ...]; y is class numbers from 0 up, or words [n].
+    the settings say. x is uint8 images [n, C, H, W] or numbers [n, ...]; y is class numbers from 0 up, or words [n];
+    numbers [n] or [n, k] for a regression; truth values [n, k] for several labels.
 
     Raises:
         DataError: if there is no such function, it fails, or it returns something else.
@@ -85,12 +89,19 @@ def _examples(settings: DataSettings, pairs: dict[str, Any], where: str) -> Exam
             place=where,
             cure="make them alike",
         )
-    labels = np.concatenate([y for _, y in clients.values()])
-    y, words = _numbered(labels, where)
+    try:
+        labels = np.concatenate([y for _, y in clients.values()])
+    except ValueError as error:
+        raise DataError(f"{where}: clients' targets differ in shape; make them alike") from error
     owners = torch.cat([torch.full((len(x),), i) for i, (x, _) in enumerate(clients.values())])
-    train = Arrays(torch.cat([x for x, _ in clients.values()]), y)
+    x = torch.cat([x for x, _ in clients.values()])
+    if labels.dtype.kind == "f" or labels.ndim == 2:
+        return _of_numbers(settings, Examples(settings.source, Arrays(x, torch.zeros(len(x))),
+                                              owners=owners, owner_names=tuple(clients)), labels)  # fmt: skip
+    y, words = _numbered(labels, where)
+    train = Arrays(x, y)
 
-    def classes(public: Tensor) -> Classes:
+    def targets(public: Tensor) -> TargetRows:
         if words:
             return known_classes(y, words, public, settings, where)
         # Class numbers: those up to the highest that is public, or as many as the recipe names.
@@ -99,10 +110,33 @@ def _examples(settings: DataSettings, pairs: dict[str, Any], where: str) -> Exam
         else:
             count = int(y[rows_that_name(public, len(y), settings, where)].max()) + 1
             names = tuple(str(number) for number in range(count))
-        return checked(Classes(torch.where(y < len(names), y, -1), names), settings, where)
+        return checked(
+            TargetRows.of_classes(torch.where(y < len(names), y, -1), names), settings, where
+        )
 
     return Examples(
-        settings.source, train, owners=owners, owner_names=tuple(clients), classes=classes
+        settings.source, train, owners=owners, owner_names=tuple(clients), targets=targets
+    )
+
+
+def _of_numbers(settings: DataSettings, rows: Examples, found: np.ndarray) -> Examples:
+    """Makes examples whose targets are numbers [n] or [n, k], or 0 and 1 for each label [n, k] (truth values)."""
+    given = (
+        settings.task
+        if settings.task is not None
+        else ("multilabel" if found.dtype.kind == "b" else "regression")
+    )
+    kind = tasks.find(tasks.kind_of(given)).targets
+    y = torch.from_numpy(found.astype(np.float32))
+    width = 1 if y.dim() == 1 else y.shape[1]
+    names = ("target",) if width == 1 else tuple(f"target {at}" for at in range(width))
+    known = y.isfinite().reshape(len(y), -1).all(1)
+    deal = dealing_of_flags if kind == "flags" else dealing_of_numbers
+    return replace(
+        rows,
+        train=Arrays(rows.train.x, deal(y)),
+        targets=lambda public: TargetRows(y, names, known),
+        kind=kind,
     )
 
 
@@ -116,11 +150,16 @@ def _client(pair: Any, where: str) -> tuple[Tensor, np.ndarray]:
         ) from error
     if x.dtype != torch.uint8:
         x = x.to(torch.float32)
-    if y.ndim != 1 or len(x) != len(y) or x.ndim < 2 or (x.dtype == torch.uint8 and x.ndim != 4):
+    if (
+        y.ndim not in (1, 2)
+        or len(x) != len(y)
+        or x.ndim < 2
+        or (x.dtype == torch.uint8 and x.ndim != 4)
+    ):
         raise DataError(
             f"x of shape {list(x.shape)} and y of shape {list(y.shape)}",
             place=where,
-            cure="expected uint8 images [n, C, H, W] or numbers [n, d], and y [n]",
+            cure="expected uint8 images [n, C, H, W] or numbers [n, d], and y [n] or [n, k]",
         )
     if len(y) == 0:
         raise DataError("no examples", place=where, cure="leave it out or give it some")

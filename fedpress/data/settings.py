@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValue, model_validator
 
+from fedpress import tasks
 from fedpress.data.partition import Partition
-from fedpress.errors import did_you_mean
+from fedpress.errors import FedpressError, did_you_mean
 
 BUILT_IN = ("digits", "cifar10", "csv", "parquet", "folders")
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -31,6 +32,14 @@ def _known_encoding(name: str) -> str:
             f"no encoding '{name}'; common ones are utf-8, utf-16, latin-1 and cp1252"
         ) from error
     return name
+
+
+def _known_task(given: str | dict[str, JsonValue]) -> str | dict[str, JsonValue]:
+    try:
+        tasks.check_settings(given)
+    except FedpressError as error:
+        raise ValueError(str(error).partition(": ")[2]) from error
+    return given
 
 
 def _as_words(values: object) -> object:
@@ -75,7 +84,10 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
         validation: rows of the public part, as a whole number, or as a share below 1.
         client_column: the column that names the natural client of a row (csv, parquet). With several files and
             the name "file", each file is a client.
-        label_column: the column of whole numbers or words to be predicted (csv, parquet).
+        label_column: the column of whole numbers or words to be predicted (csv, parquet); of numbers for a
+            regression; several for a task of several numbers or labels: `["dose", "duration"]`.
+        task: what is learned (see docs/tasks.md): "classification", "binary", "multilabel", "regression", or with
+            options `{ kind = "binary", threshold = 0.3 }`. None: as the targets are: classes are a classification.
         feature_columns: the columns to predict from; None: all others. One column of images is decoded.
         drop_columns: columns to leave out of the features.
         delimiter: of a CSV file.
@@ -107,7 +119,8 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     public_clients: tuple[str, ...] = ()
     validation: Annotated[int, Field(ge=0)] | Share = 0.1
     client_column: str | None = None
-    label_column: str = "label"
+    label_column: str | Annotated[tuple[str, ...], Field(min_length=1)] = "label"
+    task: Annotated[str | dict[str, JsonValue], AfterValidator(_known_task)] | None = None
     feature_columns: tuple[str, ...] | None = None
     drop_columns: tuple[str, ...] = ()
     delimiter: str = Field(default=",", min_length=1, max_length=1)
@@ -121,6 +134,12 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     image_size: int | None = Field(default=None, ge=1, le=4096)
     mean: tuple[float, ...] = ()
     std: tuple[Annotated[float, Field(gt=0)], ...] = ()
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """The columns to be predicted."""
+        column = self.label_column
+        return (column,) if isinstance(column, str) else column
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -138,6 +157,10 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(
                 "classes: a single class leaves nothing to tell apart; list at least two"
             )
+        if self.classes is not None and self.task is not None:
+            kind = tasks.kind_of(self.task)
+            if tasks.find(kind).targets != "classes":
+                raise ValueError(f"classes: the task {kind} has none; leave classes out")
         if self.decimal == self.delimiter:
             raise ValueError(
                 f"decimal and delimiter are both '{self.decimal}'; set delimiter = ';' or what it is"

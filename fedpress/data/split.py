@@ -8,14 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fedpress import tasks
 from fedpress.core import random
 from fedpress.core.examples import Arrays, Preprocess
 from fedpress.data.dataset import FederatedData
 from fedpress.data.dealing import Ask, Pool
-from fedpress.data.examples import Classes, Examples, Inputs
+from fedpress.data.examples import Examples, Inputs, TargetRows
 from fedpress.data.partition import Iid, Natural
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError, did_you_mean
+from fedpress.tasks import Task
 
 
 def split(examples: Examples, settings: DataSettings, seed: int) -> FederatedData:
@@ -140,22 +142,22 @@ def _without(rows: Tensor, positions: Tensor) -> Tensor:
 
 def _assemble(examples: Examples, settings: DataSettings, parts: Parts) -> FederatedData:
     """Finds classes and inputs by the public rows, and encodes all rows so."""
-    if examples.classes is None:
+    if examples.targets is None:
         if settings.classes is not None:
             raise DataError(
                 f"source '{settings.source}' has classes of its own",
                 place="data.classes",
                 cure="leave classes out",
             )
-        found = Classes(examples.train.y, examples.class_names)
+        found = TargetRows.of_classes(examples.train.y, examples.class_names)
     else:
-        found = examples.classes(torch.cat([parts.public, parts.validation]))
-    named = parts.public[found.y[parts.public] >= 0]
+        found = examples.targets(torch.cat([parts.public, parts.validation]))
+    named = parts.public[found.known[parts.public]]
     if examples.inputs is None:
         inputs = Inputs(examples.train.x, torch.zeros(len(examples.train), dtype=torch.bool))
     else:
         inputs = examples.inputs(named)
-    usable = (found.y >= 0) & ~inputs.left_out
+    usable = found.known & ~inputs.left_out
     left_out: dict[str, int] = {}
 
     def part(name: str, rows: Arrays | Tensor) -> Arrays:
@@ -177,18 +179,37 @@ def _assemble(examples: Examples, settings: DataSettings, parts: Parts) -> Feder
             )
     declared = part("public", parts.public)
     preprocess = _preprocess(declared.x, settings)
+    task = _task(examples, settings, found.names, declared.y)
+    class_names = found.names if examples.kind == "classes" else ()
     data = FederatedData(
         name=examples.name,
         clients={name: part("clients", rows) for name, rows in parts.clients.items()},
         public=declared,
         validation=part("validation", parts.validation),
         test=part("test", parts.test),
-        num_classes=len(found.names),
-        class_names=found.names,
+        num_classes=len(class_names),
+        class_names=class_names,
         preprocess=preprocess,
+        task=task,
         preparation=inputs.preparation and inputs.preparation.followed_by(preprocess, found.names),
     )
-    return data if examples.classes is None else replace(data, left_out=left_out)
+    return data if examples.targets is None else replace(data, left_out=left_out)
+
+
+def _task(
+    examples: Examples, settings: DataSettings, names: tuple[str, ...], public: Tensor
+) -> Task:
+    """Makes the task that the recipe names, or that these targets are for."""
+    given = settings.task if settings.task is not None else tasks.DEFAULT[examples.kind]
+    kind = tasks.kind_of(given)
+    wanted = tasks.find(kind).targets
+    if wanted != examples.kind:
+        fits = ", ".join(name for name, row in tasks.TASKS.items() if row.targets == examples.kind)
+        raise DataError(
+            f"data.task: {kind} learns from {wanted}, but '{examples.name}' gives {examples.kind}; "
+            f"set one of {fits}, or give other data"
+        )
+    return tasks.make(given, names, public)
 
 
 def _preprocess(public: Tensor, settings: DataSettings) -> Preprocess:

@@ -18,6 +18,7 @@ from fedpress.data import columns, csv, images
 from fedpress.data.columns import Column
 from fedpress.data.examples import Examples, Inputs, Progress
 from fedpress.data.settings import DataSettings
+from fedpress.data.targets import READERS, targets_of
 from fedpress.errors import DataError, did_you_mean
 
 FILE = "file"
@@ -36,7 +37,7 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
     if settings.missing == "drop":
         used = [
             *names,
-            settings.label_column,
+            *settings.label_columns,
             *([settings.client_column] if settings.client_column else []),
         ]
         table = table.filter(_complete(table, used))
@@ -44,8 +45,10 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
         raise DataError(
             "there are no rows", place=f"'{settings.path}'", cure="check the path and data.missing"
         )
-    labels = columns.Labels(Column.of(table, settings.label_column, settings), settings)
-    y = labels.dealing()
+    kind = targets_of(settings)
+    labels = tuple(Column.of(table, name, settings) for name in settings.label_columns)
+    targets = READERS[kind](labels, settings)
+    y = targets.dealing()
     owners: Tensor | None = None
     owner_names: tuple[str, ...] = ()
     if settings.client_column:
@@ -53,7 +56,9 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
         owners, owner_names = columns.codes(column, settings.client_column, "client")
     name = files[0].stem if len(files) == 1 else files[0].parent.name
     rows = Arrays(torch.arange(len(y))[:, None], y)
-    found = Examples(name, rows, owners=owners, owner_names=owner_names, classes=labels.classes)
+    found = Examples(
+        name, rows, owners=owners, owner_names=owner_names, targets=targets.targets, kind=kind
+    )
     if len(names) == 1 and types.is_struct(table[names[0]].type):
         column = table[names[0]]
         return replace(
@@ -149,7 +154,7 @@ def _feature_names(table: Any, settings: DataSettings) -> list[str]:
                     f"no column '{name}' in '{settings.path}' (it has {known}){near}",
                     place=f"data.{key}",
                 )
-    left_out = {settings.label_column, settings.client_column, *settings.drop_columns}
+    left_out = {*settings.label_columns, settings.client_column, *settings.drop_columns}
     names = [
         name for name in settings.feature_columns or table.column_names if name not in left_out
     ]

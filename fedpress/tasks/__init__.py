@@ -6,7 +6,10 @@ One file and one row of `TASKS` for each task; `docs/tasks.md` shows how to add 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any
+
+from torch import Tensor
 
 from fedpress.errors import RecipeError, did_you_mean
 from fedpress.tasks.base import Metric, Sums, Task, merged
@@ -19,6 +22,13 @@ TASKS: dict[str, type[Task]] = {
     task.kind: task for task in (Classification, Binary, Multilabel, Regression)
 }
 """Every task by its word in a recipe."""
+
+DEFAULT: dict[str, str] = {
+    "classes": Classification.kind,
+    "flags": Multilabel.kind,
+    "numbers": Regression.kind,
+}
+"""What is learned from each kind of targets where the recipe does not say."""
 
 
 def find(kind: str) -> type[Task]:
@@ -33,12 +43,59 @@ def find(kind: str) -> type[Task]:
     return TASKS[kind]
 
 
+def kind_of(given: str | Mapping[str, Any]) -> str:
+    """Returns the task's word from the value of `data.task`, which may be a table with options."""
+    return given if isinstance(given, str) else str(given.get("kind"))
+
+
+def check_settings(given: str | Mapping[str, Any]) -> None:
+    """Refuses a value of `data.task` that names no task, or options that it does not have.
+
+    Raises:
+        RecipeError: naming what is wrong.
+    """
+    row = find(kind_of(given))
+    known = [field.name for field in fields(row) if field.name != "names"]  # type: ignore[arg-type]
+    for key in () if isinstance(given, str) else given:
+        if key not in (*known, "kind"):
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise RecipeError(
+                f"data.task: {row.kind} has no option '{key}' ({has}){did_you_mean(key, known)}"
+            )
+
+
+def make(given: str | Mapping[str, Any], names: tuple[str, ...], public: Tensor) -> Task:
+    """Makes the task of a data set.
+
+    Args:
+        given: the value of `data.task`: a word, or a table with `kind` and options.
+        names: of the classes, or of the numbers.
+        public: the public targets [n, ...].
+
+    Raises:
+        RecipeError: if there is no such task or option, or a value does not fit.
+    """
+    check_settings(given)
+    row = find(kind_of(given))
+    task = row.fit(names, public)
+    options = {} if isinstance(given, str) else {k: v for k, v in given.items() if k != "kind"}
+    if not options:
+        return task
+    try:
+        return replace(
+            task, **{key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+        )  # type: ignore[type-var]
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"data.task: {row.kind} does not take these options: {error}") from error
+
+
 def task_of(line: Mapping[str, Any]) -> type[Task]:
     """Returns the task of a line of `result.json`; lines of version 0.1.0, which name none, are of classifications."""
     return TASKS.get(str(line.get("task")), Classification)
 
 
 __all__ = [
+    "DEFAULT",
     "TASKS",
     "Binary",
     "Classification",
@@ -47,7 +104,10 @@ __all__ = [
     "Regression",
     "Sums",
     "Task",
+    "check_settings",
     "find",
+    "kind_of",
+    "make",
     "merged",
     "task_of",
 ]
