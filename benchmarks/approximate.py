@@ -209,7 +209,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, object]]:
 
 def share(model: nn.Module, examples: FederatedData) -> float:
     """Returns the test accuracy in percent."""
-    return 100 * evaluate(model, examples.test, examples.preprocess).accuracy
+    return 100 * evaluate(model, examples.test, examples.preprocess, examples.task).score
 
 
 def table(rows: list[dict[str, object]]) -> str:

@@ -31,12 +31,12 @@ from pruned_resnet import cifar10, network
 from torch import Tensor, nn
 
 from fedpress import compress
-from fedpress.compress.distill import logit_loss
 from fedpress.compress.prune.targets import macs_target
 from fedpress.core.examples import Arrays
 from fedpress.data import FederatedData
 from fedpress.models import ModelSpec, load_model, save_model, what_pruning_changed
 from fedpress.pipeline import commands
+from fedpress.tasks import Task
 from fedpress.training.evaluate import evaluate
 from fedpress.training.fit import EpochRecord, Fit, Objective
 from fedpress.training.settings import TrainSettings
@@ -161,11 +161,11 @@ def dense(parts: FederatedData, epochs: int, out: Path) -> tuple[ModelSpec, nn.M
             class_names=parts.class_names,
         )
         torch.manual_seed(0)
-        fit = Fit(spec.build(), settings(epochs, 0), seed=0)
+        fit = Fit(spec.build(), settings(epochs, 0), task=parts.task, seed=0)
         for event in fit.epochs(parts.public, parts.validation, parts.preprocess):
             if isinstance(event, EpochRecord):
                 print(
-                    f"parent: epoch {event.epoch}, validation {event.accuracy:.2%}",
+                    f"parent: epoch {event.epoch}, validation {event.score:.2%}",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -173,16 +173,17 @@ def dense(parts: FederatedData, epochs: int, out: Path) -> tuple[ModelSpec, nn.M
     return load_model(place)
 
 
-def soft(teacher: nn.Module, *, temperature: float = 2.0, weight: float = 0.9) -> Objective:
+def soft(
+    teacher: nn.Module, task: Task, *, temperature: float = 2.0, weight: float = 0.9
+) -> Objective:
     """Hinton's loss: `weight` of the teacher's softened answers, the rest cross-entropy with the labels."""
     teacher = teacher.eval()
 
     def objective(model: nn.Module, x: Tensor, logits: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = teacher(x).float()
-        return weight * logit_loss(logits, wanted, temperature) + (1 - weight) * F.cross_entropy(
-            logits, y
-        )
+        taught = task.soft_loss(logits, wanted, temperature)
+        return weight * taught + (1 - weight) * task.loss(logits, y)
 
     return objective
 
@@ -213,19 +214,19 @@ def run(
         compress.restore_batch_norm_(model, (parts.preprocess(x) for x in public.x.split(BATCH)))
         line = {
             "cut_seconds": round(cut, 2),
-            "accuracy_cut": evaluate(model, parts.test, parts.preprocess).accuracy,
+            "accuracy_cut": evaluate(model, parts.test, parts.preprocess, parts.task).score,
         }
-        objective = soft(copy.deepcopy(parent[1])) if teacher else None
-        fit = Fit(model, how, seed=seed, objective=objective)
+        objective = soft(copy.deepcopy(parent[1]), parts.task) if teacher else None
+        fit = Fit(model, how, task=parts.task, seed=seed, objective=objective)
         for event in fit.epochs(parts.public, parts.validation, parts.preprocess):
             if isinstance(event, EpochRecord):
-                says = f"{arm} {keep:.3f} seed {seed}: epoch {event.epoch}, validation {event.accuracy:.2%}"
+                says = f"{arm} {keep:.3f} seed {seed}: epoch {event.epoch}, validation {event.score:.2%}"
                 print(says, file=sys.stderr, flush=True)
         model = fit.result_()
     line |= {
         "parameters": compress.parameters(model),
         "macs": compress.macs(model, torch.zeros(1, *parts.example_shape)),
-        "accuracy": evaluate(model, parts.test, parts.preprocess).accuracy,
+        "accuracy": evaluate(model, parts.test, parts.preprocess, parts.task).score,
     }
     return line, spec.model_copy(update=what_pruning_changed(model, spec.build_dense())), model
 
@@ -258,7 +259,7 @@ def main() -> None:
         parent = dense(parts, chosen.parent_epochs, chosen.out)
     else:
         parts, parent = cifar10(chosen.data), network()
-    accuracy = evaluate(parent[1], parts.test, parts.preprocess).accuracy
+    accuracy = evaluate(parent[1], parts.test, parts.preprocess, parts.task).score
     print(f"parent: {compress.parameters(parent[1]):,} parameters, {accuracy:.2%}", flush=True)
     for seed in chosen.seeds:
         for keep, arm in [(keep, arm) for keep in chosen.keep for arm in chosen.arms]:

@@ -30,6 +30,7 @@ from fedpress.deploy.processor import as_json, settings, this_processor
 from fedpress.models import load_model
 from fedpress.models.resnet import resnet18
 from fedpress.pipeline.environment import machine
+from fedpress.tasks import Task
 
 HERE = Path(__file__).parent
 SHAPE = (3, 32, 32)
@@ -98,13 +99,13 @@ def measured(found: dict[str, Runnable], args: argparse.Namespace) -> list[Row]:
 
 
 def with_accuracy(
-    rows: list[Row], found: dict[str, Runnable], test: Arrays, preprocess: Any
+    rows: list[Row], found: dict[str, Runnable], test: Arrays, preprocess: Any, task: Task
 ) -> None:
     """Adds the accuracy of the files of trained networks."""
     for row in rows:
         subject = found[row["name"]]
         if ", dense," not in row["name"] and not isinstance(subject, nn.Module):
-            row["accuracy"] = deploy.accuracy(subject, test.x, test.y, preprocess)
+            row["accuracy"] = deploy.metrics(subject, test, preprocess, task)["accuracy"]
 
 
 def main() -> None:
@@ -141,7 +142,11 @@ def main() -> None:
         rows = measured(found, args)
         if images and args.images:
             with_accuracy(
-                rows, found, images.test.take(torch.arange(args.images)), images.preprocess
+                rows,
+                found,
+                images.test.take(torch.arange(args.images)),
+                images.preprocess,
+                images.task,
             )
     if args.json:
         here = as_json(this_processor())

@@ -16,6 +16,7 @@ from pruned_resnet import network
 from torch import nn
 
 from fedpress.models.resnet import resnet18
+from fedpress.tasks import Classification
 from fedpress.training.fit import Fit
 from fedpress.training.optimizers import Muon
 from fedpress.training.settings import TrainSettings
@@ -38,7 +39,10 @@ def main() -> None:
     torch.manual_seed(0)
     model = resnet18() if chosen.network == "dense" else network()[1]
     matrices = [
-        view for _, view in Fit(model, TrainSettings(epochs=1, optimizer="muon"), seed=0).views
+        view
+        for _, view in Fit(
+            model, TrainSettings(epochs=1, optimizer="muon"), task=Classification(()), seed=0
+        ).views
     ]
     for matrix in matrices:
         matrix.grad = torch.randn_like(matrix)

@@ -55,7 +55,7 @@ def trained(
     settings = TrainSettings(
         epochs=epochs, batch_size=64, lr=0.1, augment=Augment(crop=0.125), **more
     )
-    fit = Fit(model, settings, seed=seed)
+    fit = Fit(model, settings, task=examples.task, seed=seed)
     empty = Arrays(examples.validation.x[:0], examples.validation.y[:0])
     for _ in fit.epochs(examples.public, empty, examples.preprocess):
         pass
@@ -74,8 +74,8 @@ def cut(
             yield F.cross_entropy(model(examples.preprocess(x)), y)
 
     def measure() -> tuple[float, float]:
-        found = evaluate(model, examples.validation, examples.preprocess)
-        return found.loss, found.accuracy
+        found = evaluate(model, examples.validation, examples.preprocess, examples.task)
+        return found.loss, found.score
 
     graph = compress.trace(model, examples.preprocess(public.x[:2]))
     scores = compress.score(model, graph, name, losses=losses, generator=generator(seed, "random"))
@@ -126,7 +126,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, object]]:
 
 def share(model: nn.Module, examples: FederatedData) -> float:
     """Returns the test accuracy in percent."""
-    return 100 * evaluate(model, examples.test, examples.preprocess).accuracy
+    return 100 * evaluate(model, examples.test, examples.preprocess, examples.task).score
 
 
 def table(rows: list[dict[str, object]]) -> str:

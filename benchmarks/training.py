@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fedpress.core.examples import Arrays, Preprocess
 from fedpress.models.resnet import resnet18
+from fedpress.tasks import Classification
 from fedpress.training.device import uses_bf16
 from fedpress.training.fit import Fit
 from fedpress.training.settings import TrainSettings
@@ -71,7 +72,12 @@ def training_row(*, batch: int, repeats: int) -> Row:
     """Compares the steps of `Fit`, as a recipe runs them, with those of the plain loop."""
     data = examples(batch * (repeats + WARM))
     torch.manual_seed(0)
-    fit = Fit(resnet18(), TrainSettings(epochs=1, batch_size=batch, lr=1e-3), seed=0)
+    fit = Fit(
+        resnet18(),
+        TrainSettings(epochs=1, batch_size=batch, lr=1e-3),
+        task=Classification(()),
+        seed=0,
+    )
     ours, plain = fit.epochs(data, data.take(torch.arange(0)), PREPROCESS), plain_steps(data, batch)
     pairs = []
     for at in range(repeats + WARM):

@@ -114,7 +114,7 @@ def sweep(
     code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
-    """Runs a recipe for all combinations of values; equal stages are done once; draws accuracy against cost."""
+    """Runs a recipe for all combinations of values; equal stages are done once; draws the metric against cost."""
     from fedpress.cli import terminal
 
     allow_code(code)

@@ -218,7 +218,7 @@ def _show(ready: Ready, result: Result, out_stream: Console, *, as_json: bool) -
     terminal.show_result(out_stream, dict(result.before), dict(result.facts))
     if not len(ready.data.test):
         out_stream.print(
-            "no accuracy: there was no data; give --data SOURCE to measure it", markup=False
+            "no metrics: there was no data; give --data SOURCE to measure it", markup=False
         )
     if result.artifact is not None:
         out_stream.print(f"file: {result.artifact}", markup=False, soft_wrap=True)

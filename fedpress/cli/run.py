@@ -166,7 +166,7 @@ def _show(place: Path, report_file: Path, out_stream: Console, *, as_json: bool)
     out_stream.print(rich_table(result))
     if several := runtimes_told(result):
         out_stream.print(several, style="dim", markup=False)
-    terminal.show_accuracy(out_stream, result)
+    terminal.show_metrics(out_stream, result)
     out_stream.print(f"report: {report_file}", markup=False, soft_wrap=True)
     if as_json:
         typer.echo(json.dumps(result))

@@ -13,10 +13,11 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 
 from fedpress.reports import units
-from fedpress.reports.headline import accuracy_warning, stays_float
+from fedpress.reports.headline import score_warning, stays_float
+from fedpress.reports.metrics import Shown
 from fedpress.reports.reading import stages_of
 from fedpress.reports.table import Table as PlainTable
-from fedpress.reports.table import accuracy_table, as_rich, comparison_table, left_table
+from fedpress.reports.table import as_rich, comparison_table, left_table, metrics_table
 
 if TYPE_CHECKING:
     from fedpress.workspace.state import Event
@@ -107,35 +108,33 @@ def follow(events: Iterable[Event], out: Console) -> None:
 
 
 def _outcome(result: Mapping[str, Any]) -> str:
-    accuracy = (
-        f"test accuracy {units.percent(result['accuracy'])}, "
-        if result["accuracy"] is not None
-        else ""
-    )
+    shown = Shown.of([dict(result)])
+    found = result.get(shown.key)
+    score = "" if found is None else f"test {shown.name} {shown.told(found)}, "
     floats = stays_float(dict(result))
     kept = f", {floats[0]} of them float ({floats[1]})" if floats else ""
-    return f"{accuracy}{units.count(result['parameters'])} parameters{kept}"
+    return f"{score}{units.count(result['parameters'])} parameters{kept}"
 
 
-def show_accuracy(out: Console, result: dict[str, Any]) -> None:
-    """Prints what stands beside the accuracy of each stage of a `result.json`; warns if the last one only guesses."""
+def show_metrics(out: Console, result: dict[str, Any]) -> None:
+    """Prints all metrics of each stage of a `result.json`; warns if the last one only guesses."""
     stages = stages_of(result)
-    table = accuracy_table(stages)
+    table = metrics_table(stages)
     if table.rows:
         out.print()
         out.print(as_rich(table))
-    _warn_of_accuracy(out, stages)
+    _warn_of_guesses(out, stages)
 
 
-def _warn_of_accuracy(out: Console, stages: list[dict[str, Any]]) -> None:
-    if warning := accuracy_warning(stages):
+def _warn_of_guesses(out: Console, stages: list[dict[str, Any]]) -> None:
+    if warning := score_warning(stages):
         out.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
 def show_result(out: Console, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Prints what a command changed, and what it left as it was."""
     out.print(as_rich(comparison_table(before, after)))
-    _warn_of_accuracy(out, [after])
+    _warn_of_guesses(out, [after])
     if floats := stays_float(after):
         out.print(
             f"{floats[0]} of the parameters stay float: {floats[1]}", style="yellow", markup=False

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from fedpress.errors import TrainingError, did_you_mean
+from fedpress.tasks import Task
 
 Pair = str | tuple[str, str]
 
@@ -18,15 +19,16 @@ Pair = str | tuple[str, str]
 class DistillSettings(BaseModel):
     """What a student learns from its teacher.
 
-    The loss is `(1 - weight) * cross-entropy + weight * T^2 * KL(teacher || student)` at temperature T, plus the terms
-    of features and attention. A module is named once for both networks, or as [student's, teacher's].
+    The loss is `(1 - weight) * task.loss + weight * task.soft_loss`, plus the terms of features and attention. For a
+    classification the soft loss is `T^2 * KL(teacher || student)` at temperature T, for a regression the squared
+    difference of the outputs. A module is named once for both networks, or as [student's, teacher's].
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     temperature: float = Field(default=4.0, gt=0, le=1e4)
     weight: float = Field(
-        default=0.9, ge=0, le=1, description="share of the teacher's outputs against the labels"
+        default=0.9, ge=0, le=1, description="share of the teacher's outputs against the targets"
     )
     features: tuple[Pair, ...] = Field(
         default=(), description="modules whose outputs the student imitates, value by value"
@@ -36,18 +38,6 @@ class DistillSettings(BaseModel):
         default=(), description="modules whose outputs are strong at the same positions"
     )
     attention_weight: float = Field(default=1.0, ge=0)
-
-
-def logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Returns T^2 KL(teacher || student) of logits [n, classes] softened by T, averaged over examples, in nats.
-
-    Hinton, Vinyals, Dean (2015, arXiv:1503.02531), section 2; T^2 keeps the gradient's size while T changes.
-
-    >>> logit_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), 4.0)
-    tensor(0.)
-    """
-    soft, target = (student / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
-    return F.kl_div(soft, target, reduction="batchmean", log_target=True) * temperature**2
 
 
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -114,7 +104,7 @@ class Distillation:
         student: the network that learns.
         settings: what to learn.
         example: prepared inputs [n, ...], n >= 2, on which shapes are compared.
-        label_smoothing: of the cross-entropy's part.
+        task: what is learned.
         context: makes the context in which the teacher runs, for instance autocast.
         seed: of the projections' first weights.
 
@@ -128,16 +118,13 @@ class Distillation:
         student: nn.Module,
         settings: DistillSettings,
         example: Tensor,
+        task: Task,
         *,
-        label_smoothing: float = 0.0,
         context: Callable[[], AbstractContextManager[object]] = nullcontext,
         seed: int = 0,
     ) -> None:
-        self.teacher, self.settings, self.label_smoothing = (
-            teacher.eval().requires_grad_(False),
-            settings,
-            label_smoothing,
-        )
+        self.teacher, self.settings = teacher.eval().requires_grad_(False), settings
+        self.task = task
         self.context = context
         self.features, self.attention = _pairs(settings.features), _pairs(settings.attention)
         self.seen: dict[str, Tensor] = {}
@@ -185,14 +172,12 @@ class Distillation:
             yield
 
     def __call__(self, student: nn.Module, x: Tensor, logits: Tensor, y: Tensor) -> Tensor:
-        """Returns the loss of a batch: inputs `x` [n, ...], the student's `logits` [n, classes], labels `y` [n]."""
+        """Returns the loss of a batch: inputs `x` [n, ...], its `logits` [n, ...], targets `y`."""
         s = self.settings
         theirs, taught = self._teach(x)
-        loss = s.weight * logit_loss(logits, taught, s.temperature)
+        loss = s.weight * self.task.soft_loss(logits, taught, s.temperature)
         if s.weight < 1:
-            loss = loss + (1 - s.weight) * F.cross_entropy(
-                logits, y, label_smoothing=self.label_smoothing
-            )
+            loss = loss + (1 - s.weight) * self.task.loss(logits, y)
         for (mine, other), project in zip(self.features, self.helpers, strict=True):
             loss = loss + s.feature_weight * feature_loss(
                 project(self.seen[mine].float()), theirs[other]

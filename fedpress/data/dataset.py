@@ -145,7 +145,8 @@ class FederatedData:
         """Says how often each class occurs; nothing where targets are no class numbers."""
         if self.task.targets != "classes":
             return {}
-        return {"labels": arrays.y.bincount(minlength=self.num_classes).tolist()}
+        counted = arrays.y[arrays.y >= 0]  # padding is none of the classes
+        return {"labels": counted.bincount(minlength=self.num_classes).tolist()}
 
 
 def _check_like(where: str, arrays: Arrays, first: Arrays) -> None:

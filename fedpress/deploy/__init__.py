@@ -12,12 +12,12 @@ from fedpress.deploy.qdq import IntegerFormat, QuantizedProgram, quantized_progr
 from fedpress.deploy.runtime import (
     Latency,
     Parity,
-    accuracy,
     agreement,
     answers,
     file_logits,
     latency,
     logits,
+    metrics,
     parity,
 )
 from fedpress.deploy.session import Session
@@ -39,7 +39,6 @@ __all__ = [
     "QuantizedProgram",
     "Runnable",
     "Session",
-    "accuracy",
     "agreement",
     "answers",
     "export",
@@ -51,6 +50,7 @@ __all__ = [
     "latency",
     "logits",
     "measure",
+    "metrics",
     "open_file",
     "parity",
     "peak_memory",

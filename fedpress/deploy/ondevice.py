@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedpress.deploy.artifact import Artifact, write
@@ -23,23 +22,24 @@ from fedpress.errors import ExportError, ModelError
 from fedpress.nn.batch_norm import BatchNorm
 from fedpress.nn.compact import compact_
 from fedpress.nn.resize import copied
+from fedpress.tasks import Classification
 
 TOLERANCE = 1e-3  # of a parameter's largest gradient: float32 sums in another order
 
 
 class _Trained(nn.Module):
-    """Maps examples, labels and weights of the examples to the weighted sum of cross-entropies, and the logits."""
+    """Maps examples, labels and weights of the examples to the weighted sum of their losses, and the logits."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
+        self.task = Classification(())  # its loss does not ask for the names of the classes
 
     def forward(self, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The logits come out as a copy: gradients flow through the loss alone."""
         logits = self.net(x)
-        return (
-            F.cross_entropy(logits, y, reduction="none") * weights
-        ).sum(), logits.detach().clone()
+        losses = self.task.loss(logits, y, reduction="none")
+        return (losses * weights).sum(), logits.detach().clone()
 
 
 def export_training(

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
 
-from fedpress.core.examples import Preprocess
+from fedpress.core.examples import Arrays, Preprocess
 from fedpress.deploy.artifact import ROUNDING, TOLERANCE
 from fedpress.deploy.examples import (
     Example,
@@ -30,6 +31,7 @@ from fedpress.deploy.examples import (
 from fedpress.deploy.formats import of_file, open_file
 from fedpress.deploy.session import Session
 from fedpress.errors import ExportError
+from fedpress.tasks import Task
 
 BATCH_SIZE = 256
 
@@ -209,17 +211,17 @@ def latency(
     return Latency(median, p10, p90, len(times), session.conditions())
 
 
-def accuracy(path: str | Path, x: Tensor, y: Tensor, preprocess: Preprocess) -> float:
-    """Returns the share of raw examples `x` [n, ...] for which the file's largest logit is at the label `y` [n].
+def metrics(
+    path: str | Path, arrays: Arrays, preprocess: Preprocess, task: Task
+) -> dict[str, JsonValue]:
+    """Returns what the file is worth on raw examples, by the keys of the task's metrics.
 
     Raises:
         ExportError: if there is no example, or if the file cannot be run.
     """
-    if not len(y):
-        raise ExportError(
-            f"export: no example to measure the accuracy of {path} on; give at least one"
-        )
-    return int((answers(path, x, preprocess).argmax(1) == y).sum()) / len(y)
+    if not len(arrays):
+        raise ExportError(f"export: no example to measure {path} on; give at least one")
+    return task.summary(task.metrics(answers(path, arrays.x, preprocess), arrays.y))
 
 
 def answers(path: str | Path, x: Tensor, preprocess: Preprocess) -> Tensor:

@@ -19,6 +19,7 @@ from fedpress.federation.downlink import Downlink
 from fedpress.federation.local import LocalSettings, Prepare
 from fedpress.federation.schedules import Schedule
 from fedpress.federation.uplink import Uplink
+from fedpress.tasks import Task
 from fedpress.wire.message import JSON
 
 FEDAVG = FedAvg()
@@ -97,6 +98,7 @@ class Terms:
         seed: of the run. The agreement holds a commitment to it: clients with another seed draw other masks and
             rotations, so that the mean of their updates points anywhere.
         prepare: raw examples [k, ...] and a generator -> network input; its fields tell its settings.
+        task: what is learned.
         downlink: the agreed code of the model on its way to the clients, None if it travels whole.
         norm: "frozen" fixes the statistics of batch norm (scale and bias train); "batch" uses those of each batch.
         error_feedback: clients add what coding lost of one update to the next (Seide et al. 2014; Karimireddy et al.
@@ -115,6 +117,7 @@ class Terms:
     uplink: Uplink
     seed: int
     prepare: Prepare
+    task: Task
     downlink: Downlink | None = None
     norm: Norm = "frozen"
     error_feedback: bool = False

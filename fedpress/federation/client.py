@@ -373,6 +373,7 @@ class Client:
             self.terms.settings,
             key,
             self.terms.prepare,
+            self.terms.task,
             self.plan.privacy,
             source=self.plan.source,
             start=params,
@@ -404,6 +405,7 @@ class Client:
             settings,
             key,
             self.terms.prepare,
+            self.terms.task,
             self.plan.privacy,
             source=self.plan.source,
         )

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from fedpress.federation.vectors import Vectors
 from fedpress.nn.batch_norm import ONE_VALUE, averages_batches
 from fedpress.nn.quantized import qparam_ids
 from fedpress.privacy.plan import PrivacyPlan
+from fedpress.tasks import Task
 from fedpress.training.device import Precision, autocast, memory_format
 from fedpress.training.evaluate import evaluating, outputs
 from fedpress.wire.message import JSON
@@ -82,6 +82,7 @@ class LocalWork:
         settings: how to train.
         key: of this client in this round.
         prepare: raw examples [k, ...] and a generator -> network input, each example by itself.
+        task: what is learned: its loss is that of the steps.
         plan: this client's own under unit "sample".
         source: of the gradients.
         start: the server's parameters [d] as they came; those of the model if None.
@@ -94,6 +95,7 @@ class LocalWork:
     settings: LocalSettings
     key: Key
     prepare: Prepare
+    task: Task
     plan: PrivacyPlan | None = None
     source: Source | None = None
     start: Tensor | None = None
@@ -287,4 +289,4 @@ def loss_of_batch(
                 f"local update: a batch of one example leaves a batch norm nothing to average; {cure}, or set "
                 "federate.norm = 'frozen'"
             ) from problem
-    return F.cross_entropy(logits.float(), batch.y.to(at))
+    return work.task.loss(logits, batch.y.to(at))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedpress.core import parameters, random
@@ -44,7 +45,7 @@ def private_steps(model: nn.Module, work: LocalWork) -> Steps:
     torch.manual_seed(work.key.client_stream("dropout", question).initial_seed())
     noised = private_gradients(
         model,
-        _loss_of,
+        work.task.loss,
         work.arrays.x.to(at),
         work.arrays.y.to(at),
         plan=plan,
@@ -84,7 +85,7 @@ def joint_steps(model: nn.Module, work: LocalWork) -> Steps:
     if len(index):
         x = work.prepare(x, work.key.private_stream("prepare", question))
         x = x.contiguous(memory_format=memory_format(x, model))
-    method = choose_method(model, _loss_of, x, y) if len(index) else "loop"
+    method = choose_method(model, work.task.loss, x, y) if len(index) else "loop"
     verify: Verify = "gradients" if work.key.round == 1 else "losses"
     # Dropout draws from torch's global generator; the client that called puts it back afterwards.
     torch.manual_seed(work.key.client_stream("dropout", question).initial_seed())
@@ -92,7 +93,7 @@ def joint_steps(model: nn.Module, work: LocalWork) -> Steps:
     with torch.autocast(at.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16):
         total, raw = clipped_gradient_sum(
             model,
-            _loss_of,
+            work.task.loss,
             x,
             y,
             clip_norm=plan.clip_norm,
@@ -115,10 +116,13 @@ def rehearse_private(model: nn.Module, work: LocalWork) -> None:
     x, y = work.arrays.x.to(at), work.arrays.y.to(at)
     x = work.prepare(x, work.key.client_stream("prepare"))
     x = x.contiguous(memory_format=memory_format(x, model))
-    method, bf16 = choose_method(model, _loss_of, x, y), uses_bf16(model, work.settings.precision)
+    method, bf16 = (
+        choose_method(model, work.task.loss, x, y),
+        uses_bf16(model, work.settings.precision),
+    )
     with torch.autocast(at.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16):
         total, raw = clipped_gradient_sum(
-            model, _loss_of, x, y, clip_norm=plan.clip_norm, method=method, verify="gradients"
+            model, work.task.loss, x, y, clip_norm=plan.clip_norm, method=method, verify="gradients"
         )
         if (
             not total.any() and not raw.failed
@@ -126,7 +130,7 @@ def rehearse_private(model: nn.Module, work: LocalWork) -> None:
             with torch.no_grad():
                 for p in trainable(model):
                     p.add_(0.05 * torch.randn_like(p))
-            total, raw = clipped_gradient_sum(model, _loss_of, x, y, clip_norm=plan.clip_norm)
+            total, raw = clipped_gradient_sum(model, work.task.loss, x, y, clip_norm=plan.clip_norm)
     if raw.failed:
         raise TrainingError(f"{raw.failed} of {raw.examples} examples failed alone: {raw.problem}")
     if raw.refused:
@@ -148,10 +152,6 @@ def _failures(raw: list[RawStats]) -> Measures:
     return {cause: count for cause, count in counts.items() if count}
 
 
-def _loss_of(outputs: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(outputs.float(), labels)
-
-
 def _question(model: nn.Module, work: LocalWork) -> str:
     """Names all that a private answer depends on; as part of the noise's key it keeps one noise from hiding two things.
 
@@ -168,9 +168,12 @@ def _question(model: nn.Module, work: LocalWork) -> str:
         work.prepare,
         [*state],
     )
+    # A classification adds nothing, so that its noise is that of version 0.1.0.
+    about = work.task.about()
+    task = [json.dumps(about)] if about else []
     beside = [part for name in sorted(work.beside) for part in (name, work.beside[name])]
     return random.fingerprint(
-        *settings, *state.values(), *model.buffers(), work.arrays.x, work.arrays.y, *beside
+        *settings, *task, *state.values(), *model.buffers(), work.arrays.x, work.arrays.y, *beside
     )
 
 

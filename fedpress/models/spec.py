@@ -45,6 +45,7 @@ class ModelSpec(BaseModel):
     the parameters whose zeros are pruned weights: whoever trains them keeps them zero. `kept_zeros` names those of
     them with a buffer that tells kept entries, which a grid rounded to 0, from pruned ones. `folded` maps a batch norm
     to the layer that took it in, `quantized` a layer to the scheme of its weights and inputs.
+    `task` says what the outputs mean where that is more than `class_names` (see `Task.about`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,6 +63,7 @@ class ModelSpec(BaseModel):
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     class_names: tuple[str, ...] = ()
+    task: dict[str, JsonValue] = {}
     input_dtype: Literal["float32", "int64"] = "float32"
 
     def example(self, n: int, chance: Generator | None = None) -> Tensor:
@@ -96,6 +98,7 @@ class ModelSpec(BaseModel):
 
     def _check_sizes(self) -> None:
         limits.check_tree(self.arguments, "spec.arguments")
+        limits.check_tree(self.task, "spec.task", lists=False)
         for name in ("resized", "numbers", "groups", "quantized", "input_shape"):
             limits.check_tree(self.model_dump(include={name})[name], f"spec.{name}", lists=False)
         if min(self.input_shape, default=1) < 1:

@@ -9,33 +9,39 @@ import torch
 from fedpress import storage
 from fedpress.compress import cost
 from fedpress.deploy.processor import conditions
-from fedpress.tasks.judged import JUDGED, judged
+from fedpress.tasks import Task
 from fedpress.training.device import place_
 from fedpress.training.evaluate import evaluate
 from fedpress.workspace.state import State
 
-MEASURED = (
-    "accuracy", *JUDGED, "loss", "parameters", "nonzero_parameters", "macs", "file_bytes", "packed_file_bytes",
+COSTS = (
+    "task", "loss", "parameters", "nonzero_parameters", "macs", "file_bytes", "packed_file_bytes",
     "latency_ms", "runtime", "conditions",
 )  # fmt: skip
 
 
+def measured_keys(task: Task) -> tuple[str, ...]:
+    """Returns all keys that `measure` gives."""
+    return (*task.keys, *COSTS)
+
+
 def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
-    """Returns what the model of `state` is worth and what it costs; accuracy is None without test examples.
+    """Returns what the model of `state` is worth and what it costs; the metrics are None without test examples.
 
     The file is that of its numbers in float32, or packed where weights lie on grids.
     """
-    test = state.data.test
-    found, beside = None, dict[str, Any](dict.fromkeys(JUDGED))
+    test, task = state.data.test, state.data.task
+    loss, metrics = None, dict[str, Any](dict.fromkeys(task.keys))
     if len(test):
-        found = evaluate(place_(state.model), test, state.data.preprocess, keep_logits=True)
-        assert found.logits is not None, "they were asked for"
-        beside = judged(found.logits, test.y, state.data.class_names)
+        model = place_(state.model)
+        found = evaluate(model, test, state.data.preprocess, task, all_metrics=True)
+        loss = found.loss
+        metrics |= found.metrics
     model = state.model.to("cpu")
     line: dict[str, Any] = {
-        "accuracy": found.accuracy if found else None,
-        **beside,
-        "loss": found.loss if found else None,
+        "task": task.kind,
+        **metrics,
+        "loss": loss,
         "parameters": cost.parameters(model),
         "macs": macs_of(state),
         "file_bytes": storage.file_bytes(state.spec, model),

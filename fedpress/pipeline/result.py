@@ -8,7 +8,7 @@ from typing import Any
 import fedpress
 from fedpress.pipeline.recipe import Recipe
 from fedpress.stages.base import Stage
-from fedpress.tasks.judged import JUDGED
+from fedpress.tasks import task_of
 from fedpress.workspace.folder import CURES, RunFolder, list_json, read_json
 
 
@@ -24,7 +24,7 @@ def write_result(
     if results[-1].get("ledger"):
         list_json(folder.path / "ledger.json", results[-1]["ledger"], folder.path)
     lines = [{k: v for k, v in r.items() if k != "ledger"} for r in results]
-    take_accuracy_of_files_(recipe.stage[: len(lines)], lines)
+    take_metrics_of_files_(recipe.stage[: len(lines)], lines)
     total = round(sum(line["seconds"] for line in lines), 2)
     final: dict[str, Any] = {}
     for line in lines:
@@ -45,10 +45,10 @@ def write_result(
     )
 
 
-def take_accuracy_of_files_(stages: Sequence[Stage], lines: Sequence[dict[str, Any]]) -> None:
-    """Gives a stage whose model torch only simulates the accuracy of the file that was exported of it.
+def take_metrics_of_files_(stages: Sequence[Stage], lines: Sequence[dict[str, Any]]) -> None:
+    """Gives a stage whose model torch only simulates the metrics of the file that was exported of it.
 
-    A device runs that. With it goes what stands beside it. What the simulation reached stays as `accuracy_simulated`.
+    A device runs that. What the simulation reached stays as `accuracy_simulated`, or whatever the task goes by.
 
     Args:
         stages: of the recipe, as many as are done.
@@ -59,11 +59,12 @@ def take_accuracy_of_files_(stages: Sequence[Stage], lines: Sequence[dict[str, A
     for stage, line in zip(stages, lines, strict=True):
         if stage.changes_model:
             source, simulated = line, stage.simulates
-        if not (stage.tells_of_file and simulated and line.get("accuracy") is not None):
+        task = task_of(line)
+        if not (stage.tells_of_file and simulated and line.get(task.primary) is not None):
             continue
         assert source is not None
-        source.setdefault("accuracy_simulated", source["accuracy"])
-        source.update({key: line[key] for key in ("accuracy", *JUDGED) if key in line})
+        source.setdefault(f"{task.primary}_simulated", source[task.primary])
+        source.update({key: line[key] for key in task.keys if key in line})
 
 
 def read_finished(folder: RunFolder) -> bool:

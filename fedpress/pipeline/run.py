@@ -11,7 +11,7 @@ from typing import Any
 from fedpress.data import FederatedData
 from fedpress.nn.quantized import kept_entries, materialize_, note_kept_zeros_
 from fedpress.pipeline.keys import stage_keys
-from fedpress.pipeline.measure import MEASURED, measure
+from fedpress.pipeline.measure import measure, measured_keys
 from fedpress.pipeline.places import placed
 from fedpress.pipeline.recipe import Recipe
 from fedpress.pipeline.result import write_result
@@ -68,8 +68,8 @@ def _stages(
         before = state
         # A line may tell of a file for a device; the model is still worth what it was.
         of_model = not (stage.tells_of_file or stage.repeats_line)
-        accuracy = done.result["accuracy"] if of_model else state.accuracy
-        state = replace(state, spec=spec, model=model, ledger=_ledger(done), accuracy=accuracy)
+        score = done.result.get(data.task.primary) if of_model else state.score
+        state = replace(state, spec=spec, model=model, ledger=_ledger(done), score=score)
         state, load = with_parent(state, before, load), place.load
         records = done.records
         results.append(done.result)
@@ -95,7 +95,8 @@ def _do(
     state = _settled(state)
     seconds = before + time.perf_counter() - began
     if last and stage.repeats_line:
-        told = {key: value for key, value in last[0].items() if key in MEASURED}
+        known = measured_keys(state.data.task)
+        told = {key: value for key, value in last[0].items() if key in known}
     else:
         yield Tick(1, 1, f"measuring on {len(state.data.test):,} test examples")
         told = measure(state, latency="latency_ms" not in state.facts)

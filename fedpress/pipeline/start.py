@@ -15,7 +15,7 @@ from fedpress.compress import cost
 from fedpress.core import consent
 from fedpress.core.random import derive
 from fedpress.data.examples import Progress
-from fedpress.errors import RecipeError
+from fedpress.errors import ModelError, RecipeError
 from fedpress.models import ModelSpec
 from fedpress.models.weights import load_weights_
 from fedpress.pipeline.recipe import Recipe
@@ -43,7 +43,7 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
         "input_shape": tuple(examples.x.shape[1:]),
         "mean": data.preprocess.mean,
         "std": data.preprocess.std,
-        **({"class_names": data.class_names} if data.labelled else {}),
+        **({"class_names": data.class_names, "task": data.task.about()} if data.labelled else {}),
         "input_dtype": "int64" if examples.x.dtype == torch.int64 else "float32",
     }
     torch.manual_seed(derive(recipe.seed, "weights"))
@@ -72,34 +72,30 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
             place="recipe.model",
             cure="fit recipe.model.arguments to the data",
         ) from error
-    wanted = (min(2, len(examples)), data.num_classes)
-    if data.labelled and not (isinstance(logits, Tensor) and logits.dim() == 2):
-        got = list(logits.shape[1:]) if isinstance(logits, Tensor) else type(logits).__name__
-        raise RecipeError(
-            (
-                f"'{spec.architecture}' gives outputs {got} for one example, not [classes] as a "
-                "classifier does, and accuracy needs one"
-            ),
-            place="recipe.model",
-            cure=(
+    if data.labelled:
+        _check_outputs(spec, logits, examples.y[:2], data)
+    return State(spec, model.train(), data, recipe.seed, cost.parameters(spec.build_dense()))
+
+
+def _check_outputs(
+    spec: ModelSpec, found: object, targets: Tensor, data: data_sets.FederatedData
+) -> None:
+    """Refuses a model whose outputs are not what the task needs."""
+    try:
+        data.task.check(found, targets)
+    except ModelError as error:
+        cure = (
+            f"make it return {data.task.outputs} numbers, for instance with "
+            f"recipe.model.arguments.num_classes = {data.task.outputs}"
+        )
+        if not error.cure:
+            cure = (
                 "without labels (a command without data, or with inputs alone) it can be cut, "
                 "quantized and exported"
-            ),
-        )
-    if data.labelled and logits.shape != wanted:
-        got = list(logits.shape[1:])
+            )
         raise RecipeError(
-            (
-                f"'{spec.architecture}' gives outputs {got} for one example but the data has "
-                f"{data.num_classes} classes"
-            ),
-            place="recipe.model",
-            cure=(
-                f"make it return {data.num_classes} numbers, for instance with "
-                f"recipe.model.arguments.num_classes = {data.num_classes}"
-            ),
-        )
-    return State(spec, model.train(), data, recipe.seed, cost.parameters(spec.build_dense()))
+            f"'{spec.architecture}' {error.problem}", place="recipe.model", cure=cure
+        ) from error
 
 
 def with_parent(state: State, before: State, load: Loader | None) -> State:

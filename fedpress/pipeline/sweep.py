@@ -20,11 +20,12 @@ from fedpress.pipeline.environment import environment, note_environment
 from fedpress.pipeline.keys import settings_of, stage_keys
 from fedpress.pipeline.recipe import Recipe
 from fedpress.pipeline.start import load_data
+from fedpress.tasks import task_of
 from fedpress.workspace import lock
 from fedpress.workspace.folder import RunFolder, read_json, write_json, writing
 from fedpress.workspace.state import Event
 
-SHOWN = ("accuracy", "loss", "parameters", "macs", "file_bytes", "latency_ms", "runtime", "seconds")
+SHOWN = ("loss", "parameters", "macs", "file_bytes", "latency_ms", "runtime", "seconds")
 LONGEST = 80  # letters of a folder's name
 
 
@@ -244,7 +245,12 @@ def _write(place: Path, done: Sequence[tuple[Variant, Path, str | None]], comman
             read_json(path / "result.json") if (path / "result.json").exists() else {"stages": []}
         )
         stages = [
-            {key: s[key] for key in ("kind", "name", *SHOWN) if key in s} for s in result["stages"]
+            {
+                key: s[key]
+                for key in ("kind", "name", "task", task_of(s).primary, *SHOWN)
+                if key in s
+            }
+            for s in result["stages"]
         ]
         entries.append(
             {"name": variant.name, "overrides": list(variant.overrides), "folder": str(path.relative_to(place)),
@@ -261,7 +267,7 @@ def _write(place: Path, done: Sequence[tuple[Variant, Path, str | None]], comman
 
 
 def front(page: dict[str, Any], cost: str) -> list[str]:
-    """Returns the names of the finished variants that no other beats in `cost` and accuracy.
+    """Returns the names of the finished variants that no other beats in `cost` and the primary metric.
 
     Latencies are compared within one runtime only; each has its own front.
     """
@@ -270,15 +276,21 @@ def front(page: dict[str, Any], cost: str) -> list[str]:
     ]
     groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for name, stage in ends:
-        if stage.get(cost) is not None and stage.get("accuracy") is not None:
+        if stage.get(cost) is not None and stage.get(task_of(stage).primary) is not None:
             runtime = str(stage.get("runtime")) if cost == "latency_ms" else ""
             groups.setdefault(runtime, []).append((name, stage))
     found: list[str] = []
     for known in groups.values():
-        found += [
-            known[at][0] for at in pareto([(stage[cost], stage["accuracy"]) for _, stage in known])
-        ]
+        points = [(stage[cost], _worth(stage)) for _, stage in known]
+        found += [known[at][0] for at in pareto(points)]
     return found
+
+
+def _worth(stage: dict[str, Any]) -> float:
+    """The primary metric such that more is better."""
+    task = task_of(stage)
+    value = float(stage[task.primary])
+    return value if task.higher_is_better else -value
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedpress.reports import units
+from fedpress.reports.metrics import Shown
 from fedpress.reports.plot import (
     BLUE,
     FAINT,
@@ -22,35 +23,43 @@ MANY_LAYERS = 8  # so many lines are named; the others stay grey
 
 
 def sensitivity_curves(name: str, records: list[Json]) -> Figure | None:
-    """Shows accuracy against density for every layer alone; the most sensitive ones are coloured and named."""
+    """Shows the metric against density for every layer alone; the most sensitive ones are coloured and named."""
     points = [point for record in records if isinstance(point := record.get("sensitivity"), dict)]
+    shown_by = Shown.of(points)
     curves: dict[str, list[Json]] = {}
     for point in points:
-        if (
-            units.number(point.get("density")) is not None
-            and units.number(point.get("accuracy")) is not None
-        ):
+        if units.number(point.get("density")) is not None and shown_by.value(point) is not None:
             curves.setdefault(str(point.get("layer")), []).append(point)
     if not curves:
         return None
     for curve in curves.values():
         curve.sort(key=lambda point: float(point["density"]))
-    lowest = {layer: min(float(p["accuracy"]) for p in curve) for layer, curve in curves.items()}
-    order = sorted(curves, key=lambda layer: lowest[layer])
+    higher = shown_by.metric.better == "higher"
+    worst = min if higher else max
+    lowest = {
+        layer: worst(float(p[shown_by.key]) for p in curve) for layer, curve in curves.items()
+    }
+    order = sorted(curves, key=lambda layer: lowest[layer], reverse=not higher)
     shown = []
     for at, layer in reversed(list(enumerate(order))):
-        x, y = values(curves[layer], "density", 100), values(curves[layer], "accuracy", 100)
+        x, y = (
+            values(curves[layer], "density", 100),
+            values(curves[layer], shown_by.key, shown_by.scale),
+        )
         color = ORANGE if at == 0 else BLUE if at < MANY_LAYERS else FAINT
-        hover = [f"{layer}: {short(a)}% kept, {b or 0:.2f}%" for a, b in zip(x, y, strict=True)]
+        hover = [
+            f"{layer}: {short(a)}% kept, {shown_by.drawn(b or 0)}"
+            for a, b in zip(x, y, strict=True)
+        ]
         shown.append(Series("line", layer, x, y, color, hover))
     first, last = order[0], order[-1]
     return Figure(
         f"Sensitivity: {name}",
-        f"Accuracy when one layer alone is cut to a density. The most sensitive is {first}, orange, down to "
-        f"{units.percent(lowest[first])}; the least is {last}, {units.percent(lowest[last])} at its worst. "
+        f"{shown_by.title} when one layer alone is cut to a density. The most sensitive is {first}, orange, down to "
+        f"{shown_by.told(lowest[first])}; the least is {last}, {shown_by.told(lowest[last])} at its worst. "
         f"The {min(MANY_LAYERS, len(order))} most sensitive of {len(order)} layers are coloured.",
         Axis("kept of this layer (%)"),
-        [Panel(Axis("accuracy (%)"), shown)],
+        [Panel(Axis(shown_by.axis()), shown)],
         height=380,
     )
 

@@ -6,6 +6,7 @@ import math
 from itertools import accumulate
 
 from fedpress.reports import units
+from fedpress.reports.metrics import Shown
 from fedpress.reports.plot import (
     BLUE,
     ORANGE,
@@ -14,7 +15,6 @@ from fedpress.reports.plot import (
     Panel,
     Series,
     bars,
-    from_to,
     line,
     lying_bars,
     short,
@@ -26,25 +26,24 @@ from fedpress.reports.reading import Json
 MANY_CLIENTS = 40  # above this, bars with names cannot be read: show the distribution
 
 
-def accuracy_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
-    """Shows accuracy over the rounds with the epsilon that was spent for it."""
+def score_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
+    """Shows the primary metric over the rounds with the epsilon that was spent for it."""
     if not rounds:
         return None
-    x, accuracy, spent = (
-        values(rounds, "round"),
-        values(rounds, "accuracy", 100),
-        values(rounds, "epsilon"),
-    )
-    caption = f"Validation accuracy {from_to(accuracy)} over {len(rounds)} rounds"
-    top = Panel(
-        Axis("validation accuracy (%)"), [line("accuracy", x, accuracy, unit="%", across="round")]
-    )
+    shown = Shown.of(rounds)
+    x, spent = values(rounds, "round"), values(rounds, "epsilon")
+    score = values(rounds, shown.key, shown.scale)
+    caption = f"Validation {shown.name} {shown.from_to(score)} over {len(rounds)} rounds"
+    curve = line(shown.name, x, score, unit=shown.unit, across="round")
+    top = Panel(Axis(shown.axis("validation")), [curve])
     if all(e is None for e in spent):
         said = f"{caption}, without differential privacy."
-        return Figure(f"Accuracy over rounds: {name}", said, Axis("round"), [top], together=True)
+        return Figure(
+            f"{shown.title} over rounds: {name}", said, Axis("round"), [top], together=True
+        )
     last = next(e for e in reversed(spent) if e is not None)
     return Figure(
-        f"Accuracy and privacy spent: {name}",
+        f"{shown.title} and privacy spent: {name}",
         f"{caption}; below it the privacy spent so far, ε = {units.epsilon(last)} at the end.",
         Axis("round"),
         [
@@ -88,77 +87,78 @@ def bytes_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
     )
 
 
-def accuracy_over_bytes(name: str, rounds: list[Json]) -> Figure | None:
-    """Shows accuracy over all bytes sent so far, up and down: what a connection costs is bytes, not rounds."""
-    accuracy = values(rounds, "accuracy", 100)
+def score_over_bytes(name: str, rounds: list[Json]) -> Figure | None:
+    """Shows the metric over all bytes sent so far, up and down: what a connection costs is bytes, not rounds."""
+    shown = Shown.of(rounds)
+    score = values(rounds, shown.key, shown.scale)
     sent = [
         (up or 0.0) + (down or 0.0)
         for up, down in zip(values(rounds, "bytes_up"), values(rounds, "bytes_down"), strict=True)
     ]
-    if not any(sent) or all(a is None for a in accuracy):
+    if not any(sent) or all(a is None for a in score):
         return None
     prefix, size = units.scale(total_of(sent))
     so_far = [total / size for total in accumulate(sent)]
     hover = [
-        "" if a is None else f"{a:.2f}% after {short(b)} {prefix}B"
-        for a, b in zip(accuracy, so_far, strict=True)
+        "" if a is None else f"{shown.drawn(a)} after {short(b)} {prefix}B"
+        for a, b in zip(score, so_far, strict=True)
     ]
     return Figure(
-        f"Accuracy over bytes: {name}",
-        f"Validation accuracy {from_to(accuracy)} for {units.count(total_of(sent), 'B')} up and down together.",
+        f"{shown.title} over bytes: {name}",
+        f"Validation {shown.name} {shown.from_to(score)} for {units.count(total_of(sent), 'B')} up and down together.",
         Axis(f"bytes sent, up and down ({prefix}B)", low=0.0),
         [
             Panel(
-                Axis("validation accuracy (%)"),
-                [
-                    Series(
-                        "line", "accuracy", so_far, accuracy, hover=hover, marked=len(rounds) < 60
-                    )
-                ],
+                Axis(shown.axis("validation")),
+                [Series("line", shown.name, so_far, score, hover=hover, marked=len(rounds) < 60)],
             )
         ],
     )
 
 
-def client_accuracy(stage: Json) -> Figure | None:
+def client_scores(stage: Json) -> Figure | None:
     """Shows how well the final model of a stage does for each client: bars, or a histogram of many."""
-    measured = stage.get("client_accuracy")
+    shown = Shown.of([stage])
+    measured = stage.get(f"client_{shown.key}")
     measured = measured.items() if isinstance(measured, dict) else ()
     pairs = [
-        (name, 100 * x) for name, x in ((n, units.number(a)) for n, a in measured) if x is not None
+        (name, shown.scale * x)
+        for name, x in ((n, units.number(a)) for n, a in measured)
+        if x is not None
     ]
     if not pairs:
         return None
     numbers = sorted(x for _, x in pairs)
-    title = f"Accuracy per client: {stage.get('name') or stage.get('kind')}"
+    title = f"{shown.title} per client: {stage.get('name') or stage.get('kind')}"
     median = numbers[len(numbers) // 2]
     caption = (
-        f"{len(pairs)} clients, from {numbers[0]:.2f}% to {numbers[-1]:.2f}%, median {median:.2f}%."
+        f"{len(pairs)} clients, from {shown.drawn(numbers[0])} to {shown.drawn(numbers[-1])}, "
+        f"median {shown.drawn(median)}."
     )
     if len(pairs) > MANY_CLIENTS:
         return Figure(
             title,
             caption,
-            Axis("accuracy (%)"),
-            [Panel(Axis("clients", low=0.0), [_histogram(numbers)])],
+            Axis(shown.axis()),
+            [Panel(Axis("clients", low=0.0), [_histogram(numbers, shown)])],
         )
     bar = lying_bars(
-        "accuracy",
+        shown.name,
         [x for _, x in pairs],
-        hover=[f"{n}: {x:.2f}%" for n, x in pairs],
-        beside=[f"{x:.1f}%" for _, x in pairs],
+        hover=[f"{n}: {shown.drawn(x)}" for n, x in pairs],
+        beside=[f"{x:.1f}{shown.unit}" for _, x in pairs],
     )
     panel = Panel(Axis("", names=[n for n, _ in pairs]), [bar])
     return Figure(
         title,
         caption,
-        Axis("accuracy (%)", low=0.0, high=100.0),
+        Axis(shown.axis(), low=0.0, high=100.0 if shown.metric.share else None),
         [panel],
         height=110 + 24 * len(pairs),
     )
 
 
-def _histogram(numbers: list[float]) -> Series:
+def _histogram(numbers: list[float], shown: Shown) -> Series:
     """Returns how many of the sorted `numbers` lie in each of some equal bins; a bar stands in a bin's middle."""
     low, high = numbers[0], numbers[-1]
     if high - low < 1e-9:
@@ -170,7 +170,7 @@ def _histogram(numbers: list[float]) -> Series:
         counts[min(count - 1, int((number - low) / width))] += 1
     middles = [low + (i + 0.5) * width for i in range(count)]
     hover = [
-        f"{n} clients from {m - width / 2:.2f}% to {m + width / 2:.2f}%"
+        f"{n} clients from {shown.drawn(m - width / 2)} to {shown.drawn(m + width / 2)}"
         for n, m in zip(counts, middles, strict=True)
     ]
     return Series("bars", "clients", middles, [float(n) for n in counts], hover=hover)

@@ -10,11 +10,12 @@ from fedpress.reports.compression import (
     sensitivity_curves,
 )
 from fedpress.reports.federated import (
-    accuracy_over_bytes,
-    accuracy_over_rounds,
     bytes_over_rounds,
-    client_accuracy,
+    client_scores,
+    score_over_bytes,
+    score_over_rounds,
 )
+from fedpress.reports.metrics import Shown
 from fedpress.reports.plot import (
     FAINT,
     ORANGE,
@@ -23,7 +24,6 @@ from fedpress.reports.plot import (
     Note,
     Panel,
     Series,
-    from_to,
     line,
     lying_bars,
     total_of,
@@ -35,60 +35,58 @@ from fedpress.reports.reading import Json, Run, records_by_stage
 def figures(run: Run) -> list[Figure]:
     """Returns all figures that the folder has data for, in the order of the stages."""
     found: list[Figure | None] = [
-        accuracy_and_size([*([run.before] if run.before else []), *run.stages])
+        score_and_size([*([run.before] if run.before else []), *run.stages])
     ]
     for steps in records_by_stage(run.records):
         epochs, rounds = [s for s in steps if "epoch" in s], [s for s in steps if "round" in s]
         name = str(steps[-1].get("name") or steps[-1].get("kind"))
         found += [training_curve(name, epochs), density_over_epochs(name, epochs)]
         found += [
-            accuracy_over_rounds(name, rounds),
-            accuracy_over_bytes(name, rounds),
+            score_over_rounds(name, rounds),
+            score_over_bytes(name, rounds),
             bytes_over_rounds(name, rounds),
             channels_kept(name, next((r for r in reversed(steps) if "layers" in r), {})),
             sensitivity_curves(name, steps),
             bits_per_layer(name, steps),
         ]
     found += [bytes_by_kind(stage) for stage in run.stages]
-    found += [client_accuracy(stage) for stage in run.stages]
+    found += [client_scores(stage) for stage in run.stages]
     return [figure for figure in found if figure]
 
 
-def accuracy_and_size(stages: list[Json]) -> Figure | None:
-    """Shows what each stage did to accuracy and file size."""
-    shown = [
-        s
-        for s in stages
-        if units.number(s.get("accuracy")) is not None and units.number(s.get("file_bytes"))
-    ]
+def score_and_size(stages: list[Json]) -> Figure | None:
+    """Shows what each stage did to the primary metric and the file size."""
+    metric = Shown.of(stages)
+    shown = [s for s in stages if metric.value(s) is not None and units.number(s.get("file_bytes"))]
     if len(shown) < 2:
         return None
     prefix, unit = units.scale(max(s["file_bytes"] for s in shown))
-    size, accuracy = [s["file_bytes"] / unit for s in shown], [s["accuracy"] * 100 for s in shown]
+    size = [s["file_bytes"] / unit for s in shown]
+    score = [s[metric.key] * metric.scale for s in shown]
     names = [f"{i}. {s.get('name') or s.get('kind')}" for i, s in enumerate(shown, start=1)]
     hover = [
-        f"{n}: {units.count(s['file_bytes'], 'B')}, {a:.2f}%"
-        for n, s, a in zip(names, shown, accuracy, strict=True)
+        f"{n}: {units.count(s['file_bytes'], 'B')}, {metric.drawn(a)}"
+        for n, s, a in zip(names, shown, score, strict=True)
     ]
     path = Series(
         "line",
         "stage",
         size,
-        accuracy,
+        score,
         FAINT,
         hover,
-        beside=_shared_labels(size, accuracy, names),
+        beside=_shared_labels(size, score, names),
         dotted=True,
     )
     steps = ", ".join(
-        f"{s.get('name') or s.get('kind')} {units.percent(s['accuracy'])} with {units.count(s['file_bytes'], 'B')}"
+        f"{s.get('name') or s.get('kind')} {metric.told(s[metric.key])} with {units.count(s['file_bytes'], 'B')}"
         for s in shown
     )
     return Figure(
-        "Accuracy against size",
-        f"Test accuracy and file size after each stage: {steps}.",
+        f"{metric.title} against size",
+        f"Test {metric.name} and file size after each stage: {steps}.",
         Axis(f"file ({prefix}B)", low=0.0),
-        [Panel(Axis("test accuracy (%)"), [path])],
+        [Panel(Axis(metric.axis("test")), [path])],
         height=340,
         wide=True,
     )
@@ -108,21 +106,22 @@ def _shared_labels(x: list[float], y: list[float], names: list[str]) -> list[str
 
 
 def training_curve(name: str, epochs: list[Json]) -> Figure | None:
-    """Shows accuracy and loss over the epochs of one stage, with the image sizes."""
+    """Shows the primary metric and the loss over the epochs of one stage, with the image sizes."""
     if not epochs:
         return None
-    x, accuracy = values(epochs, "epoch"), values(epochs, "accuracy", 100)
+    shown = Shown.of(epochs)
+    x, score = values(epochs, "epoch"), values(epochs, shown.key, shown.scale)
     sizes = list(dict.fromkeys(str(e["image_size"]) for e in epochs if e.get("image_size")))
     growth = f", at image sizes {' → '.join(sizes)} pixels" if len(sizes) > 1 else ""
     rules, notes = _image_sizes(epochs)
     return Figure(
         f"Training: {name}",
-        f"Validation accuracy {from_to(accuracy)} over {len(epochs)} epochs{growth}; the loss is below.",
+        f"Validation {shown.name} {shown.from_to(score)} over {len(epochs)} epochs{growth}; the loss is below.",
         Axis("epoch"),
         [
             Panel(
-                Axis("validation accuracy (%)"),
-                [line("accuracy", x, accuracy, unit="%", across="epoch")],
+                Axis(shown.axis("validation")),
+                [line(shown.name, x, score, unit=shown.unit, across="epoch")],
             ),
             Panel(
                 Axis("loss"),

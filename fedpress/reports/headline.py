@@ -7,10 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedpress.reports import units
+from fedpress.reports.metrics import Shown, words_of
 from fedpress.reports.protection import protects
 from fedpress.reports.reading import Json
 
 MUCH_FLOAT = 0.1  # of the parameters: more than this is said in the headline, not in a list alone
+
+
+SAID_BESIDE = ("auc", "r2", "macro_f1", "micro_f1", "exact_match")
+"""Metrics that have a place in the note of a tile: those without a unit."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,8 @@ def tiles(stages: list[Json]) -> list[Tile]:
         stage for stage in stages if stage.get("kind") != "measure"
     ] or stages  # it changes nothing
     found = [
-        _accuracy(_known(stages, "accuracy")),
-        _balanced(stages),
+        _score(stages),
+        _beside(stages),
         _cost("parameters", stages, "parameters", units.count),
         _stays_float(stages),
         _cost("file size", stages, "file_bytes", _bytes),
@@ -74,47 +79,58 @@ def _bytes(value: Any) -> str:
     return units.count(value, "B")
 
 
-def _accuracy(accuracy: list[float]) -> Tile | None:
-    if not accuracy:
+def _score(stages: list[Json]) -> Tile | None:
+    shown = Shown.of(stages)
+    found = _known(stages, shown.key)
+    if not found:
         return None
+    points = " points" if shown.metric.share else ""
     note = (
-        f"{units.points(accuracy[-1], accuracy[0])} points against the first stage"
-        if len(accuracy) > 1
+        f"{shown.change(found[-1], found[0])}{points} against the first stage"
+        if len(found) > 1
         else ""
     )
-    return Tile(units.percent(accuracy[-1]), "test accuracy", note)
+    return Tile(shown.told(found[-1]), f"test {shown.name}", note)
 
 
-def _balanced(stages: list[Json]) -> Tile | None:
-    """Gives what a large class cannot make look good, of the last stage that was measured."""
-    stage = _judged(stages)
-    if units.number(stage.get("balanced_accuracy")) is None:
+def _beside(stages: list[Json]) -> Tile | None:
+    """Gives the other metrics of the last stage that was measured: what a good first one may hide."""
+    stage, words = _measured(stages), words_of(stages)
+    shares = [w for w in words[1:] if w.share] or list(words[1:])
+    first = next((w for w in shares if units.number(stage.get(w.key)) is not None), None)
+    if first is None:
         return None
-    auc = units.number(stage.get("auc"))
-    notes = [f"AUC {auc:.3f}"] if auc is not None else []
-    notes.append(
-        f"largest class: {units.percent(stage.get('majority_share'), 1)} of the test examples"
-    )
-    return Tile(units.percent(stage["balanced_accuracy"]), "balanced accuracy", "; ".join(notes))
+    others = (w for w in words[1:] if w not in (first, words[0]) and w.key in SAID_BESIDE)
+    notes = [
+        f"{w.name} {w.told(stage[w.key])}"
+        for w in others
+        if units.number(stage.get(w.key)) is not None
+    ]
+    if units.number(stage.get("majority_share")) is not None:
+        notes.append(
+            f"largest class: {units.percent(stage.get('majority_share'), 1)} of the test examples"
+        )
+    return Tile(first.told(stage[first.key]), first.name, "; ".join(notes))
 
 
-def accuracy_warning(stages: list[Json]) -> str:
-    """Returns why the accuracy of the last measured stage is worth nothing, or an empty text.
+def score_warning(stages: list[Json]) -> str:
+    """Returns why the last measured stage is worth nothing though its metric may look good, or an empty text.
 
     Earlier stages do not count: a model that was just cut may guess until it is trained again.
 
     >>> guesser = {"accuracy": 0.5, "accuracy_warning": "it guesses"}
-    >>> accuracy_warning([{"accuracy": 0.9}, guesser]), accuracy_warning([guesser, {"accuracy": 0.9}])
+    >>> score_warning([{"accuracy": 0.9}, guesser]), score_warning([guesser, {"accuracy": 0.9}])
     ('it guesses', '')
     """
-    return str(_judged(stages).get("accuracy_warning") or "")
+    stage = _measured(stages)
+    found = (str(value) for key, value in stage.items() if key.endswith("_warning") and value)
+    return next(found, "")
 
 
-def _judged(stages: list[Json]) -> Json:
-    """The last stage with an accuracy; an empty one if there is none."""
-    return next(
-        (stage for stage in reversed(stages) if units.number(stage.get("accuracy")) is not None), {}
-    )
+def _measured(stages: list[Json]) -> Json:
+    """The last stage with a primary metric; an empty one if there is none."""
+    shown = Shown.of(stages)
+    return next((stage for stage in reversed(stages) if shown.value(stage) is not None), {})
 
 
 def _cost(name: str, stages: list[Json], key: str, form: Callable[[Any], str]) -> Tile | None:

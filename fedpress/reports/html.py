@@ -16,16 +16,18 @@ from fedpress.core.files import replacing, writing
 from fedpress.reports import units
 from fedpress.reports.draw import svg
 from fedpress.reports.figures import figures
-from fedpress.reports.headline import accuracy_warning, tiles
+from fedpress.reports.headline import score_warning, tiles
+from fedpress.reports.metrics import Shown
 from fedpress.reports.plot import Figure, numbers_of
 from fedpress.reports.protection import protections
 from fedpress.reports.reading import Run, read_run
 from fedpress.reports.table import (
     Table,
-    accuracy_table,
     failure_table,
     ledger_table,
     left_table,
+    metrics_explained,
+    metrics_table,
     progress_table,
     runtime_table,
     runtimes_told,
@@ -122,7 +124,9 @@ def render(run: Run) -> str:
             failed=_filled(failure_table(stages, run.records)),
             table=stage_table(run.result, before=run.before) if stages else None,
             runtimes=runtimes_told(run.result, before=run.before),
-            beside=_filled(accuracy_table(stages)),
+            beside=_filled(metrics_table(stages)),
+            explained=metrics_explained(stages),
+            metric=Shown.of(stages),
             left=_filled(left_table(stages)),
             files=_filled(runtime_table(stages)),
             progress=None if run.finished else progress_table(run.records),
@@ -140,8 +144,8 @@ def _warnings(run: Run) -> list[str]:
     found = [f"{s.get('name')}: {s['warning']}." for s in run.stages if s.get("warning")]
     if left_out := run.result.get("left_out"):
         found.append(f"data: {left_out}.")
-    if guesses := accuracy_warning(run.stages):
-        found.append(f"accuracy: {guesses}.")
+    if guesses := score_warning(run.stages):
+        found.append(f"{Shown.of(run.stages).name}: {guesses}.")
     return found
 
 

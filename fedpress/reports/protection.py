@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from fedpress.reports import units
+from fedpress.reports.metrics import Shown
 from fedpress.reports.reading import Json
 
 OTHERS = (
@@ -87,7 +88,7 @@ def protection(stage: Json) -> Protection:
     it = _by_unit(str(stage.get("name") or stage.get("kind")), stage)
     return (
         replace(it, unprotected=[*it.unprotected, OWN_ACCURACY])
-        if stage.get("client_accuracy")
+        if stage.get(f"client_{Shown.of([stage]).key}")
         else it
     )
 

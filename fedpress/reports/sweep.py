@@ -1,4 +1,4 @@
-"""A sweep becomes one HTML page: accuracy against size and against latency, and the variants that no other beats."""
+"""A sweep becomes one HTML page: the metric against size and against latency, and the variants that no other beats."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from fedpress.reports import units
 from fedpress.reports.html import Page, facts_of, write_page
+from fedpress.reports.metrics import Shown
 from fedpress.reports.plot import (
     BLUE,
     FAINT,
@@ -27,7 +28,7 @@ from fedpress.reports.table import Table
 from fedpress.workspace.folder import read_json
 
 COSTS = (("file_bytes", "size"), ("latency_ms", "latency"))
-AVERAGED = ("accuracy", "parameters", "macs", "file_bytes", "latency_ms")
+AVERAGED = ("parameters", "macs", "file_bytes", "latency_ms")
 NAMED = (
     12  # so many points of the front are named in the picture; the pointer and the table tell all
 )
@@ -44,13 +45,15 @@ def write_sweep(place: Path) -> Path:
     failed = [f"{v['name']}: {v['error']}" for v in variants if v["error"]]
     figures = [figure for cost, word in COSTS for figure in trade_offs(page, cost, word)]
     keys = sorted({override.partition("=")[0] for v in variants for override in v["overrides"]})
+    metric = _shown(page)
     shown = Page(
         name=f"Sweep over {', '.join(keys)}" if keys else "Sweep",
         kind="fedpress sweep",
         facts=[f"{len(variants)} variants", *facts_of(page.get("environment", {}))],
         command=str(page.get("command", "")),
         table=sweep_table(page),
-        note="Test accuracy at the end of each variant, with the change against the best in percentage points; of "
+        note=f"Test {metric.name} at the end of each variant, with the change against the best"
+        f"{' in percentage points' if metric.metric.share else ''}; of "
         "several seeds the mean ± the standard deviation. ● beats all others of its size or less, ◆ those of its "
         "latency or less in the same runtime. Latency is for one example on one thread.",
         failed=failed,
@@ -60,7 +63,7 @@ def write_sweep(place: Path) -> Path:
 
 
 def trade_offs(page: Json, cost: str, word: str) -> list[Figure]:
-    """Returns the figure of accuracy against one cost; of latency one for each runtime, as only like compares."""
+    """Returns the figure of the metric against one cost; of latency one for each runtime, as only like compares."""
     runtimes = _runtimes(page) if cost == "latency_ms" else []
     if runtimes:
         found = [trade_off(page, cost, f"{word} in {name}", runtime=name) for name in runtimes]
@@ -85,9 +88,14 @@ class Point:
     end: bool
 
     @property
-    def percent(self) -> float:
-        """The accuracy in percent."""
-        return float(100 * self.stage["accuracy"])
+    def shown(self) -> Shown:
+        """How its metric is told."""
+        return Shown.of([self.stage])
+
+    @property
+    def height(self) -> float:
+        """Where it is drawn: its metric, in percent if that is a share."""
+        return float(self.shown.scale * self.stage[self.shown.key])
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ class Cost:
 
 
 def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -> Figure | None:
-    """Shows accuracy against one cost: every stage of every variant, the ends bigger, and the front as a line.
+    """Shows the metric against one cost: every stage of every variant, the ends bigger, and the front as a line.
 
     Args:
         page: the sweep.
@@ -129,16 +137,20 @@ def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -
     front = [ends[name] for name in page.get(f"front_{cost}", []) if name in ends]
     beaten = [point for point in ends.values() if point not in front]
     within = _distinct([point for point in points if not point.end])
-    lowest = _lowest([point.percent for point in ends.values() or points])
+    metric = _shown(page)
+    higher = metric.metric.better == "higher"
+    worst = _worst([point.height for point in ends.values() or points], metric)
 
     shown = _series(page, Cost.of(cost, points), within, beaten, front)
-    below = sum(point.percent < lowest for point in within)
-    hidden = f" {below} stages on the way lie below the picture." if below else ""
+    beyond = sum(p.height < worst if higher else p.height > worst for p in within)
+    side = "below" if higher else "above"
+    hidden = f" {beyond} stages on the way lie {side} the picture." if beyond else ""
+    low, high = (worst, _highest(points, metric)) if higher else (0.0, worst)
     return Figure(
-        f"Accuracy against {word}",
+        f"{metric.title} against {word}",
         f"{_in_words(within, front, word)}{hidden}",
         Axis(Cost.of(cost, points).axis, low=0.0),
-        [Panel(Axis("test accuracy (%)", low=lowest, high=_highest(points)), shown)],
+        [Panel(Axis(metric.axis("test"), low=low, high=high), shown)],
         height=460,
         wide=True,
         legend=True,
@@ -158,7 +170,7 @@ def _points(page: Json, cost: str, runtime: str | None) -> list[Point]:
         for stage in variant["stages"]:
             if runtime is not None and str(stage.get("runtime")) != runtime:
                 continue
-            if None in (units.number(stage.get(cost)), units.number(stage.get("accuracy"))):
+            if None in (units.number(stage.get(cost)), Shown.of([stage]).value(stage)):
                 continue
             end = stage is variant["stages"][-1] and not variant["error"]
             points.append(Point(variant["name"], stage, end))
@@ -190,22 +202,36 @@ def _first_label(point: Point, page: Json) -> str:
     return f"first: {point.stage.get('name') or '?'}" if point.stage is stages[0] else ""
 
 
-def _lowest(ends: Sequence[float]) -> float:
-    """Where the picture ends below: a network that was just cut may be so bad that all others would seem equal."""
-    return max(0.0, min(ends) - max(2.0, max(ends) - min(ends)))
+def _shown(page: Json) -> Shown:
+    """How the metric of the sweep's task is told."""
+    return Shown.of([stage for variant in page["variants"] for stage in variant["stages"]])
 
 
-def _highest(points: Sequence[Point]) -> float:
-    best = max(point.percent for point in points)
-    lowest = _lowest([point.percent for point in points if point.end] or [best])
-    return best + max(0.5, 0.1 * (best - lowest))
+def _worst(ends: Sequence[float], metric: Shown) -> float:
+    """Where the picture ends: a network that was just cut may be so bad that all others would seem equal."""
+    room = max(ends) - min(ends)
+    if metric.metric.better == "lower":
+        return max(ends) + (room or 0.1 * abs(max(ends)) or 1.0)
+    if metric.metric.share:
+        return max(0.0, min(ends) - max(2.0, room))
+    return min(ends) - (room or 0.1)
+
+
+def _highest(points: Sequence[Point], metric: Shown) -> float:
+    best = max(point.height for point in points)
+    worst = _worst([point.height for point in points if point.end] or [best], metric)
+    return best + max(0.5 if metric.metric.share else 0.005, 0.1 * (best - worst))
 
 
 def _distinct(points: Sequence[Point]) -> list[Point]:
     """Leaves out stages that several variants share."""
     seen: dict[tuple[Any, ...], Point] = {}
     for point in points:
-        key = (point.stage.get("name"), point.stage.get("accuracy"), point.stage.get("seconds"))
+        key = (
+            point.stage.get("name"),
+            point.stage.get(point.shown.key),
+            point.stage.get("seconds"),
+        )
         seen.setdefault(key, point)
     return list(seen.values())
 
@@ -221,12 +247,12 @@ def _marks(
     hollow: bool = False,
 ) -> Series:
     x = [point.stage[cost.key] / cost.size for point in points]
-    y = [point.percent for point in points]
+    y = [point.height for point in points]
     hover = []
     for point, across in zip(points, x, strict=True):
         runtime = point.stage.get("runtime") if cost.key == "latency_ms" else None
         where = f", in {runtime}" if runtime else ""
-        told = f"{short(across)} {cost.unit}, {point.percent:.2f}%"
+        told = f"{short(across)} {cost.unit}, {point.shown.drawn(point.height)}"
         hover.append(f"{point.variant}, after {point.stage.get('name')}{where}: {told}")
     return Series(kind, name, x, y, color, hover, beside, hollow=hollow)
 
@@ -250,7 +276,7 @@ def _average(name: str, members: Sequence[Json]) -> Json:
         "members": [m["name"] for m in members],
         "runtime": ", ".join(sorted({str(e["runtime"]) for e in ends if e.get("runtime")})),
     }
-    for key in AVERAGED:
+    for key in (Shown.of(ends).key, *AVERAGED):
         known = [x for end in ends if (x := units.number(end.get(key))) is not None]
         row[key] = mean(known) if known else None
         row[f"{key}_spread"] = stdev(known) if len(known) > 1 else None
@@ -260,25 +286,28 @@ def _average(name: str, members: Sequence[Json]) -> Json:
 def sweep_table(page: Json) -> Table:
     """Returns a row for each variant, of several seeds the mean and spread; marks those on a front."""
     rows = averages(page)
-    best = max((row["accuracy"] for row in rows if row["accuracy"] is not None), default=None)
+    metric = _shown(page)
+    key = metric.key
+    best = metric.best([row[key] for row in rows if row.get(key) is not None])
     marks = (("●", page.get("front_file_bytes", [])), ("◆", page.get("front_latency_ms", [])))
     several = any(row["seeds"] > 1 for row in rows)
     mixed = len({row["runtime"] for row in rows} - {""}) > 1
     cells = []
     for row in rows:
         on = "".join(mark for mark, names in marks if set(row["members"]) & set(names))
-        spread = row["accuracy_spread"]
+        spread = row.get(f"{key}_spread")
         latency = units.milliseconds(row["latency_ms"]) + (
             f" in {row['runtime']}" if mixed and row["runtime"] else ""
         )
-        accuracy = units.percent(row["accuracy"]) + (
-            f" ± {100 * spread:.2f}" if spread is not None else ""
+        digits = 2 if metric.metric.share else metric.metric.digits
+        score = metric.told(row.get(key)) + (
+            f" ± {metric.scale * spread:.{digits}f}" if spread is not None else ""
         )
-        behind = units.points(row["accuracy"], best)
+        behind = metric.change(row.get(key), best)
         cells.append(
-            [row["name"], on, "failed" if row["seeds"] == 0 else accuracy, behind, units.count(row["parameters"]),
+            [row["name"], on, "failed" if row["seeds"] == 0 else score, behind, units.count(row["parameters"]),
              units.count(row["macs"]), units.count(row["file_bytes"], "B"), latency,
              *([str(row["seeds"])] if several else [])]
         )  # fmt: skip
-    header = ["Variant", "Front", "Accuracy", "To best", "Params", "MACs", "Size", "Latency"]
+    header = ["Variant", "Front", metric.title, "To best", "Params", "MACs", "Size", "Latency"]
     return Table(header=[*header, *(["Seeds"] if several else [])], rows=cells)

@@ -10,6 +10,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from fedpress.reports import units
+from fedpress.reports.metrics import Shown, words_of
 from fedpress.reports.reading import Json, records_by_stage, stages_of
 
 
@@ -27,7 +28,10 @@ def stage_table(result: Json, *, before: Json | None = None) -> Table:
     Accuracy stands with its change in percentage points, and parameters with their share, against the first stage.
     """
     stages = [*([before] if before else []), *stages_of(result)]
-    columns = [[title, *(cell(stage, stages) for stage in stages)] for title, cell in COLUMNS]
+    columns = [
+        [title or Shown.of(stages).title, *(cell(stage, stages) for stage in stages)]
+        for title, cell in COLUMNS
+    ]
     kept = [column for column in columns if column[0] == "Stage" or set(column[1:]) - {units.DASH}]
     return Table(
         header=[column[0] for column in kept],
@@ -56,7 +60,7 @@ def runtimes_told(result: Json, *, before: Json | None = None) -> str:
 
 def progress_table(records: list[Json]) -> Table:
     """Returns a row per stage that has left records: how far it came; for a run that has no result yet."""
-    rows = []
+    rows, shown = [], Shown.of(records)
     for steps in records_by_stage(records):
         last = steps[-1]
         done = last.get("round", last.get("epoch"))
@@ -67,7 +71,7 @@ def progress_table(records: list[Json]) -> Table:
             if done is None
             else f"{word} {done}" + ("" if planned is None else f" of {planned}")
         )
-        accuracy = last.get("accuracy", last.get("accuracy_restored"))
+        score = last.get(shown.key, last.get(f"{shown.key}_restored"))
         seconds = [
             x for x in (units.number(step.get("seconds")) for step in steps) if x is not None
         ]
@@ -78,27 +82,46 @@ def progress_table(records: list[Json]) -> Table:
             [
                 _name(last),
                 far,
-                units.percent(accuracy),
+                shown.told(score),
                 units.epsilon(last.get("epsilon")),
                 units.seconds(so_far),
             ]
         )
-    return Table(header=["Stage", "Came to", "Validation accuracy", "ε", "Time"], rows=rows)
+    return Table(header=["Stage", "Came to", f"Validation {shown.name}", "ε", "Time"], rows=rows)
 
 
-def accuracy_table(stages: list[Json]) -> Table:
-    """Returns a row for each stage whose test accuracy has its context: the largest class, balanced accuracy, AUC."""
+def metrics_table(stages: list[Json]) -> Table:
+    """Returns a row for each stage with all metrics of its task on the test set, the largest class among them."""
+    words = words_of(stages)
+    known = [
+        word
+        for word in words
+        if word.key != "loss" and any(units.number(s.get(word.key)) is not None for s in stages)
+    ]
+    largest = any(units.number(stage.get("majority_share")) is not None for stage in stages)
     rows = []
     for stage in stages:
-        if units.number(stage.get("balanced_accuracy")) is not None:
-            shares = [
-                units.percent(stage.get(key))
-                for key in ("accuracy", "majority_share", "balanced_accuracy")
-            ]
-            rows.append([_name(stage), *shares, _auc(stage.get("auc"))])
-    return Table(
-        header=["Stage", "Accuracy", "Largest class", "Balanced accuracy", "AUC"], rows=rows
-    )
+        if not any(units.number(stage.get(word.key)) is not None for word in known[1:]):
+            continue  # an older line has the first alone, which stands in the other table
+        cells = [Shown(word).told(stage.get(word.key)) for word in known]
+        if largest:
+            cells.insert(1, units.percent(stage.get("majority_share")))
+        rows.append([_name(stage), *cells])
+    titles = [Shown(word).title for word in known]
+    if largest:
+        titles.insert(1, "Largest class")
+    return Table(header=["Stage", *titles], rows=rows)
+
+
+def metrics_explained(stages: list[Json]) -> str:
+    """Returns in words what the columns of `metrics_table` say."""
+    said = ["On the test set."]
+    if any(units.number(stage.get("majority_share")) is not None for stage in stages):
+        said.append("Largest class: its share, which is the accuracy of always answering it.")
+    for word in words_of(stages):
+        if word.says and any(units.number(stage.get(word.key)) is not None for stage in stages):
+            said.append(f"{Shown(word).title}: {word.says}.")
+    return " ".join(said)
 
 
 def ledger_table(ledger: Json) -> Table | None:
@@ -209,21 +232,22 @@ def runtime_table(stages: list[Json]) -> Table:
 
 def comparison_table(before: Json, after: Json) -> Table:
     """Returns a row for each number of one stage: before, after, and the change or share."""
-    rows = []
-    for title, key, form in COMPARED:
+    rows, shown = [], Shown.of([after, before])
+    words = [word for word in words_of([after, before]) if word.key != "loss"]
+    metrics = [(Shown(word).title, word.key, Shown(word).told) for word in words]
+    for title, key, form in (*metrics, *COMPARED):
         old, new = units.number(before.get(key)), units.number(after.get(key))
         if key == "nonzero_parameters" and old is None and new is not None:
             old = units.number(before.get("parameters"))  # a network without zeros by design
         if old is None and new is None:
             continue
         change = ""
-        if key == "accuracy":
-            change = (
-                f"{units.points(new, old)} points" if old is not None and new is not None else ""
-            )
+        if key == shown.key and old is not None and new is not None:
+            points = " points" if shown.metric.share else ""
+            change = f"{shown.change(new, old)}{points}"
         other = key == "latency_ms" and before.get("runtime") != after.get("runtime")
         if (
-            old and new is not None and key != "accuracy" and not other
+            old and new is not None and key in COSTS and not other
         ):  # only one runtime's latencies compare
             change = f"{units.percent(new / old, 1)}"
         runtime = f" ({before.get('runtime')} → {after.get('runtime')})" if other else ""
@@ -250,12 +274,8 @@ def rich_table(result: Json) -> RichTable:
     shown = RichTable(
         box=None, header_style="bold", pad_edge=False, collapse_padding=True
     )  # fits 80 columns
-    for title in table.header:
-        wraps = title in (
-            "Stage",
-            "Accuracy",
-            "Params",
-        )  # a number and its bracket may stand in two lines
+    for at, title in enumerate(table.header):
+        wraps = at < 2 or title == "Params"  # a number and its bracket may stand in two lines
         shown.add_column(title, justify="left" if title == "Stage" else "right", no_wrap=not wraps)
     for row in table.rows:
         shown.add_row(*(Text(cell) for cell in row))  # Text: a name with [brackets] is no markup
@@ -273,9 +293,10 @@ def _first(stages: list[Json], key: str) -> float | None:
     )
 
 
-def _accuracy(stage: Json, stages: list[Json]) -> str:
-    change = units.points(stage.get("accuracy"), _first(stages, "accuracy"))
-    return units.percent(stage.get("accuracy")) + (
+def _score(stage: Json, stages: list[Json]) -> str:
+    shown = Shown.of(stages)
+    change = shown.change(stage.get(shown.key), _first(stages, shown.key))
+    return shown.told(stage.get(shown.key)) + (
         f" ({change})" if change and stage is not stages[0] else ""
     )
 
@@ -312,20 +333,12 @@ def _plain(key: str, form: Callable[[Any], str]) -> Callable[[Json, list[Json]],
     return lambda stage, stages: form(stage.get(key))
 
 
-def _auc(value: Any) -> str:
-    x = units.number(value)
-    return units.DASH if x is None else f"{x:.3f}"
-
-
 def _bytes(value: Any) -> str:
     return units.count(value, "B")
 
 
 LEFT = ("told", "left", "whole_layers", "dense_weights", "float_layers", "left_float")
 COMPARED: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("Accuracy", "accuracy", units.percent),
-    ("Balanced accuracy", "balanced_accuracy", units.percent),
-    ("AUC", "auc", _auc),
     ("Parameters", "parameters", units.count),
     ("Non-zeros", "nonzero_parameters", units.count),
     ("MACs", "macs", units.count),
@@ -333,9 +346,10 @@ COMPARED: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("Packed", "packed_file_bytes", _bytes),
     ("Latency", "latency_ms", units.milliseconds),
 )
+COSTS = tuple(key for _, key, _ in COMPARED)
 COLUMNS: tuple[tuple[str, Callable[[Json, list[Json]], str]], ...] = (
     ("Stage", lambda stage, stages: _name(stage)),
-    ("Accuracy", _accuracy),
+    ("", _score),  # its title is that of the task's metric
     ("Params", _parameters),
     ("Non-zeros", _plain("nonzero_parameters", units.count)),
     ("MACs", _plain("macs", units.count)),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from pydantic import JsonValue
 
+from fedpress.tasks.base import number
 from fedpress.training.fit import EpochRecord, Fit, Step
 from fedpress.workspace.drive import Milestone
 from fedpress.workspace.state import State
@@ -37,7 +38,7 @@ def milestone(
         "epoch": epoch.epoch,
         "epochs": epoch.epochs,
         "loss": epoch.loss,
-        "accuracy": epoch.accuracy,
+        epoch.metric: None if epoch.score is None else number(epoch.score),
         **facts,
     }
     note = f"{before}epoch {epoch.epoch}/{epoch.epochs}, loss {epoch.loss:.3f}{more}"

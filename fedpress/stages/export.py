@@ -20,7 +20,7 @@ from fedpress.errors import DataError
 from fedpress.nn.observers import Observer
 from fedpress.stages import inputs
 from fedpress.stages.base import Stage
-from fedpress.tasks.judged import JUDGED, judged
+from fedpress.tasks import Task
 from fedpress.workspace.folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
 
@@ -28,7 +28,7 @@ BATCH = 64
 APART, LOST = (
     0.02,
     0.005,
-)  # of the outputs' norm, and of the accuracy: what is more is told in words
+)  # of the outputs' norm, and of the metric (of its size, if it is no share): what is more is told in words
 
 
 class ExportStage(BaseModel, Stage):
@@ -105,14 +105,14 @@ class ExportStage(BaseModel, Stage):
             chance = generator(state.seed, "export", "noise")
             x = state.spec.example(self.parity_examples, chance)
         same = deploy.parity(artifact.program or model, path, x, tolerance=artifact.tolerance)
-        simulated, got = deploy.logits(model, x), deploy.file_logits(path, x)
-        apart = float((got - simulated).norm() / simulated.norm().clamp_min(1e-30))
-        yield Tick(2, 4, "measuring accuracy")
-        share, beside = None, dict[str, Any](dict.fromkeys(JUDGED))
+        in_torch, got = deploy.logits(model, x), deploy.file_logits(path, x)
+        agree = state.data.task.agreement(in_torch, got) if in_torch.dim() > 1 else 1.0
+        apart = float((got - in_torch).norm() / in_torch.norm().clamp_min(1e-30))
+        task = state.data.task
+        yield Tick(2, 4, f"measuring {task.words[0].name}")
+        metrics = dict[str, Any](dict.fromkeys(task.keys))
         if len(test):
-            answers = deploy.answers(path, test.x, state.data.preprocess)
-            share = int((answers.argmax(1) == test.y).sum()) / len(test)
-            beside = judged(answers, test.y, state.data.class_names)
+            metrics |= deploy.metrics(path, test, state.data.preprocess, task)
         yield Tick(3, 4, "measuring latency")
         time = deploy.latency(path, x[:1])
         yield Tick(4, 4)
@@ -121,8 +121,8 @@ class ExportStage(BaseModel, Stage):
             "format": self.format,
             "int8": self.int8,
             "file_bytes": artifact.file_bytes,
-            "accuracy": share,
-            **beside,
+            "task": task.kind,
+            **metrics,
             "latency_ms": time.median_ms,
             "latency_p10_ms": time.p10_ms,
             "latency_p90_ms": time.p90_ms,
@@ -132,14 +132,16 @@ class ExportStage(BaseModel, Stage):
             "parity": {
                 "max_abs_error": same.max_abs_error,
                 "relative_error": same.relative_error,
-                "same_argmax_share": same.same_argmax_share,
-                "same_argmax_as_model": deploy.agreement(simulated, got),
+                "same_argmax_share": None if agree is None else same.same_argmax_share,
+                "same_argmax_as_model": agree,
                 "relative_error_of_model": apart,
                 "examples": same.examples,
                 "conditions": same.conditions,
             },
         }
-        if words := _difference(apart, share, state.accuracy, simulated=bool(state.spec.quantized)):
+        simulated = bool(state.spec.quantized)
+        words = _difference(apart, task, metrics[task.primary], state.score, simulated=simulated)
+        if words:
             facts["told"] = {path.name: words}
         return replace(state, model=model, facts=facts)
 
@@ -149,7 +151,7 @@ class ExportStage(BaseModel, Stage):
         job = Job(
             input_shape=state.spec.input_shape,
             preprocess=state.data.preprocess,
-            metadata={"class_names": json.dumps(state.data.class_names)},
+            metadata=_metadata(state),
             batches=self._batches(state, few=few) if self.int8 else (),
             observer=self.observer,
             weight_bits=self.weight_bits,
@@ -170,13 +172,27 @@ class ExportStage(BaseModel, Stage):
         return state.data.preprocess(taken.x).split(BATCH)
 
 
-def _difference(apart: float, file: float | None, model: float | None, *, simulated: bool) -> str:
+def _metadata(state: State) -> dict[str, str]:
+    """Returns what the file says of its outputs."""
+    about = state.data.task.about()
+    return {
+        "class_names": json.dumps(state.data.class_names),
+        **({"task": json.dumps(about)} if about else {}),
+    }
+
+
+def _difference(
+    apart: float, task: Task, file: float | None, model: float | None, *, simulated: bool
+) -> str:
     """Says how far the file is from the network in torch; empty where that is too little to speak of."""
-    lost = 0.0 if file is None or model is None else model - file
-    if apart <= APART and abs(lost) <= LOST:
+    word = task.words[0]
+    lost = 0.0 if file is None or model is None else abs(model - file)
+    if model and not word.share:
+        lost /= abs(model)
+    if apart <= APART and lost <= LOST:
         return ""
     whose = "the network simulated in torch" if simulated else "the network in torch"
     words = f"its outputs are {100 * apart:.1f}% off those of {whose}"
     if file is not None and model is not None:
-        words += f"; accuracy {100 * file:.2f}% against {100 * model:.2f}%"
+        words += f"; {word.name} {word.told(file)} against {word.told(model)}"
     return words

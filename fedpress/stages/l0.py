@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, JsonValue, model_validator
 from torch import Tensor, nn
 
@@ -131,7 +130,12 @@ class L0Stage(TrainSettings, Stage):
         """
         ignored(state.model, self.ignore, "l0.ignore")
         check_training(
-            state.model, self, state.data.public, state.data.validation, state.data.preprocess
+            state.model,
+            self,
+            state.data.public,
+            state.data.validation,
+            state.data.preprocess,
+            state.data.task,
         )
         if state.spec.quantized:
             raise RecipeError(
@@ -266,7 +270,14 @@ class GatedTraining:
 
     def __init__(self, stage: L0Stage, state: State, gates: Gates, seed: int) -> None:
         self.stage, self.source, self.gates, self.seed = stage, state, gates, seed
-        self.fit = Fit(state.model, stage, seed=seed, objective=self.loss, sparse=state.spec.sparse)
+        self.fit = Fit(
+            state.model,
+            stage,
+            task=state.data.task,
+            seed=seed,
+            objective=self.loss,
+            sparse=state.spec.sparse,
+        )
         whole_training = steps_of(stage.epochs, stage.batch_size, state)
         steps = max(1, round(stage.until * whole_training))
         self.steps, self.done = steps, 0
@@ -294,9 +305,9 @@ class GatedTraining:
                 yield milestone(event, more=more, expected_density=density, lambda_=self.pull)
 
     def loss(self, model: nn.Module, x: Tensor, logits: Tensor, y: Tensor) -> Tensor:
-        """The cross-entropy and what the controller makes of the expected density."""
+        """The task's loss and what the controller makes of the expected density."""
         loss, density = (
-            F.cross_entropy(logits, y, label_smoothing=self.stage.label_smoothing),
+            self.fit.task.loss(logits, y),
             self.gates.density(),
         )
         if self.controller is None:

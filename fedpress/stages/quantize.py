@@ -138,7 +138,12 @@ class QuantizeStage(TaughtSettings, Stage):
         ignored(state.model, self.ignore, "quantize.ignore")
         if self.epochs:
             check_training(
-                state.model, self, state.data.public, state.data.validation, state.data.preprocess
+                state.model,
+                self,
+                state.data.public,
+                state.data.validation,
+                state.data.preprocess,
+                state.data.task,
             )
             self.objective(state, 0)
         if self._looks_at_data():

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, JsonValue, model_validator
 from torch import Tensor, nn
 
@@ -182,7 +181,12 @@ class SparsifyStage(TrainSettings, Stage):
         """
         ignored(state.model, self.ignore, "sparsify.ignore")
         check_training(
-            state.model, self, state.data.public, state.data.validation, state.data.preprocess
+            state.model,
+            self,
+            state.data.public,
+            state.data.validation,
+            state.data.preprocess,
+            state.data.task,
         )
         if self.score in FROM_DATA or self.scope == "sensitivity":
             calibration(state, self.calibration, 0)
@@ -219,7 +223,7 @@ class SparsifyStage(TrainSettings, Stage):
         ]
         folder.record(layers=layers)
         for point in work.points:
-            folder.record(sensitivity=asdict(point))
+            folder.record(sensitivity=point.line(state.data.task.primary))
         facts = _facts(model, work.weights, work.masks)
         return replace(state, spec=_spec(state, work.masks), model=model, facts=facts)
 
@@ -297,7 +301,9 @@ class MaskedTraining:
 
     def __init__(self, stage: SparsifyStage, state: State, seed: int) -> None:
         self.stage, self.source, self.data, self.seed = stage, state, state.data, seed
-        self.fit = Fit(state.model, stage, seed=seed, sparse=state.spec.sparse)
+        self.fit = Fit(
+            state.model, stage, task=state.data.task, seed=seed, sparse=state.spec.sparse
+        )
         self.weights = stage.weights(self.fit.model, state)
         self.density = stage.target(self.weights)
         self.within = _within(self.fit.model, state, self.weights)
@@ -370,10 +376,10 @@ class MaskedTraining:
         self.keep_(self.stage.choose(self.weights.chosen, scores, density, self.masks, self.points))
 
     def measure(self) -> tuple[float, float]:
-        """Returns the loss and the accuracy on public examples."""
+        """Returns the loss and the primary metric on public examples."""
         some = calibration(self.source, min(self.stage.calibration, SENSITIVITY), self.seed)
-        found = evaluate(self.fit.model, some, self.data.preprocess)
-        return found.loss, found.accuracy
+        found = evaluate(self.fit.model, some, self.data.preprocess, self.data.task)
+        return found.loss, found.score
 
     def regrow_(self, share: float, step: int) -> None:
         """Moves `share` of each layer's weights to where a fresh batch wants them; they start at 0 without momentum."""
@@ -411,7 +417,7 @@ class MaskedTraining:
         prepare: Preprocess = self.data.preprocess
         for x, y in examples.batches(batch):
             at = device()
-            yield F.cross_entropy(self.fit.model(prepare(x.to(at))), y.to(at))
+            yield self.data.task.loss(self.fit.model(prepare(x.to(at))), y.to(at))
 
     def restore_norms_(self) -> None:
         """Takes the statistics of batch norms anew: averaged ones (`ema`) are those of a network with fewer zeros.
@@ -438,7 +444,7 @@ class MaskedTraining:
         self.fit.load_(dict(tensors))
         self.taken_up = True
         self.round, self.early = facts["round"], part_of(tensors, "early/")
-        self.points = [Point(**point) for point in facts["points"]]
+        self.points = [Point.of(point) for point in facts["points"]]
         masks = part_of(tensors, "mask/")
         self.keep_({name: mask.to(device()) for name, mask in masks.items()})
         if self.movement:

@@ -65,8 +65,10 @@ class TaughtSettings(TrainSettings):
         learns = place_(student if student is not None else state.model)
         examples = data.preprocess(data.public.x[:64].to(device()))
         context = partial(autocast, teacher, self.precision)
-        return Distillation(teacher, learns, self.distill, examples, label_smoothing=self.label_smoothing,
-                            context=context, seed=seed)  # fmt: skip
+        task = data.task.smoothed(self.label_smoothing)
+        return Distillation(
+            teacher, learns, self.distill, examples, task, context=context, seed=seed
+        )
 
 
 class Training:
@@ -85,6 +87,7 @@ class Training:
         self.fit = Fit(
             model,
             settings,
+            task=state.data.task,
             seed=seed,
             objective=lesson,
             helpers=lesson.helpers if lesson else None,
@@ -98,8 +101,8 @@ class Training:
                 if isinstance(event, Step):
                     yield Tick(event.done, event.total)
                     continue
-                found = event.accuracy
-                more = "" if found is None else f", validation {found:.2%}"
+                told = self.source.data.task.told(event.score)
+                more = "" if event.score is None else f", validation {told}"
                 yield milestone(event, more=more, image_size=event.image_size)
 
     def state(self) -> Snapshot:

@@ -51,7 +51,7 @@ class TrainStage(TaughtSettings, Stage):
             RecipeError: if there is no such teacher.
         """
         data = state.data
-        check_training(state.model, self, data.public, data.validation, data.preprocess)
+        check_training(state.model, self, data.public, data.validation, data.preprocess, data.task)
         self.objective(state, 0)
         examples = len(data.public)
         return state, {

@@ -89,6 +89,26 @@ def make(given: str | Mapping[str, Any], names: tuple[str, ...], public: Tensor)
         raise RecipeError(f"data.task: {row.kind} does not take these options: {error}") from error
 
 
+def of_model(about: Mapping[str, Any], class_names: tuple[str, ...]) -> Task:
+    """Returns the task that a saved model was trained for.
+
+    Args:
+        about: `ModelSpec.task`, what `Task.about` gave; empty for a classification.
+        class_names: `ModelSpec.class_names`.
+
+    Raises:
+        RecipeError: if this version does not know it.
+    """
+    options = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in about.items()
+        if key not in ("kind", "names")
+    }
+    row = find(str(about.get("kind", Classification.kind)))
+    names = tuple(about.get("names", class_names))
+    return replace(row(names), **options)  # type: ignore[call-arg, type-var]
+
+
 def task_of(line: Mapping[str, Any]) -> type[Task]:
     """Returns the task of a line of `result.json`; lines of version 0.1.0, which name none, are of classifications."""
     return TASKS.get(str(line.get("task")), Classification)
@@ -109,5 +129,6 @@ __all__ = [
     "kind_of",
     "make",
     "merged",
+    "of_model",
     "task_of",
 ]

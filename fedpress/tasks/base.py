@@ -32,6 +32,7 @@ class Metric:
         better: which values are good ones.
         share: whether it is a share (0..1) that people read in percent.
         digits: after the point, where it is no share.
+        says: for the report: what it says, in words.
     """
 
     key: str
@@ -39,6 +40,17 @@ class Metric:
     better: Literal["higher", "lower"] = "higher"
     share: bool = False
     digits: int = 3
+    says: str = ""
+
+    def told(self, value: float | None) -> str:
+        """Returns a value as people read it.
+
+        >>> Metric("accuracy", "accuracy", share=True).told(0.9712), Metric("mae", "MAE", "lower").told(12.3456)
+        ('97.12%', '12.346')
+        """
+        if value is None or math.isnan(value):
+            return "–"
+        return f"{value:.2%}" if self.share else f"{value:.{self.digits}f}"
 
 
 class Task(ABC):
@@ -49,6 +61,9 @@ class Task(ABC):
         targets: what the data must give.
         words: the metrics that people see, the most important one first: choices are made by that.
         beside: further keys that `summary` gives.
+        primary: the key of the first of `words`: patience, `target_metric`, sweep and report go by it.
+        higher_is_better: whether a larger value of it is better.
+        keys: all that `summary` gives.
         names: of the classes, or of the numbers that are predicted.
     """
 
@@ -57,6 +72,17 @@ class Task(ABC):
     words: ClassVar[tuple[Metric, ...]]
     beside: ClassVar[tuple[str, ...]] = ()
     names: tuple[str, ...]
+
+    primary: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+    keys: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls) -> None:
+        """Reads from `words` by which metric models are compared, in which direction, and what `summary` gives."""
+        super().__init_subclass__()
+        cls.primary = cls.words[0].key
+        cls.higher_is_better = cls.words[0].better == "higher"
+        cls.keys = (*(word.key for word in cls.words if word.key != "loss"), *cls.beside)
 
     @classmethod
     def fit(cls, names: tuple[str, ...], public: Tensor) -> Task:
@@ -70,14 +96,14 @@ class Task(ABC):
         return cls(names)  # type: ignore[call-arg]
 
     @property
-    def primary(self) -> str:
-        """The key of the metric by which models are compared: patience, `target_metric`, sweep and report use it."""
-        return self.words[0].key
+    def worst(self) -> float:
+        """The value that any other one is better than."""
+        return -math.inf if self.higher_is_better else math.inf
 
-    @property
-    def higher_is_better(self) -> bool:
-        """Whether a larger value of the primary metric is better."""
-        return self.words[0].better == "higher"
+    @classmethod
+    def told(cls, score: float | None) -> str:
+        """Returns a value of the primary metric as people read it: `97.12%`, or `12.3`."""
+        return cls.words[0].told(score)
 
     def better(self, new: float | None, old: float | None) -> bool:
         """Says whether `new` is a better value of the primary metric than `old`; any number is better than none."""
@@ -123,16 +149,14 @@ class Task(ABC):
         value = self.summary(sums)[self.primary]
         return float(value) if isinstance(value, int | float) else math.nan
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """All keys that `summary` gives."""
-        told = tuple(word.key for word in self.words if word.key != "loss")
-        return (*told, *self.beside)
-
     def soft_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """Returns how far the outputs [n, ...] are from those of a teacher: their mean squared difference here."""
         del temperature
         return (outputs - teacher).square().mean()
+
+    def agreement(self, first: Tensor, second: Tensor) -> float | None:
+        """Returns the share of examples to which two networks give the same answer; None where answers are numbers."""
+        return None
 
     def smoothed(self, amount: float) -> Task:
         """Returns the task with label smoothing.
@@ -158,8 +182,8 @@ class Task(ABC):
         if got != [len(targets), self.outputs]:
             of_one = got[1:] if isinstance(got, list) else got
             raise ModelError(
-                f"gives outputs {of_one} for one example, expected {self.expected}; "
-                f"make it return {self.outputs} numbers"
+                f"gives outputs {of_one} for one example, expected {self.expected}",
+                cure=f"make it return {self.outputs} numbers",
             )
 
     @property
@@ -174,6 +198,17 @@ class Task(ABC):
             DataError: saying what was expected.
         """
         check_numbers(targets, len(self.names), self.kind)
+
+    def made_up(self, n: int, like: Tensor) -> Tensor:
+        """Returns `n` valid targets of the shape and type of `like` [m, ...], to try a network before private data."""
+        shape = (n, *like.shape[1:])
+        if self.targets == "classes":
+            each = torch.arange(n) % len(self.names)
+        elif self.targets == "flags":
+            each = torch.arange(n) % 2
+        else:
+            each = torch.linspace(0, 1, n)
+        return each.to(like.dtype).reshape(n, *[1] * (like.dim() - 1)).expand(shape).contiguous()
 
     def about(self) -> dict[str, JsonValue]:
         """Returns what a device must know to read the outputs, as JSON: the kind and the names at least."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedpress.errors import DataError
 from fedpress.tasks.base import Metric, Reduction, Sums, Task, number
-from fedpress.tasks.classification import Classification
+from fedpress.tasks.classification import CALIBRATION_SAYS, Classification
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,15 @@ class Binary(Task):
     kind = "binary"
     targets = "classes"
     words = (
-        Metric("auc", "AUC"),
+        Metric(
+            "auc",
+            "AUC",
+            says="how often a case of class 1 ranks above one of class 0; 0.5 is chance",
+        ),
         Metric("accuracy", "accuracy", share=True),
         Metric("balanced_accuracy", "balanced accuracy", share=True),
         Metric("f1", "F1"),
-        Metric("calibration_error", "calibration error", "lower"),
+        Metric("calibration_error", "calibration error", "lower", says=CALIBRATION_SAYS),
         Metric("loss", "log loss", "lower"),
     )
     beside = ("majority_share", "accuracy_warning", "accuracy_error", "confusion")
@@ -59,6 +63,11 @@ class Binary(Task):
         """Returns T^2 KL(teacher || student) of the two probabilities softened by T."""
         return Classification(self.names).soft_loss(_both(outputs), _both(teacher), temperature)
 
+    def agreement(self, first: Tensor, second: Tensor) -> float | None:
+        """Returns the share of equal answers at the threshold."""
+        border = math.log(self.threshold / (1 - self.threshold))
+        return ((first >= border) == (second >= border)).float().mean().item()
+
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
         """Returns the counts of a classification of two classes; those of its answers are at the threshold."""
         logits = _both(outputs.detach().double())
@@ -76,6 +85,10 @@ class Binary(Task):
         touched = sums["labels"][1] + sums["answers"][1]
         f1 = number(2 * sums["right"][1] / touched)
         return {"auc": found.pop("auc"), **found, "f1": f1}
+
+    def about(self) -> dict[str, JsonValue]:
+        """Returns the names, and the threshold of the answer."""
+        return {**super().about(), "threshold": self.threshold}
 
     def check_targets(self, targets: Tensor) -> None:
         """Refuses targets that are not 0 or 1."""

@@ -24,6 +24,10 @@ MOST_CONFUSED = 50
 """Classes up to which the confusion matrix is kept."""
 
 
+AUC_SAYS = "of class 1 where there are two classes, else the mean over the classes; 0.5 is chance"
+CALIBRATION_SAYS = "how far the model's confidence is from its accuracy, on average"
+
+
 @dataclass(frozen=True)
 class Classification(Task):
     """One class of `names`: targets int64 [n] or [n, ...], outputs are logits [n, classes] or [n, classes, ...].
@@ -45,17 +49,23 @@ class Classification(Task):
     targets = "classes"
     words = (
         Metric("accuracy", "accuracy", share=True),
-        Metric("balanced_accuracy", "balanced accuracy", share=True),
-        Metric("macro_f1", "macro F1"),
-        Metric("auc", "AUC"),
-        Metric("calibration_error", "calibration error", "lower"),
+        Metric(
+            "balanced_accuracy",
+            "balanced accuracy",
+            share=True,
+            says="the mean over the classes of their shares of right answers",
+        ),
+        Metric("auc", "AUC", says=AUC_SAYS),
+        Metric("macro_f1", "macro F1", says="the mean over the classes of their F1"),
+        Metric("calibration_error", "calibration error", "lower", says=CALIBRATION_SAYS),
         Metric("loss", "log loss", "lower"),
     )
     beside = ("majority_share", "accuracy_warning", "accuracy_error", "confusion")
 
     def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
         """Returns the cross-entropy in nats; that of an example with several positions is the mean over these."""
-        outputs = outputs.float()
+        if outputs.dtype != torch.float32:  # no step without need in a program that a device runs
+            outputs = outputs.float()
         smoothing = self.label_smoothing
         if targets.dim() == 1:
             return F.cross_entropy(outputs, targets, reduction=reduction, label_smoothing=smoothing)
@@ -73,6 +83,10 @@ class Classification(Task):
         positions = math.prod(outputs.shape[2:])
         divergence = F.kl_div(soft, target, reduction="batchmean", log_target=True)
         return divergence * temperature**2 / positions
+
+    def agreement(self, first: Tensor, second: Tensor) -> float | None:
+        """Returns the share of equal largest logits."""
+        return (first.argmax(1) == second.argmax(1)).float().mean().item()
 
     def smoothed(self, amount: float) -> Classification:
         """Returns the task with label smoothing."""
@@ -178,6 +192,10 @@ class Classification(Task):
             return f"{measured} accuracy the model is no better than {always}"
         return None
 
+    def about(self) -> dict[str, JsonValue]:
+        """Returns nothing: files name the classes of a classification by themselves."""
+        return {}
+
     def check(self, outputs: object, targets: Tensor) -> None:
         """Refuses outputs that are no logits of these classes, and targets that are no class numbers."""
         self.check_targets(targets)
@@ -191,8 +209,8 @@ class Classification(Task):
                 f"gives outputs {of_one} for one example, not [classes] as a classifier does, and accuracy needs one"
             )
         raise ModelError(
-            f"gives outputs {of_one} for one example but the data has {len(self.names)} classes; "
-            f"make it return {len(self.names)} numbers"
+            f"gives outputs {of_one} for one example but the data has {len(self.names)} classes",
+            cure=f"make it return {len(self.names)} numbers",
         )
 
     def check_targets(self, targets: Tensor) -> None:

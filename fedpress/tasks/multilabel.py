@@ -45,6 +45,10 @@ class Multilabel(Task):
         loss = F.binary_cross_entropy_with_logits(outputs / temperature, soft)
         return loss * temperature**2
 
+    def agreement(self, first: Tensor, second: Tensor) -> float | None:
+        """Returns the share of examples with the same labels."""
+        return ((first > 0) == (second > 0)).all(1).float().mean().item()
+
     def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
         """Returns the states of torchmetrics' F1 and exact match, and counts for the AUC and the warning."""
         logits, flags = outputs.detach().double(), targets.long()
@@ -89,5 +93,6 @@ class Multilabel(Task):
         check_numbers(targets, len(self.names), self.kind)
         if targets.dim() != 2 or not bool(((targets == 0) | (targets == 1)).all()):
             raise DataError(
-                f"targets of multilabel: expected 0 or 1 for each of {len(self.names)} labels, float32 [n, labels]"
+                f"some targets are not 0 or 1 for each of {len(self.names)} labels",
+                cure="give float32 [n, labels]",
             )

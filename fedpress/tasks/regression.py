@@ -39,10 +39,19 @@ class Regression(Task):
     kind = "regression"
     targets = "numbers"
     words = (
-        Metric("mae", "MAE", "lower"),
-        Metric("rmse", "RMSE", "lower"),
-        Metric("r2", "R²"),
-        Metric("mae_of_mean", "MAE of the mean", "lower"),
+        Metric("mae", "MAE", "lower", says="the mean absolute error, in the units of the targets"),
+        Metric("rmse", "RMSE", "lower", says="the root of the mean squared error"),
+        Metric(
+            "r2",
+            "R²",
+            says="the share of the variance that is explained; 0 is what the mean of the test set gets",
+        ),
+        Metric(
+            "mae_of_mean",
+            "MAE of the mean",
+            "lower",
+            says="that of always answering the public mean",
+        ),
         Metric("loss", "loss", "lower"),
     )
     beside = ("mae_warning",)

@@ -9,6 +9,7 @@ from fedpress.core.examples import Arrays, Preprocess, resized
 from fedpress.errors import TrainingError
 from fedpress.nn.batch_norm import ONE_VALUE, BatchNorm, averages_batches
 from fedpress.nn.resize import copied
+from fedpress.tasks import Task
 from fedpress.training.evaluate import evaluate
 from fedpress.training.settings import TrainSettings
 
@@ -23,17 +24,20 @@ def check_training(
     train: Arrays,
     validation: Arrays,
     preprocess: Preprocess,
+    task: Task,
 ) -> None:
     """Finds what would stop a training of `model` later on: no examples, no validation set, wrong image sizes, no norm.
 
     Raises:
         TrainingError: saying which setting does not fit.
+        RecipeError: if the task does not know label smoothing.
     """
+    task.smoothed(settings.label_smoothing)
     if settings.epochs:
         _check_examples(model, settings, train, validation, preprocess)
         if not any(p.requires_grad for p in model.parameters()):
             raise TrainingError(NOTHING_TO_TRAIN)
-    _check_image_sizes(model, settings, train, preprocess)
+    _check_image_sizes(model, settings, train, preprocess, task)
 
 
 def _check_examples(
@@ -66,7 +70,7 @@ def _check_examples(
 
 
 def _check_image_sizes(
-    model: nn.Module, settings: TrainSettings, train: Arrays, preprocess: Preprocess
+    model: nn.Module, settings: TrainSettings, train: Arrays, preprocess: Preprocess, task: Task
 ) -> None:
     for side, _ in settings.image_sizes:
         if train.x.dim() != 4 or side > min(train.x.shape[2:]):
@@ -76,7 +80,7 @@ def _check_image_sizes(
             )
         two = Arrays(resized(train.x[:2], side), train.y[:2])
         try:
-            evaluate(model, two, preprocess)
+            evaluate(model, two, preprocess, task)
         except RuntimeError as error:
             raise TrainingError(
                 f"train: the model cannot take images of {side} pixels ({str(error).splitlines()[0]}); "

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
+from pydantic import JsonValue
 from torch import Tensor, nn
 
 from fedpress.core.examples import Arrays, Preprocess
 from fedpress.errors import TrainingError
 from fedpress.nn.batch_norm import ONE_VALUE
+from fedpress.tasks import Sums, Task, merged
 from fedpress.training.device import Precision, autocast, memory_format
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Share of right answers (0..1) and mean cross-entropy in nats over `examples`.
+    """What a model is worth on `examples`.
 
-    `logits` [examples, classes] are what the model gave, on the CPU; None unless they were asked for.
+    Attributes:
+        score: its primary metric (see `Task.primary`), NaN where that is not defined.
+        loss: the mean of the examples' losses.
+        examples: how many there were.
+        metrics: all that the task measures, by key; empty unless asked for.
     """
 
-    accuracy: float
+    score: float
     loss: float
     examples: int
-    logits: Tensor | None = None
+    metrics: Mapping[str, JsonValue] = field(default_factory=dict)
 
 
 @contextmanager
@@ -45,14 +51,22 @@ def evaluate(
     model: nn.Module,
     arrays: Arrays,
     preprocess: Preprocess,
+    task: Task,
     *,
     precision: Precision = "float32",
     batch_size: int = 500,
-    keep_logits: bool = False,
+    all_metrics: bool = False,
 ) -> Evaluation:
-    """Measures accuracy and loss of `model` on `arrays`; the modes of its modules are left as they were.
+    """Measures `model` on `arrays`; the modes of its modules are left as they were.
 
-    With `keep_logits` what the model gave comes with them.
+    Args:
+        model: any network for the task.
+        arrays: the examples.
+        preprocess: from these to the network's input.
+        task: says what is measured.
+        precision: of the forward passes.
+        batch_size: examples that run together.
+        all_metrics: whether to measure all metrics of the task, or the primary one and the loss alone.
 
     Raises:
         TrainingError: if there are no examples.
@@ -61,19 +75,29 @@ def evaluate(
         raise TrainingError(
             "evaluate: there are no examples to measure on; give the data set a test part"
         )
-    right, loss = 0, 0.0
-    kept: list[Tensor] = []
+    loss = 0.0
+    sums: list[Sums] = []
     at = next((p.device for p in model.parameters()), torch.device("cpu"))
     with evaluating(model), torch.inference_mode(), autocast(model, precision):
         for x, y in zip(arrays.x.split(batch_size), arrays.y.split(batch_size), strict=True):
             inputs = preprocess(x.to(at)).contiguous(memory_format=memory_format(x, model))
-            logits = outputs(model, inputs).float()
-            right += int((logits.argmax(1) == y.to(at)).sum())
-            loss += float(F.cross_entropy(logits, y.to(at), reduction="sum"))
-            if keep_logits:
-                kept.append(logits.cpu())
+            found = outputs(model, inputs).float()
+            loss += float(task.loss(found, y.to(at), reduction="sum"))
+            if all_metrics:
+                sums.append(task.metrics(found.cpu(), y.cpu()))
+            else:
+                sums.append(task.score_sums(found, y.to(at)))
+    total = merged(*sums)
+    mean_loss = loss / len(arrays)
+    if not all_metrics:
+        return Evaluation(task.score(total), mean_loss, len(arrays))
+    metrics = task.summary(total)
+    score = metrics[task.primary]
     return Evaluation(
-        right / len(arrays), loss / len(arrays), len(arrays), torch.cat(kept) if kept else None
+        float(score) if isinstance(score, int | float) else math.nan,
+        mean_loss,
+        len(arrays),
+        metrics,
     )
 
 

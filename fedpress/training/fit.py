@@ -7,7 +7,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -16,6 +15,7 @@ from fedpress.core.parameters import part_of
 from fedpress.core.random import derive, generator
 from fedpress.errors import DivergedError
 from fedpress.nn.quantized import kept_entries
+from fedpress.tasks import Task
 from fedpress.training.augment import augment
 from fedpress.training.checks import batch_norm_scales, check_training
 from fedpress.training.device import autocast, device, memory_format, place_
@@ -25,17 +25,18 @@ from fedpress.training.schedule import one_cycle
 from fedpress.training.settings import TrainSettings
 
 Objective = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
-"""The loss of a step, from the model, its prepared input [n, ...], its float32 logits [n, classes], the labels [n]."""
+"""The loss of a step, from the model, its prepared input [n, ...], its float32 outputs, the targets (each [n, ...])."""
 
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What one epoch did: training loss, and accuracy on the validation set (None without one)."""
+    """What one epoch did: training loss, and the `score` by the `metric` on the validation set (None without one)."""
 
     epoch: int
     epochs: int
     loss: float
-    accuracy: float | None
+    score: float | None
+    metric: str
     image_size: int | None
 
 
@@ -55,8 +56,9 @@ class Fit:
     Args:
         model: trained in place.
         settings: how.
+        task: what is learned; its loss has the settings' label smoothing.
         seed: of order, augmentation and dropout.
-        objective: the loss; cross-entropy with the settings' label smoothing by default.
+        objective: another loss in the place of the task's.
         helpers: what the objective trains besides and nobody keeps: its parameters go to the same optimizer.
         sparse: names of parameters whose zeros stay zero (see `ModelSpec.sparse`).
     """
@@ -66,13 +68,15 @@ class Fit:
         model: nn.Module,
         settings: TrainSettings,
         *,
+        task: Task,
         seed: int,
         objective: Objective | None = None,
         helpers: nn.Module | None = None,
         sparse: Sequence[str] = (),
     ) -> None:
         self.model, self.settings, self.seed = place_(model), settings, seed
-        self.objective = objective or self._cross_entropy
+        self.objective = objective or self._task_loss
+        self.task = task.smoothed(settings.label_smoothing)
         self.helpers = (helpers or nn.Module()).to(device())
         weights = dict(model.named_parameters(remove_duplicate=False))
         self.zeros = [(weights[name], ~kept) for name, kept in kept_entries(model, sparse).items()]
@@ -84,7 +88,7 @@ class Fit:
             )
         self.optimizers = Optimizers(self.model, self.helpers, settings)
         self.epoch = 0
-        self.best = (-1.0, -1)
+        self.best = (self.task.worst, -1)
         self.best_weights: dict[str, Tensor] = {}
 
     def result_(self) -> nn.Module:
@@ -121,7 +125,7 @@ class Fit:
             TrainingError: if the settings do not fit the data (see `check_training`).
             DivergedError: if the loss or a weight is not finite.
         """
-        check_training(self.model, self.settings, train, validation, preprocess)
+        check_training(self.model, self.settings, train, validation, preprocess, self.task)
         train = Arrays(train.x.to(device()), train.y.to(device()))
         side, images = None, train.x
         while not self.finished:
@@ -129,22 +133,30 @@ class Fit:
             if now != side:
                 side, images = now, train.x if now is None else resized(train.x, now)
             loss = yield from self._epoch(Arrays(images, train.y), preprocess)
-            accuracy = None
+            score = None
             if len(validation):
                 small = Arrays(resized(validation.x, side), validation.y) if side else validation
-                accuracy = evaluate(
-                    self._current(), small, preprocess, precision=self.settings.precision
-                ).accuracy
-                self._remember_(accuracy, full_size=side is None)
+                score = evaluate(
+                    self._current(),
+                    small,
+                    preprocess,
+                    self.task,
+                    precision=self.settings.precision,
+                ).score
+                self._remember_(score, full_size=side is None)
             self.epoch += 1
             size = images.shape[-1] if images.dim() == 4 else None
-            yield EpochRecord(self.epoch, self.settings.epochs, loss, accuracy, size)
+            yield EpochRecord(
+                self.epoch, self.settings.epochs, loss, score, self.task.primary, size
+            )
 
-    def _remember_(self, accuracy: float, *, full_size: bool) -> None:
+    def _remember_(self, score: float, *, full_size: bool) -> None:
         """Keeps the best epoch; under patience only those at full size count, the others do not compare."""
-        if accuracy <= self.best[0] or (self.settings.patience and not full_size):
+        if self.settings.patience and not full_size:
             return
-        self.best = (accuracy, self.epoch)
+        if not self.task.better(score, self.best[0]):
+            return
+        self.best = (score, self.epoch)
         if self.settings.patience:
             self.best_weights = {k: v.clone() for k, v in self._current().state_dict().items()}
 
@@ -206,8 +218,8 @@ class Fit:
             self.average.update_parameters(self.model)
         return float(loss.detach())
 
-    def _cross_entropy(self, model: nn.Module, x: Tensor, logits: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(logits, y, label_smoothing=self.settings.label_smoothing)
+    def _task_loss(self, model: nn.Module, x: Tensor, outputs: Tensor, y: Tensor) -> Tensor:
+        return self.task.loss(outputs, y)
 
     def state(self) -> dict[str, Tensor]:
         """Returns all that a later `load_` needs, as named tensors; they are the living ones, so save or copy them."""

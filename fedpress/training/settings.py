@@ -51,7 +51,7 @@ class TrainSettings(BaseModel):
     patience: int = Field(
         default=0,
         ge=0,
-        description="stop after so many full-size epochs without a better validation accuracy; 0 = never",
+        description="stop after so many full-size epochs without a better metric on the validation set; 0 = never",
     )
     precision: Precision = "auto"
 

@@ -26,7 +26,7 @@ Json = Mapping[str, JsonValue]
 PROGRESS = "progress.safetensors"
 INPUTS = "inputs.json"
 """In artifacts/: how raw rows of a table become the inputs of the files there."""
-NEEDED = ("kind", "name", "seconds", "accuracy", "parameters")
+NEEDED = ("kind", "name", "seconds", "parameters")
 """What the line of a finished stage has at least."""
 UNLISTED = (PROGRESS, "result.json")
 """Files of a stage whose checksums are listed when they are written."""

@@ -23,9 +23,10 @@ Loader = Callable[[], tuple[ModelSpec, nn.Module]]
 class State:
     """The model with its spec, the data, and the privacy spent so far.
 
-    `accuracy` is that on the test set after the last stage, None before the first; `facts` are what the last stage adds
-    to its line of the result (for instance `bytes_up`); `dense` is the parameter count before any pruning; `parent`
-    loads the model as it was before the first stage that made it smaller, None before such a stage.
+    `score` is the task's primary metric on the test set after the last stage, None before the first; `facts` are
+    what the last stage adds to its line of the result (for instance `bytes_up`); `dense` is the parameter count before
+    any pruning; `parent` loads the model as it was before the first stage that made it smaller, None before such a
+    stage.
     """
 
     spec: ModelSpec
@@ -34,7 +35,7 @@ class State:
     seed: int
     dense: int
     ledger: Ledger | None = None
-    accuracy: float | None = None
+    score: float | None = None
     facts: Mapping[str, JsonValue] = field(default_factory=dict)
     parent: Loader | None = None
 

@@ -170,7 +170,7 @@ GUESSER |= {
 def test_the_end_of_a_run_says_what_its_accuracy_is_worth():
     def ended(*stages) -> str:
         out = io.StringIO()
-        terminal.show_accuracy(
+        terminal.show_metrics(
             Console(file=out, width=80, color_system=None), {"stages": list(stages)}
         )
         return out.getvalue()

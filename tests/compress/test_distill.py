@@ -14,15 +14,16 @@ from fedpress.compress.distill import (
     attention_loss,
     attention_map,
     feature_loss,
-    logit_loss,
     outputs,
 )
 from fedpress.errors import TrainingError
 from fedpress.models.plain import MLP
 from fedpress.models.resnet import resnet_small
+from fedpress.tasks import Classification
 from fedpress.training.fit import Fit
 from fedpress.training.settings import TrainSettings
 
+TASK = Classification(tuple("abcde"))
 STAGES = ("stages.0", "stages.1", "stages.2")
 
 
@@ -39,7 +40,7 @@ def batch(n=6, seed=0, classes=5):
 
 
 def lesson(teacher, student, **changes):
-    return Distillation(teacher, student, DistillSettings(**changes), batch()[0])
+    return Distillation(teacher, student, DistillSettings(**changes), batch()[0], TASK)
 
 
 def loss_of(distillation, student, *, train=False):
@@ -71,7 +72,7 @@ def test_logit_loss_is_the_divergence_summed_by_hand(seed, n, classes, temperatu
     for mine, theirs in zip(student.tolist(), teacher.tolist(), strict=True):
         q, p = softened(mine, temperature), softened(theirs, temperature)
         total += sum(b * math.log(b / a) for a, b in zip(q, p, strict=True))
-    found = logit_loss(student, teacher, temperature).item()
+    found = TASK.soft_loss(student, teacher, temperature).item()
     assert found == pytest.approx(temperature**2 * total / n, rel=1e-6, abs=1e-9)
 
 
@@ -80,7 +81,7 @@ def test_at_high_temperature_centred_logits_are_matched_by_square():
     student, teacher = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0)).double()
     student, teacher = (x - x.mean(1, keepdim=True) for x in (student, teacher))
     expected = (student - teacher).square().sum(1).mean() / (2 * 5)
-    assert logit_loss(student, teacher, 1e4).item() == pytest.approx(expected.item(), rel=1e-3)
+    assert TASK.soft_loss(student, teacher, 1e4).item() == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_attention_map_is_the_loop_over_positions():
@@ -148,7 +149,7 @@ def test_the_whole_loss_is_the_sum_of_its_terms():
         student,
         DistillSettings(features=(pair,), attention=STAGES, **how),
         batch()[0],
-        label_smoothing=0.1,
+        TASK.smoothed(0.1),
     )
     found = loss_of(distillation, student)
     x, y = batch()
@@ -156,7 +157,7 @@ def test_the_whole_loss_is_the_sum_of_its_terms():
         a, b = student(x), teacher(x)
     (projection,) = distillation.helpers
     wide = torch.einsum("oc,nchw->nohw", projection.weight, mine["stages.0"])
-    expected = 0.3 * F.cross_entropy(a, y, label_smoothing=0.1) + 0.7 * logit_loss(a, b, 3.0)
+    expected = 0.3 * F.cross_entropy(a, y, label_smoothing=0.1) + 0.7 * TASK.soft_loss(a, b, 3.0)
     expected += 2 * feature_loss(wide, theirs["stages.0"])
     expected += 5 * sum(attention_loss(mine[name], theirs[name]) for name in STAGES)
     torch.testing.assert_close(found, expected)
@@ -213,7 +214,7 @@ def test_training_moves_the_projections_and_brings_student_and_teacher_together(
     images = Arrays(
         torch.randint(0, 256, (32, 3, 8, 8), dtype=torch.uint8), torch.zeros(32, dtype=torch.int64)
     )
-    fit = Fit(student, TrainSettings(epochs=8, batch_size=16, lr=0.02), seed=0, objective=distillation,
+    fit = Fit(student, TrainSettings(epochs=8, batch_size=16, lr=0.02), task=TASK, seed=0, objective=distillation,
               helpers=distillation.helpers)  # fmt: skip
     with distillation.watching(student):
         losses = [

@@ -72,7 +72,7 @@ X = np.zeros((4, 2))
         ({"a": (X[:0], [])}, "client 'a': no examples"),
         ({"a": 3}, "client 'a': expected a pair of arrays"),
         ({"a": ([["x"]], [1])}, "client 'a': expected a pair of arrays"),
-        ({"a": (X, [0.5] * 4)}, "labels of type float64; expected whole numbers"),
+        ({"a": (X, [0.5] * 4), "b": (X, np.zeros((4, 2)))}, "clients' targets differ in shape"),
         ({"a": (X, [-1] * 4)}, "labels of type negative numbers; expected"),
         ({"a": (X, [0] * 4), "b": (np.zeros((4, 3)), [0] * 4)}, "clients' examples differ"),
         ({"a": (np.zeros((4, 2), np.uint8), [0] * 4)}, r"expected uint8 images \[n, C, H, W\]"),

@@ -32,6 +32,7 @@ from fedpress.federation import (
 from fedpress.federation.ondevice import device_steps
 from fedpress.federation.server import rounds
 from fedpress.models.plain import MLP
+from fedpress.tasks import Classification
 from fedpress.transport import LocalTransport
 from tests.federation.federation import train
 
@@ -103,6 +104,9 @@ def examples(n: int, seed: int) -> Arrays:
     return Arrays(
         torch.randn(n, *SHAPE, generator=chance), torch.randint(0, 3, (n,), generator=chance)
     )
+
+
+GOAL = Classification(("a", "b", "c"))
 
 
 def untouched(x, generator):
@@ -179,7 +183,7 @@ def test_a_copy_has_the_same_parameters_in_memory_of_its_own(program):
 )
 def test_local_training_agrees_with_torch_sgd(program, settings, algorithm):
     model, device = network(), DeviceModel(program)
-    work = LocalWork(examples(14, 3), settings, Key(7, 2, "c0"), untouched)
+    work = LocalWork(examples(14, 3), settings, Key(7, 2, "c0"), untouched, GOAL)
     expected = algorithm.client_update(model, work, {}, {})[2]
     got = algorithm.client_update(device, replace(work, source=device_steps), {}, {})[2]
     assert got["steps"] == expected["steps"]
@@ -194,7 +198,7 @@ def federation(program, device: bool):
     model, settings = network(), LocalSettings(epochs=2, batch_size=4, lr=0.1, momentum=0.5)
     params, layout = parameters.flatten(model), parameters.Layout.of(model)
     uplink = Uplink.bind(len(params), Cohort(3, 3))
-    terms = Terms(layout, settings, uplink, 7, untouched)
+    terms = Terms(layout, settings, uplink, 7, untouched, GOAL)
     kinds = {
         "c0": (DeviceModel(program), device_steps) if device else (model, None),
         "c1": (model, None),
@@ -369,7 +373,11 @@ def test_frozen_parameters_stay_out_of_the_layout(tmp_path):
 
 def test_device_steps_want_a_program_and_float32(program):
     work = LocalWork(
-        examples(4, 0), LocalSettings(precision="bf16", batch_size=4), Key(7, 1, "c0"), untouched
+        examples(4, 0),
+        LocalSettings(precision="bf16", batch_size=4),
+        Key(7, 1, "c0"),
+        untouched,
+        GOAL,
     )
     with pytest.raises(RecipeError, match="DeviceModel"):
         train(network(), replace(work, source=device_steps))

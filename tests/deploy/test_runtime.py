@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedpress.core.examples import Preprocess
-from fedpress.deploy import Job, accuracy, export_onnx, latency, parity
+from fedpress.core.examples import Arrays, Preprocess
+from fedpress.deploy import Job, export_onnx, latency, metrics, parity
 from fedpress.errors import ExportError
+from fedpress.tasks import Classification
 
 SHAPE = (1, 6, 6)
 PREPROCESS = Preprocess((0.5,), (0.25,))
@@ -80,15 +81,16 @@ def test_large_logits_are_compared_relative_to_their_scale(tmp_path):
     assert parity(model, tmp_path / "m.onnx", torch.randn(50, *SHAPE)).same_argmax_share == 1.0
 
 
-def test_accuracy_counts_what_torch_counts(exported):
+def test_the_metrics_of_a_file_are_those_of_torch(exported):
     model, path = exported
     x = torch.randint(0, 256, (517, *SHAPE), dtype=torch.uint8)
     y = torch.randint(0, 4, (517,))
+    task = Classification(tuple("abcd"))
     with torch.no_grad():
         expected = (model(PREPROCESS(x)).argmax(1) == y).float().mean().item()
-    assert accuracy(path, x, y, PREPROCESS) == pytest.approx(expected)
+    assert metrics(path, Arrays(x, y), PREPROCESS, task)["accuracy"] == pytest.approx(expected)
     with pytest.raises(ExportError, match="at least one"):
-        accuracy(path, x[:0], y[:0], PREPROCESS)
+        metrics(path, Arrays(x[:0], y[:0]), PREPROCESS, task)
 
 
 def test_latency_is_an_ordered_spread_that_grows_with_the_work(exported, tmp_path):

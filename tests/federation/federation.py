@@ -20,6 +20,7 @@ from fedpress.federation import (
 )
 from fedpress.federation.private import joint_steps, private_steps
 from fedpress.privacy.plan import PrivacyPlan
+from fedpress.tasks import Classification
 from fedpress.transport import LocalTransport
 from fedpress.wire import Message
 
@@ -32,6 +33,9 @@ def mlp() -> nn.Sequential:
 def examples(n: int, seed: int = 0) -> Arrays:
     gen = torch.Generator().manual_seed(seed)
     return Arrays(torch.randn(n, 6, generator=gen), torch.randint(0, 3, (n,), generator=gen))
+
+
+GOAL = Classification(("a", "b", "c"))
 
 
 def untouched(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -77,7 +81,7 @@ class Federation:
         sample = privacy is not None and privacy.unit == "sample"
         private = {"privacy": privacy} if sample else {}
         mine = {one.name: more.pop(one.name) for one in fields(Terms) if one.name in more}
-        mine = {"seed": 7, "prepare": untouched} | mine
+        mine = {"seed": 7, "prepare": untouched, "task": GOAL} | mine
         self.terms = Terms(self.layout, self.settings, **({"uplink": self.uplink} | mine))
         if "plan" in more:  # of the client alone, whatever the uplink says
             private["privacy"] = more.pop("plan")

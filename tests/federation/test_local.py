@@ -17,6 +17,7 @@ from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import quantize_layers_
 from fedpress.privacy.plan import PrivacyPlan
 from tests.federation.federation import (
+    GOAL,
     SAMPLE_PLAN,
     examples,
     joint_gradient,
@@ -30,7 +31,7 @@ from tests.federation.federation import (
 
 def task(arrays=None, *, plan=None, round=1, prepare=untouched, **settings):
     return LocalWork(
-        arrays or examples(10), LocalSettings(**settings), key(round=round), prepare, plan
+        arrays or examples(10), LocalSettings(**settings), key(round=round), prepare, GOAL, plan
     )
 
 

@@ -25,7 +25,7 @@ from fedpress.federation.server import rounds
 from fedpress.secagg import SecAggClient, SecurePlan, identity
 from fedpress.transport import LocalTransport
 from fedpress.wire import Message, pack, unpack
-from tests.federation.federation import examples, mlp, untouched
+from tests.federation.federation import GOAL, examples, mlp, untouched
 
 NAMES = [f"c{i}" for i in range(6)]
 SETTINGS = LocalSettings(batch_size=4)
@@ -46,7 +46,7 @@ class SecureFederation:
         self.uplink = Uplink.bind(
             size, Cohort(6, 6), chain=chain, aggregator=aggregator, weights="equal"
         )
-        terms = Terms(layout, SETTINGS, self.uplink, 7, untouched)
+        terms = Terms(layout, SETTINGS, self.uplink, 7, untouched, GOAL)
         self.agreement = terms.agreement.fingerprint
         client_plan = ClientPlan.bind(terms, self.model)
         self.memories = memories or {name: InMemoryState() for name in NAMES}

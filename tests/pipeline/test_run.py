@@ -20,7 +20,7 @@ from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.environment import note_environment
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.start import first_state, load_data
-from fedpress.tasks.judged import JUDGED
+from fedpress.tasks import Classification
 from fedpress.workspace.folder import RunFolder, StageFolder
 from fedpress.workspace.state import StageFinished, StageStarted, Tick
 
@@ -113,7 +113,7 @@ def test_the_result_has_a_line_per_stage_and_the_same_keys_at_the_end(exported):
     for line in result["stages"]:
         assert line.keys() >= LINE_KEYS
         assert 0 < line["accuracy"] <= 1
-        assert line.keys() >= set(JUDGED)
+        assert line.keys() >= set(Classification.keys)
         assert 0 < line["majority_share"] < 0.3
         assert 0 < line["balanced_accuracy"] <= 1
         assert 0 < line["auc"] <= 1

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from folders import CLIENTS, federate, prune, result, train, write_run
 
-from fedpress.reports.federated import accuracy_over_rounds, bytes_over_rounds, client_accuracy
-from fedpress.reports.figures import accuracy_and_size, channels_kept, figures, training_curve
+from fedpress.reports.federated import bytes_over_rounds, client_scores, score_over_rounds
+from fedpress.reports.figures import channels_kept, figures, score_and_size, training_curve
 from fedpress.reports.reading import Run, read_run
 
 
@@ -35,11 +35,11 @@ def test_every_figure_has_a_caption_and_titled_axes(tmp_path):
 def test_without_data_there_is_no_figure():
     assert figures(Run(Path("x"))) == []
     assert training_curve("x", []) is None
-    assert accuracy_over_rounds("x", []) is None
+    assert score_over_rounds("x", []) is None
     assert bytes_over_rounds("x", [{"round": 1}]) is None
-    assert client_accuracy({"client_accuracy": {}}) is None
+    assert client_scores({"client_accuracy": {}}) is None
     assert channels_kept("x", {"layers": "none"}) is None
-    assert accuracy_and_size([{"accuracy": 0.5, "file_bytes": 3}]) is None
+    assert score_and_size([{"accuracy": 0.5, "file_bytes": 3}]) is None
 
 
 def test_strange_values_leave_gaps_instead_of_failing():
@@ -72,8 +72,8 @@ def test_kept_channels_are_counted_against_those_before():
 
 
 def test_epsilon_has_a_panel_only_if_it_was_spent():
-    private = accuracy_over_rounds("x", federate(3, CLIENTS, True))
-    plain = accuracy_over_rounds("x", federate(3, CLIENTS, False))
+    private = score_over_rounds("x", federate(3, CLIENTS, True))
+    plain = score_over_rounds("x", federate(3, CLIENTS, False))
     assert private is not None
     assert plain is not None
     assert [series.name for series in private.series] == ["accuracy", "ε spent"]
@@ -92,8 +92,8 @@ def test_bytes_so_far_end_at_the_sum_of_the_rounds():
 
 
 def test_many_clients_are_shown_as_a_distribution():
-    few = client_accuracy({"client_accuracy": {f"c{i}": 0.5 for i in range(40)}})
-    many = client_accuracy({"client_accuracy": {f"c{i}": 0.5 for i in range(41)}})
+    few = client_scores({"client_accuracy": {f"c{i}": 0.5 for i in range(40)}})
+    many = client_scores({"client_accuracy": {f"c{i}": 0.5 for i in range(41)}})
     assert few is not None
     assert many is not None
     assert (few.series[0].kind, many.series[0].kind) == ("lying", "bars")
@@ -102,7 +102,7 @@ def test_many_clients_are_shown_as_a_distribution():
 
 def test_names_with_the_same_end_keep_their_own_bars():
     names = ["<b>a</b>" + "x" * 40, "<i>b</i>" + "x" * 40]
-    figure = client_accuracy({"client_accuracy": dict.fromkeys(names, 0.5)})
+    figure = client_scores({"client_accuracy": dict.fromkeys(names, 0.5)})
     assert figure is not None
     (bar,) = figure.series
     assert bar.y == [0, 1]
@@ -110,7 +110,7 @@ def test_names_with_the_same_end_keep_their_own_bars():
 
 
 def test_stages_at_nearly_the_same_point_share_a_label_and_the_first_one_is_labelled():
-    figure = accuracy_and_size(result("x", CLIENTS, True)["stages"])
+    figure = score_and_size(result("x", CLIENTS, True)["stages"])
     assert figure is not None
     (path,) = figure.series
     assert path.beside == ["1. train", "2. prune", "3. fine-tune\n4. federate\n5. export", "", ""]

@@ -16,7 +16,7 @@ from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.measure import measure
-from fedpress.pipeline.result import take_accuracy_of_files_
+from fedpress.pipeline.result import take_metrics_of_files_
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.export import ExportStage, _difference
 from fedpress.stages.measure import measured
@@ -24,7 +24,7 @@ from fedpress.stages.pack import PackStage
 from fedpress.stages.quantize import QuantizeStage
 from fedpress.stages.train import TrainStage
 from fedpress.storage import sizes
-from fedpress.tasks.judged import JUDGED
+from fedpress.tasks import Classification
 from fedpress.workspace.folder import RunFolder
 
 RECIPE = """
@@ -67,7 +67,7 @@ def test_an_integer_export_is_compared_and_measured(tmp_path):
     names = [r["name"] for r in measure["measure"]["runtimes"]]
     assert {"torch", "onnx float32", "onnx int8"} <= set(names)
     assert measure["measure"]["parameters"] == train["parameters"]
-    kept = ("accuracy", *JUDGED, "file_bytes", "latency_ms", "runtime")
+    kept = (*Classification.keys, "file_bytes", "latency_ms", "runtime")
     assert [measure[key] for key in kept] == [export[key] for key in kept], (
         "who only measures changes no worth"
     )
@@ -150,7 +150,9 @@ def test_a_quantized_network_is_worth_what_its_file_is(tmp_path):
     _, quantize, export = result["stages"]
     assert quantize["accuracy"] == export["accuracy"] == result["final"]["accuracy"]
     assert "accuracy_simulated" in quantize
-    assert [quantize[key] for key in JUDGED] == [export[key] for key in JUDGED]
+    assert [quantize[key] for key in Classification.keys] == [
+        export[key] for key in Classification.keys
+    ]
     assert 0 < export["balanced_accuracy"] <= 1
     for found in (export["conditions"], export["parity"]["conditions"]):
         assert found["runtime"] == "onnxruntime"
@@ -169,21 +171,21 @@ def test_the_accuracy_of_a_file_goes_to_the_quantize_stage_before_it_alone():
         ExportStage(kind="export"),
     ]
     lines = [{"accuracy": accuracy} for accuracy in (0.9, 0.9, 0.8, 0.7, 0.6)]
-    take_accuracy_of_files_(stages, lines)
+    take_metrics_of_files_(stages, lines)
     assert [line["accuracy"] for line in lines] == [0.8, 0.9, 0.8, 0.7, 0.6]
     assert lines[0]["accuracy_simulated"] == 0.9
     assert "accuracy_simulated" not in lines[3]
 
 
 def test_a_file_that_is_off_is_told_in_words():
-    assert _difference(0.01, 0.9, 0.904, simulated=True) == ""
-    told = _difference(0.072, 0.9, 0.92, simulated=True)
+    assert _difference(0.01, Classification(()), 0.9, 0.904, simulated=True) == ""
+    told = _difference(0.072, Classification(()), 0.9, 0.92, simulated=True)
     assert (
         told
         == "its outputs are 7.2% off those of the network simulated in torch; accuracy 90.00% against 92.00%"
     )
     assert (
-        _difference(0.03, None, None, simulated=False)
+        _difference(0.03, Classification(()), None, None, simulated=False)
         == "its outputs are 3.0% off those of the network in torch"
     )
-    assert _difference(0.001, 0.8, 0.9, simulated=True)
+    assert _difference(0.001, Classification(()), 0.8, 0.9, simulated=True)

@@ -16,6 +16,7 @@ from fedpress.errors import DivergedError, TrainingError
 from fedpress.models import freeze_batch_norm_
 from fedpress.models.plain import CNN, MLP
 from fedpress.models.resnet import resnet_small
+from fedpress.tasks import Classification
 from fedpress.training.augment import Augment
 from fedpress.training.device import memory_format, place_, takes_channels_last, uses_bf16
 from fedpress.training.evaluate import evaluate, outputs
@@ -26,6 +27,7 @@ from fedpress.training.settings import TrainSettings
 
 PREPROCESS = Preprocess((0.5,), (0.25,))
 CHANGES = Augment(crop=0.25, flip="alternate", cutout=0.3)
+TASK = Classification(tuple("0123456789"))
 NONE = Arrays(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
 
 
@@ -33,6 +35,10 @@ def images(n=24, *, seed=0, classes=10):
     chance = generator(seed, "images")
     x = torch.randint(0, 256, (n, 3, 8, 8), generator=chance, dtype=torch.uint8)
     return Arrays(x, torch.randint(0, classes, (n,), generator=chance))
+
+
+def fitting(model, settings, **more):
+    return Fit(model, settings, **({"task": TASK} | more))
 
 
 def network(kind="resnet", seed=0):
@@ -126,12 +132,12 @@ def plain_training(model, data, s, seed):
 def test_training_equals_a_plain_loop(kind, changes):
     s, data, model = settings(**changes), images(), network(kind)
     twin = copy.deepcopy(model).train()
-    records = fit_all(Fit(model, s, seed=4), data)
+    records = fit_all(fitting(model, s, seed=4), data)
     losses = plain_training(twin, data, s, seed=4)
     assert_close(model, twin)
     means = np.reshape(losses, (s.epochs, -1)).mean(1)
     assert [r.loss for r in records] == pytest.approx(list(means), abs=1e-5)
-    assert [(r.epoch, r.epochs, r.accuracy, r.image_size) for r in records] == [
+    assert [(r.epoch, r.epochs, r.score, r.image_size) for r in records] == [
         (e, 3, None, 8) for e in (1, 2, 3)
     ]
 
@@ -165,13 +171,13 @@ def test_muon_equals_muon_on_copies_of_the_matrices():
         with torch.no_grad():
             hidden["conv2"].copy_(matrices["conv2"].view(64, 3, 3, 32).permute(0, 3, 1, 2))
             hidden["hidden"].copy_(matrices["hidden"])
-    fit_all(Fit(model, s, seed=1), data)
+    fit_all(fitting(model, s, seed=1), data)
     assert_close(model, twin)
 
 
 def test_muon_sees_hidden_weights_through_views_that_share_their_memory():
     model = resnet_small(width=8)
-    fit = Fit(model, settings(optimizer="muon"), seed=0)
+    fit = fitting(model, settings(optimizer="muon"), seed=0)
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert [id(p) for p, _ in fit.optimizers.views] == [id(w) for w in weights[1:-1]]
     for weight, view in fit.optimizers.views:
@@ -187,7 +193,7 @@ def test_muon_takes_a_shared_weight_once_and_leaves_computed_ones_to_sgd():
     model[2].weight = model[1].weight
     model[4].weight = model[5].weight  # the last layer's
     nn.utils.parametrizations.weight_norm(model[3])
-    fit = Fit(model, settings(optimizer="muon"), seed=0)
+    fit = fitting(model, settings(optimizer="muon"), seed=0)
     assert [id(p) for p, _ in fit.optimizers.views] == [id(model[1].weight)]
     data = Arrays(torch.randn(16, 4), torch.arange(16) % 4)
     before = model[3].weight.detach().clone()
@@ -197,14 +203,14 @@ def test_muon_takes_a_shared_weight_once_and_leaves_computed_ones_to_sgd():
 
 
 def test_a_network_without_hidden_weights_trains_at_the_head_rate_of_muon():
-    fit = Fit(nn.Linear(4, 2), settings(optimizer="muon", lr=9.0, head_lr=0.25), seed=0)
+    fit = fitting(nn.Linear(4, 2), settings(optimizer="muon", lr=9.0, head_lr=0.25), seed=0)
     assert [group["lr"] for o in fit.optimizers.each for group in o.param_groups] == [0.25, 0.25]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 def test_decay_acts_on_weights_and_never_on_biases_and_norms(optimizer):
     model = network("resnet")
-    fit = Fit(model, settings(optimizer=optimizer, weight_decay=0.3), seed=0)
+    fit = fitting(model, settings(optimizer=optimizer, weight_decay=0.3), seed=0)
     decay = {
         id(p): g["weight_decay"]
         for o in fit.optimizers.each
@@ -227,7 +233,7 @@ def test_frozen_parameters_stay(optimizer):
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith("stages.1"))
     before = copy.deepcopy(model.state_dict())
-    fit_all(Fit(model, settings(optimizer=optimizer, epochs=1), seed=0), images())
+    fit_all(fitting(model, settings(optimizer=optimizer, epochs=1), seed=0), images())
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) is not name.startswith("stages.1"), name
 
@@ -244,7 +250,7 @@ def test_the_rate_rises_over_the_warmup_and_falls_to_zero(done, warmup):
 
 def test_every_step_takes_the_rate_of_its_place():
     s, seen = settings(warmup=0.4, lr=2e-3, head_lr=1e-3, optimizer="muon"), []
-    fit = Fit(network("cnn"), s, seed=0)
+    fit = fitting(network("cnn"), s, seed=0)
     for event in fit.epochs(images(), NONE, PREPROCESS):
         if isinstance(event, Step):
             seen.append(
@@ -257,7 +263,7 @@ def test_every_step_takes_the_rate_of_its_place():
 
 def test_averaged_weights_are_what_their_definition_says():
     model, s = network("resnet"), settings(ema=0.7)
-    fit, expected = Fit(model, s, seed=0), None
+    fit, expected = fitting(model, s, seed=0), None
     for event in fit.epochs(images(), NONE, PREPROCESS):
         if isinstance(event, Step):
             now = {k: v.double() for k, v in model.state_dict().items() if v.is_floating_point()}
@@ -272,12 +278,15 @@ def test_averaged_weights_are_what_their_definition_says():
 
 
 def test_validation_measures_the_averaged_weights():
-    fit, validation = Fit(network("mlp"), settings(ema=0.9, epochs=2), seed=0), images(50, seed=1)
+    fit, validation = (
+        fitting(network("mlp"), settings(ema=0.9, epochs=2), seed=0),
+        images(50, seed=1),
+    )
     accuracies = []
     for event in fit.epochs(images(), validation, PREPROCESS):
         if not isinstance(event, Step):
             accuracies.append(
-                (event.accuracy, evaluate(fit.average.module, validation, PREPROCESS).accuracy)
+                (event.score, evaluate(fit.average.module, validation, PREPROCESS, TASK).score)
             )
     assert all(recorded == measured for recorded, measured in accuracies)
 
@@ -287,7 +296,7 @@ def test_same_seed_same_bits_whatever_the_global_generator_does():
     for seed, noise in ((5, 1), (5, 2), (6, 1)):
         model = network("dropout")
         torch.manual_seed(noise)
-        fit_all(Fit(model, settings(augment=CHANGES), seed=seed), images())
+        fit_all(fitting(model, settings(augment=CHANGES), seed=seed), images())
         results.append(model.state_dict())
     assert_same(results[0], results[1])
     assert not torch.equal(results[0]["head.weight"], results[2]["head.weight"])
@@ -298,8 +307,10 @@ def test_training_learns():
     data = Arrays((data.x // 2 + 120 * data.y.view(-1, 1, 1, 1)).to(torch.uint8), data.y)
     for optimizer in ("sgd", "muon"):
         model = network("cnn")
-        records = fit_all(Fit(model, settings(optimizer=optimizer, lr=0.02), seed=0), data, data)
-        assert records[-1].accuracy == evaluate(model, data, PREPROCESS).accuracy > 0.9
+        records = fit_all(
+            fitting(model, settings(optimizer=optimizer, lr=0.02), seed=0), data, data
+        )
+        assert records[-1].score == evaluate(model, data, PREPROCESS, TASK).score > 0.9
         assert records[-1].loss < records[0].loss
 
 
@@ -330,16 +341,16 @@ def on_disk(tensors):
 def test_a_stopped_training_goes_on_to_the_same_bits(case, stop):
     kind, changes = RESUMED[case]
     s, data, validation = settings(**changes), images(), images(12, seed=1)
-    whole = Fit(network(kind), s, seed=3)
+    whole = fitting(network(kind), s, seed=3)
     records = fit_all(whole, data, validation)
-    first, saved, seen = Fit(network(kind), s, seed=3), {}, []
+    first, saved, seen = fitting(network(kind), s, seed=3), {}, []
     for event in first.epochs(data, validation, PREPROCESS):
         if len(seen) == stop:
             break  # killed after a step of the next epoch
         if not isinstance(event, Step):
             seen.append(event)
             saved = on_disk(first.state())
-    second = Fit(network(kind, seed=9), s, seed=3)
+    second = fitting(network(kind, seed=9), s, seed=3)
     second.load_(saved)
     assert seen + fit_all(second, data, validation) == records
     assert_same(on_disk(second.state()), on_disk(whole.state()))
@@ -347,9 +358,9 @@ def test_a_stopped_training_goes_on_to_the_same_bits(case, stop):
 
 
 def test_what_was_on_disk_lies_in_memory_as_before():
-    fit = Fit(network("resnet"), settings(epochs=1), seed=0)
+    fit = fitting(network("resnet"), settings(epochs=1), seed=0)
     fit_all(fit, images())
-    again = Fit(network("resnet"), settings(epochs=1), seed=0)
+    again = fitting(network("resnet"), settings(epochs=1), seed=0)
     again.load_(on_disk(fit.state()))
     old, new = (f.optimizers.each[0].state_dict()["state"] for f in (fit, again))
     assert old.keys() == new.keys()
@@ -360,9 +371,9 @@ def test_what_was_on_disk_lies_in_memory_as_before():
 
 def test_a_finished_training_stays_finished_when_it_is_taken_up():
     s = settings(epochs=1, ema=0.5)
-    done = Fit(network("mlp"), s, seed=0)
+    done = fitting(network("mlp"), s, seed=0)
     fit_all(done, images())
-    again = Fit(network("mlp", seed=1), s, seed=0)
+    again = fitting(network("mlp", seed=1), s, seed=0)
     again.load_(on_disk(done.state()))
     assert again.finished
     assert fit_all(again, images()) == []
@@ -370,11 +381,11 @@ def test_a_finished_training_stays_finished_when_it_is_taken_up():
 
 
 def test_patience_stops_and_gives_back_the_best_weights():
-    fit, weights = Fit(network("mlp"), settings(epochs=60, patience=2), seed=0), []
+    fit, weights = fitting(network("mlp"), settings(epochs=60, patience=2), seed=0), []
     records = []
     for event in fit.epochs(images(), images(40, seed=1), PREPROCESS):
         if not isinstance(event, Step):
-            records.append(event.accuracy)
+            records.append(event.score)
             weights.append(copy.deepcopy(fit.model.state_dict()))
     best = records.index(max(records))
     assert len(records) == best + 3 < 60
@@ -384,9 +395,9 @@ def test_patience_stops_and_gives_back_the_best_weights():
 
 def test_patience_compares_accuracies_at_full_size_only():
     s = settings(epochs=40, patience=1, image_sizes=((4, 6),))
-    fit = Fit(network("resnet"), s, seed=0)
+    fit = fitting(network("resnet"), s, seed=0)
     records = fit_all(fit, images(), images(40, seed=1))
-    full = [r.accuracy for r in records[6:]]
+    full = [r.score for r in records[6:]]
     assert [r.image_size for r in records] == [4] * 6 + [8] * len(full)
     assert 2 <= len(full) < 34
     assert fit.best == (max(full), 6 + full.index(max(full)))
@@ -394,7 +405,7 @@ def test_patience_compares_accuracies_at_full_size_only():
 
 def test_without_patience_the_last_weights_are_the_result():
     model = network("mlp")
-    fit = Fit(model, settings(), seed=0)
+    fit = fitting(model, settings(), seed=0)
     fit_all(fit, images(), images(12, seed=1))
     last = copy.deepcopy(model.state_dict())
     assert_same(fit.result_().state_dict(), last)
@@ -404,7 +415,7 @@ def test_no_epochs_change_nothing():
     for changes in ({}, {"ema": 0.5}, {"patience": 1}):
         model = network("mlp")
         before = copy.deepcopy(model.state_dict())
-        fit = Fit(model, settings(epochs=0, **changes), seed=0)
+        fit = fitting(model, settings(epochs=0, **changes), seed=0)
         assert fit.finished
         assert fit_all(fit, NONE) == []
         assert_same(fit.result_().state_dict(), before)
@@ -418,10 +429,10 @@ def test_a_loss_that_is_no_number_says_where_it_happened():
         TrainingError,
         match=r"the loss is (nan|inf) at epoch \d+, step \d+; lower stage.lr \(now 1e\+3",
     ):
-        fit_all(Fit(network("mlp"), settings(lr=1e30, warmup=0.0), seed=0), images())
+        fit_all(fitting(network("mlp"), settings(lr=1e30, warmup=0.0), seed=0), images())
     data = Arrays(torch.full((24, 192), 0.1), images().y)
     data.x[torch.randperm(24, generator=generator(2, "epoch", 1))[10]] = float("nan")
-    bad, events = Fit(network("mlp"), settings(), seed=2), []
+    bad, events = fitting(network("mlp"), settings(), seed=2), []
     with pytest.raises(TrainingError, match=r"the loss is nan at epoch \d, step \d"):
         events.extend(bad.epochs(data, NONE, PREPROCESS))
 
@@ -443,7 +454,7 @@ def test_weights_that_are_not_finite_after_the_last_step_stop_the_training():
         DivergedError,
         match=r"'head\.bias' is not finite after epoch 1; lower stage\.lr \(now 0\.05\)",
     ):
-        fit_all(Fit(model, settings(epochs=1, batch_size=24), seed=0), images())
+        fit_all(fitting(model, settings(epochs=1, batch_size=24), seed=0), images())
 
 
 def test_muon_names_both_of_its_rates_when_it_diverges():
@@ -451,7 +462,8 @@ def test_muon_names_both_of_its_rates_when_it_diverges():
         DivergedError, match=r"lower stage\.lr \(now 1e\+38\) or stage\.head_lr \(now 0\.05\)"
     ):
         fit_all(
-            Fit(network("mlp"), settings(lr=1e38, optimizer="muon", warmup=0.0), seed=0), images()
+            fitting(network("mlp"), settings(lr=1e38, optimizer="muon", warmup=0.0), seed=0),
+            images(),
         )
 
 
@@ -459,10 +471,10 @@ def test_one_public_example_under_batch_norm_is_refused_only_where_nothing_can_b
     vectors = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
     for n, size, cure in ((1, 8, "raise data.public_share"), (4, 1, "take 2 or more")):
         with pytest.raises(TrainingError, match=rf"leaves a batch norm nothing to average; {cure}"):
-            fit_all(Fit(vectors, settings(batch_size=size), seed=0), images(n))
-    assert fit_all(Fit(vectors, settings(epochs=1), seed=0), images(9))
+            fit_all(fitting(vectors, settings(batch_size=size), seed=0), images(n))
+    assert fit_all(fitting(vectors, settings(epochs=1), seed=0), images(9))
     assert fit_all(
-        Fit(network("resnet"), settings(epochs=1), seed=0), images(1)
+        fitting(network("resnet"), settings(epochs=1), seed=0), images(1)
     )  # 8 x 8 pixels have statistics
 
 
@@ -473,7 +485,7 @@ def test_the_place_of_a_bad_loss_is_counted_from_one():
     data = Arrays(torch.full((24, 192), 0.1), images().y)
     data.x[chosen] = float("inf")
     with pytest.raises(TrainingError, match="the loss is nan at epoch 1, step 3; "):
-        fit_all(Fit(network("mlp"), settings(), seed=2), data)
+        fit_all(fitting(network("mlp"), settings(), seed=2), data)
 
 
 @pytest.mark.parametrize(
@@ -507,17 +519,17 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(
     model = network("cnn")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(TrainingError, match=message):
-        fit_all(Fit(model, settings(**changes), seed=0), train, validation)
+        fit_all(fitting(model, settings(**changes), seed=0), train, validation)
     assert_same(model.state_dict(), before)
 
 
 def test_a_network_that_trains_nothing_is_refused():
     with pytest.raises(TrainingError, match="no parameter of the model has requires_grad"):
-        Fit(network("mlp").requires_grad_(False), settings(), seed=0)
+        fitting(network("mlp").requires_grad_(False), settings(), seed=0)
 
 
 def test_one_example_is_enough():
-    records = fit_all(Fit(network("mlp"), settings(epochs=2), seed=0), images(1), images(1))
+    records = fit_all(fitting(network("mlp"), settings(epochs=2), seed=0), images(1), images(1))
     assert [r.epoch for r in records] == [1, 2]
 
 
@@ -527,7 +539,7 @@ def test_one_example_is_enough():
 def test_image_sizes_follow_their_schedule():
     s = settings(epochs=5, image_sizes=((4, 2), (6, 1)))
     assert [s.side(e) for e in range(6)] == [4, 4, 6, None, None, None]
-    records = fit_all(Fit(network("resnet"), s, seed=0), images(), images(4, seed=1))
+    records = fit_all(fitting(network("resnet"), s, seed=0), images(), images(4, seed=1))
     assert [r.image_size for r in records] == [4, 4, 6, 8, 8]
 
 
@@ -564,35 +576,39 @@ def test_evaluation_equals_a_plain_loop(batch_size):
         probability = twin(PREPROCESS(x[None])).softmax(1)[0]
         right += int(probability.argmax() == y)
         loss -= float(probability[y].detach().log())
-    measured = evaluate(model, data, PREPROCESS, batch_size=batch_size)
-    assert (measured.accuracy, measured.examples) == (right / 20, 20)
+    measured = evaluate(model, data, PREPROCESS, TASK, batch_size=batch_size)
+    assert (measured.score, measured.examples) == (right / 20, 20)
     assert measured.loss == pytest.approx(loss / 20, rel=1e-5)
-    assert measured.logits is None
-    kept = evaluate(model, data, PREPROCESS, batch_size=batch_size, keep_logits=True)
-    assert (kept.accuracy, kept.loss) == (measured.accuracy, measured.loss)
-    torch.testing.assert_close(kept.logits, twin(PREPROCESS(data.x)).detach())
+    assert measured.metrics == {}
+    whole = evaluate(model, data, PREPROCESS, TASK, batch_size=batch_size, all_metrics=True)
+    assert (whole.score, whole.loss) == (measured.score, measured.loss)
+    logits = twin(PREPROCESS(data.x)).detach()
+    expected = TASK.summary(TASK.metrics(logits, data.y))
+    assert whole.metrics.keys() == expected.keys()
+    assert whole.metrics["auc"] == pytest.approx(expected["auc"], abs=1e-4)
+    assert whole.metrics["confusion"] == expected["confusion"]
 
 
 def test_evaluation_leaves_every_mode_and_number_as_it_was():
     model = freeze_batch_norm_(network("resnet").train())
     modes = [m.training for m in model.modules()]
     before = copy.deepcopy(model.state_dict())
-    evaluate(model, images(), PREPROCESS)
+    evaluate(model, images(), PREPROCESS, TASK)
     assert [m.training for m in model.modules()] == modes
     assert True in modes
     assert False in modes  # the frozen norms
     assert_same(model.state_dict(), before)
     with pytest.raises(RuntimeError):
-        evaluate(model, Arrays(torch.zeros(2, 5, 8, 8), torch.zeros(2)), Preprocess())
+        evaluate(model, Arrays(torch.zeros(2, 5, 8, 8), torch.zeros(2)), Preprocess(), TASK)
     assert [m.training for m in model.modules()] == modes
 
 
 def test_evaluation_of_nothing_is_refused_and_of_broken_weights_says_nan():
     with pytest.raises(TrainingError, match="no examples to measure on"):
-        evaluate(network("mlp"), NONE, PREPROCESS)
+        evaluate(network("mlp"), NONE, PREPROCESS, TASK)
     model = network("mlp")
     nn.init.constant_(model.layers[0].weight, float("nan"))
-    assert np.isnan(evaluate(model, images(), PREPROCESS).loss)
+    assert np.isnan(evaluate(model, images(), PREPROCESS, TASK).loss)
 
 
 # --- precision and memory ---------------------------------------------------------------------------------------------
@@ -613,17 +629,19 @@ def test_bf16_is_used_where_it_is_asked_for_or_faster(monkeypatch, fast):
 def test_bf16_computes_in_bf16_and_keeps_weights_in_float32():
     model, seen = network("resnet"), set()
     model.head.register_forward_hook(lambda module, inputs, out: seen.add(out.dtype))
-    records = fit_all(Fit(model, settings(precision="bf16", epochs=1), seed=0), images(), images(4))
+    records = fit_all(
+        fitting(model, settings(precision="bf16", epochs=1), seed=0), images(), images(4)
+    )
     assert seen == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in model.parameters())
     reference = network("resnet")
-    plain = fit_all(Fit(reference, settings(epochs=1), seed=0), images())
+    plain = fit_all(fitting(reference, settings(epochs=1), seed=0), images())
     assert records[0].loss == pytest.approx(plain[0].loss, rel=0.02)
 
 
 def test_images_and_filters_lie_channels_last():
     model, seen = network("cnn"), []
-    fit = Fit(model, settings(epochs=1), seed=0)
+    fit = fitting(model, settings(epochs=1), seed=0)
     model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     fit_all(fit, images(), images(4))
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
@@ -656,7 +674,7 @@ def test_zeros_of_sparse_weights_stay_zero_and_the_others_train(optimizer):
     for name in names:
         weights[name].data[torch.rand(weights[name].shape, generator=generator(0, name)) < 0.7] = 0
     before = {n: w.detach().clone() for n, w in weights.items()}
-    fit_all(Fit(model, settings(optimizer=optimizer, ema=0.9), seed=0, sparse=names), images())
+    fit_all(fitting(model, settings(optimizer=optimizer, ema=0.9), seed=0, sparse=names), images())
     for name in names:
         assert ((weights[name] == 0) == (before[name] == 0)).all()
         assert not torch.equal(weights[name], before[name])
@@ -668,7 +686,10 @@ def test_an_objective_takes_the_place_of_the_cross_entropy():
         return (logits - F.one_hot(y, 10)).square().mean()
 
     seen, plain = (
-        [r.loss for r in fit_all(Fit(network("cnn"), settings(), seed=0, objective=o), images())]
+        [
+            r.loss
+            for r in fit_all(fitting(network("cnn"), settings(), seed=0, objective=o), images())
+        ]
         for o in (squared, None)
     )
     assert seen[-1] < seen[0] < 1 < plain[0]
@@ -685,7 +706,7 @@ def test_the_penalty_on_scales_equals_a_plain_loop_with_its_subgradient():
     )
     scales = {n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     twin = copy.deepcopy(model).train()
-    fit_all(Fit(model, s, seed=4), data)
+    fit_all(fitting(model, s, seed=4), data)
     velocity = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
     for index, rate in zip(batches(s, len(data), 4), rates(s, len(data)), strict=True):
         twin.zero_grad()
@@ -703,7 +724,7 @@ def test_the_penalty_on_scales_equals_a_plain_loop_with_its_subgradient():
 def test_the_penalty_on_scales_shrinks_them_and_nothing_else_is_needed():
     def total(penalty):
         model = network("resnet")
-        fit_all(Fit(model, settings(bn_penalty=penalty, epochs=6), seed=1), images())
+        fit_all(fitting(model, settings(bn_penalty=penalty, epochs=6), seed=1), images())
         return sum(
             m.weight.abs().sum().item() for m in model.modules() if isinstance(m, nn.BatchNorm2d)
         )
@@ -721,7 +742,7 @@ def test_a_penalty_on_scales_that_nobody_trains_is_refused():
         with pytest.raises(
             TrainingError, match="bn_penalty pulls at batch-norm scales, but the model trains none"
         ):
-            fit_all(Fit(model, settings(bn_penalty=0.1), seed=0), images())
+            fit_all(fitting(model, settings(bn_penalty=0.1), seed=0), images())
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
@@ -742,7 +763,7 @@ def test_step_sizes_get_no_weight_decay_also_where_weights_have_them_in_groups(o
         "4": QuantizationScheme(weights=WeightQuantization(bits=4, group=2)),
     }
     quantize_layers_(model, grids)
-    fit = Fit(model, TrainSettings(epochs=1, optimizer=optimizer, weight_decay=0.1), seed=0)
+    fit = fitting(model, TrainSettings(epochs=1, optimizer=optimizer, weight_decay=0.1), seed=0)
     decayed = {
         id(p)
         for o in fit.optimizers.each
@@ -774,8 +795,8 @@ def test_a_batch_of_one_gives_what_it_gives_in_company_also_where_code_drops_its
         outputs(nn.BatchNorm1d(6), x[:1])
     arrays = Arrays(x, torch.tensor([0, 1, 2]))
     plain = Preprocess((0.0,) * 6, (1.0,) * 6)
-    one_by_one = evaluate(model, arrays, plain, batch_size=1)
-    assert one_by_one.loss == pytest.approx(evaluate(model, arrays, plain).loss, rel=1e-5)
+    one_by_one = evaluate(model, arrays, plain, TASK, batch_size=1)
+    assert one_by_one.loss == pytest.approx(evaluate(model, arrays, plain, TASK).loss, rel=1e-5)
 
 
 def test_a_network_that_fails_on_one_example_trains_in_batches_of_one():
@@ -793,7 +814,7 @@ def test_a_network_that_fails_on_one_example_trains_in_batches_of_one():
     for kind in (InPairs, nn.Linear):
         torch.manual_seed(0)
         models.append(kind(6, 3))
-        fit = Fit(models[-1], TrainSettings(epochs=2, batch_size=1, lr=0.05), seed=0)
+        fit = fitting(models[-1], TrainSettings(epochs=2, batch_size=1, lr=0.05), seed=0)
         for _ in fit.epochs(arrays, arrays.take(torch.tensor([], dtype=torch.int64)), plain):
             pass
     torch.testing.assert_close(models[0].weight, models[1].weight)

@@ -7,13 +7,15 @@ plan(model, graph, scores, scope="sensitivity", points=points)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
 
 from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup
@@ -27,7 +29,7 @@ FURTHER = (0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.001)
 TIE = 1e-9  # where a curve is flat, the share that is gone decides
 
 Measure = Callable[[], tuple[float, float | None]]
-"""Runs the model and returns its loss and its accuracy, which may be None."""
+"""Runs the model and returns its loss and its primary metric, which may be None."""
 
 
 def densities_down_to(lowest: float, usual: Sequence[float] = DENSITIES) -> tuple[float, ...]:
@@ -61,7 +63,22 @@ class Point:
     layer: str
     density: float
     loss: float
-    accuracy: float | None = None
+    score: float | None = None
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> Point:
+        """Reads what `asdict` gave; version 0.1.0 called the score `accuracy`."""
+        score = saved.get("score", saved.get("accuracy"))
+        return cls(saved["layer"], saved["density"], saved["loss"], score)
+
+    def line(self, metric: str) -> dict[str, JsonValue]:
+        """Returns the point as JSON, its score under the name of the `metric`."""
+        return {
+            "layer": self.layer,
+            "density": self.density,
+            "loss": self.loss,
+            metric: self.score,
+        }
 
 
 def sensitivity(
@@ -75,7 +92,7 @@ def sensitivity(
 
     Args:
         units: layers (`channel_units`), weights (`weight_unit`), or anything else that can be thinned in place.
-        measure: the loss and accuracy of the model as it is.
+        measure: the loss and primary metric of the model as it is.
         densities: in (0, 1); 1 is measured once and stands first in each curve.
         known: points of an earlier, stopped call, which are yielded again without measuring.
 
@@ -94,7 +111,7 @@ def sensitivity(
         for density in (1.0, *sorted(densities, reverse=True)):
             if (unit.name, density) in found:
                 point = found[unit.name, density]
-                base = (point.loss, point.accuracy) if density == 1 else base
+                base = (point.loss, point.score) if density == 1 else base
             elif density == 1:
                 base = base or measure()
                 point = Point(unit.name, density, *base)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fedpress import tasks
 from fedpress.core import consent
 from fedpress.core.examples import Preprocess
 from fedpress.data import FederatedData
@@ -229,11 +230,15 @@ def _held(
         if subject.spec is not None
         else Preprocess()
     )
+    task = None
+    if subject.spec is not None and subject.spec.task:
+        task = tasks.of_model(subject.spec.task, subject.spec.class_names)
     found = given_data.in_memory(
         data,
         given.preprocess() if given is not None and given.mean is not None else own,
         class_names=subject.spec.class_names if subject.spec is not None else (),
         model=subject.module if subject.module is not None else subject.fresh(keys),
+        task=task,
     )
     if given is not None and given.mean is None:  # mean="data"
         return replace(found, preprocess=Preprocess.fit(found.public.x))

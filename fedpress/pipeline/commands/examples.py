@@ -138,6 +138,8 @@ class Examples:
         table["partition"] = {"kind": "iid"}
         if subject.spec is not None and subject.spec.mean:
             table |= {"mean": list(subject.spec.mean), "std": list(subject.spec.std)}
+        if subject.spec is not None and subject.spec.task:
+            table["task"] = subject.spec.task["kind"]
         return table | (self.given.table() if self.given is not None else {})
 
     def question(self, subject: Subject, keys: Sequence[Override]) -> str:

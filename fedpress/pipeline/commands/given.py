@@ -14,6 +14,8 @@ from fedpress.core.examples import Arrays, Preprocess
 from fedpress.core.random import generator
 from fedpress.data import FederatedData
 from fedpress.errors import DataError
+from fedpress.tasks import Regression, Task
+from fedpress.training.evaluate import evaluating
 
 TAKEN = (
     'a source such as "cifar10", a tensor of inputs, a pair (inputs, labels), a torch Dataset or DataLoader, or a '
@@ -29,6 +31,7 @@ def in_memory(
     *,
     class_names: tuple[str, ...] = (),
     model: nn.Module | None = None,
+    task: Task | None = None,
     seed: int = 0,
 ) -> FederatedData:
     """Makes a data set of examples that the caller holds; all of them count as public.
@@ -43,6 +46,8 @@ def in_memory(
         class_names: of the model, if it has any.
         model: which tells by its outputs how many classes there are: some may be missing in a few examples. Whole
             numbers become floats if it does not take them as token ids.
+        task: of a saved model that is no classifier; None: found from the targets. Floats that the model gives as many
+            of are those of a regression in their own units.
         seed: decides which examples are put aside.
 
     Raises:
@@ -60,8 +65,11 @@ def in_memory(
             place="data=",
             cure="give one label for each input",
         )
+    task = task or _regression(y, x, model, preprocess)
+    if task is not None and task.targets != "classes":
+        return _divided(Arrays(x, y.to(torch.float32)), preprocess, seed, task=task)
     if y.dim() != 1 or y.is_floating_point() or y.is_complex():
-        # Targets of a regression or a segmentation: there is no accuracy in them.
+        # Targets of a segmentation, or of another task than the model's: nothing can be measured by them.
         return unlabelled(x, preprocess)
     if int(y.min()) < 0:
         raise DataError(
@@ -77,7 +85,18 @@ def in_memory(
     names = (
         class_names if len(class_names) == count else tuple(str(number) for number in range(count))
     )
-    every = Arrays(x, y.to(torch.int64))
+    return _divided(
+        Arrays(x, y.to(torch.int64)),
+        preprocess,
+        seed,
+        num_classes=count,
+        class_names=names,
+        **({} if task is None else {"task": task}),
+    )
+
+
+def _divided(every: Arrays, preprocess: Preprocess, seed: int, **about: Any) -> FederatedData:
+    """Puts examples aside for testing and for validation; `about` says what is learned."""
     order = torch.randperm(len(every), generator=generator(seed, "data in memory"))
     tests = int(TEST_SHARE * len(every))
     validation = int(VALIDATION_SHARE * (len(every) - tests))
@@ -92,10 +111,30 @@ def in_memory(
         public=every.take(public),
         validation=every.take(checked),
         test=every.take(test),
-        num_classes=count,
-        class_names=names,
         preprocess=preprocess,
+        **about,
     )
+
+
+@torch.no_grad()
+def _regression(
+    y: Tensor, x: Tensor, model: nn.Module | None, preprocess: Preprocess
+) -> Task | None:
+    """Returns a regression if `y` are floats [n] or [n, k], and the model gives k numbers for each example."""
+    if model is None or not y.is_floating_point() or y.dim() not in (1, 2):
+        return None
+    width = 1 if y.dim() == 1 else y.shape[1]
+    with evaluating(model):
+        try:
+            out = model(preprocess(x[:2]))
+        except (
+            Exception
+        ):  # whatever somebody's own network raises; what it does not take is told later
+            return None
+    if not isinstance(out, Tensor) or list(out.shape) != [min(2, len(x)), width]:
+        return None
+    names = tuple(f"target {at}" for at in range(width)) if width > 1 else ("target",)
+    return Regression(names)
 
 
 @torch.no_grad()

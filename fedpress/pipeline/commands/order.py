@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fedpress import storage
+from fedpress import storage, tasks
 from fedpress.core.examples import Preprocess
 from fedpress.data import FederatedData
 from fedpress.data.examples import Progress
@@ -131,7 +131,10 @@ class Order:
             return data
         if self.recipe.data.source == NOTHING:
             names = spec.class_names or data.class_names
-            return replace(data, preprocess=Preprocess(spec.mean, spec.std), class_names=names)
+            task = tasks.of_model(spec.task, names)
+            return replace(
+                data, preprocess=Preprocess(spec.mean, spec.std), class_names=names, task=task
+            )
         if spec.class_names and spec.class_names != data.class_names:
             odd = sorted(set(spec.class_names) ^ set(data.class_names))[:3]
             what = f"{', '.join(odd)} differ" if odd else "their order differs"
@@ -140,6 +143,14 @@ class Order:
                 place=self.kind,
                 cure="give the data that the model was trained for",
             )
+        if spec.task:  # its outputs mean what they meant when it was trained
+            task = tasks.of_model(spec.task, spec.class_names)
+            if task.names != data.task.names:
+                raise DataError(
+                    f"{self.kind}: the data '{data.name}' has targets {', '.join(data.task.names)}, but the model "
+                    f"predicts {', '.join(task.names)}; give the data that the model was trained for"
+                )
+            return replace(data, task=task)
         return data
 
     def check(self, data: FederatedData) -> None:

@@ -51,7 +51,12 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> S
             'delays = { kind = "lognormal", median = 10.0 }, or leave deadline out'
         )
     beginning = Beginning.of(
-        stage, state.spec, state.model, preprocess=state.data.preprocess, seed=state.seed
+        stage,
+        state.spec,
+        state.model,
+        preprocess=state.data.preprocess,
+        task=state.data.task,
+        seed=state.seed,
     )
     memories = _memories(beginning, list(state.data.clients), folder)
     # One model for all clients, who work one after another, and another for the server.

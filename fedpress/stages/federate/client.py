@@ -23,6 +23,7 @@ from fedpress.stages.federate.contract import (
     owns_keys,
 )
 from fedpress.stages.federate.privacy import is_secure
+from fedpress.tasks.base import number
 from fedpress.training.evaluate import evaluate
 from fedpress.wire.message import JSON, Message, pack, unpack
 
@@ -167,10 +168,10 @@ class ClientHalf:
             )
         model = self.beginning.model
         parameters.assign_(model, client.read_params(message))
-        found = evaluate(model, self.arrays, self.beginning.preprocess)
-        return Message(
-            "evaluated", {"examples": len(self.arrays), "metrics": {"accuracy": found.accuracy}}
-        )
+        task = self.beginning.task
+        found = evaluate(model, self.arrays, self.beginning.preprocess, task)
+        metrics: dict[str, JSON] = {task.primary: number(found.score)}
+        return Message("evaluated", {"examples": len(self.arrays), "metrics": metrics})
 
     def rehearse(self, arrays: Arrays) -> None:
         """Does one step of this client's work on `arrays`, which must be public, see `Client.rehearse`.

@@ -36,6 +36,7 @@ from fedpress.nn.resize import copied
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.stages.federate.privacy import Protection, is_secure, protect, trust_of_stage
 from fedpress.stages.federate.settings import FederateSettings
+from fedpress.tasks import Task
 from fedpress.training.augment import Augment, augment
 from fedpress.training.device import place_
 
@@ -78,12 +79,14 @@ class Beginning:
         stage: the settings.
         model: one to work in, its trainable parameters marked; whoever works makes a `copy` of the beginning.
         preprocess: the fixed step from raw examples to the network's input, fitted on public data.
+        task: what is learned.
         seed: of this stage.
     """
 
     stage: FederateSettings
     model: nn.Module
     preprocess: Preprocess
+    task: Task
     seed: int
 
     @classmethod
@@ -94,6 +97,7 @@ class Beginning:
         model: nn.Module,
         *,
         preprocess: Preprocess,
+        task: Task,
         seed: int,
     ) -> Beginning:
         """Prepares `model`, which stays as it is, for `stage`; `seed` is that of the run.
@@ -102,11 +106,11 @@ class Beginning:
             RecipeError: if no parameter would train.
         """
         work = compact_(_trainable(copied(model), stage.trainable), spec.sparse)
-        return cls(stage, place_(work), preprocess, derive(seed, "federate", stage.name))
+        return cls(stage, place_(work), preprocess, task, derive(seed, "federate", stage.name))
 
     def copy(self) -> Beginning:
         """Returns the same with a model of its own: the server never looks into one in which clients train."""
-        return Beginning(self.stage, copied(self.model), self.preprocess, self.seed)
+        return Beginning(self.stage, copied(self.model), self.preprocess, self.task, self.seed)
 
     def contract(self, population: Population) -> Contract:
         """Binds the stage to a population.
@@ -116,12 +120,19 @@ class Beginning:
             PrivacyError: if the budget cannot be kept.
         """
         layout = parameters.Layout.of(self.model)
-        return _contract(self.stage, layout, self.preprocess, self.seed, population.to_json())
+        return _contract(
+            self.stage, layout, self.preprocess, self.task, self.seed, population.to_json()
+        )
 
 
 @lru_cache(maxsize=4)
 def _contract(
-    stage: FederateSettings, layout: parameters.Layout, preprocess: Preprocess, seed: int, text: str
+    stage: FederateSettings,
+    layout: parameters.Layout,
+    preprocess: Preprocess,
+    task: Task,
+    seed: int,
+    text: str,
 ) -> Contract:
     """Does the work of `Beginning.contract`, once for all who ask in one process: noise takes long to calibrate."""
     population, trust = Population.from_json(text), trust_of_stage(stage)
@@ -157,6 +168,7 @@ def _contract(
         uplink=uplink,
         seed=seed,
         prepare=Prepare(preprocess, stage.augment),
+        task=task,
         downlink=downlink,
         norm=stage.norm,
         error_feedback=stage.error_feedback,

@@ -11,12 +11,13 @@ from fedpress.core.examples import Arrays
 from fedpress.core.random import generator
 from fedpress.errors import RecipeError
 from fedpress.stages.federate.client import ClientHalf
+from fedpress.tasks import Task
 
 EXAMPLES = 4
 """A tiny batch: the check must be cheap for a large network."""
 
 
-def rehearse(clients: Sequence[ClientHalf], public: Sequence[Arrays], num_classes: int) -> None:
+def rehearse(clients: Sequence[ClientHalf], public: Sequence[Arrays], task: Task) -> None:
     """Lets one client of each kind take a private step on examples of its kind: of their shape and type.
 
     No private value is read. Without examples of a kind in the `public` parts they are made up, of values that its
@@ -27,7 +28,7 @@ def rehearse(clients: Sequence[ClientHalf], public: Sequence[Arrays], num_classe
     """
     for client in _one_of_each_kind(clients):
         like, problems = client.arrays, list[tuple[str, Exception]]()
-        for what, arrays in _examples(like, public, num_classes, client.beginning.model):
+        for what, arrays in _examples(like, public, task, client.beginning.model):
             try:
                 client.rehearse(arrays)
             except Exception as problem:  # whatever somebody's own network raises
@@ -56,7 +57,7 @@ def _one_of_each_kind(clients: Sequence[ClientHalf]) -> list[ClientHalf]:
 
 
 def _examples(
-    like: Arrays, public: Sequence[Arrays], num_classes: int, model: nn.Module
+    like: Arrays, public: Sequence[Arrays], task: Task, model: nn.Module
 ) -> Iterator[tuple[str, Arrays]]:
     """Yields examples of the kind of `like` to try, one after another until one works; only its type is looked at."""
     for part in public:
@@ -69,10 +70,10 @@ def _examples(
             spread = torch.linspace(0, len(part) - 1, min(EXAMPLES, len(part))).long()
             yield "public", part.take(spread)
             return
-    chance, labels = generator(0, "rehearsal"), torch.arange(EXAMPLES) % num_classes
+    chance, targets = generator(0, "rehearsal"), task.made_up(EXAMPLES, like.y)
     shape = (EXAMPLES, *like.x.shape[1:])
     for x in _made_up(shape, like.x.dtype, _vocabulary(model), chance):
-        yield "made-up", Arrays(x, labels.to(like.y.dtype).reshape(-1, *[1] * (like.y.dim() - 1)))
+        yield "made-up", Arrays(x, targets)
 
 
 def _made_up(

@@ -212,7 +212,7 @@ class ServerPlan:
             told["clip_norm"] = self.uplink.adaptive.initial
         return told
 
-    def client_accuracy(self, params: Tensor) -> dict[ClientId, float]:
+    def client_scores(self, params: Tensor) -> dict[ClientId, float | None]:
         """Asks every client what the model of `params` [d] is worth on its own examples.
 
         Under privacy that is a private number: nobody is asked. A client that cannot tell could not train either; the
@@ -222,11 +222,13 @@ class ServerPlan:
             return {}
         header: dict[str, JSON] = {"agreement": self.contract.terms.agreement.fingerprint}
         question = Message("evaluate", header, {"params": params})
-        found: dict[ClientId, float] = {}
+        found: dict[ClientId, float | None] = {}
+        metric = self.beginning.task.primary
         for name, reply in exchange(self.transport, dict.fromkeys(self.population.names, question)):
             if reply.kind == "evaluated":
                 check_header(reply.kind, reply.header)
-                found[name] = float(need(reply.kind, reply.header, "metrics")["accuracy"])
+                score = need(reply.kind, reply.header, "metrics").get(metric)
+                found[name] = None if score is None else float(score)
         return found
 
 

@@ -132,8 +132,11 @@ class FederateSettings(LocalSettings):
     max_dropout: float = Field(
         1 / 3, ge=0, lt=0.5, description="share of a cohort that may vanish from a secure sum"
     )
+    target_metric: float | None = Field(
+        None, description="stop when the task's primary metric on the validation set reaches this"
+    )
     target_accuracy: float | None = Field(
-        None, gt=0, le=1, description="stop when validation accuracy reaches this"
+        None, gt=0, le=1, description="the name of target_metric in version 0.1"
     )
     patience: int = Field(
         0, ge=0, description="stop after so many rounds without a better one; 0 = never"

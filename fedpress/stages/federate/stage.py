@@ -26,6 +26,8 @@ from fedpress.stages.federate.privacy import is_secure, secure_list, steps_per_r
 from fedpress.stages.federate.rehearsal import rehearse
 from fedpress.stages.federate.server import PROMISE, ServerPlan
 from fedpress.stages.federate.settings import FederateSettings
+from fedpress.tasks import Task
+from fedpress.tasks.base import number
 from fedpress.training.evaluate import Evaluation, evaluate
 from fedpress.workspace.folder import StageFolder
 from fedpress.workspace.state import State, Tick
@@ -80,7 +82,7 @@ class FederateStage(FederateSettings, Stage):
             if self.num_rounds:
                 data = state.data
                 parts = (data.public, data.validation, data.test)
-                rehearse(list(federation.clients.values()), parts, data.num_classes)
+                rehearse(list(federation.clients.values()), parts, data.task)
         return replace(state, ledger=ledger), facts
 
     def _counts(self, server: ServerPlan) -> dict[str, Any]:
@@ -102,16 +104,15 @@ class FederateStage(FederateSettings, Stage):
             folder.forget()
         server, data = bind(self, state, folder.memory).server, state.data
         now = Progress.load(*saved) if saved[1] else Progress.begin(server)
-        if state.accuracy is None:
-            state = replace(
-                state, accuracy=evaluate(state.model, data.test, data.preprocess).accuracy
-            )
+        if state.score is None and len(data.test):
+            before = evaluate(state.model, data.test, data.preprocess, data.task)
+            state = replace(state, score=before.score)
         if server.hides:
             _ = server.planned_bytes  # of the model as it is bound: a later one may hold anything
         began = time.perf_counter() - now.seconds
         running = server.rounds(now.params, start=now.round, server_state=now.server_state)
         said = ""
-        while not self._enough(now):
+        while not self._enough(now, data.task):
             # The round is charged before it touches data. One that is killed and done again draws the same noise
             # from the same seeds, so it gives the same reply and costs nothing more.
             try:
@@ -129,7 +130,7 @@ class FederateStage(FederateSettings, Stage):
             seen = self._look(server.model, state)
             known, failures = now.failures.sure, now.failures.after(record, waited, server)
             now = replace(
-                now.after(record, ledger, seen, time.perf_counter() - began),
+                now.after(record, ledger, seen, time.perf_counter() - began, data.task),
                 closed=closed,
                 failures=failures,
             )
@@ -153,20 +154,31 @@ class FederateStage(FederateSettings, Stage):
             p.requires_grad_(True)
         return replace(state, model=model, ledger=now.ledger, facts=facts)
 
+    @property
+    def target(self) -> float | None:
+        """The value of the task's primary metric at which it is enough."""
+        return self.target_metric if self.target_metric is not None else self.target_accuracy
+
     def _look(self, model: nn.Module, state: State) -> Evaluation | None:
         """Measures on the public validation set; private data is never looked at without a charge."""
         if not len(state.data.validation):
             return None
         return evaluate(
-            model, state.data.validation, state.data.preprocess, precision=self.precision
+            model,
+            state.data.validation,
+            state.data.preprocess,
+            state.data.task,
+            precision=self.precision,
         )
 
-    def _enough(self, now: Progress) -> bool:
+    def _enough(self, now: Progress, task: Task) -> bool:
         if now.round >= self.num_rounds or now.stopped:
             return True
-        if self.target_accuracy is not None and now.best >= self.target_accuracy:
+        reached = now.best == self.target or task.better(now.best, self.target)
+        if self.target is not None and reached:
             return True
-        return bool(self.patience and now.round - now.best_round >= self.patience and now.best >= 0)
+        waited = now.round - now.best_round
+        return bool(self.patience and waited >= self.patience and now.best is not None)
 
     def _charge(self, now: Progress, server: ServerPlan) -> Ledger:
         """Returns the ledger with the next round in it; PrivacyError if that would pass the budget."""
@@ -284,7 +296,7 @@ class FederateStage(FederateSettings, Stage):
         return {
             "round": record.round,
             "num_rounds": self.num_rounds,
-            "accuracy": seen.accuracy if seen else None,
+            server.beginning.task.primary: number(seen.score) if seen else None,
             "loss": seen.loss if seen else None,
             "bytes_up": record.bytes_up,
             "bytes_down": record.bytes_down,
@@ -310,6 +322,7 @@ class FederateStage(FederateSettings, Stage):
 
     def _facts(self, state: State, server: ServerPlan, now: Progress) -> dict[str, Any]:
         """Every key is given also without privacy, so that no promise of an earlier stage outlives an open one."""
+        metric = state.data.task.primary
         promise = server.promise() if self.privacy is not None else dict.fromkeys(PROMISE)
         return {
             "rounds": now.round,
@@ -317,7 +330,7 @@ class FederateStage(FederateSettings, Stage):
             "cohort": server.uplink.cohort.size,
             "schedule": self.schedule.kind,
             "trained_values": server.uplink.size,
-            "accuracy_before": state.accuracy,
+            f"{metric}_before": state.score,
             "bytes_up": now.bytes_up,
             "bytes_down": now.bytes_down,
             **promise,
@@ -327,7 +340,7 @@ class FederateStage(FederateSettings, Stage):
             "keys": server.keys,
             "epsilon": self._epsilon(now),
             "epsilon_is": self._spent(now).note or None if self.privacy is not None else None,
-            "client_accuracy": server.client_accuracy(now.params),
+            f"client_{metric}": server.client_scores(now.params),
             "stopped": now.stopped or None,
             "failures": now.failures.facts(self.privacy.unit if self.privacy is not None else None),
             "warning": self._last_warning(now) or None,
@@ -350,7 +363,7 @@ class Progress:
     ledger: Ledger
     server_state: dict[str, Tensor] | None = None
     round: int = 0
-    best: float = -1.0
+    best: float | None = None
     best_round: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
@@ -366,22 +379,27 @@ class Progress:
         return cls(parameters.flatten(server.model), server.ledger)
 
     def after(
-        self, record: RoundRecord, ledger: Ledger, seen: Evaluation | None, seconds: float
+        self,
+        record: RoundRecord,
+        ledger: Ledger,
+        seen: Evaluation | None,
+        seconds: float,
+        task: Task,
     ) -> Progress:
         """Stands after the round of `record`, whose validation was `seen`."""
-        accuracy = seen.accuracy if seen else -1.0
-        better = accuracy > self.best
+        score = number(seen.score) if seen else None
+        better = task.better(score, self.best)
         return Progress(
             params=record.params,
             ledger=ledger,
             server_state=record.server_state,
             round=record.round,
-            best=accuracy if better else self.best,
+            best=score if better else self.best,
             best_round=record.round if better else self.best_round,
             bytes_up=self.bytes_up + record.bytes_up,
             bytes_down=self.bytes_down + record.bytes_down,
             seconds=seconds,
-            note=f"validation {accuracy:.2%}" if seen else "",
+            note=f"validation {task.told(score)}" if seen else "",
         )
 
     def tensors(self) -> dict[str, Tensor]:

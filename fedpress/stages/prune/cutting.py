@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import JsonValue
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from fedpress.compress.prune.targets import full_widths, next_share
 from fedpress.core.examples import Arrays
 from fedpress.core.parameters import part_of
 from fedpress.core.random import derive, generator
+from fedpress.data import FederatedData
 from fedpress.errors import RecipeError
 from fedpress.nn.resize import copied
 from fedpress.stages.epochs import epochs_of, milestone, steps_of
@@ -33,6 +33,8 @@ from fedpress.stages.prune.settings import (
     traced,
 )
 from fedpress.stages.public import restore_norms_
+from fedpress.tasks import Sums, merged
+from fedpress.tasks.base import number
 from fedpress.training.device import device
 from fedpress.training.evaluate import evaluate
 from fedpress.training.fit import Fit, Step
@@ -101,7 +103,7 @@ class Cutting:
         else:
             self.model.load_state_dict(part_of(saved.tensors, "model/"))
         self.step, self.tuned, self.start = facts["step"], facts["tuned"], facts["start"]
-        self.points = [Point(**point) for point in facts["points"]]
+        self.points = [Point.of(point) for point in facts["points"]]
         self.tried = [(share, ms) for share, ms in facts["tried"]]
 
     def events(self) -> Iterator[Tick | Milestone]:
@@ -130,22 +132,22 @@ class Cutting:
             self.inexact = yield from self.refit_(dense, plan)
 
         yield self.tick(2, "restoring batch-norm statistics")
-        before = self.accuracy()
+        before, metric = self.score(), self.source.data.task.primary
         self.restored = restore_norms_(self.model, self.source, self.public, batch=BATCH)
         yield self.tick(3, "measuring")
         record: dict[str, JsonValue] = {"step": self.step + 1} if self.stage.steps > 1 else {}
         record["layers"] = _changes(self.plans)
-        record |= {"accuracy_cut": before, "accuracy_restored": self.accuracy()}
+        record |= {f"{metric}_cut": before, f"{metric}_restored": self.score()}
 
         self.step, self.tuned, self.points, self.tried = self.step + 1, False, [], []
         yield Milestone(record, saves=self.step < self.stage.steps)
 
-    def accuracy(self) -> float | None:
-        """Measures the model on the validation set; None without one."""
+    def score(self) -> float | None:
+        """Measures the primary metric of the model on the validation set; None without one."""
         data = self.source.data
         if not len(data.validation):
             return None
-        return evaluate(self.model, data.validation, data.preprocess).accuracy
+        return number(evaluate(self.model, data.validation, data.preprocess, data.task).score)
 
     @property
     def _tuning(self) -> int:
@@ -163,7 +165,13 @@ class Cutting:
         """Trains the model as `finetune` says, from where an interrupted training stood."""
         assert self.stage.finetune is not None
         seed = derive(self.source.seed, "stage", self.index, "step", self.step)
-        fit = Fit(self.model, self.stage.finetune, seed=seed, sparse=self.source.spec.sparse)
+        fit = Fit(
+            self.model,
+            self.stage.finetune,
+            task=self.source.data.task,
+            seed=seed,
+            sparse=self.source.spec.sparse,
+        )
         self.fit = fit
         if self.fit_state:
             fit.load_(self.fit_state)
@@ -264,12 +272,15 @@ class Cutting:
             one_channel = 1 / max(layer.channels for layer in graph.groups)
             densities = densities_down_to(max(self.stage.min_keep, one_channel), densities)
         for point in compress.sensitivity(
-            units, lambda: _loss_and_accuracy(model, some, data.preprocess), densities, known=known
+            units, lambda: _loss_and_score(model, some, data), densities, known=known
         ):
             if point in known:
                 continue
             self.points.append(point)
-            yield Milestone({"sensitivity": asdict(point)}, saves=point.density == min(densities))
+            yield Milestone(
+                {"sensitivity": point.line(data.task.primary)},
+                saves=point.density == min(densities),
+            )
             yield self.tick(
                 0, f"sensitivity of '{point.layer}' at {point.density:.0%}: loss {point.loss:.3f}"
             )
@@ -279,7 +290,7 @@ class Cutting:
         """Runs the model over the public examples; one by one where the score wants the information of each."""
         assert self.public is not None
         for x, y in self.public.batches(1 if SCORES[self.stage.score].single else BATCH):
-            yield F.cross_entropy(self.model(self.source.data.preprocess(x)), y)
+            yield self.source.data.task.loss(self.model(self.source.data.preprocess(x)), y)
 
     def refit_(
         self, dense: nn.Module, plan: PruningPlan
@@ -321,15 +332,16 @@ class Cutting:
         }
 
 
-def _loss_and_accuracy(model: nn.Module, examples: Arrays, preprocess: Any) -> tuple[float, float]:
+def _loss_and_score(model: nn.Module, examples: Arrays, data: FederatedData) -> tuple[float, float]:
     """Measures `model` while its norms take the statistics of each batch: as if they were restored, for one pass."""
-    loss, right, at = 0.0, 0, device()
+    loss, at, task = 0.0, device(), data.task
+    sums: list[Sums] = []
     with differentiable(model, (), batch_statistics=True), torch.no_grad():
         for x, y in examples.batches(BATCH):
-            logits, labels = model(preprocess(x.to(at))).float(), y.to(at)
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            right += int((logits.argmax(1) == labels).sum())
-    return loss / len(examples), right / len(examples)
+            outputs, targets = model(data.preprocess(x.to(at))).float(), y.to(at)
+            loss += float(task.loss(outputs, targets, reduction="sum"))
+            sums.append(task.score_sums(outputs, targets))
+    return loss / len(examples), task.score(merged(*sums))
 
 
 def _changes(plans: Sequence[PruningPlan]) -> list[JsonValue]:

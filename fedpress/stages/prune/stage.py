@@ -72,7 +72,7 @@ class PruneStage(PruneSettings, Stage):
         if self.finetune is not None:
             data = state.data
             check_training(
-                state.model, self.finetune, data.public, data.validation, data.preprocess
+                state.model, self.finetune, data.public, data.validation, data.preprocess, data.task
             )
         model = copied(state.model)
         graph = traced(model.eval(), state, self)

@@ -57,7 +57,7 @@ def test_each_point_is_the_loss_of_a_copy_with_that_layer_masked(traced, name):
         ]
         copy = deepcopy(model)
         mask_(copy, make_plan(model, graph, scores, widths))
-        assert (point.loss, point.accuracy) == measure_of(copy, x)()
+        assert (point.loss, point.score) == measure_of(copy, x)()
 
 
 def test_a_tensor_that_one_layer_touches_along_two_axes_comes_back(traced):

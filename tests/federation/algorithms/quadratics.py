@@ -12,7 +12,7 @@ from fedpress.federation.client_state import InMemoryState
 from fedpress.federation.local import Outcome, Step
 from fedpress.federation.server import rounds
 from fedpress.transport import LocalTransport
-from tests.federation.federation import untouched
+from tests.federation.federation import GOAL, untouched
 
 SIZE = 5
 
@@ -52,6 +52,7 @@ class Quadratics:
             self.uplink,
             7,
             untouched,
+            GOAL,
             algorithm=algorithm,
             **more,
         )

@@ -616,3 +616,18 @@ def test_models_of_several_inputs_are_cut_quantized_and_exported(tmp_path):
 def test_what_models_of_several_inputs_cannot_have_is_refused(call, settings, message):
     with pytest.raises(ModelError, match=message):
         call(Several(), input_shape=[(1, 8, 8), (5,)], **settings)
+
+
+def test_float_targets_of_a_regression_are_measured_in_their_own_units():
+    torch.manual_seed(0)
+    x = torch.randn(200, 8)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
+    with torch.no_grad():
+        y = model(x)[:, 0]
+    found = commands.prune(model, keep_params=0.5, data=(x, y))
+    assert found.before["task"] == "regression"
+    assert found.before["mae"] < 1e-5
+    assert found.facts["mae"] > found.before["mae"]
+    assert "accuracy" not in found.facts
+    maps = commands.prune(model, keep_params=0.5, data=(x, torch.randn(200, 3)))
+    assert maps.before["accuracy"] is None, "targets of another width measure nothing"
