@@ -13,10 +13,12 @@ import torch
 from fedpress.core.examples import Arrays
 from fedpress.data import FederatedData
 from fedpress.data.functions import own_modules
+from fedpress.errors import RecipeError
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
+from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.keys import settings_of
-from fedpress.pipeline.start import load_data
+from fedpress.pipeline.start import first_state, load_data
 from fedpress.tasks.classification import IGNORED
 from fedpress.workspace.folder import RunFolder
 
@@ -263,11 +265,16 @@ def test_patience_and_a_target_go_by_the_task_s_metric_and_direction(source, tmp
     assert federate["rounds"] == 1, "an error of less than 100 is reached at once"
 
 
+def test_a_target_accuracy_is_refused_where_the_task_goes_by_something_else(source, tmp_path):
+    text = SMALL.format(kind="regression", outputs=1, lr=0.05)
+    text = text.replace("num_rounds = 3", "num_rounds = 3\ntarget_accuracy = 0.9")
+    recipe = recipes.load(text, ())
+    with pytest.raises(RecipeError, match=r"goes by MAE; take target_metric"):
+        check_recipe(recipe, load_data(recipe))
+
+
 def test_a_network_of_the_wrong_width_is_told_how_many_numbers_to_give(source):
     recipe = recipes.load(SMALL.format(kind="several", outputs=2, lr=0.1), ())
-    from fedpress.errors import RecipeError
-    from fedpress.pipeline.start import first_state
-
     with pytest.raises(RecipeError, match=r"expected \[3\].*num_classes = 3"):
         first_state(recipe, load_data(recipe))
 

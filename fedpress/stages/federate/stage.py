@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedpress.codecs import Clip, Settings
 from fedpress.core import parameters
-from fedpress.errors import PrivacyError, TrainingError
+from fedpress.errors import PrivacyError, RecipeError, TrainingError
 from fedpress.federation import RoundRecord
 from fedpress.federation.local import too_large
 from fedpress.nn.compact import expand_
@@ -51,6 +51,13 @@ class FederateStage(FederateSettings, Stage):
             RecipeError: if the parts do not fit together.
             PrivacyError: if the budget cannot be kept, also together with what earlier stages spend.
         """
+        word = state.data.task.words[0]
+        if self.target_accuracy is not None and not word.share:
+            raise RecipeError(
+                f"got {self.target_accuracy}, but the task {state.data.task.kind} goes by {word.name}",
+                place="stage.target_accuracy",
+                cure="take target_metric",
+            )
         federation = bind(self, state)
         server = federation.server
         facts: dict[str, Any] = {
