@@ -119,7 +119,7 @@ def _outcome(result: Mapping[str, Any]) -> str:
 def show_metrics(out: Console, result: dict[str, Any]) -> None:
     """Prints all metrics of each stage of a `result.json`; warns if the last one only guesses."""
     stages = stages_of(result)
-    table = metrics_table(stages)
+    table = metrics_table(stages, most=4)
     if table.rows:
         out.print()
         out.print(as_rich(table))

@@ -90,14 +90,20 @@ def progress_table(records: list[Json]) -> Table:
     return Table(header=["Stage", "Came to", f"Validation {shown.name}", "ε", "Time"], rows=rows)
 
 
-def metrics_table(stages: list[Json]) -> Table:
-    """Returns a row for each stage with all metrics of its task on the test set, the largest class among them."""
+def metrics_table(stages: list[Json], *, most: int | None = None) -> Table:
+    """Returns a row for each stage with the metrics of its task on the test set, the largest class among them.
+
+    Args:
+        stages: the lines of the result.
+        most: only so many metrics, the first ones; a terminal is narrow.
+    """
     words = words_of(stages)
     known = [
         word
         for word in words
         if word.key != "loss" and any(units.number(s.get(word.key)) is not None for s in stages)
     ]
+    known = known[:most]
     largest = any(units.number(stage.get("majority_share")) is not None for stage in stages)
     rows = []
     for stage in stages:
