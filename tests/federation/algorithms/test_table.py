@@ -1,6 +1,7 @@
 """What holds for every algorithm of the table."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -19,10 +20,13 @@ from fedpress.federation import (
     LocalSettings,
     Momentum,
 )
-from fedpress.federation.algorithms import Seen, check_fits
+from fedpress.federation.algorithms import AlgorithmRow, Seen, check_fits
+from fedpress.federation.server import rounds
+from fedpress.federation.vectors import Extra
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.wire import Message, pack, unpack
 from tests.federation.algorithms.quadratics import SIZE, Quadratics
+from tests.federation.federation import SAMPLE_PLAN, Federation
 
 ROWS = [row() for row in ALGORITHMS.values()]
 KINDS = [row.kind for row in ROWS]
@@ -170,3 +174,53 @@ def test_what_is_equal_to_another_row_gives_its_bits():
     for one, other in pairs:
         a, b = (Quadratics(row).run(4)[-1].params for row in (one, other))
         assert torch.equal(a, b), one
+
+
+class WeighsByLoss(AlgorithmRow):
+    """Sends the loss before training beside the update, as q-FedAvg does."""
+
+    kind: Literal["weighs"] = "weighs"
+    clip_norm: float | None = 5.0
+
+    @property
+    def extras_up(self):
+        return {"loss": Extra(size=1, clip_norm=self.clip_norm)}
+
+    @property
+    def reads_loss(self):
+        return True
+
+    def client_update(self, model, work, down, state):
+        loss = torch.tensor([work.loss(model)])
+        run = work.begin(model).finish()
+        return {"update": run.update() * loss, "loss": loss}, state, run.measures
+
+    def server_step(self, state, params, mean, seen):
+        return state, params + mean["update"] / mean["loss"].clamp(min=0.1)
+
+
+@pytest.mark.parametrize("privacy", [None, PrivacyPlan("client", 1.0, 1.0, 0.5)])
+def test_a_loss_travels_as_a_vector_of_size_one(privacy):
+    federation = Federation(
+        algorithm=WeighsByLoss(),
+        weights="equal",
+        privacy=privacy,
+        settings=LocalSettings(batch_size=4),
+    )
+    (record,) = rounds(
+        federation.params,
+        federation.uplink,
+        federation.terms.algorithm,
+        federation.transport,
+        num_rounds=1,
+        seed=7,
+        agreement=federation.agreement,
+    )
+    assert not record.refused
+    assert torch.isfinite(record.params).all()
+    assert not torch.equal(record.params, federation.params)
+
+
+def test_a_row_that_asks_for_a_loss_is_refused_under_sample_privacy_before_the_run():
+    with pytest.raises(RecipeError, match="which no noise covers"):
+        Federation(algorithm=WeighsByLoss(), weights="equal", privacy=SAMPLE_PLAN)
