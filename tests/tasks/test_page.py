@@ -1,0 +1,53 @@
+"""The task of docs/tasks.md works as it stands there: its file and its row are all that is needed."""
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedpress import tasks
+from tests.tasks.test_recipes import PRIVATE, SMALL, finish, source
+
+PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
+
+assert source  # the fixture of made-up data
+
+
+@pytest.fixture
+def quantile(monkeypatch):
+    code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
+    module = types.ModuleType("quantile")
+    monkeypatch.setitem(sys.modules, "quantile", module)
+    exec(compile(code, "docs/tasks.md", "exec"), module.__dict__)
+    monkeypatch.setitem(tasks.TASKS, "quantile", module.Quantile)
+    return module.Quantile
+
+
+def test_the_loss_of_the_page_is_least_at_the_quantile(quantile):
+    y = torch.arange(101.0)
+    task = quantile(("delay",), share=0.9)
+    losses = [float(task.loss(torch.full((101, 1), z), y)) for z in (80.0, 90.0, 99.0)]
+    assert losses[1] == min(losses)
+    found = task.summary(task.metrics(torch.full((101, 1), 90.0), y))
+    assert found["covered"] == pytest.approx(91 / 101)
+    assert {*found} == {*task.keys}
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_the_task_of_the_page_trains_and_federates(quantile, private, source, tmp_path):
+    text = SMALL.format(kind="regression", outputs=1, lr=0.01)
+    option = 'task = { kind = "quantile", share = 0.8 }'
+    text = text.replace("validation = 20", f"validation = 20\n{option}") + private * PRIVATE
+    train, federate = finish(text, tmp_path)
+    assert train["task"] == federate["task"] == "quantile"
+    assert train["pinball"] > 0
+    assert 0 <= federate["covered"] <= 1
+    assert bool(federate["client_pinball"]) is not private
+
+
+def test_the_table_of_the_page_has_every_task():
+    rows = re.findall(r"^\| `(\w+)` \| ", PAGE.read_text(), re.MULTILINE)
+    assert [*tasks.TASKS] == rows[: len(tasks.TASKS)]
