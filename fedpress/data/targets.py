@@ -50,7 +50,7 @@ def dealing_of_numbers(values: Tensor) -> Tensor:
     >>> dealing_of_numbers(torch.arange(20.0)).bincount().tolist()
     [2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
     """
-    first = values.reshape(len(values), -1)[:, 0]
+    first = values if values.dim() == 1 else values[:, 0]
     rank = torch.empty(len(first), dtype=torch.int64)
     rank[first.argsort(stable=True)] = torch.arange(len(first))
     return rank * GROUPS // max(1, len(first))
