@@ -119,7 +119,7 @@ def test_eight_banks_learn_who_will_not_pay(private, tmp_path):
     data = real_data() / "credit_default" / "UCI_Credit_Card.csv"
     final, report = ran(text + private * PRIVATE, data, tmp_path)
     assert final["task"] == "binary"
-    assert final["auc"] > (0.68 if private else 0.74)
+    assert final["auc"] > (0.68 if private else 0.73)
     assert 0.7 < final["majority_share"] < 0.85
     assert "AUC" in report
     assert bool(final["client_auc"]) is not private
