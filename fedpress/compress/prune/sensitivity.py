@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup
 from fedpress.compress.prune.scores import tensors_of
 from fedpress.errors import ModelError, RecipeError
+from fedpress.tasks.base import number
 
 DENSITIES = (0.9, 0.7, 0.5, 0.3, 0.1)
 FURTHER = (0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.001)
@@ -77,7 +78,7 @@ class Point:
             "layer": self.layer,
             "density": self.density,
             "loss": self.loss,
-            metric: self.score,
+            metric: None if self.score is None else number(self.score),
         }
 
 
