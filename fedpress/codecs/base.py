@@ -105,13 +105,17 @@ def check_values(x: Encoded, name: str, size: int, *, integer: bool = False) -> 
     """
     if x.side:
         raise WireError(
-            f"{name}.{min(x.side)}: no such tensor is read; send only what the chain makes"
+            "no such tensor is read",
+            place=f"{name}.{min(x.side)}",
+            cure="send only what the chain makes",
         )
     if x.values.shape != (size,) or x.values.is_floating_point() == integer:
         kind = "whole numbers" if integer else "floating-point numbers"
         got = f"{x.values.dtype} {list(x.values.shape)}"
         raise WireError(
-            f"{name}.values: got {got}, expected {kind} [{size}]; use the same recipe on both sides"
+            f"got {got}, expected {kind} [{size}]",
+            place=f"{name}.values",
+            cure="use the same recipe on both sides",
         )
     return x.values
 
@@ -124,11 +128,12 @@ def check_float(values: Tensor, size: int, name: str) -> Tensor:
     """
     if values.dtype != torch.float32 or values.shape != (size,):
         raise WireError(
-            f"{name}: got {values.dtype} {list(values.shape)}, expected torch.float32 [{size}]; "
-            "use the same recipe on both sides"
+            f"got {values.dtype} {list(values.shape)}, expected torch.float32 [{size}]",
+            place=name,
+            cure="use the same recipe on both sides",
         )
     if not bool(torch.isfinite(values).all()):
-        raise WireError(f"{name}: it holds NaN or infinity; lower the learning rate")
+        raise WireError("it holds NaN or infinity", place=name, cure="lower the learning rate")
     return values
 
 
@@ -201,7 +206,9 @@ def decode_chain(chain: Chain, tensors: Mapping[str, Tensor], key: Key) -> Tenso
     left = dict(tensors)
     if VALUES not in left:
         raise WireError(
-            f"message.tensors: '{VALUES}' is missing; send the encoded update under this name"
+            f"'{VALUES}' is missing",
+            place="message.tensors",
+            cure="send the encoded update under this name",
         )
     x = left.pop(VALUES)
     for at, transform in reversed(list(enumerate(chain))):
@@ -214,6 +221,8 @@ def decode_chain(chain: Chain, tensors: Mapping[str, Tensor], key: Key) -> Tenso
         x = transform.decode(Encoded(x, side), key)
     if left:
         raise WireError(
-            f"message.tensors.{min(left)}: no transform reads this tensor; send only what the chain makes"
+            "no transform reads this tensor",
+            place=f"message.tensors.{min(left)}",
+            cure="send only what the chain makes",
         )
     return x

@@ -48,16 +48,21 @@ class Discretize(BaseModel):
         """
         if bound.integer:
             raise RecipeError(
-                "uplink.discretize: its input is whole already; take 'quantize' out of the list"
+                "its input is whole already",
+                place="uplink.discretize",
+                cure="take 'quantize' out of the list",
             )
         if not bound.l2 < math.inf:
             raise RecipeError(
-                "uplink.discretize: the update has no bound, so its grid could overflow; put 'clip' before it, for "
-                'instance { kind = "clip", clip_norm = 1.0 }'
+                "the update has no bound, so its grid could overflow",
+                place="uplink.discretize",
+                cure="put 'clip' before it, for instance { kind = \"clip\", clip_norm = 1.0 }",
             )
         if self.scale is None:
             raise RecipeError(
-                'uplink.discretize.scale: not planned; use it with sum = "secure", or give a scale'
+                "not planned",
+                place="uplink.discretize.scale",
+                cure='use it with sum = "secure", or give a scale',
             )
         limit = self.limit or coordinate_limit(bound)
         root = math.sqrt(bound.size)
@@ -105,7 +110,9 @@ class BoundDiscretize:
             if float(torch.linalg.vector_norm(rounded)) <= self.length:
                 return Encoded(rounded.long())
         raise PrivacyError(
-            "uplink.discretize: rounding never came within its bound; is the input within its own?"
+            "rounding never came within its bound",
+            place="uplink.discretize",
+            cure="is the input within its own?",
         )
 
     def decode(self, x: Encoded, key: Key) -> Tensor:

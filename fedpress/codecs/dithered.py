@@ -119,12 +119,16 @@ class Dithered:
         halves = x.side["scales"]
         if halves.dtype != torch.int8 or halves.shape != (-(-columns * phases // self.block),):
             raise WireError(
-                f"update.scales: got {halves.dtype} {tuple(halves.shape)}; expected int8, one for a block"
+                f"got {halves.dtype} {tuple(halves.shape)}",
+                place="update.scales",
+                cure="expected int8, one for a block",
             )
         if int(halves.abs().max()) > HALVES or halves.min() < -HALVES:
-            raise WireError(f"update.scales: expected -{HALVES} to {HALVES}")
+            raise WireError(f"expected -{HALVES} to {HALVES}", place="update.scales")
         if grid.min() <= 0:
-            raise WireError(f"update.grid: got {grid.tolist()}; expected positive numbers")
+            raise WireError(
+                f"got {grid.tolist()}", place="update.grid", cure="expected positive numbers"
+            )
         peak, middle, level = map(float, grid)
         steps = _steps(middle, level)[halves.numpy().astype(np.intp) + HALVES].astype(np.float32)
         u = self._dither(columns * phases, key)
@@ -177,7 +181,7 @@ class Dithered:
         q = whole_levels(x, (self.size,), ("grid",))
         step = float(side_floats(x, "grid", 1)[0])
         if step <= 0:
-            raise WireError(f"update.grid: got {step}; expected a positive step")
+            raise WireError(f"got {step}", place="update.grid", cure="expected a positive step")
         full = np.flatnonzero(q)
         level = q[full].astype(np.float64)
         level -= level > 0

@@ -36,11 +36,14 @@ def whole_levels(x: Encoded, shape: tuple[int, ...], side: tuple[str, ...]) -> I
     """Returns the levels after checking their type and shape, and that exactly the tensors `side` came along."""
     if x.values.dtype not in DTYPES or x.values.shape != shape:
         raise WireError(
-            f"update.values: got {x.values.dtype} {tuple(x.values.shape)}; expected small whole numbers {shape}"
+            f"got {x.values.dtype} {tuple(x.values.shape)}",
+            place="update.values",
+            cure=f"expected small whole numbers {shape}",
         )
     if set(x.side) != set(side):
         raise WireError(
-            f"update.{min(set(x.side) ^ set(side))}: expected exactly {', '.join(side)} beside the values"
+            f"expected exactly {', '.join(side)} beside the values",
+            place=f"update.{min(set(x.side) ^ set(side))}",
         )
     values: Ints = x.values.contiguous().numpy()
     return values
@@ -56,11 +59,13 @@ def side_floats(x: Encoded, name: str, size: int | None, least: int = 0) -> Floa
         or size not in (None, len(tensor))
     ):
         raise WireError(
-            f"update.{name}: got {tensor.dtype} {tuple(tensor.shape)}; expected float32 [{size or 'n'}]"
+            f"got {tensor.dtype} {tuple(tensor.shape)}",
+            place=f"update.{name}",
+            cure=f"expected float32 [{size or 'n'}]",
         )
     values: Floats = tensor.numpy()
     if not np.isfinite(values).all():
-        raise WireError(f"update.{name}: got a number that is not finite")
+        raise WireError("got a number that is not finite", place=f"update.{name}")
     return values
 
 
@@ -69,9 +74,9 @@ def scaled(x: Encoded, size: int, block: int, top: int) -> Floats:
     q = whole_levels(x, (size,), ("scales",))
     scales = side_floats(x, "scales", -(-size // block))
     if q.size and (int(q.max()) > top or int(q.min()) < -top):
-        raise WireError(f"update.values: got a level beyond {top}")
+        raise WireError(f"got a level beyond {top}", place="update.values")
     if scales.min(initial=0) < 0:
-        raise WireError("update.scales: got a negative scale")
+        raise WireError("got a negative scale", place="update.scales")
     out = np.empty(size, np.float32)
     for at, end, scale in chunks(size, block, scales):
         with np.errstate(over="ignore"):

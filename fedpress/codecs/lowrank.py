@@ -30,7 +30,9 @@ class LowRank(BaseModel):
         """Needs the shapes of the parameters, so it must come before anything that mixes or drops values."""
         if sum(prod(s) for s in bound.shapes) != bound.size:
             raise RecipeError(
-                "uplink.lowrank: it needs whole layers; put it first in the list, behind 'clip' at most"
+                "it needs whole layers",
+                place="uplink.lowrank",
+                cure="put it first in the list, behind 'clip' at most",
             )
         plan = tuple(_Layer(prod(s), *_sides(s, self.rank)) for s in bound.shapes)
         size = sum(layer.values for layer in plan)
@@ -84,7 +86,9 @@ class BoundLowRank:
         values = check_values(x, "lowrank", sum(layer.values for layer in self.layers))
         if values.dtype != torch.float32:
             raise WireError(
-                f"lowrank: got {values.dtype}, expected torch.float32; use the same recipe on both sides"
+                f"got {values.dtype}, expected torch.float32",
+                place="lowrank",
+                cure="use the same recipe on both sides",
             )
         parts = []
         for layer, part in zip(

@@ -110,7 +110,9 @@ class Ternary(BaseModel):
 def _bound(kind: str, bound: Bound) -> tuple[int, Bound]:
     if bound.integer:
         raise RecipeError(
-            f"transforms.{kind}: the values before it are whole numbers already; put '{kind}' first"
+            "the values before it are whole numbers already",
+            place=f"transforms.{kind}",
+            cure=f"put '{kind}' first",
         )
     return bound.size, Bound(bound.size, integer=True, decoded_l2=bound.decoded_l2)
 

@@ -75,7 +75,9 @@ class Centroids:
         step, offsets = levels[0], levels[1:]
         if step <= 0 or len(offsets) > 64 or np.abs(offsets).max(initial=0) > 1:
             raise WireError(
-                f"update.levels: got step {step} with offsets {offsets[:4]}; expected a positive step"
+                f"got step {step} with offsets {offsets[:4]}",
+                place="update.levels",
+                cure="expected a positive step",
             )
         near = np.arange(len(offsets) + 1, dtype=np.float64)
         near[1:] -= offsets

@@ -30,11 +30,14 @@ class Rotate(BaseModel):
         """Keeps the L2 norm; each value is spread over a block, as `spread` says."""
         if self.block & (self.block - 1):
             raise RecipeError(
-                f"uplink.rotate.block: got {self.block}, expected a power of two, for instance 65536"
+                f"got {self.block}, expected a power of two, for instance 65536",
+                place="uplink.rotate.block",
             )
         if bound.integer:
             raise RecipeError(
-                "uplink.rotate: it comes after whole numbers; put it before 'discretize' or 'quantize'"
+                "it comes after whole numbers",
+                place="uplink.rotate",
+                cure="put it before 'discretize' or 'quantize'",
             )
         block = min(self.block, 1 << max(0, bound.size.bit_length() - 1))
         after = replace(bound, linf=bound.l2, spread=bound.l2 / block**0.5, shapes=())

@@ -73,7 +73,9 @@ class RandomK(BaseModel):
         """Promises fewer values; norms grow by the scale if it is unbiased."""
         if bound.integer:
             raise RecipeError(
-                "uplink.randomk: it comes after whole numbers; put it before 'quantize' or 'discretize'"
+                "it comes after whole numbers",
+                place="uplink.randomk",
+                cure="put it before 'quantize' or 'discretize'",
             )
         kept = _count(self.density, bound.size)
         scale = bound.size / kept if self.unbiased else 1.0

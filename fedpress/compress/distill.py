@@ -75,7 +75,9 @@ def outputs(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tens
     def keep(name: str, output: object) -> None:
         if not isinstance(output, Tensor):
             raise TrainingError(
-                f"distill: the module '{name}' puts out a {type(output).__name__}, not a tensor; name another"
+                f"the module '{name}' puts out a {type(output).__name__}, not a tensor",
+                place="distill",
+                cure="name another",
             )
         found[name] = output
 
@@ -84,7 +86,9 @@ def outputs(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tens
         for name in names:
             if name not in modules:
                 hint = did_you_mean(name, list(modules)) or "; print(model) shows all names"
-                raise TrainingError(f"distill: {type(model).__name__} has no module '{name}'{hint}")
+                raise TrainingError(
+                    f"{type(model).__name__} has no module '{name}'{hint}", place="distill"
+                )
             handles.append(
                 modules[name].register_forward_hook(lambda _, __, out, name=name: keep(name, out))
             )
@@ -144,12 +148,18 @@ class Distillation:
                 module.training = mode
         if taught.shape != logits.shape:
             raise TrainingError(
-                f"distill: the teacher gives outputs {list(taught.shape[1:])} for one example, the student "
-                f"{list(logits.shape[1:])}; give a teacher of the same classes"
+                (
+                    f"the teacher gives outputs {list(taught.shape[1:])} for one example, the "
+                    f"student {list(logits.shape[1:])}"
+                ),
+                place="distill",
+                cure="give a teacher of the same classes",
             )
         if not taught.isfinite().all():
             raise TrainingError(
-                "distill: the teacher's outputs hold NaN or infinity; give a teacher that is trained"
+                "the teacher's outputs hold NaN or infinity",
+                place="distill",
+                cure="give a teacher that is trained",
             )
         for mine, other in self.features:
             self.helpers.append(
@@ -159,8 +169,12 @@ class Distillation:
             a, b = self.seen[mine].shape, theirs[other].shape
             if len(a) < 3 or a[2:] != b[2:]:
                 raise TrainingError(
-                    f"distill: attention compares positions, but '{mine}' has shape {list(a[1:])} and the teacher's "
-                    f"'{other}' {list(b[1:])}; name modules that put out [channels, ...] with equal positions"
+                    (
+                        f"attention compares positions, but '{mine}' has shape {list(a[1:])} and the "
+                        f"teacher's '{other}' {list(b[1:])}"
+                    ),
+                    place="distill",
+                    cure="name modules that put out [channels, ...] with equal positions",
                 )
         self.seen.clear()
 
@@ -196,12 +210,18 @@ class Distillation:
                 logits = self.teacher(x)
             except (RuntimeError, ValueError, IndexError) as error:
                 raise TrainingError(
-                    f"distill: the teacher does not take inputs of shape {list(x.shape[1:])} "
-                    f"({str(error).splitlines()[0]}); give a teacher of the same inputs"
+                    (
+                        f"the teacher does not take inputs of shape {list(x.shape[1:])} "
+                        f"({str(error).splitlines()[0]})"
+                    ),
+                    place="distill",
+                    cure="give a teacher of the same inputs",
                 ) from error
         if not isinstance(logits, Tensor):
             raise TrainingError(
-                f"distill: the teacher returns {type(logits).__name__}; it must return logits"
+                f"the teacher returns {type(logits).__name__}",
+                place="distill",
+                cure="it must return logits",
             )
         return {name: value.float() for name, value in theirs.items()}, logits.float()
 
@@ -231,8 +251,12 @@ def _projection(
     differ = [i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b]
     if len(mine) != len(theirs) or len(differ) != 1 or differ[0] not in (1, len(mine) - 1):
         raise TrainingError(
-            f"distill: the features of '{name}' have shape {list(mine[1:])}, the teacher's {list(theirs[1:])}; "
-            "name modules whose outputs differ in the number of channels only"
+            (
+                f"the features of '{name}' have shape {list(mine[1:])}, the teacher's "
+                f"{list(theirs[1:])}"
+            ),
+            place="distill",
+            cure="name modules whose outputs differ in the number of channels only",
         )
     (axis,) = differ
     wide, narrow = theirs[axis], mine[axis]

@@ -92,7 +92,9 @@ def _examples(settings: DataSettings, pairs: dict[str, Any], where: str) -> Exam
     try:
         labels = np.concatenate([y for _, y in clients.values()])
     except ValueError as error:
-        raise DataError(f"{where}: clients' targets differ in shape; make them alike") from error
+        raise DataError(
+            "clients' targets differ in shape", place=where, cure="make them alike"
+        ) from error
     owners = torch.cat([torch.full((len(x),), i) for i, (x, _) in enumerate(clients.values())])
     x = torch.cat([x for x, _ in clients.values()])
     if labels.dtype.kind == "f" or labels.ndim == 2:

@@ -206,8 +206,9 @@ def _task(
     if wanted != examples.kind:
         fits = ", ".join(name for name, row in tasks.TASKS.items() if row.targets == examples.kind)
         raise DataError(
-            f"data.task: {kind} learns from {wanted}, but '{examples.name}' gives {examples.kind}; "
-            f"set one of {fits}, or give other data"
+            f"{kind} learns from {wanted}, but '{examples.name}' gives {examples.kind}",
+            place="data.task",
+            cure=f"set one of {fits}, or give other data",
         )
     return tasks.make(given, names, public)
 

@@ -89,10 +89,12 @@ class Numbers:
         for at, column in enumerate(self.columns):
             if not bool(y[public, at].isfinite().all()):  # public rows, so that it may be told
                 raise DataError(
-                    f"label column '{column.name}': some public rows hold no finite number; name a column of numbers"
+                    "some public rows hold no finite number",
+                    place=f"label column '{column.name}'",
+                    cure="name a column of numbers",
                 )
         if not bool(known.any()):
-            raise DataError(f"label column '{self.columns[0].name}': no row holds a number")
+            raise DataError("no row holds a number", place=f"label column '{self.columns[0].name}'")
         names = tuple(column.name for column in self.columns)
         return TargetRows(y[:, 0] if len(names) == 1 else y, names, known)
 
@@ -126,8 +128,9 @@ class Flags:
         for at, column in enumerate(self.columns):
             if not bool(fits[public, at].all()):
                 raise DataError(
-                    f"label column '{column.name}': some public rows hold something else than 0 and 1; name columns "
-                    "that say whether a label is there"
+                    "some public rows hold something else than 0 and 1",
+                    place=f"label column '{column.name}'",
+                    cure="name columns that say whether a label is there",
                 )
         return TargetRows(y, tuple(column.name for column in self.columns), fits.all(1))
 
@@ -148,7 +151,9 @@ def _as_numbers(column: Column) -> np.ndarray:
         or types.is_decimal(values.type)
     ):
         raise DataError(
-            f"label column '{column.name}': holds {values.type}; expected numbers: set another task, or another column"
+            f"holds {values.type}",
+            place=f"label column '{column.name}'",
+            cure="expected numbers: set another task, or another column",
         )
     values = values.cast(pa.float64()).fill_null(np.nan)
     return np.asarray(values.to_numpy(zero_copy_only=False), dtype=np.float32)
@@ -157,8 +162,9 @@ def _as_numbers(column: Column) -> np.ndarray:
 def _labels(columns: tuple[Column, ...], settings: DataSettings) -> Labels:
     if len(columns) > 1:
         raise DataError(
-            f"data.label_column: {len(columns)} columns, but a classification has one; name one, or set "
-            "task = 'multilabel' or 'regression'"
+            f"{len(columns)} columns, but a classification has one",
+            place="data.label_column",
+            cure="name one, or set task = 'multilabel' or 'regression'",
         )
     return Labels(columns[0], settings)
 

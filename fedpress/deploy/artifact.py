@@ -51,12 +51,15 @@ class Job:
     def __post_init__(self) -> None:
         if isinstance(self.batches, Tensor):
             raise ExportError(
-                "export: batches is one tensor; give a tuple of batches, such as x.split(64)"
+                "batches is one tensor",
+                place="export",
+                cure="give a tuple of batches, such as x.split(64)",
             )
         if self.example is None and not self.input_shape:
             raise ExportError(
-                "export: neither input_shape nor example says what the model takes; give the shape of one float32 "
-                "example, or a batch of inputs as example"
+                "neither input_shape nor example says what the model takes",
+                place="export",
+                cure="give the shape of one float32 example, or a batch of inputs as example",
             )
         if self.example is not None:
             check(self.example, "example")
@@ -77,7 +80,9 @@ class Job:
         if isinstance(self.example, Tensor) and self.example.is_floating_point():
             return tuple(self.example.shape[1:])
         raise ExportError(
-            f"export: files of {format} take one float32 tensor; export as onnx or openvino"
+            f"files of {format} take one float32 tensor",
+            place="export",
+            cure="export as onnx or openvino",
         )
 
     def words(self) -> dict[str, str]:

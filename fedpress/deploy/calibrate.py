@@ -67,8 +67,9 @@ def _check(batch: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
     """Raises ExportError unless `batch` holds the tensors that the graph takes."""
     if len(batch) != len(wanted):
         raise ExportError(
-            f"export: a calibration batch holds {len(batch)} tensors, but the model takes {len(wanted)}; give batches "
-            "of the form of the example"
+            (f"a calibration batch holds {len(batch)} tensors, but the model takes {len(wanted)}"),
+            place="export",
+            cure="give batches of the form of the example",
         )
     for got, want in zip(batch, wanted, strict=True):
         fits = (
@@ -77,8 +78,15 @@ def _check(batch: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
         if not fits or not len(got):
             said = f"{_name(got)} {list(got.shape)}"
             raise ExportError(
-                f"export: a calibration batch is {said}, expected {_name(want)} {['n', *want.shape[1:]]} of at least "
-                f"one example; give {'standardised ' * want.is_floating_point()}examples with a batch dimension"
+                (
+                    f"a calibration batch is {said}, expected {_name(want)} "
+                    f"{['n', *want.shape[1:]]} of at least one example"
+                ),
+                place="export",
+                cure=(
+                    f"give {'standardised ' * want.is_floating_point()}examples with a batch "
+                    "dimension"
+                ),
             )
 
 
@@ -89,12 +97,14 @@ def _name(x: Tensor) -> str:
 def _look(watch: _Watch, tensors: Sequence[Tensor]) -> None:
     if not all(bool(t.isfinite().all()) for t in tensors):
         raise ExportError(
-            "export: a calibration example holds NaN or infinite values; remove it from the data"
+            "a calibration example holds NaN or infinite values",
+            place="export",
+            cure="remove it from the data",
         )
     try:
         watch.run(*tensors, enable_io_processing=False)
     except Exception as error:  # whatever the operations of the model raise
         said, shape = str(error).strip().partition("\n")[0], list(tensors[0].shape)
         raise ExportError(
-            f"export: the model does not take a calibration batch of shape {shape}: {said}"
+            f"the model does not take a calibration batch of shape {shape}: {said}", place="export"
         ) from error

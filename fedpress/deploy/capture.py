@@ -67,11 +67,12 @@ def require(*packages: str, install: str = "") -> dict[str, Any]:
         command = install or " ".join(packages)
         if not isinstance(error, ModuleNotFoundError):
             raise ExportError(
-                f"export: the package {name!r} is there but cannot be loaded ({error}); "
-                f"run `pip install --force-reinstall {command}`"
+                f"the package {name!r} is there but cannot be loaded ({error})",
+                place="export",
+                cure=f"run `pip install --force-reinstall {command}`",
             ) from error
         raise ExportError(
-            f"export: the package {name!r} is missing; run `pip install {command}`"
+            f"the package {name!r} is missing", place="export", cure=f"run `pip install {command}`"
         ) from error
 
 
@@ -108,7 +109,9 @@ def capture(
         known = [cure for pattern, cure in _CURES if re.search(pattern, said)]
         first = said.strip().splitlines()[0].rstrip(".") if said.strip() else type(error).__name__
         reason = known[0] if known else f"{first}; check that it takes {_described(example)}"
-        raise ExportError(f"export: {_blame(model, error)} cannot be captured: {reason}") from error
+        raise ExportError(
+            f"{_blame(model, error)} cannot be captured: {reason}", place="export"
+        ) from error
 
 
 def trace(
@@ -153,7 +156,9 @@ def check_finite(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *statistics]:
         if not bool(torch.isfinite(tensor).all()):
             raise ExportError(
-                f"export: {name!r} has NaN or infinite values; load a checkpoint from before training broke"
+                f"{name!r} has NaN or infinite values",
+                place="export",
+                cure="load a checkpoint from before training broke",
             )
 
 

@@ -77,7 +77,9 @@ def device_graph(model: nn.Module, job: Job, format: str) -> DeviceGraph:
     outputs = next(len(n.all_input_nodes) for n in found.graph.graph.nodes if n.op == "output")
     if outputs != 1:
         raise ExportError(
-            f"export: the model returns {outputs} tensors; its forward must return the logits alone"
+            f"the model returns {outputs} tensors",
+            place="export",
+            cure="its forward must return the logits alone",
         )
     _keep_spatial_means_(found.graph)
     return found

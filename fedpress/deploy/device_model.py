@@ -55,16 +55,22 @@ class DeviceModel(nn.Module):
                 self.classes = logits.shape[1]
             except (RuntimeError, KeyError, ValueError) as error:
                 if refused := refused_kernel(printed()):
-                    raise ExportError(f"export: ExecuTorch has {refused}; replace it") from error
+                    raise ExportError(
+                        f"ExecuTorch has {refused}", place="export", cure="replace it"
+                    ) from error
                 reason = "it has no batch size" if isinstance(error, KeyError) else said(error)
                 raise ExportError(
-                    f"export: this is no program that trains: {reason}; write one with export_training"
+                    f"this is no program that trains: {reason}",
+                    place="export",
+                    cure="write one with export_training",
                 ) from error
         held = self._module.named_parameters()
         for name in names:
             if NET + name not in held:
                 raise ExportError(
-                    f"export: this program does not hold parameter {name!r}; write it again"
+                    f"this program does not hold parameter {name!r}",
+                    place="export",
+                    cure="write it again",
                 )
             owner: nn.Module = self
             *parts, key = name.split(".")
@@ -99,13 +105,22 @@ class DeviceModel(nn.Module):
         wanted = (self.batch_size, *self.input_shape)
         if tuple(x.shape) != wanted or y.shape != weights.shape or y.shape != (self.batch_size,):
             raise ExportError(
-                f"export: the program takes examples {list(wanted)} and labels and weights [{self.batch_size}], got "
-                f"{list(x.shape)}, {list(y.shape)} and {list(weights.shape)}; fill the batch up with weights of 0"
+                (
+                    f"the program takes examples {list(wanted)} and labels and weights "
+                    f"[{self.batch_size}], got {list(x.shape)}, {list(y.shape)} and "
+                    f"{list(weights.shape)}"
+                ),
+                place="export",
+                cure="fill the batch up with weights of 0",
             )
         if int(y.min()) < 0 or int(y.max()) >= self.classes:
             raise ExportError(
-                f"export: labels are {int(y.min())}..{int(y.max())}, but the program has classes "
-                f"0..{self.classes - 1}; give the labels that it was exported for"
+                (
+                    f"labels are {int(y.min())}..{int(y.max())}, but the program has classes "
+                    f"0..{self.classes - 1}"
+                ),
+                place="export",
+                cure="give the labels that it was exported for",
             )
         return self._run(x, y, weights)
 
@@ -130,7 +145,9 @@ class DeviceModel(nn.Module):
         """
         if not len(x) or len(x) != len(y):
             raise ExportError(
-                f"export: got {len(x)} examples and {len(y)} labels; give one label each, and at least one"
+                f"got {len(x)} examples and {len(y)} labels",
+                place="export",
+                cure="give one label each, and at least one",
             )
         total, gradients = torch.zeros(()), dict[str, Tensor]()
         for part in self._parts(x, y):
@@ -201,5 +218,7 @@ def _read(path: str | Path) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise ExportError(
-            f"export: cannot read {path}: {error.strerror}; write it with export_training"
+            f"cannot read {path}: {error.strerror}",
+            place="export",
+            cure="write it with export_training",
         ) from error

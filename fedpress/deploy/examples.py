@@ -88,14 +88,20 @@ def check(example: Any, where: str) -> None:
     if not parts or odd:
         got = f"a {odd} inside" if odd else type(example).__name__
         raise ExportError(
-            f"export: {where} is {got}; give a tensor, a tuple of tensors in the order of forward's arguments, or a "
-            "dictionary of tensors by their names, each with a batch dimension"
+            f"{where} is {got}",
+            place="export",
+            cure=(
+                "give a tensor, a tuple of tensors in the order of forward's arguments, or a "
+                "dictionary of tensors by their names, each with a batch dimension"
+            ),
         )
     rows = {len(p) if p.dim() else None for p in parts}
     if len(rows) > 1 or None in rows or 0 in rows:
         sizes = ", ".join(str(list(p.shape)) for p in parts)
         raise ExportError(
-            f"export: {where} has tensors of shapes {sizes}; each must begin with the same batch size above 0"
+            f"{where} has tensors of shapes {sizes}",
+            place="export",
+            cure="each must begin with the same batch size above 0",
         )
 
 
@@ -206,8 +212,12 @@ def flatten(given: Any) -> tuple[Structure, list[Tensor], list[str]]:
             return {f.name: walk(getattr(value, f.name), (*path, f.name)) for f in fields(value)}
         where = f"under '{'.'.join(path)}' " if path else ""
         raise ExportError(
-            f"export: the model returns a {type(value).__name__} {where}; files hold tensors alone: leave it out of "
-            "what forward returns (caches of the transformers library: model.config.use_cache = False)"
+            f"the model returns a {type(value).__name__} {where}",
+            place="export",
+            cure=(
+                "files hold tensors alone: leave it out of what forward returns (caches of the "
+                "transformers library: model.config.use_cache = False)"
+            ),
         )
 
     return walk(given, ()), tensors, names

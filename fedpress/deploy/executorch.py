@@ -80,7 +80,9 @@ def _lower(made: DeviceGraph, job: Job, words: dict[str, str]) -> tuple[bytes, d
                 )
         except Exception as error:  # passes and partitioners have no common base
             raise ExportError(
-                f"export: ExecuTorch cannot lower the model: {said(error)}; export it as onnx"
+                f"ExecuTorch cannot lower the model: {said(error)}",
+                place="export",
+                cure="export it as onnx",
             ) from error
         lowered = edge.exported_program()
         left = [n for n in lowered.graph.nodes if n.op == "call_function" and _computes(n)]
@@ -116,7 +118,9 @@ def _lower(made: DeviceGraph, job: Job, words: dict[str, str]) -> tuple[bytes, d
             data: bytes = edge.to_executorch().buffer
     except Exception as error:
         raise ExportError(
-            f"export: ExecuTorch cannot write the program: {said(error)}; replace that operation, or export as onnx"
+            f"ExecuTorch cannot write the program: {said(error)}",
+            place="export",
+            cure="replace that operation, or export as onnx",
         ) from error
     return data, outside
 
@@ -137,7 +141,9 @@ def _try(data: bytes, input_shape: tuple[int, ...]) -> None:
         except RuntimeError as error:
             what = refused_kernel(printed()) or f"refused it: {said(error)}"
             raise ExportError(
-                f"export: ExecuTorch has {what}; replace it by operations of 1-d or 2-d images, or export as onnx"
+                f"ExecuTorch has {what}",
+                place="export",
+                cure="replace it by operations of 1-d or 2-d images, or export as onnx",
             ) from error
 
 
@@ -184,8 +190,9 @@ def open_executorch(path: str | Path, threads: int = 0) -> Session:
     program, method = load(runtime, path, "forward")
     if method.metadata.num_inputs() != 1:
         raise ExportError(
-            f"export: {path} takes {method.metadata.num_inputs()} tensors, as a program that trains "
-            "does; open it with deploy.DeviceModel"
+            (f"{path} takes {method.metadata.num_inputs()} tensors, as a program that trains does"),
+            place="export",
+            cure="open it with deploy.DeviceModel",
         )
     sizes = tuple(method.metadata.input_tensor_meta(0).sizes())
 
@@ -193,13 +200,17 @@ def open_executorch(path: str | Path, threads: int = 0) -> Session:
         (x,) = arrays
         if x.shape != sizes:
             raise ExportError(
-                f"export: {path} takes float32 {list(sizes)}, got {list(x.shape)}; give it one example"
+                f"{path} takes float32 {list(sizes)}, got {list(x.shape)}",
+                place="export",
+                cure="give it one example",
             )
         try:
             return [out.numpy() for out in method.execute([torch.from_numpy(x)])]
         except RuntimeError as error:
             raise ExportError(
-                f"export: ExecuTorch cannot run {path}: {said(error)}; export it again"
+                f"ExecuTorch cannot run {path}: {said(error)}",
+                place="export",
+                cure="export it again",
             ) from error
 
     compute.program = program  # type: ignore[attr-defined]  # the method reads the program's memory
@@ -218,10 +229,12 @@ def load(runtime: Any, path: str | Path, method: str) -> tuple[Any, Any]:
             program = runtime.Runtime.get().load_program(Path(path))  # every part of it is checked
             return program, program.load_method(method)
     except KeyError as error:
-        raise ExportError(f"export: {path} has no method {error}; export it again") from error
+        raise ExportError(
+            f"{path} has no method {error}", place="export", cure="export it again"
+        ) from error
     except (RuntimeError, OSError, ValueError) as error:
         raise ExportError(
-            f"export: ExecuTorch cannot load {path}: {said(error)}; export it again"
+            f"ExecuTorch cannot load {path}: {said(error)}", place="export", cure="export it again"
         ) from error
 
 

@@ -82,11 +82,13 @@ def export(model: nn.Module, path: str | Path, format: str, job: Job) -> Artifac
             the model cannot be exported.
     """
     if format not in FORMATS:
-        raise ExportError(f"export.format: {unknown_format(format)}")
+        raise ExportError(f"{unknown_format(format)}", place="export.format")
     row = FORMATS[format]
     if command := row.missing():
         raise ExportError(
-            f"export.format: '{format}' needs packages that are missing; run `{command}`"
+            f"'{format}' needs packages that are missing",
+            place="export.format",
+            cure=f"run `{command}`",
         )
     return row.export(model, Path(path), job)
 
@@ -101,10 +103,14 @@ def of_file(path: str | Path) -> Format:
     if row is None:
         known = ", ".join(row.suffix for row in FORMATS.values())
         raise ExportError(
-            f"export: {path} is no file that can be run here; give one that ends in {known}"
+            f"{path} is no file that can be run here",
+            place="export",
+            cure=f"give one that ends in {known}",
         )
     if command := row.missing():
-        raise ExportError(f"export: {row.runtime} is not installed to run {path}; run `{command}`")
+        raise ExportError(
+            f"{row.runtime} is not installed to run {path}", place="export", cure=f"run `{command}`"
+        )
     return row
 
 
@@ -117,7 +123,7 @@ def file_bytes(path: str | Path) -> int:
     files = [Path(path)] + ([Path(path).with_suffix(".bin")] if Path(path).suffix == ".xml" else [])
     for file in files:
         if not file.exists():
-            raise ExportError(f"export: there is no file {file}; export it again")
+            raise ExportError(f"there is no file {file}", place="export", cure="export it again")
     return sum(file.stat().st_size for file in files)
 
 

@@ -113,7 +113,9 @@ def _convert(made: DeviceGraph, job: Job) -> bytes:
         except Exception as error:  # passes, lowerings and MLIR have no common base
             reason = said(error) or said(ValueError(printed()))
             raise ExportError(
-                f"export: LiteRT cannot convert the model: {reason}; replace that operation, or export as onnx"
+                f"LiteRT cannot convert the model: {reason}",
+                place="export",
+                cure="replace that operation, or export as onnx",
             ) from error
 
 
@@ -229,7 +231,7 @@ def open_litert(path: str | Path, threads: int = 0) -> Session:
             IndexError,
         ) as error:  # damaged names and empty signatures too
             raise ExportError(
-                f"export: LiteRT cannot load {path}: {said(error)}; export it again"
+                f"LiteRT cannot load {path}: {said(error)}", place="export", cure="export it again"
             ) from error
     sizes = tuple(int(size) for size in inside["shape"])
 
@@ -237,11 +239,15 @@ def open_litert(path: str | Path, threads: int = 0) -> Session:
         (x,) = arrays
         if inside["quantization"][0] and np.isnan(x).any():
             raise ExportError(
-                f"export: {path} computes on integers, which have no NaN; leave that example out"
+                f"{path} computes on integers, which have no NaN",
+                place="export",
+                cure="leave that example out",
             )
         if x.shape != sizes:
             raise ExportError(
-                f"export: {path} takes float32 {list(sizes)}, got {list(x.shape)}; give it one example"
+                f"{path} takes float32 {list(sizes)}, got {list(x.shape)}",
+                place="export",
+                cure="give it one example",
             )
         try:
             file.set_tensor(inside["index"], _onto_grid(x, inside))
@@ -249,7 +255,7 @@ def open_litert(path: str | Path, threads: int = 0) -> Session:
             return [_off_grid(file.get_tensor(outside["index"]), outside)]
         except (RuntimeError, ValueError) as error:
             raise ExportError(
-                f"export: LiteRT cannot run {path}: {said(error)}; export it again"
+                f"LiteRT cannot run {path}: {said(error)}", place="export", cure="export it again"
             ) from error
 
     inputs = (Port("input", sizes, np.dtype(np.float32)),)

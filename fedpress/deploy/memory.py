@@ -45,7 +45,9 @@ def peak_memory(runnable: Runnable, given: Given, *, batch: int = 1) -> int:
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1][:200]
         raise ExportError(
-            f"measure: the memory of {path} cannot be measured: {said}; export it again"
+            f"the memory of {path} cannot be measured: {said}",
+            place="measure",
+            cure="export it again",
         )
     return int(done.stdout.splitlines()[-1])
 

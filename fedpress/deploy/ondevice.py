@@ -77,12 +77,16 @@ def export_training(
     with silence(), hush():
         require(RUNTIME, "executorch.exir", install=INSTALL)
     if batch_size < 1:
-        raise ExportError(f"export: batch_size is {batch_size}; give at least 1")
+        raise ExportError(f"batch_size is {batch_size}", place="export", cure="give at least 1")
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise ExportError(
-                f"export: module {name!r} ({type(module).__name__}) draws at random, which a program for devices "
-                "cannot; set its p to 0"
+                (
+                    f"module {name!r} ({type(module).__name__}) draws at random, which a program "
+                    "for devices cannot"
+                ),
+                place="export",
+                cure="set its p to 0",
             )
     net = _compact_(_copy(model), sparse)
     example = _example(input_shape, batch_size, net)
@@ -106,16 +110,24 @@ def _copy(model: nn.Module) -> nn.Module:
     for name, p in net.named_parameters(remove_duplicate=False):
         if first.setdefault(p, name) != name:
             raise ExportError(
-                f"export: {first[p]!r} and {name!r} are one parameter, which a program for devices cannot train; give "
-                "each module its own"
+                (
+                    f"{first[p]!r} and {name!r} are one parameter, which a program for devices "
+                    "cannot train"
+                ),
+                place="export",
+                cure="give each module its own",
             )
         if p.dtype != torch.float32:
             raise ExportError(
-                f"export: parameter {name!r} is {p.dtype}, but devices train float32; convert the model"
+                f"parameter {name!r} is {p.dtype}, but devices train float32",
+                place="export",
+                cure="convert the model",
             )
     if not any(p.requires_grad for p in first):
         raise ExportError(
-            "export: no parameter of the model is trainable; set requires_grad = True on some"
+            "no parameter of the model is trainable",
+            place="export",
+            cure="set requires_grad = True on some",
         )
     return net
 
@@ -132,7 +144,7 @@ def _compact_(net: nn.Module, sparse: Sequence[str] | None) -> nn.Module:
     try:
         return compact_(net, sparse)
     except ModelError as error:
-        raise ExportError(f"export: {error}") from error
+        raise ExportError(str(error), place="export") from error
 
 
 def _has_zeros(weight: Tensor) -> bool:
@@ -156,13 +168,21 @@ def _check(net: nn.Module, example: tuple[Tensor, Tensor, Tensor]) -> None:
     room = TOLERANCE * max(1.0, logits.abs().max().item())
     if (training - logits).abs().max() > room:
         raise ExportError(
-            "export: the model computes otherwise in training than in evaluation mode (dropout?), but a program for "
-            "devices has one mode; take that out of its forward"
+            (
+                "the model computes otherwise in training than in evaluation mode (dropout?), "
+                "but a program for devices has one mode"
+            ),
+            place="export",
+            cure="take that out of its forward",
         )
     if (others - logits)[0].abs().max() > room:
         raise ExportError(
-            "export: the logits of one example depend on the others of its batch (a batch norm without running "
-            "statistics?), but devices fill batches up; use group norm"
+            (
+                "the logits of one example depend on the others of its batch (a batch norm "
+                "without running statistics?), but devices fill batches up"
+            ),
+            place="export",
+            cure="use group norm",
         )
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(
@@ -171,7 +191,9 @@ def _check(net: nn.Module, example: tuple[Tensor, Tensor, Tensor]) -> None:
     for name, gradient in zip(named, gradients, strict=True):
         if gradient is None:
             raise ExportError(
-                f"export: no gradient reaches parameter {name!r}; set its requires_grad = False"
+                f"no gradient reaches parameter {name!r}",
+                place="export",
+                cure="set its requires_grad = False",
             )
 
 
@@ -187,11 +209,15 @@ def _example(
     except Exception as error:
         takes = [batch_size, *input_shape]
         raise ExportError(
-            f"export: the model does not take float32 {takes}: {said(error)}; fix input_shape"
+            f"the model does not take float32 {takes}: {said(error)}",
+            place="export",
+            cure="fix input_shape",
         ) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise ExportError(
-            "export: a program that trains needs a classifier with logits [n, classes]; reshape them"
+            "a program that trains needs a classifier with logits [n, classes]",
+            place="export",
+            cure="reshape them",
         )
     weights = torch.full((batch_size,), 1 / max(1, batch_size - 1))
     weights[batch_size - 1] *= batch_size == 1
@@ -216,8 +242,9 @@ def _lower(trained: _Trained, example: tuple[Tensor, ...], words: dict[str, str]
             return found
     except Exception as error:
         raise ExportError(
-            f"export: the model cannot become a program that trains: {said(error)}; use convolutions, linear layers, "
-            "ReLU, max pooling, means and group norm"
+            f"the model cannot become a program that trains: {said(error)}",
+            place="export",
+            cure="use convolutions, linear layers, ReLU, max pooling, means and group norm",
         ) from error
 
 
@@ -230,13 +257,16 @@ def _compare(data: bytes, net: nn.Module, example: tuple[Tensor, Tensor, Tensor]
     gradients = torch.autograd.grad(expected, [*named.values()])
     if not torch.allclose(loss, expected.detach(), rtol=TOLERANCE, atol=TOLERANCE):
         raise ExportError(
-            f"export: the program's loss is {loss.item():.4g}, torch's {expected.item():.4g}; report it"
+            f"the program's loss is {loss.item():.4g}, torch's {expected.item():.4g}",
+            place="export",
+            cure="report it",
         )
     for name, gradient in zip(named, gradients, strict=True):
         got = device.gradients().get(name)
         room = TOLERANCE * max(1e-3, gradient.abs().max().item())
         if got is None or not (got - gradient).abs().max() <= room:  # also if it is NaN
             raise ExportError(
-                f"export: ExecuTorch computes a wrong gradient of {name!r}; replace the operations behind it, "
-                "such as overlapping pooling"
+                f"ExecuTorch computes a wrong gradient of {name!r}",
+                place="export",
+                cure="replace the operations behind it, such as overlapping pooling",
             )

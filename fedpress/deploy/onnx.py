@@ -126,7 +126,9 @@ def open_onnx(path: str | Path, threads: int = 0) -> Session:
             session = ort.InferenceSession(str(path), options, providers=cpu)
     except Exception as error:  # onnxruntime has a dozen exception types without a common base
         raise ExportError(
-            f"export: onnxruntime cannot load {path}: {_first_line(error)}; export it again"
+            f"onnxruntime cannot load {path}: {_first_line(error)}",
+            place="export",
+            cure="export it again",
         ) from error
     inputs = tuple(Port(i.name, tuple(i.shape), _dtype(i.type)) for i in session.get_inputs())
     outputs = tuple(o.name for o in session.get_outputs())
@@ -140,7 +142,9 @@ def open_onnx(path: str | Path, threads: int = 0) -> Session:
             shapes = ", ".join(str(list(x.shape)) for x in arrays)
             wanted = ", ".join(str(i.shape) for i in session.get_inputs())
             raise ExportError(
-                f"export: onnxruntime cannot run {path} on {shapes}: {_first_line(error)}; the file takes {wanted}"
+                f"onnxruntime cannot run {path} on {shapes}: {_first_line(error)}",
+                place="export",
+                cure=f"the file takes {wanted}",
             ) from error
         return found
 
@@ -170,7 +174,9 @@ def _outputs(model: nn.Module, job: Job) -> tuple[Structure, list[str]]:
     structure, _, names = flatten(found)
     if not names:
         raise ExportError(
-            "export: the model returns no tensor; make its forward return what a device should know"
+            "the model returns no tensor",
+            place="export",
+            cure="make its forward return what a device should know",
         )
     return structure, names
 
@@ -209,12 +215,16 @@ def _convert(program: torch.export.ExportedProgram, inputs: list[str], outputs: 
         found = re.search(r"OpOverload\(op='([^']+)'", _whole_message(error))
         name = f"the operation {found[1]!r}" if found else "an operation of the model"
         cure = "write that part of the model with operations that ONNX has"
-        raise ExportError(f"export: {name} has no ONNX counterpart; {cure}") from error
+        raise ExportError(f"{name} has no ONNX counterpart", place="export", cure=cure) from error
     assert converted is not None  # only torchscript exports return nothing
     if len(converted.model.graph.outputs) != len(outputs):
         raise ExportError(
-            f"export: the model returns {len(outputs)} tensors, but its graph {len(converted.model.graph.outputs)}; "
-            "make its forward return tensors in tuples and dictionaries alone"
+            (
+                f"the model returns {len(outputs)} tensors, but its graph "
+                f"{len(converted.model.graph.outputs)}"
+            ),
+            place="export",
+            cure="make its forward return tensors in tuples and dictionaries alone",
         )
     return converted.model_proto
 

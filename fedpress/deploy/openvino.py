@@ -55,7 +55,9 @@ def export_openvino(model: nn.Module, path: str | Path, job: Job) -> Artifact:
                 openvino.save_model(found, str(graph), compress_to_fp16=False)
         except Exception as error:  # OpenVINO raises RuntimeError and its own
             raise ExportError(
-                f"export: OpenVINO cannot convert the model: {said(error)}; export it as onnx"
+                f"OpenVINO cannot convert the model: {said(error)}",
+                place="export",
+                cure="export it as onnx",
             ) from error
         write(path.with_suffix(".bin"), weights.read_bytes())
         write(path, graph.read_bytes())
@@ -86,7 +88,7 @@ def open_openvino(path: str | Path, threads: int = 0) -> Session:
         outputs = tuple(o.get_any_name() for o in model.outputs)
     except Exception as error:
         raise ExportError(
-            f"export: OpenVINO cannot load {path}: {said(error)}; export it again"
+            f"OpenVINO cannot load {path}: {said(error)}", place="export", cure="export it again"
         ) from error
     how: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", **told}
     if threads:
@@ -108,7 +110,9 @@ def open_openvino(path: str | Path, threads: int = 0) -> Session:
             given = ", ".join(str(list(shape)) for shape in shapes)
             wanted = ", ".join(str(i.get_partial_shape()) for i in model.inputs)
             raise ExportError(
-                f"export: OpenVINO cannot run {path} on {given}: {said(error)}; the file takes {wanted}"
+                f"OpenVINO cannot run {path} on {given}: {said(error)}",
+                place="export",
+                cure=f"the file takes {wanted}",
             ) from error
 
     if structure is None:

@@ -95,13 +95,17 @@ def parity(
     theirs, ours = (", ".join(str(list(t.shape)) for t in side) for side in (got, expected))
     if theirs != ours:
         raise ExportError(
-            f"export: the logits of {path} have shape {theirs} but the model's {ours}; export the same model again"
+            f"the logits of {path} have shape {theirs} but the model's {ours}",
+            place="export",
+            cure="export the same model again",
         )
     count = rows_of(x)
     usable = _finite_rows(expected, count)
     if not bool(usable.any()):
         raise ExportError(
-            f"export: the model gives finite logits on none of {count} examples; train it again"
+            f"the model gives finite logits on none of {count} examples",
+            place="export",
+            cure="train it again",
         )
     largest, error, norm = 0.0, 0.0, 0.0
     for name, wanted, given in zip(names, expected, got, strict=True):
@@ -138,8 +142,12 @@ def _check_equal(
     apart = float((wanted != given).double().mean())
     if apart > tolerance:
         raise ExportError(
-            f"export: the output '{name}' of {path} is another than that of the model in {100 * apart:.0f}% of "
-            f"its values, allowed is {100 * tolerance:g}%; {_cure(tolerance)}"
+            (
+                f"the output '{name}' of {path} is another than that of the model in "
+                f"{100 * apart:.0f}% of its values, allowed is {100 * tolerance:g}%"
+            ),
+            place="export",
+            cure=_cure(tolerance),
         )
 
 
@@ -220,7 +228,9 @@ def metrics(
         ExportError: if there is no example, or if the file cannot be run.
     """
     if not len(arrays):
-        raise ExportError(f"export: no example to measure {path} on; give at least one")
+        raise ExportError(
+            f"no example to measure {path} on", place="export", cure="give at least one"
+        )
     return task.summary(task.metrics(answers(path, arrays.x, preprocess), arrays.y))
 
 

@@ -91,7 +91,9 @@ class Session:
             )
             lacks = [name for name in names if name not in given]
             wrong = f"lacks {', '.join(lacks)}" if lacks else f"has no {', '.join(extra)}"
-            raise ExportError(f"export: the call {wrong}; {self.path} takes {', '.join(names)}")
+            raise ExportError(
+                f"the call {wrong}", place="export", cure=f"{self.path} takes {', '.join(names)}"
+            )
         return [_as(port, given[port.name], self.path) for port in self.inputs]
 
 
@@ -103,6 +105,8 @@ def _as(port: Port, value: Any, path: str) -> np.ndarray:
     floats = np.issubdtype(port.dtype, np.floating)
     if not (floats or np.issubdtype(found.dtype, np.integer) or found.dtype == bool):
         raise ExportError(
-            f"export: '{port.name}' is {found.dtype}, but {path} takes {port.dtype}; give whole numbers of that type"
+            f"'{port.name}' is {found.dtype}, but {path} takes {port.dtype}",
+            place="export",
+            cure="give whole numbers of that type",
         )
     return np.ascontiguousarray(found, port.dtype)

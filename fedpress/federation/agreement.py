@@ -63,11 +63,15 @@ class Agreement:
             entries = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise WireError(
-                f"agreement: not JSON ({type(error).__name__}); use the same fedpress on both sides"
+                f"not JSON ({type(error).__name__})",
+                place="agreement",
+                cure="use the same fedpress on both sides",
             ) from error
         if not isinstance(entries, dict):
             raise WireError(
-                f"agreement: got {type(entries).__name__}, expected a table; use the same fedpress on both sides"
+                f"got {type(entries).__name__}, expected a table",
+                place="agreement",
+                cure="use the same fedpress on both sides",
             )
         return cls(entries)
 
@@ -132,13 +136,21 @@ class Terms:
         extras = tuple(way.name for way in self.uplink.ways[1:])
         if extras != tuple(self.algorithm.extras_up):
             raise RecipeError(
-                f"federate.algorithm: '{self.algorithm.kind}' sends {list(self.algorithm.extras_up)} beside the "
-                f"update, but the uplink is for {list(extras)}; bind it with extras = algorithm.extras_up"
+                (
+                    f"'{self.algorithm.kind}' sends {list(self.algorithm.extras_up)} beside the "
+                    f"update, but the uplink is for {list(extras)}"
+                ),
+                place="federate.algorithm",
+                cure="bind it with extras = algorithm.extras_up",
             )
         if self.algorithm.equal_weights and self.uplink.weights != "equal":
             raise RecipeError(
-                f"federate.weights: got '{self.uplink.weights}', but '{self.algorithm.kind}' holds only if every "
-                'client counts the same; set weights = "equal"'
+                (
+                    f"got '{self.uplink.weights}', but '{self.algorithm.kind}' holds only if every "
+                    "client counts the same"
+                ),
+                place="federate.weights",
+                cure='set weights = "equal"',
             )
 
     @cached_property

@@ -73,30 +73,39 @@ class ClientPlan:
             and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
         ):
             raise RecipeError(
-                "federate.norm: batch norm in training mode mixes examples, which breaks sample privacy; use 'frozen'"
+                "batch norm in training mode mixes examples, which breaks sample privacy",
+                place="federate.norm",
+                cure="use 'frozen'",
             )
         trust = uplink.trust
         if (trust.unit == "sample") != (privacy is not None):
             raise RecipeError(
-                "federate.privacy: unit 'sample' needs an uplink that knows it and a plan for each client, both or none"
+                (
+                    "unit 'sample' needs an uplink that knows it and a plan for each client, both "
+                    "or none"
+                ),
+                place="federate.privacy",
             )
         if trust.steps != "plain" and source is not None:
             raise RecipeError(
-                "federate.privacy: private steps are taken in torch and run no other source of gradients; leave "
-                "source out"
+                "private steps are taken in torch and run no other source of gradients",
+                place="federate.privacy",
+                cure="leave source out",
             )
         if privacy is not None:
             check_private(terms.settings, privacy)
         if terms.error_feedback and not trust.keeps_residual:
             raise RecipeError(
-                "federate.error_feedback: a client that adds noise would take it away again in the next round; "
-                "set error_feedback = false"
+                "a client that adds noise would take it away again in the next round",
+                place="federate.error_feedback",
+                cure="set error_feedback = false",
             )
         layout = parameters.Layout.of(model)
         if layout.size != uplink.size or layout != terms.layout:
             raise RecipeError(
-                f"federate: the model trains {layout.size} values but the uplink is for {uplink.size}; "
-                "take the model and the patterns of trainable that were agreed"
+                f"the model trains {layout.size} values but the uplink is for {uplink.size}",
+                place="federate",
+                cure="take the model and the patterns of trainable that were agreed",
             )
         return cls(terms, source or SOURCES[trust.steps], privacy)
 
@@ -130,11 +139,15 @@ class Client:
     def __post_init__(self) -> None:
         if not len(self.arrays):
             raise RecipeError(
-                f"federate.client {self.name}: it has no examples; leave it out or partition differently"
+                "it has no examples",
+                place=f"federate.client {self.name}",
+                cure="leave it out or partition differently",
             )
         if (self.member is None) != self.uplink.aggregator.sees_updates:
             raise RecipeError(
-                "federate.aggregator: a secure sum needs a member with keys on every client; give both or none"
+                "a secure sum needs a member with keys on every client",
+                place="federate.aggregator",
+                cure="give both or none",
             )
 
     @property
@@ -252,7 +265,9 @@ class Client:
         state = self.memory.load(counted + 1)
         if TASK not in state or int(state[TASK]) != counted:
             raise WireError(
-                f"fit.counted: this client does not hold its state of round {counted} any more; {FORGOT}"
+                f"this client does not hold its state of round {counted} any more",
+                place="fit.counted",
+                cure=FORGOT,
             )
         latest = self.memory.load(round)
         if int(latest[TASK]) != counted:
@@ -269,7 +284,9 @@ class Client:
             return
         if self.terms.num_rounds is not None and round > self.terms.num_rounds:
             raise WireError(
-                f"fit.round: got {round}, but privacy is planned for {self.terms.num_rounds} rounds; stop here"
+                f"got {round}, but privacy is planned for {self.terms.num_rounds} rounds",
+                place="fit.round",
+                cure="stop here",
             )
         asked = random.fingerprint(
             sorted(message.header.items()), *(message.tensors[n] for n in sorted(message.tensors))
@@ -277,13 +294,19 @@ class Client:
         answered = load_json(self.memory, "answered")
         if answered.get(str(round), asked[:16]) != asked[:16]:
             raise WireError(
-                f"fit.round: round {round} was answered to another question; go on with the next round"
+                f"round {round} was answered to another question",
+                place="fit.round",
+                cure="go on with the next round",
             )
         most = self.terms.max_tasks
         if most is not None and str(round) not in answered and len(answered) >= most:
             raise WireError(
-                f"fit.round: this client has answered {len(answered)} tasks, and privacy is planned for {most}; "
-                "stop here"
+                (
+                    f"this client has answered {len(answered)} tasks, and privacy is planned for "
+                    f"{most}"
+                ),
+                place="fit.round",
+                cure="stop here",
             )
         if str(round) not in answered:
             save_json(self.memory, "answered", {**answered, str(round): asked[:16]})
@@ -312,7 +335,9 @@ class Client:
     def _key(self, request: Message) -> Key:
         if request.kind != "fit":
             raise WireError(
-                f"fit.kind: got {request.kind!r}, expected 'fit'; use the same fedpress on both sides"
+                f"got {request.kind!r}, expected 'fit'",
+                place="fit.kind",
+                cure="use the same fedpress on both sides",
             )
         round: int = need("fit", request.header, "round")
         self.check_agreement(request)
@@ -327,8 +352,12 @@ class Client:
         agreed, said = self.terms.agreement.fingerprint, request.header.get("agreement")
         if said != agreed:
             raise WireError(
-                f"{request.kind}.agreement: the server works under {said!r} and this client under {agreed!r}: other "
-                "settings, another seed or another model; use the same recipe"
+                (
+                    f"the server works under {said!r} and this client under {agreed!r}: other "
+                    "settings, another seed or another model"
+                ),
+                place=f"{request.kind}.agreement",
+                cure="use the same recipe",
             )
 
     def read_params(self, request: Message) -> Tensor:
@@ -350,13 +379,17 @@ class Client:
         version: int = need("fit", request.header, "from")
         if version >= key.round:
             raise WireError(
-                f"fit.from: got {version!r}, expected a round before {key.round}; use the same recipe"
+                f"got {version!r}, expected a round before {key.round}",
+                place="fit.from",
+                cure="use the same recipe",
             )
         state = self.memory.load(version + 1) if version else {}
         coded = {name: t for name, t in request.tensors.items() if name not in beside}
         if version and ("held" not in state or int(state["version"]) != version):
             raise WireError(
-                f"fit.from: this client does not hold the model of round {version} any more; {LOST}"
+                f"this client does not hold the model of round {version} any more",
+                place="fit.from",
+                cure=LOST,
             )
         held = self.terms.downlink.decode(
             coded, state.get("held"), Key(self.terms.seed, key.round, SERVER)
@@ -384,8 +417,9 @@ class Client:
             vectors, after, measured = algorithm.client_update(self.model, work, down, state)
         if not all(bool(torch.isfinite(vector).all()) for vector in vectors.values()):
             raise DivergedError(
-                f"local update: after {measured.get('steps', 1)} steps it is not finite in round {key.round}; "
-                f"lower {too_large(work.settings, work.lr, pulls=work.pulls)}"
+                f"after {measured.get('steps', 1)} steps it is not finite in round {key.round}",
+                place="local update",
+                cure=f"lower {too_large(work.settings, work.lr, pulls=work.pulls)}",
             )
         return vectors, after, measured
 
@@ -467,10 +501,14 @@ def _finite(request: Message, name: str, size: int | None = None) -> Tensor:
     fits = vector is not None and vector.dtype == torch.float32
     if vector is None or not fits or not bool(torch.isfinite(vector).all()):
         raise WireError(
-            f"{request.kind}.{name}: expected finite float32 values; send the server's {name} with every request"
+            "expected finite float32 values",
+            place=f"{request.kind}.{name}",
+            cure=f"send the server's {name} with every request",
         )
     if size is not None and vector.shape != (size,):
         raise WireError(
-            f"{request.kind}.{name}: got {list(vector.shape)}, expected [{size}]; use the same recipe on both sides"
+            f"got {list(vector.shape)}, expected [{size}]",
+            place=f"{request.kind}.{name}",
+            cure="use the same recipe on both sides",
         )
     return vector

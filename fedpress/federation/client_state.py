@@ -135,11 +135,13 @@ class DiskState:
         cure = "delete it, and the server sends the whole model"
         try:
             if fault := checksums.fault(path):
-                raise RunError(f"{path}: this memory of a client is damaged ({fault}); {cure}")
+                raise RunError(
+                    f"this memory of a client is damaged ({fault})", place=path, cure=f"{cure}"
+                )
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise RunError(
-                f"{path}: this memory of a client is damaged ({error}); {cure}"
+                f"this memory of a client is damaged ({error})", place=path, cure=f"{cure}"
             ) from error
 
     def _write(self, stem: str, state: Mapping[str, Tensor]) -> None:

@@ -122,8 +122,12 @@ class LocalWork:
         """
         if self.plan is not None:
             raise RecipeError(
-                "federate.algorithm: it asks for the loss of a client's examples, which no noise covers under unit "
-                "'sample'; take unit 'client', or another algorithm"
+                (
+                    "it asks for the loss of a client's examples, which no noise covers under unit "
+                    "'sample'"
+                ),
+                place="federate.algorithm",
+                cure="take unit 'client', or another algorithm",
             )
         total, size = 0.0, max(1, self.settings.batch_size)
         chance = self.key.client_stream("loss")
@@ -167,7 +171,9 @@ class LocalRun:
     def _done(self) -> Outcome:
         if self.outcome is None:
             raise TrainingError(
-                "local update: its steps are not all taken; loop over them to the end, or call finish()"
+                "its steps are not all taken",
+                place="local update",
+                cure="loop over them to the end, or call finish()",
             )
         return self.outcome
 
@@ -231,8 +237,9 @@ def _diverged(work: LocalWork, index: Tensor, steps: int) -> DivergedError:
     broken = not bool(torch.isfinite(work.arrays.x[index]).all())
     data = ", or rather mend the examples: they hold NaN or infinite values" if broken else ""
     return DivergedError(
-        f"local update: after {steps} steps the loss is not finite in round {work.key.round}; "
-        f"lower {too_large(work.settings, work.lr, pulls=work.pulls)}{data}"
+        f"after {steps} steps the loss is not finite in round {work.key.round}",
+        place="local update",
+        cure=f"lower {too_large(work.settings, work.lr, pulls=work.pulls)}{data}",
     )
 
 
@@ -286,7 +293,8 @@ def loss_of_batch(
                 else "take federate.batch_size = 2 or more"
             )
             raise TrainingError(
-                f"local update: a batch of one example leaves a batch norm nothing to average; {cure}, or set "
-                "federate.norm = 'frozen'"
+                "a batch of one example leaves a batch norm nothing to average",
+                place="local update",
+                cure=f"{cure}, or set federate.norm = 'frozen'",
             ) from problem
     return work.task.loss(logits, batch.y.to(at))

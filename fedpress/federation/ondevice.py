@@ -31,13 +31,17 @@ def device_steps(model: nn.Module, work: LocalWork) -> Steps:
     """
     if not isinstance(model, DeviceModel):
         raise RecipeError(
-            "federate: device_steps trains an ExecuTorch program; give the client model = deploy.DeviceModel(path)"
+            "device_steps trains an ExecuTorch program",
+            place="federate",
+            cure="give the client model = deploy.DeviceModel(path)",
         )
     s = work.settings
     shuffle, chance = work.key.client_stream("shuffle"), work.key.client_stream("prepare")
     if s.precision == "bf16":
         raise RecipeError(
-            f"federate.precision: devices train in float32, got {s.precision!r}; set 'float32'"
+            f"devices train in float32, got {s.precision!r}",
+            place="federate.precision",
+            cure="set 'float32'",
         )
     optimizer = model.optimizer(work.lr, momentum=s.momentum, weight_decay=s.weight_decay)
     params = dict(model.named_parameters())
@@ -53,7 +57,8 @@ def device_steps(model: nn.Module, work: LocalWork) -> Steps:
             total, steps = total + float(loss), steps + 1
             if not math.isfinite(total):
                 raise DivergedError(
-                    f"local update: after {steps} steps the loss is not finite in round {work.key.round}; "
-                    f"lower {too_large(s, work.lr, pulls=work.pulls)}"
+                    f"after {steps} steps the loss is not finite in round {work.key.round}",
+                    place="local update",
+                    cure=f"lower {too_large(s, work.lr, pulls=work.pulls)}",
                 )
     return Outcome({"loss": total / steps, "steps": steps})

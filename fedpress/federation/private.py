@@ -191,8 +191,12 @@ def check_private(settings: LocalSettings, plan: PrivacyPlan | None) -> PrivacyP
     """Returns `plan`; RecipeError unless `settings` can run as private steps under it."""
     if plan is None or plan.unit != "sample":
         raise RecipeError(
-            "federate.privacy: private steps need a plan of unit 'sample'; give one, or leave privacy out"
+            "private steps need a plan of unit 'sample'",
+            place="federate.privacy",
+            cure="give one, or leave privacy out",
         )
     if settings.weight_decay:
-        raise RecipeError("federate.weight_decay: not offered with sample privacy; set it to 0")
+        raise RecipeError(
+            "not offered with sample privacy", place="federate.weight_decay", cure="set it to 0"
+        )
     return plan

@@ -116,9 +116,13 @@ def read_text(message: Message, name: str) -> str:
     tensor = message.tensors.get(name)
     if tensor is None or tensor.dtype != torch.uint8 or tensor.dim() != 1:
         raise WireError(
-            f"{message.kind}.{name}: expected text as uint8 [n]; use the same fedpress on both sides"
+            "expected text as uint8 [n]",
+            place=f"{message.kind}.{name}",
+            cure="use the same fedpress on both sides",
         )
     try:
         return bytes(tensor.tolist()).decode()
     except UnicodeDecodeError as error:
-        raise WireError(f"{message.kind}.{name}: not UTF-8; send it again") from error
+        raise WireError(
+            "not UTF-8", place=f"{message.kind}.{name}", cure="send it again"
+        ) from error

@@ -34,12 +34,17 @@ class Cohort:
     def __post_init__(self) -> None:
         if self.sampling not in ("fixed", "poisson", "cyclic"):
             raise RecipeError(
-                f"federate.sampling: got {self.sampling!r}, expected 'fixed', 'poisson' or 'cyclic'"
+                f"got {self.sampling!r}, expected 'fixed', 'poisson' or 'cyclic'",
+                place="federate.sampling",
             )
         if not 1 <= self.size <= self.population:
             raise RecipeError(
-                f"federate.cohort: got {self.size}, expected between 1 and the population of {self.population} clients;"
-                " ask for fewer per round or make more clients"
+                (
+                    f"got {self.size}, expected between 1 and the population of {self.population} "
+                    "clients"
+                ),
+                place="federate.cohort",
+                cure="ask for fewer per round or make more clients",
             )
 
     @property
@@ -71,8 +76,9 @@ class Cohort:
         """
         if len(clients) != self.population:
             raise RecipeError(
-                f"federate.population: planned for {self.population} clients but there are {len(clients)};"
-                " plan with the number of clients that exist"
+                f"planned for {self.population} clients but there are {len(clients)}",
+                place="federate.population",
+                cure="plan with the number of clients that exist",
             )
         if self.sampling == "cyclic":
             order = torch.randperm(self.population, generator=secret_generator(seed, "cohort"))

@@ -110,11 +110,16 @@ def rounds(
     """
     if params.dtype != torch.float32 or params.shape != (uplink.size,):
         raise RecipeError(
-            f"federate.params: got {params.dtype} {list(params.shape)}, expected torch.float32 [{uplink.size}]"
+            (f"got {params.dtype} {list(params.shape)}, expected torch.float32 [{uplink.size}]"),
+            place="federate.params",
         )
     if len(transport.clients()) != uplink.cohort.population:
         raise RecipeError(
-            f"federate.population: planned for {uplink.cohort.population} clients, there are {len(transport.clients())}"
+            (
+                f"planned for {uplink.cohort.population} clients, there are "
+                f"{len(transport.clients())}"
+            ),
+            place="federate.population",
         )
     state = _init(params, uplink, algorithm) if server_state is None else dict(server_state)
     todo = range(start + 1, num_rounds + 1)
@@ -285,8 +290,12 @@ class _Run:
 def _check_finite(params: Tensor, round: int, algorithm: Algorithm) -> None:
     if not bool(torch.isfinite(params).all()):
         raise DivergedError(
-            f"federate: the server's model is not finite after round {round}; lower federate.lr, or federate.server.lr "
-            f"(the server is {algorithm.optimizer!r}); the rounds before it are kept"
+            f"the server's model is not finite after round {round}",
+            place="federate",
+            cure=(
+                "lower federate.lr, or federate.server.lr (the server is "
+                f"{algorithm.optimizer!r}); the rounds before it are kept"
+            ),
         )
 
 

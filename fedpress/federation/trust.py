@@ -115,25 +115,41 @@ class Trust:
             RecipeError: if one of them does not.
         """
         if weights not in ("examples", "equal"):
-            raise RecipeError(f"federate.weights: got {weights!r}, expected 'examples' or 'equal'")
+            raise RecipeError(
+                f"got {weights!r}, expected 'examples' or 'equal'", place="federate.weights"
+            )
         if plan is not None and self.unit == "client":
             _check_client_unit(plan, cohort, weights)
         if weights == "examples" and aggregator.weights != "examples":
             raise RecipeError(
-                f"federate.weights: got 'examples', but the aggregator '{aggregator.kind}' cannot weigh clients by how "
-                'many examples stand behind an update; set weights = "equal"'
+                (
+                    f"got 'examples', but the aggregator '{aggregator.kind}' cannot weigh clients "
+                    "by how many examples stand behind an update"
+                ),
+                place="federate.weights",
+                cure='set weights = "equal"',
             )
         if self.noise == "sum" and aggregator.sees_updates:
             raise RecipeError(
-                f"federate.aggregator: got '{aggregator.kind}' with trust '{self.kind}', where only a secure sum "
-                'carries all of the noise; set aggregator = "secure"'
+                (
+                    f"got '{aggregator.kind}' with trust '{self.kind}', where only a secure sum "
+                    "carries all of the noise"
+                ),
+                place="federate.aggregator",
+                cure='set aggregator = "secure"',
             )
         moved = Bound(1, l2=plan.clip_norm if plan is not None else math.inf)
         if self.on_aggregate and aggregator.sensitivity(moved, cohort.size) is None:
             raise RecipeError(
-                f"federate.aggregator: got '{aggregator.kind}', which gives no bound on how far one {self.unit} moves "
-                f"it, so noise of trust '{self.kind}' hides nothing; set trust = \"local\", where every vector "
-                'carries its noise before it is aggregated, or aggregator = "mean"'
+                (
+                    f"got '{aggregator.kind}', which gives no bound on how far one {self.unit} "
+                    f"moves it, so noise of trust '{self.kind}' hides nothing"
+                ),
+                place="federate.aggregator",
+                cure=(
+                    'set trust = "local", where every vector carries its noise before it is '
+                    'aggregated, or aggregator = "mean"'
+                ),
             )
 
     def check_vectors(self, plan: PrivacyPlan | None, extras: Mapping[str, Extra]) -> None:
@@ -145,14 +161,21 @@ class Trust:
         for name, extra in extras.items():
             if self.steps == "joint":
                 raise RecipeError(
-                    f"federate.algorithm: it sends '{name}' beside the update, but with unit 'sample' and trust "
-                    f"'{self.kind}' a client sends one sum of gradients alone; set trust = \"local\", or take another "
-                    "algorithm"
+                    (
+                        f"it sends '{name}' beside the update, but with unit 'sample' and trust "
+                        f"'{self.kind}' a client sends one sum of gradients alone"
+                    ),
+                    place="federate.algorithm",
+                    cure='set trust = "local", or take another algorithm',
                 )
             if self.unit == "client" and extra.clip_norm is None:
                 raise RecipeError(
-                    f"federate.algorithm: its vector '{name}' has no bound, and client privacy must charge one; give "
-                    "it a clip_norm in the table of the algorithm, near the norm that it has without privacy"
+                    f"its vector '{name}' has no bound, and client privacy must charge one",
+                    place="federate.algorithm",
+                    cure=(
+                        "give it a clip_norm in the table of the algorithm, near the norm that it has "
+                        "without privacy"
+                    ),
                 )
 
     # What a client does and says.
@@ -179,7 +202,9 @@ class Trust:
         if self.failing == "raises" or diverged:
             raise problem
         raise TrainingError(
-            f"local update: failed with {type(problem).__name__}; what on stays private"
+            f"failed with {type(problem).__name__}",
+            place="local update",
+            cure="what on stays private",
         ) from problem
 
     def failures(
@@ -213,7 +238,8 @@ class Trust:
         noise = 0.0 if self.noise == "server" else plan.noise_multiplier * math.sqrt(max(1, steps))
         if not tally.fits(most, noise):
             raise WireError(
-                f"update.failures: got {header['failures']!r}, more or less than can have failed"
+                f"got {header['failures']!r}, more or less than can have failed",
+                place="update.failures",
             )
         return tally
 
@@ -303,26 +329,38 @@ def trust_of(unit: Unit | None, kind: str | None = None) -> Trust:
         if (row.unit, row.kind) == (unit, wanted):
             return row
     raise RecipeError(
-        f"federate.privacy.trust: got {kind!r}, expected 'local', 'distributed' or 'central'"
+        f"got {kind!r}, expected 'local', 'distributed' or 'central'",
+        place="federate.privacy.trust",
     )
 
 
 def _check_client_unit(plan: PrivacyPlan, cohort: Cohort, weights: Weights) -> None:
     if weights != "equal":
         raise RecipeError(
-            "federate.weights: got 'examples' under client privacy, where a large client would exceed the sensitivity;"
-            ' set weights = "equal"'
+            (
+                "got 'examples' under client privacy, where a large client would exceed the "
+                "sensitivity"
+            ),
+            place="federate.weights",
+            cure='set weights = "equal"',
         )
     if not 0 < plan.clip_norm < math.inf:
         raise RecipeError(
-            f"federate.privacy.clip_norm: got {plan.clip_norm}, expected a finite bound above 0"
+            f"got {plan.clip_norm}, expected a finite bound above 0",
+            place="federate.privacy.clip_norm",
         )
     if plan.sampling_prob != cohort.sampling_prob:
         raise RecipeError(
-            f"federate.privacy.sampling_prob: the plan charges {plan.sampling_prob} but a {cohort.sampling} cohort"
-            f" of {cohort.size} in {cohort.population} is worth {cohort.sampling_prob}; plan with cohort.sampling_prob"
+            (
+                f"the plan charges {plan.sampling_prob} but a {cohort.sampling} cohort of "
+                f"{cohort.size} in {cohort.population} is worth {cohort.sampling_prob}"
+            ),
+            place="federate.privacy.sampling_prob",
+            cure="plan with cohort.sampling_prob",
         )
     if plan.steps_per_round != 1:
         raise RecipeError(
-            f"federate.privacy.steps_per_round: got {plan.steps_per_round}; client privacy takes 1"
+            f"got {plan.steps_per_round}",
+            place="federate.privacy.steps_per_round",
+            cure="client privacy takes 1",
         )

@@ -117,12 +117,18 @@ class Uplink:
         row.check_vectors(privacy, extras)
         if adaptive is not None and adaptive.count_noise is None:
             raise RecipeError(
-                "privacy.adaptive.count_noise: not planned; give it, or bind with a planned one"
+                "not planned",
+                place="privacy.adaptive.count_noise",
+                cure="give it, or bind with a planned one",
             )
         if adaptive is not None and extras:
             raise RecipeError(
-                f"federate.privacy.adaptive: it moves the clip norm of the update alone, and the algorithm sends "
-                f"'{next(iter(extras))}' too; leave adaptive out, or take another algorithm"
+                (
+                    "it moves the clip norm of the update alone, and the algorithm sends "
+                    f"'{next(iter(extras))}' too"
+                ),
+                place="federate.privacy.adaptive",
+                cure="leave adaptive out, or take another algorithm",
             )
         noise = row.server_noise(privacy, noise)
         clip_norm = privacy.clip_norm if privacy is not None and row.unit == "client" else None
@@ -306,7 +312,7 @@ class Gatherer:
                 against. It does not change the weight that a sum is divided by.
         """
         if not 0 <= scale <= 1:
-            raise RecipeError(f"federate.scale: got {scale}, expected a number inside 0..1")
+            raise RecipeError(f"got {scale}, expected a number inside 0..1", place="federate.scale")
         try:
             named = self.key.round if task is None else task
             self._take(Key(self.key.seed, named, client), reply, scale)
@@ -384,18 +390,22 @@ class Gatherer:
             WireError: if `reply` is none.
         """
         if reply is None:
-            raise WireError("no reply came; see whether the client is still running")
+            raise WireError("no reply came", cure="see whether the client is still running")
         header = reply.header
         check_header(reply.kind, header)
         if reply.kind == "error":
             raise WireError(str(header.get("reason", "the client failed and gave no reason"))[:500])
         if reply.kind != "update":
             raise WireError(
-                f"update.kind: got {reply.kind!r}, expected 'update'; answer the request that was sent"
+                f"got {reply.kind!r}, expected 'update'",
+                place="update.kind",
+                cure="answer the request that was sent",
             )
         if need("update", header, "round") != task:
             raise WireError(
-                f"update.round: got {header['round']!r}, expected {task}; answer the last request"
+                f"got {header['round']!r}, expected {task}",
+                place="update.round",
+                cure="answer the last request",
             )
         return header, reply.tensors
 

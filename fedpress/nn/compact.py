@@ -50,7 +50,9 @@ def compact_(model: nn.Module, sparse: Iterable[str]) -> nn.Module:
             continue
         if not mask.any():
             raise ModelError(
-                f"spec.sparse: '{name}' has no value left that could train; keep a larger share"
+                f"'{name}' has no value left that could train",
+                place="spec.sparse",
+                cure="keep a larger share",
             )
         for module, key in _owners(model, weight):
             parametrize.register_parametrization(module, key, Scatter(mask), unsafe=True)

@@ -29,12 +29,16 @@ def apply_folds_(model: nn.Module, folded: Mapping[str, str]) -> None:
             inner = model.get_submodule(norm)
         except AttributeError as error:
             raise ModelError(
-                f"spec.folded: the model lacks '{norm}' or '{into}'; the spec is of another model"
+                f"the model lacks '{norm}' or '{into}'",
+                place="spec.folded",
+                cure="the spec is of another model",
             ) from error
         weight = layer._parameters.get("weight")
         if not isinstance(inner, BatchNorm | nn.Identity) or weight is None:
             raise ModelError(
-                f"spec.folded: '{norm}' cannot be folded into '{into}'; the spec is of another model"
+                f"'{norm}' cannot be folded into '{into}'",
+                place="spec.folded",
+                cure="the spec is of another model",
             )
         if layer._parameters.get("bias") is None:
             outputs = getattr(layer, "out_channels", len(weight))

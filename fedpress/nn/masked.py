@@ -77,8 +77,12 @@ def _parametrized(model: nn.Module) -> Iterator[_Site]:
                 continue
             if len(masks) < len(steps):
                 raise ModelError(
-                    f"model: '{path}.{key}' is masked and computed otherwise besides; "
-                    "call torch.nn.utils.parametrize.remove_parametrizations on it, or leave the mask out"
+                    f"'{path}.{key}' is masked and computed otherwise besides",
+                    place="model",
+                    cure=(
+                        "call torch.nn.utils.parametrize.remove_parametrizations on it, or leave the "
+                        "mask out"
+                    ),
                 )
             mask = torch.stack([m.to(torch.float32).expand_as(steps.original) for m in masks]).prod(
                 0
@@ -93,6 +97,10 @@ def _check_shared(model: nn.Module, sites: list[_Site]) -> None:
         uses = sum(p is site.original for m in model.modules() for p in m.parameters(recurse=False))
         if uses != len(twins) or any(not torch.equal(other.mask, site.mask) for other in twins):
             raise ModelError(
-                f"model: '{site.name}' is masked, but a module that shares this weight has not the same mask; "
-                "prune all of them by one mask (torch.nn.utils.prune.custom_from_mask)"
+                (
+                    f"'{site.name}' is masked, but a module that shares this weight has not the "
+                    "same mask"
+                ),
+                place="model",
+                cure="prune all of them by one mask (torch.nn.utils.prune.custom_from_mask)",
             )

@@ -164,8 +164,9 @@ class ExportStage(BaseModel, Stage):
         public = state.data.public
         if not len(public):
             raise DataError(
-                "export.int8: ranges are taken from public examples, but the public part is empty; set "
-                "data.public_share, or int8 = false"
+                "ranges are taken from public examples, but the public part is empty",
+                place="export.int8",
+                cure="set data.public_share, or int8 = false",
             )
         order = torch.randperm(len(public), generator=generator(state.seed, "export", self.name))
         taken = public.take(order[: 2 if few else self.calibration])

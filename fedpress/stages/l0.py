@@ -139,7 +139,9 @@ class L0Stage(TrainSettings, Stage):
         )
         if state.spec.quantized:
             raise RecipeError(
-                "l0: the model is quantized already; put this stage before the quantization"
+                "the model is quantized already",
+                place="l0",
+                cure="put this stage before the quantization",
             )
         calibration(state, self.calibration, 0)
         model = copied(state.model)

@@ -25,15 +25,20 @@ def calibration(state: State, n: int, seed: int) -> Arrays:
     public = state.data.public
     if not len(public):
         raise DataError(
-            "stage.calibration: it needs public examples, but the public part of the data is empty; "
-            "set data.public_share"
+            "it needs public examples, but the public part of the data is empty",
+            place="stage.calibration",
+            cure="set data.public_share",
         )
     drawn = public.take(torch.randperm(len(public), generator=generator(seed, "calibration"))[:n])
     if state.data.labelled and state.data.num_classes > 1 and len(drawn.y.unique()) == 1:
         name = state.data.class_names[int(drawn.y[0])]
         raise DataError(
-            f"stage.calibration: all {len(drawn)} public examples are of the one class '{name}', expected at least "
-            f"2 of {state.data.num_classes}; raise calibration (now {n}), or give public data of more classes"
+            (
+                f"all {len(drawn)} public examples are of the one class '{name}', expected at "
+                f"least 2 of {state.data.num_classes}"
+            ),
+            place="stage.calibration",
+            cure=f"raise calibration (now {n}), or give public data of more classes",
         )
     return drawn
 

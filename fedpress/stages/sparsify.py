@@ -201,8 +201,12 @@ class SparsifyStage(TrainSettings, Stage):
             and abs(reached - wanted) > 0.01 + 0.1 * wanted
         ):
             raise RecipeError(
-                f"sparsify.density: {wanted:g} cannot be reached with pattern '{self.pattern}', the nearest is "
-                f"{reached:.4g}; take that, or finer blocks"
+                (
+                    f"{wanted:g} cannot be reached with pattern '{self.pattern}', the nearest is "
+                    f"{reached:.4g}"
+                ),
+                place="sparsify.density",
+                cure="take that, or finer blocks",
             )
         apply_(weights.chosen, masks)
         rounds = 1 + self.rounds if self.schedule == "rewind" else 1
@@ -235,7 +239,9 @@ class SparsifyStage(TrainSettings, Stage):
         """
         if state.spec.quantized:
             raise RecipeError(
-                "sparsify: the model is quantized already; put this stage before the quantization"
+                "the model is quantized already",
+                place="sparsify",
+                cure="put this stage before the quantization",
             )
         weights = find_weights(
             model,
@@ -253,13 +259,17 @@ class SparsifyStage(TrainSettings, Stage):
                 hint = f" ({why})" if why else did_you_mean(name, known)
                 some = ", ".join(known[:3])
                 raise RecipeError(
-                    f"sparsify.densities: no weight '{name}' gets zeros here{hint}; use such as {some}"
+                    f"no weight '{name}' gets zeros here{hint}",
+                    place="sparsify.densities",
+                    cure=f"use such as {some}",
                 )
         chosen = tuple(w for w in weights.chosen if w.name not in misfits)
         if not chosen:
             name, why = next(iter(misfits.items()))
             raise RecipeError(
-                f"sparsify.pattern: no weight can be '{self.pattern}' ('{name}': {why}); use another pattern"
+                f"no weight can be '{self.pattern}' ('{name}': {why})",
+                place="sparsify.pattern",
+                cure="use another pattern",
             )
         return Weights(chosen, {**weights.dense, **misfits})
 

@@ -142,20 +142,26 @@ def _teacher(where: str, state: State) -> nn.Module:
         spec, model = state.parent()
     else:
         raise RecipeError(
-            "stage.teacher: got 'dense', but no stage before this one has made a trained model smaller; "
-            "put the cut before, or name the teacher's folder"
+            "got 'dense', but no stage before this one has made a trained model smaller",
+            place="stage.teacher",
+            cure="put the cut before, or name the teacher's folder",
         )
     names = state.data.class_names
     if spec.class_names and names and spec.class_names != tuple(names):
         odd = sorted(set(spec.class_names) ^ set(names))[:3] or ["the order"]
         raise TrainingError(
-            f"stage.teacher: '{where}' knows other classes than the data ({', '.join(odd)} differ); "
-            "give a teacher of the same classes"
+            f"'{where}' knows other classes than the data ({', '.join(odd)} differ)",
+            place="stage.teacher",
+            cure="give a teacher of the same classes",
         )
     if spec.input_shape != state.spec.input_shape:
         raise TrainingError(
-            f"stage.teacher: '{where}' takes examples of shape {list(spec.input_shape)}, the data's have "
-            f"{list(state.spec.input_shape)}; give a teacher of the same inputs"
+            (
+                f"'{where}' takes examples of shape {list(spec.input_shape)}, the data's have "
+                f"{list(state.spec.input_shape)}"
+            ),
+            place="stage.teacher",
+            cure="give a teacher of the same inputs",
         )
     model = place_(copied(model))
     mine, theirs = state.data.preprocess, Preprocess(spec.mean, spec.std)

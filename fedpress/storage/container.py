@@ -18,7 +18,7 @@ CURE = "copy or pack it again"
 
 def damaged(place: str, problem: str) -> NoReturn:
     """Raises the ModelError of the packed file `place`."""
-    raise ModelError(f"{place}: this packed model is damaged ({problem}); {CURE}")
+    raise ModelError(f"this packed model is damaged ({problem})", place=place, cure=CURE)
 
 
 def to_bytes(blobs: Mapping[str, bytes], spec: str, table: str) -> bytes:
@@ -54,13 +54,18 @@ def from_bytes(data: bytes, place: str) -> tuple[dict[str, bytes], str, str]:
         damaged(place, str(error).partition("\n")[0])
     if about.get("format") != FORMAT:
         raise ModelError(
-            f"{place}: a safetensors file, but not a packed model (its metadata has no format '{FORMAT}'); "
-            "give one that fedpress packed, or the folder of a model"
+            (f"a safetensors file, but not a packed model (its metadata has no format '{FORMAT}')"),
+            place=place,
+            cure="give one that fedpress packed, or the folder of a model",
         )
     if about.get("version") != str(VERSION):
         raise ModelError(
-            f"{place}: a packed model of version {str(about.get('version'))[:20]!r}, and this fedpress reads "
-            f"version {VERSION}; install the fedpress that wrote it, or {CURE}"
+            (
+                f"a packed model of version {str(about.get('version'))[:20]!r}, and this "
+                f"fedpress reads version {VERSION}"
+            ),
+            place=place,
+            cure=f"install the fedpress that wrote it, or {CURE}",
         )
     if not {"spec", "table", "checksum"} <= about.keys() or any(
         t["dtype"] != "U8" for t in found.values()

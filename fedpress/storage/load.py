@@ -27,7 +27,7 @@ def load(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpec,
     """
     path = Path(path)
     if (foreign := described(path)) is not None:
-        raise ModelError(f"model: {foreign}")
+        raise ModelError(f"{foreign}", place="model")
     if path.is_file():
         return unpack(path, allow_code)
     if (path / "stages").is_dir() and not (path / "spec.json").exists():
@@ -43,6 +43,8 @@ def _last_stage(run: Path) -> Path:
     ]
     if not finished:
         raise ModelError(
-            f"{run}: no stage of this run is finished; go on with --resume, or give another model"
+            "no stage of this run is finished",
+            place=run,
+            cure="go on with --resume, or give another model",
         )
     return max(finished, key=lambda stage: int(stage.name.split("-")[0]))

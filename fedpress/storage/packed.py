@@ -48,7 +48,9 @@ def check_packable(spec: ModelSpec, model: nn.Module) -> None:
     odd = _differs(spec.build(), entries)
     if odd is not None:
         raise ModelError(
-            f"pack: the spec builds another network ('{odd}' differs); give the spec that belongs to the model"
+            f"the spec builds another network ('{odd}' differs)",
+            place="pack",
+            cure="give the spec that belongs to the model",
         )
 
 
@@ -66,16 +68,21 @@ def pack(spec: ModelSpec, model: nn.Module, path: Path) -> Packed:
     odd = [name for name, value in ours.items() if not _same(value, theirs[name])]
     if odd or back.model_dump() != spec.model_dump():
         raise ModelError(
-            f"pack: '{odd[0] if odd else 'spec'}' would not come back from the file as it is; "
-            "the spec is of another model, or the model was changed after its spec was made"
+            f"'{(odd[0] if odd else 'spec')}' would not come back from the file as it is",
+            place="pack",
+            cure="the spec is of another model, or the model was changed after its spec was made",
         )
     theirs = dict(twin.named_buffers())
     # Those too that are not saved, since forward may read them.
     for name, value in model.named_buffers():
         if name not in theirs or not _same(value, theirs[name]):
             raise ModelError(
-                f"pack: the buffer '{name}' is not saved (persistent=False), and a model built anew has another"
-                " one; make it persistent"
+                (
+                    f"the buffer '{name}' is not saved (persistent=False), and a model built anew "
+                    "has another one"
+                ),
+                place="pack",
+                cure="make it persistent",
             )
     path = Path(path)
     with writing(path, raises=ModelError):
@@ -99,7 +106,7 @@ def unpack(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpe
         data = Path(path).read_bytes()
     except OSError as error:
         raise ModelError(
-            f"{path}: cannot be read ({error.strerror}); give the path of a packed model"
+            f"cannot be read ({error.strerror})", place=path, cure="give the path of a packed model"
         ) from error
     return from_bytes(data, str(path), allow_code)
 
@@ -150,17 +157,21 @@ def from_bytes(
             f"{'.'.join(map(str, first['loc']))} {first['msg']}, or it is of a newer fedpress",
         )
     except ModelError as error:
-        raise ModelError(f"{place}: {error}") from error
+        raise ModelError(str(error), place=place) from error
     if table.blobs.keys() != blobs.keys():
         damaged(place, "its table does not fit what is in it")
     try:
         model = spec.build_within_limits()
     except ModelError as error:
-        raise ModelError(f"{place}: {error}") from error
+        raise ModelError(str(error), place=place) from error
     if (odd := _differs(model, table.entries())) is not None:
         raise ModelError(
-            f"{place}: its tensors do not fit its spec ('{odd}' differs); "
-            f"was the architecture '{spec.architecture}' changed since? Unpack with the one that was packed"
+            f"its tensors do not fit its spec ('{odd}' differs)",
+            place=place,
+            cure=(
+                f"was the architecture '{spec.architecture}' changed since? Unpack with the one "
+                "that was packed"
+            ),
         )
     _fill_(model, table, blobs, place)
     return spec, model
@@ -235,7 +246,7 @@ def _expand(data: bytes, blob: Blob, place: str) -> Tensor:
         return expand(memoryview(data), kind, [size], place)
     flat = expand(memoryview(data), torch.uint8, [size], place)
     if size and int(flat.max()) > 1:
-        raise WireError(f"{place}: got {int(flat.max())}, expected 0 or 1")
+        raise WireError(f"got {int(flat.max())}, expected 0 or 1", place=place)
     return flat.view(torch.bool)
 
 

@@ -78,7 +78,9 @@ class TensorTable(BaseModel):
             kind = str(value.dtype).removeprefix("torch.")
             if kind not in TYPES:
                 raise ModelError(
-                    f"pack: '{name}' is of type {kind}; turn it into one of {', '.join(TYPES)}"
+                    f"'{name}' is of type {kind}",
+                    place="pack",
+                    cure=f"turn it into one of {', '.join(TYPES)}",
                 )
             if name in codes:
                 quantization = weights[name][0].weight_quantization()

@@ -39,7 +39,7 @@ def find(kind: str) -> type[Task]:
     """
     if kind not in TASKS:
         near = did_you_mean(kind, list(TASKS))
-        raise RecipeError(f"data.task: no task '{kind}' (known: {', '.join(TASKS)}){near}")
+        raise RecipeError(f"no task '{kind}' (known: {', '.join(TASKS)}){near}", place="data.task")
     return TASKS[kind]
 
 
@@ -60,7 +60,8 @@ def check_settings(given: str | Mapping[str, Any]) -> None:
         if key not in (*known, "kind"):
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise RecipeError(
-                f"data.task: {row.kind} has no option '{key}' ({has}){did_you_mean(key, known)}"
+                f"{row.kind} has no option '{key}' ({has}){did_you_mean(key, known)}",
+                place="data.task",
             )
 
 
@@ -86,7 +87,9 @@ def make(given: str | Mapping[str, Any], names: tuple[str, ...], public: Tensor)
             task, **{key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
         )  # type: ignore[type-var]
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"data.task: {row.kind} does not take these options: {error}") from error
+        raise RecipeError(
+            f"{row.kind} does not take these options: {error}", place="data.task"
+        ) from error
 
 
 def of_model(about: Mapping[str, Any], class_names: tuple[str, ...]) -> Task:

@@ -166,7 +166,9 @@ class Task(ABC):
         """
         if amount:
             raise RecipeError(
-                f"stage.label_smoothing: the task is {self.kind}, which has no labels to smooth; leave it out"
+                f"the task is {self.kind}, which has no labels to smooth",
+                place="stage.label_smoothing",
+                cure="leave it out",
             )
         return self
 
@@ -250,8 +252,8 @@ def check_numbers(targets: Tensor, width: int, kind: str) -> None:
     shapes = [[width], []] if width == 1 else [[width]]
     if targets.dtype != torch.float32 or list(targets.shape[1:]) not in shapes:
         raise DataError(
-            f"targets of type {targets.dtype} and shape {list(targets.shape)}; the task {kind} needs float32 "
-            f"[n, {width}]{' or [n]' if width == 1 else ''}"
+            f"targets of type {targets.dtype} and shape {list(targets.shape)}",
+            cure=f"the task {kind} needs float32 [n, {width}]{(' or [n]' if width == 1 else '')}",
         )
     if not bool(targets.isfinite().all()):
-        raise DataError("some targets are NaN or infinite; fill or leave out those rows")
+        raise DataError("some targets are NaN or infinite", cure="fill or leave out those rows")

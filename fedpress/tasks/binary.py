@@ -46,7 +46,9 @@ class Binary(Task):
     def __post_init__(self) -> None:
         if len(self.names) != 2:
             raise DataError(
-                f"task 'binary': the data has {len(self.names)} classes; use task = 'classification'"
+                f"the data has {len(self.names)} classes",
+                place="task 'binary'",
+                cure="use task = 'classification'",
             )
 
     @property
@@ -95,7 +97,7 @@ class Binary(Task):
         Classification(self.names).check_targets(targets)
         if targets.dim() != 1:
             raise DataError(
-                f"labels of {targets.dim()} dimensions; the task binary needs int64 [n]"
+                f"labels of {targets.dim()} dimensions", cure="the task binary needs int64 [n]"
             )
 
 

@@ -206,7 +206,8 @@ class Classification(Task):
         of_one = got[1:] if isinstance(got, list) else got
         if not isinstance(got, list) or len(got) != len(expected):
             raise ModelError(
-                f"gives outputs {of_one} for one example, not [classes] as a classifier does, and accuracy needs one"
+                f"gives outputs {of_one} for one example, not [classes] as a classifier does, "
+                "and accuracy needs one"
             )
         raise ModelError(
             f"gives outputs {of_one} for one example but the data has {len(self.names)} classes",
@@ -217,9 +218,12 @@ class Classification(Task):
         """Refuses targets that are no class numbers."""
         if targets.dtype != torch.int64 or targets.dim() < 1:
             raise DataError(
-                f"labels of type {targets.dtype} and {targets.dim()} dimensions; give int64 [n]"
+                f"labels of type {targets.dtype} and {targets.dim()} dimensions",
+                cure="give int64 [n]",
             )
         counted = targets[targets != IGNORED] if targets.dim() > 1 else targets
         if not bool(((counted >= 0) & (counted < len(self.names))).all()):
             # The label itself may be private, so it is not told.
-            raise DataError(f"some labels are no class number; expected 0 to {len(self.names) - 1}")
+            raise DataError(
+                "some labels are no class number", cure=f"expected 0 to {len(self.names) - 1}"
+            )

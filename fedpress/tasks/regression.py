@@ -59,8 +59,12 @@ class Regression(Task):
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or len(self.mean) not in (0, len(self.names)):
             raise DataError(
-                f"task 'regression': {len(self.names)} numbers but {len(self.mean)} means and {len(self.std)} "
-                "standard deviations; give one of each for every number"
+                (
+                    f"{len(self.names)} numbers but {len(self.mean)} means and {len(self.std)} "
+                    "standard deviations"
+                ),
+                place="task 'regression'",
+                cure="give one of each for every number",
             )
 
     @classmethod

@@ -49,11 +49,15 @@ def _check_examples(
 ) -> None:
     if not len(train):
         raise TrainingError(
-            "train: the public part has no examples; set data.public_share or lower data.validation"
+            "the public part has no examples",
+            place="train",
+            cure="set data.public_share or lower data.validation",
         )
     if settings.patience and not len(validation):
         raise TrainingError(
-            "train: patience needs a validation set; set data.validation, or leave patience out"
+            "patience needs a validation set",
+            place="train",
+            cure="set data.validation, or leave patience out",
         )
     if settings.bn_penalty:
         batch_norm_scales(model)
@@ -61,11 +65,14 @@ def _check_examples(
     if alone and _needs_two(model, preprocess(train.x[:1])):
         if settings.batch_size == 1:
             raise TrainingError(
-                "train: batch_size = 1 leaves a batch norm nothing to average; take 2 or more"
+                "batch_size = 1 leaves a batch norm nothing to average",
+                place="train",
+                cure="take 2 or more",
             )
         raise TrainingError(
-            "train: the public part has one example, which leaves a batch norm nothing to average; raise "
-            "data.public_share"
+            "the public part has one example, which leaves a batch norm nothing to average",
+            place="train",
+            cure="raise data.public_share",
         )
 
 
@@ -75,16 +82,21 @@ def _check_image_sizes(
     for side, _ in settings.image_sizes:
         if train.x.dim() != 4 or side > min(train.x.shape[2:]):
             raise TrainingError(
-                f"train: image_sizes asks for images of {side} pixels, but examples are {tuple(train.x.shape[1:])}; "
-                "give smaller sides, or leave image_sizes out"
+                (
+                    f"image_sizes asks for images of {side} pixels, but examples are "
+                    f"{tuple(train.x.shape[1:])}"
+                ),
+                place="train",
+                cure="give smaller sides, or leave image_sizes out",
             )
         two = Arrays(resized(train.x[:2], side), train.y[:2])
         try:
             evaluate(model, two, preprocess, task)
         except RuntimeError as error:
             raise TrainingError(
-                f"train: the model cannot take images of {side} pixels ({str(error).splitlines()[0]}); "
-                "leave image_sizes out, or use a network that pools, such as resnet18"
+                f"the model cannot take images of {side} pixels ({str(error).splitlines()[0]})",
+                place="train",
+                cure="leave image_sizes out, or use a network that pools, such as resnet18",
             ) from error
 
 
@@ -98,7 +110,9 @@ def batch_norm_scales(model: nn.Module) -> list[nn.Parameter]:
     scales = [norm.weight for norm in norms if norm.affine and norm.weight.requires_grad]
     if not scales:
         raise TrainingError(
-            "train: bn_penalty pulls at batch-norm scales, but the model trains none; leave it out"
+            "bn_penalty pulls at batch-norm scales, but the model trains none",
+            place="train",
+            cure="leave it out",
         )
     return scales
 

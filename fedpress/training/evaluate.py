@@ -73,7 +73,9 @@ def evaluate(
     """
     if not len(arrays):
         raise TrainingError(
-            "evaluate: there are no examples to measure on; give the data set a test part"
+            "there are no examples to measure on",
+            place="evaluate",
+            cure="give the data set a test part",
         )
     loss = 0.0
     sums: list[Sums] = []

@@ -196,7 +196,12 @@ class Fit:
         if s.optimizer == "muon":
             rates += f" or stage.head_lr (now {s.head_lr})"
         return DivergedError(
-            f"train: {what}; lower {rates} or check the data for wrong values; the last good checkpoint is kept"
+            f"{what}",
+            place="train",
+            cure=(
+                f"lower {rates} or check the data for wrong values; the last good checkpoint is "
+                "kept"
+            ),
         )
 
     def _step(self, x: Tensor, y: Tensor) -> float:

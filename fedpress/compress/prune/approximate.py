@@ -36,11 +36,13 @@ def check_names(names: Sequence[str]) -> frozenset[str]:
     """
     known = list(get_args(Norm))
     if isinstance(names, str):
-        raise RecipeError(f'prune.approximate: got "{names}", expected a list; give ["{names}"]')
+        raise RecipeError(
+            f'got "{names}", expected a list', place="prune.approximate", cure=f'give ["{names}"]'
+        )
     for name in names:
         if name not in known:
             hint = did_you_mean(name, known) or f"; give {' or '.join(known)}"
-            raise RecipeError(f"prune.approximate: there is no '{name}'{hint}")
+            raise RecipeError(f"there is no '{name}'{hint}", place="prune.approximate")
     return frozenset(names)
 
 

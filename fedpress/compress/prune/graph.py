@@ -263,8 +263,8 @@ def export(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.Expo
     except Exception as error:  # torch.export raises whatever the user's code meets
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"the model cannot be captured by torch.export ({reason}){_where(model, error)}; "
-            "remove data-dependent control flow from forward, or check the example input"
+            f"the model cannot be captured by torch.export ({reason}){_where(model, error)}",
+            cure="remove data-dependent control flow from forward, or check the example input",
         ) from error
     finally:
         hook.remove()

@@ -163,7 +163,9 @@ class Ids:
             return
         if len(a) != len(b):
             raise ModelError(
-                f"{self.place}: {len(a)} and {len(b)} channels meet; report this graph as a bug"
+                f"{len(a)} and {len(b)} channels meet",
+                place=self.place,
+                cure="report this graph as a bug",
             )
         if a is not b:
             self.joined.append((a, b))

@@ -28,7 +28,9 @@ def ignored(model: nn.Module, patterns: Sequence[str], key: str = "ignore") -> f
     """
     if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
         one = patterns if isinstance(patterns, str) else "head"
-        raise RecipeError(f'{key}: got {patterns!r}, expected a list of names; give ["{one}"]')
+        raise RecipeError(
+            f"got {patterns!r}, expected a list of names", place=key, cure=f'give ["{one}"]'
+        )
     named = [
         *model.named_modules(remove_duplicate=False),
         *model.named_parameters(remove_duplicate=False),
@@ -41,6 +43,8 @@ def ignored(model: nn.Module, patterns: Sequence[str], key: str = "ignore") -> f
         if not hits:
             some = ", ".join([name for name, module in model.named_children()][:5])
             hint = did_you_mean(pattern, names) or f"; it has such as {some}" if some else ""
-            raise RecipeError(f"{key}: no module or weight of the model matches '{pattern}'{hint}")
+            raise RecipeError(
+                f"no module or weight of the model matches '{pattern}'{hint}", place=key
+            )
         found |= hits | {name for name in names if any(name.startswith(f"{hit}.") for hit in hits)}
     return frozenset(found)

@@ -141,10 +141,14 @@ def _difference(
         worst = torch.stack(errors).max().item() if errors else 0.0
     except Exception as error:  # the user's code may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"the pruned network does not run{when} ({reason}); {CURE}") from error
+        raise ModelError(f"the pruned network does not run{when} ({reason})", cure=CURE) from error
     if not worst <= tolerance:
         raise ModelError(
-            f"the pruned network differs from the masked one by {worst:.2g}{when}, more than {tolerance:g}; {CURE}"
+            (
+                f"the pruned network differs from the masked one by {worst:.2g}{when}, more "
+                f"than {tolerance:g}"
+            ),
+            cure=CURE,
         )
     return worst
 

@@ -165,7 +165,8 @@ def make_plan(
     for layer, n in zip(graph.groups, kept, strict=True):
         if not 1 <= n <= layer.channels:
             raise ModelError(
-                f"the plan keeps {n} of the {layer.channels} channels of '{layer.name}'; keep at least one"
+                f"the plan keeps {n} of the {layer.channels} channels of '{layer.name}'",
+                cure="keep at least one",
             )
     pruned = [
         values.argsort(descending=True, stable=True)[n:]
@@ -189,15 +190,19 @@ def check_settings(graph: ChannelGraph, round_to: int, min_keep: float, scope: s
     """Refuses settings out of range, and a graph in which nothing can go."""
     if round_to < 1:
         raise RecipeError(
-            f"prune.round_to: got {round_to}, expected a whole number of at least 1; try 8"
+            f"got {round_to}, expected a whole number of at least 1",
+            place="prune.round_to",
+            cure="try 8",
         )
     if not 0 <= min_keep <= 1:
         raise RecipeError(
-            f"prune.min_keep: got {min_keep}, expected a share between 0 and 1; try 0.1"
+            f"got {min_keep}, expected a share between 0 and 1",
+            place="prune.min_keep",
+            cure="try 0.1",
         )
     if scope not in get_args(Scope):
         raise RecipeError(
-            f"prune.scope: got '{scope}', expected one of {', '.join(get_args(Scope))}"
+            f"got '{scope}', expected one of {', '.join(get_args(Scope))}", place="prune.scope"
         )
     if not graph.groups:
         reasons = (
@@ -209,7 +214,7 @@ def check_settings(graph: ChannelGraph, round_to: int, min_keep: float, scope: s
             cure = "name fewer modules in ignore"
         elif any("a mean over channels" in why for why in graph.unprunable.values()):
             cure = 'allow approximate = ["layer_norm"], change these modules or do not prune'
-        raise ModelError(f"no channel of this model can be removed ({reasons}); {cure}")
+        raise ModelError(f"no channel of this model can be removed ({reasons})", cure=cure)
 
 
 def _thresholds(
@@ -286,10 +291,20 @@ def _unreachable(
     if least > target.wanted:
         smallest = shown(least if target.limit else ceil(least / full * 1e4) / 1e4 * full)
         return RecipeError(
-            f"{place}: {shown(target.wanted)} cannot be reached, the smallest {kind} of this model is "
-            f"{smallest}{stay}; raise {target.key}, or lower {target.stage}.min_keep or {target.stage}.round_to"
+            (
+                f"{shown(target.wanted)} cannot be reached, the smallest {kind} of this model "
+                f"is {smallest}{stay}"
+            ),
+            place=place,
+            cure=(
+                f"raise {target.key}, or lower {target.stage}.min_keep or {target.stage}.round_to"
+            ),
         )
     return RecipeError(
-        f"{place}: {shown(target.wanted)} cannot be met within the tolerance, the nearest {kind} found is "
-        f"{shown(reached)}{stay}; lower {target.stage}.round_to, take that {kind}, or leave exact out"
+        (
+            f"{shown(target.wanted)} cannot be met within the tolerance, the nearest {kind} "
+            f"found is {shown(reached)}{stay}"
+        ),
+        place=place,
+        cure=f"lower {target.stage}.round_to, take that {kind}, or leave exact out",
     )

@@ -91,12 +91,13 @@ def _check(model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...]]]) 
             shape = tensor(model, name).shape
         except AttributeError:
             raise ModelError(
-                f"the plan prunes '{name}', which this model lacks; use the plan's own model"
+                f"the plan prunes '{name}', which this model lacks", cure="use the plan's own model"
             ) from None
         for axis, kept in axes.items():
             if axis >= len(shape) or not kept or not 0 <= min(kept) <= max(kept) < shape[axis]:
                 raise ModelError(
-                    f"the plan does not fit '{name}' of shape {tuple(shape)}; use the plan's own model"
+                    f"the plan does not fit '{name}' of shape {tuple(shape)}",
+                    cure="use the plan's own model",
                 )
 
 

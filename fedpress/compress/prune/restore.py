@@ -30,7 +30,8 @@ def restore_batch_norm_(model: nn.Module, batches: Iterable[Tensor]) -> int:
     first = next(stream, None)
     if first is None:
         raise DataError(
-            "batch-norm statistics cannot be restored from no batches; give at least one batch of inputs"
+            "batch-norm statistics cannot be restored from no batches",
+            cure="give at least one batch of inputs",
         )
     seen = 0
     with _averaging(model) as norms:
@@ -44,7 +45,8 @@ def restore_batch_norm_(model: nn.Module, batches: Iterable[Tensor]) -> int:
             for norm in norms:  # as if it had never begun
                 norm.put_back_()
             raise DataError(
-                "batch-norm statistics cannot be taken from a batch of one example; give two or more public examples"
+                "batch-norm statistics cannot be taken from a batch of one example",
+                cure="give two or more public examples",
             ) from error
     return seen
 

@@ -122,7 +122,8 @@ def bn_scale(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
     for group in graph.groups:
         if not group.role("scale"):
             raise ModelError(
-                f"the score 'bn_scale' needs a batch norm after '{group.name}', which has none; use 'l1'"
+                f"the score 'bn_scale' needs a batch norm after '{group.name}', which has none",
+                cure="use 'l1'",
             )
     return [_total(group.role("scale"), evidence.tensors, Tensor.abs) for group in graph.groups]
 
@@ -253,22 +254,26 @@ def raw_scores(
     if name not in SCORES:
         hint = did_you_mean(name, list(SCORES))
         raise RecipeError(
-            f"prune.score: no such score '{name}'{hint}; use one of {', '.join(SCORES)}"
+            f"no such score '{name}'{hint}",
+            place="prune.score",
+            cure=f"use one of {', '.join(SCORES)}",
         )
     row, evidence = SCORES[name], Evidence(model, effective_tensors(model), losses, generator)
     if row.needs == "losses" and losses is None:
         raise ModelError(
-            f"the score '{name}' needs `losses`, the loss on some batches; give them or use 'l1'"
+            f"the score '{name}' needs `losses`, the loss on some batches",
+            cure="give them or use 'l1'",
         )
     if row.needs == "generator" and generator is None:
         raise ModelError(
-            f"the score '{name}' needs a `generator`; take one from fedpress.core.random"
+            f"the score '{name}' needs a `generator`", cure="take one from fedpress.core.random"
         )
     raw = row.of(graph, evidence)
     for group, values in zip(graph.groups, raw, strict=True):
         if not values.isfinite().all():
             raise ModelError(
-                f"the score '{name}' of '{group.name}' is not finite; prune a model whose training went well"
+                f"the score '{name}' of '{group.name}' is not finite",
+                cure="prune a model whose training went well",
             )
     return raw
 
@@ -295,7 +300,8 @@ def readers(group: ChannelGroup, model: nn.Module) -> Sequence[Slice]:
         if owned := [s for s in slices if s.tensor in trained]:
             return owned
     raise ModelError(
-        f"no parameter has to do with the channels of '{group.name}'; use a score of magnitudes, 'l1'"
+        f"no parameter has to do with the channels of '{group.name}'",
+        cure="use a score of magnitudes, 'l1'",
     )
 
 
@@ -339,7 +345,7 @@ def _effects(
             yield {n: w.detach() * g for (n, w), g in zip(weights.items(), slopes, strict=True)}
             count += 1
     if not count:
-        raise ModelError(f"the score '{name}' was given no batches; give at least one")
+        raise ModelError(f"the score '{name}' was given no batches", cure="give at least one")
 
 
 def _total(

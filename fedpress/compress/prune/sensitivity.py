@@ -104,7 +104,9 @@ def sensitivity(
     wrong = next((d for d in densities if not 0 < d < 1), None)
     if wrong is not None or not densities:
         raise RecipeError(
-            f"prune.densities: got {wrong}, expected numbers between 0 and 1; try {list(DENSITIES)}"
+            f"got {wrong}, expected numbers between 0 and 1",
+            place="prune.densities",
+            cure=f"try {list(DENSITIES)}",
         )
     found = {(p.layer, p.density): p for p in known}
     base: tuple[float, float | None] | None = None
@@ -121,7 +123,8 @@ def sensitivity(
                     point = Point(unit.name, density, *measure())
             if density == 1 and not np.isfinite(point.loss):
                 raise ModelError(
-                    "the loss of the whole model is not finite; prune a model whose training went well"
+                    "the loss of the whole model is not finite",
+                    cure="prune a model whose training went well",
                 )
             yield point
 
@@ -194,7 +197,8 @@ def curves(points: Sequence[Point]) -> dict[str, tuple[list[float], list[float]]
     missing = next((p.layer for p in points if p.layer not in dense), None)
     if missing is not None:
         raise RecipeError(
-            f"the sensitivity of '{missing}' has no point at density 1; take all that `sensitivity` gave"
+            f"the sensitivity of '{missing}' has no point at density 1",
+            cure="take all that `sensitivity` gave",
         )
     grown = {(p.layer, p.density): p.loss - dense[p.layer] for p in points}
     most = max((g for g in grown.values() if np.isfinite(g)), default=0.0)
@@ -239,7 +243,8 @@ def levels(graph: ChannelGraph, scores: Sequence[Tensor], points: Sequence[Point
     for layer, values in zip(graph.groups, scores, strict=True):
         if layer.name not in known or len(known[layer.name][0]) < 2:
             raise RecipeError(
-                f"the sensitivity of '{layer.name}' was not measured; give the points of all layers"
+                f"the sensitivity of '{layer.name}' was not measured",
+                cure="give the points of all layers",
             )
         density, height = to_nothing(known[layer.name], most)
         best_first = values.argsort(descending=True, stable=True)

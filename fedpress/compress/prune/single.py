@@ -63,7 +63,9 @@ def prune_single_channel(
     target = target or parameter_target(graph, keep_params)
     if every < 1:
         raise RecipeError(
-            f"prune.every: got {every}, expected a whole number of at least 1; try 64"
+            f"got {every}, expected a whole number of at least 1",
+            place="prune.every",
+            cure="try 64",
         )
     floors = [allowed_widths(group, round_to, min_keep)[0] for group in graph.groups]
     with _scorer(model, graph, name, every, losses, generator) as scorer:

@@ -72,7 +72,9 @@ def bytes_target(model: nn.Module, graph: ChannelGraph, limit: int) -> Target:
         RecipeError: if it is below 1.
     """
     if limit < 1:
-        raise RecipeError(f"prune.max_bytes: got {limit}, expected a number of bytes above 0")
+        raise RecipeError(
+            f"got {limit}, expected a number of bytes above 0", place="prune.max_bytes"
+        )
     return Target("max_bytes", bytes_of(model, graph), limit, limit=True)
 
 
@@ -148,6 +150,8 @@ def next_share(
 def _checked(key: str, share: float) -> float:
     if not 0 < share <= 1:
         raise RecipeError(
-            f"prune.{key}: got {share}, expected a share above 0 and at most 1; try 0.3"
+            f"got {share}, expected a share above 0 and at most 1",
+            place=f"prune.{key}",
+            cure="try 0.3",
         )
     return share

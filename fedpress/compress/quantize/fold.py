@@ -161,7 +161,9 @@ def fold_(model: nn.Module, folds: Mapping[str, str]) -> None:
         factors[norm] = _affine(norm, model.get_submodule(norm))
         if _weights_of(model.get_submodule(into)) == "codebook":
             raise ModelError(
-                f"fold: '{into}' shares weights between channels, which a batch norm would scale apart; fold it first"
+                f"'{into}' shares weights between channels, which a batch norm would scale apart",
+                place="fold",
+                cure="fold it first",
             )
     biases = {
         norm: getattr(model.get_submodule(into), "bias", None) for norm, into in folds.items()
@@ -208,6 +210,8 @@ def _affine(name: str, norm: nn.Module) -> tuple[Tensor, Tensor]:
         )
     if not (factor.isfinite() & shift.isfinite()).all():
         raise ModelError(
-            f"fold: '{name}' holds NaN or infinite numbers; load a checkpoint from before training broke"
+            f"'{name}' holds NaN or infinite numbers",
+            place="fold",
+            cure="load a checkpoint from before training broke",
         )
     return factor, shift

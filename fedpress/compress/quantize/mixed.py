@@ -73,7 +73,9 @@ def measure_choices(
     """
     if not batches:
         raise DataError(
-            "quantize.mixed: the bits are chosen by public examples; give at least one batch"
+            "the bits are chosen by public examples",
+            place="quantize.mixed",
+            cure="give at least one batch",
         )
     modes = {m: m.training for m in model.modules()}
     model.eval()
@@ -83,7 +85,9 @@ def measure_choices(
         for name, scheme in table.items():
             if scheme.weights is None or scheme.weights.kind != "int":
                 raise RecipeError(
-                    f"quantize.mixed: '{name}' is not on whole numbers, which mixed bits need; use int"
+                    f"'{name}' is not on whole numbers, which mixed bits need",
+                    place="quantize.mixed",
+                    cure="use int",
                 )
             layer = model.get_submodule(name)
             found[name] = []
@@ -152,8 +156,9 @@ def choose_bits(choices: Mapping[str, Sequence[Choice]], max_bytes: int) -> dict
     least = sum(min(c.size for c in layer) for layer in choices.values())
     if least > max_bytes:
         raise RecipeError(
-            f"quantize.max_bytes: the weights do not fit into {max_bytes:,} bytes, the least is {least:,}; "
-            "allow more, or add fewer bits to quantize.mixed"
+            f"the weights do not fit into {max_bytes:,} bytes, the least is {least:,}",
+            place="quantize.max_bytes",
+            cure="allow more, or add fewer bits to quantize.mixed",
         )
     spare = max_bytes - least  # only what goes beyond the smallest choices is counted in cells
     cell = max(1, math.ceil(spare / CELLS))

@@ -70,16 +70,20 @@ def quantizable(
         name = {"first": names[0], "last": names[-1]}.get(word, word) if names else word
         if name not in table and name not in left:
             raise ModelError(
-                f"quantize.keep: no layer '{word}'{did_you_mean(word, names)}; use 'first', 'last', or one of "
-                f"{', '.join(names[:5])}"
+                f"no layer '{word}'{did_you_mean(word, names)}",
+                place="quantize.keep",
+                cure=f"use 'first', 'last', or one of {', '.join(names[:5])}",
             )
         if table.pop(name, None) is not None:
             left[name] = "asked for by `keep`"
     if not table:
         reasons = "; ".join(f"'{name}': {reason}" for name, reason in left.items())
         raise ModelError(
-            "quantize: no layer of this model can be quantized "
-            f"({reasons or 'it has no layers with weights'})"
+            (
+                "no layer of this model can be quantized "
+                f"({reasons or 'it has no layers with weights'})"
+            ),
+            place="quantize",
         )
     return table, left
 
@@ -158,7 +162,9 @@ def quantize_(
     needs_examples = second_order or correct_bias or calibrated
     if needs_examples and not batches:
         raise DataError(
-            "quantize: this method needs public examples; give batches, or round weights to the nearest"
+            "this method needs public examples",
+            place="quantize",
+            cure="give batches, or round weights to the nearest",
         )
     layers = {n: model.get_submodule(n) for n, s in table.items() if s.weights is not None}
     linear = {n: m for n, m in layers.items() if base_layer(type(m)) is not None}
@@ -241,7 +247,9 @@ def _check_finite(model: nn.Module, table: Mapping[str, QuantizationScheme]) -> 
             weight = getattr(module, key, None)
             if isinstance(weight, Tensor) and not bool(weight.isfinite().all()):
                 raise ModelError(
-                    f"quantize: '{name}' has NaN or infinite weights; load a checkpoint from before it broke"
+                    f"'{name}' has NaN or infinite weights",
+                    place="quantize",
+                    cure="load a checkpoint from before it broke",
                 )
 
 
@@ -255,7 +263,9 @@ def _input_moments(
     def add(name: str, x: Tensor) -> None:
         if not bool(x.isfinite().all()):
             raise DataError(
-                f"quantize: '{name}' sees NaN or infinite values; check the public examples"
+                f"'{name}' sees NaN or infinite values",
+                place="quantize",
+                cure="check the public examples",
             )
         layer, x = layers[name], x.detach().float()
         if type(layer) not in OPERATIONS and not isinstance(layer, QuantLayer):

@@ -36,7 +36,9 @@ def calibrate_(
     """
     if not batches:
         raise DataError(
-            "calibrate: there are no batches; give at least one batch of public examples"
+            "there are no batches",
+            place="calibrate",
+            cure="give at least one batch of public examples",
         )
     layers: dict[str, QuantLayer] = {}
     schemes: dict[str, InputQuantization] = {}
@@ -75,7 +77,9 @@ def _spans(
     def widen(name: str, x: Tensor) -> None:
         if not bool(x.isfinite().all()):
             raise DataError(
-                f"calibrate: '{name}' sees NaN or infinite values; check the public examples and the model's weights"
+                f"'{name}' sees NaN or infinite values",
+                place="calibrate",
+                cure="check the public examples and the model's weights",
             )
         old = found.get(name, Histogram(float("inf"), float("-inf")))
         found[name] = Histogram(min(old.low, float(x.amin())), max(old.high, float(x.amax())))
@@ -127,14 +131,21 @@ def _check_informative(
     """Refuses one-bit inputs that would be the same whatever the example is."""
     if quantization.middle and distance <= ROUNDING * max(abs(seen.low), abs(seen.high)):
         raise DataError(
-            f"quantize.input_bits: every channel that '{name}' reads is constant ({seen.low:g} to {seen.high:g}) on "
-            "the public examples, so one bit of it tells nothing; leave the layer float by `keep`, or take "
-            "input_bits = 8"
+            (
+                f"every channel that '{name}' reads is constant ({seen.low:g} to {seen.high:g}) "
+                "on the public examples, so one bit of it tells nothing"
+            ),
+            place="quantize.input_bits",
+            cure="leave the layer float by `keep`, or take input_bits = 8",
         )
     if not quantization.middle and (seen.low >= 0 or seen.high <= 0):
         raise DataError(
-            f"quantize.input_bits: '{name}' reads values of one sign only ({seen.low:g} to {seen.high:g}), as behind a "
-            "ReLU, so their sign tells nothing; take a grid with a middle (InputQuantization(bits=1)), or more bits"
+            (
+                f"'{name}' reads values of one sign only ({seen.low:g} to {seen.high:g}), as "
+                "behind a ReLU, so their sign tells nothing"
+            ),
+            place="quantize.input_bits",
+            cure="take a grid with a middle (InputQuantization(bits=1)), or more bits",
         )
 
 
@@ -163,7 +174,8 @@ def run_watched(
             model(*batch) if isinstance(batch, tuple) else model(batch)
     except RuntimeError as error:
         raise ModelError(
-            f"calibrate: the model cannot run on these examples ({str(error).splitlines()[0]})"
+            f"the model cannot run on these examples ({str(error).splitlines()[0]})",
+            place="calibrate",
         ) from error
     finally:
         for hook in hooks:

@@ -181,7 +181,9 @@ def channel_gates(model: nn.Module, graph: ChannelGraph, *, generator: torch.Gen
         ModelError: if the model has no channels to gate.
     """
     if not graph.groups:
-        raise ModelError("l0: no channel of this model can be removed; use unit = 'weights'")
+        raise ModelError(
+            "no channel of this model can be removed", place="l0", cure="use unit = 'weights'"
+        )
     tensors = tensors_of(model)
     sizes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     at = next(iter(tensors.values())).device

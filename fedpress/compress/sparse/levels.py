@@ -48,7 +48,8 @@ def level_densities(
     for w in weights:
         if w.name not in known or len(known[w.name][0]) < 2:
             raise RecipeError(
-                f"the sensitivity of '{w.name}' was not measured; give the points of all weights"
+                f"the sensitivity of '{w.name}' was not measured",
+                cure="give the points of all weights",
             )
         lines.append(to_nothing(known[w.name], most))
     top = max(float(height[0]) for _, height in lines)

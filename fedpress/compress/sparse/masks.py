@@ -52,7 +52,9 @@ def choose(
     wanted = round(density * total)
     if wanted > left and pattern.kind != "n:m":
         raise RecipeError(
-            f"sparsify.density: got {density:g}, but only {left / total:.4g} of these weights are left; give less"
+            f"got {density:g}, but only {left / total:.4g} of these weights are left",
+            place="sparsify.density",
+            cure="give less",
         )
     wanted = max(wanted, sum(bool(a.any()) for a in allowed.values()))
     flat = {w.name: _checked(w, scores[w.name]) for w in weights}
@@ -79,7 +81,7 @@ def check_density(density: float, *, where: str = "sparsify.density") -> None:
     """
     if not 0 < density <= 1:
         raise RecipeError(
-            f"{where}: got {density}, expected a share above 0 and at most 1; try 0.1"
+            f"got {density}, expected a share above 0 and at most 1", place=where, cure="try 0.1"
         )
 
 
@@ -138,7 +140,9 @@ def _erk(shape: Sequence[int]) -> float:
 def _density_given(densities: Mapping[str, float], name: str) -> float:
     if name not in densities:
         raise RecipeError(
-            f"sparsify.densities: '{name}' has none; give one for each weight that gets zeros"
+            f"'{name}' has none",
+            place="sparsify.densities",
+            cure="give one for each weight that gets zeros",
         )
     check_density(densities[name], where=f"sparsify.densities.{name}")
     return densities[name]
@@ -209,7 +213,9 @@ def _allowed(weight: Weight, within: Mapping[str, Tensor] | None) -> Tensor:
 def _checked(weight: Weight, scores: Tensor) -> Tensor:
     if scores.isnan().any():
         raise ModelError(
-            f"sparsify.score: '{weight.name}' has scores that are no numbers; use a model that trained well"
+            f"'{weight.name}' has scores that are no numbers",
+            place="sparsify.score",
+            cure="use a model that trained well",
         )
     return scores.detach().to(weight.value.device)
 

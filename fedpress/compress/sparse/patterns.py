@@ -46,8 +46,11 @@ class Pattern:
             if found[2] == "x" and a * b > 1:
                 return cls("block", a, b)
         raise RecipeError(
-            f"sparsify.pattern: got '{text}', expected 'unstructured', 'filter', 'channel', N:M with N below M such as "
-            "'2:4', or a block of outputs x inputs such as '4x1'"
+            (
+                f"got '{text}', expected 'unstructured', 'filter', 'channel', N:M with N below "
+                "M such as '2:4', or a block of outputs x inputs such as '4x1'"
+            ),
+            place="sparsify.pattern",
         )
 
     @property

@@ -104,7 +104,8 @@ def movement(evidence: WeightEvidence) -> Values:
     """
     if evidence.moved is None:
         raise ModelError(
-            "the score 'movement' is summed up while the network trains; take schedule 'gradual' or 'rewind'"
+            "the score 'movement' is summed up while the network trains",
+            cure="take schedule 'gradual' or 'rewind'",
         )
     return [evidence.moved[w.name] for w in evidence.weights]
 
@@ -113,7 +114,7 @@ def random(evidence: WeightEvidence) -> Values:
     """Uniform numbers: the control that every other score has to beat."""
     if evidence.generator is None:
         raise ModelError(
-            "the score 'random' needs a `generator`; take one from fedpress.core.random"
+            "the score 'random' needs a `generator`", cure="take one from fedpress.core.random"
         )
     return [torch.rand(w.value.shape, generator=evidence.generator) for w in evidence.weights]
 
@@ -140,13 +141,16 @@ def score_weights(name: str, evidence: WeightEvidence) -> dict[str, Tensor]:
     if name not in WEIGHT_SCORES:
         hint = did_you_mean(name, list(WEIGHT_SCORES))
         raise RecipeError(
-            f"sparsify.score: no such score '{name}'{hint}; use one of {', '.join(WEIGHT_SCORES)}"
+            f"no such score '{name}'{hint}",
+            place="sparsify.score",
+            cure=f"use one of {', '.join(WEIGHT_SCORES)}",
         )
     values = WEIGHT_SCORES[name](evidence)
     for w, scores in zip(evidence.weights, values, strict=True):
         if not scores.isfinite().all():
             raise ModelError(
-                f"the score '{name}' of '{w.name}' is not finite; sparsify a model whose training went well"
+                f"the score '{name}' of '{w.name}' is not finite",
+                cure="sparsify a model whose training went well",
             )
     return {w.name: scores for w, scores in zip(evidence.weights, values, strict=True)}
 
@@ -198,11 +202,12 @@ def _over_batches(
 def _losses(evidence: WeightEvidence, name: str) -> Iterator[Tensor]:
     if evidence.losses is None:
         raise ModelError(
-            f"the score '{name}' needs `losses`, the loss on some batches; give them or use 'magnitude'"
+            f"the score '{name}' needs `losses`, the loss on some batches",
+            cure="give them or use 'magnitude'",
         )
     count = 0
     for loss in evidence.losses():
         count += 1
         yield loss
     if not count:
-        raise ModelError(f"the score '{name}' was given no batches; give at least one")
+        raise ModelError(f"the score '{name}' was given no batches", cure="give at least one")

@@ -76,7 +76,9 @@ def find_weights(
     for pattern in keep:
         if not _matching([*found, *dense], pattern):
             some = ", ".join(list(found)[:3])
-            raise RecipeError(f"keep: no weight matches '{pattern}'; names look like {some}")
+            raise RecipeError(
+                f"no weight matches '{pattern}'", place="keep", cure=f"names look like {some}"
+            )
     names = list(found)
     kept = {name for pattern in keep for name in _matching(names, pattern)}
     left = ignored(model, ignore)
@@ -89,8 +91,12 @@ def find_weights(
     chosen = tuple(w for name, w in found.items() if name not in reasons)
     if not chosen:
         raise ModelError(
-            f"sparsify: no weight of this model may get zeros ({_some(dense | reasons)}); "
-            "set keep_first = false or keep_last = false, name less in keep and ignore, or use a larger model"
+            f"no weight of this model may get zeros ({_some(dense | reasons)})",
+            place="sparsify",
+            cure=(
+                "set keep_first = false or keep_last = false, name less in keep and ignore, or "
+                "use a larger model"
+            ),
         )
     return Weights(chosen, dense | reasons)
 

@@ -164,8 +164,12 @@ def _spans(
         least, largest = seen[value]
         if not math.isfinite(largest - least):
             raise ExportError(
-                f"export: {module_of(value)!r} gives NaN or infinite values on the calibration examples, for which "
-                "integers have no range; look at its weights and inputs"
+                (
+                    f"{module_of(value)!r} gives NaN or infinite values on the calibration "
+                    "examples, for which integers have no range"
+                ),
+                place="export",
+                cure="look at its weights and inputs",
             )
         low, high = spans.get(grids[value], (0.0, 0.0))
         spans[grids[value]] = min(low, least), max(high, largest)

@@ -162,7 +162,9 @@ def _round_weight(weight: Tensor, bits: Literal[7, 8], name: str) -> tuple[Tenso
     """Returns int8 codes and one scale per output channel that spans it."""
     if not bool(weight.isfinite().all()):
         raise ExportError(
-            f"export: {layer_of(name)!r} has NaN or infinite weights; load a checkpoint from before training broke"
+            f"{layer_of(name)!r} has NaN or infinite weights",
+            place="export",
+            cure="load a checkpoint from before training broke",
         )
     highest = HIGHEST_CODE[bits]
     scales = weight.abs().flatten(1).amax(1) / highest

@@ -74,15 +74,20 @@ class SecureSum:
         for way in ways:
             if way.name != UPDATE:
                 raise RecipeError(
-                    f"federate.aggregator: a secure sum is planned for one vector, and the algorithm sends "
-                    f"'{way.name}' too; take aggregator = \"mean\", or another algorithm"
+                    (
+                        f"a secure sum is planned for one vector, and the algorithm sends '{way.name}' "
+                        "too"
+                    ),
+                    place="federate.aggregator",
+                    cure='take aggregator = "mean", or another algorithm',
                 )
             kinds = [one.kind for one in way.codecs]
             check_additive(dict(zip(kinds, way.chain, strict=True)))
             if not way.end.integer:
                 raise RecipeError(
-                    'uplink: a secure sum adds whole numbers; end the list with { kind = "clip", clip_norm = 10.0 }, '
-                    '{ kind = "discretize" }'
+                    "a secure sum adds whole numbers",
+                    place="uplink",
+                    cure='end the list with { kind = "clip", clip_norm = 10.0 }, { kind = "discretize" }',
                 )
 
     def open(self, transport: Transport | None, run: str) -> SecureSession:
@@ -92,7 +97,9 @@ class SecureSum:
             SecureError: if too few clients took part.
         """
         if transport is None:
-            raise SecureError("secure sum: its keys travel; open it with a transport first")
+            raise SecureError(
+                "its keys travel", place="secure sum", cure="open it with a transport first"
+            )
         combiner, clients = SecAggServer(self.plan, dict(self.identities), run), transport.clients()
         absent = dict.fromkeys(clients, "no reply came")
         _collect(
@@ -174,8 +181,12 @@ class MaskedSum:
         )
         if largest > limit:
             raise SecureError(
-                f"secure sum: a value of {largest} is beyond the planned {limit}, so the sum overflowed or "
-                "a client sent nonsense; this round does not count"
+                (
+                    f"a value of {largest} is beyond the planned {limit}, so the sum overflowed or "
+                    "a client sent nonsense"
+                ),
+                place="secure sum",
+                cure="this round does not count",
             )
         update = self.way.decode({VALUES: values}, self.key)
         return Total({UPDATE: update.double()}, float(len(self.opened.reported)))
@@ -190,7 +201,9 @@ def check_additive(chain: Mapping[str, Transform]) -> None:
                 if kind == "topk"
                 else "'discretize' (one grid for all)"
             )
-            raise RecipeError(f"uplink: a secure sum cannot decode a sum of '{kind}'; use {cure}")
+            raise RecipeError(
+                f"a secure sum cannot decode a sum of '{kind}'", place="uplink", cure=f"use {cure}"
+            )
 
 
 def _collect(
@@ -210,7 +223,7 @@ def _collect(
             if reply.kind == "error":
                 raise WireError(str(reply.header.get("reason", "the client failed")))
             if reply.kind != kind:
-                raise WireError(f"{kind}.kind: got {reply.kind!r}")
+                raise WireError(f"got {reply.kind!r}", place=f"{kind}.kind")
             take(client, SecAggMessage(dict(reply.header), dict(reply.tensors)))
         except WireError as problem:
             missing[client] = str(problem)

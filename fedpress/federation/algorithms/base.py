@@ -218,11 +218,19 @@ def check_fits(
     algorithm.check(settings)
     if steps == "joint" and algorithm.corrects:
         raise RecipeError(
-            f"federate.algorithm: '{algorithm.kind}' corrects several local steps, but with unit 'sample' and this "
-            'trust the clients take one step together; set trust = "local", or algorithm = "fedavg"'
+            (
+                f"'{algorithm.kind}' corrects several local steps, but with unit 'sample' and "
+                "this trust the clients take one step together"
+            ),
+            place="federate.algorithm",
+            cure='set trust = "local", or algorithm = "fedavg"',
         )
     if unit == "sample" and algorithm.reads_loss:
         raise RecipeError(
-            f"federate.algorithm: '{algorithm.kind}' asks for the loss of a client's examples, which no noise covers "
-            'under unit \'sample\'; take unit = "client", or algorithm = "fedavg"'
+            (
+                f"'{algorithm.kind}' asks for the loss of a client's examples, which no noise "
+                "covers under unit 'sample'"
+            ),
+            place="federate.algorithm",
+            cure='take unit = "client", or algorithm = "fedavg"',
         )

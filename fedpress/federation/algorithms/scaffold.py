@@ -82,8 +82,12 @@ class Scaffold(AlgorithmRow):
         """Local momentum is refused: (x - y) / (K lr) would not be the mean gradient of the local steps."""
         if settings.momentum:
             raise RecipeError(
-                f"federate.momentum: got {settings.momentum:g}, but 'scaffold' takes how far a client moved for its "
-                'mean gradient; set momentum = 0, and server = { kind = "momentum" } in its table if wanted'
+                (
+                    f"got {settings.momentum:g}, but 'scaffold' takes how far a client moved for "
+                    "its mean gradient"
+                ),
+                place="federate.momentum",
+                cure='set momentum = 0, and server = { kind = "momentum" } in its table if wanted',
             )
 
     def client_init(self, size: int) -> ClientState:

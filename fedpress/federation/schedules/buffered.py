@@ -63,18 +63,27 @@ class Buffered(BaseModel):
         """
         if size is not None:
             raise RecipeError(
-                f"federate.cohort: got {size}, but a buffered schedule counts the updates of a step by its buffer; "
-                "leave cohort out"
+                f"got {size}, but a buffered schedule counts the updates of a step by its buffer",
+                place="federate.cohort",
+                cure="leave cohort out",
             )
         if sampling != "fixed":
             raise RecipeError(
-                f"federate.sampling: got '{sampling}', but a buffered schedule asks one idle client at a time, so who "
-                "takes part is no independent draw and nothing is amplified; leave sampling out"
+                (
+                    f"got '{sampling}', but a buffered schedule asks one idle client at a time, so "
+                    "who takes part is no independent draw and nothing is amplified"
+                ),
+                place="federate.sampling",
+                cure="leave sampling out",
             )
         if self.buffer > population:
             raise RecipeError(
-                f"federate.schedule.buffer: got {self.buffer}, but there are {population} clients and each is in a "
-                "buffer at most once; take a smaller buffer or make more clients"
+                (
+                    f"got {self.buffer}, but there are {population} clients and each is in a buffer "
+                    "at most once"
+                ),
+                place="federate.schedule.buffer",
+                cure="take a smaller buffer or make more clients",
             )
         return Cohort(self.buffer, population)
 
@@ -82,8 +91,12 @@ class Buffered(BaseModel):
         """See `Schedule`."""
         if cohort != self.cohort(None, cohort.population, cohort.sampling):
             raise RecipeError(
-                f"federate.schedule.buffer: got {self.buffer}, but the uplink is planned for {cohort.size} updates in "
-                "one step; bind it with schedule.cohort(...)"
+                (
+                    f"got {self.buffer}, but the uplink is planned for {cohort.size} updates in one "
+                    "step"
+                ),
+                place="federate.schedule.buffer",
+                cure="bind it with schedule.cohort(...)",
             )
 
     def weight(self, staleness: int) -> float:

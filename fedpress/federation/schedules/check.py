@@ -54,13 +54,21 @@ def check_schedule(schedule: Schedule, needs: Needs) -> None:
         _check_many_models(schedule, needs)
     if schedule.drops and needs.secure:
         raise RecipeError(
-            "federate.schedule.over_selection: a secure sum plans noise and bits for everybody that it asks, and "
-            "survives max_dropout of them; leave over_selection out and make the cohort larger"
+            (
+                "a secure sum plans noise and bits for everybody that it asks, and survives "
+                "max_dropout of them"
+            ),
+            place="federate.schedule.over_selection",
+            cure="leave over_selection out and make the cohort larger",
         )
     if schedule.drops and needs.hides_clients:
         raise RecipeError(
-            "federate.schedule.over_selection: a client that is faster displaces another from the sum, so one client "
-            "moves it twice as far as the noise hides; leave over_selection out, or set privacy.trust = 'local'"
+            (
+                "a client that is faster displaces another from the sum, so one client moves "
+                "it twice as far as the noise hides"
+            ),
+            place="federate.schedule.over_selection",
+            cure="leave over_selection out, or set privacy.trust = 'local'",
         )
 
 
@@ -99,6 +107,7 @@ def _check_many_models(schedule: Schedule, needs: Needs) -> None:
     for name, (what, why, cure) in reasons.items():
         if getattr(needs, name):
             raise RecipeError(
-                f"federate.schedule: {what} does not go with a '{schedule.kind}' schedule: {why}; take the synchronous "
-                f"schedule, or {cure}"
+                f"{what} does not go with a '{schedule.kind}' schedule: {why}",
+                place="federate.schedule",
+                cure=f"take the synchronous schedule, or {cure}",
             )

@@ -37,11 +37,15 @@ def quantize_layers_(model: nn.Module, table: Mapping[str, QuantizationScheme]) 
             module = model.get_submodule(name)
         except AttributeError as error:
             raise ModelError(
-                f"spec.quantized: the model has no layer '{name}'; the spec is of another model"
+                f"the model has no layer '{name}'",
+                place="spec.quantized",
+                cure="the spec is of another model",
             ) from error
         if reason := why_not_quantizable(module):
             raise ModelError(
-                f"spec.quantized: '{name}' cannot be quantized: {reason}; leave it out"
+                f"'{name}' cannot be quantized: {reason}",
+                place="spec.quantized",
+                cure="leave it out",
             )
         _drop_qparams_(module)
         if not isinstance(module, QuantLayer):
@@ -50,8 +54,9 @@ def quantize_layers_(model: nn.Module, table: Mapping[str, QuantizationScheme]) 
         assert isinstance(module, QuantLayer)
         if not issubclass(module.plain, INPUT_QUANTIZED) and scheme.inputs is not None:
             raise ModelError(
-                f"spec.quantized: '{name}' is a {module.plain.__name__}, whose weights alone can be rounded; "
-                "leave its inputs out"
+                f"'{name}' is a {module.plain.__name__}, whose weights alone can be rounded",
+                place="spec.quantized",
+                cure="leave its inputs out",
             )
         module.scheme = scheme
         _register_(module, scheme)
@@ -143,7 +148,7 @@ def materialize_(model: nn.Module) -> nn.Module:
             try:
                 codes = layer.quantize(key)
             except ModelError as error:
-                raise ModelError(f"'{name}': {error}") from error
+                raise ModelError(str(error), place=f"'{name}'") from error
             getattr(layer, key).copy_(layer.dequantize(codes, key))
             if layer.scheme.weights.kind == "codebook":
                 layer.codebook_of(key).copy_(layer.codebook_values(key))

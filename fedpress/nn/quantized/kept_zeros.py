@@ -27,7 +27,9 @@ def kept_entries(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     for name in names:
         if name not in parameters:
             raise ModelError(
-                f"spec.sparse: the model has no parameter '{name}'; the spec is of another model"
+                f"the model has no parameter '{name}'",
+                place="spec.sparse",
+                cure="the spec is of another model",
             )
         kept = parameters[name].detach() != 0
         owner, dot, key = name.rpartition(".")
@@ -71,7 +73,9 @@ def register_kept_zeros_(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         if name not in weights:
             raise ModelError(
-                f"spec.kept_zeros: '{name}' is no quantized weight; the spec is of another model"
+                f"'{name}' is no quantized weight",
+                place="spec.kept_zeros",
+                cure="the spec is of another model",
             )
         layer, key = weights[name]
         zeros = torch.zeros_like(getattr(layer, key), dtype=torch.bool)

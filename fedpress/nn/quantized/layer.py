@@ -90,7 +90,8 @@ class QuantLayer(nn.Module):
         weight = self.rows(getattr(self, key).detach().float())
         if not bool(weight.isfinite().all()):
             raise ModelError(
-                "a weight is NaN or infinite and has no code; load a checkpoint from before training broke"
+                "a weight is NaN or infinite and has no code",
+                cure="load a checkpoint from before training broke",
             )
         return self.unrows(quantize(weight, self.expanded_scale(key), quantization)).to(torch.int8)
 
@@ -104,8 +105,11 @@ class QuantLayer(nn.Module):
         lowest, highest = quantization.lowest, quantization.highest
         if codes.numel() and (int(codes.min()) < lowest or int(codes.max()) > highest):
             raise ModelError(
-                f"codes are in {int(codes.min())}..{int(codes.max())}, but weights of kind '{quantization.kind}' with "
-                f"{quantization.bits} bits have {lowest}..{highest}; they belong to another model"
+                (
+                    f"codes are in {int(codes.min())}..{int(codes.max())}, but weights of kind "
+                    f"'{quantization.kind}' with {quantization.bits} bits have {lowest}..{highest}"
+                ),
+                cure="they belong to another model",
             )
         values = dequantize(self.rows(codes.float()), self.expanded_scale(key), quantization)
         return self.unrows(values).detach()
@@ -206,7 +210,8 @@ class QuantLayer(nn.Module):
         """
         if self.scheme.weights is None:
             raise ModelError(
-                "the weights of this layer are float and have no codes; ask only layers with scheme.weights"
+                "the weights of this layer are float and have no codes",
+                cure="ask only layers with scheme.weights",
             )
         return self.scheme.weights
 

@@ -79,7 +79,7 @@ def call(
     """
     if not isinstance(model, nn.Module | str | Path):
         raise ModelError(
-            (f"got {type(model).__name__}, expected a torch.nn.Module, a path or module:function"),
+            f"got {type(model).__name__}, expected a torch.nn.Module, a path or module:function",
             place="model",
         )
     if (shapes := several.several_shapes(input_shape)) is not None:

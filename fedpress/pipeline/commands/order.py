@@ -147,8 +147,12 @@ class Order:
             task = tasks.of_model(spec.task, spec.class_names)
             if task.names != data.task.names:
                 raise DataError(
-                    f"{self.kind}: the data '{data.name}' has targets {', '.join(data.task.names)}, but the model "
-                    f"predicts {', '.join(task.names)}; give the data that the model was trained for"
+                    (
+                        f"the data '{data.name}' has targets {', '.join(data.task.names)}, but the "
+                        f"model predicts {', '.join(task.names)}"
+                    ),
+                    place=self.kind,
+                    cure="give the data that the model was trained for",
                 )
             return replace(data, task=task)
         return data

@@ -44,11 +44,17 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> S
         PrivacyError: if the budget cannot be kept.
     """
     if not state.data.clients:
-        raise RecipeError("federate: the data set has no clients; set data.num_clients")
+        raise RecipeError(
+            "the data set has no clients", place="federate", cure="set data.num_clients"
+        )
     if stage.schedule.timed and stage.delays is None:
         raise RecipeError(
-            "federate.schedule.deadline: in a simulation nobody is late without a clock; set delays, for instance "
-            'delays = { kind = "lognormal", median = 10.0 }, or leave deadline out'
+            "in a simulation nobody is late without a clock",
+            place="federate.schedule.deadline",
+            cure=(
+                'set delays, for instance delays = { kind = "lognormal", median = 10.0 }, or '
+                "leave deadline out"
+            ),
         )
     beginning = Beginning.of(
         stage,

@@ -95,7 +95,9 @@ class ClientHalf:
             if isinstance(problem, WireError):
                 raise
             raise WireError(
-                f"agree: this client's recipe does not go with these clients ({problem}); use the same recipe"
+                f"this client's recipe does not go with these clients ({problem})",
+                place="agree",
+                cure="use the same recipe",
             ) from problem
         self.client = client
         return answer
@@ -104,20 +106,24 @@ class ClientHalf:
         """Sees that the server says of this client what it said itself: its noise is planned from that."""
         if self.name not in population.names:
             raise WireError(
-                f"agree.population: it does not name {self.name!r}; let this client register"
+                f"it does not name {self.name!r}",
+                place="agree.population",
+                cure="let this client register",
             )
         if population.examples is not None and counts_are_public(self.beginning.stage):
             told, own = population.examples[self.name], len(self.arrays)
             if told != own:
                 raise WireError(
-                    f"agree.population.examples: the server says that {self.name!r} has {told}, it has {own}; "
-                    "let this client register again"
+                    f"the server says that {self.name!r} has {told}, it has {own}",
+                    place="agree.population.examples",
+                    cure="let this client register again",
                 )
         named = population.identities.get(self.name)
         if is_secure(self.beginning.stage) and named != identity(self._key()):
             raise WireError(
-                f"agree.population.identities: the server names another key than that of {self.name!r}; "
-                "let this client register again"
+                f"the server names another key than that of {self.name!r}",
+                place="agree.population.identities",
+                cure="let this client register again",
             )
 
     def _bind(self, contract: Contract) -> Client:
@@ -164,7 +170,9 @@ class ClientHalf:
         client.check_agreement(message)
         if client.uplink.privacy is not None:
             raise WireError(
-                "evaluate: what a model is worth on private examples is a private number; leave it out under privacy"
+                "what a model is worth on private examples is a private number",
+                place="evaluate",
+                cure="leave it out under privacy",
             )
         model = self.beginning.model
         parameters.assign_(model, client.read_params(message))
@@ -181,7 +189,9 @@ class ClientHalf:
             Exception: whatever the network raises on them.
         """
         if self.client is None:
-            raise RecipeError(f"federate.client {self.name}: {self._refusal or 'not agreed yet'}")
+            raise RecipeError(
+                f"{self._refusal or 'not agreed yet'}", place=f"federate.client {self.name}"
+            )
         self.client.rehearse(arrays)
 
 

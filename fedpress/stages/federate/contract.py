@@ -248,6 +248,8 @@ def _trainable(model: nn.Module, patterns: tuple[str, ...]) -> nn.Module:
     if not hit:
         names = ", ".join(name for name, _ in list(model.named_parameters())[:3])
         raise RecipeError(
-            f"federate.trainable: no parameter matches {list(patterns)}; names look like {names} and '*' matches all"
+            f"no parameter matches {list(patterns)}",
+            place="federate.trainable",
+            cure=f"names look like {names} and '*' matches all",
         )
     return model

@@ -128,14 +128,21 @@ def protect(
     if trust.noise == "sum" and not secure:
         assert stage.aggregator is not None
         raise RecipeError(
-            f"stage.aggregator: got '{stage.aggregator.kind}' with trust '{trust.kind}', where only a secure sum "
-            'carries all of the noise; leave aggregator out, or set trust = "local"'
+            (
+                f"got '{stage.aggregator.kind}' with trust '{trust.kind}', where only a secure "
+                "sum carries all of the noise"
+            ),
+            place="stage.aggregator",
+            cure='leave aggregator out, or set trust = "local"',
         )
     _check_promise(stage, trust, population, cohort)
     if secure and trust.noise != "sum":
         raise RecipeError(
-            f'stage.privacy.trust: got \'{private.trust}\' with sum = "secure"; set trust = "distributed", so that '
-            "the clients make the noise of the sum together"
+            f"got '{private.trust}' with sum = \"secure\"",
+            place="stage.privacy.trust",
+            cure=(
+                'set trust = "distributed", so that the clients make the noise of the sum together'
+            ),
         )
     case = _Case(stage, private, trust, population, participation, cohort, chain, start)
     return PLANNERS[trust](case)
@@ -145,25 +152,33 @@ def _check_list(stage: FederateSettings, secure: bool, cohort: Cohort) -> None:
     for transform in stage.uplink:
         if stage.error_feedback and getattr(transform, "unbiased", False):
             raise RecipeError(
-                f"stage.error_feedback: '{transform.kind}' is unbiased, so what it lost would grow from round to "
-                "round; set error_feedback = false, or unbiased = false"
+                f"'{transform.kind}' is unbiased, so what it lost would grow from round to round",
+                place="stage.error_feedback",
+                cure="set error_feedback = false, or unbiased = false",
             )
         if secure and transform.kind == "noise":
             raise RecipeError(
-                "stage.uplink.noise: a secure sum plans its own noise; ask for it with stage.privacy"
+                "a secure sum plans its own noise",
+                place="stage.uplink.noise",
+                cure="ask for it with stage.privacy",
             )
         if secure and isinstance(transform, Discretize) and transform.scale is not None:
             raise RecipeError(
-                "stage.uplink.discretize.scale: a secure sum plans it; give bits, or leave both out"
+                "a secure sum plans it",
+                place="stage.uplink.discretize.scale",
+                cure="give bits, or leave both out",
             )
     if secure and (
         cohort.sampling == "poisson"
         or (cohort.sampling == "cyclic" and cohort.population % cohort.size)
     ):
         raise RecipeError(
-            f"stage.sampling: a secure sum needs cohorts of one size, whose noise and bits are planned; got "
-            f"'{cohort.sampling}' cohorts of {cohort.size} in {cohort.population}; use 'fixed', or 'cyclic' with a "
-            "cohort that divides the population"
+            "a secure sum needs cohorts of one size, whose noise and bits are planned",
+            place="stage.sampling",
+            cure=(
+                f"got '{cohort.sampling}' cohorts of {cohort.size} in {cohort.population}; use "
+                "'fixed', or 'cyclic' with a cohort that divides the population"
+            ),
         )
 
 
@@ -303,16 +318,23 @@ def _check_joint(stage: FederateSettings) -> None:
     for name, fine in (("epochs", 1), ("momentum", 0.0), ("lr_decay", 1.0)):
         if getattr(stage, name) != fine:
             raise RecipeError(
-                f"stage.{name}: got {getattr(stage, name):g}, but with this trust the clients of a cohort take one "
-                f"step together; set {name} = {fine:g}, and momentum in stage.server if wanted"
+                (
+                    f"got {getattr(stage, name):g}, but with this trust the clients of a cohort "
+                    "take one step together"
+                ),
+                place=f"stage.{name}",
+                cure=f"set {name} = {fine:g}, and momentum in stage.server if wanted",
             )
     secure = is_secure(stage)
     fine_here = ("clip", "randomk", "rotate", "discretize") if secure else ("clip", "randomk")
     for transform in stage.uplink:
         if transform.kind not in fine_here or getattr(transform, "unbiased", False):
             raise RecipeError(
-                f"stage.uplink.{transform.kind}: it could let one example move a client's sum by more than the clip "
-                f'norm; use {" and ".join(repr(kind) for kind in fine_here)} here, or trust = "local"'
+                "it could let one example move a client's sum by more than the clip norm",
+                place=f"stage.uplink.{transform.kind}",
+                cure=(
+                    f'use {" and ".join(repr(kind) for kind in fine_here)} here, or trust = "local"'
+                ),
             )
 
 
@@ -320,8 +342,12 @@ def _client_local(case: _Case) -> Protection:
     """Client privacy by each client's own noise."""
     if case.cohort.sampling == "poisson":
         raise RecipeError(
-            "stage.sampling: with trust 'local' the server knows who takes part, so drawing by chance hides nothing; "
-            "use 'fixed' or 'cyclic'"
+            (
+                "with trust 'local' the server knows who takes part, so drawing by chance "
+                "hides nothing"
+            ),
+            place="stage.sampling",
+            cure="use 'fixed' or 'cyclic'",
         )
     private = case.private
     # Whoever sees a client's update knows that it took part: sampling hides nothing.
@@ -369,7 +395,9 @@ def _correlated(case: _Case, plan: PrivacyPlan) -> Protection:
     stage, private, cohort = case.stage, case.private, case.cohort
     if cohort.sampling == "poisson":
         raise RecipeError(
-            "stage.sampling: correlated noise is for populations without sampling; use 'cyclic', or all clients"
+            "correlated noise is for populations without sampling",
+            place="stage.sampling",
+            cure="use 'cyclic', or all clients",
         )
     assert private.correlated is not None
     rounds = max(1, stage.num_rounds)
@@ -418,14 +446,17 @@ def _grid(
     line = PLAIN_LIST if stage.privacy is None else NOISED_LIST
     if at is None:
         raise RecipeError(
-            f'stage.uplink: a secure sum adds whole numbers; end the list with {{ kind = "discretize" }}, as in {line}'
+            "a secure sum adds whole numbers",
+            place="stage.uplink",
+            cure=f'end the list with {{ kind = "discretize" }}, as in {line}',
         )
     discretize = chain[at]
     assert isinstance(discretize, Discretize)
     if not bound.l2 < math.inf:
         raise RecipeError(
-            "stage.uplink: a secure sum needs updates of bounded length, or it could overflow; put 'clip' before it, "
-            f"as in {line}"
+            "a secure sum needs updates of bounded length, or it could overflow",
+            place="stage.uplink",
+            cure=f"put 'clip' before it, as in {line}",
         )
     limit = discretize.limit or coordinate_limit(bound)
     private = stage.privacy
@@ -438,8 +469,9 @@ def _grid(
         if largest < 2:
             least = math.ceil(math.log2(2 * cohort.size / distributed.ROOM)) + 1
             raise RecipeError(
-                f"stage.uplink.discretize.bits: {bits} bits cannot hold the sum of {cohort.size} clients; take "
-                f"{least} or more"
+                f"{bits} bits cannot hold the sum of {cohort.size} clients",
+                place="stage.uplink.discretize.bits",
+                cure=f"take {least} or more",
             )
         secure = SecurePlan(cohort.size, bits, stage.max_dropout, bound=largest)
         return Grid(secure, bound.size, (largest - 1) / limit, limit, math.floor(half))
@@ -476,15 +508,22 @@ def _check_promise(
     )
     if trust.unit == "client" and displaces:
         raise RecipeError(
-            f"stage.sampling: a fixed cohort of {cohort.size} in {cohort.population} clients breaks client privacy, "
-            "since a client that joins displaces another and moves the sum twice; set sampling = 'poisson', or take "
-            "all clients"
+            (
+                f"a fixed cohort of {cohort.size} in {cohort.population} clients breaks client "
+                "privacy, since a client that joins displaces another and moves the sum twice"
+            ),
+            place="stage.sampling",
+            cure="set sampling = 'poisson', or take all clients",
         )
     units = len(population) if trust.unit == "client" else population.total
     if private.delta >= 1 / units:
         raise RecipeError(
-            f"stage.privacy.delta: got {private.delta:g}, which lets one of the {units} protected {private.unit}s be "
-            f"given away whole; take it well below {1 / units:.1g}"
+            (
+                f"got {private.delta:g}, which lets one of the {units} protected "
+                f"{private.unit}s be given away whole"
+            ),
+            place="stage.privacy.delta",
+            cure=f"take it well below {1 / units:.1g}",
         )
 
 

@@ -43,8 +43,9 @@ def rehearse(clients: Sequence[ClientHalf], public: Sequence[Arrays], task: Task
                 cure += ", or give public examples of this kind (data.public_share) to try it on"
             said = str(cause).partition("\n")[0]
             raise RecipeError(
-                f"federate.privacy: a private step fails on {kind}: {type(cause).__name__}: {said}; no epsilon was "
-                f"spent; {cure}"
+                f"a private step fails on {kind}: {type(cause).__name__}: {said}",
+                place="federate.privacy",
+                cure=f"no epsilon was spent; {cure}",
             ) from cause
 
 

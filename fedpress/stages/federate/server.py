@@ -74,7 +74,9 @@ class ServerPlan:
         refused = agree(transport, contract)
         if len(refused) == len(contract.population):
             name = contract.population.names[0]
-            raise RecipeError(f"federate: no client agrees, for instance {name}: {refused[name]}")
+            raise RecipeError(
+                f"no client agrees, for instance {name}: {refused[name]}", place="federate"
+            )
         return plan
 
     @property
@@ -257,13 +259,17 @@ def register(transport: Transport) -> Population:
             silent.pop(name, None)
     for name, why in silent.items():
         raise TrainingError(
-            f"federate.client {name}: it did not register ({why}); see whether it is running, or leave it out"
+            f"it did not register ({why})",
+            place=f"federate.client {name}",
+            cure="see whether it is running, or leave it out",
         )
     try:
         return Population(names, examples or None, identities)
     except DataError as problem:
         raise RecipeError(
-            f"federate: the clients do not work with one recipe ({problem}); use the same recipe"
+            f"the clients do not work with one recipe ({problem})",
+            place="federate",
+            cure="use the same recipe",
         ) from problem
 
 
@@ -303,12 +309,17 @@ def _ledger(stage: FederateSettings, book: Ledger | None) -> Ledger:
     open_stage = next((c.what for c in book.charges if c.noise_multiplier == 0), None)
     if open_stage is not None:
         raise RecipeError(
-            f"stage.privacy: the earlier stage '{open_stage}' uses the same clients without privacy, so no promise "
-            "about them can hold; give that stage privacy too, or leave it out"
+            (
+                f"the earlier stage '{open_stage}' uses the same clients without privacy, so no "
+                "promise about them can hold"
+            ),
+            place="stage.privacy",
+            cure="give that stage privacy too, or leave it out",
         )
     if book.unit != private.unit:
         raise RecipeError(
-            f"stage.privacy.unit: an earlier stage protects unit '{book.unit}' and this one '{private.unit}'; "
-            "their budgets do not add up, so use one unit in the whole recipe"
+            f"an earlier stage protects unit '{book.unit}' and this one '{private.unit}'",
+            place="stage.privacy.unit",
+            cure="their budgets do not add up, so use one unit in the whole recipe",
         )
     return book

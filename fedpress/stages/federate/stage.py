@@ -225,8 +225,12 @@ class FederateStage(FederateSettings, Stage):
             if why and reason.startswith("DivergedError: ") and lr > 1:
                 why += f", or stage.{self.name}.server.lr (now {lr:g})"
             raise TrainingError(
-                f"federate: no update counted in round {record.round}{why}; see whether the clients are running and "
-                "work with the same recipe; the rounds before it are kept"
+                f"no update counted in round {record.round}{why}",
+                place="federate",
+                cure=(
+                    "see whether the clients are running and work with the same recipe; the rounds "
+                    "before it are kept"
+                ),
             )
         return closed
 
@@ -243,7 +247,9 @@ class FederateStage(FederateSettings, Stage):
             )
             cause = now.failures.cause(self._rates())
             raise TrainingError(
-                f"federate: {many}, and nearly all in the last of them: {cause}; the rounds so far are charged"
+                f"{many}, and nearly all in the last of them: {cause}",
+                place="federate",
+                cure="the rounds so far are charged",
             )
 
     def _rates(self) -> str:

@@ -232,8 +232,12 @@ class Cutting:
         if not fast:
             share, ms = min(self.tried, key=lambda pair: pair[1])
             raise RecipeError(
-                f"prune.keep_latency: got {stage.keep_latency:g}, that is {wanted:.3g} ms now, but the fastest cut "
-                f"measured, {share:.1%} of the parameters, takes {ms:.3g} ms; raise keep_latency"
+                (
+                    f"got {stage.keep_latency:g}, that is {wanted:.3g} ms now, but the fastest cut "
+                    f"measured, {share:.1%} of the parameters, takes {ms:.3g} ms"
+                ),
+                place="prune.keep_latency",
+                cure="raise keep_latency",
             )
         return cut(latency_target(stage, graph, graph.parameters, max(fast)))
 

@@ -189,8 +189,12 @@ def check_left(key: str, value: float, left: float) -> None:
             key
         ]
         raise RecipeError(
-            f"prune.{key}: got {value:g}, but an earlier stage has left {left:.4g} of the dense {what}; {key} is a "
-            f"share of the dense network: give less than {left:.4g}, such as {left / 2:.2g} for half of what is left"
+            f"got {value:g}, but an earlier stage has left {left:.4g} of the dense {what}",
+            place=f"prune.{key}",
+            cure=(
+                f"{key} is a share of the dense network: give less than {left:.4g}, such as "
+                f"{left / 2:.2g} for half of what is left"
+            ),
         )
 
 

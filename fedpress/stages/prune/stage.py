@@ -65,7 +65,9 @@ class PruneStage(PruneSettings, Stage):
         """
         if state.spec.quantized:
             raise RecipeError(
-                "prune: the model is quantized already; put this stage before the quantization"
+                "the model is quantized already",
+                place="prune",
+                cure="put this stage before the quantization",
             )
         ignored(state.model, self.ignore, "prune.ignore")
         public_examples(self, state, 0)
