@@ -113,7 +113,7 @@ class AesCtrRandom:
         return stream.view("<u8")[skip:].astype(np.uint64, copy=False)
 
 
-Source: TypeAlias = "RandomSource | torch.Generator"
+Source: TypeAlias = RandomSource | torch.Generator
 """What private functions draw from; a bare generator counts as `TorchRandom`."""
 
 

@@ -11,7 +11,7 @@ from fedpress.wire.message import Message
 
 RequestId: TypeAlias = int
 """Names one message that was sent; no two of a transport are alike."""
-Answer: TypeAlias = "tuple[ClientId, RequestId, Message]"
+Answer: TypeAlias = tuple[ClientId, RequestId, Message]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-Word: TypeAlias = "str | int | bytes"
+Word: TypeAlias = str | int | bytes
 SIGNATURE = 64
 NONCE = 12
 TAG = 16

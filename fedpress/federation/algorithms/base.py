@@ -16,7 +16,7 @@ from fedpress.federation.vectors import UPDATE, Extra, Vectors
 
 ClientState: TypeAlias = Vectors
 """What a client keeps from one of its rounds to the next."""
-ServerState: TypeAlias = "dict[str, Tensor]"
+ServerState: TypeAlias = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
