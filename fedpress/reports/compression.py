@@ -9,6 +9,7 @@ from fedpress.reports.plot import (
     FAINT,
     ORANGE,
     Axis,
+    Color,
     Figure,
     Panel,
     Series,
@@ -40,18 +41,12 @@ def sensitivity_curves(name: str, records: list[Json]) -> Figure | None:
         layer: worst(float(p[shown_by.key]) for p in curve) for layer, curve in curves.items()
     }
     order = sorted(curves, key=lambda layer: lowest[layer], reverse=not higher)
-    shown = []
-    for at, layer in reversed(list(enumerate(order))):
-        x, y = (
-            values(curves[layer], "density", 100),
-            values(curves[layer], shown_by.key, shown_by.scale),
-        )
-        color = ORANGE if at == 0 else BLUE if at < MANY_LAYERS else FAINT
-        hover = [
-            f"{layer}: {short(a)}% kept, {shown_by.drawn(b or 0)}"
-            for a, b in zip(x, y, strict=True)
-        ]
-        shown.append(Series("line", layer, x, y, color, hover))
+    colors = [ORANGE, *[BLUE] * (MANY_LAYERS - 1), *[FAINT] * len(order)]
+    lines = [
+        _layer_curve(layer, curves[layer], shown_by, color)
+        for layer, color in zip(order, colors, strict=False)
+    ]
+    shown = lines[::-1]  # the most sensitive is drawn last, on top
     first, last = order[0], order[-1]
     return Figure(
         f"Sensitivity: {name}",
@@ -62,6 +57,14 @@ def sensitivity_curves(name: str, records: list[Json]) -> Figure | None:
         [Panel(Axis(shown_by.axis()), shown)],
         height=380,
     )
+
+
+def _layer_curve(layer: str, curve: list[Json], shown_by: Shown, color: Color) -> Series:
+    x, y = values(curve, "density", 100), values(curve, shown_by.key, shown_by.scale)
+    hover = []
+    for across, up in zip(x, y, strict=True):
+        hover.append(f"{layer}: {short(across)}% kept, {shown_by.drawn(up or 0)}")
+    return Series("line", layer, x, y, color, hover)
 
 
 def density_over_epochs(name: str, epochs: list[Json]) -> Figure | None:

@@ -142,9 +142,7 @@ def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -
     worst = _worst([point.height for point in ends.values() or points], metric)
 
     shown = _series(page, Cost.of(cost, points), within, beaten, front)
-    beyond = sum(p.height < worst if higher else p.height > worst for p in within)
-    side = "below" if higher else "above"
-    hidden = f" {beyond} stages on the way lie {side} the picture." if beyond else ""
+    hidden = _hidden(within, worst, higher=higher)
     low, high = (worst, _highest(points, metric)) if higher else (0.0, worst)
     return Figure(
         f"{metric.title} against {word}",
@@ -155,6 +153,13 @@ def trade_off(page: Json, cost: str, word: str, *, runtime: str | None = None) -
         wide=True,
         legend=True,
     )
+
+
+def _hidden(within: Sequence[Point], worst: float, *, higher: bool) -> str:
+    """Says how many stages lie beyond the end of the picture; empty if none does."""
+    beyond = sum(p.height < worst if higher else p.height > worst for p in within)
+    side = "below" if higher else "above"
+    return f" {beyond} stages on the way lie {side} the picture." if beyond else ""
 
 
 def _in_words(within: Sequence[Point], front: Sequence[Point], word: str) -> str:

@@ -247,18 +247,22 @@ def comparison_table(before: Json, after: Json) -> Table:
             old = units.number(before.get("parameters"))  # a network without zeros by design
         if old is None and new is None:
             continue
-        change = ""
-        if key == shown.key and old is not None and new is not None:
-            points = " points" if shown.metric.share else ""
-            change = f"{shown.change(new, old)}{points}"
+        # Only latencies of one runtime compare.
         other = key == "latency_ms" and before.get("runtime") != after.get("runtime")
-        if (
-            old and new is not None and key in COSTS and not other
-        ):  # only one runtime's latencies compare
-            change = f"{units.percent(new / old, 1)}"
         runtime = f" ({before.get('runtime')} → {after.get('runtime')})" if other else ""
+        change = "" if other else _change(shown, key, old, new)
         rows.append([title + runtime, form(old), form(new), change])
     return Table(header=["", "Before", "After", ""], rows=rows)
+
+
+def _change(shown: Shown, key: str, old: float | None, new: float | None) -> str:
+    """Returns the change of the metric that is shown first, or what is left of a cost; empty for the rest."""
+    if old is None or new is None:
+        return ""
+    if key == shown.key:
+        points = " points" if shown.metric.share else ""
+        return f"{shown.change(new, old)}{points}"
+    return units.percent(new / old, 1) if key in COSTS and old else ""
 
 
 def as_rich(table: Table, *, words: Collection[str] = ()) -> RichTable:

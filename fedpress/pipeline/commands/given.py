@@ -71,6 +71,23 @@ def in_memory(
     if y.dim() != 1 or y.is_floating_point() or y.is_complex():
         # Targets of a segmentation, or of another task than the model's: nothing can be measured by them.
         return unlabelled(x, preprocess)
+    _check_classes(y, outputs)
+    count = max(int(y.max()) + 1, outputs, 2)
+    names = class_names
+    if len(names) != count:
+        names = tuple(str(number) for number in range(count))
+    return _divided(
+        Arrays(x, y.to(torch.int64)),
+        preprocess,
+        seed,
+        num_classes=count,
+        class_names=names,
+        **({} if task is None else {"task": task}),
+    )
+
+
+def _check_classes(y: Tensor, outputs: int) -> None:
+    """Refuses numbers that are no classes of a model with so many `outputs`; 0 if that is not known."""
     if int(y.min()) < 0:
         raise DataError(
             "some labels are negative", place="data=", cure="give class numbers from 0 up"
@@ -81,18 +98,6 @@ def in_memory(
             place="data=",
             cure=f"give class numbers from 0 to {outputs - 1}, or a model of more classes",
         )
-    count = max(int(y.max()) + 1, outputs, 2)
-    names = (
-        class_names if len(class_names) == count else tuple(str(number) for number in range(count))
-    )
-    return _divided(
-        Arrays(x, y.to(torch.int64)),
-        preprocess,
-        seed,
-        num_classes=count,
-        class_names=names,
-        **({} if task is None else {"task": task}),
-    )
 
 
 def _divided(every: Arrays, preprocess: Preprocess, seed: int, **about: Any) -> FederatedData:
