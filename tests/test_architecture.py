@@ -211,3 +211,115 @@ def test_no_tracked_file_names_a_path_of_the_machine_it_was_written_on():
 )
 def test_paths_of_the_machine_are_recognised(before, found):
     assert bool(MACHINE_PATH.search(before + b"/%s/x" % b"root")) is found
+
+
+LONGEST = 60
+"""Lines of a function, its docstring apart: what fits on a screen."""
+MOST_BRANCHES = 15
+"""Cyclomatic complexity of a function, counted as radon counts it (its own, without functions inside)."""
+BRANCHY = {
+    "compress.prune.approximate:_refit_": "not divided yet",
+    "compress.prune.ignoring:ignored": "not divided yet",
+    "compress.prune.parity:_batches": "not divided yet",
+    "compress.prune.rules.attention:einsum": "an ATen operation: its cases are its definition",
+    "compress.prune.rules.recurrent:recurrent": "an ATen operation: its cases are its definition",
+    "compress.prune.rules.statistics:along": "an ATen operation: its cases are its definition",
+    "compress.prune.rules.writing:_looked_up": "an ATen operation: its cases are its definition",
+    "compress.prune.rules.writing:scatter": "an ATen operation: its cases are its definition",
+    "compress.prune.single:_removal_order": "not divided yet",
+    "compress.prune.trials:without_followers": "not divided yet",
+    "compress.quantize.fold:find_folds": "not divided yet",
+    "compress.quantize.ptq:_possible": "not divided yet",
+    "compress.quantize.ptq:quantize_": "not divided yet",
+    "compress.quantize.ranges:calibrate_": "not divided yet",
+    "compress.sparse.weights:find_weights": "not divided yet",
+    "deploy.executorch:_lower": "not divided yet",
+    "deploy.onnx_integers:_fill_input_channels_": "not divided yet",
+    "deploy.onnx_integers:_multiply_out_": "not divided yet",
+    "deploy.onnx_integers:_shrink_codes_": "not divided yet",
+    "deploy.qdq.edges:_members": "not divided yet",
+    "deploy.qdq.edges:integer_operations": "not divided yet",
+    "deploy.qdq.weights:choose_weights_": "not divided yet",
+    "federation.agreement:canonical": "not divided yet",
+    "secagg.server:_bodies": "not divided yet",
+    "stages.federate.stage:run": "not divided yet",
+}
+"""Functions that branch more, and why; it may only become shorter."""
+
+
+def functions() -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Returns every function of the package with its module and name, such as `wire.ans:encode`."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    found = []
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, kinds):
+                found.append((f"{module}:{node.name}", node))
+    return found
+
+
+def lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Counts the lines of a function without its docstring."""
+    whole = (function.end_lineno or function.lineno) - function.lineno + 1
+    first = function.body[0]
+    if ast.get_docstring(function) is None:
+        return whole
+    return whole - ((first.end_lineno or first.lineno) - first.lineno + 1)
+
+
+def branches(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Counts the ways that part in a function, as radon does."""
+    count, waiting = 1, list(ast.iter_child_nodes(function))
+    while waiting:
+        node = waiting.pop()
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                continue  # has a count of its own
+            case ast.If() | ast.IfExp() | ast.ExceptHandler() | ast.Assert() | ast.match_case():
+                count += 1
+            case ast.For() | ast.AsyncFor() | ast.While():
+                count += 1 + bool(node.orelse)
+            case ast.Try():
+                count += bool(node.orelse)
+            case ast.BoolOp():
+                count += len(node.values) - 1
+            case ast.comprehension():
+                count += 1 + len(node.ifs)
+        waiting += ast.iter_child_nodes(node)
+    return count
+
+
+def test_functions_fit_on_a_screen():
+    long = {name: lines(function) for name, function in functions() if lines(function) > LONGEST}
+    assert not long, f"functions of more than {LONGEST} lines; give parts of them a name: {long}"
+
+
+def test_functions_branch_little_but_for_those_named_here():
+    found = {name: branches(f) for name, f in functions() if branches(f) > MOST_BRANCHES}
+    new = {name: count for name, count in found.items() if name not in BRANCHY}
+    assert not new, (
+        f"more than {MOST_BRANCHES} ways part in these; give parts of them a name: {new}"
+    )
+    gone = sorted(BRANCHY.keys() - found.keys())
+    assert not gone, f"these are simple now: take them out of BRANCHY: {gone}"
+
+
+def test_lines_and_branches_are_counted_right():
+    source = '''
+def plain(x):
+    """Says so.
+
+    In several lines.
+    """
+    def inner(y):
+        return y if y else 0
+    for one in x:
+        if one and (two or three):
+            return [a for a in x if a]
+    else:
+        return None
+'''
+    plain = ast.parse(source).body[0]
+    assert isinstance(plain, ast.FunctionDef)
+    assert lines(plain) == 8
+    assert branches(plain) == 1 + 2 + 1 + 2 + 2

@@ -112,6 +112,10 @@ def _lower(made: DeviceGraph, job: Job, words: dict[str, str]) -> tuple[bytes, d
                 )
     for node in left:
         outside.setdefault(_place(node), "not taken by XNNPACK; runs in a portable kernel")
+    return _program_bytes(edge), outside
+
+
+def _program_bytes(edge: Any) -> bytes:
     try:
         with silence(), hush():
             require("executorch.kernels.quantized", install=INSTALL)
@@ -122,7 +126,7 @@ def _lower(made: DeviceGraph, job: Job, words: dict[str, str]) -> tuple[bytes, d
             place="export",
             cure="replace that operation, or export as onnx",
         ) from error
-    return data, outside
+    return data
 
 
 def _try(data: bytes, input_shape: tuple[int, ...]) -> None:

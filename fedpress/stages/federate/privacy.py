@@ -461,20 +461,7 @@ def _grid(
     limit = discretize.limit or coordinate_limit(bound)
     private = stage.privacy
     if private is None:
-        bits = discretize.bits or BITS
-        half = distributed.ROOM * 2 ** (bits - 1)
-        largest = math.floor(
-            half / cohort.size
-        )  # of one client's values: then no honest sum can overflow
-        if largest < 2:
-            least = math.ceil(math.log2(2 * cohort.size / distributed.ROOM)) + 1
-            raise RecipeError(
-                f"{bits} bits cannot hold the sum of {cohort.size} clients",
-                place="stage.uplink.discretize.bits",
-                cure=f"take {least} or more",
-            )
-        secure = SecurePlan(cohort.size, bits, stage.max_dropout, bound=largest)
-        return Grid(secure, bound.size, (largest - 1) / limit, limit, math.floor(half))
+        return _open_grid(stage, discretize.bits or BITS, cohort.size, bound.size, limit)
     planned = distributed.plan(
         size=bound.size,
         clip_norm=sensitivity or bound.l2,
@@ -491,6 +478,21 @@ def _grid(
     )
     secure = SecurePlan(cohort.size, planned.bits, stage.max_dropout)
     return Grid(secure, bound.size, planned.scale, limit, math.floor(planned.limit), planned)
+
+
+def _open_grid(stage: FederateSettings, bits: int, clients: int, size: int, limit: float) -> Grid:
+    """Plans the grid of a sum without noise, of vectors of `size` values up to `limit`."""
+    half = distributed.ROOM * 2 ** (bits - 1)
+    largest = math.floor(half / clients)  # of one client's values: no honest sum can overflow
+    if largest < 2:
+        least = math.ceil(math.log2(2 * clients / distributed.ROOM)) + 1
+        raise RecipeError(
+            f"{bits} bits cannot hold the sum of {clients} clients",
+            place="stage.uplink.discretize.bits",
+            cure=f"take {least} or more",
+        )
+    secure = SecurePlan(clients, bits, stage.max_dropout, bound=largest)
+    return Grid(secure, size, (largest - 1) / limit, limit, math.floor(half))
 
 
 def _check_promise(
