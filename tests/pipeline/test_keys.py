@@ -8,8 +8,8 @@ import pytest
 from pydantic import BaseModel
 
 from fedpress.pipeline import keys
+from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.keys import FIRST_KEYS, settings_of, stage_keys
-from fedpress.pipeline.recipe import settings as recipes
 
 # Digest of the settings and key of the last stage, as version 0.1.0 gave them.
 FIRST = {

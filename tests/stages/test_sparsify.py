@@ -256,6 +256,7 @@ def test_settings_are_a_row_of_the_recipe():
 def test_training_forgets_the_momentum_of_given_entries(optimizer):
     from fedpress.core.examples import Arrays, Preprocess
     from fedpress.models.resnet import resnet_small
+    from fedpress.tasks import Classification
 
     torch.manual_seed(0)
     model = resnet_small(width=4)
@@ -263,6 +264,7 @@ def test_training_forgets_the_momentum_of_given_entries(optimizer):
         model,
         TrainSettings(epochs=1, batch_size=8, lr=0.01, optimizer=optimizer, precision="float32"),
         seed=0,
+        task=Classification(tuple("0123456789")),
     )
     train = Arrays(torch.zeros(16, 3, 8, 8, dtype=torch.uint8) + 9, torch.arange(16) % 10)
     steps = (
