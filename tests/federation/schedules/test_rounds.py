@@ -228,6 +228,23 @@ def test_under_client_privacy_a_step_divides_by_the_buffer_and_adds_the_whole_no
     assert record.clients == []
 
 
+def test_a_client_that_sends_anything_moves_a_step_by_its_clip_norm_at_most():
+    plan = client_plan(Cohort(3, CLIENTS), noise=0.0)
+    honest = next(run(federation(privacy=plan), 1))
+    for name in honest.timing.answered:
+        made = federation(privacy=plan)
+
+        def cheating(request, name=name, made=made):
+            reply = unpack(made.clients[name].handle(request))
+            reply.tensors["values"].mul_(-1e6)
+            return pack(reply)
+
+        handlers = {n: client.handle for n, client in made.clients.items()} | {name: cheating}
+        record = next(run(made, 1, transport=LocalTransport(handlers)))
+        moved = (record.params - honest.params).double().norm()
+        assert 0 < moved <= 2 * plan.clip_norm / 3 + 1e-6  # it takes one update out and puts one in
+
+
 def test_who_is_late_does_not_count_and_does_no_work():
     made, asked = federation(cohort=Cohort(CLIENTS, CLIENTS)), set()
 
