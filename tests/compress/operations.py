@@ -246,7 +246,7 @@ def rounding() -> None:
         "fake quantize channels",
         "image",
         lambda a, b, w: torch.fake_quantize_per_channel_affine(
-            a + b, w.abs() + 0.05, torch.zeros(16, dtype=torch.int32), 1, -128, 127
+            a + b, w.detach().abs() + 0.05, torch.zeros(16, dtype=torch.int32), 1, -128, 127
         ),
         (16,),
     )
