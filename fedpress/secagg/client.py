@@ -214,7 +214,7 @@ class SecAggClient:
         answered: dict[str, JSON] = {
             str(n): dict(steps.items()) for n, steps in self._answered.items()
         }
-        return {"roster": people, "answered": answered}
+        return {"run": self._setting.run, "roster": people, "answered": answered}
 
     def load_state_(self, state: Mapping[str, JSON]) -> None:
         """Takes over what `state` returned; RecipeError if it is something else or of another run."""
@@ -250,6 +250,24 @@ class SecAggClient:
                 cure="load what this run saved",
             ) from error
         self._answered = answered
+
+    def take_over_(self, state: Mapping[str, JSON]) -> None:
+        """Takes over what was saved under another name of the run, as after an update of fedpress: all join anew.
+
+        The last round that was answered stays answered. Under the new name its masks would be others, and a second
+        list of those who reported would open a second sum of the same vectors: the difference shows single clients.
+
+        Raises:
+            RecipeError: if it is not what `state` returns.
+        """
+        try:
+            answered: dict[str, JSON] = state["answered"]  # type: ignore[assignment]
+            rounds = [int(number) for number in answered]
+        except (KeyError, TypeError, ValueError) as error:
+            raise RecipeError(
+                f"secure.state: not the state of {self.name!r} ({type(error).__name__}); load what it saved"
+            ) from error
+        self._answered = {max(rounds): {"context": "another run"}} if rounds else {}
 
     def _keep(self, roster: Roster) -> None:
         if self._roster is not None and self._roster.digest != roster.digest:

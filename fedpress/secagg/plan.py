@@ -15,7 +15,7 @@ MAX_COHORT = 5_000
 
 @dataclass(frozen=True)
 class SecurePlan:
-    """What both sides agree on; its repr is its fingerprint, and two sides with different plans refuse each other.
+    """What both sides agree on; its fields are in all that is signed, so two sides with other plans refuse each other.
 
     Args:
         cohort: clients in every round.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
@@ -30,7 +31,7 @@ class SecAggSetup:
 
     def words(self) -> tuple[str, str]:
         """Returns the words that begin everything that is signed."""
-        return self.run, repr(self.plan)
+        return self.run, json.dumps(asdict(self.plan), sort_keys=True)
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,34 @@ def test_the_state_of_another_run_is_refused():
         others["c0"].load_state_(members["c0"].state())
 
 
+def test_under_another_name_of_the_run_the_last_answered_round_stays_answered():
+    """The run has another name after an update; a second sum of a round would show single clients."""
+    plan, names = SecurePlan(4, 18), [f"c{i}" for i in range(4)]
+    _, before = group(4)
+    for name, member in before.items():
+        member.mask(torch.ones(3, dtype=torch.int64), round=5, cohort=names)
+        assert name in names
+    known = {name: identity(secret(name)) for name in names}
+    after = {name: SecAggClient(name, secret(name), plan, known, "renamed") for name in names}
+    for name, member in after.items():
+        member.take_over_(json.loads(json.dumps(before[name].state())))
+    server = SecAggServer(plan, known, "renamed")
+    for name, member in after.items():
+        server.join(name, member.join())
+    for name, member in after.items():
+        server.accepted(name, member.accept(server.roster()))
+    for round in (4, 5):
+        with pytest.raises(SecureError, match=f"round {round}"):
+            after["c1"].mask(torch.ones(3, dtype=torch.int64), round=round, cohort=names)
+    values = numbers(4)
+    secure = server.open(6, names, 7)
+    for row, (name, member) in enumerate(after.items()):
+        secure.add(name, member.mask(values[row], round=6, cohort=names))
+    for name, request in secure.requests().items():
+        secure.share(name, after[name].unmask(request))
+    assert torch.equal(secure.sum(), values.sum(0))
+
+
 def test_only_the_last_two_rounds_are_remembered():
     _, members = group(2)
     for number in range(1, 6):

@@ -151,8 +151,11 @@ class ClientHalf:
             return None
         identities = dict(contract.population.identities)
         member = SecAggClient(self.name, self._key(), grid.plan, identities, run)
-        if noted := load_json(self.memory, "member"):
+        noted = load_json(self.memory, "member")
+        if noted.get("run") == run:
             member.load_state_(noted)
+        elif noted:  # by an older version, which named the run otherwise
+            member.take_over_(noted)
         return member
 
     def _key(self) -> bytes:
