@@ -14,9 +14,9 @@ MIXES = {
         'stage.2.downlink=[{ kind = "topk", density = 0.1 }, { kind = "quantize", bits = 4 }]',
         "stage.2.error_feedback=true",
     ],
-    "secure sum": [*PLAIN, GRID, 'stage.2.sum="secure"'],
+    "secure sum": [*PLAIN, GRID, 'stage.2.aggregator="secure"'],
     "secure sum with Skellam noise": [
-        CLIENT % ', trust = "secure"',
+        CLIENT % ', trust = "distributed"',
         'stage.2.uplink=[{ kind = "rotate" }, { kind = "discretize", bits = 18 }]',
     ],
     "client privacy with int8": [CLIENT % "", 'stage.2.uplink=[{ kind = "quantize", bits = 8 }]'],

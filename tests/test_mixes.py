@@ -110,7 +110,7 @@ PRIVATE = "stage.2.privacy={ epsilon = 8.0, delta = 1e-3, secure_noise = true, %
 SECURE_NOISE = {
     "sample": PRIVATE % 'unit = "sample"',
     "client": PRIVATE % 'unit = "client"',
-    "joint": PRIVATE % 'unit = "sample", trust = "secure"',
+    "joint": PRIVATE % 'unit = "sample", trust = "distributed"',
     "correlated": PRIVATE % 'unit = "client", correlated = {}',
 }
 
@@ -162,9 +162,9 @@ def client_privacy(more=""):
     )
 
 
-@pytest.mark.parametrize("trust", ["local", "secure", "central"])
+@pytest.mark.parametrize("trust", ["local", "distributed", "central"])
 def test_clients_that_take_turns_are_charged_for_their_turns(trust, tiny, base, tmp_path):
-    cohort = 1 if trust != "secure" else 3
+    cohort = 1 if trust != "distributed" else 3
     overrides = [
         client_privacy(f', trust = "{trust}"'),
         "stage.2.sampling=cyclic",
@@ -213,7 +213,7 @@ def test_a_secure_sum_that_stays_closed_is_a_lost_round_and_not_the_end(
         return answer(self, message)
 
     monkeypatch.setattr(Client, "answer", sometimes)
-    overrides = [client_privacy(', trust = "secure"'), "stage.2.num_rounds=4"]
+    overrides = [client_privacy(', trust = "distributed"'), "stage.2.num_rounds=4"]
     _, records, book = finished(tiny, tmp_path / "run", base, *overrides)
     assert [len(r["refused"]) for r in records] == [0, 3, 0, 0]
     assert records[1]["loss"] == records[0]["loss"] != records[2]["loss"]
@@ -234,7 +234,7 @@ def test_three_closed_sums_in_a_row_end_the_run_with_the_reason(tiny, base, tmp_
             tiny,
             tmp_path / "run",
             base,
-            client_privacy(', trust = "secure"'),
+            client_privacy(', trust = "distributed"'),
             "stage.2.num_rounds=9",
         )
 
@@ -256,7 +256,7 @@ def test_digits_stay_accurate_under_codes_both_ways_and_under_a_jointly_noised_s
         "stage.federate.num_rounds=20",
     ]
     joint = [
-        'stage.federate.privacy={ unit = "sample", trust = "secure", epsilon = 2.0, delta = 1e-4, clip_norm = 1.0 }',
+        'stage.federate.privacy={ unit = "sample", trust = "distributed", epsilon = 2.0, delta = 1e-4, clip_norm = 1.0 }',
         "stage.federate.num_rounds=20",
         "stage.federate.lr=0.5",
     ]

@@ -62,7 +62,7 @@ class Discretize(BaseModel):
             raise RecipeError(
                 "not planned",
                 place="uplink.discretize.scale",
-                cure='use it with sum = "secure", or give a scale',
+                cure='use it with aggregator = "secure", or give a scale',
             )
         limit = self.limit or coordinate_limit(bound)
         root = math.sqrt(bound.size)

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from fedpress import storage
 from fedpress.core.random import fingerprint
+from fedpress.core.renamed import ReadsOldWords, old_words
 from fedpress.pipeline.recipe import Recipe
 from fedpress.stages.teaching import saved_teacher
 
@@ -51,9 +52,16 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def _leave_out_(table: dict[str, Any], settings: object, place: str) -> None:
-    """Removes keys from `table`, which is `settings` as JSON, that came later and have their default."""
+    """Removes keys from `table`, which is `settings` as JSON, that came later and have their default.
+
+    What is called otherwise now stands by its old word.
+    """
     if not isinstance(settings, BaseModel):
         return
+    if isinstance(settings, ReadsOldWords):
+        as_of_old = old_words(table, settings.renamed)
+        table.clear()
+        table.update(as_of_old)
     for key, field in type(settings).model_fields.items():
         value, at = getattr(settings, key), f"{place}.{key}"
         default = field.get_default(call_default_factory=True)

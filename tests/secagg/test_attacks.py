@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedpress.errors import RecipeError, SecureError, WireError
 from fedpress.secagg import SecAggClient, SecAggMessage, SecAggServer, SecurePlan, identity
 from fedpress.secagg.keys import KeyPair, sign
-from fedpress.secagg.public import Round
+from fedpress.secagg.public import Round, SecAggSetup
 from tests.secagg.people import changed, group, numbers, reported, secret
 
 ONE = torch.ones(3, dtype=torch.int64)
@@ -267,7 +267,7 @@ def test_a_key_that_agrees_on_no_secret_is_refused():
     )
     combiner.join("c0", member.join())
     low = bytes(32)
-    signature = sign(secret("c1"), "run", repr(plan), "join", "c1", low)
+    signature = sign(secret("c1"), *SecAggSetup(plan, {}, "run").words(), "join", "c1", low)
     combiner.join(
         "c1",
         SecAggMessage(

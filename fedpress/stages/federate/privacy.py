@@ -138,7 +138,7 @@ def protect(
     _check_promise(stage, trust, population, cohort)
     if secure and trust.noise != "sum":
         raise RecipeError(
-            f"got '{private.trust}' with sum = \"secure\"",
+            f"got '{private.trust}' with a secure sum",
             place="stage.privacy.trust",
             cure=(
                 'set trust = "distributed", so that the clients make the noise of the sum together'
@@ -186,7 +186,7 @@ def is_secure(stage: FederateSettings) -> bool:
     """Says whether the stage sums securely: it is asked for, or the noise rests on it."""
     if stage.aggregator is not None:
         return not stage.aggregator.sees_updates
-    return stage.sum == "secure" or trust_of_stage(stage).noise == "sum"
+    return trust_of_stage(stage).noise == "sum"
 
 
 def trust_of_stage(stage: FederateSettings) -> Trust:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedpress.codecs import AnyTransform, Quantize
+from fedpress.core.renamed import ReadsOldWords, Renamed
 from fedpress.federation import AnyAggregator, AnyAlgorithm, Average, LocalSettings
 from fedpress.federation.algorithms.optimizers import Server
 from fedpress.federation.delays import AnyDelays
@@ -16,16 +17,17 @@ from fedpress.training.augment import Augment
 from fedpress.workspace.state import Name
 
 
-class PrivacySettings(BaseModel):
+class PrivacySettings(ReadsOldWords):
     """`[stage.privacy]`: what is protected and how well.
 
     Give `epsilon` and the noise is calibrated before the run; or give `noise_multiplier` and epsilon is what comes out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    renamed: ClassVar[tuple[Renamed, ...]] = (Renamed("trust", "secure", "trust", "distributed"),)
 
     unit: Literal["sample", "client"]
-    trust: Literal["local", "distributed", "secure", "central"] | None = Field(
+    trust: Literal["local", "distributed", "central"] | None = Field(
         None,
         description="who adds the noise: each client, the clients together under a secure sum, or the server",
     )
@@ -74,13 +76,18 @@ class CorrelatedNoise(BaseModel):
     bands: int = Field(16, ge=2, le=64, description="draws that are mixed into one round")
 
 
-class FederateSettings(LocalSettings):
+class FederateSettings(LocalSettings, ReadsOldWords):
     """How clients train together; the keys of local training stand beside.
 
     `trainable` holds patterns of parameter names; only these train and travel (all by default).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    renamed: ClassVar[tuple[Renamed, ...]] = (
+        Renamed("sum", "secure", "aggregator", "secure"),
+        Renamed("sum", "plain", "aggregator", None),
+        Renamed("sum", "plain", "aggregator", "mean"),
+    )
 
     kind: Literal["federate"]
     name: Name = "federate"
@@ -120,10 +127,8 @@ class FederateSettings(LocalSettings):
         False, description="clients add what coding lost of one update to the next"
     )
     aggregator: AnyAggregator | None = Field(
-        None, description="how the server makes one update of many; the mean if left out"
-    )
-    sum: Literal["plain", "secure"] = Field(
-        "plain", description="secure: the server learns the sum alone"
+        None,
+        description="how the server makes one update of many: mean, secure (it learns their sum alone), median; mean if left out",
     )
     secure_keys: bool = Field(
         False,
@@ -150,6 +155,4 @@ class FederateSettings(LocalSettings):
                     raise ValueError(
                         f"{key} stands beside algorithm; write it into the table of the algorithm"
                     )
-        if self.aggregator is not None and self.sum == "secure":
-            raise ValueError('sum = "secure" stands beside aggregator; leave sum out')
         return self

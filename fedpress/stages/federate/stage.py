@@ -75,6 +75,8 @@ class FederateStage(FederateSettings, Stage):
             facts["uplink"] = (
                 f"by default: {', '.join(_short(one) for one in secure_list(self.privacy is not None))}"
             )
+        if self.warnings:
+            facts["warning"] = "; ".join(self.warnings)
         ledger = server.ledger
         if self.privacy is not None:
             charges = (
@@ -104,11 +106,11 @@ class FederateStage(FederateSettings, Stage):
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Runs the rounds; yields a tick for each, and saves a checkpoint after each."""
+        for warning in self.warnings:
+            yield Tick(0, self.num_rounds, "", f"warning: stage.{self.name}.{warning}")
         saved = folder.load_progress()
-        if not saved[
-            1
-        ]:  # what clients remember of a beginning that was lost has nothing to go on from
-            folder.forget()
+        if not saved[1]:
+            folder.forget()  # what clients remember of a beginning that was lost has nothing to go on from
         server, data = bind(self, state, folder.memory).server, state.data
         now = Progress.load(*saved) if saved[1] else Progress.begin(server)
         if state.score is None and len(data.test):

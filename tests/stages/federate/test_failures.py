@@ -22,7 +22,7 @@ from tests.stages.own_data import privacy, recipe
 from tests.stages.recipes import finish, told
 
 TRUSTS = [
-    (unit, trust) for unit in ("sample", "client") for trust in ("local", "secure", "central")
+    (unit, trust) for unit in ("sample", "client") for trust in ("local", "distributed", "central")
 ]
 
 

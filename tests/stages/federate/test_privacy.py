@@ -49,7 +49,7 @@ def spent(planned, rounds=20):
 
 
 @pytest.mark.parametrize("unit", ["client", "sample"])
-@pytest.mark.parametrize("trust", ["local", "secure", "central"])
+@pytest.mark.parametrize("trust", ["local", "distributed", "central"])
 def test_every_kind_of_trust_spends_its_budget_and_no_more(unit, trust):
     plan = planned(privacy=private(unit, trust))
     assert 0.97 * 8.0 <= spent(plan) <= 8.0 * (1 + 1e-9)
@@ -84,9 +84,9 @@ def keys(i, round=1):
 
 
 def test_under_secure_trust_the_guaranteed_survivors_make_the_planned_noise():
-    plan = planned(privacy=private("client", "secure", noise_multiplier=3.0))
+    plan = planned(privacy=private("client", "distributed", noise_multiplier=3.0))
     assert plan.grid.plan.survivors == 7
-    uplink = uplink_of(plan, "secure")
+    uplink = uplink_of(plan, "distributed")
     total = sum_of_sent(uplink, [torch.zeros(SIZE)] * 6, keys)  # the seventh knows its own noise
     assert float(total.std()) == pytest.approx(3.0 * 0.5, rel=0.01)
 
@@ -105,7 +105,7 @@ def test_under_central_trust_the_server_makes_it_once():
     assert float(mean.std()) == pytest.approx(3.0 * 0.5 / 10, rel=0.01)
 
 
-@pytest.mark.parametrize("trust", ["secure", "central"])
+@pytest.mark.parametrize("trust", ["distributed", "central"])
 def test_a_joint_step_is_the_mean_gradient_of_the_expected_batch(trust):
     plan = planned(
         privacy=private("sample", trust, noise_multiplier=1e-3 if trust == "central" else 2.0),
@@ -119,14 +119,14 @@ def test_a_joint_step_is_the_mean_gradient_of_the_expected_batch(trust):
 
 
 def test_a_client_vector_is_longer_than_what_one_example_moves_but_bounded():
-    plan = planned(privacy=private("sample", "secure", noise_multiplier=2.0))
+    plan = planned(privacy=private("sample", "distributed", noise_multiplier=2.0))
     clip = plan.chain[0]
     assert clip.clip_norm == pytest.approx(0.5 * 20)
     assert plan.grid.noise.task.clip_norm == 0.5
     assert not plan.chain[-2].again  # rounding again would use other coins for neighbours
 
 
-@pytest.mark.parametrize("trust", ["local", "secure"])
+@pytest.mark.parametrize("trust", ["local", "distributed"])
 def test_sampling_is_not_counted_on_where_the_server_knows_who_takes_part(trust):
     plan = planned(Cohort(5, 10), privacy=private("client", trust, noise_multiplier=2.0))
     assert all(phase.sampling_prob == 1 for phase in plan.costs.values())
@@ -170,7 +170,7 @@ def test_the_count_of_an_adaptive_clip_is_paid_for_by_more_noise_on_the_update()
 def test_fewer_values_need_less_epsilon_at_equal_bits():
     def epsilon(size):
         chain = [{"kind": "rotate"}, {"kind": "discretize", "bits": 14}]
-        keys = stage(privacy=private("client", "secure", noise_multiplier=5.0), uplink=chain)
+        keys = stage(privacy=private("client", "distributed", noise_multiplier=5.0), uplink=chain)
         return spent(plan_of(keys, shapes=((size,),)))
 
     assert epsilon(300_000) < 0.8 * epsilon(1_000_000)
@@ -179,7 +179,10 @@ def test_fewer_values_need_less_epsilon_at_equal_bits():
 @pytest.mark.parametrize(
     ("keys", "problem"),
     [
-        ({"sum": "secure", "privacy": private("client", "central")}, 'set trust = "distributed"'),
+        (
+            {"aggregator": "secure", "privacy": private("client", "central")},
+            'set trust = "distributed"',
+        ),
         (
             {"privacy": private("sample", "central"), "uplink": [{"kind": "topk"}]},
             "one example move",
@@ -188,19 +191,19 @@ def test_fewer_values_need_less_epsilon_at_equal_bits():
             {"privacy": private("sample", "central"), "uplink": [{"kind": "rotate"}]},
             "one example move",
         ),
-        ({"privacy": private("sample", "secure"), "epochs": 2}, "one step together"),
+        ({"privacy": private("sample", "distributed"), "epochs": 2}, "one step together"),
         (
-            {"privacy": private("client", "secure"), "uplink": [{"kind": "rotate"}]},
+            {"privacy": private("client", "distributed"), "uplink": [{"kind": "rotate"}]},
             "end the list with",
         ),
         (
-            {"sum": "secure", "uplink": [{"kind": "topk"}]},
+            {"aggregator": "secure", "uplink": [{"kind": "topk"}]},
             "cannot decode a sum of 'topk'; use 'randomk'",
         ),
-        ({"sum": "secure", "uplink": [{"kind": "discretize"}]}, "put 'clip' before it"),
+        ({"aggregator": "secure", "uplink": [{"kind": "discretize"}]}, "put 'clip' before it"),
         (
             {
-                "sum": "secure",
+                "aggregator": "secure",
                 "uplink": [{"kind": "clip", "clip_norm": 1}, {"kind": "discretize", "bits": 4}],
             },
             "take 6",
@@ -215,13 +218,13 @@ def test_parts_that_do_not_fit_are_refused_with_the_cure(keys, problem):
 def test_too_few_bits_for_the_budget_are_refused_with_the_number_that_would_do():
     chain = [{"kind": "rotate"}, {"kind": "discretize", "bits": 8}]
     with pytest.raises(PrivacyError, match="bits"):
-        planned(privacy=private("client", "secure", epsilon=0.5), uplink=chain)
+        planned(privacy=private("client", "distributed", epsilon=0.5), uplink=chain)
 
 
 @pytest.mark.parametrize("sampling", ["fixed", "poisson"])
 def test_samplers_that_a_promise_cannot_rest_on_are_refused(sampling):
     cohort = Cohort(5, 10, sampling)
-    trust = "central" if sampling == "fixed" else "secure"
+    trust = "central" if sampling == "fixed" else "distributed"
     with pytest.raises(RecipeError, match=r"stage\.sampling"):
         planned(cohort, privacy=private("client", trust))
 
@@ -243,17 +246,24 @@ def secure_line(words: str) -> dict:
 
 
 def test_a_secure_sum_alone_has_all_that_it_needs():
-    assert [one.kind for one in planned(sum="secure").chain] == ["clip", "rotate", "discretize"]
-    keys = {"sum": "secure", "privacy": private("client", "secure", noise_multiplier=3.0)}
+    assert [one.kind for one in planned(aggregator="secure").chain] == [
+        "clip",
+        "rotate",
+        "discretize",
+    ]
+    keys = {
+        "aggregator": "secure",
+        "privacy": private("client", "distributed", noise_multiplier=3.0),
+    }
     assert [one.kind for one in planned(**keys).chain][-3:] == ["rotate", "discretize", "noise"]
 
 
-@pytest.mark.parametrize("privacy", [None, private("client", "secure", noise_multiplier=3.0)])
+@pytest.mark.parametrize("privacy", [None, private("client", "distributed", noise_multiplier=3.0)])
 @pytest.mark.parametrize(
     "uplink", [[{"kind": "rotate"}], [{"kind": "discretize"}], [{"kind": "clip", "clip_norm": 1}]]
 )
 def test_the_line_that_an_error_says_to_paste_works(privacy, uplink):
-    keys = {"sum": "secure"} | ({} if privacy is None else {"privacy": privacy})
+    keys = {"aggregator": "secure"} | ({} if privacy is None else {"privacy": privacy})
     try:
         planned(**keys, uplink=uplink)
     except RecipeError as error:
@@ -266,6 +276,6 @@ def test_the_line_that_an_error_says_to_paste_works(privacy, uplink):
 
 @pytest.mark.parametrize("unit", ["client", "sample"])
 def test_noise_on_counts_of_failures_costs_no_more_than_the_planned_noise(unit):
-    plan = planned(privacy=private(unit, "secure", noise_multiplier=2.0))
+    plan = planned(privacy=private(unit, "distributed", noise_multiplier=2.0))
     one = next(iter(plan.plans.values()))
     assert one.epsilon(num_rounds=20, delta=1e-4) <= spent(plan) * (1 + 1e-6)

@@ -12,7 +12,7 @@ from fedpress.stages.federate.rehearsal import _examples
 from tests.stages.own_data import Embeds, privacy, recipe
 from tests.stages.recipes import checked
 
-TRUSTS = ("local", "secure", "central")
+TRUSTS = ("local", "distributed", "central")
 CASES = [(unit, trust) for unit in ("sample", "client") for trust in TRUSTS]
 
 
