@@ -256,7 +256,7 @@ def test_digits_stay_accurate_under_codes_both_ways_and_under_a_jointly_noised_s
         "stage.federate.num_rounds=20",
     ]
     joint = [
-        'stage.federate.privacy={ unit = "sample", trust = "distributed", epsilon = 2.0, delta = 1e-4, clip_norm = 1.0 }',
+        'stage.federate.privacy={ unit = "sample", trust = "distributed", epsilon = 2.0, delta = 1e-4 }',
         "stage.federate.num_rounds=20",
         "stage.federate.lr=0.5",
     ]

@@ -128,7 +128,8 @@ class FederateSettings(LocalSettings, ReadsOldWords):
     )
     aggregator: AnyAggregator | None = Field(
         None,
-        description="how the server makes one update of many: mean, secure (it learns their sum alone), median; mean if left out",
+        description="how the server makes one update of many: mean (if left out), secure (it learns the sum alone), "
+        "median",
     )
     secure_keys: bool = Field(
         False,
