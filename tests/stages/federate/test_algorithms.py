@@ -73,7 +73,7 @@ def test_what_says_the_same_thing_twice_is_refused():
         stage(algorithm="scaffold", server={"kind": "adam"})
     with pytest.raises(ValidationError, match="proximal_mu stands beside algorithm"):
         stage(algorithm="fedprox", proximal_mu=0.3)
-    with pytest.raises(ValidationError, match="leave sum out"):
+    with pytest.raises(ValidationError, match="leave out sum"):
         stage(aggregator="median", sum="secure")
 
 
