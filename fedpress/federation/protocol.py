@@ -121,7 +121,7 @@ def read_text(message: Message, name: str) -> str:
             cure="use the same fedpress on both sides",
         )
     try:
-        return bytes(tensor.tolist()).decode()
+        return tensor.numpy().tobytes().decode()
     except UnicodeDecodeError as error:
         raise WireError(
             "not UTF-8", place=f"{message.kind}.{name}", cure="send it again"
