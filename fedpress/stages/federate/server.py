@@ -28,6 +28,7 @@ from fedpress.stages.federate.contract import Beginning, Contract, owns_keys
 from fedpress.stages.federate.privacy import Protection, repeated
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.stages.federate.sizes import sizes
+from fedpress.wire.fields import NUMBER, check_field
 from fedpress.wire.message import JSON, Message
 
 PROMISE = ("unit", "delta", "noise_multiplier", "clip_norm", "sampling_prob")
@@ -227,10 +228,15 @@ class ServerPlan:
         found: dict[ClientId, float | None] = {}
         metric = self.beginning.task.primary
         for name, reply in exchange(self.transport, dict.fromkeys(self.population.names, question)):
-            if reply.kind == "evaluated":
-                check_header(reply.kind, reply.header)
+            if reply.kind != "evaluated":
+                continue
+            try:
                 score = need(reply.kind, reply.header, "metrics").get(metric)
-                found[name] = None if score is None else float(score)
+                if score is not None:  # such as an AUC where there is one class only
+                    check_field("evaluated.metrics", metric, score, NUMBER)
+            except WireError:  # whatever a client sends, it must not end a run that is done
+                continue
+            found[name] = None if score is None else float(score)
         return found
 
 

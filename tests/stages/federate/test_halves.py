@@ -237,6 +237,24 @@ def test_without_privacy_every_client_says_what_the_model_is_worth_to_it():
         assert found[name] == pytest.approx(float(right))
 
 
+@pytest.mark.parametrize(
+    "metrics", [{"accuracy": "high"}, {"accuracy": True}, {"accuracy": []}, 3]
+)
+def test_an_evaluation_that_is_none_is_left_out(metrics):
+    clients = halves(beginning())
+
+    def invented(request):
+        reply = unpack(clients["b"].handle(request))
+        if reply.kind != "evaluated":
+            return pack(reply)
+        return pack(Message("evaluated", {"examples": 1, "metrics": metrics}))
+
+    handlers = {name: client.handle for name, client in clients.items()} | {"b": invented}
+    server = ServerPlan.bind(beginning(), LocalTransport(handlers))
+    params = torch.cat([p.detach().reshape(-1) for p in server.model.parameters()])
+    assert list(server.client_accuracy(params)) == ["a", "c", "d"]
+
+
 def test_every_client_of_a_secure_sum_makes_a_secret_of_its_own():
     keys = {"privacy": SECURE, "secure_keys": True}
     identities = [register(transport_to(halves(beginning(**keys)))).identities for _ in range(2)]
