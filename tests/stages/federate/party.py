@@ -24,6 +24,7 @@ from fedpress.pipeline import recipe as recipes
 from fedpress.stages.federate.client import ClientHalf
 from fedpress.stages.federate.contract import Beginning
 from fedpress.stages.federate.server import ServerPlan
+from fedpress.tasks import Classification
 from fedpress.wire import pack, unpack
 
 
@@ -72,8 +73,14 @@ def cases(folder: Path) -> list[Path]:
 def beginning(folder: Path, case: Path) -> Beginning:
     recipe = recipes.load(case.read_text("utf-8"))
     spec, model = load_model(folder / "model")
-    preprocess = Preprocess(spec.mean, spec.std)
-    return Beginning.of(recipe.stage[0], spec, model, preprocess=preprocess, seed=recipe.seed)
+    return Beginning.of(
+        recipe.stage[0],
+        spec,
+        model,
+        preprocess=Preprocess(spec.mean, spec.std),
+        task=Classification(spec.class_names),
+        seed=recipe.seed,
+    )
 
 
 def serve(folder: Path, names: list[str]) -> None:

@@ -18,6 +18,7 @@ from fedpress.stages.federate.contract import Beginning
 from fedpress.stages.federate.server import ServerPlan, agree, register
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.stages.federate.stage import FederateStage
+from fedpress.tasks import Classification
 from fedpress.transport import LocalTransport
 from fedpress.wire import Message, pack, unpack
 
@@ -28,14 +29,14 @@ SECURE = CLIENT | {"trust": "distributed"}
 SPEC = ModelSpec(architecture="mlp", input_shape=(6,), class_names=("x", "y", "z"))
 
 
-RAW = Preprocess()
+RAW, TASK = Preprocess(), Classification(("x", "y", "z"))
 
 
 def beginning(seed=7, preprocess=RAW, **keys) -> Beginning:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     stage = FederateStage.model_validate({"kind": "federate", "batch_size": 4, **keys})
-    return Beginning.of(stage, SPEC, model, preprocess=preprocess, seed=seed)
+    return Beginning.of(stage, SPEC, model, preprocess=preprocess, task=TASK, seed=seed)
 
 
 def examples(at: int) -> Arrays:
@@ -69,9 +70,10 @@ ALTERED = {
     "weight_decay": (0.5, "settings.weight_decay"),
     "precision": ("bf16", "settings.precision"),
     "name": ("another", "seed"),
-    "num_rounds": (11, "num_rounds"),
-    "cohort": (3, "uplink"),
-    "sampling": ("cyclic", "uplink"),
+    "num_rounds": (11, "max_tasks|num_rounds"),
+    "cohort": (3, "max_tasks|uplink"),
+    "sampling": ("poisson", "max_tasks|uplink"),
+    "schedule": ({"kind": "buffered", "buffer": 2, "concurrency": 3}, "max_tasks|schedule"),
     "weights": ("equal", "uplink.weights"),
     "server": ({"kind": "momentum"}, "algorithm"),
     "algorithm": ({"kind": "fedprox", "proximal_mu": 0.1}, "algorithm"),
@@ -79,7 +81,7 @@ ALTERED = {
     "trainable": (("0.*",), "layout"),
     "norm": ("batch", "norm"),
     "augment": ({"flip": "random"}, "prepare"),
-    "privacy": (CLIENT, "agree: |agreement"),
+    "privacy": (CLIENT, ""),
     "uplink": (({"kind": "quantize", "bits": 8},), "uplink"),
     "downlink": (({"kind": "quantize", "bits": 8},), "downlink"),
     "error_feedback": (True, "error_feedback"),
@@ -90,6 +92,8 @@ SECURE_ALONE = {"secure_keys", "max_dropout"}
 SERVER_ALONE = {
     "kind",
     "first_downlink",  # part of `downlink`, see below
+    "delays",
+    "target_metric",
     "target_accuracy",
     "patience",
 }
@@ -113,7 +117,7 @@ def test_a_client_with_another_value_of_a_key_refuses_by_the_name_of_the_entry(k
     refused = agree(transport, contract)
     assert list(refused) == ["b"]
     words = refused["b"].removeprefix("WireError: ")
-    assert words.startswith(tuple(entry.split("|")) if "|" in entry else f"agreement.{entry}")
+    assert words.startswith(tuple(f"agreement.{one}" for one in entry.split("|")))
     assert "use the same recipe" in words
     # It goes on refusing: nothing of its data leaves under another agreement.
     fit = Message("fit", {"round": 1, "agreement": contract.terms.agreement.fingerprint})
@@ -237,9 +241,7 @@ def test_without_privacy_every_client_says_what_the_model_is_worth_to_it():
         assert found[name] == pytest.approx(float(right))
 
 
-@pytest.mark.parametrize(
-    "metrics", [{"accuracy": "high"}, {"accuracy": True}, {"accuracy": []}, 3]
-)
+@pytest.mark.parametrize("metrics", [{"accuracy": "high"}, {"accuracy": True}, {"accuracy": []}, 3])
 def test_an_evaluation_that_is_none_is_left_out(metrics):
     clients = halves(beginning())
 
