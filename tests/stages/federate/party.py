@@ -96,7 +96,7 @@ def serve(folder: Path, names: list[str]) -> None:
             told = {
                 "refused": [record.refused for record in records],
                 "examples": None if population.examples is None else dict(population.counts),
-                "accuracy": server.client_accuracy(records[-1].params),
+                "accuracy": server.client_scores(records[-1].params),
                 "examples in this process": sum(
                     len(one) for one in gc.get_objects() if isinstance(one, Arrays)
                 ),

@@ -224,7 +224,7 @@ def test_accuracy_on_private_examples_is_refused_by_the_client_itself():
         clients = halves(beginning(**keys))
         server = ServerPlan.bind(beginning(**keys), transport_to(clients))
         params = torch.cat([p.detach().reshape(-1) for p in server.model.parameters()])
-        assert server.client_accuracy(params) == {}
+        assert server.client_scores(params) == {}
         header = {"agreement": server.contract.terms.agreement.fingerprint}
         with pytest.raises(WireError, match="a private number"):
             ask(clients["a"], Message("evaluate", header, {"params": params}))
@@ -234,7 +234,7 @@ def test_without_privacy_every_client_says_what_the_model_is_worth_to_it():
     clients = halves(beginning())
     server = ServerPlan.bind(beginning(), transport_to(clients))
     params = torch.cat([p.detach().reshape(-1) for p in server.model.parameters()])
-    found = server.client_accuracy(params)
+    found = server.client_scores(params)
     for at, name in enumerate(NAMES):
         arrays = examples(at)
         right = (server.model(arrays.x).argmax(1) == arrays.y).double().mean()
@@ -254,7 +254,7 @@ def test_an_evaluation_that_is_none_is_left_out(metrics):
     handlers = {name: client.handle for name, client in clients.items()} | {"b": invented}
     server = ServerPlan.bind(beginning(), LocalTransport(handlers))
     params = torch.cat([p.detach().reshape(-1) for p in server.model.parameters()])
-    assert list(server.client_accuracy(params)) == ["a", "c", "d"]
+    assert list(server.client_scores(params)) == ["a", "c", "d"]
 
 
 def test_every_client_of_a_secure_sum_makes_a_secret_of_its_own():

@@ -89,7 +89,7 @@ def test_processes_with_only_their_own_data_give_the_bits_of_one_process(case, a
     assert torch.equal(params, last.params)
     assert not torch.equal(params, start)
     assert told["refused"] == [{}, {}]
-    assert told["accuracy"] == together.server.client_accuracy(last.params)
+    assert told["accuracy"] == together.server.client_scores(last.params)
     assert (told["accuracy"] != {}) == (case == "plain")
 
 
