@@ -28,10 +28,10 @@ class Protection:
 
 PUBLIC = [
     "The public part of the data, on which the network was trained before: nothing about it is protected.",
-    "Validation and test sets: they are public, choose settings and measure accuracy, without any noise.",
+    "Validation and test sets: they are public, choose settings and measure the model, without any noise.",
     "Who the clients are, and how much each of them sends, is not hidden.",
 ]
-OWN_ACCURACY = "Accuracy per client is measured on the client's own examples; it is an exact number that no ε covers."
+OWN_SCORES = "What the model is worth to each client is measured on the client's own examples; it is an exact number that no ε covers."
 SECRET_COHORTS = [
     "Secret cohorts: ε counts on it that only the server knows who took part in which round."
 ]
@@ -87,7 +87,7 @@ def protection(stage: Json) -> Protection:
     """Returns what a federated `stage` of `result.json` promises, by its `unit`, `epsilon` and `delta`."""
     it = _by_unit(str(stage.get("name") or stage.get("kind")), stage)
     return (
-        replace(it, unprotected=[*it.unprotected, OWN_ACCURACY])
+        replace(it, unprotected=[*it.unprotected, OWN_SCORES])
         if stage.get(f"client_{Shown.of([stage]).key}")
         else it
     )

@@ -24,6 +24,7 @@ from fedpress.workspace.folder import RunFolder
 
 COMMAND = [sys.executable, "-c", "from fedpress.cli import main; main()"]
 PRIVATE = 'privacy = { unit = "sample", epsilon = 8.0, delta = 1e-3, clip_norm = 1.0 }\n'
+REAL = PRIVATE.replace("epsilon = 8.0, delta = 1e-3", "epsilon = 4.0, delta = 1e-5")
 AIR = """
 name = "air"
 seed = 1
@@ -93,7 +94,7 @@ def test_twelve_stations_learn_their_air_and_beat_the_mean(private, tmp_path):
         AIR.replace("lr = 0.05\nbatch_size = 32", "lr = 0.3\nbatch_size = 100") if private else AIR
     )
     final, report = ran(
-        text + private * PRIVATE, real_data() / "air_quality" / "beijing.parquet", tmp_path
+        text + private * REAL, real_data() / "air_quality" / "beijing.parquet", tmp_path
     )
     assert final["task"] == "regression"
     assert final["clients"] == 12
@@ -117,7 +118,7 @@ def test_eight_banks_learn_who_will_not_pay(private, tmp_path):
         else CREDIT
     )
     data = real_data() / "credit_default" / "UCI_Credit_Card.csv"
-    final, report = ran(text + private * PRIVATE, data, tmp_path)
+    final, report = ran(text + private * REAL, data, tmp_path)
     assert final["task"] == "binary"
     assert final["auc"] > (0.68 if private else 0.73)
     assert 0.7 < final["majority_share"] < 0.85
