@@ -31,7 +31,10 @@ PUBLIC = [
     "Validation and test sets: they are public, choose settings and measure the model, without any noise.",
     "Who the clients are, and how much each of them sends, is not hidden.",
 ]
-OWN_SCORES = "What the model is worth to each client is measured on the client's own examples; it is an exact number that no ε covers."
+OWN_SCORES = (
+    "What the model is worth to each client is measured on the client's own examples; it is an exact "
+    "number that no ε covers."
+)
 SECRET_COHORTS = [
     "Secret cohorts: ε counts on it that only the server knows who took part in which round."
 ]
