@@ -263,7 +263,6 @@ def test_training_forgets_the_momentum_of_given_entries(optimizer):
     fit = Fit(
         model,
         TrainSettings(epochs=1, batch_size=8, lr=0.01, optimizer=optimizer, precision="float32"),
-        task=Classification(tuple("0123456789")),
         seed=0,
         task=Classification(tuple("0123456789")),
     )
