@@ -14,7 +14,7 @@ from torch import Tensor
 import fedpress
 from fedpress.core.examples import Preprocess
 from fedpress.core.files import replacing, writing
-from fedpress.deploy.examples import Example, Given, check
+from fedpress.deploy.examples import Example, Given, check_tensors
 from fedpress.errors import ExportError
 from fedpress.nn.observers import Observer
 
@@ -62,7 +62,7 @@ class Job:
                 cure="give the shape of one float32 example, or a batch of inputs as example",
             )
         if self.example is not None:
-            check(self.example, "example")
+            check_tensors(self.example, "example")
 
     @property
     def given(self) -> Given:

@@ -31,7 +31,7 @@ def example_of(given: Given) -> Example:
     """Returns a batch: of a shape two rows of zeros, since `torch.export` takes a size of one for a constant."""
     if is_shape(given):
         return torch.zeros(2, *given)
-    check(given, "the example")
+    check_tensors(given, "the example")
     return given  # type: ignore[return-value]
 
 
@@ -71,7 +71,7 @@ def with_tensors(example: Example, tensors: Sequence[Tensor]) -> Example:
     return tuple(tensors)
 
 
-def check(example: Any, where: str) -> None:
+def check_tensors(example: Any, where: str) -> None:
     """Refuses what is no example.
 
     Raises:
@@ -116,7 +116,7 @@ def take(example: Example, rows: int) -> Example:
     return with_tensors(example, [t[index] for t in tensors_of(example)])
 
 
-def split(example: Example, size: int) -> Iterator[Example]:
+def in_parts(example: Example, size: int) -> Iterator[Example]:
     """Yields the rows in batches of `size`, the last one maybe smaller."""
     for parts in zip(*(t.split(size) for t in tensors_of(example)), strict=True):
         yield with_tensors(example, parts)
@@ -250,7 +250,7 @@ def in_batches(run: Callable[[Example], list[Tensor]], example: Example, size: i
     """
     found: list[list[Tensor]] = []
     whole: set[int] = set()
-    for part in split(example, size):
+    for part in in_parts(example, size):
         rows, out = rows_of(part), run(part)
         whole |= {at for at, t in enumerate(out) if not t.dim() or len(t) != rows}
         found.append(out)

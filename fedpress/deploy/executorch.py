@@ -191,7 +191,7 @@ def open_executorch(path: str | Path, threads: int = 0) -> Session:
         library["executorch.extension.pybindings.portable_lib"]._unsafe_reset_threadpool(
             threads or os.cpu_count() or 1
         )
-    program, method = load(runtime, path, "forward")
+    program, method = load_method(runtime, path, "forward")
     if method.metadata.num_inputs() != 1:
         raise ExportError(
             (f"{path} takes {method.metadata.num_inputs()} tensors, as a program that trains does"),
@@ -222,7 +222,7 @@ def open_executorch(path: str | Path, threads: int = 0) -> Session:
     return Session(str(path), "ExecuTorch", inputs, ("logits",), compute, threads=threads)
 
 
-def load(runtime: Any, path: str | Path, method: str) -> tuple[Any, Any]:
+def load_method(runtime: Any, path: str | Path, method: str) -> tuple[Any, Any]:
     """Returns the program of a file and one of its methods.
 
     Raises:
@@ -250,6 +250,6 @@ def words(path: str | Path) -> dict[str, str]:
     """
     with silence(), hush():
         runtime = require("executorch.runtime", install=INSTALL)["executorch.runtime"]
-    _program, method = load(runtime, path, WORDS)
+    _program, method = load_method(runtime, path, WORDS)
     found: dict[str, str] = json.loads(method.execute([])[0])
     return found

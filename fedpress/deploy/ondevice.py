@@ -90,7 +90,7 @@ def export_training(
             )
     net = _compact_(_copy(model), sparse)
     example = _example(input_shape, batch_size, net)
-    _check(net, example)
+    _check_trainable(net, example)
     words = {
         **(metadata or {}),
         "input_shape": json.dumps(list(input_shape)),
@@ -152,7 +152,7 @@ def _has_zeros(weight: Tensor) -> bool:
     return 0 < zeros < weight.numel()
 
 
-def _check(net: nn.Module, example: tuple[Tensor, Tensor, Tensor]) -> None:
+def _check_trainable(net: nn.Module, example: tuple[Tensor, Tensor, Tensor]) -> None:
     """Refuses what would train otherwise on a device than here, or not at all.
 
     A program has one mode, and fills batches up with examples of weight 0, which must not reach the others.

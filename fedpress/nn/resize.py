@@ -29,7 +29,7 @@ def tensor(model: nn.Module, name: str) -> Tensor:
     return value
 
 
-class _Values(TorchFunctionMode):
+class _ComputedByValue(TorchFunctionMode):
     """While it is active, copies of tensors that were computed are copies of their values: torch refuses these."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,7 +51,7 @@ def copied(model: Module) -> Module:
     `torch.nn.utils.weight_norm` and `spectral_norm` keep the weight that they computed last so, and users keep outputs.
     Their values are copied; the history is not.
     """
-    with _Values():
+    with _ComputedByValue():
         return deepcopy(model)
 
 

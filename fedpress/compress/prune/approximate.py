@@ -4,7 +4,7 @@
 then normalised by the mean and the variance of what remains. `refit_norms_` makes good for that as far as a scale and
 a shift for each channel can: by least squares its outputs on some examples become those of the uncut network. How far
 the networks still differ is measured (`difference`), and all that has to be exact is checked with these statistics
-held still (`held`).
+held still (`constant_statistics`).
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def held(plan: PruningPlan) -> Iterator[None]:
+def constant_statistics(plan: PruningPlan) -> Iterator[None]:
     """Holds still what the norms that `plan` cut through take from all channels: all else must be exact.
 
     While it lasts a layer norm is its scale and shift alone, and means that keep their axis, with which norms are
@@ -250,11 +250,11 @@ def held(plan: PruningPlan) -> Iterator[None]:
     if not plan.approximate:
         yield
         return
-    with _Held():
+    with _ConstantStatistics():
         yield
 
 
-class _Held(TorchFunctionMode):
+class _ConstantStatistics(TorchFunctionMode):
     """Calls with statistics of channels give scale and shift alone."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedpress.compress.prune.approximate import held
+from fedpress.compress.prune.approximate import constant_statistics
 from fedpress.compress.prune.graph import Example, inputs, tensors_in
 from fedpress.compress.prune.plan import PruningPlan
 from fedpress.compress.prune.remove import mask_
@@ -49,7 +49,7 @@ def check_parity(
     Raises:
         ModelError: if the pruned network does not run, or the difference is above `tolerance` or not a number.
     """
-    with torch.random.fork_rng(devices=[]), held(plan):
+    with torch.random.fork_rng(devices=[]), constant_statistics(plan):
         return _compare(dense, pruned, plan, example, tolerance)
 
 
@@ -88,7 +88,7 @@ def fault(
     dense: nn.Module, pruned: nn.Module, plan: PruningPlan, batch: Batch, *, tolerance: float
 ) -> str | None:
     """Says what `check_parity` would find wrong on one batch, at a fraction of its cost; None if nothing is."""
-    with torch.random.fork_rng(devices=[]), held(plan):
+    with torch.random.fork_rng(devices=[]), constant_statistics(plan):
         masked, small = copied(dense).eval(), copied(pruned).eval()
         mask_(masked, plan)
         wanted = _attempt(masked, batch)
@@ -214,7 +214,7 @@ def _drawn(x: Tensor, vocabulary: int | None, size: int, draw: torch.Generator) 
     shape = (x.shape[0] + 1, *x.shape[1:]) if more else tuple(x.shape)
     if vocabulary is not None:
         return torch.randint(vocabulary, shape, generator=draw).to(x.device, x.dtype)
-    if x.is_floating_point() and not (_whole(x) and bool((x != x.flatten()[:1]).any())):
+    if x.is_floating_point() and not (_is_integral(x) and bool((x != x.flatten()[:1]).any())):
         return torch.randn(shape, generator=draw).to(x.device, x.dtype)
     return _mixed(x, shape[0], draw) if more else x
 
@@ -225,7 +225,7 @@ def _mixed(x: Tensor, examples: int, draw: torch.Generator) -> Tensor:
     return x.gather(0, which)
 
 
-def _whole(x: Tensor) -> bool:
+def _is_integral(x: Tensor) -> bool:
     return not x.is_floating_point() or bool((x == x.round()).all())
 
 
@@ -233,7 +233,7 @@ def _vocabularies(model: nn.Module, example: tuple[Tensor, ...]) -> list[int | N
     """Returns for each input the number of words of the smallest embedding that looks its values up, or None."""
     draw = torch.Generator().manual_seed(1)
     may = [
-        not x.is_complex() and x.dtype != torch.bool and x.numel() > 0 and _whole(x)
+        not x.is_complex() and x.dtype != torch.bool and x.numel() > 0 and _is_integral(x)
         for x in example
     ]
     bits = [

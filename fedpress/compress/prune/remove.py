@@ -27,7 +27,7 @@ def remove_(model: nn.Module, plan: PruningPlan) -> None:
     Raises:
         ModelError: if the model does not have the tensors of the plan, with room for its indices.
     """
-    _check(model, plan.keep)
+    _check_fits(model, plan.keep)
     keep_indices_(model, plan.keep, plan.numbers)
 
 
@@ -53,7 +53,7 @@ def mask_(model: nn.Module, plan: PruningPlan, *, nearly: bool = False) -> None:
     Raises:
         ModelError: if the model does not have the tensors of the plan, with room for its indices.
     """
-    _check(model, plan.keep)
+    _check_fits(model, plan.keep)
     directions = _directions(model)
     for name, axes in plan.keep.items():
         whole = tensor(model, name)
@@ -85,7 +85,7 @@ def _directions(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def _check(model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...]]]) -> None:
+def _check_fits(model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...]]]) -> None:
     for name, axes in keep.items():
         try:
             shape = tensor(model, name).shape
