@@ -10,9 +10,10 @@ from fedpress.federation.algorithms.fedadam import FedAdam
 from fedpress.federation.algorithms.fedavg import FedAvg
 from fedpress.federation.algorithms.fedavgm import FedAvgM
 from fedpress.federation.algorithms.fedprox import FedProx
+from fedpress.federation.algorithms.qfedavg import QFedAvg
 from fedpress.federation.algorithms.scaffold import Scaffold
 
-Row: TypeAlias = FedAvg | FedProx | FedAvgM | FedAdam | Scaffold
+Row: TypeAlias = FedAvg | FedProx | FedAvgM | FedAdam | Scaffold | QFedAvg
 """The table: a new algorithm is a file beside this one and its name here."""
 ALGORITHMS: Mapping[str, type[AlgorithmRow]] = {
     row.model_fields["kind"].default: row for row in get_args(Row)
@@ -37,6 +38,7 @@ __all__ = [
     "FedAvg",
     "FedAvgM",
     "FedProx",
+    "QFedAvg",
     "Scaffold",
     "Seen",
     "check_fits",

@@ -114,7 +114,7 @@ def test_vectors_that_are_not_finite_are_refused_and_the_rest_counts(row, bad):
         def answer(request):
             message = unpack(handle(request))
             last = sorted(message.tensors)[0 if row.extras_up else -1]
-            tensors = {**message.tensors, last: torch.full((SIZE,), bad)}
+            tensors = {**message.tensors, last: torch.full_like(message.tensors[last], bad)}
             return pack(Message("update", message.header, tensors))
 
         return answer if name == "c1" else handle
@@ -161,8 +161,16 @@ def test_a_row_that_corrects_several_steps_is_refused_for_a_joint_one(row):
     if row.corrects:
         with pytest.raises(RecipeError, match="take one step together"):
             check_fits(row, LocalSettings(), steps="joint", unit="sample")
-    else:
+    elif not row.reads_loss:
         check_fits(row, LocalSettings(), steps="joint", unit="sample")
+
+
+def test_a_row_that_asks_for_a_loss_is_refused_for_unit_sample(row):
+    if row.reads_loss:
+        with pytest.raises(RecipeError, match="which no noise covers"):
+            check_fits(row, LocalSettings(), steps="local", unit="sample")
+    elif not row.corrects:
+        check_fits(row, LocalSettings(), steps="local", unit="sample")
 
 
 def test_what_is_equal_to_another_row_gives_its_bits():
