@@ -8,8 +8,9 @@ from pydantic import BaseModel, BeforeValidator, Field
 from fedpress.federation.aggregators.mean import Mean
 from fedpress.federation.aggregators.median import Median
 from fedpress.federation.aggregators.secure import Secure
+from fedpress.federation.aggregators.trimmed import Trimmed
 
-Row: TypeAlias = Mean | Secure | Median
+Row: TypeAlias = Mean | Secure | Median | Trimmed
 """The table: a new aggregator is a file beside this one and its name here."""
 AGGREGATORS: Mapping[str, type[BaseModel]] = {
     row.model_fields["kind"].default: row for row in get_args(Row)

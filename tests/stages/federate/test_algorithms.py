@@ -142,6 +142,8 @@ def test_the_promise_is_the_same_with_a_second_vector_and_its_noise_is_not():
         (['algorithm = "qfedavg"', CLIENT % ""], "'curvature' has no bound"),
         (['algorithm = "qfedavg"', SAMPLE % ', trust = "local"'], "which no noise covers"),
         (['algorithm = "qfedavg"', 'sum = "secure"'], "planned for one vector"),
+        (['aggregator = "trimmed"', CLIENT % ""], "no bound on how far one client"),
+        (['aggregator = "trimmed"', 'weights = "examples"'], 'set weights = "equal"'),
         (['aggregator = "average"'], "mean"),
         (['algorithm = "fedsgd"'], "fedavg"),
     ],
