@@ -22,12 +22,23 @@ from fedpress.codecs.clip import Clip
 from fedpress.codecs.discretize import Discretize
 from fedpress.codecs.lowrank import LowRank
 from fedpress.codecs.noise import Noise
+from fedpress.codecs.powers import Powers
 from fedpress.codecs.quantize import Quantize, Sign, Ternary
 from fedpress.codecs.rotate import Rotate
 from fedpress.codecs.sparse import RandomK, TopK
 
 Row: TypeAlias = (
-    Clip | TopK | RandomK | Rotate | LowRank | Quantize | Sign | Ternary | Discretize | Noise
+    Clip
+    | TopK
+    | RandomK
+    | Rotate
+    | LowRank
+    | Quantize
+    | Powers
+    | Sign
+    | Ternary
+    | Discretize
+    | Noise
 )
 """The table: a new transform is a file beside this one and its name here."""
 TRANSFORMS: Mapping[str, type[BaseModel]] = {
@@ -47,6 +58,7 @@ __all__ = [
     "Key",
     "LowRank",
     "Noise",
+    "Powers",
     "Quantize",
     "RandomK",
     "Rotate",

@@ -94,6 +94,16 @@ def test_scaffold_on_a_recipe_runs_is_killed_and_goes_on_to_the_same_bits(tmp_pa
     assert result["final"]["accuracy"] > 0.3
 
 
+def test_losses_weigh_ends_are_trimmed_and_powers_travel_in_one_recipe(tmp_path):
+    recipe = text(
+        'algorithm = { kind = "qfedavg", q = 0.5 }',
+        'aggregator = { kind = "trimmed", beta = 0.25 }',
+        'uplink = [{ kind = "powers", k = 7 }]',
+        "error_feedback = true",
+    )
+    assert finish(recipe, tmp_path)["final"]["accuracy"] > 0.3
+
+
 def test_check_counts_the_bytes_of_both_vectors():
     plain, scaffold = (
         checked(text(*lines))[0] for lines in ((), ('algorithm = "scaffold"', 'weights = "equal"'))
@@ -144,6 +154,7 @@ def test_the_promise_is_the_same_with_a_second_vector_and_its_noise_is_not():
         (['algorithm = "qfedavg"', 'sum = "secure"'], "planned for one vector"),
         (['aggregator = "trimmed"', CLIENT % ""], "no bound on how far one client"),
         (['aggregator = "trimmed"', 'weights = "examples"'], 'set weights = "equal"'),
+        (['sum = "secure"', 'uplink = [{ kind = "powers" }]'], "cannot decode a sum of 'powers'"),
         (['aggregator = "average"'], "mean"),
         (['algorithm = "fedsgd"'], "fedavg"),
     ],
