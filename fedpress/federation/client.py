@@ -36,6 +36,26 @@ TASK = "task"
 """The round that left this state."""
 
 
+def check_norm(norm: str, model: nn.Module, *, sample: bool) -> None:
+    """Refuses statistics over private batches; server and clients ask before anybody trains.
+
+    Args:
+        norm: of the recipe.
+        model: that is to be trained.
+        sample: whether single examples are protected.
+
+    Raises:
+        RecipeError: if a batch norm of `model` would mix examples that are protected one by one.
+    """
+    mixes = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    if sample and mixes and norm != "frozen":
+        raise RecipeError(
+            "batch norm in training mode mixes examples, which breaks sample privacy",
+            place="federate.norm",
+            cure="use 'frozen'",
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class ClientPlan:
     """What one client holds of a run: the terms, which are the server's too, and what follows for its own work.
@@ -67,16 +87,7 @@ class ClientPlan:
             RecipeError: if the parts do not fit together.
         """
         uplink = terms.uplink
-        if (
-            terms.norm != "frozen"
-            and privacy is not None
-            and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-        ):
-            raise RecipeError(
-                "batch norm in training mode mixes examples, which breaks sample privacy",
-                place="federate.norm",
-                cure="use 'frozen'",
-            )
+        check_norm(terms.norm, model, sample=privacy is not None)
         trust = uplink.trust
         if (trust.unit == "sample") != (privacy is not None):
             raise RecipeError(

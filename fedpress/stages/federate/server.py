@@ -19,6 +19,7 @@ from fedpress.federation import (
     Transport,
     Uplink,
 )
+from fedpress.federation.client import check_norm
 from fedpress.federation.exchange import exchange
 from fedpress.federation.protocol import check_header, need, text_tensor
 from fedpress.federation.schedules import Participation
@@ -71,6 +72,8 @@ class ServerPlan:
             TrainingError: if a client does not say who it is.
         """
         contract = beginning.contract(register(transport))
+        trust = contract.uplink.trust
+        check_norm(contract.terms.norm, beginning.model, sample=trust.unit == "sample")
         plan = cls(beginning, contract, transport, _ledger(beginning.stage, ledger), secret)
         refused = agree(transport, contract)
         if len(refused) == len(contract.population):
