@@ -1,6 +1,7 @@
 """The house stays as it is drawn: floors, no import cycles, a true tree in the README, nothing tied to one machine."""
 
 import ast
+import importlib.util
 import re
 import subprocess
 from graphlib import CycleError, TopologicalSorter
@@ -191,6 +192,32 @@ def test_the_tree_in_the_readme_is_the_real_one():
             }
             undrawn = sorted(real - names - {"__init__.py"})
             assert not undrawn, f"the README does not draw {undrawn} in {folder.relative_to(ROOT)}/"
+
+
+def test_the_page_lists_every_file():
+    spec = importlib.util.spec_from_file_location("house", ROOT / "scripts" / "house.py")
+    house = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(house)
+    text = house.PAGE.read_text("utf-8")
+    assert text == house.page(), "docs/architecture.md is old; run: python scripts/house.py"
+
+
+def test_the_page_draws_the_floors_that_hold():
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    block = re.search(r"^## Floors\n.*?^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    drawn_floors = {}
+    for line in block[1].splitlines():
+        number, *words = re.split(r"\s{2,}", line)  # a column of its own says what a floor is for
+        drawn_floors[int(number)] = {word.removesuffix(".py") for word in words[:-1] or words}
+    real = {floor: set(names) - {"__init__", "__main__"} for floor, names in FLOORS.items()}
+    assert drawn_floors == real
+
+
+def test_every_place_that_the_page_names_exists():
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    named = re.findall(r"^\| `([\w./]+)` \|", text, re.MULTILINE)
+    assert len(named) > 20
+    assert [name for name in named if not (PACKAGE / name).exists()] == []
 
 
 def test_no_tracked_file_names_a_path_of_the_machine_it_was_written_on():

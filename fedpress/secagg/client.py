@@ -265,7 +265,9 @@ class SecAggClient:
             rounds = [int(number) for number in answered]
         except (KeyError, TypeError, ValueError) as error:
             raise RecipeError(
-                f"secure.state: not the state of {self.name!r} ({type(error).__name__}); load what it saved"
+                f"not the state of {self.name!r} ({type(error).__name__})",
+                place="secure.state",
+                cure="load what it saved",
             ) from error
         self._answered = {max(rounds): {"context": "another run"}} if rounds else {}
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fedpress.core import checksums, files
 from fedpress.errors import RunError
 from fedpress.models import ModelSpec, load_model, save_model
+from fedpress.tasks import task_of
 from fedpress.workspace import lock
 
 Json = Mapping[str, JsonValue]
@@ -27,7 +28,7 @@ PROGRESS = "progress.safetensors"
 INPUTS = "inputs.json"
 """In artifacts/: how raw rows of a table become the inputs of the files there."""
 NEEDED = ("kind", "name", "seconds", "parameters")
-"""What the line of a finished stage has at least."""
+"""What the line of a finished stage has at least, beside the primary metric of its task."""
 UNLISTED = (PROGRESS, "result.json")
 """Files of a stage whose checksums are listed when they are written."""
 READ = (PROGRESS, "model.safetensors", "spec.json")
@@ -512,11 +513,9 @@ class StageFolder:
         page = read_json(self._result, cure=cure)
         result, records = page.get("result"), page.get("records")
         lacks = [name for name in ("key", "records", "result") if name not in page]
-        lacks += [
-            f"result.{name}"
-            for name in NEEDED
-            if not isinstance(result, dict) or name not in result
-        ]
+        line = result if isinstance(result, dict) else {}
+        needed = (*NEEDED, task_of(line).primary)
+        lacks += [f"result.{name}" for name in needed if name not in line]
         if lacks or not isinstance(result, dict) or not isinstance(records, int):
             raise RunError(
                 f"damaged, it lacks {', '.join(lacks) or 'a number of records'}",
