@@ -97,7 +97,10 @@ def _examples(settings: DataSettings, pairs: dict[str, Any], where: str) -> Exam
         ) from error
     owners = torch.cat([torch.full((len(x),), i) for i, (x, _) in enumerate(clients.values())])
     x = torch.cat([x for x, _ in clients.values()])
-    if labels.dtype.kind == "f" or labels.ndim == 2:
+    # Whole numbers are classes, unless the recipe names a task of numbers, such as counts.
+    named = settings.task is not None and tasks.find(tasks.kind_of(settings.task)).targets
+    whole = labels.dtype.kind in "iu" and named == "numbers"
+    if labels.dtype.kind == "f" or labels.ndim == 2 or whole:
         return _of_numbers(settings, Examples(settings.source, Arrays(x, torch.zeros(len(x))),
                                               owners=owners, owner_names=tuple(clients)), labels)  # fmt: skip
     y, words = _numbered(labels, where)

@@ -86,8 +86,8 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
             the name "file", each file is a client.
         label_column: the column of whole numbers or words to be predicted (csv, parquet); of numbers for a
             regression; several for a task of several numbers or labels: `["dose", "duration"]`.
-        task: what is learned (see docs/tasks.md): "classification", "binary", "multilabel", "regression", or with
-            options `{ kind = "binary", threshold = 0.3 }`. None: as the targets are: classes are a classification.
+        task: what is learned (see docs/tasks.md): "classification", "binary", "multilabel", "regression", "poisson", or
+            with options `{ kind = "binary", threshold = 0.3 }`. None: as the targets are: classes are a classification.
         feature_columns: the columns to predict from; None: all others. One column of images is decoded.
         drop_columns: columns to leave out of the features.
         delimiter: of a CSV file.

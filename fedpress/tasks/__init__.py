@@ -16,10 +16,11 @@ from fedpress.tasks.base import Metric, Sums, Task, merged
 from fedpress.tasks.binary import Binary
 from fedpress.tasks.classification import Classification
 from fedpress.tasks.multilabel import Multilabel
+from fedpress.tasks.poisson import Poisson
 from fedpress.tasks.regression import Regression
 
 TASKS: dict[str, type[Task]] = {
-    task.kind: task for task in (Classification, Binary, Multilabel, Regression)
+    task.kind: task for task in (Classification, Binary, Multilabel, Regression, Poisson)
 }
 """Every task by its word in a recipe."""
 
@@ -124,6 +125,7 @@ __all__ = [
     "Classification",
     "Metric",
     "Multilabel",
+    "Poisson",
     "Regression",
     "Sums",
     "Task",

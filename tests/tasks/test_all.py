@@ -26,7 +26,13 @@ def numbers(n, k, chance):
     return 7 + 3 * torch.randn(n, k, generator=chance)
 
 
-TARGETS = {"flags": flags, "classes": classes, "numbers": numbers}
+def counts(n, k, chance):
+    return torch.poisson(torch.full((n, k), 3.0), generator=chance)
+
+
+TARGETS = {"flags": flags, "classes": classes, "numbers": numbers, "poisson": counts}
+"""Makes targets of each kind; a task that takes only some of its kind has a row of its own."""
+
 NAMES = {
     "classification": ("cat", "dog", "cow"),
     "binary": ("no", "yes"),
@@ -40,7 +46,7 @@ def made(kind: str, n: int, seed: int = 0) -> tuple[Task, torch.Tensor, torch.Te
     names = NAMES.get(kind, ("a", "b", "c"))
     chance = torch.Generator().manual_seed(seed)
     row = tasks.TASKS[kind]
-    targets = TARGETS[row.targets](n, len(names), chance)
+    targets = TARGETS.get(kind, TARGETS[row.targets])(n, len(names), chance)
     task = row.fit(names, targets[: n // 2])
     return task, torch.randn(n, task.outputs, generator=chance), targets
 
@@ -159,6 +165,14 @@ def test_targets_of_another_kind_are_refused(kind):
         task.check_targets(targets.double())
     with pytest.raises(DataError):
         task.check_targets(targets.reshape(4, -1, 1, 1).expand(4, -1, 2, 2).to(torch.complex64))
+
+
+@every
+def test_targets_to_try_a_network_with_belong_to_the_task(kind):
+    task, _, targets = made(kind, 4)
+    found = task.made_up(7, targets)
+    assert found.shape == (7, *targets.shape[1:])
+    task.check_targets(found)
 
 
 @every

@@ -1,0 +1,160 @@
+"""Poisson regression: how often something happens, from counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+from torch.nn.functional import poisson_nll_loss
+
+from fedpress.errors import DataError
+from fedpress.tasks.base import Metric, Reduction, Sums, Task, number, reduced
+
+
+@dataclass(frozen=True)
+class Poisson(Task):
+    """Counts 0, 1, 2, ...: targets float32 [n] or [n, k]; outputs [n, k] are the logarithms of the rates.
+
+    Attributes:
+        names: of the k counts.
+        mean: of each count, on the public part; empty where no target is public. The metrics compare with it.
+
+    >>> task = Poisson(("visits",), mean=(3.0,))
+    >>> task.to_targets(torch.tensor([[0.0]]))
+    tensor([[1.]])
+    """
+
+    names: tuple[str, ...]
+    mean: tuple[float, ...] = ()
+
+    kind = "poisson"
+    targets = "numbers"
+    words = (
+        Metric(
+            "deviance",
+            "Poisson deviance",
+            "lower",
+            says="the mean Poisson deviance; 0 is a prediction that meets every count",
+        ),
+        Metric("mae", "MAE", "lower", says="the mean absolute error, in counts"),
+        Metric(
+            "deviance_of_mean",
+            "deviance of the mean",
+            "lower",
+            says="that of always answering the public mean",
+        ),
+        Metric("loss", "loss", "lower"),
+    )
+    beside = ("deviance_warning",)
+
+    def __post_init__(self) -> None:
+        if len(self.mean) not in (0, len(self.names)):
+            raise DataError(
+                f"{len(self.names)} counts but {len(self.mean)} means",
+                place="task 'poisson'",
+                cure="give one mean for every count",
+            )
+
+    @classmethod
+    def fit(cls, names: tuple[str, ...], public: Tensor) -> Poisson:
+        """Takes the mean of public targets [n] or [n, k]."""
+        if not len(public):
+            return cls(names)
+        columns = public.double().reshape(len(public), len(names))
+        return cls(names, tuple(columns.mean(0).tolist()))
+
+    def loss(self, outputs: Tensor, targets: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+        """Returns `rate - count * log(rate)`; that of an example is the mean over its counts.
+
+        It is the negative log likelihood without `log(count!)`, which no output can change; so it may be below 0.
+        """
+        counts = self._columns(targets)
+        each = poisson_nll_loss(
+            self._columns(outputs.float()), counts, log_input=True, reduction="none"
+        )
+        return reduced(each.mean(1), reduction)
+
+    def _columns(self, values: Tensor) -> Tensor:
+        return values.reshape(len(values), len(self.names))
+
+    def to_targets(self, outputs: Tensor) -> Tensor:
+        """Returns the rates, in counts."""
+        return outputs.exp()
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> Sums:
+        """Returns sums over the examples; each term is the mean over the counts of one."""
+        counts = self._columns(targets).double()
+        log_rates = self._columns(outputs.detach().double())
+        rates = self.to_targets(log_rates)
+        log_means = counts.new_tensor(self.mean or [1.0] * len(self.names)).log()
+        broken = ~(log_rates.isfinite() & rates.isfinite()).all(1)
+        return {
+            "deviance": deviances(log_rates, counts).mean(1).sum(),
+            "mae": (rates - counts).abs().mean(1).sum(),
+            "deviance_of_mean": deviances(log_means.expand_as(counts), counts).mean(1).sum(),
+            "examples": torch.tensor(len(counts)),
+            "broken": broken.sum(),
+        }
+
+    def summary(self, sums: Sums) -> dict[str, JsonValue]:
+        """Returns the metrics of `words`, and `deviance_warning` where the model is no better than the mean."""
+        n, broken = int(sums["examples"]), int(sums["broken"])
+        # 0 / 0 of no example is NaN, of which `number` makes None.
+        deviance = number(sums["deviance"] / n)
+        of_mean = number(sums["deviance_of_mean"] / n) if self.mean else None
+        warning = None
+        if broken:
+            warning = f"the predicted rates are not finite on {broken:,} of {n:,} test examples"
+        elif deviance is not None and of_mean is not None and deviance >= of_mean:
+            warning = (
+                f"with a mean Poisson deviance of {deviance:.4g} the model is no better than always answering "
+                f"the mean of the public part ({of_mean:.4g})"
+            )
+        return {
+            "deviance": deviance,
+            "mae": number(sums["mae"] / n),
+            "deviance_of_mean": of_mean,
+            "deviance_warning": warning,
+        }
+
+    def check_targets(self, targets: Tensor) -> None:
+        """Refuses targets that are no counts.
+
+        Raises:
+            DataError: saying what was expected.
+        """
+        super().check_targets(targets)
+        if not bool(((targets >= 0) & (targets == targets.floor())).all()):
+            raise DataError(
+                "some targets are below 0 or no whole numbers",
+                cure=(
+                    "the task poisson needs counts (0, 1, 2, ...): leave out those rows, "
+                    'or take task = "regression"'
+                ),
+            )
+
+    def made_up(self, n: int, like: Tensor) -> Tensor:
+        """Returns the counts 0, 1, 2, 0, 1, ... in the shape and type of `like` [m, ...]."""
+        each = (torch.arange(n) % 3).to(like.dtype)
+        return each.reshape(n, *[1] * (like.dim() - 1)).expand(n, *like.shape[1:]).contiguous()
+
+    def about(self) -> dict[str, JsonValue]:
+        """Returns the names and the public mean; a device answers `exp(output)`."""
+        return {**super().about(), "mean": list(self.mean)}
+
+
+def deviances(log_rates: Tensor, counts: Tensor) -> Tensor:
+    """Returns the Poisson deviance of each count (McCullagh and Nelder 1989, section 2.3).
+
+    Args:
+        log_rates: the predictions [n, k].
+        counts: [n, k].
+
+    >>> deviances(torch.tensor([[0.0]]), torch.tensor([[0.0]]))
+    tensor([[2.]])
+    """
+    # A count of 0 adds its rate alone, also where the rate is 0 and its logarithm is no number to multiply by.
+    surprise = torch.where(counts > 0, counts * (counts.log() - log_rates), 0.0)
+    return 2 * (surprise - counts + log_rates.exp())
