@@ -19,13 +19,12 @@ from pathlib import Path
 import torch
 
 from fedpress import data
-from fedpress.core.examples import Arrays, Preprocess
+from fedpress.core.examples import Arrays, Preprocess, resized
 from fedpress.data import DataSettings, FederatedData
 from fedpress.pipeline import recipe
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.start import load_data
-from fedpress.training.augment import resized
 from fedpress.workspace.folder import RunFolder
 
 RECIPE = """
