@@ -3,13 +3,14 @@ import pytest
 import torch
 
 from fedpress.codecs import Key
-from fedpress.federation.aggregators import median
+from fedpress.federation.aggregators import centre
 from fedpress.federation.aggregators.base import Contribution
-from fedpress.federation.aggregators.median import Median, MedianOf
+from fedpress.federation.aggregators.centre import Kept
+from fedpress.federation.aggregators.median import Median
 
 
 def medians(rows):
-    gathering = MedianOf({"update": rows.shape[1]})
+    gathering = Kept({"update": rows.shape[1]}, Median().centre)
     for row in rows:
         gathering.add(Contribution(Key(1, 1, "c"), 1.0, {"update": row}))
     return gathering.close().vectors["update"]
@@ -25,7 +26,7 @@ def test_medians_are_those_of_numpy(clients):
 def test_blocks_do_not_show(monkeypatch):
     rows = torch.randn(5, 23, generator=torch.Generator().manual_seed(0))
     whole = medians(rows)
-    monkeypatch.setattr(median, "BLOCK", 4)
+    monkeypatch.setattr(centre, "BLOCK", 4)
     assert torch.equal(medians(rows), whole)
 
 
@@ -44,5 +45,5 @@ def test_the_middle_of_the_largest_floats_is_finite():
 def test_nothing_that_came_is_zeros_without_weight():
     total = Median().begin([], [], Key(1, 1, "s")).close()
     assert (total.vectors, total.weight) == ({}, 0.0)
-    total = MedianOf({"update": 3}).close()
+    total = Kept({"update": 3}, Median().centre).close()
     assert (total.vectors["update"].tolist(), total.weight) == ([0.0] * 3, 0.0)

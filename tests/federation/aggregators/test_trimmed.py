@@ -2,13 +2,14 @@ import pytest
 import torch
 
 from fedpress.codecs import Key
-from fedpress.federation.aggregators import trimmed
+from fedpress.federation.aggregators import centre
 from fedpress.federation.aggregators.base import Contribution
-from fedpress.federation.aggregators.trimmed import Trimmed, TrimmedOf
+from fedpress.federation.aggregators.centre import Kept
+from fedpress.federation.aggregators.trimmed import Trimmed
 
 
 def trim(rows, beta):
-    gathering = TrimmedOf({"update": rows.shape[1]}, beta)
+    gathering = Kept({"update": rows.shape[1]}, Trimmed(beta=beta).centre)
     for row in rows:
         gathering.add(Contribution(Key(1, 1, "c"), 1.0, {"update": row}))
     return gathering.close().vectors["update"]
@@ -29,7 +30,7 @@ def test_each_coordinate_is_the_mean_of_its_middle_values(clients, beta):
 def test_blocks_do_not_show(monkeypatch):
     rows = torch.randn(5, 23, generator=torch.Generator().manual_seed(0))
     whole = trim(rows, 0.2)
-    monkeypatch.setattr(trimmed, "BLOCK", 4)
+    monkeypatch.setattr(centre, "BLOCK", 4)
     assert torch.equal(trim(rows, 0.2), whole)
 
 

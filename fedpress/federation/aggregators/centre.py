@@ -1,0 +1,97 @@
+"""What aggregators share that keep every update of a round and take a centre of each coordinate by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from fedpress.codecs import Bound, Key
+from fedpress.core.names import ClientId
+from fedpress.federation.aggregators.base import Contribution, Total, Weights
+from fedpress.federation.exchange import Transport
+from fedpress.federation.way import Way
+from fedpress.wire.message import JSON
+
+BLOCK = 1 << 20
+"""Values that are sorted at a time: sorting needs a second copy of what it sorts."""
+
+
+class Centre(BaseModel):
+    """The answers of such a row; it says itself what the centre is.
+
+    It keeps every update of a round: cohort x d float32 values.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def centre(self, rows: Tensor) -> Tensor:
+        """Returns the centre [d] of each column of `rows` [n, d] in float64."""
+        raise NotImplementedError
+
+    @property
+    def sees_updates(self) -> bool:
+        """Compares single updates."""
+        return True
+
+    @property
+    def weights(self) -> Weights:
+        """Each client counts once: by examples, one client that claims many would decide alone."""
+        return "equal"
+
+    @property
+    def sums(self) -> bool:
+        """A centre: it is not divided."""
+        return False
+
+    def sensitivity(self, moved: Bound, cohort: int) -> float | None:
+        """No promise: one client can move every coordinate from one neighbour of the centre to the next."""
+        return None
+
+    def check(self, ways: Sequence[Way]) -> None:
+        """Compares after decoding, so every codec will do."""
+
+    def open(self, transport: Transport | None = None, run: str = "") -> Self:
+        """Needs no set-up."""
+        return self
+
+    def invite(self, cohort: Sequence[ClientId]) -> dict[str, JSON]:
+        """Clients need not know of each other."""
+        return {}
+
+    def begin(self, ways: Sequence[Way], cohort: Sequence[ClientId], key: Key) -> Kept:
+        """Begins with nothing."""
+        return Kept({way.name: way.size for way in ways}, self.centre)
+
+
+@dataclass(eq=False)
+class Kept:
+    """The updates of a round, kept until all are there.
+
+    Attributes:
+        sizes: of the vectors, by name.
+        centre: [n, d] -> [d] in float64.
+        kept: the vectors of each client.
+    """
+
+    sizes: dict[str, int]
+    centre: Callable[[Tensor], Tensor]
+    kept: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def add(self, contribution: Contribution) -> None:
+        """Keeps the vectors; the weight does not matter."""
+        self.kept.append({name: contribution.vectors[name].float() for name in self.sizes})
+
+    def close(self) -> Total:
+        """Returns the centres, zeros if nothing came."""
+        centres = {}
+        for name, size in self.sizes.items():
+            centres[name] = torch.zeros(size, dtype=torch.float64)
+            for at in range(0, size if self.kept else 0, BLOCK):
+                block = torch.stack([vectors[name][at : at + BLOCK] for vectors in self.kept])
+                centres[name][at : at + BLOCK] = self.centre(block)
+        return Total(centres, float(len(self.kept)))
