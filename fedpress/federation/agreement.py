@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, Literal
-
-from pydantic import BaseModel
+from typing import Literal
 
 from fedpress.core import parameters, random
+from fedpress.core.canonical import JSON, canonical
 from fedpress.errors import RecipeError, WireError
 from fedpress.federation.algorithms import Algorithm, FedAvg, check_fits
 from fedpress.federation.downlink import Downlink
@@ -20,7 +18,6 @@ from fedpress.federation.local import LocalSettings, Prepare
 from fedpress.federation.schedules import Schedule
 from fedpress.federation.uplink import Uplink
 from fedpress.tasks import Task
-from fedpress.wire.message import JSON
 
 FEDAVG = FedAvg()
 VERSION = 1
@@ -173,43 +170,6 @@ def commitment(seed: int) -> str:
     A small seed can be found by trying; what must stay secret hangs on 256 bits of the operating system instead.
     """
     return random.fingerprint("fedpress seed", seed)[:32]
-
-
-def canonical(value: Any) -> JSON:
-    """Returns `value` as JSON that names no class, so that a class may be renamed.
-
-    Of settings and dataclasses it takes the fields, and the `kind` where the class has one. A class whose fields are
-    not what must be alike says so by a method `agreed`, which returns a table.
-
-    Raises:
-        TypeError: if it is something of which nobody knows what must be alike.
-
-    >>> canonical((1, math.inf, b"key"))
-    [1, 'inf', '6b6579']
-    """
-    if hasattr(value, "agreed"):
-        return canonical(value.agreed())
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, list | tuple):
-        return [canonical(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): canonical(item) for key, item in value.items()}
-    if isinstance(value, BaseModel):
-        return {name: canonical(getattr(value, name)) for name in type(value).model_fields}
-    if is_dataclass(value):
-        kind = getattr(value, "kind", None)
-        named = {} if kind is None else {"kind": canonical(kind)}
-        return named | {one.name: canonical(getattr(value, one.name)) for one in fields(value)}
-    if callable(value):
-        return str(value.__name__)
-    raise TypeError(
-        f"agreement: {type(value).__name__} has no canonical JSON; give it a method `agreed`"
-    )
 
 
 def _leaves(name: str, value: JSON) -> Iterator[tuple[str, JSON]]:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fedpress.codecs import Key
 from fedpress.core import random
+from fedpress.core.canonical import JSON
 from fedpress.privacy.noise.mechanism import noise_sum
 from fedpress.privacy.plan import PrivacyPlan
-from fedpress.wire.message import JSON
 
 SURELY = 12.0
 """Standard deviations that noise is never away from zero: once in 1e32 times."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedpress.codecs import Key
 from fedpress.core import parameters
+from fedpress.core.canonical import JSON
 from fedpress.core.examples import Arrays
 from fedpress.core.parameters import trainable
 from fedpress.errors import DivergedError, RecipeError, TrainingError
@@ -22,7 +23,6 @@ from fedpress.privacy.plan import PrivacyPlan
 from fedpress.tasks import Task
 from fedpress.training.device import Precision, autocast, memory_format
 from fedpress.training.evaluate import evaluating, outputs
-from fedpress.wire.message import JSON
 
 Prepare: TypeAlias = "Callable[[Tensor, torch.Generator], Tensor]"
 Measures: TypeAlias = "dict[str, JSON]"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpress.core import parameters, random
+from fedpress.core.canonical import JSON
 from fedpress.core.parameters import trainable
 from fedpress.errors import RecipeError, TrainingError
 from fedpress.federation.local import LocalSettings, LocalWork, Measures, Outcome, Step, Steps
@@ -21,7 +22,6 @@ from fedpress.privacy.per_example.gradients import (
 from fedpress.privacy.per_example.sgd import private_gradients, step_
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.training.device import memory_format, uses_bf16
-from fedpress.wire.message import JSON
 
 
 def private_steps(model: nn.Module, work: LocalWork) -> Steps:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from fedpress.codecs import Bound, Clip, Key, Noise, Settings
+from fedpress.core.canonical import JSON
 from fedpress.errors import DivergedError, RecipeError, TrainingError, WireError
 from fedpress.federation.aggregators.base import Aggregator, Weights
 from fedpress.federation.failures import Tally
@@ -24,7 +25,6 @@ from fedpress.federation.sampling import Cohort
 from fedpress.federation.servernoise import ServerNoise
 from fedpress.federation.vectors import Extra
 from fedpress.privacy.plan import PrivacyPlan
-from fedpress.wire.message import JSON
 
 Unit: TypeAlias = Literal["sample", "client"]
 Kind: TypeAlias = Literal["open", "local", "distributed", "central"]

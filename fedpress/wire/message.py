@@ -11,16 +11,14 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite, prod
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from fedpress.core.canonical import JSON
 from fedpress.errors import WireError
 from fedpress.wire.packing import expand, shrink
 from fedpress.wire.reader import Reader, fail, varint
-
-JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
 MAGIC = b"FPRS"
 VERSION = 2

@@ -9,11 +9,11 @@ from typing import Literal, Protocol, TypeAlias
 from torch import Tensor
 
 from fedpress.codecs import Bound, Key
+from fedpress.core.canonical import JSON
 from fedpress.core.names import ClientId
 from fedpress.federation.exchange import Transport
 from fedpress.federation.vectors import Vectors
 from fedpress.federation.way import Way
-from fedpress.wire.message import JSON
 
 Weights: TypeAlias = Literal["examples", "equal"]
 

@@ -11,11 +11,11 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from fedpress.codecs import Bound, Key
+from fedpress.core.canonical import JSON
 from fedpress.core.names import ClientId
 from fedpress.federation.aggregators.base import Contribution, Total, Weights
 from fedpress.federation.exchange import Transport
 from fedpress.federation.way import Way
-from fedpress.wire.message import JSON
 
 BLOCK = 1 << 20
 """Values that are sorted at a time: sorting needs a second copy of what it sorts."""
