@@ -87,7 +87,7 @@ ERRORS = {
 }
 INCOMPLETE = {
     "cli": 2, "codecs": 3, "compress": 30, "core": 3, "data": 19, "deploy": 5, "federation": 15, "models": 6,
-    "nn": 4, "pipeline": 6, "privacy": 5, "secagg": 6, "stages": 4, "storage": 3, "tasks": 12, "training": 2,
+    "nn": 4, "pipeline": 6, "privacy": 5, "secagg": 6, "stages": 4, "storage": 3, "training": 2,
     "wire": 1,
 }  # fmt: skip
 """Errors of a room that pass on a sentence of somebody else, or lack a place or a cure; only fewer is right."""

@@ -76,7 +76,8 @@ class FederatedData:
             try:
                 self.task.check_targets(arrays.y)
             except DataError as error:
-                raise DataError(error.told(), place=where) from error
+                error.place = where
+                raise
 
     def _default_task(self) -> Task:
         y = next(iter(self.clients.values())).y

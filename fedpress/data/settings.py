@@ -38,7 +38,7 @@ def _known_task(given: str | dict[str, JsonValue]) -> str | dict[str, JsonValue]
     try:
         tasks.check_settings(given)
     except FedpressError as error:
-        raise ValueError(str(error).partition(": ")[2]) from error
+        raise ValueError(error.told(place="")) from error
     return given
 
 

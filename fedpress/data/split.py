@@ -16,7 +16,7 @@ from fedpress.data.dealing import Ask, Pool
 from fedpress.data.examples import Examples, Inputs, TargetRows
 from fedpress.data.partition import Iid, Natural
 from fedpress.data.settings import DataSettings
-from fedpress.errors import DataError, did_you_mean
+from fedpress.errors import DataError, did_you_mean, renaming
 from fedpress.tasks import Task
 
 
@@ -202,7 +202,8 @@ def _task(
     """Makes the task that the recipe names, or that these targets are for."""
     given = settings.task if settings.task is not None else tasks.DEFAULT[examples.kind]
     kind = tasks.kind_of(given)
-    wanted = tasks.find(kind).targets
+    with renaming({"task": "data.task"}):
+        wanted = tasks.find(kind).targets
     if wanted != examples.kind:
         fits = ", ".join(name for name, row in tasks.TASKS.items() if row.targets == examples.kind)
         raise DataError(
@@ -210,7 +211,8 @@ def _task(
             place="data.task",
             cure=f"set one of {fits}, or give other data",
         )
-    return tasks.make(given, names, public)
+    with renaming({"task": "data.task"}):
+        return tasks.make(given, names, public)
 
 
 def _preprocess(public: Tensor, settings: DataSettings) -> Preprocess:

@@ -88,7 +88,8 @@ def _check_outputs(
             f"make it return {data.task.outputs} numbers, for instance with "
             f"recipe.model.arguments.num_classes = {data.task.outputs}"
         )
-        if not error.cure:
+        dims = targets.dim() + 1 if data.task.targets == "classes" else 2
+        if not isinstance(found, Tensor) or found.dim() != dims:
             cure = (
                 "without labels (a command without data, or with inputs alone) it can be cut, "
                 "quantized and exported"

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedpress.errors import RecipeError, did_you_mean
+from fedpress.errors import RecipeError, suggestion
 from fedpress.tasks.base import Metric, Sums, Task, merged
 from fedpress.tasks.binary import Binary
 from fedpress.tasks.classification import Classification
@@ -39,8 +39,11 @@ def find(kind: str) -> type[Task]:
         RecipeError: if there is none of this name.
     """
     if kind not in TASKS:
-        near = did_you_mean(kind, list(TASKS))
-        raise RecipeError(f"no task '{kind}' (known: {', '.join(TASKS)}){near}", place="data.task")
+        raise RecipeError(
+            f"no task '{kind}' (known: {', '.join(TASKS)})",
+            place="task",
+            cure=suggestion(kind, list(TASKS)) or "choose one of them",
+        )
     return TASKS[kind]
 
 
@@ -61,8 +64,9 @@ def check_settings(given: str | Mapping[str, Any]) -> None:
         if key not in (*known, "kind"):
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise RecipeError(
-                f"{row.kind} has no option '{key}' ({has}){did_you_mean(key, known)}",
-                place="data.task",
+                f"{row.kind} has no option '{key}' ({has})",
+                place="task",
+                cure=suggestion(key, known) or "leave it out",
             )
 
 
@@ -89,7 +93,9 @@ def make(given: str | Mapping[str, Any], names: tuple[str, ...], public: Tensor)
         )  # type: ignore[type-var]
     except (TypeError, ValueError) as error:
         raise RecipeError(
-            f"{row.kind} does not take these options: {error}", place="data.task"
+            f"{row.kind} does not take {options}: {error}",
+            place="task",
+            cure="leave these options out, or give each a value like its default",
         ) from error
 
 

@@ -185,6 +185,7 @@ class Task(ABC):
             of_one = got[1:] if isinstance(got, list) else got
             raise ModelError(
                 f"gives outputs {of_one} for one example, expected {self.expected}",
+                place="outputs",
                 cure=f"make it return {self.outputs} numbers",
             )
 
@@ -253,7 +254,12 @@ def check_numbers(targets: Tensor, width: int, kind: str) -> None:
     if targets.dtype != torch.float32 or list(targets.shape[1:]) not in shapes:
         raise DataError(
             f"targets of type {targets.dtype} and shape {list(targets.shape)}",
+            place="targets",
             cure=f"the task {kind} needs float32 [n, {width}]{(' or [n]' if width == 1 else '')}",
         )
     if not bool(targets.isfinite().all()):
-        raise DataError("some targets are NaN or infinite", cure="fill or leave out those rows")
+        raise DataError(
+            "some targets are NaN or infinite",
+            place="targets",
+            cure="fill or leave out those rows",
+        )

@@ -97,7 +97,9 @@ class Binary(Task):
         Classification(self.names).check_targets(targets)
         if targets.dim() != 1:
             raise DataError(
-                f"labels of {targets.dim()} dimensions", cure="the task binary needs int64 [n]"
+                f"labels of {targets.dim()} dimensions",
+                place="targets",
+                cure="the task binary needs int64 [n]",
             )
 
 

@@ -207,10 +207,13 @@ class Classification(Task):
         if not isinstance(got, list) or len(got) != len(expected):
             raise ModelError(
                 f"gives outputs {of_one} for one example, not [classes] as a classifier does, "
-                "and accuracy needs one"
+                "and accuracy needs one",
+                place="outputs",
+                cure=f"make it return {len(self.names)} numbers for each label",
             )
         raise ModelError(
             f"gives outputs {of_one} for one example but the data has {len(self.names)} classes",
+            place="outputs",
             cure=f"make it return {len(self.names)} numbers",
         )
 
@@ -219,11 +222,14 @@ class Classification(Task):
         if targets.dtype != torch.int64 or targets.dim() < 1:
             raise DataError(
                 f"labels of type {targets.dtype} and {targets.dim()} dimensions",
+                place="targets",
                 cure="give int64 [n]",
             )
         counted = targets[targets != IGNORED] if targets.dim() > 1 else targets
         if not bool(((counted >= 0) & (counted < len(self.names))).all()):
             # The label itself may be private, so it is not told.
             raise DataError(
-                "some labels are no class number", cure=f"expected 0 to {len(self.names) - 1}"
+                "some labels are no class number",
+                place="targets",
+                cure=f"expected 0 to {len(self.names) - 1}",
             )

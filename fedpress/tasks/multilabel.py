@@ -94,5 +94,6 @@ class Multilabel(Task):
         if targets.dim() != 2 or not bool(((targets == 0) | (targets == 1)).all()):
             raise DataError(
                 f"some targets are not 0 or 1 for each of {len(self.names)} labels",
+                place="targets",
                 cure="give float32 [n, labels]",
             )

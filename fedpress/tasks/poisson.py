@@ -129,6 +129,7 @@ class Poisson(Task):
         if not bool(((targets >= 0) & (targets == targets.floor())).all()):
             raise DataError(
                 "some targets are below 0 or no whole numbers",
+                place="targets",
                 cure=(
                     "the task poisson needs counts (0, 1, 2, ...): leave out those rows, "
                     'or take task = "regression"'

@@ -152,18 +152,18 @@ def test_a_network_of_another_width_is_refused_with_the_number_that_fits(kind):
     task, outputs, targets = made(kind, 4)
     task.check(outputs, targets)
     wrong = torch.cat([outputs, outputs], 1)
-    with pytest.raises(ModelError, match=f"make it return {task.outputs} numbers"):
+    with pytest.raises(ModelError, match=rf"^outputs: .*make it return {task.outputs} numbers"):
         task.check(wrong, targets)
-    with pytest.raises(ModelError, match="gives outputs list"):
+    with pytest.raises(ModelError, match=r"^outputs: gives outputs list"):
         task.check([outputs], targets)
 
 
 @every
 def test_targets_of_another_kind_are_refused(kind):
     task, _, targets = made(kind, 4)
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match=r"^targets: .*; "):
         task.check_targets(targets.double())
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match=r"^targets: .*; "):
         task.check_targets(targets.reshape(4, -1, 1, 1).expand(4, -1, 2, 2).to(torch.complex64))
 
 
