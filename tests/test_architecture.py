@@ -267,7 +267,6 @@ BRANCHY = {
     "deploy.qdq.edges:_members": "not divided yet",
     "deploy.qdq.edges:integer_operations": "not divided yet",
     "deploy.qdq.weights:choose_weights_": "not divided yet",
-    "secagg.server:_bodies": "not divided yet",
     "stages.federate.stage:run": "not divided yet",
 }
 """Functions that branch more, and why; it may only become shorter."""

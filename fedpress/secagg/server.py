@@ -238,47 +238,7 @@ class SecureRound:
                 place=f"round {self._facts.number}",
                 cure="send the requests first",
             )
-        bodies = self._bodies()
-        facts, clients = self._facts, self._settled()
-        starts = np.cumsum([0, *map(len, self._wanted)])
-        holders = np.array(sorted(bodies))
-        unread = np.stack([np.frombuffer(bodies[k], np.uint8, len(clients)) for k in holders])
-        shares = np.stack(
-            [np.frombuffer(bodies[k], np.uint8, offset=len(clients)) for k in holders]
-        )
-        shares = shares.reshape(len(holders), -1, SEED)
-        kept = np.concatenate(
-            [
-                self._reports[i]["commitments"][rows]
-                for i, rows in zip(clients, self._wanted, strict=True)
-            ]
-        )
-        seeds = np.zeros((starts[-1], SEED), np.uint8)
-        groups: dict[
-            bytes, list[int]
-        ] = {}  # clients whose shares were readable for the same holders
-        for at in range(len(clients)):
-            groups.setdefault(unread[:, at].tobytes(), []).append(at)
-        for key, members in groups.items():
-            able = np.flatnonzero(np.frombuffer(key, np.uint8) == 0)
-            rows = np.concatenate([np.arange(starts[at], starts[at + 1]) for at in members])
-            name = facts.names[clients[members[0]]]
-            if len(able) < self._plan.threshold:
-                raise self._closed(
-                    f"only {len(able)} of the committee can read what {name!r} sent them"
-                )
-            expected = [row.tobytes() for row in kept[rows]]
-            found, lost = recover(
-                shares[np.ix_(able, rows)],
-                (holders[able] + 1).tolist(),
-                self._plan.threshold,
-                lambda number, seed, expected=expected: commitment(seed) == expected[number],  # type: ignore[misc]
-            )
-            if lost:
-                raise self._closed(
-                    "the shares of the committee do not fit what clients committed to"
-                )
-            seeds[rows] = found
+        seeds = self._seeds(self._bodies())
         total = self._total.copy()
         add_masks_(total, self._to_remove(seeds))
         return centred(total, self._plan.bits)
@@ -320,38 +280,87 @@ class SecureRound:
     def _bodies(self) -> dict[int, bytes]:
         """Returns what the members answered, by place in the committee, as far as it can be opened."""
         assert self._asked is not None
-        facts, threshold, places = self._facts, self._plan.threshold, sorted(self._answers)
+        places, threshold = sorted(self._answers), self._plan.threshold
         if len(places) < threshold:
             raise self._closed(
                 f"{len(places)} of the committee answered, and at least {threshold} must"
             )
-        rank = {
-            k: at for at, k in enumerate(k for k, i in enumerate(facts.committee) if self._asked[i])
-        }
-        owners = [rank[k] for k in places]
-        locks = np.stack([self._answers[k]["locks"][owners] for k in places])  # [owner, holder, 32]
-        opens = np.stack([self._answers[k]["opens"][owners] for k in places])  # [holder, owner, 32]
-        expected = [self._answers[k]["commitment"].tobytes() for k in places]
-        keys, lost = recover(
-            locks.transpose(1, 0, 2) ^ opens,
-            [k + 1 for k in places],
-            threshold,
-            lambda number, key: commitment(key) == expected[number],
-        )
         digests = np.stack([self._reports[i]["digest"] for i in self._settled()])
-        label = list_digest(facts, self._asked, digests)
+        label = list_digest(self._facts, self._asked, digests)
         bodies = {}
-        for at, k in enumerate(places):
-            body = unseal(
-                keys[at].tobytes(), bytes(NONCE), self._answers[k]["body"].tobytes(), label
-            )
-            if at not in lost and body is not None:
-                bodies[k] = body
+        for place, key in self._body_keys(places).items():
+            sealed = self._answers[place]["body"].tobytes()
+            body = unseal(key, bytes(NONCE), sealed, label)
+            if body is not None:
+                bodies[place] = body
         if len(bodies) < threshold:
             raise self._closed(
                 f"{len(bodies)} of the committee gave right answers, and at least {threshold} must"
             )
         return bodies
+
+    def _body_keys(self, places: list[int]) -> dict[int, bytes]:
+        """Returns the keys with which the members at `places` sealed their answers, as far as shares give them.
+
+        Each member split its key among those of the committee who reported (see `SecAggClient.unmask`): its `locks`
+        are the shares, hidden, and the others' `opens` take off what hides them.
+        """
+        assert self._asked is not None
+        reported = [k for k, i in enumerate(self._facts.committee) if self._asked[i]]
+        owners = [reported.index(k) for k in places]
+        answers = [self._answers[k] for k in places]
+        locks = np.stack([one["locks"][owners] for one in answers])  # [owner, holder, 32]
+        opens = np.stack([one["opens"][owners] for one in answers])  # [holder, owner, 32]
+        expected = [one["commitment"].tobytes() for one in answers]
+        keys, lost = recover(
+            locks.transpose(1, 0, 2) ^ opens,
+            [k + 1 for k in places],
+            self._plan.threshold,
+            lambda number, key: commitment(key) == expected[number],
+        )
+        return {k: keys[at].tobytes() for at, k in enumerate(places) if at not in lost}
+
+    def _seeds(self, bodies: Mapping[int, bytes]) -> np.ndarray:
+        """Returns the seeds that were wanted, uint8 [seeds, SEED], from the shares in the members' `bodies`.
+
+        A body begins with a flag for each client whose shares the member could not read. So clients are recovered in
+        groups: those whose shares the same members could read.
+        """
+        clients, holders = self._settled(), np.array(sorted(bodies))
+        raw = np.stack([np.frombuffer(bodies[k], np.uint8) for k in holders])
+        unread, shares = np.split(raw, [len(clients)], axis=1)
+        shares = shares.reshape(len(holders), -1, SEED)
+        kept = [self._reports[i]["commitments"] for i in clients]
+        expected = np.concatenate([all[i] for all, i in zip(kept, self._wanted, strict=True)])
+        ends = np.cumsum([0, *map(len, self._wanted)])
+        seeds = np.zeros((ends[-1], SEED), np.uint8)
+        groups: dict[bytes, list[int]] = {}
+        for at in range(len(clients)):
+            groups.setdefault(unread[:, at].tobytes(), []).append(at)
+        for flags, members in groups.items():
+            able = np.flatnonzero(np.frombuffer(flags, np.uint8) == 0)
+            if len(able) < self._plan.threshold:
+                name = self._facts.names[clients[members[0]]]
+                raise self._closed(
+                    f"only {len(able)} of the committee can read what {name!r} sent them"
+                )
+            rows = np.concatenate([np.arange(ends[at], ends[at + 1]) for at in members])
+            points = (holders[able] + 1).tolist()
+            seeds[rows] = self._recovered(shares[np.ix_(able, rows)], points, expected[rows])
+        return seeds
+
+    def _recovered(self, shares: np.ndarray, points: list[int], expected: np.ndarray) -> np.ndarray:
+        """Returns the secrets of `shares` [points, secrets, SEED], all of which must fit what was committed to."""
+        commitments = [row.tobytes() for row in expected]
+        found, lost = recover(
+            shares,
+            points,
+            self._plan.threshold,
+            lambda number, seed: commitment(seed) == commitments[number],
+        )
+        if lost:
+            raise self._closed("the shares of the committee do not fit what clients committed to")
+        return found
 
     def _to_remove(self, seeds: np.ndarray) -> list[tuple[bytes, bool]]:
         """Returns the masks left in the total, each with the opposite sign."""
