@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedpress import compress, data
-from fedpress.core.random import derive, generator
+from fedpress.core.random import derive
+from fedpress.core.random_source import public_stream
 from fedpress.data import FederatedData
 from fedpress.pipeline.recipe import load
 from fedpress.training.evaluate import evaluate
@@ -147,10 +148,10 @@ def trained(model: nn.Module, examples: FederatedData, epochs: int, seed: int) -
     steps = epochs * (len(public) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.003, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.003, total_steps=steps)
-    draw = generator(seed, "order")
+    draw = public_stream(seed, "order")
     model.train()
     for _ in range(epochs):
-        order = torch.randperm(len(public), generator=draw)
+        order = draw.permutation(len(public))
         for some in order[: len(order) // batch * batch].view(-1, batch):
             loss = F.cross_entropy(model(examples.preprocess(public.x[some])), public.y[some])
             optimizer.zero_grad()
@@ -171,7 +172,9 @@ def arms(
             yield F.cross_entropy(dense(examples.preprocess(x)), y)
 
     graph = compress.trace(dense, examples.preprocess(public.x[:2]), approximate=NORMS)
-    scores = compress.score(dense, graph, name, losses=losses, generator=generator(seed, "random"))
+    scores = compress.score(
+        dense, graph, name, losses=losses, generator=public_stream(seed, "random")
+    )
     plan = compress.plan(dense, graph, scores, keep_params=keep, scope="layer", round_to=1)
     small = copy.deepcopy(dense)
     compress.remove_(small, plan)

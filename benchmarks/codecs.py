@@ -140,7 +140,7 @@ def read_update(path: Path) -> Tensor:
 def make_update(data: Path, *, lr: float = 0.005, batch: int = 50, whole: bool = True) -> Tensor:
     """Trains the checkpoint for one epoch on the first client's 600 images; returns client minus server [d]."""
     from fedpress.core.parameters import flatten, trainable
-    from fedpress.core.random import generator
+    from fedpress.core.random_source import public_stream
     from fedpress.data import DataSettings, load
     from fedpress.models import freeze_batch_norm_, load_model
     from fedpress.training.augment import Augment, augment
@@ -156,9 +156,9 @@ def make_update(data: Path, *, lr: float = 0.005, batch: int = 50, whole: bool =
             parameter.requires_grad_(name.startswith("head."))
     freeze_batch_norm_(model.train())
     before = flatten(model)
-    chance = generator(0, "make-update")
+    chance = public_stream(0, "make-update")
     optimizer = torch.optim.SGD(trainable(model), lr)
-    for index in torch.randperm(len(client), generator=chance).split(batch):
+    for index in chance.permutation(len(client)).split(batch):
         some = client.take(index)
         optimizer.zero_grad()
         x = augment(federated.preprocess(some.x), Augment(flip="random"), chance)

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from fedpress import compress, data
 from fedpress.compress import SCORES
 from fedpress.core.examples import Arrays
-from fedpress.core.random import derive, generator
+from fedpress.core.random import derive
+from fedpress.core.random_source import public_stream
 from fedpress.data import FederatedData
 from fedpress.models.resnet import resnet_small
 from fedpress.pipeline.recipe import load
@@ -78,7 +79,9 @@ def cut(
         return found.loss, found.score
 
     graph = compress.trace(model, examples.preprocess(public.x[:2]))
-    scores = compress.score(model, graph, name, losses=losses, generator=generator(seed, "random"))
+    scores = compress.score(
+        model, graph, name, losses=losses, generator=public_stream(seed, "random")
+    )
     points = (
         list(compress.sensitivity(compress.channel_units(model, graph, scores), measure))
         if scope == "sensitivity"

@@ -147,7 +147,7 @@ def take_up(
         return stored, RunFolder.resume(place, settings_of(stored))
 
     wanted = load(recipe, overrides, data)[1]
-    settings = read_json(place / "settings.json")
+    settings = RunFolder.open(place).settings
     if settings_of(wanted) != settings and noted.get("overrides"):
         # Perhaps only what was overridden at the start is missing.
         wanted = load(recipe, [*map(str, noted["overrides"]), *overrides], data)[1]

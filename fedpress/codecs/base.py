@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedpress.core import random
 from fedpress.core.names import ClientId
-from fedpress.core.random_source import AesCtrRandom, RandomSource, TorchRandom
+from fedpress.core.random_source import RandomSource, private_stream, public_stream
 from fedpress.errors import WireError
 
 
@@ -47,33 +47,33 @@ class Key:
     client: ClientId
     secret: int | None = field(default=None, repr=False)
 
-    def client_stream(self, *words: str | int) -> torch.Generator:
-        """Returns the stream `words` of this client in this round."""
-        return random.generator(self.seed, *self._words(words))
+    def client_stream(self, *words: str | int) -> RandomSource:
+        """Returns the public stream `words` of this client in this round."""
+        return public_stream(self.seed, *self._words(words))
 
-    def private_stream(self, *words: str | int) -> torch.Generator:
-        """Returns the stream `words` of this client in this round for what privacy rests on."""
-        return random.secret_generator(
-            self.seed if self.secret is None else self.secret, *self._words(words)
-        )
+    def client_seed(self, *words: str | int) -> int:
+        """Returns 63 bits under the name `words` of this client in this round, for torch's global generator."""
+        return random.derive(self.seed, *self._words(words))
+
+    def client_key(self, *words: str | int) -> bytes:
+        """Returns 32 public bytes under the name `words` of this client in this round, for `random.keystream`."""
+        return random.secret_key(self.seed, *self._words(words))
+
+    def private_stream(self, *words: str | int) -> RandomSource:
+        """Returns the stream `words` of this client in this round for what privacy rests on: coins, batches, noise.
+
+        It is exact if there is a `secret`; without one, whoever knows the seed knows the noise, bit by bit.
+        """
+        exact = self.secret is not None
+        return private_stream(self._hidden, *self._words(words), exact=exact)
 
     def private_key(self, *words: str | int) -> bytes:
         """Returns the 32-byte name of the stream `words` of this client in this round, as secret as its noise."""
-        return random.secret_key(
-            self.seed if self.secret is None else self.secret, *self._words(words)
-        )
+        return random.secret_key(self._hidden, *self._words(words))
 
-    def noise_source(self, *words: str | int) -> RandomSource:
-        """Returns the stream `words` of this client in this round for noise: cryptographic if there is a `secret`."""
-        return (
-            TorchRandom(self.private_stream(*words))
-            if self.secret is None
-            else AesCtrRandom(self.private_key(*words))
-        )
-
-    def round_stream(self, *words: str | int) -> torch.Generator:
-        """Returns the stream `words` that all clients of this round have in common."""
-        return random.generator(self.seed, "shared", "round", self.round, *words)
+    def round_stream(self, *words: str | int) -> RandomSource:
+        """Returns the public stream `words` that all clients of this round have in common."""
+        return public_stream(self.seed, "shared", "round", self.round, *words)
 
     def of_vector(self, name: str) -> Key:
         """Returns the key of one further vector `name` of the same update: nothing it draws is drawn for another one.
@@ -84,6 +84,10 @@ class Key:
         if self.secret is not None:
             secret = int.from_bytes(random.secret_key(self.secret, "vector", name), "little")
         return Key(random.derive(self.seed, "vector", name), self.round, self.client, secret)
+
+    @property
+    def _hidden(self) -> int:
+        return self.seed if self.secret is None else self.secret
 
     def _words(self, words: tuple[str | int, ...]) -> tuple[str | int, ...]:
         return ("client", self.client, "round", self.round, *words)

@@ -103,9 +103,7 @@ class BoundDiscretize:
         down = exact.floor()
         share = exact - down
         for attempt in range(TRIES):
-            coins = torch.rand(
-                self.size, generator=key.private_stream("discretize", attempt), dtype=torch.float64
-            )
+            coins = key.private_stream("discretize", attempt).uniform(self.size)
             rounded = down + (coins < share)
             if float(torch.linalg.vector_norm(rounded)) <= self.length:
                 return Encoded(rounded.long())

@@ -208,7 +208,7 @@ class Dithered:
         return u
 
     def _shift(self, key: Key) -> int:
-        return int(torch.randint(self.rows, (1,), generator=key.client_stream("dither", "shift")))
+        return int(key.client_stream("dither", "shift").integers(self.rows))
 
     def _to_rows(self, q: Ints, key: Key) -> Ints:
         return np.ascontiguousarray(np.roll(q.reshape(-1, self.rows).T, self._shift(key), axis=0))

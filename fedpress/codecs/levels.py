@@ -132,10 +132,5 @@ def uniform(key: Key, size: int) -> Floats:
 
 def random_words(key: Key, word: str, size: int) -> NDArray[np.uint16]:
     """Returns uniform 16-bit numbers of this client and round, equal on every machine."""
-    secret = (
-        torch.randint(256, (32,), generator=key.client_stream(word), dtype=torch.uint8)
-        .numpy()
-        .tobytes()
-    )
-    words: NDArray[np.uint16] = random.keystream(secret, 2 * size).view("<u2")
+    words: NDArray[np.uint16] = random.keystream(key.client_key(word), 2 * size).view("<u2")
     return words

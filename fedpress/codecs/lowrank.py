@@ -76,8 +76,10 @@ class BoundLowRank:
                 parts.append(part)
                 continue
             matrix = part.view(layer.rows, layer.columns)
-            start = torch.randn(layer.columns, layer.rank, generator=chance)
-            left = torch.linalg.qr(matrix @ (matrix.T @ (matrix @ start))).Q
+            start = chance.normal(layer.columns, layer.rank, dtype=torch.float32)
+            # Orthogonal in between: float32 would lose the small directions of the product of three matrices.
+            near = torch.linalg.qr(matrix @ start).Q
+            left = torch.linalg.qr(matrix @ (matrix.T @ near)).Q
             parts += [left.reshape(-1), (left.T @ matrix).reshape(-1)]
         return Encoded(torch.cat(parts) if parts else x)
 

@@ -51,7 +51,7 @@ class BoundNoise:
 
     def encode(self, x: Tensor, key: Key) -> Encoded:
         """Returns `x` [d] plus noise that depends on the client's secret and on all that it hides."""
-        chance = key.noise_source("noise", random.fingerprint(x, self))
+        chance = key.private_stream("noise", random.fingerprint(x, self))
         if self.integer:
             return Encoded(x + skellam.sample(self.size, self.std**2, chance))
         return Encoded(

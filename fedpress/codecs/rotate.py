@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -77,9 +79,9 @@ class BoundRotate:
         return values.mul_(self._signs(key))
 
     def _signs(self, key: Key) -> Tensor:
-        chance = key.round_stream("rotate")
-        coins = torch.empty(self.size, dtype=torch.int8).random_(0, 2, generator=chance)
-        return coins.float().mul_(2).sub_(1)
+        words = key.round_stream("rotate").words(math.ceil(self.size / 64))
+        coins = np.unpackbits(words.astype("<u8").view(np.uint8), count=self.size)
+        return torch.from_numpy(coins).float().mul_(2).sub_(1)
 
 
 def hadamard(x: Tensor, block: int) -> Tensor:

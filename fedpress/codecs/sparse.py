@@ -116,11 +116,7 @@ class BoundRandomK:
         return full
 
     def _drawn(self, key: Key) -> Tensor:
-        return (
-            torch.randperm(self.size, generator=key.round_stream("randomk"))[: self.kept]
-            .sort()
-            .values
-        )
+        return key.round_stream("randomk").subset(self.size, self.kept)
 
 
 def _count(density: float, size: int) -> int:

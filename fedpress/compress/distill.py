@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from fedpress.core.random_source import RandomSource, public_stream
 from fedpress.errors import TrainingError, did_you_mean
 from fedpress.tasks import Task
 
@@ -134,9 +135,9 @@ class Distillation:
         self.seen: dict[str, Tensor] = {}
         self.helpers = nn.ModuleList()
         """The projections of the student's features, one for each pair: `Identity` where widths are equal."""
-        self._bind(student, example, torch.Generator().manual_seed(seed))
+        self._bind(student, example, public_stream(seed, "projections"))
 
-    def _bind(self, student: nn.Module, example: Tensor, chance: torch.Generator) -> None:
+    def _bind(self, student: nn.Module, example: Tensor, chance: RandomSource) -> None:
         modes = [(module, module.training) for module in student.modules()]
         student.eval()
         try:
@@ -242,9 +243,7 @@ def _pairs(names: tuple[Pair, ...]) -> tuple[tuple[str, str], ...]:
     return tuple((name, name) if isinstance(name, str) else name for name in names)
 
 
-def _projection(
-    name: str, mine: torch.Size, theirs: torch.Size, chance: torch.Generator
-) -> nn.Module:
+def _projection(name: str, mine: torch.Size, theirs: torch.Size, chance: RandomSource) -> nn.Module:
     """What brings the student's features to the teacher's shape: at most one dimension differs, that of channels."""
     if mine == theirs:
         return nn.Identity()
@@ -260,5 +259,5 @@ def _projection(
         )
     (axis,) = differ
     wide, narrow = theirs[axis], mine[axis]
-    weight = torch.randn(wide, narrow, generator=chance) / narrow**0.5
+    weight = chance.normal(wide, narrow, dtype=torch.float32) / narrow**0.5
     return Projection(weight, axis)

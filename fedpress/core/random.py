@@ -1,14 +1,24 @@
-"""Randomness as keys: a seed and some words name one stream, so nothing depends on the order of calls."""
+"""Randomness as keys: a seed and some words name one stream, so nothing depends on the order of calls.
+
+The streams themselves are in `random_source`.
+"""
 
 from __future__ import annotations
 
-import re
+import json
 from hashlib import blake2b, shake_256
 from typing import TYPE_CHECKING
 
+from fedpress.core.canonical import canonical
+
 if TYPE_CHECKING:
     import numpy as np
-    import torch
+
+STREAMS = 2
+"""Version of all streams. Whoever changes what is drawn under a name counts it up: a run must not go on with others.
+
+1 (fedpress 0.1.0): torch's Mersenne Twister. 2: Philox for what is public, AES for what privacy rests on.
+"""
 
 
 def derive(seed: int, *words: str | int) -> int:
@@ -19,34 +29,7 @@ def derive(seed: int, *words: str | int) -> int:
     >>> derive(1, "a", "bc") == derive(1, "ab", "c")
     False
     """
-    return int.from_bytes(blake2b(_name(seed, words), digest_size=8).digest(), "little") >> 1
-
-
-def generator(seed: int, *words: str | int) -> torch.Generator:
-    """Returns a fresh CPU generator for the stream named by `words` under `seed`."""
-    import torch
-
-    return torch.Generator().manual_seed(derive(seed, *words))
-
-
-def secret_generator(seed: int, *words: str | int) -> torch.Generator:
-    """Returns a fresh CPU generator whose whole state comes from `seed` and `words`: for the noise of privacy.
-
-    `manual_seed` keeps only 32 bits, so that a stream could be found by trying them all. Here SHAKE-256 fills the 624
-    words of the Mersenne Twister. It is still no cryptographic generator: who sees enough of its raw output, which
-    noise on a secret sum does not show, can compute the rest.
-    """
-    import torch
-
-    fresh = torch.Generator().manual_seed(
-        0
-    )  # counters of a generator that must make its first block
-    state = fresh.get_state()
-    words_32 = torch.frombuffer(
-        bytearray(shake_256(_name(seed, words)).digest(4 * 624)), dtype=torch.int32
-    )
-    state.view(torch.int64)[3:627] = words_32.long() & 0xFFFFFFFF
-    return fresh.set_state(state)
+    return int.from_bytes(blake2b(name_of(seed, words), digest_size=8).digest(), "little") >> 1
 
 
 def secret_key(seed: int, *words: str | int) -> bytes:
@@ -57,7 +40,7 @@ def secret_key(seed: int, *words: str | int) -> bytes:
     >>> secret_key(1, "a") == secret_key(1, "a"), len(secret_key(1, "a"))
     (True, 32)
     """
-    return shake_256(b"key" + _name(seed, words)).digest(32)
+    return shake_256(b"key" + name_of(seed, words)).digest(32)
 
 
 def keystream(key: bytes, size: int, *, start: int = 0) -> np.ndarray:
@@ -85,7 +68,10 @@ def keystream(key: bytes, size: int, *, start: int = 0) -> np.ndarray:
 
 
 def fingerprint(*parts: object) -> str:
-    """Returns a 256-bit digest of `parts`: tensors by type, shape and bytes, the rest by `repr` without addresses.
+    """Returns a 256-bit digest of `parts`: tensors by type, shape and bytes, the rest in canonical JSON.
+
+    Raises:
+        TypeError: if a part is neither; what Python itself says of an object may change with a version.
 
     >>> fingerprint("a", 1) == fingerprint("a", 1), fingerprint("ab") == fingerprint("a", "b")
     (True, False)
@@ -99,10 +85,16 @@ def fingerprint(*parts: object) -> str:
             digest.update(f"{part.dtype} {tuple(part.shape)};".encode())
             digest.update(flat.numpy().data)
         else:
-            text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(part)).encode()
+            text = json.dumps(canonical(part), sort_keys=True).encode()
             digest.update(f"{len(text)};".encode() + text)
     return digest.hexdigest()
 
 
-def _name(seed: int, words: tuple[str | int, ...]) -> bytes:
-    return repr((int(seed), *(str(w) if isinstance(w, str) else int(w) for w in words))).encode()
+def name_of(seed: int, words: tuple[str | int, ...]) -> bytes:
+    """Returns the bytes that name a stream; two names are the same only if all words and their types are.
+
+    >>> name_of(1, ("a", 2))
+    b'[1, "a", 2]'
+    """
+    plain = [str(word) if isinstance(word, str) else int(word) for word in words]
+    return json.dumps([int(seed), *plain]).encode()

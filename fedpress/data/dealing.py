@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpress.core.random_source import RandomSource
 from fedpress.errors import DataError
 
 
@@ -76,14 +77,14 @@ def named(rows: Sequence[Tensor]) -> dict[str, Tensor]:
     return {f"c{i}": group for i, group in enumerate(rows)}
 
 
-def numpy_generator(generator: torch.Generator) -> np.random.Generator:
-    """Returns numpy's generator (it has the Dirichlet distribution) started from torch's."""
-    return np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+def numpy_generator(chance: RandomSource) -> np.random.Generator:
+    """Returns numpy's generator, which has the Dirichlet distribution, with a key of 128 bits from `chance`."""
+    return np.random.Generator(np.random.Philox(key=chance.words(2)))
 
 
-def rows_by_class(labels: Tensor, generator: torch.Generator) -> list[Tensor]:
+def rows_by_class(labels: Tensor, chance: RandomSource) -> list[Tensor]:
     """Returns the shuffled row positions of each class that occurs."""
-    order = torch.randperm(len(labels), generator=generator)
+    order = chance.permutation(len(labels))
     return [order[labels[order] == label] for label in labels.unique()]
 
 

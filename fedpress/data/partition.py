@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, Field
 from torch import Tensor
 
+from fedpress.core.random_source import RandomSource
 from fedpress.data.dealing import (
     Ask,
     Pool,
@@ -33,12 +34,10 @@ class Iid(_Settings, frozen=True):
 
     kind: Literal["iid"] = "iid"
 
-    def deal(self, pool: Pool, ask: Ask, generator: torch.Generator) -> dict[str, Tensor]:
+    def deal(self, pool: Pool, ask: Ask, chance: RandomSource) -> dict[str, Tensor]:
         """Returns row positions by client."""
         clients, total = totals(len(pool.labels), ask)
-        return named(
-            torch.randperm(len(pool.labels), generator=generator)[:total].tensor_split(clients)
-        )
+        return named(chance.permutation(len(pool.labels))[:total].tensor_split(clients))
 
 
 class Quantity(_Settings, frozen=True):
@@ -50,16 +49,12 @@ class Quantity(_Settings, frozen=True):
     kind: Literal["quantity"] = "quantity"
     skew: float = Field(default=1.0, ge=0, le=10)
 
-    def deal(self, pool: Pool, ask: Ask, generator: torch.Generator) -> dict[str, Tensor]:
+    def deal(self, pool: Pool, ask: Ask, chance: RandomSource) -> dict[str, Tensor]:
         """Returns row positions by client."""
         clients, total = totals(len(pool.labels), ask)
         weights = np.arange(1, clients + 1, dtype=np.float64) ** -self.skew
-        sizes = 1 + apportion(
-            weights[torch.randperm(clients, generator=generator).numpy()], total - clients
-        )
-        return named(
-            torch.randperm(len(pool.labels), generator=generator)[:total].split(sizes.tolist())
-        )
+        sizes = 1 + apportion(weights[chance.permutation(clients).numpy()], total - clients)
+        return named(chance.permutation(len(pool.labels))[:total].split(sizes.tolist()))
 
 
 class Dirichlet(_Settings, frozen=True):
@@ -73,11 +68,11 @@ class Dirichlet(_Settings, frozen=True):
     kind: Literal["dirichlet"] = "dirichlet"
     alpha: float = Field(default=0.5, gt=0, le=1e6)
 
-    def deal(self, pool: Pool, ask: Ask, generator: torch.Generator) -> dict[str, Tensor]:
+    def deal(self, pool: Pool, ask: Ask, chance: RandomSource) -> dict[str, Tensor]:
         """Returns row positions by client."""
         clients, _ = totals(len(pool.labels), ask)
-        rng = numpy_generator(generator)
-        rows = rows_by_class(pool.labels, generator)
+        rng = numpy_generator(chance)
+        rows = rows_by_class(pool.labels, chance)
         if ask.examples_per_client is None:
             shares = [
                 apportion(rng.dirichlet(np.full(clients, self.alpha)), len(group)) for group in rows
@@ -100,11 +95,11 @@ class Shards(_Settings, frozen=True):
     kind: Literal["shards"] = "shards"
     classes_per_client: int = Field(default=2, ge=1)
 
-    def deal(self, pool: Pool, ask: Ask, generator: torch.Generator) -> dict[str, Tensor]:
+    def deal(self, pool: Pool, ask: Ask, chance: RandomSource) -> dict[str, Tensor]:
         """Returns row positions by client."""
         clients, _ = totals(len(pool.labels), ask)
-        rows = rows_by_class(pool.labels, generator)
-        holds = self._choose_classes(clients, len(rows), generator)
+        rows = rows_by_class(pool.labels, chance)
+        holds = self._choose_classes(clients, len(rows), chance)
         supply = np.array([len(group) for group in rows])
         counts = np.zeros((clients, len(rows)), dtype=np.int64)
         if ask.examples_per_client is None:
@@ -129,7 +124,7 @@ class Shards(_Settings, frozen=True):
         self._check(counts, holds, supply)
         return named(take(rows, counts))
 
-    def _choose_classes(self, clients: int, classes: int, generator: torch.Generator) -> np.ndarray:
+    def _choose_classes(self, clients: int, classes: int, chance: RandomSource) -> np.ndarray:
         """Returns bool [clients, classes]: each client takes the least used classes, ties broken at random."""
         if self.classes_per_client > classes:
             raise DataError(
@@ -142,7 +137,7 @@ class Shards(_Settings, frozen=True):
             )
         holds = np.zeros((clients, classes), dtype=bool)
         for client in range(clients):
-            tie = torch.randperm(classes, generator=generator).numpy()
+            tie = chance.permutation(classes).numpy()
             holds[client, np.lexsort((tie, holds.sum(axis=0)))[: self.classes_per_client]] = True
         return holds
 
@@ -180,7 +175,7 @@ class Natural(_Settings, frozen=True):
     kind: Literal["natural"] = "natural"
     rest_is_public: ClassVar[bool] = False
 
-    def deal(self, pool: Pool, ask: Ask, generator: torch.Generator) -> dict[str, Tensor]:
+    def deal(self, pool: Pool, ask: Ask, chance: RandomSource) -> dict[str, Tensor]:
         """Returns row positions by client, in the order of `pool.owner_names`."""
         if pool.owners is None:
             raise DataError(
@@ -195,11 +190,8 @@ class Natural(_Settings, frozen=True):
                 place="partition 'natural'",
                 cure="lower num_clients",
             )
-        chosen = (
-            torch.randperm(len(names), generator=generator)[: ask.num_clients]
-            .sort()
-            .values.tolist()
-        )
+        count = len(names) if ask.num_clients is None else ask.num_clients
+        chosen = chance.subset(len(names), count).tolist()
         dealt = {}
         for name in (names[i] for i in chosen):
             rows = torch.nonzero(pool.owners == pool.owner_names.index(name)).flatten()
@@ -208,9 +200,7 @@ class Natural(_Settings, frozen=True):
                     f"client '{name}' has no rows left for training",
                     cure="lower test_share or public_share",
                 )
-            dealt[name] = rows[torch.randperm(len(rows), generator=generator)][
-                : ask.examples_per_client
-            ]
+            dealt[name] = rows[chance.permutation(len(rows))][: ask.examples_per_client]
         return dealt
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fedpress import tasks
-from fedpress.core import random
 from fedpress.core.examples import Arrays, Preprocess
+from fedpress.core.random_source import public_stream
 from fedpress.data.dataset import FederatedData
 from fedpress.data.dealing import Ask, Pool
 from fedpress.data.examples import Examples, Inputs, TargetRows
@@ -40,7 +40,7 @@ def split(examples: Examples, settings: DataSettings, seed: int) -> FederatedDat
         frozenset(settings.public_clients + settings.test_clients),
     )
     ask = Ask(settings.num_clients, settings.examples_per_client)
-    dealt = partition.deal(pool, ask, random.generator(seed, "data", "clients"))
+    dealt = partition.deal(pool, ask, public_stream(seed, "data", "clients"))
     if settings.public_share is None and not settings.public_clients and partition.rest_is_public:
         public = _without(rows, torch.cat(list(dealt.values())))
     validation, public = _validation(public, settings, seed)
@@ -111,7 +111,7 @@ def _share(
     for owner in owners.unique().tolist():
         own = torch.nonzero(owners == owner).flatten()
         name = examples.owner_names[owner] if examples.owner_names else ""
-        order = torch.randperm(len(own), generator=random.generator(seed, "data", word, name))
+        order = public_stream(seed, "data", word, name).permutation(len(own))
         drawn.append(own[order[: int(share * len(own) + 1e-9)]])
     taken = torch.cat(drawn)
     return rows[taken], _without(rows, taken)
@@ -128,9 +128,7 @@ def _validation(public: Tensor, settings: DataSettings, seed: int) -> tuple[Tens
                 "lower validation, or declare more rows public with public_share or public_clients"
             ),
         )
-    order = public[
-        torch.randperm(len(public), generator=random.generator(seed, "data", "validation"))
-    ]
+    order = public[public_stream(seed, "data", "validation").permutation(len(public))]
     return order[:count], order[count:]
 
 

@@ -89,7 +89,8 @@ class Agreement:
             # By their text: 1, 1.0 and true are equal in Python, and not in a canonical text.
             here, there = _text(ours, name), _text(theirs, name)
             if here != there:
-                cure = "use the same fedpress" if name == "version" else "use the same recipe"
+                same = "fedpress" if name in ("version", "streams") else "recipe"
+                cure = f"use the same {same}"
                 return f"agreement.{name}: the server says {_short(here)}, this client {_short(there)}; {cure}"
         return ""
 
@@ -161,7 +162,7 @@ class Terms:
         """The agreement of all these, under the names of the fields."""
         entries = {one.name: canonical(getattr(self, one.name)) for one in fields(self)}
         entries["seed"] = commitment(self.seed)
-        return Agreement({"version": VERSION, **entries})
+        return Agreement({"version": VERSION, "streams": random.STREAMS, **entries})
 
 
 def commitment(seed: int) -> str:

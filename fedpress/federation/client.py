@@ -472,11 +472,7 @@ class Client:
             freeze_batch_norm_(self.model)
         try:
             with torch.random.fork_rng():  # dropout draws from torch's global generator
-                torch.manual_seed(
-                    random.derive(
-                        self.terms.seed, "client", self.name, "round", key.round, "dropout"
-                    )
-                )
+                torch.manual_seed(key.client_seed("dropout"))
                 yield
         finally:  # whatever a module keeps of private examples must not reach the next request
             with torch.no_grad():

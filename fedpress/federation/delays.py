@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal, Protocol, TypeAlias
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from fedpress.core import random
 from fedpress.core.names import ClientId
+from fedpress.core.random_source import public_stream
 
 
 class Delays(Protocol):
@@ -72,8 +71,9 @@ class Exponential(BaseModel):
 
     def draw(self, seed: int, client: ClientId, task: int) -> float:
         """See `Delays`."""
-        stream = random.generator(seed, "delay", client, "task", task)
-        share = float(torch.rand((), generator=stream, dtype=torch.float64))  # 0 <= share < 1
+        share = float(
+            public_stream(seed, "delay", client, "task", task).uniform()
+        )  # 0 <= share < 1
         return -self.mean * math.log1p(-share)
 
 
@@ -86,4 +86,4 @@ DELAYS: dict[str, type[Constant] | type[Lognormal] | type[Exponential]] = {
 
 
 def _normal(seed: int, *words: str | int) -> float:
-    return float(torch.randn((), generator=random.generator(seed, *words), dtype=torch.float64))
+    return float(public_stream(seed, *words).normal())

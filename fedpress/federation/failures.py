@@ -69,5 +69,5 @@ class Tally:
             plan, clip_norm=1.0, noise_multiplier=plan.noise_multiplier * math.sqrt(steps)
         )
         values = self.tensor()
-        chance = key.noise_source("failures", random.fingerprint(values, count, hidden))
+        chance = key.private_stream("failures", random.fingerprint(values, count, hidden))
         return Tally(*noise_sum(values, count, chance).double().tolist())

@@ -15,6 +15,7 @@ from fedpress.core import parameters
 from fedpress.core.canonical import JSON
 from fedpress.core.examples import Arrays
 from fedpress.core.parameters import trainable
+from fedpress.core.random_source import RandomSource
 from fedpress.errors import DivergedError, RecipeError, TrainingError
 from fedpress.federation.vectors import Vectors
 from fedpress.nn.batch_norm import ONE_VALUE, averages_batches
@@ -24,7 +25,7 @@ from fedpress.tasks import Task
 from fedpress.training.device import Precision, autocast, memory_format
 from fedpress.training.evaluate import evaluating, outputs
 
-Prepare: TypeAlias = "Callable[[Tensor, torch.Generator], Tensor]"
+Prepare: TypeAlias = "Callable[[Tensor, RandomSource], Tensor]"
 Measures: TypeAlias = "dict[str, JSON]"
 
 
@@ -262,22 +263,20 @@ def too_large(
     return " or ".join(f"{place}.{name} (now {value:g})" for name, value in named)
 
 
-def shuffled_batches(model: nn.Module, n: int, size: int, shuffle: torch.Generator) -> list[Tensor]:
+def shuffled_batches(model: nn.Module, n: int, size: int, shuffle: RandomSource) -> list[Tensor]:
     """Returns one epoch over `n` examples: int64 index tensors of `size` examples, the last one with what is left.
 
     A single example has no statistics for a batch norm in training mode: if the last batch holds one, it joins the
     batch before.
     """
-    batches = list(torch.randperm(n, generator=shuffle).split(size))
+    batches = list(shuffle.permutation(n).split(size))
     alone = size > 1 and len(batches) > 1 and len(batches[-1]) == 1
     if alone and averages_batches(model):
         return [*batches[:-2], torch.cat(batches[-2:])]
     return batches
 
 
-def loss_of_batch(
-    model: nn.Module, work: LocalWork, batch: Arrays, chance: torch.Generator
-) -> Tensor:
+def loss_of_batch(model: nn.Module, work: LocalWork, batch: Arrays, chance: RandomSource) -> Tensor:
     """Returns the mean loss of `batch`; `chance` draws its augmentation."""
     at = next(model.parameters()).device
     x = work.prepare(batch.x.to(at), chance)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +40,7 @@ def private_steps(model: nn.Module, work: LocalWork) -> Steps:
         return x.contiguous(memory_format=memory_format(x, model))
 
     # Dropout draws from torch's global generator; the client that called puts it back afterwards.
-    torch.manual_seed(work.key.client_stream("dropout", question).initial_seed())
+    torch.manual_seed(work.key.client_seed("dropout", question))
     noised = private_gradients(
         model,
         work.task.loss,
@@ -50,7 +48,7 @@ def private_steps(model: nn.Module, work: LocalWork) -> Steps:
         work.arrays.y.to(at),
         plan=plan,
         steps=plan.steps_per_round,
-        generator=work.key.noise_source("private", question),
+        generator=work.key.private_stream("private", question),
         prepare=prepare,
         autocast=torch.bfloat16 if uses_bf16(model, work.settings.precision) else None,
     )
@@ -78,7 +76,7 @@ def joint_steps(model: nn.Module, work: LocalWork) -> Steps:
     plan = check_private(work.settings, work.plan)
     at, question = next(model.parameters()).device, _question(model, work)
     batches = poisson_batches(
-        len(work.arrays), plan.sampling_prob, 1, work.key.noise_source("private", question)
+        len(work.arrays), plan.sampling_prob, 1, work.key.private_stream("private", question)
     )
     index = next(batches)
     x, y = work.arrays.x[index].to(at), work.arrays.y[index].to(at)
@@ -88,7 +86,7 @@ def joint_steps(model: nn.Module, work: LocalWork) -> Steps:
     method = choose_method(model, work.task.loss, x, y) if len(index) else "loop"
     verify: Verify = "gradients" if work.key.round == 1 else "losses"
     # Dropout draws from torch's global generator; the client that called puts it back afterwards.
-    torch.manual_seed(work.key.client_stream("dropout", question).initial_seed())
+    torch.manual_seed(work.key.client_seed("dropout", question))
     bf16 = uses_bf16(model, work.settings.precision)
     with torch.autocast(at.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16):
         total, raw = clipped_gradient_sum(
@@ -160,31 +158,20 @@ def _question(model: nn.Module, work: LocalWork) -> str:
     again every round, so that the name holds also if somebody changed them.
     """
     state = model.state_dict()
-    settings = (
-        model,
-        parameters.Layout.of(model),
-        _Named(work.settings),
-        work.plan,
-        work.prepare,
-        [*state],
-    )
-    # A classification adds nothing, so that its noise is that of version 0.1.0.
-    about = work.task.about()
-    task = [json.dumps(about)] if about else []
-    beside = [part for name in sorted(work.beside) for part in (name, work.beside[name])]
+    about = {
+        "network": str(model),  # layers without parameters, and settings such as a stride
+        "state": [*state],
+        "trained": parameters.Layout.of(model),
+        "settings": work.settings,
+        "plan": work.plan,
+        "prepare": work.prepare,
+        "task": work.task.about(),
+        "beside": sorted(work.beside),
+    }
+    beside = [work.beside[name] for name in sorted(work.beside)]
     return random.fingerprint(
-        *settings, *task, *state.values(), *model.buffers(), work.arrays.x, work.arrays.y, *beside
+        about, *state.values(), *model.buffers(), work.arrays.x, work.arrays.y, *beside
     )
-
-
-class _Named:
-    """Settings under their name of version 0.1, where the strength of FedProx was one of them, 0 under privacy."""
-
-    def __init__(self, settings: LocalSettings) -> None:
-        self.settings = settings
-
-    def __repr__(self) -> str:
-        return repr(self.settings).replace(", precision=", ", proximal_mu=0.0, precision=")
 
 
 def check_private(settings: LocalSettings, plan: PrivacyPlan | None) -> PrivacyPlan:

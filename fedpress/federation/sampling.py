@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from fedpress.core.names import ClientId
-from fedpress.core.random import secret_generator
+from fedpress.core.random_source import private_stream
 from fedpress.errors import RecipeError
 
 
@@ -81,16 +79,13 @@ class Cohort:
                 cure="plan with the number of clients that exist",
             )
         if self.sampling == "cyclic":
-            order = torch.randperm(self.population, generator=secret_generator(seed, "cohort"))
+            order = private_stream(seed, "cohort").permutation(self.population)
             turn = order[(round - 1) % self.period * self.size :][: self.size].sort().values
             return [clients[at] for at in turn.tolist()]
-        gen = secret_generator(seed, "cohort", round)
+        chance = private_stream(seed, "cohort", round)
         if self.sampling == "poisson":
-            joins = (
-                torch.rand(self.population, generator=gen, dtype=torch.float64) < self.sampling_prob
-            )
+            joins = chance.uniform(self.population) < self.sampling_prob
             return [
                 client for client, joined in zip(clients, joins.tolist(), strict=True) if joined
             ]
-        chosen = torch.randperm(self.population, generator=gen)[: self.size].sort().values
-        return [clients[at] for at in chosen.tolist()]
+        return [clients[at] for at in chance.subset(self.population, self.size).tolist()]

@@ -73,7 +73,7 @@ class ServerNoise:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds noise from the stream `word`, named by what it hides; past draws have their keys in the state."""
         if self.factorization is None:
-            return noise_sum(total, self.plan, key.noise_source(word, hidden)), dict(state)
+            return noise_sum(total, self.plan, key.private_stream(word, hidden)), dict(state)
         # Past draws are made again from their keys: a few bytes each, where the draws would be vectors.
         fresh = torch.frombuffer(
             bytearray(key.private_key(word, hidden)), dtype=torch.uint8

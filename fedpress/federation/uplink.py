@@ -426,7 +426,7 @@ class Gatherer:
     def _next_clip(self, adaptive: AdaptiveClip) -> dict[str, Tensor]:
         norm = float(self.state["clip_norm"])
         named = random.fingerprint(self.below, norm, adaptive)
-        chance = self.key.noise_source("clip", named)
+        chance = self.key.private_stream("clip", named)
         count = PrivacyPlan("client", 0.5, 1.0, 2 * (adaptive.count_noise or 0.0))
         centred = sum(0.5 if bit else -0.5 for bit in self.below)
         bits = torch.tensor([centred], dtype=torch.float64)

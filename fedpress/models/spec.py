@@ -11,10 +11,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fedpress.core import checksums, consent, limits, own_modules
+from fedpress.core.random_source import Source, chance_of
 from fedpress.errors import ModelError, did_you_mean
 from fedpress.models import layer_list, memory
 from fedpress.models.plain import CNN, MLP
@@ -66,13 +67,13 @@ class ModelSpec(BaseModel):
     task: dict[str, JsonValue] = {}
     input_dtype: Literal["float32", "int64"] = "float32"
 
-    def example(self, n: int, chance: Generator | None = None) -> Tensor:
+    def example(self, n: int, chance: Source = None) -> Tensor:
         """Returns `n` examples [n, *input_shape]: zeros, or noise drawn with `chance`; token ids are always zeros."""
         if self.input_dtype == "int64":
             return torch.zeros(n, *self.input_shape, dtype=torch.int64)
         if chance is None:
             return torch.zeros(n, *self.input_shape)
-        return torch.randn(n, *self.input_shape, generator=chance)
+        return chance_of(chance).normal(n, *self.input_shape, dtype=torch.float32)
 
     @classmethod
     def of_file(cls, text: str | bytes, allow_code: Collection[str] | str = ()) -> ModelSpec:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from fedpress import storage
-from fedpress.core.random import fingerprint
+from fedpress.core.random import STREAMS, fingerprint
 from fedpress.core.renamed import ReadsOldWords, old_words
 from fedpress.pipeline.recipe import Recipe
 from fedpress.stages.teaching import saved_teacher
@@ -76,10 +76,16 @@ def _leave_out_(table: dict[str, Any], settings: object, place: str) -> None:
                 _leave_out_(part, one, at)
 
 
-def stage_keys(recipe: Recipe) -> list[str]:
-    """Names the result of each stage: equal keys mean equal data, model, seed and stages up to there."""
+def stage_keys(recipe: Recipe, streams: int = STREAMS) -> list[str]:
+    """Names the result of each stage: equal keys mean equal data, model, seed and stages up to there.
+
+    Args:
+        recipe: whose stages.
+        streams: the version of random streams that the run draws from; the first one says nothing.
+    """
     tree = settings_of(recipe)
     same = {key: tree[key] for key in ("seed", "data", "model")}
+    same |= {"streams": streams} if streams > 1 else {}
     texts = (
         json.dumps({**same, "stage": tree["stage"][: at + 1]}, sort_keys=True)
         for at in range(len(tree["stage"]))

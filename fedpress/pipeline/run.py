@@ -51,7 +51,8 @@ def _stages(
     state, records = first_state(recipe, data), 0
     load = parent_of(recipe, data)
     results: list[dict[str, Any]] = []
-    for index, (stage, key) in enumerate(zip(recipe.stage, stage_keys(recipe), strict=True)):
+    keys = stage_keys(recipe, folder.streams)
+    for index, (stage, key) in enumerate(zip(recipe.stage, keys, strict=True)):
         place = folder.stage(index, stage.kind, stage.name)
         done = place.finished(key)
         if done is None and reuse is not None:

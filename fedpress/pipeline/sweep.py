@@ -192,7 +192,7 @@ def _variants(
                 loaded = {key: load_data(recipe)}
             check_recipe(recipe, loaded[key])
             notes = note_environment(folder, command)
-            keys = stage_keys(recipe)
+            keys = stage_keys(recipe, folder.streams)
             reuse = _nearest(recipe, keys, earlier)
             earlier.append((keys, folder))
             yield VariantStarted(

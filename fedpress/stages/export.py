@@ -9,12 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from fedpress import deploy
-from fedpress.core.random import generator
+from fedpress.core.random_source import public_stream
 from fedpress.deploy import FORMATS, Artifact, Job
 from fedpress.errors import DataError
 from fedpress.nn.observers import Observer
@@ -102,7 +101,7 @@ class ExportStage(BaseModel, Stage):
         if len(test):
             x = state.data.preprocess(test.x[: self.parity_examples])
         else:  # a model without data is compared on noise
-            chance = generator(state.seed, "export", "noise")
+            chance = public_stream(state.seed, "export", "noise")
             x = state.spec.example(self.parity_examples, chance)
         same = deploy.parity(artifact.program or model, path, x, tolerance=artifact.tolerance)
         in_torch, got = deploy.logits(model, x), deploy.file_logits(path, x)
@@ -168,7 +167,7 @@ class ExportStage(BaseModel, Stage):
                 place="export.int8",
                 cure="set data.public_share, or int8 = false",
             )
-        order = torch.randperm(len(public), generator=generator(state.seed, "export", self.name))
+        order = public_stream(state.seed, "export", self.name).permutation(len(public))
         taken = public.take(order[: 2 if few else self.calibration])
         return state.data.preprocess(taken.x).split(BATCH)
 

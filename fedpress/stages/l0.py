@@ -36,7 +36,8 @@ from fedpress.compress.sparse.l0 import (
     weight_gates,
 )
 from fedpress.core.parameters import part_of
-from fedpress.core.random import derive, generator
+from fedpress.core.random import derive
+from fedpress.core.random_source import public_stream
 from fedpress.errors import RecipeError
 from fedpress.models import what_pruning_changed
 from fedpress.nn.batch_norm import has_batch_norm
@@ -170,10 +171,12 @@ class L0Stage(TrainSettings, Stage):
         if self.unit == "channels":
             graph = _trace(state.model.to("cpu"), state, self.ignore)
             place_(state.model)
-            gates = channel_gates(state.model, graph, generator=generator(seed, "gates"))
+            gates = channel_gates(state.model, graph, generator=public_stream(seed, "gates"))
         else:
             weights, within = self.weights(state.model, state)
-            gates = weight_gates(weights.chosen, generator=generator(seed, "gates"), within=within)
+            gates = weight_gates(
+                weights.chosen, generator=public_stream(seed, "gates"), within=within
+            )
         work = GatedTraining(self, state, gates, seed)
         yield from drive(work, folder)
         model = work.fit.result_()
@@ -293,7 +296,7 @@ class GatedTraining:
     def events(self) -> Iterator[Tick | Milestone]:
         """Trains; the gates step where the weights do."""
         with self.gates.on(self.fit.model):
-            self.gates.generator = generator(self.seed, "gates", self.fit.epoch)
+            self.gates.generator = public_stream(self.seed, "gates", self.fit.epoch)
             for event in epochs_of(self.fit, self.source):
                 if isinstance(event, Step):
                     self.done = event.done
@@ -301,7 +304,7 @@ class GatedTraining:
                     self.optimizer.zero_grad()
                     yield Tick(event.done, event.total)
                     continue
-                self.gates.generator = generator(self.seed, "gates", event.epoch)
+                self.gates.generator = public_stream(self.seed, "gates", event.epoch)
                 density = float(self.gates.density().detach())
                 more = f", expected density {density:.1%}"
                 yield milestone(event, more=more, expected_density=density, lambda_=self.pull)

@@ -9,13 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from fedpress import deploy, storage
 from fedpress.compress import cost
-from fedpress.core.random import generator
+from fedpress.core.random_source import public_stream
 from fedpress.deploy import FORMATS, Candidate, Job
 from fedpress.deploy.examples import Given, example_of, is_shape, take, tensors_of
 from fedpress.stages.base import Stage
@@ -53,9 +52,8 @@ class MeasureStage(BaseModel, Stage):
         """Exports to every format and measures all in turn."""
         yield Tick(0, 1, "measuring in every runtime")
         model = state.model.to("cpu")
-        order = torch.randperm(
-            len(state.data.public), generator=generator(state.seed, "measure", self.name)
-        )
+        chance = public_stream(state.seed, "measure", self.name)
+        order = chance.permutation(len(state.data.public))
         public = state.data.preprocess(state.data.public.take(order[:64]).x) if self.int8 else None
         found = measured(
             model,

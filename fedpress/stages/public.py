@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from itertools import chain
 
-import torch
 from torch import nn
 
 from fedpress.compress import restore_batch_norm_
 from fedpress.core.examples import Arrays
-from fedpress.core.random import generator
+from fedpress.core.random_source import public_stream
 from fedpress.errors import DataError
 from fedpress.nn.batch_norm import has_batch_norm
 from fedpress.workspace.state import State
@@ -29,7 +28,7 @@ def calibration(state: State, n: int, seed: int) -> Arrays:
             place="stage.calibration",
             cure="set data.public_share",
         )
-    drawn = public.take(torch.randperm(len(public), generator=generator(seed, "calibration"))[:n])
+    drawn = public.take(public_stream(seed, "calibration").permutation(len(public))[:n])
     if state.data.labelled and state.data.num_classes > 1 and len(drawn.y.unique()) == 1:
         name = state.data.class_names[int(drawn.y[0])]
         raise DataError(

@@ -37,7 +37,8 @@ from fedpress.compress.sparse.masks import Scope
 from fedpress.compress.sparse.scores import gradients
 from fedpress.core.examples import Arrays, Preprocess
 from fedpress.core.parameters import part_of
-from fedpress.core.random import derive, generator
+from fedpress.core.random import derive
+from fedpress.core.random_source import public_stream
 from fedpress.errors import RecipeError, did_you_mean
 from fedpress.nn.batch_norm import has_batch_norm
 from fedpress.nn.resize import copied
@@ -375,7 +376,7 @@ class MaskedTraining:
             self.fit.model,
             self.weights.chosen,
             self.losses if self.stage.score in FROM_DATA else None,
-            generator(self.seed, "score"),
+            public_stream(self.seed, "score"),
             self.movement.sums if self.movement else None,
         )
         scores = score_weights(self.stage.score, evidence)
@@ -393,11 +394,8 @@ class MaskedTraining:
 
     def regrow_(self, share: float, step: int) -> None:
         """Moves `share` of each layer's weights to where a fresh batch wants them; they start at 0 without momentum."""
-        index = torch.randint(
-            len(self.data.public),
-            (self.stage.batch_size,),
-            generator=generator(self.seed, "regrow", step),
-        )
+        chance = public_stream(self.seed, "regrow", step)
+        index = chance.integers(len(self.data.public), self.stage.batch_size)
         with differentiable(
             self.fit.model, [w.value for w in self.weights.chosen], batch_statistics=True
         ):

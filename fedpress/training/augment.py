@@ -6,6 +6,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from fedpress.core.random_source import Source, chance_of
+
 
 class Augment(BaseModel):
     """Which random changes a training image goes through; sizes are shares of the image's side.
@@ -36,9 +38,7 @@ class Augment(BaseModel):
         return self.crop > 0 or self.flip != "none" or self.cutout > 0
 
 
-def augment(
-    x: Tensor, how: Augment, generator: torch.Generator, *, flipped: Tensor | None = None
-) -> Tensor:
+def augment(x: Tensor, how: Augment, generator: Source, *, flipped: Tensor | None = None) -> Tensor:
     """Returns a changed copy of the images `x` [n, C, H, W] of any type; other shapes are returned as they are.
 
     Args:
@@ -49,22 +49,23 @@ def augment(
     """
     if x.dim() != 4 or not len(x):
         return x
+    chance = chance_of(generator)
     if how.crop:
-        x = random_shift(x, max(1, round(how.crop * x.shape[-1])), generator)
+        x = random_shift(x, max(1, round(how.crop * x.shape[-1])), chance)
     if how.flip != "none":
         if how.flip == "random" or flipped is None:
-            flipped = torch.rand(len(x), generator=generator) < 0.5
+            flipped = chance.uniform(len(x)) < 0.5
         x = torch.where(flipped.to(x.device).view(-1, 1, 1, 1), x.flip(-1), x)
     if how.cutout:
-        x = cutout(x, max(1, round(how.cutout * x.shape[-1])), generator)
+        x = cutout(x, max(1, round(how.cutout * x.shape[-1])), chance)
     return x
 
 
-def random_shift(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
+def random_shift(x: Tensor, most: int, generator: Source) -> Tensor:
     """Shifts every image of `x` [n, C, H, W] by up to `most` pixels on both axes, with reflected borders."""
     n, _, height, width = x.shape
     most = min(most, height - 1, width - 1)
-    dy, dx = (torch.randint(0, 2 * most + 1, (2, n, 1), generator=generator) - most).to(x.device)
+    dy, dx = (chance_of(generator).integers(2 * most + 1, 2, n, 1) - most).to(x.device)
     rows = _mirrored(dy + torch.arange(height, device=x.device), height).view(n, 1, height, 1)
     columns = _mirrored(dx + torch.arange(width, device=x.device), width).view(n, 1, 1, width)
     at = torch.arange(n, device=x.device).view(n, 1, 1, 1)
@@ -77,11 +78,12 @@ def _mirrored(index: Tensor, size: int) -> Tensor:
     return size - 1 - (size - 1 - index.abs()).abs()
 
 
-def cutout(x: Tensor, side: int, generator: torch.Generator) -> Tensor:
+def cutout(x: Tensor, side: int, generator: Source) -> Tensor:
     """Greys one square of `side` pixels in every image of `x` [n, C, H, W] (DeVries & Taylor 2017)."""
     n, _, height, width = x.shape
-    top = torch.randint(0, height, (n, 1, 1, 1), generator=generator).to(x.device) - side // 2
-    left = torch.randint(0, width, (n, 1, 1, 1), generator=generator).to(x.device) - side // 2
+    chance = chance_of(generator)
+    top = chance.integers(height, n, 1, 1, 1).to(x.device) - side // 2
+    left = chance.integers(width, n, 1, 1, 1).to(x.device) - side // 2
     rows = torch.arange(height, device=x.device).view(1, 1, -1, 1)
     columns = torch.arange(width, device=x.device).view(1, 1, 1, -1)
     inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)

@@ -12,7 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fedpress.core.examples import Arrays, Preprocess, resized
 from fedpress.core.parameters import part_of
-from fedpress.core.random import derive, generator
+from fedpress.core.random import derive
+from fedpress.core.random_source import public_stream
 from fedpress.errors import DivergedError
 from fedpress.nn.quantized import kept_entries
 from fedpress.tasks import Task
@@ -162,11 +163,11 @@ class Fit:
 
     def _epoch(self, train: Arrays, preprocess: Preprocess) -> Generator[Step, None, float]:
         s, n = self.settings, len(train)
-        chance = generator(self.seed, "epoch", self.epoch)
+        chance = public_stream(self.seed, "epoch", self.epoch)
         torch.manual_seed(derive(self.seed, "dropout", self.epoch))
-        order = torch.randperm(n, generator=chance)
+        order = chance.permutation(n)
         # Which images start mirrored is drawn once for the run, so that two epochs in a row show both sides.
-        mirrored = torch.rand(n, generator=generator(self.seed, "flip")) < 0.5
+        mirrored = public_stream(self.seed, "flip").uniform(n) < 0.5
         mirrored ^= self.epoch % 2 == 1
         steps = max(1, n // s.batch_size)
         self.model.train()

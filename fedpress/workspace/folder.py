@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedpress.core import checksums, files
+from fedpress.core.random import STREAMS
 from fedpress.errors import RunError
 from fedpress.models import ModelSpec, load_model, save_model
 from fedpress.tasks import task_of
@@ -166,8 +167,26 @@ class RunFolder:
             )  # again: somebody else may have begun a run here since
             with listed(path / "recipe.toml", path) as temporary:
                 temporary.write_text(recipe_text, "utf-8")
-            list_json(path / "settings.json", settings, path)
+            list_json(path / "settings.json", {**settings, "streams": STREAMS}, path)
         return cls(path)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the run was started with: the resolved recipe.
+
+        Raises:
+            RunError: if the file of the settings is missing or damaged.
+        """
+        return {key: value for key, value in self._settings.items() if key != "streams"}
+
+    @property
+    def streams(self) -> int:
+        """The version of random streams that the run draws from (`fedpress.core.random.STREAMS`)."""
+        return int(self._settings.get("streams", 1))
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return read_json(self.path / "settings.json", cure=_afresh(self.path))
 
     def locked(self) -> AbstractContextManager[None]:
         """Holds the folder's lock while the block lasts: no other process may work in it.
@@ -223,16 +242,18 @@ class RunFolder:
         """Opens the folder of an interrupted run.
 
         Raises:
-            RunError: if there is no run, it was made by other settings, another process works on it, or one of its
-                files was damaged.
+            RunError: if there is no run, it was made by other settings or is not finished and draws from streams of
+                another version, another process works on it, or one of its files was damaged.
         """
         if not (path / "settings.json").exists():
             raise RunError(
                 "there is no run to resume", place=path, cure="leave out --resume to start one"
             )
         lock.refuse(path)
-        cls(path).check_whole()
-        old = read_json(path / "settings.json", cure=_afresh(path))
+        folder = cls(path)
+        folder.check_whole()
+        folder._check_streams()
+        old = folder.settings
         if old != settings:
             where = first_difference(old, settings)
             raise RunError(
@@ -243,7 +264,23 @@ class RunFolder:
                     f"--from {path}, which takes over the finished stages that are equal"
                 ),
             )
-        return cls(path)
+        return folder
+
+    def _check_streams(self) -> None:
+        """Refuses to go on with other random numbers: they would deal the examples to other clients, among others.
+
+        Raises:
+            RunError: if the run is not finished, and began with streams of another version.
+        """
+        result = self.path / "result.json"
+        finished = result.exists() and read_json(result, cure=CURES[result.name]).get("finished")
+        if self.streams != STREAMS and not finished:
+            raise RunError(
+                f"this run began with random streams of version {self.streams}, and this fedpress "
+                f"draws those of version {STREAMS}",
+                place=self.path,
+                cure="go on with the fedpress that began it, or start it anew with --out NEW",
+            )
 
     def check_links(self) -> None:
         """Looks whether something in the folder lies elsewhere: going on would write there.

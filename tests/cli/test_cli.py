@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 import fedpress as package
+from fedpress.core.random import STREAMS
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.keys import settings_of
 
-TRAIN_ONLY = "stage=[{kind='train', epochs=1, batch_size=64}]"
+TRAIN_ONLY = "stage=[{kind='train', epochs=2, batch_size=64}]"
 COMMAND = [sys.executable, "-c", "from fedpress.cli import main; main()"]
 
 
@@ -162,6 +163,7 @@ def test_a_run_is_told_drawn_and_given_as_json(fedpress, tiny_file):
     assert "report: " in said.err
     assert Path("new/report.html").stat().st_size > 10_000
     settings = json.loads(Path("new/settings.json").read_text())
+    assert settings.pop("streams") == STREAMS
     assert settings_of(recipes.load(Path("new/recipe.toml").read_text())) == settings, (
         "overrides are in it"
     )

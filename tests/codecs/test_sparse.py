@@ -39,13 +39,19 @@ def test_low_rank_is_exact_on_a_low_rank_update_and_near_the_best_on_others():
     chance = torch.Generator().manual_seed(1)
     exact = torch.randn(30, 3, generator=chance) @ torch.randn(3, 36, generator=chance)
     x = torch.cat([exact.reshape(-1), torch.ones(30)])
-    assert torch.allclose(lowrank.decode(lowrank.encode(x, key()), key()), x, atol=1e-4)
+    for number in range(1, 21):  # from another random start each
+        at = key(round=number)
+        assert torch.allclose(lowrank.decode(lowrank.encode(x, at), at), x, atol=1e-4)
     full = torch.randn(30, 36, generator=chance) * torch.logspace(0, -2, 36)
-    back = lowrank.decode(
-        lowrank.encode(torch.cat([full.reshape(-1), torch.ones(30)]), key()), key()
-    )[:1080]
-    best = torch.linalg.svdvals(full)[3:].norm()
-    assert float((back.view(30, 36) - full).norm()) <= 1.1 * float(best)
+    update = torch.cat([full.reshape(-1), torch.ones(30)])
+    errors = []
+    for number in range(1, 21):
+        at = key(round=number)
+        back = lowrank.decode(lowrank.encode(update, at), at)[:1080]
+        errors.append(float((back.view(30, 36) - full).norm()))
+    best = float(torch.linalg.svdvals(full)[3:].norm())
+    assert best <= min(errors)
+    assert sum(errors) / 20 <= 1.15 * best
 
 
 def test_discretize_is_right_on_average_and_draws_again_what_is_too_long():

@@ -16,6 +16,7 @@ from fedpress.compress.distill import (
     feature_loss,
     outputs,
 )
+from fedpress.core.random_source import public_stream
 from fedpress.errors import TrainingError
 from fedpress.models.plain import MLP
 from fedpress.models.resnet import resnet_small
@@ -194,7 +195,7 @@ def test_binding_changes_neither_the_student_nor_its_modes():
 def test_projections_widen_the_dimension_of_channels(mine, theirs, axis):
     from fedpress.compress.distill import _projection
 
-    project = _projection("x", torch.Size(mine), torch.Size(theirs), torch.Generator())
+    project = _projection("x", torch.Size(mine), torch.Size(theirs), public_stream(0))
     x = torch.randn(mine)
     assert project(x).shape == theirs
     assert torch.equal(project(x).movedim(axis, -1), x.movedim(axis, -1) @ project.weight.T)

@@ -7,7 +7,14 @@ from cryptography.hazmat.primitives.ciphers import Cipher as Aes
 from cryptography.hazmat.primitives.ciphers import algorithms, modes
 from scipy import stats
 
-from fedpress.core.random_source import AesCtrRandom, TorchRandom, chance_of
+from fedpress.core.random_source import (
+    AesCtrRandom,
+    PhiloxRandom,
+    TorchRandom,
+    chance_of,
+    private_stream,
+    public_stream,
+)
 from fedpress.errors import PrivacyError
 from fedpress.privacy.noise.mechanism import noise_grid, noise_sum, noised_mean, poisson_batches
 from fedpress.privacy.per_example.sgd import private_steps
@@ -24,7 +31,11 @@ def plan(noise=1.5, clip_norm=0.4, unit="client"):
     return PrivacyPlan(unit, clip_norm=clip_norm, sampling_prob=1.0, noise_multiplier=noise)
 
 
-MODES = {"seeded": lambda: TorchRandom(seeded()), "cipher": lambda: AesCtrRandom(KEY)}
+MODES = {
+    "torch": lambda: TorchRandom(seeded()),
+    "public": lambda: PhiloxRandom(7),
+    "cipher": lambda: AesCtrRandom(KEY),
+}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -43,6 +54,35 @@ def test_normals_uniforms_and_words_have_their_distributions(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_whole_numbers_orders_and_subsets_are_uniform(mode):
+    chance = MODES[mode]()
+    counts = torch.bincount(chance.integers(7, 300, 100).flatten(), minlength=7)
+    assert counts.shape == (7,)
+    assert stats.chisquare(counts.numpy()).pvalue > 0.001
+    firsts = torch.stack([chance.permutation(5) for _ in range(3000)])
+    assert torch.equal(firsts.sort(dim=1).values, torch.arange(5).expand(3000, 5))
+    for place in range(5):
+        assert stats.chisquare(firsts[:, place].bincount(minlength=5).numpy()).pvalue > 0.001
+    sets = [tuple(chance.subset(5, 2).tolist()) for _ in range(3000)]
+    assert all(one < other for one, other in sets)
+    assert len(set(sets)) == 10
+    assert stats.chisquare([sets.count(one) for one in set(sets)]).pvalue > 0.001
+    assert [chance.subset(3, n).tolist() for n in (0, 3)] == [[], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_shapes_and_types_are_as_asked_and_a_uniform_is_below_one(mode, dtype):
+    chance = MODES[mode]()
+    normal, uniform = chance.normal(3, 4, dtype=dtype), chance.uniform(2, 50_000, dtype=dtype)
+    assert (normal.shape, normal.dtype) == ((3, 4), dtype)
+    assert (uniform.shape, uniform.dtype) == ((2, 50_000), dtype)
+    assert 0 <= float(uniform.min()) < float(uniform.max()) < 1
+    assert chance.normal().shape == chance.uniform().shape == chance.integers(3).shape == ()
+    assert chance.permutation(0).tolist() == []
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_stream_goes_on_and_is_the_same_again(mode):
     first, again = MODES[mode](), MODES[mode]()
     assert np.array_equal(first.words(7), again.words(7))
@@ -56,6 +96,44 @@ def test_a_cipher_stream_is_that_of_aes_counter_mode_however_it_is_asked():
     expected = np.frombuffer(aes.update(bytes(8 * 30)), "<u8")
     chance = AesCtrRandom(KEY)
     assert np.array_equal(np.concatenate([chance.words(n) for n in (1, 2, 5, 0, 3, 19)]), expected)
+
+
+def test_a_public_stream_is_numpys_philox_however_it_is_asked():
+    expected = np.random.Philox(key=7).random_raw(30)
+    chance = PhiloxRandom(7)
+    assert np.array_equal(np.concatenate([chance.words(n) for n in (1, 2, 5, 0, 3, 19)]), expected)
+
+
+def test_streams_are_the_same_in_every_version():
+    public, private = public_stream(1, "a", 2), private_stream(1, "a", 2)
+    assert [int(word) for word in public.words(2)] == [16552731669457294631, 18317866633633973478]
+    assert [int(word) for word in private.words(2)] == [6297171961623696223, 17259397733585561711]
+    assert public.permutation(5).tolist() == [4, 0, 3, 2, 1]
+    assert public.subset(9, 3).tolist() == [1, 2, 6]
+    assert public.integers(1000, 3).tolist() == [284, 643, 256]
+    assert public.uniform(2).tolist() == [0.7527134300278068, 0.6154407684357538]
+    assert public.normal(2).tolist() == pytest.approx(
+        [-0.7810449890007467, 0.416092346787053], rel=1e-12
+    )
+
+
+def test_a_stream_hangs_on_all_of_its_name_and_begins_anew():
+    for stream in (public_stream, private_stream):
+        first, again, *others = (
+            stream(seed, *words).words(4).tolist()
+            for seed, *words in ((5, "a"), (5, "a"), (5 + 2**32, "a"), (5, "b"), (5, "a", 0))
+        )
+        assert first == again
+        assert first not in others
+    assert public_stream(5, "a").words(4).tolist() != private_stream(5, "a").words(4).tolist()
+
+
+def test_streams_do_not_touch_the_global_generators():
+    before, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()
+    public_stream(3, "a").normal(8)
+    private_stream(3, "a").normal(8)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], numpys)
 
 
 def test_streams_of_other_keys_are_others():

@@ -69,7 +69,8 @@ def test_another_value_of_any_entry_is_refused_by_its_name(kind, name):
         f"agreement.{name}."
     )
     assert "this client" in said
-    assert said.endswith("use the same fedpress" if name == "version" else "use the same recipe")
+    of_fedpress = name in ("version", "streams")
+    assert said.endswith("use the same fedpress" if of_fedpress else "use the same recipe")
     assert server.fingerprint != federation.terms.agreement.fingerprint
 
 
@@ -84,7 +85,7 @@ def test_the_same_agreement_is_agreed_to(kind):
 
 def test_every_term_is_an_entry():
     terms = rich().terms
-    assert terms.agreement.entries.keys() == {"version", *terms.__dataclass_fields__}
+    assert terms.agreement.entries.keys() == {"version", "streams", *terms.__dataclass_fields__}
 
 
 def test_the_seed_is_told_by_a_commitment_alone():

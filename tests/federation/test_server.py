@@ -51,7 +51,7 @@ def test_rounds_equal_the_plain_twin(clients, weights):
 
     def batches(client, round):
         n, shuffle = len(federation.data[client]), key(f"c{client}", round).client_stream("shuffle")
-        return [i for _ in range(2) for i in torch.randperm(n, generator=shuffle).split(4)]
+        return [i for _ in range(2) for i in shuffle.permutation(n).split(4)]
 
     numbers = [len(d) if weights == "examples" else 1 for d in federation.data]
     fedavg(

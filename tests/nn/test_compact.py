@@ -7,10 +7,10 @@ from torch import nn
 from fedpress.compress.sparse import apply_, choose, find_weights
 from fedpress.compress.sparse.patterns import Pattern
 from fedpress.core import parameters
-from fedpress.core.random import generator
 from fedpress.errors import ModelError
 from fedpress.nn.compact import compact_, expand_
 from fedpress.privacy.per_example.gradients import METHODS, choose_method, clipped_gradient_sum
+from tests.chance import generator
 
 
 def sparse_network(density=0.3):

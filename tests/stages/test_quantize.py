@@ -180,7 +180,7 @@ def test_training_moves_kept_weights_that_rounding_made_zero_and_no_pruned_ones(
         frozen += int(at_first.sum())
         moved += int((after[name][at_first] != 0).sum())
     assert frozen > 3000  # kept entries that first became 0
-    assert moved > 0.02 * frozen
+    assert moved > 0.01 * frozen
     assert set(last.kept_zeros) <= set(spec.sparse)
     assert last.kept_zeros
     sizes = [int((~kept_entries(model, [n])[n]).sum()) for n in spec.sparse]

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fedpress.core.examples import resized
-from fedpress.core.random import generator
 from fedpress.training.augment import Augment, augment, cutout, random_shift
+from tests.chance import generator
 
 ALL = Augment(crop=0.25, flip="random", cutout=0.5)
 

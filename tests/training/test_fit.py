@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from fedpress.core.examples import Arrays, Preprocess
-from fedpress.core.random import generator
+from fedpress.core.random_source import public_stream
 from fedpress.errors import DivergedError, TrainingError
 from fedpress.models import freeze_batch_norm_
 from fedpress.models.plain import CNN, MLP
@@ -24,6 +24,7 @@ from fedpress.training.fit import Fit, Step
 from fedpress.training.optimizers import Muon
 from fedpress.training.schedule import one_cycle
 from fedpress.training.settings import TrainSettings
+from tests.chance import generator
 
 PREPROCESS = Preprocess((0.5,), (0.25,))
 CHANGES = Augment(crop=0.25, flip="alternate", cutout=0.3)
@@ -86,7 +87,7 @@ def rates(s, n):
 
 def batches(s, n, seed):
     for epoch in range(s.epochs):
-        order = torch.randperm(n, generator=generator(seed, "epoch", epoch))
+        order = public_stream(seed, "epoch", epoch).permutation(n)
         yield from (
             order[at : at + s.batch_size]
             for at in range(0, max(1, n - s.batch_size + 1), s.batch_size)
@@ -431,7 +432,7 @@ def test_a_loss_that_is_no_number_says_where_it_happened():
     ):
         fit_all(fitting(network("mlp"), settings(lr=1e30, warmup=0.0), seed=0), images())
     data = Arrays(torch.full((24, 192), 0.1), images().y)
-    data.x[torch.randperm(24, generator=generator(2, "epoch", 1))[10]] = float("nan")
+    data.x[public_stream(2, "epoch", 1).permutation(24)[10]] = float("nan")
     bad, events = fitting(network("mlp"), settings(), seed=2), []
     with pytest.raises(TrainingError, match=r"the loss is nan at epoch \d, step \d"):
         events.extend(bad.epochs(data, NONE, PREPROCESS))
@@ -479,9 +480,7 @@ def test_one_public_example_under_batch_norm_is_refused_only_where_nothing_can_b
 
 
 def test_the_place_of_a_bad_loss_is_counted_from_one():
-    chosen = torch.randperm(24, generator=generator(2, "epoch", 0))[
-        17
-    ]  # in the third batch of eight
+    chosen = public_stream(2, "epoch", 0).permutation(24)[17]  # in the third batch of eight
     data = Arrays(torch.full((24, 192), 0.1), images().y)
     data.x[chosen] = float("inf")
     with pytest.raises(TrainingError, match="the loss is nan at epoch 1, step 3; "):

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from fedpress.compress.prune.derivatives import differentiable, gradient, hessian_gradient, mean
 from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup, Slice
+from fedpress.core.random_source import Source, chance_of
 from fedpress.errors import ModelError, RecipeError, did_you_mean
 
 Losses = Callable[[], Iterable[Tensor]]
@@ -33,7 +34,7 @@ class Evidence:
     model: nn.Module
     tensors: Mapping[str, Tensor]
     losses: Losses | None = None
-    generator: torch.Generator | None = None
+    generator: Source = None
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,8 @@ def grasp(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
 def random(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
     """Uniform numbers: the control that every other score has to beat."""
     assert evidence.generator is not None
-    return [torch.rand(group.channels, generator=evidence.generator) for group in graph.groups]
+    chance = chance_of(evidence.generator)
+    return [chance.uniform(group.channels, dtype=torch.float32) for group in graph.groups]
 
 
 SCORES: dict[str, Score] = {
@@ -224,7 +226,7 @@ def score(
     name: str,
     *,
     losses: Losses | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> list[Tensor]:
     """Scores every channel: one vector [channels] per layer of `graph`, with mean 1; the least important is lowest.
 
@@ -248,7 +250,7 @@ def raw_scores(
     name: str,
     *,
     losses: Losses | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> list[Tensor]:
     """Scores like `score`, before the division by the mean of each layer."""
     if name not in SCORES:
@@ -265,9 +267,7 @@ def raw_scores(
             cure="give them or use 'l1'",
         )
     if row.needs == "generator" and generator is None:
-        raise ModelError(
-            f"the score '{name}' needs a `generator`", cure="take one from fedpress.core.random"
-        )
+        raise ModelError(f"the score '{name}' needs a `generator`", cure="give a torch.Generator")
     raw = row.of(graph, evidence)
     for group, values in zip(graph.groups, raw, strict=True):
         if not values.isfinite().all():

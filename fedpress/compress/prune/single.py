@@ -16,6 +16,7 @@ from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup
 from fedpress.compress.prune.plan import PruningPlan, allowed_widths, check_settings, plan
 from fedpress.compress.prune.scores import Losses, channel_sums, raw_scores, relative, tensors_of
 from fedpress.compress.prune.targets import Target, parameter_target
+from fedpress.core.random_source import Source
 from fedpress.errors import RecipeError
 
 BEYOND = 0.9  # removal goes on to this part of the target, so that rounding up somewhere can be paid for elsewhere
@@ -34,7 +35,7 @@ def prune_single_channel(
     exact: bool = False,
     every: int = 64,
     losses: Losses | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> PruningPlan:
     """Plans the removal of channels one at a time, worst first, then rounds the widths.
 
@@ -131,7 +132,7 @@ def _scorer(
     name: str,
     every: int,
     losses: Losses | None,
-    generator: torch.Generator | None,
+    generator: Source,
 ) -> Iterator[Scorer]:
     if name in ("l1", "l2"):
         raw_scores(model, graph, name)  # refuses what is not finite

@@ -18,6 +18,7 @@ from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup
 from fedpress.compress.prune.scores import tensors_of
 from fedpress.compress.sparse.masks import Masks
 from fedpress.compress.sparse.weights import Weight
+from fedpress.core.random_source import Source, chance_of
 from fedpress.errors import ModelError
 
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
@@ -68,7 +69,7 @@ class Gates(nn.Module):
         super().__init__()
         self.log_alphas = nn.ParameterList([nn.Parameter(a) for a in log_alphas])
         self.factors, self.share = factors, share
-        self.generator = torch.Generator()
+        self.generator: Source = None
 
     def density(self) -> Tensor:
         """Returns the expected share of parameters, differentiable, in closed form."""
@@ -76,15 +77,10 @@ class Gates(nn.Module):
 
     def draw(self) -> dict[str, Tensor]:
         """Draws from `chance` what multiplies each parameter in one step of training."""
-        tiny = torch.finfo(torch.float32).tiny
-        return self.factors(
-            [
-                sample(
-                    a, torch.rand(a.shape, generator=self.generator).clamp_min(tiny).to(a.device)
-                )
-                for a in self.log_alphas
-            ]
-        )
+        tiny, chance = torch.finfo(torch.float32).tiny, chance_of(self.generator)
+        drawn = (chance.uniform(*a.shape, dtype=torch.float32) for a in self.log_alphas)
+        pairs = zip(self.log_alphas, drawn, strict=True)
+        return self.factors([sample(a, u.clamp_min(tiny).to(a.device)) for a, u in pairs])
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
@@ -155,7 +151,7 @@ def _swap(model: nn.Module, new: Callable[[str, Tensor], Tensor | None]) -> dict
 
 
 def weight_gates(
-    weights: Sequence[Weight], *, generator: torch.Generator, within: Masks | None = None
+    weights: Sequence[Weight], *, generator: Source, within: Masks | None = None
 ) -> Gates:
     """Gives every entry of `weights` a gate; those that `within`, an earlier mask, lacks are closed for good."""
     closed = -1e4
@@ -171,7 +167,7 @@ def weight_gates(
     )
 
 
-def channel_gates(model: nn.Module, graph: ChannelGraph, *, generator: torch.Generator) -> Gates:
+def channel_gates(model: nn.Module, graph: ChannelGraph, *, generator: Source) -> Gates:
     """Gives every removable channel of `graph` a gate, where its layer is read.
 
     A channel that is coupled through a residual stream has one gate, on all weights that read it. There a closed gate
@@ -229,9 +225,11 @@ def _gated(group: ChannelGroup) -> list[Any]:
     return group.role("read") or group.role("write")
 
 
-def _begin(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+def _begin(shape: Sequence[int], generator: Source) -> Tensor:
     """Draws log alpha around an open gate (section 4.1 of the paper draws around the drop-out rate)."""
-    return math.log(START / (1 - START)) + 0.01 * torch.randn(tuple(shape), generator=generator)
+    return math.log(START / (1 - START)) + 0.01 * chance_of(generator).normal(
+        *shape, dtype=torch.float32
+    )
 
 
 class Controller:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedpress.compress.prune.derivatives import differentiable, gradient, hessian_gradient, mean
 from fedpress.compress.prune.scores import Losses
 from fedpress.compress.sparse.weights import Weight
+from fedpress.core.random_source import Source, chance_of
 from fedpress.errors import ModelError, RecipeError, did_you_mean
 
 Values = list[Tensor]
@@ -32,7 +33,7 @@ class WeightEvidence:
     model: nn.Module
     weights: Sequence[Weight]
     losses: Losses | None = None
-    generator: torch.Generator | None = None
+    generator: Source = None
     moved: Mapping[str, Tensor] | None = None
 
 
@@ -113,10 +114,9 @@ def movement(evidence: WeightEvidence) -> Values:
 def random(evidence: WeightEvidence) -> Values:
     """Uniform numbers: the control that every other score has to beat."""
     if evidence.generator is None:
-        raise ModelError(
-            "the score 'random' needs a `generator`", cure="take one from fedpress.core.random"
-        )
-    return [torch.rand(w.value.shape, generator=evidence.generator) for w in evidence.weights]
+        raise ModelError("the score 'random' needs a `generator`", cure="give a torch.Generator")
+    chance = chance_of(evidence.generator)
+    return [chance.uniform(*w.value.shape, dtype=torch.float32) for w in evidence.weights]
 
 
 WEIGHT_SCORES: dict[str, Callable[[WeightEvidence], Values]] = {

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fedpress.core.names import ClientId
-from fedpress.core.random import secret_generator
+from fedpress.core.random_source import private_stream
 from fedpress.errors import RecipeError
 from fedpress.federation.sampling import Cohort
 from fedpress.federation.schedules.base import (
@@ -163,9 +163,9 @@ class _Buffer:
         """Returns one of the clients that are not `busy`, each with the same probability."""
         self._draws += 1
         clients = self._enrolled.clients
-        stream = secret_generator(self._enrolled.seed, "cohort", self._draws)
+        stream = private_stream(self._enrolled.seed, "cohort", self._draws)
         while True:  # a client that is busy is drawn again: cheaper than a list of all others
-            client = clients[int(torch.randint(len(clients), (), generator=stream))]
+            client = clients[int(stream.integers(len(clients)))]
             if client not in busy:
                 return client
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fedpress.core.examples import Arrays, Preprocess
-from fedpress.core.random import generator
+from fedpress.core.random_source import public_stream
 from fedpress.data import FederatedData
 from fedpress.errors import DataError
 from fedpress.tasks import Regression, Task
@@ -102,7 +102,7 @@ def _check_classes(y: Tensor, outputs: int) -> None:
 
 def _divided(every: Arrays, preprocess: Preprocess, seed: int, **about: Any) -> FederatedData:
     """Puts examples aside for testing and for validation; `about` says what is learned."""
-    order = torch.randperm(len(every), generator=generator(seed, "data in memory"))
+    order = public_stream(seed, "data in memory").permutation(len(every))
     tests = int(TEST_SHARE * len(every))
     validation = int(VALIDATION_SHARE * (len(every) - tests))
     test, checked, public = (

@@ -16,7 +16,7 @@ from fedpress import deploy, storage
 from fedpress.compress import cost
 from fedpress.core import consent
 from fedpress.core.examples import Preprocess
-from fedpress.core.random import generator
+from fedpress.core.random_source import public_stream
 from fedpress.deploy import FORMATS, Candidate, Job
 from fedpress.deploy.examples import Example, Given, example_of, is_shape, take, tensors_of
 from fedpress.errors import ExportError, ModelError
@@ -106,8 +106,8 @@ class Inputs:
         """Returns a batch of noise for a module of several inputs; None for one input."""
         if self.several is None:
             return None
-        chance = generator(0, "measure")
-        return tuple(torch.randn(32, *shape, generator=chance) for shape in self.several)
+        chance = public_stream(0, "measure")
+        return tuple(chance.normal(32, *shape, dtype=torch.float32) for shape in self.several)
 
 
 @dataclass(frozen=True)
@@ -323,7 +323,7 @@ def _given(spec: ModelSpec | None, name: str, shape: tuple[int, ...] | None) -> 
 
 def _noise(given: Given) -> Example:
     if is_shape(given):
-        return torch.randn(32, *given, generator=generator(0, "measure"))
+        return public_stream(0, "measure").normal(32, *given, dtype=torch.float32)
     return example_of(given)
 
 

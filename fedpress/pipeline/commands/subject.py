@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fedpress import storage
 from fedpress.core import consent
 from fedpress.core.examples import Arrays, Preprocess
+from fedpress.core.random import STREAMS
 from fedpress.data import FederatedData
 from fedpress.errors import DataError, ModelError, did_you_mean
 from fedpress.models import ARCHITECTURES, ModelSpec, memory
@@ -120,6 +121,13 @@ class Subject:
         table = {key: value for key, value in settings["data"].items() if value is not None}
         if table["source"] == NOTHING:
             return None
+        if settings.get("streams", 1) != STREAMS:
+            raise ModelError(
+                "the run put its test examples aside with random streams of another version, so "
+                "they cannot be told from those that it trained on",
+                place=f"{self.run / 'settings.json'}",
+                cure="give data=SOURCE, best with examples that the model has not seen",
+            )
         if ":" in str(
             table["source"]
         ):  # the folder may come from anybody, and its data would be a call

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from fedpress.core import parameters
 from fedpress.core.examples import Preprocess
 from fedpress.core.names import ClientId
 from fedpress.core.random import derive
+from fedpress.core.random_source import RandomSource
 from fedpress.data.population import Population
 from fedpress.errors import RecipeError
 from fedpress.federation import (
@@ -221,7 +221,7 @@ class Prepare:
     preprocess: Preprocess
     how: Augment
 
-    def __call__(self, x: Tensor, chance: torch.Generator) -> Tensor:
+    def __call__(self, x: Tensor, chance: RandomSource) -> Tensor:
         """Maps raw examples [k, ...] to float32 [k, ...]."""
         return self.preprocess(augment(x, self.how, chance) if self.how.active else x)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpress.core.examples import Arrays
-from fedpress.core.random import generator
+from fedpress.core.random_source import RandomSource, public_stream
 from fedpress.errors import RecipeError
 from fedpress.stages.federate.client import ClientHalf
 from fedpress.tasks import Task
@@ -71,22 +71,22 @@ def _examples(
             spread = torch.linspace(0, len(part) - 1, min(EXAMPLES, len(part))).long()
             yield "public", part.take(spread)
             return
-    chance, targets = generator(0, "rehearsal"), task.made_up(EXAMPLES, like.y)
+    chance, targets = public_stream(0, "rehearsal"), task.made_up(EXAMPLES, like.y)
     shape = (EXAMPLES, *like.x.shape[1:])
     for x in _made_up(shape, like.x.dtype, _vocabulary(model), chance):
         yield "made-up", Arrays(x, targets)
 
 
 def _made_up(
-    shape: tuple[int, ...], dtype: torch.dtype, vocabulary: int | None, chance: torch.Generator
+    shape: tuple[int, ...], dtype: torch.dtype, vocabulary: int | None, chance: RandomSource
 ) -> Iterator[Tensor]:
     if dtype == torch.uint8:
-        yield torch.randint(256, shape, generator=chance, dtype=dtype)
+        yield chance.integers(256, *shape).to(dtype)
     elif dtype.is_floating_point and vocabulary is None:
-        yield torch.randn(shape, generator=chance).to(dtype)
+        yield chance.normal(*shape).to(dtype)
     # A number may be the name of something, such as a token: then a small whole one is valid.
     high = min(vocabulary or 2, 256 if dtype == torch.uint8 else 1 << 31)
-    yield torch.randint(high, shape, generator=chance).to(dtype)
+    yield chance.integers(high, *shape).to(dtype)
 
 
 def _vocabulary(model: nn.Module) -> int | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fedpress.codecs import VALUES, Key
 from fedpress.core import random
 from fedpress.core.names import ClientId
+from fedpress.core.random_source import public_stream
 from fedpress.federation import Aggregator, SecureSum
 from fedpress.federation.client import answer_secure
 from fedpress.federation.downlink import Broadcast
@@ -26,13 +27,13 @@ def sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
     Updates of real training have heavier tails and become smaller. `params` [d] are those of the model.
     """
     terms, uplink = contract.terms, contract.uplink
-    chance = torch.Generator().manual_seed(0)
-    change = torch.randn(len(params), generator=chance) * (
+    chance = public_stream(0, "sizes")
+    change = chance.normal(len(params), dtype=torch.float32) * (
         1e-3 * float(params.std()) if len(params) > 1 else 1e-3
     )
     names = list(contract.population.names)[: uplink.cohort.size]
     key = Key(terms.seed, 1, names[0])
-    vectors = {way.name: torch.randn(way.size, generator=chance) for way in uplink.ways}
+    vectors = {way.name: chance.normal(way.size, dtype=torch.float32) for way in uplink.ways}
     tensors = uplink.encode(vectors | {UPDATE: change}, key)
     header: dict[str, JSON] = {"round": 1, "examples": 1, "loss": 1.0, "steps": 1}
     if uplink.privacy is not None and not uplink.trust.hides_cohort:

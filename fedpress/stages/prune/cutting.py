@@ -17,7 +17,8 @@ from fedpress.compress.prune.sensitivity import densities_down_to
 from fedpress.compress.prune.targets import full_widths, next_share
 from fedpress.core.examples import Arrays
 from fedpress.core.parameters import part_of
-from fedpress.core.random import derive, generator
+from fedpress.core.random import derive
+from fedpress.core.random_source import public_stream
 from fedpress.data import FederatedData
 from fedpress.errors import RecipeError
 from fedpress.nn.resize import copied
@@ -191,7 +192,7 @@ class Cutting:
     def plan(self) -> Generator[Tick | Milestone, None, PruningPlan]:
         """Scores the channels and plans the present cut, with what has to be measured for it."""
         stage, state, model = self.stage, self.source, self.model
-        graph, chance = traced(model, state, stage), generator(state.seed, "prune", "random")
+        graph, chance = traced(model, state, stage), public_stream(state.seed, "prune", "random")
         how: dict[str, Any] = {
             "round_to": stage.round_to,
             "min_keep": stage.min_keep,

@@ -17,8 +17,8 @@ from fedpress.compress import (
     trace,
 )
 from fedpress.compress.prune.scores import raw_scores
-from fedpress.core.random import generator
 from fedpress.errors import ModelError, RecipeError
+from tests.chance import generator
 
 LABELS = torch.tensor([0, 3])
 

@@ -21,9 +21,9 @@ from fedpress.compress.sparse.l0 import (
     sample,
     weight_gates,
 )
-from fedpress.core.random import generator
 from fedpress.errors import ModelError
 from fedpress.models.resnet import resnet_small
+from tests.chance import generator
 
 
 def network():

@@ -15,8 +15,8 @@ from fedpress.compress.sparse import (
     masks_of,
 )
 from fedpress.compress.sparse.patterns import n_of_m
-from fedpress.core.random import generator
 from fedpress.errors import FedpressError, ModelError, RecipeError
+from tests.chance import generator
 
 PATTERNS = ("unstructured", "2:4", "1:2", "4x1", "1x4", "2x3", "filter", "channel")
 

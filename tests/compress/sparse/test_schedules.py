@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedpress.compress.sparse import Pattern, Weight, choose, cubic, drop_share, regrow, steps_down
-from fedpress.core.random import generator
+from tests.chance import generator
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(0.01, 1))

@@ -15,8 +15,8 @@ from fedpress.compress.sparse import (
     score_weights,
 )
 from fedpress.compress.sparse.scores import gradients
-from fedpress.core.random import generator
 from fedpress.errors import ModelError, RecipeError
+from tests.chance import generator
 
 
 def network():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from fedpress.codecs import Quantize, TopK
 from fedpress.core import parameters
-from fedpress.core.random import secret_generator
+from fedpress.core.random_source import private_stream
 from fedpress.errors import RecipeError
 from fedpress.federation import (
     SERVERS,
@@ -66,7 +66,7 @@ def one_epoch(made, client, version, params):
     model, data = copy.deepcopy(made.model).double(), made.data[int(client[1:])]
     parameters.assign_(model, params)
     shuffle = key(client, version + 1).client_stream("shuffle")
-    for index in torch.randperm(len(data), generator=shuffle).split(4):
+    for index in shuffle.permutation(len(data)).split(4):
         loss = F.cross_entropy(model(data.x[index].double()), data.y[index])
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         with torch.no_grad():
@@ -86,8 +86,8 @@ def test_buffered_steps_equal_the_plain_twin(buffer, concurrency, delays):
         if len(busy) == CLIENTS:
             return None
         draws += 1
-        stream = secret_generator(7, "cohort", draws)
-        while (name := f"c{int(torch.randint(CLIENTS, (), generator=stream))}") in busy:
+        stream = private_stream(7, "cohort", draws)
+        while (name := f"c{int(stream.integers(CLIENTS))}") in busy:
             pass
         return name
 
@@ -342,11 +342,15 @@ def test_an_algorithm_whose_clients_keep_a_state_is_refused_over_a_buffer():
         run(made, 1, algorithm=Scaffold())
 
 
-def test_a_model_is_packed_once_for_all_who_are_sent_it_in_a_step(monkeypatch):
-    packed = []
-    monkeypatch.setattr(local, "pack", lambda m: packed.append(m.kind) or pack(m))
+def test_a_model_is_packed_once_for_all_who_work_on_it_at_a_time(monkeypatch):
+    packed, sent, send = [], [], LocalTransport.send
+    monkeypatch.setattr(local, "pack", lambda m: packed.append(m.header["round"]) or pack(m))
+    monkeypatch.setattr(
+        LocalTransport, "send", lambda self, to, m: sent.append(m) or send(self, to, m)
+    )
     list(run(federation(), 6))
-    assert packed.count("fit") == 6
+    assert set(packed) == {1, 2, 3, 4, 5, 6}
+    assert len(packed) <= 7 < 18 <= len(sent)  # once more where all who had it were done with it
 
 
 def test_a_buffer_that_is_not_the_planned_cohort_is_refused():
