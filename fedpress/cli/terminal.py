@@ -110,7 +110,7 @@ def follow(events: Iterable[Event], out: Console) -> None:
 def _outcome(result: Mapping[str, Any]) -> str:
     shown = Shown.of([dict(result)])
     found = result.get(shown.key)
-    score = "" if found is None else f"test {shown.name} {shown.told(found)}, "
+    score = "" if found is None else f"test {shown.name} {shown.formatted(found)}, "
     floats = stays_float(dict(result))
     kept = f", {floats[0]} of them float ({floats[1]})" if floats else ""
     return f"{score}{units.count(result['parameters'])} parameters{kept}"

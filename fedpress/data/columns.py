@@ -285,8 +285,8 @@ class Features:
                 cure="give public_share or public_clients, or set missing = 'drop'",
             )
         fill = torch.nan_to_num(x[public].nanmean(0))
-        how = self._preparation(learned, fill if len(public) else None)
-        return Inputs(torch.where(x.isnan(), fill, x), torch.from_numpy(left_out), how)
+        preparation = self._preparation(learned, fill if len(public) else None)
+        return Inputs(torch.where(x.isnan(), fill, x), torch.from_numpy(left_out), preparation)
 
     def _preparation(self, learned: list[InputColumn], fill: Tensor | None) -> Preparation:
         """Says how raw rows become inputs; `fill` [d] are the means of the public rows, if there are any."""

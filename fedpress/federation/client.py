@@ -18,7 +18,7 @@ from fedpress.federation.agreement import Agreement, Terms
 from fedpress.federation.client_state import ClientState, InMemoryState, load_json, save_json
 from fedpress.federation.counted import FORGOT
 from fedpress.federation.downlink import LOST, SERVER
-from fedpress.federation.local import LocalWork, Measures, Source, plain_steps, too_large
+from fedpress.federation.local import GradientSource, LocalWork, Measures, plain_steps, too_large
 from fedpress.federation.private import check_private, rehearse_private
 from fedpress.federation.protocol import check_header, need, read_text
 from fedpress.federation.sources import SOURCES
@@ -67,7 +67,7 @@ class ClientPlan:
     """
 
     terms: Terms
-    source: Source = plain_steps
+    source: GradientSource = plain_steps
     privacy: PrivacyPlan | None = None
 
     @classmethod
@@ -76,7 +76,7 @@ class ClientPlan:
         terms: Terms,
         model: nn.Module,
         *,
-        source: Source | None = None,
+        source: GradientSource | None = None,
         privacy: PrivacyPlan | None = None,
     ) -> ClientPlan:
         """Fits a client's work to the terms and to the model in which it is done.

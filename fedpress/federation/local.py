@@ -70,7 +70,7 @@ class Outcome:
 
 
 Steps: TypeAlias = "Generator[Step, None, Outcome]"
-Source: TypeAlias = "Callable[[nn.Module, LocalWork], Steps]"
+GradientSource: TypeAlias = "Callable[[nn.Module, LocalWork], Steps]"
 """Yields each step when its gradient is known, and takes it when the next one is asked for."""
 
 
@@ -98,7 +98,7 @@ class LocalWork:
     prepare: Prepare
     task: Task
     plan: PrivacyPlan | None = None
-    source: Source | None = None
+    source: GradientSource | None = None
     start: Tensor | None = None
     beside: Vectors = field(default_factory=dict)
     pulls: Mapping[str, float] = field(default_factory=dict)

@@ -51,7 +51,7 @@ def sensitivity_curves(name: str, records: list[Json]) -> Figure | None:
     return Figure(
         f"Sensitivity: {name}",
         f"{shown_by.title} when one layer alone is cut to a density. The most sensitive is {first}, orange, down to "
-        f"{shown_by.told(lowest[first])}; the least is {last}, {shown_by.told(lowest[last])} at its worst. "
+        f"{shown_by.formatted(lowest[first])}; the least is {last}, {shown_by.formatted(lowest[last])} at its worst. "
         f"The {min(MANY_LAYERS, len(order))} most sensitive of {len(order)} layers are coloured.",
         Axis("kept of this layer (%)"),
         [Panel(Axis(shown_by.axis()), shown)],

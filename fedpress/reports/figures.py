@@ -79,7 +79,7 @@ def score_and_size(stages: list[Json]) -> Figure | None:
         dotted=True,
     )
     steps = ", ".join(
-        f"{s.get('name') or s.get('kind')} {metric.told(s[metric.key])} with {units.count(s['file_bytes'], 'B')}"
+        f"{s.get('name') or s.get('kind')} {metric.formatted(s[metric.key])} with {units.count(s['file_bytes'], 'B')}"
         for s in shown
     )
     return Figure(

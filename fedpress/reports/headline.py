@@ -90,7 +90,7 @@ def _score(stages: list[Json]) -> Tile | None:
         if len(found) > 1
         else ""
     )
-    return Tile(shown.told(found[-1]), f"test {shown.name}", note)
+    return Tile(shown.formatted(found[-1]), f"test {shown.name}", note)
 
 
 def _beside(stages: list[Json]) -> Tile | None:
@@ -102,7 +102,7 @@ def _beside(stages: list[Json]) -> Tile | None:
         return None
     others = (w for w in words[1:] if w not in (first, words[0]) and w.key in SAID_BESIDE)
     notes = [
-        f"{w.name} {w.told(stage[w.key])}"
+        f"{w.name} {w.formatted(stage[w.key])}"
         for w in others
         if units.number(stage.get(w.key)) is not None
     ]
@@ -110,7 +110,7 @@ def _beside(stages: list[Json]) -> Tile | None:
         notes.append(
             f"largest class: {units.percent(stage.get('majority_share'), 1)} of the test examples"
         )
-    return Tile(first.told(stage[first.key]), first.name, "; ".join(notes))
+    return Tile(first.formatted(stage[first.key]), first.name, "; ".join(notes))
 
 
 def score_warning(stages: list[Json]) -> str:

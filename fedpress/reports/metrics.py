@@ -76,10 +76,10 @@ class Shown:
         """Returns the value in a line, if it is a number."""
         return units.number(line.get(self.key))
 
-    def told(self, value: Any) -> str:
+    def formatted(self, value: Any) -> str:
         """Returns a value as people read it."""
         found = units.number(value)
-        return units.DASH if found is None else self.metric.told(found)
+        return units.DASH if found is None else self.metric.formatted(found)
 
     def drawn(self, value: float) -> str:
         """Returns a drawn value as people read it: already in percent, if it is a share."""

@@ -305,7 +305,7 @@ def sweep_table(page: Json) -> Table:
             f" in {row['runtime']}" if mixed and row["runtime"] else ""
         )
         digits = 2 if metric.metric.share else metric.metric.digits
-        score = metric.told(row.get(key)) + (
+        score = metric.formatted(row.get(key)) + (
             f" ± {metric.scale * spread:.{digits}f}" if spread is not None else ""
         )
         behind = metric.change(row.get(key), best)

@@ -82,7 +82,7 @@ def progress_table(records: list[Json]) -> Table:
             [
                 _name(last),
                 far,
-                shown.told(score),
+                shown.formatted(score),
                 units.epsilon(last.get("epsilon")),
                 units.seconds(so_far),
             ]
@@ -109,7 +109,7 @@ def metrics_table(stages: list[Json], *, most: int | None = None) -> Table:
     for stage in stages:
         if not any(units.number(stage.get(word.key)) is not None for word in known[1:]):
             continue  # an older line has the first alone, which stands in the other table
-        cells = [Shown(word).told(stage.get(word.key)) for word in known]
+        cells = [Shown(word).formatted(stage.get(word.key)) for word in known]
         if largest:
             cells.insert(1, units.percent(stage.get("majority_share")))
         rows.append([_name(stage), *cells])
@@ -240,7 +240,7 @@ def comparison_table(before: Json, after: Json) -> Table:
     """Returns a row for each number of one stage: before, after, and the change or share."""
     rows, shown = [], Shown.of([after, before])
     words = [word for word in words_of([after, before]) if word.key != "loss"]
-    metrics = [(Shown(word).title, word.key, Shown(word).told) for word in words]
+    metrics = [(Shown(word).title, word.key, Shown(word).formatted) for word in words]
     for title, key, form in (*metrics, *COMPARED):
         old, new = units.number(before.get(key)), units.number(after.get(key))
         if key == "nonzero_parameters" and old is None and new is not None:
@@ -306,7 +306,7 @@ def _first(stages: list[Json], key: str) -> float | None:
 def _score(stage: Json, stages: list[Json]) -> str:
     shown = Shown.of(stages)
     change = shown.change(stage.get(shown.key), _first(stages, shown.key))
-    return shown.told(stage.get(shown.key)) + (
+    return shown.formatted(stage.get(shown.key)) + (
         f" ({change})" if change and stage is not stages[0] else ""
     )
 

@@ -14,27 +14,27 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-Word: TypeAlias = str | int | bytes
+Item: TypeAlias = str | int | bytes
 SIGNATURE = 64
 NONCE = 12
 TAG = 16
 
 
-def derive(key: bytes, *words: Word, size: int = 32) -> bytes:
-    """Returns the `size` bytes named by `words` under `key` (HKDF with SHA-256): other words, unrelated bytes.
+def derive(key: bytes, *items: Item, size: int = 32) -> bytes:
+    """Returns the `size` bytes named by `items` under `key` (HKDF with SHA-256): other items, unrelated bytes.
 
     >>> derive(bytes(32), "a") == derive(bytes(32), "a"), derive(bytes(32), "a") == derive(bytes(32), b"a")
     (True, False)
     """
-    return HKDF(SHA256(), size, None, _statement(words)).derive(key)
+    return HKDF(SHA256(), size, None, _statement(items)).derive(key)
 
 
-def digest(*words: Word) -> bytes:
-    """Returns the 32-byte digest of `words`; no two different lists of words give the same one."""
-    return digest_all(words)
+def digest(*items: Item) -> bytes:
+    """Returns the 32-byte digest of `items`; no two different lists of items give the same one."""
+    return digest_all(items)
 
 
-def digest_all(parts: Iterable[Word | np.ndarray]) -> bytes:
+def digest_all(parts: Iterable[Item | np.ndarray]) -> bytes:
     """Returns the digest of a list that may hold large contiguous arrays, without copying them."""
     made = blake2b(digest_size=32)
     for part in parts:
@@ -52,15 +52,15 @@ def identity(secret: bytes) -> bytes:
     return _signer(secret).public_key().public_bytes_raw()
 
 
-def sign(secret: bytes, *words: Word) -> bytes:
-    """Returns the signature [64] of `words` by the holder of `secret`."""
-    return _signer(secret).sign(_statement(words))
+def sign(secret: bytes, *items: Item) -> bytes:
+    """Returns the signature [64] of `items` by the holder of `secret`."""
+    return _signer(secret).sign(_statement(items))
 
 
-def verify(public: bytes, signature: bytes, *words: Word) -> bool:
-    """Returns whether `signature` on `words` is by the holder of the identity `public`, whatever bytes were given."""
+def verify(public: bytes, signature: bytes, *items: Item) -> bool:
+    """Returns whether `signature` on `items` is by the holder of the identity `public`, whatever bytes were given."""
     try:
-        Ed25519PublicKey.from_public_bytes(public).verify(signature, _statement(words))
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, _statement(items))
     except (InvalidSignature, ValueError):
         return False
     return True
@@ -99,5 +99,5 @@ def _signer(secret: bytes) -> Ed25519PrivateKey:
     return Ed25519PrivateKey.from_private_bytes(derive(secret, "identity"))
 
 
-def _statement(words: tuple[Word, ...]) -> bytes:
-    return repr(("fedpress secure 1", *words)).encode()
+def _statement(items: tuple[Item, ...]) -> bytes:
+    return repr(("fedpress secure 1", *items)).encode()

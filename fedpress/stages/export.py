@@ -194,5 +194,5 @@ def _difference(
     whose = "the network simulated in torch" if simulated else "the network in torch"
     words = f"its outputs are {100 * apart:.1f}% off those of {whose}"
     if file is not None and model is not None:
-        words += f"; {word.name} {word.told(file)} against {word.told(model)}"
+        words += f"; {word.name} {word.formatted(file)} against {word.formatted(model)}"
     return words

@@ -101,7 +101,7 @@ class Training:
                 if isinstance(event, Step):
                     yield Tick(event.done, event.total)
                     continue
-                told = self.source.data.task.told(event.score)
+                told = self.source.data.task.formatted(event.score)
                 more = "" if event.score is None else f", validation {told}"
                 yield milestone(event, more=more, image_size=event.image_size)
 

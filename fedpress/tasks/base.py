@@ -42,11 +42,13 @@ class Metric:
     digits: int = 3
     says: str = ""
 
-    def told(self, value: float | None) -> str:
+    def formatted(self, value: float | None) -> str:
         """Returns a value as people read it.
 
-        >>> Metric("accuracy", "accuracy", share=True).told(0.9712), Metric("mae", "MAE", "lower").told(12.3456)
-        ('97.12%', '12.346')
+        >>> Metric("accuracy", "accuracy", share=True).formatted(0.9712)
+        '97.12%'
+        >>> Metric("mae", "MAE", "lower").formatted(12.3456)
+        '12.346'
         """
         if value is None or math.isnan(value):
             return "–"
@@ -101,9 +103,9 @@ class Task(ABC):
         return -math.inf if self.higher_is_better else math.inf
 
     @classmethod
-    def told(cls, score: float | None) -> str:
+    def formatted(cls, score: float | None) -> str:
         """Returns a value of the primary metric as people read it: `97.12%`, or `12.3`."""
-        return cls.words[0].told(score)
+        return cls.words[0].formatted(score)
 
     def better(self, new: float | None, old: float | None) -> bool:
         """Says whether `new` is a better value of the primary metric than `old`; any number is better than none."""

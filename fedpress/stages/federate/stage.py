@@ -414,7 +414,7 @@ class Progress:
             bytes_up=self.bytes_up + record.bytes_up,
             bytes_down=self.bytes_down + record.bytes_down,
             seconds=seconds,
-            note=f"validation {task.told(score)}" if seen else "",
+            note=f"validation {task.formatted(score)}" if seen else "",
         )
 
     def tensors(self) -> dict[str, Tensor]:
