@@ -132,7 +132,7 @@ def renaming(keys: Mapping[str, str]) -> Iterator[None]:
     """Puts what the caller's reader has written in the place of an argument, in errors that pass through.
 
     Args:
-        keys: argument -> what the reader knows it by.
+        keys: argument, or a field of one (`noise.clip_norm`) -> what the reader knows it by.
 
     >>> with renaming({"clip_norm": "privacy.clip_norm"}):
     ...     raise RecipeError("got 0", place="clip_norm", cure="try 1.0")
@@ -143,9 +143,28 @@ def renaming(keys: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except FedpressError as error:
-        word = re.split(r"[.\[]", error.place, maxsplit=1)[0]
-        if word in keys:
-            error.place = keys[word] + error.place[len(word) :]
+        for word in sorted(keys, key=len, reverse=True):
+            rest = error.place.removeprefix(word)
+            if rest != error.place and rest[:1] in ("", ".", "["):
+                error.place = keys[word] + rest
+                break
+        raise
+
+
+@contextmanager
+def placing(place: str | Path) -> Iterator[None]:
+    """Puts a place before that of errors that pass through: a file before what is wrong in it.
+
+    >>> with placing("spec.json"):
+    ...     raise ModelError("got 0", place="input_shape", cure="try 8")
+    Traceback (most recent call last):
+        ...
+    fedpress.errors.ModelError: spec.json: input_shape: got 0; try 8
+    """
+    try:
+        yield
+    except FedpressError as error:
+        error.place = f"{place}: {error.place}" if error.place else str(place)
         raise
 
 

@@ -86,9 +86,7 @@ ERRORS = {
     if isinstance(kind, type) and issubclass(kind, FedpressError)
 }
 INCOMPLETE = {
-    "cli": 2, "codecs": 3, "compress": 30, "core": 3, "data": 19, "deploy": 5, "federation": 15, "models": 6,
-    "nn": 4, "pipeline": 6, "privacy": 5, "secagg": 6, "stages": 4, "storage": 3, "training": 2,
-    "wire": 1,
+    "cli": 2, "deploy": 5, "federation": 15, "pipeline": 6, "privacy": 5, "secagg": 6, "stages": 4,
 }  # fmt: skip
 """Errors of a room that pass on a sentence of somebody else, or lack a place or a cure; only fewer is right."""
 

@@ -65,7 +65,7 @@ def side_floats(x: Encoded, name: str, size: int | None, least: int = 0) -> Floa
         )
     values: Floats = tensor.numpy()
     if not np.isfinite(values).all():
-        raise WireError("got a number that is not finite", place=f"update.{name}")
+        raise WireError("got NaN or infinity, expected finite numbers", place=f"update.{name}")
     return values
 
 
@@ -74,9 +74,11 @@ def scaled(x: Encoded, size: int, block: int, top: int) -> Floats:
     q = whole_levels(x, (size,), ("scales",))
     scales = side_floats(x, "scales", -(-size // block))
     if q.size and (int(q.max()) > top or int(q.min()) < -top):
-        raise WireError(f"got a level beyond {top}", place="update.values")
+        raise WireError(
+            f"got a level beyond {top}", place="update.values", cure=f"expected {-top} to {top}"
+        )
     if scales.min(initial=0) < 0:
-        raise WireError("got a negative scale", place="update.scales")
+        raise WireError("got a negative scale, expected 0 or more", place="update.scales")
     out = np.empty(size, np.float32)
     for at, end, scale in chunks(size, block, scales):
         with np.errstate(over="ignore"):

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from fedpress.core.random_source import RandomSource, public_stream
-from fedpress.errors import TrainingError, did_you_mean
+from fedpress.errors import TrainingError, renaming, suggestion
 from fedpress.tasks import Task
 
 Pair = str | tuple[str, str]
@@ -73,26 +73,31 @@ def outputs(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tens
     found: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
 
-    def keep(name: str, output: object) -> None:
+    def keep(at: int, name: str, output: object) -> None:
         if not isinstance(output, Tensor):
             raise TrainingError(
                 f"the module '{name}' puts out a {type(output).__name__}, not a tensor",
-                place="distill",
+                place=f"names[{at}]",
                 cure="name another",
             )
         found[name] = output
 
     handles = []
     try:
-        for name in names:
+        for at, name in enumerate(names):
             if name not in modules:
-                hint = did_you_mean(name, list(modules)) or "; print(model) shows all names"
                 raise TrainingError(
-                    f"{type(model).__name__} has no module '{name}'{hint}", place="distill"
+                    f"{type(model).__name__} has no module '{name}'",
+                    place=f"names[{at}]",
+                    cure=suggestion(name, list(modules)) or "print(model) shows all names",
                 )
-            handles.append(
-                modules[name].register_forward_hook(lambda _, __, out, name=name: keep(name, out))
-            )
+
+            def hook(
+                _: nn.Module, __: object, output: object, at: int = at, name: str = name
+            ) -> None:
+                keep(at, name, output)
+
+            handles.append(modules[name].register_forward_hook(hook))
         yield found
     finally:
         for handle in handles:
@@ -153,20 +158,21 @@ class Distillation:
                     f"the teacher gives outputs {list(taught.shape[1:])} for one example, the "
                     f"student {list(logits.shape[1:])}"
                 ),
-                place="distill",
+                place="teacher",
                 cure="give a teacher of the same classes",
             )
         if not taught.isfinite().all():
             raise TrainingError(
                 "the teacher's outputs hold NaN or infinity",
-                place="distill",
+                place="teacher",
                 cure="give a teacher that is trained",
             )
-        for mine, other in self.features:
-            self.helpers.append(
-                _projection(mine, self.seen[mine].shape, theirs[other].shape, chance)
-            )
-        for mine, other in self.attention:
+        for at, (mine, other) in enumerate(self.features):
+            with renaming({"features": f"features[{at}]"}):
+                self.helpers.append(
+                    _projection(mine, self.seen[mine].shape, theirs[other].shape, chance)
+                )
+        for at, (mine, other) in enumerate(self.attention):
             a, b = self.seen[mine].shape, theirs[other].shape
             if len(a) < 3 or a[2:] != b[2:]:
                 raise TrainingError(
@@ -174,7 +180,7 @@ class Distillation:
                         f"attention compares positions, but '{mine}' has shape {list(a[1:])} and the "
                         f"teacher's '{other}' {list(b[1:])}"
                     ),
-                    place="distill",
+                    place=f"attention[{at}]",
                     cure="name modules that put out [channels, ...] with equal positions",
                 )
         self.seen.clear()
@@ -183,8 +189,15 @@ class Distillation:
     def watching(self, student: nn.Module) -> Iterator[None]:
         """Keeps the features of the student's latest forward pass while the context lasts."""
         names = tuple(mine for mine, _ in (*self.features, *self.attention))
-        with outputs(student, names) as self.seen:
+        with renaming(self._keys), outputs(student, names) as self.seen:
             yield
+
+    @property
+    def _keys(self) -> dict[str, str]:
+        """The settings' words for the places in the `names` of modules."""
+        keys = [f"features[{at}]" for at in range(len(self.features))]
+        keys += [f"attention[{at}]" for at in range(len(self.attention))]
+        return {f"names[{at}]": key for at, key in enumerate(keys)}
 
     def __call__(self, student: nn.Module, x: Tensor, logits: Tensor, y: Tensor) -> Tensor:
         """Returns the loss of a batch: inputs `x` [n, ...], its `logits` [n, ...], targets `y`."""
@@ -206,7 +219,7 @@ class Distillation:
     @torch.no_grad()
     def _teach(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         names = tuple(other for _, other in (*self.features, *self.attention))
-        with self.context(), outputs(self.teacher, names) as theirs:
+        with self.context(), renaming(self._keys), outputs(self.teacher, names) as theirs:
             try:
                 logits = self.teacher(x)
             except (RuntimeError, ValueError, IndexError) as error:
@@ -215,13 +228,13 @@ class Distillation:
                         f"the teacher does not take inputs of shape {list(x.shape[1:])} "
                         f"({str(error).splitlines()[0]})"
                     ),
-                    place="distill",
+                    place="teacher",
                     cure="give a teacher of the same inputs",
                 ) from error
         if not isinstance(logits, Tensor):
             raise TrainingError(
                 f"the teacher returns {type(logits).__name__}",
-                place="distill",
+                place="teacher",
                 cure="it must return logits",
             )
         return {name: value.float() for name, value in theirs.items()}, logits.float()
@@ -254,7 +267,7 @@ def _projection(name: str, mine: torch.Size, theirs: torch.Size, chance: RandomS
                 f"the features of '{name}' have shape {list(mine[1:])}, the teacher's "
                 f"{list(theirs[1:])}"
             ),
-            place="distill",
+            place="features",
             cure="name modules whose outputs differ in the number of channels only",
         )
     (axis,) = differ

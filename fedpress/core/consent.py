@@ -65,29 +65,28 @@ def allowed(name: str) -> bool:
     return name in _for_the_process or name in _for_the_block.get()
 
 
-def check(name: str, allow_code: Collection[str] | str, what: str) -> None:
+def check(name: str, allow_code: Collection[str] | str, place: str) -> None:
     """Lets pass what the user has allowed by name; nothing is imported to find out.
 
     Args:
         name: as a file says it.
         allow_code: what the user allows in this call, besides what `allowed` knows.
-        what: the part of the file and what the name stands for there, to begin the error with.
+        place: the part of the file that says the name.
 
     Raises:
         ModelError: if the user has not named it. The command line turns the words `allow_code=(...)` into its flag.
     """
     if not NAME.fullmatch(name):
         raise ModelError(
-            (
-                f"{what} names {name[:80]!r}, which is neither an architecture of fedpress nor "
-                "module:function"
-            ),
+            f"{name[:80]!r} is neither an architecture of fedpress nor module:function",
+            place=place,
             cure="do not use this file, or get it anew from where it came",
         )
     if allowed(name) or name in checked(allow_code):
         return
     raise ModelError(
-        f"{what} names the function '{name}', which would be called with what the file says",
+        f"names the function '{name}', which would be called with what the file says",
+        place=place,
         cure=(
             "nothing was loaded. If you know this function and trust the file, add "
             f'allow_code=("{name}",)'

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,14 @@ def limit(name: str) -> int:
     return int(text)
 
 
-def above(name: str, got: int, *, counting: bool = False) -> str | None:
+class Above(NamedTuple):
+    """What is above a limit, and how that is raised."""
+
+    problem: str
+    cure: str
+
+
+def above(name: str, got: int, *, counting: bool = False) -> Above | None:
     """Says that `got` is above a limit, and how to raise that; None if it is not.
 
     `counting` says that the end is not known yet: then the cure is twice the limit, or more.
@@ -88,7 +95,10 @@ def above(name: str, got: int, *, counting: bool = False) -> str | None:
         return None
     row = LIMITS[name]
     enough, least = (f"{max(got, 2 * most)} or more", "at least ") if counting else (str(got), "")
-    return f"{least}{got:,} {row.what}, and the limit is {most:,}; if you trust the file, set {row.variable}={enough}"
+    return Above(
+        f"{least}{got:,} {row.what}, and the limit is {most:,}",
+        f"if you trust the file, set {row.variable}={enough}",
+    )
 
 
 def check(name: str, got: int, place: str, *, counting: bool = False) -> None:
@@ -98,7 +108,7 @@ def check(name: str, got: int, place: str, *, counting: bool = False) -> None:
         ModelError: if it is above, naming `place` and the variable to raise.
     """
     if said := above(name, got, counting=counting):
-        raise AboveLimit(f"{place}: {said}")
+        raise AboveLimit(said.problem, place=place, cure=said.cure)
 
 
 def depth(tree: Any) -> int:

@@ -53,6 +53,7 @@ def assign_(model: nn.Module, vector: Tensor) -> None:
     if vector.shape != (size,):
         raise WireError(
             f"the vector has shape {tuple(vector.shape)} but the model trains {size} values",
+            place="vector",
             cure=f"send [{size}]",
         )
     at = 0

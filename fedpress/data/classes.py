@@ -96,7 +96,7 @@ def checked(found: TargetRows, settings: DataSettings, what: str) -> TargetRows:
         named = ", ".join(found.names[:8])
         raise DataError(
             f"no row of the {what} is one of {named}",
-            place="data.classes",
+            place="classes",
             cure="write them as they are in the data",
         )
     if settings.unknown != OTHER:

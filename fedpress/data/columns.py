@@ -281,7 +281,7 @@ class Features:
         if not len(public) and bool(gaps.any()):
             raise DataError(
                 "'mean' needs public rows to take the mean of",
-                place="data.missing",
+                place="missing",
                 cure="give public_share or public_clients, or set missing = 'drop'",
             )
         fill = torch.nan_to_num(x[public].nanmean(0))

@@ -31,13 +31,13 @@ FOREIGN = (
 
 _REMOVE = "remove it, so that the names of the columns come first"
 BEGINNINGS = {
-    "sep=": f"its first line tells Excel the delimiter; {_REMOVE}",
-    "#": f"its first line is a comment; {_REMOVE}",
-    "<": "this is HTML or XML, not CSV; save the table as CSV",
-    "{": "this is JSON, not CSV; save it as CSV",
-    "[": "this is JSON, not CSV; save it as CSV",
+    "sep=": ("its first line tells Excel the delimiter", _REMOVE),
+    "#": ("its first line is a comment", _REMOVE),
+    "<": ("this is HTML or XML, not CSV", "save the table as CSV"),
+    "{": ("this is JSON, not CSV", "save it as CSV"),
+    "[": ("this is JSON, not CSV", "save it as CSV"),
 }
-"""How text begins that cannot be read as it is, and what helps."""
+"""How text begins that cannot be read as it is, what it is, and what helps."""
 
 
 def read(path: Path, settings: DataSettings) -> Any:
@@ -69,9 +69,9 @@ def read(path: Path, settings: DataSettings) -> Any:
         pass
     _refuse_encoding(path, encoding)
     line = head.decode(encoding, "replace").splitlines()
-    for beginning, said in BEGINNINGS.items():
+    for beginning, (problem, cure) in BEGINNINGS.items():
         if line and line[0].removeprefix("\ufeff").startswith(beginning):
-            raise DataError(f"{said}", place=f"'{path}'")
+            raise DataError(problem, place=f"'{path}'", cure=cure)
     refuse_other_delimiter(settings, line[:1], path)
     raise DataError(
         f"not a readable CSV file ({_brief(first)})", place=f"'{path}'", cure="correct or remove it"
@@ -109,21 +109,25 @@ def _refuse_encoding(path: Path, encoding: str) -> None:
         pass
     else:
         return
-    why = f"'{path}': not {encoding.upper()}"
+    place, why = f"'{path}'", f"not {encoding.upper()}"
     if data.count(0) > len(data) // 4:
         even, odd = data[::2].count(0), data[1::2].count(0)
         raise DataError(
-            f"{why}",
+            why,
+            place=place,
             cure=(
                 "it looks like UTF-16: add encoding = "
                 f'"utf-16-{("be" if even > odd else "le")}" to [data]'
             ),
         )
     if any(byte < 32 and byte not in b"\t\n\v\f\r\x1a\x1b" for byte in data[:HEAD]):
-        raise DataError(f"{why} and no text at all", cure="is it a CSV file?")
+        raise DataError(
+            f"{why} and no text at all", place=place, cure="give a CSV file, saved as UTF-8"
+        )
     if _is_other_script(data):
         raise DataError(
             f"{why}, and of another script than Latin",
+            place=place,
             cure=(
                 'add its encoding to [data], such as encoding = "cp1251" (Cyrillic), "gb18030" '
                 '(Chinese), "shift_jis" (Japanese) or "euc-kr" (Korean), or save it as UTF-8'
@@ -132,7 +136,8 @@ def _refuse_encoding(path: Path, encoding: str) -> None:
     # Text that is not UTF-8 is mostly of Western Windows programs; 0x80 to 0x9f are letters there, not in Latin-1.
     likely = "cp1252" if re.search(rb"[\x80-\x9f]", data) else "latin-1"
     raise DataError(
-        f"{why}",
+        why,
+        place=place,
         cure=(f'it looks like {likely}: add encoding = "{likely}" to [data], or save it as UTF-8'),
     )
 
@@ -150,7 +155,8 @@ def refuse_other_delimiter(
     if len(header) != 1:
         return
     if header[0].startswith("sep="):
-        raise DataError(f"{BEGINNINGS['sep=']}", place=f"'{path or settings.path}'")
+        problem, cure = BEGINNINGS["sep="]
+        raise DataError(problem, place=f"'{path or settings.path}'", cure=cure)
     counts = {mark: header[0].count(mark) for mark in DELIMITERS if mark != settings.delimiter}
     likely = max(counts, key=lambda mark: counts[mark])
     if counts[likely] > header[0].count(settings.delimiter):

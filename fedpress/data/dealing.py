@@ -62,11 +62,13 @@ def totals(available: int, ask: Ask) -> tuple[int, int]:
                 f"asked for {clients} clients of {each} examples = {total} examples, but only "
                 f"{available} are left for clients"
             ),
+            place="examples_per_client",
             cure="lower num_clients, examples_per_client, public_share or test_share",
         )
     if clients > total:
         raise DataError(
             f"asked for {clients} clients, but only {total} examples are left for them",
+            place="num_clients",
             cure="lower num_clients",
         )
     return clients, total

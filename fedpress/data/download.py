@@ -71,7 +71,8 @@ def _fetch_all(url: str, part: Path, progress: Progress | None, wait: float) -> 
             fruitless = 0 if _size(part) > before else fruitless + 1
             if fruitless == ATTEMPTS:
                 raise DataError(
-                    f"cannot download '{url}' ({error})",
+                    f"cannot be downloaded ({error})",
+                    place=f"'{url}'",
                     cure="check the network, or set path to a copy of the file",
                 ) from error
             time.sleep(wait * 2 ** max(fruitless - 1, 0))
@@ -90,7 +91,8 @@ def _fetch_rest(url: str, part: Path, progress: Progress | None) -> None:
         if error.code >= 500:
             raise _BrokenOff(f"the server says {error.code} {error.reason}") from error
         raise DataError(
-            f"cannot download '{url}' (the server says {error.code} {error.reason})",
+            f"cannot be downloaded (the server says {error.code} {error.reason})",
+            place=f"'{url}'",
             cure="set path to a copy of the file",
         ) from error
     except (URLError, http.client.HTTPException, OSError) as error:

@@ -19,7 +19,7 @@ from fedpress.data.dataset import FederatedData
 from fedpress.data.examples import Examples, TargetRows
 from fedpress.data.settings import DataSettings
 from fedpress.data.targets import dealing_of_flags, dealing_of_numbers
-from fedpress.errors import DataError, FedpressError, did_you_mean
+from fedpress.errors import DataError, FedpressError, suggestion
 
 
 def read(settings: DataSettings, seed: int) -> FederatedData | Examples:
@@ -65,7 +65,7 @@ def _find(source: str, where: str) -> Callable[..., Any]:
         cure = "put its folder on PYTHONPATH, or its file beside the recipe"
         raise DataError(f"no module '{error.name}'", place=where, cure=cure) from error
     except FedpressError as error:
-        raise DataError(str(error), place=where) from error
+        raise DataError(error.problem, place=where, cure=error.cure) from error
     except Exception as error:
         raise DataError(
             f"importing it failed with {type(error).__name__}: {error}",
@@ -75,7 +75,9 @@ def _find(source: str, where: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
         raise DataError(
-            f"the module has no function '{name}'{did_you_mean(name, dir(module))}", place=where
+            f"the module has no function '{name}'",
+            place=where,
+            cure=suggestion(name, dir(module)) or "name one that it has",
         )
     return function
 

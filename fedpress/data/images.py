@@ -90,7 +90,9 @@ def _decode_one(
             # The header says how large it is: a file of some kilobytes may ask for gigabytes.
             if said := limits.above("pixels", image.width * image.height):
                 raise DataError(
-                    f"{image.width}x{image.height} are {said}, or shrink it before", place=where
+                    f"{image.width}x{image.height} are {said.problem}",
+                    place=where,
+                    cure=f"{said.cure}, or shrink it before",
                 )
             pixels = image.convert(mode or ("L" if image.mode in GREY else "RGB"))
         if size is not None and pixels.size != (size, size):

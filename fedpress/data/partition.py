@@ -198,6 +198,7 @@ class Natural(_Settings, frozen=True):
             if len(rows) == 0:
                 raise DataError(
                     f"client '{name}' has no rows left for training",
+                    place="partition 'natural'",
                     cure="lower test_share or public_share",
                 )
             dealt[name] = rows[chance.permutation(len(rows))][: ask.examples_per_client]

@@ -16,7 +16,7 @@ from fedpress.data.dealing import Ask, Pool
 from fedpress.data.examples import Examples, Inputs, TargetRows
 from fedpress.data.partition import Iid, Natural
 from fedpress.data.settings import DataSettings
-from fedpress.errors import DataError, did_you_mean, renaming
+from fedpress.errors import DataError, suggestion
 from fedpress.tasks import Task
 
 
@@ -70,7 +70,7 @@ def _test(
     if len(test) == 0:
         raise DataError(
             f"{settings.test_share:g} of {len(rows)} rows leaves no test set",
-            place="data.test_share",
+            place="test_share",
             cure="raise it, or name test_clients",
         )
     return test, rest
@@ -85,7 +85,7 @@ def _of_clients(
     if examples.owners is None:
         raise DataError(
             "the data does not name its clients",
-            place=f"data.{key}",
+            place=key,
             cure=f"use {key.split('_')[0]}_share instead",
         )
     for name in names:
@@ -93,9 +93,10 @@ def _of_clients(
             known = ", ".join(examples.owner_names[:8]) + (
                 ", ..." if len(examples.owner_names) > 8 else ""
             )
-            near = did_you_mean(name, list(examples.owner_names))
             raise DataError(
-                f"no client '{name}' in the data (it has {known}){near}", place=f"data.{key}"
+                f"no client '{name}' in the data (it has {known})",
+                place=key,
+                cure=suggestion(name, list(examples.owner_names)) or "name one that it has",
             )
     wanted = torch.tensor([examples.owner_names.index(name) for name in names])
     taken = torch.isin(examples.owners[rows], wanted)
@@ -123,7 +124,7 @@ def _validation(public: Tensor, settings: DataSettings, seed: int) -> tuple[Tens
     if count and count >= len(public):
         raise DataError(
             f"asked for {count} rows of the public part, which has {len(public)}",
-            place="data.validation",
+            place="validation",
             cure=(
                 "lower validation, or declare more rows public with public_share or public_clients"
             ),
@@ -144,7 +145,7 @@ def _assemble(examples: Examples, settings: DataSettings, parts: Parts) -> Feder
         if settings.classes is not None:
             raise DataError(
                 f"source '{settings.source}' has classes of its own",
-                place="data.classes",
+                place="classes",
                 cure="leave classes out",
             )
         found = TargetRows.of_classes(examples.train.y, examples.class_names)
@@ -200,17 +201,15 @@ def _task(
     """Makes the task that the recipe names, or that these targets are for."""
     given = settings.task if settings.task is not None else tasks.DEFAULT[examples.kind]
     kind = tasks.kind_of(given)
-    with renaming({"task": "data.task"}):
-        wanted = tasks.find(kind).targets
+    wanted = tasks.find(kind).targets
     if wanted != examples.kind:
         fits = ", ".join(name for name, row in tasks.TASKS.items() if row.targets == examples.kind)
         raise DataError(
             f"{kind} learns from {wanted}, but '{examples.name}' gives {examples.kind}",
-            place="data.task",
+            place="task",
             cure=f"set one of {fits}, or give other data",
         )
-    with renaming({"task": "data.task"}):
-        return tasks.make(given, names, public)
+    return tasks.make(given, names, public)
 
 
 def _preprocess(public: Tensor, settings: DataSettings) -> Preprocess:
@@ -219,7 +218,7 @@ def _preprocess(public: Tensor, settings: DataSettings) -> Preprocess:
     if len(settings.mean) not in (1, public.shape[1]):
         raise DataError(
             f"{len(settings.mean)} values for examples of {public.shape[1]} channels",
-            place="data.mean",
+            place="mean",
             cure="give one of each",
         )
     return Preprocess(settings.mean, settings.std)

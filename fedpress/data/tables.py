@@ -19,7 +19,7 @@ from fedpress.data.columns import Column
 from fedpress.data.examples import Examples, Inputs, Progress
 from fedpress.data.settings import DataSettings
 from fedpress.data.targets import READERS, targets_of
-from fedpress.errors import DataError, did_you_mean
+from fedpress.errors import DataError, suggestion
 
 FILE = "file"
 
@@ -124,10 +124,8 @@ def _together(tables: list[Any], files: list[Path]) -> Any:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise DataError(
-            (
-                f"the {len(files)} files beside '{files[0]}' have columns of different kinds "
-                f"({_brief(error)})"
-            ),
+            (f"the {len(files)} files beside it have columns of different kinds ({_brief(error)})"),
+            place=f"'{files[0]}'",
             cure="make them alike",
         ) from error
 
@@ -147,12 +145,12 @@ def _feature_names(table: Any, settings: DataSettings) -> list[str]:
                 known = ", ".join(table.column_names[:12]) + (
                     ", ..." if len(table.column_names) > 12 else ""
                 )
-                near = did_you_mean(name, table.column_names)
                 if settings.source == "csv":
                     csv.refuse_other_delimiter(settings, table.column_names)
                 raise DataError(
-                    f"no column '{name}' in '{settings.path}' (it has {known}){near}",
-                    place=f"data.{key}",
+                    f"no column '{name}' in '{settings.path}' (it has {known})",
+                    place=key,
+                    cure=suggestion(name, table.column_names) or "name one that it has",
                 )
     left_out = {*settings.label_columns, settings.client_column, *settings.drop_columns}
     names = [

@@ -94,7 +94,11 @@ class Numbers:
                     cure="name a column of numbers",
                 )
         if not bool(known.any()):
-            raise DataError("no row holds a number", place=f"label column '{self.columns[0].name}'")
+            raise DataError(
+                "no row holds a number",
+                place=f"label column '{self.columns[0].name}'",
+                cure="name a column of numbers",
+            )
         names = tuple(column.name for column in self.columns)
         return TargetRows(y[:, 0] if len(names) == 1 else y, names, known)
 
@@ -163,7 +167,7 @@ def _labels(columns: tuple[Column, ...], settings: DataSettings) -> Labels:
     if len(columns) > 1:
         raise DataError(
             f"{len(columns)} columns, but a classification has one",
-            place="data.label_column",
+            place="label_column",
             cure="name one, or set task = 'multilabel' or 'regression'",
         )
     return Labels(columns[0], settings)

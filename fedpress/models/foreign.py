@@ -11,7 +11,7 @@ import shlex
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 HEAD = 4096
 LONGEST_PICKLE = 1 << 24  # bytes that are looked through: a state dict of 100,000 tensors has fewer
@@ -33,7 +33,14 @@ BUILD = "write a function that returns the network as a torch.nn.Module, and giv
 BUILD_AGAIN = f"build it in PyTorch: {BUILD}"
 
 
-def described(path: Path) -> str | None:
+class Foreign(NamedTuple):
+    """What a file or folder is, and the way in."""
+
+    what: str
+    way: str
+
+
+def described(path: Path) -> Foreign | None:
     """Says what `path` is and how its model can be used here; None if nothing is known about it.
 
     >>> described(Path("no-such-file")) is None
@@ -46,7 +53,7 @@ def described(path: Path) -> str | None:
     if found is None:
         return None
     what, way = found
-    return f"'{path}' is {what}; {way.replace('{path}', shlex.quote(str(path)))}"
+    return Foreign(f"'{path}' is {what}", way.replace("{path}", shlex.quote(str(path))))
 
 
 def _file(path: Path) -> tuple[str, str] | None:

@@ -63,13 +63,13 @@ def build(layers: dict[str, dict[str, JsonValue]]) -> nn.Module:
     if not isinstance(layers, dict) or "" not in layers:
         raise ModelError(
             f"got {str(layers)[:60]!r}, expected layers by name, and '' among them",
-            place="model.arguments.layers",
+            place="layers",
         )
     root = _layer("", layers[""])
     for name, about in layers.items():
         if not name:
             continue
-        limits.check("depth", name.count(".") + 1, f"model.arguments.layers['{name[:40]}']")
+        limits.check("depth", name.count(".") + 1, f"layers['{name[:40]}']")
         above, _, last = name.rpartition(".")
         try:
             parent = root.get_submodule(above)
@@ -78,7 +78,7 @@ def build(layers: dict[str, dict[str, JsonValue]]) -> nn.Module:
         if not isinstance(parent, nn.Sequential):
             raise ModelError(
                 f"'{name}' has no sequence above it",
-                place="model.arguments.layers",
+                place="layers",
                 cure="list that before it",
             )
         parent.add_module(last, _layer(name, about))
@@ -86,7 +86,7 @@ def build(layers: dict[str, dict[str, JsonValue]]) -> nn.Module:
 
 
 def _layer(name: str, about: dict[str, JsonValue]) -> nn.Module:
-    place = f"model.arguments.layers['{name}']"
+    place = f"layers['{name}']"
     if not isinstance(about, dict):
         raise ModelError(
             f"got {str(about)[:60]!r}, expected a table with the key 'layer'", place=place
@@ -97,7 +97,9 @@ def _layer(name: str, about: dict[str, JsonValue]) -> nn.Module:
         return nn.Sequential()
     if kind not in LAYERS:
         raise ModelError(
-            f"{str(kind)[:60]!r} is no layer of torch.nn that a file may name", place=place
+            f"{str(kind)[:60]!r} is no layer of torch.nn that a file may name",
+            place=place,
+            cure="write a function that builds this network, and give module:function",
         )
     placed = next((key for key in arguments if key in PLACES), None)
     if placed is not None:
@@ -116,7 +118,9 @@ def _layer(name: str, about: dict[str, JsonValue]) -> nn.Module:
         raise
     except Exception as error:  # whatever torch says of arguments
         raise ModelError(
-            f"{kind} cannot be built ({str(error).splitlines()[0][:120]})", place=place
+            f"{kind} cannot be built ({str(error).splitlines()[0][:120]})",
+            place=place,
+            cure=f"give what torch.nn.{kind} takes",
         ) from error
     assert isinstance(layer, nn.Module)
     return layer

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from fedpress.core import checksums, consent, limits, own_modules
 from fedpress.core.random_source import Source, chance_of
-from fedpress.errors import ModelError, did_you_mean
+from fedpress.errors import ModelError, did_you_mean, placing, renaming
 from fedpress.models import layer_list, memory
 from fedpress.models.plain import CNN, MLP
 from fedpress.models.resnet import resnet18, resnet_small
@@ -190,12 +190,15 @@ class ModelSpec(BaseModel):
     def _dense(self) -> tuple[nn.Module, tuple[str, ...]]:
         builder = _builder(self.architecture)
         try:
-            model = builder(**_arguments(self.arguments))
+            with renaming({"layers": "spec.arguments.layers"}):
+                model = builder(**_arguments(self.arguments))
         except ModelError:
             raise
         except Exception as error:  # a user's function may raise anything
             raise ModelError(
-                f"'{self.architecture}' cannot be built: {error}", place="model.arguments"
+                f"'{self.architecture}' cannot be built: {error}",
+                place="spec.arguments",
+                cure="give the arguments that it takes",
             ) from error
         if not isinstance(model, nn.Module):
             raise ModelError(
@@ -240,19 +243,19 @@ def _builder(name: str) -> Any:
         known = ", ".join(ARCHITECTURES)
         raise ModelError(
             f"no architecture {name[:80]!r}{hint}",
-            place="model.architecture",
+            place="spec.architecture",
             cure=f"use one of {known} or 'package.module:function'",
         )
     try:
         return getattr(own_modules.module_of(name), name.partition(":")[2])
     except Exception as error:  # importing runs the user's file, which may raise anything
-        cure = (
-            ""
-            if isinstance(error, ModelError)
-            else "; put its folder on PYTHONPATH, or its file beside the recipe"
-        )
+        ours = isinstance(error, ModelError)
         raise ModelError(
-            f"cannot load '{name}': {error}{cure}", place="model.architecture"
+            f"cannot load '{name}': {error.problem if ours else error}",
+            place="spec.architecture",
+            cure=error.cure
+            if ours
+            else "put its folder on PYTHONPATH, or its file beside the recipe",
         ) from error
 
 
@@ -378,9 +381,8 @@ def load_model(folder: Path, allow_code: Collection[str] | str = ()) -> tuple[Mo
                 cure="run the stage again",
             )
     try:
-        spec = ModelSpec.of_file(described.read_text("utf-8"), allow_code)
-    except ModelError as error:
-        raise ModelError(str(error), place=described) from error
+        with placing(described):
+            spec = ModelSpec.of_file(described.read_text("utf-8"), allow_code)
     except (ValidationError, UnicodeDecodeError, OSError) as error:
         raise ModelError(
             f"corrupt ({_first_line(error)})", place=described, cure=_anew(folder)

@@ -64,10 +64,10 @@ def _read(path: Path) -> dict[str, Tensor]:
         ValueError,
         KeyError,
     ) as error:
-        foreign = described(path) or ""
-        if foreign and "state dict" not in foreign.partition(";")[0]:
+        foreign = described(path)
+        if foreign and "state dict" not in foreign.what:
             raise ModelError(
-                f"cannot be read as plain tensors, for {foreign}", place=path
+                f"cannot be read as plain tensors, for {foreign.what}", place=path, cure=foreign.way
             ) from error
         raise ModelError(
             f"cannot be read as plain tensors ({str(error).splitlines()[0][:120]})",

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fedpress.errors import FedpressError, RunError
+from fedpress.data import DataSettings
+from fedpress.errors import FedpressError, RunError, renaming
 from fedpress.stages.base import Stage
 
 _WORD = re.compile(r"\w+")
@@ -35,6 +36,21 @@ def in_recipe(place: str, index: int, stage: Stage) -> str:
     if word in vars(stage) and rest[:1] in ("", ".", "["):
         return f"{at}.{place}"
     return f"{at} ({stage.name}): {place}" if place else f"{at} ({stage.name})"
+
+
+@contextmanager
+def placed_data() -> Iterator[None]:
+    """Lets errors of a data set name the keys of the recipe's table `[data]`."""
+    with renaming({key: f"recipe.data.{key}" for key in DataSettings.model_fields}):
+        yield
+
+
+@contextmanager
+def placed_model() -> Iterator[None]:
+    """Lets errors of a network that is built name the keys of the recipe's table `[model]`."""
+    keys = ("architecture", "arguments")
+    with renaming({f"spec.{key}": f"recipe.model.{key}" for key in keys}):
+        yield
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from fedpress.data.examples import Progress
 from fedpress.errors import ModelError, RecipeError
 from fedpress.models import ModelSpec
 from fedpress.models.weights import load_weights_
+from fedpress.pipeline.places import placed_data, placed_model
 from fedpress.pipeline.recipe import Recipe
 from fedpress.workspace.state import Loader, State
 
@@ -29,7 +30,8 @@ def load_data(recipe: Recipe, *, progress: Progress | None = None) -> data_sets.
     """
     if consent.NAME.fullmatch(recipe.data.source):
         consent.allow(recipe.data.source)
-    return data_sets.load(recipe.data, derive(recipe.seed, "data"), progress=progress)
+    with placed_data():
+        return data_sets.load(recipe.data, derive(recipe.seed, "data"), progress=progress)
 
 
 def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
@@ -55,7 +57,8 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
         spec = ModelSpec(
             architecture=recipe.model.architecture, arguments=recipe.model.arguments, **about
         )
-        spec, model = spec.take_in()
+        with placed_model():
+            spec, model = spec.take_in()
         if recipe.model.weights is not None:
             masked = load_weights_(model, recipe.model.weights)
             spec = spec.model_copy(update={"sparse": tuple(dict.fromkeys((*spec.sparse, *masked)))})

@@ -129,7 +129,7 @@ class L0Stage(TrainSettings, Stage):
             ModelError: if the model has nothing to put a gate on, or cannot be traced.
             DataError: if there are no public examples for the batch-norm statistics.
         """
-        ignored(state.model, self.ignore, "l0.ignore")
+        ignored(state.model, self.ignore)
         check_training(
             state.model,
             self,
@@ -258,7 +258,7 @@ class L0Stage(TrainSettings, Stage):
     def plan(self, model: nn.Module, graph: ChannelGraph, scores: list[Tensor]) -> PruningPlan:
         """Keeps the channels with the highest scores, until `density` of the parameters are left."""
         wanted = self.density * graph.parameters(full_widths(graph))
-        target = compress.Target("density", graph.parameters, wanted, stage="l0")
+        target = compress.Target("density", graph.parameters, wanted)
         return compress.plan(
             model,
             graph,

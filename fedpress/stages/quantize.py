@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedpress.compress import quantize as quantizing
 from fedpress.compress.prune.ignoring import ignored
 from fedpress.core.random import derive
+from fedpress.errors import renaming
 from fedpress.models import ModelSpec
 from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import (
@@ -135,7 +136,7 @@ class QuantizeStage(TaughtSettings, Stage):
             DataError: if there are no public examples where they are needed.
             TrainingError: if the training settings do not fit.
         """
-        ignored(state.model, self.ignore, "quantize.ignore")
+        ignored(state.model, self.ignore)
         if self.epochs:
             check_training(
                 state.model,
@@ -170,15 +171,16 @@ class QuantizeStage(TaughtSettings, Stage):
                 self.max_bytes or 0,
             )
             table = _with_bits(table, chosen)
-        notes = quantizing.quantize_(
-            model,
-            table,
-            batches,
-            scale=self.scale,
-            rounding=self._rounding(),
-            observer=self.observer,
-            correct_bias=self._corrects(),
-        )
+        with renaming({"inputs.bits": "input_bits"}):
+            notes = quantizing.quantize_(
+                model,
+                table,
+                batches,
+                scale=self.scale,
+                rounding=self._rounding(),
+                observer=self.observer,
+                correct_bias=self._corrects(),
+            )
         # Which weights are pruned was decided before rounding: a kept one that rounds to 0 goes on learning.
         noted = note_kept_zeros_(model, kept)
         spec = spec.model_copy(

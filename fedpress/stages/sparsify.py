@@ -39,7 +39,7 @@ from fedpress.core.examples import Arrays, Preprocess
 from fedpress.core.parameters import part_of
 from fedpress.core.random import derive
 from fedpress.core.random_source import public_stream
-from fedpress.errors import RecipeError, did_you_mean
+from fedpress.errors import RecipeError, did_you_mean, renaming
 from fedpress.nn.batch_norm import has_batch_norm
 from fedpress.nn.resize import copied
 from fedpress.stages.base import Stage
@@ -180,7 +180,7 @@ class SparsifyStage(TrainSettings, Stage):
             ModelError: if the model has no weight that may get zeros.
             DataError: if there are no public examples to score or train with.
         """
-        ignored(state.model, self.ignore, "sparsify.ignore")
+        ignored(state.model, self.ignore)
         check_training(
             state.model,
             self,
@@ -206,7 +206,7 @@ class SparsifyStage(TrainSettings, Stage):
                     f"{wanted:g} cannot be reached with pattern '{self.pattern}', the nearest is "
                     f"{reached:.4g}"
                 ),
-                place="sparsify.density",
+                place="density",
                 cure="take that, or finer blocks",
             )
         apply_(weights.chosen, masks)
@@ -261,7 +261,7 @@ class SparsifyStage(TrainSettings, Stage):
                 some = ", ".join(known[:3])
                 raise RecipeError(
                     f"no weight '{name}' gets zeros here{hint}",
-                    place="sparsify.densities",
+                    place="densities",
                     cure=f"use such as {some}",
                 )
         chosen = tuple(w for w in weights.chosen if w.name not in misfits)
@@ -269,7 +269,7 @@ class SparsifyStage(TrainSettings, Stage):
             name, why = next(iter(misfits.items()))
             raise RecipeError(
                 f"no weight can be '{self.pattern}' ('{name}': {why})",
-                place="sparsify.pattern",
+                place="pattern",
                 cure="use another pattern",
             )
         return Weights(chosen, {**weights.dense, **misfits})
@@ -297,14 +297,9 @@ class SparsifyStage(TrainSettings, Stage):
             scope = level_densities(weights, points, density) if points else "global"
         else:
             scope = self.scope
-        return choose(
-            weights,
-            scores,
-            Pattern.parse(self.pattern),
-            density=density,
-            scope=scope,
-            within=within,
-        )
+        pattern = Pattern.parse(self.pattern)
+        with renaming({"scope": "densities"} if self.densities else {}):
+            return choose(weights, scores, pattern, density=density, scope=scope, within=within)
 
 
 class MaskedTraining:

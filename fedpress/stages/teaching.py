@@ -14,7 +14,7 @@ from torch import nn
 from fedpress import storage
 from fedpress.compress.distill import Distillation, DistillSettings
 from fedpress.core.examples import Preprocess
-from fedpress.errors import RecipeError, TrainingError
+from fedpress.errors import RecipeError, TrainingError, renaming
 from fedpress.models import ModelSpec, memory
 from fedpress.nn.resize import copied
 from fedpress.stages.epochs import epochs_of, milestone
@@ -66,9 +66,10 @@ class TaughtSettings(TrainSettings):
         examples = data.preprocess(data.public.x[:64].to(device()))
         context = partial(autocast, teacher, self.precision)
         task = data.task.smoothed(self.label_smoothing)
-        return Distillation(
-            teacher, learns, self.distill, examples, task, context=context, seed=seed
-        )
+        with renaming({"features": "distill.features", "attention": "distill.attention"}):
+            return Distillation(
+                teacher, learns, self.distill, examples, task, context=context, seed=seed
+            )
 
 
 class Training:
@@ -122,7 +123,8 @@ def saved_teacher(where: str) -> tuple[ModelSpec | None, nn.Module]:
     """
     if where.startswith(memory.TEACHER):
         return None, memory.held(where.removeprefix(memory.TEACHER))
-    return storage.load(Path(where))
+    with renaming({"model": "teacher"}):
+        return storage.load(Path(where))
 
 
 def _teacher(where: str, state: State) -> nn.Module:
@@ -143,7 +145,7 @@ def _teacher(where: str, state: State) -> nn.Module:
     else:
         raise RecipeError(
             "got 'dense', but no stage before this one has made a trained model smaller",
-            place="stage.teacher",
+            place="teacher",
             cure="put the cut before, or name the teacher's folder",
         )
     names = state.data.class_names
@@ -151,7 +153,7 @@ def _teacher(where: str, state: State) -> nn.Module:
         odd = sorted(set(spec.class_names) ^ set(names))[:3] or ["the order"]
         raise TrainingError(
             f"'{where}' knows other classes than the data ({', '.join(odd)} differ)",
-            place="stage.teacher",
+            place="teacher",
             cure="give a teacher of the same classes",
         )
     if spec.input_shape != state.spec.input_shape:
@@ -160,7 +162,7 @@ def _teacher(where: str, state: State) -> nn.Module:
                 f"'{where}' takes examples of shape {list(spec.input_shape)}, the data's have "
                 f"{list(state.spec.input_shape)}"
             ),
-            place="stage.teacher",
+            place="teacher",
             cure="give a teacher of the same inputs",
         )
     model = place_(copied(model))

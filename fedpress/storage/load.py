@@ -27,7 +27,7 @@ def load(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpec,
     """
     path = Path(path)
     if (foreign := described(path)) is not None:
-        raise ModelError(f"{foreign}", place="model")
+        raise ModelError(foreign.what, place="model", cure=foreign.way)
     if path.is_file():
         return unpack(path, allow_code)
     if (path / "stages").is_dir() and not (path / "spec.json").exists():

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fedpress.core.files import replacing, writing
-from fedpress.errors import ModelError, WireError
+from fedpress.errors import ModelError, WireError, placing
 from fedpress.models import ModelSpec
 from fedpress.nn.quantized import quantized_layers, quantized_weights
 from fedpress.storage import container
@@ -146,24 +146,19 @@ def from_bytes(
     """
     blobs, described, listed = container.from_bytes(data, place)
     try:
-        spec, table = (
-            ModelSpec.of_file(described, allow_code),
-            TensorTable.model_validate_json(listed),
-        )
+        with placing(place):
+            spec = ModelSpec.of_file(described, allow_code)
+        table = TensorTable.model_validate_json(listed)
     except ValidationError as error:
         first = error.errors()[0]
         damaged(
             place,
             f"{'.'.join(map(str, first['loc']))} {first['msg']}, or it is of a newer fedpress",
         )
-    except ModelError as error:
-        raise ModelError(str(error), place=place) from error
     if table.blobs.keys() != blobs.keys():
         damaged(place, "its table does not fit what is in it")
-    try:
+    with placing(place):
         model = spec.build_within_limits()
-    except ModelError as error:
-        raise ModelError(str(error), place=place) from error
     if (odd := _differs(model, table.entries())) is not None:
         raise ModelError(
             f"its tensors do not fit its spec ('{odd}' differs)",
@@ -199,7 +194,7 @@ def _fill_(model: nn.Module, table: TensorTable, blobs: Mapping[str, bytes], pla
             else:
                 tensors |= _tensors_in(blob, _expand(blobs[name], blob, name))
     except WireError as error:
-        damaged(place, str(error).removeprefix("message."))
+        damaged(place, f"{error.place.removeprefix('message.')}: {error.problem}")
     tensors |= {name: tensors[first] for name, first in table.same.items() if first in tensors}
     model.load_state_dict(tensors, strict=False)  # all names were compared
     weights = quantized_weights(model)
@@ -208,7 +203,8 @@ def _fill_(model: nn.Module, table: TensorTable, blobs: Mapping[str, bytes], pla
             layer, key = weights[name]
             weight = layer.dequantize(values, key)  # scales and codebooks are in place by now
         except (KeyError, ModelError) as error:
-            damaged(place, f"the codes of '{name}': {error}")
+            why = error.problem if isinstance(error, ModelError) else f"there is no {error}"
+            damaged(place, f"the codes of '{name}': {why}")
         with torch.no_grad():
             getattr(layer, key).copy_(weight)
 
@@ -223,7 +219,7 @@ def _codes(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             try:
                 found = layer.quantize(key)
             except ModelError as error:
-                left[name] = str(error)
+                left[name] = error.told(place="")
                 continue
             if _same(layer.dequantize(found, key), getattr(layer, key)):
                 codes[f"{name}.{key}"] = found.cpu()

@@ -13,9 +13,14 @@ from fedpress.tasks import Task
 from fedpress.training.evaluate import evaluate
 from fedpress.training.settings import TrainSettings
 
-NOTHING_TO_TRAIN = (
-    "train: no parameter of the model has requires_grad, so there is nothing to train"
-)
+
+def nothing_to_train() -> TrainingError:
+    """Returns the error for a model without a parameter that learns."""
+    return TrainingError(
+        "no parameter of the model has requires_grad, so there is nothing to train",
+        place="model",
+        cure="set requires_grad where it shall learn, or epochs = 0",
+    )
 
 
 def check_training(
@@ -36,7 +41,7 @@ def check_training(
     if settings.epochs:
         _check_examples(model, settings, train, validation, preprocess)
         if not any(p.requires_grad for p in model.parameters()):
-            raise TrainingError(NOTHING_TO_TRAIN)
+            raise nothing_to_train()
     _check_image_sizes(model, settings, train, preprocess, task)
 
 

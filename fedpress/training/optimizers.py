@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fedpress.core.parameters import part_of, trainable
-from fedpress.errors import TrainingError
 from fedpress.nn.quantized import qparam_ids
-from fedpress.training.checks import NOTHING_TO_TRAIN
+from fedpress.training.checks import nothing_to_train
 from fedpress.training.settings import TrainSettings
 
 SGD_BESIDE_MUON = {"momentum": 0.9, "weight_decay": 5e-4}
@@ -39,7 +38,7 @@ class Optimizers:
         taken = {id(p) for p in hidden}
         rest = [p for p in (*trainable(model), *trainable(helpers)) if id(p) not in taken]
         if not rest and not hidden and settings.epochs:
-            raise TrainingError(NOTHING_TO_TRAIN)
+            raise nothing_to_train()
 
         self.views = [(p, _view(p)) for p in hidden]
         matrices = [view for _, view in self.views]

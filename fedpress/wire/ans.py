@@ -149,7 +149,7 @@ def decode(reader: Reader, out: Ints, nested: Callable[[Reader, Ints], None], pl
         nested(reader.part(f"{place}.escapes"), escaped)
     words = reader.take(reader.left, f"{place}.words")
     if len(words) % 4 or (len(words) and not any(words[-4:])):
-        fail(f"{place}.words", f"{len(words)} bytes are no whole stream; send it again")
+        fail(f"{place}.words", f"{len(words)} bytes are no whole stream")
     coder = Coder(np.frombuffer(words, "<u4").astype(np.uint32))
     used = 0
     groups = layout.groups(matrix.shape[1] // layout.width)
@@ -159,7 +159,7 @@ def decode(reader: Reader, out: Ints, nested: Callable[[Reader, Ints], None], pl
             coder, table, matrix[at % rows], layout, number, groups[number], escaped, used, place
         )
     if used != len(escaped) or not coder.is_empty():
-        fail(f"{place}.words", "the stream does not end where the values do; send it again")
+        fail(f"{place}.words", "the stream does not end where the values do")
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,7 +272,7 @@ def _read_ids(
     if delta:
         ids = np.mod(np.cumsum(ids, dtype=np.int64), count).astype(np.uint8)
     if ids.size and int(ids.max()) >= count:
-        fail(f"{place}.classes", f"got class {ids.max()} of {count}; send it again")
+        fail(f"{place}.classes", f"got class {ids.max()} of {count}")
     return Plan(width, count, ids)
 
 
@@ -292,7 +292,7 @@ def _read_table(reader: Reader, dtype: np.dtype, place: str) -> Table:
         return Table(low, np.zeros(1, np.uint8), False)
     codes = np.frombuffer(reader.take(symbols + escape, f"{place}.codes"), np.uint8)
     if codes.min() == ABSENT:
-        fail(f"{place}.codes", "no symbol occurs; send it again")
+        fail(f"{place}.codes", "no symbol occurs")
     return Table(low, codes, bool(escape))
 
 
@@ -320,7 +320,7 @@ def _decode_part(
         wrong = index == table.symbols
         count = int(np.count_nonzero(wrong))
         if count > len(escaped) - used:
-            fail(f"{place}.escapes", f"more than the {len(escaped)} announced; send it again")
+            fail(f"{place}.escapes", f"more than the {len(escaped)} announced")
         index[wrong] = 0
         values = _shifted(index, table.low, row.dtype)
         values[wrong] = escaped[used : used + count]

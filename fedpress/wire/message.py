@@ -65,7 +65,8 @@ def pack(message: Message) -> bytes:
         if tensor.dtype not in CODES:
             fail(
                 f"tensors.{name}",
-                f"dtype {tensor.dtype} does not travel; use one of {', '.join(DTYPES)}",
+                f"dtype {tensor.dtype} does not travel",
+                f"use one of {', '.join(DTYPES)}",
             )
     text = json.dumps(dict(message.header), sort_keys=True, separators=(",", ":")).encode()
     payload = bytearray(
@@ -100,7 +101,7 @@ def unpack(data: bytes, *, max_bytes: int = MAX_BYTES) -> Message:
             f"not JSON ({type(error).__name__})", place="message.header", cure="send it again"
         ) from error
     if not isinstance(header, dict):
-        fail("header", f"got {type(header).__name__}; expected an object")
+        fail("header", f"got {type(header).__name__}", "expected an object")
     _check_json(header, "message.header")
     packed = _index(reader, max_bytes)
     return Message(
@@ -123,26 +124,28 @@ def _payload(data: bytes, max_bytes: int) -> memoryview:
     if len(data) > max_bytes:
         fail(
             "length",
-            f"{len(data)} bytes are more than the {max_bytes} that are accepted; raise max_bytes",
+            f"{len(data)} bytes are more than the {max_bytes} that are accepted",
+            "raise max_bytes",
         )
     if len(data) < FRAME.size:
         fail(
             "length",
-            f"{len(data)} bytes are fewer than the frame's {FRAME.size}; the message was cut off",
+            f"{len(data)} bytes are fewer than the frame's {FRAME.size}",
+            "the message was cut off, send it again",
         )
     magic, version, length, crc = FRAME.unpack_from(data)
     if magic != MAGIC:
-        fail("magic", f"got {magic!r}, expected {MAGIC!r}; this is no fedpress message")
+        fail("magic", f"got {magic!r}, expected {MAGIC!r}", "give what fedpress packed")
     if version != VERSION:
-        fail("version", f"got {version}, expected {VERSION}; use the same fedpress on both sides")
+        fail("version", f"got {version}, expected {VERSION}", "use the same fedpress on both sides")
     if length != len(data) - FRAME.size:
         fail(
             "length",
-            f"{length} payload bytes were announced but {len(data) - FRAME.size} came; send it again",
+            f"{length} payload bytes were announced but {len(data) - FRAME.size} came",
         )
     payload = memoryview(data)[FRAME.size :]
     if crc != _crc(payload):
-        fail("crc32", "the checksum differs; the message was damaged on its way, send it again")
+        fail("crc32", "the checksum differs", "the message was damaged on its way, send it again")
     return payload
 
 
@@ -154,27 +157,32 @@ def _index(reader: Reader, max_bytes: int) -> list[tuple[str, _Packed]]:
         name = _text(reader, "tensors", MAX_NAME_BYTES)
         place = f"tensors.{name}"
         if name in packed:
-            fail(place, "the name comes twice; send each tensor once")
+            fail(place, "the name comes twice", "send each tensor once")
         code = reader.byte(place)
         if code >= len(DTYPES):
-            fail(place, f"dtype {code} does not travel; use one of {', '.join(DTYPES)} (from 0 on)")
+            fail(
+                place,
+                f"dtype {code} does not travel",
+                f"use one of {', '.join(DTYPES)} (from 0 on)",
+            )
         dtype = list(DTYPES.values())[code]
         dimensions = reader.byte(place)
         if dimensions > MAX_DIMENSIONS:
-            fail(place, f"{dimensions} dimensions; at most {MAX_DIMENSIONS}")
+            fail(place, f"{dimensions} dimensions", f"at most {MAX_DIMENSIONS}")
         shape = [reader.varint(place, MAX_BYTES) for _ in range(dimensions)]
         # empty tensors as well: the product of the other sizes must be one that torch can hold
         if prod(max(size, 1) for size in shape) > MAX_BYTES:
-            fail(place, f"shape {shape} is out of range; at most {MAX_BYTES} values")
+            fail(place, f"shape {shape} is out of range", f"at most {MAX_BYTES} values")
         total += prod(shape) * dtype.itemsize
         if total > max_bytes:
             fail(
                 place,
-                f"the tensors unpack to {total} bytes, more than the {max_bytes} accepted; raise max_bytes",
+                f"the tensors unpack to {total} bytes, more than the {max_bytes} accepted",
+                "raise max_bytes",
             )
         packed[name] = _Packed(dtype, shape, reader.take(reader.varint(place, reader.left), place))
     if reader.left:
-        fail("tensors", f"{reader.left} bytes are left over; send it again")
+        fail("tensors", f"{reader.left} bytes are left over")
     return list(packed.items())
 
 
@@ -190,7 +198,7 @@ def _utf8(text: str, place: str) -> bytes:
             f"{text!r} is no UTF-8 text", place=f"message.{place}", cure="use other characters"
         ) from error
     if len(content) > MAX_NAME_BYTES:
-        fail(place, f"a name of {len(content)} bytes; at most {MAX_NAME_BYTES}")
+        fail(place, f"a name of {len(content)} bytes", f"at most {MAX_NAME_BYTES}")
     return content
 
 

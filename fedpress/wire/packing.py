@@ -43,7 +43,7 @@ def expand(data: memoryview, dtype: torch.dtype, shape: list[int], place: str) -
     if out.numel():
         _expand(Reader(data), _array(out), place)
     elif len(data):
-        fail(place, f"{len(data)} bytes came for a tensor of no values; send it again")
+        fail(place, f"{len(data)} bytes came for a tensor of no values")
     return out
 
 
@@ -105,7 +105,7 @@ def _expand(reader: Reader, out: Ints, place: str, depth: int = 0) -> None:
     form = reader.byte(f"{place}.form")
     if form == RAW:
         if reader.left != out.nbytes:
-            fail(place, f"{reader.left} bytes came for {out.nbytes} bytes of values; send it again")
+            fail(place, f"{reader.left} bytes came for {out.nbytes} bytes of values")
         out[:] = np.frombuffer(reader.take(out.nbytes, place), out.dtype.newbyteorder("<"))
     elif form == NBIT:
         _read_nbit(reader, out, place)
@@ -119,7 +119,7 @@ def _expand(reader: Reader, out: Ints, place: str, depth: int = 0) -> None:
             f"got {form} at depth {depth}, expected one of {RAW}, {NBIT}, {ANS}, {SPARSE}",
         )
     if reader.left:
-        fail(place, f"{reader.left} bytes are left over; send it again")
+        fail(place, f"{reader.left} bytes are left over")
 
 
 def _span(values: Ints) -> tuple[int, int]:
@@ -219,7 +219,7 @@ def _read_sparse(
     bitmap: NDArray[np.uint8] = np.empty(len(out), np.uint8)
     nested(reader.part(f"{place}.bitmap"), bitmap)
     if int(bitmap.max()) > 1 or int(np.count_nonzero(bitmap)) != count:
-        fail(f"{place}.bitmap", f"expected {count} ones, the rest zeros; send it again")
+        fail(f"{place}.bitmap", f"expected {count} ones, the rest zeros")
     out[:] = 0
     if count:
         kept = np.empty(count, out.dtype)

@@ -7,9 +7,9 @@ from typing import NoReturn
 from fedpress.errors import WireError
 
 
-def fail(place: str, problem: str) -> NoReturn:
+def fail(place: str, problem: str, cure: str = "send it again") -> NoReturn:
     """Raises the WireError of the field `place`."""
-    raise WireError(f"{problem}", place=f"message.{place}")
+    raise WireError(problem, place=f"message.{place}", cure=cure)
 
 
 def varint(value: int) -> bytes:
@@ -50,7 +50,7 @@ class Reader:
     def take(self, size: int, field: str) -> memoryview:
         """Returns the next `size` bytes, without a copy."""
         if size > self.left:
-            fail(field, f"{size} bytes were announced but {self.left} are left; send it again")
+            fail(field, f"{size} bytes were announced but {self.left} are left")
         self._at += size
         return self._data[self._at - size : self._at]
 
@@ -67,7 +67,7 @@ class Reader:
             if byte < 0x80:
                 break
         else:
-            fail(field, "a whole number of more than ten bytes; send it again")
+            fail(field, "a whole number of more than ten bytes")
         if value > most:
             fail(field, f"got {value}, expected at most {most}")
         return value

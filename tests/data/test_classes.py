@@ -194,7 +194,7 @@ def test_classes_are_found_whatever_kind_the_file_gives_them(tmp_path):
         }
     with pytest.raises(
         DataError,
-        match=r"data.classes: no row .* is one of a, b; write them as they are in the data",
+        match=r"^classes: no row .* is one of a, b; write them as they are in the data",
     ):
         read(keys, classes=["a", "b"])
 
@@ -226,7 +226,7 @@ def test_one_class_is_refused_in_every_source(tmp_path):
 
 def test_sources_with_classes_of_their_own_take_no_list():
     with pytest.raises(
-        DataError, match=r"data.classes: source 'digits' has classes of its own; leave classes out"
+        DataError, match=r"^classes: source 'digits' has classes of its own; leave classes out"
     ):
         load(DataSettings(source="digits", classes=["a", "b"]), 0)
 

@@ -99,7 +99,7 @@ def test_a_wrong_checksum_is_refused_and_nothing_is_left(server, tmp_path):
 def test_a_connection_that_brings_nothing_is_given_up_after_some_attempts(server, tmp_path):
     server.breaks, server.gives = 99, 0
     with pytest.raises(
-        DataError, match=r"cannot download .*ended after 0 of 1024000 bytes.*check the network"
+        DataError, match=r"cannot be downloaded .*ended after 0 of 1024000 bytes.*check the network"
     ):
         fetch(server, tmp_path / "data.bin")
     assert len(server.ranges) == download.ATTEMPTS
@@ -108,7 +108,7 @@ def test_a_connection_that_brings_nothing_is_given_up_after_some_attempts(server
 def test_without_a_network_the_error_says_so(tmp_path):
     with pytest.raises(
         DataError,
-        match=r"cannot download 'http://127.0.0.1:9/x' .*refused.*check the network, or set path",
+        match=r"'http://127.0.0.1:9/x': cannot be downloaded .*refused.*check the network, or set path",
     ):
         download.fetch("http://127.0.0.1:9/x", tmp_path / "x", md5=MD5, wait=0.0)
 

@@ -125,15 +125,15 @@ def test_preprocessing_is_fitted_on_the_public_part_alone():
         (
             {"public_clients": ["p1"]},
             0,
-            r"data.public_clients: the data does not name its clients; use public_share",
+            r"^public_clients: the data does not name its clients; use public_share",
         ),
         (
             {"test_clients": ["p11"]},
             3,
-            r"data.test_clients: no client 'p11' in the data \(it has p0, p1, p2\); did you mean",
+            r"^test_clients: no client 'p11' in the data \(it has p0, p1, p2\); did you mean",
         ),
-        ({"test_share": 0.0}, 0, r"data.test_share: 0 of 100 rows leaves no test set"),
-        ({"mean": [0.1, 0.2], "std": [1, 1]}, 0, r"data.mean: 2 values for examples of 1 channels"),
+        ({"test_share": 0.0}, 0, r"^test_share: 0 of 100 rows leaves no test set"),
+        ({"mean": [0.1, 0.2], "std": [1, 1]}, 0, r"^mean: 2 values for examples of 1 channels"),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused_with_place_and_cure(keys, clients, message):

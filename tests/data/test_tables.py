@@ -177,16 +177,16 @@ def test_another_delimiter_can_be_given(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "keys", "message"),
     [
-        ({}, {"label_column": "il"}, r"data.label_column: no column 'il' .* did you mean 'ill'"),
+        ({}, {"label_column": "il"}, r"^label_column: no column 'il' .* did you mean 'ill'"),
         (
             {},
             {"client_column": "hospitals"},
-            r"data.client_column: no column 'hospitals' .* did you mean 'hospital'",
+            r"^client_column: no column 'hospitals' .* did you mean 'hospital'",
         ),
         (
             {},
             {"feature_columns": ["ages"]},
-            r"data.feature_columns: no column 'ages' .* did you mean 'age'",
+            r"^feature_columns: no column 'ages' .* did you mean 'age'",
         ),
         ({}, {"drop_columns": ["age", "dose", "ward"]}, r"no feature column is left"),
         (
@@ -263,6 +263,7 @@ def test_files_that_do_not_fit_together_are_named(tmp_path):
     write(tmp_path / "a.parquet", table(), "parquet")
     write(tmp_path / "b.parquet", table(age=["old"] * ROWS), "parquet")
     with pytest.raises(
-        DataError, match=r"the 2 files beside '.*a.parquet' have columns of different kinds \(.*age"
+        DataError,
+        match=r"'.*a.parquet': the 2 files beside it have columns of different kinds \(.*age",
     ):
         load(ask(tmp_path), 0)

@@ -452,7 +452,7 @@ def test_a_dynamic_range_of_nothing_is_no_division_by_zero():
 def test_weights_that_are_not_finite_have_no_codes(grid, value):
     model = on_grid(nn.Linear(3, 2), grid)
     model[0].weight.data[1, 1] = value
-    with pytest.raises(ModelError, match="'0': a weight is NaN or infinite"):
+    with pytest.raises(ModelError, match="'0': weight: a weight is NaN or infinite"):
         materialize_(model)
     if math.isnan(value):
         assert model(torch.ones(1, 3)).isnan().any(), "training must see it"

@@ -116,7 +116,7 @@ def test_every_command_refuses_a_function_that_its_user_did_not_name(here, fedpr
 def test_the_flag_lets_one_function_in_and_the_data_of_a_run_is_another(here, fedpress):
     said = fedpress("quantize", "run", "--allow-code", NET)
     assert said.code == 2
-    assert f"data.source names the function '{DATA}'" in said.err
+    assert f"data.source: names the function '{DATA}'" in said.err
     assert f"--allow-code {DATA}" in said.err
     assert "or give the data yourself with --data SOURCE" in said.err
     said = fedpress("quantize", "run", "--allow-code", NET, "--allow-code", DATA)

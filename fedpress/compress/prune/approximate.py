@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedpress.compress.prune.graph import Example, inputs
 from fedpress.compress.prune.plan import PruningPlan
-from fedpress.errors import RecipeError, did_you_mean
+from fedpress.errors import RecipeError, suggestion
 
 Norm = Literal["layer_norm", "grn"]
 RIDGE = 1e-6  # of the mean square: a channel that is always 0 keeps its scale
@@ -37,12 +37,15 @@ def check_names(names: Sequence[str]) -> frozenset[str]:
     known = list(get_args(Norm))
     if isinstance(names, str):
         raise RecipeError(
-            f'got "{names}", expected a list', place="prune.approximate", cure=f'give ["{names}"]'
+            f'got "{names}", expected a list', place="approximate", cure=f'give ["{names}"]'
         )
     for name in names:
         if name not in known:
-            hint = did_you_mean(name, known) or f"; give {' or '.join(known)}"
-            raise RecipeError(f"there is no '{name}'{hint}", place="prune.approximate")
+            raise RecipeError(
+                f"there is no '{name}'",
+                place="approximate",
+                cure=suggestion(name, known) or f"give {' or '.join(known)}",
+            )
     return frozenset(names)
 
 

@@ -264,6 +264,7 @@ def export(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.Expo
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"the model cannot be captured by torch.export ({reason}){_where(model, error)}",
+            place="model",
             cure="remove data-dependent control flow from forward, or check the example input",
         ) from error
     finally:

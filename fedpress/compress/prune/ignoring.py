@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from fedpress.errors import RecipeError, did_you_mean
+from fedpress.errors import RecipeError, suggestion
 
 
-def ignored(model: nn.Module, patterns: Sequence[str], key: str = "ignore") -> frozenset[str]:
+def ignored(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
     """Returns the names of all modules, parameters and buffers of `model` that `patterns` name.
 
     A module stands for all that lies in it; `*` in a pattern is any run of characters.
@@ -18,7 +18,6 @@ def ignored(model: nn.Module, patterns: Sequence[str], key: str = "ignore") -> f
     Args:
         model: any module.
         patterns: such as "head" or "block.3.*".
-        key: what the setting is called, for errors.
 
     Raises:
         RecipeError: if a pattern matches nothing, or `patterns` is no list of texts.
@@ -29,7 +28,7 @@ def ignored(model: nn.Module, patterns: Sequence[str], key: str = "ignore") -> f
     if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
         one = patterns if isinstance(patterns, str) else "head"
         raise RecipeError(
-            f"got {patterns!r}, expected a list of names", place=key, cure=f'give ["{one}"]'
+            f"got {patterns!r}, expected a list of names", place="ignore", cure=f'give ["{one}"]'
         )
     named = [
         *model.named_modules(remove_duplicate=False),
@@ -42,9 +41,11 @@ def ignored(model: nn.Module, patterns: Sequence[str], key: str = "ignore") -> f
         hits = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
         if not hits:
             some = ", ".join([name for name, module in model.named_children()][:5])
-            hint = did_you_mean(pattern, names) or f"; it has such as {some}" if some else ""
             raise RecipeError(
-                f"no module or weight of the model matches '{pattern}'{hint}", place=key
+                f"no module or weight of the model matches '{pattern}'",
+                place="ignore",
+                cure=suggestion(pattern, names)
+                or (f"it has such as {some}" if some else "leave ignore out"),
             )
         found |= hits | {name for name in names if any(name.startswith(f"{hit}.") for hit in hits)}
     return frozenset(found)

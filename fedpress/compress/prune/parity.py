@@ -104,7 +104,7 @@ def fault(
             except ModelError:
                 _compare_training(masked, small, batch, WHILE_TRAINING)
         except ModelError as error:
-            return str(error).removesuffix(f"; {CURE}")
+            return error.problem
     return None
 
 
@@ -141,13 +141,16 @@ def _difference(
         worst = torch.stack(errors).max().item() if errors else 0.0
     except Exception as error:  # the user's code may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"the pruned network does not run{when} ({reason})", cure=CURE) from error
+        raise ModelError(
+            f"the pruned network does not run{when} ({reason})", place="pruned", cure=CURE
+        ) from error
     if not worst <= tolerance:
         raise ModelError(
             (
                 f"the pruned network differs from the masked one by {worst:.2g}{when}, more "
                 f"than {tolerance:g}"
             ),
+            place="pruned",
             cure=CURE,
         )
     return worst

@@ -166,6 +166,7 @@ def make_plan(
         if not 1 <= n <= layer.channels:
             raise ModelError(
                 f"the plan keeps {n} of the {layer.channels} channels of '{layer.name}'",
+                place="kept",
                 cure="keep at least one",
             )
     pruned = [
@@ -191,18 +192,18 @@ def check_settings(graph: ChannelGraph, round_to: int, min_keep: float, scope: s
     if round_to < 1:
         raise RecipeError(
             f"got {round_to}, expected a whole number of at least 1",
-            place="prune.round_to",
+            place="round_to",
             cure="try 8",
         )
     if not 0 <= min_keep <= 1:
         raise RecipeError(
             f"got {min_keep}, expected a share between 0 and 1",
-            place="prune.min_keep",
+            place="min_keep",
             cure="try 0.1",
         )
     if scope not in get_args(Scope):
         raise RecipeError(
-            f"got '{scope}', expected one of {', '.join(get_args(Scope))}", place="prune.scope"
+            f"got '{scope}', expected one of {', '.join(get_args(Scope))}", place="scope"
         )
     if not graph.groups:
         reasons = (
@@ -214,7 +215,9 @@ def check_settings(graph: ChannelGraph, round_to: int, min_keep: float, scope: s
             cure = "name fewer modules in ignore"
         elif any("a mean over channels" in why for why in graph.unprunable.values()):
             cure = 'allow approximate = ["layer_norm"], change these modules or do not prune'
-        raise ModelError(f"no channel of this model can be removed ({reasons})", cure=cure)
+        raise ModelError(
+            f"no channel of this model can be removed ({reasons})", place="model", cure=cure
+        )
 
 
 def _thresholds(
@@ -283,7 +286,6 @@ def _unreachable(
     least = target.cost([choice[0] for choice in allowed])
     stay = f" ({len(graph.unprunable)} modules must stay whole)" if graph.unprunable else ""
     kind = "size" if target.limit else "share"
-    place = f"{target.stage}.{target.key}"
 
     def shown(cost: float) -> str:
         return f"{cost:.0f}" if target.limit else f"{cost / full:.4g}"
@@ -295,16 +297,14 @@ def _unreachable(
                 f"{shown(target.wanted)} cannot be reached, the smallest {kind} of this model "
                 f"is {smallest}{stay}"
             ),
-            place=place,
-            cure=(
-                f"raise {target.key}, or lower {target.stage}.min_keep or {target.stage}.round_to"
-            ),
+            place=target.key,
+            cure=f"raise {target.key}, or lower min_keep or round_to",
         )
     return RecipeError(
         (
             f"{shown(target.wanted)} cannot be met within the tolerance, the nearest {kind} "
             f"found is {shown(reached)}{stay}"
         ),
-        place=place,
-        cure=f"lower {target.stage}.round_to, take that {kind}, or leave exact out",
+        place=target.key,
+        cure=f"lower round_to, take that {kind}, or leave exact out",
     )

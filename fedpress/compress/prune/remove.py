@@ -91,12 +91,15 @@ def _check_fits(model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...
             shape = tensor(model, name).shape
         except AttributeError:
             raise ModelError(
-                f"the plan prunes '{name}', which this model lacks", cure="use the plan's own model"
+                f"the plan prunes '{name}', which this model lacks",
+                place="plan",
+                cure="use the plan's own model",
             ) from None
         for axis, kept in axes.items():
             if axis >= len(shape) or not kept or not 0 <= min(kept) <= max(kept) < shape[axis]:
                 raise ModelError(
                     f"the plan does not fit '{name}' of shape {tuple(shape)}",
+                    place="plan",
                     cure="use the plan's own model",
                 )
 

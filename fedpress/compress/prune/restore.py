@@ -31,6 +31,7 @@ def restore_batch_norm_(model: nn.Module, batches: Iterable[Tensor]) -> int:
     if first is None:
         raise DataError(
             "batch-norm statistics cannot be restored from no batches",
+            place="batches",
             cure="give at least one batch of inputs",
         )
     seen = 0
@@ -46,6 +47,7 @@ def restore_batch_norm_(model: nn.Module, batches: Iterable[Tensor]) -> int:
                 norm.put_back_()
             raise DataError(
                 "batch-norm statistics cannot be taken from a batch of one example",
+                place="batches",
                 cure="give two or more public examples",
             ) from error
     return seen

@@ -124,6 +124,7 @@ def bn_scale(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
         if not group.role("scale"):
             raise ModelError(
                 f"the score 'bn_scale' needs a batch norm after '{group.name}', which has none",
+                place="score",
                 cure="use 'l1'",
             )
     return [_total(group.role("scale"), evidence.tensors, Tensor.abs) for group in graph.groups]
@@ -223,7 +224,7 @@ SCORES: dict[str, Score] = {
 def score(
     model: nn.Module,
     graph: ChannelGraph,
-    name: str,
+    score: str,
     *,
     losses: Losses | None = None,
     generator: Source = None,
@@ -233,7 +234,7 @@ def score(
     Args:
         model: the traced model; unchanged.
         graph: its channels.
-        name: a row of `SCORES`.
+        score: a row of `SCORES`.
         losses: for the scores that need them.
         generator: for "random".
 
@@ -241,38 +242,46 @@ def score(
         RecipeError: if there is no such score.
         ModelError: if the model or the arguments lack what the score needs, or a score is not finite.
     """
-    return [relative(v) for v in raw_scores(model, graph, name, losses=losses, generator=generator)]
+    return [
+        relative(v) for v in raw_scores(model, graph, score, losses=losses, generator=generator)
+    ]
 
 
 def raw_scores(
     model: nn.Module,
     graph: ChannelGraph,
-    name: str,
+    score: str,
     *,
     losses: Losses | None = None,
     generator: Source = None,
 ) -> list[Tensor]:
     """Scores like `score`, before the division by the mean of each layer."""
-    if name not in SCORES:
-        hint = did_you_mean(name, list(SCORES))
+    if score not in SCORES:
+        hint = did_you_mean(score, list(SCORES))
         raise RecipeError(
-            f"no such score '{name}'{hint}",
-            place="prune.score",
+            f"no such score '{score}'{hint}",
+            place="score",
             cure=f"use one of {', '.join(SCORES)}",
         )
-    row, evidence = SCORES[name], Evidence(model, effective_tensors(model), losses, generator)
+    row, evidence = SCORES[score], Evidence(model, effective_tensors(model), losses, generator)
     if row.needs == "losses" and losses is None:
         raise ModelError(
-            f"the score '{name}' needs `losses`, the loss on some batches",
+            f"the score '{score}' needs `losses`, the loss on some batches",
+            place="losses",
             cure="give them or use 'l1'",
         )
     if row.needs == "generator" and generator is None:
-        raise ModelError(f"the score '{name}' needs a `generator`", cure="give a torch.Generator")
+        raise ModelError(
+            f"the score '{score}' needs a `generator`",
+            place="generator",
+            cure="give a torch.Generator",
+        )
     raw = row.of(graph, evidence)
     for group, values in zip(graph.groups, raw, strict=True):
         if not values.isfinite().all():
             raise ModelError(
-                f"the score '{name}' of '{group.name}' is not finite",
+                f"the score '{score}' of '{group.name}' is not finite",
+                place="model",
                 cure="prune a model whose training went well",
             )
     return raw
@@ -301,6 +310,7 @@ def readers(group: ChannelGroup, model: nn.Module) -> Sequence[Slice]:
             return owned
     raise ModelError(
         f"no parameter has to do with the channels of '{group.name}'",
+        place="score",
         cure="use a score of magnitudes, 'l1'",
     )
 
@@ -345,7 +355,9 @@ def _effects(
             yield {n: w.detach() * g for (n, w), g in zip(weights.items(), slopes, strict=True)}
             count += 1
     if not count:
-        raise ModelError(f"the score '{name}' was given no batches", cure="give at least one")
+        raise ModelError(
+            f"the score '{name}' was given no batches", place="losses", cure="give at least one"
+        )
 
 
 def _total(

@@ -105,7 +105,7 @@ def sensitivity(
     if wrong is not None or not densities:
         raise RecipeError(
             f"got {wrong}, expected numbers between 0 and 1",
-            place="prune.densities",
+            place="densities",
             cure=f"try {list(DENSITIES)}",
         )
     found = {(p.layer, p.density): p for p in known}
@@ -124,6 +124,7 @@ def sensitivity(
             if density == 1 and not np.isfinite(point.loss):
                 raise ModelError(
                     "the loss of the whole model is not finite",
+                    place="model",
                     cure="prune a model whose training went well",
                 )
             yield point
@@ -198,6 +199,7 @@ def curves(points: Sequence[Point]) -> dict[str, tuple[list[float], list[float]]
     if missing is not None:
         raise RecipeError(
             f"the sensitivity of '{missing}' has no point at density 1",
+            place="points",
             cure="take all that `sensitivity` gave",
         )
     grown = {(p.layer, p.density): p.loss - dense[p.layer] for p in points}
@@ -244,6 +246,7 @@ def levels(graph: ChannelGraph, scores: Sequence[Tensor], points: Sequence[Point
         if layer.name not in known or len(known[layer.name][0]) < 2:
             raise RecipeError(
                 f"the sensitivity of '{layer.name}' was not measured",
+                place="points",
                 cure="give the points of all layers",
             )
         density, height = to_nothing(known[layer.name], most)

@@ -25,7 +25,7 @@ BEYOND = 0.9  # removal goes on to this part of the target, so that rounding up 
 def prune_single_channel(
     model: nn.Module,
     graph: ChannelGraph,
-    name: str = "l1",
+    score: str = "l1",
     *,
     keep_params: float = 0.30,
     target: Target | None = None,
@@ -45,7 +45,7 @@ def prune_single_channel(
     Args:
         model: the traced model.
         graph: its channels.
-        name: a row of `fedpress.compress.SCORES`.
+        score: a row of `fedpress.compress.SCORES`.
         keep_params: share of the parameters to keep, in (0, 1].
         target: what to come down to instead (see `fedpress.compress.prune.targets`).
         round_to: widths become multiples of this.
@@ -65,11 +65,11 @@ def prune_single_channel(
     if every < 1:
         raise RecipeError(
             f"got {every}, expected a whole number of at least 1",
-            place="prune.every",
+            place="every",
             cure="try 64",
         )
     floors = [allowed_widths(group, round_to, min_keep)[0] for group in graph.groups]
-    with _scorer(model, graph, name, every, losses, generator) as scorer:
+    with _scorer(model, graph, score, every, losses, generator) as scorer:
         order = _removal_order(graph, scorer, floors, target)
     return plan(
         model,

@@ -25,7 +25,6 @@ class Target:
         wanted: in units of the cost.
         limit: whether `wanted` is a limit.
         full_cost: the cost that shares are told of; None: that of the network before this cut.
-        stage: the kind of stage whose setting it is.
     """
 
     key: str
@@ -33,7 +32,6 @@ class Target:
     wanted: float
     limit: bool = False
     full_cost: float | None = None
-    stage: str = "prune"
 
     def miss(self, kept: Sequence[int]) -> float:
         """Returns how far from `wanted` the widths are; above a limit infinitely."""
@@ -72,9 +70,7 @@ def bytes_target(model: nn.Module, graph: ChannelGraph, limit: int) -> Target:
         RecipeError: if it is below 1.
     """
     if limit < 1:
-        raise RecipeError(
-            f"got {limit}, expected a number of bytes above 0", place="prune.max_bytes"
-        )
+        raise RecipeError(f"got {limit}, expected a number of bytes above 0", place="max_bytes")
     return Target("max_bytes", bytes_of(model, graph), limit, limit=True)
 
 
@@ -151,7 +147,7 @@ def _checked(key: str, share: float) -> float:
     if not 0 < share <= 1:
         raise RecipeError(
             f"got {share}, expected a share above 0 and at most 1",
-            place=f"prune.{key}",
+            place=key,
             cure="try 0.3",
         )
     return share

@@ -130,7 +130,9 @@ def _keep_named(ids: Ids, unprunable: Sequence[str]) -> None:
         if not hits:
             known = ", ".join(sorted({m for _, role, m in ids.roles if role == "write"}))
             raise ModelError(
-                f"no module '{name}' with channels to keep", cure=f"the model has: {known}"
+                f"no module '{name}' with channels to keep",
+                place="unprunable",
+                cure=f"the model has: {known}",
             )
         for axis in hits:
             ids.keep(axis, "asked for by `unprunable`")

@@ -162,7 +162,7 @@ def fold_(model: nn.Module, folds: Mapping[str, str]) -> None:
         if _weights_of(model.get_submodule(into)) == "codebook":
             raise ModelError(
                 f"'{into}' shares weights between channels, which a batch norm would scale apart",
-                place="fold",
+                place="model",
                 cure="fold it first",
             )
     biases = {
@@ -211,7 +211,7 @@ def _affine(name: str, norm: nn.Module) -> tuple[Tensor, Tensor]:
     if not (factor.isfinite() & shift.isfinite()).all():
         raise ModelError(
             f"'{name}' holds NaN or infinite numbers",
-            place="fold",
+            place="model",
             cure="load a checkpoint from before training broke",
         )
     return factor, shift

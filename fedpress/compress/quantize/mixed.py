@@ -74,7 +74,7 @@ def measure_choices(
     if not batches:
         raise DataError(
             "the bits are chosen by public examples",
-            place="quantize.mixed",
+            place="batches",
             cure="give at least one batch",
         )
     modes = {m: m.training for m in model.modules()}
@@ -86,7 +86,7 @@ def measure_choices(
             if scheme.weights is None or scheme.weights.kind != "int":
                 raise RecipeError(
                     f"'{name}' is not on whole numbers, which mixed bits need",
-                    place="quantize.mixed",
+                    place="table",
                     cure="use int",
                 )
             layer = model.get_submodule(name)
@@ -157,8 +157,8 @@ def choose_bits(choices: Mapping[str, Sequence[Choice]], max_bytes: int) -> dict
     if least > max_bytes:
         raise RecipeError(
             f"the weights do not fit into {max_bytes:,} bytes, the least is {least:,}",
-            place="quantize.max_bytes",
-            cure="allow more, or add fewer bits to quantize.mixed",
+            place="max_bytes",
+            cure="allow more, or add fewer bits to choose from",
         )
     spare = max_bytes - least  # only what goes beyond the smallest choices is counted in cells
     cell = max(1, math.ceil(spare / CELLS))

@@ -71,21 +71,24 @@ def quantizable(
         if name not in table and name not in left:
             raise ModelError(
                 f"no layer '{word}'{did_you_mean(word, names)}",
-                place="quantize.keep",
+                place="keep",
                 cure=f"use 'first', 'last', or one of {', '.join(names[:5])}",
             )
         if table.pop(name, None) is not None:
             left[name] = "asked for by `keep`"
     if not table:
-        reasons = "; ".join(f"'{name}': {reason}" for name, reason in left.items())
-        raise ModelError(
-            (
-                "no layer of this model can be quantized "
-                f"({reasons or 'it has no layers with weights'})"
-            ),
-            place="quantize",
-        )
+        raise _nothing_left(left)
     return table, left
+
+
+def _nothing_left(left: Mapping[str, str]) -> ModelError:
+    reasons = "; ".join(f"'{name}': {reason}" for name, reason in left.items())
+    asked = any("asked for by" in reason for reason in left.values())
+    return ModelError(
+        f"no layer of this model can be quantized ({reasons or 'it has no layers with weights'})",
+        place="model",
+        cure="name fewer layers in keep and ignore" if asked else "leave its weights float",
+    )
 
 
 def _possible(
@@ -163,7 +166,7 @@ def quantize_(
     if needs_examples and not batches:
         raise DataError(
             "this method needs public examples",
-            place="quantize",
+            place="batches",
             cure="give batches, or round weights to the nearest",
         )
     layers = {n: model.get_submodule(n) for n, s in table.items() if s.weights is not None}
@@ -248,7 +251,7 @@ def _check_finite(model: nn.Module, table: Mapping[str, QuantizationScheme]) -> 
             if isinstance(weight, Tensor) and not bool(weight.isfinite().all()):
                 raise ModelError(
                     f"'{name}' has NaN or infinite weights",
-                    place="quantize",
+                    place="model",
                     cure="load a checkpoint from before it broke",
                 )
 
@@ -264,7 +267,7 @@ def _input_moments(
         if not bool(x.isfinite().all()):
             raise DataError(
                 f"'{name}' sees NaN or infinite values",
-                place="quantize",
+                place="batches",
                 cure="check the public examples",
             )
         layer, x = layers[name], x.detach().float()

@@ -37,7 +37,7 @@ def calibrate_(
     if not batches:
         raise DataError(
             "there are no batches",
-            place="calibrate",
+            place="batches",
             cure="give at least one batch of public examples",
         )
     layers: dict[str, QuantLayer] = {}
@@ -78,7 +78,7 @@ def _spans(
         if not bool(x.isfinite().all()):
             raise DataError(
                 f"'{name}' sees NaN or infinite values",
-                place="calibrate",
+                place="batches",
                 cure="check the public examples and the model's weights",
             )
         old = found.get(name, Histogram(float("inf"), float("-inf")))
@@ -135,8 +135,8 @@ def _check_informative(
                 f"every channel that '{name}' reads is constant ({seen.low:g} to {seen.high:g}) "
                 "on the public examples, so one bit of it tells nothing"
             ),
-            place="quantize.input_bits",
-            cure="leave the layer float by `keep`, or take input_bits = 8",
+            place="inputs.bits",
+            cure="leave the layer float by `keep`, or take 8 bits",
         )
     if not quantization.middle and (seen.low >= 0 or seen.high <= 0):
         raise DataError(
@@ -144,7 +144,7 @@ def _check_informative(
                 f"'{name}' reads values of one sign only ({seen.low:g} to {seen.high:g}), as "
                 "behind a ReLU, so their sign tells nothing"
             ),
-            place="quantize.input_bits",
+            place="inputs.bits",
             cure="take a grid with a middle (InputQuantization(bits=1)), or more bits",
         )
 
@@ -175,7 +175,8 @@ def run_watched(
     except RuntimeError as error:
         raise ModelError(
             f"the model cannot run on these examples ({str(error).splitlines()[0]})",
-            place="calibrate",
+            place="batches",
+            cure="give inputs [n, ...] as the model takes them",
         ) from error
     finally:
         for hook in hooks:

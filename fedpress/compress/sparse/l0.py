@@ -178,7 +178,9 @@ def channel_gates(model: nn.Module, graph: ChannelGraph, *, generator: Source) -
     """
     if not graph.groups:
         raise ModelError(
-            "no channel of this model can be removed", place="l0", cure="use unit = 'weights'"
+            "no channel of this model can be removed",
+            place="model",
+            cure="put gates on single weights (unit = 'weights')",
         )
     tensors = tensors_of(model)
     sizes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

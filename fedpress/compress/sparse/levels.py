@@ -49,6 +49,7 @@ def level_densities(
         if w.name not in known or len(known[w.name][0]) < 2:
             raise RecipeError(
                 f"the sensitivity of '{w.name}' was not measured",
+                place="points",
                 cure="give the points of all weights",
             )
         lines.append(to_nothing(known[w.name], most))

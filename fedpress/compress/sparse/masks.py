@@ -53,7 +53,7 @@ def choose(
     if wanted > left and pattern.kind != "n:m":
         raise RecipeError(
             f"got {density:g}, but only {left / total:.4g} of these weights are left",
-            place="sparsify.density",
+            place="density",
             cure="give less",
         )
     wanted = max(wanted, sum(bool(a.any()) for a in allowed.values()))
@@ -73,7 +73,7 @@ def choose(
     return masks
 
 
-def check_density(density: float, *, where: str = "sparsify.density") -> None:
+def check_density(density: float, *, where: str = "density") -> None:
     """Refuses a share that is not above 0 and at most 1.
 
     Raises:
@@ -141,10 +141,10 @@ def _density_given(densities: Mapping[str, float], name: str) -> float:
     if name not in densities:
         raise RecipeError(
             f"'{name}' has none",
-            place="sparsify.densities",
+            place="scope",
             cure="give one for each weight that gets zeros",
         )
-    check_density(densities[name], where=f"sparsify.densities.{name}")
+    check_density(densities[name], where=f"scope.{name}")
     return densities[name]
 
 
@@ -214,7 +214,7 @@ def _checked(weight: Weight, scores: Tensor) -> Tensor:
     if scores.isnan().any():
         raise ModelError(
             f"'{weight.name}' has scores that are no numbers",
-            place="sparsify.score",
+            place="scores",
             cure="use a model that trained well",
         )
     return scores.detach().to(weight.value.device)

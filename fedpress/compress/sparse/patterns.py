@@ -50,7 +50,7 @@ class Pattern:
                 f"got '{text}', expected 'unstructured', 'filter', 'channel', N:M with N below "
                 "M such as '2:4', or a block of outputs x inputs such as '4x1'"
             ),
-            place="sparsify.pattern",
+            place="pattern",
         )
 
     @property

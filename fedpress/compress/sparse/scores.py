@@ -106,6 +106,7 @@ def movement(evidence: WeightEvidence) -> Values:
     if evidence.moved is None:
         raise ModelError(
             "the score 'movement' is summed up while the network trains",
+            place="score",
             cure="take schedule 'gradual' or 'rewind'",
         )
     return [evidence.moved[w.name] for w in evidence.weights]
@@ -114,7 +115,11 @@ def movement(evidence: WeightEvidence) -> Values:
 def random(evidence: WeightEvidence) -> Values:
     """Uniform numbers: the control that every other score has to beat."""
     if evidence.generator is None:
-        raise ModelError("the score 'random' needs a `generator`", cure="give a torch.Generator")
+        raise ModelError(
+            "the score 'random' needs a `generator`",
+            place="generator",
+            cure="give a torch.Generator",
+        )
     chance = chance_of(evidence.generator)
     return [chance.uniform(*w.value.shape, dtype=torch.float32) for w in evidence.weights]
 
@@ -131,25 +136,26 @@ WEIGHT_SCORES: dict[str, Callable[[WeightEvidence], Values]] = {
 }
 
 
-def score_weights(name: str, evidence: WeightEvidence) -> dict[str, Tensor]:
+def score_weights(score: str, evidence: WeightEvidence) -> dict[str, Tensor]:
     """Scores every entry of the weights: a tensor of its shape for each, by name.
 
     Raises:
         RecipeError: if there is no such score.
         ModelError: if what the score needs is missing, or a score is not finite.
     """
-    if name not in WEIGHT_SCORES:
-        hint = did_you_mean(name, list(WEIGHT_SCORES))
+    if score not in WEIGHT_SCORES:
+        hint = did_you_mean(score, list(WEIGHT_SCORES))
         raise RecipeError(
-            f"no such score '{name}'{hint}",
-            place="sparsify.score",
+            f"no such score '{score}'{hint}",
+            place="score",
             cure=f"use one of {', '.join(WEIGHT_SCORES)}",
         )
-    values = WEIGHT_SCORES[name](evidence)
+    values = WEIGHT_SCORES[score](evidence)
     for w, scores in zip(evidence.weights, values, strict=True):
         if not scores.isfinite().all():
             raise ModelError(
-                f"the score '{name}' of '{w.name}' is not finite",
+                f"the score '{score}' of '{w.name}' is not finite",
+                place="model",
                 cure="sparsify a model whose training went well",
             )
     return {w.name: scores for w, scores in zip(evidence.weights, values, strict=True)}
@@ -203,6 +209,7 @@ def _losses(evidence: WeightEvidence, name: str) -> Iterator[Tensor]:
     if evidence.losses is None:
         raise ModelError(
             f"the score '{name}' needs `losses`, the loss on some batches",
+            place="losses",
             cure="give them or use 'magnitude'",
         )
     count = 0
@@ -210,4 +217,6 @@ def _losses(evidence: WeightEvidence, name: str) -> Iterator[Tensor]:
         count += 1
         yield loss
     if not count:
-        raise ModelError(f"the score '{name}' was given no batches", cure="give at least one")
+        raise ModelError(
+            f"the score '{name}' was given no batches", place="losses", cure="give at least one"
+        )

@@ -92,7 +92,7 @@ def find_weights(
     if not chosen:
         raise ModelError(
             f"no weight of this model may get zeros ({_some(dense | reasons)})",
-            place="sparsify",
+            place="model",
             cure=(
                 "set keep_first = false or keep_last = false, name less in keep and ignore, or "
                 "use a larger model"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from fedpress.errors import ModelError
+from fedpress.errors import ModelError, placing
 from fedpress.nn.quant_scheme import (
     InputQuantization,
     QuantizationScheme,
@@ -145,10 +145,8 @@ def materialize_(model: nn.Module) -> nn.Module:
         if layer.scheme.weights is None:
             continue
         for key in layer.keys:
-            try:
+            with placing(f"'{name}'"):
                 codes = layer.quantize(key)
-            except ModelError as error:
-                raise ModelError(str(error), place=f"'{name}'") from error
             getattr(layer, key).copy_(layer.dequantize(codes, key))
             if layer.scheme.weights.kind == "codebook":
                 layer.codebook_of(key).copy_(layer.codebook_values(key))

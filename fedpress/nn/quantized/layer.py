@@ -91,6 +91,7 @@ class QuantLayer(nn.Module):
         if not bool(weight.isfinite().all()):
             raise ModelError(
                 "a weight is NaN or infinite and has no code",
+                place=key,
                 cure="load a checkpoint from before training broke",
             )
         return self.unrows(quantize(weight, self.expanded_scale(key), quantization)).to(torch.int8)
@@ -109,6 +110,7 @@ class QuantLayer(nn.Module):
                     f"codes are in {int(codes.min())}..{int(codes.max())}, but weights of kind "
                     f"'{quantization.kind}' with {quantization.bits} bits have {lowest}..{highest}"
                 ),
+                place="codes",
                 cure="they belong to another model",
             )
         values = dequantize(self.rows(codes.float()), self.expanded_scale(key), quantization)
@@ -211,6 +213,7 @@ class QuantLayer(nn.Module):
         if self.scheme.weights is None:
             raise ModelError(
                 "the weights of this layer are float and have no codes",
+                place="scheme.weights",
                 cure="ask only layers with scheme.weights",
             )
         return self.scheme.weights

@@ -125,7 +125,7 @@ def check_depth(tree: Any) -> None:
         RecipeError: if they lie too deep inside each other.
     """
     if said := limits.above("depth", limits.depth(tree)):
-        raise RecipeError(TOO_DEEP, place="recipe", cure=f"{SHORTEN} ({said})")
+        raise RecipeError(TOO_DEEP, place="recipe", cure=f"{SHORTEN} ({said.problem}; {said.cure})")
 
 
 def _cure(toml: str, problem: str) -> str:

@@ -237,7 +237,7 @@ class Cutting:
                     f"got {stage.keep_latency:g}, that is {wanted:.3g} ms now, but the fastest cut "
                     f"measured, {share:.1%} of the parameters, takes {ms:.3g} ms"
                 ),
-                place="prune.keep_latency",
+                place="keep_latency",
                 cure="raise keep_latency",
             )
         return cut(latency_target(stage, graph, graph.parameters, max(fast)))

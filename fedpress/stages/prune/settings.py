@@ -190,7 +190,7 @@ def check_left(key: str, value: float, left: float) -> None:
         ]
         raise RecipeError(
             f"got {value:g}, but an earlier stage has left {left:.4g} of the dense {what}",
-            place=f"prune.{key}",
+            place=key,
             cure=(
                 f"{key} is a share of the dense network: give less than {left:.4g}, such as "
                 f"{left / 2:.2g} for half of what is left"

@@ -69,7 +69,7 @@ class PruneStage(PruneSettings, Stage):
                 place="prune",
                 cure="put this stage before the quantization",
             )
-        ignored(state.model, self.ignore, "prune.ignore")
+        ignored(state.model, self.ignore)
         public_examples(self, state, 0)
         if self.finetune is not None:
             data = state.data

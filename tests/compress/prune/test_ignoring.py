@@ -130,7 +130,7 @@ def test_the_nearest_width_is_told_in_the_facts_and_refused_where_it_must_be_exa
     model = nn.Sequential(nn.Linear(20, 24), nn.ReLU(), nn.Linear(24, 10))
     facts = commands.prune(model, keep_params=0.5, round_to=1, input_shape=(20,)).facts
     assert facts["told"] == {"keep_params": "0.5066, the nearest to 0.5 that the widths allow"}
-    with pytest.raises(RecipeError, match=r"prune\.keep_params: 0\.5 cannot be met.*0\.5066"):
+    with pytest.raises(RecipeError, match=r"keep_params: 0\.5 cannot be met.*0\.5066"):
         commands.prune(model, keep_params=0.5, round_to=1, exact=True, input_shape=(20,))
 
 

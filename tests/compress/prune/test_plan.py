@@ -79,7 +79,7 @@ def test_allowed_widths_are_whole_or_rounded_and_never_zero(channels, unit, roun
 @pytest.mark.parametrize("share", [0.0, -0.3, 1.01, float("nan")])
 def test_a_share_out_of_range_is_refused(traced, share):
     model, _, graph = traced("plain")
-    with pytest.raises(RecipeError, match=r"^prune\.keep_params: got .* try 0\.3"):
+    with pytest.raises(RecipeError, match=r"^keep_params: got .* try 0\.3"):
         plan(model, graph, score(model, graph, "l1"), keep_params=share)
 
 
@@ -130,7 +130,7 @@ def test_the_smallest_width_is_the_nearest_to_a_share_a_little_below_it(traced):
 def test_wrong_settings_are_refused_by_name(traced, setting):
     model, _, graph = traced("plain")
     (name,) = setting
-    with pytest.raises(RecipeError, match=rf"^prune\.{name}: got"):
+    with pytest.raises(RecipeError, match=rf"^{name}: got"):
         plan(model, graph, score(model, graph, "l1"), **setting)
 
 

@@ -345,7 +345,7 @@ def test_what_a_score_lacks_is_named(traced):
         score(model, graph, "bn_scale")
     with pytest.raises(ModelError, match="needs a `generator`"):
         score(model, graph, "random")
-    with pytest.raises(RecipeError, match=r"prune\.every: got 0"):
+    with pytest.raises(RecipeError, match=r"every: got 0"):
         prune_single_channel(model, graph, "l1", every=0)
     broken = deepcopy(model)
     broken.b.weight.data[3, 0] = float("nan")

@@ -125,7 +125,7 @@ def test_wrong_densities_and_a_broken_model_are_refused(traced):
     model, _, graph = traced("plain")
     units = channel_units(model, graph, score(model, graph, "l1"))
     for densities in ((0.5, 0.0), (1.0,), (float("nan"),), ()):
-        with pytest.raises(RecipeError, match=r"prune\.densities: got"):
+        with pytest.raises(RecipeError, match=r"densities: got"):
             list(sensitivity(units, lambda: (1.0, None), densities))
     with pytest.raises(ModelError, match="loss of the whole model is not finite"):
         list(sensitivity(units, lambda: (float("nan"), None)))

@@ -75,17 +75,17 @@ def test_a_limit_that_coarse_widths_cannot_use_is_kept_all_the_same(traced):
     [
         (
             lambda _, graph: macs_target(graph, 1.5),
-            r"^prune\.keep_macs: got 1\.5, expected a share .*try 0\.3",
+            r"^keep_macs: got 1\.5, expected a share .*try 0\.3",
         ),
-        (lambda _, graph: parameter_target(graph, float("nan")), r"^prune\.keep_params: got nan"),
-        (lambda model, graph: bytes_target(model, graph, 0), r"^prune\.max_bytes: got 0"),
+        (lambda _, graph: parameter_target(graph, float("nan")), r"^keep_params: got nan"),
+        (lambda model, graph: bytes_target(model, graph, 0), r"^max_bytes: got 0"),
         (
             lambda _, graph: macs_target(graph, 0.001),
-            r"^prune\.keep_macs: 0\.001 cannot be reached, .*share",
+            r"^keep_macs: 0\.001 cannot be reached, .*share",
         ),
         (
             lambda model, graph: bytes_target(model, graph, 400),
-            r"^prune\.max_bytes: 400 cannot be reached, .*size .*\d",
+            r"^max_bytes: 400 cannot be reached, .*size .*\d",
         ),
     ],
 )

@@ -33,7 +33,7 @@ def test_the_choice_is_the_best_of_all(given_layers, budget):
     }
     ways = [w for w in product(*choices.values()) if sum(c.size for c in w) <= budget]
     if not ways:
-        with pytest.raises(RecipeError, match=r"quantize.max_bytes: .* the least is"):
+        with pytest.raises(RecipeError, match=r"max_bytes: .* the least is"):
             choose_bits(choices, budget)
         return
     bits = choose_bits(choices, budget)
@@ -99,11 +99,11 @@ def test_the_harm_is_the_divergence_of_one_layer_rounded_alone():
 
 def test_no_examples_and_other_grids_are_refused():
     model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(DataError, match=r"quantize.mixed: .* at least one batch"):
+    with pytest.raises(DataError, match=r"batches: .* at least one batch"):
         measure_choices(
             model, quantizable(model, QuantizationScheme(weights=WeightQuantization()))[0], (4,), []
         )
-    with pytest.raises(RecipeError, match=r"quantize.mixed: '0' is not on whole numbers"):
+    with pytest.raises(RecipeError, match=r"table: '0' is not on whole numbers"):
         measure_choices(
             model,
             {"0": QuantizationScheme(weights=WeightQuantization(kind="ternary"))},

@@ -163,9 +163,7 @@ def test_first_and_last_can_stay_float_and_sparse_layers_are_not_made_binary():
 
 def test_a_wrong_name_and_a_network_without_layers_are_refused():
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    with pytest.raises(
-        ModelError, match=r"quantize.keep: no layer '00'.*use 'first', 'last', or one of 0"
-    ):
+    with pytest.raises(ModelError, match=r"keep: no layer '00'.*use 'first', 'last', or one of 0"):
         quantizable(model, INT4, keep=["00"])
     with pytest.raises(
         ModelError, match=r"no layer of this model can be quantized .'0': asked for by `keep`"
@@ -178,10 +176,10 @@ def test_a_wrong_name_and_a_network_without_layers_are_refused():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_numbers_that_are_not_finite_name_the_layer_and_leave_the_model_alone(value):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    with pytest.raises(DataError, match=r"quantize: '0' sees NaN or infinite values"):
+    with pytest.raises(DataError, match=r"batches: '0' sees NaN or infinite values"):
         quantize_(model, quantizable(model, BYTES)[0], [torch.full((3, 2), value)])
     model[1].weight.data[0, 0] = value
-    with pytest.raises(ModelError, match=r"quantize: '1' has NaN or infinite weights"):
+    with pytest.raises(ModelError, match=r"model: '1' has NaN or infinite weights"):
         quantize_(model, quantizable(model, BYTES)[0], [torch.zeros(3, 2)])
     assert type(model[0]) is nn.Linear
 
