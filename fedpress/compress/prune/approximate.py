@@ -126,46 +126,74 @@ def _refit_(
 ) -> str | None:
     """Fits one norm; returns why not, if so."""
     norm = small.get_submodule(name)
-    prefix = f"{name}." if name else ""
-    vectors = []  # its parameters, and which of the channels stay
-    for key, parameter in norm.named_parameters(recurse=False):
-        axes = plan.keep.get(prefix + key, {})
-        if len(axes) == 1 and parameter.numel() == parameter.shape[next(iter(axes))]:
-            vectors.append((parameter, next(iter(axes.values()))))
+    vectors = _cut_vectors(name, norm, plan)
     if not vectors:
         return "it has no scale of its own"
     if any(True for _ in norm.children()) or len(vectors) > 2:
         return "it does more than to normalise"
-    kept = torch.tensor(vectors[0][1])
     parameters = [parameter for parameter, _ in vectors]
-    width = len(kept)
-    gram = torch.zeros(width, len(parameters), len(parameters), dtype=torch.float64)
-    right = torch.zeros(width, len(parameters), dtype=torch.float64)
+    kept = torch.tensor(vectors[0][1])
+    system = _NormalEquations(len(kept), len(parameters))
     for batch in batches:
-        wanted, calls = _outputs(dense, name, batch), _arguments(small, name, batch)
+        wanted = _outputs(dense, name, batch)
+        calls = _arguments(small, name, batch)
         for target, (args, options) in zip(wanted, calls, strict=True):
             base, slopes, real = _parts(norm, args, options, parameters)
             dim = _channel_dim(target, real)
             if dim is None:
                 return "its outputs do not have its channels"
-            columns = torch.stack(
-                [_rows(slope, dim) for slope in slopes], -1
-            )  # [channels, places, parameters]
-            now = torch.stack([parameter.flatten().double() for parameter in parameters], -1)
-            missed = (columns @ now[..., None])[..., 0] + _rows(base, dim) - _rows(real, dim)
-            if missed.abs().max() > LINEAR * real.abs().max().clamp_min(1e-6):
+            columns = torch.stack([_rows(slope, dim) for slope in slopes], -1)
+            modelled = (columns @ _now(parameters)[..., None])[..., 0] + _rows(base, dim)
+            missed = (modelled - _rows(real, dim)).abs().max()
+            if missed > LINEAR * real.abs().max().clamp_min(1e-6):
                 return "its parameters do not enter its outputs linearly"
-            rest = _rows(target.index_select(dim, kept.to(target.device)), dim) - _rows(base, dim)
-            gram += (columns.transpose(1, 2) @ columns).cpu()
-            right += (columns.transpose(1, 2) @ rest[..., None])[..., 0].cpu()
-    now = torch.stack([parameter.flatten().double().cpu() for parameter in parameters], -1)
-    ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    gram += ridge[:, None, None] * torch.eye(len(parameters), dtype=torch.float64)
-    right += ridge[:, None] * now
-    solved = torch.linalg.solve(gram, right)
+            goal = target.index_select(dim, kept.to(target.device))
+            system.add_(columns, _rows(goal, dim) - _rows(base, dim))
+    solved = system.solve(_now(parameters).cpu())
     for parameter, values in zip(parameters, solved.unbind(1), strict=True):
         parameter.copy_(values.view(parameter.shape))
     return None
+
+
+def _cut_vectors(
+    name: str, norm: nn.Module, plan: PruningPlan
+) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
+    """Returns the norm's parameters of one number for each channel, and the indices of the channels that stay."""
+    prefix = f"{name}." if name else ""
+    vectors = []
+    for key, parameter in norm.named_parameters(recurse=False):
+        axes = plan.keep.get(prefix + key, {})
+        if len(axes) != 1:
+            continue
+        ((axis, indices),) = axes.items()
+        if parameter.numel() == parameter.shape[axis]:
+            vectors.append((parameter, indices))
+    return vectors
+
+
+def _now(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Returns the values of the parameters side by side: [channels, parameters]."""
+    return torch.stack([parameter.flatten().double() for parameter in parameters], -1)
+
+
+class _NormalEquations:
+    """A least-squares problem for each channel, added up over batches: gram @ solution = right."""
+
+    def __init__(self, channels: int, unknowns: int) -> None:
+        self.gram = torch.zeros(channels, unknowns, unknowns, dtype=torch.float64)
+        self.right = torch.zeros(channels, unknowns, dtype=torch.float64)
+
+    def add_(self, columns: Tensor, wanted: Tensor) -> None:
+        """Adds `columns` [channels, places, unknowns], whose weighted sum shall be `wanted` [channels, places]."""
+        self.gram += (columns.transpose(1, 2) @ columns).cpu()
+        self.right += (columns.transpose(1, 2) @ wanted[..., None])[..., 0].cpu()
+
+    def solve(self, now: Tensor) -> Tensor:
+        """Returns the solution [channels, unknowns]; `now` stays where the examples say nothing."""
+        unknowns = now.shape[1]
+        ridge = RIDGE * self.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+        gram = self.gram + ridge[:, None, None] * torch.eye(unknowns, dtype=torch.float64)
+        return torch.linalg.solve(gram, self.right + ridge[:, None] * now)
 
 
 def _parts(

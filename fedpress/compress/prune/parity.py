@@ -192,28 +192,33 @@ def _batches(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[Batch, Batc
     """Returns a batch like `example` and one with one more, of the first values on which `model` runs."""
     size = next((x.shape[0] for x in example if x.dim()), 0)
     draw = torch.Generator().manual_seed(0)
-    vocabularies = _vocabularies(model, example)
     drawn = [
         _drawn(x, vocabulary, size, draw)
-        for x, vocabulary in zip(example, vocabularies, strict=True)
+        for x, vocabulary in zip(example, _vocabularies(model, example), strict=True)
     ]
-    mixed = [
-        _mixed(x, x.shape[0] + 1, draw) if x.dim() and x.shape[0] == size else x for x in example
-    ]
-    plain = [torch.cat([x, x[:1]]) if x.dim() and x.shape[0] == size else x for x in example]
-    for larger in (drawn, mixed, plain):
-        batch = [
-            x[:size] if y.dim() and y.shape[0] == size else x
-            for x, y in zip(larger, example, strict=True)
-        ]
-        if larger is plain or _attempt(model, batch) is not None:
-            break
-    return batch, larger
+    mixed = [_mixed(x, size + 1, draw) if _counts(x, size) else x for x in example]
+    for larger in (drawn, mixed):
+        batch = _cut(larger, example, size)
+        if _attempt(model, batch) is not None:
+            return batch, larger
+    # The example itself, on which the model was traced; its first row stands for one more.
+    larger = [torch.cat([x, x[:1]]) if _counts(x, size) else x for x in example]
+    return _cut(larger, example, size), larger
+
+
+def _counts(x: Tensor, size: int) -> bool:
+    """Whether the first axis of an input counts the `size` examples of the batch."""
+    return x.dim() > 0 and x.shape[0] == size
+
+
+def _cut(larger: Batch, example: tuple[Tensor, ...], size: int) -> Batch:
+    """Returns the first `size` examples of a batch with one more than `example`."""
+    return [x[:size] if _counts(y, size) else x for x, y in zip(larger, example, strict=True)]
 
 
 def _drawn(x: Tensor, vocabulary: int | None, size: int, draw: torch.Generator) -> Tensor:
     """Returns random values of the kind of `x`, one example more if its first axis counts `size` examples."""
-    more = x.dim() > 0 and x.shape[0] == size
+    more = _counts(x, size)
     shape = (x.shape[0] + 1, *x.shape[1:]) if more else tuple(x.shape)
     if vocabulary is not None:
         return torch.randint(vocabulary, shape, generator=draw).to(x.device, x.dtype)

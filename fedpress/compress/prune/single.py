@@ -5,7 +5,7 @@ What is kept in one layer changes how much a channel of the next can do, so the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -90,39 +90,73 @@ Scorer = Callable[[list[Tensor], tuple[int, int] | None], dict[int, Tensor]]
 def _removal_order(
     graph: ChannelGraph, scorer: Scorer, floors: Sequence[int], target: Target
 ) -> list[Tensor]:
-    """Removes until a little less than `target` is left; returns when each channel went, and the survivors after them.
-
-    A layer's scores are taken relative to all its channels, removed ones with their last score: relative to the
-    survivors alone, a layer whose scores lie close together would never be touched.
-    """
-    alive = [torch.ones(group.channels, dtype=torch.bool) for group in graph.groups]
-    kept = [group.channels for group in graph.groups]
-    raw: list[Tensor] = [torch.zeros(group.channels) for group in graph.groups]
+    """Removes until a little less than `target` is left; returns when each channel went, survivors last."""
+    rest = _Survivors(graph, floors)
     pruned: list[tuple[int, int]] = []
-    worst: list[tuple[float, int]] = [(float("inf"), 0)] * len(kept)
-    news = scorer(alive, None)
-    while True:
-        for i, values in news.items():
-            raw[i] = torch.where(alive[i] | values.ne(0), values, raw[i])
-        for i in {*news, *(i for i, _ in pruned[-1:])}:
-            least = relative(raw[i]).masked_fill(~alive[i], float("inf")).min(0)
-            worst[i] = (
-                float(least.values) if kept[i] > floors[i] else float("inf"),
-                int(least.indices),
-            )
-        group = min(range(len(worst)), key=lambda i: worst[i])
-        if target.cost(kept) <= BEYOND * target.wanted or worst[group][0] == float("inf"):
-            break
-        pruned.append((group, worst[group][1]))
-        kept[group] -= 1
-        alive[group][worst[group][1]] = False
-        news = scorer(alive, pruned[-1])
-    last = [relative(values) for values in raw]
+    rest.rescore_(scorer(rest.alive, None))
+    while target.cost(rest.kept) > BEYOND * target.wanted:
+        weakest = rest.weakest()
+        if weakest is None:
+            break  # every layer is at its floor
+        rest.remove_(*weakest)
+        pruned.append(weakest)
+        rest.rescore_(scorer(rest.alive, weakest))
+    last = [relative(values) for values in rest.raw]
     least_left = min(float(values.min()) for values in last)  # some scores have signs
     order = [len(pruned) + values - least_left for values in last]
     for at, (i, channel) in enumerate(pruned):
         order[i][channel] = at
     return [values.double() for values in order]
+
+
+class _Survivors:
+    """The channels that are left while they are removed one by one, and the weakest of each layer.
+
+    A layer's scores are taken relative to all its channels, removed ones with their last score: relative to the
+    survivors alone, a layer whose scores lie close together would never be touched.
+
+    Attributes:
+        alive: of each layer, which channels are left.
+        kept: how many these are.
+        raw: the last score of each channel.
+        floors: how many must stay.
+    """
+
+    def __init__(self, graph: ChannelGraph, floors: Sequence[int]) -> None:
+        self.alive = [torch.ones(group.channels, dtype=torch.bool) for group in graph.groups]
+        self.kept = [group.channels for group in graph.groups]
+        self.raw = [torch.zeros(group.channels) for group in graph.groups]
+        self.floors = floors
+        self.worst: dict[int, tuple[float, int]] = {}  # of each layer; looked up when asked for
+
+    def rescore_(self, scores: Mapping[int, Tensor]) -> None:
+        """Takes new raw scores of some layers. A removed channel, whose weights are 0, keeps its last one."""
+        for i, values in scores.items():
+            known = self.alive[i] | values.ne(0)
+            self.raw[i] = torch.where(known, values, self.raw[i])
+            self.worst.pop(i, None)
+
+    def weakest(self) -> tuple[int, int] | None:
+        """Returns the layer and the channel that go next; None if none may."""
+        for i in range(len(self.kept)):
+            if i not in self.worst:
+                self.worst[i] = self._worst_of(i)
+        layer = min(range(len(self.kept)), key=lambda i: self.worst[i])
+        score, channel = self.worst[layer]
+        return None if score == float("inf") else (layer, channel)
+
+    def remove_(self, layer: int, channel: int) -> None:
+        """Takes a channel out; the scores of its layer stay what they are."""
+        self.kept[layer] -= 1
+        self.alive[layer][channel] = False
+        self.worst.pop(layer, None)
+
+    def _worst_of(self, layer: int) -> tuple[float, int]:
+        """Returns the least relative score of a layer and its channel; an infinite one where none may go."""
+        scores = relative(self.raw[layer]).masked_fill(~self.alive[layer], float("inf"))
+        least = scores.min(0)
+        may_go = self.kept[layer] > self.floors[layer]
+        return float(least.values) if may_go else float("inf"), int(least.indices)
 
 
 @contextmanager

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpress.compress.prune.graph import ChannelGraph, NumberSite, export, kept_indices
+from fedpress.compress.prune.graph import (
+    ChannelGraph,
+    NumberSite,
+    SizedNumber,
+    export,
+    kept_indices,
+)
 from fedpress.compress.prune.parity import fault, trial_batch
 from fedpress.compress.prune.plan import PruningPlan
 from fedpress.compress.prune.remove import keep_indices_
@@ -30,31 +36,55 @@ def without_followers(
     A number that always is in proportion to the length of its axis becomes a multiple of it: what it counts besides
     channels, examples say, may be another number at another time.
     """
-    corrected = numbers_in(model)  # by an earlier cut
-    wrong = {n.site for n in graph.numbers if n.site.position in _row(corrected, n.site)}
-    changed: set[NumberSite] = set()  # a number that never had to change says nothing
-    out_of_proportion = {n.site for n in graph.numbers if n.was != n.length.full}
+    evidence = _Evidence(model, graph)
     for step in (1, 2) if graph.numbers else ():
         counts = _counts(graph, step)
         passed = _passed_numbers(model, graph, arguments, counts)
         for number in graph.numbers:
             given = passed[number.site.module].get(number.site.call, [])
-            if number.site.position >= len(given):
-                continue
-            code, right = given[number.site.position], number.corrected(counts)
-            if code != right:
-                wrong.add(number.site)
-            if right != number.was:
-                changed.add(number.site)
-            if code * number.length.without(counts) != right * number.length.full:
-                out_of_proportion.add(number.site)
-    numbers = []
-    for number in graph.numbers:
-        untested = bool(number.length.times) and number.site not in changed
-        if number.site in wrong or untested:
-            multiple = number.multiple or number.site not in out_of_proportion
-            numbers.append(replace(number, multiple=multiple))
+            if number.site.position < len(given):
+                evidence.add_(number, given[number.site.position], counts)
+    numbers = [
+        replace(number, multiple=number.multiple or evidence.is_in_proportion(number))
+        for number in graph.numbers
+        if not evidence.follows(number)
+    ]
     return replace(graph, numbers=tuple(numbers))
+
+
+class _Evidence:
+    """What trials with fewer channels tell about the numbers in the code.
+
+    Attributes:
+        wrong: where the code passed another number than the smaller model needs.
+        changed: where a trial needed another number than the whole model does.
+        out_of_proportion: where the number was not in proportion to the length of its axis.
+    """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
+        corrected = numbers_in(model)  # by an earlier cut
+        self.wrong = {n.site for n in graph.numbers if n.site.position in _row(corrected, n.site)}
+        self.changed: set[NumberSite] = set()
+        self.out_of_proportion = {n.site for n in graph.numbers if n.was != n.length.full}
+
+    def add_(self, number: SizedNumber, code: Any, counts: Sequence[int]) -> None:
+        """Notes what the `code` passed in a model without `counts[i]` channels of group i."""
+        right = number.corrected(counts)
+        if code != right:
+            self.wrong.add(number.site)
+        if right != number.was:
+            self.changed.add(number.site)
+        if code * number.length.without(counts) != right * number.length.full:
+            self.out_of_proportion.add(number.site)
+
+    def follows(self, number: SizedNumber) -> bool:
+        """Whether the code gets the number right by itself. One that never had to change tells nothing."""
+        untested = bool(number.length.times) and number.site not in self.changed
+        return number.site not in self.wrong and not untested
+
+    def is_in_proportion(self, number: SizedNumber) -> bool:
+        """Whether the number was in proportion to the length of its axis in every trial."""
+        return number.site not in self.out_of_proportion
 
 
 def _passed_numbers(
