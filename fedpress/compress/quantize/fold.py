@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -55,28 +56,41 @@ def find_folds(
     }
     folds: dict[str, str] = {}
     left: dict[str, str] = {}
-    for node in program.graph.nodes:
-        if node.target is not torch.ops.aten.batch_norm.default:
-            continue
-        name = _owner(node.args[3], owned)
-        if name is None or name not in norms:
-            continue
-        before = node.args[0]
-        reason = _why_norm_stays(norms[name], name, node) or _why_not_into(
-            model, node, before, owned
-        )
-        layer = None if reason else str(_owner(before.args[1], owned))
+    for name, node in _calls(program.graph, norms, owned):
+        layer, reason = _layer_before(model, norms[name], name, node, owned)
         if name in alone or layer in alone:
             reason = "asked for by `ignore`"
         if reason is None:
-            folds[name] = str(layer)
+            folds[name] = layer
         else:
             left[name] = reason
-    for name in norms:
-        if name not in folds and name not in left:
-            left[name] = "forward does not use it, or it has no running statistics"
+    uncalled = [name for name in norms if name not in folds and name not in left]
+    left |= dict.fromkeys(uncalled, "forward does not use it, or it has no running statistics")
     # A norm that is called twice may be foldable in one place only: then it stays.
     return {name: layer for name, layer in folds.items() if name not in left}, left
+
+
+def _calls(
+    graph: fx.Graph, norms: Mapping[str, nn.Module], owned: Mapping[str, str]
+) -> Iterator[tuple[str, Any]]:
+    """Yields each operation of one of the batch norms `norms` that uses its running statistics, with its name."""
+    for node in graph.nodes:
+        if node.target is not torch.ops.aten.batch_norm.default:
+            continue
+        name = _owner(node.args[3], owned)
+        if name in norms:
+            yield name, node
+
+
+def _layer_before(
+    model: nn.Module, norm: nn.Module, name: str, node: fx.Node, owned: Mapping[str, str]
+) -> tuple[str, str | None]:
+    """Returns the layer that can take the batch norm `name` in; or no name, and the reason."""
+    before: Any = node.args[0]
+    reason = _why_norm_stays(norm, name, node) or _why_not_into(model, node, before, owned)
+    if reason is not None:
+        return "", reason
+    return str(_owner(before.args[1], owned)), None
 
 
 def _owner(node: object, owned: Mapping[str, str]) -> str | None:

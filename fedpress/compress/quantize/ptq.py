@@ -97,28 +97,46 @@ def _possible(
     """Returns the layers that can be quantized, whatever the user wants, and the others with the reason."""
     table: dict[str, QuantizationScheme] = {}
     left: dict[str, str] = {}
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            owners.setdefault(id(parameter), []).append(name)
+    owners = _owners(model)
+    has_zero = scheme.weights is None or scheme.weights.has_zero
+    # The input of attention's output projection is never seen: attention reads its weight without calling it.
     projections = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     for name, module in model.named_modules():
         if not _has_weights(module):
             continue
-        reason = why_not_quantizable(module)
-        for key in weight_keys(module) if reason is None else ():
-            others = [f"'{n}'" for n in owners.get(id(module._parameters[key]), []) if n != name]
-            if others:
-                reason = f"its weight is shared with {', '.join(others)}"
-            elif f"{name}.{key}" in sparse and scheme.weights and not scheme.weights.has_zero:
-                reason = "its zeros are pruned weights, and a binary grid has no zero; use ternary"
+        reason = why_not_quantizable(module) or _why_shared(name, module, owners)
+        if reason is None and not has_zero and _has_zeros(name, module, sparse):
+            reason = "its zeros are pruned weights, and a binary grid has no zero; use ternary"
         if reason is not None:
             left[name or type(module).__name__] = reason
-            continue
-        # The input of attention's output projection is never seen: attention reads its weight without calling it.
-        called = isinstance(module, INPUT_QUANTIZED) and id(module) not in projections
-        table[name] = scheme if called else scheme.model_copy(update={"inputs": None})
+        elif isinstance(module, INPUT_QUANTIZED) and id(module) not in projections:
+            table[name] = scheme
+        else:
+            table[name] = scheme.model_copy(update={"inputs": None})
     return table, left
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Returns the modules that hold each parameter, by its identity."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _why_shared(name: str, module: nn.Module, owners: Mapping[int, list[str]]) -> str | None:
+    """Says which modules hold a weight of this one too: their scales would contradict each other."""
+    for key in weight_keys(module):
+        others = [f"'{n}'" for n in owners.get(id(module._parameters[key]), []) if n != name]
+        if others:
+            return f"its weight is shared with {', '.join(others)}"
+    return None
+
+
+def _has_zeros(name: str, module: nn.Module, sparse: Collection[str]) -> bool:
+    """Whether zeros in a weight of the module are pruned weights."""
+    return any(f"{name}.{key}" in sparse for key in weight_keys(module))
 
 
 def _has_weights(module: nn.Module) -> bool:
@@ -161,7 +179,7 @@ def quantize_(
     """
     _check_finite(model, table)
     second_order = rounding == "second-order"
-    calibrated = any(_needs_calibration(scheme) for scheme in table.values())
+    calibrated = _needs_calibration(table)
     needs_examples = second_order or correct_bias or calibrated
     if needs_examples and not batches:
         raise DataError(
@@ -177,22 +195,38 @@ def quantize_(
         means, moments = _input_moments(model, linear, batches, second=second_order)
     before = {n: tensor(model, f"{n}.weight").detach().clone() for n in linear}
     quantize_layers_(model, table)
-    notes: dict[str, str] = {}
-    for name, layer in layers.items():
-        assert isinstance(layer, QuantLayer)
-        fit_(layer, scale=scale)
-        if name in moments:
-            round_second_order_(layer, moments[name])
-        elif second_order:
-            reason = (
-                "forward never calls it" if name in linear else f"it is a {layer.plain.__name__}"
-            )
-            notes[name] = f"{reason}, so its weights are rounded to the nearest"
+    notes = _fit_weights_(layers, moments if second_order else None, scale=scale)
     materialize_(model)
     if correct_bias:
         notes |= _correct_biases_(model, means, before)
     if calibrated:
         notes |= calibrate_(model, batches, observer=observer)
+    return notes
+
+
+def _fit_weights_(
+    layers: Mapping[str, nn.Module],
+    moments: Mapping[str, Tensor] | None,
+    *,
+    scale: Literal["mse", "minmax"],
+) -> dict[str, str]:
+    """Sets the scales of all layers; with second moments of their inputs it rounds the weights by them.
+
+    Returns:
+        The layers that have no moments though others do -> the reason.
+    """
+    notes = {}
+    for name, layer in layers.items():
+        assert isinstance(layer, QuantLayer)
+        fit_(layer, scale=scale)
+        if moments is None:
+            continue
+        if name in moments:
+            round_second_order_(layer, moments[name])
+            continue
+        linear = base_layer(layer.plain) is not None
+        reason = "forward never calls it" if linear else f"it is a {layer.plain.__name__}"
+        notes[name] = f"{reason}, so its weights are rounded to the nearest"
     return notes
 
 
@@ -239,8 +273,8 @@ def fit_(layer: QuantLayer, *, scale: Literal["mse", "minmax"] = "mse") -> None:
                 layer.scale(key).copy_(best_scale(weight, quantization))
 
 
-def _needs_calibration(scheme: QuantizationScheme) -> bool:
-    return scheme.inputs is not None and scheme.inputs.calibrated
+def _needs_calibration(table: Mapping[str, QuantizationScheme]) -> bool:
+    return any(s.inputs is not None and s.inputs.calibrated for s in table.values())
 
 
 def _check_finite(model: nn.Module, table: Mapping[str, QuantizationScheme]) -> None:

@@ -40,12 +40,7 @@ def calibrate_(
             place="batches",
             cure="give at least one batch of public examples",
         )
-    layers: dict[str, QuantLayer] = {}
-    schemes: dict[str, InputQuantization] = {}
-    for name, layer in quantized_layers(model):
-        inputs = layer.scheme.inputs
-        if inputs is not None and inputs.calibrated:
-            layers[name], schemes[name] = layer, inputs
+    layers, schemes = _calibrated_inputs(model)
     histograms = _spans(model, layers, batches)
     _set_middles_(model, {n: layers[n] for n in layers if schemes[n].middle}, batches)
     one_bit = {n: layers[n] for n in layers if schemes[n].bits == 1}
@@ -53,19 +48,39 @@ def calibrate_(
     if observer != "minmax":
         run_watched(model, layers, batches, lambda name, x: histograms[name].add_(x))
     for name, seen in histograms.items():
-        quantization = schemes[name]
-        if quantization.bits == 1:
-            _check_informative(name, quantization, seen, distances[name])
-            if not quantization.dynamic:
+        if name in one_bit:
+            _check_informative(name, schemes[name], seen, distances[name])
+            if not schemes[name].dynamic:
                 layers[name].input_scale.fill_(distances[name])
-            continue
-        low, high = seen.low, seen.high
-        if high > low:
-            low, high = OBSERVERS[observer](seen, quantization)
-        scale, zero = calculate_qparams(torch.tensor(low), torch.tensor(high), quantization)
-        layers[name].input_scale.copy_(scale)
-        layers[name].input_zero_point.copy_(zero)
+        else:
+            _set_range_(layers[name], schemes[name], seen, observer)
     return {name: "forward never calls it" for name in layers if name not in histograms}
+
+
+def _calibrated_inputs(
+    model: nn.Module,
+) -> tuple[dict[str, QuantLayer], dict[str, InputQuantization]]:
+    """Returns the layers whose inputs get their ranges here, and how those inputs are quantized."""
+    layers: dict[str, QuantLayer] = {}
+    schemes: dict[str, InputQuantization] = {}
+    for name, layer in quantized_layers(model):
+        inputs = layer.scheme.inputs
+        if inputs is not None and inputs.calibrated:
+            layers[name] = layer
+            schemes[name] = inputs
+    return layers, schemes
+
+
+def _set_range_(
+    layer: QuantLayer, quantization: InputQuantization, seen: Histogram, observer: Observer
+) -> None:
+    """Sets scale and zero point of a layer's inputs from what they were seen to be."""
+    low, high = seen.low, seen.high
+    if high > low:
+        low, high = OBSERVERS[observer](seen, quantization)
+    scale, zero = calculate_qparams(torch.tensor(low), torch.tensor(high), quantization)
+    layer.input_scale.copy_(scale)
+    layer.input_zero_point.copy_(zero)
 
 
 def _spans(

@@ -73,32 +73,41 @@ def find_weights(
         ModelError: if no weight is left.
     """
     found, dense = _all(model)
-    for pattern in keep:
-        if not _matching([*found, *dense], pattern):
-            some = ", ".join(list(found)[:3])
-            raise RecipeError(
-                f"no weight matches '{pattern}'", place="keep", cure=f"names look like {some}"
-            )
+    _check_patterns(keep, found, dense)
     names = list(found)
     kept = {name for pattern in keep for name in _matching(names, pattern)}
     left = ignored(model, ignore)
+    # The first and the last layer come last: of several reasons, theirs is told.
     reasons = {name: "asked for by `keep`" for name in names if name in kept}
     reasons |= {name: "asked for by `ignore`" for name in names if name in left}
-    if names and keep_first:
-        reasons[names[0]] = "the first layer (keep_first)"
-    if names and keep_last:
-        reasons[names[-1]] = "the last layer (keep_last)"
+    if keep_first:
+        reasons |= dict.fromkeys(names[:1], "the first layer (keep_first)")
+    if keep_last:
+        reasons |= dict.fromkeys(names[-1:], "the last layer (keep_last)")
+    dense |= reasons
     chosen = tuple(w for name, w in found.items() if name not in reasons)
     if not chosen:
         raise ModelError(
-            f"no weight of this model may get zeros ({_some(dense | reasons)})",
+            f"no weight of this model may get zeros ({_some(dense)})",
             place="model",
             cure=(
                 "set keep_first = false or keep_last = false, name less in keep and ignore, or "
                 "use a larger model"
             ),
         )
-    return Weights(chosen, dense | reasons)
+    return Weights(chosen, dense)
+
+
+def _check_patterns(
+    patterns: Sequence[str], found: Mapping[str, Weight], dense: Mapping[str, str]
+) -> None:
+    """Refuses a pattern that matches no weight, which most likely is misspelt."""
+    for pattern in patterns:
+        if not _matching([*found, *dense], pattern):
+            some = ", ".join(list(found)[:3])
+            raise RecipeError(
+                f"no weight matches '{pattern}'", place="keep", cure=f"names look like {some}"
+            )
 
 
 def _matching(names: Sequence[str], pattern: str) -> list[str]:
