@@ -6,6 +6,7 @@ import json
 import operator
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,56 +64,65 @@ def export_executorch(model: torch.nn.Module, path: str | Path, job: Job) -> Art
 
 def _lower(made: DeviceGraph, job: Job, words: dict[str, str]) -> tuple[bytes, dict[str, str]]:
     """Returns the file's bytes, and what XNNPACK left: module or operation -> reason."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
-
-    config = EdgeCompileConfig(_check_ir_validity=False)
     outside: dict[str, str] = {}
-    while True:
-        program = made.program(job.one_shape("ExecuTorch"))
-        try:
-            with silence(), hush():
-                edge = to_edge_transform_and_lower(
-                    program,
-                    partitioner=[XnnpackPartitioner()],
-                    compile_config=config,
-                    constant_methods={WORDS: json.dumps(words)},
-                )
-        except Exception as error:  # passes and partitioners have no common base
-            raise ExportError(
-                f"ExecuTorch cannot lower the model: {said(error)}",
-                place="export",
-                cure="export it as onnx",
-            ) from error
-        lowered = edge.exported_program()
-        left = [n for n in lowered.graph.nodes if n.op == "call_function" and _computes(n)]
-        weights = [
-            lowered.graph_signature.inputs_to_buffers.get(a.name)
-            for n in left
-            for a in n.all_input_nodes
-        ]
-        stuck = {
-            str(name).rpartition(".")[0] for name in weights if name and name.endswith("_codes")
-        }
-        if not stuck:
-            break
+    edge = _partitioned(made, job, words)
+    # Codes outside of XNNPACK's parts have no kernel at all: such weights become float, and all is lowered anew.
+    while stuck := _layers_left_on_codes(edge):
         for name, node in small_weights(made.graph):
             if name in stuck:
                 unquantize_(made.graph, node)
                 outside[name] = "XNNPACK does not take it on integers; computes in float"
-    for part in (
-        m
-        for _, m in edge.exported_program().graph_module.named_children()
-        if hasattr(m, "original_module")
-    ):
-        for node in part.original_module.graph.nodes if made.integer else ():
-            if any(f".{name}." in str(node.target) for name in FLOAT_INSIDE):
-                outside.setdefault(
-                    _place(node), "XNNPACK has no integer kernel of it; computes in float"
-                )
-    for node in left:
+        edge = _partitioned(made, job, words)
+    for node in _operations_inside(edge) if made.integer else ():
+        if any(f".{name}." in str(node.target) for name in FLOAT_INSIDE):
+            why = "XNNPACK has no integer kernel of it; computes in float"
+            outside.setdefault(_place(node), why)
+    for node in _operations_outside(edge):
         outside.setdefault(_place(node), "not taken by XNNPACK; runs in a portable kernel")
     return _program_bytes(edge), outside
+
+
+def _partitioned(made: DeviceGraph, job: Job, words: dict[str, str]) -> Any:
+    """Returns ExecuTorch's form of the graph, in which XNNPACK has taken the parts that it can compute."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+    program = made.program(job.one_shape("ExecuTorch"))
+    try:
+        with silence(), hush():
+            return to_edge_transform_and_lower(
+                program,
+                partitioner=[XnnpackPartitioner()],
+                compile_config=EdgeCompileConfig(_check_ir_validity=False),
+                constant_methods={WORDS: json.dumps(words)},
+            )
+    except Exception as error:  # passes and partitioners have no common base
+        raise ExportError(
+            f"ExecuTorch cannot lower the model: {said(error)}",
+            place="export",
+            cure="export it as onnx",
+        ) from error
+
+
+def _operations_outside(edge: Any) -> list[torch.fx.Node]:
+    """Returns the operations that XNNPACK has not taken."""
+    nodes = edge.exported_program().graph.nodes
+    return [node for node in nodes if node.op == "call_function" and _computes(node)]
+
+
+def _operations_inside(edge: Any) -> Iterator[torch.fx.Node]:
+    """Yields the operations of the parts that XNNPACK has taken."""
+    for _, part in edge.exported_program().graph_module.named_children():
+        if hasattr(part, "original_module"):
+            yield from part.original_module.graph.nodes
+
+
+def _layers_left_on_codes(edge: Any) -> set[str]:
+    """Returns the layers whose codes are read by an operation that XNNPACK has not taken."""
+    buffers = edge.exported_program().graph_signature.inputs_to_buffers
+    read = {a.name for node in _operations_outside(edge) for a in node.all_input_nodes}
+    names = [str(buffers[name]) for name in read if name in buffers]
+    return {name.rpartition(".")[0] for name in names if name.endswith("_codes")}
 
 
 def _program_bytes(edge: Any) -> bytes:

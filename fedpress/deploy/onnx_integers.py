@@ -70,6 +70,13 @@ class _Graph:
         node = self.makers.get(name)
         return node if node is not None and node.op_type == op else None
 
+    def of_type(self, *ops: str) -> list[Any]:
+        """The nodes of some types as they are now: what is put in meanwhile is not among them."""
+        return [n for n in self.nodes if n.op_type in ops]
+
+    def dequantized(self, name: str) -> Any | None:
+        return self.made_by(name, "DequantizeLinear")
+
     def array(self, name: str) -> np.ndarray | None:
         return (
             self.onnx.numpy_helper.to_array(self.constants[name])
@@ -106,14 +113,14 @@ def _attribute(node: Any, name: str, default: int) -> int:
 
 def _pool_means_(graph: _Graph) -> None:
     """Dequantize -> ReduceMean over all places -> quantize becomes dequantize -> GlobalAveragePool -> quantize."""
-    for mean in [n for n in graph.nodes if n.op_type == "ReduceMean" and len(n.input) == 2]:
+    for mean in [n for n in graph.of_type("ReduceMean") if len(n.input) == 2]:
         axes = graph.array(mean.input[1])
         readers = [*graph.readers(mean.output[0])]
         rounded = (
             readers[0] if len(readers) == 1 and readers[0].op_type == "QuantizeLinear" else None
         )
         known = axes is not None and sorted(axes.tolist()) in ([2, 3], [-2, -1])
-        if rounded is None or not known or graph.made_by(mean.input[0], "DequantizeLinear") is None:
+        if rounded is None or not known or graph.dequantized(mean.input[0]) is None:
             continue
         if axes is not None and min(axes.tolist()) < 0 and not _attribute(mean, "keepdims", 1):
             continue
@@ -132,13 +139,9 @@ def _part_shared_codes_(graph: _Graph) -> None:
     On processors without VNNI onnxruntime 1.32 moves such codes from int8 to uint8, once for each
     reader, and refuses to load the file when it meets the same ones again.
     """
-    for made in [n for n in graph.nodes if n.op_type == "DequantizeLinear"]:
+    for made in graph.of_type("DequantizeLinear"):
         codes = graph.array(made.input[0])
-        if (
-            codes is None
-            or codes.dtype != np.int8
-            or np.abs(codes.astype(np.int16)).max() <= NARROW
-        ):
+        if codes is None or codes.dtype != np.int8 or not _is_wide(codes):
             continue
         for number, reader in enumerate([*graph.readers(made.output[0])][1:], start=2):
             codes_name, scale_name, *zeros_name = made.input
@@ -157,8 +160,8 @@ def _part_shared_codes_(graph: _Graph) -> None:
 
 def _transpose_codes_(graph: _Graph) -> None:
     """Turns codes: dequantize -> Transpose of a weight [out, in] becomes dequantize of the codes [in, out]."""
-    for turn in [n for n in graph.nodes if n.op_type == "Transpose"]:
-        made = graph.made_by(turn.input[0], "DequantizeLinear")
+    for turn in graph.of_type("Transpose"):
+        made = graph.dequantized(turn.input[0])
         codes = graph.array(made.input[0]) if made is not None else None
         if (
             made is None
@@ -179,8 +182,8 @@ def _transpose_codes_(graph: _Graph) -> None:
 
 def _round_biases_(graph: _Graph) -> None:
     """The float bias of a Gemm becomes int32; of a Conv onnxruntime does that itself."""
-    for gemm in [n for n in graph.nodes if n.op_type == "Gemm" and len(n.input) == 3]:
-        x, w = (graph.made_by(name, "DequantizeLinear") for name in gemm.input[:2])
+    for gemm in [n for n in graph.of_type("Gemm") if len(n.input) == 3]:
+        x, w = (graph.dequantized(name) for name in gemm.input[:2])
         bias = graph.array(gemm.input[2])
         if x is None or w is None or bias is None or _is_blocked(w):
             continue
@@ -207,22 +210,12 @@ def _fill_input_channels_(graph: _Graph) -> None:
     onnxruntime's kernels multiply four bytes at once, and copy every patch where the channels do not come in fours:
     the first layer of a ResNet-18 takes 38 us, and filled up 22 us and 3 us for the filling (AVX-512 with VNNI).
     """
-    for conv in [n for n in graph.nodes if n.op_type == "Conv"]:
-        x, w = (graph.made_by(name, "DequantizeLinear") for name in conv.input[:2])
-        if x is None or w is None:
+    for conv in graph.of_type("Conv"):
+        codes = _codes_on_an_image(graph, conv)
+        if codes is None or not 1 <= codes.shape[1] < QUAD:
             continue
-        codes, rounded = graph.array(w.input[0]), graph.made_by(x.input[0], "QuantizeLinear")
-        if (
-            codes is None
-            or rounded is None
-            or rounded.input[0] not in graph.inputs
-            or _is_blocked(w)
-        ):
-            continue
+        x, w = (graph.makers[name] for name in conv.input[:2])
         more = QUAD - codes.shape[1]
-        alone = graph.reads[x.output[0]] == 1 and graph.reads[w.output[0]] == 1
-        if codes.ndim != 4 or not 0 < more < QUAD or _attribute(conv, "group", 1) != 1 or not alone:
-            continue
         wide = np.pad(codes, [(0, 0), (0, more), (0, 0), (0, 0)])
         w.input[0] = graph.add(f"{w.input[0]}_filled", np.ascontiguousarray(wide))
         sizes = graph.add(f"{x.input[0]}_sizes", np.array([0, 0, 0, 0, 0, more, 0, 0], np.int64))
@@ -232,26 +225,44 @@ def _fill_input_channels_(graph: _Graph) -> None:
         x.input[0] = filled
 
 
+def _codes_on_an_image(graph: _Graph, conv: Any) -> np.ndarray | None:
+    """Returns the codes [out, in, height, width] of a convolution that alone reads a rounded input of the graph."""
+    x, w = (graph.dequantized(name) for name in conv.input[:2])
+    if x is None or w is None or _is_blocked(w) or _attribute(conv, "group", 1) != 1:
+        return None
+    if graph.reads[x.output[0]] > 1 or graph.reads[w.output[0]] > 1:
+        return None
+    rounded = graph.made_by(x.input[0], "QuantizeLinear")
+    if rounded is None or rounded.input[0] not in graph.inputs:
+        return None
+    codes = graph.array(w.input[0])
+    return codes if codes is not None and codes.ndim == 4 else None
+
+
 def _is_blocked(node: Any) -> bool:
     return _attribute(node, "block_size", 0) > 0
+
+
+def _is_wide(codes: np.ndarray) -> bool:
+    """Whether int8 codes go beyond 7 bits, so that products of them may overflow 16 bits."""
+    return bool(np.abs(codes.astype(np.int16)).max(initial=0) > NARROW)
 
 
 def _multiply_out_(graph: _Graph) -> bool:
     """The weight of a layer whose input is float: Cast, Mul; of the others, says whether one is wide."""
     wide = False
-    for made in [n for n in graph.nodes if n.op_type == "DequantizeLinear"]:
+    for made in graph.of_type("DequantizeLinear"):
         codes, scales = (graph.array(name) for name in made.input[:2])
         if codes is None or scales is None or codes.dtype != np.int8:
             continue
-        layers = [
-            n for n in graph.readers(made.output[0]) if n.op_type in ("Conv", "Gemm", "MatMul")
-        ]
-        integer = any(graph.made_by(n.input[0], "DequantizeLinear") for n in layers)
+        readers = graph.readers(made.output[0])
+        layers = [n for n in readers if n.op_type in ("Conv", "Gemm", "MatMul")]
+        integer = any(graph.dequantized(n.input[0]) for n in layers)
         if _is_blocked(made) or not integer:
             graph.put(made, _product(graph, made, codes, scales))
             continue
         del made.input[2:]  # zero points of zeros
-        far = bool(np.abs(codes.astype(np.int16)).max(initial=0) > NARROW)
+        far = _is_wide(codes)
         if far or any(n.op_type != "Conv" for n in layers):
             # onnxruntime's way round the overflow, and its QGemm, need zero points, of each weight its own.
             made.input.append(graph.add(f"{made.input[0]}_0", np.zeros(scales.shape, np.int8)))
@@ -289,9 +300,9 @@ def _keep_float_weights_(graph: _Graph) -> None:
     codebooks would be others than in the model.
     """
     sizes = {v.name: v.type.tensor_type.shape.dim for v in graph.proto.value_info}
-    for layer in [n for n in graph.nodes if n.op_type in ("Conv", "ConvTranspose", "Gemm")]:
-        made = graph.made_by(layer.input[0], "DequantizeLinear")
-        if made is None or graph.made_by(layer.input[1], "DequantizeLinear") is not None:
+    for layer in graph.of_type("Conv", "ConvTranspose", "Gemm"):
+        made = graph.dequantized(layer.input[0])
+        if made is None or graph.dequantized(layer.input[1]) is not None:
             continue
         step, zero = (graph.array(name) for name in made.input[1:3])
         if step is None or zero is None or step.size > 1:
@@ -312,30 +323,35 @@ def _keep_float_weights_(graph: _Graph) -> None:
 def _shrink_codes_(graph: _Graph, fewest: int) -> tuple[int, int]:
     """Stores int8 codes that fit in 2 or 4 bits so; returns the fewest bits and the opset that all need, or zeros."""
     used: list[tuple[int, int]] = []
-    front = []
-    read = {n.input[0] for n in graph.nodes if n.op_type in ("DequantizeLinear", "Cast")}
+    casts = []
+    kinds = [row for row in SMALL if row[1] >= fewest]
+    read = {n.input[0] for n in graph.of_type("DequantizeLinear", "Cast")}
     for name, tensor in [*graph.constants.items()]:
         if tensor.data_type != graph.onnx.TensorProto.INT8 or name not in read:
             continue
         codes = graph.onnx.numpy_helper.to_array(tensor)
-        low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
-        rows = [row for row in SMALL if row[1] >= fewest]
-        fits = next(
-            (row for row in rows if -(2 ** (row[1] - 1)) <= low and high < 2 ** (row[1] - 1)), None
-        )
-        if fits is None or codes.size < 16:
+        fits = [row for row in kinds if _fits(codes, row[1])]
+        if not fits or codes.size < 16:
             continue
-        kind, bits, opset = fits
+        kind, bits, opset = fits[0]
         small = graph.onnx.TensorProto(
             name=f"{name}_int{bits}", dims=tensor.dims, data_type=getattr(graph.onnx.TensorProto, kind),
             raw_data=packed(codes, bits),
         )  # fmt: skip
         del graph.constants[name]
         graph.constants[small.name] = small
-        front.append(graph.node("Cast", [small.name], name, to=graph.onnx.TensorProto.INT8))
+        casts.append(graph.node("Cast", [small.name], name, to=graph.onnx.TensorProto.INT8))
         used.append((bits, opset))
-    graph.nodes[:0] = front
-    return (min(b for b, _ in used), max(o for _, o in used)) if used else (0, 0)
+    graph.nodes[:0] = casts
+    if not used:
+        return 0, 0
+    return min(bits for bits, _ in used), max(opset for _, opset in used)
+
+
+def _fits(codes: np.ndarray, bits: int) -> bool:
+    """Whether whole numbers lie within -2^(bits - 1) and 2^(bits - 1) - 1."""
+    low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
+    return -(2 ** (bits - 1)) <= low and high < 2 ** (bits - 1)
 
 
 def packed(codes: np.ndarray, bits: int) -> bytes:

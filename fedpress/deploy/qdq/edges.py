@@ -101,16 +101,7 @@ def integer_operations(nodes: Sequence[fx.Node], chosen: Chosen) -> IntegerOpera
     follow: where an integer operation reads what they give, and what they read is on integers already. So the residual
     stream of a transformer, which layer norms read, keeps its precision, and that of a ResNet stays on integers.
     """
-    able: set[fx.Node] = set()
-    integer: set[fx.Node] = set()  # values that are on integers, or may be at no cost
-    for node in nodes:
-        if node.op == "placeholder" or (passes_on(node) and argument(node, 0) in integer):
-            integer.add(node)
-        elif _has_integer_kernel(node, chosen) and (
-            node.target in LAYERS | MATRIX or _reads_integers(node, integer)
-        ):
-            able.add(node)
-            integer.add(node)
+    able = _able(nodes, chosen)
     runs: set[fx.Node] = set()
     feeding: set[fx.Node] = set()
     for node in reversed(nodes):
@@ -119,6 +110,21 @@ def integer_operations(nodes: Sequence[fx.Node], chosen: Chosen) -> IntegerOpera
         if node in able and (node.target in LAYERS | MATRIX or node in feeding):
             runs.add(node)
     return IntegerOperations(runs, feeding)
+
+
+def _able(nodes: Sequence[fx.Node], chosen: Chosen) -> set[fx.Node]:
+    """Returns the operations with an integer kernel whose operands are on integers, or may be put there."""
+    able: set[fx.Node] = set()
+    integer: set[fx.Node] = set()  # values that are on integers, or may be at no cost
+    for node in nodes:
+        if node.op == "placeholder" or (passes_on(node) and argument(node, 0) in integer):
+            integer.add(node)
+            continue
+        saves_time = node.target in LAYERS | MATRIX
+        if _has_integer_kernel(node, chosen) and (saves_time or _reads_integers(node, integer)):
+            able.add(node)
+            integer.add(node)
+    return able
 
 
 def _members(
@@ -130,17 +136,13 @@ def _members(
 ) -> list[fx.Node]:
     """Returns the values that are rounded: those of integer operations, what these read, and all that share a grid."""
     runs = integer.runs
-    # A clip behind an operation is part of its rounding.
-    fused = {
-        node.args[0]
-        for node in nodes
-        if node.target in CLIPS and node.args[0] in runs and len(node.args[0].users) == 1  # type: ignore[union-attr]
-    }
+    fused = _fused_results(nodes, runs)
     # A linear layer or product hands on unrounded numbers where no integer kernel would read the rounded ones.
     bare: set[fx.Node] = set()
     if rewrite.format.float_output:
         bare = {v for v in runs if v.target in LINEAR | MATRIX and v not in integer.feeding}
-    values = [v for v in nodes if is_float(v) and v not in fused and v not in _weights(chosen)]
+    weights = _weights(chosen)
+    values = [v for v in nodes if is_float(v) and v not in fused and v not in weights]
 
     def is_needed(value: fx.Node) -> bool:
         if value in runs and value not in bare:
@@ -151,6 +153,12 @@ def _members(
 
     needed = {grids[value] for value in values if is_needed(value)}
     return [value for value in values if grids[value] in needed and value not in bare]
+
+
+def _fused_results(nodes: Sequence[fx.Node], runs: Collection[fx.Node]) -> set[fx.Node]:
+    """Returns the integer operations that only a clip reads: it is a part of their rounding, and rounded for them."""
+    clipped = [argument(node, 0) for node in nodes if node.target in CLIPS]
+    return {value for value in clipped if value in runs and len(value.users) == 1}
 
 
 def _spans(

@@ -137,25 +137,31 @@ def choose_weights_(rewrite: Rewrite) -> dict[fx.Node, LayerQuantization]:
     for node in rewrite.graph.nodes:
         if node.target not in LAYERS:
             continue
-        if not isinstance(node.args[1], fx.Node) or node.args[1].op != "get_attr":
+        weight = node.args[1]
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
             rewrite.left[module_of(node)] = (
                 "its weight is computed in forward; make it plain first (remove_parametrizations)"
             )
             continue
-        name = str(node.args[1].target)
-        layer = rewrite.layers.get(name)
-        if layer is None or (layer.codes is None and not layer.reason):
-            layer = rounded.get(name) or LayerQuantization(inputs=layer.inputs if layer else None)
-            if rewrite.integer:
-                weight, bits = rewrite.tensor(node.args[1]), rewrite.format.weight_bits
-                layer.codes, layer.scales = _round_weight(weight, bits, name)
-                rounded[name] = layer
+        name = str(weight.target)
+        layer = rewrite.layers.get(name, LayerQuantization())
+        if layer.codes is None and not layer.reason:
+            layer = rounded[name] = rounded.get(name) or _rounded(rewrite, weight, layer.inputs)
         if layer.codes is not None:
             chosen[node] = layer
         if rewrite.integer and (layer.reason or layer.group is not None):
             several = "its weights have several scales per output channel"
             rewrite.left[layer_of(name)] = layer.reason or several
     return chosen
+
+
+def _rounded(rewrite: Rewrite, weight: fx.Node, inputs: QParams | None) -> LayerQuantization:
+    """Returns the codes of a float weight, or none where only weights that bring their own are on integers."""
+    layer = LayerQuantization(inputs=inputs)
+    if rewrite.integer:
+        bits = rewrite.format.weight_bits
+        layer.codes, layer.scales = _round_weight(rewrite.tensor(weight), bits, str(weight.target))
+    return layer
 
 
 def _round_weight(weight: Tensor, bits: Literal[7, 8], name: str) -> tuple[Tensor, Tensor]:
