@@ -245,28 +245,11 @@ LONGEST = 60
 MOST_BRANCHES = 15
 """Cyclomatic complexity of a function, counted as radon counts it (its own, without functions inside)."""
 BRANCHY = {
-    "compress.prune.approximate:_refit_": "not divided yet",
-    "compress.prune.ignoring:ignored": "not divided yet",
-    "compress.prune.parity:_batches": "not divided yet",
     "compress.prune.rules.attention:einsum": "an ATen operation: its cases are its definition",
     "compress.prune.rules.recurrent:recurrent": "an ATen operation: its cases are its definition",
     "compress.prune.rules.statistics:along": "an ATen operation: its cases are its definition",
     "compress.prune.rules.writing:_looked_up": "an ATen operation: its cases are its definition",
     "compress.prune.rules.writing:scatter": "an ATen operation: its cases are its definition",
-    "compress.prune.single:_removal_order": "not divided yet",
-    "compress.prune.trials:without_followers": "not divided yet",
-    "compress.quantize.fold:find_folds": "not divided yet",
-    "compress.quantize.ptq:_possible": "not divided yet",
-    "compress.quantize.ptq:quantize_": "not divided yet",
-    "compress.quantize.ranges:calibrate_": "not divided yet",
-    "compress.sparse.weights:find_weights": "not divided yet",
-    "deploy.executorch:_lower": "not divided yet",
-    "deploy.onnx_integers:_fill_input_channels_": "not divided yet",
-    "deploy.onnx_integers:_multiply_out_": "not divided yet",
-    "deploy.onnx_integers:_shrink_codes_": "not divided yet",
-    "deploy.qdq.edges:_members": "not divided yet",
-    "deploy.qdq.edges:integer_operations": "not divided yet",
-    "deploy.qdq.weights:choose_weights_": "not divided yet",
     "stages.federate.stage:run": "not divided yet",
 }
 """Functions that branch more, and why; it may only become shorter."""
