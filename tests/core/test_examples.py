@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from fedpress.core.examples import Arrays, Preprocess
+from fedpress.core.examples import Arrays, Preprocess, resized
 from fedpress.errors import DataError
+from tests.chance import generator
 
 IMAGES = array_shapes(min_dims=4, max_dims=4, max_side=5)
 FEATURES = array_shapes(min_dims=2, max_dims=3, max_side=6)
@@ -109,3 +110,37 @@ def test_nothing_is_fitted_on_no_examples_or_on_values_that_are_no_numbers():
     for bad in (float("nan"), float("inf")):
         with pytest.raises(DataError, match="NaN or infinite"):
             Preprocess.fit(torch.tensor([[1.0, 2.0], [bad, 3.0]]))
+
+
+def drawn(n=6, channels=3, height=8, width=8, dtype=torch.uint8):
+    """Random images."""
+    x = torch.randint(0, 256, (n, channels, height, width), generator=generator(0, "images"))
+    return x.to(dtype)
+
+
+def test_halving_an_image_averages_it():
+    x = drawn(dtype=torch.float32)
+    small = resized(x, 4)
+    inner = small[:, :, 1:-1, 1:-1]
+    weights = torch.tensor([1, 3, 3, 1.0]) / 8  # the triangle filter of a factor of two
+    kernel = (weights[:, None] * weights).expand(3, 1, 4, 4)
+    expected = torch.nn.functional.conv2d(x, kernel, stride=2, groups=3, padding=1)[
+        :, :, 1:-1, 1:-1
+    ]
+    torch.testing.assert_close(inner, expected)
+    assert torch.equal(resized(x.to(torch.uint8), 4), small.round().to(torch.uint8))
+
+
+def test_resizing_keeps_a_plain_image_its_type_and_its_range():
+    assert (resized(torch.full((2, 1, 9, 9), 255, dtype=torch.uint8), 4) == 255).all()
+    negative = torch.full((2, 1, 9, 9), -1.5)
+    torch.testing.assert_close(resized(negative, 4), torch.full((2, 1, 4, 4), -1.5))
+
+
+def test_resizing_takes_oblong_images_all_parts_and_none():
+    assert resized(drawn(2, 1, 9, 4), 4).shape == (2, 1, 4, 4)
+    many = torch.arange(4100).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).float()
+    assert torch.equal(resized(many, 1).flatten(), torch.arange(4100.0))
+    assert resized(torch.zeros(0, 1, 9, 9), 4).shape[0] == 0
+    x = drawn()
+    assert resized(x, 8) is x

@@ -4,7 +4,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedpress.core.examples import resized
 from fedpress.training.augment import Augment, augment, cutout, random_shift
 from tests.chance import generator
 
@@ -124,31 +123,3 @@ def test_the_generator_alone_decides():
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValidationError):
         Augment(**wrong)
-
-
-def test_halving_an_image_averages_it():
-    x = images(dtype=torch.float32)
-    small = resized(x, 4)
-    inner = small[:, :, 1:-1, 1:-1]
-    weights = torch.tensor([1, 3, 3, 1.0]) / 8  # the triangle filter of a factor of two
-    kernel = (weights[:, None] * weights).expand(3, 1, 4, 4)
-    expected = torch.nn.functional.conv2d(x, kernel, stride=2, groups=3, padding=1)[
-        :, :, 1:-1, 1:-1
-    ]
-    torch.testing.assert_close(inner, expected)
-    assert torch.equal(resized(x.to(torch.uint8), 4), small.round().to(torch.uint8))
-
-
-def test_resizing_keeps_a_plain_image_its_type_and_its_range():
-    assert (resized(torch.full((2, 1, 9, 9), 255, dtype=torch.uint8), 4) == 255).all()
-    negative = torch.full((2, 1, 9, 9), -1.5)
-    torch.testing.assert_close(resized(negative, 4), torch.full((2, 1, 4, 4), -1.5))
-
-
-def test_resizing_takes_oblong_images_all_parts_and_none():
-    assert resized(images(2, 1, 9, 4), 4).shape == (2, 1, 4, 4)
-    many = torch.arange(4100).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).float()
-    assert torch.equal(resized(many, 1).flatten(), torch.arange(4100.0))
-    assert resized(torch.zeros(0, 1, 9, 9), 4).shape[0] == 0
-    x = images()
-    assert resized(x, 8) is x

@@ -1,12 +1,30 @@
-"""Muon in float32: the same optimizer as torch's, and Newton-Schulz on the short side against its plain form."""
+"""Optimizers: Muon in float32 is torch's, and every parameter comes to the one that suits it."""
 
 import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from fedpress.core.examples import Arrays, Preprocess
+from fedpress.models.resnet import resnet_small
+from fedpress.training.device import place_
+from fedpress.training.fit import Step
 from fedpress.training.optimizers import Muon, orthogonalized
+from fedpress.training.settings import TrainSettings
+from tests.training.trainings import (
+    NONE,
+    PREPROCESS,
+    assert_close,
+    batches,
+    fit_all,
+    fitting,
+    images,
+    network,
+    rates,
+    settings,
+)
 
 
 def plain(matrix):
@@ -92,3 +110,121 @@ def test_a_run_that_torch_began_goes_on():
         ours.state[weight]["momentum_buffer"], theirs.state[weight]["momentum_buffer"]
     )
     assert ours.step(lambda: 3.0) == 3.0
+
+
+def test_muon_equals_muon_on_copies_of_the_matrices():
+    s = settings(optimizer="muon", lr=0.02, head_lr=0.03, momentum=0.8, weight_decay=0.1)
+    data, model = images(), network("cnn")
+    twin = place_(copy.deepcopy(model)).train()
+    hidden = {"conv2": twin.conv2.weight, "hidden": twin.hidden.weight}
+    matrices = {  # a filter's values in the order height, width, channel
+        "conv2": nn.Parameter(
+            twin.conv2.weight.detach().permute(0, 2, 3, 1).reshape(64, -1).clone()
+        ),
+        "hidden": nn.Parameter(twin.hidden.weight.detach().clone()),
+    }
+    muon = Muon(matrices.values(), s.lr, momentum=0.8, weight_decay=0.1)
+    decayed = [twin.conv1.weight, twin.head.weight]
+    plain = [p for p in twin.parameters() if p.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": 5e-4}, {"params": plain, "weight_decay": 0.0}]
+    sgd = torch.optim.SGD(groups, s.head_lr, 0.9, nesterov=True)
+    for index, rate in zip(batches(s, len(data), 1), rates(s, len(data)), strict=True):
+        x = PREPROCESS(data.x[index]).contiguous(memory_format=torch.channels_last)
+        F.cross_entropy(twin(x), data.y[index]).backward()
+        matrices["conv2"].grad = twin.conv2.weight.grad.permute(0, 2, 3, 1).reshape(64, -1).clone()
+        matrices["hidden"].grad = twin.hidden.weight.grad.clone()
+        for optimizer, lr in ((muon, s.lr), (sgd, s.head_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * rate
+            optimizer.step()
+        twin.zero_grad()
+        with torch.no_grad():
+            hidden["conv2"].copy_(matrices["conv2"].view(64, 3, 3, 32).permute(0, 3, 1, 2))
+            hidden["hidden"].copy_(matrices["hidden"])
+    fit_all(fitting(model, s, seed=1), data)
+    assert_close(model, twin)
+
+
+def test_muon_sees_hidden_weights_through_views_that_share_their_memory():
+    model = resnet_small(width=8)
+    fit = fitting(model, settings(optimizer="muon"), seed=0)
+    weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert [id(p) for p, _ in fit.optimizers.views] == [id(w) for w in weights[1:-1]]
+    for weight, view in fit.optimizers.views:
+        with torch.no_grad():
+            view.copy_(torch.randn_like(view))
+        assert torch.equal(weight.permute(0, 2, 3, 1).flatten(1), view)
+    taken = [p for o in fit.optimizers.each for group in o.param_groups for p in group["params"]]
+    assert sum(p.numel() for p in taken) == sum(p.numel() for p in model.parameters())
+
+
+def test_muon_takes_a_shared_weight_once_and_leaves_computed_ones_to_sgd():
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+    model[2].weight = model[1].weight
+    model[4].weight = model[5].weight  # the last layer's
+    nn.utils.parametrizations.weight_norm(model[3])
+    fit = fitting(model, settings(optimizer="muon"), seed=0)
+    assert [id(p) for p, _ in fit.optimizers.views] == [id(model[1].weight)]
+    data = Arrays(torch.randn(16, 4), torch.arange(16) % 4)
+    before = model[3].weight.detach().clone()
+    records = [e for e in fit.epochs(data, NONE, Preprocess()) if not isinstance(e, Step)]
+    assert len(records) == 3
+    assert not torch.equal(model[3].weight, before)
+
+
+def test_a_network_without_hidden_weights_trains_at_the_head_rate_of_muon():
+    fit = fitting(nn.Linear(4, 2), settings(optimizer="muon", lr=9.0, head_lr=0.25), seed=0)
+    assert [group["lr"] for o in fit.optimizers.each for group in o.param_groups] == [0.25, 0.25]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_decay_acts_on_weights_and_never_on_biases_and_norms(optimizer):
+    model = network("resnet")
+    fit = fitting(model, settings(optimizer=optimizer, weight_decay=0.3), seed=0)
+    decay = {
+        id(p): g["weight_decay"]
+        for o in fit.optimizers.each
+        for g in o.param_groups
+        for p in g["params"]
+    }
+    decay |= {id(p): decay[id(view)] for p, view in fit.optimizers.views}
+    for name, p in model.named_parameters():
+        if "norm" in name or "bias" in name or "shortcut.1" in name:
+            assert decay[id(p)] == 0, name
+        elif optimizer == "sgd":
+            assert decay[id(p)] == 0.3, name
+        else:
+            assert decay[id(p)] == (5e-4 if name in ("stem.weight", "head.weight") else 0.3), name
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_step_sizes_get_no_weight_decay_also_where_weights_have_them_in_groups(optimizer):
+    from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
+    from fedpress.nn.quantized import quantize_layers_
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)), nn.GRU(8, 4))
+    grids = {
+        "0": QuantizationScheme(
+            weights=WeightQuantization(bits=4, group=4), inputs=InputQuantization()
+        ),
+        "1": QuantizationScheme(
+            weights=WeightQuantization(kind="codebook"), inputs=InputQuantization(bits=1)
+        ),
+        "2": QuantizationScheme(weights=WeightQuantization(kind="ternary", group=2)),
+        "4": QuantizationScheme(weights=WeightQuantization(bits=4, group=2)),
+    }
+    quantize_layers_(model, grids)
+    fit = fitting(model, TrainSettings(epochs=1, optimizer=optimizer, weight_decay=0.1), seed=0)
+    decayed = {
+        id(p)
+        for o in fit.optimizers.each
+        for g in o.param_groups
+        if g["weight_decay"]
+        for p in g["params"]
+    }
+    decayed |= {id(p) for p, _ in fit.optimizers.views}
+    names = {name for name, p in model.named_parameters() if id(p) in decayed}
+    assert names == {
+        n for n, _ in model.named_parameters() if n.rpartition(".")[2].startswith("weight")
+    } - {n for n, _ in model.named_parameters() if n.endswith("_scale")}
