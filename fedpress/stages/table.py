@@ -39,12 +39,12 @@ STAGES = (
     ),
     Row(
         "sparsify",
-        "fedpress.stages.sparsify:SparsifyStage",
+        "fedpress.stages.sparsify.stage:SparsifyStage",
         "Sets weights to zero, for instance density=0.1.",
     ),
     Row(
         "l0",
-        "fedpress.stages.l0:L0Stage",
+        "fedpress.stages.l0.stage:L0Stage",
         "Learns which weights or channels are needed, for instance density=0.3 epochs=10.",
     ),
     Row(

@@ -12,7 +12,7 @@ from fedpress.errors import DataError, FedpressError, RecipeError
 from fedpress.models import load_model
 from fedpress.pipeline.recipe import load
 from fedpress.pipeline.start import load_data
-from fedpress.stages.sparsify import SparsifyStage
+from fedpress.stages.sparsify.stage import SparsifyStage
 from fedpress.training.fit import Fit, Step
 from fedpress.training.settings import TrainSettings
 from tests.stages.recipes import HEAD, TRAIN, Killed, begun, checked, finish, told, zeros

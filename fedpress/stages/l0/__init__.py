@@ -1,0 +1,1 @@
+"""The l0 stage: settings, and the training with gates."""

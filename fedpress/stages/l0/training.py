@@ -1,0 +1,109 @@
+"""An l0 stage at work: a training with gates, their own optimizer, and the controller of lambda."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor, nn
+
+from fedpress.compress.sparse import geometric
+from fedpress.compress.sparse.l0 import Controller, Gates, balance
+from fedpress.core.parameters import part_of
+from fedpress.core.random_source import public_stream
+from fedpress.stages.epochs import epochs_of, milestone, steps_of
+from fedpress.stages.l0.settings import L0Settings
+from fedpress.training.fit import Fit, Step
+from fedpress.workspace.drive import Milestone, Snapshot
+from fedpress.workspace.state import State, Tick
+
+TRAVEL = 20.0
+"""How far a gate can go until the target is reached: from wide open to shut is half of it."""
+FASTEST = 0.5  # a larger step would throw gates from one end to the other
+BETAS = (0.9, 0.99)
+EPSILON = 1e-16  # a single gate of ten million has a small gradient
+
+
+class GatedTraining:
+    """A training with gates on what it may do without: their own optimizer, and the controller of lambda."""
+
+    def __init__(self, stage: L0Settings, state: State, gates: Gates, seed: int) -> None:
+        self.stage, self.source, self.gates, self.seed = stage, state, gates, seed
+        self.fit = Fit(
+            state.model,
+            stage,
+            task=state.data.task,
+            seed=seed,
+            objective=self.loss,
+            sparse=state.spec.sparse,
+        )
+        whole_training = steps_of(stage.epochs, stage.batch_size, state)
+        steps = max(1, round(stage.until * whole_training))
+        self.steps, self.done = steps, 0
+        self.optimizer = torch.optim.Adam(
+            gates.parameters(), stage.gate_lr or min(TRAVEL / steps, FASTEST), BETAS, EPSILON
+        )
+        self.begin = float(gates.density().detach())
+        self.controller: Controller | None = None
+        self.pull = 0.0
+
+    def events(self) -> Iterator[Tick | Milestone]:
+        """Trains; the gates step where the weights do."""
+        with self.gates.on(self.fit.model):
+            self.gates.generator = public_stream(self.seed, "gates", self.fit.epoch)
+            for event in epochs_of(self.fit, self.source):
+                if isinstance(event, Step):
+                    self.done = event.done
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                    yield Tick(event.done, event.total)
+                    continue
+                self.gates.generator = public_stream(self.seed, "gates", event.epoch)
+                density = float(self.gates.density().detach())
+                more = f", expected density {density:.1%}"
+                yield milestone(event, more=more, expected_density=density, lambda_=self.pull)
+
+    def loss(self, model: nn.Module, x: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+        """The task's loss and what the controller makes of the expected density."""
+        loss = self.fit.task.loss(logits, y)
+        density = self.gates.density()
+        if self.controller is None:
+            self.controller = Controller(balance(loss, density, self.gates))
+        end = min(self.stage.density, self.begin)
+        target = geometric(self.done / self.steps, start=self.begin, end=end)
+        self.pull = self.controller.pull_(float(density.detach()), target)
+        return loss + self.pull * density
+
+    def state(self) -> Snapshot:
+        """Returns where the training, the gates and the controller stand."""
+        assert self.controller is not None
+        tensors = self.fit.state()
+        for i, alpha in enumerate(self.gates.log_alphas):
+            tensors[f"gates/{i}"] = alpha
+        for key, slot in self.optimizer.state_dict()["state"].items():
+            for leaf, value in slot.items():
+                tensors[f"adam/{key}/{leaf}"] = value
+        facts: dict[str, JsonValue] = {
+            "scale": self.controller.scale,
+            "lambda": self.controller.lambda_,
+            "pull": self.pull,
+            "done": self.done,
+        }
+        return Snapshot(tensors, facts)
+
+    def load_(self, saved: Snapshot) -> None:
+        """Takes up a training of the same model, gates and settings."""
+        tensors, facts = saved.tensors, dict[str, Any](saved.facts)
+        self.fit.load_(dict(tensors))
+        with torch.no_grad():
+            for i, alpha in enumerate(self.gates.log_alphas):
+                alpha.copy_(tensors[f"gates/{i}"])
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in part_of(tensors, "adam/").items():
+            key, leaf = name.split("/")
+            slots.setdefault(int(key), {})[leaf] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+        self.controller = Controller(facts["scale"], facts["lambda"])
+        self.pull, self.done = facts["pull"], facts["done"]

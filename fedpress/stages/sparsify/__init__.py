@@ -1,0 +1,1 @@
+"""The sparsify stage: settings, masks, and the training that keeps them."""

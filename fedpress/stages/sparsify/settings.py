@@ -1,0 +1,121 @@
+"""What a sparsify stage is told: its keys, which of them fit together, and the density that follows."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fedpress.compress.sparse import Pattern, Weights
+from fedpress.errors import RecipeError
+from fedpress.training.settings import TrainSettings
+from fedpress.workspace.state import Name
+
+FROM_DATA = ("taylor", "fisher", "snip", "grasp")
+"""Scores that look at the loss on public examples."""
+
+
+class SparsifySettings(TrainSettings):
+    """What the table of a sparsify stage holds."""
+
+    kind: Literal["sparsify"]
+    name: Name = "sparsify"
+    epochs: int = Field(0, ge=0)
+    density: float | None = Field(
+        None, gt=0, le=1, description="share of the weights that stays; N:M brings its own"
+    )
+    pattern: str = Field(
+        "unstructured",
+        description="'unstructured', N:M such as '2:4', a block such as '4x1', 'filter' or 'channel'",
+    )
+    score: Literal[
+        "magnitude", "lamp", "taylor", "fisher", "snip", "grasp", "movement", "random"
+    ] = "magnitude"
+    scope: Literal["global", "uniform", "erk", "sensitivity"] = Field(
+        "global",
+        description="one ranking for all layers, one share for each, larger shares for small layers, or the shares at "
+        "which every layer costs the same loss",
+    )
+    densities: dict[str, float] = Field(
+        {}, description="instead of a scope: the density of each weight by name"
+    )
+    schedule: Literal["one-shot", "gradual", "rewind", "rigl"] = "one-shot"
+    begin: float = Field(
+        0.0, ge=0, lt=1, description="gradual: share of the training before the first cut"
+    )
+    until: float = Field(
+        0.75, gt=0, le=1, description="gradual, rigl: share of the training after which masks stay"
+    )
+    every: int = Field(
+        100, ge=1, description="gradual, rigl: steps from one change of the masks to the next"
+    )
+    rounds: int = Field(3, ge=1, description="rewind: number of cuts")
+    rewind_to: int = Field(
+        0, ge=0, description="rewind: epoch whose weights come back after each cut"
+    )
+    drop: float = Field(
+        0.3, gt=0, lt=1, description="rigl: share of each layer's weights that moves at first"
+    )
+    keep_first: bool = Field(True, description="leave the first layer dense")
+    keep_last: bool = Field(True, description="leave the last layer dense")
+    keep: tuple[str, ...] = Field(
+        (), description="names of weights to leave dense, with * for anything"
+    )
+    ignore: tuple[str, ...] = Field(
+        (), description="modules or weights that stay as they are: names, * for anything"
+    )
+    calibration: int = Field(
+        2048, ge=1, description="public examples for scores that look at the loss"
+    )
+
+    @model_validator(mode="after")
+    def _density_fits_pattern(self) -> SparsifySettings:
+        try:
+            own = Pattern.parse(self.pattern).density
+        except RecipeError as error:
+            raise ValueError(str(error).removeprefix("sparsify.pattern: ")) from error
+        if own is None:
+            if self.density is None and not self.densities:
+                raise ValueError(
+                    "sparsify needs a density, the share of the weights that stays; try density = 0.1"
+                )
+            return self
+        if self.density not in (None, own):
+            raise ValueError(
+                f"pattern '{self.pattern}' keeps {own:g}, not density = {self.density:g}; leave density out"
+            )
+        if self.schedule == "rigl" or self.densities:
+            raise ValueError(
+                "N:M keeps as many in every group: leave densities out and use another schedule than 'rigl'"
+            )
+        if self.scope == "sensitivity":
+            raise ValueError("N:M keeps as many in every group: leave scope = 'sensitivity' out")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> SparsifySettings:
+        if self.score == "movement" and self.schedule not in ("gradual", "rewind"):
+            raise ValueError(
+                "the score 'movement' is summed up while the network trains; use schedule = 'gradual'"
+            )
+        if self.schedule != "one-shot" and not self.epochs:
+            raise ValueError(
+                f"schedule '{self.schedule}' works while the network trains; give epochs"
+            )
+        if self.schedule in ("gradual", "rigl") and self.patience:
+            raise ValueError(
+                f"patience would take weights from before the end of schedule '{self.schedule}'; leave it out"
+            )
+        if self.schedule == "gradual" and self.begin >= self.until:
+            raise ValueError(f"begin = {self.begin:g} must be below until = {self.until:g}")
+        if self.schedule == "rewind" and self.rewind_to >= self.epochs:
+            raise ValueError(f"rewind_to = {self.rewind_to} must be below epochs = {self.epochs}")
+        return self
+
+    def target(self, weights: Weights) -> float:
+        """Returns the density of all `weights` at the end."""
+        if self.density is not None:
+            return self.density
+        if (own := Pattern.parse(self.pattern).density) is not None:
+            return own
+        return sum(self.densities.get(w.name, 1.0) * w.size for w in weights.chosen) / weights.size

@@ -1,0 +1,115 @@
+"""The sparsify stage: weights become zero by score, pattern and schedule, while the others train on the public part."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from pydantic import JsonValue
+from torch import nn
+
+from fedpress.compress.prune.ignoring import ignored
+from fedpress.compress.sparse import Masks, Pattern, Weights, apply_, density_of
+from fedpress.core.random import derive
+from fedpress.errors import RecipeError
+from fedpress.nn.resize import copied
+from fedpress.stages.base import Stage
+from fedpress.stages.public import calibration
+from fedpress.stages.sparsify.masks import choose_masks, weights_to_prune
+from fedpress.stages.sparsify.settings import FROM_DATA, SparsifySettings
+from fedpress.stages.sparsify.training import MaskedTraining
+from fedpress.stages.zeros import left_over, with_zeros
+from fedpress.training.checks import check_training
+from fedpress.workspace.drive import drive
+from fedpress.workspace.folder import StageFolder
+from fedpress.workspace.state import State, Tick
+
+
+class SparsifyStage(SparsifySettings, Stage):
+    """`[[stage]] kind = "sparsify"`: keeps `density` of the weights, sets the others to zero, and trains what is left.
+
+    The zeros stay through every later stage. Schedules: "one-shot" cuts before the first epoch; "gradual" from `begin`
+    to `until` of the training by a cubic (Zhu & Gupta 2017); "rewind" trains, cuts, takes the weights back to epoch
+    `rewind_to`, in `rounds` rounds of `epochs` each (lottery tickets, Frankle et al. 2020); "rigl" cuts first and then
+    moves weights until `until` (Evci et al. 2020).
+    """
+
+    several_inputs: ClassVar = True
+
+    def looks_at_labels(self) -> str:
+        """By training, or by what it measures."""
+        if self.epochs:
+            return "epochs"
+        if self.scope == "sensitivity":
+            return 'scope = "sensitivity"'
+        return f'score = "{self.score}"' if self.score in FROM_DATA else ""
+
+    def check(self, state: State) -> tuple[State, dict[str, Any]]:
+        """Cuts by magnitude without training: the zeros will lie elsewhere, their number will be this one.
+
+        Raises:
+            RecipeError: if no weight can take the pattern, or the density cannot be reached.
+            ModelError: if the model has no weight that may get zeros.
+            DataError: if there are no public examples to score or train with.
+        """
+        ignored(state.model, self.ignore)
+        check_training(
+            state.model,
+            self,
+            state.data.public,
+            state.data.validation,
+            state.data.preprocess,
+            state.data.task,
+        )
+        if self.score in FROM_DATA or self.scope == "sensitivity":
+            calibration(state, self.calibration, 0)
+        model = copied(state.model)
+        weights = weights_to_prune(self, model, state)
+        scores = {w.name: w.value.detach().abs() for w in weights.chosen}
+        within = left_over(model, state, weights)
+        masks = choose_masks(self, weights.chosen, scores, self.target(weights), within)
+        reached, wanted = density_of(masks), self.target(weights)
+        if (
+            Pattern.parse(self.pattern).density is None
+            and abs(reached - wanted) > 0.01 + 0.1 * wanted
+        ):
+            raise RecipeError(
+                (
+                    f"{wanted:g} cannot be reached with pattern '{self.pattern}', the nearest is "
+                    f"{reached:.4g}"
+                ),
+                place="density",
+                cure="take that, or finer blocks",
+            )
+        apply_(weights.chosen, masks)
+        rounds = 1 + self.rounds if self.schedule == "rewind" else 1
+        facts = {**_facts(model, weights, masks), "epochs": self.epochs * rounds}
+        return replace(state, spec=with_zeros(state.spec, masks), model=model), facts
+
+    def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
+        """Cuts and trains; yields a tick for every step, saves after every epoch."""
+        work = MaskedTraining(self, state, derive(state.seed, "stage", folder.index))
+        yield from drive(work, folder)
+        model = work.fit.result_()
+        apply_(work.weights.chosen, work.masks)
+        if self.ema or not self.epochs:
+            work.restore_norms_()
+        layers: list[JsonValue] = [
+            {"name": w.name, "entries": w.size, "kept": int(work.masks[w.name].sum())}
+            for w in work.weights.chosen
+        ]
+        folder.record(layers=layers)
+        for point in work.points:
+            folder.record(sensitivity=point.line(state.data.task.primary))
+        facts = _facts(model, work.weights, work.masks)
+        return replace(state, spec=with_zeros(state.spec, work.masks), model=model, facts=facts)
+
+
+def _facts(model: nn.Module, weights: Weights, masks: Masks) -> dict[str, Any]:
+    zeros = sum(int((~m).sum()) for m in masks.values())
+    return {
+        "density": density_of(masks),
+        "nonzero_parameters": sum(p.numel() for p in model.parameters()) - zeros,
+        "dense_weights": dict(weights.dense),
+    }

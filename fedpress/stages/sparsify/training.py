@@ -1,0 +1,236 @@
+"""A sparsify stage at work: a training, the masks that it keeps, and what each schedule does after a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import Any
+
+from pydantic import JsonValue
+from torch import Tensor
+
+from fedpress.compress.prune.derivatives import differentiable
+from fedpress.compress.prune.sensitivity import Point, densities_down_to, sensitivity, weight_unit
+from fedpress.compress.sparse import (
+    Masks,
+    Movement,
+    Pattern,
+    WeightEvidence,
+    apply_,
+    cubic,
+    density_of,
+    drop_share,
+    regrow,
+    score_weights,
+    steps_down,
+)
+from fedpress.compress.sparse.levels import lowest_densities
+from fedpress.compress.sparse.scores import gradients
+from fedpress.core.examples import Arrays, Preprocess
+from fedpress.core.parameters import part_of
+from fedpress.core.random_source import public_stream
+from fedpress.nn.batch_norm import has_batch_norm
+from fedpress.stages.epochs import epochs_of, milestone, steps_of
+from fedpress.stages.public import calibration, restore_norms_
+from fedpress.stages.sparsify.masks import choose_masks, weights_to_prune
+from fedpress.stages.sparsify.settings import FROM_DATA, SparsifySettings
+from fedpress.stages.zeros import left_over
+from fedpress.training.device import device
+from fedpress.training.evaluate import evaluate
+from fedpress.training.fit import Fit, Step
+from fedpress.workspace.drive import Milestone, Snapshot
+from fedpress.workspace.state import State, Tick
+
+BATCH = 128
+SENSITIVITY = 512  # public examples on which each layer's sensitivity is measured
+
+
+class MaskedTraining:
+    """A training, the masks that it keeps, and what the schedule has to remember."""
+
+    def __init__(self, stage: SparsifySettings, state: State, seed: int) -> None:
+        self.stage, self.source, self.data, self.seed = stage, state, state.data, seed
+        self.fit = Fit(
+            state.model, stage, task=state.data.task, seed=seed, sparse=state.spec.sparse
+        )
+        self.weights = weights_to_prune(stage, self.fit.model, state)
+        self.density = stage.target(self.weights)
+        self.within = left_over(self.fit.model, state, self.weights)
+        self.masks = self.within
+        chosen = {id(w.value) for w in self.weights.chosen}
+        self.others = [pair for pair in self.fit.zeros if id(pair[0]) not in chosen]
+        self.movement = Movement(self.weights.chosen) if stage.score == "movement" else None
+        self.rounds = 1 + stage.rounds if stage.schedule == "rewind" else 1
+        self.round = 0
+        self.taken_up = False  # from a checkpoint, so that what comes before the first step is done
+        self.early: dict[str, Tensor] = {}
+        self.points: list[Point] = []  # the sensitivity, measured at the first cut
+
+    @property
+    def steps(self) -> int:
+        """Steps of a whole training."""
+        return steps_of(self.stage.epochs, self.stage.batch_size, self.source)
+
+    def events(self) -> Iterator[Tick | Milestone]:
+        """Trains; under "rewind" one training after the other, each from the early weights."""
+        if not self.taken_up:
+            self.schedule_(0)
+        with self.movement.watching() if self.movement else nullcontext():
+            self.note_epoch_()
+            while True:
+                yield from self.train_()
+                if self.round + 1 >= self.rounds:
+                    return
+                self.round += 1
+                last, full = self.rounds - 1, density_of(self.within)
+                self.cut_(steps_down(self.round, last, start=full, end=self.density))
+                self.fit.load_(self.early)
+                self.keep_(self.masks)
+
+    def train_(self) -> Iterator[Tick | Milestone]:
+        """Trains to the last epoch, with what the schedule does after each step."""
+        for event in epochs_of(self.fit, self.source):
+            if isinstance(event, Step):
+                self.schedule_(event.done)
+                yield Tick(event.done + self.round * event.total, event.total * self.rounds)
+                continue
+            density = density_of(self.masks)
+            self.note_epoch_()
+            more = f", density {density:.1%}"
+            yield milestone(event, more=more, cut=self.round, density=density)
+
+    def schedule_(self, step: int) -> None:
+        """Does what the schedule wants before the first step (0), or after that many."""
+        SCHEDULES[self.stage.schedule](self, step)
+
+    def note_epoch_(self) -> None:
+        """Keeps the weights of the epoch to rewind to, with their momentum, when it comes by."""
+        if self.rounds > 1 and not self.early and self.fit.epoch == self.stage.rewind_to:
+            self.early = {name: value.detach().clone() for name, value in self.fit.state().items()}
+
+    def cut_(self, density: float) -> None:
+        """Scores what is left and keeps `density` of all."""
+        evidence = WeightEvidence(
+            self.fit.model,
+            self.weights.chosen,
+            self.losses if self.stage.score in FROM_DATA else None,
+            public_stream(self.seed, "score"),
+            self.movement.sums if self.movement else None,
+        )
+        scores = score_weights(self.stage.score, evidence)
+        if self.stage.scope == "sensitivity" and not self.points:
+            units = [weight_unit(w.name, w.value, scores[w.name]) for w in self.weights.chosen]
+            lowest = min(lowest_densities(self.weights.chosen, self.density).values())
+            self.points = list(sensitivity(units, self.measure, densities_down_to(lowest)))
+        self.keep_(
+            choose_masks(self.stage, self.weights.chosen, scores, density, self.masks, self.points)
+        )
+
+    def measure(self) -> tuple[float, float]:
+        """Returns the loss and the primary metric on public examples."""
+        some = calibration(self.source, min(self.stage.calibration, SENSITIVITY), self.seed)
+        found = evaluate(self.fit.model, some, self.data.preprocess, self.data.task)
+        return found.loss, found.score
+
+    def regrow_(self, share: float, step: int) -> None:
+        """Moves `share` of each layer's weights to where a fresh batch wants them; they start at 0 without momentum."""
+        chance = public_stream(self.seed, "regrow", step)
+        index = chance.integers(len(self.data.public), self.stage.batch_size)
+        with differentiable(
+            self.fit.model, [w.value for w in self.weights.chosen], batch_statistics=True
+        ):
+            steep = gradients(
+                self._losses(self.data.public.take(index), len(index)), self.weights.chosen
+            )
+        pattern = Pattern.parse(self.stage.pattern)
+        masks = regrow(
+            self.weights.chosen, self.masks, steep, pattern, share=share, within=self.within
+        )
+        for w in self.weights.chosen:
+            self.fit.optimizers.forget_(w.value, masks[w.name] & ~self.masks[w.name])
+        self.keep_(masks)
+
+    def keep_(self, masks: Masks) -> None:
+        """Makes `masks` those that the training keeps."""
+        self.masks = masks
+        apply_(self.weights.chosen, masks)
+        self.fit.zeros = [*self.others, *((w.value, ~masks[w.name]) for w in self.weights.chosen)]
+
+    def losses(self) -> Iterator[Tensor]:
+        """Runs the model over public examples; one by one where the score wants the Fisher information of each."""
+        drawn = calibration(self.source, self.stage.calibration, self.seed)
+        return self._losses(drawn, 1 if self.stage.score == "fisher" else BATCH)
+
+    def _losses(self, examples: Arrays, batch: int) -> Iterator[Tensor]:
+        prepare: Preprocess = self.data.preprocess
+        for x, y in examples.batches(batch):
+            at = device()
+            yield self.data.task.loss(self.fit.model(prepare(x.to(at))), y.to(at))
+
+    def restore_norms_(self) -> None:
+        """Takes the statistics of batch norms anew: averaged ones (`ema`) are those of a network with fewer zeros.
+
+        Without training nothing else would make up for the cut.
+        """
+        if has_batch_norm(self.fit.model) and len(self.data.public):
+            drawn = calibration(self.source, self.stage.calibration, self.seed)
+            restore_norms_(self.fit.model, self.source, drawn, batch=BATCH)
+
+    def state(self) -> Snapshot:
+        """Returns where the training stands, with its masks."""
+        tensors = self.fit.state()
+        tensors |= {f"mask/{name}": mask for name, mask in self.masks.items()}
+        tensors |= {f"early/{name}": value for name, value in self.early.items()}
+        if self.movement:
+            tensors |= {f"moved/{name}": value for name, value in self.movement.sums.items()}
+        points: list[JsonValue] = [asdict(point) for point in self.points]
+        return Snapshot(tensors, {"round": self.round, "points": points})
+
+    def load_(self, saved: Snapshot) -> None:
+        """Takes up a training of the same model and settings."""
+        tensors, facts = saved.tensors, dict[str, Any](saved.facts)
+        self.fit.load_(dict(tensors))
+        self.taken_up = True
+        self.round, self.early = facts["round"], part_of(tensors, "early/")
+        self.points = [Point.of(point) for point in facts["points"]]
+        masks = part_of(tensors, "mask/")
+        self.keep_({name: mask.to(device()) for name, mask in masks.items()})
+        if self.movement:
+            for name, value in part_of(tensors, "moved/").items():
+                self.movement.sums[name].copy_(value)
+
+
+def _one_shot(work: MaskedTraining, step: int) -> None:
+    if step == 0:
+        work.cut_(work.density)
+
+
+def _gradual(work: MaskedTraining, step: int) -> None:
+    first, last = round(work.stage.begin * work.steps), max(1, round(work.stage.until * work.steps))
+    if first <= step <= last and ((step - first) % work.stage.every == 0 or step == last):
+        start, progress = density_of(work.within), (step - first) / max(1, last - first)
+        density = cubic(progress, start=start, end=work.density)
+        if density < start:
+            work.cut_(density)
+
+
+def _rewind(work: MaskedTraining, step: int) -> None:
+    """Cuts come between the trainings (see `MaskedTraining.events`)."""
+
+
+def _rigl(work: MaskedTraining, step: int) -> None:
+    last = work.stage.until * work.steps
+    if step == 0:
+        work.cut_(work.density)
+    elif step % work.stage.every == 0 and step < last:
+        work.regrow_(drop_share(step / last, work.stage.drop), step)
+
+
+SCHEDULES: dict[str, Callable[[MaskedTraining, int], None]] = {
+    "one-shot": _one_shot,
+    "gradual": _gradual,
+    "rewind": _rewind,
+    "rigl": _rigl,
+}
+"""What each schedule does before the first step (0) and after each."""
