@@ -143,12 +143,21 @@ def renaming(keys: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except FedpressError as error:
-        for word in sorted(keys, key=len, reverse=True):
-            rest = error.place.removeprefix(word)
-            if rest != error.place and rest[:1] in ("", ".", "["):
-                error.place = keys[word] + rest
-                break
+        error.place = renamed(error.place, keys)
         raise
+
+
+def renamed(place: str, keys: Mapping[str, str]) -> str:
+    """Returns `place` with the longest argument that it begins with replaced; see `renaming`.
+
+    >>> renamed("chain[1].bits", {"chain": "uplink"}), renamed("chains", {"chain": "uplink"})
+    ('uplink[1].bits', 'chains')
+    """
+    for word in sorted(keys, key=len, reverse=True):
+        rest = place.removeprefix(word)
+        if rest != place and rest[:1] in ("", ".", "["):
+            return keys[word] + rest
+    return place
 
 
 @contextmanager
@@ -165,6 +174,23 @@ def placing(place: str | Path) -> Iterator[None]:
         yield
     except FedpressError as error:
         error.place = f"{place}: {error.place}" if error.place else str(place)
+        raise
+
+
+@contextmanager
+def inside(part: str) -> Iterator[None]:
+    """Says of which part of an argument the fields are that errors name which pass through.
+
+    >>> with inside("chain[1]"):
+    ...     raise RecipeError("got 3, expected a power of two", place="block")
+    Traceback (most recent call last):
+        ...
+    fedpress.errors.RecipeError: chain[1].block: got 3, expected a power of two
+    """
+    try:
+        yield
+    except FedpressError as error:
+        error.place = f"{part}.{error.place}" if error.place else part
         raise
 
 

@@ -3,18 +3,37 @@
 import ast
 import copy
 import pickle
+import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedpress import errors
-from fedpress.errors import Argument, DivergedError, FedpressError, RecipeError, RunError, renaming
-from fedpress.pipeline.places import in_recipe, placed
+from fedpress.codecs import Clip, Quantize, Rotate
+from fedpress.data import DataSettings, load
+from fedpress.errors import (
+    Argument,
+    DataError,
+    DivergedError,
+    FedpressError,
+    RecipeError,
+    RunError,
+    renaming,
+)
+from fedpress.federation.sampling import Cohort
+from fedpress.federation.schedules.buffered import Buffered
+from fedpress.federation.uplink import Uplink
+from fedpress.pipeline.places import in_recipe, placed, placed_data
+from fedpress.privacy.plan import PrivacyPlan
+from fedpress.secagg import SecurePlan
 from fedpress.stages.federate.stage import FederateStage
+from fedpress.stages.table import STAGES
 
 PACKAGE = Path(errors.__file__).parent
 STAGE = FederateStage(kind="federate", name="tune", cohort=5)
+PLAN = PrivacyPlan("client", clip_norm=1.0, sampling_prob=1.0, noise_multiplier=1.0)
 
 
 def test_fields_read_as_one_sentence():
@@ -70,6 +89,47 @@ def test_an_error_keeps_its_class_and_its_origin_when_it_is_placed():
     assert caught.value.__cause__ is None
 
 
+def test_the_places_of_a_stage_are_keys_that_it_has():
+    for row in STAGES:
+        stage = row.load()
+        for key in stage.places.values():
+            assert re.split(r"[.\[]", key)[0] in stage.model_fields, (row.kind, key)
+
+
+def _bind(**given):
+    return Uplink.bind(8, Cohort(2, 4), **given)
+
+
+@pytest.mark.parametrize(
+    ("act", "python", "recipe"),
+    [
+        (lambda: _bind(chain=(Clip(clip_norm=1.0), Rotate(block=3))), "chain[1].block", "uplink[1].block"),
+        (lambda: _bind(chain=(Quantize(bits=8), Quantize(bits=8))), "chain[1].kind", "uplink[1].kind"),
+        (lambda: _bind(trust="nobody", privacy=PLAN), "trust", "privacy.trust"),
+        (lambda: _bind(weights="size"), "weights", "weights"),
+        (lambda: Cohort(9, 4), "size", "cohort"),
+        (lambda: Buffered(buffer=9).cohort(None, 4, "fixed"), "buffer", "schedule.buffer"),
+        (lambda: SecurePlan(2, 18, max_dropout=0.7), "max_dropout", "max_dropout"),
+        (lambda: replace(PLAN, clip_norm=0.0), "clip_norm", "privacy.clip_norm"),
+    ],
+)  # fmt: skip
+def test_python_sees_its_argument_and_the_recipe_its_key(act, python, recipe):
+    with pytest.raises(FedpressError) as caught:
+        act()
+    assert caught.value.place == python
+    with pytest.raises(FedpressError) as caught, placed(1, STAGE):
+        act()
+    assert caught.value.place == f"recipe.stage[1].{recipe}"
+
+
+def test_python_sees_a_setting_of_the_data_and_the_recipe_its_key():
+    settings = DataSettings(source="digits", test_clients=("nobody",))
+    with pytest.raises(DataError, match=r"^test_clients: "):
+        load(settings, 0)
+    with pytest.raises(DataError, match=r"^recipe\.data\.test_clients: "), placed_data():
+        load(settings, 0)
+
+
 def test_the_file_of_a_run_is_no_key_of_a_recipe():
     with pytest.raises(RunError, match=r"^result.json: damaged"), placed(2, STAGE):
         raise RunError("damaged", place="result.json", cure="delete it")
@@ -85,9 +145,7 @@ ERRORS = {
     for name, kind in vars(errors).items()
     if isinstance(kind, type) and issubclass(kind, FedpressError)
 }
-INCOMPLETE = {
-    "cli": 2, "deploy": 5, "federation": 15, "pipeline": 6, "privacy": 5, "secagg": 6, "stages": 4,
-}  # fmt: skip
+INCOMPLETE = {"cli": 2, "pipeline": 5}
 """Errors of a room that pass on a sentence of somebody else, or lack a place or a cure; only fewer is right."""
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedpress.core import random
 from fedpress.core.names import ClientId
 from fedpress.core.random_source import RandomSource, private_stream, public_stream
-from fedpress.errors import WireError
+from fedpress.errors import WireError, inside
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,9 @@ def bind_chain(chain: Sequence[Settings], bound: Bound) -> tuple[tuple[Transform
         RecipeError: if one of them does not fit.
     """
     bounded = []
-    for settings in chain:
-        transform, bound = settings.bind(bound)
+    for at, settings in enumerate(chain):
+        with inside(f"chain[{at}]"):
+            transform, bound = settings.bind(bound)
         bounded.append(transform)
     return tuple(bounded), bound
 

@@ -49,19 +49,19 @@ class Discretize(BaseModel):
         if bound.integer:
             raise RecipeError(
                 "its input is whole already",
-                place="uplink.discretize",
+                place="kind",
                 cure="take 'quantize' out of the list",
             )
         if not bound.l2 < math.inf:
             raise RecipeError(
                 "the update has no bound, so its grid could overflow",
-                place="uplink.discretize",
+                place="kind",
                 cure="put 'clip' before it, for instance { kind = \"clip\", clip_norm = 1.0 }",
             )
         if self.scale is None:
             raise RecipeError(
                 "not planned",
-                place="uplink.discretize.scale",
+                place="scale",
                 cure='use it with aggregator = "secure", or give a scale',
             )
         limit = self.limit or coordinate_limit(bound)
@@ -109,8 +109,8 @@ class BoundDiscretize:
                 return Encoded(rounded.long())
         raise PrivacyError(
             "rounding never came within its bound",
-            place="uplink.discretize",
-            cure="is the input within its own?",
+            place="values",
+            cure="give values within the bound that was promised for them",
         )
 
     def decode(self, x: Encoded, key: Key) -> Tensor:

@@ -31,7 +31,7 @@ class LowRank(BaseModel):
         if sum(prod(s) for s in bound.shapes) != bound.size:
             raise RecipeError(
                 "it needs whole layers",
-                place="uplink.lowrank",
+                place="kind",
                 cure="put it first in the list, behind 'clip' at most",
             )
         plan = tuple(_Layer(prod(s), *_sides(s, self.rank)) for s in bound.shapes)

@@ -33,7 +33,7 @@ class Powers(BaseModel):
         if bound.integer:
             raise RecipeError(
                 "the values before it are whole numbers already",
-                place="transforms.powers",
+                place="kind",
                 cure="put 'powers' first",
             )
         top = self.k + 1

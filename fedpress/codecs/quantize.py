@@ -111,7 +111,7 @@ def _bound(kind: str, bound: Bound) -> tuple[int, Bound]:
     if bound.integer:
         raise RecipeError(
             "the values before it are whole numbers already",
-            place=f"transforms.{kind}",
+            place="kind",
             cure=f"put '{kind}' first",
         )
     return bound.size, Bound(bound.size, integer=True, decoded_l2=bound.decoded_l2)

@@ -33,12 +33,12 @@ class Rotate(BaseModel):
         if self.block & (self.block - 1):
             raise RecipeError(
                 f"got {self.block}, expected a power of two, for instance 65536",
-                place="uplink.rotate.block",
+                place="block",
             )
         if bound.integer:
             raise RecipeError(
                 "it comes after whole numbers",
-                place="uplink.rotate",
+                place="kind",
                 cure="put it before 'discretize' or 'quantize'",
             )
         block = min(self.block, 1 << max(0, bound.size.bit_length() - 1))

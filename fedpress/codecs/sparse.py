@@ -74,7 +74,7 @@ class RandomK(BaseModel):
         if bound.integer:
             raise RecipeError(
                 "it comes after whole numbers",
-                place="uplink.randomk",
+                place="kind",
                 cure="put it before 'quantize' or 'discretize'",
             )
         kept = _count(self.density, bound.size)

@@ -52,13 +52,13 @@ class Job:
         if isinstance(self.batches, Tensor):
             raise ExportError(
                 "batches is one tensor",
-                place="export",
+                place="batches",
                 cure="give a tuple of batches, such as x.split(64)",
             )
         if self.example is None and not self.input_shape:
             raise ExportError(
                 "neither input_shape nor example says what the model takes",
-                place="export",
+                place="input_shape",
                 cure="give the shape of one float32 example, or a batch of inputs as example",
             )
         if self.example is not None:
@@ -81,7 +81,7 @@ class Job:
             return tuple(self.example.shape[1:])
         raise ExportError(
             f"files of {format} take one float32 tensor",
-            place="export",
+            place="format",
             cure="export as onnx or openvino",
         )
 

@@ -68,7 +68,7 @@ def _check(batch: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
     if len(batch) != len(wanted):
         raise ExportError(
             (f"a calibration batch holds {len(batch)} tensors, but the model takes {len(wanted)}"),
-            place="export",
+            place="batches",
             cure="give batches of the form of the example",
         )
     for got, want in zip(batch, wanted, strict=True):
@@ -82,7 +82,7 @@ def _check(batch: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
                     f"a calibration batch is {said}, expected {_name(want)} "
                     f"{['n', *want.shape[1:]]} of at least one example"
                 ),
-                place="export",
+                place="batches",
                 cure=(
                     f"give {'standardised ' * want.is_floating_point()}examples with a batch "
                     "dimension"
@@ -98,7 +98,7 @@ def _look(watch: _Watch, tensors: Sequence[Tensor]) -> None:
     if not all(bool(t.isfinite().all()) for t in tensors):
         raise ExportError(
             "a calibration example holds NaN or infinite values",
-            place="export",
+            place="batches",
             cure="remove it from the data",
         )
     try:
@@ -106,5 +106,7 @@ def _look(watch: _Watch, tensors: Sequence[Tensor]) -> None:
     except Exception as error:  # whatever the operations of the model raise
         said, shape = str(error).strip().partition("\n")[0], list(tensors[0].shape)
         raise ExportError(
-            f"the model does not take a calibration batch of shape {shape}: {said}", place="export"
+            f"the model does not take a calibration batch of shape {shape}: {said}",
+            place="batches",
+            cure="give batches [n, ...] of the shape that it takes",
         ) from error

@@ -34,15 +34,18 @@ FIXED = "specialized it to be a constant"
 _CURES = (  # what torch.export says, what it means, what helps
     (
         r"in output, which is not a known type",
-        "it returns a class of its own; return a tuple or a dictionary, or call torch.export.register_dataclass on it",
+        "it returns a class of its own",
+        "return a tuple or a dictionary, or call torch.export.register_dataclass on it",
     ),
     (
         r"data-dependent",
-        "its control flow depends on the values of its input; use torch.where in place of `if`",
+        "its control flow depends on the values of its input",
+        "use torch.where in place of `if`",
     ),
     (
         FIXED,
-        "it fixes the batch size; use x.shape[0] or -1 in place of a number or of len(x)",
+        "it fixes the batch size",
+        "use x.shape[0] or -1 in place of a number or of len(x)",
     ),
 )
 
@@ -67,12 +70,14 @@ def require(*packages: str, install: str = "") -> dict[str, Any]:
         command = install or " ".join(packages)
         if not isinstance(error, ModuleNotFoundError):
             raise ExportError(
-                f"the package {name!r} is there but cannot be loaded ({error})",
-                place="export",
+                f"it is there but cannot be loaded ({error})",
+                place=f"package {name!r}",
                 cure=f"run `pip install --force-reinstall {command}`",
             ) from error
         raise ExportError(
-            f"the package {name!r} is missing", place="export", cure=f"run `pip install {command}`"
+            "it is missing",
+            place=f"package {name!r}",
+            cure=f"run `pip install {command}`",
         ) from error
 
 
@@ -106,11 +111,12 @@ def capture(
         ):  # `len(x)` is a number to Python; only who reads the code sees that it is the batch size
             with contextlib.suppress(Exception):
                 return trace(model, example, free=batch is None, strict=True)
-        known = [cure for pattern, cure in _CURES if re.search(pattern, said)]
         first = said.strip().splitlines()[0].rstrip(".") if said.strip() else type(error).__name__
-        reason = known[0] if known else f"{first}; check that it takes {_described(example)}"
+        known = [(why, cure) for pattern, why, cure in _CURES if re.search(pattern, said)]
+        unknown = (first, f"check that it takes {_described(example)}")
+        why, cure = known[0] if known else unknown
         raise ExportError(
-            f"{_blame(model, error)} cannot be captured: {reason}", place="export"
+            f"{_blame(model, error)} cannot be captured: {why}", place="model", cure=cure
         ) from error
 
 
@@ -157,7 +163,7 @@ def check_finite(model: nn.Module) -> None:
         if not bool(torch.isfinite(tensor).all()):
             raise ExportError(
                 f"{name!r} has NaN or infinite values",
-                place="export",
+                place="model",
                 cure="load a checkpoint from before training broke",
             )
 

@@ -78,7 +78,7 @@ def device_graph(model: nn.Module, job: Job, format: str) -> DeviceGraph:
     if outputs != 1:
         raise ExportError(
             f"the model returns {outputs} tensors",
-            place="export",
+            place="model",
             cure="its forward must return the logits alone",
         )
     _keep_spatial_means_(found.graph)

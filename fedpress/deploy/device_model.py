@@ -56,12 +56,12 @@ class DeviceModel(nn.Module):
             except (RuntimeError, KeyError, ValueError) as error:
                 if refused := refused_kernel(printed()):
                     raise ExportError(
-                        f"ExecuTorch has {refused}", place="export", cure="replace it"
+                        f"ExecuTorch has {refused}", place="program", cure="replace it"
                     ) from error
                 reason = "it has no batch size" if isinstance(error, KeyError) else said(error)
                 raise ExportError(
                     f"this is no program that trains: {reason}",
-                    place="export",
+                    place="program",
                     cure="write one with export_training",
                 ) from error
         held = self._module.named_parameters()
@@ -69,7 +69,7 @@ class DeviceModel(nn.Module):
             if NET + name not in held:
                 raise ExportError(
                     f"this program does not hold parameter {name!r}",
-                    place="export",
+                    place="program",
                     cure="write it again",
                 )
             owner: nn.Module = self
@@ -110,7 +110,7 @@ class DeviceModel(nn.Module):
                     f"[{self.batch_size}], got {list(x.shape)}, {list(y.shape)} and "
                     f"{list(weights.shape)}"
                 ),
-                place="export",
+                place="x",
                 cure="fill the batch up with weights of 0",
             )
         if int(y.min()) < 0 or int(y.max()) >= self.classes:
@@ -119,7 +119,7 @@ class DeviceModel(nn.Module):
                     f"labels are {int(y.min())}..{int(y.max())}, but the program has classes "
                     f"0..{self.classes - 1}"
                 ),
-                place="export",
+                place="y",
                 cure="give the labels that it was exported for",
             )
         return self._run(x, y, weights)
@@ -146,7 +146,7 @@ class DeviceModel(nn.Module):
         if not len(x) or len(x) != len(y):
             raise ExportError(
                 f"got {len(x)} examples and {len(y)} labels",
-                place="export",
+                place="y",
                 cure="give one label each, and at least one",
             )
         total, gradients = torch.zeros(()), dict[str, Tensor]()
@@ -219,6 +219,6 @@ def _read(path: str | Path) -> bytes:
     except OSError as error:
         raise ExportError(
             f"cannot read {path}: {error.strerror}",
-            place="export",
+            place="program",
             cure="write it with export_training",
         ) from error

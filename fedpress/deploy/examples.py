@@ -89,7 +89,7 @@ def check_tensors(example: Any, where: str) -> None:
         got = f"a {odd} inside" if odd else type(example).__name__
         raise ExportError(
             f"{where} is {got}",
-            place="export",
+            place="example",
             cure=(
                 "give a tensor, a tuple of tensors in the order of forward's arguments, or a "
                 "dictionary of tensors by their names, each with a batch dimension"
@@ -100,7 +100,7 @@ def check_tensors(example: Any, where: str) -> None:
         sizes = ", ".join(str(list(p.shape)) for p in parts)
         raise ExportError(
             f"{where} has tensors of shapes {sizes}",
-            place="export",
+            place="example",
             cure="each must begin with the same batch size above 0",
         )
 
@@ -213,7 +213,7 @@ def flatten(given: Any) -> tuple[Structure, list[Tensor], list[str]]:
         where = f"under '{'.'.join(path)}' " if path else ""
         raise ExportError(
             f"the model returns a {type(value).__name__} {where}",
-            place="export",
+            place="model",
             cure=(
                 "files hold tensors alone: leave it out of what forward returns (caches of the "
                 "transformers library: model.config.use_cache = False)"

@@ -99,7 +99,7 @@ def _partitioned(made: DeviceGraph, job: Job, words: dict[str, str]) -> Any:
     except Exception as error:  # passes and partitioners have no common base
         raise ExportError(
             f"ExecuTorch cannot lower the model: {said(error)}",
-            place="export",
+            place="model",
             cure="export it as onnx",
         ) from error
 
@@ -133,7 +133,7 @@ def _program_bytes(edge: Any) -> bytes:
     except Exception as error:
         raise ExportError(
             f"ExecuTorch cannot write the program: {said(error)}",
-            place="export",
+            place="model",
             cure="replace that operation, or export as onnx",
         ) from error
     return data
@@ -156,7 +156,7 @@ def _try(data: bytes, input_shape: tuple[int, ...]) -> None:
             what = refused_kernel(printed()) or f"refused it: {said(error)}"
             raise ExportError(
                 f"ExecuTorch has {what}",
-                place="export",
+                place="model",
                 cure="replace it by operations of 1-d or 2-d images, or export as onnx",
             ) from error
 
@@ -205,7 +205,7 @@ def open_executorch(path: str | Path, threads: int = 0) -> Session:
     if method.metadata.num_inputs() != 1:
         raise ExportError(
             (f"{path} takes {method.metadata.num_inputs()} tensors, as a program that trains does"),
-            place="export",
+            place="path",
             cure="open it with deploy.DeviceModel",
         )
     sizes = tuple(method.metadata.input_tensor_meta(0).sizes())
@@ -215,7 +215,7 @@ def open_executorch(path: str | Path, threads: int = 0) -> Session:
         if x.shape != sizes:
             raise ExportError(
                 f"{path} takes float32 {list(sizes)}, got {list(x.shape)}",
-                place="export",
+                place="x",
                 cure="give it one example",
             )
         try:
@@ -223,7 +223,7 @@ def open_executorch(path: str | Path, threads: int = 0) -> Session:
         except RuntimeError as error:
             raise ExportError(
                 f"ExecuTorch cannot run {path}: {said(error)}",
-                place="export",
+                place="path",
                 cure="export it again",
             ) from error
 
@@ -244,11 +244,11 @@ def load_method(runtime: Any, path: str | Path, method: str) -> tuple[Any, Any]:
             return program, program.load_method(method)
     except KeyError as error:
         raise ExportError(
-            f"{path} has no method {error}", place="export", cure="export it again"
+            f"{path} has no method {error}", place="path", cure="export it again"
         ) from error
     except (RuntimeError, OSError, ValueError) as error:
         raise ExportError(
-            f"ExecuTorch cannot load {path}: {said(error)}", place="export", cure="export it again"
+            f"ExecuTorch cannot load {path}: {said(error)}", place="path", cure="export it again"
         ) from error
 
 

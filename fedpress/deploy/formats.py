@@ -20,7 +20,7 @@ from fedpress.deploy.litert import export_litert, open_litert
 from fedpress.deploy.onnx import export_onnx, open_onnx
 from fedpress.deploy.openvino import export_openvino, open_openvino
 from fedpress.deploy.session import Session
-from fedpress.errors import ExportError, did_you_mean
+from fedpress.errors import ExportError, suggestion
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,15 @@ FORMATS: dict[str, Format] = {
 }  # fmt: skip
 
 
-def unknown_format(format: str) -> str:
-    """Says what to give instead of a format that is not in `FORMATS`."""
-    return f"no format '{format}'{did_you_mean(format, list(FORMATS))}; use one of {', '.join(FORMATS)}"
+def unknown_format(format: str) -> ExportError:
+    """Returns the error for a format that is not in `FORMATS`, with what to give instead."""
+    near = suggestion(format, list(FORMATS))
+    known = f"one of {', '.join(FORMATS)}"
+    return ExportError(
+        f"no format '{format}'",
+        place="format",
+        cure=f"{near} Use {known}" if near else f"use {known}",
+    )
 
 
 def export(model: nn.Module, path: str | Path, format: str, job: Job) -> Artifact:
@@ -82,12 +88,12 @@ def export(model: nn.Module, path: str | Path, format: str, job: Job) -> Artifac
             the model cannot be exported.
     """
     if format not in FORMATS:
-        raise ExportError(f"{unknown_format(format)}", place="export.format")
+        raise unknown_format(format)
     row = FORMATS[format]
     if command := row.missing():
         raise ExportError(
             f"'{format}' needs packages that are missing",
-            place="export.format",
+            place="format",
             cure=f"run `{command}`",
         )
     return row.export(model, Path(path), job)
@@ -104,12 +110,12 @@ def of_file(path: str | Path) -> Format:
         known = ", ".join(row.suffix for row in FORMATS.values())
         raise ExportError(
             f"{path} is no file that can be run here",
-            place="export",
+            place="path",
             cure=f"give one that ends in {known}",
         )
     if command := row.missing():
         raise ExportError(
-            f"{row.runtime} is not installed to run {path}", place="export", cure=f"run `{command}`"
+            f"{row.runtime} is not installed to run {path}", place="path", cure=f"run `{command}`"
         )
     return row
 
@@ -123,7 +129,7 @@ def file_bytes(path: str | Path) -> int:
     files = [Path(path)] + ([Path(path).with_suffix(".bin")] if Path(path).suffix == ".xml" else [])
     for file in files:
         if not file.exists():
-            raise ExportError(f"there is no file {file}", place="export", cure="export it again")
+            raise ExportError(f"there is no file {file}", place="path", cure="export it again")
     return sum(file.stat().st_size for file in files)
 
 

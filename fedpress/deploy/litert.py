@@ -114,7 +114,7 @@ def _convert(made: DeviceGraph, job: Job) -> bytes:
             reason = said(error) or said(ValueError(printed()))
             raise ExportError(
                 f"LiteRT cannot convert the model: {reason}",
-                place="export",
+                place="model",
                 cure="replace that operation, or export as onnx",
             ) from error
 
@@ -231,7 +231,7 @@ def open_litert(path: str | Path, threads: int = 0) -> Session:
             IndexError,
         ) as error:  # damaged names and empty signatures too
             raise ExportError(
-                f"LiteRT cannot load {path}: {said(error)}", place="export", cure="export it again"
+                f"LiteRT cannot load {path}: {said(error)}", place="path", cure="export it again"
             ) from error
     sizes = tuple(int(size) for size in inside["shape"])
 
@@ -240,13 +240,13 @@ def open_litert(path: str | Path, threads: int = 0) -> Session:
         if inside["quantization"][0] and np.isnan(x).any():
             raise ExportError(
                 f"{path} computes on integers, which have no NaN",
-                place="export",
+                place="x",
                 cure="leave that example out",
             )
         if x.shape != sizes:
             raise ExportError(
                 f"{path} takes float32 {list(sizes)}, got {list(x.shape)}",
-                place="export",
+                place="x",
                 cure="give it one example",
             )
         try:
@@ -255,7 +255,7 @@ def open_litert(path: str | Path, threads: int = 0) -> Session:
             return [_off_grid(file.get_tensor(outside["index"]), outside)]
         except (RuntimeError, ValueError) as error:
             raise ExportError(
-                f"LiteRT cannot run {path}: {said(error)}", place="export", cure="export it again"
+                f"LiteRT cannot run {path}: {said(error)}", place="path", cure="export it again"
             ) from error
 
     inputs = (Port("input", sizes, np.dtype(np.float32)),)

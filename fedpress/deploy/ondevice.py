@@ -77,7 +77,7 @@ def export_training(
     with silence(), hush():
         require(RUNTIME, "executorch.exir", install=INSTALL)
     if batch_size < 1:
-        raise ExportError(f"batch_size is {batch_size}", place="export", cure="give at least 1")
+        raise ExportError(f"batch_size is {batch_size}", place="batch_size", cure="give at least 1")
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise ExportError(
@@ -85,7 +85,7 @@ def export_training(
                     f"module {name!r} ({type(module).__name__}) draws at random, which a program "
                     "for devices cannot"
                 ),
-                place="export",
+                place="model",
                 cure="set its p to 0",
             )
     net = _compact_(_copy(model), sparse)
@@ -114,19 +114,19 @@ def _copy(model: nn.Module) -> nn.Module:
                     f"{first[p]!r} and {name!r} are one parameter, which a program for devices "
                     "cannot train"
                 ),
-                place="export",
+                place="model",
                 cure="give each module its own",
             )
         if p.dtype != torch.float32:
             raise ExportError(
                 f"parameter {name!r} is {p.dtype}, but devices train float32",
-                place="export",
+                place="model",
                 cure="convert the model",
             )
     if not any(p.requires_grad for p in first):
         raise ExportError(
             "no parameter of the model is trainable",
-            place="export",
+            place="model",
             cure="set requires_grad = True on some",
         )
     return net
@@ -144,7 +144,7 @@ def _compact_(net: nn.Module, sparse: Sequence[str] | None) -> nn.Module:
     try:
         return compact_(net, sparse)
     except ModelError as error:
-        raise ExportError(str(error), place="export") from error
+        raise ExportError(error.problem, place=error.place, cure=error.cure) from error
 
 
 def _has_zeros(weight: Tensor) -> bool:
@@ -172,7 +172,7 @@ def _check_trainable(net: nn.Module, example: tuple[Tensor, Tensor, Tensor]) -> 
                 "the model computes otherwise in training than in evaluation mode (dropout?), "
                 "but a program for devices has one mode"
             ),
-            place="export",
+            place="model",
             cure="take that out of its forward",
         )
     if (others - logits)[0].abs().max() > room:
@@ -181,7 +181,7 @@ def _check_trainable(net: nn.Module, example: tuple[Tensor, Tensor, Tensor]) -> 
                 "the logits of one example depend on the others of its batch (a batch norm "
                 "without running statistics?), but devices fill batches up"
             ),
-            place="export",
+            place="model",
             cure="use group norm",
         )
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
@@ -192,7 +192,7 @@ def _check_trainable(net: nn.Module, example: tuple[Tensor, Tensor, Tensor]) -> 
         if gradient is None:
             raise ExportError(
                 f"no gradient reaches parameter {name!r}",
-                place="export",
+                place="model",
                 cure="set its requires_grad = False",
             )
 
@@ -210,13 +210,13 @@ def _example(
         takes = [batch_size, *input_shape]
         raise ExportError(
             f"the model does not take float32 {takes}: {said(error)}",
-            place="export",
+            place="input_shape",
             cure="fix input_shape",
         ) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise ExportError(
             "a program that trains needs a classifier with logits [n, classes]",
-            place="export",
+            place="model",
             cure="reshape them",
         )
     weights = torch.full((batch_size,), 1 / max(1, batch_size - 1))
@@ -243,7 +243,7 @@ def _lower(trained: _Trained, example: tuple[Tensor, ...], words: dict[str, str]
     except Exception as error:
         raise ExportError(
             f"the model cannot become a program that trains: {said(error)}",
-            place="export",
+            place="model",
             cure="use convolutions, linear layers, ReLU, max pooling, means and group norm",
         ) from error
 
@@ -258,7 +258,7 @@ def _compare(data: bytes, net: nn.Module, example: tuple[Tensor, Tensor, Tensor]
     if not torch.allclose(loss, expected.detach(), rtol=TOLERANCE, atol=TOLERANCE):
         raise ExportError(
             f"the program's loss is {loss.item():.4g}, torch's {expected.item():.4g}",
-            place="export",
+            place="model",
             cure="report it",
         )
     for name, gradient in zip(named, gradients, strict=True):
@@ -267,6 +267,6 @@ def _compare(data: bytes, net: nn.Module, example: tuple[Tensor, Tensor, Tensor]
         if got is None or not (got - gradient).abs().max() <= room:  # also if it is NaN
             raise ExportError(
                 f"ExecuTorch computes a wrong gradient of {name!r}",
-                place="export",
+                place="model",
                 cure="replace the operations behind it, such as overlapping pooling",
             )

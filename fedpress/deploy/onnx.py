@@ -127,7 +127,7 @@ def open_onnx(path: str | Path, threads: int = 0) -> Session:
     except Exception as error:  # onnxruntime has a dozen exception types without a common base
         raise ExportError(
             f"onnxruntime cannot load {path}: {_first_line(error)}",
-            place="export",
+            place="path",
             cure="export it again",
         ) from error
     inputs = tuple(Port(i.name, tuple(i.shape), _dtype(i.type)) for i in session.get_inputs())
@@ -143,7 +143,7 @@ def open_onnx(path: str | Path, threads: int = 0) -> Session:
             wanted = ", ".join(str(i.shape) for i in session.get_inputs())
             raise ExportError(
                 f"onnxruntime cannot run {path} on {shapes}: {_first_line(error)}",
-                place="export",
+                place="path",
                 cure=f"the file takes {wanted}",
             ) from error
         return found
@@ -175,7 +175,7 @@ def _outputs(model: nn.Module, job: Job) -> tuple[Structure, list[str]]:
     if not names:
         raise ExportError(
             "the model returns no tensor",
-            place="export",
+            place="model",
             cure="make its forward return what a device should know",
         )
     return structure, names
@@ -215,7 +215,7 @@ def _convert(program: torch.export.ExportedProgram, inputs: list[str], outputs: 
         found = re.search(r"OpOverload\(op='([^']+)'", _whole_message(error))
         name = f"the operation {found[1]!r}" if found else "an operation of the model"
         cure = "write that part of the model with operations that ONNX has"
-        raise ExportError(f"{name} has no ONNX counterpart", place="export", cure=cure) from error
+        raise ExportError(f"{name} has no ONNX counterpart", place="model", cure=cure) from error
     assert converted is not None  # only torchscript exports return nothing
     if len(converted.model.graph.outputs) != len(outputs):
         raise ExportError(
@@ -223,7 +223,7 @@ def _convert(program: torch.export.ExportedProgram, inputs: list[str], outputs: 
                 f"the model returns {len(outputs)} tensors, but its graph "
                 f"{len(converted.model.graph.outputs)}"
             ),
-            place="export",
+            place="model",
             cure="make its forward return tensors in tuples and dictionaries alone",
         )
     return converted.model_proto

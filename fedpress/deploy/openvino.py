@@ -56,7 +56,7 @@ def export_openvino(model: nn.Module, path: str | Path, job: Job) -> Artifact:
         except Exception as error:  # OpenVINO raises RuntimeError and its own
             raise ExportError(
                 f"OpenVINO cannot convert the model: {said(error)}",
-                place="export",
+                place="model",
                 cure="export it as onnx",
             ) from error
         write(path.with_suffix(".bin"), weights.read_bytes())
@@ -88,7 +88,7 @@ def open_openvino(path: str | Path, threads: int = 0) -> Session:
         outputs = tuple(o.get_any_name() for o in model.outputs)
     except Exception as error:
         raise ExportError(
-            f"OpenVINO cannot load {path}: {said(error)}", place="export", cure="export it again"
+            f"OpenVINO cannot load {path}: {said(error)}", place="path", cure="export it again"
         ) from error
     how: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", **told}
     if threads:
@@ -111,7 +111,7 @@ def open_openvino(path: str | Path, threads: int = 0) -> Session:
             wanted = ", ".join(str(i.get_partial_shape()) for i in model.inputs)
             raise ExportError(
                 f"OpenVINO cannot run {path} on {given}: {said(error)}",
-                place="export",
+                place="path",
                 cure=f"the file takes {wanted}",
             ) from error
 

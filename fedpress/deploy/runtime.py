@@ -96,7 +96,7 @@ def parity(
     if theirs != ours:
         raise ExportError(
             f"the logits of {path} have shape {theirs} but the model's {ours}",
-            place="export",
+            place="path",
             cure="export the same model again",
         )
     count = rows_of(x)
@@ -104,7 +104,7 @@ def parity(
     if not bool(usable.any()):
         raise ExportError(
             f"the model gives finite logits on none of {count} examples",
-            place="export",
+            place="x",
             cure="train it again",
         )
     largest, error, norm = 0.0, 0.0, 0.0
@@ -146,7 +146,7 @@ def _check_equal(
                 f"the output '{name}' of {path} is another than that of the model in "
                 f"{100 * apart:.0f}% of its values, allowed is {100 * tolerance:g}%"
             ),
-            place="export",
+            place="path",
             cure=_cure(tolerance),
         )
 
@@ -158,14 +158,13 @@ def _largest_error(
     error = (given.double() - wanted.double()).abs().nan_to_num(nan=torch.inf)
     largest, allowed = error.max().item(), tolerance * max(1.0, wanted.abs().max().item())
     if largest > allowed:
-        raise ExportError(_too_far(path, name, largest, allowed, tolerance))
+        what = "a logit" if name == "logit" else f"the output '{name}'"
+        raise ExportError(
+            f"{what} of {path} differs from the model by {largest:.2g}, allowed is {allowed:.2g}",
+            place="path",
+            cure=_cure(tolerance),
+        )
     return float(largest)
-
-
-def _too_far(path: str | Path, name: str, error: float, allowed: float, tolerance: float) -> str:
-    what = "a logit" if name == "logit" else f"the output '{name}'"
-    far = f"differs from the model by {error:.2g}, allowed is {allowed:.2g}"
-    return f"export: {what} of {path} {far}; {_cure(tolerance)}"
 
 
 def _cure(tolerance: float) -> str:
@@ -229,7 +228,7 @@ def metrics(
     """
     if not len(arrays):
         raise ExportError(
-            f"no example to measure {path} on", place="export", cure="give at least one"
+            f"no example to measure {path} on", place="arrays", cure="give at least one"
         )
     return task.summary(task.metrics(answers(path, arrays.x, preprocess), arrays.y))
 

@@ -92,7 +92,7 @@ class Session:
             lacks = [name for name in names if name not in given]
             wrong = f"lacks {', '.join(lacks)}" if lacks else f"has no {', '.join(extra)}"
             raise ExportError(
-                f"the call {wrong}", place="export", cure=f"{self.path} takes {', '.join(names)}"
+                f"the call {wrong}", place="x", cure=f"{self.path} takes {', '.join(names)}"
             )
         return [_as(port, given[port.name], self.path) for port in self.inputs]
 
@@ -106,7 +106,7 @@ def _as(port: Port, value: Any, path: str) -> np.ndarray:
     if not (floats or np.issubdtype(found.dtype, np.integer) or found.dtype == bool):
         raise ExportError(
             f"'{port.name}' is {found.dtype}, but {path} takes {port.dtype}",
-            place="export",
+            place="x",
             cure="give whole numbers of that type",
         )
     return np.ascontiguousarray(found, port.dtype)

@@ -80,19 +80,25 @@ class Agreement:
         """Returns every single entry by its whole name, such as `uplink.cohort.size`."""
         return dict(_leaves("", self.entries))
 
-    def difference(self, client: Agreement) -> str:
-        """Returns one sentence that names the first entry that a `client` holds otherwise; empty if none."""
+    def compare(self, client: Agreement) -> None:
+        """Compares with what a `client` holds.
+
+        Raises:
+            WireError: naming the first entry that the client holds otherwise, with both values.
+        """
         if self.to_json() == client.to_json():  # so nothing has to be looked at one by one
-            return ""
+            return
         ours, theirs = self.leaves(), client.leaves()
         for name in sorted(ours.keys() | theirs.keys()):
             # By their text: 1, 1.0 and true are equal in Python, and not in a canonical text.
             here, there = _text(ours, name), _text(theirs, name)
             if here != there:
                 same = "fedpress" if name in ("version", "streams") else "recipe"
-                cure = f"use the same {same}"
-                return f"agreement.{name}: the server says {_short(here)}, this client {_short(there)}; {cure}"
-        return ""
+                raise WireError(
+                    f"the server says {_short(here)}, this client {_short(there)}",
+                    place=f"agreement.{name}",
+                    cure=f"use the same {same}",
+                )
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ class Terms:
                     f"'{self.algorithm.kind}' sends {list(self.algorithm.extras_up)} beside the "
                     f"update, but the uplink is for {list(extras)}"
                 ),
-                place="federate.algorithm",
+                place="algorithm",
                 cure="bind it with extras = algorithm.extras_up",
             )
         if self.algorithm.equal_weights and self.uplink.weights != "equal":
@@ -153,7 +159,7 @@ class Terms:
                     f"got '{self.uplink.weights}', but '{self.algorithm.kind}' holds only if every "
                     "client counts the same"
                 ),
-                place="federate.weights",
+                place="weights",
                 cure='set weights = "equal"',
             )
 

@@ -51,7 +51,7 @@ def check_norm(norm: str, model: nn.Module, *, sample: bool) -> None:
     if sample and mixes and norm != "frozen":
         raise RecipeError(
             "batch norm in training mode mixes examples, which breaks sample privacy",
-            place="federate.norm",
+            place="norm",
             cure="use 'frozen'",
         )
 
@@ -95,12 +95,13 @@ class ClientPlan:
                     "unit 'sample' needs an uplink that knows it and a plan for each client, both "
                     "or none"
                 ),
-                place="federate.privacy",
+                place="privacy",
+                cure="bind the uplink with a plan of unit 'sample' too, or leave privacy out",
             )
         if trust.steps != "plain" and source is not None:
             raise RecipeError(
                 "private steps are taken in torch and run no other source of gradients",
-                place="federate.privacy",
+                place="source",
                 cure="leave source out",
             )
         if privacy is not None:
@@ -108,14 +109,14 @@ class ClientPlan:
         if terms.error_feedback and not trust.keeps_residual:
             raise RecipeError(
                 "a client that adds noise would take it away again in the next round",
-                place="federate.error_feedback",
+                place="error_feedback",
                 cure="set error_feedback = false",
             )
         layout = parameters.Layout.of(model)
         if layout.size != uplink.size or layout != terms.layout:
             raise RecipeError(
                 f"the model trains {layout.size} values but the uplink is for {uplink.size}",
-                place="federate",
+                place="model",
                 cure="take the model and the patterns of trainable that were agreed",
             )
         return cls(terms, source or SOURCES[trust.steps], privacy)
@@ -151,14 +152,14 @@ class Client:
         if not len(self.arrays):
             raise RecipeError(
                 "it has no examples",
-                place=f"federate.client {self.name}",
+                place=f"client '{self.name}'",
                 cure="leave it out or partition differently",
             )
         if (self.member is None) != self.uplink.aggregator.sees_updates:
             raise RecipeError(
                 "a secure sum needs a member with keys on every client",
-                place="federate.aggregator",
-                cure="give both or none",
+                place="member",
+                cure="give a member if the aggregator is secure, and none otherwise",
             )
 
     @property
@@ -241,8 +242,7 @@ class Client:
             WireError: naming the first entry that differs, with both values.
         """
         server = Agreement.from_json(read_text(message, "agreement"))
-        if difference := server.difference(self.terms.agreement):
-            raise WireError(difference)
+        server.compare(self.terms.agreement)
         return Message("agreed", {"agreement": self.terms.agreement.fingerprint})
 
     def _try_fit(

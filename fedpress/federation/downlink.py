@@ -24,6 +24,7 @@ from fedpress.codecs import (
     encode_chain,
 )
 from fedpress.core.names import ClientId
+from fedpress.errors import renaming
 
 SERVER = "server"
 NOTHING = (0, 0)
@@ -50,9 +51,9 @@ class Downlink:
         Raises:
             RecipeError: if its transforms do not fit together.
         """
-        return bind_chain(
-            self.first if whole else self.chain, Bound(self.size, shapes=self.shapes)
-        )[0]
+        chain = self.first if whole else self.chain
+        with renaming({"chain": "first"} if whole else {}):
+            return bind_chain(chain, Bound(self.size, shapes=self.shapes))[0]
 
     def encode(self, params: Tensor, held: Tensor | None, key: Key) -> dict[str, Tensor]:
         """Returns the tensors that bring `params` [d] to a client that holds `held` [d], None for nothing."""

@@ -127,7 +127,7 @@ class LocalWork:
                     "it asks for the loss of a client's examples, which no noise covers under unit "
                     "'sample'"
                 ),
-                place="federate.algorithm",
+                place="algorithm",
                 cure="take unit 'client', or another algorithm",
             )
         total, size = 0.0, max(1, self.settings.batch_size)
@@ -247,20 +247,20 @@ def _diverged(work: LocalWork, index: Tensor, steps: int) -> DivergedError:
 def too_large(
     settings: LocalSettings,
     lr: float,
-    place: str = "federate",
     *,
     pulls: Mapping[str, float] | None = None,
+    place: str = "",
 ) -> str:
     """Names the settings that make local training diverge: the rate, and each pull that overshoots at this rate.
 
-    `pulls` are those of an algorithm, by recipe key.
+    `pulls` are those of an algorithm, by name; `place` is what a reader writes before the names.
 
     >>> too_large(LocalSettings(lr=0.5, weight_decay=9.0), 0.5)
-    'federate.lr (now 0.5) or federate.weight_decay (now 9)'
+    'lr (now 0.5) or weight_decay (now 9)'
     """
     strengths = {**(pulls or {}), "weight_decay": settings.weight_decay}
     named = [("lr", lr), *((name, value) for name, value in strengths.items() if lr * value >= 2)]
-    return " or ".join(f"{place}.{name} (now {value:g})" for name, value in named)
+    return " or ".join(f"{place}{name} (now {value:g})" for name, value in named)
 
 
 def shuffled_batches(model: nn.Module, n: int, size: int, shuffle: RandomSource) -> list[Tensor]:
@@ -287,13 +287,11 @@ def loss_of_batch(model: nn.Module, work: LocalWork, batch: Arrays, chance: Rand
             if len(x) > 1 or ONE_VALUE not in str(problem):
                 raise
             cure = (
-                "leave this client out"
-                if len(work.arrays) == 1
-                else "take federate.batch_size = 2 or more"
+                "leave this client out" if len(work.arrays) == 1 else "take batch_size = 2 or more"
             )
             raise TrainingError(
                 "a batch of one example leaves a batch norm nothing to average",
                 place="local update",
-                cure=f"{cure}, or set federate.norm = 'frozen'",
+                cure=f"{cure}, or set norm = 'frozen'",
             ) from problem
     return work.task.loss(logits, batch.y.to(at))

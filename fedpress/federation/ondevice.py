@@ -32,7 +32,7 @@ def device_steps(model: nn.Module, work: LocalWork) -> Steps:
     if not isinstance(model, DeviceModel):
         raise RecipeError(
             "device_steps trains an ExecuTorch program",
-            place="federate",
+            place="model",
             cure="give the client model = deploy.DeviceModel(path)",
         )
     s = work.settings
@@ -40,7 +40,7 @@ def device_steps(model: nn.Module, work: LocalWork) -> Steps:
     if s.precision == "bf16":
         raise RecipeError(
             f"devices train in float32, got {s.precision!r}",
-            place="federate.precision",
+            place="precision",
             cure="set 'float32'",
         )
     optimizer = model.optimizer(work.lr, momentum=s.momentum, weight_decay=s.weight_decay)

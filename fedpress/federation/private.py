@@ -130,14 +130,22 @@ def rehearse_private(model: nn.Module, work: LocalWork) -> None:
                     p.add_(0.05 * torch.randn_like(p))
             total, raw = clipped_gradient_sum(model, work.task.loss, x, y, clip_norm=plan.clip_norm)
     if raw.failed:
-        raise TrainingError(f"{raw.failed} of {raw.examples} examples failed alone: {raw.problem}")
+        raise TrainingError(
+            f"{raw.failed} of {raw.examples} examples failed alone: {raw.problem}",
+            place="model",
+            cure="let it run on single examples",
+        )
     if raw.refused:
         raise TrainingError(
-            f"the gradient of {raw.refused} of {raw.examples} examples is NaN or infinite"
+            f"the gradient of {raw.refused} of {raw.examples} examples is NaN or infinite",
+            place="model",
+            cure="look for a division by 0 or a logarithm of 0 in it",
         )
     if not total.any():
         raise TrainingError(
-            "no trained parameter has a gradient, so only noise would move the model"
+            "no trained parameter has a gradient, so only noise would move the model",
+            place="model",
+            cure="let its outputs depend on what is trained",
         )
 
 
@@ -179,11 +187,11 @@ def check_private(settings: LocalSettings, plan: PrivacyPlan | None) -> PrivacyP
     if plan is None or plan.unit != "sample":
         raise RecipeError(
             "private steps need a plan of unit 'sample'",
-            place="federate.privacy",
+            place="privacy",
             cure="give one, or leave privacy out",
         )
     if settings.weight_decay:
         raise RecipeError(
-            "not offered with sample privacy", place="federate.weight_decay", cure="set it to 0"
+            "not offered with sample privacy", place="weight_decay", cure="set it to 0"
         )
     return plan

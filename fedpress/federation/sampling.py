@@ -33,7 +33,7 @@ class Cohort:
         if self.sampling not in ("fixed", "poisson", "cyclic"):
             raise RecipeError(
                 f"got {self.sampling!r}, expected 'fixed', 'poisson' or 'cyclic'",
-                place="federate.sampling",
+                place="sampling",
             )
         if not 1 <= self.size <= self.population:
             raise RecipeError(
@@ -41,7 +41,7 @@ class Cohort:
                     f"got {self.size}, expected between 1 and the population of {self.population} "
                     "clients"
                 ),
-                place="federate.cohort",
+                place="size",
                 cure="ask for fewer per round or make more clients",
             )
 
@@ -75,7 +75,7 @@ class Cohort:
         if len(clients) != self.population:
             raise RecipeError(
                 f"planned for {self.population} clients but there are {len(clients)}",
-                place="federate.population",
+                place="clients",
                 cure="plan with the number of clients that exist",
             )
         if self.sampling == "cyclic":

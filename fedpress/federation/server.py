@@ -111,7 +111,7 @@ def rounds(
     if params.dtype != torch.float32 or params.shape != (uplink.size,):
         raise RecipeError(
             (f"got {params.dtype} {list(params.shape)}, expected torch.float32 [{uplink.size}]"),
-            place="federate.params",
+            place="params",
         )
     if len(transport.clients()) != uplink.cohort.population:
         raise RecipeError(
@@ -119,7 +119,8 @@ def rounds(
                 f"planned for {uplink.cohort.population} clients, there are "
                 f"{len(transport.clients())}"
             ),
-            place="federate.population",
+            place="transport",
+            cure="plan with as many clients as there are",
         )
     state = _init(params, uplink, algorithm) if server_state is None else dict(server_state)
     todo = range(start + 1, num_rounds + 1)
@@ -291,10 +292,10 @@ def _check_finite(params: Tensor, round: int, algorithm: Algorithm) -> None:
     if not bool(torch.isfinite(params).all()):
         raise DivergedError(
             f"the server's model is not finite after round {round}",
-            place="federate",
+            place="server",
             cure=(
-                "lower federate.lr, or federate.server.lr (the server is "
-                f"{algorithm.optimizer!r}); the rounds before it are kept"
+                "lower lr, or the lr of the server's optimizer "
+                f"({algorithm.optimizer!r}); the rounds before it are kept"
             ),
         )
 

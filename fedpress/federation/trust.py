@@ -115,9 +115,7 @@ class Trust:
             RecipeError: if one of them does not.
         """
         if weights not in ("examples", "equal"):
-            raise RecipeError(
-                f"got {weights!r}, expected 'examples' or 'equal'", place="federate.weights"
-            )
+            raise RecipeError(f"got {weights!r}, expected 'examples' or 'equal'", place="weights")
         if plan is not None and self.unit == "client":
             _check_client_unit(plan, cohort, weights)
         if weights == "examples" and aggregator.weights != "examples":
@@ -126,7 +124,7 @@ class Trust:
                     f"got 'examples', but the aggregator '{aggregator.kind}' cannot weigh clients "
                     "by how many examples stand behind an update"
                 ),
-                place="federate.weights",
+                place="weights",
                 cure='set weights = "equal"',
             )
         if self.noise == "sum" and aggregator.sees_updates:
@@ -135,7 +133,7 @@ class Trust:
                     f"got '{aggregator.kind}' with trust '{self.kind}', where only a secure sum "
                     "carries all of the noise"
                 ),
-                place="federate.aggregator",
+                place="aggregator",
                 cure='set aggregator = "secure"',
             )
         moved = Bound(1, l2=plan.clip_norm if plan is not None else math.inf)
@@ -145,7 +143,7 @@ class Trust:
                     f"got '{aggregator.kind}', which gives no bound on how far one {self.unit} "
                     f"moves it, so noise of trust '{self.kind}' hides nothing"
                 ),
-                place="federate.aggregator",
+                place="aggregator",
                 cure=(
                     'set trust = "local", where every vector carries its noise before it is '
                     'aggregated, or aggregator = "mean"'
@@ -165,13 +163,13 @@ class Trust:
                         f"it sends '{name}' beside the update, but with unit 'sample' and trust "
                         f"'{self.kind}' a client sends one sum of gradients alone"
                     ),
-                    place="federate.algorithm",
+                    place="algorithm",
                     cure='set trust = "local", or take another algorithm',
                 )
             if self.unit == "client" and extra.clip_norm is None:
                 raise RecipeError(
                     f"its vector '{name}' has no bound, and client privacy must charge one",
-                    place="federate.algorithm",
+                    place="algorithm",
                     cure=(
                         "give it a clip_norm in the table of the algorithm, near the norm that it has "
                         "without privacy"
@@ -240,6 +238,7 @@ class Trust:
             raise WireError(
                 f"got {header['failures']!r}, more or less than can have failed",
                 place="update.failures",
+                cure="count every example that failed once",
             )
         return tally
 
@@ -330,7 +329,7 @@ def trust_of(unit: Unit | None, kind: str | None = None) -> Trust:
             return row
     raise RecipeError(
         f"got {kind!r}, expected 'local', 'distributed' or 'central'",
-        place="federate.privacy.trust",
+        place="trust",
     )
 
 
@@ -341,13 +340,13 @@ def _check_client_unit(plan: PrivacyPlan, cohort: Cohort, weights: Weights) -> N
                 "got 'examples' under client privacy, where a large client would exceed the "
                 "sensitivity"
             ),
-            place="federate.weights",
+            place="weights",
             cure='set weights = "equal"',
         )
     if not 0 < plan.clip_norm < math.inf:
         raise RecipeError(
             f"got {plan.clip_norm}, expected a finite bound above 0",
-            place="federate.privacy.clip_norm",
+            place="privacy.clip_norm",
         )
     if plan.sampling_prob != cohort.sampling_prob:
         raise RecipeError(
@@ -355,12 +354,12 @@ def _check_client_unit(plan: PrivacyPlan, cohort: Cohort, weights: Weights) -> N
                 f"the plan charges {plan.sampling_prob} but a {cohort.sampling} cohort of "
                 f"{cohort.size} in {cohort.population} is worth {cohort.sampling_prob}"
             ),
-            place="federate.privacy.sampling_prob",
+            place="privacy.sampling_prob",
             cure="plan with cohort.sampling_prob",
         )
     if plan.steps_per_round != 1:
         raise RecipeError(
             f"got {plan.steps_per_round}",
-            place="federate.privacy.steps_per_round",
+            place="privacy.steps_per_round",
             cure="client privacy takes 1",
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedpress.codecs import Bound, Key, Settings, bind_chain
 from fedpress.core import random
 from fedpress.core.names import ClientId
-from fedpress.errors import RecipeError, SecureError, WireError
+from fedpress.errors import RecipeError, SecureError, WireError, renaming
 from fedpress.federation.aggregators.base import (
     Aggregator,
     Contribution,
@@ -118,7 +118,7 @@ class Uplink:
         if adaptive is not None and adaptive.count_noise is None:
             raise RecipeError(
                 "not planned",
-                place="privacy.adaptive.count_noise",
+                place="adaptive.count_noise",
                 cure="give it, or bind with a planned one",
             )
         if adaptive is not None and extras:
@@ -127,7 +127,7 @@ class Uplink:
                     "it moves the clip norm of the update alone, and the algorithm sends "
                     f"'{next(iter(extras))}' too"
                 ),
-                place="federate.privacy.adaptive",
+                place="adaptive",
                 cure="leave adaptive out, or take another algorithm",
             )
         noise = row.server_noise(privacy, noise)
@@ -254,8 +254,12 @@ class _Binder:
 
     def way(self, name: str, one: Extra, start: Bound) -> Way:
         """Binds the codecs of a vector of `start`; RecipeError if they do not fit together."""
-        codecs = (*self.trust.codecs(self.plan, one.clip_norm, self.vectors), *one.codecs)
-        chain, end = bind_chain(codecs, start)
+        first = self.trust.codecs(self.plan, one.clip_norm, self.vectors)
+        codecs = (*first, *one.codecs)
+        given = "chain" if name == UPDATE else f"extras[{name!r}].codecs"
+        own = {f"chain[{len(first) + at}]": f"{given}[{at}]" for at in range(len(one.codecs))}
+        with renaming({f"chain[{at}]": "privacy" for at in range(len(first))} | own):
+            chain, end = bind_chain(codecs, start)
         promise = self.trust.promise(one.clip_norm, start, end)
         return Way(name, promise, chain, codecs, end, self._noise(one.clip_norm))
 
@@ -312,8 +316,13 @@ class Gatherer:
                 against. It does not change the weight that a sum is divided by.
         """
         if not 0 <= scale <= 1:
-            raise RecipeError(f"got {scale}, expected a number inside 0..1", place="federate.scale")
+            raise RecipeError(f"got {scale}, expected a number inside 0..1", place="scale")
         try:
+            if reply is not None and reply.kind == "error":  # in words of its own
+                check_header(reply.kind, reply.header)
+                reason = reply.header.get("reason", "the client failed and gave no reason")
+                self.refused[client] = str(reason)[:500]
+                return
             named = self.key.round if task is None else task
             self._take(Key(self.key.seed, named, client), reply, scale)
         except WireError as problem:
@@ -326,13 +335,12 @@ class Gatherer:
         who replied is as private as what was sent.
         """
         up = self.uplink
+        if self.gathering is None:
+            return self._without(self.closed)
         try:
-            if self.gathering is None:
-                raise SecureError(self.closed)
             total = self.gathering.close()
         except SecureError as problem:
-            refused = dict.fromkeys(self.cohort, str(problem)) | self.refused
-            return RoundMean({}, [], refused, self.state)
+            return self._without(str(problem))
         failures = self._count_failures(total)
         if not up.trust.fixed_divisor:  # open, or every update is private by itself
             weight = total.weight if up.aggregator.sums else 1.0
@@ -351,6 +359,10 @@ class Gatherer:
             self.state |= self._next_clip(up.adaptive)
         planned = up.cohort.size
         return RoundMean(means, self.rows, self.refused, self.state, failures, planned)
+
+    def _without(self, reason: str) -> RoundMean:
+        """Returns what a round comes to in which no aggregate was opened."""
+        return RoundMean({}, [], dict.fromkeys(self.cohort, reason) | self.refused, self.state)
 
     def _take(self, key: Key, reply: Message | None, scale: float) -> None:
         up = self.uplink
@@ -390,11 +402,11 @@ class Gatherer:
             WireError: if `reply` is none.
         """
         if reply is None:
-            raise WireError("no reply came", cure="see whether the client is still running")
+            raise WireError(
+                "no reply came", place="update", cure="see whether the client is still running"
+            )
         header = reply.header
         check_header(reply.kind, header)
-        if reply.kind == "error":
-            raise WireError(str(header.get("reason", "the client failed and gave no reason"))[:500])
         if reply.kind != "update":
             raise WireError(
                 f"got {reply.kind!r}, expected 'update'",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fedpress.data import DataSettings
-from fedpress.errors import FedpressError, RunError, renaming
+from fedpress.errors import FedpressError, RunError, renamed, renaming
 from fedpress.stages.base import Stage
 
 _WORD = re.compile(r"\w+")
@@ -20,14 +20,14 @@ def in_recipe(place: str, index: int, stage: Stage) -> str:
         place: an argument (`score`), a key of the stage (`privacy.delta`, `prune.score` or `stage.score`), something
             else (a file, a field of a message), or empty for the stage as a whole.
         index: of the stage in the recipe.
-        stage: its settings. Where arguments below have other names than its keys, the stage itself renames them.
+        stage: its settings. Where arguments below have other names than its keys, `stage.places` says which they are.
 
     >>> from fedpress.stages.federate.stage import FederateStage
     >>> stage = FederateStage(kind="federate", cohort=5, num_rounds=3)
     >>> in_recipe("privacy.clip_norm", 2, stage), in_recipe("stage.lr", 2, stage), in_recipe("", 2, stage)
     ('recipe.stage[2].privacy.clip_norm', 'recipe.stage[2].lr', 'recipe.stage[2] (federate)')
     """
-    at = f"recipe.stage[{index}]"
+    at, place = f"recipe.stage[{index}]", renamed(place, stage.places)
     found = _WORD.match(place)
     word = found[0] if found else ""
     rest = place[len(word) :]

@@ -200,7 +200,9 @@ def _variants(
             )
             if not read_json(path / "result.json").get("finished"):
                 raise RecipeError(
-                    "its events were not followed to the end", cure="go on with the same sweep"
+                    "its events were not followed to the end",
+                    place=path,
+                    cure="go on with the same sweep",
                 )
         except FedpressError as failure:
             error = str(failure)

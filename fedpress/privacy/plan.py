@@ -37,22 +37,20 @@ class PrivacyPlan:
 
     def __post_init__(self) -> None:
         if self.unit not in ("sample", "client"):
-            raise RecipeError(
-                f"got {self.unit!r}, expected 'sample' or 'client'", place="privacy.unit"
-            )
+            raise RecipeError(f"got {self.unit!r}, expected 'sample' or 'client'", place="unit")
         if not 0 < self.clip_norm < math.inf:
             raise RecipeError(
-                f"got {self.clip_norm}, expected a finite number above 0", place="privacy.clip_norm"
+                f"got {self.clip_norm}, expected a finite number above 0", place="clip_norm"
             )
         if not self.noise_multiplier < math.inf:
             raise RecipeError(
                 f"got {self.noise_multiplier}, expected a finite number >= 0",
-                place="privacy.noise_multiplier",
+                place="noise_multiplier",
             )
         if self.steps_per_round < 1:
             raise RecipeError(
                 f"got {self.steps_per_round}, expected a whole number >= 1",
-                place="privacy.steps_per_round",
+                place="steps_per_round",
             )
         accountant.check_delta(self.delta)
         self.phase(num_rounds=1)  # checks the rest

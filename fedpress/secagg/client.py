@@ -49,13 +49,11 @@ class SecAggClient:
         self, name: str, secret: bytes, plan: SecurePlan, identities: Mapping[str, bytes], run: str
     ) -> None:
         if len(secret) != 32:
-            raise RecipeError(
-                f"got {len(secret)} bytes, expected 32 random ones", place="secure.secret"
-            )
+            raise RecipeError(f"got {len(secret)} bytes, expected 32 random ones", place="secret")
         if identities.get(name) != identity(secret):
             raise RecipeError(
                 f"{name!r} has another identity than its secret",
-                place="secure.identities",
+                place="identities",
                 cure="enter its own",
             )
         self.name, self._secret, self._setting = (
@@ -246,7 +244,7 @@ class SecAggClient:
                     f"not the state of {self.name!r} in run {self._setting.run!r} "
                     f"({type(error).__name__})"
                 ),
-                place="secure.state",
+                place="state",
                 cure="load what this run saved",
             ) from error
         self._answered = answered
@@ -266,7 +264,7 @@ class SecAggClient:
         except (KeyError, TypeError, ValueError) as error:
             raise RecipeError(
                 f"not the state of {self.name!r} ({type(error).__name__})",
-                place="secure.state",
+                place="state",
                 cure="load what it saved",
             ) from error
         self._answered = {max(rounds): {"context": "another run"}} if rounds else {}
@@ -275,6 +273,7 @@ class SecAggClient:
         if self._roster is not None and self._roster.digest != roster.digest:
             raise SecureError(
                 "another roster was accepted in this run",
+                place="roster",
                 cure="start a new run to change who takes part",
             )
         mine = dict(zip(roster.names, roster.keys, strict=True)).get(self.name)
@@ -308,21 +307,23 @@ class SecAggClient:
         ):
             raise RecipeError(
                 "expected an int64 vector of at least one whole number",
-                place="secure.values",
+                place="values",
                 cure="discretize first",
             )
         bound = self._setting.plan.bound
         if bound is not None and not bool((values >= -bound).all() and (values <= bound).all()):
             raise RecipeError(
                 f"a value is beyond the bound of {bound}, so sums could overflow",
-                place="secure.values",
+                place="values",
                 cure="clip first",
             )
         return to_words(values, self._setting.plan.bits)
 
     def _round(self, number: int, cohort: Sequence[str], size: int) -> Round:
         if self._roster is None:
-            raise SecureError("no roster was accepted in this run", cure="send the roster first")
+            raise SecureError(
+                "none was accepted in this run", place="roster", cure="send the roster first"
+            )
         facts = Round.of(self._setting, self._roster, number, cohort, size)
         if self.name not in facts.names:
             raise WireError(
@@ -364,7 +365,8 @@ class SecAggClient:
         newest = max(self._answered, default=facts.number)
         if facts.number not in self._answered and facts.number < newest:
             raise SecureError(
-                f"round {facts.number} is over, round {newest} was answered",
+                f"it is over, round {newest} was answered",
+                place=f"round {facts.number}",
                 cure="ask about a later one",
             )
         steps = self._answered.setdefault(facts.number, {"context": facts.context.hex()})

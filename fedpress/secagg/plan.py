@@ -42,15 +42,15 @@ class SecurePlan:
     def __post_init__(self) -> None:
         if not 2 <= self.cohort <= MAX_COHORT:
             raise RecipeError(
-                f"got {self.cohort}, expected 2 to {MAX_COHORT} clients", place="secure.cohort"
+                f"got {self.cohort}, expected 2 to {MAX_COHORT} clients", place="cohort"
             )
         if not 2 <= self.bits <= 62:
-            raise RecipeError(f"got {self.bits}, expected 2 to 62", place="secure.bits")
+            raise RecipeError(f"got {self.bits}, expected 2 to 62", place="bits")
         for name in ("max_dropout", "max_corrupt"):
             if not 0 <= getattr(self, name) < 0.5:
                 raise RecipeError(
                     f"got {getattr(self, name)}, expected a share from 0 to below 0.5",
-                    place=f"secure.{name}",
+                    place=name,
                 )
         if self.bound is not None and not 0 < self.bound * self.cohort < 1 << (self.bits - 1):
             needed = (self.bound * self.cohort).bit_length() + 1
@@ -59,7 +59,8 @@ class SecurePlan:
                     f"got {self.bits}, and {self.cohort} values up to {self.bound} need {needed} "
                     "bits"
                 ),
-                place="secure.bits",
+                place="bits",
+                cure=f"take {needed} or more",
             )
         if self.survivors - self.corrupt < 2:
             raise RecipeError(
@@ -67,7 +68,7 @@ class SecurePlan:
                     f"with {self.cohort} clients a sum may hold {self.survivors - self.corrupt} "
                     "honest ones, which hides nobody"
                 ),
-                place="secure.max_dropout",
+                place="max_dropout",
                 cure="take a larger cohort or a lower max_dropout",
             )
         if not all(_committee(self.cohort, self.dropped, self.corrupt)):
@@ -76,7 +77,7 @@ class SecurePlan:
                     f"{self.corrupt} corrupt and twice {self.dropped} vanishing clients are not "
                     f"fewer than the cohort of {self.cohort}"
                 ),
-                place="secure.max_corrupt",
+                place="max_corrupt",
                 cure="lower max_dropout or max_corrupt",
             )
 

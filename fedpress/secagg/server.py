@@ -59,6 +59,7 @@ class SecAggServer:
             if len(self._joined) < self._setting.plan.cohort:
                 raise SecureError(
                     f"{len(self._joined)} clients joined, a round needs {self._setting.plan.cohort}",
+                    place="join",
                     cure="wait for more",
                 )
             names = tuple(sorted(self._joined))
@@ -92,7 +93,7 @@ class SecAggServer:
         if self._roster is None or not self._accepted.issuperset(cohort) or size < 1:
             raise RecipeError(
                 "somebody in it did not accept the roster",
-                place="secure.cohort",
+                place="cohort",
                 cure="choose among those who did",
             )
         try:
@@ -100,7 +101,8 @@ class SecAggServer:
                 self._setting, Round.of(self._setting, self._roster, round, cohort, size)
             )
         except WireError as error:
-            raise RecipeError(f"secure.{error}") from error
+            place = error.place.removeprefix("round.")
+            raise RecipeError(error.problem, place=place, cure=error.cure) from error
 
 
 class SecureRound:

@@ -29,6 +29,7 @@ class Stage:
         wants_one_of: keys of which a command must give one, since no default suits all.
         without_data: keys that take other values where there is no data to look at.
         saved_models: keys whose value may be the path of a saved model, and the words that are none.
+        places: arguments of the floors below -> the key of this stage that they come from, where the words differ.
     """
 
     changes_model: ClassVar[bool] = True
@@ -41,6 +42,7 @@ class Stage:
     wants_one_of: ClassVar[tuple[str, ...]] = ()
     without_data: ClassVar[Mapping[str, JsonValue]] = {}
     saved_models: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    places: ClassVar[Mapping[str, str]] = {}
 
     if TYPE_CHECKING:  # fields of the settings classes, each with its own kind as type
 

@@ -58,7 +58,7 @@ class ExportStage(BaseModel, Stage):
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in FORMATS:
-            raise ValueError(deploy.unknown_format(name))
+            raise ValueError(deploy.unknown_format(name).told(place=""))
         return name
 
     @model_validator(mode="after")

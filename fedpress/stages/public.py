@@ -25,7 +25,7 @@ def calibration(state: State, n: int, seed: int) -> Arrays:
     if not len(public):
         raise DataError(
             "it needs public examples, but the public part of the data is empty",
-            place="stage.calibration",
+            place="calibration",
             cure="set data.public_share",
         )
     drawn = public.take(public_stream(seed, "calibration").permutation(len(public))[:n])
@@ -36,7 +36,7 @@ def calibration(state: State, n: int, seed: int) -> Arrays:
                 f"all {len(drawn)} public examples are of the one class '{name}', expected at "
                 f"least 2 of {state.data.num_classes}"
             ),
-            place="stage.calibration",
+            place="calibration",
             cure=f"raise calibration (now {n}), or give public data of more classes",
         )
     return drawn

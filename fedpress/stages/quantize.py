@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fedpress.compress import quantize as quantizing
 from fedpress.compress.prune.ignoring import ignored
 from fedpress.core.random import derive
-from fedpress.errors import renaming
 from fedpress.models import ModelSpec
 from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import (
@@ -46,6 +45,7 @@ class QuantizeStage(TaughtSettings, Stage):
     several_inputs: ClassVar = True
     without_data: ClassVar = {"inputs": "dynamic", "correct_bias": False}
     saved_models: ClassVar = SAVED_MODELS
+    places: ClassVar = TaughtSettings.places | {"inputs.bits": "input_bits"}
 
     kind: Literal["quantize"]
     name: Name = "quantize"
@@ -171,16 +171,15 @@ class QuantizeStage(TaughtSettings, Stage):
                 self.max_bytes or 0,
             )
             table = _with_bits(table, chosen)
-        with renaming({"inputs.bits": "input_bits"}):
-            notes = quantizing.quantize_(
-                model,
-                table,
-                batches,
-                scale=self.scale,
-                rounding=self._rounding(),
-                observer=self.observer,
-                correct_bias=self._corrects(),
-            )
+        notes = quantizing.quantize_(
+            model,
+            table,
+            batches,
+            scale=self.scale,
+            rounding=self._rounding(),
+            observer=self.observer,
+            correct_bias=self._corrects(),
+        )
         # Which weights are pruned was decided before rounding: a kept one that rounds to 0 goes on learning.
         noted = note_kept_zeros_(model, kept)
         spec = spec.model_copy(

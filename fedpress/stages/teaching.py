@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -38,6 +39,10 @@ class TaughtSettings(TrainSettings):
         "or a saved model: its folder, a run, a packed file",
     )
     distill: DistillSettings = DistillSettings()
+    places: ClassVar[Mapping[str, str]] = {
+        "features": "distill.features",
+        "attention": "distill.attention",
+    }
 
     @model_validator(mode="after")
     def _distills_from_somebody(self) -> TaughtSettings:
@@ -66,10 +71,9 @@ class TaughtSettings(TrainSettings):
         examples = data.preprocess(data.public.x[:64].to(device()))
         context = partial(autocast, teacher, self.precision)
         task = data.task.smoothed(self.label_smoothing)
-        with renaming({"features": "distill.features", "attention": "distill.attention"}):
-            return Distillation(
-                teacher, learns, self.distill, examples, task, context=context, seed=seed
-            )
+        return Distillation(
+            teacher, learns, self.distill, examples, task, context=context, seed=seed
+        )
 
 
 class Training:

@@ -49,7 +49,7 @@ def check_packable(spec: ModelSpec, model: nn.Module) -> None:
     if odd is not None:
         raise ModelError(
             f"the spec builds another network ('{odd}' differs)",
-            place="pack",
+            place="spec",
             cure="give the spec that belongs to the model",
         )
 
@@ -69,7 +69,7 @@ def pack(spec: ModelSpec, model: nn.Module, path: Path) -> Packed:
     if odd or back.model_dump() != spec.model_dump():
         raise ModelError(
             f"'{(odd[0] if odd else 'spec')}' would not come back from the file as it is",
-            place="pack",
+            place="spec",
             cure="the spec is of another model, or the model was changed after its spec was made",
         )
     theirs = dict(twin.named_buffers())
@@ -81,7 +81,7 @@ def pack(spec: ModelSpec, model: nn.Module, path: Path) -> Packed:
                     f"the buffer '{name}' is not saved (persistent=False), and a model built anew "
                     "has another one"
                 ),
-                place="pack",
+                place="model",
                 cure="make it persistent",
             )
     path = Path(path)

@@ -79,7 +79,7 @@ class TensorTable(BaseModel):
             if kind not in TYPES:
                 raise ModelError(
                     f"'{name}' is of type {kind}",
-                    place="pack",
+                    place="model",
                     cure=f"turn it into one of {', '.join(TYPES)}",
                 )
             if name in codes:

@@ -169,7 +169,7 @@ class Task(ABC):
         if amount:
             raise RecipeError(
                 f"the task is {self.kind}, which has no labels to smooth",
-                place="stage.label_smoothing",
+                place="label_smoothing",
                 cure="leave it out",
             )
         return self

@@ -60,8 +60,8 @@ def _check_examples(
         )
     if settings.patience and not len(validation):
         raise TrainingError(
-            "patience needs a validation set",
-            place="train",
+            "it needs a validation set",
+            place="patience",
             cure="set data.validation, or leave patience out",
         )
     if settings.bn_penalty:
@@ -70,8 +70,8 @@ def _check_examples(
     if alone and _needs_two(model, preprocess(train.x[:1])):
         if settings.batch_size == 1:
             raise TrainingError(
-                "batch_size = 1 leaves a batch norm nothing to average",
-                place="train",
+                "got 1, which leaves a batch norm nothing to average",
+                place="batch_size",
                 cure="take 2 or more",
             )
         raise TrainingError(
@@ -87,11 +87,8 @@ def _check_image_sizes(
     for side, _ in settings.image_sizes:
         if train.x.dim() != 4 or side > min(train.x.shape[2:]):
             raise TrainingError(
-                (
-                    f"image_sizes asks for images of {side} pixels, but examples are "
-                    f"{tuple(train.x.shape[1:])}"
-                ),
-                place="train",
+                (f"got images of {side} pixels, but examples are {tuple(train.x.shape[1:])}"),
+                place="image_sizes",
                 cure="give smaller sides, or leave image_sizes out",
             )
         two = Arrays(resized(train.x[:2], side), train.y[:2])
@@ -100,7 +97,7 @@ def _check_image_sizes(
         except RuntimeError as error:
             raise TrainingError(
                 f"the model cannot take images of {side} pixels ({str(error).splitlines()[0]})",
-                place="train",
+                place="image_sizes",
                 cure="leave image_sizes out, or use a network that pools, such as resnet18",
             ) from error
 
@@ -115,8 +112,8 @@ def batch_norm_scales(model: nn.Module) -> list[nn.Parameter]:
     scales = [norm.weight for norm in norms if norm.affine and norm.weight.requires_grad]
     if not scales:
         raise TrainingError(
-            "bn_penalty pulls at batch-norm scales, but the model trains none",
-            place="train",
+            "it pulls at batch-norm scales, but the model trains none",
+            place="bn_penalty",
             cure="leave it out",
         )
     return scales

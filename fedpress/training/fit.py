@@ -193,9 +193,9 @@ class Fit:
 
     def _diverged(self, what: str) -> DivergedError:
         s = self.settings
-        rates = f"stage.lr (now {s.lr})"
+        rates = f"lr (now {s.lr})"
         if s.optimizer == "muon":
-            rates += f" or stage.head_lr (now {s.head_lr})"
+            rates += f" or head_lr (now {s.head_lr})"
         return DivergedError(
             f"{what}",
             place="train",

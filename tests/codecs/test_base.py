@@ -17,7 +17,7 @@ class Halve:
 
     def bind(self, bound):
         if bound.size % 2:
-            raise RecipeError("halve: the size is odd")
+            raise RecipeError("the size is odd", place="size", cure="halve another")
         return replace(self, size=bound.size), replace(bound, size=bound.size // 2)
 
     def encode(self, x, key):
@@ -25,7 +25,7 @@ class Halve:
 
     def decode(self, x, key):
         if "rest" not in x.side:
-            raise WireError("halve.rest: is missing")
+            raise WireError("is missing", place="halve.rest", cure="send it")
         return torch.cat([x.values, x.side["rest"].expand(self.size // 2)])
 
 
@@ -36,7 +36,7 @@ def test_a_chain_binds_each_transform_to_the_bound_before_it():
 
 
 def test_a_transform_that_does_not_fit_is_refused_when_bound():
-    with pytest.raises(RecipeError, match="halve"):
+    with pytest.raises(RecipeError, match=r"^chain\[1\]\.size: .* halve another"):
         bind_chain([Halve(), Halve()], Bound(6))
 
 

@@ -40,7 +40,7 @@ def test_a_package_that_cannot_be_loaded_is_told_apart_from_a_missing_one(tmp_pa
     with pytest.raises(ExportError, match=r"cannot be loaded \(libgone\.so.*--force-reinstall"):
         require("broken_package")
     with pytest.raises(
-        ExportError, match="'no_such_package' is missing; run `pip install no_such_package`"
+        ExportError, match="'no_such_package': it is missing; run `pip install no_such_package`"
     ):
         require("no_such_package")
 

@@ -97,28 +97,29 @@ def test_the_seed_is_told_by_a_commitment_alone():
 
 def test_an_entry_that_one_side_does_not_know_is_named():
     ours = Agreement({"version": 1, "later": {"key": 3}})
-    assert ours.difference(Agreement({"version": 1})).startswith(
-        "agreement.later.key: the server says 3, this client nothing"
-    )
-    assert (
-        Agreement({"version": 1})
-        .difference(ours)
-        .startswith("agreement.later.key: the server says nothing, this client 3")
-    )
+    theirs = Agreement({"version": 1})
+    with pytest.raises(
+        WireError, match=r"^agreement\.later\.key: the server says 3, this client no"
+    ):
+        ours.compare(theirs)
+    with pytest.raises(WireError, match=r"^agreement\.later\.key: .* nothing, this client 3"):
+        theirs.compare(ours)
+    ours.compare(Agreement(dict(ours.entries)))
 
 
 @pytest.mark.parametrize("pair", [(1, True), (1, 1.0), (0, False), (None, "None")])
 def test_values_that_python_takes_for_equal_differ(pair):
     one, two = (Agreement({"entry": value}) for value in pair)
-    assert one.difference(two)
+    with pytest.raises(WireError, match="entry"):
+        one.compare(two)
     assert one.fingerprint != two.fingerprint
 
 
 def test_values_that_look_alike_when_shown_short_differ():
     one, two = ({"names": ["a" * 500 + end]} for end in "xy")
-    said = Agreement(one).difference(Agreement(two))
-    assert said.startswith("agreement.names: the server says ")
-    assert len(said) < 400
+    with pytest.raises(WireError, match=r"^agreement\.names: the server says ") as caught:
+        Agreement(one).compare(Agreement(two))
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "{", "[" * 100_000])

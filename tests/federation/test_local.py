@@ -84,7 +84,7 @@ def test_a_parameter_that_gets_no_gradient_stays():
 
 def test_a_loss_that_is_not_finite_is_an_error_with_the_cure():
     bad = Arrays(torch.full((4, 6), float("nan")), torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(TrainingError, match=r"not finite in round 1; lower federate\.lr"):
+    with pytest.raises(TrainingError, match=r"not finite in round 1; lower lr"):
         train(mlp(), task(bad))
 
 
@@ -288,7 +288,7 @@ def test_a_lone_example_under_batch_norm_is_an_error_with_the_cure():
         match=r"leaves a batch norm nothing to average; leave this client out, or set",
     ):
         train(model, task(examples(1)))
-    with pytest.raises(TrainingError, match=r"take federate\.batch_size = 2 or more"):
+    with pytest.raises(TrainingError, match=r"take batch_size = 2 or more"):
         train(model, task(examples(4), batch_size=1))
     train(model.eval(), task(examples(1)))
     with pytest.raises(ValueError, match="mine"):

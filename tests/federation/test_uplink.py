@@ -199,7 +199,7 @@ def test_example_weights_under_client_privacy_are_refused_before_the_run():
 
 
 def test_unknown_weights_are_refused():
-    with pytest.raises(RecipeError, match=r"federate\.weights: got 'size'"):
+    with pytest.raises(RecipeError, match=r"^weights: got 'size'"):
         Uplink.bind(2, Cohort(2, 2), weights="size")
 
 

@@ -415,7 +415,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(tiny, 
     kill_after(7, tiny, path)
     before = (path / "stages/0-train/progress.safetensors").read_bytes()
     wild = tiny.replace("lr = 0.05", "lr = 1e30")
-    with pytest.raises(TrainingError, match=r"recipe.stage\[0\]: the loss is .* lower stage.lr"):
+    with pytest.raises(TrainingError, match=r"recipe.stage\[0\]: the loss is .* lower lr"):
         finish(wild, tmp_path / "wilder")
     assert (path / "stages/0-train/progress.safetensors").read_bytes() == before
     assert not (tmp_path / "wilder" / "result.json").exists()

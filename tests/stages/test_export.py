@@ -94,7 +94,7 @@ def test_what_cannot_be_packed_is_measured_as_torch_holds_it(monkeypatch):
     state = replace(state, spec=state.spec.model_copy(update={"quantized": grids}))
 
     def refuse(*_):
-        raise ModelError("pack: a buffer is of type complex64")
+        raise ModelError("a buffer is of type complex64", place="pack", cure="turn it into float32")
 
     packed = measure(state, latency=False)["file_bytes"]
     monkeypatch.setattr(sizes, "to_bytes", refuse)

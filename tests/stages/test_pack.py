@@ -87,6 +87,6 @@ def test_what_cannot_be_rebuilt_is_refused_before_the_run():
     state = first_state(recipe, load_data(recipe))
     state.model.register_buffer("extra", torch.zeros(3))
     with pytest.raises(
-        ModelError, match=r"pack: the spec builds another network \('extra' differs\)"
+        ModelError, match=r"spec: the spec builds another network \('extra' differs\)"
     ):
         PackStage(kind="pack").check(state)

@@ -231,7 +231,7 @@ def test_a_model_of_another_spec_is_refused(tmp_path):
     spec, model = built()
     other = spec.model_copy(update={"arguments": {"width": 4, "num_classes": 3}})
     with pytest.raises(
-        ModelError, match=r"pack: the spec builds another network \('.*' differs\); give the spec"
+        ModelError, match=r"spec: the spec builds another network \('.*' differs\); give the spec"
     ):
         storage.pack(other, model, tmp_path / "m")
     assert not any(tmp_path.iterdir())

@@ -251,7 +251,7 @@ def test_no_epochs_change_nothing():
 def test_a_loss_that_is_no_number_says_where_it_happened():
     with pytest.raises(
         TrainingError,
-        match=r"the loss is (nan|inf) at epoch \d+, step \d+; lower stage.lr \(now 1e\+3",
+        match=r"the loss is (nan|inf) at epoch \d+, step \d+; lower lr \(now 1e\+3",
     ):
         fit_all(fitting(network("mlp"), settings(lr=1e30, warmup=0.0), seed=0), images())
     data = Arrays(torch.full((24, 192), 0.1), images().y)
@@ -276,15 +276,13 @@ def test_weights_that_are_not_finite_after_the_last_step_stop_the_training():
     model = Explodes()
     with pytest.raises(
         DivergedError,
-        match=r"'head\.bias' is not finite after epoch 1; lower stage\.lr \(now 0\.05\)",
+        match=r"'head\.bias' is not finite after epoch 1; lower lr \(now 0\.05\)",
     ):
         fit_all(fitting(model, settings(epochs=1, batch_size=24), seed=0), images())
 
 
 def test_muon_names_both_of_its_rates_when_it_diverges():
-    with pytest.raises(
-        DivergedError, match=r"lower stage\.lr \(now 1e\+38\) or stage\.head_lr \(now 0\.05\)"
-    ):
+    with pytest.raises(DivergedError, match=r"lower lr \(now 1e\+38\) or head_lr \(now 0\.05\)"):
         fit_all(
             fitting(network("mlp"), settings(lr=1e38, optimizer="muon", warmup=0.0), seed=0),
             images(),

@@ -176,7 +176,7 @@ def _spans(
                     f"{module_of(value)!r} gives NaN or infinite values on the calibration "
                     "examples, for which integers have no range"
                 ),
-                place="export",
+                place="model",
                 cure="look at its weights and inputs",
             )
         low, high = spans.get(grids[value], (0.0, 0.0))

@@ -169,7 +169,7 @@ def _round_weight(weight: Tensor, bits: Literal[7, 8], name: str) -> tuple[Tenso
     if not bool(weight.isfinite().all()):
         raise ExportError(
             f"{layer_of(name)!r} has NaN or infinite weights",
-            place="export",
+            place="model",
             cure="load a checkpoint from before training broke",
         )
     highest = HIGHEST_CODE[bits]

@@ -78,7 +78,7 @@ class SecureSum:
                         f"a secure sum is planned for one vector, and the algorithm sends '{way.name}' "
                         "too"
                     ),
-                    place="federate.aggregator",
+                    place="aggregator",
                     cure='take aggregator = "mean", or another algorithm',
                 )
             kinds = [one.kind for one in way.codecs]
@@ -86,7 +86,7 @@ class SecureSum:
             if not way.end.integer:
                 raise RecipeError(
                     "a secure sum adds whole numbers",
-                    place="uplink",
+                    place="chain",
                     cure='end the list with { kind = "clip", clip_norm = 10.0 }, { kind = "discretize" }',
                 )
 
@@ -98,7 +98,7 @@ class SecureSum:
         """
         if transport is None:
             raise SecureError(
-                "its keys travel", place="secure sum", cure="open it with a transport first"
+                "its keys travel", place="transport", cure="open it with a transport first"
             )
         combiner, clients = SecAggServer(self.plan, dict(self.identities), run), transport.clients()
         absent = dict.fromkeys(clients, "no reply came")
@@ -111,8 +111,9 @@ class SecureSum:
         )
         try:
             roster = combiner.roster()
-        except SecureError as problem:
-            raise SecureError(f"{problem}{_named(absent, clients)}") from problem
+        except SecureError as error:
+            error.problem += _named(absent, clients)
+            raise
         message = Message("roster", roster.header, roster.tensors)
         absent |= dict.fromkeys((name for name in clients if name not in absent), "no reply came")
         _collect(transport, dict.fromkeys(clients, message), "accepted", combiner.accepted, absent)
@@ -140,8 +141,9 @@ class SecureSession:
         """
         try:
             opened = self.combiner.open(key.round, cohort, self.aggregator.size)
-        except RecipeError as problem:
-            raise SecureError(f"{problem}{_named(self.absent, cohort)}") from problem
+        except RecipeError as error:
+            problem = f"{error.problem}{_named(self.absent, cohort)}"
+            raise SecureError(problem, place=error.place, cure=error.cure) from error
         return MaskedSum(self, ways[0], key, opened)
 
 
@@ -173,8 +175,9 @@ class MaskedSum:
         _collect(self.session.transport, requests, "shares", self.opened.share, silent)
         try:
             values = self.opened.sum()
-        except SecureError as problem:
-            raise SecureError(f"{problem}{_named(silent, list(requests))}") from problem
+        except SecureError as error:
+            error.problem += _named(silent, list(requests))
+            raise
         largest, limit = (
             int(values.abs().max()) if values.numel() else 0,
             self.session.aggregator.limit,
@@ -202,7 +205,7 @@ def check_additive(chain: Mapping[str, Transform]) -> None:
                 else "'discretize' (one grid for all)"
             )
             raise RecipeError(
-                f"a secure sum cannot decode a sum of '{kind}'", place="uplink", cure=f"use {cure}"
+                f"a secure sum cannot decode a sum of '{kind}'", place="chain", cure=f"use {cure}"
             )
 
 
@@ -221,9 +224,14 @@ def _collect(
         try:
             check_header(reply.kind, reply.header)
             if reply.kind == "error":
-                raise WireError(str(reply.header.get("reason", "the client failed")))
+                missing[client] = str(reply.header.get("reason", "the client failed"))
+                continue
             if reply.kind != kind:
-                raise WireError(f"got {reply.kind!r}", place=f"{kind}.kind")
+                raise WireError(
+                    f"got {reply.kind!r}, expected {kind!r}",
+                    place=f"{kind}.kind",
+                    cure="use the same fedpress on both sides",
+                )
             take(client, SecAggMessage(dict(reply.header), dict(reply.tensors)))
         except WireError as problem:
             missing[client] = str(problem)

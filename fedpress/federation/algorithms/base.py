@@ -222,7 +222,7 @@ def check_fits(
                 f"'{algorithm.kind}' corrects several local steps, but with unit 'sample' and "
                 "this trust the clients take one step together"
             ),
-            place="federate.algorithm",
+            place="algorithm",
             cure='set trust = "local", or algorithm = "fedavg"',
         )
     if unit == "sample" and algorithm.reads_loss:
@@ -231,6 +231,6 @@ def check_fits(
                 f"'{algorithm.kind}' asks for the loss of a client's examples, which no noise "
                 "covers under unit 'sample'"
             ),
-            place="federate.algorithm",
+            place="algorithm",
             cure='take unit = "client", or algorithm = "fedavg"',
         )

@@ -86,7 +86,7 @@ class Scaffold(AlgorithmRow):
                     f"got {settings.momentum:g}, but 'scaffold' takes how far a client moved for "
                     "its mean gradient"
                 ),
-                place="federate.momentum",
+                place="momentum",
                 cure='set momentum = 0, and server = { kind = "momentum" } in its table if wanted',
             )
 

@@ -64,7 +64,7 @@ class Buffered(BaseModel):
         if size is not None:
             raise RecipeError(
                 f"got {size}, but a buffered schedule counts the updates of a step by its buffer",
-                place="federate.cohort",
+                place="size",
                 cure="leave cohort out",
             )
         if sampling != "fixed":
@@ -73,7 +73,7 @@ class Buffered(BaseModel):
                     f"got '{sampling}', but a buffered schedule asks one idle client at a time, so "
                     "who takes part is no independent draw and nothing is amplified"
                 ),
-                place="federate.sampling",
+                place="sampling",
                 cure="leave sampling out",
             )
         if self.buffer > population:
@@ -82,7 +82,7 @@ class Buffered(BaseModel):
                     f"got {self.buffer}, but there are {population} clients and each is in a buffer "
                     "at most once"
                 ),
-                place="federate.schedule.buffer",
+                place="buffer",
                 cure="take a smaller buffer or make more clients",
             )
         return Cohort(self.buffer, population)
@@ -95,7 +95,7 @@ class Buffered(BaseModel):
                     f"got {self.buffer}, but the uplink is planned for {cohort.size} updates in one "
                     "step"
                 ),
-                place="federate.schedule.buffer",
+                place="buffer",
                 cure="bind it with schedule.cohort(...)",
             )
 

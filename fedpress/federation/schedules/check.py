@@ -58,7 +58,7 @@ def check_schedule(schedule: Schedule, needs: Needs) -> None:
                 "a secure sum plans noise and bits for everybody that it asks, and survives "
                 "max_dropout of them"
             ),
-            place="federate.schedule.over_selection",
+            place="schedule.over_selection",
             cure="leave over_selection out and make the cohort larger",
         )
     if schedule.drops and needs.hides_clients:
@@ -67,7 +67,7 @@ def check_schedule(schedule: Schedule, needs: Needs) -> None:
                 "a client that is faster displaces another from the sum, so one client moves "
                 "it twice as far as the noise hides"
             ),
-            place="federate.schedule.over_selection",
+            place="schedule.over_selection",
             cure="leave over_selection out, or set privacy.trust = 'local'",
         )
 
@@ -108,6 +108,6 @@ def _check_many_models(schedule: Schedule, needs: Needs) -> None:
         if getattr(needs, name):
             raise RecipeError(
                 f"{what} does not go with a '{schedule.kind}' schedule: {why}",
-                place="federate.schedule",
+                place="schedule",
                 cure=f"take the synchronous schedule, or {cure}",
             )

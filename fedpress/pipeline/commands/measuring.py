@@ -19,7 +19,7 @@ from fedpress.core.examples import Preprocess
 from fedpress.core.random_source import public_stream
 from fedpress.deploy import FORMATS, Candidate, Job
 from fedpress.deploy.examples import Example, Given, example_of, is_shape, take, tensors_of
-from fedpress.errors import ExportError, ModelError
+from fedpress.errors import ExportError, ModelError, renaming
 from fedpress.models import ModelSpec, memory
 from fedpress.models.weights import load_weights_
 from fedpress.nn.resize import copied
@@ -67,7 +67,8 @@ def measure(
     chosen = _chosen(models, checkpoint)
     _check_numbers(seconds, batches, threads)
     if wrong := [name for name in formats or () if name not in FORMATS]:
-        raise ExportError(f"{deploy.unknown_format(wrong[0])}", place="measure")
+        with renaming({"format": "formats"}):
+            raise deploy.unknown_format(wrong[0])
     with ExitStack() as stack:
         stack.enter_context(naming_arguments())
         stack.enter_context(consent.allowing(allow_code))

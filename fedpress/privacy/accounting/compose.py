@@ -6,7 +6,7 @@ import json
 from dataclasses import MISSING, fields
 from typing import Any
 
-from fedpress.errors import RecipeError, did_you_mean
+from fedpress.errors import RecipeError, did_you_mean, inside
 from fedpress.privacy.accounting import accountant
 from fedpress.privacy.accounting.events import GaussianEvent, MechanismEvent, SkellamEvent
 from fedpress.privacy.ledger import Ledger
@@ -82,10 +82,8 @@ def _phase(entry: Any, place: str) -> MechanismEvent:
     for field in fields(kind):
         if field.default is MISSING and field.name not in given:
             raise RecipeError("is missing", place=f"{place}.{field.name}", cure="give it a number")
-    try:
+    with inside(place):
         return kind(**given)
-    except RecipeError as error:
-        raise RecipeError(f"{place}.{error}") from error
 
 
 def _names(kind: type[GaussianEvent] | type[SkellamEvent]) -> list[str]:

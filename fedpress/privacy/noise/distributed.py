@@ -202,8 +202,9 @@ def plan(
     )
     if (epsilon is None) == (noise_multiplier is None):
         raise RecipeError(
-            "give either epsilon (the noise is calibrated) or noise_multiplier, one of the two",
+            "got both epsilon and noise_multiplier, or none, expected one of the two",
             place="epsilon",
+            cure="give epsilon to have the noise calibrated, or noise_multiplier",
         )
     if bits is not None and bits not in BITS:
         raise RecipeError(f"got {bits}, expected {BITS.start} to {BITS.stop - 1}", place="bits")

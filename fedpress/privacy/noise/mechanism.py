@@ -123,7 +123,8 @@ def noised_mean(total: Tensor, plan: PrivacyPlan, *, expected: float, generator:
     """
     if not expected > 0:
         raise PrivacyError(
-            f"expected contributions: got {expected}, expected a number above 0",
+            f"got {expected}, expected a number of contributions above 0",
+            place="expected",
             cure="leave this client out",
         )
     return noise_sum(total, plan, generator) / expected

@@ -112,7 +112,11 @@ def clipped_gradient_sum(
         if method == "loop" or not running.add_by_(method, part, verify):
             running.add_alone_(part)
     if running.written and not contain:
-        raise RecipeError(running.written.removeprefix(WRITTEN))
+        raise RecipeError(
+            running.written.removeprefix(WRITTEN),
+            place="model",
+            cure="keep what its forward pass writes out of it",
+        )
     return running.total, _stats(running.measured, clip_norm, running.agreed)
 
 

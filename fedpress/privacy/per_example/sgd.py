@@ -110,7 +110,7 @@ def private_gradients(
     """
     if plan.unit != "sample":
         raise RecipeError(
-            f"private steps need unit 'sample', got {plan.unit!r}", place="privacy.unit"
+            f"got {plan.unit!r}, expected 'sample': only then are steps private", place="plan.unit"
         )
     met = False
     for index in poisson_batches(len(x), plan.sampling_prob, steps, generator):

@@ -50,7 +50,7 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> S
     if stage.schedule.timed and stage.delays is None:
         raise RecipeError(
             "in a simulation nobody is late without a clock",
-            place="federate.schedule.deadline",
+            place="schedule.deadline",
             cure=(
                 'set delays, for instance delays = { kind = "lognormal", median = 10.0 }, or '
                 "leave deadline out"

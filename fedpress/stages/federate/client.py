@@ -45,7 +45,7 @@ class ClientHalf:
     beginning: Beginning
     memory: ClientState
     client: Client | None = None
-    _refusal: str = field(default="", repr=False)
+    _refusal: FedpressError | None = field(default=None, repr=False)
 
     def handle(self, request: bytes) -> bytes:
         """Answers the bytes of one message, see `fedpress.federation.protocol`.
@@ -61,13 +61,19 @@ class ClientHalf:
         if message.kind == "agree":
             return pack(self._agree(message))
         if self.client is None:
-            cure = "send 'agree' first"
-            raise WireError(
-                self._refusal or f"{message.kind}: this client has agreed to nothing; {cure}"
-            )
+            raise self._refused(message.kind)
         if message.kind == "evaluate":
             return pack(self._evaluate(self.client, message))
         return pack(self.client.answer(message))
+
+    def _refused(self, question: str) -> WireError:
+        """Returns why this client answers no question: it did not agree, or was never asked to."""
+        why = self._refusal
+        if why is None:
+            return WireError(
+                "this client has agreed to nothing", place=question, cure="send 'agree' first"
+            )
+        return WireError(why.problem, place=why.place, cure=why.cure)
 
     def _register(self) -> Message:
         """Says what may be known of this client: no count of examples where whole clients are protected."""
@@ -84,14 +90,14 @@ class ClientHalf:
         Raises:
             WireError: naming the entry that differs; from then on every question gets this answer.
         """
-        self.client, self._refusal = None, ""
+        self.client, self._refusal = None, None
         try:
             population = Population.from_json(read_text(message, "population"))
             self._check_own(population)
             client = self._bind(self.beginning.contract(population))
             answer = client.answer(message)
         except FedpressError as problem:
-            self._refusal = str(problem)
+            self._refusal = problem
             if isinstance(problem, WireError):
                 raise
             raise WireError(
@@ -192,9 +198,9 @@ class ClientHalf:
             Exception: whatever the network raises on them.
         """
         if self.client is None:
-            raise RecipeError(
-                f"{self._refusal or 'not agreed yet'}", place=f"federate.client {self.name}"
-            )
+            refused = self._refused("rehearse")
+            where = f"client '{self.name}': {refused.place}"
+            raise RecipeError(refused.problem, place=where, cure=refused.cure)
         self.client.rehearse(arrays)
 
 

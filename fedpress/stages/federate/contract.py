@@ -15,7 +15,7 @@ from fedpress.core.names import ClientId
 from fedpress.core.random import derive
 from fedpress.core.random_source import RandomSource
 from fedpress.data.population import Population
-from fedpress.errors import RecipeError
+from fedpress.errors import RecipeError, renaming
 from fedpress.federation import (
     Aggregator,
     Algorithm,
@@ -160,7 +160,8 @@ def _contract(
     downlink = None
     if stage.downlink:
         downlink = Downlink(layout.size, layout.shapes, stage.downlink, stage.first_downlink)
-        _ = downlink.bound(whole=True), downlink.bound(whole=False)  # says what does not fit
+        with renaming({"chain": "downlink", "first": "first_downlink"}):
+            _ = downlink.bound(whole=True), downlink.bound(whole=False)  # says what does not fit
     terms = Terms(
         layout=layout,
         settings=local_settings(stage),
@@ -249,7 +250,7 @@ def _trainable(model: nn.Module, patterns: tuple[str, ...]) -> nn.Module:
         names = ", ".join(name for name, _ in list(model.named_parameters())[:3])
         raise RecipeError(
             f"no parameter matches {list(patterns)}",
-            place="federate.trainable",
+            place="trainable",
             cure=f"names look like {names} and '*' matches all",
         )
     return model

@@ -132,14 +132,14 @@ def protect(
                 f"got '{stage.aggregator.kind}' with trust '{trust.kind}', where only a secure "
                 "sum carries all of the noise"
             ),
-            place="stage.aggregator",
+            place="aggregator",
             cure='leave aggregator out, or set trust = "local"',
         )
     _check_promise(stage, trust, population, cohort)
     if secure and trust.noise != "sum":
         raise RecipeError(
             f"got '{private.trust}' with a secure sum",
-            place="stage.privacy.trust",
+            place="privacy.trust",
             cure=(
                 'set trust = "distributed", so that the clients make the noise of the sum together'
             ),
@@ -153,19 +153,19 @@ def _check_list(stage: FederateSettings, secure: bool, cohort: Cohort) -> None:
         if stage.error_feedback and getattr(transform, "unbiased", False):
             raise RecipeError(
                 f"'{transform.kind}' is unbiased, so what it lost would grow from round to round",
-                place="stage.error_feedback",
+                place="error_feedback",
                 cure="set error_feedback = false, or unbiased = false",
             )
         if secure and transform.kind == "noise":
             raise RecipeError(
                 "a secure sum plans its own noise",
-                place="stage.uplink.noise",
+                place="uplink.noise",
                 cure="ask for it with stage.privacy",
             )
         if secure and isinstance(transform, Discretize) and transform.scale is not None:
             raise RecipeError(
                 "a secure sum plans it",
-                place="stage.uplink.discretize.scale",
+                place="uplink.discretize.scale",
                 cure="give bits, or leave both out",
             )
     if secure and (
@@ -174,7 +174,7 @@ def _check_list(stage: FederateSettings, secure: bool, cohort: Cohort) -> None:
     ):
         raise RecipeError(
             "a secure sum needs cohorts of one size, whose noise and bits are planned",
-            place="stage.sampling",
+            place="sampling",
             cure=(
                 f"got '{cohort.sampling}' cohorts of {cohort.size} in {cohort.population}; use "
                 "'fixed', or 'cyclic' with a cohort that divides the population"
@@ -322,7 +322,7 @@ def _check_joint(stage: FederateSettings) -> None:
                     f"got {getattr(stage, name):g}, but with this trust the clients of a cohort "
                     "take one step together"
                 ),
-                place=f"stage.{name}",
+                place=f"{name}",
                 cure=f"set {name} = {fine:g}, and momentum in stage.server if wanted",
             )
     secure = is_secure(stage)
@@ -331,7 +331,7 @@ def _check_joint(stage: FederateSettings) -> None:
         if transform.kind not in fine_here or getattr(transform, "unbiased", False):
             raise RecipeError(
                 "it could let one example move a client's sum by more than the clip norm",
-                place=f"stage.uplink.{transform.kind}",
+                place=f"uplink.{transform.kind}",
                 cure=(
                     f'use {" and ".join(repr(kind) for kind in fine_here)} here, or trust = "local"'
                 ),
@@ -346,7 +346,7 @@ def _client_local(case: _Case) -> Protection:
                 "with trust 'local' the server knows who takes part, so drawing by chance "
                 "hides nothing"
             ),
-            place="stage.sampling",
+            place="sampling",
             cure="use 'fixed' or 'cyclic'",
         )
     private = case.private
@@ -396,7 +396,7 @@ def _correlated(case: _Case, plan: PrivacyPlan) -> Protection:
     if cohort.sampling == "poisson":
         raise RecipeError(
             "correlated noise is for populations without sampling",
-            place="stage.sampling",
+            place="sampling",
             cure="use 'cyclic', or all clients",
         )
     assert private.correlated is not None
@@ -447,7 +447,7 @@ def _grid(
     if at is None:
         raise RecipeError(
             "a secure sum adds whole numbers",
-            place="stage.uplink",
+            place="uplink",
             cure=f'end the list with {{ kind = "discretize" }}, as in {line}',
         )
     discretize = chain[at]
@@ -455,7 +455,7 @@ def _grid(
     if not bound.l2 < math.inf:
         raise RecipeError(
             "a secure sum needs updates of bounded length, or it could overflow",
-            place="stage.uplink",
+            place="uplink",
             cure=f"put 'clip' before it, as in {line}",
         )
     limit = discretize.limit or coordinate_limit(bound)
@@ -488,7 +488,7 @@ def _open_grid(stage: FederateSettings, bits: int, clients: int, size: int, limi
         least = math.ceil(math.log2(2 * clients / distributed.ROOM)) + 1
         raise RecipeError(
             f"{bits} bits cannot hold the sum of {clients} clients",
-            place="stage.uplink.discretize.bits",
+            place="uplink.discretize.bits",
             cure=f"take {least} or more",
         )
     secure = SecurePlan(clients, bits, stage.max_dropout, bound=largest)
@@ -514,7 +514,7 @@ def _check_promise(
                 f"a fixed cohort of {cohort.size} in {cohort.population} clients breaks client "
                 "privacy, since a client that joins displaces another and moves the sum twice"
             ),
-            place="stage.sampling",
+            place="sampling",
             cure="set sampling = 'poisson', or take all clients",
         )
     units = len(population) if trust.unit == "client" else population.total
@@ -524,7 +524,7 @@ def _check_promise(
                 f"got {private.delta:g}, which lets one of the {units} protected "
                 f"{private.unit}s be given away whole"
             ),
-            place="stage.privacy.delta",
+            place="privacy.delta",
             cure=f"take it well below {1 / units:.1g}",
         )
 

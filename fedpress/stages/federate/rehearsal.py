@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedpress.core.examples import Arrays
 from fedpress.core.random_source import RandomSource, public_stream
-from fedpress.errors import RecipeError
+from fedpress.errors import RecipeError, TrainingError
 from fedpress.stages.federate.client import ClientHalf
 from fedpress.tasks import Task
 
@@ -42,9 +42,11 @@ def rehearse(clients: Sequence[ClientHalf], public: Sequence[Arrays], task: Task
             if what == "made-up":
                 cure += ", or give public examples of this kind (data.public_share) to try it on"
             said = str(cause).partition("\n")[0]
+            if isinstance(cause, TrainingError):  # its cure is the one below
+                said = cause.problem
             raise RecipeError(
                 f"a private step fails on {kind}: {type(cause).__name__}: {said}",
-                place="federate.privacy",
+                place="privacy",
                 cure=f"no epsilon was spent; {cure}",
             ) from cause
 

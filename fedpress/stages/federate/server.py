@@ -79,7 +79,9 @@ class ServerPlan:
         if len(refused) == len(contract.population):
             name = contract.population.names[0]
             raise RecipeError(
-                f"no client agrees, for instance {name}: {refused[name]}", place="federate"
+                f"no client agrees, for instance {name} ({refused[name]})",
+                place="federate",
+                cure="start all of them with this recipe",
             )
         return plan
 
@@ -257,7 +259,8 @@ def register(transport: Transport) -> Population:
         try:
             check_header(reply.kind, reply.header)
             if reply.kind != "registered":
-                raise WireError(str(reply.header.get("reason", f"it sent {reply.kind!r}")))
+                silent[name] = str(reply.header.get("reason", f"it sent {reply.kind!r}"))
+                continue
             if "examples" in reply.header:
                 examples[name] = need(reply.kind, reply.header, "examples")
             if "identity" in reply.header:
@@ -269,7 +272,7 @@ def register(transport: Transport) -> Population:
     for name, why in silent.items():
         raise TrainingError(
             f"it did not register ({why})",
-            place=f"federate.client {name}",
+            place=f"client '{name}'",
             cure="see whether it is running, or leave it out",
         )
     try:
@@ -322,13 +325,13 @@ def _ledger(stage: FederateSettings, book: Ledger | None) -> Ledger:
                 f"the earlier stage '{open_stage}' uses the same clients without privacy, so no "
                 "promise about them can hold"
             ),
-            place="stage.privacy",
+            place="privacy",
             cure="give that stage privacy too, or leave it out",
         )
     if book.unit != private.unit:
         raise RecipeError(
             f"an earlier stage protects unit '{book.unit}' and this one '{private.unit}'",
-            place="stage.privacy.unit",
+            place="privacy.unit",
             cure="their budgets do not add up, so use one unit in the whole recipe",
         )
     return book

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -39,6 +39,25 @@ CLOSED = 3
 class FederateStage(FederateSettings, Stage):
     """`[[stage]] kind = "federate"`: FedAvg over the clients of the data set."""
 
+    places: ClassVar[Mapping[str, str]] = {
+        "adaptive": "privacy.adaptive",
+        "bands": "privacy.correlated.bands",
+        "bits": "uplink.discretize.bits",
+        "buffer": "schedule.buffer",
+        "chain": "uplink",
+        "clip_norm": "privacy.clip_norm",
+        "count_noise": "privacy.adaptive.count_noise",
+        "delta": "privacy.delta",
+        "epsilon": "privacy.epsilon",
+        "noise_multiplier": "privacy.noise_multiplier",
+        "quantile": "privacy.adaptive.quantile",
+        "sampling_prob": "sampling",
+        "size": "cohort",
+        "steps_per_round": "privacy.steps_per_round",
+        "trust": "privacy.trust",
+        "unit": "privacy.unit",
+    }
+
     @property
     def private(self) -> bool:
         """Whether it promises something about the clients' rows."""
@@ -55,7 +74,7 @@ class FederateStage(FederateSettings, Stage):
         if self.target_accuracy is not None and not word.share:
             raise RecipeError(
                 f"got {self.target_accuracy}, but the task {state.data.task.kind} goes by {word.name}",
-                place="stage.target_accuracy",
+                place="target_accuracy",
                 cure="take target_metric",
             )
         federation = bind(self, state)
@@ -257,9 +276,9 @@ class FederateStage(FederateSettings, Stage):
     def _rates(self) -> str:
         """Names the settings that make training diverge if they are too large."""
         algorithm = algorithm_of(self)
-        place, lr = f"stage.{self.name}", algorithm.optimizer.lr
-        rates = too_large(local_settings(self), self.lr, place, pulls=algorithm.pulls)
-        return rates if lr <= 1 else f"{rates} or {place}.server.lr (now {lr:g})"
+        place, lr = f"stage.{self.name}.", algorithm.optimizer.lr
+        rates = too_large(local_settings(self), self.lr, pulls=algorithm.pulls, place=place)
+        return rates if lr <= 1 else f"{rates} or {place}server.lr (now {lr:g})"
 
     def _last_warning(self, now: Progress) -> str:
         unit = self.privacy.unit if self.privacy is not None else None

@@ -73,7 +73,7 @@ class SparsifySettings(TrainSettings):
         try:
             own = Pattern.parse(self.pattern).density
         except RecipeError as error:
-            raise ValueError(str(error).removeprefix("pattern: ")) from error
+            raise ValueError(error.told(place="")) from error
         if own is None:
             if self.density is None and not self.densities:
                 raise ValueError(

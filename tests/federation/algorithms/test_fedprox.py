@@ -49,5 +49,5 @@ def test_a_parameter_that_the_loss_does_not_reach_stays_under_the_pull_too():
 def test_a_pull_that_overshoots_is_named_where_training_diverges():
     settings = LocalSettings(batch_size=4, lr=0.5, epochs=5)
     federation = Federation(settings=settings, algorithm=FedProx(proximal_mu=1e30))
-    with pytest.raises(DivergedError, match=r"federate\.proximal_mu \(now 1e\+30\)"):
+    with pytest.raises(DivergedError, match=r"proximal_mu \(now 1e\+30\)"):
         federation.clients["c0"].answer(federation.fit())

@@ -81,7 +81,7 @@ def test_the_mean_divides_sum_and_noise_by_the_public_number():
 
 @pytest.mark.parametrize("expected", [0, -1, math.nan])
 def test_a_mean_over_nobody_is_refused(expected):
-    with pytest.raises(PrivacyError, match="expected contributions"):
+    with pytest.raises(PrivacyError, match="expected: got"):
         noised_mean(torch.zeros(2), plan(), expected=expected, generator=seeded())
 
 

@@ -155,7 +155,7 @@ def test_other_seeds_preprocessing_and_plans_are_refused_by_name(keys, other, en
 
 
 def test_without_a_client_that_agrees_there_is_no_run():
-    with pytest.raises(RecipeError, match=r"no client agrees, for instance a: .*agreement\.seed"):
+    with pytest.raises(RecipeError, match=r"no client agrees, for instance a .*agreement\.seed"):
         ServerPlan.bind(beginning(seed=8), transport_to(halves(beginning())))
 
 
