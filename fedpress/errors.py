@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,8 +57,6 @@ class FedpressError(Exception):
     def __init__(self, problem: str, *, place: str | Path = "", cure: Words = "") -> None:
         # Only `problem` goes to the base: pickle calls the class with it and then restores the fields from __dict__.
         super().__init__(problem)
-        if not place and not cure:
-            place, problem, cure = _parts(problem)
         self.place = str(place)
         self.problem = problem
         self.cure = cure
@@ -210,14 +207,3 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     """Returns `; did you mean 'x'?`, to stand inside a sentence; see `suggestion`."""
     near = suggestion(word, known)
     return f"; {near}" if near else ""
-
-
-_PLACE = re.compile(r"([\w.\[\]=-]+): ")
-
-
-def _parts(sentence: str) -> tuple[str, str, str]:
-    """Parts a sentence into place, problem and cure, for those who still raise one."""
-    at = _PLACE.match(sentence)
-    rest = sentence[at.end() :] if at else sentence
-    problem, _, cure = rest.partition("; ")
-    return (at[1] if at else ""), problem, cure
