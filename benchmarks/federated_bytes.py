@@ -105,7 +105,7 @@ def run_arm(task: str, arm: str, seed: int, args: argparse.Namespace) -> list[di
                 flush=True,
             )
     write_report(path)
-    lines = (json.loads(line) for line in folder.records.read_text("utf-8").splitlines())
+    lines = (json.loads(line) for line in folder.records.path.read_text("utf-8").splitlines())
     result = json.loads((path / "result.json").read_text("utf-8"))["stages"][-1]
     records = [line for line in lines if line["kind"] == "federate"]
     return [*records, {"final": result["accuracy"], "up": result["bytes_up"], "down": result["bytes_down"],

@@ -156,7 +156,7 @@ def accuracy(
     )
     for _ in runs.execute(recipe, folder, load_data(recipe)):
         pass
-    records = [json.loads(line) for line in folder.records.read_text("utf-8").splitlines()]
+    records = [json.loads(line) for line in folder.records.path.read_text("utf-8").splitlines()]
     result = json.loads((place / "result.json").read_text("utf-8"))["stages"][-1]
     return records[-1]["accuracy"], result["accuracy"]
 

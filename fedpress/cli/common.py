@@ -120,14 +120,16 @@ def take_up(
     """
     from fedpress.pipeline import recipe as recipes
     from fedpress.pipeline.keys import settings_of
-    from fedpress.workspace.folder import RunFolder, read_json
+    from fedpress.workspace.atomic import read_json
+    from fedpress.workspace.damage import check_run
+    from fedpress.workspace.folder import RunFolder
 
     if not (place / "settings.json").exists():
         raise RunError(
             "there is no run to resume", place=place, cure="leave out --resume to start one"
         )
     hold(place)
-    RunFolder.open(place).check_whole()
+    check_run(place)
     noted = read_json(place / "environment.json") if (place / "environment.json").exists() else {}
     own = place / "recipe.toml"
     if not own.exists() and recipe is None:

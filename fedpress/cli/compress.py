@@ -66,7 +66,7 @@ def measure(
     out_stream = terminal.console(quiet=as_json)
     with terminal.waiting(out_stream, "measuring"):
         from fedpress.pipeline import commands
-        from fedpress.workspace.folder import write_json
+        from fedpress.workspace.atomic import write_json
 
         find_modules([])
         found = commands.measure(

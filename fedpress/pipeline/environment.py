@@ -16,7 +16,9 @@ import fedpress
 from fedpress.deploy.processor import as_json, this_processor
 from fedpress.pipeline.result import read_finished
 from fedpress.workspace import started
-from fedpress.workspace.folder import CURES, RunFolder, list_json, read_json
+from fedpress.workspace.atomic import list_json, read_json
+from fedpress.workspace.damage import CURES
+from fedpress.workspace.folder import RunFolder
 
 BITS = ("fedpress", "python", "torch", "numpy", "processor", "instructions", "device", "threads")
 """What of the environment decides how sums are rounded: the same seed gives the same bits where these are the same."""
@@ -43,7 +45,7 @@ def note_environment(
         first = read_json(path, cure=CURES[path.name])
         changed = {key: value for key, value in now.items() if first.get(key) != value}
         if not read_finished(folder):
-            told = [*_other_bits(first, now), *folder.missing_records()]
+            told = [*_other_bits(first, now), *folder.records.missing()]
         now = {**first, "resumed": [*_list(first.get("resumed")), changed]}
     else:
         now |= origin or {}

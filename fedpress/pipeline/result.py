@@ -9,7 +9,9 @@ import fedpress
 from fedpress.pipeline.recipe import Recipe
 from fedpress.stages.base import Stage
 from fedpress.tasks import task_of
-from fedpress.workspace.folder import CURES, RunFolder, list_json, read_json
+from fedpress.workspace.atomic import list_json, read_json
+from fedpress.workspace.damage import CURES
+from fedpress.workspace.folder import RunFolder
 
 
 def write_result(

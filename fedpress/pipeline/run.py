@@ -18,7 +18,8 @@ from fedpress.pipeline.result import write_result
 from fedpress.pipeline.start import first_state, parent_of, with_parent
 from fedpress.privacy.ledger import Ledger
 from fedpress.stages.base import Stage
-from fedpress.workspace.folder import Done, RunFolder, StageFolder
+from fedpress.workspace.folder import RunFolder
+from fedpress.workspace.stage_folder import Done, StageFolder
 from fedpress.workspace.state import Event, StageFinished, StageStarted, State, Tick
 
 
@@ -56,9 +57,9 @@ def _stages(
         place = folder.stage(index, stage.kind, stage.name)
         done = place.finished(key)
         if done is None and reuse is not None:
-            done = place.adopt(reuse, key, records=records)
+            done = place.adopt(reuse.path, key, records=records)
         if done is not None:
-            folder.check_records(done.records)
+            folder.records.check(done.records)
         yield StageStarted(index, stage.kind, stage.name, reused=done is not None)
         if done is None:
             done = yield from _do(

@@ -22,7 +22,8 @@ from fedpress.pipeline.recipe import Recipe
 from fedpress.pipeline.start import load_data
 from fedpress.tasks import task_of
 from fedpress.workspace import lock
-from fedpress.workspace.folder import RunFolder, read_json, write_json, writing
+from fedpress.workspace.atomic import read_json, write_json, writing
+from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import Event
 
 SHOWN = ("loss", "parameters", "macs", "file_bytes", "latency_ms", "runtime", "seconds")

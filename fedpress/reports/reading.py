@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpress.errors import RunError
-from fedpress.workspace.folder import check_whole
+from fedpress.workspace.atomic import check_whole
 
 Json = dict[str, Any]
 

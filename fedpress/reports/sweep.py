@@ -25,7 +25,7 @@ from fedpress.reports.plot import (
 )
 from fedpress.reports.reading import Json
 from fedpress.reports.table import Table
-from fedpress.workspace.folder import read_json
+from fedpress.workspace.atomic import read_json
 
 COSTS = (("file_bytes", "size"), ("latency_ms", "latency"))
 AVERAGED = ("parameters", "macs", "file_bytes", "latency_ms")

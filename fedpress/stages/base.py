@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import JsonValue
 
-from fedpress.workspace.folder import StageFolder
+from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import State, Tick
 
 

@@ -20,7 +20,7 @@ from fedpress.nn.observers import Observer
 from fedpress.stages import inputs
 from fedpress.stages.base import Stage
 from fedpress.tasks import Task
-from fedpress.workspace.folder import StageFolder
+from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
 
 BATCH = 64
@@ -91,7 +91,7 @@ class ExportStage(BaseModel, Stage):
         row = FORMATS[self.format]
         yield Tick(0, 4, f"writing {row.suffix}")
         stem = "model" if self.name == "export" else self.name
-        path = folder.run.path / "artifacts" / f"{stem}{row.suffix}"
+        path = folder.run / "artifacts" / f"{stem}{row.suffix}"
         path.parent.mkdir(exist_ok=True)
         model = state.model.to("cpu")
         artifact = self._export(state, path)

@@ -18,7 +18,8 @@ from fedpress.core.random_source import public_stream
 from fedpress.deploy import FORMATS, Candidate, Job
 from fedpress.deploy.examples import Given, example_of, is_shape, take, tensors_of
 from fedpress.stages.base import Stage
-from fedpress.workspace.folder import StageFolder, write_json
+from fedpress.workspace.atomic import write_json
+from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
 
 

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict
 from fedpress import storage
 from fedpress.stages import inputs
 from fedpress.stages.base import Stage
-from fedpress.workspace.folder import StageFolder, writing
+from fedpress.workspace.atomic import writing
+from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
 
 
@@ -39,7 +40,7 @@ class PackStage(BaseModel, Stage):
         """Packs and unpacks; yields a tick before and after."""
         yield Tick(0, 1, "packing")
         name = "model" if self.name == "pack" else self.name
-        path = folder.run.path / "artifacts" / f"{name}.packed.safetensors"
+        path = folder.run / "artifacts" / f"{name}.packed.safetensors"
         model = state.model.to("cpu")
         with writing(path):
             path.parent.mkdir(exist_ok=True)

@@ -14,7 +14,7 @@ from fedpress.stages.epochs import steps_of
 from fedpress.stages.teaching import SAVED_MODELS, TaughtSettings, Training
 from fedpress.training.checks import check_training
 from fedpress.workspace.drive import drive
-from fedpress.workspace.folder import StageFolder
+from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
 
 

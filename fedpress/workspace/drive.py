@@ -10,7 +10,7 @@ from typing import Protocol
 from pydantic import JsonValue
 from torch import Tensor
 
-from fedpress.workspace.folder import StageFolder
+from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import Tick
 
 

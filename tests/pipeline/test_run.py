@@ -21,7 +21,9 @@ from fedpress.pipeline.environment import note_environment
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.tasks import Classification
-from fedpress.workspace.folder import RunFolder, StageFolder
+from fedpress.workspace.folder import RunFolder
+from fedpress.workspace.records import Records
+from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import StageFinished, StageStarted, Tick
 
 LINE_KEYS = {
@@ -200,7 +202,7 @@ def test_a_run_killed_while_it_writes_ends_in_the_same_bits(
     def dying(self, *args, **facts):
         if next(calls) == time:
             if place == "record":
-                with open(self.run.records, "a") as file:
+                with open(self.records.path, "a") as file:
                     file.write('{"stage": 0, "kind": "tr')
             raise Killed
         return real(self, *args, **facts)
@@ -307,7 +309,7 @@ def test_a_stage_after_a_different_one_is_not_taken_over(tiny, tmp_path, whole):
 
 
 def test_a_kill_while_stages_are_taken_over_does_no_harm(tiny, tmp_path, whole, left, monkeypatch):
-    path, calls, real = tmp_path / "copy", itertools.count(1), RunFolder.record
+    path, calls, real = tmp_path / "copy", itertools.count(1), Records.add
 
     def dying(self, facts):
         if next(calls) == 2:
@@ -315,7 +317,7 @@ def test_a_kill_while_stages_are_taken_over_does_no_harm(tiny, tmp_path, whole, 
         real(self, facts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "record", dying)
+        patch.setattr(Records, "add", dying)
         with pytest.raises(Killed):
             finish(tiny, path, reuse=whole)
     finish(tiny, path, resume=True)

@@ -43,7 +43,7 @@ def place(tmp_path):
 
 
 def records(place):
-    lines = place.run.records.read_text().splitlines()
+    lines = place.records.path.read_text().splitlines()
     return [json.loads(line)["done"] for line in lines]
 
 
@@ -84,7 +84,7 @@ def test_seconds_before_a_stop_are_counted(place):
     place.save_progress(tensors, {**facts, "seconds": 1000.0})
     list(drive(Walk(), place))
     assert 1000 <= place.load_progress()[1]["seconds"] < 1060
-    lines = [json.loads(line) for line in place.run.records.read_text().splitlines()]
+    lines = [json.loads(line) for line in place.records.path.read_text().splitlines()]
     assert [line["seconds"] >= 1000 for line in lines] == [False, True, True]
 
 

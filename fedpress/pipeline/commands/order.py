@@ -27,7 +27,9 @@ from fedpress.pipeline.measure import measure
 from fedpress.pipeline.recipe import Override, Recipe
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.table import commands
-from fedpress.workspace.folder import CURES, RunFolder, list_json, read_json
+from fedpress.workspace.atomic import list_json, read_json
+from fedpress.workspace.damage import CURES
+from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import Event, StageFinished, StageStarted, Tick
 
 TOP = ("data", "model", "seed")

@@ -22,7 +22,7 @@ from fedpress.models import ARCHITECTURES, ModelSpec, memory
 from fedpress.models.memory import Named
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.recipe import Override
-from fedpress.workspace.folder import read_json
+from fedpress.workspace.atomic import read_json
 
 NOTHING = "fedpress.commands.subject:no_data"  # as files have it, see `own_modules.MOVED`
 

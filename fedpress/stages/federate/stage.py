@@ -29,7 +29,7 @@ from fedpress.stages.federate.settings import FederateSettings
 from fedpress.tasks import Task
 from fedpress.tasks.base import number
 from fedpress.training.evaluate import Evaluation, evaluate
-from fedpress.workspace.folder import StageFolder
+from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import State, Tick
 
 CLOSED = 3

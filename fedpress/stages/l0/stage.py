@@ -44,8 +44,9 @@ from fedpress.stages.public import calibration, restore_norms_
 from fedpress.stages.zeros import left_over, with_zeros
 from fedpress.training.checks import check_training
 from fedpress.training.device import place_
+from fedpress.workspace.atomic import write_json
 from fedpress.workspace.drive import drive
-from fedpress.workspace.folder import StageFolder, write_json
+from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import State, Tick
 
 BATCH = 256

@@ -29,8 +29,9 @@ from fedpress.stages.prune.settings import (
     traced,
 )
 from fedpress.training.checks import check_training
+from fedpress.workspace.atomic import write_json
 from fedpress.workspace.drive import drive
-from fedpress.workspace.folder import StageFolder, write_json
+from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import State, Tick
 
 

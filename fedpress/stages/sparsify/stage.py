@@ -22,7 +22,7 @@ from fedpress.stages.sparsify.training import MaskedTraining
 from fedpress.stages.zeros import left_over, with_zeros
 from fedpress.training.checks import check_training
 from fedpress.workspace.drive import drive
-from fedpress.workspace.folder import StageFolder
+from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import State, Tick
 
 
