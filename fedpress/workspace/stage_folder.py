@@ -105,20 +105,22 @@ class StageFolder:
         return self.path / PROGRESS
 
     def finish(self, spec: ModelSpec, model: nn.Module, result: Json, *, key: str) -> Done:
-        """Saves the stage's model and result; the result file, written last, marks the stage as done."""
+        """Saves the stage's model and result, and marks the stage as done."""
         with writing(self.path / "model.safetensors"):
             save_model(self.path, spec, model)
             files.sync(self.path / "model.safetensors")
             files.sync(self.path / "spec.json")
         self._list(dict(result).get("artifact"))
-        done = Done(dict(result), self.records.count())
-        list_json(
-            self._result,
-            {"key": key, "records": done.records, "result": done.result},
-            self.run,
-        )
+        done = self._mark_done(key, result)
         self._progress.unlink(missing_ok=True)
         self.forget()
+        return done
+
+    def _mark_done(self, key: str, result: Json) -> Done:
+        """Writes the result file, which marks the stage as done: last, when all else is there."""
+        done = Done(dict(result), self.records.count())
+        page = {"key": key, "records": done.records, "result": done.result}
+        list_json(self._result, page, self.run)
         return done
 
     def _list(self, artifact: object) -> None:
@@ -213,13 +215,7 @@ class StageFolder:
         self._list(artifact)
         for line in lines:
             self.records.add(line)
-        done = Done(done.result, self.records.count())
-        list_json(
-            self._result,
-            {"key": key, "records": done.records, "result": done.result},
-            self.run,
-        )  # last
-        return done
+        return self._mark_done(key, done.result)
 
 
 def files_of(artifact: Path) -> list[Path]:
