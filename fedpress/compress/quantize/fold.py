@@ -78,7 +78,7 @@ def _calls(
         if node.target is not torch.ops.aten.batch_norm.default:
             continue
         name = _owner(node.args[3], owned)
-        if name in norms:
+        if name is not None and name in norms:
             yield name, node
 
 
