@@ -191,16 +191,22 @@ def inside(part: str) -> Iterator[None]:
         raise
 
 
-def suggestion(word: str, known: Sequence[str]) -> str:
-    """Returns `did you mean 'x'?` for the nearest of the `known` words, or an empty string.
+def suggestion(word: str, known: Sequence[str], otherwise: str = "") -> str:
+    """Returns `did you mean 'x'?` for the nearest of the `known` words, and what to do `otherwise`.
 
     >>> suggestion("epsilom", ["epsilon", "delta"])
     "did you mean 'epsilon'?"
+    >>> suggestion("epsilom", ["epsilon", "delta"], "give a budget")
+    "did you mean 'epsilon'? If not, give a budget"
+    >>> suggestion("x", ["epsilon", "delta"], "give a budget")
+    'give a budget'
     """
     from difflib import get_close_matches  # only a mistake needs it
 
     near = get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean '{near[0]}'?" if near else ""
+    if not near:
+        return otherwise
+    return f"did you mean '{near[0]}'?" + (f" If not, {otherwise}" if otherwise else "")
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -71,12 +71,9 @@ FORMATS: dict[str, Format] = {
 
 def unknown_format(format: str) -> ExportError:
     """Returns the error for a format that is not in `FORMATS`, with what to give instead."""
-    near = suggestion(format, list(FORMATS))
-    known = f"one of {', '.join(FORMATS)}"
+    known = f"use one of {', '.join(FORMATS)}"
     return ExportError(
-        f"no format '{format}'",
-        place="format",
-        cure=f"{near} Use {known}" if near else f"use {known}",
+        f"no format '{format}'", place="format", cure=suggestion(format, list(FORMATS), known)
     )
 
 

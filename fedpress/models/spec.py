@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from fedpress.core import checksums, consent, limits, own_modules
 from fedpress.core.random_source import Source, chance_of
-from fedpress.errors import ModelError, did_you_mean, placing, renaming
+from fedpress.errors import ModelError, placing, renaming, suggestion
 from fedpress.models import layer_list, memory
 from fedpress.models.plain import CNN, MLP
 from fedpress.models.resnet import resnet18, resnet_small
@@ -239,23 +239,23 @@ def _builder(name: str) -> Any:
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
     if ":" not in name:
-        hint = did_you_mean(name, list(ARCHITECTURES))
-        known = ", ".join(ARCHITECTURES)
+        known = f"use one of {', '.join(ARCHITECTURES)} or 'package.module:function'"
         raise ModelError(
-            f"no architecture {name[:80]!r}{hint}",
+            f"no architecture {name[:80]!r}",
             place="spec.architecture",
-            cure=f"use one of {known} or 'package.module:function'",
+            cure=suggestion(name, list(ARCHITECTURES), known),
         )
     try:
         return getattr(own_modules.module_of(name), name.partition(":")[2])
-    except Exception as error:  # importing runs the user's file, which may raise anything
-        ours = isinstance(error, ModelError)
+    except ModelError as error:
         raise ModelError(
-            f"cannot load '{name}': {error.problem if ours else error}",
+            f"cannot load '{name}': {error.problem}", place="spec.architecture", cure=error.cure
+        ) from error
+    except Exception as error:  # importing runs the user's file, which may raise anything
+        raise ModelError(
+            f"cannot load '{name}': {error}",
             place="spec.architecture",
-            cure=error.cure
-            if ours
-            else "put its folder on PYTHONPATH, or its file beside the recipe",
+            cure="put its folder on PYTHONPATH, or its file beside the recipe",
         ) from error
 
 

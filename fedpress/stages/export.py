@@ -164,7 +164,7 @@ class ExportStage(BaseModel, Stage):
         if not len(public):
             raise DataError(
                 "ranges are taken from public examples, but the public part is empty",
-                place="export.int8",
+                place="int8",
                 cure="set data.public_share, or int8 = false",
             )
         order = public_stream(state.seed, "export", self.name).permutation(len(public))

@@ -45,7 +45,7 @@ class QuantizeStage(TaughtSettings, Stage):
     several_inputs: ClassVar = True
     without_data: ClassVar = {"inputs": "dynamic", "correct_bias": False}
     saved_models: ClassVar = SAVED_MODELS
-    places: ClassVar = TaughtSettings.places | {"inputs.bits": "input_bits"}
+    places: ClassVar = {**TaughtSettings.places, "inputs.bits": "input_bits"}
 
     kind: Literal["quantize"]
     name: Name = "quantize"

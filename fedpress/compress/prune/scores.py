@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from fedpress.compress.prune.derivatives import differentiable, gradient, hessian_gradient, mean
 from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup, Slice
 from fedpress.core.random_source import Source, chance_of
-from fedpress.errors import ModelError, RecipeError, did_you_mean
+from fedpress.errors import ModelError, RecipeError, suggestion
 
 Losses = Callable[[], Iterable[Tensor]]
 """Runs the model over some batches and yields the loss of each, lazily: `lambda: (loss(model(x), y) for x, y in b)`."""
@@ -257,11 +257,10 @@ def raw_scores(
 ) -> list[Tensor]:
     """Scores like `score`, before the division by the mean of each layer."""
     if score not in SCORES:
-        hint = did_you_mean(score, list(SCORES))
         raise RecipeError(
-            f"no such score '{score}'{hint}",
+            f"no such score '{score}'",
             place="score",
-            cure=f"use one of {', '.join(SCORES)}",
+            cure=suggestion(score, list(SCORES), f"use one of {', '.join(SCORES)}"),
         )
     row, evidence = SCORES[score], Evidence(model, effective_tensors(model), losses, generator)
     if row.needs == "losses" and losses is None:

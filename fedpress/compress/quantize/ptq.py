@@ -18,7 +18,7 @@ from fedpress.compress.quantize.rounding import (
     round_second_order_,
     second_moment,
 )
-from fedpress.errors import DataError, ModelError, did_you_mean
+from fedpress.errors import DataError, ModelError, suggestion
 from fedpress.nn.forward_probe import OPERATIONS, base_layer, plain_equivalent
 from fedpress.nn.observers import Observer
 from fedpress.nn.quant_scheme import QuantizationScheme
@@ -70,9 +70,11 @@ def quantizable(
         name = {"first": names[0], "last": names[-1]}.get(word, word) if names else word
         if name not in table and name not in left:
             raise ModelError(
-                f"no layer '{word}'{did_you_mean(word, names)}",
+                f"no layer '{word}'",
                 place="keep",
-                cure=f"use 'first', 'last', or one of {', '.join(names[:5])}",
+                cure=suggestion(
+                    word, names, f"use 'first', 'last', or one of {', '.join(names[:5])}"
+                ),
             )
         if table.pop(name, None) is not None:
             left[name] = "asked for by `keep`"

@@ -13,7 +13,7 @@ from fedpress.compress.prune.derivatives import differentiable, gradient, hessia
 from fedpress.compress.prune.scores import Losses
 from fedpress.compress.sparse.weights import Weight
 from fedpress.core.random_source import Source, chance_of
-from fedpress.errors import ModelError, RecipeError, did_you_mean
+from fedpress.errors import ModelError, RecipeError, suggestion
 
 Values = list[Tensor]
 
@@ -144,11 +144,11 @@ def score_weights(score: str, evidence: WeightEvidence) -> dict[str, Tensor]:
         ModelError: if what the score needs is missing, or a score is not finite.
     """
     if score not in WEIGHT_SCORES:
-        hint = did_you_mean(score, list(WEIGHT_SCORES))
+        known = list(WEIGHT_SCORES)
         raise RecipeError(
-            f"no such score '{score}'{hint}",
+            f"no such score '{score}'",
             place="score",
-            cure=f"use one of {', '.join(WEIGHT_SCORES)}",
+            cure=suggestion(score, known, f"use one of {', '.join(known)}"),
         )
     values = WEIGHT_SCORES[score](evidence)
     for w, scores in zip(evidence.weights, values, strict=True):

@@ -12,7 +12,7 @@ from typing import Any
 import tomli_w
 
 from fedpress.core import limits
-from fedpress.errors import RecipeError, did_you_mean
+from fedpress.errors import RecipeError, suggestion
 from fedpress.models.memory import TEACHER
 from fedpress.stages.table import STAGES
 
@@ -47,11 +47,11 @@ def find(name_or_path: str) -> str:
             place="recipe",
             cure=f"go on with it by --resume {path}, or run its recipe again: {path / 'recipe.toml'}",
         )
-    hint = did_you_mean(name_or_path, names())
+    known = f"known are {', '.join(names())}, or give a .toml file"
     raise RecipeError(
-        f"no recipe '{name_or_path}'{hint}",
+        f"no recipe '{name_or_path}'",
         place="recipe",
-        cure=f"known are {', '.join(names())}, or give a .toml file",
+        cure=suggestion(name_or_path, names(), known),
     )
 
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import MISSING, fields
 from typing import Any
 
-from fedpress.errors import RecipeError, did_you_mean, inside
+from fedpress.errors import RecipeError, inside, suggestion
 from fedpress.privacy.accounting import accountant
 from fedpress.privacy.accounting.events import GaussianEvent, MechanismEvent, SkellamEvent
 from fedpress.privacy.ledger import Ledger
@@ -73,9 +73,11 @@ def _phase(entry: Any, place: str) -> MechanismEvent:
     for name, value in given.items():
         if name not in _names(kind):
             raise RecipeError(
-                f"no such key{did_you_mean(name, _names(kind))}",
+                "no such key",
                 place=f"{place}.{name}",
-                cure=f"a {word} phase has {', '.join(_names(kind))}",
+                cure=suggestion(
+                    name, _names(kind), f"a {word} phase has {', '.join(_names(kind))}"
+                ),
             )
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise RecipeError(f"got {value!r}, expected a number", place=f"{place}.{name}")

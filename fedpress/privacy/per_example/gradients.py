@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpress.core.parameters import trainable
-from fedpress.errors import RecipeError, did_you_mean
+from fedpress.errors import RecipeError, suggestion
 from fedpress.nn.batch_norm import BatchNorm
 from fedpress.nn.resize import copied
 from fedpress.privacy.per_example import ghost
@@ -103,8 +103,9 @@ def clipped_gradient_sum(
     check_separable(model)
     if method not in METHODS:
         raise RecipeError(
-            f"got {method!r}, expected one of {list(METHODS)}{did_you_mean(method, [*METHODS])}",
+            f"got {method!r}, expected one of {list(METHODS)}",
             place="method",
+            cure=suggestion(method, [*METHODS], "leave it out"),
         )
     query, running = Query(model, loss_fn, x, y, clip_norm), _Sum(model)
     for start in range(0, len(x), chunk):

@@ -12,7 +12,7 @@ from torch import nn
 from fedpress import compress
 from fedpress.compress import SCORES, PruningPlan
 from fedpress.compress.prune.ignoring import ignored
-from fedpress.errors import RecipeError
+from fedpress.errors import RecipeError, renaming
 from fedpress.models import what_pruning_changed
 from fedpress.nn.batch_norm import has_batch_norm
 from fedpress.nn.resize import copied
@@ -74,9 +74,15 @@ class PruneStage(PruneSettings, Stage):
         public_examples(self, state, 0)
         if self.finetune is not None:
             data = state.data
-            check_training(
-                state.model, self.finetune, data.public, data.validation, data.preprocess, data.task
-            )
+            with renaming({key: f"finetune.{key}" for key in type(self.finetune).model_fields}):
+                check_training(
+                    state.model,
+                    self.finetune,
+                    data.public,
+                    data.validation,
+                    data.preprocess,
+                    data.task,
+                )
         model = copied(state.model)
         graph = traced(model.eval(), state, self)
         row = SCORES[self.score]

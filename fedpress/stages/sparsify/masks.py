@@ -10,7 +10,7 @@ from fedpress.compress.prune.sensitivity import Point
 from fedpress.compress.sparse import Masks, Pattern, Weight, Weights, choose, find_weights
 from fedpress.compress.sparse.levels import level_densities
 from fedpress.compress.sparse.masks import Scope
-from fedpress.errors import RecipeError, did_you_mean, renaming
+from fedpress.errors import RecipeError, renaming, suggestion
 from fedpress.stages.sparsify.settings import SparsifySettings
 from fedpress.workspace.state import State
 
@@ -55,12 +55,12 @@ def _check_names(how: SparsifySettings, weights: Weights) -> None:
         if name in known:
             continue
         why = weights.dense.get(name)
-        hint = f" ({why})" if why else did_you_mean(name, known)
-        some = ", ".join(known[:3])
+        hint = f" ({why})" if why else ""
+        some = f"use such as {', '.join(known[:3])}"
         raise RecipeError(
             f"no weight '{name}' gets zeros here{hint}",
             place="densities",
-            cure=f"use such as {some}",
+            cure=some if why else suggestion(name, known, some),
         )
 
 
