@@ -169,3 +169,25 @@ def test_errors_are_raised_with_their_place_and_their_cure():
                 where.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
     more = {room: count for room, count in found.items() if count > INCOMPLETE.get(room, 0)}
     assert not more, f"give place= and cure= ({more}): {where}"
+
+
+ABOVE = {"cli", "pipeline", "reports", "stages", "errors.py", "__init__.py"}
+"""Rooms that may speak of a recipe; those below know no more than their arguments."""
+
+
+def words_of(call: ast.Call) -> str:
+    """Returns the beginning of the place that an error names; empty where a variable says it."""
+    place = next((keyword.value for keyword in call.keywords if keyword.arg == "place"), None)
+    if isinstance(place, ast.JoinedStr):
+        place = place.values[0]
+    return str(place.value) if isinstance(place, ast.Constant) else ""
+
+
+def test_floors_below_the_stages_name_no_key_of_a_recipe():
+    kinds = {row.kind for row in STAGES} | {"stage", "recipe", "data"}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.relative_to(PACKAGE).parts[0] in ABOVE:
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and "." in (place := words_of(node)):
+                assert place.partition(".")[0] not in kinds, f"{path.name}:{node.lineno}: {place}"

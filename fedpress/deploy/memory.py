@@ -46,7 +46,7 @@ def peak_memory(runnable: Runnable, given: Given, *, batch: int = 1) -> int:
         said = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1][:200]
         raise ExportError(
             f"the memory of {path} cannot be measured: {said}",
-            place="measure",
+            place="runnable",
             cure="export it again",
         )
     return int(done.stdout.splitlines()[-1])
