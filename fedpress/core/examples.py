@@ -78,8 +78,8 @@ class Preprocess:
         if len(self.mean) not in (1, x.shape[1]):
             raise DataError(
                 f"the examples have {x.shape[1]} channels, but {len(self.mean)} means are given",
-                place="preprocess",
-                cure="give one for each channel in data.mean and data.std",
+                place="mean",
+                cure="give one for each channel in mean and std",
             )
         shape = (1, -1, *[1] * (x.dim() - 2))
         mean = torch.tensor(self.mean, device=x.device).view(shape) * scale
@@ -96,14 +96,14 @@ class Preprocess:
         if not x.numel():
             raise DataError(
                 "there are no public examples to take mean and std from",
-                place="preprocess",
-                cure="give data.mean and std",
+                place="x",
+                cure="give mean and std",
             )
         mean, std = _of_bytes(x) if x.dtype == torch.uint8 else _of_floats(x)
         if not (mean.isfinite() & std.isfinite()).all():
             raise DataError(
                 "the public examples hold NaN or infinite values",
-                place="preprocess",
+                place="x",
                 cure="remove them from the data",
             )
         return cls(tuple(mean.tolist()), tuple(std.tolist()))

@@ -16,7 +16,7 @@ from fedpress.data.dealing import Ask, Pool
 from fedpress.data.examples import Examples, Inputs, TargetRows
 from fedpress.data.partition import Iid, Natural
 from fedpress.data.settings import DataSettings
-from fedpress.errors import DataError, suggestion
+from fedpress.errors import DataError, renaming, suggestion
 from fedpress.tasks import Task
 
 
@@ -214,7 +214,8 @@ def _task(
 
 def _preprocess(public: Tensor, settings: DataSettings) -> Preprocess:
     if not settings.mean:
-        return Preprocess.fit(public) if len(public) else Preprocess()
+        with renaming({"x": "public part"}):
+            return Preprocess.fit(public) if len(public) else Preprocess()
     if len(settings.mean) not in (1, public.shape[1]):
         raise DataError(
             f"{len(settings.mean)} values for examples of {public.shape[1]} channels",

@@ -43,7 +43,7 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
         table = table.filter(_complete(table, used))
     if table.num_rows == 0:
         raise DataError(
-            "there are no rows", place=f"'{settings.path}'", cure="check the path and data.missing"
+            "there are no rows", place=f"'{settings.path}'", cure="check the path and missing"
         )
     kind = targets_of(settings)
     labels = tuple(Column.of(table, name, settings) for name in settings.label_columns)

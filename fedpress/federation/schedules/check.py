@@ -68,7 +68,7 @@ def check_schedule(schedule: Schedule, needs: Needs) -> None:
                 "it twice as far as the noise hides"
             ),
             place="schedule.over_selection",
-            cure="leave over_selection out, or set privacy.trust = 'local'",
+            cure="leave over_selection out, or set trust = 'local'",
         )
 
 
