@@ -250,7 +250,6 @@ BRANCHY = {
     "compress.prune.rules.statistics:along": "an ATen operation: its cases are its definition",
     "compress.prune.rules.writing:_looked_up": "an ATen operation: its cases are its definition",
     "compress.prune.rules.writing:scatter": "an ATen operation: its cases are its definition",
-    "stages.federate.stage:run": "not divided yet",
 }
 """Functions that branch more, and why; it may only become shorter."""
 

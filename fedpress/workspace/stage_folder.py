@@ -87,7 +87,7 @@ class StageFolder:
         Raises:
             RunError: if the file is corrupt.
         """
-        if not self._progress.exists():
+        if not self.begun:
             return {}, {}
         cure = "delete this file to do the stage again"
         check_whole(self._progress, cure, what="corrupt checkpoint")
@@ -99,6 +99,11 @@ class StageFolder:
             raise RunError(
                 f"corrupt checkpoint ({error})", place=self._progress, cure=cure
             ) from error
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a checkpoint inside the stage."""
+        return self._progress.exists()
 
     @property
     def _progress(self) -> Path:

@@ -199,10 +199,10 @@ def _is_public(why: str) -> bool:
     )
 
 
-def in_words(refused: Mapping[str, str], drawn: Sequence[str], round: int) -> str:
+def in_words(refused: Mapping[str, str], asked: int, round: int) -> str:
     """Says in one line which clients of a round do not count; empty if all do."""
     if not refused:
         return ""
     named = [f"{name} ({why})" for name, why in list(refused.items())[:SHOWN]]
     more = [f"and {len(refused) - SHOWN} more"] if len(refused) > SHOWN else []
-    return f"round {round}: {len(refused)} of {len(drawn)} clients refused: {', '.join([*named, *more])}"
+    return f"round {round}: {len(refused)} of {asked} clients refused: {', '.join([*named, *more])}"

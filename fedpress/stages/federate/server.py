@@ -101,6 +101,11 @@ class ServerPlan:
         return self.contract.population
 
     @property
+    def unit(self) -> str | None:
+        """What is protected: "sample", "client", or None without privacy."""
+        return None if self.stage.privacy is None else self.stage.privacy.unit
+
+    @property
     def uplink(self) -> Uplink:
         """How updates travel."""
         return self.contract.terms.uplink
@@ -178,6 +183,19 @@ class ServerPlan:
             for who, count in tasks.items()
             if count
         ]
+
+    def spend(self, ledger: Ledger, tasks: Mapping[ClientId, int], first: int, last: int) -> Ledger:
+        """Returns `ledger` with the `charges` for these tasks and rounds in it.
+
+        Raises:
+            PrivacyError: if they pass the budget.
+        """
+        private, charges = self.stage.privacy, self.charges(tasks, first, last)
+        assert private is not None
+        if private.epsilon is None or not charges:
+            return ledger.add(*charges)
+        # The noise was calibrated to this very epsilon: rounding must not make the last round pass it.
+        return ledger.spend(*charges, epsilon=private.epsilon * (1 + 1e-9), delta=private.delta)
 
     def foreseen(self) -> dict[str, Any]:
         """Returns what is known of the schedule before the run, where it is not that of plain rounds."""

@@ -157,3 +157,8 @@ class FederateSettings(LocalSettings, ReadsOldWords):
                         f"{key} stands beside algorithm; write it into the table of the algorithm"
                     )
         return self
+
+    @property
+    def target(self) -> float | None:
+        """The value of the task's primary metric at which it is enough."""
+        return self.target_metric if self.target_metric is not None else self.target_accuracy
