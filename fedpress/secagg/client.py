@@ -276,26 +276,12 @@ class SecAggClient:
                 place="roster",
                 cure="start a new run to change who takes part",
             )
-        mine = dict(zip(roster.names, roster.keys, strict=True)).get(self.name)
-        if mine != self._key.public:
+        if roster.key_of.get(self.name) != self._key.public:
             raise WireError(
                 f"the key of {self.name!r} is missing or another",
                 place="roster.keys",
                 cure="send what it sent to join",
             )
-        if self._roster is not None:
-            return
-        pairs = {
-            name: self._key.pair(key) for name, key in zip(roster.names, roster.keys, strict=True)
-        }
-        weak = [name for name, pair in pairs.items() if pair is None]
-        if weak:
-            raise WireError(
-                f"the key of {weak[0]!r} agrees on no secret",
-                place="roster.keys",
-                cure="leave this client out",
-            )
-        self._pairs = {name: pair for name, pair in pairs.items() if pair is not None}
         self._roster = roster
 
     def _words(self, values: Tensor) -> np.ndarray:
@@ -382,20 +368,29 @@ class SecAggClient:
         for old in sorted(self._answered)[:-KEPT_ROUNDS]:
             del self._answered[old]
 
+    def _pair(self, other: str) -> bytes:
+        """Returns the secret that is shared with `other`, made when it is first needed: a round needs few of them."""
+        if other not in self._pairs:
+            assert self._roster is not None
+            pair = self._key.pair(self._roster.key_of[other])
+            assert pair is not None  # see `Roster.read`
+            self._pairs[other] = pair
+        return self._pairs[other]
+
     def _shared_seed(self, facts: Round, other: str) -> bytes:
-        return derive(self._pairs[other], "seed", facts.context, size=SEED)
+        return derive(self._pair(other), "seed", facts.context, size=SEED)
 
     def _seal_key(self, facts: Round, owner: str, holder: str) -> bytes:
         other = holder if owner == self.name else owner
-        return derive(self._pairs[other], "seal", facts.context, owner, holder)
+        return derive(self._pair(other), "seal", facts.context, owner, holder)
 
     def _lock(self, facts: Round, label: bytes, owner: str, holder: str) -> bytes:
         """Returns what hides the holder's share of the owner's body key, if both were given the list `label`."""
         other = holder if owner == self.name else owner
-        return derive(self._pairs[other], "lock", label, owner, holder)
+        return derive(self._pair(other), "lock", label, owner, holder)
 
     def _sign(self, *words: str | int | bytes) -> bytes:
-        return sign(self._secret, *self._setting.words(), *words)
+        return sign(self._secret, *self._setting.words, *words)
 
 
 def report_digest(tensors: Mapping[str, Tensor]) -> bytes:

@@ -82,6 +82,24 @@ class KeyPair:
         return derive(shared, "pair", *sorted((self.public, public)))
 
 
+def agrees(public: bytes) -> bool:
+    """Returns whether a secret can be agreed on with the holder of `public`.
+
+    A point of low order gives zero with every key, since X25519 keys are multiples of 8 (RFC 7748, section 6.1). So
+    any key can try it, and nobody has to make the secrets that it does not need.
+
+    >>> agrees(bytes(32)), agrees(KeyPair(bytes(32), "run").public)
+    (False, True)
+    """
+    try:
+        X25519PrivateKey.from_private_bytes(bytes(32)).exchange(
+            X25519PublicKey.from_public_bytes(public)
+        )
+    except ValueError:
+        return False
+    return True
+
+
 def seal(key: bytes, nonce: bytes, data: bytes, about: bytes) -> bytes:
     """Encrypts `data` so that only `key` opens it, and only for the same `about`: 16 bytes longer."""
     return ChaCha20Poly1305(key).encrypt(nonce, data, about)

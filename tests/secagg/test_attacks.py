@@ -257,6 +257,18 @@ def test_a_swapped_key_a_double_and_a_missing_client_in_the_roster_are_refused()
         )
 
 
+def test_a_roster_that_others_have_checked_is_checked_anew_under_other_identities():
+    combiner, members = group(3)
+    roster = combiner.roster()
+    members["c0"].accept(roster)
+    known = {name: identity(secret(name)) for name in members}
+    plan = SecurePlan(3, 18)
+    SecAggClient("c0", secret("c0"), plan, known, "run").accept(roster)
+    known["c1"] = identity(secret("stranger"))
+    with pytest.raises(WireError, match="'c1' is not signed by it"):
+        SecAggClient("c0", secret("c0"), plan, known, "run").accept(roster)
+
+
 def test_a_key_that_agrees_on_no_secret_is_refused():
     names = ["c0", "c1"]
     plan = SecurePlan(2, 18)
@@ -267,7 +279,7 @@ def test_a_key_that_agrees_on_no_secret_is_refused():
     )
     combiner.join("c0", member.join())
     low = bytes(32)
-    signature = sign(secret("c1"), *SecAggSetup(plan, {}, "run").words(), "join", "c1", low)
+    signature = sign(secret("c1"), *SecAggSetup(plan, {}, "run").words, "join", "c1", low)
     combiner.join(
         "c1",
         SecAggMessage(
