@@ -51,9 +51,11 @@ def test_check_tells_bits_bytes_and_epsilon(mix, tiny):
     assert (told.get("epsilon") is None) == (
         name in ("nothing", "int8", "top-k and ANS both ways", "secure sum")
     )
-    # What was sent: three updates a round, and for a secure sum the keys and what opens it.
+    # What was sent: three updates a round, and for a secure sum what opens it.
     up = done["bytes_up"] - 3 * told["bytes_up_per_round"]
     assert abs(up) < 0.25 * done["bytes_up"] + 12_000 * ("secure" in name)
+    set_up = done["set_up_bytes_up"] + done["set_up_bytes_down"]
+    assert told["bytes_set_up"] == pytest.approx(set_up, rel=0.01)
     if told.get("epsilon") is not None:
         assert done["epsilon"] <= told["epsilon"] * (1 + 1e-9)
 

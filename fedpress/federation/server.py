@@ -17,7 +17,7 @@ from fedpress.federation.algorithms.base import ServerState
 from fedpress.federation.counted import Counted
 from fedpress.federation.delays import Delays
 from fedpress.federation.downlink import Broadcast, Downlink
-from fedpress.federation.exchange import Transport, error
+from fedpress.federation.exchange import Traffic, Transport, error
 from fedpress.federation.failures import Tally
 from fedpress.federation.outbox import Outbox
 from fedpress.federation.protocol import need
@@ -51,6 +51,8 @@ class RoundRecord:
         seconds: wall time.
         failures: protected units that gave nothing, counted with noise; None without privacy.
         timing: whose answers were how stale, and the time of the virtual clock.
+        set_up: bytes of the messages before the first round, which are part of none: the keys of a secure sum. In the
+            record of the first round alone.
     """
 
     round: int
@@ -63,6 +65,7 @@ class RoundRecord:
     seconds: float
     failures: Tally | None = None
     timing: Timing = field(default_factory=Timing)
+    set_up: Traffic = field(default_factory=Traffic)
 
 
 PARTS = ("optimizer", "uplink", "downlink", "clients", "schedule", "outbox")
@@ -156,16 +159,23 @@ class _Server:
             return
         began, before = perf_counter(), self.transport.traffic
         run = _Run.begin(self, params, state)
+        set_up = self.transport.traffic - before
         if todo.start > 1:
-            # What sets up a run, and what is sent again to clients that were at work, counts once: in the round in
-            # which it was sent first, not each time that the run goes on.
-            began, before = perf_counter(), self.transport.traffic
+            # A run that goes on sets up again, and sends again what clients were at work on: that was counted before.
+            began, set_up = perf_counter(), Traffic()
+        before = self.transport.traffic
         try:
             for number in todo:
                 record = run.step(number)
                 traffic, seconds = self.transport.traffic - before, perf_counter() - began
-                yield replace(record, bytes_up=traffic.up, bytes_down=traffic.down, seconds=seconds)
-                began, before = perf_counter(), self.transport.traffic
+                yield replace(
+                    record,
+                    bytes_up=traffic.up,
+                    bytes_down=traffic.down,
+                    seconds=seconds,
+                    set_up=set_up,
+                )
+                began, before, set_up = perf_counter(), self.transport.traffic, Traffic()
         finally:
             run.outbox.cancel_all_but([])
 

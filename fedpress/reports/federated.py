@@ -72,10 +72,17 @@ def bytes_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
         totals = [total / total_size for total in accumulate(b or 0.0 for b in amounts)]
         hover = [f"{word}, so far {short(total)} {total_prefix}B" for total in totals]
         so_far.append(Series("areas", f"{word}, so far", x, totals, color, hover, in_legend=False))
+    caption = (
+        f"{units.count(total_of(up), 'B')} up to the server and {units.count(total_of(down), 'B')} down to the clients"
+        f" in {len(rounds)} rounds; each round above, the sum so far below."
+    )
+    before = [values(rounds, f"set_up_bytes_{way}") for way in ("up", "down")]
+    if any(before[0]) or any(before[1]):
+        first_up, first_down = (units.count(total_of(one), "B") for one in before)
+        caption += f" Before the first round, to set up: {first_up} up and {first_down} down."
     return Figure(
         f"Bytes sent: {name}",
-        f"{units.count(total_of(up), 'B')} up to the server and {units.count(total_of(down), 'B')} down to the clients"
-        f" in {len(rounds)} rounds; each round above, the sum so far below.",
+        caption,
         Axis("round"),
         [
             Panel(Axis(f"per round ({prefix}B)", low=0.0), each, stacked=True),

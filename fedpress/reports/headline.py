@@ -40,7 +40,7 @@ def tiles(stages: list[Json]) -> list[Tile]:
         _cost("file size", stages, "file_bytes", _bytes),
         _latency(stages),
         _privacy([stage for stage in stages if stage.get("kind") == "federate"]),
-        _traffic(_known(stages, "bytes_up"), _known(stages, "bytes_down")),
+        _traffic(stages),
     ]
     return [tile for tile in found if tile]
 
@@ -175,9 +175,12 @@ def _privacy(federated: list[Json]) -> Tile | None:
     return Tile(units.epsilon(last.get("epsilon")), "privacy spent, ε", note)
 
 
-def _traffic(up: list[float], down: list[float]) -> Tile | None:
+def _traffic(stages: list[Json]) -> Tile | None:
+    up, down = _known(stages, "bytes_up"), _known(stages, "bytes_down")
     if not up + down:
         return None
-    return Tile(
-        _bytes(sum(up + down)), "bytes sent", f"{_bytes(sum(up))} up, {_bytes(sum(down))} down"
-    )
+    note = f"{_bytes(sum(up))} up, {_bytes(sum(down))} down"
+    before = _known(stages, "set_up_bytes_up") + _known(stages, "set_up_bytes_down")
+    if before:
+        note += f"; {_bytes(sum(before))} before the first round"
+    return Tile(_bytes(sum(up + down)), "bytes sent", note)

@@ -19,6 +19,7 @@ from fedpress.federation import (
     LocalSettings,
     SecureSum,
     Terms,
+    Traffic,
     Uplink,
 )
 from fedpress.federation.server import rounds
@@ -184,6 +185,16 @@ def test_a_run_that_goes_on_with_kept_memories_gives_the_same_bits():
         )
     )
     assert torch.equal(tail[-1].params, whole[-1].params)
+    assert tail[0].set_up == Traffic()
+
+
+def test_the_keys_of_a_run_are_counted_beside_its_rounds():
+    secure, plain = SecureFederation().run(2), SecureFederation(secure=False).run(2)
+    assert [one.set_up for one in plain] == [Traffic(), Traffic()]
+    assert secure[0].set_up.up > 6 * (32 + 64)  # at least a key and its signature from each
+    assert secure[0].set_up.down > 6 * 6 * (32 + 64)  # and everybody's to each
+    assert secure[1].set_up == Traffic()
+    assert secure[0].bytes_down == pytest.approx(secure[1].bytes_down, rel=0.02)
 
 
 def test_a_client_answers_one_question_a_round():

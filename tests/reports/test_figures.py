@@ -91,6 +91,16 @@ def test_bytes_so_far_end_at_the_sum_of_the_rounds():
     ]
 
 
+def test_bytes_before_the_first_round_are_told_beside_the_figure():
+    rounds = federate(3, CLIENTS, True)
+    rounds[0] |= {"set_up_bytes_up": 4_000, "set_up_bytes_down": 6_000}
+    figure = bytes_over_rounds("x", rounds)
+    assert figure is not None
+    assert figure.caption.endswith(
+        "Before the first round, to set up: 4.00 kB up and 6.00 kB down."
+    )
+
+
 def test_many_clients_are_shown_as_a_distribution():
     few = client_scores({"client_accuracy": {f"c{i}": 0.5 for i in range(40)}})
     many = client_scores({"client_accuracy": {f"c{i}": 0.5 for i in range(41)}})

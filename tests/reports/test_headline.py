@@ -19,6 +19,13 @@ def test_the_last_numbers_stand_beside_those_of_the_first_stage():
     }
 
 
+def test_bytes_before_the_first_round_are_told_apart():
+    rounds = {"bytes_up": 3e6, "bytes_down": 2e6}
+    before = {"set_up_bytes_up": 4e3, "set_up_bytes_down": 6e3}
+    (tile,) = (tile for tile in tiles([rounds | before]) if tile.name == "bytes sent")
+    assert tile.note == "3.00 MB up, 2.00 MB down; 10.0 kB before the first round"
+
+
 def test_a_latency_is_a_share_of_one_in_the_same_runtime_alone():
     def note(*measured):
         stages = [{"latency_ms": ms, "runtime": runtime} for ms, runtime in measured]

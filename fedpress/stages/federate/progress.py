@@ -37,6 +37,8 @@ class Progress:
         best_round: the round that gave it.
         bytes_up: of all rounds so far, from the clients.
         bytes_down: to them.
+        set_up: bytes [up, down] of the messages before the first round; None if a run of an older version counted
+            some of them in its first round.
         note: what a person reads of the last round.
         stopped: why no further round is begun; empty while they go on.
         closed: rounds in a row in which no update counted.
@@ -51,6 +53,7 @@ class Progress:
     best_round: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
+    set_up: tuple[int, int] | None = None
     note: str = ""
     stopped: str = ""
     closed: int = 0
@@ -59,7 +62,8 @@ class Progress:
     @classmethod
     def begin(cls, server: ServerPlan) -> Progress:
         """Stands before the first round."""
-        return cls(parameters.flatten(server.model), server.ledger)
+        set_up = server.set_up.up, server.set_up.down
+        return cls(parameters.flatten(server.model), server.ledger, set_up=set_up)
 
     def after(
         self, record: RoundRecord, seen: Evaluation | None, task: Task, **more: Any
@@ -75,26 +79,40 @@ class Progress:
             best_round=record.round if better else self.best_round,
             bytes_up=self.bytes_up + record.bytes_up,
             bytes_down=self.bytes_down + record.bytes_down,
+            set_up=self._set_up_with(record),
             note=f"validation {task.formatted(score)}" if seen else "",
             **more,
         )
+
+    def _set_up_with(self, record: RoundRecord) -> tuple[int, int] | None:
+        if self.set_up is None:
+            return None
+        up, down = self.set_up
+        return up + record.set_up.up, down + record.set_up.down
 
     def snapshot(self) -> Snapshot:
         """Returns what a checkpoint holds."""
         state = self.server_state or {}
         tensors = {"params": self.params, **{f"{SERVER}{k}": v for k, v in state.items()}}
         plain = {name: getattr(self, name) for name in PLAIN}
-        facts = {"ledger": self.ledger.to_json(), "failures": self.failures.to_json()}
+        facts: dict[str, Any] = {
+            "ledger": self.ledger.to_json(),
+            "failures": self.failures.to_json(),
+        }
+        if self.set_up is not None:
+            facts["set_up"] = [*self.set_up]
         return Snapshot(tensors, plain | facts)
 
     @classmethod
     def load(cls, saved: Snapshot) -> Progress:
         """Reads what `snapshot` gave."""
         facts: Mapping[str, Any] = saved.facts
+        set_up = facts.get("set_up")
         return cls(
             params=saved.tensors["params"],
             ledger=Ledger.from_json(facts["ledger"]),
             server_state=parameters.part_of(saved.tensors, SERVER),
+            set_up=None if set_up is None else tuple(set_up),
             failures=Failures.from_json(facts.get("failures", {})),
             **{name: facts[name] for name in PLAIN},
         )

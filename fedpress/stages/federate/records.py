@@ -42,6 +42,7 @@ def line(
         "loss": seen.loss if seen else None,
         "bytes_up": record.bytes_up,
         "bytes_down": record.bytes_down,
+        **(_set_up(now) if record.round == 1 else {}),
         "epsilon": _epsilon(server, now),
         "clients": record.clients,
         "refused": told(record.refused, server),
@@ -49,6 +50,14 @@ def line(
         "seconds": round(record.seconds, 2),
         **_times(record, server),
     }
+
+
+def _set_up(now: Progress) -> dict[str, int]:
+    """Returns the bytes of the messages before the first round, which stand in the count of no round."""
+    if now.set_up is None:
+        return {}
+    up, down = now.set_up
+    return {"set_up_bytes_up": up, "set_up_bytes_down": down}
 
 
 def _times(record: RoundRecord, server: ServerPlan) -> dict[str, Any]:
@@ -84,6 +93,7 @@ def facts_of(server: ServerPlan, now: Progress, score_before: float | None) -> d
         f"{metric}_before": score_before,
         "bytes_up": now.bytes_up,
         "bytes_down": now.bytes_down,
+        **_set_up(now),
         **promise,
         **server.grid(),
         "bytes": "planned" if server.hides else "counted",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ from fedpress.federation import (
     Uplink,
 )
 from fedpress.federation.client import check_norm
-from fedpress.federation.exchange import exchange
+from fedpress.federation.exchange import Traffic, exchange
 from fedpress.federation.protocol import check_header, need, text_tensor
 from fedpress.federation.schedules import Participation
 from fedpress.federation.server import rounds
@@ -30,7 +30,7 @@ from fedpress.stages.federate.privacy import Protection, repeated
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.stages.federate.sizes import sizes
 from fedpress.wire.fields import NUMBER, check_field
-from fedpress.wire.message import JSON, Message
+from fedpress.wire.message import JSON, Message, pack
 
 PROMISE = ("unit", "delta", "noise_multiplier", "clip_norm", "sampling_prob")
 
@@ -45,6 +45,7 @@ class ServerPlan:
         transport: reaches the clients.
         ledger: what was spent before this stage; without end, if this stage is open.
         secret: 256 bits on which the server's noise and draws hang instead of the seed.
+        set_up: bytes of the messages in which clients registered and agreed, as far as they may be told.
     """
 
     beginning: Beginning
@@ -52,6 +53,7 @@ class ServerPlan:
     transport: Transport
     ledger: Ledger
     secret: int | None = None
+    set_up: Traffic = field(default_factory=Traffic)
 
     @classmethod
     def bind(
@@ -71,11 +73,16 @@ class ServerPlan:
             PrivacyError: if the budget cannot be kept.
             TrainingError: if a client does not say who it is.
         """
+        before = transport.traffic
         contract = beginning.contract(register(transport))
         trust = contract.uplink.trust
         check_norm(contract.terms.norm, beginning.model, sample=trust.unit == "sample")
-        plan = cls(beginning, contract, transport, _ledger(beginning.stage, ledger), secret)
+        book, registered = _ledger(beginning.stage, ledger), transport.traffic - before
         refused = agree(transport, contract)
+        agreed = transport.traffic - before - registered
+        if trust.hides_cohort:  # nor may be told by the length of their replies who refused
+            agreed = Traffic(_bytes_if_all_agree(contract), agreed.down)
+        plan = cls(beginning, contract, transport, book, secret, registered + agreed)
         if len(refused) == len(contract.population):
             name = contract.population.names[0]
             raise RecipeError(
@@ -137,8 +144,13 @@ class ServerPlan:
         )
 
     def sizes(self) -> dict[str, Any]:
-        """Returns the bytes of real messages, and bits for each value, see `sizes.sizes`."""
-        return sizes(self.contract, parameters.flatten(self.model))
+        """Returns the bytes of real messages, and bits for each value, see `sizes.sizes`.
+
+        What sets up a run is counted whole: these messages were sent already when the halves were bound.
+        """
+        told = sizes(self.contract, parameters.flatten(self.model))
+        told["bytes_set_up"] += self.set_up.up + self.set_up.down
+        return told
 
     @property
     def keys(self) -> str | None:
@@ -321,6 +333,12 @@ def agree(transport: Transport, contract: Contract) -> dict[ClientId, str]:
         else:
             refused[name] = str(reply.header.get("reason", f"it sent {reply.kind!r}"))
     return refused
+
+
+def _bytes_if_all_agree(contract: Contract) -> int:
+    """Returns the bytes of the replies to "agree" if no client refuses."""
+    reply = Message("agreed", {"agreement": contract.terms.agreement.fingerprint})
+    return len(pack(reply)) * len(contract.population)
 
 
 def _ledger(stage: FederateSettings, book: Ledger | None) -> Ledger:

@@ -24,7 +24,8 @@ from fedpress.wire.message import JSON, Message, pack, unpack
 def sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
     """Returns the bytes of real messages, and bits for each value, with an update of Gaussian noise.
 
-    Updates of real training have heavier tails and become smaller. `params` [d] are those of the model.
+    Updates of real training have heavier tails and become smaller. `params` [d] are those of the model. `bytes_set_up`
+    are those of the keys of a secure sum, 0 for a plain one.
     """
     terms, uplink = contract.terms, contract.uplink
     chance = public_stream(0, "sizes")
@@ -58,7 +59,7 @@ def sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
         "bytes_up_per_round": up * cohort,
         "bytes_down_per_round": down * cohort,
         "bytes_down_first_time": first if terms.downlink is not None else None,
-        "bytes_set_up": set_up or None,
+        "bytes_set_up": set_up,
     }
 
 

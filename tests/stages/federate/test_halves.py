@@ -273,6 +273,26 @@ def test_clients_that_work_with_different_recipes_are_told_apart_when_they_regis
         register(transport_to(clients))
 
 
+def test_the_bytes_before_the_first_round_are_those_of_the_messages():
+    transport = transport_to(halves(beginning()))
+    server = ServerPlan.bind(beginning(), transport)
+    assert server.set_up == transport.traffic
+    assert server.set_up.up > 0
+    assert server.set_up.down > 0
+
+
+def test_where_the_cohort_is_secret_no_length_tells_that_a_client_refused():
+    central = {"privacy": CLIENT, "sampling": "poisson", "cohort": 2}
+    other = halves(beginning(lr=0.5, **central))["b"]
+    told, sent = [], []
+    for clients in (halves(beginning(**central)), halves(beginning(**central)) | {"b": other}):
+        transport = transport_to(clients)
+        told.append(ServerPlan.bind(beginning(**central), transport).set_up)
+        sent.append(transport.traffic)
+    assert told[0] == told[1]
+    assert told[0] == sent[0] != sent[1]
+
+
 def test_the_population_is_json_that_names_no_example():
     population = register(transport_to(halves(beginning())))
     assert json.loads(population.to_json())["names"] == list(NAMES)

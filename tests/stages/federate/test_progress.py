@@ -3,6 +3,7 @@
 import json
 from dataclasses import fields, replace
 
+import pytest
 import torch
 
 from fedpress.federation.failures import Tally
@@ -24,6 +25,7 @@ NOW = Progress(
     best_round=4,
     bytes_up=100,
     bytes_down=200,
+    set_up=(30, 40),
     note="validation 75.0%",
     closed=1,
     failures=FAILURES,
@@ -47,7 +49,8 @@ def test_what_is_loaded_is_what_was_saved():
             assert saved == loaded, one.name
 
 
-def test_a_checkpoint_without_a_count_of_failures_opens():
+@pytest.mark.parametrize(("entry", "then"), [("failures", Failures()), ("set_up", None)])
+def test_a_checkpoint_from_before_an_entry_was_added_opens(entry, then):
     saved = NOW.snapshot()
-    facts = {name: value for name, value in saved.facts.items() if name != "failures"}
-    assert Progress.load(replace(saved, facts=facts)).failures == Failures()
+    facts = {name: value for name, value in saved.facts.items() if name != entry}
+    assert getattr(Progress.load(replace(saved, facts=facts)), entry) == then
