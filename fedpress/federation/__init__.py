@@ -22,6 +22,7 @@ from fedpress.federation.client import Client, ClientPlan
 from fedpress.federation.client_state import ClientState, DiskState, InMemoryState
 from fedpress.federation.downlink import Downlink
 from fedpress.federation.exchange import Traffic, Transport
+from fedpress.federation.guarantee import Guarantee
 from fedpress.federation.local import LocalSettings, LocalWork
 from fedpress.federation.ondevice import device_steps
 from fedpress.federation.sampling import Cohort
@@ -29,6 +30,7 @@ from fedpress.federation.schedules import SCHEDULES, Buffered, Synchronous
 from fedpress.federation.server import RoundRecord, rounds
 from fedpress.federation.trust import Trust, trust_of
 from fedpress.federation.uplink import Uplink
+from fedpress.federation.vectors import Payload
 
 __all__ = [
     "AGGREGATORS",
@@ -54,12 +56,14 @@ __all__ = [
     "FedAvg",
     "FedAvgM",
     "FedProx",
+    "Guarantee",
     "InMemoryState",
     "LocalSettings",
     "LocalWork",
     "Mean",
     "Median",
     "Momentum",
+    "Payload",
     "RoundRecord",
     "Scaffold",
     "SecureSum",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fedpress.codecs import Bound, Key, Settings, bind_chain
+from fedpress.codecs import Bound, Key, bind_chain
 from fedpress.core import random
 from fedpress.core.names import ClientId
 from fedpress.errors import RecipeError, SecureError, WireError, renaming
@@ -22,11 +22,12 @@ from fedpress.federation.aggregators.base import (
 )
 from fedpress.federation.aggregators.mean import Mean
 from fedpress.federation.failures import Tally
+from fedpress.federation.guarantee import OPEN, Guarantee
 from fedpress.federation.protocol import check_header, need
 from fedpress.federation.sampling import Cohort
 from fedpress.federation.servernoise import ServerNoise
-from fedpress.federation.trust import Trust, share, trust_of
-from fedpress.federation.vectors import UPDATE, Extra, Vectors
+from fedpress.federation.trust import Trust, share
+from fedpress.federation.vectors import UPDATE, Extra, Payload, Vectors
 from fedpress.federation.way import Way, divide
 from fedpress.privacy.adaptive import AdaptiveClip, share_below
 from fedpress.privacy.noise.mechanism import noise_sum
@@ -92,63 +93,37 @@ class Uplink:
     @classmethod
     def bind(
         cls,
-        size: int,
+        payload: Payload,
         cohort: Cohort,
         *,
-        chain: Sequence[Settings] = (),
-        shapes: tuple[tuple[int, ...], ...] = (),
-        extras: Mapping[str, Extra] | None = None,
+        guarantee: Guarantee = OPEN,
         aggregator: Aggregator | None = None,
-        privacy: PrivacyPlan | None = None,
-        trust: str | None = None,
         weights: Weights = "examples",
-        divisor: float | None = None,
-        noise: ServerNoise | None = None,
-        adaptive: AdaptiveClip | None = None,
     ) -> Uplink:
-        """Fits all parts to updates of `size` values, and to the further vectors `extras` of an algorithm.
+        """Fits codecs, cohort, privacy and aggregate to each other; the mean if there is no `aggregator`.
 
         Raises:
             RecipeError: if the parts do not fit together, or a privacy promise could not be kept.
         """
-        aggregator, extras = aggregator or Mean(), extras or {}
-        row = trust_of(privacy.unit if privacy is not None else None, trust)
-        row.check(privacy, cohort, weights, aggregator)
-        row.check_vectors(privacy, extras)
-        if adaptive is not None and adaptive.count_noise is None:
-            raise RecipeError(
-                "not planned",
-                place="adaptive.count_noise",
-                cure="give it, or bind with a planned one",
-            )
-        if adaptive is not None and extras:
-            raise RecipeError(
-                (
-                    "it moves the clip norm of the update alone, and the algorithm sends "
-                    f"'{next(iter(extras))}' too"
-                ),
-                place="adaptive",
-                cure="leave adaptive out, or take another algorithm",
-            )
-        noise = row.server_noise(privacy, noise)
-        clip_norm = privacy.clip_norm if privacy is not None and row.unit == "client" else None
-        vectors = {UPDATE: Extra(codecs=tuple(chain), clip_norm=clip_norm), **extras}
-        binder = _Binder(row, privacy, aggregator, cohort.size, noise, len(vectors))
-        ways = []
-        for name, one in vectors.items():
-            start = Bound(size, shapes=shapes) if one.size is None else Bound(one.size)
-            ways.append(binder.way(name, one, start))
+        aggregator, trust, plan = aggregator or Mean(), guarantee.row, guarantee.plan
+        trust.check(plan, cohort, weights, aggregator)
+        guarantee.check(payload)
+        noise = trust.server_noise(plan, guarantee.noise)
+        clip_norm = plan.clip_norm if plan is not None and trust.unit == "client" else None
+        vectors = payload.vectors(clip_norm)
+        binder = _Binder(trust, plan, aggregator, cohort.size, noise, len(vectors))
+        ways = tuple(binder.way(name, one, payload.start(one)) for name, one in vectors.items())
         aggregator.check(ways)
         return cls(
-            tuple(ways),
+            ways,
             cohort,
             aggregator,
-            privacy,
-            row,
+            plan,
+            trust,
             weights,
-            divisor or cohort.size,
+            guarantee.divisor or cohort.size,
             noise,
-            adaptive,
+            guarantee.adaptive,
         )
 
     @property

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from torch import Tensor
 
-from fedpress.codecs import Settings
+from fedpress.codecs import Bound, Settings
 
 Vectors: TypeAlias = Mapping[str, Tensor]
 """Name -> float32 [size]."""
@@ -32,3 +32,28 @@ class Extra:
     size: int | None = None
     codecs: tuple[Settings, ...] = ()
     clip_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What every client sends in a round: its update, and the further vectors of an algorithm.
+
+    Attributes:
+        size: number of values of an update.
+        codecs: what makes it small, in order.
+        shapes: of the parameters in it, for codecs that look at whole matrices.
+        extras: further vectors by name.
+    """
+
+    size: int
+    codecs: tuple[Settings, ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()
+    extras: Mapping[str, Extra] = field(default_factory=dict)
+
+    def vectors(self, clip_norm: float | None) -> dict[str, Extra]:
+        """Returns all vectors by name, the update first, which one client moves by at most `clip_norm`."""
+        return {UPDATE: Extra(codecs=self.codecs, clip_norm=clip_norm), **self.extras}
+
+    def start(self, one: Extra) -> Bound:
+        """Returns what is known of `one` of its vectors before the first codec."""
+        return Bound(self.size, shapes=self.shapes) if one.size is None else Bound(one.size)

@@ -26,6 +26,7 @@ from fedpress.federation import (
     FedProx,
     LocalSettings,
     LocalWork,
+    Payload,
     Terms,
     Uplink,
 )
@@ -197,7 +198,7 @@ def federation(program, device: bool):
     """Three clients, the first on a device if asked; rounds of averaging over messages as bytes."""
     model, settings = network(), LocalSettings(epochs=2, batch_size=4, lr=0.1, momentum=0.5)
     params, layout = parameters.flatten(model), parameters.Layout.of(model)
-    uplink = Uplink.bind(len(params), Cohort(3, 3))
+    uplink = Uplink.bind(Payload(len(params)), Cohort(3, 3))
     terms = Terms(layout, settings, uplink, 7, untouched, GOAL)
     kinds = {
         "c0": (DeviceModel(program), device_steps) if device else (model, None),

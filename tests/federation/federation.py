@@ -14,7 +14,9 @@ from fedpress.federation import (
     Client,
     ClientPlan,
     Cohort,
+    Guarantee,
     LocalSettings,
+    Payload,
     Terms,
     Uplink,
 )
@@ -70,12 +72,10 @@ class Federation:
         cohort = cohort or Cohort(clients, clients)
         extras = more["algorithm"].extras_up if "algorithm" in more else {}
         self.uplink = Uplink.bind(
-            len(self.params),
+            Payload(len(self.params), codecs=chain, extras=extras),
             cohort,
-            chain=chain,
-            privacy=privacy,
             weights=weights,
-            extras=extras,
+            guarantee=Guarantee(privacy),
         )
         self.data = [examples(10 + 4 * i, seed=i) for i in range(clients)]
         sample = privacy is not None and privacy.unit == "sample"

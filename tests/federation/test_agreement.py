@@ -5,7 +5,7 @@ import torch
 
 from fedpress.codecs import Quantize, TopK
 from fedpress.errors import WireError
-from fedpress.federation import Cohort, Downlink, Uplink
+from fedpress.federation import Cohort, Downlink, Payload, Uplink
 from fedpress.federation.agreement import Agreement, commitment
 from fedpress.federation.protocol import text_tensor
 from fedpress.wire import Message
@@ -15,7 +15,7 @@ from tests.federation.federation import SAMPLE_PLAN, Federation, client_plan, ml
 def rich() -> Federation:
     """A federation in which every entry says something."""
     size, cohort = 83, Cohort(4, 4)
-    uplink = Uplink.bind(size, cohort, chain=(TopK(density=0.1), Quantize(bits=8)))
+    uplink = Uplink.bind(Payload(size, codecs=(TopK(density=0.1), Quantize(bits=8))), cohort)
     downlink = Downlink(size, chain=(Quantize(bits=8),), first=(Quantize(bits=16),))
     return Federation(uplink=uplink, downlink=downlink, error_feedback=True, num_rounds=7)
 

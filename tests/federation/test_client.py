@@ -9,7 +9,15 @@ from fedpress.codecs import Key, Quantize, TopK
 from fedpress.core import parameters
 from fedpress.core.examples import Arrays
 from fedpress.errors import RecipeError, TrainingError, WireError
-from fedpress.federation import Cohort, Downlink, InMemoryState, LocalSettings, Uplink
+from fedpress.federation import (
+    Cohort,
+    Downlink,
+    Guarantee,
+    InMemoryState,
+    LocalSettings,
+    Payload,
+    Uplink,
+)
 from fedpress.federation.downlink import SERVER
 from fedpress.federation.local import plain_steps
 from fedpress.wire import Message, pack, unpack
@@ -209,7 +217,11 @@ def test_parts_that_do_not_belong_together_are_refused():
     with pytest.raises(RecipeError, match=r"^client 'c0': it has no examples"):
         replace(federation.clients["c0"], arrays=nothing)
     private = Federation(privacy=SAMPLE_PLAN)
-    joint = Uplink.bind(len(private.params), Cohort(4, 4), privacy=SAMPLE_PLAN, trust="central")
+    joint = Uplink.bind(
+        Payload(len(private.params)),
+        Cohort(4, 4),
+        guarantee=Guarantee(plan=SAMPLE_PLAN, trust="central"),
+    )
     assert rebound(private.clients["c0"], uplink=joint).uplink.trust.steps == "joint"
     with pytest.raises(RecipeError, match="run no other source of gradients"):
         rebound(private.clients["c0"], uplink=joint, source=plain_steps)
@@ -279,7 +291,7 @@ def test_a_client_says_when_it_does_not_hold_the_model_that_a_difference_is_to()
 
 def test_error_feedback_adds_what_the_last_update_lost():
     federation = Federation(clients=1)
-    uplink = Uplink.bind(len(federation.params), Cohort(1, 1), chain=(TopK(density=0.1),))
+    uplink = Uplink.bind(Payload(len(federation.params), codecs=(TopK(density=0.1),)), Cohort(1, 1))
     memory = InMemoryState()
     client = rebound(federation.clients["c0"], uplink=uplink, error_feedback=True, memory=memory)
     plain = rebound(client, error_feedback=False)

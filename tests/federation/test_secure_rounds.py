@@ -17,6 +17,7 @@ from fedpress.federation import (
     FedAvg,
     InMemoryState,
     LocalSettings,
+    Payload,
     SecureSum,
     Terms,
     Traffic,
@@ -45,7 +46,7 @@ class SecureFederation:
         size = len(self.params)
         aggregator = SecureSum(plan, size, limit or 2 ** (bits - 1), identities) if secure else None
         self.uplink = Uplink.bind(
-            size, Cohort(6, 6), chain=chain, aggregator=aggregator, weights="equal"
+            Payload(size, codecs=chain), Cohort(6, 6), aggregator=aggregator, weights="equal"
         )
         terms = Terms(layout, SETTINGS, self.uplink, 7, untouched, GOAL)
         self.agreement = terms.agreement.fingerprint
@@ -237,4 +238,6 @@ def test_a_random_part_of_the_values_sums_securely():
 def test_example_weights_are_refused_under_a_secure_sum():
     aggregator = SecureSum(SecurePlan(cohort=6, bits=16), 3, 100, ())
     with pytest.raises(RecipeError, match='set weights = "equal"'):
-        Uplink.bind(3, Cohort(6, 6), chain=CHAIN, aggregator=aggregator, weights="examples")
+        Uplink.bind(
+            Payload(3, codecs=CHAIN), Cohort(6, 6), aggregator=aggregator, weights="examples"
+        )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedpress.codecs import Key, Quantize, Sign, Ternary, TopK
 from fedpress.errors import RecipeError
-from fedpress.federation import Cohort, Uplink
+from fedpress.federation import Cohort, Guarantee, Payload, Uplink
 from fedpress.federation.exchange import error
 from fedpress.privacy.adaptive import AdaptiveClip
 from fedpress.privacy.plan import PrivacyPlan
@@ -21,7 +21,9 @@ C = 0.5
 
 
 def private(size, cohort, noise=0.0):
-    return Uplink.bind(size, cohort, privacy=client_plan(cohort, noise, C), weights="equal")
+    return Uplink.bind(
+        Payload(size), cohort, weights="equal", guarantee=Guarantee(client_plan(cohort, noise, C))
+    )
 
 
 def named(updates):
@@ -37,7 +39,9 @@ def test_the_mean_weighs_by_examples_or_equally():
         update(torch.tensor([0.0, 1.0]), examples=10),
     )
     for weights, expected in [("examples", [0.75, 0.25]), ("equal", [0.5, 0.5])]:
-        mean = Uplink.bind(2, Cohort(2, 2), weights=weights).mean(named([a, b]), seed=1, round=1)
+        mean = Uplink.bind(Payload(2), Cohort(2, 2), weights=weights).mean(
+            named([a, b]), seed=1, round=1
+        )
         assert mean.update.tolist() == expected
         assert [row["examples"] for row in mean.rows] == [30, 10]
         assert [row["update_norm"] for row in mean.rows] == [1.0, 1.0]
@@ -77,7 +81,7 @@ def test_the_mean_weighs_by_examples_or_equally():
 )
 def test_a_bad_reply_is_refused_with_its_reason_and_the_rest_counts(reply, reason):
     good = update(torch.tensor([3.0, 4.0, 0.0]))
-    mean = Uplink.bind(3, Cohort(3, 3)).mean(named([good, reply, good]), seed=1, round=1)
+    mean = Uplink.bind(Payload(3), Cohort(3, 3)).mean(named([good, reply, good]), seed=1, round=1)
     assert list(mean.refused) == ["c1"]
     assert re.search(reason, mean.refused["c1"])
     assert mean.update.tolist() == [3.0, 4.0, 0.0]
@@ -85,18 +89,21 @@ def test_a_bad_reply_is_refused_with_its_reason_and_the_rest_counts(reply, reaso
 
 
 def test_a_zero_update_counts_like_any_other():
-    mean = Uplink.bind(2, Cohort(2, 2)).mean(
+    mean = Uplink.bind(Payload(2), Cohort(2, 2)).mean(
         named([torch.zeros(2), torch.ones(2)]), seed=1, round=1
     )
     assert mean.update.tolist() == [0.5, 0.5]
     assert not mean.refused
-    alone = Uplink.bind(2, Cohort(1, 1)).mean(named([torch.zeros(2)]), seed=1, round=1)
+    alone = Uplink.bind(Payload(2), Cohort(1, 1)).mean(named([torch.zeros(2)]), seed=1, round=1)
     assert alone.update.tolist() == [0.0, 0.0]
 
 
 def test_without_a_usable_reply_there_is_no_mean():
     for replies in ([], [None, update(torch.tensor([math.nan, 0]))]):
-        assert Uplink.bind(2, Cohort(2, 2)).mean(named(replies), seed=1, round=1).update is None
+        assert (
+            Uplink.bind(Payload(2), Cohort(2, 2)).mean(named(replies), seed=1, round=1).update
+            is None
+        )
 
 
 def test_under_client_privacy_an_empty_round_is_noise_alone():
@@ -170,10 +177,12 @@ def test_metrics_that_leave_a_client_are_those_that_the_unit_allows():
     measured = {"loss": 1.0, "steps": 4, "batch": 3}
     cohort = Cohort(2, 2)
     said = {
-        "open": Uplink.bind(2, cohort).trust.said(measured, 9, seen=True),
-        "sample": Uplink.bind(2, cohort, privacy=SAMPLE_PLAN).trust.said(measured, 9, seen=True),
+        "open": Uplink.bind(Payload(2), cohort).trust.said(measured, 9, seen=True),
+        "sample": Uplink.bind(Payload(2), cohort, guarantee=Guarantee(SAMPLE_PLAN)).trust.said(
+            measured, 9, seen=True
+        ),
         "client": private(2, cohort).trust.said(measured, 9, seen=True),
-        "secure": Uplink.bind(2, cohort).trust.said(measured, 9, seen=False),
+        "secure": Uplink.bind(Payload(2), cohort).trust.said(measured, 9, seen=False),
     }
     assert said == {
         "open": {"loss": 1.0, "steps": 4, "examples": 9},
@@ -186,7 +195,7 @@ def test_metrics_that_leave_a_client_are_those_that_the_unit_allows():
 def test_what_a_client_says_beyond_the_allowed_is_not_recorded():
     reply = update(torch.ones(2), loss=9.0, steps=4, secret=5)
     row = (
-        Uplink.bind(2, Cohort(1, 1), privacy=SAMPLE_PLAN)
+        Uplink.bind(Payload(2), Cohort(1, 1), guarantee=Guarantee(SAMPLE_PLAN))
         .mean(named([reply]), seed=1, round=1)
         .rows[0]
     )
@@ -195,28 +204,40 @@ def test_what_a_client_says_beyond_the_allowed_is_not_recorded():
 
 def test_example_weights_under_client_privacy_are_refused_before_the_run():
     with pytest.raises(RecipeError, match=r'weights = "equal"'):
-        Uplink.bind(2, Cohort(2, 2), privacy=client_plan(Cohort(2, 2)), weights="examples")
+        Uplink.bind(
+            Payload(2),
+            Cohort(2, 2),
+            weights="examples",
+            guarantee=Guarantee(client_plan(Cohort(2, 2))),
+        )
 
 
 def test_unknown_weights_are_refused():
-    with pytest.raises(RecipeError, match=r"^weights: got 'size'"):
-        Uplink.bind(2, Cohort(2, 2), weights="size")
+    with pytest.raises(RecipeError, match=r"federate\.weights: got 'size'"):
+        Uplink.bind(Payload(2), Cohort(2, 2), weights="size")
 
 
 def test_client_noise_without_a_clip_bound_cannot_be_planned():
     for bad in (0.0, math.inf, math.nan, -1.0):
         with pytest.raises(RecipeError, match="clip_norm"):
             Uplink.bind(
-                2, Cohort(2, 2), privacy=PrivacyPlan("client", bad, 1.0, 1.0), weights="equal"
+                Payload(2),
+                Cohort(2, 2),
+                weights="equal",
+                guarantee=Guarantee(PrivacyPlan("client", bad, 1.0, 1.0)),
             )
 
 
 def test_a_plan_that_counts_on_another_sampler_is_refused():
     plan = PrivacyPlan("client", 1.0, 0.1, 1.0)
     with pytest.raises(RecipeError, match=r"privacy\.sampling_prob: the plan charges 0\.1"):
-        Uplink.bind(2, Cohort(10, 100, "fixed"), privacy=plan, weights="equal")
+        Uplink.bind(
+            Payload(2), Cohort(10, 100, "fixed"), weights="equal", guarantee=Guarantee(plan)
+        )
     assert (
-        Uplink.bind(2, Cohort(10, 100, "poisson"), privacy=plan, weights="equal").trust.unit
+        Uplink.bind(
+            Payload(2), Cohort(10, 100, "poisson"), weights="equal", guarantee=Guarantee(plan)
+        ).trust.unit
         == "client"
     )
 
@@ -237,7 +258,9 @@ def test_client_noise_is_new_for_every_sum_and_plan_and_the_same_on_repeat():
 def adaptive(size, cohort, noise=1.0, **how):
     moving = AdaptiveClip(count_noise=0.3, **how)
     plan = replace(client_plan(cohort, noise), clip_norm=1.0)
-    return Uplink.bind(size, cohort, privacy=plan, weights="equal", adaptive=moving)
+    return Uplink.bind(
+        Payload(size), cohort, weights="equal", guarantee=Guarantee(plan=plan, adaptive=moving)
+    )
 
 
 @pytest.mark.parametrize("initial", [0.02, 200.0])
@@ -306,7 +329,10 @@ def test_with_any_codec_one_client_moves_a_plain_private_sum_by_at_most_the_clip
     }[kind]
     cohort = Cohort(3, 3)
     uplink = Uplink.bind(
-        64, cohort, privacy=client_plan(cohort, 0.0, C), weights="equal", chain=(settings_,)
+        Payload(64, codecs=(settings_,)),
+        cohort,
+        weights="equal",
+        guarantee=Guarantee(client_plan(cohort, 0.0, C)),
     )
     chance = torch.Generator().manual_seed(2)
     for round in range(1, 200):

@@ -24,6 +24,7 @@ from fedpress.federation import (
     FedProx,
     LocalSettings,
     Mean,
+    Payload,
     SecureSum,
     Terms,
     Uplink,
@@ -144,18 +145,11 @@ def _contract(
     aggregator, algorithm = _aggregator(stage, planned, population), algorithm_of(stage)
     usual = "equal" if trust.fixed_divisor or algorithm.equal_weights else aggregator.weights
     uplink = Uplink.bind(
-        layout.size,
+        Payload(layout.size, planned.chain, layout.shapes, algorithm.extras_up),
         cohort,
-        chain=planned.chain,
-        shapes=layout.shapes,
-        extras=algorithm.extras_up,
+        guarantee=planned.guarantee(trust),
         aggregator=aggregator,
-        privacy=next(iter(planned.plans.values()), None),
-        trust=trust.kind,
         weights=stage.weights or usual,
-        divisor=planned.divisor,
-        noise=planned.noise,
-        adaptive=planned.adaptive,
     )
     downlink = None
     if stage.downlink:

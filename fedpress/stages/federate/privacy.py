@@ -11,7 +11,7 @@ from fedpress.codecs import Bound, Clip, Discretize, Noise, Rotate, Settings, bi
 from fedpress.codecs.discretize import coordinate_limit
 from fedpress.data.population import Population
 from fedpress.errors import RecipeError
-from fedpress.federation import Cohort, Trust, trust_of
+from fedpress.federation import Cohort, Guarantee, Trust, trust_of
 from fedpress.federation.aggregators.secure import check_additive
 from fedpress.federation.schedules import Participation
 from fedpress.federation.servernoise import ServerNoise
@@ -100,6 +100,11 @@ class Protection:
     adaptive: AdaptiveClip | None = None
     divisor: float | None = None
     whole: bool = False
+
+    def guarantee(self, trust: Trust) -> Guarantee:
+        """Returns what the uplink promises by it; the plan of the first client stands for all."""
+        plan = next(iter(self.plans.values()), None)
+        return Guarantee(plan, trust.kind, self.noise, self.adaptive, self.divisor)
 
 
 def protect(

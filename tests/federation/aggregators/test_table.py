@@ -12,7 +12,15 @@ from pydantic import TypeAdapter, ValidationError
 from fedpress.codecs import VALUES, Bound, Clip, Discretize, Key, Quantize
 from fedpress.core.random import secret_key
 from fedpress.errors import RecipeError, WireError
-from fedpress.federation import AGGREGATORS, AnyAggregator, Cohort, SecureSum, Uplink
+from fedpress.federation import (
+    AGGREGATORS,
+    AnyAggregator,
+    Cohort,
+    Guarantee,
+    Payload,
+    SecureSum,
+    Uplink,
+)
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.secagg import SecAggClient, SecAggMessage, SecurePlan, identity
 from fedpress.transport import LocalTransport
@@ -68,7 +76,7 @@ class Round:
             aggregator = AGGREGATORS[self.kind]()
         cohort = Cohort(self.clients, self.clients)
         self.uplink = Uplink.bind(
-            self.size, cohort, chain=chain, aggregator=aggregator, weights="equal"
+            Payload(self.size, codecs=chain), cohort, aggregator=aggregator, weights="equal"
         )
 
     def mean(self, vectors, *, believed=True):
@@ -215,13 +223,11 @@ def bind(kind, unit, trust):
     if kind == "secure" and unit != "client":
         chain = (Clip(clip_norm=1.0), *chain)
     return Uplink.bind(
-        2,
+        Payload(2, codecs=chain),
         Cohort(4, 4),
-        chain=chain,
         aggregator=aggregator,
-        privacy=privacy,
-        trust=trust,
         weights="equal",
+        guarantee=Guarantee(plan=privacy, trust=trust),
     )
 
 
@@ -262,7 +268,9 @@ def test_weights_by_examples_are_refused_where_an_aggregator_cannot_weigh(kind):
     aggregator = secure_sum() if kind == "secure" else AGGREGATORS[kind]()
     chain = (Clip(clip_norm=1.0), Discretize(scale=1.0)) if kind == "secure" else ()
     with pytest.raises(RecipeError, match='set weights = "equal"'):
-        Uplink.bind(2, Cohort(4, 4), chain=chain, aggregator=aggregator, weights="examples")
+        Uplink.bind(
+            Payload(2, codecs=chain), Cohort(4, 4), aggregator=aggregator, weights="examples"
+        )
 
 
 class Wide:
@@ -282,13 +290,15 @@ class Wide:
 
 def test_the_servers_noise_grows_with_the_sensitivity():
     cohort, plan = Cohort(4, 4), PrivacyPlan("client", 0.5, 1.0, 3.0)
-    uplink = Uplink.bind(2, cohort, privacy=plan, aggregator=Wide(), weights="equal")
+    uplink = Uplink.bind(
+        Payload(2), cohort, aggregator=Wide(), weights="equal", guarantee=Guarantee(plan)
+    )
     assert uplink.ways[0].noise.plan.noise_std == 2 * 3.0 * 0.5
 
 
 def test_a_lossy_codec_cannot_carry_an_update_beyond_the_promise():
     uplink = Uplink.bind(
-        64, Cohort(2, 2), chain=(Clip(clip_norm=1.0), Quantize(bits=4)), weights="equal"
+        Payload(64, codecs=(Clip(clip_norm=1.0), Quantize(bits=4))), Cohort(2, 2), weights="equal"
     )
     sent = uplink.encode({"update": torch.ones(64)}, Key(1, 1, "c0"))
     scales = {name: 1e3 * t if t.is_floating_point() else t for name, t in sent.items()}

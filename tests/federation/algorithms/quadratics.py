@@ -7,7 +7,16 @@ from torch import nn
 
 from fedpress.core import parameters
 from fedpress.core.examples import Arrays
-from fedpress.federation import Client, ClientPlan, Cohort, LocalSettings, Terms, Uplink
+from fedpress.federation import (
+    Client,
+    ClientPlan,
+    Cohort,
+    Guarantee,
+    LocalSettings,
+    Payload,
+    Terms,
+    Uplink,
+)
 from fedpress.federation.client_state import InMemoryState
 from fedpress.federation.local import Outcome, Step
 from fedpress.federation.server import rounds
@@ -55,9 +64,14 @@ class Quadratics:
         self.algorithm = algorithm
         self.settings = settings or LocalSettings(epochs=10, lr=0.1)
         self.cohort = cohort or Cohort(clients, clients)
-        bind = {name: more.pop(name) for name in ("privacy", "trust", "aggregator") if name in more}
+        guarantee = Guarantee(more.pop("privacy", None), more.pop("trust", None))
+        aggregator = more.pop("aggregator", None)
         self.uplink = Uplink.bind(
-            SIZE, self.cohort, extras=algorithm.extras_up, weights="equal", **bind
+            Payload(SIZE, extras=algorithm.extras_up),
+            self.cohort,
+            weights="equal",
+            guarantee=guarantee,
+            aggregator=aggregator,
         )
         self.terms = Terms(
             parameters.Layout.of(model),

@@ -8,7 +8,7 @@ import torch
 
 from fedpress.codecs import Clip, Key
 from fedpress.errors import RecipeError
-from fedpress.federation import Cohort, FedAvg, LocalSettings, Uplink
+from fedpress.federation import Cohort, FedAvg, Guarantee, LocalSettings, Payload, Uplink
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.wire import Message, pack, unpack
 from tests.federation.algorithms.quadratics import Quadratics
@@ -47,10 +47,9 @@ def test_the_algorithm_of_the_page_is_charged_under_client_privacy():
 
 def test_the_aggregator_of_the_page_takes_the_nearest_update():
     uplink = Uplink.bind(
-        2,
+        Payload(2, codecs=(Clip(clip_norm=9.0),)),
         Cohort(6, 6),
         aggregator=example("Medoid")(),
-        chain=(Clip(clip_norm=9.0),),
         weights="equal",
     )
     sent = [[1.1, 1.0], [0.9, 1.0], [1.0, 1.0], [1.0, 1.1], [1.0, 0.9], [1e9, 0.0]]
@@ -61,17 +60,17 @@ def test_the_aggregator_of_the_page_takes_the_nearest_update():
     assert uplink.mean(replies, seed=1, round=1).update.tolist() == [1.0, 1.0]
     with pytest.raises(RecipeError, match="no bound on how far one client"):
         Uplink.bind(
-            2,
+            Payload(2),
             Cohort(4, 4),
             aggregator=example("Medoid")(),
             weights="equal",
-            privacy=PrivacyPlan("client", 1.0, 1.0, 1.0),
+            guarantee=Guarantee(PrivacyPlan("client", 1.0, 1.0, 1.0)),
         )
 
 
 def test_the_codec_of_the_page_halves_the_bytes():
-    plain = Uplink.bind(4096, Cohort(2, 2))
-    half = Uplink.bind(4096, Cohort(2, 2), chain=(example("Half")(),))
+    plain = Uplink.bind(Payload(4096), Cohort(2, 2))
+    half = Uplink.bind(Payload(4096, codecs=(example("Half")(),)), Cohort(2, 2))
     x = torch.randn(4096, generator=torch.Generator().manual_seed(0))
     sizes = []
     for uplink in (plain, half):

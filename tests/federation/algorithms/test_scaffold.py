@@ -13,8 +13,10 @@ from fedpress.federation import (
     Cohort,
     Downlink,
     FedAvg,
+    Guarantee,
     LocalSettings,
     Momentum,
+    Payload,
     Scaffold,
     SecureSum,
     Uplink,
@@ -224,12 +226,10 @@ def test_a_joint_step_is_refused():
         check_fits(Scaffold(), LocalSettings(), steps="joint", unit="sample")
     with pytest.raises(RecipeError, match="'control' beside the update"):
         Uplink.bind(
-            3,
+            Payload(3, extras=Scaffold().extras_up),
             Cohort(2, 2),
-            privacy=SAMPLE_PLAN,
-            trust="central",
             weights="equal",
-            extras=Scaffold().extras_up,
+            guarantee=Guarantee(plan=SAMPLE_PLAN, trust="central"),
         )
 
 
@@ -238,17 +238,15 @@ def test_a_secure_sum_of_two_vectors_is_refused():
     chain = (Clip(clip_norm=1.0), Discretize(scale=10.0))
     with pytest.raises(RecipeError, match="planned for one vector"):
         Uplink.bind(
-            SIZE,
+            Payload(SIZE, codecs=chain, extras={"control": Extra(codecs=chain)}),
             Cohort(4, 4),
-            chain=chain,
             aggregator=aggregator,
             weights="equal",
-            extras={"control": Extra(codecs=chain)},
         )
 
 
 def test_weights_by_examples_and_local_momentum_are_refused_with_the_cure():
-    up = Uplink.bind(SIZE, Cohort(4, 4), extras=Scaffold().extras_up)
+    up = Uplink.bind(Payload(SIZE, extras=Scaffold().extras_up), Cohort(4, 4))
     with pytest.raises(RecipeError, match='set weights = "equal"'):
         replace(Quadratics(Scaffold()).terms, uplink=up)
     with pytest.raises(RecipeError, match="set momentum = 0"):

@@ -10,7 +10,7 @@ import torch
 from fedpress.codecs import VALUES, Key
 from fedpress.data.population import Population
 from fedpress.errors import PrivacyError, RecipeError
-from fedpress.federation import Cohort, SecureSum, Uplink
+from fedpress.federation import Cohort, Guarantee, Payload, SecureSum, Uplink
 from fedpress.federation.schedules import Enrolment
 from fedpress.privacy.accounting import accountant
 from fedpress.stages.federate.privacy import protect, repeated
@@ -59,16 +59,16 @@ def uplink_of(plan, trust, unit="client"):
     grid = plan.grid
     secure = None if grid is None else SecureSum(grid.plan, grid.size, grid.limit, ())
     return Uplink.bind(
-        SIZE,
+        Payload(SIZE, codecs=plan.chain, shapes=SHAPES),
         EVERYBODY,
-        chain=plan.chain,
-        shapes=SHAPES,
-        privacy=next(iter(plan.plans.values())),
-        trust=trust,
         aggregator=secure,
         weights="equal",
-        noise=plan.noise,
-        divisor=plan.divisor,
+        guarantee=Guarantee(
+            plan=next(iter(plan.plans.values())),
+            trust=trust,
+            noise=plan.noise,
+            divisor=plan.divisor,
+        ),
     )
 
 
