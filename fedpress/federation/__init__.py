@@ -27,7 +27,7 @@ from fedpress.federation.local import LocalSettings, LocalWork
 from fedpress.federation.ondevice import device_steps
 from fedpress.federation.sampling import Cohort
 from fedpress.federation.schedules import SCHEDULES, Buffered, Synchronous
-from fedpress.federation.server import RoundRecord, rounds
+from fedpress.federation.server import RoundRecord, Start, rounds
 from fedpress.federation.trust import Trust, trust_of
 from fedpress.federation.uplink import Uplink
 from fedpress.federation.vectors import Payload
@@ -68,6 +68,7 @@ __all__ = [
     "Scaffold",
     "SecureSum",
     "Server",
+    "Start",
     "Synchronous",
     "Terms",
     "Traffic",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import count
 from time import perf_counter
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 from fedpress.core.names import ClientId
 from fedpress.errors import DivergedError, RecipeError
 from fedpress.federation.aggregators.base import Session
+from fedpress.federation.agreement import Terms
 from fedpress.federation.algorithms import Algorithm, Seen
 from fedpress.federation.algorithms.base import ServerState
 from fedpress.federation.counted import Counted
 from fedpress.federation.delays import Delays
-from fedpress.federation.downlink import Broadcast, Downlink
+from fedpress.federation.downlink import Broadcast
 from fedpress.federation.exchange import Traffic, Transport, error
 from fedpress.federation.failures import Tally
 from fedpress.federation.outbox import Outbox
@@ -30,19 +32,19 @@ from fedpress.federation.schedules import (
     Timing,
 )
 from fedpress.federation.schedules.check import Needs, check_schedule
-from fedpress.federation.uplink import RoundMean, Uplink
+from fedpress.federation.uplink import RoundMean
 from fedpress.federation.vectors import PARAMS
 from fedpress.wire.message import JSON, Message
 
 
 @dataclass(frozen=True, eq=False)
 class RoundRecord:
-    """The end of one round, with all that is needed to go on from there.
+    """The end of one round, with all that is needed to go on from there (see `Start`).
 
     Attributes:
-        round: how many rounds are done, from 1; give it as `start` to go on.
+        round: how many rounds are done, from 1.
         params: the new parameters [d] float32.
-        server_state: of optimizer, noise and downlink by name; give it as `server_state` to go on.
+        server_state: of optimizer, noise and downlink by name.
         bytes_up: size of all messages from the clients in this round.
         bytes_down: size of all messages to them.
         clients: a row for each update in the mean, in client order: client, examples, loss, update_norm, steps, as far
@@ -72,45 +74,45 @@ PARTS = ("optimizer", "uplink", "downlink", "clients", "schedule", "outbox")
 """What the state of a server is made of."""
 
 
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where rounds begin, or go on from.
+
+    Attributes:
+        params: the server's trainable parameters [d] float32, see `fedpress.core.parameters`.
+        round: how many rounds are done.
+        state: the server's after them, see `RoundRecord.server_state`; None before the first round.
+    """
+
+    params: Tensor
+    round: int = 0
+    state: ServerState | None = None
+
+
 def rounds(
-    params: Tensor,
-    uplink: Uplink,
-    algorithm: Algorithm,
+    terms: Terms,
     transport: Transport,
+    start: Start,
     *,
-    num_rounds: int,
-    seed: int,
-    start: int = 0,
-    server_state: ServerState | None = None,
-    agreement: str = "",
-    downlink: Downlink | None = None,
     secret: int | None = None,
-    schedule: Schedule | None = None,
     delays: Delays | None = None,
 ) -> Iterator[RoundRecord]:
-    """Runs rounds `start` + 1 to `num_rounds`, each when the caller asks for it.
+    """Runs the rounds after `start`, each when the caller asks for it.
 
-    All randomness is derived from `seed` and the number of the round, so a run that goes on from a record gives the
-    same bits as one that never stopped.
+    All randomness is derived from the seed of `terms` and the number of the round, so a run that goes on from a record
+    gives the same bits as one that never stopped.
 
     Args:
-        params: the server's trainable parameters [d] float32, see `fedpress.core.parameters`.
-        uplink: how updates come home.
-        algorithm: its server optimizer is used here, its local update by the clients.
+        terms: what the clients hold alike, and compare in every request. Without `num_rounds` in it there is no end.
         transport: reaches the clients.
-        num_rounds: the last round.
-        seed: of the run.
-        start: rounds already done.
-        server_state: the state after round `start`, or None to begin.
-        agreement: fingerprint that the clients compare with theirs, see `client.agreement`.
-        downlink: how the model travels to the clients; whole in every round without one.
-        secret: 256 random bits on which the server's noise hangs instead of `seed`.
-        schedule: when whom is asked, and when a step is taken; synchronous rounds without one.
+        start: the parameters to begin with, or where to go on.
+        secret: 256 random bits on which the server's noise hangs instead of the seed.
         delays: how long clients take, on a virtual clock; without them answers come at once.
 
     Raises:
         RecipeError: if params, clients or schedule do not fit the uplink; at once, not in the first round.
     """
+    uplink, params = terms.uplink, start.params
     if params.dtype != torch.float32 or params.shape != (uplink.size,):
         raise RecipeError(
             (f"got {params.dtype} {list(params.shape)}, expected torch.float32 [{uplink.size}]"),
@@ -125,47 +127,41 @@ def rounds(
             place="transport",
             cure="plan with as many clients as there are",
         )
-    state = _init(params, uplink, algorithm) if server_state is None else dict(server_state)
-    todo = range(start + 1, num_rounds + 1)
-    schedule = schedule or Synchronous()
-    schedule.check(uplink.cohort)
-    check_schedule(schedule, Needs.of(uplink, downlink, algorithm))
-    server = _Server(
-        uplink, algorithm, transport, seed, agreement, downlink, secret, schedule, delays
-    )
-    return server.rounds(params, state, todo)
-
-
-def _init(params: Tensor, uplink: Uplink, algorithm: Algorithm) -> ServerState:
-    return _join({"optimizer": algorithm.server_init(params), "uplink": uplink.init()})
+    server = _Server(terms, transport, secret, delays)
+    server.schedule.check(uplink.cohort)
+    check_schedule(server.schedule, Needs.of(uplink, terms.downlink, terms.algorithm))
+    return server.rounds(start)
 
 
 @dataclass(frozen=True, eq=False)
 class _Server:
     """What stays the same from step to step."""
 
-    uplink: Uplink
-    algorithm: Algorithm
+    terms: Terms
     transport: Transport
-    seed: int
-    agreement: str
-    downlink: Downlink | None
     secret: int | None
-    schedule: Schedule
     delays: Delays | None
 
-    def rounds(self, params: Tensor, state: ServerState, todo: range) -> Iterator[RoundRecord]:
-        if not todo:
+    @property
+    def schedule(self) -> Schedule:
+        """When whom is asked, and when a step is taken."""
+        return self.terms.schedule or Synchronous()
+
+    def rounds(self, start: Start) -> Iterator[RoundRecord]:
+        """Yields a record for each round after `start`, with the bytes and seconds that it took."""
+        last = self.terms.num_rounds
+        if last is not None and start.round >= last:
             return
         began, before = perf_counter(), self.transport.traffic
-        run = _Run.begin(self, params, state)
+        run = _Run.begin(self, start)
         set_up = self.transport.traffic - before
-        if todo.start > 1:
+        if start.round:
             # A run that goes on sets up again, and sends again what clients were at work on: that was counted before.
             began, set_up = perf_counter(), Traffic()
         before = self.transport.traffic
+        numbers = count(start.round + 1) if last is None else range(start.round + 1, last + 1)
         try:
-            for number in todo:
+            for number in numbers:
                 record = run.step(number)
                 traffic, seconds = self.transport.traffic - before, perf_counter() - began
                 yield replace(
@@ -193,35 +189,34 @@ class _Run:
     latest: Message | None = None
 
     @classmethod
-    def begin(cls, server: _Server, params: Tensor, state: ServerState) -> _Run:
-        """Begins, or goes on from `state`: then those who were at work are sent the same tasks again."""
-        parts = _split(state)
-        session = server.uplink.aggregator.open(server.transport, server.agreement)
+    def begin(cls, server: _Server, start: Start) -> _Run:
+        """Begins, or goes on from a state: then those who were at work are sent the same tasks again."""
+        terms, transport = server.terms, server.transport
+        parts = _begun(terms, start.params) if start.state is None else _split(start.state)
+        session = terms.uplink.aggregator.open(transport, terms.agreement.fingerprint)
         enrolled = Enrolment(
-            server.transport.clients(),
-            server.uplink.cohort,
-            server.seed,
-            server.secret or server.seed,
+            transport.clients(),
+            terms.uplink.cohort,
+            terms.seed,
+            server.secret or terms.seed,
             server.delays,
         )
         scheduler = server.schedule.open(enrolled, parts["schedule"])
-        outbox = Outbox(server.transport)
+        outbox = Outbox(transport)
         outbox.load_(scheduler.at_work, parts["outbox"])
-        return cls(server, params, parts, session, scheduler, outbox)
+        return cls(server, start.params, parts, session, scheduler, outbox)
 
     def step(self, number: int) -> RoundRecord:
         """Gathers the updates of server step `number`, and takes it."""
-        server = self.server
+        server, terms = self.server, self.server.terms
+        clients = server.transport.clients()
         self.scheduler.begin(number)
         asked = self.scheduler.ask()
         broadcast = None
-        if server.downlink is not None:
-            clients = server.transport.clients()
-            broadcast = Broadcast.open(
-                server.downlink, server.seed, clients, self.parts["downlink"]
-            )
-        gatherer = server.uplink.gather(
-            seed=server.seed,
+        if terms.downlink is not None:
+            broadcast = Broadcast.open(terms.downlink, terms.seed, clients, self.parts["downlink"])
+        gatherer = terms.uplink.gather(
+            seed=terms.seed,
             round=number,
             session=self.session,
             cohort=[one.client for one in asked],
@@ -244,8 +239,8 @@ class _Run:
         if broadcast is not None:
             broadcast.arrived({**dict.fromkeys(stopped, "told to stop"), **mean.refused})
             self.parts["downlink"] = broadcast.state()
-        if server.algorithm.keeps_state:
-            counted = Counted.open(server.transport.clients(), self.parts["clients"])
+        if terms.algorithm.keeps_state:
+            counted = Counted.open(clients, self.parts["clients"])
             for client in timing.answered:
                 counted.heard(client, number, refused=mean.refused.get(client, ""))
             self.parts["clients"] = counted.state()
@@ -268,8 +263,8 @@ class _Run:
     def _take_step(self, mean: RoundMean, number: int) -> None:
         if not mean.vectors:
             return
-        algorithm = self.server.algorithm
-        seen = Seen(number, mean.cohort, self.server.uplink.cohort.population)
+        algorithm, uplink = self.server.terms.algorithm, self.server.terms.uplink
+        seen = Seen(number, mean.cohort, uplink.cohort.population)
         self.parts["optimizer"], self.params = algorithm.server_step(
             self.parts["optimizer"], self.params, mean.vectors, seen
         )
@@ -279,21 +274,21 @@ class _Run:
         """Sends the model to those who are `asked`; messages that are alike share one object, which is packed once."""
         if not asked:
             return
-        server, names = self.server, [one.client for one in asked]
+        terms, names = self.server.terms, [one.client for one in asked]
         header: dict[str, JSON] = {
             "round": number,
-            "agreement": server.agreement,
+            "agreement": terms.agreement.fingerprint,
             **self.session.invite(names),
         }
-        if server.uplink.adaptive is not None:
-            header["clip_norm"] = server.uplink.unit(self.parts["uplink"])
+        if terms.uplink.adaptive is not None:
+            header["clip_norm"] = terms.uplink.unit(self.parts["uplink"])
         if self.latest is None or self.latest.header != header:
-            beside = server.algorithm.server_down(self.parts["optimizer"])
+            beside = terms.algorithm.server_down(self.parts["optimizer"])
             self.latest = Message("fit", header, {PARAMS: self.params, **beside})
         requests = _requests(names, self.latest, broadcast)
-        if server.algorithm.keeps_state:
-            counted = Counted.open(server.transport.clients(), self.parts["clients"])
-            requests = _with_counted(requests, counted)
+        if terms.algorithm.keeps_state:
+            clients = self.server.transport.clients()
+            requests = _with_counted(requests, Counted.open(clients, self.parts["clients"]))
         for one in asked:
             self.outbox.send(one, requests[one.client])
 
@@ -343,6 +338,12 @@ def _with_counted(
             made[id(message), last] = Message("fit", header, message.tensors)
         told[client] = made[id(message), last]
     return told
+
+
+def _begun(terms: Terms, params: Tensor) -> dict[str, ServerState]:
+    """Returns the parts of the server's state before the first round."""
+    optimizer = terms.algorithm.server_init(params)
+    return _split({}) | {"optimizer": optimizer, "uplink": terms.uplink.init()}
 
 
 def _join(parts: Mapping[str, Mapping[str, Tensor]]) -> ServerState:

@@ -27,6 +27,7 @@ from fedpress.federation import (
     LocalSettings,
     LocalWork,
     Payload,
+    Start,
     Terms,
     Uplink,
 )
@@ -199,7 +200,7 @@ def federation(program, device: bool):
     model, settings = network(), LocalSettings(epochs=2, batch_size=4, lr=0.1, momentum=0.5)
     params, layout = parameters.flatten(model), parameters.Layout.of(model)
     uplink = Uplink.bind(Payload(len(params)), Cohort(3, 3))
-    terms = Terms(layout, settings, uplink, 7, untouched, GOAL)
+    terms = Terms(layout, settings, uplink, 7, untouched, GOAL, num_rounds=3)
     kinds = {
         "c0": (DeviceModel(program), device_steps) if device else (model, None),
         "c1": (model, None),
@@ -215,17 +216,7 @@ def federation(program, device: bool):
         for i, (name, (one, source)) in enumerate(kinds.items())
     ]
     transport = LocalTransport({client.name: client.handle for client in clients})
-    return list(
-        rounds(
-            params,
-            uplink,
-            FedAvg(),
-            transport,
-            num_rounds=3,
-            seed=7,
-            agreement=terms.agreement.fingerprint,
-        )
-    )
+    return list(rounds(terms, transport, Start(params)))
 
 
 def test_a_client_on_a_device_takes_part_in_rounds_among_ordinary_ones(program):

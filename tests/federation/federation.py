@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from itertools import islice
 
 import torch
 from torch import nn
@@ -17,8 +18,10 @@ from fedpress.federation import (
     Guarantee,
     LocalSettings,
     Payload,
+    Start,
     Terms,
     Uplink,
+    rounds,
 )
 from fedpress.federation.private import joint_steps, private_steps
 from fedpress.privacy.plan import PrivacyPlan
@@ -104,6 +107,30 @@ class Federation:
         return Message(
             "fit", {"round": round, "agreement": self.agreement}, {"params": self.params}
         )
+
+
+def under(federation, **changes):
+    """Lets the server and all clients of `federation` work under terms with `changes`, and returns them.
+
+    Transports that were made before still reach the clients.
+    """
+    federation.terms = terms = replace(federation.terms, **changes)
+    for client in federation.clients.values():
+        object.__setattr__(client, "plan", replace(client.plan, terms=terms))
+    return terms
+
+
+def run_rounds(federation, num_rounds, *, transport=None, start=None, delays=None, **changes):
+    """Runs rounds up to `num_rounds` under the federation's terms with `changes`; see `under`."""
+    terms = under(federation, **changes)
+    start = start or Start(federation.params)
+    running = rounds(terms, transport or federation.transport, start, delays=delays)
+    return islice(running, num_rounds - start.round)
+
+
+def after(record) -> Start:
+    """Where the next round goes on from."""
+    return Start(record.params, record.round, record.server_state)
 
 
 def rebound(client, model=None, **changes) -> Client:

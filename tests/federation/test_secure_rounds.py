@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import islice
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from fedpress.federation import (
     Client,
     ClientPlan,
     Cohort,
-    FedAvg,
     InMemoryState,
     LocalSettings,
     Payload,
@@ -23,11 +23,11 @@ from fedpress.federation import (
     Traffic,
     Uplink,
 )
-from fedpress.federation.server import rounds
+from fedpress.federation.server import Start, rounds
 from fedpress.secagg import SecAggClient, SecurePlan, identity
 from fedpress.transport import LocalTransport
 from fedpress.wire import Message, pack, unpack
-from tests.federation.federation import GOAL, examples, mlp, untouched
+from tests.federation.federation import GOAL, after, examples, mlp, untouched
 
 NAMES = [f"c{i}" for i in range(6)]
 SETTINGS = LocalSettings(batch_size=4)
@@ -48,9 +48,9 @@ class SecureFederation:
         self.uplink = Uplink.bind(
             Payload(size, codecs=chain), Cohort(6, 6), aggregator=aggregator, weights="equal"
         )
-        terms = Terms(layout, SETTINGS, self.uplink, 7, untouched, GOAL)
-        self.agreement = terms.agreement.fingerprint
-        client_plan = ClientPlan.bind(terms, self.model)
+        self.terms = Terms(layout, SETTINGS, self.uplink, 7, untouched, GOAL)
+        self.agreement = self.terms.agreement.fingerprint
+        client_plan = ClientPlan.bind(self.terms, self.model)
         self.memories = memories or {name: InMemoryState() for name in NAMES}
         self.clients = {
             name: Client(
@@ -66,22 +66,12 @@ class SecureFederation:
             for i, name in enumerate(NAMES)
         }
 
-    def run(self, num_rounds=2, change=lambda name, handle: handle, **more):
+    def run(self, num_rounds=2, change=lambda name, handle: handle, start=None):
         transport = LocalTransport(
             {name: change(name, client.handle) for name, client in self.clients.items()}
         )
-        return list(
-            rounds(
-                self.params,
-                self.uplink,
-                FedAvg(),
-                transport,
-                num_rounds=num_rounds,
-                seed=7,
-                agreement=self.agreement,
-                **more,
-            )
-        )
+        start = start or Start(self.params)
+        return list(islice(rounds(self.terms, transport, start), num_rounds - start.round))
 
 
 def vanish(who, at):
@@ -172,19 +162,7 @@ def test_a_run_that_goes_on_with_kept_memories_gives_the_same_bits():
     for name, client in again.clients.items():
         note = first.memories[name].entry("member")
         client.member.load_state_(json.loads(bytes(note["json"].tolist())))
-    tail = list(
-        rounds(
-            head[-1].params,
-            again.uplink,
-            FedAvg(),
-            LocalTransport({n: c.handle for n, c in again.clients.items()}),
-            num_rounds=3,
-            seed=7,
-            agreement=again.agreement,
-            start=2,
-            server_state=head[-1].server_state,
-        )
-    )
+    tail = again.run(3, start=after(head[-1]))
     assert torch.equal(tail[-1].params, whole[-1].params)
     assert tail[0].set_up == Traffic()
 

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -7,10 +8,10 @@ import torch
 from fedpress.core import parameters
 from fedpress.errors import RecipeError
 from fedpress.federation import SERVERS, Cohort, FedAvg, LocalSettings
-from fedpress.federation.server import rounds
+from fedpress.federation.server import Start, rounds
 from fedpress.transport import LocalTransport
 from fedpress.wire import pack, unpack
-from tests.federation.federation import SAMPLE_PLAN, Federation, client_plan, key
+from tests.federation.federation import SAMPLE_PLAN, Federation, after, client_plan, key, run_rounds
 from tests.reference import fedavg
 
 COHORT = Cohort(3, 5, "poisson")
@@ -22,17 +23,8 @@ KINDS = {
 }
 
 
-def run(federation, num_rounds=4, *, server="average", transport=None, **more):
-    params, algorithm = more.pop("params", federation.params), FedAvg(server=SERVERS[server]())
-    more = {"seed": 7, "agreement": federation.agreement} | more
-    return rounds(
-        params,
-        federation.uplink,
-        algorithm,
-        transport or federation.transport,
-        num_rounds=num_rounds,
-        **more,
-    )
+def run(federation, num_rounds=4, *, server="average", **more):
+    return run_rounds(federation, num_rounds, algorithm=FedAvg(server=SERVERS[server]()), **more)
 
 
 def same(a, b):
@@ -83,9 +75,7 @@ def test_going_on_from_a_record_gives_the_bits_of_an_uninterrupted_run(kind, ser
         run(
             Federation(5, **KINDS[kind]),
             server=server,
-            params=stopped.params,
-            start=stopped.round,
-            server_state=stopped.server_state,
+            start=after(stopped),
         )
     )
     assert [r.round for r in rest] == [3, 4]
@@ -195,23 +185,30 @@ def test_under_client_privacy_a_round_without_replies_is_a_step_of_noise():
 
 
 def test_other_settings_on_the_server_are_refused_by_every_client():
-    record = next(run(Federation(), agreement="something else"))
+    federation = Federation()
+    other = replace(federation.terms, seed=8)
+    record = next(rounds(other, federation.transport, Start(federation.params)))
     assert len(record.refused) == 4
     assert "fit.agreement" in record.refused["c0"]
 
 
 def test_what_does_not_fit_is_an_error_before_the_first_round():
     federation = Federation()
-    with pytest.raises(RecipeError, match=r"^params: "):
-        run(federation, params=federation.params[1:])
-    with pytest.raises(RecipeError, match=r"^params: "):
-        run(federation, params=federation.params.double())
-    with pytest.raises(RecipeError, match=r"^transport: planned for 4 clients, there are 5"):
+    with pytest.raises(RecipeError, match=r"federate\.params"):
+        run(federation, start=Start(federation.params[1:]))
+    with pytest.raises(RecipeError, match=r"federate\.params"):
+        run(federation, start=Start(federation.params.double()))
+    with pytest.raises(
+        RecipeError, match=r"federate\.population: planned for 4 clients, there are 5"
+    ):
         run(federation, transport=Federation(5).transport)
 
 
 def test_a_finished_run_has_no_more_rounds():
-    assert list(run(Federation(), 3, start=3)) == []
+    federation = Federation(num_rounds=3)
+    records = list(rounds(federation.terms, federation.transport, Start(federation.params)))
+    assert [record.round for record in records] == [1, 2, 3]
+    assert list(rounds(federation.terms, federation.transport, after(records[-1]))) == []
 
 
 def test_federated_training_learns():

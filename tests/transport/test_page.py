@@ -3,16 +3,13 @@
 import re
 import threading
 import time
-from itertools import islice
 from pathlib import Path
 
 import pytest
 
-from fedpress.federation import FedAvg
 from fedpress.federation.exchange import exchange
-from fedpress.federation.server import rounds
 from fedpress.wire.message import Message
-from tests.federation.federation import Federation
+from tests.federation.federation import Federation, run_rounds
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding.md"
 
@@ -52,16 +49,7 @@ def served(page, tmp_path):
 
 def run(federation, transport):
     """Returns the records of two rounds."""
-    found = rounds(
-        federation.params,
-        federation.uplink,
-        FedAvg(),
-        transport,
-        num_rounds=2,
-        seed=7,
-        agreement=federation.agreement,
-    )
-    return list(islice(found, 2))
+    return list(run_rounds(federation, 2, transport=transport))
 
 
 def test_rounds_over_files_give_the_bits_of_the_local_transport(served):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fedpress.core import parameters
-from fedpress.federation import RoundRecord
+from fedpress.federation import RoundRecord, Start
 from fedpress.privacy.ledger import Ledger
 from fedpress.stages.federate.failures import Failures
 from fedpress.stages.federate.server import ServerPlan
@@ -64,6 +64,11 @@ class Progress:
         """Stands before the first round."""
         set_up = server.set_up.up, server.set_up.down
         return cls(parameters.flatten(server.model), server.ledger, set_up=set_up)
+
+    @property
+    def start(self) -> Start:
+        """Where the next round goes on from."""
+        return Start(self.params, self.round, self.server_state or None)
 
     def after(
         self, record: RoundRecord, seen: Evaluation | None, task: Task, **more: Any

@@ -38,8 +38,8 @@ class Rounds:
 
     def events(self) -> Iterator[Tick | Milestone]:
         """Runs the rounds; yields a tick before each, since it may take minutes, and a milestone after it."""
-        server, now = self.server, self.now
-        running = server.rounds(now.params, start=now.round, server_state=now.server_state)
+        server = self.server
+        running = server.rounds(self.now.start)
         while not enough(server, self.now):
             try:
                 ledger = self._charged()

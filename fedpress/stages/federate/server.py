@@ -23,7 +23,7 @@ from fedpress.federation.client import check_norm
 from fedpress.federation.exchange import Traffic, exchange
 from fedpress.federation.protocol import check_header, need, text_tensor
 from fedpress.federation.schedules import Participation
-from fedpress.federation.server import rounds
+from fedpress.federation.server import Start, rounds
 from fedpress.privacy.ledger import POPULATION, Ledger, LedgerEntry
 from fedpress.stages.federate.contract import Beginning, Contract, owns_keys
 from fedpress.stages.federate.privacy import Protection, repeated
@@ -122,24 +122,13 @@ class ServerPlan:
         """The planned privacy."""
         return self.contract.protection
 
-    def rounds(
-        self, params: Tensor, *, start: int, server_state: dict[str, Tensor] | None
-    ) -> Iterator[RoundRecord]:
+    def rounds(self, start: Start) -> Iterator[RoundRecord]:
         """Returns the rounds after `start`, each computed when it is asked for."""
-        terms = self.contract.terms
         return rounds(
-            params,
-            self.uplink,
-            terms.algorithm,
+            self.contract.terms,
             self.transport,
-            num_rounds=self.stage.num_rounds,
-            seed=terms.seed,
-            start=start,
-            server_state=server_state or None,
-            agreement=terms.agreement.fingerprint,
-            downlink=terms.downlink,
+            start,
             secret=self.secret,
-            schedule=self.stage.schedule,
             delays=self.stage.delays,
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 from torch import nn
 
@@ -14,6 +16,7 @@ from fedpress.federation import (
     Guarantee,
     LocalSettings,
     Payload,
+    Start,
     Terms,
     Uplink,
 )
@@ -102,19 +105,8 @@ class Quadratics:
         """Where the mean of all losses is least."""
         return (self.a * self.b).sum(0) / self.a.sum(0)
 
-    def run(self, num_rounds, change=lambda name, handle: handle, **more):
+    def run(self, num_rounds, change=lambda name, handle: handle, start=None):
         handlers = {name: change(name, client.handle) for name, client in self.clients.items()}
-        begin = {"params": self.params} | more
-        return list(
-            rounds(
-                begin.pop("params"),
-                self.uplink,
-                self.algorithm,
-                LocalTransport(handlers),
-                num_rounds=num_rounds,
-                seed=7,
-                agreement=self.terms.agreement.fingerprint,
-                downlink=self.terms.downlink,
-                **begin,
-            )
-        )
+        start = start or Start(self.params)
+        running = rounds(self.terms, LocalTransport(handlers), start)
+        return list(islice(running, num_rounds - start.round))

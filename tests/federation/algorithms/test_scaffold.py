@@ -28,7 +28,7 @@ from fedpress.privacy.plan import PrivacyPlan
 from fedpress.secagg import SecurePlan
 from fedpress.wire import Message, unpack
 from tests.federation.algorithms.quadratics import SIZE, Quadratics
-from tests.federation.federation import SAMPLE_PLAN, Federation, mlp
+from tests.federation.federation import SAMPLE_PLAN, Federation, after, mlp
 
 FAR = 0.3
 """How far FedAvg's fixed point is from the optimum here, at the least."""
@@ -135,7 +135,7 @@ def test_a_client_that_lost_its_state_says_so_and_begins_anew():
     going = Quadratics(Scaffold())
     first = going.run(3)[-1]
     going.memories["c2"].rounds.clear()
-    records = going.run(5, params=first.params, start=3, server_state=first.server_state)
+    records = going.run(5, start=after(first))
     assert "does not hold its state of round 3" in records[0].refused["c2"]
     assert not records[1].refused
 
@@ -150,7 +150,7 @@ def test_going_on_after_a_kill_gives_the_bits_of_an_uninterrupted_run(coded):
     first = Quadratics(Scaffold(), cohort=cohort, **more)
     head = first.run(5)[-2]  # round 5 was answered, and the server did not live to save it
     again = Quadratics(Scaffold(), cohort=cohort, memories=first.memories, **more)
-    tail = again.run(8, params=head.params, start=4, server_state=head.server_state)
+    tail = again.run(8, start=after(head))
     for a, b in zip(whole[4:], tail, strict=True):
         assert torch.equal(a.params, b.params)
         assert all(torch.equal(t, b.server_state[n]) for n, t in a.server_state.items())

@@ -21,12 +21,11 @@ from fedpress.federation import (
     Momentum,
 )
 from fedpress.federation.algorithms import AlgorithmRow, Seen, check_fits
-from fedpress.federation.server import rounds
 from fedpress.federation.vectors import Extra
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.wire import Message, pack, unpack
 from tests.federation.algorithms.quadratics import SIZE, Quadratics
-from tests.federation.federation import SAMPLE_PLAN, Federation
+from tests.federation.federation import SAMPLE_PLAN, Federation, after, run_rounds
 
 ROWS = [row() for row in ALGORITHMS.values()]
 KINDS = [row.kind for row in ROWS]
@@ -59,7 +58,7 @@ def test_going_on_from_a_record_gives_the_bits_of_an_uninterrupted_run(row):
     first = Quadratics(row)
     head = first.run(3)[-1]
     again = Quadratics(row, memories=first.memories)
-    tail = again.run(6, params=head.params, start=3, server_state=head.server_state)
+    tail = again.run(6, start=after(head))
     assert all(torch.equal(a.params, b.params) for a, b in zip(whole[3:], tail, strict=True))
 
 
@@ -215,15 +214,7 @@ def test_a_loss_travels_as_a_vector_of_size_one(privacy):
         privacy=privacy,
         settings=LocalSettings(batch_size=4),
     )
-    (record,) = rounds(
-        federation.params,
-        federation.uplink,
-        federation.terms.algorithm,
-        federation.transport,
-        num_rounds=1,
-        seed=7,
-        agreement=federation.agreement,
-    )
+    (record,) = run_rounds(federation, 1)
     assert not record.refused
     assert torch.isfinite(record.params).all()
     assert not torch.equal(record.params, federation.params)

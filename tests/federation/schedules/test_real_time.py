@@ -6,12 +6,11 @@ import time
 
 import torch
 
-from fedpress.federation import Cohort, FedAvg
+from fedpress.federation import Cohort
 from fedpress.federation.exchange import Traffic, error, exchange
 from fedpress.federation.schedules import Buffered, Synchronous
-from fedpress.federation.server import rounds
 from fedpress.wire import Message, pack, unpack
-from tests.federation.federation import Federation, rebound
+from tests.federation.federation import Federation, rebound, run_rounds
 
 
 class Threads:
@@ -81,19 +80,6 @@ def slowed(made, seconds):
     return Threads({name: handler(name, client) for name, client in own.items()})
 
 
-def run(made, transport, num_rounds, schedule):
-    return rounds(
-        made.params,
-        made.uplink,
-        FedAvg(),
-        transport,
-        num_rounds=num_rounds,
-        seed=7,
-        agreement=made.agreement,
-        schedule=schedule,
-    )
-
-
 def ended(transport):
     for thread in transport.threads:
         thread.join()
@@ -102,18 +88,18 @@ def ended(transport):
 def test_rounds_over_a_real_transport_give_the_bits_of_the_simulation():
     made = Federation(5, cohort=Cohort(3, 5))
     transport = slowed(made, {"c0": 0.05, "c3": 0.02})
-    real = list(run(made, transport, 3, Synchronous()))
+    real = list(run_rounds(made, 3, transport=transport))
     ended(transport)
-    simulated = list(run(made, made.transport, 3, Synchronous()))
+    simulated = list(run_rounds(made, 3))
     for a, b in zip(real, simulated, strict=True):
         assert torch.equal(a.params, b.params)
         assert (a.clients, a.bytes_up, a.bytes_down) == (b.clients, b.bytes_up, b.bytes_down)
 
 
 def test_a_late_update_is_never_taken_for_the_answer_of_another_round():
-    made = Federation(3)
+    made = Federation(3, schedule=Synchronous(deadline=0.6))
     transport = slowed(made, {"c1": 1.0})
-    first, second = list(run(made, transport, 2, Synchronous(deadline=0.6)))
+    first, second = list(run_rounds(made, 2, transport=transport))
     assert list(first.refused) == ["c1"]
     assert "no reply came" in first.refused["c1"]
     assert list(second.refused) == ["c1"]  # what it did for round 1 came in round 2
@@ -123,9 +109,9 @@ def test_a_late_update_is_never_taken_for_the_answer_of_another_round():
 
 
 def test_over_selection_takes_whoever_is_first():
-    made = Federation(4, cohort=Cohort(2, 4))
+    made = Federation(4, cohort=Cohort(2, 4), schedule=Synchronous(over_selection=2.0))
     transport = slowed(made, {"c0": 1.5, "c2": 1.5})
-    (record,) = run(made, transport, 1, Synchronous(over_selection=2.0))
+    (record,) = run_rounds(made, 1, transport=transport)
     assert sorted(row["client"] for row in record.clients) == ["c1", "c3"]
     assert record.timing.spare == ("c0", "c2")
     assert not record.refused
@@ -133,9 +119,10 @@ def test_over_selection_takes_whoever_is_first():
 
 
 def test_a_slow_client_holds_nobody_up_in_a_buffer():
-    made = Federation(4, cohort=Cohort(2, 4), weights="equal")
+    schedule = Buffered(buffer=2, concurrency=4)
+    made = Federation(4, cohort=Cohort(2, 4), weights="equal", schedule=schedule)
     transport = slowed(made, {"c0": 1.0})
-    records = list(run(made, transport, 6, Buffered(buffer=2, concurrency=4)))
+    records = list(run_rounds(made, 6, transport=transport))
     assert len(records) == 6
     assert sum(record.timing.answered.count("c0") for record in records) <= 2
     assert not any(record.refused for record in records)

@@ -25,14 +25,13 @@ from fedpress.federation import (
 from fedpress.federation.aggregators.secure import SecureSum
 from fedpress.federation.delays import Exponential, Lognormal
 from fedpress.federation.schedules import Buffered, Synchronous
-from fedpress.federation.server import rounds
 from fedpress.federation.servernoise import ServerNoise
 from fedpress.privacy.adaptive import AdaptiveClip
 from fedpress.privacy.noise.factorization import Factorization
 from fedpress.secagg import SecurePlan
 from fedpress.transport import LocalTransport, local
 from fedpress.wire import pack, unpack
-from tests.federation.federation import Federation, client_plan, key
+from tests.federation.federation import Federation, after, client_plan, key, run_rounds
 from tests.reference import fedbuff
 
 FEDBUFF = Buffered(buffer=3, concurrency=5)
@@ -41,20 +40,8 @@ CLIENTS = 9
 
 
 def run(federation, num_rounds, *, schedule=FEDBUFF, delays=UNEVEN, server="average", **more):
-    params = more.pop("params", federation.params)
-    algorithm = more.pop("algorithm", FedAvg(server=SERVERS[server]()))
-    transport = more.pop("transport", None) or federation.transport
-    more = {"seed": 7, "agreement": federation.agreement} | more
-    return rounds(
-        params,
-        federation.uplink,
-        algorithm,
-        transport,
-        num_rounds=num_rounds,
-        schedule=schedule,
-        delays=delays,
-        **more,
-    )
+    more = {"algorithm": FedAvg(server=SERVERS[server]())} | more
+    return run_rounds(federation, num_rounds, schedule=schedule, delays=delays, **more)
 
 
 def federation(**more):
@@ -153,10 +140,10 @@ def test_a_run_that_is_killed_again_and_again_gives_the_same_bits(kind, tmp_path
             return answer
 
         handlers = {name: dying(client.handle) for name, client in made.clients.items()}
-        saved = {} if last is None else {"params": last.params, "start": last.round}
-        saved |= {} if last is None else {"server_state": last.server_state}
+        start = None if last is None else after(last)
         try:
-            for last in run(made, 10, server="adam", transport=LocalTransport(handlers), **saved):
+            transport = LocalTransport(handlers)
+            for last in run(made, 10, server="adam", transport=transport, start=start):
                 records.append(last)
         except KeyboardInterrupt:
             continue
@@ -319,9 +306,9 @@ ADAPTIVE = AdaptiveClip(initial=1.0, count_noise=1.0)
 )
 def test_what_a_schedule_cannot_give_is_refused_with_the_reason(schedule, changes, words):
     made = federation()
-    made.uplink = replace(made.uplink, **changes)
+    uplink = replace(made.uplink, **changes)
     with pytest.raises(RecipeError, match=words):
-        run(made, 1, schedule=schedule)
+        run(made, 1, schedule=schedule, uplink=uplink)
 
 
 def test_over_selection_under_central_client_privacy_is_refused():

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from fedpress.core import parameters
 from fedpress.core.examples import Arrays, Preprocess
-from fedpress.federation import InMemoryState, Traffic
+from fedpress.federation import InMemoryState, Start, Traffic
 from fedpress.federation.exchange import error
 from fedpress.models import load_model
 from fedpress.pipeline import recipe as recipes
@@ -91,7 +91,7 @@ def serve(folder: Path, names: list[str]) -> None:
             transport = Lines({name: lines[name] for name in names})
             server = ServerPlan.bind(beginning(folder, case), transport)
             start = parameters.flatten(server.model)
-            records = list(server.rounds(start, start=0, server_state=None))
+            records = list(server.rounds(Start(start)))
             population = server.population
             told = {
                 "refused": [record.refused for record in records],

@@ -5,6 +5,7 @@ import pytest
 
 from fedpress.core import parameters
 from fedpress.errors import TrainingError
+from fedpress.federation import Start
 from fedpress.federation.client_state import InMemoryState
 from fedpress.federation.failures import Tally
 from fedpress.pipeline import recipe as recipes
@@ -245,7 +246,7 @@ def test_a_fault_of_a_client_that_says_nothing_of_its_examples_is_told_also_unde
     federation = bind(loaded.stage[0], state)
     server, broken = federation.server, federation.clients["c3"]
     broken.client = replace(broken.client, memory=Full())
-    going = server.rounds(parameters.flatten(server.model), start=0, server_state=None)
+    going = server.rounds(Start(parameters.flatten(server.model)))
     reasons = told_of(next(going).refused, server)
     assert "No space left on device" in reasons["c3"]
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedpress.core import parameters
+from fedpress.federation import Start
 from fedpress.models import save_model
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.start import first_state, load_data
@@ -84,7 +85,7 @@ def test_processes_with_only_their_own_data_give_the_bits_of_one_process(case, a
     state, left = apart
     together = bind(recipes.load(RECIPE + CASES[case]).stage[0], state)
     start = parameters.flatten(together.server.model)
-    *_, last = together.server.rounds(start, start=0, server_state=None)
+    *_, last = together.server.rounds(Start(start))
     params, told = left[case]
     assert torch.equal(params, last.params)
     assert not torch.equal(params, start)
