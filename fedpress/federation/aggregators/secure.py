@@ -17,6 +17,7 @@ from fedpress.federation.protocol import check_header
 from fedpress.federation.vectors import UPDATE
 from fedpress.federation.way import Way
 from fedpress.secagg import SecAggMessage, SecAggServer, SecurePlan, SecureRound
+from fedpress.secagg.keys import digest
 from fedpress.wire.message import JSON, Message
 
 
@@ -49,6 +50,17 @@ class SecureSum:
     limit: int
     identities: tuple[tuple[ClientId, bytes], ...]
     kind: Literal["secure"] = "secure"
+
+    def agreed(self) -> dict[str, object]:
+        """Returns what both sides must hold alike; of the keys a digest: the population names them."""
+        parts = [part for pair in self.identities for part in pair]
+        return {
+            "kind": self.kind,
+            "plan": self.plan,
+            "size": self.size,
+            "limit": self.limit,
+            "identities": digest("identities", *parts).hex(),
+        }
 
     @property
     def sees_updates(self) -> bool:
