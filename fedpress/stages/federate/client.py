@@ -22,7 +22,7 @@ from fedpress.stages.federate.contract import (
     counts_are_public,
     owns_keys,
 )
-from fedpress.stages.federate.privacy import is_secure
+from fedpress.stages.federate.protection import is_secure
 from fedpress.tasks.base import number
 from fedpress.training.evaluate import evaluate
 from fedpress.wire.message import JSON, Message, pack, unpack

@@ -35,7 +35,8 @@ from fedpress.models import ModelSpec
 from fedpress.nn.compact import compact_
 from fedpress.nn.resize import copied
 from fedpress.privacy.plan import PrivacyPlan
-from fedpress.stages.federate.privacy import Protection, is_secure, protect, trust_of_stage
+from fedpress.stages.federate.privacy import protect
+from fedpress.stages.federate.protection import Protection, is_secure, trust_of_stage
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.tasks import Task
 from fedpress.training.augment import Augment, augment

@@ -26,7 +26,7 @@ from fedpress.federation.schedules import Participation
 from fedpress.federation.server import Start, rounds
 from fedpress.privacy.ledger import POPULATION, Ledger, LedgerEntry
 from fedpress.stages.federate.contract import Beginning, Contract, owns_keys
-from fedpress.stages.federate.privacy import Protection, repeated
+from fedpress.stages.federate.protection import Protection, repeated
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.stages.federate.sizes import sizes
 from fedpress.wire.fields import NUMBER, check_field

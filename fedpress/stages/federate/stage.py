@@ -12,7 +12,8 @@ from fedpress.errors import RecipeError
 from fedpress.nn.compact import expand_
 from fedpress.stages.base import Stage
 from fedpress.stages.federate.binding import bind
-from fedpress.stages.federate.privacy import is_secure, secure_list, steps_per_round
+from fedpress.stages.federate.grid import secure_list
+from fedpress.stages.federate.protection import is_secure, steps_per_round
 from fedpress.stages.federate.records import facts_of
 from fedpress.stages.federate.rehearsal import rehearse
 from fedpress.stages.federate.rounds import Rounds

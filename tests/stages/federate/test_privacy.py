@@ -13,7 +13,8 @@ from fedpress.errors import PrivacyError, RecipeError
 from fedpress.federation import Cohort, Guarantee, Payload, SecureSum, Uplink
 from fedpress.federation.schedules import Enrolment
 from fedpress.privacy.accounting import accountant
-from fedpress.stages.federate.privacy import protect, repeated
+from fedpress.stages.federate.privacy import protect
+from fedpress.stages.federate.protection import repeated
 from fedpress.stages.federate.stage import FederateStage
 
 SIZE = 20_000
