@@ -18,7 +18,8 @@ from fedpress.federation.algorithms import (
     Scaffold,
 )
 from fedpress.federation.algorithms.optimizers import SERVERS, Adam, Average, Momentum, Server
-from fedpress.federation.client import Client, ClientPlan
+from fedpress.federation.client import Client
+from fedpress.federation.client_plan import ClientPlan
 from fedpress.federation.client_state import ClientState, DiskState, InMemoryState
 from fedpress.federation.downlink import Downlink
 from fedpress.federation.exchange import Traffic, Transport

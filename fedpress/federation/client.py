@@ -15,111 +15,26 @@ from fedpress.core.examples import Arrays
 from fedpress.core.names import ClientId
 from fedpress.errors import DivergedError, RecipeError, WireError
 from fedpress.federation.agreement import Agreement, Terms
-from fedpress.federation.client_state import ClientState, InMemoryState, load_json, save_json
+from fedpress.federation.client_plan import ClientPlan
+from fedpress.federation.client_state import ClientState, InMemoryState, save_json
 from fedpress.federation.counted import FORGOT
 from fedpress.federation.downlink import LOST, SERVER
-from fedpress.federation.local import GradientSource, LocalWork, Measures, plain_steps, too_large
-from fedpress.federation.private import check_private, rehearse_private
+from fedpress.federation.local import LocalWork, Measures, too_large
+from fedpress.federation.private import rehearse_private
 from fedpress.federation.protocol import check_header, need, read_text
-from fedpress.federation.sources import SOURCES
+from fedpress.federation.replay import answer_once
+from fedpress.federation.secure_client import answer_secure
 from fedpress.federation.uplink import Uplink
 from fedpress.federation.vectors import PARAMS, UPDATE, Vectors
 from fedpress.models.norms import freeze_batch_norm_
 from fedpress.privacy.noise.mechanism import clip
-from fedpress.privacy.plan import PrivacyPlan
-from fedpress.secagg import SecAggClient, SecAggMessage
+from fedpress.secagg import SecAggClient
 from fedpress.wire.message import JSON, Message, pack, unpack
 
 STATE = "state."
 """Before the names of an algorithm's state in the memory of a client."""
 TASK = "task"
 """The round that left this state."""
-
-
-def check_norm(norm: str, model: nn.Module, *, sample: bool) -> None:
-    """Refuses statistics over private batches; server and clients ask before anybody trains.
-
-    Args:
-        norm: of the recipe.
-        model: that is to be trained.
-        sample: whether single examples are protected.
-
-    Raises:
-        RecipeError: if a batch norm of `model` would mix examples that are protected one by one.
-    """
-    mixes = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    if sample and mixes and norm != "frozen":
-        raise RecipeError(
-            "batch norm in training mode mixes examples, which breaks sample privacy",
-            place="norm",
-            cure="use 'frozen'",
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class ClientPlan:
-    """What one client holds of a run: the terms, which are the server's too, and what follows for its own work.
-
-    Attributes:
-        terms: what was agreed.
-        source: of the gradients of its local steps.
-        privacy: this client's own plan under unit "sample", None otherwise.
-    """
-
-    terms: Terms
-    source: GradientSource = plain_steps
-    privacy: PrivacyPlan | None = None
-
-    @classmethod
-    def bind(
-        cls,
-        terms: Terms,
-        model: nn.Module,
-        *,
-        source: GradientSource | None = None,
-        privacy: PrivacyPlan | None = None,
-    ) -> ClientPlan:
-        """Fits a client's work to the terms and to the model in which it is done.
-
-        `source` is that of a device, in place of torch; the one that the trust asks for if None.
-
-        Raises:
-            RecipeError: if the parts do not fit together.
-        """
-        uplink = terms.uplink
-        check_norm(terms.norm, model, sample=privacy is not None)
-        trust = uplink.trust
-        if (trust.unit == "sample") != (privacy is not None):
-            raise RecipeError(
-                (
-                    "unit 'sample' needs an uplink that knows it and a plan for each client, both "
-                    "or none"
-                ),
-                place="privacy",
-                cure="bind the uplink with a plan of unit 'sample' too, or leave privacy out",
-            )
-        if trust.steps != "plain" and source is not None:
-            raise RecipeError(
-                "private steps are taken in torch and run no other source of gradients",
-                place="source",
-                cure="leave source out",
-            )
-        if privacy is not None:
-            check_private(terms.settings, privacy)
-        if terms.error_feedback and not trust.keeps_residual:
-            raise RecipeError(
-                "a client that adds noise would take it away again in the next round",
-                place="error_feedback",
-                cure="set error_feedback = false",
-            )
-        layout = parameters.Layout.of(model)
-        if layout.size != uplink.size or layout != terms.layout:
-            raise RecipeError(
-                f"the model trains {layout.size} values but the uplink is for {uplink.size}",
-                place="model",
-                cure="take the model and the patterns of trainable that were agreed",
-            )
-        return cls(terms, source or SOURCES[trust.steps], privacy)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +109,7 @@ class Client:
     def _update(self, message: Message, key: Key) -> Message:
         """Returns the "update" to a "fit", and keeps what this client needs in its next one."""
         down, after = self._receive(message, key)
-        self._answer_once(message, key.round)
+        answer_once(message, key.round, self.terms, self.memory)
         state = self._state(message, key.round)
         before = self.memory.load(key.round)
         vectors, next_state, measured = self._try_fit(down, state, key)
@@ -286,43 +201,6 @@ class Client:
         if int(latest[TASK]) != counted:
             self.memory.save(counted, state)
         return parameters.part_of(state, STATE)
-
-    def _answer_once(self, message: Message, round: int) -> None:
-        """Holds the server to the planned tasks: under privacy every other question would cost more than was planned.
-
-        A task is named by the number of the round whose model it starts from. The same question again gets the same
-        answer, which costs nothing.
-        """
-        if self.uplink.privacy is None:
-            return
-        if self.terms.num_rounds is not None and round > self.terms.num_rounds:
-            raise WireError(
-                f"got {round}, but privacy is planned for {self.terms.num_rounds} rounds",
-                place="fit.round",
-                cure="stop here",
-            )
-        asked = random.fingerprint(
-            sorted(message.header.items()), *(message.tensors[n] for n in sorted(message.tensors))
-        )
-        answered = load_json(self.memory, "answered")
-        if answered.get(str(round), asked[:16]) != asked[:16]:
-            raise WireError(
-                f"round {round} was answered to another question",
-                place="fit.round",
-                cure="go on with the next round",
-            )
-        most = self.terms.max_tasks
-        if most is not None and str(round) not in answered and len(answered) >= most:
-            raise WireError(
-                (
-                    f"this client has answered {len(answered)} tasks, and privacy is planned for "
-                    f"{most}"
-                ),
-                place="fit.round",
-                cure="stop here",
-            )
-        if str(round) not in answered:
-            save_json(self.memory, "answered", {**answered, str(round): asked[:16]})
 
     def _secure(self, member: SecAggClient, message: Message) -> Message:
         answer = answer_secure(member, message)
@@ -480,24 +358,6 @@ class Client:
             with torch.no_grad():
                 for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                     buffer.copy_(before)
-
-
-def answer_secure(member: SecAggClient, message: Message) -> Message:
-    """Answers a question of a secure sum, "join", "roster" or "unmask", for `member`.
-
-    Raises:
-        WireError: if the question is faulty.
-        SecureError: if it asks for what would open a single client's update.
-    """
-    part = SecAggMessage(dict(message.header), dict(message.tensors))
-    if message.kind == "join":
-        answer = member.join()
-        return Message("join", answer.header, answer.tensors)
-    if message.kind == "roster":
-        answer = member.accept(part)
-        return Message("accepted", answer.header, answer.tensors)
-    answer = member.unmask(part)
-    return Message("shares", answer.header, answer.tensors)
 
 
 def _finite(request: Message, name: str, size: int | None = None) -> Tensor:

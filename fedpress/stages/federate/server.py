@@ -19,7 +19,7 @@ from fedpress.federation import (
     Transport,
     Uplink,
 )
-from fedpress.federation.client import check_norm
+from fedpress.federation.client_plan import check_norm
 from fedpress.federation.exchange import Traffic, exchange
 from fedpress.federation.protocol import check_header, need, text_tensor
 from fedpress.federation.schedules import Participation

@@ -12,8 +12,8 @@ from fedpress.core import random
 from fedpress.core.names import ClientId
 from fedpress.core.random_source import public_stream
 from fedpress.federation import Aggregator, SecureSum
-from fedpress.federation.client import answer_secure
 from fedpress.federation.downlink import Broadcast
+from fedpress.federation.secure_client import answer_secure
 from fedpress.federation.vectors import PARAMS, UPDATE
 from fedpress.secagg import SecAggClient, identity
 from fedpress.stages.federate.contract import Contract
