@@ -24,7 +24,7 @@ from fedpress.federation.client_state import ClientState, DiskState, InMemorySta
 from fedpress.federation.downlink import Downlink
 from fedpress.federation.exchange import Traffic, Transport
 from fedpress.federation.guarantee import Guarantee
-from fedpress.federation.local import LocalSettings, LocalWork
+from fedpress.federation.local import LocalPlan, LocalSettings, LocalWork
 from fedpress.federation.ondevice import device_steps
 from fedpress.federation.sampling import Cohort
 from fedpress.federation.schedules import SCHEDULES, Buffered, Synchronous
@@ -59,6 +59,7 @@ __all__ = [
     "FedProx",
     "Guarantee",
     "InMemoryState",
+    "LocalPlan",
     "LocalSettings",
     "LocalWork",
     "Mean",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +141,7 @@ class Client:
         self, down: Vectors, vectors: Vectors, measured: Measures, key: Key
     ) -> dict[str, JSON]:
         """Returns what an update says beside its vectors: what the trust allows, and what failed."""
-        trust, plan = self.uplink.trust, self.plan.privacy or self.uplink.privacy
+        trust, plan = self.uplink.trust, self.plan.local.privacy or self.uplink.privacy
         header: dict[str, JSON] = {"round": key.round}
         header |= trust.said(measured, len(self.arrays), seen=self.uplink.aggregator.sees_updates)
         if plan is not None:
@@ -169,7 +169,7 @@ class Client:
         try:
             return self._fit(down, state, key)
         except Exception as problem:
-            plan = self.plan.privacy
+            plan = self.plan.local.privacy
             batch = 0.0 if plan is None else plan.sampling_prob * len(self.arrays)
             measured = self.uplink.trust.after_failure(problem, batch)
             zeros = {way.name: torch.zeros(way.size) for way in self.uplink.ways}
@@ -292,25 +292,15 @@ class Client:
         algorithm, params = self.terms.algorithm, down[PARAMS]
         parameters.assign_(self.model, params)
         beside = {name: vector for name, vector in down.items() if name != PARAMS}
-        work = LocalWork(
-            self.arrays,
-            self.terms.settings,
-            key,
-            self.terms.prepare,
-            self.terms.task,
-            self.plan.privacy,
-            source=self.plan.source,
-            start=params,
-            beside=beside | {f"{STATE}{name}": vector for name, vector in state.items()},
-            pulls=algorithm.pulls,
-        )
+        remembered = {f"{STATE}{name}": vector for name, vector in state.items()}
+        work = LocalWork(self.arrays, key, self.plan.local, params, beside | remembered)
         with self._at_work(key):
             vectors, after, measured = algorithm.client_update(self.model, work, down, state)
         if not all(bool(torch.isfinite(vector).all()) for vector in vectors.values()):
             raise DivergedError(
                 f"after {measured.get('steps', 1)} steps it is not finite in round {key.round}",
                 place="local update",
-                cure=f"lower {too_large(work.settings, work.lr, pulls=work.pulls)}",
+                cure=f"lower {too_large(work.plan.settings, work.lr, pulls=algorithm.pulls)}",
             )
         return vectors, after, measured
 
@@ -322,21 +312,12 @@ class Client:
             TrainingError: if its gradients are of no use.
         """
         params, key = parameters.flatten(self.model), Key(self.terms.seed, 1, self.name)
-        settings = self.terms.settings.model_copy(
-            update={"epochs": 1, "batch_size": max(2, len(arrays))}
-        )
-        work = LocalWork(
-            arrays,
-            settings,
-            key,
-            self.terms.prepare,
-            self.terms.task,
-            self.plan.privacy,
-            source=self.plan.source,
-        )
+        one_batch = {"epochs": 1, "batch_size": max(2, len(arrays))}
+        settings = self.terms.settings.model_copy(update=one_batch)
+        work = LocalWork(arrays, key, replace(self.plan.local, settings=settings))
         try:
             with self._at_work(key):
-                if self.plan.privacy is None:
+                if self.plan.local.privacy is None:
                     work.begin(self.model).finish()
                 else:
                     rehearse_private(self.model, work)

@@ -9,7 +9,7 @@ from torch import nn
 from fedpress.core import parameters
 from fedpress.errors import RecipeError
 from fedpress.federation.agreement import Terms
-from fedpress.federation.local import GradientSource, plain_steps
+from fedpress.federation.local import GradientSource, LocalPlan
 from fedpress.federation.private import check_private
 from fedpress.federation.sources import SOURCES
 from fedpress.privacy.plan import PrivacyPlan
@@ -41,13 +41,11 @@ class ClientPlan:
 
     Attributes:
         terms: what was agreed.
-        source: of the gradients of its local steps.
-        privacy: this client's own plan under unit "sample", None otherwise.
+        local: how it works, which follows from them; under unit "sample" with a privacy plan of its own.
     """
 
     terms: Terms
-    source: GradientSource = plain_steps
-    privacy: PrivacyPlan | None = None
+    local: LocalPlan
 
     @classmethod
     def bind(
@@ -97,4 +95,12 @@ class ClientPlan:
                 place="federate",
                 cure="take the model and the patterns of trainable that were agreed",
             )
-        return cls(terms, source or SOURCES[trust.steps], privacy)
+        local = LocalPlan(
+            settings=terms.settings,
+            prepare=terms.prepare,
+            task=terms.task,
+            privacy=privacy,
+            source=source or SOURCES[trust.steps],
+            pulls=terms.algorithm.pulls,
+        )
+        return cls(terms, local)

@@ -75,42 +75,53 @@ GradientSource: TypeAlias = "Callable[[nn.Module, LocalWork], Steps]"
 
 
 @dataclass(frozen=True, eq=False)
-class LocalWork:
-    """One client's work in one round: its examples, the settings, and the key from which all its randomness comes.
+class LocalPlan:
+    """How a client works, the same in every round.
 
     Attributes:
-        arrays: the client's examples. An algorithm does not read them: it loops over `begin`, or asks for `loss`.
         settings: how to train.
-        key: of this client in this round.
         prepare: raw examples [k, ...] and a generator -> network input, each example by itself.
         task: what is learned: its loss is that of the steps.
-        plan: this client's own under unit "sample".
-        source: of the gradients.
-        start: the server's parameters [d] as they came; those of the model if None.
-        beside: what else the steps depend on: further vectors from the server and the client's state of the algorithm.
-            Under sample privacy it is part of the name of the noise.
+        privacy: this client's own plan under unit "sample".
+        source: of the gradients; plain SGD if None.
         pulls: strengths of an algorithm's corrections by recipe key, for the words of an error.
     """
 
-    arrays: Arrays
     settings: LocalSettings
-    key: Key
     prepare: Prepare
     task: Task
-    plan: PrivacyPlan | None = None
+    privacy: PrivacyPlan | None = None
     source: GradientSource | None = None
+    pulls: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class LocalWork:
+    """One client's work in one round.
+
+    Attributes:
+        arrays: the client's examples. An algorithm does not read them: it loops over `begin`, or asks for `loss`.
+        key: of this client in this round, from which all its randomness comes.
+        plan: how it works.
+        start: the server's parameters [d] as they came; those of the model if None.
+        beside: what else the steps depend on: further vectors from the server and the client's state of the algorithm.
+            Under sample privacy it is part of the name of the noise.
+    """
+
+    arrays: Arrays
+    key: Key
+    plan: LocalPlan
     start: Tensor | None = None
     beside: Vectors = field(default_factory=dict)
-    pulls: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def lr(self) -> float:
         """The learning rate of this round."""
-        return self.settings.lr * self.settings.lr_decay ** (self.key.round - 1)
+        return self.plan.settings.lr * self.plan.settings.lr_decay ** (self.key.round - 1)
 
     def begin(self, model: nn.Module) -> LocalRun:
         """Begins the local steps from the parameters that `model` has now."""
-        source = self.source or plain_steps
+        source = self.plan.source or plain_steps
         start = parameters.flatten(model) if self.start is None else self.start
         return LocalRun(model, start, source(model, self))
 
@@ -121,7 +132,7 @@ class LocalWork:
         Raises:
             RecipeError: under sample privacy, where only noised gradients may be seen.
         """
-        if self.plan is not None:
+        if self.plan.privacy is not None:
             raise RecipeError(
                 (
                     "it asks for the loss of a client's examples, which no noise covers under unit "
@@ -130,7 +141,7 @@ class LocalWork:
                 place="algorithm",
                 cure="take unit 'client', or another algorithm",
             )
-        total, size = 0.0, max(1, self.settings.batch_size)
+        total, size = 0.0, max(1, self.plan.settings.batch_size)
         chance = self.key.client_stream("loss")
         with evaluating(model):
             for index in torch.arange(len(self.arrays)).split(size):
@@ -186,7 +197,7 @@ def plain_steps(model: nn.Module, work: LocalWork) -> Steps:
         DivergedError: if the loss is not finite.
         TrainingError: if there is one example only, which leaves a batch norm nothing to average.
     """
-    s, params = work.settings, trainable(model)
+    s, params = work.plan.settings, trainable(model)
     shuffle, chance = work.key.client_stream("shuffle"), work.key.client_stream("prepare")
     optimizer = _optimizer(model, work)
     total, steps = torch.zeros((), dtype=torch.float64), 0
@@ -217,7 +228,7 @@ def _gradients(params: list[nn.Parameter]) -> list[Tensor]:
 
 def _optimizer(model: nn.Module, work: LocalWork) -> torch.optim.SGD:
     """Returns SGD with the settings of `work`."""
-    s, params = work.settings, trainable(model)
+    s, params = work.plan.settings, trainable(model)
     spared = qparam_ids(model)  # the grids of quantized layers: decay would only draw them in
     groups = [
         {"params": [p for p in params if id(p) not in spared], "weight_decay": s.weight_decay},
@@ -240,7 +251,7 @@ def _diverged(work: LocalWork, index: Tensor, steps: int) -> DivergedError:
     return DivergedError(
         f"after {steps} steps the loss is not finite in round {work.key.round}",
         place="local update",
-        cure=f"lower {too_large(work.settings, work.lr, pulls=work.pulls)}{data}",
+        cure=f"lower {too_large(work.plan.settings, work.lr, pulls=work.plan.pulls)}{data}",
     )
 
 
@@ -279,8 +290,8 @@ def shuffled_batches(model: nn.Module, n: int, size: int, shuffle: RandomSource)
 def loss_of_batch(model: nn.Module, work: LocalWork, batch: Arrays, chance: RandomSource) -> Tensor:
     """Returns the mean loss of `batch`; `chance` draws its augmentation."""
     at = next(model.parameters()).device
-    x = work.prepare(batch.x.to(at), chance)
-    with autocast(model, work.settings.precision):
+    x = work.plan.prepare(batch.x.to(at), chance)
+    with autocast(model, work.plan.settings.precision):
         try:
             logits = outputs(model, x.contiguous(memory_format=memory_format(x, model)))
         except ValueError as problem:
@@ -294,4 +305,4 @@ def loss_of_batch(model: nn.Module, work: LocalWork, batch: Arrays, chance: Rand
                 place="local update",
                 cure=f"{cure}, or set norm = 'frozen'",
             ) from problem
-    return work.task.loss(logits, batch.y.to(at))
+    return work.plan.task.loss(logits, batch.y.to(at))

@@ -35,7 +35,7 @@ def device_steps(model: nn.Module, work: LocalWork) -> Steps:
             place="model",
             cure="give the client model = deploy.DeviceModel(path)",
         )
-    s = work.settings
+    s = work.plan.settings
     shuffle, chance = work.key.client_stream("shuffle"), work.key.client_stream("prepare")
     if s.precision == "bf16":
         raise RecipeError(
@@ -49,7 +49,7 @@ def device_steps(model: nn.Module, work: LocalWork) -> Steps:
     for _ in range(s.epochs):
         for index in shuffled_batches(model, len(work.arrays), s.batch_size, shuffle):
             batch = work.arrays.take(index)
-            loss, found = model.mean_gradient(work.prepare(batch.x, chance), batch.y)
+            loss, found = model.mean_gradient(work.plan.prepare(batch.x, chance), batch.y)
             # Of its own memory: the runtime's may be read only, and a correction is written in place.
             gradients = {name: found[name].clone() for name in params}
             yield Step([p.detach() for p in params.values()], [*gradients.values()])
@@ -59,6 +59,6 @@ def device_steps(model: nn.Module, work: LocalWork) -> Steps:
                 raise DivergedError(
                     f"after {steps} steps the loss is not finite in round {work.key.round}",
                     place="local update",
-                    cure=f"lower {too_large(s, work.lr, pulls=work.pulls)}",
+                    cure=f"lower {too_large(s, work.lr, pulls=work.plan.pulls)}",
                 )
     return Outcome({"loss": total / steps, "steps": steps})

@@ -31,26 +31,26 @@ def private_steps(model: nn.Module, work: LocalWork) -> Steps:
     Raises:
         RecipeError: if there is no plan of unit "sample", or a setting that private steps do not know.
     """
-    plan = check_private(work.settings, work.plan)
+    plan = check_private(work.plan.settings, work.plan.privacy)
     params, at, question = trainable(model), next(model.parameters()).device, _question(model, work)
     chance = work.key.private_stream("prepare", question)
 
     def prepare(x: Tensor) -> Tensor:
-        x = work.prepare(x, chance)
+        x = work.plan.prepare(x, chance)
         return x.contiguous(memory_format=memory_format(x, model))
 
     # Dropout draws from torch's global generator; the client that called puts it back afterwards.
     torch.manual_seed(work.key.client_seed("dropout", question))
     noised = private_gradients(
         model,
-        work.task.loss,
+        work.plan.task.loss,
         work.arrays.x.to(at),
         work.arrays.y.to(at),
         plan=plan,
         steps=plan.steps_per_round,
         generator=work.key.private_stream("private", question),
         prepare=prepare,
-        autocast=torch.bfloat16 if uses_bf16(model, work.settings.precision) else None,
+        autocast=torch.bfloat16 if uses_bf16(model, work.plan.settings.precision) else None,
     )
     raw: list[RawStats] = []
     velocity: Tensor | None = None
@@ -59,7 +59,9 @@ def private_steps(model: nn.Module, work: LocalWork) -> Steps:
         raw.append(record)
         parts = gradient.split([p.numel() for p in params])
         yield Step(detached, [part.view(p.shape) for p, part in zip(params, parts, strict=True)])
-        velocity = step_(params, gradient, velocity, lr=work.lr, momentum=work.settings.momentum)
+        velocity = step_(
+            params, gradient, velocity, lr=work.lr, momentum=work.plan.settings.momentum
+        )
     return Outcome({"steps": plan.steps_per_round, **_failures(raw)})
 
 
@@ -73,7 +75,7 @@ def joint_steps(model: nn.Module, work: LocalWork) -> Steps:
         RecipeError: if there is no plan of unit "sample", or a setting that private steps do not know.
     """
     yield from ()
-    plan = check_private(work.settings, work.plan)
+    plan = check_private(work.plan.settings, work.plan.privacy)
     at, question = next(model.parameters()).device, _question(model, work)
     batches = poisson_batches(
         len(work.arrays), plan.sampling_prob, 1, work.key.private_stream("private", question)
@@ -81,17 +83,17 @@ def joint_steps(model: nn.Module, work: LocalWork) -> Steps:
     index = next(batches)
     x, y = work.arrays.x[index].to(at), work.arrays.y[index].to(at)
     if len(index):
-        x = work.prepare(x, work.key.private_stream("prepare", question))
+        x = work.plan.prepare(x, work.key.private_stream("prepare", question))
         x = x.contiguous(memory_format=memory_format(x, model))
-    method = choose_method(model, work.task.loss, x, y) if len(index) else "loop"
+    method = choose_method(model, work.plan.task.loss, x, y) if len(index) else "loop"
     verify: Verify = "gradients" if work.key.round == 1 else "losses"
     # Dropout draws from torch's global generator; the client that called puts it back afterwards.
     torch.manual_seed(work.key.client_seed("dropout", question))
-    bf16 = uses_bf16(model, work.settings.precision)
+    bf16 = uses_bf16(model, work.plan.settings.precision)
     with torch.autocast(at.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16):
         total, raw = clipped_gradient_sum(
             model,
-            work.task.loss,
+            work.plan.task.loss,
             x,
             y,
             clip_norm=plan.clip_norm,
@@ -109,18 +111,24 @@ def rehearse_private(model: nn.Module, work: LocalWork) -> None:
         TrainingError: if the network fails on some example, if a gradient is not finite, or if nothing has one.
         RecipeError: see `clipped_gradient_sum`.
     """
-    plan = check_private(work.settings, work.plan)
+    plan = check_private(work.plan.settings, work.plan.privacy)
     at = next(model.parameters()).device
     x, y = work.arrays.x.to(at), work.arrays.y.to(at)
-    x = work.prepare(x, work.key.client_stream("prepare"))
+    x = work.plan.prepare(x, work.key.client_stream("prepare"))
     x = x.contiguous(memory_format=memory_format(x, model))
     method, bf16 = (
-        choose_method(model, work.task.loss, x, y),
-        uses_bf16(model, work.settings.precision),
+        choose_method(model, work.plan.task.loss, x, y),
+        uses_bf16(model, work.plan.settings.precision),
     )
     with torch.autocast(at.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16):
         total, raw = clipped_gradient_sum(
-            model, work.task.loss, x, y, clip_norm=plan.clip_norm, method=method, verify="gradients"
+            model,
+            work.plan.task.loss,
+            x,
+            y,
+            clip_norm=plan.clip_norm,
+            method=method,
+            verify="gradients",
         )
         if (
             not total.any() and not raw.failed
@@ -128,7 +136,9 @@ def rehearse_private(model: nn.Module, work: LocalWork) -> None:
             with torch.no_grad():
                 for p in trainable(model):
                     p.add_(0.05 * torch.randn_like(p))
-            total, raw = clipped_gradient_sum(model, work.task.loss, x, y, clip_norm=plan.clip_norm)
+            total, raw = clipped_gradient_sum(
+                model, work.plan.task.loss, x, y, clip_norm=plan.clip_norm
+            )
     if raw.failed:
         raise TrainingError(
             f"{raw.failed} of {raw.examples} examples failed alone: {raw.problem}",
@@ -170,10 +180,10 @@ def _question(model: nn.Module, work: LocalWork) -> str:
         "network": str(model),  # layers without parameters, and settings such as a stride
         "state": [*state],
         "trained": parameters.Layout.of(model),
-        "settings": work.settings,
-        "plan": work.plan,
-        "prepare": work.prepare,
-        "task": work.task.about(),
+        "settings": work.plan.settings,
+        "plan": work.plan.privacy,
+        "prepare": work.plan.prepare,
+        "task": work.plan.task.about(),
         "beside": sorted(work.beside),
     }
     beside = [work.beside[name] for name in sorted(work.beside)]

@@ -1,7 +1,6 @@
 """Programs that train: gradients and steps are torch's, and a federated client that trains on a device fits in."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from fedpress.federation import (
     Cohort,
     FedAvg,
     FedProx,
+    LocalPlan,
     LocalSettings,
     LocalWork,
     Payload,
@@ -36,7 +36,7 @@ from fedpress.federation.server import rounds
 from fedpress.models.plain import MLP
 from fedpress.tasks import Classification
 from fedpress.transport import LocalTransport
-from tests.federation.federation import train
+from tests.federation.federation import train, with_source
 
 pytestmark = pytest.mark.deploy
 SHAPE = (1, 8, 8)
@@ -185,9 +185,9 @@ def test_a_copy_has_the_same_parameters_in_memory_of_its_own(program):
 )
 def test_local_training_agrees_with_torch_sgd(program, settings, algorithm):
     model, device = network(), DeviceModel(program)
-    work = LocalWork(examples(14, 3), settings, Key(7, 2, "c0"), untouched, GOAL)
+    work = LocalWork(examples(14, 3), Key(7, 2, "c0"), LocalPlan(settings, untouched, GOAL))
     expected = algorithm.client_update(model, work, {}, {})[2]
-    got = algorithm.client_update(device, replace(work, source=device_steps), {}, {})[2]
+    got = algorithm.client_update(device, with_source(work, device_steps), {}, {})[2]
     assert got["steps"] == expected["steps"]
     assert got["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     moved = (parameters.flatten(model) - parameters.flatten(network())).abs().max()
@@ -364,17 +364,12 @@ def test_frozen_parameters_stay_out_of_the_layout(tmp_path):
 
 
 def test_device_steps_want_a_program_and_float32(program):
-    work = LocalWork(
-        examples(4, 0),
-        LocalSettings(precision="bf16", batch_size=4),
-        Key(7, 1, "c0"),
-        untouched,
-        GOAL,
-    )
+    settings = LocalSettings(precision="bf16", batch_size=4)
+    work = LocalWork(examples(4, 0), Key(7, 1, "c0"), LocalPlan(settings, untouched, GOAL))
     with pytest.raises(RecipeError, match="DeviceModel"):
-        train(network(), replace(work, source=device_steps))
+        train(network(), with_source(work, device_steps))
     with pytest.raises(RecipeError, match=r"federate\.precision"):
-        train(DeviceModel(program), replace(work, source=device_steps))
+        train(DeviceModel(program), with_source(work, device_steps))
 
 
 @pytest.mark.parametrize("named", [True, False])

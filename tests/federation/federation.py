@@ -116,7 +116,8 @@ def under(federation, **changes):
     """
     federation.terms = terms = replace(federation.terms, **changes)
     for client in federation.clients.values():
-        object.__setattr__(client, "plan", replace(client.plan, terms=terms))
+        plan = ClientPlan.bind(terms, client.model, privacy=client.plan.local.privacy)
+        object.__setattr__(client, "plan", plan)
     return terms
 
 
@@ -137,7 +138,7 @@ def rebound(client, model=None, **changes) -> Client:
     """Returns `client` under other terms (fields of `Terms`), or with another plan or memory of its own."""
     names = {one.name for one in fields(Terms)}
     terms = replace(client.terms, **{n: changes.pop(n) for n in names & changes.keys()})
-    own = {"source": None, "privacy": client.plan.privacy}
+    own = {"source": None, "privacy": client.plan.local.privacy}
     own |= {n: changes.pop(n) for n in own.keys() & changes.keys()}
     model = client.model if model is None else model
     return replace(client, model=model, plan=ClientPlan.bind(terms, model, **own), **changes)
@@ -148,14 +149,19 @@ def train(model, work) -> dict:
     return work.begin(model).finish().measures
 
 
+def with_source(work, source):
+    """Returns the same work with other gradients."""
+    return replace(work, plan=replace(work.plan, source=source))
+
+
 def train_privately(model, work) -> dict:
     """Takes the noised steps of the plan of `work`."""
-    return train(model, replace(work, source=private_steps))
+    return train(model, with_source(work, private_steps))
 
 
 def joint_gradient(model, work) -> tuple[torch.Tensor, dict]:
     """Returns a client's part of a joint step, and what was measured."""
-    run = replace(work, source=joint_steps).begin(model).finish()
+    run = with_source(work, joint_steps).begin(model).finish()
     return run.update(), run.measures
 
 

@@ -11,7 +11,7 @@ from fedpress.core import parameters
 from fedpress.core.examples import Arrays
 from fedpress.core.random_source import public_stream
 from fedpress.errors import DivergedError, RecipeError, TrainingError
-from fedpress.federation.local import LocalSettings, LocalWork, shuffled_batches
+from fedpress.federation.local import LocalPlan, LocalSettings, LocalWork, shuffled_batches
 from fedpress.federation.private import rehearse_private
 from fedpress.federation.sources import SOURCES
 from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
@@ -27,13 +27,13 @@ from tests.federation.federation import (
     train,
     train_privately,
     untouched,
+    with_source,
 )
 
 
 def task(arrays=None, *, plan=None, round=1, prepare=untouched, **settings):
-    return LocalWork(
-        arrays or examples(10), LocalSettings(**settings), key(round=round), prepare, GOAL, plan
-    )
+    how = LocalPlan(LocalSettings(**settings), prepare, GOAL, plan)
+    return LocalWork(arrays or examples(10), key(round=round), how)
 
 
 def test_sgd_equals_torch_sgd_over_the_same_batches():
@@ -159,7 +159,7 @@ def test_what_came_out_is_asked_after_the_last_step():
 @pytest.mark.parametrize("kind", ["plain", "private"])
 def test_what_is_added_to_a_gradient_is_part_of_the_step(kind):
     plan = replace(SAMPLE_PLAN, steps_per_round=1) if kind == "private" else None
-    work = replace(task(plan=plan, lr=0.1, batch_size=10), source=SOURCES[kind])
+    work = with_source(task(plan=plan, lr=0.1, batch_size=10), SOURCES[kind])
     drift = torch.linspace(-1, 1, parameters.Layout.of(mlp()).size)
     moved = []
     for factor in (0.0, 1.0):

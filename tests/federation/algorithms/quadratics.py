@@ -46,12 +46,12 @@ def quadratic_steps(model, work):
     """Gradients of 1/2 sum a (w - b)^2, where a client's one example holds a and b."""
     (w,) = model.parameters()
     a, b = work.arrays.x[0].split(SIZE)
-    for _ in range(work.settings.epochs):
+    for _ in range(work.plan.settings.epochs):
         gradient = (a * (w.detach()[0] - b))[None].clone()
         yield Step([w.detach()], [gradient])
         with torch.no_grad():
             w.sub_(work.lr * gradient)
-    return Outcome({"loss": 0.0, "steps": work.settings.epochs})
+    return Outcome({"loss": 0.0, "steps": work.plan.settings.epochs})
 
 
 class Quadratics:
