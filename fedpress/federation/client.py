@@ -108,25 +108,27 @@ class Client:
 
     def _update(self, message: Message, key: Key) -> Message:
         """Returns the "update" to a "fit", and keeps what this client needs in its next one."""
+        terms, uplink = self.terms, self.uplink
         down, after = self._receive(message, key)
-        answer_once(message, key.round, self.terms, self.memory)
+        if uplink.privacy is not None:
+            answer_once(message, key.round, terms, self.memory)
         state = self._state(message, key.round)
         before = self.memory.load(key.round)
         vectors, next_state, measured = self._try_fit(down, state, key)
         header = self._header(down, vectors, measured, key)
         unit = self._unit(message)
-        if self.terms.error_feedback and "residual" in before:
+        if terms.error_feedback and "residual" in before:
             vectors = {**vectors, UPDATE: vectors[UPDATE] + before["residual"]}
-        if self.uplink.adaptive is not None:
+        if uplink.adaptive is not None:
             header["below"] = float(vectors[UPDATE].double().norm()) <= unit
-        tensors = self.uplink.encode(vectors, key, unit=unit)
-        if self.terms.algorithm.keeps_state:
-            arrived = self.uplink.receive(tensors, key)
-            kept = self.terms.algorithm.client_settle(state, next_state, arrived)
+        tensors = uplink.encode(vectors, key, unit=unit)
+        if terms.algorithm.keeps_state:
+            arrived = uplink.receive(tensors, key)
+            kept = terms.algorithm.client_settle(state, next_state, arrived)
             after |= {f"{STATE}{name}": tensor for name, tensor in kept.items()}
             after[TASK] = torch.tensor(key.round)
-        if self.terms.error_feedback:
-            decoded = unit * self.uplink.decode(tensors, key)[UPDATE]
+        if terms.error_feedback:
+            decoded = unit * uplink.decode(tensors, key)[UPDATE]
             after["residual"] = self._clipped(vectors[UPDATE], unit) - decoded
         if self.member is not None:
             names: list[str] = need("fit", message.header, "cohort")
@@ -141,11 +143,12 @@ class Client:
         self, down: Vectors, vectors: Vectors, measured: Measures, key: Key
     ) -> dict[str, JSON]:
         """Returns what an update says beside its vectors: what the trust allows, and what failed."""
-        trust, plan = self.uplink.trust, self.plan.local.privacy or self.uplink.privacy
+        uplink = self.uplink
+        trust, plan = uplink.trust, self.plan.local.privacy or uplink.privacy
         header: dict[str, JSON] = {"round": key.round}
-        header |= trust.said(measured, len(self.arrays), seen=self.uplink.aggregator.sees_updates)
+        header |= trust.said(measured, len(self.arrays), seen=uplink.aggregator.sees_updates)
         if plan is not None:
-            sent = [vectors[way.name] for way in self.uplink.ways]
+            sent = [vectors[way.name] for way in uplink.ways]
             hidden = random.fingerprint(down[PARAMS], *sent, self.arrays.x, self.arrays.y)
             header |= trust.failures(measured, plan, key, hidden)
         return header
@@ -261,11 +264,12 @@ class Client:
 
     def _receive(self, request: Message, key: Key) -> tuple[Vectors, dict[str, Tensor]]:
         """Returns the server's parameters [d] and further vectors by name, and what to remember of them."""
+        terms = self.terms
         beside = {}
-        for name, extra in self.terms.algorithm.extras_down.items():
+        for name, extra in terms.algorithm.extras_down.items():
             size = self.uplink.size if extra.size is None else extra.size
             beside[name] = _finite(request, name, size)
-        if self.terms.downlink is None:
+        if terms.downlink is None:
             return {PARAMS: self.read_params(request), **beside}, {}
         version: int = need("fit", request.header, "from")
         if version >= key.round:
@@ -282,9 +286,7 @@ class Client:
                 place="fit.from",
                 cure=LOST,
             )
-        held = self.terms.downlink.decode(
-            coded, state.get("held"), Key(self.terms.seed, key.round, SERVER)
-        )
+        held = terms.downlink.decode(coded, state.get("held"), Key(terms.seed, key.round, SERVER))
         return {PARAMS: held, **beside}, {"held": held, "version": torch.tensor(key.round)}
 
     def _fit(self, down: Vectors, state: Vectors, key: Key) -> tuple[Vectors, Vectors, Measures]:

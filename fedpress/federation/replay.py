@@ -12,14 +12,12 @@ from fedpress.wire.message import Message
 def answer_once(message: Message, round: int, terms: Terms, memory: ClientState) -> None:
     """Notes in `memory` that a client answers the "fit" of `round`, and holds the server to the planned tasks.
 
-    A task is named by the number of the round whose model it starts from. The same question again gets the same
+    It is asked under privacy alone: without it nothing is planned. A task is named by the number of the round whose model it starts from. The same question again gets the same
     answer, which costs nothing.
 
     Raises:
         WireError: if the round or the number of tasks is beyond the plan, or another question was answered in it.
     """
-    if terms.uplink.privacy is None:
-        return
     if terms.num_rounds is not None and round > terms.num_rounds:
         raise WireError(
             f"got {round}, but privacy is planned for {terms.num_rounds} rounds",

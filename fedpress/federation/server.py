@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from time import perf_counter
@@ -127,10 +127,10 @@ def rounds(
             place="transport",
             cure="plan with as many clients as there are",
         )
-    server = _Server(terms, transport, secret, delays)
-    server.schedule.check(uplink.cohort)
-    check_schedule(server.schedule, Needs.of(uplink, terms.downlink, terms.algorithm))
-    return server.rounds(start)
+    schedule = terms.schedule or Synchronous()
+    schedule.check(uplink.cohort)
+    check_schedule(schedule, Needs.of(uplink, terms.downlink, terms.algorithm))
+    return _Server(terms, schedule, transport, secret, delays).rounds(start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,14 +138,10 @@ class _Server:
     """What stays the same from step to step."""
 
     terms: Terms
+    schedule: Schedule
     transport: Transport
     secret: int | None
     delays: Delays | None
-
-    @property
-    def schedule(self) -> Schedule:
-        """When whom is asked, and when a step is taken."""
-        return self.terms.schedule or Synchronous()
 
     def rounds(self, start: Start) -> Iterator[RoundRecord]:
         """Yields a record for each round after `start`, with the bytes and seconds that it took."""
@@ -181,6 +177,7 @@ class _Run:
     """A run between two server steps; `latest` is the message that brings the newest model."""
 
     server: _Server
+    clients: Sequence[ClientId]
     params: Tensor
     parts: dict[str, ServerState]
     session: Session
@@ -204,17 +201,18 @@ class _Run:
         scheduler = server.schedule.open(enrolled, parts["schedule"])
         outbox = Outbox(transport)
         outbox.load_(scheduler.at_work, parts["outbox"])
-        return cls(server, start.params, parts, session, scheduler, outbox)
+        return cls(server, enrolled.clients, start.params, parts, session, scheduler, outbox)
 
     def step(self, number: int) -> RoundRecord:
         """Gathers the updates of server step `number`, and takes it."""
         server, terms = self.server, self.server.terms
-        clients = server.transport.clients()
         self.scheduler.begin(number)
         asked = self.scheduler.ask()
         broadcast = None
         if terms.downlink is not None:
-            broadcast = Broadcast.open(terms.downlink, terms.seed, clients, self.parts["downlink"])
+            broadcast = Broadcast.open(
+                terms.downlink, terms.seed, self.clients, self.parts["downlink"]
+            )
         gatherer = terms.uplink.gather(
             seed=terms.seed,
             round=number,
@@ -223,13 +221,15 @@ class _Run:
             state=self.parts["uplink"],
             secret=server.secret,
         )
-        self._send(asked, number, broadcast)
+        if asked:
+            self._send(asked, number, broadcast)
         while waiting := self.scheduler.wait():
             task, reply = self.outbox.receive(waiting, self.scheduler.patience)
             weight = server.schedule.weight(number - task.task)
             gatherer.take(task.client, reply, task=task.task, scale=weight)
             self.scheduler.take(task)
-            self._send(self.scheduler.ask(), number, broadcast)
+            if more := self.scheduler.ask():
+                self._send(more, number, broadcast)
         timing, late = self.scheduler.end()
         for client, reason in late.items():
             gatherer.take(client, error(reason), task=number)
@@ -240,7 +240,7 @@ class _Run:
             broadcast.arrived({**dict.fromkeys(stopped, "told to stop"), **mean.refused})
             self.parts["downlink"] = broadcast.state()
         if terms.algorithm.keeps_state:
-            counted = Counted.open(clients, self.parts["clients"])
+            counted = Counted.open(self.clients, self.parts["clients"])
             for client in timing.answered:
                 counted.heard(client, number, refused=mean.refused.get(client, ""))
             self.parts["clients"] = counted.state()
@@ -272,8 +272,6 @@ class _Run:
 
     def _send(self, asked: list[Assignment], number: int, broadcast: Broadcast | None) -> None:
         """Sends the model to those who are `asked`; messages that are alike share one object, which is packed once."""
-        if not asked:
-            return
         terms, names = self.server.terms, [one.client for one in asked]
         header: dict[str, JSON] = {
             "round": number,
@@ -287,8 +285,8 @@ class _Run:
             self.latest = Message("fit", header, {PARAMS: self.params, **beside})
         requests = _requests(names, self.latest, broadcast)
         if terms.algorithm.keeps_state:
-            clients = self.server.transport.clients()
-            requests = _with_counted(requests, Counted.open(clients, self.parts["clients"]))
+            counted = Counted.open(self.clients, self.parts["clients"])
+            requests = _with_counted(requests, counted)
         for one in asked:
             self.outbox.send(one, requests[one.client])
 

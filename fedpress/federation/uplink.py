@@ -342,12 +342,13 @@ class Gatherer:
     def _take(self, key: Key, reply: Message | None, scale: float) -> None:
         up = self.uplink
         header, tensors = self._open(reply, key.round)
-        named = up.aggregator.sees_updates and up.trust.names_clients
+        seen = up.aggregator.sees_updates
+        named = seen and up.trust.names_clients
         examples: int = need("update", header, "examples") if named else 1
         self._note(key.client, header)
         if self.gathering is None:  # there will be no aggregate
             return
-        vectors = up.receive(tensors, key) if up.aggregator.sees_updates else {}
+        vectors = up.receive(tensors, key) if seen else {}
         scaled = {name: v if scale == 1 else v * scale for name, v in vectors.items()}
         weight = float(examples) if up.weights == "examples" else 1.0
         secure: Mapping[str, JSON] = need("update", header, "secure") if "secure" in header else {}
