@@ -49,10 +49,11 @@ class Reader:
 
     def take(self, size: int, field: str) -> memoryview:
         """Returns the next `size` bytes, without a copy."""
-        if size > self.left:
+        begin, end = self._at, self._at + size
+        if end > len(self._data):
             fail(field, f"{size} bytes were announced but {self.left} are left")
-        self._at += size
-        return self._data[self._at - size : self._at]
+        self._at = end
+        return self._data[begin:end]
 
     def byte(self, field: str) -> int:
         """Reads one byte."""
