@@ -22,9 +22,11 @@ from fedpress.errors import (
     RunError,
     renaming,
 )
+from fedpress.federation.guarantee import Guarantee
 from fedpress.federation.sampling import Cohort
 from fedpress.federation.schedules.buffered import Buffered
 from fedpress.federation.uplink import Uplink
+from fedpress.federation.vectors import Payload
 from fedpress.pipeline.places import in_recipe, placed, placed_data
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.secagg import SecurePlan
@@ -96,8 +98,8 @@ def test_the_places_of_a_stage_are_keys_that_it_has():
             assert re.split(r"[.\[]", key)[0] in stage.model_fields, (row.kind, key)
 
 
-def _bind(**given):
-    return Uplink.bind(8, Cohort(2, 4), **given)
+def _bind(chain=(), **given):
+    return Uplink.bind(Payload(8, chain), Cohort(2, 4), **given)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def _bind(**given):
     [
         (lambda: _bind(chain=(Clip(clip_norm=1.0), Rotate(block=3))), "chain[1].block", "uplink[1].block"),
         (lambda: _bind(chain=(Quantize(bits=8), Quantize(bits=8))), "chain[1].kind", "uplink[1].kind"),
-        (lambda: _bind(trust="nobody", privacy=PLAN), "trust", "privacy.trust"),
+        (lambda: _bind(guarantee=Guarantee(PLAN, "nobody")), "trust", "privacy.trust"),
         (lambda: _bind(weights="size"), "weights", "weights"),
         (lambda: Cohort(9, 4), "size", "cohort"),
         (lambda: Buffered(buffer=9).cohort(None, 4, "fixed"), "buffer", "schedule.buffer"),

@@ -160,9 +160,8 @@ class Client:
             WireError: naming the first entry that differs, with both values.
         """
         own, text = self.terms.agreement, read_text(message, "agreement")
-        # Nearly always the texts are equal. They hold the keys of all clients: each would read those of all others.
-        if text != own.to_json() and (difference := Agreement.from_json(text).difference(own)):
-            raise WireError(difference)
+        if text != own.to_json():  # nearly always they are equal: then nothing has to be read
+            Agreement.from_json(text).compare(own)
         return Message("agreed", {"agreement": own.fingerprint})
 
     def _try_fit(

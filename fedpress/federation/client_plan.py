@@ -30,7 +30,7 @@ def check_norm(norm: str, model: nn.Module, *, sample: bool) -> None:
     if sample and mixes and norm != "frozen":
         raise RecipeError(
             "batch norm in training mode mixes examples, which breaks sample privacy",
-            place="federate.norm",
+            place="norm",
             cure="use 'frozen'",
         )
 
@@ -72,12 +72,13 @@ class ClientPlan:
                     "unit 'sample' needs an uplink that knows it and a plan for each client, both "
                     "or none"
                 ),
-                place="federate.privacy",
+                place="privacy",
+                cure="bind the uplink with a plan of unit 'sample' too, or leave privacy out",
             )
         if trust.steps != "plain" and source is not None:
             raise RecipeError(
                 "private steps are taken in torch and run no other source of gradients",
-                place="federate.privacy",
+                place="source",
                 cure="leave source out",
             )
         if privacy is not None:
@@ -85,14 +86,14 @@ class ClientPlan:
         if terms.error_feedback and not trust.keeps_residual:
             raise RecipeError(
                 "a client that adds noise would take it away again in the next round",
-                place="federate.error_feedback",
+                place="error_feedback",
                 cure="set error_feedback = false",
             )
         layout = parameters.Layout.of(model)
         if layout.size != uplink.size or layout != terms.layout:
             raise RecipeError(
                 f"the model trains {layout.size} values but the uplink is for {uplink.size}",
-                place="federate",
+                place="model",
                 cure="take the model and the patterns of trainable that were agreed",
             )
         local = LocalPlan(

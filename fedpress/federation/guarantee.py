@@ -52,7 +52,7 @@ class Guarantee:
         if self.adaptive.count_noise is None:
             raise RecipeError(
                 "not planned",
-                place="privacy.adaptive.count_noise",
+                place="adaptive.count_noise",
                 cure="give it, or bind with a planned one",
             )
         if payload.extras:
@@ -61,7 +61,7 @@ class Guarantee:
                     "it moves the clip norm of the update alone, and the algorithm sends "
                     f"'{next(iter(payload.extras))}' too"
                 ),
-                place="federate.privacy.adaptive",
+                place="adaptive",
                 cure="leave adaptive out, or take another algorithm",
             )
 

@@ -40,19 +40,19 @@ class Payload:
 
     Attributes:
         size: number of values of an update.
-        codecs: what makes it small, in order.
+        chain: codecs that make it small, in order.
         shapes: of the parameters in it, for codecs that look at whole matrices.
         extras: further vectors by name.
     """
 
     size: int
-    codecs: tuple[Settings, ...] = ()
+    chain: tuple[Settings, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
     extras: Mapping[str, Extra] = field(default_factory=dict)
 
     def vectors(self, clip_norm: float | None) -> dict[str, Extra]:
         """Returns all vectors by name, the update first, which one client moves by at most `clip_norm`."""
-        return {UPDATE: Extra(codecs=self.codecs, clip_norm=clip_norm), **self.extras}
+        return {UPDATE: Extra(codecs=self.chain, clip_norm=clip_norm), **self.extras}
 
     def start(self, one: Extra) -> Bound:
         """Returns what is known of `one` of its vectors before the first codec."""

@@ -76,13 +76,9 @@ def bytes_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
         f"{units.count(total_of(up), 'B')} up to the server and {units.count(total_of(down), 'B')} down to the clients"
         f" in {len(rounds)} rounds; each round above, the sum so far below."
     )
-    before = [values(rounds, f"set_up_bytes_{way}") for way in ("up", "down")]
-    if any(before[0]) or any(before[1]):
-        first_up, first_down = (units.count(total_of(one), "B") for one in before)
-        caption += f" Before the first round, to set up: {first_up} up and {first_down} down."
     return Figure(
         f"Bytes sent: {name}",
-        caption,
+        caption + _before(rounds),
         Axis("round"),
         [
             Panel(Axis(f"per round ({prefix}B)", low=0.0), each, stacked=True),
@@ -92,6 +88,14 @@ def bytes_over_rounds(name: str, rounds: list[Json]) -> Figure | None:
         together=True,
         legend=True,
     )
+
+
+def _before(rounds: list[Json]) -> str:
+    """Says how many bytes were sent before the first round; nothing for a run of an older version."""
+    up, down = (total_of(values(rounds, f"set_up_bytes_{way}")) for way in ("up", "down"))
+    if not up and not down:
+        return ""
+    return f" Before the first round, to set up: {units.count(up, 'B')} up and {units.count(down, 'B')} down."
 
 
 def score_over_bytes(name: str, rounds: list[Json]) -> Figure | None:

@@ -75,7 +75,7 @@ class Federation:
         cohort = cohort or Cohort(clients, clients)
         extras = more["algorithm"].extras_up if "algorithm" in more else {}
         self.uplink = Uplink.bind(
-            Payload(len(self.params), codecs=chain, extras=extras),
+            Payload(len(self.params), chain=chain, extras=extras),
             cohort,
             weights=weights,
             guarantee=Guarantee(privacy),

@@ -15,7 +15,7 @@ from tests.federation.federation import SAMPLE_PLAN, Federation, client_plan, ml
 def rich() -> Federation:
     """A federation in which every entry says something."""
     size, cohort = 83, Cohort(4, 4)
-    uplink = Uplink.bind(Payload(size, codecs=(TopK(density=0.1), Quantize(bits=8))), cohort)
+    uplink = Uplink.bind(Payload(size, chain=(TopK(density=0.1), Quantize(bits=8))), cohort)
     downlink = Downlink(size, chain=(Quantize(bits=8),), first=(Quantize(bits=16),))
     return Federation(uplink=uplink, downlink=downlink, error_feedback=True, num_rounds=7)
 

@@ -291,7 +291,7 @@ def test_a_client_says_when_it_does_not_hold_the_model_that_a_difference_is_to()
 
 def test_error_feedback_adds_what_the_last_update_lost():
     federation = Federation(clients=1)
-    uplink = Uplink.bind(Payload(len(federation.params), codecs=(TopK(density=0.1),)), Cohort(1, 1))
+    uplink = Uplink.bind(Payload(len(federation.params), chain=(TopK(density=0.1),)), Cohort(1, 1))
     memory = InMemoryState()
     client = rebound(federation.clients["c0"], uplink=uplink, error_feedback=True, memory=memory)
     plain = rebound(client, error_feedback=False)

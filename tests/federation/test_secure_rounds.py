@@ -46,7 +46,7 @@ class SecureFederation:
         size = len(self.params)
         aggregator = SecureSum(plan, size, limit or 2 ** (bits - 1), identities) if secure else None
         self.uplink = Uplink.bind(
-            Payload(size, codecs=chain), Cohort(6, 6), aggregator=aggregator, weights="equal"
+            Payload(size, chain=chain), Cohort(6, 6), aggregator=aggregator, weights="equal"
         )
         self.terms = Terms(layout, SETTINGS, self.uplink, 7, untouched, GOAL)
         self.agreement = self.terms.agreement.fingerprint
@@ -217,5 +217,5 @@ def test_example_weights_are_refused_under_a_secure_sum():
     aggregator = SecureSum(SecurePlan(cohort=6, bits=16), 3, 100, ())
     with pytest.raises(RecipeError, match='set weights = "equal"'):
         Uplink.bind(
-            Payload(3, codecs=CHAIN), Cohort(6, 6), aggregator=aggregator, weights="examples"
+            Payload(3, chain=CHAIN), Cohort(6, 6), aggregator=aggregator, weights="examples"
         )

@@ -213,7 +213,7 @@ def test_example_weights_under_client_privacy_are_refused_before_the_run():
 
 
 def test_unknown_weights_are_refused():
-    with pytest.raises(RecipeError, match=r"federate\.weights: got 'size'"):
+    with pytest.raises(RecipeError, match=r"^weights: got 'size'"):
         Uplink.bind(Payload(2), Cohort(2, 2), weights="size")
 
 
@@ -329,7 +329,7 @@ def test_with_any_codec_one_client_moves_a_plain_private_sum_by_at_most_the_clip
     }[kind]
     cohort = Cohort(3, 3)
     uplink = Uplink.bind(
-        Payload(64, codecs=(settings_,)),
+        Payload(64, chain=(settings_,)),
         cohort,
         weights="equal",
         guarantee=Guarantee(client_plan(cohort, 0.0, C)),

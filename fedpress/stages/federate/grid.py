@@ -103,7 +103,7 @@ def plan_grid(
     if at is None:
         raise RecipeError(
             "a secure sum adds whole numbers",
-            place="stage.uplink",
+            place="uplink",
             cure=f'end the list with {{ kind = "discretize" }}, as in {line}',
         )
     discretize = chain[at]
@@ -111,7 +111,7 @@ def plan_grid(
     if not bound.l2 < math.inf:
         raise RecipeError(
             "a secure sum needs updates of bounded length, or it could overflow",
-            place="stage.uplink",
+            place="uplink",
             cure=f"put 'clip' before it, as in {line}",
         )
     limit = discretize.limit or coordinate_limit(bound)
@@ -144,7 +144,7 @@ def _open_grid(stage: FederateSettings, bits: int, clients: int, size: int, limi
         least = math.ceil(math.log2(2 * clients / distributed.ROOM)) + 1
         raise RecipeError(
             f"{bits} bits cannot hold the sum of {clients} clients",
-            place="stage.uplink.discretize.bits",
+            place="uplink.discretize.bits",
             cure=f"take {least} or more",
         )
     secure = SecurePlan(clients, bits, stage.max_dropout, bound=largest)

@@ -125,7 +125,7 @@ def _check_joint(stage: FederateSettings) -> None:
                     f"got {getattr(stage, name):g}, but with this trust the clients of a cohort "
                     "take one step together"
                 ),
-                place=f"stage.{name}",
+                place=f"{name}",
                 cure=f"set {name} = {fine:g}, and momentum in stage.server if wanted",
             )
     secure = is_secure(stage)
@@ -134,7 +134,7 @@ def _check_joint(stage: FederateSettings) -> None:
         if transform.kind not in fine_here or getattr(transform, "unbiased", False):
             raise RecipeError(
                 "it could let one example move a client's sum by more than the clip norm",
-                place=f"stage.uplink.{transform.kind}",
+                place=f"uplink.{transform.kind}",
                 cure=(
                     f'use {" and ".join(repr(kind) for kind in fine_here)} here, or trust = "local"'
                 ),
@@ -149,7 +149,7 @@ def _client_local(case: Case) -> Protection:
                 "with trust 'local' the server knows who takes part, so drawing by chance "
                 "hides nothing"
             ),
-            place="stage.sampling",
+            place="sampling",
             cure="use 'fixed' or 'cyclic'",
         )
     private = case.private
@@ -199,7 +199,7 @@ def _correlated(case: Case, plan: PrivacyPlan) -> Protection:
     if cohort.sampling == "poisson":
         raise RecipeError(
             "correlated noise is for populations without sampling",
-            place="stage.sampling",
+            place="sampling",
             cure="use 'cyclic', or all clients",
         )
     assert private.correlated is not None

@@ -98,6 +98,6 @@ def last_warning(server: ServerPlan, failures: Failures) -> str:
 def _rates(server: ServerPlan) -> str:
     """Names the settings that make training diverge if they are too large."""
     stage, algorithm = server.stage, algorithm_of(server.stage)
-    place, lr = f"stage.{stage.name}", algorithm.optimizer.lr
-    rates = too_large(local_settings(stage), stage.lr, place, pulls=algorithm.pulls)
-    return rates if lr <= 1 else f"{rates} or {place}.server.lr (now {lr:g})"
+    place, lr = f"stage.{stage.name}.", algorithm.optimizer.lr
+    rates = too_large(local_settings(stage), stage.lr, pulls=algorithm.pulls, place=place)
+    return rates if lr <= 1 else f"{rates} or {place}server.lr (now {lr:g})"

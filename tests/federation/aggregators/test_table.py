@@ -76,7 +76,7 @@ class Round:
             aggregator = AGGREGATORS[self.kind]()
         cohort = Cohort(self.clients, self.clients)
         self.uplink = Uplink.bind(
-            Payload(self.size, codecs=chain), cohort, aggregator=aggregator, weights="equal"
+            Payload(self.size, chain=chain), cohort, aggregator=aggregator, weights="equal"
         )
 
     def mean(self, vectors, *, believed=True):
@@ -223,7 +223,7 @@ def bind(kind, unit, trust):
     if kind == "secure" and unit != "client":
         chain = (Clip(clip_norm=1.0), *chain)
     return Uplink.bind(
-        Payload(2, codecs=chain),
+        Payload(2, chain=chain),
         Cohort(4, 4),
         aggregator=aggregator,
         weights="equal",
@@ -269,7 +269,7 @@ def test_weights_by_examples_are_refused_where_an_aggregator_cannot_weigh(kind):
     chain = (Clip(clip_norm=1.0), Discretize(scale=1.0)) if kind == "secure" else ()
     with pytest.raises(RecipeError, match='set weights = "equal"'):
         Uplink.bind(
-            Payload(2, codecs=chain), Cohort(4, 4), aggregator=aggregator, weights="examples"
+            Payload(2, chain=chain), Cohort(4, 4), aggregator=aggregator, weights="examples"
         )
 
 
@@ -298,7 +298,7 @@ def test_the_servers_noise_grows_with_the_sensitivity():
 
 def test_a_lossy_codec_cannot_carry_an_update_beyond_the_promise():
     uplink = Uplink.bind(
-        Payload(64, codecs=(Clip(clip_norm=1.0), Quantize(bits=4))), Cohort(2, 2), weights="equal"
+        Payload(64, chain=(Clip(clip_norm=1.0), Quantize(bits=4))), Cohort(2, 2), weights="equal"
     )
     sent = uplink.encode({"update": torch.ones(64)}, Key(1, 1, "c0"))
     scales = {name: 1e3 * t if t.is_floating_point() else t for name, t in sent.items()}

@@ -47,7 +47,7 @@ def test_the_algorithm_of_the_page_is_charged_under_client_privacy():
 
 def test_the_aggregator_of_the_page_takes_the_nearest_update():
     uplink = Uplink.bind(
-        Payload(2, codecs=(Clip(clip_norm=9.0),)),
+        Payload(2, chain=(Clip(clip_norm=9.0),)),
         Cohort(6, 6),
         aggregator=example("Medoid")(),
         weights="equal",
@@ -70,7 +70,7 @@ def test_the_aggregator_of_the_page_takes_the_nearest_update():
 
 def test_the_codec_of_the_page_halves_the_bytes():
     plain = Uplink.bind(Payload(4096), Cohort(2, 2))
-    half = Uplink.bind(Payload(4096, codecs=(example("Half")(),)), Cohort(2, 2))
+    half = Uplink.bind(Payload(4096, chain=(example("Half")(),)), Cohort(2, 2))
     x = torch.randn(4096, generator=torch.Generator().manual_seed(0))
     sizes = []
     for uplink in (plain, half):

@@ -238,7 +238,7 @@ def test_a_secure_sum_of_two_vectors_is_refused():
     chain = (Clip(clip_norm=1.0), Discretize(scale=10.0))
     with pytest.raises(RecipeError, match="planned for one vector"):
         Uplink.bind(
-            Payload(SIZE, codecs=chain, extras={"control": Extra(codecs=chain)}),
+            Payload(SIZE, chain=chain, extras={"control": Extra(codecs=chain)}),
             Cohort(4, 4),
             aggregator=aggregator,
             weights="equal",

@@ -60,7 +60,7 @@ def uplink_of(plan, trust, unit="client"):
     grid = plan.grid
     secure = None if grid is None else SecureSum(grid.plan, grid.size, grid.limit, ())
     return Uplink.bind(
-        Payload(SIZE, codecs=plan.chain, shapes=SHAPES),
+        Payload(SIZE, chain=plan.chain, shapes=SHAPES),
         EVERYBODY,
         aggregator=secure,
         weights="equal",
