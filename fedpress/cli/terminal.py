@@ -211,12 +211,19 @@ def _time(timing: Mapping[str, Any] | None) -> str:
     return f"{units.milliseconds(median).removesuffix(' ms')} ±{float(f'{half:.2g}'):g} ms"
 
 
+def _shape(shape: Any) -> str:
+    """Says the shape of one example: `3x32x32`; of several inputs each with its name."""
+    if isinstance(shape, Mapping):
+        return ", ".join(f"{name} {_shape(sizes)}".strip() for name, sizes in shape.items())
+    return "x".join(str(n) for n in shape)
+
+
 def show_check(
     out: Console, title: str, data: Mapping[str, Any], lines: list[dict[str, Any]]
 ) -> None:
     """Prints what `fedpress.pipeline.run.check` found: the data, and a line with a list of facts for each stage."""
     out.print(f"[bold]{escape(title)}[/]")
-    shape = "x".join(str(n) for n in data["shape"])
+    shape = _shape(data["shape"])
     parts = ", ".join(
         f"{data[part]:,} {part}" for part in ("private", "public", "validation", "test")
     )

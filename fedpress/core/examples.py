@@ -5,22 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedpress.core.inputs import Inputs, NamedInputs, as_inputs
 from fedpress.errors import DataError
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """Examples `x` with int64 labels `y` [n]: uint8 images [n, C, H, W], float32 features or int64 ids [n, ...]."""
+    """Examples `x` with targets `y` [n, ...]: uint8 images [n, C, H, W], float32 features or int64 ids [n, ...].
 
-    x: Tensor
+    Several inputs are a dictionary of such tensors by the names of forward's arguments (`NamedInputs`).
+    """
+
+    x: Inputs
     y: Tensor
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "x", as_inputs(self.x))
         if len(self.x) != len(self.y):
             raise ValueError(
                 f"{len(self.x)} examples but {len(self.y)} labels; give one label per example"
@@ -33,7 +39,7 @@ class Arrays:
         """Returns the examples at the int64 positions `index` [k]."""
         return Arrays(self.x[index], self.y[index])
 
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, size: int) -> Iterator[tuple[Inputs, Tensor]]:
         """Yields examples and labels in batches of nearly equal size, at most `size`.
 
         A last batch of one would have no statistics for a batch norm.
@@ -50,6 +56,8 @@ class Arrays:
 class Preprocess:
     """Standardises raw examples per channel (dimension 1); bytes are scaled to 0..1 first.
 
+    Several inputs by name have no statistics here: their floats are taken as they are.
+
     >>> Preprocess((0.5,), (0.5,))(torch.tensor([[[[255]]]], dtype=torch.uint8)).item()
     1.0
     """
@@ -63,12 +71,24 @@ class Preprocess:
                 f"mean {self.mean} and std {self.std}; give as many of each, and every std above 0"
             )
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @overload
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    @overload
+    def __call__(self, x: Inputs) -> Inputs: ...
+
+    def __call__(self, x: Inputs) -> Inputs:
         """Returns float32 of the same shape as `x` [n, C, ...]; whole numbers (token ids) stay what they are.
 
+        Of several inputs each; truth values stay, too.
+
         Raises:
-            DataError: if there are neither C statistics nor one for all channels.
+            DataError: if there are neither C statistics nor one for all channels, or any for several inputs.
         """
+        if isinstance(x, NamedInputs):
+            if self.mean:
+                raise no_statistics()
+            return x.map(lambda t: t if t.dtype == torch.bool else self(t))
         if x.dtype == torch.int64 and not self.mean:
             return x
         scale = 255.0 if x.dtype == torch.uint8 else 1.0
@@ -87,12 +107,16 @@ class Preprocess:
         return (x - mean) / std
 
     @classmethod
-    def fit(cls, x: Tensor) -> Preprocess:
+    def fit(cls, x: Inputs) -> Preprocess:
         """Takes the statistics per channel of public examples `x` [n, C, ...]; a constant channel gets std 1.
+
+        Several inputs by name have none.
 
         Raises:
             DataError: if there are no examples, or a value is NaN or infinite.
         """
+        if isinstance(x, NamedInputs):
+            return cls()
         if not x.numel():
             raise DataError(
                 "there are no public examples to take mean and std from",
@@ -107,6 +131,15 @@ class Preprocess:
                 cure="remove them from the data",
             )
         return cls(tuple(mean.tolist()), tuple(std.tolist()))
+
+
+def no_statistics() -> DataError:
+    """Returns the error of means that are given for several inputs."""
+    return DataError(
+        "mean and std are for examples of one tensor, and these have several inputs",
+        place="preprocess",
+        cure="leave data.mean and data.std out, and scale the inputs where they are made",
+    )
 
 
 def resized(x: Tensor, side: int) -> Tensor:

@@ -73,20 +73,32 @@ def fingerprint(*parts: object) -> str:
     Raises:
         TypeError: if a part is neither; what Python itself says of an object may change with a version.
 
+    Of inputs by name the names and tensors count, in whatever order they stand.
+
     >>> fingerprint("a", 1) == fingerprint("a", 1), fingerprint("ab") == fingerprint("a", "b")
     (True, False)
     """
     import torch
 
+    from fedpress.core.inputs import NamedInputs
+
     digest = blake2b(digest_size=32)
-    for part in parts:
+
+    def add(part: object) -> None:
         if isinstance(part, torch.Tensor):
             flat = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(f"{part.dtype} {tuple(part.shape)};".encode())
             digest.update(flat.numpy().data)
+        elif isinstance(part, NamedInputs):
+            add(sorted(part))
+            for name in sorted(part):
+                add(part[name])
         else:
             text = json.dumps(canonical(part), sort_keys=True).encode()
             digest.update(f"{len(text)};".encode() + text)
+
+    for part in parts:
+        add(part)
     return digest.hexdigest()
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedpress.data.classes import OTHER, checked, known_classes, rows_that_name
 from fedpress.data.csv import NO_VALUE
-from fedpress.data.examples import Inputs, TargetRows
+from fedpress.data.examples import InputRows, TargetRows
 from fedpress.data.preparation import InputColumn, Kind, Preparation, Unknown
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
@@ -258,7 +258,7 @@ class Features:
     columns: tuple[Column, ...]
     settings: DataSettings
 
-    def inputs(self, public: Tensor) -> Inputs:
+    def inputs(self, public: Tensor) -> InputRows:
         """Returns float32 [n, d] for all rows, with what is learned from the positions `public` of public rows.
 
         Learned are: whether a column holds numbers or words, its words, and the mean that fills a gap. A word that is
@@ -286,7 +286,7 @@ class Features:
             )
         fill = torch.nan_to_num(x[public].nanmean(0))
         preparation = self._preparation(learned, fill if len(public) else None)
-        return Inputs(torch.where(x.isnan(), fill, x), torch.from_numpy(left_out), preparation)
+        return InputRows(torch.where(x.isnan(), fill, x), torch.from_numpy(left_out), preparation)
 
     def _preparation(self, learned: list[InputColumn], fill: Tensor | None) -> Preparation:
         """Says how raw rows become inputs; `fill` [d] are the means of the public rows, if there are any."""

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 
 from fedpress.core.examples import Arrays, Preprocess
+from fedpress.core.inputs import NamedInputs, Shape, form_of, parts_of, shape_of, told
 from fedpress.data.preparation import Preparation
 from fedpress.errors import DataError
 from fedpress.tasks import Classification, Regression, Task
@@ -97,9 +99,9 @@ class FederatedData:
         )
 
     @property
-    def example_shape(self) -> tuple[int, ...]:
-        """The shape of one example, such as (3, 32, 32)."""
-        return tuple(next(iter(self.clients.values())).x.shape[1:])
+    def example_shape(self) -> Shape:
+        """The shape of one example, such as (3, 32, 32); of several inputs one for each name."""
+        return shape_of(next(iter(self.clients.values())).x)
 
     def told_left_out(self, *, private: bool) -> str:
         """Says how many rows were left out since their label or a word of theirs is unknown; empty if none.
@@ -126,7 +128,7 @@ class FederatedData:
         """
         return {
             "name": self.name,
-            "shape": list(self.example_shape),
+            "shape": _as_json(self.example_shape),
             "task": self.task.kind,
             "classes": list(self.class_names),
             "public": len(self.public),
@@ -150,24 +152,35 @@ class FederatedData:
         return {"labels": counted.bincount(minlength=self.num_classes).tolist()}
 
 
+def _as_json(shape: Shape) -> JsonValue:
+    """Returns a shape as lists."""
+    if isinstance(shape, dict):
+        return {name: list(sizes) for name, sizes in shape.items()}
+    return list(shape)
+
+
 def _check_like(where: str, arrays: Arrays, first: Arrays) -> None:
     """Checks that a part looks like the `first` client's: a network sees them all."""
-    if arrays.x.dtype not in (torch.uint8, torch.float32, torch.int64):
+    several = isinstance(arrays.x, NamedInputs)
+    for name, x in parts_of(arrays.x).items():
+        of_name = f" of '{name}'" if several else ""
+        if x.dtype not in (torch.uint8, torch.float32, torch.int64, *[torch.bool] * several):
+            raise DataError(
+                f"examples{of_name} of type {x.dtype}",
+                place=where,
+                cure="give uint8 images, float32 features or int64 token ids",
+            )
+    if form_of(arrays.x) != form_of(first.x):
         raise DataError(
-            f"examples of type {arrays.x.dtype}",
-            place=where,
-            cure="give uint8 images, float32 features or int64 token ids",
-        )
-    if arrays.x.shape[1:] != first.x.shape[1:] or arrays.x.dtype != first.x.dtype:
-        raise DataError(
-            (
-                f"examples of {tuple(arrays.x.shape[1:])} {arrays.x.dtype} where the first "
-                f"client has {tuple(first.x.shape[1:])} {first.x.dtype}"
-            ),
+            f"examples of {told(arrays.x)} where the first client has {told(first.x)}",
             place=where,
             cure="make them all alike",
         )
-    if arrays.x.is_floating_point() and not bool(arrays.x.isfinite().all()):
-        raise DataError(
-            "some features are NaN or infinite", place=where, cure="fill or leave out those rows"
-        )
+    for name, x in parts_of(arrays.x).items():
+        if x.is_floating_point() and not bool(x.isfinite().all()):
+            of_name = f" of '{name}'" if several else ""
+            raise DataError(
+                f"some features{of_name} are NaN or infinite",
+                place=where,
+                cure="fill or leave out those rows",
+            )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedpress.core.examples import Arrays
+from fedpress.core.inputs import Inputs
 from fedpress.data.preparation import Preparation
 from fedpress.tasks.base import Targets
 
@@ -36,13 +37,13 @@ class TargetRows:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class InputRows:
     """Examples `x` [n, ...] of all rows, and bool [n]: which of them cannot be used and are to be left out.
 
     `preparation` says how the raw columns of a table became `x`; None for other sources.
     """
 
-    x: Tensor
+    x: Inputs
     left_out: Tensor
     preparation: Preparation | None = None
 
@@ -73,5 +74,5 @@ class Examples:
     owners: Tensor | None = None
     owner_names: tuple[str, ...] = ()
     targets: Callable[[Tensor], TargetRows] | None = None
-    inputs: Callable[[Tensor], Inputs] | None = None
+    inputs: Callable[[Tensor], InputRows] | None = None
     kind: Targets = "classes"

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedpress.core.examples import Arrays
 from fedpress.data import images
 from fedpress.data.classes import known_classes
-from fedpress.data.examples import Examples, Inputs, Progress, TargetRows
+from fedpress.data.examples import Examples, InputRows, Progress, TargetRows
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
 
@@ -53,12 +53,12 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
         client = every[number].parent.parent
         return f"'{client / '*' / every[number].name}'"
 
-    def inputs(public: Tensor) -> Inputs:
+    def inputs(public: Tensor) -> InputRows:
         like = int(public.min()) if len(public) else 0
         x = images.decode(
             every, where=where, size=settings.image_size, like=like, progress=progress
         )
-        return Inputs(x, torch.zeros(len(x), dtype=torch.bool))
+        return InputRows(x, torch.zeros(len(x), dtype=torch.bool))
 
     position = {label: i for i, label in enumerate(labels)}
     y = torch.tensor([position[file.parent.name] for file in every])

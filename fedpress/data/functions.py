@@ -14,20 +14,24 @@ from torch import Tensor
 from fedpress import tasks
 from fedpress.core import own_modules
 from fedpress.core.examples import Arrays
+from fedpress.core.inputs import Inputs, NamedInputs, form_of, join, told
 from fedpress.data.classes import checked, known_classes, rows_that_name
 from fedpress.data.dataset import FederatedData
 from fedpress.data.examples import Examples, TargetRows
 from fedpress.data.settings import DataSettings
 from fedpress.data.targets import dealing_of_flags, dealing_of_numbers
 from fedpress.errors import DataError, FedpressError, suggestion
+from fedpress.tasks.classification import IGNORED
 
 
 def read(settings: DataSettings, seed: int) -> FederatedData | Examples:
     """Calls the function, with `path` and `seed` if it takes them, and checks what it returns.
 
     It returns a `FederatedData`, which is used as it is, or a dict of client name -> (x, y), which is shared out as
-    the settings say. x is uint8 images [n, C, H, W] or numbers [n, ...]; y is class numbers from 0 up, or words [n];
-    numbers [n] or [n, k] for a regression; truth values [n, k] for several labels.
+    the settings say. x is uint8 images [n, C, H, W] or numbers [n, ...], or a dictionary of them by the names of
+    forward's arguments, in which whole numbers (token ids, lengths) and truth values stay what they are. y is class
+    numbers from 0 up, or words [n]; numbers [n] or [n, k] for a regression; truth values [n, k] for several labels;
+    where the recipe names a classification, class numbers [n, ...] of each position, -100 for those that do not count.
 
     Raises:
         DataError: if there is no such function, it fails, or it returns something else.
@@ -84,10 +88,10 @@ def _find(source: str, where: str) -> Callable[..., Any]:
 
 def _examples(settings: DataSettings, pairs: dict[str, Any], where: str) -> Examples:
     clients = {name: _client(pair, f"{where}: client '{name}'") for name, pair in pairs.items()}
-    shapes = {(*x.shape[1:], str(x.dtype)) for x, _ in clients.values()}
-    if len(shapes) > 1:
+    forms = {form_of(x): told(x) for x, _ in clients.values()}
+    if len(forms) > 1:
         raise DataError(
-            f"clients' examples differ: {' and '.join(map(str, sorted(shapes)))}",
+            f"clients' examples differ: {' and '.join(sorted(forms.values()))}",
             place=where,
             cure="make them alike",
         )
@@ -98,13 +102,26 @@ def _examples(settings: DataSettings, pairs: dict[str, Any], where: str) -> Exam
             "clients' targets differ in shape", place=where, cure="make them alike"
         ) from error
     owners = torch.cat([torch.full((len(x),), i) for i, (x, _) in enumerate(clients.values())])
-    x = torch.cat([x for x, _ in clients.values()])
+    x = join([x for x, _ in clients.values()])
     # Whole numbers are classes, unless the recipe names a task of numbers, such as counts.
     named = settings.task is not None and tasks.find(tasks.kind_of(settings.task)).targets
     whole = labels.dtype.kind in "iu" and named == "numbers"
+    rows = Examples(
+        settings.source,
+        Arrays(x, torch.zeros(len(x))),
+        owners=owners,
+        owner_names=tuple(clients),
+    )
+    if labels.dtype.kind in "iu" and labels.ndim > 1 and named == "classes":
+        return _of_positions(settings, rows, torch.from_numpy(labels.astype(np.int64)), where)
+    if labels.ndim > 2:
+        raise DataError(
+            f"targets of shape {list(labels.shape)}",
+            place=where,
+            cure="expected [n] or [n, k]; class numbers of positions need data.task = 'classification'",
+        )
     if labels.dtype.kind == "f" or labels.ndim == 2 or whole:
-        return _of_numbers(settings, Examples(settings.source, Arrays(x, torch.zeros(len(x))),
-                                              owners=owners, owner_names=tuple(clients)), labels)  # fmt: skip
+        return _of_numbers(settings, rows, labels)
     y, words = _numbered(labels, where)
     train = Arrays(x, y)
 
@@ -121,9 +138,32 @@ def _examples(settings: DataSettings, pairs: dict[str, Any], where: str) -> Exam
             TargetRows.of_classes(torch.where(y < len(names), y, -1), names), settings, where
         )
 
-    return Examples(
-        settings.source, train, owners=owners, owner_names=tuple(clients), targets=targets
-    )
+    return replace(rows, train=train, targets=targets)
+
+
+def _of_positions(settings: DataSettings, rows: Examples, y: Tensor, where: str) -> Examples:
+    """Makes examples whose targets are class numbers [n, ...], one for each position of an example.
+
+    Partitioners see the class that is the most frequent in an example.
+    """
+    counted = y != IGNORED
+    if bool((y[counted] < 0).any()):
+        raise DataError(
+            "some labels are negative numbers",
+            place=where,
+            cure=f"expected class numbers from 0 up, and {IGNORED} for what does not count",
+        )
+    most = int(y.max()) + 1
+    votes = torch.stack([(y == label).flatten(1).sum(1) for label in range(most)], 1)
+
+    def targets(public: Tensor) -> TargetRows:
+        names = settings.classes
+        if names is None:
+            count = int(y[rows_that_name(public, len(y), settings, where)].max()) + 1
+            names = tuple(str(number) for number in range(count))
+        return TargetRows(y, names, (y < len(names)).flatten(1).all(1))
+
+    return replace(rows, train=Arrays(rows.train.x, votes.argmax(1)), targets=targets)
 
 
 def _of_numbers(settings: DataSettings, rows: Examples, found: np.ndarray) -> Examples:
@@ -147,18 +187,24 @@ def _of_numbers(settings: DataSettings, rows: Examples, found: np.ndarray) -> Ex
     )
 
 
-def _client(pair: Any, where: str) -> tuple[Tensor, np.ndarray]:
+def _client(pair: Any, where: str) -> tuple[Inputs, np.ndarray]:
     try:
         x, y = (pair.x, pair.y) if isinstance(pair, Arrays) else pair
-        x, y = torch.as_tensor(np.asarray(x)), np.asarray(y)
+        if isinstance(x, Mapping):
+            x = {name: torch.as_tensor(np.asarray(x[name])) for name in x}
+        else:
+            x = torch.as_tensor(np.asarray(x))
+        y = np.asarray(y)
     except (TypeError, ValueError) as error:
         raise DataError(
             f"expected a pair of arrays (x, y), got {type(pair).__name__}", place=where
         ) from error
+    if isinstance(x, Mapping):
+        return _named(x, y, where), y
     if x.dtype != torch.uint8:
         x = x.to(torch.float32)
     if (
-        y.ndim not in (1, 2)
+        not _are_targets(y)
         or len(x) != len(y)
         or x.ndim < 2
         or (x.dtype == torch.uint8 and x.ndim != 4)
@@ -171,6 +217,42 @@ def _client(pair: Any, where: str) -> tuple[Tensor, np.ndarray]:
     if len(y) == 0:
         raise DataError("no examples", place=where, cure="leave it out or give it some")
     return x, y
+
+
+def _in_our_type(t: Tensor) -> Tensor:
+    """Returns floats as float32 and whole numbers as int64; bytes and truth values as they are."""
+    if t.dtype in (torch.uint8, torch.bool):
+        return t
+    return t.to(torch.float32 if t.is_floating_point() else torch.int64)
+
+
+def _are_targets(y: np.ndarray) -> bool:
+    """Says whether these are targets by their dimensions: only class numbers may have more than two."""
+    return y.ndim in (1, 2) or (y.ndim > 2 and y.dtype.kind in "iu")
+
+
+def _named(x: Mapping[str, Tensor], y: np.ndarray, where: str) -> NamedInputs:
+    """Checks several inputs: float32 numbers, int64 whole numbers, truth values, uint8 images."""
+    for name, t in x.items():
+        if (t.dtype == torch.uint8 and t.ndim != 4) or t.is_complex():
+            raise DataError(
+                f"'{name}' holds {t.dtype} of shape {list(t.shape)}",
+                place=where,
+                cure="expected float32 or int64 [n, ...], or uint8 images [n, C, H, W]",
+            )
+    try:
+        named = NamedInputs({name: _in_our_type(t) for name, t in x.items()})
+    except DataError as error:
+        raise DataError(error.problem, place=where, cure=error.cure) from error
+    if not _are_targets(y) or len(named) != len(y):
+        raise DataError(
+            f"{len(named)} examples and y of shape {list(y.shape)}",
+            place=where,
+            cure="give one target for each example",
+        )
+    if len(y) == 0:
+        raise DataError("no examples", place=where, cure="leave it out or give it some")
+    return named
 
 
 def _numbered(y: np.ndarray, where: str) -> tuple[Tensor, tuple[str, ...]]:

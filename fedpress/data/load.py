@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fedpress.core.examples import resized
+from fedpress.core.inputs import Inputs, NamedInputs
 from fedpress.data import cifar10, digits, folders, functions, tables
 from fedpress.data.dataset import FederatedData
 from fedpress.data.examples import Examples, Progress
 from fedpress.data.settings import DataSettings
 from fedpress.data.split import split
+from fedpress.errors import DataError
 
 SOURCES: dict[str, Callable[[DataSettings, Progress | None], Examples]] = {
     "digits": lambda settings, progress: digits.read(),
@@ -51,8 +53,23 @@ def load(settings: DataSettings, seed: int, *, progress: Progress | None = None)
 
 def _sized(examples: Examples, side: int | None) -> Examples:
     """Brings the images of sources that have a size of their own to `side` pixels."""
-    if side is None or examples.train.x.ndim != 4:
+    if side is None or _without_images(examples.train.x):
         return examples
     train = replace(examples.train, x=resized(examples.train.x, side))
     test = examples.test and replace(examples.test, x=resized(examples.test.x, side))
     return replace(examples, train=train, test=test)
+
+
+def _without_images(x: Inputs) -> bool:
+    """Says whether there is nothing to resize.
+
+    Raises:
+        DataError: if there are several inputs, of which nobody has said which are images.
+    """
+    if isinstance(x, NamedInputs):
+        raise DataError(
+            "it resizes examples of one image, and these have several inputs",
+            place="data.image_size",
+            cure="leave it out, and resize images in the function that makes them",
+        )
+    return x.ndim != 4

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fedpress import tasks
-from fedpress.core.examples import Arrays, Preprocess
+from fedpress.core.examples import Arrays, Preprocess, no_statistics
+from fedpress.core.inputs import Inputs, NamedInputs
 from fedpress.core.random_source import public_stream
 from fedpress.data.dataset import FederatedData
 from fedpress.data.dealing import Ask, Pool
-from fedpress.data.examples import Examples, Inputs, TargetRows
+from fedpress.data.examples import Examples, InputRows, TargetRows
 from fedpress.data.partition import Iid, Natural
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError, renaming, suggestion
@@ -153,7 +154,7 @@ def _assemble(examples: Examples, settings: DataSettings, parts: Parts) -> Feder
         found = examples.targets(torch.cat([parts.public, parts.validation]))
     named = parts.public[found.known[parts.public]]
     if examples.inputs is None:
-        inputs = Inputs(examples.train.x, torch.zeros(len(examples.train), dtype=torch.bool))
+        inputs = InputRows(examples.train.x, torch.zeros(len(examples.train), dtype=torch.bool))
     else:
         inputs = examples.inputs(named)
     usable = found.known & ~inputs.left_out
@@ -212,10 +213,12 @@ def _task(
     return tasks.make(given, names, public)
 
 
-def _preprocess(public: Tensor, settings: DataSettings) -> Preprocess:
+def _preprocess(public: Inputs, settings: DataSettings) -> Preprocess:
     if not settings.mean:
         with renaming({"x": "public part"}):
             return Preprocess.fit(public) if len(public) else Preprocess()
+    if isinstance(public, NamedInputs):
+        raise no_statistics()
     if len(settings.mean) not in (1, public.shape[1]):
         raise DataError(
             f"{len(settings.mean)} values for examples of {public.shape[1]} channels",

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedpress.core.examples import Arrays
 from fedpress.data import columns, csv, images
 from fedpress.data.columns import Column
-from fedpress.data.examples import Examples, Inputs, Progress
+from fedpress.data.examples import Examples, InputRows, Progress
 from fedpress.data.settings import DataSettings
 from fedpress.data.targets import READERS, targets_of
 from fedpress.errors import DataError, suggestion
@@ -195,7 +195,7 @@ def _may_be_nan(column: Any) -> bool:
 
 def _images(
     column: Any, name: str, settings: DataSettings, public: Tensor, progress: Progress | None
-) -> Inputs:
+) -> InputRows:
     """Decodes a column of images in the layout of the hub: a struct with `bytes`."""
     if column.type.get_field_index("bytes") < 0:
         raise DataError(
@@ -212,7 +212,7 @@ def _images(
         like=int(public.min()) if len(public) else 0,
         progress=progress,
     )
-    return Inputs(x, torch.zeros(len(x), dtype=torch.bool))
+    return InputRows(x, torch.zeros(len(x), dtype=torch.bool))
 
 
 def _brief(error: BaseException) -> str:

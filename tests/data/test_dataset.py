@@ -46,7 +46,7 @@ def test_describe_counts_labels_per_client_in_plain_json():
             {"test": arrays(1, label=2)},
             "test part: some labels are no class number; expected 0 to 1",
         ),
-        ({"test": arrays(1, shape=(3,))}, r"test part: examples of \(3,\)"),
+        ({"test": arrays(1, shape=(3,))}, r"test part: examples of \[3\]"),
         (
             {"public": Arrays(torch.tensor([[1.0, float("nan")]]), torch.tensor([0]))},
             "public part: some features are NaN",
