@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedpress.compress.prune.graph import Example, inputs
+from fedpress.core.inputs import Example, call, map_inputs, tensors_of
 
 T = TypeVar("T")
 
@@ -71,13 +71,13 @@ def macs(model: nn.Module, example: Example) -> int:
     6
     """
 
-    def count(given: tuple[Tensor, ...]) -> int:
+    def count(given: Example) -> int:
         with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
-            model(*given)
+            call(model, given)
         return int(counter.get_total_flops())
 
     with _evaluating(model):
-        flops, copies = _alone_or_twice(count, inputs(example))
+        flops, copies = _alone_or_twice(count, example)
     return flops // (2 * copies)
 
 
@@ -99,16 +99,16 @@ def activations(model: nn.Module, example: Example) -> int:
             if isinstance(t, Tensor)
         )
 
-    def count(given: tuple[Tensor, ...]) -> int:
+    def count(given: Example) -> int:
         counts.clear()
-        model(*given)
+        call(model, given)
         return sum(counts)
 
     inner = [m for m in model.modules() if not any(True for _ in m.children())]
     hooks = [m.register_forward_hook(note) for m in inner]
     try:
         with _evaluating(model):
-            numbers, copies = _alone_or_twice(count, inputs(example))
+            numbers, copies = _alone_or_twice(count, example)
     finally:
         for hook in hooks:
             hook.remove()
@@ -123,11 +123,11 @@ def latency(model: nn.Module, example: Example, *, repeats: int = 30, warmup: in
     are put back.
     """
 
-    def clock(given: tuple[Tensor, ...]) -> list[float]:
+    def clock(given: Example) -> list[float]:
         times = []
         for _ in range(warmup + repeats):
             start = perf_counter()
-            model(*given)
+            call(model, given)
             times.append(1e3 * (perf_counter() - start))
         return times
 
@@ -135,7 +135,7 @@ def latency(model: nn.Module, example: Example, *, repeats: int = 30, warmup: in
     try:
         torch.set_num_threads(1)
         with _evaluating(model):
-            times, copies = _alone_or_twice(clock, tuple(x[:1] for x in inputs(example)))
+            times, copies = _alone_or_twice(clock, map_inputs(example, lambda t: t[:1]))
     finally:
         torch.set_num_threads(threads)
     each = torch.tensor(times[warmup:]) / copies
@@ -143,9 +143,7 @@ def latency(model: nn.Module, example: Example, *, repeats: int = 30, warmup: in
     return Latency(median, high - low)
 
 
-def _alone_or_twice(
-    run: Callable[[tuple[Tensor, ...]], T], given: tuple[Tensor, ...]
-) -> tuple[T, int]:
+def _alone_or_twice(run: Callable[[Example], T], given: Example) -> tuple[T, int]:
     """Returns what `run` gives for `given`, or for its one example twice if that alone fails; and how often it ran.
 
     Some networks cannot take a batch of one, for instance after a `squeeze()`.
@@ -153,10 +151,10 @@ def _alone_or_twice(
     try:
         return run(given), 1
     except Exception as alone:
-        if any(x.dim() == 0 or len(x) != 1 for x in given):
+        if any(x.dim() == 0 or len(x) != 1 for x in tensors_of(given)):
             raise
         try:
-            return run(tuple(torch.cat([x, x]) for x in given)), 2
+            return run(map_inputs(given, lambda t: torch.cat([t, t]))), 2
         except Exception:
             raise alone from None
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from fedpress.core.inputs import Inputs, call, shape_of, shape_told
 from fedpress.core.random_source import RandomSource, public_stream
 from fedpress.errors import TrainingError, renaming, suggestion
 from fedpress.tasks import Task
@@ -127,7 +128,7 @@ class Distillation:
         teacher: nn.Module,
         student: nn.Module,
         settings: DistillSettings,
-        example: Tensor,
+        example: Inputs,
         task: Task,
         *,
         context: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -142,12 +143,12 @@ class Distillation:
         """The projections of the student's features, one for each pair: `Identity` where widths are equal."""
         self._bind(student, example, public_stream(seed, "projections"))
 
-    def _bind(self, student: nn.Module, example: Tensor, chance: RandomSource) -> None:
+    def _bind(self, student: nn.Module, example: Inputs, chance: RandomSource) -> None:
         modes = [(module, module.training) for module in student.modules()]
         student.eval()
         try:
             with torch.no_grad(), self.watching(student):
-                logits = student(example)
+                logits = call(student, example)
                 theirs, taught = self._teach(example)
         finally:
             for module, mode in modes:
@@ -199,7 +200,7 @@ class Distillation:
         keys += [f"attention[{at}]" for at in range(len(self.attention))]
         return {f"names[{at}]": key for at, key in enumerate(keys)}
 
-    def __call__(self, student: nn.Module, x: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, student: nn.Module, x: Inputs, logits: Tensor, y: Tensor) -> Tensor:
         """Returns the loss of a batch: inputs `x` [n, ...], its `logits` [n, ...], targets `y`."""
         s = self.settings
         theirs, taught = self._teach(x)
@@ -217,15 +218,15 @@ class Distillation:
         return loss
 
     @torch.no_grad()
-    def _teach(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def _teach(self, x: Inputs) -> tuple[dict[str, Tensor], Tensor]:
         names = tuple(other for _, other in (*self.features, *self.attention))
         with self.context(), renaming(self._keys), outputs(self.teacher, names) as theirs:
             try:
-                logits = self.teacher(x)
+                logits = call(self.teacher, x)
             except (RuntimeError, ValueError, IndexError) as error:
                 raise TrainingError(
                     (
-                        f"the teacher does not take inputs of shape {list(x.shape[1:])} "
+                        f"the teacher does not take inputs of shape {shape_told(shape_of(x))} "
                         f"({str(error).splitlines()[0]})"
                     ),
                     place="teacher",

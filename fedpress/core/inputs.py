@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import keyword
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias, TypeGuard, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from torch.utils._pytree import register_pytree_node
 
 from fedpress.errors import DataError, ModelError
 
-Rows: TypeAlias = "slice | Tensor | list[int] | None"
-Shape: TypeAlias = "tuple[int, ...] | dict[str, tuple[int, ...]]"
+Rows: TypeAlias = slice | Tensor | list[int] | None
+Shape: TypeAlias = tuple[int, ...] | dict[str, tuple[int, ...]]
 
 
 class NamedInputs(Mapping[str, Tensor]):
@@ -95,8 +95,11 @@ class NamedInputs(Mapping[str, Tensor]):
         return next(iter(self._tensors.values())).device
 
 
-Inputs: TypeAlias = "Tensor | NamedInputs"
+Inputs: TypeAlias = Tensor | NamedInputs
 """A batch of examples [n, ...] as a model takes it."""
+
+Example: TypeAlias = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
+"""What a model may be called with: a tensor, several in the order of forward's arguments, or by their names."""
 
 
 def _check(tensors: Mapping[str, Any]) -> None:
@@ -130,39 +133,42 @@ def as_inputs(x: Inputs | Mapping[str, Tensor]) -> Inputs:
     """Returns a dictionary of tensors as `NamedInputs`; all else as it is."""
     if isinstance(x, Mapping) and not isinstance(x, NamedInputs):
         return NamedInputs(x)
-    return x  # type: ignore[return-value]
+    return x
 
 
-def arguments(x: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+def arguments(x: Example) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """Returns what a model is called with: by position and by name.
 
-    >>> arguments(NamedInputs({"ids": torch.tensor([1])}))
+    >>> arguments({"ids": torch.tensor([1])})
     ((), {'ids': tensor([1])})
     """
-    if isinstance(x, NamedInputs):
+    if isinstance(x, Mapping):
         return (), {name: x[name] for name in x}
-    return (x,), {}
+    return ((x,) if isinstance(x, Tensor) else tuple(x)), {}
 
 
-def call(model: Callable[..., Any], x: Inputs) -> Any:
+def call(model: Callable[..., Any], x: Example) -> Any:
     """Returns what `model` gives for a batch.
 
     Raises:
         ModelError: if it takes other names than those of the inputs.
     """
-    if not isinstance(x, NamedInputs):
+    if isinstance(x, Tensor):
         return model(x)
+    args, named = arguments(x)
     try:
-        return model(**{name: x[name] for name in x})
+        return model(*args, **named)
     except TypeError as problem:
-        if said := _other_names(model, x):
+        if args:
+            raise
+        if said := _other_names(model, named):
             raise ModelError(
                 said, place="model", cure="name the inputs as forward names its arguments"
             ) from problem
         raise
 
 
-def positional(model: nn.Module, x: Inputs) -> tuple[Tensor, ...]:
+def positional(model: nn.Module, x: Example) -> tuple[Tensor, ...]:
     """Returns the inputs in the order of forward's arguments, for what can pass them by position alone.
 
     Raises:
@@ -171,8 +177,8 @@ def positional(model: nn.Module, x: Inputs) -> tuple[Tensor, ...]:
     >>> positional(nn.Linear(2, 1), NamedInputs({"input": torch.zeros(1, 2)}))
     (tensor([[0., 0.]]),)
     """
-    if not isinstance(x, NamedInputs):
-        return (x,)
+    if not isinstance(x, Mapping):
+        return arguments(x)[0]
     ordered = [p.name for p in _parameters(model) if p.kind is not p.KEYWORD_ONLY][: len(list(x))]
     if set(ordered) != set(x):
         raise ModelError(
@@ -196,9 +202,37 @@ def parts_of(x: Inputs) -> dict[str, Tensor]:
     return {name: x[name] for name in x} if isinstance(x, NamedInputs) else {"": x}
 
 
-def map_inputs(x: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+def tensors_of(x: Example) -> list[Tensor]:
+    """Returns the tensors in the order of the call."""
+    args, named = arguments(x)
+    return [*args, *named.values()]
+
+
+def with_tensors(x: Example, tensors: Sequence[Tensor]) -> Example:
+    """Returns inputs of the same form that hold `tensors`."""
+    if isinstance(x, Tensor):
+        return tensors[0]
+    if isinstance(x, Mapping):
+        named = dict(zip(x, tensors, strict=True))
+        return NamedInputs._of(named) if isinstance(x, NamedInputs) else named
+    return tuple(tensors)
+
+
+@overload
+def map_inputs(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor: ...
+
+
+@overload
+def map_inputs(x: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs: ...
+
+
+@overload
+def map_inputs(x: Example, change: Callable[[Tensor], Tensor]) -> Example: ...
+
+
+def map_inputs(x: Example, change: Callable[[Tensor], Tensor]) -> Example:
     """Returns what `change` makes of the tensor, or of each."""
-    return x.map(change) if isinstance(x, NamedInputs) else change(x)
+    return with_tensors(x, [change(t) for t in tensors_of(x)])
 
 
 def form_of(x: Inputs) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
@@ -216,6 +250,13 @@ def shape_of(x: Inputs) -> Shape:
     return shapes if isinstance(x, NamedInputs) else shapes[""]
 
 
+def dtype_of(x: Inputs) -> str | dict[str, str]:
+    """Returns the type in which a network sees an example: "float32", also of bytes, "int64" or "bool"."""
+    whole = {torch.int64: "int64", torch.bool: "bool"}
+    dtypes = {name: whole.get(t.dtype, "float32") for name, t in parts_of(x).items()}
+    return dtypes if isinstance(x, NamedInputs) else dtypes[""]
+
+
 def shapes_in(shape: Shape) -> list[tuple[int, ...]]:
     """Returns the shapes of all inputs."""
     return list(shape.values()) if isinstance(shape, dict) else [shape]
@@ -230,6 +271,11 @@ def shape_told(shape: Shape) -> str:
     if isinstance(shape, dict):
         return ", ".join(f"{name} {list(sizes)}" for name, sizes in shape.items())
     return str(list(shape))
+
+
+def is_image(x: Inputs) -> TypeGuard[Tensor]:
+    """Says whether examples are images [n, C, H, W]; those among several inputs are nobody's but the model's."""
+    return isinstance(x, Tensor) and x.dim() == 4
 
 
 def told(x: Inputs) -> str:
@@ -250,7 +296,7 @@ def _parameters(model: Callable[..., Any]) -> list[inspect.Parameter]:
     return list(inspect.signature(forward).parameters.values())
 
 
-def _other_names(model: Callable[..., Any], x: NamedInputs) -> str:
+def _other_names(model: Callable[..., Any], x: Mapping[str, Tensor]) -> str:
     """Says in what the inputs differ from the arguments of a model; empty if they do not."""
     known = _parameters(model)
     gathers = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

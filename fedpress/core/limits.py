@@ -17,6 +17,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedpress.core.inputs import Inputs, arguments
 from fedpress.errors import ModelError, RecipeError
 
 
@@ -191,7 +192,7 @@ class _Running(TorchDispatchMode):
         return out
 
 
-def check_running(model: nn.Module, example: Tensor, place: str) -> None:
+def check_running(model: nn.Module, example: Inputs, place: str) -> None:
     """Looks how large the tensors become when `model` runs on `example`, by their shapes alone.
 
     A padding, a stride or a target size of a layer may make a small network fill the memory. A network that does not
@@ -208,7 +209,7 @@ def check_running(model: nn.Module, example: Tensor, place: str) -> None:
     training = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad(), _Running(place):
-            torch.func.functional_call(model.eval(), shapes, (example.to("meta"),))
+            torch.func.functional_call(model.eval(), shapes, *arguments(example.to("meta")))
     except AboveLimit:
         raise
     except Exception:  # whatever torch says of shapes: whoever runs the network is told

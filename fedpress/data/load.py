@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from fedpress.core.examples import resized
-from fedpress.core.inputs import Inputs, NamedInputs
+from fedpress.core.examples import Arrays, resized
+from fedpress.core.inputs import NamedInputs, is_image
 from fedpress.data import cifar10, digits, folders, functions, tables
 from fedpress.data.dataset import FederatedData
 from fedpress.data.examples import Examples, Progress
@@ -53,23 +53,22 @@ def load(settings: DataSettings, seed: int, *, progress: Progress | None = None)
 
 def _sized(examples: Examples, side: int | None) -> Examples:
     """Brings the images of sources that have a size of their own to `side` pixels."""
-    if side is None or _without_images(examples.train.x):
+    if side is None:
         return examples
-    train = replace(examples.train, x=resized(examples.train.x, side))
-    test = examples.test and replace(examples.test, x=resized(examples.test.x, side))
-    return replace(examples, train=train, test=test)
+    test = examples.test and _resized(examples.test, side)
+    return replace(examples, train=_resized(examples.train, side), test=test)
 
 
-def _without_images(x: Inputs) -> bool:
-    """Says whether there is nothing to resize.
+def _resized(arrays: Arrays, side: int) -> Arrays:
+    """Returns images at `side` pixels, and other examples as they are.
 
     Raises:
         DataError: if there are several inputs, of which nobody has said which are images.
     """
-    if isinstance(x, NamedInputs):
+    if isinstance(arrays.x, NamedInputs):
         raise DataError(
             "it resizes examples of one image, and these have several inputs",
             place="data.image_size",
             cure="leave it out, and resize images in the function that makes them",
         )
-    return x.ndim != 4
+    return replace(arrays, x=resized(arrays.x, side)) if is_image(arrays.x) else arrays

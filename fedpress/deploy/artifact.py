@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch import Tensor
 import fedpress
 from fedpress.core.examples import Preprocess
 from fedpress.core.files import replacing, writing
-from fedpress.deploy.examples import Example, Given, check_tensors
+from fedpress.core.inputs import Example
+from fedpress.deploy.examples import Given, check_tensors, example_of, is_shape
 from fedpress.errors import ExportError
 from fedpress.nn.observers import Observer
 
@@ -63,6 +64,13 @@ class Job:
             )
         if self.example is not None:
             check_tensors(self.example, "example")
+
+    @classmethod
+    def of(cls, given: Given, **more: Any) -> Job:
+        """Makes the job of a model that takes `given`: the shape of one float32 example, or a batch of inputs."""
+        if is_shape(given):
+            return cls(input_shape=given, **more)
+        return cls(example=example_of(given), **more)
 
     @property
     def given(self) -> Given:

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fedpress.deploy.examples import Example, as_device, by_name
+from fedpress.core.inputs import Example
+from fedpress.deploy.examples import as_device, by_name
 from fedpress.errors import ExportError
 from fedpress.nn.observers import OBSERVERS, Histogram, Observer
 from fedpress.nn.quant_scheme import InputQuantization

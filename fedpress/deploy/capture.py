@@ -14,17 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedpress.deploy.examples import (
-    Example,
-    Given,
-    as_device,
-    batch_dims,
-    call_of,
-    example_of,
-    ordered,
-    take,
-    tensors_of,
-)
+from fedpress.core.inputs import Example, arguments, tensors_of
+from fedpress.deploy.examples import Given, as_device, batch_dims, example_of, ordered, take
 from fedpress.errors import ExportError
 from fedpress.nn.resize import copied
 
@@ -127,7 +118,7 @@ def trace(
 
     `strict` reads the code of forward in place of running it: it follows `len(x)`, but knows less of Python.
     """
-    args, named = call_of(example)
+    args, named = arguments(example)
     shapes = batch_dims(model, example, {0: torch.export.Dim(BATCH)}) if free else None
     fast = torch.backends.mha.get_fastpath_enabled()
     try:

@@ -10,10 +10,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from fedpress.core.inputs import Example, arguments, tensors_of, with_tensors
 from fedpress.errors import ExportError
-
-Example = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
-"""A batch of inputs: one tensor, a tuple of them in the order of `forward`, or a dictionary by the names there."""
 
 Given = tuple[int, ...] | Example
 """The shape of one float32 example, or a batch of inputs."""
@@ -41,34 +39,6 @@ def random_rows(given: Given, rows: int) -> Example:
         chance = torch.Generator().manual_seed(0)
         return torch.randn(rows, *given, generator=chance)
     return take(as_device(example_of(given)), rows)
-
-
-def call_of(example: Example) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Returns the arguments by position and by name.
-
-    >>> call_of({"ids": torch.tensor([1])})
-    ((), {'ids': tensor([1])})
-    """
-    if isinstance(example, Tensor):
-        return (example,), {}
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return tuple(example), {}
-
-
-def tensors_of(example: Example) -> list[Tensor]:
-    """Returns the tensors in the order of the call."""
-    args, named = call_of(example)
-    return [*args, *named.values()]
-
-
-def with_tensors(example: Example, tensors: Sequence[Tensor]) -> Example:
-    """Returns an example of the same form that holds `tensors`."""
-    if isinstance(example, Tensor):
-        return tensors[0]
-    if isinstance(example, Mapping):
-        return dict(zip(example, tensors, strict=True))
-    return tuple(tensors)
 
 
 def check_tensors(example: Any, where: str) -> None:
@@ -148,7 +118,7 @@ def by_name(example: Example, names: Sequence[str]) -> list[Tensor]:
 
 def names_of(model: nn.Module, example: Example) -> list[str]:
     """Returns a name for each tensor: that of forward's argument. One tensor alone is called `input`."""
-    args, named = call_of(example)
+    args, named = arguments(example)
     if not named and len(args) == 1:
         return ["input"]
     known = [
@@ -162,7 +132,7 @@ def names_of(model: nn.Module, example: Example) -> list[str]:
 
 def batch_dims(model: nn.Module, example: Example, spec: Any) -> dict[str, Any]:
     """Returns `spec` for every tensor of the call, in the form that `torch.export` takes as `dynamic_shapes`."""
-    args, named = call_of(example)
+    args, named = arguments(example)
     bound = inspect.signature(model.forward).bind(*args, **named).arguments
 
     def each(value: Any) -> Any:

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from fedpress.core.inputs import Example
 from fedpress.deploy.artifact import Job
 from fedpress.deploy.capture import capture, silence
-from fedpress.deploy.examples import Example, Given
+from fedpress.deploy.examples import Given
 from fedpress.deploy.formats import FORMATS, export, file_bytes, of_file, open_file
 from fedpress.deploy.memory import peak_memory
 from fedpress.deploy.processor import conditions

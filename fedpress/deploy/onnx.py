@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedpress.core.inputs import arguments
 from fedpress.deploy.artifact import Artifact, Job, write
 from fedpress.deploy.capture import BATCH, capture, require, silence
 from fedpress.deploy.examples import (
     Structure,
     as_device,
-    call_of,
     example_of,
     flatten,
     names_of,
@@ -165,7 +165,7 @@ def _outputs(model: nn.Module, job: Job) -> tuple[Structure, list[str]]:
     A tensor that stands in several places is one output of the file for each.
     """
     runs = copied(model).to("cpu", torch.float32).eval()
-    args, named = call_of(take(as_device(example_of(job.given)), 2))
+    args, named = arguments(take(as_device(example_of(job.given)), 2))
     try:
         with torch.no_grad():
             found = runs(*args, **named)

@@ -14,19 +14,16 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from fedpress.core.examples import Arrays, Preprocess
+from fedpress.core.inputs import Example, Inputs, arguments, tensors_of, with_tensors
 from fedpress.deploy.artifact import ROUNDING, TOLERANCE
 from fedpress.deploy.examples import (
-    Example,
     Given,
     as_device,
-    call_of,
     flatten,
     in_batches,
     main_output,
     random_rows,
     rows_of,
-    tensors_of,
-    with_tensors,
 )
 from fedpress.deploy.formats import of_file, open_file
 from fedpress.deploy.session import Session
@@ -233,16 +230,17 @@ def metrics(
     return task.summary(task.metrics(answers(path, arrays.x, preprocess), arrays.y))
 
 
-def answers(path: str | Path, x: Tensor, preprocess: Preprocess) -> Tensor:
+def answers(path: str | Path, x: Inputs, preprocess: Preprocess) -> Tensor:
     """Returns the file's main output [n, ...] for raw examples `x` [n, ...], run in batches of a size that it takes.
 
     Raises:
         ExportError: if the file cannot be run.
     """
     size, session = of_file(path).batch or BATCH_SIZE, open_file(path)
-    found = [
-        torch.from_numpy(np.array(session.main(preprocess(part).numpy()))) for part in x.split(size)
-    ]
+    found = []
+    for part in x.split(size):
+        args, named = array_call(preprocess(part))
+        found.append(torch.from_numpy(np.array(session.main(*args, **named))))
     return torch.cat(found)
 
 
@@ -267,7 +265,7 @@ def logits(model: nn.Module | torch.export.ExportedProgram, x: Example) -> Tenso
 
 def array_call(x: Example) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
     """Returns a batch as arguments of a `Session`, by position and by name."""
-    args, named = call_of(x)
+    args, named = arguments(x)
     return [t.detach().cpu().numpy() for t in args], {
         name: t.detach().cpu().numpy() for name, t in named.items()
     }
@@ -306,7 +304,7 @@ def _of(
     names: list[str] = []
 
     def run(part: Example) -> list[Tensor]:
-        args, named = call_of(with_tensors(part, [t.to(device) for t in tensors_of(part)]))
+        args, named = arguments(with_tensors(part, [t.to(device) for t in tensors_of(part)]))
         _, found, names[:] = flatten(model(*args, **named))
         return [t.cpu() for t in found]
 

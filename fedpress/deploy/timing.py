@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedpress.deploy.examples import Example, Given, call_of, random_rows
+from fedpress.core.inputs import Example, arguments
+from fedpress.deploy.examples import Given, random_rows
 from fedpress.deploy.formats import of_file, open_file
 from fedpress.deploy.runtime import array_call
 
@@ -120,7 +121,7 @@ def _runner(runnable: Runnable, threads: int) -> Runner:
 
     @torch.inference_mode()
     def run(x: Example) -> object:
-        args, named = call_of(x)
+        args, named = arguments(x)
         return model(*args, **named)
 
     return run

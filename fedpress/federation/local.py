@@ -14,6 +14,7 @@ from fedpress.codecs import Key
 from fedpress.core import parameters
 from fedpress.core.canonical import JSON
 from fedpress.core.examples import Arrays
+from fedpress.core.inputs import Inputs, parts_of
 from fedpress.core.parameters import trainable
 from fedpress.core.random_source import RandomSource
 from fedpress.errors import DivergedError, RecipeError, TrainingError
@@ -22,10 +23,10 @@ from fedpress.nn.batch_norm import ONE_VALUE, averages_batches
 from fedpress.nn.quantized import qparam_ids
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.tasks import Task
-from fedpress.training.device import Precision, autocast, memory_format
+from fedpress.training.device import Precision, autocast, laid_out
 from fedpress.training.evaluate import evaluating, outputs
 
-Prepare: TypeAlias = "Callable[[Tensor, RandomSource], Tensor]"
+Prepare: TypeAlias = "Callable[[Inputs, RandomSource], Inputs]"
 Measures: TypeAlias = "dict[str, JSON]"
 
 
@@ -246,7 +247,8 @@ def _forget_(params: list[nn.Parameter]) -> None:
 
 def _diverged(work: LocalWork, index: Tensor, steps: int) -> DivergedError:
     """Returns the error of a loss that is not finite: because of the examples at `index`, or of the learning rate."""
-    broken = not bool(torch.isfinite(work.arrays.x[index]).all())
+    batch = parts_of(work.arrays.x[index])
+    broken = not all(bool(torch.isfinite(part).all()) for part in batch.values())
     data = ", or rather mend the examples: they hold NaN or infinite values" if broken else ""
     return DivergedError(
         f"after {steps} steps the loss is not finite in round {work.key.round}",
@@ -293,7 +295,7 @@ def loss_of_batch(model: nn.Module, work: LocalWork, batch: Arrays, chance: Rand
     x = work.plan.prepare(batch.x.to(at), chance)
     with autocast(model, work.plan.settings.precision):
         try:
-            logits = outputs(model, x.contiguous(memory_format=memory_format(x, model)))
+            logits = outputs(model, laid_out(x, model))
         except ValueError as problem:
             if len(x) > 1 or ONE_VALUE not in str(problem):
                 raise

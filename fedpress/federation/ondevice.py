@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-from torch import nn
+from torch import Tensor, nn
 
+from fedpress.core.inputs import NamedInputs
 from fedpress.deploy.device_model import DeviceModel
 from fedpress.errors import DivergedError, RecipeError
 from fedpress.federation.local import (
@@ -26,7 +27,8 @@ def device_steps(model: nn.Module, work: LocalWork) -> Steps:
     step is the same.
 
     Raises:
-        RecipeError: if `model` is no `DeviceModel`, or the settings ask for another precision than float32.
+        RecipeError: if `model` is no `DeviceModel`, the settings ask for another precision than float32, or the
+            examples have several inputs.
         DivergedError: if the loss is not finite.
     """
     if not isinstance(model, DeviceModel):
@@ -34,6 +36,12 @@ def device_steps(model: nn.Module, work: LocalWork) -> Steps:
             "device_steps trains an ExecuTorch program",
             place="model",
             cure="give the client model = deploy.DeviceModel(path)",
+        )
+    if isinstance(work.arrays.x, NamedInputs):
+        raise RecipeError(
+            "the program of a device takes one float32 tensor, and these examples have several inputs",
+            place="source",
+            cure="leave source out, so that this client trains in torch",
         )
     s = work.plan.settings
     shuffle, chance = work.key.client_stream("shuffle"), work.key.client_stream("prepare")
@@ -49,7 +57,9 @@ def device_steps(model: nn.Module, work: LocalWork) -> Steps:
     for _ in range(s.epochs):
         for index in shuffled_batches(model, len(work.arrays), s.batch_size, shuffle):
             batch = work.arrays.take(index)
-            loss, found = model.mean_gradient(work.plan.prepare(batch.x, chance), batch.y)
+            x = work.plan.prepare(batch.x, chance)
+            assert isinstance(x, Tensor)
+            loss, found = model.mean_gradient(x, batch.y)
             # Of its own memory: the runtime's may be read only, and a correction is written in place.
             gradients = {name: found[name].clone() for name in params}
             yield Step([p.detach() for p in params.values()], [*gradients.values()])

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fedpress.core import parameters, random
 from fedpress.core.canonical import JSON
+from fedpress.core.inputs import Inputs
 from fedpress.core.parameters import trainable
 from fedpress.errors import RecipeError, TrainingError
 from fedpress.federation.local import LocalSettings, LocalWork, Measures, Outcome, Step, Steps
@@ -19,7 +20,7 @@ from fedpress.privacy.per_example.gradients import (
 )
 from fedpress.privacy.per_example.sgd import private_gradients, step_
 from fedpress.privacy.plan import PrivacyPlan
-from fedpress.training.device import memory_format, uses_bf16
+from fedpress.training.device import laid_out, uses_bf16
 
 
 def private_steps(model: nn.Module, work: LocalWork) -> Steps:
@@ -35,9 +36,8 @@ def private_steps(model: nn.Module, work: LocalWork) -> Steps:
     params, at, question = trainable(model), next(model.parameters()).device, _question(model, work)
     chance = work.key.private_stream("prepare", question)
 
-    def prepare(x: Tensor) -> Tensor:
-        x = work.plan.prepare(x, chance)
-        return x.contiguous(memory_format=memory_format(x, model))
+    def prepare(x: Inputs) -> Inputs:
+        return laid_out(work.plan.prepare(x, chance), model)
 
     # Dropout draws from torch's global generator; the client that called puts it back afterwards.
     torch.manual_seed(work.key.client_seed("dropout", question))
@@ -83,8 +83,7 @@ def joint_steps(model: nn.Module, work: LocalWork) -> Steps:
     index = next(batches)
     x, y = work.arrays.x[index].to(at), work.arrays.y[index].to(at)
     if len(index):
-        x = work.plan.prepare(x, work.key.private_stream("prepare", question))
-        x = x.contiguous(memory_format=memory_format(x, model))
+        x = laid_out(work.plan.prepare(x, work.key.private_stream("prepare", question)), model)
     method = choose_method(model, work.plan.task.loss, x, y) if len(index) else "loop"
     verify: Verify = "gradients" if work.key.round == 1 else "losses"
     # Dropout draws from torch's global generator; the client that called puts it back afterwards.
@@ -114,8 +113,7 @@ def rehearse_private(model: nn.Module, work: LocalWork) -> None:
     plan = check_private(work.plan.settings, work.plan.privacy)
     at = next(model.parameters()).device
     x, y = work.arrays.x.to(at), work.arrays.y.to(at)
-    x = work.plan.prepare(x, work.key.client_stream("prepare"))
-    x = x.contiguous(memory_format=memory_format(x, model))
+    x = laid_out(work.plan.prepare(x, work.key.client_stream("prepare")), model)
     method, bf16 = (
         choose_method(model, work.plan.task.loss, x, y),
         uses_bf16(model, work.plan.settings.precision),

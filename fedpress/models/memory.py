@@ -19,6 +19,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from fedpress.core.inputs import Inputs, call
 from fedpress.errors import ModelError
 from fedpress.models import layer_list
 from fedpress.nn.resize import copied
@@ -145,7 +146,7 @@ def _built(module: nn.Module, arguments: dict[str, Any]) -> nn.Module:
 
 
 @torch.no_grad()
-def check_name(module: nn.Module, name: str, x: Tensor) -> bool:
+def check_name(module: nn.Module, name: str, x: Inputs) -> bool:
     """Runs a module and what its name builds on examples `x`; where they differ, takes the name under `name` away.
 
     Attributes that `find_name` cannot compare may decide what a network computes. A module that does not run on `x` is
@@ -171,10 +172,10 @@ def check_name(module: nn.Module, name: str, x: Tensor) -> bool:
     return same
 
 
-def _outputs(module: nn.Module, x: Tensor) -> list[Tensor]:
+def _outputs(module: nn.Module, x: Inputs) -> list[Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return [part for part in tree_leaves(module.eval()(x)) if isinstance(part, Tensor)]
+        return [part for part in tree_leaves(call(module.eval(), x)) if isinstance(part, Tensor)]
 
 
 def _arguments(module: nn.Module) -> dict[str, Any] | None:

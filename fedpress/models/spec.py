@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fedpress.core import checksums, consent, limits, own_modules
+from fedpress.core.inputs import Inputs, NamedInputs, Shape, shape_told, shapes_in
 from fedpress.core.random_source import Source, chance_of
 from fedpress.errors import ModelError, placing, renaming, suggestion
 from fedpress.models import layer_list, memory
@@ -47,6 +48,8 @@ class ModelSpec(BaseModel):
     them with a buffer that tells kept entries, which a grid rounded to 0, from pruned ones. `folded` maps a batch norm
     to the layer that took it in, `quantized` a layer to the scheme of its weights and inputs.
     `task` says what the outputs mean where that is more than `class_names` (see `Task.about`).
+    `input_shape` and `input_dtype` are those of one example; of several inputs dictionaries by the names of forward's
+    arguments.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,20 +63,45 @@ class ModelSpec(BaseModel):
     kept_zeros: tuple[str, ...] = ()
     folded: dict[str, str] = {}
     quantized: dict[str, QuantizationScheme] = {}
-    input_shape: tuple[int, ...]
+    input_shape: Shape
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     class_names: tuple[str, ...] = ()
     task: dict[str, JsonValue] = {}
-    input_dtype: Literal["float32", "int64"] = "float32"
+    input_dtype: Literal["float32", "int64"] | dict[str, Literal["float32", "int64", "bool"]] = (
+        "float32"
+    )
 
-    def example(self, n: int, chance: Source = None) -> Tensor:
-        """Returns `n` examples [n, *input_shape]: zeros, or noise drawn with `chance`; token ids are always zeros."""
-        if self.input_dtype == "int64":
-            return torch.zeros(n, *self.input_shape, dtype=torch.int64)
-        if chance is None:
-            return torch.zeros(n, *self.input_shape)
-        return chance_of(chance).normal(n, *self.input_shape, dtype=torch.float32)
+    @model_validator(mode="after")
+    def _same_names(self) -> ModelSpec:
+        shapes, dtypes = self.input_shape, self.input_dtype
+        several = isinstance(shapes, dict), isinstance(dtypes, dict)
+        names = [sorted(table) for table in (shapes, dtypes) if isinstance(table, dict)]
+        if any(several) and (not all(several) or names[0] != names[1] or not names[0]):
+            raise ValueError("input_shape and input_dtype must name the same inputs")
+        return self
+
+    def example(self, n: int, chance: Source = None) -> Inputs:
+        """Returns `n` examples [n, *input_shape]: zeros, or noise drawn with `chance`; token ids are always zeros.
+
+        Whole numbers among several inputs are ones: they may be lengths or masks, of which 0 leaves nothing.
+        """
+
+        def made(shape: tuple[int, ...], dtype: str) -> Tensor:
+            if dtype != "float32":
+                return torch.zeros(n, *shape, dtype=getattr(torch, dtype))
+            if chance is None:
+                return torch.zeros(n, *shape)
+            return chance_of(chance).normal(n, *shape, dtype=torch.float32)
+
+        if isinstance(self.input_shape, dict):
+            assert isinstance(self.input_dtype, dict)
+            whole = {name: made(s, self.input_dtype[name]) for name, s in self.input_shape.items()}
+            return NamedInputs(
+                {k: t if t.is_floating_point() else torch.ones_like(t) for k, t in whole.items()}
+            )
+        assert isinstance(self.input_dtype, str)
+        return made(self.input_shape, self.input_dtype)
 
     @classmethod
     def of_file(cls, text: str | bytes, allow_code: Collection[str] | str = ()) -> ModelSpec:
@@ -102,9 +130,10 @@ class ModelSpec(BaseModel):
         limits.check_tree(self.task, "spec.task", lists=False)
         for name in ("resized", "numbers", "groups", "quantized", "input_shape"):
             limits.check_tree(self.model_dump(include={name})[name], f"spec.{name}", lists=False)
-        if min(self.input_shape, default=1) < 1:
+        shapes = shapes_in(self.input_shape)
+        if min((size for shape in shapes for size in shape), default=1) < 1:
             raise ModelError(
-                f"got {list(self.input_shape)[:8]}, expected sizes above 0",
+                f"got {shape_told(self.input_shape)[:80]}, expected sizes above 0",
                 place="spec.input_shape",
                 cure=NO_SPEC,
             )
@@ -114,7 +143,7 @@ class ModelSpec(BaseModel):
                 place="spec.std",
                 cure=NO_SPEC,
             )
-        limits.check("input", prod(self.input_shape), "spec.input_shape")
+        limits.check("input", sum(prod(shape) for shape in shapes), "spec.input_shape")
         if self.architecture not in ARCHITECTURES:  # a user's function is watched while it builds
             return
         try:

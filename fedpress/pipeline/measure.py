@@ -52,7 +52,7 @@ def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
         line["nonzero_parameters"] = storage.nonzero_parameters(model)
         line["packed_file_bytes"] = storage.packed_file_bytes(state.spec, model)
     if latency:
-        speed = cost.latency(model, state.spec.example(1))
+        speed = cost.latency(model, state.example(1))
         # What lies on grids is computed on floats here; integers run in an exported file.
         line |= {
             "latency_ms": speed.median_ms,
@@ -64,4 +64,4 @@ def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
 
 def macs_of(state: State) -> int:
     """Returns the multiply-adds of one example."""
-    return cost.macs(state.model.to("cpu"), state.spec.example(1))
+    return cost.macs(state.model.to("cpu"), state.example(1))

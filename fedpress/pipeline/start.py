@@ -13,6 +13,7 @@ from fedpress import data as data_sets
 from fedpress import storage
 from fedpress.compress import cost
 from fedpress.core import consent
+from fedpress.core.inputs import call, dtype_of, shape_of, shape_told
 from fedpress.core.random import derive
 from fedpress.data.examples import Progress
 from fedpress.errors import ModelError, RecipeError
@@ -42,11 +43,11 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
     """
     examples = next(a for a in (data.public, data.test, *data.clients.values()) if len(a))
     about: dict[str, Any] = {
-        "input_shape": tuple(examples.x.shape[1:]),
+        "input_shape": shape_of(examples.x),
         "mean": data.preprocess.mean,
         "std": data.preprocess.std,
         **({"class_names": data.class_names, "task": data.task.about()} if data.labelled else {}),
-        "input_dtype": "int64" if examples.x.dtype == torch.int64 else "float32",
+        "input_dtype": dtype_of(examples.x),
     }
     torch.manual_seed(derive(recipe.seed, "weights"))
     if recipe.model.checkpoint is not None:
@@ -64,12 +65,12 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
             spec = spec.model_copy(update={"sparse": tuple(dict.fromkeys((*spec.sparse, *masked)))})
     try:
         with torch.inference_mode():
-            logits = model.eval()(data.preprocess(examples.x[:2]))
+            logits = call(model.eval(), data.preprocess(examples.x[:2]))
     except Exception as error:  # whatever somebody's own network raises
         raise RecipeError(
             (
                 f"'{spec.architecture}' does not take examples of shape "
-                f"{list(spec.input_shape)} ({type(error).__name__}: "
+                f"{shape_told(spec.input_shape)} ({type(error).__name__}: "
                 f"{str(error).partition(chr(10))[0]})"
             ),
             place="recipe.model",

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from torch import Tensor
 
 from fedpress import deploy
+from fedpress.core.inputs import Inputs
 from fedpress.core.random_source import public_stream
 from fedpress.deploy import FORMATS, Artifact, Job
 from fedpress.errors import DataError
@@ -146,19 +147,19 @@ class ExportStage(BaseModel, Stage):
 
     def _export(self, state: State, path: Path, *, few: bool = False) -> Artifact:
         examples = next((a.x for a in (state.data.test, state.data.public) if len(a)), None)
-        whole = state.spec.example(2) if examples is None else state.data.preprocess(examples[:2])
-        job = Job(
-            input_shape=state.spec.input_shape,
+        whole = state.example(2) if examples is None else state.data.preprocess(examples[:2])
+        one = isinstance(whole, Tensor) and whole.is_floating_point()
+        job = Job.of(
+            tuple(whole.shape[1:]) if one else whole,
             preprocess=state.data.preprocess,
             metadata=_metadata(state),
             batches=self._batches(state, few=few) if self.int8 else (),
             observer=self.observer,
             weight_bits=self.weight_bits,
-            example=None if whole.is_floating_point() else whole,
         )
         return deploy.export(state.model, path, self.format, job)
 
-    def _batches(self, state: State, *, few: bool) -> tuple[Tensor, ...]:
+    def _batches(self, state: State, *, few: bool) -> tuple[Inputs, ...]:
         """Draws public examples: ranges of private ones would have to be charged to the ledger."""
         public = state.data.public
         if not len(public):

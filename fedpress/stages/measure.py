@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import nn
 
 from fedpress import deploy, storage
 from fedpress.compress import cost
+from fedpress.core.inputs import Inputs
 from fedpress.core.random_source import public_stream
 from fedpress.deploy import FORMATS, Candidate, Job
-from fedpress.deploy.examples import Given, example_of, is_shape, take, tensors_of
+from fedpress.deploy.examples import Given, example_of, take
 from fedpress.stages.base import Stage
 from fedpress.workspace.atomic import write_json
 from fedpress.workspace.stage_folder import StageFolder
@@ -58,9 +59,7 @@ class MeasureStage(BaseModel, Stage):
         public = state.data.preprocess(state.data.public.take(order[:64]).x) if self.int8 else None
         found = measured(
             model,
-            state.spec.input_shape
-            if state.spec.input_dtype == "float32"
-            else state.spec.example(2),
+            state.given,
             file_bytes=storage.file_bytes(state.spec, model),
             calibration=(public,) if public is not None and len(public) else (),
             batches=self.batches,
@@ -77,7 +76,7 @@ def measured(
     given: Given,
     *,
     file_bytes: int | None = None,
-    calibration: Sequence[Tensor] = (),
+    calibration: Sequence[Inputs] = (),
     batches: Sequence[int] = (1, 64),
     threads: Sequence[int] = (1, 2),
     seconds: float = 1.0,
@@ -97,8 +96,8 @@ def measured(
         parameters, macs, activations, `runtimes` (the records of `deploy.measure`), and `left_out`: what was not
         measured -> the reason.
     """
-    one = tuple(tensors_of(take(example_of(given), 1)))
-    job = Job(given) if is_shape(given) else Job(example=example_of(given))
+    one = take(example_of(given), 1)
+    job = Job.of(given)
     macs, numbers = cost.macs(model, one), cost.activations(model, one)
     modes = [(module, module.training) for module in model.modules()]
     with tempfile.TemporaryDirectory() as folder:

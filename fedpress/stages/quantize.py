@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, JsonValue, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from fedpress.compress import quantize as quantizing
 from fedpress.compress.prune.ignoring import ignored
+from fedpress.core.inputs import Inputs
 from fedpress.core.random import derive
 from fedpress.models import ModelSpec
 from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
@@ -214,7 +215,7 @@ class QuantizeStage(TaughtSettings, Stage):
         }
         fold = self.weights == "int" and not shared if self.fold is None else self.fold
         if fold:
-            folds, unfolded = quantizing.find_folds(model, spec.example(2), ignore=self.ignore)
+            folds, unfolded = quantizing.find_folds(model, state.example(2), ignore=self.ignore)
             quantizing.fold_(model, folds)
             spec = spec.model_copy(update={"folded": {**spec.folded, **folds}})
             left |= {name: f"not folded: {why}" for name, why in unfolded.items()}
@@ -281,7 +282,7 @@ class QuantizeStage(TaughtSettings, Stage):
         quantizing.choose_bits(sizes, self.max_bytes or 0)
         return dict.fromkeys(table, min(self.mixed))
 
-    def _batches(self, state: State, seed: int) -> list[Tensor]:
+    def _batches(self, state: State, seed: int) -> list[Inputs]:
         if not self._looks_at_data():
             return []
         return [

@@ -15,6 +15,7 @@ from torch import nn
 from fedpress import storage
 from fedpress.compress.distill import Distillation, DistillSettings
 from fedpress.core.examples import Preprocess
+from fedpress.core.inputs import shape_told
 from fedpress.errors import RecipeError, TrainingError, renaming
 from fedpress.models import ModelSpec, memory
 from fedpress.nn.resize import copied
@@ -163,8 +164,8 @@ def _teacher(where: str, state: State) -> nn.Module:
     if spec.input_shape != state.spec.input_shape:
         raise TrainingError(
             (
-                f"'{where}' takes examples of shape {list(spec.input_shape)}, the data's have "
-                f"{list(state.spec.input_shape)}"
+                f"'{where}' takes examples of shape {shape_told(spec.input_shape)}, the data's have "
+                f"{shape_told(state.spec.input_shape)}"
             ),
             place="teacher",
             cure="give a teacher of the same inputs",

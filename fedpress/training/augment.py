@@ -6,6 +6,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from fedpress.core.inputs import Inputs, is_image
 from fedpress.core.random_source import Source, chance_of
 
 
@@ -38,8 +39,8 @@ class Augment(BaseModel):
         return self.crop > 0 or self.flip != "none" or self.cutout > 0
 
 
-def augment(x: Tensor, how: Augment, generator: Source, *, flipped: Tensor | None = None) -> Tensor:
-    """Returns a changed copy of the images `x` [n, C, H, W] of any type; other shapes are returned as they are.
+def augment(x: Inputs, how: Augment, generator: Source, *, flipped: Tensor | None = None) -> Inputs:
+    """Returns a changed copy of the images `x` [n, C, H, W] of any type; other inputs are returned as they are.
 
     Args:
         x: images; zero is taken as the fill of cutout for floats, mid-grey for bytes.
@@ -47,7 +48,7 @@ def augment(x: Tensor, how: Augment, generator: Source, *, flipped: Tensor | Non
         generator: the source of chance, on the CPU.
         flipped: for flip "alternate", which images are mirrored now, bool [n].
     """
-    if x.dim() != 4 or not len(x):
+    if not is_image(x) or not len(x):
         return x
     chance = chance_of(generator)
     if how.crop:

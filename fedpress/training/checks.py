@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedpress.core.examples import Arrays, Preprocess, resized
+from fedpress.core.inputs import Inputs, call, is_image, shape_of, shape_told
 from fedpress.errors import TrainingError
 from fedpress.nn.batch_norm import ONE_VALUE, BatchNorm, averages_batches
 from fedpress.nn.resize import copied
@@ -85,9 +86,9 @@ def _check_image_sizes(
     model: nn.Module, settings: TrainSettings, train: Arrays, preprocess: Preprocess, task: Task
 ) -> None:
     for side, _ in settings.image_sizes:
-        if train.x.dim() != 4 or side > min(train.x.shape[2:]):
+        if not is_image(train.x) or side > min(train.x.shape[2:]):
             raise TrainingError(
-                (f"got images of {side} pixels, but examples are {tuple(train.x.shape[1:])}"),
+                (f"got images of {side} pixels, but examples are {shape_told(shape_of(train.x))}"),
                 place="image_sizes",
                 cure="give smaller sides, or leave image_sizes out",
             )
@@ -119,7 +120,7 @@ def batch_norm_scales(model: nn.Module) -> list[nn.Parameter]:
     return scales
 
 
-def _needs_two(model: nn.Module, x: Tensor) -> bool:
+def _needs_two(model: nn.Module, x: Inputs) -> bool:
     """Says whether a batch norm of `model` cannot train on the single example `x` [1, ...]: one value a channel."""
     twin = copied(model).train()
     if not averages_batches(twin):
@@ -127,7 +128,7 @@ def _needs_two(model: nn.Module, x: Tensor) -> bool:
     at = next((p.device for p in twin.parameters()), x.device)
     try:
         with torch.no_grad():
-            twin(x.to(at))
+            call(twin, x.to(at))
     except ValueError as error:
         return ONE_VALUE in str(error)
     return False

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fedpress.core.inputs import Inputs, map_inputs
+
 Precision = Literal["auto", "float32", "bf16"]
 
 
@@ -40,6 +42,11 @@ def memory_format(x: Tensor, model: nn.Module | None = None) -> torch.memory_for
     """Returns channels-last for images, the plain format else, and for a `model` that must not have it."""
     images = x.dim() == 4 and x.shape[1] > 1 and (model is None or takes_channels_last(model))
     return torch.channels_last if images else torch.contiguous_format
+
+
+def laid_out(x: Inputs, model: nn.Module) -> Inputs:
+    """Returns a batch in the memory format that is fast for `model`; of several inputs each."""
+    return map_inputs(x, lambda t: t.contiguous(memory_format=memory_format(t, model)))
 
 
 def takes_channels_last(model: nn.Module) -> bool:

@@ -12,10 +12,11 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from fedpress.core.examples import Arrays, Preprocess
+from fedpress.core.inputs import Inputs, call, join
 from fedpress.errors import TrainingError
 from fedpress.nn.batch_norm import ONE_VALUE
 from fedpress.tasks import Sums, Task, merged
-from fedpress.training.device import Precision, autocast, memory_format
+from fedpress.training.device import Precision, autocast, laid_out
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,7 @@ def evaluate(
     at = next((p.device for p in model.parameters()), torch.device("cpu"))
     with evaluating(model), torch.inference_mode(), autocast(model, precision):
         for x, y in zip(arrays.x.split(batch_size), arrays.y.split(batch_size), strict=True):
-            inputs = preprocess(x.to(at)).contiguous(memory_format=memory_format(x, model))
-            found = outputs(model, inputs).float()
+            found = outputs(model, laid_out(preprocess(x.to(at)), model)).float()
             loss += float(task.loss(found, y.to(at), reduction="sum"))
             if all_metrics:
                 sums.append(task.metrics(found.cpu(), y.cpu()))
@@ -103,7 +103,7 @@ def evaluate(
     )
 
 
-def outputs(model: nn.Module, x: Tensor) -> Tensor:
+def outputs(model: nn.Module, x: Inputs) -> Tensor:
     """Returns what `model` gives for the batch `x` [n, ...]: [n, ...], also where it cannot take a batch of one.
 
     Code such as `squeeze()` drops the dimension of a batch of one, or fails: then the example runs beside its copy,
@@ -113,16 +113,16 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
         Exception: whatever the network raises; that of a batch norm with nothing to average is left as it is.
     """
     if len(x) != 1:
-        return model(x)
+        return call(model, x)
     try:
-        alone = model(x)
+        alone = call(model, x)
     except Exception as problem:
         if ONE_VALUE in str(problem):
             raise
         try:
-            return model(torch.cat([x, x]))[:1]
+            return call(model, join([x, x]))[:1]
         except Exception:
             raise problem from None
     if alone.dim() and len(alone) == 1:
         return alone
-    return model(torch.cat([x, x]))[:1]
+    return call(model, join([x, x]))[:1]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fedpress.core.examples import Arrays, Preprocess, resized
+from fedpress.core.inputs import Inputs, is_image
 from fedpress.core.parameters import part_of
 from fedpress.core.random import derive
 from fedpress.core.random_source import public_stream
@@ -19,13 +20,13 @@ from fedpress.nn.quantized import kept_entries
 from fedpress.tasks import Task
 from fedpress.training.augment import augment
 from fedpress.training.checks import batch_norm_scales, check_training
-from fedpress.training.device import autocast, device, memory_format, place_
+from fedpress.training.device import autocast, device, laid_out, place_
 from fedpress.training.evaluate import evaluate, outputs
 from fedpress.training.optimizers import Optimizers
 from fedpress.training.schedule import one_cycle
 from fedpress.training.settings import TrainSettings
 
-Objective = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+Objective = Callable[[nn.Module, Inputs, Tensor, Tensor], Tensor]
 """The loss of a step, from the model, its prepared input [n, ...], its float32 outputs, the targets (each [n, ...])."""
 
 
@@ -132,21 +133,20 @@ class Fit:
         while not self.finished:
             now = self.settings.side(self.epoch)
             if now != side:
-                side, images = now, train.x if now is None else resized(train.x, now)
+                side, images = now, _at_size(train, now).x
             loss = yield from self._epoch(Arrays(images, train.y), preprocess)
             score = None
             if len(validation):
-                small = Arrays(resized(validation.x, side), validation.y) if side else validation
                 score = evaluate(
                     self._current(),
-                    small,
+                    _at_size(validation, side),
                     preprocess,
                     self.task,
                     precision=self.settings.precision,
                 ).score
                 self._remember_(score, full_size=side is None)
             self.epoch += 1
-            size = images.shape[-1] if images.dim() == 4 else None
+            size = images.shape[-1] if is_image(images) else None
             yield EpochRecord(
                 self.epoch, self.settings.epochs, loss, score, self.task.primary, size
             )
@@ -205,8 +205,8 @@ class Fit:
             ),
         )
 
-    def _step(self, x: Tensor, y: Tensor) -> float:
-        x = x.contiguous(memory_format=memory_format(x, self.model))
+    def _step(self, x: Inputs, y: Tensor) -> float:
+        x = laid_out(x, self.model)
         with autocast(self.model, self.settings.precision):
             logits = outputs(self.model, x)
         loss = self.objective(self.model, x, logits.float(), y)
@@ -224,7 +224,7 @@ class Fit:
             self.average.update_parameters(self.model)
         return float(loss.detach())
 
-    def _task_loss(self, model: nn.Module, x: Tensor, outputs: Tensor, y: Tensor) -> Tensor:
+    def _task_loss(self, model: nn.Module, x: Inputs, outputs: Tensor, y: Tensor) -> Tensor:
         return self.task.loss(outputs, y)
 
     def state(self) -> dict[str, Tensor]:
@@ -250,3 +250,8 @@ class Fit:
         self.optimizers.load_(part_of(state, "optimizer/"))
         epoch, best_epoch, best = state["progress"].tolist()
         self.epoch, self.best = int(epoch), (best, int(best_epoch))
+
+
+def _at_size(arrays: Arrays, side: int | None) -> Arrays:
+    """Returns images at `side` pixels; all as it is if None."""
+    return replace(arrays, x=resized(arrays.x, side)) if side and is_image(arrays.x) else arrays

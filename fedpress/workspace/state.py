@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
+import torch
 from pydantic import JsonValue, StringConstraints
 from torch import nn
 
+from fedpress.core.inputs import Inputs
 from fedpress.data import FederatedData
 from fedpress.models import ModelSpec
 from fedpress.privacy.ledger import Ledger
@@ -38,6 +40,28 @@ class State:
     score: float | None = None
     facts: Mapping[str, JsonValue] = field(default_factory=dict)
     parent: Loader | None = None
+
+    def example(self, n: int) -> Inputs:
+        """Returns `n` prepared examples to trace the model and to count on, see `ModelSpec.example`.
+
+        Of several inputs these are public ones, or of the test part, where there are any: what whole numbers mean,
+        such as lengths, nobody here knows.
+        """
+        parts = (self.data.public, self.data.test)
+        rows = next((part.x for part in parts if len(part)), None)
+        if not isinstance(self.spec.input_shape, dict) or rows is None:
+            return self.spec.example(n)
+        return self.data.preprocess(rows[torch.arange(n) % len(rows)])
+
+    @property
+    def given(self) -> tuple[int, ...] | Inputs:
+        """What files for devices are made for: the shape of one float32 example, or a batch of any other inputs."""
+        shape = self.spec.input_shape
+        return (
+            shape
+            if isinstance(shape, tuple) and self.spec.input_dtype == "float32"
+            else self.example(2)
+        )
 
 
 @dataclass(frozen=True)

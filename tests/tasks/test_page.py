@@ -1,5 +1,6 @@
 """The task of docs/tasks.md works as it stands there: its file and its row are all that is needed."""
 
+import itertools
 import re
 import sys
 import types
@@ -9,9 +10,17 @@ import pytest
 import torch
 
 from fedpress import tasks
+from tests.tasks import test_all
 from tests.tasks.test_recipes import PRIVATE, SMALL, finish, source
 
 PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
+SHARED = [
+    name
+    for name, test in vars(test_all).items()
+    if name.startswith("test_")
+    and any(m.args[0] == "kind" for m in getattr(test, "pytestmark", []))
+]
+"""The tests that run over every task of the table."""
 
 assert source  # the fixture of made-up data
 
@@ -51,3 +60,24 @@ def test_the_task_of_the_page_trains_and_federates(quantile, private, source, tm
 def test_the_table_of_the_page_has_every_task():
     rows = re.findall(r"^\| `(\w+)` \| ", PAGE.read_text(), re.MULTILINE)
     assert [*tasks.TASKS] == rows[: len(tasks.TASKS)]
+
+
+def cases_of(shared):
+    """Yields the arguments of a shared test, but for the kind of task."""
+    marks = [mark.args for mark in shared.pytestmark if mark.args[0] != "kind"]
+    names = [name for name, _ in marks]
+    for values in itertools.product(*(values for _, values in marks)):
+        yield dict(zip(names, values, strict=True))
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_the_shared_tests_hold_for_the_task_of_the_page(quantile, name, monkeypatch):
+    monkeypatch.setitem(test_all.NAMES, "quantile", ("delay",))
+    shared = getattr(test_all, name)
+    for case in cases_of(shared):
+        shared(kind="quantile", **case)
+
+
+def test_no_shared_test_is_missing():
+    assert len(SHARED) > 10
+    assert 'NAMES` of `tests/tasks/test_all.py`, `"quantile": ("delay",)`' in PAGE.read_text()

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fedpress.compress.prune.graph import Example, inputs
 from fedpress.compress.prune.plan import PruningPlan
+from fedpress.core.inputs import Example, call
 from fedpress.errors import RecipeError, suggestion
 
 Norm = Literal["layer_norm", "grn"]
@@ -69,7 +69,7 @@ def difference(dense: nn.Module, small: nn.Module, batches: Sequence[Example]) -
     same = count = 0
     with _evaluating(dense), _evaluating(small):
         for batch in batches:
-            a, b = (_first(model(*inputs(batch))).double() for model in (dense, small))
+            a, b = (_first(call(model, batch)).double() for model in (dense, small))
             apart += float((a - b).square().sum())
             size += float(a.square().sum())
             if a.dim() == 2:
@@ -234,7 +234,7 @@ def _outputs(model: nn.Module, name: str, batch: Example) -> list[Tensor]:
         lambda _, __, output: seen.append(_first(output))
     )
     try:
-        model(*inputs(batch))
+        call(model, batch)
     finally:
         hook.remove()
     return seen
@@ -247,7 +247,7 @@ def _arguments(model: nn.Module, name: str, batch: Example) -> list[tuple[Any, A
         lambda _, args, options: seen.append((args, options)), with_kwargs=True
     )
     try:
-        model(*inputs(batch))
+        call(model, batch)
     finally:
         hook.remove()
     return seen

@@ -17,8 +17,6 @@ from fedpress.compress.prune.ids import Ints
 from fedpress.errors import ModelError
 from fedpress.nn.forward_sizes import Number, Numbers
 
-Example = Tensor | tuple[Tensor, ...]
-
 
 @dataclass(frozen=True)
 class Slice:
@@ -238,11 +236,6 @@ def kept_indices(
         name: {axis: tuple(mask.nonzero().flatten().tolist()) for axis, mask in axes.items()}
         for name, axes in masks.items()
     }
-
-
-def inputs(example: Example) -> tuple[Tensor, ...]:
-    """Returns the example as a tuple of arguments."""
-    return (example,) if isinstance(example, Tensor) else tuple(example)
 
 
 def export(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.ExportedProgram:

@@ -12,9 +12,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedpress.compress.prune.approximate import constant_statistics
-from fedpress.compress.prune.graph import Example, inputs, tensors_in
+from fedpress.compress.prune.graph import tensors_in
 from fedpress.compress.prune.plan import PruningPlan
 from fedpress.compress.prune.remove import mask_
+from fedpress.core.inputs import Example, positional
 from fedpress.errors import ModelError
 from fedpress.nn.resize import copied
 
@@ -57,7 +58,7 @@ def _compare(
     dense: nn.Module, pruned: nn.Module, plan: PruningPlan, example: Example, tolerance: float
 ) -> float:
     masked, small = copied(dense).eval(), copied(pruned).eval()
-    batch, larger = _batches(masked, inputs(example))
+    batch, larger = _batches(masked, positional(masked, example))
     mask_(masked, plan)
     wanted = _outputs(masked, batch)
     if not _finite(wanted) and _finite(_outputs(copied(dense).eval(), batch)):
@@ -79,7 +80,7 @@ def trial_batch(dense: nn.Module, example: Example) -> Batch:
     """Returns inputs for `fault`: of one example more than `example`, if `dense` runs on so many."""
     with torch.random.fork_rng(devices=[]):
         model = copied(dense).eval()
-        batch, larger = _batches(model, inputs(example))
+        batch, larger = _batches(model, positional(model, example))
         return batch if _attempt(model, larger) is None else larger
 
 

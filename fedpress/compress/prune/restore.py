@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fedpress.core.inputs import Inputs, call
 from fedpress.errors import DataError
 from fedpress.nn.batch_norm import ONE_VALUE, BatchNorm
 
 
 @torch.no_grad()
-def restore_batch_norm_(model: nn.Module, batches: Iterable[Tensor]) -> int:
+def restore_batch_norm_(model: nn.Module, batches: Iterable[Inputs]) -> int:
     """Re-estimates the running statistics of every batch norm as plain averages over `batches` of inputs.
 
     Nothing else changes: dropout is off, modes, momenta and counters come back. Frozen batch norms are renewed too.
@@ -38,7 +39,7 @@ def restore_batch_norm_(model: nn.Module, batches: Iterable[Tensor]) -> int:
     with _averaging(model) as norms:
         try:
             for batch in chain((first,), stream):
-                model(batch)
+                call(model, batch)
                 seen += 1
         except ValueError as error:
             if ONE_VALUE not in str(error):

@@ -11,13 +11,14 @@ from torch import nn
 from torch.fx import traceback
 
 from fedpress.compress.prune.approximate import check_names
-from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup, Example, export, inputs
+from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup, export
 from fedpress.compress.prune.grouping import channel_graph
 from fedpress.compress.prune.ids import Ids
 from fedpress.compress.prune.ignoring import ignored
 from fedpress.compress.prune.recorder import Recorder
 from fedpress.compress.prune.trials import groups_that_fail, without_followers
 from fedpress.compress.prune.walk import IGNORED, Owner, Walk
+from fedpress.core.inputs import Example, positional
 from fedpress.errors import ModelError
 
 TRIALS = 3
@@ -36,17 +37,18 @@ def trace(
 
     Args:
         model: any module that `torch.export` can capture; it is left in its mode.
-        example: its input [n, ...] or a tuple of inputs; a batch of two is a good choice.
+        example: its input [n, ...], a tuple of inputs, or a dictionary by the names of forward's first arguments; a
+            batch of two is a good choice.
         unprunable: names of modules (or name prefixes) that must keep all their outputs.
         ignore: names or patterns ("block.3.*") of modules or weights of which nothing is cut, their inputs neither.
         approximate: kinds of norms that channels may be cut through, though that is not exact: "layer_norm" (also RMS
             norms, and those written by hand), "grn" (global response norm); see `fedpress.compress.prune.approximate`.
 
     Raises:
-        ModelError: if the model cannot be captured.
+        ModelError: if the model cannot be captured, or forward begins with other arguments than those of `example`.
         RecipeError: if a pattern of `ignore` matches nothing, or there is no such kind of norm.
     """
-    arguments = inputs(example)
+    arguments = positional(model, example)
     recorder = Recorder(model)
     with recorder, traceback.preserve_node_meta(), warnings.catch_warnings():
         # The flat weights of recurrent layers.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpress.compress.quantize.rounding import best_scale
+from fedpress.core.inputs import Inputs, call
 from fedpress.errors import DataError, RecipeError
 from fedpress.nn.quant_scheme import (
     QuantizationScheme,
@@ -54,7 +55,7 @@ def measure_choices(
     model: nn.Module,
     table: Mapping[str, QuantizationScheme],
     bits: Sequence[int],
-    batches: Sequence[Tensor],
+    batches: Sequence[Inputs],
 ) -> dict[str, list[Choice]]:
     """Rounds the weights of one layer after the other to each number of bits, and measures what the outputs lose.
 
@@ -80,7 +81,7 @@ def measure_choices(
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:
-        wanted = [model(x).float().log_softmax(1) for x in batches]
+        wanted = [call(model, x).float().log_softmax(1) for x in batches]
         found: dict[str, list[Choice]] = {}
         for name, scheme in table.items():
             if scheme.weights is None or scheme.weights.kind != "int":
@@ -132,10 +133,10 @@ def _rounded(layer: nn.Module, weight: Tensor, quantization: WeightQuantization)
     return cast(Tensor, quantized.unrows(layer, fake_quantize(rows, scale, quantization)))
 
 
-def _harm(model: nn.Module, batches: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+def _harm(model: nn.Module, batches: Sequence[Inputs], wanted: Sequence[Tensor]) -> float:
     total, count = 0.0, 0
     for x, log_p in zip(batches, wanted, strict=True):
-        log_q = model(x).float().log_softmax(1)
+        log_q = call(model, x).float().log_softmax(1)
         total += float((log_p.exp() * (log_p - log_q)).sum())
         count += len(x)
     return max(total / count, 0.0)

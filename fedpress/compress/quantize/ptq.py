@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedpress.compress.prune.ignoring import ignored
 from fedpress.compress.quantize.cluster import shared_values
-from fedpress.compress.quantize.ranges import Batch, calibrate_, run_watched
+from fedpress.compress.quantize.ranges import calibrate_, run_watched
 from fedpress.compress.quantize.rounding import (
     as_batch,
     best_scale,
@@ -18,6 +18,7 @@ from fedpress.compress.quantize.rounding import (
     round_second_order_,
     second_moment,
 )
+from fedpress.core.inputs import Example
 from fedpress.errors import DataError, ModelError, suggestion
 from fedpress.nn.forward_probe import OPERATIONS, base_layer, plain_equivalent
 from fedpress.nn.observers import Observer
@@ -153,7 +154,7 @@ def _has_weights(module: nn.Module) -> bool:
 def quantize_(
     model: nn.Module,
     table: Mapping[str, QuantizationScheme],
-    batches: Sequence[Batch] = (),
+    batches: Sequence[Example] = (),
     *,
     scale: Literal["mse", "minmax"] = "mse",
     rounding: Rounding = "nearest",
@@ -293,7 +294,7 @@ def _check_finite(model: nn.Module, table: Mapping[str, QuantizationScheme]) -> 
 
 
 def _input_moments(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch], *, second: bool
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Example], *, second: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Runs the model once: the mean patch [groups, k] of every layer's inputs, and their second moments if wanted."""
     means: dict[str, tuple[Tensor, int]] = {}

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedpress.core.inputs import Example, call
 from fedpress.errors import DataError, ModelError
 from fedpress.nn.observers import OBSERVERS, Histogram, Observer
 from fedpress.nn.quant_scheme import InputQuantization, calculate_qparams
 from fedpress.nn.quantized import QuantLayer, quantized_layers
 
 ROUNDING = 1e-6  # of the largest value: what the mean of equal numbers may be off
-Batch = Tensor | tuple[Tensor, ...]  # a tuple: of a model with several inputs
 
 
 @torch.no_grad()
 def calibrate_(
-    model: nn.Module, batches: Sequence[Batch], *, observer: Observer = "minmax"
+    model: nn.Module, batches: Sequence[Example], *, observer: Observer = "minmax"
 ) -> dict[str, str]:
     """Sets scale and zero point of all quantized inputs from what the layers see when `model` runs on `batches`.
 
@@ -84,7 +84,7 @@ def _set_range_(
 
 
 def _spans(
-    model: nn.Module, layers: Mapping[str, QuantLayer], batches: Sequence[Batch]
+    model: nn.Module, layers: Mapping[str, QuantLayer], batches: Sequence[Example]
 ) -> dict[str, Histogram]:
     """Returns an empty histogram from the least to the largest value that each layer sees."""
     found: dict[str, Histogram] = {}
@@ -104,7 +104,7 @@ def _spans(
 
 
 def _set_middles_(
-    model: nn.Module, layers: Mapping[str, QuantLayer], batches: Sequence[Batch]
+    model: nn.Module, layers: Mapping[str, QuantLayer], batches: Sequence[Example]
 ) -> None:
     """Sets the middle of each channel of one-bit inputs to its mean."""
     totals: dict[str, tuple[Tensor, int]] = {}
@@ -121,7 +121,7 @@ def _set_middles_(
 
 
 def _mean_distances(
-    model: nn.Module, layers: Mapping[str, QuantLayer], batches: Sequence[Batch]
+    model: nn.Module, layers: Mapping[str, QuantLayer], batches: Sequence[Example]
 ) -> dict[str, float]:
     """Returns how far the inputs of each layer lie from their middle, or from 0 without one, in the mean."""
     totals: dict[str, tuple[float, int]] = {}
@@ -168,7 +168,7 @@ def _check_informative(
 def run_watched(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
-    batches: Sequence[Batch],
+    batches: Sequence[Example],
     observe: Callable[[str, Tensor], None],
 ) -> None:
     """Runs `model` in evaluation mode, inputs not rounded, and shows `observe` what comes into each of `layers`."""
@@ -186,7 +186,7 @@ def run_watched(
         for layer, own in schemes.items():
             layer.scheme = own.model_copy(update={"inputs": None})
         for batch in batches:
-            model(*batch) if isinstance(batch, tuple) else model(batch)
+            call(model, batch)
     except RuntimeError as error:
         raise ModelError(
             f"the model cannot run on these examples ({str(error).splitlines()[0]})",

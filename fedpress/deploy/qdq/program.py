@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from fedpress.core.inputs import Example
 from fedpress.deploy.calibrate import ranges
 from fedpress.deploy.capture import capture, silence, trace
-from fedpress.deploy.examples import Example, Given, as_device, example_of, ordered, take
+from fedpress.deploy.examples import Given, as_device, example_of, ordered, take
 from fedpress.deploy.qdq.edges import rounded_values
 from fedpress.deploy.qdq.graph import (
     IntegerFormat,

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedpress.core.examples import Preprocess
+from fedpress.core.inputs import dtype_of, shape_told
 from fedpress.data import FederatedData
 from fedpress.errors import DataError, ModelError
 from fedpress.pipeline.commands.subject import NOTHING, Outputs, Subject, outputs_of
@@ -156,7 +155,13 @@ class Examples:
 
 def _of_held(held: FederatedData) -> dict[str, Any]:
     """Returns the table of a data set in memory: what an example looks like, and the number of classes."""
-    kinds = ":int64" if held.public.x.dtype == torch.int64 else ""
+    if isinstance(held.example_shape, dict):
+        raise DataError(
+            f"examples of several inputs by name: {shape_told(held.example_shape)}",
+            place="data=",
+            cure="give data=SOURCE, a 'package.module:function' that makes them",
+        )
+    kinds = ":int64" if dtype_of(held.public.x) == "int64" else ""
     count = held.num_classes if held.labelled else 0
     shape = "x".join(map(str, held.example_shape))
     table: dict[str, Any] = {"source": NOTHING, "path": f"{shape}:{count}{kinds}"}
@@ -169,6 +174,15 @@ def _shape(subject: Subject, keys: Sequence[Override], shape: tuple[int, ...] | 
     """Says what an example of a model without data looks like, and the number of classes, as `no_data` takes them."""
     if subject.spec is not None:
         saved = subject.spec
+        if isinstance(saved.input_shape, dict):
+            raise ModelError(
+                f"'{subject.name}' takes several inputs by name: {shape_told(saved.input_shape)}",
+                place="data=",
+                cure=(
+                    "give data=SOURCE, a 'package.module:function' that makes such examples, or the "
+                    "run that trained it"
+                ),
+            )
         shape, model = saved.input_shape, saved.build() if not saved.class_names else None
         found = Outputs(len(saved.class_names), saved.input_dtype == "int64")
     else:

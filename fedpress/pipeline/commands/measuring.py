@@ -16,9 +16,10 @@ from fedpress import deploy, storage
 from fedpress.compress import cost
 from fedpress.core import consent
 from fedpress.core.examples import Preprocess
+from fedpress.core.inputs import Example
 from fedpress.core.random_source import public_stream
 from fedpress.deploy import FORMATS, Candidate, Job
-from fedpress.deploy.examples import Example, Given, example_of, is_shape, take, tensors_of
+from fedpress.deploy.examples import Given, example_of, is_shape, take
 from fedpress.errors import ExportError, ModelError, renaming
 from fedpress.models import ModelSpec, memory
 from fedpress.models.weights import load_weights_
@@ -261,7 +262,8 @@ class Found:
             spec, model = _load(given, self.inputs.shape, self.checkpoint)
         model.eval()
         unknown = several is None and not spec.class_names
-        if unknown and outputs_of(model, spec.input_shape).tokens:
+        one = spec.input_shape
+        if unknown and not isinstance(one, dict) and outputs_of(model, one).tokens:
             spec = spec.model_copy(update={"input_dtype": "int64"})
         return spec, model
 
@@ -319,7 +321,9 @@ def _given(spec: ModelSpec | None, name: str, shape: tuple[int, ...] | None) -> 
     """Returns what a model takes: the shape of one example, or token ids."""
     if spec is None:
         return _known(name, shape)
-    return spec.example(2) if spec.input_dtype == "int64" else shape or spec.input_shape
+    if isinstance(spec.input_shape, dict) or spec.input_dtype != "float32":
+        return spec.example(2)
+    return shape or spec.input_shape
 
 
 def _noise(given: Given) -> Example:
@@ -350,7 +354,7 @@ def _model_beside(file: Path) -> tuple[ModelSpec, nn.Module] | None:
 
 def _counts(model: nn.Module, given: Given) -> tuple[int, int, int]:
     """Returns parameters, multiply-adds of one example, and the numbers that its layers give."""
-    example = tuple(tensors_of(take(example_of(given), 1)))
+    example = take(example_of(given), 1)
     try:
         return cost.parameters(model), cost.macs(model, example), cost.activations(model, example)
     except Exception as error:  # whatever somebody's own network raises

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from fedpress.core.inputs import call
 from fedpress.core.parameters import trainable
 from fedpress.privacy.per_example.persample import (
     Measured,
@@ -101,7 +102,7 @@ def _record(query: Query) -> tuple[Tensor, list[tuple[nn.Module, Tensor, Tensor]
     ]
     handles = [module.register_forward_hook(see) for module in owners]
     try:
-        outputs = model(query.x)
+        outputs = call(model, query.x)
     finally:
         for handle in handles:
             handle.remove()

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fedpress.core.inputs import Inputs, call, join, map_inputs, parts_of
 from fedpress.core.parameters import trainable
 from fedpress.errors import RecipeError, suggestion
 from fedpress.nn.batch_norm import BatchNorm
@@ -64,7 +65,7 @@ class RawStats:
 def clipped_gradient_sum(
     model: nn.Module,
     loss_fn: LossFn,
-    x: Tensor,
+    x: Inputs,
     y: Tensor,
     *,
     clip_norm: float,
@@ -83,7 +84,7 @@ def clipped_gradient_sum(
     Args:
         model: its trainable parameters, in the order of `tree.Layout`, give the d values.
         loss_fn: outputs and labels of one example [1, ...] to its loss.
-        x: prepared inputs [n, ...]; n may be 0.
+        x: prepared inputs [n, ...], one tensor or several by name; n may be 0.
         y: labels [n].
         clip_norm: the L2 bound of one sample.
         method: row of `METHODS`; see `choose_method`.
@@ -188,14 +189,14 @@ def _verified(views: list[Tensor], query: Query, method: Method, verify: Verify)
 @torch.no_grad()
 def _losses(query: Query, rows: list[int]) -> Measured:
     """Returns the loss of each of `rows` when the batch runs as a whole, with no norm."""
-    outputs, found = query.model(query.x), []
+    outputs, found = call(query.model, query.x), []
     for row in rows:
         at = slice(row, row + 1)
         found.append(Sample(float(query.loss_fn(outputs[at].float(), query.y[at])), 0.0))
     return found
 
 
-def _rows_to_verify(x: Tensor, count: int) -> list[int]:
+def _rows_to_verify(x: Inputs, count: int) -> list[int]:
     """Returns up to `count` places in `x` [n, ...]: the largest input, its neighbours, the smallest, then spread ones.
 
     What a network does on rare inputs only it most likely does on extreme ones, or to those that lie beside them.
@@ -203,7 +204,8 @@ def _rows_to_verify(x: Tensor, count: int) -> list[int]:
     n = len(x)
     if n <= count:
         return list(range(n))
-    size = x.reshape(n, -1).double().norm(dim=1).nan_to_num(math.inf)
+    sizes = [part.reshape(n, -1).double().norm(dim=1) for part in parts_of(x).values()]
+    size = (sizes[0] if len(sizes) == 1 else torch.stack(sizes).norm(dim=0)).nan_to_num(math.inf)
     spread = torch.linspace(0, n - 1, count).long().tolist()
     largest = int(size.argmax())
     extreme = [largest, (largest + 1) % n, (largest - 1) % n, int(size.argmin())]
@@ -239,10 +241,10 @@ def _without_dropout(model: nn.Module) -> Iterator[bool]:
             layer.training = True
 
 
-def choose_method(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> Method:
+def choose_method(model: nn.Module, loss_fn: LossFn, x: Inputs, y: Tensor) -> Method:
     """Returns the fastest method that agrees with the plain loop on a copy of `model` and two inputs.
 
-    The inputs are random numbers of the shape and type of `x` [n, ...] (prepared) and `y` [n]. Where `x` holds whole
+    The inputs are random numbers of the shape and type of `x` [n, ...] (prepared) and `y` [n]. Where one holds whole
     numbers, or the network has embeddings, random numbers may be no valid input: then two rows of `x` are taken, and
     also where the network cannot run on random ones. A network whose samples mix fails the comparison for every
     batched method, so it falls to the loop, where they cannot; what mixes on rare inputs only is found by `verify`.
@@ -259,9 +261,9 @@ def choose_method(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> Me
         return "loop"
 
     labels = torch.zeros((2, *y.shape[1:]), dtype=y.dtype, device=y.device)
-    tries = [torch.cat([x[:1], x[-1:]])]
+    tries = [join([x[:1], x[-1:]])]
     if not _takes_whole_numbers(model, x):
-        made_up = torch.randn((2, *x.shape[1:]), generator=noise).to(x)
+        made_up = map_inputs(x, lambda t: torch.randn((2, *t.shape[1:]), generator=noise).to(t))
         tries.insert(0, made_up)
     for inputs in tries:
         expected, raw = clipped_gradient_sum(
@@ -294,10 +296,13 @@ def _twin(model: nn.Module, noise: torch.Generator) -> nn.Module:
     return twin
 
 
-def _takes_whole_numbers(model: nn.Module, x: Tensor) -> bool:
+def _takes_whole_numbers(model: nn.Module, x: Inputs) -> bool:
     """Whether inputs may be names of things, such as tokens, so that a random number could be none of them."""
     embeds = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in model.modules())
-    return embeds or not x.is_floating_point() or bool((x == x.round()).all())
+    return embeds or any(
+        not part.is_floating_point() or bool((part == part.round()).all())
+        for part in parts_of(x).values()
+    )
 
 
 def check_separable(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fedpress.core.inputs import Inputs, arguments, call, join
 from fedpress.core.parameters import trainable
 from fedpress.privacy.per_example.guard import Guard
 
@@ -39,7 +40,7 @@ class Query:
 
     model: nn.Module
     loss_fn: LossFn
-    x: Tensor
+    x: Inputs
     y: Tensor
     clip_norm: float
 
@@ -79,7 +80,7 @@ def _measure_one(views: list[Tensor], query: Query) -> tuple[Sample, list[tuple[
         # Some networks cannot take a batch of one (`squeeze()`). The mean loss of a sample and its copy has the same
         # gradient, and no other sample is in it.
         try:
-            loss, grads = _gradient(query, torch.cat([x, x]), torch.cat([y, y]))
+            loss, grads = _gradient(query, join([x, x]), torch.cat([y, y]))
         except Exception:
             return Sample(
                 math.nan, math.nan, f"{type(first).__name__}: {str(first).partition(chr(10))[0]}"
@@ -92,9 +93,9 @@ def _measure_one(views: list[Tensor], query: Query) -> tuple[Sample, list[tuple[
     return Sample(float(loss.detach()), math.nan), used
 
 
-def _gradient(query: Query, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def _gradient(query: Query, x: Inputs, y: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Returns the loss of a batch and the gradient of each trainable parameter, None where it is not used."""
-    loss = query.loss_fn(query.model(x), y)
+    loss = query.loss_fn(call(query.model, x), y)
     return loss, torch.autograd.grad(loss, trainable(query.model), allow_unused=True)
 
 
@@ -103,8 +104,8 @@ def add_vmap_(views: list[Tensor], query: Query) -> Measured:
     model, x = query.model, query.x
     named = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
-    def loss_of(params: dict[str, Tensor], one: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = torch.func.functional_call(model, params, (one[None],))
+    def loss_of(params: dict[str, Tensor], one: Inputs, label: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = torch.func.functional_call(model, params, *arguments(one[None]))
         loss = query.loss_fn(outputs, label[None])
         return loss, loss.detach()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedpress.core.inputs import Inputs
 from fedpress.core.parameters import trainable
 from fedpress.core.random_source import Source
 from fedpress.errors import RecipeError
@@ -33,7 +34,7 @@ class StepRecord:
 def private_steps(
     model: nn.Module,
     loss_fn: LossFn,
-    x: Tensor,
+    x: Inputs,
     y: Tensor,
     *,
     plan: PrivacyPlan,
@@ -41,7 +42,7 @@ def private_steps(
     lr: float,
     generator: Source,
     momentum: float = 0.0,
-    prepare: Callable[[Tensor], Tensor] | None = None,
+    prepare: Callable[[Inputs], Inputs] | None = None,
     method: Method | None = None,
     autocast: torch.dtype | None = None,
 ) -> Iterator[StepRecord]:
@@ -53,7 +54,7 @@ def private_steps(
     Args:
         model: without batch normalisation in training mode.
         loss_fn: outputs and labels of one example to its loss.
-        x: raw examples [n, ...]; their number n is taken as public.
+        x: raw examples [n, ...], one tensor or several by name; their number n is taken as public.
         y: labels [n].
         plan: of unit "sample".
         steps: how many steps.
@@ -90,13 +91,13 @@ def private_steps(
 def private_gradients(
     model: nn.Module,
     loss_fn: LossFn,
-    x: Tensor,
+    x: Inputs,
     y: Tensor,
     *,
     plan: PrivacyPlan,
     steps: int,
     generator: Source,
-    prepare: Callable[[Tensor], Tensor] | None = None,
+    prepare: Callable[[Inputs], Inputs] | None = None,
     method: Method | None = None,
     autocast: torch.dtype | None = None,
 ) -> Iterator[tuple[Tensor, RawStats]]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from fedpress.core import parameters
 from fedpress.core.examples import Preprocess
+from fedpress.core.inputs import Inputs
 from fedpress.core.names import ClientId
 from fedpress.core.random import derive
 from fedpress.core.random_source import RandomSource
@@ -217,7 +218,7 @@ class Prepare:
     preprocess: Preprocess
     how: Augment
 
-    def __call__(self, x: Tensor, chance: RandomSource) -> Tensor:
+    def __call__(self, x: Inputs, chance: RandomSource) -> Inputs:
         """Maps raw examples [k, ...] to float32 [k, ...]."""
         return self.preprocess(augment(x, self.how, chance) if self.how.active else x)
 

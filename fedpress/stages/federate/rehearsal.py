@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpress.core.examples import Arrays
+from fedpress.core.inputs import Inputs, NamedInputs, form_of, parts_of, told
 from fedpress.core.random_source import RandomSource, public_stream
 from fedpress.errors import RecipeError, TrainingError
 from fedpress.stages.federate.client import ClientHalf
@@ -37,7 +38,7 @@ def rehearse(clients: Sequence[ClientHalf], public: Sequence[Arrays], task: Task
                 break
         else:
             what, cause = problems[0]
-            kind = f"{what} examples of shape {list(like.x.shape[1:])} ({like.x.dtype})"
+            kind = f"{what} examples of shape {told(like.x)}"
             cure = "mend the model, so that it runs on single examples"
             if what == "made-up":
                 cure += ", or give public examples of this kind (data.public_share) to try it on"
@@ -55,7 +56,7 @@ def _one_of_each_kind(clients: Sequence[ClientHalf]) -> list[ClientHalf]:
     kinds: dict[tuple[object, ...], ClientHalf] = {}
     for client in clients:
         x, y = client.arrays.x, client.arrays.y
-        kinds.setdefault((x.shape[1:], x.dtype, y.shape[1:], y.dtype), client)
+        kinds.setdefault((form_of(x), y.shape[1:], y.dtype), client)
     return list(kinds.values())
 
 
@@ -64,24 +65,41 @@ def _examples(
 ) -> Iterator[tuple[str, Arrays]]:
     """Yields examples of the kind of `like` to try, one after another until one works; only its type is looked at."""
     for part in public:
-        same = (
-            part.x.shape[1:] == like.x.shape[1:]
-            and part.x.dtype == like.x.dtype
-            and part.y.dtype == like.y.dtype
-        )
+        same = form_of(part.x) == form_of(like.x) and part.y.dtype == like.y.dtype
         if len(part) and same:
             spread = torch.linspace(0, len(part) - 1, min(EXAMPLES, len(part))).long()
             yield "public", part.take(spread)
             return
     chance, targets = public_stream(0, "rehearsal"), task.made_up(EXAMPLES, like.y)
-    shape = (EXAMPLES, *like.x.shape[1:])
-    for x in _made_up(shape, like.x.dtype, _vocabulary(model), chance):
+    for x in _made_up_inputs(like.x, _vocabulary(model), chance):
         yield "made-up", Arrays(x, targets)
+
+
+def _made_up_inputs(like: Inputs, vocabulary: int | None, chance: RandomSource) -> Iterator[Inputs]:
+    """Yields inputs like `like`; of several inputs at last whole numbers of 1, such as the length of one word."""
+    tries = {
+        name: list(_made_up((EXAMPLES, *part.shape[1:]), part.dtype, vocabulary, chance))
+        for name, part in parts_of(like).items()
+    }
+    if not isinstance(like, NamedInputs):
+        yield from tries[""]
+        return
+    for at in (0, -1):
+        yield NamedInputs({name: found[at] for name, found in tries.items()})
+    yield NamedInputs(
+        {
+            name: found[0] if found[0].is_floating_point() else torch.ones_like(found[0])
+            for name, found in tries.items()
+        }
+    )
 
 
 def _made_up(
     shape: tuple[int, ...], dtype: torch.dtype, vocabulary: int | None, chance: RandomSource
 ) -> Iterator[Tensor]:
+    if dtype == torch.bool:
+        yield torch.ones(shape, dtype=dtype)
+        return
     if dtype == torch.uint8:
         yield chance.integers(256, *shape).to(dtype)
     elif dtype.is_floating_point and vocabulary is None:

@@ -158,7 +158,7 @@ class L0Stage(L0Settings, Stage):
         plan = self.plan(dense, graph, scores)
         pruned = copied(dense)
         compress.remove_(pruned, plan)
-        facts["parity_error"] = compress.check_parity(dense, pruned, plan, _example(state))
+        facts["parity_error"] = compress.check_parity(dense, pruned, plan, state.example(2))
         write_json(folder.path / "plan.json", plan.model_dump(mode="json"))
         _restore_norms_(self, pruned, state)
         widths: list[JsonValue] = [
@@ -218,10 +218,6 @@ def _restore_norms_(stage: L0Stage, model: nn.Module, state: State) -> None:
         restore_norms_(model, state, calibration(state, stage.calibration, seed), batch=BATCH)
 
 
-def _example(state: State) -> Tensor:
-    return state.spec.example(2)
-
-
 def _trace(model: nn.Module, state: State, ignore: Sequence[str]) -> ChannelGraph:
     with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints its graph before it fails
-        return compress.trace(model, _example(state), ignore=ignore)
+        return compress.trace(model, state.example(2), ignore=ignore)

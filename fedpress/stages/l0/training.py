@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedpress.compress.sparse import geometric
 from fedpress.compress.sparse.l0 import Controller, Gates, balance
+from fedpress.core.inputs import Inputs
 from fedpress.core.parameters import part_of
 from fedpress.core.random_source import public_stream
 from fedpress.stages.epochs import epochs_of, milestone, steps_of
@@ -65,7 +66,7 @@ class GatedTraining:
                 more = f", expected density {density:.1%}"
                 yield milestone(event, more=more, expected_density=density, lambda_=self.pull)
 
-    def loss(self, model: nn.Module, x: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+    def loss(self, model: nn.Module, x: Inputs, logits: Tensor, y: Tensor) -> Tensor:
         """The task's loss and what the controller makes of the expected density."""
         loss = self.fit.task.loss(logits, y)
         density = self.gates.density()

@@ -16,6 +16,7 @@ from fedpress.compress.prune.derivatives import differentiable
 from fedpress.compress.prune.sensitivity import densities_down_to
 from fedpress.compress.prune.targets import full_widths, next_share
 from fedpress.core.examples import Arrays
+from fedpress.core.inputs import call
 from fedpress.core.parameters import part_of
 from fedpress.core.random import derive
 from fedpress.core.random_source import public_stream
@@ -295,7 +296,8 @@ class Cutting:
         """Runs the model over the public examples; one by one where the score wants the information of each."""
         assert self.public is not None
         for x, y in self.public.batches(1 if SCORES[self.stage.score].single else BATCH):
-            yield self.source.data.task.loss(self.model(self.source.data.preprocess(x)), y)
+            outputs = call(self.model, self.source.data.preprocess(x))
+            yield self.source.data.task.loss(outputs, y)
 
     def refit_(
         self, dense: nn.Module, plan: PruningPlan
@@ -304,8 +306,7 @@ class Cutting:
         if not plan.approximate:
             return {}
         if self.public is None:
-            shape = (BATCH, *self.source.spec.input_shape)
-            batches = [torch.randn(shape, generator=torch.Generator().manual_seed(0))]
+            batches = [self.source.spec.example(BATCH, torch.Generator().manual_seed(0))]
         else:
             some = self.public.take(torch.arange(min(len(self.public), REFIT)))
             batches = [self.source.data.preprocess(x) for x, _ in some.batches(BATCH)]
@@ -343,7 +344,7 @@ def _loss_and_score(model: nn.Module, examples: Arrays, data: FederatedData) -> 
     sums: list[Sums] = []
     with differentiable(model, (), batch_statistics=True), torch.no_grad():
         for x, y in examples.batches(BATCH):
-            outputs, targets = model(data.preprocess(x.to(at))).float(), y.to(at)
+            outputs, targets = call(model, data.preprocess(x.to(at))).float(), y.to(at)
             loss += float(task.loss(outputs, targets, reduction="sum"))
             sums.append(task.score_sums(outputs, targets))
     return loss / len(examples), task.score(merged(*sums))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from fedpress import compress, deploy
 from fedpress.compress import SCORES, ChannelGraph, Target
@@ -17,6 +17,7 @@ from fedpress.compress.prune.plan import allowed_widths
 from fedpress.compress.prune.sensitivity import DENSITIES
 from fedpress.compress.prune.targets import Cost, bytes_of, full_widths
 from fedpress.core.examples import Arrays
+from fedpress.core.inputs import Inputs
 from fedpress.errors import RecipeError
 from fedpress.nn.batch_norm import has_batch_norm
 from fedpress.stages.public import calibration
@@ -212,14 +213,14 @@ def milliseconds(model: nn.Module, state: State, *, seconds: float = 0.5) -> flo
     """Times `model` in onnxruntime, on one example and one thread: the median."""
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "model.onnx"
-        shape = state.spec.input_shape
-        deploy.export_onnx(model, path, deploy.Job(shape, state.data.preprocess))
-        return deploy.latency(path, shape, seconds=seconds).median_ms
+        given = state.given
+        deploy.export_onnx(model, path, deploy.Job.of(given, preprocess=state.data.preprocess))
+        return deploy.latency(path, given, seconds=seconds).median_ms
 
 
-def example_input(state: State) -> Tensor:
+def example_input(state: State) -> Inputs:
     """Returns an input of zeros; of two examples, since torch.export takes a batch of one for a constant."""
-    return state.spec.example(2)
+    return state.example(2)
 
 
 def traced(model: nn.Module, state: State, how: PruneSettings) -> ChannelGraph:

@@ -28,6 +28,7 @@ from fedpress.compress.sparse import (
 from fedpress.compress.sparse.levels import lowest_densities
 from fedpress.compress.sparse.scores import gradients
 from fedpress.core.examples import Arrays, Preprocess
+from fedpress.core.inputs import call
 from fedpress.core.parameters import part_of
 from fedpress.core.random_source import public_stream
 from fedpress.nn.batch_norm import has_batch_norm
@@ -166,7 +167,7 @@ class MaskedTraining:
         prepare: Preprocess = self.data.preprocess
         for x, y in examples.batches(batch):
             at = device()
-            yield self.data.task.loss(self.fit.model(prepare(x.to(at))), y.to(at))
+            yield self.data.task.loss(call(self.fit.model, prepare(x.to(at))), y.to(at))
 
     def restore_norms_(self) -> None:
         """Takes the statistics of batch norms anew: averaged ones (`ema`) are those of a network with fewer zeros.
