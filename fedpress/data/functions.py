@@ -88,6 +88,28 @@ def _find(source: str, where: str) -> Callable[..., Any]:
 
 def _examples(settings: DataSettings, pairs: dict[str, Any], where: str) -> Examples:
     clients = {name: _client(pair, f"{where}: client '{name}'") for name, pair in pairs.items()}
+    x, labels = _together(clients, where)
+    owners = torch.cat([torch.full((len(x),), i) for i, (x, _) in enumerate(clients.values())])
+    # Whole numbers are classes, unless the recipe names a task of numbers, such as counts.
+    named = settings.task is not None and tasks.find(tasks.kind_of(settings.task)).targets
+    whole = labels.dtype.kind in "iu" and named == "numbers"
+    rows = Examples(
+        settings.source,
+        Arrays(x, torch.zeros(len(x))),
+        owners=owners,
+        owner_names=tuple(clients),
+    )
+    if labels.dtype.kind in "iu" and labels.ndim > 1 and named == "classes":
+        return _of_positions(settings, rows, torch.from_numpy(labels.astype(np.int64)), where)
+    if labels.dtype.kind == "f" or labels.ndim > 1 or whole:
+        return _of_numbers(settings, rows, labels, where)
+    return _of_classes(settings, rows, labels, where)
+
+
+def _together(
+    clients: Mapping[str, tuple[Inputs, np.ndarray]], where: str
+) -> tuple[Inputs, np.ndarray]:
+    """Returns the inputs and targets of all clients, which must be of one form."""
     forms = {form_of(x): told(x) for x, _ in clients.values()}
     if len(forms) > 1:
         raise DataError(
@@ -101,44 +123,32 @@ def _examples(settings: DataSettings, pairs: dict[str, Any], where: str) -> Exam
         raise DataError(
             "clients' targets differ in shape", place=where, cure="make them alike"
         ) from error
-    owners = torch.cat([torch.full((len(x),), i) for i, (x, _) in enumerate(clients.values())])
-    x = join([x for x, _ in clients.values()])
-    # Whole numbers are classes, unless the recipe names a task of numbers, such as counts.
-    named = settings.task is not None and tasks.find(tasks.kind_of(settings.task)).targets
-    whole = labels.dtype.kind in "iu" and named == "numbers"
-    rows = Examples(
-        settings.source,
-        Arrays(x, torch.zeros(len(x))),
-        owners=owners,
-        owner_names=tuple(clients),
-    )
-    if labels.dtype.kind in "iu" and labels.ndim > 1 and named == "classes":
-        return _of_positions(settings, rows, torch.from_numpy(labels.astype(np.int64)), where)
-    if labels.ndim > 2:
-        raise DataError(
-            f"targets of shape {list(labels.shape)}",
-            place=where,
-            cure="expected [n] or [n, k]; class numbers of positions need data.task = 'classification'",
-        )
-    if labels.dtype.kind == "f" or labels.ndim == 2 or whole:
-        return _of_numbers(settings, rows, labels)
+    return join([x for x, _ in clients.values()]), labels
+
+
+def _of_classes(settings: DataSettings, rows: Examples, labels: np.ndarray, where: str) -> Examples:
+    """Makes examples whose targets are words or class numbers [n]."""
     y, words = _numbered(labels, where)
-    train = Arrays(x, y)
 
     def targets(public: Tensor) -> TargetRows:
         if words:
             return known_classes(y, words, public, settings, where)
-        # Class numbers: those up to the highest that is public, or as many as the recipe names.
-        if settings.classes is not None:
-            names = settings.classes
-        else:
-            count = int(y[rows_that_name(public, len(y), settings, where)].max()) + 1
-            names = tuple(str(number) for number in range(count))
+        names = _names_of_numbers(y, public, settings, where)
         return checked(
             TargetRows.of_classes(torch.where(y < len(names), y, -1), names), settings, where
         )
 
-    return replace(rows, train=train, targets=targets)
+    return replace(rows, train=Arrays(rows.train.x, y), targets=targets)
+
+
+def _names_of_numbers(
+    y: Tensor, public: Tensor, settings: DataSettings, where: str
+) -> tuple[str, ...]:
+    """Returns the classes of class numbers: up to the highest public one, or as many as the recipe names."""
+    if settings.classes is not None:
+        return settings.classes
+    count = int(y[rows_that_name(public, len(y), settings, where)].max()) + 1
+    return tuple(str(number) for number in range(count))
 
 
 def _of_positions(settings: DataSettings, rows: Examples, y: Tensor, where: str) -> Examples:
@@ -157,17 +167,20 @@ def _of_positions(settings: DataSettings, rows: Examples, y: Tensor, where: str)
     votes = torch.stack([(y == label).flatten(1).sum(1) for label in range(most)], 1)
 
     def targets(public: Tensor) -> TargetRows:
-        names = settings.classes
-        if names is None:
-            count = int(y[rows_that_name(public, len(y), settings, where)].max()) + 1
-            names = tuple(str(number) for number in range(count))
+        names = _names_of_numbers(y, public, settings, where)
         return TargetRows(y, names, (y < len(names)).flatten(1).all(1))
 
     return replace(rows, train=Arrays(rows.train.x, votes.argmax(1)), targets=targets)
 
 
-def _of_numbers(settings: DataSettings, rows: Examples, found: np.ndarray) -> Examples:
+def _of_numbers(settings: DataSettings, rows: Examples, found: np.ndarray, where: str) -> Examples:
     """Makes examples whose targets are numbers [n] or [n, k], or 0 and 1 for each label [n, k] (truth values)."""
+    if found.ndim > 2:
+        raise DataError(
+            f"targets of shape {list(found.shape)}",
+            place=where,
+            cure="expected [n] or [n, k]; class numbers of positions need data.task = 'classification'",
+        )
     given = (
         settings.task
         if settings.task is not None

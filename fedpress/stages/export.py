@@ -16,6 +16,7 @@ from fedpress import deploy
 from fedpress.core.inputs import Inputs
 from fedpress.core.random_source import public_stream
 from fedpress.deploy import FORMATS, Artifact, Job
+from fedpress.deploy.examples import Given
 from fedpress.errors import DataError
 from fedpress.nn.observers import Observer
 from fedpress.stages import inputs
@@ -148,9 +149,11 @@ class ExportStage(BaseModel, Stage):
     def _export(self, state: State, path: Path, *, few: bool = False) -> Artifact:
         examples = next((a.x for a in (state.data.test, state.data.public) if len(a)), None)
         whole = state.example(2) if examples is None else state.data.preprocess(examples[:2])
-        one = isinstance(whole, Tensor) and whole.is_floating_point()
+        given: Given = whole
+        if isinstance(whole, Tensor) and whole.is_floating_point():
+            given = tuple(whole.shape[1:])
         job = Job.of(
-            tuple(whole.shape[1:]) if one else whole,
+            given,
             preprocess=state.data.preprocess,
             metadata=_metadata(state),
             batches=self._batches(state, few=few) if self.int8 else (),

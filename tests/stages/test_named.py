@@ -34,8 +34,8 @@ def weights(path, stage: str) -> dict[str, torch.Tensor]:
 def test_a_recipe_trains_federates_and_tells(model, tmp_path):
     text = named.recipe(named.TRAIN, named.federate(), model=model)
     train, federate = finish(text, tmp_path)["stages"]
-    assert train["accuracy"] > 0.8
-    assert federate["accuracy"] > 0.8
+    assert train["accuracy"] > 0.7
+    assert federate["accuracy"] > 0.7
     assert federate["clients"] == 3
     assert federate["client_accuracy"]
     assert 0 <= federate["auc"] <= 1
@@ -105,7 +105,7 @@ def test_other_tasks_learn_from_dictionaries(tmp_path):
         more='task = "classification"',
     )
     train, federate = finish(tags, tmp_path / "tags")["stages"]
-    assert train["accuracy"] > 0.8
+    assert train["accuracy"] > 0.7
     assert federate["epsilon"] > 0
 
 
@@ -114,9 +114,9 @@ def test_the_file_takes_inputs_by_name_and_says_what_the_model_says(tmp_path):
     assert export["accuracy"] == train["accuracy"]
     assert export["parity"]["max_abs_error"] < 1e-4
     path = tmp_path / export["artifact"]
-    session = deploy.open_onnx(path)
+    session = deploy.open_file(path)
     assert {port.name for port in session.inputs} == {"tokens", "lengths", "sensors"}
-    data = load_data(recipes.load(named.recipe(), ()))
+    data = load_data(recipes.load(named.recipe(named.TRAIN), ()))
     _, network = load(tmp_path)
     rows = data.test.x[:5]
     expected = network.eval()(**dict(rows)).detach()
@@ -133,7 +133,7 @@ def test_integers_take_their_ranges_from_all_inputs(tmp_path):
     assert abs(export["accuracy"] - train["accuracy"]) < 0.05
 
 
-PRUNE = '[[stage]]\nkind = "prune"\nkeep_params = 0.6\n{more}\n'
+PRUNE = '[[stage]]\nkind = "prune"\nkeep_params = 0.6\nround_to = 1\n{more}\n'
 
 
 @pytest.mark.parametrize("more", ["", 'score = "taylor"', 'score = "l2"'])

@@ -39,13 +39,13 @@ def test_one_public_example_under_batch_norm_is_refused_only_where_nothing_can_b
             {"image_sizes": ((9, 1),)},
             images(),
             NONE,
-            r"images of 9 pixels, but examples are \(3, 8, 8\)",
+            r"images of 9 pixels, but examples are \[3, 8, 8\]",
         ),
         (
             {"image_sizes": ((4, 1),)},
             Arrays(torch.zeros(9, 192), torch.zeros(9)),
             NONE,
-            r"examples are \(192,\)",
+            r"examples are \[192\]",
         ),
         (
             {"image_sizes": ((6, 1),)},

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fedpress.core.examples import Preprocess
-from fedpress.core.inputs import dtype_of, shape_told
+from fedpress.core.inputs import dtype_of
 from fedpress.data import FederatedData
 from fedpress.errors import DataError, ModelError
-from fedpress.pipeline.commands.subject import NOTHING, Outputs, Subject, outputs_of
+from fedpress.pipeline.commands.subject import NOTHING, Outputs, Subject, outputs_of, told_form
 from fedpress.pipeline.recipe import Override
 
 
@@ -155,15 +155,10 @@ class Examples:
 
 def _of_held(held: FederatedData) -> dict[str, Any]:
     """Returns the table of a data set in memory: what an example looks like, and the number of classes."""
-    if isinstance(held.example_shape, dict):
-        raise DataError(
-            f"examples of several inputs by name: {shape_told(held.example_shape)}",
-            place="data=",
-            cure="give data=SOURCE, a 'package.module:function' that makes them",
-        )
-    kinds = ":int64" if dtype_of(held.public.x) == "int64" else ""
+    dtype = dtype_of(held.public.x)
+    kinds = ":int64" if dtype == "int64" else ""
     count = held.num_classes if held.labelled else 0
-    shape = "x".join(map(str, held.example_shape))
+    shape = told_form(held.example_shape, dtype)
     table: dict[str, Any] = {"source": NOTHING, "path": f"{shape}:{count}{kinds}"}
     if held.preprocess.mean:
         table |= {"mean": list(held.preprocess.mean), "std": list(held.preprocess.std)}
@@ -175,14 +170,8 @@ def _shape(subject: Subject, keys: Sequence[Override], shape: tuple[int, ...] | 
     if subject.spec is not None:
         saved = subject.spec
         if isinstance(saved.input_shape, dict):
-            raise ModelError(
-                f"'{subject.name}' takes several inputs by name: {shape_told(saved.input_shape)}",
-                place="data=",
-                cure=(
-                    "give data=SOURCE, a 'package.module:function' that makes such examples, or the "
-                    "run that trained it"
-                ),
-            )
+            form = told_form(saved.input_shape, dict(saved.input_dtype))  # type: ignore[arg-type]
+            return f"{form}:{len(saved.class_names)}"
         shape, model = saved.input_shape, saved.build() if not saved.class_names else None
         found = Outputs(len(saved.class_names), saved.input_dtype == "int64")
     else:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fedpress.core.examples import Arrays, Preprocess
+from fedpress.core.inputs import Inputs, NamedInputs, call, map_inputs
 from fedpress.core.random_source import public_stream
 from fedpress.data import FederatedData
 from fedpress.errors import DataError
@@ -18,8 +19,8 @@ from fedpress.tasks import Regression, Task
 from fedpress.training.evaluate import evaluating
 
 TAKEN = (
-    'a source such as "cifar10", a tensor of inputs, a pair (inputs, labels), a torch Dataset or DataLoader, or a '
-    "FederatedData"
+    'a source such as "cifar10", a tensor of inputs or a dictionary of them, a pair (inputs, labels), a torch '
+    "Dataset or DataLoader, or a FederatedData"
 )
 TEST_SHARE = 0.2
 VALIDATION_SHARE = 0.1
@@ -40,8 +41,9 @@ def in_memory(
     labels serve for calibration alone.
 
     Args:
-        data: inputs [n, ...] as uint8 images, numbers or whole numbers (token ids); a pair (inputs, labels [n]); a
-            Dataset or DataLoader that gives one or the other.
+        data: inputs [n, ...] as uint8 images, numbers or whole numbers (token ids), or a dictionary of them by the
+            names of forward's arguments; a pair (inputs, labels [n]); a Dataset or DataLoader that gives one or the
+            other.
         preprocess: from these inputs to those of the network.
         class_names: of the model, if it has any.
         model: which tells by its outputs how many classes there are: some may be missing in a few examples. Whole
@@ -123,7 +125,7 @@ def _divided(every: Arrays, preprocess: Preprocess, seed: int, **about: Any) -> 
 
 @torch.no_grad()
 def _regression(
-    y: Tensor, x: Tensor, model: nn.Module | None, preprocess: Preprocess
+    y: Tensor, x: Inputs, model: nn.Module | None, preprocess: Preprocess
 ) -> Task | None:
     """Returns a regression if `y` are floats [n] or [n, k], and the model gives k numbers for each example."""
     if model is None or not y.is_floating_point() or y.dim() not in (1, 2):
@@ -131,7 +133,7 @@ def _regression(
     width = 1 if y.dim() == 1 else y.shape[1]
     with evaluating(model):
         try:
-            out = model(preprocess(x[:2]))
+            out = call(model, preprocess(x[:2]))
         except (
             Exception
         ):  # whatever somebody's own network raises; what it does not take is told later
@@ -143,14 +145,15 @@ def _regression(
 
 
 @torch.no_grad()
-def _as_taken(x: Tensor, model: nn.Module, preprocess: Preprocess) -> tuple[Tensor, int]:
+def _as_taken(x: Inputs, model: nn.Module, preprocess: Preprocess) -> tuple[Inputs, int]:
     """Returns the inputs of the type that the model takes, and the number of its classes, 0 if it tells none."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        for rows in (x, x.to(torch.float32)) if x.dtype == torch.int64 else (x,):
+        whole = isinstance(x, Tensor) and x.dtype == torch.int64
+        for rows in (x, map_inputs(x, Tensor.float)) if whole else (x,):
             try:
-                out = model(preprocess(rows[:2]))
+                out = call(model, preprocess(rows[:2]))
             except (
                 Exception
             ):  # whatever somebody's own network raises; what it does not take is told later
@@ -163,7 +166,7 @@ def _as_taken(x: Tensor, model: nn.Module, preprocess: Preprocess) -> tuple[Tens
     return x, 0
 
 
-def unlabelled(x: Tensor, preprocess: Preprocess) -> FederatedData:
+def unlabelled(x: Inputs, preprocess: Preprocess) -> FederatedData:
     """Returns a data set of inputs alone, all in the public part."""
     public = Arrays(x, torch.zeros(len(x), dtype=torch.int64))
     none = Arrays(x[:0], public.y[:0])
@@ -181,13 +184,14 @@ def unlabelled(x: Tensor, preprocess: Preprocess) -> FederatedData:
     )
 
 
-def _pair(data: Any) -> tuple[Tensor, Tensor | None]:
-    if isinstance(data, Tensor | np.ndarray):
+def _pair(data: Any) -> tuple[Inputs, Tensor | None]:
+    if isinstance(data, Tensor | np.ndarray | Mapping):
         return _inputs(data), None
     if (
         isinstance(data, tuple | list)
         and len(data) == 2
-        and all(isinstance(part, Tensor | np.ndarray) for part in data)
+        and isinstance(data[0], Tensor | np.ndarray | Mapping)
+        and isinstance(data[1], Tensor | np.ndarray)
     ):
         return _inputs(data[0]), torch.as_tensor(data[1])
     if isinstance(data, DataLoader):
@@ -203,16 +207,16 @@ def _pair(data: Any) -> tuple[Tensor, Tensor | None]:
     raise DataError(f"got {type(data).__name__}, expected {TAKEN}", place="data=")
 
 
-def _joined(items: Iterable[Any], join: Any) -> tuple[Tensor, Tensor | None]:
+def _joined(items: Iterable[Any], join: Any) -> tuple[Inputs, Tensor | None]:
     """Joins what a Dataset or DataLoader gives: inputs, or inputs and labels."""
-    inputs: list[Tensor] = []
+    inputs: list[Any] = []
     labels: list[Tensor] = []
     for item in items:
         if isinstance(item, Mapping):
             raise DataError(
                 "its items are dictionaries",
                 place="data=",
-                cure="give pairs (inputs, labels), or inputs alone",
+                cure="give pairs (inputs, labels), of which inputs may be a dictionary",
             )
         parts = item if isinstance(item, tuple | list) else (item,)
         if len(parts) not in (1, 2):
@@ -222,11 +226,7 @@ def _joined(items: Iterable[Any], join: Any) -> tuple[Tensor, Tensor | None]:
                 cure="give pairs (inputs, labels), or inputs alone",
             )
         try:
-            inputs.append(
-                torch.as_tensor(
-                    np.asarray(parts[0]) if not isinstance(parts[0], Tensor) else parts[0]
-                )
-            )
+            inputs.append(_as_tensors(parts[0]))
             labels += [torch.as_tensor(part) for part in parts[1:]]
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(
@@ -243,24 +243,57 @@ def _joined(items: Iterable[Any], join: Any) -> tuple[Tensor, Tensor | None]:
     if not inputs:
         raise DataError("there is no example in it", place="data=", cure="give some")
     try:
-        return _inputs(join(inputs)), join(labels) if labels else None
+        return _inputs(_together(inputs, join)), join(labels) if labels else None
     except RuntimeError as error:
         raise DataError(
             "its items have different shapes", place="data=", cure="make them alike"
         ) from error
 
 
-def _inputs(x: Tensor | np.ndarray) -> Tensor:
-    x = torch.as_tensor(x).detach().cpu()
-    x = x if x.layout == torch.strided else x.to_dense()
-    if x.dim() < 2:
+def _as_tensors(part: Any) -> Any:
+    """Returns the inputs of one item as a tensor, or as a dictionary of them."""
+    if isinstance(part, Mapping):
+        return {name: _as_tensors(value) for name, value in part.items()}
+    return torch.as_tensor(part if isinstance(part, Tensor) else np.asarray(part))
+
+
+def _together(items: list[Any], join: Any) -> Any:
+    """Joins tensors, or dictionaries of them by their names.
+
+    Raises:
+        RuntimeError: if the items differ in their shapes or names.
+    """
+    first = items[0]
+    if not isinstance(first, Mapping):
+        return join(items)
+    if any(not isinstance(item, Mapping) or item.keys() != first.keys() for item in items):
+        raise RuntimeError("other names")
+    return {name: join([item[name] for item in items]) for name in first}
+
+
+def _inputs(x: Tensor | np.ndarray | Mapping[str, Any]) -> Inputs:
+    if isinstance(x, Mapping):
+        named = {name: _typed(torch.as_tensor(value)) for name, value in x.items()}
+        try:
+            return NamedInputs(named)
+        except DataError as error:
+            raise DataError(error.problem, place="data=", cure=error.cure) from error
+    found = torch.as_tensor(x)
+    if found.dim() < 2:
         raise DataError(
-            f"inputs of shape {list(x.shape)}",
+            f"inputs of shape {list(found.shape)}",
             place="data=",
             cure="the first dimension counts examples: [n, ...]",
         )
+    return _typed(found.long() if found.dtype == torch.bool else found)
+
+
+def _typed(x: Tensor) -> Tensor:
+    """Returns a tensor of the types that examples may have."""
+    x = x.detach().cpu()
+    x = x if x.layout == torch.strided else x.to_dense()
     if x.is_complex():
         raise DataError("inputs are complex numbers", place="data=", cure="give real ones")
     if x.is_floating_point():
         return x.to(torch.float32)
-    return x if x.dtype == torch.uint8 else x.to(torch.int64)
+    return x if x.dtype in (torch.uint8, torch.bool) else x.to(torch.int64)

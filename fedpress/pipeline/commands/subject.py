@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fedpress import storage
 from fedpress.core import consent
 from fedpress.core.examples import Arrays, Preprocess
+from fedpress.core.inputs import Shape
 from fedpress.core.random import STREAMS
 from fedpress.data import FederatedData
 from fedpress.errors import DataError, ModelError, did_you_mean
@@ -162,7 +163,8 @@ def no_data(path: Path) -> FederatedData:
 
     Args:
         path: what the examples look like and the number of classes, such as `3x32x32:10`. No classes, `3x32x32:0`, is
-            what a model has that is no classifier; `16:0:int64` are token ids.
+            what a model has that is no classifier; `16:0:int64` are token ids, and `tokens.int64=16+lengths.int64=:2`
+            two inputs by name.
 
     Raises:
         DataError: if it says something else.
@@ -172,13 +174,13 @@ def no_data(path: Path) -> FederatedData:
     """
     try:
         sides, classes, *kind = str(path).split(":")
-        shape, count = tuple(int(side) for side in sides.split("x")), int(classes)
+        count = int(classes)
         if kind not in ([], ["int64"]):
             raise ValueError(kind)
-        x = torch.zeros(1, *shape, dtype=torch.int64)
-        if not kind:
-            x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
-    except (ValueError, RuntimeError) as error:
+        shape, dtype = _form_of(sides, kind[0] if kind else "float32")
+        spec = ModelSpec(architecture="mlp", input_shape=shape, input_dtype=dtype)
+        x = spec.example(1, torch.Generator().manual_seed(0))
+    except (ValueError, RuntimeError, DataError) as error:
         raise DataError(
             f"got '{path}', expected a shape and a number of classes such as 3x32x32:10",
             place="no data",
@@ -192,6 +194,33 @@ def no_data(path: Path) -> FederatedData:
     return FederatedData(
         "no data", {"nobody": one}, none, none, none, len(names), names, about, labelled=count > 0
     )
+
+
+def told_form(shape: Shape, dtype: str | dict[str, str]) -> str:
+    """Says what an example looks like, as `no_data` takes it.
+
+    >>> told_form((3, 8), "float32"), told_form({"ids": (16,), "n": ()}, {"ids": "int64", "n": "int64"})
+    ('3x8', 'ids.int64=16+n.int64=')
+    """
+    if isinstance(shape, dict):
+        assert isinstance(dtype, dict)
+        return "+".join(
+            f"{name}.{dtype[name]}={'x'.join(map(str, sizes))}" for name, sizes in shape.items()
+        )
+    return "x".join(map(str, shape))
+
+
+def _form_of(text: str, dtype: str) -> tuple[Shape, Any]:
+    """Returns shape and type of what `told_form` said."""
+
+    def sizes(text: str) -> tuple[int, ...]:
+        return tuple(int(side) for side in text.split("x")) if text else ()
+
+    if "=" not in text:
+        return sizes(text), dtype
+    named = [part.partition("=") for part in text.split("+")]
+    shapes = {name.partition(".")[0]: sizes(shape) for name, _, shape in named}
+    return shapes, {name.partition(".")[0]: name.partition(".")[2] for name, _, _ in named}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,62 @@
+"""Commands on models of several inputs by name."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from fedpress import commands
+from fedpress.errors import DataError
+from tests import named
+from tests.stages.recipes import finish
+
+
+def data(n=80):
+    x, y = named.person(0, n)
+    return {name: torch.as_tensor(x[name]) for name in x}, torch.as_tensor(y)
+
+
+def items(n=40):
+    x, y = data(n)
+    return [({name: x[name][i] for name in x}, int(y[i])) for i in range(n)]
+
+
+@pytest.mark.parametrize("given", [data(), DataLoader(items(), batch_size=8)])
+def test_a_module_in_memory_learns_and_is_cut(given):
+    torch.manual_seed(0)
+    trained = commands.train(named.Notes(), data=given, epochs=6, lr=0.2, batch_size=16)
+    assert trained.facts["accuracy"] > 0.8
+    small = commands.prune(trained.model, data=given, keep_params=0.6, round_to=1)
+    assert small.facts["parameters"] < 0.62 * trained.facts["parameters"]
+
+
+def test_a_file_is_written_from_inputs_alone():
+    exported = commands.export(named.Notes(), data=data()[0])
+    assert [name for name in exported.files if name.endswith(".onnx")]
+
+
+def test_the_folder_of_a_run_is_enough(tmp_path):
+    finish(named.recipe(named.TRAIN), tmp_path / "run")
+    small = commands.prune(tmp_path / "run", keep_params=0.6, round_to=1)
+    assert small.facts["accuracy"] is not None
+    alone = commands.quantize(next((tmp_path / "run" / "stages").iterdir()), inputs="dynamic")
+    assert alone.model is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "data=: there is no input"),
+        ({"a": torch.zeros(2), "b": torch.zeros(3)}, "data=: the inputs have different numbers"),
+        ([({"a": 1.0}, 0), ({"b": 1.0}, 1)], "its items have different shapes"),
+        ([({"a": "word"}, 0)], "an item holds dict, which is no tensor"),
+        ([{"a": 1.0}], "its items are dictionaries; give pairs"),
+    ],
+)
+def test_what_is_no_data_is_refused(given, message):
+    given = (
+        DataLoader(given, batch_size=1, collate_fn=lambda rows: rows[0])
+        if isinstance(given, list)
+        else given
+    )
+    with pytest.raises(DataError, match=message):
+        commands.train(named.Notes(), data=given, epochs=1)
