@@ -161,3 +161,30 @@ def recipe(*stages: str, data="people", model="Notes", more="") -> str:
 def federate(privacy="", **keys) -> str:
     more = "\n".join(f"{key} = {value}" for key, value in keys.items())
     return FEDERATE.format(privacy=privacy) + more + "\n"
+
+
+class Bert(nn.Module):
+    """A classifier of the transformers library, which is called by name and gives an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import BertConfig, BertForSequenceClassification
+
+        config = BertConfig(
+            vocab_size=WORDS, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=32, max_position_embeddings=LONGEST, num_labels=2,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        self.bert = BertForSequenceClassification(config)
+
+    def forward(self, input_ids, attention_mask):
+        return self.bert(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+def masked():
+    """Notes in the words of the transformers library."""
+    found = {}
+    for name, (x, y) in people().items():
+        mask = np.arange(LONGEST) < x["lengths"][:, None]
+        found[name] = ({"input_ids": x["tokens"], "attention_mask": mask.astype(np.int64)}, y)
+    return found

@@ -15,6 +15,7 @@ from fedpress.models import load_model
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.start import first_state, load_data
+from fedpress.reports.html import write_report
 from fedpress.stages.federate.binding import bind
 from fedpress.storage import load
 from tests import named
@@ -208,3 +209,27 @@ def test_the_report_and_the_check_tell_shapes_by_name(tmp_path):
     finish(text, tmp_path)
     described = json.loads((tmp_path / "result.json").read_text())
     assert described["stages"][0]["latency_ms"] > 0
+
+
+def test_the_page_of_the_run_is_written(tmp_path):
+    finish(named.recipe(named.TRAIN, named.federate(SAMPLE), EXPORT), tmp_path)
+    page = write_report(tmp_path).read_text()
+    assert "accuracy" in page
+    assert "epsilon" in page.lower() or "ε" in page
+
+
+def test_a_classifier_of_transformers_is_trained_protected_and_written(tmp_path):
+    pytest.importorskip("transformers")
+    text = named.recipe(
+        named.TRAIN.replace("epochs = 3", "epochs = 8"),
+        named.federate(SAMPLE),
+        EXPORT,
+        data="masked",
+        model="Bert",
+    )
+    train, federate, export = finish(text, tmp_path)["stages"]
+    assert train["accuracy"] > 0.6
+    assert federate["epsilon"] > 0
+    assert export["accuracy"] == federate["accuracy"]
+    session = deploy.open_file(tmp_path / export["artifact"])
+    assert [port.name for port in session.inputs] == ["input_ids", "attention_mask"]

@@ -157,7 +157,7 @@ def test_inputs_alone_calibrate_and_do_not_score(inputs):
     [
         (12345, "got int, expected a source such as"),
         ([1, 2], "got list, expected a source"),
-        ({"x": X}, "got dict, expected a source"),
+        ({1, 2}, "got set, expected a source"),
         ((X,), "got tuple, expected a source"),
         ((X, Y, Y), "got tuple, expected a source"),
         (nn.Linear(2, 2), "got Linear, expected a source"),
