@@ -14,7 +14,7 @@ from torch import Tensor
 from fedpress import tasks
 from fedpress.core import own_modules
 from fedpress.core.examples import Arrays
-from fedpress.core.inputs import Inputs, NamedInputs, form_of, join, told
+from fedpress.core.inputs import Inputs, NamedInputs, form_of, join, shape_told, told
 from fedpress.data.classes import checked, known_classes, rows_that_name
 from fedpress.data.dataset import FederatedData
 from fedpress.data.examples import Examples, TargetRows
@@ -213,17 +213,16 @@ def _client(pair: Any, where: str) -> tuple[Inputs, np.ndarray]:
             f"expected a pair of arrays (x, y), got {type(pair).__name__}", place=where
         ) from error
     if isinstance(x, Mapping):
-        return _named(x, y, where), y
-    if x.dtype != torch.uint8:
-        x = x.to(torch.float32)
-    if (
-        not _are_targets(y)
-        or len(x) != len(y)
-        or x.ndim < 2
-        or (x.dtype == torch.uint8 and x.ndim != 4)
-    ):
+        shape, fits = shape_told({name: tuple(t.shape) for name, t in x.items()}), True
+        x = _named(x, where)
+    else:
+        shape, fits = str(list(x.shape)), x.ndim == 4 or (x.ndim >= 2 and x.dtype != torch.uint8)
+        x = x if x.dtype == torch.uint8 else x.to(torch.float32)
+    # Only class numbers, of positions, may have more than two dimensions.
+    are_targets = y.ndim in (1, 2) or (y.ndim > 2 and y.dtype.kind in "iu")
+    if not fits or not are_targets or len(x) != len(y):
         raise DataError(
-            f"x of shape {list(x.shape)} and y of shape {list(y.shape)}",
+            f"x of shape {shape} and y of shape {list(y.shape)}",
             place=where,
             cure="expected uint8 images [n, C, H, W] or numbers [n, d], and y [n] or [n, k]",
         )
@@ -239,12 +238,7 @@ def _in_our_type(t: Tensor) -> Tensor:
     return t.to(torch.float32 if t.is_floating_point() else torch.int64)
 
 
-def _are_targets(y: np.ndarray) -> bool:
-    """Says whether these are targets by their dimensions: only class numbers may have more than two."""
-    return y.ndim in (1, 2) or (y.ndim > 2 and y.dtype.kind in "iu")
-
-
-def _named(x: Mapping[str, Tensor], y: np.ndarray, where: str) -> NamedInputs:
+def _named(x: Mapping[str, Tensor], where: str) -> NamedInputs:
     """Checks several inputs: float32 numbers, int64 whole numbers, truth values, uint8 images."""
     for name, t in x.items():
         if (t.dtype == torch.uint8 and t.ndim != 4) or t.is_complex():
@@ -254,18 +248,9 @@ def _named(x: Mapping[str, Tensor], y: np.ndarray, where: str) -> NamedInputs:
                 cure="expected float32 or int64 [n, ...], or uint8 images [n, C, H, W]",
             )
     try:
-        named = NamedInputs({name: _in_our_type(t) for name, t in x.items()})
+        return NamedInputs({name: _in_our_type(t) for name, t in x.items()})
     except DataError as error:
         raise DataError(error.problem, place=where, cure=error.cure) from error
-    if not _are_targets(y) or len(named) != len(y):
-        raise DataError(
-            f"{len(named)} examples and y of shape {list(y.shape)}",
-            place=where,
-            cure="give one target for each example",
-        )
-    if len(y) == 0:
-        raise DataError("no examples", place=where, cure="leave it out or give it some")
-    return named
 
 
 def _numbered(y: np.ndarray, where: str) -> tuple[Tensor, tuple[str, ...]]:

@@ -145,7 +145,11 @@ def test_class_numbers_of_positions_are_targets(monkeypatch):
             "some labels are negative numbers; expected class",
         ),
         (np.zeros((60, 3, 2), int), None, r"targets of shape \[60, 3, 2\]; expected \[n\]"),
-        (np.zeros((60, 3, 2)), None, r"60 examples and y of shape \[60, 3, 2\]"),
+        (
+            np.zeros((60, 3, 2)),
+            None,
+            r"sensors \[60, 1\], mask \[60, 1\] and y of shape \[60, 3, 2\]",
+        ),
     ],
 )
 def test_targets_that_are_none_are_refused(monkeypatch, y, task, message):
