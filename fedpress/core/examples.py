@@ -137,8 +137,8 @@ def no_statistics() -> DataError:
     """Returns the error of means that are given for several inputs."""
     return DataError(
         "mean and std are for examples of one tensor, and these have several inputs",
-        place="preprocess",
-        cure="leave data.mean and data.std out, and scale the inputs where they are made",
+        place="mean",
+        cure="leave mean and std out, and scale the inputs where they are made",
     )
 
 

@@ -201,17 +201,7 @@ def _of_numbers(settings: DataSettings, rows: Examples, found: np.ndarray, where
 
 
 def _client(pair: Any, where: str) -> tuple[Inputs, np.ndarray]:
-    try:
-        x, y = (pair.x, pair.y) if isinstance(pair, Arrays) else pair
-        if isinstance(x, Mapping):
-            x = {name: torch.as_tensor(np.asarray(x[name])) for name in x}
-        else:
-            x = torch.as_tensor(np.asarray(x))
-        y = np.asarray(y)
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"expected a pair of arrays (x, y), got {type(pair).__name__}", place=where
-        ) from error
+    x, y = _arrays(pair, where)
     if isinstance(x, Mapping):
         shape, fits = shape_told({name: tuple(t.shape) for name, t in x.items()}), True
         x = _named(x, where)
@@ -229,6 +219,19 @@ def _client(pair: Any, where: str) -> tuple[Inputs, np.ndarray]:
     if len(y) == 0:
         raise DataError("no examples", place=where, cure="leave it out or give it some")
     return x, y
+
+
+def _arrays(pair: Any, where: str) -> tuple[Any, np.ndarray]:
+    """Returns the inputs as a tensor or a dictionary of them, and the targets."""
+    try:
+        x, y = (pair.x, pair.y) if isinstance(pair, Arrays) else pair
+        if isinstance(x, Mapping):
+            return {name: torch.as_tensor(np.asarray(x[name])) for name in x}, np.asarray(y)
+        return torch.as_tensor(np.asarray(x)), np.asarray(y)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"expected a pair of arrays (x, y), got {type(pair).__name__}", place=where
+        ) from error
 
 
 def _in_our_type(t: Tensor) -> Tensor:

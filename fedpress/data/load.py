@@ -68,7 +68,7 @@ def _resized(arrays: Arrays, side: int) -> Arrays:
     if isinstance(arrays.x, NamedInputs):
         raise DataError(
             "it resizes examples of one image, and these have several inputs",
-            place="data.image_size",
+            place="image_size",
             cure="leave it out, and resize images in the function that makes them",
         )
     return replace(arrays, x=resized(arrays.x, side)) if is_image(arrays.x) else arrays
