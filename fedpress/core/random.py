@@ -70,10 +70,10 @@ def keystream(key: bytes, size: int, *, start: int = 0) -> np.ndarray:
 def fingerprint(*parts: object) -> str:
     """Returns a 256-bit digest of `parts`: tensors by type, shape and bytes, the rest in canonical JSON.
 
+    Of inputs by name the names and tensors count, in whatever order they stand.
+
     Raises:
         TypeError: if a part is neither; what Python itself says of an object may change with a version.
-
-    Of inputs by name the names and tensors count, in whatever order they stand.
 
     >>> fingerprint("a", 1) == fingerprint("a", 1), fingerprint("ab") == fingerprint("a", "b")
     (True, False)

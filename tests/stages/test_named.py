@@ -192,10 +192,7 @@ def test_the_name_of_the_noise_sees_every_value_of_every_input():
         together = bind(recipe.stage[0], first_state(recipe, data))
         client = together.clients[name].client
         key = Key(client.terms.seed, 1, client.name)
-        work = LocalWork(
-            Arrays(x, arrays.y), client.terms.settings, key, client.terms.prepare,
-            client.terms.task, client.plan.privacy,
-        )  # fmt: skip
+        work = LocalWork(Arrays(x, arrays.y), key, client.plan.local)
         asked.append(_question(client.model, work))
     assert asked[0] == asked[1]
     assert len(set(asked)) == 4
