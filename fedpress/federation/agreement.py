@@ -34,8 +34,10 @@ class Agreement:
     >>> ours, theirs = Agreement({"norm": "frozen"}), Agreement({"norm": "batch"})
     >>> ours.fingerprint == theirs.fingerprint
     False
-    >>> ours.difference(theirs)
-    "agreement.norm: the server says 'frozen', this client 'batch'; use the same recipe"
+    >>> ours.compare(theirs)
+    Traceback (most recent call last):
+        ...
+    fedpress.errors.WireError: agreement.norm: the server says 'frozen', this client 'batch'; use the same recipe
     """
 
     entries: dict[str, JSON]

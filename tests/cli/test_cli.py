@@ -139,7 +139,7 @@ def test_no_network_is_one_sentence(fedpress, tiny_file, monkeypatch):
     said = fedpress("run", tiny_file, "data.source=cifar10", "--out", "new")
     one_sentence(
         said,
-        "cannot download 'http://127.0.0.1:9/cifar-10-python.tar.gz'",
+        "'http://127.0.0.1:9/cifar-10-python.tar.gz': cannot be downloaded",
         "check the network, or set path",
     )
 
@@ -439,7 +439,7 @@ def test_skellam_noise_says_what_each_bit_costs(fedpress):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ([], "give either epsilon"),
+        ([], "got both epsilon and noise_multiplier, or none"),
         (["--epsilon", 8, "--bits", 9], "take at least"),
         (["--epsilon", 8, "--bits", 40], "bits: got 40"),
         (["--epsilon", 0], "epsilon: got 0"),

@@ -176,7 +176,7 @@ def test_every_architecture_is_built_by_its_name():
         (
             "resnet-18",
             {},
-            r"no architecture 'resnet-18'; did you mean 'resnet18'\?; use one of resnet18, .*:function",
+            r"no architecture 'resnet-18'; did you mean 'resnet18'\? If not, use one of resnet18, .*:function",
         ),
         ("vgg", {}, "no architecture 'vgg'; use one of"),
         ("", {}, "no architecture ''"),
