@@ -162,6 +162,7 @@ def test_a_forward_that_begins_with_other_arguments_is_not_pruned(tmp_path):
         'kind = "l0"\ndensity = 0.6\nepochs = 2\nlr = 0.05',
         'kind = "train"\nepochs = 1\nteacher = "before"\nlr = 0.05',
         'kind = "pack"',
+        'kind = "measure"\nbatches = [1]\nthreads = [1]\nseconds = 0.01',
     ],
 )
 def test_other_stages_take_dictionaries(stage, tmp_path):
