@@ -98,9 +98,8 @@ class Job:
         how = "float32 [N, *input_shape]: bytes / 255 (floats as they are), then (x - mean) / std per channel if given"
         own = {**self.metadata, "fedpress_version": fedpress.__version__}
         if self.example is not None and not isinstance(self.example, Tensor):
-            return own | {
-                "input": "the tensors that the file lists, each with the batch dimension first"
-            }
+            listed = "the tensors that the file lists, each with the batch dimension first"
+            return own | {"input": f"{listed}; bytes / 255, other numbers as they are"}
         shape, kind = self.input_shape, torch.float32
         if isinstance(self.example, Tensor):
             shape, kind = tuple(self.example.shape[1:]), self.example.dtype
