@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument that a cure tells to give; Python and the command line each write it in their own way.
+    """An argument that a cure tells to give; Python, a recipe and the command line each write it in their own way.
 
     Attributes:
-        name: of the argument in Python.
+        name: of the argument in Python; with a dot in it (`data.validation`) one that Python takes in `**{}` alone;
+            a key of a recipe if it begins with `recipe.`.
         value: an example; a word in capitals stands for what the reader must choose. None: the name alone.
     """
 
@@ -21,19 +22,45 @@ class Argument:
     value: object = None
 
     def __str__(self) -> str:
-        """Returns the argument as Python writes it.
+        """Returns the argument as Python writes it, or as its recipe does.
 
         >>> str(Argument("input_shape", (3, 32, 32))), str(Argument("data", "SOURCE")), str(Argument("out"))
         ('input_shape=(3, 32, 32)', 'data=SOURCE', 'out=')
+        >>> print(Argument("data.validation", 500), "or", Argument("recipe.data.validation", 500))
+        **{"data.validation": 500} or recipe.data.validation = 500
         """
+        in_recipe = self.name.startswith("recipe.")
         if self.value is None:
-            return f"{self.name}="
-        if isinstance(self.value, str) and not self.value.isupper():
-            return f'{self.name}="{self.value}"'
-        return f"{self.name}={self.value}"
+            return self.name if in_recipe or "." in self.name else f"{self.name}="
+        value = _in_python(self.value)
+        if in_recipe:
+            return f"{self.name} = {value}"
+        return f'**{{"{self.name}": {value}}}' if "." in self.name else f"{self.name}={value}"
 
 
-Words = str | Sequence[str | Argument]
+def _in_python(value: object) -> str:
+    if isinstance(value, tuple):
+        parts = ", ".join(map(_in_python, value))
+        return f"({parts},)" if len(value) == 1 else f"({parts})"
+    word = isinstance(value, str | Path) and not str(value).isupper()
+    return f'"{value}"' if word else str(value)
+
+
+@dataclass(frozen=True)
+class Shell:
+    """Words of a cure for the command line alone, such as how to go on with `--resume`: no Python call does that.
+
+    They are written such that the sentence is whole with and without them.
+    """
+
+    words: str
+
+    def __str__(self) -> str:
+        """Returns what Python is told of it: nothing."""
+        return ""
+
+
+Words = str | Sequence[str | Argument | Shell]
 """What a cure consists of: a sentence, or its parts where it names arguments."""
 
 
@@ -65,7 +92,9 @@ class FedpressError(Exception):
         """Returns the sentence `place: problem; cure`, with arguments as Python writes them."""
         return self.told()
 
-    def told(self, write: Callable[[Argument], str] = str, *, place: str | None = None) -> str:
+    def told(
+        self, write: Callable[[Argument | Shell], str] = str, *, place: str | None = None
+    ) -> str:
         """Returns the sentence `place: problem; cure`.
 
         Args:
@@ -73,15 +102,47 @@ class FedpressError(Exception):
             place: how the reader knows the place; None: as it is.
         """
         at = self.place if place is None else place
-        parts = [self.cure] if isinstance(self.cure, str) else self.cure
-        cure = "".join(write(part) if isinstance(part, Argument) else part for part in parts)
+        cure = "".join(part if isinstance(part, str) else write(part) for part in self._words())
         beginning = f"{at}: " if at else ""
         end = f"; {cure}" if cure else ""
         return f"{beginning}{self.problem}{end}"
 
+    def change_arguments(self, change: Callable[[Argument], Argument]) -> None:
+        """Puts what the reader knows in the place of the arguments that the cure names.
+
+        >>> error = FedpressError("too few", cure=("give ", Argument("share", 0.1)))
+        >>> error.change_arguments(lambda argument: Argument(f"recipe.data.{argument.name}", argument.value))
+        >>> str(error)
+        'too few; give recipe.data.share = 0.1'
+        """
+        if not isinstance(self.cure, str):
+            self.cure = tuple(
+                change(part) if isinstance(part, Argument) else part for part in self.cure
+            )
+
+    def add_cure(self, *words: str | Argument | Shell) -> None:
+        """Adds to what helps.
+
+        >>> error = FedpressError("too few", cure="lower batch")
+        >>> error.add_cure(", or give ", Argument("data", "SOURCE"))
+        >>> str(error)
+        'too few; lower batch, or give data=SOURCE'
+        """
+        self.cure = (*self._words(), *words)
+
+    def _words(self) -> Sequence[str | Argument | Shell]:
+        return [self.cure] if isinstance(self.cure, str) else self.cure
+
 
 class RecipeError(FedpressError):
     """A recipe or a setting is wrong: unknown key, wrong type or range, settings that do not fit together."""
+
+
+class SettingError(RecipeError, ValueError):
+    """A settings class refuses its values: raised in its validators, where pydantic collects it as a ValueError.
+
+    Its place and its arguments are the keys of the settings themselves; whoever reads the recipe knows where they lie.
+    """
 
 
 class DataError(FedpressError):
@@ -128,6 +189,8 @@ class RunError(FedpressError):
 def renaming(keys: Mapping[str, str]) -> Iterator[None]:
     """Puts what the caller's reader has written in the place of an argument, in errors that pass through.
 
+    Their cures name it so, too.
+
     Args:
         keys: argument, or a field of one (`noise.clip_norm`) -> what the reader knows it by.
 
@@ -141,6 +204,7 @@ def renaming(keys: Mapping[str, str]) -> Iterator[None]:
         yield
     except FedpressError as error:
         error.place = renamed(error.place, keys)
+        error.change_arguments(lambda one: replace(one, name=renamed(one.name, keys)))
         raise
 
 

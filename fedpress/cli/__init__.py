@@ -21,6 +21,7 @@ from fedpress.cli.common import (
     Overrides,
     allow_code,
     held,
+    in_one_line,
     load,
     load_data,
     told,
@@ -308,18 +309,17 @@ def main() -> None:
     except FedpressError as error:
         if debug:
             raise
-        _stop(str(error))
+        _stop(told(error))
     except OSError as error:
         if debug:
             raise
         place, reason = error.filename or "a file", error.strerror or str(error)
-        _stop(
-            f"{place}: {reason}; correct that place or choose another, then run again (finished work is kept)"
-        )
+        said = f"{place}: {reason}; correct that place or choose another, then run again (finished work is kept)"
+        _stop(in_one_line(said))
     finally:
         held.close()
 
 
 def _stop(message: str) -> None:
-    typer.echo(f"error: {told(message)}", err=True)
+    typer.echo(f"error: {message}", err=True)
     sys.exit(2)

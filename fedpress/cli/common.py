@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedpress.errors import ModelError, RunError
+from fedpress.errors import Argument, FedpressError, ModelError, RunError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -192,7 +192,6 @@ def _refuse_functions(recipe: Path, functions: list[str]) -> None:
 
     asked = [name for name in functions if not consent.allowed(name)]
     if asked:
-        flags = " ".join(f"--allow-code {shlex.quote(name)}" for name in asked)
         raise ModelError(
             (
                 f"it names {', '.join(map(repr, asked))[:200]}, which would be called, and "
@@ -200,8 +199,9 @@ def _refuse_functions(recipe: Path, functions: list[str]) -> None:
             ),
             place=recipe,
             cure=(
-                f"nothing was loaded. If you know that code and trust the folder, add {flags}, "
-                "or name your own recipe file before --resume"
+                "nothing was loaded. If you know that code and trust the folder, add ",
+                Argument("allow_code", tuple(asked)),
+                ", or name your own recipe file before --resume",
             ),
         )
 
@@ -230,11 +230,20 @@ def allow_code(names: list[str] | None) -> None:
     consent.allow(*(names or ()))
 
 
-def told(message: str) -> str:
-    """Says an error as the command line knows its cures, in one line that a terminal shows as it is."""
-    from fedpress.pipeline.commands.wording import as_flags
+def told(error: FedpressError) -> str:
+    """Says an error as the command line writes arguments, in one line that a terminal shows as it is."""
+    from fedpress.pipeline.arguments import in_shell, place_in_shell
 
-    return visible(" ".join(as_flags(message).split()))
+    return in_one_line(error.told(in_shell, place=place_in_shell(error.place)))
+
+
+def in_one_line(text: str) -> str:
+    r"""Writes text as a terminal shows it in one line.
+
+    >>> in_one_line("two\nlines")
+    'two lines'
+    """
+    return visible(" ".join(text.split()))
 
 
 def visible(text: str) -> str:
@@ -260,7 +269,7 @@ def hold(place: Path) -> None:
 def warn(notes: Iterable[str]) -> None:
     """Tells what a person must know, on the error stream."""
     for note in notes:
-        typer.echo(f"warning: {told(note)}", err=True)
+        typer.echo(f"warning: {in_one_line(note)}", err=True)
 
 
 def load_data(recipe: Recipe, out_stream: Console) -> FederatedData:

@@ -22,7 +22,7 @@ from fedpress.cli.common import (
     warn,
 )
 from fedpress.cli.one_model import Input, Weights, command_of, shape_of
-from fedpress.errors import RecipeError
+from fedpress.errors import Argument, RecipeError
 from fedpress.stages.table import commands
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def measure(
             models,
             formats=None if formats is None else [name for name in formats.split(",") if name],
             int8=int8,
-            batches=_whole("--batches", batches),
-            threads=_whole("--threads", threads),
+            batches=_whole("batches", batches),
+            threads=_whole("threads", threads),
             seconds=seconds,
             input_shape=shape_of(input_shape),
             checkpoint=checkpoint,
@@ -90,7 +90,11 @@ def measure(
 
 def _whole(name: str, text: str) -> list[int]:
     if not all(part.strip().isdecimal() and int(part) > 0 for part in text.split(",")):
-        raise RecipeError(f"got '{text}', expected whole numbers above 0, such as 1,64", place=name)
+        raise RecipeError(
+            f"got '{text}', expected whole numbers above 0",
+            place=name,
+            cure=("give for instance ", Argument(name, (1, 64))),
+        )
     return [int(part) for part in text.split(",")]
 
 
@@ -156,7 +160,11 @@ def _whole_seeds(text: str | None) -> list[int]:
     if text is None:
         return []
     if not all(part.strip().isdecimal() for part in text.split(",")):
-        raise RecipeError(f"got '{text}', expected whole numbers, such as 0,1,2", place="--seeds")
+        raise RecipeError(
+            f"got '{text}', expected whole numbers",
+            place="seeds",
+            cure=("give for instance ", Argument("seeds", (0, 1, 2))),
+        )
     return [int(part) for part in text.split(",")]
 
 

@@ -25,7 +25,7 @@ from fedpress.cli.common import (
     told,
     warn,
 )
-from fedpress.errors import RecipeError
+from fedpress.errors import Argument, RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,8 +99,9 @@ def command_of(kind: str) -> Callable[..., None]:
             return
         if model is None and not (resume and out is not None):
             raise RecipeError(
-                "give a model: the folder of a model or a run, or package.module:function",
-                place=kind,
+                "no model was given",
+                place="model",
+                cure="give the folder of a model or a run, a packed file, or package.module:function",
             )
         from fedpress.cli import terminal
 
@@ -159,7 +160,7 @@ def _made_ready(asked: Asked, out_stream: Console) -> Ready:
         folder = RunFolder.resume(place, settings_of(order.recipe)) if asked.resume else None
         if folder is None:
             RunFolder.check_free(place, order.text)
-    if order.asks:
+    if order.asks is not None:
         out_stream.print(told(order.asks), markup=False, soft_wrap=True)
     with terminal.bars(out_stream) as bars:
         loaded = order.load_data(terminal.Loading(bars))
@@ -181,7 +182,9 @@ def _ordered(asked: Asked) -> tuple[Path, Order]:
         if found is not None and not rest and Order.lies_in(asked.kind, found):
             return found, Order.of_folder(found)
     if asked.model is None:
-        raise RecipeError("give the model too, or --resume RUN alone", place=asked.kind)
+        raise RecipeError(
+            "no model was given", place="model", cure="give it too, or --resume RUN alone"
+        )
     subject = Subject.find(asked.model, weights=asked.checkpoint)
     given = Given.of(_numbers(asked.mean), _numbers(asked.std))
     examples = Examples(asked.data, asked.path, shape_of(asked.input_shape), given=given)
@@ -246,7 +249,9 @@ def shape_of(text: str | None) -> tuple[int, ...] | None:
     parts = text.replace("x", ",").split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise RecipeError(
-            f"got '{text}', expected whole numbers above 0, such as 3,32,32", place="--input"
+            f"got '{text}', expected whole numbers above 0",
+            place="input_shape",
+            cure=("give for instance ", Argument("input_shape", (3, 32, 32))),
         )
     return tuple(int(part) for part in parts)
 

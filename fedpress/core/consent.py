@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from fedpress.errors import ModelError
+from fedpress.errors import Argument, ModelError
 
 NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 """`package.module:function`; the function is an attribute of the module itself, with no dot in it."""
@@ -74,7 +74,7 @@ def check(name: str, allow_code: Collection[str] | str, place: str) -> None:
         place: the part of the file that says the name.
 
     Raises:
-        ModelError: if the user has not named it. The command line turns the words `allow_code=(...)` into its flag.
+        ModelError: if the user has not named it.
     """
     if not NAME.fullmatch(name):
         raise ModelError(
@@ -88,16 +88,7 @@ def check(name: str, allow_code: Collection[str] | str, place: str) -> None:
         f"names the function '{name}', which would be called with what the file says",
         place=place,
         cure=(
-            "nothing was loaded. If you know this function and trust the file, add "
-            f'allow_code=("{name}",)'
+            "nothing was loaded. If you know this function and trust the file, add ",
+            Argument("allow_code", (name,)),
         ),
     )
-
-
-def as_flags(message: str) -> str:
-    """Says the cure of `check` as the command line knows it.
-
-    >>> as_flags('add allow_code=("nets:Net",)')
-    'add --allow-code nets:Net'
-    """
-    return re.sub(r'allow_code=\("([^"]+)",\)', r"--allow-code \1", message)

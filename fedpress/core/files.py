@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from fedpress.errors import FedpressError, RunError
+from fedpress.errors import FedpressError, RunError, Words
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk that takes no more."""
@@ -57,8 +57,8 @@ def writing(
     path: Path,
     *,
     raises: type[FedpressError] = RunError,
-    full: str = "free some space",
-    other: str = "choose another place",
+    full: Words = "free some space",
+    other: Words = "choose another place",
 ) -> Iterator[None]:
     """Turns what can go wrong while `path` is written into an error that names the place and the cure.
 
@@ -77,7 +77,7 @@ def writing(
         number = _number(error)
         reason = os.strerror(number) if number else str(error)
         cure = full if number in FULL else other
-        raise raises(f"{path}: cannot be written ({reason}); {cure}") from error
+        raise raises(f"cannot be written ({reason})", place=path, cure=cure) from error
 
 
 def _number(error: OSError | SafetensorError) -> int | None:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValu
 
 from fedpress import tasks
 from fedpress.data.partition import Partition
-from fedpress.errors import FedpressError, did_you_mean
+from fedpress.errors import Argument, FedpressError, SettingError, did_you_mean
 
 BUILT_IN = ("digits", "cifar10", "csv", "parquet", "folders")
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -166,7 +166,9 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
                 f"decimal and delimiter are both '{self.decimal}'; set delimiter = ';' or what it is"
             )
         if self.path is None and self.source in ("csv", "parquet", "folders"):
-            raise ValueError(
-                f"source '{self.source}' needs a path; set path, or --data on the command line"
+            raise SettingError(
+                f"source '{self.source}' needs a path",
+                place="path",
+                cure=("give ", Argument("path", "PATH")),
             )
         return self

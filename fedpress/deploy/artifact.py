@@ -16,7 +16,7 @@ from fedpress.core.examples import Preprocess
 from fedpress.core.files import replacing, writing
 from fedpress.core.inputs import Example
 from fedpress.deploy.examples import Given, check_tensors, example_of, is_shape
-from fedpress.errors import ExportError
+from fedpress.errors import Argument, ExportError
 from fedpress.nn.observers import Observer
 
 TOLERANCE = 1e-4  # of the largest logit, or absolute where all logits are below 1: float32 sums in another order
@@ -150,7 +150,7 @@ def write(path: Path, data: bytes) -> None:
     Raises:
         ExportError: if the disk does not take it; the file that was there before stays.
     """
-    cure = "free space or choose another --out"
+    cure = ("free space or choose another ", Argument("out"))
     with writing(path, raises=ExportError, full=cure, other=cure):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from fedpress.errors import Argument, Shell, Words
+
 HEAD = 4096
 LONGEST_PICKLE = 1 << 24  # bytes that are looked through: a state dict of 100,000 tensors has fewer
 FORMAT = b"fedpress packed model"
@@ -22,22 +24,28 @@ OF_TENSORS = ("collections", "torch", "torch._utils", "torch.storage", "torch._t
               "__builtin__")  # fmt: skip
 """Modules that the pickle of a state dict may name; a pickled network names those of its classes."""
 
-WEIGHTS = (
-    "give what builds the network, with these weights: package.module:function --checkpoint {path}"
-)
+HERE = "PATH OF THIS FILE"
+"""Stands for the path of the file in what a row says."""
+BUILDER = Argument("model", "package.module:function")
+GIVE_BUILDER = ("give what builds the network, with these weights: ", BUILDER, " and ")
+WEIGHTS = (*GIVE_BUILDER, Argument("checkpoint", HERE))
+SAVED_WEIGHTS: Words = (*GIVE_BUILDER, Argument("checkpoint", "weights.pt"))
+SAVE_STATE_DICT = ("save a state dict with torch.save, then ", *SAVED_WEIGHTS)
 NO_WAY_BACK = (
     "it cannot be cut or trained any more: give the PyTorch model that it was exported from (fedpress measure takes "
     "the exported files that it can run)"
 )
-BUILD = "write a function that returns the network as a torch.nn.Module, and give package.module:function"
-BUILD_AGAIN = f"build it in PyTorch: {BUILD}"
+BUILD = ("write a function that returns the network as a torch.nn.Module, and give ", BUILDER)
+BUILD_AGAIN = ("build it in PyTorch: ", *BUILD)
+Found = tuple[str, Words]
+"""What a file is, and the way in."""
 
 
 class Foreign(NamedTuple):
-    """What a file or folder is, and the way in."""
+    """What a file of another program is, and how its model can be used here: the problem and the cure of an error."""
 
     what: str
-    way: str
+    way: Words
 
 
 def described(path: Path) -> Foreign | None:
@@ -53,10 +61,19 @@ def described(path: Path) -> Foreign | None:
     if found is None:
         return None
     what, way = found
-    return Foreign(f"'{path}' is {what}", way.replace("{path}", shlex.quote(str(path))))
+    parts = [way] if isinstance(way, str) else way
+    return Foreign(f"'{path}' is {what}", tuple(_with_path(part, str(path)) for part in parts))
 
 
-def _file(path: Path) -> tuple[str, str] | None:
+def _with_path(part: str | Argument | Shell, path: str) -> str | Argument | Shell:
+    if isinstance(part, str):
+        return part.replace(HERE, shlex.quote(path))
+    if isinstance(part, Argument) and part.value == HERE:
+        return Argument(part.name, path)
+    return part
+
+
+def _file(path: Path) -> Found | None:
     with open(path, "rb") as file:
         head = file.read(HEAD)
     if not head:
@@ -84,7 +101,7 @@ def _file(path: Path) -> tuple[str, str] | None:
     what = "text" if _is_text(head) else "of a kind that fedpress does not know"
     return (
         f"no model: it is {what}",
-        f"give the folder of a model or of a run, or a packed file, or {BUILD}",
+        ("give the folder of a model or of a run, or a packed file, or ", *BUILD),
     )
 
 
@@ -106,12 +123,12 @@ def _is_onnx(head: bytes) -> bool:
     )
 
 
-BY_HEAD: tuple[tuple[Callable[[bytes], bool], str, str], ...] = (
+BY_HEAD: tuple[tuple[Callable[[bytes], bool], str, Words], ...] = (
     (lambda head: head[4:8] == b"TFL3", "a LiteRT (TensorFlow Lite) file", NO_WAY_BACK),
     (lambda head: head[4:6] == b"ET" and head[6:8].isdigit(), "an ExecuTorch program", NO_WAY_BACK),
-    (lambda head: head.startswith(b"GGUF"), "a GGUF file of quantized weights", f"{BUILD} of the original weights"),
+    (lambda head: head.startswith(b"GGUF"), "a GGUF file of quantized weights", (*BUILD, " of the original weights")),
     (lambda head: head.startswith(b"\x89HDF\r\n\x1a\n"), "an HDF5 file, mostly of Keras", BUILD_AGAIN),
-    (lambda head: head.startswith(b"\x93NUMPY"), "a numpy array", f"save a state dict with torch.save, then {WEIGHTS}"),
+    (lambda head: head.startswith(b"\x93NUMPY"), "a numpy array", SAVE_STATE_DICT),
     (lambda head: _is_onnx(head), "an ONNX file", NO_WAY_BACK),
     (lambda head: b"<net " in head and head.lstrip()[:1] == b"<", "an OpenVINO file", NO_WAY_BACK),
     (lambda head: head.startswith(b"\x1f\x8b"), "packed with gzip", "unpack it and give what is inside"),
@@ -121,17 +138,17 @@ BY_HEAD: tuple[tuple[Callable[[bytes], bool], str, str], ...] = (
 )  # fmt: skip
 """First bytes, what such a file is, and the way in."""
 
-BY_SUFFIX = {
+BY_SUFFIX: dict[str, Found] = {
     ".onnx": ("an ONNX file", NO_WAY_BACK),
     ".tflite": ("a LiteRT (TensorFlow Lite) file, and damaged", NO_WAY_BACK),
     ".pb": ("a TensorFlow graph", BUILD_AGAIN),
     ".py": ("a Python file", "give the function in it that builds the network: module:function"),
-    ".toml": ("a recipe, not a model", "start it with: fedpress run {path}"),
+    ".toml": ("a recipe, not a model", f"start it with: fedpress run {HERE}"),
     ".bin": ("a file of weights without a description", BUILD),
 }
 
 
-def _zip(path: Path) -> tuple[str, str]:
+def _zip(path: Path) -> Found:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         inner = {name.partition("/")[2] or name for name in names}
@@ -139,12 +156,15 @@ def _zip(path: Path) -> tuple[str, str]:
             "archive_format",
             "models/model.json",
         } & inner or "serialized_exported_program.json" in inner:
-            return "a program of torch.export", f"it cannot be taken apart into layers: {BUILD}"
+            return "a program of torch.export", ("it cannot be taken apart into layers: ", *BUILD)
         if "constants.pkl" in inner and any(name.startswith("code/") for name in inner):
             return (
                 "a TorchScript archive",
-                f"its layers are compiled and cannot be cut: {BUILD}; its weights are in "
-                "torch.jit.load({path}).state_dict()",
+                (
+                    "its layers are compiled and cannot be cut: ",
+                    *BUILD,
+                    f"; its weights are in torch.jit.load('{path}').state_dict()",
+                ),
             )
         if "config.json" in names and any(name.endswith(".weights.h5") for name in names):
             return "a Keras archive", BUILD_AGAIN
@@ -155,7 +175,7 @@ def _zip(path: Path) -> tuple[str, str]:
             return _by_classes(_named(file))
 
 
-def _pickle(path: Path) -> tuple[str, str]:
+def _pickle(path: Path) -> Found:
     with open(path, "rb") as file:
         numbers = [argument for _, argument, _ in _operations(file)]
         if LEGACY_MAGIC in numbers:
@@ -169,7 +189,10 @@ def _pickle(path: Path) -> tuple[str, str]:
         return _by_classes(names)
     return (
         "a Python pickle",
-        f"save a state dict with torch.save(model.state_dict(), FILE); {WEIGHTS}",
+        (
+            "save a state dict with torch.save(model.state_dict(), 'weights.pt'), then ",
+            *SAVED_WEIGHTS,
+        ),
     )
 
 
@@ -179,14 +202,16 @@ def _own_classes(names: set[str]) -> list[str]:
     return sorted(own, key=lambda name: (name.startswith("torch."), name))
 
 
-def _by_classes(names: set[str]) -> tuple[str, str]:
+def _by_classes(names: set[str]) -> Found:
     own = _own_classes(names)
     if not own:
         return "a state dict, or a checkpoint that holds one", WEIGHTS
     return (
         f"a pickled object of classes such as {own[0]}, and opening it may run any code",
-        "where it was made, save the state dict with torch.save(model.state_dict(), 'weights.pt'), then give what "
-        "builds the network: package.module:function --checkpoint weights.pt",
+        (
+            "where it was made, save the state dict with torch.save(model.state_dict(), 'weights.pt'), then ",
+            *SAVED_WEIGHTS,
+        ),
     )
 
 
@@ -216,7 +241,7 @@ def _operations(file: IO[bytes]) -> Iterator[tuple[str, object, int]]:
         yield operation.name, argument, position or 0
 
 
-def _folder(path: Path) -> tuple[str, str] | None:
+def _folder(path: Path) -> Found | None:
     names = {entry.name for entry in path.iterdir()}
     if not names:
         return "an empty folder", "give the folder of a model or of a run, or a packed file"
@@ -232,9 +257,8 @@ def _folder(path: Path) -> tuple[str, str] | None:
     if "config.json" in names and weights:
         return _hub(path, weights[0])
     if weights:
-        return f"a folder with the file of weights '{weights[0]}'", WEIGHTS.format(
-            path=shlex.quote(str(path / weights[0]))
-        )
+        file = Argument("checkpoint", str(path / weights[0]))
+        return f"a folder with the file of weights '{weights[0]}'", (*GIVE_BUILDER, file)
     if not names & {"settings.json", "recipe.toml", "result.json"}:
         return (
             "a folder without a model",
@@ -243,7 +267,7 @@ def _folder(path: Path) -> tuple[str, str] | None:
     return None
 
 
-def _hub(path: Path, weights: str) -> tuple[str, str]:
+def _hub(path: Path, weights: str) -> Found:
     try:
         config = json.loads((path / "config.json").read_text("utf-8"))
         kinds = config.get("architectures") or ["AutoModel"]
@@ -253,6 +277,8 @@ def _hub(path: Path, weights: str) -> tuple[str, str]:
     kind = kind if kind.isidentifier() else "AutoModel"
     return (
         f"a model of the Hugging Face hub ({kind}, {weights})",
-        f"write a function that returns transformers.{kind}.from_pretrained('{path}'), and give "
-        "package.module:function",
+        (
+            f"write a function that returns transformers.{kind}.from_pretrained('{path}'), and give ",
+            BUILDER,
+        ),
     )

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fedpress.errors import ModelError
+from fedpress.errors import Argument, ModelError
 from fedpress.models.foreign import described
 
 INSIDE = ("state_dict", "model_state_dict", "model")
@@ -39,7 +39,7 @@ def load_weights_(model: nn.Module, path: Path) -> tuple[str, ...]:
         raise ModelError(
             f"these weights do not fit the model ({last})",
             place=path,
-            cure="give those of this model, or set model.arguments",
+            cure=("give those of this model, or set ", Argument("model.arguments")),
         ) from error
     return masked
 
@@ -65,9 +65,11 @@ def _read(path: Path) -> dict[str, Tensor]:
         KeyError,
     ) as error:
         foreign = described(path)
-        if foreign and "state dict" not in foreign.what:
+        if foreign is not None and "state dict" not in foreign.what:
             raise ModelError(
-                f"cannot be read as plain tensors, for {foreign.what}", place=path, cure=foreign.way
+                f"cannot be read as plain tensors, for {foreign.what}",
+                place=path,
+                cure=foreign.way,
             ) from error
         raise ModelError(
             f"cannot be read as plain tensors ({str(error).splitlines()[0][:120]})",

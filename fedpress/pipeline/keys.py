@@ -10,10 +10,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from fedpress import storage
 from fedpress.core.random import STREAMS, fingerprint
 from fedpress.core.renamed import ReadsOldWords, old_words
 from fedpress.pipeline.recipe import Recipe
+from fedpress.pipeline.start import saved_model
 from fedpress.stages.teaching import saved_teacher
 
 FIRST_KEYS = frozenset(files("fedpress.pipeline").joinpath("first_keys.txt").read_text().split())
@@ -39,7 +39,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     for stage, table in zip(recipe.stage, tree["stage"], strict=True):
         _leave_out_(table, stage, f"stage.{stage.kind}")
     if recipe.model.checkpoint is not None:
-        model = storage.load(recipe.model.checkpoint)[1]
+        model = saved_model(recipe.model.checkpoint)[1]
         tree["model"]["checkpoint"] = fingerprint(*model.state_dict().values())
     if recipe.model.weights is not None:
         tree["model"]["weights"] = hashlib.sha256(recipe.model.weights.read_bytes()).hexdigest()

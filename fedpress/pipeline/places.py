@@ -5,11 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+
+from pydantic import BaseModel
 
 from fedpress.data import DataSettings
-from fedpress.errors import FedpressError, RunError, renamed, renaming
+from fedpress.errors import Argument, FedpressError, RunError, renamed, renaming
+from fedpress.pipeline.recipe import ModelSettings
 from fedpress.stages.base import Stage
 
+TABLES: dict[str, type[BaseModel]] = {"data": DataSettings, "model": ModelSettings}
+"""The tables of a recipe beside its stages."""
 _WORD = re.compile(r"\w+")
 
 
@@ -26,16 +32,36 @@ def in_recipe(place: str, index: int, stage: Stage) -> str:
     >>> stage = FederateStage(kind="federate", cohort=5, num_rounds=3)
     >>> in_recipe("privacy.clip_norm", 2, stage), in_recipe("stage.lr", 2, stage), in_recipe("", 2, stage)
     ('recipe.stage[2].privacy.clip_norm', 'recipe.stage[2].lr', 'recipe.stage[2] (federate)')
+    >>> in_recipe("data.validation", 2, stage)
+    'recipe.data.validation'
     """
-    at, place = f"recipe.stage[{index}]", renamed(place, stage.places)
-    found = _WORD.match(place)
+    place = renamed(place, stage.places)
+    key = _key(place, index, stage)
+    if key is not None:
+        return key
+    at = f"recipe.stage[{index}] ({stage.name})"
+    return f"{at}: {place}" if place else at
+
+
+def _key(name: str, index: int, stage: Stage) -> str | None:
+    """Returns the recipe's key of an argument; None if it is none."""
+    at = f"recipe.stage[{index}]"
+    found = _WORD.match(name)
     word = found[0] if found else ""
-    rest = place[len(word) :]
+    rest = name[len(word) :]
     if word in (stage.kind, "stage") and rest[:1] in ("", "."):
         return at + rest
     if word in vars(stage) and rest[:1] in ("", ".", "["):
-        return f"{at}.{place}"
-    return f"{at} ({stage.name}): {place}" if place else f"{at} ({stage.name})"
+        return f"{at}.{name}"
+    return _in_table(name)
+
+
+def _in_table(name: str) -> str | None:
+    """Returns the recipe's key of `data.path` and its like; None of anything else, such as the file `data.csv`."""
+    table, _, rest = name.partition(".")
+    found = _WORD.match(rest)
+    known = table in TABLES and found is not None and found[0] in TABLES[table].model_fields
+    return f"recipe.{name}" if known else None
 
 
 @contextmanager
@@ -49,17 +75,29 @@ def placed_data() -> Iterator[None]:
 def placed_model() -> Iterator[None]:
     """Lets errors of a network that is built name the keys of the recipe's table `[model]`."""
     keys = ("architecture", "arguments")
-    with renaming({f"spec.{key}": f"recipe.model.{key}" for key in keys}):
-        yield
+    try:
+        with renaming({f"spec.{key}": f"recipe.model.{key}" for key in keys}):
+            yield
+    except FedpressError as error:
+        if error.place == "model":  # and no file whose name begins so
+            error.place = "recipe.model"
+        error.change_arguments(lambda one: replace(one, name=_in_table(one.name) or one.name))
+        raise
 
 
 @contextmanager
 def placed(index: int, stage: Stage) -> Iterator[None]:
-    """Lets errors that pass through name their place in the recipe."""
+    """Lets errors that pass through name their place in the recipe; their cures name its keys."""
+
+    def named(argument: Argument) -> Argument:
+        key = _key(renamed(argument.name, stage.places), index, stage)
+        return replace(argument, name=key or argument.name)
+
     try:
         yield
     except RunError:  # the files of the run are no place in the recipe
         raise
     except FedpressError as error:
         error.place = in_recipe(error.place, index, stage)
+        error.change_arguments(named)
         raise

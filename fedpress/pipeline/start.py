@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from fedpress.core import consent
 from fedpress.core.inputs import call, dtype_of, shape_of, shape_told
 from fedpress.core.random import derive
 from fedpress.data.examples import Progress
-from fedpress.errors import ModelError, RecipeError
+from fedpress.errors import Argument, ModelError, RecipeError, Words
 from fedpress.models import ModelSpec
 from fedpress.models.weights import load_weights_
+from fedpress.pipeline.arguments import KEYS
 from fedpress.pipeline.places import placed_data, placed_model
-from fedpress.pipeline.recipe import Recipe
+from fedpress.pipeline.recipe import ModelSettings, Recipe
 from fedpress.workspace.state import Loader, State
 
 
@@ -33,6 +35,21 @@ def load_data(recipe: Recipe, *, progress: Progress | None = None) -> data_sets.
         consent.allow(recipe.data.source)
     with placed_data():
         return data_sets.load(recipe.data, derive(recipe.seed, "data"), progress=progress)
+
+
+def saved_model(path: Path) -> tuple[ModelSpec, nn.Module]:
+    """Loads the model that a recipe names as its checkpoint.
+
+    Raises:
+        ModelError: if it is none, with the keys of the recipe that take such a file.
+    """
+    try:
+        return storage.load(path)
+    except ModelError as error:
+        if error.place == "model":
+            error.place = "recipe.model.checkpoint"
+        error.change_arguments(lambda one: replace(one, name=KEYS.get(one.name, one.name)))
+        raise
 
 
 def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
@@ -51,18 +68,11 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
     }
     torch.manual_seed(derive(recipe.seed, "weights"))
     if recipe.model.checkpoint is not None:
-        spec, model = storage.load(recipe.model.checkpoint)
+        spec, model = saved_model(recipe.model.checkpoint)
         spec = spec.model_copy(update=about)
     else:
-        assert recipe.model.architecture is not None
-        spec = ModelSpec(
-            architecture=recipe.model.architecture, arguments=recipe.model.arguments, **about
-        )
         with placed_model():
-            spec, model = spec.take_in()
-        if recipe.model.weights is not None:
-            masked = load_weights_(model, recipe.model.weights)
-            spec = spec.model_copy(update={"sparse": tuple(dict.fromkeys((*spec.sparse, *masked)))})
+            spec, model = _built(recipe.model, about)
     try:
         with torch.inference_mode():
             logits = call(model.eval(), data.preprocess(examples.x[:2]))
@@ -74,24 +84,40 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
                 f"{str(error).partition(chr(10))[0]})"
             ),
             place="recipe.model",
-            cure="fit recipe.model.arguments to the data",
+            cure=(
+                ("fit ", Argument("recipe.model.arguments"), " to the data")
+                if recipe.model.takes_arguments
+                else "give examples as the model takes them"
+            ),
         ) from error
     if data.labelled:
-        _check_outputs(spec, logits, examples.y[:2], data)
+        _check_outputs(recipe, spec, logits, examples.y[:2], data)
     return State(spec, model.train(), data, recipe.seed, cost.parameters(spec.build_dense()))
 
 
+def _built(settings: ModelSettings, about: dict[str, Any]) -> tuple[ModelSpec, nn.Module]:
+    """Builds an architecture, with fresh weights or those of a state dict."""
+    assert settings.architecture is not None
+    spec = ModelSpec(architecture=settings.architecture, arguments=settings.arguments, **about)
+    spec, model = spec.take_in()
+    if settings.weights is not None:
+        masked = load_weights_(model, settings.weights)
+        spec = spec.model_copy(update={"sparse": tuple(dict.fromkeys((*spec.sparse, *masked)))})
+    return spec, model
+
+
 def _check_outputs(
-    spec: ModelSpec, found: object, targets: Tensor, data: data_sets.FederatedData
+    recipe: Recipe, spec: ModelSpec, found: object, targets: Tensor, data: data_sets.FederatedData
 ) -> None:
     """Refuses a model whose outputs are not what the task needs."""
     try:
         data.task.check(found, targets)
     except ModelError as error:
-        cure = (
-            f"make it return {data.task.outputs} numbers, for instance with "
-            f"recipe.model.arguments.num_classes = {data.task.outputs}"
-        )
+        number = data.task.outputs
+        cure: Words = f"make it return {number} numbers"
+        if recipe.model.takes_arguments:
+            argument = Argument("recipe.model.arguments.num_classes", number)
+            cure = (cure, ", for instance with ", argument)
         dims = targets.dim() + 1 if data.task.targets == "classes" else 2
         if not isinstance(found, Tensor) or found.dim() != dims:
             cure = (
@@ -117,7 +143,7 @@ def with_parent(state: State, before: State, load: Loader | None) -> State:
 def parent_of(recipe: Recipe, data: data_sets.FederatedData) -> Loader | None:
     """Returns what loads the model that the recipe begins with; None for weights that nobody has trained."""
     if recipe.model.checkpoint is not None:
-        return partial(storage.load, recipe.model.checkpoint)
+        return partial(saved_model, recipe.model.checkpoint)
     return partial(_started, recipe, data) if recipe.model.trained else None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedpress.core.random import derive
 from fedpress.data import FederatedData
-from fedpress.errors import FedpressError, RecipeError
+from fedpress.errors import FedpressError, RecipeError, RunError
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
@@ -55,7 +55,7 @@ class VariantFinished:
     """A variant has ended, with what stopped it if it failed."""
 
     variant: Variant
-    error: str | None = None
+    error: FedpressError | None = None
 
 
 def split_values(text: str) -> list[str]:
@@ -170,12 +170,12 @@ def _variants(
     text: str, todo: Sequence[Variant], place: Path, extra: Sequence[str], command: str
 ) -> Iterator[VariantStarted | VariantFinished]:
     loaded: dict[str, FederatedData] = {}
-    done: list[tuple[Variant, Path, str | None]] = []
+    done: list[tuple[Variant, Path, FedpressError | None]] = []
     earlier: list[tuple[list[str], RunFolder]] = []
     taken: set[Path] = set()
     for variant in todo:
         path = _free(place / "variants", variant.name, taken)
-        error: str | None = None
+        error: FedpressError | None = None
         try:
             overrides = [*variant.overrides, *extra]
             recipe, own = (
@@ -200,13 +200,15 @@ def _variants(
                 variant, runs.execute(recipe, folder, loaded[key], reuse=reuse), tuple(notes)
             )
             if not read_json(path / "result.json").get("finished"):
-                raise RecipeError(
+                raise RunError(
                     "its events were not followed to the end",
                     place=path,
                     cure="go on with the same sweep",
                 )
         except FedpressError as failure:
-            error = str(failure)
+            # Its frames would keep the variant's model and data alive.
+            failure.__traceback__ = failure.__cause__ = failure.__context__ = None
+            error = failure
         done.append((variant, path, error))
         _write(place, done, command)
         yield VariantFinished(variant, error)
@@ -241,7 +243,9 @@ def _nearest(
     return earlier[best[1]][1] if best[0] else None
 
 
-def _write(place: Path, done: Sequence[tuple[Variant, Path, str | None]], command: str) -> None:
+def _write(
+    place: Path, done: Sequence[tuple[Variant, Path, FedpressError | None]], command: str
+) -> None:
     entries = []
     for variant, path, error in done:
         result = (
@@ -257,7 +261,7 @@ def _write(place: Path, done: Sequence[tuple[Variant, Path, str | None]], comman
         ]
         entries.append(
             {"name": variant.name, "overrides": list(variant.overrides), "folder": str(path.relative_to(place)),
-             "error": error, "stages": stages}
+             "error": None if error is None else str(error), "stages": stages}
         )  # fmt: skip
     page: dict[str, Any] = {
         "command": command,

@@ -17,7 +17,7 @@ from fedpress.core.inputs import Inputs
 from fedpress.core.random_source import public_stream
 from fedpress.deploy import FORMATS, Artifact, Job
 from fedpress.deploy.examples import Given
-from fedpress.errors import DataError
+from fedpress.errors import Argument, DataError
 from fedpress.nn.observers import Observer
 from fedpress.stages import inputs
 from fedpress.stages.base import Stage
@@ -169,7 +169,12 @@ class ExportStage(BaseModel, Stage):
             raise DataError(
                 "ranges are taken from public examples, but the public part is empty",
                 place="int8",
-                cure="set data.public_share, or int8 = false",
+                cure=(
+                    "give public examples by ",
+                    Argument("data.public_share", 0.1),
+                    ", or ",
+                    Argument("int8", False),
+                ),
             )
         order = public_stream(state.seed, "export", self.name).permutation(len(public))
         taken = public.take(order[: 2 if few else self.calibration])

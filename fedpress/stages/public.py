@@ -9,7 +9,7 @@ from torch import nn
 from fedpress.compress import restore_batch_norm_
 from fedpress.core.examples import Arrays
 from fedpress.core.random_source import public_stream
-from fedpress.errors import DataError
+from fedpress.errors import Argument, DataError
 from fedpress.nn.batch_norm import has_batch_norm
 from fedpress.workspace.state import State
 
@@ -26,7 +26,7 @@ def calibration(state: State, n: int, seed: int) -> Arrays:
         raise DataError(
             "it needs public examples, but the public part of the data is empty",
             place="calibration",
-            cure="set data.public_share",
+            cure=("give public examples by ", Argument("data.public_share", 0.1)),
         )
     drawn = public.take(public_stream(seed, "calibration").permutation(len(public))[:n])
     if state.data.labelled and state.data.num_classes > 1 and len(drawn.y.unique()) == 1:

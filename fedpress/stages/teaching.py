@@ -16,7 +16,13 @@ from fedpress import storage
 from fedpress.compress.distill import Distillation, DistillSettings
 from fedpress.core.examples import Preprocess
 from fedpress.core.inputs import shape_told
-from fedpress.errors import RecipeError, TrainingError, renaming
+from fedpress.errors import (
+    Argument,
+    ModelError,
+    RecipeError,
+    SettingError,
+    TrainingError,
+)
 from fedpress.models import ModelSpec, memory
 from fedpress.nn.resize import copied
 from fedpress.stages.epochs import epochs_of, milestone
@@ -29,6 +35,14 @@ from fedpress.workspace.state import State, Tick
 FROM_THE_RUN = ("dense", "before")
 SAVED_MODELS = {"teacher": FROM_THE_RUN}
 """For a stage that learns from a teacher: see `Stage.saved_models`."""
+
+
+GIVE_TEACHER = (
+    "give the path of a saved model, such as ",
+    Argument("teacher", "runs/dense"),
+    ", or in a recipe that has cut the model before, 'dense'",
+)
+"""What helps where a teacher is missing: a command begins with its model, and nothing came before a cut there."""
 
 
 class TaughtSettings(TrainSettings):
@@ -48,8 +62,10 @@ class TaughtSettings(TrainSettings):
     @model_validator(mode="after")
     def _distills_from_somebody(self) -> TaughtSettings:
         if self.teacher is None and "distill" in self.model_fields_set:
-            raise ValueError(
-                "distill needs a teacher; give teacher = 'dense' or the path of a saved model, or leave distill out"
+            raise SettingError(
+                "it needs a teacher",
+                place="distill",
+                cure=(*GIVE_TEACHER, ", or leave distill out"),
             )
         return self
 
@@ -128,8 +144,13 @@ def saved_teacher(where: str) -> tuple[ModelSpec | None, nn.Module]:
     """
     if where.startswith(memory.TEACHER):
         return None, memory.held(where.removeprefix(memory.TEACHER))
-    with renaming({"model": "teacher"}):
+    try:
         return storage.load(Path(where))
+    except ModelError as error:
+        if error.place == "model":  # the way in that it names is one for a model, not for a teacher
+            error.place = "teacher"
+            error.cure = "give the folder of a model or of a run, or a packed file"
+        raise
 
 
 def _teacher(where: str, state: State) -> nn.Module:

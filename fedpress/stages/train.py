@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from fedpress.core.random import derive
+from fedpress.errors import SettingError
 from fedpress.stages.base import Stage
 from fedpress.stages.epochs import steps_of
-from fedpress.stages.teaching import SAVED_MODELS, TaughtSettings, Training
+from fedpress.stages.teaching import GIVE_TEACHER, SAVED_MODELS, TaughtSettings, Training
 from fedpress.training.checks import check_training
 from fedpress.workspace.drive import drive
 from fedpress.workspace.stage_folder import StageFolder
@@ -33,8 +34,10 @@ class TrainStage(TaughtSettings, Stage):
     @model_validator(mode="after")
     def _has_its_teacher(self) -> TrainStage:
         if self.teacher is None and self.kind == "distill":
-            raise ValueError(
-                "distill needs a teacher; give teacher = 'dense' or the path of a saved model"
+            raise SettingError(
+                "distill needs a teacher",
+                place="teacher",
+                cure=GIVE_TEACHER,
             )
         return self
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from fedpress.errors import ModelError
+from fedpress.errors import ModelError, Shell
 from fedpress.models import ModelSpec, load_model
 from fedpress.models.foreign import described
 from fedpress.storage.packed import unpack
@@ -45,6 +45,6 @@ def _last_stage(run: Path) -> Path:
         raise ModelError(
             "no stage of this run is finished",
             place=run,
-            cure="go on with --resume, or give another model",
+            cure=(Shell("go on with --resume, or "), "give another model"),
         )
     return max(finished, key=lambda stage: int(stage.name.split("-")[0]))

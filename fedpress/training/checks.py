@@ -7,7 +7,7 @@ from torch import nn
 
 from fedpress.core.examples import Arrays, Preprocess, resized
 from fedpress.core.inputs import Inputs, call, is_image, shape_of, shape_told
-from fedpress.errors import TrainingError
+from fedpress.errors import Argument, TrainingError
 from fedpress.nn.batch_norm import ONE_VALUE, BatchNorm, averages_batches
 from fedpress.nn.resize import copied
 from fedpress.tasks import Task
@@ -57,13 +57,18 @@ def _check_examples(
         raise TrainingError(
             "the public part has no examples",
             place="train",
-            cure="set data.public_share or lower data.validation",
+            cure=(
+                "give public examples by ",
+                Argument("data.public_share", 0.1),
+                ", or lower ",
+                Argument("data.validation"),
+            ),
         )
     if settings.patience and not len(validation):
         raise TrainingError(
             "it needs a validation set",
             place="patience",
-            cure="set data.validation, or leave patience out",
+            cure=("give ", Argument("data.validation", 0.1), ", or leave patience out"),
         )
     if settings.bn_penalty:
         batch_norm_scales(model)
@@ -78,7 +83,7 @@ def _check_examples(
         raise TrainingError(
             "the public part has one example, which leaves a batch norm nothing to average",
             place="train",
-            cure="raise data.public_share",
+            cure=("give more public examples by ", Argument("data.public_share", 0.1)),
         )
 
 

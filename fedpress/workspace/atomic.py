@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from fedpress.core import checksums, files
-from fedpress.errors import RunError
+from fedpress.errors import Argument, RunError, Shell
 
 Json = Mapping[str, JsonValue]
 
@@ -26,8 +26,8 @@ def writing(path: Path) -> AbstractContextManager[None]:
     kept = "what was finished is kept: "
     return files.writing(
         path,
-        full=f"{kept}free some space, then go on with --resume",
-        other=f"{kept}choose another place with --out",
+        full=(f"{kept}free some space", Shell(", then go on with --resume")),
+        other=(f"{kept}choose another place with ", Argument("out")),
     )
 
 

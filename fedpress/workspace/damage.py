@@ -24,6 +24,7 @@ CURES = {
     records.NAME: records.CURE,
 }
 """What helps against damage of a file of a run."""
+TAKING_OVER = "`fedpress run` takes over finished stages that are equal by --from"
 
 
 def check_links(run: Path) -> None:
@@ -99,4 +100,4 @@ def _cure(run: Path, path: Path) -> str:
 
 def afresh(path: Path) -> str:
     """Returns the cure for a file that nothing can make again."""
-    return f"start a new run with --out NEW --from {path}, which takes over the finished stages"
+    return f"start a new run with --out NEW ({TAKING_OVER} {path})"

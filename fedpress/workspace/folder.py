@@ -10,10 +10,10 @@ from typing import Any
 
 from fedpress.core import checksums
 from fedpress.core.random import STREAMS
-from fedpress.errors import RunError
+from fedpress.errors import Argument, RunError, Shell
 from fedpress.workspace import lock
 from fedpress.workspace.atomic import Json, list_json, listed, read_json, writing
-from fedpress.workspace.damage import CURES, afresh, check_run
+from fedpress.workspace.damage import CURES, TAKING_OVER, afresh, check_run
 from fedpress.workspace.records import Records
 from fedpress.workspace.stage_folder import StageFolder
 
@@ -81,18 +81,19 @@ class RunFolder:
             raise RunError(
                 "this folder already holds a run",
                 place=path,
-                cure="add --resume to go on, or give another --out",
+                cure=(Shell("add --resume to go on, or "), "give another ", Argument("out")),
             )
         recipe = path / "recipe.toml"
         if path.exists() and not path.is_dir():
-            raise RunError("this is a file", place=path, cure="give a folder with --out")
+            cure = ("give a folder with ", Argument("out"))
+            raise RunError("this is a file", place=path, cure=cure)
         own = (lock.NAME, checksums.NAME, f".{recipe.name}.part", ".settings.json.part")
         found = [p for p in path.iterdir() if p.name not in own] if path.is_dir() else []
         if any(p != recipe or p.read_text("utf-8") != recipe_text for p in found):
             raise RunError(
                 "this folder holds other files, which a run might replace",
                 place=path,
-                cure="give a new --out",
+                cure=("give a new ", Argument("out")),
             )
 
     @classmethod
@@ -134,7 +135,7 @@ class RunFolder:
                 place=path,
                 cure=(
                     "use the settings it was started with, or start a new run with --out NEW "
-                    f"--from {path}, which takes over the finished stages that are equal"
+                    f"({TAKING_OVER} {path})"
                 ),
             )
         return folder

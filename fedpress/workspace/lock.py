@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fedpress.errors import RunError
+from fedpress.errors import Argument, RunError, Shell
 
 try:
     import fcntl
@@ -96,7 +96,12 @@ def _held(folder: Path, found: str) -> RunError:
     return RunError(
         f"{found} works in this folder",
         place=folder,
-        cure="wait for its end, or stop it and go on with --resume, or give another --out",
+        cure=(
+            "wait for its end, or ",
+            Shell("stop it and go on with --resume, or "),
+            "give another ",
+            Argument("out"),
+        ),
     )
 
 
@@ -116,7 +121,7 @@ def _take(folder: Path) -> int:
             raise RunError(
                 f"cannot be written ({reason})",
                 place=path,
-                cure="choose another place with --out",
+                cure=("choose another place with ", Argument("out")),
             ) from error
         kind = _try(handle)
         if kind == "held" and asked < ASKED:  # somebody may only be asking who holds it

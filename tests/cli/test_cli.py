@@ -65,7 +65,7 @@ BAD = {
     "a cohort too large": (["tiny.toml", "stage.2.cohort=4"], "recipe.stage[2].cohort", "population of 3"),
     "unknown network": (["tiny.toml", "model={architecture='resnet81'}"], "model.architecture", "mean 'resnet18'"),
     "wrong arguments": (["tiny.toml", "model.arguments.depth=3"], "model.arguments", "depth"),
-    "wrong number of classes": (["tiny.toml", "model.arguments.num_classes=3"], "10 classes", "num_classes = 10"),
+    "wrong number of classes": (["tiny.toml", "model.arguments.num_classes=3"], "10 classes", "num_classes=10"),
     "network of no file": (["tiny.toml", "model={architecture='nowhere:net'}"], "nowhere:net", "PYTHONPATH"),
     "network that fails": (["tiny.toml", "model={architecture='networks:fails'}"], "recipe.model", "KeyError"),
     "network that returns a pair": (["tiny.toml", "model={architecture='networks:pair'}"], "recipe.model", "tuple"),

@@ -161,7 +161,7 @@ FOLDERS = {
     ),
     "weights": (
         lambda folder: (folder / "w.pt").write_bytes(b""),
-        r"the file of weights 'w.pt'.*--checkpoint .*w.pt",
+        r"the file of weights 'w.pt'.*checkpoint=.*w.pt",
     ),
     "sweep": (
         lambda folder: (folder / "sweep.json").write_text("{}"),
@@ -188,7 +188,7 @@ def test_the_way_in_for_a_state_dict_works(tmp_path, fedpress):
     said = fedpress("prune", tmp_path / "my weights.pt", "keep_params=0.5")
     assert said.code == 2
     way = said.err.partition("package.module:function ")[2].strip()
-    assert way == f"--checkpoint '{tmp_path / 'my weights.pt'}'"
+    assert way == f"and --checkpoint '{tmp_path / 'my weights.pt'}'"
     keys = ("density=0.5", "keep_first=false")
     said = fedpress(
         "sparsify",

@@ -207,12 +207,12 @@ def test_a_teacher_counts_by_its_content(whole, tmp_path):
 def test_distill_without_a_teacher_is_refused():
     with pytest.raises(
         RecipeError,
-        match=r"recipe.stage\[2\]\S*: distill needs a teacher; give teacher = 'dense' or",
+        match=r"recipe.stage\[2\].distill: it needs a teacher; give the path of a saved model",
     ):
         recipes.load(RECIPE, ("stage.tune.kind=distill", "stage.tune.teacher=none"))
     with pytest.raises(
         RecipeError,
-        match=r"recipe.stage\[2\]\S*: distill needs a teacher; give teacher = 'dense' or .*leave distill out",
+        match=r"recipe.stage\[2\].distill: it needs a teacher; give the path of .*leave distill out",
     ):
         recipes.load(RECIPE, ("stage.tune.teacher=none",))
 

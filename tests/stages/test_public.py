@@ -52,7 +52,8 @@ def test_one_class_is_refused_by_its_name_unless_there_is_only_one():
 
 def test_an_empty_public_part_is_refused_with_the_cure():
     with pytest.raises(
-        DataError, match=r"public part of the data is empty; set data\.public_share"
+        DataError,
+        match=r"public part of the data is empty; give public examples by .*data\.public_share",
     ):
         calibration(state(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)), 64, 0)
 

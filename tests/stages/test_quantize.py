@@ -301,7 +301,7 @@ def test_training_after_it_stays_on_the_grids(trained, tmp_path):
         ({"weights": "cluster", "group": 8}, "leave group out"),
         ({"mixed": [2, 4]}, "mixed and max_bytes go together"),
         ({"mixed": [2, 9], "max_bytes": 100}, "whole numbers of 2 to 8 bits"),
-        ({"distill": {"temperature": 2}}, "distill needs a teacher"),
+        ({"distill": {"temperature": 2}}, "distill: it needs a teacher"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(given, says):

@@ -106,7 +106,8 @@ def test_a_flipped_bit_is_refused_by_name_and_the_cure_works(
     flip(path / name, where)
     said = refused(plain, path, name)
     if name == "settings.json":
-        assert f"start a new run with --out NEW --from {path}" in said
+        assert "start a new run with --out NEW (`fedpress run` takes over" in said
+        assert f"by --from {path})" in said
         finish(plain, tmp_path / "new", reuse=RunFolder.open(path))
         assert left(tmp_path / "new") == left(whole)
         return

@@ -6,7 +6,7 @@ from fedpress.workspace.folder import RunFolder, first_difference
 
 def test_a_run_never_replaces_what_somebody_else_has_put_into_its_folder(tmp_path):
     RunFolder.create(tmp_path / "new", "x", {})
-    with pytest.raises(RunError, match="already holds a run; add --resume"):
+    with pytest.raises(RunError, match=r"already holds a run; give another out=$"):
         RunFolder.create(tmp_path / "new", "x", {})
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RunError, match="this is a file"):

@@ -43,7 +43,7 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path, other):
         said = str(caught.value)
         assert said.startswith(f"{tmp_path}: process {other.pid} on ")
         assert re.search(r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", said)
-        assert "wait for its end, or stop it and go on with --resume" in said
+        assert "wait for its end, or give another out=" in said
     assert str(other.pid) in lock.holder(tmp_path)
 
 

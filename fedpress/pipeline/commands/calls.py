@@ -19,14 +19,13 @@ from fedpress import tasks
 from fedpress.core import consent
 from fedpress.core.examples import Preprocess
 from fedpress.data import FederatedData
-from fedpress.errors import ModelError
+from fedpress.errors import Argument, ModelError
 from fedpress.models import memory
 from fedpress.pipeline.commands import given as given_data
 from fedpress.pipeline.commands import several
 from fedpress.pipeline.commands.examples import Examples, Given
 from fedpress.pipeline.commands.order import Order, Result
 from fedpress.pipeline.commands.subject import Subject, holding
-from fedpress.pipeline.commands.wording import naming_arguments
 from fedpress.pipeline.environment import note_environment
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import Override
@@ -87,7 +86,6 @@ def call(
         return _of_several(kind, model, shapes, settings)  # type: ignore[arg-type]
     shape = several.one_shape(input_shape)
     with ExitStack() as stack:
-        stack.enter_context(naming_arguments())
         stack.enter_context(consent.allowing(allow_code))
         # The caller's random numbers stay theirs.
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -99,8 +97,8 @@ def call(
         held = _held(data, opened.subject, given, keys) if in_memory else None
         where = Path(path) if path is not None else None
         order = Order.bind(kind, opened.subject, keys, Examples(source, where, shape, held, given))
-        if order.asks:
-            warnings.warn(order.asks, stacklevel=3)
+        if order.asks is not None:
+            warnings.warn(str(order.asks), stacklevel=3)
         loaded = held if held is not None else order.load_data()
         order.check(loaded)
         opened = _checked(kind, opened, loaded, out)
@@ -157,7 +155,7 @@ def _opened(
     if checkpoint is not None:
         raise ModelError(
             "this module has weights of its own",
-            place="checkpoint=",
+            place="checkpoint",
             cure="load them into it, and leave it out",
         )
     named = memory.find_name(model)
@@ -199,8 +197,8 @@ def _of_several(
     if commands()[kind].load().tells_of_file:
         if odd := sorted(settings.keys() - {"format"}):
             raise ModelError(
-                f"{kind} of a model of several inputs takes format= alone",
-                place=f"{odd[0]}=",
+                f"{kind} of a model of several inputs takes format alone",
+                place=odd[0],
                 cure="leave it out",
             )
         files, facts = several.export(model, shapes, **settings)
@@ -256,18 +254,25 @@ def _refuse_what_cannot_be_saved(
     row = commands()[kind].load()
     if named is not None or (out is None and not row.needs_rebuilding):
         return
-    what = f"{kind}: the file" if row.needs_rebuilding else "out=: the folder"
-    said = (
+    what = "the file" if row.needs_rebuilding else "the folder"
+    error = ModelError(
         f"{what} could not be opened again, since nothing is known that builds this {type(model).__name__}: it is not "
-        "made of torch.nn layers in sequences alone, and its class does not build it from arguments that it keeps; "
-        'give model="package.module:function", a function that returns it, and checkpoint="weights.pt" with its '
-        "state_dict()"
-        + ("" if row.needs_rebuilding else ", or leave out= away and keep the result in memory")
+        "made of torch.nn layers in sequences alone, and its class does not build it from arguments that it keeps",
+        place=kind if row.needs_rebuilding else "out",
+        cure=(
+            "give ",
+            Argument("model", "package.module:function"),
+            ", a function that returns it, and ",
+            Argument("checkpoint", "weights.pt"),
+            " with its state_dict()",
+        ),
     )
+    if not row.needs_rebuilding:
+        error.add_cure(", or leave ", Argument("out"), " away and keep the result in memory")
     if row.tells_of_file:  # the file of the device is what counts here
-        warnings.warn(said, stacklevel=4)
+        warnings.warn(str(error), stacklevel=4)
         return
-    raise ModelError(said)
+    raise error
 
 
 def _call_of(row: Row) -> Callable[..., Result]:

@@ -11,7 +11,7 @@ from typing import Any
 from fedpress.core.examples import Preprocess
 from fedpress.core.inputs import dtype_of
 from fedpress.data import FederatedData
-from fedpress.errors import DataError, ModelError
+from fedpress.errors import Argument, DataError, ModelError
 from fedpress.pipeline.commands.subject import NOTHING, Outputs, Subject, outputs_of, told_form
 from fedpress.pipeline.recipe import Override
 
@@ -38,17 +38,17 @@ class Given:
         if mean in ("none", "data"):
             if std is not None:
                 raise DataError(
-                    f'with mean="{mean}" there is nothing to divide by',
-                    place="std=",
-                    cure="leave std out",
+                    f"with the mean '{mean}' there is nothing to divide by",
+                    place="std",
+                    cure="leave it out",
                 )
             return cls((0.0,), (1.0,)) if mean == "none" else cls(None, None)
-        means = _numbers("mean", mean, beside=', or mean="none"')
-        deviations = _numbers("std", std, above_0=True, beside=" and above 0")
+        means = _numbers("mean", mean, beside=(", or ", Argument("mean", "none")))
+        deviations = _numbers("std", std, above_0=True, beside=(", all above 0",))
         if len(means) != len(deviations):
             raise DataError(
                 f"{len(deviations)} values for {len(means)} of mean",
-                place="std=",
+                place="std",
                 cure="give as many of each",
             )
         return cls(means, deviations)
@@ -64,8 +64,10 @@ class Given:
         return Preprocess(self.mean or (), self.std or ())
 
 
-def _numbers(name: str, given: Any, *, above_0: bool = False, beside: str) -> tuple[float, ...]:
-    """Reads one number for each channel; one alone is taken as it is."""
+def _numbers(
+    name: str, given: Any, *, above_0: bool = False, beside: tuple[str | Argument, ...]
+) -> tuple[float, ...]:
+    """Reads one number for each channel; one alone is taken as it is. `beside` ends the cure."""
     try:
         values = (given,) if isinstance(given, int | float) else given
         row = tuple(float(value) for value in values)
@@ -73,12 +75,11 @@ def _numbers(name: str, given: Any, *, above_0: bool = False, beside: str) -> tu
         row = ()
     fine = row and all(math.isfinite(value) and (value > 0 or not above_0) for value in row)
     if not fine:
+        example = Argument(name, (0.5, 0.5, 0.5))
         raise DataError(
-            (
-                f"got {given!r}, expected one number for each channel, such as {name}=(0.5, "
-                f"0.5, 0.5){beside}"
-            ),
-            place=f"{name}=",
+            "not given" if given is None else f"got {given!r}, expected numbers",
+            place=name,
+            cure=("give one number for each channel, such as ", example, *beside),
         )
     return row
 
@@ -125,9 +126,9 @@ class Examples:
             return seed, table
         if table["source"] == NOTHING:
             raise DataError(
-                "there is no data= to be found there",
-                place="path=",
-                cure='name its source, such as data="cifar10"',
+                "no data are to be found there",
+                place="path",
+                cure=("name their source too, such as ", Argument("data", "cifar10")),
             )
         return seed, {**table, "path": str(self.path.resolve())}
 
@@ -141,15 +142,28 @@ class Examples:
             table["task"] = subject.spec.task["kind"]
         return table | (self.given.table() if self.given is not None else {})
 
-    def question(self, subject: Subject, keys: Sequence[Override]) -> str:
-        """Returns what the user should say too of the inputs of a model from elsewhere; empty if nothing."""
+    def question(self, subject: Subject, keys: Sequence[Override]) -> DataError | None:
+        """Returns what the user should say too of the inputs of a model from elsewhere; None if nothing.
+
+        It is an error that stops nothing: the numbers are right if the model was trained on these data.
+        """
         said = self.given is not None or any(key.key == "data.mean" for key in keys)
         if self.source is None or said or not subject.foreign:
-            return ""
-        return (
-            f"mean=: '{subject.name}' brings its own weights, and its accuracy is measured on inputs "
-            "standardised by these data; if it was trained on others, give mean=(...) and std=(...) of each "
-            'channel (images as values from 0 to 1), or mean="none" if it takes them as they are'
+            return None
+        return DataError(
+            f"'{subject.name}' brings its own weights, and its accuracy is measured on inputs standardised "
+            "by these data",
+            place="mean",
+            cure=(
+                "if it was trained on others, give those of each channel (images as values from 0 to 1), "
+                "such as ",
+                Argument("mean", (0.485, 0.456, 0.406)),
+                " and ",
+                Argument("std", (0.229, 0.224, 0.225)),
+                ", or ",
+                Argument("mean", "none"),
+                " if it takes them as they are",
+            ),
         )
 
 
@@ -178,8 +192,13 @@ def _shape(subject: Subject, keys: Sequence[Override], shape: tuple[int, ...] | 
         if shape is None:
             raise ModelError(
                 f"the shape of an example of '{subject.name}' is not known",
-                place="input_shape=",
-                cure="give it, such as input_shape=(3, 32, 32), or data with data=SOURCE",
+                place="input_shape",
+                cure=(
+                    "give it, such as ",
+                    Argument("input_shape", (3, 32, 32)),
+                    ", or data with ",
+                    Argument("data", "SOURCE"),
+                ),
             )
         model = subject.fresh(keys)
     if model is not None:

@@ -57,14 +57,14 @@ def in_memory(
     """
     x, y = _pair(data)
     if not len(x):
-        raise DataError("there is no example in it", place="data=", cure="give some")
+        raise DataError("there is no example in it", place="data", cure="give some")
     x, outputs = _as_taken(x, model, preprocess) if model is not None else (x, len(class_names))
     if y is None:
         return unlabelled(x, preprocess)
     if len(x) != len(y):
         raise DataError(
             f"{len(x)} inputs but {len(y)} labels",
-            place="data=",
+            place="data",
             cure="give one label for each input",
         )
     task = task or _regression(y, x, model, preprocess)
@@ -92,12 +92,12 @@ def _check_classes(y: Tensor, outputs: int) -> None:
     """Refuses numbers that are no classes of a model with so many `outputs`; 0 if that is not known."""
     if int(y.min()) < 0:
         raise DataError(
-            "some labels are negative", place="data=", cure="give class numbers from 0 up"
+            "some labels are negative", place="data", cure="give class numbers from 0 up"
         )
     if outputs and int(y.max()) >= outputs:
         raise DataError(
             f"its labels go up to {int(y.max())}, but the model has {outputs} classes",
-            place="data=",
+            place="data",
             cure=f"give class numbers from 0 to {outputs - 1}, or a model of more classes",
         )
 
@@ -201,10 +201,10 @@ def _pair(data: Any) -> tuple[Inputs, Tensor | None]:
     if isinstance(data, Dataset):
         raise DataError(
             "this Dataset has no length",
-            place="data=",
+            place="data",
             cure="give it a __len__, or an IterableDataset in a DataLoader, or tensors",
         )
-    raise DataError(f"got {type(data).__name__}, expected {TAKEN}", place="data=")
+    raise DataError(f"got {type(data).__name__}, expected {TAKEN}", place="data")
 
 
 def _joined(items: Iterable[Any], join: Any) -> tuple[Inputs, Tensor | None]:
@@ -215,14 +215,14 @@ def _joined(items: Iterable[Any], join: Any) -> tuple[Inputs, Tensor | None]:
         if isinstance(item, Mapping):
             raise DataError(
                 "its items are dictionaries",
-                place="data=",
+                place="data",
                 cure="give pairs (inputs, labels), of which inputs may be a dictionary",
             )
         parts = item if isinstance(item, tuple | list) else (item,)
         if len(parts) not in (1, 2):
             raise DataError(
                 f"an item has {len(parts)} parts",
-                place="data=",
+                place="data",
                 cure="give pairs (inputs, labels), or inputs alone",
             )
         try:
@@ -231,22 +231,22 @@ def _joined(items: Iterable[Any], join: Any) -> tuple[Inputs, Tensor | None]:
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(
                 f"an item holds {type(parts[0]).__name__}, which is no tensor",
-                place="data=",
+                place="data",
                 cure="add a transform that makes one",
             ) from error
     if labels and len(labels) != len(inputs):
         raise DataError(
             "some items have labels and some have none",
-            place="data=",
+            place="data",
             cure="give all of them labels",
         )
     if not inputs:
-        raise DataError("there is no example in it", place="data=", cure="give some")
+        raise DataError("there is no example in it", place="data", cure="give some")
     try:
         return _inputs(_together(inputs, join)), join(labels) if labels else None
     except RuntimeError as error:
         raise DataError(
-            "its items have different shapes", place="data=", cure="make them alike"
+            "its items have different shapes", place="data", cure="make them alike"
         ) from error
 
 
@@ -277,12 +277,12 @@ def _inputs(x: Tensor | np.ndarray | Mapping[str, Any]) -> Inputs:
         try:
             return NamedInputs(named)
         except DataError as error:
-            raise DataError(error.problem, place="data=", cure=error.cure) from error
+            raise DataError(error.problem, place="data", cure=error.cure) from error
     found = torch.as_tensor(x)
     if found.dim() < 2:
         raise DataError(
             f"inputs of shape {list(found.shape)}",
-            place="data=",
+            place="data",
             cure="the first dimension counts examples: [n, ...]",
         )
     return _typed(found.long() if found.dtype == torch.bool else found)
@@ -293,7 +293,7 @@ def _typed(x: Tensor) -> Tensor:
     x = x.detach().cpu()
     x = x if x.layout == torch.strided else x.to_dense()
     if x.is_complex():
-        raise DataError("inputs are complex numbers", place="data=", cure="give real ones")
+        raise DataError("inputs are complex numbers", place="data", cure="give real ones")
     if x.is_floating_point():
         return x.to(torch.float32)
     return x if x.dtype in (torch.uint8, torch.bool) else x.to(torch.int64)

@@ -20,13 +20,12 @@ from fedpress.core.inputs import Example
 from fedpress.core.random_source import public_stream
 from fedpress.deploy import FORMATS, Candidate, Job
 from fedpress.deploy.examples import Given, example_of, is_shape, take
-from fedpress.errors import ExportError, ModelError, renaming
+from fedpress.errors import Argument, ExportError, ModelError, renaming
 from fedpress.models import ModelSpec, memory
 from fedpress.models.weights import load_weights_
 from fedpress.nn.resize import copied
 from fedpress.pipeline.commands.several import Shapes, one_shape, several_shapes
 from fedpress.pipeline.commands.subject import Subject, holding, outputs_of
-from fedpress.pipeline.commands.wording import naming_arguments
 
 
 def measure(
@@ -71,7 +70,6 @@ def measure(
         with renaming({"format": "formats"}):
             raise deploy.unknown_format(wrong[0])
     with ExitStack() as stack:
-        stack.enter_context(naming_arguments())
         stack.enter_context(consent.allowing(allow_code))
         # The caller's random numbers stay theirs.
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -147,8 +145,19 @@ class Entry:
 
 
 def _check_numbers(seconds: float, batches: Sequence[int], threads: Sequence[int]) -> None:
-    if not seconds > 0 or not batches or not threads or min(*batches, *threads) < 1:
-        raise ExportError("seconds, batches and threads must be above 0", place="measure")
+    if not seconds > 0:
+        raise ExportError(
+            f"got {seconds}, expected a number above 0",
+            place="seconds",
+            cure=("give for instance ", Argument("seconds", 1.0)),
+        )
+    for name, numbers in (("batches", batches), ("threads", threads)):
+        if not numbers or min(numbers) < 1:
+            raise ExportError(
+                f"got {list(numbers)}, expected whole numbers above 0",
+                place=name,
+                cure=("give for instance ", Argument(name, (1, 2))),
+            )
 
 
 def _chosen(models: Any, checkpoint: Path | None) -> Sequence[str | Path | nn.Module]:
@@ -161,18 +170,18 @@ def _chosen(models: Any, checkpoint: Path | None) -> Sequence[str | Path | nn.Mo
                     f"got {type(one).__name__}, expected a torch.nn.Module, a path or "
                     "module:function"
                 ),
-                place="model",
+                place="models",
             )
     if checkpoint is not None and any(isinstance(one, nn.Module) for one in found or ()):
         raise ModelError(
             "a module has weights of its own",
-            place="checkpoint=",
+            place="checkpoint",
             cure="load them into it, and leave it out",
         )
     if not found:
         raise ModelError(
             "no model was given",
-            place="measure",
+            place="models",
             cure="give folders, packed or exported files, or module:function",
         )
     return found
@@ -255,7 +264,7 @@ class Found:
         elif several:
             raise ModelError(
                 "several inputs are for modules in memory",
-                place="input_shape=",
+                place="input_shape",
                 cure="build the model and give that",
             )
         else:
@@ -286,7 +295,7 @@ def _same_inputs(entries: Mapping[str, Entry]) -> Given:
         if _told(other.takes) != _told(one.takes):
             raise ModelError(
                 f"'{first}' takes {_told(one.takes)} and '{name}' takes {_told(other.takes)}",
-                place="measure",
+                place="models",
                 cure="measure them apart",
             )
     return one.takes
@@ -311,8 +320,8 @@ def _known(name: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
     if shape is None:
         raise ModelError(
             f"the shape of an example of '{name}' is not known",
-            place="input_shape=",
-            cure="give it, such as input_shape=(3, 32, 32)",
+            place="input_shape",
+            cure=("give it, such as ", Argument("input_shape", (3, 32, 32))),
         )
     return shape
 
@@ -363,6 +372,6 @@ def _counts(model: nn.Module, given: Given) -> tuple[int, int, int]:
                 f"{type(model).__name__} does not take inputs of {_told(given)} "
                 f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
             ),
-            place="input_shape=",
+            place="input_shape",
             cure="give the shape of one example, or a list of shapes",
         ) from error

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from fedpress import storage, tasks
 from fedpress.core.examples import Preprocess
 from fedpress.data import FederatedData
 from fedpress.data.examples import Progress
-from fedpress.errors import DataError, FedpressError, RecipeError, RunError
+from fedpress.errors import Argument, DataError, FedpressError, RecipeError, RunError
 from fedpress.models import ModelSpec, memory
-from fedpress.models.memory import HELD
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
+from fedpress.pipeline.arguments import naming_arguments
 from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.commands.examples import Examples
 from fedpress.pipeline.commands.subject import NOTHING, Subject
@@ -44,14 +44,14 @@ class Order:
         text: the recipe as TOML.
         recipe: the same, checked.
         spec: of a saved model, else None.
-        asks: what the user should say too, empty if nothing.
+        asks: what the user should say too, None if nothing; told, but not raised.
     """
 
     kind: str
     text: str
     recipe: Recipe
     spec: ModelSpec | None = None
-    asks: str = ""
+    asks: FedpressError | None = None
 
     @classmethod
     def bind(
@@ -80,23 +80,24 @@ class Order:
         stage: dict[str, Any] = {"kind": kind}
         if examples.of_nothing(subject):
             stage |= {key: value for key, value in row.without_data.items() if key not in given}
-        tree = {"name": kind, "seed": seed, "data": data, "model": subject.model, "stage": [stage]}
-        text = recipes.write(tree)
-        overrides = [_in_recipe(key) for key in keys]
-        with _spoken(kind, data["source"]):
-            recipe = recipes.load(text, overrides)
-            if row.wants_one_of and not given & set(row.wants_one_of):
-                wanted = ", ".join(row.wants_one_of)
-                raise RecipeError(
-                    (
-                        f"say how much should stay: give one of {wanted}, such as "
-                        f"{row.wants_one_of[0]}=0.5"
-                    ),
-                    place=kind,
-                )
-            whole = recipes.write(recipes.tree(text, overrides))
-        asks = "" if row.learns_from_data else examples.question(subject, keys)
-        return cls(kind, whole, recipe, subject.spec, asks)
+        text = recipes.write(
+            {"name": kind, "seed": seed, "data": data, "model": subject.model, "stage": [stage]}
+        )
+        with naming_arguments(kind, all_public=data["source"] == NOTHING):
+            # Keys of the stage are put into its own table, so that errors about them name them as they were given.
+            whole = recipes.tree(text, [key for key in keys if _of_recipe(key)])
+            own = [key for key in keys if not _of_recipe(key)]
+            whole["stage"] = [recipes.overridden(whole["stage"][0], own)]
+            recipe = recipes.checked(whole)
+        if row.wants_one_of and not given & set(row.wants_one_of):
+            wanted = ", ".join(row.wants_one_of)
+            raise RecipeError(
+                "nothing says how much should stay",
+                place=kind,
+                cure=(f"give one of {wanted}, such as ", Argument(row.wants_one_of[0], 0.5)),
+            )
+        asks = None if row.learns_from_data else examples.question(subject, keys)
+        return cls(kind, recipes.write(whole), recipe, subject.spec, asks)
 
     @staticmethod
     def lies_in(kind: str, folder: Path) -> bool:
@@ -128,7 +129,9 @@ class Order:
         Raises:
             DataError: if it is of others, or cannot be read.
         """
-        data, spec = load_data(self.recipe, progress=progress), self.spec
+        spec = self.spec
+        with self._naming():
+            data = load_data(self.recipe, progress=progress)
         if spec is None:
             return data
         if self.recipe.data.source == NOTHING:
@@ -173,19 +176,15 @@ class Order:
         ):
             raise DataError(
                 f"{self.kind} with {why} looks at labels, and these inputs have no class numbers",
-                place="data=",
-                cure="give data=(inputs, labels), or leave that out",
+                place="data",
+                cure=("give ", Argument("data", "(INPUTS, LABELS)"), ", or leave that out"),
             )
-        with _spoken(
-            self.kind, self.recipe.data.source, in_memory=self.recipe.model.architecture == HELD
-        ):
+        with self._naming():
             check_recipe(self.recipe, data)
 
     def execute(self, folder: RunFolder, data: FederatedData) -> Iterator[Event]:
         """Measures the model as it is, then does the work; yields what happens."""
-        with _spoken(
-            self.kind, self.recipe.data.source, in_memory=self.recipe.model.architecture == HELD
-        ):
+        with self._naming():
             path = folder.path / "before.json"
             if not path.exists():
                 yield StageStarted(0, "model", "before")
@@ -202,6 +201,9 @@ class Order:
                 list_json(path, before, folder.path)
                 yield StageFinished(0, before)
             yield from runs.execute(self.recipe, folder, data)
+
+    def _naming(self) -> AbstractContextManager[None]:
+        return naming_arguments(self.kind, all_public=self.recipe.data.source == NOTHING)
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,46 +247,6 @@ class Result:
         return cls(spec, model, before, facts, stage.path, artifact)
 
 
-def _in_recipe(key: Override) -> Override:
-    """Returns the override of a command as one of its recipe: of the stage, if it is of no other table."""
-    if key.key.split(".")[0] in TOP:
-        return key
-    return replace(key, key=f"stage.0.{key.key}")
-
-
-class _spoken:
-    """Says errors as a command knows their places: `recipe.stage[0].keep_parms` is `prune.keep_parms`."""
-
-    def __init__(self, kind: str, source: str, *, in_memory: bool = False) -> None:
-        self.kind, self.source, self.in_memory = kind, source, in_memory
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if not isinstance(error, FedpressError):
-            return
-        said = (
-            str(error)
-            .replace(f"recipe.stage[0] ({self.kind})", self.kind)
-            .replace("recipe.stage[0]", self.kind)
-        )
-        said = (
-            said.replace("stage.0.", f"{self.kind}.")
-            .replace("recipe.data", "data")
-            .replace("recipe.model", "model")
-        )
-        said = said.replace(
-            "needs a path; set path, or --data on the command line", "needs a path; give path=PATH"
-        )
-        if self.in_memory:  # it has no arguments that could be changed
-            said = said.replace(
-                "; fit model.arguments to the data", "; give examples as the model takes them"
-            )
-            said = re.sub(r", for instance with model\.arguments\.num_classes = \d+", "", said)
-        if self.source == NOTHING and isinstance(error, DataError):
-            said = said.replace(
-                "set data.public_share", "give data=SOURCE, all of which counts as public"
-            )
-        if said != str(error):
-            raise type(error)(said) from error
+def _of_recipe(key: Override) -> bool:
+    """Whether a key is one of the recipe and not of the stage."""
+    return key.key.split(".")[0] in TOP

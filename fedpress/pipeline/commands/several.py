@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedpress import deploy
 from fedpress.deploy import FORMATS, Job
-from fedpress.errors import ModelError
+from fedpress.errors import Argument, ModelError
 from fedpress.stages.table import commands
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -34,11 +34,9 @@ def several_shapes(input_shape: Any) -> Shapes | None:
     shapes = tuple(tuple(part) if isinstance(part, tuple | list) else () for part in input_shape)
     if not all(shape and all(isinstance(n, int) and n > 0 for n in shape) for shape in shapes):
         raise ModelError(
-            (
-                f"got {input_shape!r}, expected the shape of each input, such as "
-                "input_shape=[(3, 8, 8), (5,)]"
-            ),
-            place="input_shape=",
+            f"got {input_shape!r}, expected the shape of each input",
+            place="input_shape",
+            cure=("give for instance ", Argument("input_shape", [(3, 8, 8), (5,)])),
         )
     return shapes
 
@@ -59,11 +57,9 @@ def one_shape(input_shape: Any) -> tuple[int, ...] | None:
         isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes
     ):
         raise ModelError(
-            (
-                f"got {input_shape!r}, expected the shape of one example, such as "
-                "input_shape=(3, 32, 32)"
-            ),
-            place="input_shape=",
+            f"got {input_shape!r}, expected the shape of one example",
+            place="input_shape",
+            cure=("give for instance ", Argument("input_shape", (3, 32, 32))),
         )
     return sizes
 
@@ -102,20 +98,20 @@ def check(kind: str, model: object, data: object, out: object) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(
             "several inputs are for a module in memory",
-            place="input_shape=",
+            place="input_shape",
             cure="build the model and give that",
         )
     if data is not None:
         raise ModelError(
             "models of several inputs are cut and rounded without data here",
-            place="data=",
-            cure="leave data= out",
+            place="data",
+            cure="leave it out",
         )
     if out is not None:
         raise ModelError(
             "a model of several inputs stays in memory",
-            place="out=",
-            cure="leave out= away and take result.model",
+            place="out",
+            cure="leave it out and take result.model",
         )
 
 

@@ -18,13 +18,16 @@ from fedpress.core.examples import Arrays, Preprocess
 from fedpress.core.inputs import Shape
 from fedpress.core.random import STREAMS
 from fedpress.data import FederatedData
-from fedpress.errors import DataError, ModelError, did_you_mean
+from fedpress.errors import Argument, DataError, ModelError, did_you_mean
 from fedpress.models import ARCHITECTURES, ModelSpec, memory
 from fedpress.models.memory import Named
 from fedpress.pipeline import recipe as recipes
+from fedpress.pipeline.arguments import naming_arguments
+from fedpress.pipeline.places import placed_model
 from fedpress.pipeline.recipe import Override
 from fedpress.workspace.atomic import read_json
 
+DATA = ("give ", Argument("data", "SOURCE"))
 NOTHING = "fedpress.commands.subject:no_data"  # as files have it, see `own_modules.MOVED`
 
 
@@ -70,7 +73,7 @@ class Subject:
             if weights is not None:
                 raise ModelError(
                     f"'{path}' has weights of its own",
-                    place="checkpoint=",
+                    place="checkpoint",
                     cure="leave one of the two out",
                 )
             return cls(
@@ -101,13 +104,14 @@ class Subject:
             arguments=table.get("arguments", {}),
             input_shape=(1,),
         )
-        return spec.take_in()[1]
+        with naming_arguments("model"), placed_model():
+            return spec.take_in()[1]
 
     def data(self) -> tuple[dict[str, Any], int] | None:
         """Returns the `[data]` table and the seed of the run that left the model; None if there is none."""
         if self.run is None:
             return None
-        settings = read_json(self.run / "settings.json", cure="give data=SOURCE")
+        settings = read_json(self.run / "settings.json", cure=DATA)
         data, seed = settings.get("data"), settings.get("seed")
         if (
             not isinstance(data, dict)
@@ -117,7 +121,7 @@ class Subject:
             raise ModelError(
                 "it does not say what data the run had",
                 place=f"{self.run / 'settings.json'}",
-                cure="give data=SOURCE",
+                cure=DATA,
             )
         table = {key: value for key, value in settings["data"].items() if value is not None}
         if table["source"] == NOTHING:
@@ -136,7 +140,8 @@ class Subject:
             try:
                 consent.check(str(table["source"]), (), place)
             except ModelError as error:
-                raise ModelError(f"{error}, or give the data yourself with data=SOURCE") from error
+                error.add_cure(", or give the data yourself with ", Argument("data", "SOURCE"))
+                raise
         try:  # where the data lay is no setting, since it may differ between machines
             path = tomllib.loads((self.run / "recipe.toml").read_text("utf-8"))["data"].get("path")
         except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
@@ -259,7 +264,7 @@ def outputs_of(model: nn.Module, shape: tuple[int, ...]) -> Outputs:
                     f"the model does not take examples of shape {list(shape)} "
                     f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
                 ),
-                place="input_shape=",
+                place="input_shape",
                 cure=(
                     "give the shape of one example, or in Python a list of shapes for several "
                     "inputs"

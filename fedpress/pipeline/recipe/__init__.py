@@ -1,6 +1,6 @@
 """The recipe: TOML text and overrides become frozen, checked settings; every mistake is one sentence with its cure."""
 
-from fedpress.pipeline.recipe.load import effective, load, tree
+from fedpress.pipeline.recipe.load import checked, effective, load, tree
 from fedpress.pipeline.recipe.overrides import Override, overridden
 from fedpress.pipeline.recipe.settings import ModelSettings, Recipe, keys, schema
 from fedpress.pipeline.recipe.text import find, in_one_line, names, write
@@ -9,6 +9,7 @@ __all__ = [
     "ModelSettings",
     "Override",
     "Recipe",
+    "checked",
     "effective",
     "find",
     "in_one_line",

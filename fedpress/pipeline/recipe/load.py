@@ -23,7 +23,15 @@ def load(toml: str, overrides: Sequence[str | Override] = ()) -> Recipe:
     Raises:
         RecipeError: if the text is no TOML, an override has no place, or a setting is wrong.
     """
-    found = tree(toml, overrides)
+    return checked(tree(toml, overrides))
+
+
+def checked(found: dict[str, Any]) -> Recipe:
+    """Returns the settings of a recipe that was read.
+
+    Raises:
+        RecipeError: if a setting is wrong.
+    """
     check_values(found, "recipe")
     try:
         return Recipe.model_validate(found)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import datetime
 import math
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
-from fedpress.errors import RecipeError, suggestion
+from fedpress.errors import RecipeError, SettingError, suggestion
 from fedpress.pipeline.recipe.settings import Recipe
 
 
@@ -44,12 +45,31 @@ def first_mistake(error: ValidationError, tree: dict[str, Any]) -> RecipeError:
     # A list of which a part is wrong is also called too short: that follows from it, and is no mistake of its own.
     own = [e for e in found if not any(_inside(other["loc"], e["loc"]) for other in found)]
     more = len({_place(e, tree) for e in own}) - 1
-    problem, cure = _complaint(first)
-    if more and cure:
-        cure += f" ({more} more)"
+    found_mistake = _mistake(first, _place(first, tree))
+    if more and found_mistake.cure:
+        found_mistake.add_cure(f" ({more} more)")
     elif more:
-        problem += f" ({more} more)"
-    return RecipeError(problem, place=_place(first, tree), cure=cure)
+        found_mistake.problem += f" ({more} more)"
+    return found_mistake
+
+
+def _mistake(error: Any, place: str) -> RecipeError:
+    """Returns the error of a mistake at `place`."""
+    raised = error.get("ctx", {}).get("error")
+    if not isinstance(raised, SettingError):
+        problem, cure = _complaint(error)
+        return RecipeError(problem, place=place, cure=cure)
+    found = RecipeError(
+        raised.problem,
+        place=f"{place}.{raised.place}" if raised.place else place,
+        cure=raised.cure,
+    )
+    found.change_arguments(
+        lambda one: replace(
+            one, name=f"recipe.{one.name}" if "." in one.name else f"{place}.{one.name}"
+        )
+    )
+    return found
 
 
 def _inside(inner: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
@@ -90,7 +110,13 @@ def _place(error: Any, tree: Any) -> str:
     """`("stage", 2, "federate", "lr")` -> `recipe.stage[2].lr`: the name of a union's row is no key of the recipe."""
     place, node, kind = "recipe", tree, error["type"]
     *above, last = error["loc"] or ("",)
+    before: object = None
     for part in (*above, last):
+        # Behind the number of a list of several kinds pydantic names the kind, which may be called like a key.
+        names_kind = isinstance(before, int) and isinstance(node, dict) and node.get("kind") == part
+        before = part
+        if names_kind:
+            continue
         if isinstance(part, int):
             place += f"[{part}]"
             node = node[part] if isinstance(node, list) and part < len(node) else None

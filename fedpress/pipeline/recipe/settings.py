@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from fedpress.data import DataSettings
+from fedpress.models.memory import HELD
 from fedpress.pipeline.recipe.text import in_one_line
 from fedpress.stages.union import AnyStage
 from fedpress.workspace.state import Name
@@ -32,6 +33,11 @@ class ModelSettings(BaseModel):
     def trained(self) -> bool:
         """Whether the model comes with weights that somebody has trained."""
         return self.checkpoint is not None or self.weights is not None
+
+    @property
+    def takes_arguments(self) -> bool:
+        """Whether it is built from arguments that can be changed: no saved model is, and no module in memory."""
+        return self.checkpoint is None and self.architecture != HELD
 
     @model_validator(mode="after")
     def _one_of_two(self) -> ModelSettings:

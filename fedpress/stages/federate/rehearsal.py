@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedpress.core.examples import Arrays
 from fedpress.core.inputs import Inputs, NamedInputs, form_of, parts_of, told
 from fedpress.core.random_source import RandomSource, public_stream
-from fedpress.errors import RecipeError, TrainingError
+from fedpress.errors import Argument, RecipeError, TrainingError
 from fedpress.stages.federate.client import ClientHalf
 from fedpress.tasks import Task
 
@@ -39,16 +39,19 @@ def rehearse(clients: Sequence[ClientHalf], public: Sequence[Arrays], task: Task
         else:
             what, cause = problems[0]
             kind = f"{what} examples of shape {told(like.x)}"
-            cure = "mend the model, so that it runs on single examples"
+            cure: list[str | Argument] = [
+                "no epsilon was spent; mend the model, so that it runs on single examples"
+            ]
             if what == "made-up":
-                cure += ", or give public examples of this kind (data.public_share) to try it on"
+                share = Argument("data.public_share", 0.1)
+                cure += [", or give public examples of this kind by ", share, " to try it on"]
             said = str(cause).partition("\n")[0]
             if isinstance(cause, TrainingError):  # its cure is the one below
                 said = cause.problem
             raise RecipeError(
                 f"a private step fails on {kind}: {type(cause).__name__}: {said}",
                 place="privacy",
-                cure=f"no epsilon was spent; {cure}",
+                cure=cure,
             ) from cause
 
 

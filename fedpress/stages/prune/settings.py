@@ -18,7 +18,7 @@ from fedpress.compress.prune.sensitivity import DENSITIES
 from fedpress.compress.prune.targets import Cost, bytes_of, full_widths
 from fedpress.core.examples import Arrays
 from fedpress.core.inputs import Inputs
-from fedpress.errors import RecipeError
+from fedpress.errors import Argument, RecipeError, SettingError
 from fedpress.nn.batch_norm import has_batch_norm
 from fedpress.stages.public import calibration
 from fedpress.training.settings import TrainSettings
@@ -113,8 +113,15 @@ class PruneSettings(BaseModel):
                 f"strategy 'single-channel' ranks all layers together; leave scope = '{self.scope}' out"
             )
         if not self.calibration and SCORES[self.score].needs == "losses":
-            raise ValueError(
-                f"score '{self.score}' looks at public examples; give calibration, and data (a command: --data SOURCE)"
+            raise SettingError(
+                f"'{self.score}' looks at public examples",
+                place="score",
+                cure=(
+                    "give ",
+                    Argument("calibration", 256),
+                    ", and public examples by ",
+                    Argument("data.public_share", 0.1),
+                ),
             )
         if any(not 0 < density < 1 for density in self.densities):
             raise ValueError(f"densities lie between 0 and 1; try {list(DENSITIES)}")

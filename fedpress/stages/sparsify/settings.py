@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from fedpress.compress.sparse import Pattern, Weights
-from fedpress.errors import RecipeError
+from fedpress.errors import Argument, RecipeError, SettingError
 from fedpress.training.settings import TrainSettings
 from fedpress.workspace.state import Name
 
@@ -76,8 +76,10 @@ class SparsifySettings(TrainSettings):
             raise ValueError(error.told(place="")) from error
         if own is None:
             if self.density is None and not self.densities:
-                raise ValueError(
-                    "sparsify needs a density, the share of the weights that stays; try density = 0.1"
+                raise SettingError(
+                    "sparsify needs the share of the weights that stays",
+                    place="density",
+                    cure=("try ", Argument("density", 0.1)),
                 )
             return self
         if self.density not in (None, own):

@@ -226,7 +226,7 @@ def test_scores_need_public_examples():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"density": None}, "needs a density"),
+        ({"density": None}, "needs the share of the weights"),
         ({"pattern": "2:4"}, "leave density out"),
         ({"pattern": "3"}, "expected 'unstructured'"),
         ({"score": "movement"}, "schedule = 'gradual'"),
