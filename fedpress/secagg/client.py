@@ -204,11 +204,7 @@ class SecAggClient:
 
     def state(self) -> dict[str, JSON]:
         """Returns what must outlive the process, as JSON: who answers twice to one round protects nobody."""
-        roster = self._roster
-        people: list[JSON] = []
-        if roster is not None:
-            rows = zip(roster.names, roster.keys, roster.signatures, strict=True)
-            people = [[name, key.hex(), signature.hex()] for name, key, signature in rows]
+        people = [] if self._roster is None else self._roster.rows
         answered: dict[str, JSON] = {
             str(n): dict(steps.items()) for n, steps in self._answered.items()
         }

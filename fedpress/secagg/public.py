@@ -12,7 +12,7 @@ import numpy as np
 from fedpress.errors import WireError
 from fedpress.secagg import graph
 from fedpress.secagg.keys import SIGNATURE, agrees, derive, digest, verify
-from fedpress.secagg.parts import SecAggMessage, read_bytes, read_names, tensor
+from fedpress.secagg.parts import JSON, SecAggMessage, read_bytes, read_names, tensor
 from fedpress.secagg.plan import SecurePlan
 
 
@@ -74,6 +74,12 @@ class Roster:
     def digest(self) -> bytes:
         """Digest of names and keys."""
         return digest("roster", *self.names, *self.keys)
+
+    @cached_property
+    def rows(self) -> list[JSON]:
+        """Name, key and signature of each client as JSON holds them; not to be changed."""
+        columns = zip(self.names, self.keys, self.signatures, strict=True)
+        return [[name, key.hex(), signature.hex()] for name, key, signature in columns]
 
     @cached_property
     def key_of(self) -> dict[str, bytes]:
