@@ -129,11 +129,12 @@ def sweep(
         from fedpress.reports.sweep import sweep_table, write_sweep
         from fedpress.reports.table import as_rich
 
-        text = load(recipe, None, None)[0]
+        variants = sweeps.variants(values or [], _whole_seeds(seeds))
+        # Checked with what all variants say: a key that the recipe lacks may be given behind it.
+        text = load(recipe, list(sweeps.in_all(variants)), data)[0]
         extra = (
             [f"data.path={json.dumps(str(data), ensure_ascii=False)}"] if data is not None else []
         )
-        variants = sweeps.variants(values or [], _whole_seeds(seeds))
         name = str(recipes.tree(text).get("name", "recipe"))
         place = out or Path("sweeps") / name
     command = shlex.join(["fedpress", *sys.argv[1:]])

@@ -110,6 +110,18 @@ def variants(values: Sequence[str], seeds: Sequence[int] = ()) -> list[Variant]:
     return found
 
 
+def in_all(variants: Sequence[Variant]) -> tuple[str, ...]:
+    """Returns the overrides that all variants have: of the keys that were given one value.
+
+    >>> in_all(variants(["data.path=x.csv", "stage.1.keep_params=0.5,0.3"]))
+    ('data.path=x.csv',)
+    """
+    first, *others = variants
+    return tuple(
+        word for word in first.overrides if all(word in other.overrides for other in others)
+    )
+
+
 def _value_lists(values: Sequence[str], seeds: Sequence[int]) -> dict[str, list[str]]:
     """Returns the values of each key, in the order given."""
     lists: dict[str, list[str]] = {}

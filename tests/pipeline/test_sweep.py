@@ -69,6 +69,18 @@ def test_variants_are_all_combinations_named_by_what_moves():
         sweep.variants(["seed=1,2"], seeds=(3,))
 
 
+def test_a_sweep_is_checked_with_what_all_its_variants_say(fedpress, tiny_file):
+    text = tiny_file.read_text().partition('[[stage]]\nkind = "federate"')[0]
+    tiny_file.write_text(text.replace('source = "digits"', 'source = "csv"'))
+    words = ["sweep", tiny_file, "stage.prune.keep_params=0.6,0.4", "--out", "s"]
+    said = fedpress(*words)
+    assert said.err == ("error: recipe.data.path: source 'csv' needs a path; give data.path=PATH\n")
+    for followed in (["data.path=nowhere.csv"], ["--data", "nowhere.csv"]):
+        said = fedpress(*words, *followed)
+        assert "needs a path" not in said.err
+        assert "2 of 2 variants failed" in said.err
+
+
 def test_a_sweep_trains_once_lists_what_fails_draws_and_goes_on(fedpress, tiny_file):
     text = tiny_file.read_text().partition('[[stage]]\nkind = "federate"')[0]
     tiny_file.write_text(text)
