@@ -59,6 +59,8 @@ FLAGS = {row.name: row.flag for row in ROWS}
 KEYS = {row.name: f"recipe.{row.keys[0]}" for row in ROWS if row.keys}
 """Argument -> the key of a recipe to set in its place."""
 NAMES = {f"recipe.{key}": row.name for row in ROWS for key in row.keys}
+PARTS = ("recipe.data.public_share", "recipe.data.validation")
+"""Keys that make the parts of a data set."""
 _STAGE = re.compile(r"recipe\.stage\[0\](?: \([^)]*\))?")  # a command is a recipe of one stage
 _BEGINNING = re.compile(r"\w+(?:\.\w+)*")
 
@@ -88,12 +90,12 @@ def naming_arguments(kind: str, *, all_public: bool = False) -> Iterator[None]:
 
     Args:
         kind: of the command, and of its stage.
-        all_public: whether all data that are given count as public: then no share of them can be declared so, and
-            giving some is the only way.
+        all_public: whether all data that are given count as public, and no table of a recipe divides them: then
+            giving others is the only way to other parts.
     """
 
     def named(argument: Argument) -> Argument:
-        if all_public and argument.name == "recipe.data.public_share":
+        if all_public and argument.name in PARTS and argument.value is not None:
             return Argument("data", "SOURCE")
         return replace(argument, name=in_command(argument.name, kind))
 

@@ -3,6 +3,7 @@
 import inspect
 
 import pytest
+import torch
 import typer
 from torch import nn
 
@@ -127,6 +128,14 @@ def test_where_all_data_are_public_more_data_take_the_place_of_a_share():
     )
 
 
+def test_patience_asks_for_data_that_bring_a_validation_set():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    pair = torch.rand(2, 1, 8, 8), torch.arange(2)
+    with pytest.raises(FedpressError, match=r"^patience: .* give data=SOURCE, or leave patience"):
+        commands.train(net, epochs=1, patience=3, data=pair)
+    assert commands.train(net, epochs=1, patience=3, data="digits").model is not None
+
+
 def test_one_mistake_is_told_to_each_reader_in_its_own_words(tmp_path):
     """A table without its path: in a recipe, in a Python call, and on the command line."""
     wrong = DATA.replace("digits", "csv") + '[[stage]]\nkind = "pack"\n'
@@ -142,8 +151,6 @@ def test_one_mistake_is_told_to_each_reader_in_its_own_words(tmp_path):
 
 
 def test_the_way_in_for_another_programs_file_is_keys_in_a_recipe(tmp_path, fedpress):
-    import torch
-
     torch.save(nn.Linear(8, 3).state_dict(), tmp_path / "w.pt")
     toml = f'[data]\nsource = "digits"\n[model]\ncheckpoint = "{tmp_path / "w.pt"}"\n'
     (tmp_path / "own.toml").write_text(toml + '[[stage]]\nkind = "pack"\n')
