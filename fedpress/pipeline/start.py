@@ -114,10 +114,11 @@ def _check_outputs(
         data.task.check(found, targets)
     except ModelError as error:
         number = data.task.outputs
-        cure: Words = f"make it return {number} numbers"
+        less = f"make it return {number} numbers"
+        cure: Words = less
         if recipe.model.takes_arguments:
             argument = Argument("recipe.model.arguments.num_classes", number)
-            cure = (cure, ", for instance with ", argument)
+            cure = (less, ", for instance with ", argument)
         dims = targets.dim() + 1 if data.task.targets == "classes" else 2
         if not isinstance(found, Tensor) or found.dim() != dims:
             cure = (

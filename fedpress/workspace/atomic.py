@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from fedpress.core import checksums, files
-from fedpress.errors import Argument, RunError, Shell
+from fedpress.errors import Argument, RunError, Shell, Words
 
 Json = Mapping[str, JsonValue]
 
@@ -54,7 +54,7 @@ def listed(path: Path, run: Path) -> Iterator[Path]:
         checksums.note(path, temporary, folder=run)
 
 
-def check_whole(path: Path, cure: str, *, grows: bool = False, what: str = "corrupt") -> None:
+def check_whole(path: Path, cure: Words, *, grows: bool = False, what: str = "corrupt") -> None:
     """Compares a file with its checksum, if it has one; `what` begins the complaint.
 
     Raises:
@@ -67,8 +67,10 @@ def check_whole(path: Path, cure: str, *, grows: bool = False, what: str = "corr
     except OSError as error:
         raise RunError(f"cannot be read ({error.strerror})", place=path, cure=cure) from error
     if found:
-        own = f"or if you have changed it yourself, delete '{checksums.list_of(path)}'"
-        raise RunError(f"{what} ({found})", place=path, cure=f"{cure}, {own}")
+        damaged = RunError(f"{what} ({found})", place=path, cure=cure)
+        own = f", or if you have changed it yourself, delete '{checksums.list_of(path)}'"
+        damaged.add_cure(own)
+        raise damaged
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -96,7 +98,7 @@ def finite(value: Any) -> Any:
     return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def read_json(path: Path, *, cure: str = "delete the folder and run again") -> dict[str, Any]:
+def read_json(path: Path, *, cure: Words = "delete the folder and run again") -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:

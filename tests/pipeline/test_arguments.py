@@ -9,13 +9,23 @@ from torch import nn
 
 from fedpress.cli import app
 from fedpress.core import consent
-from fedpress.errors import Argument, DataError, FedpressError, ModelError, RecipeError, Shell
+from fedpress.errors import (
+    Argument,
+    DataError,
+    FedpressError,
+    ModelError,
+    RecipeError,
+    RunError,
+    Shell,
+)
 from fedpress.pipeline import commands
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.arguments import ROWS, in_command, in_shell, naming_arguments, place_in_shell
 from fedpress.pipeline.commands.calls import call
+from fedpress.pipeline.commands.subject import Subject
 from fedpress.pipeline.recipe import Override
 from fedpress.stages.table import commands as rows_of_commands
+from fedpress.workspace.folder import RunFolder
 
 DATA = '[data]\nsource = "digits"\n[model]\narchitecture = "mlp"\n'
 
@@ -134,6 +144,15 @@ def test_patience_asks_for_data_that_bring_a_validation_set():
     with pytest.raises(FedpressError, match=r"^patience: .* give data=SOURCE, or leave patience"):
         commands.train(net, epochs=1, patience=3, data=pair)
     assert commands.train(net, epochs=1, patience=3, data="digits").model is not None
+
+
+def test_damaged_settings_of_a_run_ask_for_the_data_by_argument_or_flag(tmp_path):
+    run = RunFolder.create(tmp_path / "run", "", {"seed": 0})
+    (run.path / "settings.json").write_text('{"seed": 1}')
+    with pytest.raises(RunError) as caught:
+        Subject({}, run=run.path).data()
+    assert "; give data=SOURCE, or if you have changed it yourself, delete" in str(caught.value)
+    assert "; give --data SOURCE, or if you have" in in_the_shell(caught.value)
 
 
 def test_one_mistake_is_told_to_each_reader_in_its_own_words(tmp_path):
