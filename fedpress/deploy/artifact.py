@@ -50,11 +50,11 @@ class Job:
     example: Example | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.batches, Tensor):
+        if isinstance(self.batches, Tensor | Mapping):
             raise ExportError(
-                "batches is one tensor",
+                "got one batch, expected a tuple of them",
                 place="batches",
-                cure="give a tuple of batches, such as x.split(64)",
+                cure="give several, such as x.split(64)",
             )
         if self.example is None and not self.input_shape:
             raise ExportError(

@@ -352,3 +352,9 @@ def test_models_of_the_transformers_library_are_exported(tmp_path, kind):
         parity(model, made.path, wanted)
         got = session(**{name: t.numpy() for name, t in wanted.items()})
         assert got["logits"].shape == tuple(model(**wanted).logits.shape)
+
+
+@pytest.mark.parametrize("batches", [torch.zeros(4, 3), {"input_ids": torch.zeros(4, 3).long()}])
+def test_one_batch_is_not_taken_for_several(batches):
+    with pytest.raises(ExportError, match="batches: got one batch, expected a tuple of them"):
+        Job(input_shape=(3,), batches=batches)
