@@ -194,6 +194,19 @@ Source: TypeAlias = RandomSource | torch.Generator | None
 """What functions draw from; a bare generator counts as `TorchRandom`, None as torch's global one."""
 
 
+def seed_torch_(chance: RandomSource) -> None:
+    """Starts torch's global generators anew from `chance`, for draws inside a network such as dropout.
+
+    `torch.manual_seed` keeps 32 bits of a seed on the CPU, few enough to try them all. So all 624 words of the
+    Mersenne Twister's state are replaced. It stays no cryptographic generator, and with MKL one call of dropout hangs
+    on 32 of its bits: masks are hidden by the noise on what is made with them, not by this alone.
+    """
+    torch.manual_seed(int(chance.words(1)[0] >> np.uint64(1)))
+    state, words = torch.get_rng_state(), chance.words(312).astype("<u8").view("<u4")
+    state.view(torch.int64)[3:627] = torch.from_numpy(words.astype(np.int64))
+    torch.set_rng_state(state)
+
+
 def chance_of(source: Source) -> RandomSource:
     """Returns `source` as a RandomSource."""
     if source is None or isinstance(source, torch.Generator):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from fedpress.core import parameters, random
 from fedpress.core.canonical import JSON
 from fedpress.core.inputs import Inputs
 from fedpress.core.parameters import trainable
+from fedpress.core.random_source import RandomSource, seed_torch_
 from fedpress.errors import RecipeError, TrainingError
 from fedpress.federation.local import LocalSettings, LocalWork, Measures, Outcome, Step, Steps
 from fedpress.privacy.noise.mechanism import poisson_batches
@@ -34,13 +37,17 @@ def private_steps(model: nn.Module, work: LocalWork) -> Steps:
     """
     plan = check_private(work.plan.settings, work.plan.privacy)
     params, at, question = trainable(model), next(model.parameters()).device, _question(model, work)
-    chance = work.key.private_stream("prepare", question)
+    chance, number = work.key.private_stream("prepare", question), itertools.count(1)
 
     def prepare(x: Inputs) -> Inputs:
         return laid_out(work.plan.prepare(x, chance), model)
 
-    # Dropout draws from torch's global generator; the client that called puts it back afterwards.
-    torch.manual_seed(work.key.client_seed("dropout", question))
+    def noise(total: Tensor) -> RandomSource:
+        # The number of the step: two sums may be the same, as those of empty batches are.
+        hidden = random.fingerprint(next(number), total)
+        return work.key.private_stream("noise", question, hidden)
+
+    _seed_dropout_(work, question)
     noised = private_gradients(
         model,
         work.plan.task.loss,
@@ -49,6 +56,7 @@ def private_steps(model: nn.Module, work: LocalWork) -> Steps:
         plan=plan,
         steps=plan.steps_per_round,
         generator=work.key.private_stream("private", question),
+        noise=noise,
         prepare=prepare,
         autocast=torch.bfloat16 if uses_bf16(model, work.plan.settings.precision) else None,
     )
@@ -86,8 +94,7 @@ def joint_steps(model: nn.Module, work: LocalWork) -> Steps:
         x = laid_out(work.plan.prepare(x, work.key.private_stream("prepare", question)), model)
     method = choose_method(model, work.plan.task.loss, x, y) if len(index) else "loop"
     verify: Verify = "gradients" if work.key.round == 1 else "losses"
-    # Dropout draws from torch's global generator; the client that called puts it back afterwards.
-    torch.manual_seed(work.key.client_seed("dropout", question))
+    _seed_dropout_(work, question)
     bf16 = uses_bf16(model, work.plan.settings.precision)
     with torch.autocast(at.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16):
         total, raw = clipped_gradient_sum(
@@ -166,12 +173,23 @@ def _failures(raw: list[RawStats]) -> Measures:
     return {cause: count for cause, count in counts.items() if count}
 
 
+def _seed_dropout_(work: LocalWork, question: str) -> None:
+    """Starts the stream of dropout, which draws from torch's global generator; the client that called puts it back.
+
+    It must be as secret as the batches are. A mask is drawn for a place in a batch and not for an example: without one
+    example all after it have other masks, so who knew the masks would see more of the sum move than the clip norm.
+    """
+    seed_torch_(work.key.private_stream("dropout", question))
+
+
 def _question(model: nn.Module, work: LocalWork) -> str:
-    """Names all that a private answer depends on; as part of the noise's key it keeps one noise from hiding two things.
+    """Names all that a private answer is known to depend on, for its batches, augmentation, dropout and noise.
 
     The same question gets the same answer, bit by bit, which costs no privacy. Any other one, such as other parameters
-    in the same round or another noise multiplier under the same seed, gets independent noise. The examples are read
-    again every round, so that the name holds also if somebody changed them.
+    in the same round or another noise multiplier under the same seed, is answered by independent draws. The examples
+    are read again every round, so that the name holds also if somebody changed them. A gradient may depend on more than
+    can be named (what a network computes, an algorithm's corrections of the steps before), so the name of a step's
+    noise also holds the sum that it hides.
     """
     state = model.state_dict()
     about = {
@@ -181,7 +199,8 @@ def _question(model: nn.Module, work: LocalWork) -> str:
         "settings": work.plan.settings,
         "plan": work.plan.privacy,
         "prepare": work.plan.prepare,
-        "task": work.plan.task.about(),
+        "task": work.plan.task,
+        "pulls": dict(work.plan.pulls),
         "beside": sorted(work.beside),
     }
     beside = [work.beside[name] for name in sorted(work.beside)]

@@ -14,6 +14,7 @@ from fedpress.core.random_source import (
     chance_of,
     private_stream,
     public_stream,
+    seed_torch_,
 )
 from fedpress.errors import PrivacyError
 from fedpress.privacy.noise.mechanism import noise_grid, noise_sum, noised_mean, poisson_batches
@@ -134,6 +135,23 @@ def test_streams_do_not_touch_the_global_generators():
     private_stream(3, "a").normal(8)
     assert torch.equal(torch.get_rng_state(), before)
     assert np.array_equal(np.random.get_state()[1], numpys)
+
+
+def test_torch_is_seeded_with_more_bits_than_a_seed_of_its_own_holds():
+    def drawn(**changed):
+        words = AesCtrRandom(KEY).words(313)
+        for place, value in changed.items():
+            words[int(place.removeprefix("at_"))] ^= np.uint64(value)
+        chance = AesCtrRandom(KEY)
+        chance.words = lambda size: np.array([words[0]]) if size == 1 else words[1:]
+        with torch.random.fork_rng():
+            seed_torch_(chance)
+            return torch.rand(1000)
+
+    assert torch.equal(drawn(), drawn())
+    assert stats.kstest(drawn().numpy(), "uniform").pvalue > 0.001
+    for place in (1, 100, 312):  # bits far from the seed
+        assert not torch.equal(drawn(), drawn(**{f"at_{place}": 1 << 40}))
 
 
 def test_streams_of_other_keys_are_others():

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import nn
 
+from fedpress.codecs import Key
 from fedpress.core import parameters
 from fedpress.core.examples import Arrays
 from fedpress.core.random_source import public_stream
 from fedpress.errors import DivergedError, RecipeError, TrainingError
 from fedpress.federation.local import LocalPlan, LocalSettings, LocalWork, shuffled_batches
-from fedpress.federation.private import rehearse_private
+from fedpress.federation.private import private_steps, rehearse_private
 from fedpress.federation.sources import SOURCES
 from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import quantize_layers_
@@ -29,6 +30,9 @@ from tests.federation.federation import (
     untouched,
     with_source,
 )
+
+FULL = PrivacyPlan("sample", 1.0, 1.0, 1.0)
+"""One step in which every example takes part."""
 
 
 def task(arrays=None, *, plan=None, round=1, prepare=untouched, **settings):
@@ -191,9 +195,10 @@ class Silent(nn.Module):
 
 
 def test_private_noise_is_new_for_everything_asked_and_the_same_on_repeat():
-    def noise(start=0.0, arrays=None, plan=SAMPLE_PLAN, **settings):
-        model = Silent(20_000, start)
-        train_privately(model, task(arrays, plan=plan, **settings))
+    def noise(start=0.0, arrays=None, plan=SAMPLE_PLAN, round=1, prepare=untouched, **changes):
+        model, settings = Silent(20_000, start), {n: changes.pop(n) for n in {"lr"} & {*changes}}
+        work = task(arrays, plan=plan, round=round, prepare=prepare, **settings)
+        train_privately(model, replace(work, plan=replace(work.plan, **changes)))
         return model.w.detach() - start
 
     base = noise()
@@ -205,9 +210,71 @@ def test_private_noise_is_new_for_everything_asked_and_the_same_on_repeat():
         "examples": noise(arrays=examples(10, seed=1)),
         "prepare": noise(prepare=lambda x, generator: x),
         "round": noise(round=2),
+        "task": noise(task=GOAL.smoothed(0.1)),
+        "pulls": noise(pulls={"proximal_mu": 0.1}),
     }
     for what, other in others.items():
-        assert abs(float(torch.corrcoef(torch.stack([base, other]))[0, 1])) < 0.03, what
+        assert not alike(base, other), what
+
+
+def alike(one, other):
+    return abs(float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1])) > 0.03
+
+
+class Scaled(nn.Module):
+    """Its factor is told neither by its parameters nor by what Python says of it."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.w, self.factor = nn.Parameter(torch.zeros(20_000, 3)), factor
+
+    def forward(self, x):
+        return self.factor * x.mean(1, keepdim=True) * self.w.sum(0)
+
+
+def test_private_noise_is_new_for_every_sum_whatever_the_sum_hangs_on():
+    def noise(factor):
+        model, silent = Scaled(factor), Scaled(factor)
+        arrays = examples(10)
+        train_privately(model, task(arrays, plan=FULL))
+        train_privately(silent, task(arrays, plan=replace(FULL, noise_multiplier=0.0)))
+        return model.w.detach() - silent.w.detach()
+
+    assert torch.equal(noise(1e-3), noise(1e-3))
+    assert not alike(noise(1e-3), noise(2e-3))
+
+
+def test_private_steps_that_hide_the_same_sum_have_noise_of_their_own():
+    model = Silent(20_000)
+    work = with_source(task(plan=SAMPLE_PLAN), private_steps)
+    noises = [step.gradients[0].clone() for step in work.begin(model)]
+    assert len(noises) == 4
+    for number, noise in enumerate(noises):
+        assert not any(alike(noise, other) for other in noises[:number])
+
+
+class Dropping(nn.Module):
+    """Its gradient tells which inputs were dropped."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.dropout = nn.Parameter(torch.zeros(3, 6)), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.dropout(torch.ones_like(x)) @ self.w.T
+
+
+@pytest.mark.parametrize("work_of", [train_privately, joint_gradient])
+def test_what_dropout_drops_under_sample_privacy_hangs_on_all_of_the_secret(work_of):
+    def dropped(secret, seed=7):
+        model, plan = Dropping().train(), replace(FULL, noise_multiplier=0.0)
+        named = Key(seed, 1, "c0", secret)
+        found = work_of(model, replace(task(examples(40), plan=plan), key=named))
+        return found[0] if work_of is joint_gradient else model.w.detach()
+
+    assert torch.equal(dropped(5), dropped(5))
+    for other in (dropped(6), dropped(5 + 2**200), dropped(None)):
+        assert not torch.equal(dropped(5), other)
 
 
 def test_the_precision_setting_reaches_private_steps(monkeypatch):

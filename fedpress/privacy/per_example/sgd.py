@@ -97,13 +97,15 @@ def private_gradients(
     plan: PrivacyPlan,
     steps: int,
     generator: Source,
+    noise: Callable[[Tensor], Source] | None = None,
     prepare: Callable[[Inputs], Inputs] | None = None,
     method: Method | None = None,
     autocast: torch.dtype | None = None,
 ) -> Iterator[tuple[Tensor, RawStats]]:
     """Yields the noised mean gradient [d] of each private step, computed when it is asked for; takes no step.
 
-    For the arguments see `private_steps`. The noise is in it: whatever is made of it costs no more privacy.
+    For the arguments see `private_steps`; `noise` gives the source of a step's noise for the sum [d] that it hides,
+    `generator` if None. The noise is in what is yielded: whatever is made of it costs no more privacy.
 
     Raises:
         RecipeError: if the plan protects clients, or a module mixes the samples of a batch.
@@ -135,7 +137,8 @@ def private_gradients(
         if not raw.agreed:
             method = "loop"
         expected = plan.sampling_prob * len(x)
-        yield noised_mean(total, plan, expected=expected, generator=generator), raw
+        source = generator if noise is None else noise(total)
+        yield noised_mean(total, plan, expected=expected, generator=source), raw
 
 
 @torch.no_grad()
