@@ -29,6 +29,8 @@ OLD = Path(__file__).parent / "data" / "v0_1_0"
 NUMBERS = json.loads((OLD / "numbers.json").read_text("utf-8"))
 MESSAGES = json.loads((OLD / "messages.json").read_text("utf-8"))["messages"]
 KILLED = ("secure", "feedback", "sample")
+BUT_ONE = "finished-but-one"
+"""The finished run, of which somebody deleted the result of a stage."""
 ROUNDING = {
     "ATEN_CPU_CAPABILITY": "default",
     "MKL_CBWR": "COMPATIBLE",
@@ -80,6 +82,8 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
     place = tmp_path_factory.mktemp("old") / "files"
     shutil.copytree(OLD, place)
     shutil.copytree(place / "secure", place / "secure-begun")
+    shutil.copytree(place / "finished", place / "finished-but-one")
+    next((place / "finished-but-one" / "stages").glob("1-*/result.json")).unlink()
     asked = {
         "report of a finished run": ["report", "finished"],
         "report of a killed run": ["report", "secure-begun"],
@@ -90,7 +94,10 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
         "pack": ["pack", "command", "--out", "again", "--json"],
         "anew": ["run", "sample.toml", "--from", "sample", "--out", "new", "--json"],
         "prune a model of a run": ["prune", "finished/stages/0-dense", "keep_params=0.5"],
-        **{f"resume {name}": ["run", "--resume", name, "--json"] for name in (*KILLED, "finished")},
+        **{
+            f"resume {name}": ["run", "--resume", name, "--json"]
+            for name in (*KILLED, BUT_ONE, "finished")
+        },
     }
     words = [sys.executable, "-c", PROGRAM, json.dumps(list(asked.values()))]
     ran = subprocess.run(
@@ -171,6 +178,13 @@ def files(run: Path) -> dict[Path, bytes]:
     """What a run's folder holds, but for the lock and the list of checksums, which is tidied."""
     every = [path for path in run.rglob("*") if path.is_file()]
     return {p.relative_to(run): p.read_bytes() for p in every if p.suffix not in (".lock", "")}
+
+
+def test_a_stage_of_a_finished_run_is_not_done_again_with_other_random_streams(commands):
+    done = commands.done[f"resume {BUT_ONE}"]
+    assert done.code == 2
+    assert "began with random streams of version 1, and this fedpress draws those of" in done.err
+    assert result(commands.place / BUT_ONE) == result(OLD / "finished")
 
 
 @pytest.mark.parametrize("name", KILLED)

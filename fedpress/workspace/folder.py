@@ -13,7 +13,7 @@ from fedpress.core.random import STREAMS
 from fedpress.errors import Argument, RunError, Shell
 from fedpress.workspace import lock
 from fedpress.workspace.atomic import Json, list_json, listed, read_json, writing
-from fedpress.workspace.damage import CURES, TAKING_OVER, afresh, check_run
+from fedpress.workspace.damage import TAKING_OVER, afresh, check_run
 from fedpress.workspace.records import Records
 from fedpress.workspace.stage_folder import StageFolder
 
@@ -54,8 +54,19 @@ class RunFolder:
 
     @property
     def streams(self) -> int:
-        """The version of random streams that the run draws from (`fedpress.core.random.STREAMS`)."""
-        return int(self._settings.get("streams", 1))
+        """The version of random streams that the run draws from (`fedpress.core.random.STREAMS`).
+
+        Raises:
+            RunError: if the file of the settings says something else than a version.
+        """
+        found = self._settings.get("streams", 1)  # fedpress 0.1.0 drew the first and did not say so
+        if type(found) is not int or found < 1:
+            raise RunError(
+                f"got {found!r}, expected the version of the random streams, a whole number from 1",
+                place=f"{self.path / 'settings.json'}: streams",
+                cure=afresh(self.path),
+            )
+        return found
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -144,10 +155,12 @@ class RunFolder:
         """Refuses to go on with other random numbers: they would deal the examples to other clients, among others.
 
         Raises:
-            RunError: if the run is not finished, and began with streams of another version.
+            RunError: if a stage is not finished, and the run began with streams of another version.
         """
-        result = self.path / "result.json"
-        finished = result.exists() and read_json(result, cure=CURES[result.name]).get("finished")
+        stages = self.settings.get("stage")
+        planned = len(stages) if isinstance(stages, list) else 0
+        # Counted here and not read from result.json: a damaged stage may have been deleted since, to be done again.
+        finished = len(list(self.path.glob("stages/*/result.json"))) >= planned > 0
         if self.streams != STREAMS and not finished:
             raise RunError(
                 f"this run began with random streams of version {self.streams}, and this fedpress "
