@@ -36,6 +36,11 @@ class ServerNoise:
         root = math.sqrt(sum(w * w for w in self.factorization.coefficients))
         return self.plan.noise_multiplier * self.factorization.sensitivity * root
 
+    @property
+    def _how(self) -> tuple[object, ...]:
+        """All that says how a draw becomes noise: one draw at two scales on one sum would tell the sum."""
+        return (self.plan,) if self.factorization is None else (self.plan, self.factorization)
+
     def count(
         self, counts: Tensor, state: Mapping[str, Tensor], key: Key, hidden: str
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -45,7 +50,7 @@ class ServerNoise:
         """
         plan, name = (
             replace(self.plan, clip_norm=1.0),
-            random.fingerprint(counts, self.plan, hidden),
+            random.fingerprint(counts, *self._how, hidden),
         )
         return replace(self, plan=plan)._noised(counts, state, key, "failures", name, FAILURE_KEYS)
 
@@ -59,7 +64,7 @@ class ServerNoise:
         says nothing new. To whom the secret is unknown each noise looks freshly drawn.
         """
         own = "" if name == UPDATE else f".{name}"  # two vectors of a round never share their noise
-        hidden = random.fingerprint(total, self.plan)
+        hidden = random.fingerprint(total, *self._how)
         return self._noised(total, state, key, f"noise{own}", hidden, f"{KEYS}{own}")
 
     def _noised(
