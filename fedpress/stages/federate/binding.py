@@ -64,7 +64,7 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> S
         task=state.data.task,
         seed=state.seed,
     )
-    memories = _memories(beginning, list(state.data.clients), folder)
+    memories, own = _memories(beginning, list(state.data.clients), folder)
     # One model for all clients, who work one after another, and another for the server.
     shared = beginning.copy()
     clients = {
@@ -76,23 +76,24 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> S
         beginning,
         LocalTransport({name: client.handle for name, client in clients.items()}),
         ledger=state.ledger,
-        secret=secret_of(memories[SERVER]) if drawn else None,
+        secret=secret_of(own) if drawn else None,
     )
     return Simulation(server, clients)
 
 
 def _memories(
     beginning: Beginning, clients: Sequence[ClientId], folder: Path | None
-) -> dict[ClientId, ClientState]:
-    """Returns where each client, and the server, keeps what must outlive a process."""
-    names = [*clients, SERVER]
+) -> tuple[dict[ClientId, ClientState], ClientState]:
+    """Returns where each client, and the server, keeps what must outlive a process.
+
+    The server's is not one of the table: a client may be called "server", and would share its secret.
+    """
     if folder is None:
-        return {name: InMemoryState() for name in names}
+        return {name: InMemoryState() for name in clients}, InMemoryState()
     place = _place(beginning, clients, folder)
-    return {
-        name: DiskState(place / (name if name == SERVER else f"{at:05d}"))
-        for at, name in enumerate(names)
-    }
+    return {name: DiskState(place / f"{at:05d}") for at, name in enumerate(clients)}, DiskState(
+        place / SERVER
+    )
 
 
 def _place(beginning: Beginning, clients: Sequence[ClientId], folder: Path) -> Path:
