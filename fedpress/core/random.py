@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from hashlib import blake2b, shake_256
+from operator import index
 from typing import TYPE_CHECKING
 
 from fedpress.core.canonical import canonical
@@ -108,5 +109,6 @@ def name_of(seed: int, words: tuple[str | int, ...]) -> bytes:
     >>> name_of(1, ("a", 2))
     b'[1, "a", 2]'
     """
-    plain = [str(word) if isinstance(word, str) else int(word) for word in words]
-    return json.dumps([int(seed), *plain]).encode()
+    # `index` takes whole numbers of every library and no others: 1.5 would be cut to the stream of 1.
+    plain = [str(word) if isinstance(word, str) else index(word) for word in words]
+    return json.dumps([index(seed), *plain]).encode()

@@ -81,6 +81,8 @@ class WordStream:
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """Returns int64 [shape] from 0 to `high` - 1; each is right to `high` / 2^64 of its probability."""
+        if not 0 < high <= 2**63:
+            raise ValueError(f"high: got {high}, expected a number from 1 to 2^63")
         drawn = self.words(math.prod(shape)) % np.uint64(high)
         return torch.from_numpy(drawn.astype(np.int64)).view(shape)
 
@@ -89,7 +91,9 @@ class WordStream:
         return torch.from_numpy(np.argsort(self.words(size), kind="stable").astype(np.int64))
 
     def subset(self, size: int, count: int) -> Tensor:
-        """Returns int64 [count], rising: where the smallest of `size` words are."""
+        """Returns int64 [count], rising: where the smallest of `size` words are; all of them if `count` is more."""
+        if count < 0:
+            raise ValueError(f"count: got {count}, expected 0 or more")
         drawn = self.words(size)
         if not 0 < count < size:
             return torch.arange(size)[:count]

@@ -33,6 +33,12 @@ def test_the_borders_and_types_of_words_count(one, two):
     assert derive(0, *one) != derive(0, *two)
 
 
+@pytest.mark.parametrize("name", [(1, 1.5), (1.5, 1), (1, None)])
+def test_a_name_is_made_of_texts_and_whole_numbers(name):
+    with pytest.raises(TypeError, match="integer"):
+        derive(*name)
+
+
 def test_words_of_numpy_are_the_same_words():
     assert derive(np.int64(1), np.str_("c"), np.int64(2)) == derive(1, "c", 2)
 

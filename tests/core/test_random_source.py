@@ -83,6 +83,16 @@ def test_shapes_and_types_are_as_asked_and_a_uniform_is_below_one(mode, dtype):
     assert chance.permutation(0).tolist() == []
 
 
+@pytest.mark.parametrize("mode", ["public", "cipher"])
+def test_what_cannot_be_drawn_is_refused(mode):
+    chance = MODES[mode]()
+    for high in (0, -1, 2**63 + 1):
+        with pytest.raises(ValueError, match="high: got"):
+            chance.integers(high, 3)
+    with pytest.raises(ValueError, match="count: got -1"):
+        chance.subset(5, -1)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_stream_goes_on_and_is_the_same_again(mode):
     first, again = MODES[mode](), MODES[mode]()

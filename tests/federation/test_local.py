@@ -183,6 +183,10 @@ def test_the_loss_of_the_examples_is_their_mean_loss_and_kept_from_sample_privac
         task(plan=SAMPLE_PLAN).loss(model)
 
 
+def unchanged(x, generator):
+    return x
+
+
 class Silent(nn.Module):
     """Has no gradient, so that only noise moves it."""
 
@@ -208,7 +212,7 @@ def test_private_noise_is_new_for_everything_asked_and_the_same_on_repeat():
         "params": noise(start=0.5),
         "settings": noise(lr=0.06),
         "examples": noise(arrays=examples(10, seed=1)),
-        "prepare": noise(prepare=lambda x, generator: x),
+        "prepare": noise(prepare=unchanged),
         "round": noise(round=2),
         "task": noise(task=GOAL.smoothed(0.1)),
         "pulls": noise(pulls={"proximal_mu": 0.1}),
