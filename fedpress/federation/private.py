@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import torch
 from torch import Tensor, nn
@@ -193,7 +194,9 @@ def _question(model: nn.Module, work: LocalWork) -> str:
     """
     state = model.state_dict()
     about = {
-        "network": str(model),  # layers without parameters, and settings such as a stride
+        # Layers without parameters, and settings such as a stride; where an object lies says nothing, and is another
+        # place in every process: a run that goes on would get a second answer to the same question.
+        "network": re.sub(r" at 0x[0-9a-fA-F]+", "", str(model)),
         "state": [*state],
         "trained": parameters.Layout.of(model),
         "settings": work.plan.settings,

@@ -248,6 +248,25 @@ def test_private_noise_is_new_for_every_sum_whatever_the_sum_hangs_on():
     assert not alike(noise(1e-3), noise(2e-3))
 
 
+class Told(Silent):
+    """What Python says of it tells where an object lies in memory."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.activation = object()
+
+    def extra_repr(self):
+        return f"activation={self.activation}"
+
+
+def test_the_same_question_in_another_process_gets_the_same_answer():
+    kept = [Told(100) for _ in range(3)]
+    assert len({str(model) for model in kept}) == 3
+    for model in kept:
+        train_privately(model, task(plan=SAMPLE_PLAN))
+    assert all(torch.equal(kept[0].w, model.w) for model in kept)
+
+
 def test_private_steps_that_hide_the_same_sum_have_noise_of_their_own():
     model = Silent(20_000)
     work = with_source(task(plan=SAMPLE_PLAN), private_steps)
