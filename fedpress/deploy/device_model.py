@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from fedpress.deploy.capture import require, silence
 from fedpress.deploy.device import hush, said
 from fedpress.deploy.executorch import INSTALL, WORDS, refused_kernel
-from fedpress.errors import ExportError
+from fedpress.errors import DataError, ExportError
 from fedpress.nn.quantized import is_qparam
+from fedpress.tasks import Classification, of_model
 
 RUNTIME = "executorch.extension.training"
 NET = "net."
@@ -49,10 +50,12 @@ class DeviceModel(nn.Module):
                 self.batch_size = int(self.words["batch_size"])
                 self.input_shape = tuple(json.loads(self.words["input_shape"]))
                 names = json.loads(self.words["parameters"])
-                _, logits = self._run(
-                    *self._padded(torch.zeros(0, *self.input_shape), torch.zeros(0).long(), 1)
-                )
-                self.classes = logits.shape[1]
+                self.task = of_model(json.loads(self.words.get("task", "{}")), ())
+                nothing = torch.zeros(0, *self.input_shape), self._no_targets(0)
+                _, outputs = self._run(*self._padded(*nothing, 1))
+                self.outputs = outputs.shape[1]
+                if not self.task.names:  # a file of version 0.1.0, which does not name its classes
+                    self.task = Classification(tuple(map(str, range(self.outputs))))
             except (RuntimeError, KeyError, ValueError) as error:
                 if refused := refused_kernel(printed()):
                     raise ExportError(
@@ -93,45 +96,50 @@ class DeviceModel(nn.Module):
 
         Args:
             x: float32 [batch_size, *input_shape].
-            y: int64 [batch_size].
+            y: targets of the task: int64 [batch_size] where they are classes, else float32 [batch_size, k], or
+                [batch_size] where k is 1.
             weights: float32 [batch_size], 0 where an example only fills the batch.
 
         Returns:
-            The weighted sum of losses, and logits [batch_size, classes]; `gradients` has the gradients of the sum.
+            The weighted sum of losses, and outputs [batch_size, k]; `gradients` has the gradients of the sum.
 
         Raises:
-            ExportError: if the shapes are others, or a label is no class.
+            ExportError: if the shapes are others, or a target is none of the task.
         """
         wanted = (self.batch_size, *self.input_shape)
-        if tuple(x.shape) != wanted or y.shape != weights.shape or y.shape != (self.batch_size,):
+        if tuple(x.shape) != wanted or {len(y), *weights.shape} != {self.batch_size}:
             raise ExportError(
                 (
-                    f"the program takes examples {list(wanted)} and labels and weights "
-                    f"[{self.batch_size}], got {list(x.shape)}, {list(y.shape)} and "
-                    f"{list(weights.shape)}"
+                    f"the program takes examples {list(wanted)}, and as many targets and weights, "
+                    f"got {list(x.shape)}, {list(y.shape)} and {list(weights.shape)}"
                 ),
                 place="x",
                 cure="fill the batch up with weights of 0",
             )
-        if int(y.min()) < 0 or int(y.max()) >= self.classes:
-            raise ExportError(
-                (
-                    f"labels are {int(y.min())}..{int(y.max())}, but the program has classes "
-                    f"0..{self.classes - 1}"
-                ),
-                place="y",
-                cure="give the labels that it was exported for",
-            )
-        return self._run(x, y, weights)
+        return self._run(x, self._checked(y), weights)
+
+    def _checked(self, y: Tensor) -> Tensor:
+        """Returns targets [batch_size, ...] in the shape that the program takes; refuses those of another task."""
+        try:
+            self.task.check_targets(y)
+        except DataError as error:
+            raise ExportError(error.problem, place="y", cure=error.cure) from error
+        return y.reshape(self._no_targets(len(y)).shape)
+
+    def _no_targets(self, n: int) -> Tensor:
+        """Returns zeros as `n` targets, in the type and shape of the program's own."""
+        if self.task.targets == "classes":
+            return torch.zeros(n, dtype=torch.int64)
+        return torch.zeros(n, self.task.outputs)
 
     def _run(self, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         given = [
             x.to(torch.float32).contiguous(),
-            y.to(torch.int64).contiguous(),
+            y.contiguous(),
             weights.contiguous(),
         ]
-        loss, logits = self._module.forward_backward("forward", given)
-        return loss, logits
+        loss, outputs = self._module.forward_backward("forward", given)
+        return loss, outputs
 
     def gradients(self) -> dict[str, Tensor]:
         """Returns the gradients of the last run by parameter name."""
@@ -141,13 +149,14 @@ class DeviceModel(nn.Module):
         """Returns the mean loss over a batch [n, ...] of any size and its gradients, added up over runs of the program.
 
         Raises:
-            ExportError: if examples have another shape or are not as many as labels, are none, or a label is no class.
+            ExportError: if examples have another shape or are not as many as targets, are none, or a target is none of
+                the task.
         """
         if not len(x) or len(x) != len(y):
             raise ExportError(
-                f"got {len(x)} examples and {len(y)} labels",
+                f"got {len(x)} examples and {len(y)} targets",
                 place="y",
-                cure="give one label each, and at least one",
+                cure="give one target each, and at least one",
             )
         total, gradients = torch.zeros(()), dict[str, Tensor]()
         for part in self._parts(x, y):
@@ -158,11 +167,10 @@ class DeviceModel(nn.Module):
         return total, gradients
 
     def logits(self, x: Tensor) -> Tensor:
-        """Returns the logits [n, classes] of examples [n, *input_shape]."""
+        """Returns the outputs [n, k] of examples [n, *input_shape]: logits, or whatever the task makes of them."""
         if not len(x):
-            return torch.zeros(0, self.classes)
-        labels = torch.zeros(len(x), dtype=torch.int64)
-        found = [self.backward(*part)[1] for part in self._parts(x, labels)]
+            return torch.zeros(0, self.outputs)
+        found = [self.backward(*part)[1] for part in self._parts(x, self._no_targets(len(x)))]
         return torch.cat(found)[: len(x)]
 
     def optimizer(
@@ -185,8 +193,8 @@ class DeviceModel(nn.Module):
         return DeviceSGD(made)
 
     def _parts(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for part, labels in zip(x.split(self.batch_size), y.split(self.batch_size), strict=True):
-            yield self._padded(part, labels, len(x))
+        for part, targets in zip(x.split(self.batch_size), y.split(self.batch_size), strict=True):
+            yield self._padded(part, targets, len(x))
 
     def _padded(self, x: Tensor, y: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
         """Fills a part of a batch of `n` up with zeros of weight 0."""
@@ -194,7 +202,7 @@ class DeviceModel(nn.Module):
         weights = torch.cat([torch.full((len(x),), 1 / n), torch.zeros(lacks)])
         return (
             torch.cat([x, x.new_zeros(lacks, *x.shape[1:])]),
-            torch.cat([y, y.new_zeros(lacks)]),
+            torch.cat([y, y.new_zeros(lacks, *y.shape[1:])]),
             weights,
         )
 

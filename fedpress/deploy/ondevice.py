@@ -22,24 +22,23 @@ from fedpress.errors import ExportError, ModelError
 from fedpress.nn.batch_norm import BatchNorm
 from fedpress.nn.compact import compact_
 from fedpress.nn.resize import copied
-from fedpress.tasks import Classification
+from fedpress.tasks import Classification, Task
 
 TOLERANCE = 1e-3  # of a parameter's largest gradient: float32 sums in another order
 
 
 class _Trained(nn.Module):
-    """Maps examples, labels and weights of the examples to the weighted sum of their losses, and the logits."""
+    """Maps examples, targets and weights of the examples to the weighted sum of their losses, and the outputs."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, task: Task) -> None:
         super().__init__()
-        self.net = net
-        self.task = Classification(())  # its loss does not ask for the names of the classes
+        self.net, self.task = net, task
 
     def forward(self, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits come out as a copy: gradients flow through the loss alone."""
-        logits = self.net(x)
-        losses = self.task.loss(logits, y, reduction="none")
-        return (losses * weights).sum(), logits.detach().clone()
+        """The outputs come out as a copy: gradients flow through the loss alone."""
+        outputs = self.net(x)
+        losses = self.task.loss(outputs, y, reduction="none")
+        return (losses * weights).sum(), outputs.detach().clone()
 
 
 def export_training(
@@ -47,11 +46,12 @@ def export_training(
     path: str | Path,
     *,
     input_shape: tuple[int, ...],
+    task: Task | None = None,
     batch_size: int = 8,
     metadata: Mapping[str, str] | None = None,
     sparse: Sequence[str] | None = None,
 ) -> Artifact:
-    """Writes a program that computes loss, logits and the gradients of all trainable parameters of `model`.
+    """Writes a program that computes loss, outputs and the gradients of all trainable parameters of `model`.
 
     Batch norm keeps its statistics, as in a federated client with `norm = "frozen"`; group norm is as good as any. The
     program is run once here and its gradients compared with torch's, because kernels of training are young.
@@ -60,9 +60,11 @@ def export_training(
     zeros, and its parameters are those of the clients of a federated stage.
 
     Args:
-        model: a classifier of float32 [N, *input_shape]; left as it was.
+        model: takes float32 [N, *input_shape] and gives [N, outputs]; left as it was.
         path: the file.
         input_shape: shape of one example.
+        task: what is learned: its loss is in the program. None: a classification, with as many classes as the model
+            has outputs.
         batch_size: how many examples one run of the program takes; it bounds the memory on the device, not the batch
             of the training, which `DeviceModel` adds up.
         metadata: further words for the file.
@@ -71,8 +73,8 @@ def export_training(
 
     Raises:
         ExportError: if the model draws at random, mixes examples or has parameters that are not float32, not finite,
-            shared, or out of reach of the loss, if it cannot be captured, if the runtime lacks a kernel, or if a
-            gradient comes out wrong; each by name.
+            shared, or out of reach of the loss, if its outputs do not fit the task, if it cannot be captured, if the
+            runtime lacks a kernel, or if a gradient comes out wrong; each by name.
     """
     with silence(), hush():
         require(RUNTIME, "executorch.exir", install=INSTALL)
@@ -89,16 +91,20 @@ def export_training(
                 cure="set its p to 0",
             )
     net = _compact_(_copy(model), sparse)
-    example = _example(input_shape, batch_size, net)
-    _check_trainable(net, example)
+    x = _inputs(input_shape, batch_size, net)
+    task = task or Classification(tuple(map(str, range(net(x).shape[1]))))
+    example = (x, *_targets(task, net(x)))
+    trained = _Trained(net, task)
+    _check_trainable(trained, example)
     words = {
         **(metadata or {}),
         "input_shape": json.dumps(list(input_shape)),
         "batch_size": str(batch_size),
+        "task": json.dumps({"kind": task.kind, "names": list(task.names), **task.about()}),
         "parameters": json.dumps([name for name, p in net.named_parameters() if p.requires_grad]),
     }
-    data = _lower(_Trained(net), example, words)
-    _compare(data, net, example)
+    data = _lower(trained, example, words)
+    _compare(data, trained, example)
     write(Path(path), data)
     return Artifact(Path(path), len(data), words)
 
@@ -152,12 +158,12 @@ def _has_zeros(weight: Tensor) -> bool:
     return 0 < zeros < weight.numel()
 
 
-def _check_trainable(net: nn.Module, example: tuple[Tensor, Tensor, Tensor]) -> None:
+def _check_trainable(trained: _Trained, example: tuple[Tensor, Tensor, Tensor]) -> None:
     """Refuses what would train otherwise on a device than here, or not at all.
 
     A program has one mode, and fills batches up with examples of weight 0, which must not reach the others.
     """
-    x = example[0]
+    net, x = trained.net, example[0]
     with torch.no_grad():
         logits = net(x)
         for module in net.modules():
@@ -185,9 +191,7 @@ def _check_trainable(net: nn.Module, example: tuple[Tensor, Tensor, Tensor]) -> 
             cure="use group norm",
         )
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    gradients = torch.autograd.grad(
-        _Trained(net)(*example)[0], [*named.values()], allow_unused=True
-    )
+    gradients = torch.autograd.grad(trained(*example)[0], [*named.values()], allow_unused=True)
     for name, gradient in zip(named, gradients, strict=True):
         if gradient is None:
             raise ExportError(
@@ -197,10 +201,8 @@ def _check_trainable(net: nn.Module, example: tuple[Tensor, Tensor, Tensor]) -> 
             )
 
 
-def _example(
-    input_shape: tuple[int, ...], batch_size: int, net: nn.Module
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws examples, labels and weights, one of them 0 as in a batch that is filled up."""
+def _inputs(input_shape: tuple[int, ...], batch_size: int, net: nn.Module) -> Tensor:
+    """Draws examples that the model takes, and looks at what it makes of them."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch_size, *input_shape, generator=generator)
     try:
@@ -215,13 +217,27 @@ def _example(
         ) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise ExportError(
-            "a program that trains needs a classifier with logits [n, classes]",
+            "a program that trains needs a model with outputs [n, k]",
             place="model",
             cure="reshape them",
         )
-    weights = torch.full((batch_size,), 1 / max(1, batch_size - 1))
-    weights[batch_size - 1] *= batch_size == 1
-    return x, torch.randint(0, logits.shape[1], (batch_size,), generator=generator), weights
+    return x
+
+
+def _targets(task: Task, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Makes up targets for `outputs` [n, k], and weights [n], one of them 0 as in a batch that is filled up."""
+    n = len(outputs)
+    like = torch.zeros(1, dtype=torch.int64)
+    if task.targets != "classes":
+        like = torch.zeros(1, task.outputs)
+    targets = task.made_up(n, like)
+    try:
+        task.check(outputs, targets)
+    except ModelError as error:
+        raise ExportError(error.problem, place="model", cure=error.cure) from error
+    weights = torch.full((n,), 1 / max(1, n - 1))
+    weights[n - 1] *= n == 1
+    return targets, weights
 
 
 def _lower(trained: _Trained, example: tuple[Tensor, ...], words: dict[str, str]) -> bytes:
@@ -248,12 +264,12 @@ def _lower(trained: _Trained, example: tuple[Tensor, ...], words: dict[str, str]
         ) from error
 
 
-def _compare(data: bytes, net: nn.Module, example: tuple[Tensor, Tensor, Tensor]) -> None:
+def _compare(data: bytes, trained: _Trained, example: tuple[Tensor, Tensor, Tensor]) -> None:
     """Holds the gradients of the program against autograd's."""
     device = DeviceModel(data)
     loss, _ = device.backward(*example)
-    expected, _ = _Trained(net)(*example)
-    named = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    expected, _ = trained(*example)
+    named = {name: p for name, p in trained.net.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(expected, [*named.values()])
     if not torch.allclose(loss, expected.detach(), rtol=TOLERANCE, atol=TOLERANCE):
         raise ExportError(

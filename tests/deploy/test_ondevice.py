@@ -1,6 +1,7 @@
 """Programs that train: gradients and steps are torch's, and a federated client that trains on a device fits in."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from fedpress.federation import (
 from fedpress.federation.ondevice import device_steps
 from fedpress.federation.server import rounds
 from fedpress.models.plain import MLP
-from fedpress.tasks import Classification
+from fedpress.tasks import Binary, Classification, Multilabel, Poisson, Regression
 from fedpress.transport import LocalTransport
 from tests.federation.federation import train, with_source
 
@@ -279,7 +280,7 @@ def test_a_batch_size_of_one_works(tmp_path):
         ),
         (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double(), ["'1.weight'", "float64"]),
         (nn.Sequential(nn.Flatten(), nn.Linear(7, 3)), ["[4, 1, 8, 8]", "input_shape"]),
-        (nn.Conv2d(1, 3, 3), ["logits [n, classes]"]),
+        (nn.Conv2d(1, 3, 3), ["outputs [n, k]"]),
         (filled(float("nan")), ["'1.weight'", "NaN", "checkpoint"]),
         (Unreached(), ["'spare.weight'", "requires_grad = False"]),
         (Unreached().requires_grad_(False), ["no parameter", "requires_grad = True"]),
@@ -301,7 +302,7 @@ def test_a_batch_size_of_one_works(tmp_path):
             "no kernel",
             "double",
             "shape",
-            "no classifier",
+            "outputs of an image",
             "nan",
             "unreached",
             "all frozen",
@@ -339,15 +340,67 @@ def test_a_damaged_file_and_other_shapes_are_refused(program, tmp_path):
 def test_a_label_that_is_no_class_is_refused(program, label):
     batch = examples(4, 0)
     batch.y[2] = label
-    with pytest.raises(ExportError, match=r"classes 0\.\.2"):
+    with pytest.raises(ExportError, match=r"no class number; expected 0 to 2"):
         DeviceModel(program).mean_gradient(batch.x, batch.y)
+
+
+TASKS = {
+    "classification": (Classification(("a", "b", "c"), label_smoothing=0.1), torch.arange(9) % 3),
+    "binary": (Binary(("no", "yes")), torch.arange(9) % 2),
+    "multilabel": (Multilabel(("a", "b", "c")), (torch.arange(27) % 2).float().view(9, 3)),
+    "regression": (Regression(("a", "b"), (1.0, 2.0), (3.0, 0.5)), torch.randn(9, 2)),
+    "one number": (Regression(("a",)), torch.randn(9)),
+    "poisson": (Poisson(("a", "b"), (1.0, 2.0)), (torch.arange(18) % 4).float().view(9, 2)),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_trains_on_a_device_as_in_torch(name, tmp_path):
+    task, targets = TASKS[name]
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, task.outputs))
+    path = tmp_path / "train.pte"
+    export_training(model, path, input_shape=SHAPE, task=task, batch_size=4)
+    device, x = DeviceModel(path), examples(9, 2).x
+    assert (device.task.kind, device.task.names) == (task.kind, task.names)
+    loss, gradients = device.mean_gradient(x, targets)
+    wanted = task.loss(model(x), targets)
+    assert torch.allclose(loss, wanted, rtol=1e-4)
+    for key, gradient in zip(
+        gradients, torch.autograd.grad(wanted, [*model.parameters()]), strict=True
+    ):
+        assert torch.allclose(gradients[key], gradient, atol=1e-5), key
+    assert torch.allclose(device.logits(x), model(x), atol=1e-5)
+    with pytest.raises(ExportError, match=r"^y: "):
+        device.mean_gradient(x, torch.full((9, 7), 0.5))
+
+
+def test_outputs_that_do_not_fit_the_task_are_refused(tmp_path):
+    with pytest.raises(ExportError, match="make it return 2 numbers"):
+        export_training(
+            network(), tmp_path / "t.pte", input_shape=SHAPE, task=Regression(("a", "b"))
+        )
+
+
+def test_a_program_that_names_no_task_is_a_classifier(program, monkeypatch):
+    # Such are those of version 0.1.0.
+    read = json.loads
+    monkeypatch.setattr(
+        "fedpress.deploy.device_model.json.loads",
+        lambda text: (
+            {k: v for k, v in found.items() if k != "task"}
+            if isinstance(found := read(text), dict)
+            else found
+        ),
+    )
+    assert DeviceModel(program).task == Classification(("0", "1", "2"))
 
 
 def test_no_examples_have_no_gradient_and_no_logits(program):
     none = examples(0, 0)
-    with pytest.raises(ExportError, match="0 examples and 0 labels"):
+    with pytest.raises(ExportError, match="0 examples and 0 targets"):
         DeviceModel(program).mean_gradient(none.x, none.y)
-    with pytest.raises(ExportError, match="3 examples and 2 labels"):
+    with pytest.raises(ExportError, match="3 examples and 2 targets"):
         DeviceModel(program).mean_gradient(examples(3, 0).x, examples(2, 0).y)
     assert DeviceModel(program).logits(none.x).shape == (0, 3)
     with pytest.raises(ExportError, match="batch_size is 0"):
@@ -368,7 +421,7 @@ def test_device_steps_want_a_program_and_float32(program):
     work = LocalWork(examples(4, 0), Key(7, 1, "c0"), LocalPlan(settings, untouched, GOAL))
     with pytest.raises(RecipeError, match="DeviceModel"):
         train(network(), with_source(work, device_steps))
-    with pytest.raises(RecipeError, match=r"federate\.precision"):
+    with pytest.raises(RecipeError, match="devices train in float32"):
         train(DeviceModel(program), with_source(work, device_steps))
 
 
