@@ -29,6 +29,8 @@ OLD = Path(__file__).parent / "data" / "v0_1_0"
 NUMBERS = json.loads((OLD / "numbers.json").read_text("utf-8"))
 MESSAGES = json.loads((OLD / "messages.json").read_text("utf-8"))["messages"]
 KILLED = ("secure", "feedback", "sample")
+EDITED = "edited"
+"""The finished run, of which somebody said that it drew from later streams."""
 BUT_ONE = "finished-but-one"
 """The finished run, of which somebody deleted the result of a stage."""
 ROUNDING = {
@@ -83,6 +85,10 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
     shutil.copytree(OLD, place)
     shutil.copytree(place / "secure", place / "secure-begun")
     shutil.copytree(place / "finished", place / "finished-but-one")
+    shutil.copytree(place / "finished", place / EDITED)
+    settings = place / EDITED / "settings.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text("utf-8")), "streams": 3}))
+    (place / EDITED / "checksums").unlink()
     next((place / "finished-but-one" / "stages").glob("1-*/result.json")).unlink()
     asked = {
         "report of a finished run": ["report", "finished"],
@@ -94,6 +100,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
         "pack": ["pack", "command", "--out", "again", "--json"],
         "anew": ["run", "sample.toml", "--from", "sample", "--out", "new", "--json"],
         "prune a model of a run": ["prune", "finished/stages/0-dense", "keep_params=0.5"],
+        "resume edited": ["run", "--resume", EDITED, "--json"],
         **{
             f"resume {name}": ["run", "--resume", name, "--json"]
             for name in (*KILLED, BUT_ONE, "finished")
@@ -185,6 +192,13 @@ def test_a_stage_of_a_finished_run_is_not_done_again_with_other_random_streams(c
     assert done.code == 2
     assert "began with random streams of version 1, and this fedpress draws those of" in done.err
     assert result(commands.place / BUT_ONE) == result(OLD / "finished")
+
+
+def test_stages_that_do_not_belong_to_the_streams_that_are_told_are_not_done_again(commands):
+    done = commands.done["resume edited"]
+    assert done.code == 2
+    assert "began with random streams of version 3, and this fedpress draws those of" in done.err
+    assert result(commands.place / EDITED) == result(OLD / "finished")
 
 
 @pytest.mark.parametrize("name", KILLED)

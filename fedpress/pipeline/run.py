@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fedpress.core.random import STREAMS
 from fedpress.data import FederatedData
 from fedpress.nn.quantized import kept_entries, materialize_, note_kept_zeros_
 from fedpress.pipeline.keys import stage_keys
@@ -53,6 +54,7 @@ def _stages(
     load = parent_of(recipe, data)
     results: list[dict[str, Any]] = []
     keys = stage_keys(recipe, folder.streams)
+    _check_streams(recipe, folder, keys)
     for index, (stage, key) in enumerate(zip(recipe.stage, keys, strict=True)):
         place = folder.stage(index, stage.kind, stage.name)
         done = place.finished(key)
@@ -80,6 +82,19 @@ def _stages(
             recipe, folder, results, finished=index + 1 == len(recipe.stage), left_out=told
         )
         yield StageFinished(index, done.result)
+
+
+def _check_streams(recipe: Recipe, folder: RunFolder, keys: Sequence[str]) -> None:
+    """Refuses to do a stage with other random streams than those that the run began with.
+
+    Raises:
+        RunError: before anything is changed.
+    """
+    if folder.streams == STREAMS:
+        return
+    numbered = enumerate(zip(recipe.stage, keys, strict=True))
+    places = ((folder.stage(at, stage.kind, stage.name), key) for at, (stage, key) in numbered)
+    folder.check_streams(finished=all(place.finished(key) for place, key in places))
 
 
 def _do(

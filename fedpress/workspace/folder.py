@@ -137,7 +137,11 @@ class RunFolder:
         lock.refuse(path)
         check_run(path)
         folder = cls(path)
-        folder._check_streams()
+        stages = folder.settings.get("stage")
+        planned = len(stages) if isinstance(stages, list) else 0
+        # Counted here and not read from result.json: a damaged stage may have been deleted since, to be done again.
+        done = len(list(path.glob("stages/*/result.json")))
+        folder.check_streams(finished=done >= planned > 0)
         old = folder.settings
         if old != settings:
             where = first_difference(old, settings)
@@ -151,16 +155,12 @@ class RunFolder:
             )
         return folder
 
-    def _check_streams(self) -> None:
+    def check_streams(self, *, finished: bool) -> None:
         """Refuses to go on with other random numbers: they would deal the examples to other clients, among others.
 
         Raises:
-            RunError: if a stage is not finished, and the run began with streams of another version.
+            RunError: if not all stages are `finished`, and the run began with streams of another version.
         """
-        stages = self.settings.get("stage")
-        planned = len(stages) if isinstance(stages, list) else 0
-        # Counted here and not read from result.json: a damaged stage may have been deleted since, to be done again.
-        finished = len(list(self.path.glob("stages/*/result.json"))) >= planned > 0
         if self.streams != STREAMS and not finished:
             raise RunError(
                 f"this run began with random streams of version {self.streams}, and this fedpress "
