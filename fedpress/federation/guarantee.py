@@ -49,6 +49,13 @@ class Guarantee:
         self.row.check_vectors(self.plan, payload.extras)
         if self.adaptive is None:
             return
+        if (self.row.unit, self.row.kind) != ("client", "central"):
+            # Whether an update was clipped travels without noise, to a server that is trusted to add it.
+            raise RecipeError(
+                f"got unit {self.row.unit!r} with trust '{self.row.kind}', where nobody hides its bits",
+                place="adaptive",
+                cure="leave adaptive out, or take unit 'client' with trust 'central'",
+            )
         if self.adaptive.count_noise is None:
             raise RecipeError(
                 "not planned",

@@ -300,6 +300,18 @@ def test_under_an_adaptive_clip_updates_travel_in_units_of_it_and_come_back_whol
     assert mean.update.tolist() == pytest.approx([4.5, 6.0])
 
 
+@pytest.mark.parametrize(
+    ("unit", "trust"),
+    [("client", "local"), ("sample", "local"), ("sample", "central"), (None, None)],
+)
+def test_the_bits_of_an_adaptive_clip_go_to_a_trusted_server_alone(unit, trust):
+    plan = None if unit is None else PrivacyPlan(unit, 1.0, 1.0, 1.0)
+    moving = AdaptiveClip(initial=1.0, count_noise=1.0)
+    promise = Guarantee(plan=plan, trust=trust, adaptive=moving)
+    with pytest.raises(RecipeError, match="nobody hides its bits"):
+        Uplink.bind(Payload(3), Cohort(2, 2), weights="equal", guarantee=promise)
+
+
 def test_a_reply_without_its_bit_is_refused_under_an_adaptive_clip():
     uplink = adaptive(2, Cohort(1, 1), initial=1.0)
     mean = uplink.mean([("c0", update(torch.ones(2)))], seed=1, round=1, state=uplink.init())
