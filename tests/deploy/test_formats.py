@@ -51,7 +51,9 @@ def test_a_file_that_is_not_there_is_told(tmp_path):
 
 
 def test_batches_that_are_one_tensor_are_refused():
-    with pytest.raises(ExportError, match=r"give a tuple of batches, such as x\.split"):
+    with pytest.raises(
+        ExportError, match=r"expected a tuple of them; give several, such as x\.split"
+    ):
         Job((2,), batches=torch.zeros(4, 2))
 
 
