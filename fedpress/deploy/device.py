@@ -46,13 +46,16 @@ class DeviceGraph:
             return torch.export.export(self.graph, (torch.zeros(1, *input_shape),), strict=False)
 
 
-def device_graph(model: nn.Module, job: Job, format: str) -> DeviceGraph:
+def device_graph(
+    model: nn.Module, job: Job, format: str, *, four_bit_shift: int = 0
+) -> DeviceGraph:
     """Captures `model`, rounded to int8 if `job` has batches to take ranges from.
 
     Args:
         model: takes one float32 tensor.
         job: what is asked.
         format: what the file is called in errors.
+        four_bit_shift: of its kernels (see `IntegerFormat`).
 
     Raises:
         ExportError: if the model cannot be captured, or a calibration batch does not fit or is not finite.
@@ -64,7 +67,9 @@ def device_graph(model: nn.Module, job: Job, format: str) -> DeviceGraph:
             shape,
             job.batches,
             observer=job.observer,
-            format=IntegerFormat("int8", weight_bits=job.weight_bits),
+            format=IntegerFormat(
+                "int8", weight_bits=job.weight_bits, four_bit_shift=four_bit_shift
+            ),
         )
         graph = made.program.module(check_guards=False)
         assert isinstance(graph, fx.GraphModule)

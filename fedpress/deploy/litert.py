@@ -28,6 +28,11 @@ from fedpress.errors import ExportError
 INSTALL = "'fedpress[litert]'"
 RUNTIME = "ai_edge_litert.interpreter"
 EIGHT_BITS, FOUR_BITS = 9, 17  # TensorType.INT8 and INT4 of the file format
+FOUR_BIT_SHIFT = 4
+"""XNNPACK's linear layers multiply int4 codes as int8 in the upper half of a byte, and the int32 bias by 16 with them.
+
+A bias of more than 28 bits wraps around there without a word."""
+
 FLOAT, QUANTIZE = 0, 114
 MOVES = {
     "DEQUANTIZE",
@@ -56,7 +61,7 @@ def export_litert(model: nn.Module, path: str | Path, job: Job) -> Artifact:
     """
     with silence(), hush():
         require("litert_torch", "ai_edge_litert", install=INSTALL)
-    made = device_graph(model, job, "LiteRT")
+    made = device_graph(model, job, "LiteRT", four_bit_shift=FOUR_BIT_SHIFT)
     for name, node in small_weights(made.graph, groups=True):
         unquantize_(made.graph, node)
         made.left[name] = "LiteRT has one scale per output channel; its weights are stored as float"

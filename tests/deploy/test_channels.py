@@ -10,6 +10,8 @@ from torch import nn
 from fedpress import deploy
 from fedpress.compress.quantize import quantizable, quantize_
 from fedpress.deploy import FORMATS, IntegerFormat, Job, quantized_program
+from fedpress.deploy.qdq.graph import LayerQuantization
+from fedpress.deploy.qdq.weights import with_int32_biases
 from fedpress.models import ModelSpec
 from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import quantized_layers
@@ -147,6 +149,39 @@ def test_a_float_file_computes_what_the_network_does(format, grid, x, tmp_path):
     model = on_grids(network(), GRIDS[grid], None, x)
     made = deploy.export(model, tmp_path / f"m{FORMATS[format].suffix}", format, Job(SHAPE))
     assert farthest(deploy.file_logits(made.path, x), deploy.logits(model, x)) < 1e-4
+
+
+def layer(codes: list[int], scales: list[float]) -> LayerQuantization:
+    return LayerQuantization(
+        torch.tensor(codes, dtype=torch.int8)[:, None], torch.tensor(scales, dtype=torch.float32)
+    )
+
+
+def test_codes_of_four_bits_leave_room_for_the_bias_that_kernels_shift():
+    small = layer([7, -8, 3, 0], [1e-12, 1e-30, 0.1, 1.0])
+    bias = torch.tensor([0.5, -0.7, 0.2, 0.9])
+    for shift in (0, 4):
+        made = with_int32_biases(small, [(0.01, bias)], shift)
+        steps = (bias.double() / (0.01 * made.scales.double())).abs()
+        faint = [0, 1, 3]  # each has its bias to the last bit of a float32
+        assert steps[faint].min() > 2.0**24 * (1 - 1e-6)
+        assert steps[faint].max() < 2.0 ** (30 - shift) * (1 + 1e-6)
+        assert (made.codes[2], made.scales[2]) == (3, small.scales[2])
+
+
+def test_codes_of_eight_bits_that_shrink_into_four_leave_that_room_too():
+    bias = torch.tensor([0.5, 0.5])
+    wide = with_int32_biases(layer([127, 127], [1e-12, 0.1]), [(0.01, bias)], 4)
+    assert torch.equal(wide.scales, torch.tensor([0.5 / (0.01 * 2.0**30), 0.1]))
+    shrunk = with_int32_biases(layer([127, 100], [1e-12, 1e-11]), [(0.01, bias)], 4)
+    assert (bias / (0.01 * shrunk.scales)).max() <= 2.0**26 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_layers_that_share_a_dead_channel_both_keep_their_biases(turned):
+    biases = [(0.01, torch.tensor([0.9])), (0.02, torch.tensor([1e-9]))]
+    made = with_int32_biases(layer([0], [1.0]), biases[::-1] if turned else biases)
+    assert 0.9 / (0.01 * made.scales.item()) == pytest.approx(2.0**24, rel=1e-6)
 
 
 def test_a_bias_of_a_dead_channel_is_kept_to_the_last_bit(x, tmp_path):

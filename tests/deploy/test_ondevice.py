@@ -421,7 +421,7 @@ def test_device_steps_want_a_program_and_float32(program):
     work = LocalWork(examples(4, 0), Key(7, 1, "c0"), LocalPlan(settings, untouched, GOAL))
     with pytest.raises(RecipeError, match="DeviceModel"):
         train(network(), with_source(work, device_steps))
-    with pytest.raises(RecipeError, match="devices train in float32"):
+    with pytest.raises(RecipeError, match=r"^precision: devices train in float32, got 'bf16'"):
         train(DeviceModel(program), with_source(work, device_steps))
 
 

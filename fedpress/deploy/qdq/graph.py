@@ -22,11 +22,13 @@ class IntegerFormat:
         weight_bits: 7 where the processor adds products of bytes in 16 bits (AVX2 without VNNI), which may overflow.
         float_output: whether the output of a linear layer or matrix product stays unrounded where no integer
             operation reads it.
+        four_bit_shift: by how many bits kernels shift codes of four bits up, and the int32 bias with them.
     """
 
     activations: Activations = "uint8"
     weight_bits: Literal[7, 8] = 8
     float_output: bool = False
+    four_bit_shift: int = 0
 
 
 @dataclass(frozen=True)

@@ -115,9 +115,8 @@ def _insert_(
         weight = argument(node, 1)
         name = str(weight.target)
         if name not in written:
-            fitted = layer
-            for input_scale, bias in products.get(name, ()):
-                fitted = with_int32_biases(fitted, input_scale, bias)
+            shift = rewrite.format.four_bit_shift
+            fitted = with_int32_biases(layer, products.get(name, ()), shift)
             written[name] = rewrite.dequantize_weight(weight, fitted)
         node.replace_input_with(weight, written[name])
     _insert_others_(rewrite, chosen, written, edges)

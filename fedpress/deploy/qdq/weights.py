@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -180,25 +181,53 @@ def _round_weight(weight: Tensor, bits: Literal[7, 8], name: str) -> tuple[Tenso
 
 
 def with_int32_biases(
-    layer: LayerQuantization, input_scale: float, bias: Tensor | None
+    layer: LayerQuantization,
+    products: Sequence[tuple[float, Tensor | None]],
+    four_bit_shift: int = 0,
 ) -> LayerQuantization:
     """Returns the layer with weight scales that integer kernels can multiply and add a bias to.
 
     Kernels write the bias as int32 in steps of input scale times weight scale. A channel of zero or nearly zero
     weights has a scale so small that its bias does not fit, and the kernel saturates without a word. Such channels get
     the least scale that fits; their codes follow, and become 0 where the weights are nothing beside the bias.
+
+    Args:
+        layer: has one scale per output channel.
+        products: input scale and bias of each operation that reads the weight.
+        four_bit_shift: of the format; codes of four bits leave so much less room for the bias.
     """
+    if not products:
+        return layer
+    fitted = _with_biases_up_to(HIGHEST_BIAS, layer, products)
+    assert fitted.codes is not None
+    # Codes are looked at after they were fitted: those of 8 bits may have become so small that four hold them.
+    if four_bit_shift and fits_four_bits(fitted.codes):
+        fitted = _with_biases_up_to(HIGHEST_BIAS / 2**four_bit_shift, fitted, products)
+    return fitted
+
+
+def fits_four_bits(codes: Tensor) -> bool:
+    """Whether int4 holds all of these whole numbers."""
+    return codes.numel() > 0 and int(codes.min()) >= -8 and int(codes.max()) <= 7
+
+
+def _with_biases_up_to(
+    highest: float, layer: LayerQuantization, products: Sequence[tuple[float, Tensor | None]]
+) -> LayerQuantization:
+    """Returns the layer with scales in which no bias is more than `highest` steps."""
     assert layer.codes is not None
     assert layer.scales is not None
     codes, scales = layer.codes, layer.scales.double()
-    sizes = torch.zeros_like(scales) if bias is None else bias.detach().double().abs()
+    # Operations that share the weight share its scales: these fit the largest bias of each channel.
+    sizes = torch.zeros_like(scales)
+    for input_scale, bias in products:
+        if bias is not None:
+            sizes = torch.maximum(sizes, bias.detach().double().abs() / input_scale)
     dead = codes.flatten(1).count_nonzero(1) == 0
     # Nothing but the bias comes out of a dead channel: a fine step of its own keeps it to the last bit.
-    fine = sizes / (input_scale * BIAS_OF_DEAD)
-    scales = torch.where(dead & (sizes > 0), fine, scales)
-    least = torch.maximum(
-        sizes / (input_scale * HIGHEST_BIAS), torch.full_like(scales, LEAST_STEP / input_scale)
-    )
+    scales = torch.where(dead & (sizes > 0), sizes / BIAS_OF_DEAD, scales)
+    least_step = LEAST_STEP / min(input_scale for input_scale, _ in products)
+    least = (sizes / highest).clamp(min=least_step)
     small = scales < least
     rows = (scales / least).view(-1, *[1] * (codes.dim() - 1))
     moved = torch.where(small.view_as(rows), (codes.double() * rows).round(), codes.double())
