@@ -28,14 +28,24 @@ class Argument:
         ('input_shape=(3, 32, 32)', 'data=SOURCE', 'out=')
         >>> print(Argument("data.validation", 500), "or", Argument("recipe.data.validation", 500))
         **{"data.validation": 500} or recipe.data.validation = 500
+        >>> print(Argument("int8", True), "or", Argument("recipe.stage[1].int8", True))
+        int8=True or recipe.stage[1].int8 = true
         """
         in_recipe = self.name.startswith("recipe.")
         if self.value is None:
             return self.name if in_recipe or "." in self.name else f"{self.name}="
-        value = _in_python(self.value)
         if in_recipe:
-            return f"{self.name} = {value}"
+            return f"{self.name} = {_in_toml(self.value)}"
+        value = _in_python(self.value)
         return f'**{{"{self.name}": {value}}}' if "." in self.name else f"{self.name}={value}"
+
+
+def _in_toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_in_toml, value))}]"
+    return _in_python(value)
 
 
 def _in_python(value: object) -> str:
@@ -142,7 +152,13 @@ class SettingError(RecipeError, ValueError):
     """A settings class refuses its values: raised in its validators, where pydantic collects it as a ValueError.
 
     Its place and its arguments are the keys of the settings themselves; whoever reads the recipe knows where they lie.
+    An error about the settings as a whole has no place, nor has one of a field's own validator: pydantic knows both.
     """
+
+    @classmethod
+    def of(cls, error: FedpressError, *, place: str = "") -> SettingError:
+        """Returns what another function has found wrong with the setting `place`, for pydantic to collect."""
+        return cls(error.problem, place=place, cure=error.cure)
 
 
 class DataError(FedpressError):

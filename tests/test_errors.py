@@ -159,7 +159,10 @@ def lacks(call: ast.Call) -> bool:
     given = {keyword.arg for keyword in call.keywords}
     texts = [node.value for node in ast.walk(call) if isinstance(node, ast.Constant)]
     expected = any("expected" in text for text in texts if isinstance(text, str))
-    return "place" not in given or not ("cure" in given or expected)
+    placed = (
+        "place" in given or called(call) == "SettingError"
+    )  # pydantic knows whose validator it is
+    return not placed or not ("cure" in given or expected)
 
 
 def test_errors_are_raised_with_their_place_and_their_cure():
@@ -170,6 +173,32 @@ def test_errors_are_raised_with_their_place_and_their_cure():
             if ours and path.name != "errors.py" and lacks(node):
                 where.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
     assert not where, f"give place= and cure=: {where}"
+
+
+def validates(tree: ast.Module) -> bool:
+    """Says whether a module has validators of pydantic's."""
+    return any(
+        name.name.lower().endswith("validator")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "pydantic"
+        for name in node.names
+    )
+
+
+def test_validators_raise_errors_with_fields():
+    where, seen = [], 0
+    for path in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        if not validates(tree):
+            continue
+        seen += 1
+        for node in ast.walk(tree):
+            raised = node.exc if isinstance(node, ast.Raise) else None
+            name = called(raised) if isinstance(raised, ast.Call) else getattr(raised, "id", "")
+            if name in ("ValueError", "AssertionError", "PydanticCustomError"):
+                where.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    assert seen > 10
+    assert not where, f"raise SettingError: {where}"
 
 
 ABOVE = {"cli", "pipeline", "reports", "stages", "errors.py", "__init__.py"}

@@ -28,7 +28,7 @@ from fedpress.codecs.levels import (
     uniform,
 )
 from fedpress.codecs.rate import Centroids
-from fedpress.errors import RecipeError
+from fedpress.errors import Argument, RecipeError, SettingError
 
 
 class Quantize(BaseModel):
@@ -48,10 +48,13 @@ class Quantize(BaseModel):
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Quantize:
-        if (self.rate is None) == (self.bits is None):
-            raise ValueError(
-                "give either rate (bits per value after packing) or bits (levels of a fixed grid)"
+        if self.rate is None and self.bits is None:
+            raise SettingError(
+                "it needs either rate (bits per value after packing) or bits (levels of a fixed grid)",
+                cure=("give ", Argument("rate", 2.0), " or ", Argument("bits", 8)),
             )
+        if self.rate is not None and self.bits is not None:
+            raise SettingError("rate and bits are both given", cure="leave one of them out")
         return self
 
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:

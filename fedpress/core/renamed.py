@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, PrivateAttr, model_validator
 
+from fedpress.errors import SettingError
+
 
 @dataclass(frozen=True)
 class Renamed:
@@ -39,7 +41,7 @@ def new_words(
     """Returns `table` with today's words, and a sentence for each old one in it.
 
     Raises:
-        ValueError: if a table says the same by both words, and differently.
+        SettingError: if a table says the same by both words, and differently.
 
     >>> row = Renamed("sum", "secure", "aggregator", "secure")
     >>> new_words({"sum": "secure"}, (row,))[0]
@@ -54,9 +56,10 @@ def new_words(
         if row.now is None:
             continue
         if out.get(row.now_key, row.now) not in (row.now, {"kind": row.now}):
-            raise ValueError(
-                f"{row.key} = {_toml(row.old)} and {row.now_key} = {_toml(out[row.now_key])} contradict each other; "
-                f"leave out {row.key}, which is the older word"
+            raise SettingError(
+                f"{row.key} = {_toml(row.old)} and {row.now_key} = {_toml(out[row.now_key])} contradict each other",
+                place=row.key,
+                cure=f"leave out {row.key}, which is the older word",
             )
         out[row.now_key] = row.now
     return out, tuple(said)

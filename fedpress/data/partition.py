@@ -22,7 +22,7 @@ from fedpress.data.dealing import (
     totals,
     within_supply,
 )
-from fedpress.errors import DataError, did_you_mean
+from fedpress.errors import DataError, SettingError, suggestion
 
 
 class _Settings(BaseModel, frozen=True, extra="forbid"):
@@ -210,9 +210,10 @@ def _from_word(value: object) -> object:
     if isinstance(value, str):
         value = {"kind": value}
     kinds = ["iid", "quantity", "dirichlet", "shards", "natural"]
-    if isinstance(value, dict) and (kind := value.get("kind")) not in kinds:
-        raise ValueError(
-            f"no partition of kind '{kind}' (known: {', '.join(kinds)}){did_you_mean(str(kind), kinds)}"
+    if isinstance(value, dict) and (kind := value.get("kind", kinds[0])) not in kinds:
+        raise SettingError(
+            f"no partition of kind '{kind}' (known: {', '.join(kinds)})",
+            cure=suggestion(str(kind), kinds, "choose one of them"),
         )
     return value
 

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValu
 
 from fedpress import tasks
 from fedpress.data.partition import Partition
-from fedpress.errors import Argument, FedpressError, SettingError, did_you_mean
+from fedpress.errors import Argument, FedpressError, SettingError, suggestion
 
 BUILT_IN = ("digits", "cifar10", "csv", "parquet", "folders")
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -17,9 +17,11 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 def _known_source(source: object) -> object:
     if isinstance(source, str) and source not in BUILT_IN and ":" not in source:
-        raise ValueError(
-            f"no source '{source}' (known: {', '.join(BUILT_IN)}, or your own 'package.module:function')"
-            f"{did_you_mean(source, list(BUILT_IN))}"
+        raise SettingError(
+            f"no source '{source}' (known: {', '.join(BUILT_IN)})",
+            cure=suggestion(
+                source, BUILT_IN, "name one of them or your own 'package.module:function'"
+            ),
         )
     return source
 
@@ -27,9 +29,9 @@ def _known_source(source: object) -> object:
 def _known_encoding(name: str) -> str:
     try:
         "".encode(name)
-    except LookupError as error:
-        raise ValueError(
-            f"no encoding '{name}'; common ones are utf-8, utf-16, latin-1 and cp1252"
+    except (LookupError, ValueError) as error:
+        raise SettingError(
+            f"no encoding {name!r}", cure="common ones are utf-8, utf-16, latin-1 and cp1252"
         ) from error
     return name
 
@@ -38,8 +40,17 @@ def _known_task(given: str | dict[str, JsonValue]) -> str | dict[str, JsonValue]
     try:
         tasks.check_settings(given)
     except FedpressError as error:
-        raise ValueError(error.told(place="")) from error
+        raise SettingError.of(error) from error
     return given
+
+
+def _at_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise SettingError(
+            f"no home folder is known for '{path.parts[0]}'", cure="write the whole path"
+        ) from error
 
 
 def _as_words(values: object) -> object:
@@ -52,7 +63,7 @@ def _as_words(values: object) -> object:
 def _all_different(names: tuple[str, ...]) -> tuple[str, ...]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ValueError(f"'{twice}' is listed twice; list every name once")
+        raise SettingError(f"'{twice}' is listed twice", cure="list every name once")
     return names
 
 
@@ -108,7 +119,7 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     """
 
     source: Annotated[str, BeforeValidator(_known_source)]
-    path: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
+    path: Annotated[Path, AfterValidator(_at_home)] | None = None
     download: bool = True
     partition: Partition | None = None
     num_clients: int | None = Field(default=None, ge=1)
@@ -144,26 +155,40 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if len(self.mean) != len(self.std):
-            raise ValueError(
-                f"{len(self.mean)} values of mean but {len(self.std)} of std; give as many of each"
+            raise SettingError(
+                f"{len(self.mean)} values of mean but {len(self.std)} of std",
+                place="mean",
+                cure="give as many of each",
             )
         if self.public_clients and self.public_share is not None:
-            raise ValueError("public_clients and public_share are both given; give one of them")
+            raise SettingError(
+                "public_clients is given, too",
+                place="public_share",
+                cure="leave one of the two out",
+            )
         if both := set(self.public_clients) & set(self.test_clients):
-            raise ValueError(
-                f"client '{min(both)}' is in public_clients and test_clients; leave it in one of them"
+            raise SettingError(
+                f"client '{min(both)}' is in public_clients, too",
+                place="test_clients",
+                cure="leave it in one of the two",
             )
         if self.classes is not None and len(self.classes) < 2:
-            raise ValueError(
-                "classes: a single class leaves nothing to tell apart; list at least two"
+            raise SettingError(
+                "a single class leaves nothing to tell apart",
+                place="classes",
+                cure="list at least two",
             )
         if self.classes is not None and self.task is not None:
             kind = tasks.kind_of(self.task)
             if tasks.find(kind).targets != "classes":
-                raise ValueError(f"classes: the task {kind} has none; leave classes out")
+                raise SettingError(
+                    f"the task {kind} has none", place="classes", cure="leave classes out"
+                )
         if self.decimal == self.delimiter:
-            raise ValueError(
-                f"decimal and delimiter are both '{self.decimal}'; set delimiter = ';' or what it is"
+            raise SettingError(
+                f"delimiter is '{self.delimiter}', too",
+                place="decimal",
+                cure=("give ", Argument("delimiter", ";"), " or what stands between the columns"),
             )
         if self.path is None and self.source in ("csv", "parquet", "folders"):
             raise SettingError(

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from fedpress.core import checksums, consent, limits, own_modules
 from fedpress.core.inputs import Inputs, NamedInputs, Shape, shape_told, shapes_in
 from fedpress.core.random_source import Source, chance_of
-from fedpress.errors import ModelError, placing, renaming, suggestion
+from fedpress.errors import ModelError, SettingError, placing, renaming, suggestion
 from fedpress.models import layer_list, memory
 from fedpress.models.plain import CNN, MLP
 from fedpress.models.resnet import resnet18, resnet_small
@@ -78,7 +78,11 @@ class ModelSpec(BaseModel):
         several = isinstance(shapes, dict), isinstance(dtypes, dict)
         names = [sorted(table) for table in (shapes, dtypes) if isinstance(table, dict)]
         if any(several) and (not all(several) or names[0] != names[1] or not names[0]):
-            raise ValueError("input_shape and input_dtype must name the same inputs")
+            raise SettingError(
+                f"got {dtypes}, but input_shape is {shapes}: both must name the same inputs",
+                place="input_dtype",
+                cure="give both as tables with the same names, or neither",
+            )
         return self
 
     def example(self, n: int, chance: Source = None) -> Inputs:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 from torch import Tensor
 
+from fedpress.errors import SettingError
+
 TINY = torch.finfo(torch.float32).tiny
 FILE = "file"  # in the context of a validation: what is read was written by some fedpress
 BITS = {"int": 8, "ternary": 2, "binary": 1, "codebook": 4}
@@ -55,14 +57,20 @@ class WeightQuantization(BaseModel):
         if (self.kind == "int" and self.bits < 2) or (
             self.kind in ("ternary", "binary") and self.bits != BITS[self.kind]
         ):
-            raise ValueError(
-                f"{self.bits} bits do not fit '{self.kind}'; int has 2 to 8, ternary 2, binary 1"
+            raise SettingError(
+                f"{self.bits} bits do not fit '{self.kind}'",
+                place="bits",
+                cure="int has 2 to 8, ternary 2, binary 1",
             )
         if self.kind == "codebook" and self.group is not None:
-            raise ValueError("a codebook is shared by the whole layer; leave group out")
+            raise SettingError(
+                "a codebook is shared by the whole layer", place="group", cure="leave group out"
+            )
         if self.kind != "codebook" and self.centroid_bits is not None:
-            raise ValueError(
-                f"centroid_bits is for a codebook, not for '{self.kind}'; leave it out"
+            raise SettingError(
+                f"it is for a codebook, not for '{self.kind}'",
+                place="centroid_bits",
+                cure="leave centroid_bits out",
             )
         return self
 
@@ -118,8 +126,10 @@ class InputQuantization(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> InputQuantization:
         if self.middle and self.bits != 1:
-            raise ValueError(
-                f"a middle is for inputs of one bit, not of {self.bits}; leave middle out"
+            raise SettingError(
+                f"it is for inputs of one bit, not of {self.bits}",
+                place="middle",
+                cure="leave middle out",
             )
         return self
 

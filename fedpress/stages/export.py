@@ -17,7 +17,7 @@ from fedpress.core.inputs import Inputs
 from fedpress.core.random_source import public_stream
 from fedpress.deploy import FORMATS, Artifact, Job
 from fedpress.deploy.examples import Given
-from fedpress.errors import Argument, DataError
+from fedpress.errors import Argument, DataError, SettingError
 from fedpress.nn.observers import Observer
 from fedpress.stages import inputs
 from fedpress.stages.base import Stage
@@ -60,14 +60,16 @@ class ExportStage(BaseModel, Stage):
     @classmethod
     def _known(cls, name: str) -> str:
         if name not in FORMATS:
-            raise ValueError(deploy.unknown_format(name).told(place=""))
+            raise SettingError.of(deploy.unknown_format(name))
         return name
 
     @model_validator(mode="after")
     def _rounds_something(self) -> ExportStage:
         if self.weight_bits == 7 and not self.int8:
-            raise ValueError(
-                "weight_bits = 7 says how float layers are rounded; give int8 = true with it"
+            raise SettingError(
+                "7 is for the float layers that int8 rounds, and int8 is not given",
+                place="weight_bits",
+                cure=("give ", Argument("int8", True), ", or leave weight_bits out"),
             )
         return self
 

@@ -13,6 +13,7 @@ from fedpress.compress import quantize as quantizing
 from fedpress.compress.prune.ignoring import ignored
 from fedpress.core.inputs import Inputs
 from fedpress.core.random import derive
+from fedpress.errors import Argument, SettingError
 from fedpress.models import ModelSpec
 from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import (
@@ -107,21 +108,57 @@ class QuantizeStage(TaughtSettings, Stage):
     def _fits_together(self) -> QuantizeStage:
         own = {"ternary": 2, "binary": 1}.get(self.weights)
         if own is not None and "bits" in self.model_fields_set and self.bits != own:
-            raise ValueError(f"{self.weights} weights have {own} bits; leave bits out")
+            raise SettingError(
+                f"{self.weights} weights have {own} bits", place="bits", cure="leave bits out"
+            )
         if self.weights == "int" and self.bits < 2:
-            raise ValueError("whole numbers need 2 bits or more; use weights = 'binary' for 1")
+            raise SettingError(
+                f"got {self.bits}, but whole numbers need 2 or more",
+                place="bits",
+                cure=("give ", Argument("weights", "binary"), " for weights of one bit"),
+            )
         if self.weights == "cluster" and self.group is not None:
-            raise ValueError(
-                "clustered weights share their values in the whole layer; leave group out"
+            raise SettingError(
+                "clustered weights share their values in the whole layer",
+                place="group",
+                cure="leave group out",
             )
-        if bool(self.mixed) != (self.max_bytes is not None):
-            raise ValueError(
-                "mixed and max_bytes go together: the bits to choose from, and the budget"
+        return self
+
+    @model_validator(mode="after")
+    def _mixed_fits(self) -> QuantizeStage:
+        if not self.mixed:
+            if self.max_bytes is not None:
+                raise SettingError(
+                    "it is the budget of mixed bits, and there are none",
+                    place="max_bytes",
+                    cure=("give ", Argument("mixed", (2, 4, 8)), ", or leave max_bytes out"),
+                )
+            return self
+        if self.weights != "int":
+            raise SettingError(
+                f"mixed bits are for whole numbers, not for '{self.weights}' weights",
+                place="mixed",
+                cure="leave mixed and max_bytes out",
             )
-        if self.mixed and (self.weights != "int" or not all(2 <= b <= 8 for b in self.mixed)):
-            raise ValueError("mixed bits are for whole numbers of 2 to 8 bits; leave mixed out")
-        if self.mixed and self.group is not None:
-            raise ValueError("mixed bits have one scale for each output channel; leave group out")
+        if not all(2 <= bits <= 8 for bits in self.mixed):
+            raise SettingError(
+                f"got {list(self.mixed)}, expected bits from 2 to 8",
+                place="mixed",
+                cure=("try ", Argument("mixed", (2, 4, 8))),
+            )
+        if self.max_bytes is None:
+            raise SettingError(
+                "the bits to choose from need a budget",
+                place="mixed",
+                cure=("give ", Argument("max_bytes", "BYTES")),
+            )
+        if self.group is not None:
+            raise SettingError(
+                "mixed bits have one scale for each output channel",
+                place="group",
+                cure="leave group out",
+            )
         return self
 
     def looks_at_labels(self) -> str:

@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from fedpress.errors import ModelError
+from fedpress.errors import ModelError, SettingError
 from fedpress.nn.quantized import is_qparam, quantized_weights
 
 SMALL = 4096  # values: tensors up to this size share a blob with others of their kind
@@ -46,7 +46,7 @@ class TensorTable(BaseModel):
         if len({*named, *self.same}) != len(named) + len(self.same) or not {
             *self.same.values()
         } <= {*named}:
-            raise ValueError("a tensor stands twice in it, or nowhere")
+            raise SettingError("a tensor stands twice in it or nowhere, expected each once")
         return self
 
     def entries(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fedpress.errors import Argument, SettingError
 from fedpress.training.augment import Augment
 from fedpress.training.device import Precision
 
@@ -57,10 +58,19 @@ class TrainSettings(BaseModel):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> TrainSettings:
-        if any(side < 4 or epochs < 1 for side, epochs in self.image_sizes):
-            raise ValueError("image_sizes holds [side, epochs] with side >= 4 and epochs >= 1")
-        if sum(epochs for _, epochs in self.image_sizes) > self.epochs:
-            raise ValueError(f"image_sizes take more than the {self.epochs} epochs")
+        for side, epochs in self.image_sizes:
+            if side < 4 or epochs < 1:
+                raise SettingError(
+                    f"got {[side, epochs]}, expected [side, epochs] with side >= 4 and epochs >= 1",
+                    place="image_sizes",
+                )
+        taken = sum(epochs for _, epochs in self.image_sizes)
+        if taken > self.epochs:
+            raise SettingError(
+                f"they take {taken} epochs, more than the {self.epochs} epochs of the training",
+                place="image_sizes",
+                cure=("give ", Argument("epochs", taken), " or more, or fewer epochs to the sizes"),
+            )
         return self
 
     def side(self, epoch: int) -> int | None:

@@ -33,12 +33,14 @@ def test_validation_is_a_number_of_rows_or_a_share():
         ({"source": "digits", "mean": [0.5], "std": [0.0]}, "greater than 0"),
         (
             {"source": "digits", "public_share": 0.5, "public_clients": ["a"]},
-            "both given; give one",
+            "public_share: public_clients is given, too",
         ),
         (
             {"source": "digits", "test_clients": ["a"], "public_clients": ["a"]},
-            "client 'a' is in public_clients and",
+            "test_clients: client 'a' is in public_clients, too",
         ),
+        ({"source": "digits", "path": "~nobody_of_this_name/x"}, "no home folder"),
+        ({"source": "digits", "encoding": "a\0"}, "no encoding"),
         ({"source": "digits", "validation": -1}, "validation"),
         ({"source": "digits", "validation": 1.5}, "validation"),
         ({"source": "digits", "test_share": 1.0}, "less than 1"),

@@ -1,9 +1,11 @@
 import json
+import shlex
 
 import pytest
 
-from fedpress.errors import RecipeError
+from fedpress.errors import Argument, RecipeError
 from fedpress.pipeline import recipe as recipes
+from fedpress.pipeline.arguments import in_shell
 
 
 def said(text: str, *overrides: str) -> str:
@@ -123,11 +125,14 @@ UNION = "choose one of adam, average, momentum"
             "stage.3.privacy.epsilon=-1",
             "recipe.stage[3].privacy.epsilon: input should be greater than 0, got -1",
         ),
-        ("stage.3.privacy.noise_multiplier=1", "recipe.stage[3].privacy: give either epsilon"),
+        (
+            "stage.3.privacy.noise_multiplier=1",
+            "recipe.stage[3].privacy: epsilon and noise_multiplier are both given",
+        ),
         ("stage.1.score=taylr", "did you mean 'taylor'?"),
         (
             "stage.0.image_sizes=[[8, 99]]",
-            "recipe.stage[0]: image_sizes take more than the 15 epochs",
+            "recipe.stage[0].image_sizes: they take 99 epochs, more than the 15 epochs",
         ),
         ("stage.0.image_sizes=[[8]]", "recipe.stage[0].image_sizes[0][1]: this key is missing"),
         ("stage.0.lr=nan", "recipe.stage[0].lr: expected a finite number, got nan"),
@@ -146,13 +151,50 @@ UNION = "choose one of adam, average, momentum"
         ("stage.0.name=a/b", "recipe.stage[0].name: string should match"),
         (
             "stage.1.name=dense",
-            "recipe: two stages are named 'dense'; give every stage a name of its own",
+            "recipe.stage[1].name: two stages are named 'dense'; give every stage a name of its own",
         ),
         ("data.source=digit", "did you mean 'digits'?"),
     ],
 )
 def test_a_mistake_is_one_sentence_with_place_and_cure(digits, override, sentence):
     assert sentence in said(digits, override)
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "kind='train', epochs=3, image_sizes=[[4, 2], [6, 2]]",
+        "kind='train', epochs=1, distill={temperature=2}",
+        "kind='distill', epochs=1",
+        "kind='export', weight_bits=7",
+        "kind='l0', density=0.5, epochs=0",
+        "kind='prune', scope='layer', strategy='single-channel'",
+        "kind='prune', score='taylor', calibration=0",
+        "kind='prune', densities=[1.0]",
+        "kind='prune', steps=3",
+        "kind='prune', rewind=true",
+        "kind='prune', finetune={epochs=1}",
+        "kind='prune', steps=2, finetune={epochs=1, image_sizes=[[8, 2]]}",
+        "kind='quantize', bits=1",
+        "kind='quantize', mixed=[1, 4], max_bytes=100",
+        "kind='quantize', max_bytes=100",
+        "kind='sparsify'",
+        "kind='sparsify', density=0.5, epochs=1, score='movement'",
+        "kind='sparsify', density=0.5, schedule='gradual'",
+        "kind='sparsify', epochs=1, pattern='2:4', schedule='rigl'",
+        "kind='federate', uplink=[{kind='quantize'}]",
+        "kind='federate', privacy={unit='client'}",
+    ],
+)
+def test_each_setting_that_a_cure_names_is_a_cure(digits, stage):
+    broken = f"stage=[{{{stage}}}]"
+    with pytest.raises(RecipeError) as caught:
+        recipes.load(digits, [broken])
+    given = [part for part in caught.value.cure if isinstance(part, Argument)]
+    assert given, caught.value
+    together = [given] if "and public examples" in str(caught.value) else [[one] for one in given]
+    for arguments in together:
+        recipes.load(digits, [broken, *(shlex.split(in_shell(one))[0] for one in arguments)])
 
 
 def test_the_sentence_of_a_misspelt_key_is_exact(digits):

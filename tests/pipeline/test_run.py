@@ -549,8 +549,8 @@ def test_a_run_may_begin_with_a_saved_model_wherever_it_lies(tiny, tmp_path, who
 @pytest.mark.parametrize(
     ("model", "problem"),
     [
-        ("", "give either architecture or checkpoint"),
-        ('architecture = "cnn"\ncheckpoint = "x"', "give either architecture or checkpoint"),
+        ("", "needs either architecture or checkpoint"),
+        ('architecture = "cnn"\ncheckpoint = "x"', "architecture and checkpoint are both given"),
         ('checkpoint = "nowhere"', "there is no .*nowhere"),
     ],
 )

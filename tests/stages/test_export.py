@@ -109,7 +109,7 @@ def checked(text: str) -> list[dict]:
 def test_check_refuses_what_cannot_be_exported_and_ranges_from_nothing():
     with pytest.raises(RecipeError, match="no format 'onx'; did you mean 'onnx'"):
         checked(RECIPE + '[[stage]]\nkind = "export"\nformat = "onx"\n')
-    with pytest.raises(RecipeError, match=r"weight_bits = 7 .* int8 = true"):
+    with pytest.raises(RecipeError, match=r"weight_bits: 7 .* give recipe.stage\[\d\].int8 = true"):
         checked(RECIPE + '[[stage]]\nkind = "export"\nweight_bits = 7\n')
     recipe = recipes.load(RECIPE + EXPORT, ())
     data = load_data(recipe)

@@ -64,12 +64,18 @@ def _mistake(error: Any, place: str) -> RecipeError:
         place=f"{place}.{raised.place}" if raised.place else place,
         cure=raised.cure,
     )
-    found.change_arguments(
-        lambda one: replace(
-            one, name=f"recipe.{one.name}" if "." in one.name else f"{place}.{one.name}"
-        )
-    )
+    found.change_arguments(lambda one: replace(one, name=_key(one.name, place)))
     return found
+
+
+def _key(argument: str, table: str) -> str:
+    """Returns the recipe's key of an argument that settings at `table` name.
+
+    >>> _key("finetune.epochs", "recipe.stage[1]"), _key("data.public_share", "recipe.stage[1]")
+    ('recipe.stage[1].finetune.epochs', 'recipe.data.public_share')
+    """
+    table_of_recipe = "." in argument and argument.partition(".")[0] in Recipe.model_fields
+    return f"recipe.{argument}" if table_of_recipe else f"{table}.{argument}"
 
 
 def _inside(inner: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
@@ -91,9 +97,6 @@ def _complaint(error: Any) -> tuple[str, str]:
             return "this key is missing", f"add it (one of {every})"
         tag = str(error["ctx"]["tag"])
         return f"there is no '{tag}'", suggestion(tag, known) or f"choose one of {every}"
-    if kind == "value_error":  # raised by our own validators, as `problem; cure`
-        problem, _, cure = str(error["ctx"]["error"]).partition("; ")
-        return problem[0].lower() + problem[1:], cure
     message = error["msg"]
     near = ""
     if kind == "literal_error":

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from fedpress.data import DataSettings
+from fedpress.errors import Argument, SettingError
 from fedpress.models.memory import HELD
 from fedpress.pipeline.recipe.text import in_one_line
 from fedpress.stages.union import AnyStage
@@ -41,11 +42,25 @@ class ModelSettings(BaseModel):
 
     @model_validator(mode="after")
     def _one_of_two(self) -> ModelSettings:
-        if (self.architecture is None) == (self.checkpoint is None):
-            raise ValueError("give either architecture or checkpoint, one of the two")
+        if self.architecture is None and self.checkpoint is None:
+            raise SettingError(
+                "it needs either architecture or checkpoint",
+                cure=(
+                    "give ",
+                    Argument("architecture", "cnn"),
+                    " or ",
+                    Argument("checkpoint", "PATH"),
+                ),
+            )
+        if self.architecture is not None and self.checkpoint is not None:
+            raise SettingError(
+                "architecture and checkpoint are both given", cure="leave one of them out"
+            )
         if self.checkpoint is not None and self.weights is not None:
-            raise ValueError(
-                "a checkpoint has weights of its own; leave weights out, or give architecture instead"
+            raise SettingError(
+                "a checkpoint has weights of its own",
+                place="weights",
+                cure="leave weights out, or give an architecture in place of the checkpoint",
             )
         return self
 
@@ -73,7 +88,12 @@ class Recipe(BaseModel):
         seen = [stage.name for stage in self.stage]
         twice = next((name for name in seen if seen.count(name) > 1), None)
         if twice is not None:
-            raise ValueError(f"two stages are named '{twice}'; give every stage a name of its own")
+            second = len(seen) - 1 - seen[::-1].index(twice)
+            raise SettingError(
+                f"two stages are named '{twice}'",
+                place=f"stage[{second}].name",
+                cure="give every stage a name of its own",
+            )
         return self
 
 

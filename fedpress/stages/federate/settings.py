@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedpress.codecs import AnyTransform, Quantize
 from fedpress.core.renamed import ReadsOldWords, Renamed
+from fedpress.errors import Argument, SettingError
 from fedpress.federation import AnyAggregator, AnyAlgorithm, Average, LocalSettings
 from fedpress.federation.algorithms.optimizers import Server
 from fedpress.federation.delays import AnyDelays
@@ -49,18 +50,34 @@ class PrivacySettings(ReadsOldWords):
 
     @model_validator(mode="after")
     def _one_of_two(self) -> PrivacySettings:
-        if (self.epsilon is None) == (self.noise_multiplier is None):
-            raise ValueError(
-                "give either epsilon (the noise is calibrated) or noise_multiplier, one of the two"
+        if self.epsilon is None and self.noise_multiplier is None:
+            raise SettingError(
+                "it needs either epsilon or noise_multiplier",
+                cure=(
+                    "give ",
+                    Argument("epsilon", 8.0),
+                    " (the noise is calibrated) or ",
+                    Argument("noise_multiplier", 1.0),
+                ),
+            )
+        if self.epsilon is not None and self.noise_multiplier is not None:
+            raise SettingError(
+                "epsilon and noise_multiplier are both given", cure="leave one of them out"
             )
         if self.trust is None:  # the place where each unit's noise has always been
             object.__setattr__(self, "trust", "central" if self.unit == "client" else "local")
         for name in ("adaptive", "correlated"):
             if getattr(self, name) is not None and (self.unit, self.trust) != ("client", "central"):
-                raise ValueError(f"{name} is for unit 'client' with trust 'central'; leave it out")
+                raise SettingError(
+                    f"it is for unit 'client' with trust 'central', not '{self.unit}' with '{self.trust}'",
+                    place=name,
+                    cure=f"leave {name} out",
+                )
         if self.adaptive is not None and self.correlated is not None:
-            raise ValueError(
-                "adaptive and correlated do not go together: correlated noise needs one clip norm"
+            raise SettingError(
+                "correlated noise needs one clip norm, and adaptive changes it",
+                place="adaptive",
+                cure="leave adaptive or correlated out",
             )
         return self
 
@@ -153,8 +170,13 @@ class FederateSettings(LocalSettings, ReadsOldWords):
         if self.algorithm is not None:
             for key, unset in (("server", Average()), ("proximal_mu", 0.0)):
                 if getattr(self, key) != unset:
-                    raise ValueError(
-                        f"{key} stands beside algorithm; write it into the table of the algorithm"
+                    takes = key in type(self.algorithm).model_fields
+                    raise SettingError(
+                        f"it stands beside algorithm = '{self.algorithm.kind}'",
+                        place=key,
+                        cure="write it into the table of the algorithm"
+                        if takes
+                        else f"leave {key} out, which '{self.algorithm.kind}' does not have",
                     )
         return self
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from fedpress.errors import Argument, SettingError
 from fedpress.training.settings import TrainSettings
 from fedpress.workspace.state import Name
 
@@ -50,11 +51,21 @@ class L0Settings(TrainSettings):
     @model_validator(mode="after")
     def _trains(self) -> L0Settings:
         if not self.epochs:
-            raise ValueError("l0 learns its gates in training; give epochs")
+            raise SettingError(
+                "got 0, but l0 learns its gates in training",
+                place="epochs",
+                cure=("give ", Argument("epochs", 10)),
+            )
         if self.patience:
-            raise ValueError(
-                "patience would take weights from before the density is reached; leave it out"
+            raise SettingError(
+                "it would take weights from before the density is reached",
+                place="patience",
+                cure="leave patience out",
             )
         if self.ema:
-            raise ValueError("ema would average weights that belong to other gates; leave it out")
+            raise SettingError(
+                "it would average weights that belong to other gates",
+                place="ema",
+                cure="leave ema out",
+            )
         return self

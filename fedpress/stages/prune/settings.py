@@ -101,16 +101,20 @@ class PruneSettings(BaseModel):
             return data
         given = [key for key in AIMS if data.get(key) is not None]
         if len(given) > 1:
-            raise ValueError(
-                f"prune has one target, but {' and '.join(given)} are given; leave all but one out"
+            raise SettingError(
+                f"prune has one target, but {' and '.join(given)} are given",
+                place=given[1],
+                cure="leave all but one out",
             )
         return data if given else {**data, "keep_params": 0.3}
 
     @model_validator(mode="after")
     def _fits_together(self) -> PruneSettings:
         if self.scope != "global" and self.strategy == "single-channel":
-            raise ValueError(
-                f"strategy 'single-channel' ranks all layers together; leave scope = '{self.scope}' out"
+            raise SettingError(
+                f"got '{self.scope}', but strategy 'single-channel' ranks all layers together",
+                place="scope",
+                cure=("leave scope out, or give ", Argument("strategy", "one-shot")),
             )
         if not self.calibration and SCORES[self.score].needs == "losses":
             raise SettingError(
@@ -124,11 +128,30 @@ class PruneSettings(BaseModel):
                 ),
             )
         if any(not 0 < density < 1 for density in self.densities):
-            raise ValueError(f"densities lie between 0 and 1; try {list(DENSITIES)}")
-        if (self.steps > 1 or self.rewind) != (self.finetune is not None):
-            raise ValueError(
-                "finetune = { epochs = ... } is what happens between several cuts or before a rewind; "
-                "give it together with steps or rewind, and to train after one cut add a stage 'train'"
+            raise SettingError(
+                f"got {list(self.densities)}, expected numbers between 0 and 1",
+                place="densities",
+                cure=("try ", Argument("densities", DENSITIES)),
+            )
+        if (self.steps > 1 or self.rewind) and self.finetune is None:
+            raise SettingError(
+                "there is no training before the cut whose weights could be taken back"
+                if self.rewind
+                else f"there is no training between the {self.steps} cuts",
+                place="rewind" if self.rewind else "steps",
+                cure=("give ", Argument("finetune.epochs", 5)),
+            )
+        if self.finetune is not None and self.steps == 1 and not self.rewind:
+            raise SettingError(
+                "it is the training between several cuts or before a rewind, and there is one cut alone",
+                place="finetune",
+                cure=(
+                    "give ",
+                    Argument("steps", 3),
+                    " or ",
+                    Argument("rewind", True),
+                    "; to train after one cut, leave finetune out and let 'train' follow",
+                ),
             )
         return self
 

@@ -73,7 +73,7 @@ class SparsifySettings(TrainSettings):
         try:
             own = Pattern.parse(self.pattern).density
         except RecipeError as error:
-            raise ValueError(error.told(place="")) from error
+            raise SettingError.of(error, place="pattern") from error
         if own is None:
             if self.density is None and not self.densities:
                 raise SettingError(
@@ -83,35 +83,56 @@ class SparsifySettings(TrainSettings):
                 )
             return self
         if self.density not in (None, own):
-            raise ValueError(
-                f"pattern '{self.pattern}' keeps {own:g}, not density = {self.density:g}; leave density out"
+            raise SettingError(
+                f"got {self.density:g}, but pattern '{self.pattern}' keeps {own:g}",
+                place="density",
+                cure="leave density out",
             )
-        if self.schedule == "rigl" or self.densities:
-            raise ValueError(
-                "N:M keeps as many in every group: leave densities out and use another schedule than 'rigl'"
+        keeps = f"pattern '{self.pattern}' keeps as many in every group"
+        if self.schedule == "rigl":
+            raise SettingError(
+                f"{keeps}, and 'rigl' moves them to others",
+                place="schedule",
+                cure=("give ", Argument("schedule", "gradual")),
             )
+        if self.densities:
+            raise SettingError(keeps, place="densities", cure="leave densities out")
         if self.scope == "sensitivity":
-            raise ValueError("N:M keeps as many in every group: leave scope = 'sensitivity' out")
+            raise SettingError(keeps, place="scope", cure="leave scope out")
         return self
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> SparsifySettings:
         if self.score == "movement" and self.schedule not in ("gradual", "rewind"):
-            raise ValueError(
-                "the score 'movement' is summed up while the network trains; use schedule = 'gradual'"
+            raise SettingError(
+                "'movement' is summed up while the network trains",
+                place="score",
+                cure=("give ", Argument("schedule", "gradual")),
             )
         if self.schedule != "one-shot" and not self.epochs:
-            raise ValueError(
-                f"schedule '{self.schedule}' works while the network trains; give epochs"
+            raise SettingError(
+                f"got 0, but schedule '{self.schedule}' works while the network trains",
+                place="epochs",
+                cure=("give ", Argument("epochs", 10)),
             )
         if self.schedule in ("gradual", "rigl") and self.patience:
-            raise ValueError(
-                f"patience would take weights from before the end of schedule '{self.schedule}'; leave it out"
+            raise SettingError(
+                f"it would take weights from before the end of schedule '{self.schedule}'",
+                place="patience",
+                cure="leave patience out",
             )
         if self.schedule == "gradual" and self.begin >= self.until:
-            raise ValueError(f"begin = {self.begin:g} must be below until = {self.until:g}")
+            raise SettingError(
+                f"got {self.begin:g}, expected less than until = {self.until:g}",
+                place="begin",
+                cure="leave begin out, or lower it",
+            )
         if self.schedule == "rewind" and self.rewind_to >= self.epochs:
-            raise ValueError(f"rewind_to = {self.rewind_to} must be below epochs = {self.epochs}")
+            raise SettingError(
+                f"got {self.rewind_to}, expected less than epochs = {self.epochs}",
+                place="rewind_to",
+                cure="leave rewind_to out, or lower it",
+            )
         return self
 
     def target(self, weights: Weights) -> float:

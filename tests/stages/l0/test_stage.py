@@ -100,7 +100,7 @@ def test_the_end_needs_public_examples():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"epochs": 0}, "give epochs"),
+        ({"epochs": 0}, "epochs: .* give epochs=10"),
         ({"patience": 1}, "patience"),
         ({"ema": 0.9}, "ema"),
         ({"density": 0.0}, "greater than 0"),
