@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-from fedpress.errors import ModelError
+from fedpress.errors import ModelError, Shell, suggestion
 
 MOVED = {"fedpress.commands.subject": "fedpress.pipeline.commands.subject"}
 """Modules of fedpress that files of earlier versions name, and where they lie now."""
@@ -77,6 +77,48 @@ def module_of(name: str) -> ModuleType:
         return importlib.import_module(module)
     finally:
         _wanted.discard(top)
+
+
+def object_of(name: str) -> Any:
+    """Returns what `package.module:function` names.
+
+    Raises:
+        ModelError: if there is no such module, importing it fails, or it has no such function.
+
+    >>> object_of("json:dumps")([1])
+    '[1]'
+    """
+    wanted = name.partition(":")[2]
+    try:
+        module = module_of(name)
+    except ModelError:
+        raise
+    except ModuleNotFoundError as error:
+        own = f"{name.partition(':')[0]}.".startswith(f"{error.name}.")
+        install = "" if own else "install what it imports, or "
+        raise ModelError(
+            f"no module '{error.name}'",
+            place=f"'{name}'",
+            # The command line looks into the folder where it is called, whether or not there is a recipe.
+            cure=(
+                install,
+                "put its folder on PYTHONPATH",
+                Shell(", or call fedpress in that folder"),
+            ),
+        ) from error
+    except Exception as error:  # importing runs the user's file, which may raise anything
+        raise ModelError(
+            f"importing it failed with {type(error).__name__}: {error}",
+            place=f"'{name}'",
+            cure="correct it",
+        ) from error
+    if not hasattr(module, wanted):
+        raise ModelError(
+            f"the module has no function '{wanted}'",
+            place=f"'{name}'",
+            cure=suggestion(wanted, dir(module)) or "name one that it has",
+        )
+    return getattr(module, wanted)
 
 
 def _importer(frame: FrameType | None) -> str:

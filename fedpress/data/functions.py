@@ -20,7 +20,7 @@ from fedpress.data.dataset import FederatedData
 from fedpress.data.examples import Examples, TargetRows
 from fedpress.data.settings import DataSettings
 from fedpress.data.targets import dealing_of_flags, dealing_of_numbers
-from fedpress.errors import DataError, FedpressError, suggestion
+from fedpress.errors import DataError, FedpressError, ModelError
 from fedpress.tasks.classification import IGNORED
 
 
@@ -62,26 +62,15 @@ def read(settings: DataSettings, seed: int) -> FederatedData | Examples:
 
 
 def _find(source: str, where: str) -> Callable[..., Any]:
-    name = source.partition(":")[2]
     try:
-        module = own_modules.module_of(source)
-    except ModuleNotFoundError as error:
-        cure = "put its folder on PYTHONPATH, or its file beside the recipe"
-        raise DataError(f"no module '{error.name}'", place=where, cure=cure) from error
-    except FedpressError as error:
+        function = own_modules.object_of(source)
+    except ModelError as error:
         raise DataError(error.problem, place=where, cure=error.cure) from error
-    except Exception as error:
-        raise DataError(
-            f"importing it failed with {type(error).__name__}: {error}",
-            place=where,
-            cure="correct it",
-        ) from error
-    function = getattr(module, name, None)
     if not callable(function):
         raise DataError(
-            f"the module has no function '{name}'",
+            f"'{source.partition(':')[2]}' is {type(function).__name__}, expected a function",
             place=where,
-            cure=suggestion(name, dir(module)) or "name one that it has",
+            cure="name one that returns the data",
         )
     return function
 

@@ -279,16 +279,10 @@ def _builder(name: str) -> Any:
             cure=suggestion(name, list(ARCHITECTURES), known),
         )
     try:
-        return getattr(own_modules.module_of(name), name.partition(":")[2])
+        return own_modules.object_of(name)
     except ModelError as error:
         raise ModelError(
             f"cannot load '{name}': {error.problem}", place="spec.architecture", cure=error.cure
-        ) from error
-    except Exception as error:  # importing runs the user's file, which may raise anything
-        raise ModelError(
-            f"cannot load '{name}': {error}",
-            place="spec.architecture",
-            cure="put its folder on PYTHONPATH, or its file beside the recipe",
         ) from error
 
 

@@ -60,7 +60,7 @@ class Stage:
         return False
 
     def looks_at_labels(self) -> str:
-        """Says by which of its settings it looks at labels; empty if it looks at none."""
+        """Says which of its settings looks at labels: its kind if it always does, empty if none does."""
         return ""
 
     @abstractmethod

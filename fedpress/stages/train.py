@@ -42,8 +42,8 @@ class TrainStage(TaughtSettings, Stage):
         return self
 
     def looks_at_labels(self) -> str:
-        """It trains."""
-        return "training"
+        """It trains, whatever its settings."""
+        return self.kind
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
         """Says how much there is to do, without doing it.

@@ -191,9 +191,14 @@ def test_every_architecture_is_built_by_its_name():
         (
             "no_such_module:net",
             {},
-            "cannot load 'no_such_module:net': No module named .*PYTHONPATH",
+            "cannot load 'no_such_module:net': no module 'no_such_module'; put its folder on PYTHONPATH$",
         ),
-        ("json:no_such_function", {}, "cannot load 'json:no_such_function'"),
+        (
+            "json:no_such_function",
+            {},
+            "cannot load 'json:no_such_function': the module has no function 'no_such_function'; name one",
+        ),
+        ("json:dmps", {}, "has no function 'dmps'; did you mean 'dumps'"),
         (":f", {}, "cannot load ':f'"),
         ("json:decoder", {}, "cannot be built: 'module' object is not callable"),
         (own("not_a_network"), {}, "returned str; return a torch.nn.Module"),
@@ -206,10 +211,20 @@ def test_a_model_that_cannot_be_built_says_why(architecture, arguments, message)
         ModelSpec(architecture=architecture, arguments=arguments, input_shape=(3, 32, 32)).build()
 
 
+def test_a_user_file_that_imports_what_is_missing_says_so(tmp_path, monkeypatch):
+    (tmp_path / "my_needy_nets.py").write_text("import no_such_package\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModelError, match="no module 'no_such_package'; install what it imports"):
+        ModelSpec(architecture="my_needy_nets:net", input_shape=(1,)).build()
+
+
 def test_a_user_file_with_an_error_in_it_says_so(tmp_path, monkeypatch):
     (tmp_path / "my_broken_nets.py").write_text("def net(:\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModelError, match="cannot load 'my_broken_nets:net'"):
+    with pytest.raises(
+        ModelError,
+        match=r"cannot load 'my_broken_nets:net': importing it failed with SyntaxError.*; correct it",
+    ):
         ModelSpec(architecture="my_broken_nets:net", input_shape=(1,)).build()
 
 

@@ -174,10 +174,14 @@ class Order:
             and not data.labelled
             and (why := self.recipe.stage[0].looks_at_labels())
         ):
+            always = why == self.kind
+            who, otherwise = (
+                (why, "") if always else (f"{self.kind} with {why}", ", or leave that out")
+            )
             raise DataError(
-                f"{self.kind} with {why} looks at labels, and these inputs have no class numbers",
+                f"{who} looks at labels, and these inputs have none",
                 place="data",
-                cure=("give ", Argument("data", "(INPUTS, LABELS)"), ", or leave that out"),
+                cure=("give ", Argument("data", "(INPUTS, LABELS)"), otherwise),
             )
         with self._naming():
             check_recipe(self.recipe, data)

@@ -61,8 +61,8 @@ class L0Stage(L0Settings, Stage):
     """
 
     def looks_at_labels(self) -> str:
-        """It trains."""
-        return "training"
+        """It trains, whatever its settings."""
+        return self.kind
 
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
         """Cuts by magnitude without training: what stays will be other weights or channels, but as many.

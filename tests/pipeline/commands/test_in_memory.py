@@ -140,14 +140,18 @@ def test_inputs_alone_calibrate_and_do_not_score(inputs):
     made = commands.quantize(net(), data=inputs)
     assert made.before["accuracy"] is None
     assert commands.export(net(), data=inputs, int8=True).facts["int8"]
-    for call, settings in (
-        (commands.prune, {"keep_params": 0.5, "score": "taylor"}),
-        (commands.train, {"epochs": 1}),
-        (commands.quantize, {"epochs": 1}),
-        (commands.sparsify, {"density": 0.5, "score": "snip", "keep_first": False}),
+    for call, settings, who in (
+        (commands.prune, {"keep_params": 0.5, "score": "taylor"}, 'prune with score = "taylor"'),
+        (commands.train, {"epochs": 1}, "train"),
+        (commands.quantize, {"epochs": 1}, "quantize with epochs"),
+        (
+            commands.sparsify,
+            {"density": 0.5, "score": "snip", "keep_first": False},
+            "sparsify with .*",
+        ),
     ):
         with pytest.raises(
-            DataError, match=r"data: .* looks at labels, .* give data=\(INPUTS, LABELS\)"
+            DataError, match=rf"data: {who} looks at labels, .* give data=\(INPUTS, LABELS\)"
         ):
             call(net(), data=inputs, **settings)
 
