@@ -1,0 +1,62 @@
+"""The README is short, its links lead somewhere, and what it shows is what happens."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fedpress.pipeline import recipe as recipes
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def test_it_is_read_in_one_sitting():
+    assert len(TEXT.splitlines()) <= 150
+    assert max(map(len, TEXT.splitlines())) <= 160, "a line for people, not a paragraph"
+
+
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "docs/results.md"])
+def test_links_and_named_files_lead_somewhere(path):
+    text = (ROOT / path).read_text("utf-8")
+    linked = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    named = re.findall(r"`((?:docs|tests|benchmarks|fedpress|scripts)/[\w./-]+)`", text)
+    missing = [f for f in linked if not (ROOT / path).parent.joinpath(f).exists()]
+    missing += [f for f in named if not (ROOT / f).exists()]
+    assert not missing
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = [body for kind, body in BLOCKS if kind == "python"]
+    assert len(code.splitlines()) <= 12
+    made: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), made)
+    parameters, accuracy = capsys.readouterr().out.split()
+    assert 300 < int(parameters) < 600
+    assert 0 < float(accuracy) < 1
+    assert list(made["file"]) == ["model.onnx"]
+
+
+def test_the_recipe_of_the_readme_is_one(tmp_path):
+    (text,) = [body for kind, body in BLOCKS if kind == "toml"]
+    recipe = recipes.load('name = "shown"\n' + text)
+    assert [stage.kind for stage in recipe.stage] == [
+        s["kind"] for s in tomllib.loads(text)["stage"]
+    ]
+
+
+def test_every_command_of_the_readme_is_one():
+    from typer.main import get_command
+
+    from fedpress.cli import app
+
+    known = set(get_command(app).commands)
+    code = "\n".join(
+        [*(body for kind, body in BLOCKS if not kind), *re.findall(r"`([^`\n]+)`", TEXT)]
+    )
+    shown = set(re.findall(r"(?:^|; )fedpress (\w+)", code, re.MULTILINE))
+    assert shown, "the README shows commands"
+    assert shown <= known, shown - known
