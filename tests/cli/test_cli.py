@@ -622,3 +622,13 @@ def test_a_recipe_in_latin_1_is_told(fedpress, plain):
     one_sentence(
         fedpress("check", plain), "line 1 is not UTF-8, which TOML must be", "save it as UTF-8"
     )
+
+
+def test_the_module_is_the_command_line(tmp_path):
+    asked = [sys.executable, "-m", "fedpress", "privacy", "epsilon", "--steps", "10"]
+    asked += ["--sampling-prob", "1.0", "--noise-multiplier", "5", "--delta", "1e-3"]
+    done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    wrong = subprocess.run([*asked[:3], "runn"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "Usage: python -m fedpress" in wrong.stderr
