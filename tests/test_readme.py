@@ -18,7 +18,9 @@ def test_it_is_read_in_one_sitting():
     assert max(map(len, TEXT.splitlines())) <= 160, "a line for people, not a paragraph"
 
 
-@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "docs/results.md"])
+@pytest.mark.parametrize(
+    "path", ["README.md", "CONTRIBUTING.md", "docs/results.md", "docs/index.md"]
+)
 def test_links_and_named_files_lead_somewhere(path):
     text = (ROOT / path).read_text("utf-8")
     linked = re.findall(r"\]\((?!http)([^)#]+)\)", text)
@@ -60,3 +62,10 @@ def test_every_command_of_the_readme_is_one():
     shown = set(re.findall(r"(?:^|; )fedpress (\w+)", code, re.MULTILINE))
     assert shown, "the README shows commands"
     assert shown <= known, shown - known
+
+
+def test_every_page_is_found_from_the_first_one():
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    linked = re.findall(r"\]\(([\w.-]+\.md)\)", (ROOT / "docs" / "index.md").read_text("utf-8"))
+    assert set(linked) == pages
+    assert len(linked) == len(set(linked))
