@@ -199,7 +199,13 @@ def _client(pair: Any, where: str) -> tuple[Inputs, np.ndarray]:
         x = x if x.dtype == torch.uint8 else x.to(torch.float32)
     # Only class numbers, of positions, may have more than two dimensions.
     are_targets = y.ndim in (1, 2) or (y.ndim > 2 and y.dtype.kind in "iu")
-    if not fits or not are_targets or len(x) != len(y):
+    if fits and are_targets and len(x) != len(y):
+        raise DataError(
+            f"{len(x)} examples in x but {len(y)} targets in y",
+            place=where,
+            cure="give one target for each example",
+        )
+    if not fits or not are_targets:
         raise DataError(
             f"x of shape {shape} and y of shape {list(y.shape)}",
             place=where,
@@ -218,9 +224,10 @@ def _arrays(pair: Any, where: str) -> tuple[Any, np.ndarray]:
             return {name: torch.as_tensor(np.asarray(x[name])) for name in x}, np.asarray(y)
         return torch.as_tensor(np.asarray(x)), np.asarray(y)
     except (TypeError, ValueError) as error:
-        raise DataError(
-            f"expected a pair of arrays (x, y), got {type(pair).__name__}", place=where
-        ) from error
+        got = type(pair).__name__
+        if isinstance(pair, tuple | list):
+            got += f" of {len(pair)}" if len(pair) != 2 else f" of what makes no arrays ({error})"
+        raise DataError(f"expected a pair of arrays (x, y), got {got}", place=where) from error
 
 
 def _in_our_type(t: Tensor) -> Tensor:

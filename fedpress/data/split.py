@@ -87,7 +87,10 @@ def _of_clients(
         raise DataError(
             "the data does not name its clients",
             place=key,
-            cure=f"use {key.split('_')[0]}_share instead",
+            cure=(
+                "give client_column (csv, parquet) or a source that names them, or use "
+                f"{key.split('_')[0]}_share instead"
+            ),
         )
     for name in names:
         if name not in examples.owner_names:

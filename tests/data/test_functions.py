@@ -68,9 +68,13 @@ X = np.zeros((4, 2))
     [
         (None, "returned NoneType; expected FederatedData or a dict"),
         ({}, "returned dict; expected"),
-        ({"a": (X, [0, 1])}, r"client 'a': x of shape \[4, 2\] and y of shape \[2\]"),
+        ({"a": (X, [0, 1])}, "client 'a': 4 examples in x but 2 targets in y; give"),
         ({"a": (X[:0], [])}, "client 'a': no examples"),
         ({"a": 3}, "client 'a': expected a pair of arrays"),
+        (
+            {"a": (X, [0] * 4, 7)},
+            r"client 'a': expected a pair of arrays \(x, y\), got tuple of 3$",
+        ),
         ({"a": ([["x"]], [1])}, "client 'a': expected a pair of arrays"),
         ({"a": (X, [0.5] * 4), "b": (X, np.zeros((4, 2)))}, "clients' targets differ in shape"),
         ({"a": (X, [-1] * 4)}, "labels of type negative numbers; expected"),

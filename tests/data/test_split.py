@@ -125,7 +125,7 @@ def test_preprocessing_is_fitted_on_the_public_part_alone():
         (
             {"public_clients": ["p1"]},
             0,
-            r"^public_clients: the data does not name its clients; use public_share",
+            r"^public_clients: the data does not name its clients; give client_column .* or use public_share",
         ),
         (
             {"test_clients": ["p11"]},

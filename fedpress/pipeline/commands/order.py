@@ -179,9 +179,16 @@ class Order:
                 (why, "") if always else (f"{self.kind} with {why}", ", or leave that out")
             )
             raise DataError(
-                f"{who} looks at labels, and these inputs have none",
+                # Labels of another kind, such as a one-hot matrix, count as none too.
+                f"{who} looks at labels, and these inputs have none that it can learn from",
                 place="data",
-                cure=("give ", Argument("data", "(INPUTS, LABELS)"), otherwise),
+                cure=(
+                    "give ",
+                    Argument("data", "(INPUTS, LABELS)"),
+                    ", LABELS whole numbers [n], or floats of a regression in the shape of the "
+                    "outputs",
+                    otherwise,
+                ),
             )
         with self._naming():
             check_recipe(self.recipe, data)

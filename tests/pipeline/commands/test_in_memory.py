@@ -640,3 +640,16 @@ def test_float_targets_of_a_regression_are_measured_in_their_own_units():
     assert "accuracy" not in found.facts
     maps = commands.prune(model, keep_params=0.5, data=(x, torch.randn(200, 3)))
     assert maps.before["accuracy"] is None, "targets of another width measure nothing"
+
+
+@pytest.mark.parametrize("mend", [lambda y: y.argmax(1), lambda y: y.argmax(1).to(torch.uint8)])
+def test_labels_of_another_kind_are_refused_with_a_cure_that_works(mend):
+    inputs = torch.rand(40, 20)
+    one_hot = torch.nn.functional.one_hot(torch.arange(40) % 3, 3)
+    module = torch.nn.Sequential(torch.nn.Linear(20, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    for wrong in (one_hot, one_hot.argmax(1).float()):
+        with pytest.raises(
+            DataError, match=r"that it can learn from; give .*, LABELS whole numbers \[n\]"
+        ):
+            commands.train(module, data=(inputs, wrong), epochs=1)
+    assert commands.train(module, data=(inputs, mend(one_hot)), epochs=1).facts["epochs"] == 1
