@@ -191,10 +191,9 @@ def positional(model: nn.Module, x: Example) -> tuple[Tensor, ...]:
 
 def join(parts: Sequence[Inputs]) -> Inputs:
     """Returns batches of one form as one batch."""
-    first = parts[0]
-    if isinstance(first, NamedInputs):
-        return NamedInputs._of({name: torch.cat([p[name] for p in parts]) for name in first})  # type: ignore[index]
-    return torch.cat(list(parts))  # type: ignore[arg-type]
+    named = [parts_of(part) for part in parts]
+    joined = {name: torch.cat([one[name] for one in named]) for name in named[0]}
+    return NamedInputs._of(joined) if isinstance(parts[0], NamedInputs) else joined[""]
 
 
 def parts_of(x: Inputs) -> dict[str, Tensor]:

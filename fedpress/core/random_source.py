@@ -7,6 +7,7 @@ change with a version: two machines must draw the same signs and places.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from hashlib import blake2b
 from typing import Protocol, TypeAlias
 
@@ -53,12 +54,12 @@ class RandomSource(Protocol):
         ...
 
 
-class WordStream:
+class WordStream(ABC):
     """Random numbers made of a stream of 64-bit words."""
 
+    @abstractmethod
     def words(self, size: int) -> np.ndarray:
         """Returns uint64 [size]: what each stream must have."""
-        raise NotImplementedError
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Returns standard normals [shape]: a sign and 63 bits of the lower half of the distribution function.

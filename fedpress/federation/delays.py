@@ -71,9 +71,8 @@ class Exponential(BaseModel):
 
     def draw(self, seed: int, client: ClientId, task: int) -> float:
         """See `Delays`."""
-        share = float(
-            public_stream(seed, "delay", client, "task", task).uniform()
-        )  # 0 <= share < 1
+        stream = public_stream(seed, "delay", client, "task", task)
+        share = float(stream.uniform())  # 0 <= share < 1
         return -self.mean * math.log1p(-share)
 
 

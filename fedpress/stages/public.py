@@ -11,7 +11,15 @@ from fedpress.core.examples import Arrays
 from fedpress.core.random_source import public_stream
 from fedpress.errors import Argument, DataError
 from fedpress.nn.batch_norm import has_batch_norm
+from fedpress.training.checks import check_training
+from fedpress.training.settings import TrainSettings
 from fedpress.workspace.state import State
+
+
+def check_public_training(state: State, settings: TrainSettings) -> None:
+    """Finds what would stop a training of the state's model on the public part; see `check_training`."""
+    data = state.data
+    check_training(state.model, settings, data.public, data.validation, data.preprocess, data.task)
 
 
 def calibration(state: State, n: int, seed: int) -> Arrays:

@@ -26,9 +26,8 @@ from fedpress.nn.quantized import (
 )
 from fedpress.nn.resize import copied
 from fedpress.stages.base import Stage
-from fedpress.stages.public import calibration
+from fedpress.stages.public import calibration, check_public_training
 from fedpress.stages.teaching import SAVED_MODELS, TaughtSettings, Training
-from fedpress.training.checks import check_training
 from fedpress.workspace.drive import drive
 from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
@@ -176,14 +175,7 @@ class QuantizeStage(TaughtSettings, Stage):
         """
         ignored(state.model, self.ignore)
         if self.epochs:
-            check_training(
-                state.model,
-                self,
-                state.data.public,
-                state.data.validation,
-                state.data.preprocess,
-                state.data.task,
-            )
+            check_public_training(state, self)
             self.objective(state, 0)
         if self._looks_at_data():
             calibration(state, self.calibration, 0)

@@ -12,8 +12,8 @@ from fedpress.core.random import derive
 from fedpress.errors import SettingError
 from fedpress.stages.base import Stage
 from fedpress.stages.epochs import steps_of
+from fedpress.stages.public import check_public_training
 from fedpress.stages.teaching import GIVE_TEACHER, SAVED_MODELS, TaughtSettings, Training
-from fedpress.training.checks import check_training
 from fedpress.workspace.drive import drive
 from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
@@ -54,7 +54,7 @@ class TrainStage(TaughtSettings, Stage):
             RecipeError: if there is no such teacher.
         """
         data = state.data
-        check_training(state.model, self, data.public, data.validation, data.preprocess, data.task)
+        check_public_training(state, self)
         self.objective(state, 0)
         examples = len(data.public)
         return state, {

@@ -40,9 +40,8 @@ from fedpress.stages.base import Stage
 from fedpress.stages.l0.settings import L0Settings
 from fedpress.stages.l0.training import GatedTraining
 from fedpress.stages.prune.settings import of_what
-from fedpress.stages.public import calibration, restore_norms_
+from fedpress.stages.public import calibration, check_public_training, restore_norms_
 from fedpress.stages.zeros import left_over, with_zeros
-from fedpress.training.checks import check_training
 from fedpress.training.device import place_
 from fedpress.workspace.atomic import write_json
 from fedpress.workspace.drive import drive
@@ -73,14 +72,7 @@ class L0Stage(L0Settings, Stage):
             DataError: if there are no public examples for the batch-norm statistics.
         """
         ignored(state.model, self.ignore)
-        check_training(
-            state.model,
-            self,
-            state.data.public,
-            state.data.validation,
-            state.data.preprocess,
-            state.data.task,
-        )
+        check_public_training(state, self)
         if state.spec.quantized:
             raise RecipeError(
                 "the model is quantized already",

@@ -28,7 +28,7 @@ from fedpress.stages.prune.settings import (
     public_examples,
     traced,
 )
-from fedpress.training.checks import check_training
+from fedpress.stages.public import check_public_training
 from fedpress.workspace.atomic import write_json
 from fedpress.workspace.drive import drive
 from fedpress.workspace.stage_folder import StageFolder
@@ -73,16 +73,8 @@ class PruneStage(PruneSettings, Stage):
         ignored(state.model, self.ignore)
         public_examples(self, state, 0)
         if self.finetune is not None:
-            data = state.data
             with renaming({key: f"finetune.{key}" for key in type(self.finetune).model_fields}):
-                check_training(
-                    state.model,
-                    self.finetune,
-                    data.public,
-                    data.validation,
-                    data.preprocess,
-                    data.task,
-                )
+                check_public_training(state, self.finetune)
         model = copied(state.model)
         graph = traced(model.eval(), state, self)
         row = SCORES[self.score]

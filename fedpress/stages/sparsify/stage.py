@@ -15,12 +15,11 @@ from fedpress.core.random import derive
 from fedpress.errors import RecipeError
 from fedpress.nn.resize import copied
 from fedpress.stages.base import Stage
-from fedpress.stages.public import calibration
+from fedpress.stages.public import calibration, check_public_training
 from fedpress.stages.sparsify.masks import choose_masks, weights_to_prune
 from fedpress.stages.sparsify.settings import FROM_DATA, SparsifySettings
 from fedpress.stages.sparsify.training import MaskedTraining
 from fedpress.stages.zeros import left_over, with_zeros
-from fedpress.training.checks import check_training
 from fedpress.workspace.drive import drive
 from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import State, Tick
@@ -54,14 +53,7 @@ class SparsifyStage(SparsifySettings, Stage):
             DataError: if there are no public examples to score or train with.
         """
         ignored(state.model, self.ignore)
-        check_training(
-            state.model,
-            self,
-            state.data.public,
-            state.data.validation,
-            state.data.preprocess,
-            state.data.task,
-        )
+        check_public_training(state, self)
         if self.score in FROM_DATA or self.scope == "sensitivity":
             calibration(state, self.calibration, 0)
         model = copied(state.model)
