@@ -249,4 +249,5 @@ def _steps(middle: float, level: float) -> NDArray[np.float64]:
     spread = np.ldexp(np.where(halves % 2, math.sqrt(2), 1.0), halves // 2)
     square = spread * spread
     noise = 2 * level * square / (square + np.sqrt(square * square + 4 * level * square))
-    return np.maximum(middle * np.sqrt(12 * noise), 4 / LARGEST)
+    steps: NDArray[np.float64] = np.maximum(middle * np.sqrt(12 * noise), 4 / LARGEST)
+    return steps

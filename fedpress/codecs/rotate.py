@@ -104,4 +104,4 @@ def _matrix(order: int) -> Tensor:
     h = torch.ones(1, 1)
     while len(h) < order:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return h / order**0.5
+    return h.div(order**0.5)

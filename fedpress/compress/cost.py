@@ -47,11 +47,13 @@ def state_bytes(model: nn.Module) -> int:
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     *batch, length, width = query
-    return 2 * prod(batch) * length * key[-2] * (width + value[-1])
+    flops: int = 2 * prod(batch) * length * key[-2] * (width + value[-1])
+    return flops
 
 
 def _recurrent(x: Any, w_ih: Any, w_hh: Any, *_: Any, **__: Any) -> int:
-    return 2 * prod(x[:-1]) * (prod(w_ih) + prod(w_hh))
+    flops: int = 2 * prod(x[:-1]) * (prod(w_ih) + prod(w_hh))
+    return flops
 
 
 _UNCOUNTED = {  # what torch does not count on a CPU

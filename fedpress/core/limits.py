@@ -160,7 +160,7 @@ class _Budget(TorchDispatchMode):
     """Refuses an operation that would make a tensor of more values than are left."""
 
     def __init__(self, place: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.place, self.made = place, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -181,7 +181,7 @@ class _Running(TorchDispatchMode):
     """Refuses an operation that gives a tensor of more values than the limit; on the meta device none is made."""
 
     def __init__(self, place: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.place = place
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

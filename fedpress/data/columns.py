@@ -248,7 +248,8 @@ def as_text(column: Any) -> Any:
 def _positions(words: Any, names: Sequence[str]) -> np.ndarray:
     """Returns int64 [n]: where each word stands in `names`, -1 if it does not."""
     found = pc.index_in(words, pa.array(list(names), words.type), skip_nulls=True)
-    return found.fill_null(-1).to_numpy().astype(np.int64)
+    places: np.ndarray = found.fill_null(-1).to_numpy()
+    return places.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -412,7 +413,8 @@ def numbers(column: Any, name: str) -> np.ndarray:
             place=f"feature column '{name}'",
             cure="expected numbers or words: name it in drop_columns",
         )
-    return column.cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float32)[:, None]
+    numbers: np.ndarray = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    return numbers.astype(np.float32)[:, None]
 
 
 def _is_word(kind: Any) -> bool:

@@ -45,7 +45,7 @@ def apportion(weights: np.ndarray, total: int) -> np.ndarray:
     [2, 1, 1]
     """
     exact = weights / weights.sum() * total
-    counts = np.floor(exact).astype(np.int64)
+    counts: np.ndarray = np.floor(exact).astype(np.int64)
     order = np.argsort(counts - exact, kind="stable")
     counts[order[: total - counts.sum()]] += 1
     return counts

@@ -63,7 +63,7 @@ def read(settings: DataSettings, seed: int) -> FederatedData | Examples:
 
 def _find(source: str, where: str) -> Callable[..., Any]:
     try:
-        function = own_modules.object_of(source)
+        function: object = own_modules.object_of(source)
     except ModelError as error:
         raise DataError(error.problem, place=where, cure=error.cure) from error
     if not callable(function):

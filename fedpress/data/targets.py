@@ -58,7 +58,8 @@ def dealing_of_numbers(values: Tensor) -> Tensor:
 
 def dealing_of_flags(flags: Tensor) -> Tensor:
     """Returns int64 [n], equal where the labels [n, k] are."""
-    return flags.nan_to_num().unique(dim=0, return_inverse=True)[1].flatten()
+    kind: Tensor = flags.nan_to_num().unique(dim=0, return_inverse=True)[1]
+    return kind.flatten()
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def _floats(file: Any, graph: Any) -> Iterator[str]:
 
 def _code(file: Any, operator: Any) -> int:
     entry = file.operatorCodes[operator.opcodeIndex]
-    return max(entry.builtinCode, entry.deprecatedBuiltinCode)
+    return int(max(entry.builtinCode, entry.deprecatedBuiltinCode))
 
 
 def _weights(file: Any, graph: Any) -> Iterator[Any]:
@@ -281,7 +281,8 @@ def _onto_grid(x: np.ndarray, details: dict[str, Any]) -> np.ndarray:
     scale, zero = details["quantization"]
     if not scale:
         return np.ascontiguousarray(x, np.float32)
-    return np.clip(np.round(x / np.float32(scale)) + zero, -128, 127).astype(np.int8)
+    codes: np.ndarray = np.clip(np.round(x / np.float32(scale)) + zero, -128, 127)
+    return codes.astype(np.int8)
 
 
 def _off_grid(x: np.ndarray, details: dict[str, Any]) -> np.ndarray:

@@ -351,7 +351,8 @@ def _shrink_codes_(graph: _Graph, fewest: int) -> tuple[int, int]:
 def _fits(codes: np.ndarray, bits: int) -> bool:
     """Whether whole numbers lie within -2^(bits - 1) and 2^(bits - 1) - 1."""
     low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
-    return -(2 ** (bits - 1)) <= low and high < 2 ** (bits - 1)
+    limit = 1 << (bits - 1)
+    return -limit <= low and high < limit
 
 
 def packed(codes: np.ndarray, bits: int) -> bytes:
@@ -364,4 +365,5 @@ def packed(codes: np.ndarray, bits: int) -> bytes:
     flat = codes.reshape(-1).astype(np.int8).view(np.uint8) & (2**bits - 1)
     flat = np.pad(flat, (0, -len(flat) % each)).reshape(-1, each)
     shifts = np.arange(each, dtype=np.uint8) * np.uint8(bits)
-    return np.bitwise_or.reduce(flat << shifts, axis=1).astype(np.uint8).tobytes()
+    joined: np.ndarray = np.bitwise_or.reduce(flat << shifts, axis=1)
+    return joined.astype(np.uint8).tobytes()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedpress.codecs import VALUES, Clip, Key
 from fedpress.core import parameters, random
+from fedpress.core.canonical import JSON
 from fedpress.core.examples import Arrays
 from fedpress.core.names import ClientId
 from fedpress.errors import DivergedError, RecipeError, WireError
@@ -29,7 +30,7 @@ from fedpress.federation.vectors import PARAMS, UPDATE, Vectors
 from fedpress.models.norms import freeze_batch_norm_
 from fedpress.privacy.noise.mechanism import clip
 from fedpress.secagg import SecAggClient
-from fedpress.wire.message import JSON, Message, pack, unpack
+from fedpress.wire.message import Message, pack, unpack
 
 STATE = "state."
 """Before the names of an algorithm's state in the memory of a client."""

@@ -10,6 +10,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from fedpress.core.canonical import JSON
 from fedpress.core.names import ClientId
 from fedpress.errors import DivergedError, RecipeError
 from fedpress.federation.aggregators.base import Session
@@ -34,7 +35,7 @@ from fedpress.federation.schedules import (
 from fedpress.federation.schedules.check import Needs, check_schedule
 from fedpress.federation.uplink import RoundMean
 from fedpress.federation.vectors import PARAMS
-from fedpress.wire.message import JSON, Message
+from fedpress.wire.message import Message
 
 
 @dataclass(frozen=True, eq=False)

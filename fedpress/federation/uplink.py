@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedpress.codecs import Bound, Key, bind_chain
 from fedpress.core import random
+from fedpress.core.canonical import JSON
 from fedpress.core.names import ClientId
 from fedpress.errors import RecipeError, SecureError, WireError, renaming
 from fedpress.federation.aggregators.base import (
@@ -32,7 +33,7 @@ from fedpress.federation.way import Way, divide
 from fedpress.privacy.adaptive import AdaptiveClip, share_below
 from fedpress.privacy.noise.mechanism import noise_sum
 from fedpress.privacy.plan import PrivacyPlan
-from fedpress.wire.message import JSON, Message
+from fedpress.wire.message import Message
 
 SERVER = "server"
 

@@ -204,7 +204,7 @@ def _settings(module: nn.Module) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return module.named_modules(remove_duplicate=False)
+    return iter(module.named_modules(remove_duplicate=False))
 
 
 def _is_setting(name: str, value: object) -> bool:
@@ -241,4 +241,5 @@ def _known(value: Any) -> Any:
         return [_known(part) for part in value]
     if isinstance(value, Mapping):
         return {key: _known(part) for key, part in value.items()}
-    return value if type(value).__eq__ is not object.__eq__ or callable(value) else type(value)
+    compares: object = type(value).__eq__
+    return value if compares is not object.__eq__ or callable(value) else type(value)

@@ -33,7 +33,8 @@ class CNN(nn.Module):
         x = F.max_pool2d(F.relu(self.conv2(F.relu(self.conv1(x)))), 2)
         x = F.dropout(x, self.dropout[0], self.training)
         x = F.dropout(F.relu(self.hidden(x.flatten(1))), self.dropout[1], self.training)
-        return self.head(x)
+        logits: Tensor = self.head(x)
+        return logits
 
 
 class MLP(nn.Module):
@@ -51,4 +52,5 @@ class MLP(nn.Module):
         x = x.flatten(1)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
-        return self.layers[-1](x)
+        logits: Tensor = self.layers[-1](x)
+        return logits

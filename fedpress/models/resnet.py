@@ -57,7 +57,8 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps images [n, C, H, W] to logits [n, num_classes]."""
         x = self.stages(F.relu(self.norm(self.stem(x))))
-        return self.head(x.mean((2, 3)))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
 
 
 def resnet18(*, num_classes: int = 10, in_channels: int = 3, norm: Norm = "batch") -> ResNet:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # of any number of dimensions
+from torch.nn.modules.batchnorm import _BatchNorm
+
+BatchNorm = _BatchNorm  # of any number of dimensions
 
 ONE_VALUE = "more than 1 value per channel"
 """What torch says of a batch norm in training mode that has nothing to average."""

@@ -91,7 +91,8 @@ def _probe(layer: nn.Module, x: Tensor) -> WeightReads:
     base = base_layer(type(layer))
     assert base is not None
     own = copy.deepcopy(layer).eval()
-    with torch.random.fork_rng(devices=[]), WeightReads(own, OPERATIONS[base]) as reads:
+    reads = WeightReads(own, OPERATIONS[base])
+    with torch.random.fork_rng(devices=[]), reads:
         own.forward(x)  # not its hooks: whoever watches the layer must not be called again
     return reads
 

@@ -77,9 +77,9 @@ class WeightQuantization(BaseModel):
     @property
     def highest(self) -> int:
         """The largest code; of a codebook the last index less 2^(bits-1), so that every code fits into int8."""
-        return {"int": 2 ** (self.bits - 1) - 1, "codebook": 2 ** (self.bits - 1) - 1}.get(
-            self.kind, 1
-        )
+        if self.kind in ("int", "codebook"):
+            return (1 << (self.bits - 1)) - 1
+        return 1
 
     @property
     def lowest(self) -> int:
@@ -141,7 +141,7 @@ class InputQuantization(BaseModel):
     @property
     def highest(self) -> int:
         """The largest code; the smallest is 0 (of one bit: 1 and -1)."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
 
 class QuantizationScheme(BaseModel):
@@ -264,7 +264,7 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 def gradient_scale(x: Tensor, levels: int) -> float:
     """The gradient scale 1 / sqrt(values * levels) of a learned step size, for the inputs of one example."""
     # The batch does not count: its size may be open in an export.
-    return (max(1, math.prod(x.shape[1:])) * levels) ** -0.5
+    return float((max(1, math.prod(x.shape[1:])) * levels) ** -0.5)
 
 
 def fake_quantize(weight: Tensor, scale: Tensor, quantization: WeightQuantization) -> Tensor:

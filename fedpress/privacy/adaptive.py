@@ -116,7 +116,7 @@ def split(noise_multiplier: float, count_noise: float) -> float:
                 f"take more than {noise_multiplier / 2:g}, for instance {2.5 * noise_multiplier:g}"
             ),
         )
-    return left**-0.5
+    return float(left**-0.5)
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -36,7 +36,8 @@ def tables() -> tuple[np.ndarray, np.ndarray]:
 def times(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Returns the products of field elements (uint16)."""
     exp, log = tables()
-    return exp.take(log.take(a) + log.take(b))
+    product: np.ndarray = exp.take(log.take(a) + log.take(b))
+    return product
 
 
 def split(secrets: np.ndarray, points: Sequence[int], threshold: int, coin: bytes) -> np.ndarray:
@@ -146,4 +147,5 @@ def _log_weights(points: np.ndarray, at: int) -> np.ndarray:
     between = points[:, None] ^ points[None, :]
     np.fill_diagonal(between, 1)  # log(1) = 0: leaves the point itself out
     below = log.take(between).astype(np.int64).sum(1)
-    return (above.sum() - above - below) % ORDER
+    logarithms: np.ndarray = (above.sum() - above - below) % ORDER
+    return logarithms

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from fedpress.stages.table import STAGES
 
 if TYPE_CHECKING:
-    from fedpress.stages.base import Stage as AnyStage
+    from fedpress.stages.base import Stage
+
+    AnyStage = Stage
 else:
     AnyStage = reduce(or_, dict.fromkeys(row.load() for row in STAGES))

@@ -44,7 +44,9 @@ def areas(counts: Tensor) -> Tensor:
     negative, positive = counts.double()
     below = negative.cumsum(1) - negative
     wins = (positive * (below + negative / 2)).sum(1)
-    return wins / (positive.sum(1) * negative.sum(1))
+    pairs = positive.sum(1) * negative.sum(1)
+    area: Tensor = wins / pairs
+    return area
 
 
 def calibration_counts(confidence: Tensor, right: Tensor) -> Tensor:
@@ -64,4 +66,5 @@ def calibration_counts(confidence: Tensor, right: Tensor) -> Tensor:
 def calibration_error(counts: Tensor) -> Tensor:
     """Returns the expected calibration error: the mean distance of confidence and accuracy over the bins."""
     examples, confidence, right = counts
-    return (confidence - right).abs().sum() / examples.sum()
+    error: Tensor = (confidence - right).abs().sum() / examples.sum()
+    return error

@@ -113,16 +113,22 @@ def outputs(model: nn.Module, x: Inputs) -> Tensor:
         Exception: whatever the network raises; that of a batch norm with nothing to average is left as it is.
     """
     if len(x) != 1:
-        return call(model, x)
+        out: Tensor = call(model, x)
+        return out
     try:
-        alone = call(model, x)
+        alone: Tensor = call(model, x)
     except Exception as problem:
         if ONE_VALUE in str(problem):
             raise
         try:
-            return call(model, join([x, x]))[:1]
+            return _beside_its_copy(model, x)
         except Exception:
             raise problem from None
     if alone.dim() and len(alone) == 1:
         return alone
-    return call(model, join([x, x]))[:1]
+    return _beside_its_copy(model, x)
+
+
+def _beside_its_copy(model: nn.Module, x: Inputs) -> Tensor:
+    out: Tensor = call(model, join([x, x]))
+    return out[:1]

@@ -185,8 +185,8 @@ def orthogonalized(matrix: Tensor) -> Tensor:
         gram = factor @ gram @ factor
         factor = _factor(gram)
         factors = factor @ factors
-    x = (factors @ x).to(matrix.dtype)
-    return x.T if len(matrix) > matrix.shape[1] else x
+    found: Tensor = (factors @ x).to(matrix.dtype)
+    return found.T if len(matrix) > matrix.shape[1] else found
 
 
 def _factor(gram: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Messages and their bytes."""
 
-from fedpress.wire.message import JSON, Message, pack, unpack
+from fedpress.core.canonical import JSON
+from fedpress.wire.message import Message, pack, unpack
 
 __all__ = ["JSON", "Message", "pack", "unpack"]

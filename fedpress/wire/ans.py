@@ -86,7 +86,8 @@ def encode(values: Ints, rows: int, nested: Callable[[Ints], bytes]) -> bytes:
     outliers = nested(np.concatenate(escaped)) if escaped else b""
     count = sum(map(len, escaped))
     body += varint(count) + (varint(len(outliers)) + outliers if count else b"")
-    return bytes(body) + coder.get_compressed().astype("<u4").tobytes()
+    coded: bytes = coder.get_compressed().astype("<u4").tobytes()
+    return bytes(body) + coded
 
 
 def estimate(values: Ints, rows: int = 1, share: float = 1.0) -> float:
@@ -215,7 +216,7 @@ def _histogram(symbols: Ints, size: int) -> NDArray[np.int64]:
     # half as many, wider symbols: two values are counted at once
     even = len(symbols) // 2 * 2
     pairs = np.bincount(symbols[:even].view(np.uint16), minlength=1 << 16).reshape(256, 256)
-    counts = pairs.sum(0) + pairs.sum(1)
+    counts: NDArray[np.int64] = pairs.sum(0) + pairs.sum(1)
     counts[symbols[even:]] += 1  # at most one
     return counts[:size]
 

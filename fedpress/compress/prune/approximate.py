@@ -193,7 +193,8 @@ class _NormalEquations:
         unknowns = now.shape[1]
         ridge = RIDGE * self.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
         gram = self.gram + ridge[:, None, None] * torch.eye(unknowns, dtype=torch.float64)
-        return torch.linalg.solve(gram, self.right + ridge[:, None] * now)
+        solved: Tensor = torch.linalg.solve(gram, self.right + ridge[:, None] * now)
+        return solved
 
 
 def _parts(

@@ -123,7 +123,7 @@ def _compare_training(
         if wide:
             both = [nn.Module.double(model) for model in both]  # users name attributes so
             values = [x.double() if x.is_floating_point() else x for x in batch]
-        with _Means():
+        with _Means():  # type: ignore[no-untyped-call]
             wanted = _attempt(both[0], values)
             if wanted is not None:
                 _difference(wanted, both[1], values, tolerance, " in training mode")

@@ -33,12 +33,12 @@ class Recorder(TorchFunctionMode):
         """Starts to note."""
         for module in self._model.modules():
             self._hooks.append(module.register_forward_pre_hook(self._begin))
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Stops."""
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         for hook in self._hooks:
             hook.remove()
 

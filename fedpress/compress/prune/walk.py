@@ -308,7 +308,8 @@ def _known(node: torch.fx.Node, args: Any, options: Any, given: Sequence[Value])
         return None
     plain = _without_ids((args, options))
     try:
-        return node.target(*plain[0], **plain[1])  # type: ignore[operator]
+        result: Tensor = node.target(*plain[0], **plain[1])  # type: ignore[operator]
+        return result
     except Exception:  # then channels that it places are kept, and the plan says so
         return None
 

@@ -47,7 +47,8 @@ def stored_bytes(weight: Tensor, quantization: WeightQuantization) -> int:
         scales = 2**quantization.bits
     else:
         scales = len(weight) * in_groups(weight, quantization.group).shape[1]
-    return math.ceil(weight.numel() * quantization.bits / 8) + 4 * scales
+    codes = math.ceil(weight.numel() * quantization.bits / 8)
+    return codes + 4 * int(scales)
 
 
 @torch.no_grad()

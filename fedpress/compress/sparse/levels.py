@@ -59,7 +59,8 @@ def level_densities(
     def at_level(level: float) -> np.ndarray:
         # where a curve is flat, the tie goes to the lower density, a little of it by its own share
         free = [np.interp(-level, -h - 1e-9 * (1 + top) * (1 - d), d) for d, h in lines]
-        return np.maximum(free, floors)
+        densities: np.ndarray = np.maximum(free, floors)
+        return densities
 
     low, high = -1e-6 * (1 + top), top * (1 + 1e-6) + 1e-6
     for _ in range(HALVINGS):

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from fedpress.codecs import VALUES, Bound, Key, Transform
+from fedpress.core.canonical import JSON
 from fedpress.core.names import ClientId
 from fedpress.errors import RecipeError, SecureError, WireError
 from fedpress.federation.aggregators.base import Contribution, Total, Weights
@@ -18,7 +19,7 @@ from fedpress.federation.vectors import UPDATE
 from fedpress.federation.way import Way
 from fedpress.secagg import SecAggMessage, SecAggServer, SecurePlan, SecureRound
 from fedpress.secagg.keys import digest
-from fedpress.wire.message import JSON, Message
+from fedpress.wire.message import Message
 
 
 class Secure(BaseModel):

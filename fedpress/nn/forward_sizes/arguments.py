@@ -202,7 +202,9 @@ def _in_shape_of(index: Any, new: Any) -> Tensor:
     return line.view([-1 if d == dim else 1 for d in range(index.dim())]).expand(shape)
 
 
-def _arranged(function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> Any:
+def _arranged(
+    function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[tuple[str, Any], ...]]:
     """Returns (tensors, other arguments, named ones in the order of the signature)."""
     tensors = 1 if args and isinstance(args[0], Tensor) else 0
     order = {name: i for i, name in enumerate(SIZED[function])}
@@ -224,7 +226,7 @@ def _map_numbers(value: Any, visit: Callable[[Any], Any]) -> Any:
 
 def _map_indices(
     function: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], visit: Any
-) -> Any:
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Maps the argument that holds indices: the second, or the one that is called `index` or `indices`."""
     names = SIZED[function]
     at = next((i for i, name in enumerate(names, 1) if name in ("index", "indices")), 1)

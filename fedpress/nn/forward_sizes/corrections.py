@@ -67,7 +67,7 @@ class CorrectionHook:
     def __call__(self, module: nn.Module, _: Any) -> None:
         """Starts to watch."""
         mode = CorrectingMode(module, self.right, self.seen)
-        mode.__enter__()
+        mode.__enter__()  # type: ignore[no-untyped-call]
         _active().append(mode)
 
     def put_(self, call: str, new: Mapping[int, Number]) -> None:
@@ -84,7 +84,7 @@ class CorrectionHook:
 def end_correction(module: nn.Module, args: Any, output: Any) -> None:
     """The hook after a module's forward, which runs also when that fails: its watch ends."""
     if _active() and _active()[-1].module is module:
-        _active().pop().__exit__(None, None, None)
+        _active().pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 _LOCAL = threading.local()  # watches that have begun in this thread

@@ -27,7 +27,9 @@ class QuantConv1d(QuantLayer, nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps [n, in_channels, L] to [n, out_channels, L']."""
-        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+        x, weight = self.quantized_input(input), self.quantized_weight()
+        out: Tensor = self._conv_forward(x, weight, self.bias)
+        return out
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
@@ -37,7 +39,9 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps [n, in_channels, H, W] to [n, out_channels, H', W']."""
-        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+        x, weight = self.quantized_input(input), self.quantized_weight()
+        out: Tensor = self._conv_forward(x, weight, self.bias)
+        return out
 
 
 class QuantConv3d(QuantLayer, nn.Conv3d):
@@ -47,7 +51,9 @@ class QuantConv3d(QuantLayer, nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps [n, in_channels, D, H, W] to [n, out_channels, D', H', W']."""
-        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+        x, weight = self.quantized_input(input), self.quantized_weight()
+        out: Tensor = self._conv_forward(x, weight, self.bias)
+        return out
 
 
 class _QuantTransposed(QuantLayer):
@@ -57,12 +63,12 @@ class _QuantTransposed(QuantLayer):
 
     def rows(self, weight: Tensor) -> Tensor:
         """Returns [out, in / groups, ...]."""
-        by_group = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        by_group: Tensor = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
         return by_group.flatten(0, 1)
 
     def unrows(self, rows: Tensor) -> Tensor:
         """Returns [in, out / groups, ...]."""
-        by_group = rows.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        by_group: Tensor = rows.unflatten(0, (self.groups, -1)).transpose(1, 2)
         return by_group.flatten(0, 1)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:

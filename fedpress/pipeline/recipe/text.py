@@ -38,7 +38,8 @@ def find(name_or_path: str) -> str:
     """
     path = Path(name_or_path)
     if name_or_path in names():
-        return (_shipped() / f"{name_or_path}.toml").read_text("utf-8")
+        text: str = (_shipped() / f"{name_or_path}.toml").read_text("utf-8")
+        return text
     if path.suffix == ".toml" or path.is_file():
         return _read(path)
     if (path / "settings.json").is_file():

@@ -73,7 +73,8 @@ def _sampled(each: np.ndarray, q: float) -> np.ndarray:
     sums = np.add.reduceat(np.exp(logs - np.repeat(tops, np.array(ORDERS) + 1)), starts)
     found = (tops + np.log(sums)) / (np.array(ORDERS) - 1)
     # Sampling never adds: the divergence of the whole mechanism is a bound as well.
-    return np.minimum(found, each[list(ORDERS)])
+    bound: np.ndarray = np.minimum(found, each[list(ORDERS)])
+    return bound
 
 
 @lru_cache(maxsize=8)

@@ -201,4 +201,6 @@ def _probabilities(variance: float) -> np.ndarray:
         (4465125 + t2 * (-94121676 + t2 * (349922430 + t2 * (-446185740 + 185910725 * t2))))
         / np.longdouble(39813120)
     )
-    return np.exp(k * k / (1 / s + v) - k * np.arcsinh(k / v)) * np.sqrt(s) * series
+    front = np.exp(k * k / (1 / s + v) - k * np.arcsinh(k / v)) * np.sqrt(s)
+    values: np.ndarray = front * series
+    return values

@@ -195,7 +195,7 @@ def _weight_gradient(module: nn.Conv2d, a: Tensor, b: Tensor, samples: int = 1) 
     if samples > 1:
         a, b = (v.contiguous().view(1, -1, *v.shape[2:]) for v in (a, b))
     settings = (module.stride, module.padding, module.dilation, samples * module.groups)
-    weight = conv2d_weight(a, (samples * o, *rest), b, *settings)
+    weight: Tensor = conv2d_weight(a, (samples * o, *rest), b, *settings)
     return weight.view(samples, o, *rest)
 
 
@@ -230,7 +230,8 @@ def _gram(rows: Tensor) -> Tensor:
 
 def _magnitude(a: Tensor, b: Tensor) -> Tensor:
     """Cauchy-Schwarz over places: no entry of one sample's gradient sums more than |a| |b|."""
-    return a.flatten(1).norm(dim=1).double() * b.flatten(1).norm(dim=1).double()
+    bound: Tensor = a.flatten(1).norm(dim=1).double() * b.flatten(1).norm(dim=1).double()
+    return bound
 
 
 def _affine(normal: Tensor, b: Tensor, channels: int) -> dict[str, Part]:

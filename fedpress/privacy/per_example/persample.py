@@ -139,7 +139,9 @@ def row_norms(rows: Tensor) -> Tensor:
     """
     cut = rows.shape[1] // BLOCK * BLOCK
     blocks = rows[:, :cut].view(len(rows), cut // BLOCK, BLOCK).norm(dim=2)
-    return torch.cat([blocks, rows[:, cut:].norm(dim=1, keepdim=True)], dim=1).double().norm(dim=1)
+    parts = torch.cat([blocks, rows[:, cut:].norm(dim=1, keepdim=True)], dim=1)
+    norms: Tensor = parts.double().norm(dim=1)
+    return norms
 
 
 def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:

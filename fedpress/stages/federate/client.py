@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fedpress.core import parameters, random
+from fedpress.core.canonical import JSON
 from fedpress.core.examples import Arrays
 from fedpress.core.names import ClientId
 from fedpress.data.population import Population
@@ -25,7 +26,7 @@ from fedpress.stages.federate.contract import (
 from fedpress.stages.federate.protection import is_secure
 from fedpress.tasks.base import number
 from fedpress.training.evaluate import evaluate
-from fedpress.wire.message import JSON, Message, pack, unpack
+from fedpress.wire.message import Message, pack, unpack
 
 
 @dataclass(eq=False)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedpress.core import parameters
+from fedpress.core.canonical import JSON
 from fedpress.core.names import ClientId
 from fedpress.data.population import Population
 from fedpress.errors import DataError, RecipeError, TrainingError, WireError
@@ -30,7 +31,7 @@ from fedpress.stages.federate.protection import Protection, repeated
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.stages.federate.sizes import sizes
 from fedpress.wire.fields import NUMBER, check_field
-from fedpress.wire.message import JSON, Message, pack
+from fedpress.wire.message import Message, pack
 
 PROMISE = ("unit", "delta", "noise_multiplier", "clip_norm", "sampling_prob")
 

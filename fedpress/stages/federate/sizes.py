@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedpress.codecs import VALUES, Key
 from fedpress.core import random
+from fedpress.core.canonical import JSON
 from fedpress.core.names import ClientId
 from fedpress.core.random_source import public_stream
 from fedpress.federation import Aggregator, SecureSum
@@ -18,7 +19,7 @@ from fedpress.federation.vectors import PARAMS, UPDATE
 from fedpress.secagg import SecAggClient, identity
 from fedpress.stages.federate.contract import Contract
 from fedpress.transport import Handler, LocalTransport
-from fedpress.wire.message import JSON, Message, pack, unpack
+from fedpress.wire.message import Message, pack, unpack
 
 
 def sizes(contract: Contract, params: Tensor) -> dict[str, Any]:

@@ -260,7 +260,8 @@ class Cutting:
         # Down from the network as the last cut left it, whose share of the way lies behind already.
         left = self.stage.steps - self.step
         now, aim = self.tried[0][1], keep * self.start
-        return now ** (1 - 1 / left) * aim ** (1 / left)
+        size: float = now ** (1 - 1 / left) * aim ** (1 / left)
+        return size
 
     def _measure_sensitivity_(
         self, graph: ChannelGraph, scores: Sequence[Tensor]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,18 +13,19 @@ aten = torch.ops.aten
 Axes = tuple[Axis, ...]
 Shape = tuple[int, ...]
 Rule = Callable[..., Any]
+R = TypeVar("R", bound=Rule)
 RULES: dict[Any, Rule] = {}
 FOREIGN: dict[str, Rule] = {}
 """Rules of operations that other libraries define, by name: these are not there until the library is imported."""
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+def rule(*names: str) -> Callable[[R], R]:
     """Enters a function into `RULES` for each overload "name.overload", or all overloads of "name".
 
     A name such as "library::operation" is one of another library.
     """
 
-    def enter(function: Rule) -> Rule:
+    def enter(function: R) -> R:
         for name in names:
             if "::" in name:
                 FOREIGN[name] = function
