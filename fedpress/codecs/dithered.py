@@ -79,7 +79,7 @@ class Dithered:
         middle = float(np.float32(max(np.median(spread), 1e-6)))
         with np.errstate(divide="ignore"):
             halves = np.clip(np.rint(2 * np.log2(spread / middle)), -HALVES, HALVES).astype(np.int8)
-        u = self._dither(len(y), key)
+        u = self.dither(len(y), key)
         at = self._sampled(spread, len(y))
         some, some_u = y[at], u[at]
         some_halves = halves[at // self.block].astype(np.intp) + HALVES
@@ -131,7 +131,7 @@ class Dithered:
             )
         peak, middle, level = map(float, grid)
         steps = _steps(middle, level)[halves.numpy().astype(np.intp) + HALVES].astype(np.float32)
-        u = self._dither(columns * phases, key)
+        u = self.dither(columns * phases, key)
         natural = self._from_rows(q, key)
         y = np.empty(columns * phases, np.float32)
         for start, end, step in chunks(len(y), self.block, steps):
@@ -158,7 +158,7 @@ class Dithered:
         if not len(full):
             return Encoded(torch.zeros(self.size, dtype=torch.int8), {"grid": torch.ones(1)})
         y = values[full] / np.float32(peak)
-        u = self._dither(self.size, key)[full]
+        u = self.dither(self.size, key)[full]
 
         def levels(step: float) -> Ints:
             q = np.zeros(self.size, smallest_type(1 / step + 2))
@@ -187,11 +187,11 @@ class Dithered:
         level -= level > 0
         out = np.zeros(self.size, np.float32)
         out[full] = np.clip(
-            (level - self._dither(self.size, key)[full]) * step, -FLOAT_MAX, FLOAT_MAX
+            (level - self.dither(self.size, key)[full]) * step, -FLOAT_MAX, FLOAT_MAX
         )
         return out
 
-    def _dither(self, size: int, key: Key) -> Floats:
+    def dither(self, size: int, key: Key) -> Floats:
         """Uniform on [-1/2, 1/2) in steps of 2**-16; the phase of place i is (i + a random shift) modulo phases."""
         bits = random_words(key, "dither", size)
         phases = self.rows

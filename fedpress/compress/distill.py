@@ -149,7 +149,7 @@ class Distillation:
         try:
             with torch.no_grad(), self.watching(student):
                 logits = call(student, example)
-                theirs, taught = self._teach(example)
+                theirs, taught = self.teach(example)
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -171,7 +171,7 @@ class Distillation:
         for at, (mine, other) in enumerate(self.features):
             with renaming({"features": f"features[{at}]"}):
                 self.helpers.append(
-                    _projection(mine, self.seen[mine].shape, theirs[other].shape, chance)
+                    projection(mine, self.seen[mine].shape, theirs[other].shape, chance)
                 )
         for at, (mine, other) in enumerate(self.attention):
             a, b = self.seen[mine].shape, theirs[other].shape
@@ -203,7 +203,7 @@ class Distillation:
     def __call__(self, student: nn.Module, x: Inputs, logits: Tensor, y: Tensor) -> Tensor:
         """Returns the loss of a batch: inputs `x` [n, ...], its `logits` [n, ...], targets `y`."""
         s = self.settings
-        theirs, taught = self._teach(x)
+        theirs, taught = self.teach(x)
         loss = s.weight * self.task.soft_loss(logits, taught, s.temperature)
         if s.weight < 1:
             loss = loss + (1 - s.weight) * self.task.loss(logits, y)
@@ -218,7 +218,12 @@ class Distillation:
         return loss
 
     @torch.no_grad()
-    def _teach(self, x: Inputs) -> tuple[dict[str, Tensor], Tensor]:
+    def teach(self, x: Inputs) -> tuple[dict[str, Tensor], Tensor]:
+        """Returns the teacher's features by module name, and its logits [n, ...], for the student's inputs `x`.
+
+        Raises:
+            TrainingError: if the teacher does not take such inputs.
+        """
         names = tuple(other for _, other in (*self.features, *self.attention))
         with self.context(), renaming(self._keys), outputs(self.teacher, names) as theirs:
             try:
@@ -257,7 +262,7 @@ def _pairs(names: tuple[Pair, ...]) -> tuple[tuple[str, str], ...]:
     return tuple((name, name) if isinstance(name, str) else name for name in names)
 
 
-def _projection(name: str, mine: torch.Size, theirs: torch.Size, chance: RandomSource) -> nn.Module:
+def projection(name: str, mine: torch.Size, theirs: torch.Size, chance: RandomSource) -> nn.Module:
     """What brings the student's features to the teacher's shape: at most one dimension differs, that of channels."""
     if mine == theirs:
         return nn.Identity()

@@ -27,6 +27,13 @@ def allow(*names: str) -> None:
     _for_the_process.update(checked(names))
 
 
+def withdraw() -> frozenset[str]:
+    """Takes back all that `allow` noted in this process, and returns it."""
+    before = frozenset(_for_the_process)
+    _for_the_process.clear()
+    return before
+
+
 @contextmanager
 def allowing(names: Collection[str] | str) -> Iterator[None]:
     """Lets files name these functions while the block lasts.

@@ -73,7 +73,7 @@ def read(files: list[Path], progress: Progress | None) -> dict[str, tuple[np.nda
     """
     batches: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for where, name, content in _members(files):
-        batches[name] = _batch(content, where)
+        batches[name] = read_batch(content, where)
         if progress:
             progress("reading CIFAR-10", len(batches), 6)
     missing = [name for names in BATCHES.values() for name in names if name not in batches]
@@ -116,7 +116,12 @@ def _members(files: list[Path]) -> Iterator[tuple[str, str, bytes]]:
         ) from error
 
 
-def _batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
+def read_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images uint8 [n, 3, 32, 32] and labels int64 [n] of one pickled batch of the archive.
+
+    Raises:
+        DataError: if it holds anything else.
+    """
     try:
         batch = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
         pixels = batch[b"data"].pixels().reshape(-1, 3, 32, 32)

@@ -37,7 +37,11 @@ def private_steps(model: nn.Module, work: LocalWork) -> Steps:
         RecipeError: if there is no plan of unit "sample", or a setting that private steps do not know.
     """
     plan = check_private(work.plan.settings, work.plan.privacy)
-    params, at, question = trainable(model), next(model.parameters()).device, _question(model, work)
+    params, at, question = (
+        trainable(model),
+        next(model.parameters()).device,
+        question_of(model, work),
+    )
     chance, number = work.key.private_stream("prepare", question), itertools.count(1)
 
     def prepare(x: Inputs) -> Inputs:
@@ -85,7 +89,7 @@ def joint_steps(model: nn.Module, work: LocalWork) -> Steps:
     """
     yield from ()
     plan = check_private(work.plan.settings, work.plan.privacy)
-    at, question = next(model.parameters()).device, _question(model, work)
+    at, question = next(model.parameters()).device, question_of(model, work)
     batches = poisson_batches(
         len(work.arrays), plan.sampling_prob, 1, work.key.private_stream("private", question)
     )
@@ -183,7 +187,7 @@ def _seed_dropout_(work: LocalWork, question: str) -> None:
     seed_torch_(work.key.private_stream("dropout", question))
 
 
-def _question(model: nn.Module, work: LocalWork) -> str:
+def question_of(model: nn.Module, work: LocalWork) -> str:
     """Names all that a private answer is known to depend on, for its batches, augmentation, dropout and noise.
 
     The same question gets the same answer, bit by bit, which costs no privacy. Any other one, such as other parameters

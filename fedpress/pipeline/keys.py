@@ -34,10 +34,10 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     """
     tree: dict[str, Any] = json.loads(recipe.model_dump_json())
     tree["data"].pop("path", None)
-    _leave_out_(tree["data"], recipe.data, "data")
-    _leave_out_(tree["model"], recipe.model, "model")
+    leave_out_defaults_(tree["data"], recipe.data, "data")
+    leave_out_defaults_(tree["model"], recipe.model, "model")
     for stage, table in zip(recipe.stage, tree["stage"], strict=True):
-        _leave_out_(table, stage, f"stage.{stage.kind}")
+        leave_out_defaults_(table, stage, f"stage.{stage.kind}")
     if recipe.model.checkpoint is not None:
         model = saved_model(recipe.model.checkpoint)[1]
         tree["model"]["checkpoint"] = fingerprint(*model.state_dict().values())
@@ -51,7 +51,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     return tree
 
 
-def _leave_out_(table: dict[str, Any], settings: object, place: str) -> None:
+def leave_out_defaults_(table: dict[str, Any], settings: object, place: str) -> None:
     """Removes keys from `table`, which is `settings` as JSON, that came later and have their default.
 
     What is called otherwise now stands by its old word.
@@ -70,10 +70,10 @@ def _leave_out_(table: dict[str, Any], settings: object, place: str) -> None:
             continue
         inner = table.get(key)
         if isinstance(inner, dict):
-            _leave_out_(inner, value, at)
+            leave_out_defaults_(inner, value, at)
         elif isinstance(inner, list) and isinstance(value, Sequence):
             for one, part in zip(value, inner, strict=True):
-                _leave_out_(part, one, at)
+                leave_out_defaults_(part, one, at)
 
 
 def stage_keys(recipe: Recipe, streams: int = STREAMS) -> list[str]:

@@ -143,7 +143,9 @@ class ExportStage(BaseModel, Stage):
             },
         }
         simulated = bool(state.spec.quantized)
-        words = _difference(apart, task, metrics[task.primary], state.score, simulated=simulated)
+        words = difference_in_words(
+            apart, task, metrics[task.primary], state.score, simulated=simulated
+        )
         if words:
             facts["told"] = {path.name: words}
         return replace(state, model=model, facts=facts)
@@ -192,7 +194,7 @@ def _metadata(state: State) -> dict[str, str]:
     }
 
 
-def _difference(
+def difference_in_words(
     apart: float, task: Task, file: float | None, model: float | None, *, simulated: bool
 ) -> str:
     """Says how far the file is from the network in torch; empty where that is too little to speak of."""

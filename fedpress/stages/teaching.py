@@ -195,12 +195,12 @@ def _teacher(where: str, state: State) -> nn.Module:
     mine, theirs = state.data.preprocess, Preprocess(spec.mean, spec.std)
     if mine != theirs:
         model.register_forward_pre_hook(
-            lambda _, inputs: (_restandardised(inputs[0], mine, theirs), *inputs[1:])
+            lambda _, inputs: (restandardised(inputs[0], mine, theirs), *inputs[1:])
         )
     return model
 
 
-def _restandardised(x: torch.Tensor, mine: Preprocess, theirs: Preprocess) -> torch.Tensor:
+def restandardised(x: torch.Tensor, mine: Preprocess, theirs: Preprocess) -> torch.Tensor:
     """Takes inputs [n, C, ...] standardised by `mine` to what `theirs` makes of the same examples."""
     shape = (1, -1, *[1] * (x.dim() - 2))
 

@@ -140,7 +140,7 @@ def _take(folder: Path) -> int:
             handle
         )  # its holder has removed the file in the meantime: the lock of a file that is gone is none
     os.truncate(handle, 0)
-    os.pwrite(handle, json.dumps(_self()).encode(), 0)
+    os.pwrite(handle, json.dumps(own_note()).encode(), 0)
     return handle
 
 
@@ -157,7 +157,8 @@ def _try(handle: int) -> str:
     return "taken"
 
 
-def _self() -> dict[str, Any]:
+def own_note() -> dict[str, Any]:
+    """Returns what the file `lock` says of this process while it works in a folder."""
     pid = os.getpid()
     command = shlex.join([Path(sys.argv[0] or "python").name, *sys.argv[1:]])
     since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -165,7 +166,7 @@ def _self() -> dict[str, Any]:
         "pid": pid,
         "host": socket.gethostname(),
         "since": since,
-        "started": _started(pid),
+        "started": process_start(pid),
         "command": command,
     }
 
@@ -196,10 +197,10 @@ def _dead(who: dict[str, Any]) -> bool:
         return True
     except OSError:  # it is there, and somebody else's
         pass
-    return who.get("started") != _started(pid)  # the number was given to another process since
+    return who.get("started") != process_start(pid)  # the number was given to another process since
 
 
-def _started(pid: int) -> str | None:
+def process_start(pid: int) -> str | None:
     """When a process began, in ticks of the system's clock; None where it cannot be told."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]

@@ -271,7 +271,7 @@ def test_levels_out_of_range_are_refused_or_read_finite(settings):
 def test_the_dither_is_the_same_on_every_machine():
     x = torch.from_numpy((np.arange(4000) * 7919 % 4001 / 2000 - 1).astype(np.float32))
     transform, _ = Quantize(rate=2.0, unbiased=True).bind(Bound(size=4000))
-    assert transform._dither(8, KEY).tolist() == pytest.approx(
-        transform._dither(4000, KEY)[:8].tolist(), abs=0
+    assert transform.dither(8, KEY).tolist() == pytest.approx(
+        transform.dither(4000, KEY)[:8].tolist(), abs=0
     )
     assert error(x, travelled(Quantize(rate=2.0, unbiased=True), x)[0]) < 0.15

@@ -193,9 +193,9 @@ def test_binding_changes_neither_the_student_nor_its_modes():
     [((6, 3), (6, 5), 1), ((6, 3, 4, 4), (6, 5, 4, 4), 1), ((6, 7, 3), (6, 7, 5), 2)],
 )
 def test_projections_widen_the_dimension_of_channels(mine, theirs, axis):
-    from fedpress.compress.distill import _projection
+    from fedpress.compress.distill import projection
 
-    project = _projection("x", torch.Size(mine), torch.Size(theirs), public_stream(0))
+    project = projection("x", torch.Size(mine), torch.Size(theirs), public_stream(0))
     x = torch.randn(mine)
     assert project(x).shape == theirs
     assert torch.equal(project(x).movedim(axis, -1), x.movedim(axis, -1) @ project.weight.T)

@@ -240,7 +240,7 @@ def test_batches_that_python_2_wrote_can_be_read():
         b"(K\x01K\x01M\x00\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
         b"T\x00\x0c\x00\x00" + pixels + b"tbU\x06labels]K\x07au."
     )
-    x, y = cifar10_archive._batch(content, "here")
+    x, y = cifar10_archive.read_batch(content, "here")
     assert np.array_equal(x[0], PIXELS[0])
     assert y.tolist() == [7]
 

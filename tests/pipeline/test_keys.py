@@ -52,7 +52,7 @@ def left(monkeypatch):
 
     def leave(table):
         tree = table.model_dump(mode="json")
-        keys._leave_out_(tree, table, "stage.x")
+        keys.leave_out_defaults_(tree, table, "stage.x")
         return tree
 
     return leave

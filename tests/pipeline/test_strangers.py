@@ -57,14 +57,16 @@ def made(tmp_path_factory):
     """A run whose network and data are own functions, as its maker left it."""
     home = tmp_path_factory.mktemp("stranger")
     (home / "nets_of_a_stranger.py").write_text(NETS)
+    allowed = consent.withdraw()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(home)
-        patch.setattr(consent, "_for_the_process", set())
         recipe = recipes.load(OWN)
         folder = RunFolder.create(home / "run", OWN, settings_of(recipe))
         for _ in runs.execute(recipe, folder, load_data(recipe)):
             pass
         storage.pack(*storage.load(home / "run"), home / "m.packed.safetensors")
+    consent.withdraw()
+    consent.allow(*allowed)
     (home / "ran").unlink()
     sys.modules.pop("nets_of_a_stranger", None)
     return home
@@ -73,11 +75,13 @@ def made(tmp_path_factory):
 @pytest.fixture
 def here(made, tmp_path, monkeypatch):
     """The run in another user's hands: his process has agreed to nothing; the code lies where he stands."""
+    allowed = consent.withdraw()
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(consent, "_for_the_process", set())
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     monkeypatch.delitem(sys.modules, "nets_of_a_stranger", raising=False)
     yield tmp_path
+    consent.withdraw()
+    consent.allow(*allowed)
     sys.modules.pop("nets_of_a_stranger", None)
 
 
@@ -128,16 +132,16 @@ def test_a_recipe_is_consent_for_what_it_names_itself(here, fedpress):
     (here / "own.toml").write_text(OWN)
     said = fedpress("run", "own.toml", "--out", "mine")
     assert said.code == 0, said.err
-    consent._for_the_process.clear()  # another day
+    consent.withdraw()  # another day
     said = fedpress("run", "own.toml", "--out", "mine", "--resume")
     assert said.code == 0, said.err
-    consent._for_the_process.clear()
+    consent.withdraw()
     said = fedpress("run", "own.toml", "model={checkpoint='run'}", "--out", "other")
     assert said.code == 2
     assert f"--allow-code {NET}" in said.err
     said = fedpress("check", "own.toml", "model={checkpoint='run'}", "--allow-code", NET)
     assert said.code == 0, said.err
-    consent._for_the_process.clear()
+    consent.withdraw()
     said = fedpress(
         "sweep", "own.toml", "model={checkpoint='run'}", "stage.train.lr=0.1,0.2", "--out", "s"
     )
@@ -150,10 +154,10 @@ def test_the_recipe_in_a_run_folder_is_consent_only_for_who_started_the_run(
 ):
     (here / "own.toml").write_text(OWN)
     assert fedpress("run", "own.toml", "--out", "mine").code == 0
-    consent._for_the_process.clear()
+    consent.withdraw()
     said = fedpress("run", "--resume", "mine")
     assert said.code == 0, said.err
-    consent._for_the_process.clear()
+    consent.withdraw()
     monkeypatch.setenv("XDG_STATE_HOME", str(here / "of-somebody-else"))
     (here / "ran").unlink(missing_ok=True)
     sys.modules.pop("nets_of_a_stranger", None)
@@ -163,7 +167,7 @@ def test_the_recipe_in_a_run_folder_is_consent_only_for_who_started_the_run(
     assert not (here / "ran").exists()
     said = fedpress("run", "--resume", "mine", "--allow-code", DATA, "--allow-code", NET)
     assert said.code == 0, said.err
-    consent._for_the_process.clear()
+    consent.withdraw()
     assert fedpress("run", "own.toml", "--out", "mine", "--resume").code == 0
 
 
@@ -215,7 +219,7 @@ def test_a_model_that_does_not_take_what_its_file_declares_is_told_in_one_senten
 def test_a_model_given_by_name_is_consent_for_its_own_results(here, fedpress):
     said = fedpress("pack", NET, "--input", "1,8,8", "--out", "p")
     assert said.code == 0, said.err
-    consent._for_the_process.clear()
+    consent.withdraw()
     assert fedpress("pack", "p", "--out", "q").code == 2
     assert fedpress("pack", "p", "--out", "q", "--allow-code", NET).code == 0
 

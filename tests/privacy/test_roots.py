@@ -74,13 +74,13 @@ def test_a_budget_that_no_noise_meets_is_refused():
 def test_the_closed_form_is_inverted_from_above(mu, log_delta):
     delta = math.exp(log_delta)
     found = accountant.epsilon([accountant.GaussianEvent(1.0, 1 / mu, 1)], delta=delta)
-    exact = accountant._mu((accountant.GaussianEvent(1.0, 1 / mu, 1),))
+    exact = accountant.total_mu((accountant.GaussianEvent(1.0, 1 / mu, 1),))
     if found == 0:
-        assert accountant._gaussian_log_delta(exact, 0.0) <= math.log(delta)
+        assert accountant.gaussian_log_delta(exact, 0.0) <= math.log(delta)
         return
 
     def excess(epsilon: float) -> float:
-        return accountant._gaussian_log_delta(exact, epsilon) - math.log(delta)
+        return accountant.gaussian_log_delta(exact, epsilon) - math.log(delta)
 
     assert excess(found) <= 0
     assert found == pytest.approx(halved(excess, 1e-12, 1e4), rel=1e-9, abs=1e-11)
@@ -92,7 +92,7 @@ def test_the_tail_of_skellam_noise_is_bounded_from_above(size, variance, chance)
     needed = math.log(2 * size / chance)
 
     def excess(t: float) -> float:
-        return needed - skellam._chernoff(t, variance)
+        return needed - skellam.chernoff_exponent(t, variance)
 
     found = skellam.tail(size, variance, chance)
     assert excess(found) <= 0

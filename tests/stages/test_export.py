@@ -18,7 +18,7 @@ from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.measure import measure
 from fedpress.pipeline.result import take_metrics_of_files_
 from fedpress.pipeline.start import first_state, load_data
-from fedpress.stages.export import ExportStage, _difference
+from fedpress.stages.export import ExportStage, difference_in_words
 from fedpress.stages.measure import measured
 from fedpress.stages.pack import PackStage
 from fedpress.stages.quantize import QuantizeStage
@@ -178,14 +178,14 @@ def test_the_accuracy_of_a_file_goes_to_the_quantize_stage_before_it_alone():
 
 
 def test_a_file_that_is_off_is_told_in_words():
-    assert _difference(0.01, Classification(()), 0.9, 0.904, simulated=True) == ""
-    told = _difference(0.072, Classification(()), 0.9, 0.92, simulated=True)
+    assert difference_in_words(0.01, Classification(()), 0.9, 0.904, simulated=True) == ""
+    told = difference_in_words(0.072, Classification(()), 0.9, 0.92, simulated=True)
     assert (
         told
         == "its outputs are 7.2% off those of the network simulated in torch; accuracy 90.00% against 92.00%"
     )
     assert (
-        _difference(0.03, Classification(()), None, None, simulated=False)
+        difference_in_words(0.03, Classification(()), None, None, simulated=False)
         == "its outputs are 3.0% off those of the network in torch"
     )
-    assert _difference(0.001, Classification(()), 0.8, 0.9, simulated=True)
+    assert difference_in_words(0.001, Classification(()), 0.8, 0.9, simulated=True)

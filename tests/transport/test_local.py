@@ -1,4 +1,5 @@
 import gc
+import weakref
 
 import pytest
 import torch
@@ -56,13 +57,16 @@ def test_a_broadcast_is_packed_once_and_its_bytes_go_with_the_last_request(monke
     monkeypatch.setattr(local_module, "pack", lambda m: packed.append(m.kind) or pack(m))
     transport = LocalTransport(dict.fromkeys("abc", echo))
     message = Message("m", {}, {"t": torch.ones(3)})
-    requests = {transport.send(client, message) for client in "abc"}
+    requests = [transport.send(client, message) for client in "abc"]
     assert packed == ["m"]
-    assert len(transport._packed) == 1
-    while transport.receive(requests):
-        pass
+    held = weakref.ref(message)  # a transport keeps the message as long as its bytes
+    del message
+    for request in requests:
+        gc.collect()
+        assert held()
+        transport.receive([request])
     gc.collect()
-    assert not transport._packed
+    assert not held()
 
 
 def test_traffic_is_the_length_of_the_real_messages():

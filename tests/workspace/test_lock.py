@@ -101,10 +101,10 @@ class TestWithoutLocksOfTheSystem:
         monkeypatch.setattr(lock, "fcntl", None)
 
     def note(self, folder, **changes):
-        (folder / "lock").write_text(json.dumps(lock._self() | changes))
+        (folder / "lock").write_text(json.dumps(lock.own_note() | changes))
 
     def test_a_living_process_holds_it(self, tmp_path):
-        self.note(tmp_path, pid=os.getppid(), started=lock._started(os.getppid()))
+        self.note(tmp_path, pid=os.getppid(), started=lock.process_start(os.getppid()))
         with pytest.raises(RunError, match=f"process {os.getppid()}"), lock.locked(tmp_path):
             pass
 

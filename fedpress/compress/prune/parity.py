@@ -58,7 +58,7 @@ def _compare(
     dense: nn.Module, pruned: nn.Module, plan: PruningPlan, example: Example, tolerance: float
 ) -> float:
     masked, small = copied(dense).eval(), copied(pruned).eval()
-    batch, larger = _batches(masked, positional(masked, example))
+    batch, larger = trial_batches(masked, positional(masked, example))
     mask_(masked, plan)
     wanted = _outputs(masked, batch)
     if not _finite(wanted) and _finite(_outputs(copied(dense).eval(), batch)):
@@ -80,7 +80,7 @@ def trial_batch(dense: nn.Module, example: Example) -> Batch:
     """Returns inputs for `fault`: of one example more than `example`, if `dense` runs on so many."""
     with torch.random.fork_rng(devices=[]):
         model = copied(dense).eval()
-        batch, larger = _batches(model, positional(model, example))
+        batch, larger = trial_batches(model, positional(model, example))
         return batch if _attempt(model, larger) is None else larger
 
 
@@ -189,7 +189,7 @@ def _attempt(model: nn.Module, batch: Batch) -> list[Tensor] | None:
         return None
 
 
-def _batches(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[Batch, Batch]:
+def trial_batches(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[Batch, Batch]:
     """Returns a batch like `example` and one with one more, of the first values on which `model` runs."""
     size = next((x.shape[0] for x in example if x.dim()), 0)
     draw = torch.Generator().manual_seed(0)

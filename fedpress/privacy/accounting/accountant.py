@@ -190,7 +190,7 @@ def _spent(phases: tuple[MechanismEvent, ...], delta: float, points: int = losse
         gaussian = at_most(gaussian, MOST_PHASES)
         return Spent(_mixture(gaussian, skellam, delta), upper_bound=True)
     if all(p.sampling_prob == 1 for p in gaussian):
-        return Spent(_gaussian_epsilon(_mu(gaussian), delta))
+        return Spent(_gaussian_epsilon(total_mu(gaussian), delta))
     if len(gaussian) > MOST_PHASES:
         joined = _spent(at_most(gaussian, MOST_PHASES), delta, points).epsilon
         return Spent(
@@ -199,7 +199,7 @@ def _spent(phases: tuple[MechanismEvent, ...], delta: float, points: int = losse
         )
     # Sampling never adds. Where nearly everybody takes part, a grid may say a little more than the closed form.
     everybody = _gaussian_epsilon(
-        _mu(tuple(replace(p, sampling_prob=1.0) for p in gaussian)), delta
+        total_mu(tuple(replace(p, sampling_prob=1.0) for p in gaussian)), delta
     )
     parts = _parts(gaussian)
     if table := _losses(parts, delta):
@@ -222,7 +222,7 @@ def _in_range(phase: GaussianEvent) -> GaussianEvent:
 
 def _parts(phases: tuple[GaussianEvent, ...]) -> list[GaussianEvent]:
     """Returns phases that spend the same, with one step at most on everybody."""
-    parts, mu = [p for p in phases if p.sampling_prob < 1], _mu(phases)
+    parts, mu = [p for p in phases if p.sampling_prob < 1], total_mu(phases)
     if mu > 0:
         parts.append(GaussianEvent(1.0, 1 / mu, 1))
     return parts
@@ -236,7 +236,7 @@ def _quick(parts: list[GaussianEvent], delta: float) -> bool:
     steps = sum(p.steps for p in parts)
     if len(parts) > MANY_PHASES or delta < 1e-10 or 1e-16 * steps > 1e-4 * delta:
         return False
-    grid = _grid(parts)
+    grid = grid_step(parts)
     widest = max(losses.span(p) for p in parts)
     total = math.sqrt(sum(p.steps * _loss_variance(p) for p in parts))
     # A grid of more than a tenth of a step's losses, as rare samples have, makes long tables of loose bounds.
@@ -244,7 +244,7 @@ def _quick(parts: list[GaussianEvent], delta: float) -> bool:
     return fine and max(widest, 16 * total) <= LONGEST_TABLE * grid
 
 
-def _mu(phases: tuple[GaussianEvent, ...]) -> float:
+def total_mu(phases: tuple[GaussianEvent, ...]) -> float:
     """Gaussian mechanisms on everybody compose exactly into one: mu^2 = sum of steps / noise^2."""
     return math.sqrt(sum(p.steps / p.noise_multiplier**2 for p in phases if p.sampling_prob == 1))
 
@@ -255,7 +255,7 @@ def _losses(
     """Returns the privacy losses of all `parts` together, and their grid; None where dp-accounting is no help."""
     if not _quick(parts, delta):
         return None
-    grid = _grid(parts)
+    grid = grid_step(parts)
     total = None
     for p in parts:
         try:
@@ -329,7 +329,7 @@ def _split(
     return found
 
 
-def _grid(phases: list[GaussianEvent]) -> float:
+def grid_step(phases: list[GaussianEvent]) -> float:
     """Returns a grid of losses that raises epsilon by about 0.03% at most.
 
     Connect-the-dots moves each loss to the two nearest grid points, which adds at most grid^2/6 to the variance of a
@@ -359,7 +359,7 @@ def _step_losses(sampling_prob: float, noise: float, grid: float) -> PrivacyLoss
     )
 
 
-def _gaussian_log_delta(mu: float, epsilon: float) -> float:
+def gaussian_log_delta(mu: float, epsilon: float) -> float:
     """Returns log delta of the Gaussian mechanism with sensitivity / noise = `mu` (Balle & Wang 2018, Theorem 8)."""
     from scipy.special import log_ndtr
 
@@ -369,13 +369,13 @@ def _gaussian_log_delta(mu: float, epsilon: float) -> float:
 
 
 def _gaussian_epsilon(mu: float, delta: float) -> float:
-    if mu == 0 or _gaussian_log_delta(mu, 0.0) <= math.log(delta):
+    if mu == 0 or gaussian_log_delta(mu, 0.0) <= math.log(delta):
         return 0.0
     # In log delta the crossing is nearly a line, and numbers stay finite where delta is tiny.
     target = math.log(delta)
 
     def excess(epsilon: float) -> float:
-        return _gaussian_log_delta(mu, epsilon) - target
+        return gaussian_log_delta(mu, epsilon) - target
 
     ends = bracket(excess, 1.0)
     assert ends is not None, "delta falls to 0 as epsilon grows"
@@ -387,7 +387,7 @@ def _gaussian_mu(epsilon: float, delta: float) -> float:
     target = math.log(delta)
 
     def excess(noise: float) -> float:
-        return _gaussian_log_delta(1 / noise, epsilon) - target
+        return gaussian_log_delta(1 / noise, epsilon) - target
 
     ends = bracket(excess, 1.0)
     assert ends is not None, "delta falls to 0 as the noise grows"

@@ -31,13 +31,13 @@ def epsilon(phases: Iterable[MechanismEvent], *, delta: float) -> float:
     """
     import numpy as np
 
-    total = sum((p.steps * _per_step(replace(p, steps=1)) for p in phases), np.zeros(len(ORDERS)))
+    total = sum((p.steps * divergences(replace(p, steps=1)) for p in phases), np.zeros(len(ORDERS)))
     a = np.array(ORDERS, float)
     return max(0.0, float(np.min(total + np.log1p(-1 / a) - np.log(delta * a) / (a - 1))))
 
 
 @lru_cache(maxsize=64)
-def _per_step(phase: MechanismEvent) -> np.ndarray:
+def divergences(phase: MechanismEvent) -> np.ndarray:
     """Returns the divergence of one step at each of `ORDERS`."""
     import numpy as np
 

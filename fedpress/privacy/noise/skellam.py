@@ -95,14 +95,14 @@ def tail(size: int, variance: float, chance: float) -> float:
     needed = math.log(2 * size / chance)
 
     def excess(t: float) -> float:
-        return needed - _chernoff(t, variance)
+        return needed - chernoff_exponent(t, variance)
 
     ends = bracket(excess, math.sqrt(2 * variance * needed) + needed)
     assert ends is not None, "the bound falls without end"
     return safe_root(excess, unsafe=ends[0], safe=ends[1])
 
 
-def _chernoff(t: float, variance: float) -> float:
+def chernoff_exponent(t: float, variance: float) -> float:
     """Returns -log of the bound on P(X >= t)."""
     root = math.hypot(t, variance)
     return t * math.asinh(t / variance) - t**2 / (
@@ -161,7 +161,7 @@ def _look_up(table: _Table, words: np.ndarray) -> np.ndarray:
 def _table(variance: float) -> _Table:
     import numpy as np
 
-    each = _probabilities(variance)
+    each = probabilities(variance)
     # Both sides, summed from the outside in, so that small tails are not lost beside large ones.
     tails = np.cumsum(2 * each[:0:-1])
     whole = tails[-1] + each[0]
@@ -172,7 +172,7 @@ def _table(variance: float) -> _Table:
     return _Table(rising, np.searchsorted(rising, starts, side="right").astype(np.int32), shift)
 
 
-def _probabilities(variance: float) -> np.ndarray:
+def probabilities(variance: float) -> np.ndarray:
     """Returns the probabilities of 0, 1, ... up to a common factor: exp(-v) I_k(v), in extended precision.
 
     `scipy.special.ive` loses a digit for every tenfold variance; below the recurrence of Bessel functions, and above

@@ -76,8 +76,8 @@ def add_ghost_(views: list[Tensor], query: Query) -> Measured:
     x = query.x
     losses, layers = _record(query)
     with torch.autocast(x.device.type, enabled=False):  # the norm is a promise: never in 16 bits
-        parts = [part for module, a, b in layers for part in _parts(module, a, b)]
-        norms = _norms([part for _, part in parts], len(x), x.device)
+        parts = [part for module, a, b in layers for part in parts_of(module, a, b)]
+        norms = norms_of([part for _, part in parts], len(x), x.device)
         bad = ~torch.isfinite(norms)
         if bad.any():
             return _split_(bad, views, query)
@@ -113,7 +113,14 @@ def _record(query: Query) -> tuple[Tensor, list[tuple[nn.Module, Tensor, Tensor]
     return losses.detach(), [(m, a, b) for (m, a, _), b in zip(seen, grads, strict=True)]
 
 
-def _parts(module: nn.Module, a: Tensor, b: Tensor) -> list[tuple[nn.Parameter, Part]]:
+def parts_of(module: nn.Module, a: Tensor, b: Tensor) -> list[tuple[nn.Parameter, Part]]:
+    """Returns what each trainable parameter of a layer adds to the squared norms of its samples.
+
+    Args:
+        module: a layer with a rule.
+        a: its inputs [n, ...].
+        b: the gradients of the samples' losses by its outputs [n, ...].
+    """
     own = {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
     if not isinstance(module, nn.Conv2d):  # convolutions choose their precision
         a, b = a.float(), b.float()
@@ -122,7 +129,7 @@ def _parts(module: nn.Module, a: Tensor, b: Tensor) -> list[tuple[nn.Parameter, 
     ]
 
 
-def _norms(parts: list[Part], n: int, device: torch.device) -> Tensor:
+def norms_of(parts: list[Part], n: int, device: torch.device) -> Tensor:
     """Returns the norms [n], a hair above the truth: the rounding of the sum is inside the bound."""
     squares = torch.zeros(n, dtype=torch.float64, device=device)
     rounding = torch.zeros_like(squares)
@@ -177,7 +184,7 @@ def _conv(module: nn.Conv2d, a: Tensor, b: Tensor) -> dict[str, Part]:
         def total(scale: Tensor) -> Tensor:
             return _weight_gradient(module, a, b * scale[:, None, None, None])[0]
 
-        weight = Part(_conv_squares(module, a, b), total, _magnitude(a, b))
+        weight = Part(convolution_squares(module, a, b), total, _magnitude(a, b))
     else:
         # a few samples as groups of one convolution: measured fastest while the weight is small
         together = 8 if shape.numel() < 2**16 else 1
@@ -206,7 +213,7 @@ def _ghost_is_cheaper(module: nn.Conv2d, a: Tensor, b: Tensor) -> bool:
     return 2 * (pixels**2 * a.shape[1] + places**2 * b.shape[1]) < places * module.weight.numel()
 
 
-def _conv_squares(module: nn.Conv2d, a: Tensor, b: Tensor) -> Tensor:
+def convolution_squares(module: nn.Conv2d, a: Tensor, b: Tensor) -> Tensor:
     """Returns sum over places s, t of <patch_s, patch_t> <b_s, b_t> in float64; patches from the Gram of pixels."""
     (sh, sw), (dh, dw), (kh, kw) = module.stride, module.dilation, module.kernel_size
     ph, pw = int(module.padding[0]), int(module.padding[1])

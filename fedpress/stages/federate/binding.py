@@ -64,7 +64,7 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> S
         task=state.data.task,
         seed=state.seed,
     )
-    memories, own = _memories(beginning, list(state.data.clients), folder)
+    memories, own = memories_of(beginning, list(state.data.clients), folder)
     # One model for all clients, who work one after another, and another for the server.
     shared = beginning.copy()
     clients = {
@@ -81,7 +81,7 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> S
     return Simulation(server, clients)
 
 
-def _memories(
+def memories_of(
     beginning: Beginning, clients: Sequence[ClientId], folder: Path | None
 ) -> tuple[dict[ClientId, ClientState], ClientState]:
     """Returns where each client, and the server, keeps what must outlive a process.

@@ -29,7 +29,7 @@ def rehearse(clients: Sequence[ClientHalf], public: Sequence[Arrays], task: Task
     """
     for client in _one_of_each_kind(clients):
         like, problems = client.arrays, list[tuple[str, Exception]]()
-        for what, arrays in _examples(like, public, task, client.beginning.model):
+        for what, arrays in trial_examples(like, public, task, client.beginning.model):
             try:
                 client.rehearse(arrays)
             except Exception as problem:  # whatever somebody's own network raises
@@ -63,7 +63,7 @@ def _one_of_each_kind(clients: Sequence[ClientHalf]) -> list[ClientHalf]:
     return list(kinds.values())
 
 
-def _examples(
+def trial_examples(
     like: Arrays, public: Sequence[Arrays], task: Task, model: nn.Module
 ) -> Iterator[tuple[str, Arrays]]:
     """Yields examples of the kind of `like` to try, one after another until one works; only its type is looked at."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedpress.compress import check_parity, remove_, trace
-from fedpress.compress.prune.parity import _batches
+from fedpress.compress.prune.parity import trial_batches
 from fedpress.compress.prune.plan import make_plan
 from fedpress.errors import ModelError
 
@@ -170,7 +170,7 @@ def test_words_are_drawn_below_the_size_of_their_own_table():
         torch.zeros(4, 9, dtype=torch.long),
         torch.tensor([[0.0, 3], [1, 5], [2, 4], [2, 1]]),
     )
-    few, more = _batches(Table(), example)
+    few, more = trial_batches(Table(), example)
     assert [len(x) for x in few] == [4, 4, 4]
     assert [len(x) for x in more] == [5, 5, 5]
     words, side, row = more
@@ -190,7 +190,7 @@ def test_words_that_come_as_floats_are_words():
             return self.o(self.a(self.words(x.long()).mean(1)).relu())
 
     x = torch.zeros(2, 12)
-    (few,), (more,) = _batches(Floats(), (x,))
+    (few,), (more,) = trial_batches(Floats(), (x,))
     assert few.dtype == torch.float32
     assert torch.equal(more, more.round())
     assert 30 < float(more.max()) < 50
@@ -207,7 +207,7 @@ def test_images_of_zeros_and_ones_stand_for_noise_and_a_fixed_batch_is_no_fault(
         def forward(self, x: Tensor) -> Tensor:
             return self.o(self.a(x).view(2, 16).relu())
 
-    ((few,), _) = _batches(Fixed(), (torch.zeros(2, 8),))
+    ((few,), _) = trial_batches(Fixed(), (torch.zeros(2, 8),))
     assert few.unique().numel() == 16
     x = torch.zeros(2, 8)
     assert check_parity(*halved(Fixed(), x), x) <= 1e-5

@@ -90,7 +90,9 @@ def test_compositions_are_those_of_dp_accounting(q, z, steps, delta):
     step = privacy_loss_distribution.from_gaussian_mechanism(
         z,
         sampling_prob=q,
-        value_discretization_interval=0.02 * accountant._grid([GaussianEvent(q, z, steps)]) / 0.06,
+        value_discretization_interval=0.02
+        * accountant.grid_step([GaussianEvent(q, z, steps)])
+        / 0.06,
     )
     truth = step.self_compose(steps).get_epsilon_for_delta(delta)
     assert (

@@ -98,7 +98,7 @@ def test_rounding_is_rarely_longer_than_its_bound(norm, size):
 
 @pytest.mark.parametrize("variance", [0.01, 1.0, 100.0, 9999.9, 1e4, 1e6])
 def test_the_table_of_probabilities_is_that_of_bessel_functions(variance):
-    p = skellam._probabilities(variance)
+    p = skellam.probabilities(variance)
     p = (p / (p[0] + 2 * p[1:].sum())).astype(float)
     k = np.flatnonzero(p > 1e-25)
     assert p[k] == pytest.approx(
@@ -108,7 +108,7 @@ def test_the_table_of_probabilities_is_that_of_bessel_functions(variance):
 
 
 def test_recurrence_and_expansion_meet_to_fifteen_digits():
-    below, above = skellam._probabilities(np.nextafter(1e4, 0)), skellam._probabilities(1e4)
+    below, above = skellam.probabilities(np.nextafter(1e4, 0)), skellam.probabilities(1e4)
     ratio = (below / below[0]) / (above / above[0])
     assert np.abs(ratio - 1).max() < 1e-14
 

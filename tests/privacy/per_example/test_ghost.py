@@ -27,7 +27,7 @@ def test_ghost_norms_of_a_convolution_are_those_of_its_gradients(kernel, stride,
         for i in range(5)
     ]
     expected = torch.stack(each).flatten(1).square().sum(1)
-    assert torch.allclose(ghost._conv_squares(layer, a, b), expected, rtol=1e-12)
+    assert torch.allclose(ghost.convolution_squares(layer, a, b), expected, rtol=1e-12)
 
 
 def test_a_norm_that_cancels_is_still_bounded():
@@ -37,8 +37,8 @@ def test_a_norm_that_cancels_is_still_bounded():
     a = torch.ones(1, 1, 4, 4)
     b = torch.tensor([1.0, -1.0] * 8).view(1, 1, 4, 4) * 1e6
     b[..., -1, -1] += 1
-    parts = [part for _, part in ghost._parts(layer, a, b)]
-    norm = float(ghost._norms(parts, 1, a.device)[0])
+    parts = [part for _, part in ghost.parts_of(layer, a, b)]
+    norm = float(ghost.norms_of(parts, 1, a.device)[0])
     true = float((a.double() * b.double()).sum().abs())
     assert norm >= true
     assert float(parts[0].total(torch.ones(1)).norm()) <= norm

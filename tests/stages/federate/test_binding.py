@@ -1,14 +1,14 @@
 import torch
 
 from fedpress.federation import DiskState
-from fedpress.stages.federate.binding import SERVER, _memories
+from fedpress.stages.federate.binding import SERVER, memories_of
 from tests.stages.federate.test_halves import NAMES, beginning
 
 KEPT = {"value": torch.arange(3)}
 
 
 def memory_of_a(begin, folder):
-    return _memories(begin, NAMES, folder)[0]["a"]
+    return memories_of(begin, NAMES, folder)[0]["a"]
 
 
 def test_memories_of_other_settings_are_not_taken_up(tmp_path):
@@ -27,7 +27,7 @@ def test_the_only_folder_is_that_of_a_run_of_an_older_version(tmp_path):
 def test_every_client_and_the_server_have_a_memory_of_their_own(tmp_path):
     for folder in (None, tmp_path):
         names = [SERVER, *NAMES]  # a client may have any name
-        memories, server = _memories(beginning(), names, folder)
+        memories, server = memories_of(beginning(), names, folder)
         assert list(memories) == names
         for one in (SERVER, "a"):
             memories[one].save(1, KEPT)

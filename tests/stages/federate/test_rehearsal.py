@@ -8,7 +8,7 @@ from fedpress.errors import RecipeError
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.start import load_data
-from fedpress.stages.federate.rehearsal import _examples
+from fedpress.stages.federate.rehearsal import trial_examples
 from tests.stages.own_data import Embeds, privacy, recipe
 from tests.stages.recipes import checked
 
@@ -59,7 +59,7 @@ def public_of(data):
 def test_made_up_tokens_stay_below_the_vocabulary(trust):
     loaded, data = without_public(recipe(stage=privacy("sample", trust)))
     assert check_recipe(loaded, data)[0]["epsilon"] > 0
-    for what, arrays in _examples(data.clients["c2"], public_of(data), data.task, Embeds()):
+    for what, arrays in trial_examples(data.clients["c2"], public_of(data), data.task, Embeds()):
         assert what == "made-up"
         if bool((arrays.x == arrays.x.round()).all()):
             assert 0 <= int(arrays.x.min()) <= int(arrays.x.max()) < 10
@@ -69,7 +69,7 @@ def test_made_up_tokens_stay_below_the_vocabulary(trust):
 def test_made_up_examples_have_the_shape_and_type_of_the_clients(dtype):
     data = without_public(recipe())[1]
     like = Arrays(torch.zeros(3, 2, 4, 4).to(dtype), torch.zeros(3, dtype=torch.int64))
-    made = list(_examples(like, public_of(data), data.task, torch.nn.Flatten()))
+    made = list(trial_examples(like, public_of(data), data.task, torch.nn.Flatten()))
     assert made
     for _, arrays in made:
         assert arrays.x.shape[1:] == (2, 4, 4)
