@@ -145,7 +145,7 @@ class Terms:
     def __post_init__(self) -> None:
         trust = self.uplink.trust
         check_fits(self.algorithm, self.settings, steps=trust.steps, unit=trust.unit)
-        extras = tuple(way.name for way in self.uplink.ways[1:])
+        extras = tuple(codec.name for codec in self.uplink.vector_codecs[1:])
         if extras != tuple(self.algorithm.extras_up):
             raise RecipeError(
                 (
@@ -155,7 +155,7 @@ class Terms:
                 place="algorithm",
                 cure="bind it with extras = algorithm.extras_up",
             )
-        if self.algorithm.equal_weights and self.uplink.weights != "equal":
+        if self.algorithm.needs_equal_weights and self.uplink.weights != "equal":
             raise RecipeError(
                 (
                     f"got '{self.uplink.weights}', but '{self.algorithm.kind}' holds only if every "

@@ -18,8 +18,8 @@ from fedpress.errors import DivergedError, RecipeError, WireError
 from fedpress.federation.agreement import Agreement, Terms
 from fedpress.federation.client_plan import ClientPlan
 from fedpress.federation.client_state import ClientState, InMemoryState, save_json
-from fedpress.federation.counted import FORGOT
-from fedpress.federation.downlink import LOST, SERVER
+from fedpress.federation.counted import LOST_STATE
+from fedpress.federation.downlink import LOST_MODEL, SERVER
 from fedpress.federation.local import LocalWork, Measures, too_large
 from fedpress.federation.private import rehearse_private
 from fedpress.federation.protocol import check_header, need, read_text
@@ -125,7 +125,7 @@ class Client:
         tensors = uplink.encode(vectors, key, unit=unit)
         if terms.algorithm.keeps_state:
             arrived = uplink.receive(tensors, key)
-            kept = terms.algorithm.client_settle(state, next_state, arrived)
+            kept = terms.algorithm.client_commit(state, next_state, arrived)
             after |= {f"{STATE}{name}": tensor for name, tensor in kept.items()}
             after[TASK] = torch.tensor(key.round)
         if terms.error_feedback:
@@ -149,7 +149,7 @@ class Client:
         header: dict[str, JSON] = {"round": key.round}
         header |= trust.said(measured, len(self.arrays), seen=uplink.aggregator.sees_updates)
         if plan is not None:
-            sent = [vectors[way.name] for way in uplink.ways]
+            sent = [vectors[codec.name] for codec in uplink.vector_codecs]
             hidden = random.fingerprint(down[PARAMS], *sent, self.arrays.x, self.arrays.y)
             header |= trust.failures(measured, plan, key, hidden)
         return header
@@ -175,7 +175,7 @@ class Client:
             plan = self.plan.local.privacy
             batch = 0.0 if plan is None else plan.sampling_prob * len(self.arrays)
             measured = self.uplink.trust.after_failure(problem, batch)
-            zeros = {way.name: torch.zeros(way.size) for way in self.uplink.ways}
+            zeros = {codec.name: torch.zeros(codec.size) for codec in self.uplink.vector_codecs}
             return zeros, state, measured
 
     def _state(self, message: Message, round: int) -> Vectors:
@@ -198,7 +198,7 @@ class Client:
             raise WireError(
                 f"this client does not hold its state of round {counted} any more",
                 place="fit.counted",
-                cure=FORGOT,
+                cure=LOST_STATE,
             )
         latest = self.memory.load(round)
         if int(latest[TASK]) != counted:
@@ -217,7 +217,7 @@ class Client:
 
     def _clipped(self, update: Tensor, unit: float) -> Tensor:
         """What error feedback compares with: what a clip cuts off is lost on purpose."""
-        chain = self.uplink.ways[0].chain
+        chain = self.uplink.vector_codecs[0].chain
         first = chain[0] if chain else None
         return clip(update, unit * first.clip_norm) if isinstance(first, Clip) else update
 
@@ -284,7 +284,7 @@ class Client:
             raise WireError(
                 f"this client does not hold the model of round {version} any more",
                 place="fit.from",
-                cure=LOST,
+                cure=LOST_MODEL,
             )
         held = terms.downlink.decode(coded, state.get("held"), Key(terms.seed, key.round, SERVER))
         return {PARAMS: held, **beside}, {"held": held, "version": torch.tensor(key.round)}
@@ -302,7 +302,7 @@ class Client:
             raise DivergedError(
                 f"after {measured.get('steps', 1)} steps it is not finite in round {key.round}",
                 place="local update",
-                cure=f"lower {too_large(work.plan.settings, work.lr, pulls=algorithm.pulls)}",
+                cure=f"lower {too_large(work.plan.settings, work.lr, penalties=algorithm.penalties)}",
             )
         return vectors, after, measured
 

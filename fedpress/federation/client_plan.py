@@ -11,7 +11,7 @@ from fedpress.errors import RecipeError
 from fedpress.federation.agreement import Terms
 from fedpress.federation.local import GradientSource, LocalPlan
 from fedpress.federation.private import check_private
-from fedpress.federation.sources import SOURCES
+from fedpress.federation.sources import GRADIENT_SOURCES
 from fedpress.privacy.plan import PrivacyPlan
 
 
@@ -101,7 +101,7 @@ class ClientPlan:
             prepare=terms.prepare,
             task=terms.task,
             privacy=privacy,
-            source=source or SOURCES[trust.steps],
-            pulls=terms.algorithm.pulls,
+            source=source or GRADIENT_SOURCES[trust.steps],
+            penalties=terms.algorithm.penalties,
         )
         return cls(terms, local)

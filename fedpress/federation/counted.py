@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedpress.core.names import ClientId
 
-FORGOT = "let it begin anew"
+LOST_STATE = "let it begin anew"
 """What a client says that lost its state: it is then a client that was never asked."""
 
 
@@ -21,7 +21,7 @@ class Counted:
     Server and client move together: what a lost or refused answer would have changed is changed on neither side.
 
     >>> counted = Counted.open(["a", "b"], {})
-    >>> counted.heard("a", 3, refused="")
+    >>> counted.note_answer("a", 3, refused="")
     >>> counted.last, counted.state()["tasks"].tolist()
     ({'a': 3, 'b': 0}, [3, 0])
     """
@@ -38,9 +38,9 @@ class Counted:
         """Returns all that is needed to go on."""
         return {"tasks": torch.tensor(list(self.last.values()), dtype=torch.int64)}
 
-    def heard(self, client: ClientId, task: int, *, refused: str) -> None:
+    def note_answer(self, client: ClientId, task: int, *, refused: str) -> None:
         """Notes that the answer to `task` counted, or why it was `refused`."""
         if not refused:
             self.last[client] = task
-        elif FORGOT in refused:
+        elif LOST_STATE in refused:
             self.last[client] = 0

@@ -28,7 +28,7 @@ from fedpress.errors import renaming
 
 SERVER = "server"
 NOTHING = (0, 0)
-LOST = "send the whole model"
+LOST_MODEL = "send the whole model"
 KEPT_BYTES = 1 << 30
 """Of copies on the server: the clients that were not asked for longest fall behind and are sent the whole model."""
 
@@ -107,7 +107,7 @@ class Broadcast:
         copies = {f"{round}.{number}": copy for (round, number), copy in self.copies.items()}
         return {"holds": torch.tensor(list(self.holds.values()), dtype=torch.int64), **copies}
 
-    def code(
+    def encode_for(
         self, round: int, params: Tensor, cohort: Sequence[ClientId]
     ) -> dict[ClientId, tuple[int, dict[str, Tensor]]]:
         """Returns for each client of `cohort` the round of the model that it holds, 0 for none, and what to send it."""
@@ -124,7 +124,7 @@ class Broadcast:
         self.sent = {client: made[self.holds[client]] for client in cohort}
         return {client: messages[self.holds[client]] for client in cohort}
 
-    def arrived(self, refused: Mapping[ClientId, str]) -> None:
+    def mark_arrived(self, refused: Mapping[ClientId, str]) -> None:
         """Notes that all who were sent something hold it now, but for the `refused`, given with the reason.
 
         A refused client still has the model that it held before, unless it said that it lost it.
@@ -132,7 +132,7 @@ class Broadcast:
         for client, copy in self.sent.items():
             if client not in refused:
                 self.holds[client] = copy
-            elif LOST in refused[client]:
+            elif LOST_MODEL in refused[client]:
                 self.holds[client] = NOTHING
         most = max(1, KEPT_BYTES // (4 * max(1, self.downlink.size)))
         kept = sorted(set(self.holds.values()) - {NOTHING})[-most:]

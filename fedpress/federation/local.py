@@ -85,7 +85,7 @@ class LocalPlan:
         task: what is learned: its loss is that of the steps.
         privacy: this client's own plan under unit "sample".
         source: of the gradients; plain SGD if None.
-        pulls: strengths of an algorithm's corrections by recipe key, for the words of an error.
+        penalties: strengths of an algorithm's corrections by recipe key, for the words of an error.
     """
 
     settings: LocalSettings
@@ -93,7 +93,7 @@ class LocalPlan:
     task: Task
     privacy: PrivacyPlan | None = None
     source: GradientSource | None = None
-    pulls: Mapping[str, float] = field(default_factory=dict)
+    penalties: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,7 +253,7 @@ def _diverged(work: LocalWork, index: Tensor, steps: int) -> DivergedError:
     return DivergedError(
         f"after {steps} steps the loss is not finite in round {work.key.round}",
         place="local update",
-        cure=f"lower {too_large(work.plan.settings, work.lr, pulls=work.plan.pulls)}{data}",
+        cure=f"lower {too_large(work.plan.settings, work.lr, penalties=work.plan.penalties)}{data}",
     )
 
 
@@ -261,17 +261,17 @@ def too_large(
     settings: LocalSettings,
     lr: float,
     *,
-    pulls: Mapping[str, float] | None = None,
+    penalties: Mapping[str, float] | None = None,
     place: str = "",
 ) -> str:
     """Names the settings that make local training diverge: the rate, and each pull that overshoots at this rate.
 
-    `pulls` are those of an algorithm, by name; `place` is what a reader writes before the names.
+    `penalties` are those of an algorithm, by name; `place` is what a reader writes before the names.
 
     >>> too_large(LocalSettings(lr=0.5, weight_decay=9.0), 0.5)
     'lr (now 0.5) or weight_decay (now 9)'
     """
-    strengths = {**(pulls or {}), "weight_decay": settings.weight_decay}
+    strengths = {**(penalties or {}), "weight_decay": settings.weight_decay}
     named = [("lr", lr), *((name, value) for name, value in strengths.items() if lr * value >= 2)]
     return " or ".join(f"{place}{name} (now {value:g})" for name, value in named)
 

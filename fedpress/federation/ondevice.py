@@ -69,6 +69,6 @@ def device_steps(model: nn.Module, work: LocalWork) -> Steps:
                 raise DivergedError(
                     f"after {steps} steps the loss is not finite in round {work.key.round}",
                     place="local update",
-                    cure=f"lower {too_large(s, work.lr, pulls=work.plan.pulls)}",
+                    cure=f"lower {too_large(s, work.lr, penalties=work.plan.penalties)}",
                 )
     return Outcome({"loss": total / steps, "steps": steps})

@@ -207,7 +207,7 @@ def question_of(model: nn.Module, work: LocalWork) -> str:
         "plan": work.plan.privacy,
         "prepare": work.plan.prepare,
         "task": work.plan.task,
-        "pulls": dict(work.plan.pulls),
+        "pulls": dict(work.plan.penalties),
         "beside": sorted(work.beside),
     }
     beside = [work.beside[name] for name in sorted(work.beside)]

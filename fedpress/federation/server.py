@@ -15,7 +15,7 @@ from fedpress.core.names import ClientId
 from fedpress.errors import DivergedError, RecipeError
 from fedpress.federation.aggregators.base import Session
 from fedpress.federation.agreement import Terms
-from fedpress.federation.algorithms import Algorithm, Seen
+from fedpress.federation.algorithms import Algorithm, RoundInfo
 from fedpress.federation.algorithms.base import ServerState
 from fedpress.federation.counted import Counted
 from fedpress.federation.delays import Delays
@@ -26,8 +26,8 @@ from fedpress.federation.outbox import Outbox
 from fedpress.federation.protocol import need
 from fedpress.federation.schedules import (
     Assignment,
-    Enrolment,
     Schedule,
+    ScheduleContext,
     Scheduler,
     Synchronous,
     Timing,
@@ -192,17 +192,17 @@ class _Run:
         terms, transport = server.terms, server.transport
         parts = _begun(terms, start.params) if start.state is None else _split(start.state)
         session = terms.uplink.aggregator.open(transport, terms.agreement.fingerprint)
-        enrolled = Enrolment(
+        context = ScheduleContext(
             transport.clients(),
             terms.uplink.cohort,
             terms.seed,
             server.secret or terms.seed,
             server.delays,
         )
-        scheduler = server.schedule.open(enrolled, parts["schedule"])
+        scheduler = server.schedule.open(context, parts["schedule"])
         outbox = Outbox(transport)
         outbox.load_(scheduler.at_work, parts["outbox"])
-        return cls(server, enrolled.clients, start.params, parts, session, scheduler, outbox)
+        return cls(server, context.clients, start.params, parts, session, scheduler, outbox)
 
     def step(self, number: int) -> RoundRecord:
         """Gathers the updates of server step `number`, and takes it."""
@@ -238,12 +238,12 @@ class _Run:
         mean = gatherer.close()
         self.parts["uplink"] = mean.state
         if broadcast is not None:
-            broadcast.arrived({**dict.fromkeys(stopped, "told to stop"), **mean.refused})
+            broadcast.mark_arrived({**dict.fromkeys(stopped, "told to stop"), **mean.refused})
             self.parts["downlink"] = broadcast.state()
         if terms.algorithm.keeps_state:
             counted = Counted.open(self.clients, self.parts["clients"])
             for client in timing.answered:
-                counted.heard(client, number, refused=mean.refused.get(client, ""))
+                counted.note_answer(client, number, refused=mean.refused.get(client, ""))
             self.parts["clients"] = counted.state()
         self._take_step(mean, number)
         self.parts["schedule"] = self.scheduler.state()
@@ -265,7 +265,7 @@ class _Run:
         if not mean.vectors:
             return
         algorithm, uplink = self.server.terms.algorithm, self.server.terms.uplink
-        seen = Seen(number, mean.cohort, uplink.cohort.population)
+        seen = RoundInfo(number, mean.cohort, uplink.cohort.population)
         self.parts["optimizer"], self.params = algorithm.server_step(
             self.parts["optimizer"], self.params, mean.vectors, seen
         )
@@ -317,7 +317,9 @@ def _requests(
     beside = {name: vector for name, vector in whole.tensors.items() if name != PARAMS}
     made: dict[int, Message] = {}
     requests = {}
-    for client, (version, tensors) in broadcast.code(round, whole.tensors[PARAMS], cohort).items():
+    for client, (version, tensors) in broadcast.encode_for(
+        round, whole.tensors[PARAMS], cohort
+    ).items():
         if id(tensors) not in made:
             made[id(tensors)] = Message("fit", {**header, "from": version}, {**tensors, **beside})
         requests[client] = made[id(tensors)]

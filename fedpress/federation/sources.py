@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from fedpress.federation.local import GradientSource, plain_steps
 from fedpress.federation.private import joint_steps, private_steps
 
-SOURCES: Mapping[str, GradientSource] = {
+GRADIENT_SOURCES: Mapping[str, GradientSource] = {
     "plain": plain_steps,
     "private": private_steps,
     "joint": joint_steps,

@@ -23,7 +23,7 @@ from fedpress.federation.failures import Tally
 from fedpress.federation.protocol import need
 from fedpress.federation.sampling import Cohort
 from fedpress.federation.servernoise import ServerNoise
-from fedpress.federation.vectors import Extra
+from fedpress.federation.vectors import ExtraVector
 from fedpress.privacy.plan import PrivacyPlan
 
 Unit: TypeAlias = Literal["sample", "client"]
@@ -37,7 +37,7 @@ class Trust:
     Attributes:
         kind: see the table above.
         unit: what is protected: one example of a client ("sample") or all that a client holds ("client").
-        steps: where the gradients of a client's local steps come from, a row of `local.SOURCES`.
+        steps: where the gradients of a client's local steps come from, a row of `local.GRADIENT_SOURCES`.
         noise: where the noise is: in every local "step"; in every "vector" that leaves a client; in the "sum" of what
             the clients send, each with its share; on the aggregate, from the "server"; or nowhere.
         measures: what a client may say of its training, beside the number of its examples if `tells_examples`.
@@ -150,7 +150,7 @@ class Trust:
                 ),
             )
 
-    def check_vectors(self, plan: PrivacyPlan | None, extras: Mapping[str, Extra]) -> None:
+    def check_vectors(self, plan: PrivacyPlan | None, extras: Mapping[str, ExtraVector]) -> None:
         """Checks that further vectors of an algorithm can be bounded and charged.
 
         Raises:
@@ -250,7 +250,7 @@ class Trust:
 
     # What is told of the plan.
 
-    def steps_counted(self, plan: PrivacyPlan) -> int:
+    def noised_counts(self, plan: PrivacyPlan) -> int:
         """Returns in how many noised counts of failures one client's part of a round comes."""
         return plan.steps_per_round if self.noise == "step" else 1
 

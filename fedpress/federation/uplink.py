@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ from fedpress.federation.protocol import check_header, need
 from fedpress.federation.sampling import Cohort
 from fedpress.federation.servernoise import ServerNoise
 from fedpress.federation.trust import Trust, share
-from fedpress.federation.vectors import UPDATE, Extra, Payload, Vectors
-from fedpress.federation.way import Way, divide
+from fedpress.federation.vector_codec import VectorCodec, divide
+from fedpress.federation.vectors import UPDATE, ExtraVector, Payload, Vectors
 from fedpress.privacy.adaptive import AdaptiveClip, share_below
 from fedpress.privacy.noise.mechanism import noise_sum
 from fedpress.privacy.plan import PrivacyPlan
@@ -69,7 +69,7 @@ class Uplink:
     """The agreed way of updates from clients to their mean; make it with `Uplink.bind`, on both sides alike.
 
     Attributes:
-        ways: of the named vectors, the update first.
+        vector_codecs: of the named vectors, the update first.
         cohort: the public plan of who takes part.
         aggregator: how the vectors of a round become one.
         privacy: the plan, or None.
@@ -81,7 +81,7 @@ class Uplink:
             units of it.
     """
 
-    ways: tuple[Way, ...]
+    vector_codecs: tuple[VectorCodec, ...]
     cohort: Cohort
     aggregator: Aggregator
     privacy: PrivacyPlan | None
@@ -113,10 +113,12 @@ class Uplink:
         clip_norm = plan.clip_norm if plan is not None and trust.unit == "client" else None
         vectors = payload.vectors(clip_norm)
         binder = _Binder(trust, plan, aggregator, cohort.size, noise, len(vectors))
-        ways = tuple(binder.way(name, one, payload.start(one)) for name, one in vectors.items())
-        aggregator.check(ways)
+        vector_codecs = tuple(
+            binder.bind(name, one, payload.start(one)) for name, one in vectors.items()
+        )
+        aggregator.check(vector_codecs)
         return cls(
-            ways,
+            vector_codecs,
             cohort,
             aggregator,
             plan,
@@ -127,17 +129,24 @@ class Uplink:
             guarantee.adaptive,
         )
 
+    def agreed(self) -> dict[str, object]:
+        """Returns what both sides must hold alike: every field, the codecs under their first name, "ways"."""
+        entries = {one.name: getattr(self, one.name) for one in fields(self)}
+        # The agreement's fingerprint names the run of a secure sum: a renamed field must not change it.
+        entries["ways"] = entries.pop("vector_codecs")
+        return entries
+
     @property
     def size(self) -> int:
         """Number of values of an update."""
-        return self.ways[0].size
+        return self.vector_codecs[0].size
 
     def encode(self, vectors: Vectors, key: Key, *, unit: float = 1.0) -> dict[str, Tensor]:
         """Returns the tensors that carry `vectors` to the server, in units of `unit`."""
         tensors: dict[str, Tensor] = {}
-        for way in self.ways:
-            vector = vectors[way.name]
-            tensors |= way.encode(vector if unit == 1 else vector / unit, key)
+        for codec in self.vector_codecs:
+            vector = vectors[codec.name]
+            tensors |= codec.encode(vector if unit == 1 else vector / unit, key)
         return tensors
 
     def decode(self, tensors: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:
@@ -146,8 +155,8 @@ class Uplink:
         Raises:
             WireError: if one is not of the agreed size, or not finite.
         """
-        parts = divide(self.ways, tensors)
-        return {way.name: way.decode(parts[way.name], key) for way in self.ways}
+        parts = divide(self.vector_codecs, tensors)
+        return {codec.name: codec.decode(parts[codec.name], key) for codec in self.vector_codecs}
 
     def receive(self, tensors: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:
         """Returns the vectors in `tensors`, each within its promise, whatever was sent.
@@ -155,8 +164,8 @@ class Uplink:
         Raises:
             WireError: if one is not of the agreed size, or not finite.
         """
-        parts = divide(self.ways, tensors)
-        return {way.name: way.receive(parts[way.name], key) for way in self.ways}
+        parts = divide(self.vector_codecs, tensors)
+        return {codec.name: codec.receive(parts[codec.name], key) for codec in self.vector_codecs}
 
     def init(self) -> dict[str, Tensor]:
         """Returns the state before the first round."""
@@ -192,7 +201,7 @@ class Uplink:
         gatherer = Gatherer(self, key, tuple(cohort), dict(state or self.init()))
         try:
             begun = session or self.aggregator.open(None, "")
-            gatherer.gathering = begun.begin(self.ways, cohort, key)
+            gatherer.gathering = begun.begin(self.vector_codecs, cohort, key)
         except SecureError as problem:
             gatherer.closed = str(problem)
         return gatherer
@@ -219,7 +228,7 @@ class Uplink:
 
 @dataclass(frozen=True)
 class _Binder:
-    """What all ways of an uplink have in common; `vectors` is how many there are."""
+    """What all vector_codecs of an uplink have in common; `vectors` is how many there are."""
 
     trust: Trust
     plan: PrivacyPlan | None
@@ -228,7 +237,7 @@ class _Binder:
     noise: ServerNoise | None
     vectors: int
 
-    def way(self, name: str, one: Extra, start: Bound) -> Way:
+    def bind(self, name: str, one: ExtraVector, start: Bound) -> VectorCodec:
         """Binds the codecs of a vector of `start`; RecipeError if they do not fit together."""
         first = self.trust.codecs(self.plan, one.clip_norm, self.vectors)
         codecs = (*first, *one.codecs)
@@ -237,7 +246,7 @@ class _Binder:
         with renaming({f"chain[{at}]": "privacy" for at in range(len(first))} | own):
             chain, end = bind_chain(codecs, start)
         promise = self.trust.promise(one.clip_norm, start, end)
-        return Way(name, promise, chain, codecs, end, self._noise(one.clip_norm))
+        return VectorCodec(name, promise, chain, codecs, end, self._noise(one.clip_norm))
 
     def _noise(self, clip_norm: float | None) -> ServerNoise | None:
         """Returns the server's noise on the aggregate of a vector that a client moves by `clip_norm`.
@@ -326,11 +335,11 @@ class Gatherer:
         unit = up.unit(self.state)
         divisor = up.divisor if up.aggregator.sums else 1.0
         means = {}
-        for way in up.ways:
-            vector = total.vectors[way.name]
-            if way.noise is not None:
-                vector, self.state = way.noise.add(vector, self.state, self.key, way.name)
-            means[way.name] = (vector.double() * (unit / divisor)).float()
+        for codec in up.vector_codecs:
+            vector = total.vectors[codec.name]
+            if codec.noise is not None:
+                vector, self.state = codec.noise.add(vector, self.state, self.key, codec.name)
+            means[codec.name] = (vector.double() * (unit / divisor)).float()
         if up.adaptive is not None:
             self.state |= self._next_clip(up.adaptive)
         planned = up.cohort.size

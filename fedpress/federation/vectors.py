@@ -19,7 +19,7 @@ PARAMS = "params"
 
 
 @dataclass(frozen=True)
-class Extra:
+class ExtraVector:
     """One further named vector of an algorithm, on its way up or down.
 
     Attributes:
@@ -48,12 +48,12 @@ class Payload:
     size: int
     chain: tuple[Settings, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
-    extras: Mapping[str, Extra] = field(default_factory=dict)
+    extras: Mapping[str, ExtraVector] = field(default_factory=dict)
 
-    def vectors(self, clip_norm: float | None) -> dict[str, Extra]:
+    def vectors(self, clip_norm: float | None) -> dict[str, ExtraVector]:
         """Returns all vectors by name, the update first, which one client moves by at most `clip_norm`."""
-        return {UPDATE: Extra(codecs=self.chain, clip_norm=clip_norm), **self.extras}
+        return {UPDATE: ExtraVector(codecs=self.chain, clip_norm=clip_norm), **self.extras}
 
-    def start(self, one: Extra) -> Bound:
+    def start(self, one: ExtraVector) -> Bound:
         """Returns what is known of `one` of its vectors before the first codec."""
         return Bound(self.size, shapes=self.shapes) if one.size is None else Bound(one.size)

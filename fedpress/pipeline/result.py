@@ -60,9 +60,9 @@ def take_metrics_of_files_(stages: Sequence[Stage], lines: Sequence[dict[str, An
     simulated = False
     for stage, line in zip(stages, lines, strict=True):
         if stage.changes_model:
-            source, simulated = line, stage.simulates
+            source, simulated = line, stage.simulates_device
         task = task_of(line)
-        if not (stage.tells_of_file and simulated and line.get(task.primary) is not None):
+        if not (stage.reports_artifact and simulated and line.get(task.primary) is not None):
             continue
         assert source is not None
         source.setdefault(f"{task.primary}_simulated", source[task.primary])

@@ -71,7 +71,7 @@ def _stages(
         spec, model = place.load()
         before = state
         # A line may tell of a file for a device; the model is still worth what it was.
-        of_model = not (stage.tells_of_file or stage.repeats_line)
+        of_model = not (stage.reports_artifact or stage.repeats_measurements)
         score = done.result.get(data.task.primary) if of_model else state.score
         state = replace(state, spec=spec, model=model, ledger=_ledger(done), score=score)
         state, load = with_parent(state, before, load), place.load
@@ -111,7 +111,7 @@ def _do(
         state = yield from stage.run(state, place)
     state = _settled(state)
     seconds = before + time.perf_counter() - began
-    if last and stage.repeats_line:
+    if last and stage.repeats_measurements:
         known = measured_keys(state.data.task)
         told = {key: value for key, value in last[0].items() if key in known}
     else:

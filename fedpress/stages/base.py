@@ -1,4 +1,4 @@
-"""What a stage is, and what the rest of the house asks about a kind of stage."""
+"""What a stage is, and what the recipe, the runner and the command line ask about its kind."""
 
 from __future__ import annotations
 
@@ -13,60 +13,83 @@ from fedpress.workspace.state import State, Tick
 
 
 class Stage:
-    """Base of the settings classes: frozen settings whose fields are the recipe's keys, and what is done by them.
+    """Base of the settings classes: frozen settings (the recipe's keys), `check` and `run`.
 
-    Beside `check` and `run` a class states only in what its kind differs from most.
+    A class overrides only those of the attributes below in which its kind differs from most.
 
     Attributes:
-        changes_model: its model is another one afterwards.
-        tells_of_file: the accuracy, size and latency in its line are those of a file that it has written for a device.
-        repeats_line: it measures by itself: the run is worth and costs what the line before says.
-        simulates: torch simulates what a device will compute, so that an exported file's accuracy takes the place of
-            the one that was measured here.
-        learns_from_data: inputs must be standardised as the data are, and not as a model from elsewhere wants them.
-        needs_rebuilding: what it leaves is opened by building the model anew.
-        several_inputs: it takes models of several inputs.
-        wants_one_of: keys of which a command must give one, since no default suits all.
-        without_data: keys that take other values where there is no data to look at.
-        saved_models: keys whose value may be the path of a saved model, and the words that are none.
-        places: arguments of the floors below -> the key of this stage that they come from, where the words differ.
+        changes_model: whether the model after the stage differs from the one before it.
+        reports_artifact: whether accuracy, size and latency in the stage's line of the result are
+            those of the file that it has written for a device, not those of the torch model.
+        repeats_measurements: whether accuracy and costs are copied from the previous stage's
+            line. The measure stage does its own measuring, so it needs no second measurement.
+        simulates_device: whether torch only simulates what a device will compute (quantization).
+            If the model is exported later, the accuracy of the file replaces the one from torch.
+        uses_data_standardization: whether inputs are standardised by the mean and std of the data,
+            even where a model from elsewhere was trained with others.
+        needs_buildable_spec: whether its output is opened by building the model from its spec, so
+            that the spec must be able to do that.
+        several_inputs: whether it accepts models whose forward takes several inputs.
+        requires_one_of: keys of which a command must be given one, because no default suits every
+            model. Example: `keep_params` or `keep_macs` for prune.
+        defaults_without_data: key -> value used instead of the default where there is no data.
+        saved_models: key whose value may be the path of a saved model -> words that are not paths.
+            Example: `teacher` -> ("dense", "before").
+        places: argument of a function on a lower floor -> key of this stage that it comes from, so
+            that an error names the key. Example: {"chain": "uplink"}.
     """
 
     changes_model: ClassVar[bool] = True
-    tells_of_file: ClassVar[bool] = False
-    repeats_line: ClassVar[bool] = False
-    simulates: ClassVar[bool] = False
-    learns_from_data: ClassVar[bool] = False
-    needs_rebuilding: ClassVar[bool] = False
+    reports_artifact: ClassVar[bool] = False
+    repeats_measurements: ClassVar[bool] = False
+    simulates_device: ClassVar[bool] = False
+    uses_data_standardization: ClassVar[bool] = False
+    needs_buildable_spec: ClassVar[bool] = False
     several_inputs: ClassVar[bool] = False
-    wants_one_of: ClassVar[tuple[str, ...]] = ()
-    without_data: ClassVar[Mapping[str, JsonValue]] = {}
+    requires_one_of: ClassVar[tuple[str, ...]] = ()
+    defaults_without_data: ClassVar[Mapping[str, JsonValue]] = {}
     saved_models: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     places: ClassVar[Mapping[str, str]] = {}
 
-    if TYPE_CHECKING:  # fields of the settings classes, each with its own kind as type
+    # The settings classes declare both as pydantic fields, `kind` with its own Literal type. A
+    # declaration at run time would be taken for a field of every class.
+    if TYPE_CHECKING:
 
         @property
         def kind(self) -> str:
-            """Which row of the table this is."""
+            """The row of the table of stages: "prune", "federate" and so on."""
 
         @property
         def name(self) -> str:
-            """What this stage is called in the recipe, unlike any other there."""
+            """Name of the stage in the recipe; unique there."""
 
     @property
     def private(self) -> bool:
-        """Whether it promises something about the clients' rows."""
+        """Whether it promises differential privacy to the clients."""
         return False
 
-    def looks_at_labels(self) -> str:
-        """Says which of its settings looks at labels: its kind if it always does, empty if none does."""
+    def setting_reading_labels(self) -> str:
+        """Returns the setting by which the stage reads labels; empty if it reads none.
+
+        It is the kind where the stage always reads labels, such as "train".
+        """
         return ""
 
     @abstractmethod
     def check(self, state: State) -> tuple[State, dict[str, Any]]:
-        """Binds to `state` without doing the work: returns the state as it will be shaped, and facts to show."""
+        """Finds everything that would stop the run, without doing the work.
+
+        Returns:
+            The state with the shapes that the run will give it, and facts to show.
+        """
 
     @abstractmethod
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
-        """Does the work from the last checkpoint in `folder`; yields progress, returns the new state."""
+        """Does the work, from the last checkpoint in `folder` on.
+
+        Yields:
+            Progress.
+
+        Returns:
+            The new state.
+        """

@@ -12,18 +12,18 @@ from fedpress.workspace.drive import Milestone
 from fedpress.workspace.state import State
 
 
-def epochs_of(fit: Fit, state: State) -> Iterator[Step | EpochRecord]:
+def train_epochs(fit: Fit, state: State) -> Iterator[Step | EpochRecord]:
     """Trains on the public part of the state's data, from where `fit` stands."""
     data = state.data
     return fit.epochs(data.public, data.validation, data.preprocess)
 
 
-def steps_of(epochs: int, batch_size: int, state: State) -> int:
+def total_steps(epochs: int, batch_size: int, state: State) -> int:
     """Returns the number of steps of a whole training on the public part."""
     return epochs * max(1, len(state.data.public) // batch_size)
 
 
-def milestone(
+def epoch_milestone(
     epoch: EpochRecord, *, more: str = "", before: str = "", **facts: JsonValue
 ) -> Milestone:
     """Returns the milestone after `epoch`.

@@ -36,7 +36,7 @@ class ExportStage(BaseModel, Stage):
     """`[[stage]] kind = "export"`: a file that a device runs, compared with the model on real test images."""
 
     changes_model: ClassVar = False
-    tells_of_file: ClassVar = True
+    reports_artifact: ClassVar = True
     several_inputs: ClassVar = True
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -99,7 +99,7 @@ class ExportStage(BaseModel, Stage):
         path.parent.mkdir(exist_ok=True)
         model = state.model.to("cpu")
         artifact = self._export(state, path)
-        inputs.leave(state, folder)
+        inputs.write_inputs_json(state, folder)
         yield Tick(1, 4, "comparing with torch")
         test = state.data.test
         if len(test):

@@ -7,7 +7,7 @@ from fedpress.workspace.stage_folder import INPUTS, StageFolder
 from fedpress.workspace.state import State
 
 
-def leave(state: State, folder: StageFolder) -> None:
+def write_inputs_json(state: State, folder: StageFolder) -> None:
     """Writes `artifacts/inputs.json`; nothing where the data come from no table."""
     data = state.data
     if data.preparation is None:

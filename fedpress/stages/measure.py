@@ -28,7 +28,7 @@ class MeasureStage(BaseModel, Stage):
     """`[[stage]] kind = "measure"`: latency, memory and distance to this machine's peak, saved as measure.json."""
 
     changes_model: ClassVar = False
-    repeats_line: ClassVar = True
+    repeats_measurements: ClassVar = True
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -57,7 +57,7 @@ class MeasureStage(BaseModel, Stage):
         chance = public_stream(state.seed, "measure", self.name)
         order = chance.permutation(len(state.data.public))
         public = state.data.preprocess(state.data.public.take(order[:64]).x) if self.int8 else None
-        found = measured(
+        found = measure_model(
             model,
             state.given,
             file_bytes=storage.file_bytes(state.spec, model),
@@ -71,7 +71,7 @@ class MeasureStage(BaseModel, Stage):
         return replace(state, model=model, facts={"measure": found})
 
 
-def measured(
+def measure_model(
     model: nn.Module,
     given: Given,
     *,

@@ -20,7 +20,7 @@ class PackStage(BaseModel, Stage):
     """`[[stage]] kind = "pack"`: a packed file in artifacts/, checked by unpacking it (docs/packed-models.md)."""
 
     changes_model: ClassVar = False
-    needs_rebuilding: ClassVar = True
+    needs_buildable_spec: ClassVar = True
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,7 +45,7 @@ class PackStage(BaseModel, Stage):
         with writing(path):
             path.parent.mkdir(exist_ok=True)
             packed = storage.pack(state.spec, model, path)
-        inputs.leave(state, folder)
+        inputs.write_inputs_json(state, folder)
         yield Tick(1, 1)
         facts: dict[str, Any] = {
             "artifact": f"artifacts/{path.name}",

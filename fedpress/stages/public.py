@@ -22,7 +22,7 @@ def check_public_training(state: State, settings: TrainSettings) -> None:
     check_training(state.model, settings, data.public, data.validation, data.preprocess, data.task)
 
 
-def calibration(state: State, n: int, seed: int) -> Arrays:
+def draw_calibration(state: State, n: int, seed: int) -> Arrays:
     """Draws up to `n` public examples without repetition, in an order that `seed` decides.
 
     Raises:

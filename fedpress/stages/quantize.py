@@ -26,8 +26,8 @@ from fedpress.nn.quantized import (
 )
 from fedpress.nn.resize import copied
 from fedpress.stages.base import Stage
-from fedpress.stages.public import calibration, check_public_training
-from fedpress.stages.teaching import SAVED_MODELS, TaughtSettings, Training
+from fedpress.stages.public import check_public_training, draw_calibration
+from fedpress.stages.teaching import SAVED_MODELS, StageTraining, TeacherTrainSettings
 from fedpress.workspace.drive import drive
 from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
@@ -35,18 +35,18 @@ from fedpress.workspace.state import Name, State, Tick
 BATCH = 64
 
 
-class QuantizeStage(TaughtSettings, Stage):
+class QuantizeStage(TeacherTrainSettings, Stage):
     """`[[stage]] kind = "quantize"`: fewer bits for weights, and for the inputs of layers.
 
     Without `epochs` the network is rounded after training; with them it trains on its grids, scales included (learned
     step size, Esser et al. 2020), from that rounding on.
     """
 
-    simulates: ClassVar = True
+    simulates_device: ClassVar = True
     several_inputs: ClassVar = True
-    without_data: ClassVar = {"inputs": "dynamic", "correct_bias": False}
+    defaults_without_data: ClassVar = {"inputs": "dynamic", "correct_bias": False}
     saved_models: ClassVar = SAVED_MODELS
-    places: ClassVar = {**TaughtSettings.places, "inputs.bits": "input_bits"}
+    places: ClassVar = {**TeacherTrainSettings.places, "inputs.bits": "input_bits"}
 
     kind: Literal["quantize"]
     name: Name = "quantize"
@@ -160,7 +160,7 @@ class QuantizeStage(TaughtSettings, Stage):
             )
         return self
 
-    def looks_at_labels(self) -> str:
+    def setting_reading_labels(self) -> str:
         """It trains if it has epochs."""
         return "epochs" if self.epochs else ""
 
@@ -178,7 +178,7 @@ class QuantizeStage(TaughtSettings, Stage):
             check_public_training(state, self)
             self.objective(state, 0)
         if self._looks_at_data():
-            calibration(state, self.calibration, 0)
+            draw_calibration(state, self.calibration, 0)
         model = copied(state.model).to("cpu")
         spec, table, left = self._prepare_(model, state)
         if self.mixed:
@@ -216,9 +216,9 @@ class QuantizeStage(TaughtSettings, Stage):
             update={"quantized": {**spec.quantized, **table}, "kept_zeros": noted}
         )
         if self.epochs:
-            lesson = self.objective(state, seed, student=model)
+            distillation = self.objective(state, seed, student=model)
             on_grids = replace(state, spec=spec)
-            work = Training(model, self, on_grids, seed=seed, lesson=lesson)
+            work = StageTraining(model, self, on_grids, seed=seed, distillation=distillation)
             yield from drive(work, folder)
             model = work.fit.result_()
         model = materialize_(model.to("cpu"))
@@ -316,7 +316,7 @@ class QuantizeStage(TaughtSettings, Stage):
             return []
         return [
             state.data.preprocess(x)
-            for x in calibration(state, self.calibration, seed).x.split(BATCH)
+            for x in draw_calibration(state, self.calibration, seed).x.split(BATCH)
         ]
 
 

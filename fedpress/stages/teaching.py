@@ -25,7 +25,7 @@ from fedpress.errors import (
 )
 from fedpress.models import ModelSpec, memory
 from fedpress.nn.resize import copied
-from fedpress.stages.epochs import epochs_of, milestone
+from fedpress.stages.epochs import epoch_milestone, train_epochs
 from fedpress.training.device import autocast, device, place_
 from fedpress.training.fit import Fit, Step
 from fedpress.training.settings import TrainSettings
@@ -45,7 +45,7 @@ GIVE_TEACHER = (
 """What helps where a teacher is missing: a command begins with its model, and nothing came before a cut there."""
 
 
-class TaughtSettings(TrainSettings):
+class TeacherTrainSettings(TrainSettings):
     """How to train on the public part, with or without a teacher."""
 
     teacher: str | None = Field(
@@ -60,7 +60,7 @@ class TaughtSettings(TrainSettings):
     }
 
     @model_validator(mode="after")
-    def _distills_from_somebody(self) -> TaughtSettings:
+    def _distills_from_somebody(self) -> TeacherTrainSettings:
         if self.teacher is None and "distill" in self.model_fields_set:
             raise SettingError(
                 "it needs a teacher",
@@ -93,39 +93,39 @@ class TaughtSettings(TrainSettings):
         )
 
 
-class Training:
+class StageTraining:
     """A training of a stage: a model, and the teacher's loss if there is one."""
 
     def __init__(
         self,
         model: nn.Module,
-        settings: TaughtSettings,
+        settings: TeacherTrainSettings,
         state: State,
         *,
         seed: int,
-        lesson: Distillation | None,
+        distillation: Distillation | None,
     ) -> None:
-        self.model, self.source, self.lesson = model, state, lesson
+        self.model, self.source, self.distillation = model, state, distillation
         self.fit = Fit(
             model,
             settings,
             task=state.data.task,
             seed=seed,
-            objective=lesson,
-            helpers=lesson.helpers if lesson else None,
+            objective=distillation,
+            helpers=distillation.helpers if distillation else None,
             sparse=state.spec.sparse,
         )
 
     def events(self) -> Iterator[Tick | Milestone]:
         """Trains to the end."""
-        with self.lesson.watching(self.model) if self.lesson else nullcontext():
-            for event in epochs_of(self.fit, self.source):
+        with self.distillation.watching(self.model) if self.distillation else nullcontext():
+            for event in train_epochs(self.fit, self.source):
                 if isinstance(event, Step):
                     yield Tick(event.done, event.total)
                     continue
                 told = self.source.data.task.formatted(event.score)
                 more = "" if event.score is None else f", validation {told}"
-                yield milestone(event, more=more, image_size=event.image_size)
+                yield epoch_milestone(event, more=more, image_size=event.image_size)
 
     def state(self) -> Snapshot:
         """Returns where the training stands."""

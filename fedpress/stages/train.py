@@ -11,21 +11,21 @@ from pydantic import model_validator
 from fedpress.core.random import derive
 from fedpress.errors import SettingError
 from fedpress.stages.base import Stage
-from fedpress.stages.epochs import steps_of
+from fedpress.stages.epochs import total_steps
 from fedpress.stages.public import check_public_training
-from fedpress.stages.teaching import GIVE_TEACHER, SAVED_MODELS, TaughtSettings, Training
+from fedpress.stages.teaching import GIVE_TEACHER, SAVED_MODELS, StageTraining, TeacherTrainSettings
 from fedpress.workspace.drive import drive
 from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import Name, State, Tick
 
 
-class TrainStage(TaughtSettings, Stage):
+class TrainStage(TeacherTrainSettings, Stage):
     """`[[stage]] kind = "train"`: trains all weights on the public part, with a checkpoint after each epoch.
 
     With a `teacher` the model learns from it besides; `kind = "distill"` is the same and wants one.
     """
 
-    learns_from_data: ClassVar = True
+    uses_data_standardization: ClassVar = True
     saved_models: ClassVar = SAVED_MODELS
 
     kind: Literal["train", "distill"]
@@ -41,7 +41,7 @@ class TrainStage(TaughtSettings, Stage):
             )
         return self
 
-    def looks_at_labels(self) -> str:
+    def setting_reading_labels(self) -> str:
         """It trains, whatever its settings."""
         return self.kind
 
@@ -60,13 +60,13 @@ class TrainStage(TaughtSettings, Stage):
         return state, {
             "examples": examples,
             "epochs": self.epochs,
-            "steps": steps_of(self.epochs, self.batch_size, state),
+            "steps": total_steps(self.epochs, self.batch_size, state),
         }
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Trains; yields a tick for every step."""
         seed = derive(state.seed, "stage", folder.index)
-        lesson = self.objective(state, seed)
-        work = Training(state.model, self, state, seed=seed, lesson=lesson)
+        distillation = self.objective(state, seed)
+        work = StageTraining(state.model, self, state, seed=seed, distillation=distillation)
         yield from drive(work, folder)
         return replace(state, model=work.fit.result_(), facts={"epochs": work.fit.epoch})

@@ -10,14 +10,14 @@ from fedpress.models import ModelSpec
 from fedpress.workspace.state import State
 
 
-def left_over(model: nn.Module, state: State, weights: Weights) -> Masks:
+def allowed_masks(model: nn.Module, state: State, weights: Weights) -> Masks:
     """Returns what earlier stages left of the chosen weights: True where an entry may be other than zero."""
     old = masks_of(model, state.spec.sparse)
     full = {w.name: torch.ones_like(w.value, dtype=torch.bool) for w in weights.chosen}
     return {name: old.get(name, mask) for name, mask in full.items()}
 
 
-def with_zeros(spec: ModelSpec, masks: Masks) -> ModelSpec:
+def with_sparse_weights(spec: ModelSpec, masks: Masks) -> ModelSpec:
     """Returns the spec of a model whose weights have the zeros of `masks` too, so that later stages keep them."""
     new = [name for name, mask in masks.items() if not mask.all() and name not in spec.sparse]
     return spec.model_copy(update={"sparse": (*spec.sparse, *new)})

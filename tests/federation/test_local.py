@@ -14,7 +14,7 @@ from fedpress.core.random_source import public_stream
 from fedpress.errors import DivergedError, RecipeError, TrainingError
 from fedpress.federation.local import LocalPlan, LocalSettings, LocalWork, shuffled_batches
 from fedpress.federation.private import private_steps, rehearse_private
-from fedpress.federation.sources import SOURCES
+from fedpress.federation.sources import GRADIENT_SOURCES
 from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import quantize_layers_
 from fedpress.privacy.plan import PrivacyPlan
@@ -163,7 +163,7 @@ def test_what_came_out_is_asked_after_the_last_step():
 @pytest.mark.parametrize("kind", ["plain", "private"])
 def test_what_is_added_to_a_gradient_is_part_of_the_step(kind):
     plan = replace(SAMPLE_PLAN, steps_per_round=1) if kind == "private" else None
-    work = with_source(task(plan=plan, lr=0.1, batch_size=10), SOURCES[kind])
+    work = with_source(task(plan=plan, lr=0.1, batch_size=10), GRADIENT_SOURCES[kind])
     drift = torch.linspace(-1, 1, parameters.Layout.of(mlp()).size)
     moved = []
     for factor in (0.0, 1.0):
@@ -215,7 +215,7 @@ def test_private_noise_is_new_for_everything_asked_and_the_same_on_repeat():
         "prepare": noise(prepare=unchanged),
         "round": noise(round=2),
         "task": noise(task=GOAL.smoothed(0.1)),
-        "pulls": noise(pulls={"proximal_mu": 0.1}),
+        "pulls": noise(penalties={"proximal_mu": 0.1}),
     }
     for what, other in others.items():
         assert not alike(base, other), what

@@ -210,7 +210,7 @@ def test_a_random_part_of_the_values_sums_securely():
     chain = (Clip(clip_norm=1.0), RandomK(density=0.5), Discretize(scale=200.0))
     size = len(SecureFederation().params)
     federation = SecureFederation(secure=False, chain=chain)
-    assert federation.uplink.ways[0].chain[-1].size == math.ceil(size / 2)
+    assert federation.uplink.vector_codecs[0].chain[-1].size == math.ceil(size / 2)
 
 
 def test_example_weights_are_refused_under_a_secure_sum():

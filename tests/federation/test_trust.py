@@ -3,7 +3,7 @@
 import pytest
 
 from fedpress.errors import DivergedError, RecipeError, TrainingError
-from fedpress.federation.sources import SOURCES
+from fedpress.federation.sources import GRADIENT_SOURCES
 from fedpress.federation.trust import TRUSTS, share, trust_of
 from tests.federation.federation import SAMPLE_PLAN, key
 
@@ -19,7 +19,7 @@ def test_every_unit_and_kind_is_one_row(trust):
     assert trust_of(trust.unit, trust.kind) is trust
     assert len({(row.unit, row.kind) for row in TRUSTS}) == len(TRUSTS)
     assert trust.agreed() == {"kind": trust.kind, "unit": trust.unit}
-    assert trust.steps in SOURCES
+    assert trust.steps in GRADIENT_SOURCES
 
 
 def test_an_unknown_kind_is_refused_and_the_old_word_is_read():

@@ -19,7 +19,7 @@ from fedpress.pipeline.measure import measure
 from fedpress.pipeline.result import take_metrics_of_files_
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.export import ExportStage, difference_in_words
-from fedpress.stages.measure import measured
+from fedpress.stages.measure import measure_model
 from fedpress.stages.pack import PackStage
 from fedpress.stages.quantize import QuantizeStage
 from fedpress.stages.train import TrainStage
@@ -128,7 +128,7 @@ class Branch(nn.Module):
 
 
 def test_a_format_that_cannot_take_the_model_is_told_and_the_rest_measured():
-    found = measured(
+    found = measure_model(
         nn.Sequential(Branch(), nn.Linear(4, 2)), (4,), batches=[1], threads=[1], seconds=0.001
     )
     assert [r["name"] for r in found["runtimes"]] == ["torch"]

@@ -9,7 +9,7 @@ from fedpress.core.examples import Arrays, Preprocess
 from fedpress.data import FederatedData
 from fedpress.errors import DataError
 from fedpress.models import ModelSpec
-from fedpress.stages.public import calibration, restore_norms_
+from fedpress.stages.public import draw_calibration, restore_norms_
 from fedpress.workspace.state import State
 
 
@@ -24,13 +24,13 @@ def state(x, y):
 
 def test_draws_without_repetition_and_by_the_seed():
     here = state(torch.arange(60.0).view(20, 3), torch.arange(20) % 2)
-    one, same, other = (calibration(here, 12, seed) for seed in (1, 1, 2))
+    one, same, other = (draw_calibration(here, 12, seed) for seed in (1, 1, 2))
     assert len(one) == 12
     assert len(one.x[:, 0].unique()) == 12
     assert torch.equal(one.x, same.x)
     assert not torch.equal(one.x, other.x)
     assert torch.equal(one.y, (one.x[:, 0] / 3).long() % 2)
-    assert len(calibration(here, 500, 1)) == 20
+    assert len(draw_calibration(here, 500, 1)) == 20
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -44,10 +44,10 @@ def test_public_examples_that_are_not_finite_are_refused_when_the_data_is_made(b
 def test_one_class_is_refused_by_its_name_unless_there_is_only_one():
     here = state(torch.zeros(20, 3), torch.ones(20, dtype=torch.int64))
     with pytest.raises(DataError, match="all 20 public examples are of the one class 'dog'"):
-        calibration(here, 64, 0)
+        draw_calibration(here, 64, 0)
     one = Arrays(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
     data = FederatedData("tiny", {"a": one}, one, one, one, 1, ("dog",), Preprocess())
-    assert len(calibration(replace(here, data=data), 64, 0)) == 4
+    assert len(draw_calibration(replace(here, data=data), 64, 0)) == 4
 
 
 def test_an_empty_public_part_is_refused_with_the_cure():
@@ -55,7 +55,7 @@ def test_an_empty_public_part_is_refused_with_the_cure():
         DataError,
         match=r"public part of the data is empty; give public examples by .*data\.public_share",
     ):
-        calibration(state(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)), 64, 0)
+        draw_calibration(state(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)), 64, 0)
 
 
 def test_norms_are_restored_to_the_mean_and_variance_of_the_examples():

@@ -106,10 +106,10 @@ def test_every_row_loads_a_stage_of_its_kind(row):
 @pytest.mark.parametrize("row", STAGES, ids=lambda row: row.kind)
 def test_what_a_stage_says_of_itself_names_its_own_keys(row):
     stage = row.load()
-    named = {*stage.wants_one_of, *stage.without_data, *stage.saved_models}
+    named = {*stage.requires_one_of, *stage.defaults_without_data, *stage.saved_models}
     assert named <= stage.model_fields.keys()
-    assert stage.changes_model or not stage.simulates
-    assert not (stage.tells_of_file and stage.repeats_line)
+    assert stage.changes_model or not stage.simulates_device
+    assert not (stage.reports_artifact and stage.repeats_measurements)
 
 
 def test_the_table_is_read_without_torch():

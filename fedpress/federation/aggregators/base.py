@@ -12,8 +12,8 @@ from fedpress.codecs import Bound, Key
 from fedpress.core.canonical import JSON
 from fedpress.core.names import ClientId
 from fedpress.federation.exchange import Transport
+from fedpress.federation.vector_codec import VectorCodec
 from fedpress.federation.vectors import Vectors
-from fedpress.federation.way import Way
 
 Weights: TypeAlias = Literal["examples", "equal"]
 
@@ -64,11 +64,13 @@ class Session(Protocol):
         """Returns what a request says besides, so that the clients of `cohort` can send what is aggregated here."""
         ...
 
-    def begin(self, ways: Sequence[Way], cohort: Sequence[ClientId], key: Key) -> Gathering:
-        """Begins one aggregate of vectors that travel on `ways`.
+    def begin(
+        self, vector_codecs: Sequence[VectorCodec], cohort: Sequence[ClientId], key: Key
+    ) -> Gathering:
+        """Begins one aggregate of vectors that travel on `vector_codecs`.
 
         Args:
-            ways: the named vectors, the update first.
+            vector_codecs: the named vectors, the update first.
             cohort: who was asked.
             key: of the round, for decoding a sum.
 
@@ -109,8 +111,8 @@ class Aggregator(Protocol):
         """
         ...
 
-    def check(self, ways: Sequence[Way]) -> None:
-        """Raises RecipeError if it cannot aggregate what the codecs of `ways` make."""
+    def check(self, vector_codecs: Sequence[VectorCodec]) -> None:
+        """Raises RecipeError if it cannot aggregate what the codecs of `vector_codecs` make."""
         ...
 
     def open(self, transport: Transport | None, run: str) -> Session:

@@ -15,13 +15,13 @@ from fedpress.core.canonical import JSON
 from fedpress.core.names import ClientId
 from fedpress.federation.aggregators.base import Contribution, Total, Weights
 from fedpress.federation.exchange import Transport
-from fedpress.federation.way import Way
+from fedpress.federation.vector_codec import VectorCodec
 
 BLOCK = 1 << 20
 """Values that are sorted at a time: sorting needs a second copy of what it sorts."""
 
 
-class Centre(BaseModel):
+class CoordinateWise(BaseModel):
     """The answers of such a row; it says itself what the centre is.
 
     It keeps every update of a round: cohort x d float32 values.
@@ -52,7 +52,7 @@ class Centre(BaseModel):
         """No promise: one client can move every coordinate from one neighbour of the centre to the next."""
         return None
 
-    def check(self, ways: Sequence[Way]) -> None:
+    def check(self, vector_codecs: Sequence[VectorCodec]) -> None:
         """Compares after decoding, so every codec will do."""
 
     def open(self, transport: Transport | None = None, run: str = "") -> Self:
@@ -63,13 +63,15 @@ class Centre(BaseModel):
         """Clients need not know of each other."""
         return {}
 
-    def begin(self, ways: Sequence[Way], cohort: Sequence[ClientId], key: Key) -> Kept:
+    def begin(
+        self, vector_codecs: Sequence[VectorCodec], cohort: Sequence[ClientId], key: Key
+    ) -> KeptUpdates:
         """Begins with nothing."""
-        return Kept({way.name: way.size for way in ways}, self.centre)
+        return KeptUpdates({codec.name: codec.size for codec in vector_codecs}, self.centre)
 
 
 @dataclass(eq=False)
-class Kept:
+class KeptUpdates:
     """The updates of a round, kept until all are there.
 
     Attributes:

@@ -15,7 +15,7 @@ from fedpress.core.canonical import JSON
 from fedpress.core.names import ClientId
 from fedpress.federation.aggregators.base import Contribution, Total, Weights
 from fedpress.federation.exchange import Transport
-from fedpress.federation.way import Way
+from fedpress.federation.vector_codec import VectorCodec
 
 
 class Mean(BaseModel):
@@ -44,7 +44,7 @@ class Mean(BaseModel):
         """A sum moves as far as the one vector in it that moves, however many there are."""
         return moved.l2
 
-    def check(self, ways: Sequence[Way]) -> None:
+    def check(self, vector_codecs: Sequence[VectorCodec]) -> None:
         """Adds after decoding, so every codec will do."""
 
     def open(self, transport: Transport | None = None, run: str = "") -> Mean:
@@ -55,9 +55,13 @@ class Mean(BaseModel):
         """Clients need not know of each other."""
         return {}
 
-    def begin(self, ways: Sequence[Way], cohort: Sequence[ClientId], key: Key) -> RunningSum:
+    def begin(
+        self, vector_codecs: Sequence[VectorCodec], cohort: Sequence[ClientId], key: Key
+    ) -> RunningSum:
         """Begins at zero."""
-        return RunningSum({w.name: torch.zeros(w.size, dtype=torch.float64) for w in ways})
+        return RunningSum(
+            {codec.name: torch.zeros(codec.size, dtype=torch.float64) for codec in vector_codecs}
+        )
 
 
 @dataclass(eq=False)

@@ -6,10 +6,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from fedpress.federation.aggregators.centre import Centre
+from fedpress.federation.aggregators.centre import CoordinateWise
 
 
-class Median(Centre):
+class Median(CoordinateWise):
     """Takes the median of every coordinate by itself (Yin et al. 2018, arXiv:1803.01498, option I).
 
     While fewer than half of the clients send nonsense, each coordinate lies within the range of what the honest ones

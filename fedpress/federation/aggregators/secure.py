@@ -15,8 +15,8 @@ from fedpress.errors import RecipeError, SecureError, WireError
 from fedpress.federation.aggregators.base import Contribution, Total, Weights
 from fedpress.federation.exchange import Transport, exchange
 from fedpress.federation.protocol import check_header
+from fedpress.federation.vector_codec import VectorCodec
 from fedpress.federation.vectors import UPDATE
-from fedpress.federation.way import Way
 from fedpress.secagg import SecAggMessage, SecAggServer, SecurePlan, SecureRound
 from fedpress.secagg.keys import digest
 from fedpress.wire.message import Message
@@ -82,21 +82,21 @@ class SecureSum:
         """A sum moves as far as the one vector in it that moves; the grid bounds it, for no update is seen."""
         return moved.l2
 
-    def check(self, ways: Sequence[Way]) -> None:
+    def check(self, vector_codecs: Sequence[VectorCodec]) -> None:
         """Needs one vector, codecs whose sums decode, and whole numbers at their end."""
-        for way in ways:
-            if way.name != UPDATE:
+        for codec in vector_codecs:
+            if codec.name != UPDATE:
                 raise RecipeError(
                     (
-                        f"a secure sum is planned for one vector, and the algorithm sends '{way.name}' "
+                        f"a secure sum is planned for one vector, and the algorithm sends '{codec.name}' "
                         "too"
                     ),
                     place="aggregator",
                     cure='take aggregator = "mean", or another algorithm',
                 )
-            kinds = [one.kind for one in way.codecs]
-            check_additive(dict(zip(kinds, way.chain, strict=True)))
-            if not way.end.integer:
+            kinds = [one.kind for one in codec.codecs]
+            check_additive(dict(zip(kinds, codec.chain, strict=True)))
+            if not codec.end.integer:
                 raise RecipeError(
                     "a secure sum adds whole numbers",
                     place="chain",
@@ -146,7 +146,9 @@ class SecureSession:
         """Every client must know with whom it shares masks."""
         return {"cohort": list(cohort)}
 
-    def begin(self, ways: Sequence[Way], cohort: Sequence[ClientId], key: Key) -> MaskedSum:
+    def begin(
+        self, vector_codecs: Sequence[VectorCodec], cohort: Sequence[ClientId], key: Key
+    ) -> MaskedSum:
         """Begins the sum of one round.
 
         Raises:
@@ -157,7 +159,7 @@ class SecureSession:
         except RecipeError as error:
             problem = f"{error.problem}{_named(self.absent, cohort)}"
             raise SecureError(problem, place=error.place, cure=error.cure) from error
-        return MaskedSum(self, ways[0], key, opened)
+        return MaskedSum(self, vector_codecs[0], key, opened)
 
 
 @dataclass(eq=False)
@@ -165,7 +167,7 @@ class MaskedSum:
     """The sum of one round, masked until enough of the committee have sent what opens it."""
 
     session: SecureSession
-    way: Way
+    codec: VectorCodec
     key: Key
     opened: SecureRound
 
@@ -204,7 +206,7 @@ class MaskedSum:
                 place="secure sum",
                 cure="this round does not count",
             )
-        update = self.way.decode({VALUES: values}, self.key)
+        update = self.codec.decode({VALUES: values}, self.key)
         return Total({UPDATE: update.double()}, float(len(self.opened.reported)))
 
 

@@ -7,10 +7,10 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from fedpress.federation.aggregators.centre import Centre
+from fedpress.federation.aggregators.centre import CoordinateWise
 
 
-class Trimmed(Centre):
+class Trimmed(CoordinateWise):
     """`aggregator = { kind = "trimmed", beta = 0.1 }` (Yin et al. 2018, arXiv:1803.01498, option II).
 
     Of n values of a coordinate the floor(beta n) smallest and as many largest are dropped; the rest is averaged. While

@@ -5,7 +5,7 @@ from typing import Annotated, Any, TypeAlias, get_args
 
 from pydantic import BeforeValidator, Field
 
-from fedpress.federation.algorithms.base import Algorithm, AlgorithmRow, Seen, check_fits
+from fedpress.federation.algorithms.base import Algorithm, AlgorithmRow, RoundInfo, check_fits
 from fedpress.federation.algorithms.fedadam import FedAdam
 from fedpress.federation.algorithms.fedavg import FedAvg
 from fedpress.federation.algorithms.fedavgm import FedAvgM
@@ -39,7 +39,7 @@ __all__ = [
     "FedAvgM",
     "FedProx",
     "QFedAvg",
+    "RoundInfo",
     "Scaffold",
-    "Seen",
     "check_fits",
 ]

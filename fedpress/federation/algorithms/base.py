@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedpress.errors import RecipeError
 from fedpress.federation.algorithms.optimizers import Average, Server
 from fedpress.federation.local import LocalSettings, LocalWork, Measures
-from fedpress.federation.vectors import UPDATE, Extra, Vectors
+from fedpress.federation.vectors import UPDATE, ExtraVector, Vectors
 
 ClientState: TypeAlias = Vectors
 """What a client keeps from one of its rounds to the next."""
@@ -20,7 +20,7 @@ ServerState: TypeAlias = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Seen:
+class RoundInfo:
     """What the server may know of a round when it takes a step; all of it is public.
 
     Attributes:
@@ -48,17 +48,17 @@ class Algorithm(Protocol):
         ...
 
     @property
-    def extras_up(self) -> Mapping[str, Extra]:
+    def extras_up(self) -> Mapping[str, ExtraVector]:
         """Further vectors from clients, by name; each is aggregated like the update and may be charged."""
         ...
 
     @property
-    def extras_down(self) -> Mapping[str, Extra]:
+    def extras_down(self) -> Mapping[str, ExtraVector]:
         """Further vectors to clients, by name."""
         ...
 
     @property
-    def corrects(self) -> bool:
+    def corrects_gradients(self) -> bool:
         """Whether it changes gradients of several local steps; a joint step has none to change."""
         ...
 
@@ -68,7 +68,7 @@ class Algorithm(Protocol):
         ...
 
     @property
-    def equal_weights(self) -> bool:
+    def needs_equal_weights(self) -> bool:
         """Whether it holds only if every client counts the same."""
         ...
 
@@ -78,7 +78,7 @@ class Algorithm(Protocol):
         ...
 
     @property
-    def pulls(self) -> Mapping[str, float]:
+    def penalties(self) -> Mapping[str, float]:
         """Strengths of its corrections by recipe key: a strong one at a large rate overshoots."""
         ...
 
@@ -106,7 +106,7 @@ class Algorithm(Protocol):
         """
         ...
 
-    def client_settle(
+    def client_commit(
         self, before: ClientState, after: ClientState, arrived: Vectors
     ) -> ClientState:
         """Returns the state that is kept, when the server decodes `arrived` from what was sent."""
@@ -121,7 +121,7 @@ class Algorithm(Protocol):
         ...
 
     def server_step(
-        self, state: ServerState, params: Tensor, mean: Vectors, seen: Seen
+        self, state: ServerState, params: Tensor, mean: Vectors, info: RoundInfo
     ) -> tuple[ServerState, Tensor]:
         """Returns the next state and the next params [d]; changes nothing that it was given."""
         ...
@@ -138,17 +138,17 @@ class AlgorithmRow(BaseModel):
         return Average()
 
     @property
-    def extras_up(self) -> Mapping[str, Extra]:
+    def extras_up(self) -> Mapping[str, ExtraVector]:
         """None."""
         return {}
 
     @property
-    def extras_down(self) -> Mapping[str, Extra]:
+    def extras_down(self) -> Mapping[str, ExtraVector]:
         """None."""
         return {}
 
     @property
-    def corrects(self) -> bool:
+    def corrects_gradients(self) -> bool:
         """Leaves gradients as they are."""
         return False
 
@@ -158,7 +158,7 @@ class AlgorithmRow(BaseModel):
         return False
 
     @property
-    def equal_weights(self) -> bool:
+    def needs_equal_weights(self) -> bool:
         """Any weights."""
         return False
 
@@ -168,7 +168,7 @@ class AlgorithmRow(BaseModel):
         return False
 
     @property
-    def pulls(self) -> Mapping[str, float]:
+    def penalties(self) -> Mapping[str, float]:
         """None."""
         return {}
 
@@ -186,7 +186,7 @@ class AlgorithmRow(BaseModel):
         run = work.begin(model).finish()
         return {UPDATE: run.update()}, state, run.measures
 
-    def client_settle(
+    def client_commit(
         self, before: ClientState, after: ClientState, arrived: Vectors
     ) -> ClientState:
         """Keeps what the client computed."""
@@ -201,7 +201,7 @@ class AlgorithmRow(BaseModel):
         return {}
 
     def server_step(
-        self, state: ServerState, params: Tensor, mean: Vectors, seen: Seen
+        self, state: ServerState, params: Tensor, mean: Vectors, info: RoundInfo
     ) -> tuple[ServerState, Tensor]:
         """Takes a step of the server optimizer along the mean update."""
         return self.optimizer.step(state, params, mean[UPDATE])
@@ -216,7 +216,7 @@ def check_fits(
         RecipeError: naming what does not fit, and the cure.
     """
     algorithm.check(settings)
-    if steps == "joint" and algorithm.corrects:
+    if steps == "joint" and algorithm.corrects_gradients:
         raise RecipeError(
             (
                 f"'{algorithm.kind}' corrects several local steps, but with unit 'sample' and "

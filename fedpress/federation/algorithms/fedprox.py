@@ -27,12 +27,12 @@ class FedProx(AlgorithmRow):
         return self.server
 
     @property
-    def corrects(self) -> bool:
+    def corrects_gradients(self) -> bool:
         """The pull is zero in the first step and acts in those after it."""
         return True
 
     @property
-    def pulls(self) -> Mapping[str, float]:
+    def penalties(self) -> Mapping[str, float]:
         """At a rate of 2 / proximal_mu the pull overshoots."""
         return {"proximal_mu": self.proximal_mu}
 

@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedpress.federation.algorithms.base import AlgorithmRow, ClientState, Seen, ServerState
+from fedpress.federation.algorithms.base import AlgorithmRow, ClientState, RoundInfo, ServerState
 from fedpress.federation.local import LocalWork, Measures
-from fedpress.federation.vectors import UPDATE, Extra, Vectors
+from fedpress.federation.vectors import UPDATE, ExtraVector, Vectors
 
 TINY = 1e-10
 """Losses and sums of curvatures are taken to be at least this."""
@@ -31,9 +31,9 @@ class QFedAvg(AlgorithmRow):
     )
 
     @property
-    def extras_up(self) -> Mapping[str, Extra]:
+    def extras_up(self) -> Mapping[str, ExtraVector]:
         """The curvature."""
-        return {"curvature": Extra(size=1, clip_norm=self.clip_norm)}
+        return {"curvature": ExtraVector(size=1, clip_norm=self.clip_norm)}
 
     @property
     def reads_loss(self) -> bool:
@@ -53,7 +53,7 @@ class QFedAvg(AlgorithmRow):
         return vectors, state, run.measures
 
     def server_step(
-        self, state: ServerState, params: Tensor, mean: Vectors, seen: Seen
+        self, state: ServerState, params: Tensor, mean: Vectors, info: RoundInfo
     ) -> tuple[ServerState, Tensor]:
         """Adds the mean update over the mean curvature; noise makes the latter no less than a tenth of its bound."""
         least = TINY if self.clip_norm is None else self.clip_norm / 10

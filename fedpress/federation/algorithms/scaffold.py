@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from fedpress.codecs import AnyTransform
 from fedpress.errors import RecipeError
-from fedpress.federation.algorithms.base import AlgorithmRow, ClientState, Seen, ServerState
+from fedpress.federation.algorithms.base import AlgorithmRow, ClientState, RoundInfo, ServerState
 from fedpress.federation.algorithms.optimizers import Average, Server
 from fedpress.federation.local import LocalSettings, LocalWork, Measures
-from fedpress.federation.vectors import UPDATE, Extra, Vectors
+from fedpress.federation.vectors import UPDATE, ExtraVector, Vectors
 
 CONTROL = "control"
 
@@ -54,17 +54,17 @@ class Scaffold(AlgorithmRow):
         return self.server
 
     @property
-    def extras_up(self) -> Mapping[str, Extra]:
+    def extras_up(self) -> Mapping[str, ExtraVector]:
         """How far the client's control moved."""
-        return {CONTROL: Extra(codecs=self.uplink, clip_norm=self.clip_norm)}
+        return {CONTROL: ExtraVector(codecs=self.uplink, clip_norm=self.clip_norm)}
 
     @property
-    def extras_down(self) -> Mapping[str, Extra]:
+    def extras_down(self) -> Mapping[str, ExtraVector]:
         """The server's control."""
-        return {CONTROL: Extra()}
+        return {CONTROL: ExtraVector()}
 
     @property
-    def corrects(self) -> bool:
+    def corrects_gradients(self) -> bool:
         """Every local step."""
         return True
 
@@ -74,7 +74,7 @@ class Scaffold(AlgorithmRow):
         return True
 
     @property
-    def equal_weights(self) -> bool:
+    def needs_equal_weights(self) -> bool:
         """With other weights c would not stay the mean of the c_i, and the rounds would settle in a wrong place."""
         return True
 
@@ -114,7 +114,7 @@ class Scaffold(AlgorithmRow):
             run.measures,
         )
 
-    def client_settle(
+    def client_commit(
         self, before: ClientState, after: ClientState, arrived: Vectors
     ) -> ClientState:
         """Moves the client's control by what the server got of it."""
@@ -129,10 +129,10 @@ class Scaffold(AlgorithmRow):
         return {CONTROL: state[CONTROL]}
 
     def server_step(
-        self, state: ServerState, params: Tensor, mean: Vectors, seen: Seen
+        self, state: ServerState, params: Tensor, mean: Vectors, info: RoundInfo
     ) -> tuple[ServerState, Tensor]:
         """Moves the parameters by the optimizer, and c by the share of clients that were seen."""
         own = {name: tensor for name, tensor in state.items() if name != CONTROL}
         own, params = self.server.step(own, params, mean[UPDATE])
-        control = state[CONTROL] + mean[CONTROL] * (seen.cohort / seen.population)
+        control = state[CONTROL] + mean[CONTROL] * (info.cohort / info.population)
         return {**own, CONTROL: control}, params

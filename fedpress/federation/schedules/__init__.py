@@ -8,9 +8,9 @@ from pydantic import Field
 
 from fedpress.federation.schedules.base import (
     Assignment,
-    Enrolment,
     Participation,
     Schedule,
+    ScheduleContext,
     Scheduler,
     Timing,
 )
@@ -28,9 +28,9 @@ __all__ = [
     "AnySchedule",
     "Assignment",
     "Buffered",
-    "Enrolment",
     "Participation",
     "Schedule",
+    "ScheduleContext",
     "Scheduler",
     "Synchronous",
     "Timing",

@@ -57,7 +57,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Enrolment:
+class ScheduleContext:
     """What a schedule works with, the same from the first step to the last.
 
     Attributes:
@@ -123,12 +123,12 @@ class Participation(Protocol):
     """Who will be asked how often in a run of some steps; privacy is planned and charged from it before anybody is."""
 
     @property
-    def length(self) -> int:
+    def composed_tasks(self) -> int:
         """Tasks of one client that its noise must last for."""
         ...
 
     @property
-    def most(self) -> int:
+    def max_tasks(self) -> int:
         """Tasks of the client that is asked most often."""
         ...
 
@@ -176,22 +176,24 @@ class Schedule(Protocol):
         """Returns the factor of an update, never above 1: a clipped update stays within its clip norm."""
         ...
 
-    def foresee(self, enrolled: Enrolment, num_steps: int) -> Participation:
+    def plan_participation(self, context: ScheduleContext, num_steps: int) -> Participation:
         """Returns who will be asked in `num_steps` server steps."""
         ...
 
-    def open(self, enrolled: Enrolment, state: Mapping[str, Tensor]) -> Scheduler:
+    def open(self, context: ScheduleContext, state: Mapping[str, Tensor]) -> Scheduler:
         """Begins, or goes on from what `state` gave; empty to begin."""
         ...
 
 
-def look_ahead(schedule: Schedule, enrolled: Enrolment, num_steps: int) -> list[list[ClientId]]:
+def look_ahead(
+    schedule: Schedule, context: ScheduleContext, num_steps: int
+) -> list[list[ClientId]]:
     """Returns who is asked in each of `num_steps` server steps, as a run with this clock will ask.
 
     Nothing of it hangs on data: who is drawn follows from the seed, who answers first from the delays, and an answer
     that does not count takes its place in the step as any other does.
     """
-    scheduler = schedule.open(enrolled, {})
+    scheduler = schedule.open(context, {})
     asked: list[list[ClientId]] = []
     for step in range(1, num_steps + 1):
         scheduler.begin(step)

@@ -16,8 +16,8 @@ from fedpress.errors import RecipeError
 from fedpress.federation.sampling import Cohort
 from fedpress.federation.schedules.base import (
     Assignment,
-    Enrolment,
     Participation,
+    ScheduleContext,
     Scheduler,
     Timing,
     look_ahead,
@@ -107,13 +107,13 @@ class Buffered(BaseModel):
         """
         return float((1 + staleness) ** -self.staleness_exponent)
 
-    def foresee(self, enrolled: Enrolment, num_steps: int) -> Participation:
+    def plan_participation(self, context: ScheduleContext, num_steps: int) -> Participation:
         """See `Schedule`."""
-        return _Counted(look_ahead(self, enrolled, num_steps))
+        return _Counted(look_ahead(self, context, num_steps))
 
-    def open(self, enrolled: Enrolment, state: Mapping[str, Tensor]) -> Scheduler:
+    def open(self, context: ScheduleContext, state: Mapping[str, Tensor]) -> Scheduler:
         """See `Schedule`."""
-        scheduler = _Buffer(self, enrolled)
+        scheduler = _Buffer(self, context)
         if state:
             scheduler.load_(state)
         return scheduler
@@ -134,8 +134,8 @@ class _Buffer:
     neither who is asked next nor how many steps there are.
     """
 
-    def __init__(self, settings: Buffered, enrolled: Enrolment) -> None:
-        self._settings, self._enrolled = settings, enrolled
+    def __init__(self, settings: Buffered, context: ScheduleContext) -> None:
+        self._settings, self._context = settings, context
         self._now, self._draws, self._step = 0.0, 0, 0
         self._working: list[Assignment] = []
         self._taken: list[Assignment] = []
@@ -149,12 +149,12 @@ class _Buffer:
         new: list[Assignment] = []
         busy = {one.client for one in [*self._working, *self._taken]}
         room = min(
-            self._settings.concurrency - len(self._working), len(self._enrolled.clients) - len(busy)
+            self._settings.concurrency - len(self._working), len(self._context.clients) - len(busy)
         )
         while len(new) < room and self._unfilled:
             client = self._draw(busy)
             busy.add(client)
-            due = self._enrolled.due(client, self._step, self._now)
+            due = self._context.due(client, self._step, self._now)
             new.append(Assignment(client, self._step, due))
         self._working += new
         return new
@@ -162,8 +162,8 @@ class _Buffer:
     def _draw(self, busy: set[ClientId]) -> ClientId:
         """Returns one of the clients that are not `busy`, each with the same probability."""
         self._draws += 1
-        clients = self._enrolled.clients
-        stream = private_stream(self._enrolled.seed, "cohort", self._draws)
+        clients = self._context.clients
+        stream = private_stream(self._context.seed, "cohort", self._draws)
         while True:  # a client that is busy is drawn again: cheaper than a list of all others
             client = clients[int(stream.integers(len(clients)))]
             if client not in busy:
@@ -177,7 +177,7 @@ class _Buffer:
         """Returns whose answer comes first; without a virtual clock all who are at work."""
         if not self._unfilled or not self._working:
             return []
-        if self._enrolled.delays is None:
+        if self._context.delays is None:
             return list(self._working)
         return [
             min(self._working, key=lambda one: one.due)
@@ -192,7 +192,7 @@ class _Buffer:
     def end(self) -> tuple[Timing, dict[ClientId, str]]:
         """See `Scheduler`; nobody is ever late."""
         staleness = tuple(self._step - one.task for one in self._taken)
-        clock = None if self._enrolled.delays is None else self._now
+        clock = None if self._context.delays is None else self._now
         answered = tuple(one.client for one in self._taken)
         return Timing(answered, staleness, simulated_seconds=clock), {}
 
@@ -208,7 +208,7 @@ class _Buffer:
 
     def state(self) -> dict[str, Tensor]:
         """Returns the clock, the number of draws, and who is at work: by place in the list of clients."""
-        places = {client: at for at, client in enumerate(self._enrolled.clients)}
+        places = {client: at for at, client in enumerate(self._context.clients)}
         working = self._working
         return {
             "now": torch.tensor(self._now, dtype=torch.float64),
@@ -223,7 +223,7 @@ class _Buffer:
         self._now, self._draws = float(state["now"]), int(state["draws"])
         rows = zip(*(state[name].tolist() for name in ("clients", "tasks", "due")), strict=True)
         for client, task, due in rows:
-            self._working.append(Assignment(self._enrolled.clients[client], task, due))
+            self._working.append(Assignment(self._context.clients[client], task, due))
 
 
 class _Counted:
@@ -234,12 +234,12 @@ class _Counted:
         self._tasks = Counter(client for names in asked for client in names)
 
     @property
-    def length(self) -> int:
+    def composed_tasks(self) -> int:
         """No client needs noise for more tasks than the busiest is given."""
-        return self.most
+        return self.max_tasks
 
     @property
-    def most(self) -> int:
+    def max_tasks(self) -> int:
         """See `Participation`."""
         return max(self._tasks.values(), default=0)
 

@@ -16,8 +16,8 @@ from fedpress.core.names import ClientId
 from fedpress.federation.sampling import Cohort
 from fedpress.federation.schedules.base import (
     Assignment,
-    Enrolment,
     Participation,
+    ScheduleContext,
     Scheduler,
     Timing,
 )
@@ -77,33 +77,33 @@ class Synchronous(BaseModel):
         size = min(cohort.population, math.ceil(cohort.size * self.over_selection))
         return cohort if size == cohort.size else replace(cohort, size=size)
 
-    def foresee(self, enrolled: Enrolment, num_steps: int) -> Participation:
+    def plan_participation(self, context: ScheduleContext, num_steps: int) -> Participation:
         """See `Schedule`."""
-        return _InRounds(self.drawn(enrolled.cohort), enrolled, num_steps)
+        return _InRounds(self.drawn(context.cohort), context, num_steps)
 
-    def open(self, enrolled: Enrolment, state: Mapping[str, Tensor]) -> Scheduler:
+    def open(self, context: ScheduleContext, state: Mapping[str, Tensor]) -> Scheduler:
         """See `Schedule`."""
-        return _Rounds(self, enrolled, float(state["now"]) if state else 0.0)
+        return _Rounds(self, context, float(state["now"]) if state else 0.0)
 
 
 class _Rounds:
     """The synchronous schedule at work."""
 
-    def __init__(self, settings: Synchronous, enrolled: Enrolment, now: float) -> None:
-        self._settings, self._enrolled, self._now = settings, enrolled, now
-        self._drawn = settings.drawn(enrolled.cohort)
+    def __init__(self, settings: Synchronous, context: ScheduleContext, now: float) -> None:
+        self._settings, self._context, self._now = settings, context, now
+        self._drawn = settings.drawn(context.cohort)
         self._started = 0.0
 
     def begin(self, step: int) -> None:
         """Draws the cohort."""
-        enrolled, deadline = self._enrolled, self._settings.deadline
-        names = self._drawn.draw(enrolled.clients, seed=enrolled.draw_seed, round=step)
-        self._asked = [Assignment(n, step, enrolled.due(n, step, self._now)) for n in names]
+        context, deadline = self._context, self._settings.deadline
+        names = self._drawn.draw(context.clients, seed=context.draw_seed, round=step)
+        self._asked = [Assignment(n, step, context.due(n, step, self._now)) for n in names]
         self._unsent, self._taken = list(self._asked), list[Assignment]()
-        self._wanted = min(len(names), enrolled.cohort.size) if self._settings.drops else len(names)
+        self._wanted = min(len(names), context.cohort.size) if self._settings.drops else len(names)
         self._started = time.monotonic()
         self._open = self._asked
-        if enrolled.delays is not None:
+        if context.delays is not None:
             ends = math.inf if deadline is None else self._now + deadline
             in_time = [one for one in self._asked if one.due <= ends]
             first = set(sorted(in_time, key=lambda one: one.due)[: self._wanted])
@@ -122,7 +122,7 @@ class _Rounds:
         """
         if len(self._taken) >= self._wanted:
             return []
-        alone = self._enrolled.delays is not None or not self._settings.drops
+        alone = self._context.delays is not None or not self._settings.drops
         return self._open[:1] if alone else list(self._open)
 
     def take(self, assignment: Assignment) -> None:
@@ -161,12 +161,12 @@ class _Rounds:
 
     @property
     def _clock(self) -> float | None:
-        return None if self._enrolled.delays is None else self._now
+        return None if self._context.delays is None else self._now
 
     @property
     def patience(self) -> float | None:
         """What is left of the deadline."""
-        if self._enrolled.delays is not None or self._settings.deadline is None:
+        if self._context.delays is not None or self._settings.deadline is None:
             return None
         return max(0.0, self._started + self._settings.deadline - time.monotonic())
 
@@ -186,18 +186,18 @@ class _InRounds:
     """Participation in synchronous rounds: a client may be drawn in every round, or in every `period`-th one."""
 
     drawn: Cohort
-    enrolled: Enrolment
-    length: int
+    context: ScheduleContext
+    composed_tasks: int
 
     @property
-    def most(self) -> int:
+    def max_tasks(self) -> int:
         """See `Participation`."""
-        return math.ceil(self.length / self.drawn.period)
+        return math.ceil(self.composed_tasks / self.drawn.period)
 
     def tasks(self, client: ClientId) -> int:
         """See `Participation`."""
-        return self.most
+        return self.max_tasks
 
     def asked(self, step: int) -> list[ClientId]:
         """See `Participation`."""
-        return self.drawn.draw(self.enrolled.clients, seed=self.enrolled.draw_seed, round=step)
+        return self.drawn.draw(self.context.clients, seed=self.context.draw_seed, round=step)

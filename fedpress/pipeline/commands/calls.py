@@ -194,7 +194,7 @@ def _of_several(
     kind: str, model: nn.Module, shapes: several.Shapes, settings: dict[str, Any]
 ) -> Result:
     """Runs a stage on a model of several inputs; see `fedpress.pipeline.commands.several`."""
-    if commands()[kind].load().tells_of_file:
+    if commands()[kind].load().reports_artifact:
         if odd := sorted(settings.keys() - {"format"}):
             raise ModelError(
                 f"{kind} of a model of several inputs takes format alone",
@@ -252,13 +252,13 @@ def _refuse_what_cannot_be_saved(
         ModelError: if that is so.
     """
     row = commands()[kind].load()
-    if named is not None or (out is None and not row.needs_rebuilding):
+    if named is not None or (out is None and not row.needs_buildable_spec):
         return
-    what = "the file" if row.needs_rebuilding else "the folder"
+    what = "the file" if row.needs_buildable_spec else "the folder"
     error = ModelError(
         f"{what} could not be opened again, since nothing is known that builds this {type(model).__name__}: it is not "
         "made of torch.nn layers in sequences alone, and its class does not build it from arguments that it keeps",
-        place=kind if row.needs_rebuilding else "out",
+        place=kind if row.needs_buildable_spec else "out",
         cure=(
             "give ",
             Argument("model", "package.module:function"),
@@ -267,9 +267,9 @@ def _refuse_what_cannot_be_saved(
             " with its state_dict()",
         ),
     )
-    if not row.needs_rebuilding:
+    if not row.needs_buildable_spec:
         error.add_cure(", or leave ", Argument("out"), " away and keep the result in memory")
-    if row.tells_of_file:  # the file of the device is what counts here
+    if row.reports_artifact:  # the file of the device is what counts here
         warnings.warn(str(error), stacklevel=4)
         return
     raise error

@@ -79,7 +79,9 @@ class Order:
         seed, data = examples.table(subject, keys)
         stage: dict[str, Any] = {"kind": kind}
         if examples.of_nothing(subject):
-            stage |= {key: value for key, value in row.without_data.items() if key not in given}
+            stage |= {
+                key: value for key, value in row.defaults_without_data.items() if key not in given
+            }
         text = recipes.write(
             {"name": kind, "seed": seed, "data": data, "model": subject.model, "stage": [stage]}
         )
@@ -89,14 +91,14 @@ class Order:
             own = [key for key in keys if not _of_recipe(key)]
             whole["stage"] = [recipes.overridden(whole["stage"][0], own)]
             recipe = recipes.checked(whole)
-        if row.wants_one_of and not given & set(row.wants_one_of):
-            wanted = ", ".join(row.wants_one_of)
+        if row.requires_one_of and not given & set(row.requires_one_of):
+            wanted = ", ".join(row.requires_one_of)
             raise RecipeError(
                 "nothing says how much should stay",
                 place=kind,
-                cure=(f"give one of {wanted}, such as ", Argument(row.wants_one_of[0], 0.5)),
+                cure=(f"give one of {wanted}, such as ", Argument(row.requires_one_of[0], 0.5)),
             )
-        asks = None if row.learns_from_data else examples.question(subject, keys)
+        asks = None if row.uses_data_standardization else examples.question(subject, keys)
         return cls(kind, recipes.write(whole), recipe, subject.spec, asks)
 
     @staticmethod
@@ -172,7 +174,7 @@ class Order:
         if (
             len(data.public)
             and not data.labelled
-            and (why := self.recipe.stage[0].looks_at_labels())
+            and (why := self.recipe.stage[0].setting_reading_labels())
         ):
             always = why == self.kind
             who, otherwise = (

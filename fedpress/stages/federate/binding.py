@@ -12,8 +12,8 @@ from fedpress.core.names import ClientId
 from fedpress.errors import RecipeError
 from fedpress.federation import ClientState, DiskState, InMemoryState
 from fedpress.stages.federate.client import ClientHalf, secret_of
-from fedpress.stages.federate.contract import Beginning
-from fedpress.stages.federate.server import ServerPlan
+from fedpress.stages.federate.contract import CommonInputs
+from fedpress.stages.federate.server import ServerHalf
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.transport import LocalTransport
 from fedpress.workspace.state import State
@@ -30,7 +30,7 @@ class Simulation:
         clients: the clients' halves, by name; the server reaches them through messages alone.
     """
 
-    server: ServerPlan
+    server: ServerHalf
     clients: dict[ClientId, ClientHalf]
 
 
@@ -56,7 +56,7 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> S
                 "leave deadline out"
             ),
         )
-    beginning = Beginning.of(
+    common = CommonInputs.of(
         stage,
         state.spec,
         state.model,
@@ -64,16 +64,16 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> S
         task=state.data.task,
         seed=state.seed,
     )
-    memories, own = memories_of(beginning, list(state.data.clients), folder)
+    memories, own = memories_of(common, list(state.data.clients), folder)
     # One model for all clients, who work one after another, and another for the server.
-    shared = beginning.copy()
+    shared = common.copy()
     clients = {
         name: ClientHalf(name, arrays, shared, memories[name])
         for name, arrays in state.data.clients.items()
     }
     drawn = stage.privacy is not None and stage.privacy.secure_noise
-    server = ServerPlan.bind(
-        beginning,
+    server = ServerHalf.bind(
+        common,
         LocalTransport({name: client.handle for name, client in clients.items()}),
         ledger=state.ledger,
         secret=secret_of(own) if drawn else None,
@@ -82,7 +82,7 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> S
 
 
 def memories_of(
-    beginning: Beginning, clients: Sequence[ClientId], folder: Path | None
+    common: CommonInputs, clients: Sequence[ClientId], folder: Path | None
 ) -> tuple[dict[ClientId, ClientState], ClientState]:
     """Returns where each client, and the server, keeps what must outlive a process.
 
@@ -90,20 +90,20 @@ def memories_of(
     """
     if folder is None:
         return {name: InMemoryState() for name in clients}, InMemoryState()
-    place = _place(beginning, clients, folder)
+    place = _place(common, clients, folder)
     return {name: DiskState(place / f"{at:05d}") for at, name in enumerate(clients)}, DiskState(
         place / SERVER
     )
 
 
-def _place(beginning: Beginning, clients: Sequence[ClientId], folder: Path) -> Path:
+def _place(common: CommonInputs, clients: Sequence[ClientId], folder: Path) -> Path:
     """Returns the folder of the memories of this stage, set aside by its settings, its seed and its clients.
 
     A run of an older version called it by another name. A run that goes on has the settings with which it began (see
     `RunFolder.resume`), and memories without a checkpoint are removed, so the only folder that is there is this one.
     """
-    settings = json.loads(beginning.stage.model_dump_json(exclude_defaults=True))
-    text = json.dumps([settings, beginning.seed, list(clients)], sort_keys=True)
+    settings = json.loads(common.stage.model_dump_json(exclude_defaults=True))
+    text = json.dumps([settings, common.seed, list(clients)], sort_keys=True)
     place = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
     found = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return found[0] if len(found) == 1 else place

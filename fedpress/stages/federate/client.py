@@ -18,7 +18,7 @@ from fedpress.federation.client_state import load_json
 from fedpress.federation.protocol import check_header, read_text
 from fedpress.secagg import SecAggClient, identity
 from fedpress.stages.federate.contract import (
-    Beginning,
+    CommonInputs,
     Contract,
     counts_are_public,
     owns_keys,
@@ -36,14 +36,14 @@ class ClientHalf:
     Attributes:
         name: under which the transport knows it.
         arrays: its private examples.
-        beginning: what everybody is given.
+        common: what everybody is given.
         memory: what it keeps from round to round, and its secret.
         client: what answers in the rounds; None before it has agreed.
     """
 
     name: ClientId
     arrays: Arrays
-    beginning: Beginning
+    common: CommonInputs
     memory: ClientState
     client: Client | None = None
     _refusal: FedpressError | None = field(default=None, repr=False)
@@ -79,9 +79,9 @@ class ClientHalf:
     def _register(self) -> Message:
         """Says what may be known of this client: no count of examples where whole clients are protected."""
         header: dict[str, JSON] = {}
-        if counts_are_public(self.beginning.stage):
+        if counts_are_public(self.common.stage):
             header["examples"] = len(self.arrays)
-        if is_secure(self.beginning.stage):
+        if is_secure(self.common.stage):
             header["identity"] = identity(self._key()).hex()
         return Message("registered", header)
 
@@ -95,7 +95,7 @@ class ClientHalf:
         try:
             population = Population.from_json(read_text(message, "population"))
             self._check_own(population)
-            client = self._bind(self.beginning.contract(population))
+            client = self._bind(self.common.contract(population))
             answer = client.answer(message)
         except FedpressError as problem:
             self._refusal = problem
@@ -117,7 +117,7 @@ class ClientHalf:
                 place="agree.population",
                 cure="let this client register",
             )
-        if population.examples is not None and counts_are_public(self.beginning.stage):
+        if population.examples is not None and counts_are_public(self.common.stage):
             told, own = population.examples[self.name], len(self.arrays)
             if told != own:
                 raise WireError(
@@ -126,7 +126,7 @@ class ClientHalf:
                     cure="let this client register again",
                 )
         named = population.identities.get(self.name)
-        if is_secure(self.beginning.stage) and named != identity(self._key()):
+        if is_secure(self.common.stage) and named != identity(self._key()):
             raise WireError(
                 f"the server names another key than that of {self.name!r}",
                 place="agree.population.identities",
@@ -134,18 +134,18 @@ class ClientHalf:
             )
 
     def _bind(self, contract: Contract) -> Client:
-        terms, stage = contract.terms, self.beginning.stage
+        terms, stage = contract.terms, self.common.stage
         privacy = contract.plan_of(self.name)
         plan = ClientPlan.bind(
             terms,
-            self.beginning.model,
+            self.common.model,
             privacy=privacy,
         )
         drawn = stage.privacy is not None and stage.privacy.secure_noise
         return Client(
             name=self.name,
             arrays=self.arrays,
-            model=self.beginning.model,
+            model=self.common.model,
             plan=plan,
             memory=self.memory,
             member=self._member(contract),
@@ -167,8 +167,8 @@ class ClientHalf:
 
     def _key(self) -> bytes:
         """The secret behind this client's keys of a secure sum: its own, or in experiments from the seed."""
-        own = owns_keys(self.beginning.stage)
-        seed = secret_of(self.memory) if own else self.beginning.seed
+        own = owns_keys(self.common.stage)
+        seed = secret_of(self.memory) if own else self.common.seed
         return random.secret_key(seed, "member", self.name)
 
     def _evaluate(self, client: Client, message: Message) -> Message:
@@ -184,10 +184,10 @@ class ClientHalf:
                 place="evaluate",
                 cure="leave it out under privacy",
             )
-        model = self.beginning.model
+        model = self.common.model
         parameters.assign_(model, client.read_params(message))
-        task = self.beginning.task
-        found = evaluate(model, self.arrays, self.beginning.preprocess, task)
+        task = self.common.task
+        found = evaluate(model, self.arrays, self.common.preprocess, task)
         metrics: dict[str, JSON] = {task.primary: number(found.score)}
         return Message("evaluated", {"examples": len(self.arrays), "metrics": metrics})
 

@@ -30,13 +30,13 @@ from fedpress.federation import (
     Terms,
     Uplink,
 )
-from fedpress.federation.schedules import Enrolment, Participation
+from fedpress.federation.schedules import Participation, ScheduleContext
 from fedpress.federation.schedules.check import Needs, check_schedule
 from fedpress.models import ModelSpec
 from fedpress.nn.compact import compact_
 from fedpress.nn.resize import copied
 from fedpress.privacy.plan import PrivacyPlan
-from fedpress.stages.federate.privacy import protect
+from fedpress.stages.federate.privacy import plan_protection
 from fedpress.stages.federate.protection import Protection, is_secure, trust_of_stage
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.tasks import Task
@@ -52,7 +52,7 @@ class Contract:
         stage: the settings.
         population: who can be asked, with the public counts and keys.
         protection: the planned privacy.
-        enrolled: what the schedule works with.
+        context: what the schedule works with.
         participation: who is asked how often; draws that a secret hides are the server's alone.
         terms: what server and clients must hold alike, whose agreement is compared before the first round.
     """
@@ -60,7 +60,7 @@ class Contract:
     stage: FederateSettings
     population: Population
     protection: Protection
-    enrolled: Enrolment
+    context: ScheduleContext
     participation: Participation
     terms: Terms
 
@@ -75,12 +75,12 @@ class Contract:
 
 
 @dataclass(frozen=True, eq=False)
-class Beginning:
+class CommonInputs:
     """What everybody who takes part is given: the recipe's stage, the model as the stage begins, and the seed.
 
     Attributes:
         stage: the settings.
-        model: one to work in, its trainable parameters marked; whoever works makes a `copy` of the beginning.
+        model: one to work in, its trainable parameters marked; whoever works makes a `copy` of the common.
         preprocess: the fixed step from raw examples to the network's input, fitted on public data.
         task: what is learned.
         seed: of this stage.
@@ -102,7 +102,7 @@ class Beginning:
         preprocess: Preprocess,
         task: Task,
         seed: int,
-    ) -> Beginning:
+    ) -> CommonInputs:
         """Prepares `model`, which stays as it is, for `stage`; `seed` is that of the run.
 
         Raises:
@@ -111,9 +111,9 @@ class Beginning:
         work = compact_(_trainable(copied(model), stage.trainable), spec.sparse)
         return cls(stage, place_(work), preprocess, task, derive(seed, "federate", stage.name))
 
-    def copy(self) -> Beginning:
+    def copy(self) -> CommonInputs:
         """Returns the same with a model of its own: the server never looks into one in which clients train."""
-        return Beginning(self.stage, copied(self.model), self.preprocess, self.task, self.seed)
+        return CommonInputs(self.stage, copied(self.model), self.preprocess, self.task, self.seed)
 
     def contract(self, population: Population) -> Contract:
         """Binds the stage to a population.
@@ -137,15 +137,15 @@ def _contract(
     seed: int,
     text: str,
 ) -> Contract:
-    """Does the work of `Beginning.contract`, once for all who ask in one process: noise takes long to calibrate."""
+    """Does the work of `CommonInputs.contract`, once for all who ask in one process: noise takes long to calibrate."""
     population, trust = Population.from_json(text), trust_of_stage(stage)
     check_schedule(stage.schedule, needs_of(stage))
     cohort = stage.schedule.cohort(stage.cohort, len(population), stage.sampling)
-    enrolled = Enrolment(population.names, cohort, seed, seed, stage.delays)
-    participation = stage.schedule.foresee(enrolled, stage.num_rounds)
-    planned = protect(stage, population, participation, cohort, layout.shapes)
+    context = ScheduleContext(population.names, cohort, seed, seed, stage.delays)
+    participation = stage.schedule.plan_participation(context, stage.num_rounds)
+    planned = plan_protection(stage, population, participation, cohort, layout.shapes)
     aggregator, algorithm = _aggregator(stage, planned, population), algorithm_of(stage)
-    usual = "equal" if trust.fixed_divisor or algorithm.equal_weights else aggregator.weights
+    usual = "equal" if trust.fixed_divisor or algorithm.needs_equal_weights else aggregator.weights
     uplink = Uplink.bind(
         Payload(layout.size, planned.chain, layout.shapes, algorithm.extras_up),
         cohort,
@@ -170,10 +170,10 @@ def _contract(
         norm=stage.norm,
         error_feedback=stage.error_feedback,
         num_rounds=stage.num_rounds,
-        max_tasks=participation.most,
+        max_tasks=participation.max_tasks,
         schedule=stage.schedule,
     )
-    return Contract(stage, population, planned, enrolled, participation, terms)
+    return Contract(stage, population, planned, context, participation, terms)
 
 
 def needs_of(stage: FederateSettings) -> Needs:

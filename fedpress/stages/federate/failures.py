@@ -9,7 +9,7 @@ from typing import Any
 
 from fedpress.federation import RoundRecord
 from fedpress.federation.failures import Tally
-from fedpress.stages.federate.server import ServerPlan
+from fedpress.stages.federate.server import ServerHalf
 
 PRIVATE = "kept private"
 SHOWN = 3
@@ -54,13 +54,13 @@ class Failures:
     variance: float = 0.0
     recent: tuple[tuple[float, float, float, float], ...] = ()
 
-    def after(self, record: RoundRecord, drawn: Sequence[str], server: ServerPlan) -> Failures:
+    def after(self, record: RoundRecord, drawn: Sequence[str], server: ServerHalf) -> Failures:
         """Returns what failed up to and with the round of `record`, in which the clients `drawn` took part."""
         refused = dict(self.refused)
         for name, reason in told(record.refused, server).items():
             refused[name] = (refused.get(name, (0, ""))[0] + 1, reason)
         # How many take part is secret where a trusted server draws them: then the planned number stands for it.
-        asked = server.uplink.cohort.size if server.hides else len(drawn)
+        asked = server.uplink.cohort.size if server.hides_cohort else len(drawn)
         now = replace(self, asked=self.asked + asked, refused=refused)
         if record.failures is None:
             return now
@@ -81,7 +81,7 @@ class Failures:
         return math.sqrt(2 * self.variance)
 
     @property
-    def sure(self) -> bool:
+    def significant(self) -> bool:
         """Whether the noised count says that something failed at all."""
         if self.counted is None or self.counted.total < 0.01 * self.of:
             return False
@@ -89,7 +89,7 @@ class Failures:
         return one > SURE * math.sqrt(self.variance) or self.counted.total > SURE * self.noise
 
     @property
-    def everything(self) -> bool:
+    def all_failing(self) -> bool:
         """Whether the noised counts say that all units fail, in the last round or in the last rounds together.
 
         A run may go well at first, so the rounds before do not speak for it.
@@ -114,7 +114,7 @@ class Failures:
         lost = sum(rounds for rounds, _ in self.refused.values())
         if lost and lost >= MANY * self.asked:
             return f"{lost} of {self.asked} answers of clients did not count; see “failed” in the report"
-        if self.sure and self.counted is not None and self.counted.total >= MANY * self.of:
+        if self.significant and self.counted is not None and self.counted.total >= MANY * self.of:
             return f"{self.estimate(unit)} gave nothing"
         return ""
 
@@ -148,7 +148,7 @@ class Failures:
                 "failed": round(self.counted.failed, 2),
                 "of": round(self.of, 2),
                 "noise": round(self.noise, 3),
-                "sure": self.sure,
+                "sure": self.significant,
             }
         return out
 
@@ -178,7 +178,7 @@ def _all(count: float, of: float, noise: float) -> bool:
     return count >= ALL * of and count - CERTAIN * noise > of / 2
 
 
-def told(refused: Mapping[str, str], server: ServerPlan) -> dict[str, str]:
+def told(refused: Mapping[str, str], server: ServerHalf) -> dict[str, str]:
     """Returns why clients do not count, as far as it may be written down.
 
     Under privacy an error of the work on private examples is an exact word about them. What went wrong outside of it
@@ -199,7 +199,7 @@ def _is_public(why: str) -> bool:
     )
 
 
-def in_words(refused: Mapping[str, str], asked: int, round: int) -> str:
+def refusal_line(refused: Mapping[str, str], asked: int, round: int) -> str:
     """Says in one line which clients of a round do not count; empty if all do."""
     if not refused:
         return ""

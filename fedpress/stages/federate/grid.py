@@ -28,7 +28,7 @@ PLAIN_LIST = (
 
 
 @dataclass(frozen=True)
-class Grid:
+class SumGrid:
     """The grid of a secure sum of `size` values by so many clients.
 
     Attributes:
@@ -47,7 +47,7 @@ class Grid:
     limit: int
     noise: distributed.DistributedPlan | None = None
 
-    def fill(self, chain: Sequence[Settings]) -> tuple[Settings, ...]:
+    def planned_chain(self, chain: Sequence[Settings]) -> tuple[Settings, ...]:
         """Returns `chain` with the plan in its `discretize`, and each client's share of the noise behind it."""
         filled: list[Settings] = []
         for transform in chain:
@@ -66,7 +66,7 @@ class Grid:
         return tuple(filled)
 
 
-def secure_list(private: bool) -> tuple[Settings, ...]:
+def default_secure_chain(private: bool) -> tuple[Settings, ...]:
     """Returns the transforms of a secure sum where the recipe names none; under privacy a clip comes before them."""
     rest: tuple[Settings, ...] = (Rotate(), Discretize())
     return rest if private else (Clip(clip_norm=CLIP_NORM), *rest)
@@ -89,7 +89,7 @@ def plan_grid(
     sensitivity: float | None = None,
     sampling_prob: float = 1.0,
     times: int | None = None,
-) -> Grid:
+) -> SumGrid:
     """Plans scale, bits and noise of the grid from what is promised just before it.
 
     `sensitivity` is how much one protected unit moves a client's vector, its whole bound unless given; `times` how
@@ -133,10 +133,12 @@ def plan_grid(
         sampling_prob=sampling_prob,
     )
     secure = SecurePlan(cohort.size, planned.bits, stage.max_dropout)
-    return Grid(secure, bound.size, planned.scale, limit, math.floor(planned.limit), planned)
+    return SumGrid(secure, bound.size, planned.scale, limit, math.floor(planned.limit), planned)
 
 
-def _open_grid(stage: FederateSettings, bits: int, clients: int, size: int, limit: float) -> Grid:
+def _open_grid(
+    stage: FederateSettings, bits: int, clients: int, size: int, limit: float
+) -> SumGrid:
     """Plans the grid of a sum without noise, of vectors of `size` values up to `limit`."""
     half = distributed.ROOM * 2 ** (bits - 1)
     largest = math.floor(half / clients)  # of one client's values: no honest sum can overflow
@@ -148,4 +150,4 @@ def _open_grid(stage: FederateSettings, bits: int, clients: int, size: int, limi
             cure=f"take {least} or more",
         )
     secure = SecurePlan(clients, bits, stage.max_dropout, bound=largest)
-    return Grid(secure, size, (largest - 1) / limit, limit, math.floor(half))
+    return SumGrid(secure, size, (largest - 1) / limit, limit, math.floor(half))

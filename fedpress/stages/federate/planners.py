@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Case:
+class PlanningCase:
     """What there is to protect, by whom, in whose updates: the arguments of `protect` and what follows from them."""
 
     stage: FederateSettings
@@ -40,14 +40,14 @@ class Case:
     @property
     def times(self) -> int:
         """How often one client takes part."""
-        return max(1, self.participation.most)
+        return max(1, self.participation.max_tasks)
 
     def each(self, value: T) -> dict[str, T]:
         """Returns the same `value` for every client."""
         return dict.fromkeys(self.population.names, value)
 
 
-def _alone(case: Case) -> Protection:
+def _alone(case: PlanningCase) -> Protection:
     """Sample privacy of each client's own noise: all get the noise that the most exposed of them needs."""
     stage, private = case.stage, case.private
     base = PrivacyPlan("sample", private.clip_norm, 1.0, delta=private.delta)
@@ -62,7 +62,7 @@ def _alone(case: Case) -> Protection:
     noise = private.noise_multiplier
     if noise is None:
         assert private.epsilon is not None
-        budget, length = private.epsilon, max(1, case.participation.length)
+        budget, length = private.epsilon, max(1, case.participation.composed_tasks)
         noise = max(
             p.calibrate(epsilon=budget, num_rounds=length).noise_multiplier
             for p in set(plans.values())
@@ -72,10 +72,10 @@ def _alone(case: Case) -> Protection:
     return Protection(case.chain, plans, costs)
 
 
-def _joint_central(case: Case) -> Protection:
+def _joint_central(case: PlanningCase) -> Protection:
     """Sample privacy of one joint gradient step a round, noised by the server."""
     plan, divisor = _joint_step(case)
-    plan = _calibrated(plan, case.private, max(1, case.participation.length))
+    plan = _calibrated(plan, case.private, max(1, case.participation.composed_tasks))
     return Protection(
         case.chain,
         case.each(plan),
@@ -85,7 +85,7 @@ def _joint_central(case: Case) -> Protection:
     )
 
 
-def _joint_distributed(case: Case) -> Protection:
+def _joint_distributed(case: PlanningCase) -> Protection:
     """Sample privacy of one joint gradient step a round, noised by the clients together."""
     plan, divisor = _joint_step(case)
     # A client's sum is cut to what its usual batch can reach. Scaling into a ball is a projection: it brings no two
@@ -103,10 +103,10 @@ def _joint_distributed(case: Case) -> Protection:
     assert grid.noise is not None
     plan = replace(plan, noise_multiplier=grid.noise.noise_multiplier)
     costs = case.each(grid.noise.phase(num_rounds=1))
-    return Protection(grid.fill(chain), case.each(plan), costs, grid, divisor=divisor)
+    return Protection(grid.planned_chain(chain), case.each(plan), costs, grid, divisor=divisor)
 
 
-def _joint_step(case: Case) -> tuple[PrivacyPlan, float]:
+def _joint_step(case: PlanningCase) -> tuple[PrivacyPlan, float]:
     """Returns the plan of a step over the examples of the whole cohort, without noise yet, and what divides its sum."""
     stage, cohort, total = case.stage, case.cohort, case.population.total
     _check_joint(stage)
@@ -141,7 +141,7 @@ def _check_joint(stage: FederateSettings) -> None:
             )
 
 
-def _client_local(case: Case) -> Protection:
+def _client_local(case: PlanningCase) -> Protection:
     """Client privacy by each client's own noise."""
     if case.cohort.sampling == "poisson":
         raise RecipeError(
@@ -159,7 +159,7 @@ def _client_local(case: Case) -> Protection:
     return Protection(case.chain, case.each(plan), case.each(plan.phase(num_rounds=1)))
 
 
-def _client_distributed(case: Case) -> Protection:
+def _client_distributed(case: PlanningCase) -> Protection:
     """Client privacy by noise that the clients make together."""
     private = case.private
     before = (Clip(clip_norm=private.clip_norm), *case.chain)
@@ -168,10 +168,10 @@ def _client_distributed(case: Case) -> Protection:
     multiplier = grid.noise.noise_multiplier
     plan = PrivacyPlan("client", private.clip_norm, 1.0, multiplier, delta=private.delta)
     costs = case.each(grid.noise.phase(num_rounds=1))
-    return Protection(grid.fill(case.chain), case.each(plan), costs, grid)
+    return Protection(grid.planned_chain(case.chain), case.each(plan), costs, grid)
 
 
-def _client_central(case: Case) -> Protection:
+def _client_central(case: PlanningCase) -> Protection:
     """Client privacy by the server's noise."""
     private, cohort = case.private, case.cohort
     # An adaptive clip's updates come in units of it.
@@ -193,7 +193,7 @@ def _client_central(case: Case) -> Protection:
     return Protection(case.chain, case.each(plan), costs, noise=noise, adaptive=moving)
 
 
-def _correlated(case: Case, plan: PrivacyPlan) -> Protection:
+def _correlated(case: PlanningCase, plan: PrivacyPlan) -> Protection:
     """Noise that is correlated over the rounds: all of them together are one Gaussian mechanism."""
     stage, private, cohort = case.stage, case.private, case.cohort
     if cohort.sampling == "poisson":
@@ -216,7 +216,7 @@ def _correlated(case: Case, plan: PrivacyPlan) -> Protection:
         dict.fromkeys(case.population.names, plan),
         {POPULATION: plan.phase(num_rounds=1)},
         noise=ServerNoise(plan, mixed),
-        whole=True,
+        charged_once=True,
     )
 
 
@@ -227,7 +227,7 @@ def _calibrated(plan: PrivacyPlan, private: PrivacySettings, steps: int) -> Priv
     return plan.calibrate(epsilon=private.epsilon, num_rounds=steps)
 
 
-PLANNERS: Mapping[Trust, Callable[[Case], Protection]] = {
+PLANNERS: Mapping[Trust, Callable[[PlanningCase], Protection]] = {
     trust_of("sample", "local"): _alone,
     trust_of("sample", "distributed"): _joint_distributed,
     trust_of("sample", "central"): _joint_central,

@@ -10,13 +10,13 @@ from fedpress.data.population import Population
 from fedpress.errors import RecipeError
 from fedpress.federation import Cohort, Trust
 from fedpress.federation.schedules import Participation
-from fedpress.stages.federate.grid import plan_grid, secure_list
-from fedpress.stages.federate.planners import PLANNERS, Case
+from fedpress.stages.federate.grid import default_secure_chain, plan_grid
+from fedpress.stages.federate.planners import PLANNERS, PlanningCase
 from fedpress.stages.federate.protection import Protection, is_secure, trust_of_stage
 from fedpress.stages.federate.settings import FederateSettings
 
 
-def protect(
+def plan_protection(
     stage: FederateSettings,
     population: Population,
     participation: Participation,
@@ -30,14 +30,14 @@ def protect(
         PrivacyError: if no noise keeps the budget.
     """
     private, secure = stage.privacy, is_secure(stage)
-    chain = tuple(stage.uplink) or (secure_list(private is not None) if secure else ())
+    chain = tuple(stage.uplink) or (default_secure_chain(private is not None) if secure else ())
     start = Bound(sum(math.prod(s) for s in shapes), shapes=tuple(shapes))
     _check_list(stage, secure, cohort)
     if private is None:
         if not secure:
             return Protection(chain)
         grid = plan_grid(stage, chain, start, cohort)
-        return Protection(grid.fill(chain), grid=grid)
+        return Protection(grid.planned_chain(chain), grid=grid)
     trust = trust_of_stage(stage)
     if trust.noise == "sum" and not secure:
         assert stage.aggregator is not None
@@ -58,7 +58,7 @@ def protect(
                 'set trust = "distributed", so that the clients make the noise of the sum together'
             ),
         )
-    case = Case(stage, private, trust, population, participation, cohort, chain, start)
+    case = PlanningCase(stage, private, trust, population, participation, cohort, chain, start)
     return PLANNERS[trust](case)
 
 

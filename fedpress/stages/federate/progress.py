@@ -12,7 +12,7 @@ from fedpress.core import parameters
 from fedpress.federation import RoundRecord, Start
 from fedpress.privacy.ledger import Ledger
 from fedpress.stages.federate.failures import Failures
-from fedpress.stages.federate.server import ServerPlan
+from fedpress.stages.federate.server import ServerHalf
 from fedpress.tasks import Task
 from fedpress.tasks.base import number
 from fedpress.training.evaluate import Evaluation
@@ -60,7 +60,7 @@ class Progress:
     failures: Failures = field(default_factory=Failures)
 
     @classmethod
-    def begin(cls, server: ServerPlan) -> Progress:
+    def begin(cls, server: ServerHalf) -> Progress:
         """Stands before the first round."""
         set_up = server.set_up.up, server.set_up.down
         return cls(parameters.flatten(server.model), server.ledger, set_up=set_up)

@@ -12,7 +12,7 @@ from fedpress.federation.servernoise import ServerNoise
 from fedpress.privacy.accounting.events import MechanismEvent
 from fedpress.privacy.adaptive import AdaptiveClip
 from fedpress.privacy.plan import PrivacyPlan
-from fedpress.stages.federate.grid import Grid
+from fedpress.stages.federate.grid import SumGrid
 from fedpress.stages.federate.settings import FederateSettings
 
 
@@ -35,11 +35,11 @@ class Protection:
     chain: tuple[Settings, ...]
     plans: Mapping[str, PrivacyPlan] = field(default_factory=dict)
     costs: Mapping[str, MechanismEvent] = field(default_factory=dict)
-    grid: Grid | None = None
+    grid: SumGrid | None = None
     noise: ServerNoise | None = None
     adaptive: AdaptiveClip | None = None
     divisor: float | None = None
-    whole: bool = False
+    charged_once: bool = False
 
     def guarantee(self, trust: Trust) -> Guarantee:
         """Returns what the uplink promises by it; the plan of the first client stands for all."""

@@ -9,19 +9,19 @@ from fedpress.federation import RoundRecord
 from fedpress.privacy.accounting.accountant import Spent
 from fedpress.stages.federate.failures import told
 from fedpress.stages.federate.progress import Progress
-from fedpress.stages.federate.server import PROMISE, ServerPlan
+from fedpress.stages.federate.server import PRIVACY_KEYS, ServerHalf
 from fedpress.stages.federate.stopping import last_warning
 from fedpress.tasks.base import number
 from fedpress.training.evaluate import Evaluation
 
 
-def public_part(record: RoundRecord, server: ServerPlan) -> RoundRecord:
+def public_part(record: RoundRecord, server: ServerHalf) -> RoundRecord:
     """Returns what may be written down of a round.
 
     Where the server is trusted with updates that no noise covers, it must not tell who took part or was refused,
     nor bytes that depend on what they sent: then those of the plan stand in their place.
     """
-    if not server.hides:
+    if not server.hides_cohort:
         return record
     up, down = server.planned_bytes
     timing = replace(record.timing, answered=(), spare=(), late=())
@@ -31,14 +31,14 @@ def public_part(record: RoundRecord, server: ServerPlan) -> RoundRecord:
 
 
 def line(
-    record: RoundRecord, now: Progress, seen: Evaluation | None, server: ServerPlan
+    record: RoundRecord, now: Progress, seen: Evaluation | None, server: ServerHalf
 ) -> dict[str, Any]:
     """Returns the line of the round of `record`, whose validation was `seen`, after which the rounds stand at `now`."""
     failures = {} if record.failures is None else {"failures": asdict(record.failures)}
     return {
         "round": record.round,
         "num_rounds": server.stage.num_rounds,
-        server.beginning.task.primary: number(seen.score) if seen else None,
+        server.common.task.primary: number(seen.score) if seen else None,
         "loss": seen.loss if seen else None,
         "bytes_up": record.bytes_up,
         "bytes_down": record.bytes_down,
@@ -60,7 +60,7 @@ def _set_up(now: Progress) -> dict[str, int]:
     return {"set_up_bytes_up": up, "set_up_bytes_down": down}
 
 
-def _times(record: RoundRecord, server: ServerPlan) -> dict[str, Any]:
+def _times(record: RoundRecord, server: ServerHalf) -> dict[str, Any]:
     """Returns what a line says of the clock and of clients at different speeds; nothing of plain rounds."""
     timing = record.timing
     said: dict[str, Any] = {}
@@ -73,7 +73,7 @@ def _times(record: RoundRecord, server: ServerPlan) -> dict[str, Any]:
     return said
 
 
-def facts_of(server: ServerPlan, now: Progress, score_before: float | None) -> dict[str, Any]:
+def stage_facts(server: ServerHalf, now: Progress, score_before: float | None) -> dict[str, Any]:
     """Returns the facts of the stage's end; every key also without privacy, so that no promise outlives an open stage.
 
     Args:
@@ -81,9 +81,9 @@ def facts_of(server: ServerPlan, now: Progress, score_before: float | None) -> d
         now: where the rounds stand.
         score_before: the task's metric on the test set before the stage.
     """
-    metric = server.beginning.task.primary
+    metric = server.common.task.primary
     spent = _spent(server, now)
-    promise = dict.fromkeys(PROMISE) if spent is None else server.promise()
+    promise = dict.fromkeys(PRIVACY_KEYS) if spent is None else server.privacy_facts()
     return {
         "rounds": now.round,
         "clients": len(server.population),
@@ -95,8 +95,8 @@ def facts_of(server: ServerPlan, now: Progress, score_before: float | None) -> d
         "bytes_down": now.bytes_down,
         **_set_up(now),
         **promise,
-        **server.grid(),
-        "bytes": "planned" if server.hides else "counted",
+        **server.grid_facts(),
+        "bytes": "planned" if server.hides_cohort else "counted",
         "sum": "secure" if server.protection.grid is not None else "plain",
         "keys": server.keys,
         "epsilon": None if spent is None else spent.epsilon,
@@ -108,12 +108,12 @@ def facts_of(server: ServerPlan, now: Progress, score_before: float | None) -> d
     }
 
 
-def _epsilon(server: ServerPlan, now: Progress) -> float | None:
+def _epsilon(server: ServerHalf, now: Progress) -> float | None:
     spent = _spent(server, now)
     return None if spent is None else spent.epsilon
 
 
-def _spent(server: ServerPlan, now: Progress) -> Spent | None:
+def _spent(server: ServerHalf, now: Progress) -> Spent | None:
     """Returns what was spent so far, None without privacy."""
     private = server.stage.privacy
     return None if private is None else now.ledger.spent(delta=private.delta)

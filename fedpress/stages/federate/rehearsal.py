@@ -29,7 +29,7 @@ def rehearse(clients: Sequence[ClientHalf], public: Sequence[Arrays], task: Task
     """
     for client in _one_of_each_kind(clients):
         like, problems = client.arrays, list[tuple[str, Exception]]()
-        for what, arrays in trial_examples(like, public, task, client.beginning.model):
+        for what, arrays in trial_examples(like, public, task, client.common.model):
             try:
                 client.rehearse(arrays)
             except Exception as problem:  # whatever somebody's own network raises

@@ -10,17 +10,22 @@ from fedpress.core import parameters
 from fedpress.errors import PrivacyError
 from fedpress.federation import RoundRecord
 from fedpress.privacy.ledger import Ledger
-from fedpress.stages.federate.failures import in_words, told
+from fedpress.stages.federate.failures import refusal_line, told
 from fedpress.stages.federate.progress import Progress
 from fedpress.stages.federate.records import line, public_part
-from fedpress.stages.federate.server import ServerPlan
-from fedpress.stages.federate.stopping import check_failures, closed_rounds, enough, last_warning
+from fedpress.stages.federate.server import ServerHalf
+from fedpress.stages.federate.stopping import (
+    check_failures,
+    count_closed_rounds,
+    is_finished,
+    last_warning,
+)
 from fedpress.training.evaluate import Evaluation, evaluate
 from fedpress.workspace.drive import Milestone, Snapshot
 from fedpress.workspace.state import State, Tick
 
 
-class Rounds:
+class FederatedRounds:
     """Rounds of local training on private data, one after another, until `enough`; see `drive`.
 
     Attributes:
@@ -29,18 +34,18 @@ class Rounds:
         now: where the rounds stand.
     """
 
-    def __init__(self, server: ServerPlan, source: State) -> None:
+    def __init__(self, server: ServerHalf, source: State) -> None:
         self.server, self.source = server, source
         self.now = Progress.begin(server)
         self._warned = ""
-        if server.hides:
+        if server.hides_cohort:
             _ = server.planned_bytes  # of the model as it is bound: a later one may hold anything
 
     def events(self) -> Iterator[Tick | Milestone]:
         """Runs the rounds; yields a tick before each, since it may take minutes, and a milestone after it."""
         server = self.server
         running = server.rounds(self.now.start)
-        while not enough(server, self.now):
+        while not is_finished(server, self.now):
             try:
                 ledger = self._charged()
             except PrivacyError:
@@ -49,7 +54,7 @@ class Rounds:
                 break
             at, note = f"round {self.now.round + 1}/{server.stage.num_rounds}", self.now.note
             yield self._tick(f"{at}, {note}" if note else at)
-            sure = self.now.failures.sure
+            sure = self.now.failures.significant
             record = next(running)
             shown = public_part(record, server)
             yield self._take(record, shown, ledger)
@@ -84,12 +89,12 @@ class Rounds:
     def _take(self, record: RoundRecord, shown: RoundRecord, ledger: Ledger) -> Milestone:
         """Moves on behind the round of `record`: the model is looked at, and what may be `shown` is written down."""
         server = self.server
-        closed = closed_rounds(server, record, self.now.closed)
+        closed = count_closed_rounds(server, record, self.now.closed)
         parameters.assign_(server.model, record.params)
         seen = self._look()
         failures = self.now.failures.after(shown, record.timing.answered, server)
         more = {"ledger": ledger, "closed": closed, "failures": failures}
-        self.now = self.now.after(shown, seen, server.beginning.task, **more)
+        self.now = self.now.after(shown, seen, server.common.task, **more)
         return Milestone(line(shown, self.now, seen, server), self.now.note)
 
     def _look(self) -> Evaluation | None:
@@ -103,11 +108,11 @@ class Rounds:
 
     def _warnings(self, shown: RoundRecord, answered: int, *, was_sure: bool) -> Iterator[Tick]:
         """Yields a tick for what has gone wrong in a round, unless that was said of the round before."""
-        warning = in_words(told(shown.refused, self.server), answered, shown.round)
+        warning = refusal_line(told(shown.refused, self.server), answered, shown.round)
         if warning and warning.partition(":")[2] != self._warned.partition(":")[2]:
             yield self._tick(self.now.note, warning)
         self._warned = warning
-        if self.now.failures.sure and not was_sure:
+        if self.now.failures.significant and not was_sure:
             yield self._tick(self.now.note, last_warning(self.server, self.now.failures))
 
     def _tick(self, note: str, warning: str = "") -> Tick:

@@ -26,22 +26,22 @@ from fedpress.federation.protocol import check_header, need, text_tensor
 from fedpress.federation.schedules import Participation
 from fedpress.federation.server import Start, rounds
 from fedpress.privacy.ledger import POPULATION, Ledger, LedgerEntry
-from fedpress.stages.federate.contract import Beginning, Contract, owns_keys
+from fedpress.stages.federate.contract import CommonInputs, Contract, owns_keys
 from fedpress.stages.federate.protection import Protection, repeated
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.stages.federate.sizes import sizes
 from fedpress.wire.fields import NUMBER, check_field
 from fedpress.wire.message import Message, pack
 
-PROMISE = ("unit", "delta", "noise_multiplier", "clip_norm", "sampling_prob")
+PRIVACY_KEYS = ("unit", "delta", "noise_multiplier", "clip_norm", "sampling_prob")
 
 
 @dataclass(frozen=True, eq=False)
-class ServerPlan:
+class ServerHalf:
     """Everything that the server needs: only the rounds are missing.
 
     Attributes:
-        beginning: the settings, the model to work in, the seed.
+        common: the settings, the model to work in, the seed.
         contract: the stage bound to the population; the clients' halves are bound from the same facts.
         transport: reaches the clients.
         ledger: what was spent before this stage; without end, if this stage is open.
@@ -49,7 +49,7 @@ class ServerPlan:
         set_up: bytes of the messages in which clients registered and agreed, as far as they may be told.
     """
 
-    beginning: Beginning
+    common: CommonInputs
     contract: Contract
     transport: Transport
     ledger: Ledger
@@ -59,12 +59,12 @@ class ServerPlan:
     @classmethod
     def bind(
         cls,
-        beginning: Beginning,
+        common: CommonInputs,
         transport: Transport,
         *,
         ledger: Ledger | None = None,
         secret: int | None = None,
-    ) -> ServerPlan:
+    ) -> ServerHalf:
         """Asks the clients for their public facts, binds the stage to them, and lets every client agree.
 
         A client that does not agree, and says why, is refused in every round.
@@ -75,15 +75,15 @@ class ServerPlan:
             TrainingError: if a client does not say who it is.
         """
         before = transport.traffic
-        contract = beginning.contract(register(transport))
+        contract = common.contract(register(transport))
         trust = contract.uplink.trust
-        check_norm(contract.terms.norm, beginning.model, sample=trust.unit == "sample")
-        book, registered = _ledger(beginning.stage, ledger), transport.traffic - before
+        check_norm(contract.terms.norm, common.model, sample=trust.unit == "sample")
+        book, registered = _ledger(common.stage, ledger), transport.traffic - before
         refused = agree(transport, contract)
         agreed = transport.traffic - before - registered
         if trust.hides_cohort:  # nor may be told by the length of their replies who refused
             agreed = Traffic(_bytes_if_all_agree(contract), agreed.down)
-        plan = cls(beginning, contract, transport, book, secret, registered + agreed)
+        plan = cls(common, contract, transport, book, secret, registered + agreed)
         if len(refused) == len(contract.population):
             name = contract.population.names[0]
             raise RecipeError(
@@ -96,12 +96,12 @@ class ServerPlan:
     @property
     def stage(self) -> FederateSettings:
         """The settings."""
-        return self.beginning.stage
+        return self.common.stage
 
     @property
     def model(self) -> nn.Module:
         """A model to work in: the server's parameters are put into it."""
-        return self.beginning.model
+        return self.common.model
 
     @property
     def population(self) -> Population:
@@ -150,7 +150,7 @@ class ServerPlan:
         return "system" if owns_keys(self.stage) else "seed"
 
     @property
-    def hides(self) -> bool:
+    def hides_cohort(self) -> bool:
         """Whether the server sees what nobody else may: updates without noise, and who sent them."""
         return self.uplink.trust.hides_cohort
 
@@ -165,8 +165,8 @@ class ServerPlan:
         """Who is asked in which round, known before anybody is."""
         if self.secret is None:
             return self.contract.participation
-        enrolled = replace(self.contract.enrolled, draw_seed=self.secret)
-        return self.stage.schedule.foresee(enrolled, self.stage.num_rounds)
+        context = replace(self.contract.context, draw_seed=self.secret)
+        return self.stage.schedule.plan_participation(context, self.stage.num_rounds)
 
     def planned_tasks(self) -> dict[ClientId, int]:
         """Returns how often each client may be asked in all rounds together."""
@@ -175,11 +175,13 @@ class ServerPlan:
     def charges(self, tasks: Mapping[ClientId, int], first: int, last: int) -> list[LedgerEntry]:
         """Returns what `tasks` of clients in rounds `first` to `last` cost: each its own, or the population as one."""
         planned, name = self.protection, self.stage.name
-        if planned.whole and first > 1:  # all rounds are one mechanism, charged before the first
+        if (
+            planned.charged_once and first > 1
+        ):  # all rounds are one mechanism, charged before the first
             return []
         if POPULATION in planned.costs:
             rounds = math.ceil((last - first + 1) / self.uplink.cohort.period)
-            tasks = {POPULATION: 1 if planned.whole else rounds}
+            tasks = {POPULATION: 1 if planned.charged_once else rounds}
         return [
             LedgerEntry.of(who, name, repeated(planned.costs[who], count), first, last)
             for who, count in tasks.items()
@@ -199,11 +201,11 @@ class ServerPlan:
         # The noise was calibrated to this very epsilon: rounding must not make the last round pass it.
         return ledger.spend(*charges, epsilon=private.epsilon * (1 + 1e-9), delta=private.delta)
 
-    def foreseen(self) -> dict[str, Any]:
+    def schedule_facts(self) -> dict[str, Any]:
         """Returns what is known of the schedule before the run, where it is not that of plain rounds."""
         if self.stage.schedule.one_model:
             return {}
-        return {"schedule": self.stage.schedule.kind, "most_tasks": self.participation.most}
+        return {"schedule": self.stage.schedule.kind, "most_tasks": self.participation.max_tasks}
 
     def failure_noise(self, clients: Sequence[ClientId]) -> tuple[float, float]:
         """Returns how many protected units `clients` bring to a round, as planned, and the noise in their counts.
@@ -212,7 +214,7 @@ class ServerPlan:
         """
         plans = [self.protection.plans[name] for name in clients]
         of = float(self.uplink.cohort.size)
-        steps = [self.uplink.trust.steps_counted(plan) for plan in plans]
+        steps = [self.uplink.trust.noised_counts(plan) for plan in plans]
         if self.uplink.trust.unit == "sample":
             counts = [self.population.counts[name] for name in clients]
             of = sum(
@@ -222,7 +224,7 @@ class ServerPlan:
             return of, self.uplink.noise.multiplier**2
         return of, sum(plan.noise_multiplier**2 * k for plan, k in zip(plans, steps, strict=True))
 
-    def grid(self) -> dict[str, Any]:
+    def grid_facts(self) -> dict[str, Any]:
         """Returns how a secure sum is planned; empty for a plain one."""
         grid = self.protection.grid
         return (
@@ -231,11 +233,14 @@ class ServerPlan:
             else {"bits": grid.plan.bits, "scale": grid.scale, "sum_limit": grid.limit}
         )
 
-    def promise(self) -> dict[str, Any]:
+    def privacy_facts(self) -> dict[str, Any]:
         """Returns the privacy settings of the client that is charged most."""
         plans = self.protection.plans.values()
         most = max(plans, key=lambda plan: (plan.sampling_prob, plan.steps_per_round))
-        told = {**{name: getattr(most, name) for name in PROMISE}, "trust": self.uplink.trust.kind}
+        told = {
+            **{name: getattr(most, name) for name in PRIVACY_KEYS},
+            "trust": self.uplink.trust.kind,
+        }
         if self.uplink.adaptive is not None:  # the plan counts in units of a clip norm that moves
             told["clip_norm"] = self.uplink.adaptive.initial
         return told
@@ -251,7 +256,7 @@ class ServerPlan:
         header: dict[str, JSON] = {"agreement": self.contract.terms.agreement.fingerprint}
         question = Message("evaluate", header, {"params": params})
         found: dict[ClientId, float | None] = {}
-        metric = self.beginning.task.primary
+        metric = self.common.task.primary
         for name, reply in exchange(self.transport, dict.fromkeys(self.population.names, question)):
             if reply.kind != "evaluated":
                 continue

@@ -35,7 +35,9 @@ def sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
     )
     names = list(contract.population.names)[: uplink.cohort.size]
     key = Key(terms.seed, 1, names[0])
-    vectors = {way.name: chance.normal(way.size, dtype=torch.float32) for way in uplink.ways}
+    vectors = {
+        codec.name: chance.normal(codec.size, dtype=torch.float32) for codec in uplink.vector_codecs
+    }
     tensors = uplink.encode(vectors | {UPDATE: change}, key)
     header: dict[str, JSON] = {"round": 1, "examples": 1, "loss": 1.0, "steps": 1}
     if uplink.privacy is not None and not uplink.trust.hides_cohort:
@@ -81,9 +83,9 @@ def _down(
     client = contract.population.names[0]
     broadcast, sent = Broadcast.open(terms.downlink, terms.seed, [client], {}), []
     for round, model in ((1, params), (2, params + change)):
-        version, tensors = broadcast.code(round, model, [client])[client]
+        version, tensors = broadcast.encode_for(round, model, [client])[client]
         sent.append(len(pack(Message("fit", {**said, "from": version}, {**tensors, **beside}))))
-        broadcast.arrived({})
+        broadcast.mark_arrived({})
     return sent[0], sent[1]
 
 

@@ -12,12 +12,12 @@ from fedpress.errors import RecipeError
 from fedpress.nn.compact import expand_
 from fedpress.stages.base import Stage
 from fedpress.stages.federate.binding import bind
-from fedpress.stages.federate.grid import secure_list
+from fedpress.stages.federate.grid import default_secure_chain
 from fedpress.stages.federate.protection import is_secure, steps_per_round
-from fedpress.stages.federate.records import facts_of
+from fedpress.stages.federate.records import stage_facts
 from fedpress.stages.federate.rehearsal import rehearse
-from fedpress.stages.federate.rounds import Rounds
-from fedpress.stages.federate.server import ServerPlan
+from fedpress.stages.federate.rounds import FederatedRounds
+from fedpress.stages.federate.server import ServerHalf
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.training.evaluate import evaluate
 from fedpress.workspace.drive import drive
@@ -73,15 +73,15 @@ class FederateStage(FederateSettings, Stage):
             **self._counts(server),
             "cohort": server.uplink.cohort.size,
             "num_rounds": self.num_rounds,
-            **server.foreseen(),
+            **server.schedule_facts(),
             "trained_values": server.uplink.size,
             "batch_size": self.batch_size,
             **{name: value for name, value in server.sizes().items() if value is not None},
-            **server.grid(),
+            **server.grid_facts(),
         }
         if is_secure(self) and not self.uplink:
             facts["uplink"] = (
-                f"by default: {', '.join(_short(one) for one in secure_list(self.privacy is not None))}"
+                f"by default: {', '.join(_short(one) for one in default_secure_chain(self.privacy is not None))}"
             )
         if self.warnings:
             facts["warning"] = "; ".join(self.warnings)
@@ -90,7 +90,7 @@ class FederateStage(FederateSettings, Stage):
             if self.num_rounds:
                 ledger = server.spend(ledger, server.planned_tasks(), 1, self.num_rounds)
             spent = ledger.spent(delta=self.privacy.delta)
-            facts |= server.promise() | {"epsilon": spent.epsilon}
+            facts |= server.privacy_facts() | {"epsilon": spent.epsilon}
             facts |= {"epsilon_is": spent.note} if spent.note else {}
             if self.num_rounds:
                 data = state.data
@@ -98,7 +98,7 @@ class FederateStage(FederateSettings, Stage):
                 rehearse(list(federation.clients.values()), parts, data.task)
         return replace(state, ledger=ledger), facts
 
-    def _counts(self, server: ServerPlan) -> dict[str, Any]:
+    def _counts(self, server: ServerHalf) -> dict[str, Any]:
         """Returns what follows from the clients' numbers of examples, where these are public."""
         if server.population.examples is None:
             return {}
@@ -118,10 +118,10 @@ class FederateStage(FederateSettings, Stage):
         if state.score is None and len(data.test):
             before = evaluate(state.model, data.test, data.preprocess, data.task)
             state = replace(state, score=before.score)
-        work = Rounds(server, state)
+        work = FederatedRounds(server, state)
         yield from drive(work, folder)
         parameters.assign_(server.model, work.now.params)
-        facts = facts_of(server, work.now, state.score)
+        facts = stage_facts(server, work.now, state.score)
         model = expand_(server.model)
         for p in model.parameters():
             p.requires_grad_(True)

@@ -8,15 +8,15 @@ from fedpress.federation.local import too_large
 from fedpress.stages.federate.contract import algorithm_of, local_settings
 from fedpress.stages.federate.failures import PRIVATE, Failures, told
 from fedpress.stages.federate.progress import Progress
-from fedpress.stages.federate.server import ServerPlan
+from fedpress.stages.federate.server import ServerHalf
 
 CLOSED = 3
 """Secure sums in a row that may stay closed before a run stops."""
 
 
-def enough(server: ServerPlan, now: Progress) -> bool:
+def is_finished(server: ServerHalf, now: Progress) -> bool:
     """Says whether no further round is wanted: all are done, the target is reached, or patience is at its end."""
-    stage, task = server.stage, server.beginning.task
+    stage, task = server.stage, server.common.task
     if now.round >= stage.num_rounds or now.stopped:
         return True
     reached = now.best == stage.target or task.better(now.best, stage.target)
@@ -26,7 +26,7 @@ def enough(server: ServerPlan, now: Progress) -> bool:
     return bool(stage.patience and waited >= stage.patience and now.best is not None)
 
 
-def closed_rounds(server: ServerPlan, record: RoundRecord, before: int) -> int:
+def count_closed_rounds(server: ServerHalf, record: RoundRecord, before: int) -> int:
     """Returns how many rounds in a row nothing came of, after `before` of them; refuses to go on in vain.
 
     A secure sum may stay closed because clients vanished: that round is over, for its questions were answered, and
@@ -54,11 +54,11 @@ def closed_rounds(server: ServerPlan, record: RoundRecord, before: int) -> int:
     return closed
 
 
-def _why(server: ServerPlan, record: RoundRecord) -> str:
+def _why(server: ServerHalf, record: RoundRecord) -> str:
     """Says why no update counted, and which setting may be the cause; no name where the cohort is secret."""
     first = record.timing.answered[0]
     reason, why = told(record.refused, server)[first], ""
-    if reason != PRIVATE and not server.hides:
+    if reason != PRIVATE and not server.hides_cohort:
         why = f", for instance {first}: {reason}"
     if record.timing.late:
         why += f"; raise stage.{server.stage.name}.schedule.deadline"
@@ -68,13 +68,13 @@ def _why(server: ServerPlan, record: RoundRecord) -> str:
     return why
 
 
-def check_failures(server: ServerPlan, now: Progress) -> None:
+def check_failures(server: ServerHalf, now: Progress) -> None:
     """Does not spend more on noise: the round that was counted is saved and charged.
 
     Raises:
         TrainingError: if the noised count says that every protected unit fails.
     """
-    if now.failures.everything:
+    if now.failures.all_failing:
         many = f"{now.failures.estimate(server.unit)} gave nothing up to round {now.round}"
         cause = now.failures.cause(_rates(server))
         raise TrainingError(
@@ -84,20 +84,20 @@ def check_failures(server: ServerPlan, now: Progress) -> None:
         )
 
 
-def last_warning(server: ServerPlan, failures: Failures) -> str:
+def last_warning(server: ServerHalf, failures: Failures) -> str:
     """Says what must be known of `failures` at the end; empty if nothing."""
     warning = failures.warning(server.unit)
-    if failures.sure and not warning.startswith("about"):
+    if failures.significant and not warning.startswith("about"):
         estimate = f"{failures.estimate(server.unit)} gave nothing"
         warning = f"{warning}; {estimate}" if warning else estimate
-    if failures.sure:
+    if failures.significant:
         warning += f": {failures.cause(_rates(server))}"
     return warning
 
 
-def _rates(server: ServerPlan) -> str:
+def _rates(server: ServerHalf) -> str:
     """Names the settings that make training diverge if they are too large."""
     stage, algorithm = server.stage, algorithm_of(server.stage)
     place, lr = f"stage.{stage.name}.", algorithm.optimizer.lr
-    rates = too_large(local_settings(stage), stage.lr, pulls=algorithm.pulls, place=place)
+    rates = too_large(local_settings(stage), stage.lr, penalties=algorithm.penalties, place=place)
     return rates if lr <= 1 else f"{rates} or {place}server.lr (now {lr:g})"

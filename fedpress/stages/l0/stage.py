@@ -39,9 +39,9 @@ from fedpress.nn.resize import copied
 from fedpress.stages.base import Stage
 from fedpress.stages.l0.settings import L0Settings
 from fedpress.stages.l0.training import GatedTraining
-from fedpress.stages.prune.settings import of_what
-from fedpress.stages.public import calibration, check_public_training, restore_norms_
-from fedpress.stages.zeros import left_over, with_zeros
+from fedpress.stages.prune.settings import share_in_words
+from fedpress.stages.public import check_public_training, draw_calibration, restore_norms_
+from fedpress.stages.zeros import allowed_masks, with_sparse_weights
 from fedpress.training.device import place_
 from fedpress.workspace.atomic import write_json
 from fedpress.workspace.drive import drive
@@ -59,7 +59,7 @@ class L0Stage(L0Settings, Stage):
     stage keeps; channels are physically removed. Train afterwards without gates: `kind = "train"`.
     """
 
-    def looks_at_labels(self) -> str:
+    def setting_reading_labels(self) -> str:
         """It trains, whatever its settings."""
         return self.kind
 
@@ -79,7 +79,7 @@ class L0Stage(L0Settings, Stage):
                 place="l0",
                 cure="put this stage before the quantization",
             )
-        calibration(state, self.calibration, 0)
+        draw_calibration(state, self.calibration, 0)
         model = copied(state.model)
         if self.unit == "channels":
             graph = _trace(model, state, self.ignore)
@@ -96,7 +96,7 @@ class L0Stage(L0Settings, Stage):
         masks = self.choose(weights, [w.value.detach().abs() for w in weights.chosen], within)
         apply_(weights.chosen, masks)
         facts = {"density": density_of(masks), "dense_weights": dict(weights.dense)}
-        return replace(state, spec=with_zeros(state.spec, masks), model=model), facts
+        return replace(state, spec=with_sparse_weights(state.spec, masks), model=model), facts
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Trains weights and gates; yields a tick for every step, saves after every epoch."""
@@ -133,7 +133,7 @@ class L0Stage(L0Settings, Stage):
         ]
         folder.record(layers=layers)
         facts |= {"density": density_of(masks), "dense_weights": dict(weights.dense)}
-        return replace(state, spec=with_zeros(state.spec, masks), model=model, facts=facts)
+        return replace(state, spec=with_sparse_weights(state.spec, masks), model=model, facts=facts)
 
     def _removed(
         self,
@@ -163,7 +163,7 @@ class L0Stage(L0Settings, Stage):
         }
         told = dict(plan.notes)
         if plan.parameters_before < state.dense:
-            share = of_what(state.dense, plan.parameters_before, plan.parameters_after)
+            share = share_in_words(state.dense, plan.parameters_before, plan.parameters_after)
             told["density"] = "; ".join([*([told["density"]] if "density" in told else []), share])
         if told:
             facts["told"] = told
@@ -179,7 +179,7 @@ class L0Stage(L0Settings, Stage):
             keep=self.keep,
             ignore=self.ignore,
         )
-        return weights, left_over(model, state, weights)
+        return weights, allowed_masks(model, state, weights)
 
     def choose(self, weights: Weights, scores: list[Tensor], within: Masks) -> Masks:
         """Keeps the highest scores, exactly `density` of them."""
@@ -207,7 +207,7 @@ def _restore_norms_(stage: L0Stage, model: nn.Module, state: State) -> None:
     """Takes the statistics of batch norms without chance in the gates."""
     if has_batch_norm(model):
         seed = derive(state.seed, "l0", stage.name)
-        restore_norms_(model, state, calibration(state, stage.calibration, seed), batch=BATCH)
+        restore_norms_(model, state, draw_calibration(state, stage.calibration, seed), batch=BATCH)
 
 
 def _trace(model: nn.Module, state: State, ignore: Sequence[str]) -> ChannelGraph:

@@ -14,7 +14,7 @@ from fedpress.compress.sparse.l0 import Controller, Gates, balance
 from fedpress.core.inputs import Inputs
 from fedpress.core.parameters import part_of
 from fedpress.core.random_source import public_stream
-from fedpress.stages.epochs import epochs_of, milestone, steps_of
+from fedpress.stages.epochs import epoch_milestone, total_steps, train_epochs
 from fedpress.stages.l0.settings import L0Settings
 from fedpress.training.fit import Fit, Step
 from fedpress.workspace.drive import Milestone, Snapshot
@@ -40,7 +40,7 @@ class GatedTraining:
             objective=self.loss,
             sparse=state.spec.sparse,
         )
-        whole_training = steps_of(stage.epochs, stage.batch_size, state)
+        whole_training = total_steps(stage.epochs, stage.batch_size, state)
         steps = max(1, round(stage.until * whole_training))
         self.steps, self.done = steps, 0
         self.optimizer = torch.optim.Adam(
@@ -54,7 +54,7 @@ class GatedTraining:
         """Trains; the gates step where the weights do."""
         with self.gates.on(self.fit.model):
             self.gates.generator = public_stream(self.seed, "gates", self.fit.epoch)
-            for event in epochs_of(self.fit, self.source):
+            for event in train_epochs(self.fit, self.source):
                 if isinstance(event, Step):
                     self.done = event.done
                     self.optimizer.step()
@@ -64,7 +64,7 @@ class GatedTraining:
                 self.gates.generator = public_stream(self.seed, "gates", event.epoch)
                 density = float(self.gates.density().detach())
                 more = f", expected density {density:.1%}"
-                yield milestone(event, more=more, expected_density=density, lambda_=self.pull)
+                yield epoch_milestone(event, more=more, expected_density=density, lambda_=self.pull)
 
     def loss(self, model: nn.Module, x: Inputs, logits: Tensor, y: Tensor) -> Tensor:
         """The task's loss and what the controller makes of the expected density."""

@@ -23,16 +23,16 @@ from fedpress.core.random_source import public_stream
 from fedpress.data import FederatedData
 from fedpress.errors import RecipeError
 from fedpress.nn.resize import copied
-from fedpress.stages.epochs import epochs_of, milestone, steps_of
+from fedpress.stages.epochs import epoch_milestone, total_steps, train_epochs
 from fedpress.stages.prune.settings import (
     PruneSettings,
-    check_left,
+    check_share_left,
     cut_target,
     example_input,
+    latency_ms,
     latency_target,
-    milliseconds,
     public_examples,
-    traced,
+    trace_channels,
 )
 from fedpress.stages.public import restore_norms_
 from fedpress.tasks import Sums, merged
@@ -47,7 +47,7 @@ BATCH = 256
 REFIT = 512  # public examples that norms are fitted on: two numbers for each channel need no more
 
 
-class Cutting:
+class PruneWork:
     """A prune stage at work.
 
     Attributes:
@@ -155,7 +155,7 @@ class Cutting:
     def _tuning(self) -> int:
         """Steps of one training."""
         s = self.stage.finetune
-        return steps_of(s.epochs, s.batch_size, self.source) if s else 0
+        return total_steps(s.epochs, s.batch_size, self.source) if s else 0
 
     def tick(self, part: int, note: str = "") -> Tick:
         """Tells of the present cut; one has four parts beside its training."""
@@ -178,12 +178,12 @@ class Cutting:
         if self.fit_state:
             fit.load_(self.fit_state)
             self.fit_state = {}
-        for event in epochs_of(fit, self.source):
+        for event in train_epochs(fit, self.source):
             if isinstance(event, Step):
                 yield self.tick(event.done - self._tuning)
                 continue
             before = f"training before cut {self.step + 1}, "
-            yield milestone(event, before=before, step=self.step + 1)
+            yield epoch_milestone(event, before=before, step=self.step + 1)
         self.fit = None
         self.model = fit.result_().to("cpu").eval()
         for tensor in (*self.model.parameters(), *self.model.buffers()):
@@ -193,7 +193,10 @@ class Cutting:
     def plan(self) -> Generator[Tick | Milestone, None, PruningPlan]:
         """Scores the channels and plans the present cut, with what has to be measured for it."""
         stage, state, model = self.stage, self.source, self.model
-        graph, chance = traced(model, state, stage), public_stream(state.seed, "prune", "random")
+        graph, chance = (
+            trace_channels(model, state, stage),
+            public_stream(state.seed, "prune", "random"),
+        )
         how: dict[str, Any] = {
             "round_to": stage.round_to,
             "min_keep": stage.min_keep,
@@ -228,7 +231,7 @@ class Cutting:
             yield self.tick(0, f"measuring the latency at {share:.1%} of the parameters")
             small = copied(model)
             compress.remove_(small, cut(target))
-            self.tried.append((share, milliseconds(small, state)))
+            self.tried.append((share, latency_ms(small, state)))
             yield Milestone({"latency": {"share": share, "ms": self.tried[-1][1]}})
         fast = [share for share, ms in self.tried if ms <= wanted]
         if not fast:
@@ -247,16 +250,14 @@ class Cutting:
         """Measures the dense network, and the present one; returns the milliseconds that the present cut may take."""
         yield self.tick(0, "measuring the latency of the uncut network")
         if not self.tried:
-            self.tried = [(1.0, milliseconds(self.model, self.source))]
+            self.tried = [(1.0, latency_ms(self.model, self.source))]
         if self.start is None:
             cut = self.plans or self.source.spec.resized
             self.start = (
-                milliseconds(self.source.spec.build_dense(), self.source)
-                if cut
-                else self.tried[0][1]
+                latency_ms(self.source.spec.build_dense(), self.source) if cut else self.tried[0][1]
             )
         if not self.plans:
-            check_left("keep_latency", keep, self.tried[0][1] / self.start)
+            check_share_left("keep_latency", keep, self.tried[0][1] / self.start)
         # Down from the network as the last cut left it, whose share of the way lies behind already.
         left = self.stage.steps - self.step
         now, aim = self.tried[0][1], keep * self.start

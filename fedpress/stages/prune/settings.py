@@ -20,11 +20,11 @@ from fedpress.core.examples import Arrays
 from fedpress.core.inputs import Inputs
 from fedpress.errors import Argument, RecipeError, SettingError
 from fedpress.nn.batch_norm import has_batch_norm
-from fedpress.stages.public import calibration
+from fedpress.stages.public import draw_calibration
 from fedpress.training.settings import TrainSettings
 from fedpress.workspace.state import Name, State
 
-AIMS = ("keep_params", "keep_macs", "keep_latency", "max_bytes")
+TARGET_KEYS = ("keep_params", "keep_macs", "keep_latency", "max_bytes")
 
 
 class PruneSettings(BaseModel):
@@ -99,7 +99,7 @@ class PruneSettings(BaseModel):
     def _one_target(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        given = [key for key in AIMS if data.get(key) is not None]
+        given = [key for key in TARGET_KEYS if data.get(key) is not None]
         if len(given) > 1:
             raise SettingError(
                 f"prune has one target, but {' and '.join(given)} are given",
@@ -156,9 +156,11 @@ class PruneSettings(BaseModel):
         return self
 
     @property
-    def aim(self) -> tuple[str, float]:
+    def target_setting(self) -> tuple[str, float]:
         """The setting that is the target, and its value."""
-        return next((key, value) for key in AIMS if (value := getattr(self, key)) is not None)
+        return next(
+            (key, value) for key in TARGET_KEYS if (value := getattr(self, key)) is not None
+        )
 
 
 def public_examples(how: PruneSettings, state: State, seed: int) -> Arrays | None:
@@ -167,7 +169,7 @@ def public_examples(how: PruneSettings, state: State, seed: int) -> Arrays | Non
     norms = has_batch_norm(state.model) and how.calibration > 0
     fitted = bool(how.approximate) and how.calibration > 0
     if SCORES[how.score].needs == "losses" or norms or measured or fitted:
-        return calibration(state, how.calibration, seed)
+        return draw_calibration(state, how.calibration, seed)
     return None
 
 
@@ -184,7 +186,7 @@ def cut_target(
     Raises:
         RecipeError: if there is less left of the dense network than should stay.
     """
-    key, value = how.aim
+    key, value = how.target_setting
     cost: Cost
     dense: float | None = None
     if key == "max_bytes":
@@ -197,7 +199,7 @@ def cut_target(
         wanted = value * dense
     now = start or cost(full_widths(graph))
     if key != "max_bytes":
-        check_left(key, value, now * value / wanted)
+        check_share_left(key, value, now * value / wanted)
     return Target(
         key, cost, now ** (1 - part) * wanted**part, limit=key == "max_bytes", full_cost=dense
     )
@@ -209,7 +211,7 @@ def latency_target(how: PruneSettings, graph: ChannelGraph, cost: Cost, share: f
     return Target("keep_latency", cost, max(least, share * cost(full_widths(graph))), limit=True)
 
 
-def check_left(key: str, value: float, left: float) -> None:
+def check_share_left(key: str, value: float, left: float) -> None:
     """Refuses the target `key` = `value` where earlier stages have left only the share `left` of the dense network.
 
     Raises:
@@ -229,17 +231,17 @@ def check_left(key: str, value: float, left: float) -> None:
         )
 
 
-def of_what(dense: int, before: int, after: int) -> str:
+def share_in_words(dense: int, before: int, after: int) -> str:
     """Says of what a share is, for a network that an earlier stage has cut.
 
-    >>> of_what(4000, 1200, 600)
+    >>> share_in_words(4000, 1200, 600)
     '0.15 of the 4,000 dense parameters, 0.5 of the 1,200 that the model had'
     """
     of_dense = f"{after / dense:.4g} of the {dense:,} dense parameters"
     return f"{of_dense}, {after / before:.4g} of the {before:,} that the model had"
 
 
-def milliseconds(model: nn.Module, state: State, *, seconds: float = 0.5) -> float:
+def latency_ms(model: nn.Module, state: State, *, seconds: float = 0.5) -> float:
     """Times `model` in onnxruntime, on one example and one thread: the median."""
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "model.onnx"
@@ -253,7 +255,7 @@ def example_input(state: State) -> Inputs:
     return state.example(2)
 
 
-def traced(model: nn.Module, state: State, how: PruneSettings) -> ChannelGraph:
+def trace_channels(model: nn.Module, state: State, how: PruneSettings) -> ChannelGraph:
     """Returns the channels of `model` that may go."""
     with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints its graph before it fails
         return compress.trace(

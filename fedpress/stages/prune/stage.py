@@ -17,16 +17,16 @@ from fedpress.models import what_pruning_changed
 from fedpress.nn.batch_norm import has_batch_norm
 from fedpress.nn.resize import copied
 from fedpress.stages.base import Stage
-from fedpress.stages.prune.cutting import Cutting
+from fedpress.stages.prune.cutting import PruneWork
 from fedpress.stages.prune.settings import (
-    AIMS,
+    TARGET_KEYS,
     PruneSettings,
     cut_target,
+    latency_ms,
     latency_target,
-    milliseconds,
-    of_what,
     public_examples,
-    traced,
+    share_in_words,
+    trace_channels,
 )
 from fedpress.stages.public import check_public_training
 from fedpress.workspace.atomic import write_json
@@ -44,10 +44,10 @@ class PruneStage(PruneSettings, Stage):
     """
 
     several_inputs: ClassVar = True
-    wants_one_of: ClassVar = AIMS
-    without_data: ClassVar = {"calibration": 0}
+    requires_one_of: ClassVar = TARGET_KEYS
+    defaults_without_data: ClassVar = {"calibration": 0}
 
-    def looks_at_labels(self) -> str:
+    def setting_reading_labels(self) -> str:
         """By training between the cuts, or by what it measures."""
         if self.finetune is not None:
             return "finetune"
@@ -76,7 +76,7 @@ class PruneStage(PruneSettings, Stage):
             with renaming({key: f"finetune.{key}" for key in type(self.finetune).model_fields}):
                 check_public_training(state, self.finetune)
         model = copied(state.model)
-        graph = traced(model.eval(), state, self)
+        graph = trace_channels(model.eval(), state, self)
         row = SCORES[self.score]
         if row.scales:
             compress.score(model, graph, self.score)
@@ -95,7 +95,7 @@ class PruneStage(PruneSettings, Stage):
             )
         compress.remove_(model, plan)
         if self.keep_latency is not None:
-            milliseconds(model, state, seconds=0.0)
+            latency_ms(model, state, seconds=0.0)
         facts: dict[str, Any] = {
             "kept_parameters": plan.parameters_after / state.dense,
             "channels": _widths(plan),
@@ -106,7 +106,7 @@ class PruneStage(PruneSettings, Stage):
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Prunes; yields a tick for every part of the work. What takes long is saved after each part."""
-        work = Cutting(self, state, folder.index)
+        work = PruneWork(self, state, folder.index)
         yield from drive(work, folder)
         for number, plan in enumerate(work.plans, 1):
             name = "plan.json" if self.steps == 1 else f"plan-{number}.json"
@@ -134,7 +134,7 @@ def _told(state: State, plans: Sequence[PruningPlan]) -> dict[str, str]:
     before, after = plans[0].parameters_before, plans[-1].parameters_after
     if before < state.dense:
         words = [told["keep_params"]] if "keep_params" in told else []
-        told["keep_params"] = "; ".join([*words, of_what(state.dense, before, after)])
+        told["keep_params"] = "; ".join([*words, share_in_words(state.dense, before, after)])
     return told
 
 

@@ -15,11 +15,11 @@ from fedpress.core.random import derive
 from fedpress.errors import RecipeError
 from fedpress.nn.resize import copied
 from fedpress.stages.base import Stage
-from fedpress.stages.public import calibration, check_public_training
+from fedpress.stages.public import check_public_training, draw_calibration
 from fedpress.stages.sparsify.masks import choose_masks, weights_to_prune
 from fedpress.stages.sparsify.settings import FROM_DATA, SparsifySettings
 from fedpress.stages.sparsify.training import MaskedTraining
-from fedpress.stages.zeros import left_over, with_zeros
+from fedpress.stages.zeros import allowed_masks, with_sparse_weights
 from fedpress.workspace.drive import drive
 from fedpress.workspace.stage_folder import StageFolder
 from fedpress.workspace.state import State, Tick
@@ -36,7 +36,7 @@ class SparsifyStage(SparsifySettings, Stage):
 
     several_inputs: ClassVar = True
 
-    def looks_at_labels(self) -> str:
+    def setting_reading_labels(self) -> str:
         """By training, or by what it measures."""
         if self.epochs:
             return "epochs"
@@ -55,11 +55,11 @@ class SparsifyStage(SparsifySettings, Stage):
         ignored(state.model, self.ignore)
         check_public_training(state, self)
         if self.score in FROM_DATA or self.scope == "sensitivity":
-            calibration(state, self.calibration, 0)
+            draw_calibration(state, self.calibration, 0)
         model = copied(state.model)
         weights = weights_to_prune(self, model, state)
         scores = {w.name: w.value.detach().abs() for w in weights.chosen}
-        within = left_over(model, state, weights)
+        within = allowed_masks(model, state, weights)
         masks = choose_masks(self, weights.chosen, scores, self.target(weights), within)
         reached, wanted = density_of(masks), self.target(weights)
         if (
@@ -77,7 +77,7 @@ class SparsifyStage(SparsifySettings, Stage):
         apply_(weights.chosen, masks)
         rounds = 1 + self.rounds if self.schedule == "rewind" else 1
         facts = {**_facts(model, weights, masks), "epochs": self.epochs * rounds}
-        return replace(state, spec=with_zeros(state.spec, masks), model=model), facts
+        return replace(state, spec=with_sparse_weights(state.spec, masks), model=model), facts
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Cuts and trains; yields a tick for every step, saves after every epoch."""
@@ -95,7 +95,9 @@ class SparsifyStage(SparsifySettings, Stage):
         for point in work.points:
             folder.record(sensitivity=point.line(state.data.task.primary))
         facts = _facts(model, work.weights, work.masks)
-        return replace(state, spec=with_zeros(state.spec, work.masks), model=model, facts=facts)
+        return replace(
+            state, spec=with_sparse_weights(state.spec, work.masks), model=model, facts=facts
+        )
 
 
 def _facts(model: nn.Module, weights: Weights, masks: Masks) -> dict[str, Any]:

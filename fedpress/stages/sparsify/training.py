@@ -32,11 +32,11 @@ from fedpress.core.inputs import call
 from fedpress.core.parameters import part_of
 from fedpress.core.random_source import public_stream
 from fedpress.nn.batch_norm import has_batch_norm
-from fedpress.stages.epochs import epochs_of, milestone, steps_of
-from fedpress.stages.public import calibration, restore_norms_
+from fedpress.stages.epochs import epoch_milestone, total_steps, train_epochs
+from fedpress.stages.public import draw_calibration, restore_norms_
 from fedpress.stages.sparsify.masks import choose_masks, weights_to_prune
 from fedpress.stages.sparsify.settings import FROM_DATA, SparsifySettings
-from fedpress.stages.zeros import left_over
+from fedpress.stages.zeros import allowed_masks
 from fedpress.training.device import device
 from fedpress.training.evaluate import evaluate
 from fedpress.training.fit import Fit, Step
@@ -57,7 +57,7 @@ class MaskedTraining:
         )
         self.weights = weights_to_prune(stage, self.fit.model, state)
         self.density = stage.target(self.weights)
-        self.within = left_over(self.fit.model, state, self.weights)
+        self.within = allowed_masks(self.fit.model, state, self.weights)
         self.masks = self.within
         chosen = {id(w.value) for w in self.weights.chosen}
         self.others = [pair for pair in self.fit.zeros if id(pair[0]) not in chosen]
@@ -71,7 +71,7 @@ class MaskedTraining:
     @property
     def steps(self) -> int:
         """Steps of a whole training."""
-        return steps_of(self.stage.epochs, self.stage.batch_size, self.source)
+        return total_steps(self.stage.epochs, self.stage.batch_size, self.source)
 
     def events(self) -> Iterator[Tick | Milestone]:
         """Trains; under "rewind" one training after the other, each from the early weights."""
@@ -91,7 +91,7 @@ class MaskedTraining:
 
     def train_(self) -> Iterator[Tick | Milestone]:
         """Trains to the last epoch, with what the schedule does after each step."""
-        for event in epochs_of(self.fit, self.source):
+        for event in train_epochs(self.fit, self.source):
             if isinstance(event, Step):
                 self.schedule_(event.done)
                 yield Tick(event.done + self.round * event.total, event.total * self.rounds)
@@ -99,7 +99,7 @@ class MaskedTraining:
             density = density_of(self.masks)
             self.note_epoch_()
             more = f", density {density:.1%}"
-            yield milestone(event, more=more, cut=self.round, density=density)
+            yield epoch_milestone(event, more=more, cut=self.round, density=density)
 
     def schedule_(self, step: int) -> None:
         """Does what the schedule wants before the first step (0), or after that many."""
@@ -130,7 +130,7 @@ class MaskedTraining:
 
     def measure(self) -> tuple[float, float]:
         """Returns the loss and the primary metric on public examples."""
-        some = calibration(self.source, min(self.stage.calibration, SENSITIVITY), self.seed)
+        some = draw_calibration(self.source, min(self.stage.calibration, SENSITIVITY), self.seed)
         found = evaluate(self.fit.model, some, self.data.preprocess, self.data.task)
         return found.loss, found.score
 
@@ -160,7 +160,7 @@ class MaskedTraining:
 
     def losses(self) -> Iterator[Tensor]:
         """Runs the model over public examples; one by one where the score wants the Fisher information of each."""
-        drawn = calibration(self.source, self.stage.calibration, self.seed)
+        drawn = draw_calibration(self.source, self.stage.calibration, self.seed)
         return self._losses(drawn, 1 if self.stage.score == "fisher" else BATCH)
 
     def _losses(self, examples: Arrays, batch: int) -> Iterator[Tensor]:
@@ -175,7 +175,7 @@ class MaskedTraining:
         Without training nothing else would make up for the cut.
         """
         if has_batch_norm(self.fit.model) and len(self.data.public):
-            drawn = calibration(self.source, self.stage.calibration, self.seed)
+            drawn = draw_calibration(self.source, self.stage.calibration, self.seed)
             restore_norms_(self.fit.model, self.source, drawn, batch=BATCH)
 
     def state(self) -> Snapshot:

@@ -5,12 +5,12 @@ import torch
 from fedpress.codecs import Key
 from fedpress.federation.aggregators import centre
 from fedpress.federation.aggregators.base import Contribution
-from fedpress.federation.aggregators.centre import Kept
+from fedpress.federation.aggregators.centre import KeptUpdates
 from fedpress.federation.aggregators.median import Median
 
 
 def medians(rows):
-    gathering = Kept({"update": rows.shape[1]}, Median().centre)
+    gathering = KeptUpdates({"update": rows.shape[1]}, Median().centre)
     for row in rows:
         gathering.add(Contribution(Key(1, 1, "c"), 1.0, {"update": row}))
     return gathering.close().vectors["update"]
@@ -45,5 +45,5 @@ def test_the_middle_of_the_largest_floats_is_finite():
 def test_nothing_that_came_is_zeros_without_weight():
     total = Median().begin([], [], Key(1, 1, "s")).close()
     assert (total.vectors, total.weight) == ({}, 0.0)
-    total = Kept({"update": 3}, Median().centre).close()
+    total = KeptUpdates({"update": 3}, Median().centre).close()
     assert (total.vectors["update"].tolist(), total.weight) == ([0.0] * 3, 0.0)

@@ -284,7 +284,7 @@ class Wide:
     def sensitivity(self, moved, cohort):
         return 2 * moved.l2
 
-    def check(self, ways):
+    def check(self, vector_codecs):
         pass
 
 
@@ -293,7 +293,7 @@ def test_the_servers_noise_grows_with_the_sensitivity():
     uplink = Uplink.bind(
         Payload(2), cohort, aggregator=Wide(), weights="equal", guarantee=Guarantee(plan)
     )
-    assert uplink.ways[0].noise.plan.noise_std == 2 * 3.0 * 0.5
+    assert uplink.vector_codecs[0].noise.plan.noise_std == 2 * 3.0 * 0.5
 
 
 def test_a_lossy_codec_cannot_carry_an_update_beyond_the_promise():

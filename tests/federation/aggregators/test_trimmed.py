@@ -4,12 +4,12 @@ import torch
 from fedpress.codecs import Key
 from fedpress.federation.aggregators import centre
 from fedpress.federation.aggregators.base import Contribution
-from fedpress.federation.aggregators.centre import Kept
+from fedpress.federation.aggregators.centre import KeptUpdates
 from fedpress.federation.aggregators.trimmed import Trimmed
 
 
 def trim(rows, beta):
-    gathering = Kept({"update": rows.shape[1]}, Trimmed(beta=beta).centre)
+    gathering = KeptUpdates({"update": rows.shape[1]}, Trimmed(beta=beta).centre)
     for row in rows:
         gathering.add(Contribution(Key(1, 1, "c"), 1.0, {"update": row}))
     return gathering.close().vectors["update"]

@@ -41,7 +41,7 @@ def test_the_algorithm_of_the_page_is_charged_under_client_privacy():
     with pytest.raises(RecipeError, match="'tau' has no bound"):
         Quadratics(row(), privacy=plan)
     going = Quadratics(row(clip_norm=10.0), privacy=plan, settings=LocalSettings(epochs=3))
-    assert going.uplink.ways[1].noise.plan.noise_std == pytest.approx(2.0 * 2**0.5 * 10.0)
+    assert going.uplink.vector_codecs[1].noise.plan.noise_std == pytest.approx(2.0 * 2**0.5 * 10.0)
     assert torch.isfinite(going.run(3)[-1].params).all()
 
 

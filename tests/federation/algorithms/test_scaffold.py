@@ -23,7 +23,7 @@ from fedpress.federation import (
 )
 from fedpress.federation.algorithms import check_fits
 from fedpress.federation.local import LocalRun, Outcome, Step
-from fedpress.federation.vectors import Extra
+from fedpress.federation.vectors import ExtraVector
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.secagg import SecurePlan
 from fedpress.wire import Message, unpack
@@ -172,12 +172,12 @@ def test_under_client_privacy_the_noise_of_both_vectors_costs_what_one_would(tru
     """Normalised by its clip norm over its noise, a client moves both together by 1 / noise_multiplier."""
     up = private(3.0, trust=trust).uplink
     costs = []
-    for way, clip_norm in zip(up.ways, (1.0, 5.0), strict=True):
+    for codec, clip_norm in zip(up.vector_codecs, (1.0, 5.0), strict=True):
         if trust == "central":
-            assert way.promise.l2 == clip_norm
-            std = way.noise.plan.noise_std
+            assert codec.promise.l2 == clip_norm
+            std = codec.noise.plan.noise_std
         else:
-            std = way.chain[1].std
+            std = codec.chain[1].std
         costs.append((clip_norm / std) ** 2)
     assert sum(costs) ** -0.5 == pytest.approx(3.0)
     assert costs[0] == pytest.approx(costs[1])
@@ -196,7 +196,8 @@ def test_one_client_moves_the_normalised_vectors_by_at_most_one_over_the_multipl
         }
         received = up.receive(sent, key)
         parts = [
-            float(received[way.name].double().norm()) / way.noise.plan.noise_std for way in up.ways
+            float(received[codec.name].double().norm()) / codec.noise.plan.noise_std
+            for codec in up.vector_codecs
         ]
         assert math.hypot(*parts) <= 1 / 2.0 * (1 + 1e-6)
 
@@ -238,7 +239,7 @@ def test_a_secure_sum_of_two_vectors_is_refused():
     chain = (Clip(clip_norm=1.0), Discretize(scale=10.0))
     with pytest.raises(RecipeError, match="planned for one vector"):
         Uplink.bind(
-            Payload(SIZE, chain=chain, extras={"control": Extra(codecs=chain)}),
+            Payload(SIZE, chain=chain, extras={"control": ExtraVector(codecs=chain)}),
             Cohort(4, 4),
             aggregator=aggregator,
             weights="equal",

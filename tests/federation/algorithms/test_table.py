@@ -20,8 +20,8 @@ from fedpress.federation import (
     LocalSettings,
     Momentum,
 )
-from fedpress.federation.algorithms import AlgorithmRow, Seen, check_fits
-from fedpress.federation.vectors import Extra
+from fedpress.federation.algorithms import AlgorithmRow, RoundInfo, check_fits
+from fedpress.federation.vectors import ExtraVector
 from fedpress.privacy.plan import PrivacyPlan
 from fedpress.wire import Message, pack, unpack
 from tests.federation.algorithms.quadratics import SIZE, Quadratics
@@ -90,7 +90,7 @@ def test_a_server_step_changes_nothing_that_it_was_given(row, size, value):
     mean = {name: torch.full((size,), value) for name in ("update", *row.extras_up)}
     state = row.server_init(params)
     kept = {n: t.clone() for n, t in state.items()}, params.clone()
-    after, moved = row.server_step(state, params, mean, Seen(1, 2, 4))
+    after, moved = row.server_step(state, params, mean, RoundInfo(1, 2, 4))
     assert all(torch.equal(state[n], t) for n, t in kept[0].items())
     assert torch.equal(params, kept[1])
     assert after.keys() == state.keys()
@@ -101,7 +101,7 @@ def test_a_server_step_changes_nothing_that_it_was_given(row, size, value):
 def test_an_update_of_zero_moves_nothing(row):
     params = torch.ones(4)
     mean = {name: torch.zeros(4) for name in ("update", *row.extras_up)}
-    _, moved = row.server_step(row.server_init(params), params, mean, Seen(1, 1, 1))
+    _, moved = row.server_step(row.server_init(params), params, mean, RoundInfo(1, 1, 1))
     assert torch.equal(moved, params)
 
 
@@ -153,11 +153,11 @@ def test_a_row_with_further_vectors_needs_a_bound_for_each_under_client_privacy(
         with pytest.raises(RecipeError, match="give it a clip_norm"):
             Quadratics(row, privacy=plan)
     else:
-        assert len(Quadratics(row, privacy=plan).uplink.ways) == 1
+        assert len(Quadratics(row, privacy=plan).uplink.vector_codecs) == 1
 
 
 def test_a_row_that_corrects_several_steps_is_refused_for_a_joint_one(row):
-    if row.corrects:
+    if row.corrects_gradients:
         with pytest.raises(RecipeError, match="take one step together"):
             check_fits(row, LocalSettings(), steps="joint", unit="sample")
     elif not row.reads_loss:
@@ -168,7 +168,7 @@ def test_a_row_that_asks_for_a_loss_is_refused_for_unit_sample(row):
     if row.reads_loss:
         with pytest.raises(RecipeError, match="which no noise covers"):
             check_fits(row, LocalSettings(), steps="local", unit="sample")
-    elif not row.corrects:
+    elif not row.corrects_gradients:
         check_fits(row, LocalSettings(), steps="local", unit="sample")
 
 
@@ -191,7 +191,7 @@ class WeighsByLoss(AlgorithmRow):
 
     @property
     def extras_up(self):
-        return {"loss": Extra(size=1, clip_norm=self.clip_norm)}
+        return {"loss": ExtraVector(size=1, clip_norm=self.clip_norm)}
 
     @property
     def reads_loss(self):
@@ -202,7 +202,7 @@ class WeighsByLoss(AlgorithmRow):
         run = work.begin(model).finish()
         return {"update": run.update() * loss, "loss": loss}, state, run.measures
 
-    def server_step(self, state, params, mean, seen):
+    def server_step(self, state, params, mean, info):
         return state, params + mean["update"] / mean["loss"].clamp(min=0.1)
 
 

@@ -16,7 +16,7 @@ from fedpress.data import FederatedData
 from fedpress.errors import DataError, FedpressError, ModelError, RunError
 from fedpress.models import layer_list, memory
 from fedpress.pipeline import commands
-from fedpress.stages.measure import measured
+from fedpress.stages.measure import measure_model
 
 X = torch.rand(100, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(100) % 10
@@ -457,7 +457,8 @@ def test_token_ids_and_several_inputs_are_measured(own, tmp_path):
     found = commands.measure(Several(), input_shape=[(1, 8, 8), (5,)], **quick)
     assert [record["runtime"] for record in found["records"]][:2] == ["torch", "onnxruntime"]
     assert (
-        len(measured(own.Tokens(), ids, batches=(1,), threads=(1,), seconds=0.01)["runtimes"]) >= 2
+        len(measure_model(own.Tokens(), ids, batches=(1,), threads=(1,), seconds=0.01)["runtimes"])
+        >= 2
     )
 
 

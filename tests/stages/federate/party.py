@@ -22,8 +22,8 @@ from fedpress.federation.exchange import error
 from fedpress.models import load_model
 from fedpress.pipeline import recipe as recipes
 from fedpress.stages.federate.client import ClientHalf
-from fedpress.stages.federate.contract import Beginning
-from fedpress.stages.federate.server import ServerPlan
+from fedpress.stages.federate.contract import CommonInputs
+from fedpress.stages.federate.server import ServerHalf
 from fedpress.tasks import Classification
 from fedpress.wire import pack, unpack
 
@@ -70,10 +70,10 @@ def cases(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.toml"))
 
 
-def beginning(folder: Path, case: Path) -> Beginning:
+def common(folder: Path, case: Path) -> CommonInputs:
     recipe = recipes.load(case.read_text("utf-8"))
     spec, model = load_model(folder / "model")
-    return Beginning.of(
+    return CommonInputs.of(
         recipe.stage[0],
         spec,
         model,
@@ -89,7 +89,7 @@ def serve(folder: Path, names: list[str]) -> None:
             came = [listener.accept() for _ in names]
             lines = {line.recv_bytes().decode(): line for line in came}
             transport = Lines({name: lines[name] for name in names})
-            server = ServerPlan.bind(beginning(folder, case), transport)
+            server = ServerHalf.bind(common(folder, case), transport)
             start = parameters.flatten(server.model)
             records = list(server.rounds(Start(start)))
             population = server.population
@@ -113,7 +113,7 @@ def answer(folder: Path, name: str) -> None:
     arrays = Arrays(**load_file(own))
     own.unlink()  # nobody else can read it any more
     for case in cases(folder):
-        half = ClientHalf(name, arrays, beginning(folder, case), InMemoryState())
+        half = ClientHalf(name, arrays, common(folder, case), InMemoryState())
         with connected(folder / "socket") as line:
             line.send_bytes(name.encode())
             while True:

@@ -122,7 +122,7 @@ def test_the_promise_is_the_same_with_a_second_vector_and_its_noise_is_not():
     assert two["epsilon"] == one["epsilon"]
     loaded = recipes.load(text(CLIENT % "", algorithm), ())
     uplink = bind(loaded.stage[0], first_state(loaded, load_data(loaded))).server.uplink
-    noises = [way.noise.plan for way in uplink.ways]
+    noises = [codec.noise.plan for codec in uplink.vector_codecs]
     assert [n.noise_multiplier for n in noises] == [pytest.approx(2.0 * 2**0.5)] * 2
     assert [n.clip_norm for n in noises] == [1.0, 0.5]
 

@@ -15,7 +15,7 @@ from fedpress.pipeline.start import first_state, load_data
 from fedpress.reports import write_report
 from fedpress.reports.table import failure_table, stage_table
 from fedpress.stages.federate.binding import bind
-from fedpress.stages.federate.failures import PRIVATE, Failures, in_words
+from fedpress.stages.federate.failures import PRIVATE, Failures, refusal_line
 from fedpress.stages.federate.failures import told as told_of
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import Tick
@@ -190,21 +190,21 @@ def test_a_client_with_one_example_under_batch_norm_is_told(tmp_path):
 def test_noise_alone_is_not_taken_for_failures():
     noise = Failures(counted=Tally(2.0, -1.5), of=4.0, variance=1.0)
     assert not noise.sure
-    assert not noise.everything
-    assert not replace(noise, recent=((2.0, -1.5, 4.0, 1.0),)).everything
+    assert not noise.all_failing
+    assert not replace(noise, recent=((2.0, -1.5, 4.0, 1.0),)).all_failing
     assert noise.warning("client") == ""
     assert Failures(counted=Tally(0, 60.0), of=100.0, variance=4.0).sure
 
 
 def test_a_run_stops_when_its_last_rounds_fail_also_if_the_first_went_well():
     good, bad, half = (0.3, -0.2, 100.0, 4.0), (99.0, 1.5, 100.0, 4.0), (50.0, 0.0, 100.0, 4.0)
-    assert Failures(recent=(bad,)).everything
-    assert Failures(recent=(*[good] * 9, bad)).everything
-    assert not Failures(recent=(bad, good)).everything
-    assert not Failures(recent=(half,) * 9).everything
-    faint = (4.1, 0.5, 4.0, 4.0)  # 4 clients, noise of 2: no single round says enough
-    assert not Failures(recent=(faint,)).everything
-    assert Failures(recent=(faint,) * 30).everything
+    assert Failures(recent=(bad,)).all_failing
+    assert Failures(recent=(*[good] * 9, bad)).all_failing
+    assert not Failures(recent=(bad, good)).all_failing
+    assert not Failures(recent=(half,) * 9).all_failing
+    faint = (4.1, 0.5, 4.0, 4.0)  # 4 clients, noise of 2: no single round says is_finished
+    assert not Failures(recent=(faint,)).all_failing
+    assert Failures(recent=(faint,) * 30).all_failing
 
 
 def test_failures_are_read_back_as_they_were_written():
@@ -215,10 +215,10 @@ def test_failures_are_read_back_as_they_were_written():
 
 def test_a_line_names_a_few_clients_and_counts_the_rest():
     refused = {f"c{i}": "why" for i in range(5)}
-    assert in_words(refused, 6, 2) == (
+    assert refusal_line(refused, 6, 2) == (
         "round 2: 5 of 6 clients refused: c0 (why), c1 (why), c2 (why), and 2 more"
     )
-    assert in_words({}, 1, 1) == ""
+    assert refusal_line({}, 1, 1) == ""
 
 
 def test_a_secret_cohort_is_not_counted_out(tmp_path):

@@ -14,8 +14,8 @@ from fedpress.federation import InMemoryState
 from fedpress.federation.protocol import text_tensor
 from fedpress.models import ModelSpec
 from fedpress.stages.federate.client import ClientHalf
-from fedpress.stages.federate.contract import Beginning
-from fedpress.stages.federate.server import ServerPlan, agree, register
+from fedpress.stages.federate.contract import CommonInputs
+from fedpress.stages.federate.server import ServerHalf, agree, register
 from fedpress.stages.federate.settings import FederateSettings
 from fedpress.stages.federate.stage import FederateStage
 from fedpress.tasks import Classification
@@ -32,11 +32,11 @@ SPEC = ModelSpec(architecture="mlp", input_shape=(6,), class_names=("x", "y", "z
 RAW, TASK = Preprocess(), Classification(("x", "y", "z"))
 
 
-def beginning(seed=7, preprocess=RAW, **keys) -> Beginning:
+def common(seed=7, preprocess=RAW, **keys) -> CommonInputs:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     stage = FederateStage.model_validate({"kind": "federate", "batch_size": 4, **keys})
-    return Beginning.of(stage, SPEC, model, preprocess=preprocess, task=TASK, seed=seed)
+    return CommonInputs.of(stage, SPEC, model, preprocess=preprocess, task=TASK, seed=seed)
 
 
 def examples(at: int) -> Arrays:
@@ -45,7 +45,7 @@ def examples(at: int) -> Arrays:
     return Arrays(torch.randn(n, 6, generator=chance), torch.randint(3, (n,), generator=chance))
 
 
-def halves(begin: Beginning) -> dict[str, ClientHalf]:
+def halves(begin: CommonInputs) -> dict[str, ClientHalf]:
     return {
         name: ClientHalf(name, examples(at), begin, InMemoryState())
         for at, name in enumerate(NAMES)
@@ -109,11 +109,11 @@ def test_every_key_of_the_table_is_known_to_be_alike_or_not_to_matter():
 @pytest.mark.parametrize("key", ALTERED)
 def test_a_client_with_another_value_of_a_key_refuses_by_the_name_of_the_entry(key):
     value, entry = ALTERED[key]
-    clients = halves(beginning())
-    clients["b"] = ClientHalf("b", examples(1), beginning(**{key: value}), InMemoryState())
+    clients = halves(common())
+    clients["b"] = ClientHalf("b", examples(1), common(**{key: value}), InMemoryState())
     transport = transport_to(clients)
     population = Population(NAMES, {name: len(clients[name].arrays) for name in NAMES})
-    contract = beginning().contract(population)
+    contract = common().contract(population)
     refused = agree(transport, contract)
     assert list(refused) == ["b"]
     words = refused["b"].removeprefix("WireError: ")
@@ -145,10 +145,10 @@ def test_a_client_with_another_value_of_a_key_refuses_by_the_name_of_the_entry(k
     ],
 )
 def test_other_seeds_preprocessing_and_plans_are_refused_by_name(keys, other, entry):
-    ours, theirs = halves(beginning(**keys)), halves(beginning(**other))
+    ours, theirs = halves(common(**keys)), halves(common(**other))
     clients = {**ours, "c": theirs["c"]}
     transport = transport_to(clients)
-    contract = beginning(**keys).contract(register(transport))
+    contract = common(**keys).contract(register(transport))
     refused = agree(transport, contract)
     assert list(refused) == ["c"]
     assert refused["c"].startswith(f"WireError: agreement.{entry}")
@@ -156,7 +156,7 @@ def test_other_seeds_preprocessing_and_plans_are_refused_by_name(keys, other, en
 
 def test_without_a_client_that_agrees_there_is_no_run():
     with pytest.raises(RecipeError, match=r"no client agrees, for instance a .*agreement\.seed"):
-        ServerPlan.bind(beginning(seed=8), transport_to(halves(beginning())))
+        ServerHalf.bind(common(seed=8), transport_to(halves(common())))
 
 
 @pytest.mark.parametrize(
@@ -174,20 +174,20 @@ def test_without_a_client_that_agrees_there_is_no_run():
 def test_a_client_tells_its_count_only_where_it_is_public_and_its_key_only_for_a_secure_sum(
     keys, counts, identities
 ):
-    clients = halves(beginning(**keys))
+    clients = halves(common(**keys))
     reply = ask(clients["a"], Message("register"))
     assert reply.header.keys() == {"examples"} & {"examples" if counts else ""} | (
         {"identity"} if identities else set()
     )
-    server = ServerPlan.bind(beginning(**keys), transport_to(clients))
+    server = ServerHalf.bind(common(**keys), transport_to(clients))
     assert (server.population.examples is not None) == counts
     assert (server.population.identities != {}) == identities
 
 
 def test_a_client_refuses_what_the_server_invents_about_it():
-    clients = halves(beginning(privacy=SAMPLE))
+    clients = halves(common(privacy=SAMPLE))
     true = register(transport_to(clients))
-    agreement = beginning(privacy=SAMPLE).contract(true).terms.agreement.to_json()
+    agreement = common(privacy=SAMPLE).contract(true).terms.agreement.to_json()
 
     def told(population):
         tensors = {
@@ -201,7 +201,7 @@ def test_a_client_refuses_what_the_server_invents_about_it():
         told(replace(true, examples={**true.counts, "a": 11}))
     with pytest.raises(WireError, match="does not name 'a'"):
         told(Population(NAMES[1:], {name: true.counts[name] for name in NAMES[1:]}))
-    secure = halves(beginning(privacy=SECURE))
+    secure = halves(common(privacy=SECURE))
     known = register(transport_to(secure))
     wrong = {**known.identities, "a": known.identities["b"]}
     tensors = {
@@ -213,7 +213,7 @@ def test_a_client_refuses_what_the_server_invents_about_it():
 
 
 def test_before_it_has_agreed_a_client_answers_nothing_else():
-    client = halves(beginning())["a"]
+    client = halves(common())["a"]
     for kind in ("fit", "evaluate", "join", "roster", "unmask"):
         with pytest.raises(WireError, match=f"{kind}: this client has agreed to nothing"):
             ask(client, Message(kind))
@@ -221,8 +221,8 @@ def test_before_it_has_agreed_a_client_answers_nothing_else():
 
 def test_accuracy_on_private_examples_is_refused_by_the_client_itself():
     for keys in ({"privacy": SAMPLE}, {"privacy": CLIENT}):
-        clients = halves(beginning(**keys))
-        server = ServerPlan.bind(beginning(**keys), transport_to(clients))
+        clients = halves(common(**keys))
+        server = ServerHalf.bind(common(**keys), transport_to(clients))
         params = torch.cat([p.detach().reshape(-1) for p in server.model.parameters()])
         assert server.client_scores(params) == {}
         header = {"agreement": server.contract.terms.agreement.fingerprint}
@@ -231,8 +231,8 @@ def test_accuracy_on_private_examples_is_refused_by_the_client_itself():
 
 
 def test_without_privacy_every_client_says_what_the_model_is_worth_to_it():
-    clients = halves(beginning())
-    server = ServerPlan.bind(beginning(), transport_to(clients))
+    clients = halves(common())
+    server = ServerHalf.bind(common(), transport_to(clients))
     params = torch.cat([p.detach().reshape(-1) for p in server.model.parameters()])
     found = server.client_scores(params)
     for at, name in enumerate(NAMES):
@@ -243,7 +243,7 @@ def test_without_privacy_every_client_says_what_the_model_is_worth_to_it():
 
 @pytest.mark.parametrize("metrics", [{"accuracy": "high"}, {"accuracy": True}, {"accuracy": []}, 3])
 def test_an_evaluation_that_is_none_is_left_out(metrics):
-    clients = halves(beginning())
+    clients = halves(common())
 
     def invented(request):
         reply = unpack(clients["b"].handle(request))
@@ -252,30 +252,30 @@ def test_an_evaluation_that_is_none_is_left_out(metrics):
         return pack(Message("evaluated", {"examples": 1, "metrics": metrics}))
 
     handlers = {name: client.handle for name, client in clients.items()} | {"b": invented}
-    server = ServerPlan.bind(beginning(), LocalTransport(handlers))
+    server = ServerHalf.bind(common(), LocalTransport(handlers))
     params = torch.cat([p.detach().reshape(-1) for p in server.model.parameters()])
     assert list(server.client_scores(params)) == ["a", "c", "d"]
 
 
 def test_every_client_of_a_secure_sum_makes_a_secret_of_its_own():
     keys = {"privacy": SECURE, "secure_keys": True}
-    identities = [register(transport_to(halves(beginning(**keys)))).identities for _ in range(2)]
+    identities = [register(transport_to(halves(common(**keys)))).identities for _ in range(2)]
     assert len({key for one in identities for key in one.values()}) == 2 * len(NAMES)
     from_seed = [
-        register(transport_to(halves(beginning(privacy=SECURE)))).identities for _ in range(2)
+        register(transport_to(halves(common(privacy=SECURE)))).identities for _ in range(2)
     ]
     assert from_seed[0] == from_seed[1]
 
 
 def test_clients_that_work_with_different_recipes_are_told_apart_when_they_register():
-    clients = halves(beginning()) | {"b": halves(beginning(privacy=CLIENT))["b"]}
+    clients = halves(common()) | {"b": halves(common(privacy=CLIENT))["b"]}
     with pytest.raises(RecipeError, match=r"do not work with one recipe .*population\.examples"):
         register(transport_to(clients))
 
 
 def test_the_bytes_before_the_first_round_are_those_of_the_messages():
-    transport = transport_to(halves(beginning()))
-    server = ServerPlan.bind(beginning(), transport)
+    transport = transport_to(halves(common()))
+    server = ServerHalf.bind(common(), transport)
     assert server.set_up == transport.traffic
     assert server.set_up.up > 0
     assert server.set_up.down > 0
@@ -283,16 +283,16 @@ def test_the_bytes_before_the_first_round_are_those_of_the_messages():
 
 def test_where_the_cohort_is_secret_no_length_tells_that_a_client_refused():
     central = {"privacy": CLIENT, "sampling": "poisson", "cohort": 2}
-    other = halves(beginning(lr=0.5, **central))["b"]
+    other = halves(common(lr=0.5, **central))["b"]
     told, sent = [], []
-    for clients in (halves(beginning(**central)), halves(beginning(**central)) | {"b": other}):
+    for clients in (halves(common(**central)), halves(common(**central)) | {"b": other}):
         transport = transport_to(clients)
-        told.append(ServerPlan.bind(beginning(**central), transport).set_up)
+        told.append(ServerHalf.bind(common(**central), transport).set_up)
         sent.append(transport.traffic)
     assert told[0] == told[1]
     assert told[0] == sent[0] != sent[1]
 
 
 def test_the_population_is_json_that_names_no_example():
-    population = register(transport_to(halves(beginning())))
+    population = register(transport_to(halves(common())))
     assert json.loads(population.to_json())["names"] == list(NAMES)

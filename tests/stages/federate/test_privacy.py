@@ -11,9 +11,9 @@ from fedpress.codecs import VALUES, Key
 from fedpress.data.population import Population
 from fedpress.errors import PrivacyError, RecipeError
 from fedpress.federation import Cohort, Guarantee, Payload, SecureSum, Uplink
-from fedpress.federation.schedules import Enrolment
+from fedpress.federation.schedules import ScheduleContext
 from fedpress.privacy.accounting import accountant
-from fedpress.stages.federate.privacy import protect
+from fedpress.stages.federate.privacy import plan_protection
 from fedpress.stages.federate.protection import repeated
 from fedpress.stages.federate.stage import FederateStage
 
@@ -36,8 +36,8 @@ def private(unit, trust, **more):
 
 
 def plan_of(made, cohort=EVERYBODY, shapes=SHAPES):
-    participation = made.schedule.foresee(Enrolment(NAMES, cohort, 5, 5), made.num_rounds)
-    return protect(made, CLIENTS, participation, cohort, shapes)
+    participation = made.schedule.foresee(ScheduleContext(NAMES, cohort, 5, 5), made.num_rounds)
+    return plan_protection(made, CLIENTS, participation, cohort, shapes)
 
 
 def planned(cohort=EVERYBODY, **keys):
@@ -97,7 +97,7 @@ def test_under_local_trust_every_update_carries_all_the_noise():
     uplink = uplink_of(plan, "local")
     sent = uplink.encode({"update": torch.zeros(SIZE)}, keys(0))[VALUES]
     assert float(sent.std()) == pytest.approx(3.0 * 0.5, rel=0.01)
-    assert uplink.ways[0].promise.l2 == math.inf  # the noise must not be clipped away
+    assert uplink.vector_codecs[0].promise.l2 == math.inf  # the noise must not be clipped away
 
 
 def test_under_central_trust_the_server_makes_it_once():
@@ -144,7 +144,7 @@ def test_cyclic_cohorts_cost_a_client_only_its_own_rounds():
 def test_correlated_noise_is_one_charge_and_less_noise_in_the_sum_of_all_rounds():
     cohort = Cohort(1, 10, "cyclic")
     plan = planned(cohort, privacy=private("client", "central", correlated={"bands": 8}))
-    assert plan.whole
+    assert plan.charged_once
     assert spent(plan, rounds=1) <= 8.0 * (1 + 1e-9)
     fresh = planned(cohort, privacy=private("client", "central"))
     totals = []

@@ -269,8 +269,8 @@ def test_settings_that_do_not_fit_are_refused(fields, says):
 
 
 def test_the_target_is_a_share_of_the_parameters_unless_another_is_given():
-    assert prune().aim == ("keep_params", 0.3)
-    assert prune(max_bytes=1000).aim == ("max_bytes", 1000)
+    assert prune().target_setting == ("keep_params", 0.3)
+    assert prune(max_bytes=1000).target_setting == ("max_bytes", 1000)
     for stage in (prune(), prune(keep_macs=0.5)):
         assert PruneStage.model_validate(stage.model_dump()) == stage
 

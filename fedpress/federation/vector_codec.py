@@ -1,4 +1,4 @@
-"""The way of one named vector from a client into the aggregate: its codecs, its promise, the server's noise on it."""
+"""The codec of one named vector from a client into the aggregate: its codecs, its promise, the server's noise on it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fedpress.privacy.noise.mechanism import clip
 
 
 @dataclass(frozen=True)
-class Way:
-    """One vector's way, alike on client and server.
+class VectorCodec:
+    """One vector's codec, alike on client and server.
 
     Attributes:
         name: of the vector.
@@ -83,11 +83,13 @@ class Way:
         return key if self.name == UPDATE else key.of_vector(self.name)
 
 
-def divide(ways: tuple[Way, ...], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Returns the tensors of one message by the vector that they belong to; `ways` begins with the update."""
-    first, *further = ways
-    parts: dict[str, dict[str, Tensor]] = {way.name: {} for way in ways}
+def divide(
+    vector_codecs: tuple[VectorCodec, ...], tensors: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Returns the tensors of one message by the vector that they belong to; `vector_codecs` begins with the update."""
+    first, *further = vector_codecs
+    parts: dict[str, dict[str, Tensor]] = {codec.name: {} for codec in vector_codecs}
     for name, tensor in tensors.items():
-        owner = next((way for way in further if way.owns(name)), first)
+        owner = next((codec for codec in further if codec.owns(name)), first)
         parts[owner.name][name] = tensor
     return parts
