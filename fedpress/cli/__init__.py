@@ -18,12 +18,14 @@ from fedpress.cli.common import (
     AllowCode,
     AsJson,
     Data,
+    Device,
     Overrides,
     allow_code,
     held,
     in_one_line,
     load,
     load_data,
+    on_device,
     told,
     warn,
 )
@@ -65,6 +67,7 @@ def check(
     ] = None,
     overrides: Overrides = None,
     data: Data = None,
+    device: Device = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema of recipes.")
     ] = False,
@@ -87,7 +90,7 @@ def check(
     from fedpress.pipeline.check import check_recipe
 
     allow_code(code)
-    _, wanted = load(recipe, overrides, data)
+    _, wanted = load(recipe, on_device(overrides, device), data)
     out_stream = terminal.console(quiet=as_json)
     loaded = load_data(wanted, out_stream)
     with terminal.waiting(out_stream, "checking that everything fits together"):

@@ -35,6 +35,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. stage.2.num_rounds=5")
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(help="auto, cpu, cuda, cuda:1 or mps; auto is a CUDA GPU if there is one."),
+]
 Data = Annotated[Path | None, typer.Option(help="Folder or file of the data set; sets data.path.")]
 
 
@@ -88,6 +92,11 @@ def load(recipe: str, overrides: list[str] | None, data: Path | None) -> tuple[s
 
 def _of_data(data: Path | None) -> list[str]:
     return [f"data.path={json.dumps(str(data), ensure_ascii=False)}"] if data is not None else []
+
+
+def on_device(overrides: Iterable[str] | None, device: str | None) -> list[str]:
+    """Returns overrides with that of `--device` behind them."""
+    return [*(overrides or []), *([f"device={device}"] if device is not None else [])]
 
 
 def given(overrides: list[str] | None, data: Path | None) -> list[str]:

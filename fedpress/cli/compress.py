@@ -14,9 +14,11 @@ import typer
 from fedpress.cli.common import (
     AllowCode,
     AsJson,
+    Device,
     allow_code,
     find_modules,
     load,
+    on_device,
     stopping,
     told,
     warn,
@@ -112,6 +114,7 @@ def sweep(
     out: Annotated[
         Path | None, typer.Option(help="Folder; sweeps/NAME by default. One that is there goes on.")
     ] = None,
+    device: Device = None,
     seeds: Annotated[
         str | None, typer.Option(help="Seeds, for mean and spread, such as 0,1,2.")
     ] = None,
@@ -126,15 +129,18 @@ def sweep(
     with terminal.waiting(out_stream, "starting"):
         from fedpress.pipeline import recipe as recipes
         from fedpress.pipeline import sweep as sweeps
+        from fedpress.pipeline.start import device_of
         from fedpress.reports.sweep import sweep_table, write_sweep
         from fedpress.reports.table import as_rich
 
         variants = sweeps.variants(values or [], _whole_seeds(seeds))
         # Checked with what all variants say: a key that the recipe lacks may be given behind it.
-        text = load(recipe, list(sweeps.in_all(variants)), data)[0]
+        text, wanted = load(recipe, on_device(sweeps.in_all(variants), device), data)
+        device_of(wanted)  # one refusal in place of one for each variant
         extra = (
             [f"data.path={json.dumps(str(data), ensure_ascii=False)}"] if data is not None else []
         )
+        extra = on_device(extra, device)
         name = str(recipes.tree(text).get("name", "recipe"))
         place = out or Path("sweeps") / name
     command = shlex.join(["fedpress", *sys.argv[1:]])

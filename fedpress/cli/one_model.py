@@ -15,11 +15,13 @@ import typer
 from fedpress.cli.common import (
     AllowCode,
     AsJson,
+    Device,
     again,
     allow_code,
     default_folder,
     find_modules,
     hold,
+    on_device,
     run_to_resume,
     stopping,
     told,
@@ -89,6 +91,7 @@ def command_of(kind: str) -> Callable[..., None]:
         checkpoint: Weights = None,
         mean: Mean = None,
         std: Std = None,
+        device: Device = None,
         resume: Resume = False,
         list_keys: ListKeys = False,
         code: AllowCode = None,
@@ -108,7 +111,18 @@ def command_of(kind: str) -> Callable[..., None]:
         allow_code(code)
         out_stream = terminal.console(quiet=as_json)
         asked = Asked(
-            kind, model, keys or [], data, path, out, input_shape, checkpoint, mean, std, resume
+            kind=kind,
+            model=model,
+            keys=keys or [],
+            data=data,
+            path=path,
+            out=out,
+            input_shape=input_shape,
+            checkpoint=checkpoint,
+            mean=mean,
+            std=std,
+            device=device,
+            resume=resume,
         )
         with stopping("stopped before the work began; nothing was changed"):
             ready = _made_ready(asked, out_stream)
@@ -132,6 +146,7 @@ class Asked:
     checkpoint: Path | None
     mean: str | None
     std: str | None
+    device: str | None
     resume: bool
 
 
@@ -180,7 +195,9 @@ def _ordered(asked: Asked) -> tuple[Path, Order]:
         words = [*([asked.model] if asked.model is not None else []), *asked.keys]
         found, rest = run_to_resume(words) if asked.out is None else (asked.out, words)
         if found is not None and not rest and Order.lies_in(asked.kind, found):
-            return found, Order.of_folder(found)
+            return found, Order.of_folder(
+                found, [*map(Override.parse, on_device([], asked.device))]
+            )
     if asked.model is None:
         raise RecipeError(
             "no model was given", place="model", cure="give it too, or --resume RUN alone"
@@ -188,7 +205,7 @@ def _ordered(asked: Asked) -> tuple[Path, Order]:
     subject = Subject.find(asked.model, weights=asked.checkpoint)
     given = Given.of(_numbers(asked.mean), _numbers(asked.std))
     examples = Examples(asked.data, asked.path, shape_of(asked.input_shape), given=given)
-    keys = [Override.parse(key) for key in asked.keys]
+    keys = [Override.parse(key) for key in on_device(asked.keys, asked.device)]
     order = Order.bind(asked.kind, subject, keys, examples)
     return asked.out or default_folder(asked.kind, asked.resume), order
 
@@ -199,6 +216,7 @@ def _run(ready: Ready, out_stream: Console) -> Result:
     from fedpress.pipeline.commands import Result
     from fedpress.pipeline.environment import note_environment
     from fedpress.pipeline.keys import settings_of
+    from fedpress.pipeline.start import device_of
     from fedpress.reports.html import write_report
     from fedpress.workspace.folder import RunFolder
 
@@ -207,7 +225,8 @@ def _run(ready: Ready, out_stream: Console) -> Result:
         folder = RunFolder.create(place, order.text, settings_of(order.recipe))
         hold(place)
     with stopping(f"\nstopped; what was finished is saved; go on with: {again(place)}"):
-        warn(note_environment(folder, shlex.join(["fedpress", *sys.argv[1:]])))
+        command = shlex.join(["fedpress", *sys.argv[1:]])
+        warn(note_environment(folder, command, device=device_of(order.recipe)))
         terminal.follow(order.execute(folder, ready.data), out_stream)
         with terminal.waiting(out_stream, "drawing the report"):
             write_report(place)

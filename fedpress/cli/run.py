@@ -15,6 +15,7 @@ from fedpress.cli.common import (
     AllowCode,
     AsJson,
     Data,
+    Device,
     Overrides,
     again,
     allow_code,
@@ -24,6 +25,7 @@ from fedpress.cli.common import (
     load,
     load_data,
     named,
+    on_device,
     run_to_resume,
     stopping,
     take_up,
@@ -45,6 +47,7 @@ def run(
     ] = None,
     overrides: Overrides = None,
     data: Data = None,
+    device: Device = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")] = None,
     resume: Annotated[
         bool,
@@ -68,7 +71,7 @@ def run(
             from fedpress.pipeline.check import check_recipe
             from fedpress.workspace.folder import RunFolder
 
-            words = [*([recipe] if recipe is not None else []), *(overrides or [])]
+            words = [*([recipe] if recipe is not None else []), *on_device(overrides, device)]
             bind = _begun if resume else _new
             begun = bind(context, words, data, out)
             earlier = RunFolder.open(reuse) if reuse is not None else None
@@ -141,6 +144,7 @@ def _execute(
     from fedpress.pipeline import run as runs
     from fedpress.pipeline.environment import note_environment
     from fedpress.pipeline.keys import settings_of
+    from fedpress.pipeline.start import device_of
     from fedpress.reports.html import write_report
     from fedpress.workspace.folder import RunFolder
 
@@ -150,7 +154,8 @@ def _execute(
         hold(place)
     saved = "all up to the last epoch or round is saved"
     with stopping(f"\nstopped; {saved}; go on with: {again(place)}"):
-        warn(note_environment(folder, shlex.join(["fedpress", *sys.argv[1:]]), begun.about))
+        command = shlex.join(["fedpress", *sys.argv[1:]])
+        warn(note_environment(folder, command, begun.about, device=device_of(begun.recipe)))
         out_stream.print(f"{begun.recipe.name} into {place}", markup=False, soft_wrap=True)
         terminal.follow(runs.execute(begun.recipe, folder, data, reuse=earlier), out_stream)
         with terminal.waiting(out_stream, "drawing the report"):

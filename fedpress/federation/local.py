@@ -211,7 +211,7 @@ def plain_steps(model: nn.Module, work: LocalWork) -> Steps:
             yield Step([p.detach() for p in params], _gradients(params))
             _forget_(unused)
             optimizer.step()
-            total, steps = total + loss.detach().double().cpu(), steps + 1
+            total, steps = total + loss.detach().cpu().double(), steps + 1
             if not torch.isfinite(total):
                 raise _diverged(work, index, steps)
     return Outcome({"loss": float(total) / steps, "steps": steps})

@@ -45,6 +45,7 @@ ROWS = (
     Row("input_shape", "--input"),
     Row("mean", "--mean", ("data.mean",)),
     Row("std", "--std", ("data.std",)),
+    Row("device", "--device", ("device",)),
     Row("out", "--out"),
     Row("allow_code", "--allow-code"),
     Row("formats", "--formats"),

@@ -15,6 +15,7 @@ import torch
 import fedpress
 from fedpress.deploy.processor import as_json, this_processor
 from fedpress.pipeline.result import read_finished
+from fedpress.training.device import find
 from fedpress.workspace import started
 from fedpress.workspace.atomic import list_json, read_json
 from fedpress.workspace.damage import CURES
@@ -26,7 +27,11 @@ LIBRARIES = ("torch", "numpy", "safetensors", "dp-accounting", "onnx", "onnxrunt
 
 
 def note_environment(
-    folder: RunFolder, command: str, origin: Mapping[str, Any] | None = None
+    folder: RunFolder,
+    command: str,
+    origin: Mapping[str, Any] | None = None,
+    *,
+    device: torch.device | None = None,
 ) -> list[str]:
     """Writes `environment.json`; when a run is resumed, adds what is different from its start, the command at least.
 
@@ -34,12 +39,13 @@ def note_environment(
         folder: of the run.
         command: that was given.
         origin: where the recipe came from and what was overridden in it, noted at the start alone.
+        device: where the stages train; None: as `fedpress.training.device.find` chooses.
 
     Returns:
         What a person must know who goes on: that the bits will differ from those of a run that was never stopped,
         where processor, threads or versions are others, and that records are missing.
     """
-    path, now = folder.path / "environment.json", environment(command)
+    path, now = folder.path / "environment.json", environment(command, device)
     told: list[str] = []
     if path.exists():
         first = read_json(path, cure=CURES[path.name])
@@ -81,7 +87,7 @@ def _name(value: Any) -> str:
     return str(value.get("name")) if isinstance(value, dict) else str(value)
 
 
-def environment(command: str) -> dict[str, Any]:
+def environment(command: str, device: torch.device | None = None) -> dict[str, Any]:
     """Returns versions, machine, commit and command: what a reader needs to judge the numbers."""
     return {
         "fedpress": fedpress.__version__,
@@ -90,11 +96,16 @@ def environment(command: str) -> dict[str, Any]:
         "machine": machine(),
         "processor": as_json(this_processor()),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": _device_name(device or find()),
         "threads": torch.get_num_threads(),
         "commit": _commit(),
         "command": command,
     }
+
+
+def _device_name(device: torch.device) -> str:
+    """What a CUDA GPU is called: two models of them round otherwise. Any other device by its kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _processor() -> str:

@@ -33,7 +33,7 @@ def measure(state: State, *, latency: bool = True) -> dict[str, Any]:
     test, task = state.data.test, state.data.task
     loss, metrics = None, dict[str, Any](dict.fromkeys(task.keys))
     if len(test):
-        model = place_(state.model)
+        model = place_(state.model, state.device)
         found = evaluate(model, test, state.data.preprocess, task, all_metrics=True)
         loss = found.loss
         metrics |= found.metrics

@@ -72,6 +72,13 @@ def placed_data() -> Iterator[None]:
 
 
 @contextmanager
+def placed_device() -> Iterator[None]:
+    """Lets errors of a device that is missing name the key of the recipe."""
+    with renaming({"device": "recipe.device"}):
+        yield
+
+
+@contextmanager
 def placed_model() -> Iterator[None]:
     """Lets errors of a network that is built name the keys of the recipe's table `[model]`."""
     keys = ("architecture", "arguments")

@@ -21,8 +21,9 @@ from fedpress.errors import Argument, ModelError, RecipeError, Words
 from fedpress.models import ModelSpec
 from fedpress.models.weights import load_weights_
 from fedpress.pipeline.arguments import KEYS
-from fedpress.pipeline.places import placed_data, placed_model
+from fedpress.pipeline.places import placed_data, placed_device, placed_model
 from fedpress.pipeline.recipe import ModelSettings, Recipe
+from fedpress.training import device
 from fedpress.workspace.state import Loader, State
 
 
@@ -30,11 +31,26 @@ def load_data(recipe: Recipe, *, progress: Progress | None = None) -> data_sets.
     """Loads the recipe's data set, dealt to clients.
 
     A source `module:function` is called; from now on the files of runs may name it too.
+
+    Raises:
+        TrainingError: if the recipe's device is missing; a download would have been in vain.
+        DataError: if the data cannot be read or do not fit the settings.
     """
+    device_of(recipe)
     if consent.NAME.fullmatch(recipe.data.source):
         consent.allow(recipe.data.source)
     with placed_data():
         return data_sets.load(recipe.data, derive(recipe.seed, "data"), progress=progress)
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """Returns the device of the recipe.
+
+    Raises:
+        TrainingError: if this machine does not have it.
+    """
+    with placed_device():
+        return device.find(recipe.device)
 
 
 def saved_model(path: Path) -> tuple[ModelSpec, nn.Module]:
@@ -57,7 +73,9 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
 
     Raises:
         RecipeError: if the model does not take the data's examples or has another number of classes.
+        TrainingError: if the recipe's device is missing.
     """
+    at = device_of(recipe)
     examples = next(a for a in (data.public, data.test, *data.clients.values()) if len(a))
     about: dict[str, Any] = {
         "input_shape": shape_of(examples.x),
@@ -92,7 +110,8 @@ def first_state(recipe: Recipe, data: data_sets.FederatedData) -> State:
         ) from error
     if data.labelled:
         _check_outputs(recipe, spec, logits, examples.y[:2], data)
-    return State(spec, model.train(), data, recipe.seed, cost.parameters(spec.build_dense()))
+    dense = cost.parameters(spec.build_dense())
+    return State(spec, model.train(), data, recipe.seed, dense, device=at)
 
 
 def _built(settings: ModelSettings, about: dict[str, Any]) -> tuple[ModelSpec, nn.Module]:

@@ -19,7 +19,7 @@ from fedpress.pipeline.check import check_recipe
 from fedpress.pipeline.environment import environment, note_environment
 from fedpress.pipeline.keys import settings_of, stage_keys
 from fedpress.pipeline.recipe import Recipe
-from fedpress.pipeline.start import load_data
+from fedpress.pipeline.start import device_of, load_data
 from fedpress.tasks import task_of
 from fedpress.workspace import lock
 from fedpress.workspace.atomic import read_json, write_json, writing
@@ -204,7 +204,7 @@ def _variants(
             if key not in loaded:
                 loaded = {key: load_data(recipe)}
             check_recipe(recipe, loaded[key])
-            notes = note_environment(folder, command)
+            notes = note_environment(folder, command, device=device_of(recipe))
             keys = stage_keys(recipe, folder.streams)
             reuse = _nearest(recipe, keys, earlier)
             earlier.append((keys, folder))

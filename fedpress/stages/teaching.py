@@ -26,7 +26,7 @@ from fedpress.errors import (
 from fedpress.models import ModelSpec, memory
 from fedpress.nn.resize import copied
 from fedpress.stages.epochs import epoch_milestone, train_epochs
-from fedpress.training.device import autocast, device, place_
+from fedpress.training.device import autocast, place_
 from fedpress.training.fit import Fit, Step
 from fedpress.training.settings import TrainSettings
 from fedpress.workspace.drive import Milestone, Snapshot
@@ -84,8 +84,8 @@ class TeacherTrainSettings(TrainSettings):
             return None
         data = state.data
         teacher = _teacher(self.teacher, state)
-        learns = place_(student if student is not None else state.model)
-        examples = data.preprocess(data.public.x[:64].to(device()))
+        learns = place_(student if student is not None else state.model, state.device)
+        examples = data.preprocess(data.public.x[:64].to(state.device))
         context = partial(autocast, teacher, self.precision)
         task = data.task.smoothed(self.label_smoothing)
         return Distillation(
@@ -114,6 +114,7 @@ class StageTraining:
             objective=distillation,
             helpers=distillation.helpers if distillation else None,
             sparse=state.spec.sparse,
+            device=state.device,
         )
 
     def events(self) -> Iterator[Tick | Milestone]:
@@ -191,7 +192,7 @@ def _teacher(where: str, state: State) -> nn.Module:
             place="teacher",
             cure="give a teacher of the same inputs",
         )
-    model = place_(copied(model))
+    model = place_(copied(model), state.device)
     mine, theirs = state.data.preprocess, Preprocess(spec.mean, spec.std)
     if mine != theirs:
         model.register_forward_pre_hook(

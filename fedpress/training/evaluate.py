@@ -16,7 +16,7 @@ from fedpress.core.inputs import Inputs, call, join
 from fedpress.errors import TrainingError
 from fedpress.nn.batch_norm import ONE_VALUE
 from fedpress.tasks import Sums, Task, merged
-from fedpress.training.device import Precision, autocast, laid_out
+from fedpress.training.device import Precision, autocast, device_of, laid_out
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,14 @@ def evaluate(
         )
     loss = 0.0
     sums: list[Sums] = []
-    at = next((p.device for p in model.parameters()), torch.device("cpu"))
+    at = device_of(model)
     with evaluating(model), torch.inference_mode(), autocast(model, precision):
         for x, y in zip(arrays.x.split(batch_size), arrays.y.split(batch_size), strict=True):
             found = outputs(model, laid_out(preprocess(x.to(at)), model)).float()
             loss += float(task.loss(found, y.to(at), reduction="sum"))
-            if all_metrics:
-                sums.append(task.metrics(found.cpu(), y.cpu()))
-            else:
-                sums.append(task.score_sums(found, y.to(at)))
+            # Metrics are counted in float64, which Apple GPUs do not have.
+            count = task.metrics if all_metrics else task.score_sums
+            sums.append(count(found.cpu(), y.cpu()))
     total = merged(*sums)
     mean_loss = loss / len(arrays)
     if not all_metrics:

@@ -20,7 +20,7 @@ from fedpress.nn.quantized import kept_entries
 from fedpress.tasks import Task
 from fedpress.training.augment import augment
 from fedpress.training.checks import batch_norm_scales, check_training
-from fedpress.training.device import autocast, device, laid_out, place_
+from fedpress.training.device import autocast, find, laid_out, place_
 from fedpress.training.evaluate import evaluate, outputs
 from fedpress.training.optimizers import Optimizers
 from fedpress.training.schedule import one_cycle
@@ -63,6 +63,7 @@ class Fit:
         objective: another loss in the place of the task's.
         helpers: what the objective trains besides and nobody keeps: its parameters go to the same optimizer.
         sparse: names of parameters whose zeros stay zero (see `ModelSpec.sparse`).
+        device: where to train; None: as `find` chooses.
     """
 
     def __init__(
@@ -75,11 +76,13 @@ class Fit:
         objective: Objective | None = None,
         helpers: nn.Module | None = None,
         sparse: Sequence[str] = (),
+        device: torch.device | None = None,
     ) -> None:
-        self.model, self.settings, self.seed = place_(model), settings, seed
+        self.device = device or find()
+        self.model, self.settings, self.seed = place_(model, self.device), settings, seed
         self.objective = objective or self._task_loss
         self.task = task.smoothed(settings.label_smoothing)
-        self.helpers = (helpers or nn.Module()).to(device())
+        self.helpers = (helpers or nn.Module()).to(self.device)
         weights = dict(model.named_parameters(remove_duplicate=False))
         self.zeros = [(weights[name], ~kept) for name, kept in kept_entries(model, sparse).items()]
         self.scales = batch_norm_scales(model) if settings.epochs and settings.bn_penalty else []
@@ -128,7 +131,7 @@ class Fit:
             DivergedError: if the loss or a weight is not finite.
         """
         check_training(self.model, self.settings, train, validation, preprocess, self.task)
-        train = Arrays(train.x.to(device()), train.y.to(device()))
+        train = Arrays(train.x.to(self.device), train.y.to(self.device))
         side, images = None, train.x
         while not self.finished:
             now = self.settings.side(self.epoch)
@@ -178,7 +181,7 @@ class Fit:
             self.optimizers.set_rate_(one_cycle(done, s.warmup))
             batch = train.take(index)
             x = augment(batch.x, s.augment, chance, flipped=mirrored[index])
-            loss = self._step(preprocess(x.to(device())), batch.y.to(device()))
+            loss = self._step(preprocess(x.to(self.device)), batch.y.to(self.device))
             if not math.isfinite(loss):
                 raise self._diverged(
                     f"the loss is {loss} at epoch {self.epoch + 1}, step {step + 1}"

@@ -14,6 +14,7 @@ from fedpress.core.inputs import Inputs
 from fedpress.data import FederatedData
 from fedpress.models import ModelSpec
 from fedpress.privacy.ledger import Ledger
+from fedpress.training.device import find
 
 Name = Annotated[str, StringConstraints(pattern=r"^\w[\w .-]*$", max_length=60)]
 """The name of a recipe or stage: folders are called by it."""
@@ -28,7 +29,7 @@ class State:
     `score` is the task's primary metric on the test set after the last stage, None before the first; `facts` are
     what the last stage adds to its line of the result (for instance `bytes_up`); `dense` is the parameter count before
     any pruning; `parent` loads the model as it was before the first stage that made it smaller, None before such a
-    stage.
+    stage. `device` is where the stages train and measure; latency is always that of the CPU.
     """
 
     spec: ModelSpec
@@ -40,6 +41,7 @@ class State:
     score: float | None = None
     facts: Mapping[str, JsonValue] = field(default_factory=dict)
     parent: Loader | None = None
+    device: torch.device = field(default_factory=find)
 
     def example(self, n: int) -> Inputs:
         """Returns `n` prepared examples to trace the model and to count on, see `ModelSpec.example`.

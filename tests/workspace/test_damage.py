@@ -244,13 +244,15 @@ def test_whoever_goes_on_elsewhere_is_told_that_bits_will_differ(
     }.items():
         monkeypatch.setattr(
             "fedpress.pipeline.environment.environment",
-            lambda command, k=key, v=value: now | {k: v, "command": command},
+            lambda command, device=None, k=key, v=value: now | {k: v, "command": command},
         )
         [said] = note_environment(folder, "again")
         was = now[key]["name"] if key == "processor" else now[key]
         assert f"{key} {was} before, {value} now" in said
         assert "its bits will differ" in said
-        monkeypatch.setattr("fedpress.pipeline.environment.environment", lambda command: now)
+        monkeypatch.setattr(
+            "fedpress.pipeline.environment.environment", lambda command, device=None: now
+        )
         [said] = note_environment(folder, "again")  # a part of it was done elsewhere
         assert f"{key} {was}, {value} before, {was} now" in said
         shutil.copyfile(killed / "environment.json", path / "environment.json")

@@ -29,6 +29,7 @@ from fedpress.pipeline.commands.subject import Subject, holding
 from fedpress.pipeline.environment import note_environment
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import Override
+from fedpress.pipeline.start import device_of
 from fedpress.stages.table import Row, commands
 from fedpress.workspace.folder import RunFolder
 
@@ -46,6 +47,7 @@ def call(
     mean: Sequence[float] | Literal["none", "data"] | None = None,
     std: Sequence[float] | None = None,
     out: str | Path | None = None,
+    device: str | torch.device | None = None,
     allow_code: Collection[str] | str = (),
     **settings: Any,
 ) -> Result:
@@ -66,6 +68,7 @@ def call(
             from 0 to 1); "none": as they are; "data": by the public part of the source.
         std: of each channel.
         out: the run folder to write; without one the result lives in memory alone.
+        device: where to train and measure: "auto", "cpu", "cuda", "cuda:1" or "mps"; None is "auto".
         allow_code: names `module:function` that the files of `model`, of its run or of a teacher may have called; a
             `model` that is given as `module:function` is allowed by that.
         settings: the keys of the stage; a `teacher` may be a module, too.
@@ -92,6 +95,7 @@ def call(
         given = Given.of(mean, std)
         opened = _opened(kind, model, checkpoint, out, stack)
         keys = _keys(settings, stack)
+        keys += [Override.of("device", str(device))] if device is not None else []
         source = data if isinstance(data, str) else None
         in_memory = data is not None and source is None
         held = _held(data, opened.subject, given, keys) if in_memory else None
@@ -124,7 +128,7 @@ def _executed(order: Order, data: FederatedData, place: Path, model: str) -> Res
     folder = RunFolder.create(place, order.text, settings_of(order.recipe))
     with folder.locked():
         words = [f"fedpress.pipeline.commands.{order.kind}", model]
-        note_environment(folder, shlex.join(words))
+        note_environment(folder, shlex.join(words), device=device_of(order.recipe))
         for _ in order.execute(folder, data):
             pass
         return Result.read(folder, order.kind)

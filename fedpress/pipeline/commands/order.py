@@ -32,7 +32,8 @@ from fedpress.workspace.damage import CURES
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import Event, StageFinished, StageStarted, Tick
 
-TOP = ("data", "model", "seed")
+TOP = ("data", "model", "seed", "device")
+"""Keys of a recipe that a command takes beside those of its stage."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,15 @@ class Order:
         ]
 
     @classmethod
-    def of_folder(cls, folder: Path) -> Order:
-        """Reads the order that a run folder of a command was made for; see `lies_in`."""
+    def of_folder(cls, folder: Path, keys: Sequence[Override] = ()) -> Order:
+        """Reads the order that a run folder of a command was made for; see `lies_in`.
+
+        Args:
+            folder: of the run.
+            keys: that may differ where a run goes on, such as `device=cpu`.
+        """
         text = (folder / "recipe.toml").read_text("utf-8")
-        recipe = recipes.load(text)
+        recipe = recipes.load(text, keys)
         saved = recipe.model.checkpoint
         return cls(
             recipe.stage[0].kind,

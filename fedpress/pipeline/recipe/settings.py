@@ -13,6 +13,7 @@ from fedpress.errors import Argument, SettingError
 from fedpress.models.memory import HELD
 from fedpress.pipeline.recipe.text import in_one_line
 from fedpress.stages.union import AnyStage
+from fedpress.training.device import DeviceName
 from fedpress.workspace.state import Name
 
 
@@ -73,6 +74,10 @@ class Recipe(BaseModel):
     name: Name = "recipe"
     description: str = ""
     seed: int = Field(0, ge=0)
+    device: DeviceName = Field(
+        "auto",
+        description="where stages train and measure: auto (a CUDA GPU if there is one), cpu, cuda, cuda:1, mps",
+    )
     data: DataSettings
     model: ModelSettings
     stage: tuple[Annotated[AnyStage, Field(discriminator="kind")], ...] = Field(min_length=1)

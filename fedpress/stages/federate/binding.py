@@ -63,6 +63,7 @@ def bind(stage: FederateSettings, state: State, folder: Path | None = None) -> S
         preprocess=state.data.preprocess,
         task=state.data.task,
         seed=state.seed,
+        device=state.device,
     )
     memories, own = memories_of(common, list(state.data.clients), folder)
     # One model for all clients, who work one after another, and another for the server.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import cast
 
+import torch
 from torch import nn
 
 from fedpress.core import parameters
@@ -102,14 +103,18 @@ class CommonInputs:
         preprocess: Preprocess,
         task: Task,
         seed: int,
+        device: torch.device | None = None,
     ) -> CommonInputs:
         """Prepares `model`, which stays as it is, for `stage`; `seed` is that of the run.
+
+        Each side chooses its own `device`, as `find` does by default: it is no part of what is agreed.
 
         Raises:
             RecipeError: if no parameter would train.
         """
         work = compact_(_trainable(copied(model), stage.trainable), spec.sparse)
-        return cls(stage, place_(work), preprocess, task, derive(seed, "federate", stage.name))
+        model = place_(work, device)
+        return cls(stage, model, preprocess, task, derive(seed, "federate", stage.name))
 
     def copy(self) -> CommonInputs:
         """Returns the same with a model of its own: the server never looks into one in which clients train."""

@@ -101,11 +101,11 @@ class L0Stage(L0Settings, Stage):
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
         """Trains weights and gates; yields a tick for every step, saves after every epoch."""
         seed = derive(state.seed, "stage", folder.index)
-        place_(state.model)
+        place_(state.model, state.device)
         weights = within = graph = None
         if self.unit == "channels":
             graph = _trace(state.model.to("cpu"), state, self.ignore)
-            place_(state.model)
+            place_(state.model, state.device)
             gates = channel_gates(state.model, graph, generator=public_stream(seed, "gates"))
         else:
             weights, within = self.weights(state.model, state)

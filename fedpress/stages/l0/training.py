@@ -39,6 +39,7 @@ class GatedTraining:
             seed=seed,
             objective=self.loss,
             sparse=state.spec.sparse,
+            device=state.device,
         )
         whole_training = total_steps(stage.epochs, stage.batch_size, state)
         steps = max(1, round(stage.until * whole_training))

@@ -37,7 +37,7 @@ from fedpress.stages.prune.settings import (
 from fedpress.stages.public import restore_norms_
 from fedpress.tasks import Sums, merged
 from fedpress.tasks.base import number
-from fedpress.training.device import device
+from fedpress.training.device import device_of
 from fedpress.training.evaluate import evaluate
 from fedpress.training.fit import Fit, Step
 from fedpress.workspace.drive import Milestone, Snapshot
@@ -173,6 +173,7 @@ class PruneWork:
             task=self.source.data.task,
             seed=seed,
             sparse=self.source.spec.sparse,
+            device=self.source.device,
         )
         self.fit = fit
         if self.fit_state:
@@ -268,7 +269,7 @@ class PruneWork:
         self, graph: ChannelGraph, scores: Sequence[Tensor]
     ) -> Iterator[Tick | Milestone]:
         """Measures each layer alone; what is saved already is not measured again."""
-        data, model = self.source.data, self.model.to(device())
+        data, model = self.source.data, self.model.to(self.source.device)
         public = data.validation if len(data.validation) else self.public
         assert public is not None
         some = public.take(torch.arange(len(public))[: self.stage.sensitivity_examples])
@@ -342,7 +343,7 @@ class PruneWork:
 
 def _loss_and_score(model: nn.Module, examples: Arrays, data: FederatedData) -> tuple[float, float]:
     """Measures `model` while its norms take the statistics of each batch: as if they were restored, for one pass."""
-    loss, at, task = 0.0, device(), data.task
+    loss, at, task = 0.0, device_of(model), data.task
     sums: list[Sums] = []
     with differentiable(model, (), batch_statistics=True), torch.no_grad():
         for x, y in examples.batches(BATCH):

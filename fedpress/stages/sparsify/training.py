@@ -37,7 +37,6 @@ from fedpress.stages.public import draw_calibration, restore_norms_
 from fedpress.stages.sparsify.masks import choose_masks, weights_to_prune
 from fedpress.stages.sparsify.settings import FROM_DATA, SparsifySettings
 from fedpress.stages.zeros import allowed_masks
-from fedpress.training.device import device
 from fedpress.training.evaluate import evaluate
 from fedpress.training.fit import Fit, Step
 from fedpress.workspace.drive import Milestone, Snapshot
@@ -53,7 +52,12 @@ class MaskedTraining:
     def __init__(self, stage: SparsifySettings, state: State, seed: int) -> None:
         self.stage, self.source, self.data, self.seed = stage, state, state.data, seed
         self.fit = Fit(
-            state.model, stage, task=state.data.task, seed=seed, sparse=state.spec.sparse
+            state.model,
+            stage,
+            task=state.data.task,
+            seed=seed,
+            sparse=state.spec.sparse,
+            device=state.device,
         )
         self.weights = weights_to_prune(stage, self.fit.model, state)
         self.density = stage.target(self.weights)
@@ -166,7 +170,7 @@ class MaskedTraining:
     def _losses(self, examples: Arrays, batch: int) -> Iterator[Tensor]:
         prepare: Preprocess = self.data.preprocess
         for x, y in examples.batches(batch):
-            at = device()
+            at = self.fit.device
             yield self.data.task.loss(call(self.fit.model, prepare(x.to(at))), y.to(at))
 
     def restore_norms_(self) -> None:
@@ -196,7 +200,7 @@ class MaskedTraining:
         self.round, self.early = facts["round"], part_of(tensors, "early/")
         self.points = [Point.of(point) for point in facts["points"]]
         masks = part_of(tensors, "mask/")
-        self.keep_({name: mask.to(device()) for name, mask in masks.items()})
+        self.keep_({name: mask.to(self.fit.device) for name, mask in masks.items()})
         if self.movement:
             for name, value in part_of(tensors, "moved/").items():
                 self.movement.sums[name].copy_(value)
