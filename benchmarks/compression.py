@@ -30,12 +30,12 @@ import torch_pruning as tp
 from pruned_resnet import cifar10, network
 from torch import Tensor, nn
 
+import fedpress
 from fedpress import compress
 from fedpress.compress.prune.targets import macs_target
 from fedpress.core.examples import Arrays
 from fedpress.data import FederatedData
 from fedpress.models import ModelSpec, load_model, save_model, what_pruning_changed
-from fedpress.pipeline import commands
 from fedpress.tasks import Task
 from fedpress.training.evaluate import evaluate
 from fedpress.training.fit import EpochRecord, Fit, Objective
@@ -202,7 +202,7 @@ def run(
     if name == "sparse":
         training = how.model_dump(mode="json", exclude_unset=True)
         sparse = {"density": keep, "schedule": "gradual", "every": 10, "seed": seed}
-        model, line = commands.sparsify(before, data=parts, **sparse, **training).model, {}
+        model, line = fedpress.sparsify(before, data=parts, **sparse, **training).model, {}
     else:
         began = time.perf_counter()
         chosen = torch.randperm(len(parts.public), generator=torch.Generator().manual_seed(seed))[

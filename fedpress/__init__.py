@@ -1,15 +1,69 @@
-"""fedpress makes a neural network small, trains it where the private data lives, and ships it to a device."""
+"""fedpress makes a neural network small, trains it where the private data lives, and ships it to a device.
 
+Every name here is imported when it is first used, so that `import fedpress` takes no time. `docs/python.md` shows
+them at work, and beside each the command that does the same.
+"""
+
+from collections.abc import Collection
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedpress.api.result import Result
+    from fedpress.api.stages import distill, export, l0, pack, prune, quantize, sparsify, train
+    from fedpress.data import FederatedData
+    from fedpress.errors import FedpressError
+    from fedpress.pipeline.commands.measuring import measure
 
 __version__ = "0.1.0"
 
-_LAZY = {"commands": "fedpress.pipeline.commands"}
-"""Names of the front door that are modules elsewhere, imported when they are first asked for."""
+__all__ = [
+    "FederatedData",
+    "FedpressError",
+    "Result",
+    "distill",
+    "export",
+    "l0",
+    "measure",
+    "pack",
+    "prune",
+    "quantize",
+    "sparsify",
+    "train",
+]
+
+_MODULES = {
+    "fedpress.api.result": ("Result",),
+    "fedpress.api.stages": (
+        "distill",
+        "export",
+        "l0",
+        "pack",
+        "prune",
+        "quantize",
+        "sparsify",
+        "train",
+    ),
+    "fedpress.data": ("FederatedData",),
+    "fedpress.errors": ("FedpressError",),
+    "fedpress.pipeline.commands.measuring": ("measure",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return import_module(_LAZY[name])
-    raise AttributeError(f"module 'fedpress' has no attribute '{name}'")
+    if name not in _MODULE_OF and name not in _kinds_of_stages():
+        raise AttributeError(f"module 'fedpress' has no attribute '{name}'")
+    value = getattr(import_module(_MODULE_OF.get(name, "fedpress.api.stages")), name)
+    globals()[name] = value  # the next use finds it without coming here
+    return value
+
+
+def _kinds_of_stages() -> Collection[str]:
+    """Returns the stages that have a call, those among them that somebody has added to the table."""
+    kinds: Collection[str] = import_module("fedpress.stages.table").commands()
+    return kinds
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

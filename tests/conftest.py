@@ -91,7 +91,7 @@ def _state_of_its_own(tmp_path_factory) -> Iterator[None]:
 
 
 @pytest.fixture
-def fedpress(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., Said]]:
+def shell(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., Said]]:
     """Runs the command line in this process, in an empty folder."""
     from fedpress import cli
 

@@ -12,8 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fedpress"
 FLOORS = {
-    10: ["__main__"],
-    9: ["cli"],
+    11: ["__main__"],
+    10: ["cli"],
+    9: ["api"],
     8: ["reports", "pipeline"],
     7: ["stages"],
     6: ["transport"],
@@ -54,7 +55,12 @@ def resolve(name: str) -> str | None:
 def imported(source: str, module: str) -> set[str]:
     """Returns the modules of the package that `source` (the text of `module`) imports, anywhere in the file."""
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    if (
+        module == "__init__"
+    ):  # what the door names for type checkers alone is imported when it is used
+        tree.body = [node for node in tree.body if not isinstance(node, ast.If)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {resolve(alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

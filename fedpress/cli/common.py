@@ -283,10 +283,11 @@ def warn(notes: Iterable[str]) -> None:
 
 def load_data(recipe: Recipe, out_stream: Console) -> FederatedData:
     """Loads the data of a recipe, with bars, and says how many rows are left out."""
+    from fedpress.api import progress
     from fedpress.cli import terminal
     from fedpress.pipeline import start
 
-    with terminal.bars(out_stream) as bars:
+    with progress.bars(out_stream) as bars:
         loaded = start.load_data(recipe, progress=terminal.Loading(bars))
     said = loaded.told_left_out(private=recipe.private)
     if said:

@@ -176,7 +176,7 @@ def _whole_seeds(text: str | None) -> list[int]:
 
 
 def _follow(events: Iterable[VariantStarted | VariantFinished], out: Console, total: int) -> None:
-    from fedpress.cli import terminal
+    from fedpress.api import progress
     from fedpress.pipeline.sweep import VariantFinished, VariantStarted
 
     number = 0
@@ -186,6 +186,6 @@ def _follow(events: Iterable[VariantStarted | VariantFinished], out: Console, to
             warn(event.notes)
             out.print(f"[bold]{number}/{total}[/] ", end="")
             out.print(event.variant.name, markup=False, soft_wrap=True)
-            terminal.follow(event.events, out)
+            progress.follow(event.events, out)
         elif isinstance(event, VariantFinished) and event.error:
             out.print(f"failed: {told(event.error)}", markup=False, soft_wrap=True)

@@ -32,8 +32,9 @@ from fedpress.errors import Argument, RecipeError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fedpress.api.result import Result
     from fedpress.data import FederatedData
-    from fedpress.pipeline.commands import Order, Result
+    from fedpress.pipeline.commands import Order
     from fedpress.workspace.folder import RunFolder
 
 Model = Annotated[
@@ -162,6 +163,7 @@ class Ready:
 
 def _made_ready(asked: Asked, out_stream: Console) -> Ready:
     """Binds the order, loads its data, and checks everything; writes nothing."""
+    from fedpress.api import progress
     from fedpress.cli import terminal
 
     with terminal.waiting(out_stream, "starting"):
@@ -177,7 +179,7 @@ def _made_ready(asked: Asked, out_stream: Console) -> Ready:
             RunFolder.check_free(place, order.text)
     if order.asks is not None:
         out_stream.print(told(order.asks), markup=False, soft_wrap=True)
-    with terminal.bars(out_stream) as bars:
+    with progress.bars(out_stream) as bars:
         loaded = order.load_data(terminal.Loading(bars))
     with terminal.waiting(out_stream, "checking that everything fits together"):
         order.check(loaded)
@@ -212,8 +214,9 @@ def _ordered(asked: Asked) -> tuple[Path, Order]:
 
 def _run(ready: Ready, out_stream: Console) -> Result:
     """Does the work, and draws the report."""
+    from fedpress.api import progress
+    from fedpress.api.result import Result
     from fedpress.cli import terminal
-    from fedpress.pipeline.commands import Result
     from fedpress.pipeline.environment import note_environment
     from fedpress.pipeline.keys import settings_of
     from fedpress.pipeline.start import device_of
@@ -227,7 +230,7 @@ def _run(ready: Ready, out_stream: Console) -> Result:
     with stopping(f"\nstopped; what was finished is saved; go on with: {again(place)}"):
         command = shlex.join(["fedpress", *sys.argv[1:]])
         warn(note_environment(folder, command, device=device_of(order.recipe)))
-        terminal.follow(order.execute(folder, ready.data), out_stream)
+        progress.follow(order.execute(folder, ready.data), out_stream)
         with terminal.waiting(out_stream, "drawing the report"):
             write_report(place)
     return Result.read(folder, order.kind)
@@ -237,7 +240,7 @@ def _show(ready: Ready, result: Result, out_stream: Console, *, as_json: bool) -
     """Prints what came out, and where it lies."""
     from fedpress.cli import terminal
 
-    terminal.show_result(out_stream, dict(result.before), dict(result.facts))
+    terminal.show_result(out_stream, dict(result.before), dict(result.after))
     if not len(ready.data.test):
         out_stream.print(
             "no metrics: there was no data; give --data SOURCE to measure it", markup=False
@@ -248,7 +251,7 @@ def _show(ready: Ready, result: Result, out_stream: Console, *, as_json: bool) -
     report = ready.place / "report.html"
     out_stream.print(f"report: {report}", markup=False, soft_wrap=True)
     if as_json:
-        page = {"before": result.before, "after": result.facts, "model": str(result.folder)}
+        page = {"before": result.before, "after": result.after, "model": str(result.folder)}
         if result.artifact is not None:
             page["file"] = str(result.artifact)
         typer.echo(json.dumps(page))

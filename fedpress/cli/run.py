@@ -140,6 +140,7 @@ def _execute(
     begun: Begun, data: FederatedData, earlier: RunFolder | None, out_stream: Console
 ) -> Path:
     """Runs the stages and draws the report; returns where that is."""
+    from fedpress.api import progress
     from fedpress.cli import terminal
     from fedpress.pipeline import run as runs
     from fedpress.pipeline.environment import note_environment
@@ -157,7 +158,7 @@ def _execute(
         command = shlex.join(["fedpress", *sys.argv[1:]])
         warn(note_environment(folder, command, begun.about, device=device_of(begun.recipe)))
         out_stream.print(f"{begun.recipe.name} into {place}", markup=False, soft_wrap=True)
-        terminal.follow(runs.execute(begun.recipe, folder, data, reuse=earlier), out_stream)
+        progress.follow(runs.execute(begun.recipe, folder, data, reuse=earlier), out_stream)
         with terminal.waiting(out_stream, "drawing the report"):
             return write_report(place)
 

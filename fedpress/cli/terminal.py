@@ -4,45 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from fedpress.reports import units
 from fedpress.reports.headline import score_warning, stays_float
-from fedpress.reports.metrics import Shown
 from fedpress.reports.reading import stages_of
 from fedpress.reports.table import Table as PlainTable
 from fedpress.reports.table import as_rich, comparison_table, left_table, metrics_table
-
-if TYPE_CHECKING:
-    from fedpress.workspace.state import Event
-
-SPEED_OVER_SECONDS = 300  # a round may take minutes: a shorter look back would see no step at all
 
 
 def console(*, quiet: bool) -> Console:
     """Returns where to print; with `quiet` on the error stream, since the other belongs to JSON."""
     return Console(stderr=quiet, highlight=False)
-
-
-def bars(out: Console) -> Progress:
-    """Returns bars with time left and a note that fit into 80 columns; nothing where there is no terminal."""
-    return Progress(
-        SpinnerColumn(finished_text=" "),
-        TextColumn("{task.description:10.18}", markup=False),
-        BarColumn(bar_width=10),
-        TextColumn("{task.percentage:3.0f}%"),
-        TimeRemainingColumn(elapsed_when_finished=True, compact=True),
-        TextColumn("{task.fields[note]}", markup=False),
-        console=out,
-        speed_estimate_period=SPEED_OVER_SECONDS,
-        disable=not out.is_terminal,
-    )
 
 
 @contextmanager
@@ -63,57 +42,6 @@ class Loading:
         if what not in self.tasks:
             self.tasks[what] = self.shown.add_task(what, total=total, note="")
         self.shown.update(self.tasks[what], completed=done, total=total)
-
-
-def follow(events: Iterable[Event], out: Console) -> None:
-    """Shows the events of a run to their end: a bar for each stage, and without a terminal a line for each news."""
-    from fedpress.workspace.state import (  # loads torch: a waiting person sees a word before it
-        StageFinished,
-        StageStarted,
-        Tick,
-    )
-
-    with bars(out) as shown:
-        task, name, said, moved = shown.add_task("", visible=False, note=""), "", "", False
-        news = ""
-        for event in events:
-            if isinstance(event, StageStarted):
-                name, said, moved = event.name, "", False
-                news = "already done" if event.reused else "starting"
-                task = shown.add_task(name, total=None, note=news)
-            elif isinstance(event, Tick):
-                news = event.note
-                if moved:
-                    shown.update(
-                        task, completed=event.done, total=max(1, event.total), note=event.note
-                    )
-                else:  # where a resumed stage goes on is no speed: time left is counted from here
-                    shown.reset(
-                        task, completed=event.done, total=max(1, event.total), note=event.note
-                    )
-                moved = True
-                if event.warning:
-                    shown.console.print(f"{name}: {event.warning}", markup=False, soft_wrap=True)
-            elif isinstance(event, StageFinished):
-                news = _outcome(event.result)
-                shown.update(task, total=1, completed=1, note=news)
-                told = event.result.get("told")
-                for key, sentence in told.items() if isinstance(told, dict) else ():
-                    shown.console.print(
-                        f"{name}: {key} is {sentence}", markup=False, soft_wrap=True
-                    )
-            if shown.disable and news not in ("", said):
-                said = news
-                out.print(f"{name}: {news}", markup=False, soft_wrap=True)
-
-
-def _outcome(result: Mapping[str, Any]) -> str:
-    shown = Shown.of([dict(result)])
-    found = result.get(shown.key)
-    score = "" if found is None else f"test {shown.name} {shown.formatted(found)}, "
-    floats = stays_float(dict(result))
-    kept = f", {floats[0]} of them float ({floats[1]})" if floats else ""
-    return f"{score}{units.count(result['parameters'])} parameters{kept}"
 
 
 def show_metrics(out: Console, result: dict[str, Any]) -> None:

@@ -44,7 +44,11 @@ class QuantizeStage(TeacherTrainSettings, Stage):
 
     simulates_device: ClassVar = True
     several_inputs: ClassVar = True
-    defaults_without_data: ClassVar = {"inputs": "dynamic", "correct_bias": False}
+    defaults_without_data: ClassVar = {
+        "inputs": "dynamic",
+        "correct_bias": False,
+        "rounding": "nearest",
+    }
     saved_models: ClassVar = SAVED_MODELS
     places: ClassVar = {**TeacherTrainSettings.places, "inputs.bits": "input_bits"}
 

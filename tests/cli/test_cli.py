@@ -113,30 +113,28 @@ def mistakes(tiny_file) -> Path:
 
 
 @pytest.mark.parametrize("words", BAD.values(), ids=BAD.keys())
-def test_bad_input_is_one_sentence_before_anything_is_trained(
-    fedpress, mistakes, monkeypatch, words
-):
+def test_bad_input_is_one_sentence_before_anything_is_trained(shell, mistakes, monkeypatch, words):
     monkeypatch.setenv("FEDPRESS_CACHE", str(mistakes / "cache"))
     monkeypatch.delitem(sys.modules, "networks", raising=False)
     (command, *parts) = words
-    one_sentence(fedpress("run", *command, "--out", "new"), *parts)
+    one_sentence(shell("run", *command, "--out", "new"), *parts)
     assert not (mistakes / "new").exists()
 
 
-def test_check_refuses_what_run_refuses(fedpress, mistakes):
+def test_check_refuses_what_run_refuses(shell, mistakes):
     one_sentence(
-        fedpress("check", "tiny.toml", "stage.1.keep_params=0.001"), "recipe.stage[1].keep_params"
+        shell("check", "tiny.toml", "stage.1.keep_params=0.001"), "recipe.stage[1].keep_params"
     )
-    one_sentence(fedpress("check"), "give the name of a recipe")
+    one_sentence(shell("check"), "give the name of a recipe")
 
 
-def test_no_network_is_one_sentence(fedpress, tiny_file, monkeypatch):
+def test_no_network_is_one_sentence(shell, tiny_file, monkeypatch):
     from fedpress.data import cifar10_archive, download
 
     monkeypatch.setenv("FEDPRESS_CACHE", str(tiny_file.parent / "cache"))
     monkeypatch.setattr(cifar10_archive, "URL", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     monkeypatch.setattr(download.time, "sleep", lambda _: None)
-    said = fedpress("run", tiny_file, "data.source=cifar10", "--out", "new")
+    said = shell("run", tiny_file, "data.source=cifar10", "--out", "new")
     one_sentence(
         said,
         "'http://127.0.0.1:9/cifar-10-python.tar.gz': cannot be downloaded",
@@ -147,15 +145,15 @@ def test_no_network_is_one_sentence(fedpress, tiny_file, monkeypatch):
 @pytest.mark.parametrize(
     "words", [[], ["runn"], ["run"], ["run", "digits", "--ouut", "x"], ["privacy", "epsilon"]]
 )
-def test_a_command_that_is_no_command_ends_in_2(fedpress, words):
-    said = fedpress(*words)
+def test_a_command_that_is_no_command_ends_in_2(shell, words):
+    said = shell(*words)
     assert said.code == 2
     assert "Usage" in said.out + said.err
     assert "Traceback" not in said.err
 
 
-def test_a_run_is_told_drawn_and_given_as_json(fedpress, tiny_file):
-    said = fedpress("run", tiny_file, TRAIN_ONLY, "--out", "new", "--json")
+def test_a_run_is_told_drawn_and_given_as_json(shell, tiny_file):
+    said = shell("run", tiny_file, TRAIN_ONLY, "--out", "new", "--json")
     assert said.code == 0, said.err
     result = json.loads(said.out)
     assert result == json.loads(Path("new/result.json").read_text())
@@ -171,64 +169,64 @@ def test_a_run_is_told_drawn_and_given_as_json(fedpress, tiny_file):
     assert environment["overrides"] == [TRAIN_ONLY]
     assert environment["command"].startswith("fedpress run ")
 
-    again = fedpress("run", tiny_file, TRAIN_ONLY, "--out", "new")
+    again = shell("run", tiny_file, TRAIN_ONLY, "--out", "new")
     one_sentence(
         again, "new: this folder already holds a run; add --resume to go on, or give another --out"
     )
-    other = fedpress("run", tiny_file, TRAIN_ONLY, "seed=5", "--out", "new", "--resume")
+    other = shell("run", tiny_file, TRAIN_ONLY, "seed=5", "--out", "new", "--resume")
     one_sentence(other, "belongs to another recipe (recipe.seed was 0, now 5)", "--from new")
-    resumed = fedpress("run", tiny_file, TRAIN_ONLY, "--out", "new", "--resume")
+    resumed = shell("run", tiny_file, TRAIN_ONLY, "--out", "new", "--resume")
     assert resumed.code == 0
     assert "train: already done" in resumed.out
     assert json.loads(Path("new/result.json").read_text()) == result
-    drawn = fedpress("report", "new", "--out", "page.html")
+    drawn = shell("report", "new", "--out", "page.html")
     assert (drawn.code, drawn.out) == (0, "page.html\n")
     assert (
         max(len(line) for line in resumed.out.splitlines() if not line.startswith("report")) <= 80
     )
 
 
-def test_runs_without_out_are_numbered_and_the_last_is_resumed(fedpress, tiny_file):
+def test_runs_without_out_are_numbered_and_the_last_is_resumed(shell, tiny_file):
     for _ in range(2):
-        assert fedpress("run", tiny_file, TRAIN_ONLY).code == 0
+        assert shell("run", tiny_file, TRAIN_ONLY).code == 0
     assert sorted(p.name for p in Path("runs").iterdir()) == ["tiny", "tiny-2"]
     Path("runs/tiny").rename("elsewhere")
-    said = fedpress("run", tiny_file, TRAIN_ONLY, "--resume")
+    said = shell("run", tiny_file, TRAIN_ONLY, "--resume")
     assert said.code == 0
     assert "tiny into runs/tiny-2" in said.out
-    assert fedpress("run", tiny_file, TRAIN_ONLY, "--from", "elsewhere").code == 0
+    assert shell("run", tiny_file, TRAIN_ONLY, "--from", "elsewhere").code == 0
     assert Path("runs/tiny-3").exists()
 
 
-def test_run_folders_that_are_none_are_refused(fedpress, tiny_file):
+def test_run_folders_that_are_none_are_refused(shell, tiny_file):
     one_sentence(
-        fedpress("run", tiny_file, "--resume", "--out", "nowhere"), "there is no run to resume"
+        shell("run", tiny_file, "--resume", "--out", "nowhere"), "there is no run to resume"
     )
     one_sentence(
-        fedpress("run", tiny_file, "--from", "nowhere"), "nowhere: there is no run in this folder"
+        shell("run", tiny_file, "--from", "nowhere"), "nowhere: there is no run in this folder"
     )
     one_sentence(
-        fedpress("run", tiny_file, "--out", tiny_file), "this is a file; give a folder with --out"
+        shell("run", tiny_file, "--out", tiny_file), "this is a file; give a folder with --out"
     )
-    one_sentence(fedpress("run", tiny_file, "--out", "."), "holds other files")
+    one_sentence(shell("run", tiny_file, "--out", "."), "holds other files")
     one_sentence(
-        fedpress("run", tiny_file, TRAIN_ONLY, "--out", tiny_file / "x"), "Not a directory", "--out"
+        shell("run", tiny_file, TRAIN_ONLY, "--out", tiny_file / "x"), "Not a directory", "--out"
     )
-    one_sentence(fedpress("report", "nowhere"), "nowhere: no such folder")
+    one_sentence(shell("report", "nowhere"), "nowhere: no such folder")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only to root")
-def test_a_read_only_place_is_one_sentence(fedpress, tiny_file):
+def test_a_read_only_place_is_one_sentence(shell, tiny_file):
     Path("locked").mkdir(mode=0o500)
-    said = fedpress("run", tiny_file, TRAIN_ONLY, "--out", "locked/new")
+    said = shell("run", tiny_file, TRAIN_ONLY, "--out", "locked/new")
     one_sentence(
         said, "locked/new: cannot be written (Permission denied)", "choose another place with --out"
     )
 
 
-def test_a_full_disk_stops_the_run_and_nothing_is_lost(fedpress, tiny_file, small_files):
+def test_a_full_disk_stops_the_run_and_nothing_is_lost(shell, tiny_file, small_files):
     small_files(100_000)
-    said = fedpress("run", tiny_file, TRAIN_ONLY, "--out", "new")
+    said = shell("run", tiny_file, TRAIN_ONLY, "--out", "new")
     small_files(-1)
     one_sentence(
         said,
@@ -237,60 +235,60 @@ def test_a_full_disk_stops_the_run_and_nothing_is_lost(fedpress, tiny_file, smal
         "free some space",
         "--resume",
     )
-    assert fedpress("run", tiny_file, TRAIN_ONLY, "--out", "new", "--resume").code == 0
+    assert shell("run", tiny_file, TRAIN_ONLY, "--out", "new", "--resume").code == 0
 
 
-def test_a_loss_that_is_not_finite_is_one_sentence(fedpress, tiny_file):
-    said = fedpress("run", tiny_file, TRAIN_ONLY, "stage.0.lr=1e30", "--out", "new")
+def test_a_loss_that_is_not_finite_is_one_sentence(shell, tiny_file):
+    said = shell("run", tiny_file, TRAIN_ONLY, "stage.0.lr=1e30", "--out", "new")
     one_sentence(said, "recipe.stage[0]: the loss is", "lower lr", "last good checkpoint is kept")
 
 
-def test_debug_shows_the_traceback(fedpress):
+def test_debug_shows_the_traceback(shell):
     from fedpress.errors import RecipeError
 
     with pytest.raises(RecipeError, match="no recipe 'digit'"):
-        fedpress("--debug", "check", "digit")
+        shell("--debug", "check", "digit")
 
 
-def test_the_version_is_printed(fedpress):
-    assert fedpress("--version").out == f"fedpress {package.__version__}\n"
+def test_the_version_is_printed(shell):
+    assert shell("--version").out == f"fedpress {package.__version__}\n"
 
 
-def test_recipes_are_listed_and_copied_but_never_over_a_file(fedpress):
-    said = fedpress("recipes")
+def test_recipes_are_listed_and_copied_but_never_over_a_file(shell):
+    said = shell("recipes")
     assert "digits\n  A small ResNet on 1,797 real handwritten digits" in said.out
     assert "cifar10-cpu" in said.out
-    assert fedpress("recipes", "--copy", "digits").out.startswith("digits.toml: edit it")
+    assert shell("recipes", "--copy", "digits").out.startswith("digits.toml: edit it")
     assert 'name = "digits"' in Path("digits.toml").read_text()
     one_sentence(
-        fedpress("recipes", "--copy", "digits"), "digits.toml: this file exists; move it away first"
+        shell("recipes", "--copy", "digits"), "digits.toml: this file exists; move it away first"
     )
-    one_sentence(fedpress("recipes", "--copy", "digit"), "did you mean 'digits'")
+    one_sentence(shell("recipes", "--copy", "digit"), "did you mean 'digits'")
 
 
-def test_the_schema_is_printed_as_json(fedpress):
-    assert "stage" in json.loads(fedpress("check", "--schema").out)["properties"]
+def test_the_schema_is_printed_as_json(shell):
+    assert "stage" in json.loads(shell("check", "--schema").out)["properties"]
 
 
-def test_a_check_is_told_to_people_and_to_programs(fedpress, tiny_file):
-    said = fedpress("check", tiny_file)
+def test_a_check_is_told_to_people_and_to_programs(shell, tiny_file):
+    said = shell("check", tiny_file)
     assert said.code == 0
     assert "data: 3 clients; 180 private" in said.out
     assert "everything fits together; start it with: fedpress run" in said.out
-    page = json.loads(fedpress("check", tiny_file, "--json").out)
+    page = json.loads(shell("check", tiny_file, "--json").out)
     assert page["data"]["private"] == 180
     assert [stage["name"] for stage in page["stages"]] == ["train", "prune", "federate"]
     assert 0 < page["stages"][2]["epsilon"] <= 8
     assert all(
         set(client) == {"examples"} for client in page["data"]["clients"].values()
     )  # labels are protected
-    page = json.loads(fedpress("check", tiny_file, TRAIN_ONLY, "--json").out)
+    page = json.loads(shell("check", tiny_file, TRAIN_ONLY, "--json").out)
     assert all(
         sum(client["labels"]) == client["examples"] for client in page["data"]["clients"].values()
     )
 
 
-def test_rows_of_an_unknown_class_are_told_in_the_report_too(fedpress, tmp_path):
+def test_rows_of_an_unknown_class_are_told_in_the_report_too(shell, tmp_path):
     rows = [f"{who},{i % 7},{i % 2}" for who in ("open", "a", "b") for i in range(30)]
     (tmp_path / "d.csv").write_text("who,x,ill\n" + "\n".join([*rows, "a,3,secret"]))
     (tmp_path / "r.toml").write_text(
@@ -299,7 +297,7 @@ def test_rows_of_an_unknown_class_are_told_in_the_report_too(fedpress, tmp_path)
         '[model]\narchitecture = "mlp"\narguments = { in_features = 1, hidden = [4], num_classes = 2 }\n'
         '[[stage]]\nkind = "train"\nepochs = 1\n'
     )
-    said = fedpress("run", "r.toml", "--out", "run")
+    said = shell("run", "r.toml", "--out", "run")
     assert said.code == 0, said.err
     told = "rows of an unknown class or word are left out: 1 of the clients"
     assert told in said.out
@@ -308,39 +306,39 @@ def test_rows_of_an_unknown_class_are_told_in_the_report_too(fedpress, tmp_path)
     assert "secret" not in page
 
 
-def test_own_data_beside_the_recipe_is_found(fedpress, tiny_file, monkeypatch):
+def test_own_data_beside_the_recipe_is_found(shell, tiny_file, monkeypatch):
     folder = tiny_file.parent / "project"
     folder.mkdir()
     (folder / "networks.py").write_text(NETWORKS)
     (folder / "own.toml").write_text(tiny_file.read_text())
     monkeypatch.delitem(sys.modules, "networks", raising=False)
     own = ["model={architecture='networks:decides'}", TRAIN_ONLY]
-    assert fedpress("check", "project/own.toml", *own).code == 0
+    assert shell("check", "project/own.toml", *own).code == 0
 
 
-def test_privacy_questions_are_answered_in_words_and_json(fedpress):
+def test_privacy_questions_are_answered_in_words_and_json(shell):
     mechanism = ["--sampling-prob", 0.5, "--steps", 20, "--delta", 1e-3]
-    noise = json.loads(fedpress("privacy", "noise", "--epsilon", 8, *mechanism, "--json").out)
+    noise = json.loads(shell("privacy", "noise", "--epsilon", 8, *mechanism, "--json").out)
     assert noise.keys() == {"noise_multiplier"}
-    spent = fedpress(
+    spent = shell(
         "privacy", "epsilon", "--noise-multiplier", noise["noise_multiplier"], *mechanism, "--json"
     )
     assert json.loads(spent.out) == {"epsilon": pytest.approx(8, abs=0.01)}
-    assert re.fullmatch(r"epsilon [\d.]+ at delta 0.001\n", fedpress(
+    assert re.fullmatch(r"epsilon [\d.]+ at delta 0.001\n", shell(
         "privacy", "epsilon", "--noise-multiplier", 1, *mechanism).out)  # fmt: skip
     assert re.fullmatch(
-        r"noise multiplier [\d.]+\n", fedpress("privacy", "noise", "--epsilon", 8, *mechanism).out
+        r"noise multiplier [\d.]+\n", shell("privacy", "noise", "--epsilon", 8, *mechanism).out
     )
 
 
-def test_printed_noise_keeps_the_budget_and_no_printed_epsilon_is_too_small(fedpress):
+def test_printed_noise_keeps_the_budget_and_no_printed_epsilon_is_too_small(shell):
     for budget, prob in ((8, 0.5), (2, 0.5), (1, 0.01)):
         mechanism = ["--sampling-prob", prob, "--steps", 50, "--delta", 1e-3]
-        noise = fedpress("privacy", "noise", "--epsilon", budget, *mechanism).out.split()[-1]
+        noise = shell("privacy", "noise", "--epsilon", budget, *mechanism).out.split()[-1]
         spent = ["privacy", "epsilon", "--noise-multiplier", noise, *mechanism]
-        exact = json.loads(fedpress(*spent, "--json").out)["epsilon"]
+        exact = json.loads(shell(*spent, "--json").out)["epsilon"]
         assert exact <= budget
-        assert exact <= float(fedpress(*spent).out.split()[1]) < 1.002 * exact
+        assert exact <= float(shell(*spent).out.split()[1]) < 1.002 * exact
 
 
 @pytest.mark.parametrize(
@@ -355,36 +353,35 @@ def test_printed_noise_keeps_the_budget_and_no_printed_epsilon_is_too_small(fedp
         ("steps", 0),
     ],
 )
-def test_privacy_questions_out_of_range_are_one_sentence(fedpress, name, value):
+def test_privacy_questions_out_of_range_are_one_sentence(shell, name, value):
     asked = {"epsilon": 8, "sampling-prob": 0.5, "delta": 1e-3, "steps": 5} | {name: value}
     words = [word for key, given in asked.items() for word in (f"--{key}", given)]
-    one_sentence(fedpress("privacy", "noise", *words), name.replace("-", "_"))
+    one_sentence(shell("privacy", "noise", *words), name.replace("-", "_"))
 
 
-def test_no_noise_is_an_infinite_epsilon_that_json_can_say(fedpress):
+def test_no_noise_is_an_infinite_epsilon_that_json_can_say(shell):
     words = ["--sampling-prob", 0.5, "--noise-multiplier", 0, "--steps", 5, "--delta", 1e-3]
-    said = fedpress("privacy", "epsilon", *words, "--json")
+    said = shell("privacy", "epsilon", *words, "--json")
     assert json.loads(said.out, parse_constant=pytest.fail) == {"epsilon": None}
-    assert "inf" in fedpress("privacy", "epsilon", *words).out
+    assert "inf" in shell("privacy", "epsilon", *words).out
 
 
-def test_an_epsilon_that_is_a_mere_upper_bound_says_so(fedpress):
+def test_an_epsilon_that_is_a_mere_upper_bound_says_so(shell):
     rare = ["--sampling-prob", 1e-9, "--noise-multiplier", 0.3, "--steps", 1, "--delta", 1e-12]
-    assert json.loads(fedpress("privacy", "epsilon", *rare, "--json").out)["upper_bound"] is True
-    assert "an upper bound" in fedpress("privacy", "epsilon", *rare).out
+    assert json.loads(shell("privacy", "epsilon", *rare, "--json").out)["upper_bound"] is True
+    assert "an upper bound" in shell("privacy", "epsilon", *rare).out
 
 
-def test_phases_in_a_file_and_a_ledger_are_composed(fedpress, tmp_path):
+def test_phases_in_a_file_and_a_ledger_are_composed(shell, tmp_path):
     phase = {"sampling_prob": 1, "noise_multiplier": 5, "steps": 50}
     file = tmp_path / "phases.json"
     file.write_text(json.dumps([phase]))
     assert (
-        fedpress("privacy", "compose", file, "--delta", 1e-3).out
-        == "epsilon 4.846 at delta 0.001\n"
+        shell("privacy", "compose", file, "--delta", 1e-3).out == "epsilon 4.846 at delta 0.001\n"
     )
     charge = {"who": "population", "what": "federate", **phase}
     file.write_text(json.dumps({"version": 1, "unit": "client", "charges": [charge]}))
-    said = fedpress("privacy", "compose", file, "--delta", 1e-3, "--json")
+    said = shell("privacy", "compose", file, "--delta", 1e-3, "--json")
     assert json.loads(said.out) == {"epsilon": pytest.approx(4.8453, rel=1e-3)}
 
 
@@ -396,12 +393,12 @@ def test_phases_in_a_file_and_a_ledger_are_composed(fedpress, tmp_path):
         ('{"charges": [], "version": 9}', "ledger"),
     ],
 )
-def test_files_that_hold_no_phases_are_one_sentence(fedpress, tmp_path, text, words):
+def test_files_that_hold_no_phases_are_one_sentence(shell, tmp_path, text, words):
     file = tmp_path / "phases.json"
     file.write_text(text)
-    one_sentence(fedpress("privacy", "compose", file, "--delta", 1e-3), words)
+    one_sentence(shell("privacy", "compose", file, "--delta", 1e-3), words)
     one_sentence(
-        fedpress("privacy", "compose", tmp_path / "nowhere.json", "--delta", 1e-3), "nowhere.json"
+        shell("privacy", "compose", tmp_path / "nowhere.json", "--delta", 1e-3), "nowhere.json"
     )
 
 
@@ -421,14 +418,12 @@ SKELLAM = [
 ]
 
 
-def test_skellam_noise_says_what_each_bit_costs(fedpress):
-    said = json.loads(
-        fedpress("privacy", "skellam", *SKELLAM, "--noise-multiplier", 5, "--json").out
-    )
+def test_skellam_noise_says_what_each_bit_costs(shell):
+    said = json.loads(shell("privacy", "skellam", *SKELLAM, "--noise-multiplier", 5, "--json").out)
     costs = {row["bits"]: row["epsilon"] for row in said["table"]}
     assert list(costs) == list(range(8, 25))
     assert costs[said["bits"]] == said["epsilon"] < costs[said["bits"] - 1]
-    text = fedpress("privacy", "skellam", *SKELLAM, "--epsilon", 8).out
+    text = shell("privacy", "skellam", *SKELLAM, "--epsilon", 8).out
     assert re.match(
         r"\d+ bits, scale [\d.]+, noise multiplier [\d.]+\nepsilon 8 at delta 0.001\n\nbits  epsilon",
         text,
@@ -445,8 +440,8 @@ def test_skellam_noise_says_what_each_bit_costs(fedpress):
         (["--epsilon", 0], "epsilon: got 0"),
     ],
 )
-def test_skellam_questions_that_have_no_answer_are_one_sentence(fedpress, more, words):
-    one_sentence(fedpress("privacy", "skellam", *SKELLAM, *more), words)
+def test_skellam_questions_that_have_no_answer_are_one_sentence(shell, more, words):
+    one_sentence(shell("privacy", "skellam", *SKELLAM, *more), words)
 
 
 def test_the_accountant_answers_without_loading_torch(tmp_path):
@@ -525,77 +520,75 @@ def plain(tmp_path) -> Path:
     return folder / "plain.toml"
 
 
-def test_paths_in_a_recipe_count_from_the_recipe(fedpress, plain, tmp_path, monkeypatch):
-    assert fedpress("check", plain).code == 0
-    assert fedpress("run", plain, "--out", "a").code == 0
+def test_paths_in_a_recipe_count_from_the_recipe(shell, plain, tmp_path, monkeypatch):
+    assert shell("check", plain).code == 0
+    assert shell("run", plain, "--out", "a").code == 0
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    again = fedpress("run", tmp_path / "a" / "recipe.toml", "--out", "b", "--from", tmp_path / "a")
+    again = shell("run", tmp_path / "a" / "recipe.toml", "--out", "b", "--from", tmp_path / "a")
     assert again.code == 0, again.err
     assert "train: already done" in again.out
-    assert fedpress("sweep", plain, "stage.train.epochs=1,2", "--out", "s").code == 0
-    assert fedpress("run", "--resume", tmp_path / "a").code == 0
-    said = fedpress(
-        "train", tmp_path / "a", "epochs=1"
-    )  # the data of the run are found from anywhere
+    assert shell("sweep", plain, "stage.train.epochs=1,2", "--out", "s").code == 0
+    assert shell("run", "--resume", tmp_path / "a").code == 0
+    said = shell("train", tmp_path / "a", "epochs=1")  # the data of the run are found from anywhere
     assert said.code == 0, said.err
     (tmp_path / "teach.toml").write_text(
         PLAIN.replace("rows.csv", "mine/rows.csv") + 'teacher = "a"\n'
     )
-    assert fedpress("check", tmp_path / "teach.toml").code == 0
+    assert shell("check", tmp_path / "teach.toml").code == 0
     (tmp_path / "from.toml").write_text(
         PLAIN.replace("rows.csv", "mine/rows.csv").partition("[model]")[0]
         + '[model]\ncheckpoint = "a"\n[[stage]]\nkind = "measure"\n'
     )
-    assert fedpress("check", tmp_path / "from.toml").code == 0
+    assert shell("check", tmp_path / "from.toml").code == 0
 
 
 def test_paths_from_the_present_folder_still_count_where_nothing_lies_beside_the_recipe(
-    fedpress, plain, tmp_path
+    shell, plain, tmp_path
 ):
     plain.with_name("rows.csv").rename(tmp_path / "rows.csv")
-    assert fedpress("check", plain).code == 0
+    assert shell("check", plain).code == 0
     (tmp_path / "rows.csv").unlink()
-    one_sentence(fedpress("check", plain), f"no such path '{plain.with_name('rows.csv')}'")
+    one_sentence(shell("check", plain), f"no such path '{plain.with_name('rows.csv')}'")
 
 
-def test_resume_needs_nothing_but_the_folder(fedpress, plain, tmp_path, monkeypatch):
+def test_resume_needs_nothing_but_the_folder(shell, plain, tmp_path, monkeypatch):
     data = tmp_path / "moved.csv"
     plain.with_name("rows.csv").rename(data)
     words = ["run", plain, "stage.0.lr=0.01", "seed=3", "--data", "moved.csv", "--out", "r"]
-    assert fedpress(*words).code == 0
+    assert shell(*words).code == 0
     result = Path("r/result.json").read_text()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     run = tmp_path / "r"
     for words in (["--resume", run], [run, "--resume"], ["--out", run, "--resume"], [plain, "--resume", run],
                   [plain, "--out", run, "--resume"], [plain, "seed=3", "--resume", run]):  # fmt: skip
-        said = fedpress("run", *words)
+        said = shell("run", *words)
         assert said.code == 0, (words, said.err)
         assert "train: already done" in said.out
     assert (run / "result.json").read_text() == result
-    one_sentence(fedpress("run", plain, "seed=4", "--resume", run), "belongs to another recipe")
+    one_sentence(shell("run", plain, "seed=4", "--resume", run), "belongs to another recipe")
     plain.write_text(PLAIN.replace("epochs = 1", "epochs = 2"))
-    one_sentence(fedpress("run", plain, "--resume", run), "epochs was 1, now 2")
-    one_sentence(fedpress("run", run), "is the folder of a run; go on with it by --resume")
+    one_sentence(shell("run", plain, "--resume", run), "epochs was 1, now 2")
+    one_sentence(shell("run", run), "is the folder of a run; go on with it by --resume")
 
 
-def test_resume_of_a_command_needs_nothing_but_the_folder(fedpress, plain):
-    assert fedpress("run", plain, "--out", "a").code == 0
-    assert fedpress("sparsify", "a", "density=0.5", "keep_first=false", "--out", "s").code == 0
+def test_resume_of_a_command_needs_nothing_but_the_folder(shell, plain):
+    assert shell("run", plain, "--out", "a").code == 0
+    assert shell("sparsify", "a", "density=0.5", "keep_first=false", "--out", "s").code == 0
     for words in (["--resume", "s"], ["--out", "s", "--resume"], ["a", "density=0.5", "keep_first=false", "--out", "s",
                   "--resume"]):  # fmt: skip
-        said = fedpress("sparsify", *words)
+        said = shell("sparsify", *words)
         assert said.code == 0, (words, said.err)
         assert "already done" in said.out
-    one_sentence(fedpress("quantize", "s", "--resume"), "there is no run to resume")
-    assert fedpress("run", "--resume", "s").code == 0
+    one_sentence(shell("quantize", "s", "--resume"), "there is no run to resume")
+    assert shell("run", "--resume", "s").code == 0
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
-def test_recipes_of_windows_editors_are_read_or_told(fedpress, plain, encoding):
+def test_recipes_of_windows_editors_are_read_or_told(shell, plain, encoding):
     plain.write_bytes(PLAIN.replace("\n", "\r\n").replace("my recipe", "über").encode(encoding))
-    said = fedpress("check", plain)
+    said = shell("check", plain)
     if encoding == "utf-16-le":  # without a mark at its beginning
         one_sentence(said, "recipe: ")
     else:
@@ -612,15 +605,15 @@ def test_recipes_of_windows_editors_are_read_or_told(fedpress, plain, encoding):
         ("epochs = 1", "epochs = None", "leave out a key that has no value"),
     ],
 )
-def test_frequent_mistakes_in_toml_are_told_with_their_cure(fedpress, plain, old, new, message):
+def test_frequent_mistakes_in_toml_are_told_with_their_cure(shell, plain, old, new, message):
     plain.write_text(PLAIN.replace(old, new), "utf-8")
-    one_sentence(fedpress("check", plain), "recipe", message)
+    one_sentence(shell("check", plain), "recipe", message)
 
 
-def test_a_recipe_in_latin_1_is_told(fedpress, plain):
+def test_a_recipe_in_latin_1_is_told(shell, plain):
     plain.write_bytes(PLAIN.replace("my recipe", "\u00fcber").encode("latin-1"))
     one_sentence(
-        fedpress("check", plain), "line 1 is not UTF-8, which TOML must be", "save it as UTF-8"
+        shell("check", plain), "line 1 is not UTF-8, which TOML must be", "save it as UTF-8"
     )
 
 

@@ -3,6 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
+from fedpress.api.progress import BarsView, bars, follow, watch
 from fedpress.cli import terminal
 from fedpress.workspace.state import StageFinished, StageStarted, Tick
 
@@ -22,7 +23,7 @@ def events():
 
 def shown(terminal_: bool, told) -> str:
     out = io.StringIO()
-    terminal.follow(
+    follow(
         told, Console(file=out, force_terminal=terminal_, width=80, color_system=None, _environ={})
     )
     return out.getvalue()
@@ -72,7 +73,7 @@ def test_the_time_left_of_a_resumed_stage_does_not_count_what_was_done_before():
             yield Tick(done, 1000)
             now[0] += 10.0
 
-    real = terminal.bars(out)
+    real = bars(out)
     real.get_time = lambda: now[0]
 
     def watched():
@@ -80,9 +81,8 @@ def test_the_time_left_of_a_resumed_stage_does_not_count_what_was_done_before():
             yield event
             left.append(real.tasks[-1].time_remaining)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(terminal, "bars", lambda _: real)
-        terminal.follow(watched(), out)
+    with real:
+        watch(watched(), BarsView(real))
     assert left[-1] == pytest.approx(10 * 96, rel=0.1)
 
 

@@ -179,18 +179,18 @@ def test_a_folder_of_another_program_is_named_with_the_way_in(tmp_path, name):
         storage.load(tmp_path)
 
 
-def test_the_way_in_for_a_state_dict_works(tmp_path, fedpress):
+def test_the_way_in_for_a_state_dict_works(tmp_path, shell):
     torch.save(OrderedDict(net().state_dict()), tmp_path / "my weights.pt")
     (tmp_path / "own_net.py").write_text(
         "from torch import nn\n\n\ndef build():\n"
         "    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))\n"
     )
-    said = fedpress("prune", tmp_path / "my weights.pt", "keep_params=0.5")
+    said = shell("prune", tmp_path / "my weights.pt", "keep_params=0.5")
     assert said.code == 2
     way = said.err.partition("package.module:function ")[2].strip()
     assert way == f"and --checkpoint '{tmp_path / 'my weights.pt'}'"
     keys = ("density=0.5", "keep_first=false")
-    said = fedpress(
+    said = shell(
         "sparsify",
         "own_net:build",
         "--checkpoint",
@@ -202,7 +202,7 @@ def test_the_way_in_for_a_state_dict_works(tmp_path, fedpress):
     assert said.code == 0, said.err
     for name in ("state.pt", "module.pt"):
         FILES[name][0](tmp_path / name)
-    said = fedpress(
+    said = shell(
         "sparsify", "own_net:build", "--checkpoint", tmp_path / "module.pt", "--input", "4", *keys
     )
     assert said.code == 2

@@ -7,6 +7,8 @@ import torch
 import typer
 from torch import nn
 
+import fedpress
+from fedpress.api.calls import call
 from fedpress.cli import app
 from fedpress.core import consent
 from fedpress.errors import (
@@ -18,10 +20,8 @@ from fedpress.errors import (
     RunError,
     Shell,
 )
-from fedpress.pipeline import commands
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.arguments import ROWS, in_command, in_shell, naming_arguments, place_in_shell
-from fedpress.pipeline.commands.calls import call
 from fedpress.pipeline.commands.subject import Subject
 from fedpress.pipeline.recipe import Override
 from fedpress.stages.table import commands as rows_of_commands
@@ -46,7 +46,7 @@ def options():
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_every_row_is_an_argument_a_flag_and_a_key_that_are_there(row):
-    calls = inspect.signature(call).parameters | inspect.signature(commands.measure).parameters
+    calls = inspect.signature(call).parameters | inspect.signature(fedpress.measure).parameters
     assert row.name in calls or row.name == "seeds"  # sweeps are begun on the command line alone
     assert row.flag in {flag for _, flag in options()}
     for key in row.keys:
@@ -142,8 +142,8 @@ def test_patience_asks_for_data_that_bring_a_validation_set():
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     pair = torch.rand(2, 1, 8, 8), torch.arange(2)
     with pytest.raises(FedpressError, match=r"^patience: .* give data=SOURCE, or leave patience"):
-        commands.train(net, epochs=1, patience=3, data=pair)
-    assert commands.train(net, epochs=1, patience=3, data="digits").model is not None
+        fedpress.train(net, epochs=1, patience=3, data=pair)
+    assert fedpress.train(net, epochs=1, patience=3, data="digits").model is not None
 
 
 def test_damaged_settings_of_a_run_ask_for_the_data_by_argument_or_flag(tmp_path):
@@ -164,16 +164,16 @@ def test_one_mistake_is_told_to_each_reader_in_its_own_words(tmp_path):
         "recipe.data.path: source 'csv' needs a path; give recipe.data.path = PATH"
     )
     with pytest.raises(RecipeError) as of_call:
-        commands.prune(nn.Linear(8, 3), keep_params=0.5, data="csv")
+        fedpress.prune(nn.Linear(8, 3), keep_params=0.5, data="csv")
     assert str(of_call.value) == "path: source 'csv' needs a path; give path=PATH"
     assert in_the_shell(of_call.value) == "--path: source 'csv' needs a path; give --path PATH"
 
 
-def test_the_way_in_for_another_programs_file_is_keys_in_a_recipe(tmp_path, fedpress):
+def test_the_way_in_for_another_programs_file_is_keys_in_a_recipe(tmp_path, shell):
     torch.save(nn.Linear(8, 3).state_dict(), tmp_path / "w.pt")
     toml = f'[data]\nsource = "digits"\n[model]\ncheckpoint = "{tmp_path / "w.pt"}"\n'
     (tmp_path / "own.toml").write_text(toml + '[[stage]]\nkind = "pack"\n')
-    said = fedpress("check", tmp_path / "own.toml")
+    said = shell("check", tmp_path / "own.toml")
     assert said.code == 2
     assert said.err.startswith("error: recipe.model.checkpoint: ")
     assert f"model.architecture=package.module:function and model.weights={tmp_path}" in said.err
@@ -190,12 +190,12 @@ def test_the_python_cure_can_be_followed_as_it_is_written():
     """The shape that the error names is that of the data: with it the call goes through."""
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     with pytest.raises(ModelError) as caught:
-        commands.prune(net, keep_params=0.5)
+        fedpress.prune(net, keep_params=0.5)
     argument = next(part for part in caught.value.cure if isinstance(part, Argument))
     followed = eval(f"dict({argument})")
-    assert commands.prune(net, keep_params=0.5, round_to=1, **followed).model is not None
+    assert fedpress.prune(net, keep_params=0.5, round_to=1, **followed).model is not None
     with pytest.raises(FedpressError) as caught:
-        commands.sparsify(net, **followed)
+        fedpress.sparsify(net, **followed)
     argument = next(part for part in caught.value.cure if isinstance(part, Argument))
-    made = commands.sparsify(net, keep_first=False, **followed, **eval(f"dict({argument})"))
+    made = fedpress.sparsify(net, keep_first=False, **followed, **eval(f"dict({argument})"))
     assert made.model is not None

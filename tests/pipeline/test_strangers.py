@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
+import fedpress
 from fedpress import storage
 from fedpress.core import consent
 from fedpress.errors import ModelError
 from fedpress.models import ModelSpec, save_model
-from fedpress.pipeline import commands
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.keys import settings_of
@@ -108,8 +108,8 @@ DOORS = {
 
 
 @pytest.mark.parametrize("words", DOORS.values(), ids=DOORS)
-def test_every_command_refuses_a_function_that_its_user_did_not_name(here, fedpress, words):
-    said = fedpress(*words)
+def test_every_command_refuses_a_function_that_its_user_did_not_name(here, shell, words):
+    said = shell(*words)
     assert said.code == 2
     assert said.err.startswith("error: ")
     assert said.err.rstrip().endswith(f"add --allow-code {NET}")
@@ -117,32 +117,32 @@ def test_every_command_refuses_a_function_that_its_user_did_not_name(here, fedpr
     assert not (here / "runs").exists()
 
 
-def test_the_flag_lets_one_function_in_and_the_data_of_a_run_is_another(here, fedpress):
-    said = fedpress("quantize", "run", "--allow-code", NET)
+def test_the_flag_lets_one_function_in_and_the_data_of_a_run_is_another(here, shell):
+    said = shell("quantize", "run", "--allow-code", NET)
     assert said.code == 2
     assert f"data.source: names the function '{DATA}'" in said.err
     assert f"--allow-code {DATA}" in said.err
     assert "or give the data yourself with --data SOURCE" in said.err
-    said = fedpress("quantize", "run", "--allow-code", NET, "--allow-code", DATA)
+    said = shell("quantize", "run", "--allow-code", NET, "--allow-code", DATA)
     assert said.code == 0, said.err
     assert (here / "ran").exists()
 
 
-def test_a_recipe_is_consent_for_what_it_names_itself(here, fedpress):
+def test_a_recipe_is_consent_for_what_it_names_itself(here, shell):
     (here / "own.toml").write_text(OWN)
-    said = fedpress("run", "own.toml", "--out", "mine")
+    said = shell("run", "own.toml", "--out", "mine")
     assert said.code == 0, said.err
     consent.withdraw()  # another day
-    said = fedpress("run", "own.toml", "--out", "mine", "--resume")
+    said = shell("run", "own.toml", "--out", "mine", "--resume")
     assert said.code == 0, said.err
     consent.withdraw()
-    said = fedpress("run", "own.toml", "model={checkpoint='run'}", "--out", "other")
+    said = shell("run", "own.toml", "model={checkpoint='run'}", "--out", "other")
     assert said.code == 2
     assert f"--allow-code {NET}" in said.err
-    said = fedpress("check", "own.toml", "model={checkpoint='run'}", "--allow-code", NET)
+    said = shell("check", "own.toml", "model={checkpoint='run'}", "--allow-code", NET)
     assert said.code == 0, said.err
     consent.withdraw()
-    said = fedpress(
+    said = shell(
         "sweep", "own.toml", "model={checkpoint='run'}", "stage.train.lr=0.1,0.2", "--out", "s"
     )
     assert said.code == 2
@@ -150,25 +150,25 @@ def test_a_recipe_is_consent_for_what_it_names_itself(here, fedpress):
 
 
 def test_the_recipe_in_a_run_folder_is_consent_only_for_who_started_the_run(
-    here, fedpress, monkeypatch
+    here, shell, monkeypatch
 ):
     (here / "own.toml").write_text(OWN)
-    assert fedpress("run", "own.toml", "--out", "mine").code == 0
+    assert shell("run", "own.toml", "--out", "mine").code == 0
     consent.withdraw()
-    said = fedpress("run", "--resume", "mine")
+    said = shell("run", "--resume", "mine")
     assert said.code == 0, said.err
     consent.withdraw()
     monkeypatch.setenv("XDG_STATE_HOME", str(here / "of-somebody-else"))
     (here / "ran").unlink(missing_ok=True)
     sys.modules.pop("nets_of_a_stranger", None)
-    said = fedpress("run", "--resume", "mine")
+    said = shell("run", "--resume", "mine")
     assert said.code == 2
     assert f"add --allow-code {NET} --allow-code {DATA}, or name your own recipe file" in said.err
     assert not (here / "ran").exists()
-    said = fedpress("run", "--resume", "mine", "--allow-code", DATA, "--allow-code", NET)
+    said = shell("run", "--resume", "mine", "--allow-code", DATA, "--allow-code", NET)
     assert said.code == 0, said.err
     consent.withdraw()
-    assert fedpress("run", "own.toml", "--out", "mine", "--resume").code == 0
+    assert shell("run", "own.toml", "--out", "mine", "--resume").code == 0
 
 
 def test_the_mark_of_a_start_fits_no_other_function_and_no_other_place():
@@ -179,17 +179,17 @@ def test_the_mark_of_a_start_fits_no_other_function_and_no_other_place():
     assert not started.fits(None, ["nets:Net"], "/a/own.toml")
 
 
-def test_nothing_is_written_through_links_that_lie_in_a_run_folder(here, fedpress):
+def test_nothing_is_written_through_links_that_lie_in_a_run_folder(here, shell):
     (here / "own.toml").write_text(OWN)
     target = here / "precious"
     target.write_text("as it was")
-    assert fedpress("run", "own.toml", "--out", "mine").code == 0
+    assert shell("run", "own.toml", "--out", "mine").code == 0
     for name in ("lock", "records.jsonl", "checksums", "stages/0-train/model.safetensors"):
         path = here / "mine" / name
         kept = path.read_bytes() if path.exists() else None
         path.unlink(missing_ok=True)
         path.symlink_to(target)
-        said = fedpress("run", "--resume", "mine")
+        said = shell("run", "--resume", "mine")
         assert said.code == 2, name
         assert f"mine/{name}: " in said.err
         assert "link" in said.err
@@ -197,13 +197,11 @@ def test_nothing_is_written_through_links_that_lie_in_a_run_folder(here, fedpres
         if kept is not None:
             path.write_bytes(kept)
     (here / "mine" / ".report.html.part").symlink_to(target)
-    assert fedpress("report", "mine").code == 0
+    assert shell("report", "mine").code == 0
     assert target.read_text() == "as it was"
 
 
-def test_a_model_that_does_not_take_what_its_file_declares_is_told_in_one_sentence(
-    tmp_path, fedpress
-):
+def test_a_model_that_does_not_take_what_its_file_declares_is_told_in_one_sentence(tmp_path, shell):
     layers = {
         "": {"layer": "Sequential"},
         "0": {"layer": "Linear", "in_features": 4, "out_features": 2},
@@ -211,25 +209,25 @@ def test_a_model_that_does_not_take_what_its_file_declares_is_told_in_one_senten
     spec = ModelSpec(architecture="torch-layers", arguments={"layers": layers}, input_shape=(5,))
     save_model(tmp_path / "odd", spec, spec.build())
     for command in ("measure", "export", "pack", "quantize"):
-        said = fedpress(command, "odd")
+        said = shell(command, "odd")
         assert said.code == 2, command
         assert re.search(r"does not take (inputs|examples) of .*5", said.err), command
 
 
-def test_a_model_given_by_name_is_consent_for_its_own_results(here, fedpress):
-    said = fedpress("pack", NET, "--input", "1,8,8", "--out", "p")
+def test_a_model_given_by_name_is_consent_for_its_own_results(here, shell):
+    said = shell("pack", NET, "--input", "1,8,8", "--out", "p")
     assert said.code == 0, said.err
     consent.withdraw()
-    assert fedpress("pack", "p", "--out", "q").code == 2
-    assert fedpress("pack", "p", "--out", "q", "--allow-code", NET).code == 0
+    assert shell("pack", "p", "--out", "q").code == 2
+    assert shell("pack", "p", "--out", "q", "--allow-code", NET).code == 0
 
 
 def test_a_call_says_and_takes_its_argument(here, monkeypatch):
     monkeypatch.chdir(here)
     monkeypatch.syspath_prepend(here)
     for call in (
-        lambda **more: commands.pack("run", **more).model,
-        lambda **more: commands.measure(
+        lambda **more: fedpress.pack("run", **more).model,
+        lambda **more: fedpress.measure(
             ["run"], formats=[], int8=False, seconds=0.01, batches=[1], threads=[1], **more
         ),
         lambda **more: storage.load(here / "run", **more),
@@ -245,19 +243,19 @@ def test_a_call_says_and_takes_its_argument(here, monkeypatch):
 
 
 @pytest.mark.parametrize("flag", ["nets", "a:b:c", "", "a:b\x1b[31m"])
-def test_the_flag_takes_whole_names_only(here, fedpress, flag):
-    said = fedpress("measure", "run", "--allow-code", flag)
+def test_the_flag_takes_whole_names_only(here, shell, flag):
+    said = shell("measure", "run", "--allow-code", flag)
     assert said.code == 2
     assert "expected package.module:function" in said.err
     assert "\x1b" not in said.err
 
 
-def test_what_a_file_says_cannot_steer_the_terminal(here, fedpress):
+def test_what_a_file_says_cannot_steer_the_terminal(here, shell):
     path = here / "run" / "stages" / "0-train" / "spec.json"
     page = json.loads(path.read_text()) | {"architecture": "mlp", "arguments": {}}
     page |= {"class_names": ["\x1b[2J\x1b[31mcat", "dog\u202e"] + [str(i) for i in range(8)]}
     path.write_text(json.dumps(page))
-    said = fedpress("quantize", "run/stages/0-train", *DIGITS)
+    said = shell("quantize", "run/stages/0-train", *DIGITS)
     assert said.code == 2
     assert "\x1b" not in said.err + said.out
     assert "\u202e" not in said.err + said.out

@@ -69,23 +69,23 @@ def test_variants_are_all_combinations_named_by_what_moves():
         sweep.variants(["seed=1,2"], seeds=(3,))
 
 
-def test_a_sweep_is_checked_with_what_all_its_variants_say(fedpress, tiny_file):
+def test_a_sweep_is_checked_with_what_all_its_variants_say(shell, tiny_file):
     text = tiny_file.read_text().partition('[[stage]]\nkind = "federate"')[0]
     tiny_file.write_text(text.replace('source = "digits"', 'source = "csv"'))
     words = ["sweep", tiny_file, "stage.prune.keep_params=0.6,0.4", "--out", "s"]
-    said = fedpress(*words)
+    said = shell(*words)
     assert said.err == ("error: recipe.data.path: source 'csv' needs a path; give data.path=PATH\n")
     for followed in (["data.path=nowhere.csv"], ["--data", "nowhere.csv"]):
-        said = fedpress(*words, *followed)
+        said = shell(*words, *followed)
         assert "needs a path" not in said.err
         assert "2 of 2 variants failed" in said.err
 
 
-def test_a_sweep_trains_once_lists_what_fails_draws_and_goes_on(fedpress, tiny_file):
+def test_a_sweep_trains_once_lists_what_fails_draws_and_goes_on(shell, tiny_file):
     text = tiny_file.read_text().partition('[[stage]]\nkind = "federate"')[0]
     tiny_file.write_text(text)
     words = ["sweep", tiny_file, "stage.prune.keep_params=0.6,0.001,0.4", "--out", "s"]
-    said = fedpress(*words, "--json")
+    said = shell(*words, "--json")
     assert said.code == 2
     assert "1 of 3 variants failed (keep_params=0.001)" in said.err
     page = json.loads(said.out)
@@ -103,16 +103,14 @@ def test_a_sweep_trains_once_lists_what_fails_draws_and_goes_on(fedpress, tiny_f
     html = Path("s/sweep.html").read_text()
     assert "Pareto front" in html
     assert "keep_params=0.001" in html
-    again = fedpress(*words)
+    again = shell(*words)
     assert again.out.count("already done") == 4, "everything that was finished is taken as it is"
     assert "keep_params = 0.6" in (first / "recipe.toml").read_text()
 
 
-def test_a_variant_may_be_unreadable_and_the_others_go_on(fedpress, tiny_file):
+def test_a_variant_may_be_unreadable_and_the_others_go_on(shell, tiny_file):
     tiny_file.write_text(tiny_file.read_text().partition('[[stage]]\nkind = "prune"')[0])
-    said = fedpress(
-        "sweep", tiny_file, "stage.0.optimizer=sgb,sgd", "stage.0.epochs=1", "--out", "s"
-    )
+    said = shell("sweep", tiny_file, "stage.0.optimizer=sgb,sgd", "stage.0.epochs=1", "--out", "s")
     assert said.code == 2
     page = json.loads(Path("s/sweep.json").read_text())
     assert [v["error"] is None for v in page["variants"]] == [False, True]

@@ -1,6 +1,5 @@
 """The table of stages feeds recipe, check, run, command line and Python calls: a new stage is a file and a row."""
 
-import importlib
 import json
 import re
 import subprocess
@@ -34,12 +33,12 @@ cli.main()
 
 CALL = """
 import torch
-from fedpress.pipeline import commands
+import fedpress
 
 model = torch.nn.Linear(4, 2)
-small = commands.shrink(model, factor=0.25, input_shape=(4,))
+small = fedpress.shrink(model, factor=0.25, input_shape=(4,))
 assert torch.equal(small.model.weight, model.weight * 0.25)
-print(json.dumps({"facts": small.facts["factor"], "words": commands.shrink.__doc__.splitlines()[0]}))
+print(json.dumps({"facts": small.after["factor"], "words": fedpress.shrink.__doc__.splitlines()[0]}))
 """
 
 RECIPE = """
@@ -119,7 +118,3 @@ def test_the_table_is_read_without_torch():
 
 def test_rows_without_words_have_no_command():
     assert commands().keys() == {row.kind for row in STAGES} - {"federate", "measure"}
-    assert (
-        importlib.import_module("fedpress.pipeline.commands.calls").CALLS.keys()
-        == commands().keys()
-    )

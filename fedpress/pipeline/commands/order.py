@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from fedpress import storage, tasks
 from fedpress.core.examples import Preprocess
 from fedpress.data import FederatedData
 from fedpress.data.examples import Progress
-from fedpress.errors import Argument, DataError, FedpressError, RecipeError, RunError
-from fedpress.models import ModelSpec, memory
+from fedpress.errors import Argument, DataError, FedpressError, RecipeError
+from fedpress.models import ModelSpec
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.arguments import naming_arguments
@@ -27,8 +25,7 @@ from fedpress.pipeline.measure import measure
 from fedpress.pipeline.recipe import Override, Recipe
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.table import commands
-from fedpress.workspace.atomic import list_json, read_json
-from fedpress.workspace.damage import CURES
+from fedpress.workspace.atomic import list_json
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import Event, StageFinished, StageStarted, Tick
 
@@ -223,47 +220,6 @@ class Order:
 
     def _naming(self) -> AbstractContextManager[None]:
         return naming_arguments(self.kind, all_public=self.recipe.data.source == NOTHING)
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """What a command gives back.
-
-    Attributes:
-        spec: how to build the model; None for a module from memory of which nothing was kept.
-        model: the new model.
-        before: what the model was worth and what it cost: accuracy, parameters, macs, file_bytes, latency_ms.
-        facts: the same after, with what the stage says: what was left as it was, and why.
-        folder: the new model's folder, to be given to the next command; None if nothing was kept.
-        artifact: the file that export or pack wrote; None if nothing was kept.
-        files: what export or pack wrote, by name, where nothing was kept: the bytes of the file (of two for OpenVINO;
-            `inputs.json` too where the data are a table).
-    """
-
-    spec: ModelSpec | None
-    model: nn.Module
-    before: Mapping[str, Any]
-    facts: Mapping[str, Any]
-    folder: Path | None
-    artifact: Path | None
-    files: Mapping[str, bytes] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, run: RunFolder, kind: str) -> Result:
-        """Reads what a finished command left in `run`."""
-        facts = read_json(run.path / "result.json", cure=CURES["result.json"]).get("final")
-        if not isinstance(facts, dict) or "name" not in facts:
-            raise RunError(
-                "corrupt (it has no final.name)",
-                place=f"{run.path / 'result.json'}",
-                cure=f"{CURES['result.json']}",
-            )
-        stage = run.stage(0, kind, facts["name"])
-        spec, model = stage.load()
-        memory.remember_spec(model, spec)  # a later measurement says the same size
-        artifact = run.path / facts["artifact"] if "artifact" in facts else None
-        before = read_json(run.path / "before.json", cure=CURES["before.json"])
-        return cls(spec, model, before, facts, stage.path, artifact)
 
 
 def _of_recipe(key: Override) -> bool:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 from fedpress.data import DataSettings
 from fedpress.errors import Argument, SettingError
 from fedpress.models.memory import HELD
-from fedpress.pipeline.recipe.text import in_one_line
+from fedpress.pipeline.recipe.text import in_one_line, plain
 from fedpress.stages.union import AnyStage
 from fedpress.training.device import DeviceName
 from fedpress.workspace.state import Name
@@ -115,10 +115,9 @@ def keys(kind: str) -> list[tuple[str, str, str]]:
     for name, about in full["$defs"][mapping[kind].rpartition("/")[2]]["properties"].items():
         if name in ("kind", "name"):
             continue
-        default = in_one_line(about["default"]) if about.get("default") is not None else ""
+        default = about.get("default")
+        told = "" if default is None else in_one_line(plain(default))
         choices = [x for part in (about, *about.get("anyOf", ())) for x in part.get("enum", ())]
         one_of = f"one of {', '.join(map(str, choices))}" if choices else ""
-        rows.append(
-            (name, default, "; ".join(filter(None, (about.get("description", ""), one_of))))
-        )
+        rows.append((name, told, "; ".join(filter(None, (about.get("description", ""), one_of)))))
     return rows

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from zoo import ViT
 
+import fedpress
 from fedpress.compress import (
     PruningPlan,
     check_parity,
@@ -24,7 +25,6 @@ from fedpress.compress.prune.approximate import check_names
 from fedpress.compress.prune.plan import make_plan
 from fedpress.errors import RecipeError
 from fedpress.models import ModelSpec, load_model, save_model, what_pruning_changed
-from fedpress.pipeline import commands
 
 BOTH = ("layer_norm", "grn")
 
@@ -256,16 +256,16 @@ def test_a_command_tells_how_far_an_approximate_cut_is_off():
         sys.path.pop(0)
     torch.manual_seed(0)
     how = {"keep_params": 0.6, "round_to": 4, "scope": "layer", "approximate": BOTH}
-    small = commands.prune(Small(16), data="digits", **how)
-    off = small.facts["parity_error"]
+    small = fedpress.prune(Small(16), data="digits", **how)
+    off = small.after["parity_error"]
     assert 0.01 < off < 2
-    assert small.facts["told"]["approximate"].startswith(
+    assert small.after["told"]["approximate"].startswith(
         f"{off:.1%} off the outputs of the uncut network on 512"
     )
     assert small.model.stem.weight.shape[0] < 16
-    alone = commands.prune(Small(16), input_shape=(1, 8, 8), **how)
-    assert "examples of noise" in alone.facts["told"]["approximate"]
-    assert "there was no data" in alone.facts["left"]["norm"]
+    alone = fedpress.prune(Small(16), input_shape=(1, 8, 8), **how)
+    assert "examples of noise" in alone.after["told"]["approximate"]
+    assert "there was no data" in alone.after["left"]["norm"]
 
 
 def test_one_kind_that_is_no_list_is_told_with_the_list():

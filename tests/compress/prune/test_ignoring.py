@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+import fedpress
 from fedpress.compress import check_parity, plan, remove_, score, trace
 from fedpress.compress.prune.ignoring import ignored
 from fedpress.errors import RecipeError
-from fedpress.pipeline import commands
 
 
 class Nested(nn.Module):
@@ -55,11 +55,11 @@ def test_a_pattern_that_matches_nothing_is_refused(pattern, says):
         RecipeError, match=f"ignore: no module or weight of the model matches '.*{says}"
     ):
         ignored(Nested(), [pattern])
-    for command in (commands.prune, commands.sparsify, commands.l0, commands.quantize):
+    for command in (fedpress.prune, fedpress.sparsify, fedpress.l0, fedpress.quantize):
         settings = (
-            {"keep_params": 0.5} if command is commands.prune else {"density": 0.5, "epochs": 1}
+            {"keep_params": 0.5} if command is fedpress.prune else {"density": 0.5, "epochs": 1}
         )
-        if command is commands.quantize:
+        if command is fedpress.quantize:
             settings = {}
         with pytest.raises(RecipeError, match=r"^ignore: no module or weight"):
             command(Nested(), ignore=[pattern], **MODEL, **settings)
@@ -90,48 +90,48 @@ class Share(nn.Module):
 
 def test_a_size_in_code_keeps_its_layer_whole_with_and_without_ignore():
     model = nn.Sequential(nn.Linear(8, 16), Share(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 5))
-    found = commands.prune(model, keep_params=0.6, round_to=1, input_shape=(8,))
+    found = fedpress.prune(model, keep_params=0.6, round_to=1, input_shape=(8,))
     assert found.model[0].weight.shape == (16, 8)
-    small = commands.prune(model, keep_params=0.6, round_to=1, ignore=["1"], input_shape=(8,))
+    small = fedpress.prune(model, keep_params=0.6, round_to=1, ignore=["1"], input_shape=(8,))
     assert small.model[0].weight.shape == (16, 8)
     assert small.model[4].weight.shape[1] < 12
 
 
 def test_commands_leave_ignored_modules_as_they_are():
     model = Nested().eval()
-    small = commands.prune(
+    small = fedpress.prune(
         model, keep_params=0.6, round_to=1, ignore=["block.3.*", "stem"], **MODEL
     )
     assert shapes(small.model, "block.3") == shapes(model, "block.3")
     assert shapes(small.model, "stem") == shapes(model, "stem")
     assert shapes(small.model, "block.1") != shapes(model, "block.1")
-    sparse = commands.sparsify(
+    sparse = fedpress.sparsify(
         model, density=0.5, ignore=["block.3.*"], keep_first=False, keep_last=False, **MODEL
     )
     assert (sparse.model.block[3][0].weight == model.block[3][0].weight).all()
     assert (sparse.model.block[2][0].weight == 0).any()
-    assert sparse.facts["dense_weights"]["block.3.0.weight"] == "asked for by `ignore`"
-    tiny = commands.quantize(
+    assert sparse.after["dense_weights"]["block.3.0.weight"] == "asked for by `ignore`"
+    tiny = fedpress.quantize(
         model, bits=4, rounding="nearest", ignore=["block.3.*", "head"], **MODEL
     )
     assert (tiny.model.block[3][0].weight == model.block[3][0].weight).all()
     assert (tiny.model.head.weight == model.head.weight).all()
-    assert tiny.facts["left"]["head"] == "asked for by `ignore`"
+    assert tiny.after["left"]["head"] == "asked for by `ignore`"
 
 
 def test_a_command_without_a_target_asks_for_one():
     with pytest.raises(
         RecipeError, match=r"prune: nothing says how much should stay.*keep_params.*max_bytes"
     ):
-        commands.prune(Nested(), **MODEL)
+        fedpress.prune(Nested(), **MODEL)
 
 
 def test_the_nearest_width_is_told_in_the_facts_and_refused_where_it_must_be_exact():
     model = nn.Sequential(nn.Linear(20, 24), nn.ReLU(), nn.Linear(24, 10))
-    facts = commands.prune(model, keep_params=0.5, round_to=1, input_shape=(20,)).facts
+    facts = fedpress.prune(model, keep_params=0.5, round_to=1, input_shape=(20,)).after
     assert facts["told"] == {"keep_params": "0.5066, the nearest to 0.5 that the widths allow"}
     with pytest.raises(RecipeError, match=r"keep_params: 0\.5 cannot be met.*0\.5066"):
-        commands.prune(model, keep_params=0.5, round_to=1, exact=True, input_shape=(20,))
+        fedpress.prune(model, keep_params=0.5, round_to=1, exact=True, input_shape=(20,))
 
 
 @pytest.mark.parametrize("given", ["head", [0]])

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fedpress
 from fedpress.compress import check_parity, macs, parameters, plan, remove_, score, trace
 from fedpress.compress.prune.plan import make_plan
 from fedpress.errors import ModelError
 from fedpress.nn.resize import copied
-from fedpress.pipeline import commands
 
 
 def cut(model, x, seed=0):
@@ -174,8 +174,8 @@ def test_the_old_weight_norm_with_a_dead_channel_is_cut_by_the_command():
     model = old_norms("weight")
     with torch.no_grad():
         model[0].weight_g[3] = 0
-    result = commands.prune(model, keep_params=0.6, round_to=1, score="l1", input_shape=(6, 20))
-    assert result.facts["parity_error"] <= 1e-5
+    result = fedpress.prune(model, keep_params=0.6, round_to=1, score="l1", input_shape=(6, 20))
+    assert result.after["parity_error"] <= 1e-5
 
 
 class Remembers(nn.Module):
@@ -203,8 +203,8 @@ def test_a_model_that_keeps_computed_tensors_is_copied_with_their_values_and_cut
     assert twin.seen["last"][0] is twin.last  # what was one tensor still is
     assert twin.last.grad_fn is None
     assert torch.equal(model(x), twin(x))
-    result = commands.prune(model, keep_params=0.6, round_to=1, score="l1", input_shape=(8,))
-    assert result.facts["parity_error"] <= 1e-5
+    result = fedpress.prune(model, keep_params=0.6, round_to=1, score="l1", input_shape=(8,))
+    assert result.after["parity_error"] <= 1e-5
 
 
 def test_what_forward_keeps_while_a_model_is_captured_does_not_stay_in_it():

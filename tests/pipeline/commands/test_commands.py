@@ -10,18 +10,19 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
+import fedpress
 from fedpress import storage
 from fedpress.errors import FedpressError, ModelError
 from fedpress.models.weights import load_weights_
-from fedpress.pipeline import commands
 from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline import run as runs
 from fedpress.pipeline.check import check_recipe
+from fedpress.pipeline.commands import Order
 from fedpress.pipeline.commands.subject import Subject
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import Override
 from fedpress.pipeline.start import load_data
-from fedpress.stages.table import STAGES
+from fedpress.stages.table import STAGES, commands
 from fedpress.workspace.folder import RunFolder
 
 SOURCE = """
@@ -49,12 +50,11 @@ def test_every_kind_of_stage_is_a_command_and_a_call():
     stages = json.loads(recipes.schema())["properties"]["stage"]["items"]
     kinds = set(stages["discriminator"]["mapping"])
     assert kinds == {row.kind for row in STAGES}
-    assert kinds - {"federate", "measure"} == set(commands.CALLS) <= set(dir(commands))
-    assert all(getattr(commands, kind) is call for kind, call in commands.CALLS.items())
+    assert kinds - {"federate", "measure"} == set(commands()) <= set(fedpress.__all__)
 
 
-def test_the_result_of_one_command_is_the_model_of_the_next(fedpress, trained):
-    said = fedpress("prune", trained, "keep_params=0.5", "calibration=64", "--json")
+def test_the_result_of_one_command_is_the_model_of_the_next(shell, trained):
+    said = shell("prune", trained, "keep_params=0.5", "calibration=64", "--json")
     assert said.code == 0, said.err
     page = json.loads(said.out)
     assert page["after"]["parameters"] / page["before"]["parameters"] == pytest.approx(
@@ -65,13 +65,13 @@ def test_the_result_of_one_command_is_the_model_of_the_next(fedpress, trained):
         "the data of the run that left the model"
     )
     assert page["after"]["whole_layers"]
-    said = fedpress("pack", page["model"])
+    said = shell("pack", page["model"])
     assert said.code == 0, said.err
     assert "Accuracy" in said.out
     packed = next(
         line.removeprefix("file: ") for line in said.out.splitlines() if line.startswith("file: ")
     )
-    said = fedpress("export", packed, "--json")  # a packed file in a run knows the data too
+    said = shell("export", packed, "--json")  # a packed file in a run knows the data too
     assert said.code == 0, said.err
     exported = json.loads(said.out)
     assert exported["after"]["accuracy"] == page["after"]["accuracy"]
@@ -79,41 +79,39 @@ def test_the_result_of_one_command_is_the_model_of_the_next(fedpress, trained):
     assert "before" in Path("runs/export/report.html").read_text()
 
 
-def test_the_recipe_of_a_command_runs_again_to_the_same_numbers(fedpress, trained):
+def test_the_recipe_of_a_command_runs_again_to_the_same_numbers(shell, trained):
     assert (
-        fedpress(
+        shell(
             "prune", trained, "keep_params=0.6", "calibration=64", "score=taylor", "--out", "a"
         ).code
         == 0
     )
-    assert fedpress("run", "a/recipe.toml", "--out", "b").code == 0
+    assert shell("run", "a/recipe.toml", "--out", "b").code == 0
     a, b = (json.loads(Path(x, "result.json").read_text())["final"] for x in "ab")
     assert [a[k] for k in ("accuracy", "loss", "parameters")] == [
         b[k] for k in ("accuracy", "loss", "parameters")
     ]
 
 
-def test_without_data_a_command_says_what_it_could_not_do(fedpress, trained, tmp_path):
+def test_without_data_a_command_says_what_it_could_not_do(shell, trained, tmp_path):
     alone = tmp_path / "model"
     shutil.copytree(trained / "stages" / "0-train", alone)
-    said = fedpress("prune", alone, "keep_params=0.5")
+    said = shell("prune", alone, "keep_params=0.5")
     assert said.code == 0, said.err
     assert "no metrics: there was no data; give --data SOURCE" in said.out
-    said = fedpress("export", alone, "--json")
+    said = shell("export", alone, "--json")
     assert json.loads(said.out)["after"]["accuracy"] is None
     assert json.loads(said.out)["after"]["parity"]["max_abs_error"] < 1e-3
-    said = fedpress("prune", alone, "score=taylor")
+    said = shell("prune", alone, "score=taylor")
     assert said.code == 2
     assert (
         "score: 'taylor' looks at public examples; give calibration=256, and public examples by --data SOURCE"
         in said.err
     )
-    said = fedpress("train", alone, "epochs=1")
+    said = shell("train", alone, "epochs=1")
     assert said.code == 2
     assert "no examples" in said.err
-    said = fedpress(
-        "prune", alone, "keep_params=0.5", "--data", "digits", "--json", "--out", "with"
-    )
+    said = shell("prune", alone, "keep_params=0.5", "--data", "digits", "--json", "--out", "with")
     assert json.loads(said.out)["after"]["accuracy"] > 0.05
 
 
@@ -122,22 +120,20 @@ def test_a_batch_norm_without_data_keeps_its_statistics_and_that_is_said():
     net = nn.Sequential(
         nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)
     )
-    result = commands.prune(net, input_shape=(1, 8, 8), keep_params=0.5, round_to=2)
-    assert "there was no data" in result.facts["left"]["batch norms"]
-    assert result.facts["restored_examples"] == 0
+    result = fedpress.prune(net, input_shape=(1, 8, 8), keep_params=0.5, round_to=2)
+    assert "there was no data" in result.after["left"]["batch norms"]
+    assert result.after["restored_examples"] == 0
     assert result.model[0].out_channels == 4
     assert result.folder is None
     assert result.spec is None
     assert net[0].out_channels == 8, "the module that was given is not changed"
-    again = commands.prune(result.model, input_shape=(1, 8, 8), keep_params=0.5, round_to=2)
+    again = fedpress.prune(result.model, input_shape=(1, 8, 8), keep_params=0.5, round_to=2)
     assert again.model[0].out_channels == 2
 
 
-def test_a_function_takes_an_input_shape_and_weights_also_masked_ones(
-    fedpress, tmp_path, monkeypatch
-):
+def test_a_function_takes_an_input_shape_and_weights_also_masked_ones(shell, tmp_path, monkeypatch):
     (tmp_path / "own_nets.py").write_text(SOURCE)
-    said = fedpress("prune", "own_nets:net", "keep_params=0.5", "round_to=2")
+    said = shell("prune", "own_nets:net", "keep_params=0.5", "round_to=2")
     assert (said.code, "--input 3,32,32" in said.err) == (2, True)
     namespace: dict = {}
     exec(SOURCE, namespace)
@@ -155,12 +151,12 @@ def test_a_function_takes_an_input_shape_and_weights_also_masked_ones(
         "--checkpoint",
         "masked.pt",
     ]
-    said = fedpress(*command, "--json")
+    said = shell(*command, "--json")
     assert said.code == 0, said.err
     spec, model = storage.load(Path(json.loads(said.out)["model"]))
     assert spec.sparse == ("4.weight",)
     assert (model[4].weight == 0).any()
-    said = fedpress(*command[:-1], "nowhere.pt")
+    said = shell(*command[:-1], "nowhere.pt")
     assert (said.code, "nowhere.pt: no such file" in said.err) == (2, True)
 
 
@@ -216,17 +212,17 @@ def test_weights_of_every_kind_of_file_go_in_and_others_are_refused(tmp_path):
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence_by_the_names_of_the_command(
-    fedpress, trained, words, said
+    shell, trained, words, said
 ):
-    found = fedpress(*[str(trained) if word == "TRAINED" else word for word in words])
+    found = shell(*[str(trained) if word == "TRAINED" else word for word in words])
     assert found.code == 2
     assert found.err.count("\n") == 1, found.err
     assert said in found.err
 
 
-def test_a_killed_command_goes_on_where_it_was(fedpress, trained, left, tmp_path):
+def test_a_killed_command_goes_on_where_it_was(shell, trained, left, tmp_path):
     subject = Subject.find(trained)
-    order = commands.Order.bind(
+    order = Order.bind(
         "train", subject, [Override.parse("epochs=3"), Override.parse("batch_size=32")]
     )
     data = order.load_data()
@@ -242,16 +238,16 @@ def test_a_killed_command_goes_on_where_it_was(fedpress, trained, left, tmp_path
     assert left(tmp_path / "killed") == left(tmp_path / "whole")
 
 
-def test_keys_are_listed_with_their_meaning(fedpress):
-    said = fedpress("prune", "--keys")
+def test_keys_are_listed_with_their_meaning(shell):
+    said = shell("prune", "--keys")
     assert said.code == 0
     assert "keep_params" in said.out
     assert "share of the dense" in said.out
 
 
-def test_models_and_files_are_measured_side_by_side(fedpress, trained):
+def test_models_and_files_are_measured_side_by_side(shell, trained):
     words = ["--formats", "onnx", "--batches", "1", "--threads", "1", "--seconds", "0.01"]
-    said = fedpress("measure", trained, *words, "--out", "m.json")
+    said = shell("measure", trained, *words, "--out", "m.json")
     assert said.code == 0, said.err
     assert "onnxruntime" in said.out
     records = json.loads(Path("m.json").read_text())["records"]
@@ -266,7 +262,7 @@ def test_models_and_files_are_measured_side_by_side(fedpress, trained):
 
 def test_models_of_other_inputs_are_measured_apart(trained):
     with pytest.raises(FedpressError, match="measure them apart"):
-        commands.measure(
+        fedpress.measure(
             [trained, Path(__file__).parents[3] / "benchmarks/checkpoints/cifar10-cpu"], formats=[]
         )
 
@@ -296,10 +292,10 @@ def test_the_kind_of_weights_reaches_quantize_and_a_state_dict_is_a_checkpoint()
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10)
     )
-    made = commands.quantize(model, weights="binary", data="digits", calibration=64)
+    made = fedpress.quantize(model, weights="binary", data="digits", calibration=64)
     assert all(len(row.abs().unique()) == 1 for row in made.model[3].weight)
     with pytest.raises(FedpressError, match=r"model: got int"):
-        commands.prune(3)
+        fedpress.prune(3)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +303,7 @@ def test_the_kind_of_weights_reaches_quantize_and_a_state_dict_is_a_checkpoint()
 )
 def test_what_cannot_be_measured_is_said_at_once(wrong):
     with pytest.raises(FedpressError, match=f"^{next(iter(wrong))}: "):
-        commands.measure(**{"models": ["resnet18"], **wrong})
+        fedpress.measure(**{"models": ["resnet18"], **wrong})
 
 
 def test_a_call_leaves_the_random_numbers_of_its_caller_alone():
@@ -315,7 +311,7 @@ def test_a_call_leaves_the_random_numbers_of_its_caller_alone():
     torch.manual_seed(3)
     wanted = torch.rand(2)
     torch.manual_seed(3)
-    commands.prune(model, keep_params=0.5, input_shape=(1, 8, 8))
+    fedpress.prune(model, keep_params=0.5, input_shape=(1, 8, 8))
     assert torch.equal(torch.rand(2), wanted)
 
 
@@ -323,10 +319,10 @@ def test_a_frozen_model_takes_zeros_without_training():
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)
     )
-    made = commands.sparsify(model.requires_grad_(False), density=0.5, input_shape=(1, 8, 8))
+    made = fedpress.sparsify(model.requires_grad_(False), density=0.5, input_shape=(1, 8, 8))
     assert int((made.model[3].weight == 0).sum()) == 512
     with pytest.raises(FedpressError, match="nothing to train"):
-        commands.sparsify(model, density=0.5, data="digits", epochs=1)
+        fedpress.sparsify(model, density=0.5, data="digits", epochs=1)
 
 
 def test_a_model_that_torch_cannot_copy_is_cut():
@@ -334,55 +330,55 @@ def test_a_model_that_torch_cannot_copy_is_cut():
     with pytest.warns(FutureWarning):
         nn.utils.weight_norm(model[1])
     model(torch.zeros(1, 64))
-    made = commands.prune(model, keep_params=0.5, round_to=1, input_shape=(1, 8, 8))
-    assert made.facts["parameters"] < made.before["parameters"]
+    made = fedpress.prune(model, keep_params=0.5, round_to=1, input_shape=(1, 8, 8))
+    assert made.after["parameters"] < made.before["parameters"]
 
 
 def test_a_model_has_one_size_in_every_command(trained, tmp_path):
-    small = commands.quantize(trained, bits=4, out=tmp_path / "quantized")
-    packed = commands.pack(small.folder, out=tmp_path / "packed")
-    found = commands.measure(
+    small = fedpress.quantize(trained, bits=4, out=tmp_path / "quantized")
+    packed = fedpress.pack(small.folder, out=tmp_path / "packed")
+    found = fedpress.measure(
         [small.folder, packed.artifact], formats=[], int8=False, batches=(1,), seconds=0.05
     )
     sizes = {record["file_bytes"] for record in found["records"]}
     assert (
         sizes
-        == {small.facts["file_bytes"]}
+        == {small.after["file_bytes"]}
         == {packed.before["file_bytes"]}
         == {packed.artifact.stat().st_size}
     )
-    kept = commands.measure(small.model, formats=[], int8=False, batches=(1,), seconds=0.05)[
+    kept = fedpress.measure(small.model, formats=[], int8=False, batches=(1,), seconds=0.05)[
         "records"
     ][0]
-    assert kept["file_bytes"] == small.facts["file_bytes"], "also as a module in memory"
-    again = commands.measure([trained], formats=[], int8=False, batches=(1,), seconds=0.05)[
+    assert kept["file_bytes"] == small.after["file_bytes"], "also as a module in memory"
+    again = fedpress.measure([trained], formats=[], int8=False, batches=(1,), seconds=0.05)[
         "records"
     ][0]
     assert again["file_bytes"] == small.before["file_bytes"]
 
 
-def test_what_zeros_are_worth_is_shown_as_non_zeros_and_packed_bytes(fedpress, trained, tmp_path):
-    said = fedpress("sparsify", trained, "density=0.2", "--out", tmp_path / "sparse")
+def test_what_zeros_are_worth_is_shown_as_non_zeros_and_packed_bytes(shell, trained, tmp_path):
+    said = shell("sparsify", trained, "density=0.2", "--out", tmp_path / "sparse")
     assert said.code == 0, said.err
     assert "Non-zeros" in said.out
     assert "Packed" in said.out
     facts = json.loads((tmp_path / "sparse" / "result.json").read_text())["final"]
     model = storage.load(tmp_path / "sparse")[1]
     assert facts["nonzero_parameters"] == sum(int(p.count_nonzero()) for p in model.parameters())
-    packed = commands.pack(tmp_path / "sparse", out=tmp_path / "packed")
+    packed = fedpress.pack(tmp_path / "sparse", out=tmp_path / "packed")
     assert facts["packed_file_bytes"] == packed.artifact.stat().st_size < facts["file_bytes"]
-    gated = commands.l0(trained, density=0.5, epochs=1, out=tmp_path / "gated")
-    assert gated.facts["nonzero_parameters"] < gated.facts["parameters"]
-    assert gated.facts["packed_file_bytes"] < gated.facts["file_bytes"]
+    gated = fedpress.l0(trained, density=0.5, epochs=1, out=tmp_path / "gated")
+    assert gated.after["nonzero_parameters"] < gated.after["parameters"]
+    assert gated.after["packed_file_bytes"] < gated.after["file_bytes"]
 
 
-def test_a_share_of_a_cut_model_says_of_what(fedpress, trained, tmp_path):
-    once = commands.prune(trained, keep_params=0.6, calibration=64, out=tmp_path / "once")
-    assert "dense" not in json.dumps(once.facts.get("told", {}))
-    twice = commands.prune(once.folder, keep_params=0.3, calibration=64, out=tmp_path / "twice")
-    dense, had, has = (facts["parameters"] for facts in (once.before, twice.before, twice.facts))
+def test_a_share_of_a_cut_model_says_of_what(shell, trained, tmp_path):
+    once = fedpress.prune(trained, keep_params=0.6, calibration=64, out=tmp_path / "once")
+    assert "dense" not in json.dumps(once.after.get("told", {}))
+    twice = fedpress.prune(once.folder, keep_params=0.3, calibration=64, out=tmp_path / "twice")
+    dense, had, has = (facts["parameters"] for facts in (once.before, twice.before, twice.after))
     expected = f"{has / dense:.4g} of the {dense:,} dense parameters, {has / had:.4g} of the {had:,} that the model had"
-    assert twice.facts["told"]["keep_params"].endswith(expected)
-    said = fedpress("prune", twice.folder, "keep_params=0.5", "calibration=64")
+    assert twice.after["told"]["keep_params"].endswith(expected)
+    said = shell("prune", twice.folder, "keep_params=0.5", "calibration=64")
     assert said.code == 2
     assert "share of the dense network: give less than" in said.err

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from fedpress import commands
+import fedpress
 from fedpress.errors import DataError, FedpressError
 from tests import named
 from tests.stages.recipes import finish
@@ -23,22 +23,22 @@ def items(n=40):
 @pytest.mark.parametrize("given", [data(), DataLoader(items(), batch_size=8)])
 def test_a_module_in_memory_learns_and_is_cut(given):
     torch.manual_seed(0)
-    trained = commands.train(named.Notes(), data=given, epochs=6, lr=0.2, batch_size=16)
-    assert trained.facts["accuracy"] > 0.6
-    small = commands.prune(trained.model, data=given, keep_params=0.6, round_to=1)
-    assert small.facts["parameters"] < 0.62 * trained.facts["parameters"]
+    trained = fedpress.train(named.Notes(), data=given, epochs=6, lr=0.2, batch_size=16)
+    assert trained.after["accuracy"] > 0.6
+    small = fedpress.prune(trained.model, data=given, keep_params=0.6, round_to=1)
+    assert small.after["parameters"] < 0.62 * trained.after["parameters"]
 
 
 def test_a_file_is_written_from_inputs_alone():
-    exported = commands.export(named.Notes(), data=data()[0])
+    exported = fedpress.export(named.Notes(), data=data()[0])
     assert [name for name in exported.files if name.endswith(".onnx")]
 
 
 def test_the_folder_of_a_run_is_enough(tmp_path):
     finish(named.recipe(named.TRAIN), tmp_path / "run")
-    small = commands.prune(tmp_path / "run", keep_params=0.6, round_to=1)
-    assert small.facts["accuracy"] is not None
-    alone = commands.quantize(next((tmp_path / "run" / "stages").iterdir()), inputs="dynamic")
+    small = fedpress.prune(tmp_path / "run", keep_params=0.6, round_to=1)
+    assert small.after["accuracy"] is not None
+    alone = fedpress.quantize(next((tmp_path / "run" / "stages").iterdir()), inputs="dynamic")
     assert alone.model is not None
 
 
@@ -59,11 +59,11 @@ def test_what_is_no_data_is_refused(given, message):
         else given
     )
     with pytest.raises(DataError, match=message):
-        commands.train(named.Notes(), data=given, epochs=1)
+        fedpress.train(named.Notes(), data=given, epochs=1)
 
 
 def test_other_names_than_those_of_forward_are_told():
     x, y = data()
     other = {("words" if name == "tokens" else name): x[name] for name in x}
     with pytest.raises(FedpressError, match="the model needs 'tokens' besides and does not take"):
-        commands.train(named.Notes(), data=(other, y), epochs=1)
+        fedpress.train(named.Notes(), data=(other, y), epochs=1)

@@ -1,11 +1,11 @@
-"""The calls: `prune(MODEL, keep_params=0.3)` and its like; each runs one stage to its end and returns the result."""
+"""One stage on one model, to its end: what `prune`, `quantize`, `federate` and their like have in common."""
 
 from __future__ import annotations
 
 import shlex
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fedpress import tasks
+from fedpress.api.result import Result
 from fedpress.core import consent
 from fedpress.core.examples import Preprocess
 from fedpress.data import FederatedData
@@ -24,16 +25,17 @@ from fedpress.models import memory
 from fedpress.pipeline.commands import given as given_data
 from fedpress.pipeline.commands import several
 from fedpress.pipeline.commands.examples import Examples, Given
-from fedpress.pipeline.commands.order import Order, Result
+from fedpress.pipeline.commands.order import Order
 from fedpress.pipeline.commands.subject import Subject, holding
 from fedpress.pipeline.environment import note_environment
 from fedpress.pipeline.keys import settings_of
 from fedpress.pipeline.recipe import Override
 from fedpress.pipeline.start import device_of
-from fedpress.stages.table import Row, commands
+from fedpress.stages.table import commands
 from fedpress.workspace.folder import RunFolder
 
-Model = str | Path | nn.Module
+Model = str | Path | nn.Module | Result
+Mean = Sequence[float] | Literal["none", "data"] | None
 
 
 def call(
@@ -44,7 +46,7 @@ def call(
     path: str | Path | None = None,
     checkpoint: str | Path | None = None,
     input_shape: Sequence[Any] | None = None,
-    mean: Sequence[float] | Literal["none", "data"] | None = None,
+    mean: Mean = None,
     std: Sequence[float] | None = None,
     out: str | Path | None = None,
     device: str | torch.device | None = None,
@@ -55,7 +57,8 @@ def call(
 
     Args:
         kind: of the stage.
-        model: the folder of a model or of a run, a packed file, `module:function`, or a module, which is not changed.
+        model: the folder of a model or of a run, a packed file, `module:function`, the `Result` of another call, or a
+            module, which is not changed.
         data: a source such as "cifar10"; or what is in memory: a tensor of inputs [n, ...] to calibrate on, a pair
             (inputs, labels [n]), a torch Dataset or DataLoader of one or the other, or a `FederatedData`. By default
             the data of the run that left the model. Data in memory are taken as inputs of the network (images of bytes
@@ -79,11 +82,7 @@ def call(
     Raises:
         FedpressError: if something does not fit, saying what; before any work where it can be known.
     """
-    if not isinstance(model, nn.Module | str | Path):
-        raise ModelError(
-            f"got {type(model).__name__}, expected a torch.nn.Module, a path or module:function",
-            place="model",
-        )
+    model, mean, std = model_of(model, mean, std)
     if (shapes := several.several_shapes(input_shape)) is not None:
         several.check(kind, model, data, out)
         return _of_several(kind, model, shapes, settings)  # type: ignore[arg-type]
@@ -115,6 +114,34 @@ def call(
         return replace(result, folder=None, artifact=None, files=_files(result))
 
 
+def model_of(
+    model: Model, mean: Mean = None, std: Sequence[float] | None = None
+) -> tuple[nn.Module | str | Path, Mean, Sequence[float] | None]:
+    """Returns the model that a call works on, and how it wants its inputs standardised.
+
+    Args:
+        model: as `call` takes it. A result that was written to a folder stands for that folder; one in memory for its
+            module, whose inputs are standardised as those that it was made with.
+        mean: as the user gives it; that goes first.
+        std: likewise.
+
+    Raises:
+        ModelError: if it is nothing that a call takes.
+    """
+    if isinstance(model, Result):
+        if model.folder is not None:
+            return model.folder, mean, std
+        if mean is None and model.mean:
+            return model.model, model.mean, model.std
+        return model.model, mean, std
+    if not isinstance(model, nn.Module | str | Path):
+        raise ModelError(
+            f"got {type(model).__name__}, expected a torch.nn.Module, a Result, a path or module:function",
+            place="model",
+        )
+    return model, mean, std
+
+
 def _keys(settings: dict[str, Any], stack: ExitStack) -> list[Override]:
     """Returns the settings as keys of the stage; `stack` holds a teacher that is a module."""
     if isinstance(teacher := settings.get("teacher"), nn.Module):
@@ -127,7 +154,7 @@ def _executed(order: Order, data: FederatedData, place: Path, model: str) -> Res
     """Does the work in a new run folder at `place`."""
     folder = RunFolder.create(place, order.text, settings_of(order.recipe))
     with folder.locked():
-        words = [f"fedpress.pipeline.commands.{order.kind}", model]
+        words = [f"fedpress.{order.kind}", model]
         note_environment(folder, shlex.join(words), device=device_of(order.recipe))
         for _ in order.execute(folder, data):
             pass
@@ -150,7 +177,11 @@ class Opened:
 
 
 def _opened(
-    kind: str, model: Model, checkpoint: str | Path | None, out: object, stack: ExitStack
+    kind: str,
+    model: nn.Module | str | Path,
+    checkpoint: str | Path | None,
+    out: object,
+    stack: ExitStack,
 ) -> Opened:
     """Finds the model; `stack` holds a module while the call lasts."""
     if not isinstance(model, nn.Module):
@@ -277,21 +308,3 @@ def _refuse_what_cannot_be_saved(
         warnings.warn(str(error), stacklevel=4)
         return
     raise error
-
-
-def _call_of(row: Row) -> Callable[..., Result]:
-    """Returns the Python call of one kind of stage."""
-
-    def run(model: Model, **settings: Any) -> Result:
-        return call(row.kind, model, **settings)
-
-    run.__name__ = run.__qualname__ = row.kind
-    settings = row.settings.replace(":", ".")
-    run.__doc__ = (
-        f"{row.words}\n\nSee `call` for what all calls take, and `{settings}` for the settings."
-    )
-    return run
-
-
-CALLS = {kind: _call_of(row) for kind, row in commands().items()}
-"""The Python call of each kind of stage that works on one model: `CALLS["prune"](model, keep_params=0.3)`."""

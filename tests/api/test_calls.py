@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+import fedpress
 from fedpress import storage
 from fedpress.core.examples import Arrays, Preprocess
 from fedpress.data import FederatedData
 from fedpress.errors import DataError, FedpressError, ModelError, RunError
 from fedpress.models import layer_list, memory
-from fedpress.pipeline import commands
 from fedpress.stages.measure import measure_model
 
 X = torch.rand(100, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -113,7 +113,7 @@ PAIRS = {
 
 @pytest.mark.parametrize("kind", PAIRS)
 def test_pairs_in_memory_are_learned_from_and_measured_on(kind):
-    made = commands.prune(net(), data=PAIRS[kind], keep_params=0.5, round_to=1, score="taylor")
+    made = fedpress.prune(net(), data=PAIRS[kind], keep_params=0.5, round_to=1, score="taylor")
     assert made.before["accuracy"] is not None
     count = 50 if kind == "own dataset" else 100
     assert made.before["accuracy"] * count / 5 == pytest.approx(
@@ -127,7 +127,7 @@ def test_scores_see_the_data_that_were_given():
     half[..., 4:] = 0
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 10))
     a, b = (
-        commands.quantize(model, data=x[:, 0, 0], bits=8, inputs="static") for x in (X, half + 3)
+        fedpress.quantize(model, data=x[:, 0, 0], bits=8, inputs="static") for x in (X, half + 3)
     )
     grids = [made.model[0].state_dict() for made in (a, b)]
     assert any(not torch.equal(grids[0][name], grids[1][name]) for name in grids[0])
@@ -137,15 +137,15 @@ def test_scores_see_the_data_that_were_given():
     "inputs", [X, X.numpy(), TensorDataset(X), DataLoader(TensorDataset(X), batch_size=8)]
 )
 def test_inputs_alone_calibrate_and_do_not_score(inputs):
-    made = commands.quantize(net(), data=inputs)
+    made = fedpress.quantize(net(), data=inputs)
     assert made.before["accuracy"] is None
-    assert commands.export(net(), data=inputs, int8=True).facts["int8"]
+    assert fedpress.export(net(), data=inputs, int8=True).after["int8"]
     for call, settings, who in (
-        (commands.prune, {"keep_params": 0.5, "score": "taylor"}, 'prune with score = "taylor"'),
-        (commands.train, {"epochs": 1}, "train"),
-        (commands.quantize, {"epochs": 1}, "quantize with epochs"),
+        (fedpress.prune, {"keep_params": 0.5, "score": "taylor"}, 'prune with score = "taylor"'),
+        (fedpress.train, {"epochs": 1}, "train"),
+        (fedpress.quantize, {"epochs": 1}, "quantize with epochs"),
         (
-            commands.sparsify,
+            fedpress.sparsify,
             {"density": 0.5, "score": "snip", "keep_first": False},
             "sparsify with .*",
         ),
@@ -175,14 +175,14 @@ def test_inputs_alone_calibrate_and_do_not_score(inputs):
 )
 def test_what_is_no_data_is_refused_by_the_name_of_the_argument(data, message):
     with pytest.raises(DataError, match=message):
-        commands.quantize(net(), data=data, input_shape=(1, 8, 8))
+        fedpress.quantize(net(), data=data, input_shape=(1, 8, 8))
 
 
 def test_a_data_set_in_memory_is_used():
     part = Arrays(X, Y)
     names = tuple("abcdefghij")
     data = FederatedData("mine", {"a": part}, part, part, part, 10, names, Preprocess())
-    made = commands.prune(net(), data=data, keep_params=0.5, round_to=1, score="taylor")
+    made = fedpress.prune(net(), data=data, keep_params=0.5, round_to=1, score="taylor")
     assert made.before["accuracy"] is not None
 
 
@@ -192,19 +192,19 @@ NO_CLASSIFIERS = {"segmentation": (segmentation, (3, 16, 16)), "regression": (re
 @pytest.mark.parametrize("name", NO_CLASSIFIERS)
 def test_models_that_are_no_classifiers_are_cut_quantized_and_packed(name, tmp_path):
     build, shape = NO_CLASSIFIERS[name]
-    made = commands.prune(
+    made = fedpress.prune(
         build(), keep_params=0.5, score="l1", round_to=1, input_shape=shape, out=tmp_path / "cut"
     )
-    assert made.facts["parameters"] < made.before["parameters"]
-    again = commands.quantize(tmp_path / "cut", out=tmp_path / "small")
-    assert again.facts["accuracy"] is None
-    assert commands.pack(tmp_path / "small").files
+    assert made.after["parameters"] < made.before["parameters"]
+    again = fedpress.quantize(tmp_path / "cut", out=tmp_path / "small")
+    assert again.after["accuracy"] is None
+    assert fedpress.pack(tmp_path / "small").files
     inputs = torch.rand(32, *shape)
-    assert commands.quantize(build(), data=(inputs, torch.rand(32))).facts["accuracy"] is None
+    assert fedpress.quantize(build(), data=(inputs, torch.rand(32))).after["accuracy"] is None
     with pytest.raises(
         FedpressError, match=r"classifier does, and accuracy needs one|gives outputs"
     ):
-        commands.prune(build(), data=(inputs, torch.arange(32) % 2), keep_params=0.5)
+        fedpress.prune(build(), data=(inputs, torch.arange(32) % 2), keep_params=0.5)
 
 
 def test_token_ids_and_dictionaries_are_cut_and_quantized(own, tmp_path):
@@ -213,15 +213,15 @@ def test_token_ids_and_dictionaries_are_cut_and_quantized(own, tmp_path):
         (own.Two(), torch.rand(64, 8)),
     ):
         shape = tuple(data.shape[1:])
-        made = commands.prune(model, keep_params=0.5, score="l1", round_to=1, input_shape=shape)
-        assert made.facts["parameters"] < made.before["parameters"]
+        made = fedpress.prune(model, keep_params=0.5, score="l1", round_to=1, input_shape=shape)
+        assert made.after["parameters"] < made.before["parameters"]
         place = tmp_path / type(model).__name__
-        commands.quantize(model, data=data, out=place)
+        fedpress.quantize(model, data=data, out=place)
         name = f"{own.__name__}:{type(model).__name__}"
-        assert commands.pack(place, allow_code=name).files
+        assert fedpress.pack(place, allow_code=name).files
         assert type(storage.load(place, name)[1]).__name__ == type(model).__name__
     labels = torch.randint(0, 2, (64,))
-    made = commands.prune(
+    made = fedpress.prune(
         own.Tokens(), data=(torch.randint(0, 30, (64, 6)), labels), keep_params=0.5, score="taylor"
     )
     assert made.before["accuracy"] is not None
@@ -300,7 +300,7 @@ def test_a_list_of_layers_from_a_file_is_checked(layers, message):
 
 
 def test_a_folder_written_from_memory_opens_in_another_process_to_the_same_outputs(tmp_path):
-    made = commands.prune(
+    made = fedpress.prune(
         net(), keep_params=0.5, round_to=1, score="l1", input_shape=(1, 8, 8), out=tmp_path / "r"
     )
     torch.save((X, made.model.eval()(X)), tmp_path / "wanted.pt")
@@ -313,7 +313,7 @@ def test_a_folder_written_from_memory_opens_in_another_process_to_the_same_outpu
 
 
 def test_a_class_of_ones_own_opens_with_consent_or_is_refused_before_any_work(own, tmp_path):
-    commands.prune(
+    fedpress.prune(
         own.Two(), keep_params=0.5, round_to=1, score="l1", input_shape=(8,), out=tmp_path / "two"
     )
     code = f"from fedpress import storage; storage.load({str(tmp_path / 'two')!r}"
@@ -323,15 +323,15 @@ def test_a_class_of_ones_own_opens_with_consent_or_is_refused_before_any_work(ow
     )
     assert f'add allow_code=("{own.__name__}:Two",)' in refused.stderr
     subprocess.run([sys.executable, "-c", f"{code}, '{own.__name__}:Two')"], check=True, env=path)
-    for call in (commands.prune, commands.pack):
-        settings = {"keep_params": 0.5} if call is commands.prune else {}
+    for call in (fedpress.prune, fedpress.pack):
+        settings = {"keep_params": 0.5} if call is fedpress.prune else {}
         with pytest.raises(
             ModelError, match=r'could not be opened again.*give model="package.module:function"'
         ):
             call(own.Hidden(32), input_shape=(8,), out=tmp_path / "hidden", **settings)
     assert not (tmp_path / "hidden").exists()
     assert (
-        commands.prune(own.Hidden(32), input_shape=(8,), keep_params=0.5, round_to=1).model
+        fedpress.prune(own.Hidden(32), input_shape=(8,), keep_params=0.5, round_to=1).model
         is not None
     )
 
@@ -382,31 +382,31 @@ def test_a_class_that_computes_something_else_is_not_named(tmp_path):
     odd = Chosen(way=way).eval()
     assert memory.find_name(odd) is not None
     with pytest.raises(ModelError, match="could not be opened again"):
-        commands.quantize(odd, input_shape=(8,), out=tmp_path / "odd")
+        fedpress.quantize(odd, input_shape=(8,), out=tmp_path / "odd")
     assert not (tmp_path / "odd").exists()
     x = torch.rand(5, 8)
-    kept = commands.quantize(odd, input_shape=(8,)).model.eval()
+    kept = fedpress.quantize(odd, input_shape=(8,)).model.eval()
     assert torch.allclose(kept(x), odd(x), atol=0.1)
 
 
 def test_export_and_pack_without_out_return_what_they_made(tmp_path):
-    made = commands.export(net(), input_shape=(1, 8, 8))
+    made = fedpress.export(net(), input_shape=(1, 8, 8))
     assert (made.artifact, made.folder, list(made.files)) == (None, None, ["model.onnx"])
-    assert len(made.files["model.onnx"]) == made.facts["file_bytes"]
-    made = commands.pack(net(), input_shape=(1, 8, 8))
+    assert len(made.files["model.onnx"]) == made.after["file_bytes"]
+    made = fedpress.pack(net(), input_shape=(1, 8, 8))
     (tmp_path / "m.packed.safetensors").write_bytes(made.files["model.packed.safetensors"])
     assert torch.equal(storage.load(tmp_path / "m.packed.safetensors")[1].eval()(X), net()(X))
 
 
 def test_modules_in_memory_teach_and_are_measured():
     model = net()
-    made = commands.distill(model, data=(X, Y), teacher=model, epochs=1)
-    assert made.facts["accuracy"] is not None
-    found = commands.measure(
+    made = fedpress.distill(model, data=(X, Y), teacher=model, epochs=1)
+    assert made.after["accuracy"] is not None
+    found = fedpress.measure(
         [model, net(5)], input_shape=(1, 8, 8), formats=[], seconds=0.01, batches=[1], threads=[1]
     )
     assert [row["name"] for row in found["records"]] == ["Sequential", "Sequential (2)"]
-    one = commands.measure(
+    one = fedpress.measure(
         model, input_shape=(1, 8, 8), formats=[], seconds=0.01, batches=[1], threads=[1]
     )
     assert one["records"][0]["parameters"] == sum(p.numel() for p in model.parameters())
@@ -414,47 +414,47 @@ def test_modules_in_memory_teach_and_are_measured():
 
 def test_a_few_examples_need_not_have_every_class(own):
     few = (X[:5], Y[:5].clamp(max=3))
-    assert commands.quantize(net(), data=few).facts["accuracy"] is not None
-    assert commands.quantize(f"{own.__name__}:Hidden", data=(X[:5, 0, 0], Y[:5] % 2), **{
+    assert fedpress.quantize(net(), data=few).after["accuracy"] is not None
+    assert fedpress.quantize(f"{own.__name__}:Hidden", data=(X[:5, 0, 0], Y[:5] % 2), **{
         "model.arguments.size": 16,
-    }).facts["accuracy"] is not None  # fmt: skip
+    }).after["accuracy"] is not None  # fmt: skip
     with pytest.raises(
         DataError, match=r"^data: its labels go up to 12, but the model has 10 classes; .* 0 to 9"
     ):
-        commands.quantize(net(), data=(X[:5], Y[:5] + 8))
+        fedpress.quantize(net(), data=(X[:5], Y[:5] + 8))
 
 
 def test_examples_of_other_kinds_are_taken_as_the_model_takes_them(own):
     whole = torch.randint(3, (30, 8))
     module = own.Hidden(16).train()
     assert (
-        commands.quantize(module, data=whole).model is not None
+        fedpress.quantize(module, data=whole).model is not None
     )  # numbers of a table, no token ids
-    assert commands.quantize(own.Tokens(), data=whole).model is not None
-    assert commands.quantize(module, data=whole.float().to_sparse()).model is not None
+    assert fedpress.quantize(own.Tokens(), data=whole).model is not None
+    assert fedpress.quantize(module, data=whole.float().to_sparse()).model is not None
     assert module.training
     with pytest.raises(
         FedpressError, match=r"does not take examples of shape \[9\].*; give examples as the model"
     ) as got:
-        commands.quantize(module, data=torch.rand(5, 9))
+        fedpress.quantize(module, data=torch.rand(5, 9))
     assert "arguments" not in str(got.value)
     with pytest.raises(FedpressError, match=r"^path: source 'csv' needs a path; give path=PATH$"):
-        commands.quantize(module, data="csv")
+        fedpress.quantize(module, data="csv")
 
 
 def test_token_ids_and_several_inputs_are_measured(own, tmp_path):
     """In memory, saved, exported, and by the stage."""
     quick: dict = {"seconds": 0.01, "batches": (1, 3), "threads": (1,), "formats": ["onnx"]}
     ids = torch.randint(30, (40, 6), generator=torch.Generator().manual_seed(0))
-    commands.export(own.Tokens(), data=(ids, ids[:, 0] % 2), out=tmp_path / "ids")
+    fedpress.export(own.Tokens(), data=(ids, ids[:, 0] % 2), out=tmp_path / "ids")
     kept = [tmp_path / "ids/stages/0-export", tmp_path / "ids/artifacts/model.onnx"]
     for models in (own.Tokens(), kept):
-        found = commands.measure(
+        found = fedpress.measure(
             models, input_shape=(6,), allow_code=f"{own.__name__}:Tokens", **quick
         )
         assert {record["macs"] for record in found["records"]} == {24 * 32 + 32 * 2}
         assert all(len(record["timings"]) == 2 for record in found["records"])
-    found = commands.measure(Several(), input_shape=[(1, 8, 8), (5,)], **quick)
+    found = fedpress.measure(Several(), input_shape=[(1, 8, 8), (5,)], **quick)
     assert [record["runtime"] for record in found["records"]][:2] == ["torch", "onnxruntime"]
     assert (
         len(measure_model(own.Tokens(), ids, batches=(1,), threads=(1,), seconds=0.01)["runtimes"])
@@ -488,7 +488,7 @@ def test_token_ids_and_several_inputs_are_measured(own, tmp_path):
 )
 def test_what_cannot_be_measured_is_refused(models, settings, message):
     with pytest.raises(ModelError, match=message):
-        commands.measure(models, seconds=0.01, **{"input_shape": (8,), **settings})
+        fedpress.measure(models, seconds=0.01, **{"input_shape": (8,), **settings})
 
 
 @pytest.mark.parametrize("shape", [8, "8", (0,), (8.0,), (), {"x": 8}])
@@ -497,34 +497,34 @@ def test_what_is_no_shape_is_refused(shape):
         ModelError,
         match=r"^input_shape: got .*, expected .* for instance input_shape=\(3, 32, 32\)",
     ):
-        commands.quantize(nn.Linear(8, 3), input_shape=shape)
+        fedpress.quantize(nn.Linear(8, 3), input_shape=shape)
 
 
 def test_errors_name_arguments_in_python():
     with pytest.raises(
         ModelError, match=r"^input_shape: .* input_shape=\(3, 32, 32\), or data with data=SOURCE"
     ):
-        commands.prune(net(), keep_params=0.5)
+        fedpress.prune(net(), keep_params=0.5)
     with pytest.raises(ModelError, match=r"^input_shape: .* such as input_shape=\(3, 32, 32\)"):
-        commands.measure(net())
+        fedpress.measure(net())
     with pytest.raises(
         DataError, match=r'^path: no data are to be found there; .* such as data="cifar10"'
     ):
-        commands.prune(net(), keep_params=0.5, input_shape=(1, 8, 8), path="x")
+        fedpress.prune(net(), keep_params=0.5, input_shape=(1, 8, 8), path="x")
 
 
 def test_no_error_of_a_call_names_a_flag(tmp_path):
-    commands.sparsify(
+    fedpress.sparsify(
         net(), density=0.5, keep_first=False, input_shape=(1, 8, 8), out=tmp_path / "a"
     )
     with pytest.raises(RunError) as caught:
-        commands.sparsify(
+        fedpress.sparsify(
             net(), density=0.5, keep_first=False, input_shape=(1, 8, 8), out=tmp_path / "a"
         )
     assert "--" not in str(caught.value)
     torch.save(net().state_dict(), tmp_path / "w.pt")
     with pytest.raises(ModelError, match='and checkpoint="') as told:
-        commands.prune(tmp_path / "w.pt", keep_params=0.5)
+        fedpress.prune(tmp_path / "w.pt", keep_params=0.5)
     assert "--" not in str(told.value)
 
 
@@ -533,12 +533,12 @@ def test_the_preprocessing_of_a_model_from_elsewhere_is_asked_for_and_used():
     with pytest.warns(
         UserWarning, match=r"mean: 'Sequential' brings its own weights.*mean=\"none\""
     ):
-        fitted = commands.quantize(model, data="digits", calibration=32)
-    plain = commands.quantize(model, data="digits", calibration=32, mean="none")
-    given = commands.quantize(model, data="digits", calibration=32, mean=[0.5], std=[0.25])
+        fitted = fedpress.quantize(model, data="digits", calibration=32)
+    plain = fedpress.quantize(model, data="digits", calibration=32, mean="none")
+    given = fedpress.quantize(model, data="digits", calibration=32, mean=[0.5], std=[0.25])
     assert len({made.before["loss"] for made in (fitted, plain, given)}) == 3
     assert (
-        commands.quantize(model, data="digits", calibration=32, mean="data").before["loss"]
+        fedpress.quantize(model, data="digits", calibration=32, mean="data").before["loss"]
         == fitted.before["loss"]
     )
     with torch.no_grad():
@@ -557,10 +557,10 @@ def test_the_preprocessing_of_a_model_from_elsewhere_is_asked_for_and_used():
         ({"mean": "none", "std": [1.0]}, "^std: .* leave it out"),
     ):
         with pytest.raises(DataError, match=message):
-            commands.quantize(model, data="digits", **settings)
+            fedpress.quantize(model, data="digits", **settings)
 
 
-def test_the_commands_take_preprocessing_too(fedpress, tmp_path):
+def test_the_commands_take_preprocessing_too(shell, tmp_path):
     (tmp_path / "elsewhere.py").write_text(
         "from torch import nn\n\n\ndef build():\n"
         "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))\n"
@@ -575,14 +575,14 @@ def test_the_commands_take_preprocessing_too(fedpress, tmp_path):
         "digits",
         "calibration=32",
     ]
-    said = fedpress(*words)
+    said = shell(*words)
     assert said.code == 0, said.err
     assert "--mean: 'elsewhere:build' brings its own weights" in said.out
     for more in (["--mean", "none"], ["--mean", "0.5", "--std", "0.25"], ["--mean", "data"]):
-        said = fedpress(*words, *more)
+        said = shell(*words, *more)
         assert said.code == 0, said.err
         assert "brings its own weights" not in said.out
-    said = fedpress(*words, "--mean", "0.5")
+    said = shell(*words, "--mean", "0.5")
     assert said.code == 2
     assert (
         "--std: not given; give one number for each channel, such as --std 0.5,0.5,0.5" in said.err
@@ -592,12 +592,12 @@ def test_the_commands_take_preprocessing_too(fedpress, tmp_path):
 def test_models_of_several_inputs_are_cut_quantized_and_exported(tmp_path):
     model, shapes = Several().eval(), [(1, 8, 8), (5,)]
     inputs = [torch.rand(3, *shape) for shape in shapes]
-    made = commands.prune(model, keep_params=0.5, score="l1", round_to=1, input_shape=shapes)
-    assert made.facts["parameters"] < made.before["parameters"]
+    made = fedpress.prune(model, keep_params=0.5, score="l1", round_to=1, input_shape=shapes)
+    assert made.after["parameters"] < made.before["parameters"]
     assert [out.shape for out in made.model(*inputs)] == [(3, 3), (3,)]
-    rounded = commands.quantize(made.model.eval(), input_shape=shapes)
+    rounded = fedpress.quantize(made.model.eval(), input_shape=shapes)
     assert rounded.model(*inputs)[0].shape == (3, 3)
-    files = commands.export(made.model.eval(), input_shape=shapes).files
+    files = fedpress.export(made.model.eval(), input_shape=shapes).files
     (tmp_path / "m.onnx").write_bytes(files["model.onnx"])
     import onnxruntime
 
@@ -613,11 +613,11 @@ def test_models_of_several_inputs_are_cut_quantized_and_exported(tmp_path):
 @pytest.mark.parametrize(
     ("call", "settings", "message"),
     [
-        (commands.train, {"epochs": 1}, "takes models of one input"),
-        (commands.prune, {"keep_params": 0.5, "data": X}, "data: models of several inputs"),
-        (commands.prune, {"keep_params": 0.5, "out": "x"}, "out: a model of several inputs"),
+        (fedpress.train, {"epochs": 1}, "takes models of one input"),
+        (fedpress.prune, {"keep_params": 0.5, "data": X}, "data: models of several inputs"),
+        (fedpress.prune, {"keep_params": 0.5, "out": "x"}, "out: a model of several inputs"),
         (
-            commands.export,
+            fedpress.export,
             {"int8": True},
             "int8: export of a model of several inputs takes format alone",
         ),
@@ -634,12 +634,12 @@ def test_float_targets_of_a_regression_are_measured_in_their_own_units():
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
     with torch.no_grad():
         y = model(x)[:, 0]
-    found = commands.prune(model, keep_params=0.5, data=(x, y))
+    found = fedpress.prune(model, keep_params=0.5, data=(x, y))
     assert found.before["task"] == "regression"
     assert found.before["mae"] < 1e-5
-    assert found.facts["mae"] > found.before["mae"]
-    assert "accuracy" not in found.facts
-    maps = commands.prune(model, keep_params=0.5, data=(x, torch.randn(200, 3)))
+    assert found.after["mae"] > found.before["mae"]
+    assert "accuracy" not in found.after
+    maps = fedpress.prune(model, keep_params=0.5, data=(x, torch.randn(200, 3)))
     assert maps.before["accuracy"] is None, "targets of another width measure nothing"
 
 
@@ -652,5 +652,5 @@ def test_labels_of_another_kind_are_refused_with_a_cure_that_works(mend):
         with pytest.raises(
             DataError, match=r"that it can learn from; give .*, LABELS whole numbers \[n\]"
         ):
-            commands.train(module, data=(inputs, wrong), epochs=1)
-    assert commands.train(module, data=(inputs, mend(one_hot)), epochs=1).facts["epochs"] == 1
+            fedpress.train(module, data=(inputs, wrong), epochs=1)
+    assert fedpress.train(module, data=(inputs, mend(one_hot)), epochs=1).after["epochs"] == 1

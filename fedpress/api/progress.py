@@ -1,0 +1,225 @@
+"""What a person sees while a run goes on: bars in a terminal or a notebook, lines in a log file."""
+
+from __future__ import annotations
+
+import html
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from fedpress.reports import units
+from fedpress.reports.headline import stays_float
+from fedpress.reports.metrics import Shown
+
+if TYPE_CHECKING:
+    from fedpress.workspace.state import Event
+
+SPEED_OVER_SECONDS = 300  # a round may take minutes: a shorter look back would see no step at all
+
+
+class View(Protocol):
+    """Where the progress of a run is shown: one line for each stage."""
+
+    def begin(self, name: str, note: str) -> None:
+        """A stage begins."""
+
+    def move(self, done: int, total: int, note: str) -> None:
+        """The stage has done so many of all its steps."""
+
+    def end(self, note: str) -> None:
+        """The stage has ended."""
+
+    def say(self, sentence: str) -> None:
+        """Shows a sentence of the stage that stays."""
+
+
+def show(events: Iterable[Event], progress: bool | None) -> None:
+    """Does the work of a run to its end, and shows how far it is.
+
+    Args:
+        events: of the run; asking for the next one does the work before it.
+        progress: whether to show it; None: in a notebook, and where the error stream is a terminal.
+    """
+    notebook = in_notebook()
+    if progress is None:
+        progress = notebook or sys.stderr.isatty()
+    if not progress:
+        for _ in events:
+            pass
+    elif notebook:
+        watch(events, NotebookView())
+    else:
+        follow(events, Console(stderr=True, highlight=False))
+
+
+def follow(events: Iterable[Event], out: Console) -> None:
+    """Shows the events of a run to their end: bars in a terminal, and elsewhere a line for each change."""
+    with bars(out) as shown:
+        view = LinesView(out) if shown.disable else BarsView(shown)
+        watch(events, view)
+
+
+def watch(events: Iterable[Event], view: View) -> None:
+    """Shows the events of a run to their end in `view`."""
+    from fedpress.workspace.state import StageFinished, StageStarted, Tick  # loads torch
+
+    for event in events:
+        if isinstance(event, StageStarted):
+            view.begin(event.name, "already done" if event.reused else "starting")
+        elif isinstance(event, Tick):
+            view.move(event.done, max(1, event.total), event.note)
+            if event.warning:
+                view.say(event.warning)
+        elif isinstance(event, StageFinished):
+            told = event.result.get("told")
+            for key, sentence in told.items() if isinstance(told, dict) else ():
+                view.say(f"{key} is {sentence}")
+            view.end(_outcome(event.result))
+
+
+def bars(out: Console) -> Progress:
+    """Returns bars with time left and a note that fit into 80 columns; nothing where there is no terminal."""
+    return Progress(
+        SpinnerColumn(finished_text=" "),
+        TextColumn("{task.description:10.18}", markup=False),
+        BarColumn(bar_width=10),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeRemainingColumn(elapsed_when_finished=True, compact=True),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=out,
+        speed_estimate_period=SPEED_OVER_SECONDS,
+        disable=not out.is_terminal,
+    )
+
+
+class BarsView:
+    """A bar for each stage, in a terminal."""
+
+    def __init__(self, shown: Progress) -> None:
+        self.shown = shown
+        self.task = shown.add_task("", visible=False, note="")
+        self.name = ""
+        self.moved = False
+
+    def begin(self, name: str, note: str) -> None:
+        """Adds a bar."""
+        self.name = name
+        self.moved = False
+        self.task = self.shown.add_task(name, total=None, note=note)
+
+    def move(self, done: int, total: int, note: str) -> None:
+        """Moves the bar."""
+        if self.moved:
+            self.shown.update(self.task, completed=done, total=total, note=note)
+        else:
+            # A resumed stage begins in the middle. Time left is counted from there, not from 0.
+            self.shown.reset(self.task, completed=done, total=total, note=note)
+        self.moved = True
+
+    def end(self, note: str) -> None:
+        """Fills the bar."""
+        self.shown.update(self.task, total=1, completed=1, note=note)
+
+    def say(self, sentence: str) -> None:
+        """Prints above the bars."""
+        self.shown.console.print(f"{self.name}: {sentence}", markup=False, soft_wrap=True)
+
+
+class LinesView:
+    """A line for each change, in a file or a pipe."""
+
+    def __init__(self, out: Console) -> None:
+        self.out = out
+        self.name = ""
+        self.last = ""
+
+    def begin(self, name: str, note: str) -> None:
+        """Prints the first line of a stage."""
+        self.name = name
+        self.last = ""
+        self._print(note)
+
+    def move(self, done: int, total: int, note: str) -> None:
+        """Prints the note, if it is another one."""
+        self._print(note)
+
+    def end(self, note: str) -> None:
+        """Prints the last line of a stage."""
+        self._print(note)
+
+    def say(self, sentence: str) -> None:
+        """Prints a sentence."""
+        self.out.print(f"{self.name}: {sentence}", markup=False, soft_wrap=True)
+
+    def _print(self, note: str) -> None:
+        if note not in ("", self.last):
+            self.last = note
+            self.say(note)
+
+
+class NotebookView:
+    """A bar for each stage, in the output of a notebook's cell."""
+
+    def __init__(self) -> None:
+        from IPython.display import display
+
+        self.rows: list[list[str]] = []  # stage, bar, note
+        self.sentences: list[str] = []
+        self.handle: Any = display(self._html(), display_id=True)
+
+    def begin(self, name: str, note: str) -> None:
+        """Adds a bar."""
+        self.rows.append([name, _bar(0.0), note])
+        self._draw()
+
+    def move(self, done: int, total: int, note: str) -> None:
+        """Moves the bar."""
+        self.rows[-1][1:] = [_bar(done / total), note]
+        self._draw()
+
+    def end(self, note: str) -> None:
+        """Fills the bar."""
+        self.rows[-1][1:] = [_bar(1.0), note]
+        self._draw()
+
+    def say(self, sentence: str) -> None:
+        """Adds a sentence below the bars."""
+        self.sentences.append(f"{self.rows[-1][0]}: {sentence}")
+        self._draw()
+
+    def _draw(self) -> None:
+        self.handle.update(self._html())
+
+    def _html(self) -> Any:
+        from IPython.display import HTML
+
+        lines = [
+            f"<tr><td>{html.escape(name)}</td><td>{bar}</td><td>{html.escape(note)}</td></tr>"
+            for name, bar, note in self.rows
+        ]
+        said = [f"<div>{html.escape(sentence)}</div>" for sentence in self.sentences]
+        return HTML(f"<table>{''.join(lines)}</table>{''.join(said)}")
+
+
+def in_notebook() -> bool:
+    """Says whether this process is the kernel of a notebook; a plain IPython shell is a terminal."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and hasattr(shell, "kernel")
+
+
+def _bar(share: float) -> str:
+    return f'<progress max="1" value="{share:.3f}"></progress>'
+
+
+def _outcome(result: Mapping[str, Any]) -> str:
+    """Says in one line what a stage has left: its metric on the test set, and the size."""
+    shown = Shown.of([dict(result)])
+    found = result.get(shown.key)
+    score = "" if found is None else f"test {shown.name} {shown.formatted(found)}, "
+    floats = stays_float(dict(result))
+    kept = f", {floats[0]} of them float ({floats[1]})" if floats else ""
+    return f"{score}{units.count(result['parameters'])} parameters{kept}"
