@@ -1,4 +1,4 @@
-"""The channels of a model that can be pruned, and what goes with each: parameters, sizes in code, multiply-adds."""
+"""The prunable channels of a model, with the tensors, sizes in code and costs that depend on them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,25 @@ from fedpress.nn.forward_sizes import Number, Numbers
 
 @dataclass(frozen=True)
 class Slice:
-    """Indices [channels, repeats] along one axis of a parameter or buffer, and what the tensor does with them."""
+    """Where the channels of a group lie on one axis of a parameter or buffer.
+
+    Attributes:
+        tensor: its name.
+        axis: of the tensor.
+        role: "write" for weights that compute the channel, "read" for weights that sum over it,
+            "scale" for a factor per channel, "follow" for anything else, such as a bias.
+        index: [channels, repeats], the places of each channel.
+    """
 
     tensor: str
     axis: int
-    role: str  # "write" (weights that compute the channel), "read" (weights that sum over it), "scale", "follow"
+    role: str
     index: Tensor
 
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that touch the same tensors along the same axes, for instance the residual stream of a stage."""
+    """Channels that touch the same tensors along the same axes, such as a residual stream."""
 
     name: str
     slices: tuple[Slice, ...]
@@ -42,9 +50,10 @@ class ChannelGroup:
 
     @property
     def unit(self) -> int:
-        """Width that goes with one channel: 1, or more where channels are tied (groups, heads).
+        """Width of one channel: 1, or more where several indices are united (groups, heads).
 
-        What reads the channel tells it: of a recurrent or gated layer several rows of weights write one unit.
+        It is the smallest over the weights that write or read it: a hidden unit of an LSTM is
+        written by four rows, but read as one column.
         """
         widths = (s.index.shape[1] for s in self.slices if s.role in ("write", "read"))
         return min(widths, default=1)
@@ -68,22 +77,36 @@ class Length:
 
 @dataclass(frozen=True)
 class NumberSite:
-    """A position in a call in a module's forward code (see `fedpress.nn.forward_sizes.Numbers`)."""
+    """A position in a call in a module's forward code (see `fedpress.nn.forward_sizes.Numbers`).
+
+    Attributes:
+        module: whose forward makes the call.
+        place: where the call stands.
+        occurrence: 0 for the first call at this place in one forward, 1 for the second.
+        position: among the numbers of the call.
+    """
 
     module: str
     place: str
-    turn: int  # 0 for the first call at this place in one forward, 1 for the second
+    occurrence: int
     position: int
 
     @property
     def call(self) -> str:
-        """The call as `fedpress.nn.forward_sizes` names it."""
-        return f"{self.place}#{self.turn}"
+        """Name of the call, as in `fedpress.nn.forward_sizes`."""
+        return f"{self.place}#{self.occurrence}"
 
 
 @dataclass(frozen=True)
 class SizedNumber:
-    """A number in forward code that must be `length`, or count it as many times as it did before."""
+    """A number in forward code that is the length of an axis, or a multiple of it.
+
+    Attributes:
+        site: where it stands.
+        was: the number when the model was traced.
+        length: of the axis.
+        multiple: whether the number is in proportion to the length, as `n * heads` is.
+    """
 
     site: NumberSite
     was: int
@@ -91,40 +114,54 @@ class SizedNumber:
     multiple: bool
 
     def correction(self, pruned: Sequence[int]) -> Number:
-        """Returns what stands for it in the model's corrections when group i has lost `pruned[i]` channels."""
+        """Returns its correction, as a plan has it, when group i has lost `pruned[i]` channels.
+
+        A multiple is corrected by a pair (new length, old length), because the other factor, the
+        number of examples say, may change from call to call.
+        """
         new = self.length.without(pruned)
         return (new, self.length.full) if self.multiple else new
 
     def corrected(self, pruned: Sequence[int]) -> int:
-        """Returns the number itself, in place of the one that it was when the model was traced."""
+        """Returns the corrected number itself, for the batch that was traced."""
         new = self.length.without(pruned)
         return self.was * new // self.length.full if self.multiple else new
 
 
 @dataclass(frozen=True)
 class WrittenIndex:
-    """Indices in forward code that name, along their dimension `dim`, to which places of an axis a call writes."""
+    """A tensor of indices in forward code that says to which places of an axis a call writes.
+
+    Attributes:
+        site: the call.
+        dim: the dimension of the indices along which they name places.
+        places: the indices along it.
+        group: [size of the axis], the group of each index of the axis; -1 if it is kept.
+        channel: [size of the axis], which channel of that group it is.
+    """
 
     site: NumberSite
     dim: int
     places: Ints
-    group: Ints  # of each index of the axis, -1 where it is kept
-    channel: Ints  # in that group
+    group: Ints
+    channel: Ints
 
     def correction(self, pruned: Sequence[Tensor]) -> Number:
-        """Returns what they must be when group i loses the channels `pruned[i]`."""
+        """Returns the renumbered indices when group i loses the channels `pruned[i]`."""
         kept = np.ones(len(self.group), dtype=bool)
         for i, channels in enumerate(pruned):
-            kept &= ~((self.group == i) & np.isin(self.channel, channels.cpu().numpy()))
-        new = np.cumsum(kept) - 1
-        return ("index", self.dim, tuple(new[self.places[kept[self.places]]].tolist()))
+            is_pruned = (self.group == i) & np.isin(self.channel, channels.cpu().numpy())
+            kept &= ~is_pruned
+        new_index = np.cumsum(kept) - 1
+        kept_places = self.places[kept[self.places]]
+        return ("index", self.dim, tuple(new_index[kept_places].tolist()))
 
 
 @dataclass(frozen=True)
 class MacTerm:
-    """Multiply-adds of one operation: `times` the product of the lengths."""
+    """Multiply-adds of one operation: `factor` times the product of the lengths."""
 
-    times: int
+    factor: int
     lengths: tuple[Length, ...]
 
 
@@ -135,13 +172,14 @@ class ChannelGraph:
     Attributes:
         groups: of channels.
         shapes: of every parameter, shared ones once.
-        unprunable: modules whose channels are all kept, and why.
+        unprunable: modules some of whose channels are kept, and why.
         products: multiply-adds of the operations.
-        examples: in the batch that was traced.
+        examples: number of examples in the batch that was traced.
         numbers: sizes in forward code that depend on channels.
-        approximate: modules with norms over channels that may be cut through.
+        approximate: modules with norms over channels that are pruned through.
         indices: tensors of indices in forward code that depend on channels.
-        turns: how many calls one forward of a module makes at each place, (module, place) -> calls.
+        call_counts: how many calls one forward of a module makes at each place, (module, place) ->
+            calls.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -152,7 +190,7 @@ class ChannelGraph:
     numbers: tuple[SizedNumber, ...] = ()
     approximate: tuple[str, ...] = ()
     indices: tuple[WrittenIndex, ...] = ()
-    turns: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    call_counts: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
     def parameters(self, kept: Sequence[int]) -> int:
         """Returns the exact number of parameters when group i keeps `kept[i]` of its channels."""
@@ -169,10 +207,12 @@ class ChannelGraph:
         Counted are convolutions, linear and recurrent layers, matrix products and attention.
         """
         pruned = [group.channels - keep for group, keep in zip(self.groups, kept, strict=True)]
-        known: dict[int, int] = {}  # many products share a length
+        # Many products share a length, so each is computed once; this runs in the search for
+        # widths.
+        known: dict[int, int] = {}
         total = 0
         for product in self.products:
-            count = product.times
+            count = product.factor
             for length in product.lengths:
                 if id(length) not in known:
                     known[id(length)] = length.without(pruned)
@@ -181,79 +221,88 @@ class ChannelGraph:
         return total // self.examples
 
     def sizes(self, pruned: Sequence[Tensor], *, exactly: bool = False) -> Numbers:
-        """Returns the numbers in forward code that must be others when group i loses the channels `pruned[i]`.
+        """Returns the corrected numbers in forward code when group i loses `pruned[i]`.
 
         Args:
             pruned: channels of each group.
-            exactly: no multiples, but the numbers themselves, which hold for the batch that was traced.
+            exactly: whether multiples are written as plain numbers, which hold only for the traced
+                batch.
         """
         counts = [len(channels) for channels in pruned]
-        rows: dict[tuple[str, str], dict[int, dict[int, Number]]] = {}
+        if not any(counts):
+            return {}
+        corrections: list[tuple[NumberSite, Number]] = []
+        for number in self.numbers:
+            new = number.corrected(counts) if exactly else number.correction(counts)
+            corrections.append((number.site, new))
+        for indices in self.indices:
+            corrections.append((indices.site, indices.correction(pruned)))
 
-        def add(site: NumberSite, number: Number) -> None:
-            turns = rows.setdefault((site.module, site.place), {})
-            turns.setdefault(site.turn, {})[site.position] = number
-
-        if any(counts):
-            for each in self.numbers:
-                add(each.site, each.corrected(counts) if exactly else each.correction(counts))
-            for indices in self.indices:
-                add(indices.site, indices.correction(pruned))
+        by_place: dict[tuple[str, str], dict[int, dict[int, Number]]] = {}
+        for site, new in corrections:
+            occurrences = by_place.setdefault((site.module, site.place), {})
+            occurrences.setdefault(site.occurrence, {})[site.position] = new
         found: Numbers = {}
-        for (module, place), turns in rows.items():
-            found.setdefault(module, {}).update(self._calls(module, place, turns))
+        for (module, place), occurrences in by_place.items():
+            found.setdefault(module, {}).update(self._name_calls(module, place, occurrences))
         return found
 
-    def _calls(
-        self, module: str, place: str, turns: Mapping[int, dict[int, Number]]
+    def _name_calls(
+        self, module: str, place: str, occurrences: Mapping[int, dict[int, Number]]
     ) -> dict[str, dict[int, Number]]:
-        """Names the calls at a place: together where all need the same, else each by its turn."""
-        first = next(iter(turns.values()))
-        # Together they hold also for a loop that runs more often another time.
-        if len(turns) == self.turns[module, place] and all(
-            numbers == first for numbers in turns.values()
-        ):
+        """Names the calls at one place: one entry if all need the same numbers, else several."""
+        first = next(iter(occurrences.values()))
+        # One entry for all also holds when a loop runs more often for another input.
+        is_complete = len(occurrences) == self.call_counts[module, place]
+        if is_complete and all(numbers == first for numbers in occurrences.values()):
             return {place: first}
-        return {f"{place}#{turn}": numbers for turn, numbers in turns.items()}
+        return {f"{place}#{occurrence}": numbers for occurrence, numbers in occurrences.items()}
 
 
 def kept_indices(
     model: nn.Module, graph: ChannelGraph, pruned: Sequence[Tensor]
 ) -> dict[str, dict[int, tuple[int, ...]]]:
-    """Returns what is kept, tensor name -> axis -> indices, when group i loses the channels `pruned[i]`."""
+    """Returns the kept indices, tensor -> axis -> indices, when group i loses `pruned[i]`.
+
+    Tensors that lose nothing are left out.
+    """
     named = [
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]
-    sizes = {name: tensor.shape for name, tensor in named}
-    masks: dict[str, dict[int, Tensor]] = {}
+    shapes = {name: tensor.shape for name, tensor in named}
+    masks: dict[tuple[str, int], Tensor] = {}
     for group, channels in zip(graph.groups, pruned, strict=True):
-        for s in group.slices if len(channels) else ():
-            axes = masks.setdefault(s.tensor, {})
-            mask = axes.setdefault(s.axis, torch.ones(sizes[s.tensor][s.axis], dtype=torch.bool))
+        if not len(channels):
+            continue
+        for s in group.slices:
+            whole = torch.ones(shapes[s.tensor][s.axis], dtype=torch.bool)
+            mask = masks.setdefault((s.tensor, s.axis), whole)
             mask[s.index[channels].flatten()] = False
-    return {
-        name: {axis: tuple(mask.nonzero().flatten().tolist()) for axis, mask in axes.items()}
-        for name, axes in masks.items()
-    }
+
+    kept: dict[str, dict[int, tuple[int, ...]]] = {}
+    for (name, axis), mask in masks.items():
+        kept.setdefault(name, {})[axis] = tuple(mask.nonzero().flatten().tolist())
+    return kept
 
 
-def export(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    """Captures `model` in evaluation mode as it runs on `arguments`; it is left in its mode.
+def capture(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """Captures `model` in evaluation mode on `arguments`; modes and attributes are restored.
 
     Raises:
-        ModelError: if `torch.export` cannot, naming the module whose code it met last.
+        ModelError: if `torch.export` cannot capture it; the message names the module that failed.
     """
-    modes = {m: m.training for m in model.modules()}
-    held = [(m, _attributes(m)) for m in model.modules()]
+    modes = {module: module.training for module in model.modules()}
+    attributes = [(module, _attributes(module)) for module in model.modules()]
+    # `torch.export` knows the outputs of few containers; tensors inside other objects are found
+    # here.
     hook = model.register_forward_hook(lambda module, given, output: tensors_in(output))
-    fast = torch.backends.mha.get_fastpath_enabled()
+    had_fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.backends.mha.set_fastpath_enabled(
-            False
-        )  # the fast path is one operation without channels
+        # The fast path of attention is a single operation in which no heads can be seen.
+        torch.backends.mha.set_fastpath_enabled(False)
         return torch.export.export(model.eval(), arguments, strict=False)
-    except Exception as error:  # torch.export raises whatever the user's code meets
+    except Exception as error:  # torch.export raises whatever the user's code raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"the model cannot be captured by torch.export ({reason}){_where(model, error)}",
@@ -262,15 +311,15 @@ def export(model: nn.Module, arguments: tuple[Tensor, ...]) -> torch.export.Expo
         ) from error
     finally:
         hook.remove()
-        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.backends.mha.set_fastpath_enabled(had_fast_path)
         for module, mode in modes.items():
             module.training = mode
-        for module, attributes in held:
-            _put_back_(module, attributes)
+        for module, before in attributes:
+            _restore_attributes_(module, before)
 
 
 def tensors_in(output: object) -> list[Tensor]:
-    """Returns the tensors in what a model gives: in containers, and in objects that torch does not know.
+    """Returns the tensors in a model's output: in containers and attributes of objects.
 
     >>> tensors_in({"a": torch.ones(1), "b": [torch.zeros(2), "words"]})
     [tensor([1.]), tensor([0., 0.])]
@@ -282,11 +331,11 @@ def tensors_in(output: object) -> list[Tensor]:
         for leaf in tree_leaves(value):
             if isinstance(leaf, Tensor):
                 found.append(leaf)
-            elif (
-                id(leaf) not in seen
-                and not isinstance(leaf, nn.Module | type)
-                and hasattr(leaf, "__dict__")
-            ):
+                continue
+            # Objects may refer to each other, so each is searched once. An output that refers to
+            # the model itself must not make its weights outputs.
+            has_attributes = hasattr(leaf, "__dict__") and not isinstance(leaf, nn.Module | type)
+            if has_attributes and id(leaf) not in seen:
                 seen.add(id(leaf))
                 search(list(vars(leaf).values()))
 
@@ -294,35 +343,35 @@ def tensors_in(output: object) -> list[Tensor]:
     return found
 
 
-CONTAINERS = (
-    list,
-    dict,
-    OrderedDict,
-    set,
-)  # hooks are in ordered dictionaries; forward may register some
+CONTAINERS = (list, dict, OrderedDict, set)
+"""Attributes of these types are copied; ordered dictionaries hold hooks that forward may add."""
 REGISTERED = ("training", "_parameters", "_buffers", "_modules")
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Returns a module's plain attributes, its hooks too, and what is in those that are containers."""
-    plain = {key: value for key, value in module.__dict__.items() if key not in REGISTERED}
-    return {
-        key: (value, copy(value) if type(value) in CONTAINERS else None)
-        for key, value in plain.items()
-    }
+    """Returns a module's plain attributes and hooks, each with a copy if it is a container."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key, value in module.__dict__.items():
+        if key not in REGISTERED:
+            found[key] = (value, copy(value) if type(value) in CONTAINERS else None)
+    return found
 
 
-def _put_back_(module: nn.Module, attributes: Mapping[str, tuple[Any, Any]]) -> None:
-    """Undoes what forward kept in attributes while it was captured: tensors without values, of which no copy runs."""
-    for key in [key for key in module.__dict__ if key not in attributes and key not in REGISTERED]:
+def _restore_attributes_(module: nn.Module, attributes: Mapping[str, tuple[Any, Any]]) -> None:
+    """Restores the attributes that forward changed while it was captured.
+
+    It may have cached tensors without values, of the capture, which would fail in every later run.
+    """
+    new = [key for key in module.__dict__ if key not in attributes and key not in REGISTERED]
+    for key in new:
         del module.__dict__[key]
-    for key, (value, inside) in attributes.items():
+    for key, (value, content) in attributes.items():
         module.__dict__[key] = value
-        if isinstance(inside, list):
-            value[:] = inside
-        elif inside is not None:
+        if isinstance(content, list):
+            value[:] = content
+        elif content is not None:
             value.clear()
-            value.update(inside)
+            value.update(content)
 
 
 def _where(model: nn.Module, error: BaseException | None) -> str:
@@ -333,7 +382,10 @@ def _where(model: nn.Module, error: BaseException | None) -> str:
         trace = error.__traceback__
         while trace is not None:
             owner = trace.tb_frame.f_locals.get("self")
-            found = names.get(id(owner), found) if isinstance(owner, nn.Module) else found
+            if isinstance(owner, nn.Module):
+                found = names.get(id(owner), found)
             trace = trace.tb_next
         error = error.__cause__ or error.__context__
-    return "" if found is None else f" in the forward of '{found or type(model).__name__}'"
+    if found is None:
+        return ""
+    return f" in the forward of '{found or type(model).__name__}'"

@@ -1,4 +1,7 @@
-"""From ids to groups of channels: which ids touch the same tensors along the same axes, and what every axis becomes."""
+"""Groups channels that touch the same tensors along the same axes; gives every axis its length.
+
+A *class* of ids is all ids with one label: they are united, so they are one channel.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from fedpress.compress.prune.graph import (
     Slice,
     WrittenIndex,
 )
-from fedpress.compress.prune.ids import Call, Ids, Ints
+from fedpress.compress.prune.ids import ChannelIds, ForwardCall, Ints
 from fedpress.compress.prune.walk import Owner
 
 
@@ -30,8 +33,8 @@ class Grouping:
 
     Attributes:
         groups: of channels.
-        group_of: [ids], for the label of each class its group, -1 where it is kept.
-        channel_of: [ids], which channel of the group it is.
+        group_of: [ids], the group of each label; -1 if its class is kept.
+        channel_of: [ids], which channel of the group each label is; -1 if its class is kept.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -40,21 +43,21 @@ class Grouping:
 
     def length(self, labels: Ints) -> Length:
         """Returns the length of an axis whose indices have these labels."""
-        owner = self.group_of[labels]
-        which, count = np.unique(owner[owner >= 0], return_counts=True)
+        groups = self.group_of[labels]
+        found, counts = np.unique(groups[groups >= 0], return_counts=True)
         times = []
-        for group, indices in zip(which, count, strict=True):
+        for group, indices in zip(found, counts, strict=True):
             times.append((int(group), int(indices) // self.groups[group].channels))
         return Length(len(labels), tuple(times))
 
 
 def channel_graph(
-    ids: Ids,
+    ids: ChannelIds,
     owners: Sequence[Owner],
     shapes: Mapping[str, tuple[int, ...]],
     example: Sequence[Tensor],
 ) -> ChannelGraph:
-    """Groups classes of ids by the tensors and axes that they touch, and says what every axis becomes.
+    """Groups classes of ids by the tensors and axes they touch; gives every axis its length.
 
     Args:
         ids: what the walk has found.
@@ -63,11 +66,17 @@ def channel_graph(
         example: the inputs that were traced.
     """
     labels = ids.labels()
-    known = {id(axis) for _, _, axis in owners}
-    counted = {id(axis): axis for product in ids.products for axis in product.axes}
-    counted |= {id(sized.axis): sized.axis for sized in ids.sized}
-    # An axis of no tensor is only counted, but its channels must be known all the same.
-    unowned: list[Owner] = [("", 0, axis) for key, axis in counted.items() if key not in known]
+    # Arrays of ids are told apart by their identity: two axes may have the same ids.
+    counted: dict[int, Ints] = {}
+    for product in ids.products:
+        for axis in product.axes:
+            counted[id(axis)] = axis
+    for size in ids.sizes_in_calls:
+        counted[id(size.axis)] = size.axis
+
+    # An activation's axis belongs to no stored tensor, but its length depends on channels too.
+    owned = {id(axis) for _, _, axis in owners}
+    unowned: list[Owner] = [("", 0, axis) for key, axis in counted.items() if key not in owned]
     grouping = _grouping(ids, labels, [*owners, *unowned])
     lengths = {key: grouping.length(labels[axis]) for key, axis in counted.items()}
     examples = next((x.shape[0] for x in example if x.dim()), 1)
@@ -82,40 +91,50 @@ def channel_graph(
     )
 
 
-def _mac_terms(ids: Ids, lengths: Mapping[int, Length], examples: int) -> tuple[MacTerm, ...]:
+def _mac_terms(
+    ids: ChannelIds, lengths: Mapping[int, Length], examples: int
+) -> tuple[MacTerm, ...]:
     terms = []
     for i, product in enumerate(ids.products):
-        # What no input has a part in is computed once, but costs are told for one example of the batch.
-        times = product.times * (examples if i in ids.without_input else 1)
-        terms.append(MacTerm(times, tuple(lengths[id(axis)] for axis in product.axes)))
+        # A product without input is computed once per batch. The costs of all products are divided
+        # by the number of examples later, so this one is multiplied by it first.
+        factor = product.factor * (examples if i in ids.without_input else 1)
+        terms.append(MacTerm(factor, tuple(lengths[id(axis)] for axis in product.axes)))
     return tuple(terms)
 
 
-def _sized_numbers(ids: Ids, lengths: Mapping[int, Length]) -> tuple[SizedNumber, ...]:
+def _sized_numbers(ids: ChannelIds, lengths: Mapping[int, Length]) -> tuple[SizedNumber, ...]:
     found = []
-    for sized in ids.sized:
-        number = sized.call.numbers[sized.position]
-        if number != -1 and len(sized.axis):  # -1 is "what is left", which follows by itself
-            site = _site(sized.call, sized.position)
-            found.append(SizedNumber(site, number, lengths[id(sized.axis)], sized.multiple))
+    for size in ids.sizes_in_calls:
+        number = size.call.numbers[size.position]
+        # torch computes a size of -1 from the others, so it needs no correction.
+        if number != -1 and len(size.axis):
+            site = _site(size.call, size.position)
+            found.append(SizedNumber(site, number, lengths[id(size.axis)], size.multiple))
     return tuple(found)
 
 
-def _written_indices(ids: Ids, labels: Ints, grouping: Grouping) -> tuple[WrittenIndex, ...]:
+def _written_indices(ids: ChannelIds, labels: Ints, grouping: Grouping) -> tuple[WrittenIndex, ...]:
     found = []
-    for written in ids.written:
-        own = labels[written.axis]
-        site = _site(written.call, -1)
-        group, channel = grouping.group_of[own], grouping.channel_of[own]
-        found.append(WrittenIndex(site, written.dim, written.places, group, channel))
+    for written in ids.indices_in_calls:
+        axis_labels = labels[written.axis]
+        found.append(
+            WrittenIndex(
+                site=_site(written.call, -1),
+                dim=written.dim,
+                places=written.places,
+                group=grouping.group_of[axis_labels],
+                channel=grouping.channel_of[axis_labels],
+            )
+        )
     return tuple(found)
 
 
-def _site(call: Call, position: int) -> NumberSite:
-    return NumberSite(call.module, call.place, call.turn, position)
+def _site(call: ForwardCall, position: int) -> NumberSite:
+    return NumberSite(call.module, call.place, call.occurrence, position)
 
 
-def _kept_classes(ids: Ids, labels: Ints) -> dict[int, str]:
+def _kept_classes(ids: ChannelIds, labels: Ints) -> dict[int, str]:
     """Returns the classes that cannot be pruned, with the first reason for each."""
     kept: dict[int, str] = {}
     for axis, why in ids.kept:
@@ -124,16 +143,16 @@ def _kept_classes(ids: Ids, labels: Ints) -> dict[int, str]:
     return kept
 
 
-def _written_classes(ids: Ids, labels: Ints) -> Iterator[tuple[int, str]]:
-    """Yields every class whose channels weights compute, with the module that holds them."""
+def _written_classes(ids: ChannelIds, labels: Ints) -> Iterator[tuple[int, str]]:
+    """Yields every class that is an output channel of a weight, with the weight's module."""
     for axis, role, module in ids.roles:
         if role == "write":
             for label in np.unique(labels[axis]).tolist():
                 yield label, module
 
 
-def _unprunable(ids: Ids, labels: Ints) -> dict[str, str]:
-    """Returns the modules that compute channels of which some are kept, and why."""
+def _unprunable(ids: ChannelIds, labels: Ints) -> dict[str, str]:
+    """Returns the modules that compute channels of which some are kept, each with a reason."""
     kept = _kept_classes(ids, labels)
     found: dict[str, str] = {}
     written = set()
@@ -147,45 +166,73 @@ def _unprunable(ids: Ids, labels: Ints) -> dict[str, str]:
     return found
 
 
-def _grouping(ids: Ids, labels: Ints, owners: Sequence[Owner]) -> Grouping:
-    """Puts the classes that can be pruned into groups: one for all that touch the same axes of the same tensors."""
-    kept = _kept_classes(ids, labels)
-    names: dict[int, str] = {}  # class -> the first module that writes it
-    for label, module in _written_classes(ids, labels):
-        names.setdefault(label, module)
-    members: dict[int, list[tuple[int, int]]] = {n: [] for n in names if n not in kept}
-    for owner, (_, _, axis) in enumerate(owners):
-        for index, label in enumerate(labels[axis].tolist()):
-            if label in members:
-                members[label].append((owner, index))
-    classes_of: dict[tuple[int, ...], list[int]] = {}
-    for label, touched in members.items():
-        classes_of.setdefault(tuple(owner for owner, _ in touched), []).append(label)
-    roles = {int(i): role for axis, role, _ in ids.roles for i in axis[:1]}
+def _grouping(ids: ChannelIds, labels: Ints, owners: Sequence[Owner]) -> Grouping:
+    """Groups the classes that touch the same axes of the same tensors, unless they are kept."""
+    names = _first_writers(ids, labels)
+    touched = _touched_places(ids, labels, owners, names)
+    classes_by_owners: dict[tuple[int, ...], list[int]] = {}
+    for label, places in touched.items():
+        key = tuple(owner for owner, _ in places)
+        classes_by_owners.setdefault(key, []).append(label)
+
+    roles = {int(axis[0]): role for axis, role, _ in ids.roles if len(axis)}
     uses: Counter[str] = Counter()
     groups: list[ChannelGroup] = []
     group_of = np.full(ids.count, -1, dtype=np.int64)
     channel_of = np.full(ids.count, -1, dtype=np.int64)
-    for touched_owners, classes in classes_of.items():
-        table = np.array([[i for _, i in members[label]] for label in classes], dtype=np.int64)
+    for group_owners, classes in classes_by_owners.items():
+        indices = [[index for _, index in touched[label]] for label in classes]
+        table = np.array(indices, dtype=np.int64)  # [channels, places]
+
         # Channel 0 is the one that comes first in the first tensor.
         order = np.argsort(table[:, 0], kind="stable")
         group_of[classes] = len(groups)
         channel_of[np.array(classes)[order]] = np.arange(len(classes))
+
+        # A module may write several groups, for instance the queries and values of attention.
         name = names[classes[0]]
         uses[name] += 1
-        slices = tuple(_slices(touched_owners, table[order], owners, roles))
-        groups.append(ChannelGroup(name if uses[name] == 1 else f"{name}#{uses[name]}", slices))
+        unique_name = name if uses[name] == 1 else f"{name}#{uses[name]}"
+        slices = tuple(_slices(group_owners, table[order], owners, roles))
+        groups.append(ChannelGroup(unique_name, slices))
     return Grouping(tuple(groups), group_of, channel_of)
+
+
+def _first_writers(ids: ChannelIds, labels: Ints) -> dict[int, str]:
+    """Returns for each class the first module that computes it."""
+    names: dict[int, str] = {}
+    for label, module in _written_classes(ids, labels):
+        names.setdefault(label, module)
+    return names
+
+
+def _touched_places(
+    ids: ChannelIds, labels: Ints, owners: Sequence[Owner], names: Mapping[int, str]
+) -> dict[int, list[tuple[int, int]]]:
+    """Returns for each prunable class its places: (position in `owners`, index on that axis)."""
+    kept = _kept_classes(ids, labels)
+    touched: dict[int, list[tuple[int, int]]] = {n: [] for n in names if n not in kept}
+    for owner, (_, _, axis) in enumerate(owners):
+        for index, label in enumerate(labels[axis].tolist()):
+            if label in touched:
+                touched[label].append((owner, index))
+    return touched
 
 
 def _slices(
     touched: tuple[int, ...], table: Ints, owners: Sequence[Owner], roles: Mapping[int, str]
 ) -> Iterator[Slice]:
-    """Yields what a group does with each axis that it touches; `table` holds [channels, indices]."""
+    """Yields the slice of each tensor that a group touches.
+
+    Args:
+        touched: positions in `owners`, one for each column of `table`.
+        table: [channels, places], the index of each channel on these axes.
+        owners: all tensors with the ids of their axes.
+        roles: of an axis, by its first id.
+    """
     columns = np.array(touched)
     for owner in dict.fromkeys(touched):
-        tensor, axis, own = owners[owner]
+        tensor, axis, axis_ids = owners[owner]
         if tensor:
             index = torch.from_numpy(table[:, columns == owner].copy())
-            yield Slice(tensor, axis, roles.get(int(own[0]), "follow"), index)
+            yield Slice(tensor, axis, roles.get(int(axis_ids[0]), "follow"), index)

@@ -1,8 +1,13 @@
-"""Channel ids: every index of every axis has an id, and ids that can only be pruned together are joined."""
+"""Channel ids: each index of each axis has an id; ids that must be pruned together are united.
+
+Example: `a = conv1(x)` and `b = conv2(x)` with 16 channels each have ids 0..15 and 16..31. `a + b`
+adds channel i of both, so ids i and 16 + i are united: they are one channel, which is kept in both
+tensors or pruned from both.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,78 +18,82 @@ from fedpress.errors import ModelError
 
 Ints = NDArray[np.int64]
 Axis = Ints | None
-"""One id per index of an axis; None for an axis that never changes (batch, height, a user's input)."""
+"""One id per index of an axis; None for an axis that never changes (batch, height, an input)."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of the graph: its shape, the ids of each of its axes, and what is known of where it comes from.
+    """A tensor in the captured graph: its shape, the ids of its axes, and what it is computed from.
 
     Attributes:
         shape: of the tensor.
         axes: one entry for each axis.
-        zero: it holds weights, or powers of them, so that masked channels are zero.
-        weights: it is computed from parameters and buffers alone.
-        trained: a parameter is among them.
-        from_input: it depends on what the model is given.
-        selected: weights that the input selects, of a mixture's experts for instance.
-        pooled: it holds a norm of each channel over space.
-        boolean: its type is bool.
-        known: the tensor itself, of whole numbers or booleans that are the same for every input.
+        zero_when_masked: whether it is zero where its channels are masked: a weight, or a power of
+            one.
+        from_weights: whether it is computed from parameters and buffers alone.
+        has_parameter: whether a parameter is among them.
+        from_input: whether it depends on the model's input.
+        gathered_weights: whether it holds weights that the input selects, of the experts of a
+            mixture for instance.
+        channel_norm: whether it is a norm of each channel over space.
+        is_boolean: whether its type is bool.
+        constant: the tensor itself, where it holds integers or booleans that are the same for every
+            input.
     """
 
     shape: tuple[int, ...]
     axes: tuple[Axis, ...]
-    zero: bool = False
-    weights: bool = False
-    trained: bool = False
+    zero_when_masked: bool = False
+    from_weights: bool = False
+    has_parameter: bool = False
     from_input: bool = False
-    selected: bool = False
-    pooled: bool = False
-    boolean: bool = False
-    known: Any = None
+    gathered_weights: bool = False
+    channel_norm: bool = False
+    is_boolean: bool = False
+    constant: Any = None
 
 
 @dataclass(frozen=True)
-class Call:
-    """A call in a module's forward code that has numbers in it.
+class ForwardCall:
+    """A call in a module's forward code with numbers in it, such as `x.view(n, 4, 8)`.
 
     Attributes:
         module: name of the module whose forward makes the call.
-        place: where in the code it stands.
-        turn: 0 for the first call at this place in one forward, 1 for the second.
-        numbers: those among its arguments.
-        slices: of an indexing: where the numbers of each slice begin that takes part of an axis.
-        indices: how many tensors of indices are among its arguments.
+        place: where the call stands in the code.
+        occurrence: 0 for the first call at this place in one forward, 1 for the second.
+        numbers: the numbers among its arguments, in order.
+        slice_starts: for an indexing, the position in `numbers` of each slice that takes only a
+            part of its axis.
+        index_tensors: how many tensors of indices are among its arguments.
     """
 
     module: str
     place: str
-    turn: int
+    occurrence: int
     numbers: list[Any]
-    slices: list[int]
-    indices: int = 0
+    slice_starts: list[int]
+    index_tensors: int = 0
 
 
-REBUILT = Call("", "", -1, [], [])
-"""Stands for calls inside a module that sets all its numbers itself, by its tensors."""
+SETS_OWN_NUMBERS = ForwardCall("", "", -1, [], [])
+"""Calls inside a module that takes all its numbers from its tensors: none needs a correction."""
 
 
 @dataclass(frozen=True)
-class Sized:
-    """A number in a call that is the length of `axis`, or a multiple of it that also counts examples or pixels."""
+class SizeInCall:
+    """A number in a call that is the length of `axis`, or a multiple of it (`n * heads`)."""
 
-    call: Call
+    call: ForwardCall
     position: int
     axis: Ints
     multiple: bool
 
 
 @dataclass(frozen=True)
-class Written:
-    """The tensor of indices in a call that names, along its dimension `dim`, where on `axis` something is written."""
+class IndicesInCall:
+    """The tensor of indices in a call: along `dim`, the places of `axis` that are written to."""
 
-    call: Call
+    call: ForwardCall
     dim: int
     axis: Ints
     places: Ints
@@ -92,20 +101,22 @@ class Written:
 
 @dataclass(frozen=True)
 class MultiplyAdds:
-    """Multiply-adds: `times` for every combination of indices of `axes`."""
+    """Multiply-adds of an operation: `factor` for every combination of indices of `axes`."""
 
-    times: int
+    factor: int
     axes: tuple[Ints, ...]
 
 
 @dataclass(frozen=True)
 class SplitAxis:
-    """One axis that is several at the same time: a reshape cuts [n * m] into [n, m], or joins [n, m].
+    """One axis that is a product of several: a reshape turns [n * m] into [n, m], or joins [n, m].
 
-    Whole slices of one of the axes can be pruned; all indices of the others are kept.
+    Whole slices of only one of the axes can be pruned; all indices of the others are kept. Example:
+    [4 heads * 8] viewed as [4, 8] may lose heads (8 ids each) or places within a head (4 ids each),
+    but not both: what is left must still be a rectangle.
 
     Attributes:
-        elements: the ids [n, m, ...] of the joined axis.
+        elements: the ids [n, m, ...] of the product axis.
         axes: the ids [n], [m], ... of the others.
         place: the operation, for reasons.
     """
@@ -115,33 +126,37 @@ class SplitAxis:
     place: str
 
 
-class Ids:
-    """Collects, while the graph is walked, which ids are one, which are kept, and what each tensor does with them."""
+class ChannelIds:
+    """Collects, as the graph is walked, which ids are united or kept, and who uses them."""
 
     def __init__(self) -> None:
         self.count = 0
-        # What the user wants.
+
+        # What the user asked for.
         self.ignored: frozenset[str] = frozenset()  # names of modules whose channels are all kept
-        self.approximate: frozenset[str] = frozenset()  # kinds of norms that may be cut through
-        # Where the walk is.
+        self.approximate: frozenset[str] = frozenset()  # kinds of norms that may be pruned through
+
+        # The operation that is walked now.
         self.module = ""
         self.operation = ""  # for reasons and errors
-        self.target: Any = None  # the same as an overload of ATen, with the names of its arguments
-        self.outer = ""  # what it is a part of, where an operation was taken apart
-        self.call: Call | None = None
-        self.is_used = True  # whether an output depends on it; else it only has to run
+        self.target: Any = None  # the operation as an ATen overload, which has its arguments' names
+        self.outer = ""  # the operation that was decomposed into this one, if any
+        self.call: ForwardCall | None = None
+        self.is_used = True  # whether an output depends on it; otherwise it only has to run
+
         # What was found.
-        self.joined: list[tuple[Ints, Ints]] = []
+        self.united: list[tuple[Ints, Ints]] = []
         self.kept: list[tuple[Ints, str]] = []
         self.roles: list[tuple[Ints, str, str]] = []
         self.splits: list[SplitAxis] = []
         self.preferred: list[Ints] = []
-        self.sized: list[Sized] = []
-        self.written: list[Written] = []
-        self.approximated: list[str] = []  # modules with norms that were cut through, in order
+        self.sizes_in_calls: list[SizeInCall] = []
+        self.indices_in_calls: list[IndicesInCall] = []
+        self.approximated: list[str] = []  # modules with norms that are pruned through, in order
         self.without_rule: list[tuple[str, str, list[Ints]]] = []  # module, reason, what it keeps
         self.products: list[MultiplyAdds] = []
-        # Products that no input has a part in: as many for a batch as for one example.
+        # Positions in `products` of those that no input takes part in: their cost is that of one
+        # example, however large the batch is.
         self.without_input: set[int] = set()
 
     @property
@@ -157,7 +172,13 @@ class Ids:
         return np.arange(self.count - size, self.count, dtype=np.int64)
 
     def unite(self, a: Axis, b: Axis) -> None:
-        """Says that the ids of `a` and `b` [n each] are pairwise the same; what meets a fixed axis is kept."""
+        """Records that the ids of `a` and `b` [n each] are pairwise the same channel.
+
+        An axis that meets one without ids is kept. Two axes without ids need nothing.
+
+        Raises:
+            ModelError: if the axes have different lengths.
+        """
         if a is None or b is None:
             self.keep(a if b is None else b, "it meets a size that cannot change")
             return
@@ -168,29 +189,43 @@ class Ids:
                 cure="report this graph as a bug",
             )
         if a is not b:
-            self.joined.append((a, b))
+            self.united.append((a, b))
 
     def keep(self, axis: Axis, why: str) -> None:
-        """Says that the ids of `axis` cannot be pruned, because of `why`."""
+        """Records that no id of `axis` can be pruned, because of `why`."""
         if axis is not None and len(axis):
             self.kept.append((axis, f"{why} in {self.place}" if self.place else why))
 
+    def keep_all(self, axes: Iterable[Axis], why: str) -> None:
+        """Records that no id of several axes can be pruned, because of `why`."""
+        for axis in axes:
+            self.keep(axis, why)
+
     def mark(self, axis: Axis, role: str) -> None:
-        """Says what the present module does with the ids: "write" (computes them), "read" (sums over) or "scale"."""
+        """Records how the present module uses the ids.
+
+        Args:
+            axis: of a weight.
+            role: "write" for output channels, "read" for input channels, "scale" for a factor per
+                channel.
+        """
         if axis is not None:
             self.roles.append((axis, role, self.module))
 
     def split_axis(self, elements: Ints, axes: Sequence[Ints]) -> None:
-        """Says that element [i, j, ...] is index i of the first axis and j of the second."""
+        """Records that element [i, j, ...] is index i of the first axis and j of the second."""
         self.splits.append(SplitAxis(elements, tuple(axes), self.place))
 
     def prefer(self, axis: Axis) -> None:
-        """Says that `axis` is the one to lose slices (heads of attention), where a split leaves the choice."""
+        """Records that a split with a choice should lose slices of `axis` (heads)."""
         if axis is not None:
             self.preferred.append(axis)
 
-    def pass_norm(self, kind: str, axis: Axis) -> bool:
-        """Says whether channels may be cut although a norm of this kind averages over them, and notes where."""
+    def may_prune_through(self, kind: str, axis: Axis) -> bool:
+        """Returns whether the user allows pruning channels that a norm of this kind averages over.
+
+        If so, the present module is noted as approximate.
+        """
         if axis is None or kind not in self.approximate:
             return False
         if self.module not in self.approximated:
@@ -198,73 +233,102 @@ class Ids:
         return True
 
     def note_size(self, position: int, axis: Axis, *, multiple: bool = False) -> None:
-        """Says that a number in the present call is the length of `axis` (or a multiple of it)."""
-        if axis is not None and self.call is not None and self.call is not REBUILT:
-            self.sized.append(Sized(self.call, position, axis, multiple))
+        """Records that the number at `position` of the present call is the length of `axis`.
+
+        Args:
+            position: counted over all numbers of the call.
+            axis: whose length it is.
+            multiple: whether it is a multiple of that length, such as `n * heads`.
+        """
+        if axis is not None and self.call is not None and self.call is not SETS_OWN_NUMBERS:
+            self.sizes_in_calls.append(SizeInCall(self.call, position, axis, multiple))
 
     def note_indices(self, dim: int, axis: Axis, places: Ints) -> None:
-        """Says that the indices in the present call, along `dim`, are `places` on `axis`; they must follow it.
+        """Records that the indices in the present call, along `dim`, are `places` on `axis`.
 
-        Where the code has no tensor of indices that could be exchanged, `axis` is kept.
+        They are renumbered when channels are pruned. Where the code has no single tensor of indices
+        that could be exchanged, `axis` is kept.
         """
-        if axis is None or self.call is REBUILT:
+        if axis is None or self.call is SETS_OWN_NUMBERS:
             return
-        if self.call is None or self.call.indices != 1:
+        if self.call is None or self.call.index_tensors != 1:
             self.keep(axis, "channels are written by number")
             return
-        self.written.append(Written(self.call, dim, axis, places))
+        self.indices_in_calls.append(IndicesInCall(self.call, dim, axis, places))
 
-    def multiply(self, times: int, *axes: Axis | int) -> None:
-        """Counts multiply-adds: `times` for all combinations of the indices of `axes` (sizes, where fixed)."""
+    def count_multiply_adds(self, factor: int, *axes: Axis | int) -> None:
+        """Counts `factor` multiply-adds for every combination of indices of `axes`.
+
+        Args:
+            factor: whatever does not depend on channels, the number of pixels for instance.
+            axes: ids, or the size of an axis without ids.
+        """
         for axis in axes:
             if isinstance(axis, int):
-                times *= axis
+                factor *= axis
         ids = tuple(axis for axis in axes if isinstance(axis, np.ndarray))
-        self.products.append(MultiplyAdds(int(times), ids))
+        self.products.append(MultiplyAdds(int(factor), ids))
 
-    def next_slice(self) -> int | None:
-        """Returns where the numbers of the next slice of the present indexing begin; None if they are not known."""
-        return self.call.slices.pop(0) if self.call is not None and self.call.slices else None
+    def next_slice_start(self) -> int | None:
+        """Returns the position of the next slice in the present indexing; None if it is unknown."""
+        if self.call is None or not self.call.slice_starts:
+            return None
+        return self.call.slice_starts.pop(0)
 
     def resolve_splits(self) -> None:
-        """Decides for each split which of its axes may lose indices: the one that is left, else the preferred one."""
+        """Decides for each split which one of its axes may lose indices.
+
+        Where only one can, it is that one; where several can, a preferred one (heads), else the
+        longest.
+        """
         undecided = self.splits
         while undecided:
             labels = self.labels()
-            kept = np.zeros(self.count, bool)
-            for axis, _ in self.kept:
-                kept[labels[axis]] = True
+            kept = self._kept_labels(labels)
             choices = [(split, self._prunable_axes(split, labels, kept)) for split in undecided]
+
+            # Splits with a choice wait: a decision elsewhere may leave them only one axis.
             decided = [(split, prunable) for split, prunable in choices if len(prunable) <= 1]
             if not decided:
                 decided = [self._choose(choices, labels)]
             for split, prunable in decided:
                 self._decide(split, prunable[0] if prunable else None)
-            # Each decision joins and keeps ids, so the others are looked at anew.
+
+            # Each decision unites and keeps ids, so the other splits are examined again.
             done = {id(split) for split, _ in decided}
             undecided = [split for split in undecided if id(split) not in done]
 
+    def _kept_labels(self, labels: Ints) -> NDArray[np.bool_]:
+        """Returns for each label whether its channel is kept."""
+        kept = np.zeros(self.count, bool)
+        for axis, _ in self.kept:
+            kept[labels[axis]] = True
+        return kept
+
     def _prunable_axes(self, split: SplitAxis, labels: Ints, kept: NDArray[np.bool_]) -> list[int]:
-        """Returns the axes of which at least one index could go with all its elements."""
-        held = kept[labels[split.elements]]
+        """Returns the axes of which at least one index can be pruned with all its elements."""
+        kept_elements = kept[labels[split.elements]]
         found = []
         for i, axis in enumerate(split.axes):
-            others = tuple(d for d in range(held.ndim) if d != i)
-            if not (kept[labels[axis]] | held.any(others)).all():
+            others = tuple(d for d in range(kept_elements.ndim) if d != i)
+            kept_indices = kept[labels[axis]] | kept_elements.any(others)
+            if not kept_indices.all():
                 found.append(i)
         return found
 
     def _choose(
         self, choices: Sequence[tuple[SplitAxis, list[int]]], labels: Ints
     ) -> tuple[SplitAxis, list[int]]:
-        """Returns the first split with a preferred axis, and that axis; else one split and its longest axis."""
-        wanted = np.zeros(self.count, bool)
+        """Returns a split and which axis to prune: a preferred one, else the longest."""
+        preferred = np.zeros(self.count, bool)
         for axis in self.preferred:
-            wanted[labels[axis]] = True
+            preferred[labels[axis]] = True
         for split, prunable in choices:
             for i in prunable:
-                if wanted[labels[split.axes[i]]].any():
+                if preferred[labels[split.axes[i]]].any():
                     return split, [i]
+
+        # The longest axis has the smallest slices, so it comes closest to any target.
         split, prunable = choices[0]
         return split, [max(prunable, key=lambda i: len(split.axes[i]))]
 
@@ -272,27 +336,31 @@ class Ids:
         """Lets whole slices of the chosen axis be pruned, and keeps all others."""
         why = f"no part of a cut axis can go in {split.place}"
         for i, axis in enumerate(split.axes):
-            if i == chosen:
-                shape = [-1 if d == i else 1 for d in range(split.elements.ndim)]
-                owner = np.broadcast_to(axis.reshape(shape), split.elements.shape)
-                self.joined.append((split.elements.ravel(), owner.ravel()))
-            else:
+            if i != chosen:
                 self.kept.append((axis, why))
+                continue
+            # Every element of slice i becomes one channel with index i of the axis.
+            shape = [1] * split.elements.ndim
+            shape[i] = -1
+            owner = np.broadcast_to(axis.reshape(shape), split.elements.shape)
+            self.united.append((split.elements.ravel(), owner.ravel()))
         if chosen is None:
             self.kept.append((split.elements.ravel(), why))
 
     def labels(self) -> Ints:
-        """Returns the class [count] of each id: ids with one label are removed together or not at all."""
+        """Returns the label [count] of each id; ids of one label are pruned together."""
+        # Imported here because scipy takes long to import and only tracing needs it.
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
 
-        a, b = (_concatenate([pair[side] for pair in self.joined]) for side in (0, 1))
+        a = _concatenate([first for first, _ in self.united])
+        b = _concatenate([second for _, second in self.united])
         edges = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(self.count, self.count))
         return np.asarray(connected_components(edges, directed=False)[1], dtype=np.int64)
 
 
-def sizes(shape: Sequence[int], axes: Sequence[Axis]) -> list[Any]:
-    """Returns the ids of each axis, or its size where it is fixed: what `Ids.multiply` takes."""
+def ids_or_sizes(shape: Sequence[int], axes: Sequence[Axis]) -> list[Any]:
+    """Returns the ids of each axis, or its size if it has none: for `count_multiply_adds`."""
     return [n if axis is None else axis for n, axis in zip(shape, axes, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""What a user wants left as it is: names of modules or weights, or patterns such as `block.3.*`."""
+"""Finds the modules and weights that the user wants unchanged, by name or pattern (`block.3.*`)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from fedpress.errors import RecipeError, suggestion
 
 
 def ignored(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
-    """Returns the names of all modules, parameters and buffers of `model` that `patterns` name.
+    """Returns the names of all modules, parameters and buffers of `model` that match `patterns`.
 
-    A module stands for all that lies in it; `*` in a pattern is any run of characters.
+    A module includes everything inside it; `*` in a pattern matches any characters, dots too.
 
     Args:
         model: any module.
         patterns: such as "head" or "block.3.*".
 
     Raises:
-        RecipeError: if a pattern matches nothing, or `patterns` is no list of texts.
+        RecipeError: if a pattern matches nothing, or `patterns` is not a list of strings.
 
     >>> sorted(ignored(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), ["0"]))
     ['0', '0.bias', '0.weight']
     """
-    _check_texts(patterns)
+    _check_strings(patterns)
     names = _names(model)
     found: set[str] = set()
     for pattern in patterns:
@@ -41,19 +41,19 @@ def ignored(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def _check_texts(patterns: Sequence[str]) -> None:
-    """Refuses one text, which would be read letter by letter, and what is no text."""
-    one = isinstance(patterns, str)
-    if not one and all(isinstance(pattern, str) for pattern in patterns):
+def _check_strings(patterns: Sequence[str]) -> None:
+    """Refuses a single string, which would be read letter by letter, and anything but strings."""
+    is_single = isinstance(patterns, str)
+    if not is_single and all(isinstance(pattern, str) for pattern in patterns):
         return
-    example = patterns if one else "head"
+    example = patterns if is_single else "head"
     raise RecipeError(
         f"got {patterns!r}, expected a list of names", place="ignore", cure=f'give ["{example}"]'
     )
 
 
 def _names(model: nn.Module) -> list[str]:
-    """Returns the names of all modules, parameters and buffers; of a shared one, each of its names."""
+    """Returns the names of all modules, parameters and buffers; every name of a shared one."""
     named = [
         *model.named_modules(remove_duplicate=False),
         *model.named_parameters(remove_duplicate=False),
@@ -63,6 +63,6 @@ def _names(model: nn.Module) -> list[str]:
 
 
 def _examples(model: nn.Module) -> str:
-    """Returns the cure that tells some of the names that there are."""
+    """Returns a cure with some of the names that exist."""
     some = ", ".join([name for name, _ in model.named_children()][:5])
     return f"it has such as {some}" if some else "leave ignore out"

@@ -77,7 +77,7 @@ def _compare(
 
 
 def trial_batch(dense: nn.Module, example: Example) -> Batch:
-    """Returns inputs for `fault`: of one example more than `example`, if `dense` runs on so many."""
+    """Returns inputs for `parity_fault`: of one example more than `example`, if `dense` runs on so many."""
     with torch.random.fork_rng(devices=[]):
         model = copied(dense).eval()
         batch, larger = trial_batches(model, positional(model, example))
@@ -85,7 +85,7 @@ def trial_batch(dense: nn.Module, example: Example) -> Batch:
 
 
 @torch.no_grad()
-def fault(
+def parity_fault(
     dense: nn.Module, pruned: nn.Module, plan: PruningPlan, batch: Batch, *, tolerance: float
 ) -> str | None:
     """Says what `check_parity` would find wrong on one batch, at a fraction of its cost; None if nothing is."""

@@ -1,4 +1,4 @@
-"""Carrying out a plan: channels are physically removed, or zeroed."""
+"""Applies a pruning plan to a model: its channels are removed, or zeroed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from fedpress.errors import ModelError
 from fedpress.nn.forward_sizes import Numbers, set_numbers_
 from fedpress.nn.resize import replace_, tensor
 
-NEARLY = 1e-12  # its square, in a variance, is still a number of float32
+NEARLY_ZERO = 1e-12
+"""Factor that leaves a channel practically zero; its square is still a float32 above 0."""
 
 
 @torch.no_grad()
 def remove_(model: nn.Module, plan: PruningPlan) -> None:
-    """Removes the channels of `plan` from `model`: smaller parameters and buffers, and module sizes to match.
+    """Removes the channels of `plan` from all tensors of `model`, and corrects sizes to match.
 
-    A tensor that several modules share stays shared. Gradients are dropped; make the optimizer afterwards.
+    A tensor that several modules share stays shared. Gradients are dropped: create the optimizer
+    afterwards.
 
     Raises:
         ModelError: if the model does not have the tensors of the plan, with room for its indices.
@@ -35,7 +37,7 @@ def remove_(model: nn.Module, plan: PruningPlan) -> None:
 def keep_indices_(
     model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...]]], numbers: Numbers
 ) -> None:
-    """Keeps these indices of these tensors, and lets the forward code of modules pass these numbers."""
+    """Keeps the given indices of tensors, and corrects the given numbers in forward code."""
     replace_(model, {name: _shrink(tensor(model, name), axes) for name, axes in keep.items()})
     set_numbers_(model, numbers)
 
@@ -45,15 +47,18 @@ def mask_(model: nn.Module, plan: PruningPlan, *, nearly: bool = False) -> None:
     """Zeroes the channels of `plan` in all tensors of `model`, which keeps its size.
 
     Args:
-        model: the model before the cut.
-        plan: what is cut.
-        nearly: leaves 1e-12 of the values. Code that divides weights by their own spread makes 0 / 0 of zeros; of
-            these it makes ordinary numbers, which are as good as zero to those that read them.
+        model: the model before pruning.
+        plan: what is pruned.
+        nearly: multiplies by 1e-12 instead. Code that divides weights by their own standard
+            deviation gives 0 / 0 for zeros, but finite numbers for these, and nothing that reads
+            the channel sees a difference.
 
     Raises:
         ModelError: if the model does not have the tensors of the plan, with room for its indices.
     """
     _check_fits(model, plan.keep)
+    # The direction of a weight norm is divided by its length: zeros would give 0 / 0. Its length is
+    # zeroed instead, which zeroes the weight.
     directions = _directions(model)
     for name, axes in plan.keep.items():
         whole = tensor(model, name)
@@ -64,13 +69,13 @@ def mask_(model: nn.Module, plan: PruningPlan, *, nearly: bool = False) -> None:
             pruned[list(kept)] = False
             index = pruned.nonzero().flatten().to(whole.device)
             if nearly and whole.is_floating_point():
-                whole.index_copy_(axis, index, whole.index_select(axis, index) * NEARLY)
+                whole.index_copy_(axis, index, whole.index_select(axis, index) * NEARLY_ZERO)
             else:
                 whole.index_fill_(axis, index, 0)
 
 
 def _directions(model: nn.Module) -> dict[str, int]:
-    """Returns the directions of normed weights and the axis of their lengths, which are zeroed: 0 / 0 is no number."""
+    """Returns the name of each weight norm's direction, and the axis along which it has lengths."""
     found: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, ParametrizationList):
@@ -78,10 +83,9 @@ def _directions(model: nn.Module) -> dict[str, int]:
             if type(norm).__name__ == "_WeightNorm":
                 found[f"{name}.original1"] = norm.dim
         for hook in module._forward_pre_hooks.values():
-            if isinstance(
-                hook, WeightNorm
-            ):  # of torch.nn.utils.weight_norm, which keeps it as `weight_v`
-                found[f"{name}.{hook.name}_v" if name else f"{hook.name}_v"] = hook.dim
+            if isinstance(hook, WeightNorm):  # of the older torch.nn.utils.weight_norm
+                prefix = f"{name}." if name else ""
+                found[f"{prefix}{hook.name}_v"] = hook.dim
     return found
 
 
@@ -96,7 +100,8 @@ def _check_fits(model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...
                 cure="use the plan's own model",
             ) from None
         for axis, kept in axes.items():
-            if axis >= len(shape) or not kept or not 0 <= min(kept) <= max(kept) < shape[axis]:
+            fits = axis < len(shape) and kept and 0 <= min(kept) <= max(kept) < shape[axis]
+            if not fits:
                 raise ModelError(
                     f"the plan does not fit '{name}' of shape {tuple(shape)}",
                     place="plan",
@@ -105,13 +110,14 @@ def _check_fits(model: nn.Module, keep: Mapping[str, Mapping[int, tuple[int, ...
 
 
 def _shrink(old: Tensor, axes: Mapping[int, tuple[int, ...]]) -> Tensor:
+    """Returns `old` with only the given indices of each axis, as a parameter if it is one."""
     new = old.detach()
     for axis, kept in axes.items():
         new = new.index_select(axis, torch.tensor(kept, device=old.device))
-    if (
-        old.dim() == 4
-        and old.is_contiguous(memory_format=torch.channels_last)
-        and not old.is_contiguous()
-    ):
+    # `index_select` gives the usual layout; a model in channels_last must stay in it to stay fast.
+    is_channels_last = old.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last)
+    if is_channels_last and not old.is_contiguous():
         new = new.contiguous(memory_format=torch.channels_last)
-    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(new, old.requires_grad)
+    return new

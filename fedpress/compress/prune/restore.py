@@ -1,4 +1,4 @@
-"""Batch-norm statistics after removal: what a layer sees has changed, so its mean and variance are taken anew."""
+"""Estimates batch-norm statistics again after pruning, which changed the inputs of each layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedpress.core.inputs import Inputs, call
 from fedpress.errors import DataError
@@ -16,16 +16,21 @@ from fedpress.nn.batch_norm import ONE_VALUE, BatchNorm
 
 @torch.no_grad()
 def restore_batch_norm_(model: nn.Module, batches: Iterable[Inputs]) -> int:
-    """Re-estimates the running statistics of every batch norm as plain averages over `batches` of inputs.
+    """Re-estimates the running statistics of every batch norm as plain averages over `batches`.
 
-    Nothing else changes: dropout is off, modes, momenta and counters come back. Frozen batch norms are renewed too.
+    Nothing else changes: dropout is off, and modes, momenta and counters are restored. Frozen batch
+    norms are included.
+
+    Args:
+        model: with or without batch norms.
+        batches: of inputs; each should hold at least two examples.
 
     Returns:
         The number of batches seen.
 
     Raises:
-        DataError: if there are no batches, or one of a single example that leaves nothing to average; the model is
-            then unchanged.
+        DataError: if there are no batches, or one of a single example, for which torch refuses a
+            variance. The model is then unchanged.
     """
     stream = iter(batches)
     first = next(stream, None)
@@ -44,8 +49,8 @@ def restore_batch_norm_(model: nn.Module, batches: Iterable[Inputs]) -> int:
         except ValueError as error:
             if ONE_VALUE not in str(error):
                 raise
-            for norm in norms:  # as if it had never begun
-                norm.put_back_()
+            for norm in norms:
+                norm.restore_()
             raise DataError(
                 "batch-norm statistics cannot be taken from a batch of one example",
                 place="batches",
@@ -55,21 +60,25 @@ def restore_batch_norm_(model: nn.Module, batches: Iterable[Inputs]) -> int:
 
 
 class _Norm:
-    """A batch norm that takes its statistics anew, and what it was before."""
+    """A batch norm whose statistics are estimated again, with its previous state."""
 
     def __init__(self, layer: BatchNorm) -> None:
-        self.layer, self.momentum = layer, layer.momentum
-        buffers = layer._buffers.items()
-        self.before = {name: value.clone() for name, value in buffers if value is not None}
+        self.layer = layer
+        self.momentum = layer.momentum
+        self.before: dict[str, Tensor] = {}
+        for name, value in layer._buffers.items():
+            if value is not None:
+                self.before[name] = value.clone()
 
     def begin_(self) -> None:
-        """Forgets the statistics; from now on they are plain averages over the batches."""
+        """Clears the statistics; from now on they are plain averages over the batches."""
         self.layer.reset_running_stats()
-        self.layer.momentum = None  # a cumulative average
+        # Without a momentum torch takes the plain average of all batches, not a moving one.
+        self.layer.momentum = None
         self.layer.training = True
 
     def end_(self) -> None:
-        """Gives momentum and counter back, and all that it was to a norm that never took a statistic."""
+        """Restores momentum and counter; a norm that no batch reached gets its statistics back."""
         self.layer.momentum = self.momentum
         counter = self.layer.num_batches_tracked
         if counter is None:
@@ -77,19 +86,21 @@ class _Norm:
         if counter:
             counter.copy_(self.before["num_batches_tracked"])
         else:
-            self.put_back_()
+            self.restore_()
 
-    def put_back_(self) -> None:
-        """Gives the old statistics back."""
+    def restore_(self) -> None:
+        """Restores the old statistics."""
         for name, value in self.before.items():
             getattr(self.layer, name).copy_(value)
 
 
 @contextmanager
 def _averaging(model: nn.Module) -> Iterator[list[_Norm]]:
-    """Lets every batch norm of `model` average while the block lasts, and the rest of it be in evaluation mode."""
-    kept = (m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats)
-    norms = [_Norm(layer) for layer in kept]
+    """Within the block batch norms average their inputs; all else is in evaluation mode."""
+    norms = []
+    for module in model.modules():
+        if isinstance(module, BatchNorm) and module.track_running_stats:
+            norms.append(_Norm(module))
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()

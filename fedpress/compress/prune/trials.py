@@ -1,4 +1,9 @@
-"""Smaller copies of a model are run: which numbers in the code follow, and which groups cannot lose channels."""
+"""Runs smaller copies of a model, to see which numbers need a correction and which groups fail.
+
+Two questions cannot be answered from the graph. Does a number in a call follow the tensors by
+itself, as in `view(n, x.shape[1])`, or is it written into the code, as in `view(n, 16)`? And does
+code that no call shows, such as `x / self.width`, go wrong when channels are pruned?
+"""
 
 from __future__ import annotations
 
@@ -15,10 +20,10 @@ from fedpress.compress.prune.graph import (
     ChannelGraph,
     NumberSite,
     SizedNumber,
-    export,
+    capture,
     kept_indices,
 )
-from fedpress.compress.prune.parity import fault, trial_batch
+from fedpress.compress.prune.parity import parity_fault, trial_batch
 from fedpress.compress.prune.plan import PruningPlan
 from fedpress.compress.prune.remove import keep_indices_
 from fedpress.nn.forward_sizes import Numbers, numbers_in, watch_
@@ -28,15 +33,21 @@ TOLERANCE = 1e-5  # as in `check_parity`
 
 
 @torch.no_grad()
-def without_followers(
+def drop_followers(
     model: nn.Module, graph: ChannelGraph, arguments: Sequence[Tensor]
 ) -> ChannelGraph:
-    """Drops the numbers that follow the tensors by themselves (`x.shape[1] // 2`).
+    """Returns the graph without numbers that follow the tensors by themselves (`x.shape[1]`).
 
-    A number that always is in proportion to the length of its axis becomes a multiple of it: what it counts besides
-    channels, examples say, may be another number at another time.
+    A number that is in proportion to the length of its axis in every trial becomes a multiple of
+    it: `n * heads` also counts examples, whose number may differ another time.
+
+    Args:
+        model: the traced model.
+        graph: its channels.
+        arguments: the inputs that were traced.
     """
     evidence = _Evidence(model, graph)
+    # Two trials with different widths: in one alone, a wrong number may be right by chance.
     for step in (1, 2) if graph.numbers else ():
         counts = _counts(graph, step)
         passed = _passed_numbers(model, graph, arguments, counts)
@@ -44,16 +55,17 @@ def without_followers(
             given = passed[number.site.module].get(number.site.call, [])
             if number.site.position < len(given):
                 evidence.add_(number, given[number.site.position], counts)
-    numbers = [
-        replace(number, multiple=number.multiple or evidence.is_in_proportion(number))
-        for number in graph.numbers
-        if not evidence.follows(number)
-    ]
+
+    numbers = []
+    for number in graph.numbers:
+        if not evidence.follows(number):
+            multiple = number.multiple or evidence.is_in_proportion(number)
+            numbers.append(replace(number, multiple=multiple))
     return replace(graph, numbers=tuple(numbers))
 
 
 class _Evidence:
-    """What trials with fewer channels tell about the numbers in the code.
+    """What trials with fewer channels show about the numbers in the code.
 
     Attributes:
         wrong: where the code passed another number than the smaller model needs.
@@ -62,28 +74,38 @@ class _Evidence:
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph) -> None:
-        corrected = numbers_in(model)  # by an earlier cut
-        self.wrong = {n.site for n in graph.numbers if n.site.position in _row(corrected, n.site)}
+        corrected = numbers_in(model)  # by an earlier pruning
+        self.wrong: set[NumberSite] = set()
         self.changed: set[NumberSite] = set()
-        self.out_of_proportion = {n.site for n in graph.numbers if n.was != n.length.full}
+        self.out_of_proportion: set[NumberSite] = set()
+        for number in graph.numbers:
+            if number.site.position in _correction_of_call(corrected, number.site):
+                self.wrong.add(number.site)
+            if number.was != number.length.full:
+                self.out_of_proportion.add(number.site)
 
-    def add_(self, number: SizedNumber, code: Any, counts: Sequence[int]) -> None:
-        """Notes what the `code` passed in a model without `counts[i]` channels of group i."""
+    def add_(self, number: SizedNumber, passed: Any, counts: Sequence[int]) -> None:
+        """Notes what the code `passed` in a copy that lost `counts[i]` channels of group i."""
         right = number.corrected(counts)
-        if code != right:
+        if passed != right:
             self.wrong.add(number.site)
         if right != number.was:
             self.changed.add(number.site)
-        if code * number.length.without(counts) != right * number.length.full:
+        # passed / full length == right / new length, without division.
+        if passed * number.length.without(counts) != right * number.length.full:
             self.out_of_proportion.add(number.site)
 
     def follows(self, number: SizedNumber) -> bool:
-        """Whether the code gets the number right by itself. One that never had to change tells nothing."""
+        """Returns whether the code gets the number right by itself.
+
+        A number that did not have to change in any trial shows nothing, so it counts as one that
+        does not.
+        """
         untested = bool(number.length.times) and number.site not in self.changed
         return number.site not in self.wrong and not untested
 
     def is_in_proportion(self, number: SizedNumber) -> bool:
-        """Whether the number was in proportion to the length of its axis in every trial."""
+        """Returns whether the number was in proportion to the length of its axis in every trial."""
         return number.site not in self.out_of_proportion
 
 
@@ -91,15 +113,17 @@ def _passed_numbers(
     model: nn.Module, graph: ChannelGraph, arguments: Sequence[Tensor], counts: Sequence[int]
 ) -> dict[str, dict[str, list[Any]]]:
     """Returns what the code of a smaller copy passes by itself: module -> call -> numbers."""
-    small = _smaller(model, graph, counts, exactly=True)
-    passed = watch_(small, sorted({number.site.module for number in graph.numbers}))
-    # What was noted before the code fails is good; where it fails is found out later.
+    small = _smaller_copy(model, graph, counts, exactly=True)
+    modules = sorted({number.site.module for number in graph.numbers})
+    passed = watch_(small, modules)
+    # The copy may fail here; the numbers up to that point are still valid, and `groups_that_fail`
+    # runs it again.
     with suppress(Exception):
         small(*arguments)
     if any(number.site.call not in passed[number.site.module] for number in graph.numbers):
-        # Code may take another path where it is exported.
+        # Code may take another path where it is captured.
         with suppress(Exception), _quiet():
-            export(small, tuple(arguments))
+            capture(small, tuple(arguments))
     return passed
 
 
@@ -107,32 +131,42 @@ def _passed_numbers(
 def groups_that_fail(
     model: nn.Module, graph: ChannelGraph, arguments: Sequence[Tensor], *, compare: bool
 ) -> dict[int, str]:
-    """Returns the groups without some of whose channels the model goes wrong, and how.
+    """Returns the groups that cannot lose channels because the model goes wrong, and why.
 
-    Sizes that no call shows, `x.size(0) // self.num_heads` in the number of copies say, are wrong in a smaller model;
-    and what runs only in training, an auxiliary head say, has not become smaller. Copies are compared with the masked
-    model as `check_parity` does, if `compare` says so; they need not where half precision rounds more than that allows.
-    What goes wrong only without channels of several groups at once is not found.
+    Two kinds are found here: sizes that no call shows (`x.size(0) // self.num_heads` copies), and
+    parts that run only in training, such as an auxiliary head, which have not become smaller. What
+    goes wrong only if several groups lose channels at once is not found.
+
+    Args:
+        model: the traced model.
+        graph: its channels.
+        arguments: the inputs that were traced.
+        compare: whether copies are compared with the masked model, as `check_parity` does;
+            otherwise they only have to run.
     """
     if not graph.groups:
         return {}
     failing: dict[int, str] = {}
     batch = trial_batch(model, tuple(arguments)) if compare else None
     counts = _counts(graph, 1)
-    # Halves of a set that fails are tried by themselves, so that few culprits are soon found.
-    sets = [list(range(len(graph.groups)))]
-    while sets:
-        tried = sets.pop()
-        some = [n if i in tried else 0 for i, n in enumerate(counts)]
+    # Bisection: usually few groups fail, and one trial then clears many others at once.
+    pending = [list(range(len(graph.groups)))]
+    while pending:
+        tried = pending.pop()
+        some = [count if i in tried else 0 for i, count in enumerate(counts)]
         reason = _failure(model, graph, some, arguments, batch)
         if len(tried) > 1:
-            middle = len(tried) // 2
-            sets += [tried[middle:], tried[:middle]] if reason else []
+            if reason:
+                middle = len(tried) // 2
+                pending += [tried[middle:], tried[:middle]]
             continue
+
+        # A single group is tried at two more widths, since some widths are right by chance.
         (single,) = tried
         channels = graph.groups[single].channels
         for count in sorted({1, channels // 2}) if channels > 1 else ():
-            alone = [count if i == single else 0 for i in range(len(graph.groups))]
+            alone = [0] * len(graph.groups)
+            alone[single] = count
             reason = reason or _failure(model, graph, alone, arguments, batch)
         if reason:
             failing[single] = reason
@@ -146,9 +180,8 @@ def _failure(
     arguments: Sequence[Tensor],
     batch: list[Tensor] | None,
 ) -> str | None:
-    """Says how a copy without the first `counts[i]` channels of group i goes wrong; None if it does not."""
-    pruned = [torch.arange(n) for n in counts]
-    small = _smaller(model, graph, counts)
+    """Returns what goes wrong without the first `counts[i]` channels of group i, or None."""
+    small = _smaller_copy(model, graph, counts)
     try:
         small(*arguments)
     except Exception as error:  # the user's code may raise anything
@@ -156,13 +189,13 @@ def _failure(
         return f"the code does not run with fewer of its channels ({reason})"
     if batch is None:
         return None
-    wrong = fault(model, small, _plan(model, graph, pruned), batch, tolerance=TOLERANCE)
-    return wrong and f"with fewer of its channels {wrong}"
+    fault = parity_fault(model, small, _plan(model, graph, counts), batch, tolerance=TOLERANCE)
+    return fault and f"with fewer of its channels {fault}"
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Holds back what torch logs of an export that fails, which here is no fault."""
+    """Silences what torch logs about a capture that fails, which is no fault here."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -172,23 +205,36 @@ def _quiet() -> Iterator[None]:
 
 
 def _counts(graph: ChannelGraph, step: int) -> list[int]:
-    """Returns how many channels of each group go in a trial: at least one, and of each group another number."""
-    widths = [group.channels for group in graph.groups]
-    return [1 + (step * i + step) % (n - 1) if n > 1 else 0 for i, n in enumerate(widths)]
+    """Returns how many channels each group loses in a trial: at least one, and different numbers.
+
+    Groups of the same width lose different numbers, so that a size of one is not taken for that of
+    another.
+    """
+    counts = []
+    for i, group in enumerate(graph.groups):
+        most = group.channels - 1  # a group keeps at least one channel
+        counts.append(1 + (step * i + step) % most if most else 0)
+    return counts
 
 
-def _smaller(
+def _first_channels(counts: Sequence[int]) -> list[Tensor]:
+    return [torch.arange(count) for count in counts]
+
+
+def _smaller_copy(
     model: nn.Module, graph: ChannelGraph, counts: Sequence[int], *, exactly: bool = False
 ) -> nn.Module:
-    pruned = [torch.arange(n) for n in counts]
+    """Returns a copy without the first `counts[i]` channels of group i."""
+    pruned = _first_channels(counts)
     small = copied(model).eval()
     keep_indices_(small, kept_indices(model, graph, pruned), graph.sizes(pruned, exactly=exactly))
     return small
 
 
-def _plan(model: nn.Module, graph: ChannelGraph, pruned: Sequence[Tensor]) -> PruningPlan:
+def _plan(model: nn.Module, graph: ChannelGraph, counts: Sequence[int]) -> PruningPlan:
+    """Returns a plan for the comparison, which reads only `keep` and `approximate`."""
     return PruningPlan(
-        keep=kept_indices(model, graph, pruned),
+        keep=kept_indices(model, graph, _first_channels(counts)),
         layers=(),
         unprunable={},
         parameters_before=0,
@@ -197,6 +243,7 @@ def _plan(model: nn.Module, graph: ChannelGraph, pruned: Sequence[Tensor]) -> Pr
     )
 
 
-def _row(numbers: Numbers, site: NumberSite) -> Mapping[int, Any]:
+def _correction_of_call(numbers: Numbers, site: NumberSite) -> Mapping[int, Any]:
+    """Returns the corrections of a call: its own, or those of all calls at its place."""
     calls = numbers.get(site.module, {})
     return calls.get(site.call) or calls.get(site.place) or {}

@@ -12,18 +12,25 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.utils._pytree import tree_leaves
 
-from fedpress.compress.prune.ids import REBUILT, Axis, Call, Ids, Ints, Value
+from fedpress.compress.prune.ids import SETS_OWN_NUMBERS, Axis, ChannelIds, ForwardCall, Ints, Value
 from fedpress.compress.prune.recorder import TAG
-from fedpress.compress.prune.rules import find_rule, parts_of, zero_stays
+from fedpress.compress.prune.rules import decompose_operation, find_rule, zero_stays
 
 LOOKUPS = (torch.ops.aten.index, torch.ops.aten.index_select)
 IGNORED = "asked for by `ignore`"
 Owner = tuple[str, int, Ints]
-"""A tensor's name, one of its axes, and the ids of that axis; a name of "" for an axis that is only counted."""
+"""A tensor's name, one of its axes, and the ids of that axis.
+
+The name is "" for an axis of no stored tensor, whose length is needed all the same (for
+multiply-adds or sizes in code).
+"""
 
 
 class Walk:
-    """Passes ids through every node of a captured model, whether or not an output depends on it: forward runs it.
+    """Passes ids through every node of a captured model.
+
+    Nodes that no output depends on are visited too: forward runs them, so they must fit the pruned
+    tensors.
 
     Attributes:
         owners: the ids of each axis of each parameter and buffer.
@@ -32,28 +39,36 @@ class Walk:
     def __init__(
         self,
         exported: torch.export.ExportedProgram,
-        ids: Ids,
+        ids: ChannelIds,
         first_names: Mapping[str, str],
-        calls: Sequence[Call],
+        calls: Sequence[ForwardCall],
     ) -> None:
         self.owners: list[Owner] = []
         self._exported = exported
         self._ids = ids
         self._calls = calls
         self._first_names = first_names
-        self._used: dict[str, bool] = {}  # a shared parameter comes once for each of its names
+        # A shared parameter appears once for each of its names; it is used if any of them is.
+        self._is_used: dict[str, bool] = {}
         self._values: dict[torch.fx.Node, Any] = {}
         self._run(exported.graph_module, None, is_used=True)
 
     def unused(self) -> list[str]:
         """Returns the names of the parameters that forward does not use."""
-        return [name for name, use in self._used.items() if not use]
+        return [name for name, is_used in self._is_used.items() if not is_used]
 
     def _run(
         self, module: torch.fx.GraphModule, given: Sequence[Any] | None, *, is_used: bool
     ) -> Any:
-        """Visits the nodes of the model, or of a part of it that is `given` values, and returns its outputs."""
-        live, result = _live(module.graph), None
+        """Visits the nodes of a graph and returns its outputs.
+
+        Args:
+            module: the captured model, or a graph inside it.
+            given: the inputs of a graph inside; None for the model.
+            is_used: whether an output of the model depends on this graph.
+        """
+        live = _live_nodes(module.graph)
+        result = None
         rest = iter(given or ())
         for node in module.graph.nodes:
             self._ids.is_used = is_used and node in live
@@ -62,38 +77,46 @@ class Walk:
             elif node.op == "placeholder" and given is not None:
                 self._values[node] = next(rest)
             elif isinstance(node.target, HigherOrderOperator):
-                self._values[node] = self._region(node, module)
+                self._values[node] = self._run_inner_graph(node, module)
             else:
                 self._visit(node)
+
         if given is None:
             self._ids.operation = ""
             for value in _values(result):
-                for axis in value.axes:
-                    self._ids.keep(axis, "it is an output of the model")
+                self._ids.keep_all(value.axes, "it is an output of the model")
         return result
 
-    def _region(self, node: torch.fx.Node, module: torch.fx.GraphModule) -> Any:
-        """Walks code under `torch.no_grad()` or `torch.autocast`; what other functions are given is kept."""
+    def _run_inner_graph(self, node: torch.fx.Node, module: torch.fx.GraphModule) -> Any:
+        """Walks a graph under `torch.no_grad()` or `torch.autocast`.
+
+        Others, such as the branches of `torch.cond`, are not followed: all channels that reach them
+        are kept.
+        """
         values = torch.fx.node.map_arg(node.args, self._values.get)
         for position, argument in enumerate(node.args):
-            part = _part_of(module, argument)
-            if isinstance(part, torch.fx.GraphModule):
+            inner = _graph_of(module, argument)
+            if isinstance(inner, torch.fx.GraphModule):
                 if str(node.target).startswith("wrap_with_"):
-                    return self._run(part, values[position + 1 :], is_used=self._ids.is_used)
+                    return self._run(inner, values[position + 1 :], is_used=self._ids.is_used)
                 break
-        self._ids.module, self._ids.operation = _module_of(node), str(node.target)
+
+        self._ids.module = _module_of(node)
+        self._ids.operation = str(node.target)
         given = list(_values(values))
-        _keep_all(self._ids, given, "channels are not followed through it")
+        _keep_everything(self._ids, given, "channels are not followed through it")
         from_input = any(value.from_input for value in given)
         outputs = node.meta.get("val")
+        is_several = isinstance(outputs, list | tuple)
         results = []
-        for output in outputs if isinstance(outputs, list | tuple) else [outputs]:
+        for output in outputs if is_several else [outputs]:
             shape = tuple(getattr(output, "shape", ()))
             results.append(Value(shape, (None,) * len(shape), from_input=from_input))
-        return results if isinstance(outputs, list | tuple) else results[0]
+        return results if is_several else results[0]
 
     def _visit(self, node: torch.fx.Node) -> None:
-        ids, values = self._ids, self._values
+        ids = self._ids
+        values = self._values
         if node.op in ("placeholder", "get_attr"):
             values[node] = self._source(node)
         elif node.target is operator.getitem:
@@ -102,57 +125,66 @@ class Walk:
         else:
             ids.call = self._call_of(node)
             ids.module = _module_of(node)
-            values[node] = _operate(node, values, ids)
+            values[node] = _apply_operation(node, values, ids)
             if _mutates(node):
-                from_input = any(v.from_input for v in _values(values[node]))
-                _mark_written(node.args[0], values, from_input)
+                from_input = any(value.from_input for value in _values(values[node]))
+                _note_overwritten(node.args[0], values, from_input)
 
-    def _call_of(self, node: torch.fx.Node) -> Call | None:
+    def _call_of(self, node: torch.fx.Node) -> ForwardCall | None:
+        """Returns the call in the forward code that the node comes from, if it has numbers."""
         index = node.meta.get("custom", {}).get(TAG)
         if index is None:
             return None
-        return REBUILT if index < 0 else self._calls[index]
+        return SETS_OWN_NUMBERS if index < 0 else self._calls[index]
 
     def _source(self, node: torch.fx.Node) -> Value:
-        """Returns what the model holds or is given: a parameter, a buffer, a constant in the code, or an input."""
-        signature, shape = self._exported.graph_signature, _shape(node)
-        held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.get(node.name)
-        constant = held or signature.inputs_to_lifted_tensor_constants.get(node.name)
-        known = {**self._exported.state_dict, **self._exported.constants}.get(constant or "")
-        known = known if isinstance(known, Tensor) and _countable(known) else None
-        if held is None:
+        """Returns the value of a parameter, a buffer, a constant in the code, or an input."""
+        signature = self._exported.graph_signature
+        shape = _shape(node)
+        stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        stored_name = stored.get(node.name)
+        constant = self._constant(node, stored_name)
+        if stored_name is None:
             return Value(
                 shape,
                 (None,) * len(shape),
                 from_input=node.name in signature.user_inputs,
-                boolean=_boolean(node),
-                known=known,
+                is_boolean=_is_boolean(node),
+                constant=constant,
             )
+
         axes = tuple(self._ids.fresh(size) for size in shape)
-        name = self._first_names[held]
+        name = self._first_names[stored_name]
         self.owners += [(name, i, axis) for i, axis in enumerate(axes)]
-        trained = node.name in signature.inputs_to_parameters
-        if trained:
-            self._used[name] = self._used.get(name, False) or bool(node.users)
+        is_parameter = node.name in signature.inputs_to_parameters
+        if is_parameter:
+            self._is_used[name] = self._is_used.get(name, False) or bool(node.users)
         return Value(
             shape,
             axes,
-            zero=True,
-            weights=True,
-            trained=trained,
-            boolean=_boolean(node),
-            known=known,
+            zero_when_masked=True,
+            from_weights=True,
+            has_parameter=is_parameter,
+            is_boolean=_is_boolean(node),
+            constant=constant,
         )
 
+    def _constant(self, node: torch.fx.Node, stored_name: str | None) -> Tensor | None:
+        """Returns the tensor of a buffer or constant that holds integers or booleans."""
+        lifted = self._exported.graph_signature.inputs_to_lifted_tensor_constants
+        name = stored_name or lifted.get(node.name) or ""
+        tensor = {**self._exported.state_dict, **self._exported.constants}.get(name)
+        return tensor if isinstance(tensor, Tensor) and _can_be_constant(tensor) else None
 
-def _part_of(module: torch.fx.GraphModule, argument: Any) -> Any:
-    """Returns the part of a captured model that an argument stands for, if it stands for one."""
+
+def _graph_of(module: torch.fx.GraphModule, argument: Any) -> Any:
+    """Returns the graph inside a captured model that an argument names, if it names one."""
     if isinstance(argument, torch.fx.Node) and argument.op == "get_attr":
         return getattr(module, str(argument.target), None)
     return None
 
 
-def _live(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+def _live_nodes(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     """Returns the nodes that an output depends on, and those that change a tensor in place."""
     live: set[torch.fx.Node] = set()
     for node in reversed(graph.nodes):
@@ -167,11 +199,11 @@ def _mutates(node: torch.fx.Node) -> bool:
     return schema is not None and bool(schema.is_mutable)
 
 
-def _mark_written(node: Any, values: dict[torch.fx.Node, Any], from_input: bool) -> None:
-    """Notes what an operation in place wrote into, and what that is a part of: its values are others now."""
+def _note_overwritten(node: Any, values: dict[torch.fx.Node, Any], from_input: bool) -> None:
+    """Notes that an operation in place changed a tensor, and the tensors that it is a view of."""
     while isinstance(node, torch.fx.Node) and isinstance(values.get(node), Value):
         old = values[node]
-        values[node] = replace(old, from_input=old.from_input or from_input, known=None)
+        values[node] = replace(old, from_input=old.from_input or from_input, constant=None)
         node = node.args[0] if node.args else None
 
 
@@ -181,167 +213,217 @@ def _module_of(node: torch.fx.Node) -> str:
     return path[-1] if path else ""
 
 
-def _operate(node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], ids: Ids) -> Any:
-    """Passes ids through one operation by its rule, or through the operations that it can be taken apart into."""
-    ids.operation, ids.target = str(node.target), node.target
+def _apply_operation(
+    node: torch.fx.Node, values: Mapping[torch.fx.Node, Any], ids: ChannelIds
+) -> Any:
+    """Passes ids through an operation by its rule, or through those that it decomposes into."""
+    ids.operation = str(node.target)
+    ids.target = node.target
     args, options = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
     if find_rule(node.target) is None:
         fakes = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-        parts = parts_of(node.target, *fakes)
-        if parts is not None:
+        decomposed = decompose_operation(node.target, *fakes)
+        if decomposed is not None:
             leaves = tree_leaves((list(args), dict(options)))
-            return _run_parts(parts, [leaf for leaf in leaves if isinstance(leaf, Value)], ids)
-    every = [*_values(args), *_values(list(options.values()))]
-    counted = len(ids.products)
+            given = [leaf for leaf in leaves if isinstance(leaf, Value)]
+            return _run_decomposed(decomposed, given, ids)
+
+    positional = list(_values(args))
+    every = [*positional, *_values(list(options.values()))]
+    products_before = len(ids.products)
     axes = _apply_rule(ids, _shape(node), args, options, every)
     if ids.module in ids.ignored:
-        for axis in [*(axis for value in every for axis in value.axes), *_flat_axes(axes)]:
-            ids.keep(axis, IGNORED)
+        for value in every:
+            ids.keep_all(value.axes, IGNORED)
+        ids.keep_all(_flat_axes(axes), IGNORED)
     if not any(value.from_input for value in every):
-        ids.without_input.update(range(counted, len(ids.products)))
-    origin = _origin(node, list(_values(args)), every)
+        ids.without_input.update(range(products_before, len(ids.products)))
+    constant = _constant_output(node, args, options, every)
+    return _outputs(node, axes, constant, _origin(node, positional, every))
+
+
+def _outputs(
+    node: torch.fx.Node, axes: Any, constant: Tensor | None, origin: Mapping[str, bool]
+) -> Any:
+    """Returns the value of the node's output, or a list of values if it has several."""
     outputs = node.meta.get("val")
-    if isinstance(outputs, list | tuple):
-        each = axes if isinstance(axes, list) else [axes] * len(outputs)  # one for all results
-        results = []
-        for output, own in zip(outputs, each, strict=True):
-            shape = tuple(getattr(output, "shape", ()))
-            results.append(Value(shape, _filled(own, shape), **origin))
-        return results
-    return Value(
-        _shape(node),
-        _filled(axes, _shape(node)),
-        boolean=_boolean(node),
-        known=_known(node, args, options, every),
-        **origin,
-    )
+    if not isinstance(outputs, list | tuple):
+        shape = _shape(node)
+        full = _with_all_axes(axes, shape)
+        return Value(shape, full, is_boolean=_is_boolean(node), constant=constant, **origin)
+
+    # A rule that returns one tuple of axes means it for every output.
+    axes_of_each = axes if isinstance(axes, list) else [axes] * len(outputs)
+    results = []
+    for output, own in zip(outputs, axes_of_each, strict=True):
+        shape = tuple(getattr(output, "shape", ()))
+        results.append(Value(shape, _with_all_axes(own, shape), **origin))
+    return results
 
 
-def _origin(node: torch.fx.Node, given: Sequence[Value], every: Sequence[Value]) -> dict[str, bool]:
-    """Says of what the output is made; `given` are the positional arguments, `every` the named ones too."""
-    weights = bool(given) and all(value.weights for value in given)
+def _origin(
+    node: torch.fx.Node, positional: Sequence[Value], every: Sequence[Value]
+) -> dict[str, bool]:
+    """Returns what is known of the output's origin, as attributes of `Value`.
+
+    Args:
+        node: the operation.
+        positional: its positional arguments.
+        every: its named arguments too.
+    """
+    from_weights = bool(positional) and all(value.from_weights for value in positional)
     return {
-        "zero": hasattr(node.target, "_schema") and zero_stays(node.target, given),
-        "weights": weights,
-        "trained": weights and any(value.trained for value in given),
+        "zero_when_masked": hasattr(node.target, "_schema") and zero_stays(node.target, positional),
+        "from_weights": from_weights,
+        "has_parameter": from_weights and any(value.has_parameter for value in positional),
         "from_input": any(value.from_input for value in every),
-        "pooled": _pooled(node, given),
-        "selected": _selected(node, given),
+        "channel_norm": _is_channel_norm(node, positional),
+        "gathered_weights": _is_gathered(node, positional),
     }
 
 
 def _flat_axes(axes: Any) -> list[Axis]:
-    """Returns the axes that a rule gave, of one output or of several."""
-    return [axis for each in axes for axis in each] if isinstance(axes, list) else list(axes)
+    """Returns the axes that a rule returned, of one output or of several."""
+    if not isinstance(axes, list):
+        return list(axes)
+    return [axis for each in axes for axis in each]
 
 
-def _pooled(node: torch.fx.Node, given: Sequence[Value]) -> bool:
-    """Says whether the output is a norm of each channel, or made of one alone (its root)."""
+def _is_channel_norm(node: torch.fx.Node, given: Sequence[Value]) -> bool:
+    """Returns whether the output is a norm of each channel, or computed from one alone."""
     name = str(node.target).split(".")[1] if "." in str(node.target) else ""
-    return name in ("linalg_vector_norm", "norm", "sum") or (len(given) == 1 and given[0].pooled)
+    if name in ("linalg_vector_norm", "norm", "sum"):
+        return True
+    return len(given) == 1 and given[0].channel_norm
 
 
-def _selected(node: torch.fx.Node, given: Sequence[Value]) -> bool:
-    """Says whether the output is a selection of weights, such as those of each token's experts, or made of one."""
+def _is_gathered(node: torch.fx.Node, given: Sequence[Value]) -> bool:
+    """Returns whether the output is selected weights, or computed from them."""
+    if not given:
+        return False
     if getattr(node.target, "overloadpacket", None) in LOOKUPS:
-        return bool(given) and given[0].weights
-    return bool(given) and given[0].selected and zero_stays(node.target, given)
+        return given[0].from_weights
+    return given[0].gathered_weights and zero_stays(node.target, given)
 
 
-def _boolean(node: torch.fx.Node) -> bool:
+def _is_boolean(node: torch.fx.Node) -> bool:
     return getattr(node.meta.get("val"), "dtype", None) == torch.bool
 
 
 def _apply_rule(
-    ids: Ids, shape: tuple[int, ...], args: Any, options: Any, every: Sequence[Value]
+    ids: ChannelIds, shape: tuple[int, ...], args: Any, options: Any, every: Sequence[Value]
 ) -> Any:
     """Returns the axes of the output by the present operation's rule.
 
-    Without one, or where that fails on what it is given, all that the operation touches is kept.
+    Without a rule, or where it fails on these arguments, all channels that reach the operation are
+    kept.
     """
     rule = find_rule(ids.target)
-    why = "there is no rule for it"
     if rule is not None:
         try:
             return rule(ids, shape, *args, **options)
-        except Exception as error:  # a rule may meet arguments that it was not written for
+        except Exception as error:
+            # A rule may meet arguments that it was not written for. Keeping the channels is
+            # always right, and the reason tells the user which operation it was.
             why = f"its rule does not cover this use ({type(error).__name__}: {error})"
     elif _only_checks(ids.target):
         return ()
-    _keep_all(ids, every, why)
+    else:
+        why = "there is no rule for it"
+    _keep_everything(ids, every, why)
     return ()
 
 
-def _keep_all(ids: Ids, given: Sequence[Value], why: str) -> None:
+def _keep_everything(ids: ChannelIds, given: Sequence[Value], why: str) -> None:
+    """Keeps all channels of the given values, and notes that the operation cannot be followed."""
     axes = [axis for value in given for axis in value.axes if axis is not None]
-    for axis in axes:
-        ids.keep(axis, why)
+    ids.keep_all(axes, why)
     ids.without_rule.append((ids.module, f"{why}: {ids.place}", axes))
 
 
 def _only_checks(operation: Any) -> bool:
-    """Says whether the operation gives nothing and changes nothing, as those that `torch.export` adds to assert."""
+    """Returns whether the operation only checks, like the assertions that `torch.export` adds."""
     schema = getattr(operation, "_schema", None)
     return schema is not None and not schema.returns and not schema.is_mutable
 
 
-MOST_KNOWN = 1 << 20  # values of a constant that are kept to see where channels are written
+MOST_CONSTANT = 1 << 20
+"""Largest constant that is computed: a list of channels is short, a causal mask may be huge."""
 
 
-def _countable(x: Tensor) -> bool:
+def _can_be_constant(x: Tensor) -> bool:
     return (
         not x.is_floating_point()
         and not x.is_complex()
-        and x.numel() <= MOST_KNOWN
+        and x.numel() <= MOST_CONSTANT
         and x.device.type != "meta"
     )
 
 
 @torch.no_grad()
-def _known(node: torch.fx.Node, args: Any, options: Any, given: Sequence[Value]) -> Tensor | None:
-    """Returns a tensor of whole numbers or booleans that is made of such alone, so that every input sees the same."""
+def _constant_output(
+    node: torch.fx.Node, args: Any, options: Any, given: Sequence[Value]
+) -> Tensor | None:
+    """Computes integers or booleans that are the same for every input, as they depend on constants.
+
+    They may say to which channels the code writes, as in `x[:, index] = y`.
+    """
     output = node.meta.get("val")
-    if not isinstance(output, Tensor) or not _countable(output) or _mutates(node):
+    if not isinstance(output, Tensor) or not _can_be_constant(output) or _mutates(node):
         return None
-    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    if random or any(value.from_input or value.known is None for value in given):
+    is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    if is_random or any(value.from_input or value.constant is None for value in given):
         return None
-    plain = _without_ids((args, options))
+    constant_args, constant_options = _with_constants((args, options))
     try:
+<<<<<<< HEAD
         result: Tensor = node.target(*plain[0], **plain[1])  # type: ignore[operator]
         return result
     except Exception:  # then channels that it places are kept, and the plan says so
+=======
+        return node.target(*constant_args, **constant_options)  # type: ignore[operator]
+    except Exception:
+        # Channels whose places are unknown are kept, with a reason in the plan.
+>>>>>>> 861c422 (Say the pruning rules in plain words)
         return None
 
 
-def _without_ids(tree: Any) -> Any:
-    """Replaces each `Value` by the tensor that it stands for."""
+def _with_constants(tree: Any) -> Any:
+    """Replaces each `Value` by its constant."""
     if isinstance(tree, Value):
-        return tree.known
+        return tree.constant
     if isinstance(tree, dict):
-        return {key: _without_ids(item) for key, item in tree.items()}
-    return (
-        type(tree)(_without_ids(item) for item in tree) if isinstance(tree, list | tuple) else tree
-    )
+        return {key: _with_constants(item) for key, item in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_with_constants(item) for item in tree)
+    return tree
 
 
-def _filled(axes: tuple[Axis, ...], shape: tuple[int, ...]) -> tuple[Axis, ...]:
-    """Adds the axes that a rule left off at the end: they never change."""
+def _with_all_axes(axes: tuple[Axis, ...], shape: tuple[int, ...]) -> tuple[Axis, ...]:
+    """Adds the axes that a rule left off at the end: they have no ids."""
     return (*axes, *[None] * (len(shape) - len(axes)))
 
 
-def _run_parts(graph: torch.fx.Graph, given: Sequence[Value], ids: Ids) -> Any:
-    """Passes ids through the operations that one was taken apart into; their sizes follow those of their inputs."""
+def _run_decomposed(graph: torch.fx.Graph, given: Sequence[Value], ids: ChannelIds) -> Any:
+    """Passes ids through the operations that one operation decomposes into.
+
+    Args:
+        graph: of these operations.
+        given: the values of its placeholders.
+        ids: where the ids are collected.
+    """
     values: dict[torch.fx.Node, Any] = {}
     rest = iter(given)
+    # The decomposition takes its sizes from its inputs: there is no number to correct in the code.
     call, ids.call = ids.call, None
+    # Reasons name the operation that the user's code calls, not one inside it.
     outer, ids.outer = ids.outer, ids.outer or ids.operation
     result = None
     for node in graph.nodes:
-        shape = _shape(node)
         if node.op == "placeholder":
             values[node] = next(rest)
         elif node.op == "get_attr":
+            shape = _shape(node)
             values[node] = Value(shape, (None,) * len(shape))
         elif node.op == "output":
             result = torch.fx.node.map_arg(node.args[0], lambda n: values[n])
@@ -350,8 +432,9 @@ def _run_parts(graph: torch.fx.Graph, given: Sequence[Value], ids: Ids) -> Any:
         elif isinstance(node.target, type):  # a named tuple of results
             values[node] = torch.fx.node.map_arg(node.args[0], lambda n: values[n])
         else:
-            values[node] = _operate(node, values, ids)
-    ids.call, ids.outer = call, outer
+            values[node] = _apply_operation(node, values, ids)
+    ids.call = call
+    ids.outer = outer
     return result
 
 

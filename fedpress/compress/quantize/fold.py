@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fedpress.compress.prune.graph import export
+from fedpress.compress.prune.graph import capture
 from fedpress.compress.prune.ignoring import ignored
 from fedpress.core.inputs import Example, positional
 from fedpress.errors import ModelError
@@ -50,7 +50,7 @@ def find_folds(
     if not norms:
         return {}, {}
     alone = ignored(model, ignore)
-    program = export(model, positional(model, example))
+    program = capture(model, positional(model, example))
     owned = {
         **program.graph_signature.inputs_to_parameters,
         **program.graph_signature.inputs_to_buffers,

@@ -9,7 +9,7 @@ from torch import nn
 
 from fedpress.compress import check_parity, mask_, parameters, remove_, trace
 from fedpress.compress.prune.plan import make_plan
-from fedpress.compress.prune.rules import RULES, parts_of
+from fedpress.compress.prune.rules import RULES, decompose_operation
 from fedpress.models import ModelSpec, load_model, save_model, what_pruning_changed
 
 
@@ -131,8 +131,8 @@ def test_what_atens_decompositions_reach_needs_no_rule():
     for operation in (aten.hstack.default, aten.moveaxis.int, aten.tile.default, aten.diff.default):
         assert operation not in RULES
     x = torch.empty(2, 8, device="meta")
-    graph = parts_of(aten.hstack.default, [[x, x]], {})
+    graph = decompose_operation(aten.hstack.default, [[x, x]], {})
     assert [str(node.target) for node in graph.nodes if node.op == "call_function"] == [
         "aten.cat.default"
     ]
-    assert parts_of(aten.relu.default, [x], {}) is None or aten.relu.default in RULES
+    assert decompose_operation(aten.relu.default, [x], {}) is None or aten.relu.default in RULES

@@ -1,4 +1,4 @@
-"""Products: with weights, which write and read channels, and of activations, as in attention, which lose heads."""
+"""Matrix products: with weights, which lose channels, and of activations, which lose heads."""
 
 from __future__ import annotations
 
@@ -8,48 +8,71 @@ from typing import Any
 
 import numpy as np
 
-from fedpress.compress.prune.ids import Axis, Ids, Value, sizes
-from fedpress.compress.prune.rules.table import Axes, Shape, aten, elementwise, rule, tie
+from fedpress.compress.prune.ids import Axis, ChannelIds, Value, ids_or_sizes
+from fedpress.compress.prune.rules.table import (
+    Axes,
+    Shape,
+    aten,
+    elementwise,
+    leading,
+    repeat_each,
+    replaced,
+    rule,
+)
 
-ALIGNED = 8  # numbers of 2 bytes in 16 bytes; of 4 bytes it is two rows of 16
+ALIGNED = 8
+"""Neighbours pruned together: the grouped kernel takes rows of whole 16 bytes (8 half floats)."""
 PRODUCT = "a product of activations, which may be scaled by its size"
+"""Attention divides by the square root of the summed axis, which must therefore keep its size."""
 
 
 @rule("matmul", "mm", "bmm", "mv")
-def matmul(ids: Ids, shape: Shape, x: Value, y: Value) -> Axes:
-    """Weights on one side read the axis that is summed over and write the other; activations may lose heads."""
-    summed = y.axes[-2] if len(y.shape) > 1 else y.axes[0]
-    row = x.axes[-2:-1]
-    column = y.axes[-1:] if len(y.shape) > 1 else ()
-    left, right = _weights(x, y)
-    if right and not left:
-        _contract(ids, summed, x.axes[-1], column)
-    elif left and not right:
-        _contract(ids, x.axes[-1], summed, row)
-    elif (
-        ids.target is aten.mv.default and x.zero and y.zero
-    ):  # a masked weight adds nothing to the sum
-        ids.unite(x.axes[-1], summed)
+def matmul(ids: ChannelIds, shape: Shape, x: Value, y: Value) -> Axes:
+    """[..., rows, summed] @ [..., summed, columns], or vectors without rows or columns.
+
+    Weights on one side have the summed axis as input channels and the other as output channels. A
+    product of two activations keeps the summed axis and may lose batch axes, which are heads in
+    attention.
+    """
+    x_summed = x.axes[-1]
+    y_summed = y.axes[-2] if len(y.shape) > 1 else y.axes[0]
+    rows = x.axes[-2:-1]
+    columns = y.axes[-1:] if len(y.shape) > 1 else ()
+    x_is_weight, y_is_weight = _are_weights(x, y)
+    if y_is_weight and not x_is_weight:
+        _apply_weight(ids, y_summed, x_summed, columns)
+    elif x_is_weight and not y_is_weight:
+        _apply_weight(ids, x_summed, y_summed, rows)
+    elif ids.target is aten.mv.default and x.zero_when_masked and y.zero_when_masked:
+        # Spectral norm multiplies a weight by a vector: masked rows add nothing to the sum.
+        ids.unite(x_summed, y_summed)
     else:
-        for axis in (x.axes[-1], summed):
-            ids.keep(axis, PRODUCT)
-    if len(y.shape) <= 2 and right:
-        out = (*x.axes[:-1], *column)
+        ids.keep_all((x_summed, y_summed), PRODUCT)
+
+    if len(y.shape) <= 2 and y_is_weight:
+        out = (*x.axes[:-1], *columns)
     else:
-        batch = _heads(ids, shape[: len(shape) - len(row) - len(column)], _front(x), _front(y))
-        out = (*batch, *row, *column)
+        batch_shape = shape[: len(shape) - len(rows) - len(columns)]
+        batch = _unite_batch(ids, batch_shape, leading(x, 2), leading(y, 2))
+        out = (*batch, *rows, *columns)
     if len(x.shape) > 1 and len(y.shape) > 1:
-        ids.multiply(1, *sizes(shape, out), *sizes(x.shape[-1:], x.axes[-1:]))
+        summed = ids_or_sizes(x.shape[-1:], x.axes[-1:])
+        ids.count_multiply_adds(1, *ids_or_sizes(shape, out), *summed)
     return out
 
 
-def _weights(*values: Value) -> list[bool]:
-    """Says which factors are the weights of a product; weights that are chosen by the input are, beside activations."""
-    plain = [value.weights for value in values]
-    return plain if any(plain) else [value.selected for value in values]
+def _are_weights(*values: Value) -> list[bool]:
+    """Returns which factors are the weights of a product.
+
+    Weights that the input selects (of experts, say) count as weights only if no factor is a plain
+    weight.
+    """
+    plain = [value.from_weights for value in values]
+    return plain if any(plain) else [value.gathered_weights for value in values]
 
 
-def _contract(ids: Ids, weight: Axis, source: Axis, out: Axes) -> None:
+def _apply_weight(ids: ChannelIds, weight: Axis, source: Axis, out: Axes) -> None:
+    """Unites the summed axis of a weight with that of its input, and marks its output channels."""
     ids.unite(weight, source)
     ids.mark(weight, "read")
     for axis in out:
@@ -57,19 +80,18 @@ def _contract(ids: Ids, weight: Axis, source: Axis, out: Axes) -> None:
 
 
 @rule("dot", "vdot")
-def dot(ids: Ids, shape: Shape, x: Value, y: Value) -> Axes:
+def dot(ids: ChannelIds, shape: Shape, x: Value, y: Value) -> Axes:
     """A sum over all places, to which masked weights add nothing."""
-    if x.zero and y.zero:
+    if x.zero_when_masked and y.zero_when_masked:
         ids.unite(x.axes[0], y.axes[0])
     else:
-        for value in (x, y):
-            ids.keep(value.axes[0], PRODUCT)
+        ids.keep_all((x.axes[0], y.axes[0]), PRODUCT)
     return ()
 
 
 @rule("bilinear")
 def bilinear(
-    ids: Ids,
+    ids: ChannelIds,
     shape: Shape,
     x: Value,
     y: Value,
@@ -78,20 +100,20 @@ def bilinear(
     *rest: Any,
     **options: Any,
 ) -> Axes:
-    """`out[o] = x W[o] y`: reads two axes of the weight and writes the first."""
-    out = weight.axes[0]
-    for axis, source in ((weight.axes[1], x.axes[-1]), (weight.axes[2], y.axes[-1])):
-        _contract(ids, axis, source, ())
+    """`out[o] = x W[o] y` with weight [out, in of x, in of y]."""
+    out, x_read, y_read = weight.axes
+    _apply_weight(ids, x_read, x.axes[-1], ())
+    _apply_weight(ids, y_read, y.axes[-1], ())
     ids.mark(out, "write")
     if bias is not None:
         ids.unite(out, bias.axes[0])
-    lead = elementwise(ids, shape[:-1], *(Value(v.shape[:-1], v.axes[:-1]) for v in (x, y)))
-    return (*lead, out)
+    batch = elementwise(ids, shape[:-1], leading(x, 1), leading(y, 1))
+    return (*batch, out)
 
 
 @rule("_grouped_mm", "transformers::grouped_mm_fallback")
 def grouped(
-    ids: Ids,
+    ids: ChannelIds,
     shape: Shape,
     x: Value,
     y: Value,
@@ -99,49 +121,49 @@ def grouped(
     *rest: Any,
     **options: Any,
 ) -> Axes:
-    """Rows [n, in] by the weights [experts, in, out] of their expert: the experts' weights lose the same places.
+    """Multiplies each row [n, in] by the weights [experts, in, out] of its expert.
 
-    The kernel takes rows of whole 16 bytes, so that neighbours go together. Other forms (each expert with its own
-    columns) are products of activations here.
+    All experts lose the same channels, in blocks of 8. Other forms (each expert with its own
+    columns) are treated as products of activations.
     """
+    if len(x.shape) == len(y.shape) == 3:
+        return matmul(ids, shape, x, y)
     if len(x.shape) != 2 or len(y.shape) != 3:
-        return matmul(ids, shape, x, y) if len(x.shape) == len(y.shape) == 3 else _apart(ids, x, y)
+        ids.keep_all((*x.axes, *y.axes), PRODUCT)
+        return ()
+
     ids.keep(y.axes[0], "experts are chosen by number")
     for axis in (x.axes[1], *y.axes[1:]):
-        _in_blocks(ids, axis, ALIGNED)
-    if _weights(x, y) == [False, True]:
-        _contract(ids, y.axes[1], x.axes[1], y.axes[2:])
+        _unite_blocks(ids, axis, ALIGNED)
+    if _are_weights(x, y) == [False, True]:
+        _apply_weight(ids, y.axes[1], x.axes[1], y.axes[2:])
     else:
-        for axis in (y.axes[1], x.axes[1]):
-            ids.keep(axis, PRODUCT)
-    ids.multiply(x.shape[0], *sizes(y.shape[1:], y.axes[1:]))
+        ids.keep_all((y.axes[1], x.axes[1]), PRODUCT)
+    # Each row is multiplied by the weights of one expert only.
+    ids.count_multiply_adds(x.shape[0], *ids_or_sizes(y.shape[1:], y.axes[1:]))
     return (x.axes[0], y.axes[2])
 
 
-def _in_blocks(ids: Ids, axis: Axis, size: int) -> None:
-    if axis is not None and len(axis) % size:
+def _unite_blocks(ids: ChannelIds, axis: Axis, size: int) -> None:
+    """Unites each block of `size` neighbours; keeps an axis that is no multiple of it."""
+    if axis is None:
+        return
+    if len(axis) % size:
         ids.keep(axis, f"the kernel takes multiples of {size}")
-    elif axis is not None:
+    else:
         ids.unite(axis, np.repeat(axis[::size], size))
 
 
-def _apart(ids: Ids, *values: Value) -> Axes:
-    for value in values:
-        for axis in value.axes:
-            ids.keep(axis, PRODUCT)
-    return ()
-
-
 @rule("baddbmm", "addmm", "addmv")
-def added(ids: Ids, shape: Shape, bias: Value, x: Value, y: Value, **options: Any) -> Axes:
-    """A product, and something added."""
+def added(ids: ChannelIds, shape: Shape, bias: Value, x: Value, y: Value, **options: Any) -> Axes:
+    """A matrix product plus `bias`."""
     axes = matmul(ids, shape, x, y)
     return elementwise(ids, shape, Value(shape, axes), bias)
 
 
 @rule("scaled_dot_product_attention.default")
 def attention(
-    ids: Ids,
+    ids: ChannelIds,
     shape: Shape,
     q: Value,
     k: Value,
@@ -150,106 +172,123 @@ def attention(
     *rest: Any,
     **options: Any,
 ) -> Axes:
-    """[..., heads, length, width]: heads go, and what `v` carries; the width of `q` and `k` scales their product."""
-    if q.shape[:-2] != k.shape[:-2] and len(q.shape) > 2:  # several heads of q share one of k and v
-        k, v = (_repeated(x, q.shape[-3] // x.shape[-3]) for x in (k, v))
-    batch = _heads(ids, shape[:-2], *(_front(x) for x in (q, k, v)))
-    for axis in (q.axes[-1], k.axes[-1]):
-        ids.keep(axis, PRODUCT)
-    for axis in (q.axes[-2], k.axes[-2], v.axes[-2]):
-        ids.keep(axis, "values are mixed across channels")
+    """[..., heads, length, width]: heads and the width of `v` can be pruned.
+
+    The width of `q` and `k` is kept, because their product is divided by its square root. Several
+    heads of `q` may share one of `k` and `v` (grouped queries, Ainslie et al. 2023,
+    arXiv:2305.13245).
+    """
+    if q.shape[:-2] != k.shape[:-2] and len(q.shape) > 2:
+        k = _repeat_heads(k, q.shape[-3] // k.shape[-3])
+        v = _repeat_heads(v, q.shape[-3] // v.shape[-3])
+    batch = _unite_batch(ids, shape[:-2], leading(q, 2), leading(k, 2), leading(v, 2))
+    ids.keep_all((q.axes[-1], k.axes[-1]), PRODUCT)
+    ids.keep_all((q.axes[-2], k.axes[-2], v.axes[-2]), "values are mixed across channels")
     if mask is not None and len(mask.shape) > 2:
-        elementwise(ids, shape[:-2], Value(shape[:-2], batch), _front(mask))
-    heads = sizes(shape[:-2], batch)
-    ids.multiply(q.shape[-2] * k.shape[-2] * q.shape[-1], *heads)
-    ids.multiply(q.shape[-2] * k.shape[-2], *heads, *sizes(v.shape[-1:], v.axes[-1:]))
+        # A mask per head, for instance relative positions.
+        elementwise(ids, shape[:-2], Value(shape[:-2], batch), leading(mask, 2))
+
+    heads = ids_or_sizes(shape[:-2], batch)
+    pairs = q.shape[-2] * k.shape[-2]
+    ids.count_multiply_adds(pairs * q.shape[-1], *heads)
+    ids.count_multiply_adds(pairs, *heads, *ids_or_sizes(v.shape[-1:], v.axes[-1:]))
     return (*batch, None, v.axes[-1])
 
 
-def _front(x: Value) -> Value:
-    return Value(x.shape[:-2], x.axes[:-2])
-
-
-def _heads(ids: Ids, shape: Shape, *values: Value) -> Axes:
-    """Ties the batch axes of a product; heads, if they are among them, are what should go."""
+def _unite_batch(ids: ChannelIds, shape: Shape, *values: Value) -> Axes:
+    """Unites the batch axes of a product; if heads are among them, those should lose slices."""
     axes = elementwise(ids, shape, *values)
     for axis in axes:
         ids.prefer(axis)
     return axes
 
 
-def _repeated(x: Value, times: int) -> Value:
+def _repeat_heads(x: Value, times: int) -> Value:
+    """Repeats each head of keys or values [..., heads, length, width] for its queries."""
     at = len(x.shape) - 3
-    heads = x.axes[at]
-    wide: Axis = None if heads is None else np.repeat(heads, times)
-    shape = (*x.shape[:at], x.shape[at] * times, *x.shape[at + 1 :])
-    return Value(shape, (*x.axes[:at], wide, *x.axes[at + 1 :]))
+    shape = replaced(x.shape, at, x.shape[at] * times)
+    return Value(shape, replaced(x.axes, at, repeat_each(x.axes[at], times)))
 
 
 @rule("einsum.default")
-def einsum(ids: Ids, shape: Shape, equation: str, values: list[Value], **options: Any) -> Axes:
-    """A product by letters: one letter is one axis; a letter that is summed over must stay, unless weights read it."""
-    terms, out = letters(equation, [len(value.shape) for value in values])
-    size, known = _letter_axes(ids, terms, values)
-    weights = _weights(*values)
-    read: set[str] = set()  # letters of the weights, beside activations
-    if not all(weights):
-        read = {letter for term, own in zip(terms, weights, strict=True) if own for letter in term}
+def einsum(
+    ids: ChannelIds, shape: Shape, equation: str, values: list[Value], **options: Any
+) -> Axes:
+    """One letter is one axis; one that is summed over is kept, unless it is a weight's."""
+    terms, out = einsum_letters(equation, [len(value.shape) for value in values])
+    sizes, axes = _letter_axes(ids, terms, values)
+    are_weights = _are_weights(*values)
+    weight_letters: set[str] = set()
+    if not all(are_weights):  # a product of weights alone has no input channels
+        for term, is_weight in zip(terms, are_weights, strict=True):
+            weight_letters.update(term if is_weight else "")
+
     uses = Counter("".join(terms))
-    for term, value, own in zip(terms, values, weights, strict=True):
+    for term, value, is_weight in zip(terms, values, are_weights, strict=True):
         for letter, axis in zip(term, value.axes, strict=True):
-            if letter not in out and letter not in read:
+            if letter not in out and letter not in weight_letters:
                 ids.keep(axis, PRODUCT)
-            elif own and read:
+            elif is_weight and weight_letters:
                 ids.mark(axis, "write" if letter in out else "read")
             elif uses[letter] > 1 and letter in out:
-                ids.prefer(axis)
+                ids.prefer(axis)  # a batch axis, for instance heads
+
     if len(values) > 1:
-        ids.multiply(1, *sizes([size[letter] for letter in known], list(known.values())))
-    return tuple(known[letter] for letter in out)
+        every_axis = ids_or_sizes([sizes[letter] for letter in axes], list(axes.values()))
+        ids.count_multiply_adds(1, *every_axis)
+    return tuple(axes[letter] for letter in out)
 
 
 def _letter_axes(
-    ids: Ids, terms: Sequence[str], values: Sequence[Value]
+    ids: ChannelIds, terms: Sequence[str], values: Sequence[Value]
 ) -> tuple[dict[str, int], dict[str, Axis]]:
-    """Returns the size and the ids of each letter, whose axes are one; an axis of size 1 is spread over the others."""
-    size: dict[str, int] = {}
+    """Returns size and ids of each letter: its axes are united, those of size 1 broadcast."""
+    sizes: dict[str, int] = {}
     for term, value in zip(terms, values, strict=True):
-        for letter, n in zip(term, value.shape, strict=True):
-            size[letter] = max(n, size.get(letter, 1))
-    known: dict[str, Axis] = {}
+        for letter, size in zip(term, value.shape, strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1))
+
+    axes: dict[str, Axis] = {}
     for term, value in zip(terms, values, strict=True):
-        for letter, n, axis in zip(term, value.shape, value.axes, strict=True):
-            if n < size[letter]:
-                ids.keep(axis, "one channel is spread over many")
+        for letter, size, axis in zip(term, value.shape, value.axes, strict=True):
+            if size < sizes[letter]:
+                ids.keep(axis, "one channel is broadcast over many")
                 continue
-            if letter in known:
-                tie(ids, known[letter], axis)
-            known[letter] = axis if known.get(letter) is None else known[letter]
-    return size, known
+            if letter in axes:
+                ids.unite(axes[letter], axis)
+            if axes.get(letter) is None:
+                axes[letter] = axis
+    return sizes, axes
 
 
-def letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
-    """Returns the letters of each term of an `einsum`, and of its output, with those that an ellipsis stands for.
+def einsum_letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """Returns the letters of each term of an `einsum` and of its output, with ellipses written out.
 
-    An ellipsis covers the axes that have no letter; those of several terms are lined up at their last axis. Without an
-    arrow the output has those first, then the letters that come once, in order.
+    An ellipsis covers the axes that have no letter; those of several terms are aligned at their
+    last axis. Without an arrow the output has those first, then the letters that come once, in
+    alphabetical order.
 
-    >>> letters("...ij,jk", [4, 2])
+    >>> einsum_letters("...ij,jk", [4, 2])
     (['ABij', 'jk'], 'ABik')
+
+    Args:
+        equation: such as "bij,bjk->bik".
+        ranks: number of axes of each operand.
     """
     left, arrow, out = equation.replace(" ", "").partition("->")
     written = left.split(",")
-    free = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
-    longest = max(
-        (rank - len(t) + 3 for t, rank in zip(written, ranks, strict=True) if "..." in t), default=0
-    )
-    stand_in = "".join(free[:longest])
-    terms = []
+    covered = []  # how many axes the ellipsis of each term covers
     for term, rank in zip(written, ranks, strict=True):
-        covered = rank - len(term) + 3 if "..." in term else 0
-        terms.append(term.replace("...", stand_in[longest - covered :]))
-    if not arrow:
-        once = sorted(c for c in set(left) if c.isalpha() and left.count(c) == 1)
-        return terms, stand_in + "".join(once)
-    return terms, out.replace("...", stand_in)
+        covered.append(rank - len(term.replace("...", "")) if "..." in term else 0)
+
+    longest = max(covered, default=0)
+    unused = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
+    ellipsis = "".join(unused[:longest])
+    terms = []
+    for term, count in zip(written, covered, strict=True):
+        terms.append(term.replace("...", ellipsis[longest - count :]))
+    if arrow:
+        return terms, out.replace("...", ellipsis)
+
+    once = sorted(c for c in set(left) if c.isalpha() and left.count(c) == 1)
+    return terms, ellipsis + "".join(once)

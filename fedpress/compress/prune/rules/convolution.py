@@ -1,19 +1,17 @@
-"""Convolutions, linear layers and embeddings: they write one axis of their weight and sum over another."""
+"""Convolutions, linear layers, embeddings: a weight has one output axis and sums over another."""
 
 from __future__ import annotations
 
 from math import prod
 from typing import Any
 
-import numpy as np
-
-from fedpress.compress.prune.ids import Axis, Ids, Value, sizes
-from fedpress.compress.prune.rules.table import Axes, Shape, rule
+from fedpress.compress.prune.ids import Axis, ChannelIds, Value, ids_or_sizes
+from fedpress.compress.prune.rules.table import Axes, Shape, repeat_each, rule, tile
 
 
 @rule("conv1d", "conv2d", "conv3d")
 def convolution(
-    ids: Ids,
+    ids: ChannelIds,
     shape: Shape,
     x: Value,
     weight: Value,
@@ -23,27 +21,34 @@ def convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Axes:
-    """Reads axis 1 of the weight, writes axis 0; depthwise ties both, groups lose the same place in every group."""
+    """Weight [out, in / groups, kernel].
+
+    Depthwise: an input channel and its outputs are one channel. Grouped: every group loses the same
+        positions.
+    """
     at = _channel_axis(ids, x, weight)
-    source, (out, read) = x.axes[at], weight.axes[:2]
+    source = x.axes[at]
+    out, read = weight.axes[:2]
     if groups == 1:
         ids.unite(read, source)
         ids.mark(read, "read")
     elif weight.shape[1] == 1:
         ids.keep(read, "depthwise kernel")
-        ids.unite(out, None if source is None else np.repeat(source, weight.shape[0] // groups))
-        _count_groups(ids, source, groups)
+        ids.unite(out, repeat_each(source, weight.shape[0] // groups))
+        _note_groups(ids, source, groups)
     else:
-        _same_places(ids, source, groups, read)
-        _same_places(ids, out, groups)
+        # All groups share axis 1 of the weight, so their inputs are pruned at the same positions.
+        # torch needs groups of equal size, so their outputs are too.
+        _unite_groups(ids, source, groups, read)
+        _unite_groups(ids, out, groups)
         ids.mark(read, "read")
-    _multiply(ids, weight, shape[:at], shape[at + 1 :])
-    return _written(ids, x, at, out, bias, shape)
+    _count_multiply_adds(ids, weight, shape[:at], shape[at + 1 :])
+    return _output(ids, x, at, out, bias, shape)
 
 
 @rule("conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input")
 def transposed(
-    ids: Ids,
+    ids: ChannelIds,
     shape: Shape,
     x: Value,
     weight: Value,
@@ -54,59 +59,76 @@ def transposed(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Axes:
-    """Reads axis 0 of the weight, writes axis 1, of every group the same places."""
+    """Weight [in, out / groups, kernel]: every group loses the same output positions."""
     at = _channel_axis(ids, x, weight)
-    source, (read, write) = x.axes[at], weight.axes[:2]
+    source = x.axes[at]
+    read, write = weight.axes[:2]
     ids.unite(read, source)
     out = write
     if groups == weight.shape[0] > 1:  # depthwise
         ids.keep(write, "depthwise kernel")
-        out = None if source is None else np.repeat(source, weight.shape[1])
+        out = repeat_each(source, weight.shape[1])
         ids.mark(read, "write")
-    elif groups > 1:
-        _same_places(ids, source, groups)
-        out = None if write is None else np.tile(write, groups)
-    if out is write or groups < weight.shape[0]:
+    else:
+        if groups > 1:
+            _unite_groups(ids, source, groups)
+            out = tile(write, groups)
         ids.mark(read, "read")
         ids.mark(write, "write")
-    _multiply(ids, weight, shape[:at], x.shape[at + 1 :])
-    return _written(ids, x, at, out, bias, shape)
+
+    # Every input pixel is multiplied, where a plain convolution multiplies for every output pixel.
+    _count_multiply_adds(ids, weight, shape[:at], x.shape[at + 1 :])
+    return _output(ids, x, at, out, bias, shape)
 
 
-def _count_groups(ids: Ids, source: Axis, groups: int) -> None:
-    """Says that the last number of the call is the number of groups; a layer of torch's keeps it right by itself."""
+def _note_groups(ids: ChannelIds, source: Axis, groups: int) -> None:
+    """Records that the last number of the call is the number of groups.
+
+    A torch layer has it as an attribute, which pruning sets; a call of `F.conv2d` has a number in
+    the code.
+    """
     numbers = [] if ids.call is None else ids.call.numbers
     if numbers and numbers[-1] == groups:
         ids.note_size(len(numbers) - 1, source)
 
 
-def _channel_axis(ids: Ids, x: Value, weight: Value) -> int:
-    """Returns where the channels of `x` are, with or without a batch axis; kernel and image keep their sizes."""
+def _channel_axis(ids: ChannelIds, x: Value, weight: Value) -> int:
+    """Returns the channel axis of `x` (1, or 0 without a batch); keeps kernel and image sizes."""
     at = len(x.shape) - len(weight.shape) + 1
-    for axis in (*weight.axes[2:], *x.axes[at + 1 :]):
-        ids.keep(axis, "kernel or image size")
+    ids.keep_all((*weight.axes[2:], *x.axes[at + 1 :]), "kernel or image size")
     return at
 
 
-def _same_places(ids: Ids, axis: Axis, groups: int, first: Axis = None) -> None:
-    """Ties the same place of every group, because groups must stay equally large."""
+def _unite_groups(ids: ChannelIds, axis: Axis, groups: int, first: Axis = None) -> None:
+    """Unites the same position of every group, because groups must stay equally large.
+
+    Args:
+        ids: where they are united.
+        axis: [groups * size].
+        groups: number of groups.
+        first: [size], an axis that all groups share, if there is one.
+    """
     if axis is None:
         ids.keep(first, "it meets a size that cannot change")
         return
     parts = list(axis.reshape(groups, -1))
-    for part in parts if first is not None else parts[1:]:
-        ids.unite(parts[0] if first is None else first, part)
+    if first is None:
+        first = parts.pop(0)
+    for part in parts:
+        ids.unite(first, part)
 
 
-def _multiply(ids: Ids, weight: Value, batch: Shape, space: Shape) -> None:
-    ids.multiply(
-        prod((*batch, *space, *weight.shape[2:])), *sizes(weight.shape[:2], weight.axes[:2])
-    )
+def _count_multiply_adds(ids: ChannelIds, weight: Value, batch: Shape, space: Shape) -> None:
+    kernel = weight.shape[2:]
+    channels = ids_or_sizes(weight.shape[:2], weight.axes[:2])
+    ids.count_multiply_adds(prod((*batch, *space, *kernel)), *channels)
 
 
-def _written(ids: Ids, x: Value, at: int, out: Axis, bias: Value | None, shape: Shape) -> Axes:
-    if out is not None:
-        ids.mark(out, "write")
+def _output(
+    ids: ChannelIds, x: Value, at: int, out: Axis, bias: Value | None, shape: Shape
+) -> Axes:
+    """Marks the output channels, unites the bias with them, and returns the axes of the output."""
+    ids.mark(out, "write")
     if bias is not None:
         ids.unite(out, bias.axes[0])
     return (*x.axes[:at], out, *[None] * (len(shape) - at - 1))
@@ -114,7 +136,7 @@ def _written(ids: Ids, x: Value, at: int, out: Axis, bias: Value | None, shape: 
 
 @rule("convolution")
 def general_convolution(
-    ids: Ids,
+    ids: ChannelIds,
     shape: Shape,
     x: Value,
     weight: Value,
@@ -122,33 +144,36 @@ def general_convolution(
     stride: Any,
     padding: Any,
     dilation: Any,
-    turned: bool,
+    is_transposed: bool,
     output_padding: Any,
     groups: int,
 ) -> Axes:
-    """The operation that all convolutions are made of."""
-    if turned:
-        return transposed(ids, shape, x, weight, bias, groups=groups)
-    return convolution(ids, shape, x, weight, bias, groups=groups)
+    """The ATen operation that all convolutions can be decomposed into."""
+    kind = transposed if is_transposed else convolution
+    return kind(ids, shape, x, weight, bias, groups=groups)
 
 
 @rule("conv_tbc")
-def time_first(ids: Ids, shape: Shape, x: Value, weight: Value, bias: Value, *rest: Any) -> Axes:
-    """[time, n, in] with weights [kernel, in, out]."""
-    for axis in (x.axes[0], weight.axes[0]):
-        ids.keep(axis, "kernel or image size")
+def time_first(
+    ids: ChannelIds, shape: Shape, x: Value, weight: Value, bias: Value, *rest: Any
+) -> Axes:
+    """Convolves [time, n, in] with weight [kernel, in, out]."""
+    ids.keep_all((x.axes[0], weight.axes[0]), "kernel or image size")
     read, out = weight.axes[1:]
     ids.unite(read, x.axes[2])
     ids.mark(read, "read")
     ids.mark(out, "write")
     ids.unite(out, bias.axes[0])
-    ids.multiply(prod((*shape[:2], weight.shape[0])), *sizes(weight.shape[1:], weight.axes[1:]))
+    channels = ids_or_sizes(weight.shape[1:], weight.axes[1:])
+    ids.count_multiply_adds(prod((*shape[:2], weight.shape[0])), *channels)
     return (None, x.axes[1], out)
 
 
 @rule("linear.default")
-def linear(ids: Ids, shape: Shape, x: Value, weight: Value, bias: Value | None = None) -> Axes:
-    """Reads axis 1 of the weight over the last axis of `x`, writes axis 0, if there is one."""
+def linear(
+    ids: ChannelIds, shape: Shape, x: Value, weight: Value, bias: Value | None = None
+) -> Axes:
+    """Weight [out, in], or [in] for a single output without an axis."""
     *first, read = weight.axes
     out = first[0] if first else None
     ids.unite(read, x.axes[-1])
@@ -156,15 +181,16 @@ def linear(ids: Ids, shape: Shape, x: Value, weight: Value, bias: Value | None =
     ids.mark(out, "write")
     if bias is not None and bias.axes:
         ids.unite(out, bias.axes[0])
-    ids.multiply(1, *sizes(x.shape[:-1], x.axes[:-1]), *sizes(weight.shape, weight.axes))
+    rows = ids_or_sizes(x.shape[:-1], x.axes[:-1])
+    ids.count_multiply_adds(1, *rows, *ids_or_sizes(weight.shape, weight.axes))
     return (*x.axes[:-1], *first)
 
 
 @rule("embedding.default")
 def embedding(
-    ids: Ids, shape: Shape, weight: Value, indices: Value, *rest: Any, **options: Any
+    ids: ChannelIds, shape: Shape, weight: Value, indices: Value, *rest: Any, **options: Any
 ) -> Axes:
-    """Writes axis 1 of the table; the words stay."""
+    """Table [words, width]: the words are kept, since the input names them by number."""
     ids.keep(weight.axes[0], "rows are looked up by number")
     ids.mark(weight.axes[1], "write")
     return (*indices.axes, weight.axes[1])
@@ -172,7 +198,7 @@ def embedding(
 
 @rule("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
 def embedding_bag(
-    ids: Ids,
+    ids: ChannelIds,
     shape: Shape,
     weight: Value,
     indices: Value,
@@ -180,9 +206,9 @@ def embedding_bag(
     *rest: Any,
     **options: Any,
 ) -> list[Axes]:
-    """Writes axis 1 of the table, summed or averaged over the words of a bag; the words stay.
+    """Sums or averages rows of a table [words, width] over the words of a bag; the words are kept.
 
-    The other results say where the words came from; the last one only for the largest (mode 2), with that axis.
+    The other three results are sizes and positions of the bags, without ids.
     """
     ids.keep(weight.axes[0], "rows are looked up by number")
     ids.mark(weight.axes[1], "write")

@@ -1,8 +1,9 @@
-"""Operations without a rule of their own, taken apart into others as ATen itself does it.
+"""Decomposes operations without a rule into operations that have one, as PyTorch itself does it.
 
-`torch.hstack` is another name of `cat`, `torch.diff` is two slices and a subtraction. PyTorch knows this of a thousand
-operations, in C++ ("composite" kernels) and in Python (`torch._decomp`); both are asked, one after the other. So a rule
-is needed only for what cannot be taken apart, or what would lose channels on the way.
+`torch.hstack` is `cat` by another name; `torch.diff` is two slices and a subtraction. PyTorch knows
+this for about a thousand operations, in C++ ("composite" kernels) and in Python (`torch._decomp`).
+A rule is needed only for what cannot be decomposed, or where the parts would keep channels that the
+whole could lose.
 """
 
 from __future__ import annotations
@@ -17,42 +18,49 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
-def parts_of(operation: Any, args: Sequence[Any], options: dict[str, Any]) -> torch.fx.Graph | None:
-    """Returns the graph of operations that `operation` stands for, or None if it cannot be taken apart.
+def decompose_operation(
+    operation: Any, args: Sequence[Any], options: dict[str, Any]
+) -> torch.fx.Graph | None:
+    """Returns the graph of operations that compute `operation`, or None if it cannot be decomposed.
 
     Args:
         operation: an overload of an ATen operation.
-        args: its arguments, with tensors without values ("fake" ones, as `torch.export` leaves them).
+        args: its arguments, with tensors without values ("fake" ones, as `torch.export` leaves
+            them).
         options: its arguments by name.
 
     Returns:
-        A graph whose placeholders are the tensors among the arguments, in the order of `tree_flatten((args, options))`.
+        A graph whose placeholders are the tensors among the arguments, in the order of
+        `tree_flatten((args, options))`.
     """
-    body = _body(operation)
-    if body is None:
+    decomposition = _decomposition(operation)
+    if decomposition is None:
         return None
-    leaves, form = tree_flatten((list(args), options))
+    leaves, structure = tree_flatten((list(args), options))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def run(*given: Tensor) -> Any:
         rest = iter(given)
         filled = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        arguments, named = tree_unflatten(filled, form)
-        return body(*arguments, **named)
+        arguments, named = tree_unflatten(filled, structure)
+        return decomposition(*arguments, **named)
 
     try:
         graph = make_fx(run, tracing_mode="real")(*tensors).graph
-    except (
-        Exception
-    ):  # whatever the decomposition raises: it needs values, say, or is not for these types
+    except Exception:
+        # A decomposition may need the values of its inputs, or refuse their types: then it does
+        # not help here, and what the operation touches is kept.
         return None
-    itself = any(node.target is operation for node in graph.nodes)
-    return None if itself else graph
+
+    # A composite kernel that calls itself would be decomposed for ever.
+    calls_itself = any(node.target is operation for node in graph.nodes)
+    return None if calls_itself else graph
 
 
-def _body(operation: Any) -> Callable[..., Any] | None:
-    """Returns the function that computes `operation` by others."""
-    # The composite kernel first: what it calls are operations, where Python's table ends in `prims` now and then.
+def _decomposition(operation: Any) -> Callable[..., Any] | None:
+    """Returns the function that computes `operation` by other operations."""
+    # The composite kernel comes first: it calls ATen operations, where Python's table sometimes
+    # ends in `prims`, for which there are no rules.
     if isinstance(operation, torch._ops.OpOverload) and operation._can_decompose():
         return operation.decompose
     return decomposition_table.get(operation)

@@ -1,4 +1,4 @@
-"""Normalisation: by each channel's own numbers, by those of a group, or by those of all channels."""
+"""Normalisation: over each channel by itself, over groups of channels, or over all channels."""
 
 from __future__ import annotations
 
@@ -7,24 +7,31 @@ from typing import Any
 
 import numpy as np
 
-from fedpress.compress.prune.ids import Ids, Value
-from fedpress.compress.prune.rules.table import Axes, Shape, rule
+from fedpress.compress.prune.ids import ChannelIds, Value
+from fedpress.compress.prune.rules.table import Axes, Shape, rule, values_among
+
+MEAN = "a mean over channels"
 
 
 @rule("batch_norm.default", "instance_norm.default")
 def batch_norm(
-    ids: Ids, shape: Shape, x: Value, weight: Value | None, bias: Value | None, *rest: Any
+    ids: ChannelIds,
+    shape: Shape,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    *rest: Any,
 ) -> Axes:
-    """Each channel is normalised by its own numbers: parameters and statistics go with it.
+    """Each channel has its own statistics, which are pruned with it, as are its scale and shift.
 
-    What else has channels is averaged over while it trains (weights that are standardised so, tokens): it stays.
+    Channels on another axis than 1 are kept: in training they are averaged over. That is so where a
+    batch norm standardises weights, or normalises tokens.
     """
     for d, axis in enumerate(x.axes):
         if d != 1:
-            ids.keep(axis, "a mean over channels")
-    for vector in (weight, bias, *rest[:2]):
-        if isinstance(vector, Value):
-            ids.unite(x.axes[1], vector.axes[0])
+            ids.keep(axis, MEAN)
+    for vector in values_among((weight, bias, *rest[:2])):  # `rest` begins with mean and variance
+        ids.unite(x.axes[1], vector.axes[0])
     if weight is not None:
         ids.mark(weight.axes[0], "scale")
     return x.axes
@@ -32,7 +39,7 @@ def batch_norm(
 
 @rule("group_norm.default")
 def group_norm(
-    ids: Ids,
+    ids: ChannelIds,
     shape: Shape,
     x: Value,
     groups: int,
@@ -40,49 +47,61 @@ def group_norm(
     bias: Value | None = None,
     *rest: Any,
 ) -> Axes:
-    """Channels of one group share a mean and a variance: only whole groups can go without changing the others."""
+    """Channels of a group share mean and variance: only whole groups can be pruned exactly.
+
+    A group norm of one group is a layer norm over channels, which the user may allow to prune
+    through.
+    """
     channels = x.axes[1]
-    for axis in x.axes[2:]:  # of weights that are standardised so, say
-        ids.keep(axis, "a mean over channels")
-    if channels is not None and not (groups == 1 and ids.pass_norm("layer_norm", channels)):
-        size = len(channels) // groups
-        ids.unite(channels, np.repeat(channels[::size], size))
-        ids.note_size(0, channels[::size])
-    for vector in (weight, bias):
-        if vector is not None:
-            ids.unite(channels, vector.axes[0])
+    # Standardised weights have channels on these axes too.
+    ids.keep_all(x.axes[2:], MEAN)
+    if channels is not None:
+        is_layer_norm = groups == 1
+        if not (is_layer_norm and ids.may_prune_through("layer_norm", channels)):
+            size = len(channels) // groups
+            first_of_group = channels[::size]
+            ids.unite(channels, np.repeat(first_of_group, size))
+            ids.note_size(0, first_of_group)  # the number of groups
+    for vector in values_among((weight, bias)):
+        ids.unite(channels, vector.axes[0])
     if weight is not None:
         ids.mark(weight.axes[0], "scale")
     return x.axes
 
 
 @rule("layer_norm.default", "rms_norm.default")
-def layer_norm(ids: Ids, shape: Shape, x: Value, normalized: Sequence[int], *rest: Any) -> Axes:
-    """All values of the last axes share a mean and a variance: none can go without changing the others.
+def layer_norm(
+    ids: ChannelIds, shape: Shape, x: Value, normalized: Sequence[int], *rest: Any
+) -> Axes:
+    """All values of the last axes share mean and variance, which change if one value is pruned.
 
-    Unless that is asked for (`ids.approximate`): then channels go, and the mean is of those that are left.
+    Only where the user allows it (`ids.approximate`) can channels be pruned; the statistics are
+    then those of the channels that are left.
     """
-    if len(normalized) == 1 and ids.pass_norm("layer_norm", x.axes[-1]):
+    parameters = values_among(rest[:2])
+    if len(normalized) == 1 and ids.may_prune_through("layer_norm", x.axes[-1]):
         ids.note_size(0, x.axes[-1])
-        for vector in rest[:2]:
-            if isinstance(vector, Value):
-                ids.unite(x.axes[-1], vector.axes[0])
+        for vector in parameters:
+            ids.unite(x.axes[-1], vector.axes[0])
         return x.axes
-    for axis in x.axes[-len(normalized) :]:
-        ids.keep(axis, "a mean over channels")
-    for vector in rest[:2]:
-        for axis in vector.axes if isinstance(vector, Value) else ():
-            ids.keep(axis, "a mean over channels")
+    ids.keep_all(x.axes[-len(normalized) :], MEAN)
+    for vector in parameters:
+        ids.keep_all(vector.axes, MEAN)
     return x.axes
 
 
 @rule("_weight_norm.default")
-def weight_norm(ids: Ids, shape: Shape, v: Value, g: Value, dim: int = 0) -> Axes:
-    """Divides by norms over all axes but one, to which zeros add nothing; the lengths `g` go with that axis."""
+def weight_norm(ids: ChannelIds, shape: Shape, v: Value, g: Value, dim: int = 0) -> Axes:
+    """Weight = g * v / norm(v), with a length `g` for each index of axis `dim`, or one (-1).
+
+    The norm is over masked weights, to which zeros add nothing, so all axes can lose channels
+    (Salimans and Kingma 2016, arXiv:1602.07868).
+    """
     if dim == -1:
         return v.axes
+    dim %= len(v.shape)
     for d, axis in enumerate(g.axes):
-        if d == dim % len(v.shape):
+        if d == dim:
             ids.unite(axis, v.axes[d])
         else:
             ids.keep(axis, "one length for all")
@@ -90,8 +109,8 @@ def weight_norm(ids: Ids, shape: Shape, v: Value, g: Value, dim: int = 0) -> Axe
 
 
 @rule("prelu.default")
-def prelu(ids: Ids, shape: Shape, x: Value, weight: Value) -> Axes:
-    """One slope for all channels, or one per channel that goes with it."""
+def prelu(ids: ChannelIds, shape: Shape, x: Value, weight: Value) -> Axes:
+    """One slope for all channels, or one for each channel, which is pruned with it."""
     if weight.shape[0] > 1:
         ids.unite(x.axes[1], weight.axes[0])
     else:

@@ -1,18 +1,25 @@
-"""Operations that take or replace a part of an axis: slices, single places, places that indices name."""
+"""Operations that take a part of an axis: slices, single indices, and tensors of indices."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fedpress.compress.prune.ids import Axis, Ids, Value
-from fedpress.compress.prune.rules.table import Axes, Shape, elementwise, named, rule, tie
+from fedpress.compress.prune.ids import Axis, ChannelIds, Value
+from fedpress.compress.prune.rules.table import (
+    Axes,
+    Shape,
+    arguments_by_name,
+    elementwise,
+    replaced,
+    rule,
+)
 
 BY_NUMBER = "channels are taken by number"
 
 
 @rule("slice.Tensor")
 def take_slice(
-    ids: Ids,
+    ids: ChannelIds,
     shape: Shape,
     x: Value,
     dim: int = 0,
@@ -20,30 +27,37 @@ def take_slice(
     end: int | None = None,
     step: int = 1,
 ) -> Axes:
-    """A run of channels: where it begins and ends is put right. Every n-th channel: n neighbours go together."""
+    """Takes every `step`-th channel between two places.
+
+    With step 1 the two places in the code are corrected after pruning. `x[:, ::2]` over the whole
+    axis is allowed too: two neighbours are then one channel, so that every second place stays
+    right.
+    """
     if shape == x.shape:
         return x.axes
     dim %= len(x.shape)
-    at = ids.next_slice()
-    axes, axis = list(x.axes), x.axes[dim]
+    position = ids.next_slice_start()
+    axis = x.axes[dim]
     if axis is None:
-        return (*x.axes,)
+        return x.axes
+
     first, last, _ = slice(start, end, step).indices(len(axis))
-    axes[dim] = axis[first:last:step]
-    if step == 1 and at is not None:
-        ids.note_size(at, axis[:first] if start else None)
-        ids.note_size(at + 1, axis[:last] if last < len(axis) else None)
-    elif first < step and last == len(axis) and len(axis) % step == 0:
+    covers_axis = first < step and last == len(axis) and len(axis) % step == 0
+    if step == 1 and position is not None:
+        # `x[:, :n]` has no start that could be wrong, and `x[:, n:]` no end.
+        ids.note_size(position, axis[:first] if start else None)
+        ids.note_size(position + 1, axis[:last] if last < len(axis) else None)
+    elif covers_axis:
         for column in axis.reshape(-1, step).T[1:]:
             ids.unite(axis[::step], column)
     else:
         ids.keep(axis, "channels are sliced by number")
-    return tuple(axes)
+    return replaced(x.axes, dim, axis[first:last:step])
 
 
 @rule("narrow.default")
-def narrow(ids: Ids, shape: Shape, x: Value, dim: int, start: int, length: int) -> Axes:
-    """A run of channels: where it begins and how long it is are put right."""
+def narrow(ids: ChannelIds, shape: Shape, x: Value, dim: int, start: int, length: int) -> Axes:
+    """Takes `length` channels from `start` on; both numbers in the code are corrected."""
     dim %= len(x.shape)
     axis = x.axes[dim]
     if axis is None or shape == x.shape:
@@ -51,93 +65,113 @@ def narrow(ids: Ids, shape: Shape, x: Value, dim: int, start: int, length: int) 
     start %= len(axis)
     if ids.call is None:
         ids.keep(axis, "channels are sliced by number")
+    taken = axis[start : start + length]
     ids.note_size(1, axis[:start])
-    ids.note_size(2, axis[start : start + length])
-    return (*x.axes[:dim], axis[start : start + length], *x.axes[dim + 1 :])
+    ids.note_size(2, taken)
+    return replaced(x.axes, dim, taken)
 
 
 @rule("select.int", "unbind.int")
-def select(ids: Ids, shape: Shape, x: Value, dim: int = 0, *rest: Any) -> Axes | list[Axes]:
-    """Takes one index, or each by itself, and drops the axis, which must stay; the others pass."""
+def select(ids: ChannelIds, shape: Shape, x: Value, dim: int = 0, *rest: Any) -> Axes | list[Axes]:
+    """Takes one index of an axis, or each by itself: the axis is kept, and the result lacks it."""
     dim %= len(x.shape)
     ids.keep(x.axes[dim], BY_NUMBER)
-    axes = (*x.axes[:dim], *x.axes[dim + 1 :])
-    return [axes] * x.shape[dim] if "unbind" in ids.operation else axes
+    axes = replaced(x.axes, dim)
+    if "unbind" in ids.operation:
+        return [axes] * x.shape[dim]
+    return axes
 
 
 @rule("gather", "take_along_dim")
-def gather(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
-    """Looks places up along one axis, for each place of the others, which the two tensors share."""
-    given = named(ids, [x, *args], options)
+def gather(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
+    """Looks up places along one axis, for each place of the others; the two tensors share those."""
+    given = arguments_by_name(ids, [x, *args], options)
     dim = given["dim"]
     index: Value = given["index"] if "index" in given else given["indices"]
     if dim is None or not x.shape:
-        for axis in x.axes:
-            ids.keep(axis, BY_NUMBER)
+        ids.keep_all(x.axes, BY_NUMBER)
         return ()
+
+    dim %= len(x.shape)
+    may_broadcast = "take_along_dim" in ids.operation  # `gather` never broadcasts its index
     axes: list[Axis] = []
-    for d, (axis, other) in enumerate(zip(x.axes, index.axes, strict=True)):
-        spread = "take_along_dim" in ids.operation and index.shape[d] == 1
-        if d != dim % len(x.shape) and (spread or x.shape[d] == index.shape[d]):
-            if not spread:
-                tie(ids, axis, other)
+    for d, (axis, index_axis) in enumerate(zip(x.axes, index.axes, strict=True)):
+        is_broadcast = may_broadcast and index.shape[d] == 1
+        if d != dim and is_broadcast:
             axes.append(axis)
-            continue
-        for each in (axis, other):
-            ids.keep(each, BY_NUMBER)
-        axes.append(None)
+        elif d != dim and x.shape[d] == index.shape[d]:
+            ids.unite(axis, index_axis)
+            axes.append(axis)
+        else:
+            # The looked-up axis, or one of which the index covers only the first places.
+            ids.keep_all((axis, index_axis), BY_NUMBER)
+            axes.append(None)
     return tuple(axes)
 
 
 @rule("one_hot")
-def one_hot(ids: Ids, shape: Shape, x: Value, *rest: Any) -> Axes:
-    """Classes stand in a new last axis."""
+def one_hot(ids: ChannelIds, shape: Shape, x: Value, *rest: Any) -> Axes:
+    """Classes stand in a new last axis without ids."""
     return x.axes
 
 
 @rule("searchsorted.Tensor")
-def searched(ids: Ids, shape: Shape, edges: Value, x: Value, *rest: Any, **options: Any) -> Axes:
-    """Says between which edges each value lies; edges of its own are looked up along the last axis."""
-    for axis in edges.axes:
-        ids.keep(axis, BY_NUMBER)
+def searched(
+    ids: ChannelIds, shape: Shape, edges: Value, x: Value, *rest: Any, **options: Any
+) -> Axes:
+    """Finds between which of the sorted `edges` each value lies.
+
+    `edges` is one row, or has a row for each row of `x`.
+    """
+    ids.keep_all(edges.axes, BY_NUMBER)
     if len(edges.shape) > 1:
-        for axis in x.axes:
-            ids.keep(axis, BY_NUMBER)
+        ids.keep_all(x.axes, BY_NUMBER)
         return (None,) * len(shape)
     return x.axes
 
 
 @rule("index_select", "index.Tensor", "masked_select")
-def pick(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
-    """Takes indices by number: along an axis with channels they must stay; other axes pass where one is looked up."""
-    looked = args[0] if args and isinstance(args[0], list | tuple) else []
-    where = [d for d, index in enumerate(looked) if isinstance(index, Value)]
+def index(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
+    """Takes the places that indices name: an axis that is indexed is kept.
+
+    If one axis alone is indexed, the axes of the indices take its place and all other axes keep
+    their ids.
+    """
+    indices = args[0] if args and isinstance(args[0], list | tuple) else []
+    indexed = [d for d, index in enumerate(indices) if isinstance(index, Value)]
+    index_rank = None
     if "index_select" in ids.operation:
-        where, rank = [args[0] % len(x.shape)], 1
-    elif "index.Tensor" in ids.operation and len(where) == 1:
-        rank = len(looked[where[0]].shape)
+        indexed = [args[0] % len(x.shape)]
+        index_rank = 1
+    elif "index.Tensor" in ids.operation and len(indexed) == 1:
+        index_rank = len(indices[indexed[0]].shape)
     else:
-        where, rank = list(range(len(x.shape))), -1
-    for d in where:
-        ids.keep(x.axes[d], BY_NUMBER)
-    if rank < 0 or len(shape) != len(x.shape) - 1 + rank:
+        # Several indices select together, so it is not known where any other axis ends up.
+        indexed = list(range(len(x.shape)))
+
+    ids.keep_all([x.axes[d] for d in indexed], BY_NUMBER)
+    # A mask of several axes is a single index too, but takes the place of more than one axis.
+    if index_rank is None or len(shape) != len(x.shape) - 1 + index_rank:
         return (None,) * len(shape)
-    return (*x.axes[: where[0]], *[None] * rank, *x.axes[where[0] + 1 :])
+    return replaced(x.axes, indexed[0], *[None] * index_rank)
 
 
 @rule("select_scatter", "slice_scatter")
-def written_part(
-    ids: Ids, shape: Shape, x: Value, source: Value, dim: int = 0, *rest: Any, **options: Any
+def overwrite_part(
+    ids: ChannelIds,
+    shape: Shape,
+    x: Value,
+    source: Value,
+    dim: int = 0,
+    *rest: Any,
+    **options: Any,
 ) -> Axes:
-    """Puts `source` in the place of one index, or of a run of them, along an axis that must stay."""
+    """Writes `source` over one index, or a run of indices, of an axis, which is kept."""
     dim %= len(shape)
     ids.keep(x.axes[dim], BY_NUMBER)
-    left = Value((*shape[:dim], *shape[dim + 1 :]), (*x.axes[:dim], *x.axes[dim + 1 :]))
-    if len(source.shape) == len(shape):
+    others = Value(replaced(shape, dim), replaced(x.axes, dim))
+    if len(source.shape) == len(shape):  # a run of indices; a single one has no such axis
         ids.keep(source.axes[dim], BY_NUMBER)
-        source = Value(
-            (*source.shape[:dim], *source.shape[dim + 1 :]),
-            (*source.axes[:dim], *source.axes[dim + 1 :]),
-        )
-    axes = elementwise(ids, left.shape, left, source)
+        source = Value(replaced(source.shape, dim), replaced(source.axes, dim))
+    axes = elementwise(ids, others.shape, others, source)
     return (*axes[:dim], None, *axes[dim:])

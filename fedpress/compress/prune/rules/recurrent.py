@@ -1,4 +1,4 @@
-"""Recurrent layers: a hidden unit is one row in every gate of every layer and direction, and a column that reads it."""
+"""Recurrent layers: a hidden unit is a row of each gate and a column of what reads it."""
 
 from __future__ import annotations
 
@@ -7,66 +7,70 @@ from typing import Any
 
 import numpy as np
 
-from fedpress.compress.prune.ids import Ids, Value, sizes
-from fedpress.compress.prune.rules.table import Axes, Shape, rule
+from fedpress.compress.prune.ids import ChannelIds, Value, ids_or_sizes
+from fedpress.compress.prune.rules.table import Axes, Shape, rule, values_among
 
 
 @rule("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input")
 def recurrent(
-    ids: Ids,
+    ids: ChannelIds,
     shape: Shape,
     x: Value,
     start: Any,
     weights: Sequence[Value],
-    bias: bool,
-    layers: int,
+    has_bias: bool,
+    num_layers: int,
     dropout: float,
     train: bool,
-    both: bool,
+    bidirectional: bool,
     *rest: Any,
 ) -> list[Axes]:
-    """The torch modules have one hidden size, so all layers and directions lose the same places."""
-    ways = 2 if both else 1
+    """A torch module has one hidden size, so all its layers and directions lose the same units."""
+    directions = 2 if bidirectional else 1
     states = list(start) if isinstance(start, list | tuple) else [start]
-    per = len(weights) // (layers * ways)
+    per_cell = len(weights) // (num_layers * directions)
     steps = int(np.prod(x.shape[:-1]))
-    if per != (4 if bias else 2):
-        for value in (*weights, x, *states):
-            for axis in value.axes if isinstance(value, Value) else ():
-                ids.keep(axis, "a projected state")
-        for matrix in (w for w in weights if len(w.shape) == 2):
-            ids.mark(matrix.axes[0], "write")
-            ids.multiply(steps, *matrix.shape)
+
+    if per_cell != (4 if has_bias else 2):
+        # `proj_size` adds a weight to each cell that makes the state narrower than the gates.
+        _keep_projected(ids, steps, x, weights, states)
         return [(None,) * len(x.shape)] * (1 + len(states))
+
     hidden = weights[1].axes[1]
     assert hidden is not None, "parameters have ids"
-    for i in range(layers * ways):
-        source = x.axes[-1] if i < ways else np.tile(hidden, ways)
-        w_ih, w_hh, *biases = weights[i * per : (i + 1) * per]
-        _cell(ids, steps, source, hidden, w_ih, w_hh, biases)
-    for state in states:
-        if isinstance(state, Value):
-            ids.unite(state.axes[-1], hidden)
-    after: list[Axes] = [(None,) * (len(x.shape) - 1) + (hidden,)] * len(states)
-    return [(*x.axes[:-1], np.tile(hidden, ways)), *after]
+    for i in range(num_layers * directions):
+        # Later layers read the hidden units of both directions, one after the other.
+        source = x.axes[-1] if i < directions else np.tile(hidden, directions)
+        w_ih, w_hh, *biases = weights[i * per_cell : (i + 1) * per_cell]
+        _unite_cell(ids, steps, source, hidden, [w_ih, w_hh], biases)
+    for state in values_among(states):
+        ids.unite(state.axes[-1], hidden)
+
+    final_state: Axes = (None,) * (len(x.shape) - 1) + (hidden,)
+    return [(*x.axes[:-1], np.tile(hidden, directions)), *[final_state] * len(states)]
+
+
+def _keep_projected(
+    ids: ChannelIds, steps: int, x: Value, weights: Sequence[Value], states: Sequence[Any]
+) -> None:
+    """Keeps all channels of a layer with projected states, and counts its multiply-adds."""
+    for value in values_among((*weights, x, *states)):
+        ids.keep_all(value.axes, "a projected state")
+    for weight in weights:
+        if len(weight.shape) == 2:
+            ids.mark(weight.axes[0], "write")
+            ids.count_multiply_adds(steps, *weight.shape)
 
 
 @rule("lstm_cell.default", "gru_cell.default", "rnn_tanh_cell.default", "rnn_relu_cell.default")
 def cell(
-    ids: Ids, shape: Shape, x: Value, start: Any, w_ih: Value, w_hh: Value, *biases: Any
+    ids: ChannelIds, shape: Shape, x: Value, start: Any, w_ih: Value, w_hh: Value, *biases: Any
 ) -> Axes | list[Axes]:
-    """One step; an LSTM gives two states."""
+    """One step of a recurrent layer; an LSTM returns two states."""
     hidden = w_hh.axes[1]
     assert hidden is not None, "parameters have ids"
-    _cell(
-        ids,
-        int(np.prod(x.shape[:-1])),
-        x.axes[-1],
-        hidden,
-        w_ih,
-        w_hh,
-        [b for b in biases if b is not None],
-    )
+    steps = int(np.prod(x.shape[:-1]))
+    _unite_cell(ids, steps, x.axes[-1], hidden, [w_ih, w_hh], values_among(biases))
     states = list(start) if isinstance(start, list | tuple) else [start]
     for state in states:
         ids.unite(state.axes[-1], hidden)
@@ -74,23 +78,34 @@ def cell(
     return [axes, axes] if len(states) > 1 else axes
 
 
-def _cell(
-    ids: Ids,
+def _unite_cell(
+    ids: ChannelIds,
     steps: int,
     source: Any,
     hidden: Any,
-    w_ih: Value,
-    w_hh: Value,
+    weights: Sequence[Value],
     biases: Sequence[Value],
 ) -> None:
+    """Unites the hidden unit's rows of all gates, and the columns that read input and hidden units.
+
+    Args:
+        ids: where they are united.
+        steps: examples times steps of the sequence.
+        source: ids of the inputs.
+        hidden: ids of the hidden units.
+        weights: [gates * hidden, inputs] and [gates * hidden, hidden].
+        biases: [gates * hidden] each.
+    """
+    w_ih, w_hh = weights
     gates = w_hh.shape[0] // w_hh.shape[1]
     ids.unite(w_ih.axes[1], source)
     ids.unite(w_hh.axes[1], hidden)
-    ids.mark(w_ih.axes[1], "read")
-    ids.mark(w_hh.axes[1], "read")
-    for rows in (w_ih, w_hh):
-        ids.unite(rows.axes[0], np.tile(hidden, gates))
-        ids.mark(rows.axes[0], "write")
-        ids.multiply(steps, *sizes(rows.shape, rows.axes))
+    for weight in weights:
+        ids.mark(weight.axes[1], "read")
+    for weight in weights:
+        # The gates are stacked along the rows: unit j is row j of every block.
+        ids.unite(weight.axes[0], np.tile(hidden, gates))
+        ids.mark(weight.axes[0], "write")
+        ids.count_multiply_adds(steps, *ids_or_sizes(weight.shape, weight.axes))
     for bias in biases:
         ids.unite(bias.axes[0], np.tile(hidden, gates))

@@ -1,4 +1,8 @@
-"""Reshapes: of an axis that becomes several, and of several that become one, one axis loses whole slices."""
+"""Reshapes: where one axis becomes several, or the reverse, one of them can lose whole slices.
+
+Example: [n, 4 * 8] viewed as [n, 4, 8] can lose heads (index 0..3, eight ids each) or places within
+all heads.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from fedpress.compress.prune.ids import Axis, Ids, Ints, Value
-from fedpress.compress.prune.rules.table import Axes, Shape, rule, tie
+from fedpress.compress.prune.ids import Axis, ChannelIds, Ints, Value
+from fedpress.compress.prune.rules.table import Axes, Shape, rule, values_among
+
+Length = tuple[Ints, bool]
+"""The ids of an axis, each once, and whether the axis repeats them (its length is a multiple)."""
 
 
 @rule(
@@ -23,57 +30,65 @@ from fedpress.compress.prune.rules.table import Axes, Shape, rule, tie
     "unsqueeze",
 )
 @rule("view_as", "reshape_as", "ravel")
-def reshape(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
-    """Of an axis that is cut into several, and of several that become one, one loses whole slices."""
+def reshape(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
+    """Matches runs of old and new axes of the same size; joins or splits their ids."""
     axes: list[Axis] = []
-    noted: list[
-        tuple[Ints, bool] | None
-    ] = []  # of each new axis: the ids of its length, and whether a multiple
+    lengths: list[Length | None] = []  # of each new axis
     for old, new in _segments(x.shape, shape):
         if len(old) == len(new) == 1:
             axis = x.axes[old[0]]
             axes.append(axis)
-            noted.append(None if axis is None else (axis, False))
+            lengths.append(None if axis is None else (axis, False))
             continue
-        for pieces in _pieces(ids, [(x.shape[i], x.axes[i]) for i in old], [shape[i] for i in new]):
-            axis, elements = _join(ids, pieces)
+        old_axes = [(x.shape[i], x.axes[i]) for i in old]
+        for pieces in _pieces(ids, old_axes, [shape[i] for i in new]):
+            axis, length = _join(ids, pieces)
             axes.append(axis)
-            known = axis is not None and elements is not None
-            noted.append((elements, len(axis) != len(elements)) if known else None)  # type: ignore[arg-type]
-    for like in (a for a in args if isinstance(a, Value)):  # `view_as`
+            lengths.append(length)
+
+    for like in values_among(args):  # `view_as`
         for axis, other in zip(axes, like.axes, strict=True):
-            tie(ids, axis, other)
+            ids.unite(axis, other)
     if "squeeze" not in ids.operation:
-        _note_sizes(ids, x, args, noted)
+        _note_sizes(ids, x, args, lengths)
     return tuple(axes)
 
 
 def _note_sizes(
-    ids: Ids, x: Value, args: Sequence[Any], noted: Sequence[tuple[Ints, bool] | None]
+    ids: ChannelIds, x: Value, args: Sequence[Any], lengths: Sequence[Length | None]
 ) -> None:
-    """Notes the numbers of the call: `unflatten` has its axis before them, and sizes from that axis on."""
+    """Records which sizes in the call are lengths of channel axes.
+
+    `view(n, 4, 8)` has the sizes of all axes from position 0 on; `unflatten(1, (4, 8))` has the
+    axis at position 0 and the sizes from that axis on after it.
+    """
     unflatten = "unflatten" in ids.operation
-    first = args[0] % len(x.shape) if unflatten else 0
-    sizes = next((list(a) for a in args if isinstance(a, list | tuple)), [])
-    for j in range(len(sizes)):
-        known = noted[first + j]
-        if known is not None:
-            axis, multiple = known
-            ids.note_size(j + int(unflatten), axis, multiple=multiple)
+    first_axis = args[0] % len(x.shape) if unflatten else 0
+    first_position = 1 if unflatten else 0
+    sizes: Sequence[Any] = ()
+    for argument in args:
+        if isinstance(argument, list | tuple):
+            sizes = argument
+            break
+    for i in range(len(sizes)):
+        length = lengths[first_axis + i]
+        if length is not None:
+            axis, is_multiple = length
+            ids.note_size(first_position + i, axis, multiple=is_multiple)
 
 
 @rule("view.dtype")
-def reinterpret(ids: Ids, shape: Shape, x: Value, kind: Any) -> Axes:
-    """The same bits as another type; of another width they are other numbers along the last axis."""
+def reinterpret(ids: ChannelIds, shape: Shape, x: Value, dtype: Any) -> Axes:
+    """Reads the same bits as another type; one of another width has another last axis."""
     if shape == x.shape:
         return x.axes
-    ids.keep(x.axes[-1], "bits become other numbers")
+    ids.keep(x.axes[-1], "bits are read as other numbers")
     return x.axes[:-1]
 
 
 @rule("view_as_real", "view_as_complex")
-def pairs_of_numbers(ids: Ids, shape: Shape, x: Value) -> Axes:
-    """The real and the imaginary part stand in a last axis, or become one number."""
+def real_and_complex(ids: ChannelIds, shape: Shape, x: Value) -> Axes:
+    """Real and imaginary part become a last axis of size 2, or the reverse."""
     if len(shape) < len(x.shape):
         ids.keep(x.axes[-1], "real and imaginary parts")
     return x.axes[: len(shape)]
@@ -85,74 +100,103 @@ def _segments(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
     >>> _segments((2, 8, 4, 4), (2, 2, 4, 16))
     [([0], [0]), ([1], [1, 2]), ([2, 3], [3])]
     """
-    pairs, i, j = [], 0, 0
+    pairs = []
+    i = j = 0
     while i < len(old) or j < len(new):
-        a, b = [i] if i < len(old) else [], [j] if j < len(new) else []
-        i, j = i + len(a), j + len(b)
-        while (left := prod(old[k] for k in a)) != (right := prod(new[k] for k in b)):
-            if left < right:
-                a.append(i)
+        old_run = [i] if i < len(old) else []
+        new_run = [j] if j < len(new) else []
+        i += len(old_run)
+        j += len(new_run)
+        # The side with fewer values takes its next axis until both have the same number.
+        while True:
+            old_size = prod(old[k] for k in old_run)
+            new_size = prod(new[k] for k in new_run)
+            if old_size == new_size:
+                break
+            if old_size < new_size:
+                old_run.append(i)
                 i += 1
             else:
-                b.append(j)
+                new_run.append(j)
                 j += 1
-        pairs.append((a, b))
+        pairs.append((old_run, new_run))
     return pairs
 
 
 Piece = tuple[int, Axis]
-"""A piece of an axis: its size and ids."""
+"""A factor of an axis: its size and its ids."""
 
 
-def _pieces(ids: Ids, old: Sequence[Piece], new: Sequence[int]) -> list[list[Piece]]:
-    """Cuts old axes into the pieces that new ones are made of; returns the pieces of each new axis.
+def _pieces(ids: ChannelIds, old: Sequence[Piece], new: Sequence[int]) -> list[list[Piece]]:
+    """Splits old axes into the factors of the new ones; returns the factors of each new axis.
 
-    Axes [n, 4 * 8] that become [n * 4, 8] have the pieces n, 4 and 8.
+    Axes [n, 4 * 8] that become [n * 4, 8] have the factors n, 4 and 8.
+
+    Args:
+        ids: where splits and kept axes are recorded.
+        old: size and ids of each old axis.
+        new: sizes of the new axes, with the same product.
     """
-    ends = sorted({1, *np.cumprod([size for size, _ in old]).tolist(), *np.cumprod(new).tolist()})
+    # The boundaries of both shapes as products from the left: [12, 5] has 12 and 60.
+    old_ends = np.cumprod([size for size, _ in old]).tolist()
+    new_ends = np.cumprod(new).tolist()
+    ends = sorted({1, *old_ends, *new_ends})
     if any(b % a for a, b in pairwise(ends)):
-        for _, axis in old:
-            ids.keep(axis, "channels are cut across each other")
+        # For example [6, 4] as [4, 6]: no factor of one is a factor of the other.
+        ids.keep_all([axis for _, axis in old], "a reshape mixes parts of several axes")
         return [[(size, None)] for size in new]
-    pieces: dict[int, Piece] = {}  # where a piece ends -> the piece
-    done = 1
+
+    piece_ending_at: dict[int, Piece] = {}
+    begin = 1
     for size, axis in old:
-        inside = [b // a for a, b in pairwise(e for e in ends if done <= e <= done * size)]
+        inside = [end for end in ends if begin <= end <= begin * size]
+        factors = [b // a for a, b in pairwise(inside)]
         if size == 1:
             ids.keep(axis, "its only channel")
-        for n, part in zip(inside, _cut(ids, inside, axis), strict=True):
-            done *= n
-            pieces[done] = (n, part)
-    result, done = [], 1
+        for factor, part in zip(factors, _split(ids, factors, axis), strict=True):
+            begin *= factor
+            piece_ending_at[begin] = (factor, part)
+
+    result = []
+    begin = 1
     for size in new:
-        result.append([pieces[e] for e in ends if done < e <= done * size])
-        done *= size
+        result.append([piece_ending_at[end] for end in ends if begin < end <= begin * size])
+        begin *= size
     return result
 
 
-def _cut(ids: Ids, shape: Sequence[int], axis: Axis) -> list[Axis]:
-    """Returns the ids of the pieces of an axis; a piece along which the ids are the same has none."""
+def _split(ids: ChannelIds, shape: Sequence[int], axis: Axis) -> list[Axis]:
+    """Returns the ids of each factor of an axis; a factor along which ids are repeated has none."""
     if axis is None or len(shape) < 2:
         return [axis] * len(shape)
     table = axis.reshape(shape)
-    varies = [d for d in range(table.ndim) if not (table == table.take([0], axis=d)).all()]
-    elements = table[tuple(slice(None) if d in varies else 0 for d in range(table.ndim))]
-    if len(varies) == 1:
-        return [elements if d in varies else None for d in range(table.ndim)]
-    axes = {d: ids.fresh(shape[d]) for d in varies}
-    ids.split_axis(elements, list(axes.values()))
-    return [axes.get(d) for d in range(table.ndim)]
+    varying = [d for d in range(table.ndim) if not (table == table.take([0], axis=d)).all()]
+    elements = table[tuple(slice(None) if d in varying else 0 for d in range(table.ndim))]
+
+    axes: list[Axis] = [None] * table.ndim
+    if len(varying) == 1:
+        axes[varying[0]] = elements
+        return axes
+    new = [ids.fresh(shape[d]) for d in varying]
+    for d, own in zip(varying, new, strict=True):
+        axes[d] = own
+    ids.split_axis(elements, new)
+    return axes
 
 
-def _join(ids: Ids, parts: Sequence[Piece]) -> tuple[Axis, Ints | None]:
-    """Returns the ids of an axis made of pieces, and those of one run through the pieces that have ids."""
-    known = [axis for _, axis in parts if axis is not None]
-    if not known:
+def _join(ids: ChannelIds, parts: Sequence[Piece]) -> tuple[Axis, Length | None]:
+    """Returns the ids of an axis made of factors, and the ids that count its length."""
+    with_ids = [axis for _, axis in parts if axis is not None]
+    if not with_ids:
         return None, None
-    elements = known[0]
-    if len(known) > 1:
-        shape = tuple(len(axis) for axis in known)
+    elements = with_ids[0]
+    if len(with_ids) > 1:
+        shape = tuple(len(axis) for axis in with_ids)
         elements = ids.fresh(prod(shape)).reshape(shape)
-        ids.split_axis(elements, known)
-    wide = elements.reshape([1 if axis is None else n for n, axis in parts])
-    return np.broadcast_to(wide, [n for n, _ in parts]).ravel(), elements.ravel()
+        ids.split_axis(elements, with_ids)
+
+    # Factors without ids (pixels, say) repeat the ids of the others.
+    sizes = [size for size, _ in parts]
+    broadcastable = elements.reshape([1 if axis is None else size for size, axis in parts])
+    joined = np.broadcast_to(broadcastable, sizes).ravel()
+    return joined, (elements.ravel(), len(joined) != elements.size)

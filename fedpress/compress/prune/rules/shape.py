@@ -1,4 +1,8 @@
-"""Operations that move, join, copy and make axes. Sizes that the code says are noted, so that they can be corrected."""
+"""Operations that move, join, copy and create axes.
+
+A size in the code that is the length of a channel axis is recorded, so that it can be corrected
+after pruning.
+"""
 
 from __future__ import annotations
 
@@ -7,46 +11,76 @@ from typing import Any
 
 import numpy as np
 
-from fedpress.compress.prune.ids import Axis, Ids, Ints, Value
-from fedpress.compress.prune.rules.table import Axes, Shape, elementwise, rule, tie
+from fedpress.compress.prune.ids import Axis, ChannelIds, Ints, Value
+from fedpress.compress.prune.rules.table import (
+    Axes,
+    Shape,
+    elementwise,
+    repeat_each,
+    replaced,
+    rule,
+    tile,
+)
 
 
 @rule("cat")
-def concatenate(ids: Ids, shape: Shape, values: Sequence[Value], dim: int = 0) -> Axes:
-    """Ids stand one after the other along `dim` and are tied along the other axes."""
+def concatenate(ids: ChannelIds, shape: Shape, values: Sequence[Value], dim: int = 0) -> Axes:
+    """Ids are concatenated along `dim` and united along the other axes."""
     dim %= len(shape)
-    values = [
-        v for v in values if v.shape != (0,) or len(shape) == 1
-    ]  # the empty beginning of a list: torch skips it
-    axes = list(
-        elementwise(
-            ids, tuple(-1 if i == dim else n for i, n in enumerate(shape)), *_hide_axis(values, dim)
-        )
-    )
-    parts = [v.axes[dim] for v in values]
-    if any(part is not None for part in parts):
-        axes[dim] = np.concatenate([_ids_or_new(ids, v, dim) for v in values])
-    return tuple(axes)
+    if len(shape) > 1:
+        # torch lets a list begin with an empty tensor of one axis and skips it.
+        values = [value for value in values if value.shape != (0,)]
+
+    # The parts may have different sizes along `dim`, so that axis takes no part in the union.
+    others = [_without_ids(value, dim) for value in values]
+    axes = elementwise(ids, replaced(shape, dim, -1), *others)
+    if all(value.axes[dim] is None for value in values):
+        return axes
+    parts = [_ids_or_kept(ids, value, dim) for value in values]
+    return replaced(axes, dim, np.concatenate(parts))
+
+
+def _without_ids(value: Value, dim: int) -> Value:
+    """Returns `value` with an axis `dim` of unknown size."""
+    return Value(replaced(value.shape, dim, -1), replaced(value.axes, dim, None))
+
+
+def _ids_or_kept(ids: ChannelIds, value: Value, dim: int) -> Ints:
+    """Returns the ids of an axis; where it has none, new ids that are kept."""
+    axis = value.axes[dim]
+    if axis is None:
+        axis = ids.fresh(value.shape[dim])
+        ids.keep(axis, "it is concatenated with channels")
+    return axis
 
 
 @rule("stack")
-def stack(ids: Ids, shape: Shape, values: Sequence[Value], dim: int = 0) -> Axes:
-    """A new axis that never changes; the others are tied."""
+def stack(ids: ChannelIds, shape: Shape, values: Sequence[Value], dim: int = 0) -> Axes:
+    """The new axis has no ids; the others are united."""
     dim %= len(shape)
-    axes = list(elementwise(ids, values[0].shape, *values))
+    axes = elementwise(ids, values[0].shape, *values)
     return (*axes[:dim], None, *axes[dim:])
 
 
 @rule("pad", "constant_pad_nd")
-def pad(ids: Ids, shape: Shape, x: Value, widths: Sequence[int], *rest: Any) -> Axes:
-    """Added channels have ids of their own and can go with what they meet; the numbers are put right."""
+def pad(ids: ChannelIds, shape: Shape, x: Value, widths: Sequence[int], *rest: Any) -> Axes:
+    """Added channels get new ids and can be pruned with the channels that they are added to later.
+
+    Example: a ResNet shortcut that pads zeros up to the width of the next stage. The widths in the
+        code are corrected.
+    """
+    adds_zeros = not rest or rest[0] in ("constant", 0, 0.0)
     axes: list[Axis] = []
     for i, axis in enumerate(x.axes):
+        # torch lists the widths from the last axis to the first: before, after, before, after, ...
         k = 2 * (len(shape) - 1 - i)
-        before, after = (widths[k], widths[k + 1]) if k < len(widths) else (0, 0)
+        before, after = 0, 0
+        if k < len(widths):
+            before, after = widths[k], widths[k + 1]
+
         if axis is None or before == after == 0:
             axes.append(axis)
-        elif before < 0 or after < 0 or (rest and rest[0] not in ("constant", 0, 0.0)):
+        elif before < 0 or after < 0 or not adds_zeros:
             ids.keep(axis, "channels are cut or repeated by a fixed number")
             axes.append(None)
         else:
@@ -60,8 +94,8 @@ def pad(ids: Ids, shape: Shape, x: Value, widths: Sequence[int], *rest: Any) -> 
 
 
 @rule("permute", "transpose.int", "t", "numpy_T", "mT", "movedim.int", "swapaxes", "adjoint")
-def permute(ids: Ids, shape: Shape, x: Value, *dims: Any) -> Axes:
-    """Axes change places and take their ids along."""
+def permute(ids: ChannelIds, shape: Shape, x: Value, *dims: Any) -> Axes:
+    """Axes are reordered together with their ids."""
     order = list(range(len(x.shape)))
     name = ids.operation.split(".")[1]
     if len(dims) == 2:
@@ -79,18 +113,22 @@ def permute(ids: Ids, shape: Shape, x: Value, *dims: Any) -> Axes:
 
 
 @rule("expand", "expand_as", "broadcast_to")
-def expand(ids: Ids, shape: Shape, x: Value, sizes: Any = (), **options: Any) -> Axes:
-    """Copies along new axes and axes of size 1, which may become fewer copies."""
-    new = len(shape) - len(x.shape)
-    old = (1,) * new + x.shape
-    like = sizes if isinstance(sizes, Value) else None  # `expand_as`
-    axes: list[Axis] = list(elementwise(ids, shape, x))
+def expand(ids: ChannelIds, shape: Shape, x: Value, sizes: Any = (), **options: Any) -> Axes:
+    """Copies `x` along new axes and axes of size 1; the copies are new channels."""
+    new_axes = len(shape) - len(x.shape)
+    old_shape = (1,) * new_axes + x.shape
+    axes = list(elementwise(ids, shape, x))
+
+    if isinstance(sizes, Value):  # `expand_as` takes its sizes from another tensor
+        for i, size in enumerate(shape):
+            if old_shape[i] == size:
+                ids.unite(axes[i], sizes.axes[i])
+            else:
+                axes[i] = sizes.axes[i]
+        return tuple(axes)
+
     for i, size in enumerate(shape):
-        if like is not None and old[i] == size:
-            tie(ids, axes[i], like.axes[i])
-        elif like is not None:
-            axes[i] = like.axes[i]
-        elif old[i] == 1 < size:
+        if old_shape[i] == 1 < size:
             axes[i] = ids.fresh(size)
             if ids.call is None:
                 ids.keep(axes[i], "its size is that of another tensor")
@@ -100,39 +138,35 @@ def expand(ids: Ids, shape: Shape, x: Value, sizes: Any = (), **options: Any) ->
 
 
 @rule("broadcast_tensors")
-def broadcast(ids: Ids, shape: Shape, values: Sequence[Value]) -> Axes:
-    """All get one shape."""
+def broadcast(ids: ChannelIds, shape: Shape, values: Sequence[Value]) -> Axes:
+    """All tensors are broadcast to one shape."""
     return elementwise(ids, shape, *values)
 
 
 @rule("repeat")
-def repeat(ids: Ids, shape: Shape, x: Value, times: Sequence[int]) -> Axes:
-    """Copies stand one after the other; a channel goes with its copies."""
-    new = len(shape) - len(x.shape)
-    old = (None,) * new + x.axes
-    return tuple(
-        None if axis is None else np.tile(axis, n) for axis, n in zip(old, times, strict=True)
-    )
+def repeat(ids: ChannelIds, shape: Shape, x: Value, times: Sequence[int]) -> Axes:
+    """Whole axes are copied one after the other; a channel is pruned with its copies."""
+    old = (None,) * (len(shape) - len(x.shape)) + x.axes
+    return tuple(tile(axis, n) for axis, n in zip(old, times, strict=True))
 
 
 @rule("repeat_interleave.self_int")
 def interleave(
-    ids: Ids, shape: Shape, x: Value, times: int, dim: int | None = None, **options: Any
+    ids: ChannelIds, shape: Shape, x: Value, times: int, dim: int | None = None, **options: Any
 ) -> Axes:
-    """Copies stand beside each other; a channel goes with its copies."""
+    """Each channel is copied in place, [a, b] -> [a, a, b, b]; it is pruned with its copies."""
     if dim is None:
-        for axis in x.axes:
-            ids.keep(axis, "channels are taken by number")
+        ids.keep_all(x.axes, "channels are taken by number")
         return (None,) * len(shape)
     dim %= len(x.shape)
-    axis = x.axes[dim]
-    return (*x.axes[:dim], None if axis is None else np.repeat(axis, times), *x.axes[dim + 1 :])
+    return replaced(x.axes, dim, repeat_each(x.axes[dim], times))
 
 
 @rule("pixel_shuffle.default", "pixel_unshuffle.default")
-def shuffle_pixels(ids: Ids, shape: Shape, x: Value, factor: int) -> Axes:
-    """The channels that become pixels of one channel go together, and the other way round."""
-    axis, block = x.axes[-3], factor * factor
+def shuffle_pixels(ids: ChannelIds, shape: Shape, x: Value, factor: int) -> Axes:
+    """factor^2 channels become the pixels of one channel, so they are pruned together."""
+    axis = x.axes[-3]
+    block = factor * factor
     if axis is None:
         return x.axes
     if "unshuffle" in ids.operation:
@@ -142,49 +176,32 @@ def shuffle_pixels(ids: Ids, shape: Shape, x: Value, factor: int) -> Axes:
 
 
 @rule("channel_shuffle.default", "native_channel_shuffle.default")
-def shuffle_channels(ids: Ids, shape: Shape, x: Value, groups: int) -> Axes:
-    """Every group loses the same places."""
+def shuffle_channels(ids: ChannelIds, shape: Shape, x: Value, groups: int) -> Axes:
+    """Channels of all groups are interleaved; every group loses the same positions."""
     axis = x.axes[1]
     if axis is None:
         return x.axes
-    table = axis.reshape(groups, -1)
-    ids.unite(axis, np.tile(table[0], groups))
-    return (x.axes[0], table.T.reshape(-1), *x.axes[2:])
+    by_group = axis.reshape(groups, -1)
+    # Groups of different sizes could no longer be shuffled.
+    ids.unite(axis, np.tile(by_group[0], groups))
+    return (x.axes[0], by_group.T.reshape(-1), *x.axes[2:])
 
 
 @rule(
     "zeros", "ones", "full", "empty.memory_format", "new_zeros", "new_ones", "new_full", "new_empty"
 )
-def uniform(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
-    """Makes a tensor whose sizes the code says; they are put right."""
-    axes: list[Axis] = [
-        ids.fresh(size) if ids.call is not None and size > 1 else None for size in shape
-    ]
-    for i, axis in enumerate(axes):
+def uniform(ids: ChannelIds, shape: Shape, *args: Any, **options: Any) -> Axes:
+    """Creates a tensor whose sizes stand in the code; they are corrected."""
+    axes: list[Axis] = []
+    for i, size in enumerate(shape):
+        # Without a call there is no number to correct, so the size must stay.
+        axis = ids.fresh(size) if ids.call is not None and size > 1 else None
         ids.note_size(i, axis)
+        axes.append(axis)
     return tuple(axes)
 
 
 @rule("arange", "eye", "rand", "randn", "scalar_tensor", "linspace", "tril_indices")
-def constant(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
-    """Makes a tensor whose sizes must stay."""
+def constant(ids: ChannelIds, shape: Shape, *args: Any, **options: Any) -> Axes:
+    """Creates a tensor whose sizes must stay."""
     return (None,) * len(shape)
-
-
-def _ids_or_new(ids: Ids, value: Value, dim: int) -> Ints:
-    """Returns the ids of an axis, new frozen ones where it never changes."""
-    axis = value.axes[dim]
-    if axis is None:
-        axis = ids.fresh(value.shape[dim])
-        ids.keep(axis, "it stands beside channels")
-    return axis
-
-
-def _hide_axis(values: Sequence[Value], dim: int) -> list[Value]:
-    """Hides axis `dim`, so that the other axes can be tied like those of a sum."""
-
-    def hide(v: Value) -> Value:
-        shape = tuple(-1 if i == dim else n for i, n in enumerate(v.shape))
-        return Value(shape, tuple(None if i == dim else a for i, a in enumerate(v.axes)))
-
-    return [hide(v) for v in values if len(v.shape) > 1 or v.shape[0]]

@@ -1,4 +1,4 @@
-"""Operations along height, width and depth: each channel is worked on by itself, and space keeps its size."""
+"""Operations along height, width and depth: channels are independent, and space keeps its size."""
 
 from __future__ import annotations
 
@@ -8,8 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from fedpress.compress.prune.ids import Axis, Ids, Value
-from fedpress.compress.prune.rules.table import Axes, Shape, elementwise, named, rule
+from fedpress.compress.prune.ids import Axis, ChannelIds, Value
+from fedpress.compress.prune.rules.table import (
+    Axes,
+    Shape,
+    arguments_by_name,
+    elementwise,
+    leading,
+    repeat_each,
+    replaced,
+    rule,
+    values_among,
+)
+
+SPACE = "kernel or image size"
+MIXED = "values are mixed across channels"
 
 
 @rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d")
@@ -24,58 +37,54 @@ from fedpress.compress.prune.rules.table import Axes, Shape, elementwise, named,
 @rule("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_lanczos2d_aa")
 @rule("reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
 @rule("replication_pad1d", "replication_pad2d", "replication_pad3d")
-def pooling(ids: Ids, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
-    """Works on the axes whose size it changes, within each channel; places or samples go with their channels."""
+def pooling(ids: ChannelIds, shape: Shape, x: Value, *args: Any, **options: Any) -> Axes:
+    """Works on the last 1, 2 or 3 axes, within each channel."""
     space = next(n for n in (1, 2, 3) if f"{n}d" in ids.operation)
     meeting = [x]
-    for value in args:
-        if isinstance(value, Value) and len(value.shape) == len(x.shape):  # where the maxima were
+    for value in values_among(args):
+        if len(value.shape) == len(x.shape):  # the positions of maxima that unpooling takes
             meeting.append(value)
-        elif isinstance(value, Value):  # random samples [n, channels, 2 or 3]
+        else:  # the samples [n, channels, 2 or 3] of fractional pooling
             ids.keep(x.axes[-space - 1], "samples are drawn for each channel")
+
+    # A network may pool over channels, by moving them to the end.
     for value in meeting:
-        for axis in value.axes[-space:]:
-            ids.keep(axis, "pooling runs over channels")
-    lead = elementwise(
-        ids, x.shape[:-space], *(Value(v.shape[:-space], v.axes[:-space]) for v in meeting)
-    )
-    return lead
+        ids.keep_all(value.axes[-space:], "pooling runs over channels")
+    return elementwise(ids, x.shape[:-space], *(leading(value, space) for value in meeting))
 
 
 @rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
-def grid_sampler(ids: Ids, shape: Shape, x: Value, grid: Value, *rest: Any, **options: Any) -> Axes:
-    """Looks [n, channels, space] up at the places [n, new space, 2 or 3]."""
-    for axis in (*x.axes[2:], *grid.axes[1:]):
-        ids.keep(axis, "places in space")
-    batch = elementwise(
-        ids, shape[:1], Value(x.shape[:1], x.axes[:1]), Value(grid.shape[:1], grid.axes[:1])
-    )
+def grid_sampler(
+    ids: ChannelIds, shape: Shape, x: Value, grid: Value, *rest: Any, **options: Any
+) -> Axes:
+    """Samples [n, channels, space] at the coordinates [n, new space, 2 or 3]."""
+    ids.keep_all((*x.axes[2:], *grid.axes[1:]), "coordinates in space")
+    image_batch = Value(x.shape[:1], x.axes[:1])
+    grid_batch = Value(grid.shape[:1], grid.axes[:1])
+    batch = elementwise(ids, shape[:1], image_batch, grid_batch)
     return (*batch, x.axes[1], *[None] * (len(shape) - 2))
 
 
 @rule("affine_grid_generator")
-def affine_grid(ids: Ids, shape: Shape, theta: Value, *rest: Any, **options: Any) -> Axes:
-    """Makes places [n, space, 2 or 3] from matrices [n, 2, 3] or [n, 3, 4]."""
-    for axis in theta.axes[1:]:
-        ids.keep(axis, "a matrix of coordinates")
+def affine_grid(ids: ChannelIds, shape: Shape, theta: Value, *rest: Any, **options: Any) -> Axes:
+    """Makes coordinates [n, space, 2 or 3] from matrices [n, 2, 3] or [n, 3, 4]."""
+    ids.keep_all(theta.axes[1:], "a matrix of coordinates")
     return (theta.axes[0], *[None] * (len(shape) - 1))
 
 
 @rule("im2col")
 def im2col(
-    ids: Ids, shape: Shape, x: Value, kernel: Sequence[int], *rest: Any, **options: Any
+    ids: ChannelIds, shape: Shape, x: Value, kernel: Sequence[int], *rest: Any, **options: Any
 ) -> Axes:
-    """[n, channels, h, w] -> [n, channels * kernel, places]: a channel is a whole block of rows."""
-    for axis in x.axes[-2:]:
-        ids.keep(axis, "kernel or image size")
-    channels = x.axes[-3]
-    block: Axis = None if channels is None else np.repeat(channels, prod(kernel))
-    return (*x.axes[:-3], block, None)
+    """[n, channels, h, w] -> [n, channels * kernel, positions]: a channel is a block of rows."""
+    ids.keep_all(x.axes[-2:], SPACE)
+    rows = repeat_each(x.axes[-3], prod(kernel))
+    return (*x.axes[:-3], rows, None)
 
 
 @rule("col2im")
 def col2im(
-    ids: Ids,
+    ids: ChannelIds,
     shape: Shape,
     x: Value,
     size: Sequence[int],
@@ -83,8 +92,8 @@ def col2im(
     *rest: Any,
     **options: Any,
 ) -> Axes:
-    """[n, channels * kernel, places] -> [n, channels, h, w]: the rows of a block go together."""
-    ids.keep(x.axes[-1], "kernel or image size")
+    """[n, channels * kernel, positions] -> [n, channels, h, w]: a block of rows is a channel."""
+    ids.keep(x.axes[-1], SPACE)
     rows = x.axes[-2]
     if rows is None:
         return (*x.axes[:-2], None, None, None)
@@ -94,42 +103,47 @@ def col2im(
 
 
 @rule("unfold")
-def windows(ids: Ids, shape: Shape, x: Value, dim: int, size: int, step: int) -> Axes:
-    """Windows along one axis, whose places stand in a new last axis."""
+def windows(ids: ChannelIds, shape: Shape, x: Value, dim: int, size: int, step: int) -> Axes:
+    """Windows along one axis, which is kept; the positions within a window are a new last axis."""
     if not x.shape:
         return (None,)
     dim %= len(x.shape)
     ids.keep(x.axes[dim], "windows run over channels")
-    return (*x.axes[:dim], None, *x.axes[dim + 1 :], None)
+    return (*replaced(x.axes, dim, None), None)
 
 
 @rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
 def fourier(
-    ids: Ids, shape: Shape, x: Value, dims: Sequence[int], *rest: Any, **options: Any
+    ids: ChannelIds, shape: Shape, x: Value, dims: Sequence[int], *rest: Any, **options: Any
 ) -> Axes:
-    """Frequencies along some axes take values from all over them; the other axes pass."""
-    mixed = {d % len(x.shape) for d in dims}
-    for d in mixed:
-        ids.keep(x.axes[d], "values are mixed across channels")
-    return tuple(None if d in mixed else axis for d, axis in enumerate(x.axes))
+    """Each frequency mixes all values along the transformed axes, which are kept."""
+    axes: list[Axis] = list(x.axes)
+    for dim in dims:
+        ids.keep(axes[dim], MIXED)
+        axes[dim] = None
+    return tuple(axes)
 
 
 @rule("stft", "istft")
-def short_fourier(ids: Ids, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
-    """[n, time] <-> [n, frequencies, frames]."""
-    ends = 1 if ids.operation.startswith("aten.stft") else 2
-    for value in (x, *rest, *options.values()):
-        for axis in value.axes[-ends if value is x else 0 :] if isinstance(value, Value) else ():
-            ids.keep(axis, "values are mixed across channels")
-    lead = x.axes[:-ends]
-    return (*lead, *[None] * (len(shape) - len(lead)))
+def short_fourier(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
+    """[n, time] -> [n, frequencies, frames], or the reverse."""
+    transformed = 1 if ids.operation.startswith("aten.stft") else 2
+    ids.keep_all(x.axes[-transformed:], MIXED)
+    for window in values_among((*rest, *options.values())):
+        ids.keep_all(window.axes, MIXED)
+    batch = x.axes[:-transformed]
+    return (*batch, *[None] * (len(shape) - len(batch)))
 
 
 @rule("diagonal", "linalg_diagonal")
-def diagonal(ids: Ids, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
-    """Two axes become one, and both keep their sizes."""
-    given = named(ids, [x, *rest], options)
+def diagonal(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
+    """Two axes, which are kept, become one at the end."""
+    given = arguments_by_name(ids, [x, *rest], options)
     pair = {given["dim1"] % len(x.shape), given["dim2"] % len(x.shape)}
-    for d in pair:
-        ids.keep(x.axes[d], "channels are taken by number")
-    return (*(axis for d, axis in enumerate(x.axes) if d not in pair), None)
+    others: list[Axis] = []
+    for d, axis in enumerate(x.axes):
+        if d in pair:
+            ids.keep(axis, "channels are taken by number")
+        else:
+            others.append(axis)
+    return (*others, None)

@@ -1,4 +1,8 @@
-"""Operations that cut an axis into parts. Sizes that the code says are noted, so that they can be corrected."""
+"""Operations that split an axis into parts; sizes in the code are recorded to be corrected.
+
+`split([4, 12])`: each part is pruned independently. `split(4)` and `chunk(2)`: all parts have the
+same size, so they must lose the same positions.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +11,39 @@ from itertools import pairwise
 
 import numpy as np
 
-from fedpress.compress.prune.ids import Ids, Value
-from fedpress.compress.prune.rules.table import Axes, Shape, rule
+from fedpress.compress.prune.ids import Axis, ChannelIds, Value
+from fedpress.compress.prune.rules.table import Axes, Shape, replaced, rule, take
+
+UNEQUAL = "channels are cut into unequal parts"
+BY_NUMBER = "channels are split by number"
 
 
 @rule("tensor_split.indices", "hsplit.array", "vsplit.array", "dsplit.array")
-def split_at(ids: Ids, shape: Shape, x: Value, ends: Sequence[int], dim: int = 0) -> list[Axes]:
-    """Parts that end at given places: each loses what it likes. The places are put right."""
-    dim = _split_axis(ids, x, dim)
-    axis, size = x.axes[dim], x.shape[dim]
-    places = [min(size, end if end >= 0 else max(0, end + size)) for end in ends]
+def split_at(
+    ids: ChannelIds, shape: Shape, x: Value, ends: Sequence[int], dim: int = 0
+) -> list[Axes]:
+    """Splits at given places: parts are pruned independently, the places in the code corrected."""
+    dim = _split_dim(ids, x, dim)
+    axis = x.axes[dim]
+    size = x.shape[dim]
+    places = []
+    for end in ends:
+        from_start = end if end >= 0 else max(0, end + size)
+        places.append(min(size, from_start))
+
     if ids.call is None or places != sorted(places):
-        ids.keep(axis, "channels are split by number")
+        ids.keep(axis, BY_NUMBER)
     for i, place in enumerate(places):
-        ids.note_size(i, None if axis is None or ends[i] < 0 else axis[:place])
         if ends[i] < 0:
-            ids.keep(axis, "channels are split by number")
+            # A place counted from the end cannot be written as the length of an axis.
+            ids.keep(axis, BY_NUMBER)
+        else:
+            ids.note_size(i, take(axis, None, place))
     return _parts_along(x, dim, [b - a for a, b in pairwise([0, *places, size])])
 
 
-def _split_axis(ids: Ids, x: Value, dim: int) -> int:
-    """Returns along which axis the present kind of splitting works."""
+def _split_dim(ids: ChannelIds, x: Value, dim: int) -> int:
+    """Returns the axis that the present operation splits; `hsplit` has a fixed one."""
     name = ids.operation.split(".")[1]
     if name == "hsplit":
         return min(1, len(x.shape) - 1)
@@ -35,53 +51,72 @@ def _split_axis(ids: Ids, x: Value, dim: int) -> int:
 
 
 @rule("tensor_split.sections", "hsplit.int", "vsplit.int", "dsplit.int")
-def split_evenly(ids: Ids, shape: Shape, x: Value, parts: int, dim: int = 0) -> list[Axes]:
-    """Equal parts lose the same places; of unequal ones the first are larger by one, and they stay whole."""
-    dim = _split_axis(ids, x, dim)
-    axis, (size, more) = x.axes[dim], divmod(x.shape[dim], parts)
-    if axis is not None and more:
-        ids.keep(axis, "channels are cut into unequal parts")
-    elif axis is not None:
-        ids.unite(axis, np.tile(axis[:size], parts))
-    return _parts_along(x, dim, [size + 1] * more + [size] * (parts - more))
+def split_evenly(ids: ChannelIds, shape: Shape, x: Value, parts: int, dim: int = 0) -> list[Axes]:
+    """Equal parts lose the same positions; an axis whose first parts are larger by one is kept."""
+    dim = _split_dim(ids, x, dim)
+    size, longer = divmod(x.shape[dim], parts)
+    _unite_parts(ids, x.axes[dim], size, longer)
+    return _parts_along(x, dim, [size + 1] * longer + [size] * (parts - longer))
+
+
+def _unite_parts(ids: ChannelIds, axis: Axis, size: int, rest: int) -> None:
+    """Unites the same position of all parts of `size`; keeps an axis with a `rest`."""
+    if axis is None:
+        return
+    if rest:
+        ids.keep(axis, UNEQUAL)
+    else:
+        ids.unite(axis, np.tile(axis[:size], len(axis) // size))
 
 
 @rule("chunk.default", "glu.default")
-def chunk(ids: Ids, shape: Shape, x: Value, *args: int) -> Axes | list[Axes]:
-    """Equal parts stay equal when the same place goes in every part; unequal ones stay whole."""
-    glu = "glu" in ids.operation
-    chunks, dim = (
-        (2, args[0] if args else -1) if glu else (args[0], args[1] if len(args) > 1 else 0)
-    )
+def chunk(ids: ChannelIds, shape: Shape, x: Value, *args: int) -> Axes | list[Axes]:
+    """Equal chunks lose the same positions; an axis of unequal chunks is kept.
+
+    A gated linear unit multiplies one half by the sigmoid of the other, so its output has the ids
+    of either half.
+    """
+    is_glu = "glu" in ids.operation
+    if is_glu:
+        chunks = 2
+        dim = args[0] if args else -1
+    else:
+        chunks = args[0]
+        dim = args[1] if len(args) > 1 else 0
     dim %= len(x.shape)
-    axis, size = x.axes[dim], -(-x.shape[dim] // chunks)
-    if axis is not None and x.shape[dim] % chunks:
-        ids.keep(axis, "channels are cut into unequal parts")
-    elif axis is not None:
-        ids.unite(axis, np.tile(axis[:size], chunks))
-    parts = _parts_along(
-        x,
-        dim,
-        [size] * (x.shape[dim] // size) + ([x.shape[dim] % size] if x.shape[dim] % size else []),
-    )
-    return parts[0] if glu else parts
+
+    # torch rounds the size of a chunk up, so that the last one may be smaller.
+    size = -(-x.shape[dim] // chunks)
+    whole, rest = divmod(x.shape[dim], size)
+    _unite_parts(ids, x.axes[dim], size, x.shape[dim] % chunks)
+    sizes = [size] * whole
+    if rest:
+        sizes.append(rest)
+    parts = _parts_along(x, dim, sizes)
+    return parts[0] if is_glu else parts
 
 
 @rule("split.Tensor", "split.sizes", "split_with_sizes")
-def split(ids: Ids, shape: Shape, x: Value, sizes: int | Sequence[int], dim: int = 0) -> list[Axes]:
-    """Parts of a list of sizes lose what they like; of one size, the same places. The sizes are put right."""
+def split(
+    ids: ChannelIds, shape: Shape, x: Value, sizes: int | Sequence[int], dim: int = 0
+) -> list[Axes]:
+    """Splits into parts of given sizes, which are pruned independently, or of one size.
+
+    Parts of one size lose the same positions. The sizes in the code are corrected.
+    """
     dim %= len(x.shape)
     axis = x.axes[dim]
     if isinstance(sizes, int):
         whole, rest = divmod(x.shape[dim], sizes)
-        if axis is not None and rest:
-            ids.keep(axis, "channels are cut into unequal parts")
-        elif axis is not None and whole > 1:
-            ids.unite(axis, np.tile(axis[:sizes], whole))
-        ids.note_size(0, None if axis is None else axis[:sizes])
-        return _parts_along(x, dim, [sizes] * whole + ([rest] if rest else []))
+        _unite_parts(ids, axis, sizes, rest)
+        ids.note_size(0, take(axis, None, sizes))
+        part_sizes = [sizes] * whole
+        if rest:
+            part_sizes.append(rest)
+        return _parts_along(x, dim, part_sizes)
+
     if ids.call is None:
-        ids.keep(axis, "channels are split by number")
+        ids.keep(axis, BY_NUMBER)
     parts = _parts_along(x, dim, sizes)
     for i, part in enumerate(parts):
         ids.note_size(i, part[dim])
@@ -89,9 +124,11 @@ def split(ids: Ids, shape: Shape, x: Value, sizes: int | Sequence[int], dim: int
 
 
 def _parts_along(x: Value, dim: int, sizes: Sequence[int]) -> list[Axes]:
-    axis, ends = x.axes[dim], np.cumsum(sizes)
-    parts = [
-        None if axis is None else axis[end - size : end]
-        for size, end in zip(sizes, ends, strict=True)
-    ]
-    return [(*x.axes[:dim], part, *x.axes[dim + 1 :]) for part in parts]
+    """Returns the axes of each part of `x`, whose sizes along `dim` are given."""
+    parts = []
+    begin = 0
+    for size in sizes:
+        part = take(x.axes[dim], begin, begin + size)
+        parts.append(replaced(x.axes, dim, part))
+        begin += size
+    return parts

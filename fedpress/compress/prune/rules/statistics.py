@@ -1,17 +1,28 @@
-"""Statistics, and whatever mixes values along some axes: those axes stay whole, the others pass."""
+"""Statistics and other operations that mix values along some axes, which are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from fedpress.compress.prune.ids import Ids, Value
-from fedpress.compress.prune.rules.table import Axes, Shape, elementwise, named, rule
+from fedpress.compress.prune.ids import Axis, ChannelIds, Value
+from fedpress.compress.prune.rules.table import (
+    Axes,
+    Shape,
+    arguments_by_name,
+    elementwise,
+    leading,
+    replaced,
+    rule,
+    values_among,
+)
 
-OF_ZEROS = ("sum", "linalg_vector_norm", "norm")
+UNCHANGED_BY_ZEROS = ("sum", "linalg_vector_norm", "norm")
 """Statistics to which zeros add nothing."""
 MEANS = ("mean", "var", "std", "var_mean", "std_mean")
-"""Statistics that norms are written with."""
+"""Statistics that hand-written normalisation layers consist of."""
+STATISTIC = "a statistic over channels"
+MIXED = "values are mixed across channels"
 
 
 @rule(
@@ -63,70 +74,83 @@ MEANS = ("mean", "var", "std", "var_mean", "std_mean")
     "tril",
     "triu",
 )
-def along(ids: Ids, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
-    """Values are mixed, counted or moved along some axes, of which no channel may go; a sum or norm of zeros may."""
-    rank, name = len(x.shape), ids.operation.split(".")[1]
+def along(ids: ChannelIds, shape: Shape, x: Value, *rest: Any, **options: Any) -> Axes:
+    """Values are mixed, counted or moved along some axes, whose channels are kept.
+
+    Exceptions: a sum or norm of masked weights, to which zeros add nothing, and a norm that the
+        user allows to prune
+    through.
+    """
+    rank = len(x.shape)
+    name = ids.operation.split(".")[1]
     dims = _dims(ids, x, rest, options)
-    passed = tuple(None if d in dims else axis for d, axis in enumerate(x.axes))
-    # A mean that keeps its axis: a norm written by hand.
-    if name in MEANS and len(shape) == rank and not x.weights:
-        kind = "grn" if x.pooled else "layer_norm"
-        if any(ids.pass_norm(kind, x.axes[d]) for d in dims):
-            return passed
-    adds_nothing = x.zero and name in OF_ZEROS
+    others: list[Axis] = [None if d in dims else axis for d, axis in enumerate(x.axes)]
+    keeps_rank = len(shape) == rank
+
+    # A mean that keeps its axis is part of a hand-written norm: x - x.mean(1, keepdim=True).
+    if name in MEANS and keeps_rank and not x.from_weights:
+        kind = "grn" if x.channel_norm else "layer_norm"
+        if any(ids.may_prune_through(kind, x.axes[d]) for d in dims):
+            return tuple(others)
+
+    # What no output reads may change its values: it only has to run.
+    adds_nothing = x.zero_when_masked and name in UNCHANGED_BY_ZEROS
     if ids.is_used and not adds_nothing:
-        reduces = len(shape) < rank or _has_argument(ids, "keepdim")
-        why = "a statistic over channels" if reduces else "values are mixed across channels"
-        for d in dims:
-            ids.keep(x.axes[d], why)
-    if len(shape) == rank:
-        return passed
-    return tuple(axis for d, axis in enumerate(passed) if d not in dims)
+        reduces = not keeps_rank or _has_argument(ids, "keepdim")
+        ids.keep_all([x.axes[d] for d in dims], STATISTIC if reduces else MIXED)
+    if keeps_rank:
+        return tuple(others)
+    return tuple(axis for d, axis in enumerate(others) if d not in dims)
 
 
-def _has_argument(ids: Ids, name: str) -> bool:
+def _has_argument(ids: ChannelIds, name: str) -> bool:
     return any(argument.name == name for argument in ids.target._schema.arguments)
 
 
-def _dims(ids: Ids, x: Value, rest: Any, options: Any) -> set[int]:
-    """Returns along which axes of `x` the present operation works: its argument says so, or it is all."""
-    rank, name = len(x.shape), ids.operation.split(".")[1]
+def _dims(ids: ChannelIds, x: Value, rest: Any, options: Any) -> set[int]:
+    """Returns the axes of `x` that the present operation works on; without a `dim` all of them."""
+    rank = len(x.shape)
+    name = ids.operation.split(".")[1]
     if name in ("tril", "triu"):
         return {rank - 2, rank - 1}
     if name == "msort":
         return {0}
-    given = named(ids, [x, *rest], options)
+    given = arguments_by_name(ids, [x, *rest], options)
     dims = given.get("dim", given.get("dims"))
     if dims is None or dims == []:
         return set(range(rank))
     if not rank:
         return set()
-    return {d % rank for d in (dims if isinstance(dims, list | tuple) else [dims])}
+    if not isinstance(dims, list | tuple):
+        dims = [dims]
+    return {d % rank for d in dims}
 
 
 @rule("quantile", "nanquantile")
-def quantile(ids: Ids, shape: Shape, x: Value, q: Any, *rest: Any, **options: Any) -> Axes:
+def quantile(ids: ChannelIds, shape: Shape, x: Value, q: Any, *rest: Any, **options: Any) -> Axes:
     """Sorts along one axis, or all; several quantiles stand in a new first axis."""
     several = isinstance(q, Value) and len(q.shape) == 1
-    kept = along(ids, shape[1:] if several else shape, x, q, *rest, **options)
-    return (None, *kept) if several else kept
+    if not several:
+        return along(ids, shape, x, q, *rest, **options)
+    return (None, *along(ids, shape[1:], x, q, *rest, **options))
 
 
 @rule("cosine_similarity", "linalg_cross")
-def pairs(ids: Ids, shape: Shape, x: Value, y: Value, *rest: Any, **options: Any) -> Axes:
-    """Two tensors meet index by index, and along one axis their values are mixed."""
-    dim = named(ids, [x, y, *rest], options)["dim"]
+def pairs(ids: ChannelIds, shape: Shape, x: Value, y: Value, *rest: Any, **options: Any) -> Axes:
+    """Two tensors meet index by index; along one axis, which is kept, their values are mixed."""
     rank = max(len(x.shape), len(y.shape))
-    dim %= rank
+    dim = arguments_by_name(ids, [x, y, *rest], options)["dim"] % rank
     for value in (x, y):
-        at = dim - rank + len(value.shape)
-        if at >= 0:
-            ids.keep(value.axes[at], "a statistic over channels")
-    wide = tuple(
-        max(sizes) for sizes in zip(*(_to_rank(v.shape, rank) for v in (x, y)), strict=True)
-    )
-    axes = elementwise(ids, wide, x, y)
-    return axes if len(shape) == rank else (*axes[:dim], *axes[dim + 1 :])
+        # `dim` counts the axes after broadcasting: a tensor of lower rank may lack it.
+        own_dim = dim - rank + len(value.shape)
+        if own_dim >= 0:
+            ids.keep(value.axes[own_dim], STATISTIC)
+
+    x_shape = _to_rank(x.shape, rank)
+    y_shape = _to_rank(y.shape, rank)
+    broadcast = tuple(max(a, b) for a, b in zip(x_shape, y_shape, strict=True))
+    axes = elementwise(ids, broadcast, x, y)
+    return axes if len(shape) == rank else replaced(axes, dim)
 
 
 def _to_rank(shape: Shape, rank: int) -> Shape:
@@ -134,12 +158,13 @@ def _to_rank(shape: Shape, rank: int) -> Shape:
 
 
 @rule("cdist", "_cdist_forward", "_euclidean_dist")
-def distances(ids: Ids, shape: Shape, x: Value, y: Value, *rest: Any, **options: Any) -> Axes:
-    """Every row of `x` meets every row of `y`; a distance is a statistic over the last axis."""
-    for value in (x, y):
-        ids.keep(value.axes[-1], "a statistic over channels")
-    lead = elementwise(ids, shape[:-2], *(Value(v.shape[:-2], v.axes[:-2]) for v in (x, y)))
-    return (*lead, x.axes[-2], y.axes[-2])
+def distances(
+    ids: ChannelIds, shape: Shape, x: Value, y: Value, *rest: Any, **options: Any
+) -> Axes:
+    """[..., n, channels] and [..., m, channels] -> distances [..., n, m], over all channels."""
+    ids.keep_all([x.axes[-1], y.axes[-1]], STATISTIC)
+    batch = elementwise(ids, shape[:-2], leading(x, 2), leading(y, 2))
+    return (*batch, x.axes[-2], y.axes[-2])
 
 
 @rule(
@@ -166,31 +191,29 @@ def distances(ids: Ids, shape: Shape, x: Value, y: Value, *rest: Any, **options:
     "linalg_lu",
 )
 @rule("cholesky_inverse", "cholesky_solve", "linalg_householder_product", "geqrf", "cholesky")
-def matrices(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
-    """Linear algebra on the last two axes, which stay whole; the axes before them are a batch."""
-    values = [a for a in args if isinstance(a, Value)]
-    fronts = []
+def matrices(ids: ChannelIds, shape: Shape, *args: Any, **options: Any) -> Axes:
+    """Linear algebra on the last two axes, which are kept; the axes before them are a batch."""
+    values = values_among(args)
     for value in values:
-        for axis in value.axes[-2:]:
-            ids.keep(axis, "values are mixed across channels")
-        fronts.append(Value(value.shape[:-2], value.axes[:-2]))
-    lead = elementwise(ids, values[0].shape[:-2], *fronts)
-    return lead
+        ids.keep_all(value.axes[-2:], MIXED)
+    batches = [leading(value, 2) for value in values]
+    return elementwise(ids, batches[0].shape, *batches)
 
 
 @rule("flip")
-def flip(ids: Ids, shape: Shape, x: Value, dims: Sequence[int]) -> Axes:
-    """Channels stand the other way round, also those that are left."""
-    turned = {d % len(x.shape) for d in dims}
-    return tuple(
-        axis if axis is None or d not in turned else axis[::-1] for d, axis in enumerate(x.axes)
-    )
+def flip(ids: ChannelIds, shape: Shape, x: Value, dims: Sequence[int]) -> Axes:
+    """Ids are reversed like the channels; that stays right when some are pruned."""
+    axes = list(x.axes)
+    for dim in dims:
+        axis = axes[dim]
+        if axis is not None:
+            axes[dim] = axis[::-1]
+    return tuple(axes)
 
 
 @rule("histc", "histogram.bin_ct", "bincount", "put", "take", "as_strided", "_pdist_forward")
-def mixed(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
-    """Any value may go anywhere: all axes stay."""
-    for value in args:
-        for axis in value.axes if isinstance(value, Value) else ():
-            ids.keep(axis, "values are mixed across channels")
+def mixed(ids: ChannelIds, shape: Shape, *args: Any, **options: Any) -> Axes:
+    """Any value may move to any place, so all axes are kept."""
+    for value in values_among(args):
+        ids.keep_all(value.axes, MIXED)
     return ()

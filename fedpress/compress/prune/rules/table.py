@@ -1,13 +1,19 @@
-"""The table of rules, and the words that they are written in."""
+"""The table of rules (ATen operation -> rule), and small functions that several rules use."""
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
+=======
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+>>>>>>> 861c422 (Say the pruning rules in plain words)
 
+import numpy as np
 import torch
 
-from fedpress.compress.prune.ids import Axis, Ids, Value
+from fedpress.compress.prune.ids import Axis, ChannelIds, Value
 
 aten = torch.ops.aten
 Axes = tuple[Axis, ...]
@@ -16,13 +22,13 @@ Rule = Callable[..., Any]
 R = TypeVar("R", bound=Rule)
 RULES: dict[Any, Rule] = {}
 FOREIGN: dict[str, Rule] = {}
-"""Rules of operations that other libraries define, by name: these are not there until the library is imported."""
+"""Rules of other libraries' operations by name: torch knows them once that library is imported."""
 
 
 def rule(*names: str) -> Callable[[R], R]:
     """Enters a function into `RULES` for each overload "name.overload", or all overloads of "name".
 
-    A name such as "library::operation" is one of another library.
+    A name such as "library::operation" is an operation of another library.
     """
 
     def enter(function: R) -> R:
@@ -32,7 +38,8 @@ def rule(*names: str) -> Callable[[R], R]:
                 continue
             packet, _, overload = name.partition(".")
             operation = getattr(aten, packet)
-            for each in [overload] if overload else operation.overloads():
+            overloads = [overload] if overload else operation.overloads()
+            for each in overloads:
                 RULES[getattr(operation, each)] = function
         return function
 
@@ -40,17 +47,18 @@ def rule(*names: str) -> Callable[[R], R]:
 
 
 def find_rule(operation: Any) -> Rule | None:
-    """Returns the rule of an ATen operation, or None if the engine does not know it."""
-    for each in (operation, _plain(operation)):
+    """Returns the rule of an operation, or None if the engine does not know it."""
+    for each in (operation, _functional_form(operation)):
         if each in RULES:
             return RULES[each]
         if torch.Tag.pointwise in getattr(each, "tags", ()):
             return elementwise
-    return FOREIGN.get(getattr(getattr(operation, "_schema", None), "name", ""))
+    schema = getattr(operation, "_schema", None)
+    return FOREIGN.get(getattr(schema, "name", ""))
 
 
-def _plain(operation: Any) -> Any:
-    """Returns the overload that gives what `operation` writes in place or copies: `squeeze` of `squeeze_`."""
+def _functional_form(operation: Any) -> Any:
+    """Returns `squeeze` for `squeeze_` or `squeeze_copy`: the overload with the same arguments."""
     schema = getattr(operation, "_schema", None)
     if schema is None or not schema.name.startswith("aten::"):
         return None
@@ -58,26 +66,63 @@ def _plain(operation: Any) -> Any:
     base = name.removesuffix("_copy") if name.endswith("_copy") else name.removesuffix("_")
     if not base or base == name or not hasattr(aten, base):
         return None
-    packet, wanted = getattr(aten, base), [argument.name for argument in schema.arguments]
-    like = (getattr(packet, each) for each in packet.overloads())
-    return next((each for each in like if [a.name for a in each._schema.arguments] == wanted), None)
+
+    # Overloads are named differently in the two forms, but their arguments are the same.
+    packet = getattr(aten, base)
+    wanted = [argument.name for argument in schema.arguments]
+    for overload in packet.overloads():
+        candidate = getattr(packet, overload)
+        if [argument.name for argument in candidate._schema.arguments] == wanted:
+            return candidate
+    return None
 
 
-def tie(ids: Ids, a: Axis, b: Axis) -> None:
-    """Says that two axes are one; two that never change need no word."""
-    if a is not None or b is not None:
-        ids.unite(a, b)
-
-
-def named(ids: Ids, args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_by_name(
+    ids: ChannelIds, args: Sequence[Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
     """Returns the arguments of the present operation by name, with its defaults."""
     given = dict(options)
-    for argument, value in zip(ids.target._schema.arguments, args, strict=False):
+    arguments = ids.target._schema.arguments
+    for argument, value in zip(arguments, args, strict=False):
         given[argument.name] = value
-    for argument in ids.target._schema.arguments:
+    for argument in arguments:
         if argument.has_default_value():
             given.setdefault(argument.name, argument.default_value)
     return given
+
+
+def values_among(arguments: Iterable[Any]) -> list[Value]:
+    """Returns the tensors among the arguments of an operation."""
+    return [argument for argument in arguments if isinstance(argument, Value)]
+
+
+def repeat_each(axis: Axis, times: int) -> Axis:
+    """Returns each id `times` times in a row: [a, b] -> [a, a, b, b]."""
+    return None if axis is None else np.repeat(axis, times)
+
+
+def tile(axis: Axis, times: int) -> Axis:
+    """Returns all ids `times` times: [a, b] -> [a, b, a, b]."""
+    return None if axis is None else np.tile(axis, times)
+
+
+def take(axis: Axis, start: int | None, stop: int | None) -> Axis:
+    """Returns the ids from `start` up to `stop`."""
+    return None if axis is None else axis[start:stop]
+
+
+def replaced(entries: Sequence[Any], dim: int, *new: Any) -> tuple[Any, ...]:
+    """Returns a shape or axes with `new` in the place of entry `dim`; without `new` it is dropped.
+
+    >>> replaced((2, 3, 4), 1, 5), replaced((2, 3, 4), 1)
+    ((2, 5, 4), (2, 4))
+    """
+    return (*entries[:dim], *new, *entries[dim + 1 :])
+
+
+def leading(value: Value, count: int) -> Value:
+    """Returns `value` as if it had only the axes before its last `count`."""
+    return Value(value.shape[:-count], value.axes[:-count])
 
 
 @rule(
@@ -162,27 +207,37 @@ def named(ids: Ids, args: Sequence[Any], options: Mapping[str, Any]) -> dict[str
     "square_",
     "where",
 )
-def elementwise(ids: Ids, shape: Shape, *args: Any, **options: Any) -> Axes:
-    """Index by index, with broadcasting: axes that meet are one; an axis of size 1 is spread over the other."""
-    axes: list[Axis] = [None] * len(shape)
+def elementwise(ids: ChannelIds, shape: Shape, *args: Any, **options: Any) -> Axes:
+    """Unites the axes that meet index by index, with broadcasting, and returns them.
+
+    A channel axis of size 1 that is broadcast over several indices is kept: it cannot be pruned
+    without them.
+    """
+    # A parameter comes first, so that the output has the ids of the weight it is computed from.
+    values = values_among((*args, *options.values()))
+    values.sort(key=lambda value: (value.shape != shape, not value.has_parameter))
+
+    axes: list[Axis] = []
     for i, size in enumerate(shape):
+        result: Axis = None
         meeting = []
-        values = [a for a in (*args, *options.values()) if isinstance(a, Value)]
-        for value in sorted(
-            values, key=lambda v: (v.shape != shape, not v.trained)
-        ):  # the ids are those of the weight
+        for value in values:
             j = i - len(shape) + len(value.shape)
             if j < 0:
                 continue
             if value.shape[j] == size:
                 meeting.append(value.axes[j])
             else:
-                ids.keep(value.axes[j], "one channel is spread over many")
-        known = [a for a in meeting if a is not None]
-        axes[i] = known[0] if known else None
-        for other in meeting if known else []:
-            if other is not known[0]:
-                ids.unite(known[0], other)
+                ids.keep(value.axes[j], "one channel is broadcast over many")
+
+        for axis in meeting:
+            if axis is not None:
+                result = axis
+                break
+        if result is not None:
+            for axis in meeting:
+                ids.unite(result, axis)
+        axes.append(result)
     return tuple(axes)
 
 
@@ -199,11 +254,12 @@ _SAME_VALUES = (
     "permute",
 )
 _SOME_VALUES = ("expand", "select", "unbind", "index", "index_select", "to", "_to_copy")
-ZERO_STAYS = frozenset(("abs", "square", "pow", "mul", "mv", *_SAME_VALUES, *_SOME_VALUES))
-"""Operations that give zero where their first input is zero: what norms of weights are computed with."""
+_ZERO_OF_ZERO = ("abs", "square", "pow", "mul", "mv")
+ZERO_STAYS = frozenset((*_ZERO_OF_ZERO, *_SAME_VALUES, *_SOME_VALUES))
+"""Operations that give zero where their first input is zero; norms of weights consist of them."""
 
 
 def zero_stays(operation: Any, values: Sequence[Value]) -> bool:
-    """Says whether a channel whose weights are zero is zero in the output of the operation on `values`."""
+    """Returns whether the output for `values` is zero where their channels are masked."""
     name = operation._schema.name.removeprefix("aten::")
-    return name in ZERO_STAYS and bool(values) and values[0].zero
+    return name in ZERO_STAYS and bool(values) and values[0].zero_when_masked
