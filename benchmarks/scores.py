@@ -68,7 +68,7 @@ def cut(
 ) -> nn.Module:
     """Removes channels of a copy of `model` and restores its batch-norm statistics."""
     model, public = copy.deepcopy(model).eval(), examples.public.take(torch.arange(512))
-    size = 1 if SCORES[name].single else 256
+    size = 1 if SCORES[name].per_example else 256
 
     def losses() -> Iterator[Tensor]:
         for x, y in zip(public.x.split(size), public.y.split(size), strict=True):

@@ -1,4 +1,4 @@
-"""Making a network small: which channels matter, which go together, and removing them for good."""
+"""Compression: channel pruning, sparsity, quantization, distillation, and what a model costs."""
 
 from fedpress.compress.cost import Latency, latency, macs, parameters, state_bytes
 from fedpress.compress.prune.approximate import Difference, Norm, difference, refit_norms_

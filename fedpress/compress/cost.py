@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-adds, bytes and milliseconds, counted or measured on the model itself."""
+"""What a model costs: parameters, multiply-adds, bytes and milliseconds, counted or measured."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds per call: the median, and the distance between the quartiles."""
+    """Milliseconds per call: the median, and the interquartile range."""
 
     median_ms: float
     spread_ms: float
@@ -46,17 +46,20 @@ def state_bytes(model: nn.Module) -> int:
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Returns the FLOPs of attention; the arguments are shapes [..., length, width]."""
     *batch, length, width = query
     flops: int = 2 * prod(batch) * length * key[-2] * (width + value[-1])
     return flops
 
 
 def _recurrent(x: Any, w_ih: Any, w_hh: Any, *_: Any, **__: Any) -> int:
+    """Returns the FLOPs of a recurrent layer; the arguments are shapes."""
     flops: int = 2 * prod(x[:-1]) * (prod(w_ih) + prod(w_hh))
     return flops
 
 
-_UNCOUNTED = {  # what torch does not count on a CPU
+# Operations on a CPU that torch's counter does not know.
+_UNCOUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten.mkldnn_rnn_layer: _recurrent,
 }
@@ -64,10 +67,14 @@ _UNCOUNTED = {  # what torch does not count on a CPU
 
 @torch.no_grad()
 def macs(model: nn.Module, example: Example) -> int:
-    """Counts the multiply-adds of convolutions and matrix products for `example` as given (batch 1: per example).
+    """Counts the multiply-adds of convolutions and matrix products for all of `example`.
 
-    Counted by torch's FlopCounterMode on the operations that really run, at two FLOPs per multiply-add. If the model
-    fails on one example alone, it is half of what two cost.
+    torch's FlopCounterMode counts the operations that really run, with two FLOPs per multiply-add.
+    If the model fails on one example alone, the result is half of what two cost.
+
+    Args:
+        model: any module.
+        example: its inputs; a batch of 1 gives the cost of one example.
 
     >>> macs(nn.Linear(3, 2), torch.zeros(1, 3))
     6
@@ -85,9 +92,9 @@ def macs(model: nn.Module, example: Example) -> int:
 
 @torch.no_grad()
 def activations(model: nn.Module, example: Example) -> int:
-    """Counts the numbers that the innermost modules of `model` give for `example` as given.
+    """Counts the numbers in the outputs of the innermost modules of `model` for all of `example`.
 
-    If the model fails on one example alone, it is half of what two give.
+    If the model fails on one example alone, the result is half of what two give.
 
     >>> activations(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), torch.zeros(1, 3))
     4
@@ -95,18 +102,15 @@ def activations(model: nn.Module, example: Example) -> int:
     counts: list[int] = []
 
     def note(module: nn.Module, args: object, out: object) -> None:
-        counts.extend(
-            t.numel()
-            for t in (out if isinstance(out, tuple | list) else [out])
-            if isinstance(t, Tensor)
-        )
+        outputs = out if isinstance(out, tuple | list) else [out]
+        counts.extend(t.numel() for t in outputs if isinstance(t, Tensor))
 
     def count(given: Example) -> int:
         counts.clear()
         call(model, given)
         return sum(counts)
 
-    inner = [m for m in model.modules() if not any(True for _ in m.children())]
+    inner = [m for m in model.modules() if not list(m.children())]
     hooks = [m.register_forward_hook(note) for m in inner]
     try:
         with _evaluating(model):
@@ -121,8 +125,14 @@ def activations(model: nn.Module, example: Example) -> int:
 def latency(model: nn.Module, example: Example, *, repeats: int = 30, warmup: int = 5) -> Latency:
     """Times `model` on one example (the first of `example`), in eager torch on one thread.
 
-    If the model fails on one example alone, it is half the time of two. The number of threads and the model's modes
-    are put back.
+    If the model fails on one example alone, it is half the time of two. The number of threads and
+    the model's modes are restored.
+
+    Args:
+        model: any module.
+        example: its inputs.
+        repeats: timed calls.
+        warmup: calls before them that are not counted, while caches fill and kernels are chosen.
     """
 
     def clock(given: Example) -> list[float]:
@@ -146,9 +156,9 @@ def latency(model: nn.Module, example: Example, *, repeats: int = 30, warmup: in
 
 
 def _alone_or_twice(run: Callable[[Example], T], given: Example) -> tuple[T, int]:
-    """Returns what `run` gives for `given`, or for its one example twice if that alone fails; and how often it ran.
+    """Returns the result of `run` for one example, or two copies if one alone fails; and how many.
 
-    Some networks cannot take a batch of one, for instance after a `squeeze()`.
+    Some networks cannot take a batch of one, for instance because of a `squeeze()`.
     """
     try:
         return run(given), 1

@@ -21,9 +21,10 @@ Pair = str | tuple[str, str]
 class DistillSettings(BaseModel):
     """What a student learns from its teacher.
 
-    The loss is `(1 - weight) * task.loss + weight * task.soft_loss`, plus the terms of features and attention. For a
-    classification the soft loss is `T^2 * KL(teacher || student)` at temperature T, for a regression the squared
-    difference of the outputs. A module is named once for both networks, or as [student's, teacher's].
+    The loss is `(1 - weight) * task.loss + weight * task.soft_loss`, plus the terms of features and
+    attention. For a classification the soft loss is `T^2 * KL(teacher || student)` at temperature T, for a regression the squared
+    difference of the outputs. A module is named once for both networks, or as [student's,
+    teacher's].
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,7 +46,8 @@ class DistillSettings(BaseModel):
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Returns half the squared distance of features of one shape, in units of the teacher's squared length.
 
-    FitNets (Romero et al. 2015, arXiv:1412.6550), equation 3, made free of the scale of the features.
+    FitNets (Romero et al. 2015, arXiv:1412.6550), equation 3, made free of the scale of the
+    features.
     """
     return (student - teacher).square().sum() / (2 * teacher.square().sum().clamp_min(1e-12))
 
@@ -53,8 +55,8 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def attention_map(x: Tensor) -> Tensor:
     """Returns how active each position of features [n, C, ...] is, as unit vectors [n, positions].
 
-    The mean square over channels: so networks of other widths compare. Zagoruyko and Komodakis (2017,
-    arXiv:1612.03928), section 3.1.
+    The mean square over channels: so networks of other widths compare. Zagoruyko and Komodakis
+    (2017, arXiv:1612.03928), section 3.1.
     """
     return F.normalize(x.square().mean(1).flatten(1), dim=1, eps=1e-12)
 
@@ -108,7 +110,8 @@ def outputs(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tens
 class Distillation:
     """The objective of a student: call `watching` around the training, and train `helpers` with the student.
 
-    The teacher is put into evaluation mode and frozen; it sees what the student sees, augmentation included.
+    The teacher is put into evaluation mode and frozen; it sees what the student sees, augmentation
+    included.
 
     Args:
         teacher: the network to learn from.
@@ -120,7 +123,8 @@ class Distillation:
         seed: of the projections' first weights.
 
     Raises:
-        TrainingError: if the networks do not fit each other: classes, modules, shapes, or values that are not finite.
+        TrainingError: if the networks do not fit each other: classes, modules, shapes, or values
+            that are not finite.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""Channel pruning: trace the network, score its channels, plan which go, remove them, check the result."""
+"""Channel pruning: trace a network, score its channels, plan, remove them, check the result."""

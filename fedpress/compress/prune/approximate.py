@@ -1,10 +1,11 @@
-"""Cuts through layer norms and GRN, which are not exact: fewer channels have other means; their scales are fitted anew.
+"""Pruning through layer norms and GRN, which is not exact, and fitting their scales afterwards.
 
-`trace(model, x, approximate=["layer_norm"])` lets the channels that a layer norm averages over be cut. What remains is
-then normalised by the mean and the variance of what remains. `refit_norms_` makes good for that as far as a scale and
-a shift for each channel can: by least squares its outputs on some examples become those of the uncut network. How far
-the networks still differ is measured (`difference`), and all that has to be exact is checked with these statistics
-held still (`constant_statistics`).
+`trace(model, x, approximate=["layer_norm"])` allows pruning of channels that a layer norm averages
+over. The remaining channels are then normalised by their own mean and variance. `refit_norms_`
+corrects that as far as a scale and a shift per channel can: by least squares, so that the norm's
+outputs on some examples become those of the dense network. `difference` measures how far the
+networks still differ. Everything else must be exact; it is checked while these statistics are
+constants (`constant_statistics`).
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ from fedpress.core.inputs import Example, call
 from fedpress.errors import RecipeError, suggestion
 
 Norm = Literal["layer_norm", "grn"]
-RIDGE = 1e-6  # of the mean square: a channel that is always 0 keeps its scale
-LINEAR = 1e-3  # how far a norm may be from linear in its scale and shift, relative to its outputs
+RIDGE = 1e-6
+"""Weight of the old scale in the fit, so that a channel that is always 0 keeps its scale."""
+LINEAR = 1e-3
+"""How far a norm may be from linear in its scale and shift, relative to its largest output."""
 
 
 def check_names(names: Sequence[str]) -> frozenset[str]:
-    """Returns the kinds of norms that may be cut through.
+    """Returns the kinds of norms that may be pruned through, as a set.
 
     Raises:
-        RecipeError: if there is no such kind.
+        RecipeError: if `names` is not a list, or there is no such kind.
     """
     known = list(get_args(Norm))
     if isinstance(names, str):
@@ -51,11 +54,12 @@ def check_names(names: Sequence[str]) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the outputs of two networks are apart on the same examples.
+    """How far the outputs of two networks differ on the same examples.
 
     Attributes:
-        relative: the norm of the difference, as a share of the norm of the first network's outputs.
-        agreement: the share of examples with the same largest output; None where outputs are no scores of classes.
+        relative: norm of the difference, divided by the norm of the first network's outputs.
+        agreement: share of examples with the same largest output; None if outputs are not [n,
+            classes].
     """
 
     relative: float
@@ -65,35 +69,37 @@ class Difference:
 @torch.no_grad()
 def difference(dense: nn.Module, small: nn.Module, batches: Sequence[Example]) -> Difference:
     """Compares the first outputs of two networks in evaluation mode on `batches`."""
-    apart = size = 0.0
+    squared_difference = squared_norm = 0.0
     same = count = 0
     with _evaluating(dense), _evaluating(small):
         for batch in batches:
-            a, b = (_first(call(model, batch)).double() for model in (dense, small))
-            apart += float((a - b).square().sum())
-            size += float(a.square().sum())
-            if a.dim() == 2:
-                same += int((a.argmax(1) == b.argmax(1)).sum())
-                count += len(a)
-    return Difference((apart / max(size, 1e-30)) ** 0.5, same / count if count else None)
+            wanted = _first_tensor(call(dense, batch)).double()
+            given = _first_tensor(call(small, batch)).double()
+            squared_difference += float((wanted - given).square().sum())
+            squared_norm += float(wanted.square().sum())
+            if wanted.dim() == 2:
+                same += int((wanted.argmax(1) == given.argmax(1)).sum())
+                count += len(wanted)
+    relative = (squared_difference / max(squared_norm, 1e-30)) ** 0.5
+    return Difference(relative, same / count if count else None)
 
 
 @torch.no_grad()
 def refit_norms_(
     dense: nn.Module, small: nn.Module, plan: PruningPlan, batches: Sequence[Example]
 ) -> dict[str, str]:
-    """Fits scales and shifts of the norms that `plan` cut through, so that they give what the uncut ones give.
+    """Fits scales and shifts of the norms that `plan` prunes through to the dense norms' outputs.
 
-    One norm after the other, in the order of the network, each with those before it fitted already. For each channel
-    the weight and the bias are the solution of a least-squares problem over all examples and places. A fit that takes
-    the outputs of the whole network farther away is undone. A norm may be a module of torch or the user's own, if its
-    parameters enter its outputs linearly.
+    The norms are fitted in the order of the network, each after those before it. For each channel
+    the scale and the shift solve a least-squares problem over all examples and places. A fit after
+    which the outputs of the whole network are farther from the dense ones is undone. A norm may be
+    a torch module or the user's own, if its outputs are linear in its parameters.
 
     Args:
-        dense: the network before the cut.
+        dense: the network before pruning.
         small: the same after `remove_`; its norms are changed.
-        plan: what was cut.
-        batches: public inputs; some hundred examples are enough.
+        plan: what was pruned.
+        batches: public inputs; a few hundred examples are enough.
 
     Returns:
         The norms that were not fitted, with the reason.
@@ -102,16 +108,14 @@ def refit_norms_(
     best = difference(dense, small, batches).relative
     with _evaluating(dense), _evaluating(small):
         for name in plan.approximate:
-            before = [
-                parameter.clone()
-                for parameter in small.get_submodule(name).parameters(recurse=False)
-            ]
+            parameters = list(small.get_submodule(name).parameters(recurse=False))
+            before = [parameter.clone() for parameter in parameters]
             why = _refit_(name, dense, small, plan, batches)
             now = difference(dense, small, batches).relative
-            if why is None and now > best:  # later layers may lean on what the fit takes away
-                for parameter, value in zip(
-                    small.get_submodule(name).parameters(recurse=False), before, strict=True
-                ):
+            if why is None and now > best:
+                # The norm's own outputs are nearer, but later layers may amplify what still
+                # differs.
+                for parameter, value in zip(parameters, before, strict=True):
                     parameter.copy_(value)
                 why = "the network's outputs came no nearer"
             elif why is None:
@@ -124,13 +128,13 @@ def refit_norms_(
 def _refit_(
     name: str, dense: nn.Module, small: nn.Module, plan: PruningPlan, batches: Sequence[Example]
 ) -> str | None:
-    """Fits one norm; returns why not, if so."""
+    """Fits one norm; returns the reason if it cannot be fitted, else None."""
     norm = small.get_submodule(name)
-    vectors = _cut_vectors(name, norm, plan)
+    vectors = _pruned_vectors(name, norm, plan)
     if not vectors:
         return "it has no scale of its own"
     if any(True for _ in norm.children()) or len(vectors) > 2:
-        return "it does more than to normalise"
+        return "it does more than normalise"
     parameters = [parameter for parameter, _ in vectors]
     kept = torch.tensor(vectors[0][1])
     system = _NormalEquations(len(kept), len(parameters))
@@ -138,27 +142,29 @@ def _refit_(
         wanted = _outputs(dense, name, batch)
         calls = _arguments(small, name, batch)
         for target, (args, options) in zip(wanted, calls, strict=True):
-            base, slopes, real = _parts(norm, args, options, parameters)
+            base, slopes, real = _linear_parts(norm, args, options, parameters)
             dim = _channel_dim(target, real)
             if dim is None:
                 return "its outputs do not have its channels"
             columns = torch.stack([_rows(slope, dim) for slope in slopes], -1)
-            modelled = (columns @ _now(parameters)[..., None])[..., 0] + _rows(base, dim)
-            missed = (modelled - _rows(real, dim)).abs().max()
-            if missed > LINEAR * real.abs().max().clamp_min(1e-6):
+
+            # Outputs = base + sum of slope * parameter holds only if the norm is linear in them.
+            linear = (columns @ _side_by_side(parameters)[..., None])[..., 0] + _rows(base, dim)
+            error = (linear - _rows(real, dim)).abs().max()
+            if error > LINEAR * real.abs().max().clamp_min(1e-6):
                 return "its parameters do not enter its outputs linearly"
             goal = target.index_select(dim, kept.to(target.device))
             system.add_(columns, _rows(goal, dim) - _rows(base, dim))
-    solved = system.solve(_now(parameters).cpu())
+    solved = system.solve(_side_by_side(parameters).cpu())
     for parameter, values in zip(parameters, solved.unbind(1), strict=True):
         parameter.copy_(values.view(parameter.shape))
     return None
 
 
-def _cut_vectors(
+def _pruned_vectors(
     name: str, norm: nn.Module, plan: PruningPlan
 ) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
-    """Returns the norm's parameters of one number for each channel, and the indices of the channels that stay."""
+    """Returns the norm's parameters with one number per channel, each with its kept indices."""
     prefix = f"{name}." if name else ""
     vectors = []
     for key, parameter in norm.named_parameters(recurse=False):
@@ -171,25 +177,33 @@ def _cut_vectors(
     return vectors
 
 
-def _now(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Returns the values of the parameters side by side: [channels, parameters]."""
+def _side_by_side(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Returns the parameters as columns: [channels, parameters], float64."""
     return torch.stack([parameter.flatten().double() for parameter in parameters], -1)
 
 
 class _NormalEquations:
-    """A least-squares problem for each channel, added up over batches: gram @ solution = right."""
+    """A least-squares problem per channel, summed over batches: gram @ solution = right.
+
+    Only sums are kept, so that memory does not grow with the number of examples.
+    """
 
     def __init__(self, channels: int, unknowns: int) -> None:
         self.gram = torch.zeros(channels, unknowns, unknowns, dtype=torch.float64)
         self.right = torch.zeros(channels, unknowns, dtype=torch.float64)
 
     def add_(self, columns: Tensor, wanted: Tensor) -> None:
-        """Adds `columns` [channels, places, unknowns], whose weighted sum shall be `wanted` [channels, places]."""
+        """Adds a batch: the weighted sum of `columns` should be `wanted`.
+
+        Args:
+            columns: [channels, places, unknowns].
+            wanted: [channels, places].
+        """
         self.gram += (columns.transpose(1, 2) @ columns).cpu()
         self.right += (columns.transpose(1, 2) @ wanted[..., None])[..., 0].cpu()
 
     def solve(self, now: Tensor) -> Tensor:
-        """Returns the solution [channels, unknowns]; `now` stays where the examples say nothing."""
+        """Returns the solution [channels, unknowns]: `now` where the examples say nothing."""
         unknowns = now.shape[1]
         ridge = RIDGE * self.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
         gram = self.gram + ridge[:, None, None] * torch.eye(unknowns, dtype=torch.float64)
@@ -197,19 +211,19 @@ class _NormalEquations:
         return solved
 
 
-def _parts(
+def _linear_parts(
     norm: nn.Module, args: Any, options: Any, parameters: Sequence[nn.Parameter]
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Returns the output with all parameters 0, what each of them adds at 1, and the real output."""
-    real = _first(norm(*args, **options))
+    """Returns the output with parameters 0, what each parameter adds at 1, and the real output."""
+    real = _first_tensor(norm(*args, **options))
     values = [parameter.clone() for parameter in parameters]
     for parameter in parameters:
         parameter.zero_()
-    base = _first(norm(*args, **options))
+    base = _first_tensor(norm(*args, **options))
     slopes = []
     for parameter in parameters:
         parameter.fill_(1.0)
-        slopes.append(_first(norm(*args, **options)) - base)
+        slopes.append(_first_tensor(norm(*args, **options)) - base)
         parameter.zero_()
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
@@ -217,22 +231,25 @@ def _parts(
 
 
 def _rows(x: Tensor, dim: int) -> Tensor:
-    """Returns a tensor as [channels, places]."""
-    return x.movedim(dim, 0).flatten(1).double() if x.dim() > 1 else x[:, None].double()
+    """Returns a tensor as [channels, places], float64."""
+    if x.dim() == 1:
+        return x[:, None].double()
+    return x.movedim(dim, 0).flatten(1).double()
 
 
-def _channel_dim(whole: Tensor, cut: Tensor) -> int | None:
-    if whole.dim() != cut.dim():
+def _channel_dim(dense: Tensor, pruned: Tensor) -> int | None:
+    """Returns the one axis along which two tensors differ in size; None if there is no such."""
+    if dense.dim() != pruned.dim():
         return None
-    other = [d for d in range(cut.dim()) if whole.shape[d] != cut.shape[d]]
-    return other[0] if len(other) == 1 else None
+    differing = [d for d in range(pruned.dim()) if dense.shape[d] != pruned.shape[d]]
+    return differing[0] if len(differing) == 1 else None
 
 
 def _outputs(model: nn.Module, name: str, batch: Example) -> list[Tensor]:
-    """Returns what the module `name` gives, each time that it is called."""
+    """Returns the outputs of the module `name`, one for each call in a forward pass."""
     seen: list[Tensor] = []
     hook = model.get_submodule(name).register_forward_hook(
-        lambda _, __, output: seen.append(_first(output))
+        lambda _, __, output: seen.append(_first_tensor(output))
     )
     try:
         call(model, batch)
@@ -242,7 +259,7 @@ def _outputs(model: nn.Module, name: str, batch: Example) -> list[Tensor]:
 
 
 def _arguments(model: nn.Module, name: str, batch: Example) -> list[tuple[Any, Any]]:
-    """Returns what the module `name` is called with, each time."""
+    """Returns the arguments of the module `name`, for each call in a forward pass."""
     seen: list[tuple[Any, Any]] = []
     hook = model.get_submodule(name).register_forward_pre_hook(
         lambda _, args, options: seen.append((args, options)), with_kwargs=True
@@ -254,7 +271,7 @@ def _arguments(model: nn.Module, name: str, batch: Example) -> list[tuple[Any, A
     return seen
 
 
-def _first(output: Any) -> Tensor:
+def _first_tensor(output: Any) -> Tensor:
     from torch.utils._pytree import tree_leaves
 
     found: Tensor = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
@@ -274,10 +291,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def constant_statistics(plan: PruningPlan) -> Iterator[None]:
-    """Holds still what the norms that `plan` cut through take from all channels: all else must be exact.
+    """Within the block the statistics of norms are constants, if `plan` prunes through norms.
 
-    While it lasts a layer norm is its scale and shift alone, and means that keep their axis, with which norms are
-    written by hand, are 1.
+    The pruned and the masked network must then agree exactly: a layer norm is its scale and shift
+    alone, and a mean that keeps its axis, as in hand-written norms, is 1.
     """
     if not plan.approximate:
         yield
@@ -287,22 +304,20 @@ def constant_statistics(plan: PruningPlan) -> Iterator[None]:
 
 
 class _ConstantStatistics(TorchFunctionMode):
-    """Calls with statistics of channels give scale and shift alone."""
+    """Replaces norms over channels by their scale and shift, and means by 1."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls `func`, or what stands for it."""
+        """Calls `func`, or its replacement."""
         options = kwargs or {}
         if func in (F.layer_norm, F.rms_norm, F.group_norm):
-            return _scaled(func, *args, **options)
-        if func in _MEANS:
-            result = func(*args, **options)
-            kept = _first(result).dim() == args[0].dim()
-            if kept and isinstance(result, Tensor):
-                return torch.ones_like(result)
-            if kept:
-                return type(result)([torch.ones_like(each) for each in result])
+            return _scale_and_shift(func, *args, **options)
+        result = func(*args, **options)
+        keeps_axis = func in _MEANS and _first_tensor(result).dim() == args[0].dim()
+        if not keeps_axis:
             return result
-        return func(*args, **options)
+        if isinstance(result, Tensor):
+            return torch.ones_like(result)
+        return type(result)([torch.ones_like(each) for each in result])
 
 
 _MEANS = frozenset(
@@ -319,7 +334,7 @@ _MEANS = frozenset(
 )
 
 
-def _scaled(
+def _scale_and_shift(
     func: Any,
     x: Tensor,
     size: Any,
@@ -328,13 +343,19 @@ def _scaled(
     *rest: Any,
     **options: Any,
 ) -> Any:
-    """Returns what a norm gives without its statistics."""
+    """Returns the output of a norm without its statistics: x * weight + bias."""
     if func is F.rms_norm:
-        bias = None  # an eps may stand there
+        bias = None  # its fourth argument is eps
     if func is F.group_norm:
         if size != 1:
             return func(x, size, weight, bias, *rest, **options)
-        shape = [-1 if d == 1 else 1 for d in range(x.dim())]
-        weight, bias = (None if v is None else v.view(shape) for v in (weight, bias))
-    out = x if weight is None else x * weight
-    return out if bias is None else out + bias
+        # Channels are axis 1 here, and the last axis in the other norms.
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        weight = None if weight is None else weight.view(shape)
+        bias = None if bias is None else bias.view(shape)
+    out = x
+    if weight is not None:
+        out = out * weight
+    if bias is not None:
+        out = out + bias
+    return out

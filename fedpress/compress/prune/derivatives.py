@@ -1,4 +1,4 @@
-"""Derivatives of losses by weights, without leaving a trace in the model: what the scores from data are made of."""
+"""Derivatives of losses with respect to weights, for scores; the model is left unchanged."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def differentiable(
     model: nn.Module, weights: Sequence[Tensor], *, batch_statistics: bool = False
 ) -> Iterator[None]:
-    """Lets gradients reach `weights`, also frozen ones, of `model` in evaluation mode; puts all back afterwards.
+    """Within the block `weights`, frozen or not, have gradients; the model is in eval mode.
+
+    Modes, buffers and `requires_grad` are restored afterwards.
 
     Args:
         model: whose losses are differentiated.
-        weights: by which.
-        batch_statistics: whether norms use the statistics of each batch, as in training. A network at its
-            initialisation has no others.
+        weights: parameters of it.
+        batch_statistics: whether norms use the statistics of each batch, as in training. A network
+            at its initialisation has no running statistics yet.
     """
     modes = [(module, module.training) for module in model.modules()]
     trained = [weight.requires_grad for weight in weights]
+    # Norms in training mode change their running statistics.
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if batch_statistics else []
     try:
         model.eval()
@@ -32,7 +35,8 @@ def differentiable(
                 module.train()
         for weight in weights:
             weight.requires_grad_(True)
-        with sdpa_kernel(SDPBackend.MATH):  # the fused ones have no second derivative
+        # The fused attention kernels have no second derivative, which GraSP needs.
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         with torch.no_grad():
@@ -45,26 +49,29 @@ def differentiable(
 
 
 def gradient(loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Returns dL/dw for each of `weights`; zeros where `loss` does not depend on it."""
+    """Returns dL/dw for each of `weights`, or zeros where the loss does not depend on it."""
     return list(torch.autograd.grad(loss, weights, materialize_grads=True))
 
 
 def hessian_gradient(loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Returns H g, half the gradient of |g|^2, for each of `weights`, with g and H those of `loss` by all of them.
+    """Returns H g for each of `weights`: the Hessian times the gradient of `loss`.
+
+    It is half the gradient of |g|^2, so the Hessian itself is never formed.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> hessian_gradient((w**3).sum(), [w])  # g = 3 w^2, H = diag(6 w)
     [tensor([ 18., 144.])]
     """
     first = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
-    flow = torch.stack([(g * g.detach()).sum() for g in first]).sum()
-    if not flow.requires_grad:  # a loss that is linear in the weights bends nowhere
+    # With one factor detached this is the gradient of |g|^2 / 2.
+    product = torch.stack([(g * g.detach()).sum() for g in first]).sum()
+    if not product.requires_grad:  # a loss that is linear in the weights has no second derivative
         return [torch.zeros_like(w) for w in weights]
-    return gradient(flow, weights)
+    return gradient(product, weights)
 
 
 def mean(batches: Iterable[Sequence[Tensor]]) -> list[Tensor]:
-    """Returns the entrywise mean over `batches` of lists of tensors; an empty list for no batches."""
+    """Returns the mean over `batches` of lists of tensors; an empty list without batches."""
     total: list[Tensor] = []
     count = 0
     for values in batches:

@@ -1,4 +1,4 @@
-"""The prunable channels of a model, with the tensors, sizes in code and costs that depend on them."""
+"""The prunable channels of a model, and the tensors, sizes and costs that depend on them."""
 
 from __future__ import annotations
 

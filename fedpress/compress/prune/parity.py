@@ -1,4 +1,4 @@
-"""Whether a cut network computes what the whole one does with the same channels zeroed: both run and are compared."""
+"""Checks that a pruned network computes what the dense one does with those channels zeroed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from fedpress.errors import ModelError
 from fedpress.nn.resize import copied
 
 Batch = list[Tensor]
-WHILE_TRAINING = (
-    1e-3  # the least that is tolerated there: norms over few values enlarge what rounding leaves
+TRAINING_TOLERANCE = 1e-3
+"""Smallest tolerance in training mode, where norms over few values amplify rounding errors."""
+CURE = (
+    "a size written into its forward may be at fault: keep that module as it is by naming it "
+    "in `ignore`"
 )
-CURE = "a size written into its forward may be at fault: keep that module as it is by naming it in `ignore`"
 aten = torch.ops.aten
 
 
@@ -36,19 +38,29 @@ def check_parity(
     *,
     tolerance: float = 1e-5,
 ) -> float:
-    """Checks that the pruned network computes what the dense one does with the same channels zeroed.
+    """Checks that the pruned network computes what the dense one does with those channels zeroed.
 
-    Both run in evaluation and in training mode, on a random batch shaped like `example` and on one with one example
-    more. Floats are drawn; what an embedding looks up is drawn below its number of words; other whole numbers are those
-    of the example, mixed. In training mode the mean stands for all chance (dropout, noise), since masks of another
-    shape are other masks. A mode or batch size that the dense network itself cannot run says nothing and is left out.
-    Of a cut through norms (`plan.approximate`) all but their statistics is compared.
+    Both run in evaluation and in training mode, on a random batch shaped like `example` and on one
+    with one example more. Floats are drawn at random, and so are the words that an embedding looks
+    up; other integers are those of the example, shuffled between examples. In training mode every
+    random draw (dropout, noise) is replaced by its mean, since draws of another shape would be
+    other numbers. A mode or batch size that the dense network itself cannot run is skipped. If
+    norms are pruned through (`plan.approximate`), their statistics are constants.
+
+    Args:
+        dense: the network before pruning.
+        pruned: the same after `remove_`.
+        plan: what was pruned.
+        example: inputs like those that were traced.
+        tolerance: largest difference in evaluation mode.
 
     Returns:
-        The largest difference of an output in evaluation mode, relative to the largest number in it, or to 1e-6.
+        The largest difference of an output in evaluation mode, relative to the largest number in it
+        (at least 1e-6).
 
     Raises:
-        ModelError: if the pruned network does not run, or the difference is above `tolerance` or not a number.
+        ModelError: if the pruned network does not run, or the difference is above `tolerance` or
+            not a number.
     """
     with torch.random.fork_rng(devices=[]), constant_statistics(plan):
         return _compare(dense, pruned, plan, example, tolerance)
@@ -57,53 +69,62 @@ def check_parity(
 def _compare(
     dense: nn.Module, pruned: nn.Module, plan: PruningPlan, example: Example, tolerance: float
 ) -> float:
-    masked, small = copied(dense).eval(), copied(pruned).eval()
+    small = copied(pruned).eval()
+    masked = copied(dense).eval()
     batch, larger = trial_batches(masked, positional(masked, example))
     mask_(masked, plan)
     wanted = _outputs(masked, batch)
-    if not _finite(wanted) and _finite(_outputs(copied(dense).eval(), batch)):
-        masked = copied(dense).eval()
-        mask_(masked, plan, nearly=True)
+    if not _all_finite(wanted) and _all_finite(_outputs(copied(dense).eval(), batch)):
+        # Code that normalises weights gives 0 / 0 for zeros.
+        masked = _masked(dense, plan, nearly=True)
         wanted = _outputs(masked, batch)
     worst = _difference(wanted, small, batch, tolerance, "")
-    more = _attempt(masked, larger)
-    if more is not None:
-        worst = max(
-            worst, _difference(more, small, larger, tolerance, " on a batch of another size")
-        )
+
+    # A second batch size finds sizes in the code that count examples.
+    wanted_of_larger = _try_outputs(masked, larger)
+    if wanted_of_larger is not None:
+        when = " on a batch of another size"
+        worst = max(worst, _difference(wanted_of_larger, small, larger, tolerance, when))
     for each in (batch, larger):
-        _compare_training(masked, small, each, max(tolerance, WHILE_TRAINING))
+        _compare_training(masked, small, each, max(tolerance, TRAINING_TOLERANCE))
     return worst
 
 
+def _masked(dense: nn.Module, plan: PruningPlan, *, nearly: bool = False) -> nn.Module:
+    """Returns a copy of `dense` in evaluation mode whose pruned channels are zero, or nearly so."""
+    masked = copied(dense).eval()
+    mask_(masked, plan, nearly=nearly)
+    return masked
+
+
 def trial_batch(dense: nn.Module, example: Example) -> Batch:
-    """Returns inputs for `parity_fault`: of one example more than `example`, if `dense` runs on so many."""
+    """Returns inputs for `parity_fault`: one example more than `example`, if `dense` can run it."""
     with torch.random.fork_rng(devices=[]):
         model = copied(dense).eval()
         batch, larger = trial_batches(model, positional(model, example))
-        return batch if _attempt(model, larger) is None else larger
+        return batch if _try_outputs(model, larger) is None else larger
 
 
 @torch.no_grad()
 def parity_fault(
     dense: nn.Module, pruned: nn.Module, plan: PruningPlan, batch: Batch, *, tolerance: float
 ) -> str | None:
-    """Says what `check_parity` would find wrong on one batch, at a fraction of its cost; None if nothing is."""
+    """Returns what `check_parity` would find wrong on one batch, at less cost; None if nothing."""
     with torch.random.fork_rng(devices=[]), constant_statistics(plan):
-        masked, small = copied(dense).eval(), copied(pruned).eval()
-        mask_(masked, plan)
-        wanted = _attempt(masked, batch)
-        if wanted is not None and not _finite(wanted):  # 0 / 0, as in `_compare`
-            masked = copied(dense).eval()
-            mask_(masked, plan, nearly=True)
-            wanted = _attempt(masked, batch)
+        small = copied(pruned).eval()
+        masked = _masked(dense, plan)
+        wanted = _try_outputs(masked, batch)
+        if wanted is not None and not _all_finite(wanted):  # 0 / 0, as in `_compare`
+            masked = _masked(dense, plan, nearly=True)
+            wanted = _try_outputs(masked, batch)
         try:
-            if wanted is not None and _finite(wanted):
+            if wanted is not None and _all_finite(wanted):
                 _difference(wanted, small, batch, tolerance, "")
             try:
-                _compare_training(masked, small, batch, WHILE_TRAINING, precisions=(False,))
+                _compare_training(masked, small, batch, TRAINING_TOLERANCE, in_float64=(False,))
             except ModelError:
-                _compare_training(masked, small, batch, WHILE_TRAINING)
+                # Perhaps rounding alone: float64, which is slower, decides.
+                _compare_training(masked, small, batch, TRAINING_TOLERANCE)
         except ModelError as error:
             return error.problem
     return None
@@ -114,31 +135,42 @@ def _compare_training(
     small: nn.Module,
     batch: Batch,
     tolerance: float,
-    precisions: Sequence[bool] = (True, False),
+    in_float64: Sequence[bool] = (True, False),
 ) -> None:
-    """Compares in training mode, in float64 where the model can: batch norms by few examples enlarge errors."""
-    for wide in precisions:
-        both = [copied(model).train() for model in (masked, small)]
+    """Compares in training mode, in the first of the precisions in which the masked model runs.
+
+    float64 comes first, because batch norms over few examples amplify rounding errors.
+    """
+    for wide in in_float64:
+        masked_copy = copied(masked).train()
+        small_copy = copied(small).train()
         values = batch
         if wide:
-            both = [nn.Module.double(model) for model in both]  # users name attributes so
+            # Called on the class: a model may have an attribute of this name.
+            nn.Module.double(masked_copy)
+            nn.Module.double(small_copy)
             values = [x.double() if x.is_floating_point() else x for x in batch]
-        with _Means():  # type: ignore[no-untyped-call]
-            wanted = _attempt(both[0], values)
+        with _RandomMeans():  # type: ignore[no-untyped-call]
+            wanted = _try_outputs(masked_copy, values)
             if wanted is not None:
-                _difference(wanted, both[1], values, tolerance, " in training mode")
+                _difference(wanted, small_copy, values, tolerance, " in training mode")
                 return
 
 
 def _difference(
     wanted: Sequence[Tensor], small: nn.Module, batch: Batch, tolerance: float, when: str
 ) -> float:
-    """Returns how far the outputs of `small` are from those that are wanted, relative to the largest of each."""
+    """Returns the largest difference of the outputs of `small`, relative to their size.
+
+    Raises:
+        ModelError: if `small` does not run, or the difference is above `tolerance` or not a number.
+    """
     try:
-        errors = [
-            _error(a, b) for a, b in zip(wanted, _outputs(small, batch), strict=True) if a.numel()
-        ]
-        # Of tensors, since the largest of Python's numbers is not always NaN where one of them is.
+        errors = []
+        for a, b in zip(wanted, _outputs(small, batch), strict=True):
+            if a.numel():
+                errors.append(_error(a, b))
+        # The maximum of tensors is NaN if one of them is; that of Python's numbers need not be.
         worst = torch.stack(errors).max().item() if errors else 0.0
     except Exception as error:  # the user's code may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -158,78 +190,94 @@ def _difference(
 
 
 def _error(wanted: Tensor, given: Tensor) -> Tensor:
-    """Returns the largest difference relative to the largest number; where both are no number, there is none."""
+    """Returns the largest difference divided by the largest finite number of `wanted`.
+
+    Places where both are NaN, or the same infinity, count as equal.
+    """
     if wanted.shape != given.shape:
         raise ValueError(
             f"an output of shape {tuple(wanted.shape)} has become {tuple(given.shape)}"
         )
     same = (wanted == given) | (wanted.isnan() & given.isnan())
-    largest = (
-        wanted[wanted.isfinite()].abs().max() if wanted.isfinite().any() else wanted.new_tensor(0.0)
-    )
-    return ((wanted - given).masked_fill(same, 0).abs().max() / largest.clamp_min(1e-6)).double()
+    finite = wanted[wanted.isfinite()]
+    largest = finite.abs().max() if finite.numel() else wanted.new_tensor(0.0)
+    difference = (wanted - given).masked_fill(same, 0).abs().max()
+    return (difference / largest.clamp_min(1e-6)).double()
 
 
 def _outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
+    """Returns the outputs of `model`, float32 or float64, with the same random draws each time."""
     torch.manual_seed(0)
     given = [x.clone() for x in batch]  # forward may write into its inputs
-    return [
-        each if each.dtype == torch.float64 else each.float() for each in tensors_in(model(*given))
-    ]
+    outputs = tensors_in(model(*given))
+    return [each if each.dtype == torch.float64 else each.float() for each in outputs]
 
 
-def _finite(outputs: Sequence[Tensor]) -> bool:
+def _all_finite(outputs: Sequence[Tensor]) -> bool:
     return all(bool(output.isfinite().all()) for output in outputs)
 
 
-def _attempt(model: nn.Module, batch: Batch) -> list[Tensor] | None:
+def _try_outputs(model: nn.Module, batch: Batch) -> list[Tensor] | None:
+    """Returns the outputs, or None if the model cannot run on this batch or in this mode."""
     try:
         return _outputs(model, batch)
-    except Exception:  # the dense network cannot run so, so nobody will
+    except Exception:  # a mode that the dense network cannot run in need not be compared
         return None
 
 
 def trial_batches(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[Batch, Batch]:
-    """Returns a batch like `example` and one with one more, of the first values on which `model` runs."""
+    """Returns a batch of the size of `example`, and one with one example more.
+
+    Three kinds of values are tried in turn, until the model runs: random ones, those of the example
+    shuffled between examples, and the example itself, with its first row once more.
+    """
     size = next((x.shape[0] for x in example if x.dim()), 0)
     draw = torch.Generator().manual_seed(0)
-    drawn = [
-        _drawn(x, vocabulary, size, draw)
-        for x, vocabulary in zip(example, _vocabularies(model, example), strict=True)
-    ]
-    mixed = [_mixed(x, size + 1, draw) if _counts(x, size) else x for x in example]
-    for larger in (drawn, mixed):
-        batch = _cut(larger, example, size)
-        if _attempt(model, batch) is not None:
+    drawn = []
+    for x, vocabulary in zip(example, _vocabularies(model, example), strict=True):
+        drawn.append(_drawn(x, vocabulary, size, draw))
+    shuffled = [_shuffled(x, size + 1, draw) if _has_examples(x, size) else x for x in example]
+    for larger in (drawn, shuffled):
+        batch = _without_last(larger, example, size)
+        if _try_outputs(model, batch) is not None:
             return batch, larger
-    # The example itself, on which the model was traced; its first row stands for one more.
-    larger = [torch.cat([x, x[:1]]) if _counts(x, size) else x for x in example]
-    return _cut(larger, example, size), larger
+    larger = [torch.cat([x, x[:1]]) if _has_examples(x, size) else x for x in example]
+    return _without_last(larger, example, size), larger
 
 
-def _counts(x: Tensor, size: int) -> bool:
-    """Whether the first axis of an input counts the `size` examples of the batch."""
+def _has_examples(x: Tensor, size: int) -> bool:
+    """Returns whether the first axis of an input counts the `size` examples of the batch."""
     return x.dim() > 0 and x.shape[0] == size
 
 
-def _cut(larger: Batch, example: tuple[Tensor, ...], size: int) -> Batch:
+def _without_last(larger: Batch, example: tuple[Tensor, ...], size: int) -> Batch:
     """Returns the first `size` examples of a batch with one more than `example`."""
-    return [x[:size] if _counts(y, size) else x for x, y in zip(larger, example, strict=True)]
+    pairs = zip(larger, example, strict=True)
+    return [x[:size] if _has_examples(like, size) else x for x, like in pairs]
 
 
 def _drawn(x: Tensor, vocabulary: int | None, size: int, draw: torch.Generator) -> Tensor:
-    """Returns random values of the kind of `x`, one example more if its first axis counts `size` examples."""
-    more = _counts(x, size)
-    shape = (x.shape[0] + 1, *x.shape[1:]) if more else tuple(x.shape)
+    """Returns random values of the kind of `x`, with one example more if it has examples.
+
+    Args:
+        x: an input.
+        vocabulary: number of words, if an embedding looks its values up.
+        size: number of examples in the batch.
+        draw: generator of the values.
+    """
+    has_examples = _has_examples(x, size)
+    shape = (x.shape[0] + 1, *x.shape[1:]) if has_examples else tuple(x.shape)
     if vocabulary is not None:
         return torch.randint(vocabulary, shape, generator=draw).to(x.device, x.dtype)
-    if x.is_floating_point() and not (_is_integral(x) and bool((x != x.flatten()[:1]).any())):
+    # Floats that hold different integers may be indices, which must stay in their range.
+    may_be_indices = _is_integral(x) and bool((x != x.flatten()[:1]).any())
+    if x.is_floating_point() and not may_be_indices:
         return torch.randn(shape, generator=draw).to(x.device, x.dtype)
-    return _mixed(x, shape[0], draw) if more else x
+    return _shuffled(x, shape[0], draw) if has_examples else x
 
 
-def _mixed(x: Tensor, examples: int, draw: torch.Generator) -> Tensor:
-    """Returns examples each value of which is that of one of the examples of `x` at the same place."""
+def _shuffled(x: Tensor, examples: int, draw: torch.Generator) -> Tensor:
+    """Returns new examples: each value is that of a random example of `x` at this place."""
     which = torch.randint(x.shape[0], (examples, *x.shape[1:]), generator=draw).to(x.device)
     return x.gather(0, which)
 
@@ -239,68 +287,90 @@ def _is_integral(x: Tensor) -> bool:
 
 
 def _vocabularies(model: nn.Module, example: tuple[Tensor, ...]) -> list[int | None]:
-    """Returns for each input the number of words of the smallest embedding that looks its values up, or None."""
+    """Returns for each input the number of words of the embedding that looks it up, or None.
+
+    The model runs on random zeros and ones, valid words of any embedding, and an input is
+    recognised by its values.
+    """
     draw = torch.Generator().manual_seed(1)
-    may = [
-        not x.is_complex() and x.dtype != torch.bool and x.numel() > 0 and _is_integral(x)
-        for x in example
-    ]
-    bits = [
-        torch.randint(2, x.shape, generator=draw).to(x.device, x.dtype) if each else x
-        for x, each in zip(example, may, strict=True)
-    ]
+    bits: list[Tensor] = []
+    candidates: list[bool] = []
+    for x in example:
+        may_be_words = not x.is_complex() and x.dtype != torch.bool and x.numel() > 0
+        may_be_words = may_be_words and _is_integral(x)
+        candidates.append(may_be_words)
+        if may_be_words:
+            x = torch.randint(2, x.shape, generator=draw).to(x.device, x.dtype)
+        bits.append(x)
+
     lookups = _Lookups()
     with lookups:
-        _attempt(model, bits)
+        _try_outputs(model, bits)
     found: list[int | None] = []
-    for x, each in zip(bits, may, strict=True):
-        rows = [
-            n
-            for ids, n in lookups.seen
-            if each and torch.equal(ids.flatten().double(), x.flatten().double())
-        ]
+    for x, may_be_words in zip(bits, candidates, strict=True):
+        rows = []
+        for words, count in lookups.seen if may_be_words else ():
+            if torch.equal(words.flatten().double(), x.flatten().double()):
+                rows.append(count)
         found.append(min(rows, default=None))
     return found
 
 
 class _Lookups(TorchFunctionMode):
-    """Notes what embeddings look up, and in how many rows."""
+    """Records what embeddings look up, and their number of rows."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[Tensor, int]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls `func`."""
+        """Calls `func`, and records it if it is an embedding."""
         if func in (F.embedding, F.embedding_bag) and len(args) > 1:
             self.seen.append((args[0].detach(), args[1].shape[0]))
         return func(*args, **(kwargs or {}))
 
 
-class _Means(TorchDispatchMode):
-    """Replaces what is drawn at random by its mean, whatever the shape."""
+class _RandomMeans(TorchDispatchMode):
+    """Replaces every random draw by the mean of its distribution."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls `func`, or gives the mean."""
+        """Calls `func`, or returns the mean of what it draws."""
+        options = kwargs or {}
         mean = MEANS.get(func.overloadpacket)
-        return func(*args, **(kwargs or {})) if mean is None else mean(func, args, kwargs or {})
+        if mean is None:
+            return func(*args, **options)
+        return mean(func, args, options)
 
 
 def _filled(value: float) -> Any:
+    """Returns a function that fills the drawn tensor with `value`."""
     return lambda func, args, options: func(*args, **options).fill_(value)
 
 
-def _in_place(first: float, mean: Any) -> Any:
-    """Fills the tensor with the mean of its distribution, whose parameters follow it; without any with `first`."""
-    return lambda func, args, options: args[0].fill_(mean(*args[1:]) if len(args) > 1 else first)
+def _in_place(default: float, mean: Any) -> Any:
+    """Returns a function that fills the tensor with the mean of its distribution.
+
+    Args:
+        default: the mean of the distribution without parameters.
+        mean: takes its parameters.
+    """
+
+    def fill(func: Any, args: Any, options: Any) -> Any:
+        tensor, *parameters = args
+        return tensor.fill_(mean(*parameters) if parameters else default)
+
+    return fill
 
 
 def _bernoulli(func: Any, args: Any, options: Any) -> Any:
+    """Returns probabilities in place of draws of 0 and 1; without an argument `x` holds them."""
+    x = args[0]
     prob = args[1] if len(args) > 1 else None
     if func.overloadpacket is aten.bernoulli:
-        return args[0].clone() if prob is None else torch.full_like(args[0], prob)
-    prob = 0.5 if prob is None else prob
-    return args[0].copy_(prob) if isinstance(prob, Tensor) else args[0].fill_(prob)
+        return x.clone() if prob is None else torch.full_like(x, prob)
+    if isinstance(prob, Tensor):
+        return x.copy_(prob)
+    return x.fill_(0.5 if prob is None else prob)
 
 
 MEANS: dict[Any, Any] = {

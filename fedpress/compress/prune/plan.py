@@ -1,4 +1,4 @@
-"""Which channels stay: scores become a plan that meets a target, a share of the parameters say, with rounded widths."""
+"""Turns scores into a pruning plan that meets a target, such as a share of the parameters."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pydantic import BaseModel, model_validator
 from torch import Tensor, nn
 
 from fedpress.compress.prune.graph import ChannelGraph, ChannelGroup, kept_indices
-from fedpress.compress.prune.sensitivity import Point, levels
+from fedpress.compress.prune.sensitivity import Point, growth_by_channel
 from fedpress.compress.prune.targets import Target, full_widths, parameter_target
 from fedpress.errors import ModelError, RecipeError
 from fedpress.nn.forward_sizes import Numbers
 
 Scope = Literal["global", "layer", "sensitivity"]
-FAR = 2.0  # a target is refused where the smallest share that widths allow is more than so many times as large
-TRIES = 20  # thresholds to correct from, before a share counts as out of reach; the first nearly always does
-
-
-OLD_WORDS = {"whole": "unprunable", "told": "notes"}
-"""What fields of a plan were called in version 0.1, whose files are still read."""
+FAR = 2.0
+"""A target is refused if the smallest possible share is more than so many times as large."""
+TRIES = 20
+"""Most thresholds from which widths are corrected; the first nearly always is enough."""
+OLD_NAMES = {"whole": "unprunable", "told": "notes"}
+"""Names of a plan's fields in version 0.1, whose files are still read."""
 
 
 class LayerChange(BaseModel, frozen=True):
@@ -36,17 +36,18 @@ class LayerChange(BaseModel, frozen=True):
 
 
 class PruningPlan(BaseModel, frozen=True):
-    """The indices to keep, tensor name -> axis -> indices; plain numbers, so a plan travels as JSON.
+    """The indices to keep of each tensor, as plain numbers, so that a plan can be saved as JSON.
 
     Attributes:
-        keep: the indices; tensors that lose nothing are left out.
+        keep: tensor name -> axis -> indices; tensors that lose nothing are left out.
         layers: the width of each group of channels before and after.
-        unprunable: modules whose channels are all kept, and why ("whole" in files of version 0.1).
-        numbers: sizes in forward code that do not follow by themselves.
+        unprunable: modules some of whose channels are kept, and why ("whole" in files of version
+            0.1).
+        numbers: corrections of sizes in forward code that do not follow the tensors by themselves.
         parameters_before: of the model.
         parameters_after: of the pruned model.
-        approximate: modules with norms that were cut through, in order.
-        notes: what whoever asked for the pruning should know, by setting ("told" in files of version 0.1).
+        approximate: modules with norms that are pruned through, in order.
+        notes: by setting, where the result differs from it ("told" in files of version 0.1).
     """
 
     keep: dict[str, dict[int, tuple[int, ...]]]
@@ -60,10 +61,10 @@ class PruningPlan(BaseModel, frozen=True):
 
     @model_validator(mode="before")
     @classmethod
-    def _words_of_version_0_1(cls, given: Any) -> Any:
+    def _rename_fields_of_version_0_1(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        return {OLD_WORDS.get(key, key): value for key, value in given.items()}
+        return {OLD_NAMES.get(key, key): value for key, value in given.items()}
 
 
 def plan(
@@ -80,45 +81,52 @@ def plan(
     tolerance: float = 0.005,
     exact: bool = False,
 ) -> PruningPlan:
-    """Chooses the channels to keep so that `keep_params` of all parameters stay, counted exactly, or a `target` is met.
+    """Chooses the channels to keep so that `keep_params` of the parameters remain.
 
-    One threshold is searched for all layers; every width goes to the nearest multiple of `round_to`, and then single
-    steps in the layers that bring the count nearest correct what rounding did. Where no widths come within
-    `tolerance`, the nearest found are taken and `notes` says so: "0.5066, the nearest to 0.5".
+    With a `target` another cost is brought down instead. One threshold on the scores is searched
+    for all layers, and every width is rounded to a multiple of `round_to`. Then single layers are
+    made one step wider or narrower until the cost is as near as possible. Where no widths come
+    within `tolerance`, the nearest are taken and `notes` says so: "0.5066, the nearest to 0.5 that
+    the widths allow".
 
     Args:
         model: the traced model.
         graph: its channels.
-        scores: one vector [channels] per layer of `graph`; low ones go first.
+        scores: one vector [channels] per layer of `graph`; the lowest are pruned first.
         keep_params: share of the parameters to keep, in (0, 1].
-        target: what to come down to instead (see `fedpress.compress.prune.targets`).
-        round_to: widths become multiples of this; a layer that is not wider stays whole.
-        scope: "global" orders all channels together; "layer" takes the same share of each layer; "sensitivity" takes
-            of each what makes the loss grow equally, by the `points` measured.
-        points: what `fedpress.compress.prune.sensitivity` gave, for the scope of this name.
-        min_keep: smallest share of a layer that stays.
-        tolerance: largest difference between the wanted and the reached cost, as a share of the whole network's, of
-            which nothing is told.
-        exact: refuses a target that is missed by more than `tolerance`.
+        target: used instead of `keep_params` (see `fedpress.compress.prune.targets`).
+        round_to: widths become multiples of this; a layer that is not wider keeps its width.
+        scope: "global" has one threshold for all channels; "layer" takes the same share of each
+            layer; "sensitivity" takes as much of each layer as makes the loss grow equally, by the
+            measured `points`.
+        points: from `fedpress.compress.prune.sensitivity`, for the scope of this name.
+        min_keep: smallest share of its channels that a layer keeps.
+        tolerance: largest difference between the wanted and the reached cost that needs no note, as
+            a share of the whole network's cost.
+        exact: whether a target that is missed by more than `tolerance` is refused.
 
     Raises:
-        RecipeError: if a setting is out of range, the target is below half of the smallest that widths allow, or a
-            limit or an `exact` target cannot be met.
+        RecipeError: if a setting is out of range, the target is below half of the smallest
+            possible, or a limit or an `exact` target cannot be met.
         ModelError: if no channel of the model can be removed.
     """
     check_settings(graph, round_to, min_keep, scope)
     target = target or parameter_target(graph, keep_params)
-    full = target.cost(full_widths(graph))
+    largest_miss = tolerance * target.cost(full_widths(graph))
     allowed = [allowed_widths(layer, round_to, min_keep) for layer in graph.groups]
+    order = _order(graph, scores, scope, points)
     best = full_widths(graph)
-    for start in islice(_thresholds(_order(graph, scores, scope, points), allowed, target), TRIES):
-        kept = _correct(start, allowed, target, tolerance * full)
+    for start in islice(_thresholds(order, allowed, target), TRIES):
+        kept = _correct(start, allowed, target, largest_miss)
         if target.miss(kept) < target.miss(best):
             best = kept
-        if target.miss(best) <= tolerance * full:
+        if target.miss(best) <= largest_miss:
             break
-    missed = target.miss(best) > tolerance * full and not target.limit
-    if target.miss(best) == float("inf") or (missed and (exact or _far(allowed, target))):
+
+    # A limit may be undercut by any amount, but never exceeded.
+    is_exceeded = target.miss(best) == float("inf")
+    missed = target.miss(best) > largest_miss and not target.limit
+    if is_exceeded or (missed and (exact or _is_far(allowed, target))):
         raise _unreachable(graph, allowed, target, target.cost(best))
     made = make_plan(model, graph, scores, best)
     if not missed:
@@ -127,41 +135,49 @@ def plan(
     return made.model_copy(update={"notes": notes})
 
 
-def _far(allowed: Sequence[list[int]], target: Target) -> bool:
+def _is_far(allowed: Sequence[list[int]], target: Target) -> bool:
+    """Returns whether even the narrowest network costs far more than the target."""
     return target.cost([choice[0] for choice in allowed]) > FAR * target.wanted
 
 
 def _nearest_share(graph: ChannelGraph, target: Target, reached: float) -> dict[str, str]:
-    """Says by which share the wanted one was replaced."""
+    """Returns the note that says which share was reached instead of the wanted one."""
     full = target.full_cost or target.cost(full_widths(graph))
-    return {
-        target.key: f"{reached / full:.4g}, the nearest to {target.wanted / full:.4g} that the widths allow"
-    }
+    wanted = f"{target.wanted / full:.4g}"
+    return {target.key: f"{reached / full:.4g}, the nearest to {wanted} that the widths allow"}
 
 
 def _order(
     graph: ChannelGraph, scores: Sequence[Tensor], scope: Scope, points: Sequence[Point]
 ) -> list[Tensor]:
-    """Returns what one threshold cuts in all layers; within each it rises with the scores."""
+    """Returns numbers [channels] per layer for one threshold; they rise with the scores."""
     if scope == "sensitivity":
-        return levels(graph, scores, points)
-    return [_ranks(s) for s in scores] if scope == "layer" else list(scores)
+        return growth_by_channel(graph, scores, points)
+    if scope == "layer":
+        return [_ranks(values) for values in scores]
+    return list(scores)
 
 
 def allowed_widths(layer: ChannelGroup, round_to: int, min_keep: float) -> list[int]:
-    """Returns the numbers of channels, rising, that a layer may keep: whole, or a rounded width.
+    """Returns the widths that a layer may have, rising: rounded ones, and its full width.
 
-    The whole width is always among them, so a width of 12 may stay 12 or become 8.
+    With `round_to` = 8 a width of 12 may become 8 or stay 12.
     """
+    # A channel may be several indices wide, for instance a head of 64: then each width is rounded.
     step = round_to // gcd(round_to, layer.unit)
     least = max(1, ceil(min_keep * layer.channels))
-    return sorted({n for n in range(step, layer.channels, step) if n >= least} | {layer.channels})
+    widths = [n for n in range(step, layer.channels, step) if n >= least]
+    return [*widths, layer.channels]
 
 
 def make_plan(
     model: nn.Module, graph: ChannelGraph, scores: Sequence[Tensor], kept: Sequence[int]
 ) -> PruningPlan:
-    """Keeps the `kept[i]` highest scores of layer i; of equal scores the first channel stays."""
+    """Keeps the `kept[i]` channels of layer i with the highest scores, the first among equals.
+
+    Raises:
+        ModelError: if a layer would keep no channel, or more than it has.
+    """
     for layer, n in zip(graph.groups, kept, strict=True):
         if not 1 <= n <= layer.channels:
             raise ModelError(
@@ -169,26 +185,31 @@ def make_plan(
                 place="kept",
                 cure="keep at least one",
             )
-    pruned = [
-        values.argsort(descending=True, stable=True)[n:]
-        for values, n in zip(scores, kept, strict=True)
-    ]
+    pruned = []
+    layers = []
+    for layer, values, n in zip(graph.groups, scores, kept, strict=True):
+        pruned.append(values.argsort(descending=True, stable=True)[n:])
+        before, after = layer.channels * layer.unit, n * layer.unit
+        layers.append(LayerChange(name=layer.name, before=before, after=after))
+    is_pruned = any(len(channels) for channels in pruned)
     return PruningPlan(
         keep=kept_indices(model, graph, pruned),
         numbers=graph.sizes(pruned),
-        layers=tuple(
-            LayerChange(name=layer.name, before=layer.channels * layer.unit, after=n * layer.unit)
-            for layer, n in zip(graph.groups, kept, strict=True)
-        ),
+        layers=tuple(layers),
         unprunable=dict(graph.unprunable),
-        approximate=graph.approximate if any(len(channels) for channels in pruned) else (),
-        parameters_before=graph.parameters([layer.channels for layer in graph.groups]),
+        approximate=graph.approximate if is_pruned else (),
+        parameters_before=graph.parameters(full_widths(graph)),
         parameters_after=graph.parameters(kept),
     )
 
 
 def check_settings(graph: ChannelGraph, round_to: int, min_keep: float, scope: str) -> None:
-    """Refuses settings out of range, and a graph in which nothing can go."""
+    """Refuses settings out of range, and a graph in which nothing can be pruned.
+
+    Raises:
+        RecipeError: for a setting.
+        ModelError: for the graph.
+    """
     if round_to < 1:
         raise RecipeError(
             f"got {round_to}, expected a whole number of at least 1",
@@ -206,14 +227,13 @@ def check_settings(graph: ChannelGraph, round_to: int, min_keep: float, scope: s
             f"got '{scope}', expected one of {', '.join(get_args(Scope))}", place="scope"
         )
     if not graph.groups:
-        reasons = (
-            "; ".join(f"'{name}': {why}" for name, why in list(graph.unprunable.items())[:3])
-            or "it has no layers"
-        )
+        first = list(graph.unprunable.items())[:3]
+        reasons = "; ".join(f"'{name}': {why}" for name, why in first) or "it has no layers"
+        every_reason = " ".join(graph.unprunable.values())
         cure = "change these modules or do not prune"
-        if any("asked for by `ignore`" in why for why in graph.unprunable.values()):
+        if "asked for by `ignore`" in every_reason:
             cure = "name fewer modules in ignore"
-        elif any("a mean over channels" in why for why in graph.unprunable.values()):
+        elif "a mean over channels" in every_reason:
             cure = 'allow approximate = ["layer_norm"], change these modules or do not prune'
         raise ModelError(
             f"no channel of this model can be removed ({reasons})", place="model", cure=cure
@@ -223,18 +243,21 @@ def check_settings(graph: ChannelGraph, round_to: int, min_keep: float, scope: s
 def _thresholds(
     order: Sequence[Tensor], allowed: Sequence[list[int]], target: Target
 ) -> Iterator[list[int]]:
-    """Yields the rounded widths at the threshold that comes nearly to `target`, then at ever farther ones."""
+    """Yields the rounded widths at the threshold nearest to `target`, then at ever farther ones."""
     rising = [values.sort().values for values in order]
-    cuts = [-float("inf"), *torch.cat(rising).unique().tolist()]
+    thresholds = [-float("inf"), *torch.cat(rising).unique().tolist()]
 
-    def widths(cut: float) -> list[int]:
-        more = [len(v) - int(torch.searchsorted(v, v.new_tensor(cut), right=True)) for v in rising]
-        return [_nearest(n, choice) for n, choice in zip(more, allowed, strict=True)]
+    def widths(threshold: float) -> list[int]:
+        found = []
+        for values, choice in zip(rising, allowed, strict=True):
+            at_most = torch.searchsorted(values, values.new_tensor(threshold), right=True)
+            found.append(_nearest(len(values) - int(at_most), choice))
+        return found
 
-    # the cost falls as the cut rises: find the first cut that is at or below the target
-    at = bisect_left(cuts, -target.wanted, key=lambda cut: -target.cost(widths(cut)))
-    below = (widths(cut) for cut in cuts[at:])
-    above = (widths(cut) for cut in reversed(cuts[:at]))
+    # The cost falls as the threshold rises: find the first threshold at or below the target.
+    at = bisect_left(thresholds, -target.wanted, key=lambda each: -target.cost(widths(each)))
+    below = (widths(each) for each in thresholds[at:])
+    above = (widths(each) for each in reversed(thresholds[:at]))
     seen: list[list[int]] = []
     for kept in chain.from_iterable(zip_longest(above, below)):
         if kept is not None and kept not in seen:
@@ -243,59 +266,67 @@ def _thresholds(
 
 
 def _nearest(n: int, choice: Sequence[int]) -> int:
+    """Returns the nearest allowed width, the larger one of two that are equally near."""
     return min(reversed(choice), key=lambda width: abs(width - n))
 
 
 def _correct(
     kept: list[int], allowed: Sequence[list[int]], target: Target, tolerance: float
 ) -> list[int]:
-    """Moves layers by one step, always to the cost nearest to `target`, while that brings it nearer.
+    """Changes single widths by one step as long as that brings the cost nearer to `target`.
 
-    One layer at a time until the error is a fifth of `tolerance`; two at once where the steps of one are too coarse.
+    Each time the best of all steps is taken, until the error is a fifth of `tolerance`. If no
+    single step helps and the error is above `tolerance`, two steps at once are tried: one layer
+    wider and another narrower, for instance.
     """
     error = target.miss
-
-    def steps(widths: list[int]) -> list[list[int]]:
-        moves = []
-        for i in range(len(widths)):
-            at = allowed[i].index(widths[i])
-            near = (allowed[i][j] for j in (at - 1, at + 1) if 0 <= j < len(allowed[i]))
-            moves += [[*widths[:i], width, *widths[i + 1 :]] for width in near]
-        return moves
-
     while error(kept) > tolerance / 5:
-        moves = steps(kept)
+        moves = _single_steps(kept, allowed)
         best = min(moves, key=error, default=kept)
         if error(best) >= error(kept) > tolerance:
-            best = min((pair for one in moves for pair in steps(one)), key=error, default=kept)
+            double_moves = (pair for one in moves for pair in _single_steps(one, allowed))
+            best = min(double_moves, key=error, default=kept)
         if error(best) >= error(kept):
             break
         kept = best
     return kept
 
 
+def _single_steps(widths: list[int], allowed: Sequence[list[int]]) -> list[list[int]]:
+    """Returns all widths in which one layer is one allowed step narrower or wider."""
+    moves = []
+    for i, choice in enumerate(allowed):
+        at = choice.index(widths[i])
+        for j in (at - 1, at + 1):
+            if 0 <= j < len(choice):
+                moves.append([*widths[:i], choice[j], *widths[i + 1 :]])
+    return moves
+
+
 def _ranks(values: Tensor) -> Tensor:
-    """Returns the rank of each score as a share of its layer, so that one threshold cuts all layers alike."""
+    """Returns ranks in (0, 1), so that one threshold takes the same share of each layer."""
     return (values.argsort(stable=True).argsort().float() + 0.5) / len(values)
 
 
 def _unreachable(
     graph: ChannelGraph, allowed: Sequence[list[int]], target: Target, reached: float
 ) -> RecipeError:
+    """Returns the error for a target that no widths meet, with the nearest cost that they do."""
     full = target.full_cost or target.cost(full_widths(graph))
     least = target.cost([choice[0] for choice in allowed])
-    stay = f" ({len(graph.unprunable)} modules must stay whole)" if graph.unprunable else ""
+    kept = f" ({len(graph.unprunable)} modules cannot be pruned)" if graph.unprunable else ""
     kind = "size" if target.limit else "share"
 
     def shown(cost: float) -> str:
         return f"{cost:.0f}" if target.limit else f"{cost / full:.4g}"
 
     if least > target.wanted:
+        # Rounded up, so that the share can be met when the user asks for it.
         smallest = shown(least if target.limit else ceil(least / full * 1e4) / 1e4 * full)
         return RecipeError(
             (
                 f"{shown(target.wanted)} cannot be reached, the smallest {kind} of this model "
-                f"is {smallest}{stay}"
+                f"is {smallest}{kept}"
             ),
             place=target.key,
             cure=f"raise {target.key}, or lower min_keep or round_to",
@@ -303,7 +334,7 @@ def _unreachable(
     return RecipeError(
         (
             f"{shown(target.wanted)} cannot be met within the tolerance, the nearest {kind} "
-            f"found is {shown(reached)}{stay}"
+            f"found is {shown(reached)}{kept}"
         ),
         place=target.key,
         cure=f"lower round_to, take that {kind}, or leave exact out",

@@ -1,12 +1,13 @@
-"""How much each channel matters: one row per score in `SCORES`.
+"""Scores of channels, one row each in `SCORES`: the lowest are pruned first.
 
-Every score is a sum over all the tensors that are coupled in the channel, and is divided by the mean of its layer,
-because layers of different width and depth have different scales and one threshold is to order them all. Scores from
-data look at the weights that *read* the channel: batch norm's indifference to the scale of the weights that write it
-would hide it there.
+Every score is a sum over all tensors that hold the channel. It is divided by the mean of its layer,
+because layers of different width and depth have different scales, and one threshold is applied to
+all of them. Scores from data look at the weights that *read* the channel: a batch norm removes the
+scale of the weights that write it, so a derivative there says nothing.
 
-Two scores of weights have no row here. LAMP is a way to compare the layers of a network, and within one layer orders
-channels as "l2" does; movement is summed up while a network trains. Both are in `fedpress.compress.sparse`.
+Two scores of single weights have no row here. LAMP compares layers with each other, and within one
+layer orders channels as "l2" does; movement is accumulated while a network trains. Both are in
+`fedpress.compress.sparse`.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from fedpress.core.random_source import Source, chance_of
 from fedpress.errors import ModelError, RecipeError, suggestion
 
 Losses = Callable[[], Iterable[Tensor]]
-"""Runs the model over some batches and yields the loss of each, lazily: `lambda: (loss(model(x), y) for x, y in b)`."""
+"""Yields the loss of each batch, lazily: `lambda: (loss(model(x), y) for x, y in batches)`."""
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What a score may look at: the tensors by name, and for some scores the losses or a generator."""
+class ScoreInputs:
+    """What a score is computed from: tensors by name, and for some losses or a generator."""
 
     model: nn.Module
     tensors: Mapping[str, Tensor]
@@ -39,23 +40,24 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Score:
-    """A way to score channels: `of` gives one vector [channels] for each layer of the graph; the lowest go first.
+    """A way to score channels.
 
     Attributes:
-        of: takes the graph and the evidence.
-        needs: what of the evidence it cannot do without: "losses", "generator", or None.
-        single: whether each loss should be that of one example, because their squares are summed.
-        scales: whether it looks at the scales of norms, which every layer must then have.
+        function: returns one vector [channels] for each layer of the graph.
+        needs: "losses" or "generator", if it is required.
+        per_example: whether each loss should be that of one example, because its squared gradient
+            is averaged.
+        needs_scales: whether every layer must have a norm with a scale per channel.
     """
 
-    of: Callable[[ChannelGraph, Evidence], list[Tensor]]
+    function: Callable[[ChannelGraph, ScoreInputs], list[Tensor]]
     needs: str | None = None
-    single: bool = False
-    scales: bool = False
+    per_example: bool = False
+    needs_scales: bool = False
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Returns all parameters and buffers of `model` by name; a shared one has all its names."""
+    """Returns all parameters and buffers of `model` by name; shared ones under each name."""
     named = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -65,60 +67,72 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def effective_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns `tensors_of(model)`, but for a weight that is computed from others the weight that really acts.
+    """Returns `tensors_of(model)` with the weights that the forward pass really uses.
 
-    The direction of a weight norm says nothing about the size of the weight. What is computed (by a parametrization,
-    `weight_norm` or `torch.nn.utils.prune`) stands under the name of that original tensor that has its shape.
+    A weight may be computed from other tensors by a parametrization, `weight_norm` or
+    `torch.nn.utils.prune`. The result then replaces the original tensor of the same shape: the
+    direction of a weight norm, for instance, says nothing about the size of the weight.
     """
     tensors = tensors_of(model)
     for name, module in model.named_modules(remove_duplicate=False):
-        at = f"{name}." if name else ""
-        computed: dict[str, Tensor] = {}
-        if parametrize.is_parametrized(module):
-            assert isinstance(module.parametrizations, nn.ModuleDict)
-            for leaf, rule in module.parametrizations.items():
-                computed |= {
-                    f"parametrizations.{leaf}.{o}": getattr(module, leaf)
-                    for o, _ in rule.named_parameters()
-                }
-        for hook in module._forward_pre_hooks.values():
-            if hasattr(hook, "compute_weight"):  # torch.nn.utils.weight_norm and spectral_norm
-                leaf = hook.name
-                act = hook.compute_weight(
-                    module, **({"do_power_iteration": False} if hasattr(hook, "eps") else {})
-                )
-                computed |= {f"{leaf}_{ending}": act for ending in ("v", "orig")}
-            elif hasattr(hook, "apply_mask"):  # torch.nn.utils.prune
-                computed[f"{hook._tensor_name}_orig"] = hook.apply_mask(module)
-        for leaf, value in computed.items():
-            if at + leaf in tensors and tensors[at + leaf].shape == value.shape:
-                tensors[at + leaf] = value.detach()
+        prefix = f"{name}." if name else ""
+        computed = {**_parametrized_weights(module), **_hooked_weights(module)}
+        for original, value in computed.items():
+            key = prefix + original
+            if key in tensors and tensors[key].shape == value.shape:
+                tensors[key] = value.detach()
     return tensors
 
 
+def _parametrized_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the weights that parametrizations compute, by the names of their originals."""
+    computed: dict[str, Tensor] = {}
+    if parametrize.is_parametrized(module):
+        assert isinstance(module.parametrizations, nn.ModuleDict)
+        for weight, parametrization in module.parametrizations.items():
+            for original, _ in parametrization.named_parameters():
+                computed[f"parametrizations.{weight}.{original}"] = getattr(module, weight)
+    return computed
+
+
+def _hooked_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the weights that hooks compute before forward, by the names of their originals."""
+    computed: dict[str, Tensor] = {}
+    for hook in module._forward_pre_hooks.values():
+        if hasattr(hook, "compute_weight"):  # torch.nn.utils.weight_norm and spectral_norm
+            # Spectral norm changes its vectors at each call in training; scoring must not.
+            options = {"do_power_iteration": False} if hasattr(hook, "eps") else {}
+            weight = hook.compute_weight(module, **options)
+            computed[f"{hook.name}_v"] = weight
+            computed[f"{hook.name}_orig"] = weight
+        elif hasattr(hook, "apply_mask"):  # torch.nn.utils.prune
+            computed[f"{hook._tensor_name}_orig"] = hook.apply_mask(module)
+    return computed
+
+
 def channel_sums(tensor: Tensor, where: Slice) -> Tensor:
-    """Adds the values of `tensor` that belong to each channel of `where`; returns [channels]."""
+    """Returns the sum of `tensor` over the entries of each channel of `where`: [channels]."""
     others = [d for d in range(tensor.dim()) if d != where.axis]
-    line = tensor.sum(others) if others else tensor
-    return line[where.index.to(line.device)].sum(1).cpu()
+    per_index = tensor.sum(others) if others else tensor
+    return per_index[where.index.to(per_index.device)].sum(1).cpu()
 
 
-def l1(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
+def l1(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
     """Sum of |w| over the weights that write the channel (Li et al. 2017, section 3.1)."""
-    return [_total(writers(group), evidence.tensors, Tensor.abs) for group in graph.groups]
+    return [_total(writers(group), inputs.tensors, Tensor.abs) for group in graph.groups]
 
 
-def l2(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
+def l2(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
     """Euclidean norm of the weights that write the channel."""
-    return [
-        _total(writers(group), evidence.tensors, Tensor.square).sqrt() for group in graph.groups
-    ]
+    squares = [_total(writers(group), inputs.tensors, Tensor.square) for group in graph.groups]
+    return [total.sqrt() for total in squares]
 
 
-def bn_scale(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
+def bn_scale(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
     """Sum of |gamma| over the normalisations of the channel (Liu et al. 2017, network slimming).
 
-    It means something after a training that pulled the scales to zero: `bn_penalty` of `train`.
+    Train with `bn_penalty` first, which pulls scales to zero; without it they say little about a
+    channel.
     """
     for group in graph.groups:
         if not group.role("scale"):
@@ -127,83 +141,93 @@ def bn_scale(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
                 place="score",
                 cure="use 'l1'",
             )
-    return [_total(group.role("scale"), evidence.tensors, Tensor.abs) for group in graph.groups]
+    return [_total(group.role("scale"), inputs.tensors, Tensor.abs) for group in graph.groups]
 
 
-def fpgm(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
-    """Sum of the distances from the channel's writing weights to those of each other channel of its layer.
+def fpgm(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
+    """Sum of the distances from the weights that write the channel to those of the layer's others.
 
-    The channel nearest to the geometric median of all can best be replaced by others, and goes first (He et al. 2019,
-    arXiv:1811.00250, eq. 5): small weights alone are no reason.
+    The channel nearest to the geometric median of all is pruned first, since the others can replace
+    it best (He et al. 2019, arXiv:1811.00250, eq. 5). A channel with small weights may score high.
     """
     scores = []
     for group in graph.groups:
-        parts = [
-            evidence.tensors[s.tensor].double().movedim(s.axis, 0)[s.index].flatten(1).cpu()
-            for s in writers(group)
-        ]
+        parts = []
+        for s in writers(group):
+            by_index = inputs.tensors[s.tensor].double().movedim(s.axis, 0)
+            parts.append(by_index[s.index].flatten(1).cpu())
         filters = torch.cat(parts, 1)
         scores.append(torch.cdist(filters, filters).sum(1))
     return scores
 
 
-def taylor(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
+def taylor(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
     """Mean over batches of |sum w * dL/dw| over the weights that read the channel.
 
-    That sum is exactly the derivative of the loss by a gate on the channel where it is read, so its size is the
-    first-order change of the loss if the channel went (Molchanov et al. 2017). The model is in evaluation mode.
+    That sum is exactly the derivative of the loss by a gate that multiplies the channel where it is
+    read, so its size is the first-order change of the loss without the channel (Molchanov et al.
+    2017). The model is in evaluation mode.
     """
-    return mean([gate.abs() for gate in gates] for gates in _gates(graph, evidence, "taylor"))
+    batches = _gate_derivatives(graph, inputs, "taylor")
+    return mean([gate.abs() for gate in gates] for gates in batches)
 
 
-def fisher(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
-    """Mean over losses of (sum w * dL/dw)^2 / 2: the second-order change of the loss if the channel went.
+def fisher(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
+    """Mean over losses of (sum w * dL/dw)^2 / 2: the second-order change without the channel.
 
-    The diagonal Fisher information of a gate on the channel stands for its second derivative (Theis et al. 2018,
-    arXiv:1801.05787, eq. 6; with coupled layers Liu et al. 2021, arXiv:2108.00708). It is that of single examples if
-    each loss is that of one example; of the losses of batches of n it takes about one n-th, besides the mean's square.
+    The second derivative by a gate on the channel is estimated by its Fisher information (Theis et
+    al. 2018, arXiv:1801.05787, eq. 6; with coupled layers Liu et al. 2021, arXiv:2108.00708). Each
+    loss should be that of one example: with batches of n the variance part of the square is n times
+    too small.
     """
-    return mean(
-        [gate.square() / 2 for gate in gates] for gates in _gates(graph, evidence, "fisher")
+    batches = _gate_derivatives(graph, inputs, "fisher")
+    return mean([gate.square() / 2 for gate in gates] for gates in batches)
+
+
+def obd(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
+    """Sum over the weights that read the channel of w^2 F / 2, with F the mean square of dL/dw.
+
+    Optimal Brain Damage (LeCun et al. 1990, eq. 5) with the diagonal Fisher information in place of
+    the Hessian. Unlike "fisher" it assumes that the weights of a channel are independent. Each loss
+    should be that of one example.
+    """
+    read = [readers(group, inputs.model) for group in graph.groups]
+
+    def batches() -> Iterator[list[Tensor]]:
+        for products in _weight_times_derivative(graph, inputs, "obd"):
+            halves = {name: product.float().square() / 2 for name, product in products.items()}
+            yield [_total(slices, halves) for slices in read]
+
+    return mean(batches())
+
+
+def snip(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
+    """|sum w * dL/dw| with the mean gradient of all batches (Lee et al. 2019, arXiv:1810.02340).
+
+    The paper's connection sensitivity, here of a gate on the channel. For networks at their
+    initialisation: norms use the statistics of the batch.
+    """
+    batches = _gate_derivatives(graph, inputs, "snip", batch_statistics=True)
+    return [gate.abs() for gate in mean(batches)]
+
+
+def grasp(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
+    """Sum of w * (H g) over the weights that read the channel, g the gradient and H the Hessian.
+
+    It is how much the channel adds to the norm of the gradient. Wang et al. 2020 (arXiv:2002.07376,
+    eq. 8) use the negative and remove the highest. The mean over batches is taken. For networks at
+    their initialisation: norms use the statistics of the batch.
+    """
+    gates = _gate_derivatives(
+        graph, inputs, "grasp", batch_statistics=True, derivative=hessian_gradient
     )
+    return mean(gates)
 
 
-def obd(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
-    """Sum over the reading weights of w^2 F / 2, with F the mean square of dL/dw of each weight by itself.
-
-    Optimal Brain Damage (LeCun et al. 1990, eq. 5) with the diagonal Fisher for the Hessian: unlike "fisher" it takes
-    the weights of a channel for independent of each other. About single examples the same holds as there.
-    """
-    read = [readers(group, evidence.model) for group in graph.groups]
-    return mean(
-        [_total(slices, effects, lambda effect: effect.square() / 2) for slices in read]
-        for effects in _effects(graph, evidence, "obd")
-    )
-
-
-def snip(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
-    """|sum w * dL/dw| with the gradient of all batches together (Lee et al. 2019, arXiv:1810.02340, of a gate).
-
-    For networks at their initialisation: norms take the statistics of the batch.
-    """
-    return [gate.abs() for gate in mean(_gates(graph, evidence, "snip", batch_statistics=True))]
-
-
-def grasp(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
-    """Sum of w * (H g) over the reading weights: what the channel adds to the flow of gradients.
-
-    Wang et al. 2020 (arXiv:2002.07376, eq. 8) take the negative and remove the highest. H g is that of each batch, and
-    their mean is taken. For networks at their initialisation: norms take the statistics of the batch.
-    """
-    return mean(
-        _gates(graph, evidence, "grasp", batch_statistics=True, derivative=hessian_gradient)
-    )
-
-
-def random(graph: ChannelGraph, evidence: Evidence) -> list[Tensor]:
-    """Uniform numbers: the control that every other score has to beat."""
-    assert evidence.generator is not None
-    chance = chance_of(evidence.generator)
+def random(graph: ChannelGraph, inputs: ScoreInputs) -> list[Tensor]:
+    """Uniform random numbers: the baseline for every other score."""
+    assert inputs.generator is not None
+    chance = chance_of(inputs.generator)
     return [chance.uniform(group.channels, dtype=torch.float32) for group in graph.groups]
 
 
@@ -211,10 +235,10 @@ SCORES: dict[str, Score] = {
     "l1": Score(l1),
     "l2": Score(l2),
     "fpgm": Score(fpgm),
-    "bn_scale": Score(bn_scale, scales=True),
+    "bn_scale": Score(bn_scale, needs_scales=True),
     "taylor": Score(taylor, needs="losses"),
-    "fisher": Score(fisher, needs="losses", single=True),
-    "obd": Score(obd, needs="losses", single=True),
+    "fisher": Score(fisher, needs="losses", per_example=True),
+    "obd": Score(obd, needs="losses", per_example=True),
     "snip": Score(snip, needs="losses"),
     "grasp": Score(grasp, needs="losses"),
     "random": Score(random, needs="generator"),
@@ -229,7 +253,9 @@ def score(
     losses: Losses | None = None,
     generator: Source = None,
 ) -> list[Tensor]:
-    """Scores every channel: one vector [channels] per layer of `graph`, with mean 1; the least important is lowest.
+    """Returns one vector [channels] of scores per layer; the least important channel is lowest.
+
+    The mean size of each vector is 1.
 
     Args:
         model: the traced model; unchanged.
@@ -240,11 +266,11 @@ def score(
 
     Raises:
         RecipeError: if there is no such score.
-        ModelError: if the model or the arguments lack what the score needs, or a score is not finite.
+        ModelError: if the model or the arguments lack what the score needs, or a score is not
+            finite.
     """
-    return [
-        relative(v) for v in raw_scores(model, graph, score, losses=losses, generator=generator)
-    ]
+    raw = raw_scores(model, graph, score, losses=losses, generator=generator)
+    return [relative(values) for values in raw]
 
 
 def raw_scores(
@@ -255,14 +281,14 @@ def raw_scores(
     losses: Losses | None = None,
     generator: Source = None,
 ) -> list[Tensor]:
-    """Scores like `score`, before the division by the mean of each layer."""
+    """Returns the scores before they are divided by the mean of each layer; see `score`."""
     if score not in SCORES:
         raise RecipeError(
             f"no such score '{score}'",
             place="score",
             cure=suggestion(score, list(SCORES), f"use one of {', '.join(SCORES)}"),
         )
-    row, evidence = SCORES[score], Evidence(model, effective_tensors(model), losses, generator)
+    row = SCORES[score]
     if row.needs == "losses" and losses is None:
         raise ModelError(
             f"the score '{score}' needs `losses`, the loss on some batches",
@@ -275,7 +301,8 @@ def raw_scores(
             place="generator",
             cure="give a torch.Generator",
         )
-    raw = row.of(graph, evidence)
+    inputs = ScoreInputs(model, effective_tensors(model), losses, generator)
+    raw = row.function(graph, inputs)
     for group, values in zip(graph.groups, raw, strict=True):
         if not values.isfinite().all():
             raise ModelError(
@@ -287,7 +314,7 @@ def raw_scores(
 
 
 def relative(values: Tensor) -> Tensor:
-    """Divides the scores of a layer [channels] by the mean of their sizes; scores that are all zero stay zero.
+    """Divides the scores of a layer [channels] by their mean size; if all are zero they stay zero.
 
     >>> relative(torch.tensor([1.0, 3.0]))
     tensor([0.5000, 1.5000])
@@ -297,63 +324,73 @@ def relative(values: Tensor) -> Tensor:
 
 
 def writers(group: ChannelGroup) -> Sequence[Slice]:
-    """Returns the slices of the weights that compute the channels; all slices where no weight does."""
+    """Returns the slices of weights that compute the channels; all slices if no weight does."""
     return group.role("write") or group.slices
 
 
 def readers(group: ChannelGroup, model: nn.Module) -> Sequence[Slice]:
-    """Returns the slices of the parameters that sum over the channels, or else of those that compute them."""
-    trained = dict(model.named_parameters(remove_duplicate=False))
+    """Returns the slices of parameters that read the channels, else of those that write them."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for slices in (group.role("read"), group.role("write"), group.slices):
-        if owned := [s for s in slices if s.tensor in trained]:
-            return owned
+        found = [s for s in slices if s.tensor in parameters]
+        if found:
+            return found
     raise ModelError(
-        f"no parameter has to do with the channels of '{group.name}'",
+        f"no parameter holds the channels of '{group.name}'",
         place="score",
         cure="use a score of magnitudes, 'l1'",
     )
 
 
-def _gates(
+def _gate_derivatives(
     graph: ChannelGraph,
-    evidence: Evidence,
+    inputs: ScoreInputs,
     name: str,
     *,
     batch_statistics: bool = False,
     derivative: Callable[[Tensor, Sequence[Tensor]], list[Tensor]] = gradient,
 ) -> Iterator[list[Tensor]]:
-    """Yields for each loss the sum of w * derivative over the weights that read each channel."""
-    read = [readers(group, evidence.model) for group in graph.groups]
-    for effects in _effects(
-        graph, evidence, name, batch_statistics=batch_statistics, derivative=derivative
-    ):
-        yield [_total(slices, effects) for slices in read]
+    """Yields for each loss the sum of w * derivative over the weights that read each channel.
+
+    With the gradient it is the derivative by a gate: d/dt of the loss with t * w in place of w, at
+    t = 1.
+    """
+    read = [readers(group, inputs.model) for group in graph.groups]
+    every_loss = _weight_times_derivative(
+        graph, inputs, name, batch_statistics=batch_statistics, derivative=derivative
+    )
+    for products in every_loss:
+        yield [_total(slices, products) for slices in read]
 
 
-def _effects(
+def _weight_times_derivative(
     graph: ChannelGraph,
-    evidence: Evidence,
+    inputs: ScoreInputs,
     name: str,
     *,
     batch_statistics: bool = False,
     derivative: Callable[[Tensor, Sequence[Tensor]], list[Tensor]] = gradient,
 ) -> Iterator[dict[str, Tensor]]:
-    """Yields for each loss w * derivative, entry by entry, of the weights that read channels, by name.
+    """Yields for each loss w * derivative, entry by entry, of parameters that read channels.
 
-    Of a weight that is computed from others these are the others: they are what a cut sets to zero.
+    For a weight that is computed from parameters these are the parameters, because pruning removes
+    parts of those.
     """
-    assert evidence.losses is not None
-    owned = dict(evidence.model.named_parameters(remove_duplicate=False))
-    weights = {
-        s.tensor: owned[s.tensor] for group in graph.groups for s in readers(group, evidence.model)
-    }
-    count = 0
-    with differentiable(evidence.model, list(weights.values()), batch_statistics=batch_statistics):
-        for loss in evidence.losses():
-            slopes = derivative(loss, list(weights.values()))
-            yield {n: w.detach() * g for (n, w), g in zip(weights.items(), slopes, strict=True)}
-            count += 1
-    if not count:
+    assert inputs.losses is not None
+    parameters = dict(inputs.model.named_parameters(remove_duplicate=False))
+    names: list[str] = []
+    for group in graph.groups:
+        names += [s.tensor for s in readers(group, inputs.model)]
+    names = list(dict.fromkeys(names))
+    weights = [parameters[each] for each in names]
+    is_empty = True
+    with differentiable(inputs.model, weights, batch_statistics=batch_statistics):
+        for loss in inputs.losses():
+            derivatives = derivative(loss, weights)
+            products = [w.detach() * d for w, d in zip(weights, derivatives, strict=True)]
+            yield dict(zip(names, products, strict=True))
+            is_empty = False
+    if is_empty:
         raise ModelError(
             f"the score '{name}' was given no batches", place="losses", cure="give at least one"
         )
@@ -362,6 +399,8 @@ def _effects(
 def _total(
     slices: Iterable[Slice],
     tensors: Mapping[str, Tensor],
-    of: Callable[[Tensor], Tensor] = Tensor.float,
+    function: Callable[[Tensor], Tensor] = Tensor.float,
 ) -> Tensor:
-    return torch.stack([channel_sums(of(tensors[s.tensor].float()), s) for s in slices]).sum(0)
+    """Returns the sum of `function` of each entry over all slices of a channel: [channels]."""
+    sums = [channel_sums(function(tensors[s.tensor].float()), s) for s in slices]
+    return torch.stack(sums).sum(0)

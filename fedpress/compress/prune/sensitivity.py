@@ -1,4 +1,4 @@
-"""How much each layer can lose: the loss against density, one layer at a time, and widths chosen from these curves.
+"""Sensitivity: the loss against the density of one layer at a time, and widths from these curves.
 
 for point in sensitivity(channel_units(model, graph, scores), evaluate):
     ...  # show, save
@@ -24,42 +24,49 @@ from fedpress.errors import ModelError, RecipeError
 from fedpress.tasks.base import number
 
 DENSITIES = (0.9, 0.7, 0.5, 0.3, 0.1)
-FURTHER = (0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.001)
-"""Below the usual densities: measured only where that little of a layer may be left."""
+LOWER_DENSITIES = (0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.001)
+"""Below the usual densities: measured only if so little of a layer may be kept."""
 
-TIE = 1e-9  # where a curve is flat, the share that is gone decides
+TIE = 1e-9
+"""Where a curve is flat, channels are ordered by the share of the layer pruned before them."""
 
 Measure = Callable[[], tuple[float, float | None]]
-"""Runs the model and returns its loss and its primary metric, which may be None."""
+"""Runs the model; returns its loss and its primary metric, or None where it has no metric."""
 
 
 def densities_down_to(lowest: float, usual: Sequence[float] = DENSITIES) -> tuple[float, ...]:
-    """Returns the densities to measure where as little as `lowest` of a layer may be left, falling.
+    """Returns the densities to measure, falling, if as little as `lowest` of a layer may be kept.
 
-    A curve that ends above says nothing of what lies below it: there a layer that seems free may be the one on which
-    everything hangs.
+    A curve shows nothing below its last point: a layer whose loss is flat down to 0.1 may be the
+    one that the network cannot do without at 0.01.
 
     >>> densities_down_to(0.04)
     (0.9, 0.7, 0.5, 0.3, 0.1, 0.05, 0.03)
     """
     found = list(usual)
-    for density in FURTHER:
+    for density in LOWER_DENSITIES:
         if min(found) > lowest and density < min(found):
             found.append(density)
     return tuple(found)
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Something that can be thinned alone: in the context `thinned(density)` its model runs with that much of it."""
+class SensitivityUnit:
+    """Something that can be pruned alone, such as a layer.
+
+    Attributes:
+        name: of the layer.
+        at_density: a context in which the model runs with that share of the unit, the rest of it
+            zeroed.
+    """
 
     name: str
-    thinned: Callable[[float], AbstractContextManager[None]]
+    at_density: Callable[[float], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
 class Point:
-    """What the model did with `density` of the one unit `layer` left; 1 is the whole model."""
+    """Loss and metric of the model with `density` of the one unit `layer`; 1 is the whole model."""
 
     layer: str
     density: float
@@ -68,34 +75,31 @@ class Point:
 
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> Point:
-        """Reads what `asdict` gave; version 0.1.0 called the score `accuracy`."""
+        """Returns the point from its dictionary; version 0.1.0 called the score `accuracy`."""
         score = saved.get("score", saved.get("accuracy"))
         return cls(saved["layer"], saved["density"], saved["loss"], score)
 
     def line(self, metric: str) -> dict[str, JsonValue]:
         """Returns the point as JSON, its score under the name of the `metric`."""
-        return {
-            "layer": self.layer,
-            "density": self.density,
-            "loss": self.loss,
-            metric: None if self.score is None else number(self.score),
-        }
+        score = None if self.score is None else number(self.score)
+        return {"layer": self.layer, "density": self.density, "loss": self.loss, metric: score}
 
 
 def sensitivity(
-    units: Sequence[Unit],
+    units: Sequence[SensitivityUnit],
     measure: Measure,
     densities: Sequence[float] = DENSITIES,
     *,
     known: Sequence[Point] = (),
 ) -> Iterator[Point]:
-    """Yields for every unit what `measure` says at each of `densities`, the others whole; all tensors come back.
+    """Yields the loss at each of `densities`, one unit at a time; all tensors are restored.
 
     Args:
-        units: layers (`channel_units`), weights (`weight_unit`), or anything else that can be thinned in place.
-        measure: the loss and primary metric of the model as it is.
-        densities: in (0, 1); 1 is measured once and stands first in each curve.
-        known: points of an earlier, stopped call, which are yielded again without measuring.
+        units: layers (`channel_units`), weights (`weight_unit`), or anything else that can be
+            pruned in place.
+        measure: returns the loss and primary metric of the model as it is.
+        densities: in (0, 1); 1 is measured once and comes first in each curve.
+        known: points of an earlier, stopped call, which are yielded again without being measured.
 
     Raises:
         RecipeError: if a density is out of range.
@@ -119,7 +123,7 @@ def sensitivity(
                 base = base or measure()
                 point = Point(unit.name, density, *base)
             else:
-                with unit.thinned(density):
+                with unit.at_density(density):
                     point = Point(unit.name, density, *measure())
             if density == 1 and not np.isfinite(point.loss):
                 raise ModelError(
@@ -130,27 +134,31 @@ def sensitivity(
             yield point
 
 
-def channel_units(model: nn.Module, graph: ChannelGraph, scores: Sequence[Tensor]) -> list[Unit]:
-    """Returns a unit for every layer of `graph`: the channels with the lowest scores are zeroed, at least one stays."""
+def channel_units(
+    model: nn.Module, graph: ChannelGraph, scores: Sequence[Tensor]
+) -> list[SensitivityUnit]:
+    """Returns a unit for every layer of `graph`, whose channels with the lowest scores are zeroed.
+
+    At least one channel of a layer is kept.
+    """
     tensors = tensors_of(model)
-    return [
-        Unit(
-            layer.name,
-            partial(_thinned, tensors, layer, values.argsort(descending=True, stable=True)),
-        )
-        for layer, values in zip(graph.groups, scores, strict=True)
-    ]
+    units = []
+    for layer, values in zip(graph.groups, scores, strict=True):
+        best_first = values.argsort(descending=True, stable=True)
+        units.append(SensitivityUnit(layer.name, partial(_masked, tensors, layer, best_first)))
+    return units
 
 
 @contextmanager
-def _thinned(
+def _masked(
     tensors: dict[str, Tensor], layer: ChannelGroup, best_first: Tensor, density: float
 ) -> Iterator[None]:
+    """Zeroes the channels of `layer` beyond the best `density` of them, within the block."""
     pruned = best_first[max(1, round(density * layer.channels)) :]
-    touched = [
-        (tensors[s.tensor], s.axis, s.index[pruned].flatten().to(tensors[s.tensor].device))
-        for s in layer.slices
-    ]
+    touched = []
+    for s in layer.slices:
+        tensor = tensors[s.tensor]
+        touched.append((tensor, s.axis, s.index[pruned].flatten().to(tensor.device)))
     before = [tensor.index_select(axis, index) for tensor, axis, index in touched]
     try:
         with torch.no_grad():
@@ -158,40 +166,47 @@ def _thinned(
                 tensor.index_fill_(axis, index, 0)
         yield
     finally:
-        # A tensor may be touched along two axes, whose crossing was read before either was zeroed.
+        # All values were read before any were zeroed: a tensor may be touched along two axes.
         with torch.no_grad():
             for (tensor, axis, index), values in zip(touched, before, strict=True):
                 tensor.index_copy_(axis, index, values)
 
 
-def weight_unit(name: str, weight: Tensor, scores: Tensor) -> Unit:
-    """Returns a unit whose entries with the lowest `scores` (of the shape of `weight`) are zeroed one by one."""
+def weight_unit(name: str, weight: Tensor, scores: Tensor) -> SensitivityUnit:
+    """Returns a unit of single weights, of which those with the lowest scores are zeroed.
+
+    Args:
+        name: of the weight.
+        weight: zeroed in place.
+        scores: of its shape.
+    """
 
     @contextmanager
-    def thinned(density: float) -> Iterator[None]:
+    def at_density(density: float) -> Iterator[None]:
         before = weight.detach().clone()
-        pruned = scores.flatten().argsort(descending=True, stable=True)[
-            max(1, round(density * scores.numel())) :
-        ]
+        best_first = scores.flatten().argsort(descending=True, stable=True)
+        pruned = best_first[max(1, round(density * scores.numel())) :].to(weight.device)
         try:
             with torch.no_grad():
-                weight.copy_(
-                    before.flatten().index_fill(0, pruned.to(weight.device), 0).view_as(before)
-                )
+                weight.copy_(before.flatten().index_fill(0, pruned, 0).view_as(before))
             yield
         finally:
             with torch.no_grad():
                 weight.copy_(before)
 
-    return Unit(name, thinned)
+    return SensitivityUnit(name, at_density)
 
 
-def curves(points: Sequence[Point]) -> dict[str, tuple[list[float], list[float]]]:
-    """Returns for every layer the densities, rising, and how much the loss grows there: never less at fewer.
+def loss_curves(points: Sequence[Point]) -> dict[str, tuple[list[float], list[float]]]:
+    """Returns for every layer the densities, rising, and how much the loss grows at each.
 
-    What is not finite counts as the largest increase of all.
+    The growth never falls with falling density: a loss that happens to be lower there is noise. A
+    loss that is not finite counts as the largest growth of all.
 
-    >>> curves([Point("a", 1.0, 2.0), Point("a", 0.5, 1.9), Point("a", 0.25, 3.0)])
+    Raises:
+        RecipeError: if a layer has no point at density 1.
+
+    >>> loss_curves([Point("a", 1.0, 2.0), Point("a", 0.5, 1.9), Point("a", 0.25, 3.0)])
     {'a': ([0.25, 0.5, 1.0], [1.0, 0.0, 0.0])}
     """
     dense = {p.layer: p.loss for p in points if p.density == 1}
@@ -200,14 +215,15 @@ def curves(points: Sequence[Point]) -> dict[str, tuple[list[float], list[float]]
         raise RecipeError(
             f"the sensitivity of '{missing}' has no point at density 1",
             place="points",
-            cure="take all that `sensitivity` gave",
+            cure="give all points that `sensitivity` yields",
         )
     grown = {(p.layer, p.density): p.loss - dense[p.layer] for p in points}
     most = max((g for g in grown.values() if np.isfinite(g)), default=0.0)
     found = {}
     for layer in dense:
         falling = sorted((d for name, d in grown if name == layer), reverse=True)
-        height, heights = 0.0, []
+        height = 0.0
+        heights = []
         for density in falling:
             value = grown[layer, density]
             height = max(height, value if np.isfinite(value) else most)
@@ -216,30 +232,37 @@ def curves(points: Sequence[Point]) -> dict[str, tuple[list[float], list[float]]
     return found
 
 
-def to_nothing(
+def extended_to_zero(
     curve: tuple[list[float], list[float]], most: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns densities and growth of the loss with a point at density 0, where a layer cuts the network in two.
+    """Returns a curve with a point at density 0, where the layer passes nothing on.
 
-    Below the lowest measured density a curve goes on as it ended, but at 0 it reaches at least `most`, the largest
-    growth of any layer: a curve that was flat so far is no promise.
+    Below the lowest measured density the curve goes on with its last slope, but at 0 it reaches at
+    least `most`: a curve that was flat so far need not stay so.
+
+    Args:
+        curve: densities, rising, and how much the loss grows at each.
+        most: the largest growth of any layer.
     """
-    density, height = (np.array(line) for line in curve)
+    density = np.array(curve[0])
+    height = np.array(curve[1])
     slope = (height[0] - height[1]) / (density[1] - density[0])
     end = max(most, height[0] + slope * density[0])
     return np.insert(density, 0, 0.0), np.insert(height, 0, end)
 
 
-def levels(graph: ChannelGraph, scores: Sequence[Tensor], points: Sequence[Point]) -> list[Tensor]:
-    """Returns for each channel [channels] how much the loss grows when its layer is cut down to and without it.
+def growth_by_channel(
+    graph: ChannelGraph, scores: Sequence[Tensor], points: Sequence[Point]
+) -> list[Tensor]:
+    """Returns for each channel how much the loss grows when it and all worse ones are pruned.
 
-    A threshold on these numbers is a water level: every layer goes as far as the same growth of the loss allows.
-    Between the measured densities the curves are straight; below them see `to_nothing`.
+    One threshold on these numbers prunes every layer as far as the same growth of the loss allows.
+    Between the measured densities the curves are straight; below them see `extended_to_zero`.
 
     Raises:
         RecipeError: if a layer has not been measured.
     """
-    known = curves(points)
+    known = loss_curves(points)
     most = max((heights[0] for _, heights in known.values()), default=0.0)
     out = []
     for layer, values in zip(graph.groups, scores, strict=True):
@@ -249,15 +272,12 @@ def levels(graph: ChannelGraph, scores: Sequence[Tensor], points: Sequence[Point
                 place="points",
                 cure="give the points of all layers",
             )
-        density, height = to_nothing(known[layer.name], most)
+        density, height = extended_to_zero(known[layer.name], most)
         best_first = values.argsort(descending=True, stable=True)
-        left = np.arange(len(values)) / len(
-            values
-        )  # when the channel in this place goes, those before it are left
-        level = torch.from_numpy(
-            np.interp(left, density, height) + TIE * (1 + height.max()) * (1 - left)
-        )
-        out.append(
-            torch.empty(len(values), dtype=torch.float64).scatter_(0, best_first.cpu(), level)
-        )
+        # Without the channel at this place of the order, those before it are kept.
+        kept_share = np.arange(len(values)) / len(values)
+        growth = np.interp(kept_share, density, height)
+        growth += TIE * (1 + height.max()) * (1 - kept_share)
+        by_channel = torch.empty(len(values), dtype=torch.float64)
+        out.append(by_channel.scatter_(0, best_first.cpu(), torch.from_numpy(growth)))
     return out

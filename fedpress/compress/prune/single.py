@@ -1,6 +1,7 @@
-"""Single-channel pruning: remove the one worst channel of all, score again, and so on until the share is met.
+"""Single-channel pruning: removes the worst channel, scores again, until the target is met.
 
-What is kept in one layer changes how much a channel of the next can do, so the order differs from one-shot pruning.
+Removing a channel changes how much the channels of the next layer matter, so the order differs from
+one-shot pruning.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from fedpress.compress.prune.targets import Target, parameter_target
 from fedpress.core.random_source import Source
 from fedpress.errors import RecipeError
 
-BEYOND = 0.9  # removal goes on to this part of the target, so that rounding up somewhere can be paid for elsewhere
+BEYOND_TARGET = 0.9
+"""Removal goes on to this part of the target, so that layers can be rounded up as well as down."""
 
 
 def prune_single_channel(
@@ -39,19 +41,21 @@ def prune_single_channel(
 ) -> PruningPlan:
     """Plans the removal of channels one at a time, worst first, then rounds the widths.
 
-    "l1" and "l2" are scored again after every channel. The other scores look at the whole network, so they are taken
-    again after `every` channels, with the removed ones zeroed. All tensors of `model` are as before afterwards.
+    "l1" and "l2" are scored again after every channel. The other scores need the whole network to
+    run, so they are computed again after `every` channels, with the removed ones zeroed. All
+    tensors of `model` are restored.
 
     Args:
         model: the traced model.
         graph: its channels.
         score: a row of `fedpress.compress.SCORES`.
         keep_params: share of the parameters to keep, in (0, 1].
-        target: what to come down to instead (see `fedpress.compress.prune.targets`).
+        target: used instead of `keep_params` (see `fedpress.compress.prune.targets`).
         round_to: widths become multiples of this.
-        min_keep: smallest share of a layer that stays.
-        tolerance: largest difference between the wanted and the reached share, of which nothing is told.
-        exact: refuses a target that is missed by more than `tolerance`.
+        min_keep: smallest share of its channels that a layer keeps.
+        tolerance: largest difference between the wanted and the reached share that needs no note in
+            the plan.
+        exact: whether a target that is missed by more than `tolerance` is refused.
         every: removals between two rounds of scoring, for scores other than "l1" and "l2".
         losses: for the scores that need them.
         generator: for "random".
@@ -84,79 +88,91 @@ def prune_single_channel(
 
 
 Scorer = Callable[[list[Tensor], tuple[int, int] | None], dict[int, Tensor]]
-"""Takes who is alive and who was just removed (layer, channel); returns the layers whose raw scores are new."""
+"""Takes masks of the kept channels and the (layer, channel) just removed; returns new scores."""
 
 
 def _removal_order(
     graph: ChannelGraph, scorer: Scorer, floors: Sequence[int], target: Target
 ) -> list[Tensor]:
-    """Removes until a little less than `target` is left; returns when each channel went, survivors last."""
-    rest = _Survivors(graph, floors)
+    """Removes channels until a little less than `target` is left; returns the order as scores.
+
+    A removed channel has the number of channels removed before it; the remaining ones have larger
+    numbers.
+    """
+    rest = _Remaining(graph, floors)
     pruned: list[tuple[int, int]] = []
-    rest.rescore_(scorer(rest.alive, None))
-    while target.cost(rest.kept) > BEYOND * target.wanted:
-        weakest = rest.weakest()
-        if weakest is None:
-            break  # every layer is at its floor
-        rest.remove_(*weakest)
-        pruned.append(weakest)
-        rest.rescore_(scorer(rest.alive, weakest))
+    rest.rescore_(scorer(rest.masks, None))
+    while target.cost(rest.kept) > BEYOND_TARGET * target.wanted:
+        worst = rest.worst_channel()
+        if worst is None:
+            break  # every layer has its smallest width
+        rest.remove_(*worst)
+        pruned.append(worst)
+        rest.rescore_(scorer(rest.masks, worst))
+
     last = [relative(values) for values in rest.raw]
-    least_left = min(float(values.min()) for values in last)  # some scores have signs
-    order = [len(pruned) + values - least_left for values in last]
-    for at, (i, channel) in enumerate(pruned):
-        order[i][channel] = at
+    # Some scores are negative, and a remaining channel must come after all removed ones.
+    smallest = min(float(values.min()) for values in last)
+    order = [len(pruned) + values - smallest for values in last]
+    for position, (layer, channel) in enumerate(pruned):
+        order[layer][channel] = position
     return [values.double() for values in order]
 
 
-class _Survivors:
-    """The channels that are left while they are removed one by one, and the weakest of each layer.
+class _Remaining:
+    """The channels that remain while they are removed one by one, and the worst of each layer.
 
-    A layer's scores are taken relative to all its channels, removed ones with their last score: relative to the
-    survivors alone, a layer whose scores lie close together would never be touched.
+    Scores are divided by the mean of all channels of the layer, including the last scores of
+    removed ones. Relative to the remaining ones alone, the scores of a layer whose channels are
+    alike would stay near 1, and it would never be pruned.
 
     Attributes:
-        alive: of each layer, which channels are left.
+        masks: of each layer, which channels remain.
         kept: how many these are.
         raw: the last score of each channel.
-        floors: how many must stay.
+        floors: how many channels each layer must keep.
     """
 
     def __init__(self, graph: ChannelGraph, floors: Sequence[int]) -> None:
-        self.alive = [torch.ones(group.channels, dtype=torch.bool) for group in graph.groups]
+        self.masks = [torch.ones(group.channels, dtype=torch.bool) for group in graph.groups]
         self.kept = [group.channels for group in graph.groups]
         self.raw = [torch.zeros(group.channels) for group in graph.groups]
         self.floors = floors
-        self.worst: dict[int, tuple[float, int]] = {}  # of each layer; looked up when asked for
+        # (score, channel) of the layers whose worst channel is known; a change in a layer drops it.
+        self.worst: dict[int, tuple[float, int]] = {}
 
     def rescore_(self, scores: Mapping[int, Tensor]) -> None:
-        """Takes new raw scores of some layers. A removed channel, whose weights are 0, keeps its last one."""
+        """Takes new raw scores of some layers; a removed channel, now 0, keeps its last one."""
         for i, values in scores.items():
-            known = self.alive[i] | values.ne(0)
+            known = self.masks[i] | values.ne(0)
             self.raw[i] = torch.where(known, values, self.raw[i])
             self.worst.pop(i, None)
 
-    def weakest(self) -> tuple[int, int] | None:
-        """Returns the layer and the channel that go next; None if none may."""
+    def worst_channel(self) -> tuple[int, int] | None:
+        """Returns the (layer, channel) to remove next; None at the smallest widths."""
         for i in range(len(self.kept)):
             if i not in self.worst:
                 self.worst[i] = self._worst_of(i)
         layer = min(range(len(self.kept)), key=lambda i: self.worst[i])
         score, channel = self.worst[layer]
-        return None if score == float("inf") else (layer, channel)
+        if score == float("inf"):
+            return None
+        return layer, channel
 
     def remove_(self, layer: int, channel: int) -> None:
-        """Takes a channel out; the scores of its layer stay what they are."""
+        """Removes a channel; the scores of its layer are unchanged."""
         self.kept[layer] -= 1
-        self.alive[layer][channel] = False
+        self.masks[layer][channel] = False
         self.worst.pop(layer, None)
 
     def _worst_of(self, layer: int) -> tuple[float, int]:
-        """Returns the least relative score of a layer and its channel; an infinite one where none may go."""
-        scores = relative(self.raw[layer]).masked_fill(~self.alive[layer], float("inf"))
+        """Returns a layer's least score and its channel; infinity at its smallest width."""
+        scores = relative(self.raw[layer]).masked_fill(~self.masks[layer], float("inf"))
         least = scores.min(0)
-        may_go = self.kept[layer] > self.floors[layer]
-        return float(least.values) if may_go else float("inf"), int(least.indices)
+        channel = int(least.indices)
+        if self.kept[layer] <= self.floors[layer]:
+            return float("inf"), channel
+        return float(least.values), channel
 
 
 @contextmanager
@@ -169,59 +185,71 @@ def _scorer(
     generator: Source,
 ) -> Iterator[Scorer]:
     if name in ("l1", "l2"):
-        raw_scores(model, graph, name)  # refuses what is not finite
+        raw_scores(model, graph, name)  # raises an error if a weight is not finite
         yield _magnitudes(model, graph, power=1 if name == "l1" else 2)
         return
     tensors = tensors_of(model)
     saved = {s.tensor: tensors[s.tensor].clone() for group in graph.groups for s in group.slices}
-    since = 0
+    removed_since = 0
 
-    def again(alive: list[Tensor], removed: tuple[int, int] | None) -> dict[int, Tensor]:
-        nonlocal since
+    def rescore(masks: list[Tensor], removed: tuple[int, int] | None) -> dict[int, Tensor]:
+        nonlocal removed_since
         if removed is not None:
-            _zero_(tensors, graph.groups[removed[0]], removed[1])
-            since += 1
-            if since < every or name == "random":
+            layer, channel = removed
+            _zero_(tensors, graph.groups[layer], channel)
+            removed_since += 1
+            # Random scores drawn again would not be a random order of removal.
+            if removed_since < every or name == "random":
                 return {}
-        since = 0
+        removed_since = 0
         return dict(enumerate(raw_scores(model, graph, name, losses=losses, generator=generator)))
 
     try:
-        yield again
+        yield rescore
     finally:
         for tensor, values in saved.items():
             tensors[tensor].copy_(values)
 
 
 def _magnitudes(model: nn.Module, graph: ChannelGraph, *, power: Literal[1, 2]) -> Scorer:
-    """Keeps sums of |w|^power over kernels [out, in], and adds up only the layers that a removal touches."""
-    tensors, tables = tensors_of(model), {}
-    axes = {(s.tensor, s.axis) for group in graph.groups for s in group.slices}
-    for tensor in {s.tensor for group in graph.groups for s in group.role("write")}:
+    """Scores by sums of |w|^power [out, in] over kernels, computed once.
+
+    After a removal only the layers are summed again whose weights read the removed channel.
+    """
+    axes: set[tuple[str, int]] = set()
+    writers: dict[str, set[int]] = {}  # tensor -> the layers that it writes
+    for i, group in enumerate(graph.groups):
+        axes.update((s.tensor, s.axis) for s in group.slices)
+        for s in group.role("write"):
+            writers.setdefault(s.tensor, set()).add(i)
+
+    tensors = tensors_of(model)
+    tables: dict[str, Tensor] = {}
+    for tensor in writers:
         values = tensors[tensor].float().cpu().abs() ** power
         fixed = [d for d in range(values.dim()) if (tensor, d) not in axes]
         tables[tensor] = values.sum(fixed, keepdim=True) if fixed else values
-    writers: dict[str, set[int]] = {}
-    for i, group in enumerate(graph.groups):
-        for s in group.role("write"):
-            writers.setdefault(s.tensor, set()).add(i)
 
     def total(group: ChannelGroup) -> Tensor:
         sums = torch.stack([channel_sums(tables[s.tensor], s) for s in group.role("write")]).sum(0)
         return sums if power == 1 else sums.sqrt()
 
-    def again(alive: list[Tensor], removed: tuple[int, int] | None) -> dict[int, Tensor]:
+    def rescore(masks: list[Tensor], removed: tuple[int, int] | None) -> dict[int, Tensor]:
         touched = set(range(len(graph.groups)))
         if removed is not None:
-            group = graph.groups[removed[0]]
-            _zero_(tables, group, removed[1], but="write")
+            layer, channel = removed
+            group = graph.groups[layer]
+            # The channel's own row keeps its values, so that it keeps its last score.
+            _zero_(tables, group, channel, but="write")
             touched = {i for s in group.slices for i in writers.get(s.tensor, ())}
         return {i: total(graph.groups[i]) for i in touched}
 
-    return again
+    return rescore
 
 
 def _zero_(tensors: dict[str, Tensor], group: ChannelGroup, channel: int, *, but: str = "") -> None:
+    """Zeroes a channel in all `tensors`, except where its role is `but`."""
     for s in group.slices:
         if s.tensor in tensors and s.role != but:
-            tensors[s.tensor].index_fill_(s.axis, s.index[channel].to(tensors[s.tensor].device), 0)
+            values = tensors[s.tensor]
+            values.index_fill_(s.axis, s.index[channel].to(values.device), 0)

@@ -1,4 +1,4 @@
-"""What a cut has to come down to: parameters, multiply-adds, bytes or milliseconds, as a cost of the widths."""
+"""Targets of pruning: parameters, multiply-adds, bytes or milliseconds, as a cost of the widths."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ Cost = Callable[[Sequence[int]], float]
 
 @dataclass(frozen=True)
 class Target:
-    """`wanted` of a `cost`, reached within a tolerance or, for a `limit`, never passed.
+    """A cost to come down to: reached within a tolerance or, for a `limit`, never exceeded.
 
     Attributes:
         key: the setting it comes from, for errors.
         cost: of the widths.
         wanted: in units of the cost.
-        limit: whether `wanted` is a limit.
-        full_cost: the cost that shares are told of; None: that of the network before this cut.
+        limit: whether `wanted` must not be exceeded.
+        full_cost: the cost that shares in messages refer to; None: that of the network before this
+            pruning.
     """
 
     key: str
@@ -34,9 +35,11 @@ class Target:
     full_cost: float | None = None
 
     def miss(self, kept: Sequence[int]) -> float:
-        """Returns how far from `wanted` the widths are; above a limit infinitely."""
-        over = self.cost(kept) - self.wanted
-        return float("inf") if self.limit and over > 0 else abs(over)
+        """Returns how far the widths are from `wanted`: infinity above a limit."""
+        excess = self.cost(kept) - self.wanted
+        if self.limit and excess > 0:
+            return float("inf")
+        return abs(excess)
 
 
 def parameter_target(graph: ChannelGraph, share: float) -> Target:
@@ -45,11 +48,9 @@ def parameter_target(graph: ChannelGraph, share: float) -> Target:
     Raises:
         RecipeError: if it is not above 0 and at most 1.
     """
-    return Target(
-        "keep_params",
-        graph.parameters,
-        _checked("keep_params", share) * graph.parameters(full_widths(graph)),
-    )
+    _check_share("keep_params", share)
+    dense = graph.parameters(full_widths(graph))
+    return Target("keep_params", graph.parameters, share * dense)
 
 
 def macs_target(graph: ChannelGraph, share: float) -> Target:
@@ -58,13 +59,13 @@ def macs_target(graph: ChannelGraph, share: float) -> Target:
     Raises:
         RecipeError: if it is not above 0 and at most 1.
     """
-    return Target(
-        "keep_macs", graph.macs, _checked("keep_macs", share) * graph.macs(full_widths(graph))
-    )
+    _check_share("keep_macs", share)
+    dense = graph.macs(full_widths(graph))
+    return Target("keep_macs", graph.macs, share * dense)
 
 
 def bytes_target(model: nn.Module, graph: ChannelGraph, limit: int) -> Target:
-    """Lets all parameters and saved buffers of `model` take at most `limit` bytes, as `state_bytes` counts them.
+    """Allows all parameters and saved buffers at most `limit` bytes, as `state_bytes` counts them.
 
     Raises:
         RecipeError: if it is below 1.
@@ -79,11 +80,12 @@ def bytes_of(model: nn.Module, graph: ChannelGraph) -> Cost:
     shapes: dict[str, tuple[int, ...]] = {}
     width: dict[str, int] = {}
     seen: set[int] = set()
-    saved = model.state_dict(keep_vars=True)
-    for name, tensor in saved.items():
+    # `keep_vars` returns the tensors themselves, by which shared ones are recognised.
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            shapes[name], width[name] = tuple(tensor.shape), tensor.element_size()
+            shapes[name] = tuple(tensor.shape)
+            width[name] = tensor.element_size()
     slices = [[s for s in group.slices if s.tensor in shapes] for group in graph.groups]
 
     def cost(kept: Sequence[int]) -> float:
@@ -97,27 +99,29 @@ def bytes_of(model: nn.Module, graph: ChannelGraph) -> Cost:
 
 
 def full_widths(graph: ChannelGraph) -> list[int]:
-    """Returns the widths of the uncut network."""
+    """Returns the widths of the network before pruning."""
     return [group.channels for group in graph.groups]
 
 
 def next_share(
     tried: Sequence[tuple[float, float]], wanted: float, *, tries: int = 5, tolerance: float = 0.05
 ) -> float | None:
-    """Says which share of the parameters to try next, so that a measured cost comes down to `wanted`.
+    """Returns the share of the parameters to try next to bring a measured cost down to `wanted`.
 
-    The caller cuts, measures, adds (share, cost) to `tried` and asks again: costs that are measured cannot be computed
-    from widths. The cost is taken for a power of the share between the nearest costs above and below, or, while none
-    is below, from the two lowest above.
+    A cost that is measured, such as latency, cannot be computed from widths. So the caller prunes,
+    measures, adds (share, cost) to `tried` and asks again. Between the nearest costs above and
+    below, the cost is assumed to be a power of the share; while none is below, the power is that of
+    the two lowest above.
 
     Args:
-        tried: shares in (0, 1] and their costs, the whole network (1.0, cost) among them.
+        tried: shares in (0, 1] and their costs, including the whole network (1.0, cost).
         wanted: the cost to come down to, above 0.
-        tries: shares to try at most, besides the whole network.
-        tolerance: how far below `wanted` is near enough, as a share of it.
+        tries: most shares to try, besides the whole network.
+        tolerance: how far below `wanted` is accepted, as a share of it.
 
     Returns:
-        The share; None when one of those tried is near enough, all tries are used, or the whole network costs less.
+        The share; None if one of those tried is accepted, all tries are used, or the whole network
+        costs less.
 
     >>> round(next_share([(1.0, 8.0)], 4.0), 4)
     0.4875
@@ -132,22 +136,27 @@ def next_share(
         return None
     high, cost_high = above[0]
     low, cost_low = max((pair for pair in below if pair[0] < high), default=(0.0, 0.0))
-    aim = log((1 - tolerance / 2) * wanted / cost_high)
+
+    # The middle of the accepted range, so that noise in the measurement does not miss it.
+    log_factor = log((1 - tolerance / 2) * wanted / cost_high)
     if low and cost_low > 0:
-        part = min(max(aim / log(cost_low / cost_high), 0.1), 0.9)
+        # Interpolation, kept away from both ends, where nothing new would be learned.
+        part = min(max(log_factor / log(cost_low / cost_high), 0.1), 0.9)
         return exp((1 - part) * log(high) + part * log(low))
     if len(above) == 1:
-        return high * max(exp(aim), 0.1)
+        return high * max(exp(log_factor), 0.1)
+
     power = log(above[1][1] / cost_high) / log(above[1][0] / high)
-    # Half as far again: part of the cost does not go with the share, and to have one below says more than one above.
-    return high * max(exp(1.5 * aim / min(max(power, 0.25), 4.0)), 0.1)
+    power = min(max(power, 0.25), 4.0)  # two close measurements may give any power
+    # Part of the cost does not depend on the share, so this goes 1.5 times as far: a cost below
+    # `wanted` allows interpolation next, one above does not.
+    return high * max(exp(1.5 * log_factor / power), 0.1)
 
 
-def _checked(key: str, share: float) -> float:
+def _check_share(key: str, share: float) -> None:
     if not 0 < share <= 1:
         raise RecipeError(
             f"got {share}, expected a share above 0 and at most 1",
             place=key,
             cure="try 0.3",
         )
-    return share

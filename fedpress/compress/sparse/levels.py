@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fedpress.compress.prune.sensitivity import Point, curves, to_nothing
+from fedpress.compress.prune.sensitivity import Point, extended_to_zero, loss_curves
 from fedpress.compress.sparse.masks import share_out
 from fedpress.compress.sparse.weights import Weight
 from fedpress.errors import RecipeError
@@ -29,7 +29,7 @@ def level_densities(
 ) -> dict[str, float]:
     """Returns the density of each weight, by name, so that `density` of all entries stay at one level of the loss.
 
-    The growth of the loss between measured densities is taken as straight; below them see `to_nothing`. Curves are of
+    The growth of the loss between measured densities is taken as straight; below them see `extended_to_zero`. Curves are of
     one layer cut alone, and where all are cut far they say too little: every weight keeps at least half of what an
     Erdos-Renyi kernel would give it (`lowest_densities`).
 
@@ -41,7 +41,7 @@ def level_densities(
     Raises:
         RecipeError: if a weight has not been measured.
     """
-    known = curves(points)
+    known = loss_curves(points)
     most = max((heights[0] for _, heights in known.values()), default=0.0)
     floors = np.array([*lowest_densities(weights, density).values()])
     lines = []
@@ -52,7 +52,7 @@ def level_densities(
                 place="points",
                 cure="give the points of all weights",
             )
-        lines.append(to_nothing(known[w.name], most))
+        lines.append(extended_to_zero(known[w.name], most))
     top = max(float(height[0]) for _, height in lines)
     sizes = np.array([w.size for w in weights], dtype=np.float64)
 

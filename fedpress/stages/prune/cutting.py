@@ -298,7 +298,7 @@ class PruneWork:
     def losses(self) -> Iterator[Tensor]:
         """Runs the model over the public examples; one by one where the score wants the information of each."""
         assert self.public is not None
-        for x, y in self.public.batches(1 if SCORES[self.stage.score].single else BATCH):
+        for x, y in self.public.batches(1 if SCORES[self.stage.score].per_example else BATCH):
             outputs = call(self.model, self.source.data.preprocess(x))
             yield self.source.data.task.loss(outputs, y)
 

@@ -78,9 +78,9 @@ class PruneStage(PruneSettings, Stage):
         model = copied(state.model)
         graph = trace_channels(model.eval(), state, self)
         row = SCORES[self.score]
-        if row.scales:
+        if row.needs_scales:
             compress.score(model, graph, self.score)
-        scores = compress.score(model, graph, "l2" if row.needs == "losses" or row.scales else self.score,
+        scores = compress.score(model, graph, "l2" if row.needs == "losses" or row.needs_scales else self.score,
                                 generator=torch.Generator().manual_seed(0))  # fmt: skip
         # What is measured in a trained network, or by the clock, is guessed here.
         scope = "global" if self.scope == "sensitivity" else self.scope

@@ -21,7 +21,7 @@ from fedpress.compress import (
     weight_unit,
 )
 from fedpress.compress.prune.plan import make_plan
-from fedpress.compress.prune.sensitivity import Unit, curves, levels
+from fedpress.compress.prune.sensitivity import SensitivityUnit, growth_by_channel, loss_curves
 from fedpress.errors import ModelError, RecipeError
 
 
@@ -67,7 +67,7 @@ def test_a_tensor_that_one_layer_touches_along_two_axes_comes_back(traced):
     )  # its tied weight
     before = deepcopy(model.state_dict())
     for unit in channel_units(model, graph, score(model, graph, "l2")):
-        with unit.thinned(0.1):
+        with unit.at_density(0.1):
             assert any(not torch.equal(before[n], t) for n, t in model.state_dict().items())
         assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
@@ -102,12 +102,12 @@ def test_known_points_are_not_measured_again(traced):
     assert len(again) == 1
 
 
-def test_weights_can_be_thinned_entry_by_entry():
+def test_weights_can_be_pruned_entry_by_entry():
     torch.manual_seed(0)
     model = nn.Linear(5, 8)
     unit = weight_unit("weight", model.weight, model.weight.detach().abs())
     before = model.weight.detach().clone()
-    with unit.thinned(0.25):
+    with unit.at_density(0.25):
         assert int(model.weight.count_nonzero()) == 10
         assert (
             model.weight.abs()[model.weight != 0].min()
@@ -144,7 +144,7 @@ def test_curves_never_fall_as_density_falls_and_begin_at_nothing(lines, base):
         for i, line in enumerate(lines)
         for d, v in zip((0.2, 0.4, 0.6, 0.8), line, strict=True)
     ]
-    for density, height in curves(points).values():
+    for density, height in loss_curves(points).values():
         assert density == sorted(density)
         assert height == sorted(height, reverse=True)
         assert height[-1] == 0
@@ -167,7 +167,7 @@ def test_widths_are_those_of_a_slow_search_for_the_water_level(traced, make, sha
     model, _, graph = traced("residual")
     scores = score(model, graph, "l1")
     points = falling(graph, [0.2 + i for i in range(len(graph.groups))])
-    known, target = curves(points), make(graph, share)
+    known, target = loss_curves(points), make(graph, share)
 
     def increase(name, density):
         xs, ys = known[name]
@@ -223,7 +223,7 @@ def test_levels_rise_with_the_scores_also_where_curves_are_flat(traced):
     ]
     for steepness in ([0.0, 0.0], [1.0, 0.0]):
         for level, values in zip(
-            levels(graph, scores, falling(graph, steepness)), scores, strict=True
+            growth_by_channel(graph, scores, falling(graph, steepness)), scores, strict=True
         ):
             assert torch.equal(level.argsort(), values.argsort())
             assert len(level.unique()) == len(level)
@@ -245,14 +245,16 @@ def test_a_unit_is_anything_with_a_context():
     dial = [1.0]
 
     @contextmanager
-    def thinned(density):
+    def at_density(density):
         dial[0] = density
         yield
         dial[0] = 1.0
 
     assert [
         p.loss
-        for p in sensitivity([Unit("dial", thinned)], lambda: (2 - dial[0], None), (0.5, 0.25))
+        for p in sensitivity(
+            [SensitivityUnit("dial", at_density)], lambda: (2 - dial[0], None), (0.5, 0.25)
+        )
     ] == [
         1,
         1.5,

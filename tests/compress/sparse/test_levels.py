@@ -2,7 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from fedpress.compress.prune.sensitivity import DENSITIES, Point, densities_down_to, to_nothing
+from fedpress.compress.prune.sensitivity import (
+    DENSITIES,
+    Point,
+    densities_down_to,
+    extended_to_zero,
+)
 from fedpress.compress.sparse import Weight
 from fedpress.compress.sparse.levels import level_densities, lowest_densities
 from fedpress.errors import RecipeError
@@ -55,10 +60,10 @@ def test_every_weight_keeps_half_of_an_erdos_renyi_kernel_however_flat_its_curve
 
 def test_a_curve_that_is_flat_where_it_was_measured_is_not_free_below():
     known = {"a": ([0.1, 0.5, 1.0], [0.0, 0.0, 0.0]), "b": ([0.1, 0.5, 1.0], [2.0, 1.0, 0.0])}
-    density, height = to_nothing(known["a"], 2.0)
+    density, height = extended_to_zero(known["a"], 2.0)
     assert density.tolist() == [0.0, 0.1, 0.5, 1.0]
     assert height.tolist() == [2.0, 0.0, 0.0, 0.0]
-    assert to_nothing(known["b"], 2.0)[1][0] == pytest.approx(2.25)  # it goes on as it ended
+    assert extended_to_zero(known["b"], 2.0)[1][0] == pytest.approx(2.25)  # it goes on as it ended
 
 
 @pytest.mark.parametrize("lowest", [0.2, 0.1, 0.07, 0.004, 1e-5])
