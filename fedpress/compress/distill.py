@@ -21,10 +21,10 @@ Pair = str | tuple[str, str]
 class DistillSettings(BaseModel):
     """What a student learns from its teacher.
 
-    The loss is `(1 - weight) * task.loss + weight * task.soft_loss`, plus the terms of features and
-    attention. For a classification the soft loss is `T^2 * KL(teacher || student)` at temperature T, for a regression the squared
-    difference of the outputs. A module is named once for both networks, or as [student's,
-    teacher's].
+    The loss is `(1 - weight) * task.loss + weight * task.soft_loss`, plus the terms of features
+    and attention. The soft loss of a classification is `T^2 * KL(teacher || student)` at
+    temperature T, that of a regression the squared difference of the outputs. A module is named
+    once for both networks, or as [student's, teacher's].
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,8 @@ def _parametrized_weights(module: nn.Module) -> dict[str, Tensor]:
 def _hooked_weights(module: nn.Module) -> dict[str, Tensor]:
     """Returns the weights that hooks compute before forward, by the names of their originals."""
     computed: dict[str, Tensor] = {}
-    for hook in module._forward_pre_hooks.values():
+    hooks: Iterable[Any] = module._forward_pre_hooks.values()
+    for hook in hooks:
         if hasattr(hook, "compute_weight"):  # torch.nn.utils.weight_norm and spectral_norm
             # Spectral norm changes its vectors at each call in training; scoring must not.
             options = {"do_power_iteration": False} if hasattr(hook, "eps") else {}

@@ -107,12 +107,11 @@ class Walk:
         _keep_everything(self._ids, given, "channels are not followed through it")
         from_input = any(value.from_input for value in given)
         outputs = node.meta.get("val")
-        is_several = isinstance(outputs, list | tuple)
         results = []
-        for output in outputs if is_several else [outputs]:
+        for output in outputs if isinstance(outputs, list | tuple) else [outputs]:
             shape = tuple(getattr(output, "shape", ()))
             results.append(Value(shape, (None,) * len(shape), from_input=from_input))
-        return results if is_several else results[0]
+        return results if isinstance(outputs, list | tuple) else results[0]
 
     def _visit(self, node: torch.fx.Node) -> None:
         ids = self._ids
@@ -376,15 +375,10 @@ def _constant_output(
         return None
     constant_args, constant_options = _with_constants((args, options))
     try:
-<<<<<<< HEAD
-        result: Tensor = node.target(*plain[0], **plain[1])  # type: ignore[operator]
+        result: Tensor = node.target(*constant_args, **constant_options)  # type: ignore[operator]
         return result
-    except Exception:  # then channels that it places are kept, and the plan says so
-=======
-        return node.target(*constant_args, **constant_options)  # type: ignore[operator]
     except Exception:
         # Channels whose places are unknown are kept, with a reason in the plan.
->>>>>>> 861c422 (Say the pruning rules in plain words)
         return None
 
 

@@ -29,9 +29,10 @@ def level_densities(
 ) -> dict[str, float]:
     """Returns the density of each weight, by name, so that `density` of all entries stay at one level of the loss.
 
-    The growth of the loss between measured densities is taken as straight; below them see `extended_to_zero`. Curves are of
-    one layer cut alone, and where all are cut far they say too little: every weight keeps at least half of what an
-    Erdos-Renyi kernel would give it (`lowest_densities`).
+    The growth of the loss between measured densities is taken as straight; below them see
+    `extended_to_zero`. Curves are of one layer cut alone, and where all are cut far they say too
+    little: every weight keeps at least half of what an Erdos-Renyi kernel would give it
+        (`lowest_densities`).
 
     Args:
         weights: that share the budget.

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
-=======
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
->>>>>>> 861c422 (Say the pruning rules in plain words)
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
