@@ -255,10 +255,7 @@ MOST_BRANCHES = 15
 """Cyclomatic complexity of a function, counted as radon counts it (its own, without functions inside)."""
 BRANCHY = {
     "compress.prune.rules.attention:einsum": "an ATen operation: its cases are its definition",
-    "compress.prune.rules.recurrent:recurrent": "an ATen operation: its cases are its definition",
     "compress.prune.rules.statistics:along": "an ATen operation: its cases are its definition",
-    "compress.prune.rules.writing:_looked_up": "an ATen operation: its cases are its definition",
-    "compress.prune.rules.writing:scatter": "an ATen operation: its cases are its definition",
 }
 """Functions that branch more, and why; it may only become shorter."""
 

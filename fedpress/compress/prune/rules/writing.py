@@ -57,28 +57,38 @@ def _indexed_part(
 
     The axes of the indices have no ids. They stand where the first indexed axis was.
     """
-    taken: set[int] = set()
-    rank = 0
-    for at, width, index in indexed:
-        taken.update(range(at, at + width))
-        rank = max(rank, 1 if index.is_boolean else len(index.shape))
-    for d in taken:
-        ids.keep(x.axes[d], BY_NUMBER)
+    taken, rank = _taken_axes(indexed)
+    ids.keep_all([x.axes[d] for d in taken], BY_NUMBER)
 
     # As in numpy, the new axes come first if other axes stand between the indexed ones.
-    adjacent = taken == set(range(min(taken), max(taken) + 1))
-    first = min(taken) if adjacent else 0
+    is_adjacent = taken[-1] - taken[0] == len(taken) - 1
+    first = taken[0] if is_adjacent else 0
     others = [d for d in range(len(x.shape)) if d not in taken]
     before = [d for d in others if d < first]
-    after = [d for d in others if d >= first]
+    after = others[len(before) :]
 
     # The sizes of the new axes are those of `source`, or 1 where it is broadcast over them.
     end = len(source.shape) - len(after)
     new = [source.shape[d] if d >= 0 else 1 for d in range(end - rank, end)]
-    front = Value(tuple(x.shape[d] for d in before), tuple(x.axes[d] for d in before))
-    back = Value(tuple(x.shape[d] for d in after), tuple(x.axes[d] for d in after))
+    front, back = _axes_of(x, before), _axes_of(x, after)
     shape = (*front.shape, *new, *back.shape)
     return Value(shape, (*front.axes, *[None] * rank, *back.axes))
+
+
+def _taken_axes(indexed: Sequence[tuple[int, int, Value]]) -> tuple[list[int], int]:
+    """Returns the axes that indices take, rising, and the number of axes that take their place."""
+    taken: list[int] = []
+    rank = 0
+    for at, width, index in indexed:
+        taken += range(at, at + width)
+        # A mask selects a single list of places, however many axes it has.
+        rank = max(rank, 1 if index.is_boolean else len(index.shape))
+    return taken, rank
+
+
+def _axes_of(x: Value, dims: Sequence[int]) -> Value:
+    """Returns `x` as if it had only the axes `dims`."""
+    return Value(tuple(x.shape[d] for d in dims), tuple(x.axes[d] for d in dims))
 
 
 @rule(
