@@ -38,9 +38,7 @@ def of_stage(function: Call) -> Call:
     function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [*common, *own], return_annotation=Result
     )
-    lines = [
-        f"    {name}: {meaning or 'see its default'}" for name, _, meaning in recipes.keys(kind)
-    ]
+    lines = [f"    {row.key}: {row.meaning}" for row in recipes.keys(kind) if "." not in row.key]
     function.__doc__ = "\n".join(
         [
             inspect.cleandoc(function.__doc__ or ""),

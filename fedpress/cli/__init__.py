@@ -19,6 +19,7 @@ from fedpress.cli.common import (
     AsJson,
     Data,
     Device,
+    ListTables,
     Overrides,
     allow_code,
     held,
@@ -26,6 +27,7 @@ from fedpress.cli.common import (
     load,
     load_data,
     on_device,
+    show_keys,
     told,
     warn,
 )
@@ -71,12 +73,16 @@ def check(
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema of recipes.")
     ] = False,
+    list_keys: ListTables = False,
     code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
     """Binds everything without training: sizes, bytes per round, noise, epsilon; exit code 2 if something is wrong."""
     from fedpress.pipeline import recipe as recipes
 
+    if list_keys:
+        show_keys([*([recipe] if recipe is not None else []), *(overrides or [])])
+        return
     if schema:
         typer.echo(recipes.schema())
         return

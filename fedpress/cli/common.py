@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,6 +29,14 @@ AllowCode = Annotated[
         "--allow-code",
         metavar="MODULE:FUNCTION",
         help="A function that the files of a model may have called to build it; may be given several times.",
+    ),
+]
+ListKeys = Annotated[bool, typer.Option("--keys", help="List the settings and what they mean.")]
+ListTables = Annotated[
+    bool,
+    typer.Option(
+        "--keys",
+        help="List all keys of a recipe; of some tables: --keys federate data.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -244,6 +252,25 @@ def told(error: FedpressError) -> str:
     from fedpress.pipeline.arguments import in_shell, place_in_shell
 
     return in_one_line(error.told(in_shell, place=place_in_shell(error.place)))
+
+
+def show_keys(words: Sequence[str], *, of_stage: bool = False) -> None:
+    """Prints the keys of a recipe with their defaults and meanings.
+
+    Args:
+        words: the tables that are asked for; all of them where there are none.
+        of_stage: whether the words are kinds of stages, and no codec that is called like one.
+    """
+    from fedpress.cli import terminal
+    from fedpress.pipeline import recipe as recipes
+
+    tables = recipes.key_tables(words)
+    if of_stage:
+        asked = set(words)
+        tables = [one for one in tables if one.is_stage or asked & set(one.part_of)]
+    out_stream = terminal.console(quiet=False)
+    for table in tables:
+        terminal.show_keys(out_stream, table.title, table.rows)
 
 
 def in_one_line(text: str) -> str:

@@ -16,6 +16,7 @@ from fedpress.cli.common import (
     AllowCode,
     AsJson,
     Device,
+    ListKeys,
     again,
     allow_code,
     default_folder,
@@ -23,6 +24,7 @@ from fedpress.cli.common import (
     hold,
     on_device,
     run_to_resume,
+    show_keys,
     stopping,
     told,
     warn,
@@ -69,7 +71,6 @@ Out = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with an interrupted run: --resume RUN alone.")
 ]
-ListKeys = Annotated[bool, typer.Option("--keys", help="List the settings and what they mean.")]
 Mean = Annotated[
     str | None,
     typer.Option(
@@ -99,7 +100,7 @@ def command_of(kind: str) -> Callable[..., None]:
         as_json: AsJson = False,
     ) -> None:
         if list_keys:
-            _show_keys(kind)
+            show_keys([kind], of_stage=True)
             return
         if model is None and not (resume and out is not None):
             raise RecipeError(
@@ -286,10 +287,3 @@ def _numbers(text: str | None) -> object:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         return text
-
-
-def _show_keys(kind: str) -> None:
-    from fedpress.cli import terminal
-    from fedpress.pipeline import recipe as recipes
-
-    terminal.show_keys(terminal.console(quiet=False), recipes.keys(kind))

@@ -16,6 +16,7 @@ from fedpress.cli.common import (
     AsJson,
     Data,
     Device,
+    ListTables,
     Overrides,
     again,
     allow_code,
@@ -27,6 +28,7 @@ from fedpress.cli.common import (
     named,
     on_device,
     run_to_resume,
+    show_keys,
     stopping,
     take_up,
     warn,
@@ -58,10 +60,15 @@ def run(
     reuse: Annotated[
         Path | None, typer.Option("--from", help="Take over equal finished stages of this run.")
     ] = None,
+    list_keys: ListTables = False,
     code: AllowCode = None,
     as_json: AsJson = False,
 ) -> None:
     """Runs a recipe into a run folder, with a report at the end."""
+    words = [*([recipe] if recipe is not None else []), *(overrides or [])]
+    if list_keys:
+        show_keys(words)
+        return
     from fedpress.cli import terminal
 
     allow_code(code)
@@ -71,7 +78,7 @@ def run(
             from fedpress.pipeline.check import check_recipe
             from fedpress.workspace.folder import RunFolder
 
-            words = [*([recipe] if recipe is not None else []), *on_device(overrides, device)]
+            words = on_device(words, device)
             bind = _begun if resume else _new
             begun = bind(context, words, data, out)
             earlier = RunFolder.open(reuse) if reuse is not None else None

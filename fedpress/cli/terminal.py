@@ -73,10 +73,15 @@ def show_result(out: Console, before: dict[str, Any], after: dict[str, Any]) -> 
         out.print(as_rich(PlainTable(left.header[1:], rows), words=("Why",)))
 
 
-def show_keys(out: Console, rows: Iterable[tuple[str, str, str]]) -> None:
-    """Prints settings with their defaults and meanings."""
+def show_keys(out: Console, title: str, rows: Sequence[tuple[str, str, str]]) -> None:
+    """Prints the settings of one table with their defaults and meanings."""
+    out.print(title, style="bold", markup=False)
+    if not rows:
+        out.print("it has no keys but kind and name\n", markup=False)
+        return
     table = PlainTable(["Key", "Default", "Meaning"], [list(row) for row in rows])
     out.print(as_rich(table, words=("Default", "Meaning")))
+    out.print()
 
 
 def show_measures(out: Console, records: Iterable[Mapping[str, Any]]) -> None:

@@ -22,7 +22,11 @@ class Clip(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["clip"] = "clip"
-    clip_norm: float = Field(gt=0, allow_inf_nan=False)
+    clip_norm: float = Field(
+        gt=0,
+        allow_inf_nan=False,
+        description="largest L2 norm of an update; a longer one is scaled down to it",
+    )
 
     @property
     def additive(self) -> bool:

@@ -36,8 +36,20 @@ class Discretize(BaseModel):
     bits: int | None = Field(
         default=None, ge=2, le=31, description="of the sum of all clients; planned if left out"
     )
-    scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    limit: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    scale: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="steps of the grid for each 1.0 of an update; by default as the planned noise and"
+        " bits ask",
+    )
+    limit: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="values are clamped to this size before they are rounded; by default it follows "
+        "from the clip norm",
+    )
     again: bool = Field(default=True, description="draw rounding again until the L2 bound holds")
 
     def bind(self, bound: Bound) -> tuple[BoundDiscretize, Bound]:

@@ -24,7 +24,9 @@ class LowRank(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["lowrank"] = "lowrank"
-    rank: int = Field(default=4, ge=1)
+    rank: int = Field(
+        default=4, ge=1, description="columns of the two thin matrices that stand for each weight"
+    )
 
     def bind(self, bound: Bound) -> tuple[BoundLowRank, Bound]:
         """Needs the shapes of the parameters, so it must come before anything that mixes or drops values."""

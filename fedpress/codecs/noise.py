@@ -26,7 +26,11 @@ class Noise(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["noise"] = "noise"
-    std: float = Field(gt=0, allow_inf_nan=False)
+    std: float = Field(
+        gt=0,
+        allow_inf_nan=False,
+        description="standard deviation of the noise on each value, in steps of the grid behind discretize",
+    )
 
     def bind(self, bound: Bound) -> tuple[BoundNoise, Bound]:
         """Gives up the bounds: noise has no largest value."""

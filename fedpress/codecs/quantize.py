@@ -41,10 +41,23 @@ class Quantize(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["quantize"] = "quantize"
-    rate: float | None = Field(default=None, ge=0.05, le=8, allow_inf_nan=False)
-    bits: int | None = Field(default=None, ge=2, le=16)
-    unbiased: bool = False
-    block: int = Field(default=256, ge=16, le=1 << 20)
+    rate: float | None = Field(
+        default=None,
+        ge=0.05,
+        le=8,
+        allow_inf_nan=False,
+        description="bits of each value after packing, such as 1.5; the step of the grid follows",
+    )
+    bits: int | None = Field(
+        default=None,
+        ge=2,
+        le=16,
+        description="bits of each value before packing, with a scale for each block; give it or rate",
+    )
+    unbiased: bool = Field(
+        default=False, description="round by chance, so that the mean of many updates is right"
+    )
+    block: int = Field(default=256, ge=16, le=1 << 20, description="values that share one scale")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Quantize:
@@ -78,7 +91,7 @@ class Sign(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["sign"] = "sign"
-    block: int = Field(default=4096, ge=16, le=1 << 20)
+    block: int = Field(default=4096, ge=16, le=1 << 20, description="values that share one scale")
 
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:
         """Promises whole numbers."""
@@ -99,8 +112,10 @@ class Ternary(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["ternary"] = "ternary"
-    block: int = Field(default=4096, ge=16, le=1 << 20)
-    unbiased: bool = False
+    block: int = Field(default=4096, ge=16, le=1 << 20, description="values that share one scale")
+    unbiased: bool = Field(
+        default=False, description="round by chance, so that the mean of many updates is right"
+    )
 
     def bind(self, bound: Bound) -> tuple[Transform, Bound]:
         """Promises whole numbers."""

@@ -67,7 +67,10 @@ class RandomK(BaseModel):
 
     kind: Literal["randomk"] = "randomk"
     density: float = Field(default=0.1, gt=0, le=1, description="share of the values that is sent")
-    unbiased: bool = False
+    unbiased: bool = Field(
+        default=False,
+        description="scale what is sent up by 1 / share, so that the mean of many updates is right",
+    )
 
     def bind(self, bound: Bound) -> tuple[BoundRandomK, Bound]:
         """Promises fewer values; norms grow by the scale if it is unbiased."""

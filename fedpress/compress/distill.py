@@ -29,18 +29,26 @@ class DistillSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    temperature: float = Field(default=4.0, gt=0, le=1e4)
+    temperature: float = Field(
+        default=4.0,
+        gt=0,
+        le=1e4,
+        description="divides the logits of both networks before they are compared; higher shows more "
+        "of the small probabilities",
+    )
     weight: float = Field(
         default=0.9, ge=0, le=1, description="share of the teacher's outputs against the targets"
     )
     features: tuple[Pair, ...] = Field(
         default=(), description="modules whose outputs the student imitates, value by value"
     )
-    feature_weight: float = Field(default=1.0, ge=0)
+    feature_weight: float = Field(default=1.0, ge=0, description="factor on the loss of `features`")
     attention: tuple[Pair, ...] = Field(
         default=(), description="modules whose outputs are strong at the same positions"
     )
-    attention_weight: float = Field(default=1.0, ge=0)
+    attention_weight: float = Field(
+        default=1.0, ge=0, description="factor on the loss of `attention`"
+    )
 
 
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:

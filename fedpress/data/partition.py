@@ -47,7 +47,12 @@ class Quantity(_Settings, frozen=True):
     """
 
     kind: Literal["quantity"] = "quantity"
-    skew: float = Field(default=1.0, ge=0, le=10)
+    skew: float = Field(
+        default=1.0,
+        ge=0,
+        le=10,
+        description="how unequal the clients' numbers of rows are; 0 = equal",
+    )
 
     def deal(self, pool: Pool, ask: Ask, chance: RandomSource) -> dict[str, Tensor]:
         """Returns row positions by client."""
@@ -66,7 +71,13 @@ class Dirichlet(_Settings, frozen=True):
     """
 
     kind: Literal["dirichlet"] = "dirichlet"
-    alpha: float = Field(default=0.5, gt=0, le=1e6)
+    alpha: float = Field(
+        default=0.5,
+        gt=0,
+        le=1e6,
+        description="how alike the clients' shares of each class are; small = each client holds few "
+        "classes",
+    )
 
     def deal(self, pool: Pool, ask: Ask, chance: RandomSource) -> dict[str, Tensor]:
         """Returns row positions by client."""
@@ -93,7 +104,7 @@ class Shards(_Settings, frozen=True):
     """
 
     kind: Literal["shards"] = "shards"
-    classes_per_client: int = Field(default=2, ge=1)
+    classes_per_client: int = Field(default=2, ge=1, description="classes that each client holds")
 
     def deal(self, pool: Pool, ask: Ask, chance: RandomSource) -> dict[str, Tensor]:
         """Returns row positions by client."""

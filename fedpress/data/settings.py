@@ -80,71 +80,122 @@ class DataSettings(BaseModel, frozen=True, extra="forbid"):
     or the source's own, or `test_share`; to the public part `public_share`; then the partition deals the rest to
     clients. If neither public setting is given, the rows that no client holds are the public part (but with
     "natural" they are not used). The validation set is taken from the public part.
-
-    Attributes:
-        source: "digits", "cifar10", "csv", "parquet", "folders" (client/label/image), or "package.module:function".
-        path: the file or folder; a name with `*` stands for several files. None downloads (cifar10 only).
-        download: whether a missing built-in data set may be downloaded into the cache folder.
-        partition: iid, quantity, dirichlet, shards or natural; None: natural if the data names clients, else iid.
-        num_clients: None: 10, or every natural client.
-        examples_per_client: None: all rows are dealt.
-        test_share: set aside for testing, of each natural client's rows, if the source has no test set of its own.
-        test_clients: natural clients whose rows are the test set, instead of `test_share`.
-        public_share: declared public, of each natural client's rows.
-        public_clients: natural clients whose rows are all declared public.
-        validation: rows of the public part, as a whole number, or as a share below 1.
-        client_column: the column that names the natural client of a row (csv, parquet). With several files and
-            the name "file", each file is a client.
-        label_column: the column of whole numbers or words to be predicted (csv, parquet); of numbers for a
-            regression; several for a task of several numbers or labels: `["dose", "duration"]`.
-        task: what is learned (see docs/tasks.md): "classification", "binary", "multilabel", "regression", "poisson", or
-            with options `{ kind = "binary", threshold = 0.3 }`. None: as the targets are: classes are a classification.
-        feature_columns: the columns to predict from; None: all others. One column of images is decoded.
-        drop_columns: columns to leave out of the features.
-        delimiter: of a CSV file.
-        decimal: what stands before the decimals in the numbers of a CSV file: "." or ",".
-        encoding: of a CSV file, such as "latin-1"; None: UTF-8, or UTF-16 that says so at its beginning.
-        missing: what a missing feature is: an error, a row to drop, or to fill with the mean of the public rows.
-        classes: the names of all classes, in the order of their numbers. None: those of the public part. Sources with
-            classes of their own (digits, cifar10) take none.
-        words: the list of words of a column of words: `{ job = ["cook", "nurse"] }`. Other columns: the public part's.
-        public_words: columns whose list of words is no secret, so that it is taken from private rows too. The name in
-            `label_column` stands for the classes, also of folders and functions.
-        unknown: what is done with a private row whose label or word is on no list: "drop" leaves the row out; "other"
-            adds one class "other", and one input "other" for each column of words. None: a row of an unknown class is
-            left out, and an unknown word is none of the known ones (zeros).
-        image_size: images are resized to this height and width; None: they must have one size.
-        mean: of each channel or feature, instead of fitting it on the public part.
-        std: likewise.
     """
 
-    source: Annotated[str, BeforeValidator(_known_source)]
-    path: Annotated[Path, AfterValidator(_at_home)] | None = None
-    download: bool = True
-    partition: Partition | None = None
-    num_clients: int | None = Field(default=None, ge=1)
-    examples_per_client: int | None = Field(default=None, ge=1)
-    test_share: Share = 0.2
-    test_clients: tuple[str, ...] = ()
-    public_share: Share | None = None
-    public_clients: tuple[str, ...] = ()
-    validation: Annotated[int, Field(ge=0)] | Share = 0.1
-    client_column: str | None = None
-    label_column: str | Annotated[tuple[str, ...], Field(min_length=1)] = "label"
-    task: Annotated[str | dict[str, JsonValue], AfterValidator(_known_task)] | None = None
-    feature_columns: tuple[str, ...] | None = None
-    drop_columns: tuple[str, ...] = ()
-    delimiter: str = Field(default=",", min_length=1, max_length=1)
-    decimal: Literal[".", ","] = "."
-    encoding: Annotated[str, AfterValidator(_known_encoding)] | None = None
-    missing: Literal["error", "drop", "mean"] = "error"
-    classes: Names | None = None
-    words: dict[str, Names] = {}
-    public_words: tuple[str, ...] = ()
-    unknown: Literal["drop", "other"] | None = None
-    image_size: int | None = Field(default=None, ge=1, le=4096)
-    mean: tuple[float, ...] = ()
-    std: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    source: Annotated[str, BeforeValidator(_known_source)] = Field(
+        description="digits, cifar10, csv, parquet, folders (client/label/image), or "
+        "package.module:function"
+    )
+    path: Annotated[Path, AfterValidator(_at_home)] | None = Field(
+        None,
+        description="file or folder; a name with * stands for several files; without it cifar10 is "
+        "downloaded",
+    )
+    download: bool = Field(
+        True,
+        description="whether a missing built-in data set may be downloaded into the cache folder",
+    )
+    partition: Partition | None = Field(
+        None,
+        description="iid, quantity, dirichlet, shards or natural; by default natural if the data name"
+        " clients, else iid",
+    )
+    num_clients: int | None = Field(
+        default=None, ge=1, description="by default 10, or every natural client"
+    )
+    examples_per_client: int | None = Field(
+        default=None, ge=1, description="private rows of each client; by default all rows are dealt"
+    )
+    test_share: Share = Field(
+        0.2,
+        description="set aside for testing, of each natural client's rows, if the source has no test "
+        "set of its own",
+    )
+    test_clients: tuple[str, ...] = Field(
+        (), description="natural clients whose rows are the test set, in the place of test_share"
+    )
+    public_share: Share | None = Field(
+        None, description="declared public, of each natural client's rows"
+    )
+    public_clients: tuple[str, ...] = Field(
+        (), description="natural clients whose rows are all declared public"
+    )
+    validation: Annotated[int, Field(ge=0)] | Share = Field(
+        0.1, description="rows of the public part, as a whole number, or as a share below 1"
+    )
+    client_column: str | None = Field(
+        None,
+        description="the column that names the natural client of a row (csv, parquet); with several "
+        "files and the name 'file', each file is a client",
+    )
+    label_column: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        "label",
+        description="the column to be predicted (csv, parquet): whole numbers or words, numbers for a"
+        " regression; a list for several",
+    )
+    task: Annotated[str | dict[str, JsonValue], AfterValidator(_known_task)] | None = Field(
+        None,
+        description="what is learned: classification, binary, multilabel, regression, poisson, or a "
+        "table with options; by default as the targets are",
+    )
+    feature_columns: tuple[str, ...] | None = Field(
+        None,
+        description="the columns to predict from; by default all others; one column of images is "
+        "decoded",
+    )
+    drop_columns: tuple[str, ...] = Field((), description="columns to leave out of the features")
+    delimiter: str = Field(
+        default=",",
+        min_length=1,
+        max_length=1,
+        description="what stands between the columns of a CSV file",
+    )
+    decimal: Literal[".", ","] = Field(
+        ".", description="what stands before the decimals in the numbers of a CSV file"
+    )
+    encoding: Annotated[str, AfterValidator(_known_encoding)] | None = Field(
+        None,
+        description="of a CSV file, such as latin-1; by default UTF-8, or UTF-16 that says so at its "
+        "beginning",
+    )
+    missing: Literal["error", "drop", "mean"] = Field(
+        "error",
+        description="a missing feature is an error, a row to drop, or filled with the mean of the "
+        "public rows",
+    )
+    classes: Names | None = Field(
+        None,
+        description="names of all classes, in the order of their numbers; by default those of the "
+        "public part; not for sources with classes of their own",
+    )
+    words: dict[str, Names] = Field(
+        {},
+        description='the words of a column of words, such as { job = ["cook", "nurse"] }; by default '
+        "those of the public part",
+    )
+    public_words: tuple[str, ...] = Field(
+        (),
+        description="columns whose list of words is no secret, so that it is taken from private rows "
+        "too; the label's column stands for the classes",
+    )
+    unknown: Literal["drop", "other"] | None = Field(
+        None,
+        description="a private row whose label or word is on no list: drop leaves it out, other adds "
+        "a class or an input; by default unknown classes are left out and unknown words "
+        "are zeros",
+    )
+    image_size: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="images are resized to this height and width; without it they must have one size",
+    )
+    mean: tuple[float, ...] = Field(
+        (), description="of each channel or feature, in the place of that of the public part"
+    )
+    std: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (), description="standard deviation of each channel or feature, likewise"
+    )
 
     @property
     def label_columns(self) -> tuple[str, ...]:

@@ -29,7 +29,9 @@ class Constant(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["constant"] = "constant"
-    seconds: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    seconds: float = Field(
+        default=1.0, ge=0, allow_inf_nan=False, description="that every task takes"
+    )
 
     def draw(self, seed: int, client: ClientId, task: int) -> float:
         """See `Delays`.
@@ -50,9 +52,24 @@ class Lognormal(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["lognormal"] = "lognormal"
-    median: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    devices: float = Field(default=1.0, ge=0, le=5)
-    tasks: float = Field(default=0.1, ge=0, le=5)
+    median: float = Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds that half of the tasks take at most",
+    )
+    devices: float = Field(
+        default=1.0,
+        ge=0,
+        le=5,
+        description="how much devices differ: standard deviation of the logarithm",
+    )
+    tasks: float = Field(
+        default=0.1,
+        ge=0,
+        le=5,
+        description="how much the tasks of one device differ: standard deviation of the logarithm",
+    )
 
     def draw(self, seed: int, client: ClientId, task: int) -> float:
         """See `Delays`."""
@@ -67,7 +84,9 @@ class Exponential(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["exponential"] = "exponential"
-    mean: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    mean: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="seconds that a task takes on average"
+    )
 
     def draw(self, seed: int, client: ClientId, task: int) -> float:
         """See `Delays`."""

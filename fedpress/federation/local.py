@@ -35,13 +35,25 @@ class LocalSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epochs: int = Field(default=1, ge=1)
-    batch_size: int = Field(default=64, ge=1)
-    lr: float = Field(default=0.05, gt=0)
+    epochs: int = Field(
+        default=1,
+        ge=1,
+        description="passes over a client's own rows in a round; under unit 'sample' the steps of the"
+        " plan take their place",
+    )
+    batch_size: int = Field(
+        default=64, ge=1, description="rows in a local step; under unit 'sample' on average"
+    )
+    lr: float = Field(default=0.05, gt=0, description="local learning rate")
     lr_decay: float = Field(default=1.0, gt=0, le=1, description="factor on lr after every round")
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    precision: Precision = "float32"
+    momentum: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the old velocity in the new one, anew in every round",
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="pull of all weights towards 0")
+    precision: Precision = Field(default="float32", description="number format of forward passes")
 
 
 @dataclass(eq=False)

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from fedpress.errors import PrivacyError, RecipeError
 
@@ -24,10 +27,15 @@ class AdaptiveClip:
         count_noise: standard deviation of the noise on the sum of bits; `count_noise_for` unless given.
     """
 
-    initial: float = 0.1
-    quantile: float = 0.5
-    lr: float = 0.2
-    count_noise: float | None = None
+    initial: Annotated[float, Field(description="clip norm of the first round")] = 0.1
+    quantile: Annotated[
+        float, Field(description="share of clients whose updates shall stay whole")
+    ] = 0.5
+    lr: Annotated[float, Field(description="learning rate of the logarithm of the clip norm")] = 0.2
+    count_noise: Annotated[
+        float | None,
+        Field(description="noise on the number of clients below it; by default as the rounds need"),
+    ] = None
 
     def __post_init__(self) -> None:
         for name in ("initial", "lr"):

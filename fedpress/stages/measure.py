@@ -34,8 +34,10 @@ class MeasureStage(BaseModel, Stage):
 
     kind: Literal["measure"]
     name: Name = "measure"
-    batches: tuple[int, ...] = Field((1, 64), min_length=1)
-    threads: tuple[int, ...] = Field((1, 2), min_length=1)
+    batches: tuple[int, ...] = Field((1, 64), min_length=1, description="batch sizes to time")
+    threads: tuple[int, ...] = Field(
+        (1, 2), min_length=1, description="numbers of threads to time with"
+    )
     seconds: float = Field(
         1.0, gt=0, description="for each runtime at each batch size and number of threads"
     )

@@ -55,7 +55,7 @@ class QuantizeStage(TeacherTrainSettings, Stage):
     kind: Literal["quantize"]
     name: Name = "quantize"
     epochs: int = Field(0, ge=0, description="0: rounded after training; more: trains on the grids")
-    lr: float = Field(0.01, gt=0)
+    lr: float = Field(0.01, gt=0, description="peak learning rate of training on the grids")
     weights: Literal["int", "ternary", "binary", "cluster"] = Field(
         "int",
         description="whole numbers, {-s, 0, s}, {-s, s}, or a few values that a layer's weights share",
@@ -68,7 +68,8 @@ class QuantizeStage(TeacherTrainSettings, Stage):
     )
     inputs: Literal["static", "dynamic", "float"] | None = Field(
         None,
-        description="ranges from public examples, or from each batch; static for 8-bit int, else float by default",
+        description="ranges from public examples, or from each batch; static for 8-bit int, else "
+        "float by default",
     )
     input_bits: int = Field(
         8,
@@ -78,7 +79,8 @@ class QuantizeStage(TeacherTrainSettings, Stage):
     )
     keep: tuple[str, ...] | None = Field(
         None,
-        description="layers that stay float: names, 'first', 'last'; first and last for ternary and binary",
+        description="layers that stay float: names, 'first', 'last'; first and last for ternary and "
+        "binary",
     )
     ignore: tuple[str, ...] = Field(
         (), description="modules that stay as they are: names, * for anything"
@@ -101,7 +103,8 @@ class QuantizeStage(TeacherTrainSettings, Stage):
     correct_bias: bool = Field(True, description="biases make good for the mean error of rounding")
     fold: bool | None = Field(
         None,
-        description="batch norms go into the layer before; not by default for ternary, binary and cluster",
+        description="batch norms go into the layer before; not by default for ternary, binary and "
+        "cluster",
     )
     calibration: int = Field(
         512, ge=1, description="public examples for ranges, rounding and biases"

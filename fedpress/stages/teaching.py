@@ -50,10 +50,13 @@ class TeacherTrainSettings(TrainSettings):
 
     teacher: str | None = Field(
         None,
-        description="'dense' (the model before the first cut), 'before' (the model as it comes into this stage), "
+        description="'dense' (the model before the first cut), 'before' (the model as it comes into "
+        "this stage), "
         "or a saved model: its folder, a run, a packed file",
     )
-    distill: DistillSettings = DistillSettings()
+    distill: DistillSettings = Field(
+        DistillSettings(), description="what is learned from the teacher"
+    )
     places: ClassVar[Mapping[str, str]] = {
         "features": "distill.features",
         "attention": "distill.attention",

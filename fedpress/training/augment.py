@@ -25,7 +25,12 @@ class Augment(BaseModel):
         le=0.5,
         description="largest shift, with reflected borders, as a share of the side",
     )
-    flip: str = Field(default="none", pattern="^(none|random|alternate)$")
+    flip: str = Field(
+        default="none",
+        pattern="^(none|random|alternate)$",
+        description="mirrors images: none, random (half of them by chance), alternate (each in every "
+        "other epoch)",
+    )
     cutout: float = Field(
         default=0.0,
         ge=0,

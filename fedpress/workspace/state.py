@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
-from pydantic import JsonValue, StringConstraints
+from pydantic import Field, JsonValue, StringConstraints
 from torch import nn
 
 from fedpress.core.inputs import Inputs
@@ -16,7 +16,11 @@ from fedpress.models import ModelSpec
 from fedpress.privacy.ledger import Ledger
 from fedpress.training.device import find
 
-Name = Annotated[str, StringConstraints(pattern=r"^\w[\w .-]*$", max_length=60)]
+Name = Annotated[
+    str,
+    StringConstraints(pattern=r"^\w[\w .-]*$", max_length=60),
+    Field(description="what folders, records and charges call it; no two stages may share one"),
+]
 """The name of a recipe or stage: folders are called by it."""
 
 Loader = Callable[[], tuple[ModelSpec, nn.Module]]

@@ -15,8 +15,15 @@ class FedAdam(AlgorithmRow):
 
     kind: Literal["fedadam"] = "fedadam"
     lr: float = Field(default=0.01, gt=0, description="of the server")
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.99, ge=0, lt=1)
+    beta1: float = Field(
+        default=0.9, ge=0, lt=1, description="share of the old in the running mean of the updates"
+    )
+    beta2: float = Field(
+        default=0.99,
+        ge=0,
+        lt=1,
+        description="share of the old in the running mean of their squares",
+    )
     tau: float = Field(default=1e-3, gt=0, description="keeps steps bounded where updates vanish")
 
     @property

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from fedpress.federation.algorithms.base import AlgorithmRow
 from fedpress.federation.algorithms.optimizers import Average, Server
 
@@ -12,7 +14,9 @@ class FedAvg(AlgorithmRow):
     """`algorithm = "fedavg"`, the default; `server` may be any server optimizer."""
 
     kind: Literal["fedavg"] = "fedavg"
-    server: Server = Average()
+    server: Server = Field(
+        default=Average(), description="optimizer of the server: average, momentum or adam"
+    )
 
     @property
     def optimizer(self) -> Server:

@@ -15,7 +15,9 @@ class FedAvgM(AlgorithmRow):
 
     kind: Literal["fedavgm"] = "fedavgm"
     lr: float = Field(default=1.0, gt=0, description="of the server")
-    beta: float = Field(default=0.9, ge=0, lt=1)
+    beta: float = Field(
+        default=0.9, ge=0, lt=1, description="share of the old velocity in the new one"
+    )
 
     @property
     def optimizer(self) -> Server:

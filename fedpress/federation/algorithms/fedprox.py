@@ -19,7 +19,9 @@ class FedProx(AlgorithmRow):
 
     kind: Literal["fedprox"] = "fedprox"
     proximal_mu: float = Field(default=0.1, ge=0, description="strength of the pull")
-    server: Server = Average()
+    server: Server = Field(
+        default=Average(), description="optimizer of the server: average, momentum or adam"
+    )
 
     @property
     def optimizer(self) -> Server:

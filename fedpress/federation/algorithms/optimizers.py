@@ -35,7 +35,9 @@ class Average(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["average"] = "average"
-    lr: float = Field(default=1.0, gt=0)
+    lr: float = Field(
+        default=1.0, gt=0, description="factor on the mean update; 1 takes it as it is"
+    )
 
     def init(self, params: Tensor) -> ServerState:
         """Needs no state."""
@@ -54,8 +56,10 @@ class Momentum(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["momentum"] = "momentum"
-    lr: float = Field(default=1.0, gt=0)
-    beta: float = Field(default=0.9, ge=0, lt=1)
+    lr: float = Field(default=1.0, gt=0, description="factor on the velocity of the mean updates")
+    beta: float = Field(
+        default=0.9, ge=0, lt=1, description="share of the old velocity in the new one"
+    )
 
     def init(self, params: Tensor) -> ServerState:
         """Starts at rest."""
@@ -75,10 +79,21 @@ class Adam(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["adam"] = "adam"
-    lr: float = Field(default=0.01, gt=0)
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.99, ge=0, lt=1)
-    tau: float = Field(default=1e-3, gt=0)
+    lr: float = Field(default=0.01, gt=0, description="learning rate of the server")
+    beta1: float = Field(
+        default=0.9, ge=0, lt=1, description="share of the old in the running mean of the updates"
+    )
+    beta2: float = Field(
+        default=0.99,
+        ge=0,
+        lt=1,
+        description="share of the old in the running mean of their squares",
+    )
+    tau: float = Field(
+        default=1e-3,
+        gt=0,
+        description="added to the root of the mean square, against a division by 0",
+    )
 
     def init(self, params: Tensor) -> ServerState:
         """Starts with zero mean and a second moment of tau squared, the least that the paper allows."""

@@ -42,7 +42,9 @@ class Scaffold(AlgorithmRow):
     """
 
     kind: Literal["scaffold"] = "scaffold"
-    server: Server = Average()
+    server: Server = Field(
+        default=Average(), description="optimizer of the server: average, momentum or adam"
+    )
     uplink: tuple[AnyTransform, ...] = Field((), description="codecs of the control, in order")
     clip_norm: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="of the control; needed under client privacy"

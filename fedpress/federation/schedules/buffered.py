@@ -38,7 +38,13 @@ class Buffered(BaseModel):
     concurrency: int = Field(
         default=20, ge=1, description="most clients that work at the same time"
     )
-    staleness_exponent: float = Field(default=0.5, ge=0, le=10)
+    staleness_exponent: float = Field(
+        default=0.5,
+        ge=0,
+        le=10,
+        description="an update that is s steps old counts (1 + s) to the power of minus this; 0 = all"
+        " alike",
+    )
 
     @property
     def one_model(self) -> bool:

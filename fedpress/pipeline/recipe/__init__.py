@@ -2,10 +2,14 @@
 
 from fedpress.pipeline.recipe.load import checked, effective, load, tree
 from fedpress.pipeline.recipe.overrides import Override, overridden
-from fedpress.pipeline.recipe.settings import ModelSettings, Recipe, keys, schema
+from fedpress.pipeline.recipe.settings import ModelSettings, Recipe, schema
+from fedpress.pipeline.recipe.tables import REQUIRED, KeyRow, KeyTable, key_tables, keys
 from fedpress.pipeline.recipe.text import find, in_one_line, names, write
 
 __all__ = [
+    "REQUIRED",
+    "KeyRow",
+    "KeyTable",
     "ModelSettings",
     "Override",
     "Recipe",
@@ -13,6 +17,7 @@ __all__ = [
     "effective",
     "find",
     "in_one_line",
+    "key_tables",
     "keys",
     "load",
     "names",

@@ -1,17 +1,16 @@
-"""The settings of a recipe: what its tables may hold, and what each key of a stage means."""
+"""The settings of a recipe: what its tables may hold, checked where they are made."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from fedpress.data import DataSettings
 from fedpress.errors import Argument, SettingError
 from fedpress.models.memory import HELD
-from fedpress.pipeline.recipe.text import in_one_line, plain
 from fedpress.stages.union import AnyStage
 from fedpress.training.device import DeviceName
 from fedpress.workspace.state import Name
@@ -26,10 +25,24 @@ class ModelSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    architecture: str | None = None
-    arguments: dict[str, JsonValue] = {}
-    checkpoint: Path | None = None
-    weights: Path | None = None
+    architecture: str | None = Field(
+        None,
+        description="resnet18, resnet-small, cnn, mlp, or a function of your own, "
+        "package.module:function",
+    )
+    arguments: dict[str, JsonValue] = Field(
+        {}, description="of the architecture, such as { num_classes = 10 }"
+    )
+    checkpoint: Path | None = Field(
+        None,
+        description="a saved model in the place of an architecture: its folder, a run, a stage of "
+        "one, or a packed file",
+    )
+    weights: Path | None = Field(
+        None,
+        description="a state dict (.safetensors or .pt) for the architecture, in the place of fresh "
+        "weights",
+    )
 
     @property
     def trained(self) -> bool:
@@ -72,15 +85,18 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Name = "recipe"
-    description: str = ""
-    seed: int = Field(0, ge=0)
+    description: str = Field("", description="one line for people")
+    seed: int = Field(0, ge=0, description="of everything that is drawn by chance")
     device: DeviceName = Field(
         "auto",
-        description="where stages train and measure: auto (a CUDA GPU if there is one), cpu, cuda, cuda:1, mps",
+        description="where stages train and measure: auto (a CUDA GPU if there is one), cpu, cuda, "
+        "cuda:1, mps",
     )
-    data: DataSettings
-    model: ModelSettings
-    stage: tuple[Annotated[AnyStage, Field(discriminator="kind")], ...] = Field(min_length=1)
+    data: DataSettings = Field(description="which rows there are, and who holds what")
+    model: ModelSettings = Field(description="the network that the first stage begins with")
+    stage: tuple[Annotated[AnyStage, Field(discriminator="kind")], ...] = Field(
+        min_length=1, description="what is done, in order; kind says what"
+    )
 
     @property
     def private(self) -> bool:
@@ -102,22 +118,19 @@ class Recipe(BaseModel):
         return self
 
 
+def schema_tree() -> dict[str, Any]:
+    """Returns the JSON schema of recipes, with a meaning for every key.
+
+    What `kind` means in a table is what the table's class says of itself.
+    """
+    full: dict[str, Any] = Recipe.model_json_schema()
+    for table in full["$defs"].values():
+        kind = table.get("properties", {}).get("kind")
+        if kind is not None and "description" not in kind:
+            kind["description"] = table.get("description", "").partition("\n")[0]
+    return full
+
+
 def schema() -> str:
-    """Returns the JSON schema of recipes."""
-    return json.dumps(Recipe.model_json_schema(), indent=1)
-
-
-def keys(kind: str) -> list[tuple[str, str, str]]:
-    """Returns name, default and meaning of every key of a kind of stage."""
-    full = Recipe.model_json_schema()
-    mapping = full["properties"]["stage"]["items"]["discriminator"]["mapping"]
-    rows = []
-    for name, about in full["$defs"][mapping[kind].rpartition("/")[2]]["properties"].items():
-        if name in ("kind", "name"):
-            continue
-        default = about.get("default")
-        told = "" if default is None else in_one_line(plain(default))
-        choices = [x for part in (about, *about.get("anyOf", ())) for x in part.get("enum", ())]
-        one_of = f"one of {', '.join(map(str, choices))}" if choices else ""
-        rows.append((name, told, "; ".join(filter(None, (about.get("description", ""), one_of)))))
-    return rows
+    """Returns the JSON schema of recipes as text."""
+    return json.dumps(schema_tree(), indent=1)

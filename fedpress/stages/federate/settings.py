@@ -27,21 +27,29 @@ class PrivacySettings(ReadsOldWords):
     model_config = ConfigDict(frozen=True, extra="forbid")
     renamed: ClassVar[tuple[Renamed, ...]] = (Renamed("trust", "secure", "trust", "distributed"),)
 
-    unit: Literal["sample", "client"]
+    unit: Literal["sample", "client"] = Field(
+        description="what is protected: single rows, or a whole client"
+    )
     trust: Literal["local", "distributed", "central"] | None = Field(
         None,
-        description="who adds the noise: each client, the clients together under a secure sum, or the server",
+        description="who adds the noise: each client, the clients together under a secure sum, or the"
+        " server",
     )
-    delta: float = Field(1e-5, gt=0, lt=1)
-    clip_norm: float = Field(1.0, gt=0)
-    epsilon: float | None = Field(None, gt=0)
-    noise_multiplier: float | None = Field(None, gt=0)
+    delta: float = Field(1e-5, gt=0, lt=1, description="chance that the promise fails")
+    clip_norm: float = Field(1.0, gt=0, description="L2 norm by which one unit can move a sum")
+    epsilon: float | None = Field(
+        None, gt=0, description="budget of all rounds; the noise is calibrated to it"
+    )
+    noise_multiplier: float | None = Field(
+        None, gt=0, description="noise standard deviation / clip_norm, in the place of epsilon"
+    )
     adaptive: AdaptiveClip | None = Field(
         None, description="the clip norm follows the updates (unit client)"
     )
     correlated: CorrelatedNoise | None = Field(
         None,
-        description="noise that cancels over the rounds, for populations without sampling (unit client)",
+        description="noise that cancels over the rounds, for populations without sampling (unit "
+        "client)",
     )
     secure_noise: bool = Field(
         False,
@@ -108,9 +116,13 @@ class FederateSettings(LocalSettings, ReadsOldWords):
 
     kind: Literal["federate"]
     name: Name = "federate"
-    num_rounds: int = Field(10, ge=0)
+    num_rounds: int = Field(10, ge=0, description="rounds; 0 leaves the model as it is")
     cohort: int | None = Field(None, ge=1, description="clients in a round; all by default")
-    sampling: Literal["fixed", "poisson", "cyclic"] = "fixed"
+    sampling: Literal["fixed", "poisson", "cyclic"] = Field(
+        "fixed",
+        description="who takes part: a fixed number drawn in each round, each client by chance, or "
+        "all in turn",
+    )
     schedule: AnySchedule = Field(
         Synchronous(), description="when whom is asked, and when the server takes a step"
     )
@@ -120,7 +132,9 @@ class FederateSettings(LocalSettings, ReadsOldWords):
     weights: Literal["examples", "equal"] | None = Field(
         None, description="of the mean; examples by default, equal under client privacy"
     )
-    server: Server = Average()
+    server: Server = Field(
+        Average(), description="optimizer of the server: average, momentum or adam"
+    )
     algorithm: AnyAlgorithm | None = Field(
         None,
         description="what clients and server do with the model; FedAvg with `server` if left out",
@@ -128,14 +142,21 @@ class FederateSettings(LocalSettings, ReadsOldWords):
     proximal_mu: float = Field(
         0.0, ge=0, description="FedProx: strength of the pull back to the server's model"
     )
-    trainable: tuple[str, ...] = ("*",)
-    norm: Literal["frozen", "batch"] = "frozen"
-    augment: Augment = Augment()
-    privacy: PrivacySettings | None = None
+    trainable: tuple[str, ...] = Field(
+        ("*",), description="patterns of parameter names; only these train and travel"
+    )
+    norm: Literal["frozen", "batch"] = Field(
+        "frozen", description="statistics of batch norms: fixed, or those of each batch"
+    )
+    augment: Augment = Field(Augment(), description="random changes of training images")
+    privacy: PrivacySettings | None = Field(
+        None, description="what is promised about the clients' rows; nothing without this table"
+    )
     uplink: tuple[AnyTransform, ...] = Field((), description="what makes an update small, in order")
     downlink: tuple[AnyTransform, ...] = Field(
         (),
-        description="codes the difference to the model that clients hold; the whole model travels if empty",
+        description="codes the difference to the model that clients hold; the whole model travels if "
+        "empty",
     )
     first_downlink: tuple[AnyTransform, ...] = Field(
         (Quantize(bits=8),), description="codes the model itself for clients that hold nothing yet"
@@ -145,12 +166,14 @@ class FederateSettings(LocalSettings, ReadsOldWords):
     )
     aggregator: AnyAggregator | None = Field(
         None,
-        description="how the server makes one update of many: mean (if left out), secure (it learns the sum alone), "
+        description="how the server makes one update of many: mean (if left out), secure (it learns "
+        "the sum alone), "
         "median",
     )
     secure_keys: bool = Field(
         False,
-        description="keys of a secure sum from the operating system's randomness; else they follow from the seed",
+        description="keys of a secure sum from the operating system's randomness; else they follow "
+        "from the seed",
     )
     max_dropout: float = Field(
         1 / 3, ge=0, lt=0.5, description="share of a cohort that may vanish from a secure sum"

@@ -16,7 +16,9 @@ class L0Settings(TrainSettings):
 
     kind: Literal["l0"]
     name: Name = "l0"
-    unit: Literal["weights", "channels"] = "weights"
+    unit: Literal["weights", "channels"] = Field(
+        "weights", description="what a gate opens and shuts"
+    )
     density: float = Field(
         gt=0,
         le=1,
@@ -38,7 +40,8 @@ class L0Settings(TrainSettings):
     )
     exact: bool = Field(
         False,
-        description="channels: refuse a density that no widths meet, in place of the nearest that they do",
+        description="channels: refuse a density that no widths meet, in place of the nearest that "
+        "they do",
     )
     round_to: int = Field(8, ge=1, description="channels: widths become multiples of this")
     min_keep: float = Field(

@@ -54,11 +54,19 @@ class PruneSettings(BaseModel):
     )
     score: Literal[
         "l1", "l2", "fpgm", "bn_scale", "taylor", "fisher", "obd", "snip", "grasp", "random"
-    ] = "l1"
-    strategy: Literal["one-shot", "single-channel"] = "one-shot"
+    ] = Field(
+        "l1",
+        description="how much a channel matters; all from taylor on but random look at public examples",
+    )
+    strategy: Literal["one-shot", "single-channel"] = Field(
+        "one-shot",
+        description="all channels by one ranking, or one channel after the other with new scores each"
+        " time",
+    )
     scope: Literal["global", "layer", "sensitivity"] = Field(
         "global",
-        description="one ranking for all layers, one ratio for each, or the same growth of the loss by each",
+        description="one ranking for all layers, one ratio for each, or the same growth of the loss "
+        "by each",
     )
     round_to: int = Field(8, ge=1, description="widths become multiples of this")
     min_keep: float = Field(
@@ -69,7 +77,8 @@ class PruneSettings(BaseModel):
     )
     approximate: tuple[compress.Norm, ...] = Field(
         (),
-        description="norms to cut through though it is not exact; their scales are then fitted on public examples",
+        description="norms to cut through though it is not exact; their scales are then fitted on "
+        "public examples",
     )
     exact: bool = Field(
         False,
@@ -78,12 +87,14 @@ class PruneSettings(BaseModel):
     calibration: int = Field(
         2048,
         ge=0,
-        description="public examples for scores and batch-norm statistics; 0 leaves those as they were",
+        description="public examples for scores and batch-norm statistics; 0 leaves those as they "
+        "were",
     )
     densities: tuple[float, ...] = Field(
         DENSITIES,
         min_length=1,
-        description="sensitivity: shares of its channels that each layer is tried with, by default down to min_keep",
+        description="sensitivity: shares of its channels that each layer is tried with, by default "
+        "down to min_keep",
     )
     sensitivity_examples: int = Field(
         512, ge=2, description="sensitivity: public validation examples to measure on"

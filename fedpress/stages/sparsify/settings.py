@@ -20,7 +20,7 @@ class SparsifySettings(TrainSettings):
 
     kind: Literal["sparsify"]
     name: Name = "sparsify"
-    epochs: int = Field(0, ge=0)
+    epochs: int = Field(0, ge=0, description="passes over the public part; 0 = no training")
     density: float | None = Field(
         None, gt=0, le=1, description="share of the weights that stays; N:M brings its own"
     )
@@ -30,16 +30,21 @@ class SparsifySettings(TrainSettings):
     )
     score: Literal[
         "magnitude", "lamp", "taylor", "fisher", "snip", "grasp", "movement", "random"
-    ] = "magnitude"
+    ] = Field("magnitude", description="how much a weight matters; the lowest are set to zero")
     scope: Literal["global", "uniform", "erk", "sensitivity"] = Field(
         "global",
-        description="one ranking for all layers, one share for each, larger shares for small layers, or the shares at "
+        description="one ranking for all layers, one share for each, larger shares for small layers, "
+        "or the shares at "
         "which every layer costs the same loss",
     )
     densities: dict[str, float] = Field(
         {}, description="instead of a scope: the density of each weight by name"
     )
-    schedule: Literal["one-shot", "gradual", "rewind", "rigl"] = "one-shot"
+    schedule: Literal["one-shot", "gradual", "rewind", "rigl"] = Field(
+        "one-shot",
+        description="when weights are cut: at once, in steps while the network trains, with early "
+        "weights back after each cut, or moved about",
+    )
     begin: float = Field(
         0.0, ge=0, lt=1, description="gradual: share of the training before the first cut"
     )

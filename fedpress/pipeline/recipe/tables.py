@@ -1,0 +1,172 @@
+"""Every key of a recipe with its default and its meaning, in tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fedpress.errors import RecipeError, suggestion
+from fedpress.pipeline.recipe.settings import schema_tree
+from fedpress.pipeline.recipe.text import in_one_line, plain
+
+Node = Mapping[str, Any]
+REQUIRED = "required"
+"""What stands in the place of the default of a key that must be given."""
+
+
+class KeyRow(NamedTuple):
+    """One key of a table.
+
+    Attributes:
+        key: its name; with a dot in it a key of a table inside, such as `augment.flip`.
+        default: as TOML writes it; empty if there is none, `REQUIRED` if the key must be given.
+        meaning: in words, with the words that it may be.
+    """
+
+    key: str
+    default: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class KeyTable:
+    """The keys of one table of a recipe.
+
+    Attributes:
+        word: what a person asks for it by: `data`, or the kind of a stage, a codec, an algorithm.
+        title: how the table begins in TOML.
+        rows: its keys.
+        part_of: the words of the tables that it may stand in.
+    """
+
+    word: str
+    title: str
+    rows: tuple[KeyRow, ...]
+    part_of: tuple[str, ...] = ()
+
+    @property
+    def is_stage(self) -> bool:
+        """Whether it is the table of a stage."""
+        return self.title.startswith("[[stage]]")
+
+
+def key_tables(words: Sequence[str] = ()) -> list[KeyTable]:
+    """Returns the tables of a recipe: all of them, or those that are asked for and what may stand in them.
+
+    Raises:
+        RecipeError: if a word names no table.
+
+    >>> key_tables(["model"])[0].title
+    '[model]'
+    """
+    tables = list(_Reader(schema_tree()).tables())
+    known = [table.word for table in tables]
+    for word in words:
+        if word not in known:
+            raise RecipeError(
+                f"there is no table '{word}'",
+                place="keys",
+                cure=suggestion(word, known) or f"choose from {', '.join(known)}",
+            )
+    asked = set(words)
+    return [table for table in tables if not asked or asked & {table.word, *table.part_of}]
+
+
+def keys(kind: str) -> tuple[KeyRow, ...]:
+    """Returns the keys of a kind of stage, those of tables inside too.
+
+    >>> keys("pack")
+    ()
+    """
+    return next(table.rows for table in key_tables([kind]) if table.is_stage)
+
+
+class _Reader:
+    """Reads the tables from the JSON schema of recipes."""
+
+    def __init__(self, full: dict[str, Any]) -> None:
+        self.full = full
+        self.choices: dict[str, list[str]] = {}
+        """Definition of a table that is chosen by its kind -> the words of the tables that it may stand in."""
+        self.titles: dict[str, str] = {}
+
+    def tables(self) -> Iterator[KeyTable]:
+        stages = self.full["properties"]["stage"]["items"]["discriminator"]["mapping"]
+        inner = ("data", "model", "stage")
+        own = {key: about for key, about in self.full["properties"].items() if key not in inner}
+        yield KeyTable("recipe", "at the top", tuple(self._rows({"properties": own}, "recipe")))
+        for word in ("data", "model"):
+            node = self._opened(self.full["properties"][word])
+            yield KeyTable(word, f"[{word}]", tuple(self._rows(node, word)))
+        for kind, ref in stages.items():
+            rows = [row for row in self._rows(self._at(ref), kind) if row.key not in NAMES]
+            yield KeyTable(kind, f'[[stage]] kind = "{kind}"', tuple(rows))
+        # Tables that are chosen by a kind may hold others, as an algorithm holds a server optimizer.
+        done: set[str] = set()
+        while todo := [name for name in self.choices if name not in done]:
+            for name in todo:
+                done.add(name)
+                yield self._choice(name)
+
+    def _choice(self, name: str) -> KeyTable:
+        node = self.full["$defs"][name]
+        kind = node["properties"]["kind"]
+        word = str(kind["default"])
+        rows = [row for row in self._rows(node, word, self.choices[name]) if row.key != "kind"]
+        rows = rows or [KeyRow("kind", word, kind["description"])]
+        title = f'{self.titles[name]} = {{ kind = "{word}" }}'
+        return KeyTable(word, title, tuple(rows), tuple(dict.fromkeys(self.choices[name])))
+
+    def _rows(
+        self, node: Node, word: str, above: Sequence[str] = (), prefix: str = ""
+    ) -> Iterator[KeyRow]:
+        """Yields the keys of a table; those of a table inside follow the key of that."""
+        required = node.get("required", ())
+        for name, about in node["properties"].items():
+            key = f"{prefix}{name}"
+            default = REQUIRED if name in required else _default(about)
+            kinds = dict(self._kinds(about))
+            for table in kinds.values():
+                self.choices.setdefault(table, []).extend((word, *above))
+                self.titles.setdefault(table, key)
+            yield KeyRow(key, default, self._meaning(about, kinds))
+            inside = self._opened(about)
+            if not kinds and inside is not about and "properties" in inside:
+                yield from self._rows(inside, word, above, f"{key}.")
+
+    def _meaning(self, about: Node, kinds: Iterable[str]) -> str:
+        parts = (about, about.get("items", {}), *about.get("anyOf", ()))
+        words = [str(word) for part in parts for word in part.get("enum", ())]
+        words += kinds
+        one_of = f"one of {', '.join(words)}" if words else ""
+        return "; ".join(filter(None, (about.get("description", ""), one_of)))
+
+    def _kinds(self, about: Node) -> Iterator[tuple[str, str]]:
+        """Yields words and definitions among which the `kind` of a table, or of each table in a list, chooses."""
+        for part in (about, about.get("items", {}), *about.get("anyOf", ())):
+            mapping = part.get("discriminator", {}).get("mapping", {})
+            yield from ((word, ref.rpartition("/")[2]) for word, ref in mapping.items())
+
+    def _opened(self, about: Node) -> Node:
+        """Returns the table that a key holds; the key itself if it holds none."""
+        for part in (about, *about.get("anyOf", ()), *about.get("allOf", ())):
+            if "$ref" in part:
+                return self._at(part["$ref"])
+        return about
+
+    def _at(self, ref: str) -> Node:
+        node: Node = self.full["$defs"][ref.rpartition("/")[2]]
+        return node
+
+
+NAMES = ("kind", "name")
+"""Keys that every stage has: which it is, and what it is called."""
+
+
+def _default(about: Node) -> str:
+    """Writes a default as TOML: of a table that is chosen its kind, of a plain one nothing, since its keys follow."""
+    value = about.get("default")
+    if isinstance(value, dict):
+        value = value.get("kind")
+    return "" if value is None else in_one_line(plain(value))
