@@ -8,18 +8,24 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 from safetensors.numpy import load_file
 
 # On a server the same examples are drawn every time, so that a commit is judged by its own change; at a desk, new ones.
 # No example has a deadline: a busy machine is no fault of the code.
-settings.register_profile("server", derandomize=True, deadline=None)
-settings.register_profile("desk", deadline=None)
+# 40 examples keep the unit tests quick; `--hypothesis-profile=long` looks further.
+settings.register_profile("server", derandomize=True, deadline=None, max_examples=40)
+settings.register_profile("desk", deadline=None, max_examples=40)
+settings.register_profile("long", deadline=None, max_examples=1000)
 settings.load_profile("server" if os.environ.get("CI") else "desk")
 
 TINY = """
@@ -88,6 +94,37 @@ def _state_of_its_own(tmp_path_factory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _table_of_operators_made_once() -> Iterator[None]:
+    """Lets exports share torch's table of ONNX operators, which torch makes anew each time: two thirds of an export."""
+    export = torch.onnx.export
+
+    def first_export(*args: Any, **options: Any) -> Any:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        make = cache(ONNXRegistry.from_torchlib)
+
+        def copied(*versions: int, **named: int) -> ONNXRegistry:
+            table = copy(make(*versions, **named))
+            table.functions = {name: list(rows) for name, rows in table.functions.items()}
+            return table
+
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
+        patch.setattr(torch.onnx, "export", export)
+        return export(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", first_export)
+        yield
+
+
+@pytest.fixture
+def memory_unmeasured(monkeypatch) -> None:
+    """Leaves out the fresh process that memory is measured in, 3 s a model; `tests/deploy/test_measure.py` has it."""
+    module = import_module("fedpress.deploy.measure")  # the folder's function has its name
+    monkeypatch.setattr(module, "peak_memory", lambda runs, given: 1_000_000)
 
 
 @pytest.fixture

@@ -139,6 +139,10 @@ def test_scores_see_the_data_that_were_given():
 def test_inputs_alone_calibrate_and_do_not_score(inputs):
     made = fedpress.quantize(net(), data=inputs)
     assert made.before["accuracy"] is None
+
+
+def test_what_needs_no_labels_takes_inputs_alone_and_the_rest_says_so():
+    inputs = X
     assert fedpress.export(net(), data=inputs, int8=True).after["int8"]
     for call, settings, who in (
         (fedpress.prune, {"keep_params": 0.5, "score": "taylor"}, 'prune with score = "taylor"'),
@@ -398,6 +402,7 @@ def test_export_and_pack_without_out_return_what_they_made(tmp_path):
     assert torch.equal(storage.load(tmp_path / "m.packed.safetensors")[1].eval()(X), net()(X))
 
 
+@pytest.mark.usefixtures("memory_unmeasured")
 def test_modules_in_memory_teach_and_are_measured():
     model = net()
     made = fedpress.distill(model, data=(X, Y), teacher=model, epochs=1)
@@ -442,6 +447,7 @@ def test_examples_of_other_kinds_are_taken_as_the_model_takes_them(own):
         fedpress.quantize(module, data="csv")
 
 
+@pytest.mark.usefixtures("memory_unmeasured")
 def test_token_ids_and_several_inputs_are_measured(own, tmp_path):
     """In memory, saved, exported, and by the stage."""
     quick: dict = {"seconds": 0.01, "batches": (1, 3), "threads": (1,), "formats": ["onnx"]}

@@ -106,7 +106,7 @@ def test_the_same_key_gives_the_same_bits_and_zeros_stay_nearly_zero(row):
 def test_promised_bounds_hold_on_many_inputs(row):
     chain, end = bound(row, 7)
     chance = torch.Generator().manual_seed(1)
-    for trial in range(600):  # 17 rows and more than 10,000 inputs
+    for trial in range(150):  # of 19 rows: nearly 3,000 inputs
         scale = 10 ** float(torch.empty(()).uniform_(-4, 4, generator=chance))
         x = scale * torch.randn(7, generator=chance)
         if trial % 3 == 0:

@@ -29,7 +29,18 @@ GRIDS = {
     "whole codebook": WeightQuantization(kind="codebook", bits=3, centroid_bits=8),
 }
 KINDS = ("zero", "constant", "1e-5", "1e-12", "1e-30", "1e-40", "one weight", "plain")
-FILES = [pytest.param(name, marks=() if name == "onnx" else pytest.mark.deploy) for name in FORMATS]
+
+
+def files(grids, quick):
+    """Returns (format, grid): `quick` grids in ONNX first, the rest later."""
+    later = {"onnx": pytest.mark.recipe}
+    found = []
+    for format in FORMATS:
+        for grid in grids:
+            now = format == "onnx" and grid in quick
+            marks = () if now else later.get(format, pytest.mark.deploy)
+            found.append(pytest.param(format, grid, marks=marks))
+    return found
 
 
 @torch.no_grad()
@@ -106,8 +117,11 @@ def test_the_rounded_graph_computes_what_the_network_does(grid, dead_layer, x):
     assert farthest(deploy.logits(made.program, x), wanted) < 0.03
 
 
-@pytest.mark.parametrize("grid", [None, *GRIDS], ids=str)
-@pytest.mark.parametrize("format", FILES)
+@pytest.mark.parametrize(
+    ("format", "grid"),
+    files([None, *GRIDS], quick=(None, "int4", "groups", "whole codebook")),
+    ids=str,
+)
 def test_an_integer_file_computes_what_the_network_does(format, grid, x, tmp_path):
     if FORMATS[format].missing():
         pytest.skip(f"{format} is not installed")
@@ -119,8 +133,9 @@ def test_an_integer_file_computes_what_the_network_does(format, grid, x, tmp_pat
     assert farthest(deploy.file_logits(made.path, x), deploy.logits(model, x)) < 0.03
 
 
-@pytest.mark.parametrize("grid", ["int4", "binary", "whole codebook"])
-@pytest.mark.parametrize("format", FILES)
+@pytest.mark.parametrize(
+    ("format", "grid"), files(["int4", "binary", "whole codebook"], quick=("binary",))
+)
 def test_a_file_of_a_whole_layer_of_zeros_gives_the_biases(format, grid, x, tmp_path):
     if FORMATS[format].missing():
         pytest.skip(f"{format} is not installed")
@@ -131,7 +146,9 @@ def test_a_file_of_a_whole_layer_of_zeros_gives_the_biases(format, grid, x, tmp_
     assert farthest(deploy.file_logits(made.path, x), deploy.logits(model, x)) < 0.03
 
 
-@pytest.mark.parametrize("grid", [None, "ternary", "int8"], ids=str)
+@pytest.mark.parametrize(
+    "grid", [None, pytest.param("ternary", marks=pytest.mark.recipe), "int8"], ids=str
+)
 def test_a_layer_that_sees_only_zeros_gives_its_bias(grid, x, tmp_path):
     model = network(dead_layer=True)
     nn.init.constant_(model[2].bias, -0.5)  # behind the ReLU all is 0
@@ -141,8 +158,10 @@ def test_a_layer_that_sees_only_zeros_gives_its_bias(grid, x, tmp_path):
     assert farthest(deploy.file_logits(made.path, x), deploy.logits(model, x)) < 0.003
 
 
-@pytest.mark.parametrize("grid", ["int8", "groups", "binary", "codebook"])
-@pytest.mark.parametrize("format", FILES)
+@pytest.mark.parametrize(
+    ("format", "grid"),
+    files(["int8", "groups", "binary", "codebook"], quick=("groups", "codebook")),
+)
 def test_a_float_file_computes_what_the_network_does(format, grid, x, tmp_path):
     if FORMATS[format].missing():
         pytest.skip(f"{format} is not installed")

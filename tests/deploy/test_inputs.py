@@ -191,7 +191,15 @@ def test_a_named_tuple_comes_back_by_its_names(tmp_path):
     assert deploy.file_logits(made.path, torch.randn(5, 6)).shape == (5, 3)
 
 
-@pytest.mark.parametrize("how", ["expand", "len", "sizes", "repeat", "as", "tile", "zeros"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "expand",
+        "sizes",
+        "zeros",
+        *(pytest.param(how, marks=pytest.mark.recipe) for how in ("len", "repeat", "as", "tile")),
+    ],
+)
 def test_the_batch_of_a_spread_class_token_is_free(tmp_path, how):
     torch.manual_seed(0)
     model, x = ClassToken(how, depth=1).eval(), torch.randn(9, 3, 8, 8)

@@ -45,6 +45,7 @@ lr = 0.05
 EXPORT = '[[stage]]\nkind = "export"\nint8 = true\n'
 
 
+@pytest.mark.usefixtures("memory_unmeasured")
 def test_an_integer_export_is_compared_and_measured(tmp_path):
     text = (
         RECIPE

@@ -137,7 +137,14 @@ def test_integers_take_their_ranges_from_all_inputs(tmp_path):
 PRUNE = '[[stage]]\nkind = "prune"\nkeep_params = 0.6\nround_to = 1\n{more}\n'
 
 
-@pytest.mark.parametrize("more", ["", 'score = "taylor"', 'score = "l2"'])
+@pytest.mark.parametrize(
+    "more",
+    [
+        'score = "taylor"',
+        pytest.param("", marks=pytest.mark.recipe),
+        pytest.param('score = "l2"', marks=pytest.mark.recipe),
+    ],
+)
 def test_channels_are_cut_through_all_inputs(more, tmp_path):
     text = named.recipe(named.TRAIN, PRUNE.format(more=more), named.federate(), EXPORT)
     train, prune, federate, export = finish(text, tmp_path)["stages"]
@@ -152,6 +159,7 @@ def test_a_forward_that_begins_with_other_arguments_is_not_pruned(tmp_path):
         check_recipe(recipes.load(text, ()), load_data(recipes.load(text, ())))
 
 
+@pytest.mark.usefixtures("memory_unmeasured")
 @pytest.mark.parametrize(
     "stage",
     [
@@ -216,6 +224,7 @@ def test_the_page_of_the_run_is_written(tmp_path):
     assert "epsilon" in page.lower() or "ε" in page
 
 
+@pytest.mark.recipe
 def test_a_classifier_of_transformers_is_trained_protected_and_written(tmp_path):
     pytest.importorskip("transformers")
     text = named.recipe(

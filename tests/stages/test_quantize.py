@@ -67,11 +67,11 @@ def finish(recipe, folder, earlier=None):
     [
         ([], 8, 0.01),
         (['stage.1.inputs="dynamic"'], 8, 0.02),
-        (["stage.1.observer=entropy"], 8, 0.05),
-        (["stage.1.bits=4"], 4, 0.05),
+        pytest.param(["stage.1.observer=entropy"], 8, 0.05, marks=pytest.mark.recipe),
+        pytest.param(["stage.1.bits=4"], 4, 0.05, marks=pytest.mark.recipe),
         (["stage.1.bits=4", "stage.1.group=8"], 4, 0.05),
         (["stage.1.weights=cluster", "stage.1.bits=4"], 4, 0.05),
-        (
+        pytest.param(
             [
                 "stage.1.weights=ternary",
                 "stage.1.epochs=4",
@@ -80,8 +80,9 @@ def finish(recipe, folder, earlier=None):
             ],
             2,
             0.1,
+            marks=pytest.mark.recipe,
         ),
-        (
+        pytest.param(
             [
                 "stage.1.weights=binary",
                 "stage.1.epochs=12",
@@ -90,6 +91,7 @@ def finish(recipe, folder, earlier=None):
             ],
             1,
             0.35,
+            marks=pytest.mark.recipe,
         ),
         (["stage.1.bits=3", "stage.1.epochs=2"], 3, 0.06),
     ],
@@ -337,7 +339,7 @@ lr = 0.05
     ("changes", "more"),
     [
         (["stage.1.bits=4"], ""),
-        (["stage.1.weights=cluster", "stage.1.bits=4"], ""),
+        pytest.param(["stage.1.weights=cluster", "stage.1.bits=4"], "", marks=pytest.mark.recipe),
         (
             ["stage.1.bits=4", "stage.2.num_rounds=1"],
             'privacy = { unit = "sample", epsilon = 50.0, delta = 1e-3, clip_norm = 1.0 }',

@@ -76,6 +76,7 @@ def test_a_new_row_is_a_command_with_help_and_keys(with_row):
     assert "what weights are multiplied by" in with_row(COMMAND, "shrink", "--keys")
 
 
+@pytest.mark.recipe
 def test_a_new_row_is_checked_and_run_by_a_recipe(with_row, tmp_path):
     lines = json.loads(with_row(COMMAND, "check", "small.toml", "--json"))["stages"]
     assert [line["factor"] for line in lines] == [0.5, 0.5]

@@ -24,11 +24,8 @@ from fedpress.errors import ModelError
 from fedpress.models import ModelSpec, load_model, save_model, what_pruning_changed
 
 EVERY = sorted(ZOO)
-QUICK = (
-    "padded",
-    "parts",
-    "vit-fused",
-)  # an export takes seconds: of these with each change, of all in the deploy tier
+QUICK = ("parts", "vit-fused")
+"""An export takes seconds: of these with each change, of all in the deploy tier."""
 
 
 def build(name):
@@ -67,7 +64,7 @@ def trains(model, x):
 
 
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_any_choice_of_channels_can_be_removed_and_is_counted_exactly(traced, name, seed):
     model, x, graph = traced(name)
     draw = torch.Generator().manual_seed(seed)
@@ -84,28 +81,37 @@ def test_any_choice_of_channels_can_be_removed_and_is_counted_exactly(traced, na
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_half_of_every_architecture_goes_by_every_score_and_comes_back_from_a_file(
-    traced, name, tmp_path
-):
+def test_half_of_every_architecture_goes_by_every_score(traced, name):
     model, x, graph = traced(name)
     for by in SCORES:
         if by == "bn_scale" and not all(layer.role("scale") for layer in graph.groups):
             with pytest.raises(ModelError, match="needs a batch norm after"):
                 halved(model, graph, by, x)
             continue
-        choice = PruningPlan.model_validate_json(halved(model, graph, by, x).model_dump_json())
-        small = build(name)  # another copy: the plan is enough
-        small.load_state_dict(model.state_dict())
-        remove_(small, choice)
+        small = deepcopy(model)
+        remove_(small, halved(model, graph, by, x))
         assert 0.45 <= parameters(small) / parameters(model) <= 0.55
-        assert check_parity(model, small, choice, x) <= 1e-5
-        assert trains(small, x)
-        save_model(tmp_path, spec_of(name, small), small)
-        again = load_model(tmp_path, allow_code=f"{__name__}:build")[1].eval()
         with torch.no_grad():
-            assert all(
-                torch.equal(a, b) for a, b in zip(outputs(small, x), outputs(again, x), strict=True)
-            )
+            assert all(y.isfinite().all() for y in outputs(small, x))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_half_of_every_architecture_is_exact_trains_and_comes_back_from_a_file(
+    traced, name, tmp_path
+):
+    model, x, graph = traced(name)
+    choice = PruningPlan.model_validate_json(halved(model, graph, "taylor", x).model_dump_json())
+    small = build(name)  # another copy: the plan is enough
+    small.load_state_dict(model.state_dict())
+    remove_(small, choice)
+    assert check_parity(model, small, choice, x) <= 1e-5
+    assert trains(small, x)
+    save_model(tmp_path, spec_of(name, small), small)
+    again = load_model(tmp_path, allow_code=f"{__name__}:build")[1].eval()
+    with torch.no_grad():
+        assert all(
+            torch.equal(a, b) for a, b in zip(outputs(small, x), outputs(again, x), strict=True)
+        )
 
 
 @pytest.mark.parametrize(

@@ -102,8 +102,7 @@ def cut(model, x, seed, unprunable=()):
 @pytest.mark.parametrize("own", [False, True], ids=["zeros", "layer"])
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_written_to_places_is_cut_exactly_or_stays_whole(form, own):
-    for seed in range(1 + own):
-        cut(build(form, own), torch.randn(2, 16), seed)
+    cut(build(form, own), torch.randn(2, 16), seed=int(own))
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,8 @@ def test_the_kind_of_weights_reaches_quantize_and_a_state_dict_is_a_checkpoint()
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10)
     )
-    made = fedpress.quantize(model, weights="binary", data="digits", calibration=64)
+    with pytest.warns(UserWarning, match="brings its own weights"):
+        made = fedpress.quantize(model, weights="binary", data="digits", calibration=64)
     assert all(len(row.abs().unique()) == 1 for row in made.model[3].weight)
     with pytest.raises(FedpressError, match=r"model: got int"):
         fedpress.prune(3)
@@ -322,7 +323,7 @@ def test_a_frozen_model_takes_zeros_without_training():
     made = fedpress.sparsify(model.requires_grad_(False), density=0.5, input_shape=(1, 8, 8))
     assert int((made.model[3].weight == 0).sum()) == 512
     with pytest.raises(FedpressError, match="nothing to train"):
-        fedpress.sparsify(model, density=0.5, data="digits", epochs=1)
+        fedpress.sparsify(model, density=0.5, data="digits", mean="none", epochs=1)
 
 
 def test_a_model_that_torch_cannot_copy_is_cut():
@@ -334,11 +335,17 @@ def test_a_model_that_torch_cannot_copy_is_cut():
     assert made.after["parameters"] < made.before["parameters"]
 
 
+@pytest.mark.usefixtures("memory_unmeasured")
 def test_a_model_has_one_size_in_every_command(trained, tmp_path):
     small = fedpress.quantize(trained, bits=4, out=tmp_path / "quantized")
     packed = fedpress.pack(small.folder, out=tmp_path / "packed")
     found = fedpress.measure(
-        [small.folder, packed.artifact], formats=[], int8=False, batches=(1,), seconds=0.05
+        [small.folder, packed.artifact],
+        formats=[],
+        int8=False,
+        batches=(1,),
+        threads=(1,),
+        seconds=0.01,
     )
     sizes = {record["file_bytes"] for record in found["records"]}
     assert (
@@ -347,13 +354,13 @@ def test_a_model_has_one_size_in_every_command(trained, tmp_path):
         == {packed.before["file_bytes"]}
         == {packed.artifact.stat().st_size}
     )
-    kept = fedpress.measure(small.model, formats=[], int8=False, batches=(1,), seconds=0.05)[
-        "records"
-    ][0]
+    kept = fedpress.measure(
+        small.model, formats=[], int8=False, batches=(1,), threads=(1,), seconds=0.01
+    )["records"][0]
     assert kept["file_bytes"] == small.after["file_bytes"], "also as a module in memory"
-    again = fedpress.measure([trained], formats=[], int8=False, batches=(1,), seconds=0.05)[
-        "records"
-    ][0]
+    again = fedpress.measure(
+        [trained], formats=[], int8=False, batches=(1,), threads=(1,), seconds=0.01
+    )["records"][0]
     assert again["file_bytes"] == small.before["file_bytes"]
 
 

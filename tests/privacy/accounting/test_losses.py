@@ -83,8 +83,7 @@ def test_one_step_is_never_below_the_closed_form_and_close_to_it_where_it_says_s
     ("q", "z", "steps"),
     [(0.0427, 1.0, 500), (0.1, 4.0, 500), (0.5, 0.5, 10), (0.9, 2.0, 300), (0.001, 0.7, 1000)],
 )
-@pytest.mark.parametrize("delta", [0.1, 1e-3, 1e-6, 1e-9])
-def test_compositions_are_those_of_dp_accounting(q, z, steps, delta):
+def test_compositions_are_those_of_dp_accounting(q, z, steps):
     from dp_accounting.pld import privacy_loss_distribution
 
     step = privacy_loss_distribution.from_gaussian_mechanism(
@@ -94,12 +93,11 @@ def test_compositions_are_those_of_dp_accounting(q, z, steps, delta):
         * accountant.grid_step([GaussianEvent(q, z, steps)])
         / 0.06,
     )
-    truth = step.self_compose(steps).get_epsilon_for_delta(delta)
-    assert (
-        truth * (1 - 1e-4)
-        <= losses.epsilon([GaussianEvent(q, z, steps)], delta=delta).epsilon
-        <= truth * 1.001
-    )
+    composed = step.self_compose(steps)
+    for delta in (0.1, 1e-3, 1e-6, 1e-9):
+        truth = composed.get_epsilon_for_delta(delta)
+        found = losses.epsilon([GaussianEvent(q, z, steps)], delta=delta).epsilon
+        assert truth * (1 - 1e-4) <= found <= truth * 1.001
 
 
 def test_phases_compose_like_those_of_dp_accounting():
@@ -169,7 +167,7 @@ def test_fewer_points_never_answer_less():
 @pytest.mark.parametrize(("noise", "steps"), [(0.3, 1), (27.0, 1), (1e4, 10**7), (0.85, 10**7)])
 @pytest.mark.parametrize("missing", [1e-12, 1e-6])
 def test_sampling_never_adds_where_nearly_everybody_takes_part(noise, steps, missing):
-    for delta in (1e-12, 1e-5, 0.1):
+    for delta in (1e-12, 0.1):
         sampled = epsilon([GaussianEvent(1 - missing, noise, steps)], delta=delta)
         assert sampled <= epsilon([GaussianEvent(1.0, noise, steps)], delta=delta)
 

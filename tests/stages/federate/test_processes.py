@@ -18,6 +18,8 @@ from fedpress.pipeline import recipe as recipes
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.federate.binding import bind
 
+pytestmark = pytest.mark.recipe  # four processes, each of which loads torch
+
 RECIPE = """
 [data]
 source = "digits"

@@ -126,6 +126,7 @@ def test_targets_are_reached_and_foretold(trained, tmp_path, target, kept):
     )
 
 
+@pytest.mark.recipe
 def test_latency_is_measured_until_a_cut_is_fast_enough(tmp_path):
     text, path = WIDE + PRUNE + "keep_latency = 0.5\n", tmp_path / "run"
     (line,) = finish(text, path)
@@ -192,15 +193,16 @@ def test_several_cuts_go_down_by_equal_factors_and_train_between(trained, tmp_pa
 @pytest.mark.parametrize(
     ("more", "gap"),
     [
-        (STEPS, 1),
-        (STEPS + "rewind = true\n", 1),
-        (
+        pytest.param(STEPS, 1, id="finetune", marks=pytest.mark.recipe),
+        pytest.param(STEPS + "rewind = true\n", 1, id="rewind"),
+        pytest.param(
             STEPS.replace("epochs = 2", "epochs = 1")
             + "scope = 'sensitivity'\ndensities = [0.5]\n",
             7,
+            id="sensitivity",
+            marks=pytest.mark.recipe,
         ),
     ],
-    ids=["finetune", "rewind", "sensitivity"],
 )
 def test_a_killed_stage_goes_on_to_the_same_bits(trained, tmp_path, left, more, gap):
     text = HEAD + PRUNE + more
