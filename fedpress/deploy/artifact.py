@@ -1,4 +1,4 @@
-"""What is asked of an export, what it gives, and files that are written whole or not at all."""
+"""The settings of an export (`Job`), its result (`Artifact`), and the atomic write of its file."""
 
 from __future__ import annotations
 
@@ -15,30 +15,36 @@ import fedpress
 from fedpress.core.examples import Preprocess
 from fedpress.core.files import replacing, writing
 from fedpress.core.inputs import Example
-from fedpress.deploy.examples import Given, check_tensors, example_of, is_shape
+from fedpress.deploy.examples import InputSpec, check_tensors, example_of, is_shape
 from fedpress.errors import Argument, ExportError
 from fedpress.nn.observers import Observer
 
-TOLERANCE = 1e-4  # of the largest logit, or absolute where all logits are below 1: float32 sums in another order
-ROUNDING = 0.05  # the same for integers: a value between two steps may fall to either side, and be carried on
+# Allowed error of an output, relative to the largest logit, or absolute where all are below 1.
+# Float: runtimes add float32 numbers in another order than torch.
+TOLERANCE = 1e-4
+# Integers: a value halfway between two steps may be rounded up in one runtime and down in another,
+# and the later layers compute with that difference.
+ROUNDING = 0.05
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of an export.
+    """The settings of an export. Give either `input_shape` or `example`.
 
     Attributes:
-        input_shape: shape of one float32 example, such as (3, 32, 32), of a model that takes one such tensor.
-        example: a batch of inputs of any other model, at least one row: a tensor (token ids are int64), a tuple of
-            tensors in the order of forward's arguments, or a dictionary by their names. The batch size of the file is
-            free, other sizes are those of the example.
-        preprocess: what the training applied to raw examples: it is no part of the file, its numbers stand in it.
-        metadata: further words for the file, such as class names.
-        batches: public inputs to take ranges from, of the form of `example` or standardised [n, *input_shape]: with
-            them the file computes on 8-bit integers, without them in float (weights that the model holds in fewer bits
-            stay small).
-        observer: how ranges are taken from what was seen (`fedpress.nn.observers`).
-        weight_bits: of layers that are float in the model; 7 where 8 overflow (see docs/devices.md).
+        input_shape: shape of one float32 example, such as (3, 32, 32), for a model with one input.
+        example: a batch of inputs for any other model, at least one row: a tensor (token ids are
+            int64), a tuple of tensors in the order of forward's arguments, or a dictionary by
+            argument name. The file takes any batch size; all other sizes are those of the example.
+        preprocess: the standardisation that training applied to raw examples. The file does not
+            compute it; mean and standard deviation stand in its metadata.
+        metadata: more entries for the file's metadata, such as class names.
+        batches: public calibration batches, in the form of `example` or as standardised float32
+            [n, *input_shape]. With them the file computes on 8-bit integers; without them in float
+            (weights that the model holds in fewer bits stay small).
+        observer: how value ranges are computed from the calibration (`fedpress.nn.observers`).
+        weight_bits: bits of weights that are float in the model; 7 for processors on which sums of
+            8-bit products overflow (see docs/devices.md).
     """
 
     input_shape: tuple[int, ...] = ()
@@ -66,22 +72,22 @@ class Job:
             check_tensors(self.example, "example")
 
     @classmethod
-    def of(cls, given: Given, **more: Any) -> Job:
-        """Makes the job of a model that takes `given`: the shape of one float32 example, or a batch of inputs."""
+    def of(cls, given: InputSpec, **more: Any) -> Job:
+        """Makes a job from the shape of one float32 example, or from a batch of inputs."""
         if is_shape(given):
             return cls(input_shape=given, **more)
         return cls(example=example_of(given), **more)
 
     @property
-    def given(self) -> Given:
-        """What the model takes: `example`, or the shape of one."""
+    def input_spec(self) -> InputSpec:
+        """What the model takes: `example` if there is one, else `input_shape`."""
         return self.input_shape if self.example is None else self.example
 
     def one_shape(self, format: str) -> tuple[int, ...]:
         """Returns the shape of one float32 example.
 
         Raises:
-            ExportError: if the model takes something else, which files of `format` do not.
+            ExportError: if the model takes other inputs, which files of `format` cannot.
         """
         if self.example is None:
             return self.input_shape
@@ -93,25 +99,29 @@ class Job:
             cure="export as onnx or openvino",
         )
 
-    def words(self) -> dict[str, str]:
-        """Says in the file's own words what a device must do with a raw example."""
-        how = "float32 [N, *input_shape]: bytes / 255 (floats as they are), then (x - mean) / std per channel if given"
-        own = {**self.metadata, "fedpress_version": fedpress.__version__}
+    def file_metadata(self) -> dict[str, str]:
+        """Returns the file's metadata: it tells a device how to prepare a raw example."""
+        entries = {**self.metadata, "fedpress_version": fedpress.__version__}
+
         if self.example is not None and not isinstance(self.example, Tensor):
             listed = "the tensors that the file lists, each with the batch dimension first"
-            return own | {"input": f"{listed}; bytes / 255, other numbers as they are"}
-        shape, kind = self.input_shape, torch.float32
+            return entries | {"input": f"{listed}; bytes / 255, other numbers as they are"}
+
+        shape, dtype = self.input_shape, torch.float32
         if isinstance(self.example, Tensor):
-            shape, kind = tuple(self.example.shape[1:]), self.example.dtype
-        if not kind.is_floating_point:
-            name = str(kind).removeprefix("torch.")
-            return own | {
+            shape, dtype = tuple(self.example.shape[1:]), self.example.dtype
+        if not dtype.is_floating_point:
+            name = str(dtype).removeprefix("torch.")
+            return entries | {
                 "input": f"{name} [N, *input_shape]",
                 "input_shape": json.dumps(list(shape)),
             }
         return {
-            **own,
-            "input": how,
+            **entries,
+            "input": (
+                "float32 [N, *input_shape]: bytes / 255 (floats as they are), "
+                "then (x - mean) / std per channel if given"
+            ),
             "input_shape": json.dumps(list(shape)),
             "mean": json.dumps(list(self.preprocess.mean)),
             "std": json.dumps(list(self.preprocess.std)),
@@ -125,30 +135,33 @@ class Artifact:
     Attributes:
         path: where it is.
         file_bytes: its size.
-        metadata: the words inside it.
-        left: module or operation that computes in float though integers were asked for -> the reason.
-        program: the rounded graph that it was lowered from, to compare with; None if it is the float model itself.
-        rounds: whether it rounds values that it computes: two runtimes may then fall to either side of a step.
+        metadata: name -> value, as stored in the file.
+        left_float: module or operation that computes in float although integers were asked for ->
+            the reason.
+        program: the quantized graph that the file was made from, to compare its outputs with; None
+            if it was made from the float model.
+        rounds: whether the file rounds activations. Two runtimes may then round the same value to
+            different steps, so `tolerance` is larger.
     """
 
     path: Path
     file_bytes: int
     metadata: dict[str, str]
-    left: dict[str, str] = field(default_factory=dict)
+    left_float: dict[str, str] = field(default_factory=dict)
     program: torch.export.ExportedProgram | None = None
     rounds: bool = False
 
     @property
     def tolerance(self) -> float:
-        """How far an output may be from that of `program`, or of the model: see `deploy.parity`."""
+        """Allowed error of an output against `program`, or the model: see `deploy.parity`."""
         return ROUNDING if self.rounds else TOLERANCE
 
 
 def write(path: Path, data: bytes) -> None:
-    """Writes `data` beside `path`, then renames, so that no half file is ever seen.
+    """Writes `data` to a temporary file beside `path`, then renames it: no reader sees half a file.
 
     Raises:
-        ExportError: if the disk does not take it; the file that was there before stays.
+        ExportError: if it cannot be written; an older file at `path` then stays as it was.
     """
     cure = ("free space or choose another ", Argument("out"))
     with writing(path, raises=ExportError, full=cure, other=cure):

@@ -1,4 +1,4 @@
-"""The ranges that the values of a graph have on calibration batches."""
+"""Measures the value range of every tensor in a graph on calibration batches."""
 
 from __future__ import annotations
 
@@ -15,53 +15,69 @@ from fedpress.nn.observers import OBSERVERS, Histogram, Observer
 from fedpress.nn.quant_scheme import InputQuantization
 
 
-class _Watch(fx.Interpreter):
-    """Runs the graph and notes the smallest and largest value of every float tensor in it; if asked, all values."""
+class _RangeRecorder(fx.Interpreter):
+    """Runs the graph and records minimum and maximum of every float tensor in it.
+
+    With `fills_histograms` it adds the values to the histograms over those ranges instead.
+    """
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
-        self.seen: dict[fx.Node, Histogram] = {}
-        self.broken: set[fx.Node] = set()
-        self.count = False
+        self.histograms: dict[fx.Node, Histogram] = {}
+        self.not_finite: set[fx.Node] = set()
+        self.fills_histograms = False
 
     def run_node(self, n: fx.Node) -> Any:
-        """Notes what comes out of one operation."""
+        """Runs one operation and records its result."""
         value = super().run_node(n)
-        if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-            if self.count:
-                if n not in self.broken:
-                    self.seen[n].add_(value)
-                return value
-            low, high = (float(v) for v in value.aminmax())
-            if not math.isfinite(high - low):
-                self.broken.add(n)
-            before = self.seen.get(n, Histogram(low, high))
-            self.seen[n] = Histogram(min(low, before.low), max(high, before.high))
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
+            return value
+
+        if self.fills_histograms:
+            if n not in self.not_finite:
+                self.histograms[n].add_(value)
+            return value
+
+        low, high = (float(v) for v in value.aminmax())
+        if not math.isfinite(high - low):
+            self.not_finite.add(n)
+        before = self.histograms.get(n, Histogram(low, high))
+        self.histograms[n] = Histogram(min(low, before.low), max(high, before.high))
         return value
 
 
 def ranges(
     graph: fx.GraphModule, batches: Sequence[Example], observer: Observer
 ) -> dict[fx.Node, tuple[float, float]]:
-    """Runs the graph on `batches` and returns the range of every float tensor in it; NaN where it is not finite.
+    """Runs the graph on `batches` and returns (low, high) of every float tensor in it.
+
+    A tensor that was not finite on some batch has (NaN, NaN).
 
     Raises:
         ExportError: if a batch does not fit or is not finite.
     """
-    watch = _Watch(graph)
+    recorder = _RangeRecorder(graph)
     inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    seen = [by_name(as_device(batch), [n.name for n in inputs]) for batch in batches]
-    for batch in seen:
-        _check(batch, [n.meta["val"] for n in inputs])
-    for watch.count in (False,) if observer == "minmax" else (False, True):
-        for batch in seen:
-            _look(watch, batch)
+    names = [n.name for n in inputs]
+    calls = [by_name(as_device(batch), names) for batch in batches]
+    for call in calls:
+        _check(call, [n.meta["val"] for n in inputs])
+
+    for call in calls:
+        _run(recorder, call)
+    # A histogram needs its range before it can count, so all batches run a second time.
+    if observer != "minmax":
+        recorder.fills_histograms = True
+        for call in calls:
+            _run(recorder, call)
+
     grid = InputQuantization(bits=8)
-    found = {
-        n: OBSERVERS[observer](h, grid) if h.high > h.low else (h.low, h.high)
-        for n, h in watch.seen.items()
-    }
-    return found | dict.fromkeys(watch.broken, (math.nan, math.nan))
+    found: dict[fx.Node, tuple[float, float]] = {}
+    for node, histogram in recorder.histograms.items():
+        found[node] = histogram.low, histogram.high
+        if histogram.high > histogram.low:
+            found[node] = OBSERVERS[observer](histogram, grid)
+    return found | dict.fromkeys(recorder.not_finite, (math.nan, math.nan))
 
 
 def _check(batch: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
@@ -73,29 +89,26 @@ def _check(batch: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
             cure="give batches of the form of the example",
         )
     for got, want in zip(batch, wanted, strict=True):
-        fits = (
-            got.shape[1:] == want.shape[1:] and got.is_floating_point() == want.is_floating_point()
+        same_shape = got.shape[1:] == want.shape[1:]
+        same_kind = got.is_floating_point() == want.is_floating_point()
+        if same_shape and same_kind and len(got):
+            continue
+        kind = "standardised examples" if want.is_floating_point() else "examples"
+        raise ExportError(
+            (
+                f"a calibration batch is {_name(got)} {list(got.shape)}, expected "
+                f"{_name(want)} {['n', *want.shape[1:]]} of at least one example"
+            ),
+            place="batches",
+            cure=f"give {kind} with a batch dimension",
         )
-        if not fits or not len(got):
-            said = f"{_name(got)} {list(got.shape)}"
-            raise ExportError(
-                (
-                    f"a calibration batch is {said}, expected {_name(want)} "
-                    f"{['n', *want.shape[1:]]} of at least one example"
-                ),
-                place="batches",
-                cure=(
-                    f"give {'standardised ' * want.is_floating_point()}examples with a batch "
-                    "dimension"
-                ),
-            )
 
 
 def _name(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
-def _look(watch: _Watch, tensors: Sequence[Tensor]) -> None:
+def _run(recorder: _RangeRecorder, tensors: Sequence[Tensor]) -> None:
     if not all(bool(t.isfinite().all()) for t in tensors):
         raise ExportError(
             "a calibration example holds NaN or infinite values",
@@ -103,11 +116,13 @@ def _look(watch: _Watch, tensors: Sequence[Tensor]) -> None:
             cure="remove it from the data",
         )
     try:
-        watch.run(*tensors, enable_io_processing=False)
-    except Exception as error:  # whatever the operations of the model raise
-        said, shape = str(error).strip().partition("\n")[0], list(tensors[0].shape)
+        recorder.run(*tensors, enable_io_processing=False)
+    # The operations of the model may raise anything.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        shape = list(tensors[0].shape)
         raise ExportError(
-            f"the model does not take a calibration batch of shape {shape}: {said}",
+            f"the model does not take a calibration batch of shape {shape}: {reason}",
             place="batches",
             cure="give batches [n, ...] of the shape that it takes",
         ) from error

@@ -1,4 +1,4 @@
-"""A model becomes one graph of operations, or an error that names the module in the way."""
+"""Captures a model as one `torch.export` graph; an error names the module that prevents it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,27 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedpress.core.inputs import Example, arguments, tensors_of
-from fedpress.deploy.examples import Given, as_device, batch_dims, example_of, ordered, take
+from fedpress.deploy.examples import (
+    InputSpec,
+    as_device,
+    batch_dims,
+    example_of,
+    ordered,
+    take_rows,
+)
 from fedpress.errors import ExportError
 from fedpress.nn.resize import copied
 
 BATCH = "batch"
 
+# What torch.export says when the batch size is a constant in the graph.
 FIXED = "specialized it to be a constant"
-_CURES = (  # what torch.export says, what it means, what helps
+
+# Pattern in the message of torch.export, its meaning, the cure.
+_CURES = (
     (
         r"in output, which is not a known type",
         "it returns a class of its own",
@@ -42,11 +52,11 @@ _CURES = (  # what torch.export says, what it means, what helps
 
 
 def require(*packages: str, install: str = "") -> dict[str, Any]:
-    """Imports `packages` by name, so that fedpress itself starts without them.
+    """Imports optional `packages` by name when they are needed, and returns them by name.
 
     Args:
         packages: names to import, such as "onnxruntime".
-        install: what to give to pip; empty if the packages are called as they are imported.
+        install: what to give to pip; empty if pip knows the packages by the same names.
 
     Raises:
         ExportError: if one is missing or cannot be loaded, with the command that installs it.
@@ -73,7 +83,7 @@ def require(*packages: str, install: str = "") -> dict[str, Any]:
 
 
 def capture(
-    model: nn.Module, given: Given, *, batch: int | None = None
+    model: nn.Module, given: InputSpec, *, batch: int | None = None
 ) -> torch.export.ExportedProgram:
     """Traces a float32 CPU copy of `model` in evaluation mode; the model itself is left as it was.
 
@@ -83,46 +93,58 @@ def capture(
         batch: the batch size of the graph; None leaves it free.
 
     Raises:
-        ExportError: if the model cannot be captured, naming the module, or if a parameter is not finite, naming it.
+        ExportError: if the model cannot be captured, naming the module, or if a parameter is not
+            finite, naming it.
     """
     check_finite(model)
     model = copied(model).to("cpu", torch.float32).eval()
     example = ordered(model, example_of(given))
-    example = take(
-        as_device(example), batch or 2
-    )  # torch.export takes a size of one for a constant
+    # Two rows for a free batch size: torch.export takes a size of one for a constant.
+    example = take_rows(as_device(example), batch or 2)
     try:
         return trace(model, example, free=batch is None)
-    except (
-        Exception
-    ) as error:  # torch.export raises what the model raises, and more than a dozen types of its own
-        said = str(error)
-        if (
-            FIXED in said
-        ):  # `len(x)` is a number to Python; only who reads the code sees that it is the batch size
+    # torch.export raises what the model raises, and more than a dozen types of its own.
+    except Exception as error:
+        message = str(error)
+        # When forward runs, `len(x)` is a plain int and fixes the batch size in the graph. Strict
+        # mode reads the code of forward instead, and sees that the number is the batch size.
+        if FIXED in message:
             with contextlib.suppress(Exception):
                 return trace(model, example, free=batch is None, strict=True)
-        first = said.strip().splitlines()[0].rstrip(".") if said.strip() else type(error).__name__
-        known = [(why, cure) for pattern, why, cure in _CURES if re.search(pattern, said)]
-        unknown = (first, f"check that it takes {_described(example)}")
-        why, cure = known[0] if known else unknown
+        why, cure = _explained(message, error, example)
         raise ExportError(
             f"{_blame(model, error)} cannot be captured: {why}", place="model", cure=cure
         ) from error
 
 
+def _explained(message: str, error: Exception, example: Example) -> tuple[str, str]:
+    """Returns the meaning of torch.export's `message`, and a cure."""
+    for pattern, why, cure in _CURES:
+        if re.search(pattern, message):
+            return why, cure
+    lines = message.strip().splitlines()
+    why = lines[0].rstrip(".") if lines else type(error).__name__
+    return why, f"check that it takes {_described(example)}"
+
+
 def trace(
     model: nn.Module, example: Example, *, free: bool, strict: bool = False
 ) -> torch.export.ExportedProgram:
-    """Captures `model` on a batch of two rows or more, whose size stays `free` or is that of the file.
+    """Captures `model` on the batch `example`.
 
-    `strict` reads the code of forward in place of running it: it follows `len(x)`, but knows less of Python.
+    Args:
+        model: in evaluation mode.
+        example: two rows or more.
+        free: whether the graph takes any batch size, or only that of `example`.
+        strict: whether torch reads the code of forward instead of running it. It then understands
+            `len(x)`, but fewer features of Python.
     """
     args, named = arguments(example)
     shapes = batch_dims(model, example, {0: torch.export.Dim(BATCH)}) if free else None
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.backends.mha.set_fastpath_enabled(False)  # one fused operation, which no file has
+        # The fast path of attention is one fused operation, which no file format has.
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad():
             return torch.export.export(model, args, named, dynamic_shapes=shapes, strict=strict)
     finally:
@@ -130,27 +152,30 @@ def trace(
 
 
 def _described(example: Example) -> str:
-    """Says what a model is called with, such as `a float32 batch [N, 3, 8, 8]`."""
-    names = (
-        [f"'{name}' as " for name in example]
-        if isinstance(example, Mapping)
-        else [""] * len(tensors_of(example))
-    )
-    words = []
-    for name, t in zip(names, tensors_of(example), strict=True):
+    """Describes the inputs of a model, such as `a float32 batch [N, 3, 8, 8]`."""
+    tensors = tensors_of(example)
+    names = [""] * len(tensors)
+    if isinstance(example, Mapping):
+        names = [f"'{name}' as " for name in example]
+    parts = []
+    for name, t in zip(names, tensors, strict=True):
         sizes = ", ".join(["N", *map(str, t.shape[1:])])
-        words.append(f"{name}a {str(t.dtype).removeprefix('torch.')} batch [{sizes}]")
-    return " and ".join(words)
+        parts.append(f"{name}a {str(t.dtype).removeprefix('torch.')} batch [{sizes}]")
+    return " and ".join(parts)
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raises ExportError, with the name, if a parameter is NaN or infinite, or a statistic of a batch norm is NaN."""
-    statistics = [
-        (n, b)
-        for n, b in model.named_buffers()
-        if n.rpartition(".")[2] in ("running_mean", "running_var")
-    ]
-    for name, tensor in [*model.named_parameters(), *statistics]:
+    """Checks that parameters and batch-norm statistics are finite.
+
+    Raises:
+        ExportError: with the name of the first that holds NaN or infinite values.
+    """
+    checked: dict[str, Tensor] = dict(model.named_parameters())
+    # Other buffers may be infinite on purpose, such as an attention mask of -inf.
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] in ("running_mean", "running_var"):
+            checked[name] = buffer
+    for name, tensor in checked.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ExportError(
                 f"{name!r} has NaN or infinite values",
@@ -163,23 +188,21 @@ def _blame(model: nn.Module, error: BaseException) -> str:
     """Names the innermost module of `model` that was running when `error` was raised."""
     names = {id(module): name for name, module in model.named_modules()}
     inner: nn.Module = model
-    trace = error.__traceback__
-    while trace:
-        owner = trace.tb_frame.f_locals.get("self")
+    # The traceback runs from the outermost call to the innermost: the last module found wins.
+    frame = error.__traceback__
+    while frame:
+        owner = frame.tb_frame.f_locals.get("self")
         if isinstance(owner, nn.Module) and id(owner) in names:
             inner = owner
-        trace = trace.tb_next
+        frame = frame.tb_next
     name = names[id(inner)]
-    return (
-        f"module {name!r} ({type(inner).__name__})"
-        if name
-        else f"the model ({type(inner).__name__})"
-    )
+    kind = type(inner).__name__
+    return f"module {name!r} ({kind})" if name else f"the model ({kind})"
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Keeps an exporter's progress, graph dumps and warnings off the terminal; the errors say what matters."""
+    """Discards the progress, graph dumps and warnings of exporters; errors still propagate."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -1,4 +1,4 @@
-"""What the runtimes of phones share: a graph for one example, rounded to int8, in the form that they fuse."""
+"""What ExecuTorch and LiteRT share: a graph for one example, quantized to int8 if asked."""
 
 from __future__ import annotations
 
@@ -24,18 +24,21 @@ aten = torch.ops.aten
 
 @dataclass
 class DeviceGraph:
-    """A graph on its way into a file.
+    """A captured graph that a runtime's exporter will lower into a file.
 
     Attributes:
         graph: what is lowered; its weights may still be changed.
-        left: module -> why it computes in float, or why its weights take more room than their bits.
-        rounded: the program in torch that says what comes out; None for a model without any rounding.
-        integer: whether activations are rounded too.
-        rounds: whether some are, if only the inputs of layers that the quantize stage has put on grids.
+        left_float: module -> why it computes in float, or why its weights are stored in more bits
+            than they have.
+        rounded: the quantized program in torch, whose outputs the file must reproduce; None for a
+            model without any rounding.
+        integer: whether all activations were calibrated and are rounded.
+        rounds: whether any activations are rounded; without calibration these are the inputs of
+            layers that the quantize stage has quantized.
     """
 
     graph: fx.GraphModule
-    left: dict[str, str] = field(default_factory=dict)
+    left_float: dict[str, str] = field(default_factory=dict)
     rounded: torch.export.ExportedProgram | None = None
     integer: bool = False
     rounds: bool = False
@@ -49,16 +52,17 @@ class DeviceGraph:
 def device_graph(
     model: nn.Module, job: Job, format: str, *, four_bit_shift: int = 0
 ) -> DeviceGraph:
-    """Captures `model`, rounded to int8 if `job` has batches to take ranges from.
+    """Captures `model`, quantized to int8 if `job` has calibration batches.
 
     Args:
         model: takes one float32 tensor.
-        job: what is asked.
-        format: what the file is called in errors.
-        four_bit_shift: of its kernels (see `IntegerFormat`).
+        job: the settings of the export.
+        format: name of the file format in errors.
+        four_bit_shift: of the runtime's kernels (see `IntegerFormat`).
 
     Raises:
-        ExportError: if the model cannot be captured, or a calibration batch does not fit or is not finite.
+        ExportError: if the model cannot be captured, or a calibration batch does not fit or is not
+            finite.
     """
     shape = job.one_shape(format)
     if job.batches or any(True for _ in quantized_layers(model)):
@@ -73,7 +77,9 @@ def device_graph(
         )
         graph = made.program.module(check_guards=False)
         assert isinstance(graph, fx.GraphModule)
-        found = DeviceGraph(graph, dict(made.left), made.program, bool(job.batches), made.rounds)
+        found = DeviceGraph(
+            graph, dict(made.left_float), made.program, bool(job.batches), made.rounds
+        )
     else:
         with silence():
             plain = capture(model, shape).module(check_guards=False)
@@ -91,41 +97,53 @@ def device_graph(
 
 
 def _keep_spatial_means_(graph: fx.GraphModule) -> None:
-    """Writes a mean over height and width as runtimes know it: with the two dimensions kept, then dropped.
+    """Replaces `mean([2, 3])` by `mean([2, 3], keepdim=True)` and a view.
 
-    On integers both steps are rounded to the same grid, which changes no value.
+    The runtimes have a pooling kernel for the mean that keeps the two dimensions. On integers both
+    steps are rounded to the same grid, which changes no value.
     """
     ops = torch.ops.quantized_decomposed
-    for node in [n for n in graph.graph.nodes if n.target is aten.mean.dim]:
-        source, dims, *keep = node.args
-        value = source.meta.get("val")
-        if (
-            value is None
-            or value.dim() != 4
-            or any(keep)
-            or node.kwargs
-            or {d % 4 for d in dims} != {2, 3}
-        ):
+    for node in list(graph.graph.nodes):
+        if not _is_spatial_mean(node):
             continue
+        source = node.args[0]
+        channels = source.meta["val"].shape[1]
+        roundings = [u for u in node.users if u.target is ops.quantize_per_tensor.default]
         with graph.graph.inserting_before(node):
             kept = graph.graph.call_function(aten.mean.dim, (source, [-1, -2], True))
-            for rounding in [u for u in node.users if u.target is ops.quantize_per_tensor.default][
-                :1
-            ]:
+            if roundings:
+                settings = roundings[0].args[1:]
                 codes = graph.graph.call_function(
-                    ops.quantize_per_tensor.default, (kept, *rounding.args[1:])
+                    ops.quantize_per_tensor.default, (kept, *settings)
                 )
                 kept = graph.graph.call_function(
-                    ops.dequantize_per_tensor.default, (codes, *rounding.args[1:])
+                    ops.dequantize_per_tensor.default, (codes, *settings)
                 )
-            flat = graph.graph.call_function(aten.view.default, (kept, [-1, value.shape[1]]))
+            flat = graph.graph.call_function(aten.view.default, (kept, [-1, channels]))
         node.replace_all_uses_with(flat)
         graph.graph.erase_node(node)
     graph.recompile()
 
 
-def read_alone_(graph: fx.GraphModule) -> None:
-    """Gives every reader of a rounded value a dequantization of its own, so that any of them can be taken out."""
+def _is_spatial_mean(node: fx.Node) -> bool:
+    """Whether `node` is the mean of images over height and width, without keepdim."""
+    if node.target is not aten.mean.dim:
+        return False
+    arguments: list[Any] = list(node.args)
+    source, dims, *keep = arguments
+    value = source.meta.get("val")
+    if value is None or value.dim() != 4:
+        return False
+    if any(keep) or node.kwargs:
+        return False
+    return {d % 4 for d in dims} == {2, 3}
+
+
+def dequantize_for_each_reader_(graph: fx.GraphModule) -> None:
+    """Copies a dequantization that several operations read, so that each reads its own.
+
+    A partitioner can then take one reader with its dequantization and leave the others.
+    """
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default:
             for user in list(node.users)[1:]:
@@ -134,20 +152,28 @@ def read_alone_(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def small_weights(graph: fx.GraphModule, *, groups: bool = False) -> Iterator[tuple[str, fx.Node]]:
-    """Yields module name and operation of every weight that is codes times scales; `groups`: several per channel."""
+def coded_weights(graph: fx.GraphModule, *, groups: bool = False) -> Iterator[tuple[str, fx.Node]]:
+    """Yields module name and dequantize operation of every weight stored as codes and scales.
+
+    Args:
+        graph: the graph.
+        groups: whether to yield weights with several scales per output channel, or with one.
+    """
     ops = torch.ops.quantized_decomposed
-    wanted = (
-        ops.dequantize_per_channel_group.default if groups else ops.dequantize_per_channel.default
-    )
+    wanted = ops.dequantize_per_channel.default
+    if groups:
+        wanted = ops.dequantize_per_channel_group.default
     for node in list(graph.graph.nodes):
         if node.target is wanted:
             yield str(node.args[0].target).rpartition(".")[0], node
 
 
-def unquantize_(graph: fx.GraphModule, node: fx.Node) -> None:
-    """Puts the float weight in the place of the operation `node` on codes and scales."""
-    arguments = [held(graph, a) if isinstance(a, fx.Node) else a for a in node.args]
+def make_float_(graph: fx.GraphModule, node: fx.Node) -> None:
+    """Replaces the dequantize operation `node` of a weight by the float weight itself."""
+    arguments: list[Any] = list(node.args)
+    for at, argument in enumerate(arguments):
+        if isinstance(argument, fx.Node):
+            arguments[at] = constant_of(graph, argument)
     target: Any = node.target
     with torch.no_grad():
         value: Tensor = target(*arguments)
@@ -162,34 +188,39 @@ def unquantize_(graph: fx.GraphModule, node: fx.Node) -> None:
     graph.recompile()
 
 
-def held(graph: fx.GraphModule, node: fx.Node) -> Tensor:
-    """Returns the tensor that the constant `node` of `graph` stands for."""
+def constant_of(graph: fx.GraphModule, node: fx.Node) -> Tensor:
+    """Returns the parameter or buffer that the `get_attr` operation `node` reads."""
     owner, _, key = str(node.target).rpartition(".")
     found: Tensor = getattr(graph.get_submodule(owner), key)
     return found.detach()
 
 
 @contextlib.contextmanager
-def hush() -> Iterator[Callable[[], str]]:
-    """Takes what runtimes print, also from C++, off the terminal, and gives a function that returns it."""
+def captured_output() -> Iterator[Callable[[], str]]:
+    """Redirects what runtimes print, also from C++, into a file; yields a function that reads it.
+
+    Only the file descriptors 1 and 2 themselves catch what C++ code prints, so these are replaced
+    and put back at the end.
+    """
     with contextlib.ExitStack() as stack:
         taken = stack.enter_context(tempfile.TemporaryFile())
         text = stack.enter_context(os.fdopen(os.dup(taken.fileno()), "w", buffering=1))
-        for at, stream in ((1, sys.stdout), (2, sys.stderr)):
+        for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
             stream.flush()
-            kept = os.dup(at)
-            stack.callback(os.close, kept)
-            stack.callback(os.dup2, kept, at)
-            os.dup2(taken.fileno(), at)
+            saved = os.dup(descriptor)
+            # Callbacks run in reverse: the descriptor is restored before its copy is closed.
+            stack.callback(os.close, saved)
+            stack.callback(os.dup2, saved, descriptor)
+            os.dup2(taken.fileno(), descriptor)
         stack.enter_context(contextlib.redirect_stdout(text))
         stack.enter_context(contextlib.redirect_stderr(text))
         yield lambda: os.pread(taken.fileno(), 1 << 20, 0).decode(errors="replace")
 
 
-def said(error: BaseException) -> str:
-    """Returns the first line of an error that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [
-        line for line in lines if not line.startswith("Exception from")
-    ]  # a place in OpenVINO's sources
-    return lines[0][:200].rstrip(".") if lines else type(error).__name__
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message that tells the reason, else its type."""
+    for line in map(str.strip, str(error).splitlines()):
+        # OpenVINO begins with a place in its own sources.
+        if line and not line.startswith("Exception from"):
+            return line[:200].rstrip(".")
+    return type(error).__name__

@@ -1,6 +1,6 @@
-"""The parameters of a training program in the runtime that phones have, as an ordinary model.
+"""A training program, loaded into ExecuTorch, as a torch module with parameters.
 
-They lie in the runtime's memory: what is written to them is what the program computes with.
+The parameters are views of the runtime's memory: the program computes with what is written there.
 """
 
 from __future__ import annotations
@@ -14,62 +14,72 @@ import torch
 from torch import Tensor, nn
 
 from fedpress.deploy.capture import require, silence
-from fedpress.deploy.device import hush, said
-from fedpress.deploy.executorch import INSTALL, WORDS, refused_kernel
+from fedpress.deploy.device import captured_output, first_line
+from fedpress.deploy.executorch import INSTALL, METADATA, refused_kernel
 from fedpress.errors import DataError, ExportError
 from fedpress.nn.quantized import is_qparam
 from fedpress.tasks import Classification, of_model
 
 RUNTIME = "executorch.extension.training"
 NET = "net."
-"""What the names of a program's parameters begin with: it holds the model in the attribute `net`."""
+"""Prefix of the parameter names in a program: `ondevice._Trained` has the model as `net`."""
 
 
 class DeviceModel(nn.Module):
-    """The parameters of a training program, under the names of the model that it was made of.
+    """The parameters of a training program, under the names of the model that it was made from.
 
-    They are views of the runtime's memory: an ordinary model to whoever reads or overwrites parameters, such as
-    `core.parameters` and a federated client. It has no forward of its own; `loss` and `backward` run the program.
+    Code that reads or overwrites parameters (`core.parameters`, a federated client) can use it like
+    any other module. It has no forward; `backward`, `mean_gradient` and `logits` run the program.
     """
 
     def __init__(self, program: bytes | str | Path) -> None:
         """Loads a file or its bytes.
 
         Raises:
-            ExportError: if it is damaged, or is no program that trains.
+            ExportError: if it is damaged, or is not a training program.
         """
         super().__init__()
-        self._data = data = (
-            program if isinstance(program, bytes) else _read(program)
-        )  # the runtime reads it in place
-        with silence(), hush() as printed:
+        data = program if isinstance(program, bytes) else _read_file(program)
+        # The runtime reads the bytes in place, so they must live as long as this object.
+        self._data = data
+        with silence(), captured_output() as printed:
             self._library = require(RUNTIME, install=INSTALL)[RUNTIME]
             try:
                 self._module = self._library._load_for_executorch_for_training_from_buffer(data)
-                self.words: dict[str, str] = json.loads(self._module.model.run_method(WORDS, ())[0])
-                self.batch_size = int(self.words["batch_size"])
-                self.input_shape = tuple(json.loads(self.words["input_shape"]))
-                names = json.loads(self.words["parameters"])
-                self.task = of_model(json.loads(self.words.get("task", "{}")), ())
-                nothing = torch.zeros(0, *self.input_shape), self._no_targets(0)
-                _, outputs = self._run(*self._padded(*nothing, 1))
+                self.metadata: dict[str, str] = json.loads(
+                    self._module.model.run_method(METADATA, ())[0]
+                )
+                self.batch_size = int(self.metadata["batch_size"])
+                self.input_shape = tuple(json.loads(self.metadata["input_shape"]))
+                names = json.loads(self.metadata["parameters"])
+                self.task = of_model(json.loads(self.metadata.get("task", "{}")), ())
+                # One run on padding alone tells how many outputs the program has.
+                empty = torch.zeros(0, *self.input_shape), self._zero_targets(0)
+                _, outputs = self._run(*self._padded(*empty, 1))
                 self.outputs = outputs.shape[1]
-                if not self.task.names:  # a file of version 0.1.0, which does not name its classes
+                # Files of version 0.1.0 do not name their classes.
+                if not self.task.names:
                     self.task = Classification(tuple(map(str, range(self.outputs))))
             except (RuntimeError, KeyError, ValueError) as error:
                 if refused := refused_kernel(printed()):
                     raise ExportError(
                         f"ExecuTorch has {refused}", place="program", cure="replace it"
                     ) from error
-                reason = "it has no batch size" if isinstance(error, KeyError) else said(error)
+                reason = (
+                    "it has no batch size" if isinstance(error, KeyError) else first_line(error)
+                )
                 raise ExportError(
-                    f"this is no program that trains: {reason}",
+                    f"this is not a training program: {reason}",
                     place="program",
                     cure="write one with export_training",
                 ) from error
-        held = self._module.named_parameters()
+        self._add_parameters(names)
+
+    def _add_parameters(self, names: Sequence[str]) -> None:
+        """Registers the runtime's parameters under dotted `names`, in nested modules."""
+        in_runtime = self._module.named_parameters()
         for name in names:
-            if NET + name not in held:
+            if NET + name not in in_runtime:
                 raise ExportError(
                     f"this program does not hold parameter {name!r}",
                     place="program",
@@ -81,11 +91,12 @@ class DeviceModel(nn.Module):
                 if part not in owner._modules:
                     owner.add_module(part, nn.Module())
                 owner = owner._modules[part]  # type: ignore[assignment]
-            owner.register_parameter(key, nn.Parameter(held[NET + name]))
+            owner.register_parameter(key, nn.Parameter(in_runtime[NET + name]))
 
     def __deepcopy__(self, memo: dict[int, object]) -> DeviceModel:
-        """Loads the program again, in memory of its own, with the parameters as they are now."""
-        twin = memo[id(self)] = type(self)(self._data)
+        """Loads the program a second time and copies the current parameters into it."""
+        twin = type(self)(self._data)
+        memo[id(self)] = twin
         twin.load_state_dict(self.state_dict())
         for mine, other in zip(self.parameters(), twin.parameters(), strict=True):
             other.requires_grad_(mine.requires_grad)
@@ -96,15 +107,16 @@ class DeviceModel(nn.Module):
 
         Args:
             x: float32 [batch_size, *input_shape].
-            y: targets of the task: int64 [batch_size] where they are classes, else float32 [batch_size, k], or
-                [batch_size] where k is 1.
+            y: targets of the task: int64 [batch_size] where they are classes, else float32
+                [batch_size, k], or [batch_size] where k is 1.
             weights: float32 [batch_size], 0 where an example only fills the batch.
 
         Returns:
-            The weighted sum of losses, and outputs [batch_size, k]; `gradients` has the gradients of the sum.
+            The weighted sum of losses, and outputs [batch_size, k]; `gradients` has the gradients
+            of the sum.
 
         Raises:
-            ExportError: if the shapes are others, or a target is none of the task.
+            ExportError: if a shape does not fit, or a target is invalid for the task.
         """
         wanted = (self.batch_size, *self.input_shape)
         if tuple(x.shape) != wanted or {len(y), *weights.shape} != {self.batch_size}:
@@ -119,26 +131,26 @@ class DeviceModel(nn.Module):
         return self._run(x, self._checked(y), weights)
 
     def _checked(self, y: Tensor) -> Tensor:
-        """Returns targets [batch_size, ...] in the shape that the program takes; refuses those of another task."""
+        """Checks targets [batch_size, ...] and returns them in the program's shape.
+
+        Raises:
+            ExportError: if they are invalid for the task.
+        """
         try:
             self.task.check_targets(y)
         except DataError as error:
             raise ExportError(error.problem, place="y", cure=error.cure) from error
-        return y.reshape(self._no_targets(len(y)).shape)
+        return y.reshape(self._zero_targets(len(y)).shape)
 
-    def _no_targets(self, n: int) -> Tensor:
-        """Returns zeros as `n` targets, in the type and shape of the program's own."""
+    def _zero_targets(self, n: int) -> Tensor:
+        """Returns `n` targets of zeros, in dtype and shape as the program takes them."""
         if self.task.targets == "classes":
             return torch.zeros(n, dtype=torch.int64)
         return torch.zeros(n, self.task.outputs)
 
     def _run(self, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        given = [
-            x.to(torch.float32).contiguous(),
-            y.contiguous(),
-            weights.contiguous(),
-        ]
-        loss, outputs = self._module.forward_backward("forward", given)
+        arguments = [x.to(torch.float32).contiguous(), y.contiguous(), weights.contiguous()]
+        loss, outputs = self._module.forward_backward("forward", arguments)
         return loss, outputs
 
     def gradients(self) -> dict[str, Tensor]:
@@ -146,11 +158,13 @@ class DeviceModel(nn.Module):
         return {name.removeprefix(NET): g for name, g in self._module.named_gradients().items()}
 
     def mean_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the mean loss over a batch [n, ...] of any size and its gradients, added up over runs of the program.
+        """Returns the mean loss over a batch [n, ...] of any size, and its gradients by name.
+
+        Loss and gradients are summed over runs of the program, each on `batch_size` examples.
 
         Raises:
-            ExportError: if examples have another shape or are not as many as targets, are none, or a target is none of
-                the task.
+            ExportError: if there is no example, the numbers of examples and targets differ, or
+                examples or targets do not fit.
         """
         if not len(x) or len(x) != len(y):
             raise ExportError(
@@ -158,46 +172,51 @@ class DeviceModel(nn.Module):
                 place="y",
                 cure="give one target each, and at least one",
             )
-        total, gradients = torch.zeros(()), dict[str, Tensor]()
+        total = torch.zeros(())
+        gradients: dict[str, Tensor] = {}
         for part in self._parts(x, y):
             loss, _ = self.backward(*part)
             total = total + loss
             for name, gradient in self.gradients().items():
-                gradients[name] = gradients[name] + gradient if name in gradients else gradient
+                if name in gradients:
+                    gradient = gradients[name] + gradient
+                gradients[name] = gradient
         return total, gradients
 
     def logits(self, x: Tensor) -> Tensor:
-        """Returns the outputs [n, k] of examples [n, *input_shape]: logits, or whatever the task makes of them."""
+        """Returns the model's outputs [n, k] for examples [n, *input_shape]."""
         if not len(x):
             return torch.zeros(0, self.outputs)
-        found = [self.backward(*part)[1] for part in self._parts(x, self._no_targets(len(x)))]
+        # The program has one method, which takes targets too: zeros do not change the outputs.
+        parts = self._parts(x, self._zero_targets(len(x)))
+        found = [self.backward(*part)[1] for part in parts]
         return torch.cat(found)[: len(x)]
 
     def optimizer(
         self, lr: float, *, momentum: float = 0.0, weight_decay: float = 0.0
     ) -> DeviceSGD:
         """Returns ExecuTorch's own SGD over the parameters."""
-        held = self._module.named_parameters()
-        steps = {
-            name: p for name, p in held.items() if is_qparam(name)
-        }  # step sizes get no decay, as in `sgd`
-        groups = [
-            ({name: p for name, p in held.items() if name not in steps}, weight_decay),
-            (steps, 0.0),
-        ]
-        made = [
-            (set(some), self._library.get_sgd_optimizer(some, lr, momentum, 0, decay))
-            for some, decay in groups
-            if some
-        ]
-        return DeviceSGD(made)
+        # Step sizes of quantizers get no weight decay, as in torch training: decay would shrink
+        # the range of the weights.
+        weights: dict[str, Tensor] = {}
+        step_sizes: dict[str, Tensor] = {}
+        for name, parameter in self._module.named_parameters().items():
+            group = step_sizes if is_qparam(name) else weights
+            group[name] = parameter
+
+        optimizers = []
+        for group, decay in ((weights, weight_decay), (step_sizes, 0.0)):
+            if group:
+                made = self._library.get_sgd_optimizer(group, lr, momentum, 0, decay)
+                optimizers.append((set(group), made))
+        return DeviceSGD(optimizers)
 
     def _parts(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for part, targets in zip(x.split(self.batch_size), y.split(self.batch_size), strict=True):
             yield self._padded(part, targets, len(x))
 
     def _padded(self, x: Tensor, y: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Fills a part of a batch of `n` up with zeros of weight 0."""
+        """Pads a part of a batch of `n` examples to `batch_size`, with zeros of weight 0."""
         lacks = self.batch_size - len(x)
         weights = torch.cat([torch.full((len(x),), 1 / n), torch.zeros(lacks)])
         return (
@@ -211,17 +230,17 @@ class DeviceSGD:
     """SGD with momentum and weight decay that runs in ExecuTorch."""
 
     def __init__(self, groups: Sequence[tuple[Collection[str], Any]]) -> None:
-        """Takes the runtime's own objects, each with the names of the parameters that it moves."""
+        """Takes pairs of parameter names and the runtime's optimizer of these parameters."""
         self._groups = groups
 
     def step(self, gradients: Mapping[str, Tensor]) -> None:
-        """Changes the parameters by their `gradients`, given by name."""
-        given = {NET + name: gradient.contiguous() for name, gradient in gradients.items()}
-        for names, runtime in self._groups:
-            runtime.step({name: gradient for name, gradient in given.items() if name in names})
+        """Takes one step, with `gradients` by parameter name."""
+        by_name = {NET + name: gradient.contiguous() for name, gradient in gradients.items()}
+        for names, optimizer in self._groups:
+            optimizer.step({name: g for name, g in by_name.items() if name in names})
 
 
-def _read(path: str | Path) -> bytes:
+def _read_file(path: str | Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a model is called with and what it gives back: tensors in order, by name, or in dictionaries."""
+"""Inputs and outputs of a model as tensors: in order, by argument name, or nested in containers."""
 
 from __future__ import annotations
 
@@ -13,39 +13,43 @@ from torch import Tensor, nn
 from fedpress.core.inputs import Example, arguments, tensors_of, with_tensors
 from fedpress.errors import ExportError
 
-Given = tuple[int, ...] | Example
+InputSpec = tuple[int, ...] | Example
 """The shape of one float32 example, or a batch of inputs."""
 
 Structure = int | None | list["Structure"] | dict[str, "Structure"]
-"""How outputs stand together, as JSON: a number is the place of a tensor in the list of all of them."""
+"""The containers of a model's outputs, as JSON. A number is the index of a tensor in a flat list.
+
+Example: `{"logits": 0, "hidden": [1, 2]}` is a dictionary whose second value is a pair.
+"""
 
 
-def is_shape(given: Given) -> TypeGuard[tuple[int, ...]]:
-    """Says whether it is the shape of one float32 example, not a batch."""
+def is_shape(given: InputSpec) -> TypeGuard[tuple[int, ...]]:
+    """Says whether `given` is the shape of one float32 example, not a batch."""
     return isinstance(given, tuple) and all(isinstance(size, int) for size in given)
 
 
-def example_of(given: Given) -> Example:
-    """Returns a batch: of a shape two rows of zeros, since `torch.export` takes a size of one for a constant."""
+def example_of(given: InputSpec) -> Example:
+    """Returns the batch, or two rows of zeros if `given` is a shape."""
+    # Two rows, since torch.export takes a size of one for a constant.
     if is_shape(given):
         return torch.zeros(2, *given)
     check_tensors(given, "the example")
     return given  # type: ignore[return-value]
 
 
-def random_rows(given: Given, rows: int) -> Example:
-    """Returns `rows` rows to time a model on: noise of a shape, or those of a batch."""
+def random_rows(given: InputSpec, rows: int) -> Example:
+    """Returns `rows` rows to time a model on: normal noise if `given` is a shape, else its rows."""
     if is_shape(given):
-        chance = torch.Generator().manual_seed(0)
-        return torch.randn(rows, *given, generator=chance)
-    return take(as_device(example_of(given)), rows)
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(rows, *given, generator=generator)
+    return take_rows(as_device(example_of(given)), rows)
 
 
 def check_tensors(example: Any, where: str) -> None:
-    """Refuses what is no example.
+    """Checks that `example` is a tensor, or a tuple or mapping of tensors, with equal batch sizes.
 
     Raises:
-        ExportError: naming what is wrong with it.
+        ExportError: naming what is wrong with it; `where` is what the message calls it.
     """
     parts: list[Any] = []
     if isinstance(example, Tensor):
@@ -54,9 +58,10 @@ def check_tensors(example: Any, where: str) -> None:
         parts = [*example.values()]
     elif isinstance(example, tuple):
         parts = [*example]
-    odd = next((type(p).__name__ for p in parts if not isinstance(p, Tensor)), None)
-    if not parts or odd:
-        got = f"a {odd} inside" if odd else type(example).__name__
+
+    others = [type(p).__name__ for p in parts if not isinstance(p, Tensor)]
+    if not parts or others:
+        got = f"a {others[0]} inside" if others else type(example).__name__
         raise ExportError(
             f"{where} is {got}",
             place="example",
@@ -80,58 +85,67 @@ def rows_of(example: Example) -> int:
     return len(tensors_of(example)[0])
 
 
-def take(example: Example, rows: int) -> Example:
-    """Returns `rows` rows: the first ones, from the start again where there are not so many."""
+def take_rows(example: Example, rows: int) -> Example:
+    """Returns the first `rows` rows; a shorter batch is repeated from the start."""
     index = torch.arange(rows) % rows_of(example)
     return with_tensors(example, [t[index] for t in tensors_of(example)])
 
 
 def in_parts(example: Example, size: int) -> Iterator[Example]:
-    """Yields the rows in batches of `size`, the last one maybe smaller."""
-    for parts in zip(*(t.split(size) for t in tensors_of(example)), strict=True):
+    """Yields the rows in batches of `size`; the last may be smaller."""
+    columns = [t.split(size) for t in tensors_of(example)]
+    for parts in zip(*columns, strict=True):
         yield with_tensors(example, parts)
 
 
 def as_device(example: Example) -> Example:
-    """Returns the example as a file takes it: on the processor, floats as float32, whole numbers as they are."""
+    """Returns the example as an exported file takes it: on the CPU, floats as float32.
+
+    Integers keep their dtype.
+    """
     found = []
     for t in tensors_of(example):
-        wide = torch.float32 if t.is_floating_point() else t.dtype
-        found.append(t.detach().to("cpu", wide))
+        dtype = torch.float32 if t.is_floating_point() else t.dtype
+        found.append(t.detach().to("cpu", dtype))
     return with_tensors(example, found)
 
 
 def ordered(model: nn.Module, example: Example) -> Example:
-    """Returns a dictionary in the order of forward's arguments, in which `torch.export` lists them."""
+    """Sorts a dictionary into the order of forward's arguments, as `torch.export` lists them."""
     if not isinstance(example, Mapping):
         return example
     known = [name for name in inspect.signature(model.forward).parameters if name in example]
-    return {name: example[name] for name in [*known, *(n for n in example if n not in known)]}
+    others = [name for name in example if name not in known]
+    return {name: example[name] for name in known + others}
 
 
 def by_name(example: Example, names: Sequence[str]) -> list[Tensor]:
-    """Returns the tensors in the order of `names`, where these are those of a dictionary, else as they stand."""
+    """Returns the tensors in the order of `names` if these are the keys of a dictionary.
+
+    Otherwise they come in their own order.
+    """
     if isinstance(example, Mapping) and set(example) == set(names):
         return [example[name] for name in names]
     return tensors_of(example)
 
 
 def names_of(model: nn.Module, example: Example) -> list[str]:
-    """Returns a name for each tensor: that of forward's argument. One tensor alone is called `input`."""
+    """Returns the argument names of the tensors in forward; a single tensor is called `input`."""
     args, named = arguments(example)
     if not named and len(args) == 1:
         return ["input"]
-    known = [
-        p.name
-        for p in inspect.signature(model.forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    more = [f"input_{at}" for at in range(len(known), len(args))]
-    return [*[*known, *more][: len(args)], *named]
+    names = []
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append(parameter.name)
+    # Tensors beyond the named arguments go into forward's *args, which has one name for all.
+    for at in range(len(names), len(args)):
+        names.append(f"input_{at}")
+    return [*names[: len(args)], *named]
 
 
 def batch_dims(model: nn.Module, example: Example, spec: Any) -> dict[str, Any]:
-    """Returns `spec` for every tensor of the call, in the form that `torch.export` takes as `dynamic_shapes`."""
+    """Returns `spec` for every tensor of the call, as `dynamic_shapes` of `torch.export`."""
     args, named = arguments(example)
     bound = inspect.signature(model.forward).bind(*args, **named).arguments
 
@@ -146,17 +160,17 @@ def batch_dims(model: nn.Module, example: Example, spec: Any) -> dict[str, Any]:
 
 
 def flatten(given: Any) -> tuple[Structure, list[Tensor], list[str]]:
-    """Takes what a model gives back apart.
+    """Flattens the outputs of a model.
 
-    Dictionaries (the outputs of transformers are some), tuples, lists and dataclasses may stand in each other; None
-    stays None.
+    They may be nested dictionaries (such as the outputs of transformers), tuples, lists and
+    dataclasses; None stays None.
 
     Returns:
-        How it stands together, the tensors in order, and a name for each: `logits` for one tensor alone, else the keys
-        and places on the way to it.
+        The structure, the tensors in order, and a name for each: `logits` for a single tensor, else
+        the keys and indices that lead to it, joined by `_`.
 
     Raises:
-        ExportError: if there is something else in it.
+        ExportError: if an output is of another type.
 
     >>> flatten({"logits": torch.ones(2), "hidden": (torch.zeros(1), None)})[::2]
     ({'logits': 0, 'hidden': [1, None]}, ['logits', 'hidden_0'])
@@ -193,36 +207,41 @@ def flatten(given: Any) -> tuple[Structure, list[Tensor], list[str]]:
     return walk(given, ()), tensors, names
 
 
-def together(structure: Structure, parts: Sequence[Any]) -> Any:
-    """Puts `parts` where `structure` says: the reverse of `flatten`, with tuples and plain dictionaries.
+def unflatten(structure: Structure, parts: Sequence[Any]) -> Any:
+    """Rebuilds the structure from `parts`: the reverse of `flatten`, with tuples and dictionaries.
 
-    >>> together({"logits": 0, "hidden": [1, None]}, ["a", "b"])
+    >>> unflatten({"logits": 0, "hidden": [1, None]}, ["a", "b"])
     {'logits': 'a', 'hidden': ('b', None)}
     """
     if structure is None:
         return None
     if isinstance(structure, dict):
-        return {key: together(inner, parts) for key, inner in structure.items()}
+        return {key: unflatten(inner, parts) for key, inner in structure.items()}
     if isinstance(structure, list):
-        return tuple(together(inner, parts) for inner in structure)
+        return tuple(unflatten(inner, parts) for inner in structure)
     return parts[structure]
 
 
 def main_output(names: Sequence[str]) -> int:
-    """Returns the place of the output that says what the model decides: `logits`, else the first."""
+    """Returns the index of the output that holds the prediction: `logits`, else the first."""
     return names.index("logits") if "logits" in names else 0
 
 
 def in_batches(run: Callable[[Example], list[Tensor]], example: Example, size: int) -> list[Tensor]:
     """Runs `example` in batches of `size` and returns the outputs of all rows.
 
-    An output that has no batch dimension is given once for each batch.
+    Outputs with a batch dimension are concatenated; others are stacked, one for each batch.
     """
     found: list[list[Tensor]] = []
-    whole: set[int] = set()
+    has_batch: list[bool] = []
     for part in in_parts(example, size):
-        rows, out = rows_of(part), run(part)
-        whole |= {at for at, t in enumerate(out) if not t.dim() or len(t) != rows}
-        found.append(out)
-    columns = zip(*found, strict=True)
-    return [torch.stack(c) if at in whole else torch.cat(c) for at, c in enumerate(columns)]
+        outputs = run(part)
+        here = [t.dim() > 0 and len(t) == rows_of(part) for t in outputs]
+        # An output may have `size` entries by chance; in the smaller last batch it has others.
+        has_batch = [a and b for a, b in zip(has_batch or here, here, strict=True)]
+        found.append(outputs)
+
+    joined = []
+    for batched, parts in zip(has_batch, zip(*found, strict=True), strict=True):
+        joined.append(torch.cat(parts) if batched else torch.stack(parts))
+    return joined

@@ -1,4 +1,4 @@
-"""ExecuTorch: a model becomes a `.pte` file for phones and boards, its operations lowered to XNNPACK's kernels."""
+"""ExecuTorch: exports a model as a `.pte` file, lowered to XNNPACK's kernels, and runs it here."""
 
 from __future__ import annotations
 
@@ -17,88 +17,96 @@ from fedpress.deploy.artifact import Artifact, Job, write
 from fedpress.deploy.capture import require, silence
 from fedpress.deploy.device import (
     DeviceGraph,
+    captured_output,
+    coded_weights,
+    dequantize_for_each_reader_,
     device_graph,
-    hush,
-    read_alone_,
-    said,
-    small_weights,
-    unquantize_,
+    first_line,
+    make_float_,
 )
-from fedpress.deploy.session import Port, Session
+from fedpress.deploy.session import FileInput, Session
 from fedpress.errors import ExportError
 
 INSTALL = "'fedpress[executorch]'"
-FLOAT_INSIDE = ("avg_pool2d", "bmm")  # XNNPACK takes them, but dequantizes what they read
-WORDS = "fedpress"  # the method of the program that returns the file's words
+# Operations that XNNPACK takes, but computes in float: it dequantizes what they read.
+FLOAT_INSIDE = ("avg_pool2d", "bmm")
+# The method of the program that returns the file's metadata, as JSON.
+METADATA = "fedpress"
 
 
 def export_executorch(model: torch.nn.Module, path: str | Path, job: Job) -> Artifact:
-    """Writes `model` in evaluation mode as an ExecuTorch program for batches of one; the model is left as it was.
+    """Writes `model` in evaluation mode as an ExecuTorch program for batches of one.
 
-    With batches in `job` convolutions, linear layers, sums, means and pools compute on 8-bit integers. XNNPACK has no
-    convolution with 4-bit weights, so weights of fewer bits take 8; in float they take 32. What it does not take runs
-    in ExecuTorch's portable kernels. All of this stands in `left`.
+    With batches in `job`, convolutions, linear layers, sums, means and pools compute on 8-bit
+    integers. XNNPACK has no convolution with 4-bit weights, so weights of fewer bits are stored in
+    8; a float program stores them in 32. Operations that XNNPACK does not take run in ExecuTorch's
+    portable kernels. `left_float` of the result lists all of these. The model is left as it was.
 
     Raises:
         ExportError: if the model cannot be captured or lowered, or if the file cannot be written.
     """
-    with silence(), hush():
+    with silence(), captured_output():
         require("executorch.exir", install=INSTALL)
     made = device_graph(model, job, "ExecuTorch")
-    for groups in (True, False):
-        for name, node in small_weights(made.graph, groups=groups):
-            if groups or not made.integer:
-                unquantize_(made.graph, node)
-                made.left.setdefault(
-                    name,
-                    "XNNPACK has no kernel for its weights without 8-bit inputs; stored as float",
-                )
-    read_alone_(made.graph)
-    words = job.words()
-    data, outside = _lower(made, job, words)
-    _try(data, job.one_shape("ExecuTorch"))
+    to_float = [*coded_weights(made.graph, groups=True)]
+    if not made.integer:
+        to_float += coded_weights(made.graph)
+    for name, node in to_float:
+        make_float_(made.graph, node)
+        made.left_float.setdefault(
+            name, "XNNPACK has no kernel for its weights without 8-bit inputs; stored as float"
+        )
+    dequantize_for_each_reader_(made.graph)
+    metadata = job.file_metadata()
+    data, outside = _lower(made, job, metadata)
+    _run_once(data, job.one_shape("ExecuTorch"))
     path = Path(path)
     write(path, data)
-    return Artifact(path, len(data), words, {**made.left, **outside}, made.rounded, made.rounds)
+    return Artifact(
+        path, len(data), metadata, {**made.left_float, **outside}, made.rounded, made.rounds
+    )
 
 
-def _lower(made: DeviceGraph, job: Job, words: dict[str, str]) -> tuple[bytes, dict[str, str]]:
-    """Returns the file's bytes, and what XNNPACK left: module or operation -> reason."""
+def _lower(made: DeviceGraph, job: Job, metadata: dict[str, str]) -> tuple[bytes, dict[str, str]]:
+    """Returns the file's bytes, and what XNNPACK does not compute on integers, with the reason."""
     outside: dict[str, str] = {}
-    edge = _partitioned(made, job, words)
-    # Codes outside of XNNPACK's parts have no kernel at all: such weights become float, and all is lowered anew.
+    edge = _partitioned(made, job, metadata)
+    # Outside of XNNPACK's parts no kernel reads integer weights. Such weights become float, and the
+    # graph is lowered again, which may move more layers out of the parts: hence the loop.
     while stuck := _layers_left_on_codes(edge):
-        for name, node in small_weights(made.graph):
+        for name, node in coded_weights(made.graph):
             if name in stuck:
-                unquantize_(made.graph, node)
+                make_float_(made.graph, node)
                 outside[name] = "XNNPACK does not take it on integers; computes in float"
-        edge = _partitioned(made, job, words)
-    for node in _operations_inside(edge) if made.integer else ():
-        if any(f".{name}." in str(node.target) for name in FLOAT_INSIDE):
-            why = "XNNPACK has no integer kernel of it; computes in float"
-            outside.setdefault(_place(node), why)
+        edge = _partitioned(made, job, metadata)
+    if made.integer:
+        for node in _operations_inside(edge):
+            if any(f".{name}." in str(node.target) for name in FLOAT_INSIDE):
+                why = "XNNPACK has no integer kernel of it; computes in float"
+                outside.setdefault(_place(node), why)
     for node in _operations_outside(edge):
         outside.setdefault(_place(node), "not taken by XNNPACK; runs in a portable kernel")
     return _program_bytes(edge), outside
 
 
-def _partitioned(made: DeviceGraph, job: Job, words: dict[str, str]) -> Any:
-    """Returns ExecuTorch's form of the graph, in which XNNPACK has taken the parts that it can compute."""
+def _partitioned(made: DeviceGraph, job: Job, metadata: dict[str, str]) -> Any:
+    """Lowers the graph: XNNPACK takes the parts that it can compute."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
     program = made.program(job.one_shape("ExecuTorch"))
     try:
-        with silence(), hush():
+        with silence(), captured_output():
             return to_edge_transform_and_lower(
                 program,
                 partitioner=[XnnpackPartitioner()],
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
-                constant_methods={WORDS: json.dumps(words)},
+                constant_methods={METADATA: json.dumps(metadata)},
             )
-    except Exception as error:  # passes and partitioners have no common base
+    # The errors of passes and partitioners have no common base.
+    except Exception as error:
         raise ExportError(
-            f"ExecuTorch cannot lower the model: {said(error)}",
+            f"ExecuTorch cannot lower the model: {first_line(error)}",
             place="model",
             cure="export it as onnx",
         ) from error
@@ -118,42 +126,45 @@ def _operations_inside(edge: Any) -> Iterator[torch.fx.Node]:
 
 
 def _layers_left_on_codes(edge: Any) -> set[str]:
-    """Returns the layers whose codes are read by an operation that XNNPACK has not taken."""
+    """Returns the layers whose integer weights are read by an operation outside of XNNPACK."""
     buffers = edge.exported_program().graph_signature.inputs_to_buffers
-    read = {a.name for node in _operations_outside(edge) for a in node.all_input_nodes}
-    names = [str(buffers[name]) for name in read if name in buffers]
-    return {name.rpartition(".")[0] for name in names if name.endswith("_codes")}
+    layers: set[str] = set()
+    for node in _operations_outside(edge):
+        for argument in node.all_input_nodes:
+            buffer = str(buffers.get(argument.name, ""))
+            if buffer.endswith("_codes"):
+                layers.add(buffer.rpartition(".")[0])
+    return layers
 
 
 def _program_bytes(edge: Any) -> bytes:
     try:
-        with silence(), hush():
+        with silence(), captured_output():
             require("executorch.kernels.quantized", install=INSTALL)
             data: bytes = edge.to_executorch().buffer
     except Exception as error:
         raise ExportError(
-            f"ExecuTorch cannot write the program: {said(error)}",
+            f"ExecuTorch cannot write the program: {first_line(error)}",
             place="model",
             cure="replace that operation, or export as onnx",
         ) from error
     return data
 
 
-def _try(data: bytes, input_shape: tuple[int, ...]) -> None:
-    """Runs the program once: a kernel that is missing or takes other tensors shows here alone.
+def _run_once(data: bytes, input_shape: tuple[int, ...]) -> None:
+    """Runs the program on zeros: only this shows that a kernel is missing or refuses its tensors.
 
     Raises:
         ExportError: naming the operation.
     """
-    with silence(), hush() as printed:
+    with silence(), captured_output() as printed:
         runtime = require("executorch.runtime", install=INSTALL)["executorch.runtime"]
         try:
-            runtime.Runtime.get().load_program(data).load_method("forward").execute(
-                [torch.zeros(1, *input_shape)]
-            )
+            method = runtime.Runtime.get().load_program(data).load_method("forward")
+            method.execute([torch.zeros(1, *input_shape)])
             return
         except RuntimeError as error:
-            what = refused_kernel(printed()) or f"refused it: {said(error)}"
+            what = refused_kernel(printed()) or f"refused it: {first_line(error)}"
             raise ExportError(
                 f"ExecuTorch has {what}",
                 place="model",
@@ -162,9 +173,11 @@ def _try(data: bytes, input_shape: tuple[int, ...]) -> None:
 
 
 def refused_kernel(printed: str) -> str | None:
-    """Reads from what the runtime printed which operation it cannot run.
+    """Returns what the runtime printed about an operation that it cannot run; None if nothing.
 
-    >>> refused_kernel("[method.cpp:822] Missing operator: [23] aten::avg_pool2d_backward.grad_input")
+    Its exceptions hold an error code only.
+
+    >>> refused_kernel("[method.cpp:822] Missing operator: [23] aten::avg_pool2d_backward.out")
     "no kernel that runs the operation 'aten::avg_pool2d_backward' of this model"
     """
     named = re.search(r"(?:in operator|Missing operator: \[\d+\]) ([\w:]+)", printed)
@@ -172,14 +185,16 @@ def refused_kernel(printed: str) -> str | None:
 
 
 def _computes(node: torch.fx.Node) -> bool:
-    return node.target is not operator.getitem and "executorch_call_delegate" not in str(
-        node.target
-    )
+    if node.target is operator.getitem:
+        return False
+    return "executorch_call_delegate" not in str(node.target)
 
 
 def _place(node: torch.fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
-    module = next((str(name) for name, _ in reversed(list(stack.values())) if name), "")
+    # The stack goes from the model, which has no name, to the innermost module.
+    names = [str(name) for name, _ in stack.values() if name]
+    module = names[-1] if names else ""
     name = getattr(node.target, "_name", "") or str(node.target)
     return f"{module} ({name})" if module else name
 
@@ -194,10 +209,10 @@ def open_executorch(path: str | Path, threads: int = 0) -> Session:
     Raises:
         ExportError: if the file cannot be loaded; the session, if it cannot be run.
     """
-    with silence(), hush():
+    with silence(), captured_output():
         runtime = require("executorch.runtime", install=INSTALL)["executorch.runtime"]
         library = require("executorch.extension.pybindings.portable_lib", install=INSTALL)
-    with hush():
+    with captured_output():
         library["executorch.extension.pybindings.portable_lib"]._unsafe_reset_threadpool(
             threads or os.cpu_count() or 1
         )
@@ -222,13 +237,14 @@ def open_executorch(path: str | Path, threads: int = 0) -> Session:
             return [out.numpy() for out in method.execute([torch.from_numpy(x)])]
         except RuntimeError as error:
             raise ExportError(
-                f"ExecuTorch cannot run {path}: {said(error)}",
+                f"ExecuTorch cannot run {path}: {first_line(error)}",
                 place="path",
                 cure="export it again",
             ) from error
 
-    compute.program = program  # type: ignore[attr-defined]  # the method reads the program's memory
-    inputs = (Port("input", sizes, np.dtype(np.float32)),)
+    # The method reads the program's memory: the program must live as long as the function.
+    compute.program = program  # type: ignore[attr-defined]
+    inputs = (FileInput("input", sizes, np.dtype(np.float32)),)
     return Session(str(path), "ExecuTorch", inputs, ("logits",), compute, threads=threads)
 
 
@@ -239,8 +255,9 @@ def load_method(runtime: Any, path: str | Path, method: str) -> tuple[Any, Any]:
         ExportError: if the file is damaged or needs a kernel that this runtime lacks.
     """
     try:
-        with hush():
-            program = runtime.Runtime.get().load_program(Path(path))  # every part of it is checked
+        with captured_output():
+            # The runtime verifies the whole file here, so that a damaged one cannot crash it later.
+            program = runtime.Runtime.get().load_program(Path(path))
             return program, program.load_method(method)
     except KeyError as error:
         raise ExportError(
@@ -248,18 +265,20 @@ def load_method(runtime: Any, path: str | Path, method: str) -> tuple[Any, Any]:
         ) from error
     except (RuntimeError, OSError, ValueError) as error:
         raise ExportError(
-            f"ExecuTorch cannot load {path}: {said(error)}", place="path", cure="export it again"
+            f"ExecuTorch cannot load {path}: {first_line(error)}",
+            place="path",
+            cure="export it again",
         ) from error
 
 
-def words(path: str | Path) -> dict[str, str]:
-    """Returns the words in the file.
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Returns the metadata in the file.
 
     Raises:
         ExportError: if it cannot be loaded.
     """
-    with silence(), hush():
+    with silence(), captured_output():
         runtime = require("executorch.runtime", install=INSTALL)["executorch.runtime"]
-    _program, method = load_method(runtime, path, WORDS)
+    _program, method = load_method(runtime, path, METADATA)
     found: dict[str, str] = json.loads(method.execute([])[0])
     return found

@@ -1,8 +1,8 @@
-"""The kinds of artifacts, a table: what writes each, what runs it, and what must be installed.
+"""The table of file formats: who writes each, who runs it, and which packages it needs.
 
-To add one: a module beside this one with `export(model, path, job) -> Artifact` and `open(path, threads) -> Session`,
-and one row below. Parity, accuracy, latency, the export stage and
-measure read the row.
+To add one: a module beside this one with `export(model, path, job) -> Artifact` and
+`open(path, threads) -> Session`, and one row below. Parity, accuracy, latency, the export stage and
+`measure` read the row.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from fedpress.errors import ExportError, suggestion
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of artifact.
+    """One file format.
 
     Attributes:
-        suffix: of its files, which is how a file is recognised.
+        suffix: of its files; a file is recognised by it.
         runtime: the program that runs it here.
         packages: Python packages to import.
-        install: what pip must be given to have them.
+        install: arguments of `pip install` that install them.
         export: writes a model.
-        open: loads a file on so many threads (0: as the runtime likes).
-        batch: the one batch size that its files take; None if any.
+        open: loads a file, to run on so many threads (0: the runtime chooses).
+        batch: the only batch size that its files take; None if they take any.
     """
 
     suffix: str
@@ -46,27 +46,48 @@ class Format:
     batch: int | None = None
 
     def missing(self) -> str | None:
-        """Returns the command that installs what is missing; None if everything is there."""
-        lacks = [name for name in self.packages if find_spec(name) is None]
-        return f"pip install {self.install}" if lacks else None
+        """Returns the command that installs missing packages; None if all are installed."""
+        if all(find_spec(name) is not None for name in self.packages):
+            return None
+        return f"pip install {self.install}"
 
 
 FORMATS: dict[str, Format] = {
     "onnx": Format(
-        ".onnx", "onnxruntime", ("onnx", "onnxscript", "onnxruntime"), "onnx onnxscript onnxruntime",
-        export_onnx, open_onnx,
+        suffix=".onnx",
+        runtime="onnxruntime",
+        packages=("onnx", "onnxscript", "onnxruntime"),
+        install="onnx onnxscript onnxruntime",
+        export=export_onnx,
+        open=open_onnx,
     ),
     "executorch": Format(
-        ".pte", "ExecuTorch", ("executorch",), "'fedpress[executorch]'", export_executorch, open_executorch, batch=1,
+        suffix=".pte",
+        runtime="ExecuTorch",
+        packages=("executorch",),
+        install="'fedpress[executorch]'",
+        export=export_executorch,
+        open=open_executorch,
+        batch=1,
     ),
     "litert": Format(
-        ".tflite", "LiteRT", ("litert_torch", "ai_edge_litert"), "'fedpress[litert]'", export_litert, open_litert,
+        suffix=".tflite",
+        runtime="LiteRT",
+        packages=("litert_torch", "ai_edge_litert"),
+        install="'fedpress[litert]'",
+        export=export_litert,
+        open=open_litert,
         batch=1,
     ),
     "openvino": Format(
-        ".xml", "OpenVINO", ("openvino",), "'fedpress[openvino]'", export_openvino, open_openvino,
+        suffix=".xml",
+        runtime="OpenVINO",
+        packages=("openvino",),
+        install="'fedpress[openvino]'",
+        export=export_openvino,
+        open=open_openvino,
     ),
-}  # fmt: skip
+}
 
 
 def unknown_format(format: str) -> ExportError:
@@ -81,8 +102,8 @@ def export(model: nn.Module, path: str | Path, format: str, job: Job) -> Artifac
     """Writes `model` as one of `FORMATS`.
 
     Raises:
-        ExportError: if there is no such format, its packages are missing (with the command that installs them), or
-            the model cannot be exported.
+        ExportError: if there is no such format, its packages are missing (with the command that
+            installs them), or the model cannot be exported.
     """
     if format not in FORMATS:
         raise unknown_format(format)
@@ -96,19 +117,19 @@ def export(model: nn.Module, path: str | Path, format: str, job: Job) -> Artifac
     return row.export(model, Path(path), job)
 
 
-def of_file(path: str | Path) -> Format:
+def format_of(path: str | Path) -> Format:
     """Returns the row of a file by its suffix.
 
     Raises:
-        ExportError: if no format has this suffix, or what runs it is not installed.
+        ExportError: if no format has this suffix, or its packages are not installed.
     """
-    row = next((row for row in FORMATS.values() if Path(path).suffix == row.suffix), None)
+    by_suffix = {row.suffix: row for row in FORMATS.values()}
+    row = by_suffix.get(Path(path).suffix)
     if row is None:
-        known = ", ".join(row.suffix for row in FORMATS.values())
         raise ExportError(
             f"{path} is no file that can be run here",
             place="path",
-            cure=f"give one that ends in {known}",
+            cure=f"give one that ends in {', '.join(by_suffix)}",
         )
     if command := row.missing():
         raise ExportError(
@@ -118,12 +139,16 @@ def of_file(path: str | Path) -> Format:
 
 
 def file_bytes(path: str | Path) -> int:
-    """Returns how large an artifact is, with the weights that OpenVINO keeps beside its graph.
+    """Returns the size of an artifact in bytes.
+
+    For OpenVINO it includes the weights, which lie in a second file beside the graph.
 
     Raises:
-        ExportError: if there is no such file.
+        ExportError: if a file is missing.
     """
-    files = [Path(path)] + ([Path(path).with_suffix(".bin")] if Path(path).suffix == ".xml" else [])
+    files = [Path(path)]
+    if Path(path).suffix == ".xml":
+        files.append(Path(path).with_suffix(".bin"))
     for file in files:
         if not file.exists():
             raise ExportError(f"there is no file {file}", place="path", cure="export it again")
@@ -131,15 +156,16 @@ def file_bytes(path: str | Path) -> int:
 
 
 def open_file(path: str | Path, *, threads: int = 0) -> Session:
-    """Loads an artifact; what is returned is called like the model, with arrays in the place of tensors.
+    """Loads an artifact. The session is called like the model, with numpy arrays for tensors.
 
     Args:
         path: the file.
-        threads: how many it computes on; 0: as the runtime likes.
+        threads: how many to compute on; 0: the runtime chooses.
 
     Raises:
         ExportError: if it cannot be loaded.
     """
-    row = of_file(path)
-    file_bytes(path)  # whether all of it is there
+    row = format_of(path)
+    # Raises the better error if the file, or OpenVINO's second file, is missing.
+    file_bytes(path)
     return row.open(Path(path), threads)

@@ -1,4 +1,4 @@
-"""What a model costs in each runtime here: milliseconds in turn, memory in a fresh process, nearness to the peak."""
+"""Measures models and exported files side by side: latency, peak memory and roofline."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 from fedpress.core.inputs import Example
 from fedpress.deploy.artifact import Job
 from fedpress.deploy.capture import capture, silence
-from fedpress.deploy.examples import Given
-from fedpress.deploy.formats import FORMATS, export, file_bytes, of_file, open_file
+from fedpress.deploy.examples import InputSpec
+from fedpress.deploy.formats import FORMATS, export, file_bytes, format_of, open_file
 from fedpress.deploy.memory import peak_memory
 from fedpress.deploy.processor import conditions
 from fedpress.deploy.roofline import peak, roofline
@@ -36,14 +36,15 @@ def export_all(
         job: how to export in float.
         folder: where the files go.
         formats: rows of `FORMATS`; None: all that are installed.
-        calibration: standardised examples in batches, whose ranges the integers take.
+        calibration: batches of standardised examples, to measure the value ranges of int8 on.
 
     Returns:
-        The files by "onnx float32", "onnx int8" and so on; and what a format cannot take -> why.
+        The files by "onnx float32", "onnx int8" and so on; and those that a format cannot hold,
+        with the reason.
 
     Raises:
-        ExportError: if a format that is asked for does not exist, its packages are missing, or it cannot take the
-            model in float.
+        ExportError: if a format in `formats` does not exist, its packages are missing, or it cannot
+            hold the model in float.
     """
     files: dict[str, Path] = {}
     left_out: dict[str, str] = {}
@@ -56,11 +57,12 @@ def export_all(
     for name in wanted:
         for kind, batches in kinds.items():
             path = folder / f"{kind}{FORMATS[name].suffix}" if name in FORMATS else folder
+            this_job = replace(job, batches=batches)
             try:
-                files[f"{name} {kind}"] = export(
-                    model, path, name, replace(job, batches=batches)
-                ).path
-            except ExportError as error:  # one file less is worth telling, not worth stopping
+                files[f"{name} {kind}"] = export(model, path, name, this_job).path
+            # A format that cannot hold the model must not prevent the measurement of the others,
+            # unless the user has asked for it.
+            except ExportError as error:
                 if formats is not None and kind == "float32":
                     raise
                 left_out[f"{name} {kind}"] = str(error)
@@ -69,17 +71,18 @@ def export_all(
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is measured.
+    """A model or file to measure.
 
     Attributes:
-        runs: a model, or an exported file.
+        runnable: a model, or an exported file.
         macs: multiply-adds of one example.
-        activations: numbers that its layers give for one example.
-        int8: whether it computes on bytes.
-        file_bytes: of the file that keeps it; None: of the exported file, or of a model's numbers in memory.
+        activations: number of values that its layers compute for one example.
+        int8: whether it computes on 8-bit integers.
+        file_bytes: size of the file that keeps it; None: size of the exported file, or of a model's
+            parameters and buffers in memory.
     """
 
-    runs: Runnable
+    runnable: Runnable
     macs: int
     activations: int
     int8: bool = False
@@ -88,17 +91,17 @@ class Candidate:
 
 def measure(
     candidates: Mapping[str, Candidate],
-    given: Given,
+    given: InputSpec,
     *,
     batches: Collection[int] = (1, 64),
     threads: Collection[int] = (1, 2),
     seconds: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Measures every candidate: one record each, of plain JSON values.
+    """Measures every candidate; returns a record of plain JSON values for each.
 
-    Keys: name, runtime, file_bytes, peak_memory (batch 1; None of a model that cannot be captured to run in another
-    process), macs, machine (its `Peak`), conditions (version, options and processor), and timings: a list of `Timing`
-    with `Roofline` as dicts.
+    Keys: name, runtime, file_bytes, peak_memory (bytes, at batch 1; None for a model that cannot be
+    captured to run in another process), macs, machine (its `Peak`), conditions (version, options
+    and processor), and timings: a list of `Timing` with `Roofline` as dictionaries.
 
     Args:
         candidates: name -> model or file.
@@ -110,62 +113,64 @@ def measure(
     Raises:
         ExportError: if one cannot be run.
     """
-    top = peak(seconds=min(0.5, seconds))
-    runnables = {name: candidate.runs for name, candidate in candidates.items()}
+    machine = peak(seconds=min(0.5, seconds))
+    runnables = {name: candidate.runnable for name, candidate in candidates.items()}
     times = time_in_turn(runnables, given, batches=batches, threads=threads, seconds=seconds)
     records = []
     for name, candidate in candidates.items():
-        runs = candidate.runs
-        size = _bytes(runs)
+        runnable = candidate.runnable
+        size = _stored_bytes(runnable)
         timings = []
         for timing in times[name]:
             near = roofline(
                 timing,
-                top,
+                machine,
                 macs=candidate.macs,
                 weight_bytes=size,
                 activations=candidate.activations,
                 int8=candidate.int8,
             )
             timings.append({**asdict(timing), "roofline": asdict(near)})
+        runtime = "torch" if isinstance(runnable, nn.Module) else format_of(runnable).runtime
         records.append(
             {
                 "name": name,
-                "runtime": "torch" if isinstance(runs, nn.Module) else of_file(runs).runtime,
+                "runtime": runtime,
                 "file_bytes": size if candidate.file_bytes is None else candidate.file_bytes,
-                "peak_memory": _memory(runs, given),
+                "peak_memory": _peak_memory(runnable, given),
                 "macs": candidate.macs,
-                "machine": asdict(top),
-                "conditions": _conditions(runs),
+                "machine": asdict(machine),
+                "conditions": _conditions(runnable),
                 "timings": timings,
             }
         )
     return records
 
 
-def _conditions(runs: Runnable) -> dict[str, Any]:
-    """Version, options and processor; the number of threads stands beside each timing."""
-    if isinstance(runs, nn.Module):
+def _conditions(runnable: Runnable) -> dict[str, Any]:
+    """Returns version, options and processor; each timing has its own number of threads."""
+    if isinstance(runnable, nn.Module):
         found = conditions("torch", threads=0, options={})
     else:
-        found = open_file(runs, threads=1).conditions()
+        found = open_file(runnable, threads=1).conditions()
     del found["threads"]
     return found
 
 
-def _memory(runs: Runnable, given: Given) -> int | None:
-    if not isinstance(runs, nn.Module):
-        return peak_memory(runs, given)
-    try:
-        with silence():
-            capture(runs, given)
-    except ExportError:
-        return None
-    return peak_memory(runs, given)
+def _peak_memory(runnable: Runnable, given: InputSpec) -> int | None:
+    # A model travels to the other process as its captured graph: without one it is not measured.
+    if isinstance(runnable, nn.Module):
+        try:
+            with silence():
+                capture(runnable, given)
+        except ExportError:
+            return None
+    return peak_memory(runnable, given)
 
 
-def _bytes(runs: Runnable) -> int:
-    if isinstance(runs, nn.Module):
-        unique = {t.data_ptr(): t for t in runs.state_dict().values()}
-        return sum(t.numel() * t.element_size() for t in unique.values())
-    return file_bytes(runs)
+def _stored_bytes(runnable: Runnable) -> int:
+    if not isinstance(runnable, nn.Module):
+        return file_bytes(runnable)
+    # Parameters that two modules share are stored once.
+    unique = {t.data_ptr(): t for t in runnable.state_dict().values()}
+    return sum(t.numel() * t.element_size() for t in unique.values())

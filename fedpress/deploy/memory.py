@@ -1,4 +1,4 @@
-"""The memory that a model or file needs: how far a fresh process grows while it runs."""
+"""Peak memory of a model or file: by how much a fresh process grows while it loads and runs it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import torch
 from torch import nn
 
 from fedpress.deploy.capture import capture, silence
-from fedpress.deploy.examples import Given, random_rows
+from fedpress.deploy.examples import InputSpec, random_rows
 from fedpress.deploy.runtime import array_call
 from fedpress.deploy.timing import Runnable
 from fedpress.errors import ExportError
 
 
-def peak_memory(runnable: Runnable, given: Given, *, batch: int = 1) -> int:
-    """Returns the bytes by which a fresh process grows at most while it loads it and runs one batch.
+def peak_memory(runnable: Runnable, given: InputSpec, *, batch: int = 1) -> int:
+    """Returns by how many bytes a fresh process grows at most while it loads it and runs one batch.
 
-    The runtime itself is loaded before: it counts for nothing. A model runs as its captured graph, in eager torch.
+    The runtime is imported before, so its own memory is not counted. A model runs as its captured
+    graph, in eager torch.
 
     Raises:
         ExportError: if it cannot be run.
@@ -38,21 +39,24 @@ def peak_memory(runnable: Runnable, given: Given, *, batch: int = 1) -> int:
         args, named = array_call(x)
         arrays = Path(folder) / "x.npz"
         np.savez(arrays, *args, *named.values())
-        # -P keeps the working folder out of the import path: a file onnxruntime.py there must not run.
-        home, names = str(Path(__file__).parents[2]), json.dumps([*named] or None)
-        words = [sys.executable, "-P", "-c", _PROBE, str(path), str(arrays), names, home]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        home = str(Path(__file__).parents[2])
+        names = json.dumps([*named] or None)
+        # -P keeps the working folder out of the import path: a file onnxruntime.py there must not
+        # be imported in the place of the package.
+        command = [sys.executable, "-P", "-c", _PROBE, str(path), str(arrays), names, home]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1][:200]
+        lines = done.stderr.strip().splitlines() or ["it gave no reason"]
         raise ExportError(
-            f"the memory of {path} cannot be measured: {said}",
+            f"the memory of {path} cannot be measured: {lines[-1][:200]}",
             place="runnable",
             cure="export it again",
         )
     return int(done.stdout.splitlines()[-1])
 
 
-# Peaks of a process never fall, so what importing and a first small run need is raised out of the way first.
+# The peak memory of a process never falls. So the program imports the runtime first, and lets torch
+# run once, and reports only what comes on top of that.
 _PROBE = """
 import json, resource, sys
 import numpy as np
@@ -61,17 +65,18 @@ sys.path.append(sys.argv[4])  # where fedpress lies, if it is not installed
 arrays = np.load(sys.argv[2])
 x = [arrays[name] for name in arrays.files]
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 def now():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 import torch
 torch.set_num_threads(1)
-from fedpress.deploy.formats import of_file, open_file
+from fedpress.deploy.formats import format_of, open_file
 if path.endswith(".pt2"):
     torch.nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))
 else:
-    for name in of_file(path).packages:
+    for name in format_of(path).packages:
         __import__(name)
 try:
     with open("/proc/self/clear_refs", "w") as file:
@@ -90,7 +95,8 @@ def high():
         return peak()
 if path.endswith(".pt2"):
     program = torch.export.load(path).module(check_guards=False)
-    x = [torch.from_numpy(np.concatenate([part] * 2) if len(part) == 1 else part)[: len(part)] for part in x]
+    pairs = [np.concatenate([part] * 2) if len(part) == 1 else part for part in x]
+    x = [torch.from_numpy(pair)[: len(part)] for pair, part in zip(pairs, x)]
     with torch.inference_mode():
         program(**dict(zip(names, x))) if names else program(*x)
 else:

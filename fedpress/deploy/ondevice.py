@@ -1,6 +1,6 @@
-"""A program that trains on a device: forward, loss and backward in one ExecuTorch file, without Python or autograd.
+"""Exports a training program for devices: forward, loss and backward in one ExecuTorch file.
 
-`export_training` writes it; `fedpress.deploy.device_model` runs it here, in the runtime that phones have.
+It needs neither Python nor autograd. `fedpress.deploy.device_model` loads and runs it here.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fedpress.deploy.artifact import Artifact, write
 from fedpress.deploy.capture import check_finite, require, silence
-from fedpress.deploy.device import hush, said
+from fedpress.deploy.device import captured_output, first_line
 from fedpress.deploy.device_model import RUNTIME, DeviceModel
-from fedpress.deploy.executorch import INSTALL, WORDS
+from fedpress.deploy.executorch import INSTALL, METADATA
 from fedpress.deploy.pooling import rewrite_pooling_
 from fedpress.errors import ExportError, ModelError
 from fedpress.nn.batch_norm import BatchNorm
@@ -24,20 +24,22 @@ from fedpress.nn.compact import compact_
 from fedpress.nn.resize import copied
 from fedpress.tasks import Classification, Task
 
-TOLERANCE = 1e-3  # of a parameter's largest gradient: float32 sums in another order
+# Allowed error of a gradient, relative to the parameter's largest: float32 sums in another order.
+TOLERANCE = 1e-3
 
 
 class _Trained(nn.Module):
-    """Maps examples, targets and weights of the examples to the weighted sum of their losses, and the outputs."""
+    """Maps examples, targets and example weights to the weighted sum of losses and the outputs."""
 
     def __init__(self, net: nn.Module, task: Task) -> None:
         super().__init__()
         self.net, self.task = net, task
 
     def forward(self, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The outputs come out as a copy: gradients flow through the loss alone."""
+        """Returns the loss (a scalar) and the outputs [n, k]."""
         outputs = self.net(x)
         losses = self.task.loss(outputs, y, reduction="none")
+        # A detached copy: the exporter must differentiate the loss only.
         return (losses * weights).sum(), outputs.detach().clone()
 
 
@@ -51,35 +53,58 @@ def export_training(
     metadata: Mapping[str, str] | None = None,
     sparse: Sequence[str] | None = None,
 ) -> Artifact:
-    """Writes a program that computes loss, outputs and the gradients of all trainable parameters of `model`.
+    """Writes a program that computes loss, outputs and gradients of all trainable parameters.
 
-    Batch norm keeps its statistics, as in a federated client with `norm = "frozen"`; group norm is as good as any. The
-    program is run once here and its gradients compared with torch's, because kernels of training are young.
+    Batch norms use their running statistics and do not change them, as in a federated client with
+    `norm = "frozen"`. The program is run once here and its gradients are compared with torch's,
+    since some of ExecuTorch's kernels for training are wrong (see `deploy.pooling`).
 
-    Of a sparse weight the program trains the kept values alone (see `fedpress.nn.compact`): its zeros stay
-    zeros, and its parameters are those of the clients of a federated stage.
+    Of a sparse weight only the kept values are parameters (see `fedpress.nn.compact`): the zeros
+    stay zeros, and the layout is the same as that of the clients in a federate stage.
 
     Args:
-        model: takes float32 [N, *input_shape] and gives [N, outputs]; left as it was.
+        model: takes float32 [N, *input_shape] and returns [N, outputs]; left as it was.
         path: the file.
         input_shape: shape of one example.
-        task: what is learned: its loss is in the program. None: a classification, with as many classes as the model
-            has outputs.
-        batch_size: how many examples one run of the program takes; it bounds the memory on the device, not the batch
-            of the training, which `DeviceModel` adds up.
-        metadata: further words for the file.
-        sparse: names of the weights whose zeros are pruned (`ModelSpec.sparse`); by default every matrix or filter with
-            some zeros, but not zeros alone.
+        task: the task whose loss the program computes. None: a classification with as many classes
+            as the model has outputs.
+        batch_size: examples in one run of the program. It bounds the memory on the device, but not
+            the batch size of training: `DeviceModel` sums gradients over runs.
+        metadata: more entries for the file's metadata.
+        sparse: names of the weights whose zeros are pruned (`ModelSpec.sparse`); None: every
+            trainable weight of two or more dimensions in which some, but not all, values are 0.
 
     Raises:
-        ExportError: if the model draws at random, mixes examples or has parameters that are not float32, not finite,
-            shared, or out of reach of the loss, if its outputs do not fit the task, if it cannot be captured, if the
-            runtime lacks a kernel, or if a gradient comes out wrong; each by name.
+        ExportError: if the model has active dropout, mixes the examples of a batch, or has
+            parameters that are not float32, not finite, shared, or without effect on the loss; if
+            its outputs do not fit the task; if it cannot be captured; if the runtime lacks a
+            kernel; or if a gradient is wrong. Each by name.
     """
-    with silence(), hush():
+    with silence(), captured_output():
         require(RUNTIME, "executorch.exir", install=INSTALL)
     if batch_size < 1:
         raise ExportError(f"batch_size is {batch_size}", place="batch_size", cure="give at least 1")
+    _check_no_dropout(model)
+    net = _compact_(_copy(model), sparse)
+    x = _inputs(input_shape, batch_size, net)
+    task = task or Classification(tuple(map(str, range(net(x).shape[1]))))
+    example = (x, *_targets(task, net(x)))
+    trained = _Trained(net, task)
+    _check_trainable(trained, example)
+    metadata = {
+        **(metadata or {}),
+        "input_shape": json.dumps(list(input_shape)),
+        "batch_size": str(batch_size),
+        "task": json.dumps({"kind": task.kind, "names": list(task.names), **task.about()}),
+        "parameters": json.dumps([name for name, p in net.named_parameters() if p.requires_grad]),
+    }
+    data = _lower(trained, example, metadata)
+    _compare(data, trained, example)
+    write(Path(path), data)
+    return Artifact(Path(path), len(data), metadata)
+
+
+def _check_no_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise ExportError(
@@ -90,35 +115,20 @@ def export_training(
                 place="model",
                 cure="set its p to 0",
             )
-    net = _compact_(_copy(model), sparse)
-    x = _inputs(input_shape, batch_size, net)
-    task = task or Classification(tuple(map(str, range(net(x).shape[1]))))
-    example = (x, *_targets(task, net(x)))
-    trained = _Trained(net, task)
-    _check_trainable(trained, example)
-    words = {
-        **(metadata or {}),
-        "input_shape": json.dumps(list(input_shape)),
-        "batch_size": str(batch_size),
-        "task": json.dumps({"kind": task.kind, "names": list(task.names), **task.about()}),
-        "parameters": json.dumps([name for name, p in net.named_parameters() if p.requires_grad]),
-    }
-    data = _lower(trained, example, words)
-    _compare(data, trained, example)
-    write(Path(path), data)
-    return Artifact(Path(path), len(data), words)
 
 
 def _copy(model: nn.Module) -> nn.Module:
+    """Returns a copy in evaluation mode on the CPU, after the checks of its parameters."""
     net = copied(model).to("cpu").eval()
     check_finite(net)
-    first: dict[nn.Parameter, str] = {}
+    first_name: dict[nn.Parameter, str] = {}
     for name, p in net.named_parameters(remove_duplicate=False):
-        if first.setdefault(p, name) != name:
+        # The runtime would hold two copies, and train each on a part of the gradient.
+        if first_name.setdefault(p, name) != name:
             raise ExportError(
                 (
-                    f"{first[p]!r} and {name!r} are one parameter, which a program for devices "
-                    "cannot train"
+                    f"{first_name[p]!r} and {name!r} are one parameter, which a program for "
+                    "devices cannot train"
                 ),
                 place="model",
                 cure="give each module its own",
@@ -129,7 +139,7 @@ def _copy(model: nn.Module) -> nn.Module:
                 place="model",
                 cure="convert the model",
             )
-    if not any(p.requires_grad for p in first):
+    if not any(p.requires_grad for p in first_name):
         raise ExportError(
             "no parameter of the model is trainable",
             place="model",
@@ -139,14 +149,12 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _compact_(net: nn.Module, sparse: Sequence[str] | None) -> nn.Module:
-    """Lets only the kept values of sparse weights be parameters: a program that trained all would forget the zeros."""
-    named = dict(net.named_parameters())
+    """Replaces sparse weights by the vector of their kept values, so that zeros are not trained."""
     if sparse is None:
-        sparse = [
-            name
-            for name, p in named.items()
-            if p.dim() > 1 and p.requires_grad and _has_zeros(p.detach())
-        ]
+        sparse = []
+        for name, p in net.named_parameters():
+            if p.dim() > 1 and p.requires_grad and _has_zeros(p.detach()):
+                sparse.append(name)
     try:
         return compact_(net, sparse)
     except ModelError as error:
@@ -154,25 +162,31 @@ def _compact_(net: nn.Module, sparse: Sequence[str] | None) -> nn.Module:
 
 
 def _has_zeros(weight: Tensor) -> bool:
+    # All zeros is a fresh layer (such as the last one of a residual block), not a pruned one.
     zeros = int((weight == 0).sum())
     return 0 < zeros < weight.numel()
 
 
 def _check_trainable(trained: _Trained, example: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Refuses what would train otherwise on a device than here, or not at all.
+    """Checks that the model would train on a device as it does here.
 
-    A program has one mode, and fills batches up with examples of weight 0, which must not reach the others.
+    Raises:
+        ExportError: if it computes differently in training and evaluation mode (a program has one
+            mode), if the output of one example depends on the others (short batches are padded with
+            examples of weight 0), or if a parameter has no gradient.
     """
     net, x = trained.net, example[0]
     with torch.no_grad():
         logits = net(x)
+        # Batch norms stay in evaluation mode: the program uses their running statistics.
         for module in net.modules():
             module.training = not isinstance(module, BatchNorm)
-        training = net(x)
+        training_logits = net(x)
         net.eval()
-        others = net(torch.cat([x[:1], 3 * x[1:] + 1]))
-    room = TOLERANCE * max(1.0, logits.abs().max().item())
-    if (training - logits).abs().max() > room:
+        # The same first example beside other ones must have the same logits.
+        among_others = net(torch.cat([x[:1], 3 * x[1:] + 1]))
+    allowed = TOLERANCE * max(1.0, logits.abs().max().item())
+    if (training_logits - logits).abs().max() > allowed:
         raise ExportError(
             (
                 "the model computes otherwise in training than in evaluation mode (dropout?), "
@@ -181,7 +195,7 @@ def _check_trainable(trained: _Trained, example: tuple[Tensor, Tensor, Tensor]) 
             place="model",
             cure="take that out of its forward",
         )
-    if (others - logits)[0].abs().max() > room:
+    if (among_others - logits)[0].abs().max() > allowed:
         raise ExportError(
             (
                 "the logits of one example depend on the others of its batch (a batch norm "
@@ -202,7 +216,11 @@ def _check_trainable(trained: _Trained, example: tuple[Tensor, Tensor, Tensor]) 
 
 
 def _inputs(input_shape: tuple[int, ...], batch_size: int, net: nn.Module) -> Tensor:
-    """Draws examples that the model takes, and looks at what it makes of them."""
+    """Draws a batch of random examples and checks that the model maps it to [batch_size, k].
+
+    Raises:
+        ExportError: if it does not.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch_size, *input_shape, generator=generator)
     try:
@@ -211,7 +229,7 @@ def _inputs(input_shape: tuple[int, ...], batch_size: int, net: nn.Module) -> Te
     except Exception as error:
         takes = [batch_size, *input_shape]
         raise ExportError(
-            f"the model does not take float32 {takes}: {said(error)}",
+            f"the model does not take float32 {takes}: {first_line(error)}",
             place="input_shape",
             cure="fix input_shape",
         ) from error
@@ -225,7 +243,7 @@ def _inputs(input_shape: tuple[int, ...], batch_size: int, net: nn.Module) -> Te
 
 
 def _targets(task: Task, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Makes up targets for `outputs` [n, k], and weights [n], one of them 0 as in a batch that is filled up."""
+    """Makes up targets for `outputs` [n, k], and weights [n] of the examples."""
     n = len(outputs)
     like = torch.zeros(1, dtype=torch.int64)
     if task.targets != "classes":
@@ -235,37 +253,44 @@ def _targets(task: Task, outputs: Tensor) -> tuple[Tensor, Tensor]:
         task.check(outputs, targets)
     except ModelError as error:
         raise ExportError(error.problem, place="model", cure=error.cure) from error
+
+    # The last example gets weight 0, as padding does, so that the comparison covers that case.
     weights = torch.full((n,), 1 / max(1, n - 1))
-    weights[n - 1] *= n == 1
+    if n > 1:
+        weights[-1] = 0
     return targets, weights
 
 
-def _lower(trained: _Trained, example: tuple[Tensor, ...], words: dict[str, str]) -> bytes:
-    """Returns the file's bytes."""
+def _lower(trained: _Trained, example: tuple[Tensor, ...], metadata: dict[str, str]) -> bytes:
+    """Returns the bytes of the file."""
     from executorch.exir import EdgeCompileConfig, to_edge
     from torch.export.experimental import _export_forward_backward
 
     try:
-        with silence(), hush():
+        with silence(), captured_output():
             joint = _export_forward_backward(torch.export.export(trained, example, strict=False))
             rewrite_pooling_(joint.graph_module)
             edge = to_edge(
                 joint,
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
-                constant_methods={WORDS: json.dumps(words)},
+                constant_methods={METADATA: json.dumps(metadata)},
             )
             found: bytes = edge.to_executorch().buffer
             return found
     except Exception as error:
         raise ExportError(
-            f"the model cannot become a program that trains: {said(error)}",
+            f"the model cannot become a program that trains: {first_line(error)}",
             place="model",
             cure="use convolutions, linear layers, ReLU, max pooling, means and group norm",
         ) from error
 
 
 def _compare(data: bytes, trained: _Trained, example: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Holds the gradients of the program against autograd's."""
+    """Compares loss and gradients of the program with autograd's.
+
+    Raises:
+        ExportError: naming the first that differs.
+    """
     device = DeviceModel(data)
     loss, _ = device.backward(*example)
     expected, _ = trained(*example)
@@ -279,8 +304,9 @@ def _compare(data: bytes, trained: _Trained, example: tuple[Tensor, Tensor, Tens
         )
     for name, gradient in zip(named, gradients, strict=True):
         got = device.gradients().get(name)
-        room = TOLERANCE * max(1e-3, gradient.abs().max().item())
-        if got is None or not (got - gradient).abs().max() <= room:  # also if it is NaN
+        allowed = TOLERANCE * max(1e-3, gradient.abs().max().item())
+        # `not ... <=` instead of `>`: NaN must be refused too.
+        if got is None or not (got - gradient).abs().max() <= allowed:
             raise ExportError(
                 f"ExecuTorch computes a wrong gradient of {name!r}",
                 place="model",

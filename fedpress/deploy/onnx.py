@@ -1,4 +1,4 @@
-"""A model becomes one ONNX file, float or integer, that says how to feed it; and onnxruntime runs it."""
+"""ONNX: exports a model as one file, float or integer, and runs it in onnxruntime."""
 
 from __future__ import annotations
 
@@ -22,90 +22,94 @@ from fedpress.deploy.examples import (
     flatten,
     names_of,
     ordered,
-    take,
+    take_rows,
 )
 from fedpress.deploy.onnx_integers import make_integer_
-from fedpress.deploy.processor import settings
+from fedpress.deploy.processor import options_for
 from fedpress.deploy.qdq import IntegerFormat, quantized_program
-from fedpress.deploy.session import Port, Session
+from fedpress.deploy.session import FileInput, Session
 from fedpress.errors import ExportError
 from fedpress.nn.quantized import quantized_layers
 from fedpress.nn.resize import copied
 
-OPSET = 18  # what torch's exporter is written against; every runtime of the last years reads it
-MAX_IR_VERSION = 13  # the newest file format that onnxruntime loads
-WIDE = "wide_weights"  # in the metadata: integer kernels read weights of 8 bits (see `deploy.processor`)
-OUTPUTS = "outputs"  # in the metadata: how several outputs stand together, as JSON
+# Torch's exporter is written against this opset; runtimes of recent years read it.
+OPSET = 18
+# The newest version of the file format that onnxruntime loads.
+MAX_IR_VERSION = 13
+# Key of the metadata: some integer kernel reads weights of 8 bits (see `deploy.processor`).
+WIDE = "wide_weights"
+# Key of the metadata: the structure of several outputs, as JSON (`deploy.examples.Structure`).
+OUTPUTS = "outputs"
 
 
 @dataclass(frozen=True)
-class Made:
-    """A model on its way into a file: the ONNX message and what is to be told of it."""
+class OnnxModel:
+    """An ONNX message before it is written, and what `Artifact` tells about it."""
 
     proto: Any
-    words: dict[str, str]
-    left: dict[str, str]
+    metadata: dict[str, str]
+    left_float: dict[str, str]
     program: torch.export.ExportedProgram | None
     rounds: bool
 
 
 def export_onnx(model: nn.Module, path: str | Path, job: Job) -> Artifact:
-    """Writes `model` in evaluation mode as ONNX with a free batch size; the model itself is left as it was.
+    """Writes `model` in evaluation mode as ONNX, for batches of any size.
 
-    The file takes what forward takes, under the names of its arguments (one tensor alone is called `input`), and gives
-    what forward gives: one tensor is called `logits`, those of tuples and dictionaries are called by their keys and
-    places. A file that was there before is replaced only by a whole one. Weights of quantized layers are stored in as
-    many bits as they have.
+    The inputs have the names of forward's arguments; a single tensor is called `input`. A single
+    output is called `logits`; tensors in tuples and dictionaries have names such as `hidden_0`.
+    Weights of quantized layers are stored in as many bits as they have. An older file at `path` is
+    replaced only by a complete one. The model is left as it was.
 
     Raises:
-        ExportError: if the model cannot be captured or converted (naming the module or the operation), or if
-            the file cannot be written.
+        ExportError: if the model cannot be captured or converted (naming the module or operation),
+            or if the file cannot be written.
     """
     made = make_onnx(model, job)
     data = made.proto.SerializeToString()
     path = Path(path)
     write(path, data)
-    return Artifact(path, len(data), made.words, made.left, made.program, made.rounds)
+    return Artifact(path, len(data), made.metadata, made.left_float, made.program, made.rounds)
 
 
-def make_onnx(model: nn.Module, job: Job, *, fewest_bits: int = 2) -> Made:
-    """Makes the ONNX message of `model`; codes take `fewest_bits` or more.
+def make_onnx(model: nn.Module, job: Job, *, fewest_bits: int = 2) -> OnnxModel:
+    """Converts `model` to an ONNX message; integer weights take `fewest_bits` (2 or 4) or more.
 
     Raises:
         ExportError: if the model cannot be captured or converted.
     """
     onnx = require("onnx", "onnxscript")["onnx"]
-    left, program, rounds = {}, None, False
+    left_float, program, rounds = {}, None, False
     if job.batches or any(True for _ in quantized_layers(model)):
         rounded = quantized_program(
             model,
-            job.given,
+            job.input_spec,
             job.batches,
             observer=job.observer,
             format=IntegerFormat(weight_bits=job.weight_bits, float_output=True),
         )
-        left, program, rounds = rounded.left, rounded.program, rounded.rounds
+        left_float, program, rounds = rounded.left_float, rounded.program, rounded.rounds
     structure, outputs = _outputs(model, job)
     with silence():
-        captured = program if program is not None else capture(model, job.given)
-        inputs = names_of(model, ordered(model, example_of(job.given)))
-        proto = _convert(captured, inputs, _unlike(inputs, outputs))
-    _tidy_(proto)
-    words = job.words()
+        captured = program if program is not None else capture(model, job.input_spec)
+        inputs = names_of(model, ordered(model, example_of(job.input_spec)))
+        proto = _convert(captured, inputs, _unique_names(inputs, outputs))
+    _remove_traces_(proto)
+    metadata = job.file_metadata()
     if structure != 0:
-        words[OUTPUTS] = json.dumps(structure)
+        metadata[OUTPUTS] = json.dumps(structure)
     if program is not None and make_integer_(proto, fewest_bits):
-        words[WIDE] = "true"
-    onnx.helper.set_model_props(proto, words)
-    return Made(proto, words, left, program, rounds)
+        metadata[WIDE] = "true"
+    onnx.helper.set_model_props(proto, metadata)
+    return OnnxModel(proto, metadata, left_float, program, rounds)
 
 
 def open_onnx(path: str | Path, threads: int = 0) -> Session:
-    """Loads the file into onnxruntime, told what it needs on this processor.
+    """Loads the file into onnxruntime, with the options that this processor needs.
 
     Args:
         path: the file.
-        threads: how many it computes on; 0 lets onnxruntime choose.
+        threads: how many to compute on; 0: onnxruntime chooses.
 
     Raises:
         ExportError: if the file cannot be loaded; the session, if it cannot be run.
@@ -114,23 +118,26 @@ def open_onnx(path: str | Path, threads: int = 0) -> Session:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # its errors come back as exceptions, no need to print them too
+    # Errors come as exceptions; onnxruntime must not print them too.
+    options.log_severity_level = 4
     cpu = ["CPUExecutionProvider"]
     try:
         session = ort.InferenceSession(str(path), options, providers=cpu)
-        words = session.get_modelmeta().custom_metadata_map
-        told = settings("onnxruntime", wide=WIDE in words)
-        for name, value in told.items():
+        metadata = session.get_modelmeta().custom_metadata_map
+        # Which options a file needs stands in its metadata, so it is loaded twice if it needs any.
+        needed = options_for("onnxruntime", wide=WIDE in metadata)
+        for name, value in needed.items():
             options.add_session_config_entry(name, value)
-        if told:
+        if needed:
             session = ort.InferenceSession(str(path), options, providers=cpu)
-    except Exception as error:  # onnxruntime has a dozen exception types without a common base
+    # onnxruntime has a dozen exception types without a common base.
+    except Exception as error:
         raise ExportError(
             f"onnxruntime cannot load {path}: {_first_line(error)}",
             place="path",
             cure="export it again",
         ) from error
-    inputs = tuple(Port(i.name, tuple(i.shape), _dtype(i.type)) for i in session.get_inputs())
+    inputs = tuple(FileInput(i.name, tuple(i.shape), _dtype(i.type)) for i in session.get_inputs())
     outputs = tuple(o.name for o in session.get_outputs())
 
     def compute(arrays: list[np.ndarray]) -> list[np.ndarray]:
@@ -148,28 +155,30 @@ def open_onnx(path: str | Path, threads: int = 0) -> Session:
             ) from error
         return found
 
-    plain: Structure = 0 if len(outputs) == 1 else list(range(len(outputs)))
-    structure = json.loads(words[OUTPUTS]) if OUTPUTS in words else plain
-    return Session(str(path), "onnxruntime", inputs, outputs, compute, structure, threads, told)
+    structure: Structure = 0 if len(outputs) == 1 else list(range(len(outputs)))
+    if OUTPUTS in metadata:
+        structure = json.loads(metadata[OUTPUTS])
+    return Session(str(path), "onnxruntime", inputs, outputs, compute, structure, threads, needed)
 
 
 def _dtype(type: str) -> np.dtype[Any]:
-    """The numpy type of `tensor(float)`, `tensor(int64)` and the like."""
+    """Returns the numpy dtype of `tensor(float)`, `tensor(int64)` and so on."""
     name = type.removeprefix("tensor(").removesuffix(")")
     return np.dtype({"float": "float32", "double": "float64"}.get(name, name))
 
 
 def _outputs(model: nn.Module, job: Job) -> tuple[Structure, list[str]]:
-    """Runs the model once and says how its outputs stand together, and what they are called.
+    """Runs the model once and returns the structure of its outputs, and a name for each tensor.
 
-    A tensor that stands in several places is one output of the file for each.
+    A tensor that is returned twice becomes two outputs of the file.
     """
     runs = copied(model).to("cpu", torch.float32).eval()
-    args, named = arguments(take(as_device(example_of(job.given)), 2))
+    args, named = arguments(take_rows(as_device(example_of(job.input_spec)), 2))
     try:
         with torch.no_grad():
             found = runs(*args, **named)
-    except Exception:  # the capture that comes says it better
+    # The capture, which comes next, raises a better error.
+    except Exception:
         return 0, ["logits"]
     structure, _, names = flatten(found)
     if not names:
@@ -181,19 +190,20 @@ def _outputs(model: nn.Module, job: Job) -> tuple[Structure, list[str]]:
     return structure, names
 
 
-def _unlike(inputs: list[str], outputs: list[str]) -> list[str]:
-    """Returns names of outputs that nothing else in the file has.
+def _unique_names(inputs: list[str], outputs: list[str]) -> list[str]:
+    """Returns the names of outputs, with a number where an input or earlier output has the name.
 
-    >>> _unlike(["logits"], ["logits", "a_b", "a_b"])
+    >>> _unique_names(["logits"], ["logits", "a_b", "a_b"])
     ['logits_1', 'a_b', 'a_b_1']
     """
     found: list[str] = []
     for name in outputs:
-        number, own = 0, name
-        while own in inputs or own in found:
+        number = 0
+        unique = name
+        while unique in inputs or unique in found:
             number += 1
-            own = f"{name}_{number}"
-        found.append(own)
+            unique = f"{name}_{number}"
+        found.append(unique)
     return found
 
 
@@ -216,7 +226,7 @@ def _convert(program: torch.export.ExportedProgram, inputs: list[str], outputs: 
         name = f"the operation {found[1]!r}" if found else "an operation of the model"
         cure = "write that part of the model with operations that ONNX has"
         raise ExportError(f"{name} has no ONNX counterpart", place="model", cure=cure) from error
-    assert converted is not None  # only torchscript exports return nothing
+    assert converted is not None, "only torchscript exports return nothing"
     if len(converted.model.graph.outputs) != len(outputs):
         raise ExportError(
             (
@@ -230,31 +240,33 @@ def _convert(program: torch.export.ExportedProgram, inputs: list[str], outputs: 
 
 
 def _copy_before_views_(program: torch.export.ExportedProgram) -> None:
-    """Lets a view of turned values read a copy of them, which no file will hold.
+    """Inserts a contiguous copy between a transpose or permute and the view that reads it.
 
-    The capture writes `view` where the memory of attention's fused kernel allows it; torch's exporter takes attention
-    apart, after which the memory lies otherwise, and stops there.
+    After attention's fused kernel a view of transposed values is valid, and the capture writes one.
+    Torch's exporter replaces that kernel by single operations, whose results have other strides,
+    and then fails on the view. ONNX has no strides, so the copy does not appear in the file.
     """
     aten = torch.ops.aten
-    for node in [
-        n for n in program.graph.nodes if n.target in (aten.view.default, aten.reshape.default)
-    ]:
-        turned = node.args[0]
-        if turned.target not in (aten.transpose.int, aten.permute.default):
+    for node in list(program.graph.nodes):
+        if node.target not in (aten.view.default, aten.reshape.default):
+            continue
+        transposed = node.args[0]
+        if transposed.target not in (aten.transpose.int, aten.permute.default):
             continue
         with program.graph.inserting_before(node):
-            copied = program.graph.call_function(
-                aten.clone.default, (turned,), {"memory_format": torch.contiguous_format}
+            contiguous = program.graph.call_function(
+                aten.clone.default, (transposed,), {"memory_format": torch.contiguous_format}
             )
-        copied.meta = {**turned.meta, "val": turned.meta["val"].contiguous()}
-        node.replace_input_with(turned, copied)
+        contiguous.meta = {**transposed.meta, "val": transposed.meta["val"].contiguous()}
+        node.replace_input_with(transposed, contiguous)
     program.graph_module.recompile()
 
 
 def _translations() -> dict[Any, Any]:
-    """Of the operations that torch's exporter translates wrongly or not at all."""
+    """Returns translations of operations that torch's exporter gets wrong or does not know."""
+    # The operations exist only after their module was imported, as quantizing a model does.
     if not hasattr(torch.ops.quantized_decomposed, "quantize_per_tensor"):
-        return {}  # a float model
+        return {}
     require("onnxscript")
     from onnxscript import opset18, opset21
     from onnxscript.function_libs.torch_lib.ops.quantized_decomposed import (
@@ -262,12 +274,14 @@ def _translations() -> dict[Any, Any]:
     )
 
     def quantize(x: Any, scale: float, zero: int, low: int, high: int, dtype: int) -> Any:
-        if high - low < 255:  # ONNX saturates at the ends of the type alone
-            ends = (opset18.Constant(value_float=(end - zero) * scale) for end in (low, high))
-            x = opset18.Clip(x, *ends)
+        # ONNX saturates at the limits of the dtype only: a smaller range needs a clip before.
+        if high - low < 255:
+            least = opset18.Constant(value_float=(low - zero) * scale)
+            largest = opset18.Constant(value_float=(high - zero) * scale)
+            x = opset18.Clip(x, least, largest)
         return quantized_decomposed_quantize_per_tensor(x, scale, zero, low, high, dtype)
 
-    def groups(
+    def dequantize_groups(
         codes: Any,
         scales: Any,
         zeros: Any,
@@ -282,29 +296,34 @@ def _translations() -> dict[Any, Any]:
     ops = torch.ops.quantized_decomposed
     return {
         ops.quantize_per_tensor.default: quantize,
-        ops.dequantize_per_channel_group.default: groups,
+        ops.dequantize_per_channel_group.default: dequantize_groups,
     }
 
 
-def _tidy_(proto: Any) -> None:
-    """Drops the exporter's traces (they hold source paths of this machine) and names the batch dimension."""
+def _remove_traces_(proto: Any) -> None:
+    """Names the batch dimension, and removes the exporter's notes.
+
+    These hold stack traces with source paths of this machine.
+    """
     graph = proto.graph
     symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
     for value in (*graph.input, *graph.output, *graph.value_info):
         del value.metadata_props[:]
         for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:  # sizes computed from the batch size, such as 4*s77, are named alike
+            # Sizes may be computed from the batch size, such as 4*s77.
+            if dim.dim_param:
                 dim.dim_param = dim.dim_param.replace(symbol, BATCH)
-    for thing in (graph, *graph.node, *graph.initializer, *proto.functions):
-        del thing.metadata_props[:]
-    for node in (n for function in proto.functions for n in function.node):
-        del node.metadata_props[:]
-    del proto.metadata_props[:]
+
+    annotated = [proto, graph, *graph.node, *graph.initializer, *proto.functions]
+    for function in proto.functions:
+        annotated.extend(function.node)
+    for message in annotated:
+        del message.metadata_props[:]
     proto.ir_version = min(proto.ir_version, MAX_IR_VERSION)
 
 
 def _whole_message(error: BaseException | None) -> str:
-    """Joins the messages of an error and of all its causes."""
+    """Joins the messages of an error and its causes: the cause names the operation."""
     parts = []
     while error:
         parts.append(str(error))
@@ -313,4 +332,5 @@ def _whole_message(error: BaseException | None) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

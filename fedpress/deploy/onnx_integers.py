@@ -1,56 +1,69 @@
-"""An exported graph takes the form in which onnxruntime finds its integer kernels, and holds codes in few bits."""
+"""Rewrites a quantized ONNX graph so that onnxruntime uses integer kernels and the file is small.
+
+In this file *codes* are the integers of a quantized weight, and a DequantizeLinear node turns codes
+and scales into the weight.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-SMALL = (("INT2", 2, 25), ("INT4", 4, 21))
-"""Types for codes of few bits: name, bits, and the first opset that has it."""
+SMALL_TYPES = (("INT2", 2, 25), ("INT4", 4, 21))
+"""ONNX types of fewer than 8 bits: name, bits, and the first opset that has it."""
 
-
-QUAD = 4  # bytes that one instruction multiplies and adds up
-NARROW = 63  # 2 * 255 * 63 < 2^15: two products of such codes with bytes add up in 16 bits
+# Integer kernels multiply and sum four 8-bit input channels with one instruction.
+CHANNELS_AT_ONCE = 4
+# The largest 7-bit code. 2 * 255 * 63 < 2^15: the sum of two products with a uint8 fits in int16.
+NARROW = 63
 
 
 def make_integer_(proto: Any, fewest_bits: int = 2) -> bool:
-    """Rewrites `proto` (an ONNX ModelProto with quantize and dequantize nodes) in place; its values stay the same.
+    """Rewrites an ONNX ModelProto with quantize and dequantize nodes in place.
 
-    The channels of images are filled up to four. Biases become int32 on the grid of the products, as the integer
-    kernels add them. Means over the whole image become GlobalAveragePool, for which there is a kernel; weights that are
-    turned for a matrix product are turned here. Weights that float arithmetic reads are written as a product, which
-    onnxruntime computes once when it loads the file; a dequantized constant it would make anew on each run. Codes that
-    fit are stored as INT4 or INT2 behind a Cast, which it computes once too: so 4-bit and ternary weights make the file
-    small and still run on 8-bit kernels.
+    The values that it computes stay the same. The steps:
+
+    - Images with fewer than four channels are padded to four.
+    - Biases become int32 with scale (input scale * weight scale), as integer kernels add them.
+    - Means over the whole image become GlobalAveragePool, for which there is an integer kernel.
+    - Weights that are transposed for a matrix product are transposed here.
+    - Weights that float operations read are written as a product of codes and scales, which
+      onnxruntime computes once when it loads the file. It would repeat a DequantizeLinear on
+      every run.
+    - Codes that fit are stored as INT4 or INT2 behind a Cast, which is computed once too. So 4-bit
+      and ternary weights make the file small and still run on 8-bit kernels.
 
     Args:
         proto: the model.
-        fewest_bits: 4 for a reader that does not know INT2.
+        fewest_bits: 4 for a reader that does not know INT2, else 2.
 
     Returns:
-        Whether integer kernels read weights beyond 7 bits, which processors that add products in 16 bits get wrong.
+        Whether integer kernels read weights of more than 7 bits, with which processors that sum
+        products in 16 bits overflow.
     """
     graph = _Graph(proto.graph)
     _pool_means_(graph)
     _transpose_codes_(graph)
-    _round_biases_(graph)
-    _fill_input_channels_(graph)
-    wide = _multiply_out_(graph)
-    _part_shared_codes_(graph)
+    _quantize_biases_(graph)
+    _pad_input_channels_(graph)
+    wide = _rewrite_weights_(graph)
+    # Only now is it known which weights have zero points, which must be copied with the codes.
+    _copy_shared_codes_(graph)
     _keep_float_weights_(graph)
+    # Last, since the other steps read the codes as int8.
     bits, opset = _shrink_codes_(graph, fewest_bits)
     graph.write_()
     if bits:
         proto.opset_import[0].version = max(proto.opset_import[0].version, opset)
+        # The first file version of the types: 10 for INT4, 13 for INT2.
         proto.ir_version = max(proto.ir_version, 13 if opset >= 25 else 10)
     return wide
 
 
 class _Graph:
-    """The nodes and constants of a graph, with who makes and who reads each value."""
+    """The nodes and constants of an ONNX graph, with the producer and readers of each value."""
 
     def __init__(self, proto: Any) -> None:
         import onnx
@@ -63,46 +76,56 @@ class _Graph:
         self.reads = Counter(name for n in self.nodes for name in n.input)
         self.reads.update(value.name for value in proto.output)
 
-    def readers(self, name: str) -> Iterator[Any]:
-        return (n for n in self.nodes if name in n.input)
+    def readers(self, name: str) -> list[Any]:
+        return [n for n in self.nodes if name in n.input]
 
     def made_by(self, name: str, op: str) -> Any | None:
+        """Returns the node that computes a value if it is of type `op`, else None."""
         node = self.makers.get(name)
         return node if node is not None and node.op_type == op else None
 
     def of_type(self, *ops: str) -> list[Any]:
-        """The nodes of some types as they are now: what is put in meanwhile is not among them."""
+        """Returns the nodes of some types in a new list: callers change the graph as they loop."""
         return [n for n in self.nodes if n.op_type in ops]
 
     def dequantized(self, name: str) -> Any | None:
         return self.made_by(name, "DequantizeLinear")
 
     def array(self, name: str) -> np.ndarray | None:
-        return (
-            self.onnx.numpy_helper.to_array(self.constants[name])
-            if name in self.constants
-            else None
-        )
+        """Returns a constant by name; None if the value is computed."""
+        if name not in self.constants:
+            return None
+        found: np.ndarray = self.onnx.numpy_helper.to_array(self.constants[name])
+        return found
 
     def add(self, name: str, value: np.ndarray) -> str:
+        """Adds a constant; returns its name."""
         self.constants[name] = self.onnx.numpy_helper.from_array(value, name)
         return name
 
     def node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> Any:
         return self.onnx.helper.make_node(op, inputs, [output], **attributes)
 
-    def put(self, old: Any, new: list[Any]) -> None:
-        """Puts nodes in the place of one."""
-        at = next(i for i, n in enumerate(self.nodes) if n is old)
+    def replace_(self, old: Any, new: list[Any]) -> None:
+        """Replaces one node by several."""
+        at = self.position(old)
         self.nodes[at : at + 1] = new
-        self.makers.update({name: n for n in new for name in n.output})
+        for node in new:
+            self.makers.update(dict.fromkeys(node.output, node))
+
+    def position(self, node: Any) -> int:
+        # By identity: two nodes of equal fields compare equal.
+        return next(i for i, n in enumerate(self.nodes) if n is node)
 
     def write_(self) -> None:
-        read = {name for n in self.nodes for name in n.input} | {v.name for v in self.proto.output}
-        del self.proto.node[:], self.proto.initializer[:]
+        """Writes nodes and constants back into the message, without constants that nobody reads."""
+        read = {value.name for value in self.proto.output}
         for node in self.nodes:
+            read.update(node.input)
             node.name = ""
-        del self.proto.value_info[:]  # shapes that the runtime infers
+        del self.proto.node[:], self.proto.initializer[:]
+        # The noted shapes may have changed; the runtime infers them.
+        del self.proto.value_info[:]
         self.proto.node.extend(self.nodes)
         self.proto.initializer.extend(t for name, t in self.constants.items() if name in read)
 
@@ -112,41 +135,49 @@ def _attribute(node: Any, name: str, default: int) -> int:
 
 
 def _pool_means_(graph: _Graph) -> None:
-    """Dequantize -> ReduceMean over all places -> quantize becomes dequantize -> GlobalAveragePool -> quantize."""
-    for mean in [n for n in graph.of_type("ReduceMean") if len(n.input) == 2]:
-        axes = graph.array(mean.input[1])
-        readers = [*graph.readers(mean.output[0])]
-        rounded = (
-            readers[0] if len(readers) == 1 and readers[0].op_type == "QuantizeLinear" else None
-        )
-        known = axes is not None and sorted(axes.tolist()) in ([2, 3], [-2, -1])
-        if rounded is None or not known or graph.dequantized(mean.input[0]) is None:
+    """Replaces a ReduceMean over height and width between dequantize and quantize by pooling."""
+    for mean in graph.of_type("ReduceMean"):
+        if not _is_quantized_spatial_mean(graph, mean):
             continue
-        if axes is not None and min(axes.tolist()) < 0 and not _attribute(mean, "keepdims", 1):
-            continue
-        out, codes = mean.output[0], rounded.output[0]
-        graph.put(mean, [graph.node("GlobalAveragePool", [mean.input[0]], out)])
-        if not _attribute(
-            mean, "keepdims", 1
-        ):  # the codes are flattened: between pool and rounding it would hinder
-            wide = graph.node("QuantizeLinear", [out, *rounded.input[1:]], codes + "_wide")
-            graph.put(rounded, [wide, graph.node("Flatten", [codes + "_wide"], codes)])
+        (quantize,) = graph.readers(mean.output[0])
+        out, codes = mean.output[0], quantize.output[0]
+        graph.replace_(mean, [graph.node("GlobalAveragePool", [mean.input[0]], out)])
+        # The pool keeps both dimensions. A Flatten between pool and quantize would prevent the
+        # integer kernel, so it follows the quantize.
+        if not _attribute(mean, "keepdims", 1):
+            wide = graph.node("QuantizeLinear", [out, *quantize.input[1:]], codes + "_wide")
+            graph.replace_(quantize, [wide, graph.node("Flatten", [codes + "_wide"], codes)])
 
 
-def _part_shared_codes_(graph: _Graph) -> None:
-    """Gives each reader of 8-bit weights codes of its own where layers share them.
+def _is_quantized_spatial_mean(graph: _Graph, mean: Any) -> bool:
+    """Whether a ReduceMean is over height and width, of dequantized values, and only quantized."""
+    axes = graph.array(mean.input[1]) if len(mean.input) == 2 else None
+    if axes is None or graph.dequantized(mean.input[0]) is None:
+        return False
+    readers = graph.readers(mean.output[0])
+    if len(readers) != 1 or readers[0].op_type != "QuantizeLinear":
+        return False
+    found = sorted(axes.tolist())
+    if found == [-2, -1]:
+        return bool(_attribute(mean, "keepdims", 1))
+    return found == [2, 3]
 
-    On processors without VNNI onnxruntime 1.32 moves such codes from int8 to uint8, once for each
-    reader, and refuses to load the file when it meets the same ones again.
+
+def _copy_shared_codes_(graph: _Graph) -> None:
+    """Copies 8-bit codes that several layers share, so that each layer reads its own.
+
+    On processors without VNNI onnxruntime 1.32 converts such codes from int8 to uint8, once for
+    each reader, and refuses to load the file when it meets the same codes again.
     """
     for made in graph.of_type("DequantizeLinear"):
         codes = graph.array(made.input[0])
         if codes is None or codes.dtype != np.int8 or not _is_wide(codes):
             continue
-        for number, reader in enumerate([*graph.readers(made.output[0])][1:], start=2):
-            codes_name, scale_name, *zeros_name = made.input
+        for number, reader in enumerate(graph.readers(made.output[0])[1:], start=2):
+            codes_name, scale_name, *zero_points = made.input
             inputs = [graph.add(f"{codes_name}_{number}", codes), scale_name]
-            for name in zeros_name:  # moved too
+            # Zero points are converted together with the codes.
+            for name in zero_points:
                 zeros = graph.array(name)
                 assert zeros is not None, "zero points of weights are constants"
                 inputs.append(graph.add(f"{name}_{number}", zeros))
@@ -155,135 +186,146 @@ def _part_shared_codes_(graph: _Graph) -> None:
             for at, name in enumerate(reader.input):
                 if name == made.output[0]:
                     reader.input[at] = own.output[0]
-            graph.put(made, [made, own])
+            graph.replace_(made, [made, own])
 
 
 def _transpose_codes_(graph: _Graph) -> None:
-    """Turns codes: dequantize -> Transpose of a weight [out, in] becomes dequantize of the codes [in, out]."""
-    for turn in graph.of_type("Transpose"):
-        made = graph.dequantized(turn.input[0])
-        codes = graph.array(made.input[0]) if made is not None else None
-        if (
-            made is None
-            or codes is None
-            or codes.ndim != 2
-            or _is_blocked(made)
-            or graph.reads[made.input[0]] > 1
-        ):
+    """Transposes codes [out, in] in place of the dequantized weight that a Transpose reads."""
+    for transpose in graph.of_type("Transpose"):
+        made = graph.dequantized(transpose.input[0])
+        if made is None or _is_blocked(made) or graph.reads[made.input[0]] > 1:
             continue
-        held = graph.add(f"{made.input[0]}_turned", np.ascontiguousarray(codes.T))
+        codes = graph.array(made.input[0])
+        if codes is None or codes.ndim != 2:
+            continue
+        stored = graph.add(f"{made.input[0]}_turned", np.ascontiguousarray(codes.T))
         axis = 1 - _attribute(made, "axis", 1)
-        graph.put(
-            turn,
-            [graph.node("DequantizeLinear", [held, *made.input[1:]], turn.output[0], axis=axis)],
-        )
+        inputs = [stored, *made.input[1:]]
+        weight = graph.node("DequantizeLinear", inputs, transpose.output[0], axis=axis)
+        graph.replace_(transpose, [weight])
         graph.nodes.remove(made)
 
 
-def _round_biases_(graph: _Graph) -> None:
-    """The float bias of a Gemm becomes int32; of a Conv onnxruntime does that itself."""
-    for gemm in [n for n in graph.of_type("Gemm") if len(n.input) == 3]:
+def _quantize_biases_(graph: _Graph) -> None:
+    """Quantizes the float bias of each Gemm to int32; onnxruntime does so itself for a Conv."""
+    for gemm in graph.of_type("Gemm"):
+        if len(gemm.input) != 3:
+            continue
         x, w = (graph.dequantized(name) for name in gemm.input[:2])
         bias = graph.array(gemm.input[2])
         if x is None or w is None or bias is None or _is_blocked(w):
             continue
-        steps = [graph.array(n.input[1]) for n in (x, w)]
-        if steps[0] is None or steps[1] is None:
+        input_scale, weight_scales = graph.array(x.input[1]), graph.array(w.input[1])
+        if input_scale is None or weight_scales is None:
             continue
-        scale = np.broadcast_to((steps[0] * steps[1]).astype(np.float32), bias.shape).copy()
-        codes = np.round(bias.astype(np.float64) / scale)
+        scales = (input_scale * weight_scales).astype(np.float32)
+        scales = np.broadcast_to(scales, bias.shape).copy()
+        codes = np.round(bias.astype(np.float64) / scales)
+        # A bias beyond int32 stays float, and so does the whole Gemm.
         if np.abs(codes).max(initial=0) >= 2**31:
             continue
         name = gemm.input[2]
-        held, step = (
-            graph.add(f"{name}_codes", codes.astype(np.int32)),
-            graph.add(f"{name}_scale", scale),
-        )
-        made = graph.node("DequantizeLinear", [held, step], f"{name}_{gemm.output[0]}", axis=0)
+        stored = graph.add(f"{name}_codes", codes.astype(np.int32))
+        steps = graph.add(f"{name}_scale", scales)
+        made = graph.node("DequantizeLinear", [stored, steps], f"{name}_{gemm.output[0]}", axis=0)
         gemm.input[2] = made.output[0]
-        graph.put(gemm, [made, gemm])
+        graph.replace_(gemm, [made, gemm])
 
 
-def _fill_input_channels_(graph: _Graph) -> None:
-    """Gives the first convolution four input channels where it has one to three, as images do: the new ones are 0.
+def _pad_input_channels_(graph: _Graph) -> None:
+    """Pads the input of the first convolution with zeros from one to three channels to four.
 
-    onnxruntime's kernels multiply four bytes at once, and copy every patch where the channels do not come in fours:
-    the first layer of a ResNet-18 takes 38 us, and filled up 22 us and 3 us for the filling (AVX-512 with VNNI).
+    onnxruntime's kernels multiply four bytes at once, and copy every patch if the number of
+    channels is no multiple of four. The first layer of a ResNet-18 takes 38 us; padded it takes
+    22 us, and the padding 3 us (AVX-512 with VNNI).
     """
     for conv in graph.of_type("Conv"):
         codes = _codes_on_an_image(graph, conv)
-        if codes is None or not 1 <= codes.shape[1] < QUAD:
+        if codes is None or not 1 <= codes.shape[1] < CHANNELS_AT_ONCE:
             continue
         x, w = (graph.makers[name] for name in conv.input[:2])
-        more = QUAD - codes.shape[1]
-        wide = np.pad(codes, [(0, 0), (0, more), (0, 0), (0, 0)])
-        w.input[0] = graph.add(f"{w.input[0]}_filled", np.ascontiguousarray(wide))
+        more = CHANNELS_AT_ONCE - codes.shape[1]
+        padded_codes = np.pad(codes, [(0, 0), (0, more), (0, 0), (0, 0)])
+        w.input[0] = graph.add(f"{w.input[0]}_filled", np.ascontiguousarray(padded_codes))
+        # Numbers to add before and after each dimension; the pad value is the zero point.
         sizes = graph.add(f"{x.input[0]}_sizes", np.array([0, 0, 0, 0, 0, more, 0, 0], np.int64))
-        filled = f"{x.input[0]}_filled"
-        at = next(i for i, n in enumerate(graph.nodes) if n is x)
-        graph.nodes.insert(at, graph.node("Pad", [x.input[0], sizes, x.input[2]], filled))
-        x.input[0] = filled
+        padded = f"{x.input[0]}_filled"
+        pad = graph.node("Pad", [x.input[0], sizes, x.input[2]], padded)
+        graph.nodes.insert(graph.position(x), pad)
+        x.input[0] = padded
 
 
 def _codes_on_an_image(graph: _Graph, conv: Any) -> np.ndarray | None:
-    """Returns the codes [out, in, height, width] of a convolution that alone reads a rounded input of the graph."""
+    """Returns the codes [out, in, height, width] of a convolution of a quantized graph input.
+
+    None if it is another convolution, or if something else reads that input or these codes.
+    """
     x, w = (graph.dequantized(name) for name in conv.input[:2])
     if x is None or w is None or _is_blocked(w) or _attribute(conv, "group", 1) != 1:
         return None
     if graph.reads[x.output[0]] > 1 or graph.reads[w.output[0]] > 1:
         return None
-    rounded = graph.made_by(x.input[0], "QuantizeLinear")
-    if rounded is None or rounded.input[0] not in graph.inputs:
+    quantize = graph.made_by(x.input[0], "QuantizeLinear")
+    if quantize is None or quantize.input[0] not in graph.inputs:
         return None
     codes = graph.array(w.input[0])
     return codes if codes is not None and codes.ndim == 4 else None
 
 
 def _is_blocked(node: Any) -> bool:
+    """Whether a DequantizeLinear has several scales per output channel."""
     return _attribute(node, "block_size", 0) > 0
 
 
 def _is_wide(codes: np.ndarray) -> bool:
-    """Whether int8 codes go beyond 7 bits, so that products of them may overflow 16 bits."""
+    """Whether int8 codes need more than 7 bits, so that two products may overflow int16."""
+    # As int16, since the absolute value of -128 does not fit in int8.
     return bool(np.abs(codes.astype(np.int16)).max(initial=0) > NARROW)
 
 
-def _multiply_out_(graph: _Graph) -> bool:
-    """The weight of a layer whose input is float: Cast, Mul; of the others, says whether one is wide."""
-    wide = False
+def _rewrite_weights_(graph: _Graph) -> bool:
+    """Writes the weights of float layers as products, and drops or adds zero points of the others.
+
+    Returns:
+        Whether an integer layer reads codes of more than 7 bits.
+    """
+    any_wide = False
     for made in graph.of_type("DequantizeLinear"):
         codes, scales = (graph.array(name) for name in made.input[:2])
         if codes is None or scales is None or codes.dtype != np.int8:
             continue
         readers = graph.readers(made.output[0])
         layers = [n for n in readers if n.op_type in ("Conv", "Gemm", "MatMul")]
-        integer = any(graph.dequantized(n.input[0]) for n in layers)
-        if _is_blocked(made) or not integer:
-            graph.put(made, _product(graph, made, codes, scales))
+        on_integers = any(graph.dequantized(n.input[0]) for n in layers)
+        if _is_blocked(made) or not on_integers:
+            graph.replace_(made, _product(graph, made, codes, scales))
             continue
-        del made.input[2:]  # zero points of zeros
-        far = _is_wide(codes)
-        if far or any(n.op_type != "Conv" for n in layers):
-            # onnxruntime's way round the overflow, and its QGemm, need zero points, of each weight its own.
+        # Zero points are all 0, and optional.
+        del made.input[2:]
+        wide = _is_wide(codes)
+        if wide or any(n.op_type != "Conv" for n in layers):
+            # But onnxruntime's protection against overflow, and its QGemm, expect zero points, and
+            # for each weight a constant of its own.
             made.input.append(graph.add(f"{made.input[0]}_0", np.zeros(scales.shape, np.int8)))
-        wide |= far
-    return wide
+        any_wide |= wide
+    return any_wide
 
 
 def _product(graph: _Graph, made: Any, codes: np.ndarray, scales: np.ndarray) -> list[Any]:
-    """Returns the nodes that compute a dequantized weight as a product: Cast, Mul and, of groups, Reshape."""
+    """Returns nodes that compute a weight from codes and scales: Cast, Mul, for groups Reshape."""
     name, block = made.output[0], _attribute(made, "block_size", 0)
     if block:
         steps = graph.add(f"{name}_step", scales[:, :, None])
         codes = codes.reshape([len(codes), -1, block])
     else:
         axis = _attribute(made, "axis", 1)
-        shape = [-1 if i == axis else 1 for i in range(codes.ndim)]
+        shape = [1] * codes.ndim
+        shape[axis] = -1
         steps = graph.add(f"{name}_step", scales.reshape(shape))
-    held = graph.add(made.input[0], np.ascontiguousarray(codes))
+    stored = graph.add(made.input[0], np.ascontiguousarray(codes))
     product = f"{name}_grouped" if block else name
     nodes = [
-        graph.node("Cast", [held], f"{name}_float", to=graph.onnx.TensorProto.FLOAT),
+        graph.node("Cast", [stored], f"{name}_float", to=graph.onnx.TensorProto.FLOAT),
         graph.node("Mul", [f"{name}_float", steps], product),
     ]
     if block:
@@ -293,51 +335,59 @@ def _product(graph: _Graph, made: Any, codes: np.ndarray, scales: np.ndarray) ->
 
 
 def _keep_float_weights_(graph: _Graph) -> None:
-    """Dequantizes the inputs of layers with float weights by one number for each channel, all of them the same.
+    """Dequantizes the inputs of layers with float weights by equal scales for each channel.
 
-    Behind a dequantization by one number for the whole tensor onnxruntime takes a layer for an integer one, and rounds
-    its float weights to bytes of one scale (its `WeightBiasQuantization`): those of transposed convolutions, groups and
-    codebooks would be others than in the model.
+    If there were one scale for the whole tensor, onnxruntime would take the layer for an integer
+    one and quantize its float weights to 8 bits with a single scale (its `WeightBiasQuantization`).
+    Weights of transposed convolutions, in groups or in codebooks would then differ from the
+    model's.
     """
-    sizes = {v.name: v.type.tensor_type.shape.dim for v in graph.proto.value_info}
+    shapes = {v.name: v.type.tensor_type.shape.dim for v in graph.proto.value_info}
     for layer in graph.of_type("Conv", "ConvTranspose", "Gemm"):
         made = graph.dequantized(layer.input[0])
         if made is None or graph.dequantized(layer.input[1]) is not None:
             continue
-        step, zero = (graph.array(name) for name in made.input[1:3])
-        if step is None or zero is None or step.size > 1:
+        scale, zero_point = (graph.array(name) for name in made.input[1:3])
+        if scale is None or zero_point is None or scale.size > 1:
             continue
-        channels = sizes[made.output[0]][1].dim_value
-        parts = [
-            graph.add(f"{name}_{channels}", np.full(channels, value.reshape(-1)[0], value.dtype))
-            for name, value in zip(made.input[1:3], (step, zero), strict=True)
-        ]
         name = f"{made.output[0]}_channels"
-        if name not in graph.makers:
-            graph.put(
-                made, [made, graph.node("DequantizeLinear", [made.input[0], *parts], name, axis=1)]
-            )
         layer.input[0] = name
+        # Another layer that reads the same value may have added the node already.
+        if name in graph.makers:
+            continue
+        channels = shapes[made.output[0]][1].dim_value
+        inputs = [made.input[0]]
+        for constant, value in zip(made.input[1:3], (scale, zero_point), strict=True):
+            repeated = np.full(channels, value.reshape(-1)[0], value.dtype)
+            inputs.append(graph.add(f"{constant}_{channels}", repeated))
+        graph.replace_(made, [made, graph.node("DequantizeLinear", inputs, name, axis=1)])
 
 
 def _shrink_codes_(graph: _Graph, fewest: int) -> tuple[int, int]:
-    """Stores int8 codes that fit in 2 or 4 bits so; returns the fewest bits and the opset that all need, or zeros."""
+    """Stores int8 codes in 2 or 4 bits where they fit.
+
+    Returns:
+        The fewest bits in use, and the opset that the file then needs; zeros if nothing changed.
+    """
     used: list[tuple[int, int]] = []
     casts = []
-    kinds = [row for row in SMALL if row[1] >= fewest]
+    types = [row for row in SMALL_TYPES if row[1] >= fewest]
     read = {n.input[0] for n in graph.of_type("DequantizeLinear", "Cast")}
     for name, tensor in [*graph.constants.items()]:
         if tensor.data_type != graph.onnx.TensorProto.INT8 or name not in read:
             continue
         codes = graph.onnx.numpy_helper.to_array(tensor)
-        fits = [row for row in kinds if _fits(codes, row[1])]
-        if not fits or codes.size < 16:
+        fitting = [row for row in types if _fits(codes, row[1])]
+        # For a few codes the Cast takes more bytes than it saves.
+        if not fitting or codes.size < 16:
             continue
-        kind, bits, opset = fits[0]
+        kind, bits, opset = fitting[0]
         small = graph.onnx.TensorProto(
-            name=f"{name}_int{bits}", dims=tensor.dims, data_type=getattr(graph.onnx.TensorProto, kind),
-            raw_data=packed(codes, bits),
-        )  # fmt: skip
+            name=f"{name}_int{bits}",
+            dims=tensor.dims,
+            data_type=getattr(graph.onnx.TensorProto, kind),
+            raw_data=pack_bits(codes, bits),
+        )
         del graph.constants[name]
         graph.constants[small.name] = small
         casts.append(graph.node("Cast", [small.name], name, to=graph.onnx.TensorProto.INT8))
@@ -349,21 +399,21 @@ def _shrink_codes_(graph: _Graph, fewest: int) -> tuple[int, int]:
 
 
 def _fits(codes: np.ndarray, bits: int) -> bool:
-    """Whether whole numbers lie within -2^(bits - 1) and 2^(bits - 1) - 1."""
+    """Whether integers lie within -2^(bits - 1) and 2^(bits - 1) - 1."""
     low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
     limit = 1 << (bits - 1)
     return -limit <= low and high < limit
 
 
-def packed(codes: np.ndarray, bits: int) -> bytes:
-    """Packs whole numbers into `bits` (2 or 4) each, the first in the lowest bits, as ONNX does.
+def pack_bits(codes: np.ndarray, bits: int) -> bytes:
+    """Packs integers into `bits` (2 or 4) each, the first in the lowest bits, as ONNX does.
 
-    >>> packed(np.array([1, -1, 0], np.int8), 4).hex()
+    >>> pack_bits(np.array([1, -1, 0], np.int8), 4).hex()
     'f100'
     """
-    each = 8 // bits
+    per_byte = 8 // bits
     flat = codes.reshape(-1).astype(np.int8).view(np.uint8) & (2**bits - 1)
-    flat = np.pad(flat, (0, -len(flat) % each)).reshape(-1, each)
-    shifts = np.arange(each, dtype=np.uint8) * np.uint8(bits)
+    flat = np.pad(flat, (0, -len(flat) % per_byte)).reshape(-1, per_byte)
+    shifts = np.arange(per_byte, dtype=np.uint8) * np.uint8(bits)
     joined: np.ndarray = np.bitwise_or.reduce(flat << shifts, axis=1)
     return joined.astype(np.uint8).tobytes()

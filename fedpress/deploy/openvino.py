@@ -1,4 +1,4 @@
-"""OpenVINO: the ONNX file becomes OpenVINO's own two files, for Intel processors of computers and gateways."""
+"""OpenVINO: exports a model as graph and weights for Intel processors, and runs it here."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from torch import nn
 
 from fedpress.deploy.artifact import Artifact, Job, write
 from fedpress.deploy.capture import BATCH, require, silence
-from fedpress.deploy.device import said
+from fedpress.deploy.device import first_line
 from fedpress.deploy.examples import Structure
 from fedpress.deploy.onnx import OUTPUTS, WIDE, make_onnx
-from fedpress.deploy.processor import settings
-from fedpress.deploy.session import Port, Session
+from fedpress.deploy.processor import options_for
+from fedpress.deploy.session import FileInput, Session
 from fedpress.errors import ExportError
 
 INSTALL = "'fedpress[openvino]'"
-FEWEST_BITS = 4  # its reader of ONNX files does not know INT2
+# OpenVINO's reader of ONNX files does not know INT2.
+FEWEST_BITS = 4
 OVERFLOW = (
     "overflow on x86 without VNNI, where they are computed in float; "
     "quantize to 7 bits (WeightQuantization(bits=7))"
@@ -29,12 +30,14 @@ OVERFLOW = (
 
 
 def export_openvino(model: nn.Module, path: str | Path, job: Job) -> Artifact:
-    """Writes `model` as OpenVINO's graph `path` (.xml) and the weights beside it (.bin), both of which a device needs.
+    """Writes `model` as OpenVINO's graph `path` (.xml) and weights beside it (.bin).
 
-    They are made of the ONNX file and say the same; batches of any size can be run. Weights that are rounded here get
-    7 bits: OpenVINO adds products of bytes in 16 bits on x86 processors without VNNI, which overflows silently with 8
-    (the pruned ResNet-18 fell from 93.1% to 86.7%), and it is no quicker with 8. Weights that came with 8 bits keep
-    them; that they need care stands in `left`, and `open_openvino` computes with them in float where they overflow.
+    A device needs both files, which are converted from the ONNX file; they take batches of any
+    size. Float weights are quantized to 7 bits: on x86 processors without VNNI OpenVINO sums 8-bit
+    products in 16 bits, which overflows silently with 8-bit weights (the accuracy of the pruned
+    ResNet-18 fell from 93.1% to 86.7%), and 8 bits are no faster. Weights that the model already
+    holds in 8 bits keep them. `left_float` says so, and `open_openvino` computes with them in float
+    on processors where they would overflow.
 
     Raises:
         ExportError: if the model cannot be exported, or if a file cannot be written.
@@ -43,35 +46,39 @@ def export_openvino(model: nn.Module, path: str | Path, job: Job) -> Artifact:
     path = Path(path)
     made = make_onnx(model, replace(job, weight_bits=7), fewest_bits=FEWEST_BITS)
     with tempfile.TemporaryDirectory() as folder:
-        source, graph, weights = (
-            Path(folder) / f"model.{suffix}" for suffix in ("onnx", "xml", "bin")
-        )
+        source = Path(folder) / "model.onnx"
+        graph = Path(folder) / "model.xml"
+        weights = Path(folder) / "model.bin"
         source.write_bytes(made.proto.SerializeToString())
         try:
             with silence():
                 found = openvino.Core().read_model(str(source))
-                for name, value in made.words.items():
+                for name, value in made.metadata.items():
                     found.set_rt_info(value, ["fedpress", name])
+                # Float weights in fp16, its default, would be others than the model's.
                 openvino.save_model(found, str(graph), compress_to_fp16=False)
-        except Exception as error:  # OpenVINO raises RuntimeError and its own
+        # OpenVINO raises RuntimeError and types of its own.
+        except Exception as error:
             raise ExportError(
-                f"OpenVINO cannot convert the model: {said(error)}",
+                f"OpenVINO cannot convert the model: {first_line(error)}",
                 place="model",
                 cure="export it as onnx",
             ) from error
         write(path.with_suffix(".bin"), weights.read_bytes())
         write(path, graph.read_bytes())
     size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
-    wide = {"weights of 8 bits": OVERFLOW} if job.batches and WIDE in made.words else {}
-    return Artifact(path, size, made.words, made.left | wide, made.program, made.rounds)
+    left_float = dict(made.left_float)
+    if job.batches and WIDE in made.metadata:
+        left_float["weights of 8 bits"] = OVERFLOW
+    return Artifact(path, size, made.metadata, left_float, made.program, made.rounds)
 
 
 def open_openvino(path: str | Path, threads: int = 0) -> Session:
-    """Loads a graph (.xml or .onnx) into OpenVINO, told what it needs on this processor.
+    """Loads a graph (.xml or .onnx) into OpenVINO, with the options that this processor needs.
 
     Args:
         path: the file; the weights lie beside it.
-        threads: how many it computes on; 0 lets OpenVINO choose.
+        threads: how many to compute on; 0: OpenVINO chooses.
 
     Raises:
         ExportError: if the file cannot be loaded; the session, if it cannot be run.
@@ -80,46 +87,52 @@ def open_openvino(path: str | Path, threads: int = 0) -> Session:
     core = openvino.Core()
     try:
         model = core.read_model(str(path))
-        told = settings("OpenVINO", wide=model.has_rt_info(["fedpress", WIDE]))
+        needed = options_for("OpenVINO", wide=model.has_rt_info(["fedpress", WIDE]))
         structure: Structure = None
         if model.has_rt_info(["fedpress", OUTPUTS]):
             structure = json.loads(model.get_rt_info(["fedpress", OUTPUTS]).astype(str))
-        inputs = tuple(_port(i) for i in model.inputs)
+        inputs = tuple(_file_input(i) for i in model.inputs)
         outputs = tuple(o.get_any_name() for o in model.outputs)
     except Exception as error:
         raise ExportError(
-            f"OpenVINO cannot load {path}: {said(error)}", place="path", cure="export it again"
+            f"OpenVINO cannot load {path}: {first_line(error)}",
+            place="path",
+            cure="export it again",
         ) from error
-    how: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", **told}
+    options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", **needed}
     if threads:
-        how["INFERENCE_NUM_THREADS"] = threads
+        options["INFERENCE_NUM_THREADS"] = threads
     compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
 
     def compute(arrays: list[np.ndarray]) -> list[np.ndarray]:
         shapes = tuple(x.shape for x in arrays)
         try:
-            if shapes not in compiled:  # a graph of fixed sizes is the faster one
+            # A graph of fixed sizes is faster: it is compiled once for each batch size in use.
+            if shapes not in compiled:
                 fixed = model.clone()
-                fixed.reshape(
-                    {i.name: list(shape) for i, shape in zip(inputs, shapes, strict=True)}
-                )
-                compiled[shapes] = core.compile_model(fixed, "CPU", how).create_infer_request()
+                names = [i.name for i in inputs]
+                fixed.reshape(dict(zip(names, map(list, shapes), strict=True)))
+                program = core.compile_model(fixed, "CPU", options)
+                compiled[shapes] = program.create_infer_request()
             found = compiled[shapes].infer([*arrays])
             return [found[at] for at in range(len(outputs))]
         except Exception as error:
             given = ", ".join(str(list(shape)) for shape in shapes)
             wanted = ", ".join(str(i.get_partial_shape()) for i in model.inputs)
             raise ExportError(
-                f"OpenVINO cannot run {path} on {given}: {said(error)}",
+                f"OpenVINO cannot run {path} on {given}: {first_line(error)}",
                 place="path",
                 cure=f"the file takes {wanted}",
             ) from error
 
     if structure is None:
         structure = 0 if len(outputs) == 1 else list(range(len(outputs)))
-    return Session(str(path), "OpenVINO", inputs, outputs, compute, structure, threads, told)
+    return Session(str(path), "OpenVINO", inputs, outputs, compute, structure, threads, needed)
 
 
-def _port(given: Any) -> Port:
-    shape = tuple(d.get_length() if d.is_static else BATCH for d in given.get_partial_shape())
-    return Port(given.get_any_name(), shape, np.dtype(given.get_element_type().to_dtype()))
+def _file_input(port: Any) -> FileInput:
+    sizes: list[int | str] = []
+    for dim in port.get_partial_shape():
+        sizes.append(dim.get_length() if dim.is_static else BATCH)
+    dtype = np.dtype(port.get_element_type().to_dtype())
+    return FileInput(port.get_any_name(), tuple(sizes), dtype)

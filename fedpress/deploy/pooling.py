@@ -1,4 +1,4 @@
-"""Gradients of pooling, written with kernels that ExecuTorch 1.5 has right."""
+"""Rewrites the gradients of pooling with operations that ExecuTorch 1.5 computes correctly."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ aten = torch.ops.aten
 
 
 def rewrite_pooling_(graph: fx.GraphModule) -> None:
-    """Writes the gradients of pooling with kernels that ExecuTorch 1.5 has right.
+    """Replaces the gradient operations of max and average pooling in `graph`.
 
-    Its kernel of max pooling adds to memory that it does not clear: each value is scattered to where its maximum came
-    from. It has none of average pooling: without overlap, each value is spread over its window.
+    ExecuTorch's kernel for the gradient of max pooling adds to memory that it does not clear. Here
+    each gradient is scattered to the position of its maximum instead. For average pooling it has no
+    kernel: if the windows do not overlap, each gradient is spread over its window.
     """
     for node in list(graph.graph.nodes):
         if node.target is aten.max_pool2d_with_indices_backward.default:
             _replace_(graph, node, _scattered_to_maxima)
-        elif node.target is aten.avg_pool2d_backward.default and _covers(node):
+        elif node.target is aten.avg_pool2d_backward.default and _windows_tile(node):
             _replace_(graph, node, _spread_over_windows)
     graph.recompile()
 
 
-def _replace_(graph: fx.GraphModule, node: fx.Node, twin: Callable[..., Tensor]) -> None:
-    """Puts the operations of the function `twin` in the place of `node`."""
+def _replace_(graph: fx.GraphModule, node: fx.Node, function: Callable[..., Tensor]) -> None:
+    """Replaces `node` by the operations that `function` does on the same arguments."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    given = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
-    traced = make_fx(lambda *tensors: twin(*_fill(given, tensors)))(
-        *[v for v in given if isinstance(v, Tensor)]
-    )
-    inputs = iter([a for a in node.args if isinstance(a, fx.Node)])
+    sources = [a for a in node.args if isinstance(a, fx.Node)]
+    tensors = [source.meta["val"] for source in sources]
+    arguments = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
+    traced = make_fx(lambda *inner: function(*_with_tensors(arguments, inner)))(*tensors)
+
+    inputs = iter(sources)
     copied: dict[fx.Node, fx.Node] = {}
     with graph.graph.inserting_before(node):
         for inner in traced.graph.nodes:
@@ -46,37 +48,36 @@ def _replace_(graph: fx.GraphModule, node: fx.Node, twin: Callable[..., Tensor])
     graph.graph.erase_node(node)
 
 
-def _fill(values: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
-    """Puts `tensors` in the places of the tensors among `values`."""
-    given = iter(tensors)
-    return [next(given) if isinstance(v, Tensor) else v for v in values]
+def _with_tensors(values: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+    """Replaces the tensors among `values` by `tensors`, in order."""
+    remaining = iter(tensors)
+    return [next(remaining) if isinstance(v, Tensor) else v for v in values]
 
 
 def _scattered_to_maxima(gradient: Tensor, x: Tensor, *others: Any) -> Tensor:
+    """Gradient of max pooling for input x [n, c, h, w]; the last argument are the positions."""
     planes = x.shape[:2]
+    positions = others[-1].reshape(*planes, -1)
     zeros = torch.zeros(*planes, x.shape[2] * x.shape[3])
-    return zeros.scatter_add(
-        2, others[-1].reshape(*planes, -1), gradient.reshape(*planes, -1)
-    ).reshape(x.shape)
+    # Overlapping windows may share a maximum: their gradients add up.
+    scattered = zeros.scatter_add(2, positions, gradient.reshape(*planes, -1))
+    return scattered.reshape(x.shape)
 
 
-def _covers(node: fx.Node) -> bool:
-    """Whether windows of an average lie side by side and leave nothing out."""
+def _windows_tile(node: fx.Node) -> bool:
+    """Whether the windows of an average pooling tile the image: no overlap, gap or padding."""
     arguments: list[Any] = list(node.args)
-    _, x, size, *others = arguments
-    stride, padding = others[0] or size, others[1]
-    inside = x.meta["val"].shape[2:]
-    fits = all(length % step == 0 for length, step in zip(inside, size, strict=False))
-    return (
-        len(size) == 2
-        and list(stride) == list(size)
-        and not any(padding)
-        and fits
-        and others[4] is None
-    )
+    _, x, size, stride, padding, _, _, divisor = arguments
+    if len(size) != 2 or divisor is not None or any(padding):
+        return False
+    if list(stride or size) != list(size):
+        return False
+    height, width = x.meta["val"].shape[2:]
+    return bool(height % size[0] == 0 and width % size[1] == 0)
 
 
 def _spread_over_windows(gradient: Tensor, x: Tensor, size: Sequence[int], *_: Any) -> Tensor:
+    """Gradient of average pooling for input x [n, c, h, w] and windows of `size`."""
     n, c, h, w = gradient.shape
     windows = (gradient / (size[0] * size[1])).reshape(n, c, h, 1, w, 1)
     return windows.expand(n, c, h, size[0], w, size[1]).reshape(x.shape)

@@ -1,7 +1,7 @@
-"""What a runtime must be told on this processor, a table: asked at start, recorded beside every latency and parity.
+"""The table of runtime options that some processors need, and the features of this processor.
 
-To add a setting: one row of `SETTINGS`. `open_file` passes the rows that apply to the runtime; the export and measure
-stages write them down with the processor's name.
+To add an option: one row of `OPTIONS`. `open_file` passes those that apply to the runtime; the
+export and measure stages record them, with the processor's name, beside every latency and parity.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ FEATURES = {
     "i8mm": ("i8mm", "i8mm"),
     "bf16": ("bf16", "bf16"),
 }
+# Instructions that sum products of 8-bit numbers in 32 bits.
 VNNI = {"avx_vnni", "avx512_vnni", "amx_int8"}
 
 
@@ -38,9 +39,9 @@ class Processor:
     """The processor that runs this process.
 
     Attributes:
-        machine: kind of instructions, such as "x86_64" or "arm64".
-        name: as its maker calls it.
-        cores: how many this machine has.
+        machine: instruction set, such as "x86_64" or "arm64".
+        name: its maker's name for it.
+        cores: number of cores of this machine.
         features: those of `FEATURES` that it has.
 
     >>> Processor("x86_64", "an old one", 4, ("avx2",)).overflows
@@ -54,26 +55,26 @@ class Processor:
 
     @property
     def is_x86(self) -> bool:
-        """Whether it runs x86 instructions of 64 bits."""
+        """Whether it has the 64-bit x86 instruction set."""
         return self.machine.lower() in ("x86_64", "amd64")
 
     @property
     def overflows(self) -> bool:
-        """Whether two products of bytes are added in 16 bits: x86 without VNNI (`vpmaddubsw`)."""
+        """Whether it sums two 8-bit products in 16 bits (`vpmaddubsw`): x86 without VNNI."""
         return self.is_x86 and not VNNI & set(self.features)
 
 
 @dataclass(frozen=True)
-class Setting:
+class RuntimeOption:
     """One option of a runtime.
 
     Attributes:
-        runtime: as `deploy.FORMATS` calls it.
+        runtime: its name in `deploy.FORMATS`.
         option: its name in the runtime.
-        value: what it is set to.
-        applies: whether it is needed, by the processor and by whether the file holds weights of 8 bits that integer
-            kernels read.
-        why: one sentence for people.
+        value: its value there.
+        applies: whether it is needed, given the processor and whether integer kernels of the file
+            read weights of more than 7 bits.
+        why: the reason, in one sentence.
     """
 
     runtime: str
@@ -83,58 +84,71 @@ class Setting:
     why: str
 
 
-SETTINGS: tuple[Setting, ...] = (
-    Setting(
-        "onnxruntime", "session.x64quantprecision", "1",
+OPTIONS: tuple[RuntimeOption, ...] = (
+    RuntimeOption(
+        "onnxruntime",
+        "session.x64quantprecision",
+        "1",
         lambda processor, wide: wide and processor.overflows,
-        "8-bit weights overflow in 16 bits without VNNI; with VNNI the option changes no value and takes 2.6 times as "
-        "long",
+        "8-bit weights overflow in 16 bits without VNNI; "
+        "with VNNI the option changes no value and takes 2.6 times as long",
     ),
-    Setting(
-        "OpenVINO", "INFERENCE_PRECISION_HINT", "f32",
+    RuntimeOption(
+        "OpenVINO",
+        "INFERENCE_PRECISION_HINT",
+        "f32",
         lambda processor, wide: True,
         "else float layers are computed in bfloat16 on processors that have it",
     ),
-    Setting(
-        "OpenVINO", "DYNAMIC_QUANTIZATION_GROUP_SIZE", "0",
+    RuntimeOption(
+        "OpenVINO",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE",
+        "0",
         lambda processor, wide: True,
-        "else the inputs of layers with packed weights are rounded to bytes on processors with VNNI",
+        "else the inputs of layers with packed weights are rounded to 8 bits if there is VNNI",
     ),
-    Setting(
-        "OpenVINO", "LP_TRANSFORMS_MODE", "NO",
+    RuntimeOption(
+        "OpenVINO",
+        "LP_TRANSFORMS_MODE",
+        "NO",
         lambda processor, wide: wide and processor.overflows,
-        "8-bit weights overflow in 16 bits without VNNI, and OpenVINO has no exact integers: they are computed in "
-        "float",
+        "8-bit weights overflow in 16 bits without VNNI, and OpenVINO has no exact integers: "
+        "they are computed in float",
     ),
-)  # fmt: skip
-"""What runtimes are told. A runtime without a row (ExecuTorch, LiteRT, torch) computes the same on every processor."""
+)
+"""A runtime without a row (ExecuTorch, LiteRT, torch) computes the same on every processor."""
 
 
-def settings(runtime: str, *, wide: bool, processor: Processor | None = None) -> dict[str, str]:
-    """Returns the options of `runtime` for a file, by name.
+def options_for(runtime: str, *, wide: bool, processor: Processor | None = None) -> dict[str, str]:
+    """Returns the options that `runtime` needs for a file, by name.
 
     Args:
-        runtime: as `deploy.FORMATS` calls it.
-        wide: whether integer kernels of the file read weights beyond 7 bits.
-        processor: that of this machine by default.
+        runtime: its name in `deploy.FORMATS`.
+        wide: whether integer kernels of the file read weights of more than 7 bits.
+        processor: None: that of this machine.
     """
-    where = processor or this_processor()
-    return {s.option: s.value for s in SETTINGS if s.runtime == runtime and s.applies(where, wide)}
+    processor = processor or this_processor()
+    found: dict[str, str] = {}
+    for row in OPTIONS:
+        if row.runtime == runtime and row.applies(processor, wide):
+            found[row.option] = row.value
+    return found
 
 
 @cache
 def this_processor() -> Processor:
-    """Asks the machine what it has."""
-    return Processor(platform.machine(), _name(), os.cpu_count() or 1, tuple(sorted(_features())))
+    """Detects the processor of this machine."""
+    features = tuple(sorted(_features()))
+    return Processor(platform.machine(), _name(), os.cpu_count() or 1, features)
 
 
 def conditions(runtime: str, *, threads: int, options: dict[str, str]) -> dict[str, Any]:
-    """Returns under which conditions something was measured, as plain JSON values.
+    """Returns the conditions of a measurement, as plain JSON values.
 
     Args:
-        runtime: as `deploy.FORMATS` calls it.
-        threads: how many it computed on; 0: as the runtime likes.
-        options: what it was told (`settings`).
+        runtime: its name in `deploy.FORMATS`.
+        threads: how many it computed on; 0: the runtime chose.
+        options: what was set in the runtime (`options_for`).
     """
     here = this_processor()
     return {
@@ -169,12 +183,15 @@ def _version(runtime: str) -> str | None:
 
 
 def _features() -> set[str]:
-    ask = getattr(torch.cpu, "get_capabilities", None)
-    found: dict[str, Any] = ask() if ask is not None else {}
+    # Older torch has no get_capabilities, and other systems than Linux have no /proc/cpuinfo.
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
+    found: dict[str, Any] = get_capabilities() if get_capabilities is not None else {}
     flags = set(_cpuinfo("flags", "Features").split())
-    return {
-        name for name, (torchs, linux) in FEATURES.items() if found.get(torchs) or linux in flags
-    }
+    features = set()
+    for name, (torch_name, linux_name) in FEATURES.items():
+        if found.get(torch_name) or linux_name in flags:
+            features.add(name)
+    return features
 
 
 def _name() -> str:
@@ -182,12 +199,14 @@ def _name() -> str:
 
 
 def _cpuinfo(*keys: str) -> str:
-    """The first line of /proc/cpuinfo under one of `keys`; empty where there is none."""
+    """Returns the value of the first of `keys` that /proc/cpuinfo has; empty if it has none."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
     except OSError:
         return ""
-    pairs = [
-        (key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)
-    ]
-    return next((value for wanted in keys for key, value in pairs if key == wanted), "")
+    values: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        # Every core has its own block: the first one is as good as any.
+        values.setdefault(key.strip(), value.strip())
+    return next((values[key] for key in keys if key in values), "")

@@ -1,4 +1,4 @@
-"""How near a timing is to what this machine can do: its peaks of arithmetic and bandwidth, and the roofline."""
+"""The roofline model: compares a timing with the peak arithmetic and bandwidth of this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedpress.deploy.timing import Timing, torch_threads
 
 @dataclass(frozen=True)
 class Peak:
-    """What this machine reaches on one thread: float32 and 8-bit multiply-adds, and bytes copied, in 10^9 a second."""
+    """Measured peaks of one thread, in 10^9 multiply-adds (float32, int8) or bytes a second."""
 
     float_gmacs: float
     int8_gmacs: float
@@ -25,10 +25,14 @@ class Peak:
 
 @dataclass(frozen=True)
 class Roofline:
-    """How near one timing is to the peak, and what bounds it.
+    """A timing in relation to the roofline.
 
-    `share` is the attained multiply-adds over those that the roof allows at this intensity (multiply-adds a byte):
-    the peak of arithmetic or, below the ridge, the bandwidth times the intensity.
+    Attributes:
+        gmacs: attained multiply-adds, in 10^9 a second.
+        intensity: multiply-adds a byte.
+        bound: "arithmetic" or "memory", whichever limits the speed at this intensity.
+        share: attained multiply-adds over the limit: the peak of arithmetic, or bandwidth times
+            intensity if that is less.
     """
 
     gmacs: float
@@ -38,10 +42,14 @@ class Roofline:
 
 
 def peak(*, seconds: float = 0.5, size: int = 512) -> Peak:
-    """Measures what one thread of this machine reaches: matrix products of `size`, and copies of 64 MB.
+    """Measures the peaks of one thread on matrix products of `size` and copies of 64 MB.
 
-    Processor time counts, and of several runs the quickest. The 8-bit product is onnxruntime's MatMulInteger, bytes
-    times signed bytes.
+    The fastest of several runs counts, in processor time. The 8-bit product is onnxruntime's
+    MatMulInteger of uint8 and int8.
+
+    Args:
+        seconds: for each of the three measurements.
+        size: rows and columns of the matrices.
     """
     with torch_threads(1):
         a = torch.randn(size, size)
@@ -52,11 +60,15 @@ def peak(*, seconds: float = 0.5, size: int = 512) -> Peak:
     copy_time = _quickest(lambda: np.copyto(target, source), seconds)
     int8_time = _quickest(_int8_product(size), seconds)
     macs = size**3 / 1e9
-    return Peak(macs / float_time, macs / int8_time, 2 * source.nbytes / 1e9 / copy_time)
+    # A copy moves every byte twice: it is read and written.
+    moved = 2 * source.nbytes / 1e9
+    return Peak(macs / float_time, macs / int8_time, moved / copy_time)
 
 
 def _quickest(run: Callable[[], Any], seconds: float) -> float:
-    best, start = float("inf"), perf_counter()
+    """Returns the least processor time of a run, in seconds; the first run does not count."""
+    best = float("inf")
+    start = perf_counter()
     run()
     while perf_counter() - start < seconds or best == float("inf"):
         begin = thread_time()
@@ -89,29 +101,39 @@ def _int8_product(size: int) -> Callable[[], Any]:
 def roofline(
     timing: Timing, peak: Peak, *, macs: int, weight_bytes: int, activations: int, int8: bool
 ) -> Roofline:
-    """Says how near `timing` is to the peak of its kind of arithmetic (Williams et al. 2009, section 3).
+    """Compares `timing` with the roofline (Williams et al. 2009, section 3).
 
-    The bytes are the least that must move: the weights once a batch, every activation written and read once.
+    It counts the fewest bytes that must move: the weights once a batch, and every activation
+    written and read once.
 
     Args:
         timing: of the model.
-        peak: of one thread; so many threads have so many times the arithmetic, and the same bandwidth.
+        peak: of one thread. `n` threads count as n times the arithmetic and the same bandwidth.
         macs: multiply-adds of one example.
-        weight_bytes: of all weights as they are stored.
-        activations: numbers that the layers give for one example.
-        int8: whether arithmetic and activations are of one byte.
+        weight_bytes: size of all weights as they are stored.
+        activations: number of values that the layers compute for one example.
+        int8: whether arithmetic and activations are in 8 bits.
 
     >>> one_ms = Timing(1, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 9)
-    >>> found = roofline(one_ms, Peak(40, 80, 10), macs=20_000_000, weight_bytes=80_000, activations=5_000, int8=False)
+    >>> found = roofline(
+    ...     one_ms,
+    ...     Peak(40, 80, 10),
+    ...     macs=20_000_000,
+    ...     weight_bytes=80_000,
+    ...     activations=5_000,
+    ...     int8=False,
+    ... )
     >>> found.bound, found.gmacs, found.share
     ('arithmetic', 20.0, 0.5)
     """
-    moved = weight_bytes + timing.batch * 2 * activations * (1 if int8 else 4)
+    bytes_each = 1 if int8 else 4
+    moved = weight_bytes + timing.batch * 2 * activations * bytes_each
     work = macs * timing.batch / 1e9
-    alone = (
-        timing.cpu_ms if timing.threads == 1 else timing.median_ms
-    )  # what others took of the processor is not ours
-    gmacs, intensity = work / (alone / 1e3), 1e9 * work / max(1, moved)
+    # On one thread processor time leaves out what other processes took; of several threads only
+    # the calling one's processor time is known.
+    milliseconds = timing.cpu_ms if timing.threads == 1 else timing.median_ms
+    gmacs = work / (milliseconds / 1e3)
+    intensity = 1e9 * work / max(1, moved)
     arithmetic = (peak.int8_gmacs if int8 else peak.float_gmacs) * timing.threads
     memory = intensity * peak.gigabytes
     bound = "arithmetic" if arithmetic <= memory else "memory"

@@ -1,8 +1,8 @@
-"""An exported file run here: does it say what the model says, how well, and how fast."""
+"""Runs an exported file here: parity with the model, metrics, and latency."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -17,7 +17,7 @@ from fedpress.core.examples import Arrays, Preprocess
 from fedpress.core.inputs import Example, Inputs, arguments, tensors_of, with_tensors
 from fedpress.deploy.artifact import ROUNDING, TOLERANCE
 from fedpress.deploy.examples import (
-    Given,
+    InputSpec,
     as_device,
     flatten,
     in_batches,
@@ -25,7 +25,7 @@ from fedpress.deploy.examples import (
     random_rows,
     rows_of,
 )
-from fedpress.deploy.formats import of_file, open_file
+from fedpress.deploy.formats import format_of, open_file
 from fedpress.deploy.session import Session
 from fedpress.errors import ExportError
 from fedpress.tasks import Task
@@ -35,13 +35,14 @@ BATCH_SIZE = 256
 
 @dataclass(frozen=True)
 class Parity:
-    """How near the file is to the model.
+    """Differences between the outputs of a file and of the model.
 
     Attributes:
-        max_abs_error: the largest difference of an output.
-        same_argmax_share: the share of equal predictions, by the output `logits`, else the first.
-        examples: how many were compared.
-        relative_error: norm of the differences over that of the model's outputs.
+        max_abs_error: the largest absolute difference of an output.
+        same_argmax_share: share of examples with equal predictions, by the output `logits`, or the
+            first if none has that name.
+        examples: number of examples compared.
+        relative_error: norm of the differences over the norm of the model's outputs.
         conditions: runtime, version, threads, options and processor.
     """
 
@@ -54,9 +55,14 @@ class Parity:
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds for one example on one thread: median and the 10th and 90th percentile of `runs` runs.
+    """Milliseconds for one example on one thread.
 
-    `conditions` are runtime, version, threads, options and processor.
+    Attributes:
+        median_ms: median of the runs.
+        p10_ms: their 10th percentile.
+        p90_ms: their 90th percentile.
+        runs: number of runs.
+        conditions: runtime, version, threads, options and processor.
     """
 
     median_ms: float
@@ -73,26 +79,27 @@ def parity(
     *,
     tolerance: float = TOLERANCE,
 ) -> Parity:
-    """Compares the outputs of `model` and of the file on standardised examples `x`, such as float32 [n, *input_shape].
+    """Compares the outputs of `model` and of the file on standardised examples.
 
-    Examples on which the model itself gives no finite outputs are left out: there is nothing to compare.
+    Examples for which the model's own outputs are not finite are left out.
 
     Args:
-        model: the model, or the rounded graph that the file was made of (`Artifact.program`).
+        model: the model, or the quantized graph that the file was made from (`Artifact.program`).
         path: the file.
-        x: the examples.
-        tolerance: how far an output may be off, times the largest value of this output if that is above 1;
-            `Artifact.tolerance` is what suits a file.
+        x: the examples, such as float32 [n, *input_shape].
+        tolerance: allowed absolute error of an output; relative to its largest value if that is
+            above 1. `Artifact.tolerance` is the one for a file.
 
     Raises:
-        ExportError: if an output differs by more, if no example can be compared, or if the file cannot be run.
+        ExportError: if an output differs by more, if no example can be compared, or if the file
+            cannot be run.
     """
-    names, expected = _outputs(model, x)
+    names, expected = _model_outputs(model, x)
     session, got = _file_outputs(path, x)
-    theirs, ours = (", ".join(str(list(t.shape)) for t in side) for side in (got, expected))
-    if theirs != ours:
+    file_shapes, model_shapes = _shapes(got), _shapes(expected)
+    if file_shapes != model_shapes:
         raise ExportError(
-            f"the logits of {path} have shape {theirs} but the model's {ours}",
+            f"the logits of {path} have shape {file_shapes} but the model's {model_shapes}",
             place="path",
             cure="export the same model again",
         )
@@ -105,26 +112,31 @@ def parity(
             cure="train it again",
         )
     largest, error, norm = 0.0, 0.0, 0.0
-    for name, wanted, given in zip(names, expected, got, strict=True):
+    for name, wanted, found in zip(names, expected, got, strict=True):
         if wanted.dim() and len(wanted) == count:
-            wanted, given = wanted[usable], given[usable]
+            wanted, found = wanted[usable], found[usable]
         if not wanted.is_floating_point():
-            _check_equal(path, name, wanted, given, tolerance)
+            _check_equal(path, name, wanted, found, tolerance)
             continue
         shown = name if len(names) > 1 else "logit"
-        largest = max(largest, _largest_error(path, shown, wanted, given, tolerance))
-        error += float((given.double() - wanted.double()).square().sum())
+        largest = max(largest, _largest_error(path, shown, wanted, found, tolerance))
+        error += float((found.double() - wanted.double()).square().sum())
         norm += float(wanted.double().square().sum())
+
     main = main_output(names)
     same = 1.0
-    if _decides(expected[main], count):
+    if _has_classes(expected[main], count):
         same = agreement(expected[main][usable], got[main][usable])
     relative = (error / norm) ** 0.5 if norm else 0.0
     return Parity(largest, same, int(usable.sum()), relative, session.conditions())
 
 
+def _shapes(tensors: Sequence[Tensor]) -> str:
+    return ", ".join(str(list(t.shape)) for t in tensors)
+
+
 def _finite_rows(outputs: list[Tensor], count: int) -> Tensor:
-    """Returns for which of `count` examples all outputs are finite."""
+    """Returns a bool for each of `count` examples: whether all its outputs are finite."""
     usable = torch.ones(count, dtype=torch.bool)
     for out in outputs:
         if out.dim() and len(out) == count:
@@ -133,15 +145,21 @@ def _finite_rows(outputs: list[Tensor], count: int) -> Tensor:
 
 
 def _check_equal(
-    path: str | Path, name: str, wanted: Tensor, given: Tensor, tolerance: float
+    path: str | Path, name: str, wanted: Tensor, found: Tensor, tolerance: float
 ) -> None:
-    """Refuses other whole numbers or truths: a wrong class is no nearer for being the next."""
-    apart = float((wanted != given).double().mean())
-    if apart > tolerance:
+    """Checks an output of integers or booleans: at most `tolerance` of the values may differ.
+
+    Their distance means nothing: class 4 is as wrong as class 9 where 3 is right.
+
+    Raises:
+        ExportError: if it is larger.
+    """
+    different = float((wanted != found).double().mean())
+    if different > tolerance:
         raise ExportError(
             (
                 f"the output '{name}' of {path} is another than that of the model in "
-                f"{100 * apart:.0f}% of its values, allowed is {100 * tolerance:g}%"
+                f"{100 * different:.0f}% of its values, allowed is {100 * tolerance:g}%"
             ),
             place="path",
             cure=_cure(tolerance),
@@ -149,11 +167,17 @@ def _check_equal(
 
 
 def _largest_error(
-    path: str | Path, name: str, wanted: Tensor, given: Tensor, tolerance: float
+    path: str | Path, name: str, wanted: Tensor, found: Tensor, tolerance: float
 ) -> float:
-    """Returns the largest difference, and refuses one that is too large."""
-    error = (given.double() - wanted.double()).abs().nan_to_num(nan=torch.inf)
-    largest, allowed = error.max().item(), tolerance * max(1.0, wanted.abs().max().item())
+    """Returns the largest absolute difference.
+
+    Raises:
+        ExportError: if it is more than `tolerance` allows.
+    """
+    # NaN compares false with every limit: it must count as the largest error.
+    error = (found.double() - wanted.double()).abs().nan_to_num(nan=torch.inf)
+    largest = error.max().item()
+    allowed = tolerance * max(1.0, wanted.abs().max().item())
     if largest > allowed:
         what = "a logit" if name == "logit" else f"the output '{name}'"
         raise ExportError(
@@ -165,22 +189,22 @@ def _largest_error(
 
 
 def _cure(tolerance: float) -> str:
-    return (
-        "look for random or input-dependent parts in the model's forward, then export it again"
-        if tolerance < ROUNDING
-        else "look at the parts that left_float does not name, or export without int8"
-    )
+    if tolerance < ROUNDING:
+        return (
+            "look for random or input-dependent parts in the model's forward, then export it again"
+        )
+    return "look at the parts that left_float does not name, or export without int8"
 
 
-def _decides(out: Tensor, count: int) -> bool:
-    """Whether an output has numbers for classes along dimension 1."""
+def _has_classes(out: Tensor, count: int) -> bool:
+    """Whether an output has a row for each example and classes along dimension 1."""
     return out.dim() > 1 and len(out) == count
 
 
 def agreement(a: Tensor, b: Tensor) -> float:
-    """Returns the share of examples of which logits `a` and `b` [n, classes, ...] have their largest at one class.
+    """Returns the share of equal argmax classes in logits `a` and `b` [n, classes, ...].
 
-    Numbers [n] name no class: they agree.
+    Outputs [n] have no classes: their agreement is 1.
     """
     if a.dim() < 2:
         return 1.0
@@ -188,15 +212,16 @@ def agreement(a: Tensor, b: Tensor) -> float:
 
 
 def latency(
-    path: str | Path, given: Given, *, seconds: float = 2.0, max_runs: int = 200
+    path: str | Path, given: InputSpec, *, seconds: float = 2.0, max_runs: int = 200
 ) -> Latency:
-    """Times the file on one example on one thread, for about `seconds` and for 10 to `max_runs` runs.
+    """Times the file on one example and one thread.
 
     Args:
         path: the file.
-        given: shape of one float32 example, which is random then, or a batch of inputs, whose first row is taken.
-        seconds: about how long.
-        max_runs: at most so many.
+        given: shape of one float32 example, to draw a random one, or a batch of inputs, whose first
+            row is used.
+        seconds: about how long to measure; at least 10 runs.
+        max_runs: at most so many runs.
 
     Raises:
         ExportError: if the file cannot be run.
@@ -204,7 +229,8 @@ def latency(
     session = open_file(path, threads=1)
     args, named = array_call(random_rows(given, 1))
     x = session.in_order(args, named)
-    for _ in range(3):  # the first runs allocate
+    # The first runs allocate memory, and are slower.
+    for _ in range(3):
         session.compute(x)
     times: list[float] = []
     while len(times) < 10 or (sum(times) < seconds and len(times) < max_runs):
@@ -218,7 +244,7 @@ def latency(
 def metrics(
     path: str | Path, arrays: Arrays, preprocess: Preprocess, task: Task
 ) -> dict[str, JsonValue]:
-    """Returns what the file is worth on raw examples, by the keys of the task's metrics.
+    """Returns the task's metrics of the file on raw examples, by name.
 
     Raises:
         ExportError: if there is no example, or if the file cannot be run.
@@ -227,16 +253,19 @@ def metrics(
         raise ExportError(
             f"no example to measure {path} on", place="arrays", cure="give at least one"
         )
-    return task.summary(task.metrics(answers(path, arrays.x, preprocess), arrays.y))
+    outputs = main_outputs(path, arrays.x, preprocess)
+    return task.summary(task.metrics(outputs, arrays.y))
 
 
-def answers(path: str | Path, x: Inputs, preprocess: Preprocess) -> Tensor:
-    """Returns the file's main output [n, ...] for raw examples `x` [n, ...], run in batches of a size that it takes.
+def main_outputs(path: str | Path, x: Inputs, preprocess: Preprocess) -> Tensor:
+    """Returns the output `logits` of the file, or the first, for raw examples `x` [n, ...].
 
     Raises:
         ExportError: if the file cannot be run.
     """
-    size, session = of_file(path).batch or BATCH_SIZE, open_file(path)
+    # Some formats take one batch size only, which is 1 for phones.
+    size = format_of(path).batch or BATCH_SIZE
+    session = open_file(path)
     found = []
     for part in x.split(size):
         args, named = array_call(preprocess(part))
@@ -245,7 +274,7 @@ def answers(path: str | Path, x: Inputs, preprocess: Preprocess) -> Tensor:
 
 
 def file_logits(path: str | Path, x: Example) -> Tensor:
-    """Runs examples through the file, in batches of the size that it takes; returns the output `logits`, or the first.
+    """Returns the output `logits` of the file, or the first, for standardised examples `x`.
 
     Raises:
         ExportError: if the file cannot be run.
@@ -255,20 +284,20 @@ def file_logits(path: str | Path, x: Example) -> Tensor:
 
 
 def logits(model: nn.Module | torch.export.ExportedProgram, x: Example) -> Tensor:
-    """Runs examples through the model in evaluation mode, and puts its mode back; or through a graph.
+    """Returns the output `logits` of a model or graph, or the first, for standardised examples.
 
-    Of several outputs it returns `logits`, or the first.
+    A model runs in evaluation mode, and has its modes back afterwards.
     """
-    names, found = _outputs(model, x)
+    names, found = _model_outputs(model, x)
     return found[main_output(names)]
 
 
 def array_call(x: Example) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
     """Returns a batch as arguments of a `Session`, by position and by name."""
     args, named = arguments(x)
-    return [t.detach().cpu().numpy() for t in args], {
-        name: t.detach().cpu().numpy() for name, t in named.items()
-    }
+    by_position = [t.detach().cpu().numpy() for t in args]
+    by_name = {name: t.detach().cpu().numpy() for name, t in named.items()}
+    return by_position, by_name
 
 
 def _file_outputs(path: str | Path, x: Example) -> tuple[Session, list[Tensor]]:
@@ -278,33 +307,35 @@ def _file_outputs(path: str | Path, x: Example) -> tuple[Session, list[Tensor]]:
         args, named = array_call(part)
         return [torch.from_numpy(np.array(out)) for out in session.flat(*args, **named)]
 
-    return session, in_batches(run, x, of_file(path).batch or BATCH_SIZE)
+    return session, in_batches(run, x, format_of(path).batch or BATCH_SIZE)
 
 
 @torch.no_grad()
-def _outputs(
+def _model_outputs(
     model: nn.Module | torch.export.ExportedProgram, x: Example
 ) -> tuple[list[str], list[Tensor]]:
-    """Runs a model or graph on all rows: the names of its outputs, and the outputs."""
+    """Runs a model or graph on all rows; returns the names of its outputs, and the outputs."""
     if isinstance(model, torch.export.ExportedProgram):
-        return _of(model.module(check_guards=False), as_device(x), torch.device("cpu"))
+        return _run_in_batches(model.module(check_guards=False), as_device(x), torch.device("cpu"))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    # Modules may be in different modes (frozen batch norms): each gets its own back.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return _of(model, x, device)
+        return _run_in_batches(model, x, device)
     finally:
         for module, training in modes:
             module.training = training
 
 
-def _of(
+def _run_in_batches(
     model: Callable[..., Any], x: Example, device: torch.device
 ) -> tuple[list[str], list[Tensor]]:
     names: list[str] = []
 
     def run(part: Example) -> list[Tensor]:
-        args, named = arguments(with_tensors(part, [t.to(device) for t in tensors_of(part)]))
+        moved = with_tensors(part, [t.to(device) for t in tensors_of(part)])
+        args, named = arguments(moved)
         _, found, names[:] = flatten(model(*args, **named))
         return [t.cpu() for t in found]
 

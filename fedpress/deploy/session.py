@@ -1,4 +1,4 @@
-"""A loaded file: what it takes, how it is run here, and a call that gives back what the model would."""
+"""A loaded file that is called like the model: its inputs, outputs and conditions."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from fedpress.deploy.examples import Structure, main_output, together
+from fedpress.deploy.examples import Structure, main_output, unflatten
 from fedpress.deploy.processor import conditions
 from fedpress.errors import ExportError
 
 
 @dataclass(frozen=True)
-class Port:
+class FileInput:
     """One input of a file.
 
     Attributes:
-        name: as the file calls it.
-        shape: its sizes; a word stands for any size.
+        name: its name in the file.
+        shape: its sizes; a string is the name of a free size.
         dtype: of its numbers.
     """
 
@@ -30,25 +30,25 @@ class Port:
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """A file that was loaded into its runtime; call it like the model, with arrays in the place of tensors.
+    """A file loaded into its runtime. It is called like the model, with numpy arrays for tensors.
 
-    Arguments go by position in the order of `inputs`, or by name. One output comes as an array; several come as the
-    model gave them: a tuple, or a dictionary by its keys.
+    Arguments are passed by position in the order of `inputs`, or by name. A single output is
+    returned as an array; several in the model's containers: a tuple, or a dictionary by its keys.
 
     Attributes:
         path: the file.
-        runtime: what runs it.
-        inputs: what it takes.
+        runtime: name of the program that runs it.
+        inputs: what it takes, in order.
         outputs: names of all outputs, in order.
-        structure: how the outputs stand together.
-        threads: on how many it computes; 0: as the runtime likes.
-        options: what the runtime was told (`deploy.processor`).
+        structure: the containers of the outputs (see `deploy.examples.Structure`).
+        threads: how many it computes on; 0: the runtime chooses.
+        options: what was set in the runtime (`deploy.processor`).
         compute: runs it on arrays in the order of `inputs`, and returns those of `outputs`.
     """
 
     path: str
     runtime: str
-    inputs: tuple[Port, ...]
+    inputs: tuple[FileInput, ...]
     outputs: tuple[str, ...]
     compute: Callable[[list[np.ndarray]], Sequence[np.ndarray]]
     structure: Structure = 0
@@ -59,16 +59,17 @@ class Session:
         """Runs the file.
 
         Raises:
-            ExportError: if an input is missing, unknown or of another type, or if the runtime cannot run it.
+            ExportError: if an input is missing, unknown or of another type, or if the runtime
+                cannot run it.
         """
-        return together(self.structure, self.flat(*args, **named))
+        return unflatten(self.structure, self.flat(*args, **named))
 
     def flat(self, *args: Any, **named: Any) -> Sequence[np.ndarray]:
         """Runs the file and returns all outputs in order."""
         return self.compute(self.in_order(args, named))
 
     def main(self, *args: Any, **named: Any) -> np.ndarray:
-        """Runs the file and returns the output that is called `logits`, else the first."""
+        """Runs the file and returns the output `logits`, or the first if none has that name."""
         return self.flat(*args, **named)[main_output(self.outputs)]
 
     def conditions(self) -> dict[str, Any]:
@@ -76,37 +77,42 @@ class Session:
         return conditions(self.runtime, threads=self.threads, options=dict(self.options))
 
     def in_order(self, args: Sequence[Any], named: Mapping[str, Any]) -> list[np.ndarray]:
-        """Returns the arguments as `compute` takes them.
+        """Returns the arguments as arrays in the order of `inputs`.
 
         Raises:
             ExportError: if an input is missing, unknown or of another type.
         """
+        # A single dictionary holds all inputs by name.
         if len(args) == 1 and isinstance(args[0], Mapping):
             named, args = {**args[0], **named}, ()
-        names = [port.name for port in self.inputs]
+        names = [each.name for each in self.inputs]
         given = {**dict(zip(names, args, strict=False)), **named}
-        if len(args) > len(names) or given.keys() != set(names):
-            extra = [f"{len(args)} by position"] * (len(args) > len(names)) + sorted(
-                given.keys() - set(names)
-            )
-            lacks = [name for name in names if name not in given]
-            wrong = f"lacks {', '.join(lacks)}" if lacks else f"has no {', '.join(extra)}"
+        missing = [name for name in names if name not in given]
+        unknown = sorted(given.keys() - set(names))
+        if len(args) > len(names):
+            unknown = [f"{len(args)} by position", *unknown]
+        if missing or unknown:
+            wrong = f"lacks {', '.join(missing)}" if missing else f"has no {', '.join(unknown)}"
             raise ExportError(
                 f"the call {wrong}", place="x", cure=f"{self.path} takes {', '.join(names)}"
             )
-        return [_as(port, given[port.name], self.path) for port in self.inputs]
+        return [_converted(each, given[each.name], self.path) for each in self.inputs]
 
 
-def _as(port: Port, value: Any, path: str) -> np.ndarray:
-    """Returns `value` as the type of `port`, where that loses nothing but digits of floats."""
+def _converted(file_input: FileInput, value: Any, path: str) -> np.ndarray:
+    """Returns `value` in the dtype of the input.
+
+    Floats may lose digits; floats for an integer input are refused, since they would be cut off.
+    """
     found = np.asarray(value)
-    if found.dtype == port.dtype:
+    if found.dtype == file_input.dtype:
         return np.ascontiguousarray(found)
-    floats = np.issubdtype(port.dtype, np.floating)
-    if not (floats or np.issubdtype(found.dtype, np.integer) or found.dtype == bool):
+    takes_floats = np.issubdtype(file_input.dtype, np.floating)
+    is_integer = np.issubdtype(found.dtype, np.integer) or found.dtype == bool
+    if not takes_floats and not is_integer:
         raise ExportError(
-            f"'{port.name}' is {found.dtype}, but {path} takes {port.dtype}",
+            f"'{file_input.name}' is {found.dtype}, but {path} takes {file_input.dtype}",
             place="x",
             cure="give whole numbers of that type",
         )
-    return np.ascontiguousarray(found, port.dtype)
+    return np.ascontiguousarray(found, file_input.dtype)

@@ -1,4 +1,4 @@
-"""Milliseconds of models and files, run in turn so that what else the machine does hits all alike."""
+"""Times models and files in turn, so that other load on the machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from fedpress.core.inputs import Example, arguments
-from fedpress.deploy.examples import Given, random_rows
-from fedpress.deploy.formats import of_file, open_file
+from fedpress.deploy.examples import InputSpec, random_rows
+from fedpress.deploy.formats import format_of, open_file
 from fedpress.deploy.runtime import array_call
 
 Runnable = nn.Module | Path
@@ -25,9 +25,10 @@ Runner = Callable[[Example], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds for one batch: median, quartiles and least of `runs` runs.
+    """Milliseconds for one batch: median, quartiles and minimum of `runs` runs.
 
-    `cpu_ms` is the median processor time of the calling thread: with one thread, what no other process took part in.
+    `cpu_ms` is the median processor time of the calling thread. With one thread it does not count
+    the time that other processes took.
     """
 
     batch: int
@@ -42,24 +43,25 @@ class Timing:
 
 def time_in_turn(
     runnables: Mapping[str, Runnable],
-    given: Given,
+    given: InputSpec,
     *,
     batches: Collection[int] = (1, 64),
     threads: Collection[int] = (1, 2),
     seconds: float = 1.0,
     min_runs: int = 5,
 ) -> dict[str, list[Timing]]:
-    """Times every subject at every batch size and number of threads.
+    """Times every model and file at every batch size and number of threads.
 
-    All are run one after the other, again and again, so that what else the machine does hits all alike.
+    They run one after the other, in rounds, so that other load on the machine slows all alike.
 
     Args:
         runnables: name -> model or file.
-        given: shape of one float32 example, which is random then, or a batch of inputs.
-        batches: sizes; a file that takes one size alone is run at that.
-        threads: how many threads.
-        seconds: for all runs of one of them at one batch size and number of threads, warming up not counted.
-        min_runs: at least so many, however long they take.
+        given: shape of one float32 example, to draw random ones, or a batch of inputs.
+        batches: batch sizes; a file that takes only one size is run only at that.
+        threads: numbers of threads.
+        seconds: time for all runs of one model at one batch size and number of threads, without
+            warm-up.
+        min_runs: at least so many runs, however long they take.
 
     Raises:
         ExportError: if a file cannot be run.
@@ -69,19 +71,21 @@ def time_in_turn(
         with torch_threads(count):
             runners = {name: _runner(runnable, count) for name, runnable in runnables.items()}
             for size in batches:
-                here = {n: r for n, r in runners.items() if _takes(runnables[n], size)}
+                able = {n: run for n, run in runners.items() if _takes(runnables[n], size)}
                 x = random_rows(given, size)
-                for name, times in _rounds(here, x, seconds * len(here), min_runs).items():
-                    found[name].append(_timing(size, count, times))
+                times = _run_in_turn(able, x, seconds * len(able), min_runs)
+                for name, seconds_of_runs in times.items():
+                    found[name].append(_timing(size, count, seconds_of_runs))
     return found
 
 
-def _rounds(
+def _run_in_turn(
     runners: Mapping[str, Runner], x: Example, seconds: float, min_runs: int
 ) -> dict[str, list[tuple[float, float]]]:
-    """Runs all in turn and returns wall and processor seconds of each run."""
+    """Runs all in turn and returns wall and processor seconds of each run, by name."""
+    # The first runs allocate memory, and are slower.
     for run in runners.values():
-        for _ in range(2):  # the first runs allocate
+        for _ in range(2):
             run(x)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
     start, done = perf_counter(), 0
@@ -103,7 +107,7 @@ def _timing(batch: int, threads: int, times: Sequence[tuple[float, float]]) -> T
 
 
 def _takes(runnable: Runnable, size: int) -> bool:
-    return isinstance(runnable, nn.Module) or of_file(runnable).batch in (None, size)
+    return isinstance(runnable, nn.Module) or format_of(runnable).batch in (None, size)
 
 
 def _runner(runnable: Runnable, threads: int) -> Runner:
@@ -112,7 +116,8 @@ def _runner(runnable: Runnable, threads: int) -> Runner:
         ready: dict[int, list[np.ndarray]] = {}
 
         def run_file(x: Example) -> object:
-            if id(x) not in ready:  # turning tensors into arrays is no part of what is timed
+            # Tensors are converted once, in the warm-up: the conversion must not be timed.
+            if id(x) not in ready:
                 ready[id(x)] = session.in_order(*array_call(x))
             return session.compute(ready[id(x)])
 
@@ -129,7 +134,7 @@ def _runner(runnable: Runnable, threads: int) -> Runner:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Lets torch compute on so many threads for a while."""
+    """Sets torch's number of threads, and restores the old one at the end."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

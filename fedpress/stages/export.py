@@ -16,7 +16,7 @@ from fedpress import deploy
 from fedpress.core.inputs import Inputs
 from fedpress.core.random_source import public_stream
 from fedpress.deploy import FORMATS, Artifact, Job
-from fedpress.deploy.examples import Given
+from fedpress.deploy.examples import InputSpec
 from fedpress.errors import Argument, DataError, SettingError
 from fedpress.nn.observers import Observer
 from fedpress.stages import inputs
@@ -87,7 +87,7 @@ class ExportStage(BaseModel, Stage):
         return state, {
             "format": self.format,
             "file_bytes": artifact.file_bytes,
-            "left_float": artifact.left,
+            "left_float": artifact.left_float,
         }
 
     def run(self, state: State, folder: StageFolder) -> Generator[Tick, None, State]:
@@ -131,7 +131,7 @@ class ExportStage(BaseModel, Stage):
             "latency_p90_ms": time.p90_ms,
             "runtime": row.runtime,
             "conditions": time.conditions,
-            "left_float": artifact.left,
+            "left_float": artifact.left_float,
             "parity": {
                 "max_abs_error": same.max_abs_error,
                 "relative_error": same.relative_error,
@@ -153,7 +153,7 @@ class ExportStage(BaseModel, Stage):
     def _export(self, state: State, path: Path, *, few: bool = False) -> Artifact:
         examples = next((a.x for a in (state.data.test, state.data.public) if len(a)), None)
         whole = state.example(2) if examples is None else state.data.preprocess(examples[:2])
-        given: Given = whole
+        given: InputSpec = whole
         if isinstance(whole, Tensor) and whole.is_floating_point():
             given = tuple(whole.shape[1:])
         job = Job.of(

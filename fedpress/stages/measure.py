@@ -17,7 +17,7 @@ from fedpress.compress import cost
 from fedpress.core.inputs import Inputs
 from fedpress.core.random_source import public_stream
 from fedpress.deploy import FORMATS, Candidate, Job
-from fedpress.deploy.examples import Given, example_of, take
+from fedpress.deploy.examples import InputSpec, example_of, take_rows
 from fedpress.stages.base import Stage
 from fedpress.workspace.atomic import write_json
 from fedpress.workspace.stage_folder import StageFolder
@@ -75,7 +75,7 @@ class MeasureStage(BaseModel, Stage):
 
 def measure_model(
     model: nn.Module,
-    given: Given,
+    given: InputSpec,
     *,
     file_bytes: int | None = None,
     calibration: Sequence[Inputs] = (),
@@ -98,7 +98,7 @@ def measure_model(
         parameters, macs, activations, `runtimes` (the records of `deploy.measure`), and `left_out`: what was not
         measured -> the reason.
     """
-    one = take(example_of(given), 1)
+    one = take_rows(example_of(given), 1)
     job = Job.of(given)
     macs, numbers = cost.macs(model, one), cost.activations(model, one)
     modes = [(module, module.training) for module in model.modules()]

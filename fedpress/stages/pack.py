@@ -51,7 +51,7 @@ class PackStage(BaseModel, Stage):
             "artifact": f"artifacts/{path.name}",
             "file_bytes": packed.file_bytes,
             "packed_bytes": dict(packed.kinds),
-            "float_layers": dict(packed.left),
+            "float_layers": dict(packed.float_layers),
             "verified": True,
         }
         return replace(state, model=model, facts=facts)

@@ -1,4 +1,4 @@
-"""Models on disk: a folder, a run, or one packed file, which is small and gives the same bits back."""
+"""Loads saved models of every kind, and packs a model losslessly into one small file."""
 
 from fedpress.storage.load import load
 from fedpress.storage.packed import Packed, check_packable, pack, unpack

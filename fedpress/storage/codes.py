@@ -1,8 +1,9 @@
-"""Codes of quantized weights without loss: a weight's class follows from its output, input and position.
+"""Lossless coding of quantized weights, with a frequency table for each class of weights.
 
-In a trained layer some channels are louder than others. Three small whole numbers - one for the output channel, the
-input channel and the position in the kernel of a weight - add up to the logarithm of how far its code is likely to lie
-from the middle. Codes of one sum, from all layers, share a frequency table; the numbers travel in front.
+In a trained layer some channels have larger weights than others. The file holds a small integer for
+every output channel, input channel and kernel position of a layer. The three integers of a weight
+add up to the logarithm of how far its code is expected to be from the middle. All weights with the
+same sum, or with sums in the same class, share a frequency table for entropy coding.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from torch import Tensor
 from fedpress.wire.packing import expand, shrink
 from fedpress.wire.reader import Reader, fail, varint
 
-STEPS = (0, 6)  # parts of an octave that the encoder tries; 0 is one class for all
-MOST = 64  # classes
+# Resolutions of the logarithms that the encoder tries, in steps per factor of two. With 0 all
+# weights are in one class, which is the smallest for layers without such structure.
+STEPS = (0, 6)
+# Each class adds a frequency table to the file.
+MAX_CLASSES = 64
 Codes = NDArray[np.int8]
 
 
 def shrink_codes(tensors: Sequence[Tensor]) -> bytes:
-    """Returns the bytes of int8 `tensors` [out, in, ...] that share one grid; they hold no shapes.
+    """Compresses int8 `tensors` [out, in, ...] of one quantization scheme, without their shapes.
 
     >>> len(shrink_codes([torch.zeros(64, 64, 3, 3, dtype=torch.int8)])) < 100
     True
@@ -36,29 +40,38 @@ def shrink_codes(tensors: Sequence[Tensor]) -> bytes:
 
 
 def expand_codes(data: memoryview, shapes: Sequence[Sequence[int]], place: str) -> list[Tensor]:
-    """Returns the int8 tensors of these `shapes` that `shrink_codes` packed.
+    """Returns the int8 tensors of these `shapes` that `shrink_codes` compressed.
 
     Raises:
-        WireError: naming a field below `place`, if the bytes are not what `shrink_codes` could have made.
+        WireError: naming a field below `place`, if `shrink_codes` cannot have made the bytes.
     """
     out = [torch.empty(tuple(shape), dtype=torch.int8) for shape in shapes]
+    # Views on `out`: what is written to them below is the result.
     cubes = [_cube(t.numpy()) for t in out]
     reader = Reader(data)
-    parts = [_expand(reader, [c.shape[axis] for c in cubes], f"{place}.axis") for axis in range(3)]
-    sums = _sums(cubes, parts)
+    logs = []
+    for axis in range(3):
+        sizes = [cube.shape[axis] for cube in cubes]
+        logs.append(_read_logs(reader, sizes, f"{place}.axis"))
+    sums = _sums(cubes, logs)
     low, high = _span(sums)
-    table = expand(_part(reader, place), torch.uint8, [high - low + 1], f"{place}.classes").numpy()
-    every = _ids(sums, low, table)
-    counts = np.bincount(every, minlength=int(table.max()) + 1)
-    flat = np.empty(len(every), np.int8)
-    order = np.argsort(every, kind="stable")
+    stream = _next_stream(reader, place)
+    class_of_sum = expand(stream, torch.uint8, [high - low + 1], f"{place}.classes").numpy()
+    classes = _classes_of(sums, low, class_of_sum)
+    counts = np.bincount(classes, minlength=int(class_of_sum.max()) + 1)
+
+    flat = np.empty(len(classes), np.int8)
+    # The codes come class by class; a stable sort tells where each belongs.
+    order = np.argsort(classes, kind="stable")
     at = 0
     for count in counts:
-        values = expand(_part(reader, place), torch.int8, [int(count)], f"{place}.codes").numpy()
+        stream = _next_stream(reader, place)
+        values = expand(stream, torch.int8, [int(count)], f"{place}.codes").numpy()
         flat[order[at : at + count]] = values
         at += int(count)
     if reader.left:
         fail(place, f"{reader.left} bytes are left over")
+
     at = 0
     for cube in cubes:
         cube[...] = flat[at : at + cube.size].reshape(cube.shape)
@@ -67,73 +80,93 @@ def expand_codes(data: memoryview, shapes: Sequence[Sequence[int]], place: str) 
 
 
 def _shrink(cubes: Sequence[Codes], step: int) -> bytes:
+    """Compresses tensors [out, in, positions] with logarithms of this resolution."""
     fits = [_fit(cube, step) for cube in cubes]
-    parts = [[fit[axis] for fit in fits] for axis in range(3)]
-    sums = _sums(cubes, parts)
+    # The same numbers by axis: logs[axis][tensor].
+    logs = [[fit[axis] for fit in fits] for axis in range(3)]
+    sums = _sums(cubes, logs)
     low, high = _span(sums)
-    flat = np.concatenate([c.reshape(-1) for c in cubes] or [np.empty(0, np.int8)])
-    table = _table(_ids(sums, low, np.arange(high - low + 1)), flat)
-    every = _ids(sums, low, table)
-    order, counts = (
-        np.argsort(every, kind="stable"),
-        np.bincount(every, minlength=int(table.max()) + 1),
-    )
-    streams = [
-        shrink(torch.from_numpy(np.concatenate(part or [np.empty(0, np.int8)]))) for part in parts
-    ]
-    streams.append(shrink(torch.from_numpy(table)))
-    streams += [
-        shrink(torch.from_numpy(run)) for run in np.split(flat[order], np.cumsum(counts)[:-1])
-    ]
-    return b"".join(varint(len(stream)) + stream for stream in streams)
+    flat = _joined([cube.reshape(-1) for cube in cubes])
+    every_sum = np.arange(high - low + 1)
+    class_of_sum = _join_classes(_classes_of(sums, low, every_sum), flat)
+    classes = _classes_of(sums, low, class_of_sum)
+    order = np.argsort(classes, kind="stable")
+    counts = np.bincount(classes, minlength=int(class_of_sum.max()) + 1)
+
+    arrays: list[NDArray[Any]] = [_joined(of_axis) for of_axis in logs]
+    arrays.append(class_of_sum)
+    arrays.extend(np.split(flat[order], np.cumsum(counts)[:-1]))
+    out = bytearray()
+    for array in arrays:
+        stream = shrink(torch.from_numpy(array))
+        out += varint(len(stream)) + stream
+    return bytes(out)
+
+
+def _joined(arrays: Sequence[Codes]) -> Codes:
+    return np.concatenate(arrays) if arrays else np.empty(0, np.int8)
 
 
 def _cube(codes: Codes) -> Codes:
-    """A view [out, in, positions]; what has fewer dimensions gets some of size 1."""
+    """Returns a view [out, in, positions]; missing dimensions have size 1."""
     return codes.reshape(*(*codes.shape, 1, 1)[:2], prod(codes.shape[2:]))
 
 
 def _fit(cube: Codes, step: int) -> list[Codes]:
-    """Whole numbers along each axis of `cube`, in parts of an octave, whose sum is about log2 of the mean distance.
+    """Returns an integer for each output, each input and each position of `cube`.
 
-    The maximum-likelihood fit of a product of three factors: each in turn is what the others leave.
+    Their sum, divided by `step`, is about log2 of the expected distance of a code from the middle.
+    The distances are modelled as a product of three factors, fitted by maximum likelihood
+    (exponential distances): each factor in turn is the mean of what the other two leave.
     """
     zero = [np.zeros(size, np.int8) for size in cube.shape]
     if not step or not cube.size:
         return zero
+    # The first rows, about 4096 codes, are enough for the median.
     center = int(np.median(cube[: 1 + 4096 // max(1, cube[0].size)]))
+    # The small number keeps the logarithm of a channel finite whose codes all are the center.
     away = np.abs(cube.astype(np.float32) - center) + 0.02
     factors = [np.ones((1, 1, 1), np.float32)] * 3
+    # Each update depends on the other factors, hence three sweeps.
     for _ in range(3):
         for axis in range(3):
-            others = [factors[i] for i in range(3) if i != axis]
-            rest = tuple(i for i in range(3) if i != axis)
-            factors[axis] = (away / (others[0] * others[1])).mean(axis=rest, keepdims=True)
-    logs = [np.rint(step * np.log2(f)).reshape(-1).clip(-127, 127).astype(np.int8) for f in factors]
-    return [np.broadcast_to(log, zero[i].shape).copy() for i, log in enumerate(logs)]
+            first, second = (i for i in range(3) if i != axis)
+            rest = away / (factors[first] * factors[second])
+            factors[axis] = rest.mean(axis=(first, second), keepdims=True)
+    logs = []
+    for factor, sized in zip(factors, zero, strict=True):
+        log = np.rint(step * np.log2(factor)).reshape(-1).clip(-127, 127).astype(np.int8)
+        logs.append(np.broadcast_to(log, sized.shape).copy())
+    return logs
 
 
-def _sums(cubes: Sequence[Codes], parts: Sequence[Sequence[Codes]]) -> list[NDArray[np.int16]]:
-    return [
-        np.broadcast_to(
-            a.astype(np.int16)[:, None, None] + b.astype(np.int16)[:, None] + c.astype(np.int16),
-            cube.shape,
-        )
-        for cube, a, b, c in zip(cubes, *parts, strict=True)
-    ]
+def _sums(cubes: Sequence[Codes], logs: Sequence[Sequence[Codes]]) -> list[NDArray[np.int16]]:
+    """Returns the sum of the three integers of each weight, in the shape of each tensor."""
+    found = []
+    for cube, *of_axis in zip(cubes, *logs, strict=True):
+        # int16, since three int8 numbers may sum to 381.
+        a, b, c = (log.astype(np.int16) for log in of_axis)
+        found.append(np.broadcast_to(a[:, None, None] + b[:, None] + c, cube.shape))
+    return found
 
 
 def _span(sums: Sequence[NDArray[np.int16]]) -> tuple[int, int]:
+    """Returns the least and largest sum; zeros if there is no weight."""
     full = [s for s in sums if s.size]
-    return (min(int(s.min()) for s in full), max(int(s.max()) for s in full)) if full else (0, 0)
+    if not full:
+        return 0, 0
+    return min(int(s.min()) for s in full), max(int(s.max()) for s in full)
 
 
-def _table(sums: NDArray[np.int64], codes: Codes) -> NDArray[np.uint8]:
-    """The class of each sum, from 0 on: neighbours join as long as that saves more of tables than it costs of codes."""
+def _join_classes(sums: NDArray[np.int64], codes: Codes) -> NDArray[np.uint8]:
+    """Returns the class of each sum, counted from 0.
+
+    Every sum begins as a class of its own. Neighbours are joined, best first, while the saved
+    frequency table is larger than what the coarser statistics add to the codes.
+    """
     number = int(sums.max(initial=0)) + 1
-    counts = np.bincount(256 * sums + codes.view(np.uint8), minlength=256 * number).reshape(
-        number, 256
-    )
+    pairs = 256 * sums + codes.view(np.uint8)
+    counts = np.bincount(pairs, minlength=256 * number).reshape(number, 256)
     classes = [counts[at] for at in range(number)]
     widths = [1] * number
     bits = [_bits(c) for c in classes]
@@ -141,27 +174,35 @@ def _table(sums: NDArray[np.int64], codes: Codes) -> NDArray[np.uint8]:
         joined = [_bits(a + b) for a, b in pairwise(classes)]
         saved = [a + b - j for (a, b), j in zip(pairwise(bits), joined, strict=True)]
         at = int(np.argmax(saved))
-        if saved[at] < 0 and len(classes) <= MOST:
+        if saved[at] < 0 and len(classes) <= MAX_CLASSES:
             break
-        classes[at : at + 2], bits[at : at + 2] = [classes[at] + classes[at + 1]], [joined[at]]
+        classes[at : at + 2] = [classes[at] + classes[at + 1]]
+        bits[at : at + 2] = [joined[at]]
         widths[at : at + 2] = [widths[at] + widths[at + 1]]
     return np.repeat(np.arange(len(widths), dtype=np.uint8), widths)
 
 
 def _bits(counts: NDArray[np.int64]) -> float:
-    """About what codes with these counts take: their entropy, and a byte for each that occurs in the table."""
+    """Estimates the bits of a class: entropy of its codes, and a byte for each code in the table.
+
+    The 6 more bytes are about the header of its stream.
+    """
     used = counts[counts > 0]
     return float(used @ np.log2(used.sum() / used)) + 8.0 * (len(used) + 6)
 
 
-def _ids(sums: Sequence[NDArray[np.int16]], low: int, table: NDArray[Any]) -> NDArray[Any]:
-    return np.concatenate([table[s.reshape(-1) - low] for s in sums] or [np.empty(0, table.dtype)])
+def _classes_of(
+    sums: Sequence[NDArray[np.int16]], low: int, class_of_sum: NDArray[Any]
+) -> NDArray[Any]:
+    """Returns the class of every weight of all tensors, flat; `low` is the least sum."""
+    found = [class_of_sum[s.reshape(-1) - low] for s in sums]
+    return np.concatenate(found) if found else np.empty(0, class_of_sum.dtype)
 
 
-def _expand(reader: Reader, sizes: Sequence[int], place: str) -> list[Codes]:
-    whole = expand(_part(reader, place), torch.int8, [sum(sizes)], place).numpy()
+def _read_logs(reader: Reader, sizes: Sequence[int], place: str) -> list[Codes]:
+    whole = expand(_next_stream(reader, place), torch.int8, [sum(sizes)], place).numpy()
     return np.split(whole, np.cumsum(sizes)[:-1])
 
 
-def _part(reader: Reader, place: str) -> memoryview:
+def _next_stream(reader: Reader, place: str) -> memoryview:
     return reader.take(reader.varint(f"{place}.size", reader.left), place)

@@ -1,4 +1,8 @@
-"""Floats without loss: planes of bytes, since exponents repeat and mantissas do not, and no bytes for zeros."""
+"""Lossless coding of floats: first bytes, second bytes and so on apart, and zeros as a bit mask.
+
+The exponents of weights repeat and compress well; their mantissas do not. Coded apart, the
+exponents get a frequency table of their own.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,18 @@ from torch import Tensor
 from fedpress.wire.packing import expand, shrink
 from fedpress.wire.reader import Reader, fail, varint
 
+# Forms in the file: as they are, split into planes of bytes, or planes of the values that are not
+# 0.
 WHOLE, PLANES, SPARSE = range(3)
+# Unsigned integers that hold the bits of a float of so many bytes.
 WORDS: dict[int, type[np.unsignedinteger]] = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 Words = NDArray[np.unsignedinteger]
 
 
 def shrink_floats(values: Tensor) -> bytes:
-    """Returns the bytes of `values` [n], which hold neither their type nor their number; any bits come back.
+    """Compresses `values` [n]; every bit comes back, of NaN and -0.0 too.
+
+    The bytes hold neither the dtype nor n.
 
     >>> len(shrink_floats(torch.ones(1000))), len(shrink_floats(torch.zeros(1000)))
     (18, 7)
@@ -25,18 +34,19 @@ def shrink_floats(values: Tensor) -> bytes:
     options = [bytes([WHOLE]) + shrink(values)]
     if len(words):
         options.append(bytes([PLANES]) + _planes(words))
-        full = words != 0  # minus zero has a bit and stays
-        if np.count_nonzero(full) < len(words):
-            mask = shrink(torch.from_numpy(full.view(np.uint8)))
-            options.append(bytes([SPARSE]) + varint(len(mask)) + mask + _planes(words[full]))
+        # Compared as integers: -0.0 has its sign bit set, and is kept.
+        nonzero = words != 0
+        if np.count_nonzero(nonzero) < len(words):
+            mask = shrink(torch.from_numpy(nonzero.view(np.uint8)))
+            options.append(bytes([SPARSE]) + varint(len(mask)) + mask + _planes(words[nonzero]))
     return min(options, key=len)
 
 
 def expand_floats(data: memoryview, dtype: torch.dtype, size: int, place: str) -> Tensor:
-    """Returns the `size` floats that `shrink_floats` packed.
+    """Returns the `size` floats that `shrink_floats` compressed.
 
     Raises:
-        WireError: naming a field below `place`, if the bytes are not what `shrink_floats` could have made.
+        WireError: naming a field below `place`, if `shrink_floats` cannot have made the bytes.
     """
     reader = Reader(data)
     form = reader.byte(f"{place}.form")
@@ -48,42 +58,51 @@ def expand_floats(data: memoryview, dtype: torch.dtype, size: int, place: str) -
     if form == PLANES:
         words = _read_planes(reader, size, kind, place)
     else:
-        mask = expand(_part(reader, place), torch.uint8, [size], f"{place}.mask").numpy()
+        stream = _next_stream(reader, place)
+        mask = expand(stream, torch.uint8, [size], f"{place}.mask").numpy()
         if size and int(mask.max()) > 1:
             fail(f"{place}.mask", f"got {mask.max()}, expected 0 or 1")
+        nonzero = int(np.count_nonzero(mask))
         words = np.zeros(size, kind)
-        words[mask.view(np.bool_)] = _read_planes(reader, int(np.count_nonzero(mask)), kind, place)
+        words[mask.view(np.bool_)] = _read_planes(reader, nonzero, kind, place)
     if reader.left:
         fail(place, f"{reader.left} bytes are left over")
     return torch.from_numpy(words.view(np.uint8)).view(dtype)
 
 
 def _words(values: Tensor) -> Words:
+    """Returns the bits of floats as unsigned integers."""
     flat = values.detach().cpu().contiguous().reshape(-1)
     words: Words = flat.view(torch.uint8).numpy().view(WORDS[flat.itemsize])
     return words
 
 
 def _planes(words: Words) -> bytes:
-    """The bytes of each word turned left by one bit, so that the exponent fills the top byte, plane by plane."""
-    turned = np.ascontiguousarray(words << 1 | words >> (8 * words.itemsize - 1)).astype(
-        f"<u{words.itemsize}"
-    )
-    lanes = turned.view(np.uint8).reshape(-1, words.itemsize)
-    planes = [
-        shrink(torch.from_numpy(np.ascontiguousarray(lanes[:, at]))) for at in range(words.itemsize)
-    ]
-    return b"".join(varint(len(plane)) + plane for plane in planes)
+    """Compresses first bytes, second bytes and so on, each as a stream of its own.
+
+    Every word is rotated left by one bit before. The sign then is the lowest bit, and the 8 bits of
+    a float32 exponent are the top byte.
+    """
+    size = words.itemsize
+    rotated = np.ascontiguousarray(words << 1 | words >> (8 * size - 1)).astype(f"<u{size}")
+    planes = rotated.view(np.uint8).reshape(-1, size)
+    out = bytearray()
+    for at in range(size):
+        stream = shrink(torch.from_numpy(np.ascontiguousarray(planes[:, at])))
+        out += varint(len(stream)) + stream
+    return bytes(out)
 
 
 def _read_planes(reader: Reader, size: int, kind: type[np.unsignedinteger], place: str) -> Words:
-    lanes = np.empty((size, kind().itemsize), np.uint8)
-    for at in range(lanes.shape[1]):
-        lanes[:, at] = expand(_part(reader, place), torch.uint8, [size], f"{place}.plane").numpy()
-    turned = lanes.reshape(-1).view(f"<u{lanes.shape[1]}").astype(kind)
-    words: Words = turned >> kind(1) | turned << kind(8 * lanes.shape[1] - 1)
+    """Reads `size` words of type `kind` that `_planes` compressed."""
+    planes = np.empty((size, kind().itemsize), np.uint8)
+    for at in range(planes.shape[1]):
+        stream = _next_stream(reader, place)
+        planes[:, at] = expand(stream, torch.uint8, [size], f"{place}.plane").numpy()
+    rotated = planes.reshape(-1).view(f"<u{planes.shape[1]}").astype(kind)
+    words: Words = rotated >> kind(1) | rotated << kind(8 * planes.shape[1] - 1)
     return words
 
 
-def _part(reader: Reader, place: str) -> memoryview:
+def _next_stream(reader: Reader, place: str) -> memoryview:
     return reader.take(reader.varint(f"{place}.size", reader.left), place)

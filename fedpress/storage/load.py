@@ -1,4 +1,4 @@
-"""One door for every saved model: the folder of a model, the folder of a run, or a packed file."""
+"""Loads any saved model: the folder of a model, the folder of a run, or a packed file."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from fedpress.storage.packed import unpack
 
 
 def load(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpec, nn.Module]:
-    """Loads a saved model: a folder with spec.json, a run's folder (its last finished stage), or a packed file.
+    """Loads a saved model: a folder with spec.json, a run (its last stage), or a packed file.
 
     Args:
         path: of the folder or file.
-        allow_code: names `module:function` that the file may have called to build its network, such as "nets:Net".
-            Without one only the architectures of fedpress are built, and what this process was given by name.
+        allow_code: functions, as `module:function`, that the file may name to build its network,
+            such as "nets:Net". By default only architectures of fedpress, and functions that the
+            user of this process has already named, are built.
 
     Raises:
-        ModelError: if there is no model, it is corrupt, it names a function that is not allowed, or it is another
-            program's: then how it can be used here.
+        ModelError: if there is no model, it is damaged, it names a function that is not allowed, or
+            it is another program's file: then the cure says how to use it here.
     """
     path = Path(path)
-    if (foreign := described(path)) is not None:
+    # Files of other programs first: their content may be dangerous to open (pickles).
+    foreign = described(path)
+    if foreign is not None:
         raise ModelError(foreign.what, place="model", cure=foreign.way)
     if path.is_file():
         return unpack(path, allow_code)
@@ -36,15 +39,16 @@ def load(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpec,
 
 
 def _last_stage(run: Path) -> Path:
-    finished = [
-        p.parent
-        for p in (run / "stages").glob("*-*/result.json")
-        if p.parent.name.split("-")[0].isdecimal()
-    ]
+    # Folders are named "3-federate"; a stage has a result.json only when it is finished.
+    finished: dict[int, Path] = {}
+    for result in (run / "stages").glob("*-*/result.json"):
+        number = result.parent.name.split("-")[0]
+        if number.isdecimal():
+            finished[int(number)] = result.parent
     if not finished:
         raise ModelError(
             "no stage of this run is finished",
             place=run,
             cure=(Shell("go on with --resume, or "), "give another model"),
         )
-    return max(finished, key=lambda stage: int(stage.name.split("-")[0]))
+    return finished[max(finished)]

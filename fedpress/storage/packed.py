@@ -1,4 +1,4 @@
-"""A model as one small file: codes in the place of weights, everything entropy-coded, and the same bits back."""
+"""Packs a model losslessly into one small, entropy-coded file, and unpacks it."""
 
 from __future__ import annotations
 
@@ -29,61 +29,45 @@ class Packed:
 
     Attributes:
         file_bytes: the size of the file.
-        kinds: its bytes by kind: "codes", "scales", "norm" (of normalisation layers), "weights", "rest", "header".
-        left: quantized layers whose weights are stored as floats all the same, and why.
+        kinds: its bytes by kind: "codes" (quantized weights), "scales", "norm" (of normalisation
+            layers), "weights" (float), "rest" (biases and others), "header".
+        float_layers: quantized layers whose weights are stored as floats all the same -> the
+            reason.
     """
 
     file_bytes: int
     kinds: Mapping[str, int]
-    left: Mapping[str, str]
+    float_layers: Mapping[str, str]
 
 
 def check_packable(spec: ModelSpec, model: nn.Module) -> None:
-    """Looks whether `spec` builds a network with the tensors of `model`.
+    """Checks that `spec` builds a network with tensors of the same names, types and shapes.
 
     Raises:
         ModelError: naming a tensor that differs.
     """
     entries = TensorTable.of(model, {}).entries()
-    odd = _differs(spec.build(), entries)
-    if odd is not None:
+    different = _first_difference(spec.build(), entries)
+    if different is not None:
         raise ModelError(
-            f"the spec builds another network ('{odd}' differs)",
+            f"the spec builds another network ('{different}' differs)",
             place="spec",
             cure="give the spec that belongs to the model",
         )
 
 
 def pack(spec: ModelSpec, model: nn.Module, path: Path) -> Packed:
-    """Writes `model` to the file `path`, in one step, after it was unpacked again and found the same to the bit.
+    """Packs `model` into the file `path`, written atomically.
+
+    Before, the bytes are unpacked again and the two models compared bit by bit.
 
     Raises:
-        ModelError: if the model cannot be rebuilt from `spec` and its tensors, or `path` cannot be written.
+        ModelError: if the model cannot be rebuilt from `spec` and its tensors, or `path` cannot be
+            written.
     """
     check_packable(spec, model)
     data, packed = to_bytes(spec, model)
-    own = (spec.architecture,) if ":" in spec.architecture else ()
-    back, twin = from_bytes(data, "pack", own)
-    ours, theirs = model.state_dict(), twin.state_dict()
-    odd = [name for name, value in ours.items() if not _same(value, theirs[name])]
-    if odd or back.model_dump() != spec.model_dump():
-        raise ModelError(
-            f"'{(odd[0] if odd else 'spec')}' would not come back from the file as it is",
-            place="spec",
-            cure="the spec is of another model, or the model was changed after its spec was made",
-        )
-    theirs = dict(twin.named_buffers())
-    # Those too that are not saved, since forward may read them.
-    for name, value in model.named_buffers():
-        if name not in theirs or not _same(value, theirs[name]):
-            raise ModelError(
-                (
-                    f"the buffer '{name}' is not saved (persistent=False), and a model built anew "
-                    "has another one"
-                ),
-                place="model",
-                cure="make it persistent",
-            )
+    _check_round_trip(spec, model, data)
     path = Path(path)
     with writing(path, raises=ModelError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,15 +76,50 @@ def pack(spec: ModelSpec, model: nn.Module, path: Path) -> Packed:
     return packed
 
 
+def _check_round_trip(spec: ModelSpec, model: nn.Module, data: bytes) -> None:
+    """Checks that the packed bytes give back the same spec, tensors and buffers.
+
+    Raises:
+        ModelError: naming what differs.
+    """
+    # The caller has this model already, so its own function may be called.
+    own = (spec.architecture,) if ":" in spec.architecture else ()
+    back, twin = from_bytes(data, "pack", own)
+    theirs = twin.state_dict()
+    different = [n for n, value in model.state_dict().items() if not _same_bits(value, theirs[n])]
+    if back.model_dump() != spec.model_dump():
+        different.append("spec")
+    if different:
+        raise ModelError(
+            f"'{different[0]}' would not come back from the file as it is",
+            place="spec",
+            cure="the spec is of another model, or the model was changed after its spec was made",
+        )
+
+    # Buffers that are not saved too: forward may read them.
+    theirs = dict(twin.named_buffers())
+    for name, value in model.named_buffers():
+        if name not in theirs or not _same_bits(value, theirs[name]):
+            raise ModelError(
+                (
+                    f"the buffer '{name}' is not saved (persistent=False), and a model built anew "
+                    "has another one"
+                ),
+                place="model",
+                cure="make it persistent",
+            )
+
+
 def unpack(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpec, nn.Module]:
     """Rebuilds the model of a packed file.
 
     Args:
         path: of the file.
-        allow_code: names `module:function` that it may have called; see `fedpress.storage.load`.
+        allow_code: functions, as `module:function`, that it may name; see `fedpress.storage.load`.
 
     Raises:
-        ModelError: if the file is missing, of another version, damaged, or names a function that is not allowed.
+        ModelError: if the file is missing, of another version, damaged, or names a function that is
+            not allowed.
     """
     try:
         data = Path(path).read_bytes()
@@ -112,8 +131,8 @@ def unpack(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpe
 
 
 def to_bytes(spec: ModelSpec, model: nn.Module) -> tuple[bytes, Packed]:
-    """Returns the bytes of a packed file, and what they are; equal models give equal bytes."""
-    codes, left = _codes(model)
+    """Returns the bytes of a packed file, and sizes by kind; equal models give equal bytes."""
+    codes, float_layers = _codes(model)
     tensors = model.state_dict()
     table = TensorTable.of(model, codes)
     blobs: dict[str, bytes] = {}
@@ -123,26 +142,31 @@ def to_bytes(spec: ModelSpec, model: nn.Module) -> tuple[bytes, Packed]:
         if kind == "codes":
             blobs[name] = shrink_codes([codes[n] for n in blob.tensors])
         else:
-            blobs[name] = _shrink(
-                torch.cat([tensors[n].detach().cpu().reshape(-1) for n in blob.tensors])
-            )
+            flat = [tensors[n].detach().cpu().reshape(-1) for n in blob.tensors]
+            blobs[name] = _shrink(torch.cat(flat))
         kinds[kind] = kinds.get(kind, 0) + len(blobs[name])
     data = container.to_bytes(
         blobs,
         spec.model_dump_json(exclude_defaults=True),
         table.model_dump_json(exclude_defaults=True),
     )
-    return data, Packed(len(data), kinds | {"header": len(data) - sum(kinds.values())}, left)
+    kinds["header"] = len(data) - sum(kinds.values())
+    return data, Packed(len(data), kinds, float_layers)
 
 
 def from_bytes(
     data: bytes, place: str, allow_code: Collection[str] | str = ()
 ) -> tuple[ModelSpec, nn.Module]:
-    """Rebuilds the model of the bytes that `to_bytes` made; `place` names their file in errors.
+    """Rebuilds a model from the bytes that `to_bytes` made.
+
+    Args:
+        data: bytes of the file.
+        place: its name in errors.
+        allow_code: functions that it may name; see `fedpress.storage.load`.
 
     Raises:
-        ModelError: if they are of another version, damaged, of a model that cannot be built here, or name a function
-            that neither `allow_code` nor the user of this process has allowed.
+        ModelError: if they are of another version, damaged, of a model that cannot be built here,
+            or name a function that neither `allow_code` nor the user of this process has allowed.
     """
     blobs, described, listed = container.from_bytes(data, place)
     try:
@@ -151,17 +175,18 @@ def from_bytes(
         table = TensorTable.model_validate_json(listed)
     except ValidationError as error:
         first = error.errors()[0]
-        damaged(
-            place,
-            f"{'.'.join(map(str, first['loc']))} {first['msg']}, or it is of a newer fedpress",
-        )
+        key = ".".join(map(str, first["loc"]))
+        damaged(place, f"{key} {first['msg']}, or it is of a newer fedpress")
     if table.blobs.keys() != blobs.keys():
         damaged(place, "its table does not fit what is in it")
+    # A file from anybody may describe a network larger than the memory.
     with placing(place):
         model = spec.build_within_limits()
-    if (odd := _differs(model, table.entries())) is not None:
+    # Compared before anything is decompressed: now all sizes are known to be those of the model.
+    different = _first_difference(model, table.entries())
+    if different is not None:
         raise ModelError(
-            f"its tensors do not fit its spec ('{odd}' differs)",
+            f"its tensors do not fit its spec ('{different}' differs)",
             place=place,
             cure=(
                 f"was the architecture '{spec.architecture}' changed since? Unpack with the one "
@@ -172,18 +197,22 @@ def from_bytes(
     return spec, model
 
 
-def _differs(
+def _first_difference(
     model: nn.Module, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 ) -> str | None:
-    """The first tensor that is not in both, or has another type or shape; None if there is none."""
+    """Returns the first name, alphabetically, of a tensor that differs in type or shape, or None.
+
+    A tensor that only one of the two has differs too.
+    """
     own = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
-    return min(
-        (n for n in own.keys() | entries.keys() if own.get(n) != entries.get(n)), default=None
-    )
+    for name in sorted(own.keys() | entries.keys()):
+        if own.get(name) != entries.get(name):
+            return name
+    return None
 
 
 def _fill_(model: nn.Module, table: TensorTable, blobs: Mapping[str, bytes], place: str) -> None:
-    """Puts what lies in `blobs` into `model`, whose tensors have the types and shapes of `table`."""
+    """Decompresses `blobs` into `model`, whose tensors have the types and shapes of `table`."""
     tensors: dict[str, Tensor] = {}
     codes: dict[str, Tensor] = {}
     try:
@@ -195,13 +224,18 @@ def _fill_(model: nn.Module, table: TensorTable, blobs: Mapping[str, bytes], pla
                 tensors |= _tensors_in(blob, _expand(blobs[name], blob, name))
     except WireError as error:
         damaged(place, f"{error.place.removeprefix('message.')}: {error.problem}")
-    tensors |= {name: tensors[first] for name, first in table.same.items() if first in tensors}
-    model.load_state_dict(tensors, strict=False)  # all names were compared
+
+    for name, first in table.same.items():
+        if first in tensors:
+            tensors[name] = tensors[first]
+    # Not strict, since quantized weights follow below; all names were compared before.
+    model.load_state_dict(tensors, strict=False)
+    # After the others: dequantizing needs the scales and codebooks.
     weights = quantized_weights(model)
     for name, values in codes.items():
         try:
             layer, key = weights[name]
-            weight = layer.dequantize(values, key)  # scales and codebooks are in place by now
+            weight = layer.dequantize(values, key)
         except (KeyError, ModelError) as error:
             why = error.problem if isinstance(error, ModelError) else f"there is no {error}"
             damaged(place, f"the codes of '{name}': {why}")
@@ -210,8 +244,12 @@ def _fill_(model: nn.Module, table: TensorTable, blobs: Mapping[str, bytes], pla
 
 
 def _codes(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The codes of quantized weights by name, and the layers whose weights they cannot stand for, with the reason."""
-    codes, left = {}, {}
+    """Returns int8 codes by name of the weight, and layers that stay float with the reason.
+
+    A weight is stored as codes only if dequantizing them gives the same bits.
+    """
+    codes: dict[str, Tensor] = {}
+    float_layers: dict[str, str] = {}
     for name, layer in quantized_layers(model):
         if layer.scheme.weights is None:
             continue
@@ -219,28 +257,33 @@ def _codes(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             try:
                 found = layer.quantize(key)
             except ModelError as error:
-                left[name] = error.told(place="")
+                float_layers[name] = error.told(place="")
                 continue
-            if _same(layer.dequantize(found, key), getattr(layer, key)):
+            if _same_bits(layer.dequantize(found, key), getattr(layer, key)):
                 codes[f"{name}.{key}"] = found.cpu()
             else:
-                left[name] = "its weights are not on their grid; materialize_ moves them there"
-    return codes, left
+                why = "its weights are not on their grid; materialize_ moves them there"
+                float_layers[name] = why
+    return codes, float_layers
 
 
 def _shrink(flat: Tensor) -> bytes:
+    """Compresses values [n] of any type."""
     if flat.is_floating_point():
         return shrink_floats(flat)
     return shrink(flat.view(torch.uint8) if flat.dtype == torch.bool else flat)
 
 
 def _expand(data: bytes, blob: Blob, place: str) -> Tensor:
-    kind, size = TYPES[blob.dtype], sum(map(prod, blob.tensors.values()))
-    if kind.is_floating_point:
-        return expand_floats(memoryview(data), kind, size, place)
-    if kind != torch.bool:
-        return expand(memoryview(data), kind, [size], place)
+    """Decompresses the values of all tensors of a blob, one after another."""
+    dtype = TYPES[blob.dtype]
+    size = sum(map(prod, blob.tensors.values()))
+    if dtype.is_floating_point:
+        return expand_floats(memoryview(data), dtype, size, place)
+    if dtype != torch.bool:
+        return expand(memoryview(data), dtype, [size], place)
     flat = expand(memoryview(data), torch.uint8, [size], place)
+    # A bool with another byte than 0 or 1 is undefined behaviour in torch.
     if size and int(flat.max()) > 1:
         raise WireError(f"got {int(flat.max())}, expected 0 or 1", place=place)
     return flat.view(torch.bool)
@@ -248,14 +291,14 @@ def _expand(data: bytes, blob: Blob, place: str) -> Tensor:
 
 def _tensors_in(blob: Blob, flat: Tensor) -> dict[str, Tensor]:
     parts = flat.split([prod(shape) for shape in blob.tensors.values()])
-    return {
-        name: part.reshape(shape)
-        for (name, shape), part in zip(blob.tensors.items(), parts, strict=True)
-    }
+    found = {}
+    for (name, shape), part in zip(blob.tensors.items(), parts, strict=True):
+        found[name] = part.reshape(shape)
+    return found
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have one type, one shape and the same bits: NaN is itself, minus zero is not zero."""
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same type, shape and bits: NaN equals NaN, 0.0 is not -0.0."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     a, b = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))

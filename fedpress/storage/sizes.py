@@ -1,4 +1,4 @@
-"""One meaning for each size of a model: `file_bytes` is its saved file, `packed_file_bytes` its packed one."""
+"""Sizes of a model: `file_bytes` of its saved file, `packed_file_bytes` of its packed one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from fedpress.storage.packed import to_bytes
 
 
 def file_bytes(spec: ModelSpec | None, model: nn.Module) -> int:
-    """Returns the bytes of the numbers as a model is kept: float32, or packed where weights are quantized.
+    """Returns the size of a saved model: its tensors in float32, or the packed file if quantized.
 
-    Commands, reports and measurements all say this one; an exported file has the size of that file.
+    Commands, reports and measurements show this size. A quantized model is measured packed since
+    its float32 file would hold every weight in 32 bits, which says nothing about the quantization.
     """
     schemes = {name: layer.scheme for name, layer in quantized_layers(model)}
     if spec is None or not schemes:
@@ -28,7 +29,7 @@ def file_bytes(spec: ModelSpec | None, model: nn.Module) -> int:
 
 
 def packed_file_bytes(spec: ModelSpec | None, model: nn.Module) -> int | None:
-    """Returns the bytes of the file that the pack stage would write, or None where it would say that it cannot."""
+    """Returns the size of the file that the pack stage would write; None if it cannot be packed."""
     if spec is None:
         return None
     with suppress(ModelError):

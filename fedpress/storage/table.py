@@ -1,4 +1,4 @@
-"""The table of a packed file: which tensors lie in which blob, of what type and shape."""
+"""The table of a packed file: which tensors are in which blob, with dtype and shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from fedpress.errors import ModelError, SettingError
 from fedpress.nn.quantized import is_qparam, quantized_weights
 
-SMALL = 4096  # values: tensors up to this size share a blob with others of their kind
+# Tensors of at most so many values share a blob with others of their kind: each blob has a header
+# and a frequency table, which would be larger than a small tensor.
+SMALL = 4096
 Type = Literal[
     "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"
 ]
@@ -21,7 +23,7 @@ Size = Annotated[int, Field(ge=0, lt=1 << 48, strict=True)]
 
 
 class Blob(BaseModel):
-    """Tensors of one type, one after another: name -> shape."""
+    """Tensors of one dtype, stored one after another: name -> shape."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -30,9 +32,13 @@ class Blob(BaseModel):
 
 
 class TensorTable(BaseModel):
-    """Every tensor of a model: in one of the `blobs`, or the `same` as another one, its name -> the other's.
+    """Where every tensor of a model is stored.
 
-    The name of a blob is `kind:what:type`; the kind "codes" means codes of quantized weights, quantized as `what` says.
+    Attributes:
+        blobs: by name, which is `kind:what:dtype`, such as "weights:conv1.weight:float32". The kind
+            "codes" are integers of quantized weights, and `what` is then the quantization, such as
+            "int4".
+        same: name of a tensor that shares memory with another -> name of the other.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,30 +48,34 @@ class TensorTable(BaseModel):
 
     @model_validator(mode="after")
     def _each_once(self) -> TensorTable:
-        named = [name for blob in self.blobs.values() for name in blob.tensors]
-        if len({*named, *self.same}) != len(named) + len(self.same) or not {
-            *self.same.values()
-        } <= {*named}:
+        stored: list[str] = []
+        for blob in self.blobs.values():
+            stored.extend(blob.tensors)
+        names = [*stored, *self.same]
+        known = set(self.same.values()) <= set(stored)
+        if len(set(names)) != len(names) or not known:
             raise SettingError("a tensor stands twice in it or nowhere, expected each once")
         return self
 
     def entries(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Returns type and shape of every tensor."""
-        found = {
-            n: (TYPES[blob.dtype], shape)
-            for blob in self.blobs.values()
-            for n, shape in blob.tensors.items()
-        }
-        return found | {name: found[first] for name, first in self.same.items()}
+        """Returns dtype and shape of every tensor."""
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for blob in self.blobs.values():
+            for name, shape in blob.tensors.items():
+                found[name] = TYPES[blob.dtype], shape
+        for name, first in self.same.items():
+            found[name] = found[first]
+        return found
 
     @classmethod
     def of(cls, model: nn.Module, codes: Mapping[str, Tensor]) -> TensorTable:
-        """Lays out the tensors of `model`; those in `codes` by how they are quantized.
+        """Assigns the tensors of `model` to blobs.
 
-        Large ones lie alone, small ones with others of their kind.
+        Large tensors get a blob of their own, small ones share one with others of their kind, and
+        weights in `codes` share one with all of the same quantization.
 
         Raises:
-            ModelError: if a tensor is of a type that has no name here.
+            ModelError: if a tensor has a dtype outside of `TYPES`.
         """
         tensors = model.state_dict()
         same = _shared(tensors)
@@ -95,7 +105,7 @@ class TensorTable(BaseModel):
 
 
 def _kind_of(leaf: str, value: Tensor, *, norm: bool) -> str:
-    """Returns the first word of a blob's name: values of one kind are alike, so they are coded together."""
+    """Returns the kind of a tensor: values of one kind are alike, so they are coded together."""
     if is_qparam(leaf):
         return "scales"
     if norm:
@@ -104,7 +114,10 @@ def _kind_of(leaf: str, value: Tensor, *, norm: bool) -> str:
 
 
 def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The names of tensors that lie in the memory of an earlier one, with the name of that."""
+    """Returns the names of tensors that are views of the same memory as an earlier tensor.
+
+    The values are the names of the earlier ones.
+    """
     first: dict[tuple[Any, ...], str] = {}
     same = {}
     for name, value in tensors.items():

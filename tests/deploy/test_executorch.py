@@ -15,7 +15,7 @@ from tests.deploy.test_qdq import SHAPE, Residual, trained
 
 pytest.importorskip("executorch.exir")
 
-from fedpress.deploy.executorch import words
+from fedpress.deploy.executorch import read_metadata
 
 pytestmark = pytest.mark.deploy
 
@@ -51,11 +51,11 @@ def test_a_float_program_gives_the_logits_of_torch_and_runs_on_xnnpack_alone(tmp
     model = trained(Residual())
     job = Job(SHAPE, Preprocess((0.5, 0.4, 0.3), (0.2, 0.25, 0.3)), {"class_names": '["a"]'})
     made = export(model, tmp_path / "m.pte", "executorch", job)
-    assert made.left == {}
+    assert made.left_float == {}
     assert made.program is None
     assert made.file_bytes == made.path.stat().st_size
     assert parity(model, made.path, x).max_abs_error < 1e-4
-    assert words(made.path) == made.metadata
+    assert read_metadata(made.path) == made.metadata
     assert json.loads(made.metadata["mean"]) == [0.5, 0.4, 0.3]
     assert capfd.readouterr() == ("", "")
 
@@ -66,7 +66,7 @@ def test_an_integer_program_gives_the_logits_of_the_rounded_graph_and_runs_on_xn
     model = trained(Residual(32))
     whole = export(model, tmp_path / "f.pte", "executorch", Job(SHAPE))
     made = export(model, tmp_path / "q.pte", "executorch", Job(SHAPE, batches=(x,)))
-    assert made.left == {}
+    assert made.left_float == {}
     assert parity(made.program, made.path, x, tolerance=ROUNDING).same_argmax_share > 0.9
     assert made.file_bytes < 0.5 * whole.file_bytes
 
@@ -79,26 +79,26 @@ def test_layers_of_fewer_bits_keep_their_values_on_integers_and_say_so_in_float(
     }
     quantize_layers_(model, grids)
     made = export(model, tmp_path / "q.pte", "executorch", Job(SHAPE, batches=(x,)))
-    assert made.left["head"] == "its weights have several scales per output channel"
-    assert not made.left.keys() & {"stem", "conv"}, (
+    assert made.left_float["head"] == "its weights have several scales per output channel"
+    assert not made.left_float.keys() & {"stem", "conv"}, (
         "what feeds the float head alone may stay float too"
     )
     parity(made.program, made.path, x, tolerance=ROUNDING)
     made = export(model, tmp_path / "f.pte", "executorch", Job(SHAPE))
-    assert {"conv", "head"} <= made.left.keys()
-    assert all(name.startswith(("conv", "head")) for name in made.left)
+    assert {"conv", "head"} <= made.left_float.keys()
+    assert all(name.startswith(("conv", "head")) for name in made.left_float)
     assert parity(model, made.path, x).max_abs_error < 1e-4
 
 
 def test_what_computes_in_float_or_outside_of_xnnpack_is_told(tmp_path, x):
     model = Softmax()
     made = export(model, tmp_path / "m.pte", "executorch", Job(SHAPE))
-    assert any("atan" in name and "portable" in reason for name, reason in made.left.items()), (
-        made.left
-    )
+    assert any(
+        "atan" in name and "portable" in reason for name, reason in made.left_float.items()
+    ), made.left_float
     assert parity(model, made.path, x).max_abs_error < 1e-4
     made = export(model, tmp_path / "q.pte", "executorch", Job(SHAPE, batches=(x,)))
-    assert made.left["up"] == "conv_transpose2d has no integer form"
+    assert made.left_float["up"] == "conv_transpose2d has no integer form"
     parity(made.program, made.path, x, tolerance=ROUNDING)
 
 
@@ -128,14 +128,14 @@ class Product(nn.Module):
 
 def test_a_value_read_on_both_sides_of_a_gate_stays_on_integers(tmp_path, x):
     made = export(Gate(), tmp_path / "g.pte", "executorch", Job(SHAPE, batches=(x,)))
-    assert made.left == {"sigmoid": "sigmoid has no integer form"}
+    assert made.left_float == {"sigmoid": "sigmoid has no integer form"}
     parity(made.program, made.path, x, tolerance=ROUNDING)
 
 
 def test_what_xnnpack_takes_but_computes_in_float_is_told(tmp_path, x):
     made = export(Product(), tmp_path / "p.pte", "executorch", Job(SHAPE, batches=(x,)))
     reason = "XNNPACK has no integer kernel of it; computes in float"
-    assert sorted(name for name, why in made.left.items() if why == reason) == [
+    assert sorted(name for name, why in made.left_float.items() if why == reason) == [
         "aten::bmm",
         "pool (aten::avg_pool2d)",
     ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedpress import deploy
 from fedpress.compress.quantize import quantizable, quantize_
 from fedpress.deploy import Candidate, Job, export_onnx, measure, open_file, parity
-from fedpress.deploy.examples import flatten, together
+from fedpress.deploy.examples import flatten, unflatten
 from fedpress.errors import ExportError
 from fedpress.nn.quant_scheme import InputQuantization, QuantizationScheme, WeightQuantization
 
@@ -307,7 +307,7 @@ def test_what_was_taken_apart_is_put_together_again():
     one, two, three = torch.ones(1), torch.ones(2), torch.ones(3)
     structure, tensors, names = flatten({"a": one, "b": [two, None, {"c": three}]})
     assert names == ["a", "b_0", "b_2_c"]
-    assert together(json.loads(json.dumps(structure)), tensors) == {
+    assert unflatten(json.loads(json.dumps(structure)), tensors) == {
         "a": one,
         "b": (two, None, {"c": three}),
     }
@@ -356,7 +356,7 @@ def test_models_of_the_transformers_library_are_exported(tmp_path, kind):
     made = export_onnx(model, tmp_path / "m.onnx", Job(example=example))
     session = open_file(made.path)
     for rows in (1, 3):
-        wanted = deploy.examples.take(example, rows)
+        wanted = deploy.examples.take_rows(example, rows)
         parity(model, made.path, wanted)
         got = session(**{name: t.numpy() for name, t in wanted.items()})
         assert got["logits"].shape == tuple(model(**wanted).logits.shape)

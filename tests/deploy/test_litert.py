@@ -15,7 +15,7 @@ from tests.deploy.test_qdq import SHAPE, Residual, trained
 pytest.importorskip("litert_torch")
 pytest.importorskip("ai_edge_litert.interpreter")
 
-from fedpress.deploy.litert import words
+from fedpress.deploy.litert import read_metadata
 
 pytestmark = pytest.mark.deploy
 
@@ -41,9 +41,9 @@ def test_a_float_file_gives_the_logits_of_torch(tmp_path, x, capfd):
     made = export(
         model, tmp_path / "m.tflite", "litert", Job(SHAPE, metadata={"class_names": '["ä"]'})
     )
-    assert made.left == {}
+    assert made.left_float == {}
     assert parity(model, made.path, x).max_abs_error < 1e-4
-    assert made.metadata.items() <= words(made.path).items()
+    assert made.metadata.items() <= read_metadata(made.path).items()
     assert capfd.readouterr() == ("", "")
 
 
@@ -53,7 +53,7 @@ def test_an_integer_file_gives_the_logits_of_the_rounded_graph_without_a_float_i
     model = trained(Residual(32))
     whole = export(model, tmp_path / "f.tflite", "litert", Job(SHAPE))
     made = export(model, tmp_path / "q.tflite", "litert", Job(SHAPE, batches=(x,)))
-    assert made.left == {}
+    assert made.left_float == {}
     assert not {"QUANTIZE", "DEQUANTIZE"} & set(operations(made.path))
     assert parity(made.program, made.path, x, tolerance=ROUNDING).same_argmax_share > 0.9
     assert made.file_bytes < 0.5 * whole.file_bytes
@@ -101,8 +101,8 @@ def test_groups_of_scales_are_told(tmp_path, x):
     )
     made = export(model, tmp_path / "m.tflite", "litert", Job(SHAPE, batches=(x,)))
     # The head computes in float, so what only it reads does too: told by the graph, then by the operations of the file.
-    assert set(made.left) == {"head", "add", "mean", "ADD", "MEAN", "FULLY_CONNECTED"}
-    assert made.left["add"] == "add stays float between float operations"
+    assert set(made.left_float) == {"head", "add", "mean", "ADD", "MEAN", "FULLY_CONNECTED"}
+    assert made.left_float["add"] == "add stays float between float operations"
     parity(made.program, made.path, x, tolerance=ROUNDING)
 
 
@@ -111,7 +111,10 @@ def test_operations_of_an_integer_file_on_floats_are_told(tmp_path, x):
         nn.Conv2d(3, 8, 3, padding=1), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(72, 5)
     )
     made = export(model, tmp_path / "m.tflite", "litert", Job(SHAPE, batches=(x,)))
-    assert made.left == {"ADD": "LiteRT computes it in float", "MUL": "LiteRT computes it in float"}
+    assert made.left_float == {
+        "ADD": "LiteRT computes it in float",
+        "MUL": "LiteRT computes it in float",
+    }
 
 
 def test_nan_has_no_place_on_a_grid(tmp_path, x):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedpress.deploy import ROUNDING, Job, export_onnx, file_logits, logits, parity
 from fedpress.deploy.onnx import MAX_IR_VERSION, WIDE
-from fedpress.deploy.onnx_integers import packed
+from fedpress.deploy.onnx_integers import pack_bits
 from fedpress.models.resnet import ResNet
 from fedpress.nn.quant_scheme import QuantizationScheme, WeightQuantization
 from fedpress.nn.quantized import quantize_layers_
@@ -147,7 +147,7 @@ def test_images_are_filled_up_to_four_channels(model, x, tmp_path):
 def test_packed_codes_read_back(values):
     codes = np.array(values, np.int8)
     tensor = onnx.TensorProto(
-        dims=codes.shape, data_type=onnx.TensorProto.INT4, raw_data=packed(codes, 4)
+        dims=codes.shape, data_type=onnx.TensorProto.INT4, raw_data=pack_bits(codes, 4)
     )
     assert onnx.numpy_helper.to_array(tensor).astype(np.int8).tolist() == values
 

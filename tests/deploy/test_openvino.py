@@ -38,7 +38,7 @@ def test_float_files_give_the_logits_of_torch_at_any_batch_size(tmp_path, x, cap
 def test_integer_files_give_the_logits_of_the_rounded_graph(tmp_path, x):
     model = trained(Residual())
     made = export(model, tmp_path / "q.xml", "openvino", Job(SHAPE, batches=(x,), weight_bits=7))
-    assert made.left == {}
+    assert made.left_float == {}
     assert parity(made.program, made.path, x, tolerance=ROUNDING).same_argmax_share > 0.9
 
 
@@ -50,7 +50,7 @@ def test_no_weights_of_eight_bits_overflow(tmp_path):
     )
     nn.init.constant_(model[1].weight, 0.01)
     made = export(model, tmp_path / "7.xml", "openvino", Job(SHAPE, batches=(x,)))
-    assert made.left == {}
+    assert made.left_float == {}
     parity(made.program, made.path, x, tolerance=0.01)
     quantize_layers_(
         model,
@@ -60,7 +60,7 @@ def test_no_weights_of_eight_bits_overflow(tmp_path):
         },
     )
     made = export(model, tmp_path / "8.xml", "openvino", Job(SHAPE, batches=(x,)))
-    assert list(made.left) == ["weights of 8 bits"]
+    assert list(made.left_float) == ["weights of 8 bits"]
     parity(made.program, made.path, x, tolerance=0.01)
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from fedpress import deploy
 from fedpress.deploy import FORMATS, Job, Processor, this_processor
-from fedpress.deploy.processor import FEATURES, SETTINGS, settings
+from fedpress.deploy.processor import FEATURES, OPTIONS, options_for
 
 OLD = Processor("x86_64", "Haswell", 4, ("avx2",))
 WIDE_OLD = Processor("x86_64", "Skylake-X", 4, ("avx2", "avx512"))
@@ -25,10 +25,10 @@ EXACT = "session.x64quantprecision"
 def test_exact_products_are_asked_for_where_they_would_overflow_and_only_there(processor, wide):
     overflows = processor in (OLD, WIDE_OLD)
     assert processor.overflows == overflows
-    assert settings("onnxruntime", wide=wide, processor=processor) == (
+    assert options_for("onnxruntime", wide=wide, processor=processor) == (
         {EXACT: "1"} if wide and overflows else {}
     )
-    told = settings("OpenVINO", wide=wide, processor=processor)
+    told = options_for("OpenVINO", wide=wide, processor=processor)
     assert ("LP_TRANSFORMS_MODE" in told) == (wide and overflows)
     assert told["INFERENCE_PRECISION_HINT"] == "f32", "else bfloat16 where the processor has it"
     assert told["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == "0", (
@@ -38,7 +38,7 @@ def test_exact_products_are_asked_for_where_they_would_overflow_and_only_there(p
 
 def test_every_row_is_of_a_known_runtime_and_says_why():
     runtimes = {row.runtime for row in FORMATS.values()}
-    for row in SETTINGS:
+    for row in OPTIONS:
         assert row.runtime in runtimes
         assert row.why
 

@@ -53,7 +53,7 @@ def calls(program: torch.export.ExportedProgram, target: object) -> list[torch.f
 def test_every_operand_of_integer_arithmetic_is_rounded_and_the_logits_stay_near(x, activations):
     model = trained(Residual())
     made = quantized_program(model, SHAPE, [x], format=IntegerFormat(activations))
-    assert made.left == {}
+    assert made.left_float == {}
     graph = made.program.graph
     back = {OPS.dequantize_per_tensor.default, OPS.dequantize_per_channel.default}
     for target in (
@@ -181,10 +181,10 @@ def test_what_stays_float_is_listed_with_the_reason(x):
         model, {"inner": QuantizationScheme(weights=WeightQuantization(kind="codebook"))}
     )
     made = quantized_program(model, SHAPE, [x])
-    assert "codebook" in made.left["inner"]
-    assert "layer_norm" in made.left["norm"]
-    assert made.left["mean"] == "mean stays float between float operations"
-    assert set(made.left) == {"inner", "norm", "mean"}
+    assert "codebook" in made.left_float["inner"]
+    assert "layer_norm" in made.left_float["norm"]
+    assert made.left_float["mean"] == "mean stays float between float operations"
+    assert set(made.left_float) == {"inner", "norm", "mean"}
 
 
 def test_bad_calibration_and_bad_weights_are_clear_errors(x):
@@ -280,7 +280,7 @@ def test_the_file_of_a_transformer_is_as_near_as_its_simulation(x):
     got = logits(made.program, x)
     error, own = ((a - exact).norm() / exact.norm() for a in (got, simulated))
     assert error < 1.5 * own + 0.002, (error, own)
-    assert "add stays float between float operations" in made.left["blocks.0"]
+    assert "add stays float between float operations" in made.left_float["blocks.0"]
     assert not calls(made.program, torch.ops.aten.layer_norm.default)[0].users.keys() - set(
         calls(made.program, OPS.quantize_per_tensor.default)
     ), "what a layer reads is rounded once, as in the simulation"
@@ -299,7 +299,7 @@ def test_a_residual_stream_that_convolutions_read_stays_on_integers(x):
             x = x + self.b(torch.relu(x))
             return self.head(x.mean((2, 3)))
 
-    assert quantized_program(Stream().eval(), SHAPE, [x]).left == {}
+    assert quantized_program(Stream().eval(), SHAPE, [x]).left_float == {}
 
 
 def test_only_what_rounds_values_counts_as_rounded(x):

@@ -129,7 +129,7 @@ def test_every_kind_of_model_comes_back_to_the_bit(name, tmp_path):
     back, twin = storage.unpack(tmp_path / "m.safetensors")
     assert back == spec
     assert_same_bits(model, twin)
-    assert packed.left == {}
+    assert packed.float_layers == {}
     assert (
         packed.file_bytes
         == (tmp_path / "m.safetensors").stat().st_size
@@ -157,8 +157,8 @@ def test_weights_off_their_grid_are_stored_as_floats_and_named(wrong):
     with torch.no_grad():
         model.head.weight[0, 0] = float("nan") if wrong == "nan" else model.head.weight[0, 0] + 1e-6
     data, packed = to_bytes(spec, model)
-    assert packed.left.keys() == {"head"}
-    assert {"latent": "materialize_", "nan": "NaN"}[wrong] in packed.left["head"]
+    assert packed.float_layers.keys() == {"head"}
+    assert {"latent": "materialize_", "nan": "NaN"}[wrong] in packed.float_layers["head"]
     assert_same_bits(model, from_bytes(data, "x")[1])
 
 
@@ -492,7 +492,7 @@ def test_every_kind_of_layer_on_a_grid_comes_back_from_a_packed_file_and_from_a_
     quantize_(model, table, [x])
     spec = ModelSpec(architecture="everything", input_shape=(3, 7), quantized=table)
     data, packed = to_bytes(spec, model)
-    assert not packed.left
+    assert not packed.float_layers
     assert (
         packed.kinds["codes"]
         < sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1) * 1.3

@@ -1,4 +1,4 @@
-"""A captured graph while it is rewritten: its tensors, and the operations that quantize and dequantize."""
+"""A captured graph while it is quantized: its tensors and its (de)quantize operations."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class IntegerFormat:
-    """What the integers of a runtime are like.
+    """The integers that a runtime computes with.
 
     Attributes:
-        activations: "uint8" (onnxruntime) or "int8" (XNNPACK, LiteRT); the values are the same.
-        weight_bits: 7 where the processor adds products of bytes in 16 bits (AVX2 without VNNI), which may overflow.
-        float_output: whether the output of a linear layer or matrix product stays unrounded where no integer
-            operation reads it.
-        four_bit_shift: by how many bits kernels shift codes of four bits up, and the int32 bias with them.
+        activations: "uint8" (onnxruntime) or "int8" (XNNPACK, LiteRT); both stand for the same
+            values, with another zero point.
+        weight_bits: of float weights when they are quantized; 7 where the processor sums 8-bit
+            products in 16 bits (x86 without VNNI), which overflows with 8.
+        float_output: whether the output of a linear layer or matrix product stays float if no
+            integer operation reads it.
+        four_bit_shift: by how many bits kernels shift 4-bit weights up, and the int32 bias with
+            them.
     """
 
     activations: Activations = "uint8"
@@ -33,7 +36,7 @@ class IntegerFormat:
 
 @dataclass(frozen=True)
 class QParams:
-    """Quantization parameters of one tensor: values (code - zero_point) * scale with codes in low..high."""
+    """Quantization of one tensor: value = (code - zero_point) * scale, with codes in low..high."""
 
     scale: float
     zero_point: int
@@ -42,22 +45,22 @@ class QParams:
 
     @classmethod
     def of(cls, scale: float, zero_point: int, highest: int, activations: Activations) -> QParams:
-        """Moves codes 0..highest to -128..highest-128 where a runtime wants int8: the values stay the same."""
+        """Makes the parameters of uint8 codes 0..highest, shifted by -128 for int8 activations."""
         shift = 0 if activations == "uint8" else 128
         return cls(scale, zero_point - shift, -shift, highest - shift)
 
 
 @dataclass
 class LayerQuantization:
-    """What a layer brings along: whole numbers and scales of its weight, and how its input is quantized.
+    """Quantization of a layer: integers and scales of its weight, and parameters of its input.
 
     Attributes:
-        codes: of the weight; None where it has none.
-        scales: of the weight.
-        group: how many codes share a scale; None: an output channel.
-        axis: of the codes, along which scales go.
-        inputs: of its input; None where that is not fixed.
-        reason: why it does not compute on integers, if it cannot.
+        codes: int8 integers of the weight, in its shape; None if it is not quantized.
+        scales: of the weight, one for each output channel or group.
+        group: how many weights share a scale; None: those of an output channel.
+        axis: dimension of the codes to which the scales belong.
+        inputs: quantization of the layer's input; None if the calibration decides it.
+        reason: why the layer cannot compute on integers; empty if it can.
     """
 
     codes: Tensor | None = None
@@ -70,21 +73,21 @@ class LayerQuantization:
 
 @dataclass
 class Rewrite:
-    """A graph while it is rewritten.
+    """A graph while it is quantized.
 
     Attributes:
-        module: of the graph.
-        layers: by the name of the weight.
-        format: of the runtime's integers.
-        integer: whether values are rounded too, and not weights alone.
-        left: what computes in float -> the reason.
+        module: the captured module.
+        layers: quantization of layers, by the name of the weight.
+        format: the runtime's integers.
+        integer: whether activations are quantized, and not only weights.
+        left_float: module or operation that computes in float -> the reason.
     """
 
     module: fx.GraphModule
     layers: dict[str, LayerQuantization]
     format: IntegerFormat
     integer: bool
-    left: dict[str, str] = field(default_factory=dict)
+    left_float: dict[str, str] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -92,13 +95,13 @@ class Rewrite:
         return self.module.graph
 
     def tensor(self, node: fx.Node) -> Tensor:
-        """Returns the parameter or buffer that `node` gets."""
+        """Returns the parameter or buffer that the `get_attr` operation `node` reads."""
         owner, _, key = str(node.target).rpartition(".")
         found: Tensor = getattr(self.module.get_submodule(owner), key)
         return found.detach()
 
     def set_(self, name: str, value: Tensor) -> None:
-        """Gives a parameter another value."""
+        """Replaces a parameter."""
         owner, _, key = name.rpartition(".")
         setattr(self.module.get_submodule(owner), key, nn.Parameter(value, requires_grad=False))
 
@@ -109,52 +112,52 @@ class Rewrite:
         return name
 
     def round_(self, value: fx.Node, qparams: QParams) -> None:
-        """Lets everybody read `value` rounded."""
+        """Inserts a rounding (quantize and dequantize) of `value` before all its readers."""
         with self.graph.inserting_after(value):
-            rounded, back = self.quantize_dequantize(value, qparams)
-        value.replace_all_uses_with(back, delete_user_cb=lambda user: user is not rounded)
+            codes, rounded = self.quantize_dequantize(value, qparams)
+        # All readers but the quantize operation itself.
+        value.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not codes)
 
     def round_input_(self, node: fx.Node, value: fx.Node, qparams: QParams) -> None:
-        """Lets `node` alone read `value` rounded."""
+        """Inserts a rounding of `value` before its reader `node` only."""
         with self.graph.inserting_before(node):
-            node.replace_input_with(value, self.quantize_dequantize(value, qparams)[1])
+            _, rounded = self.quantize_dequantize(value, qparams)
+            node.replace_input_with(value, rounded)
 
     def quantize_dequantize(self, value: fx.Node, qparams: QParams) -> tuple[fx.Node, fx.Node]:
-        """Writes the two operations that round `value`."""
+        """Inserts a quantize and a dequantize operation of `value`, and returns both."""
         ops = torch.ops.quantized_decomposed
         dtype = torch.uint8 if self.format.activations == "uint8" else torch.int8
         settings = (qparams.scale, qparams.zero_point, qparams.low, qparams.high, dtype)
-        rounded = self.graph.call_function(ops.quantize_per_tensor.default, (value, *settings))
-        back = self.graph.create_node(
-            "call_function", ops.dequantize_per_tensor.default, (rounded, *settings)
+        codes = self.graph.call_function(ops.quantize_per_tensor.default, (value, *settings))
+        rounded = self.graph.create_node(
+            "call_function", ops.dequantize_per_tensor.default, (codes, *settings)
         )
-        rounded.append(back)
-        return rounded, back
+        codes.append(rounded)
+        return codes, rounded
 
     def dequantize_weight(self, weight: fx.Node, layer: LayerQuantization) -> fx.Node:
-        """Writes codes and scales as buffers beside the weight, and the operation that makes the weight of them."""
+        """Adds codes and scales as buffers, and inserts the operation that dequantizes them."""
         assert layer.codes is not None
         assert layer.scales is not None
-        ops, graph, name = torch.ops.quantized_decomposed, self.graph, str(weight.target)
-        codes, row = layer.codes, layer.codes[0].numel()
+        ops = torch.ops.quantized_decomposed
+        graph = self.graph
+        codes = layer.codes
+        row = codes[0].numel()
+        # A row is padded to whole groups, and cut off again after it was dequantized.
         if layer.group is not None:
             codes = F.pad(codes.reshape(len(codes), -1), (0, -row % layer.group))
-        with graph.inserting_after(weight):
-            held = graph.get_attr(self.add_(name + "_codes", codes.contiguous()))
-        zeros = torch.zeros(layer.scales.shape, dtype=torch.int64)
-        with graph.inserting_after(held):
-            scales = graph.get_attr(self.add_(name + "_scales", layer.scales.contiguous()))
-        with graph.inserting_after(scales):
-            zero = graph.get_attr(self.add_(name + "_zeros", zeros))
-        with graph.inserting_after(zero):
+        tensors = self._buffers_after(weight, codes, layer.scales)
+
+        with graph.inserting_after(tensors[-1]):
             if layer.group is None:
                 settings: tuple[Any, ...] = (layer.axis, -127, 127, torch.int8)
                 return graph.call_function(
-                    ops.dequantize_per_channel.default, (held, scales, zero, *settings)
+                    ops.dequantize_per_channel.default, (*tensors, *settings)
                 )
             settings = (-127, 127, torch.int8, layer.group, torch.float32)
             made = graph.call_function(
-                ops.dequantize_per_channel_group.default, (held, scales, zero, *settings)
+                ops.dequantize_per_channel_group.default, (*tensors, *settings)
             )
         if row % layer.group:
             with graph.inserting_after(made):
@@ -162,14 +165,27 @@ class Rewrite:
         with graph.inserting_after(made):
             return graph.call_function(aten.view.default, (made, list(layer.codes.shape)))
 
-    def tidy_(self) -> None:
-        """Drops tensors that nothing reads any more: the artifact must not hold a weight twice."""
+    def _buffers_after(
+        self, weight: fx.Node, codes: Tensor, scales: Tensor
+    ) -> tuple[fx.Node, fx.Node, fx.Node]:
+        """Adds buffers of codes, scales and zero points; returns the operations that read them."""
+        name = str(weight.target)
+        zeros = torch.zeros(scales.shape, dtype=torch.int64)
+        with self.graph.inserting_after(weight):
+            code_node = self.graph.get_attr(self.add_(name + "_codes", codes.contiguous()))
+        with self.graph.inserting_after(code_node):
+            scale_node = self.graph.get_attr(self.add_(name + "_scales", scales.contiguous()))
+        with self.graph.inserting_after(scale_node):
+            zero_node = self.graph.get_attr(self.add_(name + "_zeros", zeros))
+        return code_node, scale_node, zero_node
+
+    def remove_unread_(self) -> None:
+        """Removes tensors that nothing reads any more: the file must not hold a weight twice."""
         self.graph.eliminate_dead_code()
         used = {node.target for node in self.graph.nodes if node.op == "get_attr"}
-        for name, _ in [
-            *self.module.named_parameters(remove_duplicate=False),
-            *self.module.named_buffers(remove_duplicate=False),
-        ]:
+        names = [name for name, _ in self.module.named_parameters(remove_duplicate=False)]
+        names += [name for name, _ in self.module.named_buffers(remove_duplicate=False)]
+        for name in names:
             if name not in used:
                 owner, _, key = name.rpartition(".")
                 delattr(self.module.get_submodule(owner), key)
@@ -177,26 +193,27 @@ class Rewrite:
 
 
 def argument(node: fx.Node, position: int) -> fx.Node:
-    """Returns the operation or tensor that an argument is."""
+    """Returns an argument of `node` that is an operation or tensor of the graph."""
     found = node.args[position]
     assert isinstance(found, fx.Node)
     return found
 
 
 def before_rounding(node: fx.Node) -> fx.Node:
-    """Looks through a rounding at the value that it rounds."""
+    """Returns the value that `node` rounds, or `node` itself if it does not round."""
     if node.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default:
-        return argument(argument(node, 0), 0)
+        codes = argument(node, 0)
+        return argument(codes, 0)
     return node
 
 
 def layer_of(tensor: str) -> str:
-    """Returns the name of the layer whose weight this is."""
+    """Returns the name of the layer of a parameter: "a.b" for "a.b.weight"."""
     return tensor.rpartition(".")[0]
 
 
 def module_of(node: fx.Node) -> str:
-    """Names the module in whose forward `node` stands; of a layer, the layer."""
+    """Returns the name of the innermost module whose forward calls `node`; else the node's name."""
     stack = node.meta.get("nn_module_stack") or {}
-    path = next((str(name) for name, _ in reversed(list(stack.values())) if name), "")
-    return path or node.name
+    names = [str(name) for name, _ in stack.values() if name]
+    return names[-1] if names else node.name

@@ -1,4 +1,4 @@
-"""Which operations an integer runtime has kernels for, and which only move values."""
+"""Sets of torch operations: with integer kernels, that only move values, that clip."""
 
 import operator
 
@@ -20,14 +20,15 @@ TRANSPOSED = {
     aten.conv_transpose2d.input,
     aten.conv_transpose3d.input,
 }
-MATRIX = {aten.matmul.default, aten.bmm.default}
+MATRIX_PRODUCTS = {aten.matmul.default, aten.bmm.default}
 ELEMENTWISE = {aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor}
 MEANS = {
     *(aten.mean.dim, aten.avg_pool1d.default, aten.avg_pool2d.default),
     *(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default),
 }
-CAT = {aten.cat.default}
-SAME_GRID = {  # what comes out is among what goes in (or 0): both share one grid
+CONCATENATIONS = {aten.cat.default}
+# Their results are among their inputs (or 0), so both share one scale and zero point.
+SAME_GRID = {
     *(aten.max_pool1d.default, aten.max_pool2d.default, aten.adaptive_max_pool2d.default),
     *(aten.flatten.using_ints, aten.view.default, aten.reshape.default),
     *(aten.permute.default, aten.transpose.int, aten.squeeze.dim, aten.squeeze.dims),
@@ -43,20 +44,20 @@ CLIPS = {
     aten.hardtanh_.default,
     aten.relu6.default,
 }
-"""Runtimes do these while they round, so nothing is rounded between them and the layer before."""
+"""Kernels clip while they round, so there is no rounding between a layer and its clip."""
 
 
-def passes_on(node: fx.Node) -> bool:
-    """Whether what comes out of `node` are numbers that went in, moved or clipped."""
-    return node.target in SAME_GRID | CLIPS | SPLITS or is_item(node)
+def only_moves_values(node: fx.Node) -> bool:
+    """Whether the results of `node` are its inputs, only moved or clipped."""
+    return node.target in SAME_GRID | CLIPS | SPLITS or takes_one_result(node)
 
 
-def is_item(node: fx.Node) -> bool:
-    """Whether `node` takes one of several results."""
+def takes_one_result(node: fx.Node) -> bool:
+    """Whether `node` selects one of several results of an operation."""
     return node.op == "call_function" and node.target is operator.getitem
 
 
 def is_float(node: fx.Node) -> bool:
-    """Whether `node` gives one float32 tensor."""
+    """Whether the result of `node` is one float32 tensor."""
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Captures a model and puts quantize and dequantize around every operation that an integer runtime computes."""
+"""Captures a model and inserts quantize and dequantize around every integer operation."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from fedpress.core.inputs import Example
 from fedpress.deploy.calibrate import ranges
 from fedpress.deploy.capture import capture, silence, trace
-from fedpress.deploy.examples import Given, as_device, example_of, ordered, take
-from fedpress.deploy.qdq.edges import rounded_values
+from fedpress.deploy.examples import InputSpec, as_device, example_of, ordered, take_rows
+from fedpress.deploy.qdq.activations import activation_qparams
 from fedpress.deploy.qdq.graph import (
     IntegerFormat,
     LayerQuantization,
@@ -23,9 +23,9 @@ from fedpress.deploy.qdq.graph import (
 )
 from fedpress.deploy.qdq.operations import LAYERS, TRANSPOSED
 from fedpress.deploy.qdq.weights import (
-    choose_weights_,
     fold_batch_norms_,
     plain_copy,
+    quantize_weights_,
     with_int32_biases,
 )
 from fedpress.nn.observers import Observer
@@ -36,44 +36,50 @@ ANY = IntegerFormat()
 
 @dataclass(frozen=True)
 class QuantizedProgram:
-    """The graph, and what in it is computed in float: name of the module or operation -> reason.
+    """A quantized graph.
 
-    `rounds` says whether it rounds values that it computes, and not its weights alone.
+    Attributes:
+        program: the graph, which runs in torch.
+        left_float: module or operation that computes in float -> the reason.
+        rounds: whether it rounds activations, and not only weights.
     """
 
     program: torch.export.ExportedProgram
-    left: dict[str, str]
+    left_float: dict[str, str]
     rounds: bool = False
 
 
 def quantized_program(
     model: nn.Module,
-    given: Given,
+    given: InputSpec,
     batches: Sequence[Example] = (),
     *,
     format: IntegerFormat = ANY,
     observer: Observer = "minmax",
     batch: int | None = None,
 ) -> QuantizedProgram:
-    """Captures `model` with its batch norms folded, and rounds every value that integer arithmetic needs.
+    """Captures `model`, folds its batch norms, and quantizes what integer arithmetic needs.
 
-    Codes and scales of quantized layers go in unchanged, and so do those of their inputs. With `batches` the rest
-    follows: float weights become int8 per output channel, and every input and output of a convolution, linear layer,
-    matrix product, addition, product, mean or concatenation is rounded to 8 bits over the range that it has on the
-    batches. Without batches nothing is added: a model with 4-bit weights then keeps them small and computes in float.
+    Quantized layers keep their own codes, scales and input quantization. With `batches` everything
+    else is quantized too: float weights to int8 per output channel; inputs and outputs of
+    convolutions, linear layers, matrix products, additions, products, means and concatenations to
+    8 bits over their range on the batches. Without batches nothing else is quantized: a model with
+    4-bit weights then keeps them small and computes in float.
 
     Args:
         model: maps a batch to one tensor or more; left as it was.
         given: shape of one float32 example, or a batch of inputs.
-        batches: standardised public examples to take the ranges from, such as float32 [n, *input_shape].
-        format: what the integers of the runtime are like.
-        observer: how ranges are taken from what was seen.
-        batch: the batch size of the graph; None leaves it free.
+        batches: standardised public examples for calibration, such as float32 [n, *input_shape].
+        format: the integers of the runtime.
+        observer: how value ranges are computed from the calibration.
+        batch: the batch size of the graph; None: any.
 
     Raises:
-        ExportError: if the model cannot be captured, or a calibration batch does not fit or is not finite.
+        ExportError: if the model cannot be captured, or a calibration batch does not fit or is not
+            finite.
     """
-    from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers the operations)
+    # Importing it registers the operations `quantized_decomposed.*`.
+    from torch.ao.quantization.fx import _decomposed  # noqa: F401
 
     plain, layers = plain_copy(model, format.activations)
     with silence(), torch.no_grad():
@@ -83,14 +89,15 @@ def quantized_program(
             if node.op == "get_attr" and "val" not in node.meta:
                 node.meta["val"] = rewrite.tensor(node)
         fold_batch_norms_(rewrite)
-        chosen = choose_weights_(rewrite)
+        chosen = quantize_weights_(rewrite)
         _insert_(rewrite, chosen, ranges(rewrite.module, batches, observer))
-        rewrite.tidy_()
+        rewrite.remove_unread_()
+        # Captured a second time: the changed graph module becomes a program again.
         example = ordered(model, example_of(given))
-        done = trace(rewrite.module, take(as_device(example), batch or 2), free=batch is None)
+        done = trace(rewrite.module, take_rows(as_device(example), batch or 2), free=batch is None)
     inputs = [layer.scheme.inputs for _, layer in quantized_layers(model)]
     rounds = bool(batches) or any(each is not None for each in inputs)
-    return QuantizedProgram(done, rewrite.left, rounds)
+    return QuantizedProgram(done, rewrite.left_float, rounds)
 
 
 def _insert_(
@@ -98,19 +105,26 @@ def _insert_(
     chosen: dict[fx.Node, LayerQuantization],
     seen: dict[fx.Node, tuple[float, float]],
 ) -> None:
-    """Makes the weights of `chosen` layers of their codes, and rounds every value that integers need rounded."""
-    edges = rounded_values(rewrite, chosen, seen)
-    written: dict[str, fx.Node] = {}
-    products: dict[str, list[tuple[float, Tensor | None]]] = {}  # input scale and bias, by weight
-    for value, qparams in edges.items():
+    """Rounds activations, and replaces the weights of `chosen` layers by codes and scales.
+
+    `seen` is the range of each value on the calibration examples.
+    """
+    rounded = activation_qparams(rewrite, chosen, seen)
+    for value, qparams in rounded.items():
         rewrite.round_(value, qparams)
+
+    # Input scale and bias of each operation, by the name of the weight.
+    products: dict[str, list[tuple[float, Tensor | None]]] = {}
     for node, layer in chosen.items():
-        inputs = _round_input_(rewrite, node, layer, edges)
+        inputs = _round_input_(rewrite, node, layer, rounded)
         if inputs is not None and layer.group is None:
             bias = node.args[2] if len(node.args) > 2 else None
             added = rewrite.tensor(bias) if isinstance(bias, fx.Node) else None
             name = str(argument(node, 1).target)
             products.setdefault(name, []).append((inputs.scale, added))
+
+    # In a second loop: the scales of a shared weight must fit the biases of all its operations.
+    written: dict[str, fx.Node] = {}
     for node, layer in chosen.items():
         weight = argument(node, 1)
         name = str(weight.target)
@@ -119,18 +133,22 @@ def _insert_(
             fitted = with_int32_biases(layer, products.get(name, ()), shift)
             written[name] = rewrite.dequantize_weight(weight, fitted)
         node.replace_input_with(weight, written[name])
-    _insert_others_(rewrite, chosen, written, edges)
+    _insert_others_(rewrite, chosen, written, rounded)
 
 
 def _round_input_(
-    rewrite: Rewrite, node: fx.Node, layer: LayerQuantization, edges: Mapping[fx.Node, QParams]
+    rewrite: Rewrite, node: fx.Node, layer: LayerQuantization, rounded: Mapping[fx.Node, QParams]
 ) -> QParams | None:
-    """Rounds the input of a layer as the layer says, where it is not rounded so already; returns how it is rounded."""
-    given = argument(node, 0)
-    now = edges.get(before_rounding(given))
+    """Rounds the input of a layer as it prescribes, unless it is rounded so already.
+
+    Returns:
+        How the input is rounded; None if it is not.
+    """
+    value = argument(node, 0)
+    now = rounded.get(before_rounding(value))
     if layer.inputs is None or layer.inputs == now:
         return now
-    rewrite.round_input_(node, given, layer.inputs)
+    rewrite.round_input_(node, value, layer.inputs)
     return layer.inputs
 
 
@@ -138,12 +156,13 @@ def _insert_others_(
     rewrite: Rewrite,
     chosen: Mapping[fx.Node, LayerQuantization],
     written: Mapping[str, fx.Node],
-    edges: Mapping[fx.Node, QParams],
+    rounded: Mapping[fx.Node, QParams],
 ) -> None:
-    """Makes the weights of recurrent layers, embeddings and transposed convolutions of their codes.
+    """Writes codes and scales for recurrent layers, embeddings and transposed convolutions.
 
-    No integer kernel computes with them, but the file holds them in few bits, and they are those of the simulation. So
-    are the inputs of layers whose inputs are quantized, but whose weights are no whole numbers.
+    No integer kernel computes with them, but the file then holds their weights in few bits, and
+    their outputs are those of the quantized model. It also rounds the inputs of layers whose inputs
+    are quantized and whose weights are not integers.
     """
     for weight in [node for node in rewrite.graph.nodes if node.op == "get_attr"]:
         name = str(weight.target)
@@ -156,4 +175,4 @@ def _insert_others_(
             weight.replace_all_uses_with(made)
         for node in readers:
             if node not in chosen and node.target in TRANSPOSED | LAYERS:
-                _round_input_(rewrite, node, layer, edges)
+                _round_input_(rewrite, node, layer, rounded)

@@ -19,7 +19,7 @@ from fedpress.core.examples import Preprocess
 from fedpress.core.inputs import Example
 from fedpress.core.random_source import public_stream
 from fedpress.deploy import FORMATS, Candidate, Job
-from fedpress.deploy.examples import Given, example_of, is_shape, take
+from fedpress.deploy.examples import InputSpec, example_of, is_shape, take_rows
 from fedpress.errors import Argument, ExportError, ModelError, renaming
 from fedpress.models import ModelSpec, memory
 from fedpress.models.weights import load_weights_
@@ -124,7 +124,7 @@ class Entry:
     """
 
     subject: nn.Module | Path
-    takes: Given
+    takes: InputSpec
     parameters: int | None = None
     macs: int = 0
     activations: int = 0
@@ -277,14 +277,14 @@ class Found:
         return spec, model
 
 
-def _job(spec: ModelSpec, takes: Given) -> Job:
+def _job(spec: ModelSpec, takes: InputSpec) -> Job:
     about = Preprocess(spec.mean, spec.std)
     if is_shape(takes):
         return Job(takes, about)
     return Job(preprocess=about, example=example_of(takes))
 
 
-def _same_inputs(entries: Mapping[str, Entry]) -> Given:
+def _same_inputs(entries: Mapping[str, Entry]) -> InputSpec:
     """Returns what all `entries` take.
 
     Raises:
@@ -326,7 +326,7 @@ def _known(name: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
     return shape
 
 
-def _given(spec: ModelSpec | None, name: str, shape: tuple[int, ...] | None) -> Given:
+def _given(spec: ModelSpec | None, name: str, shape: tuple[int, ...] | None) -> InputSpec:
     """Returns what a model takes: the shape of one example, or token ids."""
     if spec is None:
         return _known(name, shape)
@@ -335,13 +335,13 @@ def _given(spec: ModelSpec | None, name: str, shape: tuple[int, ...] | None) -> 
     return shape or spec.input_shape
 
 
-def _noise(given: Given) -> Example:
+def _noise(given: InputSpec) -> Example:
     if is_shape(given):
         return public_stream(0, "measure").normal(32, *given, dtype=torch.float32)
     return example_of(given)
 
 
-def _told(given: Given) -> str:
+def _told(given: InputSpec) -> str:
     if is_shape(given):
         return str(list(given))
     parts = [given] if isinstance(given, Tensor) else list(example_of(given))
@@ -361,9 +361,9 @@ def _model_beside(file: Path) -> tuple[ModelSpec, nn.Module] | None:
     )
 
 
-def _counts(model: nn.Module, given: Given) -> tuple[int, int, int]:
+def _counts(model: nn.Module, given: InputSpec) -> tuple[int, int, int]:
     """Returns parameters, multiply-adds of one example, and the numbers that its layers give."""
-    example = take(example_of(given), 1)
+    example = take_rows(example_of(given), 1)
     try:
         return cost.parameters(model), cost.macs(model, example), cost.activations(model, example)
     except Exception as error:  # whatever somebody's own network raises
