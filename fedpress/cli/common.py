@@ -192,7 +192,7 @@ def _find_its_functions(recipe: Path, noted: Mapping[str, object], *, trusted: b
     functions = started.functions_of(recipe.read_text("utf-8")) if recipe.exists() else []
     told = noted.get("recipe")
     origin = told if isinstance(told, str) else None
-    known = started.fits(noted.get("started_by"), functions, origin)
+    known = started.is_signed(noted.get("started_by"), functions, origin)
     beside = [str(Path(origin).parent)] if known and origin else []
     find_modules([folder for folder in beside if Path(folder).is_dir()])
     if not (trusted or known):

@@ -1,4 +1,4 @@
-"""Architectures, and models as numbers (spec + safetensors)."""
+"""Architectures, and models saved as a spec (JSON) and tensors (safetensors)."""
 
 from fedpress.models.norms import freeze_batch_norm_
 from fedpress.models.spec import (

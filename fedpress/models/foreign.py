@@ -1,6 +1,7 @@
-"""Files and folders of other programs that are given as a model: what they are, and the way in.
+"""Recognises files of other programs that are given as a model, and says how to use them here.
 
-A file is told by its first bytes and its table of contents. Nothing is unpickled: a pickle may run anything.
+A file is recognised by its first bytes and its table of contents. Nothing is unpickled, since a
+pickle may run any code.
 """
 
 from __future__ import annotations
@@ -15,53 +16,77 @@ from typing import IO, NamedTuple
 
 from fedpress.errors import Argument, Shell, Words
 
+# Bytes from the start of a file that are looked at.
 HEAD = 4096
-LONGEST_PICKLE = 1 << 24  # bytes that are looked through: a state dict of 100,000 tensors has fewer
+# Bytes of a pickle that are looked at: a state dict of 100,000 tensors has fewer.
+LONGEST_PICKLE = 1 << 24
 FORMAT = b"fedpress packed model"
+# The number at the beginning of files that torch.save wrote before version 1.6.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-"""The number at the beginning of what torch.save wrote before 1.6."""
-OF_TENSORS = ("collections", "torch", "torch._utils", "torch.storage", "torch._tensor", "numpy", "_codecs", "builtins",
-              "__builtin__")  # fmt: skip
-"""Modules that the pickle of a state dict may name; a pickled network names those of its classes."""
+# Modules whose classes the pickle of a state dict names; a pickled network names others too.
+OF_TENSORS = (
+    "collections",
+    "torch",
+    "torch._utils",
+    "torch.storage",
+    "torch._tensor",
+    "numpy",
+    "_codecs",
+    "builtins",
+    "__builtin__",
+)
 
+# Placeholder for the path of the file in the cures below.
 HERE = "PATH OF THIS FILE"
-"""Stands for the path of the file in what a row says."""
 BUILDER = Argument("model", "package.module:function")
 GIVE_BUILDER = ("give what builds the network, with these weights: ", BUILDER, " and ")
 WEIGHTS = (*GIVE_BUILDER, Argument("checkpoint", HERE))
 SAVED_WEIGHTS: Words = (*GIVE_BUILDER, Argument("checkpoint", "weights.pt"))
 SAVE_STATE_DICT = ("save a state dict with torch.save, then ", *SAVED_WEIGHTS)
-NO_WAY_BACK = (
-    "it cannot be cut or trained any more: give the PyTorch model that it was exported from (fedpress measure takes "
-    "the exported files that it can run)"
+EXPORTED = (
+    "it cannot be cut or trained any more: give the PyTorch model that it was exported from "
+    "(fedpress measure takes the exported files that it can run)"
 )
 BUILD = ("write a function that returns the network as a torch.nn.Module, and give ", BUILDER)
 BUILD_AGAIN = ("build it in PyTorch: ", *BUILD)
 Found = tuple[str, Words]
-"""What a file is, and the way in."""
+"""What a file is, and how its model can be used here."""
 
 
 class Foreign(NamedTuple):
-    """What a file of another program is, and how its model can be used here: the problem and the cure of an error."""
+    """A file of another program, as the problem and the cure of an error.
+
+    Attributes:
+        what: what the file is, such as "'m.onnx' is an ONNX file".
+        cure: how its model can be used here.
+    """
 
     what: str
-    way: Words
+    cure: Words
 
 
-def described(path: Path) -> Foreign | None:
-    """Says what `path` is and how its model can be used here; None if nothing is known about it.
+def identify(path: Path) -> Foreign | None:
+    """Says what a file or folder of another program is, and how its model can be used here.
 
-    >>> described(Path("no-such-file")) is None
+    Returns:
+        None if it may be one of fedpress, or does not exist.
+
+    >>> identify(Path("no-such-file")) is None
     True
     """
+    found: Found | None = None
     try:
-        found = _folder(path) if path.is_dir() else _file(path) if path.is_file() else None
+        if path.is_dir():
+            found = _folder(path)
+        elif path.is_file():
+            found = _file(path)
+    # A file that cannot be looked at is left to its reader, which tells the reason.
     except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):
         return None
     if found is None:
         return None
-    what, way = found
-    parts = [way] if isinstance(way, str) else way
+    what, cure = found
+    parts = [cure] if isinstance(cure, str) else cure
     return Foreign(f"'{path}' is {what}", tuple(_with_path(part, str(path)) for part in parts))
 
 
@@ -83,18 +108,19 @@ def _file(path: Path) -> Found | None:
             return _zip(path)
         except zipfile.BadZipFile:
             return "a damaged archive, as torch.save writes it", "copy it again"
-    for matches, what, way in BY_HEAD:
+    for matches, what, cure in BY_HEAD:
         if matches(head):
-            return what, way
+            return what, cure
     if _is_safetensors(head):
         return None if FORMAT in head else ("a state dict (safetensors)", WEIGHTS)
+    # A pickle begins with the number of its protocol, 0 to 5.
     if head[:1] == b"\x80" and head[1:2] in b"\x00\x01\x02\x03\x04\x05":
         return _pickle(path)
-    if path.suffix.lower() in BY_SUFFIX:
-        return BY_SUFFIX[path.suffix.lower()]
-    if (
-        path.suffix.lower() == ".safetensors" or FORMAT in head
-    ):  # its own reader says what is damaged
+    suffix = path.suffix.lower()
+    if suffix in BY_SUFFIX:
+        return BY_SUFFIX[suffix]
+    # A damaged file of a kind that fedpress reads: its reader tells what is damaged.
+    if suffix == ".safetensors" or FORMAT in head:
         return None
     if path.name == "spec.json":
         return "a part of a model's folder", f"give the folder: {shlex.quote(str(path.parent))}"
@@ -115,32 +141,75 @@ def _is_safetensors(head: bytes) -> bool:
 
 
 def _is_onnx(head: bytes) -> bool:
-    """Whether protobuf fields begin as those of ONNX: version 1 to 31, then a name, a domain, a graph or opsets."""
-    return (
-        head[:1] == b"\x08"
-        and 0 < head[1] < 32
-        and head[2:3] in (b"\x12", b"\x1a", b"\x3a", b"\x42")
-    )
+    """Whether the first protobuf fields are those of ONNX.
+
+    The first is a version of 1 to 31, the second a producer, a domain, a graph or an opset.
+    """
+    has_version = head[:1] == b"\x08" and 0 < head[1] < 32
+    return has_version and head[2:3] in (b"\x12", b"\x1a", b"\x3a", b"\x42")
+
+
+def _begins_with(magic: bytes) -> Callable[[bytes], bool]:
+    return lambda head: head.startswith(magic)
 
 
 BY_HEAD: tuple[tuple[Callable[[bytes], bool], str, Words], ...] = (
-    (lambda head: head[4:8] == b"TFL3", "a LiteRT (TensorFlow Lite) file", NO_WAY_BACK),
-    (lambda head: head[4:6] == b"ET" and head[6:8].isdigit(), "an ExecuTorch program", NO_WAY_BACK),
-    (lambda head: head.startswith(b"GGUF"), "a GGUF file of quantized weights", (*BUILD, " of the original weights")),
-    (lambda head: head.startswith(b"\x89HDF\r\n\x1a\n"), "an HDF5 file, mostly of Keras", BUILD_AGAIN),
-    (lambda head: head.startswith(b"\x93NUMPY"), "a numpy array", SAVE_STATE_DICT),
-    (lambda head: _is_onnx(head), "an ONNX file", NO_WAY_BACK),
-    (lambda head: b"<net " in head and head.lstrip()[:1] == b"<", "an OpenVINO file", NO_WAY_BACK),
-    (lambda head: head.startswith(b"\x1f\x8b"), "packed with gzip", "unpack it and give what is inside"),
-    (lambda head: head[257:262] == b"ustar", "a tar archive", "unpack it and give what is inside"),
-    (lambda head: head.startswith(b"version https://git-lfs"), "a pointer of Git LFS, not the file itself",
-     "fetch it with: git lfs pull"),
-)  # fmt: skip
-"""First bytes, what such a file is, and the way in."""
+    (
+        lambda head: head[4:8] == b"TFL3",
+        "a LiteRT (TensorFlow Lite) file",
+        EXPORTED,
+    ),
+    (
+        lambda head: head[4:6] == b"ET" and head[6:8].isdigit(),
+        "an ExecuTorch program",
+        EXPORTED,
+    ),
+    (
+        _begins_with(b"GGUF"),
+        "a GGUF file of quantized weights",
+        (*BUILD, " of the original weights"),
+    ),
+    (
+        _begins_with(b"\x89HDF\r\n\x1a\n"),
+        "an HDF5 file, mostly of Keras",
+        BUILD_AGAIN,
+    ),
+    (
+        _begins_with(b"\x93NUMPY"),
+        "a numpy array",
+        SAVE_STATE_DICT,
+    ),
+    (
+        _is_onnx,
+        "an ONNX file",
+        EXPORTED,
+    ),
+    (
+        lambda head: b"<net " in head and head.lstrip()[:1] == b"<",
+        "an OpenVINO file",
+        EXPORTED,
+    ),
+    (
+        _begins_with(b"\x1f\x8b"),
+        "packed with gzip",
+        "unpack it and give what is inside",
+    ),
+    (
+        lambda head: head[257:262] == b"ustar",
+        "a tar archive",
+        "unpack it and give what is inside",
+    ),
+    (
+        _begins_with(b"version https://git-lfs"),
+        "a pointer of Git LFS, not the file itself",
+        "fetch it with: git lfs pull",
+    ),
+)
+"""Test of the first bytes, what such a file is, and how its model can be used here."""
 
 BY_SUFFIX: dict[str, Found] = {
-    ".onnx": ("an ONNX file", NO_WAY_BACK),
-    ".tflite": ("a LiteRT (TensorFlow Lite) file, and damaged", NO_WAY_BACK),
+    ".onnx": ("an ONNX file", EXPORTED),
+    ".tflite": ("a LiteRT (TensorFlow Lite) file, and damaged", EXPORTED),
     ".pb": ("a TensorFlow graph", BUILD_AGAIN),
     ".py": ("a Python file", "give the function in it that builds the network: module:function"),
     ".toml": ("a recipe, not a model", f"start it with: fedpress run {HERE}"),
@@ -148,14 +217,16 @@ BY_SUFFIX: dict[str, Found] = {
 }
 
 
+# Files that an archive of torch.export holds, in its two formats.
+PROGRAM_FILES = {"archive_format", "models/model.json", "serialized_exported_program.json"}
+
+
 def _zip(path: Path) -> Found:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
+        # torch.save puts all files into one folder, whose name may be any.
         inner = {name.partition("/")[2] or name for name in names}
-        if {
-            "archive_format",
-            "models/model.json",
-        } & inner or "serialized_exported_program.json" in inner:
+        if inner & PROGRAM_FILES:
             return "a program of torch.export", ("it cannot be taken apart into layers: ", *BUILD)
         if "constants.pkl" in inner and any(name.startswith("code/") for name in inner):
             return (
@@ -168,23 +239,24 @@ def _zip(path: Path) -> Found:
             )
         if "config.json" in names and any(name.endswith(".weights.h5") for name in names):
             return "a Keras archive", BUILD_AGAIN
-        pickled = next((name for name in names if name.endswith("data.pkl")), None)
-        if pickled is None:
+        pickles = [name for name in names if name.endswith("data.pkl")]
+        if not pickles:
             return "a zip archive", "unpack it and give what is inside"
-        with archive.open(pickled) as file:
-            return _by_classes(_named(file))
+        with archive.open(pickles[0]) as file:
+            return _by_classes(_classes_in(file))
 
 
 def _pickle(path: Path) -> Found:
     with open(path, "rb") as file:
         numbers = [argument for _, argument, _ in _operations(file)]
         if LEGACY_MAGIC in numbers:
-            for _ in range(2):  # the version of the protocol, and what is known of the machine
+            # Pickles of the protocol version and of the machine come before that of the object.
+            for _ in range(2):
                 for _ in _operations(file):
                     pass
-            return _by_classes(_named(file))
+            return _by_classes(_classes_in(file))
         file.seek(0)
-        names = _named(file)
+        names = _classes_in(file)
     if _own_classes(names):
         return _by_classes(names)
     return (
@@ -197,8 +269,11 @@ def _pickle(path: Path) -> Found:
 
 
 def _own_classes(names: set[str]) -> list[str]:
-    """Returns the classes among `names` that are no part of plain tensors, a user's own first."""
-    own = [name.replace(" ", ".") for name in names if name.partition(" ")[0] not in OF_TENSORS]
+    """Returns the classes among `names` that no state dict needs, the user's before torch's."""
+    own = []
+    for name in names:
+        if name.partition(" ")[0] not in OF_TENSORS:
+            own.append(name.replace(" ", "."))
     return sorted(own, key=lambda name: (name.startswith("torch."), name))
 
 
@@ -209,14 +284,19 @@ def _by_classes(names: set[str]) -> Found:
     return (
         f"a pickled object of classes such as {own[0]}, and opening it may run any code",
         (
-            "where it was made, save the state dict with torch.save(model.state_dict(), 'weights.pt'), then ",
+            "where it was made, save the state dict with "
+            "torch.save(model.state_dict(), 'weights.pt'), then ",
             *SAVED_WEIGHTS,
         ),
     )
 
 
-def _named(file: IO[bytes]) -> set[str]:
-    """Returns `module name` of all that the next pickle in `file` asks for, without doing any of it."""
+def _classes_in(file: IO[bytes]) -> set[str]:
+    """Returns `module name` of every class and function in the next pickle, without loading them.
+
+    A pickle is a program for a stack machine. GLOBAL holds both names; STACK_GLOBAL takes the last
+    two strings, which may come from the memo.
+    """
     found: set[str] = set()
     words: list[str] = []
     memo: dict[int, str] = {}
@@ -251,9 +331,8 @@ def _folder(path: Path) -> Found | None:
         return None
     if "saved_model.pb" in names:
         return "a TensorFlow SavedModel", BUILD_AGAIN
-    weights = sorted(
-        name for name in names if Path(name).suffix in (".safetensors", ".bin", ".pt", ".pth")
-    )
+    suffixes = (".safetensors", ".bin", ".pt", ".pth")
+    weights = sorted(name for name in names if Path(name).suffix in suffixes)
     if "config.json" in names and weights:
         return _hub(path, weights[0])
     if weights:
@@ -268,17 +347,18 @@ def _folder(path: Path) -> Found | None:
 
 
 def _hub(path: Path, weights: str) -> Found:
+    """Describes a folder of the Hugging Face hub; its config.json names the class of the model."""
     try:
         config = json.loads((path / "config.json").read_text("utf-8"))
         kinds = config.get("architectures") or ["AutoModel"]
         kind = str(kinds[0]) if isinstance(kinds, list) else "AutoModel"
     except (ValueError, AttributeError, IndexError, RecursionError):
         kind = "AutoModel"
-    kind = kind if kind.isidentifier() else "AutoModel"
+    # The name comes from the file, and stands in a line that the user is told to write.
+    if not kind.isidentifier():
+        kind = "AutoModel"
+    call = f"transformers.{kind}.from_pretrained('{path}')"
     return (
         f"a model of the Hugging Face hub ({kind}, {weights})",
-        (
-            f"write a function that returns transformers.{kind}.from_pretrained('{path}'), and give ",
-            BUILDER,
-        ),
+        (f"write a function that returns {call}, and give ", BUILDER),
     )

@@ -1,11 +1,13 @@
-"""A network of torch's own layers as a list of names and arguments: it opens again without any code of its user.
+"""Describes a network of torch.nn layers as JSON, so that its file needs no code of the user.
 
-Only `torch.nn.Sequential` has a forward that is known beforehand, so a network is a layer, or layers in sequences.
+A layer's forward and that of `nn.Sequential` are known, so a network is a layer, or layers in
+nested sequences.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -17,19 +19,21 @@ from fedpress.errors import ModelError
 
 NAME = "torch-layers"
 _NAMES = """
-Linear Bilinear Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Embedding EmbeddingBag
-BatchNorm1d BatchNorm2d BatchNorm3d InstanceNorm1d InstanceNorm2d InstanceNorm3d GroupNorm LayerNorm RMSNorm
-LocalResponseNorm MaxPool1d MaxPool2d MaxPool3d AvgPool1d AvgPool2d AvgPool3d LPPool1d LPPool2d
-AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d
-ReLU ReLU6 LeakyReLU PReLU RReLU ELU SELU CELU GELU SiLU Mish GLU Sigmoid LogSigmoid Tanh Softplus Softsign Softmin
-Softmax Softmax2d LogSoftmax Softshrink Hardshrink Tanhshrink Hardtanh Hardsigmoid Hardswish Threshold
-Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout Identity Flatten Unflatten
-Upsample UpsamplingNearest2d UpsamplingBilinear2d PixelShuffle PixelUnshuffle ChannelShuffle Fold Unfold
-ZeroPad1d ZeroPad2d ZeroPad3d ConstantPad1d ConstantPad2d ConstantPad3d ReflectionPad1d ReflectionPad2d
-ReflectionPad3d ReplicationPad1d ReplicationPad2d ReplicationPad3d CircularPad1d CircularPad2d CircularPad3d
-RNN LSTM GRU
+Linear Bilinear Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Embedding
+EmbeddingBag BatchNorm1d BatchNorm2d BatchNorm3d InstanceNorm1d InstanceNorm2d InstanceNorm3d
+GroupNorm LayerNorm RMSNorm LocalResponseNorm MaxPool1d MaxPool2d MaxPool3d AvgPool1d AvgPool2d
+AvgPool3d LPPool1d LPPool2d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d
+AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d ReLU ReLU6 LeakyReLU PReLU RReLU ELU SELU
+CELU GELU SiLU Mish GLU Sigmoid LogSigmoid Tanh Softplus Softsign Softmin Softmax Softmax2d
+LogSoftmax Softshrink Hardshrink Tanhshrink Hardtanh Hardsigmoid Hardswish Threshold Dropout
+Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout Identity Flatten Unflatten
+Upsample UpsamplingNearest2d UpsamplingBilinear2d PixelShuffle PixelUnshuffle ChannelShuffle
+Fold Unfold ZeroPad1d ZeroPad2d ZeroPad3d ConstantPad1d ConstantPad2d ConstantPad3d
+ReflectionPad1d ReflectionPad2d ReflectionPad3d ReplicationPad1d ReplicationPad2d
+ReplicationPad3d CircularPad1d CircularPad2d CircularPad3d RNN LSTM GRU
 """
 LAYERS = frozenset(_NAMES.split())
+# Arguments of recurrent layers: torch takes them as *args, so the signature does not name them.
 RECURRENT = (
     "input_size",
     "hidden_size",
@@ -40,8 +44,8 @@ RECURRENT = (
     "bidirectional",
     "proj_size",
 )
-PLACES = ("device", "dtype")
-"""Arguments of torch's layers that say where and in what type their numbers lie."""
+# Arguments of torch's layers that a file may not set: a network is built in float32 on the CPU.
+DEVICE_ARGUMENTS = ("device", "dtype")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 
 
@@ -49,13 +53,15 @@ def build(layers: dict[str, dict[str, JsonValue]]) -> nn.Module:
     """Builds the network.
 
     Args:
-        layers: by the name that the module has in the network, "" for the network itself, in the order of the
-            modules: `{"layer": "Linear", "in_features": 4, "out_features": 2}`.
+        layers: class and arguments of every module, by its name in the network ("" is the network
+            itself), such as `{"layer": "Linear", "in_features": 4, "out_features": 2}`. A sequence
+            comes before its layers.
 
     Raises:
-        ModelError: if a layer is not on the list, or its arguments do not fit.
+        ModelError: if a layer is not in `LAYERS`, or its arguments do not fit.
 
-    >>> build({"": {"layer": "Sequential"}, "0": {"layer": "Linear", "in_features": 4, "out_features": 2}})
+    >>> linear = {"layer": "Linear", "in_features": 4, "out_features": 2}
+    >>> build({"": {"layer": "Sequential"}, "0": linear})
     Sequential(
       (0): Linear(in_features=4, out_features=2, bias=True)
     )
@@ -69,10 +75,11 @@ def build(layers: dict[str, dict[str, JsonValue]]) -> nn.Module:
     for name, about in layers.items():
         if not name:
             continue
+        # Torch walks nested modules recursively: too deep a nesting would end the process.
         limits.check("depth", name.count(".") + 1, f"layers['{name[:40]}']")
-        above, _, last = name.rpartition(".")
+        parent_name, _, last = name.rpartition(".")
         try:
-            parent = root.get_submodule(above)
+            parent = root.get_submodule(parent_name)
         except AttributeError:
             parent = None
         if not isinstance(parent, nn.Sequential):
@@ -101,22 +108,23 @@ def _layer(name: str, about: dict[str, JsonValue]) -> nn.Module:
             place=place,
             cure="write a function that builds this network, and give module:function",
         )
-    placed = next((key for key in arguments if key in PLACES), None)
-    if placed is not None:
-        raise ModelError(
-            f"'{placed}' is nothing that a file may say",
-            place=place,
-            cure="a network is built in float32 on the CPU",
-        )
-    if isinstance(
-        inside := arguments.get("num_layers"), int
-    ):  # torch takes the square of their number to make them
-        limits.check("recurrent", inside, f"{place}.num_layers")
+    for key in arguments:
+        if key in DEVICE_ARGUMENTS:
+            raise ModelError(
+                f"'{key}' is nothing that a file may say",
+                place=place,
+                cure="a network is built in float32 on the CPU",
+            )
+    # To make a recurrent layer torch takes time in the square of its number of layers.
+    num_layers = arguments.get("num_layers")
+    if isinstance(num_layers, int):
+        limits.check("recurrent", num_layers, f"{place}.num_layers")
     try:
         layer = getattr(nn, str(kind))(**arguments)
     except limits.AboveLimit:
         raise
-    except Exception as error:  # whatever torch says of arguments
+    # Torch raises errors of many types for arguments that do not fit.
+    except Exception as error:
         raise ModelError(
             f"{kind} cannot be built ({str(error).splitlines()[0][:120]})",
             place=place,
@@ -131,15 +139,16 @@ def _tuples(value: Any) -> Any:
 
 
 def describe(model: nn.Module) -> dict[str, JsonValue] | None:
-    """Returns the arguments of `build` that make this network; None if it is not of torch's own layers alone.
+    """Returns the arguments of `build` that make this network; None if it has other layers.
 
-    The network is built from them and compared: the same classes, names, and shapes of its tensors, and the same
-    `repr`, which names every argument that torch thinks worth telling.
+    The network is built from them and compared: same classes, same names and shapes of tensors, and
+    same `repr`, which shows the arguments of a layer.
     """
     layers: dict[str, JsonValue] = {}
+    # A layer or parameter that is used twice would become two independent ones.
     modules = list(model.named_modules(remove_duplicate=False))
     if len({id(module) for _, module in modules}) != len(modules):
-        return None  # a layer that is used twice would become two
+        return None
     parameters = list(model.named_parameters(remove_duplicate=False))
     if len({id(value) for _, value in parameters}) != len(parameters):
         return None
@@ -161,20 +170,21 @@ def _tensors(model: nn.Module) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def _described(module: nn.Module) -> dict[str, JsonValue] | None:
+    """Returns class and arguments of one module; None if they do not say all that it computes."""
     kind = type(module)
+    # Hooks, and a forward set on the object, change what the layer computes.
     if any(getattr(module, hooks, None) for hooks in HOOKS) or "forward" in vars(module):
         return None
     if kind is nn.Sequential:
         return {"layer": "Sequential"}
-    if (
-        kind.__name__ not in LAYERS
-        or getattr(nn, kind.__name__) is not kind
-        or list(module.children())
-    ):
+    if kind.__name__ not in LAYERS or list(module.children()):
+        return None
+    # A user's own class may have the name of one of torch's.
+    if getattr(nn, kind.__name__) is not kind:
         return None
     about: dict[str, JsonValue] = {"layer": kind.__name__}
     for name, default in _parameters(module):
-        value = _plain(_read(module, name, default))
+        value = as_json(_argument_of(module, name, default))
         if value is NotImplemented:
             return None
         about[name] = value
@@ -188,37 +198,35 @@ def _parameters(module: nn.Module) -> list[tuple[str, Any]]:
         if isinstance(module, nn.RNN):
             names.append("nonlinearity")
         return [(name, None) for name in names]
-    found = inspect.signature(type(module).__init__).parameters
-    skipped = ("self", *PLACES)
-    return [
-        (name, about.default)
-        for name, about in found.items()
-        if name not in skipped and about.kind != about.VAR_POSITIONAL
-    ]
+    found = []
+    for name, parameter in inspect.signature(type(module).__init__).parameters.items():
+        if name in ("self", *DEVICE_ARGUMENTS) or parameter.kind == parameter.VAR_POSITIONAL:
+            continue
+        found.append((name, parameter.default))
+    return found
 
 
-def _read(module: nn.Module, name: str, default: Any) -> Any:
-    """Reads an argument back from the attribute of its name."""
+def _argument_of(module: nn.Module, name: str, default: Any) -> Any:
+    """Returns an argument of a layer from the attribute of its name; NotImplemented if unknown."""
     value = getattr(module, name, NotImplemented)
-    if name == "bias" and not isinstance(
-        value, bool
-    ):  # the parameter stands in the place of the flag
+    # The argument `bias` is a flag, and the attribute is the parameter or None.
+    if name == "bias" and not isinstance(value, bool):
         return isinstance(value, Tensor)
     if isinstance(value, Tensor):
         return NotImplemented
     if value is NotImplemented:
-        # Arguments that only matter while a layer is made (`_weight`, `init`) leave nothing behind.
+        # Some arguments matter only while a layer is made (`_weight`, `init`) and are not kept.
         return default if default is not inspect.Parameter.empty else NotImplemented
     return value
 
 
-def _plain(value: Any) -> Any:
-    """Returns the value as JSON knows it, NotImplemented if it does not."""
+def as_json(value: Any) -> Any:
+    """Returns a value of an argument in the types of JSON; NotImplemented if it has none."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else NotImplemented
+        return value if math.isfinite(value) else NotImplemented
     if isinstance(value, tuple | list):
-        parts = [_plain(part) for part in value]
+        parts = [as_json(part) for part in value]
         return NotImplemented if NotImplemented in parts else parts
     return NotImplemented

@@ -1,4 +1,4 @@
-"""Networks without shortcuts: the CNN of the pfl-research benchmark and a multi-layer perceptron."""
+"""Networks without shortcuts: the CNN of the pfl-research benchmark, and an MLP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 
 class CNN(nn.Module):
-    """Two convolutions and two linear layers: 1,626,442 parameters at 3x32x32 and 10 classes (pfl-research's CNN)."""
+    """Two convolutions and two linear layers, as in pfl-research.
+
+    It has 1,626,442 parameters for 3x32x32 images and 10 classes.
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Residual networks for small images (He et al. 2016): a 3x3 stem, four or three stages of basic blocks."""
+"""Residual networks for small images (He et al. 2016): a 3x3 stem and stages of basic blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedpress.models.norms import Norm, conv, norm_layer
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut, projected by a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions with a shortcut; a 1x1 convolution projects it if the shape changes."""
 
     def __init__(self, i: int, o: int, *, stride: int, norm: Norm) -> None:
         super().__init__()
@@ -30,7 +30,10 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem, stages of basic blocks (each after the first halves the image), mean pooling, linear head."""
+    """Stem, stages of basic blocks, mean pooling and a linear head.
+
+    Every stage but the first halves height and width.
+    """
 
     def __init__(
         self,
@@ -44,15 +47,17 @@ class ResNet(nn.Module):
         super().__init__()
         self.stem = conv(in_channels, widths[0], 3, norm=norm)
         self.norm = norm_layer(widths[0], norm)
-        stages, i = [], widths[0]
-        for at, o in enumerate(widths):
+        stages = []
+        channels = widths[0]
+        for at, width in enumerate(widths):
             steps = []
             for block in range(blocks):
-                steps.append(BasicBlock(i, o, stride=2 if block == 0 and at > 0 else 1, norm=norm))
-                i = o
+                stride = 2 if block == 0 and at > 0 else 1
+                steps.append(BasicBlock(channels, width, stride=stride, norm=norm))
+                channels = width
             stages.append(nn.Sequential(*steps))
         self.stages = nn.Sequential(*stages)
-        self.head = nn.Linear(i, num_classes)
+        self.head = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps images [n, C, H, W] to logits [n, num_classes]."""

@@ -1,8 +1,9 @@
-"""A model as numbers: architecture, arguments and the resized tensors rebuild a pruned network without a pickle."""
+"""`ModelSpec`: the JSON from which a compressed network is built again, without a pickle."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -41,15 +42,23 @@ ARCHITECTURES: dict[str, Any] = {
 class ModelSpec(BaseModel):
     """How to build a model: its architecture and arguments, and what compression changed.
 
-    `architecture` is a row of `ARCHITECTURES` or `package.module:function`. `resized` maps
-    the name of every parameter or buffer that pruning changed to its new shape, `numbers` are the sizes in forward
-    code that had to change with them, `groups` those of convolutions where shapes do not tell. `sparse` names
-    the parameters whose zeros are pruned weights: whoever trains them keeps them zero. `kept_zeros` names those of
-    them with a buffer that tells kept entries, which a grid rounded to 0, from pruned ones. `folded` maps a batch norm
-    to the layer that took it in, `quantized` a layer to the scheme of its weights and inputs.
-    `task` says what the outputs mean where that is more than `class_names` (see `Task.about`).
-    `input_shape` and `input_dtype` are those of one example; of several inputs dictionaries by the names of forward's
-    arguments.
+    Attributes:
+        architecture: a row of `ARCHITECTURES`, or `package.module:function`.
+        arguments: of the architecture.
+        resized: name of each parameter or buffer that pruning made smaller -> its new shape.
+        numbers: sizes in forward code, such as `view(n, 4, 8)`, that had to change with them.
+        groups: number of groups of convolutions, where the shapes do not tell it.
+        sparse: parameters whose zeros are pruned weights; training keeps them zero.
+        kept_zeros: those of them that are quantized and have a buffer that tells pruned weights
+            from kept ones that were rounded to 0.
+        folded: batch norm -> the layer that it was folded into.
+        quantized: layer -> quantization scheme of its weights and inputs.
+        input_shape: shape of one example; for several inputs a dictionary by argument of forward.
+        mean: of each input channel, for the standardisation of examples; empty: none.
+        std: likewise.
+        class_names: of a classification.
+        task: meaning of the outputs where it is more than `class_names` (see `Task.about`).
+        input_dtype: of one example; for several inputs a dictionary by argument of forward.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,9 +84,10 @@ class ModelSpec(BaseModel):
     @model_validator(mode="after")
     def _same_names(self) -> ModelSpec:
         shapes, dtypes = self.input_shape, self.input_dtype
-        several = isinstance(shapes, dict), isinstance(dtypes, dict)
-        names = [sorted(table) for table in (shapes, dtypes) if isinstance(table, dict)]
-        if any(several) and (not all(several) or names[0] != names[1] or not names[0]):
+        if not isinstance(shapes, dict) and not isinstance(dtypes, dict):
+            return self
+        both = isinstance(shapes, dict) and isinstance(dtypes, dict)
+        if not both or not shapes or sorted(shapes) != sorted(dtypes):
             raise SettingError(
                 f"got {dtypes}, but input_shape is {shapes}: both must name the same inputs",
                 place="input_dtype",
@@ -86,12 +96,19 @@ class ModelSpec(BaseModel):
         return self
 
     def example(self, n: int, chance: Source = None) -> Inputs:
-        """Returns `n` examples [n, *input_shape]: zeros, or noise drawn with `chance`; token ids are always zeros.
+        """Returns `n` examples [n, *input_shape] to run the network on.
 
-        Whole numbers among several inputs are ones: they may be lengths or masks, of which 0 leaves nothing.
+        Args:
+            n: how many.
+            chance: random source of normal noise; None: zeros.
+
+        Returns:
+            Floats as above; a single integer input is always 0, since ids of tokens must be small.
+            Integers and bools among several inputs are 1: they may be lengths or masks, and with 0
+            nothing would be left of an example.
         """
 
-        def made(shape: tuple[int, ...], dtype: str) -> Tensor:
+        def floats_or_zeros(shape: tuple[int, ...], dtype: str) -> Tensor:
             if dtype != "float32":
                 return torch.zeros(n, *shape, dtype=getattr(torch, dtype))
             if chance is None:
@@ -100,26 +117,30 @@ class ModelSpec(BaseModel):
 
         if isinstance(self.input_shape, dict):
             assert isinstance(self.input_dtype, dict)
-            whole = {name: made(s, self.input_dtype[name]) for name, s in self.input_shape.items()}
-            return NamedInputs(
-                {k: t if t.is_floating_point() else torch.ones_like(t) for k, t in whole.items()}
-            )
+            inputs: dict[str, Tensor] = {}
+            for name, shape in self.input_shape.items():
+                made = floats_or_zeros(shape, self.input_dtype[name])
+                inputs[name] = made if made.is_floating_point() else torch.ones_like(made)
+            return NamedInputs(inputs)
         assert isinstance(self.input_dtype, str)
-        return made(self.input_shape, self.input_dtype)
+        return floats_or_zeros(self.input_shape, self.input_dtype)
 
     @classmethod
     def of_file(cls, text: str | bytes, allow_code: Collection[str] | str = ()) -> ModelSpec:
-        """Reads the JSON of a file, which may come from anybody; nothing is imported, called or allocated for it.
+        """Reads the JSON of a file that may come from anybody.
+
+        Nothing is imported, called or allocated for it.
 
         Args:
             text: of the file.
-            allow_code: names `module:function` that it may give as its architecture, besides those that the user of
-                this process has named already (see `fedpress.core.consent`).
+            allow_code: functions, as `module:function`, that it may name as its architecture,
+                besides those that the user of this process has already named (see
+                `fedpress.core.consent`).
 
         Raises:
             ValidationError: of pydantic, if it is no spec.
-            ModelError: if its architecture is no row of `ARCHITECTURES` and the user has not allowed it by name, or
-                if it declares sizes above `fedpress.core.limits`.
+            ModelError: if its architecture is no row of `ARCHITECTURES` and not allowed, or if it
+                declares sizes above `fedpress.core.limits`.
         """
         spec = cls.model_validate_json(text, context={FILE: True})
         if ":" not in spec.architecture:
@@ -130,12 +151,13 @@ class ModelSpec(BaseModel):
         return spec
 
     def _check_sizes(self) -> None:
+        """Checks the declared sizes against `fedpress.core.limits` before memory is allocated."""
         limits.check_tree(self.arguments, "spec.arguments")
         limits.check_tree(self.task, "spec.task", lists=False)
         for name in ("resized", "numbers", "groups", "quantized", "input_shape"):
             limits.check_tree(self.model_dump(include={name})[name], f"spec.{name}", lists=False)
         shapes = shapes_in(self.input_shape)
-        if min((size for shape in shapes for size in shape), default=1) < 1:
+        if any(size < 1 for size in chain(*shapes)):
             raise ModelError(
                 f"got {shape_told(self.input_shape)[:80]}, expected sizes above 0",
                 place="spec.input_shape",
@@ -148,13 +170,15 @@ class ModelSpec(BaseModel):
                 cure=NO_SPEC,
             )
         limits.check("input", sum(prod(shape) for shape in shapes), "spec.input_shape")
-        if self.architecture not in ARCHITECTURES:  # a user's function is watched while it builds
+        # The size of a user's own network is not known before it is built: that is then watched.
+        if self.architecture not in ARCHITECTURES:
             return
         try:
             values = limits.declared(ARCHITECTURES[self.architecture], _arguments(self.arguments))
         except limits.AboveLimit:
             raise
-        except Exception:  # arguments that do not fit: building says so, in words that name them
+        # Arguments that do not fit: the error of building names them.
+        except Exception:
             return
         limits.check("values", values, "spec.arguments")
 
@@ -162,14 +186,14 @@ class ModelSpec(BaseModel):
         """Builds a network that a file describes; see `build`.
 
         Raises:
-            ModelError: besides, if it has more values or modules than `fedpress.core.limits` say.
+            ModelError: as `build`, and if it has more values or modules than
+                `fedpress.core.limits` allow.
         """
         place = f"spec: '{self.architecture}'"
         with limits.building(place):
             model = self.build()
-        if (
-            self.architecture in ARCHITECTURES
-        ):  # what a user's own function makes may not run without its numbers
+        # A user's own network may not run before its weights are loaded.
+        if self.architecture in ARCHITECTURES:
             limits.check_running(model, self.example(1), place)
         return model
 
@@ -177,20 +201,21 @@ class ModelSpec(BaseModel):
         """Builds the network with the right shapes and fresh weights.
 
         Raises:
-            ModelError: if the architecture is unknown, its arguments do not fit, or it returns no module; if what
-                compression changed belongs to another model.
+            ModelError: if the architecture is unknown, its arguments do not fit, or it returns no
+                module; or if what compression changed belongs to another model.
         """
         model = self.build_dense()
+        # Shapes first: folds and quantizers are made for the layers as they were pruned.
         resize_(model, self.resized)
-        _renumber_(model, self.numbers)
-        _regroup_(model, self.groups)
+        _set_numbers_(model, self.numbers)
+        _set_groups_(model, self.groups)
         apply_folds_(model, self.folded)
         quantize_layers_(model, self.quantized)
         register_kept_zeros_(model, self.kept_zeros)
-        self._keep_zeros()
+        self._check_sparse_has_zero()
         return model
 
-    def _keep_zeros(self) -> None:
+    def _check_sparse_has_zero(self) -> None:
         for name in self.sparse:
             scheme = self.quantized.get(name.removesuffix(".weight"))
             if scheme is not None and scheme.weights is not None and not scheme.weights.has_zero:
@@ -202,32 +227,46 @@ class ModelSpec(BaseModel):
 
     def build_dense(self) -> nn.Module:
         """Builds the network as its architecture says, before any pruning."""
-        return self._dense()[0]
+        return self._build_without_masks()[0]
 
-    def take_in(self) -> tuple[ModelSpec, nn.Module]:
-        """Builds the network as its user named it, and notes the zeros of the masks that it comes with.
+    def build_for_user(self) -> tuple[ModelSpec, nn.Module]:
+        """Builds the network that the user of this process has named, with zeros for its masks.
 
-        From now on files may name this architecture too, such as the checkpoints of the same run.
+        It has the user's consent, so files may name its architecture from now on, such as the
+        checkpoints of the same run.
+
+        Returns:
+            The spec as files get it, with the masked parameters as `sparse`, and the network.
+
+        Raises:
+            ModelError: as `build`, and if files of the network could not be read within limits.
         """
         if self.architecture not in ARCHITECTURES and consent.NAME.fullmatch(self.architecture):
             consent.allow(self.architecture)
-        model, masked = self._dense()
-        # Files of this model are read within limits: what is above them is told before a long run, not after it.
+        model, masked = self._build_without_masks()
+        # The files of this model will be read within limits: better to fail now than after a long
+        # run.
         values = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
         limits.check("values", values, "model")
         limits.check("layers", sum(1 for _ in model.modules()) - 1, "model")
         named = memory.saved_as(self.architecture, self.arguments)
-        about = {"architecture": named.architecture, "arguments": named.arguments}
-        return self.model_copy(update={"sparse": masked} | about), model
+        changed = {
+            "sparse": masked,
+            "architecture": named.architecture,
+            "arguments": named.arguments,
+        }
+        return self.model_copy(update=changed), model
 
-    def _dense(self) -> tuple[nn.Module, tuple[str, ...]]:
+    def _build_without_masks(self) -> tuple[nn.Module, tuple[str, ...]]:
+        """Builds the network with masks multiplied into weights; returns the masked names too."""
         builder = _builder(self.architecture)
         try:
             with renaming({"layers": "spec.arguments.layers"}):
                 model = builder(**_arguments(self.arguments))
         except ModelError:
             raise
-        except Exception as error:  # a user's function may raise anything
+        # A user's function may raise anything.
+        except Exception as error:
             raise ModelError(
                 f"'{self.architecture}' cannot be built: {error}",
                 place="spec.arguments",
@@ -239,15 +278,20 @@ class ModelSpec(BaseModel):
                 place="model",
                 cure="return a torch.nn.Module",
             )
-        _complete(model)
+        _check_complete(model)
         return model, absorb_masks_(model)
 
 
-def _arguments(given: dict[str, JsonValue]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+def _arguments(arguments: dict[str, JsonValue]) -> dict[str, Any]:
+    """Returns the arguments with tuples in place of lists, since JSON has no tuples."""
+    found: dict[str, Any] = {}
+    for key, value in arguments.items():
+        found[key] = tuple(value) if isinstance(value, list) else value
+    return found
 
 
-def _complete(model: nn.Module) -> None:
+def _check_complete(model: nn.Module) -> None:
+    """Checks that the tensors in `state_dict` are all that a file must hold of the network."""
     for name, module in model.named_modules():
         where = f"'{name}'" if name else type(model).__name__
         for value in (*module._parameters.values(), *module._buffers.values()):
@@ -287,10 +331,14 @@ def _builder(name: str) -> Any:
 
 
 def resize_(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Gives the named parameters and buffers of `model` smaller shapes (fresh zeros) and mends the layers' sizes.
+    """Replaces parameters and buffers by zeros of smaller shapes, and updates the layers' sizes.
+
+    Args:
+        model: the network.
+        shapes: new shapes, by the name of the parameter or buffer.
 
     Raises:
-        ModelError: if a name is not in the model, or a shape does not fit into that of its tensor.
+        ModelError: if a name is not in the model, or a shape is larger than that of its tensor.
     """
     new: dict[str, Tensor] = {}
     for name, shape in shapes.items():
@@ -302,30 +350,32 @@ def resize_(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
                 place="spec.resized",
                 cure="the spec is of another model",
             ) from error
-        if len(shape) != old.dim() or not all(
-            0 < n <= most for n, most in zip(shape, old.shape, strict=True)
-        ):
+        fits = len(shape) == old.dim() and all(
+            0 < size <= most for size, most in zip(shape, old.shape, strict=True)
+        )
+        if not fits:
             raise ModelError(
                 f"'{name}' of shape {tuple(old.shape)} cannot become {tuple(shape)}",
                 place="spec.resized",
                 cure="the spec is of another model",
             )
-        empty = old.detach().new_zeros(tuple(shape))
-        new[name] = (
-            nn.Parameter(empty, old.requires_grad) if isinstance(old, nn.Parameter) else empty
-        )
+        new[name] = old.detach().new_zeros(tuple(shape))
+        if isinstance(old, nn.Parameter):
+            new[name] = nn.Parameter(new[name], old.requires_grad)
     replace_(model, new)
 
 
 def shapes_that_differ(model: nn.Module, dense: nn.Module) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every tensor of `model` that has another shape in `dense`."""
     old = {name: t.shape for name, t in dense.state_dict().items()}
-    return {
-        n: tuple(t.shape) for n, t in model.state_dict().items() if n in old and t.shape != old[n]
-    }
+    found = {}
+    for name, value in model.state_dict().items():
+        if name in old and value.shape != old[name]:
+            found[name] = tuple(value.shape)
+    return found
 
 
-def _renumber_(model: nn.Module, numbers: Numbers) -> None:
+def _set_numbers_(model: nn.Module, numbers: Numbers) -> None:
     try:
         set_numbers_(model, numbers)
     except AttributeError as error:
@@ -339,9 +389,10 @@ def _renumber_(model: nn.Module, numbers: Numbers) -> None:
         ) from error
 
 
-def _regroup_(model: nn.Module, groups: dict[str, int]) -> None:
+def _set_groups_(model: nn.Module, groups: dict[str, int]) -> None:
+    modules = dict(model.named_modules())
     for name, count in groups.items():
-        module = dict(model.named_modules()).get(name)
+        module = modules.get(name)
         if (
             not isinstance(module, nn.modules.conv._ConvNd)
             or count < 1
@@ -356,16 +407,13 @@ def _regroup_(model: nn.Module, groups: dict[str, int]) -> None:
 
 
 def what_pruning_changed(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
-    """Returns the fields of a spec, `resized`, `numbers` and `groups`, that make `dense` as small as `model`."""
-    were = {n: m for n, m in dense.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
-    now = {
-        n: m
-        for n, m in model.named_modules()
-        if n in were and isinstance(m, nn.modules.conv._ConvNd)
-    }
-    groups = {
-        n: m.groups for n, m in now.items() if m.groups != were[n].groups and not depthwise(were[n])
-    }
+    """Returns `resized`, `numbers` and `groups` of the spec that prunes `dense` to `model`."""
+    old = _convolutions(dense)
+    groups = {}
+    for name, module in _convolutions(model).items():
+        # A depthwise convolution has as many groups as channels, which its shape tells.
+        if name in old and module.groups != old[name].groups and not depthwise(old[name]):
+            groups[name] = module.groups
     return {
         "resized": shapes_that_differ(model, dense),
         "numbers": numbers_in(model),
@@ -373,34 +421,44 @@ def what_pruning_changed(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
     }
 
 
+def _convolutions(model: nn.Module) -> dict[str, nn.modules.conv._ConvNd]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
+
+
 def save_model(folder: Path, spec: ModelSpec, model: nn.Module) -> None:
-    """Writes `model.safetensors` and `spec.json` into `folder`; a shared tensor is written under each of its names."""
+    """Writes `model.safetensors` and `spec.json` into `folder`.
+
+    A tensor that several layers share is written under each of its names.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    copies = {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}
-    tensors = {n: t.contiguous() for n, t in copies.items()}
+    tensors = {}
+    for name, value in model.state_dict().items():
+        # Copied, since safetensors refuses tensors that share memory.
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
     save_file(tensors, folder / "model.safetensors")
     (folder / "spec.json").write_text(spec.model_dump_json(indent=1) + "\n")
 
 
 def load_model(folder: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpec, nn.Module]:
-    """Rebuilds the model of `folder` from its spec and numbers alone.
+    """Rebuilds the model of `folder` from its spec and tensors.
 
     Args:
         folder: with `spec.json` and `model.safetensors`.
-        allow_code: names `module:function` that the spec may give as its architecture; those of fedpress need none.
+        allow_code: functions, as `module:function`, that the spec may name as its architecture;
+            architectures of fedpress need no entry.
 
     Raises:
-        ModelError: if a file is missing or corrupt, the numbers do not fit the spec, or the spec names a function that
-            the user has not allowed, or sizes above `fedpress.core.limits`.
+        ModelError: if a file is missing or corrupt, the tensors do not fit the spec, or the spec
+            names a function that is not allowed or sizes above `fedpress.core.limits`.
     """
-    numbers, described = Path(folder) / "model.safetensors", Path(folder) / "spec.json"
+    spec_file, tensor_file = Path(folder) / "spec.json", Path(folder) / "model.safetensors"
     if not Path(folder).exists():
         raise ModelError(
             f"there is no '{folder}'",
             place="model",
             cure="give the folder of a model or of a run, or a packed file",
         )
-    for path in (described, numbers):
+    for path in (spec_file, tensor_file):
         if not path.is_file():
             raise ModelError(
                 f"no model here ({path.name} is missing)",
@@ -408,17 +466,17 @@ def load_model(folder: Path, allow_code: Collection[str] | str = ()) -> tuple[Mo
                 cure="run the stage again",
             )
     try:
-        with placing(described):
-            spec = ModelSpec.of_file(described.read_text("utf-8"), allow_code)
+        with placing(spec_file):
+            spec = ModelSpec.of_file(spec_file.read_text("utf-8"), allow_code)
     except (ValidationError, UnicodeDecodeError, OSError) as error:
         raise ModelError(
-            f"corrupt ({_first_line(error)})", place=described, cure=_anew(folder)
+            f"corrupt ({_first_line(error)})", place=spec_file, cure=_repair(folder)
         ) from error
     try:
-        tensors = load_file(numbers)
+        tensors = load_file(tensor_file)
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"corrupt ({_first_line(error)})", place=numbers, cure=_anew(folder)
+            f"corrupt ({_first_line(error)})", place=tensor_file, cure=_repair(folder)
         ) from error
     model = spec.build_within_limits()
     try:
@@ -428,30 +486,26 @@ def load_model(folder: Path, allow_code: Collection[str] | str = ()) -> tuple[Mo
         raise ModelError(
             f"model.safetensors does not fit spec.json ({last})",
             place=folder,
-            cure=_anew(folder),
+            cure=_repair(folder),
         ) from error
-    for path in (
-        described,
-        numbers,
-    ):  # of a finished stage; what is plainly wrong has been told more exactly by now
-        if fault := checksums.fault(path):
-            changed = (
-                f"or if you have changed this file yourself, delete '{checksums.list_of(path)}'"
-            )
+    # Last, since the errors above tell more exactly what is wrong with a file.
+    for path in (spec_file, tensor_file):
+        fault = checksums.fault(path)
+        if fault:
+            listed = checksums.list_of(path)
+            changed = f"or if you have changed this file yourself, delete '{listed}'"
             raise ModelError(
-                f"corrupt ({fault})", place=path, cure=f"{_anew(path.parent)}, {changed}"
+                f"corrupt ({fault})", place=path, cure=f"{_repair(path.parent)}, {changed}"
             )
     return spec, model
 
 
-def _anew(folder: Path) -> str:
-    """What helps where a model's files are damaged."""
+def _repair(folder: Path) -> str:
+    """Returns the cure for damaged files of a model."""
     done = Path(folder) / "result.json"
-    return (
-        f"delete '{done}' to do the stage again"
-        if done.exists()
-        else "run the stage again, or copy the folder anew"
-    )
+    if done.exists():
+        return f"delete '{done}' to do the stage again"
+    return "run the stage again, or copy the folder anew"
 
 
 def _first_line(error: Exception) -> str:

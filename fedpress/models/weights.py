@@ -1,4 +1,4 @@
-"""Weights that somebody else's program saved, a state dict, go into a model; masks of torch's own pruning with them."""
+"""Loads a state dict that another program saved into a model, with the masks of torch's pruning."""
 
 from __future__ import annotations
 
@@ -13,25 +13,28 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedpress.errors import Argument, ModelError
-from fedpress.models.foreign import described
+from fedpress.models.foreign import identify
 
+# Keys under which checkpoints of training programs hold the state dict.
 INSIDE = ("state_dict", "model_state_dict", "model")
 
 
 def load_weights_(model: nn.Module, path: Path) -> tuple[str, ...]:
-    """Puts the state dict of `path` into `model`: safetensors, or what `torch.save` wrote, read without running code.
+    """Loads a state dict into `model`, from safetensors or a file of `torch.save`.
 
-    Names may begin with the word of a wrapper, such as `module.` of DistributedDataParallel. A pair `x_orig`, `x_mask`
-    of `torch.nn.utils.prune` becomes `x`, the product.
+    No code of the file is run. Names may have the prefix of a wrapper, such as `module.` of
+    DistributedDataParallel. A pair `x_orig`, `x_mask` of `torch.nn.utils.prune` becomes their
+    product `x`.
 
     Returns:
-        The names of the parameters that came with masks: what `ModelSpec.sparse` notes.
+        The names of the parameters that came with masks, for `ModelSpec.sparse`.
 
     Raises:
-        ModelError: if the file is missing, holds something else than tensors, or does not fit the model.
+        ModelError: if the file is missing, is no state dict, or does not fit the model.
     """
     wanted = set(model.state_dict())
-    tensors, masked = _unmasked(_without_prefix(_read(Path(path)), wanted), wanted)
+    tensors = _without_prefix(_read_state_dict(Path(path)), wanted)
+    tensors, masked = _apply_masks(tensors, wanted)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -44,32 +47,34 @@ def load_weights_(model: nn.Module, path: Path) -> tuple[str, ...]:
     return masked
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+# What the two readers raise for files that they cannot read.
+UNREADABLE = (
+    SafetensorError,
+    UnpicklingError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+)
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         what = "this is a folder" if path.is_dir() else "no such file"
-        raise ModelError(f"{what}", place=path, cure="give a state dict as .safetensors or .pt")
+        raise ModelError(what, place=path, cure="give a state dict as .safetensors or .pt")
     found: Any
     try:
-        found = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, "cpu", weights_only=True)
-        )
-    except (
-        SafetensorError,
-        UnpicklingError,
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-    ) as error:
-        foreign = described(path)
+        # weights_only: any other pickle may run code of whoever wrote the file.
+        is_safetensors = path.suffix == ".safetensors"
+        found = load_file(path) if is_safetensors else torch.load(path, "cpu", weights_only=True)
+    except UNREADABLE as error:
+        foreign = identify(path)
         if foreign is not None and "state dict" not in foreign.what:
             raise ModelError(
                 f"cannot be read as plain tensors, for {foreign.what}",
                 place=path,
-                cure=foreign.way,
+                cure=foreign.cure,
             ) from error
         raise ModelError(
             f"cannot be read as plain tensors ({str(error).splitlines()[0][:120]})",
@@ -77,10 +82,10 @@ def _read(path: Path) -> dict[str, Tensor]:
             cure="save model.state_dict() as .safetensors or with torch.save",
         ) from error
     if isinstance(found, Mapping):
-        found = next((found[key] for key in INSIDE if isinstance(found.get(key), Mapping)), found)
-    if not isinstance(found, Mapping) or not all(
-        isinstance(value, Tensor) for value in found.values()
-    ):
+        nested = [found[key] for key in INSIDE if isinstance(found.get(key), Mapping)]
+        found = nested[0] if nested else found
+    is_mapping = isinstance(found, Mapping)
+    if not is_mapping or not all(isinstance(value, Tensor) for value in found.values()):
         raise ModelError(
             "this is no state dict", place=path, cure="save model.state_dict(), not the model"
         )
@@ -88,24 +93,29 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _without_prefix(tensors: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
-    """Takes the prefix off that all names share, where they are those of the model without it."""
+    """Removes a prefix that all names share if the rest are exactly the names `wanted`."""
     first = next(iter(tensors), "")
-    for prefix in (first[: at + 1] for at, letter in enumerate(first) if letter == "."):
-        if all(name.startswith(prefix) for name in tensors):
-            bare = {name.removeprefix(prefix): value for name, value in tensors.items()}
-            if set(bare) == wanted != set(tensors):
-                return bare
+    if set(tensors) == wanted:
+        return tensors
+    for at, letter in enumerate(first):
+        prefix = first[: at + 1]
+        if letter != "." or not all(name.startswith(prefix) for name in tensors):
+            continue
+        shorter = {name.removeprefix(prefix): value for name, value in tensors.items()}
+        if set(shorter) == wanted:
+            return shorter
     return tensors
 
 
-def _unmasked(
+def _apply_masks(
     tensors: dict[str, Tensor], wanted: set[str]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    pairs = {
-        name: (f"{name}_orig", f"{name}_mask")
-        for name in (key.removesuffix("_orig") for key in tensors if key.endswith("_orig"))
-        if name in wanted and f"{name}_mask" in tensors
-    }
-    used = {key for pair in pairs.values() for key in pair}
-    plain = {key: value for key, value in tensors.items() if key not in used}
-    return plain | {name: tensors[a] * tensors[b] for name, (a, b) in pairs.items()}, tuple(pairs)
+    """Replaces each pair `x_orig`, `x_mask` by `x`; returns the tensors and the names `x`."""
+    found = dict(tensors)
+    masked = []
+    for key in tensors:
+        name = key.removesuffix("_orig")
+        if name != key and name in wanted and f"{name}_mask" in tensors:
+            found[name] = found.pop(key) * found.pop(f"{name}_mask")
+            masked.append(name)
+    return found, tuple(masked)

@@ -17,7 +17,7 @@ from fedpress.deploy.processor import as_json, this_processor
 from fedpress.pipeline.result import read_finished
 from fedpress.training.device import find
 from fedpress.workspace import started
-from fedpress.workspace.atomic import list_json, read_json
+from fedpress.workspace.atomic import read_json, write_json_with_checksum
 from fedpress.workspace.damage import CURES
 from fedpress.workspace.folder import RunFolder
 
@@ -51,14 +51,14 @@ def note_environment(
         first = read_json(path, cure=CURES[path.name])
         changed = {key: value for key, value in now.items() if first.get(key) != value}
         if not read_finished(folder):
-            told = [*_other_bits(first, now), *folder.records.missing()]
+            told = [*_other_bits(first, now), *folder.records.warnings()]
         now = {**first, "resumed": [*_list(first.get("resumed")), changed]}
     else:
         now |= origin or {}
         text = folder.path / "recipe.toml"
         if text.exists() and (names := started.functions_of(text.read_text("utf-8"))):
-            now["started_by"] = started.mark(names, now.get("recipe"))
-    list_json(path, now, folder.path)
+            now["started_by"] = started.sign(names, now.get("recipe"))
+    write_json_with_checksum(path, now, folder.path)
     return told
 
 

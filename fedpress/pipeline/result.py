@@ -9,7 +9,7 @@ import fedpress
 from fedpress.pipeline.recipe import Recipe
 from fedpress.stages.base import Stage
 from fedpress.tasks import task_of
-from fedpress.workspace.atomic import list_json, read_json
+from fedpress.workspace.atomic import read_json, write_json_with_checksum
 from fedpress.workspace.damage import CURES
 from fedpress.workspace.folder import RunFolder
 
@@ -24,14 +24,14 @@ def write_result(
 ) -> None:
     """Writes `result.json`, and `ledger.json` where something was spent; `results` are the lines so far."""
     if results[-1].get("ledger"):
-        list_json(folder.path / "ledger.json", results[-1]["ledger"], folder.path)
+        write_json_with_checksum(folder.path / "ledger.json", results[-1]["ledger"], folder.path)
     lines = [{k: v for k, v in r.items() if k != "ledger"} for r in results]
     take_metrics_of_files_(recipe.stage[: len(lines)], lines)
     total = round(sum(line["seconds"] for line in lines), 2)
     final: dict[str, Any] = {}
     for line in lines:
         final |= line
-    list_json(
+    write_json_with_checksum(
         folder.path / "result.json",
         {
             "recipe": recipe.name,

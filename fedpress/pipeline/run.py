@@ -61,7 +61,7 @@ def _stages(
         if done is None and reuse is not None:
             done = place.adopt(reuse.path, key, records=records)
         if done is not None:
-            folder.records.check(done.records)
+            folder.records.check_count(done.records)
         yield StageStarted(index, stage.kind, stage.name, reused=done is not None)
         if done is None:
             done = yield from _do(

@@ -118,7 +118,7 @@ def _built(settings: ModelSettings, about: dict[str, Any]) -> tuple[ModelSpec, n
     """Builds an architecture, with fresh weights or those of a state dict."""
     assert settings.architecture is not None
     spec = ModelSpec(architecture=settings.architecture, arguments=settings.arguments, **about)
-    spec, model = spec.take_in()
+    spec, model = spec.build_for_user()
     if settings.weights is not None:
         masked = load_weights_(model, settings.weights)
         spec = spec.model_copy(update={"sparse": tuple(dict.fromkeys((*spec.sparse, *masked)))})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpress.errors import RunError
-from fedpress.workspace.atomic import check_whole
+from fedpress.workspace.atomic import check_undamaged
 
 Json = dict[str, Any]
 
@@ -106,7 +106,7 @@ def read_run(path: Path) -> Run:
 
 
 def _text(path: Path) -> str:
-    check_whole(path, "restore the file or move it away")
+    check_undamaged(path, "restore the file or move it away")
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -155,7 +155,7 @@ def _lines(path: Path) -> list[Json]:
 
 def _text_of_records(path: Path) -> str:
     """The text of the records; a kill can cut a letter in two, so a torn end is no reason to fail."""
-    check_whole(path, "move it away to draw the report without its curves", grows=True)
+    check_undamaged(path, "move it away to draw the report without its curves", grows=True)
     try:
         return path.read_bytes().decode("utf-8", errors="replace")
     except FileNotFoundError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedpress.workspace.atomic import list_json
+from fedpress.workspace.atomic import write_json_with_checksum
 from fedpress.workspace.stage_folder import INPUTS, StageFolder
 from fedpress.workspace.state import State
 
@@ -14,4 +14,4 @@ def write_inputs_json(state: State, folder: StageFolder) -> None:
         return
     # Commands may put another standardisation in the place of the data's own: that of the model counts.
     used = data.preparation.followed_by(data.preprocess, data.class_names)
-    list_json(folder.run / "artifacts" / INPUTS, used.to_json(), folder.run)
+    write_json_with_checksum(folder.run / "artifacts" / INPUTS, used.to_json(), folder.run)

@@ -61,7 +61,7 @@ class MeasureStage(BaseModel, Stage):
         public = state.data.preprocess(state.data.public.take(order[:64]).x) if self.int8 else None
         found = measure_model(
             model,
-            state.given,
+            state.input_spec,
             file_bytes=storage.file_bytes(state.spec, model),
             calibration=(public,) if public is not None and len(public) else (),
             batches=self.batches,

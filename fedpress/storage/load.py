@@ -9,7 +9,7 @@ from torch import nn
 
 from fedpress.errors import ModelError, Shell
 from fedpress.models import ModelSpec, load_model
-from fedpress.models.foreign import described
+from fedpress.models.foreign import identify
 from fedpress.storage.packed import unpack
 
 
@@ -28,9 +28,9 @@ def load(path: Path, allow_code: Collection[str] | str = ()) -> tuple[ModelSpec,
     """
     path = Path(path)
     # Files of other programs first: their content may be dangerous to open (pickles).
-    foreign = described(path)
+    foreign = identify(path)
     if foreign is not None:
-        raise ModelError(foreign.what, place="model", cure=foreign.way)
+        raise ModelError(foreign.what, place="model", cure=foreign.cure)
     if path.is_file():
         return unpack(path, allow_code)
     if (path / "stages").is_dir() and not (path / "spec.json").exists():

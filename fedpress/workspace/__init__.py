@@ -1,1 +1,1 @@
-"""A run folder, what a stage is given in it, and what it leaves."""
+"""The folder of a run: checkpoints, results, records, checksums and lock."""

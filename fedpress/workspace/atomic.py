@@ -1,4 +1,4 @@
-"""Files of a run: replaced in one step, listed with their checksum, and read back only if undamaged."""
+"""Reads and writes files of a run: atomic replacement, checksums, and errors with a cure."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Json = Mapping[str, JsonValue]
 
 
 def writing(path: Path) -> AbstractContextManager[None]:
-    """Turns what can go wrong while `path` of a run is written into an error that names the place and the cure.
+    """Turns an OSError while a file of a run is written into a RunError with a cure.
 
     Raises:
-        RunError: if the disk is full, or the place cannot be written.
+        RunError: if the disk is full, or `path` cannot be written.
     """
     kept = "what was finished is kept: "
     return files.writing(
@@ -33,32 +33,41 @@ def writing(path: Path) -> AbstractContextManager[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path`; on success it takes `path`'s place in one step, on failure it is removed.
+    """Yields a temporary path beside `path`, which is renamed to `path` at the end of the block.
+
+    If the block fails, the temporary file is removed and the old one stays.
 
     Raises:
-        RunError: if it cannot be written; what was at `path` is still there.
+        RunError: if it cannot be written.
     """
     with writing(path), files.replacing(path) as temporary:
         yield temporary
 
 
 @contextmanager
-def listed(path: Path, run: Path) -> Iterator[Path]:
-    """As `replacing`, and puts the checksum of what takes `path`'s place into the list of the folder `run`.
+def replacing_with_checksum(path: Path, run: Path) -> Iterator[Path]:
+    """As `replacing`, and adds the checksum of the new file to the list of the folder `run`.
 
     Raises:
-        RunError: if it cannot be written; what was at `path` is still there.
+        RunError: if it cannot be written; the old file then stays.
     """
     with replacing(path) as temporary:
         yield temporary
+        # Before the rename: after a kill in between, both the old and the new file are known.
         checksums.note(path, temporary, folder=run)
 
 
-def check_whole(path: Path, cure: Words, *, grows: bool = False, what: str = "corrupt") -> None:
-    """Compares a file with its checksum, if it has one; `what` begins the complaint.
+def check_undamaged(path: Path, cure: Words, *, grows: bool = False, what: str = "corrupt") -> None:
+    """Compares a file with its checksum, if it exists and has one.
+
+    Args:
+        path: the file.
+        cure: of the error.
+        grows: whether lines may have been appended since the checksum was taken.
+        what: first words of the error.
 
     Raises:
-        RunError: if it was damaged, with the cure.
+        RunError: if it was damaged.
     """
     if not path.exists():
         return
@@ -68,20 +77,21 @@ def check_whole(path: Path, cure: Words, *, grows: bool = False, what: str = "co
         raise RunError(f"cannot be read ({error.strerror})", place=path, cure=cure) from error
     if found:
         damaged = RunError(f"{what} ({found})", place=path, cure=cure)
-        own = f", or if you have changed it yourself, delete '{checksums.list_of(path)}'"
-        damaged.add_cure(own)
+        damaged.add_cure(
+            f", or if you have changed it yourself, delete '{checksums.list_of(path)}'"
+        )
         raise damaged
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON, atomically; NaN and infinity, which JSON does not know, become null."""
+    """Writes `value` as JSON, atomically; NaN and infinity become null, since JSON has neither."""
     with replacing(path) as temporary:
         temporary.write_text(_as_json(value), "utf-8")
 
 
-def list_json(path: Path, value: Any, run: Path) -> None:
-    """As `write_json`, and puts the checksum of the file into the list of the folder `run`."""
-    with listed(path, run) as temporary:
+def write_json_with_checksum(path: Path, value: Any, run: Path) -> None:
+    """As `write_json`, and adds the checksum of the file to the list of the folder `run`."""
+    with replacing_with_checksum(path, run) as temporary:
         temporary.write_text(_as_json(value), "utf-8")
 
 
@@ -90,12 +100,14 @@ def _as_json(value: Any) -> str:
 
 
 def finite(value: Any) -> Any:
-    """Returns `value` with null for NaN and infinity, which JSON does not know."""
+    """Returns `value` with None in place of NaN and infinity, at any depth."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
 
 
 def read_json(path: Path, *, cure: Words = "delete the folder and run again") -> dict[str, Any]:
@@ -104,7 +116,7 @@ def read_json(path: Path, *, cure: Words = "delete the folder and run again") ->
     Raises:
         RunError: if the file is missing, differs from its checksum, or holds something else.
     """
-    check_whole(path, cure)
+    check_undamaged(path, cure)
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:

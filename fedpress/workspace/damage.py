@@ -1,4 +1,4 @@
-"""What was damaged in the folder of a run: every file against its checksum, links out of it, and the cures."""
+"""Checks the folder of a run before it is resumed: checksums of its files, and symbolic links."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 from fedpress.core import checksums
 from fedpress.errors import RunError
 from fedpress.workspace import records
-from fedpress.workspace.atomic import check_whole, read_json, writing
+from fedpress.workspace.atomic import check_undamaged, read_json, writing
 from fedpress.workspace.stage_folder import PROGRESS, files_of
 
-READ = (PROGRESS, "model.safetensors", "spec.json")
-"""Files that are compared with their checksums when a run that goes on reads them."""
+# Files of a stage that are compared with their checksums later, when a resumed run reads them.
+CHECKED_WHEN_READ = (PROGRESS, "model.safetensors", "spec.json")
+# Cures for damage of the files of a run, by name.
 CURES = {
     "recipe.toml": "move it away, and name the recipe with --resume",
     "environment.json": "delete this file",
@@ -23,24 +24,27 @@ CURES = {
     "ledger.json": "delete this file: a run that goes on with --resume writes it again",
     records.NAME: records.CURE,
 }
-"""What helps against damage of a file of a run."""
-TAKING_OVER = "`fedpress run` takes over finished stages that are equal by --from"
+REUSE_HINT = "`fedpress run` takes over finished stages that are equal by --from"
 
 
 def check_links(run: Path) -> None:
-    """Looks whether something in the folder lies elsewhere: going on would write there.
+    """Checks that no symbolic link leads out of the folder.
+
+    A run folder may come from anybody, and resuming it would write through such a link, for example
+    over a file in the user's home.
 
     Raises:
-        RunError: naming a symbolic link that leads out of the folder.
+        RunError: naming the link.
     """
     own = run.resolve()
-    for above, folders, names in os.walk(run):
-        for path in (Path(above) / name for name in (*folders, *names)):
+    for parent, folders, names in os.walk(run):
+        for name in (*folders, *names):
+            path = Path(parent) / name
             if path.is_symlink() and not path.resolve().is_relative_to(own):
                 raise RunError(
                     (
-                        "a symbolic link out of the folder of the run, through which it would write to "
-                        f"'{path.resolve()}'"
+                        "a symbolic link out of the folder of the run, through which it would "
+                        f"write to '{path.resolve()}'"
                     ),
                     place=path,
                     cure="put what it leads to in its place, or delete it",
@@ -48,10 +52,10 @@ def check_links(run: Path) -> None:
 
 
 def check_run(run: Path) -> None:
-    """Compares every file of the run with its checksum, then tidies the lists of checksums.
+    """Compares every file of the run with its checksum, then compacts the list of checksums.
 
     Raises:
-        RunError: naming the first file that was damaged, and the cure.
+        RunError: naming the first damaged file, with the cure.
     """
     check_links(run)
     place = run / checksums.NAME
@@ -60,37 +64,40 @@ def check_run(run: Path) -> None:
     except checksums.DamagedList as error:
         cure = "delete it, and what it lists is taken as it is"
         raise RunError(f"corrupt ({error})", place=place, cure=cure) from error
-    for path in (run / name for name in names):
-        if _must_be_whole(run, path):
-            check_whole(path, _cure(run, path), grows=path == run / records.NAME)
+    for name in names:
+        path = run / name
+        if _is_checked_here(run, path):
+            check_undamaged(path, _cure(run, path), grows=path == run / records.NAME)
     with writing(place):
         checksums.tidy(run)
 
 
-def _must_be_whole(run: Path, path: Path) -> bool:
-    """Whether this file has to be whole, and nobody else will look.
+def _is_checked_here(run: Path, path: Path) -> bool:
+    """Whether a file must be undamaged and is not checked later.
 
-    What a stage has left before its end is made again.
+    Files of unfinished stages need no check, since the stage writes them again.
     """
     if path.parent.name == "artifacts":
         return any(path in files_of(run / name) for name in _artifacts(run))
-    if path.name in READ:
+    if path.name in CHECKED_WHEN_READ:
         return False
     return path.parent == run or (path.parent / "result.json").exists()
 
 
 def _artifacts(run: Path) -> Iterator[str]:
-    """The artifacts that the results of finished stages name."""
+    """Yields the artifacts that the results of finished stages name."""
     for path in (run / "stages").glob("*/result.json"):
-        with suppress(RunError):  # a damaged one is told by its own name
+        # A damaged result.json gets an error of its own, under its own name.
+        with suppress(RunError):
             result = read_json(path).get("result")
-            if isinstance(result, dict) and isinstance(artifact := result.get("artifact"), str):
+            artifact = result.get("artifact") if isinstance(result, dict) else None
+            if isinstance(artifact, str):
                 yield artifact
 
 
 def _cure(run: Path, path: Path) -> str:
     if path.parent == run:
-        return CURES.get(path.name) or afresh(run)
+        return CURES.get(path.name) or new_run_cure(run)
     if path.name == "result.json":
         return "delete this file to do the stage again"
     if path.parent.name == "artifacts":
@@ -98,6 +105,6 @@ def _cure(run: Path, path: Path) -> str:
     return f"delete '{path.parent / 'result.json'}' to do the stage again"
 
 
-def afresh(path: Path) -> str:
-    """Returns the cure for a file that nothing can make again."""
-    return f"start a new run with --out NEW ({TAKING_OVER} {path})"
+def new_run_cure(path: Path) -> str:
+    """Returns the cure for a damaged file that cannot be written again."""
+    return f"start a new run with --out NEW ({REUSE_HINT} {path})"

@@ -1,4 +1,4 @@
-"""The one loop of long work: it goes on from the last checkpoint, tells how far it is, records and saves."""
+"""`drive`: runs a long stage from its last checkpoint, with progress, records and checkpoints."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from fedpress.workspace.state import Tick
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that work needs to go on: named tensors, and facts that JSON can hold.
+    """The state of a computation for a checkpoint: named tensors, and facts in JSON types.
 
-    The tensors may be the living ones; whoever keeps a snapshot copies or saves them.
+    The tensors may be those that the computation goes on to change: copy or save them at once.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -27,13 +27,13 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Milestone:
-    """Work has reached a place that is worth a record.
+    """A point in a computation at which a record is written or a checkpoint saved.
 
     Attributes:
-        record: what is appended to the records of the run; nothing if it is empty.
-        note: what a person reads beside the bar from now on; None leaves the note that was there.
-        timed: whether the record says how many seconds the work has taken so far.
-        saves: whether the work can be taken up from here, so that a checkpoint is saved.
+        record: line for the records of the run; empty: none.
+        note: text beside the progress bar from now on; None: as before.
+        timed: whether the record gets the seconds since the start.
+        saves: whether the computation can be resumed from here, so that a checkpoint is saved.
     """
 
     record: Mapping[str, JsonValue] = field(default_factory=dict)
@@ -43,25 +43,23 @@ class Milestone:
 
 
 class Resumable(Protocol):
-    """Work in many steps that can stop after a milestone and go on later, to the same bits."""
+    """A computation in steps that can be resumed at a milestone, with the same bits as a result."""
 
     def events(self) -> Iterator[Tick | Milestone]:
-        """Does the work from where it stands: yields a tick after each step, and milestones between them."""
+        """Computes from the current state: yields a tick after each step, and milestones."""
         ...
 
     def state(self) -> Snapshot:
-        """Returns all that `load_` needs; asked for at milestones."""
+        """Returns the current state; called at milestones only."""
         ...
 
     def load_(self, saved: Snapshot) -> None:
-        """Takes up the `state()` of the same work, just begun."""
+        """Replaces the state of a new object of the same computation by a saved one."""
         ...
 
 
 def drive(work: Resumable, folder: StageFolder) -> Generator[Tick, None, None]:
-    """Does `work` to its end from the last checkpoint in `folder`; yields a tick for every step.
-
-    A checkpoint holds the seconds that were spent until then and the note that was shown, so that both go on.
+    """Runs `work` to its end from the last checkpoint in `folder`; yields a tick for every step.
 
     Raises:
         RunError: if the checkpoint is damaged, or the folder cannot be written.
@@ -69,6 +67,7 @@ def drive(work: Resumable, folder: StageFolder) -> Generator[Tick, None, None]:
     tensors, facts = folder.load_progress()
     if facts:
         work.load_(Snapshot(tensors, facts))
+    # A checkpoint holds the seconds spent before it, so that the clock goes on from there.
     start = time.perf_counter() - facts.get("seconds", 0.0)
     note = facts.get("note", "")
     last: Tick | None = None
@@ -80,13 +79,18 @@ def drive(work: Resumable, folder: StageFolder) -> Generator[Tick, None, None]:
             continue
 
         seconds = time.perf_counter() - start
-        note = note if event.note is None else event.note
+        if event.note is not None:
+            note = event.note
+        # The record before the checkpoint: a checkpoint counts the records that belong to it.
         if event.record:
-            spent = {"seconds": round(seconds, 2)} if event.timed else {}
-            folder.record(**event.record, **spent)
+            record = dict(event.record)
+            if event.timed:
+                record["seconds"] = round(seconds, 2)
+            folder.record(**record)
         if event.saves:
             saved = work.state()
             own = {**saved.facts, "seconds": seconds, "note": note}
             folder.save_progress(saved.tensors, own)
+        # The last tick again, so that the new note is shown at once.
         if last is not None and event.note is not None:
             yield replace(last, note=note)

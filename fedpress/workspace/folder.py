@@ -1,4 +1,4 @@
-"""The folder of a run: begun once, locked while a process works in it, resumed with the same settings only."""
+"""The folder of a run: created once, locked during work, resumed with the same settings only."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ from fedpress.core import checksums
 from fedpress.core.random import STREAMS
 from fedpress.errors import Argument, RunError, Shell
 from fedpress.workspace import lock
-from fedpress.workspace.atomic import Json, list_json, listed, read_json, writing
-from fedpress.workspace.damage import TAKING_OVER, afresh, check_run
+from fedpress.workspace.atomic import (
+    Json,
+    read_json,
+    replacing_with_checksum,
+    write_json_with_checksum,
+    writing,
+)
+from fedpress.workspace.damage import REUSE_HINT, check_run, new_run_cure
 from fedpress.workspace.records import Records
 from fedpress.workspace.stage_folder import StageFolder
 
@@ -26,68 +32,69 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, recipe_text: str, settings: Json) -> RunFolder:
-        """Makes a new folder, with the recipe as given and the resolved settings.
+        """Makes a new folder with the recipe as given and the resolved settings.
 
         Raises:
-            RunError: if the folder already holds a run.
+            RunError: if the folder already holds a run or other files.
         """
         cls.check_free(path, recipe_text)
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         with lock.locked(path):
-            cls.check_free(
-                path, recipe_text
-            )  # again: somebody else may have begun a run here since
-            with listed(path / "recipe.toml", path) as temporary:
+            # Again: another process may have begun a run here before the lock was taken.
+            cls.check_free(path, recipe_text)
+            with replacing_with_checksum(path / "recipe.toml", path) as temporary:
                 temporary.write_text(recipe_text, "utf-8")
-            list_json(path / "settings.json", {**settings, "streams": STREAMS}, path)
+            write_json_with_checksum(path / "settings.json", {**settings, "streams": STREAMS}, path)
         return cls(path)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the run was started with: the resolved recipe.
+        """The resolved recipe with which the run was started.
 
         Raises:
-            RunError: if the file of the settings is missing or damaged.
+            RunError: if settings.json is missing or damaged.
         """
         return {key: value for key, value in self._settings.items() if key != "streams"}
 
     @property
     def streams(self) -> int:
-        """The version of random streams that the run draws from (`fedpress.core.random.STREAMS`).
+        """The version of the random streams that the run uses (`fedpress.core.random.STREAMS`).
 
         Raises:
-            RunError: if the file of the settings says something else than a version.
+            RunError: if settings.json holds no valid version.
         """
-        found = self._settings.get("streams", 1)  # fedpress 0.1.0 drew the first and did not say so
+        # fedpress 0.1.0 used version 1 and did not write it.
+        found = self._settings.get("streams", 1)
+        # A bool is an int for isinstance.
         if type(found) is not int or found < 1:
             raise RunError(
                 f"got {found!r}, expected the version of the random streams, a whole number from 1",
                 place=f"{self.path / 'settings.json'}: streams",
-                cure=afresh(self.path),
+                cure=new_run_cure(self.path),
             )
         return found
 
     @property
     def _settings(self) -> dict[str, Any]:
-        return read_json(self.path / "settings.json", cure=afresh(self.path))
+        return read_json(self.path / "settings.json", cure=new_run_cure(self.path))
 
     def locked(self) -> AbstractContextManager[None]:
-        """Holds the folder's lock while the block lasts: no other process may work in it.
+        """Holds the folder's lock inside of the block: no other process may work in it.
 
         Raises:
-            RunError: if another process does, naming it.
+            RunError: if another process holds it, naming that process.
         """
         return lock.locked(self.path)
 
     @classmethod
     def check_free(cls, path: Path, recipe_text: str) -> None:
-        """Refuses a folder in which a run would replace something.
+        """Checks that a new run in this folder would replace nothing.
 
         Raises:
-            RunError: if it holds a run or other files, or is no folder.
+            RunError: if it holds a run or other files, or is a file.
         """
-        lock.refuse(path)
+        lock.check_unlocked(path)
         if (path / "settings.json").exists():
             raise RunError(
                 "this folder already holds a run",
@@ -98,14 +105,19 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             cure = ("give a folder with ", Argument("out"))
             raise RunError("this is a file", place=path, cure=cure)
+        if not path.is_dir():
+            return
+        # A start that was killed may have left these; they are written again.
         own = (lock.NAME, checksums.NAME, f".{recipe.name}.part", ".settings.json.part")
-        found = [p for p in path.iterdir() if p.name not in own] if path.is_dir() else []
-        if any(p != recipe or p.read_text("utf-8") != recipe_text for p in found):
-            raise RunError(
-                "this folder holds other files, which a run might replace",
-                place=path,
-                cure=("give a new ", Argument("out")),
-            )
+        for found in path.iterdir():
+            if found.name in own:
+                continue
+            if found != recipe or found.read_text("utf-8") != recipe_text:
+                raise RunError(
+                    "this folder holds other files, which a run might replace",
+                    place=path,
+                    cure=("give a new ", Argument("out")),
+                )
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -127,19 +139,21 @@ class RunFolder:
         """Opens the folder of an interrupted run.
 
         Raises:
-            RunError: if there is no run, it was made by other settings or is not finished and draws from streams of
-                another version, another process works on it, or one of its files was damaged.
+            RunError: if there is no run; if it has other settings; if it is not finished and uses
+                random streams of another version; if another process works in it; or if one of its
+                files was damaged.
         """
         if not (path / "settings.json").exists():
             raise RunError(
                 "there is no run to resume", place=path, cure="leave out --resume to start one"
             )
-        lock.refuse(path)
+        lock.check_unlocked(path)
         check_run(path)
         folder = cls(path)
         stages = folder.settings.get("stage")
         planned = len(stages) if isinstance(stages, list) else 0
-        # Counted here and not read from result.json: a damaged stage may have been deleted since, to be done again.
+        # Counted here and not read from the run's result.json: the user may have deleted a damaged
+        # stage since, to do it again.
         done = len(list(path.glob("stages/*/result.json")))
         folder.check_streams(finished=done >= planned > 0)
         old = folder.settings
@@ -150,16 +164,19 @@ class RunFolder:
                 place=path,
                 cure=(
                     "use the settings it was started with, or start a new run with --out NEW "
-                    f"({TAKING_OVER} {path})"
+                    f"({REUSE_HINT} {path})"
                 ),
             )
         return folder
 
     def check_streams(self, *, finished: bool) -> None:
-        """Refuses to go on with other random numbers: they would deal the examples to other clients, among others.
+        """Checks that a run which goes on draws the same random numbers as before.
+
+        With others it would, for example, deal the examples to other clients than before.
 
         Raises:
-            RunError: if not all stages are `finished`, and the run began with streams of another version.
+            RunError: if not all stages are `finished`, and the run began with random streams of
+                another version.
         """
         if self.streams != STREAMS and not finished:
             raise RunError(
@@ -182,7 +199,7 @@ class RunFolder:
 
 
 def first_difference(old: Any, new: Any, at: str = "recipe") -> str:
-    """Says in words where two JSON values first differ.
+    """Says where two JSON values first differ.
 
     >>> first_difference({"a": [1, 2]}, {"a": [1, 3]})
     'recipe.a[1] was 2, now 3'
@@ -191,10 +208,10 @@ def first_difference(old: Any, new: Any, at: str = "recipe") -> str:
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
                 return first_difference(old.get(key), new.get(key), f"{at}.{key}")
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+    if isinstance(old, list) and isinstance(new, list):
+        if len(old) != len(new):
+            return f"{at} had {len(old)} entries, now {len(new)}"
         for position, (a, b) in enumerate(zip(old, new, strict=True)):
             if a != b:
                 return first_difference(a, b, f"{at}[{position}]")
-    if isinstance(old, list) and isinstance(new, list) and len(old) != len(new):
-        return f"{at} had {len(old)} entries, now {len(new)}"
     return f"{at} was {json.dumps(old)[:80]}, now {json.dumps(new)[:80]}"

@@ -1,4 +1,7 @@
-"""One process at a time works in a folder: a lock that a dead process gives back by itself, and who holds it."""
+"""A lock for a folder, so that one process at a time works in it; it names its holder.
+
+The operating system releases the lock of a process that dies.
+"""
 
 from __future__ import annotations
 
@@ -22,77 +25,79 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 NAME = "lock"
-ASKED = 3
-_mine: dict[tuple[str, int], int] = {}  # folder and thread -> how often it has been taken
+# A process that only asks who holds the lock has it for an instant: try again so many times.
+RETRIES = 3
+# Folder and thread -> how many times the thread has taken its lock again.
+_held_here: dict[tuple[str, int], int] = {}
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of `folder`, a file `lock` in it, while the block lasts.
+    """Holds the lock of `folder`, a file `lock` in it, inside of the block.
 
-    The operating system holds it (flock), so a process that dies gives it back; the file says who has it. Where a file
-    system knows no such locks, the file alone is the lock, and is taken over from a process that is dead. The thread
-    that holds it may take it again.
+    It is a lock of the operating system (flock) on that file; the file's text names the holder. On
+    file systems without such locks the file itself is the lock, and is taken over if its process is
+    dead. A thread that holds the lock may take it again.
 
     Raises:
-        RunError: if another process holds it, naming that; if the folder cannot be written.
+        RunError: if another process holds it, naming that process; if the folder cannot be written.
     """
     key = (str(folder.resolve()), threading.get_ident())
-    if key in _mine:
-        _mine[key] += 1
+    if key in _held_here:
+        _held_here[key] += 1
         try:
             yield
         finally:
-            _mine[key] -= 1
+            _held_here[key] -= 1
         return
-    handle = _take(folder)
-    _mine[key] = 1
+    handle = _acquire(folder)
+    _held_here[key] = 1
     try:
         yield
     finally:
-        del _mine[key]
+        del _held_here[key]
+        # Removed while the lock is held: afterwards it could be the file of the next process.
         with suppress(OSError):
-            (folder / NAME).unlink(
-                missing_ok=True
-            )  # while it is held: nobody else's file is removed
+            (folder / NAME).unlink(missing_ok=True)
         os.close(handle)
 
 
 def holder(folder: Path) -> str | None:
-    """Returns who works in `folder` at this moment, in words; None if nobody does, or it is this thread."""
+    """Describes the process that works in `folder`; None if there is none, or it is this thread."""
     path = folder / NAME
-    if (
-        (str(folder.resolve()), threading.get_ident()) in _mine
-        or path.is_symlink()
-        or not path.is_file()
-    ):
+    if (str(folder.resolve()), threading.get_ident()) in _held_here:
+        return None
+    if path.is_symlink() or not path.is_file():
         return None
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
         return None
     try:
-        kind = _try(handle)
-        return (
-            None
-            if kind == "taken" or (kind == "unknown" and _dead(_who(path)))
-            else _words(_who(path))
-        )
+        result = _try_flock(handle)
+        if result == "taken":
+            return None
+        owner = _read_owner(path)
+        if result == "unknown" and _is_dead(owner):
+            return None
+        return _describe(owner)
     finally:
-        os.close(handle)  # gives back what the question took
+        # Closing also releases the lock, if the question above has taken it.
+        os.close(handle)
 
 
-def refuse(folder: Path) -> None:
-    """Raises if another process works in `folder`.
+def check_unlocked(folder: Path) -> None:
+    """Checks that no other process works in `folder`.
 
     Raises:
-        RunError: naming it.
+        RunError: naming the process.
     """
-    if found := holder(folder):
-        raise _held(folder, found)
+    found = holder(folder)
+    if found is not None:
+        raise _locked_error(folder, found)
 
 
-def _held(folder: Path, found: str) -> RunError:
+def _locked_error(folder: Path, found: str) -> RunError:
     return RunError(
         f"{found} works in this folder",
         place=folder,
@@ -105,47 +110,56 @@ def _held(folder: Path, found: str) -> RunError:
     )
 
 
-def _take(folder: Path) -> int:
+def _acquire(folder: Path) -> int:
+    """Takes the lock, writes this process as its owner, and returns the open file that holds it."""
     path = folder / NAME
-    asked = 0
+    retries = 0
     while True:
-        try:
-            # A link that somebody has put there would have another file emptied and written.
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        except OSError as error:
-            if path.is_symlink():
-                raise RunError(
-                    "a lock is no symbolic link", place=path, cure="delete that link"
-                ) from error
-            reason = os.strerror(error.errno or 0)
-            raise RunError(
-                f"cannot be written ({reason})",
-                place=path,
-                cure=("choose another place with ", Argument("out")),
-            ) from error
-        kind = _try(handle)
-        if kind == "held" and asked < ASKED:  # somebody may only be asking who holds it
+        handle = _open(path)
+        result = _try_flock(handle)
+        if result == "held" and retries < RETRIES:
             os.close(handle)
-            asked += 1
+            retries += 1
             time.sleep(0.05)
             continue
-        who = _who(path)
-        if kind == "held" or (kind == "unknown" and who and not _dead(who)):
+        owner = _read_owner(path)
+        if result == "held" or (result == "unknown" and owner and not _is_dead(owner)):
             os.close(handle)
-            raise _held(folder, _words(who))
+            raise _locked_error(folder, _describe(owner))
+        # Between open and flock the last holder may have removed the file. Then this is the lock of
+        # a file that nobody else can find: start again.
         with suppress(OSError):
             if os.fstat(handle).st_ino == os.stat(path).st_ino:
                 break
-        os.close(
-            handle
-        )  # its holder has removed the file in the meantime: the lock of a file that is gone is none
+        os.close(handle)
     os.truncate(handle, 0)
     os.pwrite(handle, json.dumps(own_note()).encode(), 0)
     return handle
 
 
-def _try(handle: int) -> str:
-    """Asks for the lock: "taken", "held" by somebody else, or "unknown" where the file system has none."""
+def _open(path: Path) -> int:
+    try:
+        # Through a symbolic link the lock would empty and overwrite some other file.
+        return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as error:
+        if path.is_symlink():
+            raise RunError(
+                "a lock is no symbolic link", place=path, cure="delete that link"
+            ) from error
+        reason = os.strerror(error.errno or 0)
+        raise RunError(
+            f"cannot be written ({reason})",
+            place=path,
+            cure=("choose another place with ", Argument("out")),
+        ) from error
+
+
+def _try_flock(handle: int) -> str:
+    """Tries to take the lock.
+
+    Returns:
+        "taken", "held" by another process, or "unknown" if the file system has no such locks.
+    """
     if fcntl is None:
         return "unknown"
     try:
@@ -171,7 +185,8 @@ def own_note() -> dict[str, Any]:
     }
 
 
-def _who(path: Path) -> dict[str, Any]:
+def _read_owner(path: Path) -> dict[str, Any]:
+    """Returns what the holder has written about itself; empty if that cannot be read."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -179,30 +194,36 @@ def _who(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _words(who: dict[str, Any]) -> str:
-    if not who:  # it has the lock, and has not yet said who it is
+def _describe(owner: dict[str, Any]) -> str:
+    # A process that has just taken the lock has not yet written who it is.
+    if not owner:
         return "another process"
-    command = str(who.get("command", ""))[:200]
-    return f"process {who.get('pid')} on {who.get('host')}, since {who.get('since')} ({command})"
+    command = str(owner.get("command", ""))[:200]
+    pid, host, since = (owner.get(key) for key in ("pid", "host", "since"))
+    return f"process {pid} on {host}, since {since} ({command})"
 
 
-def _dead(who: dict[str, Any]) -> bool:
-    """Whether the process of this note is known to be gone: only where it ran on this machine can that be told."""
-    pid = who.get("pid")
-    if who.get("host") != socket.gethostname() or not isinstance(pid, int) or pid < 1:
+def _is_dead(owner: dict[str, Any]) -> bool:
+    """Whether the process is known to be dead; that is not known of one on another machine."""
+    pid = owner.get("pid")
+    if owner.get("host") != socket.gethostname() or not isinstance(pid, int) or pid < 1:
         return False
     try:
+        # Signal 0 does nothing but check that the process exists.
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except OSError:  # it is there, and somebody else's
+    # It exists, and belongs to another user.
+    except OSError:
         pass
-    return who.get("started") != process_start(pid)  # the number was given to another process since
+    # Process ids are reused: another start time means another process.
+    return owner.get("started") != process_start(pid)
 
 
 def process_start(pid: int) -> str | None:
-    """When a process began, in ticks of the system's clock; None where it cannot be told."""
+    """Returns when a process was started, in clock ticks since boot; None outside of Linux."""
     try:
+        # Field 22 of the line; the second is the command in brackets, which may hold spaces.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return None

@@ -1,4 +1,4 @@
-"""The records of a run, one JSON object a line: on the disk at once, and cut back to whole ones after a kill."""
+"""The records of a run in `records.jsonl`, one JSON object a line, appended durably."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from typing import Any
 
 from fedpress.core import checksums
 from fedpress.errors import RunError
-from fedpress.workspace.atomic import Json, check_whole, finite, listed, read_json, writing
+from fedpress.workspace.atomic import (
+    Json,
+    check_undamaged,
+    finite,
+    read_json,
+    replacing_with_checksum,
+    writing,
+)
 
 NAME = "records.jsonl"
+# For a damaged file.
 CURE = "delete this file to go on without the records so far (models and results do not need them)"
-"""What helps against damage of the file."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +36,16 @@ class Records:
         return self.run / NAME
 
     def of_stage(self, stage: int) -> list[dict[str, Any]]:
-        """Reads the records of one stage; half a record at the end, which a killed run has left, is none.
+        """Returns the records of one stage.
+
+        An incomplete line at the end, which a killed run may leave, is ignored.
 
         Raises:
             RunError: if the file was damaged.
         """
         if not self.path.exists():
             return []
-        check_whole(self.path, CURE, grows=True)
+        check_undamaged(self.path, CURE, grows=True)
         found = []
         for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), start=1):
             if not line.endswith(b"\n"):
@@ -54,11 +63,11 @@ class Records:
         return found
 
     def count(self) -> int:
-        """Returns the number of whole records."""
+        """Returns the number of complete records."""
         return self.path.read_bytes().count(b"\n") if self.path.exists() else 0
 
     def add(self, facts: Json) -> None:
-        """Appends one record and sees it to the disk."""
+        """Appends one record; it is on the disk when the call returns."""
         with writing(self.path):
             start = self.path.stat().st_size if self.path.exists() else 0
             with open(self.path, "a", encoding="utf-8") as file:
@@ -67,26 +76,27 @@ class Records:
                 os.fsync(file.fileno())
             checksums.note_growth(self.path, start)
 
-    def cut(self, count: int) -> None:
-        """Drops all but the first `count` records, and half a record that a killed run left at the end.
+    def keep_first(self, count: int) -> None:
+        """Removes all but the first `count` records, and an incomplete line at the end.
 
         Raises:
-            RunError: if there are fewer, so that some were lost; a file that is missing altogether was removed by
-                somebody who was told so, and the run goes on without its records.
+            RunError: if there are fewer, so that some were lost.
         """
+        # A missing file was deleted by the user, as CURE says: the run goes on without it.
         if not self.path.exists():
             return
-        self.check(count)
+        self.check_count(count)
         lines = self.path.read_bytes().splitlines(keepends=True)
         if len(lines) > count:
-            with listed(self.path, self.run) as temporary:
+            with replacing_with_checksum(self.path, self.run) as temporary:
                 temporary.write_bytes(b"".join(lines[:count]))
 
-    def check(self, count: int) -> None:
-        """Looks whether there are at least `count` records, in a run of an older fedpress, which lists no checksums.
+    def check_count(self, count: int) -> None:
+        """Checks that there are at least `count` records, in runs that have no checksums.
 
-        Where a list knows the file, every loss is noticed by that (see `check_whole`); and a file that was deleted,
-        since it was damaged, begins again with fewer records than results and checkpoints tell of.
+        Those are runs of an older fedpress. In others the checksum tells of every loss (see
+        `check_undamaged`), and fewer records may be right: after the user has deleted a damaged
+        file, the records begin again.
 
         Raises:
             RunError: if there are fewer.
@@ -99,13 +109,12 @@ class Records:
                 cure=CURE,
             )
 
-    def missing(self) -> list[str]:
-        """Says that the records are gone, where results tell that there were some."""
+    def warnings(self) -> list[str]:
+        """Returns a warning if the file is missing although a finished stage had records."""
         if self.path.exists():
             return []
         for path in (self.run / "stages").glob("*/result.json"):
             if read_json(path, cure="delete this file to do the stage again").get("records"):
-                return [
-                    f"{self.path} is missing: the report will show nothing of what was recorded before"
-                ]
+                lost = "the report will show nothing of what was recorded before"
+                return [f"{self.path} is missing: {lost}"]
         return []

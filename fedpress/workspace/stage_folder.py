@@ -1,4 +1,4 @@
-"""The folder of one stage: its checkpoint while it runs, its model and result when it is done."""
+"""The folder of one stage: a checkpoint while it runs, model and result when it is finished."""
 
 from __future__ import annotations
 
@@ -18,21 +18,28 @@ from fedpress.core import checksums, files
 from fedpress.errors import RunError
 from fedpress.models import ModelSpec, load_model, save_model
 from fedpress.tasks import task_of
-from fedpress.workspace.atomic import Json, check_whole, list_json, listed, read_json, writing
+from fedpress.workspace.atomic import (
+    Json,
+    check_undamaged,
+    read_json,
+    replacing_with_checksum,
+    write_json_with_checksum,
+    writing,
+)
 from fedpress.workspace.records import Records
 
 PROGRESS = "progress.safetensors"
+# In artifacts/: how raw rows of a table become the inputs of the files there.
 INPUTS = "inputs.json"
-"""In artifacts/: how raw rows of a table become the inputs of the files there."""
+# Keys that the result of every finished stage has, beside the primary metric of its task.
 NEEDED = ("kind", "name", "seconds", "parameters")
-"""What the line of a finished stage has at least, beside the primary metric of its task."""
-UNLISTED = (PROGRESS, "result.json")
-"""Files of a stage whose checksums are listed when they are written."""
+# Files that get their checksum when they are written, and not when the stage finishes.
+CHECKSUMMED_BEFORE = (PROGRESS, "result.json")
 
 
 @dataclass(frozen=True)
 class Done:
-    """What a finished stage left: its line of the result, and how many records there were at its end."""
+    """A finished stage: its line of the run's result, and the number of records at its end."""
 
     result: dict[str, Any]
     records: int
@@ -45,9 +52,9 @@ class StageFolder:
     Attributes:
         run: the folder of the run.
         path: the stage's own folder in it.
-        index: the place of the stage in the recipe.
-        kind: of the stage.
-        name: of the stage.
+        index: position of the stage in the recipe, from 0.
+        kind: of the stage, such as "prune".
+        name: of the stage; by default its kind.
     """
 
     run: Path
@@ -66,23 +73,27 @@ class StageFolder:
         self.records.add({"stage": self.index, "kind": self.kind, "name": self.name, **facts})
 
     def begin(self, records: int) -> float:
-        """Drops the records after the last checkpoint, or after the first `records` of them if there is none.
+        """Removes the records of steps that will be done again.
 
-        What they tell of will be done again. Returns the seconds that were spent until the checkpoint.
+        Those are the records after the last checkpoint; without one, all but the first `records`.
+
+        Returns:
+            The seconds spent until the checkpoint.
         """
         facts = self.load_progress()[1]
-        self.records.cut(facts.get("records", records))
+        self.records.keep_first(facts.get("records", records))
         return float(facts.get("seconds", 0.0))
 
     def save_progress(self, tensors: Mapping[str, Tensor], facts: Json) -> None:
-        """Saves a checkpoint inside the stage: named tensors and JSON facts in one file, replaced in one step."""
-        plain = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
-        about = json.dumps({**facts, "records": self.records.count()})
-        with listed(self._progress, self.run) as temporary:
-            save_file(plain, temporary, metadata={"fedpress": about})
+        """Saves a checkpoint: named tensors, and facts in JSON types, in one file, atomically."""
+        # Cloned, since safetensors refuses tensors that share memory.
+        copies = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
+        metadata = json.dumps({**facts, "records": self.records.count()})
+        with replacing_with_checksum(self._progress, self.run) as temporary:
+            save_file(copies, temporary, metadata={"fedpress": metadata})
 
     def load_progress(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Returns the last checkpoint inside the stage; two empty dicts if there is none.
+        """Returns tensors and facts of the last checkpoint; two empty dictionaries if none exists.
 
         Raises:
             RunError: if the file is corrupt.
@@ -90,11 +101,12 @@ class StageFolder:
         if not self.begun:
             return {}, {}
         cure = "delete this file to do the stage again"
-        check_whole(self._progress, cure, what="corrupt checkpoint")
+        check_undamaged(self._progress, cure, what="corrupt checkpoint")
         try:
             with safe_open(self._progress, framework="pt") as file:
                 facts = json.loads(file.metadata()["fedpress"])
-                return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 - not a mapping
+                names = list(file.keys())
+                return {name: file.get_tensor(name) for name in names}, facts
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise RunError(
                 f"corrupt checkpoint ({error})", place=self._progress, cure=cure
@@ -102,7 +114,7 @@ class StageFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether there is a checkpoint inside the stage."""
+        """Whether there is a checkpoint."""
         return self._progress.exists()
 
     @property
@@ -110,31 +122,39 @@ class StageFolder:
         return self.path / PROGRESS
 
     def finish(self, spec: ModelSpec, model: nn.Module, result: Json, *, key: str) -> Done:
-        """Saves the stage's model and result, and marks the stage as done."""
+        """Saves the stage's model and result, and marks the stage as finished.
+
+        Args:
+            spec: of the model.
+            model: the model after the stage.
+            result: the stage's line of the run's result.
+            key: fingerprint of everything that the result depends on (see `finished`).
+        """
         with writing(self.path / "model.safetensors"):
             save_model(self.path, spec, model)
+            # On the disk before the result file, which says that they are complete.
             files.sync(self.path / "model.safetensors")
             files.sync(self.path / "spec.json")
-        self._list(dict(result).get("artifact"))
+        self._note_checksums(dict(result).get("artifact"))
         done = self._mark_done(key, result)
+        # Only now: a kill before this line must find either the checkpoint or the result.
         self._progress.unlink(missing_ok=True)
         self.forget()
         return done
 
     def _mark_done(self, key: str, result: Json) -> Done:
-        """Writes the result file, which marks the stage as done: last, when all else is there."""
+        """Writes the result file, which marks the stage as finished: after all other files."""
         done = Done(dict(result), self.records.count())
-        page = {"key": key, "records": done.records, "result": done.result}
-        list_json(self._result, page, self.run)
+        content = {"key": key, "records": done.records, "result": done.result}
+        write_json_with_checksum(self._result, content, self.run)
         return done
 
-    def _list(self, artifact: object) -> None:
-        """Lists the checksums of all that the stage has left, the `artifact` among it."""
-        made = [
-            path
-            for path in sorted(self.path.iterdir())
-            if path.is_file() and path.name not in UNLISTED
-        ]
+    def _note_checksums(self, artifact: object) -> None:
+        """Adds the checksums of the stage's files and of its `artifact` to the run's list."""
+        made = []
+        for path in sorted(self.path.iterdir()):
+            if path.is_file() and path.name not in CHECKSUMMED_BEFORE:
+                made.append(path)
         if artifact is not None:
             made += files_of(self.run / str(artifact))
         with writing(self.run / checksums.NAME):
@@ -143,47 +163,60 @@ class StageFolder:
 
     @property
     def memory(self) -> Path:
-        """Where the clients of a simulation keep what must outlive a process: private data among it."""
+        """Folder in which simulated clients keep their states between processes; it is private."""
         return self.path / "memory"
 
     def forget(self) -> None:
-        """Removes `memory`."""
+        """Removes the folder `memory`."""
         shutil.rmtree(self.memory, ignore_errors=True)
 
     def finished(self, key: str) -> Done | None:
-        """Returns what the stage left if it is done under the same `key`, else None."""
+        """Returns the result of the stage if it is finished under the same `key`, else None.
+
+        Args:
+            key: fingerprint of the settings, the seed and the stages before.
+
+        Raises:
+            RunError: if the result file was damaged.
+        """
         if not self._result.exists():
             return None
         cure = "delete this file to do the stage again"
-        page = read_json(self._result, cure=cure)
-        result, records = page.get("result"), page.get("records")
-        lacks = [name for name in ("key", "records", "result") if name not in page]
+        content = read_json(self._result, cure=cure)
+        result, records = content.get("result"), content.get("records")
+        missing = [name for name in ("key", "records", "result") if name not in content]
         line = result if isinstance(result, dict) else {}
         needed = (*NEEDED, task_of(line).primary)
-        lacks += [f"result.{name}" for name in needed if name not in line]
-        if lacks or not isinstance(result, dict) or not isinstance(records, int):
+        missing += [f"result.{name}" for name in needed if name not in line]
+        if missing or not isinstance(result, dict) or not isinstance(records, int):
             raise RunError(
-                f"damaged, it lacks {', '.join(lacks) or 'a number of records'}",
+                f"damaged, it lacks {', '.join(missing) or 'a number of records'}",
                 place=self._result,
                 cure=cure,
             )
-        return Done(result, records) if page["key"] == key else None
+        return Done(result, records) if content["key"] == key else None
 
     @property
     def _result(self) -> Path:
         return self.path / "result.json"
 
     def load(self) -> tuple[ModelSpec, nn.Module]:
-        """Loads the model that the finished stage left."""
+        """Loads the model of the finished stage."""
         return load_model(self.path)
 
     def adopt(self, other: Path, key: str, *, records: int) -> Done | None:
-        """Copies the same stage, done under the same `key`, from another run; None if that has none.
+        """Copies the same stage, finished under the same `key`, from another run.
 
         Args:
-            other: the folder of the run to copy from; nothing is changed there.
+            other: the folder of the run to copy from; it is not changed.
             key: see `finished`.
-            records: how many records of earlier stages there are.
+            records: how many records of earlier stages this run has.
+
+        Returns:
+            None if the other run has no such stage.
+
+        Raises:
+            RunError: if a file of the other stage was damaged, or lies outside of its run.
         """
         theirs = StageFolder(
             other, other / "stages" / self.path.name, self.index, self.kind, self.name
@@ -191,39 +224,55 @@ class StageFolder:
         done = theirs.finished(key)
         if done is None:
             return None
-        for path in sorted(p for p in theirs.path.iterdir() if p.is_file()):
-            check_whole(path, f"delete '{theirs._result}', and the stage is done again here")
+        cure = f"delete '{theirs._result}', and the stage is done again here"
+        for path in sorted(theirs.path.iterdir()):
+            if path.is_file():
+                check_undamaged(path, cure)
         lines = Records(other).of_stage(self.index)
-        artifact = done.result.get("artifact")
-        if artifact is not None and not (other / str(artifact)).resolve().is_relative_to(
-            other.resolve()
-        ):
-            said = str(artifact)[:80]
-            raise RunError(
-                f"its artifact {said!r} lies outside of the run",
-                place=theirs._result,
-                cure="leave out --from",
-            )
-        self.records.cut(records)
+        artifact = theirs._artifact_of(done)
+
+        self.records.keep_first(records)
         with writing(self.path):
+            # The result file comes last, by `_mark_done`, when everything else was copied.
             shutil.copytree(
                 theirs.path,
                 self.path,
                 dirs_exist_ok=True,
                 ignore=shutil.ignore_patterns("result.json"),
             )
-            for path in files_of(other / str(artifact)) if artifact is not None else ():
-                check_whole(path, f"delete '{theirs._result}', and the stage is done again here")
+            for path in files_of(artifact) if artifact is not None else ():
+                check_undamaged(path, cure)
                 target = self.run / path.relative_to(other)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
-        self._list(artifact)
+        self._note_checksums(done.result.get("artifact"))
         for line in lines:
             self.records.add(line)
         return self._mark_done(key, done.result)
 
+    def _artifact_of(self, done: Done) -> Path | None:
+        """Returns the path of the stage's artifact; None if it has made none."""
+        name = done.result.get("artifact")
+        if name is None:
+            return None
+        path = self.run / str(name)
+        # The result of a stranger's run may name any path, such as one of the user's own files.
+        if not path.resolve().is_relative_to(self.run.resolve()):
+            raise RunError(
+                f"its artifact {str(name)[:80]!r} lies outside of the run",
+                place=self._result,
+                cure="leave out --from",
+            )
+        return path
+
 
 def files_of(artifact: Path) -> list[Path]:
-    """Returns an artifact, what says how to feed it, and what has its name: OpenVINO's weights lie beside a graph."""
-    beside = (p for p in artifact.parent.iterdir() if p.is_file())
-    return sorted(p for p in beside if p.stem == artifact.stem or p.name == INPUTS)
+    """Returns the files of an artifact: itself, others of its name, and `inputs.json`.
+
+    For example OpenVINO keeps the weights `model.bin` beside the graph `model.xml`.
+    """
+    found = []
+    for path in artifact.parent.iterdir():
+        if path.is_file() and (path.stem == artifact.stem or path.name == INPUTS):
+            found.append(path)
+    return sorted(found)

@@ -1,7 +1,8 @@
-"""Whose run a folder is: a mark that only the user who started it could make says that its functions are known.
+"""Signs the run folders that a user has started, so that their functions need no new consent.
 
-A recipe that a user names is consent to the functions in it. The recipe in a run folder is none, since the folder may
-come from anybody: it counts where the mark of its start fits. The key of the marks never leaves the user's files.
+A user who names a recipe consents to the functions in it. The recipe in a run folder is no consent,
+since the folder may come from anybody, unless it has the user's signature (HMAC-SHA256). The key
+stays in a file of the user.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 KEY_BYTES = 32
+# Functions of fedpress that its commands write into recipes, by the names that files have.
 OWN = ("fedpress.commands.subject:no_data", "fedpress.models.memory:held")
-"""Functions of fedpress that its commands write into recipes."""
 
 
 def functions_of(text: str) -> list[str]:
@@ -30,56 +31,58 @@ def functions_of(text: str) -> list[str]:
         tree = tomllib.loads(text)
     except (ValueError, RecursionError):
         return []
-    tables = [(tree.get("model"), "architecture"), (tree.get("data"), "source")]
-    named = [
-        table[key]
-        for table, key in tables
-        if isinstance(table, dict) and isinstance(table.get(key), str)
-    ]
-    return list(dict.fromkeys(name for name in named if ":" in name and name not in OWN))
+    found: list[str] = []
+    for table, key in ((tree.get("model"), "architecture"), (tree.get("data"), "source")):
+        name = table.get(key) if isinstance(table, dict) else None
+        if isinstance(name, str) and ":" in name and name not in OWN and name not in found:
+            found.append(name)
+    return found
 
 
-def mark(names: Sequence[str], recipe: str | None) -> str | None:
-    """Returns the mark of a run; None where the user's files cannot hold a key.
+def sign(names: Sequence[str], recipe: str | None) -> str | None:
+    """Returns the signature of a run, in hex; None if no key can be kept in the user's home.
 
     Args:
         names: the functions that its recipe names.
-        recipe: the path of the recipe file, beside which they are looked for.
+        recipe: path of the recipe file; modules are searched in its folder, so it is signed too.
     """
     key = _key()
     if key is None:
         return None
-    said = json.dumps([sorted(names), recipe]).encode()
-    return hmac.new(key, said, hashlib.sha256).hexdigest()
+    message = json.dumps([sorted(names), recipe]).encode()
+    return hmac.new(key, message, hashlib.sha256).hexdigest()
 
 
-def fits(found: object, names: Sequence[str], recipe: str | None) -> bool:
-    """Whether this user has made the mark `found` for these functions and this place."""
-    right = mark(names, recipe)
-    return (
-        right is not None
-        and isinstance(found, str)
-        and hmac.compare_digest(found.encode(), right.encode())
-    )
+def is_signed(found: object, names: Sequence[str], recipe: str | None) -> bool:
+    """Whether `found` is this user's signature for these functions and this recipe."""
+    right = sign(names, recipe)
+    if right is None or not isinstance(found, str):
+        return False
+    # In constant time: the time of == would tell how many characters are right.
+    return hmac.compare_digest(found.encode(), right.encode())
 
 
 def _key() -> bytes | None:
+    """Returns the user's key, and makes it the first time."""
     try:
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         path = Path(state) / "fedpress" / "key"
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             part = path.with_name(f"key.{secrets.token_hex(8)}")
+            # Readable by the user only, from the first moment.
             handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(handle, "wb") as file:
                 file.write(secrets.token_bytes(KEY_BYTES))
+            # A link fails if the file exists: of two processes the first one makes the key.
             try:
-                os.link(part, path)  # of two processes the first one makes the key
+                os.link(part, path)
             except FileExistsError:
                 pass
             finally:
                 part.unlink()
         found = path.read_bytes()
-    except (OSError, RuntimeError):  # no home, or one that cannot be written
+    # The user has no home, or it cannot be written.
+    except (OSError, RuntimeError):
         return None
     return found if len(found) == KEY_BYTES else None

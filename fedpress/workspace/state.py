@@ -1,4 +1,4 @@
-"""What travels from stage to stage, and what a stage tells while it runs."""
+"""The state that is passed from stage to stage, and the events of a running stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Name = Annotated[
     StringConstraints(pattern=r"^\w[\w .-]*$", max_length=60),
     Field(description="what folders, records and charges call it; no two stages may share one"),
 ]
-"""The name of a recipe or stage: folders are called by it."""
+"""The name of a recipe or stage, which is also the name of its folder."""
 
 Loader = Callable[[], tuple[ModelSpec, nn.Module]]
 
@@ -30,10 +30,19 @@ Loader = Callable[[], tuple[ModelSpec, nn.Module]]
 class State:
     """The model with its spec, the data, and the privacy spent so far.
 
-    `score` is the task's primary metric on the test set after the last stage, None before the first; `facts` are
-    what the last stage adds to its line of the result (for instance `bytes_up`); `dense` is the parameter count before
-    any pruning; `parent` loads the model as it was before the first stage that made it smaller, None before such a
-    stage. `device` is where the stages train and measure; latency is always that of the CPU.
+    Attributes:
+        spec: of the model.
+        model: after the last stage.
+        data: the federated data set.
+        seed: of the run.
+        dense: number of parameters before any pruning.
+        ledger: the privacy spent so far; None: none.
+        score: the task's primary metric on the test set after the last stage; None before the
+            first.
+        facts: what the last stage adds to its line of the result, such as `bytes_up`.
+        parent: loads the model from before the first stage that made it smaller; None: there was no
+            such stage.
+        device: where the stages train and measure; latency is always that of the CPU.
     """
 
     spec: ModelSpec
@@ -48,10 +57,11 @@ class State:
     device: torch.device = field(default_factory=find)
 
     def example(self, n: int) -> Inputs:
-        """Returns `n` prepared examples to trace the model and to count on, see `ModelSpec.example`.
+        """Returns `n` prepared examples [n, ...] to trace the model and to count operations on.
 
-        Of several inputs these are public ones, or of the test part, where there are any: what whole numbers mean,
-        such as lengths, nobody here knows.
+        For a model with one input see `ModelSpec.example`. For several inputs these are public or
+        test examples, if there are any, since made-up integers may be invalid: a length, for
+        example, must fit the other inputs.
         """
         parts = (self.data.public, self.data.test)
         rows = next((part.x for part in parts if len(part)), None)
@@ -60,21 +70,23 @@ class State:
         return self.data.preprocess(rows[torch.arange(n) % len(rows)])
 
     @property
-    def given(self) -> tuple[int, ...] | Inputs:
-        """What files for devices are made for: the shape of one float32 example, or a batch of any other inputs."""
+    def input_spec(self) -> tuple[int, ...] | Inputs:
+        """What the model takes: the shape of one float32 example, or a batch of other inputs."""
         shape = self.spec.input_shape
-        return (
-            shape
-            if isinstance(shape, tuple) and self.spec.input_dtype == "float32"
-            else self.example(2)
-        )
+        if isinstance(shape, tuple) and self.spec.input_dtype == "float32":
+            return shape
+        return self.example(2)
 
 
 @dataclass(frozen=True)
 class Tick:
-    """`done` of `total` steps of a stage are done; `note` is what a person wants to see beside the bar.
+    """Progress of a stage: `done` of `total` steps.
 
-    `warning` is a sentence that must stay on the screen.
+    Attributes:
+        done: steps so far.
+        total: steps in all.
+        note: text beside the progress bar, such as the loss.
+        warning: a sentence that must stay on the screen; empty: none.
     """
 
     done: int
@@ -85,7 +97,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class StageStarted:
-    """A stage begins; `reused` says that its finished result was taken from the run folder."""
+    """A stage begins; `reused`: its finished result is taken from the run folder."""
 
     index: int
     kind: str
@@ -95,7 +107,7 @@ class StageStarted:
 
 @dataclass(frozen=True)
 class StageFinished:
-    """A stage has ended with `result`, its line of result.json."""
+    """A stage has ended; `result` is its line of result.json."""
 
     index: int
     result: Mapping[str, JsonValue]

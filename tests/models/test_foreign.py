@@ -12,7 +12,7 @@ from torch import nn
 
 from fedpress import storage
 from fedpress.errors import ModelError
-from fedpress.models.foreign import described
+from fedpress.models.foreign import identify
 from fedpress.models.weights import load_weights_
 
 
@@ -137,7 +137,7 @@ def test_nothing_is_unpickled_to_find_out(tmp_path, protocol):
     torch.save({"weight": Trap(mark)}, tmp_path / "b.pt")
     torch.save({"weight": Trap(mark)}, tmp_path / "c.pt", _use_new_zipfile_serialization=False)
     for name in ("a.pkl", "b.pt", "c.pt"):
-        described(tmp_path / name)
+        identify(tmp_path / name)
         with pytest.raises(ModelError):
             storage.load(tmp_path / name)
         with pytest.raises(ModelError):

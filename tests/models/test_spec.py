@@ -471,7 +471,7 @@ def test_nothing_is_imported_before_the_user_agrees(tmp_path, monkeypatch):
 def test_what_the_user_named_as_a_model_may_be_called_by_its_files(tmp_path):
     name = "fractions:Fraction"  # of the standard library; returns no network
     with pytest.raises(ModelError, match="returned Fraction"):
-        ModelSpec(architecture=name, input_shape=(1,)).take_in()
+        ModelSpec(architecture=name, input_shape=(1,)).build_for_user()
     with pytest.raises(ModelError, match="returned Fraction"):
         named_by_a_file(tmp_path, name)
 

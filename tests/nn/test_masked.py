@@ -148,7 +148,7 @@ def test_a_function_that_gives_a_masked_model_is_saved_and_loaded_as_a_sparse_on
         "    return model\n"
     )
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    spec, model = ModelSpec(architecture="mine_masked:make", input_shape=(6,)).take_in()
+    spec, model = ModelSpec(architecture="mine_masked:make", input_shape=(6,)).build_for_user()
     assert spec.sparse == ("1.weight",)
     assert int((model[1].weight != 0).sum()) == 12
     save_model(tmp_path / "saved", spec, model)

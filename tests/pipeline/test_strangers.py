@@ -172,11 +172,11 @@ def test_the_recipe_in_a_run_folder_is_consent_only_for_who_started_the_run(
 
 
 def test_the_mark_of_a_start_fits_no_other_function_and_no_other_place():
-    own = started.mark(["nets:Net"], "/a/own.toml")
-    assert started.fits(own, ["nets:Net"], "/a/own.toml")
-    assert not started.fits(own, ["os:system"], "/a/own.toml")
-    assert not started.fits(own, ["nets:Net"], "/b/own.toml")
-    assert not started.fits(None, ["nets:Net"], "/a/own.toml")
+    own = started.sign(["nets:Net"], "/a/own.toml")
+    assert started.is_signed(own, ["nets:Net"], "/a/own.toml")
+    assert not started.is_signed(own, ["os:system"], "/a/own.toml")
+    assert not started.is_signed(own, ["nets:Net"], "/b/own.toml")
+    assert not started.is_signed(None, ["nets:Net"], "/a/own.toml")
 
 
 def test_nothing_is_written_through_links_that_lie_in_a_run_folder(here, shell):

@@ -37,7 +37,7 @@ def other(tmp_path):
 
 
 def test_a_second_process_is_told_who_holds_the_folder(tmp_path, other):
-    for ask in (lambda: lock.locked(tmp_path).__enter__(), lambda: lock.refuse(tmp_path)):
+    for ask in (lambda: lock.locked(tmp_path).__enter__(), lambda: lock.check_unlocked(tmp_path)):
         with pytest.raises(RunError) as caught:
             ask()
         said = str(caught.value)
@@ -53,7 +53,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, other, number):
     other.wait()
     assert (tmp_path / "lock").exists(), "nobody could remove it"
     assert lock.holder(tmp_path) is None
-    lock.refuse(tmp_path)
+    lock.check_unlocked(tmp_path)
     with lock.locked(tmp_path):
         assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
     assert not (tmp_path / "lock").exists()
@@ -71,7 +71,7 @@ def test_the_thread_that_holds_it_may_take_it_again_and_another_may_not(tmp_path
 
     with lock.locked(tmp_path):
         with lock.locked(tmp_path):
-            lock.refuse(tmp_path)
+            lock.check_unlocked(tmp_path)
         thread = threading.Thread(target=try_it)
         thread.start()
         thread.join()

@@ -260,7 +260,7 @@ class Found:
             else:
                 table = self.stack.enter_context(holding(given))
                 shape = several[0] if several else _known(name, self.inputs.shape)
-                spec, model = ModelSpec(**table, input_shape=shape).take_in()
+                spec, model = ModelSpec(**table, input_shape=shape).build_for_user()
         elif several:
             raise ModelError(
                 "several inputs are for modules in memory",
@@ -310,7 +310,7 @@ def _load(
     spec = ModelSpec(
         architecture=subject.model["architecture"], input_shape=_known(str(given), shape)
     )
-    spec, model = spec.take_in()
+    spec, model = spec.build_for_user()
     if weights is not None:
         load_weights_(model, weights)
     return spec, model

@@ -25,7 +25,7 @@ from fedpress.pipeline.measure import measure
 from fedpress.pipeline.recipe import Override, Recipe
 from fedpress.pipeline.start import first_state, load_data
 from fedpress.stages.table import commands
-from fedpress.workspace.atomic import list_json
+from fedpress.workspace.atomic import write_json_with_checksum
 from fedpress.workspace.folder import RunFolder
 from fedpress.workspace.state import Event, StageFinished, StageStarted, Tick
 
@@ -214,7 +214,7 @@ class Order:
                 if checkpoint is not None and Path(checkpoint).is_file():
                     # A packed model has the size of its file.
                     before["file_bytes"] = Path(checkpoint).stat().st_size
-                list_json(path, before, folder.path)
+                write_json_with_checksum(path, before, folder.path)
                 yield StageFinished(0, before)
             yield from runs.execute(self.recipe, folder, data)
 

@@ -105,7 +105,7 @@ class Subject:
             input_shape=(1,),
         )
         with naming_arguments("model"), placed_model():
-            return spec.take_in()[1]
+            return spec.build_for_user()[1]
 
     def data(self) -> tuple[dict[str, Any], int] | None:
         """Returns the `[data]` table and the seed of the run that left the model; None if there is none."""

@@ -256,7 +256,7 @@ def latency_ms(model: nn.Module, state: State, *, seconds: float = 0.5) -> float
     """Times `model` in onnxruntime, on one example and one thread: the median."""
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "model.onnx"
-        given = state.given
+        given = state.input_spec
         deploy.export_onnx(model, path, deploy.Job.of(given, preprocess=state.data.preprocess))
         return deploy.latency(path, given, seconds=seconds).median_ms
 
