@@ -316,7 +316,7 @@ def load_data(recipe: Recipe, out_stream: Console) -> FederatedData:
 
     with progress.bars(out_stream) as bars:
         loaded = start.load_data(recipe, progress=terminal.Loading(bars))
-    said = loaded.told_left_out(private=recipe.private)
+    said = loaded.left_out_sentence(private=recipe.private)
     if said:
         out_stream.print(said, markup=False, soft_wrap=True)
     return loaded

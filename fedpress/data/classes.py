@@ -19,7 +19,9 @@ def label_is_public(settings: DataSettings) -> bool:
     return settings.label_column in settings.public_words
 
 
-def rows_that_name(public: Tensor, total: int, settings: DataSettings, what: str) -> Tensor:
+def rows_that_define_classes(
+    public: Tensor, total: int, settings: DataSettings, what: str
+) -> Tensor:
     """Returns the positions int64 [m] of the rows from which the list of classes may be taken.
 
     Args:
@@ -49,7 +51,7 @@ def rows_that_name(public: Tensor, total: int, settings: DataSettings, what: str
     return public
 
 
-def known_classes(
+def number_classes(
     codes: Tensor, words: Sequence[str], public: Tensor, settings: DataSettings, what: str
 ) -> TargetRows:
     """Keeps the classes that are in the recipe, or that rows have which may name them.
@@ -67,7 +69,7 @@ def known_classes(
     if settings.classes is not None:
         names = settings.classes
     else:
-        rows = rows_that_name(public, len(codes), settings, what)
+        rows = rows_that_define_classes(public, len(codes), settings, what)
         seen = set(codes[rows].tolist())
         names = tuple(word for position, word in enumerate(words) if position in seen)
     number = {name: position for position, name in enumerate(names)}

@@ -17,7 +17,7 @@ import torch
 from pyarrow import types
 from torch import Tensor
 
-from fedpress.data.classes import OTHER, checked, known_classes, rows_that_name
+from fedpress.data.classes import OTHER, checked, number_classes, rows_that_define_classes
 from fedpress.data.csv import NO_VALUE
 from fedpress.data.examples import InputRows, TargetRows
 from fedpress.data.preparation import InputColumn, Kind, Preparation, Unknown
@@ -192,7 +192,7 @@ class Labels:
         """
         if self.settings.classes is not None:
             return checked(self._listed(self.settings.classes), self.settings, self._where)
-        rows = rows_that_name(public, len(self.column.values), self.settings, self._where)
+        rows = rows_that_define_classes(public, len(self.column.values), self.settings, self._where)
         column = self.column.typed(rows.numpy())
         usable = column.is_valid().to_numpy()
         if not usable[rows.numpy()].all():  # public rows, so that it may be told
@@ -213,7 +213,7 @@ class Labels:
         words = as_text(column)
         positions = _positions(words, names)
         y = torch.from_numpy(np.where(usable, positions, -1))
-        return known_classes(y, names, public, self.settings, self._where)
+        return number_classes(y, names, public, self.settings, self._where)
 
     def _listed(self, names: Sequence[str]) -> TargetRows:
         """Finds every row's label in the list of the recipe, whatever kind the file gives it."""

@@ -103,7 +103,7 @@ class FederatedData:
         """The shape of one example, such as (3, 32, 32); of several inputs one for each name."""
         return shape_of(next(iter(self.clients.values())).x)
 
-    def told_left_out(self, *, private: bool) -> str:
+    def left_out_sentence(self, *, private: bool) -> str:
         """Says how many rows were left out since their label or a word of theirs is unknown; empty if none.
 
         Args:

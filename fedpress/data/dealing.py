@@ -31,7 +31,7 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Ask:
+class PartitionSize:
     """How much is asked for; None means every natural client (or 10), and all rows."""
 
     num_clients: int | None = None
@@ -51,7 +51,7 @@ def apportion(weights: np.ndarray, total: int) -> np.ndarray:
     return counts
 
 
-def totals(available: int, ask: Ask) -> tuple[int, int]:
+def totals(available: int, ask: PartitionSize) -> tuple[int, int]:
     """Returns the number of clients and of rows for all of them, or says why there are too few rows."""
     clients = 10 if ask.num_clients is None else ask.num_clients
     each = ask.examples_per_client
@@ -100,7 +100,7 @@ def take(rows: list[Tensor], counts: np.ndarray) -> list[Tensor]:
     ]
 
 
-def within_supply(mixes: np.ndarray, each: int, supply: np.ndarray) -> np.ndarray:
+def fit_to_supply(mixes: np.ndarray, each: int, supply: np.ndarray) -> np.ndarray:
     """Turns class mixes [clients, classes] into counts of `each` rows; a class that runs out is replaced by others."""
     left = supply.copy()
     counts = np.zeros(mixes.shape, dtype=np.int64)
@@ -115,7 +115,7 @@ def within_supply(mixes: np.ndarray, each: int, supply: np.ndarray) -> np.ndarra
     return counts
 
 
-def fill_empty(rows: list[Tensor]) -> list[Tensor]:
+def fill_empty_clients(rows: list[Tensor]) -> list[Tensor]:
     """Gives each empty client one row of the largest one."""
     rows = list(rows)
     for i, group in enumerate(rows):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedpress.core.examples import Arrays
 from fedpress.data import images
-from fedpress.data.classes import known_classes
+from fedpress.data.classes import number_classes
 from fedpress.data.examples import Examples, InputRows, Progress, TargetRows
 from fedpress.data.settings import DataSettings
 from fedpress.errors import DataError
@@ -65,7 +65,7 @@ def read(settings: DataSettings, progress: Progress | None) -> Examples:
     owners = torch.tensor([i for i, own in enumerate(files.values()) for _ in own])
 
     def targets(public: Tensor) -> TargetRows:
-        return known_classes(y, labels, public, settings, f"images of '{settings.path}'")
+        return number_classes(y, labels, public, settings, f"images of '{settings.path}'")
 
     rows = Arrays(torch.arange(len(y))[:, None], y)
     names = tuple(files)

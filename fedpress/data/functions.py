@@ -15,11 +15,11 @@ from fedpress import tasks
 from fedpress.core import own_modules
 from fedpress.core.examples import Arrays
 from fedpress.core.inputs import Inputs, NamedInputs, form_of, join, shape_told, told
-from fedpress.data.classes import checked, known_classes, rows_that_name
+from fedpress.data.classes import checked, number_classes, rows_that_define_classes
 from fedpress.data.dataset import FederatedData
 from fedpress.data.examples import Examples, TargetRows
 from fedpress.data.settings import DataSettings
-from fedpress.data.targets import dealing_of_flags, dealing_of_numbers
+from fedpress.data.targets import partition_labels_of_flags, partition_labels_of_numbers
 from fedpress.errors import DataError, FedpressError, ModelError
 from fedpress.tasks.classification import IGNORED
 
@@ -121,7 +121,7 @@ def _of_classes(settings: DataSettings, rows: Examples, labels: np.ndarray, wher
 
     def targets(public: Tensor) -> TargetRows:
         if words:
-            return known_classes(y, words, public, settings, where)
+            return number_classes(y, words, public, settings, where)
         names = _names_of_numbers(y, public, settings, where)
         return checked(
             TargetRows.of_classes(torch.where(y < len(names), y, -1), names), settings, where
@@ -136,7 +136,7 @@ def _names_of_numbers(
     """Returns the classes of class numbers: up to the highest public one, or as many as the recipe names."""
     if settings.classes is not None:
         return settings.classes
-    count = int(y[rows_that_name(public, len(y), settings, where)].max()) + 1
+    count = int(y[rows_that_define_classes(public, len(y), settings, where)].max()) + 1
     return tuple(str(number) for number in range(count))
 
 
@@ -180,7 +180,7 @@ def _of_numbers(settings: DataSettings, rows: Examples, found: np.ndarray, where
     width = 1 if y.dim() == 1 else y.shape[1]
     names = ("target",) if width == 1 else tuple(f"target {at}" for at in range(width))
     known = y.isfinite().reshape(len(y), -1).all(1)
-    deal = dealing_of_flags if kind == "flags" else dealing_of_numbers
+    deal = partition_labels_of_flags if kind == "flags" else partition_labels_of_numbers
     return replace(
         rows,
         train=Arrays(rows.train.x, deal(y)),

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from fedpress.core.random_source import RandomSource
 from fedpress.data.dealing import (
-    Ask,
+    PartitionSize,
     Pool,
     apportion,
-    fill_empty,
+    fill_empty_clients,
+    fit_to_supply,
     named,
     numpy_generator,
     rows_by_class,
     take,
     totals,
-    within_supply,
 )
 from fedpress.errors import DataError, SettingError, suggestion
 
@@ -34,7 +34,7 @@ class Iid(_Settings, frozen=True):
 
     kind: Literal["iid"] = "iid"
 
-    def deal(self, pool: Pool, ask: Ask, chance: RandomSource) -> dict[str, Tensor]:
+    def deal(self, pool: Pool, ask: PartitionSize, chance: RandomSource) -> dict[str, Tensor]:
         """Returns row positions by client."""
         clients, total = totals(len(pool.labels), ask)
         return named(chance.permutation(len(pool.labels))[:total].tensor_split(clients))
@@ -54,7 +54,7 @@ class Quantity(_Settings, frozen=True):
         description="how unequal the clients' numbers of rows are; 0 = equal",
     )
 
-    def deal(self, pool: Pool, ask: Ask, chance: RandomSource) -> dict[str, Tensor]:
+    def deal(self, pool: Pool, ask: PartitionSize, chance: RandomSource) -> dict[str, Tensor]:
         """Returns row positions by client."""
         clients, total = totals(len(pool.labels), ask)
         weights = np.arange(1, clients + 1, dtype=np.float64) ** -self.skew
@@ -79,7 +79,7 @@ class Dirichlet(_Settings, frozen=True):
         "classes",
     )
 
-    def deal(self, pool: Pool, ask: Ask, chance: RandomSource) -> dict[str, Tensor]:
+    def deal(self, pool: Pool, ask: PartitionSize, chance: RandomSource) -> dict[str, Tensor]:
         """Returns row positions by client."""
         clients, _ = totals(len(pool.labels), ask)
         rng = numpy_generator(chance)
@@ -91,10 +91,10 @@ class Dirichlet(_Settings, frozen=True):
             counts = np.stack(shares, axis=1)
         else:
             mixes = rng.dirichlet(np.full(len(rows), self.alpha), size=clients)
-            counts = within_supply(
+            counts = fit_to_supply(
                 mixes, ask.examples_per_client, np.array([len(group) for group in rows])
             )
-        return named(fill_empty(take(rows, counts)))
+        return named(fill_empty_clients(take(rows, counts)))
 
 
 class Shards(_Settings, frozen=True):
@@ -106,7 +106,7 @@ class Shards(_Settings, frozen=True):
     kind: Literal["shards"] = "shards"
     classes_per_client: int = Field(default=2, ge=1, description="classes that each client holds")
 
-    def deal(self, pool: Pool, ask: Ask, chance: RandomSource) -> dict[str, Tensor]:
+    def deal(self, pool: Pool, ask: PartitionSize, chance: RandomSource) -> dict[str, Tensor]:
         """Returns row positions by client."""
         clients, _ = totals(len(pool.labels), ask)
         rows = rows_by_class(pool.labels, chance)
@@ -186,7 +186,7 @@ class Natural(_Settings, frozen=True):
     kind: Literal["natural"] = "natural"
     rest_is_public: ClassVar[bool] = False
 
-    def deal(self, pool: Pool, ask: Ask, chance: RandomSource) -> dict[str, Tensor]:
+    def deal(self, pool: Pool, ask: PartitionSize, chance: RandomSource) -> dict[str, Tensor]:
         """Returns row positions by client, in the order of `pool.owner_names`."""
         if pool.owners is None:
             raise DataError(

@@ -68,7 +68,9 @@ class Preparation:
         """How many inputs there are."""
         return sum(column.width for column in self.columns)
 
-    def followed_by(self, preprocess: Preprocess, class_names: Sequence[str]) -> Preparation:
+    def with_standardisation(
+        self, preprocess: Preprocess, class_names: Sequence[str]
+    ) -> Preparation:
         """Returns the same columns with the standardisation and the classes of a network."""
         mean, std = preprocess.mean or (0.0,), preprocess.std or (1.0,)
         if len(mean) == 1:  # one value for all inputs

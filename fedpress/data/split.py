@@ -13,7 +13,7 @@ from fedpress.core.examples import Arrays, Preprocess, no_statistics
 from fedpress.core.inputs import Inputs, NamedInputs
 from fedpress.core.random_source import public_stream
 from fedpress.data.dataset import FederatedData
-from fedpress.data.dealing import Ask, Pool
+from fedpress.data.dealing import PartitionSize, Pool
 from fedpress.data.examples import Examples, InputRows, TargetRows
 from fedpress.data.partition import Iid, Natural
 from fedpress.data.settings import DataSettings
@@ -40,7 +40,7 @@ def split(examples: Examples, settings: DataSettings, seed: int) -> FederatedDat
         examples.owner_names,
         frozenset(settings.public_clients + settings.test_clients),
     )
-    ask = Ask(settings.num_clients, settings.examples_per_client)
+    ask = PartitionSize(settings.num_clients, settings.examples_per_client)
     dealt = partition.deal(pool, ask, public_stream(seed, "data", "clients"))
     if settings.public_share is None and not settings.public_clients and partition.rest_is_public:
         public = _without(rows, torch.cat(list(dealt.values())))
@@ -194,7 +194,8 @@ def _assemble(examples: Examples, settings: DataSettings, parts: Parts) -> Feder
         class_names=class_names,
         preprocess=preprocess,
         task=task,
-        preparation=inputs.preparation and inputs.preparation.followed_by(preprocess, found.names),
+        preparation=inputs.preparation
+        and inputs.preparation.with_standardisation(preprocess, found.names),
     )
     return data if examples.targets is None else replace(data, left_out=left_out)
 

@@ -44,10 +44,10 @@ def targets_of(settings: DataSettings) -> Targets:
     return tasks.find(tasks.kind_of(settings.task or tasks.Classification.kind)).targets
 
 
-def dealing_of_numbers(values: Tensor) -> Tensor:
+def partition_labels_of_numbers(values: Tensor) -> Tensor:
     """Returns int64 [n]: the tenth of the (first) number [n] or [n, k] of each row.
 
-    >>> dealing_of_numbers(torch.arange(20.0)).bincount().tolist()
+    >>> partition_labels_of_numbers(torch.arange(20.0)).bincount().tolist()
     [2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
     """
     first = values if values.dim() == 1 else values[:, 0]
@@ -56,7 +56,7 @@ def dealing_of_numbers(values: Tensor) -> Tensor:
     return rank * GROUPS // max(1, len(first))
 
 
-def dealing_of_flags(flags: Tensor) -> Tensor:
+def partition_labels_of_flags(flags: Tensor) -> Tensor:
     """Returns int64 [n], equal where the labels [n, k] are."""
     kind: Tensor = flags.nan_to_num().unique(dim=0, return_inverse=True)[1]
     return kind.flatten()
@@ -77,7 +77,7 @@ class Numbers:
         """
         for column in self.columns:
             refuse_missing(column.values, f"label column '{column.name}'")
-        return dealing_of_numbers(torch.from_numpy(_as_numbers(self.columns[0]).copy()))
+        return partition_labels_of_numbers(torch.from_numpy(_as_numbers(self.columns[0]).copy()))
 
     def targets(self, public: Tensor) -> TargetRows:
         """Returns float32 [n], or [n, k] of several columns.
@@ -120,7 +120,7 @@ class Flags:
         for column in self.columns:
             refuse_missing(column.values, f"label column '{column.name}'")
         flags = np.stack([_as_numbers(column) for column in self.columns], 1)
-        return dealing_of_flags(torch.from_numpy(flags))
+        return partition_labels_of_flags(torch.from_numpy(flags))
 
     def targets(self, public: Tensor) -> TargetRows:
         """Returns float32 [n, k] of 0 and 1.

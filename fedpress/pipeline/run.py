@@ -77,7 +77,7 @@ def _stages(
         state, load = with_parent(state, before, load), place.load
         records = done.records
         results.append(done.result)
-        told = data.told_left_out(private=recipe.private)
+        told = data.left_out_sentence(private=recipe.private)
         write_result(
             recipe, folder, results, finished=index + 1 == len(recipe.stage), left_out=told
         )

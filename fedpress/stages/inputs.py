@@ -13,5 +13,5 @@ def write_inputs_json(state: State, folder: StageFolder) -> None:
     if data.preparation is None:
         return
     # Commands may put another standardisation in the place of the data's own: that of the model counts.
-    used = data.preparation.followed_by(data.preprocess, data.class_names)
+    used = data.preparation.with_standardisation(data.preprocess, data.class_names)
     write_json_with_checksum(folder.run / "artifacts" / INPUTS, used.to_json(), folder.run)

@@ -244,9 +244,9 @@ def test_a_label_outside_the_classes_of_own_data_is_not_told():
 def test_how_many_private_rows_are_left_out_is_told_only_where_nothing_is_promised(tmp_path):
     data = read(write_csv(tmp_path, True), test_share=0.0, test_clients=["south"])
     assert (
-        data.told_left_out(private=False)
+        data.left_out_sentence(private=False)
         == "rows of an unknown class or word are left out: 1 of the clients"
     )
     without = read(write_csv(tmp_path, False), test_share=0.0, test_clients=["south"])
-    assert data.told_left_out(private=True) == without.told_left_out(private=True)
-    assert without.told_left_out(private=False) == ""
+    assert data.left_out_sentence(private=True) == without.left_out_sentence(private=True)
+    assert without.left_out_sentence(private=False) == ""

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from fedpress.core.random_source import public_stream
-from fedpress.data.dealing import Ask, Pool, apportion
+from fedpress.data.dealing import PartitionSize, Pool, apportion
 from fedpress.data.partition import Dirichlet, Iid, Natural, Partition, Quantity, Shards
 from fedpress.errors import DataError
 
@@ -35,9 +35,9 @@ def test_all_rows_go_to_exactly_one_client_and_none_is_empty(partition, counts, 
     labels = labels_of(counts)
     if clients > len(labels):
         with pytest.raises(DataError, match=r"lower num_clients"):
-            partition.deal(Pool(labels), Ask(clients), public_stream(seed))
+            partition.deal(Pool(labels), PartitionSize(clients), public_stream(seed))
         return
-    dealt = partition.deal(Pool(labels), Ask(clients), public_stream(seed))
+    dealt = partition.deal(Pool(labels), PartitionSize(clients), public_stream(seed))
     assert list(dealt) == [f"c{i}" for i in range(clients)]
     assert all(len(rows) > 0 for rows in dealt.values())
     assert torch.cat(list(dealt.values())).sort().values.tolist() == list(range(len(labels)))
@@ -55,9 +55,11 @@ def test_examples_per_client_is_met_or_refused_with_the_numbers(
             DataError,
             match=f"{clients} clients of {each} examples = {clients * each} .* {len(labels)} ",
         ):
-            partition.deal(Pool(labels), Ask(clients, each), public_stream(seed))
+            partition.deal(Pool(labels), PartitionSize(clients, each), public_stream(seed))
         return
-    rows = list(partition.deal(Pool(labels), Ask(clients, each), public_stream(seed)).values())
+    rows = list(
+        partition.deal(Pool(labels), PartitionSize(clients, each), public_stream(seed)).values()
+    )
     together = torch.cat(rows)
     assert len(together) == len(together.unique()) == clients * each
     assert together.min() >= 0
@@ -78,7 +80,7 @@ def test_shards_give_every_client_exactly_k_classes_or_say_why_not(classes, clie
     labels = labels_of([40] * classes)
     try:
         dealt = Shards(classes_per_client=k).deal(
-            Pool(labels), Ask(clients, each), public_stream(seed)
+            Pool(labels), PartitionSize(clients, each), public_stream(seed)
         )
     except DataError as error:
         too_many = (
@@ -100,7 +102,9 @@ def test_shards_give_every_client_exactly_k_classes_or_say_why_not(classes, clie
 @pytest.mark.parametrize("partition", [*BY_LABEL, Shards(classes_per_client=2)], ids=repr)
 def test_the_same_seed_deals_the_same_rows_and_another_does_not(partition):
     pool = Pool(labels_of([50, 50, 50]))
-    first, again, other = (partition.deal(pool, Ask(5), public_stream(seed)) for seed in (1, 1, 2))
+    first, again, other = (
+        partition.deal(pool, PartitionSize(5), public_stream(seed)) for seed in (1, 1, 2)
+    )
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
@@ -109,7 +113,7 @@ def test_small_alpha_means_few_classes_and_large_alpha_means_the_classes_of_all(
     pool = Pool(labels_of([500] * 10))
 
     def largest_share(alpha: float, each: int | None) -> float:
-        dealt = Dirichlet(alpha=alpha).deal(pool, Ask(10, each), public_stream(0))
+        dealt = Dirichlet(alpha=alpha).deal(pool, PartitionSize(10, each), public_stream(0))
         return float(
             np.mean([pool.labels[rows].bincount().max() / len(rows) for rows in dealt.values()])
         )
@@ -123,7 +127,7 @@ def test_quantity_skew_one_follows_zipf():
     sizes = sorted(
         len(rows)
         for rows in Quantity(skew=1.0)
-        .deal(Pool(labels_of([1100])), Ask(4), public_stream(0))
+        .deal(Pool(labels_of([1100])), PartitionSize(4), public_stream(0))
         .values()
     )
     assert np.allclose(sizes[::-1], np.array([12, 6, 4, 3]) / 25 * 1100, atol=3)
@@ -133,13 +137,19 @@ def test_shards_without_room_for_all_classes_say_how_to_make_room():
     with pytest.raises(
         DataError, match=r"3 clients of 2 classes cannot hold all 10 classes; raise"
     ):
-        Shards(classes_per_client=2).deal(Pool(labels_of([5] * 10)), Ask(3), public_stream(0))
+        Shards(classes_per_client=2).deal(
+            Pool(labels_of([5] * 10)), PartitionSize(3), public_stream(0)
+        )
     with pytest.raises(DataError, match=r"asked for 11 classes per client but there are only 10"):
-        Shards(classes_per_client=11).deal(Pool(labels_of([50] * 10)), Ask(3), public_stream(0))
+        Shards(classes_per_client=11).deal(
+            Pool(labels_of([50] * 10)), PartitionSize(3), public_stream(0)
+        )
     with pytest.raises(
         DataError, match=r"2 clients need 10 examples of the class .* there are only 8"
     ):
-        Shards(classes_per_client=2).deal(Pool(labels_of([8, 12])), Ask(2, 10), public_stream(0))
+        Shards(classes_per_client=2).deal(
+            Pool(labels_of([8, 12])), PartitionSize(2, 10), public_stream(0)
+        )
 
 
 NATURAL = Pool(
@@ -148,7 +158,7 @@ NATURAL = Pool(
 
 
 def test_natural_clients_hold_their_own_rows():
-    dealt = Natural().deal(NATURAL, Ask(), public_stream(0))
+    dealt = Natural().deal(NATURAL, PartitionSize(), public_stream(0))
     assert {name: sorted(rows.tolist()) for name, rows in dealt.items()} == {
         "ann": [1, 3],
         "bob": [4],
@@ -157,21 +167,23 @@ def test_natural_clients_hold_their_own_rows():
 
 
 def test_natural_can_choose_clients_and_cap_their_rows():
-    dealt = Natural().deal(NATURAL, Ask(2, 1), public_stream(0))
+    dealt = Natural().deal(NATURAL, PartitionSize(2, 1), public_stream(0))
     assert len(dealt) == 2
     assert all(len(rows) == 1 for rows in dealt.values())
-    chosen = {tuple(Natural().deal(NATURAL, Ask(1), public_stream(seed))) for seed in range(20)}
+    chosen = {
+        tuple(Natural().deal(NATURAL, PartitionSize(1), public_stream(seed))) for seed in range(20)
+    }
     assert chosen == {("ann",), ("bob",), ("cleo",)}
 
 
 def test_natural_refuses_data_without_clients_too_few_clients_and_empty_ones():
     with pytest.raises(DataError, match=r"does not name its clients; give client_column"):
-        Natural().deal(Pool(torch.zeros(3)), Ask(), public_stream(0))
+        Natural().deal(Pool(torch.zeros(3)), PartitionSize(), public_stream(0))
     with pytest.raises(DataError, match=r"asked for 4 clients but the data has only 3"):
-        Natural().deal(NATURAL, Ask(4), public_stream(0))
+        Natural().deal(NATURAL, PartitionSize(4), public_stream(0))
     empty = Pool(torch.zeros(1, dtype=torch.int64), torch.tensor([0]), ("ann", "bob"))
     with pytest.raises(DataError, match=r"client 'bob' has no rows"):
-        Natural().deal(empty, Ask(), public_stream(0))
+        Natural().deal(empty, PartitionSize(), public_stream(0))
 
 
 @settings(max_examples=50, deadline=None)

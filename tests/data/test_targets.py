@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from fedpress.data import DataSettings, load
-from fedpress.data.targets import dealing_of_flags, dealing_of_numbers
+from fedpress.data.targets import partition_labels_of_flags, partition_labels_of_numbers
 from fedpress.errors import DataError
 
 ROWS = 40
@@ -110,12 +110,14 @@ def test_a_missing_target_is_refused_or_its_row_dropped(table):
 
 
 def test_numbers_are_dealt_by_tenths_and_flags_by_what_occurs_together(table):
-    groups = dealing_of_numbers(torch.randn(100, generator=torch.Generator().manual_seed(0)))
+    groups = partition_labels_of_numbers(
+        torch.randn(100, generator=torch.Generator().manual_seed(0))
+    )
     assert groups.bincount().tolist() == [10] * 10
-    assert dealing_of_numbers(torch.tensor([3.0])).tolist() == [0]
-    assert dealing_of_numbers(torch.zeros(0)).tolist() == []
+    assert partition_labels_of_numbers(torch.tensor([3.0])).tolist() == [0]
+    assert partition_labels_of_numbers(torch.zeros(0)).tolist() == []
     flags = torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
-    assert dealing_of_flags(flags).tolist() == [0, 1, 0]
+    assert partition_labels_of_flags(flags).tolist() == [0, 1, 0]
     data = read(
         table,
         task="regression",
