@@ -1,4 +1,4 @@
-"""What server and clients must hold alike: the terms of a run, and their agreement as versioned canonical JSON."""
+"""The agreement: all that server and clients must hold alike, as versioned canonical JSON."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from fedpress.tasks import Task
 
 FEDAVG = FedAvg()
 VERSION = 1
-"""Of the agreement's form. Raise it when an entry changes its meaning under the same name."""
+"""Version of the agreement's form; raise it if an entry changes its meaning but not its name."""
 SHOWN = 120
-"""Characters of a value that a refusal shows: an entry may hold a whole list of names."""
+"""Most characters of a value that an error shows: an entry may hold a list of all clients."""
 Norm = Literal["frozen", "batch"]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """The entries of an agreement, by name; two sides hold it alike if their fingerprints are equal.
+    """The entries of an agreement, by name; two sides agree if their fingerprints are equal.
 
     >>> ours, theirs = Agreement({"norm": "frozen"}), Agreement({"norm": "batch"})
     >>> ours.fingerprint == theirs.fingerprint
@@ -43,7 +43,7 @@ class Agreement:
     entries: dict[str, JSON]
 
     def to_json(self) -> str:
-        """Returns the canonical text: sorted keys, no spaces, and every number as Python writes it."""
+        """Returns the canonical text: sorted keys, no spaces, numbers as Python writes them."""
         return self._text
 
     @cached_property
@@ -52,18 +52,19 @@ class Agreement:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the text, 16 hexadecimal digits: what travels with every request."""
+        """Digest of the text, 16 hexadecimal digits; it travels with every request."""
         return blake2b(self.to_json().encode(), digest_size=8).hexdigest()
 
     @classmethod
     def from_json(cls, text: str) -> Agreement:
-        """Reads what `to_json` gave and anybody may have sent.
+        """Reads the text of `to_json`, which may come from anybody.
 
         Raises:
-            WireError: if it is no table.
+            WireError: if it is not a JSON table.
         """
         try:
             entries = json.loads(text)
+        # RecursionError: thousands of nested lists are valid JSON, and anybody may send them.
         except (ValueError, RecursionError) as error:
             raise WireError(
                 f"not JSON ({type(error).__name__})",
@@ -79,50 +80,55 @@ class Agreement:
         return cls(entries)
 
     def leaves(self) -> dict[str, JSON]:
-        """Returns every single entry by its whole name, such as `uplink.cohort.size`."""
+        """Returns every single value by its full name, such as `uplink.cohort.size`."""
         return dict(_leaves("", self.entries))
 
     def compare(self, client: Agreement) -> None:
-        """Compares with what a `client` holds.
+        """Compares the server's agreement (this one) with that of a client.
 
         Raises:
-            WireError: naming the first entry that the client holds otherwise, with both values.
+            WireError: naming the first entry that differs, with both values.
         """
-        if self.to_json() == client.to_json():  # so nothing has to be looked at one by one
+        # Nearly always equal: then there is no need to take both apart.
+        if self.to_json() == client.to_json():
             return
-        ours, theirs = self.leaves(), client.leaves()
+        ours = self.leaves()
+        theirs = client.leaves()
         for name in sorted(ours.keys() | theirs.keys()):
-            # By their text: 1, 1.0 and true are equal in Python, and not in a canonical text.
-            here, there = _text(ours, name), _text(theirs, name)
-            if here != there:
-                same = "fedpress" if name in ("version", "streams") else "recipe"
-                raise WireError(
-                    f"the server says {_short(here)}, this client {_short(there)}",
-                    place=f"agreement.{name}",
-                    cure=f"use the same {same}",
-                )
+            # Compared as text: 1, 1.0 and true are equal in Python, but not in canonical JSON.
+            here = _text(ours, name)
+            there = _text(theirs, name)
+            if here == there:
+                continue
+            same = "fedpress" if name in ("version", "streams") else "recipe"
+            raise WireError(
+                f"the server says {_short(here)}, this client {_short(there)}",
+                place=f"agreement.{name}",
+                cure=f"use the same {same}",
+            )
 
 
 @dataclass(frozen=True)
 class Terms:
-    """All that server and clients must hold alike; whatever is added here is part of the agreement.
+    """All that server and clients must hold alike; every field is an entry of the agreement.
 
     Attributes:
-        layout: names and shapes of the parameters that train.
+        layout: names and shapes of the trainable parameters.
         settings: how a client trains.
-        uplink: how updates come home.
-        seed: of the run. The agreement holds a commitment to it: clients with another seed draw other masks and
-            rotations, so that the mean of their updates points anywhere.
-        prepare: raw examples [k, ...] and a generator -> network input; its fields tell its settings.
+        uplink: how updates travel to the server and become a mean.
+        seed: of the run. The agreement holds only a commitment to it. A client with another seed
+            would draw other masks and rotations, and the mean of the updates would be noise.
+        prepare: raw examples [k, ...] and a generator -> network input.
         task: what is learned.
-        downlink: the agreed code of the model on its way to the clients, None if it travels whole.
-        norm: "frozen" fixes the statistics of batch norm (scale and bias train); "batch" uses those of each batch.
-        error_feedback: clients add what coding lost of one update to the next (Seide et al. 2014; Karimireddy et al.
-            2019, arXiv:1901.09847).
-        num_rounds: how many rounds are planned; without end if None.
+        downlink: how the model is coded on its way to the clients; None if it travels whole.
+        norm: "frozen" fixes the statistics of batch norms (scale and bias train); "batch" uses the
+            statistics of each batch.
+        error_feedback: whether clients add what coding lost of one update to the next one (Seide et
+            al. 2014; Karimireddy et al. 2019, arXiv:1901.09847).
+        num_rounds: how many rounds are planned; None for no limit.
         algorithm: what clients and server do with the model.
-        max_tasks: how often one client may be asked in the rounds, where that is planned too.
-        schedule: when the server asks whom; None for plain rounds.
+        max_tasks: how often one client may be asked, where that is planned; None for no limit.
+        schedule: when the server asks which client; None for synchronous rounds.
 
     Raises:
         RecipeError: if the algorithm does not fit the rest.
@@ -145,6 +151,8 @@ class Terms:
     def __post_init__(self) -> None:
         trust = self.uplink.trust
         check_fits(self.algorithm, self.settings, steps=trust.steps, unit=trust.unit)
+
+        # The first vector of an uplink is always the update; the others belong to the algorithm.
         extras = tuple(codec.name for codec in self.uplink.vector_codecs[1:])
         if extras != tuple(self.algorithm.extras_up):
             raise RecipeError(
@@ -155,6 +163,7 @@ class Terms:
                 place="algorithm",
                 cure="bind it with extras = algorithm.extras_up",
             )
+
         if self.algorithm.needs_equal_weights and self.uplink.weights != "equal":
             raise RecipeError(
                 (
@@ -167,27 +176,30 @@ class Terms:
 
     @cached_property
     def agreement(self) -> Agreement:
-        """The agreement of all these, under the names of the fields."""
+        """The agreement: one entry for each field, beside the versions of format and streams."""
         entries = {one.name: canonical(getattr(self, one.name)) for one in fields(self)}
         entries["seed"] = commitment(self.seed)
         return Agreement({"version": VERSION, "streams": random.STREAMS, **entries})
 
 
 def commitment(seed: int) -> str:
-    """Returns what lets two sides see that they hold the same `seed`, without saying it.
+    """Returns a digest of `seed`: two sides see that they hold the same one without sending it.
 
-    A small seed can be found by trying; what must stay secret hangs on 256 bits of the operating system instead.
+    A small seed can be found by trying all. Whatever must stay secret is therefore drawn from 256
+    random bits of the operating system (`secure_noise`, `secure_keys`), not from the seed.
     """
     return random.fingerprint("fedpress seed", seed)[:32]
 
 
 def _leaves(name: str, value: JSON) -> Iterator[tuple[str, JSON]]:
+    """Yields the values inside `value` with full names; a list of plain values is one value."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
-            yield from _leaves(f"{name}.{key}" if name else key, item)
+            full = f"{name}.{key}" if name else key
+            yield from _leaves(full, item)
     elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
-        for at, item in enumerate(value):
-            yield from _leaves(f"{name}[{at}]", item)
+        for index, item in enumerate(value):
+            yield from _leaves(f"{name}[{index}]", item)
     else:
         yield name, value
 

@@ -1,4 +1,4 @@
-"""A client: answers a "fit" message with its update, and lets nothing else out that the privacy plan does not allow."""
+"""A client: answers "fit" with its update, and reveals nothing that the privacy plan forbids."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from fedpress.secagg import SecAggClient
 from fedpress.wire.message import Message, pack, unpack
 
 STATE = "state."
-"""Before the names of an algorithm's state in the memory of a client."""
+"""Prefix of the algorithm's tensors in the stored state of a client."""
 TASK = "task"
-"""The round that left this state."""
+"""Name of the tensor that holds the round which left the stored state."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,17 +43,18 @@ class Client:
     """One client, ready to answer.
 
     Attributes:
-        name: under which the transport knows it.
+        name: the client's name in the transport.
         arrays: its private examples.
-        model: a model to work in; its trainable parameters are overwritten by every request, so clients in one
-            process may share it. Buffers are as given before and after every round.
-        plan: what it does, see `ClientPlan.bind`.
-        memory: keeps what must outlive a round.
-        member: this client's part in a secure sum.
-        secret: 256 random bits of its own, on which its noise hangs instead of the seed.
+        model: a model to work in. Every request overwrites its trainable parameters, so clients in
+            one process may share it. Its buffers are the same before and after every round.
+        plan: how it trains, see `ClientPlan.bind`.
+        memory: stores what must outlive a round.
+        member: the client's side of the secure sum; None for a plain sum.
+        secret: key of the client's noise generator (256 bits). If None, the noise follows from the
+            seed, so whoever knows the recipe could subtract it.
 
     Raises:
-        RecipeError: if it has no examples, or no part in a secure sum that was agreed.
+        RecipeError: if the client has no examples, or `member` does not fit the aggregator.
     """
 
     name: ClientId
@@ -85,20 +86,20 @@ class Client:
 
     @property
     def uplink(self) -> Uplink:
-        """The agreed way home."""
+        """How the update is coded, clipped and aggregated, as agreed."""
         return self.plan.terms.uplink
 
     def handle(self, request: bytes) -> bytes:
-        """Answers the bytes of a message with those of another, see `answer`."""
+        """Answers the bytes of one message with the bytes of another, see `answer`."""
         return pack(self.answer(unpack(request)))
 
     def answer(self, message: Message) -> Message:
-        """Answers "fit" with an "update", "agree" with "agreed", and the questions of a secure sum.
+        """Answers "fit" with "update", "agree" with "agreed", and the messages of a secure sum.
 
         Raises:
             WireError: if the request is damaged or does not fit what was agreed.
-            SecureError: if it asks for what would open a single client's update.
-            TrainingError: if the local update fails; under privacy without saying on what.
+            SecureError: if the answer would reveal a single client's update.
+            TrainingError: if the local update fails; under privacy without naming the cause.
         """
         check_header(message.kind, message.header)
         if message.kind == "agree":
@@ -108,48 +109,71 @@ class Client:
         return self._update(message, self._key(message))
 
     def _update(self, message: Message, key: Key) -> Message:
-        """Returns the "update" to a "fit", and keeps what this client needs in its next one."""
-        terms, uplink = self.terms, self.uplink
+        """Returns the "update" to a "fit", and stores what the next round needs."""
+        terms = self.terms
+        uplink = self.uplink
         down, after = self._receive(message, key)
+        # Before any work on private data: a second question must not get even a failure as answer.
         if uplink.privacy is not None:
             answer_once(message, key.round, terms, self.memory)
+
         state = self._state(message, key.round)
         before = self.memory.load(key.round)
         vectors, next_state, measured = self._try_fit(down, state, key)
         header = self._header(down, vectors, measured, key)
-        unit = self._unit(message)
+        scale = self._update_scale(message)
+
+        # The residual is added before the clip, so the update that is sent stays within the bound.
         if terms.error_feedback and "residual" in before:
             vectors = {**vectors, UPDATE: vectors[UPDATE] + before["residual"]}
         if uplink.adaptive is not None:
-            header["below"] = float(vectors[UPDATE].double().norm()) <= unit
-        tensors = uplink.encode(vectors, key, unit=unit)
-        if terms.algorithm.keeps_state:
-            arrived = uplink.receive(tensors, key)
-            kept = terms.algorithm.client_commit(state, next_state, arrived)
-            after |= {f"{STATE}{name}": tensor for name, tensor in kept.items()}
-            after[TASK] = torch.tensor(key.round)
+            header["below"] = float(vectors[UPDATE].double().norm()) <= scale
+        tensors = uplink.encode(vectors, key, scale=scale)
+
+        after |= self._state_after(state, next_state, tensors, key)
         if terms.error_feedback:
-            decoded = unit * uplink.decode(tensors, key)[UPDATE]
-            after["residual"] = self._clipped(vectors[UPDATE], unit) - decoded
+            decoded = scale * uplink.decode(tensors, key)[UPDATE]
+            after["residual"] = self._clipped(vectors[UPDATE], scale) - decoded
         if self.member is not None:
             names: list[str] = need("fit", message.header, "cohort")
-            part = self.member.mask(tensors[VALUES], round=key.round, cohort=names)
-            header["secure"], tensors = dict(part.header), dict(part.tensors)
+            masked = self.member.mask(tensors[VALUES], round=key.round, cohort=names)
+            header["secure"] = dict(masked.header)
+            tensors = dict(masked.tensors)
+            # Stored before the answer leaves: after a crash the client still knows that it masked
+            # a vector in this round, and masks no other vector with the same masks.
             self._remember(self.member)
         if after:
             self.memory.save(key.round, after)
         return Message("update", header, tensors)
 
+    def _state_after(
+        self, before: Vectors, computed: Vectors, tensors: dict[str, Tensor], key: Key
+    ) -> dict[str, Tensor]:
+        """Returns the algorithm's state as it is stored, given the `tensors` that are sent."""
+        algorithm = self.terms.algorithm
+        if not algorithm.keeps_state:
+            return {}
+        # What the server will decode: clip and codec may have changed the vectors.
+        arrived = self.uplink.receive(tensors, key)
+        kept = algorithm.client_commit(before, computed, arrived)
+        stored = {f"{STATE}{name}": tensor for name, tensor in kept.items()}
+        return stored | {TASK: torch.tensor(key.round)}
+
     def _header(
         self, down: Vectors, vectors: Vectors, measured: Measures, key: Key
     ) -> dict[str, JSON]:
-        """Returns what an update says beside its vectors: what the trust allows, and what failed."""
+        """Returns the header of an update: what the trust allows to report, and what failed."""
         uplink = self.uplink
-        trust, plan = uplink.trust, self.plan.local.privacy or uplink.privacy
+        trust = uplink.trust
+        plan = self.plan.local.privacy or uplink.privacy
         header: dict[str, JSON] = {"round": key.round}
-        header |= trust.said(measured, len(self.arrays), seen=uplink.aggregator.sees_updates)
+        header |= trust.reported(
+            measured, len(self.arrays), updates_seen=uplink.aggregator.sees_updates
+        )
         if plan is not None:
             sent = [vectors[codec.name] for codec in uplink.vector_codecs]
+            # Names everything that the noise of the counts hides: two different answers must never
+            # carry the same noise, or their difference would be free of it.
             hidden = random.fingerprint(down[PARAMS], *sent, self.arrays.x, self.arrays.y)
             header |= trust.failures(measured, plan, key, hidden)
         return header
@@ -160,17 +184,21 @@ class Client:
         Raises:
             WireError: naming the first entry that differs, with both values.
         """
-        own, text = self.terms.agreement, read_text(message, "agreement")
-        if text != own.to_json():  # nearly always they are equal: then nothing has to be read
+        own = self.terms.agreement
+        text = read_text(message, "agreement")
+        # Equal texts are the usual case, and need no parsing.
+        if text != own.to_json():
             Agreement.from_json(text).compare(own)
         return Message("agreed", {"agreement": own.fingerprint})
 
     def _try_fit(
         self, down: Vectors, state: Vectors, key: Key
     ) -> tuple[Vectors, Vectors, Measures]:
-        """Returns what `_fit` does; zeros and the old state if the work fails where that may not be told."""
+        """Returns the result of `_fit`; zeros and the old state if it fails and nobody may know."""
         try:
             return self._fit(down, state, key)
+        # Any exception: a user's own network may raise anything, and under privacy whether it did
+        # says something about the examples.
         except Exception as problem:
             plan = self.plan.local.privacy
             batch = 0.0 if plan is None else plan.sampling_prob * len(self.arrays)
@@ -179,10 +207,10 @@ class Client:
             return zeros, state, measured
 
     def _state(self, message: Message, round: int) -> Vectors:
-        """Returns the algorithm's state of this client, as its last round left it whose answer counted.
+        """Returns this client's state of the algorithm, as its last answer that counted left it.
 
-        An answer that was lost moved nothing on the server, so it must move nothing here. What came after the last one
-        that counted is forgotten.
+        The server did not use an answer that was lost or refused, so the state that it left is
+        dropped here too: otherwise SCAFFOLD's controls of both sides would no longer match.
 
         Raises:
             WireError: if this client does not hold that state any more.
@@ -191,6 +219,7 @@ class Client:
         if not algorithm.keeps_state:
             return {}
         counted: int = need("fit", message.header, "counted")
+        # 0: none of its answers counted so far.
         if not counted:
             return algorithm.client_init(self.uplink.size)
         state = self.memory.load(counted + 1)
@@ -201,27 +230,34 @@ class Client:
                 cure=LOST_STATE,
             )
         latest = self.memory.load(round)
+        # Saving the older state removes the later ones, whose answers did not count.
         if int(latest[TASK]) != counted:
             self.memory.save(counted, state)
         return parameters.part_of(state, STATE)
 
     def _secure(self, member: SecAggClient, message: Message) -> Message:
         answer = answer_secure(member, message)
-        if message.kind != "join":  # which hangs on the keys alone
+        # An answer to "join" depends on the keys alone, so there is nothing new to store.
+        if message.kind != "join":
             self._remember(member)
         return answer
 
     def _remember(self, member: SecAggClient) -> None:
-        """Keeps which rounds were answered: a client that starts again must not answer another question in one."""
+        """Stores which rounds were answered: a restarted client must answer each only once."""
         save_json(self.memory, "member", member.state())
 
-    def _clipped(self, update: Tensor, unit: float) -> Tensor:
-        """What error feedback compares with: what a clip cuts off is lost on purpose."""
+    def _clipped(self, update: Tensor, scale: float) -> Tensor:
+        """Returns the update that error feedback compares with: after the clip, before the codecs.
+
+        What the clip cuts off is lost on purpose. Kept as residual, it would come back in every
+        round and grow.
+        """
         chain = self.uplink.vector_codecs[0].chain
         first = chain[0] if chain else None
-        return clip(update, unit * first.clip_norm) if isinstance(first, Clip) else update
+        return clip(update, scale * first.clip_norm) if isinstance(first, Clip) else update
 
-    def _unit(self, message: Message) -> float:
+    def _update_scale(self, message: Message) -> float:
+        """Returns the unit in which the update is sent: the current clip norm if it is adaptive."""
         if self.uplink.adaptive is None:
             return 1.0
         return float(need("fit", message.header, "clip_norm"))
@@ -238,16 +274,17 @@ class Client:
         return Key(self.terms.seed, round, self.name, self.secret)
 
     def check_agreement(self, request: Message) -> None:
-        """Refuses work under another agreement than this client's own.
+        """Refuses a request that was made under another agreement than this client's own.
 
         Raises:
-            WireError: if the fingerprints differ; "agree" tells which entry.
+            WireError: if the fingerprints differ; the answer to "agree" says which entry.
         """
-        agreed, said = self.terms.agreement.fingerprint, request.header.get("agreement")
-        if said != agreed:
+        own = self.terms.agreement.fingerprint
+        received = request.header.get("agreement")
+        if received != own:
             raise WireError(
                 (
-                    f"the server works under {said!r} and this client under {agreed!r}: other "
+                    f"the server works under {received!r} and this client under {own!r}: other "
                     "settings, another seed or another model"
                 ),
                 place=f"{request.kind}.agreement",
@@ -255,22 +292,31 @@ class Client:
             )
 
     def read_params(self, request: Message) -> Tensor:
-        """Returns the server's parameters [d] that `request` brings whole.
+        """Returns the server's parameters [d] in a `request` that brings them whole.
 
         Raises:
-            WireError: if they are missing, no float32, or not finite.
+            WireError: if they are missing, not float32, or not finite.
         """
         return _finite(request, PARAMS)
 
     def _receive(self, request: Message, key: Key) -> tuple[Vectors, dict[str, Tensor]]:
-        """Returns the server's parameters [d] and further vectors by name, and what to remember of them."""
+        """Reads what the server sent.
+
+        Returns:
+            The parameters [d] and further vectors by name; the tensors to store of them.
+
+        Raises:
+            WireError: if a vector does not fit, or is coded against a model that this client lost.
+        """
         terms = self.terms
-        beside = {}
+        extras = {}
         for name, extra in terms.algorithm.extras_down.items():
             size = self.uplink.size if extra.size is None else extra.size
-            beside[name] = _finite(request, name, size)
+            extras[name] = _finite(request, name, size)
         if terms.downlink is None:
-            return {PARAMS: self.read_params(request), **beside}, {}
+            return {PARAMS: self.read_params(request), **extras}, {}
+
+        # The model is coded as a difference to the one of round `version`; 0: to zeros.
         version: int = need("fit", request.header, "from")
         if version >= key.round:
             raise WireError(
@@ -279,41 +325,54 @@ class Client:
                 cure="use the same recipe",
             )
         state = self.memory.load(version + 1) if version else {}
-        coded = {name: t for name, t in request.tensors.items() if name not in beside}
         if version and ("held" not in state or int(state["version"]) != version):
             raise WireError(
                 f"this client does not hold the model of round {version} any more",
                 place="fit.from",
                 cure=LOST_MODEL,
             )
-        held = terms.downlink.decode(coded, state.get("held"), Key(terms.seed, key.round, SERVER))
-        return {PARAMS: held, **beside}, {"held": held, "version": torch.tensor(key.round)}
+        coded = {name: t for name, t in request.tensors.items() if name not in extras}
+        # The server coded the difference once for all clients, so the key names the server.
+        server_key = Key(terms.seed, key.round, SERVER)
+        held = terms.downlink.decode(coded, state.get("held"), server_key)
+        return {PARAMS: held, **extras}, {"held": held, "version": torch.tensor(key.round)}
 
     def _fit(self, down: Vectors, state: Vectors, key: Key) -> tuple[Vectors, Vectors, Measures]:
-        """Returns the vectors on the CPU, the next state and what was measured; the model's buffers are put back."""
-        algorithm, params = self.terms.algorithm, down[PARAMS]
+        """Runs the algorithm's local update; the model's buffers are restored afterwards.
+
+        Returns:
+            The vectors on the CPU, the next state, and what was measured.
+
+        Raises:
+            DivergedError: if a vector is not finite.
+        """
+        algorithm = self.terms.algorithm
+        params = down[PARAMS]
         parameters.assign_(self.model, params)
-        beside = {name: vector for name, vector in down.items() if name != PARAMS}
-        remembered = {f"{STATE}{name}": vector for name, vector in state.items()}
-        work = LocalWork(self.arrays, key, self.plan.local, params, beside | remembered)
+        extras = {name: vector for name, vector in down.items() if name != PARAMS}
+        stored = {f"{STATE}{name}": vector for name, vector in state.items()}
+        work = LocalWork(self.arrays, key, self.plan.local, params, extras | stored)
         with self._at_work(key):
             vectors, after, measured = algorithm.client_update(self.model, work, down, state)
         if not all(bool(torch.isfinite(vector).all()) for vector in vectors.values()):
+            settings = too_large(work.plan.settings, work.lr, penalties=algorithm.penalties)
             raise DivergedError(
                 f"after {measured.get('steps', 1)} steps it is not finite in round {key.round}",
                 place="local update",
-                cure=f"lower {too_large(work.plan.settings, work.lr, penalties=algorithm.penalties)}",
+                cure=f"lower {settings}",
             )
         return vectors, after, measured
 
     def rehearse(self, arrays: Arrays) -> None:
-        """Does one step of this client's work on `arrays`, which must be public; the model is left as it was.
+        """Takes one step of this client's work on public `arrays`; the model is restored.
 
         Raises:
             Exception: whatever the network raises on them.
-            TrainingError: if its gradients are of no use.
+            TrainingError: if no gradient can be used.
         """
-        params, key = parameters.flatten(self.model), Key(self.terms.seed, 1, self.name)
+        params = parameters.flatten(self.model)
+        key = Key(self.terms.seed, 1, self.name)
+        # A batch norm in training mode needs at least two examples.
         one_batch = {"epochs": 1, "batch_size": max(2, len(arrays))}
         settings = self.terms.settings.model_copy(update=one_batch)
         work = LocalWork(arrays, key, replace(self.plan.local, settings=settings))
@@ -328,23 +387,27 @@ class Client:
 
     @contextmanager
     def _at_work(self, key: Key) -> Iterator[None]:
-        """Puts the model into the modes of local training, with its own stream of dropout; buffers are put back."""
+        """Puts the model into training mode with its own dropout stream; restores its buffers."""
         buffers = [b.clone() for b in self.model.buffers()]
         self.model.train()
         if self.terms.norm == "frozen":
             freeze_batch_norm_(self.model)
         try:
-            with torch.random.fork_rng():  # dropout draws from torch's global generator
+            # Dropout draws from torch's global generator: it is seeded here for the same bits in
+            # every run, and put back for whoever else uses it.
+            with torch.random.fork_rng():
                 torch.manual_seed(key.client_seed("dropout"))
                 yield
-        finally:  # whatever a module keeps of private examples must not reach the next request
+        finally:
+            # A buffer may hold statistics of private examples, and clients may share the model:
+            # nothing of them may reach the next request.
             with torch.no_grad():
                 for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                     buffer.copy_(before)
 
 
 def _finite(request: Message, name: str, size: int | None = None) -> Tensor:
-    """Returns the vector `name` of a request, of `size` values if given.
+    """Returns the vector `name` of a request, float32 [size] (any size if None).
 
     Raises:
         WireError: if it is missing, of another type or size, or not finite.

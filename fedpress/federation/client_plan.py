@@ -41,7 +41,8 @@ class ClientPlan:
 
     Attributes:
         terms: what was agreed.
-        local: how it works, which follows from them; under unit "sample" with a privacy plan of its own.
+        local: how it works, which follows from them; under unit "sample" with a privacy plan of its
+            own.
     """
 
     terms: Terms

@@ -18,7 +18,8 @@ LOST_STATE = "let it begin anew"
 class Counted:
     """The last task of each client whose answer counted, 0 for none; for algorithms whose clients keep a state.
 
-    Server and client move together: what a lost or refused answer would have changed is changed on neither side.
+    Server and client move together: what a lost or refused answer would have changed is changed on
+    neither side.
 
     >>> counted = Counted.open(["a", "b"], {})
     >>> counted.note_answer("a", 3, refused="")

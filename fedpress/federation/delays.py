@@ -1,7 +1,8 @@
 """How long clients take: simulated seconds from sending a model to the arrival of its answer.
 
-Each delay is drawn from a stream named by seed, client and task, so it depends on no order of events, and on no data:
-a run that is simulated again, or goes on after a kill, meets the same clock.
+Each delay is drawn from a stream named by seed, client and task, so it depends on no order of
+events, and on no data: a run that is simulated again, or goes on after a kill, meets the same
+clock.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Constant(BaseModel):
 class Lognormal(BaseModel):
     """Uneven devices: exp of a normal deviate for the device, times one for each of its tasks.
 
-    `devices` and `tasks` are standard deviations of the logarithm. With `devices = 1.0` one client in six is 2.7 times
-    slower than the median, and one in 44 is 7.4 times slower.
+    `devices` and `tasks` are standard deviations of the logarithm. With `devices = 1.0` one client
+    in six is 2.7 times slower than the median, and one in 44 is 7.4 times slower.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

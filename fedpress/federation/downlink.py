@@ -1,8 +1,9 @@
 """How the model travels to the clients: whole, or as coded differences to what each client last held.
 
-The server keeps a copy of what each client holds, codes the difference of its model to that copy, and adds what the
-code decodes to, as the client does. So what a code loses is part of the next difference: error feedback on the way down
-(Tang et al. 2019, "DoubleSqueeze", arXiv:1905.05957). Clients that were asked in the same rounds share one copy.
+The server keeps a copy of what each client holds, codes the difference of its model to that copy,
+and adds what the code decodes to, as the client does. So what a code loses is part of the next
+difference: error feedback on the way down (Tang et al. 2019, "DoubleSqueeze", arXiv:1905.05957).
+Clients that were asked in the same rounds share one copy.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ KEPT_BYTES = 1 << 30
 class Downlink:
     """The agreed code of the model on its way to the clients.
 
-    `chain` codes differences; `first` codes the whole model, for clients that hold nothing: the difference to zero.
+    `chain` codes differences; `first` codes the whole model, for clients that hold nothing: the
+    difference to zero.
     """
 
     size: int
@@ -77,7 +79,8 @@ class Downlink:
 class Broadcast:
     """The server's side of a downlink: which model each client holds.
 
-    `copies` are the models [d] by (round, number within the round); `holds` is the copy of each client.
+    `copies` are the models [d] by (round, number within the round); `holds` is the copy of each
+    client.
     """
 
     downlink: Downlink

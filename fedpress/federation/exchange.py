@@ -31,9 +31,9 @@ class Traffic:
 class Transport(Protocol):
     """Carries messages to clients and their answers back.
 
-    A client that fails is not an exception: its answer is a message of kind "error" with a `reason` in the header,
-    or does not come at all. Answers come in any order, each once, under the id of the request that it answers: so a
-    late update is never taken for the answer to another question.
+    A client that fails is not an exception: its answer is a message of kind "error" with a `reason`
+    in the header, or does not come at all. Answers come in any order, each once, under the id of
+    the request that it answers: so a late update is never taken for the answer to another question.
     """
 
     @property
@@ -55,8 +55,8 @@ class Transport(Protocol):
         """Waits for the next answer to one of `requests`; answers to others stay until they are asked for.
 
         Returns:
-            The client, the request and its answer. None if none came within `timeout` seconds, or none of the
-            requests is open.
+            The client, the request and its answer. None if none came within `timeout` seconds, or
+            none of the requests is open.
         """
         ...
 

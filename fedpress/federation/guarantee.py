@@ -1,4 +1,4 @@
-"""The privacy that an uplink promises: the plan, who adds its noise, and what a private sum is divided by."""
+"""The privacy guarantee of an uplink: plan, who adds the noise, and the divisor of a private sum."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from fedpress.privacy.plan import PrivacyPlan
 
 @dataclass(frozen=True)
 class Guarantee:
-    """What is promised to whom; nothing without a `plan`.
+    """What is guaranteed, and against whom; nothing without a `plan`.
 
     Attributes:
-        plan: unit, clip norm, noise multiplier and sampling probability; under unit "sample" of clients with plans of
-            their own it stands for all of them.
-        trust: who adds the noise: "local", "distributed" or "central"; the usual one of the unit if None.
+        plan: unit, clip norm, noise multiplier and sampling probability. Under unit "sample" with
+            local noise each client has a plan of its own; any one of them stands here for all.
+        trust: who adds the noise: "local", "distributed" or "central"; None for the default of the
+            unit.
         noise: what the server adds, with trust "central".
         adaptive: how the clip norm follows the updates.
-        divisor: public number by which a private sum is divided; the size of the cohort if None.
+        divisor: public number by which a private sum is divided; the cohort's size if None.
     """
 
     plan: PrivacyPlan | None = None
@@ -32,27 +33,29 @@ class Guarantee:
     divisor: float | None = None
 
     @property
-    def row(self) -> Trust:
-        """Who adds which noise, and all that follows from it.
+    def trust_row(self) -> Trust:
+        """The row of the table `TRUSTS`: who adds which noise, and all that follows from it.
 
         Raises:
-            RecipeError: if the unit of the plan knows no such trust.
+            RecipeError: if there is no such trust for the unit of the plan.
         """
         return trust_of(self.plan.unit if self.plan is not None else None, self.trust)
 
     def check(self, payload: Payload) -> None:
-        """Refuses vectors whose length nothing bounds.
+        """Checks that the guarantee covers every vector of `payload`.
 
         Raises:
-            RecipeError: if the promise does not cover what clients send.
+            RecipeError: if it does not.
         """
-        self.row.check_vectors(self.plan, payload.extras)
+        row = self.trust_row
+        row.check_vectors(self.plan, payload.extras)
         if self.adaptive is None:
             return
-        if (self.row.unit, self.row.kind) != ("client", "central"):
-            # Whether an update was clipped travels without noise, to a server that is trusted to add it.
+        # Each client reports one bit, whether its update was clipped, without noise of its own.
+        # Only a trusted server may see it, because the server adds the noise to the count.
+        if (row.unit, row.kind) != ("client", "central"):
             raise RecipeError(
-                f"got unit {self.row.unit!r} with trust '{self.row.kind}', where nobody hides its bits",
+                f"got unit {row.unit!r} with trust '{row.kind}', where nobody hides its bits",
                 place="adaptive",
                 cure="leave adaptive out, or take unit 'client' with trust 'central'",
             )
@@ -74,4 +77,4 @@ class Guarantee:
 
 
 OPEN = Guarantee()
-"""No promise."""
+"""No privacy."""

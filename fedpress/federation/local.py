@@ -113,12 +113,13 @@ class LocalWork:
     """One client's work in one round.
 
     Attributes:
-        arrays: the client's examples. An algorithm does not read them: it loops over `begin`, or asks for `loss`.
+        arrays: the client's examples. An algorithm does not read them: it loops over `begin`, or
+            asks for `loss`.
         key: of this client in this round, from which all its randomness comes.
         plan: how it works.
         start: the server's parameters [d] as they came; those of the model if None.
-        beside: what else the steps depend on: further vectors from the server and the client's state of the algorithm.
-            Under sample privacy it is part of the name of the noise.
+        beside: what else the steps depend on: further vectors from the server and the client's
+            state of the algorithm. Under sample privacy it is part of the name of the noise.
     """
 
     arrays: Arrays
@@ -278,7 +279,8 @@ def too_large(
 ) -> str:
     """Names the settings that make local training diverge: the rate, and each pull that overshoots at this rate.
 
-    `penalties` are those of an algorithm, by name; `place` is what a reader writes before the names.
+    `penalties` are those of an algorithm, by name; `place` is what a reader writes before the
+    names.
 
     >>> too_large(LocalSettings(lr=0.5, weight_decay=9.0), 0.5)
     'lr (now 0.5) or weight_decay (now 9)'
@@ -291,8 +293,8 @@ def too_large(
 def shuffled_batches(model: nn.Module, n: int, size: int, shuffle: RandomSource) -> list[Tensor]:
     """Returns one epoch over `n` examples: int64 index tensors of `size` examples, the last one with what is left.
 
-    A single example has no statistics for a batch norm in training mode: if the last batch holds one, it joins the
-    batch before.
+    A single example has no statistics for a batch norm in training mode: if the last batch holds
+    one, it joins the batch before.
     """
     batches = list(shuffle.permutation(n).split(size))
     alone = size > 1 and len(batches) > 1 and len(batches[-1]) == 1

@@ -22,13 +22,13 @@ from fedpress.federation.local import (
 def device_steps(model: nn.Module, work: LocalWork) -> Steps:
     """Does what `plain_steps` does, over the same batches in the same order, in the runtime of a device.
 
-    Give it to `ClientPlan.bind(..., source=device_steps)` for a client whose model is `DeviceModel(program)`. Batches
-    larger than the program's are added up from several runs, smaller ones are filled up with examples of weight 0: the
-    step is the same.
+    Give it to `ClientPlan.bind(..., source=device_steps)` for a client whose model is
+    `DeviceModel(program)`. Batches larger than the program's are added up from several runs,
+    smaller ones are filled up with examples of weight 0: the step is the same.
 
     Raises:
-        RecipeError: if `model` is no `DeviceModel`, the settings ask for another precision than float32, or the
-            examples have several inputs.
+        RecipeError: if `model` is no `DeviceModel`, the settings ask for another precision than
+            float32, or the examples have several inputs.
         DivergedError: if the loss is not finite.
     """
     if not isinstance(model, DeviceModel):
@@ -60,7 +60,8 @@ def device_steps(model: nn.Module, work: LocalWork) -> Steps:
             x = work.plan.prepare(batch.x, chance)
             assert isinstance(x, Tensor)
             loss, found = model.mean_gradient(x, batch.y)
-            # Of its own memory: the runtime's may be read only, and a correction is written in place.
+            # Of its own memory: the runtime's may be read only, and a correction is written in
+            # place.
             gradients = {name: found[name].clone() for name in params}
             yield Step([p.detach() for p in params.values()], [*gradients.values()])
             optimizer.step(gradients)

@@ -21,8 +21,9 @@ HEADERS = "headers"
 class Outbox:
     """The open requests of a run, by the task that each is for.
 
-    What a server must remember of clients that work over several server steps is what it sent to them. Clients that
-    were sent the same message share it, so as many models are held as there are versions at work.
+    What a server must remember of clients that work over several server steps is what it sent to
+    them. Clients that were sent the same message share it, so as many models are held as there are
+    versions at work.
     """
 
     transport: Transport

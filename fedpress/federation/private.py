@@ -30,11 +30,12 @@ from fedpress.training.device import laid_out, uses_bf16
 def private_steps(model: nn.Module, work: LocalWork) -> Steps:
     """The noised steps of the plan (DP-SGD); measures their planned number and what failed (see `Tally`).
 
-    What an algorithm adds to a gradient is added to the noised one, so a correction made of the server's vectors and of
-    earlier noised steps costs no privacy.
+    What an algorithm adds to a gradient is added to the noised one, so a correction made of the
+    server's vectors and of earlier noised steps costs no privacy.
 
     Raises:
-        RecipeError: if there is no plan of unit "sample", or a setting that private steps do not know.
+        RecipeError: if there is no plan of unit "sample", or a setting that private steps do not
+            know.
     """
     plan = check_private(work.plan.settings, work.plan.privacy)
     params, at, question = (
@@ -81,11 +82,13 @@ def private_steps(model: nn.Module, work: LocalWork) -> Steps:
 def joint_steps(model: nn.Module, work: LocalWork) -> Steps:
     """Minus the sum [d] of clipped gradients of one Poisson batch: a client's part of a joint noised step.
 
-    No step is taken here, so there is none to correct. One example moves the sum by at most the plan's clip norm. No
-    noise is in it: it must leave the client in a secure sum with noise, or to a server that is trusted to add it.
+    No step is taken here, so there is none to correct. One example moves the sum by at most the
+    plan's clip norm. No noise is in it: it must leave the client in a secure sum with noise, or to
+    a server that is trusted to add it.
 
     Raises:
-        RecipeError: if there is no plan of unit "sample", or a setting that private steps do not know.
+        RecipeError: if there is no plan of unit "sample", or a setting that private steps do not
+            know.
     """
     yield from ()
     plan = check_private(work.plan.settings, work.plan.privacy)
@@ -119,7 +122,8 @@ def rehearse_private(model: nn.Module, work: LocalWork) -> None:
     """Takes the gradients of one private step over all examples of `work`, which must be public.
 
     Raises:
-        TrainingError: if the network fails on some example, if a gradient is not finite, or if nothing has one.
+        TrainingError: if the network fails on some example, if a gradient is not finite, or if
+            nothing has one.
         RecipeError: see `clipped_gradient_sum`.
     """
     plan = check_private(work.plan.settings, work.plan.privacy)
@@ -181,8 +185,9 @@ def _failures(raw: list[RawStats]) -> Measures:
 def _seed_dropout_(work: LocalWork, question: str) -> None:
     """Starts the stream of dropout, which draws from torch's global generator; the client that called puts it back.
 
-    It must be as secret as the batches are. A mask is drawn for a place in a batch and not for an example: without one
-    example all after it have other masks, so who knew the masks would see more of the sum move than the clip norm.
+    It must be as secret as the batches are. A mask is drawn for a place in a batch and not for an
+    example: without one example all after it have other masks, so who knew the masks would see more
+    of the sum move than the clip norm.
     """
     seed_torch_(work.key.private_stream("dropout", question))
 
@@ -190,16 +195,18 @@ def _seed_dropout_(work: LocalWork, question: str) -> None:
 def question_of(model: nn.Module, work: LocalWork) -> str:
     """Names all that a private answer is known to depend on, for its batches, augmentation, dropout and noise.
 
-    The same question gets the same answer, bit by bit, which costs no privacy. Any other one, such as other parameters
-    in the same round or another noise multiplier under the same seed, is answered by independent draws. The examples
-    are read again every round, so that the name holds also if somebody changed them. A gradient may depend on more than
-    can be named (what a network computes, an algorithm's corrections of the steps before), so the name of a step's
-    noise also holds the sum that it hides.
+    The same question gets the same answer, bit by bit, which costs no privacy. Any other one, such
+    as other parameters in the same round or another noise multiplier under the same seed, is
+    answered by independent draws. The examples are read again every round, so that the name holds
+    also if somebody changed them. A gradient may depend on more than can be named (what a network
+    computes, an algorithm's corrections of the steps before), so the name of a step's noise also
+    holds the sum that it hides.
     """
     state = model.state_dict()
     about = {
-        # Layers without parameters, and settings such as a stride; where an object lies says nothing, and is another
-        # place in every process: a run that goes on would get a second answer to the same question.
+        # Layers without parameters, and settings such as a stride; where an object lies says
+        # nothing, and is another place in every process: a run that goes on would get a second
+        # answer to the same question.
         "network": re.sub(r" at 0x[0-9a-fA-F]+", "", str(model)),
         "state": [*state],
         "trained": parameters.Layout.of(model),

@@ -12,11 +12,13 @@ from fedpress.wire.message import Message
 def answer_once(message: Message, round: int, terms: Terms, memory: ClientState) -> None:
     """Notes in `memory` that a client answers the "fit" of `round`, and holds the server to the planned tasks.
 
-    It is asked under privacy alone: without it nothing is planned. A task is named by the number of the round whose
-    model it starts from. The same question again gets the same answer, which costs nothing.
+    It is asked under privacy alone: without it nothing is planned. A task is named by the number of
+    the round whose model it starts from. The same question again gets the same answer, which costs
+    nothing.
 
     Raises:
-        WireError: if the round or the number of tasks is beyond the plan, or another question was answered in it.
+        WireError: if the round or the number of tasks is beyond the plan, or another question was
+            answered in it.
     """
     if terms.num_rounds is not None and round > terms.num_rounds:
         raise WireError(

@@ -16,10 +16,10 @@ from fedpress.errors import RecipeError
 class Cohort:
     """A public plan of how many clients of a `population` take part in each round.
 
-    `fixed` draws exactly `size` clients without replacement. `poisson` lets each client join on its own with
-    probability size / population, so a round may have more, fewer or no clients; only `size`, its mean, is public.
-    `cyclic` shuffles the population once and lets everybody take turns, so nobody takes part again before all the
-    others have: `period` rounds later.
+    `fixed` draws exactly `size` clients without replacement. `poisson` lets each client join on its
+    own with probability size / population, so a round may have more, fewer or no clients; only
+    `size`, its mean, is public. `cyclic` shuffles the population once and lets everybody take
+    turns, so nobody takes part again before all the others have: `period` rounds later.
 
     Raises:
         RecipeError: if `size` is not between 1 and `population`.
@@ -49,8 +49,8 @@ class Cohort:
     def sampling_prob(self) -> float:
         """Probability with which the accountant may believe that a client takes part, in 0..1.
 
-        A fixed-size draw is charged as if everybody took part: its amplification holds only for replace-one
-        neighbours at twice the sensitivity, which is worth nothing at usual sizes.
+        A fixed-size draw is charged as if everybody took part: its amplification holds only for
+        replace-one neighbours at twice the sensitivity, which is worth nothing at usual sizes.
 
         >>> Cohort(10, 100).sampling_prob, Cohort(10, 100, "poisson").sampling_prob
         (1.0, 0.1)

@@ -48,14 +48,14 @@ class RoundRecord:
         server_state: of optimizer, noise and downlink by name.
         bytes_up: size of all messages from the clients in this round.
         bytes_down: size of all messages to them.
-        clients: a row for each update in the mean, in client order: client, examples, loss, update_norm, steps, as far
-            as privacy allows; empty under unit "client".
+        clients: a row for each update in the mean, in client order: client, examples, loss,
+            update_norm, steps, as far as privacy allows; empty under unit "client".
         refused: clients that were drawn but do not count, with the reason.
         seconds: wall time.
         failures: protected units that gave nothing, counted with noise; None without privacy.
         timing: whose answers were how stale, and the time of the virtual clock.
-        set_up: bytes of the messages before the first round, which are part of none: the keys of a secure sum. In the
-            record of the first round alone.
+        set_up: bytes of the messages before the first round, which are part of none: the keys of a
+            secure sum. In the record of the first round alone.
     """
 
     round: int
@@ -100,18 +100,20 @@ def rounds(
 ) -> Iterator[RoundRecord]:
     """Runs the rounds after `start`, each when the caller asks for it.
 
-    All randomness is derived from the seed of `terms` and the number of the round, so a run that goes on from a record
-    gives the same bits as one that never stopped.
+    All randomness is derived from the seed of `terms` and the number of the round, so a run that
+    goes on from a record gives the same bits as one that never stopped.
 
     Args:
-        terms: what the clients hold alike, and compare in every request. Without `num_rounds` in it there is no end.
+        terms: what the clients hold alike, and compare in every request. Without `num_rounds` in it
+            there is no end.
         transport: reaches the clients.
         start: the parameters to begin with, or where to go on.
         secret: 256 random bits on which the server's noise hangs instead of the seed.
         delays: how long clients take, on a virtual clock; without them answers come at once.
 
     Raises:
-        RecipeError: if params, clients or schedule do not fit the uplink; at once, not in the first round.
+        RecipeError: if params, clients or schedule do not fit the uplink; at once, not in the first
+            round.
     """
     uplink, params = terms.uplink, start.params
     if params.dtype != torch.float32 or params.shape != (uplink.size,):
@@ -153,7 +155,8 @@ class _Server:
         run = _Run.begin(self, start)
         set_up = self.transport.traffic - before
         if start.round:
-            # A run that goes on sets up again, and sends again what clients were at work on: that was counted before.
+            # A run that goes on sets up again, and sends again what clients were at work on: that
+            # was counted before.
             began, set_up = perf_counter(), Traffic()
         before = self.transport.traffic
         numbers = count(start.round + 1) if last is None else range(start.round + 1, last + 1)
@@ -280,7 +283,7 @@ class _Run:
             **self.session.invite(names),
         }
         if terms.uplink.adaptive is not None:
-            header["clip_norm"] = terms.uplink.unit(self.parts["uplink"])
+            header["clip_norm"] = terms.uplink.update_scale(self.parts["uplink"])
         if self.latest is None or self.latest.header != header:
             beside = terms.algorithm.server_down(self.parts["optimizer"])
             self.latest = Message("fit", header, {PARAMS: self.params, **beside})

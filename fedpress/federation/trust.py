@@ -1,10 +1,10 @@
-"""Who adds which noise, decided once: a row says all that follows from what is protected and from whom.
+"""Who adds which noise: one row for each protected unit and trust, with all that follows from it.
 
-| kind | who adds the noise | against whom the promise holds |
+| kind | who adds the noise | against whom the guarantee holds |
 | --- | --- | --- |
 | open | nobody | nobody |
 | local | each client, all of it | everybody, the server too |
-| distributed | the clients together: only their sum carries it all | everybody, the server too |
+| distributed | all clients together: only their sum carries all of it | everybody, the server too |
 | central | the server | everybody but the server |
 """
 
@@ -36,64 +36,81 @@ class Trust:
 
     Attributes:
         kind: see the table above.
-        unit: what is protected: one example of a client ("sample") or all that a client holds ("client").
-        steps: where the gradients of a client's local steps come from, a row of `local.GRADIENT_SOURCES`.
-        noise: where the noise is: in every local "step"; in every "vector" that leaves a client; in the "sum" of what
-            the clients send, each with its share; on the aggregate, from the "server"; or nowhere.
-        measures: what a client may say of its training, beside the number of its examples if `tells_examples`.
-        tells_examples: whether a client may say how many examples it has.
+        unit: what is protected: one example of a client ("sample") or all examples of a client
+            ("client"); None without privacy.
+        steps: source of the gradients of a client's local steps, a key of `GRADIENT_SOURCES`.
+        noise: where the noise is added: "step" (each local step), "vector" (each vector that leaves
+            a client), "sum" (each client adds its share), "server" (to the aggregate), or "none".
+        reported_measures: what a client may report of its training, such as its loss.
+        tells_examples: whether a client may report how many examples it has.
         names_clients: whether a record may have a row for each client.
-        hides_cohort: whether nobody but the server may know who took part.
-        fixed_divisor: whether a sum is divided by a public number, whoever replied; else by the weights that came.
-        keeps_residual: whether a client may add what coding lost to its next update: noise in it would be taken away.
-        failing: what a client does whose work fails: "raises", "keeps_quiet" about the cause, or sends zeros and counts
-            as one failure ("counts_client") or as its expected batch ("counts_batch").
+        hides_cohort: whether only the server may know which clients took part.
+        fixed_divisor: whether a sum is divided by a public number, whoever replied. Otherwise it is
+            divided by the sum of the weights that arrived.
+        keeps_residual: whether a client may use error feedback. It must not where noise is in the
+            vector itself: the residual would contain the noise, and the next update remove it.
+        on_failure: what a client does if its work fails. "raises": the error goes to the server.
+            "keeps_quiet": without its cause. "counts_client": it sends zeros and counts as one
+            failed client. "counts_batch": it sends zeros and counts its expected batch as failed.
     """
 
     kind: Kind
     unit: Unit | None
     steps: Literal["plain", "private", "joint"]
     noise: Literal["none", "step", "vector", "sum", "server"]
-    measures: tuple[str, ...] = ()
+    reported_measures: tuple[str, ...] = ()
     tells_examples: bool = False
     names_clients: bool = False
     hides_cohort: bool = False
     fixed_divisor: bool = True
     keeps_residual: bool = False
-    failing: Literal["raises", "keeps_quiet", "counts_client", "counts_batch"] = "counts_client"
+    on_failure: Literal["raises", "keeps_quiet", "counts_client", "counts_batch"] = "counts_client"
 
     def agreed(self) -> dict[str, object]:
-        """Returns what names the row; all else follows from it."""
+        """Returns the two entries that name the row; everything else follows from them."""
         return {"kind": self.kind, "unit": self.unit}
 
     # What is bound before the run.
 
     @property
     def on_aggregate(self) -> bool:
-        """Whether noise on the aggregate must hide a protected unit, so that its sensitivity must be known."""
+        """Whether noise on the aggregate hides the unit, so that it must have a sensitivity."""
         return self.noise in ("sum", "server")
 
     def codecs(
         self, plan: PrivacyPlan | None, clip_norm: float | None, vectors: int
     ) -> tuple[Settings, ...]:
-        """Returns what stands before the codecs of a vector: the clip of its promise, and noise where it is in each.
+        """Returns the codecs that privacy puts before those of the recipe.
 
-        `vectors` is how many travel, see `share`.
+        Args:
+            plan: of the noise; None without privacy.
+            clip_norm: L2 bound of the vector; None if it has none.
+            vectors: how many vectors a client sends, see `per_vector_multiplier`.
+
+        Returns:
+            A clip, followed by noise where each vector carries its own; nothing without a bound.
         """
         if clip_norm is None:
             return ()
         clip = Clip(clip_norm=clip_norm)
         if plan is None or self.noise != "vector" or not plan.noise_multiplier:
             return (clip,)
-        return clip, Noise(std=share(plan.noise_multiplier, vectors) * clip_norm)
+        std = per_vector_multiplier(plan.noise_multiplier, vectors) * clip_norm
+        return clip, Noise(std=std)
 
-    def promise(self, clip_norm: float | None, start: Bound, end: Bound) -> Bound:
-        """Returns what the server holds every decoded vector to; `end` is the bound of the chain that encodes it.
+    def decoded_bound(self, clip_norm: float | None, start: Bound, end: Bound) -> Bound:
+        """Returns the bound to which the server clips every decoded vector again.
 
-        Where noise is in the vector itself there is no promise: a second clip would shorten the noise. Where the noise
-        is on the aggregate it is measured against the clip, so not even a codec may lengthen a vector.
+        Args:
+            clip_norm: L2 bound of the vector at the client; None if it has none.
+            start: bound before the first codec.
+            end: bound after the last codec.
         """
+        # Without noise on the aggregate: the longest vector that an honest client's message decodes
+        # to. It is infinite where the vector carries noise, because clipping would shorten noise.
         l2 = end.decoded_l2
+        # Noise on the aggregate is measured against the clip norm, so a codec that lengthens the
+        # vector (rounding does, a little) must not let a client move the sum by more than that.
         if self.unit == "client" and self.on_aggregate and clip_norm is not None:
             l2 = clip_norm
         return replace(start, l2=l2, linf=l2, shapes=())
@@ -101,7 +118,10 @@ class Trust:
     def server_noise(
         self, plan: PrivacyPlan | None, planned: ServerNoise | None
     ) -> ServerNoise | None:
-        """Returns what a trusted server adds to a sum: what was `planned`, or the noise of the plan."""
+        """Returns the noise that a trusted server adds to a sum; None for other rows.
+
+        It is `planned` if given (correlated noise, for instance), else the noise of `plan`.
+        """
         if self.noise != "server" or plan is None:
             return None
         return planned or ServerNoise(plan)
@@ -109,7 +129,7 @@ class Trust:
     def check(
         self, plan: PrivacyPlan | None, cohort: Cohort, weights: Weights, aggregator: Aggregator
     ) -> None:
-        """Checks that plan, cohort, weights and aggregator keep the promise of this row.
+        """Checks that plan, cohort, weights and aggregator keep the guarantee of this row.
 
         Raises:
             RecipeError: if one of them does not.
@@ -127,6 +147,9 @@ class Trust:
                 place="weights",
                 cure='set weights = "equal"',
             )
+
+        # One client's share of the noise protects nothing by itself: a server that sees single
+        # updates would see them nearly without noise.
         if self.noise == "sum" and aggregator.sees_updates:
             raise RecipeError(
                 (
@@ -136,6 +159,8 @@ class Trust:
                 place="aggregator",
                 cure='set aggregator = "secure"',
             )
+
+        # Any finite bound would do here: only whether the aggregator has a sensitivity is asked.
         moved = Bound(1, l2=plan.clip_norm if plan is not None else math.inf)
         if self.on_aggregate and aggregator.sensitivity(moved, cohort.size) is None:
             raise RecipeError(
@@ -151,7 +176,7 @@ class Trust:
             )
 
     def check_vectors(self, plan: PrivacyPlan | None, extras: Mapping[str, ExtraVector]) -> None:
-        """Checks that further vectors of an algorithm can be bounded and charged.
+        """Checks that the further vectors of an algorithm can be bounded and charged.
 
         Raises:
             RecipeError: if one cannot.
@@ -171,33 +196,54 @@ class Trust:
                     f"its vector '{name}' has no bound, and client privacy must charge one",
                     place="algorithm",
                     cure=(
-                        "give it a clip_norm in the table of the algorithm, near the norm that it has "
-                        "without privacy"
+                        "give it a clip_norm in the table of the algorithm, near the norm that it "
+                        "has without privacy"
                     ),
                 )
 
-    # What a client does and says.
+    # What a client does and reports.
 
-    def said(self, measured: Mapping[str, JSON], examples: int, *, seen: bool) -> dict[str, JSON]:
-        """Returns what the header of an update says of its client; nothing where no single client is `seen`."""
-        if not seen:
+    def reported(
+        self, measured: Mapping[str, JSON], examples: int, *, updates_seen: bool
+    ) -> dict[str, JSON]:
+        """Returns what the header of an update reports about its client.
+
+        Args:
+            measured: what the local update measured, such as its loss.
+            examples: how many examples the client has.
+            updates_seen: whether the server sees single updates. In a secure sum it must not learn
+                anything of a single client, so nothing is reported.
+        """
+        if not updates_seen:
             return {}
-        header = {name: measured[name] for name in self.measures if name in measured}
-        return {**header, "examples": examples} if self.tells_examples else header
+        header = {name: measured[name] for name in self.reported_measures if name in measured}
+        if self.tells_examples:
+            header["examples"] = examples
+        return header
 
     def after_failure(self, problem: Exception, expected: float) -> dict[str, JSON]:
-        """Returns what is measured in place of an update when a client's work fails, or raises what may be said.
+        """Returns what counts as measured if a client's work fails, or raises an error.
 
-        Under privacy nobody may learn from a failure what is in the data. Where noise hides that an update is zero, a
-        failure is one, and only counted: `expected` is the batch that was expected, a public number.
+        Under privacy nobody may learn from a failure what is in the data. Where noise hides whether
+        an update is zero, the client sends zeros and the failure is only counted, with noise.
+
+        Args:
+            problem: the exception of the local update.
+            expected: examples that one batch is expected to have, a public number.
+
+        Raises:
+            Exception: `problem` itself, where there is no privacy or it says nothing of the data.
+            TrainingError: in its place, without the cause.
         """
         diverged = isinstance(problem, DivergedError)
-        if self.failing == "counts_client":
+        if self.on_failure == "counts_client":
             return {"not_finite" if diverged else "failed": 1}
-        if self.failing == "counts_batch":  # the same for every cause
+        # The same count for every cause: one example must not move two counts.
+        if self.on_failure == "counts_batch":
             return {"failed": round(expected)}
-        # That steps diverge follows from noised steps alone, so it says nothing about the examples.
-        if self.failing == "raises" or diverged:
+        # Whether noised steps diverge is computed from the noised gradients alone, so it says
+        # nothing about the examples that their noise does not hide.
+        if self.on_failure == "raises" or diverged:
             raise problem
         raise TrainingError(
             f"failed with {type(problem).__name__}",
@@ -208,32 +254,45 @@ class Trust:
     def failures(
         self, measured: Mapping[str, JSON], plan: PrivacyPlan, key: Key, hidden: str
     ) -> dict[str, JSON]:
-        """Returns what a header says of examples, or clients, that gave nothing; asked under privacy alone.
+        """Returns the count of failed examples (or clients) as a header reports it, under privacy.
 
-        A trusted server gets the counts as they are and adds the noise; otherwise it is added here. It is drawn for all
-        that `hidden` names: were it the same for other examples, two answers could be compared.
+        A trusted server gets the counts as they are and adds the noise. Otherwise it is added here.
+
+        Args:
+            measured: what the local update measured.
+            plan: of the noise.
+            key: of this client in this round.
+            hidden: fingerprint of everything that the noise hides. With the same noise for other
+                examples two answers could be subtracted, and their difference would have none.
         """
         tally = Tally.of(measured)
         if self.noise == "server":
             return {"failures": tally.to_json()} if tally.total else {}
-        steps = plan.steps_per_round if self.noise == "step" else 1
+        steps = self.noised_counts(plan)
         return {"failures": tally.noised(plan, key, steps=steps, hidden=hidden).to_json()}
 
     # What the server reads and counts.
 
     def tally(self, header: Mapping[str, JSON], plan: PrivacyPlan) -> Tally:
-        """Returns what a client says of its failures, held to what it may have: others pay for an invented count.
+        """Returns the failures that a client reports, checked against how many there can be.
+
+        Without the check one client could end the run for all by reporting a huge number.
 
         Raises:
-            WireError: if it is more or less than can have failed.
+            WireError: if it reports more, or less, than can have failed.
         """
-        tally, most, steps = Tally(*need("update", header, "failures")), 1.0, 1
+        tally = Tally(*need("update", header, "failures"))
+        most = 1.0
+        steps = 1
         if self.unit == "sample":
-            if "examples" not in header:  # in a secure sum nobody says how many there are
+            # In a secure sum nobody reports how many examples there are, so there is no limit.
+            if "examples" not in header:
                 return tally
-            steps = need("update", header, "steps") if "steps" in header else 1
-            most = need("update", header, "examples") * max(1, steps)
-        noise = 0.0 if self.noise == "server" else plan.noise_multiplier * math.sqrt(max(1, steps))
+            if "steps" in header:
+                steps = max(1, need("update", header, "steps"))
+            most = need("update", header, "examples") * steps
+        # The counts of several steps are added up, so their noise grows with the square root.
+        noise = 0.0 if self.noise == "server" else plan.noise_multiplier * math.sqrt(steps)
         if not tally.fits(most, noise):
             raise WireError(
                 f"got {header['failures']!r}, more or less than can have failed",
@@ -242,27 +301,26 @@ class Trust:
             )
         return tally
 
-    def counted(self, tally: Tally, refused: int) -> Tally:
-        """Returns `tally` with the replies that do not count: of a protected client, that is a failure too."""
+    def with_refused(self, tally: Tally, refused: int) -> Tally:
+        """Returns `tally` plus the `refused` replies: a refused protected client has failed."""
         if self.unit == "client" and self.noise == "server":
             return replace(tally, failed=tally.failed + refused)
         return tally
 
-    # What is told of the plan.
-
     def noised_counts(self, plan: PrivacyPlan) -> int:
-        """Returns in how many noised counts of failures one client's part of a round comes."""
+        """Returns how many noised counts of failures one client reports in a round, added up."""
         return plan.steps_per_round if self.noise == "step" else 1
 
 
-def share(noise_multiplier: float, vectors: int) -> float:
-    """Returns the noise multiplier of each of so many vectors that together cost what one costs at `noise_multiplier`.
+def per_vector_multiplier(noise_multiplier: float, vectors: int) -> float:
+    """Returns the noise multiplier that each of `vectors` needs so that all cost as much as one.
 
-    One client moves vector i by at most its clip norm C_i. In units of C_i sqrt(m) all m vectors are one vector that a
-    client moves by at most 1. With noise of `noise_multiplier` on each value there, which is noise_multiplier sqrt(m)
-    C_i on vector i, this is one Gaussian mechanism: the ledger holds `noise_multiplier`, whatever m is.
+    One client moves vector i by at most its clip norm C_i. Divide vector i by C_i sqrt(m): then all
+    m vectors together are one vector that a client moves by at most 1. Noise of `noise_multiplier`
+    on each of its values is noise of noise_multiplier sqrt(m) C_i on vector i. So this is one
+    Gaussian mechanism, and the ledger holds `noise_multiplier` for any m.
 
-    >>> share(1.5, 1), share(1.5, 4)
+    >>> per_vector_multiplier(1.5, 1), per_vector_multiplier(1.5, 4)
     (1.5, 3.0)
     """
     return noise_multiplier * math.sqrt(vectors) if vectors > 1 else noise_multiplier
@@ -274,26 +332,27 @@ TRUSTS: tuple[Trust, ...] = (
         None,
         "plain",
         "none",
-        measures=("loss", "steps"),
+        reported_measures=("loss", "steps"),
         tells_examples=True,
         names_clients=True,
         fixed_divisor=False,
         keeps_residual=True,
-        failing="raises",
+        on_failure="raises",
     ),
     Trust(
         "local",
         "sample",
         "private",
         "step",
-        measures=("steps",),
+        reported_measures=("steps",),
         tells_examples=True,
         names_clients=True,
         fixed_divisor=False,
-        keeps_residual=True,  # the noise is in the gradients: what coding loses holds no more of it
-        failing="keeps_quiet",
+        # Allowed: the noise is in the gradients, so the residual of the codecs is post-processing.
+        keeps_residual=True,
+        on_failure="keeps_quiet",
     ),
-    Trust("distributed", "sample", "joint", "sum", failing="counts_batch"),
+    Trust("distributed", "sample", "joint", "sum", on_failure="counts_batch"),
     Trust(
         "central",
         "sample",
@@ -301,7 +360,7 @@ TRUSTS: tuple[Trust, ...] = (
         "server",
         tells_examples=True,
         hides_cohort=True,
-        failing="counts_batch",
+        on_failure="counts_batch",
     ),
     Trust("local", "client", "plain", "vector"),
     Trust("distributed", "client", "plain", "sum"),
@@ -309,13 +368,13 @@ TRUSTS: tuple[Trust, ...] = (
 )
 """One row for each unit and trust, and one without privacy."""
 USUAL: Mapping[Unit | None, Kind] = {None: "open", "sample": "local", "client": "central"}
-"""The trust of each unit where none is named."""
+"""The default trust of each unit."""
 OLD = {"secure": "distributed"}
-"""Words of version 0.1 and what they are called now."""
+"""Words of version 0.1 -> their present names."""
 
 
 def trust_of(unit: Unit | None, kind: str | None = None) -> Trust:
-    """Returns the row of `unit` (None: no privacy) and `kind` (the usual one if None).
+    """Returns the row of `unit` (None: no privacy) and `kind` (the default of the unit if None).
 
     Raises:
         RecipeError: if there is none.
@@ -334,6 +393,8 @@ def trust_of(unit: Unit | None, kind: str | None = None) -> Trust:
 
 
 def _check_client_unit(plan: PrivacyPlan, cohort: Cohort, weights: Weights) -> None:
+    """Checks that under unit "client" the sensitivity is one clip norm, and the charge is right."""
+    # With weights by examples a client moves the sum by weight x clip norm, which nothing bounds.
     if weights != "equal":
         raise RecipeError(
             (
@@ -348,6 +409,7 @@ def _check_client_unit(plan: PrivacyPlan, cohort: Cohort, weights: Weights) -> N
             f"got {plan.clip_norm}, expected a finite bound above 0",
             place="privacy.clip_norm",
         )
+    # A smaller probability than that of the cohort would claim amplification that does not exist.
     if plan.sampling_prob != cohort.sampling_prob:
         raise RecipeError(
             (
@@ -357,6 +419,7 @@ def _check_client_unit(plan: PrivacyPlan, cohort: Cohort, weights: Weights) -> N
             place="privacy.sampling_prob",
             cure="plan with cohort.sampling_prob",
         )
+    # A client sends one update a round, however many local steps it takes.
     if plan.steps_per_round != 1:
         raise RecipeError(
             f"got {plan.steps_per_round}",

@@ -1,4 +1,4 @@
-"""Named vectors: the update, the parameters, and whatever else an algorithm sends beside them."""
+"""Named vectors: the update, the parameters, and what else an algorithm sends beside them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from fedpress.codecs import Bound, Settings
 Vectors: TypeAlias = Mapping[str, Tensor]
 """Name -> float32 [size]."""
 UPDATE = "update"
-"""What every client sends: its parameters after local training minus those it was sent."""
+"""Sent by every client: its parameters after local training minus those it was sent."""
 PARAMS = "params"
-"""What every client is sent: the server's parameters."""
+"""Sent to every client: the server's parameters."""
 
 
 @dataclass(frozen=True)
 class ExtraVector:
-    """One further named vector of an algorithm, on its way up or down.
+    """A further named vector of an algorithm, from client to server or back.
+
+    Example: SCAFFOLD sends its control variate as `{"control": ExtraVector()}`.
 
     Attributes:
         size: number of values; None for as many as the model trains.
-        codecs: what makes it small on its way up, in order; none on the way down.
-        clip_norm: L2 norm that one client's vector never exceeds. It is needed under client privacy, where this bound
-            is what the noise is measured against.
+        codecs: what compresses it from client to server, in order; unused in the other direction.
+        clip_norm: L2 bound of one client's vector. Client privacy needs it: the noise is measured
+            against this bound.
     """
 
     size: int | None = None
@@ -40,8 +42,8 @@ class Payload:
 
     Attributes:
         size: number of values of an update.
-        chain: codecs that make it small, in order.
-        shapes: of the parameters in it, for codecs that look at whole matrices.
+        chain: codecs of the update, in order.
+        shapes: shapes of the parameters in the update, for codecs that work on whole matrices.
         extras: further vectors by name.
     """
 
@@ -51,9 +53,11 @@ class Payload:
     extras: Mapping[str, ExtraVector] = field(default_factory=dict)
 
     def vectors(self, clip_norm: float | None) -> dict[str, ExtraVector]:
-        """Returns all vectors by name, the update first, which one client moves by at most `clip_norm`."""
+        """Returns all vectors by name, the update first; `clip_norm` is the bound of the update."""
         return {UPDATE: ExtraVector(codecs=self.chain, clip_norm=clip_norm), **self.extras}
 
-    def start(self, one: ExtraVector) -> Bound:
-        """Returns what is known of `one` of its vectors before the first codec."""
-        return Bound(self.size, shapes=self.shapes) if one.size is None else Bound(one.size)
+    def start(self, vector: ExtraVector) -> Bound:
+        """Returns what is known of one of the vectors before its first codec."""
+        if vector.size is None:
+            return Bound(self.size, shapes=self.shapes)
+        return Bound(vector.size)

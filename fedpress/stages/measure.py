@@ -88,15 +88,17 @@ def measure_model(
     Args:
         model: in any mode; left as it was.
         given: shape of one float32 example, or a batch of inputs such as token ids.
-        file_bytes: of the file that keeps the model; by default those of its parameters and buffers.
-        calibration: standardised examples [n, *input_shape] in batches; without any no integer files.
+        file_bytes: of the file that keeps the model; by default those of its parameters and
+            buffers.
+        calibration: standardised examples [n, *input_shape] in batches; without any no integer
+            files.
         batches: batch sizes.
         threads: numbers of threads.
         seconds: for each runtime at each of them.
 
     Returns:
-        parameters, macs, activations, `runtimes` (the records of `deploy.measure`), and `left_out`: what was not
-        measured -> the reason.
+        parameters, macs, activations, `runtimes` (the records of `deploy.measure`), and `left_out`:
+        what was not measured -> the reason.
     """
     one = take_rows(example_of(given), 1)
     job = Job.of(given)

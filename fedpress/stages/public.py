@@ -26,8 +26,8 @@ def draw_calibration(state: State, n: int, seed: int) -> Arrays:
     """Draws up to `n` public examples without repetition, in an order that `seed` decides.
 
     Raises:
-        DataError: if there are none, or they all have one label though the data has more. (`FederatedData` itself
-            refuses values that are NaN or infinite.)
+        DataError: if there are none, or they all have one label though the data has more.
+            (`FederatedData` itself refuses values that are NaN or infinite.)
     """
     public = state.data.public
     if not len(public):

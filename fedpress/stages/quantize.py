@@ -38,8 +38,8 @@ BATCH = 64
 class QuantizeStage(TeacherTrainSettings, Stage):
     """`[[stage]] kind = "quantize"`: fewer bits for weights, and for the inputs of layers.
 
-    Without `epochs` the network is rounded after training; with them it trains on its grids, scales included (learned
-    step size, Esser et al. 2020), from that rounding on.
+    Without `epochs` the network is rounded after training; with them it trains on its grids, scales
+    included (learned step size, Esser et al. 2020), from that rounding on.
     """
 
     simulates_device: ClassVar = True
@@ -217,7 +217,8 @@ class QuantizeStage(TeacherTrainSettings, Stage):
             observer=self.observer,
             correct_bias=self._corrects(),
         )
-        # Which weights are pruned was decided before rounding: a kept one that rounds to 0 goes on learning.
+        # Which weights are pruned was decided before rounding: a kept one that rounds to 0 goes on
+        # learning.
         noted = note_kept_zeros_(model, kept)
         spec = spec.model_copy(
             update={"quantized": {**spec.quantized, **table}, "kept_zeros": noted}

@@ -17,7 +17,8 @@ class Row:
     Attributes:
         kind: the word in a recipe; the name of the command and of the Python call, too.
         settings: where its settings class is, as `module:Class`.
-        words: what the command line says of it in one sentence; empty if it has no command of its own.
+        words: what the command line says of it in one sentence; empty if it has no command of its
+            own.
     """
 
     kind: str

@@ -77,7 +77,8 @@ class TeacherTrainSettings(TrainSettings):
     ) -> Distillation | None:
         """Returns the loss with a teacher, bound to shapes on a few public examples; None without one.
 
-        The `student` is the state's model by default; give another if that is what the teacher is taken from.
+        The `student` is the state's model by default; give another if that is what the teacher is
+        taken from.
 
         Raises:
             RecipeError: if there is no such teacher.

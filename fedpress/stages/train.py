@@ -49,8 +49,8 @@ class TrainStage(TeacherTrainSettings, Stage):
         """Says how much there is to do, without doing it.
 
         Raises:
-            TrainingError: if the settings do not fit the data, for instance because the public part is empty, or
-                the teacher does not fit the model.
+            TrainingError: if the settings do not fit the data, for instance because the public part
+                is empty, or the teacher does not fit the model.
             RecipeError: if there is no such teacher.
         """
         data = state.data

@@ -4,7 +4,7 @@ import pytest
 
 from fedpress.errors import DivergedError, RecipeError, TrainingError
 from fedpress.federation.sources import GRADIENT_SOURCES
-from fedpress.federation.trust import TRUSTS, share, trust_of
+from fedpress.federation.trust import TRUSTS, per_vector_multiplier, trust_of
 from tests.federation.federation import SAMPLE_PLAN, key
 
 MEASURED = {"loss": 1.5, "steps": 4, "secret": 7}
@@ -35,11 +35,11 @@ def test_a_client_is_named_only_where_its_own_vectors_are_private_or_nothing_is(
 
 
 def test_nothing_but_public_numbers_is_said(trust):
-    said = trust.said(MEASURED, 9, seen=True)
+    said = trust.reported(MEASURED, 9, updates_seen=True)
     assert "secret" not in said
     assert ("loss" in said) is (trust.unit is None)
     assert ("examples" in said) <= (trust.unit != "client")
-    assert trust.said(MEASURED, 9, seen=False) == {}
+    assert trust.reported(MEASURED, 9, updates_seen=False) == {}
 
 
 def test_a_failure_is_raised_kept_quiet_about_or_counted(trust):
@@ -70,5 +70,5 @@ def test_counts_of_failures_have_noise_unless_the_server_adds_it(trust):
 
 @pytest.mark.parametrize("vectors", [1, 2, 3, 7])
 def test_the_noise_of_many_vectors_costs_what_one_costs(vectors):
-    each = share(1.7, vectors)
+    each = per_vector_multiplier(1.7, vectors)
     assert (vectors / each**2) ** -0.5 == pytest.approx(1.7)

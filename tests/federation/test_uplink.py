@@ -177,12 +177,12 @@ def test_metrics_that_leave_a_client_are_those_that_the_unit_allows():
     measured = {"loss": 1.0, "steps": 4, "batch": 3}
     cohort = Cohort(2, 2)
     said = {
-        "open": Uplink.bind(Payload(2), cohort).trust.said(measured, 9, seen=True),
-        "sample": Uplink.bind(Payload(2), cohort, guarantee=Guarantee(SAMPLE_PLAN)).trust.said(
-            measured, 9, seen=True
+        "open": Uplink.bind(Payload(2), cohort).trust.reported(measured, 9, updates_seen=True),
+        "sample": Uplink.bind(Payload(2), cohort, guarantee=Guarantee(SAMPLE_PLAN)).trust.reported(
+            measured, 9, updates_seen=True
         ),
-        "client": private(2, cohort).trust.said(measured, 9, seen=True),
-        "secure": Uplink.bind(Payload(2), cohort).trust.said(measured, 9, seen=False),
+        "client": private(2, cohort).trust.reported(measured, 9, updates_seen=True),
+        "secure": Uplink.bind(Payload(2), cohort).trust.reported(measured, 9, updates_seen=False),
     }
     assert said == {
         "open": {"loss": 1.0, "steps": 4, "examples": 9},
@@ -269,11 +269,11 @@ def test_an_adaptive_clip_finds_the_median_norm_from_far_below_and_above(initial
     uplink = adaptive(4, cohort, noise=0.1, initial=initial)
     norms, state = torch.linspace(1.0, 3.0, 20), uplink.init()
     for round in range(1, 151):
-        unit = uplink.unit(state)
+        unit = uplink.update_scale(state)
         replies = []
         for at, norm in enumerate(norms):
             x = torch.tensor([float(norm), 0.0, 0.0, 0.0])
-            tensors = uplink.encode({"update": x}, Key(1, round, f"c{at}"), unit=unit)
+            tensors = uplink.encode({"update": x}, Key(1, round, f"c{at}"), scale=unit)
             replies.append(
                 (
                     f"c{at}",
@@ -281,14 +281,14 @@ def test_an_adaptive_clip_finds_the_median_norm_from_far_below_and_above(initial
                 )
             )
         state = uplink.mean(replies, seed=1, round=round, state=state).state
-    assert uplink.unit(state) == pytest.approx(2.0, rel=0.2)
+    assert uplink.update_scale(state) == pytest.approx(2.0, rel=0.2)
 
 
 def test_under_an_adaptive_clip_updates_travel_in_units_of_it_and_come_back_whole():
     cohort = Cohort(2, 2)
     uplink = adaptive(2, cohort, noise=0.0, initial=10.0)
     sent = [
-        uplink.encode({"update": torch.tensor(x)}, Key(1, 1, "c"), unit=10.0)
+        uplink.encode({"update": torch.tensor(x)}, Key(1, 1, "c"), scale=10.0)
         for x in ([3.0, 4.0], [30.0, 40.0])
     ]
     assert sent[0]["values"].tolist() == pytest.approx([0.3, 0.4])

@@ -25,7 +25,8 @@ class Contribution:
     Attributes:
         key: of this client in this round.
         weight: of the client in a mean.
-        vectors: decoded and within their promises; empty for an aggregator that sees no single update.
+        vectors: decoded and within their promises; empty for an aggregator that sees no single
+            update.
         tensors: as they came.
         secure: what the client says for a secure sum.
     """
@@ -106,8 +107,9 @@ class Aggregator(Protocol):
     def sensitivity(self, moved: Bound, cohort: int) -> float | None:
         """Returns the L2 distance by which one protected unit moves the aggregate of a `cohort`; None: no promise.
 
-        `moved` says how far one protected unit moves one client's vector. Without a promise it is refused wherever
-        noise on the aggregate must hide a unit; noise in every vector before it is aggregated needs no promise.
+        `moved` says how far one protected unit moves one client's vector. Without a promise it is
+        refused wherever noise on the aggregate must hide a unit; noise in every vector before it is
+        aggregated needs no promise.
         """
         ...
 

@@ -12,8 +12,8 @@ from fedpress.federation.aggregators.centre import CoordinateWise
 class Median(CoordinateWise):
     """Takes the median of every coordinate by itself (Yin et al. 2018, arXiv:1803.01498, option I).
 
-    While fewer than half of the clients send nonsense, each coordinate lies within the range of what the honest ones
-    sent. Of an even number of values it is the mean of the two in the middle.
+    While fewer than half of the clients send nonsense, each coordinate lies within the range of
+    what the honest ones sent. Of an even number of values it is the mean of the two in the middle.
 
     >>> import torch
     >>> rows = torch.tensor([[1.0, 5.0], [2.0, 9.0], [100.0, 6.0], [4.0, 0.0]])

@@ -42,7 +42,8 @@ class SecureSum:
     Attributes:
         plan: cohort, bits and thresholds.
         size: values that every client sends.
-        limit: largest size of a value in an honest sum; a larger one is an overflow, or somebody sent nonsense.
+        limit: largest size of a value in an honest sum; a larger one is an overflow, or somebody
+            sent nonsense.
         identities: every client's name and public signing key, known to all before the run.
     """
 

@@ -25,7 +25,8 @@ class RoundInfo:
 
     Attributes:
         round: number of the server step, from 1.
-        cohort: clients behind the mean: those whose vectors came, or the planned cohort where who replied is secret.
+        cohort: clients behind the mean: those whose vectors came, or the planned cohort where who
+            replied is secret.
         population: all clients.
     """
 
@@ -102,7 +103,8 @@ class Algorithm(Protocol):
             state: of this client, as its last round that counted left it.
 
         Returns:
-            The "update" and every name of `extras_up`, float32 on the CPU; the next state; what was measured.
+            The "update" and every name of `extras_up`, float32 on the CPU; the next state; what was
+            measured.
         """
         ...
 

@@ -21,7 +21,8 @@ class QFedAvg(AlgorithmRow):
     """`algorithm = { kind = "qfedavg", q = 1 }`: lowers the mean of loss^(q+1), so that losses become more alike.
 
     A client with loss F at the server's model, update u and rate lr sends F^q u and the curvature
-    F^q + q F^(q-1) |u|^2 / lr; the server adds the quotient of their means. With q = 0 it is FedAvg.
+    F^q + q F^(q-1) |u|^2 / lr; the server adds the quotient of their means. With q = 0 it is
+    FedAvg.
     """
 
     kind: Literal["qfedavg"] = "qfedavg"

@@ -1,7 +1,8 @@
 """SCAFFOLD: each client corrects its drift by what it knows of its own and of everybody's gradient.
 
-Karimireddy et al. 2020, arXiv:1910.06378, algorithm 1 with option II. With x the server's parameters, y those of a
-client, K local steps of rate lr, and control variates c (server) and c_i (client):
+Karimireddy et al. 2020, arXiv:1910.06378, algorithm 1 with option II. With x the server's
+parameters, y those of a client, K local steps of rate lr, and control variates c (server) and c_i
+(client):
 
     K times:  y <- y - lr (g_i(y) - c_i + c)
     then      c_i' = c_i - c + (x - y) / (K lr),   sent: update y - x, control c_i' - c_i
@@ -32,13 +33,16 @@ CONTROL = "control"
 class Scaffold(AlgorithmRow):
     """`algorithm = "scaffold"`.
 
-    The state is moved by the control that arrives, after clip, codec and noise, on both sides alike: what a codec loses
-    of one control is part of the next one, and c stays the mean of all c_i.
+    The state is moved by the control that arrives, after clip, codec and noise, on both sides
+    alike: what a codec loses of one control is part of the next one, and c stays the mean of all
+    c_i.
 
-    Under client privacy `clip_norm` bounds the control of one client. It is of the size of a gradient, the update of
-    size K lr times a gradient: clip_norm of the update / (K lr) treats both alike.
+    Under client privacy `clip_norm` bounds the control of one client. It is of the size of a
+    gradient, the update of size K lr times a gradient: clip_norm of the update / (K lr) treats both
+    alike.
 
-    Under sample privacy the control is made of noised steps and the server's vectors alone, so it costs nothing more.
+    Under sample privacy the control is made of noised steps and the server's vectors alone, so it
+    costs nothing more.
     """
 
     kind: Literal["scaffold"] = "scaffold"

@@ -1,11 +1,13 @@
 """What a schedule is: when the server asks whom for an update, and when it takes a step.
 
-A schedule decides, and knows no messages: so a run can be looked ahead without training anything. Its clock is virtual:
-`delays` say how long each task takes, and the scheduler sorts answers by the time at which they would have come.
+A schedule decides, and knows no messages: so a run can be looked ahead without training anything.
+Its clock is virtual: `delays` say how long each task takes, and the scheduler sorts answers by the
+time at which they would have come.
 
-A task is named by its client and a number: one more than the version of the model that the client is sent, and the
-version is the number of server steps in it. No client is sent the same version twice, so no name comes twice: streams
-of chance that are named by it give fresh noise each time, and a client can refuse a second question under one name.
+A task is named by its client and a number: one more than the version of the model that the client
+is sent, and the version is the number of server steps in it. No client is sent the same version
+twice, so no name comes twice: streams of chance that are named by it give fresh noise each time,
+and a client can refuse a second question under one name.
 """
 
 from __future__ import annotations
@@ -41,9 +43,10 @@ class Timing:
     """When a server step was taken and with whose answers.
 
     Attributes:
-        answered: clients whose answers the step waited for, also those that are late or do not count.
-        staleness: for each answer in the step, in the order of the sum, how many server steps were taken while its
-            client was at work.
+        answered: clients whose answers the step waited for, also those that are late or do not
+            count.
+        staleness: for each answer in the step, in the order of the sum, how many server steps were
+            taken while its client was at work.
         late: those of them that passed the deadline.
         spare: clients that were asked and not needed, since enough others were faster.
         simulated_seconds: of the virtual clock since the start of the run; None without delays.
@@ -190,8 +193,8 @@ def look_ahead(
 ) -> list[list[ClientId]]:
     """Returns who is asked in each of `num_steps` server steps, as a run with this clock will ask.
 
-    Nothing of it hangs on data: who is drawn follows from the seed, who answers first from the delays, and an answer
-    that does not count takes its place in the step as any other does.
+    Nothing of it hangs on data: who is drawn follows from the seed, who answers first from the
+    delays, and an answer that does not count takes its place in the step as any other does.
     """
     scheduler = schedule.open(context, {})
     asked: list[list[ClientId]] = []

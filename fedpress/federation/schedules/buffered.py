@@ -27,8 +27,9 @@ from fedpress.federation.schedules.base import (
 class Buffered(BaseModel):
     """FedBuff: clients work all the time, and the server takes a step with every `buffer` updates that came in.
 
-    Nguyen et al. 2022 (arXiv:2106.06639). Whoever answers makes room for another client, drawn at random from those who
-    are idle and not in the buffer yet. An update that is s steps old counts with (1 + s)^-staleness_exponent.
+    Nguyen et al. 2022 (arXiv:2106.06639). Whoever answers makes room for another client, drawn at
+    random from those who are idle and not in the buffer yet. An update that is s steps old counts
+    with (1 + s)^-staleness_exponent.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,7 +66,8 @@ class Buffered(BaseModel):
         """Returns the buffer as a cohort.
 
         Raises:
-            RecipeError: if the recipe also names a cohort or a sampling, or the clients are too few.
+            RecipeError: if the recipe also names a cohort or a sampling, or the clients are too
+                few.
         """
         if size is not None:
             raise RecipeError(
@@ -130,14 +132,14 @@ class _Buffer:
 
     A client that is in the buffer is not asked again before the step is taken. This has three uses:
 
-    - One client moves the sum of a step by at most one clipped update, times a weight of at most 1: the sensitivity is
-      the clip norm, as in a round.
+    - One client moves the sum of a step by at most one clipped update, times a weight of at most 1:
+      the sensitivity is the clip norm, as in a round.
     - Its next task starts from a newer version, so the task's name is new.
-    - Between two checkpoints it answers at most once, so the two states that a client keeps are enough to go on after a
-      kill.
+    - Between two checkpoints it answers at most once, so the two states that a client keeps are
+      enough to go on after a kill.
 
-    An answer that does not count fills its place in the buffer as any other does: whether a client fails must change
-    neither who is asked next nor how many steps there are.
+    An answer that does not count fills its place in the buffer as any other does: whether a client
+    fails must change neither who is asked next nor how many steps there are.
     """
 
     def __init__(self, settings: Buffered, context: ScheduleContext) -> None:

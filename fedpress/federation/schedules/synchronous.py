@@ -27,10 +27,10 @@ class Synchronous(BaseModel):
     """Rounds: a cohort is sent the model, and the step is taken when its answers are in.
 
     Attributes:
-        deadline: seconds after which nobody is waited for; whoever is late does not count in this round and is told to
-            stop.
-        over_selection: so many times the cohort are asked, and the first answers of a cohort's number are taken
-            (Bonawitz et al. 2019, arXiv:1902.01046).
+        deadline: seconds after which nobody is waited for; whoever is late does not count in this
+            round and is told to stop.
+        over_selection: so many times the cohort are asked, and the first answers of a cohort's
+            number are taken (Bonawitz et al. 2019, arXiv:1902.01046).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -118,7 +118,8 @@ class _Rounds:
     def wait(self) -> list[Assignment]:
         """Returns one client after the other, in the order of the cohort: the server holds one answer at a time.
 
-        Without a virtual clock nobody knows who will be first: then over-selection waits for all at once.
+        Without a virtual clock nobody knows who will be first: then over-selection waits for all at
+        once.
         """
         if len(self._taken) >= self._wanted:
             return []

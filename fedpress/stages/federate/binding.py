@@ -87,7 +87,8 @@ def memories_of(
 ) -> tuple[dict[ClientId, ClientState], ClientState]:
     """Returns where each client, and the server, keeps what must outlive a process.
 
-    The server's is not one of the table: a client may be called "server", and would share its secret.
+    The server's is not one of the table: a client may be called "server", and would share its
+    secret.
     """
     if folder is None:
         return {name: InMemoryState() for name in clients}, InMemoryState()
@@ -100,8 +101,9 @@ def memories_of(
 def _place(common: CommonInputs, clients: Sequence[ClientId], folder: Path) -> Path:
     """Returns the folder of the memories of this stage, set aside by its settings, its seed and its clients.
 
-    A run of an older version called it by another name. A run that goes on has the settings with which it began (see
-    `RunFolder.resume`), and memories without a checkpoint are removed, so the only folder that is there is this one.
+    A run of an older version called it by another name. A run that goes on has the settings with
+    which it began (see `RunFolder.resume`), and memories without a checkpoint are removed, so the
+    only folder that is there is this one.
     """
     settings = json.loads(common.stage.model_dump_json(exclude_defaults=True))
     text = json.dumps([settings, common.seed, list(clients)], sort_keys=True)

@@ -52,7 +52,8 @@ class ClientHalf:
         """Answers the bytes of one message, see `fedpress.federation.protocol`.
 
         Raises:
-            WireError: if the request is damaged, or this client has not agreed to what it is asked under.
+            WireError: if the request is damaged, or this client has not agreed to what it is asked
+                under.
             FedpressError: whatever the answer raises, see `Client.answer`.
         """
         message = unpack(request)
@@ -175,7 +176,8 @@ class ClientHalf:
         """Says what the server's model is worth on this client's own examples.
 
         Raises:
-            WireError: under privacy, where that is a private number, or if the parameters are not those of the model.
+            WireError: under privacy, where that is a private number, or if the parameters are not
+                those of the model.
         """
         client.check_agreement(message)
         if client.uplink.privacy is not None:

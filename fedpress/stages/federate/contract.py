@@ -55,7 +55,8 @@ class Contract:
         protection: the planned privacy.
         context: what the schedule works with.
         participation: who is asked how often; draws that a secret hides are the server's alone.
-        terms: what server and clients must hold alike, whose agreement is compared before the first round.
+        terms: what server and clients must hold alike, whose agreement is compared before the first
+            round.
     """
 
     stage: FederateSettings
@@ -81,7 +82,8 @@ class CommonInputs:
 
     Attributes:
         stage: the settings.
-        model: one to work in, its trainable parameters marked; whoever works makes a `copy` of the common.
+        model: one to work in, its trainable parameters marked; whoever works makes a `copy` of the
+            common.
         preprocess: the fixed step from raw examples to the network's input, fitted on public data.
         task: what is learned.
         seed: of this stage.
@@ -197,8 +199,8 @@ def needs_of(stage: FederateSettings) -> Needs:
 def counts_are_public(stage: FederateSettings) -> bool:
     """Says whether a client may tell how many examples it has.
 
-    Where single examples are protected their number is a public one, and the plan of the noise needs it. A secure sum
-    without privacy does not: there nobody is asked.
+    Where single examples are protected their number is a public one, and the plan of the noise
+    needs it. A secure sum without privacy does not: there nobody is asked.
     """
     trust = trust_of_stage(stage)
     return trust.unit == "sample" or (trust.unit is None and not is_secure(stage))

@@ -44,7 +44,8 @@ class Failures:
         counted: protected units that gave nothing, with noise; None where nothing is counted.
         of: how many units there were, as expected from the plan.
         variance: of the noise in each count.
-        recent: the counts of the last rounds, newest last: not_finite, failed, of, variance (also that of drawing).
+        recent: the counts of the last rounds, newest last: not_finite, failed, of, variance (also
+            that of drawing).
     """
 
     asked: int = 0
@@ -59,14 +60,16 @@ class Failures:
         refused = dict(self.refused)
         for name, reason in told(record.refused, server).items():
             refused[name] = (refused.get(name, (0, ""))[0] + 1, reason)
-        # How many take part is secret where a trusted server draws them: then the planned number stands for it.
+        # How many take part is secret where a trusted server draws them: then the planned number
+        # stands for it.
         asked = server.uplink.cohort.size if server.hides_cohort else len(drawn)
         now = replace(self, asked=self.asked + asked, refused=refused)
         if record.failures is None:
             return now
         of, variance = server.failure_noise(drawn)
         counted = Tally.sum([self.counted or Tally(), record.failures])
-        # Units are drawn by chance: of few, all that fail may be drawn at once, and then not all of them fail.
+        # Units are drawn by chance: of few, all that fail may be drawn at once, and then not all of
+        # them fail.
         assert server.uplink.privacy is not None
         drawing = of * (1 - server.uplink.privacy.sampling_prob)
         latest = (record.failures.not_finite, record.failures.failed, of, variance + drawing)
@@ -181,9 +184,10 @@ def _all(count: float, of: float, noise: float) -> bool:
 def told(refused: Mapping[str, str], server: ServerHalf) -> dict[str, str]:
     """Returns why clients do not count, as far as it may be written down.
 
-    Under privacy an error of the work on private examples is an exact word about them. What went wrong outside of it
-    says nothing of them and is told: a lost message, a damaged file, a full disk, keys. So are numbers that are not
-    finite after noised steps: those follow from the noise and the learning rate.
+    Under privacy an error of the work on private examples is an exact word about them. What went
+    wrong outside of it says nothing of them and is told: a lost message, a damaged file, a full
+    disk, keys. So are numbers that are not finite after noised steps: those follow from the noise
+    and the learning rate.
     """
     if server.uplink.privacy is None:
         return dict(refused)
@@ -192,7 +196,8 @@ def told(refused: Mapping[str, str], server: ServerHalf) -> dict[str, str]:
 
 def _is_public(why: str) -> bool:
     kind, colon, _ = why.partition(": ")
-    # A client's error begins with its kind, a word; what the server says itself begins with something else.
+    # A client's error begins with its kind, a word; what the server says itself begins with
+    # something else.
     return (
         not (colon and kind.isidentifier() and kind.endswith(("Error", "Exception")))
         or kind in OPEN

@@ -75,7 +75,8 @@ def default_secure_chain(private: bool) -> tuple[Settings, ...]:
 def noise_makers(plan: SecurePlan) -> int:
     """Returns how many clients' noise a promise may count on.
 
-    Of those who must stay, the corrupt ones tell their noise to others; and every client can take its own away.
+    Of those who must stay, the corrupt ones tell their noise to others; and every client can take
+    its own away.
     """
     return max(1, plan.survivors - max(plan.corrupt, 1))
 
@@ -92,8 +93,8 @@ def plan_grid(
 ) -> SumGrid:
     """Plans scale, bits and noise of the grid from what is promised just before it.
 
-    `sensitivity` is how much one protected unit moves a client's vector, its whole bound unless given; `times` how
-    often a unit takes part, every round unless given.
+    `sensitivity` is how much one protected unit moves a client's vector, its whole bound unless
+    given; `times` how often a unit takes part, every round unless given.
     """
     at = next((i for i, transform in enumerate(chain) if isinstance(transform, Discretize)), None)
     before = chain[:at]

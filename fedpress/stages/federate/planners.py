@@ -88,8 +88,8 @@ def _joint_central(case: PlanningCase) -> Protection:
 def _joint_distributed(case: PlanningCase) -> Protection:
     """Sample privacy of one joint gradient step a round, noised by the clients together."""
     plan, divisor = _joint_step(case)
-    # A client's sum is cut to what its usual batch can reach. Scaling into a ball is a projection: it brings no two
-    # vectors further apart, so one example still moves the sum by one clip norm.
+    # A client's sum is cut to what its usual batch can reach. Scaling into a ball is a projection:
+    # it brings no two vectors further apart, so one example still moves the sum by one clip norm.
     usual = plan.sampling_prob * max(case.population.counts.values())
     chain = (Clip(clip_norm=plan.clip_norm * max(1.0, usual)), *case.chain)
     grid = plan_grid(

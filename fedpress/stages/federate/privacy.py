@@ -101,8 +101,8 @@ def _check_promise(
 ) -> None:
     private = stage.privacy
     assert private is not None
-    # In a buffered schedule the list of clients and the order of asking are the same in neighbouring runs, which differ
-    # in what one client sends; see docs/schedules.md.
+    # In a buffered schedule the list of clients and the order of asking are the same in
+    # neighbouring runs, which differ in what one client sends; see docs/schedules.md.
     displaces = (
         stage.schedule.one_model
         and trust.hides_cohort

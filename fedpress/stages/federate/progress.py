@@ -37,8 +37,8 @@ class Progress:
         best_round: the round that gave it.
         bytes_up: of all rounds so far, from the clients.
         bytes_down: to them.
-        set_up: bytes [up, down] of the messages before the first round; None if a run of an older version counted
-            some of them in its first round.
+        set_up: bytes [up, down] of the messages before the first round; None if a run of an older
+            version counted some of them in its first round.
         note: what a person reads of the last round.
         stopped: why no further round is begun; empty while they go on.
         closed: rounds in a row in which no update counted.

@@ -22,9 +22,10 @@ class Protection:
 
     Attributes:
         chain: the transforms of the uplink, with grid and noise filled in.
-        plans: each client's plan; the same one for all but under sample privacy of each client's own; empty without.
-        costs: what one round costs those who take part, by name, or "population"; `whole` if it is the cost of all
-            rounds together, charged before the first.
+        plans: each client's plan; the same one for all but under sample privacy of each client's
+            own; empty without.
+        costs: what one round costs those who take part, by name, or "population"; `whole` if it is
+            the cost of all rounds together, charged before the first.
         grid: of a secure sum, None for a plain one.
         noise: what the server adds.
         adaptive: how the clip norm moves, with the noise of its count.

@@ -18,8 +18,9 @@ from fedpress.training.evaluate import Evaluation
 def public_part(record: RoundRecord, server: ServerHalf) -> RoundRecord:
     """Returns what may be written down of a round.
 
-    Where the server is trusted with updates that no noise covers, it must not tell who took part or was refused,
-    nor bytes that depend on what they sent: then those of the plan stand in their place.
+    Where the server is trusted with updates that no noise covers, it must not tell who took part or
+    was refused, nor bytes that depend on what they sent: then those of the plan stand in their
+    place.
     """
     if not server.hides_cohort:
         return record

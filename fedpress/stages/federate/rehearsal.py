@@ -21,8 +21,8 @@ EXAMPLES = 4
 def rehearse(clients: Sequence[ClientHalf], public: Sequence[Arrays], task: Task) -> None:
     """Lets one client of each kind take a private step on examples of its kind: of their shape and type.
 
-    No private value is read. Without examples of a kind in the `public` parts they are made up, of values that its
-    type may hold.
+    No private value is read. Without examples of a kind in the `public` parts they are made up, of
+    values that its type may hold.
 
     Raises:
         RecipeError: if the step fails, with the cause.

@@ -74,8 +74,8 @@ class FederatedRounds:
     def _charged(self) -> Ledger:
         """Returns the ledger with the next round in it.
 
-        A round is charged before it touches data. One that is killed and done again draws the same noise from the same
-        seeds, so it gives the same reply and costs nothing more.
+        A round is charged before it touches data. One that is killed and done again draws the same
+        noise from the same seeds, so it gives the same reply and costs nothing more.
 
         Raises:
             PrivacyError: if the round would pass the budget.

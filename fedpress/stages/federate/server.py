@@ -42,11 +42,13 @@ class ServerHalf:
 
     Attributes:
         common: the settings, the model to work in, the seed.
-        contract: the stage bound to the population; the clients' halves are bound from the same facts.
+        contract: the stage bound to the population; the clients' halves are bound from the same
+            facts.
         transport: reaches the clients.
         ledger: what was spent before this stage; without end, if this stage is open.
         secret: 256 bits on which the server's noise and draws hang instead of the seed.
-        set_up: bytes of the messages in which clients registered and agreed, as far as they may be told.
+        set_up: bytes of the messages in which clients registered and agreed, as far as they may be
+            told.
     """
 
     common: CommonInputs
@@ -136,7 +138,8 @@ class ServerHalf:
     def sizes(self) -> dict[str, Any]:
         """Returns the bytes of real messages, and bits for each value, see `sizes.sizes`.
 
-        What sets up a run is counted whole: these messages were sent already when the halves were bound.
+        What sets up a run is counted whole: these messages were sent already when the halves were
+        bound.
         """
         told = sizes(self.contract, parameters.flatten(self.model))
         told["bytes_set_up"] += self.set_up.up + self.set_up.down
@@ -198,7 +201,8 @@ class ServerHalf:
         assert private is not None
         if private.epsilon is None or not charges:
             return ledger.add(*charges)
-        # The noise was calibrated to this very epsilon: rounding must not make the last round pass it.
+        # The noise was calibrated to this very epsilon: rounding must not make the last round pass
+        # it.
         return ledger.spend(*charges, epsilon=private.epsilon * (1 + 1e-9), delta=private.delta)
 
     def schedule_facts(self) -> dict[str, Any]:
@@ -248,8 +252,8 @@ class ServerHalf:
     def client_scores(self, params: Tensor) -> dict[ClientId, float | None]:
         """Asks every client what the model of `params` [d] is worth on its own examples.
 
-        Under privacy that is a private number: nobody is asked. A client that cannot tell could not train either; the
-        records say why.
+        Under privacy that is a private number: nobody is asked. A client that cannot tell could not
+        train either; the records say why.
         """
         if self.uplink.privacy is not None:
             return {}

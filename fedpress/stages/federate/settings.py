@@ -21,7 +21,8 @@ from fedpress.workspace.state import Name
 class PrivacySettings(ReadsOldWords):
     """`[stage.privacy]`: what is protected and how well.
 
-    Give `epsilon` and the noise is calibrated before the run; or give `noise_multiplier` and epsilon is what comes out.
+    Give `epsilon` and the noise is calibrated before the run; or give `noise_multiplier` and
+    epsilon is what comes out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -93,7 +94,8 @@ class PrivacySettings(ReadsOldWords):
 class CorrelatedNoise(BaseModel):
     """`[stage.privacy.correlated]`: matrix factorisation (Choquette-Choo et al. 2023, arXiv:2306.08153).
 
-    No two rounds of one client are closer than `min_separation`; all clients in all rounds is a separation of 1.
+    No two rounds of one client are closer than `min_separation`; all clients in all rounds is a
+    separation of 1.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -25,8 +25,8 @@ from fedpress.wire.message import Message, pack, unpack
 def sizes(contract: Contract, params: Tensor) -> dict[str, Any]:
     """Returns the bytes of real messages, and bits for each value, with an update of Gaussian noise.
 
-    Updates of real training have heavier tails and become smaller. `params` [d] are those of the model. `bytes_set_up`
-    are those of the keys of a secure sum, 0 for a plain one.
+    Updates of real training have heavier tails and become smaller. `params` [d] are those of the
+    model. `bytes_set_up` are those of the keys of a secure sum, 0 for a plain one.
     """
     terms, uplink = contract.terms, contract.uplink
     chance = public_stream(0, "sizes")

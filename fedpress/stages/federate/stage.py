@@ -57,7 +57,8 @@ class FederateStage(FederateSettings, Stage):
 
         Raises:
             RecipeError: if the parts do not fit together.
-            PrivacyError: if the budget cannot be kept, also together with what earlier stages spend.
+            PrivacyError: if the budget cannot be kept, also together with what earlier stages
+                spend.
         """
         word = state.data.task.words[0]
         if self.target_accuracy is not None and not word.share:

@@ -29,13 +29,13 @@ def is_finished(server: ServerHalf, now: Progress) -> bool:
 def count_closed_rounds(server: ServerHalf, record: RoundRecord, before: int) -> int:
     """Returns how many rounds in a row nothing came of, after `before` of them; refuses to go on in vain.
 
-    A secure sum may stay closed because clients vanished: that round is over, for its questions were answered, and
-    the next one may fare better. So it is where all were late. Otherwise the rounds would run to their end and
-    learn nothing.
+    A secure sum may stay closed because clients vanished: that round is over, for its questions
+    were answered, and the next one may fare better. So it is where all were late. Otherwise the
+    rounds would run to their end and learn nothing.
 
     Raises:
-        TrainingError: if no client has done its work; under a secure sum, or if they were late, in three rounds one
-            after another.
+        TrainingError: if no client has done its work; under a secure sum, or if they were late, in
+            three rounds one after another.
     """
     waited, late = record.timing.answered, record.timing.late
     if not waited or set(waited) != set(record.refused):

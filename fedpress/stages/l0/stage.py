@@ -54,9 +54,10 @@ BATCH = 256
 class L0Stage(L0Settings, Stage):
     """`[[stage]] kind = "l0"`: minimises L(w; D) + lambda ||w||_0 by hard-concrete gates (Louizos et al. 2018).
 
-    Lambda follows a controller, so that the expected density falls to `density` in the first `until` of the training
-    and stays there; at the end the gates are ranked and the density is exact. Weights become zeros that every later
-    stage keeps; channels are physically removed. Train afterwards without gates: `kind = "train"`.
+    Lambda follows a controller, so that the expected density falls to `density` in the first
+    `until` of the training and stays there; at the end the gates are ranked and the density is
+    exact. Weights become zeros that every later stage keeps; channels are physically removed. Train
+    afterwards without gates: `kind = "train"`.
     """
 
     def setting_reading_labels(self) -> str:

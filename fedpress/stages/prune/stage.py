@@ -38,9 +38,10 @@ from fedpress.workspace.state import State, Tick
 class PruneStage(PruneSettings, Stage):
     """`[[stage]] kind = "prune"`: removes whole channels until `keep_params` of the parameters are left.
 
-    Or until `keep_macs` of the multiply-adds, `keep_latency` of the milliseconds in onnxruntime on this machine, or
-    `max_bytes` are. In `steps` cuts the network is trained between them as `finetune` says, and with `rewind` before
-    each; it then takes the surviving weights back to what they were when the stage began (Frankle & Carbin 2019).
+    Or until `keep_macs` of the multiply-adds, `keep_latency` of the milliseconds in onnxruntime on
+    this machine, or `max_bytes` are. In `steps` cuts the network is trained between them as
+    `finetune` says, and with `rewind` before each; it then takes the surviving weights back to what
+    they were when the stage began (Frankle & Carbin 2019).
     """
 
     several_inputs: ClassVar = True

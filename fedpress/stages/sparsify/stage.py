@@ -28,10 +28,11 @@ from fedpress.workspace.state import State, Tick
 class SparsifyStage(SparsifySettings, Stage):
     """`[[stage]] kind = "sparsify"`: keeps `density` of the weights, sets the others to zero, and trains what is left.
 
-    The zeros stay through every later stage. Schedules: "one-shot" cuts before the first epoch; "gradual" from `begin`
-    to `until` of the training by a cubic (Zhu & Gupta 2017); "rewind" trains, cuts, takes the weights back to epoch
-    `rewind_to`, in `rounds` rounds of `epochs` each (lottery tickets, Frankle et al. 2020); "rigl" cuts first and then
-    moves weights until `until` (Evci et al. 2020).
+    The zeros stay through every later stage. Schedules: "one-shot" cuts before the first epoch;
+    "gradual" from `begin` to `until` of the training by a cubic (Zhu & Gupta 2017); "rewind"
+    trains, cuts, takes the weights back to epoch `rewind_to`, in `rounds` rounds of `epochs` each
+    (lottery tickets, Frankle et al. 2020); "rigl" cuts first and then moves weights until `until`
+    (Evci et al. 2020).
     """
 
     several_inputs: ClassVar = True

@@ -174,7 +174,7 @@ def test_under_client_privacy_the_noise_of_both_vectors_costs_what_one_would(tru
     costs = []
     for codec, clip_norm in zip(up.vector_codecs, (1.0, 5.0), strict=True):
         if trust == "central":
-            assert codec.promise.l2 == clip_norm
+            assert codec.bound.l2 == clip_norm
             std = codec.noise.plan.noise_std
         else:
             std = codec.chain[1].std

@@ -97,7 +97,7 @@ def test_under_local_trust_every_update_carries_all_the_noise():
     uplink = uplink_of(plan, "local")
     sent = uplink.encode({"update": torch.zeros(SIZE)}, keys(0))[VALUES]
     assert float(sent.std()) == pytest.approx(3.0 * 0.5, rel=0.01)
-    assert uplink.vector_codecs[0].promise.l2 == math.inf  # the noise must not be clipped away
+    assert uplink.vector_codecs[0].bound.l2 == math.inf  # the noise must not be clipped away
 
 
 def test_under_central_trust_the_server_makes_it_once():
