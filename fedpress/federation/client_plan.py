@@ -1,4 +1,4 @@
-"""What one client holds of a run before it begins: the agreed terms, and what follows from them for its own work."""
+"""What one client knows of a run before it begins: the agreed terms and its own local plan."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from fedpress.privacy.plan import PrivacyPlan
 
 
 def check_norm(norm: str, model: nn.Module, *, sample: bool) -> None:
-    """Refuses statistics over private batches; server and clients ask before anybody trains.
+    """Refuses batch statistics under sample privacy; server and clients call it before training.
 
     Args:
-        norm: of the recipe.
-        model: that is to be trained.
+        norm: the recipe's key, "frozen" or "batch".
+        model: the model to be trained.
         sample: whether single examples are protected.
 
     Raises:
         RecipeError: if a batch norm of `model` would mix examples that are protected one by one.
     """
     mixes = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    # Through batch statistics one example changes the gradients of all others in its batch, so
+    # clipping each gradient bounds nothing.
     if sample and mixes and norm != "frozen":
         raise RecipeError(
             "batch norm in training mode mixes examples, which breaks sample privacy",
@@ -37,12 +39,12 @@ def check_norm(norm: str, model: nn.Module, *, sample: bool) -> None:
 
 @dataclass(frozen=True, eq=False)
 class ClientPlan:
-    """What one client holds of a run: the terms, which are the server's too, and what follows for its own work.
+    """What one client knows of a run.
 
     Attributes:
-        terms: what was agreed.
-        local: how it works, which follows from them; under unit "sample" with a privacy plan of its
-            own.
+        terms: what was agreed; the server's are the same.
+        local: how the client trains, which follows from the terms; under unit "sample" with a
+            privacy plan of its own.
     """
 
     terms: Terms
@@ -57,16 +59,20 @@ class ClientPlan:
         source: GradientSource | None = None,
         privacy: PrivacyPlan | None = None,
     ) -> ClientPlan:
-        """Fits a client's work to the terms and to the model in which it is done.
+        """Fits a client's local training to the terms and to its model.
 
-        `source` is that of a device, in place of torch; the one that the trust asks for if None.
+        Args:
+            terms: what was agreed.
+            model: the model to train.
+            source: of the gradients, such as `device_steps`; that of the trust if None.
+            privacy: this client's own plan, under unit "sample".
 
         Raises:
             RecipeError: if the parts do not fit together.
         """
         uplink = terms.uplink
-        check_norm(terms.norm, model, sample=privacy is not None)
         trust = uplink.trust
+        check_norm(terms.norm, model, sample=privacy is not None)
         if (trust.unit == "sample") != (privacy is not None):
             raise RecipeError(
                 (
@@ -76,6 +82,7 @@ class ClientPlan:
                 place="privacy",
                 cure="bind the uplink with a plan of unit 'sample' too, or leave privacy out",
             )
+        # Another source would return gradients that were neither clipped nor noised.
         if trust.steps != "plain" and source is not None:
             raise RecipeError(
                 "private steps are taken in torch and run no other source of gradients",
@@ -90,6 +97,8 @@ class ClientPlan:
                 place="error_feedback",
                 cure="set error_feedback = false",
             )
+
+        # Compared by names and shapes too: two models of equal size may order parameters otherwise.
         layout = parameters.Layout.of(model)
         if layout.size != uplink.size or layout != terms.layout:
             raise RecipeError(

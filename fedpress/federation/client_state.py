@@ -1,4 +1,4 @@
-"""What a client keeps between rounds: its error feedback, the model it holds, the secrets of the secure sum."""
+"""What a client stores between rounds: residuals, the model it holds, secrets, answered rounds."""
 
 from __future__ import annotations
 
@@ -19,47 +19,51 @@ from fedpress.core.files import replacing, writing
 from fedpress.errors import RunError
 
 JSON_TENSOR = "json"
-LONG = 64  # rounds after which the list of checksums is made short again
+TIDY_EVERY = 64
+"""Rounds after which the list of checksums is shortened: every save appends a line to it."""
 KEPT = 2
-"""States that are kept: the last may belong to a round that the server never finished and asks for again."""
+"""States that are kept. The server may not have finished the last round, and ask for it again: then
+the client needs the state before it."""
 
 
 class ClientState(Protocol):
-    """One client's memory: a state after each round, of which the last two can be asked for, and lasting notes."""
+    """One client's storage: a state after each round (the last two are kept) and named entries."""
 
     def load(self, round: int) -> dict[str, Tensor]:
-        """Returns the state that the client had before `round`; empty at the beginning."""
+        """Returns the state that the client had before `round`; empty before its first."""
         ...
 
     def save(self, round: int, state: Mapping[str, Tensor]) -> None:
-        """Keeps the state after `round` and forgets later ones."""
+        """Stores the state after `round` and deletes those of later rounds."""
         ...
 
     def entry(self, name: str) -> dict[str, Tensor]:
-        """Returns what was last noted under `name`, whatever the round; empty at the beginning."""
+        """Returns the entry `name`, whatever the round; empty if there is none."""
         ...
 
     def save_entry(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Replaces the note `name`."""
+        """Replaces the entry `name`."""
         ...
 
 
 def load_json(memory: ClientState, name: str) -> dict[str, Any]:
-    """Returns the JSON object noted under `name`; empty at the beginning."""
-    note = memory.entry(name)
-    found: dict[str, Any] = json.loads(bytes(note[JSON_TENSOR].tolist())) if note else {}
+    """Returns the JSON object in the entry `name`; empty if there is none."""
+    tensors = memory.entry(name)
+    if not tensors:
+        return {}
+    found: dict[str, Any] = json.loads(bytes(tensors[JSON_TENSOR].tolist()))
     return found
 
 
 def save_json(memory: ClientState, name: str, value: Mapping[str, Any]) -> None:
-    """Notes a JSON object under `name`."""
+    """Replaces the entry `name` by a JSON object."""
     text = bytearray(json.dumps(value).encode())
     memory.save_entry(name, {JSON_TENSOR: torch.frombuffer(text, dtype=torch.uint8)})
 
 
 @dataclass(eq=False)
 class InMemoryState:
-    """A memory that ends with the process.
+    """Storage that ends with the process.
 
     >>> memory = InMemoryState()
     >>> memory.save(3, {})
@@ -72,7 +76,8 @@ class InMemoryState:
 
     def load(self, round: int) -> dict[str, Tensor]:
         """See `ClientState`."""
-        return dict(self.rounds.get(max((r for r in self.rounds if r < round), default=0), {}))
+        before = [r for r in self.rounds if r < round]
+        return dict(self.rounds[max(before)]) if before else {}
 
     def save(self, round: int, state: Mapping[str, Tensor]) -> None:
         """See `ClientState`."""
@@ -90,7 +95,7 @@ class InMemoryState:
 
 @dataclass(frozen=True)
 class DiskState:
-    """A memory in a folder, so that a client that starts again goes on; each file is replaced in one step."""
+    """Storage in a folder, so that a restarted client goes on; files are replaced in one step."""
 
     folder: Path
 
@@ -105,16 +110,21 @@ class DiskState:
 
     def save(self, round: int, state: Mapping[str, Tensor]) -> None:
         """See `ClientState`."""
+        # Written before the old ones are deleted: a kill in between leaves one too many, not none.
         self._write(f"{round}", state)
         rounds = self._rounds()
         keep = [r for r in rounds if r <= round][-KEPT:]
         for gone in set(rounds) - set(keep):
             self._path(f"{gone}").unlink(missing_ok=True)
-        if round % LONG == 0:
+        if round % TIDY_EVERY == 0:
             checksums.tidy(self.folder)
 
     def entry(self, name: str) -> dict[str, Tensor]:
-        """See `ClientState`."""
+        """See `ClientState`.
+
+        Raises:
+            RunError: if the file is damaged.
+        """
         return self._read(f"note-{name}") if self._path(f"note-{name}").exists() else {}
 
     def save_entry(self, name: str, state: Mapping[str, Tensor]) -> None:
@@ -125,10 +135,13 @@ class DiskState:
         return self.folder / f"{stem}.safetensors"
 
     def _rounds(self) -> list[int]:
-        names = (
-            re.fullmatch(r"(\d+)\.safetensors", p.name) for p in self.folder.glob("*.safetensors")
-        )
-        return sorted(int(found[1]) for found in names if found)
+        """Returns the rounds whose states are stored, in order."""
+        rounds = []
+        for path in self.folder.glob("*.safetensors"):
+            # Entries lie in the same folder; their names are not numbers.
+            if found := re.fullmatch(r"(\d+)\.safetensors", path.name):
+                rounds.append(int(found[1]))
+        return sorted(rounds)
 
     def _read(self, stem: str) -> dict[str, Tensor]:
         path = self._path(stem)
@@ -146,11 +159,13 @@ class DiskState:
 
     def _write(self, stem: str, state: Mapping[str, Tensor]) -> None:
         path = self._path(stem)
+        # safetensors refuses tensors that are not contiguous or share memory.
         tensors = {name: t.contiguous().clone() for name, t in state.items()}
         cure = "free some space, then go on with --resume"
         with writing(path, full=cure, other=cure):
             self.folder.mkdir(parents=True, exist_ok=True)
-            # A power cut may lose what a client has remembered, as it loses the client.
+            # Not synced to the disk in every round, which would be slow: a power cut may lose the
+            # state, and the server then sends the whole model again.
             with replacing(path, durable=False) as part:
                 save_file(tensors, part)
                 checksums.note(path, part, sync=False)

@@ -1,4 +1,4 @@
-"""Which of its answers counted last, for each client: from the state after that one a client goes on."""
+"""Which answer of each client counted last: its next task goes on from the state after it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from fedpress.core.names import ClientId
 
 LOST_STATE = "let it begin anew"
-"""What a client says that lost its state: it is then a client that was never asked."""
+"""Words in the error of a client that lost its state: the server then treats it as never asked."""
 
 
 @dataclass(eq=False)
 class Counted:
-    """The last task of each client whose answer counted, 0 for none; for algorithms whose clients keep a state.
+    """The last task of each client whose answer counted, 0 for none.
 
-    Server and client move together: what a lost or refused answer would have changed is changed on
-    neither side.
+    Only algorithms whose clients keep a state need it. A lost or refused answer changes nothing on
+    the server; by this number the client learns that it must drop its own change, too.
 
     >>> counted = Counted.open(["a", "b"], {})
     >>> counted.note_answer("a", 3, refused="")
@@ -31,7 +31,7 @@ class Counted:
 
     @classmethod
     def open(cls, clients: Sequence[ClientId], state: Mapping[str, Tensor]) -> Counted:
-        """Begins, or goes on from what `state` gave."""
+        """Begins with zeros, or goes on from what `state` returned."""
         tasks = state["tasks"].tolist() if state else [0] * len(clients)
         return cls(dict(zip(clients, tasks, strict=True)))
 
@@ -40,7 +40,7 @@ class Counted:
         return {"tasks": torch.tensor(list(self.last.values()), dtype=torch.int64)}
 
     def note_answer(self, client: ClientId, task: int, *, refused: str) -> None:
-        """Notes that the answer to `task` counted, or why it was `refused`."""
+        """Notes that the answer to `task` counted; or why it was `refused`, empty if it was not."""
         if not refused:
             self.last[client] = task
         elif LOST_STATE in refused:

@@ -1,8 +1,7 @@
 """How long clients take: simulated seconds from sending a model to the arrival of its answer.
 
-Each delay is drawn from a stream named by seed, client and task, so it depends on no order of
-events, and on no data: a run that is simulated again, or goes on after a kill, meets the same
-clock.
+Each delay is drawn from a stream named by seed, client and task. It depends on no order of events
+and on no data, so a run that is repeated, or resumed after a kill, has the same delays.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ class Delays(Protocol):
     """One row of the table: a distribution of delays."""
 
     def draw(self, seed: int, client: ClientId, task: int) -> float:
-        """Returns the simulated seconds that `client` takes for its task number `task`; finite and not below 0."""
+        """Returns the simulated seconds, finite and not below 0, of task number `task`."""
         ...
 
 
@@ -44,7 +43,7 @@ class Constant(BaseModel):
 
 
 class Lognormal(BaseModel):
-    """Uneven devices: exp of a normal deviate for the device, times one for each of its tasks.
+    """Devices of different speed: exp of a normal number of the device, times one of each task.
 
     `devices` and `tasks` are standard deviations of the logarithm. With `devices = 1.0` one client
     in six is 2.7 times slower than the median, and one in 44 is 7.4 times slower.
@@ -80,7 +79,7 @@ class Lognormal(BaseModel):
 
 
 class Exponential(BaseModel):
-    """Alike devices whose tasks take a time without memory, as in the analysis of many queues."""
+    """Equal devices; the time of a task has an exponential distribution, as in queueing theory."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -92,7 +91,8 @@ class Exponential(BaseModel):
     def draw(self, seed: int, client: ClientId, task: int) -> float:
         """See `Delays`."""
         stream = public_stream(seed, "delay", client, "task", task)
-        share = float(stream.uniform())  # 0 <= share < 1
+        # 0 <= share < 1, so log1p(-share) is finite; log(share) would not be at 0.
+        share = float(stream.uniform())
         return -self.mean * math.log1p(-share)
 
 

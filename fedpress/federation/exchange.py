@@ -1,4 +1,4 @@
-"""What the rounds ask of a transport: to send a message to a client, and to wait for the answer to it."""
+"""What the rounds need of a transport: send a message to a client, and wait for the answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedpress.core.names import ClientId
 from fedpress.wire.message import Message
 
 RequestId: TypeAlias = int
-"""Names one message that was sent; no two of a transport are alike."""
+"""Names one message that was sent; unique within a transport."""
 Answer: TypeAlias = tuple[ClientId, RequestId, Message]
 
 
@@ -31,9 +31,9 @@ class Traffic:
 class Transport(Protocol):
     """Carries messages to clients and their answers back.
 
-    A client that fails is not an exception: its answer is a message of kind "error" with a `reason`
-    in the header, or does not come at all. Answers come in any order, each once, under the id of
-    the request that it answers: so a late update is never taken for the answer to another question.
+    A client that fails does not raise: its answer is a message of kind "error" with a `reason` in
+    the header, or does not come at all. Answers come in any order, each once, under the id of the
+    request that it answers. So a late update is never taken for the answer to another question.
     """
 
     @property
@@ -46,13 +46,16 @@ class Transport(Protocol):
         ...
 
     def send(self, client: ClientId, message: Message) -> RequestId:
-        """Sends `message` and returns at once; one message object sent to many clients is packed once."""
+        """Sends `message` and returns at once.
+
+        One message object that is sent to many clients is packed once.
+        """
         ...
 
     def receive(
         self, requests: Collection[RequestId], timeout: float | None = None
     ) -> Answer | None:
-        """Waits for the next answer to one of `requests`; answers to others stay until they are asked for.
+        """Waits for the next answer to one of `requests`; answers to others are kept for later.
 
         Returns:
             The client, the request and its answer. None if none came within `timeout` seconds, or
@@ -61,7 +64,7 @@ class Transport(Protocol):
         ...
 
     def cancel(self, requests: Collection[RequestId]) -> None:
-        """Waits no longer for `requests`: their clients may stop, and an answer that still comes is dropped."""
+        """Stops waiting for `requests`: clients may stop, answers that still come are dropped."""
         ...
 
 
@@ -70,20 +73,24 @@ def exchange(
 ) -> Iterator[tuple[ClientId, Message]]:
     """Sends each client its message and yields the answers as they come.
 
-    Other requests may be open meanwhile; their answers stay with the transport.
+    Other requests may be open at the same time; their answers stay with the transport.
 
     Args:
         transport: reaches the clients.
         requests: a message for each client.
-        timeout: seconds to wait for one more answer; for all of them without one.
+        timeout: seconds to wait for the next answer; None to wait for all.
     """
     waiting = {transport.send(client, message) for client, message in requests.items()}
     try:
-        while waiting and (answer := transport.receive(waiting, timeout)) is not None:
+        while waiting:
+            answer = transport.receive(waiting, timeout)
+            if answer is None:
+                return
             client, request, reply = answer
             waiting.remove(request)
             yield client, reply
     finally:
+        # Also if the caller stops early: an answer nobody reads must not stay open for ever.
         transport.cancel(waiting)
 
 

@@ -1,4 +1,4 @@
-"""The privacy guarantee of an uplink: plan, who adds the noise, and the divisor of a private sum."""
+"""The privacy guarantee of an uplink: plan, who adds the noise, divisor of a private sum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A client's local steps: one source of gradients at a time, and a place for an algorithm to correct each gradient."""
+"""A client's local steps: a source yields gradients, and an algorithm may correct each of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Measures: TypeAlias = "dict[str, JSON]"
 
 
 class LocalSettings(BaseModel):
-    """How a client trains in one round; under sample privacy the plan's steps take the place of `epochs`."""
+    """How a client trains in one round; under sample privacy the plan replaces `epochs`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -58,25 +58,31 @@ class LocalSettings(BaseModel):
 
 @dataclass(eq=False)
 class Step:
-    """One local step whose gradient is known and that is not taken yet.
+    """One local step: its gradient is computed, the parameters are not changed yet.
 
     Attributes:
         params: the trained parameters, in the order of the layout; not to be changed.
-        gradients: theirs, of the same shapes; what is added to them in place is part of the step.
+        gradients: one for each parameter, of its shape. Change them in place, and the optimizer
+            takes the changed ones.
     """
 
     params: list[Tensor]
     gradients: list[Tensor]
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """Returns the parts of a flat `vector` [d] in the shapes of the parameters, where these are."""
+        """Splits a flat `vector` [d] into tensors of the parameters' shapes, types and devices."""
         parts = vector.split([p.numel() for p in self.params])
         return [part.view(p.shape).to(p) for p, part in zip(self.params, parts, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a source of gradients measured, and the update [d] if it is not how far the parameters moved."""
+    """The result of all local steps.
+
+    Attributes:
+        measures: what was measured, such as the mean loss.
+        update: the update [d]; None if it is simply how far the parameters moved.
+    """
 
     measures: Measures
     update: Tensor | None = None
@@ -84,7 +90,7 @@ class Outcome:
 
 Steps: TypeAlias = "Generator[Step, None, Outcome]"
 GradientSource: TypeAlias = "Callable[[nn.Module, LocalWork], Steps]"
-"""Yields each step when its gradient is known, and takes it when the next one is asked for."""
+"""Yields each step when its gradient is computed, and takes it when the next one is asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +103,8 @@ class LocalPlan:
         task: what is learned: its loss is that of the steps.
         privacy: this client's own plan under unit "sample".
         source: of the gradients; plain SGD if None.
-        penalties: strengths of an algorithm's corrections by recipe key, for the words of an error.
+        penalties: strengths of an algorithm's penalties by recipe key, such as {"proximal_mu":
+            0.1}; an error names those that make training diverge.
     """
 
     settings: LocalSettings
@@ -113,12 +120,12 @@ class LocalWork:
     """One client's work in one round.
 
     Attributes:
-        arrays: the client's examples. An algorithm does not read them: it loops over `begin`, or
-            asks for `loss`.
-        key: of this client in this round, from which all its randomness comes.
-        plan: how it works.
+        arrays: the client's examples. An algorithm must not read them, since under sample privacy
+            only the steps are noised: it loops over `begin`, or calls `loss`.
+        key: of this client in this round; all its randomness comes from it.
+        plan: how it trains.
         start: the server's parameters [d] as they came; those of the model if None.
-        beside: what else the steps depend on: further vectors from the server and the client's
+        beside: what else the steps depend on: further vectors from the server, and the client's
             state of the algorithm. Under sample privacy it is part of the name of the noise.
     """
 
@@ -134,14 +141,14 @@ class LocalWork:
         return self.plan.settings.lr * self.plan.settings.lr_decay ** (self.key.round - 1)
 
     def begin(self, model: nn.Module) -> LocalRun:
-        """Begins the local steps from the parameters that `model` has now."""
+        """Begins the local steps at the parameters that `model` has now."""
         source = self.plan.source or plain_steps
         start = parameters.flatten(model) if self.start is None else self.start
         return LocalRun(model, start, source(model, self))
 
     @torch.no_grad()
     def loss(self, model: nn.Module) -> float:
-        """Returns the mean loss of `model` over this client's examples: a number that says something about them.
+        """Returns the mean loss of `model` over this client's examples; it is private data.
 
         Raises:
             RecipeError: under sample privacy, where only noised gradients may be seen.
@@ -155,7 +162,8 @@ class LocalWork:
                 place="algorithm",
                 cure="take unit 'client', or another algorithm",
             )
-        total, size = 0.0, max(1, self.plan.settings.batch_size)
+        total = 0.0
+        size = max(1, self.plan.settings.batch_size)
         chance = self.key.client_stream("loss")
         with evaluating(model):
             for index in torch.arange(len(self.arrays)).split(size):
@@ -166,7 +174,14 @@ class LocalWork:
 
 @dataclass(eq=False)
 class LocalRun:
-    """The local steps of one round: loop over it to the end, correct gradients on the way, then ask what came out."""
+    """The local steps of one round: loop over them to the end, then read the results.
+
+    Example:
+        run = work.begin(model)
+        for step in run:
+            step.gradients[0].add_(0.1)  # a correction, if the algorithm has one
+        update = run.update()
+    """
 
     model: nn.Module
     start: Tensor
@@ -177,18 +192,21 @@ class LocalRun:
         self.outcome = yield from self.steps
 
     def finish(self) -> LocalRun:
-        """Takes all steps as they are."""
+        """Takes all steps without a correction."""
         for _ in self:
             pass
         return self
 
     @property
     def measures(self) -> Measures:
-        """What the steps measured: their number, `steps`, and `loss` where it may be known."""
+        """What was measured: the number of `steps`, and the `loss` where it may be known."""
         return self._done.measures
 
     def update(self) -> Tensor:
-        """Returns the update [d] on the CPU: how far the parameters moved, or the sum of gradients of a joint step."""
+        """Returns the update [d] on the CPU.
+
+        It is how far the parameters moved; of a joint step it is minus the sum of gradients.
+        """
         if self._done.update is not None:
             return self._done.update
         return parameters.flatten(self.model) - self.start
@@ -209,14 +227,18 @@ def plain_steps(model: nn.Module, work: LocalWork) -> Steps:
 
     Raises:
         DivergedError: if the loss is not finite.
-        TrainingError: if there is one example only, which leaves a batch norm nothing to average.
+        TrainingError: if a batch has one example only and a batch norm would average over it.
     """
-    s, params = work.plan.settings, trainable(model)
-    shuffle, chance = work.key.client_stream("shuffle"), work.key.client_stream("prepare")
+    settings = work.plan.settings
+    params = trainable(model)
+    shuffle = work.key.client_stream("shuffle")
+    chance = work.key.client_stream("prepare")
     optimizer = _optimizer(model, work)
-    total, steps = torch.zeros((), dtype=torch.float64), 0
-    for _ in range(s.epochs):
-        for index in shuffled_batches(model, len(work.arrays), s.batch_size, shuffle):
+    # In float64: thousands of float32 losses added up would lose digits.
+    total = torch.zeros((), dtype=torch.float64)
+    steps = 0
+    for _ in range(settings.epochs):
+        for index in shuffled_batches(model, len(work.arrays), settings.batch_size, shuffle):
             loss = loss_of_batch(model, work, work.arrays.take(index), chance)
             optimizer.zero_grad()
             loss.backward()
@@ -224,14 +246,19 @@ def plain_steps(model: nn.Module, work: LocalWork) -> Steps:
             yield Step([p.detach() for p in params], _gradients(params))
             _forget_(unused)
             optimizer.step()
-            total, steps = total + loss.detach().cpu().double(), steps + 1
+            # To the CPU first: some devices (MPS) have no float64.
+            total = total + loss.detach().cpu().double()
+            steps += 1
             if not torch.isfinite(total):
                 raise _diverged(work, index, steps)
     return Outcome({"loss": float(total) / steps, "steps": steps})
 
 
 def _gradients(params: list[nn.Parameter]) -> list[Tensor]:
-    """Returns the gradients of `params`; zeros where the loss does not depend on one, so that a correction can act."""
+    """Returns the gradients of `params`; zeros where the loss does not depend on one.
+
+    A correction such as FedProx's acts on those parameters, too, so it needs a tensor to add to.
+    """
     found = []
     for p in params:
         if p.grad is None:
@@ -242,31 +269,41 @@ def _gradients(params: list[nn.Parameter]) -> list[Tensor]:
 
 def _optimizer(model: nn.Module, work: LocalWork) -> torch.optim.SGD:
     """Returns SGD with the settings of `work`."""
-    s, params = work.plan.settings, trainable(model)
-    spared = qparam_ids(model)  # the grids of quantized layers: decay would only draw them in
+    settings = work.plan.settings
+    params = trainable(model)
+    # Scales and offsets of quantized layers get no weight decay: it would only shrink their range.
+    no_decay = qparam_ids(model)
     groups = [
-        {"params": [p for p in params if id(p) not in spared], "weight_decay": s.weight_decay},
-        {"params": [p for p in params if id(p) in spared], "weight_decay": 0.0},
+        {
+            "params": [p for p in params if id(p) not in no_decay],
+            "weight_decay": settings.weight_decay,
+        },
+        {"params": [p for p in params if id(p) in no_decay], "weight_decay": 0.0},
     ]
-    return torch.optim.SGD([g for g in groups if g["params"]], work.lr, s.momentum)
+    return torch.optim.SGD([g for g in groups if g["params"]], work.lr, settings.momentum)
 
 
 def _forget_(params: list[nn.Parameter]) -> None:
-    """Takes the zeros away that `_gradients` made, unless an algorithm added to them: decay would draw them in, too."""
+    """Sets the gradients that `_gradients` made back to None, unless an algorithm added to them.
+
+    With a gradient of zeros the optimizer would apply weight decay and momentum to parameters that
+    the loss does not depend on; with None it skips them.
+    """
     for p in params:
         if p.grad is not None and not p.grad.any():
             p.grad = None
 
 
 def _diverged(work: LocalWork, index: Tensor, steps: int) -> DivergedError:
-    """Returns the error of a loss that is not finite: because of the examples at `index`, or of the learning rate."""
+    """Returns the error of an infinite loss, due to the examples at `index` or the rate."""
     batch = parts_of(work.arrays.x[index])
     broken = not all(bool(torch.isfinite(part).all()) for part in batch.values())
     data = ", or rather mend the examples: they hold NaN or infinite values" if broken else ""
+    settings = too_large(work.plan.settings, work.lr, penalties=work.plan.penalties)
     return DivergedError(
         f"after {steps} steps the loss is not finite in round {work.key.round}",
         place="local update",
-        cure=f"lower {too_large(work.plan.settings, work.lr, penalties=work.plan.penalties)}{data}",
+        cure=f"lower {settings}{data}",
     )
 
 
@@ -277,24 +314,34 @@ def too_large(
     penalties: Mapping[str, float] | None = None,
     place: str = "",
 ) -> str:
-    """Names the settings that make local training diverge: the rate, and each pull that overshoots at this rate.
+    """Names the settings that may have made local training diverge, with their values.
 
-    `penalties` are those of an algorithm, by name; `place` is what a reader writes before the
-    names.
+    These are the learning rate, and each penalty so strong that a step at this rate overshoots.
+
+    Args:
+        settings: of the local training.
+        lr: learning rate of the round.
+        penalties: strengths of the algorithm's penalties, by recipe key.
+        place: what stands before each name, such as "stage.federate.".
 
     >>> too_large(LocalSettings(lr=0.5, weight_decay=9.0), 0.5)
     'lr (now 0.5) or weight_decay (now 9)'
     """
     strengths = {**(penalties or {}), "weight_decay": settings.weight_decay}
-    named = [("lr", lr), *((name, value) for name, value in strengths.items() if lr * value >= 2)]
+    named = [("lr", lr)]
+    for name, value in strengths.items():
+        # One SGD step on a penalty value/2 |w|^2 multiplies w by 1 - lr value: it grows if this is
+        # below -1.
+        if lr * value >= 2:
+            named.append((name, value))
     return " or ".join(f"{place}{name} (now {value:g})" for name, value in named)
 
 
 def shuffled_batches(model: nn.Module, n: int, size: int, shuffle: RandomSource) -> list[Tensor]:
-    """Returns one epoch over `n` examples: int64 index tensors of `size` examples, the last one with what is left.
+    """Returns the batches of one epoch over `n` examples: int64 index tensors of up to `size`.
 
-    A single example has no statistics for a batch norm in training mode: if the last batch holds
-    one, it joins the batch before.
+    The last batch holds what is left. A single example has no statistics for a batch norm in
+    training mode, so if the last batch holds one, it joins the batch before.
     """
     batches = list(shuffle.permutation(n).split(size))
     alone = size > 1 and len(batches) > 1 and len(batches[-1]) == 1
@@ -304,18 +351,24 @@ def shuffled_batches(model: nn.Module, n: int, size: int, shuffle: RandomSource)
 
 
 def loss_of_batch(model: nn.Module, work: LocalWork, batch: Arrays, chance: RandomSource) -> Tensor:
-    """Returns the mean loss of `batch`; `chance` draws its augmentation."""
+    """Returns the mean loss of `batch`; `chance` is the generator of its augmentation.
+
+    Raises:
+        TrainingError: if a batch norm cannot average over a batch of one example.
+    """
     at = next(model.parameters()).device
     x = work.plan.prepare(batch.x.to(at), chance)
     with autocast(model, work.plan.settings.precision):
         try:
             logits = outputs(model, laid_out(x, model))
         except ValueError as problem:
+            # Only torch's own error of a batch norm is translated; any other is the network's.
             if len(x) > 1 or ONE_VALUE not in str(problem):
                 raise
-            cure = (
-                "leave this client out" if len(work.arrays) == 1 else "take batch_size = 2 or more"
-            )
+            if len(work.arrays) == 1:
+                cure = "leave this client out"
+            else:
+                cure = "take batch_size = 2 or more"
             raise TrainingError(
                 "a batch of one example leaves a batch norm nothing to average",
                 place="local update",

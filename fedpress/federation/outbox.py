@@ -1,4 +1,4 @@
-"""Tasks on their way: which message each client at work was sent, and under which request its answer comes."""
+"""The open tasks of a run: what each working client was sent, and the request it will answer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ HEADERS = "headers"
 
 @dataclass(eq=False)
 class Outbox:
-    """The open requests of a run, by the task that each is for.
+    """The open requests of a run, by task.
 
-    What a server must remember of clients that work over several server steps is what it sent to
-    them. Clients that were sent the same message share it, so as many models are held as there are
-    versions at work.
+    A client may work over several server steps, so the server must remember what it sent. Clients
+    that were sent the same message share one object: as many models are in memory as there are
+    versions at work, not as many as there are clients.
     """
 
     transport: Transport
@@ -36,7 +36,11 @@ class Outbox:
     def receive(
         self, waiting: Sequence[Assignment], patience: float | None
     ) -> tuple[Assignment, Message | None]:
-        """Returns the next answer to one of `waiting`; None for the first of them if nothing came in time."""
+        """Waits up to `patience` seconds for the next answer to one of `waiting`.
+
+        Returns:
+            The task and its answer; the first of `waiting` and None if nothing came in time.
+        """
         tasks = {self.open[one][0]: one for one in waiting}
         answer = self.transport.receive(tasks, patience)
         if answer is None:
@@ -51,13 +55,13 @@ class Outbox:
         self.transport.cancel([self.open.pop(one)[0] for one in assignments if one in self.open])
 
     def cancel_all_but(self, wanted: Collection[Assignment]) -> list[ClientId]:
-        """Cancels what is not `wanted` any more; returns whose tasks these were."""
+        """Cancels every open task that is not `wanted`; returns the clients of these tasks."""
         left = [one for one in self.open if one not in wanted]
         self.cancel(left)
         return [one.client for one in left]
 
     def state(self, at_work: Sequence[Assignment]) -> dict[str, Tensor]:
-        """Returns the messages of those `at_work`: their headers, and the tensors of each version once."""
+        """Returns what was sent to those `at_work`: headers, and each version's tensors once."""
         if not at_work:
             return {}
         headers = []
@@ -65,13 +69,18 @@ class Outbox:
         for one in at_work:
             message = self.open[one][1]
             headers.append(dict(message.header))
+            # Named by task, which is the version of the model: clients of one version write the
+            # same tensors under the same name.
             for name, tensor in message.tensors.items():
                 tensors[f"{one.task}.{name}"] = tensor
         text = json.dumps(headers).encode()
         return {HEADERS: torch.frombuffer(bytearray(text), dtype=torch.uint8), **tensors}
 
     def load_(self, at_work: Sequence[Assignment], state: Mapping[str, Tensor]) -> None:
-        """Sends what `state` holds again, in the same order: the same question gets the same answer."""
+        """Sends the messages in `state` again, in the same order.
+
+        A client that did answer before the kill gives the same answer to the same question.
+        """
         if not at_work:
             return
         headers = json.loads(bytes(state[HEADERS].tolist()))
@@ -79,11 +88,15 @@ class Outbox:
         for one, header in zip(at_work, headers, strict=True):
             name = json.dumps(header)
             if name not in made:
-                prefix = f"{one.task}."
-                tensors = {
-                    full.removeprefix(prefix): tensor
-                    for full, tensor in state.items()
-                    if full.startswith(prefix)
-                }
-                made[name] = Message("fit", header, tensors)
+                made[name] = Message("fit", header, _of_task(state, one.task))
             self.send(one, made[name])
+
+
+def _of_task(state: Mapping[str, Tensor], task: int) -> dict[str, Tensor]:
+    """Returns the tensors of one version, without the version in their names."""
+    prefix = f"{task}."
+    tensors = {}
+    for full, tensor in state.items():
+        if full.startswith(prefix):
+            tensors[full.removeprefix(prefix)] = tensor
+    return tensors

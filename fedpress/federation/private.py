@@ -1,4 +1,4 @@
-"""Local steps under sample privacy: noised steps of each client's own, or one gradient sum that is noised elsewhere."""
+"""Local steps under sample privacy: noised steps (DP-SGD), or one clipped sum that others noise."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fedpress.errors import RecipeError, TrainingError
 from fedpress.federation.local import LocalSettings, LocalWork, Measures, Outcome, Step, Steps
 from fedpress.privacy.noise.mechanism import poisson_batches
 from fedpress.privacy.per_example.gradients import (
+    Method,
     RawStats,
     Verify,
     choose_method,
@@ -28,28 +29,28 @@ from fedpress.training.device import laid_out, uses_bf16
 
 
 def private_steps(model: nn.Module, work: LocalWork) -> Steps:
-    """The noised steps of the plan (DP-SGD); measures their planned number and what failed (see `Tally`).
+    """The noised steps of the plan: DP-SGD (Abadi et al. 2016, arXiv:1607.00133, algorithm 1).
 
-    What an algorithm adds to a gradient is added to the noised one, so a correction made of the
-    server's vectors and of earlier noised steps costs no privacy.
+    It measures the planned number of steps and how many examples failed (see `Tally`). An algorithm
+    corrects the noised gradient, so a correction made of the server's vectors and of earlier noised
+    steps is post-processing and costs no privacy.
 
     Raises:
-        RecipeError: if there is no plan of unit "sample", or a setting that private steps do not
-            know.
+        RecipeError: if there is no plan of unit "sample", or a setting that private steps lack.
     """
     plan = check_private(work.plan.settings, work.plan.privacy)
-    params, at, question = (
-        trainable(model),
-        next(model.parameters()).device,
-        question_of(model, work),
-    )
-    chance, number = work.key.private_stream("prepare", question), itertools.count(1)
+    params = trainable(model)
+    at = next(model.parameters()).device
+    question = question_of(model, work)
+    chance = work.key.private_stream("prepare", question)
+    number = itertools.count(1)
 
     def prepare(x: Inputs) -> Inputs:
         return laid_out(work.plan.prepare(x, chance), model)
 
     def noise(total: Tensor) -> RandomSource:
-        # The number of the step: two sums may be the same, as those of empty batches are.
+        # With the number of the step: the sums of two empty batches are equal, and equal names
+        # would give both the same noise.
         hidden = random.fingerprint(next(number), total)
         return work.key.private_stream("noise", question, hidden)
 
@@ -69,38 +70,42 @@ def private_steps(model: nn.Module, work: LocalWork) -> Steps:
     raw: list[RawStats] = []
     velocity: Tensor | None = None
     detached = [p.detach() for p in params]
+    momentum = work.plan.settings.momentum
     for gradient, record in noised:
         raw.append(record)
+        # Views of the flat gradient: what an algorithm adds to them is in `gradient`, too.
         parts = gradient.split([p.numel() for p in params])
         yield Step(detached, [part.view(p.shape) for p, part in zip(params, parts, strict=True)])
-        velocity = step_(
-            params, gradient, velocity, lr=work.lr, momentum=work.plan.settings.momentum
-        )
+        velocity = step_(params, gradient, velocity, lr=work.lr, momentum=momentum)
     return Outcome({"steps": plan.steps_per_round, **_failures(raw)})
 
 
 def joint_steps(model: nn.Module, work: LocalWork) -> Steps:
-    """Minus the sum [d] of clipped gradients of one Poisson batch: a client's part of a joint noised step.
+    """Minus the sum [d] of clipped gradients of a Poisson batch: a client's part of a joint step.
 
-    No step is taken here, so there is none to correct. One example moves the sum by at most the
-    plan's clip norm. No noise is in it: it must leave the client in a secure sum with noise, or to
-    a server that is trusted to add it.
+    It yields no step, so an algorithm has none to correct. One example moves the sum by at most the
+    plan's clip norm. There is no noise in it: it may leave the client only in a secure sum whose
+    noise the clients make, or to a server that is trusted to add the noise.
 
     Raises:
-        RecipeError: if there is no plan of unit "sample", or a setting that private steps do not
-            know.
+        RecipeError: if there is no plan of unit "sample", or a setting that private steps lack.
     """
+    # Makes this function a generator, as every source of gradients is.
     yield from ()
     plan = check_private(work.plan.settings, work.plan.privacy)
-    at, question = next(model.parameters()).device, question_of(model, work)
-    batches = poisson_batches(
-        len(work.arrays), plan.sampling_prob, 1, work.key.private_stream("private", question)
-    )
-    index = next(batches)
-    x, y = work.arrays.x[index].to(at), work.arrays.y[index].to(at)
+    at = next(model.parameters()).device
+    question = question_of(model, work)
+    stream = work.key.private_stream("private", question)
+    index = next(poisson_batches(len(work.arrays), plan.sampling_prob, 1, stream))
+    x = work.arrays.x[index].to(at)
+    y = work.arrays.y[index].to(at)
+    # A Poisson batch may be empty: there is nothing to augment, or to choose a method by.
+    method: Method = "loop"
     if len(index):
         x = laid_out(work.plan.prepare(x, work.key.private_stream("prepare", question)), model)
-    method = choose_method(model, work.plan.task.loss, x, y) if len(index) else "loop"
+        method = choose_method(model, work.plan.task.loss, x, y)
+    # Comparing gradients costs more than comparing losses, and a network that mixes examples does
+    # so in every round: the first one is checked more closely.
     verify: Verify = "gradients" if work.key.round == 1 else "losses"
     _seed_dropout_(work, question)
     bf16 = uses_bf16(model, work.plan.settings.precision)
@@ -119,40 +124,30 @@ def joint_steps(model: nn.Module, work: LocalWork) -> Steps:
 
 
 def rehearse_private(model: nn.Module, work: LocalWork) -> None:
-    """Takes the gradients of one private step over all examples of `work`, which must be public.
+    """Computes the gradients of one private step over all examples of `work`, which must be public.
 
     Raises:
-        TrainingError: if the network fails on some example, if a gradient is not finite, or if
-            nothing has one.
+        TrainingError: if the network fails on an example, if a gradient is not finite, or if no
+            parameter has one.
         RecipeError: see `clipped_gradient_sum`.
     """
     plan = check_private(work.plan.settings, work.plan.privacy)
     at = next(model.parameters()).device
-    x, y = work.arrays.x.to(at), work.arrays.y.to(at)
+    x = work.arrays.x.to(at)
+    y = work.arrays.y.to(at)
     x = laid_out(work.plan.prepare(x, work.key.client_stream("prepare")), model)
-    method, bf16 = (
-        choose_method(model, work.plan.task.loss, x, y),
-        uses_bf16(model, work.plan.settings.precision),
-    )
+    loss = work.plan.task.loss
+    method = choose_method(model, loss, x, y)
+    bf16 = uses_bf16(model, work.plan.settings.precision)
     with torch.autocast(at.type, dtype=torch.bfloat16 if bf16 else None, enabled=bf16):
         total, raw = clipped_gradient_sum(
-            model,
-            work.plan.task.loss,
-            x,
-            y,
-            clip_norm=plan.clip_norm,
-            method=method,
-            verify="gradients",
+            model, loss, x, y, clip_norm=plan.clip_norm, method=method, verify="gradients"
         )
-        if (
-            not total.any() and not raw.failed
-        ):  # a layer of zeros may hide every gradient at the start
-            with torch.no_grad():
-                for p in trainable(model):
-                    p.add_(0.05 * torch.randn_like(p))
-            total, raw = clipped_gradient_sum(
-                model, work.plan.task.loss, x, y, clip_norm=plan.clip_norm
-            )
+        # A layer that begins with zeros (as in many residual networks) may hide every gradient at
+        # the start: then it is tried at other parameters, too.
+        if not total.any() and not raw.failed:
+            _shake_(model)
+            total, raw = clipped_gradient_sum(model, loss, x, y, clip_norm=plan.clip_norm)
     if raw.failed:
         raise TrainingError(
             f"{raw.failed} of {raw.examples} examples failed alone: {raw.problem}",
@@ -173,8 +168,18 @@ def rehearse_private(model: nn.Module, work: LocalWork) -> None:
         )
 
 
+@torch.no_grad()
+def _shake_(model: nn.Module) -> None:
+    """Adds a little noise to every trainable parameter."""
+    for p in trainable(model):
+        p.add_(0.05 * torch.randn_like(p))
+
+
 def _failures(raw: list[RawStats]) -> Measures:
-    """Returns how many examples gave nothing, by cause. NOT private: it leaves a client with noise or not at all."""
+    """Returns how many examples gave nothing, by cause.
+
+    NOT private: these counts leave a client only with noise, or not at all.
+    """
     counts: dict[str, JSON] = {
         "not_finite": sum(one.refused for one in raw),
         "failed": sum(one.failed for one in raw),
@@ -183,30 +188,31 @@ def _failures(raw: list[RawStats]) -> Measures:
 
 
 def _seed_dropout_(work: LocalWork, question: str) -> None:
-    """Starts the stream of dropout, which draws from torch's global generator; the client that called puts it back.
+    """Seeds torch's global generator, from which dropout draws; the calling client restores it.
 
-    It must be as secret as the batches are. A mask is drawn for a place in a batch and not for an
-    example: without one example all after it have other masks, so who knew the masks would see more
-    of the sum move than the clip norm.
+    The stream must be as secret as the batches. A dropout mask belongs to a place in the batch and
+    not to an example: if one example is removed, all after it get other masks. Whoever knew the
+    masks would therefore see the sum move by more than one clip norm.
     """
     seed_torch_(work.key.private_stream("dropout", question))
 
 
 def question_of(model: nn.Module, work: LocalWork) -> str:
-    """Names all that a private answer is known to depend on, for its batches, augmentation, dropout and noise.
+    """Returns a fingerprint of everything that a private answer is known to depend on.
 
-    The same question gets the same answer, bit by bit, which costs no privacy. Any other one, such
-    as other parameters in the same round or another noise multiplier under the same seed, is
-    answered by independent draws. The examples are read again every round, so that the name holds
-    also if somebody changed them. A gradient may depend on more than can be named (what a network
-    computes, an algorithm's corrections of the steps before), so the name of a step's noise also
-    holds the sum that it hides.
+    It names the streams of batches, augmentation, dropout and noise. The same question gets the
+    same answer, bit by bit, which costs no privacy. Any other question, such as other parameters in
+    the same round or another noise multiplier under the same seed, gets independent draws.
+
+    The examples are read in every round, so that the name is right also if somebody changed them. A
+    gradient may depend on more than can be named (what a network computes, an algorithm's
+    corrections of the steps before), so the name of a step's noise also holds the sum it hides.
     """
     state = model.state_dict()
     about = {
-        # Layers without parameters, and settings such as a stride; where an object lies says
-        # nothing, and is another place in every process: a run that goes on would get a second
-        # answer to the same question.
+        # The printed network names layers without parameters, and settings such as a stride. The
+        # addresses of objects in it differ from process to process: left in, a run that goes on
+        # would give a second answer to the same question.
         "network": re.sub(r" at 0x[0-9a-fA-F]+", "", str(model)),
         "state": [*state],
         "trained": parameters.Layout.of(model),
@@ -214,6 +220,7 @@ def question_of(model: nn.Module, work: LocalWork) -> str:
         "plan": work.plan.privacy,
         "prepare": work.plan.prepare,
         "task": work.plan.task,
+        # The first name of the penalties: a new one would change the noise of every run.
         "pulls": dict(work.plan.penalties),
         "beside": sorted(work.beside),
     }
@@ -224,13 +231,18 @@ def question_of(model: nn.Module, work: LocalWork) -> str:
 
 
 def check_private(settings: LocalSettings, plan: PrivacyPlan | None) -> PrivacyPlan:
-    """Returns `plan`; RecipeError unless `settings` can run as private steps under it."""
+    """Returns `plan`, if `settings` can run as private steps under it.
+
+    Raises:
+        RecipeError: if they cannot.
+    """
     if plan is None or plan.unit != "sample":
         raise RecipeError(
             "private steps need a plan of unit 'sample'",
             place="privacy",
             cure="give one, or leave privacy out",
         )
+    # The steps of DP-SGD here are the noised gradient alone.
     if settings.weight_decay:
         raise RecipeError(
             "not offered with sample privacy", place="weight_decay", cure="set it to 0"

@@ -1,13 +1,13 @@
-"""The messages of a federated run: every kind, and what each of its header fields may hold, in one table.
+"""The messages of a federated run, one table: every kind, and what each header field may hold.
 
 | kind | from | answered by | what it is for |
 | --- | --- | --- | --- |
 | `register` | server | `registered` | a client's public facts: its count of examples, its signing key |
-| `agree` | server | `agreed` | each client binds its half and compares every entry |
+| `agree` | server | `agreed` | each client binds its half and compares every agreed entry |
 | `join`, `roster` | server | `join`, `accepted` | keys of a secure sum, once a run |
-| `fit` | server | `update` | one client's work in one round; the server's parameters ride along |
+| `fit` | server | `update` | one client's work in one round, with the server's parameters |
 | `unmask` | server | `shares` | what opens one secure sum |
-| `evaluate` | server | `evaluated` | worth of the model on a client's own examples; refused under privacy |
+| `evaluate` | server | `evaluated` | metric on a client's own examples; refused under privacy |
 | | | `error` | in place of any answer: the client's reason |
 """
 
@@ -67,14 +67,14 @@ FIELDS: Mapping[str, Mapping[str, Kind]] = {
     "shares": {"round": whole(0)},
     "error": {"reason": TEXT},
 }
-"""Kind of message -> field -> what it may hold. A field that is not here is read by nobody."""
+"""Kind of message -> field -> what it may hold. Fields that are not in it are ignored."""
 
 REPORT: Mapping[str, Kind] = {"round": whole(0)}
 """Fields of the table `secure` in an update."""
 
 
 def check_header(kind: str, header: Mapping[str, Any]) -> None:
-    """Checks every known field that `header` holds; one that is missing is the business of who needs it.
+    """Checks every known field that `header` holds; a missing one is left to `need`.
 
     Raises:
         WireError: naming message, field, what it held and what it must hold.
@@ -103,15 +103,18 @@ def need(kind: str, header: Mapping[str, Any], name: str) -> Any:
 
 
 def text_tensor(text: str) -> Tensor:
-    """Returns `text` as a tensor (uint8, UTF-8): what may be longer than a header, such as a list of all clients."""
+    """Returns `text` as uint8 [n] in UTF-8, for what may be longer than a header may be.
+
+    Example: the list of all clients.
+    """
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
 def read_text(message: Message, name: str) -> str:
-    """Returns the text in the tensor `name` of a message from anybody.
+    """Returns the text in the tensor `name` of a message, which may come from anybody.
 
     Raises:
-        WireError: if it is missing or no text.
+        WireError: if it is missing, or not UTF-8 text.
     """
     tensor = message.tensors.get(name)
     if tensor is None or tensor.dtype != torch.uint8 or tensor.dim() != 1:

@@ -1,4 +1,4 @@
-"""The guard against a second question: under privacy each would cost more than was planned."""
+"""Replay guard: under privacy a client answers each round once, and no more rounds than planned."""
 
 from __future__ import annotations
 
@@ -8,17 +8,26 @@ from fedpress.federation.agreement import Terms
 from fedpress.federation.client_state import ClientState, load_json, save_json
 from fedpress.wire.message import Message
 
+SHOWN = 16
+"""Hexadecimal digits of a question's fingerprint that are stored: 64 bits tell questions apart."""
+
 
 def answer_once(message: Message, round: int, terms: Terms, memory: ClientState) -> None:
-    """Notes in `memory` that a client answers the "fit" of `round`, and holds the server to the planned tasks.
+    """Notes in `memory` that a client answers the "fit" of `round`, or refuses to.
 
-    It is asked under privacy alone: without it nothing is planned. A task is named by the number of
-    the round whose model it starts from. The same question again gets the same answer, which costs
-    nothing.
+    A server that asks again, with other parameters, would get a second noised answer about the same
+    examples: each costs epsilon that nobody planned. The same question again is allowed: it gets
+    the same answer, bit for bit, which reveals nothing new.
+
+    Args:
+        message: the "fit".
+        round: number of the round whose model the task starts from; it names the task.
+        terms: the planned numbers of rounds and tasks.
+        memory: where the answered questions are stored.
 
     Raises:
         WireError: if the round or the number of tasks is beyond the plan, or another question was
-            answered in it.
+            answered in this round.
     """
     if terms.num_rounds is not None and round > terms.num_rounds:
         raise WireError(
@@ -26,22 +35,26 @@ def answer_once(message: Message, round: int, terms: Terms, memory: ClientState)
             place="fit.round",
             cure="stop here",
         )
-    asked = random.fingerprint(
-        sorted(message.header.items()), *(message.tensors[n] for n in sorted(message.tensors))
-    )
+    # Sorted: the order of fields and tensors in a message must not make it another question.
+    tensors = [message.tensors[name] for name in sorted(message.tensors)]
+    asked = random.fingerprint(sorted(message.header.items()), *tensors)[:SHOWN]
     answered = load_json(memory, "answered")
-    if answered.get(str(round), asked[:16]) != asked[:16]:
+    known = answered.get(str(round))
+    if known is not None and known != asked:
         raise WireError(
             f"round {round} was answered to another question",
             place="fit.round",
             cure="go on with the next round",
         )
+    if known is not None:
+        return
+
     most = terms.max_tasks
-    if most is not None and str(round) not in answered and len(answered) >= most:
+    if most is not None and len(answered) >= most:
         raise WireError(
             (f"this client has answered {len(answered)} tasks, and privacy is planned for {most}"),
             place="fit.round",
             cure="stop here",
         )
-    if str(round) not in answered:
-        save_json(memory, "answered", {**answered, str(round): asked[:16]})
+    # Stored before the answer is computed: after a crash the question still counts as answered.
+    save_json(memory, "answered", {**answered, str(round): asked})

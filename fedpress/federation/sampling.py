@@ -1,4 +1,4 @@
-"""Who takes part in a round: a draw that depends only on seed and round, and what it is worth to privacy."""
+"""Which clients take part in a round, and how much the draw amplifies privacy."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from fedpress.errors import RecipeError
 
 @dataclass(frozen=True)
 class Cohort:
-    """A public plan of how many clients of a `population` take part in each round.
+    """A public plan of how many clients take part in each round.
 
-    `fixed` draws exactly `size` clients without replacement. `poisson` lets each client join on its
-    own with probability size / population, so a round may have more, fewer or no clients; only
-    `size`, its mean, is public. `cyclic` shuffles the population once and lets everybody take
-    turns, so nobody takes part again before all the others have: `period` rounds later.
+    Attributes:
+        size: clients in a round; the mean under "poisson".
+        population: all clients.
+        sampling: "fixed" draws exactly `size` clients without replacement. "poisson" draws each
+            client independently with probability size / population, so a round may have more,
+            fewer or no clients, and only the mean is public. "cyclic" shuffles the population once
+            and lets all take turns: a client takes part again `period` rounds later.
 
     Raises:
         RecipeError: if `size` is not between 1 and `population`.
@@ -47,7 +50,7 @@ class Cohort:
 
     @property
     def sampling_prob(self) -> float:
-        """Probability with which the accountant may believe that a client takes part, in 0..1.
+        """Sampling probability that the accountant may use for a client, in 0..1.
 
         A fixed-size draw is charged as if everybody took part: its amplification holds only for
         replace-one neighbours at twice the sensitivity, which is worth nothing at usual sizes.
@@ -59,7 +62,7 @@ class Cohort:
 
     @property
     def period(self) -> int:
-        """Least number of rounds from one turn of a client to its next.
+        """Least number of rounds between two rounds in which the same client takes part.
 
         >>> Cohort(10, 95, "cyclic").period, Cohort(10, 95).period
         (10, 1)
@@ -69,7 +72,11 @@ class Cohort:
     def draw(self, clients: Sequence[ClientId], *, seed: int, round: int) -> list[ClientId]:
         """Returns the clients of `round` in the order of `clients` [population].
 
-        >>> Cohort(2, 3).draw(["a", "b", "c"], seed=1, round=1) == Cohort(2, 3).draw(["a", "b", "c"], seed=1, round=1)
+        It depends on seed and round alone, so a round that is repeated asks the same clients.
+
+        >>> cohort = Cohort(2, 3)
+        >>> one, again = (cohort.draw(["a", "b", "c"], seed=1, round=1) for _ in range(2))
+        >>> one == again
         True
         """
         if len(clients) != self.population:
@@ -79,13 +86,16 @@ class Cohort:
                 cure="plan with the number of clients that exist",
             )
         if self.sampling == "cyclic":
+            # One permutation for the whole run, without the round in its name.
             order = private_stream(seed, "cohort").permutation(self.population)
-            turn = order[(round - 1) % self.period * self.size :][: self.size].sort().values
-            return [clients[at] for at in turn.tolist()]
+            first = (round - 1) % self.period * self.size
+            turn = order[first : first + self.size].sort().values
+            return [clients[index] for index in turn.tolist()]
+        # From the private stream: amplification holds only if nobody knows who was drawn.
         chance = private_stream(seed, "cohort", round)
         if self.sampling == "poisson":
             joins = chance.uniform(self.population) < self.sampling_prob
-            return [
-                client for client, joined in zip(clients, joins.tolist(), strict=True) if joined
-            ]
-        return [clients[at] for at in chance.subset(self.population, self.size).tolist()]
+            indices = joins.nonzero().flatten()
+        else:
+            indices = chance.subset(self.population, self.size)
+        return [clients[index] for index in indices.tolist()]

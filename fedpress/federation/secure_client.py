@@ -1,4 +1,4 @@
-"""How a client answers the questions of a secure sum."""
+"""A client's answers to the messages of a secure sum: "join", "roster" and "unmask"."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from fedpress.wire.message import Message
 
 
 def answer_secure(member: SecAggClient, message: Message) -> Message:
-    """Answers a question of a secure sum, "join", "roster" or "unmask", for `member`.
+    """Answers a "join", "roster" or "unmask" for `member`.
 
     Raises:
-        WireError: if the question is faulty.
-        SecureError: if it asks for what would open a single client's update.
+        WireError: if the message is faulty.
+        SecureError: if the answer would reveal a single client's update.
     """
-    part = SecAggMessage(dict(message.header), dict(message.tensors))
     if message.kind == "join":
         answer = member.join()
         return Message("join", answer.header, answer.tensors)
+    received = SecAggMessage(dict(message.header), dict(message.tensors))
     if message.kind == "roster":
-        answer = member.accept(part)
+        answer = member.accept(received)
         return Message("accepted", answer.header, answer.tensors)
-    answer = member.unmask(part)
+    answer = member.unmask(received)
     return Message("shares", answer.header, answer.tensors)

@@ -1,4 +1,7 @@
-"""The loop of federated learning as a generator: ask, gather, sum, step, yield. No evaluation, no files."""
+"""The server's loop as a generator: send the model, gather updates, take a step, yield a record.
+
+It evaluates nothing and writes no files: whoever loops over it does.
+"""
 
 from __future__ import annotations
 
@@ -33,29 +36,29 @@ from fedpress.federation.schedules import (
     Timing,
 )
 from fedpress.federation.schedules.check import Needs, check_schedule
-from fedpress.federation.uplink import RoundMean
+from fedpress.federation.uplink import Gatherer, RoundMean
 from fedpress.federation.vectors import PARAMS
 from fedpress.wire.message import Message
 
 
 @dataclass(frozen=True, eq=False)
 class RoundRecord:
-    """The end of one round, with all that is needed to go on from there (see `Start`).
+    """The result of one round, with all that is needed to go on from there (see `Start`).
 
     Attributes:
-        round: how many rounds are done, from 1.
+        round: number of the round, from 1.
         params: the new parameters [d] float32.
-        server_state: of optimizer, noise and downlink by name.
+        server_state: state of optimizer, noise, downlink and so on: `<part>/<name>` -> tensor.
         bytes_up: size of all messages from the clients in this round.
         bytes_down: size of all messages to them.
         clients: a row for each update in the mean, in client order: client, examples, loss,
             update_norm, steps, as far as privacy allows; empty under unit "client".
-        refused: clients that were drawn but do not count, with the reason.
+        refused: clients that were asked but do not count -> the reason.
         seconds: wall time.
         failures: protected units that gave nothing, counted with noise; None without privacy.
         timing: whose answers were how stale, and the time of the virtual clock.
-        set_up: bytes of the messages before the first round, which are part of none: the keys of a
-            secure sum. In the record of the first round alone.
+        set_up: bytes of the messages before the first round (the keys of a secure sum), which no
+            round counts; 0 in every record but the first.
     """
 
     round: int
@@ -72,17 +75,17 @@ class RoundRecord:
 
 
 PARTS = ("optimizer", "uplink", "downlink", "clients", "schedule", "outbox")
-"""What the state of a server is made of."""
+"""The parts of the server's state, by which its tensors are named."""
 
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """Where rounds begin, or go on from.
+    """Where the rounds begin, or go on.
 
     Attributes:
         params: the server's trainable parameters [d] float32, see `fedpress.core.parameters`.
         round: how many rounds are done.
-        state: the server's after them, see `RoundRecord.server_state`; None before the first round.
+        state: the server's state after them, see `RoundRecord.server_state`; None before the first.
     """
 
     params: Tensor
@@ -104,41 +107,42 @@ def rounds(
     goes on from a record gives the same bits as one that never stopped.
 
     Args:
-        terms: what the clients hold alike, and compare in every request. Without `num_rounds` in it
-            there is no end.
+        terms: what was agreed with the clients, who compare it in every request. Without
+            `num_rounds` in it there is no last round.
         transport: reaches the clients.
         start: the parameters to begin with, or where to go on.
-        secret: 256 random bits on which the server's noise hangs instead of the seed.
+        secret: key of the server's noise and draws (256 bits); they follow from the seed if None.
         delays: how long clients take, on a virtual clock; without them answers come at once.
 
     Raises:
-        RecipeError: if params, clients or schedule do not fit the uplink; at once, not in the first
-            round.
+        RecipeError: if params, clients or schedule do not fit the uplink; when this is called, not
+            when the first round is asked for.
     """
-    uplink, params = terms.uplink, start.params
+    uplink = terms.uplink
+    params = start.params
     if params.dtype != torch.float32 or params.shape != (uplink.size,):
         raise RecipeError(
             (f"got {params.dtype} {list(params.shape)}, expected torch.float32 [{uplink.size}]"),
             place="params",
         )
-    if len(transport.clients()) != uplink.cohort.population:
+    # Noise and sampling probability were planned for exactly this population.
+    clients = len(transport.clients())
+    if clients != uplink.cohort.population:
         raise RecipeError(
-            (
-                f"planned for {uplink.cohort.population} clients, there are "
-                f"{len(transport.clients())}"
-            ),
+            f"planned for {uplink.cohort.population} clients, there are {clients}",
             place="transport",
             cure="plan with as many clients as there are",
         )
     schedule = terms.schedule or Synchronous()
     schedule.check(uplink.cohort)
     check_schedule(schedule, Needs.of(uplink, terms.downlink, terms.algorithm))
+    # Not a generator itself, so that the checks above run now.
     return _Server(terms, schedule, transport, secret, delays).rounds(start)
 
 
 @dataclass(frozen=True, eq=False)
 class _Server:
-    """What stays the same from step to step."""
+    """What stays the same from round to round."""
 
     terms: Terms
     schedule: Schedule
@@ -151,34 +155,50 @@ class _Server:
         last = self.terms.num_rounds
         if last is not None and start.round >= last:
             return
-        began, before = perf_counter(), self.transport.traffic
+        began = perf_counter()
+        before = self.transport.traffic
         run = _Run.begin(self, start)
         set_up = self.transport.traffic - before
+        # A resumed run exchanges keys again, and sends open tasks again. The run that was stopped
+        # has counted these bytes already.
         if start.round:
-            # A run that goes on sets up again, and sends again what clients were at work on: that
-            # was counted before.
-            began, set_up = perf_counter(), Traffic()
+            began = perf_counter()
+            set_up = Traffic()
         before = self.transport.traffic
         numbers = count(start.round + 1) if last is None else range(start.round + 1, last + 1)
         try:
             for number in numbers:
                 record = run.step(number)
-                traffic, seconds = self.transport.traffic - before, perf_counter() - began
+                traffic = self.transport.traffic - before
                 yield replace(
                     record,
                     bytes_up=traffic.up,
                     bytes_down=traffic.down,
-                    seconds=seconds,
+                    seconds=perf_counter() - began,
                     set_up=set_up,
                 )
-                began, before, set_up = perf_counter(), self.transport.traffic, Traffic()
+                # After the yield: what the caller does between two rounds is no part of either.
+                began = perf_counter()
+                before = self.transport.traffic
+                set_up = Traffic()
         finally:
             run.outbox.cancel_all_but([])
 
 
 @dataclass(eq=False)
 class _Run:
-    """A run between two server steps; `latest` is the message that brings the newest model."""
+    """A run between two rounds.
+
+    Attributes:
+        server: what stays the same.
+        clients: names of all clients, in the transport's order.
+        params: the server's parameters [d].
+        parts: the server's state, by `PARTS`.
+        session: the server's side of the aggregates.
+        scheduler: decides who is asked when.
+        outbox: the open tasks.
+        latest: the message with the newest model; None before the first is sent.
+    """
 
     server: _Server
     clients: Sequence[ClientId]
@@ -191,9 +211,13 @@ class _Run:
 
     @classmethod
     def begin(cls, server: _Server, start: Start) -> _Run:
-        """Begins, or goes on from a state: then those who were at work are sent the same tasks again."""
-        terms, transport = server.terms, server.transport
-        parts = _begun(terms, start.params) if start.state is None else _split(start.state)
+        """Begins, or goes on from a state; clients that were at work are sent their tasks again."""
+        terms = server.terms
+        transport = server.transport
+        if start.state is None:
+            parts = _initial_parts(terms, start.params)
+        else:
+            parts = _split_state(start.state)
         session = terms.uplink.aggregator.open(transport, terms.agreement.fingerprint)
         context = ScheduleContext(
             transport.clients(),
@@ -208,8 +232,8 @@ class _Run:
         return cls(server, context.clients, start.params, parts, session, scheduler, outbox)
 
     def step(self, number: int) -> RoundRecord:
-        """Gathers the updates of server step `number`, and takes it."""
-        server, terms = self.server, self.server.terms
+        """Gathers the updates of round `number`, and takes a server step."""
+        terms = self.server.terms
         self.scheduler.begin(number)
         asked = self.scheduler.ask()
         broadcast = None
@@ -223,38 +247,26 @@ class _Run:
             session=self.session,
             cohort=[one.client for one in asked],
             state=self.parts["uplink"],
-            secret=server.secret,
+            secret=self.server.secret,
         )
         if asked:
             self._send(asked, number, broadcast)
-        while waiting := self.scheduler.wait():
-            task, reply = self.outbox.receive(waiting, self.scheduler.patience)
-            weight = server.schedule.weight(number - task.task)
-            gatherer.take(task.client, reply, task=task.task, scale=weight)
-            self.scheduler.take(task)
-            if more := self.scheduler.ask():
-                self._send(more, number, broadcast)
+        self._take_answers(gatherer, number, broadcast)
+
         timing, late = self.scheduler.end()
         for client, reason in late.items():
             gatherer.take(client, error(reason), task=number)
         stopped = self.outbox.cancel_all_but(self.scheduler.at_work)
         mean = gatherer.close()
-        self.parts["uplink"] = mean.state
-        if broadcast is not None:
-            broadcast.mark_arrived({**dict.fromkeys(stopped, "told to stop"), **mean.refused})
-            self.parts["downlink"] = broadcast.state()
-        if terms.algorithm.keeps_state:
-            counted = Counted.open(self.clients, self.parts["clients"])
-            for client in timing.answered:
-                counted.note_answer(client, number, refused=mean.refused.get(client, ""))
-            self.parts["clients"] = counted.state()
+        self._note_answers(mean, timing, stopped, number, broadcast)
         self._take_step(mean, number)
+        # Last: a checkpoint must hold the state after the step.
         self.parts["schedule"] = self.scheduler.state()
         self.parts["outbox"] = self.outbox.state(self.scheduler.at_work)
         return RoundRecord(
             round=number,
             params=self.params,
-            server_state=_join(self.parts),
+            server_state=_join_state(self.parts),
             bytes_up=0,
             bytes_down=0,
             clients=mean.rows,
@@ -264,19 +276,59 @@ class _Run:
             timing=timing,
         )
 
+    def _take_answers(self, gatherer: Gatherer, number: int, broadcast: Broadcast | None) -> None:
+        """Gives answers to `gatherer` until the schedule has enough, and asks more clients."""
+        while waiting := self.scheduler.wait():
+            task, reply = self.outbox.receive(waiting, self.scheduler.patience)
+            staleness = number - task.task
+            weight = self.server.schedule.weight(staleness)
+            gatherer.take(task.client, reply, task=task.task, scale=weight)
+            self.scheduler.take(task)
+            more = self.scheduler.ask()
+            if more:
+                self._send(more, number, broadcast)
+
+    def _note_answers(
+        self,
+        mean: RoundMean,
+        timing: Timing,
+        stopped: list[ClientId],
+        number: int,
+        broadcast: Broadcast | None,
+    ) -> None:
+        """Notes whose answers counted, and which model each client holds now."""
+        self.parts["uplink"] = mean.state
+        if broadcast is not None:
+            # A client that was told to stop may or may not have read the model: it is taken to hold
+            # the old one, and says so if it does not.
+            refused = {**dict.fromkeys(stopped, "told to stop"), **mean.refused}
+            broadcast.mark_arrived(refused)
+            self.parts["downlink"] = broadcast.state()
+        if self.server.terms.algorithm.keeps_state:
+            counted = Counted.open(self.clients, self.parts["clients"])
+            for client in timing.answered:
+                counted.note_answer(client, number, refused=mean.refused.get(client, ""))
+            self.parts["clients"] = counted.state()
+
     def _take_step(self, mean: RoundMean, number: int) -> None:
+        """Takes the algorithm's server step; none if no update came."""
         if not mean.vectors:
             return
-        algorithm, uplink = self.server.terms.algorithm, self.server.terms.uplink
-        seen = RoundInfo(number, mean.cohort, uplink.cohort.population)
+        algorithm = self.server.terms.algorithm
+        population = self.server.terms.uplink.cohort.population
+        info = RoundInfo(number, mean.cohort, population)
         self.parts["optimizer"], self.params = algorithm.server_step(
-            self.parts["optimizer"], self.params, mean.vectors, seen
+            self.parts["optimizer"], self.params, mean.vectors, info
         )
         _check_finite(self.params, number, algorithm)
 
     def _send(self, asked: list[Assignment], number: int, broadcast: Broadcast | None) -> None:
-        """Sends the model to those who are `asked`; messages that are alike share one object, which is packed once."""
-        terms, names = self.server.terms, [one.client for one in asked]
+        """Sends the model to those who are `asked`.
+
+        Equal messages are one object, because the transport packs each object once.
+        """
+        terms = self.server.terms
+        names = [one.client for one in asked]
         header: dict[str, JSON] = {
             "round": number,
             "agreement": terms.agreement.fingerprint,
@@ -285,8 +337,8 @@ class _Run:
         if terms.uplink.adaptive is not None:
             header["clip_norm"] = terms.uplink.update_scale(self.parts["uplink"])
         if self.latest is None or self.latest.header != header:
-            beside = terms.algorithm.server_down(self.parts["optimizer"])
-            self.latest = Message("fit", header, {PARAMS: self.params, **beside})
+            extras = terms.algorithm.server_down(self.parts["optimizer"])
+            self.latest = Message("fit", header, {PARAMS: self.params, **extras})
         requests = _requests(names, self.latest, broadcast)
         if terms.algorithm.keeps_state:
             counted = Counted.open(self.clients, self.parts["clients"])
@@ -310,21 +362,26 @@ def _check_finite(params: Tensor, round: int, algorithm: Algorithm) -> None:
 def _requests(
     cohort: list[ClientId], whole: Message, broadcast: Broadcast | None
 ) -> dict[ClientId, Message]:
-    """Returns a message for each client; those that are sent the same share one object, which is packed once.
+    """Returns a message for each client; clients that hold the same model share one object.
 
-    `whole` holds the parameters, which a downlink codes, and further vectors, which travel whole.
+    Args:
+        cohort: who is asked.
+        whole: the message with the parameters, which a downlink codes, and with further vectors,
+            which always travel whole.
+        broadcast: the downlink; None if the model travels whole.
     """
     if broadcast is None:
         return dict.fromkeys(cohort, whole)
-    header, round = whole.header, need("fit", whole.header, "round")
-    beside = {name: vector for name, vector in whole.tensors.items() if name != PARAMS}
+    header = whole.header
+    round = need("fit", header, "round")
+    extras = {name: vector for name, vector in whole.tensors.items() if name != PARAMS}
+    coded = broadcast.encode_for(round, whole.tensors[PARAMS], cohort)
     made: dict[int, Message] = {}
     requests = {}
-    for client, (version, tensors) in broadcast.encode_for(
-        round, whole.tensors[PARAMS], cohort
-    ).items():
+    for client, (version, tensors) in coded.items():
+        # `encode_for` returns one dictionary for all clients that hold the same model.
         if id(tensors) not in made:
-            made[id(tensors)] = Message("fit", {**header, "from": version}, {**tensors, **beside})
+            made[id(tensors)] = Message("fit", {**header, "from": version}, {**tensors, **extras})
         requests[client] = made[id(tensors)]
     return requests
 
@@ -332,35 +389,35 @@ def _requests(
 def _with_counted(
     requests: Mapping[ClientId, Message], counted: Counted
 ) -> dict[ClientId, Message]:
-    """Tells every client which of its answers counted last; messages that stay alike still share one object."""
+    """Adds to each request which of the client's answers counted last; equal ones stay shared."""
     made: dict[tuple[int, int], Message] = {}
-    told = {}
+    result = {}
     for client, message in requests.items():
         last = counted.last[client]
         if (id(message), last) not in made:
             header = {**message.header, "counted": last}
             made[id(message), last] = Message("fit", header, message.tensors)
-        told[client] = made[id(message), last]
-    return told
+        result[client] = made[id(message), last]
+    return result
 
 
-def _begun(terms: Terms, params: Tensor) -> dict[str, ServerState]:
+def _initial_parts(terms: Terms, params: Tensor) -> dict[str, ServerState]:
     """Returns the parts of the server's state before the first round."""
     optimizer = terms.algorithm.server_init(params)
-    return _split({}) | {"optimizer": optimizer, "uplink": terms.uplink.init()}
+    return _split_state({}) | {"optimizer": optimizer, "uplink": terms.uplink.init()}
 
 
-def _join(parts: Mapping[str, Mapping[str, Tensor]]) -> ServerState:
-    """Returns one table of tensors, `<part>/<name>`."""
-    return {
-        f"{part}/{name}": tensor
-        for part, tensors in parts.items()
-        for name, tensor in tensors.items()
-    }
+def _join_state(parts: Mapping[str, Mapping[str, Tensor]]) -> ServerState:
+    """Returns one table of tensors, named `<part>/<name>`."""
+    state = {}
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
+            state[f"{part}/{name}"] = tensor
+    return state
 
 
-def _split(state: Mapping[str, Tensor]) -> dict[str, ServerState]:
-    """Undoes `_join`."""
+def _split_state(state: Mapping[str, Tensor]) -> dict[str, ServerState]:
+    """Returns the parts of a state that `_join_state` made; empty ones of an empty state."""
     parts: dict[str, ServerState] = {part: {} for part in PARTS}
     for full, tensor in state.items():
         part, _, name = full.partition("/")

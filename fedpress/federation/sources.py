@@ -1,4 +1,4 @@
-"""The sources of gradients, a table: which one a client's steps come from follows from the trust."""
+"""The table of gradient sources: where a client's local steps take their gradients from."""
 
 from collections.abc import Mapping
 
@@ -10,4 +10,4 @@ GRADIENT_SOURCES: Mapping[str, GradientSource] = {
     "private": private_steps,
     "joint": joint_steps,
 }
-"""By `Trust.steps`. A device program is a source of its own (`ondevice.device_steps`), in place of "plain"."""
+"""Keyed by `Trust.steps`. On a device `ondevice.device_steps` takes the place of "plain"."""

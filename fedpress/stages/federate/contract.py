@@ -109,7 +109,8 @@ class CommonInputs:
     ) -> CommonInputs:
         """Prepares `model`, which stays as it is, for `stage`; `seed` is that of the run.
 
-        Each side chooses its own `device`, as `find` does by default: it is no part of what is agreed.
+        Each side chooses its own `device`, as `find` does by default: it is no part of what is
+        agreed.
 
         Raises:
             RecipeError: if no parameter would train.
