@@ -50,12 +50,11 @@ def test_tables_inside_and_tables_that_are_chosen_are_listed_too():
 
 def test_a_default_that_is_listed_is_what_the_recipe_has_without_the_key(tiny):
     stage = recipes.load(tiny).stage[0]
-    [table] = (one for one in key_tables(["train"]) if one.is_stage)
-    for row in table.rows:
-        if (
-            row.default not in ("", recipes.REQUIRED)
-            and row.key.split(".")[0] not in stage.model_fields_set
-        ):
+    given = {*stage.model_fields_set, "distill"}  # the last one is refused without a teacher
+    listed = [row for row in recipes.keys("train") if row.key.split(".")[0] not in given]
+    assert len(listed) > 10
+    for row in listed:
+        if row.default:
             changed = recipes.load(tiny, [f"stage.0.{row.key}={row.default}"])
             assert changed.stage[0] == stage
 
