@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from fedpress.codecs import Key
@@ -17,7 +17,7 @@ from fedpress.core.examples import Arrays
 from fedpress.core.inputs import Inputs, parts_of
 from fedpress.core.parameters import trainable
 from fedpress.core.random_source import RandomSource
-from fedpress.errors import DivergedError, RecipeError, TrainingError
+from fedpress.errors import Argument, DivergedError, RecipeError, TrainingError
 from fedpress.federation.vectors import Vectors
 from fedpress.nn.batch_norm import ONE_VALUE, averages_batches
 from fedpress.nn.quantized import qparam_ids
@@ -25,6 +25,8 @@ from fedpress.privacy.plan import PrivacyPlan
 from fedpress.tasks import Task
 from fedpress.training.device import Precision, autocast, laid_out
 from fedpress.training.evaluate import evaluating, outputs
+from fedpress.training.optimizers import ADAMS
+from fedpress.training.settings import BETAS, DEFAULTS, Betas, fit_to_optimizer_
 
 Prepare: TypeAlias = "Callable[[Inputs, RandomSource], Inputs]"
 Measures: TypeAlias = "dict[str, JSON]"
@@ -44,8 +46,17 @@ class LocalSettings(BaseModel):
     batch_size: int = Field(
         default=64, ge=1, description="rows in a local step; under unit 'sample' on average"
     )
-    lr: float = Field(default=0.05, gt=0, description="local learning rate")
+    lr: float = Field(
+        default=0.05, gt=0, description="local learning rate; of adamw and adam 0.001 by default"
+    )
     lr_decay: float = Field(default=1.0, gt=0, le=1, description="factor on lr after every round")
+    optimizer: Literal["sgd", "adamw", "adam"] = Field(
+        default="sgd", description="the rule that turns gradients into steps, anew in every round"
+    )
+    betas: Betas = Field(
+        default=BETAS,
+        description="adamw, adam: shares of the old in the running means of the gradient and its square",
+    )
     momentum: float = Field(
         default=0.0,
         ge=0,
@@ -54,6 +65,31 @@ class LocalSettings(BaseModel):
     )
     weight_decay: float = Field(default=0.0, ge=0, description="pull of all weights towards 0")
     precision: Precision = Field(default="float32", description="number format of forward passes")
+
+    @model_validator(mode="after")
+    def _fits_optimizer(self) -> LocalSettings:
+        # A client takes few steps: nothing decays by default, whatever the optimizer.
+        lr = {"lr": DEFAULTS[self.optimizer]["lr"]} if self.optimizer in DEFAULTS else {}
+        fit_to_optimizer_(self, self.optimizer, lr)
+        return self
+
+
+def check_is_sgd(settings: LocalSettings, why: str) -> None:
+    """Refuses another optimizer than SGD.
+
+    Args:
+        settings: of the local training.
+        why: what needs SGD.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    if settings.optimizer != "sgd":
+        raise RecipeError(
+            f"got '{settings.optimizer}', but {why}",
+            place="optimizer",
+            cure=("set ", Argument("optimizer", "sgd")),
+        )
 
 
 @dataclass(eq=False)
@@ -223,7 +259,7 @@ class LocalRun:
 
 
 def plain_steps(model: nn.Module, work: LocalWork) -> Steps:
-    """Epochs of SGD over shuffled batches.
+    """Epochs over shuffled batches, with the optimizer of the settings.
 
     Raises:
         DivergedError: if the loss is not finite.
@@ -233,7 +269,7 @@ def plain_steps(model: nn.Module, work: LocalWork) -> Steps:
     params = trainable(model)
     shuffle = work.key.client_stream("shuffle")
     chance = work.key.client_stream("prepare")
-    optimizer = _optimizer(model, work)
+    optimizer = optimizer_of(model, work)
     # In float64: thousands of float32 losses added up would lose digits.
     total = torch.zeros((), dtype=torch.float64)
     steps = 0
@@ -267,8 +303,8 @@ def _gradients(params: list[nn.Parameter]) -> list[Tensor]:
     return found
 
 
-def _optimizer(model: nn.Module, work: LocalWork) -> torch.optim.SGD:
-    """Returns SGD with the settings of `work`."""
+def optimizer_of(model: nn.Module, work: LocalWork) -> torch.optim.Optimizer:
+    """Returns the optimizer of one round, which remembers nothing of earlier ones."""
     settings = work.plan.settings
     params = trainable(model)
     # Scales and offsets of quantized layers get no weight decay: it would only shrink their range.
@@ -280,7 +316,10 @@ def _optimizer(model: nn.Module, work: LocalWork) -> torch.optim.SGD:
         },
         {"params": [p for p in params if id(p) in no_decay], "weight_decay": 0.0},
     ]
-    return torch.optim.SGD([g for g in groups if g["params"]], work.lr, settings.momentum)
+    used = [group for group in groups if group["params"]]
+    if settings.optimizer in ADAMS:
+        return ADAMS[settings.optimizer](used, lr=work.lr, betas=settings.betas)
+    return torch.optim.SGD(used, work.lr, settings.momentum)
 
 
 def _forget_(params: list[nn.Parameter]) -> None:

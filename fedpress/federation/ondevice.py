@@ -15,6 +15,7 @@ from fedpress.federation.local import (
     Outcome,
     Step,
     Steps,
+    check_is_sgd,
     shuffled_batches,
     too_large,
 )
@@ -82,6 +83,7 @@ def _device_model(model: nn.Module, work: LocalWork, settings: LocalSettings) ->
             place="source",
             cure="leave source out, so that this client trains in torch",
         )
+    check_is_sgd(settings, "the runtime of a device has SGD alone")
     if settings.precision == "bf16":
         raise RecipeError(
             f"devices train in float32, got {settings.precision!r}",

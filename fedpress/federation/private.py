@@ -14,7 +14,15 @@ from fedpress.core.inputs import Inputs
 from fedpress.core.parameters import trainable
 from fedpress.core.random_source import RandomSource, seed_torch_
 from fedpress.errors import RecipeError, TrainingError
-from fedpress.federation.local import LocalSettings, LocalWork, Measures, Outcome, Step, Steps
+from fedpress.federation.local import (
+    LocalSettings,
+    LocalWork,
+    Measures,
+    Outcome,
+    Step,
+    Steps,
+    optimizer_of,
+)
 from fedpress.privacy.noise.mechanism import poisson_batches
 from fedpress.privacy.per_example.gradients import (
     Method,
@@ -38,12 +46,15 @@ def private_steps(model: nn.Module, work: LocalWork) -> Steps:
     Raises:
         RecipeError: if there is no plan of unit "sample", or a setting that private steps lack.
     """
-    plan = check_private(work.plan.settings, work.plan.privacy)
+    settings = work.plan.settings
+    plan = check_private(settings, work.plan.privacy)
     params = trainable(model)
     at = next(model.parameters()).device
     question = question_of(model, work)
     chance = work.key.private_stream("prepare", question)
     number = itertools.count(1)
+    # Running means of noised gradients are made of noised gradients alone: they cost no privacy.
+    optimizer = None if settings.optimizer == "sgd" else optimizer_of(model, work)
 
     def prepare(x: Inputs) -> Inputs:
         return laid_out(work.plan.prepare(x, chance), model)
@@ -70,14 +81,28 @@ def private_steps(model: nn.Module, work: LocalWork) -> Steps:
     raw: list[RawStats] = []
     velocity: Tensor | None = None
     detached = [p.detach() for p in params]
-    momentum = work.plan.settings.momentum
     for gradient, record in noised:
         raw.append(record)
         # Views of the flat gradient: what an algorithm adds to them is in `gradient`, too.
-        parts = gradient.split([p.numel() for p in params])
-        yield Step(detached, [part.view(p.shape) for p, part in zip(params, parts, strict=True)])
-        velocity = step_(params, gradient, velocity, lr=work.lr, momentum=momentum)
+        flat = gradient.split([p.numel() for p in params])
+        parts = [part.view(p.shape) for p, part in zip(params, flat, strict=True)]
+        yield Step(detached, parts)
+        if optimizer is None:
+            velocity = step_(params, gradient, velocity, lr=work.lr, momentum=settings.momentum)
+        else:
+            _step_along_(optimizer, params, parts)
     return Outcome({"steps": plan.steps_per_round, **_failures(raw)})
+
+
+def _step_along_(
+    optimizer: torch.optim.Optimizer, params: list[nn.Parameter], gradients: list[Tensor]
+) -> None:
+    """Takes a step of `optimizer` along `gradients`, and leaves the parameters without any."""
+    for p, gradient in zip(params, gradients, strict=True):
+        p.grad = gradient.to(p)
+    optimizer.step()
+    for p in params:
+        p.grad = None
 
 
 def joint_steps(model: nn.Module, work: LocalWork) -> Steps:

@@ -23,7 +23,7 @@ from fedpress.training.checks import batch_norm_scales, check_training
 from fedpress.training.device import autocast, find, laid_out, place_
 from fedpress.training.evaluate import evaluate, outputs
 from fedpress.training.optimizers import Optimizers
-from fedpress.training.schedule import one_cycle
+from fedpress.training.schedule import factor
 from fedpress.training.settings import TrainSettings
 
 Objective = Callable[[nn.Module, Inputs, Tensor, Tensor], Tensor]
@@ -178,7 +178,7 @@ class Fit:
         for step in range(steps):
             index = order[step * s.batch_size : (step + 1) * s.batch_size]
             done = (self.epoch + step / steps) / s.epochs
-            self.optimizers.set_rate_(one_cycle(done, s.warmup))
+            self.optimizers.set_rate_(factor(done, s))
             batch = train.take(index)
             x = augment(batch.x, s.augment, chance, flipped=mirrored[index])
             loss = self._step(preprocess(x.to(self.device)), batch.y.to(self.device))

@@ -17,16 +17,23 @@ SGD_BESIDE_MUON = {"momentum": 0.9, "weight_decay": 5e-4}
 """What SGD does with the parameters that Muon leaves: these belong to its learning rate, `head_lr`."""
 
 
+ADAMS: dict[str, type[torch.optim.Adam]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+"""Optimizers with running means of gradients and of their squares, by their word in a recipe."""
+
+MEMORIES = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+"""What torch's optimizers remember of each entry of a weight."""
+
+
 class Optimizers:
-    """The optimizers of one training: SGD for all parameters, or Muon for the hidden weights and SGD for the rest.
+    """The optimizers of one training: one for all parameters, or Muon for the hidden weights and SGD for the rest.
 
     Args:
         model: its trainable parameters are taken.
-        helpers: a module whose parameters go to SGD besides.
+        helpers: a module whose parameters go to the first one besides.
         settings: which optimizers, and their rates.
 
     Attributes:
-        each: torch's optimizers, SGD first.
+        each: torch's optimizers, Muon last.
         views: pairs of a filter and the matrix that Muon sees, which shares its memory.
 
     Raises:
@@ -42,7 +49,7 @@ class Optimizers:
 
         self.views = [(p, _view(p)) for p in hidden]
         matrices = [view for _, view in self.views]
-        found = (_sgd(rest, settings, spared=qparam_ids(model)), _muon(matrices, settings))
+        found = (_elementwise(rest, settings, spared=qparam_ids(model)), _muon(matrices, settings))
         self.each = [optimizer for optimizer in found if optimizer is not None]
         self._rates = [[group["lr"] for group in o.param_groups] for o in self.each]
 
@@ -61,16 +68,17 @@ class Optimizers:
 
     @torch.no_grad()
     def forget_(self, weight: nn.Parameter, where: Tensor) -> None:
-        """Zeroes the momentum of `weight` at the true entries of `where`, of its shape: they begin to train anew."""
+        """Zeroes what is remembered of `weight` where `where`, of its shape, is true: there it begins to train anew."""
         view = next((view for p, view in self.views if p is weight), None)
         key, entries = (weight, where) if view is None else (view, as_matrix(where, weight))
         for optimizer in self.each:
-            momentum = optimizer.state.get(key, {}).get("momentum_buffer")
-            if momentum is not None:
-                momentum.masked_fill_(entries, 0)
+            slot = optimizer.state.get(key, {})
+            for memory in MEMORIES:
+                if slot.get(memory) is not None:
+                    slot[memory].masked_fill_(entries, 0)
 
     def state(self) -> dict[str, Tensor]:
-        """Returns the momenta as named tensors, the living ones."""
+        """Returns what the optimizers remember as named tensors, the living ones."""
         out: dict[str, Tensor] = {}
         for at, optimizer in enumerate(self.each):
             for key, slot in optimizer.state_dict()["state"].items():
@@ -103,10 +111,13 @@ def _muon(matrices: list[nn.Parameter], settings: TrainSettings) -> torch.optim.
     return Muon(matrices, settings.lr, momentum=momentum, weight_decay=decay)
 
 
-def _sgd(
+def _elementwise(
     parameters: list[nn.Parameter], settings: TrainSettings, *, spared: set[int]
 ) -> torch.optim.Optimizer | None:
-    """SGD whose weight decay acts on weights alone: norms and biases have one dimension, `spared` are step sizes."""
+    """An optimizer that looks at each entry by itself, and whose weight decay acts on weights alone.
+
+    Norms and biases have one dimension, `spared` are step sizes.
+    """
     if not parameters:
         return None
     lr, momentum, decay = settings.lr, settings.momentum, settings.weight_decay
@@ -118,6 +129,8 @@ def _sgd(
     stays = [p for p in parameters if p.dim() <= 1 or id(p) in spared]
     groups = [{"params": decays, "weight_decay": decay}, {"params": stays, "weight_decay": 0.0}]
     used = [group for group in groups if group["params"]]
+    if settings.optimizer in ADAMS:
+        return ADAMS[settings.optimizer](used, lr=lr, betas=settings.betas)
     return torch.optim.SGD(used, lr, momentum, nesterov=momentum > 0)
 
 

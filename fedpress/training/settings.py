@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -10,35 +11,84 @@ from fedpress.errors import Argument, SettingError
 from fedpress.training.augment import Augment
 from fedpress.training.device import Precision
 
+BETAS = (0.9, 0.999)
+Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+
+DEFAULTS = {"adamw": {"lr": 1e-3, "weight_decay": 1e-2}, "adam": {"lr": 1e-3, "weight_decay": 0.0}}
+"""What optimizers have by default where it differs from SGD's: torch's own defaults."""
+
+
+def fit_to_optimizer_(settings: BaseModel, optimizer: str, defaults: Mapping[str, float]) -> None:
+    """Sets what was left out of `settings` to the `defaults` of the optimizer.
+
+    Args:
+        settings: with `momentum` and `betas`; changed in place, while they are made.
+        optimizer: its word.
+        defaults: key -> value.
+
+    Raises:
+        SettingError: if something is given that this optimizer does not have.
+    """
+    foreign, own = ("momentum", "betas") if optimizer in DEFAULTS else ("betas", "momentum")
+    usual = type(settings).model_fields[foreign].default
+    if getattr(settings, foreign) != usual:
+        raise SettingError(
+            f"optimizer '{optimizer}' has no {foreign}",
+            place=foreign,
+            cure=f"leave {foreign} out, or set {own}",
+        )
+    for key, value in defaults.items():
+        if key not in settings.model_fields_set:
+            object.__setattr__(settings, key, value)
+
 
 class TrainSettings(BaseModel):
     """How to train on the public part.
 
-    Optimizers: "sgd" with Nesterov momentum, or "muon" (orthogonalised momentum, Jordan 2024) for the hidden weights
-    with SGD at `head_lr` for the rest. The learning rate rises linearly over `warmup` of the steps, then falls linearly
-    to 0. Weight decay acts on weights, never on biases, norms and step sizes.
+    Optimizers: "sgd" with Nesterov momentum; "adamw" (Loshchilov & Hutter 2019, arXiv:1711.05101) and "adam" (Kingma &
+    Ba 2015, arXiv:1412.6980); "muon" (orthogonalised momentum, Jordan 2024) for the hidden weights with SGD at
+    `head_lr` for the rest. The learning rate rises linearly over `warmup` of the steps, then goes as `lr_schedule`
+    says. Weight decay acts on weights, never on biases, norms and step sizes. See `docs/training.md`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     epochs: int = Field(ge=0, description="passes over the public part")
     batch_size: int = Field(default=256, ge=1, description="examples in a step")
-    optimizer: Literal["sgd", "muon"] = Field(
-        default="sgd", description="who turns gradients into steps"
+    optimizer: Literal["sgd", "adamw", "adam", "muon"] = Field(
+        default="sgd", description="the rule that turns gradients into steps"
     )
-    lr: float = Field(default=0.1, gt=0, description="peak learning rate")
+    lr: float = Field(
+        default=0.1, gt=0, description="peak learning rate; of adamw and adam 0.001 by default"
+    )
+    lr_schedule: Literal["linear", "cosine", "constant", "step", "onecycle"] = Field(
+        default="linear",
+        description="how the rate goes on after the warm-up: linear and cosine fall to 0, step falls "
+        "at lr_milestones; onecycle rises and falls by cosines",
+    )
+    lr_milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        default=(0.5, 0.75), description="step only: shares of the training at which the rate falls"
+    )
+    lr_gamma: float = Field(
+        default=0.1, gt=0, le=1, description="step only: factor on the rate at each milestone"
+    )
     head_lr: float = Field(
         default=0.05,
         gt=0,
         description="muon only: learning rate of biases, norms, first and last layer",
     )
     momentum: float = Field(
-        default=0.9, ge=0, lt=1, description="share of the old velocity in the new one"
+        default=0.9, ge=0, lt=1, description="share of the old velocity in the new one (sgd, muon)"
+    )
+    betas: Betas = Field(
+        default=BETAS,
+        description="adamw, adam: shares of the old in the running means of the gradient and its square",
     )
     weight_decay: float = Field(
         default=5e-4,
         ge=0,
-        description="pull of the weights towards 0; never on biases, norms and step sizes",
+        description="pull of the weights towards 0, never on biases, norms and step sizes; of adamw "
+        "0.01 and of adam 0 by default",
     )
     bn_penalty: float = Field(
         default=0.0,
@@ -72,6 +122,11 @@ class TrainSettings(BaseModel):
         description="number format of forward passes; auto: bf16 for large convolutional networks "
         "where it is faster",
     )
+
+    @model_validator(mode="after")
+    def _fits_optimizer(self) -> TrainSettings:
+        fit_to_optimizer_(self, self.optimizer, DEFAULTS.get(self.optimizer, {}))
+        return self
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> TrainSettings:

@@ -423,6 +423,10 @@ def test_device_steps_want_a_program_and_float32(program):
         train(network(), with_source(work, device_steps))
     with pytest.raises(RecipeError, match=r"^precision: devices train in float32, got 'bf16'"):
         train(DeviceModel(program), with_source(work, device_steps))
+    settings = LocalSettings(optimizer="adamw", batch_size=4)
+    work = LocalWork(examples(4, 0), Key(7, 1, "c0"), LocalPlan(settings, untouched, GOAL))
+    with pytest.raises(RecipeError, match=r"^optimizer: got 'adamw', but the runtime of a device"):
+        train(DeviceModel(program), with_source(work, device_steps))
 
 
 @pytest.mark.parametrize("named", [True, False])

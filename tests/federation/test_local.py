@@ -58,6 +58,47 @@ def test_sgd_equals_torch_sgd_over_the_same_batches():
     assert measured == {"loss": pytest.approx(sum(losses) / 6), "steps": 6}
 
 
+@pytest.mark.parametrize(
+    ("name", "make"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)]
+)
+def test_local_adam_equals_torch_over_the_same_batches(name, make):
+    given = {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}
+    model, work = mlp(), task(epochs=2, batch_size=5, optimizer=name, **given)
+    twin = copy.deepcopy(model)
+    train(model, work)
+    optimizer = make(twin.parameters(), **given)
+    shuffle = key().client_stream("shuffle")
+    for _ in range(2):
+        for index in shuffle.permutation(10).split(5):
+            optimizer.zero_grad()
+            F.cross_entropy(twin(work.arrays.x[index]), work.arrays.y[index]).backward()
+            optimizer.step()
+    assert torch.equal(parameters.flatten(model), parameters.flatten(twin))
+
+
+def test_local_adam_has_the_usual_rate_and_no_decay():
+    assert LocalSettings(optimizer="adamw").lr == 1e-3
+    assert LocalSettings(optimizer="adamw").weight_decay == 0
+    assert LocalSettings().lr == 0.05
+    with pytest.raises(ValidationError, match="momentum: optimizer 'adamw' has no momentum"):
+        LocalSettings(optimizer="adamw", momentum=0.9)
+
+
+def test_private_adam_steps_along_the_noised_gradients_alone():
+    work = task(plan=SAMPLE_PLAN, optimizer="adamw", lr=0.01)
+    model = mlp()
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(twin.parameters(), 0.01, weight_decay=0)
+    run = with_source(work, GRADIENT_SOURCES["private"]).begin(model)
+    for step in run:
+        for p, gradient in zip(twin.parameters(), step.gradients, strict=True):
+            p.grad = gradient.clone()
+        optimizer.step()
+    assert run.measures == {"steps": 4}
+    torch.testing.assert_close(parameters.flatten(model), parameters.flatten(twin), rtol=0, atol=0)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_the_learning_rate_decays_by_round():
     assert task(lr=0.1, lr_decay=0.5, round=1).lr == 0.1
     assert task(lr=0.1, lr_decay=0.5, round=3).lr == pytest.approx(0.025)

@@ -79,7 +79,7 @@ def test_training_equals_a_plain_loop(kind, changes):
     ]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+@pytest.mark.parametrize("optimizer", ["sgd", "muon", "adamw"])
 def test_frozen_parameters_stay(optimizer):
     model = network("resnet")
     for name, p in model.named_parameters():
@@ -134,11 +134,9 @@ def test_same_seed_same_bits_whatever_the_global_generator_does():
 def test_training_learns():
     data = images(60, classes=2)
     data = Arrays((data.x // 2 + 120 * data.y.view(-1, 1, 1, 1)).to(torch.uint8), data.y)
-    for optimizer in ("sgd", "muon"):
+    for optimizer, lr in (("sgd", 0.02), ("muon", 0.02), ("adamw", 0.003), ("adam", 0.003)):
         model = network("cnn")
-        records = fit_all(
-            fitting(model, settings(optimizer=optimizer, lr=0.02), seed=0), data, data
-        )
+        records = fit_all(fitting(model, settings(optimizer=optimizer, lr=lr), seed=0), data, data)
         assert records[-1].score == evaluate(model, data, PREPROCESS, TASK).score > 0.9
         assert records[-1].loss < records[0].loss
 
@@ -147,6 +145,8 @@ RESUMED = {
     "sgd": ("resnet", {}),
     "no momentum": ("mlp", {"momentum": 0.0}),
     "muon": ("resnet", {"optimizer": "muon", "lr": 0.02, "weight_decay": 0.1}),
+    "adamw": ("resnet", {"optimizer": "adamw", "lr": 1e-3, "lr_schedule": "cosine"}),
+    "adam": ("cnn", {"optimizer": "adam", "lr": 1e-3, "lr_schedule": "onecycle"}),
     "averaged": ("resnet", {"ema": 0.8}),
     "muon averaged": ("cnn", {"optimizer": "muon", "lr": 0.02, "ema": 0.8}),
     "patience": ("cnn", {"patience": 2, "epochs": 4}),
@@ -302,7 +302,7 @@ def test_one_example_is_enough():
     assert [r.epoch for r in records] == [1, 2]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+@pytest.mark.parametrize("optimizer", ["sgd", "muon", "adamw"])
 def test_zeros_of_sparse_weights_stay_zero_and_the_others_train(optimizer):
     model = network()
     names = ("stem.weight", "stages.1.0.conv1.weight")

@@ -228,3 +228,25 @@ def test_step_sizes_get_no_weight_decay_also_where_weights_have_them_in_groups(o
     assert names == {
         n for n, _ in model.named_parameters() if n.rpartition(".")[2].startswith("weight")
     } - {n for n, _ in model.named_parameters() if n.endswith("_scale")}
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam"])
+def test_a_training_with_adam_equals_torch_over_the_same_batches(name):
+    make = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name]
+    s = settings(optimizer=name, lr=3e-3, weight_decay=0.1, betas=(0.8, 0.95))
+    data, model = images(), network("cnn")
+    twin = place_(copy.deepcopy(model)).train()
+    decayed = [p for p in twin.parameters() if p.dim() > 1]
+    plain = [p for p in twin.parameters() if p.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = make(groups, lr=s.lr, betas=(0.8, 0.95))
+    for index, rate in zip(batches(s, len(data), 1), rates(s, len(data)), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = s.lr * rate
+        optimizer.zero_grad()
+        x = PREPROCESS(data.x[index]).contiguous(memory_format=torch.channels_last)
+        F.cross_entropy(twin(x), data.y[index]).backward()
+        optimizer.step()
+    fit_all(fitting(model, s, seed=1), data)
+    assert_close(model, twin)
+    assert not torch.equal(model.conv1.weight, network("cnn").conv1.weight)

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedpress.federation.algorithms.base import AlgorithmRow, ClientState, RoundInfo, ServerState
-from fedpress.federation.local import LocalWork, Measures
+from fedpress.federation.local import LocalSettings, LocalWork, Measures, check_is_sgd
 from fedpress.federation.vectors import UPDATE, ExtraVector, Vectors
 
 TINY = 1e-10
@@ -40,6 +40,10 @@ class QFedAvg(AlgorithmRow):
     def reads_loss(self) -> bool:
         """Asks for the loss at the server's model."""
         return True
+
+    def check(self, settings: LocalSettings) -> None:
+        """Refuses all but SGD: 1 / lr stands for the Lipschitz constant of the gradient."""
+        check_is_sgd(settings, "'qfedavg' measures the curvature of the loss by the rate of SGD")
 
     def client_update(
         self, model: nn.Module, work: LocalWork, down: Vectors, state: ClientState

@@ -24,7 +24,7 @@ from fedpress.codecs import AnyTransform
 from fedpress.errors import RecipeError
 from fedpress.federation.algorithms.base import AlgorithmRow, ClientState, RoundInfo, ServerState
 from fedpress.federation.algorithms.optimizers import Average, Server
-from fedpress.federation.local import LocalSettings, LocalWork, Measures
+from fedpress.federation.local import LocalSettings, LocalWork, Measures, check_is_sgd
 from fedpress.federation.vectors import UPDATE, ExtraVector, Vectors
 
 CONTROL = "control"
@@ -85,7 +85,8 @@ class Scaffold(AlgorithmRow):
         return True
 
     def check(self, settings: LocalSettings) -> None:
-        """Local momentum is refused: (x - y) / (K lr) would not be the mean gradient of the local steps."""
+        """Refuses all but plain SGD: (x - y) / (K lr) would not be the mean gradient of the local steps."""
+        check_is_sgd(settings, "'scaffold' takes how far a client moved for its mean gradient")
         if settings.momentum:
             raise RecipeError(
                 (

@@ -10,6 +10,7 @@ from fedpress.codecs import Bound, Clip, Settings
 from fedpress.data.population import Population
 from fedpress.errors import RecipeError
 from fedpress.federation import Cohort, Trust, trust_of
+from fedpress.federation.local import check_is_sgd
 from fedpress.federation.schedules import Participation
 from fedpress.federation.servernoise import ServerNoise
 from fedpress.privacy.accounting.events import MechanismEvent
@@ -118,6 +119,7 @@ def _joint_step(case: PlanningCase) -> tuple[PrivacyPlan, float]:
 
 
 def _check_joint(stage: FederateSettings) -> None:
+    check_is_sgd(stage, "with this trust the clients of a cohort take one step together")
     for name, fine in (("epochs", 1), ("momentum", 0.0), ("lr_decay", 1.0)):
         if getattr(stage, name) != fine:
             raise RecipeError(

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from fedpress.federation import FedAvg
+from fedpress.errors import RecipeError
+from fedpress.federation import FedAvg, LocalSettings
 from fedpress.federation.algorithms import QFedAvg
 from fedpress.privacy.plan import PrivacyPlan
 from tests.federation.algorithms.quadratics import Quadratics
@@ -18,6 +19,11 @@ def twin(going, params, q, rate):
         deltas.append(loss**q * step)
         curvatures.append(q * loss ** (q - 1) * step.square().sum() + loss**q / rate)
     return params - sum(deltas) / sum(curvatures)
+
+
+def test_another_optimizer_than_sgd_is_refused_with_the_cure():
+    with pytest.raises(RecipeError, match=r"optimizer: got 'adam', but 'qfedavg' .* set optimizer"):
+        Quadratics(QFedAvg(), settings=LocalSettings(optimizer="adam"))
 
 
 @pytest.mark.parametrize("q", [0.5, 1.0, 3.0])

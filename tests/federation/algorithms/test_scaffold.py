@@ -252,6 +252,10 @@ def test_weights_by_examples_and_local_momentum_are_refused_with_the_cure():
         replace(Quadratics(Scaffold()).terms, uplink=up)
     with pytest.raises(RecipeError, match="set momentum = 0"):
         Quadratics(Scaffold(), settings=LocalSettings(momentum=0.5))
+    with pytest.raises(
+        RecipeError, match=r"optimizer: got 'adamw', but 'scaffold' .* set optimizer"
+    ):
+        Quadratics(Scaffold(), settings=LocalSettings(optimizer="adamw"))
 
 
 class Blind:

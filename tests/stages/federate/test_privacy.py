@@ -194,6 +194,10 @@ def test_fewer_values_need_less_epsilon_at_equal_bits():
         ),
         ({"privacy": private("sample", "distributed"), "epochs": 2}, "one step together"),
         (
+            {"privacy": private("sample", "central"), "optimizer": "adamw"},
+            "optimizer: got 'adamw', .* one step together; set",
+        ),
+        (
             {"privacy": private("client", "distributed"), "uplink": [{"kind": "rotate"}]},
             "end the list with",
         ),

@@ -261,8 +261,16 @@ def test_settings_are_a_row_of_the_recipe():
     assert made.epochs == 0
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
-def test_training_forgets_the_momentum_of_given_entries(optimizer):
+@pytest.mark.parametrize(
+    ("optimizer", "memory"),
+    [
+        ("sgd", "momentum_buffer"),
+        ("muon", "momentum_buffer"),
+        ("adamw", "exp_avg"),
+        ("adamw", "exp_avg_sq"),
+    ],
+)
+def test_training_forgets_the_momentum_of_given_entries(optimizer, memory):
     from fedpress.core.examples import Arrays, Preprocess
     from fedpress.models.resnet import resnet_small
     from fedpress.tasks import Classification
@@ -287,9 +295,7 @@ def test_training_forgets_the_momentum_of_given_entries(optimizer):
 
     def momentum():
         view = next((v for p, v in fit.optimizers.views if p is weight), weight)
-        found = next(
-            o.state[view]["momentum_buffer"] for o in fit.optimizers.each if view in o.state
-        )
+        found = next(o.state[view][memory] for o in fit.optimizers.each if view in o.state)
         shape = weight.permute(0, 2, 3, 1).shape
         channels_last = view is not weight and weight.is_contiguous(
             memory_format=torch.channels_last
