@@ -36,7 +36,9 @@ def private(unit, trust, **more):
 
 
 def plan_of(made, cohort=EVERYBODY, shapes=SHAPES):
-    participation = made.schedule.foresee(ScheduleContext(NAMES, cohort, 5, 5), made.num_rounds)
+    participation = made.schedule.plan_participation(
+        ScheduleContext(NAMES, cohort, 5, 5), made.num_rounds
+    )
     return plan_protection(made, CLIENTS, participation, cohort, shapes)
 
 
