@@ -9,31 +9,51 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedpress.api.accounting import epsilon
+    from fedpress.api.recipes import recipes
     from fedpress.api.result import Result
+    from fedpress.api.runs import Run, check, report, run
     from fedpress.api.stages import distill, export, l0, pack, prune, quantize, sparsify, train
     from fedpress.data import FederatedData
     from fedpress.errors import FedpressError
     from fedpress.pipeline.commands.measuring import measure
+    from fedpress.pipeline.recipe import Recipe
+    from fedpress.privacy.accounting.accountant import noise_multiplier
+    from fedpress.workspace.state import StageFinished, StageStarted, Tick
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FederatedData",
     "FedpressError",
+    "Recipe",
     "Result",
+    "Run",
+    "StageFinished",
+    "StageStarted",
+    "Tick",
+    "check",
     "distill",
+    "epsilon",
     "export",
     "l0",
     "measure",
+    "noise_multiplier",
     "pack",
     "prune",
     "quantize",
+    "recipes",
+    "report",
+    "run",
     "sparsify",
     "train",
 ]
 
-_MODULES = {
+_NAMES_IN = {
+    "fedpress.api.accounting": ("epsilon",),
+    "fedpress.api.recipes": ("recipes",),
     "fedpress.api.result": ("Result",),
+    "fedpress.api.runs": ("Run", "check", "report", "run"),
     "fedpress.api.stages": (
         "distill",
         "export",
@@ -47,8 +67,13 @@ _MODULES = {
     "fedpress.data": ("FederatedData",),
     "fedpress.errors": ("FedpressError",),
     "fedpress.pipeline.commands.measuring": ("measure",),
+    "fedpress.pipeline.recipe": ("Recipe",),
+    "fedpress.privacy.accounting.accountant": ("noise_multiplier",),
+    "fedpress.workspace.state": ("StageFinished", "StageStarted", "Tick"),
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+"""Module -> the names of the door that live in it."""
+
+_MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fedpress import tasks
+from fedpress.api.progress import show
 from fedpress.api.result import Result
 from fedpress.core import consent
 from fedpress.core.examples import Preprocess
@@ -51,6 +52,7 @@ def call(
     out: str | Path | None = None,
     device: str | torch.device | None = None,
     allow_code: Collection[str] | str = (),
+    progress: bool | None = None,
     **settings: Any,
 ) -> Result:
     """Runs one stage on one model.
@@ -74,6 +76,7 @@ def call(
         device: where to train and measure: "auto", "cpu", "cuda", "cuda:1" or "mps"; None is "auto".
         allow_code: names `module:function` that the files of `model`, of its run or of a teacher may have called; a
             `model` that is given as `module:function` is allowed by that.
+        progress: whether to show bars; None: in a notebook, and where the error stream is a terminal.
         settings: the keys of the stage; a `teacher` may be a module, too.
 
     Returns:
@@ -106,7 +109,7 @@ def call(
         order.check(loaded)
         opened = _checked(kind, opened, loaded, out)
         place = out if out is not None else stack.enter_context(tempfile.TemporaryDirectory())
-        result = _executed(order, loaded, Path(place), str(model)[:200])
+        result = _executed(order, loaded, Path(place), str(model)[:200], progress)
         unknown = opened.module is not None and (out is None or opened.named is None)
         result = replace(result, spec=None if unknown else result.spec)
         if out is not None:
@@ -150,14 +153,15 @@ def _keys(settings: dict[str, Any], stack: ExitStack) -> list[Override]:
     return [Override.of(key, value) for key, value in settings.items()]
 
 
-def _executed(order: Order, data: FederatedData, place: Path, model: str) -> Result:
+def _executed(
+    order: Order, data: FederatedData, place: Path, model: str, progress: bool | None
+) -> Result:
     """Does the work in a new run folder at `place`."""
     folder = RunFolder.create(place, order.text, settings_of(order.recipe))
     with folder.locked():
         words = [f"fedpress.{order.kind}", model]
         note_environment(folder, shlex.join(words), device=device_of(order.recipe))
-        for _ in order.execute(folder, data):
-            pass
+        show(order.execute(folder, data), progress)
         return Result.read(folder, order.kind)
 
 

@@ -24,7 +24,6 @@ from fedpress.cli.common import (
     allow_code,
     held,
     in_one_line,
-    load,
     load_data,
     on_device,
     show_keys,
@@ -92,11 +91,12 @@ def check(
             place="check",
             cure="fedpress recipes lists the names",
         )
+    from fedpress.api import begin
     from fedpress.cli import terminal
     from fedpress.pipeline.check import check_recipe
 
     allow_code(code)
-    _, wanted = load(recipe, on_device(overrides, device), data)
+    _, wanted = begin.load(recipe, on_device(overrides, device), data)
     out_stream = terminal.console(quiet=as_json)
     loaded = load_data(wanted, out_stream)
     with terminal.waiting(out_stream, "checking that everything fits together"):

@@ -16,8 +16,6 @@ from fedpress.cli.common import (
     AsJson,
     Device,
     allow_code,
-    find_modules,
-    load,
     on_device,
     stopping,
     told,
@@ -67,10 +65,11 @@ def measure(
     allow_code(code)
     out_stream = terminal.console(quiet=as_json)
     with terminal.waiting(out_stream, "measuring"):
+        from fedpress.api import begin
         from fedpress.pipeline import commands
         from fedpress.workspace.atomic import write_json
 
-        find_modules([])
+        begin.find_modules()
         found = commands.measure(
             models,
             formats=None if formats is None else [name for name in formats.split(",") if name],
@@ -127,6 +126,7 @@ def sweep(
     allow_code(code)
     out_stream = terminal.console(quiet=as_json)
     with terminal.waiting(out_stream, "starting"):
+        from fedpress.api import begin
         from fedpress.pipeline import recipe as recipes
         from fedpress.pipeline import sweep as sweeps
         from fedpress.pipeline.start import device_of
@@ -135,7 +135,7 @@ def sweep(
 
         variants = sweeps.variants(values or [], _whole_seeds(seeds))
         # Checked with what all variants say: a key that the recipe lacks may be given behind it.
-        text, wanted = load(recipe, on_device(sweeps.in_all(variants), device), data)
+        text, wanted = begin.load(recipe, on_device(sweeps.in_all(variants), device), data)
         device_of(wanted)  # one refusal in place of one for each variant
         extra = (
             [f"data.path={json.dumps(str(data), ensure_ascii=False)}"] if data is not None else []

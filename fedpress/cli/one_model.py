@@ -19,8 +19,6 @@ from fedpress.cli.common import (
     ListKeys,
     again,
     allow_code,
-    default_folder,
-    find_modules,
     hold,
     on_device,
     run_to_resume,
@@ -168,10 +166,11 @@ def _made_ready(asked: Asked, out_stream: Console) -> Ready:
     from fedpress.cli import terminal
 
     with terminal.waiting(out_stream, "starting"):
+        from fedpress.api import begin
         from fedpress.pipeline.keys import settings_of
         from fedpress.workspace.folder import RunFolder
 
-        find_modules([])
+        begin.find_modules()
         place, order = _ordered(asked)
         if asked.resume and place.is_dir():
             hold(place)
@@ -189,6 +188,7 @@ def _made_ready(asked: Asked, out_stream: Console) -> Ready:
 
 def _ordered(asked: Asked) -> tuple[Path, Order]:
     """Returns the run folder and the order: of a run that goes on, all that was said then lies there."""
+    from fedpress.api.begin import default_folder
     from fedpress.pipeline.commands import Order
     from fedpress.pipeline.commands.examples import Examples, Given
     from fedpress.pipeline.commands.subject import Subject

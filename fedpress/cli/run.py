@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,25 +19,21 @@ from fedpress.cli.common import (
     Overrides,
     again,
     allow_code,
-    default_folder,
-    given,
-    hold,
-    load,
+    held,
     load_data,
     named,
     on_device,
     run_to_resume,
     show_keys,
     stopping,
-    take_up,
     warn,
 )
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fedpress.api.begin import Begun
     from fedpress.data import FederatedData
-    from fedpress.pipeline.recipe import Recipe
     from fedpress.workspace.folder import RunFolder
 
 
@@ -89,44 +84,24 @@ def run(
     _show(begun.place, report_file, out_stream, as_json=as_json)
 
 
-@dataclass(frozen=True)
-class Begun:
-    """A run that was checked.
-
-    Attributes:
-        recipe: what is run.
-        text: the same as TOML, for a new run.
-        place: where everything goes.
-        folder: of the run that goes on; None for a new one.
-        about: where the recipe came from, and what was overridden in it.
-    """
-
-    recipe: Recipe
-    text: str
-    place: Path
-    folder: RunFolder | None
-    about: dict[str, object]
-
-
 def _new(context: typer.Context, words: list[str], data: Path | None, out: Path | None) -> Begun:
     """Binds a new run, and looks whether its folder is free."""
-    from fedpress.workspace.folder import RunFolder
+    from fedpress.api import begin
 
     recipe, overrides = _parted(words)
-    text, wanted = load(named(recipe, context), overrides, data)
-    place = out or default_folder(wanted.name, False)
-    RunFolder.check_free(place, text)
-    return Begun(wanted, text, place, None, _about(recipe, overrides, data))
+    return begin.new(named(recipe, context), overrides, data, out)
 
 
 def _begun(context: typer.Context, words: list[str], data: Path | None, out: Path | None) -> Begun:
     """Opens a run that goes on; its folder may stand among the words, and the recipe may be left out."""
+    from fedpress.api import begin
+
     place, rest = run_to_resume(words) if out is None else (out, words)
     recipe, overrides = _parted(rest)
     if place is None:
-        place = default_folder(load(named(recipe, context), overrides, data)[1].name, True)
-    wanted, folder = take_up(place, recipe, overrides, data)
-    return Begun(wanted, "", place, folder, _about(recipe, overrides, data))
+        checked = begin.load(named(recipe, context), overrides, data)[1]
+        place = begin.default_folder(checked.name, True)
+    return begin.going_on(place, recipe, overrides, data, held)
 
 
 def _parted(words: list[str]) -> tuple[str | None, list[str]]:
@@ -136,13 +111,6 @@ def _parted(words: list[str]) -> tuple[str | None, list[str]]:
     return None, words
 
 
-def _about(recipe: str | None, words: list[str], data: Path | None) -> dict[str, object]:
-    """Returns where a recipe comes from: the path of a file, or the name of one that is shipped."""
-    is_file = recipe is not None and Path(recipe).is_file()
-    origin = str(Path(str(recipe)).resolve()) if is_file else recipe
-    return {"recipe": origin, "overrides": given(words, data)}
-
-
 def _execute(
     begun: Begun, data: FederatedData, earlier: RunFolder | None, out_stream: Console
 ) -> Path:
@@ -150,20 +118,13 @@ def _execute(
     from fedpress.api import progress
     from fedpress.cli import terminal
     from fedpress.pipeline import run as runs
-    from fedpress.pipeline.environment import note_environment
-    from fedpress.pipeline.keys import settings_of
-    from fedpress.pipeline.start import device_of
     from fedpress.reports.html import write_report
-    from fedpress.workspace.folder import RunFolder
 
-    place, folder = begun.place, begun.folder
-    if folder is None:
-        folder = RunFolder.create(place, begun.text, settings_of(begun.recipe))
-        hold(place)
+    place = begun.place
     saved = "all up to the last epoch or round is saved"
     with stopping(f"\nstopped; {saved}; go on with: {again(place)}"):
-        command = shlex.join(["fedpress", *sys.argv[1:]])
-        warn(note_environment(folder, command, begun.about, device=device_of(begun.recipe)))
+        folder, notes = begun.start(shlex.join(["fedpress", *sys.argv[1:]]), held)
+        warn(notes)
         out_stream.print(f"{begun.recipe.name} into {place}", markup=False, soft_wrap=True)
         progress.follow(runs.execute(begun.recipe, folder, data, reuse=earlier), out_stream)
         with terminal.waiting(out_stream, "drawing the report"):

@@ -117,7 +117,7 @@ class Examples:
         if self.source is not None:
             table = self._of_source(self.source, subject)
         elif self.held is not None:
-            table = _of_held(self.held)
+            table = table_of(self.held)
         elif (found := subject.data()) is not None:
             table, seed = found
         else:
@@ -167,7 +167,7 @@ class Examples:
         )
 
 
-def _of_held(held: FederatedData) -> dict[str, Any]:
+def table_of(held: FederatedData) -> dict[str, Any]:
     """Returns the table of a data set in memory: what an example looks like, and the number of classes."""
     dtype = dtype_of(held.public.x)
     kinds = ":int64" if dtype == "int64" else ""

@@ -80,12 +80,12 @@ class Order:
             stage |= {
                 key: value for key, value in row.defaults_without_data.items() if key not in given
             }
-        text = recipes.write(
+        tables = recipes.plain(
             {"name": kind, "seed": seed, "data": data, "model": subject.model, "stage": [stage]}
         )
         with naming_arguments(kind, all_public=data["source"] == NOTHING):
             # Keys of the stage are put into its own table, so that errors about them name them as they were given.
-            whole = recipes.tree(text, [key for key in keys if _of_recipe(key)])
+            whole = recipes.completed(tables, [key for key in keys if _of_recipe(key)])
             own = [key for key in keys if not _of_recipe(key)]
             whole["stage"] = [recipes.overridden(whole["stage"][0], own)]
             recipe = recipes.checked(whole)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from fedpress.pipeline.recipe.mistakes import check_values, first_mistake
 from fedpress.pipeline.recipe.overrides import Override, name_stages_, overridden
 from fedpress.pipeline.recipe.settings import Recipe
-from fedpress.pipeline.recipe.text import anchor_, parse, write
+from fedpress.pipeline.recipe.text import anchor_, parse, plain, write
 
 
 def load(toml: str, overrides: Sequence[str | Override] = ()) -> Recipe:
@@ -45,11 +45,33 @@ def tree(toml: str, overrides: Sequence[str | Override] = ()) -> dict[str, Any]:
     Raises:
         RecipeError: if the text is no TOML, or an override has no place.
     """
-    found = parse(toml)
+    return completed(parse(toml), overrides)
+
+
+def completed(tables: dict[str, Any], overrides: Sequence[str | Override] = ()) -> dict[str, Any]:
+    """Returns the tables of a recipe with `overrides` in them, and a name for every stage; nothing is checked yet.
+
+    Raises:
+        RecipeError: if an override has no place.
+    """
+    found = copy.deepcopy(tables)
     name_stages_(found)
     found = overridden(found, overrides)
     name_stages_(found)  # also those that an override has put in
     return found
+
+
+def from_tables(
+    tables: dict[str, Any], overrides: Sequence[str | Override] = ()
+) -> tuple[str, Recipe]:
+    """Returns the text and the settings of a recipe that was made in Python; its paths count from the present folder.
+
+    Raises:
+        RecipeError: if an override has no place, or a setting is wrong.
+    """
+    found = completed(plain(tables), overrides)
+    anchor_(found, Path.cwd())
+    return write(found), checked(found)
 
 
 def effective(
@@ -67,11 +89,11 @@ def effective(
     Raises:
         RecipeError: if the text is no TOML, or an override has no place.
     """
-    plain = tree(text)
-    anchored = copy.deepcopy(plain)
+    found = tree(text)
+    anchored = copy.deepcopy(found)
     if folder is not None:
         anchor_(anchored, folder)
-    if anchored == plain and not overrides:
+    if anchored == found and not overrides:
         return text
     changed = overridden(anchored, overrides)
     anchor_(changed, Path.cwd())

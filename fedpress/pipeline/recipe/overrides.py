@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 from fedpress.core import limits
 from fedpress.errors import RecipeError
-from fedpress.pipeline.recipe.text import SHORTEN, TOO_DEEP, check_depth, plain
+from fedpress.pipeline.recipe.text import SHORTEN, TOO_DEEP, check_depth, in_one_line, plain
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,40 @@ class Override:
         """
         return cls(key, None if value is None else plain(value), key)
 
+    def as_text(self) -> str:
+        """Returns it as the command line takes it.
+
+        >>> Override.of("stage.1.keep_params", 0.3).as_text()
+        'stage.1.keep_params=0.3'
+        """
+        value = "none" if self.value is None else in_one_line(self.value)
+        return f"{self.key}={value}"
+
     @property
     def place(self) -> str:
         """How an error calls it."""
         text = self.text
         return f"override '{text}'" if len(text) < 100 else f"override '{text[:40]}...'"
+
+
+def overrides_of(values: Mapping[str, Any], at: str = "") -> list[Override]:
+    """Returns the overrides for keywords from Python: a mapping changes the keys that it names and leaves the others.
+
+    A mapping with a `kind` takes the place of the whole table, since the keys of another kind mean something else.
+
+    >>> [one.as_text() for one in overrides_of({"seed": 1, "data": {"num_clients": 5}})]
+    ['seed=1', 'data.num_clients=5']
+    >>> [one.as_text() for one in overrides_of({"data": {"partition": {"kind": "iid"}}})]
+    ['data.partition={kind = "iid"}']
+    """
+    found: list[Override] = []
+    for name, value in values.items():
+        key = f"{at}.{name}" if at else str(name)
+        if isinstance(value, Mapping) and value and "kind" not in value:
+            found += overrides_of(value, key)
+        else:
+            found.append(Override.of(key, value))
+    return found
 
 
 def overridden(tree: dict[str, Any], overrides: Sequence[str | Override]) -> dict[str, Any]:

@@ -1,0 +1,255 @@
+"""A recipe and what is overridden in it become a run that may begin, or one that goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedpress.core import consent, own_modules
+from fedpress.errors import Argument, ModelError, RunError
+from fedpress.pipeline import recipe as recipes
+from fedpress.pipeline.environment import note_environment
+from fedpress.pipeline.keys import settings_of
+from fedpress.pipeline.recipe import Override, Recipe
+from fedpress.pipeline.start import device_of
+from fedpress.workspace import lock, started
+from fedpress.workspace.atomic import read_json
+from fedpress.workspace.damage import check_run
+from fedpress.workspace.folder import RunFolder
+
+Source = str | Path | Mapping[str, Any] | Recipe
+"""A recipe: the name of a shipped one, a TOML file, its tables, or checked settings."""
+
+Overrides = Sequence[str | Override]
+
+
+def default_folder(name: str, resume: bool) -> Path:
+    """`runs/NAME`, or the first number behind it that is free; the last one that is there to resume."""
+    numbered = [
+        Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 1000)
+    ]
+    taken = [path for path in numbered if path.exists()]
+    if resume:
+        return taken[-1] if taken else numbered[0]
+    return numbered[numbered.index(taken[-1]) + 1] if taken else numbered[0]
+
+
+def load(recipe: Source, overrides: Overrides = (), data: Path | None = None) -> tuple[str, Recipe]:
+    """Returns a recipe as TOML that stands alone, with everything that overrides it, and the checked settings.
+
+    Args:
+        recipe: paths in a file count from its folder, those in tables from the present folder.
+        overrides: such as `stage.2.num_rounds=5`; paths in them count from the present folder.
+        data: where the data lies.
+
+    Raises:
+        RecipeError: if there is no such recipe, or a setting is wrong.
+    """
+    overrides = [*overrides, *_of_data(data)]
+    if isinstance(recipe, Mapping | Recipe):
+        find_modules()
+        tables = (
+            recipe.model_dump(mode="json", exclude_unset=True)
+            if isinstance(recipe, Recipe)
+            else dict(recipe)
+        )
+        return recipes.from_tables(tables, overrides)
+    text = recipes.find(str(recipe))
+    file = _file_of(recipe)
+    folder = file.parent if file is not None else None
+    find_modules(*([folder] if folder is not None else []))
+    recipes.load(text, overrides)  # says what is wrong in the places that the file has
+    text = recipes.effective(text, overrides, folder=folder)
+    return text, recipes.load(text)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run whose settings were checked, and which may begin or go on.
+
+    Attributes:
+        recipe: what is run.
+        text: the same as TOML, for a new run.
+        place: the folder where everything goes.
+        folder: of the run that goes on; None for a new one, whose folder is not made yet.
+        origin: where the recipe came from, and what was overridden in it.
+    """
+
+    recipe: Recipe
+    text: str
+    place: Path
+    folder: RunFolder | None
+    origin: Mapping[str, Any]
+
+    def start(self, command: str, held: ExitStack) -> tuple[RunFolder, list[str]]:
+        """Makes the folder of a new run, and notes where and how the work is done.
+
+        Args:
+            command: what was called, as the folder notes it.
+            held: takes the lock of the folder.
+
+        Returns:
+            The folder, and sentences that a person must know who goes on with a run.
+        """
+        folder = self.folder
+        if folder is None:
+            folder = RunFolder.create(self.place, self.text, settings_of(self.recipe))
+            held.enter_context(folder.locked())
+        device = device_of(self.recipe)
+        return folder, note_environment(folder, command, self.origin, device=device)
+
+
+def new(recipe: Source, overrides: Overrides, data: Path | None, out: Path | None) -> Begun:
+    """Binds a new run, and looks whether its folder is free.
+
+    Raises:
+        RecipeError: if there is no such recipe, or a setting is wrong.
+        RunError: if the folder holds something that the run would replace.
+    """
+    text, checked = load(recipe, overrides, data)
+    place = out or default_folder(checked.name, False)
+    RunFolder.check_free(place, text)
+    return Begun(checked, text, place, None, origin_of(recipe, overrides, data))
+
+
+def going_on(
+    place: Path,
+    recipe: Source | None,
+    overrides: Overrides,
+    data: Path | None,
+    held: ExitStack,
+) -> Begun:
+    """Binds the run in the folder `place`, from where it stopped; see `take_up`."""
+    checked, folder = take_up(place, recipe, overrides, data, held)
+    return Begun(checked, "", place, folder, origin_of(recipe, overrides, data))
+
+
+def origin_of(recipe: Source | None, overrides: Overrides, data: Path | None) -> dict[str, Any]:
+    """Returns what a run folder notes of its beginning: the recipe's file or name, and what was overridden.
+
+    Paths are absolute, since the run may go on in another folder. Tables come from no place: None.
+    """
+    file = _file_of(recipe) if isinstance(recipe, str | Path) else None
+    name = recipe if isinstance(recipe, str) else None
+    every = [*overrides, *_of_data(data.resolve() if data is not None else None)]
+    return {
+        "recipe": str(file) if file is not None else name,
+        "overrides": [one if isinstance(one, str) else one.as_text() for one in every],
+    }
+
+
+def _file_of(recipe: str | Path) -> Path | None:
+    """Returns the file that a recipe is, None for the name of a shipped one."""
+    if str(recipe) in recipes.names() or not Path(recipe).is_file():
+        return None
+    return Path(recipe).resolve()
+
+
+def _of_data(data: Path | None) -> list[Override]:
+    return [Override.of("data.path", str(data))] if data is not None else []
+
+
+def take_up(
+    place: Path,
+    recipe: Source | None,
+    overrides: Overrides,
+    data: Path | None,
+    held: ExitStack,
+) -> tuple[Recipe, RunFolder]:
+    """Opens the run in `place`; what it was started with needs not be said again.
+
+    Args:
+        place: the folder of the run.
+        recipe: by name or file, to make sure that it is this one's; None: the one that lies in the folder.
+        overrides: further ones, which must not change anything.
+        data: where the data lies now, if it moved.
+        held: takes the lock of the folder.
+
+    Raises:
+        RunError: if there is no run, or it was started with other settings.
+        ModelError: if the recipe in the folder alone names functions, and this user has not started the run.
+    """
+    if not (place / "settings.json").exists():
+        raise RunError(
+            "there is no run to resume", place=place, cure="leave out --resume to start one"
+        )
+    held.enter_context(lock.locked(place))
+    check_run(place)
+    noted = read_json(place / "environment.json") if (place / "environment.json").exists() else {}
+    own = place / "recipe.toml"
+    if not own.exists() and recipe is None:
+        raise RunError(
+            "no such file",
+            place=own,
+            cure="name the recipe of this run too, as it was when the run began",
+        )
+    _find_its_functions(own, noted, trusted=recipe is not None)
+
+    stored = None
+    if own.exists():
+        every = [*overrides, *_of_data(data)]
+        stored = recipes.load(recipes.effective(own.read_text("utf-8"), every))
+    if recipe is None:
+        assert stored is not None
+        return stored, RunFolder.resume(place, settings_of(stored))
+
+    wanted = load(recipe, overrides, data)[1]
+    settings = RunFolder.open(place).settings
+    if settings_of(wanted) != settings and noted.get("overrides"):
+        # Perhaps only what was overridden at the start is missing.
+        wanted = load(recipe, [*map(str, noted["overrides"]), *overrides], data)[1]
+    folder = RunFolder.resume(place, settings_of(wanted))
+    if stored is not None and settings_of(stored) == settings:
+        return stored, folder
+    return wanted, folder
+
+
+def _find_its_functions(recipe: Path, noted: Mapping[str, object], *, trusted: bool) -> None:
+    """Lets the functions that a run's recipe names be found beside the recipe that it was started with.
+
+    Args:
+        recipe: in the folder of the run; it may be missing.
+        noted: the environment of the run.
+        trusted: whether the user has named a recipe, and so does not rest on the one in the folder.
+
+    Raises:
+        ModelError: if it names functions that nobody has allowed, and this user has not started the run.
+    """
+    functions = started.functions_of(recipe.read_text("utf-8")) if recipe.exists() else []
+    told = noted.get("recipe")
+    origin = told if isinstance(told, str) else None
+    known = started.is_signed(noted.get("started_by"), functions, origin)
+    beside = [Path(origin).parent] if known and origin else []
+    find_modules(*(folder for folder in beside if folder.is_dir()))
+    if not (trusted or known):
+        _refuse_functions(recipe, functions)
+
+
+def _refuse_functions(recipe: Path, functions: list[str]) -> None:
+    """Refuses the recipe of a folder that somebody else may have made, if it names functions nobody has allowed.
+
+    Raises:
+        ModelError: with the words to add.
+    """
+    asked = [name for name in functions if not consent.allowed(name)]
+    if asked:
+        raise ModelError(
+            (
+                f"it names {', '.join(map(repr, asked))[:200]}, which would be called, and "
+                "nothing shows that you have started this run yourself here"
+            ),
+            place=recipe,
+            cure=(
+                "nothing was loaded. If you know that code and trust the folder, add ",
+                Argument("allow_code", tuple(asked)),
+                ", or name your own recipe file before --resume",
+            ),
+        )
+
+
+def find_modules(*beside: Path) -> None:
+    """Lets own models and data, package.module:function, be found `beside` the recipe and in the present folder."""
+    own_modules.look_in(*beside, Path.cwd())

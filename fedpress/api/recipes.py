@@ -1,0 +1,15 @@
+"""The recipes that come with fedpress."""
+
+from __future__ import annotations
+
+from fedpress.pipeline.recipe import find, load, names
+
+
+def recipes() -> dict[str, str]:
+    """Returns the name of every recipe that comes with fedpress, with what it does.
+
+    >>> import fedpress
+    >>> "digits" in fedpress.recipes()
+    True
+    """
+    return {name: load(find(name)).description for name in names()}

@@ -1,0 +1,377 @@
+"""A recipe at work: checked, run to its end or step by step, and opened again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedpress import storage
+from fedpress.api import begin, shown
+from fedpress.api.begin import Source
+from fedpress.api.progress import show
+from fedpress.core import consent
+from fedpress.data import FederatedData
+from fedpress.errors import RunError, Shell
+from fedpress.models import memory
+from fedpress.pipeline import recipe as recipes
+from fedpress.pipeline import run as runs
+from fedpress.pipeline.check import check_recipe
+from fedpress.pipeline.commands.examples import table_of
+from fedpress.pipeline.recipe import Override, Recipe
+from fedpress.pipeline.start import load_data
+from fedpress.reports.html import write_report
+from fedpress.reports.reading import read_run
+from fedpress.reports.table import Table, progress_table, stage_table
+from fedpress.workspace.folder import RunFolder
+from fedpress.workspace.state import Event
+
+Data = str | Path | Mapping[str, Any] | FederatedData | None
+"""What is said of the data of a recipe: where they lie, keys of its table `[data]`, or a data set in memory."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run needs to go on in this process.
+
+    Attributes:
+        begun: the checked run.
+        data: loaded.
+        reuse: another run, whose finished stages are taken over while their settings are equal.
+    """
+
+    begun: begin.Begun
+    data: FederatedData
+    reuse: RunFolder | None
+
+
+class Run:
+    """A run in its folder, finished or not.
+
+    `fedpress.run` makes one and does its work. `Run.begin` checks everything and does no work yet:
+
+    >>> import fedpress, tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> run = fedpress.Run.begin("digits", out=f"{folder}/run", stage={"federate": {"num_rounds": 1}})
+    >>> events = run.events()
+    >>> next(events)
+    StageStarted(index=0, kind='train', name='dense', reused=False)
+    >>> events.close()  # what was done so far is saved, and `Run.resume` goes on
+
+    Attributes:
+        path: the folder.
+        recipe: the checked settings; None for a run that was only opened.
+    """
+
+    def __init__(self, path: Path, work: Work | None = None) -> None:
+        self.path = path
+        self.recipe: Recipe | None = work.begun.recipe if work is not None else None
+        self._work = work
+
+    @classmethod
+    def begin(
+        cls,
+        recipe: Source,
+        *,
+        data: Data = None,
+        out: str | Path | None = None,
+        reuse: str | Path | None = None,
+        allow_code: Collection[str] | str = (),
+        **overrides: Any,
+    ) -> Run:
+        """Checks a new run to its end without training; `events` does the work. See `fedpress.run`."""
+        consent.allow(*consent.checked(allow_code))
+        words, path, held = _said(data, overrides)
+        place = Path(out) if out is not None else None
+        begun = begin.new(recipe, words, path, place)
+        return cls(begun.place, _bound(begun, held, reuse))
+
+    @classmethod
+    def resume(
+        cls,
+        path: str | Path,
+        recipe: Source | None = None,
+        *,
+        data: Data = None,
+        allow_code: Collection[str] | str = (),
+        **overrides: Any,
+    ) -> Run:
+        """Checks a run that was stopped, such that `events` goes on from its last checkpoint.
+
+        Args:
+            path: the folder of the run.
+            recipe: to make sure that it is this one's; None: the one that lies in the folder.
+            data: where they lie, if that has changed; a data set in memory must be given again.
+            allow_code: names `module:function` that the folder's files may have called.
+            overrides: of keys that may differ, such as `device`.
+
+        Raises:
+            RunError: if there is no run, it has other settings, or a file of it was damaged.
+        """
+        consent.allow(*consent.checked(allow_code))
+        words, where, held = _said(data, overrides)
+        with ExitStack() as stack:
+            begun = begin.going_on(Path(path), recipe, words, where, stack)
+        return cls(begun.place, _bound(begun, held, None))
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """Opens the folder of a run to look at it.
+
+        Raises:
+            RunError: if there is no run.
+        """
+        return cls(RunFolder.open(Path(path)).path)
+
+    def events(self) -> Iterator[Event]:
+        """Does the work; yields `StageStarted`, `Tick` and `StageFinished` as it goes on.
+
+        The work stops where nobody asks for the next event, and goes on from its last checkpoint with the next call.
+        Torch's random numbers stay the caller's own between two events. Finished stages are not done again.
+
+        Raises:
+            RunError: if the run was only opened, or another process works in the folder.
+            FedpressError: if a stage cannot go on; what was computed is saved.
+        """
+        if self._work is None:
+            raise RunError(
+                "it was opened to be looked at",
+                place=self.path,
+                cure="open it with fedpress.Run.resume(PATH) to go on with it",
+            )
+        work = self._work
+        with ExitStack() as held:
+            folder, notes = work.begun.start("fedpress.run(...)", held)
+            self._work = replace(work, begun=replace(work.begun, folder=folder))
+            for note in notes:
+                warnings.warn(note, stacklevel=2)
+            yield from own_random_numbers(
+                runs.execute(work.begun.recipe, folder, work.data, reuse=work.reuse)
+            )
+        write_report(self.path)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all stages are done."""
+        return read_run(self.path).finished
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """`result.json`: under "stages" a line for each, under "final" what they come to.
+
+        Raises:
+            RunError: if the run is not finished.
+        """
+        found = read_run(self.path)
+        if not found.finished:
+            raise RunError(
+                "this run is not finished",
+                place=self.path,
+                cure=(
+                    "go through run.events() to its end, or go on with fedpress.run(resume=PATH)",
+                    Shell(" or --resume"),
+                ),
+            )
+        return found.result
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """A line for each finished stage."""
+        return read_run(self.path).stages
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """A line for each epoch and round so far."""
+        return read_run(self.path).records
+
+    @property
+    def model(self) -> nn.Module:
+        """The model of the last finished stage.
+
+        Raises:
+            ModelError: if no stage is finished.
+        """
+        spec, model = storage.load(self.path)
+        memory.remember_spec(model, spec)
+        return model
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Draws the report and returns its path: `report.html` in the folder, or `out`."""
+        return write_report(self.path, Path(out) if out is not None else None)
+
+    def _table(self) -> Table:
+        found = read_run(self.path)
+        if found.result:
+            return stage_table(found.result, before=found.before or None)
+        return progress_table(found.records)
+
+    def __str__(self) -> str:
+        """Returns a table of the stages."""
+        return shown.as_text(self._table())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Returns the same table for a notebook."""
+        return shown.as_html(self._table())
+
+
+def run(
+    recipe: Source | None = None,
+    *,
+    data: Data = None,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    reuse: str | Path | None = None,
+    allow_code: Collection[str] | str = (),
+    progress: bool | None = None,
+    **overrides: Any,
+) -> Run:
+    """Runs a recipe to its end.
+
+    Args:
+        recipe: the name of a shipped recipe, a TOML file, tables, or a `Recipe`.
+        data: a folder or file (sets `data.path`), keys of the table `[data]`, or a `FederatedData`, which takes the
+            place of the recipe's source.
+        out: the folder of the run; by default runs/NAME, with a number behind it if that is taken.
+        resume: the folder of a run to go on with.
+        reuse: another run, whose finished stages are taken over while their settings are equal.
+        allow_code: names `module:function` that files of models may have called, from now on in this process.
+        progress: whether to show bars; None: in a notebook, and where the error stream is a terminal.
+        overrides: keys of the recipe: `seed=1`, `data={"num_clients": 5}`, `stage={"federate": {"num_rounds": 3}}`, a
+            stage by its name, its kind or its number; keys that are not named stay.
+
+    Returns:
+        The finished run, with `result`, `model`, `records` and `report()`.
+
+    Raises:
+        FedpressError: if something does not fit, before any work where it can be known.
+
+    >>> import fedpress, tempfile
+    >>> run = fedpress.run("digits", out=f"{tempfile.mkdtemp()}/run", stage={"dense": {"epochs": 1}})
+    >>> [stage["name"] for stage in run.result["stages"]]
+    ['dense', 'prune', 'fine-tune', 'federate', 'export']
+    """
+    if resume is not None:
+        if out is not None or reuse is not None:
+            raise RunError(
+                "a run goes on in its own folder",
+                place="out" if out is not None else "reuse",
+                cure="leave it out",
+            )
+        going = Run.resume(resume, recipe, data=data, allow_code=allow_code, **overrides)
+    elif recipe is None:
+        raise RunError("no recipe was given", place="recipe", cure="give its name, file or tables")
+    else:
+        going = Run.begin(
+            recipe, data=data, out=out, reuse=reuse, allow_code=allow_code, **overrides
+        )
+    show(going.events(), progress)
+    return going
+
+
+def check(
+    recipe: Source,
+    *,
+    data: Data = None,
+    allow_code: Collection[str] | str = (),
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Binds every stage of a recipe without training.
+
+    Args:
+        recipe: as `fedpress.run` takes it; so are `data`, `allow_code` and `overrides`.
+        data: where they lie, keys of `[data]`, or a data set in memory.
+        allow_code: names `module:function` that files of models may have called.
+        overrides: keys of the recipe.
+
+    Returns:
+        The recipe's name, a description of the data, and under "stages" what each will do, cost and send: parameters,
+        MACs, bytes per round, noise multiplier, epsilon.
+
+    Raises:
+        FedpressError: the first thing that would stop the run.
+
+    >>> import fedpress
+    >>> stages = fedpress.check("digits")["stages"]
+    >>> stages[3]["kind"], stages[3]["epsilon"] <= 8
+    ('federate', True)
+    """
+    consent.allow(*consent.checked(allow_code))
+    words, path, held = _said(data, overrides)
+    _, checked = begin.load(recipe, words, path)
+    with torch.random.fork_rng(devices=[]):
+        loaded = held if held is not None else load_data(checked)
+        lines = check_recipe(checked, loaded)
+    return {
+        "recipe": checked.name,
+        "data": loaded.describe(private=checked.private),
+        "stages": lines,
+    }
+
+
+def report(run: Run | str | Path, out: str | Path | None = None) -> Path:
+    """Draws the report of a run, also of an old or unfinished one, and returns the path of the page.
+
+    Args:
+        run: or its folder.
+        out: the file to write; by default `report.html` in the folder.
+
+    Raises:
+        RunError: if there is no run.
+
+    >>> import fedpress, tempfile
+    >>> run = fedpress.Run.begin("digits", out=f"{tempfile.mkdtemp()}/run")
+    >>> for event in run.events():
+    ...     if isinstance(event, fedpress.StageFinished):
+    ...         break  # after the first stage
+    >>> fedpress.report(run).name
+    'report.html'
+    """
+    return (run if isinstance(run, Run) else Run.open(run)).report(out)
+
+
+def own_random_numbers(events: Iterator[Event]) -> Iterator[Event]:
+    """Keeps torch's random numbers of the work apart from those of whoever asks for the events.
+
+    Without that the caller's draws between two events would change the bits of the run, and the run the caller's.
+    """
+    state = torch.get_rng_state()
+    while True:
+        theirs = torch.get_rng_state()
+        torch.set_rng_state(state)
+        try:
+            event = next(events, None)
+        finally:
+            state = torch.get_rng_state()
+            torch.set_rng_state(theirs)
+        if event is None:
+            return
+        yield event
+
+
+def _said(
+    data: Data, overrides: Mapping[str, Any]
+) -> tuple[list[Override], Path | None, FederatedData | None]:
+    """Returns the overrides, where the data lie if only that was said, and the data set if it was given itself."""
+    words = recipes.overrides_of(overrides)
+    if isinstance(data, FederatedData):
+        return [*words, Override.of("data", table_of(data))], None, data
+    if isinstance(data, Mapping):
+        return [*words, *recipes.overrides_of({"data": data})], None, None
+    return words, Path(data) if data is not None else None, None
+
+
+def _bound(begun: begin.Begun, held: FederatedData | None, reuse: str | Path | None) -> Work:
+    """Loads the data and checks every stage."""
+    earlier = RunFolder.open(Path(reuse)) if reuse is not None else None
+    with torch.random.fork_rng(devices=[]):
+        data = held if held is not None else load_data(begun.recipe)
+        check_recipe(begun.recipe, data)
+    return Work(begun, data, earlier)
