@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fedpress.api.result import Result
     from fedpress.api.runs import Run, check, report, run
     from fedpress.api.stages import distill, export, l0, pack, prune, quantize, sparsify, train
+    from fedpress.api.sweeps import sweep
     from fedpress.data import FederatedData
     from fedpress.errors import FedpressError
     from fedpress.pipeline.commands.measuring import measure
@@ -46,6 +47,7 @@ __all__ = [
     "report",
     "run",
     "sparsify",
+    "sweep",
     "train",
 ]
 
@@ -64,6 +66,7 @@ _NAMES_IN = {
         "sparsify",
         "train",
     ),
+    "fedpress.api.sweeps": ("sweep",),
     "fedpress.data": ("FederatedData",),
     "fedpress.errors": ("FedpressError",),
     "fedpress.pipeline.commands.measuring": ("measure",),

@@ -134,11 +134,16 @@ def origin_of(recipe: Source | None, overrides: Overrides, data: Path | None) ->
     """
     file = _file_of(recipe) if isinstance(recipe, str | Path) else None
     name = recipe if isinstance(recipe, str) else None
-    every = [*overrides, *_of_data(data.resolve() if data is not None else None)]
     return {
         "recipe": str(file) if file is not None else name,
-        "overrides": [one if isinstance(one, str) else one.as_text() for one in every],
+        "overrides": as_texts(overrides, data.resolve() if data is not None else None),
     }
+
+
+def as_texts(overrides: Overrides, data: Path | None) -> list[str]:
+    """Returns overrides and where the data lie as the command line takes them."""
+    every = [*overrides, *_of_data(data)]
+    return [one if isinstance(one, str) else one.as_text() for one in every]
 
 
 def _file_of(recipe: str | Path) -> Path | None:

@@ -126,25 +126,17 @@ def sweep(
     allow_code(code)
     out_stream = terminal.console(quiet=as_json)
     with terminal.waiting(out_stream, "starting"):
-        from fedpress.api import begin
-        from fedpress.pipeline import recipe as recipes
-        from fedpress.pipeline import sweep as sweeps
-        from fedpress.pipeline.start import device_of
+        from fedpress.api import sweeps
+        from fedpress.pipeline import sweep as sweeping
         from fedpress.reports.sweep import sweep_table, write_sweep
         from fedpress.reports.table import as_rich
 
-        variants = sweeps.variants(values or [], _whole_seeds(seeds))
-        # Checked with what all variants say: a key that the recipe lacks may be given behind it.
-        text, wanted = begin.load(recipe, on_device(sweeps.in_all(variants), device), data)
-        device_of(wanted)  # one refusal in place of one for each variant
-        extra = (
-            [f"data.path={json.dumps(str(data), ensure_ascii=False)}"] if data is not None else []
+        begun = sweeps.new(
+            recipe, values or [], _whole_seeds(seeds), on_device([], device), data, out
         )
-        extra = on_device(extra, device)
-        name = str(recipes.tree(text).get("name", "recipe"))
-        place = out or Path("sweeps") / name
+    variants, place = begun.variants, begun.place
     command = shlex.join(["fedpress", *sys.argv[1:]])
-    running = sweeps.execute(text, variants, place, extra=extra, command=command)
+    running = sweeping.execute(begun.text, variants, place, extra=begun.extra, command=command)
     saved = "what was finished is saved"
     with stopping(f"\nstopped; {saved}; the same command goes on: --out {place}"):
         _follow(running, out_stream, len(variants))
